@@ -1,0 +1,98 @@
+"""Adapters: what the core must know of a model family, as data. Adapter files import this and nothing heavier."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Grid = tuple[int, int, int, int, int]
+"""(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
+
+
+def latents_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off latents [B, C, T, H, W] and ``config.patch_size`` (t, h, w); no text in the sequence."""
+    frames, height, width = inputs["hidden_states"].shape[-3:]
+    patch_frames, patch_height, patch_width = config.patch_size
+    return frames // patch_frames, height // patch_height, width // patch_width, 0, 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Sizes of one released model, so that a plan needs neither weights nor a network.
+
+    Attributes:
+        name: what users type, such as ``wan2.1-14b``.
+        repo: the model's hub id.
+        layers: transformer blocks that hold a self-attention.
+        heads: attention heads, H.
+        head_dim: channels of a head, D.
+        ffn_dim: hidden width of the feed-forward.
+        patch: (t, h, w) latents a token covers.
+        vae: (t, s): pixels a latent covers in time (first frame apart) and in each spatial direction.
+        text_tokens: text tokens inside the self-attention sequence (joint attention); 0 for cross-attention models.
+        cross_tokens: text (and image) tokens of the cross-attention; 0 where there is none.
+        height: default output height in pixels.
+        width: default output width in pixels.
+        num_frames: default number of frames.
+        num_inference_steps: default number of denoising steps.
+        forwards_per_step: transformer rows per step, 2 with classifier-free guidance.
+        experts: transformers that share the steps, 2 for Wan 2.2 A14B.
+        recipes: method name -> option -> value: what the papers and their code use on this model.
+    """
+
+    name: str
+    repo: str
+    layers: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    patch: tuple[int, int, int]
+    vae: tuple[int, int]
+    text_tokens: int = 0
+    cross_tokens: int = 0
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int = 50
+    forwards_per_step: int = 2
+    experts: int = 1
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """How dit-accel meets one family of transformers.
+
+    Attributes:
+        name: the family's short name, such as ``wan``.
+        transformers: names of the diffusers transformer classes this adapter covers.
+        self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change.
+        grid: (transformer config, forward inputs by name) -> `Grid`. It runs inside compiled graphs too: plain arithmetic on shapes only.
+        families: the released models, for `plan` and for recipes.
+        recipes: method name -> option -> value for a model that none of ``families`` describes.
+        refused: method name -> why it makes no sense here.
+    """
+
+    name: str
+    transformers: tuple[str, ...]
+    self_attention: tuple[str, ...]
+    grid: Callable[[Any, Mapping[str, Any]], Grid] = latents_grid
+    families: tuple[Family, ...] = ()
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
+        """Return the released model that a transformer config has the sizes of, or None.
+
+        Args:
+            config: the transformer's config, with diffusers' names.
+            experts: how many such transformers the pipeline holds.
+        """
+        sizes = (config.get("num_layers"), config.get("num_attention_heads"), config.get("attention_head_dim"), experts)
+        for family in self.families:
+            if (family.layers, family.heads, family.head_dim, family.experts) == sizes:
+                return family
+        return None
+
+    def recipe(self, method: str, family: Family | None) -> Mapping[str, Any]:
+        """Return the options that ``method`` takes on this model where the user set none."""
+        return (family.recipes.get(method) if family else None) or self.recipes.get(method, {})

@@ -1,0 +1,32 @@
+"""The errors dit-accel raises: what was asked, what was found, what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class DitAccelError(Exception):
+    """Base of every error of ours; the command line prints its text as one line and exits with 2."""
+
+
+class ConfigError(DitAccelError, ValueError):
+    """A method, option or size that is wrong in itself or does not fit the others."""
+
+
+class UnsupportedModel(DitAccelError, LookupError):  # noqa: N818 - reads as what it is
+    """A pipeline, transformer or processor that no adapter covers."""
+
+
+class AttachError(DitAccelError, RuntimeError):
+    """Attach or detach asked for in a state that does not allow it."""
+
+
+class MissingBackend(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it is
+    """A backend named by the user that cannot run here."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'? known: a, b, x"`` for a name that is not among ``known``."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    listed = f"known: {', '.join(names)}" if names else "none are known"
+    return f"did you mean {near[0]!r}? {listed}" if near else listed

@@ -1,0 +1,94 @@
+"""Registries: adapters, model families and commands by entry point, methods by name."""
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from .adapter import Adapter, Family
+from .config import MethodConfig
+from .errors import ConfigError, UnsupportedModel, did_you_mean
+
+ADAPTER_GROUP = "dit_accel.adapters"
+COMMAND_GROUP = "dit_accel.commands"
+
+
+@cache
+def adapters() -> dict[str, Adapter]:
+    """Return every installed adapter by name; an entry point of ``dit_accel.adapters`` names a tuple of them.
+
+    Raises:
+        ConfigError: if two packages register the same adapter name or the same transformer class.
+    """
+    found: dict[str, Adapter] = {}
+    classes: dict[str, str] = {}
+    for entry in entry_points(group=ADAPTER_GROUP):
+        for adapter in entry.load():
+            if adapter.name in found:
+                raise ConfigError(f"adapter {adapter.name!r} is registered twice, last by {entry.value}; uninstall one")
+            for name in adapter.transformers:
+                if name in classes:
+                    raise ConfigError(f"{name} is claimed by the adapters {classes[name]!r} and {adapter.name!r}")
+                classes[name] = adapter.name
+            found[adapter.name] = adapter
+    return found
+
+
+def adapter_for(class_name: str) -> Adapter:
+    """Return the adapter of a transformer class.
+
+    Raises:
+        UnsupportedModel: if no installed adapter covers it; lists what is supported.
+    """
+    by_class = {name: adapter for adapter in adapters().values() for name in adapter.transformers}
+    if class_name not in by_class:
+        raise UnsupportedModel(
+            f"no adapter covers the transformer class {class_name}; {did_you_mean(class_name, by_class)}"
+        )
+    return by_class[class_name]
+
+
+def families() -> dict[str, Family]:
+    """Return every model family that an installed adapter describes, by name."""
+    return {family.name: family for adapter in adapters().values() for family in adapter.families}
+
+
+def family(name: str) -> Family:
+    """Return one model family.
+
+    Raises:
+        UnsupportedModel: for an unknown name, with the nearest known one.
+    """
+    known = families()
+    if name not in known:
+        raise UnsupportedModel(f"no model family is called {name!r}; {did_you_mean(name, known)}")
+    return known[name]
+
+
+def commands() -> dict[str, Any]:
+    """Return every command that an entry point of ``dit_accel.commands`` adds, by name."""
+    found: dict[str, Any] = {}
+    for entry in entry_points(group=COMMAND_GROUP):
+        for name, command in entry.load().items():
+            if name in found:
+                raise ConfigError(f"the command {name!r} is registered twice, last by {entry.value}; uninstall one")
+            found[name] = command
+    return found
+
+
+def methods() -> dict[str, type[MethodConfig]]:
+    """Return the config type of every method by its name."""
+    from .methods import METHODS
+
+    return {config_type.name: config_type for config_type in METHODS}
+
+
+def method(name: str) -> type[MethodConfig]:
+    """Return the config type of one method.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest known one.
+    """
+    known = methods()
+    if name not in known:
+        raise ConfigError(f"no method is called {name!r}; {did_you_mean(name, known)}")
+    return known[name]
