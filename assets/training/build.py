@@ -1,0 +1,93 @@
+"""Builds the embedded pipeline's parts from their tiny configs, and saves and loads the whole in fp16."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from dit_accel_assets import clips
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+TEXT_WIDTH = 96
+TRANSFORMER_CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 5,
+    "attention_head_dim": 32,
+    "in_channels": 12,
+    "out_channels": 12,
+    "text_dim": TEXT_WIDTH,
+    "freq_dim": 128,
+    "ffn_dim": 480,
+    "num_layers": 6,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 256,
+}
+SHIFT = 3.0
+"""Shift of the sampling schedule towards high noise, where colour, shape and direction are decided."""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer over the clips' vocabulary: lower case, hyphenated words whole, </s> at the end."""
+    words = ["<pad>", "</s>", "<unk>", *clips.vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s,.;:!?\"()]+"), behavior="removed")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
+    """Return an untrained two-layer UMT5 encoder."""
+    config = UMT5Config(
+        vocab_size=vocabulary_size,
+        d_model=TEXT_WIDTH,
+        d_kv=24,
+        d_ff=192,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=32,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        is_encoder_decoder=False,
+        use_cache=False,
+        tie_word_embeddings=True,
+    )
+    return UMT5EncoderModel(config)
+
+
+def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
+    """Return a pipeline with an untrained transformer and text encoder around a given autoencoder."""
+    tokenizer = build_tokenizer()
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=build_text_encoder(len(tokenizer)),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        transformer=WanTransformer3DModel(**TRANSFORMER_CONFIG),
+    )
+
+
+def save_pipeline(pipe: WanPipeline, folder: Path) -> None:
+    """Save a pipeline in fp16 safetensors; `pipe` itself keeps its precision (weights are cast in a copy)."""
+    shutil.rmtree(folder, ignore_errors=True)
+    pipe.save_pretrained(folder)
+    for name in ("text_encoder", "vae", "transformer"):
+        part = type(getattr(pipe, name)).from_pretrained(folder / name).to(torch.float16)
+        part.save_pretrained(folder / name)
+    for file in folder.rglob("*.json"):
+        values = json.loads(file.read_text())
+        values.pop("_name_or_path", None)
+        text = json.dumps(values, indent=1 if file.name == "tokenizer.json" else 2)
+        # the class name that transformers 4 and 5 both know
+        file.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast") + "\n")

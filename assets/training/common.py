@@ -1,0 +1,135 @@
+"""What both trainings share: the optimizer pair, the schedule, the averaged weights, checkpoints and the JSON-lines log."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RUNS = Path(__file__).parent / "runs"
+"""Where checkpoints, latent pools and running logs live; not in version control."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates for weight matrices (Jordan et al. 2024, "Muon").
+
+    Convolution kernels are flattened to [out, in * taps]; matrices of one shape go through the iteration together.
+    The update is scaled by 0.2 * sqrt(max(rows, columns)), so that learning rates of AdamW carry over (arXiv 2502.16982).
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Apply one update; parameters without a gradient stay as they are."""
+        for group in self.param_groups:
+            shapes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(param)
+                average = state["momentum"].lerp_(param.grad, 1 - group["momentum"])
+                update = param.grad.lerp(average, group["momentum"]).reshape(param.shape[0], -1)
+                shapes[tuple(update.shape)].append((param, update))
+            for shape, members in shapes.items():
+                updates = orthogonalize(torch.stack([update for _, update in members]))
+                for (param, _), update in zip(members, updates, strict=True):
+                    param.mul_(1 - group["lr"] * group["weight_decay"])
+                    param.add_(update.view(param.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Bring the singular values of matrices [N, rows, columns] near 1 by the quintic Newton-Schulz iteration of Muon."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def split_parameters(
+    modules: Iterable[nn.Module], plain_names: tuple[str, ...] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Split weights into (Muon, AdamW): matrices and kernels with at least 8 rows and columns, against all the rest.
+
+    A parameter whose name contains one of `plain_names` (embeddings, output layers) goes to AdamW in any case.
+    """
+    matrices, rest = [], []
+    for module in modules:
+        for name, param in module.named_parameters():
+            is_matrix = param.ndim >= 2 and min(param.shape[0], param[0].numel()) >= 8
+            (matrices if is_matrix and not any(part in name for part in plain_names) else rest).append(param)
+    return matrices, rest
+
+
+def trapezoid(step: int, total: int, *, warmup: int, decay: float) -> float:
+    """Return the learning-rate factor: linear warm-up, flat, then linear to zero over the last `decay` share."""
+    return max(0.0, min(1.0, (step + 1) / warmup, (total - step) / max(1.0, decay * total)))
+
+
+class Averages:
+    """Exponential moving averages of a set of modules' weights; young averages forget faster."""
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
+        self.modules, self.decay, self.updates = modules, decay, 0
+        self.values = {key: {n: p.detach().clone() for n, p in m.named_parameters()} for key, m in modules.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present weights in."""
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for key, module in self.modules.items():
+            values = self.values[key]
+            names, params = zip(*module.named_parameters(), strict=True)
+            torch._foreach_lerp_([values[name] for name in names], list(params), weight)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and present weights; call twice to be back."""
+        for key, module in self.modules.items():
+            for name, param in module.named_parameters():
+                held = param.detach().clone()
+                param.copy_(self.values[key][name])
+                self.values[key][name] = held
+
+
+class Log:
+    """A JSON-lines log that keeps wall and CPU seconds across restarts."""
+
+    def __init__(self, path: Path, *, wall: float = 0.0, cpu: float = 0.0) -> None:
+        self.path = path
+        self.wall, self.cpu = wall - time.perf_counter(), cpu - time.process_time()
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def clocks(self) -> dict[str, float]:
+        """Return the seconds spent so far in all runs of this training."""
+        return {"wall": round(self.wall + time.perf_counter(), 1), "cpu": round(self.cpu + time.process_time(), 1)}
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        entry = {**{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}, **self.clocks()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def save_atomic(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that a crash leaves either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
