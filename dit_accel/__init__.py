@@ -1,0 +1,32 @@
+"""dit-accel: sparse attention, longer generation, caching and guidance for diffusers' diffusion transformers."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attachment import Attachment as Attachment
+    from .attachment import attach as attach
+    from .description import Description as Description
+    from .description import describe as describe
+    from .errors import AttachError as AttachError
+    from .errors import ConfigError as ConfigError
+    from .errors import DitAccelError as DitAccelError
+    from .errors import MissingBackend as MissingBackend
+    from .errors import UnsupportedModel as UnsupportedModel
+    from .methods.radial import RadialAttention as RadialAttention
+    from .report import Report as Report
+
+_HOMES = {
+    **dict.fromkeys(("Attachment", "attach"), "attachment"),
+    **dict.fromkeys(("Description", "describe"), "description"),
+    **dict.fromkeys(("AttachError", "ConfigError", "DitAccelError", "MissingBackend", "UnsupportedModel"), "errors"),
+    "RadialAttention": "methods.radial",
+    "Report": "report",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:  # so that `import dit_accel` loads no torch, and --help stays quick
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

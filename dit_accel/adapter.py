@@ -65,8 +65,11 @@ class Adapter:
     Attributes:
         name: the family's short name, such as ``wan``.
         transformers: names of the diffusers transformer classes this adapter covers.
-        self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change.
-        grid: (transformer config, forward inputs by name) -> `Grid`. It runs inside compiled graphs too: plain arithmetic on shapes only.
+        self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change, one
+            pattern a block list, in the order in which the lists run.
+        side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
+        grid: (transformer config, forward inputs by name) -> `Grid`. It runs inside compiled graphs too: plain
+            arithmetic on shapes only.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
         refused: method name -> why it makes no sense here.
@@ -75,6 +78,7 @@ class Adapter:
     name: str
     transformers: tuple[str, ...]
     self_attention: tuple[str, ...]
+    side_attention: tuple[str, ...] = ()
     grid: Callable[[Any, Mapping[str, Any]], Grid] = latents_grid
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Method configs: their common base, their type checks, and one pair of functions that reads and writes TOML for all."""
+"""Method configs: their common base, their type checks, and one pair of functions between them and TOML."""
 
 import dataclasses
 import sys

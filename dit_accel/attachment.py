@@ -1,0 +1,242 @@
+"""Attach methods to a pipeline or a transformer, and take them off again without a trace."""
+
+import contextlib
+import fnmatch
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from dit_accel_kernels import BACKENDS
+from torch import nn
+
+from .adapter import Adapter, Family
+from .config import MethodConfig
+from .errors import AttachError, ConfigError, MissingBackend, UnsupportedModel, did_you_mean
+from .methods import METHODS
+from .methods.base import Handler, Model
+from .processor import Slot, unwrap_processor, wrap_processor
+from .registry import adapter_for, adapters
+from .report import Report, step_reports
+from .session import Place, Session, Target
+
+_MARK = "_dit_accel_attachment"
+
+
+class Attachment:
+    """Methods attached to the transformers of one pipeline; made by `attach`, undone by `detach` or as a context."""
+
+    def __init__(self, session: Session, slot: Slot, model: dict[str, str]) -> None:
+        self._session = session
+        self._slot = slot
+        self._model = model
+        self._undo: list[Callable[[], None]] = []
+        self._attached = True
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._attached:
+            self.detach()
+
+    def detach(self) -> None:
+        """Restore processors, hooks and contexts to what they were, bit for bit, and free all state.
+
+        Raises:
+            AttachError: if it is detached already.
+        """
+        if not self._attached:
+            raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
+        while self._undo:
+            self._undo.pop()()
+        self._session.reset_handlers()
+        self._attached = False
+
+    def report(self) -> Report:
+        """Return what ran in the last generation."""
+        session = self._session
+        return Report(
+            methods={handler.config.name: handler.config.to_dict() for handler in session.handlers},
+            backend=session.backend_report(),
+            model=self._model,
+            steps=step_reports(session.recorder),
+            notes=tuple(session.recorder.notes),
+        )
+
+
+def attach(model: Any, *methods: MethodConfig, backend: str = "auto") -> Attachment:
+    """Attach methods to one pipeline or transformer; all of them or, on any error, none.
+
+    Args:
+        model: a diffusers pipeline (all its transformers that an adapter covers) or one transformer.
+        methods: configs such as ``RadialAttention()``; none is allowed and leaves every call dense.
+        backend: the kernel backend of planned attention calls. A named one never falls back.
+
+    Returns:
+        The attachment: ``report()``, ``detach()``, or a ``with`` block.
+
+    Raises:
+        UnsupportedModel: if no adapter covers the model, or a processor is foreign.
+        ConfigError: if a method does not fit the model or the others.
+        AttachError: if something is attached already.
+        MissingBackend: if the named backend can't run here.
+    """
+    transformers = find_transformers(model)
+    for name, transformer in transformers.items():
+        if _MARK in transformer.__dict__:
+            raise AttachError(f"methods are attached to {name} already; call detach() on that attachment first")
+    _check_backend(backend)
+    handlers, described = _make_handlers(transformers, methods)
+    session = Session(handlers, backend, getattr(model, "scheduler", None))
+    slot = Slot()
+    attachment = Attachment(session, slot, described)
+    try:
+        classes: dict[type, type] = {}
+        for name, transformer in transformers.items():
+            target = Target(name, adapter_for(type(transformer).__name__))
+            session.targets.append(target)
+            _install_processors(attachment, transformer, target, classes)
+            _install_hooks(attachment, transformer, target)
+            transformer.__dict__[_MARK] = attachment
+            attachment._undo.append(lambda transformer=transformer: transformer.__dict__.pop(_MARK))
+    except BaseException:
+        attachment.detach()
+        raise
+    return attachment
+
+
+def find_transformers(model: Any) -> dict[str, nn.Module]:
+    """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
+
+    Raises:
+        UnsupportedModel: if there is none; lists the supported classes.
+    """
+    supported = {name for adapter in adapters().values() for name in adapter.transformers}
+    components = getattr(model, "components", None)
+    if not isinstance(components, dict):
+        components = {"transformer": model}
+    modules = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}
+    found = {name: part for name, part in modules.items() if type(part).__name__ in supported}
+    if found:
+        return found
+    classes = sorted({type(part).__name__ for part in modules.values() if isinstance(part, nn.Module)})
+    asked = f"{type(model).__name__} holds {', '.join(classes)}" if classes else f"got {type(model).__name__}"
+    hint = did_you_mean(type(modules.get("transformer", model)).__name__, supported)
+    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {asked}; {hint}")
+
+
+def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, int]]:
+    """Return (name, module, depth) of the attention modules that methods may change, in the adapter's order.
+
+    Raises:
+        UnsupportedModel: if the adapter's patterns match nothing.
+    """
+    names = {name: module for name, module in transformer.named_modules() if hasattr(module, "processor")}
+
+    def matching(patterns: tuple[str, ...]) -> list[str]:
+        return [name for pattern in patterns for name in sorted(fnmatch.filter(names, pattern), key=_natural)]
+
+    main, side = matching(adapter.self_attention), matching(adapter.side_attention)
+    if not main:
+        raise UnsupportedModel(
+            f"the adapter {adapter.name!r} looks for {', '.join(adapter.self_attention)} in "
+            f"{type(transformer).__name__} and finds no such attention module; update the adapter"
+        )
+    return [(name, names[name], depth) for part in (main, side) for depth, name in enumerate(part)]
+
+
+def resolve_model(name: str, transformers: dict[str, nn.Module]) -> tuple[Adapter, Family | None, Model]:
+    """Return the adapter, the released family (None if unknown) and what handlers may know of one transformer."""
+    transformer = transformers[name]
+    adapter = adapter_for(type(transformer).__name__)
+    experts = sum(type(other) is type(transformer) for other in transformers.values())
+    family = adapter.family(transformer.config, experts)
+    modules = attention_modules(transformer, adapter)
+    heads = int(getattr(modules[0][1], "heads", transformer.config.get("num_attention_heads", 0)))
+    return adapter, family, Model(adapter=adapter, family=family, heads=heads, layers=len(modules))
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(backend, BACKENDS)}")
+
+
+def _make_handlers(
+    transformers: dict[str, nn.Module], methods: tuple[MethodConfig, ...]
+) -> tuple[list[Handler], dict[str, str]]:
+    described, handlers = {}, []
+    for name in transformers:
+        adapter, family, model = resolve_model(name, transformers)
+        described[name] = f"{adapter.name}, {family.name if family else 'sizes of no released model'}"
+    for config in methods:
+        if type(config) not in METHODS:
+            known = ", ".join(sorted(known.__name__ for known in METHODS))
+            raise ConfigError(f"attach takes method configs, got {config!r}; known: {known}")
+        if any(type(config) is type(handler.config) for handler in handlers):
+            raise ConfigError(f"two {type(config).__name__} configs were given; attach one of each method")
+        if config.name in adapter.refused:
+            raise ConfigError(f"{config.name} makes no sense on {adapter.name}: {adapter.refused[config.name]}")
+        handlers.append(METHODS[type(config)](config, model))
+    return handlers, described
+
+
+def _install_processors(
+    attachment: Attachment, transformer: nn.Module, target: Target, classes: dict[type, type]
+) -> None:
+    session = attachment._session
+    for layer, (_, module, depth) in enumerate(attention_modules(transformer, target.adapter)):
+        original = module.processor
+        place = Place(target, layer, depth)
+        place.processor = wrap_processor(original, len(session.places), classes, attachment._slot, session.number)
+        session.places.append(place)
+        target.places.append(place)
+        module.processor = place.processor
+
+        def restore(module: Any = module, ours: Any = place.processor, original: Any = original) -> None:
+            if module.processor is ours:  # whatever the user set since then is the user's
+                module.processor = unwrap_processor(ours, original)
+
+        attachment._undo.append(restore)
+
+
+def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> None:
+    session, slot = attachment._session, attachment._slot
+    config = types.SimpleNamespace(**dict(transformer.config))
+    names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+    grid_of = target.adapter.grid
+
+    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        slot.grid = grid_of(config, inputs)
+        if not torch.compiler.is_compiling():
+            session.observe(target, slot.grid, inputs["hidden_states"].shape[0], inputs.get("timestep"))
+
+    handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+    attachment._undo.append(handle.remove)
+
+    original = transformer.cache_context
+    own = transformer.__dict__.get("cache_context")
+
+    @contextlib.contextmanager
+    def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
+        session.enter(target, name, kwargs)
+        try:
+            with original(name, **kwargs):
+                yield
+        finally:
+            session.leave(target)
+
+    def restore() -> None:
+        transformer.__dict__.pop("cache_context", None)
+        if own is not None:
+            transformer.__dict__["cache_context"] = own
+
+    transformer.__dict__["cache_context"] = cache_context
+    attachment._undo.append(restore)

@@ -1,0 +1,77 @@
+"""What a method is to the core: a handler that is found by the type of its config."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..adapter import Adapter, Family
+from ..config import MethodConfig
+from ..errors import ConfigError
+from ..layout import TokenLayout
+from ..plan import AttentionPlan, Moment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What a handler may know of the model it is attached to.
+
+    Attributes:
+        adapter: the model's adapter.
+        family: the released model it has the sizes of, or None.
+        heads: attention heads, H.
+        layers: attention modules the adapter names, over one transformer.
+    """
+
+    adapter: Adapter
+    family: Family | None
+    heads: int
+    layers: int
+
+
+class Handler:
+    """One attached method: its resolved config and, where the method needs any, its state.
+
+    A handler belongs to one attachment. It raises `ConfigError` on creation if the method can't work on the model.
+
+    Attributes:
+        config: the config with every recipe value filled in; what the report shows.
+    """
+
+    def __init__(self, config: MethodConfig, model: Model) -> None:
+        self.config = config
+        self.model = model
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Refuse a layout by raising `ConfigError`, or return a note for the report, or None."""
+        return None
+
+    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+        """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""
+        return True
+
+    def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
+        """Return ``plan`` with the method's part added."""
+        return plan
+
+    def reset(self) -> None:
+        """Forget everything that belongs to one generation."""
+
+
+METHODS: dict[type[MethodConfig], type[Handler]] = {}
+"""Config type -> handler type, open to every package."""
+
+
+def handles(config_type: type[MethodConfig]) -> Callable[[type[Handler]], type[Handler]]:
+    """Register the decorated class as the handler of ``config_type``.
+
+    Raises:
+        ConfigError: if the type or its name is taken.
+    """
+
+    def register(handler_type: type[Handler]) -> type[Handler]:
+        taken = {known.name for known in METHODS}
+        if config_type in METHODS or config_type.name in taken:
+            raise ConfigError(f"a method called {config_type.name!r} is registered already; choose another name")
+        METHODS[config_type] = handler_type
+        return handler_type
+
+    return register

@@ -1,0 +1,90 @@
+"""The one attention call in which all methods meet, as a custom operator that compiled graphs leave alone.
+
+The operator is given what the graph knows (tensors, layer id, grid); branch and step it reads from the session, which
+is kept up to date outside compiled code. So one graph serves every layer and step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import session as sessions
+
+
+@torch.library.custom_op("dit_accel::planned_attention", mutates_args=())
+def planned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    session: int,
+    grid: Sequence[int],
+    layout: str,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the plan of this layer, step and branch.
+
+    Args:
+        q: queries after norm and RoPE, [B, S, H, D] or [B, H, S, D] as ``layout`` says.
+        k: keys, the same layout.
+        v: values, the same layout.
+        mask: None, or key padding: bool, [B, S] or [B, 1, 1, S], True where a key is valid.
+        layer: 0-d int64 CPU tensor, the attention module's layer id.
+        session: id of the attachment's session.
+        grid: (frames, height, width, text before, text after) of the sequence.
+        layout: ``bshd`` or ``bhsd``.
+        scale: factor on the logits; None: 1 / sqrt(D).
+
+    Returns:
+        The output in q's layout and dtype, contiguous, and the plan's id (0-d int64 CPU tensor) for the backward.
+    """
+    plan, number = sessions.get(session).plan(int(layer), q, k, grid, layout)
+    out = sessions.get(session).execute(plan, q, k, v, mask, layout, scale)
+    return out.contiguous(), torch.tensor(number)
+
+
+@planned_attention.register_fake
+def _(q, k, v, mask, layer, session, grid, layout, scale):
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), torch.empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("dit_accel::planned_attention_backward", mutates_args=())
+def planned_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    number: Tensor,
+    session: int,
+    layout: str,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v by running the same plan again with gradients on."""
+    owner = sessions.get(session)
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        out = owner.execute(owner.plan_by_number(int(number)), *leaves, mask, layout, scale)
+        grads = torch.autograd.grad(out, leaves, grad)
+    return tuple(g.contiguous() for g in grads)  # type: ignore[return-value]
+
+
+@planned_attention_backward.register_fake
+def _(grad, q, k, v, mask, number, session, layout, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, mask, _, ctx.session, _, ctx.layout, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, mask, output[1])
+
+
+def _backward(ctx, grad, _):
+    q, k, v, mask, number = ctx.saved_tensors
+    grads = planned_attention_backward(grad, q, k, v, mask, number, ctx.session, ctx.layout, ctx.scale)
+    return *grads, None, None, None, None, None, None
+
+
+planned_attention.register_autograd(_backward, setup_context=_save)

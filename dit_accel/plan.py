@@ -1,0 +1,57 @@
+"""The attention plan: what one attention call computes, filled in by all active methods together."""
+
+from dataclasses import dataclass
+
+import torch
+from dit_accel_kernels import FrameDecay, TileLists
+from torch import Tensor
+
+from .layout import TokenLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Where the denoising stands when an attention module runs.
+
+    Attributes:
+        transformer: component name, ``transformer`` or ``transformer_2``.
+        layer: index of the attention module among all that the adapter names, unique in its transformer.
+        depth: index of its block, counted from the input; what ``dense_layers`` counts.
+        branch: name of the denoising call, such as ``cond``.
+        step_index: 0-based step, over all experts.
+        num_inference_steps: steps of the run; None where nothing tells.
+        sigma: noise level of the step; None where nothing tells.
+        layout: the sequence's token layout.
+        batch: rows B of the call.
+        device: where q, k and v lie.
+    """
+
+    transformer: str
+    layer: int
+    depth: int
+    branch: str
+    step_index: int
+    num_inference_steps: int | None
+    sigma: float | None
+    layout: TokenLayout
+    batch: int
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionPlan:
+    """What one attention call computes; the default is plain dense attention.
+
+    Attributes:
+        tiles: exact, pooled and skipped tiles; None: every tile exact.
+        token_order: int64 [S], position in the tiles' order -> token index; None: the sequence's own order.
+        head_scale: fp32 [H] or [B, H], factor on each head's logits.
+        frame_decay: factor on logits by frame distance.
+        identity_mix: fp32 [H] in [0, 1], share of each head's output replaced by V.
+    """
+
+    tiles: TileLists | None = None
+    token_order: Tensor | None = None
+    head_scale: Tensor | None = None
+    frame_decay: FrameDecay | None = None
+    identity_mix: Tensor | None = None

@@ -1,0 +1,280 @@
+"""The denoising state of one attachment: which step, branch and layout is running, and the plan that follows from it.
+
+It is updated by `cache_context` and by a forward pre-hook, both outside what users compile, and it is read by the
+attention operator. Two attachments never share a session.
+"""
+
+import itertools
+import math
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from dit_accel_kernels import TileLists, block_sparse_attention
+from torch import Tensor
+
+from .adapter import Adapter
+from .errors import AttachError, ConfigError
+from .layout import TokenLayout
+from .methods.base import Handler
+from .plan import AttentionPlan, Moment
+from .report import Recorder
+
+_SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def get(number: int) -> "Session":
+    """Return the session a compiled graph or processor refers to.
+
+    Raises:
+        AttachError: if its attachment is gone.
+    """
+    if number not in _SESSIONS:
+        raise AttachError(f"attachment {number} is detached, but a processor of it still runs; attach again")
+    return _SESSIONS[number]
+
+
+class Place:
+    """One attention module that methods may change: where it stands and the processor put on it."""
+
+    def __init__(self, target: "Target", layer: int, depth: int) -> None:
+        self.target = target
+        self.layer = layer
+        self.depth = depth
+        self.processor: Any = None
+
+
+class Target:
+    """One transformer of the attachment and where its denoising stands.
+
+    Attributes:
+        name: the pipeline's component name.
+        places: its attention modules, in the adapter's order.
+    """
+
+    def __init__(self, name: str, adapter: Adapter) -> None:
+        self.name = name
+        self.adapter = adapter
+        self.places: list[Place] = []
+        self.branch = "default"
+        self.in_context = False
+        self.told_step = False
+        self.step_index: int | None = None
+        self.sigma: float | None = None
+        self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+        self.timestep = -math.inf
+        self.calls_at_timestep = 0
+
+
+class Session:
+    """All that an attachment remembers between attention calls.
+
+    Args:
+        handlers: the attached methods, in the order in which they fill the plan.
+        backend: the kernel backend's name.
+        scheduler: the pipeline's scheduler, asked for the number of steps where the pipeline does not tell; or None.
+    """
+
+    def __init__(self, handlers: Sequence[Handler], backend: str, scheduler: Any = None) -> None:
+        self.number = next(_NUMBERS)
+        self.handlers = tuple(handlers)
+        self.backend = backend
+        self.scheduler = scheduler
+        self.targets: list[Target] = []
+        self.places: list[Place] = []
+        self.num_inference_steps: int | None = None
+        self.recorder = Recorder()
+        self._last_step: dict[tuple[str, str], int] = {}
+        self._plans: deque[tuple[int, AttentionPlan]] = deque()
+        self._plan_numbers = itertools.count()
+        _SESSIONS[self.number] = self
+
+    def reset(self) -> None:
+        """Forget everything that belongs to one generation."""
+        self._last_step.clear()
+        self._plans.clear()
+        self.recorder = Recorder()
+        self.reset_handlers()
+        for target in self.targets:
+            target.shapes.clear()
+
+    def reset_handlers(self) -> None:
+        """Have every method forget its state."""
+        for handler in self.handlers:
+            handler.reset()
+
+    def backend_report(self) -> str:
+        """Return the backend asked for and, once a planned call ran, what it resolved to."""
+        used = ", ".join(sorted(self.recorder.backends))
+        return f"{self.backend} ({used})" if used and used != self.backend else self.backend
+
+    def enter(self, target: Target, branch: str, context: Mapping[str, Any]) -> None:
+        """Note that a denoising call begins: ``cache_context`` with what the pipeline tells it."""
+        target.in_context = True
+        target.branch = branch
+        target.sigma = context.get("sigma")
+        target.told_step = context.get("step_index") is not None
+        if target.told_step:
+            target.step_index = context["step_index"]
+            self._begin_call(target, context.get("num_inference_steps"))
+
+    def leave(self, target: Target) -> None:
+        """Note that the denoising call ended, or was aborted."""
+        target.in_context = target.told_step = False
+
+    def observe(self, target: Target, grid: Sequence[int], batch: int, timestep: Tensor | None) -> None:
+        """Note the shape of a forward that begins, and its step where no context told it.
+
+        Raises:
+            ConfigError: if a method refuses the layout.
+        """
+        if not target.told_step:
+            self._infer_step(target, timestep)
+        shape = (tuple(grid), batch)
+        known = target.shapes.get(target.branch)
+        if shape == known:
+            return
+        if known is not None:
+            self.reset_handlers()
+        target.shapes[target.branch] = shape
+        layout = _layout(grid)
+        for handler in self.handlers:
+            note = handler.check_layout(layout)
+            if note:
+                self.recorder.note(note)
+
+    def plan(self, layer: int, q: Tensor, k: Tensor, grid: Sequence[int], layout: str) -> tuple[AttentionPlan, int]:
+        """Return the plan of the attention call that runs now, and its number if a backward may need it, else -1.
+
+        Raises:
+            ConfigError: if the tensors do not have the layout's length.
+        """
+        place = self.places[layer]
+        target = place.target
+        tokens = _layout(grid)
+        length = q.shape[1] if layout == "bshd" else q.shape[2]
+        if length != tokens.tokens:
+            raise ConfigError(
+                f"{target.name} layer {place.layer} attends over {length} tokens, the adapter {target.adapter.name!r} "
+                f"reads {tokens.tokens} off the latents ({tokens}); report this model to the adapter's author"
+            )
+        moment = Moment(
+            transformer=target.name,
+            layer=place.layer,
+            depth=place.depth,
+            branch=target.branch,
+            step_index=target.step_index or 0,
+            num_inference_steps=self.num_inference_steps,
+            sigma=target.sigma,
+            layout=tokens,
+            batch=q.shape[0],
+            device=q.device,
+        )
+        plan = AttentionPlan()
+        for handler in self.handlers:
+            if handler.is_active(moment.depth, moment.step_index, moment.num_inference_steps):
+                plan = handler.contribute(plan, moment)
+        self.recorder.sparse_call(moment, plan)
+        return plan, self._remember(plan) if torch.is_grad_enabled() else -1
+
+    def plan_by_number(self, number: int) -> AttentionPlan:
+        """Return a plan that `plan` gave out, for the backward.
+
+        Raises:
+            AttachError: if too many forwards ran in between.
+        """
+        for known, plan in self._plans:
+            if known == number:
+                return plan
+        raise AttachError(
+            f"the attention plan {number} of a forward is gone before its backward ran; "
+            "run the backward before the next generation begins"
+        )
+
+    def execute(
+        self,
+        plan: AttentionPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        layout: str,
+        scale: float | None,
+    ) -> Tensor:
+        """Run a plan in one kernel call; differentiable in q, k and v."""
+        axis = 1 if layout == "bshd" else 2
+        self.recorder.backends.add(resolve_backend(self.backend, q.device))
+        tiles = plan.tiles
+        if tiles is None:
+            tiles = TileLists.full(q.shape[axis], k.shape[axis], block_q=128, block_k=128)
+        return block_sparse_attention(
+            q,
+            k,
+            v,
+            tiles,
+            layout=layout,
+            scale=scale,
+            head_scale=plan.head_scale,
+            key_mask=None if mask is None else _key_mask(mask, q.shape[0], k.shape[axis]),
+            frame_decay=plan.frame_decay,
+            token_order=plan.token_order,
+            identity_mix=plan.identity_mix,
+            backend=self.backend,
+        )
+
+    def _remember(self, plan: AttentionPlan) -> int:
+        number = next(self._plan_numbers)
+        self._plans.append((number, plan))
+        while len(self._plans) > 8 * len(self.places):
+            self._plans.popleft()
+        return number
+
+    def _begin_call(self, target: Target, num_inference_steps: int | None) -> None:
+        """Start a generation where the step did not advance, then switch each layer between dense and the plan."""
+        step = target.step_index or 0
+        key = (target.name, target.branch)
+        if step <= self._last_step.get(key, -1) or num_inference_steps != self.num_inference_steps:
+            self.reset()
+        self._last_step[key] = step
+        self.num_inference_steps = num_inference_steps
+        dense = 0
+        for place in target.places:
+            sparse = any(handler.is_active(place.depth, step, num_inference_steps) for handler in self.handlers)
+            place.processor._dit_accel_sparse = sparse
+            dense += not sparse
+        self.recorder.forward(target.name, target.branch, step, dense)
+
+    def _infer_step(self, target: Target, timestep: Tensor | None) -> None:
+        """Count steps by the timesteps seen: a lower one is the next step, a higher one begins a generation."""
+        value = math.inf if timestep is None else float(timestep.flatten()[-1])
+        repeated = value == target.timestep and timestep is not None
+        target.calls_at_timestep = target.calls_at_timestep + 1 if repeated else 0
+        if not repeated:
+            target.step_index = (target.step_index or 0) + 1 if value < target.timestep else 0
+        target.timestep = value if timestep is not None else -math.inf
+        if not target.in_context:
+            target.branch = f"call {target.calls_at_timestep}"
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        self._begin_call(target, None if timesteps is None else len(timesteps))
+
+
+def _layout(grid: Sequence[int]) -> TokenLayout:
+    frames, height, width, before, after = (int(size) for size in grid)
+    return TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
+
+
+def _key_mask(mask: Tensor, batch: int, keys: int) -> Tensor:
+    """Return key validity [B, S] of an attention mask that is key padding.
+
+    Raises:
+        ConfigError: for any other mask, which our kernels can't follow.
+    """
+    if mask.dtype == torch.bool and mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
+        return mask.reshape(-1, keys).expand(batch, keys)
+    raise ConfigError(
+        f"sparse attention takes a boolean key-padding mask [{batch}, 1, 1, {keys}], the model passes {mask.dtype} "
+        f"{list(mask.shape)}; detach the sparse methods from this model"
+    )
