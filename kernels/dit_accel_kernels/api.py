@@ -1,0 +1,262 @@
+"""The attention call: arguments checked, resolved and handed to one backend; also the custom op and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel_kernels import backward, reference, torch_backend
+from dit_accel_kernels.checks import check_arguments
+from dit_accel_kernels.features import FrameDecay, Problem
+from dit_accel_kernels.tiles import TileLists
+
+BACKENDS = ("auto", "torch", "reference")
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor exact_offsets, Tensor exact_indices, Tensor? pooled_offsets, "
+    "Tensor? pooled_indices, int block_q, int block_k, bool heads_first, float scale, Tensor? head_scale, "
+    "Tensor? key_length, Tensor? key_mask, Tensor? decay_table, Tensor? q_frames, Tensor? k_frames, "
+    "Tensor? token_order, Tensor? identity_mix, Tensor? identity_rows, bool return_lse, str backend)"
+)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: TileLists,
+    *,
+    layout: str = "bshd",
+    scale: float | None = None,
+    head_scale: Tensor | None = None,
+    key_length: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    frame_decay: FrameDecay | None = None,
+    token_order: Tensor | None = None,
+    identity_mix: Tensor | None = None,
+    identity_rows: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
+
+    Args:
+        q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference backends.
+        k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
+        v: like k.
+        tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
+        layout: "bshd" or "bhsd", of q, k, v and the output.
+        scale: logit scale; 1 / sqrt(D) by default.
+        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda).
+        key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
+        key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
+        frame_decay: logit decay by frame distance, see FrameDecay.
+        token_order: int64 [S], position in the tiled order -> token index in the tensors (S_q = S_k); output in the caller's order.
+        identity_mix: float [H] or [B, H] in [0, 1], output = (1 - w) * attention + w * V for each head (S_q = S_k).
+        identity_rows: bool [S], the tokens that identity_mix touches; all by default.
+        return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q] (float64 for
+            float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
+        backend: "auto", "torch" or "reference"; a named one runs or raises.
+
+    Raises:
+        ValueError, TypeError: arguments that don't fit, by name and value.
+        BackendUnavailableError: the named backend cannot run here.
+    """
+    packed = _pack(
+        q, k, v, tiles, layout, scale, head_scale, key_length, key_mask, frame_decay, token_order, identity_mix,
+        identity_rows, return_lse, backend,
+    )  # fmt: skip
+    if (
+        packed[-1] == "reference"
+    ):  # plain eager code: autograd differentiates it, and that is the gradient's specification
+        out, lse = _forward(*packed)
+    else:
+        out, lse = torch.ops.dit_accel_kernels.block_sparse_attention(*packed)
+    return (out, lse) if return_lse else out
+
+
+def block_sparse_attention_eager(
+    q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **arguments: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`block_sparse_attention` without the custom op and without gradient, for callers inside a custom op of their own."""
+    values = {**_DEFAULTS, **arguments}
+    if len(values) > len(_DEFAULTS):
+        raise TypeError(f"unknown arguments: {', '.join(sorted(set(values) - set(_DEFAULTS)))}")
+    with torch.no_grad():
+        out, lse = _forward(*_pack(q, k, v, tiles, *values.values()))
+    return (out, lse) if values["return_lse"] else out
+
+
+_DEFAULTS = dict(
+    layout="bshd", scale=None, head_scale=None, key_length=None, key_mask=None, frame_decay=None, token_order=None,
+    identity_mix=None, identity_rows=None, return_lse=False, backend="auto",
+)  # fmt: skip
+
+
+def _pack(
+    q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, layout: str, scale: float | None, head_scale: Tensor | None,
+    key_length: Tensor | None, key_mask: Tensor | None, frame_decay: FrameDecay | None, token_order: Tensor | None,
+    identity_mix: Tensor | None, identity_rows: Tensor | None, return_lse: bool, backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Check everything and flatten it to what a custom op takes: tensors and scalars."""
+    check_arguments(
+        q, k, v, tiles, layout=layout, head_scale=head_scale, key_length=key_length, key_mask=key_mask,
+        frame_decay=frame_decay, token_order=token_order, identity_mix=identity_mix, identity_rows=identity_rows,
+    )  # fmt: skip
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
+    return (
+        q, k, v, tiles.exact_offsets, tiles.exact_indices, tiles.pooled_offsets, tiles.pooled_indices,
+        tiles.block_q, tiles.block_k, layout == "bhsd", q.shape[-1] ** -0.5 if scale is None else float(scale),
+        head_scale, key_length, key_mask,
+        None if frame_decay is None else frame_decay.table,
+        None if frame_decay is None else frame_decay.q_frames,
+        None if frame_decay is None else frame_decay.k_frames,
+        token_order, identity_mix, identity_rows, return_lse, backend,
+    )  # fmt: skip
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """What "auto" means here: the torch backend on every device, today."""
+    del device
+    return "torch" if backend == "auto" else backend
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, exact_offsets: Tensor, exact_indices: Tensor, pooled_offsets: Tensor | None,
+    pooled_indices: Tensor | None, block_q: int, block_k: int, heads_first: bool, scale: float,
+    head_scale: Tensor | None, key_length: Tensor | None, key_mask: Tensor | None, decay_table: Tensor | None,
+    q_frames: Tensor | None, k_frames: Tensor | None, token_order: Tensor | None,
+) -> Problem:  # fmt: skip
+    """The call in [B, H, S, D] and tiled token order."""
+    valid = key_mask
+    if key_length is not None:
+        prefix = torch.arange(k.shape[2 if heads_first else 1], device=k.device) < key_length[:, None]
+        valid = prefix if valid is None else valid & prefix
+    decay = None
+    if decay_table is not None and q_frames is not None and k_frames is not None:
+        decay = (decay_table, q_frames, k_frames)
+    if not heads_first:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if token_order is not None:
+        q, k, v = (x.index_select(2, token_order) for x in (q, k, v))
+        valid = None if valid is None else valid.index_select(1, token_order)
+        decay = None if decay is None else (decay[0], decay[1][token_order], decay[2][token_order])
+    return Problem(
+        q=q, k=k, v=v, exact_offsets=exact_offsets, exact_indices=exact_indices, pooled_offsets=pooled_offsets,
+        pooled_indices=pooled_indices, block_q=block_q, block_k=block_k, logit_scale=scale,
+        head_scale=None if head_scale is None else head_scale.float().reshape(-1, q.shape[1]),
+        key_valid=valid, decay=decay,
+    )  # fmt: skip
+
+
+def mix_weight(
+    identity_mix: Tensor | None, identity_rows: Tensor | None, heads_first: bool, dtype: torch.dtype
+) -> Tensor | None:
+    """Identity weight w broadcastable to the output in its layout, 0 outside the chosen rows."""
+    if identity_mix is None:
+        return None
+    w = identity_mix.to(dtype).reshape(-1, identity_mix.shape[-1])
+    w = w[:, :, None, None] if heads_first else w[:, None, :, None]
+    if identity_rows is not None:
+        rows = identity_rows[:, None] if heads_first else identity_rows[:, None, None]
+        w = w * rows
+    return w
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Run one packed call: output in the caller's layout and order, LSE [B, H, S_q] (empty unless asked for)."""
+    heads_first, token_order = rest[6], rest[14]
+    identity_mix, identity_rows, return_lse, backend = rest[15:]
+    problem = _problem(q, k, v, *rest[:15])
+    name = resolve_backend(backend, q.device)
+    if name == "reference":
+        out, lse = reference.attend(problem)
+        lse = lse if return_lse else lse.new_empty(0)
+    else:
+        out, lse = torch_backend.attend(problem, need_lse=return_lse)
+    if token_order is not None:
+        out = torch.empty_like(out).index_copy_(2, token_order, out)
+        lse = torch.empty_like(lse).index_copy_(2, token_order, lse) if return_lse else lse
+    if not heads_first:
+        out = out.transpose(1, 2)
+    w = mix_weight(identity_mix, identity_rows, heads_first, out.dtype)
+    if w is not None:
+        repeat = q.shape[1 if heads_first else 2] // v.shape[1 if heads_first else 2]
+        out = torch.lerp(out, v.repeat_interleave(repeat, 1 if heads_first else 2), w.expand_as(out))
+    return out.contiguous(), lse.contiguous()
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    heads, tokens = (1, 2) if rest[6] else (2, 1)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (q.shape[0], q.shape[heads], q.shape[tokens]) if rest[-2] else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
+
+
+def _backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    """Gradients of q, k and v of one packed call, in their layout."""
+    heads_first, token_order = rest[6], rest[14]
+    identity_mix, identity_rows = rest[15:17]
+    problem = _problem(q, k, v, *rest[:15])
+    w = mix_weight(identity_mix, identity_rows, heads_first, grad_out.dtype)
+    grad_mixed = None
+    if w is not None:
+        grad_mixed = grad_out * w
+        grad_out = grad_out - grad_mixed
+    if not heads_first:
+        grad_out = grad_out.transpose(1, 2)
+    if token_order is not None:
+        grad_out = grad_out.index_select(2, token_order)
+        grad_lse = None if grad_lse is None else grad_lse.index_select(2, token_order)
+    grads = backward.attend_backward(problem, grad_out, grad_lse)
+    if token_order is not None:
+        grads = tuple(torch.empty_like(g).index_copy_(2, token_order, g) for g in grads)
+    if not heads_first:
+        grads = tuple(g.transpose(1, 2) for g in grads)
+    grad_q, grad_k, grad_v = grads
+    if grad_mixed is not None:
+        axis = 1 if heads_first else 2
+        grad_v = grad_v + grad_mixed.unflatten(axis, (v.shape[axis], -1)).sum(axis + 1)
+    return [grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()]
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> list[Tensor]:
+    return [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)]
+
+
+_op = torch.library.custom_op(
+    "dit_accel_kernels::block_sparse_attention", _forward, mutates_args=(), schema=_SCHEMA + " -> (Tensor, Tensor)"
+)
+_op.register_fake(_forward_fake)
+_backward_op = torch.library.custom_op(
+    "dit_accel_kernels::block_sparse_attention_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor? grad_lse, " + _SCHEMA[1:] + " -> Tensor[]",
+)
+_backward_op.register_fake(_backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.return_lse = inputs[-2]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+
+
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    inputs = list(ctx.others)
+    for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        inputs[i] = x
+    grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
+        grad_out, grad_lse if ctx.return_lse else None, *inputs
+    )
+    return (*grads, *(None for _ in inputs[3:]))
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)

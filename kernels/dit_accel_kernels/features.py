@@ -1,0 +1,105 @@
+"""Optional features of the attention call in one place: frame-distance decay, and the resolved arguments backends receive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class FrameDecay:
+    """Logit decay by the distance of frames: x becomes min(x, t * x), with t = table[|frame of q - frame of k|].
+
+    `table` is float32 [max distance + 1] with values in (0, 1]; `q_frames` int32 [S_q] and `k_frames` int32 [S_k] give each token's
+    frame in the caller's token order, -1 for tokens outside the video (t = 1). Distances beyond the table use its last entry. A pooled
+    tile uses the mean of t over its tokens, which is t itself where the tile lies in one frame. Source: UltraViCo,
+    arXiv 2511.20123; the released code decays token distances, here the distance is in frames.
+    """
+
+    table: Tensor
+    q_frames: Tensor
+    k_frames: Tensor
+
+    def __post_init__(self) -> None:
+        if self.table.dtype != torch.float32 or self.table.dim() != 1 or self.table.numel() == 0:
+            raise ValueError(
+                f"frame_decay.table must be float32 with one dimension and at least one entry, "
+                f"found {self.table.dtype} {list(self.table.shape)}"
+            )
+        for name in ("q_frames", "k_frames"):
+            frames = getattr(self, name)
+            if frames.dtype != torch.int32 or frames.dim() != 1:
+                raise ValueError(
+                    f"frame_decay.{name} must be int32 with one dimension, found {frames.dtype} {list(frames.shape)}"
+                )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Problem:
+    """One attention call as the backends see it: tensors in tiled token order, [B, H, S, D], everything resolved.
+
+    `logit_scale` is the softmax scale; `head_scale` float32 [B or 1, H] or None multiplies it. `key_valid` is bool [B, S_k] or None.
+    `decay` is (table, q_frames, k_frames) in tiled order or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    exact_offsets: Tensor
+    exact_indices: Tensor
+    pooled_offsets: Tensor | None
+    pooled_indices: Tensor | None
+    block_q: int
+    block_k: int
+    logit_scale: float
+    head_scale: Tensor | None
+    key_valid: Tensor | None
+    decay: tuple[Tensor, Tensor, Tensor] | None
+
+    @property
+    def query_tiles(self) -> int:
+        """Number of block rows, NQ."""
+        return -(-self.q.shape[2] // self.block_q)
+
+    @property
+    def key_tiles(self) -> int:
+        """Number of key tiles, NK."""
+        return -(-self.k.shape[2] // self.block_k)
+
+
+def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Decay t as float32 [F + 2, S_k], one row for each query frame -1..F, and each query token's row, int64 [S_q].
+
+    Row 0 is for queries outside the video and all ones; the columns of keys outside the video are ones in every row.
+    """
+    frames = torch.arange(-1, int(q_frames.max()) + 1, device=table.device)
+    distance = (frames[:, None] - k_frames[None, :].long()).abs().clamp_(max=table.numel() - 1)
+    t = table[distance]
+    t[0] = 1.0
+    t[:, k_frames < 0] = 1.0
+    return t, (q_frames.long() + 1).clamp_(min=0)
+
+
+def tile_means(x: Tensor, block: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means over tiles of x [..., S, D] (S in tiles of `block`, ragged tail) and the true lengths they were taken over.
+
+    `weight` is bool [..., S], the tokens that count, or None for all. Returns means [..., NK, D] in x's dtype, summed in float32
+    (float64 for float64), and lengths float32 [..., NK]; a tile without a counting token has mean 0 and length 0.
+    """
+    tokens = x.shape[-2]
+    tiles = -(-tokens // block)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pad = tiles * block - tokens
+    if weight is None:
+        count = torch.full((tiles,), float(block), dtype=wide, device=x.device)
+        count[-1] = block - pad
+        whole = x
+    else:
+        whole = x.masked_fill(~weight[..., None], 0)
+        count = torch.nn.functional.pad(weight, (0, pad)).unflatten(-1, (tiles, block)).sum(-1, dtype=wide)
+    if pad:
+        whole = torch.nn.functional.pad(whole, (0, 0, 0, pad))
+    total = whole.unflatten(-2, (tiles, block)).sum(-2, dtype=wide)
+    return (total / count.clamp(min=1)[..., None]).to(x.dtype), count

@@ -1,0 +1,74 @@
+"""The specification of block-sparse attention: eager, dense with masks, O(S^2) memory, any dtype up to float64, differentiable.
+
+Every other backend is tested against this one. The formulas, for a query row with logits x = logit_scale * head_scale * (q . k):
+exact tiles give one column a token; a pooled tile gives one column with x = scale * (q . mean K), weight len * e^x and value mean V
+(the same as numerator += e^x * sum V, denominator += e^x * len); decay is min(x, t * x) before the length enters; skipped tiles are
+absent. A pooled tile counts its valid tokens only, and a tile without any is absent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
+from dit_accel_kernels.tiles import EXACT, POOLED, TileLists
+
+
+def attend(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output [B, H, S_q, D] in q's dtype and natural-log LSE [B, H, S_q] in float32 (float64 for float64)."""
+    q, k, v = problem.q, problem.k, problem.v
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    weight = None if problem.key_valid is None else problem.key_valid[:, None]
+    k_mean, length = tile_means(k, problem.block_k, weight)
+    v_mean, _ = tile_means(v, problem.block_k, weight)
+    if weight is not None:
+        v = v.masked_fill(~weight[..., None], 0)  # 0 * inf is not 0: what an invalid key holds must not matter
+    states = _row_states(problem)
+    exact = (states == EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]
+    if weight is not None:
+        exact = exact & weight[..., None, :]
+    pooled = (states == POOLED) & (length > 0).unsqueeze(-2)
+    scale: float | Tensor = problem.logit_scale
+    if problem.head_scale is not None:
+        scale = scale * problem.head_scale.to(wide)[:, :, None, None]
+    x_exact = (q @ k.mT).to(wide) * scale
+    x_pooled = (q @ k_mean.mT).to(wide) * scale
+    if problem.decay is not None:
+        t_exact, t_pooled = _decay(problem, wide)
+        x_exact = torch.minimum(x_exact, t_exact * x_exact)
+        x_pooled = torch.minimum(x_pooled, t_pooled * x_pooled)
+    x_pooled = x_pooled + length.to(wide).clamp(min=1).log().unsqueeze(-2)
+    x = torch.cat([x_exact.masked_fill(~exact, -torch.inf), x_pooled.masked_fill(~pooled, -torch.inf)], -1)
+    empty = (x == -torch.inf).all(-1, keepdim=True)
+    p = torch.softmax(x.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    out = p.to(q.dtype) @ torch.cat([v, v_mean], 2)
+    lse = torch.logsumexp(x.masked_fill(empty, 0.0), -1).masked_fill(empty[..., 0], -torch.inf)
+    return out, lse
+
+
+def _row_states(problem: Problem) -> Tensor:
+    """Tile states of every query row, uint8 [B or 1, H or 1, S_q, NK]."""
+    tiles = TileLists(
+        block_q=problem.block_q,
+        block_k=problem.block_k,
+        num_q=problem.q.shape[2],
+        num_k=problem.k.shape[2],
+        exact_offsets=problem.exact_offsets,
+        exact_indices=problem.exact_indices,
+        pooled_offsets=problem.pooled_offsets,
+        pooled_indices=problem.pooled_indices,
+    )
+    states = tiles.states().repeat_interleave(problem.block_q, 1)[:, : tiles.num_q]
+    heads = problem.q.shape[1]
+    return states[None] if states.shape[0] in (1, heads) else states.unflatten(0, (-1, heads))
+
+
+def _decay(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Decay t of every (query row, key), [S_q, S_k], and of every (query row, key tile), [S_q, NK]."""
+    assert problem.decay is not None
+    t, rows = decay_by_frame(*problem.decay)
+    t_tiles, _ = tile_means(t.to(dtype)[..., None], problem.block_k, None)
+    return t.to(dtype)[rows], t_tiles[..., 0][rows]

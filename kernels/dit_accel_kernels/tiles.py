@@ -1,0 +1,215 @@
+"""Tile lists: which key tiles every block row of queries visits exactly, visits as one pooled key, or skips.
+
+Tokens are cut into tiles of `block_q` queries and `block_k` keys; the last tile of each side may be ragged. The lists are CSR: one
+row of ascending key-tile indices for each block row, shared by all batches and heads (G = 1) or one set each (G = H or B*H).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SKIPPED, POOLED, EXACT = 0, 1, 2
+
+_INT32_MAX = 2**31 - 1
+
+
+def _csr(selected: Tensor) -> tuple[Tensor, Tensor]:
+    """CSR of a boolean [G, NQ, NK]: absolute offsets int32 [G, NQ + 1] and ascending indices int32 [nnz]."""
+    groups, rows, _ = selected.shape
+    indices = selected.nonzero()[:, 2].to(torch.int32)
+    if indices.numel() > _INT32_MAX:
+        raise ValueError(f"tile lists hold at most {_INT32_MAX} entries, found {indices.numel()}: use larger tiles")
+    ends = selected.sum(-1, dtype=torch.int64).flatten().cumsum(0).view(groups, rows)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1, -1]])
+    return torch.cat([starts[:, None], ends], 1).to(torch.int32), indices
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class TileLists:
+    """Exact and pooled key tiles of every block row; what is in neither list is skipped.
+
+    `exact_offsets` and `pooled_offsets` are int32 [G, NQ + 1], absolute positions in `exact_indices` and `pooled_indices` (int32
+    [nnz], ascending within a row). `num_q` and `num_k` count tokens. Creation checks shapes and dtypes only and never reads the
+    values (no device sync); `validate` reads them. Raises ValueError or TypeError where the parts don't fit.
+    """
+
+    block_q: int
+    block_k: int
+    num_q: int
+    num_k: int
+    exact_offsets: Tensor
+    exact_indices: Tensor
+    pooled_offsets: Tensor | None = None
+    pooled_indices: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k", "num_q", "num_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if (self.pooled_offsets is None) != (self.pooled_indices is None):
+            raise ValueError("pooled_offsets and pooled_indices come together: give both or neither")
+        _check_csr("exact", self.exact_offsets, self.exact_indices, self.query_tiles)
+        if self.pooled_offsets is not None and self.pooled_indices is not None:
+            _check_csr("pooled", self.pooled_offsets, self.pooled_indices, self.query_tiles)
+            if self.pooled_offsets.shape != self.exact_offsets.shape:
+                raise ValueError(
+                    f"pooled_offsets must have the shape of exact_offsets, {tuple(self.exact_offsets.shape)}, "
+                    f"found {tuple(self.pooled_offsets.shape)}"
+                )
+
+    @classmethod
+    def from_states(cls, states: Tensor, *, block_q: int, block_k: int, num_q: int, num_k: int) -> TileLists:
+        """Lists from tile states uint8 [NQ, NK] or [G, NQ, NK], each SKIPPED (0), POOLED (1) or EXACT (2)."""
+        if states.dtype != torch.uint8:
+            raise TypeError(f"states must be torch.uint8, found {states.dtype}")
+        if states.dim() == 2:
+            states = states[None]
+        expected = (-(-num_q // block_q), -(-num_k // block_k))
+        if states.dim() != 3 or tuple(states.shape[1:]) != expected:
+            raise ValueError(
+                f"states must be [G, {expected[0]}, {expected[1]}] for {num_q} x {num_k} tokens in tiles of "
+                f"{block_q} x {block_k}, found {list(states.shape)}"
+            )
+        if states.numel() and int(states.max()) > EXACT:
+            raise ValueError(f"states must be 0 (skipped), 1 (pooled) or 2 (exact), found {int(states.max())}")
+        exact_offsets, exact_indices = _csr(states == EXACT)
+        pooled_offsets, pooled_indices = _csr(states == POOLED)
+        empty = pooled_indices.numel() == 0
+        return cls(
+            block_q=block_q,
+            block_k=block_k,
+            num_q=num_q,
+            num_k=num_k,
+            exact_offsets=exact_offsets,
+            exact_indices=exact_indices,
+            pooled_offsets=None if empty else pooled_offsets,
+            pooled_indices=None if empty else pooled_indices,
+        )
+
+    @classmethod
+    def full(cls, num_q: int, num_k: int, *, block_q: int, block_k: int) -> TileLists:
+        """Lists in which every tile is exact: dense attention."""
+        states = torch.full((-(-num_q // block_q), -(-num_k // block_k)), EXACT, dtype=torch.uint8)
+        return cls.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
+
+    @property
+    def groups(self) -> int:
+        """Number of list sets, G: 1 (shared), H (per head) or B*H."""
+        return self.exact_offsets.shape[0]
+
+    @property
+    def query_tiles(self) -> int:
+        """Number of block rows, NQ."""
+        return -(-self.num_q // self.block_q)
+
+    @property
+    def key_tiles(self) -> int:
+        """Number of key tiles, NK."""
+        return -(-self.num_k // self.block_k)
+
+    @property
+    def tiles_total(self) -> int:
+        """Tiles of all G list sets together, G * NQ * NK."""
+        return self.groups * self.query_tiles * self.key_tiles
+
+    @property
+    def tiles_exact(self) -> int:
+        """Exact tiles of all list sets together."""
+        return self.exact_indices.numel()
+
+    @property
+    def tiles_pooled(self) -> int:
+        """Pooled tiles of all list sets together."""
+        return 0 if self.pooled_indices is None else self.pooled_indices.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of tiles that are exact, in [0, 1]; pooled tiles do not count."""
+        return self.tiles_exact / self.tiles_total
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the lists."""
+        return self.exact_indices.device
+
+    def to(self, device: torch.device | str) -> TileLists:
+        """The same lists on `device`; the same object if they are there already."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        pooled = self.pooled_offsets is not None and self.pooled_indices is not None
+        return TileLists(
+            block_q=self.block_q,
+            block_k=self.block_k,
+            num_q=self.num_q,
+            num_k=self.num_k,
+            exact_offsets=self.exact_offsets.to(device),
+            exact_indices=self.exact_indices.to(device),
+            pooled_offsets=self.pooled_offsets.to(device) if pooled else None,  # pyright: ignore
+            pooled_indices=self.pooled_indices.to(device) if pooled else None,  # pyright: ignore
+        )
+
+    def states(self) -> Tensor:
+        """Tile states uint8 [G, NQ, NK]: the inverse of `from_states`."""
+        states = torch.zeros(self.groups, self.query_tiles, self.key_tiles, dtype=torch.uint8, device=self.device)
+        for value, offsets, indices in (
+            (POOLED, self.pooled_offsets, self.pooled_indices),
+            (EXACT, self.exact_offsets, self.exact_indices),
+        ):
+            if offsets is not None and indices is not None:
+                states.view(-1)[_flat_rows(offsets) * self.key_tiles + indices] = value
+        return states
+
+    def validate(self) -> TileLists:
+        """Read every value: offsets rise and end at nnz, indices ascend in range, no tile is exact and pooled. Returns self."""
+        _check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
+        if self.pooled_offsets is not None and self.pooled_indices is not None:
+            _check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
+            exact = _flat_rows(self.exact_offsets) * self.key_tiles + self.exact_indices
+            pooled = _flat_rows(self.pooled_offsets) * self.key_tiles + self.pooled_indices
+            both = exact[torch.isin(exact, pooled)]
+            if both.numel():
+                row, tile = divmod(int(both[0]), self.key_tiles)
+                raise ValueError(f"a tile is exact or pooled, not both: found tile {tile} twice in block row {row}")
+        return self
+
+
+def _flat_rows(offsets: Tensor) -> Tensor:
+    """Row number g * NQ + i of every entry of a CSR with offsets [G, NQ + 1]."""
+    counts = (offsets[:, 1:] - offsets[:, :-1]).flatten().to(torch.int64)
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=offsets.device), counts)
+
+
+def _check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:
+    """Shapes, dtypes and devices of one CSR, without reading values."""
+    for part, tensor in (("offsets", offsets), ("indices", indices)):
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name}_{part} must be torch.int32, found {tensor.dtype}")
+    if offsets.dim() != 2 or offsets.shape[1] != rows + 1:
+        raise ValueError(f"{name}_offsets must be [G, {rows + 1}] for {rows} block rows, found {list(offsets.shape)}")
+    if indices.dim() != 1:
+        raise ValueError(f"{name}_indices must have one dimension, found {list(indices.shape)}")
+    if offsets.device != indices.device:
+        raise ValueError(
+            f"{name}_offsets and {name}_indices must share a device, found {offsets.device} and {indices.device}"
+        )
+
+
+def _check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> None:
+    """Values of one CSR: offsets rise from 0 to nnz over all groups, indices lie in range and ascend strictly in a row."""
+    flat = torch.cat([offsets[:1, 0], offsets[:, 1:].flatten()])
+    if int(flat[0]) != 0 or int(flat[-1]) != indices.numel() or bool((flat[1:] < flat[:-1]).any()):
+        raise ValueError(f"{name}_offsets must rise from 0 to {indices.numel()}, found {flat.tolist()[:8]}")
+    if bool((offsets[1:, 0] != offsets[:-1, -1]).any()):
+        raise ValueError(f"{name}_offsets are absolute: every list set must start where the one before ends")
+    if indices.numel() == 0:
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= tiles:
+        raise ValueError(f"{name}_indices must lie in 0..{tiles - 1}, found {low if low < 0 else high}")
+    keys = _flat_rows(offsets) * tiles + indices
+    if bool((keys[1:] <= keys[:-1]).any()):
+        raise ValueError(f"{name}_indices must ascend strictly in every block row: sort them and remove repeats")
