@@ -1,0 +1,242 @@
+"""The RadialAttention config: its checks and recipes, tile lists with text, caching, counts, advice and warm-up."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, block_sparse_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_accel.errors import ConfigError
+from dit_accel.layout import TokenLayout
+from dit_accel.methods import radial
+from dit_accel.methods.radial import GENERIC, RadialAttention
+
+WAN_720P = TokenLayout(frames=21, height=45, width=80)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"decay_factor": 0.0}, r"decay_factor must be a finite number > 0, got 0\.0; 1 is the paper's"),
+        ({"decay_factor": -1}, r"decay_factor must be a finite number > 0, got -1"),
+        ({"decay_factor": float("nan")}, r"decay_factor must be a finite number > 0, got nan"),
+        ({"decay_factor": float("inf")}, r"decay_factor must be a finite number > 0, got inf"),
+        ({"decay_factor": "1"}, r"radial\.decay_factor must be .*, got '1'"),
+        ({"block_size": 100}, r"block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
+        ({"block_size": 8}, r"block_size must be a power of two from 16 to 512, got 8"),
+        ({"block_size": 1024}, r"block_size must be a power of two from 16 to 512, got 1024"),
+        ({"block_size": 128.0}, r"radial\.block_size must be .*, got 128\.0"),
+        ({"near": "quarter"}, r"radial\.near must be 'full' or 'half' or unset, got 'quarter'"),
+        ({"sink": 1}, r"radial\.sink must be .*, got 1"),
+        ({"boundary": "all"}, r"radial\.boundary must be 'any' or 'published', got 'all'"),
+        ({"rest": None}, r"radial\.rest must be 'skip' or 'pooled', got None"),
+        ({"order": "hilbert"}, r"radial\.order must be 'raster' or 'tiles', got 'hilbert'"),
+        ({"dense_steps": -1}, r"radial\.dense_steps must be >= 0, got -1; 0 keeps none dense"),
+        ({"dense_last_steps": -2}, r"radial\.dense_last_steps must be >= 0, got -2"),
+        ({"dense_layers": -3}, r"radial\.dense_layers must be >= 0, got -3"),
+        ({"dense_steps": 1.5}, r"radial\.dense_steps must be .*, got 1\.5"),
+        ({"boundary": "published", "order": "tiles"}, r"no meaning with radial\.order = 'tiles'; use boundary = 'any'"),
+    ],
+)
+def test_bad_options_are_refused_with_the_value(options, text):
+    with pytest.raises(ConfigError, match=text):
+        RadialAttention(**options)
+
+
+def test_the_config_is_frozen_keyword_only_and_hashable():
+    config = RadialAttention(decay_factor=0.5)
+    with pytest.raises(AttributeError):
+        config.decay_factor = 1.0
+    with pytest.raises(TypeError):
+        RadialAttention(0.5)
+    assert hash(config) == hash(RadialAttention(decay_factor=0.5))
+
+
+def test_unset_options_take_the_recipe_then_the_generic_value():
+    recipe = {"decay_factor": 0.8, "block_size": 64, "sink": False}
+    resolved = RadialAttention(decay_factor=0.3, rest="pooled").resolved(recipe)
+    assert resolved == RadialAttention(
+        decay_factor=0.3, block_size=64, near="full", sink=False, rest="pooled", dense_steps=12, dense_last_steps=0,
+        dense_layers=1,
+    )  # fmt: skip
+    assert resolved.resolved({}) == resolved
+    assert RadialAttention().resolved({}).to_dict().items() >= dict(GENERIC).items()
+
+
+def test_a_false_or_zero_set_by_the_user_beats_the_recipe():
+    resolved = RadialAttention(sink=False, dense_steps=0).resolved({"sink": True, "dense_steps": 12})
+    assert (resolved.sink, resolved.dense_steps) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        ({"order": "tiles"}, r"a recipe of radial sets 'order', which it can't; .*known: block_size"),
+        ({"decay": 0.5}, r"a recipe of radial sets 'decay', which it can't; did you mean 'decay_factor'\?"),
+        ({"decay_factor": -0.5}, r"decay_factor must be a finite number > 0, got -0\.5"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(recipe, text):
+    with pytest.raises(ConfigError, match=text):
+        RadialAttention().resolved(recipe)
+
+
+@pytest.mark.parametrize("call", ["tiles", "density", "tile_counts", "advice"])
+def test_one_frame_is_refused(call):
+    with pytest.raises(ConfigError, match=r"radial needs at least 2 latent frames, got 1 \(64 x 64 tokens\).*images"):
+        getattr(RadialAttention(), call)(TokenLayout(frames=1, height=64, width=64))
+
+
+@given(
+    grid=st.tuples(st.integers(2, 12), st.integers(1, 20), st.integers(1, 20)),
+    text=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    block_size=st.sampled_from([16, 64]),
+    options=st.fixed_dictionaries(
+        {"rest": st.sampled_from(["skip", "pooled"]), "order": st.sampled_from(["raster", "tiles"])}
+    ),
+)
+@settings(max_examples=80, deadline=None)
+def test_text_is_exact_and_the_rest_is_as_asked(grid, text, block_size, options):
+    frames, height, width = grid
+    layout = TokenLayout(frames=frames, height=height, width=width, text_before=text[0], text_after=text[1])
+    config = RadialAttention(block_size=block_size, sink=False, decay_factor=0.2, near="half", **options)
+    lists = config.tiles(layout).validate()
+    states = lists.states()[0].numpy()
+    assert (lists.num_q, lists.num_k, lists.block_q, lists.block_k) == (
+        layout.tokens,
+        layout.tokens,
+        block_size,
+        block_size,
+    )
+    np.testing.assert_array_equal(states, states.T)
+    whole = layout.visual_tokens // block_size
+    if sum(text):
+        assert (states[whole:] == EXACT).all()
+    else:
+        assert config.tile_counts(layout) == (lists.tiles_exact, lists.tiles_total)
+        assert config.density(layout) == lists.density
+    other = POOLED if options["rest"] == "pooled" else SKIPPED
+    assert set(np.unique(states)) <= {EXACT, other}
+    alone = TokenLayout(frames=frames, height=height, width=width)
+    np.testing.assert_array_equal(states[:whole, :whole], config.tiles(alone).states()[0].numpy()[:whole, :whole])
+    assert config.tile_counts(layout) == config.tile_counts(alone)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "counts"),
+    [
+        (TokenLayout(frames=18, height=48, width=80), {"decay_factor": 0.2, "near": "half"}, (76_798, 540**2)),
+        (TokenLayout(frames=64, height=45, width=80, text_after=256), {"sink": False}, (575_360, 1800**2)),
+        (TokenLayout(frames=8, height=16, width=16), {"sink": False}, (224, 256)),
+    ],
+)
+def test_published_counts_through_the_config(layout, options, counts):
+    config = RadialAttention(boundary="published", **{"decay_factor": 1.0, "near": "full", "sink": True, **options})
+    assert config.tile_counts(layout) == counts
+
+
+def test_published_counts_whole_tiles_only_and_its_list_holds_the_tail():
+    config = RadialAttention(boundary="published", decay_factor=0.2, near="full", sink=True)
+    kept, total = config.tile_counts(WAN_720P)
+    assert total == 590**2
+    assert f"{1 - kept / total:.4f}" == "0.7378"
+    states = config.tiles(WAN_720P).states()[0]
+    assert states.shape == (591, 591)
+    assert (states[590] == EXACT).all()
+    assert (states[:, 590] == EXACT).all()
+    assert RadialAttention(boundary="published").tile_counts(TokenLayout(frames=2, height=5, width=5)) == (1, 1)
+
+
+def test_lists_are_cached_by_what_decides_them():
+    layout = TokenLayout(frames=5, height=12, width=20)
+    first = RadialAttention(dense_steps=3).tiles(layout)
+    assert RadialAttention(dense_steps=7, sink=True).tiles(TokenLayout(frames=5, height=12, width=20)) is first
+    assert RadialAttention(sink=False).tiles(layout) is not first
+    assert RadialAttention(rest="pooled").tiles(layout) is not first
+    assert RadialAttention().tiles(TokenLayout(frames=5, height=20, width=12)) is not first
+    assert radial._tiles.cache_info().maxsize < 64
+    order = RadialAttention(order="tiles")
+    assert order.token_order(layout) is order.token_order(layout)
+
+
+def test_lists_made_in_inference_mode_serve_training():
+    layout = TokenLayout(frames=3, height=9, width=31)
+    config = RadialAttention(order="tiles", block_size=32)
+    with torch.inference_mode():
+        lists, order = config.tiles(layout), config.token_order(layout)
+    assert order is not None
+    assert not any(tensor.is_inference() for tensor in (lists.exact_offsets, lists.exact_indices, order))
+
+
+@pytest.mark.parametrize(
+    ("options", "layout", "text"),
+    [
+        (
+            {},
+            TokenLayout(frames=2, height=8, width=8),
+            r"keeps all 1 tiles of 128 visual tokens, so it can't be faster",
+        ),
+        (
+            {"block_size": 16},
+            TokenLayout(frames=9, height=16, width=16),
+            r"seldom pays below 20000 visual tokens, .* 2304",
+        ),
+        (
+            {"boundary": "published", "block_size": 64, "sink": False},
+            TokenLayout(frames=28, height=30, width=53),
+            r"^boundary = 'published' leaves 5 of 695 block rows no visual tile; use 'any'",
+        ),
+    ],
+)
+def test_advice_names_what_does_not_fit(options, layout, text):
+    advice = RadialAttention(**options).advice(layout)
+    assert advice is not None
+    with pytest.raises(ConfigError, match=text):
+        raise ConfigError(advice)
+
+
+def test_no_advice_where_radial_fits():
+    assert RadialAttention().advice(WAN_720P) is None
+
+
+def test_dense_steps_and_layers():
+    config = RadialAttention(dense_steps=2, dense_last_steps=1, dense_layers=1)
+    assert [config.is_dense(step, 6, 3) for step in range(6)] == [True, True, False, False, False, True]
+    assert [config.is_dense(3, 6, layer) for layer in range(3)] == [True, False, False]
+    assert not RadialAttention(dense_steps=0, dense_layers=0).is_dense(0, None, 0)
+    with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1 needs the number of steps.*set it to 0"):
+        config.is_dense(3, None, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"boundary": "published"}, {"order": "tiles"}, {"rest": "pooled"}])
+def test_wan_720p_is_built_in_milliseconds(options):
+    config, spent = RadialAttention(**options), []
+    for _ in range(5):
+        for cached in (radial._tiles, radial._token_order, radial.kept_tiles, radial.patch_walk):
+            cached.cache_clear()
+        start = time.process_time()
+        config.tiles(WAN_720P)
+        config.token_order(WAN_720P)
+        spent.append(time.process_time() - start)
+    assert min(spent) < 0.020
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "tiles"}, {"sink": True, "order": "tiles"}])
+def test_the_lists_mean_what_the_order_says(options):
+    """Attention by list and order equals masked attention in the sequence's own order."""
+    layout = TokenLayout(frames=6, height=7, width=11, text_before=5, text_after=8)
+    config = RadialAttention(**{"block_size": 16, "decay_factor": 0.2, "near": "half", "sink": False, **options})
+    lists, order = config.tiles(layout), config.token_order(layout)
+    assert order is not None
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, layout.tokens, 2, 8, dtype=torch.float64)
+    out = block_sparse_attention(q, k, v, lists, token_order=order, backend="reference")
+    place = torch.empty_like(order)
+    place[order] = torch.arange(layout.tokens)
+    mask = lists.states()[0].eq(EXACT)[place // 16][:, place // 16]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
