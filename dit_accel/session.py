@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from dit_accel_kernels import TileLists, block_sparse_attention
+from dit_accel_kernels import TileLists, block_sparse_attention, resolve_backend
 from torch import Tensor
 
 from .adapter import Adapter
@@ -133,18 +133,7 @@ class Session:
         """
         if not target.told_step:
             self._infer_step(target, timestep)
-        shape = (tuple(grid), batch)
-        known = target.shapes.get(target.branch)
-        if shape == known:
-            return
-        if known is not None:
-            self.reset_handlers()
-        target.shapes[target.branch] = shape
-        layout = _layout(grid)
-        for handler in self.handlers:
-            note = handler.check_layout(layout)
-            if note:
-                self.recorder.note(note)
+        self._note_shape(target, grid, batch)
 
     def plan(self, layer: int, q: Tensor, k: Tensor, grid: Sequence[int], layout: str) -> tuple[AttentionPlan, int]:
         """Return the plan of the attention call that runs now, and its number if a backward may need it, else -1.
@@ -161,6 +150,7 @@ class Session:
                 f"{target.name} layer {place.layer} attends over {length} tokens, the adapter {target.adapter.name!r} "
                 f"reads {tokens.tokens} off the latents ({tokens}); report this model to the adapter's author"
             )
+        self._note_shape(target, grid, q.shape[0])  # a forward that is compiled whole is not observed
         moment = Moment(
             transformer=target.name,
             layer=place.layer,
@@ -224,6 +214,21 @@ class Session:
             identity_mix=plan.identity_mix,
             backend=self.backend,
         )
+
+    def _note_shape(self, target: Target, grid: Sequence[int], batch: int) -> None:
+        """Let the methods see a new shape; drop their state if the branch had another one before."""
+        shape = (tuple(int(size) for size in grid), batch)
+        known = target.shapes.get(target.branch)
+        if shape == known:
+            return
+        if known is not None:
+            self.reset_handlers()
+        target.shapes[target.branch] = shape
+        layout = _layout(grid)
+        for handler in self.handlers:
+            note = handler.check_layout(layout)
+            if note:
+                self.recorder.note(note)
 
     def _remember(self, plan: AttentionPlan) -> int:
         number = next(self._plan_numbers)
