@@ -19,19 +19,21 @@ from torch import Tensor
 from ..config import MethodConfig
 from ..errors import ConfigError, did_you_mean
 from ..layout import TokenLayout
+from ..plan import AttentionPlan, Moment
 from ..rules.patches import patch_walk
 from ..rules.radial import RadialRule, kept_tiles
+from .base import Handler, Model, handles
 
 GENERIC: Mapping[str, Any] = {
     "decay_factor": 1.0,
     "block_size": 128,
     "near": "full",
     "sink": True,
-    "dense_steps": 12,
+    "dense_steps": 0.24,
     "dense_last_steps": 0,
     "dense_layers": 1,
 }
-"""What an option is where neither the user nor the model's recipe sets it: the paper's mask and its 50-step warm-up."""
+"""What an option is where neither the user nor the model's recipe sets it: the paper's mask and warm-up (12 of 50)."""
 
 WORTHWHILE_TOKENS = 20_000
 """Visual tokens below which radial rarely pays: the rest of the network then costs more than attention does."""
@@ -54,7 +56,7 @@ class RadialAttention(MethodConfig):
         rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
         order: ``raster`` tiles are strips of a frame; ``tiles`` permutes the tokens so that they are patches, and keeps
             as many tiles, those nearest in the plane.
-        dense_steps: first denoising steps that stay dense.
+        dense_steps: first denoising steps that stay dense; below 1 a share of the run's steps, rounded up.
         dense_last_steps: last denoising steps that stay dense.
         dense_layers: first layers that stay dense.
 
@@ -71,7 +73,7 @@ class RadialAttention(MethodConfig):
     boundary: Literal["any", "published"] = "any"
     rest: Literal["skip", "pooled"] = "skip"
     order: Literal["raster", "tiles"] = "raster"
-    dense_steps: int | None = None
+    dense_steps: int | float | None = None
     dense_last_steps: int | None = None
     dense_layers: int | None = None
 
@@ -86,6 +88,10 @@ class RadialAttention(MethodConfig):
             value = getattr(self, field)
             if value is not None and value < 0:
                 raise ConfigError(f"radial.{field} must be >= 0, got {value}; 0 keeps none dense")
+        if isinstance(self.dense_steps, float) and not self.dense_steps < 1 and not self.dense_steps.is_integer():
+            raise ConfigError(
+                f"radial.dense_steps must be a whole number of steps or a share below 1, got {self.dense_steps}"
+            )
         if self.boundary == "published" and self.order == "tiles":
             raise ConfigError(
                 "radial.boundary = 'published' rounds raster tiles and has no meaning with radial.order = 'tiles'; "
@@ -172,16 +178,19 @@ class RadialAttention(MethodConfig):
         """Tell whether a layer stays dense at a step (0-based, over all experts).
 
         Raises:
-            ConfigError: if dense last steps are asked for and the number of steps is unknown (None).
+            ConfigError: if ``dense_steps`` is a share, or last steps are dense, and the number of steps is unknown.
         """
         first, last, layers = _dense_parts(self)
+        if num_inference_steps is None and (last or 0 < first < 1):
+            what = f"dense_last_steps = {last}" if last else f"dense_steps = {first}"
+            raise ConfigError(
+                f"radial.{what} needs the number of steps, which nothing tells here; attach to the pipeline, or set "
+                "dense_steps to a whole number and dense_last_steps to 0"
+            )
+        if 0 < first < 1:
+            first = math.ceil(first * (num_inference_steps or 0))
         if layer < layers or step_index < first:
             return True
-        if last and num_inference_steps is None:
-            raise ConfigError(
-                f"radial.dense_last_steps = {last} needs the number of steps, which this pipeline doesn't tell; "
-                "set it to 0"
-            )
         return num_inference_steps is not None and step_index >= num_inference_steps - last
 
     def _whole(self, layout: TokenLayout) -> np.ndarray:
@@ -208,7 +217,7 @@ def _rule(config: RadialAttention) -> RadialRule:
 
 
 @lru_cache(maxsize=64)
-def _dense_parts(config: RadialAttention) -> tuple[int, int, int]:
+def _dense_parts(config: RadialAttention) -> tuple[float, int, int]:
     full = config.resolved({}).to_dict()
     return full["dense_steps"], full["dense_last_steps"], full["dense_layers"]
 
@@ -241,3 +250,27 @@ def _token_order(patches: int | None, layout: TokenLayout, device: str) -> Tenso
     order = np.concatenate([visual.ravel() + layout.text_before, before, after])
     with torch.inference_mode(False):
         return torch.from_numpy(order).to(device)
+
+
+@handles(RadialAttention)
+class RadialHandler(Handler):
+    """RadialAttention on one model: its recipe filled in, its lists put into the plan."""
+
+    config: RadialAttention
+
+    def __init__(self, config: RadialAttention, model: Model) -> None:
+        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Refuse one frame; remark on a sequence where radial gains nothing."""
+        return self.config.advice(layout)
+
+    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+        """Active outside the dense steps and layers."""
+        return not self.config.is_dense(step_index, num_inference_steps, depth)
+
+    def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
+        """Put the layout's tile lists and token order into the plan."""
+        tiles = self.config.tiles(moment.layout, moment.device)
+        order = self.config.token_order(moment.layout, moment.device)
+        return dataclasses.replace(plan, tiles=tiles, token_order=order)
