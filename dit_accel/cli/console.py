@@ -1,0 +1,42 @@
+"""Where the command line writes: data to stdout, talk to stderr."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+OUT = Console(highlight=False, soft_wrap=False)
+"""Tables and other data that a user asked for."""
+
+TALK = Console(stderr=True, highlight=False)
+"""Notes, warnings, progress and errors."""
+
+
+def print_json(data: Any) -> None:
+    """Print ``data`` as JSON on stdout, never wrapped or coloured."""
+    print(json.dumps(data, indent=2, default=str))
+
+
+def note(text: str) -> None:
+    """Say something that the user may want to know and need not act on."""
+    TALK.print(Text("note: ", style="bold cyan") + Text(text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Say something that the user probably wants to change."""
+    TALK.print(Text("warning: ", style="bold yellow") + Text(text), soft_wrap=True)
+
+
+def print_error(text: str) -> None:
+    """Print one line: what was asked, what was found, what to do."""
+    TALK.print(Text("error: ", style="bold red") + Text(" ".join(text.split())), soft_wrap=True)
+
+
+def plain_table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """Return an empty table in the house's look; the columns named in ``right`` are aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table

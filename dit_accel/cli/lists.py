@@ -1,0 +1,124 @@
+"""`dit-accel methods` and `dit-accel models`: what is there to choose from."""
+
+import dataclasses
+import inspect
+import re
+import typing
+from typing import Annotated, Any
+
+import typer
+
+from .. import registry
+from ..adapter import Adapter, Family
+from ..config import MethodConfig
+from ..config import _spell as spell_type
+from ..estimate import rounded_frames, token_layout
+from .console import OUT, plain_table, print_json
+from .method_options import first_line
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def methods(json: Json = False) -> None:
+    """List the methods, what each does, and its options with their defaults.
+
+    Examples:
+
+      dit-accel methods
+
+      dit-accel methods --json
+    """
+    found = [_method_data(config_type) for config_type in registry.methods().values()]
+    if json:
+        print_json(found)
+        return
+    for method in found:
+        OUT.print(f"[bold]--{method['name']}[/bold]  {method['summary']}", soft_wrap=False)
+        table = plain_table("option", "default", "meaning")
+        for option in method["options"]:
+            default = "recipe" if option["default"] is None else _spell(option["default"])
+            table.add_row(option["name"], default, option["meaning"])
+        OUT.print(table)
+        OUT.print()
+    OUT.print(
+        "Set one with --set METHOD.OPTION=VALUE, many with --config FILE. "
+        "'recipe' means: what the model's family uses, see `dit-accel describe`.",
+        style="dim",
+    )
+
+
+def models(json: Json = False) -> None:
+    """List the model families that are known by name, their sizes and the methods they take.
+
+    Examples:
+
+      dit-accel models
+
+      dit-accel models --json
+    """
+    rows = [_family_data(adapter, family) for adapter in registry.adapters().values() for family in adapter.families]
+    if json:
+        print_json(rows)
+        return
+    right = ("layers", "heads", "dim", "tokens")
+    table = plain_table("family", "layers", "heads", "dim", "default size", "tokens", "methods", right=right)
+    for row in rows:
+        size = f"{row['width']}x{row['height']}x{row['num_frames']}"
+        taken = ", ".join(row["methods"]) or ("plan only" if not row["attachable"] else "none")
+        sizes = [str(row[name]) for name in ("layers", "heads", "head_dim")]
+        table.add_row(row["name"], *sizes, size, f"{row['tokens']:,}", taken)
+    OUT.print(table)
+
+
+def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:
+    meanings, hints = _attribute_docs(config_type), typing.get_type_hints(config_type)
+    return {
+        "name": config_type.name,
+        "config": config_type.__name__,
+        "summary": first_line(config_type),
+        "options": [
+            {
+                "name": field.name,
+                "type": spell_type(hints[field.name]).removesuffix(" or unset"),
+                "default": field.default,
+                "meaning": meanings.get(field.name, ""),
+            }
+            for field in dataclasses.fields(config_type)
+        ],
+    }
+
+
+def _attribute_docs(documented: type) -> dict[str, str]:
+    """Return attribute -> text of the ``Attributes:`` section of a docstring."""
+    text = inspect.getdoc(documented) or ""
+    section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section.group(1), re.MULTILINE) if section else []
+    return {name: " ".join(meaning.split()).replace("``", "") for name, meaning in entries}
+
+
+def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
+    frames = rounded_frames(family, family.num_frames)
+    layout = token_layout(family, height=family.height, width=family.width, num_frames=frames)
+    attachable = bool(adapter.transformers)
+    return {
+        "name": family.name,
+        "repo": family.repo,
+        "adapter": adapter.name,
+        "layers": family.layers,
+        "heads": family.heads,
+        "head_dim": family.head_dim,
+        "experts": family.experts,
+        "height": family.height,
+        "width": family.width,
+        "num_frames": family.num_frames,
+        "num_inference_steps": family.num_inference_steps,
+        "tokens": layout.visual_tokens,
+        "text_tokens": family.text_tokens,
+        "attachable": attachable,
+        "methods": [name for name in registry.methods() if attachable and name not in adapter.refused],
+        "refused": dict(adapter.refused),
+    }
+
+
+def _spell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

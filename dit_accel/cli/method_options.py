@@ -1,0 +1,121 @@
+"""Method switches, --config and --set, shared by every command, made into a list of method configs.
+
+A command asks for them by one parameter annotated `MethodList`. The switches come from the registry, so a new method
+needs no edit here. Later wins: the config file's tables, then the switches, then each --set in its order. A --set whose
+method is not switched on switches it on.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import registry
+from ..config import MethodConfig, from_dict, from_toml, parse_value
+from ..errors import ConfigError, did_you_mean
+
+MethodList = Annotated[list[MethodConfig], "from the method switches"]
+"""Annotation of the parameter through which a command receives its method configs."""
+
+PANEL = "Methods"
+CONFIG_HELP = "TOML file with one table a method, such as \\[radial]."
+SET_HELP = "One option of a method, such as radial.decay_factor=0.5; may be repeated; switches the method on."
+
+
+def first_line(documented: object) -> str:
+    """Return the first line of a docstring, or an empty string."""
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
+
+
+def with_method_options(command: Callable[..., Any], switches: bool = True) -> Callable[..., Any]:
+    """Return ``command`` with its `MethodList` parameter replaced by method options; unchanged if it has none.
+
+    Args:
+        command: a Typer command function.
+        switches: False leaves the parameter out without asking the registry, which is enough to list commands.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    taking = [name for name, parameter in signature.parameters.items() if parameter.annotation is MethodList]
+    if not taking:
+        return command
+    names = list(registry.methods()) if switches else []
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> Any:
+        switched = [name for name in names if arguments.pop(name)]
+        methods = select_methods(switched, arguments.pop("method_config"), arguments.pop("method_set") or ())
+        return command(**arguments, **{taking[0]: methods})
+
+    kept = [parameter for name, parameter in signature.parameters.items() if name not in taking]
+    options = _parameters(names) if switches else []
+    run.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    return run
+
+
+def select_methods(switched: Sequence[str], config: Path | None, settings: Sequence[str]) -> list[MethodConfig]:
+    """Turn switches, a config file and ``method.option=value`` settings into method configs.
+
+    Raises:
+        ConfigError: for an unreadable file, an unknown method or option (with the nearest known), or a refused value.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    for method in _read_config(config) if config else []:
+        values[method.name] = method.to_dict()
+    for name in switched:
+        values.setdefault(name, {})
+    for setting in settings:
+        name, option, value = _parse_setting(setting)
+        values.setdefault(name, {})[option] = value
+    return [from_dict(registry.method(name), options) for name, options in values.items()]
+
+
+def _read_config(path: Path) -> list[MethodConfig]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--config {path} can't be read ({reason}); give a TOML file") from None
+    return from_toml(text)
+
+
+def _parse_setting(setting: str) -> tuple[str, str, Any]:
+    key, equals, value = setting.partition("=")
+    name, dot, option = key.strip().partition(".")
+    if not (equals and dot and name and option):
+        raise ConfigError(f"--set {setting!r} is not METHOD.OPTION=VALUE; write --set radial.decay_factor=0.5, say")
+    known = registry.methods()
+    if name not in known:
+        raise ConfigError(f"--set {setting!r} names no method; {did_you_mean(name, known)}")
+    return name, option, parse_value(value.strip())
+
+
+def _parameters(names: Sequence[str]) -> list[inspect.Parameter]:
+    methods = registry.methods()
+    switches = [(name, f"--{name.replace('_', '-')}", first_line(methods[name])) for name in names]
+    options: list[tuple[str, Any, Any]] = [
+        (name, Annotated[bool, typer.Option(flag, help=help_text, rich_help_panel=PANEL)], False)
+        for name, flag, help_text in switches
+    ]
+    options += [
+        (
+            "method_config",
+            Annotated[
+                Path | None,
+                typer.Option("--config", help=CONFIG_HELP, metavar="FILE", rich_help_panel=PANEL),
+            ],
+            None,
+        ),
+        (
+            "method_set",
+            Annotated[
+                list[str] | None,
+                typer.Option("--set", help=SET_HELP, metavar="METHOD.OPTION=VALUE", rich_help_panel=PANEL),
+            ],
+            None,
+        ),
+    ]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(name, kind, default=default, annotation=hint) for name, hint, default in options]

@@ -1,0 +1,148 @@
+"""`dit-accel plan`: what a run would cost and what methods would save, without weights."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .. import registry
+from ..adapter import Adapter, Family
+from ..errors import ConfigError
+from ..estimate import KERNEL_COST, Estimate, estimate
+from ..model_files import read_model_files
+from .console import OUT, note, plain_table, print_json, warn
+from .method_options import MethodList
+
+Size = Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.", metavar="PIXELS")]
+
+
+def plan(
+    family: Annotated[
+        str | None, typer.Option(help="A model family that `dit-accel models` lists.", metavar="NAME")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A hub id or a folder; only its configs are read.", metavar="ID|FOLDER")
+    ] = None,
+    height: Size = None,
+    width: Size = None,
+    num_frames: Annotated[int | None, typer.Option(help="Output frames; default: the model's.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
+    kernel_cost: Annotated[
+        float, typer.Option(help="Time of a sparse kernel per kept FLOP over the dense kernel's.")
+    ] = KERNEL_COST,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, plain numbers.")] = False,
+    *,
+    methods: MethodList,
+) -> None:
+    """Estimate density, FLOPs, memory and speed-up of a run; loads no weights.
+
+    FLOPs are those of the transformer over the whole run. In the JSON, attention_flops and total_flops are the dense
+    run's, planned_attention_flops and planned_total_flops those with the methods; tiles count visual tokens only.
+
+    Examples:
+
+      dit-accel plan --family wan2.1-14b --height 768 --width 1280 --num-frames 69 --radial
+
+      dit-accel plan --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --set radial.decay_factor=0.5 --json
+    """
+    adapter, sizes = _find(family, model)
+    found = estimate(
+        adapter,
+        sizes,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=num_inference_steps,
+        methods=methods,
+        kernel_cost=kernel_cost,
+    )
+    if num_frames is not None and found.num_frames != num_frames:
+        note(f"{num_frames} frames are rounded to {found.num_frames}, as the pipeline does")
+    for name in found.uncounted:
+        note(f"what {name} saves is known only while it runs; it is not counted")
+    if found.sparsity and found.sparsity.advice:
+        warn(found.sparsity.advice)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _print(found)
+
+
+def _find(family: str | None, model: str | None) -> tuple[Adapter, Family]:
+    if family and model:
+        raise ConfigError(f"plan takes --family or --model, got both ({family} and {model}); leave one out")
+    if model:
+        return read_model_files(model).identify()
+    if not family:
+        raise ConfigError("plan needs a model, got none; give --family (`dit-accel models` lists them) or --model")
+    sizes = registry.family(family)
+    adapter = next(adapter for adapter in registry.adapters().values() if sizes in adapter.families)
+    return adapter, sizes
+
+
+def _print(found: Estimate) -> None:
+    layout, family, sparsity = found.layout, found.family, found.sparsity
+    OUT.print(f"[bold]{family.name}[/bold]  {found.width} x {found.height} pixels, {found.num_frames} frames")
+    table = Table.grid(padding=(0, 2))
+    text = f" + {family.text_tokens:,} of text" if family.text_tokens else ""
+    grid = f"{layout.frames} frames of {layout.height} x {layout.width}"
+    rows: list[tuple[str, str]] = [
+        ("tokens", f"{layout.visual_tokens:,}{text}  ({grid})"),
+        ("forwards", f"{found.forwards}  ({found.num_inference_steps} steps x {family.forwards_per_step})"),
+    ]
+    if sparsity:
+        rows += [
+            ("tiles kept", f"{sparsity.kept:,} of {sparsity.total:,}  (density {sparsity.density:.4f})"),
+            ("dense calls", f"{sparsity.dense_share:.1%} of steps x layers"),
+            ("method state", f"{_bytes(found.state_bytes)}"),
+        ]
+    for label, value in rows:
+        table.add_row(label, value)
+    OUT.print(table)
+    OUT.print()
+    OUT.print(_flops_table(found))
+    if sparsity:
+        OUT.print()
+        OUT.print(_verdict(found))
+        OUT.print(_assumptions(found), style="dim")
+
+
+def _flops_table(found: Estimate) -> Table:
+    table = plain_table("FLOPs of the run", "attention", "total", right=("attention", "total"))
+    table.add_row("dense", _flops(found.attention_flops), _flops(found.total_flops))
+    if found.sparsity:
+        name = found.sparsity.method.name
+        table.add_row(name, _flops(found.planned_attention_flops), _flops(found.planned_total_flops))
+    return table
+
+
+def _verdict(found: Estimate) -> str:
+    if found.speedup <= 1:
+        return f"[bold]predicted speed-up {found.speedup:.2f}x[/bold]: no gain at this size"
+    steps = f"{found.equal_steps:.0f} of {found.num_inference_steps}"
+    return f"[bold]predicted speed-up {found.speedup:.2f}x[/bold]; {steps} dense steps would save as much"
+
+
+def _assumptions(found: Estimate) -> str:
+    return (
+        "1 / ((1 - a) + a (w + (1 - w) rho kappa)) with "
+        f"a = {found.attention_share:.3f} attention's share of the dense FLOPs, taken as its share of the time; "
+        f"w = {found.dense_share:.3f} share of dense calls; "
+        f"rho = {found.pair_density:.4f} share of the pairs in a sparse call; "
+        f"kappa = {found.kernel_cost:g} time per kept FLOP over the dense kernel's (--kernel-cost)."
+    )
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P", "E"), "FLOP")
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1024, ("", "Ki", "Mi", "Gi"), "B")
+
+
+def _scaled(value: Any, step: int, prefixes: tuple[str, ...], unit: str) -> str:
+    place = 0
+    while value >= step and place < len(prefixes) - 1:
+        value, place = value / step, place + 1
+    return f"{value:.3g} {prefixes[place]}{unit}"

@@ -1,0 +1,37 @@
+"""CogVideoX and CogVideoX 1.5: sizes for `plan`."""
+
+from dataclasses import replace
+
+from dit_accel.adapter import Adapter, Family
+
+COGVIDEOX_2B = Family(
+    name="cogvideox-2b",
+    repo="THUDM/CogVideoX-2b",
+    layers=30,
+    heads=30,
+    head_dim=64,
+    ffn_dim=7680,
+    patch=(1, 2, 2),
+    vae=(4, 8),
+    text_tokens=226,
+    height=480,
+    width=720,
+    num_frames=49,
+)
+COGVIDEOX_5B = replace(COGVIDEOX_2B, name="cogvideox-5b", repo="THUDM/CogVideoX-5b", layers=42, heads=48, ffn_dim=12288)
+COGVIDEOX_15_5B = replace(
+    COGVIDEOX_5B,
+    name="cogvideox1.5-5b",
+    repo="THUDM/CogVideoX1.5-5B",
+    patch=(2, 2, 2),
+    height=768,
+    width=1360,
+    num_frames=81,
+)
+
+COGVIDEOX = Adapter(
+    name="cogvideox",
+    transformers=(),
+    self_attention=(),
+    families=(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B),
+)

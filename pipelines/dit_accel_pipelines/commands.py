@@ -1,0 +1,133 @@
+"""The commands `generate` and `describe` of the command line."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from dit_accel.cli import MethodList
+from dit_accel.cli.console import OUT, TALK, print_json
+from dit_accel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .generate import Written
+
+RUN = "Running"
+Pixels = Annotated[int | None, typer.Option(help="In pixels; default: the model's.", metavar="PIXELS")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[
+    str | None, typer.Option(help="A hub id or a folder; default: the embedded tiny model.", metavar="ID|FOLDER")
+]
+
+
+def generate_video(
+    prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.", metavar="FILE")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.", metavar="TEXT")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .mp4, .gif or .png.", metavar="FILE")
+    ] = Path("out.mp4"),
+    model: Model = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    num_frames: Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; 1 switches it off.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of the file.")] = None,
+    scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=RUN, metavar="DTYPE")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", rich_help_panel=RUN, metavar="DEVICE")
+    ] = None,
+    offload: Annotated[
+        str, typer.Option(help="none, model, sequential or group.", rich_help_panel=RUN, metavar="HOW")
+    ] = "none",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
+    ] = False,
+    backend: Annotated[
+        str, typer.Option(help="Kernel backend of the methods.", rich_help_panel=RUN, metavar="NAME")
+    ] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.", rich_help_panel=RUN)] = False,
+    json: Json = False,
+    *,
+    methods: MethodList,
+) -> None:
+    """Generate a video (or image) from text, with methods attached.
+
+    Writes the file and FILE.json beside it, which holds all that is needed to repeat the run and the report of what
+    ran. Both appear whole or not at all; Ctrl-C leaves nothing (exit code 130). A .png shows one frame, or evenly
+    spaced ones. Several prompts give FILE-01, FILE-02 and so on, all with the same seed.
+
+    Examples:
+
+      dit-accel generate "a red circle moving right on a navy background" --radial -o red.mp4
+
+      dit-accel generate "a kite over the sea" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial -o kite.mp4
+    """
+    from .generate import generate
+    from .progress import Stages
+    from .request import Request, read_prompts
+
+    if (prompt is None) == (prompt_file is None):
+        got = "neither" if prompt is None else "both"
+        raise ConfigError(f"generate takes a prompt in quotes or --prompt-file, got {got}; give one of them")
+    request = Request(
+        prompts=(prompt,) if prompt is not None else read_prompts(cast(Path, prompt_file)),
+        output=output,
+        negative_prompt=negative_prompt,
+        model=model,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        dtype=cast(Any, dtype),
+        device=device,
+        offload=cast(Any, offload),
+        compile=compile,
+        fps=fps,
+        scale=scale,
+        methods=tuple(methods),
+        backend=backend,
+    )
+    with Stages(quiet=quiet) as stages:
+        written = generate(request, stages=stages, command=sys.argv)
+    if json:
+        print_json([one.record for one in written])
+        return
+    for one in written:
+        print(one.record["output"])
+        if not quiet:
+            _tell(one)
+
+
+def describe_model(model: Model = None, json: Json = False) -> None:
+    """Tell which methods a model takes, and with which options; loads no weights.
+
+    Examples:
+
+      dit-accel describe
+
+      dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
+    """
+    import dit_accel
+
+    from .loading import empty_transformers
+
+    found = dit_accel.describe(empty_transformers(model))
+    if json:
+        print_json(found.to_dict())
+    else:
+        OUT.print(str(found), soft_wrap=True, markup=False)
+
+
+def _tell(one: "Written") -> None:
+    steps, seconds = one.record["num_inference_steps"], one.record["seconds"]
+    text = f"{steps} steps in {seconds['denoise']:.1f} s, decoded in {seconds['decode']:.1f} s"
+    TALK.print(f"{text}\n{one.report}" if one.report else text, markup=False, soft_wrap=True)

@@ -1,0 +1,32 @@
+"""HunyuanVideo: sizes for `plan`."""
+
+from dit_accel.adapter import Adapter, Family
+
+HUNYUAN_VIDEO_13B = Family(
+    name="hunyuan-video",
+    repo="hunyuanvideo-community/HunyuanVideo",
+    layers=20 + 40,  # double and single blocks
+    heads=24,
+    head_dim=128,
+    ffn_dim=12288,
+    patch=(1, 2, 2),
+    vae=(4, 8),
+    text_tokens=256,
+    height=720,
+    width=1280,
+    num_frames=129,
+    forwards_per_step=1,  # guidance is distilled into the model
+    # Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
+    recipes={
+        "radial": {
+            "decay_factor": 0.95,
+            "block_size": 128,
+            "near": "full",
+            "sink": False,
+            "dense_steps": 0.24,
+            "dense_layers": 0,
+        }
+    },
+)
+
+HUNYUAN_VIDEO = Adapter(name="hunyuan-video", transformers=(), self_attention=(), families=(HUNYUAN_VIDEO_13B,))

@@ -1,0 +1,130 @@
+"""Loads a diffusers pipeline from a folder or the hub onto a device, as a request asks."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import dit_accel_assets
+
+from dit_accel.errors import ConfigError, UnsupportedModel
+from dit_accel.model_files import read_config, read_model_files
+from dit_accel.registry import adapter_for
+
+from .request import EMBEDDED, Request
+
+
+def load_pipeline(request: Request) -> Any:
+    """Load the request's pipeline, with its dtype, device, offload and compilation.
+
+    The autoencoder stays in float32, as Wan's own examples keep it.
+
+    Raises:
+        UnsupportedModel: if diffusers can't load it.
+        ConfigError: for a device that is not there, or an offload without an accelerator.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    device = pick_device(request.device)
+    if request.offload != "none" and device.type == "cpu":
+        raise ConfigError(f"offload {request.offload!r} needs an accelerator, got device {device}; use none")
+    name = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    dtypes = {"default": getattr(torch, name), "vae": torch.float32}
+    try:
+        with quiet_diffusers():
+            pipe = DiffusionPipeline.from_pretrained(request.source, dtype=dtypes)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(f"diffusers can't load {request.source!r}: {reason}") from None
+    pipe.set_progress_bar_config(disable=True)
+    _place(pipe, device, request.offload)
+    return pipe
+
+
+def empty_transformers(model: str | None) -> Any:
+    """Return an object with a pipeline's ``components``: its transformers, without memory for their weights.
+
+    Args:
+        model: hub id or folder; None is the embedded model.
+
+    Raises:
+        UnsupportedModel: if the model is not found, or no adapter covers it.
+    """
+    source = str(dit_accel_assets.model_path()) if model in (None, EMBEDDED) else str(model)
+    files = read_model_files(source)
+    components = {}
+    for name in ("transformer", "transformer_2"):
+        if files.has(name):
+            config = read_config(source, f"{name}/config.json")
+            components[name] = _empty(str(config.get("_class_name")), config)
+    return SimpleNamespace(components=components)
+
+
+def _empty(class_name: str, config: dict[str, Any]) -> Any:
+    adapter_for(class_name)  # refuses what is not supported, by name
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with quiet_diffusers(), init_empty_weights():
+        return getattr(diffusers, class_name).from_config(config)
+
+
+def compile_blocks(pipe: Any) -> None:
+    """Compile the repeated blocks of every transformer of a pipeline, as full graphs."""
+    for name in ("transformer", "transformer_2"):
+        transformer = getattr(pipe, name, None)
+        if transformer is not None:
+            transformer.compile_repeated_blocks(fullgraph=True)
+
+
+def pick_device(asked: str | None) -> Any:
+    """Return the torch device asked for, or the accelerator, or the CPU.
+
+    Raises:
+        ConfigError: for a device torch does not know or this machine does not have.
+    """
+    import torch
+
+    if asked is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"device {asked!r} can't be used here ({reason}); try cpu") from None
+    return device
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silence diffusers' and transformers' own progress bars and remarks inside the block; errors still show."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = diffusers_logging, transformers_logging
+    levels = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level, bar in zip(libraries, levels, bars, strict=True):
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()
+
+
+def _place(pipe: Any, device: Any, offload: str) -> None:
+    if offload == "none":
+        pipe.to(device)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")

@@ -1,0 +1,50 @@
+"""Progress on stderr: loading, denoising and decoding; silent where nobody watches."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dit_accel.cli.console import TALK
+
+
+class Stages:
+    """One progress bar a stage of a generation; a context manager that clears up on any exit."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=TALK,
+            disable=quiet or not TALK.is_terminal,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> "Stages":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish()
+        self._progress.__exit__(kind, error, trace)
+
+    def stage(self, description: str, total: int | None = None) -> None:
+        """End the stage before and begin one of ``total`` parts; None where nobody can tell."""
+        self._finish()
+        self._task = self._progress.add_task(description, total=total)
+
+    def advance(self) -> None:
+        """Count one part of the stage."""
+        self._progress.advance(self._task)
+
+    def _finish(self) -> None:
+        if self._task is None:
+            return
+        done = next(task for task in self._progress.tasks if task.id == self._task)
+        total = done.total if done.total is not None else max(done.completed, 1)
+        self._progress.update(self._task, total=total, completed=total)

@@ -1,0 +1,129 @@
+"""Wan 2.1 and 2.2: text to video, image to video, first and last frame, VACE, and the embedded tiny model.
+
+Sizes are those of the released diffusers configs. Only the self-attention is changed; text and image come in by
+cross-attention and stay outside the sequence.
+"""
+
+from dataclasses import replace
+
+from dit_accel.adapter import Adapter, Family
+
+# Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
+# steps as a share, the first block dense, everybody sees frame 0). Its published sparsities belong to near="half".
+RADIAL_WAN = {
+    "decay_factor": 0.2,
+    "block_size": 128,
+    "near": "half",
+    "sink": True,
+    "dense_steps": 0.24,
+    "dense_layers": 1,
+}
+# The same for Wan 2.2 A14B: 11 of 40 steps, counted over both experts.
+RADIAL_WAN22 = {**RADIAL_WAN, "decay_factor": 0.8, "block_size": 64, "dense_steps": 0.275}
+
+WAN21_1B = Family(
+    name="wan2.1-1.3b",
+    repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    layers=30,
+    heads=12,
+    head_dim=128,
+    ffn_dim=8960,
+    patch=(1, 2, 2),
+    vae=(4, 8),
+    cross_tokens=512,
+    height=480,
+    width=832,
+    num_frames=81,
+    recipes={"radial": RADIAL_WAN},
+)
+WAN21_14B = replace(
+    WAN21_1B,
+    name="wan2.1-14b",
+    repo="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    layers=40,
+    heads=40,
+    ffn_dim=13824,
+    height=720,
+    width=1280,
+)
+# The image models add 257 CLIP tokens an image to the cross-attention.
+WAN21_I2V_480P = replace(
+    WAN21_14B,
+    name="wan2.1-i2v-14b-480p",
+    repo="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    cross_tokens=512 + 257,
+    height=480,
+    width=832,
+)
+WAN21_I2V_720P = replace(
+    WAN21_14B,
+    name="wan2.1-i2v-14b-720p",
+    repo="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+    cross_tokens=512 + 257,
+)
+WAN21_FLF2V = replace(
+    WAN21_14B,
+    name="wan2.1-flf2v-14b",
+    repo="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+    cross_tokens=512 + 2 * 257,
+)
+# VACE runs control blocks beside the main ones: every 2nd of 30 in the small model, every 5th of 40 in the large one.
+WAN21_VACE_1B = replace(WAN21_1B, name="wan2.1-vace-1.3b", repo="Wan-AI/Wan2.1-VACE-1.3B-diffusers", layers=30 + 15)
+WAN21_VACE_14B = replace(WAN21_14B, name="wan2.1-vace-14b", repo="Wan-AI/Wan2.1-VACE-14B-diffusers", layers=40 + 8)
+WAN22_A14B = replace(
+    WAN21_14B,
+    name="wan2.2-a14b",
+    repo="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    num_inference_steps=40,
+    experts=2,
+    recipes={"radial": RADIAL_WAN22},
+)
+WAN22_TI2V_5B = replace(
+    WAN21_1B,
+    name="wan2.2-ti2v-5b",
+    repo="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    heads=24,
+    ffn_dim=14336,
+    vae=(4, 16),
+    height=704,
+    width=1280,
+    num_frames=121,
+)
+
+# The embedded model: 64 tokens a frame at 64 x 64 pixels, so the tiles are small.
+WAN_TINY = Family(
+    name="wan-tiny",
+    repo="embedded",
+    layers=6,
+    heads=5,
+    head_dim=32,
+    ffn_dim=480,
+    patch=(1, 2, 2),
+    vae=(2, 4),
+    cross_tokens=512,
+    height=64,
+    width=64,
+    num_frames=17,
+    num_inference_steps=20,
+    recipes={"radial": {**RADIAL_WAN, "decay_factor": 1.0, "block_size": 16, "near": "full"}},
+)
+
+WAN = Adapter(
+    name="wan",
+    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    self_attention=("blocks.*.attn1",),
+    side_attention=("vace_blocks.*.attn1",),
+    families=(
+        WAN21_1B,
+        WAN21_14B,
+        WAN21_I2V_480P,
+        WAN21_I2V_720P,
+        WAN21_FLF2V,
+        WAN21_VACE_1B,
+        WAN21_VACE_14B,
+        WAN22_A14B,
+        WAN22_TI2V_5B,
+        WAN_TINY,
+    ),
+    recipes={"radial": RADIAL_WAN},
+)
