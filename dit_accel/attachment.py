@@ -116,14 +116,15 @@ def find_transformers(model: Any) -> dict[str, nn.Module]:
     """
     supported = {name for adapter in adapters().values() for name in adapter.transformers}
     components = getattr(model, "components", None)
-    if not isinstance(components, dict):
+    is_pipeline = isinstance(components, dict)
+    if not is_pipeline:
         components = {"transformer": model}
     modules = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}
     found = {name: part for name, part in modules.items() if type(part).__name__ in supported}
     if found:
         return found
     classes = sorted({type(part).__name__ for part in modules.values() if isinstance(part, nn.Module)})
-    asked = f"{type(model).__name__} holds {', '.join(classes)}" if classes else f"got {type(model).__name__}"
+    asked = f"{type(model).__name__} holds {', '.join(classes)}" if is_pipeline else f"got {type(model).__name__}"
     hint = did_you_mean(type(modules.get("transformer", model)).__name__, supported)
     raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {asked}; {hint}")
 

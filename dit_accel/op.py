@@ -23,6 +23,7 @@ def planned_attention(
     grid: Sequence[int],
     layout: str,
     scale: float | None,
+    differentiate: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the plan of this layer, step and branch.
 
@@ -36,17 +37,18 @@ def planned_attention(
         grid: (frames, height, width, text before, text after) of the sequence.
         layout: ``bshd`` or ``bhsd``.
         scale: factor on the logits; None: 1 / sqrt(D).
+        differentiate: keep the plan for a backward.
 
     Returns:
         The output in q's layout and dtype, contiguous, and the plan's id (0-d int64 CPU tensor) for the backward.
     """
-    plan, number = sessions.get(session).plan(int(layer), q, k, grid, layout)
+    plan, number = sessions.get(session).plan(int(layer), q, k, grid, layout, differentiate)
     out = sessions.get(session).execute(plan, q, k, v, mask, layout, scale)
     return out.contiguous(), torch.tensor(number)
 
 
 @planned_attention.register_fake
-def _(q, k, v, mask, layer, session, grid, layout, scale):
+def _(q, k, v, mask, layer, session, grid, layout, scale, differentiate):
     return q.new_empty((*q.shape[:-1], v.shape[-1])), torch.empty((), dtype=torch.int64)
 
 
@@ -62,13 +64,10 @@ def planned_attention_backward(
     layout: str,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v by running the same plan again with gradients on."""
+    """Return the gradients of q, k and v under the plan that the forward followed."""
     owner = sessions.get(session)
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-        out = owner.execute(owner.plan_by_number(int(number)), *leaves, mask, layout, scale)
-        grads = torch.autograd.grad(out, leaves, grad)
-    return tuple(g.contiguous() for g in grads)  # type: ignore[return-value]
+    grads = owner.gradients(owner.plan_by_number(int(number)), grad, q, k, v, mask, layout, scale)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @planned_attention_backward.register_fake
@@ -77,14 +76,14 @@ def _(grad, q, k, v, mask, number, session, layout, scale):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, mask, _, ctx.session, _, ctx.layout, ctx.scale = inputs
+    q, k, v, mask, _, ctx.session, _, ctx.layout, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k, v, mask, output[1])
 
 
 def _backward(ctx, grad, _):
     q, k, v, mask, number = ctx.saved_tensors
     grads = planned_attention_backward(grad, q, k, v, mask, number, ctx.session, ctx.layout, ctx.scale)
-    return *grads, None, None, None, None, None, None
+    return *grads, *[None] * 7
 
 
 planned_attention.register_autograd(_backward, setup_context=_save)

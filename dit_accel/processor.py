@@ -122,7 +122,10 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callabl
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
         _refuse(dropout_p, is_causal, parallel_config)
-        return planned_attention(query, key, value, attn_mask, slot.layer, session, slot.grid, "bshd", scale)[0]
+        differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        return planned_attention(
+            query, key, value, attn_mask, slot.layer, session, slot.grid, "bshd", scale, differentiate
+        )[0]
 
     return dispatch_attention_fn
 
@@ -144,7 +147,10 @@ def _sdpa(slot: Slot, session: int) -> Callable[..., Tensor]:
         if not slot.sparse:
             return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         _refuse(dropout_p, is_causal, None)
-        return planned_attention(query, key, value, attn_mask, slot.layer, session, slot.grid, "bhsd", scale)[0]
+        differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        return planned_attention(
+            query, key, value, attn_mask, slot.layer, session, slot.grid, "bhsd", scale, differentiate
+        )[0]
 
     return scaled_dot_product_attention
 

@@ -12,7 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from dit_accel_kernels import TileLists, block_sparse_attention, resolve_backend
+from dit_accel_kernels import (
+    TileLists,
+    block_sparse_attention_backward,
+    block_sparse_attention_eager,
+    resolve_backend,
+)
 from torch import Tensor
 
 from .adapter import Adapter
@@ -135,8 +140,10 @@ class Session:
             self._infer_step(target, timestep)
         self._note_shape(target, grid, batch)
 
-    def plan(self, layer: int, q: Tensor, k: Tensor, grid: Sequence[int], layout: str) -> tuple[AttentionPlan, int]:
-        """Return the plan of the attention call that runs now, and its number if a backward may need it, else -1.
+    def plan(
+        self, layer: int, q: Tensor, k: Tensor, grid: Sequence[int], layout: str, differentiate: bool
+    ) -> tuple[AttentionPlan, int]:
+        """Return the plan of the attention call that runs now, and its number if a backward will need it, else -1.
 
         Raises:
             ConfigError: if the tensors do not have the layout's length.
@@ -168,7 +175,7 @@ class Session:
             if handler.is_active(moment.depth, moment.step_index, moment.num_inference_steps):
                 plan = handler.contribute(plan, moment)
         self.recorder.sparse_call(moment, plan)
-        return plan, self._remember(plan) if torch.is_grad_enabled() else -1
+        return plan, self._remember(plan) if differentiate else -1
 
     def plan_by_number(self, number: int) -> AttentionPlan:
         """Return a plan that `plan` gave out, for the backward.
@@ -194,26 +201,43 @@ class Session:
         layout: str,
         scale: float | None,
     ) -> Tensor:
-        """Run a plan in one kernel call; differentiable in q, k and v."""
-        axis = 1 if layout == "bshd" else 2
+        """Run a plan in one kernel call; outside autograd, see `gradients`."""
         self.recorder.backends.add(resolve_backend(self.backend, q.device))
+        tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
+        return block_sparse_attention_eager(q, k, v, tiles, **arguments)
+
+    def gradients(
+        self,
+        plan: AttentionPlan,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        layout: str,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v under a plan."""
+        tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
+        return block_sparse_attention_backward(grad, q, k, v, tiles, **arguments)
+
+    def _kernel_arguments(
+        self, plan: AttentionPlan, q: Tensor, k: Tensor, mask: Tensor | None, layout: str, scale: float | None
+    ) -> tuple[TileLists, dict[str, Any]]:
+        axis = 1 if layout == "bshd" else 2
         tiles = plan.tiles
         if tiles is None:
             tiles = TileLists.full(q.shape[axis], k.shape[axis], block_q=128, block_k=128)
-        return block_sparse_attention(
-            q,
-            k,
-            v,
-            tiles,
-            layout=layout,
-            scale=scale,
-            head_scale=plan.head_scale,
-            key_mask=None if mask is None else _key_mask(mask, q.shape[0], k.shape[axis]),
-            frame_decay=plan.frame_decay,
-            token_order=plan.token_order,
-            identity_mix=plan.identity_mix,
-            backend=self.backend,
-        )
+        return tiles, {
+            "layout": layout,
+            "scale": scale,
+            "head_scale": plan.head_scale,
+            "key_mask": None if mask is None else _key_mask(mask, q.shape[0], k.shape[axis]),
+            "frame_decay": plan.frame_decay,
+            "token_order": plan.token_order,
+            "identity_mix": plan.identity_mix,
+            "backend": self.backend,
+        }
 
     def _note_shape(self, target: Target, grid: Sequence[int], batch: int) -> None:
         """Let the methods see a new shape; drop their state if the branch had another one before."""

@@ -1,6 +1,12 @@
 """Block-sparse attention over tile lists with exact, pooled and skipped tiles: one call, several backends."""
 
-from dit_accel_kernels.api import BACKENDS, block_sparse_attention, block_sparse_attention_eager, resolve_backend
+from dit_accel_kernels.api import (
+    BACKENDS,
+    block_sparse_attention,
+    block_sparse_attention_backward,
+    block_sparse_attention_eager,
+    resolve_backend,
+)
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay
 from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
@@ -14,6 +20,7 @@ __all__ = [
     "FrameDecay",
     "TileLists",
     "block_sparse_attention",
+    "block_sparse_attention_backward",
     "block_sparse_attention_eager",
     "resolve_backend",
 ]

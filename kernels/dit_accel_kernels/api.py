@@ -89,6 +89,22 @@ def block_sparse_attention_eager(
     return (out, lse) if values["return_lse"] else out
 
 
+def block_sparse_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output, for callers inside a custom op of their own.
+
+    Args:
+        grad_out: shaped like the output, in the layout of q.
+        q: as in `block_sparse_attention`; so are k, v, tiles and the keyword arguments.
+    """
+    values = {**_DEFAULTS, **arguments}
+    if len(values) > len(_DEFAULTS):
+        raise TypeError(f"unknown arguments: {', '.join(sorted(set(values) - set(_DEFAULTS)))}")
+    grad_q, grad_k, grad_v = _backward(grad_out, None, *_pack(q, k, v, tiles, *values.values()))
+    return grad_q, grad_k, grad_v
+
+
 _DEFAULTS = dict(
     layout="bshd", scale=None, head_scale=None, key_length=None, key_mask=None, frame_decay=None, token_order=None,
     identity_mix=None, identity_rows=None, return_lse=False, backend="auto",

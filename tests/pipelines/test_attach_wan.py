@@ -1,0 +1,371 @@
+"""Attaching to Wan: bit-exact where nothing changes, isolated where it does, and the same under every wrapping."""
+
+import threading
+
+import pytest
+import torch
+from dit_accel_pipelines.wan import WAN
+from diffusers import WanVACETransformer3DModel
+
+import dit_accel
+from dit_accel import RadialAttention
+
+from wan_tiny import TINY, generate, tiny_transformer
+
+SPARSE = dict(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=1, dense_layers=1)
+NEUTRAL = dict(SPARSE, dense_steps=1000)
+
+
+def test_neutral_is_bit_equal_and_detach_leaves_no_trace(pipe):
+    transformer = pipe.transformer
+    before = generate(pipe)
+    keys = {name: set(module.__dict__) for name, module in transformer.named_modules()}
+    processors = transformer.attn_processors
+    for methods in ((), (RadialAttention(**NEUTRAL),)):
+        attachment = dit_accel.attach(pipe, *methods)
+        assert torch.equal(generate(pipe), before)
+        report = attachment.report()
+        assert report.density == 1.0
+        assert sum(step.dense_layers for step in report.steps) == 4 * 2 * 3
+        attachment.detach()
+    assert torch.equal(generate(pipe), before)
+    assert all(transformer.attn_processors[name] is processors[name] for name in processors)
+    assert {name: set(module.__dict__) for name, module in transformer.named_modules()} == keys
+    assert not transformer._forward_pre_hooks
+
+
+def test_sparse_changes_the_output_then_detach_restores_it(pipe):
+    dense = generate(pipe)
+    with dit_accel.attach(pipe, RadialAttention(**SPARSE)) as attachment:
+        sparse = generate(pipe)
+        report = attachment.report()
+    assert not torch.equal(sparse, dense)
+    assert torch.equal(generate(pipe), dense)
+    assert [(s.step_index, s.branch, s.dense_layers, s.sparse_layers) for s in report.steps[:4]] == [
+        (0, "cond", 3, 0),
+        (0, "uncond", 3, 0),
+        (1, "cond", 1, 2),
+        (1, "uncond", 1, 2),
+    ]
+    layout = dit_accel.layout.TokenLayout(frames=5, height=4, width=4)
+    assert report.sparse_density == pytest.approx(RadialAttention(**SPARSE).density(layout))
+    assert report.to_dict()["methods"]["radial"]["block_size"] == 16
+    assert "radial seldom pays below 20000 visual tokens" in str(report)
+
+
+def test_all_tiles_kept_is_dense_to_rounding(pipe):
+    dense = generate(pipe)
+    everything = RadialAttention(block_size=128, dense_steps=0, dense_layers=0)
+    with dit_accel.attach(pipe, everything):
+        torch.testing.assert_close(generate(pipe), dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("extra", [{}, {"rest": "pooled"}, {"order": "tiles"}, {"boundary": "published"}])
+def test_second_generation_equals_the_first_whatever_ran_between(pipe, extra):
+    with dit_accel.attach(pipe, RadialAttention(**SPARSE, **extra)):
+        first = generate(pipe)
+        generate(pipe, height=48, num_frames=13)
+        assert torch.equal(generate(pipe), first)
+
+        def stop(pipe, step, timestep, tensors):
+            if step == 2:
+                raise RuntimeError("stopped")
+            return tensors
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            generate(pipe, callback_on_step_end=stop)
+        assert torch.equal(generate(pipe), first)
+
+
+def test_a_batch_equals_its_rows(pipe):
+    prompts = ["a red circle moving right", "a blue square moving up"]
+    with dit_accel.attach(pipe, RadialAttention(**SPARSE)):
+        rows = [generate(pipe, prompt=p, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(prompts)]
+        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+        both = generate(pipe, prompt=prompts, generator=seeds)
+    torch.testing.assert_close(both, torch.cat(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_two_pipelines_with_other_settings_do_not_meet(make_pipe):
+    one, two = make_pipe(0), make_pipe(1)
+    settings = RadialAttention(**SPARSE), RadialAttention(**dict(SPARSE, rest="pooled", dense_layers=0))
+    with dit_accel.attach(one, settings[0]), dit_accel.attach(two, settings[1]):
+        alone = generate(one), generate(two)
+        between = []
+
+        def run_other(pipe, step, timestep, tensors):
+            between.append(generate(two))
+            return tensors
+
+        assert torch.equal(generate(one, callback_on_step_end=run_other), alone[0])
+        assert all(torch.equal(other, alone[1]) for other in between)
+
+        results: dict[int, torch.Tensor] = {}
+        threads = [
+            threading.Thread(target=lambda i=i, p=p: results.update({i: generate(p)})) for i, p in enumerate((one, two))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(results[0], alone[0])
+        assert torch.equal(results[1], alone[1])
+
+
+def test_both_experts_of_wan_2_2_share_the_step_count(make_pipe):
+    pipe = make_pipe(transformer_2=tiny_transformer(5, text_dim=96), boundary_ratio=0.6)
+    plain = generate(pipe)
+    with dit_accel.attach(pipe, RadialAttention(**SPARSE)) as attachment:
+        first = generate(pipe)
+        assert torch.equal(generate(pipe), first)
+        report = attachment.report()
+    assert torch.equal(generate(pipe), plain)
+    by_expert = {name: [s for s in report.steps if s.transformer == name] for name in ("transformer", "transformer_2")}
+    assert by_expert["transformer"][0].step_index == 0
+    low_noise = by_expert["transformer_2"]
+    assert low_noise
+    assert all(step.step_index > 0 and step.sparse_layers == 2 for step in low_noise)
+
+
+def test_guidance_batched_in_one_call_and_steps_counted_without_a_context():
+    transformer = tiny_transformer()
+    inputs = dict(hidden_states=torch.randn(4, 12, 5, 8, 8), encoder_hidden_states=torch.randn(4, 6, 64))
+    with dit_accel.attach(transformer, RadialAttention(**SPARSE)) as attachment, torch.no_grad():
+        with transformer.cache_context("cond_uncond", step_index=1, num_inference_steps=4):
+            told = transformer(timestep=torch.full((4,), 500.0), return_dict=False, **inputs)[0]
+        for timestep in (900.0, 500.0):
+            counted = transformer(timestep=torch.full((4,), timestep), return_dict=False, **inputs)[0]
+        assert torch.equal(told, counted)
+        steps = attachment.report().steps
+        assert [(s.step_index, s.branch, s.sparse_layers) for s in steps] == [(0, "call 0", 0), (1, "call 0", 2)]
+        transformer(timestep=torch.full((4,), 999.0), return_dict=False, **inputs)
+        assert [s.step_index for s in attachment.report().steps] == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_runs_and_keeps_its_output_type(dtype):
+    transformer = tiny_transformer().to(dtype)
+    inputs = dict(
+        hidden_states=torch.randn(1, 12, 5, 8, 8).to(dtype), timestep=torch.tensor([500.0]),
+        encoder_hidden_states=torch.randn(1, 6, 64).to(dtype), return_dict=False,
+    )  # fmt: skip
+    with torch.no_grad(), dit_accel.attach(transformer, RadialAttention(**dict(SPARSE, dense_steps=0))):
+        out = transformer(**inputs)[0]
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+
+
+def test_fused_projections_give_the_same_result_before_or_after(pipe):
+    config = RadialAttention(**SPARSE)
+    with dit_accel.attach(pipe, config):
+        plain = generate(pipe)
+        pipe.transformer.fuse_qkv_projections()
+        after = generate(pipe)
+    with dit_accel.attach(pipe, config):
+        before = generate(pipe)
+    torch.testing.assert_close(after, plain, rtol=1e-4, atol=1e-4)
+    assert torch.equal(after, before)
+
+
+def test_lora_gives_the_same_result_loaded_before_or_after(make_pipe):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    results = []
+    for lora_first in (True, False):
+        pipe = make_pipe()
+        torch.manual_seed(3)
+        if lora_first:
+            pipe.transformer.add_adapter(lora)
+        with dit_accel.attach(pipe, RadialAttention(**SPARSE)):
+            if not lora_first:
+                bare = generate(pipe)
+                torch.manual_seed(3)
+                pipe.transformer.add_adapter(lora)
+            results.append(generate(pipe))
+    assert torch.equal(*results)
+    assert not torch.equal(results[1], bare)
+
+
+def test_offload_hooks_before_and_after(make_pipe):
+    from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
+    from diffusers.hooks import apply_group_offloading
+
+    pipe = make_pipe()
+    with dit_accel.attach(pipe, RadialAttention(**SPARSE)):
+        plain = generate(pipe)
+        add_hook_to_module(pipe.transformer, CpuOffload(torch.device("cpu")))
+        assert torch.equal(generate(pipe), plain)
+        remove_hook_from_module(pipe.transformer)
+    for attach_first in (True, False):
+        pipe = make_pipe()
+        offload = dict(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
+        if not attach_first:
+            apply_group_offloading(pipe.transformer, **offload)
+        with dit_accel.attach(pipe, RadialAttention(**SPARSE)):
+            if attach_first:
+                apply_group_offloading(pipe.transformer, **offload)
+            assert torch.equal(generate(pipe), plain)
+
+
+def test_dense_calls_use_the_backend_the_user_set(pipe):
+    pipe.transformer.set_attention_backend("_native_math")
+    expected = generate(pipe)
+    pipe.transformer.set_attention_backend("native")
+    with dit_accel.attach(pipe, RadialAttention(**NEUTRAL)):
+        pipe.transformer.set_attention_backend("_native_math")
+        assert torch.equal(generate(pipe), expected)
+    backends = {getattr(p._attention_backend, "value", None) for p in pipe.transformer.attn_processors.values()}
+    assert backends == {"_native_math"}
+    assert torch.equal(generate(pipe), expected)
+
+
+def test_gradients_flow_through_the_plan():
+    transformer = tiny_transformer().double()
+    latents = torch.randn(1, 12, 5, 8, 8, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(1, 6, 64, dtype=torch.float64)
+    config = RadialAttention(**dict(SPARSE, dense_steps=0, dense_layers=0, rest="pooled"))
+
+    def loss() -> torch.Tensor:
+        out = transformer(latents, torch.tensor([500.0]), text, return_dict=False)[0]
+        return out.square().sum()
+
+    with dit_accel.attach(transformer, config):
+        loss().backward()
+        direction = torch.randn_like(latents)
+        with torch.no_grad():
+            step = 1e-2  # Wan rounds to float32 inside
+            latents += step * direction
+            up = loss()
+            latents -= 2 * step * direction
+            down = loss()
+    assert all(p.grad is not None for p in transformer.blocks[0].attn1.parameters())
+    torch.testing.assert_close((latents.grad * direction).sum(), (up - down) / (2 * step), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["blocks", "whole"])
+def test_compiled_full_graph_makes_two_graphs_and_the_same_video(make_pipe, how):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    pipe, config = make_pipe(), RadialAttention(**dict(SPARSE, dense_steps=3))
+    with dit_accel.attach(pipe, config):
+        eager = generate(pipe, num_inference_steps=10)
+    if how == "blocks":
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    else:
+        pipe.transformer.compile(fullgraph=True, backend="aot_eager")
+    counters.clear()
+    with dit_accel.attach(pipe, config) as attachment:
+        torch.testing.assert_close(generate(pipe, num_inference_steps=10), eager, rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 2
+        generate(pipe, num_inference_steps=10)
+        assert counters["stats"]["unique_graphs"] == 2
+        assert attachment.report().sparse_density < 1
+    torch._dynamo.reset()
+
+
+def test_image_conditioned_and_control_transformers():
+    latents, text = torch.randn(1, 12, 5, 8, 8), torch.randn(1, 6, 64)
+    step = torch.tensor([500.0])
+    image_to_video = tiny_transformer(in_channels=28, image_dim=24, added_kv_proj_dim=32)
+    inputs = dict(
+        hidden_states=torch.randn(1, 28, 5, 8, 8), timestep=step, encoder_hidden_states=torch.randn(1, 512, 64),
+        encoder_hidden_states_image=torch.randn(1, 7, 24),
+    )  # fmt: skip
+    per_token = dict(hidden_states=latents, timestep=step.expand(1, 80), encoder_hidden_states=text)
+    torch.manual_seed(0)
+    vace = WanVACETransformer3DModel(**TINY, vace_layers=[0, 2], vace_in_channels=20).eval()
+    control = dict(
+        hidden_states=latents, timestep=step, encoder_hidden_states=text, control_hidden_states=torch.randn(1, 20, 5, 8, 8),
+        control_hidden_states_scale=torch.ones(2),
+    )  # fmt: skip
+    for transformer, call, sparse_layers in ((image_to_video, inputs, 2), (tiny_transformer(), per_token, 2), (vace, control, 3)):
+        with torch.no_grad():
+            plain = transformer(**call, return_dict=False)[0]
+            with dit_accel.attach(transformer, RadialAttention(**NEUTRAL)):
+                assert torch.equal(transformer(**call, return_dict=False)[0], plain)
+            with dit_accel.attach(transformer, RadialAttention(**dict(SPARSE, dense_steps=0))) as attachment:
+                assert not torch.equal(transformer(**call, return_dict=False)[0], plain)
+                # the first block of each list is dense; one call a layer
+                assert [s.sparse_layers for s in attachment.report().steps] == [sparse_layers]
+
+
+def test_recipes_follow_the_released_sizes():
+    config = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128}
+    assert WAN.family(config, 1).name.startswith("wan2.1")
+    assert WAN.family(config, 2).name == "wan2.2-a14b"
+    assert WAN.recipe("radial", WAN.family(config, 2))["block_size"] == 64
+    assert WAN.family({**config, "num_layers": 7}, 1) is None
+
+
+class TestBadInput:
+    def test_attach_twice_and_detach_twice(self, pipe):
+        attachment = dit_accel.attach(pipe)
+        with pytest.raises(dit_accel.AttachError, match=r"attached to transformer already; call detach\(\)"):
+            dit_accel.attach(pipe, RadialAttention())
+        attachment.detach()
+        with pytest.raises(dit_accel.AttachError, match="detached already"):
+            attachment.detach()
+
+    def test_unsupported_transformer_lists_what_is_supported(self):
+        with pytest.raises(dit_accel.UnsupportedModel, match="got Linear.*WanTransformer3DModel"):
+            dit_accel.attach(torch.nn.Linear(2, 2))
+        with pytest.raises(dit_accel.UnsupportedModel, match="got int"):
+            dit_accel.attach(3)
+
+    def test_foreign_processor_is_refused_and_nothing_stays(self, pipe):
+        class Foreign:
+            def __call__(self, attn, hidden_states, *args, **kwargs):
+                return hidden_states
+
+        module = pipe.transformer.blocks[2].attn1
+        module.set_processor(Foreign())
+        processors = pipe.transformer.attn_processors
+        with pytest.raises(dit_accel.UnsupportedModel, match="Foreign calls neither dispatch_attention_fn nor"):
+            dit_accel.attach(pipe, RadialAttention())
+        assert pipe.transformer.attn_processors == processors
+        assert "cache_context" not in pipe.transformer.__dict__
+
+    def test_methods_that_do_not_fit(self, pipe):
+        with pytest.raises(dit_accel.ConfigError, match="attach takes method configs, got 'radial'"):
+            dit_accel.attach(pipe, "radial")
+        with pytest.raises(dit_accel.ConfigError, match="two RadialAttention configs were given"):
+            dit_accel.attach(pipe, RadialAttention(), RadialAttention())
+        with pytest.raises(dit_accel.MissingBackend, match="no kernel backend 'tritn'"):
+            dit_accel.attach(pipe, backend="tritn")
+        assert torch.equal(generate(pipe), generate(pipe))
+
+    def test_one_frame_is_refused_at_the_first_step(self, pipe):
+        steps = []
+
+        def count(pipe, step, timestep, tensors):
+            steps.append(step)
+            return tensors
+
+        with (
+            dit_accel.attach(pipe, RadialAttention(**SPARSE)),
+            pytest.raises(dit_accel.ConfigError, match="radial needs at least 2 latent frames, got 1"),
+        ):
+            generate(pipe, num_frames=1, callback_on_step_end=count)
+        assert not steps
+
+    def test_an_unknown_step_count_is_an_error_where_a_share_needs_it(self):
+        transformer = tiny_transformer()
+        with dit_accel.attach(transformer), torch.no_grad():
+            pass
+        inputs = torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64)
+        with (
+            dit_accel.attach(transformer, RadialAttention(**dict(SPARSE, dense_steps=0.24))),
+            pytest.raises(dit_accel.ConfigError, match=r"radial.dense_steps = 0.24 needs the number of steps"),
+        ):
+            transformer(*inputs)
+
+    def test_a_processor_set_by_the_user_meanwhile_stays(self, pipe):
+        from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+        attachment = dit_accel.attach(pipe, RadialAttention(**SPARSE))
+        mine = WanAttnProcessor()
+        pipe.transformer.blocks[0].attn1.set_processor(mine)
+        attachment.detach()
+        assert pipe.transformer.blocks[0].attn1.processor is mine

@@ -1,0 +1,26 @@
+"""Tiny Wan transformers with random weights and a short run of them, for the tests."""
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+TINY = dict(
+    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=12, out_channels=12, text_dim=64,
+    freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=64,
+)  # fmt: skip
+
+
+def tiny_transformer(seed: int = 0, **changes: object) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    return WanTransformer3DModel(**{**TINY, **changes}).eval()
+
+
+def generate(pipe: WanPipeline, **changes: object) -> torch.Tensor:
+    """Return the latents of a short run: 9 frames of 32 x 32, 5 x 4 x 4 tokens, 4 steps, guidance in two calls."""
+    call = dict(
+        prompt="a red circle moving right", num_frames=9, height=32, width=32, num_inference_steps=4, guidance_scale=3.0,
+        output_type="latent", max_sequence_length=16,
+    )  # fmt: skip
+    call.update(changes)
+    if "generator" not in call:
+        call["generator"] = torch.Generator().manual_seed(0)
+    return pipe(**call).frames
