@@ -1,4 +1,4 @@
-"""The embedded tiny text-to-video model: where its files are and which words it knows (imports neither torch nor diffusers)."""
+"""The embedded tiny text-to-video model: where its files are and which words it knows (numpy is all it imports)."""
 
 from pathlib import Path
 

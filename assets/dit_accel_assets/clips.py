@@ -79,7 +79,8 @@ def check_prompt(prompt: str) -> tuple[str, ...]:
     unknown = [word for word in dict.fromkeys(words) if word not in known]
     if unknown:
         raise ValueError(
-            f"prompt {prompt!r}: unknown word(s) {', '.join(unknown)}; the embedded model knows only: {', '.join(known)}"
+            f"prompt {prompt!r}: unknown word(s) {', '.join(unknown)}; "
+            f"the embedded model knows only: {', '.join(known)}"
         )
     return words
 

@@ -1,4 +1,4 @@
-"""What both trainings share: the optimizer pair, the schedule, the averaged weights, checkpoints and the JSON-lines log."""
+"""What both trainings share: optimizer, schedule, averaged weights, checkpoints and the JSON-lines log."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates for weight matrices (Jordan et al. 2024, "Muon").
 
     Convolution kernels are flattened to [out, in * taps]; matrices of one shape go through the iteration together.
-    The update is scaled by 0.2 * sqrt(max(rows, columns)), so that learning rates of AdamW carry over (arXiv 2502.16982).
+    Updates are scaled by 0.2 * sqrt(max(rows, columns)): learning rates of AdamW carry over (arXiv 2502.16982).
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, dtype: torch.dtype) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "dtype": dtype})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -44,14 +42,13 @@ class Muon(torch.optim.Optimizer):
                 update = param.grad.lerp(average, group["momentum"]).reshape(param.shape[0], -1)
                 shapes[tuple(update.shape)].append((param, update))
             for shape, members in shapes.items():
-                updates = orthogonalize(torch.stack([update for _, update in members]))
+                updates = orthogonalize(torch.stack([update for _, update in members]).to(group["dtype"]))
                 for (param, _), update in zip(members, updates, strict=True):
-                    param.mul_(1 - group["lr"] * group["weight_decay"])
-                    param.add_(update.view(param.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                    param.add_(update.view(param.shape).to(param.dtype), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Bring the singular values of matrices [N, rows, columns] near 1 by the quintic Newton-Schulz iteration of Muon."""
+    """Bring the singular values of matrices [N, rows, columns] near 1 by Muon's quintic Newton-Schulz iteration."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -106,6 +103,12 @@ class Averages:
                 held = param.detach().clone()
                 param.copy_(self.values[key][name])
                 self.values[key][name] = held
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimizer's memory and keep its present settings."""
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""Trains the embedded model's video autoencoder on drawn clips: `python assets/training/train_vae.py`; resumes by itself."""
+"""Trains the embedded model's video autoencoder on drawn clips: `python assets/training/train_vae.py`; resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RUNS, Averages, Log, Muon, save_atomic, split_parameters, trapezoid
+from common import RUNS, Averages, Log, Muon, load_optimizer, save_atomic, split_parameters, trapezoid
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -38,7 +38,7 @@ class VaeTraining:
     """The recipe. A stage is (share of the steps it ends at, ((weight, frames, crop, batch), ...))."""
 
     seed: int = 1
-    steps: int = 9000
+    steps: int = 3300
     lr: float = 3e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
@@ -46,15 +46,16 @@ class VaeTraining:
     ema: float = 0.998
     kl_weight: float = 3e-4
     bf16_until: float = 0.9
+    freeze_encoder_at: int = 1930
     stages: tuple[tuple[float, tuple[tuple[float, int, int, int], ...]], ...] = (
-        (0.4, ((1.0, 5, 32, 8),)),
-        (0.7, ((0.5, 5, 32, 8), (0.4, 9, 32, 4), (0.1, 17, 64, 1))),
+        (0.3, ((1.0, 5, 32, 8),)),
+        (0.55, ((0.5, 5, 32, 8), (0.4, 9, 32, 4), (0.1, 17, 64, 1))),
         (1.0, ((0.2, 5, 32, 8), (0.3, 9, 32, 4), (0.15, 17, 32, 3), (0.25, 17, 64, 1), (0.1, 33, 64, 1))),
     )
 
 
 def draw_batch(rng: np.random.Generator, frames: int, crop: int, batch: int) -> Tensor:
-    """Draw a window of `frames` frames, cut to `crop` pixels around the object, float32 [B, 3, F, crop, crop] in [-1, 1]."""
+    """Draw windows of `frames` frames, cut to `crop` pixels around the object, [B, 3, F, crop, crop] in [-1, 1]."""
     out = []
     for _ in range(batch):
         scene = clips.sample_scene(rng)
@@ -130,6 +131,20 @@ def export(vae: AutoencoderKLWan, folder: Path) -> None:
     vae.save_pretrained(folder)
 
 
+@torch.no_grad()
+def freeze_encoder(vae: AutoencoderKLWan, averages: Averages, folder: Path) -> None:
+    """Fix the encoder at its averaged weights, so that latents no longer change while the decoder trains on.
+
+    The first time it leaves that state in `folder`, for the transformer's training to start from.
+    """
+    if not folder.exists():
+        averages.swap()
+        averages.values["vae"] = {name: param.detach().clone() for name, param in vae.named_parameters()}
+        export(vae, folder)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+
 def train(config: VaeTraining, run: Path) -> None:
     """Train, resuming from the run's checkpoint where there is one; leaves `run/vae` at the end."""
     torch.manual_seed(config.seed)
@@ -139,7 +154,7 @@ def train(config: VaeTraining, run: Path) -> None:
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
     matrices, rest = split_parameters([vae], plain_names=("encoder.conv_in", "decoder.conv_out", "quant_conv"))
     optimizers = [
-        Muon(matrices, lr=config.lr),
+        Muon(matrices, lr=config.lr, dtype=torch.float32),
         torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0),
     ]
     averages, step, clock = Averages({"vae": vae}, config.ema), 0, {}
@@ -148,7 +163,7 @@ def train(config: VaeTraining, run: Path) -> None:
         state = torch.load(checkpoint, weights_only=False)
         vae.load_state_dict(state["vae"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         averages.values, averages.updates = state["averages"], state["updates"]
         step, clock = state["step"], state["clock"]
     log = Log(run / "log.jsonl", **clock)
@@ -162,6 +177,8 @@ def train(config: VaeTraining, run: Path) -> None:
 
     saved_at, window = time.perf_counter(), []
     while step < config.steps:
+        if step >= config.freeze_encoder_at and vae.quant_conv.weight.requires_grad:
+            freeze_encoder(vae, averages, run / "frozen")
         rng = np.random.default_rng([config.seed, step])
         torch.manual_seed(config.seed * 1_000_003 + step)
         mix = next(mix for end, mix in config.stages if step < end * config.steps)

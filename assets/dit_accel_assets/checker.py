@@ -1,0 +1,110 @@
+"""Says what a clip shows, by rules alone: colour, shape, direction, background; judges drawn and generated clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit_accel_assets import clips
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What the checker saw; a field is None where the clip shows no such thing (no object, no motion)."""
+
+    color: str | None
+    shape: str | None
+    direction: str | None
+    background: str | None
+    travel: float
+    """Distance between the object's first and last centre, in pixels."""
+
+
+def check(video: np.ndarray) -> Finding:
+    """Judge a clip [F, H, W, 3], uint8 or float in 0..1; tolerates soft edges and slight noise."""
+    if video.ndim != 4 or video.shape[-1] != 3:
+        raise ValueError(f"a clip is [frames, height, width, 3]; found {video.shape}")
+    frames = video.astype(np.float64) if video.dtype == np.uint8 else video.astype(np.float64) * 255.0
+    ground = _background(frames)
+    background = _nearest(ground, clips.BACKGROUNDS)
+    cover = _cover(frames, ground)
+    found = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
+    if not found:
+        return Finding(color=None, shape=None, direction=None, background=background, travel=0.0)
+    solid = cover > 0.8
+    color = _nearest(np.median(frames[solid], axis=0), clips.COLORS) if solid.any() else None
+    shapes = [_shape(cover[index]) for index in found]
+    shape = max(clips.SHAPES, key=shapes.count)
+    direction, travel = _direction(cover, found)
+    return Finding(color=color, shape=shape, direction=direction, background=background, travel=travel)
+
+
+def _background(frames: np.ndarray) -> np.ndarray:
+    """Return the colour [3] of the background: the median over time of every pixel, then over the frame."""
+    return np.median(np.median(frames, axis=0).reshape(-1, 3), axis=0)
+
+
+def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
+    return min(names, key=lambda name: float(np.square(np.asarray(names[name]) - color).sum()))
+
+
+def _cover(frames: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """Return the share [F, H, W] of every pixel that the object covers, with stray pixels dropped.
+
+    The object's colour is the median of the pixels farthest from the background; a share is the projection on the
+    way there.
+    """
+    away = frames - ground
+    distance = np.sqrt(np.square(away).sum(-1))
+    strong = distance >= max(45.0, 0.75 * np.quantile(distance, 0.99))
+    if not strong.any():
+        return np.zeros(distance.shape)
+    axis = np.median(away[strong], axis=0)
+    cover = np.clip(away @ axis / max(1.0, float(axis @ axis)), 0.0, 1.0)
+    cover[cover < 0.2] = 0.0
+    neighbours = np.zeros_like(cover)
+    padded = np.pad(cover > 0.5, ((0, 0), (1, 1), (1, 1)))
+    for dy in (0, 1, 2):
+        for dx in (0, 1, 2):
+            neighbours += padded[:, dy : dy + cover.shape[1], dx : dx + cover.shape[2]]
+    return np.where(neighbours >= 3, cover, 0.0)
+
+
+def _centroid(cover: np.ndarray) -> np.ndarray:
+    grid_y, grid_x = np.mgrid[: cover.shape[0], : cover.shape[1]] + 0.5
+    weight = cover.sum()
+    return np.array([(cover * grid_x).sum() / weight, (cover * grid_y).sum() / weight])
+
+
+def _direction(cover: np.ndarray, found: list[int]) -> tuple[str | None, float]:
+    """Return the direction of the straight line fitted to the tracked centroid, and its length; None under 5 pixels."""
+    if len(found) < 2:
+        return None, 0.0
+    track = np.stack([_centroid(cover[index]) for index in found])
+    time = np.asarray(found, dtype=np.float64)
+    slope = np.polyfit(time, track, 1)[0]
+    shift = slope * (time[-1] - time[0])
+    travel = float(np.hypot(*shift))
+    if travel < 5.0:
+        return None, travel
+    cosines = {name: float(np.dot(shift, step) / np.hypot(*step)) for name, step in clips.DIRECTIONS.items()}
+    return max(cosines, key=lambda name: cosines[name]), travel
+
+
+def _shape(cover: np.ndarray) -> str:
+    """Return the shape whose drawn template, moved and sized to fit, overlaps the covered pixels best (soft IoU)."""
+    rows, columns = np.nonzero(cover.max(1) > 0.5)[0], np.nonzero(cover.max(0) > 0.5)[0]
+    if not rows.size or not columns.size:
+        return clips.SHAPES[0]
+    box = (rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2
+    extent = (rows[-1] - rows[0] + columns[-1] - columns[0]) / 2 + 1
+    y, x = np.mgrid[: cover.shape[0], : cover.shape[1]] + 0.5
+    best, best_overlap = clips.SHAPES[0], -1.0
+    for shape in clips.SHAPES:
+        for size in (extent - 1.5, extent, extent + 1.5):
+            template = np.clip(0.5 - clips.signed_distance(shape, x - box[1], y - box[0], size), 0.0, 1.0)
+            overlap = np.minimum(template, cover).sum() / np.maximum(template, cover).sum()
+            if overlap > best_overlap:
+                best, best_overlap = shape, float(overlap)
+    return best
