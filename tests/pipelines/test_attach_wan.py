@@ -4,13 +4,12 @@ import threading
 
 import pytest
 import torch
-from dit_accel_pipelines.wan import WAN
 from diffusers import WanVACETransformer3DModel
+from dit_accel_pipelines.wan import WAN
+from wan_tiny import TINY, generate, tiny_transformer
 
 import dit_accel
 from dit_accel import RadialAttention
-
-from wan_tiny import TINY, generate, tiny_transformer
 
 SPARSE = dict(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=1, dense_layers=1)
 NEUTRAL = dict(SPARSE, dense_steps=1000)
@@ -277,10 +276,14 @@ def test_image_conditioned_and_control_transformers():
     torch.manual_seed(0)
     vace = WanVACETransformer3DModel(**TINY, vace_layers=[0, 2], vace_in_channels=20).eval()
     control = dict(
-        hidden_states=latents, timestep=step, encoder_hidden_states=text, control_hidden_states=torch.randn(1, 20, 5, 8, 8),
-        control_hidden_states_scale=torch.ones(2),
+        hidden_states=latents, timestep=step, encoder_hidden_states=text,
+        control_hidden_states=torch.randn(1, 20, 5, 8, 8), control_hidden_states_scale=torch.ones(2),
     )  # fmt: skip
-    for transformer, call, sparse_layers in ((image_to_video, inputs, 2), (tiny_transformer(), per_token, 2), (vace, control, 3)):
+    for transformer, call, sparse_layers in (
+        (image_to_video, inputs, 2),
+        (tiny_transformer(), per_token, 2),
+        (vace, control, 3),
+    ):
         with torch.no_grad():
             plain = transformer(**call, return_dict=False)[0]
             with dit_accel.attach(transformer, RadialAttention(**NEUTRAL)):
@@ -309,7 +312,7 @@ class TestBadInput:
             attachment.detach()
 
     def test_unsupported_transformer_lists_what_is_supported(self):
-        with pytest.raises(dit_accel.UnsupportedModel, match="got Linear.*WanTransformer3DModel"):
+        with pytest.raises(dit_accel.UnsupportedModel, match=r"got Linear.*WanTransformer3DModel"):
             dit_accel.attach(torch.nn.Linear(2, 2))
         with pytest.raises(dit_accel.UnsupportedModel, match="got int"):
             dit_accel.attach(3)

@@ -17,8 +17,8 @@ def tiny_transformer(seed: int = 0, **changes: object) -> WanTransformer3DModel:
 def generate(pipe: WanPipeline, **changes: object) -> torch.Tensor:
     """Return the latents of a short run: 9 frames of 32 x 32, 5 x 4 x 4 tokens, 4 steps, guidance in two calls."""
     call = dict(
-        prompt="a red circle moving right", num_frames=9, height=32, width=32, num_inference_steps=4, guidance_scale=3.0,
-        output_type="latent", max_sequence_length=16,
+        prompt="a red circle moving right", num_frames=9, height=32, width=32, num_inference_steps=4,
+        guidance_scale=3.0, output_type="latent", max_sequence_length=16,
     )  # fmt: skip
     call.update(changes)
     if "generator" not in call:

@@ -1,0 +1,48 @@
+# Every target sets up what it needs in .venv first; `make demo` and `make test` are where to begin.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := dit_accel kernels pipelines eval assets tests
+
+.PHONY: demo test bench types lint format setup clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m dit_accel_pipelines.demo --out demo
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+bench: $(VENV)/.ready
+	$(BIN)/python kernels/bench/block_sparse.py
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.ready-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.ready-dev
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-test
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@

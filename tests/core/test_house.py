@@ -1,0 +1,59 @@
+"""The house's own rules: what may be imported, how large things are, which names stay free."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("kernels", "pipelines", "eval", "assets")
+SOURCES = [
+    path for room in ("dit_accel", *ROOMS) for path in sorted((ROOT / room).rglob("*.py")) if "runs" not in path.parts
+]
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_room_folders_are_no_packages():
+    assert not [room for room in (*ROOMS, "tests") if (ROOT / room / "__init__.py").exists()]
+    found = run("import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)").strip()
+    assert not found.startswith(str(ROOT))
+
+
+def test_importing_is_light():
+    loaded = run("import dit_accel, sys; print(*sys.modules)").split()
+    assert not {"torch", "diffusers", "triton", "matplotlib", "transformers"} & set(loaded)
+    loaded = run("import sys; from dit_accel import attach; print(*sys.modules)").split()
+    assert not {"diffusers", "triton", "transformers"} & set(loaded)
+    assert run("import torch, dit_accel.attachment; print(torch.cuda.is_initialized())").strip() == "False"
+
+
+def test_the_public_face():
+    import dit_accel
+
+    assert all(getattr(dit_accel, name) is not None for name in dit_accel.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dit_accel.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sizes(path):
+    text = path.read_text()
+    lines = len(text.splitlines())
+    assert lines <= (40 if path.name == "__init__.py" else 400)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body  # options are no code
+            size = (node.end_lineno or node.lineno) - body[0].lineno + 1
+            assert size <= (150 if node.name.endswith("_kernel") else 60), f"{node.name} has {size} lines"
+
+
+def test_rooms_have_short_readmes():
+    for room in ROOMS:
+        readme = ROOT / room / "README.md"
+        assert readme.exists(), readme
+        assert len(readme.read_text().splitlines()) <= 40

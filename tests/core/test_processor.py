@@ -1,0 +1,112 @@
+"""The processor's replaced call, on diffusers' own processors of both kinds, and the masks it takes."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from dit_accel import ConfigError
+from dit_accel.adapter import Adapter
+from dit_accel.methods.base import Handler
+from dit_accel.methods.radial import RadialAttention
+from dit_accel.op import planned_attention
+from dit_accel.processor import Slot, wrap_processor
+from dit_accel.session import Place, Session, Target
+
+
+class Everything(Handler):
+    """A method that leaves the plan at its default: every tile exact."""
+
+
+@pytest.fixture
+def session() -> Session:
+    session = Session([Everything(RadialAttention(), None)], "reference")
+    target = Target("transformer", Adapter(name="any", transformers=(), self_attention=()))
+    session.targets.append(target)
+    session.places.append(Place(target, 0, 0))
+    return session
+
+
+def test_a_legacy_processor_keeps_its_face_and_its_result(session):
+    slot, processor = Slot(), CogVideoXAttnProcessor2_0()
+    wrapped = wrap_processor(processor, 0, {}, slot, session.number)
+    assert isinstance(wrapped, CogVideoXAttnProcessor2_0)
+    assert inspect.signature(wrapped.__call__) == inspect.signature(processor.__call__)
+    torch.manual_seed(0)
+    attn = Attention(query_dim=32, heads=2, dim_head=16, processor=processor).eval()
+    hidden, text = torch.randn(2, 12, 32), torch.randn(2, 3, 32)
+    with torch.no_grad():
+        plain = attn(hidden, encoder_hidden_states=text)
+        attn.set_processor(wrapped)
+        assert all(torch.equal(a, b) for a, b in zip(attn(hidden, encoder_hidden_states=text), plain, strict=True))
+        wrapped._dit_accel_sparse = True
+        slot.grid = (3, 2, 2, 3, 0)
+        session.places[0].processor = wrapped
+        planned = attn(hidden, encoder_hidden_states=text)
+        assert session.recorder.forwards
+    for ours, theirs in zip(planned, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_attributes_set_later_are_shared_back():
+    from dit_accel.processor import unwrap_processor
+
+    original = WanAttnProcessor()
+    wrapped = wrap_processor(original, 0, {}, Slot(), 0)
+    wrapped._attention_backend = "native"
+    assert unwrap_processor(wrapped, original) is original
+    assert vars(original) == {"_attention_backend": "native"}
+
+
+def tensors(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(2, 12, 2, 8, dtype=dtype) for _ in range(3)]
+
+
+def call(session, q, k, v, mask=None, grid=(3, 2, 2, 0, 0)):
+    return planned_attention(q, k, v, mask, torch.tensor(0), session.number, grid, "bshd", None, False)[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 1, 1, 12), (1, 1, 1, 12)])
+def test_key_padding_is_followed(session, shape):
+    q, k, v = tensors()
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., 9:] = False
+    wide = mask.reshape(-1, 1, 1, 12)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), wide).transpose(1, 2)
+    torch.testing.assert_close(call(session, q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_masks_and_lengths_are_refused(session):
+    q, k, v = tensors()
+    with pytest.raises(ConfigError, match=r"boolean key-padding mask \[2, 1, 1, 12\], the model passes torch.float32"):
+        call(session, q, k, v, torch.zeros(2, 1, 12, 12))
+    with pytest.raises(ConfigError, match="attends over 12 tokens, the adapter 'any' reads 16"):
+        call(session, q, k, v, grid=(4, 2, 2, 0, 0))
+
+
+def test_what_a_plan_cannot_do_is_refused():
+    from dit_accel.processor import _refuse
+
+    for arguments, message in (
+        ((0.1, False, None), "has no dropout, the call asks for dropout_p=0.1"),
+        ((0.0, True, None), "in a causal attention call"),
+        ((0.0, False, object()), "does not run under context parallelism yet"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _refuse(*arguments)
+
+
+def test_the_operator_passes_opcheck(session):
+    q, k, v = (x.requires_grad_() for x in tensors())
+    arguments = (q, k, v, None, torch.tensor(0), session.number, (3, 2, 2, 0, 0), "bshd", None, True)
+    torch.library.opcheck(planned_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_session_that_is_gone_says_so():
+    q, k, v = tensors()
+    with pytest.raises(RuntimeError, match="attachment 999999 is detached"):
+        planned_attention(q, k, v, None, torch.tensor(0), 999999, (3, 2, 2, 0, 0), "bshd", None, False)
