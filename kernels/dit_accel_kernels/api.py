@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel_kernels import backward, reference, torch_backend
+from dit_accel_kernels import backward, flex_backend, reference, torch_backend
 from dit_accel_kernels.checks import check_arguments
 from dit_accel_kernels.features import FrameDecay, Problem
 from dit_accel_kernels.tiles import TileLists
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "torch", "flex", "reference")
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor exact_offsets, Tensor exact_indices, Tensor? pooled_offsets, "
@@ -191,6 +191,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     if name == "reference":
         out, lse = reference.attend(problem)
         lse = lse if return_lse else lse.new_empty(0)
+    elif name == "flex":
+        out, lse = flex_backend.attend(problem, need_lse=return_lse)
     else:
         out, lse = torch_backend.attend(problem, need_lse=return_lse)
     if token_order is not None:

@@ -7,6 +7,7 @@ row of ascending key-tile indices for each block row, shared by all batches and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -91,9 +92,8 @@ class TileLists:
 
     @classmethod
     def full(cls, num_q: int, num_k: int, *, block_q: int, block_k: int) -> TileLists:
-        """Lists in which every tile is exact: dense attention."""
-        states = torch.full((-(-num_q // block_q), -(-num_k // block_k)), EXACT, dtype=torch.uint8)
-        return cls.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
+        """Lists in which every tile is exact, on the CPU: dense attention. The same object for the same sizes."""
+        return _full(num_q, num_k, block_q, block_k)
 
     @property
     def groups(self) -> int:
@@ -175,6 +175,14 @@ class TileLists:
                 row, tile = divmod(int(both[0]), self.key_tiles)
                 raise ValueError(f"a tile is exact or pooled, not both: found tile {tile} twice in block row {row}")
         return self
+
+
+@lru_cache(maxsize=16)
+def _full(num_q: int, num_k: int, block_q: int, block_k: int) -> TileLists:
+    if min(num_q, num_k, block_q, block_k) < 1:
+        raise ValueError(f"sizes must be at least 1, found {num_q} x {num_k} tokens in tiles of {block_q} x {block_k}")
+    states = torch.full((-(-num_q // block_q), -(-num_k // block_k)), EXACT, dtype=torch.uint8)
+    return TileLists.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
 
 
 def _flat_rows(offsets: Tensor) -> Tensor:

@@ -1,7 +1,14 @@
-"""The torch backend: block rows with equally long lists are gathered and batched; memory O(S), every feature, forward (the gradient is in backward.py)."""
+"""The torch backend: block rows with equally long lists are gathered and batched; O(S) memory, every feature.
+
+The hot loop takes one block row of one lane (or as many as fit `SCORES_BYTES` a thread) at a time: gather its key and value tiles,
+one product, one softmax, one product, all in buffers that stay in a core's cache. On a CPU, gathering costs a few per cent of the
+products, and this order beat batching all heads at once, per-tile products without a gather, flash-style chunks of keys, and SDPA
+on gathered tiles (bench/block_sparse.py prints them beside each other). The gradient is in backward.py.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +18,8 @@ from torch import Tensor
 from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
 from dit_accel_kernels.schedule import Unit, schedule
 
-SCORES_BYTES = 4 << 20
+GPU_LANES = 256  # batches of a GPU are this many times larger
+SCORES_BYTES = 512 << 10  # logits of one batch, a thread
 
 
 @dataclass(slots=True)
@@ -29,6 +37,7 @@ class Tiled:
     k_mean: Tensor | None  # [N, tiles, D]
     v_mean: Tensor | None
     log_length: Tensor | None
+    length: Tensor | None  # [NK], where every lane has the same
     t: Tensor | None
     t_mean: Tensor | None  # [F + 2, NK]
     t_rows: Tensor | None  # int64 [NQ, block_q]
@@ -55,15 +64,66 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     tiled = cut(problem)
     out = torch.zeros_like(tiled.q)
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
+    buffers: dict[str, Tensor] = {}
     for unit, lanes in chunks(tiled, units_of(problem)):
-        part, part_lse = attend_operands(gather(tiled, unit, lanes), need_lse=need_lse)
-        out[lanes, unit.rows] = part
+        if tiled.bias is None and tiled.t is None:
+            part, part_lse = _attend_plain(tiled, unit, lanes, buffers, need_lse=need_lse)
+        else:
+            part, part_lse = attend_operands(gather(tiled, unit, lanes), need_lse=need_lse)
+        out[lanes].index_copy_(1, unit.rows, part)
         if part_lse is not None:
-            lse[lanes, unit.rows] = part_lse
+            lse[lanes].index_copy_(1, unit.rows, part_lse)
     shape = (*problem.q.shape[:2], -1)
     tokens = problem.q.shape[2]
     out = out.view(*shape, out.shape[-1])[:, :, :tokens]
     return out, lse.view(*shape)[:, :, :tokens] if need_lse else lse
+
+
+def _attend_plain(
+    tiled: Tiled, unit: Unit, lanes: slice, buffers: dict[str, Tensor], *, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one batch without masks and decay, in reused buffers; pooled columns are weighed after the softmax."""
+    rows, exact = unit.exact.shape
+    pooled, count = unit.pooled.shape[1], lanes.stop - lanes.start
+    block, dim = tiled.k.shape[2:]
+    columns = exact * block - (tiled.tail if unit.tail else 0)
+
+    def pick(name: str, x: Tensor, mean: Tensor | None) -> Tensor:
+        if pooled == 0 or mean is None:
+            tokens = _buffer(buffers, name, x, (count, rows * exact, block, dim))
+            torch.index_select(x[lanes], 1, unit.exact.view(-1), out=tokens)
+            return tokens.view(count * rows, exact * block, dim)[:, :columns]
+        tokens = _buffer(buffers, name, x, (count, rows, columns + pooled, dim))
+        for row in range(rows):
+            picked = x[lanes].index_select(1, unit.exact[row]).view(count, exact * block, dim)
+            tokens[:, row, :columns] = picked[:, :columns]
+            tokens[:, row, columns:] = mean[lanes].index_select(1, unit.pooled[row])
+        return tokens.view(count * rows, columns + pooled, dim)
+
+    k, v = pick("k", tiled.k, tiled.k_mean), pick("v", tiled.v, tiled.v_mean)
+    q = tiled.q[lanes].index_select(1, unit.rows).flatten(0, 1)
+    shape = (q.shape[0], q.shape[1], columns + pooled)
+    logits, p = _buffer(buffers, "logits", q, shape), _buffer(buffers, "p", q, shape)
+    torch.bmm(q, k.mT, out=logits)
+    torch.softmax(logits, -1, out=p)
+    total = None
+    if pooled and tiled.length is not None:
+        p[..., columns:] *= tiled.length[unit.pooled % tiled.key_tiles][:, None].repeat(count, 1, 1).to(p.dtype)
+        total = p.sum(-1, keepdim=True, dtype=wide_dtype(p.dtype))
+    out = torch.bmm(p, v)
+    lse = torch.logsumexp(logits.to(wide_dtype(q.dtype)), -1, keepdim=True) if need_lse else None
+    if total is not None:
+        out = (out / total).to(out.dtype)
+        lse = None if lse is None else lse + total.log()
+    return out.unflatten(0, (count, rows)), None if lse is None else lse.view(count, rows, -1)
+
+
+def _buffer(buffers: dict[str, Tensor], name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A view of a reused flat buffer; grown when too small."""
+    size = math.prod(shape)
+    if name not in buffers or buffers[name].numel() < size:
+        buffers[name] = like.new_empty(size)
+    return buffers[name][:size].view(shape)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -102,10 +162,11 @@ def cut(problem: Problem) -> Tiled:
         x = x.repeat_interleave(repeat, 1) if shared and repeat > 1 else x
         return x.flatten(0, 1) if shared else x.flatten(0, 2)[None]
 
-    k_mean = v_mean = log_length = None
+    k_mean = v_mean = log_length = same_length = None
     if problem.pooled_indices is not None:
         k_mean, length = tile_means(k, problem.block_k, weight)
         v_mean, _ = tile_means(v, problem.block_k, weight)
+        same_length = length if weight is None else None
         log_length = lanes(length.expand(k_mean.shape[:-1]).log().to(wide_dtype(q.dtype)))
         k_mean, v_mean = lanes(k_mean), lanes(v_mean)
     bias = None
@@ -127,6 +188,7 @@ def cut(problem: Problem) -> Tiled:
         k_mean=k_mean,
         v_mean=v_mean,
         log_length=log_length,
+        length=same_length,
         t=t,
         t_mean=t_mean,
         t_rows=t_rows,
@@ -144,11 +206,12 @@ def _tiles(x: Tensor, block: int) -> Tensor:
 
 
 def chunks(tiled: Tiled, units: list[Unit]) -> Iterator[tuple[Unit, slice]]:
-    """Units cut so that one batch of logits stays within SCORES_BYTES (at least one block row of one lane)."""
+    """Units cut so that one batch of logits stays within SCORES_BYTES a thread (at least one block row of a lane each)."""
+    threads = torch.get_num_threads() if tiled.q.device.type == "cpu" else GPU_LANES
     lanes, _, block_q, _ = tiled.q.shape
     for unit in units:
         columns = unit.exact.shape[1] * tiled.k.shape[2] + unit.pooled.shape[1]
-        room = max(1, SCORES_BYTES // (4 * block_q * columns))
+        room = threads * max(1, SCORES_BYTES // (tiled.q.element_size() * block_q * columns))
         lane_step = min(lanes, room)
         row_step = max(1, room // lane_step)
         for start in range(0, unit.rows.numel(), row_step):

@@ -1,0 +1,155 @@
+"""Time block-sparse attention against dense SDPA and its rivals, side by side in one process: `python kernels/bench/block_sparse.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from candidates import NAMES, Call, exact_rows, make
+from dit_accel_kernels import EXACT, TileLists
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="1,4,16384,128", help="B,H,S,D (default %(default)s)")
+    parser.add_argument("--dtype", default="fp32,bf16", help=f"comma list of {', '.join(DTYPES)} (default %(default)s)")
+    parser.add_argument("--density", default="0.10,0.25,0.5", help="comma list of kept shares (default %(default)s)")
+    parser.add_argument("--block", type=int, default=128, help="tokens a tile (default %(default)s)")
+    parser.add_argument("--lists", default="random", choices=("random", "band"), help="where kept tiles lie")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="timed rounds, candidates interleaved (default %(default)s)"
+    )
+    parser.add_argument("--only", default=",".join(NAMES), help=f"comma list of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: time of this process over threads"
+    )
+    parser.add_argument("--out", type=Path, help="append one JSON line a candidate to this file")
+    return parser.parse_args()
+
+
+def lists(kind: str, density: float, tokens: int, block: int) -> TileLists:
+    """Shared lists with the same number of tiles in every block row, scattered at random or in one band about the diagonal."""
+    count = tokens // block
+    kept = max(1, round(density * count))
+    states = torch.zeros(count, count, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        start = min(max(i - kept // 2, 0), count - kept)
+        band = torch.arange(start, start + kept)
+        states[i, band if kind == "band" else torch.randperm(count, generator=generator)[:kept]] = EXACT
+    return TileLists.from_states(states, block_q=block, block_k=block, num_q=tokens, num_k=tokens)
+
+
+def timed(calls: dict[str, Call], rounds: int, clock: str, threads: int) -> dict[str, list[float]]:
+    """Seconds of every call, one call of each a round so that drift hits all alike; the first round warms up and is dropped."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if turn:
+                seconds[name].append(wall if clock == "wall" else cpu / threads)
+    return seconds
+
+
+def relative_error(out: Tensor, truth: Tensor, sample: list[int], block: int) -> float:
+    """Root mean square error of the sampled block rows over the truth's root mean square."""
+    found = out.unflatten(2, (-1, block))[:, :, sample].double()
+    return float((found - truth).norm() / truth.norm())
+
+
+def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[str, Any]]:
+    """All candidates at one dtype and density, as JSON-ready records."""
+    batch, heads, tokens, dim = (int(x) for x in args.shape.split(","))
+    if tokens % args.block:
+        raise SystemExit(f"--shape needs whole tiles: found {tokens} tokens for --block {args.block}")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, tokens, dim).to(DTYPES[dtype]) for _ in range(3))
+    tiles = lists(args.lists, density, tokens, args.block)
+    calls = make(q, k, v, tiles, ["dense", *(n for n in args.only.split(",") if n != "dense")])
+    sample = list(range(0, tokens // args.block, max(1, tokens // args.block // 4)))[:4]
+    truth = exact_rows(q, k, v, tiles, sample)
+    full = exact_rows(q, k, v, TileLists.full(tokens, tokens, block_q=args.block, block_k=args.block), sample)
+    errors = {
+        n: relative_error(call(), full if n == "dense" else truth, sample, args.block) for n, call in calls.items()
+    }
+    seconds = timed(calls, args.rounds, args.clock, args.threads)
+    dense = statistics.median(seconds["dense"])
+    records = []
+    for name, found in seconds.items():
+        share = 1.0 if name == "dense" else tiles.density
+        low, median, high = (float(x) for x in torch.tensor(found).quantile(torch.tensor([0.2, 0.5, 0.8])))
+        speedup = statistics.median(d / f for d, f in zip(seconds["dense"], found, strict=True))
+        records.append(
+            {
+                "candidate": name,
+                "device": cpu_name(),
+                "threads": args.threads,
+                "clock": args.clock,
+                "torch": torch.__version__,
+                "shape": [batch, heads, tokens, dim],
+                "block": args.block,
+                "lists": args.lists,
+                "dtype": dtype,
+                "density": round(share, 4),
+                "rounds": len(found),
+                "seconds": median,
+                "seconds_p20": low,
+                "seconds_p80": high,
+                "dense_seconds": dense,
+                "tflops": 4 * batch * heads * tokens**2 * dim * share / median / 1e12,
+                "speedup": speedup,
+                "of_ideal": speedup * share,
+                "relative_error": errors[name],
+            }  # fmt: skip
+        )
+    return records
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Print the table; append the records."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    print(
+        f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, B,H,S,D = {args.shape}, block {args.block}"
+    )
+    print(
+        f"{'dtype':6}{'density':>8} {'candidate':12}{'ms':>9}{'p20':>9}{'p80':>9}{'TFLOP/s':>9}{'x dense':>9}{'of ideal':>9}{'error':>10}"
+    )
+    for dtype in args.dtype.split(","):
+        for density in (float(x) for x in args.density.split(",")):
+            for r in measure(args, dtype, density):
+                print(
+                    f"{r['dtype']:6}{r['density']:8.3f} {r['candidate']:12}{r['seconds'] * 1e3:9.1f}{r['seconds_p20'] * 1e3:9.1f}"
+                    f"{r['seconds_p80'] * 1e3:9.1f}{r['tflops']:9.3f}{r['speedup']:9.2f}{r['of_ideal']:9.2f}{r['relative_error']:10.1e}",
+                    flush=True,
+                )
+                if args.out:
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(r) + "\n")
+
+
+if __name__ == "__main__":
+    main()
