@@ -76,7 +76,7 @@ def read_model_files(model: str) -> ModelFiles:
     index = read_config(model, INDEX)
     if not isinstance(index.get("transformer"), list):
         parts = ", ".join(name for name, entry in index.items() if isinstance(entry, list)) or "no component"
-        raise UnsupportedModel(f"{model} holds {parts} but no transformer; only transformer pipelines can be planned")
+        raise UnsupportedModel(f"{model} holds {parts} but no transformer; give a diffusers pipeline that has one")
     return ModelFiles(
         name=model,
         index=index,
@@ -109,14 +109,27 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _download(model: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
+        cached = try_to_load_from_cache(model, file)
+        if isinstance(cached, str):
+            return Path(cached)
+        get_hf_file_metadata(hf_hub_url(model, file))  # a download would try for half a minute without a network
         return Path(hf_hub_download(model, file))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, *_network_errors()) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(
             f"model {model!r} is no local folder, and the hub gave no {file} ({type(error).__name__}: {reason}); "
             "check the name, the connection, or `hf auth login` for a gated model"
         ) from None
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """Return the base error of the hub client's transport, which changed between its releases."""
+    try:
+        import httpx
+    except ImportError:
+        return ()
+    return (httpx.HTTPError,)

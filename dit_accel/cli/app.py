@@ -17,11 +17,14 @@ from .method_options import with_method_options
 from .plan import plan
 
 BUILT_IN: dict[str, Callable[..., Any]] = {"plan": plan, "methods": methods, "models": models}
+INTERRUPTED = 130
 EPILOG = "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C."
 
 
 class CommandGroup(TyperGroup):
     """The built-in commands and those of installed packages, each built when it is asked for."""
+
+    show_traceback = False
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the names in the order of the help."""
@@ -40,39 +43,29 @@ class CommandGroup(TyperGroup):
         """Run the command line; an error becomes one line on stderr and an exit code."""
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
+        self.show_traceback = False
         try:
             code = super().main(*args, standalone_mode=False, **extra)
-        except BaseException as error:
-            if _traceback_wanted:
+        except Exception as error:
+            if self.show_traceback:
                 traceback.print_exc()
             code = _exit_code(error)
-            if code is None:
-                raise
+        if code == INTERRUPTED:
+            print_error("stopped by Ctrl-C; nothing half-written is left")
         sys.exit(code if isinstance(code, int) else 0)
 
 
-_traceback_wanted: list[bool] = []
-
-
-def _exit_code(error: BaseException) -> int | None:
-    """Print one line on an error and return its exit code; None for what is no business of ours."""
-    usage = getattr(error, "format_message", None)
-    if usage is not None and "NoArgsIsHelp" in type(error).__name__:
-        print(usage())
-        return 2
-    if usage is not None:
-        print_error(usage())
-        return int(getattr(error, "exit_code", 2))
-    if isinstance(error, DitAccelError):
-        print_error(str(error))
-        return 2
-    if isinstance(error, KeyboardInterrupt):
-        print_error("stopped by Ctrl-C; nothing half-written is left")
-        return 130
-    if isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
+def _exit_code(error: Exception) -> int:
+    """Print one line on an error and return its exit code."""
+    usage = getattr(error, "format_message", None)  # Typer's own errors of usage
+    if usage is None and not isinstance(error, DitAccelError):
         print_error(f"{type(error).__name__}: {error} (dit-accel --traceback COMMAND ... shows where)")
         return 1
-    return None
+    if "NoArgsIsHelp" in type(error).__name__:
+        print(usage() if usage else "")
+    else:
+        print_error(usage() if usage else str(error))
+    return 2
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
@@ -108,13 +101,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def start(
+    ctx: typer.Context,
     show_traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Make diffusers' video and image transformers faster, without retraining."""
-    _traceback_wanted[:] = [True] if show_traceback else []
+    ctx.command.show_traceback = show_traceback  # type: ignore[attr-defined]
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ def methods(json: Json = False) -> None:
 
     Examples:
 
-      dit-accel methods
+    dit-accel methods
 
-      dit-accel methods --json
+    dit-accel methods --json
     """
     found = [_method_data(config_type) for config_type in registry.methods().values()]
     if json:
@@ -52,9 +52,9 @@ def models(json: Json = False) -> None:
 
     Examples:
 
-      dit-accel models
+    dit-accel models
 
-      dit-accel models --json
+    dit-accel models --json
     """
     rows = [_family_data(adapter, family) for adapter in registry.adapters().values() for family in adapter.families]
     if json:

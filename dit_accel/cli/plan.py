@@ -36,14 +36,15 @@ def plan(
 ) -> None:
     """Estimate density, FLOPs, memory and speed-up of a run; loads no weights.
 
-    FLOPs are those of the transformer over the whole run. In the JSON, attention_flops and total_flops are the dense
-    run's, planned_attention_flops and planned_total_flops those with the methods; tiles count visual tokens only.
+    FLOPs are the transformer's, over the whole run. In the JSON,
+    attention_flops and total_flops are the dense run's; the planned_ ones
+    are those with the methods. Tiles count visual tokens only.
 
     Examples:
 
-      dit-accel plan --family wan2.1-14b --height 768 --width 1280 --num-frames 69 --radial
+    dit-accel plan --family wan2.1-14b --num-frames 69 --radial
 
-      dit-accel plan --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --set radial.decay_factor=0.5 --json
+    dit-accel plan --model FOLDER --set radial.decay_factor=0.5 --json
     """
     adapter, sizes = _find(family, model)
     found = estimate(

@@ -1,0 +1,146 @@
+"""Compares a suite's arms on the embedded model: `python -m dit_accel_eval.compare eval/suites/radial-tiny.toml`.
+
+Every clip of every arm is one JSON line, written as it is made; a run that was stopped goes on where it stopped. The
+dense arm and the dense steps of all others use the same dense kernel, and every figure is paired by prompt and seed.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from dit_accel_assets import model_path
+from dit_accel_assets.checker import check
+from dit_accel_assets.clips import clip_of
+
+import dit_accel
+
+from .fidelity import psnr, ssim
+from .paired import bootstrap
+from .suite import Arm, Suite, read_suite
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite, or only print the table of what has run; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suite's folder")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
+    options = parser.parse_args(arguments)
+    try:
+        suite = read_suite(options.suite)
+    except dit_accel.DitAccelError as error:
+        print(error, file=sys.stderr)
+        return 2
+    out = options.out or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
+    if not options.table:
+        torch.set_num_threads(options.threads)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        run(suite, out)
+    print(table(suite, read_lines(out)))
+    return 0
+
+
+def run(suite: Suite, out: Path) -> None:
+    """Generate what ``out`` does not hold yet, and append one JSON line a clip."""
+    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    done = {(line["arm"], line["clip"]) for line in read_lines(out)}
+    for clip in range(suite.clips):
+        todo = [arm for arm in suite.arms if (arm.name, clip) not in done]
+        if not todo:
+            continue
+        prompt, scene, _ = clip_of(clip, frames=suite.num_frames, held_out=True)
+        dense_arm = Arm(name="", num_inference_steps=suite.num_inference_steps, methods=())
+        reference, dense_seconds, _ = _generate(pipe, suite, dense_arm, prompt, clip)
+        for arm in todo:
+            video, seconds, report = _generate(pipe, suite, arm, prompt, clip)
+            found = check(video)
+            line = {
+                "arm": arm.name,
+                "clip": clip,
+                "prompt": prompt,
+                "psnr": psnr(video, reference),
+                "ssim": ssim(video, reference),
+                "color": found.color == scene.color,
+                "shape": found.shape == scene.shape,
+                "direction": found.direction == scene.direction,
+                "density": report.density,
+                "sparse_density": report.sparse_density,
+                "seconds": seconds,
+                "dense_seconds": dense_seconds,
+                "steps": arm.num_inference_steps,
+                "torch": torch.__version__,
+            }
+            with out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"clip {clip} {arm.name}: {line['psnr']:.1f} dB", file=sys.stderr)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON lines of a file, [] if there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(suite: Suite, lines: Sequence[dict[str, Any]]) -> str:
+    """Return the suite's Markdown table: one row an arm, means over clips, intervals by paired bootstrap."""
+    return "\n".join(_rows(suite, lines))
+
+
+def _rows(suite: Suite, lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield (
+        "| arm | density | PSNR to dense, dB | SSIM | colour / shape / direction right | against "
+        "| paired PSNR difference, dB |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    for arm in suite.arms:
+        clips = by_arm[arm.name]
+        if not clips:
+            continue
+        mean = {key: float(np.mean([line[key] for line in clips.values()])) for key in ("density", "ssim")}
+        # Fewer steps cost as much less as dense attention and all else do, so their density is the share of steps.
+        density = mean["density"] * arm.num_inference_steps / suite.num_inference_steps
+        right = " / ".join(
+            f"{np.mean([c[key] for c in clips.values()]):.0%}" for key in ("color", "shape", "direction")
+        )
+        fidelity = bootstrap([line["psnr"] for line in clips.values()])
+        paired = "" if arm.against is None else _paired(clips, by_arm[arm.against])
+        against = arm.against or ""
+        yield f"| {arm.name} | {density:.3f} | {fidelity} | {mean['ssim']:.3f} | {right} | {against} | {paired} |"
+
+
+def _paired(clips: dict[int, Any], others: dict[int, Any]) -> str:
+    shared = sorted(set(clips) & set(others))
+    return str(bootstrap([clips[clip]["psnr"] - others[clip]["psnr"] for clip in shared])) if shared else ""
+
+
+def _generate(
+    pipe: WanPipeline, suite: Suite, arm: Arm, prompt: str, seed: int
+) -> tuple[np.ndarray, float, dit_accel.Report]:
+    """Return frames [F, height, width, 3] in [0, 1], seconds, and the report."""
+    with dit_accel.attach(pipe, *arm.methods) as attachment:
+        started = time.perf_counter()
+        frames = pipe(
+            prompt,
+            num_frames=suite.num_frames,
+            height=64,
+            width=64,
+            num_inference_steps=arm.num_inference_steps,
+            guidance_scale=suite.guidance_scale,
+            max_sequence_length=32,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        ).frames[0]
+        return np.asarray(frames), time.perf_counter() - started, attachment.report()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
