@@ -7,7 +7,17 @@ from torch import Tensor
 
 from dit_accel_kernels.features import Problem
 from dit_accel_kernels.schedule import Unit
-from dit_accel_kernels.torch_backend import Operands, Tiled, chunks, cut, gather, logits_of, units_of, wide_dtype
+from dit_accel_kernels.torch_backend import (
+    Operands,
+    Tiled,
+    chunks,
+    cut,
+    gather,
+    logits_of,
+    raw_logits,
+    units_of,
+    wide_dtype,
+)
 
 
 def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +49,7 @@ def _rows(x: Tensor, tiled: Tiled, block: int) -> Tensor:
 def _softmax_backward(x: Operands, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the gathered q, k and v, in the wide dtype where sums over many rows follow."""
     wide = wide_dtype(x.q.dtype)
-    raw = (x.q @ x.k.mT).to(wide)
+    raw = raw_logits(x)
     logits, dead = logits_of(raw, x)
     p = torch.softmax(logits, -1)
     if dead is not None:
@@ -50,7 +60,7 @@ def _softmax_backward(x: Operands, grad_out: Tensor, grad_lse: Tensor | None) ->
     grad_s = p * (grad_p - (delta if grad_lse is None else delta - grad_lse))
     if x.t is not None:
         grad_s = torch.where(raw > raw * x.t, grad_s * x.t, grad_s)
-    grad_s = grad_s.to(x.q.dtype)
+    grad_s = (grad_s * x.scale).to(x.q.dtype)
     return (grad_s @ x.k).to(wide), (grad_s.mT @ x.q).to(wide), grad_v.to(wide)
 
 
@@ -73,10 +83,9 @@ def _scatter(
 def _uncut(problem: Problem, tiled: Tiled, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """From tiles back to tokens: the adjoint of `cut`."""
     q, k, valid = problem.q, problem.k, problem.key_valid
-    scale: float | Tensor = problem.logit_scale
+    grad_q = sums["q"].reshape(*q.shape[:2], -1, q.shape[3])[:, :, : q.shape[2]]
     if problem.head_scale is not None:
-        scale = scale * problem.head_scale[:, :, None, None]
-    grad_q = sums["q"].reshape(*q.shape[:2], -1, q.shape[3])[:, :, : q.shape[2]] * scale
+        grad_q = grad_q * problem.head_scale[:, :, None, None]
     grads = [grad_q.to(q.dtype)]
     for name in ("k", "v"):
         grad = sums[name]

@@ -26,7 +26,8 @@ SCORES_BYTES = 512 << 10  # logits of one batch, a thread
 class Tiled:
     """The problem cut into tiles for batched products: N lanes of R block rows that all read the same lists.
 
-    Shared lists: N = B*H lanes, R = NQ. Per-head lists: one lane, R = B*H*NQ, tile numbers shifted by head. Queries are scaled.
+    Shared lists: N = B*H lanes, R = NQ. Per-head lists: one lane, R = B*H*NQ, tile numbers shifted by head. Queries hold the
+    per-head scale, `scale` is still to be applied.
     `bias` is float32 [N, tiles, block_k], 0 or -inf, or None; `log_length` float32 [N or 1, tiles]; `t` [F + 2, NK, block_k].
     """
 
@@ -41,6 +42,7 @@ class Tiled:
     t: Tensor | None
     t_mean: Tensor | None  # [F + 2, NK]
     t_rows: Tensor | None  # int64 [NQ, block_q]
+    scale: float
     key_tiles: int
     tail: int  # padded tokens in the last key tile
 
@@ -57,65 +59,111 @@ class Operands:
     v: Tensor
     bias: Tensor | None
     t: Tensor | None
+    scale: float
 
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Output [B, H, S_q, D] and natural-log LSE float32 [B, H, S_q] (empty where not needed)."""
     tiled = cut(problem)
-    out = torch.zeros_like(tiled.q)
+    units = units_of(problem)
+    complete = sum(unit.rows.numel() for unit in units) == tiled.q.shape[1]
+    out = torch.empty_like(tiled.q) if complete else torch.zeros_like(tiled.q)  # block rows without a tile give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    buffers: dict[str, Tensor] = {}
-    for unit, lanes in chunks(tiled, units_of(problem)):
-        if tiled.bias is None and tiled.t is None:
-            part, part_lse = _attend_plain(tiled, unit, lanes, buffers, need_lse=need_lse)
-        else:
+    if tiled.bias is None and tiled.t is None:
+        buffers: dict[str, Tensor] = {}
+        for unit in units:
+            _plain_unit(tiled, unit, buffers, out, lse if need_lse else None)
+    else:
+        for unit, lanes in chunks(tiled, units):
             part, part_lse = attend_operands(gather(tiled, unit, lanes), need_lse=need_lse)
-        out[lanes].index_copy_(1, unit.rows, part)
-        if part_lse is not None:
-            lse[lanes].index_copy_(1, unit.rows, part_lse)
+            out[lanes].index_copy_(1, unit.rows, part)
+            if part_lse is not None:
+                lse[lanes].index_copy_(1, unit.rows, part_lse)
     shape = (*problem.q.shape[:2], -1)
     tokens = problem.q.shape[2]
     out = out.view(*shape, out.shape[-1])[:, :, :tokens]
     return out, lse.view(*shape)[:, :, :tokens] if need_lse else lse
 
 
-def _attend_plain(
-    tiled: Tiled, unit: Unit, lanes: slice, buffers: dict[str, Tensor], *, need_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of one batch without masks and decay, in reused buffers; pooled columns are weighed after the softmax."""
-    rows, exact = unit.exact.shape
-    pooled, count = unit.pooled.shape[1], lanes.stop - lanes.start
+def _plain_unit(tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], out: Tensor, lse: Tensor | None) -> None:
+    """One unit without masks and decay: the hot loop, which makes no view and no buffer it made before."""
+    lane_step, row_step = steps(tiled, unit)
+    columns = unit.exact.shape[1] * tiled.k.shape[2] - (tiled.tail if unit.tail else 0)
+    pooled = unit.pooled.shape[1] > 0
+    rows = unit.rows.split(row_step)
+    exact = (
+        unit.exact.flatten().split(row_step * max(1, unit.exact.shape[1]))
+        if unit.exact.shape[1]
+        else unit.exact.split(row_step)
+    )
+    for start in range(0, out.shape[0], lane_step):
+        lanes = slice(start, start + lane_step)
+        q, k, v, out_lanes = tiled.q[lanes], tiled.k[lanes], tiled.v[lanes], out[lanes]
+        room = None
+        for index, (row, tiles) in enumerate(zip(rows, exact, strict=True)):
+            if room is None or room.rows != row.numel():
+                room = _room(tiled, unit, buffers, q.shape[0], row.numel())
+            torch.index_select(q, 1, row, out=room.q)
+            torch.index_select(k, 1, tiles.view(-1), out=room.k)
+            torch.index_select(v, 1, tiles.view(-1), out=room.v)
+            k_columns, v_columns, total = room.k_columns, room.v_columns, None
+            if pooled:
+                picked = unit.pooled[index * row_step : index * row_step + row.numel()]
+                k_columns = _with_means(k_columns, tiled.k_mean, lanes, picked)
+                v_columns = _with_means(v_columns, tiled.v_mean, lanes, picked)
+            torch.baddbmm(room.logits, room.q_rows, k_columns.mT, beta=0, alpha=tiled.scale, out=room.logits)
+            torch.softmax(room.logits, -1, out=room.p)
+            if pooled:
+                total = _weigh(tiled, picked, room.p[..., columns:], room.p)
+            torch.bmm(room.p, v_columns, out=room.out)
+            if total is not None:
+                room.out.copy_(room.out / total)
+            out_lanes.index_copy_(1, row, room.out_rows)
+            if lse is not None:
+                found = torch.logsumexp(room.logits.to(lse.dtype), -1, keepdim=True)
+                found = found if total is None else found + total.log()
+                lse[lanes].index_copy_(1, row, found.view(room.out_rows.shape[:-1]))
+
+
+class _Room:
+    """Views of the reused buffers for batches of one shape, made once for all batches of a unit."""
+
+    __slots__ = ("k", "k_columns", "logits", "out", "out_rows", "p", "q", "q_rows", "rows", "v", "v_columns")
+
+
+def _room(tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], lanes: int, rows: int) -> _Room:
+    """Buffers for `rows` block rows of `lanes` lanes of this unit."""
+    exact, pooled = unit.exact.shape[1], unit.pooled.shape[1]
     block, dim = tiled.k.shape[2:]
+    block_q, batch = tiled.q.shape[2], lanes * rows
     columns = exact * block - (tiled.tail if unit.tail else 0)
+    room = _Room()
+    room.rows = rows
+    room.q = _buffer(buffers, "q", tiled.q, (lanes, rows, block_q, dim))
+    room.k = _buffer(buffers, "k", tiled.q, (lanes, rows * exact, block, dim))
+    room.v = _buffer(buffers, "v", tiled.q, (lanes, rows * exact, block, dim))
+    room.logits = _buffer(buffers, "logits", tiled.q, (batch, block_q, columns + pooled))
+    room.p = _buffer(buffers, "p", tiled.q, (batch, block_q, columns + pooled))
+    room.out_rows = _buffer(buffers, "out", tiled.q, (lanes, rows, block_q, dim))
+    room.q_rows, room.out = room.q.view(batch, block_q, dim), room.out_rows.view(batch, block_q, dim)
+    room.k_columns = room.k.view(batch, exact * block, dim)[:, :columns]
+    room.v_columns = room.v.view(batch, exact * block, dim)[:, :columns]
+    return room
 
-    def pick(name: str, x: Tensor, mean: Tensor | None) -> Tensor:
-        if pooled == 0 or mean is None:
-            tokens = _buffer(buffers, name, x, (count, rows * exact, block, dim))
-            torch.index_select(x[lanes], 1, unit.exact.view(-1), out=tokens)
-            return tokens.view(count * rows, exact * block, dim)[:, :columns]
-        tokens = _buffer(buffers, name, x, (count, rows, columns + pooled, dim))
-        for row in range(rows):
-            picked = x[lanes].index_select(1, unit.exact[row]).view(count, exact * block, dim)
-            tokens[:, row, :columns] = picked[:, :columns]
-            tokens[:, row, columns:] = mean[lanes].index_select(1, unit.pooled[row])
-        return tokens.view(count * rows, columns + pooled, dim)
 
-    k, v = pick("k", tiled.k, tiled.k_mean), pick("v", tiled.v, tiled.v_mean)
-    q = tiled.q[lanes].index_select(1, unit.rows).flatten(0, 1)
-    shape = (q.shape[0], q.shape[1], columns + pooled)
-    logits, p = _buffer(buffers, "logits", q, shape), _buffer(buffers, "p", q, shape)
-    torch.bmm(q, k.mT, out=logits)
-    torch.softmax(logits, -1, out=p)
-    total = None
-    if pooled and tiled.length is not None:
-        p[..., columns:] *= tiled.length[unit.pooled % tiled.key_tiles][:, None].repeat(count, 1, 1).to(p.dtype)
-        total = p.sum(-1, keepdim=True, dtype=wide_dtype(p.dtype))
-    out = torch.bmm(p, v)
-    lse = torch.logsumexp(logits.to(wide_dtype(q.dtype)), -1, keepdim=True) if need_lse else None
-    if total is not None:
-        out = (out / total).to(out.dtype)
-        lse = None if lse is None else lse + total.log()
-    return out.unflatten(0, (count, rows)), None if lse is None else lse.view(count, rows, -1)
+def _with_means(columns: Tensor, mean: Tensor | None, lanes: slice, picked: Tensor) -> Tensor:
+    """Exact columns [N * R, C, D] followed by the means of the picked tiles [R, p]."""
+    assert mean is not None
+    means = mean[lanes].index_select(1, picked.flatten())
+    return torch.cat([columns, means.view(columns.shape[0], picked.shape[1], -1)], 1)
+
+
+def _weigh(tiled: Tiled, picked: Tensor, p_pooled: Tensor, p: Tensor) -> Tensor:
+    """Weigh the pooled columns by their tiles' lengths, in place; returns the rows' new sums [N * R, block_q, 1]."""
+    assert tiled.length is not None
+    weight = tiled.length[picked % tiled.key_tiles].to(p.dtype)[:, None]
+    p_pooled.mul_(weight.repeat(p.shape[0] // picked.shape[0], 1, 1))
+    return p.sum(-1, keepdim=True, dtype=wide_dtype(p.dtype))
 
 
 def _buffer(buffers: dict[str, Tensor], name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -148,10 +196,8 @@ def units_of(problem: Problem) -> list[Unit]:
 def cut(problem: Problem) -> Tiled:
     """Pad to whole tiles, scale the queries, lay lanes out for the lists' sharing, and pool where a list asks for it."""
     q, k, v, valid = problem.q, problem.k, problem.v, problem.key_valid
-    scale: float | Tensor = problem.logit_scale
     if problem.head_scale is not None:
-        scale = scale * problem.head_scale[:, :, None, None]
-    q = (q * scale).to(q.dtype)
+        q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
     weight = None if valid is None else valid[:, None].expand(-1, k.shape[1], -1)
@@ -192,6 +238,7 @@ def cut(problem: Problem) -> Tiled:
         t=t,
         t_mean=t_mean,
         t_rows=t_rows,
+        scale=problem.logit_scale,
         key_tiles=problem.key_tiles,
         tail=problem.key_tiles * problem.block_k - k.shape[2],
     )
@@ -205,15 +252,21 @@ def _tiles(x: Tensor, block: int) -> Tensor:
     return x.contiguous().unflatten(-2, (-1, block))
 
 
-def chunks(tiled: Tiled, units: list[Unit]) -> Iterator[tuple[Unit, slice]]:
-    """Units cut so that one batch of logits stays within SCORES_BYTES a thread (at least one block row of a lane each)."""
-    threads = torch.get_num_threads() if tiled.q.device.type == "cpu" else GPU_LANES
+def steps(tiled: Tiled, unit: Unit) -> tuple[int, int]:
+    """Lanes and block rows of one batch: logits within SCORES_BYTES a thread, at least one block row of a lane for each."""
     lanes, _, block_q, _ = tiled.q.shape
+    columns = unit.exact.shape[1] * tiled.k.shape[2] + unit.pooled.shape[1]
+    threads = torch.get_num_threads() if tiled.q.device.type == "cpu" else GPU_LANES
+    room = threads * max(1, SCORES_BYTES // (tiled.q.element_size() * block_q * columns))
+    lane_step = min(lanes, room)
+    return lane_step, max(1, room // lane_step)
+
+
+def chunks(tiled: Tiled, units: list[Unit]) -> Iterator[tuple[Unit, slice]]:
+    """Units cut into batches."""
+    lanes = tiled.q.shape[0]
     for unit in units:
-        columns = unit.exact.shape[1] * tiled.k.shape[2] + unit.pooled.shape[1]
-        room = threads * max(1, SCORES_BYTES // (tiled.q.element_size() * block_q * columns))
-        lane_step = min(lanes, room)
-        row_step = max(1, room // lane_step)
+        lane_step, row_step = steps(tiled, unit)
         for start in range(0, unit.rows.numel(), row_step):
             part = slice(start, start + row_step)
             piece = Unit(unit.rows[part], unit.exact[part], unit.pooled[part], unit.tail)
@@ -253,29 +306,35 @@ def gather(tiled: Tiled, unit: Unit, lanes: slice) -> Operands:
         frames = tiled.t_rows[unit.rows % tiled.t_rows.shape[0]]
         t = torch.cat([by_frame, means], 2)[frames, torch.arange(rows, device=frames.device)[:, None]]
     return Operands(
-        tiled.q[lanes].index_select(1, unit.rows), pick(tiled.k, tiled.k_mean), pick(tiled.v, tiled.v_mean), bias, t
+        tiled.q[lanes].index_select(1, unit.rows),
+        pick(tiled.k, tiled.k_mean),
+        pick(tiled.v, tiled.v_mean),
+        bias,
+        t,
+        tiled.scale,
     )
 
 
+def raw_logits(x: Operands) -> Tensor:
+    """Scaled products of queries and keys, in the wide dtype."""
+    return (x.q @ x.k.mT).to(wide_dtype(x.q.dtype)) * x.scale
+
+
 def logits_of(raw: Tensor, x: Operands) -> tuple[Tensor, Tensor | None]:
-    """Final logits from raw scores, decayed, masked and weighed, and which rows have no key (bool [..., 1], or None)."""
-    wide = wide_dtype(raw.dtype)
-    logits = raw
-    if x.t is not None:
-        logits = logits.to(wide)
-        logits = torch.minimum(logits, logits * x.t)
+    """Final logits from raw ones, decayed, masked and weighed, and which rows have no key (bool [..., 1], or None)."""
+    logits = raw if x.t is None else torch.minimum(raw, raw * x.t)
     if x.bias is None:
         return logits, None
-    logits = logits.to(wide) + x.bias
+    logits = logits + x.bias
     dead = (logits == -torch.inf).all(-1, keepdim=True)
     return logits.masked_fill(dead, 0.0), dead
 
 
 def attend_operands(x: Operands, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of gathered operands: output [N, R, block_q, D] and LSE [N, R, block_q] or None."""
-    logits, dead = logits_of(x.q @ x.k.mT, x)
+    logits, dead = logits_of(raw_logits(x), x)
     out = torch.softmax(logits, -1).to(x.q.dtype) @ x.v
-    lse = torch.logsumexp(logits.to(wide_dtype(logits.dtype)), -1) if need_lse else None
+    lse = torch.logsumexp(logits, -1) if need_lse else None
     if dead is not None:
         out = out.masked_fill(dead, 0.0)
         lse = None if lse is None else lse.masked_fill(dead[..., 0], -torch.inf)
