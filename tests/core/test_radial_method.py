@@ -59,7 +59,7 @@ def test_unset_options_take_the_recipe_then_the_generic_value():
     recipe = {"decay_factor": 0.8, "block_size": 64, "sink": False}
     resolved = RadialAttention(decay_factor=0.3, rest="pooled").resolved(recipe)
     assert resolved == RadialAttention(
-        decay_factor=0.3, block_size=64, near="full", sink=False, rest="pooled", dense_steps=12, dense_last_steps=0,
+        decay_factor=0.3, block_size=64, near="full", sink=False, rest="pooled", dense_steps=0.24, dense_last_steps=0,
         dense_layers=1,
     )  # fmt: skip
     assert resolved.resolved({}) == resolved
@@ -207,7 +207,7 @@ def test_dense_steps_and_layers():
     assert [config.is_dense(step, 6, 3) for step in range(6)] == [True, True, False, False, False, True]
     assert [config.is_dense(3, 6, layer) for layer in range(3)] == [True, False, False]
     assert not RadialAttention(dense_steps=0, dense_layers=0).is_dense(0, None, 0)
-    with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1 needs the number of steps.*set it to 0"):
+    with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1 needs the number of steps.*dense_last_steps to 0"):
         config.is_dense(3, None, 3)
 
 
