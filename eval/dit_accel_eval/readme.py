@@ -1,0 +1,77 @@
+"""Writes the README's tables from the committed JSON lines: `python -m dit_accel_eval.readme` in the project's root."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from .compare import read_lines, table
+from .suite import read_suite
+
+SUITE = Path("eval/suites/radial-tiny.toml")
+QUALITY = Path("eval/results/radial-tiny.jsonl")
+SPEED = Path("kernels/bench/results/cpu.jsonl")
+
+
+def filled(root: Path) -> str:
+    """Return the README's text with the tables of the committed results between its marks.
+
+    Args:
+        root: the project's root folder.
+
+    Raises:
+        ValueError: if a mark is missing.
+    """
+    text = (root / "README.md").read_text()
+    for mark, content in (("quality", _quality(root)), ("speed", _speed(root))):
+        text, count = re.subn(
+            rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
+        )
+        if count != 1:
+            raise ValueError(f"README.md needs one pair of marks <!-- {mark} --> <!-- /{mark} -->, found {count}")
+    return text
+
+
+def main() -> None:
+    """Rewrite README.md in the current folder."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    Path("README.md").write_text(filled(Path()))
+
+
+def _quality(root: Path) -> str:
+    lines = read_lines(root / QUALITY)
+    clips = len({line["clip"] for line in lines})
+    suite = read_suite(root / SUITE)
+    head = (
+        f"`python -m dit_accel_eval.compare {SUITE}`: the embedded model, {clips} held-out clips of {suite.num_frames} "
+        f"frames, {suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}; 95 % intervals."
+    )
+    return f"{head}\n\n{table(suite, lines)}"
+
+
+def _speed(root: Path) -> str:
+    records = read_lines(root / SPEED)
+    if not records:
+        return "Not measured yet."
+    first = records[0]
+    head = (
+        f"`python kernels/bench/block_sparse.py --out {SPEED}`: {first['device']}, {first['threads']} threads, torch "
+        f"{first['torch']}, B, H, S, D = {', '.join(map(str, first['shape']))}, tiles of {first['block']}, "
+        f"{first['lists']} lists. Times faster than dense SDPA in the same process, and that as a share of 1 / density."
+    )
+    settings = list(dict.fromkeys((r["dtype"], r["density"]) for r in records if r["candidate"] != "dense"))
+    rows = ["| candidate | " + " | ".join(f"{dtype} {density:.2f}" for dtype, density in settings) + " |"]
+    rows.append("|---" * (len(settings) + 1) + "|")
+    for name in dict.fromkeys(r["candidate"] for r in records if r["candidate"] != "dense"):
+        cells = [_cell(records, name, *setting) for setting in settings]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return f"{head}\n\n" + "\n".join(rows)
+
+
+def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) -> str:
+    found = [r for r in records if (r["candidate"], r["dtype"], r["density"]) == (name, dtype, density)]
+    return f"{found[-1]['speedup']:.2f}x ({found[-1]['of_ideal']:.2f})" if found else ""
+
+
+if __name__ == "__main__":
+    main()

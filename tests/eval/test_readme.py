@@ -1,0 +1,30 @@
+"""The README tells the truth: its tables are the committed results, its commands exist."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from dit_accel_eval.readme import filled
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_tables_are_those_of_the_committed_results():
+    assert (ROOT / "README.md").read_text() == filled(ROOT)
+
+
+def test_make_targets_of_the_readme_exist():
+    named = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.M))
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert named
+    assert named <= targets
+
+
+def test_a_missing_mark_is_an_error(tmp_path):
+    for part in ("eval/suites", "eval/results", "kernels/bench/results"):
+        if (ROOT / part).exists():
+            shutil.copytree(ROOT / part, tmp_path / part)
+    (tmp_path / "README.md").write_text("<!-- quality -->\n<!-- /quality -->\n")
+    with pytest.raises(ValueError, match=r"one pair of marks <!-- speed --> <!-- /speed -->, found 0"):
+        filled(tmp_path)
