@@ -29,18 +29,18 @@ class TransformerTraining:
     """The recipe. A stage is (share of the steps it ends at, ((weight, pool, latent frames, batch), ...))."""
 
     seed: int = 2
-    steps: int = 1500
+    steps: int = 1330
     lr: float = 3e-3
     adam_lr: float = 2e-3
     warmup: int = 50
     decay: float = 0.3
-    ema: float = 0.998
+    ema: float = 0.99
     shift: float = 3.0
     prompt_dropout: float = 0.1
     bf16: bool = True
     pool_17: int = 4000
     pool_33: int = 1000
-    sample_every: int = 400
+    sample_every: int = 2000
     stages: tuple[tuple[float, tuple[tuple[float, int, int, int], ...]], ...] = (
         (0.27, ((1.0, 17, 3, 16),)),
         (0.47, ((0.7, 17, 5, 12), (0.3, 17, 9, 8))),
