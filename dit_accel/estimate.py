@@ -159,7 +159,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as plain numbers, for JSON; sizes in pixels, tokens, FLOPs and bytes."""
-        tiles = -((-self.layout.visual_tokens // TILE) ** 2)
+        tiles = math.ceil(self.layout.visual_tokens / TILE) ** 2
         sparsity = self.sparsity
         return {
             "family": self.family.name,

@@ -59,15 +59,17 @@ def generate_video(
 ) -> None:
     """Generate a video (or image) from text, with methods attached.
 
-    Writes the file and FILE.json beside it, which holds all that is needed to repeat the run and the report of what
-    ran. Both appear whole or not at all; Ctrl-C leaves nothing (exit code 130). A .png shows one frame, or evenly
-    spaced ones. Several prompts give FILE-01, FILE-02 and so on, all with the same seed.
+    Writes the file, and FILE.json beside it: all that is needed to repeat
+    the run, and the report of what ran. Both appear whole or not at all;
+    Ctrl-C leaves nothing (exit code 130). A .png holds one frame, or evenly
+    spaced ones of a video. Several prompts give FILE-01, FILE-02 and so on,
+    all from the same seed.
 
     Examples:
 
-      dit-accel generate "a red circle moving right on a navy background" --radial -o red.mp4
+    dit-accel generate "a red circle moving right" --radial -o red.mp4
 
-      dit-accel generate "a kite over the sea" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial -o kite.mp4
+    dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     """
     from .generate import generate
     from .progress import Stages
@@ -112,9 +114,9 @@ def describe_model(model: Model = None, json: Json = False) -> None:
 
     Examples:
 
-      dit-accel describe
+    dit-accel describe
 
-      dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
+    dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
     """
     import dit_accel
 

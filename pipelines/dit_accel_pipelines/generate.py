@@ -170,8 +170,7 @@ def _resolved(request: Request, pipe: Any) -> Request:
     guidance = request.guidance_scale
     if guidance is None:
         guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    network = getattr(pipe, "transformer", None) or pipe.unet
-    chosen = {"guidance_scale": guidance, "dtype": str(network.dtype).removeprefix("torch.")}
+    chosen = {"guidance_scale": guidance, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
     return dataclasses.replace(request, device=str(pipe._execution_device), **chosen)
 
 

@@ -89,6 +89,10 @@ class Request:
             raise ConfigError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if self.backend != "auto" and not self.methods:
+            raise ConfigError(
+                f"backend {self.backend!r} was asked for without a method that would use it; switch one on, say --radial"
+            )
         check_output(self.output)
 
     @property

@@ -1,0 +1,152 @@
+"""`dit-accel plan`: the note's figures, its JSON, its models and its words."""
+
+import json
+from pathlib import Path
+
+import dit_accel_assets
+import pytest
+from typer.testing import CliRunner
+
+from dit_accel.cli.app import app
+from dit_accel.errors import UnsupportedModel
+from dit_accel.model_files import read_config, read_model_files
+
+KEYS = {
+    "family", "repo", "height", "width", "num_frames", "num_inference_steps", "forwards", "frames", "tokens_per_frame",
+    "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "attention_share",
+    "attention_flops", "total_flops", "planned_attention_flops", "planned_total_flops", "tile_list_bytes",
+    "pooled_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods", "uncounted_methods",
+}  # fmt: skip
+WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
+PUBLISHED = ["--radial", "--set", "radial.boundary=published"]
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def planned(*arguments: str) -> dict:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_published_count():
+    found = planned(*WAN_69, *PUBLISHED, "--set", "radial.decay_factor=0.2", "--set", "radial.near=half")
+    assert set(found) == KEYS
+    assert (found["frames"], found["tokens_per_frame"], found["tokens"]) == (18, 3840, 69120)
+    assert (found["tiles_total"], found["tiles_kept"]) == (291600, 76798)
+    assert 1 - found["density"] == pytest.approx(0.7366324, abs=1e-7)
+    assert found["total_flops"] == pytest.approx(560e15, rel=0.01)
+    assert found["planned_total_flops"] < found["total_flops"]
+    assert found["methods"]["radial"]["near"] == "half"
+
+
+def test_the_other_published_sparsities():
+    full = planned(*WAN_69, *PUBLISHED, "--set", "radial.near=full")
+    assert full["tiles_kept"] == 83728
+    hunyuan = ["--family", "hunyuan-video", "--height", "768", "--width", "1280", "--num-frames", "117"]
+    assert 1 - planned(*hunyuan, *PUBLISHED)["density"] == pytest.approx(0.7254, abs=5e-5)
+    assert 1 - planned(*hunyuan, *PUBLISHED, "--set", "radial.sink=true")["density"] == pytest.approx(0.6992, abs=5e-5)
+
+
+def test_a_dense_plan():
+    found = planned("--family", "wan2.1-1.3b")
+    assert found["tiles_kept"] == found["tiles_total"] == 256**2
+    assert (found["density"], found["predicted_speedup"], found["state_bytes"]) == (1.0, 1.0, 0)
+
+
+def test_a_folders_configs_are_enough(tmp_path: Path):
+    source = dit_accel_assets.model_path()
+    for file in ("model_index.json", "transformer/config.json", "vae/config.json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text((source / file).read_text())
+    found = planned("--model", str(tmp_path), "--num-frames", "33", "--radial")
+    assert (found["family"], found["repo"]) == ("wan-tiny", str(tmp_path))
+    assert (found["frames"], found["tokens_per_frame"]) == (17, 64)
+
+
+def test_a_model_of_unknown_sizes_is_read_off_its_configs(tmp_path: Path):
+    index = {"transformer": ["diffusers", "WanVACETransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]}
+    transformer = {
+        "_class_name": "WanVACETransformer3DModel", "num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 64,
+        "ffn_dim": 512, "patch_size": [1, 2, 2], "vace_layers": [0, 2],
+    }  # fmt: skip
+    write(tmp_path, index, transformer)
+    family = read_model_files(str(tmp_path)).identify()[1]
+    assert (family.name, family.layers, family.heads, family.vae) == ("wan", 6, 3, (4, 8))
+    assert family.recipes["radial"]["sink"] is True
+    del transformer["ffn_dim"]
+    write(tmp_path, index, transformer)
+    with pytest.raises(UnsupportedModel, match="has no 'ffn_dim'; plan with --family instead"):
+        read_model_files(str(tmp_path)).identify()
+
+
+def write(folder: Path, index: dict, transformer: dict) -> None:
+    for file, data in (("model_index.json", index), ("transformer/config.json", transformer), ("vae/config.json", {})):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(data))
+
+
+def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
+    with pytest.raises(UnsupportedModel, match=r"model 'nope' is neither a folder nor a hub id \(owner/name\); give a"):
+        read_model_files("nope")
+    with pytest.raises(UnsupportedModel, match=r"has no model_index.json; give a folder saved by a diffusers pipeline"):
+        read_model_files(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(UnsupportedModel, match=r"model_index.json of model .* can't be read: Expecting"):
+        read_config(str(tmp_path), "model_index.json")
+    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    with pytest.raises(UnsupportedModel, match="holds unet but no transformer; give a diffusers pipeline that has one"):
+        read_model_files(str(tmp_path))
+
+    def unreachable(url: str) -> None:
+        raise ConnectionError("no route to host\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    with pytest.raises(UnsupportedModel, match=r"is no local folder, and the hub gave no .*: no route to host\);"):
+        read_model_files("owner/no-such-model")
+
+
+def test_words_go_to_stderr_and_data_to_stdout():
+    result = run("--family", "wan-tiny", "--num-frames", "16", "--radial", "--json")
+    assert "note: 16 frames are rounded to 17, as the pipeline does" in result.stderr
+    assert "warning: radial seldom pays below 20000 visual tokens" in result.stderr
+    assert json.loads(result.stdout)["num_frames"] == 17
+
+
+def test_the_table_names_its_assumptions():
+    result = run(*WAN_69, "--radial")
+    text = " ".join(result.stdout.split())
+    for part in ("69,120 (18 frames of 48 x 80)", "kappa = 1.15", "a = 0.699", "dense steps would save as much"):
+        assert part in text
+    assert "no gain at this size" in run(*WAN_69, "--radial", "--kernel-cost", "9").stdout
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_nothing_is_wider_than_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", width)
+    for command in (["plan", *WAN_69, "--radial"], ["models"], ["methods"], ["generate", "--help"]):
+        result = CliRunner().invoke(app, command)
+        assert max(map(len, result.stdout.splitlines())) <= int(width)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "plan needs a model, got none; give --family"),
+        (["--family", "wan-tiny", "--model", "x"], "plan takes --family or --model, got both (wan-tiny and x)"),
+        (["--family", "wan2.1-15b"], "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
+        (["--family", "wan2.1-14b", "--height", "725"], "height must be a multiple of 16"),
+        (["--family", "flux.1-dev", "--radial"], "radial makes no sense on flux.1-dev"),
+        (["--family", "wan2.1-14b", "--heigth", "720"], "No such option: --heigth (Possible options: --height"),
+        (["--model", "nope"], "model 'nope' is neither a folder nor a hub id"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

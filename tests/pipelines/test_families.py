@@ -1,0 +1,84 @@
+"""The families' sizes against real transformers, and their recipes against the methods."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import dit_accel_assets
+import pytest
+from accelerate import init_empty_weights
+from dit_accel_pipelines import ADAPTERS
+from dit_accel_pipelines.wan import WAN, WAN_TINY
+
+from dit_accel import registry
+from dit_accel.cli.method_options import select_methods
+from dit_accel.estimate import estimate, rounded_frames, token_layout
+
+RECIPES = sorted((Path(__file__).parents[2] / "pipelines/recipes").glob("*.toml"))
+FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
+
+# Parameters that the model cards name, in billions.
+SIZES = {"wan2.1-1.3b": 1.42, "wan2.1-14b": 14.3, "wan2.2-ti2v-5b": 5.0}
+
+
+def transformer_of(name: str) -> diffusers.WanTransformer3DModel:
+    family = FAMILIES[name][1]
+    channels = 48 if family.vae[1] == 16 else 16
+    with init_empty_weights():
+        return diffusers.WanTransformer3DModel(
+            patch_size=family.patch, num_attention_heads=family.heads, attention_head_dim=family.head_dim,
+            num_layers=family.layers, ffn_dim=family.ffn_dim, in_channels=channels, out_channels=channels,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "billions"), SIZES.items())
+def test_sizes_make_models_of_the_released_size(name, billions):
+    count = sum(parameter.numel() for parameter in transformer_of(name).parameters())
+    assert count / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_released_configs_are_recognised():
+    for name in ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-ti2v-5b", "wan-tiny"):
+        assert WAN.family(transformer_of(name).config).name == name
+    assert WAN.family(transformer_of("wan2.1-14b").config, experts=2).name == "wan2.2-a14b"
+
+
+def test_the_tiny_family_is_the_embedded_model():
+    folder = dit_accel_assets.model_path()
+    transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
+    assert WAN_TINY.layers == transformer["num_layers"]
+    assert WAN_TINY.heads == transformer["num_attention_heads"]
+    assert WAN_TINY.head_dim == transformer["attention_head_dim"]
+    assert WAN_TINY.ffn_dim == transformer["ffn_dim"]
+    assert list(WAN_TINY.patch) == transformer["patch_size"]
+    assert WAN_TINY.vae == (vae["scale_factor_temporal"], vae["scale_factor_spatial"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_consistent(name):
+    adapter, family = FAMILIES[name]
+    assert rounded_frames(family, family.num_frames) == family.num_frames
+    layout = token_layout(family, height=family.height, width=family.width, num_frames=family.num_frames)
+    assert layout.frames == 1 or family.vae[0] > 1
+    assert bool(family.text_tokens) != bool(family.cross_tokens)
+    for method in registry.methods():
+        if method not in adapter.refused:
+            found = estimate(adapter, family, methods=[registry.method(method)()])
+            assert 0 < found.pair_density < 1
+
+
+def test_names_are_unique():
+    assert len(FAMILIES) == sum(len(adapter.families) for adapter in ADAPTERS)
+    assert len({family.repo for _, family in FAMILIES.values()}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_can_be_planned(path):
+    methods = select_methods([], path, [])
+    assert methods
+    found = estimate(*FAMILIES["wan2.1-14b"], methods=methods)
+    assert found.speedup > 1
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 3

@@ -1,0 +1,285 @@
+"""`dit-accel generate` and `describe` on the embedded model: files, side-cars, bad input, interruption."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dit_accel_pipelines.generate as generation
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from dit_accel_assets import model_path
+from dit_accel_pipelines.generate import generate, run
+from dit_accel_pipelines.loading import compile_blocks, empty_transformers, load_pipeline, pick_device, quiet_diffusers
+from dit_accel_pipelines.request import Request, read_prompts, settle
+from PIL import Image
+from typer.testing import CliRunner
+
+from dit_accel import RadialAttention
+from dit_accel.cli.app import app
+from dit_accel.errors import ConfigError, UnsupportedModel
+
+PROMPT = "a red circle moving right"
+QUICK = ["--num-inference-steps", "2", "--num-frames", "9", "--height", "32", "--width", "48"]
+RADIAL = ["--set", "radial.dense_steps=1", "--set", "radial.dense_layers=0"]
+
+
+def cli(*arguments: str):
+    return CliRunner().invoke(app, ["generate", *arguments])
+
+
+def request(tmp_path: Path, **changes: Any) -> Request:
+    values: dict[str, Any] = {
+        "prompts": (PROMPT,), "output": tmp_path / "a.mp4", "num_inference_steps": 2, "num_frames": 9, "height": 32,
+        "width": 48,
+    }  # fmt: skip
+    return Request(**{**values, **changes})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> WanPipeline:
+    return load_pipeline(request(tmp_path_factory.mktemp("pipe")))
+
+
+def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
+    result = cli(PROMPT, *QUICK, *RADIAL, "--seed", "3", "-o", str(tmp_path / "a.mp4"))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'a.mp4'}\n"
+    assert "attention calls: 12 dense, 12 sparse" in result.stderr
+    assert names(tmp_path) == ["a.mp4", "a.mp4.json"]
+    assert next(imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4")))["size"] == (48, 32)
+    record = json.loads((tmp_path / "a.mp4.json").read_text())
+    known = {"prompt": PROMPT, "model": "wan-tiny", "height": 32, "width": 48, "num_frames": 9, "seed": 3, "fps": 8}
+    assert known.items() <= record.items()
+    assert (record["num_inference_steps"], record["dtype"], record["device"]) == (2, "float32", "cpu")
+    assert record["guidance_scale"] == 5.0
+    assert record["methods"]["radial"]["dense_steps"] == 1
+    assert record["report"]["methods"]["radial"]["block_size"] == 16
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["seconds"]["steps"]) == 2
+    assert record["peak_memory_bytes"]["host"] > 2**27
+
+
+def test_the_same_request_gives_the_same_video(tmp_path: Path, pipe):
+    asked = settle(request(tmp_path))[0]
+    first, second, other = (run(pipe, PROMPT, dataclasses.replace(asked, seed=seed)).frames for seed in (0, 0, 1))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+def test_many_prompts_give_many_files(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue square going up  \n")
+    output = tmp_path / "a.gif"
+    result = cli("--prompt-file", str(tmp_path / "prompts.txt"), *QUICK, "-o", str(output), "--scale", "2", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert names(tmp_path) == ["a-01.gif", "a-01.gif.json", "a-02.gif", "a-02.gif.json", "prompts.txt"]
+    records = json.loads(result.stdout)
+    assert [record["prompt"] for record in records] == [PROMPT, "a blue square going up"]
+    assert (records[0]["report"], records[0]["methods"]) == (None, {})
+    assert Image.open(tmp_path / "a-02.gif").size == (96, 64)
+
+
+def test_one_frame_is_an_image(tmp_path: Path):
+    result = cli("a red circle", *QUICK, "--num-frames", "1", "-o", str(tmp_path / "a.png"))
+    assert result.exit_code == 0, result.stderr
+    assert Image.open(tmp_path / "a.png").size == (48, 32)
+
+
+def test_frames_are_rounded_with_a_note(tmp_path: Path):
+    asked, family, notes = settle(request(tmp_path, num_frames=10))
+    assert notes == ["10 frames are rounded to 11, as the pipeline does"]
+    assert (asked.num_frames, family.name) == (11, "wan-tiny")
+
+
+def test_defaults_are_the_familys(tmp_path: Path):
+    asked, family, notes = settle(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
+    assert (asked.height, asked.num_frames, asked.dtype, notes) == (64, family.num_frames, "float32", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "generate takes a prompt in quotes or --prompt-file, got neither; give one of them"),
+        (["a", "--prompt-file", "x"], "generate takes a prompt in quotes or --prompt-file, got both"),
+        ([" "], "generate needs a prompt, got none; write one in quotes, or give --prompt-file"),
+        (["--prompt-file", "none.txt"], "--prompt-file none.txt can't be read (No such file or directory)"),
+        (["a purple circle"], "unknown word(s) purple; the embedded model knows only: a, background, black"),
+        (["a circle", "--negative-prompt", "ugly"], "unknown word(s) ugly"),
+        (["a circle", "--height", "30"], "height must be a multiple of 8 for wan-tiny, got 30; the nearest is 32"),
+        (["a circle", "--num-frames", "0"], "num_frames must be >= 1, got 0"),
+        (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
+        (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .gif, .png"),
+        (["a circle", "-o", "none/a.mp4"], "output none/a.mp4 can't be written: none is no folder"),
+        (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
+        (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
+        (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
+        (["a circle", "--device", "gpu"], "device 'gpu' can't be used here ("),
+        (["a circle", "--fps", "0"], "fps must be above 0 and at most 240, got 0"),
+        (["a circle", "--scale", "0"], "scale must be a whole number from 1 to 64, got 0"),
+        (["a circle", "--seed", "-1"], "seed must be from 0 to 2**63 - 1, got -1"),
+        (
+            ["a circle", "--backend", "torch"],
+            "backend 'torch' was asked for without a method that would use it; switch",
+        ),
+        (["a circle", "--model", "none"], "model 'none' is neither a folder nor a hub id (owner/name)"),
+        (["a circle", "--set", "radial.naer=1"], "radial has no option 'naer'; did you mean 'near'"),
+        (["a circle", "--radail"], "No such option: --radail (Possible options: --radial)"),
+        (["a circle", *QUICK, "--radial", "--backend", "tritn"], "attach has no kernel backend 'tritn'"),
+        (["a circle", *QUICK, "--radial", "--num-frames", "1"], "radial needs at least 2 latent frames"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_no_file(arguments, message, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert names(tmp_path) == []
+
+
+def test_bad_prompt_files(tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt holds no prompt; write one a line"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+def copy_model(folder: Path) -> Path:
+    for source in model_path().rglob("*.json"):
+        target = folder / source.relative_to(model_path())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.read_text())
+    return folder
+
+
+def test_a_folder_without_weights(tmp_path: Path):
+    folder = str(copy_model(tmp_path / "model"))
+    with pytest.raises(UnsupportedModel, match=r"diffusers can't load '.*model': "):
+        load_pipeline(request(tmp_path, model=folder))
+
+
+def test_models_that_no_adapter_knows(tmp_path: Path):
+    folder = copy_model(tmp_path / "model")
+    config = json.loads((folder / "transformer/config.json").read_text())
+    (folder / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer4D"}))
+    asked = request(tmp_path, model=str(folder), height=33)
+    assert settle(asked) == (asked, None, [])
+    with pytest.raises(UnsupportedModel, match="no adapter covers the transformer class WanTransformer4D; did"):
+        settle(dataclasses.replace(asked, methods=(RadialAttention(),)))
+
+
+def test_pipelines_that_take_something_else(tmp_path: Path):
+    class FromImage:
+        def __call__(self, image, prompt, num_inference_steps=2): ...
+
+    class NoFrames:
+        def __call__(self, prompt, height, width, num_inference_steps=2): ...
+
+    with pytest.raises(ConfigError, match="generate makes videos from text, and FromImage starts from an image; call"):
+        run(FromImage(), PROMPT, request(tmp_path))
+    with pytest.raises(ConfigError, match="NoFrames takes no num_frames, got 9; leave it out"):
+        run(NoFrames(), PROMPT, request(tmp_path))
+
+
+def processors(pipe: WanPipeline) -> list[Any]:
+    return [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
+
+
+def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monkeypatch):
+    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
+    before = {
+        name: module.processor for name, module in pipe.transformer.named_modules() if hasattr(module, "processor")
+    }
+
+    def interrupt(path: Path, frames: np.ndarray, *, fps: float) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "write_media", interrupt)
+    asked = request(tmp_path, methods=(RadialAttention(dense_steps=0),))
+    with pytest.raises(KeyboardInterrupt):
+        generate(asked)
+    assert names(tmp_path) == []
+    after = {
+        name: module.processor for name, module in pipe.transformer.named_modules() if hasattr(module, "processor")
+    }
+    assert all(after[name] is processor for name, processor in before.items())
+    assert "_dit_accel_attachment" not in vars(pipe.transformer)
+
+
+def test_compiled_blocks_are_those_of_every_transformer():
+    class Transformer:
+        compiled: bool | None = None
+
+        def compile_repeated_blocks(self, fullgraph: bool) -> None:
+            self.compiled = fullgraph
+
+    class Pipe:
+        transformer, transformer_2 = Transformer(), Transformer()
+
+    compile_blocks(Pipe)
+    assert Pipe.transformer.compiled
+    assert Pipe.transformer_2.compiled
+
+
+def test_libraries_are_quiet_only_inside():
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with quiet_diffusers():
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_the_device_is_the_accelerator_or_the_cpu():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device(None).type == (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+
+
+def test_describe_needs_no_weights(tmp_path: Path):
+    for arguments in ([], ["--model", str(copy_model(tmp_path))]):
+        result = CliRunner().invoke(app, ["describe", *arguments, "--json"])
+        assert result.exit_code == 0, result.stderr
+        (part,) = json.loads(result.stdout)["transformers"]
+        assert (part["family"], part["layers"], part["methods"]["radial"]["sink"]) == ("wan-tiny", 6, True)
+    text = CliRunner().invoke(app, ["describe"]).stdout
+    assert text.startswith("transformer: WanTransformer3DModel, adapter wan, wan-tiny")
+    assert all(p.is_meta for p in empty_transformers(None).components["transformer"].parameters())
+    missing = CliRunner().invoke(app, ["describe", "--model", "none"])
+    assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_file(tmp_path: Path):
+    """A SIGINT in the middle of the denoising loop of a real process."""
+    code = (
+        "import sys, dit_accel_pipelines.progress as p\n"
+        "advance = p.Stages.advance\n"
+        "p.Stages.advance = lambda self: (advance(self), print('step', file=sys.stderr, flush=True))\n"
+        "from dit_accel.cli import main; main()"
+    )
+    arguments = ["generate", PROMPT, *QUICK, "--num-inference-steps", "5000", "--radial", "-o", str(tmp_path / "a.mp4")]
+    command = [sys.executable, "-c", code, *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "step\n"
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    assert told.endswith("error: stopped by Ctrl-C; nothing half-written is left\n")
+    assert "Traceback" not in told
+    assert names(tmp_path) == []
