@@ -123,11 +123,11 @@ def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
     writer = imageio_ffmpeg.write_frames(
         str(path),
         (width, height),
-        fps=fps,
+        fps=fps,  # type: ignore[arg-type] - annotated int, any number works
         codec="libx264",
         pix_fmt_out="yuv420p",
         macro_block_size=1,  # or a small video would be stretched to a multiple of 16
-        quality=None,
+        quality=None,  # type: ignore[arg-type] - the -crf below sets it
         output_params=["-crf", "14", "-preset", "slow", "-movflags", "+faststart", "-threads", "1"],
         ffmpeg_log_level="error",
     )

@@ -91,7 +91,7 @@ class Request:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.backend != "auto" and not self.methods:
             raise ConfigError(
-                f"backend {self.backend!r} was asked for without a method that would use it; switch one on, say --radial"
+                f"backend {self.backend!r} was asked for and no method would use it; switch one on, say --radial"
             )
         check_output(self.output)
 
