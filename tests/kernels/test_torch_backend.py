@@ -1,0 +1,149 @@
+"""The torch backend against the specification over sizes, dtypes, lists and features, by the one rule of tolerance."""
+
+import pytest
+import torch
+from dit_accel_kernels import (
+    FrameDecay,
+    TileLists,
+    block_sparse_attention,
+    block_sparse_attention_eager,
+    torch_backend,
+)
+from dit_accel_kernels.schedule import build, schedule
+from kernel_cases import check_against_reference, qkv, random_lists
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [63, 100, 1025])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_odd_sizes(dtype, tokens, pooled):
+    q, k, v = qkv(1, 2, 2, tokens, tokens, 64, dtype)
+    tiles = random_lists(1, tokens, tokens, 64, 64, pooled=pooled)
+    check_against_reference(q, k, v, tiles, layout="bhsd")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_lists_heads_and_layouts(dtype, groups, key_heads, layout):
+    q, k, v = qkv(2, 4, key_heads, 100, 75, 32, dtype, layout)
+    check_against_reference(q, k, v, random_lists(groups, 100, 75, 32, 16), layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("features", range(8))
+def test_features_together(dtype, groups, features):
+    """Every subset of key mask, decay and the rest (head scale, order, mix)."""
+    q, k, v = qkv(2, 4, 2, 100, 100, 32, dtype)
+    arguments: dict = dict(layout="bhsd", scale=0.3)
+    if features & 1:
+        arguments |= dict(key_length=torch.tensor([100, 61]), key_mask=torch.rand(2, 100) > 0.2)
+    if features & 2:
+        frames = torch.arange(100, dtype=torch.int32) // 20 - 1
+        arguments |= dict(frame_decay=FrameDecay(table=torch.tensor([1.0, 0.9, 0.6]), q_frames=frames, k_frames=frames))
+    if features & 4:
+        arguments |= dict(
+            head_scale=torch.rand(4) + 0.5,
+            token_order=torch.randperm(100),
+            identity_mix=torch.rand(2, 4),
+            identity_rows=torch.rand(100) > 0.5,
+        )
+    check_against_reference(q, k, v, random_lists(groups, 100, 100, 16, 24), **arguments)
+
+
+@pytest.mark.parametrize("num_k", [1, 63, 64])
+@pytest.mark.parametrize("value", [0, 1, 2])
+def test_one_tile(num_k, value):
+    q, k, v = qkv(1, 1, 1, 5, num_k, 8, torch.float32)
+    states = torch.tensor([[value]], dtype=torch.uint8)
+    tiles = TileLists.from_states(states, block_q=64, block_k=64, num_q=5, num_k=num_k)
+    check_against_reference(q, k, v, tiles, layout="bhsd")
+
+
+def test_large_logits_do_not_overflow():
+    q, k, v = qkv(1, 2, 2, 100, 100, 32, torch.float32)
+    check_against_reference(q * 200, k, v, random_lists(1, 100, 100, 16, 16), layout="bhsd")
+
+
+def test_strided_inputs_need_no_copy_by_the_caller():
+    packed = torch.randn(2, 40, 3, 2, 16)
+    q, k, v = packed.unbind(2)
+    check_against_reference(q, k, v, random_lists(1, 40, 40, 16, 16), layout="bshd")
+
+
+def test_small_batches_give_the_same_bits(monkeypatch):
+    """Cutting units and lanes finer must not lose or repeat a block row."""
+    q, k, v = qkv(1, 3, 3, 200, 200, 16, torch.float64)
+    tiles = random_lists(1, 200, 200, 16, 16)
+    whole = block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True)
+    for size in (1, 40_000):
+        monkeypatch.setattr(torch_backend, "SCORES_BYTES", size)
+        for a, b in zip(
+            block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True), whole, strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_memory_is_not_quadratic():
+    """A call at S = 8192 must not hold S x S anything: peak of what the profiler sees allocated."""
+    q, k, v = qkv(1, 1, 1, 8192, 8192, 8, torch.float32)
+    states = torch.ones(64, 64, dtype=torch.uint8)
+    states.fill_diagonal_(2)
+    tiles = TileLists.from_states(states, block_q=128, block_k=128, num_q=8192, num_k=8192)
+    frames = torch.arange(8192, dtype=torch.int32) // 1024
+    decay = FrameDecay(table=torch.full((8,), 0.5), q_frames=frames, k_frames=frames)
+    mask = torch.ones(1, 8192, dtype=torch.bool)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        block_sparse_attention(q, k, v, tiles, layout="bhsd", frame_decay=decay, key_mask=mask, return_lse=True)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 8192 * 8192 // 4
+
+
+def test_schedule_is_made_once_for_a_list():
+    tiles = random_lists(1, 100, 100, 16, 16)
+    parts = ((tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0])
+    units = schedule(*parts)
+    assert schedule(*parts) is units
+    aliases = ((tiles.exact_offsets.view(1, -1), tiles.exact_indices.detach()), *parts[1:])
+    assert schedule(*aliases) is units
+    tiles.exact_indices[-1] = tiles.exact_indices[-1]
+    assert schedule(*parts) is not units
+
+
+def test_schedule_covers_every_block_row_once():
+    tiles = random_lists(3, 100, 100, 16, 16)
+    units = build((tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0, 1, 0])
+    states = tiles.states()
+    seen = torch.zeros(3, 7, 7, dtype=torch.uint8)
+    for unit in units:
+        for row, exact, pooled in zip(unit.rows, unit.exact, unit.pooled, strict=True):
+            lane, head = divmod(int(row), 7)[0], (0, 1, 0)[int(row) // 7]
+            seen[lane, row % 7, exact - 7 * head] = 2
+            seen[lane, row % 7, pooled - 7 * head] = 1
+    assert torch.equal(seen, states)
+    rows = torch.cat([unit.rows for unit in units])
+    assert rows.unique().numel() == rows.numel()
+
+
+def test_eager_entry_gives_the_same_bits_without_gradient():
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 2, 40, 40, 8, torch.float32))
+    tiles = random_lists(1, 40, 40, 8, 8)
+    out, lse = block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True)
+    eager, eager_lse = block_sparse_attention_eager(q, k, v, tiles, layout="bhsd", return_lse=True)
+    assert torch.equal(out, eager)
+    assert torch.equal(lse, eager_lse)
+    assert out.requires_grad
+    assert not eager.requires_grad
+    with pytest.raises(TypeError, match="unknown arguments: densty"):
+        block_sparse_attention_eager(q, k, v, tiles, densty=1)
+
+
+def test_runs_in_inference_mode():
+    with torch.inference_mode():
+        q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
+        tiles = random_lists(1, 40, 40, 8, 8)
+        assert block_sparse_attention(q, k, v, tiles, layout="bhsd").isfinite().all()
