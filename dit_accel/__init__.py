@@ -23,7 +23,7 @@ _HOMES = {
     "RadialAttention": "methods.radial",
     "Report": "report",
 }
-__all__ = list(_HOMES)
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:  # so that `import dit_accel` loads no torch, and --help stays quick

@@ -108,7 +108,7 @@ def attach(model: Any, *methods: MethodConfig, backend: str = "auto") -> Attachm
     return attachment
 
 
-def find_transformers(model: Any) -> dict[str, nn.Module]:
+def find_transformers(model: Any) -> dict[str, Any]:
     """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
 
     Raises:
@@ -149,7 +149,7 @@ def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[st
     return [(name, names[name], depth) for part in (main, side) for depth, name in enumerate(part)]
 
 
-def resolve_model(name: str, transformers: dict[str, nn.Module]) -> tuple[Adapter, Family | None, Model]:
+def resolve_model(name: str, transformers: dict[str, Any]) -> tuple[Adapter, Family | None, Model]:
     """Return the adapter, the released family (None if unknown) and what handlers may know of one transformer."""
     transformer = transformers[name]
     adapter = adapter_for(type(transformer).__name__)
@@ -170,7 +170,7 @@ def _check_backend(backend: str) -> None:
 
 
 def _make_handlers(
-    transformers: dict[str, nn.Module], methods: tuple[MethodConfig, ...]
+    transformers: dict[str, Any], methods: tuple[MethodConfig, ...]
 ) -> tuple[list[Handler], dict[str, str]]:
     described, handlers = {}, []
     for name in transformers:

@@ -66,8 +66,7 @@ def unwrap_processor(wrapped: Any, original: Any) -> Any:
 def _subclass(cls: type, slot: Slot, session: int) -> type:
     original = cls.__call__
     function = inspect.unwrap(original)
-    code = getattr(function, "__code__", None)
-    names = _names(code) if code else set()
+    names = _names(function.__code__) if isinstance(function, types.FunctionType) else set()
     if "dispatch_attention_fn" in names:
         name = "dispatch_attention_fn"
         replacement: Any = _dispatch(function.__globals__[name], slot, session)
@@ -81,7 +80,9 @@ def _subclass(cls: type, slot: Slot, session: int) -> type:
         )
     scope = {key: value for key, value in function.__globals__.items() if key != "__name__"}
     scope[name] = replacement
-    recreated = types.FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
+    recreated = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
     recreated.__kwdefaults__ = function.__kwdefaults__
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807

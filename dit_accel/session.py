@@ -204,7 +204,9 @@ class Session:
         """Run a plan in one kernel call; outside autograd, see `gradients`."""
         self.recorder.backends.add(resolve_backend(self.backend, q.device))
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
-        return block_sparse_attention_eager(q, k, v, tiles, **arguments)
+        out = block_sparse_attention_eager(q, k, v, tiles, **arguments)
+        assert isinstance(out, Tensor)
+        return out
 
     def gradients(
         self,

@@ -28,7 +28,7 @@ from .suite import Arm, Suite, read_suite
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite, or only print the table of what has run; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("suite", type=Path)
     parser.add_argument("--out", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suite's folder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -128,7 +128,7 @@ def _generate(
     """Return frames [F, height, width, 3] in [0, 1], seconds, and the report."""
     with dit_accel.attach(pipe, *arm.methods) as attachment:
         started = time.perf_counter()
-        frames = pipe(
+        (frames,) = pipe(
             prompt,
             num_frames=suite.num_frames,
             height=64,
@@ -138,7 +138,8 @@ def _generate(
             max_sequence_length=32,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
-        ).frames[0]
+            return_dict=False,
+        )[0]
         return np.asarray(frames), time.perf_counter() - started, attachment.report()
 
 

@@ -34,7 +34,7 @@ def filled(root: Path) -> str:
 
 def main() -> None:
     """Rewrite README.md in the current folder."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     Path("README.md").write_text(filled(Path()))
 
 
