@@ -111,6 +111,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
 
 
+def store(path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer], step: int, log: Log) -> None:
+    """Save everything a training needs to go on."""
+    state = {key: module.state_dict() for key, module in averages.modules.items()}
+    state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "clock": log.clocks()}
+    save_atomic(state | {"averages": averages.values, "updates": averages.updates}, path)
+
+
+def restore(path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer]) -> tuple[int, dict[str, float]]:
+    """Load what `store` saved, where there is a file; returns the steps done and the clocks."""
+    if not path.exists():
+        return 0, {}
+    state = torch.load(path, weights_only=False)
+    for key, module in averages.modules.items():
+        module.load_state_dict(state[key])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        load_optimizer(optimizer, saved)
+    averages.values, averages.updates = state["averages"], state["updates"]
+    return state["step"], state["clock"]
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], rates: tuple[float, ...], factor: float) -> None:
+    """Set every optimizer's learning rate to its own rate times a common factor."""
+    for optimizer, rate in zip(optimizers, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate * factor
+
+
 class Log:
     """A JSON-lines log that keeps wall and CPU seconds across restarts."""
 

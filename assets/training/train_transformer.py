@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from build import build_pipeline
-from common import RUNS, Averages, Log, Muon, load_optimizer, save_atomic, split_parameters, trapezoid
+from common import RUNS, Averages, Log, Muon, restore, save_atomic, set_rates, split_parameters, store, trapezoid
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_assets import checker, clips
@@ -29,22 +29,24 @@ class TransformerTraining:
     """The recipe. A stage is (share of the steps it ends at, ((weight, pool, latent frames, batch), ...))."""
 
     seed: int = 2
-    steps: int = 1330
+    steps: int = 3400
     lr: float = 3e-3
     adam_lr: float = 2e-3
     warmup: int = 50
     decay: float = 0.3
-    ema: float = 0.99
+    ema: float = 0.995
     shift: float = 3.0
+    high_noise: float = 0.5
+    """Share of the clips trained at noise levels of 0.75 to 1, where directions are decided."""
     prompt_dropout: float = 0.1
     bf16: bool = True
     pool_17: int = 4000
     pool_33: int = 1000
-    sample_every: int = 2000
+    sample_every: int = 500
     stages: tuple[tuple[float, tuple[tuple[float, int, int, int], ...]], ...] = (
-        (0.27, ((1.0, 17, 3, 16),)),
-        (0.47, ((0.7, 17, 5, 12), (0.3, 17, 9, 8))),
-        (0.80, ((1.0, 17, 9, 8),)),
+        (0.12, ((1.0, 17, 3, 16),)),
+        (0.20, ((0.7, 17, 5, 12), (0.3, 17, 9, 8))),
+        (0.85, ((1.0, 17, 9, 8),)),
         (1.0, ((0.7, 17, 9, 8), (0.3, 33, 17, 4))),
     )
 
@@ -111,6 +113,8 @@ def flow_loss(
         block.attn2.processor.bias = bias
     level = torch.from_numpy(1 / (1 + np.exp(-rng.standard_normal(len(prompts))))).float()
     level = config.shift * level / (1 + (config.shift - 1) * level)
+    high = torch.from_numpy(rng.random(len(prompts)) < config.high_noise)
+    level = torch.where(high, torch.from_numpy(rng.uniform(0.75, 1.0, len(prompts))).float(), level)
     noise = torch.randn_like(latents)
     mixed = torch.lerp(latents, noise, level.view(-1, 1, 1, 1, 1))
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
@@ -171,28 +175,12 @@ def train(config: TransformerTraining, run: Path, vae_folder: Path, rank: int, r
         Muon(matrices, lr=config.lr, dtype=torch.bfloat16),
         torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0),
     ]
-    averages, step, clock = Averages(modules, config.ema), 0, {}
-    checkpoint = run / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
-        for key, module in modules.items():
-            module.load_state_dict(state[key])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        averages.values, averages.updates = state["averages"], state["updates"]
-        step, clock = state["step"], state["clock"]
+    averages = Averages(modules, config.ema)
+    step, clock = restore(run / "checkpoint.pt", averages, optimizers)
     log = Log(run / ("log.jsonl" if rank == 0 else f"rank{rank}.jsonl"), **clock)
     log.write(event="start", step=step, processes=ranks, config=asdict(config))
     pools: dict[int, Pool] = {}
     use_training_attention(pipe, True)
-
-    def save() -> None:
-        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-        save_atomic(
-            {**{key: module.state_dict() for key, module in modules.items()}, "optimizers": optimizer_states,
-             "averages": averages.values, "updates": averages.updates, "step": step, "clock": log.clocks()},
-            checkpoint)  # fmt: skip
-
     saved_at, window = time.perf_counter(), []
     while step < config.steps:
         rng = np.random.default_rng([config.seed, step])
@@ -205,8 +193,7 @@ def train(config: TransformerTraining, run: Path, vae_folder: Path, rank: int, r
         latents, prompts = pools[frames].batch(rng, latent_frames, count)
         prompts = ["" if rng.random() < config.prompt_dropout else prompt for prompt in prompts]
         factor = trapezoid(step, config.steps, warmup=config.warmup, decay=config.decay)
-        for optimizer, rate in zip(optimizers, (config.lr, config.adam_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * factor
+        set_rates(optimizers, (config.lr, config.adam_lr), factor)
         loss = flow_loss(pipe, latents, prompts, rng, config)
         loss.backward()
         if ranks > 1:
@@ -228,10 +215,10 @@ def train(config: TransformerTraining, run: Path, vae_folder: Path, rank: int, r
             use_training_attention(pipe, True)
             averages.swap()
         if rank == 0 and time.perf_counter() - saved_at > 120:
-            save()
+            store(run / "checkpoint.pt", averages, optimizers, step, log)
             saved_at = time.perf_counter()
     if rank == 0:
-        save()
+        store(run / "checkpoint.pt", averages, optimizers, step, log)
     log.write(event="end", step=step)
 
 

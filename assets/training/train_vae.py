@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RUNS, Averages, Log, Muon, load_optimizer, save_atomic, split_parameters, trapezoid
+from common import RUNS, Averages, Log, Muon, restore, set_rates, split_parameters, store, trapezoid
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -157,24 +157,10 @@ def train(config: VaeTraining, run: Path) -> None:
         Muon(matrices, lr=config.lr, dtype=torch.float32),
         torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0),
     ]
-    averages, step, clock = Averages({"vae": vae}, config.ema), 0, {}
-    checkpoint = run / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
-        vae.load_state_dict(state["vae"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        averages.values, averages.updates = state["averages"], state["updates"]
-        step, clock = state["step"], state["clock"]
+    averages = Averages({"vae": vae}, config.ema)
+    step, clock = restore(run / "checkpoint.pt", averages, optimizers)
     log = Log(run / "log.jsonl", **clock)
     log.write(event="start", step=step, threads=torch.get_num_threads(), config=asdict(config))
-
-    def save() -> None:
-        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-        save_atomic(
-            {"vae": vae.state_dict(), "optimizers": optimizer_states, "averages": averages.values,
-             "updates": averages.updates, "step": step, "clock": log.clocks()}, checkpoint)  # fmt: skip
-
     saved_at, window = time.perf_counter(), []
     while step < config.steps:
         if step >= config.freeze_encoder_at and vae.quant_conv.weight.requires_grad:
@@ -185,8 +171,7 @@ def train(config: VaeTraining, run: Path) -> None:
         _, frames, crop, batch = mix[rng.choice(len(mix), p=[m[0] for m in mix])]
         video = draw_batch(rng, frames, crop, batch)
         factor = trapezoid(step, config.steps, warmup=config.warmup, decay=config.decay)
-        for optimizer, rate in zip(optimizers, (config.lr, config.adam_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * factor
+        set_rates(optimizers, (config.lr, config.adam_lr), factor)
         with torch.autocast("cpu", torch.bfloat16, enabled=step < config.bf16_until * config.steps):
             posterior = encode(vae, video)
             output = decode(vae, posterior.sample()).float()
@@ -210,9 +195,9 @@ def train(config: VaeTraining, run: Path) -> None:
             averages.swap()
             log.write(event="held-out", step=step, **figures)
         if time.perf_counter() - saved_at > 120:
-            save()
+            store(run / "checkpoint.pt", averages, optimizers, step, log)
             saved_at = time.perf_counter()
-    save()
+    store(run / "checkpoint.pt", averages, optimizers, step, log)
     averages.swap()
     export(vae, run / "vae")
     figures = {f"psnr_{n}": float(np.mean(held_out_psnr(vae, n, 16))) for n in (17, 33)}

@@ -36,7 +36,7 @@ def test_saving_and_loading_gives_the_same_clip(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = WanPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32, local_files_only=True)
     again.set_progress_bar_config(disable=True)
-    assert np.array_equal(run(pipe), run(again))
+    assert np.allclose(run(pipe), run(again), atol=1e-4)  # where the weights lie in memory moves the last bits
 
 
 @pytest.mark.parametrize("frames", [17, 33])
@@ -47,7 +47,7 @@ def test_the_autoencoder_reconstructs_held_out_clips(pipe, frames):
         with torch.no_grad():
             y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample
         psnr = -10 * torch.log10(((x - y) / 2).pow(2).mean()).item()
-        assert psnr >= 26.0, (seed, psnr)
+        assert psnr >= 27.0, (seed, psnr)
 
 
 def test_latents_are_normalised(pipe):
