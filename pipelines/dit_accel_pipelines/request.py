@@ -19,6 +19,8 @@ EMBEDDED = "wan-tiny"
 """Name of the model that ships with the project."""
 
 EMBEDDED_FPS, OTHER_FPS = 8, 16
+EMBEDDED_GUIDANCE = 4.0
+"""The guidance that the embedded model was trained to be judged at."""
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential", "group")
 MAX_SCALE = 64
@@ -146,8 +148,9 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
     frames = rounded_frames(family, fills["num_frames"])
     if frames != fills["num_frames"]:
         notes.append(f"{fills['num_frames']} frames are rounded to {frames}, as the pipeline does")
-    if request.is_embedded and request.dtype is None:
-        fills["dtype"] = "float32"
+    if request.is_embedded:
+        fills["dtype"] = request.dtype or "float32"
+        fills["guidance_scale"] = EMBEDDED_GUIDANCE if request.guidance_scale is None else request.guidance_scale
     return dataclasses.replace(request, **{**fills, "num_frames": frames}), family, notes
 
 
