@@ -1,4 +1,4 @@
-"""Time block-sparse attention against dense SDPA and its rivals, side by side in one process: `python kernels/bench/block_sparse.py`."""
+"""Time block-sparse attention against dense SDPA and rivals, side by side in one process; append JSON lines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
 
 
 def lists(kind: str, density: float, tokens: int, block: int) -> TileLists:
-    """Shared lists with the same number of tiles in every block row, scattered at random or in one band about the diagonal."""
+    """Shared lists, equally many tiles in every block row: scattered at random or in one band about the diagonal."""
     count = tokens // block
     kept = max(1, round(density * count))
     states = torch.zeros(count, count, dtype=torch.uint8)
@@ -52,7 +52,7 @@ def lists(kind: str, density: float, tokens: int, block: int) -> TileLists:
 
 
 def timed(calls: dict[str, Call], rounds: int, clock: str, threads: int) -> dict[str, list[float]]:
-    """Seconds of every call, one call of each a round so that drift hits all alike; the first round warms up and is dropped."""
+    """Seconds of every call, one of each a round so that drift hits all alike; the first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
@@ -87,6 +87,13 @@ def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[s
     }
     seconds = timed(calls, args.rounds, args.clock, args.threads)
     dense = statistics.median(seconds["dense"])
+    setting = {
+        "device": cpu_name(),
+        "torch": torch.__version__,
+        **{name: getattr(args, name) for name in ("threads", "clock", "block", "lists", "rounds")},
+        "shape": [batch, heads, tokens, dim],
+        "dtype": dtype,
+    }
     records = []
     for name, found in seconds.items():
         share = 1.0 if name == "dense" else tiles.density
@@ -94,17 +101,9 @@ def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[s
         speedup = statistics.median(d / f for d, f in zip(seconds["dense"], found, strict=True))
         records.append(
             {
+                **setting,
                 "candidate": name,
-                "device": cpu_name(),
-                "threads": args.threads,
-                "clock": args.clock,
-                "torch": torch.__version__,
-                "shape": [batch, heads, tokens, dim],
-                "block": args.block,
-                "lists": args.lists,
-                "dtype": dtype,
                 "density": round(share, 4),
-                "rounds": len(found),
                 "seconds": median,
                 "seconds_p20": low,
                 "seconds_p80": high,
@@ -113,7 +112,7 @@ def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[s
                 "speedup": speedup,
                 "of_ideal": speedup * share,
                 "relative_error": errors[name],
-            }  # fmt: skip
+            }
         )
     return records
 
@@ -128,27 +127,32 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+HEADER = "dtype  density candidate          ms      p20      p80  TFLOP/s  x dense of ideal     error"
+
+
+def line(r: dict[str, Any]) -> str:
+    """One record as a row under HEADER."""
+    times = "".join(f"{r[name] * 1e3:9.1f}" for name in ("seconds", "seconds_p20", "seconds_p80"))
+    ratios = f"{r['tflops']:9.3f}{r['speedup']:9.2f}{r['of_ideal']:9.2f}{r['relative_error']:10.1e}"
+    return f"{r['dtype']:6}{r['density']:8.3f} {r['candidate']:12}{times}{ratios}"
+
+
 def main() -> None:
     """Print the table; append the records."""
     args = arguments()
     torch.set_num_threads(args.threads)
     print(
-        f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, B,H,S,D = {args.shape}, block {args.block}"
+        f"{cpu_name()}, {args.threads} threads, {args.clock} clock, torch {torch.__version__}, python {sys.version.split()[0]}"
     )
-    print(
-        f"{'dtype':6}{'density':>8} {'candidate':12}{'ms':>9}{'p20':>9}{'p80':>9}{'TFLOP/s':>9}{'x dense':>9}{'of ideal':>9}{'error':>10}"
-    )
+    print(f"B,H,S,D = {args.shape}, block {args.block}, {args.lists} lists, {args.rounds} rounds; ideal: 1 / density")
+    print(HEADER)
     for dtype in args.dtype.split(","):
         for density in (float(x) for x in args.density.split(",")):
-            for r in measure(args, dtype, density):
-                print(
-                    f"{r['dtype']:6}{r['density']:8.3f} {r['candidate']:12}{r['seconds'] * 1e3:9.1f}{r['seconds_p20'] * 1e3:9.1f}"
-                    f"{r['seconds_p80'] * 1e3:9.1f}{r['tflops']:9.3f}{r['speedup']:9.2f}{r['of_ideal']:9.2f}{r['relative_error']:10.1e}",
-                    flush=True,
-                )
+            for record in measure(args, dtype, density):
+                print(line(record), flush=True)
                 if args.out:
                     with args.out.open("a") as file:
-                        file.write(json.dumps(r) + "\n")
+                        file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

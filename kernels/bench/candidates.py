@@ -1,8 +1,9 @@
-"""The rivals that the kernel bench times beside each other: dense SDPA, every backend, and plainer ways to write the same attention."""
+"""The rivals that the kernel bench times: dense SDPA, every backend, and plainer ways to write the same thing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from dit_accel_kernels import TileLists, block_sparse_attention_eager
@@ -15,7 +16,7 @@ Call = Callable[[], Tensor]
 def rows_of(tiles: TileLists) -> list[Tensor]:
     """Exact key tiles of every block row of shared lists, int64."""
     bounds = tiles.exact_offsets[0].tolist()
-    return [tiles.exact_indices[a:b].long() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [tiles.exact_indices[a:b].long() for a, b in pairwise(bounds)]
 
 
 def make(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, names: list[str]) -> dict[str, Call]:
@@ -74,7 +75,7 @@ NAMES = ("dense", "torch", "flex", "gather-sdpa", "gather-bmm", "tile-bmm")
 
 
 def exact_rows(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, sample: list[int]) -> Tensor:
-    """Attention of the sampled block rows in float64, [B, H, len(sample), block_q, D]: the truth that errors are measured against."""
+    """Attention of the sampled block rows in float64, [B, H, len(sample), block_q, D]: the truth for errors."""
     rows, block = rows_of(tiles), tiles.block_q
     found = []
     for i in sample:

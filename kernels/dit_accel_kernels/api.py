@@ -43,7 +43,8 @@ def block_sparse_attention(
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
 
     Args:
-        q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference backends.
+        q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
+            backends.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
         v: like k.
         tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
@@ -53,12 +54,14 @@ def block_sparse_attention(
         key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
         key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
         frame_decay: logit decay by frame distance, see FrameDecay.
-        token_order: int64 [S], position in the tiled order -> token index in the tensors (S_q = S_k); output in the caller's order.
+        token_order: int64 [S], position in the tiled order -> token index in the tensors (S_q = S_k); output in the
+            caller's order.
         identity_mix: float [H] or [B, H] in [0, 1], output = (1 - w) * attention + w * V for each head (S_q = S_k).
         identity_rows: bool [S], the tokens that identity_mix touches; all by default.
-        return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q] (float64 for
-            float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
-        backend: "auto", "torch" or "reference"; a named one runs or raises.
+        return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
+            (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
+        backend: "auto", "torch", "flex" or "reference"; a named one runs or raises. Gradients come from the
+            torch backend's recomputation, except with "reference", which autograd differentiates.
 
     Raises:
         ValueError, TypeError: arguments that don't fit, by name and value.
@@ -80,7 +83,7 @@ def block_sparse_attention(
 def block_sparse_attention_eager(
     q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **arguments: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`block_sparse_attention` without the custom op and without gradient, for callers inside a custom op of their own."""
+    """`block_sparse_attention` without custom op and gradient, for callers inside a custom op of their own."""
     values = {**_DEFAULTS, **arguments}
     if len(values) > len(_DEFAULTS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(set(values) - set(_DEFAULTS)))}")

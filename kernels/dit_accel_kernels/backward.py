@@ -1,4 +1,4 @@
-"""Gradient of the torch backend: every batch of block rows is recomputed, and what tiles owe to all their rows adds up."""
+"""Gradient of the torch backend: every batch of block rows is recomputed, and gradients of shared tiles add up."""
 
 from __future__ import annotations
 

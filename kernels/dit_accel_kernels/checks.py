@@ -1,4 +1,4 @@
-"""Argument checks of the attention call: shapes, dtypes and devices only, never values, so that no device ever syncs."""
+"""Argument checks of the attention call: shapes, dtypes and devices, never values, so that no device ever syncs."""
 
 from __future__ import annotations
 

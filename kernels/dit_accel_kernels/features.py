@@ -1,4 +1,4 @@
-"""Optional features of the attention call in one place: frame-distance decay, and the resolved arguments backends receive."""
+"""Features of the attention call: frame-distance decay, pooling, and the resolved arguments that backends receive."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 class FrameDecay:
     """Logit decay by the distance of frames: x becomes min(x, t * x), with t = table[|frame of q - frame of k|].
 
-    `table` is float32 [max distance + 1] with values in (0, 1]; `q_frames` int32 [S_q] and `k_frames` int32 [S_k] give each token's
-    frame in the caller's token order, -1 for tokens outside the video (t = 1). Distances beyond the table use its last entry. A pooled
-    tile uses the mean of t over its tokens, which is t itself where the tile lies in one frame. Source: UltraViCo,
-    arXiv 2511.20123; the released code decays token distances, here the distance is in frames.
+    `table` is float32 [max distance + 1] with values in (0, 1]; `q_frames` int32 [S_q] and `k_frames` int32 [S_k] give
+    each token's frame in the caller's token order, -1 for tokens outside the video (t = 1). Distances beyond the table
+    use its last entry. A pooled tile uses the mean of t over its tokens, which is t itself where the tile lies in one
+    frame. Source: UltraViCo, arXiv 2511.20123; the released code decays token distances, here the distance is in
+    frames.
     """
 
     table: Tensor
@@ -40,8 +41,8 @@ class FrameDecay:
 class Problem:
     """One attention call as the backends see it: tensors in tiled token order, [B, H, S, D], everything resolved.
 
-    `logit_scale` is the softmax scale; `head_scale` float32 [B or 1, H] or None multiplies it. `key_valid` is bool [B, S_k] or None.
-    `decay` is (table, q_frames, k_frames) in tiled order or None.
+    `logit_scale` is the softmax scale; `head_scale` float32 [B or 1, H] or None multiplies it. `key_valid` is bool [B,
+    S_k] or None. `decay` is (table, q_frames, k_frames) in tiled order or None.
     """
 
     q: Tensor
@@ -85,8 +86,9 @@ def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[T
 def tile_means(x: Tensor, block: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Means over tiles of x [..., S, D] (S in tiles of `block`, ragged tail) and the true lengths they were taken over.
 
-    `weight` is bool [..., S], the tokens that count, or None for all. Returns means [..., NK, D] in x's dtype, summed in float32
-    (float64 for float64), and lengths float32 [..., NK]; a tile without a counting token has mean 0 and length 0.
+    `weight` is bool [..., S], the tokens that count, or None for all. Returns means [..., NK, D] in x's dtype, summed
+    in float32 (float64 for float64), and lengths float32 [..., NK]; a tile without a counting token has mean 0 and
+    length 0.
     """
     tokens = x.shape[-2]
     tiles = -(-tokens // block)

@@ -1,7 +1,8 @@
-"""The flex backend: torch's compiled FlexAttention over the same exact tiles, as a rival and an independent check; forward only.
+"""The flex backend: torch's compiled FlexAttention over the same exact tiles, a rival and an independent check.
 
-It executes exact tiles, per-head lists, grouped key heads and per-head scale; key masks, decay and pooled tiles are refused, since a
-named backend never falls back. Every tile is listed as full (`BlockMask.from_kv_blocks` without a mask), so none is masked inside.
+It executes exact tiles, per-head lists, grouped key heads and per-head scale; key masks, decay and pooled tiles are
+refused, since a named backend never falls back. Every tile is listed as full (`BlockMask.from_kv_blocks` without a
+mask), so none is masked inside.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The specification of block-sparse attention: eager, dense with masks, O(S^2) memory, any dtype up to float64, differentiable.
+"""The specification of block-sparse attention: eager, dense with masks, O(S^2) memory, any dtype, differentiable.
 
-Every other backend is tested against this one. The formulas, for a query row with logits x = logit_scale * head_scale * (q . k):
-exact tiles give one column a token; a pooled tile gives one column with x = scale * (q . mean K), weight len * e^x and value mean V
-(the same as numerator += e^x * sum V, denominator += e^x * len); decay is min(x, t * x) before the length enters; skipped tiles are
-absent. A pooled tile counts its valid tokens only, and a tile without any is absent.
+Every other backend is tested against this one. The formulas, for a query row with logits x = logit_scale * head_scale *
+(q . k): exact tiles give one column a token; a pooled tile gives one column with x = scale * (q . mean K), weight len *
+e^x and value mean V (the same as numerator += e^x * sum V, denominator += e^x * len); decay is min(x, t * x) before the
+length enters; skipped tiles are absent. A pooled tile counts its valid tokens only, and a tile without any is absent.
 """
 
 from __future__ import annotations

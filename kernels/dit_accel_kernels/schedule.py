@@ -1,9 +1,10 @@
-"""Schedules of the torch backend: tile lists regrouped into batches of block rows with equally long lists, cached with the lists."""
+"""Schedules of the torch backend: block rows with equally long lists grouped into units, cached with the lists."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Lock
 
 import torch
@@ -17,8 +18,8 @@ _CAPACITY = 64
 class Unit:
     """Block rows that can be computed as one batch: all visit the same number of exact tiles and of pooled tiles.
 
-    `rows` int64 [R]; `exact` int64 [R, n] and `pooled` int64 [R, p] key tiles; `tail` tells whether the last exact tile of each row is
-    the ragged last tile of its sequence.
+    `rows` int64 [R]; `exact` int64 [R, n] and `pooled` int64 [R, p] key tiles; `tail` tells whether the last exact tile
+    of each row is the ragged last tile of its sequence.
     """
 
     rows: Tensor
@@ -37,7 +38,7 @@ def _rows(offsets: Tensor | None, indices: Tensor | None, key_tiles: int, heads:
     groups = len(bounds)
     for lane, head in enumerate(heads):
         row = bounds[lane % groups]
-        result += [all_indices[a:b] + head * key_tiles for a, b in zip(row[:-1], row[1:], strict=True)]
+        result += [all_indices[a:b] + head * key_tiles for a, b in pairwise(row)]
     return result
 
 
@@ -47,7 +48,7 @@ def build(
     key_tiles: int,
     heads: list[int],
 ) -> list[Unit]:
-    """Units of one set of lists, longest rows first; `heads` gives the key head of every lane ([0] for shared lists)."""
+    """Units of one set of lists, longest rows first; `heads`: the key head of every lane ([0] for shared lists)."""
     rows = exact[0].shape[1] - 1
     device = exact[1].device
     exact_rows = _rows(exact[0].cpu(), exact[1].cpu(), key_tiles, heads, rows)
@@ -75,13 +76,14 @@ def build(
 
 
 class _Cache:
-    """Schedules by the storage of their lists, so that one TileLists object costs its regrouping once, eager or compiled.
+    """Schedules by the storage of their lists: a TileLists object is regrouped once, eager or compiled.
 
-    Keyed by storage and version, not by Python object: compiled graphs hand over aliases. A dead storage drops its entry.
+    Keyed by storage and version, not by Python object: compiled graphs hand over aliases. A dead storage drops its
+    entry.
     """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple, tuple[StorageWeakRef, list[Unit]]] = OrderedDict()
+        self._entries: OrderedDict[tuple, tuple[list[StorageWeakRef], list[Unit]]] = OrderedDict()
         self._lock = Lock()
 
     def get(

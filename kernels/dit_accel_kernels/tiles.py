@@ -1,7 +1,8 @@
 """Tile lists: which key tiles every block row of queries visits exactly, visits as one pooled key, or skips.
 
-Tokens are cut into tiles of `block_q` queries and `block_k` keys; the last tile of each side may be ragged. The lists are CSR: one
-row of ascending key-tile indices for each block row, shared by all batches and heads (G = 1) or one set each (G = H or B*H).
+Tokens are cut into tiles of `block_q` queries and `block_k` keys; the last tile of each side may be ragged. The lists
+are CSR: one row of ascending key-tile indices for each block row, shared by all batches and heads (G = 1) or one set
+each (G = H or B*H).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def _csr(selected: Tensor) -> tuple[Tensor, Tensor]:
 class TileLists:
     """Exact and pooled key tiles of every block row; what is in neither list is skipped.
 
-    `exact_offsets` and `pooled_offsets` are int32 [G, NQ + 1], absolute positions in `exact_indices` and `pooled_indices` (int32
-    [nnz], ascending within a row). `num_q` and `num_k` count tokens. Creation checks shapes and dtypes only and never reads the
-    values (no device sync); `validate` reads them. Raises ValueError or TypeError where the parts don't fit.
+    `exact_offsets` and `pooled_offsets` are int32 [G, NQ + 1], absolute positions in `exact_indices` and
+    `pooled_indices` (int32 [nnz], ascending within a row). `num_q` and `num_k` count tokens. Creation checks shapes and
+    dtypes only and never reads the values (no device sync); `validate` reads them. Raises ValueError or TypeError where
+    the parts don't fit.
     """
 
     block_q: int
@@ -164,7 +166,7 @@ class TileLists:
         return states
 
     def validate(self) -> TileLists:
-        """Read every value: offsets rise and end at nnz, indices ascend in range, no tile is exact and pooled. Returns self."""
+        """Read every value: offsets rise to nnz, indices ascend in range, no tile is exact and pooled; returns self."""
         _check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
             _check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
@@ -207,7 +209,7 @@ def _check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:
 
 
 def _check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> None:
-    """Values of one CSR: offsets rise from 0 to nnz over all groups, indices lie in range and ascend strictly in a row."""
+    """Values of one CSR: offsets rise from 0 to nnz, indices lie in range and ascend strictly in a row."""
     flat = torch.cat([offsets[:1, 0], offsets[:, 1:].flatten()])
     if int(flat[0]) != 0 or int(flat[-1]) != indices.numel() or bool((flat[1:] < flat[:-1]).any()):
         raise ValueError(f"{name}_offsets must rise from 0 to {indices.numel()}, found {flat.tolist()[:8]}")

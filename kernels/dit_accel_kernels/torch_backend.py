@@ -1,9 +1,9 @@
 """The torch backend: block rows with equally long lists are gathered and batched; O(S) memory, every feature.
 
-The hot loop takes one block row of one lane (or as many as fit `SCORES_BYTES` a thread) at a time: gather its key and value tiles,
-one product, one softmax, one product, all in buffers that stay in a core's cache. On a CPU, gathering costs a few per cent of the
-products, and this order beat batching all heads at once, per-tile products without a gather, flash-style chunks of keys, and SDPA
-on gathered tiles (bench/block_sparse.py prints them beside each other). The gradient is in backward.py.
+The hot loop takes one block row of one lane (or as many as fit `SCORES_BYTES` a thread) at a time: gather its key and
+value tiles, one product, one softmax, one product, all in buffers that stay in a core's cache. On a CPU, gathering
+costs a few per cent of the products; bench/block_sparse.py times the other ways to write it (all heads at once, one
+product a tile without a gather, SDPA on gathered tiles, FlexAttention). The gradient is in backward.py.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SCORES_BYTES = 512 << 10  # logits of one batch, a thread
 class Tiled:
     """The problem cut into tiles for batched products: N lanes of R block rows that all read the same lists.
 
-    Shared lists: N = B*H lanes, R = NQ. Per-head lists: one lane, R = B*H*NQ, tile numbers shifted by head. Queries hold the
-    per-head scale, `scale` is still to be applied.
-    `bias` is float32 [N, tiles, block_k], 0 or -inf, or None; `log_length` float32 [N or 1, tiles]; `t` [F + 2, NK, block_k].
+    Shared lists: N = B*H lanes, R = NQ. Per-head lists: one lane, R = B*H*NQ, tile numbers shifted by head. Queries
+    hold the per-head scale, `scale` is still to be applied. `bias` is float32 [N, tiles, block_k], 0 or -inf, or None;
+    `log_length` float32 [N or 1, tiles]; `t` [F + 2, NK, block_k].
     """
 
     q: Tensor  # [N, R, block_q, D]
@@ -194,7 +194,7 @@ def units_of(problem: Problem) -> list[Unit]:
 
 
 def cut(problem: Problem) -> Tiled:
-    """Pad to whole tiles, scale the queries, lay lanes out for the lists' sharing, and pool where a list asks for it."""
+    """Pad to whole tiles, apply the head scale, lay lanes out as the lists are shared, pool if a list asks for it."""
     q, k, v, valid = problem.q, problem.k, problem.v, problem.key_valid
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
@@ -253,7 +253,7 @@ def _tiles(x: Tensor, block: int) -> Tensor:
 
 
 def steps(tiled: Tiled, unit: Unit) -> tuple[int, int]:
-    """Lanes and block rows of one batch: logits within SCORES_BYTES a thread, at least one block row of a lane for each."""
+    """Lanes and block rows of one batch: logits within SCORES_BYTES a thread, and one block row of a lane at least."""
     lanes, _, block_q, _ = tiled.q.shape
     columns = unit.exact.shape[1] * tiled.k.shape[2] + unit.pooled.shape[1]
     threads = torch.get_num_threads() if tiled.q.device.type == "cpu" else GPU_LANES

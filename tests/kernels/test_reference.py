@@ -1,4 +1,4 @@
-"""The specification against formulas written out independently, and the identities of pooled tiles, on every backend for any call."""
+"""The specification and the torch backend against formulas written out, and the identities of pooled tiles."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_pooled_everywhere_is_dense_where_tiles_are_constant(backend, num_k):
 
 @BOTH
 def test_pooled_tile_follows_the_formula(backend):
-    """numerator += e^S sum(V), denominator += e^S len with S = q . mean(K), written out for one exact and one ragged pooled tile."""
+    """numerator += e^S sum(V), denominator += e^S len, written out for an exact and a ragged pooled tile."""
     q, k, v = qkv(1, 1, 1, 4, 7, 8, WIDE)
     states = torch.tensor([[EXACT, POOLED]], dtype=torch.uint8)
     tiles = TileLists.from_states(states, block_q=4, block_k=4, num_q=4, num_k=7)

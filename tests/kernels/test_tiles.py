@@ -64,7 +64,9 @@ def test_two_dimensional_states_are_one_shared_list():
 def test_to_the_same_device_is_the_same_object():
     tiles = TileLists.full(8, 8, block_q=4, block_k=4)
     assert tiles.to("cpu") is tiles
-    moved = TileLists.from_states(torch.ones(2, 2, dtype=torch.uint8), block_q=4, block_k=4, num_q=8, num_k=8).to("meta")
+    moved = TileLists.from_states(torch.ones(2, 2, dtype=torch.uint8), block_q=4, block_k=4, num_q=8, num_k=8).to(
+        "meta"
+    )
     assert moved.device.type == "meta"
     assert moved.pooled_indices is not None
     assert moved.tiles_pooled == 4
@@ -91,12 +93,24 @@ def _int32(*values):
     [
         (dict(block_q=0), ValueError, "block_q must be at least 1, found 0"),
         (dict(num_k=-3), ValueError, "num_k must be at least 1, found -3"),
-        (dict(exact_offsets=torch.tensor([[0, 2, 3]])), TypeError, r"exact_offsets must be torch\.int32, found torch\.int64"),
-        (dict(exact_offsets=_int32([0, 3])), ValueError, r"exact_offsets must be \[G, 3\] for 2 block rows, found \[1, 2\]"),
+        (
+            dict(exact_offsets=torch.tensor([[0, 2, 3]])),
+            TypeError,
+            r"exact_offsets must be torch\.int32, found torch\.int64",
+        ),
+        (
+            dict(exact_offsets=_int32([0, 3])),
+            ValueError,
+            r"exact_offsets must be \[G, 3\] for 2 block rows, found \[1, 2\]",
+        ),
         (dict(exact_indices=_int32([0, 2, 1])), ValueError, r"exact_indices must have one dimension, found \[1, 3\]"),
         (dict(exact_indices=torch.zeros(3)), TypeError, r"exact_indices must be torch\.int32, found torch\.float32"),
         (dict(exact_indices=_int32(0, 2, 1).to("meta")), ValueError, "must share a device, found cpu and meta"),
-        (dict(pooled_indices=_int32(1)), ValueError, "pooled_offsets and pooled_indices come together: give both or neither"),
+        (
+            dict(pooled_indices=_int32(1)),
+            ValueError,
+            "pooled_offsets and pooled_indices come together: give both or neither",
+        ),
         (
             dict(pooled_offsets=_int32([0, 0, 0], [0, 0, 1]), pooled_indices=_int32(1)),
             ValueError,
@@ -142,7 +156,11 @@ def test_validate_accepts_empty_lists():
     ("states", "error", "text"),
     [
         (torch.zeros(2, 3), TypeError, r"states must be torch\.uint8, found torch\.float32"),
-        (torch.zeros(3, 3, dtype=torch.uint8), ValueError, r"states must be \[G, 2, 3\] for 8 x 12 tokens in tiles of 4 x 4"),
+        (
+            torch.zeros(3, 3, dtype=torch.uint8),
+            ValueError,
+            r"states must be \[G, 2, 3\] for 8 x 12 tokens in tiles of 4 x 4",
+        ),
         (torch.full((2, 3), 7, dtype=torch.uint8), ValueError, r"states must be 0 .*, found 7"),
     ],
 )

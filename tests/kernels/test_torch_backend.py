@@ -82,9 +82,7 @@ def test_small_batches_give_the_same_bits(monkeypatch):
     whole = block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True)
     for size in (1, 40_000):
         monkeypatch.setattr(torch_backend, "SCORES_BYTES", size)
-        for a, b in zip(
-            block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True), whole, strict=True
-        ):
+        for a, b in zip(block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True), whole, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -116,7 +114,9 @@ def test_schedule_is_made_once_for_a_list():
 
 def test_schedule_covers_every_block_row_once():
     tiles = random_lists(3, 100, 100, 16, 16)
-    units = build((tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0, 1, 0])
+    units = build(
+        (tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0, 1, 0]
+    )
     states = tiles.states()
     seen = torch.zeros(3, 7, 7, dtype=torch.uint8)
     for unit in units:

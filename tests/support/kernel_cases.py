@@ -28,7 +28,7 @@ def random_lists(groups: int, num_q: int, num_k: int, block_q: int, block_k: int
 
 
 def assert_within_rounding(found: Tensor, yardstick: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """Error <= 2 x the specification's own in `dtype`, plus one rounding step; in the maximum and in the mean square."""
+    """Error <= 2 x the specification's own in `dtype`, plus one rounding step; in maximum and mean square."""
     assert found.shape == truth.shape
     endless = truth.isinf()
     assert torch.equal(found.isinf(), endless)
@@ -39,11 +39,11 @@ def assert_within_rounding(found: Tensor, yardstick: Tensor, truth: Tensor, dtyp
         assert error <= allowed, f"error {float(error):.3g}, allowed {float(allowed):.3g}"
 
 
-def check_against_reference(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, backend: str = "torch", **arguments) -> None:
+def check_against_reference(
+    q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, backend: str = "torch", **arguments
+) -> None:
     """Output and LSE of a backend in the inputs' dtype, against the reference in float64 on the same inputs."""
-    wide = {
-        name: x.to(WIDE) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()
-    }
+    wide = {name: x.to(WIDE) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
     truth = block_sparse_attention(
         q.to(WIDE), k.to(WIDE), v.to(WIDE), tiles, return_lse=True, backend="reference", **wide
     )

@@ -1,0 +1,103 @@
+"""Every error text of the attention call, with the value it names."""
+
+import pytest
+import torch
+from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention
+from kernel_cases import qkv, random_lists
+
+Q, K, V = qkv(2, 4, 2, 20, 20, 8, torch.float32)
+TILES = random_lists(1, 20, 20, 8, 8)
+CROSS = dict(k=K[:, :, :12], v=V[:, :, :12], tiles=TileLists.full(20, 12, block_q=8, block_k=8))
+
+
+def frames(count, dtype=torch.int32):
+    return torch.zeros(count, dtype=dtype)
+
+
+def decay(table=None, q=20, k=20):
+    return FrameDecay(table=torch.ones(2) if table is None else table, q_frames=frames(q), k_frames=frames(k))
+
+
+CASES = [
+    (dict(layout="sbhd"), ValueError, "layout must be 'bshd' or 'bhsd', found 'sbhd'"),
+    (dict(backend="cudnn"), ValueError, "backend must be one of auto, torch, flex, reference, found 'cudnn'"),
+    (dict(q=Q[0]), ValueError, r"q must have four dimensions, found \[4, 20, 8\]"),
+    (dict(q=Q.long()), TypeError, r"q must be bfloat16, float16, float32 or float64, found torch\.int64"),
+    (dict(k=K.double()), TypeError, r"must share a dtype, found torch\.float32 and k torch\.float64"),
+    (dict(v=V.to("meta")), ValueError, "must share a device, found cpu and v on meta"),
+    (dict(v=V[:, :, :19]), ValueError, r"k and v must have one shape, found \[2, 2, 20, 8\] and \[2, 2, 19, 8\]"),
+    (dict(q=Q[:1]), ValueError, r"must share batch and head dim, found \[1, 4, 20, 8\] and \[2, 2, 20, 8\] \(bhsd\)"),
+    (dict(q=Q[..., :4]), ValueError, "must share batch and head dim"),
+    (dict(q=Q[:, :3]), ValueError, "key heads must divide query heads, found 2 and 3"),
+    (
+        dict(tiles=TileLists.full(20, 21, block_q=8, block_k=8)),
+        ValueError,
+        "tiles are for 20 queries and 21 keys, found 20 and 20",
+    ),
+    (dict(tiles=random_lists(3, 20, 20, 8, 8)), ValueError, r"must hold 1, 4 \(H\) or 8 \(B\*H\) list sets, found 3"),
+    (dict(tiles=TILES.to("meta")), ValueError, r"tiles are on meta, q on cpu: use tiles\.to\('cpu'\)"),
+    (dict(head_scale=torch.ones(3)), ValueError, r"head_scale must be \[4\] or \[2, 4\] .*, found \[3\]"),
+    (dict(head_scale=torch.ones(4).int()), TypeError, r"head_scale must be floating point, found torch\.int32"),
+    (
+        dict(head_scale=torch.ones(4, requires_grad=True)),
+        ValueError,
+        "head_scale gets no gradient, found requires_grad=True",
+    ),
+    (dict(head_scale=torch.ones(4).to("meta")), ValueError, "head_scale must be on cpu like q, found meta"),
+    (dict(identity_mix=torch.ones(1, 4)), ValueError, r"identity_mix must be \[4\] or \[2, 4\]"),
+    (
+        dict(identity_rows=torch.ones(20, dtype=torch.bool)),
+        ValueError,
+        "identity_rows chooses rows for identity_mix, found no",
+    ),
+    (dict(identity_mix=torch.ones(4), identity_rows=torch.ones(20)), TypeError, r"identity_rows must be torch\.bool"),
+    (
+        dict(key_length=torch.tensor([20.0, 20.0])),
+        TypeError,
+        r"key_length must be an integer tensor, found torch\.float32",
+    ),
+    (dict(key_length=torch.tensor([20])), ValueError, r"key_length must be \[2\] \(\[B\]\), found \[1\]"),
+    (dict(key_length=torch.tensor([1, 2]).to("meta")), ValueError, "key_length must be on cpu like q, found meta"),
+    (dict(key_mask=torch.ones(2, 19, dtype=torch.bool)), ValueError, r"key_mask must be \[2, 20\], found \[2, 19\]"),
+    (dict(key_mask=torch.ones(2, 20)), TypeError, r"key_mask must be torch\.bool, found torch\.float32"),
+    (dict(token_order=torch.arange(19)), ValueError, r"token_order must be \[20\], found \[19\]"),
+    (dict(token_order=torch.arange(20).int()), TypeError, r"token_order must be torch\.int64, found torch\.int32"),
+    (dict(frame_decay=decay(q=19)), ValueError, r"frame_decay\.q_frames must be \[20\], found \[19\]"),
+    (dict(frame_decay=decay(k=21)), ValueError, r"frame_decay\.k_frames must be \[20\], found \[21\]"),
+    (
+        dict(CROSS, token_order=torch.arange(20)),
+        ValueError,
+        r"token_order needs self-attention .*, found 20 queries and 12",
+    ),
+    (
+        dict(CROSS, identity_mix=torch.ones(4)),
+        ValueError,
+        r"identity_mix needs self-attention .*, found 20 queries and 12",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "text"), CASES, ids=[c[2][:40] for c in CASES])
+def test_refuses(changes, error, text):
+    values = {**dict(q=Q, k=K, v=V, tiles=TILES, layout="bhsd"), **changes}
+    with pytest.raises(error, match=text):
+        block_sparse_attention(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (dict(table=torch.ones(2).double()), r"table must be float32 .*, found torch\.float64 \[2\]"),
+        (dict(table=torch.ones(0)), r"table must be float32 with one dimension and at least one entry, .* \[0\]"),
+        (dict(q_frames=frames(4, torch.int64)), r"q_frames must be int32 with one dimension, found torch\.int64 \[4\]"),
+        (dict(k_frames=frames(4)[None]), r"k_frames must be int32 with one dimension, found torch\.int32 \[1, 4\]"),
+    ],
+)
+def test_frame_decay_refuses(values, text):
+    with pytest.raises(ValueError, match=text):
+        FrameDecay(**{**dict(table=torch.ones(2), q_frames=frames(4), k_frames=frames(4)), **values})
+
+
+def test_integer_inputs_never_reach_the_gradient():
+    with pytest.raises(TypeError, match=r"q must be bfloat16, float16, float32 or float64, found torch\.int32"):
+        block_sparse_attention(Q.int(), K.int(), V.int(), TILES, layout="bhsd")
