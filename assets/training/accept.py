@@ -19,7 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=model_path())
     parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--frames", type=int, nargs="*", default=[17, 33], help="clip lengths to generate")
+    parser.add_argument("--reconstruct", type=int, nargs="*", default=[17, 33], help="clip lengths to reconstruct")
+    parser.add_argument("--generate", type=int, nargs="*", default=[17, 33], help="clip lengths to generate")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "acceptance.json")
@@ -27,15 +28,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    figures: dict[str, object] = {"clips": args.count, "steps": 20, "guidance": args.guidance}
-    for frames in (17, 33):
+    figures = json.loads(args.out.read_text()) if args.out.exists() else {}
+
+    def note(name: str, values: dict[str, float]) -> None:
+        figures[name] = {"clips": args.count, **values}
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+        print(name, figures[name], flush=True)
+
+    for frames in args.reconstruct:
         values = held_out_psnr(pipe.vae, frames, args.count)
-        figures[f"vae_psnr_{frames}"] = {"mean": round(float(np.mean(values)), 2), "worst": round(min(values), 2)}
-    for frames in args.frames:
-        figures[f"generated_{frames}"] = score(pipe, args.count, frames, args.guidance)
-    text = json.dumps(figures, indent=2)
-    args.out.write_text(text + "\n")
-    print(text)
+        note(f"vae_psnr_{frames}", {"mean": round(float(np.mean(values)), 2), "worst": round(min(values), 2)})
+    for frames in args.generate:
+        accuracies = score(pipe, args.count, frames, args.guidance)
+        note(f"generated_{frames}", {"steps": 20, "guidance": args.guidance, **accuracies})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class TransformerTraining:
     """The recipe. A stage is (share of the steps it ends at, ((weight, pool, latent frames, batch), ...))."""
 
     seed: int = 2
-    steps: int = 3400
+    steps: int = 2300
     lr: float = 3e-3
     adam_lr: float = 2e-3
     warmup: int = 50
@@ -42,10 +42,10 @@ class TransformerTraining:
     bf16: bool = True
     pool_17: int = 4000
     pool_33: int = 1000
-    sample_every: int = 500
+    sample_every: int = 1000
     stages: tuple[tuple[float, tuple[tuple[float, int, int, int], ...]], ...] = (
-        (0.12, ((1.0, 17, 3, 16),)),
-        (0.20, ((0.7, 17, 5, 12), (0.3, 17, 9, 8))),
+        (0.18, ((1.0, 17, 3, 16),)),
+        (0.30, ((0.7, 17, 5, 12), (0.3, 17, 9, 8))),
         (0.85, ((1.0, 17, 9, 8),)),
         (1.0, ((0.7, 17, 9, 8), (0.3, 33, 17, 4))),
     )
