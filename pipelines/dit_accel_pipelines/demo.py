@@ -5,6 +5,8 @@ Run it as ``python -m dit_accel_pipelines.demo --out demo``.
 
 import dataclasses
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +15,14 @@ import typer
 
 from dit_accel import RadialAttention
 from dit_accel.cli.console import OUT, TALK, plain_table
+from dit_accel.estimate import estimate
 
 from .generate import Generation, attached, run
 from .loading import load_pipeline
 from .media import contact_sheet, upscale, write_media, written_whole
 from .progress import Stages
 from .request import EMBEDDED_FPS, Request, settle
+from .wan import WAN, WAN_TINY
 
 PROMPT = "a red circle moving right on a navy background"
 SCALE = 4
@@ -40,6 +44,11 @@ class Arm:
         """Seconds of the denoising loop."""
         return self.made.timings.denoise
 
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over the steps."""
+        return statistics.median(self.made.timings.steps)
+
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")] = Path("demo"),
@@ -50,8 +59,14 @@ def main(
 ) -> None:
     """Generate one prompt dense and accelerated from the same seed, compare, and write videos and a contact sheet."""
     out.mkdir(parents=True, exist_ok=True)
-    sizes = {"num_frames": num_frames, "num_inference_steps": num_inference_steps}
-    request, *_ = settle(Request(prompts=(prompt,), output=out / "dense.mp4", seed=seed, **sizes))
+    asked = Request(
+        prompts=(prompt,),
+        output=out / "dense.mp4",
+        num_frames=num_frames,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+    )
+    request, *_ = settle(asked)
     with Stages() as stages:
         arms = compare(request, stages)
     for arm in arms:
@@ -67,7 +82,7 @@ def main(
 
 
 def compare(request: Request, stages: Stages) -> list[Arm]:
-    """Generate a settled request's first prompt dense, with radial, and dense with as many steps as fit in radial's time."""
+    """Generate a settled request's first prompt dense, with radial, and dense with the steps of radial's FLOPs."""
     stages.stage("loading")
     pipe = load_pipeline(request)
     run(pipe, request.prompts[0], dataclasses.replace(request, num_inference_steps=1))  # warms up, not measured
@@ -82,9 +97,14 @@ def compare(request: Request, stages: Stages) -> list[Arm]:
     steps = request.num_inference_steps or 1
     dense = arm("dense", steps)
     radial = arm("radial", steps, (RadialAttention(),), dense.made)
-    fitting = max(1, min(steps, round(steps * radial.seconds / dense.seconds)))
-    fewer = arm("fewer-steps", fitting, (), dense.made)
-    return [dense, radial, fewer]
+    return [dense, radial, arm("fewer-steps", equal_steps(request, radial.made), (), dense.made)]
+
+
+def equal_steps(request: Request, made: Generation) -> int:
+    """Return how many dense steps cost the FLOPs of a run with radial."""
+    sizes = {name: getattr(request, name) for name in ("height", "width", "num_frames", "num_inference_steps")}
+    radial = RadialAttention(**made.report.methods["radial"]) if made.report else RadialAttention()
+    return max(1, round(estimate(WAN, WAN_TINY, methods=[radial], kernel_cost=1, **sizes).equal_steps))
 
 
 def _psnr(made: Generation, reference: Generation) -> float:
@@ -96,24 +116,37 @@ def _psnr(made: Generation, reference: Generation) -> float:
 
 
 def _label(arm: Arm) -> str:
-    return arm.name if arm.psnr is None else f"{arm.name} {arm.psnr:.1f} dB"
+    return arm.name if arm.psnr is None else f"{arm.name} {_psnr_text(arm)}"
+
+
+def _psnr_text(arm: Arm) -> str:
+    if arm.psnr is None:
+        return "-"
+    return f"{arm.psnr:.1f} dB" if math.isfinite(arm.psnr) else "identical"
 
 
 def _data(arm: Arm) -> dict[str, Any]:
     report = arm.made.report.to_dict() if arm.made.report else None
-    values = {name: getattr(arm, name) for name in ("name", "steps", "density", "seconds", "psnr")}
+    values = {name: getattr(arm, name) for name in ("name", "steps", "density", "seconds", "seconds_per_step")}
+    values["psnr"] = arm.psnr if arm.psnr is not None and math.isfinite(arm.psnr) else None  # JSON has no infinity
     return {**values, "report": report}
 
 
 def _print(prompt: str, arms: list[Arm]) -> None:
-    numbers = ("density", "steps", "seconds", "PSNR to dense")
+    numbers = ("density", "steps", "seconds", "s/step", "PSNR to dense")
     table = plain_table("", *numbers, right=numbers, title=prompt)
     for arm in arms:
-        psnr = "-" if arm.psnr is None else f"{arm.psnr:.1f} dB"
-        table.add_row(arm.name, f"{arm.density:.3f}", str(arm.steps), f"{arm.seconds:.2f}", psnr)
+        table.add_row(
+            arm.name,
+            f"{arm.density:.3f}",
+            str(arm.steps),
+            f"{arm.seconds:.2f}",
+            f"{arm.seconds_per_step:.3f}",
+            _psnr_text(arm),
+        )
     OUT.print(table)
     OUT.print("density: computed share of the self-attention over the run", style="dim")
-    OUT.print("fewer-steps: dense, with as many steps as fit in radial's time", style="dim")
+    OUT.print("fewer-steps: dense, with as many steps as radial's FLOPs pay for", style="dim")
 
 
 if __name__ == "__main__":
