@@ -141,9 +141,7 @@ def main() -> None:
     """Print the table; append the records."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    print(
-        f"{cpu_name()}, {args.threads} threads, {args.clock} clock, torch {torch.__version__}, python {sys.version.split()[0]}"
-    )
+    print(f"{cpu_name()}, {args.threads} threads, {args.clock} clock, torch {torch.__version__}")
     print(f"B,H,S,D = {args.shape}, block {args.block}, {args.lists} lists, {args.rounds} rounds; ideal: 1 / density")
     print(HEADER)
     for dtype in args.dtype.split(","):

@@ -47,6 +47,7 @@ def build(
     pooled: tuple[Tensor | None, Tensor | None],
     key_tiles: int,
     heads: list[int],
+    ragged: bool,
 ) -> list[Unit]:
     """Units of one set of lists, longest rows first; `heads`: the key head of every lane ([0] for shared lists)."""
     rows = exact[0].shape[1] - 1
@@ -61,7 +62,7 @@ def build(
     )
     kinds: dict[tuple[int, int, bool], list[int]] = {}
     for row, (e, p) in enumerate(zip(exact_rows, pooled_rows, strict=True)):
-        tail = e.numel() > 0 and int(e[-1]) % key_tiles == key_tiles - 1
+        tail = ragged and e.numel() > 0 and int(e[-1]) % key_tiles == key_tiles - 1
         if e.numel() + p.numel():
             kinds.setdefault((e.numel(), p.numel(), tail), []).append(row)
     return [
@@ -92,12 +93,14 @@ class _Cache:
         pooled: tuple[Tensor | None, Tensor | None],
         key_tiles: int,
         heads: list[int],
+        ragged: bool,
     ) -> list[Unit]:
         """The units of these lists, built on first use."""
         parts = [t for t in (*exact, *pooled) if t is not None]
         refs = [StorageWeakRef(t.untyped_storage()) for t in parts]
         key = (
             key_tiles,
+            ragged,
             tuple(heads),
             *((r.cdata, t.storage_offset(), t.numel(), _version(t)) for r, t in zip(refs, parts, strict=True)),
         )
@@ -106,7 +109,7 @@ class _Cache:
             if found is not None and not any(r.expired() for r in found[0]):
                 self._entries.move_to_end(key)
                 return found[1]
-        units = build(exact, pooled, key_tiles, heads)
+        units = build(exact, pooled, key_tiles, heads, ragged)
         with self._lock:
             for stale in [k for k, (rs, _) in self._entries.items() if any(r.expired() for r in rs)]:
                 del self._entries[stale]

@@ -88,82 +88,82 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
 def _plain_unit(tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], out: Tensor, lse: Tensor | None) -> None:
     """One unit without masks and decay: the hot loop, which makes no view and no buffer it made before."""
     lane_step, row_step = steps(tiled, unit)
-    columns = unit.exact.shape[1] * tiled.k.shape[2] - (tiled.tail if unit.tail else 0)
-    pooled = unit.pooled.shape[1] > 0
-    rows = unit.rows.split(row_step)
-    exact = (
-        unit.exact.flatten().split(row_step * max(1, unit.exact.shape[1]))
-        if unit.exact.shape[1]
-        else unit.exact.split(row_step)
-    )
+    batches = [
+        (rows, unit.exact[i * row_step :][: rows.numel()].flatten(), unit.pooled[i * row_step :][: rows.numel()])
+        for i, rows in enumerate(unit.rows.split(row_step))
+    ]
     for start in range(0, out.shape[0], lane_step):
         lanes = slice(start, start + lane_step)
-        q, k, v, out_lanes = tiled.q[lanes], tiled.k[lanes], tiled.v[lanes], out[lanes]
-        room = None
-        for index, (row, tiles) in enumerate(zip(rows, exact, strict=True)):
-            if room is None or room.rows != row.numel():
-                room = _room(tiled, unit, buffers, q.shape[0], row.numel())
-            torch.index_select(q, 1, row, out=room.q)
-            torch.index_select(k, 1, tiles.view(-1), out=room.k)
-            torch.index_select(v, 1, tiles.view(-1), out=room.v)
-            k_columns, v_columns, total = room.k_columns, room.v_columns, None
-            if pooled:
-                picked = unit.pooled[index * row_step : index * row_step + row.numel()]
-                k_columns = _with_means(k_columns, tiled.k_mean, lanes, picked)
-                v_columns = _with_means(v_columns, tiled.v_mean, lanes, picked)
-            torch.baddbmm(room.logits, room.q_rows, k_columns.mT, beta=0, alpha=tiled.scale, out=room.logits)
+        q, k, v, out_lanes, room = tiled.q[lanes], tiled.k[lanes], tiled.v[lanes], out[lanes], None
+        for rows, exact, pooled in batches:
+            if room is None or room.rows != rows.numel():
+                room = _Room(tiled, unit, buffers, q.shape[0], rows.numel())
+            torch.index_select(q, 1, rows, out=room.q)
+            torch.index_select(k, 1, exact, out=room.k)
+            torch.index_select(v, 1, exact, out=room.v)
+            if pooled.shape[1]:
+                _append_means(tiled, lanes, pooled, room)
+            torch.baddbmm(room.logits, room.q_batch, room.k_columns.mT, beta=0, alpha=tiled.scale, out=room.logits)
             torch.softmax(room.logits, -1, out=room.p)
-            if pooled:
-                total = _weigh(tiled, picked, room.p[..., columns:], room.p)
-            torch.bmm(room.p, v_columns, out=room.out)
+            # log sum e^x = max x - log max p, two cheap passes where a logsumexp would repeat the softmax
+            found = (
+                room.logits.amax(-1).to(lse.dtype) - room.p.amax(-1).to(lse.dtype).log() if lse is not None else None
+            )
+            total = _weigh(tiled, pooled, room) if pooled.shape[1] else None
+            torch.bmm(room.p, room.v_columns, out=room.out_batch)
             if total is not None:
-                room.out.copy_(room.out / total)
-            out_lanes.index_copy_(1, row, room.out_rows)
-            if lse is not None:
-                found = torch.logsumexp(room.logits.to(lse.dtype), -1, keepdim=True)
+                room.out_batch.copy_(room.out_batch / total[..., None])
+            out_lanes.index_copy_(1, rows, room.out)
+            if lse is not None and found is not None:
                 found = found if total is None else found + total.log()
-                lse[lanes].index_copy_(1, row, found.view(room.out_rows.shape[:-1]))
+                lse[lanes].index_copy_(1, rows, found.view(room.q.shape[:-1]))
 
 
 class _Room:
-    """Views of the reused buffers for batches of one shape, made once for all batches of a unit."""
+    """Views of reused buffers for batches of one shape, made once for all batches of a unit: L lanes x R block rows.
 
-    __slots__ = ("k", "k_columns", "logits", "out", "out_rows", "p", "q", "q_rows", "rows", "v", "v_columns")
+    `q`, `out` are [L, R, block_q, D], `k`, `v` [L, R * n, block_k, D]; `*_batch` the same with one batch dimension, and
+    `*_columns` the exact tokens with the pooled tiles behind them, [L * R, C, D].
+    """
 
+    def __init__(self, tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], lanes: int, rows: int) -> None:
+        exact, pooled = unit.exact.shape[1], unit.pooled.shape[1]
+        block, dim = tiled.k.shape[2:]
+        batch, block_q = lanes * rows, tiled.q.shape[2]
 
-def _room(tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], lanes: int, rows: int) -> _Room:
-    """Buffers for `rows` block rows of `lanes` lanes of this unit."""
-    exact, pooled = unit.exact.shape[1], unit.pooled.shape[1]
-    block, dim = tiled.k.shape[2:]
-    block_q, batch = tiled.q.shape[2], lanes * rows
-    columns = exact * block - (tiled.tail if unit.tail else 0)
-    room = _Room()
-    room.rows = rows
-    room.q = _buffer(buffers, "q", tiled.q, (lanes, rows, block_q, dim))
-    room.k = _buffer(buffers, "k", tiled.q, (lanes, rows * exact, block, dim))
-    room.v = _buffer(buffers, "v", tiled.q, (lanes, rows * exact, block, dim))
-    room.logits = _buffer(buffers, "logits", tiled.q, (batch, block_q, columns + pooled))
-    room.p = _buffer(buffers, "p", tiled.q, (batch, block_q, columns + pooled))
-    room.out_rows = _buffer(buffers, "out", tiled.q, (lanes, rows, block_q, dim))
-    room.q_rows, room.out = room.q.view(batch, block_q, dim), room.out_rows.view(batch, block_q, dim)
-    room.k_columns = room.k.view(batch, exact * block, dim)[:, :columns]
-    room.v_columns = room.v.view(batch, exact * block, dim)[:, :columns]
-    return room
+        def take(name: str, *shape: int) -> Tensor:
+            return _buffer(buffers, name, tiled.q, shape)
 
-
-def _with_means(columns: Tensor, mean: Tensor | None, lanes: slice, picked: Tensor) -> Tensor:
-    """Exact columns [N * R, C, D] followed by the means of the picked tiles [R, p]."""
-    assert mean is not None
-    means = mean[lanes].index_select(1, picked.flatten())
-    return torch.cat([columns, means.view(columns.shape[0], picked.shape[1], -1)], 1)
+        self.rows = rows
+        self.tokens = exact * block - (tiled.tail if unit.tail else 0)
+        self.q, self.out = (take(name, lanes, rows, block_q, dim) for name in ("q", "out"))
+        self.k, self.v = (take(name, lanes, rows * exact, block, dim) for name in ("k", "v"))
+        self.logits, self.p = (take(name, batch, block_q, self.tokens + pooled) for name in ("logits", "p"))
+        self.q_batch, self.out_batch = (x.view(batch, block_q, dim) for x in (self.q, self.out))
+        self.k_exact, self.v_exact = (x.view(batch, exact * block, dim)[:, : self.tokens] for x in (self.k, self.v))
+        self.k_columns, self.v_columns = self.k_exact, self.v_exact
+        if pooled:
+            self.k_columns, self.v_columns = (take(n, batch, self.tokens + pooled, dim) for n in ("k_all", "v_all"))
 
 
-def _weigh(tiled: Tiled, picked: Tensor, p_pooled: Tensor, p: Tensor) -> Tensor:
-    """Weigh the pooled columns by their tiles' lengths, in place; returns the rows' new sums [N * R, block_q, 1]."""
+def _append_means(tiled: Tiled, lanes: slice, pooled: Tensor, room: _Room) -> None:
+    """Put the means of the pooled tiles [R, p] behind the exact tokens."""
+    assert tiled.k_mean is not None
+    assert tiled.v_mean is not None
+    for exact, mean, columns in (
+        (room.k_exact, tiled.k_mean, room.k_columns),
+        (room.v_exact, tiled.v_mean, room.v_columns),
+    ):
+        means = mean[lanes].index_select(1, pooled.flatten()).view(columns.shape[0], pooled.shape[1], -1)
+        torch.cat([exact, means], 1, out=columns)
+
+
+def _weigh(tiled: Tiled, pooled: Tensor, room: _Room) -> Tensor:
+    """Weigh the pooled columns by their tiles' lengths, in place; returns the rows' new sums [L * R, block_q]."""
     assert tiled.length is not None
-    weight = tiled.length[picked % tiled.key_tiles].to(p.dtype)[:, None]
-    p_pooled.mul_(weight.repeat(p.shape[0] // picked.shape[0], 1, 1))
-    return p.sum(-1, keepdim=True, dtype=wide_dtype(p.dtype))
+    weight = tiled.length[pooled % tiled.key_tiles].to(room.p.dtype)[:, None]
+    room.p[..., room.tokens :].mul_(weight.repeat(room.p.shape[0] // pooled.shape[0], 1, 1))
+    return room.p.sum(-1, dtype=wide_dtype(room.p.dtype))
 
 
 def _buffer(buffers: dict[str, Tensor], name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -190,6 +190,7 @@ def units_of(problem: Problem) -> list[Unit]:
         (problem.pooled_offsets, problem.pooled_indices),
         problem.key_tiles,
         lanes,
+        problem.k.shape[2] % problem.block_k > 0,
     )
 
 

@@ -103,7 +103,7 @@ def test_memory_is_not_quadratic():
 
 def test_schedule_is_made_once_for_a_list():
     tiles = random_lists(1, 100, 100, 16, 16)
-    parts = ((tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0])
+    parts = ((tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0], True)
     units = schedule(*parts)
     assert schedule(*parts) is units
     aliases = ((tiles.exact_offsets.view(1, -1), tiles.exact_indices.detach()), *parts[1:])
@@ -115,7 +115,7 @@ def test_schedule_is_made_once_for_a_list():
 def test_schedule_covers_every_block_row_once():
     tiles = random_lists(3, 100, 100, 16, 16)
     units = build(
-        (tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0, 1, 0]
+        (tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0, 1, 0], True
     )
     states = tiles.states()
     seen = torch.zeros(3, 7, 7, dtype=torch.uint8)
