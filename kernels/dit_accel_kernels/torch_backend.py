@@ -161,8 +161,8 @@ def _append_means(tiled: Tiled, lanes: slice, pooled: Tensor, room: _Room) -> No
 def _weigh(tiled: Tiled, pooled: Tensor, room: _Room) -> Tensor:
     """Weigh the pooled columns by their tiles' lengths, in place; returns the rows' new sums [L * R, block_q]."""
     assert tiled.length is not None
-    weight = tiled.length[pooled % tiled.key_tiles].to(room.p.dtype)[:, None]
-    room.p[..., room.tokens :].mul_(weight.repeat(room.p.shape[0] // pooled.shape[0], 1, 1))
+    weight = tiled.length[pooled % tiled.key_tiles].to(room.p.dtype)[None, :, None]
+    room.p.unflatten(0, (-1, room.rows))[..., room.tokens :].mul_(weight)
     return room.p.sum(-1, dtype=wide_dtype(room.p.dtype))
 
 
