@@ -100,7 +100,7 @@ def parse_value(text: str) -> Any:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
-        raise ConfigError(f"{name} must be {_spell(hint)}, got {value!r}")
+        raise ConfigError(f"{name} must be {spell_type(hint)}, got {value!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -122,13 +122,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _spell(hint: Any) -> str:
+def spell_type(hint: Any) -> str:
+    """Put an annotation in words, as error texts and tables show it."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(part) for part in typing.get_args(hint))
+        return " or ".join(spell_type(part) for part in typing.get_args(hint))
     if origin is typing.Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if origin is tuple:
-        return f"a list of {_spell(typing.get_args(hint)[0])}"
+        return f"a list of {spell_type(typing.get_args(hint)[0])}"
     words = {float: "a number", int: "an integer", bool: "true or false", str: "a string", type(None): "unset"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))

@@ -36,7 +36,7 @@ def test_gradients_equal_those_of_the_specification(arguments, groups, key_heads
         lse = lse.masked_fill(lse.isinf(), 0.0)
         result += torch.autograd.grad([out, lse], leaves, seeds)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # a pooled tile's mean decay is a float32 sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
