@@ -10,8 +10,7 @@ import typer
 
 from .. import registry
 from ..adapter import Adapter, Family
-from ..config import MethodConfig
-from ..config import spell_type
+from ..config import MethodConfig, spell_type
 from ..estimate import rounded_frames, token_layout
 from .console import OUT, plain_table, print_json
 from .method_options import first_line

@@ -207,7 +207,7 @@ def test_dense_steps_and_layers():
     assert [config.is_dense(step, 6, 3) for step in range(6)] == [True, True, False, False, False, True]
     assert [config.is_dense(3, 6, layer) for layer in range(3)] == [True, False, False]
     assert not RadialAttention(dense_steps=0, dense_layers=0).is_dense(0, None, 0)
-    with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1 needs the number of steps.*dense_last_steps to 0"):
+    with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1 needs the number of steps.*last_steps to 0"):
         config.is_dense(3, None, 3)
 
 

@@ -9,6 +9,7 @@ from diffusers import WanPipeline
 from dit_accel_assets import model_path
 from wan_tiny import tiny_transformer
 
+
 @pytest.fixture(scope="session")
 def _embedded() -> WanPipeline:
     pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
