@@ -161,13 +161,21 @@ def average_gradients(params: list[Tensor], ranks: int) -> None:
         param.grad = grad.view_as(param)
 
 
-def train(config: TransformerTraining, run: Path, vae_folder: Path, rank: int, ranks: int) -> None:
-    """Train, resuming from the run's checkpoint where there is one; rank 0 keeps log and checkpoint."""
+def train(
+    config: TransformerTraining, run: Path, vae_folder: Path, rank: int, ranks: int, start: Path | None = None
+) -> None:
+    """Train, resuming from the run's checkpoint where there is one; rank 0 keeps log and checkpoint.
+
+    Without a checkpoint the weights of the packed model ``start`` are the first ones, or random ones if it is None.
+    """
     torch.manual_seed(config.seed)
     vae = AutoencoderKLWan.from_pretrained(vae_folder)
-    pipe = build_pipeline(vae)
+    if start is None:
+        pipe = build_pipeline(vae)
+        torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    else:
+        pipe = WanPipeline.from_pretrained(start, vae=vae, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
     modules = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
     plain = ("shared", "embed_tokens", "relative_attention_bias", "proj_out", "patch_embedding", "scale_shift_table")
     matrices, rest = split_parameters(modules.values(), plain_names=plain)
@@ -227,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=RUNS / "transformer")
     parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "frozen")
+    parser.add_argument("--start", type=Path, help="packed model to go on from, where the run has no checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rank", type=int, default=0, help="number of this process, where several train together")
     parser.add_argument("--ranks", type=int, default=1, help="how many processes train together; batches add up")
@@ -243,7 +252,7 @@ def main() -> None:
         if args.ranks > 1:
             meeting = f"file://{args.run.resolve()}.meeting"
             torch.distributed.init_process_group("gloo", init_method=meeting, rank=args.rank, world_size=args.ranks)
-        train(config, args.run, args.vae, args.rank, args.ranks)
+        train(config, args.run, args.vae, args.rank, args.ranks, args.start)
 
 
 if __name__ == "__main__":
