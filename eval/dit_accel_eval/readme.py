@@ -40,6 +40,8 @@ def main() -> None:
 
 def _quality(root: Path) -> str:
     lines = read_lines(root / QUALITY)
+    if not lines:
+        return f"Not measured yet; `python -m dit_accel_eval.compare {SUITE}` measures it on the embedded model."
     clips = len({line["clip"] for line in lines})
     suite = read_suite(root / SUITE)
     head = (
@@ -52,7 +54,7 @@ def _quality(root: Path) -> str:
 def _speed(root: Path) -> str:
     records = read_lines(root / SPEED)
     if not records:
-        return "Not measured yet."
+        return f"Not measured yet; `python kernels/bench/block_sparse.py --out {SPEED}` measures it on this machine."
     first = records[0]
     head = (
         f"`python kernels/bench/block_sparse.py --out {SPEED}`: {first['device']}, {first['threads']} threads, torch "
