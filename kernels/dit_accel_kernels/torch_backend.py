@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
 from dit_accel_kernels.schedule import Unit, schedule
 
 GPU_LANES = 256  # batches of a GPU are this many times larger
+PART_BYTES = 1 << 20  # logits of one block row of a lane; longer rows are cut into parts and joined by their LSE
 SCORES_BYTES = 512 << 10  # logits of one batch, a thread
 
 
@@ -87,36 +89,77 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
 
 def _plain_unit(tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], out: Tensor, lse: Tensor | None) -> None:
     """One unit without masks and decay: the hot loop, which makes no view and no buffer it made before."""
-    lane_step, row_step = steps(tiled, unit)
-    batches = [
-        (rows, unit.exact[i * row_step :][: rows.numel()].flatten(), unit.pooled[i * row_step :][: rows.numel()])
-        for i, rows in enumerate(unit.rows.split(row_step))
-    ]
+    parts = _parts(tiled, unit)
+    lane_step, row_step = steps(tiled, parts[0])
     for start in range(0, out.shape[0], lane_step):
         lanes = slice(start, start + lane_step)
-        q, k, v, out_lanes, room = tiled.q[lanes], tiled.k[lanes], tiled.v[lanes], out[lanes], None
-        for rows, exact, pooled in batches:
-            if room is None or room.rows != rows.numel():
-                room = _Room(tiled, unit, buffers, q.shape[0], rows.numel())
-            torch.index_select(q, 1, rows, out=room.q)
-            torch.index_select(k, 1, exact, out=room.k)
-            torch.index_select(v, 1, exact, out=room.v)
-            if pooled.shape[1]:
-                _append_means(tiled, lanes, pooled, room)
-            torch.baddbmm(room.logits, room.q_batch, room.k_columns.mT, beta=0, alpha=tiled.scale, out=room.logits)
-            torch.softmax(room.logits, -1, out=room.p)
-            # log sum e^x = max x - log max p, two cheap passes where a logsumexp would repeat the softmax
-            found = (
-                room.logits.amax(-1).to(lse.dtype) - room.p.amax(-1).to(lse.dtype).log() if lse is not None else None
-            )
-            total = _weigh(tiled, pooled, room) if pooled.shape[1] else None
-            torch.bmm(room.p, room.v_columns, out=room.out_batch)
-            if total is not None:
-                room.out_batch.copy_(room.out_batch / total[..., None])
-            out_lanes.index_copy_(1, rows, room.out)
+        out_lanes = out[lanes]
+        rooms: dict[tuple[int, int], _Room] = {}
+        for row in range(0, unit.rows.numel(), row_step):
+            rows = slice(row, row + row_step)
+            picked = unit.rows[rows]
+            found, merged = None, None
+            for number, part in enumerate(parts):
+                key = (number, picked.numel())
+                if key not in rooms:
+                    rooms[key] = _Room(tiled, part, buffers, lanes, key[1])
+                room = rooms[key]
+                found = _plain_batch(tiled, part, rows, room, need_lse=lse is not None or len(parts) > 1)
+                if len(parts) > 1 and found is not None:
+                    merged = _merge(merged, room.out_batch, found)
+                    found = merged[1]
+            result = room.out if merged is None else merged[0].view_as(room.out).to(out.dtype)
+            out_lanes.index_copy_(1, picked, result)
             if lse is not None and found is not None:
-                found = found if total is None else found + total.log()
-                lse[lanes].index_copy_(1, rows, found.view(room.q.shape[:-1]))
+                lse[lanes].index_copy_(1, picked, found.view(room.q.shape[:-1]))
+
+
+def _parts(tiled: Tiled, unit: Unit) -> list[Unit]:
+    """The columns in even parts whose logits stay within PART_BYTES a block row; pooled tiles come with the last."""
+    count = unit.exact.shape[1]
+    room = max(1, PART_BYTES // (tiled.q.element_size() * tiled.q.shape[2] * tiled.k.shape[2]))
+    parts = max(1, -(-count // room))
+    bounds = [count * i // parts for i in range(parts + 1)]
+    return [
+        Unit(
+            unit.rows,
+            unit.exact[:, a:b],
+            unit.pooled if b == count else unit.pooled[:, :0],
+            unit.tail and b == count,
+        )
+        for a, b in pairwise(bounds)
+    ]
+
+
+def _plain_batch(tiled: Tiled, part: Unit, rows: slice, room: _Room, *, need_lse: bool) -> Tensor | None:
+    """Attention of some block rows over one part, left in `room.out`; returns its LSE [L * R, block_q] if needed."""
+    exact, pooled = part.exact[rows].flatten(), part.pooled[rows]
+    torch.index_select(room.from_q, 1, part.rows[rows], out=room.q)
+    torch.index_select(room.from_k, 1, exact, out=room.k)
+    torch.index_select(room.from_v, 1, exact, out=room.v)
+    if pooled.shape[1]:
+        _append_means(tiled, pooled, room)
+    torch.baddbmm(room.logits, room.q_batch, room.k_columns.mT, beta=0, alpha=tiled.scale, out=room.logits)
+    torch.softmax(room.logits, -1, out=room.p)
+    lse = None
+    if need_lse:  # log sum e^x = max x - log max p: two cheap passes where a logsumexp would repeat the softmax
+        wide = wide_dtype(room.p.dtype)
+        lse = room.logits.amax(-1).to(wide) - room.p.amax(-1).to(wide).log()
+    total = _weigh(tiled, pooled, room) if pooled.shape[1] else None
+    torch.bmm(room.p, room.v_columns, out=room.out_batch)
+    if total is None:
+        return lse
+    room.out_batch.copy_(room.out_batch / total[..., None])
+    return None if lse is None else lse + total.log()
+
+
+def _merge(merged: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join two disjoint parts by their LSE, in the wide dtype."""
+    if merged is None:
+        return out.to(lse.dtype, copy=True), lse
+    total = torch.logaddexp(merged[1], lse)
+    before = merged[0].mul_((merged[1] - total).exp()[..., None])
+    return before.addcmul_(out.to(lse.dtype), (lse - total).exp()[..., None]), total
 
 
 class _Room:
@@ -126,7 +169,10 @@ class _Room:
     `*_columns` the exact tokens with the pooled tiles behind them, [L * R, C, D].
     """
 
-    def __init__(self, tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], lanes: int, rows: int) -> None:
+    def __init__(self, tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], which: slice, rows: int) -> None:
+        self.lanes = which
+        self.from_q, self.from_k, self.from_v = tiled.q[which], tiled.k[which], tiled.v[which]
+        lanes = self.from_q.shape[0]
         exact, pooled = unit.exact.shape[1], unit.pooled.shape[1]
         block, dim = tiled.k.shape[2:]
         batch, block_q = lanes * rows, tiled.q.shape[2]
@@ -146,7 +192,7 @@ class _Room:
             self.k_columns, self.v_columns = (take(n, batch, self.tokens + pooled, dim) for n in ("k_all", "v_all"))
 
 
-def _append_means(tiled: Tiled, lanes: slice, pooled: Tensor, room: _Room) -> None:
+def _append_means(tiled: Tiled, pooled: Tensor, room: _Room) -> None:
     """Put the means of the pooled tiles [R, p] behind the exact tokens."""
     assert tiled.k_mean is not None
     assert tiled.v_mean is not None
@@ -154,7 +200,7 @@ def _append_means(tiled: Tiled, lanes: slice, pooled: Tensor, room: _Room) -> No
         (room.k_exact, tiled.k_mean, room.k_columns),
         (room.v_exact, tiled.v_mean, room.v_columns),
     ):
-        means = mean[lanes].index_select(1, pooled.flatten()).view(columns.shape[0], pooled.shape[1], -1)
+        means = mean[room.lanes].index_select(1, pooled.flatten()).view(columns.shape[0], pooled.shape[1], -1)
         torch.cat([exact, means], 1, out=columns)
 
 
