@@ -5,6 +5,7 @@ dense arm and the dense steps of all others use the same dense kernel, and every
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -20,10 +21,13 @@ from dit_accel_assets.checker import check
 from dit_accel_assets.clips import clip_of
 
 import dit_accel
+from dit_accel import ConfigError
 
 from .fidelity import psnr, ssim
 from .paired import bootstrap
 from .suite import Arm, Suite, read_suite
+
+WEIGHTS = model_path() / "transformer" / "diffusion_pytorch_model.safetensors"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,23 +40,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         suite = read_suite(options.suite)
+        out = options.out or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
+        if not options.table:
+            torch.set_num_threads(options.threads)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            run(suite, out)
     except dit_accel.DitAccelError as error:
         print(error, file=sys.stderr)
         return 2
-    out = options.out or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
-    if not options.table:
-        torch.set_num_threads(options.threads)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        run(suite, out)
     print(table(suite, read_lines(out)))
     return 0
 
 
 def run(suite: Suite, out: Path) -> None:
-    """Generate what ``out`` does not hold yet, and append one JSON line a clip."""
+    """Generate what ``out`` does not hold yet, and append one JSON line a clip.
+
+    Raises:
+        ConfigError: if ``out`` holds results of another model.
+    """
+    model = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
+    lines = read_lines(out)
+    others = {line["model"] for line in lines} - {model}
+    if others:
+        raise ConfigError(f"{out} holds results of model {', '.join(others)}, this is {model}; delete it and run again")
     pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    done = {(line["arm"], line["clip"]) for line in read_lines(out)}
+    done = {(line["arm"], line["clip"]) for line in lines}
     for clip in range(suite.clips):
         todo = [arm for arm in suite.arms if (arm.name, clip) not in done]
         if not todo:
@@ -78,6 +91,7 @@ def run(suite: Suite, out: Path) -> None:
                 "dense_seconds": dense_seconds,
                 "steps": arm.num_inference_steps,
                 "torch": torch.__version__,
+                "model": model,
             }
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")

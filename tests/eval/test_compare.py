@@ -96,6 +96,9 @@ def test_a_tiny_suite_runs_resumes_and_pairs(tmp_path, capsys):
     assert main([str(path), "--threads", "1"]) == 0
     assert read_lines(results) == lines
     assert capsys.readouterr().out == printed
+    results.write_text(results.read_text().replace(lines[0]["model"], "another"))
+    assert main([str(path), "--threads", "1"]) == 2
+    assert "holds results of model another" in capsys.readouterr().err
     difference = f"{lines[1]['psnr'] - 100:.2f}"
     assert f"| radial | {lines[1]['density']:.3f} |" in printed
     assert f"| dense | {difference} [{difference}, {difference}] |" in printed
