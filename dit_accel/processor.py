@@ -123,10 +123,7 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callabl
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
         _refuse(dropout_p, is_causal, parallel_config)
-        differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        return planned_attention(
-            query, key, value, attn_mask, slot.layer, session, slot.grid, "bshd", scale, differentiate
-        )[0]
+        return _planned(query, key, value, attn_mask, slot, session, "bshd", scale)
 
     return dispatch_attention_fn
 
@@ -148,12 +145,17 @@ def _sdpa(slot: Slot, session: int) -> Callable[..., Tensor]:
         if not slot.sparse:
             return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         _refuse(dropout_p, is_causal, None)
-        differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        return planned_attention(
-            query, key, value, attn_mask, slot.layer, session, slot.grid, "bhsd", scale, differentiate
-        )[0]
+        return _planned(query, key, value, attn_mask, slot, session, "bhsd", scale)
 
     return scaled_dot_product_attention
+
+
+def _planned(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slot: Slot, session: int, layout: str, scale: float | None
+) -> Tensor:
+    """Hand the call to the operator, with what the running processor left in the slot."""
+    differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
 
 
 def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:

@@ -161,6 +161,17 @@ def average_gradients(params: list[Tensor], ranks: int) -> None:
         param.grad = grad.view_as(param)
 
 
+def first_pipeline(vae: AutoencoderKLWan, start: Path | None) -> WanPipeline:
+    """Return the pipeline that training begins with: the packed model ``start``, or random weights if it is None."""
+    if start is None:
+        pipe = build_pipeline(vae)
+        torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    else:
+        pipe = WanPipeline.from_pretrained(start, vae=vae, dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def train(
     config: TransformerTraining, run: Path, vae_folder: Path, rank: int, ranks: int, start: Path | None = None
 ) -> None:
@@ -170,12 +181,7 @@ def train(
     """
     torch.manual_seed(config.seed)
     vae = AutoencoderKLWan.from_pretrained(vae_folder)
-    if start is None:
-        pipe = build_pipeline(vae)
-        torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
-    else:
-        pipe = WanPipeline.from_pretrained(start, vae=vae, dtype=torch.float32, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = first_pipeline(vae, start)
     modules = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
     plain = ("shared", "embed_tokens", "relative_attention_bias", "proj_out", "patch_embedding", "scale_shift_table")
     matrices, rest = split_parameters(modules.values(), plain_names=plain)
