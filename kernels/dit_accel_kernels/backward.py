@@ -32,7 +32,7 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
     grad_out = _rows(grad_out, tiled, problem.block_q)
     if grad_lse is not None:
         grad_lse = _rows(grad_lse[..., None], tiled, problem.block_q)
-    for unit, lanes in chunks(tiled, units_of(problem)):
+    for unit, lanes in chunks(tiled, units_of(problem), torch.get_num_threads()):
         go = grad_out[lanes].index_select(1, unit.rows)
         gl = None if grad_lse is None else grad_lse[lanes].index_select(1, unit.rows)
         x = gather(tiled, unit, lanes)

@@ -1,9 +1,10 @@
 """The torch backend: block rows with equally long lists are gathered and batched; O(S) memory, every feature.
 
-The hot loop takes one block row of one lane (or as many as fit `SCORES_BYTES` a thread) at a time: gather its key and
-value tiles, one product, one softmax, one product, all in buffers that stay in a core's cache. On a CPU, gathering
-costs a few per cent of the products; bench/block_sparse.py times the other ways to write it (all heads at once, one
-product a tile without a gather, SDPA on gathered tiles, FlexAttention). The gradient is in backward.py.
+The hot loop takes one block row of one lane (or as many as fit `SCORES_BYTES`) at a time: gather its key and value
+tiles, one product, one softmax, one product, all in buffers that stay in a core's cache; on a CPU every core runs this
+loop on block rows of its own (workers.py). Gathering costs a few per cent of the products; bench/block_sparse.py times
+the other ways to write it (all heads at once, one product a tile without a gather, SDPA on gathered tiles,
+FlexAttention). The gradient is in backward.py.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
 from dit_accel_kernels.schedule import Unit, schedule
+from dit_accel_kernels.workers import run_all, worker_threads
 
 GPU_LANES = 256  # batches of a GPU are this many times larger
 PART_BYTES = 1 << 20  # logits of one block row of a lane; longer rows are cut into parts and joined by their LSE
 SCORES_BYTES = 512 << 10  # logits of one batch, a thread
+RUNS = 4  # pieces of a worker, so that all end together
 
 
 @dataclass(slots=True)
@@ -71,47 +74,68 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     complete = sum(unit.rows.numel() for unit in units) == tiled.q.shape[1]
     out = torch.empty_like(tiled.q) if complete else torch.zeros_like(tiled.q)  # block rows without a tile give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    if tiled.bias is None and tiled.t is None:
-        buffers: dict[str, Tensor] = {}
-        for unit in units:
-            _plain_unit(tiled, unit, buffers, out, lse if need_lse else None)
-    else:
-        for unit, lanes in chunks(tiled, units):
-            part, part_lse = attend_operands(gather(tiled, unit, lanes), need_lse=need_lse)
-            out[lanes].index_copy_(1, unit.rows, part)
-            if part_lse is not None:
-                lse[lanes].index_copy_(1, unit.rows, part_lse)
+    plain = tiled.bias is None and tiled.t is None
+    workers, threads = worker_threads(out.device)
+
+    def work(piece: tuple[Unit, slice], buffers: dict[str, Tensor]) -> None:
+        unit, lanes = piece
+        if plain:
+            _plain_unit(tiled, unit, lanes, buffers, out[lanes], lse[lanes] if need_lse else None)
+            return
+        part, part_lse = attend_operands(gather(tiled, unit, lanes), need_lse=need_lse)
+        out[lanes].index_copy_(1, unit.rows, part)
+        if part_lse is not None:
+            lse[lanes].index_copy_(1, unit.rows, part_lse)
+
+    pieces = _plain_pieces(tiled, units, workers) if plain else chunks(tiled, units, threads)
+    run_all(work, pieces, workers)
     shape = (*problem.q.shape[:2], -1)
     tokens = problem.q.shape[2]
     out = out.view(*shape, out.shape[-1])[:, :, :tokens]
     return out, lse.view(*shape)[:, :, :tokens] if need_lse else lse
 
 
-def _plain_unit(tiled: Tiled, unit: Unit, buffers: dict[str, Tensor], out: Tensor, lse: Tensor | None) -> None:
-    """One unit without masks and decay: the hot loop, which makes no view and no buffer it made before."""
+def _plain_pieces(tiled: Tiled, units: list[Unit], workers: int) -> Iterator[tuple[Unit, slice]]:
+    """Units cut into a few pieces for each worker: lanes in batches, block rows in even runs."""
+    lanes = tiled.q.shape[0]
+    for unit in units:
+        lane_step, _ = steps(tiled, _parts(tiled, unit)[0], 1)
+        starts = range(0, lanes, lane_step)
+        runs = min(unit.rows.numel(), -(-workers * RUNS // (len(starts) * len(units))))
+        for start in starts:
+            for rows, exact, pooled in zip(
+                *(x.tensor_split(runs) for x in (unit.rows, unit.exact, unit.pooled)), strict=True
+            ):
+                yield Unit(rows, exact, pooled, unit.tail), slice(start, min(lanes, start + lane_step))
+
+
+def _plain_unit(
+    tiled: Tiled, unit: Unit, lanes: slice, buffers: dict[str, Tensor], out: Tensor, lse: Tensor | None
+) -> None:
+    """One piece without masks and decay: the hot loop, which makes no view and no buffer it made before.
+
+    `out` and `lse` are the lanes' own part.
+    """
     parts = _parts(tiled, unit)
-    lane_step, row_step = steps(tiled, parts[0])
-    for start in range(0, out.shape[0], lane_step):
-        lanes = slice(start, start + lane_step)
-        out_lanes = out[lanes]
-        rooms: dict[tuple[int, int], _Room] = {}
-        for row in range(0, unit.rows.numel(), row_step):
-            rows = slice(row, row + row_step)
-            picked = unit.rows[rows]
-            found, merged = None, None
-            for number, part in enumerate(parts):
-                key = (number, picked.numel())
-                if key not in rooms:
-                    rooms[key] = _Room(tiled, part, buffers, lanes, key[1])
-                room = rooms[key]
-                found = _plain_batch(tiled, part, rows, room, need_lse=lse is not None or len(parts) > 1)
-                if len(parts) > 1 and found is not None:
-                    merged = _merge(merged, room.out_batch, found)
-                    found = merged[1]
-            result = room.out if merged is None else merged[0].view_as(room.out).to(out.dtype)
-            out_lanes.index_copy_(1, picked, result)
-            if lse is not None and found is not None:
-                lse[lanes].index_copy_(1, picked, found.view(room.q.shape[:-1]))
+    _, row_step = steps(tiled, parts[0], torch.get_num_threads())
+    rooms: dict[tuple[int, int], _Room] = {}
+    for row in range(0, unit.rows.numel(), row_step):
+        rows = slice(row, row + row_step)
+        picked = unit.rows[rows]
+        found, merged = None, None
+        for number, part in enumerate(parts):
+            key = (number, picked.numel())
+            if key not in rooms:
+                rooms[key] = _Room(tiled, part, buffers, lanes, key[1])
+            room = rooms[key]
+            found = _plain_batch(tiled, part, rows, room, need_lse=lse is not None or len(parts) > 1)
+            if len(parts) > 1 and found is not None:
+                merged = _merge(merged, room.out_batch, found)
+                found = merged[1]
+        result = room.out if merged is None else merged[0].view_as(room.out).to(out.dtype)
+        out.index_copy_(1, picked, result)
+        if lse is not None and found is not None:
+            lse.index_copy_(1, picked, found.view(room.q.shape[:-1]))
 
 
 def _parts(tiled: Tiled, unit: Unit) -> list[Unit]:
@@ -299,21 +323,21 @@ def _tiles(x: Tensor, block: int) -> Tensor:
     return x.contiguous().unflatten(-2, (-1, block))
 
 
-def steps(tiled: Tiled, unit: Unit) -> tuple[int, int]:
+def steps(tiled: Tiled, unit: Unit, threads: int) -> tuple[int, int]:
     """Lanes and block rows of one batch: logits within SCORES_BYTES a thread, and one block row of a lane at least."""
     lanes, _, block_q, _ = tiled.q.shape
     columns = unit.exact.shape[1] * tiled.k.shape[2] + unit.pooled.shape[1]
-    threads = torch.get_num_threads() if tiled.q.device.type == "cpu" else GPU_LANES
+    threads = threads if tiled.q.device.type == "cpu" else GPU_LANES
     room = threads * max(1, SCORES_BYTES // (tiled.q.element_size() * block_q * columns))
     lane_step = min(lanes, room)
     return lane_step, max(1, room // lane_step)
 
 
-def chunks(tiled: Tiled, units: list[Unit]) -> Iterator[tuple[Unit, slice]]:
-    """Units cut into batches."""
+def chunks(tiled: Tiled, units: list[Unit], threads: int) -> Iterator[tuple[Unit, slice]]:
+    """Units cut into batches for so many torch threads."""
     lanes = tiled.q.shape[0]
     for unit in units:
-        lane_step, row_step = steps(tiled, unit)
+        lane_step, row_step = steps(tiled, unit, threads)
         for start in range(0, unit.rows.numel(), row_step):
             part = slice(start, start + row_step)
             piece = Unit(unit.rows[part], unit.exact[part], unit.pooled[part], unit.tail)

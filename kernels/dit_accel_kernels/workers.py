@@ -1,0 +1,80 @@
+"""Runs pieces of work side by side on Python threads whose operations use one core each.
+
+Operations that stay in a core's cache are too short to be split over cores: waking the others costs as much as they
+save. Whole pieces side by side leave every core alone with its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from threading import Barrier
+from typing import TypeVar
+
+import torch
+
+MOST_WORKERS = 16  # more would wait for Python's lock; from there on, each worker gets several torch threads
+Piece = TypeVar("Piece")
+
+
+def worker_threads(device: torch.device) -> tuple[int, int]:
+    """How many workers a device's work is shared by here, and how many torch threads each of them has."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    workers = min(threads, MOST_WORKERS)
+    return workers, threads // workers
+
+
+def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iterable[Piece], workers: int) -> None:
+    """Call `work(piece, buffers)` once for every piece, in any order, `workers` at a time, without gradients.
+
+    `buffers` is a dict of the worker's own, for memory that its pieces reuse. The first error is raised once all
+    workers have stopped.
+    """
+    waiting, inference = deque(pieces), torch.is_inference_mode_enabled()
+
+    def drain() -> None:
+        buffers: dict[str, torch.Tensor] = {}
+        with torch.inference_mode(inference), torch.no_grad():  # both hold for one thread only
+            while waiting:
+                try:
+                    piece = waiting.popleft()
+                except IndexError:  # another worker was faster
+                    return
+                try:
+                    work(piece, buffers)
+                except BaseException:
+                    waiting.clear()
+                    raise
+
+    workers = min(workers, len(waiting))
+    if workers <= 1:
+        drain()
+        return
+    futures = [_pool(torch.get_num_threads()).submit(drain) for _ in range(workers)]
+    errors = [future.exception() for future in futures]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The workers for a number of torch threads; they start once and wait for work."""
+    workers = min(threads, MOST_WORKERS)
+    everybody = Barrier(workers)
+
+    def settle(share: int) -> None:
+        torch.set_num_threads(share)
+        everybody.wait()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="dit-accel")
+    list(pool.map(settle, [threads // workers] * workers))
+    torch.set_num_threads(threads)  # the setting is a thread's own, but threads that start later inherit the last one
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
