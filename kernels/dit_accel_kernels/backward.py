@@ -7,17 +7,8 @@ from torch import Tensor
 
 from dit_accel_kernels.features import Problem
 from dit_accel_kernels.schedule import Unit
-from dit_accel_kernels.torch_backend import (
-    Operands,
-    Tiled,
-    chunks,
-    cut,
-    gather,
-    logits_of,
-    raw_logits,
-    units_of,
-    wide_dtype,
-)
+from dit_accel_kernels.tiled import Tiled, cut, units_of, wide_dtype
+from dit_accel_kernels.torch_backend import Operands, chunks, gather, logits_of, raw_logits
 
 
 def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ def worker_threads(device: torch.device) -> tuple[int, int]:
     """How many workers a device's work is shared by here, and how many torch threads each of them has."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = min(threads, MOST_WORKERS)
-    return workers, threads // workers
+    return workers, pool_share(threads)
 
 
 def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iterable[Piece], workers: int) -> None:
@@ -53,11 +53,21 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
     if workers <= 1:
         drain()
         return
-    futures = [_pool(torch.get_num_threads()).submit(drain) for _ in range(workers)]
-    errors = [future.exception() for future in futures]
+    threads = torch.get_num_threads()
+    pool = _pool(threads)
+    torch.set_num_threads(pool_share(threads))  # MKL knows one setting for all threads
+    try:
+        errors = [future.exception() for future in [pool.submit(drain) for _ in range(workers)]]
+    finally:
+        torch.set_num_threads(threads)
     for error in errors:
         if error is not None:
             raise error
+
+
+def pool_share(threads: int) -> int:
+    """Torch threads of each worker, where so many are shared out."""
+    return threads // min(threads, MOST_WORKERS)
 
 
 @lru_cache(maxsize=4)
@@ -67,12 +77,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     everybody = Barrier(workers)
 
     def settle(share: int) -> None:
-        torch.set_num_threads(share)
+        torch.set_num_threads(share)  # OpenMP's setting is a thread's own
         everybody.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="dit-accel")
-    list(pool.map(settle, [threads // workers] * workers))
-    torch.set_num_threads(threads)  # the setting is a thread's own, but threads that start later inherit the last one
+    list(pool.map(settle, [pool_share(threads)] * workers))
+    torch.set_num_threads(threads)  # threads that start later inherit the last setting
     return pool
 
 

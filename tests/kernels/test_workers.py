@@ -1,0 +1,93 @@
+"""Work is shared by threads without leaving a trace: every piece once, errors raised, torch's settings as they were."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from dit_accel_kernels.workers import run_all, worker_threads
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_piece_once_on_threads_of_one_core_each(two_threads):
+    done, threads, buffers_seen = [], set(), set()
+    both = threading.Barrier(2, timeout=30)
+
+    def work(piece, buffers):
+        if piece < 2:
+            both.wait()  # passes only if two run at once
+        done.append(piece)
+        threads.add((threading.current_thread().name, torch.get_num_threads()))
+        buffers_seen.add(id(buffers))
+
+    run_all(work, range(100), 2)
+    assert sorted(done) == list(range(100))
+    assert len(threads) == len(buffers_seen) == 2
+    assert {count for _, count in threads} == {1}
+    assert torch.get_num_threads() == 2
+    inherited = []
+    late = threading.Thread(target=lambda: inherited.append((torch.ones(1) + 1, torch.get_num_threads())[1]))
+    late.start()
+    late.join()
+    assert inherited == [2]
+
+
+def test_the_first_error_is_raised_and_stops_the_rest(two_threads):
+    done = []
+
+    def work(piece, buffers):
+        if piece == 3:
+            raise ValueError("piece 3")
+        done.append(piece)
+
+    with pytest.raises(ValueError, match="piece 3"):
+        run_all(work, range(100_000), 2)
+    assert len(done) < 100_000
+
+
+def test_gradients_and_inference_mode_are_the_callers(two_threads):
+    x = torch.ones(4, requires_grad=True)
+    with torch.inference_mode():
+        target = torch.zeros(2, 4)
+
+    def work(piece, buffers):
+        assert not torch.is_grad_enabled()
+        target[piece].copy_(x)
+
+    with torch.inference_mode():
+        run_all(work, range(2), 2)
+    assert target.sum() == 8
+
+
+def test_one_thread_works_in_place():
+    names = []
+    run_all(lambda piece, buffers: names.append(threading.current_thread()), range(3), 1)
+    assert set(names) == {threading.current_thread()}
+    assert worker_threads(torch.device("meta"))[0] == 1
+
+
+def _child(queue):
+    torch.set_num_threads(2)
+    done = []
+    run_all(lambda piece, buffers: done.append(piece), range(8), 2)
+    queue.put(sorted(done))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_a_forked_child_starts_workers_of_its_own(two_threads):
+    run_all(lambda piece, buffers: None, range(8), 2)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == list(range(8))
+    child.join()
