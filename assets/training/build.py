@@ -28,7 +28,7 @@ TRANSFORMER_CONFIG = {
     "eps": 1e-6,
     "rope_max_seq_len": 256,
 }
-SHIFT = 3.0
+SHIFT = 12.0
 """Shift of the sampling schedule towards high noise, where colour, shape and direction are decided."""
 
 
@@ -66,6 +66,11 @@ def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config)
 
 
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Return the scheduler the pipeline samples with."""
+    return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+
+
 def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
     """Return a pipeline with an untrained transformer and text encoder around a given autoencoder."""
     tokenizer = build_tokenizer()
@@ -73,7 +78,7 @@ def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
         tokenizer=tokenizer,
         text_encoder=build_text_encoder(len(tokenizer)),
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=build_scheduler(),
         transformer=WanTransformer3DModel(**TRANSFORMER_CONFIG),
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from build import build_pipeline
+from build import build_pipeline, build_scheduler
 from common import RUNS, Averages, Log, Muon, restore, save_atomic, set_rates, split_parameters, store, trapezoid
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -29,25 +29,26 @@ class TransformerTraining:
     """The recipe. A stage is (share of the steps it ends at, ((weight, pool, latent frames, batch), ...))."""
 
     seed: int = 2
-    steps: int = 2300
+    steps: int = 4200
     lr: float = 3e-3
     adam_lr: float = 2e-3
     warmup: int = 50
     decay: float = 0.3
     ema: float = 0.995
-    shift: float = 3.0
-    high_noise: float = 0.5
-    """Share of the clips trained at noise levels of 0.75 to 1, where directions are decided."""
+    shift: float = 12.0
+    high_noise: float = 0.3
+    """Share of the clips trained at noise levels of 0.9 to 1, where directions are decided."""
+    hint: float = 0.5
+    """Share of the batches in which one latent frame is less noisy than the rest: from one position on, the direction
+    word decides all others, which teaches what it means long before a path can be seen in the noise."""
     prompt_dropout: float = 0.1
     bf16: bool = True
-    pool_17: int = 4000
-    pool_33: int = 1000
+    pool_17: int = 3000
+    pool_33: int = 1500
     sample_every: int = 1000
     stages: tuple[tuple[float, tuple[tuple[float, int, int, int], ...]], ...] = (
-        (0.18, ((1.0, 17, 3, 16),)),
-        (0.30, ((0.7, 17, 5, 12), (0.3, 17, 9, 8))),
-        (0.85, ((1.0, 17, 9, 8),)),
-        (1.0, ((0.7, 17, 9, 8), (0.3, 33, 17, 4))),
+        (0.35, ((1.0, 17, 9, 8),)),
+        (1.0, ((0.5, 17, 9, 8), (0.5, 33, 17, 4))),
     )
 
 
@@ -114,11 +115,16 @@ def flow_loss(
     level = torch.from_numpy(1 / (1 + np.exp(-rng.standard_normal(len(prompts))))).float()
     level = config.shift * level / (1 + (config.shift - 1) * level)
     high = torch.from_numpy(rng.random(len(prompts)) < config.high_noise)
-    level = torch.where(high, torch.from_numpy(rng.uniform(0.75, 1.0, len(prompts))).float(), level)
-    noise = torch.randn_like(latents)
-    mixed = torch.lerp(latents, noise, level.view(-1, 1, 1, 1, 1))
+    level = torch.where(high, torch.from_numpy(rng.uniform(0.9, 1.0, len(prompts))).float(), level)
+    noise, frames = torch.randn_like(latents), latents.shape[2]
+    levels, time = level[:, None].repeat(1, frames), level * 1000
+    if rng.random() < config.hint:
+        hinted = torch.from_numpy(rng.integers(0, frames, len(prompts)))[:, None]
+        levels.scatter_(1, hinted, level[:, None] * torch.from_numpy(rng.random((len(prompts), 1))).float())
+        time = (levels * 1000).repeat_interleave(latents[0, 0, 0].numel() // 4, 1)  # one for each token
+    mixed = torch.lerp(latents, noise, levels[:, None, :, None, None])
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-        velocity = pipe.transformer(mixed, level * 1000, states, return_dict=False)[0]
+        velocity = pipe.transformer(mixed, time, states, return_dict=False)[0]
     return (velocity.float() - (noise - latents)).pow(2).mean()
 
 
@@ -168,6 +174,7 @@ def first_pipeline(vae: AutoencoderKLWan, start: Path | None) -> WanPipeline:
         torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
     else:
         pipe = WanPipeline.from_pretrained(start, vae=vae, dtype=torch.float32, local_files_only=True)
+        pipe.scheduler = build_scheduler()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
