@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dit_accel_assets
+from dit_accel_kernels import BACKENDS
 
 from dit_accel.adapter import Family
 from dit_accel.config import MethodConfig
@@ -79,7 +80,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ConfigError("generate needs a prompt, got none; write one in quotes, or give --prompt-file")
-        for name, known in (("dtype", DTYPES), ("offload", OFFLOADS)):
+        for name, known in (("dtype", DTYPES), ("offload", OFFLOADS), ("backend", BACKENDS)):
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ConfigError(f"there is no {name} {value!r}; {did_you_mean(value, known)}")
