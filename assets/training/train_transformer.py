@@ -29,7 +29,7 @@ class TransformerTraining:
     """The recipe. A stage is (share of the steps it ends at, ((weight, pool, latent frames, batch), ...))."""
 
     seed: int = 2
-    steps: int = 4200
+    steps: int = 2700
     lr: float = 3e-3
     adam_lr: float = 2e-3
     warmup: int = 50
