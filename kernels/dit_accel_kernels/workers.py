@@ -59,6 +59,7 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
     try:
         errors = [future.exception() for future in [pool.submit(drain) for _ in range(workers)]]
     finally:
+        waiting.clear()  # empty already, unless Ctrl-C ended the wait
         torch.set_num_threads(threads)
     for error in errors:
         if error is not None:

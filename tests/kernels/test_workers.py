@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -52,6 +54,29 @@ def test_the_first_error_is_raised_and_stops_the_rest(two_threads):
     with pytest.raises(ValueError, match="piece 3"):
         run_all(work, range(100_000), 2)
     assert len(done) < 100_000
+
+
+def test_an_interrupt_stops_the_workers_and_restores_the_threads(two_threads):
+    done, started = [], threading.Event()
+
+    def work(piece, buffers):
+        started.set()
+        time.sleep(0.01)
+        done.append(piece)
+
+    def interrupt():
+        started.wait(30)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_all(work, range(10_000), 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert torch.get_num_threads() == 2
+    assert len(done) < 10_000
 
 
 def test_gradients_and_inference_mode_are_the_callers(two_threads):
