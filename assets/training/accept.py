@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "acceptance.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.float32, local_files_only=True)
+    pipe = WanPipeline.from_pretrained(args.model, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
 

@@ -30,7 +30,7 @@ def swapped(scene: clips.Scene, part: str) -> str:
 
 def load(run: Path | None) -> WanPipeline:
     """Return the packaged pipeline, with the averaged weights of a training's checkpoint where one is given."""
-    pipe = WanPipeline.from_pretrained(model_path(), torch_dtype=torch.float32, local_files_only=True)
+    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32, local_files_only=True)
     if run is not None:
         state = torch.load(run / "checkpoint.pt", weights_only=False)
         for name in ("transformer", "text_encoder"):
