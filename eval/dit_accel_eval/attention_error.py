@@ -26,6 +26,7 @@ import dit_accel
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.radial import RadialAttention
 
+from .compare import read_lines
 from .suite import Suite, read_suite
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
@@ -33,23 +34,26 @@ COLUMNS = ("mass", "pooled_mass", "skip", "pooled", "pooled_true_weight", "poole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table of a suite's pooled arms, append its rows as JSON lines; returns the exit code."""
+    """Measure a suite's pooled arms, write the rows as JSON lines and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("suite", type=Path)
     parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="JSON lines file, written anew")
+    parser.add_argument("--out", type=Path, help="JSON lines; default: results/attention-error.jsonl beside the suites")
+    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
     options = parser.parse_args(arguments)
+    out = options.out or options.suite.parent.parent / "results" / "attention-error.jsonl"
+    if options.table:
+        print(table(read_lines(out)))
+        return 0
     torch.set_num_threads(options.threads)
     try:
-        suite = read_suite(options.suite)
-        rows = measure(suite, options.clips)
+        rows = measure(read_suite(options.suite), options.clips)
     except dit_accel.DitAccelError as error:
         print(error, file=sys.stderr)
         return 2
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(table(rows))
     return 0
 
@@ -154,13 +158,18 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def table(rows: Sequence[dict[str, str | float]]) -> str:
-    """Return the rows as a Markdown table, masses and errors in per cent."""
+    """Return the rows and their mean by arm as a Markdown table, masses and errors in per cent."""
     lines = [
         "| arm | layer | steps | mass left out | as pooled | error: skip | pooled | pooled, true weight "
         "| pooled, true value |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    means = [
+        {"arm": arm, "layer": "all", "steps": "all"}
+        | {key: float(np.mean([float(row[key]) for row in rows if row["arm"] == arm])) for key in COLUMNS}
+        for arm in dict.fromkeys(row["arm"] for row in rows)
+    ]
+    for row in (*rows, *means):
         shares = " | ".join(f"{100 * float(row[key]):.1f} %" for key in COLUMNS)
         lines.append(f"| {row['arm']} | {row['layer']} | {row['steps']} | {shares} |")
     return "\n".join(lines)

@@ -62,6 +62,10 @@ def test_the_command_measures_a_suites_pooled_arms(tmp_path, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["arm"], row["layer"], row["steps"]) for row in rows] == [("pooled", layer, "late") for layer in (4, 5)]
     assert all(0 < row["mass"] < 1 for row in rows)
-    assert "| pooled | 5 | late |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| pooled | 5 | late |" in printed
+    assert "| pooled | all | all |" in printed
+    assert main([str(tmp_path / "suite.toml"), "--table", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == printed
     assert main([str(tmp_path / "none.toml")]) == 2
     assert "no suite at" in capsys.readouterr().err
