@@ -122,7 +122,7 @@ def test_models_lists_families():
     rows = {row["name"]: row for row in json.loads(run("models", "--json").stdout)}
     assert rows["wan2.1-14b"]["methods"] == ["radial"]
     assert rows["wan2.1-14b"]["tokens"] == 75_600
-    assert (rows["hunyuan-video"]["attachable"], rows["hunyuan-video"]["methods"]) == (False, [])
+    assert (rows["hunyuan-video"]["attachable"], rows["hunyuan-video"]["methods"]) == (True, ["radial"])
     assert rows["flux.1-dev"]["refused"] == {"radial": "an image is one frame, of which the mask keeps everything"}
     assert set(rows) == set(registry.families())
     assert "plan only" in run("models").stdout

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import tiny_models
+from dit_accel_pipelines import ADAPTERS as PACKAGED
 from dit_accel_pipelines.wan import WAN
 
 from dit_accel import registry
 from dit_accel.testing import CHECKS, check_adapter
 
-ADAPTERS = {"wan": WAN}
+ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter.transformers}
 FAST = [name for name in CHECKS if name != "compile"]
 
 
@@ -20,8 +21,11 @@ def test_an_adapter_passes_every_check(name):
     assert len(found) == len(models)
     assert all(list(results) == FAST for results in found.values())
     assert all(results[check] == "passed" for results in found.values() for check in ("places", "layout", "batch"))
+    masked = any("mask" in word for model in models for word in model.inputs(1))
+    assert all((results["padding"] == "passed") == masked for results in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_its_blocks_compile_full_graph(name):
     check_adapter(ADAPTERS[name], tiny_models.MODELS[name][0], only=["compile"])

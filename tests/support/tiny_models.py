@@ -1,6 +1,7 @@
 """Tiny models of every family for `check_adapter`: configs and inputs with all three grid sizes different."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -50,5 +51,98 @@ WAN = (
     ),
 )
 
-MODELS = {"wan": WAN}
+
+def _text_mask(batch: int, tokens: int) -> torch.Tensor:
+    """Row 0 has one padded token, every further row one more."""
+    return torch.arange(tokens)[None] < tokens - 1 - torch.arange(batch)[:, None]
+
+
+def _hunyuan(batch: int, channels: int = 4) -> Mapping[str, Any]:
+    return dict(
+        hidden_states=torch.randn(batch, channels, 7, 8, 10), timestep=_steps(batch).long(),
+        encoder_hidden_states=torch.randn(batch, 6, 16), encoder_attention_mask=_text_mask(batch, 6).long(),
+        pooled_projections=torch.randn(batch, 8), guidance=_steps(batch, 6000.0),
+    )  # fmt: skip
+
+
+HUNYUAN_TINY = dict(
+    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_single_layers=2,
+    num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
+)  # fmt: skip
+HUNYUAN = tuple(
+    TinyModel(
+        transformer=diffusers.HunyuanVideoTransformer3DModel,
+        config={**HUNYUAN_TINY, "in_channels": channels, "image_condition_type": kind},
+        inputs=partial(_hunyuan, channels=channels),
+        left_alone=("context_embedder.*",),
+    )
+    for kind, channels in ((None, 4), ("token_replace", 4), ("latent_concat", 9))
+)
+
+
+def _mochi(batch: int) -> Mapping[str, Any]:
+    return dict(
+        hidden_states=torch.randn(batch, 4, 7, 8, 10), timestep=_steps(batch),
+        encoder_hidden_states=torch.randn(batch, 6, 16), encoder_attention_mask=_text_mask(batch, 6),
+    )  # fmt: skip
+
+
+MOCHI = (
+    TinyModel(
+        transformer=diffusers.MochiTransformer3DModel,
+        config=dict(
+            num_attention_heads=2, attention_head_dim=16, num_layers=3, pooled_projection_dim=16, in_channels=4,
+            text_embed_dim=16, time_embed_dim=8, max_sequence_length=6,
+        ),
+        inputs=_mochi,
+    ),
+)  # fmt: skip
+
+
+def _cogvideox(batch: int, rotary: bool = False) -> Mapping[str, Any]:
+    frames = 14 if rotary else 7
+    inputs = dict(
+        hidden_states=torch.randn(batch, frames, 4, 8, 10), timestep=_steps(batch).long(),
+        encoder_hidden_states=torch.randn(batch, 6, 16),
+    )  # fmt: skip
+    if rotary:
+        angles = torch.rand(7 * 4 * 5, 8).repeat_interleave(2, 1)
+        inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
+    return inputs
+
+
+COGVIDEOX_TINY = dict(
+    num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+    num_layers=3, sample_width=10, sample_height=8, sample_frames=25, max_text_seq_length=6,
+)  # fmt: skip
+COGVIDEOX = (
+    TinyModel(transformer=diffusers.CogVideoXTransformer3DModel, config=COGVIDEOX_TINY, inputs=_cogvideox),
+    TinyModel(
+        transformer=diffusers.CogVideoXTransformer3DModel,
+        config={**COGVIDEOX_TINY, "patch_size_t": 2, "use_rotary_positional_embeddings": True},
+        inputs=partial(_cogvideox, rotary=True),
+    ),
+)
+
+
+def _ltx(batch: int) -> Mapping[str, Any]:
+    return dict(
+        hidden_states=torch.randn(batch, 7 * 4 * 5, 4), timestep=_steps(batch), num_frames=7, height=4, width=5,
+        encoder_hidden_states=torch.randn(batch, 6, 16), encoder_attention_mask=_text_mask(batch, 6).long(),
+    )  # fmt: skip
+
+
+LTX = (
+    TinyModel(
+        transformer=diffusers.LTXVideoTransformer3DModel,
+        config=dict(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+            num_layers=3, caption_channels=16,
+        ),
+        inputs=_ltx,
+        left_alone=("transformer_blocks.*.attn2",),
+    ),
+)  # fmt: skip
+
+MODELS = {"wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX}
 """Adapter name -> its tiny models."""
