@@ -93,8 +93,8 @@ class Adapter:
         side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
         grid: (transformer config, forward inputs by name) -> `Grid`. It runs inside compiled graphs too: plain
             arithmetic on shapes only.
-        ragged_text: the processor attends row by row and leaves padded text out, so that a call has fewer text tokens
-            than the grid says.
+        ragged_text: an attention call may leave out text that the grid counts behind the visual tokens: padded text,
+            row by row, or all of it.
         rising_timesteps: the timestep rises from step to step.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.

@@ -152,19 +152,19 @@ class _FromStepOne(_Always):
 
 
 @contextlib.contextmanager
-def _planned(case: _Case, transformer: Any = None, handler: type[Handler] = _Always) -> Iterator[Attachment]:
-    """Attach a handler that no config names."""
-    with attach(transformer or case.transformer) as attachment:
-        model = Model(adapter=case.adapter, family=None, heads=0, layers=0)
+def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Always) -> Iterator[Attachment]:
+    """Attach so that every call goes to the kernels under the default plan: dense, and computed by us."""
+    with attach(transformer) as attachment:
+        model = Model(adapter=adapter, family=None, heads=0, layers=0)
         attachment._session.handlers = (handler(MethodConfig(), model),)
         yield attachment
 
 
 def _rows(inputs: Mapping[str, Any], row: int, batch: int) -> dict[str, Any]:
-    return {
-        name: x[row : row + 1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch else x
-        for name, x in inputs.items()
-    }
+    def has_rows(x: Any) -> bool:
+        return len(x) == batch if isinstance(x, list) else isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
+
+    return {name: x[row : row + 1] if has_rows(x) else x for name, x in inputs.items()}
 
 
 def _widened(value: Any) -> Any:
@@ -219,20 +219,20 @@ def _check_neutral(case: _Case) -> None:
 def _check_full(case: _Case) -> None:
     """Every call sent to the kernels with all tiles kept is dense attention, each call and the whole model."""
     inputs = case.inputs(2)
-    with _planned(case) as attachment, watched(attachment) as calls:
+    with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
         case.run(inputs)
     for call in calls:
         require_as_planned(call)
     wide, inputs = case.wide(), _wide_inputs(inputs)
     expected = case.run(inputs, transformer=wide)
-    with _planned(case, wide):
+    with planned(wide, case.adapter):
         require_same(case.run(inputs, transformer=wide), expected, "all tiles kept and dense differ")
 
 
 def _check_layout(case: _Case) -> None:
     """A changed latent changes the one token that the grid says, and no text token."""
     inputs = case.inputs(1)
-    with _planned(case) as attachment, watched(attachment) as calls:
+    with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
 
         def values(latents: Tensor) -> Tensor:
             calls.clear()
@@ -251,6 +251,9 @@ def _check_layout(case: _Case) -> None:
                 moved = (values(changed) != still).any(1).nonzero().flatten().tolist()
                 require(len(moved) == 1, f"latent {index} of axis {axis} moves the tokens {moved}, not one")
                 tokens.append(moved[0] - before)
+            if latents.ndim == 3:  # packed: further images may follow, as tokens that the grid counts as text
+                require(max(tokens) < visual + after, f"latents lie in token {max(tokens)}, behind all the grid counts")
+                tokens = [token for token in tokens if token < visual]
             steps = {b - a for a, b in itertools.pairwise(tokens)} - {0}
             require(
                 max(tokens) < visual, f"latents lie in token {max(tokens)}, the adapter counts {visual} visual tokens"
@@ -349,12 +352,12 @@ def _check_compile(case: _Case) -> None:
     One kind of block makes one graph, or more where its inputs differ: in the first block they often are slices.
     """
     inputs = case.inputs(1)
-    with _planned(case, handler=_FromStepOne):
+    with planned(case.transformer, case.adapter, _FromStepOne):
         eager = [case.run(inputs, step) for step in range(2)]
     with _compiled(case) as (transformer, graphs):
         case.run(inputs, transformer=transformer)
         untouched = graphs()
-    with _compiled(case) as (transformer, graphs), _planned(case, transformer, _FromStepOne):
+    with _compiled(case) as (transformer, graphs), planned(transformer, case.adapter, _FromStepOne):
         for step, expected in enumerate(eager):
             torch.testing.assert_close(case.run(inputs, step, transformer=transformer), expected)
         require(graphs() <= 2 * untouched, f"the blocks made {graphs()} graphs, the untouched ones {untouched}")

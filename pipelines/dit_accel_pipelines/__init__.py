@@ -7,9 +7,10 @@ from .hunyuan_video import HUNYUAN_VIDEO
 from .ltx import LTX
 from .mochi import MOCHI
 from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
 from .wan import WAN
 
-ADAPTERS = (WAN, HUNYUAN_VIDEO, MOCHI, COGVIDEOX, LTX, FLUX, QWEN_IMAGE)
+ADAPTERS = (WAN, HUNYUAN_VIDEO, MOCHI, COGVIDEOX, LTX, FLUX, SD3, QWEN_IMAGE)
 COMMANDS = {"generate": generate_video, "describe": describe_model}
 
 __all__ = ["ADAPTERS", "COMMANDS"]

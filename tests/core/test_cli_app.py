@@ -125,7 +125,7 @@ def test_models_lists_families():
     assert (rows["hunyuan-video"]["attachable"], rows["hunyuan-video"]["methods"]) == (True, ["radial"])
     assert rows["flux.1-dev"]["refused"] == {"radial": "an image is one frame, of which the mask keeps everything"}
     assert set(rows) == set(registry.families())
-    assert "plan only" in run("models").stdout
+    assert "qwen-image" in run("models").stdout
 
 
 def test_help_is_quick_and_loads_no_torch():

@@ -8,12 +8,14 @@ import tiny_models
 import torch
 from dit_accel_pipelines.hunyuan_video import HUNYUAN_VIDEO
 from dit_accel_pipelines.mochi import MOCHI
+from dit_accel_pipelines.sd3 import SD3
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention
+from dit_accel.attachment import attention_modules
 from dit_accel.layout import TokenLayout
 from dit_accel.model_files import read_model_files
-from dit_accel.testing import TRIALS
+from dit_accel.testing import TRIALS, planned
 from dit_accel.watching import watched
 
 ACTIVE = TRIALS["radial"].active
@@ -128,3 +130,45 @@ def test_dense_layers_count_over_both_block_lists():
     with dit_accel.attach(transformer, config) as attachment:
         run(transformer, model.inputs(1))
         assert [(s.dense_layers, s.sparse_layers) for s in attachment.report().steps] == [(3, 1)]
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen-image"])
+def test_images_take_an_attachment_and_refuse_radial(name):
+    model = tiny_models.MODELS[name][-1]
+    transformer, inputs = build(model), model.inputs(2)
+    plain = run(transformer, inputs)
+    with pytest.raises(ConfigError, match=f"radial makes no sense on {name}: an image is one frame"):
+        dit_accel.attach(transformer, RadialAttention())
+    with dit_accel.attach(transformer) as attachment:
+        assert torch.equal(run(transformer, inputs), plain)
+        assert attachment.report().density == 1.0
+        frames, height, width, before, after = attachment._slot.grid
+    assert frames * height * width == 20
+    assert (before, after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
+    described = dit_accel.describe(transformer).transformers[0]
+    assert described.refused == {"radial": "an image is one frame, of which the mask keeps everything"}
+    assert described.methods == {}
+
+
+def test_the_second_attention_of_sd3_sees_the_image_alone():
+    model = tiny_models.SD3[1]
+    transformer = build(model)
+    names = [(name, depth) for name, _, depth in attention_modules(transformer, SD3)]
+    assert names == [
+        *((f"transformer_blocks.{block}.attn", block) for block in range(3)),
+        *((f"transformer_blocks.{block}.attn2", block) for block in range(2)),
+    ]
+    with planned(transformer, SD3) as attachment, watched(attachment) as calls:
+        run(transformer, model.inputs(1))
+    assert [call.q.shape[2] for call in calls] == [26, 20, 26, 20, 26]
+
+
+def test_steps_are_counted_where_no_context_is_opened():
+    model = tiny_models.SD3[0]
+    transformer = build(model)
+    assert not hasattr(transformer, "cache_context")
+    with dit_accel.attach(transformer) as attachment:
+        for timestep in (900.0, 500.0):
+            run(transformer, {**model.inputs(1), "timestep": torch.tensor([timestep])})
+        assert [step.step_index for step in attachment.report().steps] == [0, 1]
+    assert not hasattr(transformer, "cache_context")

@@ -144,5 +144,67 @@ LTX = (
     ),
 )  # fmt: skip
 
-MODELS = {"wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX}
+
+def _flux(batch: int) -> Mapping[str, Any]:
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij")
+    return dict(
+        hidden_states=torch.randn(batch, 20, 4), timestep=_steps(batch, 0.5), pooled_projections=torch.randn(batch, 8),
+        encoder_hidden_states=torch.randn(batch, 6, 16), txt_ids=torch.zeros(6, 3), guidance=_steps(batch, 3.5),
+        img_ids=torch.stack([rows * 0, rows, columns], -1).flatten(0, 1).float(),
+    )  # fmt: skip
+
+
+FLUX = (
+    TinyModel(
+        transformer=diffusers.FluxTransformer2DModel,
+        config=dict(
+            in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        ),
+        inputs=_flux,
+    ),
+)  # fmt: skip
+
+
+def _sd3(batch: int) -> Mapping[str, Any]:
+    return dict(
+        hidden_states=torch.randn(batch, 4, 8, 10), timestep=_steps(batch),
+        encoder_hidden_states=torch.randn(batch, 6, 16), pooled_projections=torch.randn(batch, 8),
+    )  # fmt: skip
+
+
+SD3_TINY = dict(
+    sample_size=12, in_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+    caption_projection_dim=32, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=12,
+)  # fmt: skip
+SD3 = tuple(
+    TinyModel(transformer=diffusers.SD3Transformer2DModel, config={**SD3_TINY, **extra}, inputs=_sd3)
+    for extra in ({}, {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"})
+)
+
+
+def _qwen_image(batch: int, further: int = 0) -> Mapping[str, Any]:
+    shapes = [(1, 4, 5)] + [(1, 2, further // 2)] * bool(further)
+    return dict(
+        hidden_states=torch.randn(batch, 20 + further, 4), timestep=_steps(batch, 0.5), img_shapes=[shapes] * batch,
+        encoder_hidden_states=torch.randn(batch, 6, 16), encoder_hidden_states_mask=_text_mask(batch, 6),
+    )  # fmt: skip
+
+
+QWEN_IMAGE = tuple(
+    TinyModel(
+        transformer=diffusers.QwenImageTransformer2DModel,
+        config=dict(
+            in_channels=4, out_channels=1, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=(4, 6, 6), zero_cond_t=bool(further),
+        ),
+        inputs=partial(_qwen_image, further=further),
+    )
+    for further in (0, 6)
+)  # fmt: skip
+
+MODELS = {
+    "wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX, "flux": FLUX, "sd3": SD3,
+    "qwen-image": QWEN_IMAGE,
+}  # fmt: skip
 """Adapter name -> its tiny models."""
