@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+ONE_FRAME = "an image is one frame, of which the mask keeps everything"
+"""Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
+
 Grid = tuple[int, int, int, int, int]
 """(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
 
@@ -125,6 +128,11 @@ class Adapter:
             if (family.layers, family.heads, family.head_dim, family.experts) == sizes:
                 return family
         return None
+
+    def verdict(self, method: str) -> tuple[str, str]:
+        """Return ``supported``, ``degenerate`` or ``refused``, and why."""
+        why = self.refused.get(method, "")
+        return ("degenerate" if why == ONE_FRAME else "refused" if why else "supported"), why
 
     def recipe(self, method: str, family: Family | None) -> Mapping[str, Any]:
         """Return the options that ``method`` takes on this model where the user set none."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapter import Adapter, Family, Grid
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
 
 FLUX_DEV = Family(
     name="flux.1-dev",
@@ -41,5 +41,5 @@ FLUX = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=one_row,
     families=(FLUX_DEV, FLUX_SCHNELL),
-    refused={"radial": "an image is one frame, of which the mask keeps everything"},
+    refused={"radial": ONE_FRAME},
 )

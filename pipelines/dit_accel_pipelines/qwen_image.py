@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import Adapter, Family, Grid
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
 
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
@@ -35,5 +35,5 @@ QWEN_IMAGE = Adapter(
     self_attention=("transformer_blocks.*.attn",),
     grid=first_image,
     families=(QWEN_IMAGE_20B,),
-    refused={"radial": "an image is one frame, of which the mask keeps everything"},
+    refused={"radial": ONE_FRAME},
 )

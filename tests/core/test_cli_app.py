@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from dit_accel import RadialAttention, registry
+from dit_accel.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods, with_method_options
@@ -125,7 +126,20 @@ def test_models_lists_families():
     assert (rows["hunyuan-video"]["attachable"], rows["hunyuan-video"]["methods"]) == (True, ["radial"])
     assert rows["flux.1-dev"]["refused"] == {"radial": "an image is one frame, of which the mask keeps everything"}
     assert set(rows) == set(registry.families())
-    assert "qwen-image" in run("models").stdout
+    lines = run("models").stdout.splitlines()
+    for adapter in registry.adapters().values():
+        word, why = adapter.verdict("radial")
+        assert [adapter.name, word] in [line.split() for line in lines]
+        assert not why or any(adapter.name in line and f"radial is {word}: {why}" in line for line in lines)
+
+
+def test_verdicts_tell_degenerate_from_refused():
+    adapter = Adapter(
+        name="any", transformers=(), self_attention=(), refused={"radial": ONE_FRAME, "lite": "no reason"}
+    )
+    assert adapter.verdict("radial") == ("degenerate", ONE_FRAME)
+    assert adapter.verdict("lite") == ("refused", "no reason")
+    assert adapter.verdict("other") == ("supported", "")
 
 
 def test_help_is_quick_and_loads_no_torch():
