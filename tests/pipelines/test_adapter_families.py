@@ -37,14 +37,14 @@ def test_mochi_plans_each_row_with_its_own_valid_text():
     with dit_accel.attach(transformer, ACTIVE) as attachment, watched(attachment) as calls:
         run(transformer, inputs)
         report = attachment.report()
-    valid = [140 + int(row) for row in inputs["encoder_attention_mask"].sum(1)]
+    valid = [224 + int(row) for row in inputs["encoder_attention_mask"].sum(1)]
     assert [call.q.shape[2] for call in calls] == valid * 3
     assert [step.sparse_layers for step in report.steps] == [3]
     with dit_accel.attach(transformer, ACTIVE) as attachment:
         inputs["encoder_attention_mask"][:] = True
         run(transformer, inputs)
         assert attachment.report().sparse_density == pytest.approx(
-            ACTIVE.tiles(TokenLayout(frames=7, height=4, width=5, text_after=6)).density
+            ACTIVE.tiles(TokenLayout(frames=7, height=4, width=8, text_after=6)).density
         )
 
 
@@ -62,9 +62,9 @@ def test_a_sequence_of_another_length_is_refused_where_text_is_ragged():
     (model,) = tiny_models.MOCHI
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
-        attachment._slot.grid = (7, 4, 5, 0, 6)
-        q = torch.zeros(1, 2, 139, 16)
-        with pytest.raises(ConfigError, match="layer 0 attends over 139 tokens, the adapter 'mochi' reads"):
+        attachment._slot.grid = (7, 4, 8, 0, 6)
+        q = torch.zeros(1, 2, 223, 16)
+        with pytest.raises(ConfigError, match="layer 0 attends over 223 tokens, the adapter 'mochi' reads"):
             attachment._session.plan(0, q, q, attachment._slot.grid, "bhsd", False)
 
 
@@ -76,14 +76,14 @@ def test_hunyuan_video_hides_padded_text_from_every_key():
     assert len(calls) == 4
     for call in calls:
         assert call.mask is not None
-        assert call.mask.reshape(2, -1).sum(1).tolist() == [145, 144]
+        assert call.mask.reshape(2, -1).sum(1).tolist() == [229, 228]
 
 
 def test_ltx_refuses_tokens_without_a_grid():
     (model,) = tiny_models.LTX
     transformer, inputs = build(model), model.inputs(1)
     sizes = dict.fromkeys(("num_frames", "height", "width"))
-    inputs = {**inputs, **sizes, "video_coords": torch.rand(1, 3, 140)}
+    inputs = {**inputs, **sizes, "video_coords": torch.rand(1, 3, 224)}
     plain = run(transformer, inputs)
     with (
         dit_accel.attach(transformer, ACTIVE),

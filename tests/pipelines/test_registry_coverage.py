@@ -20,9 +20,9 @@ def model_classes() -> dict[str, str]:
     found = {}
     for path in sorted(TRANSFORMERS.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                if {ast.unparse(base) for base in node.bases} & {"ModelMixin", "LegacyModelMixin"}:
-                    found[node.name] = path.name
+            bases = {ast.unparse(base) for base in node.bases} if isinstance(node, ast.ClassDef) else set()
+            if bases & {"ModelMixin", "LegacyModelMixin"}:
+                found[node.name] = path.name
     return found
 
 

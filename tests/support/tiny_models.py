@@ -17,20 +17,20 @@ def _steps(batch: int, value: float = 500.0) -> torch.Tensor:
 
 def _wan(batch: int) -> Mapping[str, Any]:
     return dict(
-        hidden_states=torch.randn(batch, 12, 7, 8, 10), timestep=_steps(batch),
+        hidden_states=torch.randn(batch, 12, 7, 8, 16), timestep=_steps(batch),
         encoder_hidden_states=torch.randn(batch, 6, 64),
     )  # fmt: skip
 
 
 def _wan_image(batch: int) -> Mapping[str, Any]:
     return dict(
-        _wan(batch), hidden_states=torch.randn(batch, 28, 7, 8, 10),
+        _wan(batch), hidden_states=torch.randn(batch, 28, 7, 8, 16),
         encoder_hidden_states=torch.randn(batch, 512, 64), encoder_hidden_states_image=torch.randn(batch, 7, 24),
     )  # fmt: skip
 
 
 def _wan_vace(batch: int) -> Mapping[str, Any]:
-    return dict(_wan(batch), control_hidden_states=torch.randn(batch, 20, 7, 8, 10))
+    return dict(_wan(batch), control_hidden_states=torch.randn(batch, 20, 7, 8, 16))
 
 
 WAN = (
@@ -59,7 +59,7 @@ def _text_mask(batch: int, tokens: int) -> torch.Tensor:
 
 def _hunyuan(batch: int, channels: int = 4) -> Mapping[str, Any]:
     return dict(
-        hidden_states=torch.randn(batch, channels, 7, 8, 10), timestep=_steps(batch).long(),
+        hidden_states=torch.randn(batch, channels, 7, 8, 16), timestep=_steps(batch).long(),
         encoder_hidden_states=torch.randn(batch, 6, 16), encoder_attention_mask=_text_mask(batch, 6).long(),
         pooled_projections=torch.randn(batch, 8), guidance=_steps(batch, 6000.0),
     )  # fmt: skip
@@ -82,7 +82,7 @@ HUNYUAN = tuple(
 
 def _mochi(batch: int) -> Mapping[str, Any]:
     return dict(
-        hidden_states=torch.randn(batch, 4, 7, 8, 10), timestep=_steps(batch),
+        hidden_states=torch.randn(batch, 4, 7, 8, 16), timestep=_steps(batch),
         encoder_hidden_states=torch.randn(batch, 6, 16), encoder_attention_mask=_text_mask(batch, 6),
     )  # fmt: skip
 
@@ -102,18 +102,18 @@ MOCHI = (
 def _cogvideox(batch: int, rotary: bool = False) -> Mapping[str, Any]:
     frames = 14 if rotary else 7
     inputs = dict(
-        hidden_states=torch.randn(batch, frames, 4, 8, 10), timestep=_steps(batch).long(),
+        hidden_states=torch.randn(batch, frames, 4, 8, 16), timestep=_steps(batch).long(),
         encoder_hidden_states=torch.randn(batch, 6, 16),
     )  # fmt: skip
     if rotary:
-        angles = torch.rand(7 * 4 * 5, 8).repeat_interleave(2, 1)
+        angles = torch.rand(7 * 4 * 8, 8).repeat_interleave(2, 1)
         inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
     return inputs
 
 
 COGVIDEOX_TINY = dict(
     num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-    num_layers=3, sample_width=10, sample_height=8, sample_frames=25, max_text_seq_length=6,
+    num_layers=3, sample_width=16, sample_height=8, sample_frames=25, max_text_seq_length=6,
 )  # fmt: skip
 COGVIDEOX = (
     TinyModel(transformer=diffusers.CogVideoXTransformer3DModel, config=COGVIDEOX_TINY, inputs=_cogvideox),
@@ -127,7 +127,7 @@ COGVIDEOX = (
 
 def _ltx(batch: int) -> Mapping[str, Any]:
     return dict(
-        hidden_states=torch.randn(batch, 7 * 4 * 5, 4), timestep=_steps(batch), num_frames=7, height=4, width=5,
+        hidden_states=torch.randn(batch, 7 * 4 * 8, 4), timestep=_steps(batch), num_frames=7, height=4, width=8,
         encoder_hidden_states=torch.randn(batch, 6, 16), encoder_attention_mask=_text_mask(batch, 6).long(),
     )  # fmt: skip
 
