@@ -47,6 +47,8 @@ class ModelFiles:
         return adapter, self._with_sizes(adapter, family, experts)
 
     def _with_sizes(self, adapter: Adapter, family: Family | None, experts: int) -> Family:
+        if not adapter.families:
+            raise UnsupportedModel(f"{self.name} is of {adapter.name}, whose sizes are not known; plan with --family")
         config, base = self.transformer, family or adapter.families[0]
         try:
             sizes = {

@@ -160,17 +160,21 @@ def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Always
         yield attachment
 
 
-def _rows(inputs: Mapping[str, Any], row: int, batch: int) -> dict[str, Any]:
-    def has_rows(x: Any) -> bool:
-        return len(x) == batch if isinstance(x, list) else isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
-
-    return {name: x[row : row + 1] if has_rows(x) else x for name, x in inputs.items()}
+def _rows(value: Any, row: int, batch: int) -> Any:
+    """Take one row of tensors, and of lists that have one entry a row."""
+    if isinstance(value, Tensor):
+        return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: _rows(x, row, batch) for name, x in value.items()}
+    if isinstance(value, list):
+        return value[row : row + 1] if len(value) == batch else [_rows(x, row, batch) for x in value]
+    return value
 
 
 def _widened(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(WIDE) if value.is_floating_point() else value
-    return type(value)(_widened(item) for item in value) if isinstance(value, tuple) else value
+    return type(value)(_widened(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _wide_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,3 +43,10 @@ FLUX = Adapter(
     families=(FLUX_DEV, FLUX_SCHNELL),
     refused={"radial": ONE_FRAME},
 )
+# Models of other makers that kept FLUX.1's blocks and its sequence.
+FLUX_KIN = replace(
+    FLUX,
+    name="flux-kin",
+    transformers=("BriaTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
+    families=(),
+)

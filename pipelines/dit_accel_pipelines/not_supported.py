@@ -3,6 +3,7 @@
 IMAGE = "no adapter yet: an image model"
 VIDEO = "no adapter yet: a video model"
 PACKED = "no adapter yet: it packs text and images into one sequence whose places are among the forward's inputs"
+PAIRS = "no adapter yet: its mask pairs queries with keys, ours are rows of keys"
 AUDIO = "it makes sound: there is no grid of frames, rows and columns"
 LINEAR = "its self-attention is linear: there is no softmax over tiles"
 UNET = "it is a part of U-Nets, not a whole transformer"
@@ -20,12 +21,9 @@ NOT_SUPPORTED: dict[str, str] = {
     "AuraFlowTransformer2DModel": IMAGE,
     "BriaFibo2Transformer2DModel": IMAGE,
     "BriaFiboTransformer2DModel": IMAGE,
-    "BriaTransformer2DModel": IMAGE,
-    "ChromaTransformer2DModel": IMAGE,
-    "ChronoEditTransformer3DModel": "no adapter yet: it drops frames halfway through the steps",
+    "ChromaTransformer2DModel": PAIRS,
     "CogView3PlusTransformer2DModel": IMAGE,
     "CogView4Transformer2DModel": IMAGE,
-    "ConsisIDTransformer3DModel": "no adapter yet: CogVideoX with attention to a face, which must be told apart",
     "Cosmos3OmniTransformer": PACKED,
     "CosmosTransformer3DModel": VIDEO,
     "DiTTransformer2DModel": TINY,
@@ -39,7 +37,7 @@ NOT_SUPPORTED: dict[str, str] = {
     "HiDreamImageTransformer2DModel": IMAGE,
     "HunyuanDiT2DModel": IMAGE,
     "HunyuanImageTransformer2DModel": IMAGE,
-    "HunyuanVideo15Transformer3DModel": "no adapter yet: its mask pairs queries with keys, ours are rows of keys",
+    "HunyuanVideo15Transformer3DModel": PAIRS,
     "HunyuanVideoFramepackTransformer3DModel": HISTORY,
     "Ideogram4Transformer2DModel": PACKED,
     "JoyImageEditPlusTransformer3DModel": PACKED,
@@ -51,7 +49,6 @@ NOT_SUPPORTED: dict[str, str] = {
     "LTX2VideoTransformer3DModel": SOUND_TOO,
     "LatteTransformer3DModel": APART,
     "LongCatAudioDiTTransformer": AUDIO,
-    "LongCatImageTransformer2DModel": IMAGE,
     "Lumina2Transformer2DModel": IMAGE,
     "LuminaNextDiT2DModel": IMAGE,
     "MiniMaxH3Transformer3DModel": PACKED,
@@ -60,7 +57,6 @@ NOT_SUPPORTED: dict[str, str] = {
     "MotifVideoTransformer3DModel": VIDEO,
     "NucleusMoEImageTransformer2DModel": IMAGE,
     "OmniGenTransformer2DModel": PACKED,
-    "OvisImageTransformer2DModel": IMAGE,
     "PRXTransformer2DModel": IMAGE,
     "PixArtTransformer2DModel": IMAGE,
     "PriorTransformer": "it predicts an embedding of an image: there are no visual tokens",

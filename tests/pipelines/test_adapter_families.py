@@ -11,10 +11,10 @@ from dit_accel_pipelines.mochi import MOCHI
 from dit_accel_pipelines.sd3 import SD3
 
 import dit_accel
-from dit_accel import ConfigError, RadialAttention
+from dit_accel import ConfigError, RadialAttention, UnsupportedModel
 from dit_accel.attachment import attention_modules
 from dit_accel.layout import TokenLayout
-from dit_accel.model_files import read_model_files
+from dit_accel.model_files import ModelFiles, read_model_files
 from dit_accel.testing import TRIALS, planned
 from dit_accel.watching import watched
 
@@ -172,3 +172,11 @@ def test_steps_are_counted_where_no_context_is_opened():
             run(transformer, {**model.inputs(1), "timestep": torch.tensor([timestep])})
         assert [step.step_index for step in attachment.report().steps] == [0, 1]
     assert not hasattr(transformer, "cache_context")
+
+
+def test_a_family_without_sizes_cannot_be_planned():
+    index = {"transformer": ["diffusers", "x"]}
+    config = {"_class_name": "OvisImageTransformer2DModel"}
+    files = ModelFiles(name="some/model", index=index, transformer=config, vae={})
+    with pytest.raises(UnsupportedModel, match="some/model is of flux-kin, whose sizes are not known; plan with --fam"):
+        files.identify()

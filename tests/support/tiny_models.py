@@ -49,6 +49,12 @@ WAN = (
         inputs=_wan_vace,
         left_alone=("*blocks.*.attn2",),
     ),
+    TinyModel(
+        transformer=diffusers.ChronoEditTransformer3DModel,
+        config=WAN_TINY,
+        inputs=_wan,
+        left_alone=("blocks.*.attn2",),
+    ),
 )
 
 
@@ -111,6 +117,12 @@ def _cogvideox(batch: int, rotary: bool = False) -> Mapping[str, Any]:
     return inputs
 
 
+def _consisid(batch: int) -> Mapping[str, Any]:
+    return dict(
+        _cogvideox(batch), id_cond=torch.randn(batch, 4), id_vit_hidden=[torch.randn(batch, 2, 4)],
+    )  # fmt: skip
+
+
 COGVIDEOX_TINY = dict(
     num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
     num_layers=3, sample_width=16, sample_height=8, sample_frames=25, max_text_seq_length=6,
@@ -121,6 +133,28 @@ COGVIDEOX = (
         transformer=diffusers.CogVideoXTransformer3DModel,
         config={**COGVIDEOX_TINY, "patch_size_t": 2, "use_rotary_positional_embeddings": True},
         inputs=partial(_cogvideox, rotary=True),
+    ),
+    TinyModel(
+        transformer=diffusers.ConsisIDTransformer3DModel,
+        config={
+            **COGVIDEOX_TINY,
+            "is_train_face": True,
+            "is_kps": False,
+            "cross_attn_interval": 1,
+            "cross_attn_dim_head": 8,
+            "cross_attn_num_heads": 2,
+            "LFE_id_dim": 4,
+            "LFE_vit_dim": 4,
+            "LFE_depth": 5,
+            "LFE_dim_head": 4,
+            "LFE_num_heads": 2,
+            "LFE_num_id_token": 2,
+            "LFE_num_querie": 2,
+            "LFE_output_dim": 21,
+            "LFE_ff_mult": 1,
+            "LFE_num_scale": 1,
+        },
+        inputs=_consisid,
     ),
 )
 
@@ -166,6 +200,32 @@ FLUX = (
 )  # fmt: skip
 
 
+def _flux_kin(batch: int) -> Mapping[str, Any]:
+    names = {"hidden_states", "timestep", "encoder_hidden_states", "txt_ids", "img_ids"}
+    return {name: value for name, value in _flux(batch).items() if name in names}
+
+
+FLUX_KIN_TINY = {key: FLUX[0].config[key] for key in FLUX[0].config if key not in ("guidance_embeds", "in_channels")}
+FLUX_KIN = (
+    TinyModel(
+        transformer=diffusers.BriaTransformer2DModel,
+        config={**FLUX_KIN_TINY, "in_channels": 4},
+        inputs=_flux_kin,
+    ),
+    TinyModel(
+        transformer=diffusers.LongCatImageTransformer2DModel,
+        config={**FLUX_KIN_TINY, "in_channels": 4},
+        inputs=_flux_kin,
+    ),
+    TinyModel(
+        transformer=diffusers.OvisImageTransformer2DModel,
+        config={key: value for key, value in FLUX_KIN_TINY.items() if key != "pooled_projection_dim"}
+        | {"in_channels": 4, "out_channels": 4},
+        inputs=_flux_kin,
+    ),
+)
+
+
 def _sd3(batch: int) -> Mapping[str, Any]:
     return dict(
         hidden_states=torch.randn(batch, 4, 8, 10), timestep=_steps(batch),
@@ -204,7 +264,7 @@ QWEN_IMAGE = tuple(
 )  # fmt: skip
 
 MODELS = {
-    "wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX, "flux": FLUX, "sd3": SD3,
-    "qwen-image": QWEN_IMAGE,
+    "wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX, "flux": FLUX,
+    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE,
 }  # fmt: skip
 """Adapter name -> its tiny models."""
