@@ -26,7 +26,7 @@ def test_an_adapter_passes_every_check(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "flux-kin"])  # its blocks are FLUX.1's
 def test_its_blocks_compile_full_graph(name):
     check_adapter(ADAPTERS[name], tiny_models.MODELS[name][0], only=["compile"])
 
@@ -96,7 +96,7 @@ def test_a_wrong_adapter_fails_by_name(only, change, message):
 
 
 def test_what_is_missing_is_named(only):
-    with pytest.raises(AssertionError, match="adapter 'wan': no tiny model of ChronoEdit.*, WanVACE.* was given"):
+    with pytest.raises(AssertionError, match=r"adapter 'wan': no tiny model of ChronoEdit.*, WanVACE.* was given"):
         check_adapter(WAN, tiny_models.WAN[0])
     only(dataclasses.replace(WAN))
     with pytest.raises(AssertionError, match="WanTransformer3DModel is registered for another adapter object"):
