@@ -83,7 +83,7 @@ def _print_verdicts() -> None:
                 reasons.setdefault(f"{name} is {word}: {why}", []).append(adapter.name)
     OUT.print(table)
     for reason, adapters in reasons.items():
-        OUT.print(f"{', '.join(adapters)}: {reason}", style="dim", soft_wrap=True)
+        OUT.print(f"{', '.join(adapters)}: {reason}", style="dim")
 
 
 def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:
