@@ -1,18 +1,44 @@
 """Adapters: what the core must know of a model family, as data. Adapter files import this and nothing heavier."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+ONE_FRAME = "an image is one frame, of which the mask keeps everything"
+"""Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
 
 Grid = tuple[int, int, int, int, int]
 """(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
 
 
-def latents_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the grid off latents [B, C, T, H, W] and ``config.patch_size`` (t, h, w); no text in the sequence."""
-    frames, height, width = inputs["hidden_states"].shape[-3:]
-    patch_frames, patch_height, patch_width = config.patch_size
-    return frames // patch_frames, height // patch_height, width // patch_width, 0, 0
+def patch_sizes(size: int | Sequence[int], frames: int | None = None) -> tuple[int, int, int]:
+    """Return (t, h, w) of a config's ``patch_size``, one number or three, and its ``patch_size_t``."""
+    if isinstance(size, int):
+        return frames or 1, size, size
+    return size[0], size[1], size[2]
+
+
+def latents_grid(
+    config: Any,
+    inputs: Mapping[str, Any],
+    *,
+    frames_axis: int | None = 2,
+    text: Literal["none", "before", "after"] = "none",
+) -> Grid:
+    """Read the grid off latents [..., H, W], the config's patch size and the text's length.
+
+    Args:
+        config: has ``patch_size`` (t, h, w) or one number, then with or without ``patch_size_t``.
+        inputs: the forward's inputs by name.
+        frames_axis: where the latents count their frames: 2 in [B, C, T, H, W]; None for an image.
+        text: where ``encoder_hidden_states`` joins the sequence; ``none`` for cross-attention.
+    """
+    latents = inputs["hidden_states"]
+    patch_frames, patch_height, patch_width = patch_sizes(config.patch_size, getattr(config, "patch_size_t", None))
+    frames = 1 if frames_axis is None else latents.shape[frames_axis] // patch_frames
+    tokens = 0 if text == "none" else inputs["encoder_hidden_states"].shape[1]
+    before, after = (tokens, 0) if text == "before" else (0, tokens)
+    return frames, latents.shape[-2] // patch_height, latents.shape[-1] // patch_width, before, after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +96,9 @@ class Adapter:
         side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
         grid: (transformer config, forward inputs by name) -> `Grid`. It runs inside compiled graphs too: plain
             arithmetic on shapes only.
+        ragged_text: an attention call may leave out text that the grid counts behind the visual tokens: padded text,
+            row by row, or all of it.
+        rising_timesteps: the timestep rises from step to step.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
         refused: method name -> why it makes no sense here.
@@ -80,6 +109,8 @@ class Adapter:
     self_attention: tuple[str, ...]
     side_attention: tuple[str, ...] = ()
     grid: Callable[[Any, Mapping[str, Any]], Grid] = latents_grid
+    ragged_text: bool = False
+    rising_timesteps: bool = False
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -91,11 +122,17 @@ class Adapter:
             config: the transformer's config, with diffusers' names.
             experts: how many such transformers the pipeline holds.
         """
-        sizes = (config.get("num_layers"), config.get("num_attention_heads"), config.get("attention_head_dim"), experts)
+        layers = (config.get("num_layers") or 0) + (config.get("num_single_layers") or 0)
+        sizes = (layers, config.get("num_attention_heads"), config.get("attention_head_dim"), experts)
         for family in self.families:
             if (family.layers, family.heads, family.head_dim, family.experts) == sizes:
                 return family
         return None
+
+    def verdict(self, method: str) -> tuple[str, str]:
+        """Return ``supported``, ``degenerate`` or ``refused``, and why."""
+        why = self.refused.get(method, "")
+        return ("degenerate" if why == ONE_FRAME else "refused" if why else "supported"), why
 
     def recipe(self, method: str, family: Family | None) -> Mapping[str, Any]:
         """Return the options that ``method`` takes on this model where the user set none."""

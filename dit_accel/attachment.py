@@ -221,6 +221,8 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
 
     handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
     attachment._undo.append(handle.remove)
+    if not hasattr(transformer, "cache_context"):
+        return
 
     original = transformer.cache_context
     own = transformer.__dict__.get("cache_context")

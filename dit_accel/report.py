@@ -12,7 +12,7 @@ class _Forward:
     """Counts of one denoising call (transformer, branch, step)."""
 
     dense_layers: int = 0
-    sparse_layers: int = 0
+    sparse_layers: set[int] = field(default_factory=set)
     exact: int = 0
     pooled: int = 0
     total: int = 0
@@ -37,10 +37,10 @@ class Recorder:
         entry.dense_layers += dense_layers
 
     def sparse_call(self, moment: Moment, plan: AttentionPlan) -> None:
-        """Count one attention call that follows a plan."""
+        """Count one attention call that follows a plan; a layer that calls for each row of the batch counts once."""
         key = (moment.transformer, moment.step_index, moment.branch)
         entry = self.forwards.setdefault(key, _Forward())
-        entry.sparse_layers += 1
+        entry.sparse_layers.add(moment.layer)
         if plan.tiles is not None:
             entry.exact += plan.tiles.tiles_exact
             entry.pooled += plan.tiles.tiles_pooled
@@ -136,7 +136,7 @@ def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
             step_index=step_index,
             branch=branch,
             dense_layers=entry.dense_layers,
-            sparse_layers=entry.sparse_layers,
+            sparse_layers=len(entry.sparse_layers),
             density=entry.exact / entry.total if entry.total else 1.0,
             pooled=entry.pooled / entry.total if entry.total else 0.0,
         )

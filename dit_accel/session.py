@@ -9,6 +9,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,14 +151,17 @@ class Session:
         """
         place = self.places[layer]
         target = place.target
-        tokens = _layout(grid)
+        tokens, batch = _layout(grid), q.shape[0]
         length = q.shape[1] if layout == "bshd" else q.shape[2]
+        if target.adapter.ragged_text:
+            tokens = _with_valid_text(tokens, length)
+            _, batch = target.shapes.get(target.branch, (None, batch))
         if length != tokens.tokens:
             raise ConfigError(
                 f"{target.name} layer {place.layer} attends over {length} tokens, the adapter {target.adapter.name!r} "
                 f"reads {tokens.tokens} off the latents ({tokens}); report this model to the adapter's author"
             )
-        self._note_shape(target, grid, q.shape[0])  # a forward that is compiled whole is not observed
+        self._note_shape(target, grid, batch)  # a forward that is compiled whole is not observed
         moment = Moment(
             transformer=target.name,
             layer=place.layer,
@@ -280,7 +284,8 @@ class Session:
 
     def _infer_step(self, target: Target, timestep: Tensor | None) -> None:
         """Count steps by the timesteps seen: a lower one is the next step, a higher one begins a generation."""
-        value = math.inf if timestep is None else float(timestep.flatten()[-1])
+        sign = -1 if target.adapter.rising_timesteps else 1
+        value = math.inf if timestep is None else sign * float(timestep.flatten()[-1])
         repeated = value == target.timestep and timestep is not None
         target.calls_at_timestep = target.calls_at_timestep + 1 if repeated else 0
         if not repeated:
@@ -295,6 +300,14 @@ class Session:
 def _layout(grid: Sequence[int]) -> TokenLayout:
     frames, height, width, before, after = (int(size) for size in grid)
     return TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
+
+
+def _with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
+    """Return the layout of a sequence that left padded text out, or the layout as it is if that can't be."""
+    dropped = tokens.tokens - length
+    if not 0 <= dropped <= tokens.text_after:
+        return tokens
+    return replace(tokens, text_after=tokens.text_after - dropped)
 
 
 def _key_mask(mask: Tensor, batch: int, keys: int) -> Tensor:

@@ -47,7 +47,7 @@ def methods(json: Json = False) -> None:
 
 
 def models(json: Json = False) -> None:
-    """List the model families that are known by name, their sizes and the methods they take.
+    """List the models that are known by name, then which methods each family takes, and why not.
 
     Examples:
 
@@ -60,13 +60,30 @@ def models(json: Json = False) -> None:
         print_json(rows)
         return
     right = ("layers", "heads", "dim", "tokens")
-    table = plain_table("family", "layers", "heads", "dim", "default size", "tokens", "methods", right=right)
+    table = plain_table("model", "family", "layers", "heads", "dim", "default size", "tokens", right=right)
     for row in rows:
         size = f"{row['width']}x{row['height']}x{row['num_frames']}"
-        taken = ", ".join(row["methods"]) or ("plan only" if not row["attachable"] else "none")
         sizes = [str(row[name]) for name in ("layers", "heads", "head_dim")]
-        table.add_row(row["name"], *sizes, size, f"{row['tokens']:,}", taken)
+        table.add_row(row["name"], row["adapter"], *sizes, size, f"{row['tokens']:,}")
     OUT.print(table)
+    OUT.print()
+    _print_verdicts()
+
+
+def _print_verdicts() -> None:
+    """Print family x method: supported, degenerate, refused or plan only, then every reason once."""
+    names = list(registry.methods())
+    reasons: dict[str, list[str]] = {}
+    table = plain_table("family", *names)
+    for adapter in registry.adapters().values():
+        verdicts = {name: adapter.verdict(name) if adapter.transformers else ("plan only", "") for name in names}
+        table.add_row(adapter.name, *(word for word, _ in verdicts.values()))
+        for name, (word, why) in verdicts.items():
+            if why:
+                reasons.setdefault(f"{name} is {word}: {why}", []).append(adapter.name)
+    OUT.print(table)
+    for reason, adapters in reasons.items():
+        OUT.print(f"{', '.join(adapters)}: {reason}", style="dim")
 
 
 def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:

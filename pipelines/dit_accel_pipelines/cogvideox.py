@@ -1,8 +1,12 @@
-"""CogVideoX and CogVideoX 1.5: sizes for `plan`."""
+"""CogVideoX and CogVideoX 1.5, text to video and image to video: text first, then the video, in one attention.
+
+The latents are [B, T, C, H, W]; version 1.5 takes two frames into a token. ConsisID adds attention to a face, left out.
+"""
 
 from dataclasses import replace
+from functools import partial
 
-from dit_accel.adapter import Adapter, Family
+from dit_accel.adapter import Adapter, Family, latents_grid
 
 COGVIDEOX_2B = Family(
     name="cogvideox-2b",
@@ -31,7 +35,8 @@ COGVIDEOX_15_5B = replace(
 
 COGVIDEOX = Adapter(
     name="cogvideox",
-    transformers=(),
-    self_attention=(),
+    transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+    self_attention=("transformer_blocks.*.attn1",),
+    grid=partial(latents_grid, frames_axis=1, text="before"),
     families=(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B),
 )

@@ -1,8 +1,10 @@
-"""FLUX.1: sizes for `plan`."""
+"""FLUX.1 and its variants (fill, control, Kontext): text first, then the packed image, in every block."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from dit_accel.adapter import Adapter, Family
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
 
 FLUX_DEV = Family(
     name="flux.1-dev",
@@ -24,10 +26,27 @@ FLUX_SCHNELL = replace(
     FLUX_DEV, name="flux.1-schnell", repo="black-forest-labs/FLUX.1-schnell", text_tokens=256, num_inference_steps=4
 )
 
+
+def one_row(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the sequence off packed latents [B, S, C], as one row: no shape tells the image's height and width.
+
+    Kontext's reference image is part of the row.
+    """
+    return 1, 1, inputs["hidden_states"].shape[1], inputs["encoder_hidden_states"].shape[1], 0
+
+
 FLUX = Adapter(
     name="flux",
-    transformers=(),
-    self_attention=(),
+    transformers=("FluxTransformer2DModel",),
+    self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    grid=one_row,
     families=(FLUX_DEV, FLUX_SCHNELL),
-    refused={"radial": "an image is one frame, of which the mask keeps everything"},
+    refused={"radial": ONE_FRAME},
+)
+# Models of other makers that kept FLUX.1's blocks and its sequence.
+FLUX_KIN = replace(
+    FLUX,
+    name="flux-kin",
+    transformers=("BriaTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
+    families=(),
 )

@@ -1,6 +1,22 @@
-"""HunyuanVideo: sizes for `plan`."""
+"""HunyuanVideo, text to video and image to video.
 
-from dit_accel.adapter import Adapter, Family
+The double blocks join video and text in one attention, the single blocks get the two concatenated: video first. A mask
+hides padded text from every key. The text refiner attends over text alone and is left out.
+"""
+
+from functools import partial
+
+from dit_accel.adapter import Adapter, Family, latents_grid
+
+# Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
+RADIAL_HUNYUAN = {
+    "decay_factor": 0.95,
+    "block_size": 128,
+    "near": "full",
+    "sink": False,
+    "dense_steps": 0.24,
+    "dense_layers": 0,
+}
 
 HUNYUAN_VIDEO_13B = Family(
     name="hunyuan-video",
@@ -16,17 +32,14 @@ HUNYUAN_VIDEO_13B = Family(
     width=1280,
     num_frames=129,
     forwards_per_step=1,  # guidance is distilled into the model
-    # Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
-    recipes={
-        "radial": {
-            "decay_factor": 0.95,
-            "block_size": 128,
-            "near": "full",
-            "sink": False,
-            "dense_steps": 0.24,
-            "dense_layers": 0,
-        }
-    },
+    recipes={"radial": RADIAL_HUNYUAN},
 )
 
-HUNYUAN_VIDEO = Adapter(name="hunyuan-video", transformers=(), self_attention=(), families=(HUNYUAN_VIDEO_13B,))
+HUNYUAN_VIDEO = Adapter(
+    name="hunyuan-video",
+    transformers=("HunyuanVideoTransformer3DModel",),
+    self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    grid=partial(latents_grid, text="after"),
+    families=(HUNYUAN_VIDEO_13B,),
+    recipes={"radial": RADIAL_HUNYUAN},
+)

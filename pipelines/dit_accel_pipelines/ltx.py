@@ -1,8 +1,11 @@
-"""LTX-Video: sizes for `plan`."""
+"""LTX-Video: packed latents [B, S, C] whose sizes are among the forward's inputs; text comes in by cross-attention."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from dit_accel.adapter import Adapter, Family
+from dit_accel.adapter import Adapter, Family, Grid
+from dit_accel.errors import ConfigError
 
 LTX_2B = Family(
     name="ltx-video-2b",
@@ -22,4 +25,26 @@ LTX_13B = replace(
     LTX_2B, name="ltx-video-13b", repo="Lightricks/LTX-Video-0.9.7-dev", layers=48, head_dim=128, ffn_dim=16384
 )
 
-LTX = Adapter(name="ltx", transformers=(), self_attention=(), families=(LTX_2B, LTX_13B))
+
+def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off ``num_frames``, ``height`` and ``width``, which count tokens.
+
+    Raises:
+        ConfigError: for a sequence whose tokens are placed by ``video_coords``.
+    """
+    frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
+    if frames is None or height is None or width is None:
+        raise ConfigError(
+            "LTX places its tokens by video_coords here, as the condition pipeline does, and that is no grid; use the "
+            f"text or image pipeline, or detach (num_frames = {frames}, height = {height}, width = {width})"
+        )
+    return frames, height, width, 0, 0
+
+
+LTX = Adapter(
+    name="ltx",
+    transformers=("LTXVideoTransformer3DModel",),
+    self_attention=("transformer_blocks.*.attn1",),
+    grid=packed_grid,
+    families=(LTX_2B, LTX_13B),
+)

@@ -1,6 +1,8 @@
-"""Mochi 1: sizes for `plan`."""
+"""Mochi 1: its processor attends row by row, over the video and the valid text behind it."""
 
-from dit_accel.adapter import Adapter, Family
+from functools import partial
+
+from dit_accel.adapter import Adapter, Family, latents_grid
 
 MOCHI_1 = Family(
     name="mochi-1",
@@ -18,4 +20,12 @@ MOCHI_1 = Family(
     num_inference_steps=64,
 )
 
-MOCHI = Adapter(name="mochi", transformers=(), self_attention=(), families=(MOCHI_1,))
+MOCHI = Adapter(
+    name="mochi",
+    transformers=("MochiTransformer3DModel",),
+    self_attention=("transformer_blocks.*.attn1",),
+    grid=partial(latents_grid, text="after"),
+    ragged_text=True,
+    rising_timesteps=True,
+    families=(MOCHI_1,),
+)

@@ -1,6 +1,9 @@
-"""Qwen-Image: sizes for `plan`."""
+"""Qwen-Image with Edit and Layered: text first, then the packed image and, behind it, further images."""
 
-from dit_accel.adapter import Adapter, Family
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
 
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
@@ -17,10 +20,20 @@ QWEN_IMAGE_20B = Family(
     num_frames=1,
 )
 
+
+def first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off ``img_shapes``: the first image of a row; further ones count as text behind it."""
+    shapes = inputs["img_shapes"][0]
+    frames, height, width = shapes if isinstance(shapes[0], int) else shapes[0]
+    after = inputs["hidden_states"].shape[1] - frames * height * width
+    return frames, height, width, inputs["encoder_hidden_states"].shape[1], after
+
+
 QWEN_IMAGE = Adapter(
     name="qwen-image",
-    transformers=(),
-    self_attention=(),
+    transformers=("QwenImageTransformer2DModel",),
+    self_attention=("transformer_blocks.*.attn",),
+    grid=first_image,
     families=(QWEN_IMAGE_20B,),
-    refused={"radial": "an image is one frame, of which the mask keeps everything"},
+    refused={"radial": ONE_FRAME},
 )

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text to video, image to video, first and last frame, VACE, and the embedded tiny model.
+"""Wan 2.1 and 2.2: text to video, image to video, first and last frame, VACE, ChronoEdit, the embedded tiny model.
 
 Sizes are those of the released diffusers configs. Only the self-attention is changed; text and image come in by
 cross-attention and stay outside the sequence.
@@ -110,7 +110,7 @@ WAN_TINY = Family(
 
 WAN = Adapter(
     name="wan",
-    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
     self_attention=("blocks.*.attn1",),
     side_attention=("vace_blocks.*.attn1",),
     families=(

@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from dit_accel import RadialAttention, registry
+from dit_accel.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods, with_method_options
@@ -122,10 +123,24 @@ def test_models_lists_families():
     rows = {row["name"]: row for row in json.loads(run("models", "--json").stdout)}
     assert rows["wan2.1-14b"]["methods"] == ["radial"]
     assert rows["wan2.1-14b"]["tokens"] == 75_600
-    assert (rows["hunyuan-video"]["attachable"], rows["hunyuan-video"]["methods"]) == (False, [])
+    assert (rows["hunyuan-video"]["attachable"], rows["hunyuan-video"]["methods"]) == (True, ["radial"])
     assert rows["flux.1-dev"]["refused"] == {"radial": "an image is one frame, of which the mask keeps everything"}
     assert set(rows) == set(registry.families())
-    assert "plan only" in run("models").stdout
+    text = run("models").stdout
+    told = " ".join(text.split())
+    for adapter in registry.adapters().values():
+        word, why = adapter.verdict("radial")
+        assert [adapter.name, word] in [line.split() for line in text.splitlines()]
+        assert not why or f"radial is {word}: {why}" in told
+
+
+def test_verdicts_tell_degenerate_from_refused():
+    adapter = Adapter(
+        name="any", transformers=(), self_attention=(), refused={"radial": ONE_FRAME, "lite": "no reason"}
+    )
+    assert adapter.verdict("radial") == ("degenerate", ONE_FRAME)
+    assert adapter.verdict("lite") == ("refused", "no reason")
+    assert adapter.verdict("other") == ("supported", "")
 
 
 def test_help_is_quick_and_loads_no_torch():

@@ -1,0 +1,398 @@
+"""Check an adapter: tiny random transformers of its classes run every identity and invariant that applies, on a CPU.
+
+What is checked is the meeting of model and core: which modules are touched, where the tokens lie, that nothing changes
+where nothing should, and that a planned call computes what its plan says. What a method is worth is not checked.
+"""
+
+import contextlib
+import copy
+import fnmatch
+import inspect
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .attachment import Attachment, attach, attention_modules
+from .config import MethodConfig
+from .errors import ConfigError
+from .methods import METHODS
+from .methods.base import Handler, Model
+from .methods.radial import RadialAttention
+from .registry import adapter_for
+from .watching import WIDE, exact_pairs, require, require_as_planned, require_same, watched
+
+STEPS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyModel:
+    """A tiny transformer and the inputs of one forward.
+
+    Attributes:
+        transformer: the class; the adapter must cover it.
+        config: its arguments: two or three blocks of each kind, 16 to 32 channels a head.
+        inputs: batch -> the forward's keyword arguments, tensors random and of ``batch`` rows. 100 to 300 tokens in
+            five frames or more, frames, height and width all different; masks with rows of different lengths.
+        left_alone: module-name patterns of the attention modules that no method may touch: cross-attention, refiners.
+    """
+
+    transformer: type[nn.Module]
+    config: Mapping[str, Any]
+    inputs: Callable[[int], Mapping[str, Any]]
+    left_alone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Two configs of one method.
+
+    Attributes:
+        neutral: attached, changes nothing.
+        active: changes every layer at every step of a `TinyModel`.
+    """
+
+    neutral: MethodConfig
+    active: MethodConfig
+
+
+TRIALS: dict[str, Trial] = {
+    "radial": Trial(
+        neutral=RadialAttention(block_size=16, dense_steps=1000),
+        active=RadialAttention(
+            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
+        ),
+    )
+}
+"""Method name -> the configs that `check_adapter` tries; open to every package."""
+
+
+def check_adapter(
+    adapter: Adapter, *models: TinyModel, only: Collection[str] | None = None
+) -> dict[str, dict[str, str]]:
+    """Run every identity and invariant that applies to an adapter.
+
+    Args:
+        adapter: the adapter, registered by its entry point.
+        models: one tiny model or more of each transformer class that the adapter covers.
+        only: names of `CHECKS`; None: all of them, and every class must have a model.
+
+    Returns:
+        Model -> check -> "passed", or why it does not apply.
+
+    Raises:
+        AssertionError: for the first check that fails; it names the transformer class and the check.
+    """
+    missing = set(adapter.transformers) - {model.transformer.__name__ for model in models}
+    require(
+        only is not None or not missing,
+        f"adapter {adapter.name!r}: no tiny model of {', '.join(sorted(missing))} was given",
+    )
+    checks = {name: CHECKS[name] for name in (CHECKS if only is None else only)}
+    found: dict[str, dict[str, str]] = {}
+    for number, model in enumerate(models):
+        case = _Case(adapter, model)
+        results = found[f"{model.transformer.__name__} {number}"] = {}
+        for name, check in checks.items():
+            try:
+                results[name] = check(case) or "passed"
+            except Exception as error:
+                raise AssertionError(
+                    f"{model.transformer.__name__} {number}: check {name!r} failed: {error}"
+                ) from error
+    return found
+
+
+class _Case:
+    """One tiny model under check."""
+
+    def __init__(self, adapter: Adapter, model: TinyModel) -> None:
+        self.adapter = adapter
+        self.model = model
+        torch.manual_seed(0)
+        self.transformer: Any = model.transformer(**model.config).eval()
+        self.methods = {name: trial for name, trial in TRIALS.items() if name not in adapter.refused}
+
+    def inputs(self, batch: int = 1) -> dict[str, Any]:
+        """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
+        torch.manual_seed(1)
+        return dict(self.model.inputs(batch))
+
+    def wide(self) -> Any:
+        """The transformer in float64, in which a difference is more than rounding."""
+        return copy.deepcopy(self.transformer).double()
+
+    def run(self, inputs: Mapping[str, Any], step: int = 0, branch: str = "cond", transformer: Any = None) -> Tensor:
+        """One forward, as a pipeline makes it."""
+        transformer = transformer or self.transformer
+        inputs, context = dict(inputs), contextlib.nullcontext()
+        if hasattr(transformer, "cache_context"):
+            context = transformer.cache_context(branch, step_index=step, num_inference_steps=STEPS)
+        else:  # the step is told by the timestep alone
+            inputs["timestep"] = (inputs["timestep"].double() * (1 - step / 100)).to(inputs["timestep"].dtype)
+        with torch.no_grad(), context:
+            return transformer(**inputs, return_dict=False)[0]
+
+
+class _Always(Handler):
+    """Sends every attention call to the kernels from ``first_step`` on and leaves the plan at its default: dense."""
+
+    first_step: ClassVar[int] = 0
+
+    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+        return step_index >= self.first_step
+
+
+class _FromStepOne(_Always):
+    first_step = 1
+
+
+@contextlib.contextmanager
+def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Always) -> Iterator[Attachment]:
+    """Attach so that every call goes to the kernels under the default plan: dense, and computed by us."""
+    with attach(transformer) as attachment:
+        model = Model(adapter=adapter, family=None, heads=0, layers=0)
+        attachment._session.handlers = (handler(MethodConfig(), model),)
+        yield attachment
+
+
+def _rows(value: Any, row: int, batch: int) -> Any:
+    """Take one row of tensors, and of lists that have one entry a row."""
+    if isinstance(value, Tensor):
+        return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: _rows(x, row, batch) for name, x in value.items()}
+    if isinstance(value, list):
+        return value[row : row + 1] if len(value) == batch else [_rows(x, row, batch) for x in value]
+    return value
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(WIDE) if value.is_floating_point() else value
+    return type(value)(_widened(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def _wide_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _widened(x) for name, x in inputs.items()}
+
+
+def _check_places(case: _Case) -> None:
+    """The adapter names self-attention modules and all of them; every other attention module is left alone."""
+    name = type(case.transformer).__name__
+    require(adapter_for(name) is case.adapter, f"{name} is registered for another adapter object; fix the entry point")
+    attended = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
+    places = [n for n, _, _ in attention_modules(case.transformer, case.adapter)]
+    require(len(set(places)) == len(places), f"patterns overlap: {places}")
+    alone = {n for n in attended if any(fnmatch.fnmatch(n, pattern) for pattern in case.model.left_alone)}
+    require(not alone & set(places), f"left_alone names modules of the adapter: {sorted(alone & set(places))}")
+    unknown = set(attended) - alone - set(places)
+    require(not unknown, f"neither the adapter nor left_alone names {sorted(unknown)}")
+    with attach(case.transformer):
+        touched = {
+            n for n, processor in attended.items() if case.transformer.get_submodule(n).processor is not processor
+        }
+        require(touched == set(places), f"attach touched {sorted(touched ^ set(places))} besides or not")
+
+
+def _check_neutral(case: _Case) -> None:
+    """Attached and dense is the untouched model, bit for bit, and detach leaves no trace."""
+    calls = [(case.inputs(1), "cond"), (case.inputs(1), "uncond"), (case.inputs(2), "cond_uncond")]
+    plain = [case.run(inputs, branch=branch) for inputs, branch in calls]
+    keys = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
+    processors = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
+    for methods in ((), *((trial.neutral,) for trial in case.methods.values())):
+        with attach(case.transformer, *methods) as attachment:
+            for (inputs, branch), expected in zip(calls, plain, strict=True):
+                require(torch.equal(case.run(inputs, branch=branch), expected), f"{methods} changed the output")
+            require(attachment.report().density == 1.0, f"{methods} did not stay dense")
+        require(torch.equal(case.run(calls[0][0]), plain[0]), f"{methods} left the output changed")
+        now = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
+        require(now == keys, f"{methods} left attributes behind")
+        require(
+            all(case.transformer.get_submodule(n).processor is p for n, p in processors.items()),
+            f"{methods} left a processor behind",
+        )
+        require(not case.transformer._forward_pre_hooks, f"{methods} left a hook")
+
+
+def _check_full(case: _Case) -> None:
+    """Every call sent to the kernels with all tiles kept is dense attention, each call and the whole model."""
+    inputs = case.inputs(2)
+    with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
+        case.run(inputs)
+    for call in calls:
+        require_as_planned(call)
+    wide, inputs = case.wide(), _wide_inputs(inputs)
+    expected = case.run(inputs, transformer=wide)
+    with planned(wide, case.adapter):
+        require_same(case.run(inputs, transformer=wide), expected, "all tiles kept and dense differ")
+
+
+def _check_layout(case: _Case) -> None:
+    """A changed latent changes the one token that the grid says, and no text token."""
+    inputs = case.inputs(1)
+    with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
+
+        def values(latents: Tensor) -> Tensor:
+            calls.clear()
+            case.run({**inputs, "hidden_states": latents})
+            return calls[0].v[0].transpose(0, 1).flatten(1)
+
+        latents = inputs["hidden_states"]
+        still = values(latents)
+        frames, height, width, before, after = attachment._slot.grid
+        visual, hit = frames * height * width, set()
+        for axis in range(1, latents.ndim):
+            tokens = []
+            for index in range(latents.shape[axis]):
+                changed = latents.clone()
+                changed[tuple([0] * axis + [index] + [0] * (latents.ndim - axis - 1))] += 1.0
+                moved = (values(changed) != still).any(1).nonzero().flatten().tolist()
+                require(len(moved) == 1, f"latent {index} of axis {axis} moves the tokens {moved}, not one")
+                tokens.append(moved[0] - before)
+            if latents.ndim == 3:  # packed: further images may follow, as tokens that the grid counts as text
+                require(max(tokens) < visual + after, f"latents lie in token {max(tokens)}, behind all the grid counts")
+                tokens = [token for token in tokens if token < visual]
+            steps = {b - a for a, b in itertools.pairwise(tokens)} - {0}
+            require(
+                max(tokens) < visual, f"latents lie in token {max(tokens)}, the adapter counts {visual} visual tokens"
+            )
+            require(tokens[0] == 0, f"the first visual token is {tokens[0] + before}, the adapter says {before}")
+            require(
+                len(steps) < 2 and steps <= {1, width, height * width},
+                f"along axis {axis} the latents lie in the tokens {tokens}, not as in {attachment._slot.grid}",
+            )
+            hit.update(tokens)
+        require({width - 1, (height - 1) * width, (frames - 1) * height * width} <= hit, "the grid is larger than that")
+        require(len(still) <= before + visual + after, "the sequence is longer than the grid and its text")
+
+
+def _check_active(case: _Case) -> str | None:
+    """An active method changes the output, reaches every place once a forward, and keeps text exact."""
+    if not case.methods:
+        return "every method with a trial is refused"
+    inputs = case.inputs(2)
+    plain = case.run(inputs)
+    for trial in case.methods.values():
+        with attach(case.transformer, trial.active) as attachment, watched(attachment) as calls:
+            changed = case.run(inputs)
+            places, grid = attachment._session.places, attachment._slot.grid
+            report = attachment.report()
+            require(not torch.equal(changed, plain), f"{trial.active} changes nothing")
+            require(bool(changed.isfinite().all()), f"{trial.active} makes values that are not finite")
+            require([step.sparse_layers for step in report.steps] == [len(places)], "not every place was reached once")
+            require(report.sparse_density is not None and report.sparse_density < 1, "every tile was kept")
+            case.run(inputs, step=1)
+            case.run(case.inputs(1))
+            require(torch.equal(case.run(inputs), changed), "a run differs from the first after another batch")
+        for call in calls:
+            require(call.q.shape[2] == call.k.shape[2], "a call is no self-attention")
+            pairs = exact_pairs(call.plan, call.k.shape[2])
+            text = torch.ones(len(pairs), dtype=torch.bool)
+            text[grid[3] : grid[3] + grid[0] * grid[1] * grid[2]] = False
+            require(bool(pairs[text].all() & pairs[:, text].all()), "text tokens are not exact")
+            require_as_planned(call)
+    return None
+
+
+def _check_batch(case: _Case) -> None:
+    """Guidance in one batched call gives what two calls give, dense or not."""
+    wide, both = case.wide(), _wide_inputs(case.inputs(2))
+    for methods in ((), *((trial.active,) for trial in case.methods.values())):
+        with attach(wide, *methods, backend="reference"):
+            batched = case.run(both, branch="cond_uncond", transformer=wide)
+            for row, branch in enumerate(("uncond", "cond")):
+                alone = case.run(_rows(both, row, 2), branch=branch, transformer=wide)
+                require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+
+
+def _check_padding(case: _Case) -> str | None:
+    """What a mask hides has no influence on the video."""
+    names = set(inspect.signature(type(case.transformer).forward).parameters)
+    mask_name = next((n for n in ("encoder_attention_mask", "encoder_hidden_states_mask") if n in names), None)
+    inputs = _wide_inputs(case.inputs(2))
+    mask = inputs.get(mask_name or "")
+    if mask is None or bool(mask.bool().all()):
+        return "no text is masked"
+    other = dict(inputs)
+    hidden = ~mask.bool()[..., None]
+    other["encoder_hidden_states"] = torch.where(hidden, 3.0, inputs["encoder_hidden_states"])
+    wide = case.wide()
+    if not torch.equal(case.run(inputs, transformer=wide), case.run(other, transformer=wide)):
+        return "the untouched model lets padded text through"
+    for methods in ((), *((trial.active,) for trial in case.methods.values())):
+        with attach(wide, *methods, backend="reference"):
+            found = case.run(inputs, transformer=wide), case.run(other, transformer=wide)
+        require(torch.equal(*found), f"{methods}: padded text changes the output")
+    return None
+
+
+def _check_refused(case: _Case) -> str | None:
+    """A method that makes no sense here is refused with the reason, and nothing stays."""
+    if not case.adapter.refused:
+        return "nothing is refused"
+    for name, reason in case.adapter.refused.items():
+        config = next((config for config in METHODS if config.name == name), None)
+        if config is None:
+            raise AssertionError(f"the adapter refuses {name!r}, which is no method")
+        try:
+            attach(case.transformer, config())
+        except ConfigError as error:
+            require(reason in str(error), f"the refusal of {name} does not give the reason: {error}")
+        else:
+            raise AssertionError(f"{name} is refused by the adapter and was attached")
+        require(not case.transformer._forward_pre_hooks, f"the refusal of {name} left a hook")
+    return None
+
+
+def _check_compile(case: _Case) -> None:
+    """Blocks compile full-graph, to twice the graphs of the untouched model at most: dense and planned.
+
+    One kind of block makes one graph, or more where its inputs differ: in the first block they often are slices.
+    """
+    inputs = case.inputs(1)
+    with planned(case.transformer, case.adapter, _FromStepOne):
+        eager = [case.run(inputs, step) for step in range(2)]
+    with _compiled(case) as (transformer, graphs):
+        case.run(inputs, transformer=transformer)
+        untouched = graphs()
+    with _compiled(case) as (transformer, graphs), planned(transformer, case.adapter, _FromStepOne):
+        for step, expected in enumerate(eager):
+            torch.testing.assert_close(case.run(inputs, step, transformer=transformer), expected)
+        require(graphs() <= 2 * untouched, f"the blocks made {graphs()} graphs, the untouched ones {untouched}")
+
+
+@contextlib.contextmanager
+def _compiled(case: _Case) -> Iterator[tuple[Any, Callable[[], int]]]:
+    """Give a copy of the transformer with compiled blocks, and a counter of their graphs."""
+    from torch._dynamo.utils import counters
+
+    transformer = copy.deepcopy(case.transformer)
+    places = attention_modules(transformer, case.adapter)
+    for name in sorted({name.rpartition(".")[0] for name, _, _ in places}):
+        transformer.get_submodule(name).compile(fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        yield transformer, lambda: counters["stats"]["unique_graphs"]
+    finally:
+        torch._dynamo.reset()
+
+
+CHECKS: dict[str, Callable[[_Case], str | None]] = {
+    "places": _check_places,
+    "neutral": _check_neutral,
+    "full": _check_full,
+    "layout": _check_layout,
+    "active": _check_active,
+    "batch": _check_batch,
+    "padding": _check_padding,
+    "refused": _check_refused,
+    "compile": _check_compile,
+}
+"""Name -> check, in the order in which they run."""

@@ -1,0 +1,44 @@
+"""Stable Diffusion 3 and 3.5: the image first, then text, in one attention.
+
+The second attention of 3.5 medium's first blocks sees the image alone.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, latents_grid
+
+SD3_MEDIUM = Family(
+    name="sd3-medium",
+    repo="stabilityai/stable-diffusion-3-medium-diffusers",
+    layers=24,
+    heads=24,
+    head_dim=64,
+    ffn_dim=6144,
+    patch=(1, 2, 2),
+    vae=(1, 8),
+    text_tokens=77 + 256,  # CLIP and T5
+    height=1024,
+    width=1024,
+    num_frames=1,
+    num_inference_steps=28,
+)
+SD35_LARGE = replace(
+    SD3_MEDIUM,
+    name="sd3.5-large",
+    repo="stabilityai/stable-diffusion-3.5-large",
+    layers=38,
+    heads=38,
+    ffn_dim=9728,
+)
+
+SD3 = Adapter(
+    name="sd3",
+    transformers=("SD3Transformer2DModel",),
+    self_attention=("transformer_blocks.*.attn",),
+    side_attention=("transformer_blocks.*.attn2",),
+    grid=partial(latents_grid, frames_axis=None, text="after"),
+    ragged_text=True,
+    families=(SD3_MEDIUM, SD35_LARGE),
+    refused={"radial": ONE_FRAME},
+)

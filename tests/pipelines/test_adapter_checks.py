@@ -1,0 +1,103 @@
+"""Every adapter under the checks that its users get, and the checks against adapters that are wrong."""
+
+import dataclasses
+
+import pytest
+import tiny_models
+from dit_accel_pipelines import ADAPTERS as PACKAGED
+from dit_accel_pipelines.wan import WAN
+
+from dit_accel import registry
+from dit_accel.testing import CHECKS, check_adapter
+
+ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter.transformers}
+FAST = [name for name in CHECKS if name != "compile"]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_passes_every_check(name):
+    models = tiny_models.MODELS[name]
+    found = check_adapter(ADAPTERS[name], *models, only=FAST)
+    assert len(found) == len(models)
+    assert all(list(results) == FAST for results in found.values())
+    assert all(results[check] == "passed" for results in found.values() for check in ("places", "layout", "batch"))
+    masked = any("mask" in word for model in models for word in model.inputs(1))
+    assert all((results["padding"] == "passed") == masked for results in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "flux-kin"])  # its blocks are FLUX.1's
+def test_its_blocks_compile_full_graph(name):
+    check_adapter(ADAPTERS[name], tiny_models.MODELS[name][0], only=["compile"])
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Return a function that makes one adapter the only registered one."""
+
+    def only(adapter):
+        class Fake:
+            value = "stranger:ADAPTERS"
+
+            def load(self):
+                return (adapter,)
+
+        monkeypatch.setattr(registry, "entry_points", lambda group: [Fake()])
+        registry.adapters.cache_clear()
+        return adapter
+
+    yield only
+    monkeypatch.undo()
+    registry.adapters.cache_clear()
+
+
+def transposed(config, inputs):
+    frames, height, width = inputs["hidden_states"].shape[-3:]
+    return frames, width // 2, height // 2, 0, 0
+
+
+def framed_last(config, inputs):
+    frames, height, width = inputs["hidden_states"].shape[-3:]
+    return height // 2, width // 2, frames, 0, 0
+
+
+def with_text(before, after):
+    def grid(config, inputs):
+        frames, height, width = inputs["hidden_states"].shape[-3:]
+        return frames - 1, height // 2, width // 2, before, after
+
+    return grid
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(self_attention=("blocks.*.attn*",)), r"'places' failed: left_alone names modules of the adapter"),
+        (dict(self_attention=("blocks.0.attn1",)), r"'places' failed: neither the adapter nor left_alone names"),
+        (dict(self_attention=("blocks.*.attn1", "blocks.1.attn1")), r"'places' failed: patterns overlap"),
+        (dict(grid=transposed), r"'layout' failed: along axis 3 the latents lie in the tokens"),
+        (dict(grid=framed_last), r"'layout' failed: along axis"),
+        (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),
+        (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
+        (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
+        (dict(refused={"radial": "no reason"}), None),
+        (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is no method"),
+    ],
+)
+def test_a_wrong_adapter_fails_by_name(only, change, message):
+    adapter = only(dataclasses.replace(WAN, transformers=("WanTransformer3DModel",), **change))
+    if message is None:
+        found = check_adapter(adapter, tiny_models.WAN[0], only=FAST)["WanTransformer3DModel 0"]
+        assert found["active"] == "every method with a trial is refused"
+        assert found["refused"] == "passed"
+        return
+    with pytest.raises(AssertionError, match=rf"WanTransformer3DModel 0: check {message}"):
+        check_adapter(adapter, tiny_models.WAN[0], only=FAST)
+
+
+def test_what_is_missing_is_named(only):
+    with pytest.raises(AssertionError, match=r"adapter 'wan': no tiny model of ChronoEdit.*, WanVACE.* was given"):
+        check_adapter(WAN, tiny_models.WAN[0])
+    only(dataclasses.replace(WAN))
+    with pytest.raises(AssertionError, match="WanTransformer3DModel is registered for another adapter object"):
+        check_adapter(WAN, *tiny_models.WAN)

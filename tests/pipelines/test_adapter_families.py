@@ -1,0 +1,182 @@
+"""What is particular to a family: valid text row by row, rising timesteps, packed latents, what is refused."""
+
+import json
+
+import diffusers
+import pytest
+import tiny_models
+import torch
+from dit_accel_pipelines.hunyuan_video import HUNYUAN_VIDEO
+from dit_accel_pipelines.mochi import MOCHI
+from dit_accel_pipelines.sd3 import SD3
+
+import dit_accel
+from dit_accel import ConfigError, RadialAttention, UnsupportedModel
+from dit_accel.attachment import attention_modules
+from dit_accel.layout import TokenLayout
+from dit_accel.model_files import ModelFiles, read_model_files
+from dit_accel.testing import TRIALS, planned
+from dit_accel.watching import watched
+
+ACTIVE = TRIALS["radial"].active
+
+
+def build(model) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return model.transformer(**model.config).eval()
+
+
+def run(transformer, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return transformer(**inputs, return_dict=False)[0]
+
+
+def test_mochi_plans_each_row_with_its_own_valid_text():
+    (model,) = tiny_models.MOCHI
+    transformer, inputs = build(model), model.inputs(2)
+    with dit_accel.attach(transformer, ACTIVE) as attachment, watched(attachment) as calls:
+        run(transformer, inputs)
+        report = attachment.report()
+    valid = [224 + int(row) for row in inputs["encoder_attention_mask"].sum(1)]
+    assert [call.q.shape[2] for call in calls] == valid * 3
+    assert [step.sparse_layers for step in report.steps] == [3]
+    with dit_accel.attach(transformer, ACTIVE) as attachment:
+        inputs["encoder_attention_mask"][:] = True
+        run(transformer, inputs)
+        assert attachment.report().sparse_density == pytest.approx(
+            ACTIVE.tiles(TokenLayout(frames=7, height=4, width=8, text_after=6)).density
+        )
+
+
+def test_mochi_counts_its_rising_timesteps():
+    (model,) = tiny_models.MOCHI
+    transformer = build(model)
+    with dit_accel.attach(transformer, ACTIVE) as attachment:
+        for timestep, counted in ((0.0, [0]), (100.0, [0, 1]), (600.0, [0, 1, 2]), (0.0, [0])):
+            with transformer.cache_context("cond_uncond"):
+                run(transformer, {**model.inputs(1), "timestep": torch.tensor([timestep])})
+            assert [step.step_index for step in attachment.report().steps] == counted
+
+
+def test_a_sequence_of_another_length_is_refused_where_text_is_ragged():
+    (model,) = tiny_models.MOCHI
+    transformer = build(model)
+    with dit_accel.attach(transformer, ACTIVE) as attachment:
+        attachment._slot.grid = (7, 4, 8, 0, 6)
+        q = torch.zeros(1, 2, 223, 16)
+        with pytest.raises(ConfigError, match="layer 0 attends over 223 tokens, the adapter 'mochi' reads"):
+            attachment._session.plan(0, q, q, attachment._slot.grid, "bhsd", False)
+
+
+def test_hunyuan_video_hides_padded_text_from_every_key():
+    model = tiny_models.HUNYUAN[0]
+    transformer, inputs = build(model), model.inputs(2)
+    with dit_accel.attach(transformer, ACTIVE) as attachment, watched(attachment) as calls:
+        run(transformer, inputs)
+    assert len(calls) == 4
+    for call in calls:
+        assert call.mask is not None
+        assert call.mask.reshape(2, -1).sum(1).tolist() == [229, 228]
+
+
+def test_ltx_refuses_tokens_without_a_grid():
+    (model,) = tiny_models.LTX
+    transformer, inputs = build(model), model.inputs(1)
+    sizes = dict.fromkeys(("num_frames", "height", "width"))
+    inputs = {**inputs, **sizes, "video_coords": torch.rand(1, 3, 224)}
+    plain = run(transformer, inputs)
+    with (
+        dit_accel.attach(transformer, ACTIVE),
+        pytest.raises(ConfigError, match="LTX places its tokens by video_coords here"),
+    ):
+        run(transformer, inputs)
+    assert torch.equal(run(transformer, inputs), plain)
+
+
+def test_released_sizes_are_recognised_over_both_block_lists(tmp_path):
+    config = dict(num_layers=20, num_single_layers=40, num_attention_heads=24, attention_head_dim=128)
+    assert HUNYUAN_VIDEO.family(config).name == "hunyuan-video"
+    assert HUNYUAN_VIDEO.recipe("radial", None)["sink"] is False
+    assert MOCHI.family(dict(num_layers=48, num_attention_heads=24, attention_head_dim=128)).name == "mochi-1"
+    full = dict(config, _class_name="HunyuanVideoTransformer3DModel", patch_size=2, patch_size_t=1)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"transformer": ["diffusers", "x"], "vae": ["diffusers", "x"]})
+    )
+    (tmp_path / "transformer/config.json").write_text(json.dumps(full))
+    (tmp_path / "vae/config.json").write_text("{}")
+    adapter, family = read_model_files(str(tmp_path)).identify()
+    assert adapter is HUNYUAN_VIDEO
+    assert (family.layers, family.patch, family.ffn_dim) == (60, (1, 2, 2), 12288)
+
+
+def test_describe_tells_the_layers_of_every_list():
+    described = dit_accel.describe(build(tiny_models.HUNYUAN[0])).transformers[0]
+    assert (described.layers, described.heads, described.adapter) == (4, 2, "hunyuan-video")
+    assert described.methods["radial"]["decay_factor"] == 0.95
+
+
+def test_the_classes_of_a_family_are_diffusers_own():
+    for name, models in tiny_models.MODELS.items():
+        adapter = dit_accel.registry.adapters()[name]
+        assert {model.transformer for model in models} == {getattr(diffusers, cls) for cls in adapter.transformers}
+
+
+def test_dense_layers_count_over_both_block_lists():
+    model = tiny_models.HUNYUAN[0]
+    transformer = build(model)
+    config = RadialAttention(block_size=16, dense_steps=0, dense_layers=3)
+    with dit_accel.attach(transformer, config) as attachment:
+        run(transformer, model.inputs(1))
+        assert [(s.dense_layers, s.sparse_layers) for s in attachment.report().steps] == [(3, 1)]
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen-image"])
+def test_images_take_an_attachment_and_refuse_radial(name):
+    model = tiny_models.MODELS[name][-1]
+    transformer, inputs = build(model), model.inputs(2)
+    plain = run(transformer, inputs)
+    with pytest.raises(ConfigError, match=f"radial makes no sense on {name}: an image is one frame"):
+        dit_accel.attach(transformer, RadialAttention())
+    with dit_accel.attach(transformer) as attachment:
+        assert torch.equal(run(transformer, inputs), plain)
+        assert attachment.report().density == 1.0
+        frames, height, width, before, after = attachment._slot.grid
+    assert frames * height * width == 20
+    assert (before, after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
+    described = dit_accel.describe(transformer).transformers[0]
+    assert described.refused == {"radial": "an image is one frame, of which the mask keeps everything"}
+    assert described.methods == {}
+
+
+def test_the_second_attention_of_sd3_sees_the_image_alone():
+    model = tiny_models.SD3[1]
+    transformer = build(model)
+    names = [(name, depth) for name, _, depth in attention_modules(transformer, SD3)]
+    assert names == [
+        *((f"transformer_blocks.{block}.attn", block) for block in range(3)),
+        *((f"transformer_blocks.{block}.attn2", block) for block in range(2)),
+    ]
+    with planned(transformer, SD3) as attachment, watched(attachment) as calls:
+        run(transformer, model.inputs(1))
+    assert [call.q.shape[2] for call in calls] == [26, 20, 26, 20, 26]
+
+
+def test_steps_are_counted_where_no_context_is_opened():
+    model = tiny_models.SD3[0]
+    transformer = build(model)
+    assert not hasattr(transformer, "cache_context")
+    with dit_accel.attach(transformer) as attachment:
+        for timestep in (900.0, 500.0):
+            run(transformer, {**model.inputs(1), "timestep": torch.tensor([timestep])})
+        assert [step.step_index for step in attachment.report().steps] == [0, 1]
+    assert not hasattr(transformer, "cache_context")
+
+
+def test_a_family_without_sizes_cannot_be_planned():
+    index = {"transformer": ["diffusers", "x"]}
+    config = {"_class_name": "OvisImageTransformer2DModel"}
+    files = ModelFiles(name="some/model", index=index, transformer=config, vae={})
+    with pytest.raises(UnsupportedModel, match="some/model is of flux-kin, whose sizes are not known; plan with --fam"):
+        files.identify()

@@ -1,0 +1,54 @@
+"""Each video family's own pipeline, generating end to end with every method that applies, and telling what ran.
+
+Wan's is in `test_attach_wan`.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_pipelines import PIPELINES, generate
+
+import dit_accel
+from dit_accel.testing import TRIALS
+
+CONFIG = dataclasses.replace(TRIALS["radial"].active, dense_steps=1, dense_layers=1)
+BRANCHES = {"hunyuan-video": ["cond", "uncond"], "mochi": ["cond_uncond"], "cogvideox": ["cond_uncond"]}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_generates_with_radial_and_reports_it(name):
+    pipe, call = PIPELINES[name]()
+    plain = generate(pipe, call)
+    latents = generate(pipe, call, output_type="latent")
+    assert plain.shape[:2] == (1, call["num_frames"])
+    with dit_accel.attach(pipe, TRIALS["radial"].neutral) as attachment:
+        assert torch.equal(generate(pipe, call, output_type="latent"), latents)
+        assert attachment.report().density == 1.0
+    with dit_accel.attach(pipe, CONFIG) as attachment:
+        sparse = generate(pipe, call)
+        report = attachment.report()
+        print(f"{name}\n{report}")
+        assert torch.equal(generate(pipe, call), sparse)
+        assert attachment.report() == report
+    assert sparse.isfinite().all()
+    assert not torch.equal(sparse, plain)
+    assert torch.equal(generate(pipe, call, output_type="latent"), latents)
+
+    branches = BRANCHES.get(name, ["cond_uncond"])
+    layers = len(attachment._session.places)
+    assert [(s.step_index, s.branch, s.dense_layers, s.sparse_layers) for s in report.steps] == [
+        (step, branch, 1 if step else layers, layers - 1 if step else 0) for step in range(4) for branch in branches
+    ]
+    assert report.sparse_density < 0.8
+    assert report.model == {"transformer": f"{name}, sizes of no released model"}
+    assert f"attention calls: {len(branches) * (layers + 3)} dense, {len(branches) * 3 * (layers - 1)} sparse" in str(
+        report
+    )
+
+
+def test_every_video_family_has_a_pipeline():
+    video = {
+        name for name, adapter in dit_accel.registry.adapters().items() if adapter.verdict("radial")[0] == "supported"
+    }
+    assert video == {"wan", *PIPELINES}
