@@ -1,9 +1,11 @@
-"""Writes the README's tables from the committed JSON lines: `python -m dit_accel_eval.readme` in the project's root."""
+"""Writes the README's tables from adapters and committed JSON lines: `python -m dit_accel_eval.readme` in the root."""
 
 import argparse
 import re
 from pathlib import Path
 from typing import Any
+
+from dit_accel.registry import adapters, methods
 
 from .compare import read_lines, table
 from .suite import read_suite
@@ -23,7 +25,7 @@ def filled(root: Path) -> str:
         ValueError: if a mark is missing.
     """
     text = (root / "README.md").read_text()
-    for mark, content in (("quality", _quality(root)), ("speed", _speed(root))):
+    for mark, content in (("models", _models()), ("quality", _quality(root)), ("speed", _speed(root))):
         text, count = re.subn(
             rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
         )
@@ -36,6 +38,20 @@ def main() -> None:
     """Rewrite README.md in the current folder."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     Path("README.md").write_text(filled(Path()))
+
+
+def _models() -> str:
+    """Family x method, read off the adapters that are registered."""
+    names = list(methods())
+    head = [*("family", "transformer classes"), *(f"`{name}`" for name in names)]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    reasons: dict[str, None] = {}
+    for adapter in adapters().values():
+        verdicts = [adapter.verdict(name) for name in names]
+        reasons |= dict.fromkeys(f"{word}: {why}." for word, why in verdicts if why)
+        classes = ", ".join(f"`{name}`" for name in adapter.transformers)
+        rows.append(f"| {adapter.name} | {classes} | {' | '.join(word for word, _ in verdicts)} |")
+    return "\n".join([*rows, "", *(reason[0].upper() + reason[1:] for reason in reasons)])
 
 
 def _quality(root: Path) -> str:
