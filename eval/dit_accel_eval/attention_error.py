@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -148,7 +149,7 @@ def observed(observer: Observer) -> Iterator[None]:
     """Show the queries, keys and values of every self-attention call of a Wan transformer to ``observer``."""
     original = transformer_wan.dispatch_attention_fn
 
-    def dispatch(query: Tensor, key: Tensor, value: Tensor, *args: object, **options: object) -> Tensor:
+    def dispatch(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         if query.shape[1] == key.shape[1]:
             observer(query, key, value)
         return original(query, key, value, *args, **options)
