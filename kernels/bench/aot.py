@@ -1,8 +1,9 @@
 """Compile every Triton kernel variant for six GPU targets without a GPU, and tabulate what the compilers made of it.
 
-`python kernels/bench/aot.py --out aot.jsonl` compiles all variants of all `triton_*` modules of the package, in parallel
-processes, prints one row each (registers, spills, shared memory, blocks an SM, hot loop) and appends JSON lines. Exits
-with 1 if a variant fails to compile, spills, or asks for more shared memory than its target has.
+`python kernels/bench/aot.py --out aot.jsonl` compiles all variants of all `triton_*` modules of the package, in
+parallel processes, prints one row each (registers, spills, shared memory, blocks an SM, hot loop) and writes JSON
+lines. Exits with 1 if a variant fails to compile, spills, asks for more shared memory than its target has, or has in
+the hot loop of full tiles what should not be there.
 """
 
 from __future__ import annotations
@@ -217,9 +218,8 @@ def main() -> None:
         raise SystemExit(f"no variant matches --match {args.match!r}: try --match ''")
     order = {task[1:]: i for i, task in enumerate(todo)}
     records = sorted(run(todo, args.jobs), key=lambda r: order[r["variant"], r["target"]])
-    table = Table(
-        *COLUMNS, title="select: IR / machine; masked: IR; tensor to instr: one warp, one turn of the hot loop"
-    )
+    title = "masked: IR; select: IR/machine; tensor ... instr: instructions of one warp in one turn of the hot loop"
+    table = Table(*COLUMNS, title=title)
     for record in records:
         table.add_row(*row(record))
     Console(width=200).print(table)

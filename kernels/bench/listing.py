@@ -3,15 +3,14 @@
 The hot loop of machine code: a loop is a branch to an earlier address together with everything from that address to the
 branch; it counts if it holds tensor-core instructions and no program exit (blocks that wait on barriers are laid out
 behind the exit and jump back: those are no loops), and only if no other such loop lies inside it. The hot loop of IR:
-an `scf.for` or `scf.while` with a `tt.dot` and no loop with one inside. A kernel with several (pooled columns apart from
-exact tiles) has its full tiles in the one with the fewest masked loads, then the fewest selects, then the most work.
+an `scf.for` or `scf.while` with a `tt.dot` and no loop with one inside. A kernel with several (pooled columns apart
+from exact tiles) has its full tiles in the one with the fewest masked loads, then the fewest selects, then the most
+work. A kernel without any tensor-core instruction (fp32 products) is read by its fused multiply-adds instead.
 
-A kernel without any tensor-core instruction (fp32 products) is read the same way with fused multiply-adds in their place.
-
-Why IR as well: the software pipeliner guards every asynchronous copy with the loop's bound, so that in SASS even a plain
-load carries a predicate. In IR a masked load is one with a mask operand and nothing else is. In SASS the difference
-still shows: all copies of one plain load share one guard, those of a masked load have one each; hence `guards`, the
-distinct predicates on loads, which must not exceed the number of IR loads.
+Why IR as well: the software pipeliner guards every asynchronous copy with the loop's bound, so that in SASS even a
+plain load carries a predicate. In IR a masked load is one with a mask operand and nothing else is. In SASS the
+difference still shows: all copies of one plain load share one guard, those of a masked load have one each; hence
+`guards`, the distinct predicates on loads, which must not exceed the number of IR loads.
 """
 
 from __future__ import annotations
@@ -67,10 +66,11 @@ def read_amdgcn(text: str) -> list[Instruction]:
         match = _AMD.match(line)
         if match:
             lines.append((match.group(1), match.group(2).strip()))
+    jumps = ("s_cbranch", "s_branch")
     return [
-        Instruction(i, "", opcode, operands, labels.get(operands) if opcode.startswith(("s_cbranch", "s_branch")) else None)
+        Instruction(i, "", opcode, operands, labels.get(operands) if opcode.startswith(jumps) else None)
         for i, (opcode, operands) in enumerate(lines)
-    ]  # fmt: skip
+    ]
 
 
 def is_tensor(instruction: Instruction) -> str:

@@ -1,4 +1,4 @@
-"""Compiled kernels are read right, and every kernel variant compiles for six GPUs without one, as the design demands."""
+"""Compiled kernels are read right, and kernel variants compile for six GPUs without one, as the design demands."""
 
 import json
 import os

@@ -13,7 +13,7 @@ def toy_fwd_kernel(a_ptr, b_ptr, c_ptr, n, BLOCK: tl.constexpr, MASK: tl.constex
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for tile in range(0, n):
         tile_ptr = b_ptr + tile * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :]
-        if MASK:
+        if MASK:  # noqa: SIM108
             b = tl.load(tile_ptr, mask=(tile * BLOCK + i < n)[:, None], other=0.0)
         else:
             b = tl.load(tile_ptr)
