@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel_kernels import backward, flex_backend, reference, torch_backend
+from dit_accel_kernels import backward, flex_backend, reference, torch_backend, triton_support
 from dit_accel_kernels.checks import check_arguments
+from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay, Problem
 from dit_accel_kernels.tiles import TileLists
 
-BACKENDS = ("auto", "torch", "flex", "reference")
+BACKENDS = ("auto", "triton", "torch", "flex", "reference")
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor exact_offsets, Tensor exact_indices, Tensor? pooled_offsets, "
@@ -60,7 +64,7 @@ def block_sparse_attention(
         identity_rows: bool [S], the tokens that identity_mix touches; all by default.
         return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
             (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
-        backend: "auto", "torch", "flex" or "reference"; a named one runs or raises. Gradients come from the
+        backend: "auto", "triton", "torch", "flex" or "reference"; a named one runs or raises. Gradients come from the
             torch backend's recomputation, except with "reference", which autograd differentiates.
 
     Raises:
@@ -137,10 +141,25 @@ def _pack(
     )  # fmt: skip
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """What "auto" means here: the torch backend on every device, today."""
-    del device
-    return "torch" if backend == "auto" else backend
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None
+) -> str:
+    """What "auto" means here: triton on CUDA, ROCm and XPU devices that can run it, torch otherwise.
+
+    Triton needs its package, bfloat16, float16 or float32, a head dim that is a multiple of 8 up to 256 and, on NVIDIA,
+    compute capability 8.0. `dtype` and `dim` None stand for any that it supports. A named backend is returned as it is.
+    """
+    if backend != "auto":
+        return backend
+    fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
+    return "triton" if fits else "torch"
+
+
+def _triton() -> ModuleType:
+    """The triton backend, imported on first use: importing this package must not import triton."""
+    if importlib.util.find_spec("triton") is None:
+        raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
+    return importlib.import_module("dit_accel_kernels.triton_backend")
 
 
 def _problem(
@@ -149,25 +168,17 @@ def _problem(
     head_scale: Tensor | None, key_length: Tensor | None, key_mask: Tensor | None, decay_table: Tensor | None,
     q_frames: Tensor | None, k_frames: Tensor | None, token_order: Tensor | None,
 ) -> Problem:  # fmt: skip
-    """The call in [B, H, S, D] and tiled token order."""
-    valid = key_mask
-    if key_length is not None:
-        prefix = torch.arange(k.shape[2 if heads_first else 1], device=k.device) < key_length[:, None]
-        valid = prefix if valid is None else valid & prefix
+    """The call in [B, H, S, D] and the caller's token order."""
     decay = None
     if decay_table is not None and q_frames is not None and k_frames is not None:
         decay = (decay_table, q_frames, k_frames)
     if not heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if token_order is not None:
-        q, k, v = (x.index_select(2, token_order) for x in (q, k, v))
-        valid = None if valid is None else valid.index_select(1, token_order)
-        decay = None if decay is None else (decay[0], decay[1][token_order], decay[2][token_order])
     return Problem(
         q=q, k=k, v=v, exact_offsets=exact_offsets, exact_indices=exact_indices, pooled_offsets=pooled_offsets,
         pooled_indices=pooled_indices, block_q=block_q, block_k=block_k, logit_scale=scale,
         head_scale=None if head_scale is None else head_scale.float().reshape(-1, q.shape[1]),
-        key_valid=valid, decay=decay,
+        key_valid=None, decay=decay, token_order=token_order, key_length=key_length, key_mask=key_mask,
     )  # fmt: skip
 
 
@@ -190,15 +201,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     heads_first, token_order = rest[6], rest[14]
     identity_mix, identity_rows, return_lse, backend = rest[15:]
     problem = _problem(q, k, v, *rest[:15])
-    name = resolve_backend(backend, q.device)
-    if name == "reference":
-        out, lse = reference.attend(problem)
+    name = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
+    if name == "triton":
+        out, lse = _triton().attend(problem, need_lse=return_lse)  # reads and writes rows in the caller's order
+    elif name == "reference":
+        out, lse = reference.attend(problem.tiled())
         lse = lse if return_lse else lse.new_empty(0)
     elif name == "flex":
-        out, lse = flex_backend.attend(problem, need_lse=return_lse)
+        out, lse = flex_backend.attend(problem.tiled(), need_lse=return_lse)
     else:
-        out, lse = torch_backend.attend(problem, need_lse=return_lse)
-    if token_order is not None:
+        out, lse = torch_backend.attend(problem.tiled(), need_lse=return_lse)
+    if token_order is not None and name != "triton":
         out = torch.empty_like(out).index_copy_(2, token_order, out)
         lse = torch.empty_like(lse).index_copy_(2, token_order, lse) if return_lse else lse
     if not heads_first:
@@ -221,7 +234,7 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v
     """Gradients of q, k and v of one packed call, in their layout."""
     heads_first, token_order = rest[6], rest[14]
     identity_mix, identity_rows = rest[15:17]
-    problem = _problem(q, k, v, *rest[:15])
+    problem = _problem(q, k, v, *rest[:15]).tiled()
     w = mix_weight(identity_mix, identity_rows, heads_first, grad_out.dtype)
     grad_mixed = None
     if w is not None:

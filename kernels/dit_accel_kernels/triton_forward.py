@@ -1,0 +1,203 @@
+"""The forward kernel: one program attends one block row (or a part of it) over its exact and pooled key tiles.
+
+Tiles come sorted into three sections of a row's list (triton_plan.py): *plain* ones, whose loop neither masks nor
+branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
+Pooled tiles come first: a chunk of them is one product on the full query rows, with log2 of the true length added to
+the logit. All share one running maximum and one row sum. Logits are in base 2; sums are float32; addresses are 64-bit.
+Head dims that are no power of 2 are cut into two column parts (96 = 64 + 32), the second padded where it must be.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_part(
+    ptr, rows, live, stride, MASKED: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
+    """Columns START..START + WIDTH of some rows; zero beyond DIM and, if MASKED, in rows that are not live."""
+    columns = START + tl.arange(0, WIDTH)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask=live[:, None] & (columns < DIM)[None, :], other=0.0)
+    if START + WIDTH > DIM:
+        return tl.load(ptrs, mask=(columns < DIM)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _load(ptr, rows, live, stride, MASKED: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Some rows of a [*, DIM] matrix as two column parts; the second is a dummy where D2 = 0."""
+    a = _load_part(ptr, rows, live, stride, MASKED, 0, D1, DIM)
+    return a, _load_part(ptr, rows, live, stride, MASKED, D1, D2, DIM) if D2 > 0 else 0.0
+
+
+@triton.jit
+def _products(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """Raw logits of query rows and keys."""
+    x = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+    if D2 > 0:
+        x = tl.dot(q2, tl.trans(k2), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def _add(p, alpha, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """Row sum and accumulators after one more chunk with weights p; what came before shrinks by alpha."""
+    total = total * alpha + tl.sum(p, 1)
+    p = p.to(v1.dtype)
+    acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
+    if D2 > 0:
+        acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision=PRECISION)
+    return total, acc1, acc2
+
+
+@triton.jit
+def _add_masked(x, m, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """One more chunk of base-2 logits x, where some rows may hold nothing but -inf, so far and in x."""
+    m_new = tl.maximum(m, tl.max(x, 1))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    total, acc1, acc2 = _add(tl.exp2(x - base[:, None]), tl.exp2(m - base), total, acc1, acc2, v1, v2, D2, PRECISION)
+    return m_new, total, acc1, acc2
+
+
+@triton.jit
+def _store_part(ptr, rows, live, stride, value, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    columns = START + tl.arange(0, WIDTH)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=live[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
+def _key_rows(
+    position, indices_ptr, token_order_ptr, SUBS_K: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr
+):
+    """Rows of K and V that hold one chunk of the flattened list."""
+    token = tl.load(indices_ptr + position // SUBS_K) * TILE_K + position % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    return token if token_order_ptr is None else tl.load(token_order_ptr + token)
+
+
+@triton.jit
+def _fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # [B, H, S, D] by strides; lse [B, H, S_q] or None
+    indices_ptr, bounds_ptr, row_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
+    token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
+    table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
+    pooled_indices_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # [nnz], [B, HK, NK, D] twice, [B or 1, NK], or None
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb, stride_lb,
+    num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale, step,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and LSE of one part of one block row; `step` is 1 or -1, the direction in which lists are visited."""
+    SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
+    SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
+    lane = tl.program_id(0) // (rows * SUBS_Q)
+    part = tl.program_id(0) % (rows * SUBS_Q)
+    b, h = lane // heads, lane % heads
+    hk = h // (heads // key_heads)
+    group = (b * stride_gb + h * stride_gh).to(tl.int64) * rows
+    row = tl.load(row_order_ptr + group + part // SUBS_Q)
+    bounds_ptr += (group + row) * 6
+    start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+    end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
+    batch = b.to(tl.int64)
+    k_ptr += batch * stride_kb + hk.to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + hk.to(tl.int64) * stride_vh
+
+    place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    token = row * TILE_Q + place
+    live = (place < TILE_Q) & (token < num_q)
+    q_row = token
+    if token_order_ptr is not None:
+        q_row = tl.load(token_order_ptr + token, mask=live, other=0)
+    q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
+    q1, q2 = _load(q_ptr, q_row, live, stride_qs, True, DIM, D1, D2)
+    if head_scale_ptr is not None:
+        scale *= tl.load(head_scale_ptr + b * stride_hb + h)
+    sign = tl.where(scale < 0, -1.0, 1.0)  # the plain loop needs max(scale * x) = scale * max(x)
+    scale *= sign
+    q1 = (q1.to(tl.float32) * sign).to(q1.dtype)
+    if D2 > 0:
+        q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
+    if table_ptr is not None:
+        q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+
+    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
+    acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
+
+    if pooled_indices_ptr is not None:
+        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
+        means = (batch * key_heads + hk) * key_tiles * DIM
+        for n in tl.range(pooled_start, pooled_end, BLOCK_K):
+            entry = n + tl.arange(0, BLOCK_K)
+            tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
+            length = tl.load(length_ptr + b * stride_lb + tile, mask=entry < pooled_end, other=0.0)
+            k1, k2 = _load(k_mean_ptr + means, tile, length > 0, DIM, True, DIM, D1, D2)
+            v1, v2 = _load(v_mean_ptr + means, tile, length > 0, DIM, True, DIM, D1, D2)
+            x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+            if pooled_t_ptr is not None:
+                x = tl.minimum(x, x * tl.load(pooled_t_ptr + (q_frame[:, None] + 1) * key_tiles + tile[None, :]))
+            x = tl.where((length > 0)[None, :], x + tl.log2(length)[None, :], float("-inf"))
+            m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+
+    origin = start * SUBS_K if step > 0 else end_plain * SUBS_K - 1
+    for n in tl.range(0, (end_plain - start) * SUBS_K):
+        k_row = _key_rows(origin + n * step, indices_ptr, token_order_ptr, SUBS_K, BLOCK_K, TILE_K)
+        k1, k2 = _load(k_ptr, k_row, k_row, stride_ks, False, DIM, D1, D2)
+        v1, v2 = _load(v_ptr, k_row, k_row, stride_vs, False, DIM, D1, D2)
+        x = _products(q1, q2, k1, k2, D2, PRECISION)
+        m_new = tl.maximum(m, tl.max(x, 1) * scale)
+        p = tl.exp2(x * scale - m_new[:, None])
+        total, acc1, acc2 = _add(p, tl.exp2(m - m_new), total, acc1, acc2, v1, v2, D2, PRECISION)
+        m = m_new
+
+    if entry_t_ptr is not None:
+        origin = end_plain * SUBS_K if step > 0 else end_constant * SUBS_K - 1
+        for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
+            k_row = _key_rows(origin + n * step, indices_ptr, token_order_ptr, SUBS_K, BLOCK_K, TILE_K)
+            k1, k2 = _load(k_ptr, k_row, k_row, stride_ks, False, DIM, D1, D2)
+            v1, v2 = _load(v_ptr, k_row, k_row, stride_vs, False, DIM, D1, D2)
+            low = scale * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
+            x = _products(q1, q2, k1, k2, D2, PRECISION)
+            top = tl.max(x, 1)  # min(s x, t s x) rises with x
+            m_new = tl.maximum(m, tl.minimum(top * scale, top * low))
+            p = tl.exp2(tl.minimum(x * scale - m_new[:, None], x * low - m_new[:, None]))
+            total, acc1, acc2 = _add(p, tl.exp2(m - m_new), total, acc1, acc2, v1, v2, D2, PRECISION)
+            m = m_new
+
+    origin = end_constant * SUBS_K if step > 0 else end_slow * SUBS_K - 1
+    for n in tl.range(0, (end_slow - end_constant) * SUBS_K, num_stages=1):
+        position = origin + n * step
+        k_place = position % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+        key = tl.load(indices_ptr + position // SUBS_K) * TILE_K + k_place
+        here = (k_place < TILE_K) & (key < num_k)
+        if valid_ptr is not None:
+            here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
+        k_row = key
+        if token_order_ptr is not None:
+            k_row = tl.load(token_order_ptr + key, mask=here, other=0)
+        k1, k2 = _load(k_ptr, k_row, here, stride_ks, True, DIM, D1, D2)
+        v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM, D1, D2)
+        x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+        if table_ptr is not None:
+            k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
+            distance = tl.minimum(tl.abs(q_frame[:, None] - k_frame[None, :]), table_last)
+            inside = (q_frame >= 0)[:, None] & (k_frame >= 0)[None, :]
+            x = tl.minimum(x, x * tl.load(table_ptr + distance, mask=inside, other=1.0))
+        x = tl.where(here[None, :], x, float("-inf"))
+        m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+
+    weight = 1.0 / tl.where(total > 0, total, 1.0)
+    out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
+    _store_part(out_ptr, q_row, live, stride_os, acc1 * weight[:, None], 0, D1, DIM)
+    if D2 > 0:
+        _store_part(out_ptr, q_row, live, stride_os, acc2 * weight[:, None], D1, D2, DIM)
+    if lse_ptr is not None:
+        lse = tl.where(total > 0, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        tl.store(lse_ptr + lane.to(tl.int64) * num_q + q_row, lse, mask=live)
