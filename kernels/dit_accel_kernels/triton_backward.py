@@ -1,0 +1,191 @@
+"""Gradients through tile lists on Triton: of Q along block rows, of K and V along key tiles, without atomics.
+
+Four launches. A pre-pass forms delta = sum(out * grad_out) - grad_lse for every query row. One program then owns a
+block of rows of grad_q, and another a block of rows of grad_k and grad_v, summing over the query heads that share its
+key head: every number is written once, by one program that adds in a fixed order, so gradients are deterministic by
+construction. Pooled columns get their gradients in a kernel of their own, 32 tiles at a time over a bitmap of the
+lists; where grad_k and grad_v are written they are spread over the tile's valid tokens by its true length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from dit_accel_kernels.features import Problem
+from dit_accel_kernels.triton_backend import LOG2_E, check, key_block, on_device, precision, query_block
+from dit_accel_kernels.triton_backward_kernels import _delta_kernel, _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
+from dit_accel_kernels.triton_plan import RowPlan, row_plan
+from dit_accel_kernels.triton_pool import pool
+from dit_accel_kernels.triton_transpose import WORD, ColumnPlan, column_plan
+
+DELTA_ROWS = 64  # query rows of a program of the pre-pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Sizes of one kernel: rows of Q and of K in a chunk (at most a tile), warps, pipeline stages."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def sizes(dtype: torch.dtype, dim: int) -> tuple[Sizes, Sizes, Sizes]:
+    """Sizes of the kernels of grad_q, of grad_k and grad_v, and of the pooled columns, for a dtype and head dim."""
+    if dtype == torch.float32:
+        small = Sizes(block_q=32, block_k=32, num_warps=4, num_stages=1)
+        return small, small, small
+    dq = Sizes(block_q=128, block_k=64, num_warps=8, num_stages=2)
+    dkdv = Sizes(block_q=64, block_k=128, num_warps=8, num_stages=2)
+    return dq, dkdv, Sizes(block_q=64, block_k=WORD, num_warps=4, num_stages=1)
+
+
+def attend_backward(
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, laid out like them, in the problem's token order (tiled, or that of `token_order`).
+
+    Args:
+        problem: the call, as the forward got it.
+        out: its output [B, H, S_q, D], in q's dtype.
+        lse: its natural-log LSE, float32 [B, H, S_q].
+        grad_out: gradient of the output, like out.
+        grad_lse: gradient of the LSE, float32 [B, H, S_q]; None: not used.
+
+    Raises:
+        BackendUnavailableError: this machine or this call is out of the kernels' reach.
+    """
+    check(problem)
+    q, k, v, out, grad_out = (_rows(x) for x in (problem.q, problem.k, problem.v, out, grad_out))
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    dq, dkdv, pooled = sizes(q.dtype, q.shape[-1])
+    with on_device(q.device):
+        base, delta = _delta(out, lse, grad_out, grad_lse)
+        block_k, whole_k = key_block(problem.block_k, dq.block_k)
+        rows = row_plan(problem, whole_chunks=whole_k)
+        means: tuple[Tensor | None, ...] = (None, None, None)
+        if problem.pooled_indices is not None:
+            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=rows.valid)
+        shared = (q, k, v, grad_out, base, delta)
+        _query_grad(problem, rows, shared, means, grads[0], dq, block_k)
+        block_q, whole_q = key_block(problem.block_q, dkdv.block_q)
+        columns = column_plan(problem, whole_chunks=whole_q)
+        mean_grads = _pooled_grads(problem, rows, columns, shared, means, pooled)
+        _key_grads(problem, rows, columns, shared, mean_grads, grads[1:], dkdv, block_q)
+    return grads[0], grads[1], grads[2]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor with contiguous rows, copied only if they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _delta(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """LSE in the kernels' base, +inf for empty rows, and delta: float32 [B, H, S_q]."""
+    batch, heads, tokens, dim = out.shape
+    base, delta = (torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device) for _ in range(2))
+    _delta_kernel[(batch * heads * triton.cdiv(tokens, DELTA_ROWS),)](
+        out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), delta, base,
+        *out.stride()[:3], *grad_out.stride()[:3], heads, tokens,
+        BLOCK=DELTA_ROWS, DIM=dim, BLOCK_D=column_block(dim), num_warps=4,
+    )  # fmt: skip
+    return base, delta
+
+
+def column_block(dim: int) -> int:
+    """Columns of a chunk: a power of 2 of at least 16 that covers the head dim."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _scale_stride(problem: Problem) -> int:
+    """Stride of the batch in head_scale [B or 1, H]."""
+    return 0 if problem.head_scale is None or problem.head_scale.shape[0] == 1 else problem.q.shape[1]
+
+
+def _scale(problem: Problem) -> float:
+    """Logit scale in the kernels' base: natural in float32, else 2."""
+    return problem.logit_scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
+
+
+def _list_strides(problem: Problem, heads: int) -> tuple[int, int]:
+    """Strides of batch and head over the list sets, where `heads` make up a batch."""
+    groups = problem.exact_offsets.shape[0]
+    return (0, 0) if groups == 1 else ((heads, 1) if groups == problem.q.shape[0] * problem.q.shape[1] else (0, 1))
+
+
+def _query_grad(
+    problem: Problem, plan: RowPlan, shared: tuple[Tensor, ...], means: tuple[Tensor | None, ...], grad_q: Tensor,
+    size: Sizes, block_k: int,
+) -> None:  # fmt: skip
+    """Write grad_q."""
+    q, k, v, grad_out, base, delta = shared
+    batch, heads, num_q, dim = q.shape
+    block_q = query_block(problem.block_q, size.block_q)
+    table = None if problem.decay is None else problem.decay[0]
+    programs = batch * heads * problem.query_tiles * triton.cdiv(problem.block_q, block_q)
+    _dq_kernel[(programs,)](
+        q, k, v, grad_out, grad_q, base, delta, plan.indices, plan.bounds, plan.row_order, plan.entry_t,
+        problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames,
+        None if problem.pooled_indices is None else plan.pooled_t, problem.pooled_indices, *means,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
+        plan.stride_b, plan.stride_h, _scale_stride(problem), num_q, k.shape[2], heads, k.shape[1],
+        problem.query_tiles, problem.key_tiles, 0 if table is None else table.numel() - 1,
+        _scale(problem),
+        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k, DIM=dim,
+        BLOCK_D=column_block(dim), PRECISION=precision(q.dtype, q.device),
+        num_warps=size.num_warps, num_stages=size.num_stages,
+    )  # fmt: skip
+
+
+def _pooled_grads(
+    problem: Problem, rows: RowPlan, columns: ColumnPlan, shared: tuple[Tensor, ...], means: tuple[Tensor | None, ...],
+    size: Sizes,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the means of K and V, float32 [B, HK, NK, D], and the true lengths; None without pooled tiles."""
+    k_mean, v_mean, length = means
+    if k_mean is None or columns.pooled_bits is None:
+        return None, None, None
+    q, _, _, grad_out, base, delta = shared
+    batch, heads, num_q, dim = q.shape
+    key_heads, words = k_mean.shape[1], columns.pooled_bits.shape[-1]
+    dk_mean, dv_mean = (torch.empty(k_mean.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    _pooled_dkdv_kernel[(batch * key_heads * words,)](
+        q, grad_out, base, delta, k_mean, v_mean, length, dk_mean, dv_mean, columns.pooled_bits,
+        problem.token_order, problem.head_scale, rows.q_frames, rows.pooled_t,
+        *q.stride()[:3], *grad_out.stride()[:3], *_list_strides(problem, heads), _scale_stride(problem),
+        num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
+        TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), WORD=WORD, DIM=dim,
+        BLOCK_D=column_block(dim), PRECISION=precision(q.dtype, q.device),
+        num_warps=size.num_warps, num_stages=size.num_stages,
+    )  # fmt: skip
+    return dk_mean, dv_mean, length
+
+
+def _key_grads(
+    problem: Problem, rows: RowPlan, plan: ColumnPlan, shared: tuple[Tensor, ...],
+    mean_grads: tuple[Tensor | None, ...], grads: tuple[Tensor, ...], size: Sizes, block_q: int,
+) -> None:  # fmt: skip
+    """Write grad_k and grad_v."""
+    q, k, v, grad_out, base, delta = shared
+    batch, heads, num_q, dim = q.shape
+    key_heads, num_k = k.shape[1], k.shape[2]
+    block_k = query_block(problem.block_k, size.block_k)
+    table = None if problem.decay is None else problem.decay[0]
+    programs = batch * key_heads * problem.key_tiles * triton.cdiv(problem.block_k, block_k)
+    _dkdv_kernel[(programs,)](
+        q, k, v, grad_out, *grads, base, delta, plan.rows, plan.bounds, plan.order, plan.entry_t,
+        problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
+        *grads[0].stride()[:3], *grads[1].stride()[:3],
+        *_list_strides(problem, heads), *_list_strides(problem, key_heads), _scale_stride(problem),
+        num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
+        _scale(problem),
+        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k, DIM=dim,
+        BLOCK_D=column_block(dim), PRECISION=precision(q.dtype, q.device),
+        num_warps=size.num_warps, num_stages=size.num_stages,
+    )  # fmt: skip
