@@ -9,8 +9,14 @@ Head dims that are no power of 2 are cut into two column parts (96 = 64 + 32), t
 
 from __future__ import annotations
 
+from itertools import product
+
+import torch
 import triton
 import triton.language as tl
+
+from dit_accel_kernels.triton_launch import Launch, column_parts, fp32_products, key_block, launch_of, query_block
+from dit_accel_kernels.triton_variants import TARGETS, Variant
 
 
 @triton.jit
@@ -35,6 +41,16 @@ def _load(ptr, rows, live, stride, MASKED: tl.constexpr, DIM: tl.constexpr, D1: 
 
 
 @triton.jit
+def _load_near(ptr, stride, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Columns START..START + WIDTH of ROWS rows in sequence, by 32-bit offsets that a loop keeps in registers."""
+    columns = START + tl.arange(0, WIDTH)
+    ptrs = ptr + (tl.arange(0, ROWS)[:, None] * stride.to(tl.int32) + columns[None, :])
+    if START + WIDTH > DIM:
+        return tl.load(ptrs, mask=(columns < DIM)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
 def _products(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
     """Raw logits of query rows and keys."""
     x = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
@@ -55,6 +71,12 @@ def _add(p, alpha, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
+def _decay_rows(x, t, chosen):
+    """Logits with the decay t of each key in the chosen rows: one row of t a frame, since a tile has few frames."""
+    return tl.where(chosen[:, None], tl.minimum(x, x * t[None, :]), x)
+
+
+@triton.jit
 def _add_masked(x, m, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.constexpr):
     """One more chunk of base-2 logits x, where some rows may hold nothing but -inf, so far and in x."""
     m_new = tl.maximum(m, tl.max(x, 1))
@@ -71,12 +93,24 @@ def _store_part(ptr, rows, live, stride, value, START: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def _key_rows(
-    position, indices_ptr, token_order_ptr, SUBS_K: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr
-):
-    """Rows of K and V that hold one chunk of the flattened list."""
-    token = tl.load(indices_ptr + position // SUBS_K) * TILE_K + position % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-    return token if token_order_ptr is None else tl.load(token_order_ptr + token)
+def _full_chunk(
+    position, k_ptr, v_ptr, indices_ptr, token_order_ptr, stride_ks, stride_vs,
+    BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """K and V of one chunk of the flattened list of tiles, in two column parts each; every key is there."""
+    SUBS_K: tl.constexpr = TILE_K // BLOCK_K
+    first = tl.load(indices_ptr + position // SUBS_K).to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
+    if token_order_ptr is None:
+        k_ptr += first * stride_ks
+        v_ptr += first * stride_vs
+        k1, v1 = _load_near(k_ptr, stride_ks, BLOCK_K, 0, D1, DIM), _load_near(v_ptr, stride_vs, BLOCK_K, 0, D1, DIM)
+        k2 = _load_near(k_ptr, stride_ks, BLOCK_K, D1, D2, DIM) if D2 > 0 else 0.0
+        v2 = _load_near(v_ptr, stride_vs, BLOCK_K, D1, D2, DIM) if D2 > 0 else 0.0
+    else:
+        row = tl.load(token_order_ptr + first + tl.arange(0, BLOCK_K))
+        k1, k2 = _load(k_ptr, row, row, stride_ks, False, DIM, D1, D2)
+        v1, v2 = _load(v_ptr, row, row, stride_vs, False, DIM, D1, D2)
+    return k1, k2, v1, v2
 
 
 @triton.jit
@@ -85,16 +119,21 @@ def _fwd_kernel(
     indices_ptr, bounds_ptr, row_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
-    pooled_indices_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # [nnz], [B, HK, NK, D] twice, [B or 1, NK], or None
+    pooled_indices_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK]; or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb, stride_lb,
+    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
     num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale, step,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and LSE of one part of one block row; `step` is 1 or -1, the direction in which lists are visited."""
+    """Output and LSE of one part of one block row.
+
+    `step` is 1 or -1, the direction in which each section is visited. A chunk has BLOCK_K keys, and BLOCK_S in the
+    pooled and slow loops, which hold more for each key.
+    """
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
+    SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S
     lane = tl.program_id(0) // (rows * SUBS_Q)
     part = tl.program_id(0) % (rows * SUBS_Q)
     b, h = lane // heads, lane % heads
@@ -123,34 +162,22 @@ def _fwd_kernel(
     q1 = (q1.to(tl.float32) * sign).to(q1.dtype)
     if D2 > 0:
         q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
-    if table_ptr is not None:
+    if table_ptr is not None:  # rows outside the video have frame -1 and never decay
         q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+        last_frame = tl.max(q_frame, 0)
+        first_frame = tl.min(tl.where(q_frame < 0, last_frame, q_frame), 0)
 
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
     acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
 
-    if pooled_indices_ptr is not None:
-        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
-        means = (batch * key_heads + hk) * key_tiles * DIM
-        for n in tl.range(pooled_start, pooled_end, BLOCK_K):
-            entry = n + tl.arange(0, BLOCK_K)
-            tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
-            length = tl.load(length_ptr + b * stride_lb + tile, mask=entry < pooled_end, other=0.0)
-            k1, k2 = _load(k_mean_ptr + means, tile, length > 0, DIM, True, DIM, D1, D2)
-            v1, v2 = _load(v_mean_ptr + means, tile, length > 0, DIM, True, DIM, D1, D2)
-            x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
-            if pooled_t_ptr is not None:
-                x = tl.minimum(x, x * tl.load(pooled_t_ptr + (q_frame[:, None] + 1) * key_tiles + tile[None, :]))
-            x = tl.where((length > 0)[None, :], x + tl.log2(length)[None, :], float("-inf"))
-            m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
-
     origin = start * SUBS_K if step > 0 else end_plain * SUBS_K - 1
     for n in tl.range(0, (end_plain - start) * SUBS_K):
-        k_row = _key_rows(origin + n * step, indices_ptr, token_order_ptr, SUBS_K, BLOCK_K, TILE_K)
-        k1, k2 = _load(k_ptr, k_row, k_row, stride_ks, False, DIM, D1, D2)
-        v1, v2 = _load(v_ptr, k_row, k_row, stride_vs, False, DIM, D1, D2)
+        k1, k2, v1, v2 = _full_chunk(
+            origin + n * step, k_ptr, v_ptr, indices_ptr, token_order_ptr, stride_ks, stride_vs,
+            BLOCK_K, TILE_K, DIM, D1, D2,
+        )  # fmt: skip
         x = _products(q1, q2, k1, k2, D2, PRECISION)
         m_new = tl.maximum(m, tl.max(x, 1) * scale)
         p = tl.exp2(x * scale - m_new[:, None])
@@ -160,9 +187,10 @@ def _fwd_kernel(
     if entry_t_ptr is not None:
         origin = end_plain * SUBS_K if step > 0 else end_constant * SUBS_K - 1
         for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
-            k_row = _key_rows(origin + n * step, indices_ptr, token_order_ptr, SUBS_K, BLOCK_K, TILE_K)
-            k1, k2 = _load(k_ptr, k_row, k_row, stride_ks, False, DIM, D1, D2)
-            v1, v2 = _load(v_ptr, k_row, k_row, stride_vs, False, DIM, D1, D2)
+            k1, k2, v1, v2 = _full_chunk(
+                origin + n * step, k_ptr, v_ptr, indices_ptr, token_order_ptr, stride_ks, stride_vs,
+                BLOCK_K, TILE_K, DIM, D1, D2,
+            )  # fmt: skip
             low = scale * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
             x = _products(q1, q2, k1, k2, D2, PRECISION)
             top = tl.max(x, 1)  # min(s x, t s x) rises with x
@@ -171,11 +199,11 @@ def _fwd_kernel(
             total, acc1, acc2 = _add(p, tl.exp2(m - m_new), total, acc1, acc2, v1, v2, D2, PRECISION)
             m = m_new
 
-    origin = end_constant * SUBS_K if step > 0 else end_slow * SUBS_K - 1
-    for n in tl.range(0, (end_slow - end_constant) * SUBS_K, num_stages=1):
+    origin = end_constant * SUBS_S if step > 0 else end_slow * SUBS_S - 1
+    for n in tl.range(0, (end_slow - end_constant) * SUBS_S, num_stages=1):
         position = origin + n * step
-        k_place = position % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-        key = tl.load(indices_ptr + position // SUBS_K) * TILE_K + k_place
+        k_place = position % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+        key = tl.load(indices_ptr + position // SUBS_S) * TILE_K + k_place
         here = (k_place < TILE_K) & (key < num_k)
         if valid_ptr is not None:
             here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
@@ -187,17 +215,98 @@ def _fwd_kernel(
         x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
         if table_ptr is not None:
             k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
-            distance = tl.minimum(tl.abs(q_frame[:, None] - k_frame[None, :]), table_last)
-            inside = (q_frame >= 0)[:, None] & (k_frame >= 0)[None, :]
-            x = tl.minimum(x, x * tl.load(table_ptr + distance, mask=inside, other=1.0))
+            for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
+                distance = tl.minimum(tl.abs(k_frame - frame), table_last)
+                t = tl.load(table_ptr + distance, mask=k_frame >= 0, other=1.0)
+                x = _decay_rows(x, t, q_frame == frame)
         x = tl.where(here[None, :], x, float("-inf"))
         m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
 
-    weight = 1.0 / tl.where(total > 0, total, 1.0)
+    if pooled_indices_ptr is not None:
+        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
+        means = (batch * key_heads + hk) * key_tiles * DIM
+        for n in tl.range(pooled_start, pooled_end, BLOCK_S, num_stages=2):
+            entry = n + tl.arange(0, BLOCK_S)
+            tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
+            weight = tl.load(log_length_ptr + b * key_tiles + tile, mask=entry < pooled_end, other=float("-inf"))
+            here = weight > float("-inf")
+            k1, k2 = _load(k_mean_ptr + means, tile, here, DIM, True, DIM, D1, D2)
+            v1, v2 = _load(v_mean_ptr + means, tile, here, DIM, True, DIM, D1, D2)
+            x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+            if pooled_t_ptr is not None:
+                for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
+                    t = tl.load(pooled_t_ptr + (frame + 1) * key_tiles + tile)
+                    x = _decay_rows(x, t, q_frame == frame)
+            x = tl.where(here[None, :], x + weight[None, :], float("-inf"))
+            m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+
+    empty = total == 0  # rows without a key
+    total = tl.where(empty, 1.0, total)
+    share = 1.0 / total
     out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
-    _store_part(out_ptr, q_row, live, stride_os, acc1 * weight[:, None], 0, D1, DIM)
+    _store_part(out_ptr, q_row, live, stride_os, acc1 * share[:, None], 0, D1, DIM)
     if D2 > 0:
-        _store_part(out_ptr, q_row, live, stride_os, acc2 * weight[:, None], D1, D2, DIM)
+        _store_part(out_ptr, q_row, live, stride_os, acc2 * share[:, None], D1, D2, DIM)
     if lse_ptr is not None:
-        lse = tl.where(total > 0, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse_ptr + lane.to(tl.int64) * num_q + q_row, lse, mask=live)
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FEATURES = {  # pointers that are there besides those of every launch
+    "plain": (),
+    "decay": ("entry_t_ptr", "table_ptr", "q_frames_ptr", "k_frames_ptr"),
+    "pooled": ("pooled_indices_ptr", "k_mean_ptr", "v_mean_ptr", "log_length_ptr"),
+    "mask": ("valid_ptr",),
+}
+_INTEGERS = (
+    "stride_gb", "stride_gh", "stride_hb", "num_q", "num_k", "heads", "key_heads", "rows", "key_tiles", "table_last",
+    "step",
+)  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """The forward as the methods launch it: dtypes, head dims 64 and 128, features, tiles of 64 and 128."""
+    found = []
+    for name, dim, features, tile in product(_DTYPES, (64, 128), _FEATURES, (128, 64)):
+        by_launch: dict[tuple, list[str]] = {}
+        for target in TARGETS:
+            precision = fp32_products(target) if name == "fp32" else "ieee"
+            by_launch.setdefault((launch_of(target, _DTYPES[name], dim), precision), []).append(target)
+        found += [
+            _variant(name, dim, features, tile, launch, precision, tuple(targets))
+            for (launch, precision), targets in by_launch.items()
+        ]
+    return found
+
+
+def _variant(
+    name: str, dim: int, features: str, tile: int, launch: Launch, precision: str, targets: tuple[str, ...]
+) -> Variant:
+    d1, d2 = column_parts(dim)
+    data = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_mean_ptr", "v_mean_ptr"), f"*{name}:16")
+    kinds = dict.fromkeys(("entry_t_ptr", "table_ptr", "log_length_ptr", "lse_ptr"), "*fp32:16")
+    kinds |= dict.fromkeys(("indices_ptr", "bounds_ptr", "row_order_ptr", "pooled_indices_ptr"), "*i32:16")
+    kinds |= dict.fromkeys(("q_frames_ptr", "k_frames_ptr"), "*i32:16") | {"valid_ptr": "*u8:16"} | data
+    always = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "indices_ptr", "bounds_ptr", "row_order_ptr")
+    there = (*always, *_FEATURES[features])
+    block_k = key_block(tile, launch.block_k)[0]
+    sizes = f"{launch.block_q}x{launch.block_k}x{launch.block_s}w{launch.num_warps}s{launch.num_stages}-{precision}"
+    return Variant(
+        name=f"fwd-{name}-d{dim}-{features}-b{tile}-{sizes}",
+        kernel=_fwd_kernel,
+        signature={
+            **{pointer: kinds[pointer] for pointer in there},
+            **{f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhs"},
+            **dict.fromkeys(_INTEGERS, "i32"),
+            "scale": "fp32",
+        },
+        constexprs={
+            **{n: None for n in _fwd_kernel.arg_names if n.endswith("_ptr") and n not in there},
+            **dict(TILE_Q=tile, TILE_K=tile, BLOCK_Q=query_block(tile, launch.block_q), BLOCK_K=block_k),
+            **dict(BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision),
+        },
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        targets=targets,
+    )
