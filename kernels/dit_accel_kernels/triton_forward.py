@@ -242,11 +242,10 @@ def _fwd_kernel(
 
     empty = total == 0  # rows without a key
     total = tl.where(empty, 1.0, total)
-    share = 1.0 / total
     out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
-    _store_part(out_ptr, q_row, live, stride_os, acc1 * share[:, None], 0, D1, DIM)
+    _store_part(out_ptr, q_row, live, stride_os, acc1 / total[:, None], 0, D1, DIM)
     if D2 > 0:
-        _store_part(out_ptr, q_row, live, stride_os, acc2 * share[:, None], D1, D2, DIM)
+        _store_part(out_ptr, q_row, live, stride_os, acc2 / total[:, None], D1, D2, DIM)
     if lse_ptr is not None:
         lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse_ptr + lane.to(tl.int64) * num_q + q_row, lse, mask=live)

@@ -47,10 +47,10 @@ def _pool_kernel(
         k_sum += tl.sum(tl.load(k_ptr + row * stride_ks + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
         v_sum += tl.sum(tl.load(v_ptr + row * stride_vs + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
         length += tl.sum(live.to(tl.float32), 0)
-    share = 1.0 / tl.maximum(length, 1.0)
+    counted = tl.maximum(length, 1.0)
     out = program.to(tl.int64) * DIM + columns
-    tl.store(k_mean_ptr + out, (k_sum * share).to(k_mean_ptr.dtype.element_ty), mask=columns < DIM)
-    tl.store(v_mean_ptr + out, (v_sum * share).to(v_mean_ptr.dtype.element_ty), mask=columns < DIM)
+    tl.store(k_mean_ptr + out, (k_sum / counted).to(k_mean_ptr.dtype.element_ty), mask=columns < DIM)
+    tl.store(v_mean_ptr + out, (v_sum / counted).to(v_mean_ptr.dtype.element_ty), mask=columns < DIM)
     if h == 0:
         tl.store(length_ptr + b * key_tiles + tile, length)
 
