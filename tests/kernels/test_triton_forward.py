@@ -12,6 +12,7 @@ from dit_accel_kernels import (
     TileLists,
     api,
     block_sparse_attention,
+    block_sparse_attention_backward,
     resolve_backend,
     triton_backend,
     triton_forward,
@@ -325,3 +326,43 @@ def test_a_variant_that_does_not_fit_says_so():
         ValueError, match=r"variant 'pool' must fit its kernel: missing \['k_ptr', .*unknown \['keys'\]"
     ):
         bad.source_arguments()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradients_flow_through_the_call(monkeypatch, mixed):
+    """The forward's output and LSE serve the gradient, which recomputes them only where an identity mix hides them."""
+    arguments: dict = dict(head_scale=torch.tensor([0.5, 2.0]), key_length=torch.tensor([33]), token_order=ORDER)
+    arguments |= dict(frame_decay=decay(40, 16)) | (dict(identity_mix=torch.tensor([0.2, 1.0])) if mixed else {})
+    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 40, 40, 16, torch.float32, "bshd")]
+    tiles, seed = random_lists(1, 40, 40, 16, 16), torch.randn(1, 40, 2, 16)
+    calls, attend = [], triton_backend.attend
+
+    def counted(*values, **named):
+        calls.append(named)
+        return attend(*values, **named)
+
+    monkeypatch.setattr(triton_backend, "attend", counted)
+    grads = []
+    for backend in ("triton", "reference"):
+        out = block_sparse_attention(*leaves, tiles, backend=backend, **arguments)
+        grads.append(torch.autograd.grad(out, leaves, seed))
+    grads.append(block_sparse_attention_backward(seed, *leaves, tiles, backend="triton", **arguments))
+    for found, expected, entry in zip(grads[0], grads[1], grads[2], strict=True):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(entry, expected)
+    assert len(calls) == 2 + mixed
+    assert all(call["need_lse"] for call in calls)
+
+
+def test_compiles_to_one_full_graph():
+    torch._dynamo.reset()
+    leaves = [x.requires_grad_() for x in qkv(1, 1, 1, 40, 40, 16, torch.float32)]
+    tiles = random_lists(1, 40, 40, 16, 16)
+
+    def call(q, k, v):
+        return block_sparse_attention(q * 2, k, v, tiles, layout="bhsd", backend="triton") + 1
+
+    out, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves), call(*leaves)
+    assert torch.equal(out, expected)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (out, expected)), strict=True):
+        assert torch.equal(a, b)
