@@ -9,40 +9,73 @@ lists; where grad_k and grad_v are written they are spread over the tile's valid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem
-from dit_accel_kernels.triton_backend import LOG2_E, check, key_block, on_device, precision, query_block
+from dit_accel_kernels.triton_backend import LOG2_E, check, on_device
 from dit_accel_kernels.triton_backward_kernels import _delta_kernel, _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
+from dit_accel_kernels.triton_launch import architecture, key_block, query_block
 from dit_accel_kernels.triton_plan import RowPlan, row_plan
 from dit_accel_kernels.triton_pool import pool
 from dit_accel_kernels.triton_transpose import WORD, ColumnPlan, column_plan
+from dit_accel_kernels.triton_variants import TARGETS, Variant
 
 DELTA_ROWS = 64  # query rows of a program of the pre-pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Sizes of one kernel: rows of Q and of K in a chunk (at most a tile), warps, pipeline stages."""
+    """Sizes of one kernel: rows of Q and of K in a chunk, rows in a chunk of the loops with masks, warps, stages.
+
+    A chunk is at most a tile.
+    """
 
     block_q: int
     block_k: int
+    block_s: int = 32
     num_warps: int
     num_stages: int
 
 
-def sizes(dtype: torch.dtype, dim: int) -> tuple[Sizes, Sizes, Sizes]:
-    """Sizes of the kernels of grad_q, of grad_k and grad_v, and of the pooled columns, for a dtype and head dim."""
-    if dtype == torch.float32:
-        small = Sizes(block_q=32, block_k=32, num_warps=4, num_stages=1)
-        return small, small, small
-    dq = Sizes(block_q=128, block_k=64, num_warps=8, num_stages=2)
-    dkdv = Sizes(block_q=64, block_k=128, num_warps=8, num_stages=2)
-    return dq, dkdv, Sizes(block_q=64, block_k=WORD, num_warps=4, num_stages=1)
+def _sizes(block_q: int, block_k: int, block_s: int, num_warps: int, num_stages: int) -> Sizes:
+    return Sizes(block_q=block_q, block_k=block_k, block_s=block_s, num_warps=num_warps, num_stages=num_stages)
+
+
+# (kernel, architecture, feature): sizes for 16-bit types up to head dim 128, the most special row first. No card has
+# timed them: they are the largest that compile without spills and within the card's shared memory (bench/aot.py).
+_TABLE = {
+    ("dq", "", ""): _sizes(64, 64, 16, 4, 2),
+    ("dq", "", "mask"): _sizes(64, 32, 32, 4, 2),
+    ("dq", "sm_90", ""): _sizes(128, 64, 16, 8, 2),
+    ("dq", "sm_100", ""): _sizes(128, 64, 16, 8, 2),
+    ("dq", "gfx942", ""): _sizes(128, 64, 32, 4, 1),
+    ("dkdv", "", ""): _sizes(64, 64, 16, 8, 2),
+    ("dkdv", "sm_90", ""): _sizes(32, 128, 32, 8, 2),
+    ("dkdv", "sm_100", ""): _sizes(64, 64, 32, 8, 2),
+    ("dkdv", "sm_100", "decay"): _sizes(32, 64, 16, 8, 2),
+    ("dkdv", "gfx942", ""): _sizes(64, 64, 32, 4, 1),
+    ("dkdv", "gfx942", "decay"): _sizes(32, 64, 32, 4, 1),
+    ("pooled", "", ""): _sizes(32, WORD, 16, 4, 1),
+}
+_FP32 = _sizes(32, 32, 16, 8, 1)  # products in full fp32, without tensor cores: their fp32 splits would spill
+
+
+def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool = False, mask: bool = False) -> Sizes:
+    """Sizes of "dq", "dkdv" or "pooled" on an architecture such as "sm_90"; generic ones where it has no row.
+
+    `decay` and `mask` tell whether the call has frame decay and invalid keys.
+    """
+    if dtype == torch.float32 or dim > 128:
+        return replace(_FP32, block_q=16 if kernel == "pooled" else 32)
+    features = (["decay"] if decay else []) + (["mask"] if mask else []) + [""]
+    places = [arch, ""] if any((kernel, arch, feature) in _TABLE for feature in features) else [""]
+    return next(_TABLE[kernel, a, f] for a in places for f in features if (kernel, a, f) in _TABLE)
 
 
 def attend_backward(
@@ -63,7 +96,11 @@ def attend_backward(
     check(problem)
     q, k, v, out, grad_out = (_rows(x) for x in (problem.q, problem.k, problem.v, out, grad_out))
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    dq, dkdv, pooled = sizes(q.dtype, q.shape[-1])
+    masked = problem.key_valid is not None or problem.key_mask is not None or problem.key_length is not None
+    dq, dkdv, pooled = (
+        sizes(kernel, architecture(q.device), q.dtype, q.shape[-1], decay=problem.decay is not None, mask=masked)
+        for kernel in ("dq", "dkdv", "pooled")
+    )
     with on_device(q.device):
         base, delta = _delta(out, lse, grad_out, grad_lse)
         block_k, whole_k = key_block(problem.block_k, dq.block_k)
@@ -136,8 +173,8 @@ def _query_grad(
         plan.stride_b, plan.stride_h, _scale_stride(problem), num_q, k.shape[2], heads, k.shape[1],
         problem.query_tiles, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
-        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k, DIM=dim,
-        BLOCK_D=column_block(dim), PRECISION=precision(q.dtype, q.device),
+        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
         num_warps=size.num_warps, num_stages=size.num_stages,
     )  # fmt: skip
 
@@ -160,7 +197,7 @@ def _pooled_grads(
         *q.stride()[:3], *grad_out.stride()[:3], *_list_strides(problem, heads), _scale_stride(problem),
         num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
         TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), WORD=WORD, DIM=dim,
-        BLOCK_D=column_block(dim), PRECISION=precision(q.dtype, q.device),
+        BLOCK_D=column_block(dim), PRECISION="ieee",
         num_warps=size.num_warps, num_stages=size.num_stages,
     )  # fmt: skip
     return dk_mean, dv_mean, length
@@ -185,7 +222,96 @@ def _key_grads(
         *_list_strides(problem, heads), *_list_strides(problem, key_heads), _scale_stride(problem),
         num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
-        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k, DIM=dim,
-        BLOCK_D=column_block(dim), PRECISION=precision(q.dtype, q.device),
+        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
         num_warps=size.num_warps, num_stages=size.num_stages,
     )  # fmt: skip
+
+
+_TENSORS = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "out_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "k_mean_ptr", "v_mean_ptr")
+_FLOATS = (
+    "base_ptr", "delta_ptr", "lse_ptr", "grad_lse_ptr", "entry_t_ptr", "head_scale_ptr", "table_ptr", "pooled_t_ptr",
+    "length_ptr", "dk_mean_ptr", "dv_mean_ptr",
+)  # fmt: skip
+_LIST_STRIDES = ("stride_gb", "stride_gh", "stride_nb", "stride_nh", "stride_hb")
+_OPTIONAL = {
+    "decay": ("entry_t_ptr", "table_ptr", "q_frames_ptr", "k_frames_ptr"),
+    "mask": ("valid_ptr",),
+    "pool": ("pooled_indices_ptr", "k_mean_ptr", "v_mean_ptr", "length_ptr", "dk_mean_ptr", "dv_mean_ptr"),
+    "scale": ("head_scale_ptr",),
+    "order": ("token_order_ptr",),
+    "lse": ("grad_lse_ptr",),
+}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_METHODS = {
+    "plain": (),
+    "decay": ("decay", "scale"),
+    "pool": ("pool",),
+    "mask": ("mask", "lse"),
+    "order": ("order",),
+}
+
+
+def variants() -> list[Variant]:
+    """The kernels as the methods launch them in tiles of 128 x 128, for ahead-of-time compilation."""
+    found: dict[str, Variant] = {}
+    for target, dtype, dim, method in itertools.product(TARGETS, _NAMES, (64, 128, 256), _METHODS):
+        if dim == 256 and (dtype, method) != (torch.bfloat16, "plain"):
+            continue
+        for kind, kernel, size in _kernels_of(target, dtype, dim, method):
+            numbers = f"{size.block_q}x{size.block_k}w{size.num_warps}s{size.num_stages}"
+            name = f"bwd-{kind}-{_NAMES[dtype]}-d{dim}-{method}-{numbers}"
+            if name not in found:
+                found[name] = _variant(name, kernel, size, dtype, dim, method, target)
+            else:
+                found[name] = replace(found[name], targets=(*found[name].targets, target))
+    return list(found.values())
+
+
+def _kernels_of(target: str, dtype: torch.dtype, dim: int, method: str) -> list[tuple[str, Any, Sizes]]:
+    """Kind, kernel and sizes of what one method launches."""
+    features = _METHODS[method]
+    kernels = {"dq": _dq_kernel, "dkdv": _dkdv_kernel} | ({"pooled": _pooled_dkdv_kernel} if "pool" in features else {})
+    found: list[tuple[str, Any, Sizes]] = [
+        (kind, kernel, sizes(kind, target, dtype, dim, decay="decay" in features, mask="mask" in features))
+        for kind, kernel in kernels.items()
+    ]
+    if method in ("plain", "mask"):
+        found.append(("delta", _delta_kernel, _sizes(DELTA_ROWS, DELTA_ROWS, 0, 4, 1)))
+    return found
+
+
+def _variant(name: str, kernel: Any, size: Sizes, dtype: torch.dtype, dim: int, method: str, target: str) -> Variant:
+    """One kernel with the arguments that a method gives it; those of other features are None."""
+    absent = {x for feature, names in _OPTIONAL.items() if feature not in _METHODS[method] for x in names}
+    if not {"decay", "pool"} <= set(_METHODS[method]):
+        absent.add("pooled_t_ptr")
+    sizes_of = {
+        "TILE_Q": 128, "TILE_K": 128, "BLOCK_Q": size.block_q, "BLOCK_K": size.block_k, "BLOCK_S": size.block_s,
+        "DIM": dim, "BLOCK_D": column_block(dim), "BLOCK": DELTA_ROWS, "WORD": WORD,
+        "PRECISION": "ieee",
+    }  # fmt: skip
+    signature: dict[str, str] = {}
+    constexprs: dict[str, object] = {}
+    for argument in kernel.arg_names:
+        if argument in absent:
+            constexprs[argument] = None
+        elif argument in sizes_of:
+            constexprs[argument] = sizes_of[argument]
+        else:
+            signature[argument] = _kind(argument, _NAMES[dtype])
+    plain = kernel in (_dq_kernel, _dkdv_kernel) and "decay" not in _METHODS[method]
+    return Variant(
+        name, kernel, signature, constexprs, size.num_warps, size.num_stages, hot_loop=plain, targets=(target,)
+    )
+
+
+def _kind(argument: str, dtype: str) -> str:
+    """Triton type of a runtime argument, by its name."""
+    if argument.endswith("_ptr"):
+        element = {"valid_ptr": "u8", "token_order_ptr": "i64"}.get(argument, "i32")
+        element = dtype if argument in _TENSORS else "fp32" if argument in _FLOATS else element
+        return f"*{element}:16"
+    if argument.startswith("stride_"):
+        return "i32" if argument in _LIST_STRIDES else "i64:16"
+    return "fp32" if argument == "scale" else "i32"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.triton_forward import _load_part, _store_part
+from dit_accel_kernels.triton_forward import _load_near, _load_part, _store_part
 
 
 @triton.jit
@@ -66,12 +66,26 @@ def _mass(base, length, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def _token_rows(token, live, token_order_ptr, MASKED: tl.constexpr):
-    """Rows of the tensors that hold these tokens, which are in tiled order."""
-    row = token
-    if token_order_ptr is not None:
-        row = tl.load(token_order_ptr + token, mask=live, other=0) if MASKED else tl.load(token_order_ptr + token)
-    return row
+def _token_rows(token, live, token_order_ptr):
+    """Rows of the tensors that hold these tokens, which are in tiled order; row 0 where there is none."""
+    return token if token_order_ptr is None else tl.load(token_order_ptr + token, mask=live, other=0)
+
+
+@triton.jit
+def _full_chunk(
+    first, a_ptr, b_ptr, token_order_ptr, stride_as, stride_bs, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK tokens of two tensors from token `first` on, and the rows that hold them; every token is there."""
+    row = first + tl.arange(0, BLOCK)
+    if token_order_ptr is None:
+        a = _load_near(a_ptr + first * stride_as, stride_as, BLOCK, 0, BLOCK_D, DIM)
+        b = _load_near(b_ptr + first * stride_bs, stride_bs, BLOCK, 0, BLOCK_D, DIM)
+    else:
+        row = tl.load(token_order_ptr + row)
+        a = _load_part(a_ptr, row, row, stride_as, False, 0, BLOCK_D, DIM)
+        b = _load_part(b_ptr, row, row, stride_bs, False, 0, BLOCK_D, DIM)
+    return row, a, b
 
 
 @triton.jit
@@ -102,12 +116,13 @@ def _dq_kernel(
     stride_ob, stride_oh, stride_os, stride_dqb, stride_dqh, stride_dqs, stride_gb, stride_gh, stride_hb,
     num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_q of one part of one block row; lists as the forward kernel reads them."""
     NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
-    SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
+    SUBS_K: tl.constexpr = TILE_K // BLOCK_K
+    SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S  # chunks of the loops with masks are smaller
     lane, part = tl.program_id(0) // (rows * SUBS_Q), tl.program_id(0) % (rows * SUBS_Q)
     b, h = lane // heads, lane % heads
     hk = (h // (heads // key_heads)).to(tl.int64)
@@ -120,7 +135,7 @@ def _dq_kernel(
     place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     token = row * TILE_Q + place
     live = (place < TILE_Q) & (token < num_q)
-    q_row = _token_rows(token, live, token_order_ptr, True)
+    q_row = _token_rows(token, live, token_order_ptr)
     q = _load_part(q_ptr + batch * stride_qb + head * stride_qh, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
     grad = _load_part(grad_ptr + batch * stride_ob + head * stride_oh, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
     base = tl.load(base_ptr + lane.to(tl.int64) * num_q + q_row, mask=live, other=float("inf"))
@@ -134,28 +149,24 @@ def _dq_kernel(
     end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
 
     for n in tl.range(start * SUBS_K, end_plain * SUBS_K):
-        key = tl.load(indices_ptr + n // SUBS_K) * TILE_K + n % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_row = _token_rows(key, key, token_order_ptr, False)
-        k = _load_part(k_ptr, k_row, k_row, stride_ks, False, 0, BLOCK_D, DIM)
-        v = _load_part(v_ptr, k_row, k_row, stride_vs, False, 0, BLOCK_D, DIM)
+        first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
+        _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
         dq = _add_query_grad(dq, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
 
     if entry_t_ptr is not None:
         for n in tl.range(end_plain * SUBS_K, end_constant * SUBS_K):
-            key = tl.load(indices_ptr + n // SUBS_K) * TILE_K + n % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-            k_row = _token_rows(key, key, token_order_ptr, False)
-            k = _load_part(k_ptr, k_row, k_row, stride_ks, False, 0, BLOCK_D, DIM)
-            v = _load_part(v_ptr, k_row, k_row, stride_vs, False, 0, BLOCK_D, DIM)
+            first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
+            _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
             t = tl.load(entry_t_ptr + n // SUBS_K)
             dq = _add_query_grad(dq, q, grad, k, v, t, scale, base, delta, True, PRECISION)
 
-    for n in tl.range(end_constant * SUBS_K, end_slow * SUBS_K, num_stages=1):
-        k_place = n % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-        key = tl.load(indices_ptr + n // SUBS_K) * TILE_K + k_place
+    for n in tl.range(end_constant * SUBS_S, end_slow * SUBS_S, num_stages=1):
+        k_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+        key = tl.load(indices_ptr + n // SUBS_S) * TILE_K + k_place
         here = (k_place < TILE_K) & (key < num_k)
         if valid_ptr is not None:
             here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
-        k_row = _token_rows(key, here, token_order_ptr, True)
+        k_row = _token_rows(key, here, token_order_ptr)
         k = _load_part(k_ptr, k_row, here, stride_ks, True, 0, BLOCK_D, DIM)
         v = _load_part(v_ptr, k_row, here, stride_vs, True, 0, BLOCK_D, DIM)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -171,8 +182,8 @@ def _dq_kernel(
     if pooled_indices_ptr is not None:
         pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
         means = (batch * key_heads + hk) * key_tiles * DIM
-        for n in tl.range(pooled_start, pooled_end, BLOCK_K, num_stages=1):
-            entry = n + tl.arange(0, BLOCK_K)
+        for n in tl.range(pooled_start, pooled_end, BLOCK_S, num_stages=1):
+            entry = n + tl.arange(0, BLOCK_S)
             tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
             length = tl.load(length_ptr + batch * key_tiles + tile, mask=entry < pooled_end, other=0.0)
             k = _load_part(k_mean_ptr + means, tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
@@ -219,10 +230,11 @@ def _dkdv_kernel(
     stride_gb, stride_gh, stride_nb, stride_nh, stride_hb,
     num_q, num_k, heads, key_heads, key_tiles, table_last, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of one part of one key tile, over all query heads of its key head."""
-    SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
+    SUBS_Q: tl.constexpr = TILE_Q // BLOCK_Q
+    SUBS_S: tl.constexpr = (TILE_Q + BLOCK_S - 1) // BLOCK_S  # chunks of the loop with masks are smaller
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
     lane, part = tl.program_id(0) // (key_tiles * SUBS_K), tl.program_id(0) % (key_tiles * SUBS_K)
     b, hk = lane // key_heads, lane % key_heads
@@ -231,7 +243,7 @@ def _dkdv_kernel(
     place = part % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
     key = tile * TILE_K + place
     here = (place < TILE_K) & (key < num_k)
-    k_row = _token_rows(key, here, token_order_ptr, True)
+    k_row = _token_rows(key, here, token_order_ptr)
     valid = here
     if valid_ptr is not None:
         valid &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
@@ -254,10 +266,10 @@ def _dkdv_kernel(
         list_ptr = bounds_ptr + ((b * stride_gb + h * stride_gh).to(tl.int64) * key_tiles + tile) * 3
         start, end_plain, end = tl.load(list_ptr), tl.load(list_ptr + 1), tl.load(list_ptr + 2)
         for n in tl.range(start * SUBS_Q, end_plain * SUBS_Q):
-            token = tl.load(rows_ptr + n // SUBS_Q) * TILE_Q + n % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            q_row = _token_rows(token, token, token_order_ptr, False)
-            q = _load_part(head_q_ptr, q_row, q_row, stride_qs, False, 0, BLOCK_D, DIM)
-            grad = _load_part(head_grad_ptr, q_row, q_row, stride_os, False, 0, BLOCK_D, DIM)
+            first = tl.load(rows_ptr + n // SUBS_Q).to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
+            q_row, q, grad = _full_chunk(
+                first, head_q_ptr, head_grad_ptr, token_order_ptr, stride_qs, stride_os, BLOCK_Q, DIM, BLOCK_D
+            )
             base, delta = tl.load(base_ptr + lane_rows + q_row), tl.load(delta_ptr + lane_rows + q_row)
             t = 1.0
             if entry_t_ptr is not None:
@@ -266,11 +278,11 @@ def _dkdv_kernel(
                 dk, dv, k, v, q, grad, t, scale * share, share, base, delta, entry_t_ptr is not None,
                 head_scale_ptr is not None, PRECISION,
             )  # fmt: skip
-        for n in tl.range(end_plain * SUBS_Q, end * SUBS_Q, num_stages=1):
-            q_place = n % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            token = tl.load(rows_ptr + n // SUBS_Q) * TILE_Q + q_place
+        for n in tl.range(end_plain * SUBS_S, end * SUBS_S, num_stages=1):
+            q_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+            token = tl.load(rows_ptr + n // SUBS_S) * TILE_Q + q_place
             live = (q_place < TILE_Q) & (token < num_q)
-            q_row = _token_rows(token, live, token_order_ptr, True)
+            q_row = _token_rows(token, live, token_order_ptr)
             q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
             grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
             base = tl.load(base_ptr + lane_rows + q_row, mask=live, other=float("inf"))
@@ -337,7 +349,7 @@ def _pooled_dkdv_kernel(
                 place = n % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 token = n // SUBS_Q * TILE_Q + place
                 live = (place < TILE_Q) & (token < num_q)
-                q_row = _token_rows(token, live, token_order_ptr, True)
+                q_row = _token_rows(token, live, token_order_ptr)
                 q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
                 grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
                 base = tl.load(base_ptr + lane_rows + q_row, mask=live, other=float("inf"))
