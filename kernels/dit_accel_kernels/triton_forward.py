@@ -94,12 +94,16 @@ def _store_part(ptr, rows, live, stride, value, START: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def _full_chunk(
-    position, k_ptr, v_ptr, indices_ptr, token_order_ptr, stride_ks, stride_vs,
+    tile, position, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """K and V of one chunk of the flattened list of tiles, in two column parts each; every key is there."""
+    """K and V of one chunk of a tile, in two column parts each; every key is there.
+
+    The caller loads the tile's number a turn early: a list entry and what it points to in one turn of the loop would
+    halve the depth of Triton's pipeline.
+    """
     SUBS_K: tl.constexpr = TILE_K // BLOCK_K
-    first = tl.load(indices_ptr + position // SUBS_K).to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
+    first = tile.to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
     if token_order_ptr is None:
         k_ptr += first * stride_ks
         v_ptr += first * stride_vs
@@ -144,6 +148,8 @@ def _fwd_kernel(
     start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
     end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
     batch = b.to(tl.int64)
+    if stride_vs is None:  # K and V share the offsets of their rows, which saves the hot loop's registers
+        stride_vs = stride_ks
     k_ptr += batch * stride_kb + hk.to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + hk.to(tl.int64) * stride_vh
 
@@ -173,11 +179,13 @@ def _fwd_kernel(
     acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
 
     origin = start * SUBS_K if step > 0 else end_plain * SUBS_K - 1
+    ahead = tl.load(indices_ptr + origin // SUBS_K)
     for n in tl.range(0, (end_plain - start) * SUBS_K):
         k1, k2, v1, v2 = _full_chunk(
-            origin + n * step, k_ptr, v_ptr, indices_ptr, token_order_ptr, stride_ks, stride_vs,
+            ahead, origin + n * step, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
             BLOCK_K, TILE_K, DIM, D1, D2,
         )  # fmt: skip
+        ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
         x = _products(q1, q2, k1, k2, D2, PRECISION)
         m_new = tl.maximum(m, tl.max(x, 1) * scale)
         p = tl.exp2(x * scale - m_new[:, None])
@@ -186,11 +194,13 @@ def _fwd_kernel(
 
     if entry_t_ptr is not None:
         origin = end_plain * SUBS_K if step > 0 else end_constant * SUBS_K - 1
+        ahead = tl.load(indices_ptr + origin // SUBS_K)
         for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
             k1, k2, v1, v2 = _full_chunk(
-                origin + n * step, k_ptr, v_ptr, indices_ptr, token_order_ptr, stride_ks, stride_vs,
+                ahead, origin + n * step, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
                 BLOCK_K, TILE_K, DIM, D1, D2,
             )  # fmt: skip
+            ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
             low = scale * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
             x = _products(q1, q2, k1, k2, D2, PRECISION)
             top = tl.max(x, 1)  # min(s x, t s x) rises with x
@@ -296,12 +306,13 @@ def _variant(
         kernel=_fwd_kernel,
         signature={
             **{pointer: kinds[pointer] for pointer in there},
-            **{f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhs"},
+            **{f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhs" if x + axis != "vs"},
             **dict.fromkeys(_INTEGERS, "i32"),
             "scale": "fp32",
         },
         constexprs={
             **{n: None for n in _fwd_kernel.arg_names if n.endswith("_ptr") and n not in there},
+            "stride_vs": None,
             **dict(TILE_Q=tile, TILE_K=tile, BLOCK_Q=query_block(tile, launch.block_q), BLOCK_K=block_k),
             **dict(BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision),
         },

@@ -23,10 +23,11 @@ PLAIN, CONSTANT, SLOW, ABSENT = range(4)
 class RowPlan:
     """What the kernel needs of lists, masks and frames; G' list sets, or B * G' where masks differ by batch.
 
-    `bounds` int32 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow, start and end of the
-    pooled list. `row_order` int32 [G', NQ], longest first. `stride_b`, `stride_h`: list set of a batch and head.
-    `entry_t` float32 [nnz] and `pooled_t` float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k] with a key mask;
-    `q_frames`, `k_frames` int32: all in tiled order.
+    `bounds` int32 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
+    `entry_t`, whose first and last entry belong to no row), start and end of the pooled list. `row_order` int32 [G',
+    NQ], longest first. `stride_b`, `stride_h`: list set of a batch and head. `entry_t` float32 [nnz + 2] and `pooled_t`
+    float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k] with a key mask; `q_frames`, `k_frames` int32: all in tiled
+    order.
     """
 
     indices: Tensor
@@ -89,22 +90,27 @@ def _build(problem: Problem, whole_chunks: bool) -> RowPlan:
         section = torch.where(all_valid[entry_batch, indices.long()], section, SLOW)
         section = torch.where(any_valid[entry_batch, indices.long()], section, ABSENT)
     bounds, order = _sort(section, tile_row, groups * rows)
-    begin = offsets[:, :-1].reshape(-1, 1)
+    begin = offsets[:, :-1].reshape(-1, 1) + 1
     bounds = torch.cat([begin, begin + bounds], 1).unflatten(0, (groups, rows))
     ends = torch.zeros_like(bounds[..., :2]) if pooled is None else torch.stack([pooled[:, :-1], pooled[:, 1:]], -1)
     work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + ends[..., 1] - ends[..., 0]
     return RowPlan(
-        indices=indices[order].contiguous(),
+        indices=_padded(indices[order]),
         bounds=torch.cat([bounds, ends], -1).int().contiguous(),
         row_order=work.argsort(dim=-1, descending=True, stable=True).int(),
         stride_b=stride_b,
         stride_h=stride_h,
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
-        entry_t=None if entry_t is None else entry_t[order].contiguous(),
+        entry_t=None if entry_t is None else _padded(entry_t[order]),
         q_frames=None if decay is None else decay[1].contiguous(),
         k_frames=None if decay is None else decay[2].contiguous(),
         pooled_t=None if pooled_t is None else pooled_t.contiguous(),
     )
+
+
+def _padded(entries: Tensor) -> Tensor:
+    """The entries with one more at either end: kernels read one ahead, in both directions."""
+    return torch.nn.functional.pad(entries, (1, 1))
 
 
 def _row_of_entry(offsets: Tensor, entries: int) -> Tensor:
