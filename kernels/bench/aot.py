@@ -217,7 +217,12 @@ def main() -> None:
     if not todo:
         raise SystemExit(f"no variant matches --match {args.match!r}: try --match ''")
     order = {task[1:]: i for i, task in enumerate(todo)}
-    records = sorted(run(todo, args.jobs), key=lambda r: order[r["variant"], r["target"]])
+    records = []
+    for record in run(todo, args.jobs):
+        records.append(record)
+        print(f"\r{len(records)} of {len(todo)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    records.sort(key=lambda r: order[r["variant"], r["target"]])
     title = "masked: IR; select: IR/machine; tensor ... instr: instructions of one warp in one turn of the hot loop"
     table = Table(*COLUMNS, title=title)
     for record in records:
