@@ -1,5 +1,8 @@
 """The triton backend: plan, sizes and launches; every feature in one kernel, rows read and written where they lie."""
 
+# Launches take options that a kernel's signature doesn't show:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import math

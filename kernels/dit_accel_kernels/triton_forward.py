@@ -2,10 +2,14 @@
 
 Tiles come sorted into three sections of a row's list (triton_plan.py): *plain* ones, whose loop neither masks nor
 branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
-Pooled tiles come first: a chunk of them is one product on the full query rows, with log2 of the true length added to
+Pooled tiles come last: a chunk of them is one product on the full query rows, with log2 of the true length added to
 the logit. All share one running maximum and one row sum. Logits are in base 2; sums are float32; addresses are 64-bit.
 Head dims that are no power of 2 are cut into two column parts (96 = 64 + 32), the second padded where it must be.
 """
+
+# Device code is typed by Triton's compiler:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ Means rather than sums of V, with log2 of the length added to the logit: e^s sum
 cannot overflow fp16.
 """
 
+# Device code is typed by Triton's compiler:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -84,7 +87,7 @@ def variants() -> list[Variant]:
     for name, kind in (("bf16", "*bf16:16"), ("fp16", "*fp16:16"), ("fp32", "*fp32:16")):
         for dim in (64, 128):
             for masked in (False, True):
-                pointers = dict.fromkeys(("k_ptr", "v_ptr", "k_mean_ptr", "v_mean_ptr"), kind)
+                pointers: dict[str, str] = dict.fromkeys(("k_ptr", "v_ptr", "k_mean_ptr", "v_mean_ptr"), kind)
                 strides = {f"stride_{x}{axis}": "i64:16" for x in "kv" for axis in "bhs"}
                 absent: dict[str, object] = {"token_order_ptr": None}
                 if masked:
