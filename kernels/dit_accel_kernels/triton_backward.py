@@ -47,23 +47,33 @@ def _sizes(block_q: int, block_k: int, block_s: int, num_warps: int, num_stages:
     return Sizes(block_q=block_q, block_k=block_k, block_s=block_s, num_warps=num_warps, num_stages=num_stages)
 
 
-# (kernel, architecture, feature): sizes for 16-bit types up to head dim 128, the most special row first. No card has
-# timed them: they are the largest that compile without spills and within the card's shared memory (bench/aot.py).
+# (kernel, architecture, feature or kind): sizes for 16-bit types up to head dim 128, and under "wide" for wider heads
+# and fp32. No card has timed them: they are large ones that compile without spills and within the card's shared memory
+# (bench/aot.py). fp32 products are full fp32, without tensor cores: splitting their operands would spill.
 _TABLE = {
     ("dq", "", ""): _sizes(64, 64, 16, 4, 2),
     ("dq", "", "mask"): _sizes(64, 32, 32, 4, 2),
+    ("dq", "", "wide"): _sizes(32, 32, 16, 8, 1),
+    ("dq", "", "fp32"): _sizes(16, 32, 16, 8, 1),
     ("dq", "sm_90", ""): _sizes(128, 64, 16, 8, 2),
-    ("dq", "sm_100", ""): _sizes(128, 64, 16, 8, 2),
+    ("dq", "sm_100", ""): _sizes(64, 64, 32, 4, 2),
     ("dq", "gfx942", ""): _sizes(128, 64, 32, 4, 1),
+    ("dq", "gfx942", "wide"): _sizes(32, 32, 16, 4, 1),
+    ("dq", "gfx942", "fp32"): _sizes(32, 32, 16, 4, 1),
     ("dkdv", "", ""): _sizes(64, 64, 16, 8, 2),
+    ("dkdv", "", "wide"): _sizes(32, 32, 16, 8, 1),
+    ("dkdv", "", "fp32"): _sizes(32, 32, 16, 8, 1),
     ("dkdv", "sm_90", ""): _sizes(32, 128, 32, 8, 2),
     ("dkdv", "sm_100", ""): _sizes(64, 64, 32, 8, 2),
     ("dkdv", "sm_100", "decay"): _sizes(32, 64, 16, 8, 2),
-    ("dkdv", "gfx942", ""): _sizes(64, 64, 32, 4, 1),
-    ("dkdv", "gfx942", "decay"): _sizes(32, 64, 32, 4, 1),
+    ("dkdv", "gfx942", ""): _sizes(32, 64, 32, 4, 1),
+    ("dkdv", "gfx942", "wide"): _sizes(16, 16, 16, 4, 1),
+    ("dkdv", "gfx942", "fp32"): _sizes(16, 32, 16, 4, 1),
     ("pooled", "", ""): _sizes(32, WORD, 16, 4, 1),
+    ("pooled", "", "wide"): _sizes(16, WORD, 16, 8, 1),
+    ("pooled", "", "fp32"): _sizes(32, WORD, 16, 8, 1),
+    ("pooled", "gfx942", "fp32"): _sizes(16, WORD, 16, 8, 1),
 }
-_FP32 = _sizes(32, 32, 16, 8, 1)  # products in full fp32, without tensor cores: their fp32 splits would spill
 
 
 def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool = False, mask: bool = False) -> Sizes:
@@ -71,11 +81,11 @@ def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool =
 
     `decay` and `mask` tell whether the call has frame decay and invalid keys.
     """
+    kinds = [*(["decay"] if decay else []), *(["mask"] if mask else []), ""]
     if dtype == torch.float32 or dim > 128:
-        return replace(_FP32, block_q=16 if kernel == "pooled" else 32)
-    features = (["decay"] if decay else []) + (["mask"] if mask else []) + [""]
-    places = [arch, ""] if any((kernel, arch, feature) in _TABLE for feature in features) else [""]
-    return next(_TABLE[kernel, a, f] for a in places for f in features if (kernel, a, f) in _TABLE)
+        kinds = ["fp32" if dtype == torch.float32 else "wide"]
+    places = [arch] if any((kernel, arch, kind) in _TABLE for kind in kinds) else [""]
+    return next(_TABLE[kernel, place, kind] for place in places for kind in kinds if (kernel, place, kind) in _TABLE)
 
 
 def attend_backward(
@@ -253,13 +263,18 @@ _METHODS = {
 
 
 def variants() -> list[Variant]:
-    """The kernels as the methods launch them in tiles of 128 x 128, for ahead-of-time compilation."""
+    """The kernels as the methods launch them in tiles of 128 x 128, for ahead-of-time compilation.
+
+    All methods in bfloat16 at head dims 64 and 128. fp16 makes the same code but for the conversions, fp32 and wider
+    heads have one size for all methods: of those a plain call, and the pooled one in fp32.
+    """
+    cases = [(torch.bfloat16, dim, method) for dim in (64, 128) for method in _METHODS]
+    cases += [(torch.float16, 128, "plain"), (torch.bfloat16, 256, "plain")]
+    cases += [(torch.float32, 128, "plain"), (torch.float32, 128, "pool")]
     found: dict[str, Variant] = {}
-    for target, dtype, dim, method in itertools.product(TARGETS, _NAMES, (64, 128, 256), _METHODS):
-        if dim == 256 and (dtype, method) != (torch.bfloat16, "plain"):
-            continue
+    for target, (dtype, dim, method) in itertools.product(TARGETS, cases):
         for kind, kernel, size in _kernels_of(target, dtype, dim, method):
-            numbers = f"{size.block_q}x{size.block_k}w{size.num_warps}s{size.num_stages}"
+            numbers = f"{size.block_q}x{size.block_k}x{size.block_s}w{size.num_warps}s{size.num_stages}"
             name = f"bwd-{kind}-{_NAMES[dtype]}-d{dim}-{method}-{numbers}"
             if name not in found:
                 found[name] = _variant(name, kernel, size, dtype, dim, method, target)
@@ -286,7 +301,7 @@ def _variant(name: str, kernel: Any, size: Sizes, dtype: torch.dtype, dim: int, 
     absent = {x for feature, names in _OPTIONAL.items() if feature not in _METHODS[method] for x in names}
     if not {"decay", "pool"} <= set(_METHODS[method]):
         absent.add("pooled_t_ptr")
-    sizes_of = {
+    values = {
         "TILE_Q": 128, "TILE_K": 128, "BLOCK_Q": size.block_q, "BLOCK_K": size.block_k, "BLOCK_S": size.block_s,
         "DIM": dim, "BLOCK_D": column_block(dim), "BLOCK": DELTA_ROWS, "WORD": WORD,
         "PRECISION": "ieee",
@@ -296,11 +311,12 @@ def _variant(name: str, kernel: Any, size: Sizes, dtype: torch.dtype, dim: int, 
     for argument in kernel.arg_names:
         if argument in absent:
             constexprs[argument] = None
-        elif argument in sizes_of:
-            constexprs[argument] = sizes_of[argument]
+        elif argument in values:
+            constexprs[argument] = values[argument]
         else:
             signature[argument] = _kind(argument, _NAMES[dtype])
-    plain = kernel in (_dq_kernel, _dkdv_kernel) and "decay" not in _METHODS[method]
+    # wider heads take blocks too small for wgmma and tcgen05; decay selects between two factors by element
+    plain = kernel in (_dq_kernel, _dkdv_kernel) and "decay" not in _METHODS[method] and dim <= 128
     return Variant(
         name, kernel, signature, constexprs, size.num_warps, size.num_stages, hot_loop=plain, targets=(target,)
     )
