@@ -33,14 +33,15 @@ def _launch(block_q: int, block_k: int, block_s: int, num_warps: int, num_stages
 _GENERIC = ""
 _TABLE = {  # (architecture, kind of dtype, head dim up to): sizes
     (_GENERIC, "half", 64): _launch(128, 64, 32, 8, 3),
-    (_GENERIC, "half", 128): _launch(128, 64, 32, 8, 3),
+    (_GENERIC, "half", 128): _launch(128, 32, 32, 8, 3),
     (_GENERIC, "half", 256): _launch(64, 32, 32, 8, 2),
     (_GENERIC, "fp32", 64): _launch(32, 32, 32, 8, 1),
     (_GENERIC, "fp32", 128): _launch(32, 32, 32, 8, 1),
     (_GENERIC, "fp32", 256): _launch(16, 16, 16, 4, 1),
     ("sm_90", "half", 64): _launch(128, 128, 64, 8, 3),
     ("sm_90", "half", 128): _launch(128, 64, 64, 8, 3),
-    ("sm_100", "half", 64): _launch(128, 64, 32, 8, 2),
+    ("sm_100", "half", 64): _launch(128, 128, 64, 8, 3),
+    ("sm_100", "half", 128): _launch(128, 64, 32, 8, 3),
     ("gfx942", "half", 64): _launch(128, 64, 32, 4, 2),
     ("gfx942", "half", 128): _launch(128, 64, 32, 4, 2),
     ("gfx942", "fp32", 128): _launch(64, 32, 32, 4, 2),
