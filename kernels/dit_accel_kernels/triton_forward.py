@@ -121,7 +121,14 @@ def _full_chunk(
     return k1, k2, v1, v2
 
 
-@triton.jit
+# Sizes of the problem, not worth a kernel for each value that is 1 or a multiple of 16.
+_INTEGERS = (
+    "stride_gb", "stride_gh", "stride_hb", "num_q", "num_k", "heads", "key_heads", "rows", "key_tiles", "table_last",
+    "step",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # [B, H, S, D] by strides; lse [B, H, S_q] or None
     indices_ptr, bounds_ptr, row_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
@@ -272,10 +279,6 @@ _FEATURES = {  # pointers that are there besides those of every launch
     "pooled": ("pooled_indices_ptr", "k_mean_ptr", "v_mean_ptr", "log_length_ptr"),
     "mask": ("valid_ptr",),
 }
-_INTEGERS = (
-    "stride_gb", "stride_gh", "stride_hb", "num_q", "num_k", "heads", "key_heads", "rows", "key_tiles", "table_last",
-    "step",
-)  # fmt: skip
 
 
 def variants() -> list[Variant]:
