@@ -1,7 +1,7 @@
 """Sizes of the forward kernel's launches: a small table by architecture, dtype and head dim, and what follows from it.
 
-Each row up to D = 128 compiles without spills, within its card's shared memory (bench/aot.py shows both). They were chosen by the
-compilers' reports; none has been timed on a card yet.
+Each row up to D = 128 compiles without spills, within its card's shared memory (bench/aot.py shows both). They were
+chosen by the compilers' reports; none has been timed on a card yet.
 """
 
 from __future__ import annotations
