@@ -158,8 +158,9 @@ def loop_faults(record: dict[str, Any]) -> list[str]:
     found = [] if wide or expected in record["tensor"] else [f"hot loop on {record['tensor']!r}, not {expected}"]
     found += [f"{ir['masked']} masked loads"] if ir["masked"] else []
     found += [f"{ir['selects']} selects"] if ir["selects"] else []
-    if mix["guards"] > ir["loads"]:
-        found.append(f"{mix['guards']} predicates on loads for {ir['loads']} plain loads")
+    plain = ir["loads"] + ir["scalars"]
+    if mix["guards"] > plain:
+        found.append(f"{mix['guards']} predicates on loads for {plain} plain loads")
     return found
 
 
@@ -220,6 +221,8 @@ def main() -> None:
     records = []
     for record in run(todo, args.jobs):
         records.append(record)
+        if args.out:  # what is compiled is not lost if the run is cut short; sorted below
+            args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
         print(f"\r{len(records)} of {len(todo)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     records.sort(key=lambda r: order[r["variant"], r["target"]])

@@ -10,7 +10,7 @@ work. A kernel without any tensor-core instruction (fp32 products) is read by it
 Why IR as well: the software pipeliner guards every asynchronous copy with the loop's bound, so that in SASS even a
 plain load carries a predicate. In IR a masked load is one with a mask operand and nothing else is. In SASS the
 difference still shows: all copies of one plain load share one guard, those of a masked load have one each; hence
-`guards`, the distinct predicates on loads, which must not exceed the number of IR loads.
+`guards`, the distinct predicates on loads, which must not exceed the number of IR loads, list entries included.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ def _guards(body: list[Instruction], is_load: Rule) -> set[str]:
 _LOOP = re.compile(r"\bscf\.(for|while)\b")
 _OPERATION = re.compile(r"(?:^|=)\s*\"?([a-z_]+\.[a-z_0-9]+)")
 _WIDE = re.compile(r"\btt\.dot .*:\s*tensor<[0-9x]+xf32>")
+_SCALAR = re.compile(r"= tt\.load\b")
 _MASKED = re.compile(r"\btt\.load\s+%\w+(?:#\d+)?\s*,\s*%")
 
 
@@ -168,7 +169,8 @@ def read_ir(text: str) -> list[dict[str, int]]:
     """Tensor operations of every hot loop of Triton IR (ttir): dots, dots of fp32, loads, masked loads, selects, exp2,
     converts.
 
-    Only operations on tensors count: an address computed from a scalar select costs nothing per element.
+    Only operations on tensors count, but for `scalars`, loads of one number (list entries, whose prefetch the pipeliner
+    guards too): an address computed from a scalar select costs nothing per element.
     """
     found: list[dict[str, int]] = []
     stack: list[tuple[int, list[str]]] = []
@@ -210,6 +212,7 @@ def _ir_mix(body: list[str]) -> dict[str, int]:
         "dots": names.count("tt.dot") + names.count("tt.dot_scaled"),
         "wide_dots": sum(bool(_WIDE.search(line)) for line in tensors),
         "loads": names.count("tt.load") + sum(name.startswith("tt.descriptor_load") for name in names),
+        "scalars": sum("tensor<" not in line and bool(_SCALAR.search(line)) for line in body),
         "masked": sum(bool(_MASKED.search(line)) for line in tensors),
         "selects": names.count("arith.select"),
         "exp2": names.count("math.exp2"),

@@ -26,7 +26,7 @@ from dit_accel_kernels.triton_pool import pool
 from dit_accel_kernels.triton_transpose import WORD, ColumnPlan, column_plan
 from dit_accel_kernels.triton_variants import TARGETS, Variant
 
-DELTA_ROWS = 64  # query rows of a program of the pre-pass
+DELTA_ROWS = 32  # query rows of a program of the pre-pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,22 +47,25 @@ def _sizes(block_q: int, block_k: int, block_s: int, num_warps: int, num_stages:
     return Sizes(block_q=block_q, block_k=block_k, block_s=block_s, num_warps=num_warps, num_stages=num_stages)
 
 
-# (kernel, architecture, feature or kind): sizes for 16-bit types up to head dim 128, and under "wide" for wider heads
-# and fp32. No card has timed them: they are large ones that compile without spills and within the card's shared memory
-# (bench/aot.py). fp32 products are full fp32, without tensor cores: splitting their operands would spill.
+# (kernel, architecture, feature or kind): sizes for 16-bit types up to head dim 128, "narrow" up to 64, "wide" beyond
+# 128; the first row that fits counts. No card has timed them: they are large ones that compile without spills, within
+# the card's shared memory (bench/aot.py). fp32 is full fp32, without tensor cores: splitting its operands would spill.
 _TABLE = {
     ("dq", "", ""): _sizes(64, 64, 16, 4, 2),
     ("dq", "", "mask"): _sizes(64, 32, 32, 4, 2),
-    ("dq", "", "wide"): _sizes(32, 32, 16, 8, 1),
+    ("dq", "", "decay"): _sizes(64, 32, 32, 4, 2),
+    ("dq", "", "wide"): _sizes(16, 32, 16, 8, 1),
     ("dq", "", "fp32"): _sizes(16, 32, 16, 8, 1),
     ("dq", "sm_90", ""): _sizes(128, 64, 16, 8, 2),
     ("dq", "sm_100", ""): _sizes(64, 64, 32, 4, 2),
+    ("dq", "sm_100", "narrow"): _sizes(128, 64, 16, 8, 2),
     ("dq", "gfx942", ""): _sizes(128, 64, 32, 4, 1),
     ("dq", "gfx942", "wide"): _sizes(32, 32, 16, 4, 1),
     ("dq", "gfx942", "fp32"): _sizes(32, 32, 16, 4, 1),
     ("dkdv", "", ""): _sizes(64, 64, 16, 8, 2),
+    ("dkdv", "", "narrow"): _sizes(32, 64, 16, 8, 2),
     ("dkdv", "", "wide"): _sizes(32, 32, 16, 8, 1),
-    ("dkdv", "", "fp32"): _sizes(32, 32, 16, 8, 1),
+    ("dkdv", "", "fp32"): _sizes(16, 32, 16, 8, 1),
     ("dkdv", "sm_90", ""): _sizes(32, 128, 32, 8, 2),
     ("dkdv", "sm_100", ""): _sizes(64, 64, 32, 8, 2),
     ("dkdv", "sm_100", "decay"): _sizes(32, 64, 16, 8, 2),
@@ -81,7 +84,7 @@ def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool =
 
     `decay` and `mask` tell whether the call has frame decay and invalid keys.
     """
-    kinds = [*(["decay"] if decay else []), *(["mask"] if mask else []), ""]
+    kinds = [*(["narrow"] if dim <= 64 else []), *(["decay"] if decay else []), *(["mask"] if mask else []), ""]
     if dtype == torch.float32 or dim > 128:
         kinds = ["fp32" if dtype == torch.float32 else "wide"]
     places = [arch] if any((kernel, arch, kind) in _TABLE for kind in kinds) else [""]
