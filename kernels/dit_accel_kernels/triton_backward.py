@@ -56,6 +56,7 @@ _TABLE = {
     ("dq", "", "decay"): _sizes(64, 32, 32, 4, 2),
     ("dq", "", "wide"): _sizes(16, 32, 16, 8, 1),
     ("dq", "", "fp32"): _sizes(16, 32, 16, 8, 1),
+    ("dq", "sm_89", "narrow decay"): _sizes(64, 32, 16, 4, 2),
     ("dq", "sm_90", ""): _sizes(128, 64, 16, 8, 2),
     ("dq", "sm_100", ""): _sizes(64, 64, 32, 4, 2),
     ("dq", "sm_100", "narrow"): _sizes(128, 64, 16, 8, 2),
@@ -84,7 +85,8 @@ def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool =
 
     `decay` and `mask` tell whether the call has frame decay and invalid keys.
     """
-    kinds = [*(["narrow"] if dim <= 64 else []), *(["decay"] if decay else []), *(["mask"] if mask else []), ""]
+    narrow = (["narrow decay"] if decay else []) + ["narrow"] if dim <= 64 else []
+    kinds = [*narrow, *(["decay"] if decay else []), *(["mask"] if mask else []), ""]
     if dtype == torch.float32 or dim > 128:
         kinds = ["fp32" if dtype == torch.float32 else "wide"]
     places = [arch] if any((kernel, arch, kind) in _TABLE for kind in kinds) else [""]
