@@ -21,6 +21,7 @@ from dit_accel_kernels.triton_launch import (
     key_block,
     launch_of,
     query_block,
+    warps,
 )
 from dit_accel_kernels.triton_plan import row_plan
 from dit_accel_kernels.triton_pool import pool
@@ -70,7 +71,7 @@ def attend(problem: Problem, *, need_lse: bool, reverse: bool = False) -> tuple[
             0 if table is None else table.numel() - 1, problem.logit_scale * LOG2_E, -1 if reverse else 1,
             TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
             BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision(q.dtype, q.device),
-            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+            num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 

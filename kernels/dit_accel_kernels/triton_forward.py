@@ -19,7 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.triton_launch import Launch, column_parts, fp32_products, key_block, launch_of, query_block
+from dit_accel_kernels.triton_launch import (
+    Launch,
+    column_parts,
+    fp32_products,
+    key_block,
+    launch_of,
+    query_block,
+    warps,
+)
 from dit_accel_kernels.triton_variants import TARGETS, Variant
 
 
@@ -306,8 +314,9 @@ def _variant(
     kinds |= dict.fromkeys(("q_frames_ptr", "k_frames_ptr"), "*i32:16") | {"valid_ptr": "*u8:16"} | data
     always = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "indices_ptr", "bounds_ptr", "row_order_ptr")
     there = (*always, *_FEATURES[features])
-    block_k = key_block(tile, launch.block_k)[0]
-    sizes = f"{launch.block_q}x{launch.block_k}x{launch.block_s}w{launch.num_warps}s{launch.num_stages}-{precision}"
+    block_q, block_k = query_block(tile, launch.block_q), key_block(tile, launch.block_k)[0]
+    num_warps = warps(launch, block_q)
+    sizes = f"{launch.block_q}x{launch.block_k}x{launch.block_s}w{num_warps}s{launch.num_stages}-{precision}"
     return Variant(
         name=f"fwd-{name}-d{dim}-{features}-b{tile}-{sizes}",
         kernel=_fwd_kernel,
@@ -320,10 +329,10 @@ def _variant(
         constexprs={
             **{n: None for n in _fwd_kernel.arg_names if n.endswith("_ptr") and n not in there},
             "stride_vs": None,
-            **dict(TILE_Q=tile, TILE_K=tile, BLOCK_Q=query_block(tile, launch.block_q), BLOCK_K=block_k),
+            **dict(TILE_Q=tile, TILE_K=tile, BLOCK_Q=block_q, BLOCK_K=block_k),
             **dict(BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision),
         },
-        num_warps=launch.num_warps,
+        num_warps=num_warps,
         num_stages=launch.num_stages,
         targets=targets,
     )

@@ -1,7 +1,7 @@
 """Sizes of the forward kernel's launches: a small table by architecture, dtype and head dim, and what follows from it.
 
-Each row up to D = 128 compiles without spills, within its card's shared memory (bench/aot.py shows both). They were
-chosen by the compilers' reports; none has been timed on a card yet.
+With tiles of 128, each row up to D = 128 compiles without spills, within its card's shared memory (bench/aot.py shows
+both). They were chosen by the compilers' reports; none has been timed on a card yet.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ def next_power_of_2(n: int) -> int:
 def query_block(tile: int, most: int) -> int:
     """Query rows of a program: a power of 2 from 16 to `most` that covers a tile or a part of it."""
     return max(16, min(most, next_power_of_2(tile)))
+
+
+def warps(launch: Launch, block_q: int) -> int:
+    """Warps of a program with `block_q` query rows: half of the launch's where it has at most half of the rows."""
+    return launch.num_warps // 2 if launch.num_warps > 4 and block_q <= launch.block_q // 2 else launch.num_warps
 
 
 def key_block(tile: int, most: int) -> tuple[int, bool]:

@@ -304,6 +304,11 @@ def test_chunks_of_a_tile():
     assert [triton_launch.query_block(tile, 128) for tile in (5, 40, 128, 300)] == [16, 64, 128, 128]
 
 
+def test_half_the_rows_take_half_the_warps():
+    launch = triton_launch.launch_of("", torch.bfloat16, 128)
+    assert [triton_launch.warps(launch, rows) for rows in (128, 64, 16)] == [8, 4, 4]
+
+
 def test_launches_fall_back_to_generic_sizes():
     assert triton_launch.launch_of("sm_90", torch.bfloat16, 128) != triton_launch.launch_of("", torch.bfloat16, 128)
     assert triton_launch.launch_of("sm_999", torch.float16, 80) == triton_launch.launch_of("", torch.bfloat16, 128)
