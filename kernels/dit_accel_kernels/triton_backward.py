@@ -7,6 +7,9 @@ construction. Pooled columns get their gradients in a kernel of their own, 32 ti
 lists; where grad_k and grad_v are written they are spread over the tile's valid tokens by its true length.
 """
 
+# pyright: reportCallIssue=false
+# (launches take options that no kernel declares)
+
 from __future__ import annotations
 
 import itertools
