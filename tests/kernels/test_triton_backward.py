@@ -215,7 +215,7 @@ def test_negative_scales_decay_as_the_specification_says():
 @pytest.mark.parametrize("value", [0, 1, 2])
 @pytest.mark.parametrize("num_k", [1, 20, 32])
 def test_one_tile(value, num_k):
-    q, k, v = qkv(1, 2, 2, 30, num_k, 32, torch.float32)
+    q, k, v = qkv(1, 2, 2, 30, num_k, 32, torch.bfloat16)
     states = torch.tensor([[value]], dtype=torch.uint8)
     tiles = TileLists.from_states(states, block_q=32, block_k=32, num_q=30, num_k=num_k)
     found = check(make(q, k, v, tiles))
