@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel_kernels import backward, flex_backend, reference, torch_backend
+from dit_accel_kernels import backward, flex_backend, reference, torch_backend, triton_support
 from dit_accel_kernels.checks import check_arguments
+from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay, Problem
 from dit_accel_kernels.tiles import TileLists
 
-BACKENDS = ("auto", "torch", "flex", "reference")
+BACKENDS = ("auto", "triton", "torch", "flex", "reference")
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor exact_offsets, Tensor exact_indices, Tensor? pooled_offsets, "
@@ -60,8 +64,9 @@ def block_sparse_attention(
         identity_rows: bool [S], the tokens that identity_mix touches; all by default.
         return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
             (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
-        backend: "auto", "torch", "flex" or "reference"; a named one runs or raises. Gradients come from the
-            torch backend's recomputation, except with "reference", which autograd differentiates.
+        backend: "auto", "triton", "torch", "flex" or "reference"; a named one runs or raises. Gradients come
+            from the triton backend's own kernels and else from the torch backend's recomputation, except with
+            "reference", which autograd differentiates.
 
     Raises:
         ValueError, TypeError: arguments that don't fit, by name and value.
@@ -76,6 +81,8 @@ def block_sparse_attention(
     ):  # plain eager code: autograd differentiates it, and that is the gradient's specification
         out, lse = _forward(*packed)
     else:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            packed = _with_lse(packed)
         out, lse = torch.ops.dit_accel_kernels.block_sparse_attention(*packed)
     return (out, lse) if return_lse else out
 
@@ -104,7 +111,7 @@ def block_sparse_attention_backward(
     values = {**_DEFAULTS, **arguments}
     if len(values) > len(_DEFAULTS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(set(values) - set(_DEFAULTS)))}")
-    grad_q, grad_k, grad_v = _backward(grad_out, None, *_pack(q, k, v, tiles, *values.values()))
+    grad_q, grad_k, grad_v = _backward(grad_out, None, None, None, *_pack(q, k, v, tiles, *values.values()))
     return grad_q, grad_k, grad_v
 
 
@@ -137,10 +144,33 @@ def _pack(
     )  # fmt: skip
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """What "auto" means here: the torch backend on every device, today."""
-    del device
-    return "torch" if backend == "auto" else backend
+def _with_lse(packed: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call, LSE included where the gradient's kernels will want it: on the triton backend."""
+    q, backend = packed[0], packed[-1]
+    if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) != "triton":
+        return packed
+    return (*packed[:-2], True, backend)
+
+
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None
+) -> str:
+    """What "auto" means here: triton on CUDA, ROCm and XPU devices that can run it, torch otherwise.
+
+    Triton needs its package, bfloat16, float16 or float32, a head dim that is a multiple of 8 up to 256 and, on NVIDIA,
+    compute capability 8.0. `dtype` and `dim` None stand for any that it supports. A named backend is returned as it is.
+    """
+    if backend != "auto":
+        return backend
+    fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
+    return "triton" if fits else "torch"
+
+
+def _triton(module: str = "triton_backend") -> ModuleType:
+    """A module with kernels, imported on first use: importing this package must not import triton."""
+    if importlib.util.find_spec("triton") is None:
+        raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
+    return importlib.import_module(f"dit_accel_kernels.{module}")
 
 
 def _problem(
@@ -149,25 +179,17 @@ def _problem(
     head_scale: Tensor | None, key_length: Tensor | None, key_mask: Tensor | None, decay_table: Tensor | None,
     q_frames: Tensor | None, k_frames: Tensor | None, token_order: Tensor | None,
 ) -> Problem:  # fmt: skip
-    """The call in [B, H, S, D] and tiled token order."""
-    valid = key_mask
-    if key_length is not None:
-        prefix = torch.arange(k.shape[2 if heads_first else 1], device=k.device) < key_length[:, None]
-        valid = prefix if valid is None else valid & prefix
+    """The call in [B, H, S, D] and the caller's token order."""
     decay = None
     if decay_table is not None and q_frames is not None and k_frames is not None:
         decay = (decay_table, q_frames, k_frames)
     if not heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if token_order is not None:
-        q, k, v = (x.index_select(2, token_order) for x in (q, k, v))
-        valid = None if valid is None else valid.index_select(1, token_order)
-        decay = None if decay is None else (decay[0], decay[1][token_order], decay[2][token_order])
     return Problem(
         q=q, k=k, v=v, exact_offsets=exact_offsets, exact_indices=exact_indices, pooled_offsets=pooled_offsets,
         pooled_indices=pooled_indices, block_q=block_q, block_k=block_k, logit_scale=scale,
         head_scale=None if head_scale is None else head_scale.float().reshape(-1, q.shape[1]),
-        key_valid=valid, decay=decay,
+        key_valid=None, decay=decay, token_order=token_order, key_length=key_length, key_mask=key_mask,
     )  # fmt: skip
 
 
@@ -190,15 +212,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     heads_first, token_order = rest[6], rest[14]
     identity_mix, identity_rows, return_lse, backend = rest[15:]
     problem = _problem(q, k, v, *rest[:15])
-    name = resolve_backend(backend, q.device)
-    if name == "reference":
-        out, lse = reference.attend(problem)
+    name = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
+    if name == "triton":
+        out, lse = _triton().attend(problem, need_lse=return_lse)  # reads and writes rows in the caller's order
+    elif name == "reference":
+        out, lse = reference.attend(problem.tiled())
         lse = lse if return_lse else lse.new_empty(0)
     elif name == "flex":
-        out, lse = flex_backend.attend(problem, need_lse=return_lse)
+        out, lse = flex_backend.attend(problem.tiled(), need_lse=return_lse)
     else:
-        out, lse = torch_backend.attend(problem, need_lse=return_lse)
-    if token_order is not None:
+        out, lse = torch_backend.attend(problem.tiled(), need_lse=return_lse)
+    if token_order is not None and name != "triton":
         out = torch.empty_like(out).index_copy_(2, token_order, out)
         lse = torch.empty_like(lse).index_copy_(2, token_order, lse) if return_lse else lse
     if not heads_first:
@@ -217,24 +241,28 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
     return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
 
 
-def _backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    """Gradients of q, k and v of one packed call, in their layout."""
-    heads_first, token_order = rest[6], rest[14]
-    identity_mix, identity_rows = rest[15:17]
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, k and v of one packed call, in their layout; `out` and `lse` of its forward, where at hand."""
+    heads_first = rest[6]
+    identity_mix, identity_rows, _, backend = rest[15:]
     problem = _problem(q, k, v, *rest[:15])
     w = mix_weight(identity_mix, identity_rows, heads_first, grad_out.dtype)
     grad_mixed = None
     if w is not None:
         grad_mixed = grad_out * w
         grad_out = grad_out - grad_mixed
+        out = None  # what is at hand is mixed
     if not heads_first:
-        grad_out = grad_out.transpose(1, 2)
-    if token_order is not None:
-        grad_out = grad_out.index_select(2, token_order)
-        grad_lse = None if grad_lse is None else grad_lse.index_select(2, token_order)
-    grads = backward.attend_backward(problem, grad_out, grad_lse)
-    if token_order is not None:
-        grads = tuple(torch.empty_like(g).index_copy_(2, token_order, g) for g in grads)
+        grad_out, out = grad_out.transpose(1, 2), None if out is None else out.transpose(1, 2)
+    if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton":
+        if out is None or lse is None:
+            out, lse = _triton().attend(problem, need_lse=True)
+        grads = _triton("triton_backward").attend_backward(problem, out, lse, grad_out, grad_lse)
+    else:
+        grads = _torch_gradients(problem, grad_out, grad_lse)
     if not heads_first:
         grads = tuple(g.transpose(1, 2) for g in grads)
     grad_q, grad_k, grad_v = grads
@@ -244,9 +272,20 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v
     return [grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()]
 
 
+def _torch_gradients(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients by the torch backend, in the problem's token order."""
+    order = problem.token_order
+    if order is not None:
+        grad_out = grad_out.index_select(2, order)
+        grad_lse = None if grad_lse is None else grad_lse.index_select(2, order)
+    grads = backward.attend_backward(problem.tiled(), grad_out, grad_lse)
+    return grads if order is None else tuple(torch.empty_like(g).index_copy_(2, order, g) for g in grads)
+
+
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> list[Tensor]:
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any,
+) -> list[Tensor]:  # fmt: skip
     return [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)]
 
 
@@ -258,7 +297,7 @@ _backward_op = torch.library.custom_op(
     "dit_accel_kernels::block_sparse_attention_backward",
     _backward,
     mutates_args=(),
-    schema="(Tensor grad_out, Tensor? grad_lse, " + _SCHEMA[1:] + " -> Tensor[]",
+    schema="(Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse, " + _SCHEMA[1:] + " -> Tensor[]",
 )
 _backward_op.register_fake(_backward_fake)
 
@@ -267,15 +306,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.return_lse = inputs[-2]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+    q, backend = inputs[0], inputs[-1]
+    ctx.keeps = ctx.return_lse and resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton"
+    ctx.save_for_backward(*(inputs[i] for i in ctx.tensors), *(output if ctx.keeps else ()))
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     inputs = list(ctx.others)
-    for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+    saved = ctx.saved_tensors
+    out, lse = saved[-2:] if ctx.keeps else (None, None)
+    for i, x in zip(ctx.tensors, saved[: len(ctx.tensors)], strict=True):
         inputs[i] = x
     grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
-        grad_out, grad_lse if ctx.return_lse else None, *inputs
+        grad_out, grad_lse if ctx.return_lse else None, out, lse, *inputs
     )
     return (*grads, *(None for _ in inputs[3:]))
 

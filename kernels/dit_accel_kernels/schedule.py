@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
-from threading import Lock
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-_CAPACITY = 64
+from dit_accel_kernels.cache import StorageCache
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,52 +73,19 @@ def build(
     ]
 
 
-class _Cache:
-    """Schedules by the storage of their lists: a TileLists object is regrouped once, eager or compiled.
-
-    Keyed by storage and version, not by Python object: compiled graphs hand over aliases. A dead storage drops its
-    entry.
-    """
-
-    def __init__(self) -> None:
-        self._entries: OrderedDict[tuple, tuple[list[StorageWeakRef], list[Unit]]] = OrderedDict()
-        self._lock = Lock()
-
-    def get(
-        self,
-        exact: tuple[Tensor, Tensor],
-        pooled: tuple[Tensor | None, Tensor | None],
-        key_tiles: int,
-        heads: list[int],
-        ragged: bool,
-    ) -> list[Unit]:
-        """The units of these lists, built on first use."""
-        parts = [t for t in (*exact, *pooled) if t is not None]
-        refs = [StorageWeakRef(t.untyped_storage()) for t in parts]
-        key = (
-            key_tiles,
-            ragged,
-            tuple(heads),
-            *((r.cdata, t.storage_offset(), t.numel(), _version(t)) for r, t in zip(refs, parts, strict=True)),
-        )
-        with self._lock:
-            found = self._entries.get(key)
-            if found is not None and not any(r.expired() for r in found[0]):
-                self._entries.move_to_end(key)
-                return found[1]
-        units = build(exact, pooled, key_tiles, heads, ragged)
-        with self._lock:
-            for stale in [k for k, (rs, _) in self._entries.items() if any(r.expired() for r in rs)]:
-                del self._entries[stale]
-            self._entries[key] = (refs, units)
-            while len(self._entries) > _CAPACITY:
-                self._entries.popitem(last=False)
-        return units
+_CACHE: StorageCache[list[Unit]] = StorageCache()
 
 
-def _version(tensor: Tensor) -> int:
-    """In-place write counter, 0 for inference tensors, which have none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-schedule = _Cache().get
+def schedule(
+    exact: tuple[Tensor, Tensor],
+    pooled: tuple[Tensor | None, Tensor | None],
+    key_tiles: int,
+    heads: list[int],
+    ragged: bool,
+) -> list[Unit]:
+    """The units of these lists, built on first use: a TileLists object is regrouped once, eager or compiled."""
+    return _CACHE.get(
+        (*exact, *pooled),
+        (key_tiles, ragged, tuple(heads)),
+        lambda: build(exact, pooled, key_tiles, heads, ragged),
+    )

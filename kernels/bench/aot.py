@@ -1,0 +1,243 @@
+"""Compile every Triton kernel variant for six GPU targets without a GPU, and tabulate what the compilers made of it.
+
+`python kernels/bench/aot.py --out aot.jsonl` compiles all variants of all `triton_*` modules of the package, in
+parallel processes, prints one row each (registers, spills, shared memory, blocks an SM, hot loop) and writes JSON
+lines. Exits with 1 if a variant fails to compile, spills, asks for more shared memory than its target has, or has in
+the hot loop of full tiles what should not be there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import listing
+from cards import TARGETS, Target, occupancy
+
+if TYPE_CHECKING:
+    from dit_accel_kernels.triton_variants import Variant
+
+PACKAGE = "dit_accel_kernels"
+
+
+def modules() -> list[str]:
+    """Dotted names of the package's `triton_*` modules that export `variants()`."""
+    package = importlib.import_module(PACKAGE)
+    names = [f"{PACKAGE}.{m.name}" for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("triton_")]
+    return [name for name in names if hasattr(importlib.import_module(name), "variants")]
+
+
+def tasks(names: list[str], match: str, targets: list[str]) -> list[tuple[str, str, str]]:
+    """(module, variant, target) of everything to compile; `match` is a regular expression searched in variant names."""
+    found = []
+    for name in names:
+        for variant in importlib.import_module(name).variants():
+            if re.search(match, variant.name):
+                found += [(name, variant.name, target) for target in targets if target in variant.targets]
+    return found
+
+
+def compile_one(module: str, name: str, target_name: str) -> dict[str, Any]:
+    """One variant on one target, as a JSON-ready record; a compiler's failure becomes its `error`."""
+    variant = next(v for v in importlib.import_module(module).variants() if v.name == name)
+    target = TARGETS[target_name]
+    record: dict[str, Any] = {
+        "module": module.rpartition(".")[2],
+        "variant": name,
+        "target": target_name,
+        "warps": variant.num_warps,
+        "stages": variant.num_stages,
+        "hot_loop": variant.hot_loop,
+    }
+    start = time.perf_counter()
+    try:
+        compiled = _compile(variant, target)
+    except Exception as error:  # whatever a compiler raises is the finding
+        return {**record, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
+    record["seconds"] = round(time.perf_counter() - start, 2)
+    return {**record, **describe(compiled.asm, compiled.metadata.shared, variant.num_warps, target)}
+
+
+def _compile(variant: Variant, target: Target) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gpu = GPUTarget(target.backend, target.arch, target.warp)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    return triton.compile(ASTSource(**variant.source_arguments()), target=gpu, options=options)
+
+
+def describe(asm: dict[str, Any], shared: int, warps: int, target: Target) -> dict[str, Any]:
+    """Resources, occupancy and hot loop of one compiled kernel, from its texts; `shared` in bytes."""
+    ir = listing.read_ir(asm["ttir"])
+    chosen = listing.hot(ir)
+    if target.backend == "cuda":
+        sass, usage = _disassemble(asm["cubin"])
+        code, rules, resources = listing.read_sass(sass), listing.SASS_RULES, listing.read_resources(usage)
+        resources["spills"] = sum(x.opcode.split(".")[0] in ("STL", "LDL") for x in code)
+    else:
+        code, rules, resources = listing.read_amdgcn(asm["amdgcn"]), listing.AMD_RULES, {}
+        resources = listing.read_amd_resources(asm["amdgcn"])
+    bodies = listing.loops(code)
+    at = listing.machine_hot(bodies, ir, chosen)
+    blocks, bound = occupancy(target, resources["registers"], shared, warps)
+    return {
+        **resources,
+        "shared": shared,
+        "shared_limit": target.shared_block,
+        "blocks": blocks,
+        "bound": bound,
+        "tensor": "" if at < 0 else "+".join(sorted({listing.is_tensor(x) for x in bodies[at]} - {""})),
+        "loops": len(bodies),
+        "ir": chosen,
+        "mix": None if at < 0 else listing.mix(bodies[at], rules),
+    }
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """SASS and resource usage of a cubin, by the tools in Triton's wheel."""
+    from triton import knobs
+
+    tool = knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        texts = [
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "-res-usage")
+        ]
+    return texts[0], texts[1]
+
+
+def run(todo: list[tuple[str, str, str]], jobs: int) -> Iterator[dict[str, Any]]:
+    """Records as they come, from `jobs` processes in which Triton's interpreter is off."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = [pool.submit(compile_one, *task) for task in todo]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def faults(record: dict[str, Any]) -> list[str]:
+    """What is wrong with one record, in words; empty if nothing is."""
+    if "error" in record:
+        return [record["error"]]
+    found = []
+    if record["spills"] or record["stack"]:
+        found.append(f"{record['spills']} spills, {record['stack']} bytes of stack")
+    if record["shared"] > record["shared_limit"]:
+        found.append(f"{record['shared']} bytes of shared memory of {record['shared_limit']}")
+    return found
+
+
+def loop_faults(record: dict[str, Any]) -> list[str]:
+    """What the hot loop of a full-tile kernel has that it must not, or lacks; empty where it claims no hot loop."""
+    if not record["hot_loop"] or "error" in record:
+        return []
+    ir, mix = record["ir"], record["mix"]
+    if ir is None or mix is None:
+        return ["no loop with tensor-core instructions"]
+    expected = TARGETS[record["target"]].tensor
+    wide = ir["dots"] == ir["wide_dots"]  # products of fp32 at full precision don't run on tensor cores
+    found = [] if wide or expected in record["tensor"] else [f"hot loop on {record['tensor']!r}, not {expected}"]
+    found += [f"{ir['masked']} masked loads"] if ir["masked"] else []
+    found += [f"{ir['selects']} selects"] if ir["selects"] else []
+    plain = ir["loads"] + ir["scalars"]
+    if mix["guards"] > plain:
+        found.append(f"{mix['guards']} predicates on loads for {plain} plain loads")
+    return found
+
+
+COLUMNS = (
+    "variant", "target", "w/s", "regs", "spill", "shared KB", "blocks", "bound", "tensor", "loads", "masked", "select",
+    "exp2", "cvt", "instr", "s",
+)  # fmt: skip
+
+
+def row(record: dict[str, Any]) -> list[str]:
+    """One record under COLUMNS: tensor to instr count machine instructions of one warp in one turn of the hot loop."""
+    head = [record["variant"], record["target"], f"{record['warps']}/{record['stages']}"]
+    if "error" in record:
+        return [*head, record["error"][:60]]
+    mix, ir = record["mix"] or {}, record["ir"] or {}
+    return [
+        *head,
+        str(record["registers"]),
+        str(record["spills"]),
+        f"{record['shared'] / 1024:.0f}/{record['shared_limit'] // 1024}",
+        str(record["blocks"]),
+        record["bound"],
+        f"{mix.get('tensor', 0)} {record['tensor']}",
+        str(mix.get("loads", 0)),
+        str(ir.get("masked", 0)),
+        f"{ir.get('selects', 0)}/{mix.get('selects', 0)}",
+        *(str(mix.get(name, 0)) for name in ("exp2", "converts", "instructions")),
+        f"{record['seconds']:.1f}",
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--module", action="append", help="dotted module with variants(); default: all of the package")
+    parser.add_argument("--match", default="", help="only variants whose name matches this regular expression")
+    parser.add_argument("--target", default=",".join(TARGETS), help="comma list (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="write one JSON line a variant and target to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compile, print the table, write the records."""
+    from rich.console import Console
+    from rich.table import Table
+
+    args = arguments()
+    os.environ.pop("TRITON_INTERPRET", None)
+    targets = args.target.split(",")
+    unknown = [t for t in targets if t not in TARGETS]
+    if unknown:
+        raise SystemExit(f"--target takes {', '.join(TARGETS)}: found {', '.join(unknown)}")
+    todo = tasks(args.module or modules(), args.match, targets)
+    if not todo:
+        raise SystemExit(f"no variant matches --match {args.match!r}: try --match ''")
+    order = {task[1:]: i for i, task in enumerate(todo)}
+    records = []
+    for record in run(todo, args.jobs):
+        records.append(record)
+        if args.out:  # what is compiled is not lost if the run is cut short; sorted below
+            args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
+        print(f"\r{len(records)} of {len(todo)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    records.sort(key=lambda r: order[r["variant"], r["target"]])
+    title = "masked: IR; select: IR/machine; tensor ... instr: instructions of one warp in one turn of the hot loop"
+    table = Table(*COLUMNS, title=title)
+    for record in records:
+        table.add_row(*row(record))
+    Console(width=200).print(table)
+    if args.out:
+        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    bad = [f"{r['variant']} on {r['target']}: {'; '.join(faults(r) + loop_faults(r))}" for r in records]
+    bad = [line for line in bad if not line.endswith(": ")]
+    print("\n".join(bad))
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

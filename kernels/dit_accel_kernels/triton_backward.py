@@ -1,0 +1,341 @@
+"""Gradients through tile lists on Triton: of Q along block rows, of K and V along key tiles, without atomics.
+
+Four launches. A pre-pass forms delta = sum(out * grad_out) - grad_lse for every query row. One program then owns a
+block of rows of grad_q, and another a block of rows of grad_k and grad_v, summing over the query heads that share its
+key head: every number is written once, by one program that adds in a fixed order, so gradients are deterministic by
+construction. Pooled columns get their gradients in a kernel of their own, 32 tiles at a time over a bitmap of the
+lists; where grad_k and grad_v are written they are spread over the tile's valid tokens by its true length.
+"""
+
+# pyright: reportCallIssue=false
+# (launches take options that no kernel declares)
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from dit_accel_kernels.features import Problem
+from dit_accel_kernels.triton_backend import LOG2_E, check, on_device
+from dit_accel_kernels.triton_backward_kernels import _delta_kernel, _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
+from dit_accel_kernels.triton_launch import architecture, key_block, query_block
+from dit_accel_kernels.triton_plan import RowPlan, row_plan
+from dit_accel_kernels.triton_pool import pool
+from dit_accel_kernels.triton_transpose import WORD, ColumnPlan, column_plan
+from dit_accel_kernels.triton_variants import TARGETS, Variant
+
+DELTA_ROWS = 32  # query rows of a program of the pre-pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Sizes of one kernel: rows of Q and of K in a chunk, rows in a chunk of the loops with masks, warps, stages.
+
+    A chunk is at most a tile.
+    """
+
+    block_q: int
+    block_k: int
+    block_s: int = 32
+    num_warps: int
+    num_stages: int
+
+
+def _sizes(block_q: int, block_k: int, block_s: int, num_warps: int, num_stages: int) -> Sizes:
+    return Sizes(block_q=block_q, block_k=block_k, block_s=block_s, num_warps=num_warps, num_stages=num_stages)
+
+
+# (kernel, architecture, feature or kind): sizes for 16-bit types up to head dim 128, "narrow" up to 64, "wide" beyond
+# 128; the first row that fits counts. No card has timed them: they are large ones that compile without spills, within
+# the card's shared memory (bench/aot.py). fp32 is full fp32, without tensor cores: splitting its operands would spill.
+_TABLE = {
+    ("dq", "", ""): _sizes(64, 64, 16, 4, 2),
+    ("dq", "", "mask"): _sizes(64, 32, 32, 4, 2),
+    ("dq", "", "decay"): _sizes(64, 32, 32, 4, 2),
+    ("dq", "", "wide"): _sizes(16, 32, 16, 8, 1),
+    ("dq", "", "fp32"): _sizes(16, 32, 16, 8, 1),
+    ("dq", "sm_89", "narrow decay"): _sizes(64, 32, 16, 4, 2),
+    ("dq", "sm_90", ""): _sizes(128, 64, 16, 8, 2),
+    ("dq", "sm_100", ""): _sizes(64, 64, 32, 4, 2),
+    ("dq", "sm_100", "narrow"): _sizes(128, 64, 16, 8, 2),
+    ("dq", "gfx942", ""): _sizes(128, 64, 32, 4, 1),
+    ("dq", "gfx942", "wide"): _sizes(32, 32, 16, 4, 1),
+    ("dq", "gfx942", "fp32"): _sizes(32, 32, 16, 4, 1),
+    ("dkdv", "", ""): _sizes(64, 64, 16, 8, 2),
+    ("dkdv", "", "narrow"): _sizes(32, 64, 16, 8, 2),
+    ("dkdv", "", "wide"): _sizes(32, 32, 16, 8, 1),
+    ("dkdv", "", "fp32"): _sizes(16, 32, 16, 8, 1),
+    ("dkdv", "sm_90", ""): _sizes(32, 128, 32, 8, 2),
+    ("dkdv", "sm_100", ""): _sizes(64, 64, 32, 8, 2),
+    ("dkdv", "sm_100", "decay"): _sizes(32, 64, 16, 8, 2),
+    ("dkdv", "gfx942", ""): _sizes(32, 64, 32, 4, 1),
+    ("dkdv", "gfx942", "wide"): _sizes(16, 16, 16, 4, 1),
+    ("dkdv", "gfx942", "fp32"): _sizes(16, 32, 16, 4, 1),
+    ("pooled", "", ""): _sizes(32, WORD, 16, 4, 1),
+    ("pooled", "", "wide"): _sizes(16, WORD, 16, 8, 1),
+    ("pooled", "", "fp32"): _sizes(32, WORD, 16, 8, 1),
+    ("pooled", "gfx942", "fp32"): _sizes(16, WORD, 16, 8, 1),
+}
+
+
+def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool = False, mask: bool = False) -> Sizes:
+    """Sizes of "dq", "dkdv" or "pooled" on an architecture such as "sm_90"; generic ones where it has no row.
+
+    `decay` and `mask` tell whether the call has frame decay and invalid keys.
+    """
+    narrow = (["narrow decay"] if decay else []) + ["narrow"] if dim <= 64 else []
+    kinds = [*narrow, *(["decay"] if decay else []), *(["mask"] if mask else []), ""]
+    if dtype == torch.float32 or dim > 128:
+        kinds = ["fp32" if dtype == torch.float32 else "wide"]
+    places = [arch] if any((kernel, arch, kind) in _TABLE for kind in kinds) else [""]
+    return next(_TABLE[kernel, place, kind] for place in places for kind in kinds if (kernel, place, kind) in _TABLE)
+
+
+def attend_backward(
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, laid out like them, in the problem's token order (tiled, or that of `token_order`).
+
+    Args:
+        problem: the call, as the forward got it.
+        out: its output [B, H, S_q, D], in q's dtype.
+        lse: its natural-log LSE, float32 [B, H, S_q].
+        grad_out: gradient of the output, like out.
+        grad_lse: gradient of the LSE, float32 [B, H, S_q]; None: not used.
+
+    Raises:
+        BackendUnavailableError: this machine or this call is out of the kernels' reach.
+    """
+    check(problem)
+    q, k, v, out, grad_out = (_rows(x) for x in (problem.q, problem.k, problem.v, out, grad_out))
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    masked = problem.key_valid is not None or problem.key_mask is not None or problem.key_length is not None
+    dq, dkdv, pooled = (
+        sizes(kernel, architecture(q.device), q.dtype, q.shape[-1], decay=problem.decay is not None, mask=masked)
+        for kernel in ("dq", "dkdv", "pooled")
+    )
+    with on_device(q.device):
+        base, delta = _delta(out, lse, grad_out, grad_lse)
+        block_k, whole_k = key_block(problem.block_k, dq.block_k)
+        rows = row_plan(problem, whole_chunks=whole_k)
+        means: tuple[Tensor | None, ...] = (None, None, None)
+        if problem.pooled_indices is not None:
+            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=rows.valid)
+        shared = (q, k, v, grad_out, base, delta)
+        _query_grad(problem, rows, shared, means, grads[0], dq, block_k)
+        block_q, whole_q = key_block(problem.block_q, dkdv.block_q)
+        columns = column_plan(problem, whole_chunks=whole_q)
+        mean_grads = _pooled_grads(problem, rows, columns, shared, means, pooled)
+        _key_grads(problem, rows, columns, shared, mean_grads, grads[1:], dkdv, block_q)
+    return grads[0], grads[1], grads[2]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor with contiguous rows, copied only if they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _delta(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """LSE in the kernels' base, +inf for empty rows, and delta: float32 [B, H, S_q]."""
+    batch, heads, tokens, dim = out.shape
+    base, delta = (torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device) for _ in range(2))
+    _delta_kernel[(batch * heads * triton.cdiv(tokens, DELTA_ROWS),)](
+        out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), delta, base,
+        *out.stride()[:3], *grad_out.stride()[:3], heads, tokens,
+        BLOCK=DELTA_ROWS, DIM=dim, BLOCK_D=column_block(dim), num_warps=4,
+    )  # fmt: skip
+    return base, delta
+
+
+def column_block(dim: int) -> int:
+    """Columns of a chunk: a power of 2 of at least 16 that covers the head dim."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _scale_stride(problem: Problem) -> int:
+    """Stride of the batch in head_scale [B or 1, H]."""
+    return 0 if problem.head_scale is None or problem.head_scale.shape[0] == 1 else problem.q.shape[1]
+
+
+def _scale(problem: Problem) -> float:
+    """Logit scale in the kernels' base: natural in float32, else 2."""
+    return problem.logit_scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
+
+
+def _list_strides(problem: Problem, heads: int) -> tuple[int, int]:
+    """Strides of batch and head over the list sets, where `heads` make up a batch."""
+    groups = problem.exact_offsets.shape[0]
+    return (0, 0) if groups == 1 else ((heads, 1) if groups == problem.q.shape[0] * problem.q.shape[1] else (0, 1))
+
+
+def _query_grad(
+    problem: Problem, plan: RowPlan, shared: tuple[Tensor, ...], means: tuple[Tensor | None, ...], grad_q: Tensor,
+    size: Sizes, block_k: int,
+) -> None:  # fmt: skip
+    """Write grad_q."""
+    q, k, v, grad_out, base, delta = shared
+    batch, heads, num_q, dim = q.shape
+    block_q = query_block(problem.block_q, size.block_q)
+    table = None if problem.decay is None else problem.decay[0]
+    programs = batch * heads * problem.query_tiles * triton.cdiv(problem.block_q, block_q)
+    _dq_kernel[(programs,)](
+        q, k, v, grad_out, grad_q, base, delta, plan.indices, plan.bounds, plan.row_order, plan.entry_t,
+        problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames,
+        None if problem.pooled_indices is None else plan.pooled_t, problem.pooled_indices, *means,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
+        plan.stride_b, plan.stride_h, _scale_stride(problem), num_q, k.shape[2], heads, k.shape[1],
+        problem.query_tiles, problem.key_tiles, 0 if table is None else table.numel() - 1,
+        _scale(problem),
+        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
+        num_warps=size.num_warps, num_stages=size.num_stages,
+    )  # fmt: skip
+
+
+def _pooled_grads(
+    problem: Problem, rows: RowPlan, columns: ColumnPlan, shared: tuple[Tensor, ...], means: tuple[Tensor | None, ...],
+    size: Sizes,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the means of K and V, float32 [B, HK, NK, D], and the true lengths; None without pooled tiles."""
+    k_mean, v_mean, length = means
+    if k_mean is None or columns.pooled_bits is None:
+        return None, None, None
+    q, _, _, grad_out, base, delta = shared
+    batch, heads, num_q, dim = q.shape
+    key_heads, words = k_mean.shape[1], columns.pooled_bits.shape[-1]
+    dk_mean, dv_mean = (torch.empty(k_mean.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    _pooled_dkdv_kernel[(batch * key_heads * words,)](
+        q, grad_out, base, delta, k_mean, v_mean, length, dk_mean, dv_mean, columns.pooled_bits,
+        problem.token_order, problem.head_scale, rows.q_frames, rows.pooled_t,
+        *q.stride()[:3], *grad_out.stride()[:3], *_list_strides(problem, heads), _scale_stride(problem),
+        num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
+        TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), WORD=WORD, DIM=dim,
+        BLOCK_D=column_block(dim), PRECISION="ieee",
+        num_warps=size.num_warps, num_stages=size.num_stages,
+    )  # fmt: skip
+    return dk_mean, dv_mean, length
+
+
+def _key_grads(
+    problem: Problem, rows: RowPlan, plan: ColumnPlan, shared: tuple[Tensor, ...],
+    mean_grads: tuple[Tensor | None, ...], grads: tuple[Tensor, ...], size: Sizes, block_q: int,
+) -> None:  # fmt: skip
+    """Write grad_k and grad_v."""
+    q, k, v, grad_out, base, delta = shared
+    batch, heads, num_q, dim = q.shape
+    key_heads, num_k = k.shape[1], k.shape[2]
+    block_k = query_block(problem.block_k, size.block_k)
+    table = None if problem.decay is None else problem.decay[0]
+    programs = batch * key_heads * problem.key_tiles * triton.cdiv(problem.block_k, block_k)
+    _dkdv_kernel[(programs,)](
+        q, k, v, grad_out, *grads, base, delta, plan.rows, plan.bounds, plan.order, plan.entry_t,
+        problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
+        *grads[0].stride()[:3], *grads[1].stride()[:3],
+        *_list_strides(problem, heads), *_list_strides(problem, key_heads), _scale_stride(problem),
+        num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
+        _scale(problem),
+        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
+        num_warps=size.num_warps, num_stages=size.num_stages,
+    )  # fmt: skip
+
+
+_TENSORS = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "out_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "k_mean_ptr", "v_mean_ptr")
+_FLOATS = (
+    "base_ptr", "delta_ptr", "lse_ptr", "grad_lse_ptr", "entry_t_ptr", "head_scale_ptr", "table_ptr", "pooled_t_ptr",
+    "length_ptr", "dk_mean_ptr", "dv_mean_ptr",
+)  # fmt: skip
+_LIST_STRIDES = ("stride_gb", "stride_gh", "stride_nb", "stride_nh", "stride_hb")
+_OPTIONAL = {
+    "decay": ("entry_t_ptr", "table_ptr", "q_frames_ptr", "k_frames_ptr"),
+    "mask": ("valid_ptr",),
+    "pool": ("pooled_indices_ptr", "k_mean_ptr", "v_mean_ptr", "length_ptr", "dk_mean_ptr", "dv_mean_ptr"),
+    "scale": ("head_scale_ptr",),
+    "order": ("token_order_ptr",),
+    "lse": ("grad_lse_ptr",),
+}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_METHODS = {
+    "plain": (),
+    "decay": ("decay", "scale"),
+    "pool": ("pool",),
+    "mask": ("mask", "lse"),
+    "order": ("order",),
+}
+
+
+def variants() -> list[Variant]:
+    """The kernels as the methods launch them in tiles of 128 x 128, for ahead-of-time compilation.
+
+    All methods in bfloat16 at head dims 64 and 128. fp16 makes the same code but for the conversions, fp32 and wider
+    heads have one size for all methods: of those a plain call, and the pooled one in fp32.
+    """
+    cases = [(torch.bfloat16, dim, method) for dim in (64, 128) for method in _METHODS]
+    cases += [(torch.float16, 128, "plain"), (torch.bfloat16, 256, "plain")]
+    cases += [(torch.float32, 128, "plain"), (torch.float32, 128, "pool")]
+    found: dict[str, Variant] = {}
+    for target, (dtype, dim, method) in itertools.product(TARGETS, cases):
+        for kind, kernel, size in _kernels_of(target, dtype, dim, method):
+            numbers = f"{size.block_q}x{size.block_k}x{size.block_s}w{size.num_warps}s{size.num_stages}"
+            name = f"bwd-{kind}-{_NAMES[dtype]}-d{dim}-{method}-{numbers}"
+            if name not in found:
+                found[name] = _variant(name, kernel, size, dtype, dim, method, target)
+            else:
+                found[name] = replace(found[name], targets=(*found[name].targets, target))
+    return list(found.values())
+
+
+def _kernels_of(target: str, dtype: torch.dtype, dim: int, method: str) -> list[tuple[str, Any, Sizes]]:
+    """Kind, kernel and sizes of what one method launches."""
+    features = _METHODS[method]
+    kernels = {"dq": _dq_kernel, "dkdv": _dkdv_kernel} | ({"pooled": _pooled_dkdv_kernel} if "pool" in features else {})
+    found: list[tuple[str, Any, Sizes]] = [
+        (kind, kernel, sizes(kind, target, dtype, dim, decay="decay" in features, mask="mask" in features))
+        for kind, kernel in kernels.items()
+    ]
+    if method in ("plain", "mask"):
+        found.append(("delta", _delta_kernel, _sizes(DELTA_ROWS, DELTA_ROWS, 0, 4, 1)))
+    return found
+
+
+def _variant(name: str, kernel: Any, size: Sizes, dtype: torch.dtype, dim: int, method: str, target: str) -> Variant:
+    """One kernel with the arguments that a method gives it; those of other features are None."""
+    absent = {x for feature, names in _OPTIONAL.items() if feature not in _METHODS[method] for x in names}
+    if not {"decay", "pool"} <= set(_METHODS[method]):
+        absent.add("pooled_t_ptr")
+    values = {
+        "TILE_Q": 128, "TILE_K": 128, "BLOCK_Q": size.block_q, "BLOCK_K": size.block_k, "BLOCK_S": size.block_s,
+        "DIM": dim, "BLOCK_D": column_block(dim), "BLOCK": DELTA_ROWS, "WORD": WORD,
+        "PRECISION": "ieee",
+    }  # fmt: skip
+    signature: dict[str, str] = {}
+    constexprs: dict[str, object] = {}
+    for argument in kernel.arg_names:
+        if argument in absent:
+            constexprs[argument] = None
+        elif argument in values:
+            constexprs[argument] = values[argument]
+        else:
+            signature[argument] = _kind(argument, _NAMES[dtype])
+    # wider heads take blocks too small for wgmma and tcgen05; decay selects between two factors by element
+    plain = kernel in (_dq_kernel, _dkdv_kernel) and "decay" not in _METHODS[method] and dim <= 128
+    return Variant(
+        name, kernel, signature, constexprs, size.num_warps, size.num_stages, hot_loop=plain, targets=(target,)
+    )
+
+
+def _kind(argument: str, dtype: str) -> str:
+    """Triton type of a runtime argument, by its name."""
+    if argument.endswith("_ptr"):
+        element = {"valid_ptr": "u8", "token_order_ptr": "i64"}.get(argument, "i32")
+        element = dtype if argument in _TENSORS else "fp32" if argument in _FLOATS else element
+        return f"*{element}:16"
+    if argument.startswith("stride_"):
+        return "i32" if argument in _LIST_STRIDES else "i64:16"
+    return "fp32" if argument == "scale" else "i32"

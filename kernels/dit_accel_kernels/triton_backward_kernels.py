@@ -1,0 +1,375 @@
+"""Device code of the backward: four kernels that recompute softmax weights from the LSE (see triton_backward.py).
+
+With p = exp(x - lse) and x = min(s, t s): grad_v = p' grad_out, grad_s = p (grad_out v' - delta), times t where
+s > t s. 16-bit calls keep logits and LSE in base 2, which saves a product for each; in float32 that product's rounding
+would be most of the error, so they stay natural there. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2; lists,
+pools and decay are ours.
+"""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# (Triton compiles this code; to a type checker its constexprs are plain numbers in the wrong place.)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dit_accel_kernels.triton_forward import _load_near, _load_part, _store_part
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, delta_ptr, base_ptr,  # the last four [B, H, S_q]
+    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, heads, num_q,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Delta of every row, and its LSE as `_weights` takes it: +inf for rows without a key, for weights of 0."""
+    blocks = tl.cdiv(num_q, BLOCK)
+    lane, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+    b, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
+    row = first + tl.arange(0, BLOCK)
+    live = row < num_q
+    out = _load_part(out_ptr + b * stride_ob + h * stride_oh, row, live, stride_os, True, 0, BLOCK_D, DIM)
+    grad = _load_part(grad_ptr + b * stride_gb + h * stride_gh, row, live, stride_gs, True, 0, BLOCK_D, DIM)
+    at = lane.to(tl.int64) * num_q + row
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + at, mask=live, other=0.0)
+    lse = tl.load(lse_ptr + at, mask=live, other=0.0)
+    if out_ptr.dtype.element_ty != tl.float32:
+        lse *= 1.4426950408889634
+    empty = lse == float("-inf")
+    tl.store(delta_ptr + at, tl.where(empty, 0.0, delta), mask=live)
+    tl.store(base_ptr + at, tl.where(empty, float("inf"), lse), mask=live)
+
+
+@triton.jit
+def _weights(x, t, base, grad_p, delta, DECAY: tl.constexpr, NATURAL: tl.constexpr):
+    """Softmax weights and gradient of the logits, from logits before decay, LSE and delta along one axis."""
+    y = x
+    if DECAY:
+        y = tl.minimum(x, x * t)
+    p = tl.exp(y - base) if NATURAL else tl.exp2(y - base)
+    grad = p * (grad_p - delta)
+    if DECAY:
+        grad *= tl.where(x > x * t, t, 1.0)
+    return p, grad
+
+
+@triton.jit
+def _unit(NATURAL: tl.constexpr):
+    """What a logit of the kernels' base is in natural units: 1 or ln 2."""
+    return 1.0 if NATURAL else 0.6931471805599453
+
+
+@triton.jit
+def _mass(base, length, NATURAL: tl.constexpr):
+    """LSE less the log of a pooled tile's length, which may be 0: +inf, weight 0."""
+    return base - (tl.log(length) if NATURAL else tl.log2(length))
+
+
+@triton.jit
+def _token_rows(token, live, token_order_ptr):
+    """Rows of the tensors that hold these tokens, which are in tiled order; row 0 where there is none."""
+    return token if token_order_ptr is None else tl.load(token_order_ptr + token, mask=live, other=0)
+
+
+@triton.jit
+def _full_chunk(
+    first, a_ptr, b_ptr, token_order_ptr, stride_as, stride_bs, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK tokens of two tensors from token `first` on, and the rows that hold them; every token is there."""
+    row = first + tl.arange(0, BLOCK)
+    if token_order_ptr is None:
+        a = _load_near(a_ptr + first * stride_as, stride_as, BLOCK, 0, BLOCK_D, DIM)
+        b = _load_near(b_ptr + first * stride_bs, stride_bs, BLOCK, 0, BLOCK_D, DIM)
+    else:
+        row = tl.load(token_order_ptr + row)
+        a = _load_part(a_ptr, row, row, stride_as, False, 0, BLOCK_D, DIM)
+        b = _load_part(b_ptr, row, row, stride_bs, False, 0, BLOCK_D, DIM)
+    return row, a, b
+
+
+@triton.jit
+def _pair_decay(q_frame, k_frame, table_ptr, table_last):
+    """Decay t of frames that broadcast against each other; 1 outside the video (frame -1)."""
+    distance = tl.minimum(tl.abs(q_frame - k_frame), table_last)
+    return tl.load(table_ptr + distance, mask=(q_frame >= 0) & (k_frame >= 0), other=1.0)
+
+
+@triton.jit
+def _add_query_grad(dq, q, grad, k, v, t, scale, base, delta, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+    """grad_q after one more chunk of keys in which nothing is missing."""
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    natural: tl.constexpr = q.dtype == tl.float32
+    _, grad_s = _weights(x, t, base[:, None], grad_p, delta[:, None], DECAY, natural)
+    return tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, base_ptr, delta_ptr,  # [B, H, S, D] by strides; base, delta [B, H, S_q]
+    indices_ptr, bounds_ptr, row_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
+    token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
+    table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
+    pooled_indices_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK], or None
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_dqb, stride_dqh, stride_dqs, stride_gb, stride_gh, stride_hb,
+    num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_q of one part of one block row; lists as the forward kernel reads them."""
+    NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
+    SUBS_K: tl.constexpr = TILE_K // BLOCK_K
+    SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S  # chunks of the loops with masks are smaller
+    lane, part = tl.program_id(0) // (rows * SUBS_Q), tl.program_id(0) % (rows * SUBS_Q)
+    b, h = lane // heads, lane % heads
+    hk = (h // (heads // key_heads)).to(tl.int64)
+    group = (b * stride_gb + h * stride_gh).to(tl.int64) * rows
+    row = tl.load(row_order_ptr + group + part // SUBS_Q)
+    bounds_ptr += (group + row) * 6
+    batch, head = b.to(tl.int64), h.to(tl.int64)
+    k_ptr += batch * stride_kb + hk * stride_kh
+    v_ptr += batch * stride_vb + hk * stride_vh
+    place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    token = row * TILE_Q + place
+    live = (place < TILE_Q) & (token < num_q)
+    q_row = _token_rows(token, live, token_order_ptr)
+    q = _load_part(q_ptr + batch * stride_qb + head * stride_qh, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
+    grad = _load_part(grad_ptr + batch * stride_ob + head * stride_oh, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
+    base = tl.load(base_ptr + lane.to(tl.int64) * num_q + q_row, mask=live, other=float("inf"))
+    delta = tl.load(delta_ptr + lane.to(tl.int64) * num_q + q_row, mask=live, other=0.0)
+    if head_scale_ptr is not None:
+        scale *= tl.load(head_scale_ptr + b * stride_hb + h)
+    if table_ptr is not None:
+        q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+    end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
+
+    for n in tl.range(start * SUBS_K, end_plain * SUBS_K):
+        first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
+        _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
+        dq = _add_query_grad(dq, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
+
+    if entry_t_ptr is not None:
+        for n in tl.range(end_plain * SUBS_K, end_constant * SUBS_K):
+            first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
+            _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
+            t = tl.load(entry_t_ptr + n // SUBS_K)
+            dq = _add_query_grad(dq, q, grad, k, v, t, scale, base, delta, True, PRECISION)
+
+    for n in tl.range(end_constant * SUBS_S, end_slow * SUBS_S, num_stages=1):
+        k_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+        key = tl.load(indices_ptr + n // SUBS_S) * TILE_K + k_place
+        here = (k_place < TILE_K) & (key < num_k)
+        if valid_ptr is not None:
+            here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
+        k_row = _token_rows(key, here, token_order_ptr)
+        k = _load_part(k_ptr, k_row, here, stride_ks, True, 0, BLOCK_D, DIM)
+        v = _load_part(v_ptr, k_row, here, stride_vs, True, 0, BLOCK_D, DIM)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        t = 1.0
+        if table_ptr is not None:
+            k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
+            t = _pair_decay(q_frame[:, None], k_frame[None, :], table_ptr, table_last)
+        _, grad_s = _weights(x, t, base[:, None], grad_p, delta[:, None], table_ptr is not None, NATURAL)
+        grad_s = tl.where(here[None, :], grad_s, 0.0)
+        dq = tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    if pooled_indices_ptr is not None:
+        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
+        means = (batch * key_heads + hk) * key_tiles * DIM
+        for n in tl.range(pooled_start, pooled_end, BLOCK_S, num_stages=1):
+            entry = n + tl.arange(0, BLOCK_S)
+            tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
+            length = tl.load(length_ptr + batch * key_tiles + tile, mask=entry < pooled_end, other=0.0)
+            k = _load_part(k_mean_ptr + means, tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
+            v = _load_part(v_mean_ptr + means, tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
+            x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            t = 1.0
+            if pooled_t_ptr is not None:
+                t = tl.load(pooled_t_ptr + (q_frame[:, None] + 1) * key_tiles + tile[None, :])
+            mass = _mass(base[:, None], length[None, :], NATURAL)
+            _, grad_s = _weights(x, t, mass, grad_p, delta[:, None], pooled_t_ptr is not None, NATURAL)
+            dq = tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    dq_ptr += batch * stride_dqb + head * stride_dqh
+    _store_part(dq_ptr, q_row, live, stride_dqs, dq * (scale * _unit(NATURAL)), 0, BLOCK_D, DIM)
+
+
+@triton.jit
+def _add_key_grads(
+    dk, dv, k, v, q, grad, t, scale, share, base, delta, DECAY: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v after one more chunk of query rows; rows that are missing come with base = inf."""
+    x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    natural: tl.constexpr = q.dtype == tl.float32
+    p, grad_s = _weights(x, t, base[None, :], grad_p, delta[None, :], DECAY, natural)
+    if SHARED:
+        grad_s *= share
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+    dk = tl.dot(grad_s.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, base_ptr, delta_ptr,  # [B, H, S, D] by strides; [B, H, S_q]
+    rows_ptr, bounds_ptr, order_ptr, entry_t_ptr,  # [nnz], [G, NK, 3], [G', NK], [nnz] or None
+    token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
+    table_ptr, q_frames_ptr, k_frames_ptr,  # [L], [S_q], [S_k], or None
+    dk_mean_ptr, dv_mean_ptr, length_ptr,  # float32 [B, HK, NK, D] twice, [B, NK], or None
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
+    stride_gb, stride_gh, stride_nb, stride_nh, stride_hb,
+    num_q, num_k, heads, key_heads, key_tiles, table_last, scale,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v of one part of one key tile, over all query heads of its key head."""
+    SUBS_Q: tl.constexpr = TILE_Q // BLOCK_Q
+    SUBS_S: tl.constexpr = (TILE_Q + BLOCK_S - 1) // BLOCK_S  # chunks of the loop with masks are smaller
+    SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
+    lane, part = tl.program_id(0) // (key_tiles * SUBS_K), tl.program_id(0) % (key_tiles * SUBS_K)
+    b, hk = lane // key_heads, lane % key_heads
+    batch = b.to(tl.int64)
+    tile = tl.load(order_ptr + (b * stride_nb + hk * stride_nh).to(tl.int64) * key_tiles + part // SUBS_K)
+    place = part % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    key = tile * TILE_K + place
+    here = (place < TILE_K) & (key < num_k)
+    k_row = _token_rows(key, here, token_order_ptr)
+    valid = here
+    if valid_ptr is not None:
+        valid &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
+    head = hk.to(tl.int64)
+    k = _load_part(k_ptr + batch * stride_kb + head * stride_kh, k_row, valid, stride_ks, True, 0, BLOCK_D, DIM)
+    v = _load_part(v_ptr + batch * stride_vb + head * stride_vh, k_row, valid, stride_vs, True, 0, BLOCK_D, DIM)
+    if table_ptr is not None:
+        k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+
+    repeat = heads // key_heads
+    for h in range(hk * repeat, (hk + 1) * repeat):
+        share = 1.0
+        if head_scale_ptr is not None:
+            share = tl.load(head_scale_ptr + b * stride_hb + h)
+        head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
+        head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
+        lane_rows = (batch * heads + h) * num_q
+        list_ptr = bounds_ptr + ((b * stride_gb + h * stride_gh).to(tl.int64) * key_tiles + tile) * 3
+        start, end_plain, end = tl.load(list_ptr), tl.load(list_ptr + 1), tl.load(list_ptr + 2)
+        for n in tl.range(start * SUBS_Q, end_plain * SUBS_Q):
+            first = tl.load(rows_ptr + n // SUBS_Q).to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
+            q_row, q, grad = _full_chunk(
+                first, head_q_ptr, head_grad_ptr, token_order_ptr, stride_qs, stride_os, BLOCK_Q, DIM, BLOCK_D
+            )
+            base, delta = tl.load(base_ptr + lane_rows + q_row), tl.load(delta_ptr + lane_rows + q_row)
+            t = 1.0
+            if entry_t_ptr is not None:
+                t = tl.load(entry_t_ptr + n // SUBS_Q)
+            dk, dv = _add_key_grads(
+                dk, dv, k, v, q, grad, t, scale * share, share, base, delta, entry_t_ptr is not None,
+                head_scale_ptr is not None, PRECISION,
+            )  # fmt: skip
+        for n in tl.range(end_plain * SUBS_S, end * SUBS_S, num_stages=1):
+            q_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+            token = tl.load(rows_ptr + n // SUBS_S) * TILE_Q + q_place
+            live = (q_place < TILE_Q) & (token < num_q)
+            q_row = _token_rows(token, live, token_order_ptr)
+            q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
+            grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
+            base = tl.load(base_ptr + lane_rows + q_row, mask=live, other=float("inf"))
+            delta = tl.load(delta_ptr + lane_rows + q_row, mask=live, other=0.0)
+            t = 1.0
+            if table_ptr is not None:
+                q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+                t = _pair_decay(q_frame[None, :], k_frame[:, None], table_ptr, table_last)
+            dk, dv = _add_key_grads(
+                dk, dv, k, v, q, grad, t, scale * share, share, base, delta, table_ptr is not None,
+                head_scale_ptr is not None, PRECISION,
+            )  # fmt: skip
+
+    dk *= scale * _unit(q_ptr.dtype.element_ty == tl.float32)
+    if dk_mean_ptr is not None:
+        columns = tl.arange(0, BLOCK_D)
+        mean = (lane.to(tl.int64) * key_tiles + tile) * DIM + columns
+        spread = 1.0 / tl.maximum(tl.load(length_ptr + batch * key_tiles + tile), 1.0)
+        dk += tl.load(dk_mean_ptr + mean, mask=columns < DIM, other=0.0)[None, :] * spread
+        dv += tl.load(dv_mean_ptr + mean, mask=columns < DIM, other=0.0)[None, :] * spread
+    dk, dv = tl.where(valid[:, None], dk, 0.0), tl.where(valid[:, None], dv, 0.0)
+    _store_part(dk_ptr + batch * stride_dkb + head * stride_dkh, k_row, here, stride_dks, dk, 0, BLOCK_D, DIM)
+    _store_part(dv_ptr + batch * stride_dvb + head * stride_dvh, k_row, here, stride_dvs, dv, 0, BLOCK_D, DIM)
+
+
+@triton.jit
+def _pooled_dkdv_kernel(
+    q_ptr, grad_ptr, base_ptr, delta_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # as in the kernels above
+    dk_mean_ptr, dv_mean_ptr, bits_ptr,  # float32 [B, HK, NK, D] twice, int32 [G, NQ, words]
+    token_order_ptr, head_scale_ptr, q_frames_ptr, pooled_t_ptr,  # [S], [B or 1, H], [S_q], [F + 2, NK], or None
+    stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
+    num_q, heads, key_heads, rows, key_tiles, words, scale,
+    TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, WORD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the means of 32 key tiles of one key head, over all block rows that pool any of them."""
+    NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
+    lane, word = tl.program_id(0) // words, tl.program_id(0) % words
+    b, hk = lane // key_heads, lane % key_heads
+    batch = b.to(tl.int64)
+    bit = tl.arange(0, WORD)
+    tile = word * WORD + bit
+    inside = tile < key_tiles
+    length = tl.load(length_ptr + batch * key_tiles + tile, mask=inside, other=0.0)
+    means = lane.to(tl.int64) * key_tiles * DIM
+    k = _load_part(k_mean_ptr + means, tile, inside, DIM, True, 0, BLOCK_D, DIM)
+    v = _load_part(v_mean_ptr + means, tile, inside, DIM, True, 0, BLOCK_D, DIM)
+    dk = tl.zeros([WORD, BLOCK_D], tl.float32)
+    dv = tl.zeros([WORD, BLOCK_D], tl.float32)
+
+    repeat = heads // key_heads
+    for h in range(hk * repeat, (hk + 1) * repeat):
+        share = 1.0
+        if head_scale_ptr is not None:
+            share = tl.load(head_scale_ptr + b * stride_hb + h)
+        head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
+        head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
+        lane_rows = (batch * heads + h) * num_q
+        group_ptr = bits_ptr + (b * stride_gb + h * stride_gh).to(tl.int64) * rows * words + word
+        for n in tl.range(0, rows * SUBS_Q, num_stages=1):
+            bits = tl.load(group_ptr + n // SUBS_Q * words)
+            if bits != 0:
+                place = n % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                token = n // SUBS_Q * TILE_Q + place
+                live = (place < TILE_Q) & (token < num_q)
+                q_row = _token_rows(token, live, token_order_ptr)
+                q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
+                grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
+                base = tl.load(base_ptr + lane_rows + q_row, mask=live, other=float("inf"))
+                delta = tl.load(delta_ptr + lane_rows + q_row, mask=live, other=0.0)
+                pooled = ((bits >> bit) & 1) > 0
+                mass = _mass(base[None, :], tl.where(pooled, length, 0.0)[:, None], NATURAL)
+                t = 1.0
+                if pooled_t_ptr is not None:
+                    q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+                    at = (q_frame[None, :] + 1) * key_tiles + tile[:, None]
+                    t = tl.load(pooled_t_ptr + at, mask=inside[:, None], other=1.0)
+                x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * share)
+                grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                p, grad_s = _weights(x, t, mass, grad_p, delta[None, :], pooled_t_ptr is not None, NATURAL)
+                dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+                dk = tl.dot((grad_s * share).to(q.dtype), q, dk, input_precision=PRECISION)
+
+    _store_part(dk_mean_ptr + means, tile, inside, DIM, dk * (scale * _unit(NATURAL)), 0, BLOCK_D, DIM)
+    _store_part(dv_mean_ptr + means, tile, inside, DIM, dv, 0, BLOCK_D, DIM)

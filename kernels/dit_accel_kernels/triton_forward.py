@@ -1,0 +1,338 @@
+"""The forward kernel: one program attends one block row (or a part of it) over its exact and pooled key tiles.
+
+Tiles come sorted into three sections of a row's list (triton_plan.py): *plain* ones, whose loop neither masks nor
+branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
+Pooled tiles come last: a chunk of them is one product on the full query rows, with log2 of the true length added to
+the logit. All share one running maximum and one row sum. Logits are in base 2; sums are float32; addresses are 64-bit.
+Head dims that are no power of 2 are cut into two column parts (96 = 64 + 32), the second padded where it must be.
+"""
+
+# Device code is typed by Triton's compiler:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+
+from dit_accel_kernels.triton_launch import (
+    Launch,
+    column_parts,
+    fp32_products,
+    key_block,
+    launch_of,
+    query_block,
+    warps,
+)
+from dit_accel_kernels.triton_variants import TARGETS, Variant
+
+
+@triton.jit
+def _load_part(
+    ptr, rows, live, stride, MASKED: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
+    """Columns START..START + WIDTH of some rows; zero beyond DIM and, if MASKED, in rows that are not live."""
+    columns = START + tl.arange(0, WIDTH)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask=live[:, None] & (columns < DIM)[None, :], other=0.0)
+    if START + WIDTH > DIM:
+        return tl.load(ptrs, mask=(columns < DIM)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _load(ptr, rows, live, stride, MASKED: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Some rows of a [*, DIM] matrix as two column parts; the second is a dummy where D2 = 0."""
+    a = _load_part(ptr, rows, live, stride, MASKED, 0, D1, DIM)
+    return a, _load_part(ptr, rows, live, stride, MASKED, D1, D2, DIM) if D2 > 0 else 0.0
+
+
+@triton.jit
+def _load_near(ptr, stride, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Columns START..START + WIDTH of ROWS rows in sequence, by 32-bit offsets that a loop keeps in registers."""
+    columns = START + tl.arange(0, WIDTH)
+    ptrs = ptr + (tl.arange(0, ROWS)[:, None] * stride.to(tl.int32) + columns[None, :])
+    if START + WIDTH > DIM:
+        return tl.load(ptrs, mask=(columns < DIM)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _products(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """Raw logits of query rows and keys."""
+    x = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+    if D2 > 0:
+        x = tl.dot(q2, tl.trans(k2), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def _add(p, alpha, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """Row sum and accumulators after one more chunk with weights p; what came before shrinks by alpha."""
+    total = total * alpha + tl.sum(p, 1)
+    p = p.to(v1.dtype)
+    acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
+    if D2 > 0:
+        acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision=PRECISION)
+    return total, acc1, acc2
+
+
+@triton.jit
+def _decay_rows(x, t, chosen):
+    """Logits with the decay t of each key in the chosen rows: one row of t a frame, since a tile has few frames."""
+    return tl.where(chosen[:, None], tl.minimum(x, x * t[None, :]), x)
+
+
+@triton.jit
+def _add_masked(x, m, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """One more chunk of base-2 logits x, where some rows may hold nothing but -inf, so far and in x."""
+    m_new = tl.maximum(m, tl.max(x, 1))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    total, acc1, acc2 = _add(tl.exp2(x - base[:, None]), tl.exp2(m - base), total, acc1, acc2, v1, v2, D2, PRECISION)
+    return m_new, total, acc1, acc2
+
+
+@triton.jit
+def _store_part(ptr, rows, live, stride, value, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    columns = START + tl.arange(0, WIDTH)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=live[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
+def _full_chunk(
+    tile, position, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
+    BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """K and V of one chunk of a tile, in two column parts each; every key is there.
+
+    The caller loads the tile's number a turn early: a list entry and what it points to in one turn of the loop would
+    halve the depth of Triton's pipeline.
+    """
+    SUBS_K: tl.constexpr = TILE_K // BLOCK_K
+    first = tile.to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
+    if token_order_ptr is None:
+        k_ptr += first * stride_ks
+        v_ptr += first * stride_vs
+        k1, v1 = _load_near(k_ptr, stride_ks, BLOCK_K, 0, D1, DIM), _load_near(v_ptr, stride_vs, BLOCK_K, 0, D1, DIM)
+        k2 = _load_near(k_ptr, stride_ks, BLOCK_K, D1, D2, DIM) if D2 > 0 else 0.0
+        v2 = _load_near(v_ptr, stride_vs, BLOCK_K, D1, D2, DIM) if D2 > 0 else 0.0
+    else:
+        row = tl.load(token_order_ptr + first + tl.arange(0, BLOCK_K))
+        k1, k2 = _load(k_ptr, row, row, stride_ks, False, DIM, D1, D2)
+        v1, v2 = _load(v_ptr, row, row, stride_vs, False, DIM, D1, D2)
+    return k1, k2, v1, v2
+
+
+# Sizes of the problem, not worth a kernel for each value that is 1 or a multiple of 16.
+_INTEGERS = (
+    "stride_gb", "stride_gh", "stride_hb", "num_q", "num_k", "heads", "key_heads", "rows", "key_tiles", "table_last",
+    "step",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # [B, H, S, D] by strides; lse [B, H, S_q] or None
+    indices_ptr, bounds_ptr, row_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
+    token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
+    table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
+    pooled_indices_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK]; or None
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
+    num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale, step,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and LSE of one part of one block row.
+
+    `step` is 1 or -1, the direction in which each section is visited. A chunk has BLOCK_K keys, and BLOCK_S in the
+    pooled and slow loops, which hold more for each key.
+    """
+    SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
+    SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
+    SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S
+    lane = tl.program_id(0) // (rows * SUBS_Q)
+    part = tl.program_id(0) % (rows * SUBS_Q)
+    b, h = lane // heads, lane % heads
+    hk = h // (heads // key_heads)
+    group = (b * stride_gb + h * stride_gh).to(tl.int64) * rows
+    row = tl.load(row_order_ptr + group + part // SUBS_Q)
+    bounds_ptr += (group + row) * 6
+    start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+    end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
+    batch = b.to(tl.int64)
+    if stride_vs is None:  # K and V share the offsets of their rows, which saves the hot loop's registers
+        stride_vs = stride_ks
+    k_ptr += batch * stride_kb + hk.to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + hk.to(tl.int64) * stride_vh
+
+    place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    token = row * TILE_Q + place
+    live = (place < TILE_Q) & (token < num_q)
+    q_row = token
+    if token_order_ptr is not None:
+        q_row = tl.load(token_order_ptr + token, mask=live, other=0)
+    q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
+    q1, q2 = _load(q_ptr, q_row, live, stride_qs, True, DIM, D1, D2)
+    if head_scale_ptr is not None:
+        scale *= tl.load(head_scale_ptr + b * stride_hb + h)
+    sign = tl.where(scale < 0, -1.0, 1.0)  # the plain loop needs max(scale * x) = scale * max(x)
+    scale *= sign
+    q1 = (q1.to(tl.float32) * sign).to(q1.dtype)
+    if D2 > 0:
+        q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
+    if table_ptr is not None:  # rows outside the video have frame -1 and never decay
+        q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+        last_frame = tl.max(q_frame, 0)
+        first_frame = tl.min(tl.where(q_frame < 0, last_frame, q_frame), 0)
+
+    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
+    acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
+
+    origin = start * SUBS_K if step > 0 else end_plain * SUBS_K - 1
+    ahead = tl.load(indices_ptr + origin // SUBS_K)
+    for n in tl.range(0, (end_plain - start) * SUBS_K):
+        k1, k2, v1, v2 = _full_chunk(
+            ahead, origin + n * step, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
+            BLOCK_K, TILE_K, DIM, D1, D2,
+        )  # fmt: skip
+        ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
+        x = _products(q1, q2, k1, k2, D2, PRECISION)
+        m_new = tl.maximum(m, tl.max(x, 1) * scale)
+        p = tl.exp2(x * scale - m_new[:, None])
+        total, acc1, acc2 = _add(p, tl.exp2(m - m_new), total, acc1, acc2, v1, v2, D2, PRECISION)
+        m = m_new
+
+    if entry_t_ptr is not None:
+        origin = end_plain * SUBS_K if step > 0 else end_constant * SUBS_K - 1
+        ahead = tl.load(indices_ptr + origin // SUBS_K)
+        for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
+            k1, k2, v1, v2 = _full_chunk(
+                ahead, origin + n * step, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
+                BLOCK_K, TILE_K, DIM, D1, D2,
+            )  # fmt: skip
+            ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
+            low = scale * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
+            x = _products(q1, q2, k1, k2, D2, PRECISION)
+            top = tl.max(x, 1)  # min(s x, t s x) rises with x
+            m_new = tl.maximum(m, tl.minimum(top * scale, top * low))
+            p = tl.exp2(tl.minimum(x * scale - m_new[:, None], x * low - m_new[:, None]))
+            total, acc1, acc2 = _add(p, tl.exp2(m - m_new), total, acc1, acc2, v1, v2, D2, PRECISION)
+            m = m_new
+
+    origin = end_constant * SUBS_S if step > 0 else end_slow * SUBS_S - 1
+    for n in tl.range(0, (end_slow - end_constant) * SUBS_S, num_stages=1):
+        position = origin + n * step
+        k_place = position % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+        key = tl.load(indices_ptr + position // SUBS_S) * TILE_K + k_place
+        here = (k_place < TILE_K) & (key < num_k)
+        if valid_ptr is not None:
+            here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
+        k_row = key
+        if token_order_ptr is not None:
+            k_row = tl.load(token_order_ptr + key, mask=here, other=0)
+        k1, k2 = _load(k_ptr, k_row, here, stride_ks, True, DIM, D1, D2)
+        v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM, D1, D2)
+        x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+        if table_ptr is not None:
+            k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
+            for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
+                distance = tl.minimum(tl.abs(k_frame - frame), table_last)
+                t = tl.load(table_ptr + distance, mask=k_frame >= 0, other=1.0)
+                x = _decay_rows(x, t, q_frame == frame)
+        x = tl.where(here[None, :], x, float("-inf"))
+        m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+
+    if pooled_indices_ptr is not None:
+        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
+        means = (batch * key_heads + hk) * key_tiles * DIM
+        for n in tl.range(pooled_start, pooled_end, BLOCK_S, num_stages=2):
+            entry = n + tl.arange(0, BLOCK_S)
+            tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
+            weight = tl.load(log_length_ptr + b * key_tiles + tile, mask=entry < pooled_end, other=float("-inf"))
+            here = weight > float("-inf")
+            k1, k2 = _load(k_mean_ptr + means, tile, here, DIM, True, DIM, D1, D2)
+            v1, v2 = _load(v_mean_ptr + means, tile, here, DIM, True, DIM, D1, D2)
+            x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+            if pooled_t_ptr is not None:
+                for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
+                    t = tl.load(pooled_t_ptr + (frame + 1) * key_tiles + tile)
+                    x = _decay_rows(x, t, q_frame == frame)
+            x = tl.where(here[None, :], x + weight[None, :], float("-inf"))
+            m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+
+    empty = total == 0  # rows without a key
+    total = tl.where(empty, 1.0, total)
+    out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
+    _store_part(out_ptr, q_row, live, stride_os, acc1 / total[:, None], 0, D1, DIM)
+    if D2 > 0:
+        _store_part(out_ptr, q_row, live, stride_os, acc2 / total[:, None], D1, D2, DIM)
+    if lse_ptr is not None:
+        lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
+        tl.store(lse_ptr + lane.to(tl.int64) * num_q + q_row, lse, mask=live)
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FEATURES = {  # pointers that are there besides those of every launch
+    "plain": (),
+    "decay": ("entry_t_ptr", "table_ptr", "q_frames_ptr", "k_frames_ptr"),
+    "pooled": ("pooled_indices_ptr", "k_mean_ptr", "v_mean_ptr", "log_length_ptr"),
+    "mask": ("valid_ptr",),
+}
+
+
+def variants() -> list[Variant]:
+    """The forward as the methods launch it: dtypes, head dims 64 and 128, features, tiles of 64 and 128."""
+    found = []
+    for name, dim, features, tile in product(_DTYPES, (64, 128), _FEATURES, (128, 64)):
+        by_launch: dict[tuple, list[str]] = {}
+        for target in TARGETS:
+            precision = fp32_products(target) if name == "fp32" else "ieee"
+            by_launch.setdefault((launch_of(target, _DTYPES[name], dim), precision), []).append(target)
+        found += [
+            _variant(name, dim, features, tile, launch, precision, tuple(targets))
+            for (launch, precision), targets in by_launch.items()
+        ]
+    return found
+
+
+def _variant(
+    name: str, dim: int, features: str, tile: int, launch: Launch, precision: str, targets: tuple[str, ...]
+) -> Variant:
+    d1, d2 = column_parts(dim)
+    data = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_mean_ptr", "v_mean_ptr"), f"*{name}:16")
+    kinds = dict.fromkeys(("entry_t_ptr", "table_ptr", "log_length_ptr", "lse_ptr"), "*fp32:16")
+    kinds |= dict.fromkeys(("indices_ptr", "bounds_ptr", "row_order_ptr", "pooled_indices_ptr"), "*i32:16")
+    kinds |= dict.fromkeys(("q_frames_ptr", "k_frames_ptr"), "*i32:16") | {"valid_ptr": "*u8:16"} | data
+    always = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "indices_ptr", "bounds_ptr", "row_order_ptr")
+    there = (*always, *_FEATURES[features])
+    block_q, block_k = query_block(tile, launch.block_q), key_block(tile, launch.block_k)[0]
+    num_warps = warps(launch, block_q)
+    sizes = f"{launch.block_q}x{launch.block_k}x{launch.block_s}w{num_warps}s{launch.num_stages}-{precision}"
+    return Variant(
+        name=f"fwd-{name}-d{dim}-{features}-b{tile}-{sizes}",
+        kernel=_fwd_kernel,
+        signature={
+            **{pointer: kinds[pointer] for pointer in there},
+            **{f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhs" if x + axis != "vs"},
+            **dict.fromkeys(_INTEGERS, "i32"),
+            "scale": "fp32",
+        },
+        constexprs={
+            **{n: None for n in _fwd_kernel.arg_names if n.endswith("_ptr") and n not in there},
+            "stride_vs": None,
+            **dict(TILE_Q=tile, TILE_K=tile, BLOCK_Q=block_q, BLOCK_K=block_k),
+            **dict(BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision),
+        },
+        num_warps=num_warps,
+        num_stages=launch.num_stages,
+        targets=targets,
+    )

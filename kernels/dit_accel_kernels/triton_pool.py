@@ -1,0 +1,111 @@
+"""The pre-pass of pooled tiles: mean K and mean V of every key tile and the true length they were taken over.
+
+Means rather than sums of V, with log2 of the length added to the logit: e^s sum(V) = e^(s + ln len) mean(V), and a mean
+cannot overflow fp16.
+"""
+
+# Device code is typed by Triton's compiler:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel_kernels.triton_variants import Variant
+
+BLOCK_N = 64  # tokens read at once
+NUM_WARPS = 4
+
+
+@triton.jit
+def _pool_kernel(
+    k_ptr, v_ptr, token_order_ptr, valid_ptr, k_mean_ptr, v_mean_ptr, length_ptr,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, num_k, key_heads, key_tiles,
+    TILE_K: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Means of one tile of one key head; [B, HK, NK, D] twice, and length float32 [B, NK]."""
+    program = tl.program_id(0)
+    tile, lane = program % key_tiles, program // key_tiles
+    b, h = (lane // key_heads).to(tl.int64), (lane % key_heads).to(tl.int64)
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    columns = tl.arange(0, BLOCK_D)
+    k_sum = tl.zeros([BLOCK_D], tl.float32)
+    v_sum = tl.zeros([BLOCK_D], tl.float32)
+    length = 0.0
+    for first in range(0, TILE_K, BLOCK_N):
+        place = first + tl.arange(0, BLOCK_N)
+        token = tile * TILE_K + place
+        live = (place < TILE_K) & (token < num_k)
+        if valid_ptr is not None:
+            live &= tl.load(valid_ptr + b * num_k + token, mask=live, other=0) > 0
+        row = token
+        if token_order_ptr is not None:
+            row = tl.load(token_order_ptr + token, mask=live, other=0)
+        row = row.to(tl.int64)[:, None]
+        mask = live[:, None] & (columns < DIM)[None, :]
+        k_sum += tl.sum(tl.load(k_ptr + row * stride_ks + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
+        v_sum += tl.sum(tl.load(v_ptr + row * stride_vs + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
+        length += tl.sum(live.to(tl.float32), 0)
+    counted = tl.maximum(length, 1.0)
+    out = program.to(tl.int64) * DIM + columns
+    tl.store(k_mean_ptr + out, (k_sum / counted).to(k_mean_ptr.dtype.element_ty), mask=columns < DIM)
+    tl.store(v_mean_ptr + out, (v_sum / counted).to(v_mean_ptr.dtype.element_ty), mask=columns < DIM)
+    if h == 0:
+        tl.store(length_ptr + b * key_tiles + tile, length)
+
+
+def pool(
+    k: Tensor, v: Tensor, *, block_k: int, token_order: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean K and V, [B, HK, NK, D] in the inputs' dtype, and true lengths, float32 [B, NK].
+
+    Args:
+        k: [B, HK, S_k, D], any strides but 1 for the last.
+        v: like k.
+        block_k: tokens a tile.
+        token_order: integer [S_k], tiled position -> row of k and v; None: they are in tiled order.
+        valid: uint8 [B, S_k] in tiled order, the keys that count; None: all.
+    """
+    batch, heads, tokens, dim = k.shape
+    tiles = -(-tokens // block_k)
+    k_mean, v_mean = (x.new_empty(batch, heads, tiles, dim) for x in (k, v))
+    length = k.new_empty(batch, tiles, dtype=torch.float32)
+    _pool_kernel[(batch * heads * tiles,)](
+        k, v, token_order, valid, k_mean, v_mean, length, *k.stride()[:3], *v.stride()[:3], tokens, heads, tiles,
+        TILE_K=block_k, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return k_mean, v_mean, length
+
+
+def variants() -> list[Variant]:
+    """The pre-pass in the dtypes and head dims of the methods, for ahead-of-time compilation; it has no product."""
+    found = []
+    for name, kind in (("bf16", "*bf16:16"), ("fp16", "*fp16:16"), ("fp32", "*fp32:16")):
+        for dim in (64, 128):
+            for masked in (False, True):
+                pointers: dict[str, str] = dict.fromkeys(("k_ptr", "v_ptr", "k_mean_ptr", "v_mean_ptr"), kind)
+                strides = {f"stride_{x}{axis}": "i64:16" for x in "kv" for axis in "bhs"}
+                absent: dict[str, object] = {"token_order_ptr": None}
+                if masked:
+                    pointers["valid_ptr"] = "*u8:16"
+                else:
+                    absent["valid_ptr"] = None
+                found.append(
+                    Variant(
+                        f"pool-{name}-d{dim}-{'mask' if masked else 'plain'}",
+                        _pool_kernel,
+                        {**pointers, "length_ptr": "*fp32:16", **strides, **dict.fromkeys(_SIZES, "i32")},
+                        {**absent, "TILE_K": 128, "BLOCK_N": BLOCK_N, "DIM": dim, "BLOCK_D": dim},
+                        NUM_WARPS,
+                        1,
+                        hot_loop=False,
+                    )
+                )
+    return found
+
+
+_SIZES = ("num_k", "key_heads", "key_tiles")

@@ -1,0 +1,35 @@
+"""Where the triton backend runs, told without importing triton: devices, dtypes, head dims."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_DIM = 256
+
+
+def missing_requirement(device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None) -> str | None:
+    """What the triton backend would need here and does not find, or None; dtype and dim None: any it supports."""
+    if dtype is not None and dtype not in DTYPES:
+        return f"bfloat16, float16 or float32 (found {dtype})"
+    if dim is not None and (dim % 8 or not 0 < dim <= MAX_DIM):
+        return f"a head dim that is a multiple of 8 up to {MAX_DIM} (found {dim})"
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package (found none)"
+    if device.type == "cpu" and interpreted():
+        return None
+    if device.type not in ("cuda", "xpu"):
+        return f"a CUDA, ROCm or XPU device (found {device.type}; TRITON_INTERPRET=1 interprets it on a CPU)"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"compute capability 8.0 or newer (found {capability[0]}.{capability[1]})"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton is told to interpret its kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")

@@ -1,0 +1,110 @@
+"""Tile lists as the backward kernels of K and V read them: the block rows of every key tile.
+
+Pure torch code on the lists' device without a sync, made once and remembered as long as lists and frames live.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_accel_kernels.cache import StorageCache
+from dit_accel_kernels.features import Problem
+from dit_accel_kernels.triton_plan import _decay_of_tiles, _row_of_entry
+
+WORD = 32  # key tiles a word of a bitmap
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class ColumnPlan:
+    """Exact lists by key tile, and pooled lists as bitmaps by block row.
+
+    `rows` int32 [nnz]: the block rows of every key tile, those that need no mask first. `bounds` int32 [G, NK, 3]:
+    start, end of those, end of all, as positions in `rows`. `order` int32 [G', NK]: key tiles with most work first,
+    G' = 1, HK or B * HK. `entry_t` float32 [nnz] is the decay of the entries without a mask, None without decay.
+    `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles.
+    """
+
+    rows: Tensor
+    bounds: Tensor
+    order: Tensor
+    entry_t: Tensor | None
+    pooled_bits: Tensor | None
+
+
+_CACHE: StorageCache[ColumnPlan] = StorageCache()
+
+
+def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
+    """The plan of a problem, from the cache; `whole_chunks`: the kernel's chunks of query rows divide a tile."""
+    decay = problem.decay or (None, None, None)
+    parts = (
+        problem.exact_offsets,
+        problem.exact_indices,
+        problem.pooled_offsets,
+        problem.pooled_indices,
+        None if problem.decay is None else problem.token_order,
+        *decay,
+    )
+    shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
+    return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks))
+
+
+def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
+    rows, tiles = problem.query_tiles, problem.key_tiles
+    groups = problem.exact_offsets.shape[0]
+    indices = problem.exact_indices.long()
+    flat = _row_of_entry(problem.exact_offsets.long(), indices.numel())
+    group, row = flat // rows, flat % rows
+    masked = torch.full_like(row, not whole_chunks, dtype=torch.bool)
+    if problem.q.shape[2] % problem.block_q:
+        masked |= row == rows - 1
+    t = None
+    if problem.decay is not None:
+        _, decay = problem.features_in_tiled_order()
+        assert decay is not None
+        t = _decay_of_tiles(problem, decay)[row, indices]
+        masked |= t.isnan()
+    order, bounds = transpose(group * tiles + indices, masked, groups * tiles)
+    bounds = bounds.view(groups, tiles, 3)
+    repeat = 1 if groups == 1 else problem.q.shape[1] // problem.k.shape[1]
+    work = (bounds[..., 2] - bounds[..., 0]).view(groups // repeat, repeat, tiles).sum(1)
+    bits = None
+    if problem.pooled_offsets is not None and problem.pooled_indices is not None:
+        bits = bitmap(problem.pooled_offsets, problem.pooled_indices, tiles)
+    return ColumnPlan(
+        rows=row[order].int().contiguous(),
+        bounds=bounds.contiguous(),
+        order=work.argsort(dim=-1, descending=True, stable=True).int(),
+        entry_t=None if t is None else t[order].nan_to_num(1.0),
+        pooled_bits=bits,
+    )
+
+
+def transpose(owner: Tensor, last: Tensor, owners: int) -> tuple[Tensor, Tensor]:
+    """Entries sorted by owner, those marked `last` at the end of each; stable otherwise.
+
+    Args:
+        owner: int64 [nnz], whose list an entry goes to.
+        last: bool [nnz].
+        owners: number of owners N.
+
+    Returns:
+        The order, int64 [nnz], and int32 [N, 3]: start, start of the `last` ones, end.
+    """
+    by_key, order = torch.sort(owner * 2 + last, stable=True)
+    edges = torch.searchsorted(by_key, torch.arange(2 * owners + 1, device=owner.device), out_int32=True)
+    return order, torch.stack([edges[:-1:2], edges[1::2], edges[2::2]], -1)
+
+
+def bitmap(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
+    """Lists as bits: bit j % 32 of word [g, i, j // 32] is set where row i of group g holds tile j; int32."""
+    groups, rows = offsets.shape[0], offsets.shape[1] - 1
+    words = -(-tiles // WORD)
+    tile = indices.long()
+    at = _row_of_entry(offsets.long(), tile.numel()) * words + tile // WORD
+    table = torch.zeros(groups * rows * words, dtype=torch.int64, device=tile.device)
+    table.index_add_(0, at, torch.ones_like(tile) << tile % WORD)
+    return torch.where(table >= 1 << 31, table - (1 << 32), table).int().view(groups, rows, words)

@@ -1,0 +1,373 @@
+"""The triton backend's forward against the float64 specification, in Triton's interpreter on tiny shapes."""
+
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
+import pytest
+import torch
+from dit_accel_kernels import (
+    EXACT,
+    POOLED,
+    BackendUnavailableError,
+    FrameDecay,
+    TileLists,
+    api,
+    block_sparse_attention,
+    block_sparse_attention_backward,
+    resolve_backend,
+    triton_backend,
+    triton_forward,
+    triton_launch,
+    triton_plan,
+    triton_pool,
+    triton_support,
+)
+from dit_accel_kernels.features import Problem, decay_by_frame
+from dit_accel_kernels.triton_variants import Variant
+from kernel_cases import check_against_reference, qkv, random_lists
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan():
+    """Every buffer that torch leaves uninitialised is filled with NaN, so that nothing unwritten passes for 0."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(q, k, v, tiles, **arguments):
+    check_against_reference(q, k, v, tiles, "triton", **{"layout": "bhsd", **arguments})
+
+
+def decay(tokens: int, frame: int, table=(1.0, 0.9, 0.6)) -> FrameDecay:
+    """Frames of `frame` tokens after a first one outside the video."""
+    frames = torch.arange(tokens, dtype=torch.int32) // frame - 1
+    return FrameDecay(table=torch.tensor(table), q_frames=frames, k_frames=frames)
+
+
+def make(tiles: TileLists, q, k, v, **features) -> Problem:
+    names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
+    lists = {name: getattr(tiles, name) for name in names}
+    defaults = dict(logit_scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
+    return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 24, 32, 64, 72, 96, 128, 256])
+def test_head_dims(dtype, dim):
+    check(*qkv(1, 1, 1, 20, 35, dim, dtype), random_lists(1, 20, 35, 16, 16))
+
+
+@pytest.mark.parametrize(("num_q", "num_k"), [(1, 1), (63, 63), (64, 65), (17, 100), (100, 31)])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_odd_sizes(num_q, num_k, pooled):
+    check(*qkv(1, 2, 2, num_q, num_k, 16, torch.float32), random_lists(2, num_q, num_k, 32, 32, pooled=pooled))
+
+
+@pytest.mark.parametrize("blocks", [(9, 11), (24, 24), (48, 48), (16, 128), (128, 64)])
+def test_any_tile_size(blocks):
+    """Tiles of several programs and chunks, tiles that no chunk divides, tiles smaller than a chunk."""
+    check(*qkv(1, 1, 1, 70, 130, 16, torch.bfloat16), random_lists(1, 70, 130, *blocks))
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_lists_heads_and_layouts(groups, key_heads, layout):
+    q, k, v = qkv(2, 4, key_heads, 30, 35, 16, torch.float32, layout)
+    check(q, k, v, random_lists(groups, 30, 35, 16, 16), layout=layout)
+
+
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float16, 4)])
+@pytest.mark.parametrize("features", range(8))
+def test_features_together(dtype, groups, features):
+    """Every subset of key masks, decay and the rest (head scale, token order, identity mix)."""
+    q, k, v = qkv(2, 2, 1, 40, 40, 16, dtype)
+    arguments: dict = dict(scale=0.3)
+    if features & 1:
+        arguments |= dict(key_length=torch.tensor([40, 21]), key_mask=torch.rand(2, 40) > 0.2)
+    if features & 2:
+        arguments |= dict(frame_decay=decay(40, 16))
+    if features & 4:
+        arguments |= dict(head_scale=torch.tensor([0.7, 1.4]), token_order=ORDER)
+        arguments |= dict(identity_mix=torch.rand(2, 2), identity_rows=torch.rand(40) > 0.5)
+    check(q, k, v, random_lists(groups, 40, 40, 16, 16), **arguments)
+
+
+@pytest.mark.parametrize("frame", [4, 16, 17, 50])
+@pytest.mark.parametrize("table", [(1.0,), (0.7,), (1.0, 1.0, 0.8, 0.8, 0.5), (0.9, 0.5, 1.0)])
+def test_decay_tables(frame, table):
+    check(
+        *qkv(1, 1, 1, 70, 70, 16, torch.float32), random_lists(1, 70, 70, 16, 16), frame_decay=decay(70, frame, table)
+    )
+
+
+def test_masked_keys_may_hold_anything():
+    q, k, v = qkv(2, 1, 1, 40, 40, 16, torch.float32)
+    valid = torch.rand(2, 40) > 0.4
+    valid[0, :16] = valid[1] = False  # a tile without a valid key, and a batch without any
+    for value in (torch.nan, torch.inf):
+        k, v = (x.masked_fill(~valid[:, None, :, None], value) for x in (k, v))
+        out, lse = block_sparse_attention(
+            q, k, v, random_lists(1, 40, 40, 16, 16), layout="bhsd", key_mask=valid, return_lse=True, backend="triton"
+        )
+        assert out.isfinite().all()
+        assert not out[1].any()
+        assert (lse[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("value", [0, POOLED, EXACT])
+@pytest.mark.parametrize("num_k", [1, 31, 32])
+def test_one_tile(num_k, value):
+    states = torch.tensor([[value]], dtype=torch.uint8)
+    tiles = TileLists.from_states(states, block_q=32, block_k=32, num_q=5, num_k=num_k)
+    check(*qkv(1, 1, 1, 5, num_k, 8, torch.float32), tiles)
+
+
+@pytest.mark.parametrize("scale", [200.0, 0.0, -3.0])
+def test_any_scale(scale):
+    """Large logits, none and negative ones, by the scale and by a head's."""
+    q, k, v = qkv(1, 2, 2, 40, 40, 16, torch.float32)
+    tiles = random_lists(1, 40, 40, 16, 16)
+    check(q, k, v, tiles, scale=scale)
+    check(q, k, v, tiles, head_scale=torch.tensor([scale, 1.0]), frame_decay=decay(40, 16))
+
+
+def test_strided_inputs_and_layout_of_the_output():
+    q, k, v = torch.randn(2, 40, 3, 2, 16).unbind(2)  # [B, S, H, D] of a fused projection
+    tiles = random_lists(1, 40, 40, 16, 16)
+    check(q, k, v, tiles, layout="bshd")
+    check(*(x.mT.contiguous().mT for x in qkv(1, 2, 2, 40, 40, 16, torch.float32)), tiles)
+    for strided in (q.transpose(1, 2), q.transpose(1, 2).contiguous()):
+        out, _ = triton_backend.attend(make(tiles, strided, strided, strided), need_lse=False)
+        assert (out.stride(1) > out.stride(2)) == (strided.stride(1) > strided.stride(2))
+
+
+@pytest.mark.parametrize("features", [{}, dict(frame_decay=decay(70, 16)), dict(key_length=torch.tensor([50]))])
+def test_direction_changes_the_order_only(features):
+    q, k, v = qkv(1, 1, 1, 70, 70, 16, torch.float32)
+    tiles = TileLists.full(70, 70, block_q=32, block_k=16)
+    frame = features.get("frame_decay")
+    problem = make(
+        tiles, q, k, v, key_length=features.get("key_length"),
+        decay=None if frame is None else (frame.table, frame.q_frames, frame.k_frames),
+    )  # fmt: skip
+    out, lse = triton_backend.attend(problem, need_lse=True)
+    back, back_lse = triton_backend.attend(problem, need_lse=True, reverse=True)
+    torch.testing.assert_close(out, back)
+    torch.testing.assert_close(lse, back_lse)
+    assert not torch.equal(out, back)
+
+
+def test_full_lists_equal_dense_attention():
+    q, k, v = qkv(1, 2, 2, 70, 70, 16, torch.float32)
+    out = block_sparse_attention(
+        q, k, v, TileLists.full(70, 70, block_q=32, block_k=32), layout="bhsd", backend="triton"
+    )
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_opcheck(everything):
+    arguments: dict = dict(layout="bshd", return_lse=True, backend="triton")
+    if everything:
+        arguments |= dict(head_scale=torch.tensor([0.5, 2.0]), key_length=torch.tensor([33]), token_order=ORDER)
+        arguments |= dict(frame_decay=decay(40, 16), identity_mix=torch.tensor([0.0, 0.5]))
+    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 40, 40, 16, torch.float32, "bshd")]
+    tiles = random_lists(1, 40, 40, 16, 16, pooled=everything)
+    packed = api._pack(*leaves, tiles, *{**api._DEFAULTS, **arguments}.values())
+    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
+
+
+def test_sections_hold_what_they_promise():
+    """Every entry of a plan lies in the section that its keys and decays ask for, and the entries stay complete."""
+    q, k, v = qkv(2, 2, 2, 100, 100, 16, torch.float32)
+    tiles, frames = random_lists(2, 100, 100, 16, 16), decay(100, 24, (1.0, 0.9, 0.9, 0.4))
+    parts = (frames.table, frames.q_frames, frames.k_frames)
+    length = torch.tensor([100, 70])
+    plan = triton_plan.row_plan(make(tiles, q, k, v, decay=parts, key_length=length), whole_chunks=True)
+    table, frame_rows = decay_by_frame(*parts)
+    t = table[frame_rows]
+    seen = set()
+    for b in range(2):
+        for h in range(2):
+            for i in range(7):
+                start, *ends = plan.bounds[b * plan.stride_b + h * plan.stride_h, i, :4].tolist()
+                listed = tiles.exact_indices[tiles.exact_offsets[h, i] : tiles.exact_offsets[h, i + 1]].tolist()
+                assert sorted(plan.indices[start : ends[2]].tolist()) == [j for j in listed if j * 16 < length[b]]
+                for place in range(start, ends[2]):
+                    j = int(plan.indices[place])
+                    tile = t[16 * i : 16 * (i + 1), 16 * j : 16 * (j + 1)]
+                    section = sum(place >= end for end in ends)
+                    whole = 16 * (j + 1) <= length[b]
+                    assert (section == 2) == (not whole or bool((tile != tile[0, 0]).any()))
+                    assert section == 2 or plan.entry_t[place] == tile[0, 0]
+                    assert section != 0 or tile[0, 0] == 1
+                    seen.add(section)
+    assert seen == {0, 1, 2}
+
+
+def test_longest_rows_come_first():
+    tiles = random_lists(2, 100, 100, 16, 16)
+    q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.float32)
+    plan = triton_plan.row_plan(make(tiles, q, k, v), whole_chunks=True)
+    exact = (tiles.states() == EXACT).sum(-1)
+    work = exact * 16 + (tiles.states() == POOLED).sum(-1)
+    assert (work.gather(1, plan.row_order.long()).diff(dim=1) <= 0).all()
+    assert torch.equal(plan.row_order.sort(-1).values, torch.arange(7, dtype=torch.int32).expand(2, 7))
+
+
+def test_a_plan_is_made_once_and_again_when_a_mask_changes():
+    tiles, length = random_lists(1, 100, 100, 16, 16), torch.tensor([90])
+    problem = make(tiles, *qkv(1, 2, 2, 100, 100, 16, torch.float32), key_length=length)
+    plan = triton_plan.row_plan(problem, whole_chunks=True)
+    assert triton_plan.row_plan(problem, whole_chunks=True) is plan
+    length.fill_(80)
+    changed = triton_plan.row_plan(problem, whole_chunks=True)
+    assert changed is not plan
+    assert int(changed.valid.sum()) == 80
+
+
+def test_pool_of_valid_tokens():
+    _, k, v = qkv(2, 2, 2, 40, 40, 24, torch.float32)
+    valid = torch.rand(2, 40) > 0.3
+    valid[0, 16:32] = False
+    k_mean, v_mean, length = triton_pool.pool(k, v, block_k=16, token_order=ORDER, valid=valid.to(torch.uint8))
+    for b in range(2):
+        for tile, chosen in enumerate(ORDER.split(16)):
+            kept = chosen[valid[b].split(16)[tile]]
+            assert length[b, tile] == kept.numel()
+            for mean, x in ((k_mean, k), (v_mean, v)):
+                expected = x[b][:, kept].sum(1) / max(kept.numel(), 1)
+                torch.testing.assert_close(mean[b, :, tile], expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "text"),
+    [
+        (torch.float64, 16, r"'triton' needs bfloat16, float16 or float32 \(found torch\.float64\): use 'torch' or"),
+        (torch.float32, 12, r"'triton' needs a head dim that is a multiple of 8 up to 256 \(found 12\)"),
+        (torch.float32, 264, r"'triton' needs a head dim that is a multiple of 8 up to 256 \(found 264\)"),
+    ],
+)
+def test_refuses_dtypes_and_head_dims(dtype, dim, text):
+    with pytest.raises(BackendUnavailableError, match=text):
+        block_sparse_attention(
+            *qkv(1, 1, 1, 20, 20, dim, dtype), random_lists(1, 20, 20, 16, 16), layout="bhsd", backend="triton"
+        )
+
+
+def test_says_what_the_machine_lacks(monkeypatch):
+    call = (*qkv(1, 1, 1, 20, 20, 16, torch.float32), random_lists(1, 20, 20, 16, 16))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    text = r"'triton' needs a CUDA, ROCm or XPU device \(found cpu; TRITON_INTERPRET=1 interprets it on a CPU\): use"
+    with pytest.raises(BackendUnavailableError, match=text):
+        block_sparse_attention(*call, layout="bhsd", backend="triton")
+    monkeypatch.setattr(triton_support.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailableError, match=r"'triton' needs the triton package \(found none\): use 'torch'"):
+        block_sparse_attention(*call, layout="bhsd", backend="triton")
+
+
+def test_auto_is_triton_where_it_runs(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert resolve_backend("auto", cuda) == "triton"
+    assert resolve_backend("auto", cuda, torch.bfloat16, 128) == "triton"
+    assert resolve_backend("auto", cuda, torch.float64, 128) == "torch"
+    assert resolve_backend("auto", cuda, torch.bfloat16, 264) == "torch"
+    assert resolve_backend("auto", torch.device("cpu")) == "torch"
+    assert resolve_backend("auto", torch.device("mps")) == "torch"
+    assert resolve_backend("auto", torch.device("xpu")) == "triton"
+    assert resolve_backend("flex", cuda) == "flex"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert resolve_backend("auto", cuda) == "torch"
+    assert "compute capability 8.0 or newer (found 7.5)" in triton_support.missing_requirement(cuda)
+    monkeypatch.setattr(triton_support.importlib.util, "find_spec", lambda name: None)
+    assert resolve_backend("auto", torch.device("xpu")) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts"), [(8, (16, 0)), (32, (32, 0)), (72, (64, 16)), (96, (64, 32)), (256, (256, 0))]
+)
+def test_column_parts(dim, parts):
+    assert triton_launch.column_parts(dim) == parts
+
+
+def test_chunks_of_a_tile():
+    found = [triton_launch.key_block(tile, 64) for tile in (128, 64, 48, 24, 8)]
+    assert found == [(64, True), (64, True), (16, True), (32, False), (16, False)]
+    assert [triton_launch.query_block(tile, 128) for tile in (5, 40, 128, 300)] == [16, 64, 128, 128]
+
+
+def test_half_the_rows_take_half_the_warps():
+    launch = triton_launch.launch_of("", torch.bfloat16, 128)
+    assert [triton_launch.warps(launch, rows) for rows in (128, 64, 16)] == [8, 4, 4]
+
+
+def test_launches_fall_back_to_generic_sizes():
+    assert triton_launch.launch_of("sm_90", torch.bfloat16, 128) != triton_launch.launch_of("", torch.bfloat16, 128)
+    assert triton_launch.launch_of("sm_999", torch.float16, 80) == triton_launch.launch_of("", torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize("module", [triton_forward, triton_pool])
+def test_variants_fit_their_kernels(module):
+    variants = module.variants()
+    assert len({variant.name for variant in variants}) == len(variants)
+    for variant in variants:
+        arguments = variant.source_arguments()
+        assert list(arguments["signature"]) == list(variant.kernel.arg_names)
+        assert not any(":" in kind for kind in arguments["signature"].values())
+
+
+def test_a_variant_that_does_not_fit_says_so():
+    good = triton_pool.variants()[0]
+    bad = Variant("pool", good.kernel, {"keys": "i32"}, good.constexprs, 4, 1)
+    with pytest.raises(
+        ValueError, match=r"variant 'pool' must fit its kernel: missing \['k_ptr', .*unknown \['keys'\]"
+    ):
+        bad.source_arguments()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradients_flow_through_the_call(monkeypatch, mixed):
+    """The forward's output and LSE serve the gradient, which recomputes them only where an identity mix hides them."""
+    arguments: dict = dict(head_scale=torch.tensor([0.5, 2.0]), key_length=torch.tensor([33]), token_order=ORDER)
+    arguments |= dict(frame_decay=decay(40, 16)) | (dict(identity_mix=torch.tensor([0.2, 1.0])) if mixed else {})
+    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 40, 40, 16, torch.float32, "bshd")]
+    tiles, seed = random_lists(1, 40, 40, 16, 16), torch.randn(1, 40, 2, 16)
+    calls, attend = [], triton_backend.attend
+
+    def counted(*values, **named):
+        calls.append(named)
+        return attend(*values, **named)
+
+    monkeypatch.setattr(triton_backend, "attend", counted)
+    grads = []
+    for backend in ("triton", "reference"):
+        out = block_sparse_attention(*leaves, tiles, backend=backend, **arguments)
+        grads.append(torch.autograd.grad(out, leaves, seed))
+    grads.append(block_sparse_attention_backward(seed, *leaves, tiles, backend="triton", **arguments))
+    for found, expected, entry in zip(grads[0], grads[1], grads[2], strict=True):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(entry, expected)
+    assert len(calls) == 2 + mixed
+    assert all(call["need_lse"] for call in calls)
+
+
+def test_compiles_to_one_full_graph():
+    torch._dynamo.reset()
+    leaves = [x.requires_grad_() for x in qkv(1, 1, 1, 40, 40, 16, torch.float32)]
+    tiles = random_lists(1, 40, 40, 16, 16)
+
+    def call(q, k, v):
+        return block_sparse_attention(q * 2, k, v, tiles, layout="bhsd", backend="triton") + 1
+
+    out, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves), call(*leaves)
+    assert torch.equal(out, expected)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (out, expected)), strict=True):
+        assert torch.equal(a, b)
