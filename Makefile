@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo test bench types lint format setup clean
+.PHONY: demo test bench bench-gpu types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_pipelines.demo --out demo
@@ -14,6 +14,9 @@ test: $(VENV)/.ready-test
 
 bench: $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py
+
+bench-gpu: $(VENV)/.ready-test
+	$(BIN)/python kernels/bench/gpu.py --out kernels/bench/results/gpu.jsonl
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

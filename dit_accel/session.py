@@ -206,7 +206,7 @@ class Session:
         scale: float | None,
     ) -> Tensor:
         """Run a plan in one kernel call; outside autograd, see `gradients`."""
-        self.recorder.backends.add(resolve_backend(self.backend, q.device))
+        self.recorder.backends.add(resolve_backend(self.backend, q.device, q.dtype, q.shape[-1]))
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         out = block_sparse_attention_eager(q, k, v, tiles, **arguments)
         assert isinstance(out, Tensor)
