@@ -57,7 +57,7 @@ def test_the_first_error_is_raised_and_stops_the_rest(two_threads):
 
 
 def test_an_interrupt_stops_the_workers_and_restores_the_threads(two_threads):
-    done, started = [], threading.Event()
+    done, started, main = [], threading.Event(), threading.get_ident()
 
     def work(piece, buffers):
         started.set()
@@ -66,17 +66,17 @@ def test_an_interrupt_stops_the_workers_and_restores_the_threads(two_threads):
 
     def interrupt():
         started.wait(30)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(main, signal.SIGINT)  # as Ctrl-C does: it must end the main thread's wait
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_all(work, range(10_000), 2)
+            run_all(work, range(1000), 2)
     finally:
         signal.signal(signal.SIGINT, before)
     assert torch.get_num_threads() == 2
-    assert len(done) < 10_000
+    assert len(done) < 500
 
 
 def test_gradients_and_inference_mode_are_the_callers(two_threads):

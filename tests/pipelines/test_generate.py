@@ -137,7 +137,7 @@ def test_defaults_are_the_familys(tmp_path: Path):
         (["a circle", "--radail"], "--radial"),
         (
             ["a circle", *QUICK, "--radial", "--backend", "tritn"],
-            "there is no backend 'tritn'; known: auto, flex, reference",
+            "there is no backend 'tritn'; did you mean 'triton'",
         ),
         (["a circle", *QUICK, "--radial", "--num-frames", "1"], "radial needs at least 2 latent frames"),
     ],
