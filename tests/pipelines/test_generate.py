@@ -267,7 +267,8 @@ def test_describe_needs_no_weights(tmp_path: Path):
 def test_ctrl_c_leaves_no_file(tmp_path: Path):
     """A SIGINT in the middle of the denoising loop of a real process."""
     code = (
-        "import sys, dit_accel_pipelines.progress as p\n"
+        "import signal, sys, dit_accel_pipelines.progress as p\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell lets its background jobs ignore Ctrl-C
         "advance = p.Stages.advance\n"
         "p.Stages.advance = lambda self: (advance(self), print('step', file=sys.stderr, flush=True))\n"
         "from dit_accel.cli import main; main()"
