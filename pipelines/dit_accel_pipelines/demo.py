@@ -55,7 +55,7 @@ def main(
     prompt: Annotated[str, typer.Option(help="What to show.")] = PROMPT,
     num_frames: Annotated[int, typer.Option(help="Output frames.")] = 33,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 1,
 ) -> None:
     """Generate one prompt dense and accelerated from the same seed, compare, and write videos and a contact sheet."""
     out.mkdir(parents=True, exist_ok=True)
