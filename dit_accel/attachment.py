@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from dit_accel_kernels import BACKENDS
+from dit_accel_kernels import BACKENDS, triton_requirement
 from torch import nn
 
 from .adapter import Adapter, Family
@@ -167,6 +167,10 @@ def _natural(name: str) -> list[Any]:
 def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(backend, BACKENDS)}")
+    if backend == "triton":  # the model may still wait in main memory: ask the device it will run on
+        missing = triton_requirement(torch.accelerator.current_accelerator() or torch.device("cpu"))
+        if missing:
+            raise MissingBackend(f"kernel backend 'triton' needs {missing}; use 'auto' or 'torch'")
 
 
 def _make_handlers(

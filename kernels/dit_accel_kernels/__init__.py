@@ -10,6 +10,7 @@ from dit_accel_kernels.api import (
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay
 from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
+from dit_accel_kernels.triton_support import missing_requirement as triton_requirement
 
 __all__ = [
     "BACKENDS",
@@ -23,4 +24,5 @@ __all__ = [
     "block_sparse_attention_backward",
     "block_sparse_attention_eager",
     "resolve_backend",
+    "triton_requirement",
 ]

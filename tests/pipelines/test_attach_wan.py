@@ -330,13 +330,18 @@ class TestBadInput:
         assert pipe.transformer.attn_processors == processors
         assert "cache_context" not in pipe.transformer.__dict__
 
-    def test_methods_that_do_not_fit(self, pipe):
+    def test_methods_that_do_not_fit(self, pipe, monkeypatch):
         with pytest.raises(dit_accel.ConfigError, match="attach takes method configs, got 'radial'"):
             dit_accel.attach(pipe, "radial")
         with pytest.raises(dit_accel.ConfigError, match="two RadialAttention configs were given"):
             dit_accel.attach(pipe, RadialAttention(), RadialAttention())
         with pytest.raises(dit_accel.MissingBackend, match="no kernel backend 'tritn'"):
             dit_accel.attach(pipe, backend="tritn")
+        with monkeypatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "0")
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+            with pytest.raises(dit_accel.MissingBackend, match="backend 'triton' needs a CUDA, ROCm or XPU device"):
+                dit_accel.attach(pipe, backend="triton")
         assert torch.equal(generate(pipe), generate(pipe))
 
     def test_one_frame_is_refused_at_the_first_step(self, pipe):
