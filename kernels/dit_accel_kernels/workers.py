@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from threading import Barrier
 from typing import TypeVar
@@ -57,13 +57,14 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
     pool = _pool(threads)
     torch.set_num_threads(pool_share(threads))  # MKL knows one setting for all threads
     try:
-        errors = [future.exception() for future in [pool.submit(drain) for _ in range(workers)]]
+        futures = [pool.submit(drain) for _ in range(workers)]
+        while wait(futures, timeout=0.5).not_done:  # a signal that comes just before a wait without end is not seen
+            pass
     finally:
         waiting.clear()  # empty already, unless Ctrl-C ended the wait
         torch.set_num_threads(threads)
-    for error in errors:
-        if error is not None:
-            raise error
+    for future in futures:
+        future.result()
 
 
 def pool_share(threads: int) -> int:
