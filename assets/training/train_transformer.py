@@ -179,6 +179,15 @@ def first_pipeline(vae: AutoencoderKLWan, start: Path | None) -> WanPipeline:
     return pipe
 
 
+def log_samples(pipe: WanPipeline, averages: Averages, log: Log, step: int) -> None:
+    """Log the checker's accuracies of the averaged weights, with the attention that the pipeline will use."""
+    averages.swap()
+    use_training_attention(pipe, False)
+    log.write(event="samples", step=step, **score(pipe, 16, 17))
+    use_training_attention(pipe, True)
+    averages.swap()
+
+
 def train(
     config: TransformerTraining, run: Path, vae_folder: Path, rank: int, ranks: int, start: Path | None = None
 ) -> None:
@@ -230,11 +239,7 @@ def train(
             log.write(step=step, loss=float(np.mean(window)), latent_frames=latent_frames)
             window = []
         if rank == 0 and step % config.sample_every == 0:
-            averages.swap()
-            use_training_attention(pipe, False)
-            log.write(event="samples", step=step, **score(pipe, 16, 17))
-            use_training_attention(pipe, True)
-            averages.swap()
+            log_samples(pipe, averages, log, step)
         if rank == 0 and time.perf_counter() - saved_at > 120:
             store(run / "checkpoint.pt", averages, optimizers, step, log)
             saved_at = time.perf_counter()
