@@ -54,6 +54,7 @@ class Family:
         ffn_dim: hidden width of the feed-forward.
         patch: (t, h, w) latents a token covers.
         vae: (t, s): pixels a latent covers in time (first frame apart) and in each spatial direction.
+        size_multiple: what the pipeline asks height and width to be multiples of, in pixels, whatever the patches need.
         text_tokens: text tokens inside the self-attention sequence (joint attention); 0 for cross-attention models.
         cross_tokens: text (and image) tokens of the cross-attention; 0 where there is none.
         height: default output height in pixels.
@@ -73,6 +74,7 @@ class Family:
     ffn_dim: int
     patch: tuple[int, int, int]
     vae: tuple[int, int]
+    size_multiple: int = 1
     text_tokens: int = 0
     cross_tokens: int = 0
     height: int

@@ -225,7 +225,8 @@ def predicted_speedup(*, attention_share: float, dense_share: float, density: fl
 
 def pixel_multiples(family: Family) -> tuple[int, int]:
     """Return what the output's height and width must be multiples of, in pixels."""
-    return family.vae[1] * family.patch[1], family.vae[1] * family.patch[2]
+    height, width = (math.lcm(family.vae[1] * patch, family.size_multiple) for patch in family.patch[1:])
+    return height, width
 
 
 def rounded_frames(family: Family, num_frames: int) -> int:
