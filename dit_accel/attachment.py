@@ -220,6 +220,7 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         slot.grid = grid_of(config, inputs)
+        slot.outer_masks = target.adapter.outer_masks
         if not torch.compiler.is_compiling():
             session.observe(target, slot.grid, inputs["hidden_states"].shape[0], inputs.get("timestep"))
 
