@@ -101,7 +101,7 @@ class Adapter:
         ragged_text: an attention call may leave out text that the grid counts behind the visual tokens: padded text,
             row by row, or all of it.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
-            visual token tells the keys' validity; undeclared, that is checked at every call, which waits for the device.
+            visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
         rising_timesteps: the timestep rises from step to step.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
