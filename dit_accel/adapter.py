@@ -96,10 +96,13 @@ class Adapter:
         self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change, one
             pattern a block list, in the order in which the lists run.
         side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
-        grid: (transformer config, forward inputs by name) -> `Grid`. It runs inside compiled graphs too: plain
-            arithmetic on shapes only.
-        ragged_text: an attention call may leave out text that the grid counts behind the visual tokens: padded text,
-            row by row, or all of it.
+        grid: (transformer config, forward inputs by name) -> `Grid`, or in words why this forward has none: it then runs
+            dense, or is refused where a method would thin it out. It runs inside compiled graphs too: plain arithmetic
+            on shapes only; values of tensors are read by `dit_accel.positions`.
+        names: the model's own names of inputs and of config entries -> the usual ones (``x`` -> ``hidden_states``).
+        parts: a processor calls attention over all tokens' keys and, besides, over fewer; the latter calls stay dense.
+        ragged_text: an attention call may leave out text that the grid counts: padded text behind the visual tokens, row
+            by row, or all text.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
         rising_timesteps: the timestep rises from step to step.
@@ -112,7 +115,9 @@ class Adapter:
     transformers: tuple[str, ...]
     self_attention: tuple[str, ...]
     side_attention: tuple[str, ...] = ()
-    grid: Callable[[Any, Mapping[str, Any]], Grid] = latents_grid
+    grid: Callable[[Any, Mapping[str, Any]], Grid | str] = latents_grid
+    names: Mapping[str, str] = field(default_factory=dict)
+    parts: bool = False
     ragged_text: bool = False
     outer_masks: bool = False
     rising_timesteps: bool = False
@@ -127,10 +132,12 @@ class Adapter:
             config: the transformer's config, with diffusers' names.
             experts: how many such transformers the pipeline holds.
         """
+        config = {self.names.get(name, name): value for name, value in config.items()}
         layers = (config.get("num_layers") or 0) + (config.get("num_single_layers") or 0)
-        sizes = (layers, config.get("num_attention_heads"), config.get("attention_head_dim"), experts)
+        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+        head_dim = config.get("attention_head_dim") or (width // heads if width and heads else None)
         for family in self.families:
-            if (family.layers, family.heads, family.head_dim, family.experts) == sizes:
+            if (family.layers, family.heads, family.head_dim, family.experts) == (layers, heads, head_dim, experts):
                 return family
         return None
 

@@ -20,7 +20,7 @@ from .methods.base import Handler, Model
 from .processor import Slot, unwrap_processor, wrap_processor
 from .registry import adapter_for, adapters
 from .report import Report, step_reports
-from .session import Place, Session, Target
+from .session import NO_GRID, Place, Session, Target
 
 _MARK = "_dit_accel_attachment"
 
@@ -215,14 +215,16 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
     session, slot = attachment._session, attachment._slot
     config = types.SimpleNamespace(**dict(transformer.config))
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
-    grid_of = target.adapter.grid
+    grid_of, usual = target.adapter.grid, target.adapter.names
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        slot.grid = grid_of(config, inputs)
-        slot.outer_masks = target.adapter.outer_masks
+        inputs = {usual.get(name, name): value for name, value in inputs.items()}
+        grid = grid_of(config, inputs)
+        slot.grid = NO_GRID if isinstance(grid, str) else grid
+        slot.outer_masks, slot.parts = target.adapter.outer_masks, target.adapter.parts
         if not torch.compiler.is_compiling():
-            session.observe(target, slot.grid, inputs["hidden_states"].shape[0], inputs.get("timestep"))
+            session.observe(target, grid, len(inputs["hidden_states"]), inputs.get("timestep"))
 
     handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
     attachment._undo.append(handle.remove)

@@ -29,6 +29,7 @@ class Slot:
         sparse: whether the running module follows a plan; False: the user's own dense attention.
         grid: the running forward's (frames, height, width, text before, text after).
         outer_masks: `Adapter.outer_masks` of the running transformer.
+        parts: `Adapter.parts` of the running transformer.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,12 @@ class Slot:
         self.sparse = False
         self.grid: tuple[int, ...] = (1, 1, 1, 0, 0)
         self.outer_masks = False
+        self.parts = False
+
+    def goes_dense(self, keys: int) -> bool:
+        """Tell whether an attention call over this many keys goes to the user's own dense attention."""
+        frames, height, width, before, after = self.grid
+        return not self.sparse or (self.parts and keys < frames * height * width + before + after)
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, session: int) -> Any:
@@ -120,7 +127,7 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callabl
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        if not slot.sparse:
+        if slot.goes_dense(key.shape[1]):
             return dense(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
@@ -145,7 +152,7 @@ def _sdpa(slot: Slot, session: int) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if not slot.sparse:
+        if slot.goes_dense(key.shape[2]):
             return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         _refuse(dropout_p, is_causal, None)
         return _planned(query, key, value, attn_mask, slot, session, "bhsd", scale)
@@ -156,7 +163,11 @@ def _sdpa(slot: Slot, session: int) -> Callable[..., Tensor]:
 def _planned(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slot: Slot, session: int, layout: str, scale: float | None
 ) -> Tensor:
-    """Hand the call to the operator, with what the running processor left in the slot."""
+    """Hand the call to the operator, with what the running processor left in the slot.
+
+    Where only a part of the tokens ask (the image, or all behind a cached prefix), the others' queries are zeros, and
+    their rows are dropped again.
+    """
     if mask is not None and not isinstance(mask, Tensor):
         raise ConfigError(
             f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes as its own "
@@ -165,7 +176,14 @@ def _planned(
     if slot.outer_masks:
         mask = visible_row(mask, slot.grid[3])
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
+    axis = 1 if layout == "bshd" else 2
+    asked, silent = q.shape[axis], k.shape[axis] - q.shape[axis]
+    frames, height, width, before, _ = slot.grid
+    start = before if asked == frames * height * width else silent
+    if silent > 0:
+        q = F.pad(q, (0, 0) * (3 - axis) + (start, silent - start))
+    out = planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
+    return out.narrow(axis, start, asked) if silent > 0 else out
 
 
 def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:

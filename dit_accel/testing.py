@@ -7,7 +7,6 @@ where nothing should, and that a planned call computes what its plan says. What 
 import contextlib
 import copy
 import fnmatch
-import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from .methods import METHODS
 from .methods.base import Handler, Model
 from .methods.radial import RadialAttention
 from .registry import adapter_for
-from .watching import WIDE, exact_pairs, require, require_as_planned, require_same, watched
+from .trial_inputs import as_tensor, own_name, rows, wide_inputs, with_latents, with_other_padding
+from .watching import exact_pairs, require, require_as_planned, require_same, silenced, watched
 
 STEPS = 8
 
@@ -133,9 +133,10 @@ class _Case:
         if hasattr(transformer, "cache_context"):
             context = transformer.cache_context(branch, step_index=step, num_inference_steps=STEPS)
         else:  # the step is told by the timestep alone
-            inputs["timestep"] = (inputs["timestep"].double() * (1 - step / 100)).to(inputs["timestep"].dtype)
+            name, sign = own_name(self.adapter, "timestep"), 1 if self.adapter.rising_timesteps else -1
+            inputs[name] = (inputs[name].double() * (1 + sign * step / 100)).to(inputs[name].dtype)
         with torch.no_grad(), context:
-            return transformer(**inputs, return_dict=False)[0]
+            return as_tensor(transformer(**inputs, return_dict=False)[0])
 
 
 class _Always(Handler):
@@ -158,27 +159,6 @@ def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Always
         model = Model(adapter=adapter, family=None, heads=0, layers=0)
         attachment._session.handlers = (handler(MethodConfig(), model),)
         yield attachment
-
-
-def _rows(value: Any, row: int, batch: int) -> Any:
-    """Take one row of tensors, and of lists that have one entry a row."""
-    if isinstance(value, Tensor):
-        return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: _rows(x, row, batch) for name, x in value.items()}
-    if isinstance(value, list):
-        return value[row : row + 1] if len(value) == batch else [_rows(x, row, batch) for x in value]
-    return value
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(WIDE) if value.is_floating_point() else value
-    return type(value)(_widened(item) for item in value) if isinstance(value, (tuple, list)) else value
-
-
-def _wide_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _widened(x) for name, x in inputs.items()}
 
 
 def _check_places(case: _Case) -> None:
@@ -227,7 +207,7 @@ def _check_full(case: _Case) -> None:
         case.run(inputs)
     for call in calls:
         require_as_planned(call)
-    wide, inputs = case.wide(), _wide_inputs(inputs)
+    wide, inputs = case.wide(), wide_inputs(inputs)
     expected = case.run(inputs, transformer=wide)
     with planned(wide, case.adapter):
         require_same(case.run(inputs, transformer=wide), expected, "all tiles kept and dense differ")
@@ -236,26 +216,34 @@ def _check_full(case: _Case) -> None:
 def _check_layout(case: _Case) -> None:
     """A changed latent changes the one token that the grid says, and no text token."""
     inputs = case.inputs(1)
-    with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
+    with (
+        silenced(case.transformer),
+        planned(case.transformer, case.adapter) as attachment,
+        watched(attachment) as calls,
+    ):
 
         def values(latents: Tensor) -> Tensor:
             calls.clear()
-            case.run({**inputs, "hidden_states": latents})
-            return calls[0].v[0].transpose(0, 1).flatten(1)
+            case.run(with_latents(case.adapter, inputs, latents))
+            longest = max(calls, key=lambda call: call.v.shape[2])  # the first of them
+            return longest.v[0].transpose(0, 1).flatten(1)
 
-        latents = inputs["hidden_states"]
+        latents = as_tensor(inputs[own_name(case.adapter, "hidden_states")])
         still = values(latents)
         frames, height, width, before, after = attachment._slot.grid
         visual, hit = frames * height * width, set()
+        packed = latents.ndim in (3, 6)
         for axis in range(1, latents.ndim):
             tokens = []
             for index in range(latents.shape[axis]):
                 changed = latents.clone()
                 changed[tuple([0] * axis + [index] + [0] * (latents.ndim - axis - 1))] += 1.0
                 moved = (values(changed) != still).any(1).nonzero().flatten().tolist()
+                if packed and not moved:  # text has a place among the latents
+                    continue
                 require(len(moved) == 1, f"latent {index} of axis {axis} moves the tokens {moved}, not one")
                 tokens.append(moved[0] - before)
-            if latents.ndim == 3:  # packed: further images may follow, as tokens that the grid counts as text
+            if packed:  # further images may follow, as tokens that the grid counts as text
                 require(max(tokens) < visual + after, f"latents lie in token {max(tokens)}, behind all the grid counts")
                 tokens = [token for token in tokens if token < visual]
             steps = {b - a for a, b in itertools.pairwise(tokens)} - {0}
@@ -302,26 +290,21 @@ def _check_active(case: _Case) -> str | None:
 
 def _check_batch(case: _Case) -> None:
     """Guidance in one batched call gives what two calls give, dense or not."""
-    wide, both = case.wide(), _wide_inputs(case.inputs(2))
+    wide, both = case.wide(), wide_inputs(case.inputs(2))
     for methods in ((), *((trial.active,) for trial in case.methods.values())):
         with attach(wide, *methods, backend="reference"):
             batched = case.run(both, branch="cond_uncond", transformer=wide)
             for row, branch in enumerate(("uncond", "cond")):
-                alone = case.run(_rows(both, row, 2), branch=branch, transformer=wide)
+                alone = case.run(rows(both, row, 2), branch=branch, transformer=wide)
                 require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
 
 
 def _check_padding(case: _Case) -> str | None:
     """What a mask hides has no influence on the video."""
-    names = set(inspect.signature(type(case.transformer).forward).parameters)
-    mask_name = next((n for n in ("encoder_attention_mask", "encoder_hidden_states_mask") if n in names), None)
-    inputs = _wide_inputs(case.inputs(2))
-    mask = inputs.get(mask_name or "")
-    if mask is None or bool(mask.bool().all()):
+    inputs = wide_inputs(case.inputs(2))
+    other = with_other_padding(case.adapter, inputs)
+    if other is None:
         return "no text is masked"
-    other = dict(inputs)
-    hidden = ~mask.bool()[..., None]
-    other["encoder_hidden_states"] = torch.where(hidden, 3.0, inputs["encoder_hidden_states"])
     wide = case.wide()
     if not torch.equal(case.run(inputs, transformer=wide), case.run(other, transformer=wide)):
         return "the untouched model lets padded text through"

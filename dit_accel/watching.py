@@ -8,13 +8,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from dit_accel_kernels import EXACT
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attachment import Attachment
 from .masks import key_validity
 from .plan import AttentionPlan
 
 WIDE = torch.float64
+
+
+@contextlib.contextmanager
+def silenced(transformer: nn.Module) -> Iterator[None]:
+    """Let every attention module give zeros, so that a token's value tells of nothing but the token."""
+
+    def zeros(module: nn.Module, inputs: Any, out: Any) -> Any:
+        return torch.zeros_like(out) if isinstance(out, Tensor) else type(out)(torch.zeros_like(x) for x in out)
+
+    modules = [module for module in transformer.modules() if hasattr(module, "processor")]
+    handles = [module.register_forward_hook(zeros) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def require(condition: bool, text: str) -> None:

@@ -2,15 +2,13 @@
 
 from .cogvideox import COGVIDEOX
 from .commands import describe_model, generate_video
-from .flux import FLUX, FLUX_KIN
 from .hunyuan_video import HUNYUAN_VIDEO
+from .image_families import IMAGE_ADAPTERS
 from .ltx import LTX
 from .mochi import MOCHI
-from .qwen_image import QWEN_IMAGE
-from .sd3 import SD3
 from .wan import WAN
 
-ADAPTERS = (WAN, HUNYUAN_VIDEO, MOCHI, COGVIDEOX, LTX, FLUX, FLUX_KIN, SD3, QWEN_IMAGE)
+ADAPTERS = (WAN, HUNYUAN_VIDEO, MOCHI, COGVIDEOX, LTX, *IMAGE_ADAPTERS)
 COMMANDS = {"generate": generate_video, "describe": describe_model}
 
 __all__ = ["ADAPTERS", "COMMANDS"]
