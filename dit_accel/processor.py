@@ -29,6 +29,7 @@ class Slot:
         sparse: whether the running module follows a plan; False: the user's own dense attention.
         grid: the running forward's (frames, height, width, text before, text after).
         outer_masks: `Adapter.outer_masks` of the running transformer.
+        text_apart: `Adapter.text_apart` of the running transformer.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class Slot:
         self.sparse = False
         self.grid: tuple[int, ...] = (1, 1, 1, 0, 0)
         self.outer_masks = False
+        self.text_apart = False
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, session: int) -> Any:
@@ -120,7 +122,7 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callabl
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        if not slot.sparse:
+        if not slot.sparse or (slot.text_apart and key.shape[1] == slot.grid[3]):  # text over itself
             return dense(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
@@ -164,8 +166,11 @@ def _planned(
         )
     if slot.outer_masks:
         mask = visible_row(mask, slot.grid[3])
+    if slot.text_apart:  # queries of the text are made up, and their results cut off
+        q = F.pad(q, (0, 0, 0, 0, slot.grid[3], 0))
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
+    out = planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
+    return out[:, slot.grid[3] :] if slot.text_apart else out
 
 
 def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:

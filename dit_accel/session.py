@@ -285,7 +285,7 @@ class Session:
     def _infer_step(self, target: Target, timestep: Tensor | None) -> None:
         """Count steps by the timesteps seen: a lower one is the next step, a higher one begins a generation."""
         sign = -1 if target.adapter.rising_timesteps else 1
-        value = math.inf if timestep is None else sign * float(timestep.flatten()[-1])
+        value = math.inf if timestep is None else float((sign * timestep).max())  # of a frame that is still noise
         repeated = value == target.timestep and timestep is not None
         target.calls_at_timestep = target.calls_at_timestep + 1 if repeated else 0
         if not repeated:

@@ -92,6 +92,7 @@ def require_as_planned(call: PlannedCall) -> None:
         sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
         allowed = allowed & key_validity(call.mask, *sizes)[:, None, None]
     q, k, v = (x.to(WIDE) for x in (call.q, call.k, call.v))
-    truth = F.scaled_dot_product_attention(q, k, v, allowed, scale=call.scale)
-    yardstick = F.scaled_dot_product_attention(call.q, call.k, call.v, allowed, scale=call.scale)
+    options = {"scale": call.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    truth = F.scaled_dot_product_attention(q, k, v, allowed, **options)
+    yardstick = F.scaled_dot_product_attention(call.q, call.k, call.v, allowed, **options)
     require_within_rounding(call.out, yardstick, truth, "a planned call is not what its plan says")
