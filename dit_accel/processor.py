@@ -29,7 +29,7 @@ class Slot:
         sparse: whether the running module follows a plan; False: the user's own dense attention.
         grid: the running forward's (frames, height, width, text before, text after).
         outer_masks: `Adapter.outer_masks` of the running transformer.
-        parts: `Adapter.parts` of the running transformer.
+        text_apart: `Adapter.text_apart` of the running transformer.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class Slot:
         self.sparse = False
         self.grid: tuple[int, ...] = (1, 1, 1, 0, 0)
         self.outer_masks = False
-        self.parts = False
+        self.text_apart = False
 
     def goes_dense(self, keys: int) -> bool:
         """Tell whether an attention call over this many keys goes to the user's own dense attention."""
         frames, height, width, before, after = self.grid
-        return not self.sparse or (self.parts and keys < frames * height * width + before + after)
+        return not self.sparse or (self.text_apart and keys < frames * height * width + before + after)
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, session: int) -> Any:
@@ -165,8 +165,8 @@ def _planned(
 ) -> Tensor:
     """Hand the call to the operator, with what the running processor left in the slot.
 
-    Where only a part of the tokens ask (the image, or all behind a cached prefix), the others' queries are zeros, and
-    their rows are dropped again.
+    Where only a part of the tokens ask (the image, or all behind text and cached keys), the others' queries are made up
+    and their results cut off.
     """
     if mask is not None and not isinstance(mask, Tensor):
         raise ConfigError(
@@ -175,13 +175,13 @@ def _planned(
         )
     if slot.outer_masks:
         mask = visible_row(mask, slot.grid[3])
-    differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     axis = 1 if layout == "bshd" else 2
     asked, silent = q.shape[axis], k.shape[axis] - q.shape[axis]
     frames, height, width, before, _ = slot.grid
     start = before if asked == frames * height * width else silent
     if silent > 0:
         q = F.pad(q, (0, 0) * (3 - axis) + (start, silent - start))
+    differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out = planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
     return out.narrow(axis, start, asked) if silent > 0 else out
 

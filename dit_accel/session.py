@@ -159,8 +159,8 @@ class Session:
         target = place.target
         if tuple(grid) == NO_GRID:
             raise ConfigError(
-                f"{target.name} ({target.adapter.name}) tells its tokens' places by values, which a transformer compiled "
-                "whole does not give; compile its blocks (compile_repeated_blocks), or detach"
+                f"{target.name} ({target.adapter.name}) tells its tokens' places by values, which a transformer "
+                "that is compiled whole does not give; compile its blocks (compile_repeated_blocks), or detach"
             )
         tokens, batch = _layout(grid), q.shape[0]
         length = q.shape[1] if layout == "bshd" else q.shape[2]
@@ -296,7 +296,7 @@ class Session:
     def _infer_step(self, target: Target, timestep: Tensor | None) -> None:
         """Count steps by the timesteps seen: a lower one is the next step, a higher one begins a generation."""
         sign = -1 if target.adapter.rising_timesteps else 1
-        value = math.inf if timestep is None else sign * float(timestep.flatten()[-1])
+        value = math.inf if timestep is None else float((sign * timestep).max())  # of a frame that is still noise
         repeated = value == target.timestep and timestep is not None
         target.calls_at_timestep = target.calls_at_timestep + 1 if repeated else 0
         if not repeated:
@@ -314,7 +314,7 @@ def _layout(grid: Sequence[int]) -> TokenLayout:
 
 
 def _with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
-    """Return the layout of a sequence that left padded text out, or all text, or the layout as it is if that can't be."""
+    """Return the layout of a sequence that left out padded text, or all text; or the layout if that can't be."""
     if length == tokens.visual_tokens:
         return replace(tokens, text_before=0, text_after=0)
     dropped = tokens.tokens - length

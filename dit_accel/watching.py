@@ -41,9 +41,10 @@ def require(condition: bool, text: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedCall:
-    """One planned attention call and its result; tensors [B, H, S, D]."""
+    """One planned attention call and its result; tensors [B, H, S, D]; the grid is that of the running forward."""
 
     plan: AttentionPlan
+    grid: tuple[int, ...]
     q: Tensor
     k: Tensor
     v: Tensor
@@ -63,7 +64,9 @@ def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
     ) -> Tensor:
         out = original(plan, q, k, v, mask, layout, scale)
         q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in (q, k, v, out))
-        calls.append(PlannedCall(plan=plan, q=q, k=k, v=v, mask=mask, scale=scale, out=seen))
+        calls.append(
+            PlannedCall(plan=plan, grid=attachment._slot.grid, q=q, k=k, v=v, mask=mask, scale=scale, out=seen)
+        )
         return out
 
     session.execute = execute
@@ -108,6 +111,7 @@ def require_as_planned(call: PlannedCall) -> None:
         sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
         allowed = allowed & key_validity(call.mask, *sizes)[:, None, None]
     q, k, v = (x.to(WIDE) for x in (call.q, call.k, call.v))
-    truth = F.scaled_dot_product_attention(q, k, v, allowed, scale=call.scale)
-    yardstick = F.scaled_dot_product_attention(call.q, call.k, call.v, allowed, scale=call.scale)
+    options = {"scale": call.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    truth = F.scaled_dot_product_attention(q, k, v, allowed, **options)
+    yardstick = F.scaled_dot_product_attention(call.q, call.k, call.v, allowed, **options)
     require_within_rounding(call.out, yardstick, truth, "a planned call is not what its plan says")

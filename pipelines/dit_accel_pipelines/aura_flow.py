@@ -20,6 +20,5 @@ AURA_FLOW = Adapter(
     transformers=("AuraFlowTransformer2DModel",),
     self_attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=behind_registers,
-    names={"num_mmdit_layers": "num_layers", "num_single_dit_layers": "num_single_layers"},
     refused={"radial": ONE_FRAME},
 )

@@ -1,4 +1,7 @@
-"""Bria Fibo 1 and 2. Fibo 1: FLUX.1's sequence. Fibo 2: gist tokens, the image, images to edit; or padded gist tokens last."""
+"""Bria Fibo 1 and 2. Fibo 1: FLUX.1's sequence. Fibo 2: gist tokens, the image, images to edit.
+
+Where a batch has gist tokens of different numbers, they stand last.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,12 +38,11 @@ def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return (1, height, width, gist, after) if min(counts) == gist else (1, height, width, 0, after + gist)
 
 
-BRIA_FIBO = replace(FLUX, name="bria-fibo", transformers=("BriaFiboTransformer2DModel",), parts=False, families=())
+BRIA_FIBO = replace(FLUX, name="bria-fibo", transformers=("BriaFiboTransformer2DModel",), families=())
 BRIA_FIBO_2 = Adapter(
     name="bria-fibo-2",
     transformers=("BriaFibo2Transformer2DModel",),
     self_attention=("layers.*.attention",),
     grid=behind_the_gist,
-    names={"n_layers": "num_layers", "n_heads": "num_attention_heads", "dim": "hidden_size"},
     refused={"radial": ONE_FRAME},
 )

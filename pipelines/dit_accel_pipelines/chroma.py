@@ -1,7 +1,8 @@
 """Chroma: FLUX.1's sequence with a mask of pairs.
 
-diffusers 0.42's pipelines hand that mask over as numbers, which attention adds to its logits (its issue 12116): padded text
-is not hidden then, and planned calls refuse the mask. ``encode_prompt`` and ``prompt_attention_mask=mask.bool()`` mend both.
+diffusers 0.42's pipelines hand that mask over as numbers, which attention adds to its logits (its issue 12116): padded
+text is not hidden then, and planned calls refuse the mask. ``encode_prompt`` and then, with its embeddings,
+``prompt_attention_mask=mask.bool()`` mend both.
 """
 
 from dataclasses import replace

@@ -29,7 +29,10 @@ COGVIEW4_6B = Family(
 
 
 def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the grid as CogView does; cached keys count as text. A forward that fills the cache is all text but one token."""
+    """Read the grid as CogView does; cached keys count as text.
+
+    A forward that fills the cache is all text but one token: it stays exact.
+    """
     grid, caches = text_first(config, inputs), inputs.get("kv_caches")
     mode = None if caches is None else caches[0].mode
     if mode == "write":

@@ -8,7 +8,6 @@ ERNIE_IMAGE = Adapter(
     name="ernie-image",
     transformers=("ErnieImageTransformer2DModel",),
     self_attention=("layers.*.self_attention",),
-    grid=partial(latents_grid, frames_axis=None, text="after"),
-    names={"text_bth": "encoder_hidden_states"},
+    grid=partial(latents_grid, frames_axis=None, text="after", joined=("text_bth",)),
     refused={"radial": ONE_FRAME},
 )

@@ -31,7 +31,7 @@ FLUX = Adapter(
     transformers=("FluxTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=ids_grid,
-    parts=True,  # IP-Adapters: image queries over their own keys
+    text_apart=True,  # IP-Adapters: image queries over their own keys
     families=(FLUX_DEV, FLUX_SCHNELL),
     refused={"radial": ONE_FRAME},
 )

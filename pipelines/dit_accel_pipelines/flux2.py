@@ -1,7 +1,7 @@
 """FLUX.2 and FLUX.3: text, the packed image, reference images.
 
-FLUX.2's reference images may stand before the image, or come from a key-value cache (Klein KV). FLUX.3's first blocks see
-the image alone.
+FLUX.2's reference images may stand before the image, or come from a key-value cache (Klein KV). FLUX.3's first blocks
+see the image alone.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ FLUX2 = Adapter(
     transformers=("Flux2Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=with_cached_references,
-    parts=True,  # while the cache is filled, references attend to themselves
+    text_apart=True,  # while the cache is filled, references attend to themselves
     families=(FLUX2_DEV,),
     refused={"radial": ONE_FRAME},
 )

@@ -41,7 +41,7 @@ HIDREAM = Adapter(
     transformers=("HiDreamImageTransformer2DModel",),
     self_attention=("double_stream_blocks.*.block.attn1", "single_stream_blocks.*.block.attn1"),
     grid=padded_image,
-    names={"timesteps": "timestep"},
+    timestep="timesteps",
     families=(HIDREAM_I1,),
     refused={"radial": ONE_FRAME},
 )

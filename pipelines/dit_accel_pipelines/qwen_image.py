@@ -50,13 +50,13 @@ def last_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
     return *inputs["img_shapes"][0][-1], tokens - shapes[-1], 0
 
 
-# Text and earlier images see only what stands before them; the image sees all. So the processor calls attention piece by
-# piece, and only the image's call is planned; the text's keys and values are cached after the first step.
+# Text and earlier images see only what stands before them; the image sees all. So the processor calls attention piece
+# by piece, and only the image's call is planned; the others' keys and values are cached after the first step.
 QWEN_IMAGE_21 = Adapter(
     name="qwen-image-2.1",
     transformers=("QwenImage21Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     grid=last_image,
-    parts=True,
+    text_apart=True,
     refused={"radial": ONE_FRAME},
 )

@@ -1,4 +1,7 @@
-"""Z-Image: the image, then text, each padded to a multiple of 32; Omni: text, earlier images, the image, SigLIP tokens."""
+"""Z-Image: the image, then text, each padded to a multiple of 32.
+
+Omni: text, earlier images, the image, SigLIP tokens.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +35,10 @@ def padded(tokens: int) -> int:
 
 
 def list_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
-    """Read the grid off the list of images [C, F, H, W], one a row of the batch; Omni: one list a row, the last is made."""
+    """Read the grid off the list of images [C, F, H, W], one a row of the batch.
+
+    Omni: one list a row, of which the last image is made.
+    """
     patch, frame_patch = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
 
     def size(image: Any) -> tuple[int, int, int]:
@@ -42,7 +48,7 @@ def list_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
         frames, height, width = size(image)
         return frames * height * width
 
-    rows, texts = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    rows, texts = inputs["x"], inputs["cap_feats"]
     if not isinstance(rows[0], list):
         return *size(rows[0]), 0, padded(tokens(rows[0])) - tokens(rows[0]) + max(padded(len(text)) for text in texts)
     grids = []
@@ -62,14 +68,8 @@ Z_IMAGE = Adapter(
     transformers=("ZImageTransformer2DModel",),
     self_attention=("layers.*.attention",),
     grid=list_grid,
-    names={
-        "x": "hidden_states",
-        "t": "timestep",
-        "cap_feats": "encoder_hidden_states",
-        "n_layers": "num_layers",
-        "n_heads": "num_attention_heads",
-        "dim": "hidden_size",
-    },
+    latents="x",
+    timestep="t",
     rising_timesteps=True,
     families=(Z_IMAGE_TURBO,),
     refused={"radial": ONE_FRAME},

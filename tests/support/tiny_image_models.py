@@ -1,4 +1,4 @@
-"""Tiny image models of the families that `tiny_models` does not hold: configs and inputs, height and width different."""
+"""Tiny models of the image families that `tiny_models` does not hold: configs and inputs, all sizes different."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -213,9 +213,7 @@ GLM_IMAGE_TINY = {
     **{name: value for name, value in COGVIEW_TINY.items() if name not in ("pos_embed_max_size", "sample_size")},
     "prior_vq_quantizer_codebook_size": 32,
 }
-GLM_IMAGE = (
-    TinyModel(transformer=diffusers.GlmImageTransformer2DModel, config=GLM_IMAGE_TINY, inputs=_glm_image),
-)
+GLM_IMAGE = (TinyModel(transformer=diffusers.GlmImageTransformer2DModel, config=GLM_IMAGE_TINY, inputs=_glm_image),)
 
 
 def _lumina2(batch: int) -> Mapping[str, Any]:
@@ -243,8 +241,8 @@ def ideogram4(batch: int, padding: int = 0) -> Mapping[str, Any]:
     image[:, 0] = 65536
     places = torch.cat([torch.zeros(padding, 3), torch.arange(6.0)[:, None].expand(-1, 3), image]).long()
     return dict(
-        hidden_states=torch.randn(batch, length, 4), timestep=steps(batch, 0.5), position_ids=places.expand(batch, -1, -1),
-        encoder_hidden_states=torch.randn(batch, length, 16),
+        hidden_states=torch.randn(batch, length, 4), timestep=steps(batch, 0.5),
+        encoder_hidden_states=torch.randn(batch, length, 16), position_ids=places.expand(batch, -1, -1),
         segment_ids=torch.tensor([-1] * padding + [1] * (length - padding)).expand(batch, -1),
         indicator=torch.tensor([0] * padding + [3] * 6 + [2] * ROWS * COLUMNS).expand(batch, -1),
     )  # fmt: skip
@@ -283,10 +281,11 @@ BRIA_FIBO_TINY = dict(FLUX_LIKE, text_encoder_dim=12)
 BRIA_FIBO = (TinyModel(transformer=diffusers.BriaFiboTransformer2DModel, config=BRIA_FIBO_TINY, inputs=_bria_fibo),)
 
 
-def _bria_fibo_2(batch: int, references: bool = False) -> Mapping[str, Any]:
+def bria_fibo_2(batch: int, references: bool = False) -> Mapping[str, Any]:
+    """Fibo 2's inputs, prompts equally long, with an image to edit or without."""
     inputs = dict(
         _image(batch), encoder_hidden_states=torch.randn(batch, 2, 6, 16),
-        encoder_attention_mask=torch.arange(6)[None] < 6 - 4 * torch.arange(batch)[:, None],
+        encoder_attention_mask=text_mask(1).expand(batch, -1),
     )  # fmt: skip
     if references:
         inputs |= dict(context_latents=[torch.randn(batch, 4, 4, 6)], encoder_attention_mask=None)
@@ -301,7 +300,7 @@ BRIA_FIBO_2_TINY = dict(
 BRIA_FIBO_2 = tuple(
     TinyModel(
         transformer=diffusers.BriaFibo2Transformer2DModel, config=BRIA_FIBO_2_TINY,
-        inputs=partial(_bria_fibo_2, references=references),
+        inputs=partial(bria_fibo_2, references=references),
         left_alone=("noise_refiner.*", "perceiver.*", "layers.*.cross_attention"),
     )
     for references in (False, True)
@@ -375,15 +374,15 @@ def _joyimage_plus(batch: int) -> Mapping[str, Any]:
 
 
 JOYIMAGE_EDIT_PLUS = (
-    TinyModel(
-        transformer=diffusers.JoyImageEditPlusTransformer3DModel, config=JOYIMAGE_TINY, inputs=_joyimage_plus
-    ),
+    TinyModel(transformer=diffusers.JoyImageEditPlusTransformer3DModel, config=JOYIMAGE_TINY, inputs=_joyimage_plus),
 )
 
 
 def _pixart(batch: int) -> Mapping[str, Any]:
     return dict(
-        _image(batch), encoder_attention_mask=text_mask(batch), added_cond_kwargs=dict(resolution=None, aspect_ratio=None)
+        _image(batch),
+        encoder_attention_mask=text_mask(batch),
+        added_cond_kwargs=dict(resolution=None, aspect_ratio=None),
     )
 
 
@@ -403,14 +402,14 @@ def _hunyuan_dit(batch: int) -> Mapping[str, Any]:
     angles = torch.rand(ROWS * COLUMNS, 8).repeat_interleave(2, 1)
     return dict(
         _image(batch), timestep=steps(batch), text_embedding_mask=text_mask(batch), style=torch.zeros(batch).long(),
-        encoder_hidden_states_t5=torch.randn(batch, 7, 12), text_embedding_mask_t5=text_mask(batch, 7),
+        encoder_hidden_states_t5=torch.randn(batch, 7, 16), text_embedding_mask_t5=text_mask(batch, 7),
         image_meta_size=torch.ones(batch, 6), image_rotary_emb=(angles.cos(), angles.sin()),
     )  # fmt: skip
 
 
 HUNYUAN_DIT_TINY = dict(
     HEADS, in_channels=4, patch_size=2, sample_size=8, hidden_size=32, num_layers=4, cross_attention_dim=16,
-    cross_attention_dim_t5=12, pooled_projection_dim=8, text_len=6, text_len_t5=7,
+    cross_attention_dim_t5=16, pooled_projection_dim=8, text_len=6, text_len_t5=7,
     use_style_cond_and_image_meta_size=True,
 )  # fmt: skip
 HUNYUAN_DIT = (

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+from tiny_image_models import IMAGE_MODELS
 from wan_tiny import TINY as WAN_TINY
 
 from dit_accel.testing import TinyModel
@@ -265,6 +266,6 @@ QWEN_IMAGE = tuple(
 
 MODELS = {
     "wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX, "flux": FLUX,
-    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE,
+    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE, **IMAGE_MODELS,
 }  # fmt: skip
 """Adapter name -> its tiny models."""
