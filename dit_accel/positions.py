@@ -1,38 +1,52 @@
-"""Values that tell where tokens lie, read off a model's inputs once and kept; for adapters' ``grid``."""
+"""Values that tell where tokens lie, read off a model's inputs once and kept; for adapters' ``grid``.
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+Adapters are loaded for a help text too, so torch is not imported here before a model runs.
+"""
 
-import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .adapter import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
 COMPILED = "its tokens' places are values of a tensor, which a transformer that is compiled whole does not give"
 """Why there is no grid inside a compiled graph."""
 
-_READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-
-def read_once(tensor: Tensor, read: Callable[[Tensor], T]) -> T | str:
+def read_once(tensor: "Tensor", read: "Callable[[Tensor], T]") -> T | str:
     """Return ``read`` of a CPU copy of a tensor, or `COMPILED` inside a compiled graph.
 
     The copy waits for the device, so the result is kept as long as the tensor lives unchanged: once a generation where
     the pipeline makes it once.
+
+    Args:
+        tensor: position ids, or a mask.
+        read: a function of a module, not made for the call.
     """
+    import torch
+
     if torch.compiler.is_compiling():
         return COMPILED
+    known = _known()
     key = (read, 0 if tensor.is_inference() else tensor._version)
-    known = _READ.get(tensor)
-    if known is None or known[0] != key:
-        known = _READ[tensor] = (key, read(tensor.detach().cpu()))
-    return known[1]
+    if tensor not in known or known[tensor][0] != key:
+        known[tensor] = (key, read(tensor.detach().cpu()))
+    return known[tensor][1]
 
 
-def first_image(ids: Tensor) -> tuple[int, int]:
+@cache
+def _known() -> "MutableMapping[Tensor, tuple[Any, Any]]":
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()
+
+
+def first_image(ids: "Tensor") -> tuple[int, int]:
     """Return (height, width) of the image that position ids begin with; one row if it is not in raster order.
 
     Args:
@@ -43,13 +57,13 @@ def first_image(ids: Tensor) -> tuple[int, int]:
     return _raster(ids[: _run(ids[:, 0]), 1:3])
 
 
-def last_image(ids: Tensor) -> tuple[int, int]:
+def last_image(ids: "Tensor") -> tuple[int, int]:
     """Return (height, width) of the image that position ids end with; see `first_image`."""
     ids = ids.reshape(-1, *ids.shape[-2:])[0]
     return _raster(ids[-_run(ids[:, 0].flip(0)) :, 1:3])
 
 
-def last_row(ids: Tensor) -> int:
+def last_row(ids: "Tensor") -> int:
     """Return the width of the image that position ids [S, 3] end with, where text has no first column of its own."""
     return _run(ids[:, 1].flip(0))
 
@@ -64,12 +78,12 @@ def ids_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return 1, height, width, inputs["encoder_hidden_states"].shape[1], after
 
 
-def _run(values: Tensor) -> int:
+def _run(values: "Tensor") -> int:
     """Return how many values from the first on are equal."""
     return int(((values != values[0]).cumsum(0) == 0).sum())
 
 
-def _raster(places: Tensor) -> tuple[int, int]:
+def _raster(places: "Tensor") -> tuple[int, int]:
     width = _run(places[:, 0])
     height = len(places) // width
     if height * width == len(places):

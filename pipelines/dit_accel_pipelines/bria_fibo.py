@@ -7,16 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from dit_accel.adapter import ONE_FRAME, Adapter, Grid
 from dit_accel.positions import read_once
 
 from .flux import FLUX
-
-
-def _lengths(mask: Tensor) -> tuple[int, ...]:
-    return tuple(mask.sum(1).tolist())
+from .lumina2 import lengths
 
 
 def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -24,11 +19,11 @@ def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
 
     text, mask = inputs["encoder_hidden_states"], inputs.get("encoder_attention_mask")
-    lengths: Any = [text.shape[2]] if mask is None else read_once(mask, _lengths)
-    if isinstance(lengths, str):
-        return lengths
+    found: Any = (text.shape[2],) if mask is None else read_once(mask, lengths)
+    if isinstance(found, str):
+        return found
     counts = compute_gist_count(
-        list(lengths), config.min_num_gist_tokens, config.max_num_gist_tokens, config.gist_step,
+        list(found), config.min_num_gist_tokens, config.max_num_gist_tokens, config.gist_step,
         config.gist_min_text_len, config.gist_max_text_len,
     )  # fmt: skip
     gist, patch = max(counts), config.patch_size

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
 from dit_accel.positions import read_once
 
@@ -24,19 +22,20 @@ LUMINA_IMAGE_2 = Family(
 )
 
 
-def _lengths(mask: Tensor) -> tuple[int, ...]:
+def lengths(mask: Any) -> tuple[int, ...]:
+    """Return the tokens of each prompt of a mask [B, S]."""
     return tuple(mask.sum(1).tolist())
 
 
 def valid_text_first(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off latents [B, C, H, W] and the prompts' lengths, which must be equal."""
-    lengths = read_once(inputs["encoder_attention_mask"], _lengths)
-    if isinstance(lengths, str):
-        return lengths
-    if len(set(lengths)) > 1:
-        return f"each image of a batch begins behind its own prompt ({lengths} tokens); make one image a call"
+    found = read_once(inputs["encoder_attention_mask"], lengths)
+    if isinstance(found, str):
+        return found
+    if len(set(found)) > 1:
+        return f"each image of a batch begins behind its own prompt ({found} tokens); make one image a call"
     latents, patch = inputs["hidden_states"], config.patch_size
-    return 1, latents.shape[-2] // patch, latents.shape[-1] // patch, lengths[0], 0
+    return 1, latents.shape[-2] // patch, latents.shape[-1] // patch, found[0], 0
 
 
 LUMINA2 = Adapter(
