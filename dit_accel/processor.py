@@ -90,10 +90,11 @@ def _subclass(cls: type, slot: Slot, session: int) -> type:
         )
     scope = {key: value for key, value in function.__globals__.items() if key != "__name__"}
     scope[name] = replacement
-    recreated = types.FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
-    )
-    recreated.__kwdefaults__ = function.__kwdefaults__
+    for used in names:  # helpers beside the class call attention too
+        helper = scope.get(used)
+        if isinstance(helper, types.FunctionType) and helper.__globals__ is function.__globals__:
+            scope[used] = _recreated(helper, scope) if name in _names(helper.__code__) else helper
+    recreated = _recreated(function, scope)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         slot.layer = self._dit_accel_layer
@@ -102,6 +103,13 @@ def _subclass(cls: type, slot: Slot, session: int) -> type:
 
     __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _recreated(function: types.FunctionType, scope: dict[str, Any]) -> types.FunctionType:
+    """Return a function with other globals."""
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _names(code: types.CodeType) -> set[str]:

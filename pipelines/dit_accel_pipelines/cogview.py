@@ -37,7 +37,7 @@ def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
     mode = None if caches is None else caches[0].mode
     if mode == "write":
         return 1, 1, 1, grid[3] + grid[1] * grid[2] - 1, 0
-    cached = caches[0].k_caches[0].shape[1] if mode == "read" else 0
+    cached = caches[0].k_caches[0].shape[1] if mode == "read" and caches[0].k_caches else 0
     return *grid[:3], grid[3] + cached, 0
 
 

@@ -13,9 +13,8 @@ MASKED = {
     "qwen-image", "chroma", "krea2", "hunyuan-image", "lumina2", "bria-fibo-2", "nucleus-image", "prx",
     "joyimage-edit-plus", "pixart",
 }  # fmt: skip
-BLOCKS = [  # others have the same; HiDream chooses its experts by values, and compiles to no full graph untouched either
-    name for name in ADAPTERS if name not in {"flux-kin", "bria-fibo", "joyimage-edit", "hidream"}
-]
+# Others have the same blocks; HiDream's choose their experts by values: no full graph, untouched either.
+BLOCKS = [name for name in ADAPTERS if name not in {"flux-kin", "bria-fibo", "joyimage-edit", "hidream"}]
 
 
 @pytest.fixture(autouse=True)

@@ -120,7 +120,8 @@ KREA2 = (
 )
 
 
-def _qwen_image_21(batch: int, references: bool = False) -> Mapping[str, Any]:
+def qwen_image_21(batch: int, references: bool = False) -> Mapping[str, Any]:
+    """An image of 4 x 6 tokens, and one of 2 x 4 in the middle of the text or none."""
     shapes = [(1, 2, 4)] * references + [(1, 4, 6)]
     slots = torch.tensor([False] * 3 + [True, True] * references + [False] * 3 + [True] * 6)
     return dict(
@@ -134,7 +135,7 @@ QWEN_IMAGE_21 = (
     TinyModel(
         transformer=diffusers.QwenImage21Transformer2DModel,
         config=dict(HEADS, in_channels=4, out_channels=4, num_layers=3, context_in_dim=16, axes_dims_rope=(4, 6, 6)),
-        inputs=_qwen_image_21,
+        inputs=qwen_image_21,
     ),
 )
 
