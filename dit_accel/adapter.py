@@ -139,8 +139,8 @@ class Adapter:
         latents: name of the input that holds the latents, a tensor [B, ...] or a list of one a row.
         timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
         left_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in this model.
-        text_apart: text stands in front, attends to itself in a call of its own, and in a second call the queries are
-            those of the other tokens alone, over all keys.
+        text_apart: text stands in front and attends to itself in a causal call, which stays dense; in a second call of
+            the same processor the other tokens' queries alone meet all keys.
         ragged_text: an attention call may leave out text that the grid counts behind the visual tokens: padded text,
             row by row, or all of it.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a

@@ -122,7 +122,7 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callabl
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        if not slot.sparse or (slot.text_apart and key.shape[1] == slot.grid[3]):  # text over itself
+        if not slot.sparse or (slot.text_apart and is_causal):  # text over itself
             return dense(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
@@ -166,11 +166,12 @@ def _planned(
         )
     if slot.outer_masks:
         mask = visible_row(mask, slot.grid[3])
-    if slot.text_apart:  # queries of the text are made up, and their results cut off
-        q = F.pad(q, (0, 0, 0, 0, slot.grid[3], 0))
+    text = k.shape[1] - q.shape[1] if slot.text_apart else 0  # its queries are made up, and their results cut off
+    if text:
+        q = F.pad(q, (0, 0, 0, 0, text, 0))
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out = planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
-    return out[:, slot.grid[3] :] if slot.text_apart else out
+    return out[:, text:] if text else out
 
 
 def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:

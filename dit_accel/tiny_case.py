@@ -50,6 +50,9 @@ class Case:
         self.model = model
         torch.manual_seed(0)
         self.transformer: Any = model.transformer(**model.config).eval()
+        for parameter in self.transformer.parameters():
+            if not bool(parameter.any()):  # gates that start at zero would hide all that attention does
+                nn.init.normal_(parameter, std=0.2)
 
     def inputs(self, batch: int = 1) -> dict[str, Any]:
         """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
@@ -67,8 +70,12 @@ class Case:
         return {**inputs, self.adapter.latents: latents if isinstance(old, Tensor) else [*old[:-1], latents]}
 
     def wide(self) -> Any:
-        """The transformer in float64, in which a difference is more than rounding."""
-        return copy.deepcopy(self.transformer).double()
+        """The transformer in float64, in which a difference is more than rounding; what it rounds inside, it rounds."""
+        wide = copy.deepcopy(self.transformer).double()
+        for module in wide.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda linear, inputs: (inputs[0].to(linear.weight.dtype),))
+        return wide
 
     def run(self, inputs: Mapping[str, Any], step: int = 0, branch: str = "cond", transformer: Any = None) -> Tensor:
         """One forward, as a pipeline makes it; its video."""
@@ -81,9 +88,8 @@ class Case:
             inputs[self.adapter.timestep] = (time.double() * (1 - step / 100)).to(time.dtype)
         with torch.no_grad(), context:
             out = transformer(**inputs, return_dict=False)
-        while not isinstance(out, Tensor):
-            out = out[0]
-        return out
+        out = out if isinstance(out, Tensor) else out[0]
+        return out if isinstance(out, Tensor) else out[-1]
 
 
 def rows_of(value: Any, row: int, batch: int) -> Any:
