@@ -113,7 +113,7 @@ def calls_of(shape: Shape, dtype: torch.dtype, device: str) -> dict[tuple[str, f
         from dit_accel_kernels.triton_backward import attend_backward
 
         problem = problem_of(q, k, v, lists(shape.tokens, shape.block, density, SKIPPED, device))
-        out, lse = attend(problem, need_lse=True)
+        out, lse, *_ = attend(problem, need_lse=True)
         grad_out = torch.randn_like(out)
         return lambda: attend_backward(problem, out, lse, grad_out, None)
 

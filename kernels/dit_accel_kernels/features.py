@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dit_accel_kernels.selection import Selection
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -44,6 +48,7 @@ class Problem:
     `logit_scale` is the softmax scale; `head_scale` float32 [B or 1, H] or None multiplies it. `decay` is (table,
     q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length` and `key_mask` are in the caller's
     order; `tiled()` gives the call in tiled order, where valid keys are the bool [B, S_k] `key_valid` (None: all).
+    A `selection` narrows the lists for this call.
     """
 
     q: Tensor
@@ -62,6 +67,7 @@ class Problem:
     token_order: Tensor | None = None
     key_length: Tensor | None = None
     key_mask: Tensor | None = None
+    selection: Selection | None = None
 
     @property
     def query_tiles(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dit_accel_kernels.features import Problem
 from dit_accel_kernels.schedule import Unit
+from dit_accel_kernels.selection import resolved
 from dit_accel_kernels.tiled import Tiled, cut, units_of, wide_dtype
 from dit_accel_kernels.torch_plain import attend_plain, plain_pieces, steps
 from dit_accel_kernels.workers import run_all, worker_threads
@@ -37,8 +38,11 @@ class Operands:
     scale: float
 
 
-def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """Output [B, H, S_q, D] and natural-log LSE float32 [B, H, S_q] (empty where not needed)."""
+def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
+    exact = None
+    if problem.selection is not None:
+        problem, exact = resolved(problem)
     tiled = cut(problem)
     units = units_of(problem)
     complete = sum(unit.rows.numel() for unit in units) == tiled.q.shape[1]
@@ -62,7 +66,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     shape = (*problem.q.shape[:2], -1)
     tokens = problem.q.shape[2]
     out = out.view(*shape, out.shape[-1])[:, :, :tokens]
-    return out, lse.view(*shape)[:, :, :tokens] if need_lse else lse
+    return out, lse.view(*shape)[:, :, :tokens] if need_lse else lse, exact, None
 
 
 def chunks(tiled: Tiled, units: list[Unit], threads: int) -> Iterator[tuple[Unit, slice]]:

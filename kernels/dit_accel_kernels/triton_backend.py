@@ -37,7 +37,9 @@ def check(problem: Problem) -> None:
         raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
 
 
-def attend(problem: Problem, *, need_lse: bool, reverse: bool = False) -> tuple[Tensor, Tensor]:
+def attend(
+    problem: Problem, *, need_lse: bool, reverse: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output [B, H, S_q, D], laid out like q, and natural-log LSE float32 [B, H, S_q] (empty where not needed).
 
     Both in the problem's token order: with `token_order` the kernel gathers and scatters rows itself. `reverse` visits
@@ -49,8 +51,8 @@ def attend(problem: Problem, *, need_lse: bool, reverse: bool = False) -> tuple[
     out = _like(q)
     lse = q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
     launch = launch_of(architecture(q.device), q.dtype, dim)
-    block_q, (block_k, whole) = query_block(problem.block_q, launch.block_q), key_block(problem.block_k, launch.block_k)
-    plan = row_plan(problem, whole_chunks=whole)
+    block_q, (block_k, _) = query_block(problem.block_q, launch.block_q), key_block(problem.block_k, launch.block_k)
+    plan = row_plan(problem)
     pooled: tuple[Tensor | None, ...] = (None, None, None)
     d1, d2 = column_parts(dim)
     head_scale, table = problem.head_scale, None if problem.decay is None else problem.decay[0]
@@ -73,7 +75,7 @@ def attend(problem: Problem, *, need_lse: bool, reverse: bool = False) -> tuple[
             BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision(q.dtype, q.device),
             num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return out, lse
+    return out, lse, None, None
 
 
 def _like(q: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def make(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **features) -> Probl
 def specified(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
     """Output and LSE, and gradients of q, k and v, of the reference in the problem's dtype and token order."""
     leaves = [x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    out, lse = reference.attend(replace(problem, q=leaves[0], k=leaves[1], v=leaves[2]).tiled())
+    out, lse, *_ = reference.attend(replace(problem, q=leaves[0], k=leaves[1], v=leaves[2]).tiled())
     order = problem.token_order
     if order is not None:
         out, lse = (back_in_order(x, order) for x in (out, lse))
