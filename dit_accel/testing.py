@@ -143,7 +143,9 @@ class _Always(Handler):
 
     first_step: ClassVar[int] = 0
 
-    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
         return step_index >= self.first_step
 
 

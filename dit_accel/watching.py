@@ -11,7 +11,7 @@ from dit_accel_kernels import EXACT
 from torch import Tensor
 
 from .attachment import Attachment
-from .plan import AttentionPlan
+from .plan import AttentionPlan, Moment
 
 WIDE = torch.float64
 
@@ -42,9 +42,16 @@ def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
     original, calls = session.execute, []
 
     def execute(
-        plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: str, scale: float | None
+        plan: AttentionPlan,
+        moment: Moment,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        layout: str,
+        scale: float | None,
     ) -> Tensor:
-        out = original(plan, q, k, v, mask, layout, scale)
+        out = original(plan, moment, q, k, v, mask, layout, scale)
         q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in (q, k, v, out))
         calls.append(PlannedCall(plan=plan, q=q, k=k, v=v, mask=mask, scale=scale, out=seen))
         return out
