@@ -10,7 +10,7 @@ from dit_accel_kernels import (
     BackendUnavailableError,
     FrameDecay,
     TileLists,
-    api,
+    packing,
     block_sparse_attention,
     block_sparse_attention_backward,
     resolve_backend,
@@ -179,7 +179,7 @@ def test_opcheck(everything):
         arguments |= dict(frame_decay=decay(40, 16), identity_mix=torch.tensor([0.0, 0.5]))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 40, 40, 16, torch.float32, "bshd")]
     tiles = random_lists(1, 40, 40, 16, 16, pooled=everything)
-    packed = api._pack(*leaves, tiles, *{**api._DEFAULTS, **arguments}.values())
+    packed = packing.pack_call(*leaves, tiles, *{**packing.DEFAULTS, **arguments}.values())
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
 
 
@@ -189,7 +189,7 @@ def test_sections_hold_what_they_promise():
     tiles, frames = random_lists(2, 100, 100, 16, 16), decay(100, 24, (1.0, 0.9, 0.9, 0.4))
     parts = (frames.table, frames.q_frames, frames.k_frames)
     length = torch.tensor([100, 70])
-    plan = triton_plan.row_plan(make(tiles, q, k, v, decay=parts, key_length=length), whole_chunks=True)
+    plan = triton_plan.row_plan(make(tiles, q, k, v, decay=parts, key_length=length))
     table, frame_rows = decay_by_frame(*parts)
     t = table[frame_rows]
     seen = set()
@@ -214,7 +214,7 @@ def test_sections_hold_what_they_promise():
 def test_longest_rows_come_first():
     tiles = random_lists(2, 100, 100, 16, 16)
     q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.float32)
-    plan = triton_plan.row_plan(make(tiles, q, k, v), whole_chunks=True)
+    plan = triton_plan.row_plan(make(tiles, q, k, v))
     exact = (tiles.states() == EXACT).sum(-1)
     work = exact * 16 + (tiles.states() == POOLED).sum(-1)
     assert (work.gather(1, plan.row_order.long()).diff(dim=1) <= 0).all()
@@ -224,10 +224,10 @@ def test_longest_rows_come_first():
 def test_a_plan_is_made_once_and_again_when_a_mask_changes():
     tiles, length = random_lists(1, 100, 100, 16, 16), torch.tensor([90])
     problem = make(tiles, *qkv(1, 2, 2, 100, 100, 16, torch.float32), key_length=length)
-    plan = triton_plan.row_plan(problem, whole_chunks=True)
-    assert triton_plan.row_plan(problem, whole_chunks=True) is plan
+    plan = triton_plan.row_plan(problem)
+    assert triton_plan.row_plan(problem) is plan
     length.fill_(80)
-    changed = triton_plan.row_plan(problem, whole_chunks=True)
+    changed = triton_plan.row_plan(problem)
     assert changed is not plan
     assert int(changed.valid.sum()) == 80
 
