@@ -2,10 +2,13 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dit_accel_kernels import (
     EXACT,
+    Selection,
     POOLED,
     BackendUnavailableError,
     FrameDecay,
@@ -15,7 +18,7 @@ from dit_accel_kernels import (
     block_sparse_attention_backward,
     resolve_backend,
     triton_backend,
-    triton_forward,
+    triton_forward_variants,
     triton_launch,
     triton_plan,
     triton_pool,
@@ -157,7 +160,8 @@ def test_direction_changes_the_order_only(features):
         decay=None if frame is None else (frame.table, frame.q_frames, frame.k_frames),
     )  # fmt: skip
     out, lse, *_ = triton_backend.attend(problem, need_lse=True)
-    back, back_lse, *_ = triton_backend.attend(problem, need_lse=True, reverse=True)
+    backwards = replace(problem, selection=Selection(reverse=True))
+    back, back_lse, *_ = triton_backend.attend(backwards, need_lse=True)
     torch.testing.assert_close(out, back)
     torch.testing.assert_close(lse, back_lse)
     assert not torch.equal(out, back)
@@ -314,7 +318,7 @@ def test_launches_fall_back_to_generic_sizes():
     assert triton_launch.launch_of("sm_999", torch.float16, 80) == triton_launch.launch_of("", torch.bfloat16, 128)
 
 
-@pytest.mark.parametrize("module", [triton_forward, triton_pool])
+@pytest.mark.parametrize("module", [triton_forward_variants, triton_pool])
 def test_variants_fit_their_kernels(module):
     variants = module.variants()
     assert len({variant.name for variant in variants}) == len(variants)
