@@ -121,8 +121,8 @@ def attend_backward(
     )
     with on_device(q.device):
         base, delta = _delta(out, lse, grad_out, grad_lse)
-        block_k, whole_k = key_block(problem.block_k, dq.block_k)
-        rows = row_plan(problem, whole_chunks=whole_k)
+        block_k, _ = key_block(problem.block_k, dq.block_k)
+        rows = row_plan(problem)
         means: tuple[Tensor | None, ...] = (None, None, None)
         if problem.pooled_indices is not None:
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=rows.valid)
