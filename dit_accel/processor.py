@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError, UnsupportedModel
+from .masks import visible_row
 from .op import planned_attention
 
 _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
@@ -27,12 +28,16 @@ class Slot:
         layer: the running module's layer id, a 0-d int64 CPU tensor, so that all layers share one compiled graph.
         sparse: whether the running module follows a plan; False: the user's own dense attention.
         grid: the running forward's (frames, height, width, text before, text after).
+        outer_masks: `Adapter.outer_masks` of the running transformer.
+        text_apart: `Adapter.text_apart` of the running transformer.
     """
 
     def __init__(self) -> None:
         self.layer: Tensor = torch.zeros((), dtype=torch.int64)
         self.sparse = False
         self.grid: tuple[int, ...] = (1, 1, 1, 0, 0)
+        self.outer_masks = False
+        self.text_apart = False
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, session: int) -> Any:
@@ -117,7 +122,7 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callabl
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        if not slot.sparse:
+        if not slot.sparse or (slot.text_apart and is_causal):  # text over itself
             return dense(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
@@ -154,8 +159,19 @@ def _planned(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slot: Slot, session: int, layout: str, scale: float | None
 ) -> Tensor:
     """Hand the call to the operator, with what the running processor left in the slot."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ConfigError(
+            f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes as its own "
+            "sparse attention; set the model to dense attention, or detach"
+        )
+    if slot.outer_masks:
+        mask = visible_row(mask, slot.grid[3])
+    text = k.shape[1] - q.shape[1] if slot.text_apart else 0  # its queries are made up, and their results cut off
+    if text:
+        q = F.pad(q, (0, 0, 0, 0, text, 0))
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
+    out = planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
+    return out[:, text:] if text else out
 
 
 def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:

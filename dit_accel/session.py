@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from dit_accel_kernels import (
     TileLists,
     block_sparse_attention_backward,
@@ -24,6 +23,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import AttachError, ConfigError
 from .layout import TokenLayout
+from .masks import key_validity
 from .methods.base import Handler
 from .plan import AttentionPlan, Moment
 from .report import Recorder
@@ -246,7 +246,7 @@ class Session:
             "layout": layout,
             "scale": scale,
             "head_scale": plan.head_scale,
-            "key_mask": None if mask is None else _key_mask(mask, q.shape[0], k.shape[axis]),
+            "key_mask": None if mask is None else key_validity(mask, q.shape[0], q.shape[axis], k.shape[axis]),
             "frame_decay": plan.frame_decay,
             "token_order": plan.token_order,
             "identity_mix": plan.identity_mix,
@@ -296,7 +296,7 @@ class Session:
     def _infer_step(self, target: Target, timestep: Tensor | None) -> None:
         """Count steps by the timesteps seen: a lower one is the next step, a higher one begins a generation."""
         sign = -1 if target.adapter.rising_timesteps else 1
-        value = math.inf if timestep is None else sign * float(timestep.flatten()[-1])
+        value = math.inf if timestep is None else float((sign * timestep).max())  # of a frame that is still noise
         repeated = value == target.timestep and timestep is not None
         target.calls_at_timestep = target.calls_at_timestep + 1 if repeated else 0
         if not repeated:
@@ -319,17 +319,3 @@ def _with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
     if not 0 <= dropped <= tokens.text_after:
         return tokens
     return replace(tokens, text_after=tokens.text_after - dropped)
-
-
-def _key_mask(mask: Tensor, batch: int, keys: int) -> Tensor:
-    """Return key validity [B, S] of an attention mask that is key padding.
-
-    Raises:
-        ConfigError: for any other mask, which our kernels can't follow.
-    """
-    if mask.dtype == torch.bool and mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
-        return mask.reshape(-1, keys).expand(batch, keys)
-    raise ConfigError(
-        f"sparse attention takes a boolean key-padding mask [{batch}, 1, 1, {keys}], the model passes {mask.dtype} "
-        f"{list(mask.shape)}; detach the sparse methods from this model"
-    )

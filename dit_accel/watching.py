@@ -11,6 +11,7 @@ from dit_accel_kernels import EXACT
 from torch import Tensor
 
 from .attachment import Attachment
+from .masks import key_validity
 from .plan import AttentionPlan, Moment
 
 WIDE = torch.float64
@@ -95,8 +96,10 @@ def require_as_planned(call: PlannedCall) -> None:
     """The kernels computed the exact pairs of the plan, and no others."""
     allowed = exact_pairs(call.plan, call.k.shape[2])
     if call.mask is not None:
-        allowed = allowed & call.mask.reshape(-1, 1, 1, call.k.shape[2])
+        sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+        allowed = allowed & key_validity(call.mask, *sizes)[:, None, None]
     q, k, v = (x.to(WIDE) for x in (call.q, call.k, call.v))
-    truth = F.scaled_dot_product_attention(q, k, v, allowed, scale=call.scale)
-    yardstick = F.scaled_dot_product_attention(call.q, call.k, call.v, allowed, scale=call.scale)
+    options = {"scale": call.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    truth = F.scaled_dot_product_attention(q, k, v, allowed, **options)
+    yardstick = F.scaled_dot_product_attention(call.q, call.k, call.v, allowed, **options)
     require_within_rounding(call.out, yardstick, truth, "a planned call is not what its plan says")

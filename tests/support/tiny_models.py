@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import diffusers
+import tiny_video_models
 import torch
 from wan_tiny import TINY as WAN_TINY
 
@@ -265,6 +266,6 @@ QWEN_IMAGE = tuple(
 
 MODELS = {
     "wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX, "flux": FLUX,
-    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE,
+    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE, **tiny_video_models.MODELS,
 }  # fmt: skip
 """Adapter name -> its tiny models."""
