@@ -22,9 +22,11 @@ from .config import MethodConfig
 from .errors import ConfigError
 from .methods import METHODS
 from .methods.base import Handler, Model
-from .methods.radial import RadialAttention
 from .registry import adapter_for
-from .watching import WIDE, exact_pairs, require, require_as_planned, require_same, watched
+from .tiny_case import rows_of, wide_inputs
+from .trials import TRIALS as TRIALS
+from .trials import Trial as Trial
+from .watching import require, require_as_planned, require_same, require_text_exact, watched
 
 STEPS = 8
 
@@ -45,30 +47,6 @@ class TinyModel:
     config: Mapping[str, Any]
     inputs: Callable[[int], Mapping[str, Any]]
     left_alone: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """Two configs of one method.
-
-    Attributes:
-        neutral: attached, changes nothing.
-        active: changes every layer at every step of a `TinyModel`.
-    """
-
-    neutral: MethodConfig
-    active: MethodConfig
-
-
-TRIALS: dict[str, Trial] = {
-    "radial": Trial(
-        neutral=RadialAttention(block_size=16, dense_steps=1000),
-        active=RadialAttention(
-            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
-        ),
-    )
-}
-"""Method name -> the configs that `check_adapter` tries; open to every package."""
 
 
 def check_adapter(
@@ -162,27 +140,6 @@ def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Always
         yield attachment
 
 
-def _rows(value: Any, row: int, batch: int) -> Any:
-    """Take one row of tensors, and of lists that have one entry a row."""
-    if isinstance(value, Tensor):
-        return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: _rows(x, row, batch) for name, x in value.items()}
-    if isinstance(value, list):
-        return value[row : row + 1] if len(value) == batch else [_rows(x, row, batch) for x in value]
-    return value
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(WIDE) if value.is_floating_point() else value
-    return type(value)(_widened(item) for item in value) if isinstance(value, (tuple, list)) else value
-
-
-def _wide_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _widened(x) for name, x in inputs.items()}
-
-
 def _check_places(case: _Case) -> None:
     """The adapter names self-attention modules and all of them; every other attention module is left alone."""
     name = type(case.transformer).__name__
@@ -227,9 +184,8 @@ def _check_full(case: _Case) -> None:
     inputs = case.inputs(2)
     with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
         case.run(inputs)
-    for call in calls:
-        require_as_planned(call)
-    wide, inputs = case.wide(), _wide_inputs(inputs)
+    require_as_planned(calls)
+    wide, inputs = case.wide(), wide_inputs(inputs)
     expected = case.run(inputs, transformer=wide)
     with planned(wide, case.adapter):
         require_same(case.run(inputs, transformer=wide), expected, "all tiles kept and dense differ")
@@ -294,30 +250,57 @@ def _check_active(case: _Case) -> str | None:
             require(torch.equal(case.run(inputs), changed), "a run differs from the first after another batch")
         for call in calls:
             require(call.q.shape[2] == call.k.shape[2], "a call is no self-attention")
-            pairs = exact_pairs(call.plan, call.k.shape[2])
-            text = torch.ones(len(pairs), dtype=torch.bool)
-            text[grid[3] : grid[3] + grid[0] * grid[1] * grid[2]] = False
-            require(bool(pairs[text].all() & pairs[:, text].all()), "text tokens are not exact")
-            require_as_planned(call)
+            require_text_exact(call, grid)
+        require_as_planned(calls)
     return None
 
 
 def _check_batch(case: _Case) -> None:
     """Guidance in one batched call gives what two calls give, dense or not."""
-    wide, both = case.wide(), _wide_inputs(case.inputs(2))
+    wide, both = case.wide(), wide_inputs(case.inputs(2))
     for methods in ((), *((trial.active,) for trial in case.methods.values())):
-        with attach(wide, *methods, backend="reference"):
-            batched = case.run(both, branch="cond_uncond", transformer=wide)
-            for row, branch in enumerate(("uncond", "cond")):
-                alone = case.run(_rows(both, row, 2), branch=branch, transformer=wide)
-                require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+        _require_rows_alone(case, wide, both, methods)
+
+
+def _require_rows_alone(case: _Case, wide: Any, both: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -> None:
+    with attach(wide, *methods, backend="reference"):
+        batched = case.run(both, branch="cond_uncond", transformer=wide)
+        for row, branch in enumerate(("uncond", "cond")):
+            alone = case.run(rows_of(both, row, 2), branch=branch, transformer=wide)
+            require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+
+
+def _check_pairs(case: _Case) -> str | None:
+    """Any two methods attached together: neutral, nothing changes; active, either order gives what the plan says."""
+    pairs = list(itertools.combinations(case.methods.values(), 2))
+    if not pairs:
+        return "fewer than two methods with a trial apply"
+    inputs = case.inputs(2)
+    plain, wide, both = case.run(inputs), case.wide(), wide_inputs(inputs)
+    for one, other in pairs:
+        methods = one.active, other.active
+        with attach(case.transformer, one.neutral, other.neutral):
+            require(torch.equal(case.run(inputs), plain), f"{one.neutral} and {other.neutral} changed the output")
+        with attach(case.transformer, *methods) as attachment, watched(attachment) as calls:
+            changed = case.run(inputs)
+        require(not torch.equal(changed, plain), f"{methods} change nothing")
+        require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
+        for call in calls:
+            require_text_exact(call, attachment._slot.grid)
+        require_as_planned(calls)
+        with attach(case.transformer, *reversed(methods)):
+            require(
+                torch.equal(case.run(inputs), changed), f"{methods} attached in the other order give another output"
+            )
+        _require_rows_alone(case, wide, both, methods)
+    return None
 
 
 def _check_padding(case: _Case) -> str | None:
     """What a mask hides has no influence on the video."""
     names = set(inspect.signature(type(case.transformer).forward).parameters)
     mask_name = next((n for n in ("encoder_attention_mask", "encoder_hidden_states_mask") if n in names), None)
-    inputs = _wide_inputs(case.inputs(2))
+    inputs = wide_inputs(case.inputs(2))
     mask = inputs.get(mask_name or "")
     if mask is None or bool(mask.bool().all()):
         return "no text is masked"
@@ -394,6 +377,7 @@ CHECKS: dict[str, Callable[[_Case], str | None]] = {
     "active": _check_active,
     "batch": _check_batch,
     "padding": _check_padding,
+    "pairs": _check_pairs,
     "refused": _check_refused,
     "compile": _check_compile,
 }
