@@ -16,6 +16,7 @@ import torch
 from dit_accel_kernels import Routing, Selection, unpack_bits
 from torch import Tensor
 
+from ..config import MethodConfig
 from ..errors import ConfigError
 from ..layout import TokenLayout
 from ..plan import AttentionPlan, Moment
@@ -90,6 +91,20 @@ class SolAttention(SparseConfig):
         if block is not None and (not 16 <= block <= 512 or block & (block - 1)):
             raise ConfigError(f"sol.block_size must be a power of two from 16 to 512, got {block}; 64 is the paper's")
 
+    def in_tiles_of(self, other: MethodConfig) -> "SolAttention":
+        """Return the config with the tile size of another method's resolved config.
+
+        Raises:
+            ConfigError: if ``block_size`` is set to something else.
+        """
+        size = getattr(other, "block_size", None)
+        if self.block_size not in (None, size):
+            raise ConfigError(
+                f"sol.block_size = {self.block_size} can't route tiles of {other.name}.block_size = {size}; set both "
+                "alike, or leave sol's unset"
+            )
+        return dataclasses.replace(self, block_size=size)
+
     def beta_at(self, step_index: int, num_inference_steps: int | None) -> float:
         """Return beta at a step (0-based) of the run.
 
@@ -98,8 +113,13 @@ class SolAttention(SparseConfig):
         """
         return _beta_at(self, step_index, num_inference_steps)
 
-    def tile_counts(self, layout: TokenLayout, listed: Tensor | None = None) -> tuple[int, int]:
-        """Return (tiles expected to stay exact, tiles in all) over the visual tokens alone, for Gaussian scores.
+    def tile_counts(self, layout: TokenLayout) -> tuple[int, int]:
+        """Return (tiles expected to stay exact, tiles in all) over the visual tokens alone, for Gaussian scores."""
+        total = _pinned_visual(self.resolved({}), layout).numel()
+        return self.routed_count(layout, None), total
+
+    def routed_count(self, layout: TokenLayout, listed: Tensor | None) -> int:
+        """Return how many visual tiles are expected to stay exact, for Gaussian scores.
 
         Args:
             layout: the sequence.
@@ -109,7 +129,7 @@ class SolAttention(SparseConfig):
         pinned = _pinned_visual(full, layout)
         listed = torch.ones_like(pinned) if listed is None else listed
         fixed = int((listed & pinned).sum())
-        return fixed + round(_expected_share(full) * (int(listed.sum()) - fixed)), pinned.numel()
+        return fixed + round(_expected_share(full) * (int(listed.sum()) - fixed))
 
     def density(self, layout: TokenLayout) -> float:
         """Return the expected kept share of `tile_counts`, in (0, 1]."""
@@ -170,22 +190,15 @@ class SolHandler(Handler):
 
     def __init__(self, config: SolAttention, model: Model) -> None:
         super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
-        self._asked_size = config.block_size
+        self._asked = config
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Take the tile size of another method; refuse one that the user set to something else."""
-        for other in sorted(others, key=lambda other: other.rank):
-            size = getattr(other.config, "block_size", None)
-            if size is None:
-                continue
-            if self._asked_size not in (None, size):
-                name = other.config.name
-                raise ConfigError(
-                    f"sol.block_size = {self._asked_size} can't be routed in {name}'s tiles of {size} "
-                    f"({name}.block_size); set both to one size, or leave sol's unset"
-                )
+        ranked = sorted(others, key=lambda other: other.rank)
+        tiled = [other.config for other in ranked if getattr(other.config, "block_size", None) is not None]
+        if tiled:
+            size = self._asked.in_tiles_of(tiled[0]).block_size
             self.config = dataclasses.replace(self.config, block_size=size)
-            return
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Remark on a sequence where sol gains nothing."""
