@@ -9,8 +9,7 @@ import copy
 import fnmatch
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,34 +21,11 @@ from .config import MethodConfig
 from .errors import ConfigError
 from .methods import METHODS
 from .methods.base import Handler, Model
-from .methods.radial import RadialAttention
 from .registry import adapter_for
 from .tiny_case import Case, TinyModel, rows_of, wide_inputs
-from .watching import exact_pairs, require, require_as_planned, require_same, watched
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """Two configs of one method.
-
-    Attributes:
-        neutral: attached, changes nothing.
-        active: changes every layer at every step of a `TinyModel`.
-    """
-
-    neutral: MethodConfig
-    active: MethodConfig
-
-
-TRIALS: dict[str, Trial] = {
-    "radial": Trial(
-        neutral=RadialAttention(block_size=16, dense_steps=1000),
-        active=RadialAttention(
-            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
-        ),
-    )
-}
-"""Method name -> the configs that `check_adapter` tries; open to every package."""
+from .trials import TRIALS as TRIALS
+from .trials import Trial as Trial
+from .watching import require, require_as_planned, require_same, require_text_exact, watched
 
 
 def check_adapter(
@@ -97,7 +73,9 @@ class _Always(Handler):
 
     first_step: ClassVar[int] = 0
 
-    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
         return step_index >= self.first_step
 
 
@@ -158,8 +136,7 @@ def _check_full(case: Case) -> None:
     inputs = case.inputs(2)
     with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
         case.run(inputs)
-    for call in calls:
-        require_as_planned(call)
+    require_as_planned(calls)
     wide, inputs = case.wide(), wide_inputs(inputs)
     expected = case.run(inputs, transformer=wide)
     with planned(wide, case.adapter):
@@ -260,11 +237,8 @@ def _check_active(case: Case) -> str | None:
             require(torch.equal(case.run(inputs), changed), "a run differs from the first after another batch")
         for call in calls:
             require(call.q.shape[2] == call.k.shape[2], "a call is no self-attention")
-            pairs = exact_pairs(call.plan, call.k.shape[2])
-            text = torch.ones(len(pairs), dtype=torch.bool)
-            text[grid[3] : grid[3] + grid[0] * grid[1] * grid[2]] = False
-            require(bool(pairs[text].all() & pairs[:, text].all()), "text tokens are not exact")
-            require_as_planned(call)
+            require_text_exact(call, grid)
+        require_as_planned(calls)
     return None
 
 
@@ -274,11 +248,42 @@ def _check_batch(case: Case) -> str | None:
         return "a forward takes one row"
     wide, both = case.wide(), wide_inputs(case.inputs(2))
     for methods in ((), *((trial.active,) for trial in _trials(case).values())):
-        with attach(wide, *methods, backend="reference"):
-            batched = case.run(both, branch="cond_uncond", transformer=wide)
-            for row, branch in enumerate(("uncond", "cond")):
-                alone = case.run(rows_of(both, row, 2), branch=branch, transformer=wide)
-                require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+        _require_rows_alone(case, wide, both, methods)
+    return None
+
+
+def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -> None:
+    with attach(wide, *methods, backend="reference"):
+        batched = case.run(both, branch="cond_uncond", transformer=wide)
+        for row, branch in enumerate(("uncond", "cond")):
+            alone = case.run(rows_of(both, row, 2), branch=branch, transformer=wide)
+            require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+
+
+def _check_pairs(case: Case) -> str | None:
+    """Any two methods attached together: neutral, nothing changes; active, either order gives what the plan says."""
+    pairs = list(itertools.combinations(_trials(case).values(), 2))
+    if not pairs:
+        return "fewer than two methods with a trial apply"
+    inputs = case.inputs(2)
+    plain, wide, both = case.run(inputs), case.wide(), wide_inputs(inputs)
+    for one, other in pairs:
+        methods = one.active, other.active
+        with attach(case.transformer, one.neutral, other.neutral):
+            require(torch.equal(case.run(inputs), plain), f"{one.neutral} and {other.neutral} changed the output")
+        with attach(case.transformer, *methods) as attachment, watched(attachment) as calls:
+            changed = case.run(inputs)
+        require(not torch.equal(changed, plain), f"{methods} change nothing")
+        require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
+        for call in calls:
+            require_text_exact(call, attachment._slot.grid)
+        require_as_planned(calls)
+        with attach(case.transformer, *reversed(methods)):
+            require(
+                torch.equal(case.run(inputs), changed), f"{methods} attached in the other order give another output"
+            )
+        if case.model.max_batch > 1:
+            _require_rows_alone(case, wide, both, methods)
     return None
 
 
@@ -372,6 +377,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "active": _check_active,
     "batch": _check_batch,
     "padding": _check_padding,
+    "pairs": _check_pairs,
     "refused": _check_refused,
     "compile": _check_compile,
 }

@@ -8,7 +8,7 @@ from dit_accel_pipelines import ADAPTERS as PACKAGED
 from dit_accel_pipelines.wan import WAN
 
 from dit_accel import registry
-from dit_accel.testing import CHECKS, check_adapter
+from dit_accel.testing import CHECKS, TRIALS, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter.transformers}
 FAST = [name for name in CHECKS if name != "compile"]
@@ -81,7 +81,7 @@ def with_text(before, after):
         (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),
         (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
         (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
-        (dict(refused={"radial": "no reason"}), None),
+        (dict(refused=dict.fromkeys(TRIALS, "no reason")), None),
         (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is no method"),
     ],
 )
