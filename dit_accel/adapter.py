@@ -68,13 +68,16 @@ def config_sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
     Raises:
         KeyError: with the name of a size that is not there; ``ffn_dim`` may be None.
     """
-    names = ("num_layers", "num_visual_blocks", "num_hidden_layers")
+    names = ("num_layers", "num_visual_blocks", "num_hidden_layers", "n_layers", "num_mmdit_layers")
     layers = config[next((name for name in names if name in config), names[0])]
     layers += (config.get("num_single_layers") or 0) + len(config.get("vace_layers") or ())
+    layers += config.get("num_single_dit_layers") or 0
     ffn_dim = config.get("ffn_dim") or config.get("ff_dim") or config.get("intermediate_size")
     if "model_dim" in config:  # Kandinsky
         head_dim = sum(config["axes_dims"])
         return layers, config["model_dim"] // head_dim, head_dim, ffn_dim
+    if "n_heads" in config:  # Z-Image
+        return layers, config["n_heads"], config["dim"] // config["n_heads"], ffn_dim
     head_dim = config["head_dim" if "head_dim" in config else "attention_head_dim"]
     return layers, config["num_attention_heads"], head_dim, ffn_dim
 
@@ -134,15 +137,15 @@ class Adapter:
         self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change, one
             pattern a block list, in the order in which the lists run.
         side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
-        grid: (transformer config, forward inputs by name) -> `Grid`. It runs inside compiled graphs too: plain
-            arithmetic on shapes only.
+        grid: (transformer config, forward inputs by name) -> `Grid`, or in words why this forward has none; then no
+            method may thin it out. It runs inside compiled graphs too: plain arithmetic on shapes only; values of
+            tensors are read by `dit_accel.positions`.
         latents: name of the input that holds the latents, a tensor [B, ...] or a list of one a row.
         timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
         left_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in this model.
-        text_apart: text stands in front and attends to itself in a causal call, which stays dense; in a second call of
-            the same processor the other tokens' queries alone meet all keys.
-        ragged_text: an attention call may leave out text that the grid counts behind the visual tokens: padded text,
-            row by row, or all of it.
+        text_apart: beside the call over all keys there are others over fewer (text over itself); they stay dense.
+        ragged_text: an attention call may leave out text that the grid counts: padded text behind the visual tokens,
+            row by row, or all text.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
         rising_timesteps: the timestep rises from step to step.
@@ -155,7 +158,7 @@ class Adapter:
     transformers: tuple[str, ...]
     self_attention: tuple[str, ...]
     side_attention: tuple[str, ...] = ()
-    grid: Callable[[Any, Mapping[str, Any]], Grid] = latents_grid
+    grid: Callable[[Any, Mapping[str, Any]], Grid | str] = latents_grid
     latents: str = "hidden_states"
     timestep: str = "timestep"
     left_dense: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None

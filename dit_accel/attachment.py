@@ -20,7 +20,7 @@ from .methods.base import Handler, Model
 from .processor import Slot, unwrap_processor, wrap_processor
 from .registry import adapter_for, adapters
 from .report import Report, step_reports
-from .session import Place, Session, Target
+from .session import NO_GRID, Place, Session, Target
 
 _MARK = "_dit_accel_attachment"
 
@@ -225,11 +225,12 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        slot.grid = grid_of(config, inputs)
+        grid = grid_of(config, inputs)
+        slot.grid = NO_GRID if isinstance(grid, str) else grid
         slot.outer_masks, slot.text_apart = target.adapter.outer_masks, target.adapter.text_apart
         if not torch.compiler.is_compiling():
             latents = inputs[target.adapter.latents]
-            session.observe(target, slot.grid, len(latents), inputs.get(target.adapter.timestep))
+            session.observe(target, grid, len(latents), inputs.get(target.adapter.timestep))
 
     handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
     attachment._undo.append(handle.remove)

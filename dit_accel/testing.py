@@ -7,7 +7,6 @@ where nothing should, and that a planned call computes what its plan says. What 
 import contextlib
 import copy
 import fnmatch
-import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from .registry import adapter_for
 from .tiny_case import Case, TinyModel, rows_of, wide_inputs
 from .trials import TRIALS as TRIALS
 from .trials import Trial as Trial
-from .watching import require, require_as_planned, require_same, require_text_exact, watched
+from .watching import require, require_as_planned, require_same, require_text_exact, silenced, stopped_at, watched
 
 
 def check_adapter(
@@ -143,38 +142,18 @@ def _check_full(case: Case) -> None:
         require_same(case.run(inputs, transformer=wide), expected, "all tiles kept and dense differ")
 
 
-class _SeenError(Exception):
-    """Ends a forward at its first planned call."""
-
-
-@contextlib.contextmanager
-def _first_values(attachment: Attachment) -> Iterator[list[Tensor]]:
-    """Record the values of a forward's first planned call, [S, H * D] of row 0, and end the forward there."""
-    session: Any = attachment._session
-    seen: list[Tensor] = []
-
-    def execute(
-        plan: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: str, scale: float | None
-    ) -> Tensor:
-        seen.append((v[0] if layout == "bshd" else v[0].transpose(0, 1)).flatten(1).clone())
-        raise _SeenError
-
-    session.execute = execute
-    try:
-        yield seen
-    finally:
-        del session.execute
-
-
 def _check_layout(case: Case) -> None:
     """A changed latent changes the one token that the grid says, and no text token."""
     inputs = case.inputs(1)
-    with planned(case.transformer, case.adapter) as attachment, _first_values(attachment) as seen:
+    with silenced(case.transformer), planned(case.transformer, case.adapter) as attachment:
+        with watched(attachment) as calls:
+            case.run(inputs)
+        longest = max(call.k.shape[2] for call in calls)
 
         def values(latents: Tensor) -> Tensor:
-            with contextlib.suppress(_SeenError):
+            with stopped_at(attachment, longest) as seen:
                 case.run(case.with_latents(inputs, latents))
-            return seen.pop()
+            return seen[0]
 
         latents = case.latents(inputs)
         still = values(latents)
@@ -186,10 +165,12 @@ def _check_layout(case: Case) -> None:
                 changed = latents.clone()
                 changed[(*base[:axis], index, *base[axis + 1 :])] += 1.0
                 moved = (values(changed) != still).any(1).nonzero().flatten().tolist()
+                if packed and not moved:  # text has a place among the latents
+                    moved = [-1]
                 require(len(moved) == 1, f"latent {index} of axis {axis} moves the tokens {moved}, not one")
                 yield moved[0] - before
 
-        base, packed = [0] * latents.ndim, latents.ndim == 3
+        base, packed = [0] * latents.ndim, latents.ndim in (3, 6)
         for axis in range(1, latents.ndim if packed or case.model.reference_frames else 1):
             base[axis] = next((i for i, token in enumerate(tokens_along(axis, base)) if token == 0), 0)
         for axis in range(1, latents.ndim):
@@ -226,7 +207,7 @@ def _check_active(case: Case) -> str | None:
     for trial in _trials(case).values():
         with attach(case.transformer, trial.active) as attachment, watched(attachment) as calls:
             changed = case.run(inputs)
-            places, grid = attachment._session.places, attachment._slot.grid
+            places = attachment._session.places
             report = attachment.report()
             require(not torch.equal(changed, plain), f"{trial.active} changes nothing")
             require(bool(changed.isfinite().all()), f"{trial.active} makes values that are not finite")
@@ -237,7 +218,7 @@ def _check_active(case: Case) -> str | None:
             require(torch.equal(case.run(inputs), changed), "a run differs from the first after another batch")
         for call in calls:
             require(call.q.shape[2] == call.k.shape[2], "a call is no self-attention")
-            require_text_exact(call, grid)
+            require_text_exact(call)
         require_as_planned(calls)
     return None
 
@@ -276,7 +257,7 @@ def _check_pairs(case: Case) -> str | None:
         require(not torch.equal(changed, plain), f"{methods} change nothing")
         require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
         for call in calls:
-            require_text_exact(call, attachment._slot.grid)
+            require_text_exact(call)
         require_as_planned(calls)
         with attach(case.transformer, *reversed(methods)):
             require(
@@ -289,15 +270,10 @@ def _check_pairs(case: Case) -> str | None:
 
 def _check_padding(case: Case) -> str | None:
     """What a mask hides has no influence on the video."""
-    names = set(inspect.signature(type(case.transformer).forward).parameters)
-    mask_name = next((n for n in ("encoder_attention_mask", "encoder_hidden_states_mask") if n in names), None)
     inputs = wide_inputs(case.inputs(2))
-    mask = inputs.get(mask_name or "")
-    if mask is None or bool(mask.bool().all()):
+    other = case.with_other_padding(inputs)
+    if other is None:
         return "no text is masked"
-    other = dict(inputs)
-    hidden = ~mask.bool()[..., None]
-    other["encoder_hidden_states"] = torch.where(hidden, 3.0, inputs["encoder_hidden_states"])
     wide = case.wide()
     if not torch.equal(case.run(inputs, transformer=wide), case.run(other, transformer=wide)):
         return "the untouched model lets padded text through"

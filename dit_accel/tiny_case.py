@@ -50,9 +50,9 @@ class Case:
         self.model = model
         torch.manual_seed(0)
         self.transformer: Any = model.transformer(**model.config).eval()
-        for parameter in self.transformer.parameters():
-            if not bool(parameter.any()):  # gates that start at zero would hide all that attention does
-                nn.init.normal_(parameter, std=0.2)
+        for parameter in self.transformer.parameters():  # a gate of an untrained model would hide what stands behind it
+            if parameter.ndim > 1 and not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
 
     def inputs(self, batch: int = 1) -> dict[str, Any]:
         """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
@@ -68,6 +68,21 @@ class Case:
         """The inputs with other latents."""
         old = inputs[self.adapter.latents]
         return {**inputs, self.adapter.latents: latents if isinstance(old, Tensor) else [*old[:-1], latents]}
+
+    def with_other_padding(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The inputs with other text where a mask hides it, or None where nothing is hidden."""
+        masks = ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
+        mask = next((inputs[name] for name in masks if inputs.get(name) is not None), None)
+        text = inputs.get("encoder_hidden_states")
+        if mask is None or text is None:
+            return None
+        several = text.ndim == 4 and text.shape[1] != mask.shape[1] == text.shape[2]
+        axis = 2 if several else 1  # Bria Fibo 2 takes several layers of its encoder
+        visible = mask.bool()[:, : text.shape[axis]]
+        if bool(visible.all()):
+            return None
+        shape = [text.shape[0], *(text.shape[axis] if i == axis else 1 for i in range(1, text.ndim))]
+        return {**inputs, "encoder_hidden_states": torch.where(visible.reshape(shape), text, 3.0)}
 
     def wide(self) -> Any:
         """The transformer in float64, in which a difference is more than rounding; what it rounds inside, it rounds."""
@@ -85,11 +100,14 @@ class Case:
             context = transformer.cache_context(branch, step_index=step, num_inference_steps=STEPS)
         else:  # the step is told by the timestep alone
             time = inputs[self.adapter.timestep]
-            inputs[self.adapter.timestep] = (time.double() * (1 - step / 100)).to(time.dtype)
+            sign = 1 if self.adapter.rising_timesteps else -1
+            inputs[self.adapter.timestep] = (time.double() * (1 + sign * step / 100)).to(time.dtype)
         with torch.no_grad(), context:
             out = transformer(**inputs, return_dict=False)
         out = out if isinstance(out, Tensor) else out[0]
-        return out if isinstance(out, Tensor) else out[-1]
+        if isinstance(out, Tensor):
+            return out
+        return torch.stack(out) if self.model.max_batch > 1 else out[-1]  # one a row, or the last is the one made
 
 
 def rows_of(value: Any, row: int, batch: int) -> Any:

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from dit_accel_kernels import EXACT, block_sparse_attention_eager, unpack_bits
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attachment import Attachment
 from .masks import key_validity
@@ -16,6 +16,22 @@ from .plan import AttentionPlan, Moment
 from .written_out import attention, tile_states, tiles_of
 
 WIDE = torch.float64
+
+
+@contextlib.contextmanager
+def silenced(transformer: nn.Module) -> Iterator[None]:
+    """Let every attention module give zeros, so that a token's value tells of nothing but the token."""
+
+    def zeros(module: nn.Module, inputs: Any, out: Any) -> Any:
+        return torch.zeros_like(out) if isinstance(out, Tensor) else type(out)(torch.zeros_like(x) for x in out)
+
+    modules = [module for module in transformer.modules() if hasattr(module, "processor")]
+    handles = [module.register_forward_hook(zeros) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def require(condition: bool, text: str) -> None:
@@ -26,9 +42,13 @@ def require(condition: bool, text: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedCall:
-    """One planned attention call and its result; tensors [B, H, S, D], ``exact`` a selection's exact tiles as bits."""
+    """One planned attention call and its result.
+
+    Tensors are [B, H, S, D]; the grid is that of the running forward; ``exact`` a selection's exact tiles as bits.
+    """
 
     plan: AttentionPlan
+    grid: tuple[int, ...]
     q: Tensor
     k: Tensor
     v: Tensor
@@ -67,13 +87,47 @@ def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
         with mock.patch.object(recorder, "selected_call", wraps=recorder.selected_call) as told:
             out = original(plan, moment, q, k, v, mask, layout, scale)
         q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in (q, k, v, out))
-        exact = told.call_args.args[2] if told.called else None
-        calls.append(PlannedCall(plan=plan, q=q, k=k, v=v, mask=mask, scale=scale, out=seen, exact=exact))
+        exact, grid = told.call_args.args[2] if told.called else None, attachment._slot.grid
+        calls.append(PlannedCall(plan=plan, grid=grid, q=q, k=k, v=v, mask=mask, scale=scale, out=seen, exact=exact))
         return out
 
     session.execute = execute
     try:
         yield calls
+    finally:
+        del session.execute
+
+
+class _EnoughError(Exception):
+    """Ends a forward."""
+
+
+@contextlib.contextmanager
+def stopped_at(attachment: Attachment, tokens: int) -> Iterator[list[Tensor]]:
+    """Give the values of row 0, [S, H * D], of the first planned call over so many tokens; end the forward there."""
+    session: Any = attachment._session
+    original, seen = session.execute, []
+
+    def execute(
+        plan: AttentionPlan,
+        moment: Moment,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        layout: str,
+        scale: float | None,
+    ) -> Tensor:
+        values = (v[0] if layout == "bshd" else v[0].transpose(0, 1)).flatten(1)
+        if len(values) != tokens:
+            return original(plan, moment, q, k, v, mask, layout, scale)
+        seen.append(values.clone())
+        raise _EnoughError
+
+    session.execute = execute
+    try:
+        with contextlib.suppress(_EnoughError):
+            yield seen
     finally:
         del session.execute
 
@@ -105,11 +159,13 @@ def exact_pairs(call: PlannedCall) -> Tensor:
     return pairs
 
 
-def require_text_exact(call: PlannedCall, grid: Sequence[int]) -> None:
-    """Every token sees all text exactly, and text sees every token exactly; ``grid`` as adapters give it."""
-    pairs = exact_pairs(call)
+def require_text_exact(call: PlannedCall) -> None:
+    """Every token sees all text exactly, and text sees every token exactly."""
+    pairs, (frames, height, width, before, _) = exact_pairs(call), call.grid
+    visual = frames * height * width
     text = torch.ones(len(pairs), dtype=torch.bool)
-    text[grid[3] : grid[3] + grid[0] * grid[1] * grid[2]] = False
+    start = before if len(pairs) > visual else 0  # a call may be of visual tokens alone
+    text[start : start + visual] = False
     require(bool(pairs[text].all() & pairs[:, text].all()), "text tokens are not exact")
 
 

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapter import Adapter, Grid
-from dit_accel.positions import grid_at_end
+from dit_accel.positions import last_video, read_once
 
 
-def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off ``position_ids``: no shape tells the video's frames, height and width."""
-    frames, height, width = grid_at_end(inputs["position_ids"])
+    found = read_once(inputs["position_ids"], last_video)
+    if isinstance(found, str):
+        return found
+    frames, height, width = found
     return frames, height, width, inputs["position_ids"].shape[0] - frames * height * width, 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import tiny_video_models
 import torch
+from tiny_image_models import IMAGE_MODELS
 from wan_tiny import TINY as WAN_TINY
 
 from dit_accel.testing import TinyModel
@@ -266,6 +267,6 @@ QWEN_IMAGE = tuple(
 
 MODELS = {
     "wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX, "flux": FLUX,
-    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE, **tiny_video_models.MODELS,
+    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE, **IMAGE_MODELS, **tiny_video_models.MODELS,
 }  # fmt: skip
 """Adapter name -> its tiny models."""

@@ -223,8 +223,8 @@ def cosmos3() -> tuple[Any, dict[str, Any]]:
 def ltx2() -> tuple[Any, dict[str, Any]]:
     vae = dict(
         latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3,
-        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False), patch_size=2, spatial_compression_ratio=8,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, patch_size=2, spatial_compression_ratio=8,
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False),
         temporal_compression_ratio=2,
     )  # fmt: skip
     connectors = dict(
