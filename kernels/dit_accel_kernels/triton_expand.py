@@ -23,6 +23,7 @@ from dit_accel_kernels.features import Problem
 from dit_accel_kernels.selection import words_of
 from dit_accel_kernels.triton_plan import RowPlan
 from dit_accel_kernels.triton_transpose import bitmap
+from dit_accel_kernels.triton_variants import Variant
 
 BLOCK = 256  # list entries that are looked at together
 NUM_WARPS = 4
@@ -220,3 +221,32 @@ def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple
     share_b, share_h = not stride_b, not stride_h
     of_head = heads if share_h else 1
     return (of_head if share_b else 0, int(share_h)), (batch if share_b else 1) * of_head
+
+
+def variants() -> list[Variant]:
+    """The expansion by keep bits alone, with everything, and with routing in a plan with decay; it has no product."""
+    everything = ("pooled_indices_ptr", "out_pooled_ptr", "keep_ptr", "pinned_ptr", "route_ptr")
+    decay = ("entry_t_ptr", "out_t_ptr")
+    found = []
+    for name, there in (
+        ("keep", ("keep_ptr",)),
+        ("everything", everything),
+        ("routed-decay", (*decay, "out_pooled_ptr", "route_ptr")),
+    ):
+        absent = {x for x in (*everything, *decay) if x not in there}
+        kinds = {x: "*fp32:16" if x in decay else "*i32:16" if x.endswith("_ptr") else "i32" for x in _ARGUMENTS}
+        found.append(
+            Variant(
+                f"expand-{name}",
+                _expand_kernel,
+                {x: kind for x, kind in kinds.items() if x not in absent},
+                {**dict.fromkeys(sorted(absent)), "POOL_REST": name == "everything", "BLOCK": BLOCK},
+                NUM_WARPS,
+                1,
+                hot_loop=False,
+            )
+        )
+    return found
+
+
+_ARGUMENTS = tuple(x for x in _expand_kernel.arg_names if x not in ("POOL_REST", "BLOCK"))

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel_kernels.triton_variants import Variant
+
 BLOCK_V = 256  # visits that the fold looks at together
 NUM_WARPS = 4
 
@@ -131,3 +133,16 @@ def fold(
         words, indices, bounds, pinned, kept, *strides, heads, rows, width, -1 if reverse else 1,
         PARTS=parts, BLOCK=BLOCK_V, num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """The fold of the kept bits, with pinned tiles, in one part and in two; it has no product."""
+    pointers = ("words_ptr", "indices_ptr", "bounds_ptr", "pinned_ptr", "kept_ptr")
+    names = ("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "words", "step")
+    signature = {**dict.fromkeys(pointers, "*i32:16"), **dict.fromkeys(names, "i32")}
+    return [
+        Variant(
+            f"fold-{parts}", _fold_kernel, signature, {"PARTS": parts, "BLOCK": BLOCK_V}, NUM_WARPS, 1, hot_loop=False
+        )
+        for parts in (1, 2)
+    ]
