@@ -71,9 +71,10 @@ def candidates(key: Key, tiny: bool) -> list[Launch]:
     current = launch_of(key[0], DTYPES[kind], *key[2:])
     if tiny:
         return [current, replace(current, block_k=32, block_s=32)]
-    grid = [launch for launch in GRID if launch.block_q <= max(tile, 16) and launch.block_k <= tile]
-    if kind == "fp32":  # three products each: a quarter of the rows
+    grid = list(GRID)
+    if kind == "fp32":  # three products each: a quarter of the rows, short chunks
         grid = [replace(x, block_q=x.block_q // 4, block_k=min(x.block_k, 32), num_stages=1) for x in grid]
+    grid = [launch for launch in grid if launch.block_q <= tile and launch.block_k <= tile]
     return list(dict.fromkeys([current, *(launch for launch in grid if fits(launch, key))]))
 
 
