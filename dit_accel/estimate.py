@@ -348,7 +348,7 @@ def _sparsity(methods: Sequence[Any], adapter: Adapter, family: Family, layout: 
         router = full[router.name] = asked.resolved(adapter.recipe(router.name, family))
     kept, total, entries = _counts(lister, router, layout)
     calls = Counter(
-        tuple(m is not None and not m.is_dense(step, steps, layer) for m in (lister, router))
+        tuple(m is not None and not m.is_dense(step, steps, layer, 0.0) for m in (lister, router))
         for step in range(steps)
         for layer in range(family.layers)
     )
@@ -360,8 +360,18 @@ def _sparsity(methods: Sequence[Any], adapter: Adapter, family: Family, layout: 
         total=total,
         dense_share=dense / (steps * family.layers),
         list_entries=entries,
-        advice="; ".join(filter(None, (method.advice(layout) for method in full.values()))) or None,
+        advice="; ".join(filter(None, (text for method in full.values() for text in _remarks(method, layout)))) or None,
     )
+
+
+def _remarks(method: Any, layout: TokenLayout) -> tuple[str | None, str | None]:
+    level, told = getattr(method, "dense_above_sigma", None), None
+    if level is not None:
+        told = (
+            f"plan takes the steps above {method.name}.dense_above_sigma = {level} for sparse: noise levels are known "
+            "only while it runs"
+        )
+    return method.advice(layout), told
 
 
 def _counts(lister: Any, router: Any, layout: TokenLayout) -> tuple[dict[tuple[bool, bool], int], int, int]:
