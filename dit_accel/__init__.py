@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import MissingBackend as MissingBackend
     from .errors import UnsupportedModel as UnsupportedModel
     from .methods.radial import RadialAttention as RadialAttention
+    from .methods.sol import SolAttention as SolAttention
     from .report import Report as Report
 
 _HOMES = {
@@ -21,6 +22,7 @@ _HOMES = {
     **dict.fromkeys(("Description", "describe"), "description"),
     **dict.fromkeys(("AttachError", "ConfigError", "DitAccelError", "MissingBackend", "UnsupportedModel"), "errors"),
     "RadialAttention": "methods.radial",
+    "SolAttention": "methods.sol",
     "Report": "report",
 }
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

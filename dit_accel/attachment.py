@@ -179,7 +179,8 @@ def _check_backend(backend: str) -> None:
 def _make_handlers(
     transformers: dict[str, Any], methods: tuple[MethodConfig, ...]
 ) -> tuple[list[Handler], dict[str, str]]:
-    described, handlers = {}, []
+    described: dict[str, str] = {}
+    handlers: list[Handler] = []
     for name in transformers:
         adapter, family, model = resolve_model(name, transformers)
         described[name] = f"{adapter.name}, {family.name if family else 'sizes of no released model'}"
@@ -192,7 +193,9 @@ def _make_handlers(
         if config.name in adapter.refused:
             raise ConfigError(f"{config.name} makes no sense on {adapter.name}: {adapter.refused[config.name]}")
         handlers.append(METHODS[type(config)](config, model))
-    return handlers, described
+    for handler in handlers:
+        handler.check_with([other for other in handlers if other is not handler])
+    return sorted(handlers, key=lambda handler: handler.rank), described
 
 
 def _install_processors(

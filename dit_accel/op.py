@@ -42,8 +42,8 @@ def planned_attention(
     Returns:
         The output in q's layout and dtype, contiguous, and the plan's id (0-d int64 CPU tensor) for the backward.
     """
-    plan, number = sessions.get(session).plan(int(layer), q, k, grid, layout, differentiate)
-    out = sessions.get(session).execute(plan, q, k, v, mask, layout, scale)
+    plan, moment, number = sessions.get(session).plan(int(layer), q, k, grid, layout, differentiate)
+    out = sessions.get(session).execute(plan, moment, q, k, v, mask, layout, scale)
     return out.contiguous(), torch.tensor(number)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from dit_accel_kernels import FrameDecay, TileLists
+from dit_accel_kernels import FrameDecay, Selection, TileLists
 from torch import Tensor
 
 from .layout import TokenLayout
@@ -48,6 +48,7 @@ class AttentionPlan:
         head_scale: fp32 [H] or [B, H], factor on each head's logits.
         frame_decay: factor on logits by frame distance.
         identity_mix: fp32 [H] in [0, 1], share of each head's output replaced by V.
+        selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
     """
 
     tiles: TileLists | None = None
@@ -55,3 +56,4 @@ class AttentionPlan:
     head_scale: Tensor | None = None
     frame_decay: FrameDecay | None = None
     identity_mix: Tensor | None = None
+    selection: Selection | None = None

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .adapter import Grid
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,29 @@ def last_image(ids: "Tensor") -> tuple[int, int]:
 def last_row(ids: "Tensor") -> int:
     """Return the width of the image that position ids [S, 3] end with, where text has no first column of its own."""
     return _run(ids[:, 1].flip(0))
+
+
+def last_video(ids: "Tensor") -> tuple[int, int, int]:
+    """Return (frames, height, width) of the video that position ids end with; what stands before it is no part of it.
+
+    Args:
+        ids: [S, 3], (time, row, column) of each token. The tokens of a frame share their time and are in raster order,
+            time rises from frame to frame, and all frames have the same rows and columns.
+
+    Raises:
+        ConfigError: if the last tokens are no frame.
+    """
+    size = _run(ids[:, 0].flip(0))
+    height, width = _raster(ids[-size:, 1:])
+    if height == 1 and size > 1 and bool((ids[-size:, 1] != ids[-1, 1]).any()):
+        raise ConfigError(
+            f"the last {size} of {len(ids)} tokens share their time and are no rows and columns; detach the methods, "
+            "or report this layout to the adapter's author"
+        )
+    frames = ids[len(ids) % size :].unflatten(0, (-1, size)).flip(0)  # the last one first
+    alike = (frames[..., 1:] == frames[0, :, 1:]).all(-1).all(-1) & (frames[..., 0] == frames[:, :1, 0]).all(-1)
+    alike[1:] &= frames[1:, 0, 0] < frames[:-1, 0, 0]
+    return _run(alike), height, width
 
 
 def ids_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:

@@ -4,25 +4,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dit_accel_kernels import EXACT, TileLists, count_bits, pack_bits
+from dit_accel_kernels.cache import StorageCache
+from torch import Tensor
+
 from .plan import AttentionPlan, Moment
 
 
 @dataclass(slots=True)
-class _Forward:
-    """Counts of one denoising call (transformer, branch, step)."""
+class PlannedCall:
+    """Shares of one planned attention call's tiles; tensors until somebody reads them, so that no device is waited for.
+
+    `by_head` is the exact share of each head, float32 [H], where a selection chose by head.
+    """
+
+    layer: int
+    exact: float | Tensor
+    pooled: float | Tensor
+    by_head: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Forward:
+    """What one denoising call (transformer, step, branch) ran."""
 
     dense_layers: int = 0
-    sparse_layers: set[int] = field(default_factory=set)
-    exact: int = 0
-    pooled: int = 0
-    total: int = 0
+    calls: list[PlannedCall] = field(default_factory=list)
 
 
 class Recorder:
     """Counts what runs, one generation long."""
 
     def __init__(self) -> None:
-        self.forwards: dict[tuple[str, int, str], _Forward] = {}
+        self.forwards: dict[tuple[str, int, str], Forward] = {}
         self.notes: list[str] = []
         self.backends: set[str] = set()
 
@@ -33,18 +47,44 @@ class Recorder:
 
     def forward(self, transformer: str, branch: str, step_index: int, dense_layers: int) -> None:
         """Count one denoising call and the layers of it that run dense."""
-        entry = self.forwards.setdefault((transformer, step_index, branch), _Forward())
+        entry = self.forwards.setdefault((transformer, step_index, branch), Forward())
         entry.dense_layers += dense_layers
 
     def sparse_call(self, moment: Moment, plan: AttentionPlan) -> None:
-        """Count one attention call that follows a plan; a layer that calls for each row of the batch counts once."""
-        key = (moment.transformer, moment.step_index, moment.branch)
-        entry = self.forwards.setdefault(key, _Forward())
-        entry.sparse_layers.add(moment.layer)
-        if plan.tiles is not None:
-            entry.exact += plan.tiles.tiles_exact
-            entry.pooled += plan.tiles.tiles_pooled
-            entry.total += plan.tiles.tiles_total
+        """Count one attention call that follows a plan's lists."""
+        tiles = plan.tiles
+        exact, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
+        self._calls(moment).append(PlannedCall(moment.layer, exact, pooled))
+
+    def selected_call(self, moment: Moment, plan: AttentionPlan, exact: Tensor) -> None:
+        """Count one attention call whose selection left ``exact``, bits int32 [B, H, NQ, W]."""
+        tiles, selection = plan.tiles, plan.selection
+        assert tiles is not None
+        assert selection is not None
+        size = tiles.query_tiles * tiles.key_tiles
+        by_head = count_bits(exact).sum(-1).float().mean(0) / size
+        left = tiles.density
+        if selection.keep is not None and selection.rest == "skip":
+            free = selection.keep if selection.pinned is None else selection.keep | selection.pinned
+            left = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
+        pooled = tiles.tiles_pooled / tiles.tiles_total + left - by_head.mean()
+        self._calls(moment).append(PlannedCall(moment.layer, by_head.mean(), pooled, by_head))
+
+    def _calls(self, moment: Moment) -> list[PlannedCall]:
+        return self.forwards.setdefault((moment.transformer, moment.step_index, moment.branch), Forward()).calls
+
+
+_EXACT_BITS: StorageCache[Tensor] = StorageCache()
+
+
+def exact_bits(tiles: TileLists, heads: int) -> Tensor:
+    """Return the exact tiles of lists as bits, int32 [B or 1, H or 1, NQ, W]; remembered while the lists live."""
+
+    def build() -> Tensor:
+        bits = pack_bits(tiles.states() == EXACT)
+        return bits[None] if tiles.groups in (1, heads) else bits.unflatten(0, (-1, heads))
+
+    return _EXACT_BITS.get((tiles.exact_offsets, tiles.exact_indices), (tiles.key_tiles, heads), build)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,19 +169,23 @@ class Report:
 
 
 def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
-    """Turn the recorder's counts into one `StepReport` a denoising call."""
+    """Turn what the recorder counted into one `StepReport` a denoising call."""
     return tuple(
         StepReport(
             transformer=transformer,
             step_index=step_index,
             branch=branch,
             dense_layers=entry.dense_layers,
-            sparse_layers=len(entry.sparse_layers),
-            density=entry.exact / entry.total if entry.total else 1.0,
-            pooled=entry.pooled / entry.total if entry.total else 0.0,
+            sparse_layers=len({call.layer for call in entry.calls}),
+            density=_mean([call.exact for call in entry.calls], 1.0),
+            pooled=_mean([call.pooled for call in entry.calls], 0.0),
         )
         for (transformer, step_index, branch), entry in recorder.forwards.items()
     )
+
+
+def _mean(shares: Sequence[float | Tensor], otherwise: float) -> float:
+    return sum(float(share) for share in shares) / len(shares) if shares else otherwise
 
 
 def _spell(options: Mapping[str, Any]) -> str:

@@ -149,8 +149,8 @@ class Session:
 
     def plan(
         self, layer: int, q: Tensor, k: Tensor, grid: Sequence[int], layout: str, differentiate: bool
-    ) -> tuple[AttentionPlan, int]:
-        """Return the plan of the attention call that runs now, and its number if a backward will need it, else -1.
+    ) -> tuple[AttentionPlan, Moment, int]:
+        """Return the plan of the attention call that runs now, its moment and, for a backward, its number, else -1.
 
         Raises:
             ConfigError: if the tensors do not have the layout's length.
@@ -187,10 +187,9 @@ class Session:
         )
         plan = AttentionPlan()
         for handler in self.handlers:
-            if handler.is_active(moment.depth, moment.step_index, moment.num_inference_steps):
+            if handler.is_active(moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma):
                 plan = handler.contribute(plan, moment)
-        self.recorder.sparse_call(moment, plan)
-        return plan, self._remember(plan) if differentiate else -1
+        return plan, moment, self._remember(plan) if differentiate else -1
 
     def plan_by_number(self, number: int) -> AttentionPlan:
         """Return a plan that `plan` gave out, for the backward.
@@ -209,6 +208,7 @@ class Session:
     def execute(
         self,
         plan: AttentionPlan,
+        moment: Moment,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -216,12 +216,20 @@ class Session:
         layout: str,
         scale: float | None,
     ) -> Tensor:
-        """Run a plan in one kernel call; outside autograd, see `gradients`."""
+        """Run a plan in one kernel call, count what ran and let methods learn from it; outside autograd."""
         self.recorder.backends.add(resolve_backend(self.backend, q.device, q.dtype, q.shape[-1]))
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
-        out = block_sparse_attention_eager(q, k, v, tiles, **arguments)
-        assert isinstance(out, Tensor)
-        return out
+        selection = plan.selection
+        found = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selection is not None)
+        if isinstance(found, Tensor):
+            self.recorder.sparse_call(moment, plan)
+            return found
+        assert selection is not None
+        self.recorder.selected_call(moment, plan, found[1])
+        if selection.vote is not None:
+            for handler in self.handlers:
+                handler.learn(moment, found[2])
+        return found[0]
 
     def gradients(
         self,
@@ -253,6 +261,7 @@ class Session:
             "frame_decay": plan.frame_decay,
             "token_order": plan.token_order,
             "identity_mix": plan.identity_mix,
+            "selection": plan.selection,
             "backend": self.backend,
         }
 
@@ -288,7 +297,9 @@ class Session:
         self.num_inference_steps = num_inference_steps
         dense = 0
         for place in target.places:
-            sparse = any(handler.is_active(place.depth, step, num_inference_steps) for handler in self.handlers)
+            sparse = any(
+                handler.is_active(place.depth, step, num_inference_steps, target.sigma) for handler in self.handlers
+            )
             place.processor._dit_accel_sparse = sparse
             dense += not sparse
         self.recorder.forward(target.name, target.branch, step, dense)

@@ -8,8 +8,7 @@ import contextlib
 import copy
 import fnmatch
 import itertools
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,34 +20,11 @@ from .config import MethodConfig
 from .errors import ConfigError
 from .methods import METHODS
 from .methods.base import Handler, Model
-from .methods.radial import RadialAttention
 from .registry import adapter_for
 from .tiny_case import Case, TinyModel, rows_of, wide_inputs
-from .watching import exact_pairs, require, require_as_planned, require_same, silenced, watched
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """Two configs of one method.
-
-    Attributes:
-        neutral: attached, changes nothing.
-        active: changes every layer at every step of a `TinyModel`.
-    """
-
-    neutral: MethodConfig
-    active: MethodConfig
-
-
-TRIALS: dict[str, Trial] = {
-    "radial": Trial(
-        neutral=RadialAttention(block_size=16, dense_steps=1000),
-        active=RadialAttention(
-            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
-        ),
-    )
-}
-"""Method name -> the configs that `check_adapter` tries; open to every package."""
+from .trials import TRIALS as TRIALS
+from .trials import Trial as Trial
+from .watching import require, require_as_planned, require_same, require_text_exact, silenced, stopped_at, watched
 
 
 def check_adapter(
@@ -96,7 +72,9 @@ class _Always(Handler):
 
     first_step: ClassVar[int] = 0
 
-    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
         return step_index >= self.first_step
 
 
@@ -157,8 +135,7 @@ def _check_full(case: Case) -> None:
     inputs = case.inputs(2)
     with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
         case.run(inputs)
-    for call in calls:
-        require_as_planned(call)
+    require_as_planned(calls)
     wide, inputs = case.wide(), wide_inputs(inputs)
     expected = case.run(inputs, transformer=wide)
     with planned(wide, case.adapter):
@@ -168,17 +145,15 @@ def _check_full(case: Case) -> None:
 def _check_layout(case: Case) -> None:
     """A changed latent changes the one token that the grid says, and no text token."""
     inputs = case.inputs(1)
-    with (
-        silenced(case.transformer),
-        planned(case.transformer, case.adapter) as attachment,
-        watched(attachment) as calls,
-    ):
+    with silenced(case.transformer), planned(case.transformer, case.adapter) as attachment:
+        with watched(attachment) as calls:
+            case.run(inputs)
+        longest = max(call.k.shape[2] for call in calls)
 
         def values(latents: Tensor) -> Tensor:
-            calls.clear()
-            case.run(case.with_latents(inputs, latents))
-            longest = max(calls, key=lambda call: call.v.shape[2])  # the first of them
-            return longest.v[0].transpose(0, 1).flatten(1)
+            with stopped_at(attachment, longest) as seen:
+                case.run(case.with_latents(inputs, latents))
+            return seen[0]
 
         latents = case.latents(inputs)
         still = values(latents)
@@ -243,14 +218,8 @@ def _check_active(case: Case) -> str | None:
             require(torch.equal(case.run(inputs), changed), "a run differs from the first after another batch")
         for call in calls:
             require(call.q.shape[2] == call.k.shape[2], "a call is no self-attention")
-            pairs = exact_pairs(call.plan, call.k.shape[2])
-            frames, height, width, before, _ = call.grid
-            visual = frames * height * width
-            text = torch.ones(len(pairs), dtype=torch.bool)
-            start = before if len(pairs) > visual else 0  # a call may be of visual tokens alone
-            text[start : start + visual] = False
-            require(bool(pairs[text].all() & pairs[:, text].all()), "text tokens are not exact")
-            require_as_planned(call)
+            require_text_exact(call)
+        require_as_planned(calls)
     return None
 
 
@@ -260,11 +229,42 @@ def _check_batch(case: Case) -> str | None:
         return "a forward takes one row"
     wide, both = case.wide(), wide_inputs(case.inputs(2))
     for methods in ((), *((trial.active,) for trial in _trials(case).values())):
-        with attach(wide, *methods, backend="reference"):
-            batched = case.run(both, branch="cond_uncond", transformer=wide)
-            for row, branch in enumerate(("uncond", "cond")):
-                alone = case.run(rows_of(both, row, 2), branch=branch, transformer=wide)
-                require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+        _require_rows_alone(case, wide, both, methods)
+    return None
+
+
+def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -> None:
+    with attach(wide, *methods, backend="reference"):
+        batched = case.run(both, branch="cond_uncond", transformer=wide)
+        for row, branch in enumerate(("uncond", "cond")):
+            alone = case.run(rows_of(both, row, 2), branch=branch, transformer=wide)
+            require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+
+
+def _check_pairs(case: Case) -> str | None:
+    """Any two methods attached together: neutral, nothing changes; active, either order gives what the plan says."""
+    pairs = list(itertools.combinations(_trials(case).values(), 2))
+    if not pairs:
+        return "fewer than two methods with a trial apply"
+    inputs = case.inputs(2)
+    plain, wide, both = case.run(inputs), case.wide(), wide_inputs(inputs)
+    for one, other in pairs:
+        methods = one.active, other.active
+        with attach(case.transformer, one.neutral, other.neutral):
+            require(torch.equal(case.run(inputs), plain), f"{one.neutral} and {other.neutral} changed the output")
+        with attach(case.transformer, *methods) as attachment, watched(attachment) as calls:
+            changed = case.run(inputs)
+        require(not torch.equal(changed, plain), f"{methods} change nothing")
+        require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
+        for call in calls:
+            require_text_exact(call)
+        require_as_planned(calls)
+        with attach(case.transformer, *reversed(methods)):
+            require(
+                torch.equal(case.run(inputs), changed), f"{methods} attached in the other order give another output"
+            )
+        if case.model.max_batch > 1:
+            _require_rows_alone(case, wide, both, methods)
     return None
 
 
@@ -316,7 +316,16 @@ def _check_compile(case: Case) -> None:
     with _compiled(case) as (transformer, graphs), planned(transformer, case.adapter, _FromStepOne):
         for step, expected in enumerate(eager):
             torch.testing.assert_close(case.run(inputs, step, transformer=transformer), expected)
+        require(untouched > 0, "no block of its own runs")
         require(graphs() <= 2 * untouched, f"the blocks made {graphs()} graphs, the untouched ones {untouched}")
+
+
+def _block_of(transformer: Any, name: str) -> str:
+    """Return the name of the block that holds an attention module: of a repeated kind, or just what holds it."""
+    parts = name.split(".")
+    above = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+    kinds = getattr(transformer, "_repeated_blocks", None) or ()
+    return next((n for n in above if type(transformer.get_submodule(n)).__name__ in kinds), above[0])
 
 
 @contextlib.contextmanager
@@ -326,7 +335,7 @@ def _compiled(case: Case) -> Iterator[tuple[Any, Callable[[], int]]]:
 
     transformer = copy.deepcopy(case.transformer)
     places = attention_modules(transformer, case.adapter)
-    for name in sorted({name.rpartition(".")[0] for name, _, _ in places}):
+    for name in sorted({_block_of(transformer, name) for name, _, _ in places}):
         transformer.get_submodule(name).compile(fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
     counters.clear()
@@ -344,6 +353,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "active": _check_active,
     "batch": _check_batch,
     "padding": _check_padding,
+    "pairs": _check_pairs,
     "refused": _check_refused,
     "compile": _check_compile,
 }

@@ -85,8 +85,12 @@ class Case:
         return {**inputs, "encoder_hidden_states": torch.where(visible.reshape(shape), text, 3.0)}
 
     def wide(self) -> Any:
-        """The transformer in float64, in which a difference is more than rounding."""
-        return copy.deepcopy(self.transformer).double()
+        """The transformer in float64, in which a difference is more than rounding; what it rounds inside, it rounds."""
+        wide = copy.deepcopy(self.transformer).double()
+        for module in wide.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda linear, inputs: (inputs[0].to(linear.weight.dtype),))
+        return wide
 
     def run(self, inputs: Mapping[str, Any], step: int = 0, branch: str = "cond", transformer: Any = None) -> Tensor:
         """One forward, as a pipeline makes it; its video."""
@@ -99,12 +103,11 @@ class Case:
             sign = 1 if self.adapter.rising_timesteps else -1
             inputs[self.adapter.timestep] = (time.double() * (1 + sign * step / 100)).to(time.dtype)
         with torch.no_grad(), context:
-            out = transformer(**inputs, return_dict=False)[0]
-        if isinstance(out, list) and isinstance(inputs[self.adapter.latents], list):  # one a row
-            return torch.stack(out)
-        while not isinstance(out, Tensor):
-            out = out[0]
-        return out
+            out = transformer(**inputs, return_dict=False)
+        out = out if isinstance(out, Tensor) else out[0]
+        if isinstance(out, Tensor):
+            return out
+        return torch.stack(out) if self.model.max_batch > 1 else out[-1]  # one a row, or the last is the one made
 
 
 def rows_of(value: Any, row: int, batch: int) -> Any:

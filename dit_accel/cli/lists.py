@@ -105,11 +105,13 @@ def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:
 
 
 def _attribute_docs(documented: type) -> dict[str, str]:
-    """Return attribute -> text of the ``Attributes:`` section of a docstring."""
-    text = inspect.getdoc(documented) or ""
-    section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section.group(1), re.MULTILINE) if section else []
-    return {name: " ".join(meaning.split()).replace("``", "") for name, meaning in entries}
+    """Return attribute -> text of the ``Attributes:`` sections of a class and its bases."""
+    found: dict[str, str] = {}
+    for part in reversed(documented.__mro__):
+        section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", inspect.cleandoc(part.__doc__ or ""), re.MULTILINE)
+        entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section.group(1), re.MULTILINE) if section else []
+        found |= {name: " ".join(meaning.split()).replace("``", "") for name, meaning in entries}
+    return found
 
 
 def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """What a method is to the core: a handler that is found by the type of its config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from ..adapter import Adapter, Family
 from ..config import MethodConfig
@@ -36,6 +39,9 @@ class Handler:
         config: the config with every recipe value filled in; what the report shows.
     """
 
+    rank: ClassVar[int] = 0
+    """Lower ranks fill the plan first, in whatever order the user lists the methods: 0 lists, 1 selections, 2 rest."""
+
     def __init__(self, config: MethodConfig, model: Model) -> None:
         self.config = config
         self.model = model
@@ -44,13 +50,21 @@ class Handler:
         """Refuse a layout by raising `ConfigError`, or return a note for the report, or None."""
         return None
 
-    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
         """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""
         return True
 
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Return ``plan`` with the method's part added."""
         return plan
+
+    def check_with(self, others: Sequence["Handler"]) -> None:
+        """Refuse what the other attached methods make impossible by raising `ConfigError`."""
+
+    def learn(self, moment: Moment, kept: Tensor) -> None:
+        """Take the bits that the votes of a call keep, int32 [B, H, NQ, W]; called where the plan asked for votes."""
 
     def reset(self) -> None:
         """Forget everything that belongs to one generation."""

@@ -16,13 +16,13 @@ import torch
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists
 from torch import Tensor
 
-from ..config import MethodConfig
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError
 from ..layout import TokenLayout
 from ..plan import AttentionPlan, Moment
-from ..rules.patches import patch_walk
 from ..rules.radial import RadialRule, kept_tiles
 from .base import Handler, Model, handles
+from .tiling import visual_first
+from .warmup import SparseConfig
 
 GENERIC: Mapping[str, Any] = {
     "decay_factor": 1.0,
@@ -40,10 +40,11 @@ WORTHWHILE_TOKENS = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RadialAttention(MethodConfig):
+class RadialAttention(SparseConfig):
     """Sparse self-attention that keeps all of near frames and ever thinner bands of far ones (arXiv 2506.19852).
 
-    An option left unset takes the recipe of the model's family, or `GENERIC` where the family has none.
+    An option left unset takes the recipe of the model's family, or `GENERIC` where the family has none. For the options
+    that begin with ``dense`` see `SparseConfig`.
 
     Attributes:
         decay_factor: > 0; scales the width of the bands at frame distance 2 and more; 1 is the paper's, smaller is
@@ -56,15 +57,13 @@ class RadialAttention(MethodConfig):
         rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
         order: ``raster`` tiles are strips of a frame; ``tiles`` permutes the tokens so that they are patches, and keeps
             as many tiles, those nearest in the plane.
-        dense_steps: first denoising steps that stay dense; below 1 a share of the run's steps, rounded up.
-        dense_last_steps: last denoising steps that stay dense.
-        dense_layers: first layers that stay dense.
 
     Raises:
         ConfigError: for an option out of range, or ``published`` with ``tiles``.
     """
 
     name: ClassVar[str] = "radial"
+    generic: ClassVar[Mapping[str, Any]] = GENERIC
 
     decay_factor: float | None = None
     block_size: int | None = None
@@ -73,42 +72,19 @@ class RadialAttention(MethodConfig):
     boundary: Literal["any", "published"] = "any"
     rest: Literal["skip", "pooled"] = "skip"
     order: Literal["raster", "tiles"] = "raster"
-    dense_steps: int | float | None = None
-    dense_last_steps: int | None = None
-    dense_layers: int | None = None
 
     def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
+        SparseConfig.__post_init__(self)
         decay, block = self.decay_factor, self.block_size
         if decay is not None and not (math.isfinite(decay) and decay > 0):
             raise ConfigError(f"radial.decay_factor must be a finite number > 0, got {decay!r}; 1 is the paper's")
         if block is not None and (not 16 <= block <= 512 or block & (block - 1)):
             raise ConfigError(f"radial.block_size must be a power of two from 16 to 512, got {block}; 128 is usual")
-        for field in ("dense_steps", "dense_last_steps", "dense_layers"):
-            value = getattr(self, field)
-            if value is not None and value < 0:
-                raise ConfigError(f"radial.{field} must be >= 0, got {value}; 0 keeps none dense")
-        if isinstance(self.dense_steps, float) and not self.dense_steps < 1 and not self.dense_steps.is_integer():
-            raise ConfigError(
-                f"radial.dense_steps must be a whole number of steps or a share below 1, got {self.dense_steps}"
-            )
         if self.boundary == "published" and self.order == "tiles":
             raise ConfigError(
                 "radial.boundary = 'published' rounds raster tiles and has no meaning with radial.order = 'tiles'; "
                 "use boundary = 'any' or order = 'raster'"
             )
-
-    def resolved(self, recipe: Mapping[str, Any]) -> "RadialAttention":
-        """Return the config with every unset option filled in from ``recipe``, then from `GENERIC`.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
-        for key in recipe:
-            if key not in GENERIC:
-                raise ConfigError(f"a recipe of radial sets {key!r}, which it can't; {did_you_mean(key, GENERIC)}")
-        unset = [key for key in GENERIC if getattr(self, key) is None]
-        return dataclasses.replace(self, **{key: recipe.get(key, GENERIC[key]) for key in unset})
 
     def rule(self) -> RadialRule:
         """Return the parameters of the mask alone, `GENERIC` where unset."""
@@ -133,9 +109,7 @@ class RadialAttention(MethodConfig):
         """
         rule = self.rule()
         patches = rule.block_size if rule.order == "tiles" and layout.tokens_per_frame > rule.block_size else None
-        if patches is None and layout.text_before == 0:
-            return None
-        return _token_order(patches, layout, str(torch.device(device)))
+        return visual_first(layout, patches, device)
 
     def tile_counts(self, layout: TokenLayout) -> tuple[int, int]:
         """Return (tiles kept, tiles in all) over the visual tokens alone.
@@ -174,25 +148,6 @@ class RadialAttention(MethodConfig):
             parts.append(f"boundary = 'published' leaves {empty} of {len(kept)} block rows no visual tile; use 'any'")
         return "; ".join(parts) or None
 
-    def is_dense(self, step_index: int, num_inference_steps: int | None, layer: int) -> bool:
-        """Tell whether a layer stays dense at a step (0-based, over all experts).
-
-        Raises:
-            ConfigError: if ``dense_steps`` is a share, or last steps are dense, and the number of steps is unknown.
-        """
-        first, last, layers = _dense_parts(self)
-        if num_inference_steps is None and (last or 0 < first < 1):
-            what = f"dense_last_steps = {last}" if last else f"dense_steps = {first}"
-            raise ConfigError(
-                f"radial.{what} needs the number of steps, which nothing tells here; attach to the pipeline, or set "
-                "dense_steps to a whole number and dense_last_steps to 0"
-            )
-        if 0 < first < 1:
-            first = math.ceil(first * (num_inference_steps or 0))
-        if layer < layers or step_index < first:
-            return True
-        return num_inference_steps is not None and step_index >= num_inference_steps - last
-
     def _whole(self, layout: TokenLayout) -> np.ndarray:
         """Return the kept map of the visual tiles that count, bool [N, N]."""
         _refuse_one_frame(layout)
@@ -216,12 +171,6 @@ def _rule(config: RadialAttention) -> RadialRule:
     return RadialRule(**{field.name: getattr(full, field.name) for field in dataclasses.fields(RadialRule)})
 
 
-@lru_cache(maxsize=64)
-def _dense_parts(config: RadialAttention) -> tuple[float, int, int]:
-    full = config.resolved({}).to_dict()
-    return full["dense_steps"], full["dense_last_steps"], full["dense_layers"]
-
-
 @lru_cache(maxsize=16)
 def _tiles(rule: RadialRule, rest: str, layout: TokenLayout, device: str) -> TileLists:
     kept = kept_tiles(rule, layout.frames, layout.height, layout.width)
@@ -239,19 +188,6 @@ def _tiles(rule: RadialRule, rest: str, layout: TokenLayout, device: str) -> Til
         return lists.to(device)
 
 
-@lru_cache(maxsize=16)
-def _token_order(patches: int | None, layout: TokenLayout, device: str) -> Tensor:
-    s = layout.tokens_per_frame
-    visual = np.arange(layout.visual_tokens).reshape(layout.frames, s)
-    if patches is not None:
-        visual = visual[:, patch_walk(layout.height, layout.width, patches)]
-    before = np.arange(layout.text_before)
-    after = np.arange(layout.text_before + layout.visual_tokens, layout.tokens)
-    order = np.concatenate([visual.ravel() + layout.text_before, before, after])
-    with torch.inference_mode(False):
-        return torch.from_numpy(order).to(device)
-
-
 @handles(RadialAttention)
 class RadialHandler(Handler):
     """RadialAttention on one model: its recipe filled in, its lists put into the plan."""
@@ -265,9 +201,11 @@ class RadialHandler(Handler):
         """Refuse one frame; remark on a sequence where radial gains nothing."""
         return self.config.advice(layout)
 
-    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
         """Active outside the dense steps and layers."""
-        return not self.config.is_dense(step_index, num_inference_steps, depth)
+        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)
 
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Put the layout's tile lists and token order into the plan."""

@@ -1,7 +1,6 @@
 """Block-sparse attention over tile lists with exact, pooled and skipped tiles: one call, several backends."""
 
 from dit_accel_kernels.api import (
-    BACKENDS,
     block_sparse_attention,
     block_sparse_attention_backward,
     block_sparse_attention_eager,
@@ -9,6 +8,8 @@ from dit_accel_kernels.api import (
 )
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay
+from dit_accel_kernels.packing import BACKENDS
+from dit_accel_kernels.selection import Routing, Selection, Vote, count_bits, pack_bits, unpack_bits
 from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
 from dit_accel_kernels.triton_support import missing_requirement as triton_requirement
 
@@ -19,10 +20,16 @@ __all__ = [
     "SKIPPED",
     "BackendUnavailableError",
     "FrameDecay",
+    "Routing",
+    "Selection",
     "TileLists",
+    "Vote",
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "block_sparse_attention_eager",
+    "count_bits",
+    "pack_bits",
     "resolve_backend",
     "triton_requirement",
+    "unpack_bits",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import FrameDecay
+from dit_accel_kernels.selection import Selection, words_of
 from dit_accel_kernels.tiles import TileLists
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -25,6 +26,8 @@ def check_arguments(
     token_order: Tensor | None,
     identity_mix: Tensor | None,
     identity_rows: Tensor | None,
+    selection: Selection | None,
+    return_tiles: bool,
 ) -> None:
     """Raise ValueError or TypeError, naming what was asked and found, unless the arguments fit each other."""
     if layout not in ("bshd", "bhsd"):
@@ -62,6 +65,15 @@ def check_arguments(
     _check("identity_rows", identity_rows, (num_q,), torch.bool, q.device)
     if identity_rows is not None and identity_mix is None:
         raise ValueError("identity_rows chooses rows for identity_mix, found no identity_mix: give both")
+    if selection is None:
+        if return_tiles:
+            raise ValueError(
+                "return_tiles tells what a selection chose, found no selection: give one, or read the lists"
+            )
+        return
+    bits = (tiles.query_tiles, words_of(tiles.key_tiles))
+    _check("selection.keep", selection.keep, (batch, heads, *bits), torch.int32, q.device)
+    _check("selection.pinned", selection.pinned, bits, torch.int32, q.device)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

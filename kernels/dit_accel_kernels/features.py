@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dit_accel_kernels.selection import Selection
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -44,6 +48,7 @@ class Problem:
     `logit_scale` is the softmax scale; `head_scale` float32 [B or 1, H] or None multiplies it. `decay` is (table,
     q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length` and `key_mask` are in the caller's
     order; `tiled()` gives the call in tiled order, where valid keys are the bool [B, S_k] `key_valid` (None: all).
+    A `selection` narrows the lists for this call.
     """
 
     q: Tensor
@@ -62,6 +67,7 @@ class Problem:
     token_order: Tensor | None = None
     key_length: Tensor | None = None
     key_mask: Tensor | None = None
+    selection: Selection | None = None
 
     @property
     def query_tiles(self) -> int:
@@ -104,9 +110,7 @@ def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[T
     """
     frames = torch.arange(-1, int(q_frames.max()) + 1, device=table.device)
     distance = (frames[:, None] - k_frames[None, :].long()).abs().clamp_(max=table.numel() - 1)
-    t = table[distance]
-    t[0] = 1.0
-    t[:, k_frames < 0] = 1.0
+    t = table[distance].masked_fill((frames < 0)[:, None] | (k_frames < 0), 1.0)
     return t, (q_frames.long() + 1).clamp_(min=0)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import Problem
+from dit_accel_kernels.selection import resolved
 
 
 def check(problem: Problem, *, need_lse: bool) -> None:
@@ -52,8 +53,13 @@ def missing_requirement(device_type: str) -> str | None:
     return None if importlib.util.find_spec("triton") else "the triton package"
 
 
-def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """Output [B, H, S_q, D] and natural-log LSE float32 [B, H, S_q] (empty where not needed)."""
+def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles; no votes."""
+    exact, votes = None, problem.selection is not None and problem.selection.vote is not None
+    if votes:
+        raise BackendUnavailableError("backend 'flex' has no votes: use 'torch' or 'auto'")
+    if problem.selection is not None:
+        problem, exact = resolved(problem)
     check(problem, need_lse=need_lse)
     q = problem.q
     scale = problem.logit_scale
@@ -65,7 +71,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor]:
         found = _compiled()(q, problem.k, problem.v, mask, scale, grouped, need_lse)
     out, lse = found if need_lse else (found, q.new_empty(0, dtype=torch.float32))
     empty = (mask.full_kv_num_blocks == 0).repeat_interleave(problem.block_q, -1)[..., : q.shape[2]]
-    return out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf) if need_lse else lse
+    return out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf) if need_lse else lse, exact, None
 
 
 @lru_cache(maxsize=1)

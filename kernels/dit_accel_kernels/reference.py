@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-from dit_accel_kernels.tiles import EXACT, POOLED, TileLists
+from dit_accel_kernels.selection import pack_bits, selected_states
+from dit_accel_kernels.tiles import EXACT, POOLED
+from dit_accel_kernels.votes import kept_after
 
 
-def attend(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output [B, H, S_q, D] in q's dtype and natural-log LSE [B, H, S_q] in float32 (float64 for float64)."""
+def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Output, LSE, exact tiles and the bits that a vote keeps of one call in tiled order.
+
+    Output [B, H, S_q, D] in q's dtype; natural-log LSE [B, H, S_q] in float32 (float64 for float64); both bitmaps int32
+    [B, H, NQ, W] (selection.py), None without a selection and without a vote.
+    """
     q, k, v = problem.q, problem.k, problem.v
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     repeat = q.shape[1] // k.shape[1]
@@ -26,7 +32,8 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     v_mean, _ = tile_means(v, problem.block_k, weight)
     if weight is not None:
         v = v.masked_fill(~weight[..., None], 0)  # 0 * inf is not 0: what an invalid key holds must not matter
-    states = _row_states(problem)
+    tile_states = selected_states(problem)
+    states = tile_states.repeat_interleave(problem.block_q, 2)[:, :, : q.shape[2]]
     exact = (states == EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]
     if weight is not None:
         exact = exact & weight[..., None, :]
@@ -46,24 +53,22 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     p = torch.softmax(x.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     out = p.to(q.dtype) @ torch.cat([v, v_mean], 2)
     lse = torch.logsumexp(x.masked_fill(empty, 0.0), -1).masked_fill(empty[..., 0], -torch.inf)
-    return out, lse
+    if problem.selection is None:
+        return out, lse, None, None
+    chosen = (tile_states == EXACT).expand(*q.shape[:2], -1, -1)
+    kept = None
+    if problem.selection.vote is not None:
+        visited = chosen if weight is None else chosen & (length > 0).unsqueeze(-2)
+        kept = kept_after(problem, visited, *_tile_statistics(x[..., : k.shape[2]], problem.block_k))
+    return out, lse, pack_bits(chosen), kept
 
 
-def _row_states(problem: Problem) -> Tensor:
-    """Tile states of every query row, uint8 [B or 1, H or 1, S_q, NK]."""
-    tiles = TileLists(
-        block_q=problem.block_q,
-        block_k=problem.block_k,
-        num_q=problem.q.shape[2],
-        num_k=problem.k.shape[2],
-        exact_offsets=problem.exact_offsets,
-        exact_indices=problem.exact_indices,
-        pooled_offsets=problem.pooled_offsets,
-        pooled_indices=problem.pooled_indices,
-    )
-    states = tiles.states().repeat_interleave(problem.block_q, 1)[:, : tiles.num_q]
-    heads = problem.q.shape[1]
-    return states[None] if states.shape[0] in (1, heads) else states.unflatten(0, (-1, heads))
+def _tile_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Largest logit of every query row in every tile and, relative to the row's maximum, its sum of exponentials."""
+    x = torch.nn.functional.pad(x.detach(), (0, -x.shape[-1] % block), value=-torch.inf).unflatten(-1, (-1, block))
+    top = x.amax(-1)
+    peak = top.amax(-1, keepdim=True)
+    return top, (x - peak.masked_fill(peak.isinf(), 0.0)[..., None]).exp().sum(-1)
 
 
 def _decay(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

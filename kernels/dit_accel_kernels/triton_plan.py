@@ -1,9 +1,8 @@
 """Tile lists as the forward kernel reads them: entries of each row sorted into sections, rows ordered longest first.
 
-Section *plain*: every key is there and no decay applies. *Constant*: every key is there and the tile has one decay t,
-kept beside the entry. *Slow*: the ragged last tile, tiles with invalid keys, tiles whose decay differs by element, and
-everything where the kernel's chunk does not divide a tile. Tiles without a valid key leave the list. All of it is torch
-code on the lists' device without a sync, made once and remembered as long as lists, masks and frames live.
+The sections are those of sections.py; a constant tile's decay t is kept beside its entry, and absent tiles leave the
+list. All of it is torch code on the lists' device without a sync, made once and remembered as long as lists, masks and
+frames live.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-
-PLAIN, CONSTANT, SLOW, ABSENT = range(4)
+from dit_accel_kernels.sections import decay_of_tiles, sections_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -45,8 +43,8 @@ class RowPlan:
 _CACHE: StorageCache[RowPlan] = StorageCache()
 
 
-def row_plan(problem: Problem, *, whole_chunks: bool) -> RowPlan:
-    """The plan of a problem in the caller's token order, from the cache; `whole_chunks`: chunks divide a tile."""
+def row_plan(problem: Problem) -> RowPlan:
+    """The plan of a problem in the caller's token order, from the cache."""
     parts = (
         problem.exact_offsets,
         problem.exact_indices,
@@ -58,37 +56,31 @@ def row_plan(problem: Problem, *, whole_chunks: bool) -> RowPlan:
         *(problem.decay or (None, None, None)),
     )
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
-    return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks))
+    return _CACHE.get(parts, shapes, lambda: _build(problem))
 
 
-def _build(problem: Problem, whole_chunks: bool) -> RowPlan:
+def _build(problem: Problem) -> RowPlan:
     batch, heads = problem.q.shape[:2]
     groups, rows = problem.exact_offsets.shape[0], problem.query_tiles
     offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, problem.pooled_offsets
     valid, decay = problem.features_in_tiled_order()
     stride_b, stride_h = (heads if groups == batch * heads else 0), int(groups > 1)
     tile_row = _row_of_entry(offsets, indices.numel())
-    section = torch.full_like(tile_row, PLAIN if whole_chunks else SLOW)
-    if problem.k.shape[2] % problem.block_k:
-        section[indices == problem.key_tiles - 1] = SLOW
     entry_t = pooled_t = None
     if decay is not None:
-        t = _decay_of_tiles(problem, decay)[tile_row % rows, indices.long()]
-        section = torch.where(t.isnan(), SLOW, torch.where(t != 1, section.clamp(min=CONSTANT), section))
-        entry_t = t.nan_to_num(1.0)
+        entry_t = decay_of_tiles(problem, decay)[tile_row % rows, indices.long()].nan_to_num(1.0)
         pooled_t = tile_means(decay_by_frame(*decay)[0][..., None], problem.block_k, None)[0][..., 0]
+    entry_batch = torch.zeros_like(tile_row)
     if valid is not None:
-        all_valid, any_valid = _valid_tiles(valid, problem.block_k)
         if groups != batch * heads:  # one list set for each batch
             tile_row = (tile_row + groups * rows * torch.arange(batch, device=indices.device)[:, None]).flatten()
-            section, indices = section.repeat(batch), indices.repeat(batch)
+            indices = indices.repeat(batch)
             entry_t = None if entry_t is None else entry_t.repeat(batch)
             offsets = torch.cat([offsets + b * problem.exact_indices.numel() for b in range(batch)])
             pooled = None if pooled is None else pooled.repeat(batch, 1)
             stride_b, groups = groups, groups * batch
         entry_batch = tile_row // rows * batch // groups
-        section = torch.where(all_valid[entry_batch, indices.long()], section, SLOW)
-        section = torch.where(any_valid[entry_batch, indices.long()], section, ABSENT)
+    section = sections_of(problem)[entry_batch, tile_row % rows, indices.long()].long()
     bounds, order = _sort(section, tile_row, groups * rows)
     begin = offsets[:, :-1].reshape(-1, 1) + 1
     bounds = torch.cat([begin, begin + bounds], 1).unflatten(0, (groups, rows))
@@ -125,35 +117,3 @@ def _sort(section: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     key = row * 4 + section
     counts = torch.zeros(rows * 4, dtype=torch.int64, device=key.device).scatter_add_(0, key, torch.ones_like(key))
     return counts.view(rows, 4)[:, :3].cumsum(1), key.argsort(dim=0, stable=True)
-
-
-def _valid_tiles(valid: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Whether all and whether any keys of each tile are valid, bool [B, NK]; tokens beyond the end don't count."""
-    pad = -valid.shape[1] % block
-    whole, some = (
-        torch.nn.functional.pad(valid, (0, pad), value=filling).unflatten(1, (-1, block)) for filling in (True, False)
-    )
-    return whole.all(-1), some.any(-1)
-
-
-def _decay_of_tiles(problem: Problem, decay: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The one decay t of each pair of tiles, float32 [NQ, NK]; NaN where it may differ by element."""
-    table, q_frames, k_frames = decay
-    q_low, q_high, q_outside = _frame_range(q_frames, problem.block_q)
-    k_low, k_high, k_outside = _frame_range(k_frames, problem.block_k)
-    near = torch.maximum(q_low[:, None] - k_high, k_low - q_high[:, None]).clamp(0, table.numel() - 1)
-    far = torch.maximum(q_high[:, None] - k_low, k_high - q_low[:, None]).clamp(0, table.numel() - 1)
-    changes = torch.nn.functional.pad((table[1:] != table[:-1]).long(), (1, 0)).cumsum(0)
-    t = torch.where(changes[near] == changes[far], table[near], torch.nan)
-    nobody = (q_high[:, None] < 0) | (k_high < 0)  # no pair of tokens inside the video
-    t = torch.where(nobody, 1.0, t)
-    return torch.where((q_outside[:, None] | k_outside) & (t != 1), torch.nan, t)
-
-
-def _frame_range(frames: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lowest and highest frame of each tile's tokens inside the video (-1: none), and whether some are outside."""
-    pad = -frames.numel() % block
-    tiles = torch.cat([frames, frames[-1:].expand(pad)]).long().view(-1, block)
-    high = tiles.amax(1)
-    low = torch.where(tiles < 0, high[:, None], tiles).amin(1)
-    return low, high, (tiles < 0).any(1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit_accel.errors import ConfigError
 from dit_accel.layout import TokenLayout
-from dit_accel.methods import radial
+from dit_accel.methods import radial, tiling
 from dit_accel.methods.radial import GENERIC, RadialAttention
 
 WAN_720P = TokenLayout(frames=21, height=45, width=80)
@@ -215,7 +215,7 @@ def test_dense_steps_and_layers():
 def test_wan_720p_is_built_in_milliseconds(options):
     config, spent = RadialAttention(**options), []
     for _ in range(5):
-        for cached in (radial._tiles, radial._token_order, radial.kept_tiles, radial.patch_walk):
+        for cached in (radial._tiles, tiling._visual_first, radial.kept_tiles, tiling.patch_walk):
             cached.cache_clear()
         start = time.process_time()
         config.tiles(WAN_720P)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from dit_accel_kernels import FrameDecay, api, block_sparse_attention, block_sparse_attention_backward
+from dit_accel_kernels import FrameDecay, block_sparse_attention, block_sparse_attention_backward, packing
 from kernel_cases import assert_within_rounding, qkv, random_lists
 
 FRAMES = torch.arange(30, dtype=torch.int32) // 8 - 1
@@ -76,8 +76,8 @@ def test_backward_entry_equals_autograd():
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_opcheck(everything, layout, return_lse):
     leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 30, 30, 8, torch.float32, layout)]
-    arguments = {**api._DEFAULTS, **(EVERYTHING if everything else {}), "layout": layout, "return_lse": return_lse}
-    packed = api._pack(*leaves, random_lists(1, 30, 30, 8, 8, pooled=everything), *arguments.values())
+    arguments = {**packing.DEFAULTS, **(EVERYTHING if everything else {}), "layout": layout, "return_lse": return_lse}
+    packed = packing.pack_call(*leaves, random_lists(1, 30, 30, 8, 8, pooled=everything), *arguments.values())
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
 
 

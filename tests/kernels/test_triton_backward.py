@@ -8,6 +8,7 @@ import pytest
 import torch
 from dit_accel_kernels import BackendUnavailableError, TileLists, reference, triton_backward
 from dit_accel_kernels.features import Problem, tile_means
+from dit_accel_kernels.selection import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
 from dit_accel_kernels.triton_transpose import bitmap, column_plan, transpose
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
@@ -37,7 +38,7 @@ def make(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **features) -> Probl
 def specified(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
     """Output and LSE, and gradients of q, k and v, of the reference in the problem's dtype and token order."""
     leaves = [x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    out, lse = reference.attend(replace(problem, q=leaves[0], k=leaves[1], v=leaves[2]).tiled())
+    out, lse, *_ = reference.attend(replace(problem, q=leaves[0], k=leaves[1], v=leaves[2]).tiled())
     order = problem.token_order
     if order is not None:
         out, lse = (back_in_order(x, order) for x in (out, lse))
@@ -55,7 +56,7 @@ def columns(problem: Problem) -> tuple[Tensor, Tensor]:
     weight = None if problem.key_valid is None else problem.key_valid[:, None]
     k_mean, length = tile_means(k, problem.block_k, weight)
     v_mean, _ = tile_means(v, problem.block_k, weight)
-    states = reference._row_states(problem)
+    states = selected_states(problem).repeat_interleave(problem.block_q, 2)[:, :, : q.shape[2]]
     exact = (states == EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]
     if weight is not None:
         exact, v = exact & weight[..., None, :], v.masked_fill(~weight[..., None], 0)

@@ -9,7 +9,7 @@ from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
 from dit_accel_pipelines.wan import WAN
 
 from dit_accel import registry
-from dit_accel.testing import CHECKS, check_adapter
+from dit_accel.testing import CHECKS, TRIALS, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
@@ -21,13 +21,14 @@ def test_an_adapter_passes_every_check(name):
     found = check_adapter(ADAPTERS[name], *models, only=FAST)
     assert len(found) == len(models)
     assert all(list(results) == FAST for results in found.values())
-    assert all(results[check] == "passed" for results in found.values() for check in ("places", "layout", "batch"))
-    masked = any("mask" in word for model in models for word in model.inputs(1))
+    assert all(results[check] == "passed" for results in found.values() for check in ("places", "layout"))
+    assert all((results["batch"] == "passed") == (models[0].max_batch > 1) for results in found.values())
+    masked = any("encoder" in word and "mask" in word for model in models for word in model.inputs(1))
     assert all((results["padding"] == "passed") == masked for results in found.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "framepack"])  # its blocks are HunyuanVideo's
 def test_its_blocks_compile_full_graph(name):
     check_adapter(ADAPTERS[name], tiny_models.MODELS[name][0], only=["compile"])
 
@@ -81,7 +82,7 @@ def with_text(before, after):
         (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),
         (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
         (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
-        (dict(refused={"radial": "no reason"}), None),
+        (dict(refused=dict.fromkeys(TRIALS, "no reason")), None),
         (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is no method"),
     ],
 )
