@@ -19,7 +19,7 @@ from .methods import METHODS
 from .methods.base import Handler, Model
 from .processor import Slot, unwrap_processor, wrap_processor
 from .registry import adapter_for, adapters
-from .report import Report, step_reports
+from .report import Report, measured_errors, step_reports
 from .session import Place, Session, Target
 
 _MARK = "_dit_accel_attachment"
@@ -64,6 +64,7 @@ class Attachment:
             model=self._model,
             steps=step_reports(session.recorder),
             notes=tuple(session.recorder.notes),
+            measured=measured_errors(session.recorder),
         )
 
 

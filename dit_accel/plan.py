@@ -6,6 +6,7 @@ import torch
 from dit_accel_kernels import FrameDecay, Selection, TileLists
 from torch import Tensor
 
+from .errors import ConfigError
 from .layout import TokenLayout
 
 
@@ -36,6 +37,48 @@ class Moment:
     layout: TokenLayout
     batch: int
     device: torch.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Call:
+    """What one attention call compares, as the model hands it over; the values are not part of it.
+
+    Attributes:
+        q: queries after norm and RoPE, [B, S, H, D] or [B, H, S, D] as ``layout`` says.
+        k: keys, the same layout.
+        mask: None, or the model's attention mask, which must be key padding.
+        layout: ``bshd`` or ``bhsd``.
+        scale: factor on the logits; None: 1 / sqrt(D).
+        backend: the kernel backend's name.
+    """
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    layout: str
+    scale: float | None
+    backend: str
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """Return a tensor of the call as [B, H, S, D], a view."""
+        return x if self.layout == "bhsd" else x.transpose(1, 2)
+
+    def key_mask(self) -> Tensor | None:
+        """Return key validity [B, S] of the mask, True where a key is valid; None without a mask.
+
+        Raises:
+            ConfigError: for any other mask than key padding, which our kernels can't follow.
+        """
+        mask = self.mask
+        if mask is None:
+            return None
+        batch, keys = self.q.shape[0], self.heads_first(self.k).shape[2]
+        if mask.dtype == torch.bool and mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
+            return mask.reshape(-1, keys).expand(batch, keys)
+        raise ConfigError(
+            f"sparse attention takes a boolean key-padding mask [{batch}, 1, 1, {keys}], the model passes {mask.dtype} "
+            f"{list(mask.shape)}; detach the sparse methods from this model"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
