@@ -324,7 +324,7 @@ def _kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[
     tiles = plan.tiles
     if tiles is None:
         lengths = (call.heads_first(x).shape[2] for x in (call.q, call.k))
-        tiles = TileLists.full(*lengths, block_q=128, block_k=128)
+        tiles = TileLists.full(*lengths, block_q=128, block_k=128).to(call.q.device)
     return tiles, {
         "layout": call.layout,
         "scale": call.scale,
