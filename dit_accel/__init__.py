@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import MissingBackend as MissingBackend
     from .errors import UnsupportedModel as UnsupportedModel
     from .methods.delta import DeltaCorrection as DeltaCorrection
+    from .methods.frozen import FrozenPattern as FrozenPattern
     from .methods.radial import RadialAttention as RadialAttention
     from .report import Report as Report
 
@@ -22,6 +23,7 @@ _HOMES = {
     **dict.fromkeys(("Description", "describe"), "description"),
     **dict.fromkeys(("AttachError", "ConfigError", "DitAccelError", "MissingBackend", "UnsupportedModel"), "errors"),
     "DeltaCorrection": "methods.delta",
+    "FrozenPattern": "methods.frozen",
     "RadialAttention": "methods.radial",
     "Report": "report",
 }

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from dit_accel_kernels import (
     TileLists,
     block_sparse_attention_backward,
@@ -217,8 +218,7 @@ class Session:
     ) -> Tensor:
         """Run a plan in one kernel call, count what ran, let methods learn from it and correct it; outside autograd."""
         self.recorder.backends.add(resolve_backend(self.backend, q.device, q.dtype, q.shape[-1]))
-        call = Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
-        tiles, arguments = _kernel_arguments(plan, call)
+        tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         selection = plan.selection
         found = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selection is not None)
         if isinstance(found, Tensor):
@@ -231,6 +231,7 @@ class Session:
             if selection.vote is not None:
                 for handler in self.handlers:
                     handler.learn(moment, found[2])
+        call = Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
         for handler in self.handlers:
             out, error = handler.correct(plan, moment, call, v, out)
             if error is not None:
@@ -249,9 +250,27 @@ class Session:
         scale: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v under a plan."""
-        call = Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
-        tiles, arguments = _kernel_arguments(plan, call)
+        tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         return block_sparse_attention_backward(grad, q, k, v, tiles, **arguments)
+
+    def _kernel_arguments(
+        self, plan: AttentionPlan, q: Tensor, k: Tensor, mask: Tensor | None, layout: str, scale: float | None
+    ) -> tuple[TileLists, dict[str, Any]]:
+        axis = 1 if layout == "bshd" else 2
+        tiles = plan.tiles
+        if tiles is None:
+            tiles = TileLists.full(q.shape[axis], k.shape[axis], block_q=128, block_k=128).to(q.device)
+        return tiles, {
+            "layout": layout,
+            "scale": scale,
+            "head_scale": plan.head_scale,
+            "key_mask": None if mask is None else _key_mask(mask, q.shape[0], k.shape[axis]),
+            "frame_decay": plan.frame_decay,
+            "token_order": plan.token_order,
+            "identity_mix": plan.identity_mix,
+            "selection": plan.selection,
+            "backend": self.backend,
+        }
 
     def _note_shape(self, target: Target, grid: Sequence[int], batch: int) -> None:
         """Let the methods see a new shape; drop their state if the branch had another one before."""
@@ -320,19 +339,15 @@ def _with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
     return replace(tokens, text_after=tokens.text_after - dropped)
 
 
-def _kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[str, Any]]:
-    tiles = plan.tiles
-    if tiles is None:
-        lengths = (call.heads_first(x).shape[2] for x in (call.q, call.k))
-        tiles = TileLists.full(*lengths, block_q=128, block_k=128).to(call.q.device)
-    return tiles, {
-        "layout": call.layout,
-        "scale": call.scale,
-        "head_scale": plan.head_scale,
-        "key_mask": call.key_mask(),
-        "frame_decay": plan.frame_decay,
-        "token_order": plan.token_order,
-        "identity_mix": plan.identity_mix,
-        "selection": plan.selection,
-        "backend": call.backend,
-    }
+def _key_mask(mask: Tensor, batch: int, keys: int) -> Tensor:
+    """Return key validity [B, S] of an attention mask that is key padding.
+
+    Raises:
+        ConfigError: for any other mask, which our kernels can't follow.
+    """
+    if mask.dtype == torch.bool and mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
+        return mask.reshape(-1, keys).expand(batch, keys)
+    raise ConfigError(
+        f"sparse attention takes a boolean key-padding mask [{batch}, 1, 1, {keys}], the model passes {mask.dtype} "
+        f"{list(mask.shape)}; detach the sparse methods from this model"
+    )

@@ -1,6 +1,6 @@
 """The methods: one file each, found by the type of their config."""
 
-from . import delta, radial
+from . import delta, frozen, radial
 from .base import METHODS
 
-__all__ = ["METHODS", "delta", "radial"]
+__all__ = ["METHODS", "delta", "frozen", "radial"]

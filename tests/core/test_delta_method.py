@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_accel_kernels import FrameDecay, Selection
+from dit_accel_kernels import FrameDecay, Selection, TileLists, block_sparse_attention_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wan_tiny import tiny_transformer
@@ -46,10 +46,11 @@ def plan_of(layout: TokenLayout = LAYOUT, config: RadialAttention = RADIAL) -> A
 
 
 def sparse(plan: AttentionPlan, call: Call, v: torch.Tensor) -> torch.Tensor:
-    from dit_accel.session import _kernel_arguments, block_sparse_attention_eager
-
-    tiles, arguments = _kernel_arguments(plan, call)
-    return block_sparse_attention_eager(call.q, call.k, v, tiles, **arguments)
+    return block_sparse_attention_eager(
+        call.q, call.k, v, plan.tiles or TileLists.full(LAYOUT.tokens, LAYOUT.tokens, block_q=16, block_k=16),
+        layout=call.layout, scale=call.scale, head_scale=plan.head_scale, key_mask=call.key_mask(),
+        frame_decay=plan.frame_decay, token_order=plan.token_order, identity_mix=plan.identity_mix, backend="reference",
+    )  # fmt: skip
 
 
 def dense(call: Call, v: torch.Tensor) -> torch.Tensor:
