@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import DitAccelError as DitAccelError
     from .errors import MissingBackend as MissingBackend
     from .errors import UnsupportedModel as UnsupportedModel
+    from .methods.lite import LiteAttention as LiteAttention
     from .methods.radial import RadialAttention as RadialAttention
     from .report import Report as Report
 
@@ -20,6 +21,7 @@ _HOMES = {
     **dict.fromkeys(("Attachment", "attach"), "attachment"),
     **dict.fromkeys(("Description", "describe"), "description"),
     **dict.fromkeys(("AttachError", "ConfigError", "DitAccelError", "MissingBackend", "UnsupportedModel"), "errors"),
+    "LiteAttention": "methods.lite",
     "RadialAttention": "methods.radial",
     "Report": "report",
 }

@@ -24,6 +24,9 @@ class Moment:
         layout: the sequence's token layout.
         batch: rows B of the call.
         device: where q, k and v lie.
+        row: which of the calls that the module makes in one forward; models that attend row by row make one a row.
+        repeated: the forward ran this call before; gradient checkpointing does so, and wants the same again.
+        differentiate: a backward may follow, so that what the plan holds must not be written to.
     """
 
     transformer: str
@@ -36,6 +39,9 @@ class Moment:
     layout: TokenLayout
     batch: int
     device: torch.device
+    row: int = 0
+    repeated: bool = False
+    differentiate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

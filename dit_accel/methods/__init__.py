@@ -1,6 +1,6 @@
 """The methods: one file each, found by the type of their config."""
 
-from . import radial
+from . import lite, radial
 from .base import METHODS
 
-__all__ = ["METHODS", "radial"]
+__all__ = ["METHODS", "lite", "radial"]
