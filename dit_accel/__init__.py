@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import UnsupportedModel as UnsupportedModel
     from .methods.delta import DeltaCorrection as DeltaCorrection
     from .methods.frozen import FrozenPattern as FrozenPattern
+    from .methods.lite import LiteAttention as LiteAttention
     from .methods.radial import RadialAttention as RadialAttention
     from .report import Report as Report
 
@@ -24,6 +25,7 @@ _HOMES = {
     **dict.fromkeys(("AttachError", "ConfigError", "DitAccelError", "MissingBackend", "UnsupportedModel"), "errors"),
     "DeltaCorrection": "methods.delta",
     "FrozenPattern": "methods.frozen",
+    "LiteAttention": "methods.lite",
     "RadialAttention": "methods.radial",
     "Report": "report",
 }

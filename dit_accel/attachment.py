@@ -15,6 +15,7 @@ from torch import nn
 from .adapter import Adapter, Family
 from .config import MethodConfig
 from .errors import AttachError, ConfigError, MissingBackend, UnsupportedModel, did_you_mean
+from .lora import lora_state
 from .methods import METHODS
 from .methods.base import Handler, Model
 from .processor import Slot, unwrap_processor, wrap_processor
@@ -54,6 +55,10 @@ class Attachment:
             self._undo.pop()()
         self._session.reset_handlers()
         self._attached = False
+
+    def reset(self) -> None:
+        """Free what the methods carry from step to step, as the next generation does by itself; keep the report."""
+        self._session.reset_handlers()
 
     def report(self) -> Report:
         """Return what ran in the last generation."""
@@ -193,7 +198,7 @@ def _make_handlers(
         handlers.append(METHODS[type(config)](config, model))
     for handler in handlers:
         handler.check_with([other for other in handlers if other is not handler])
-    return sorted(handlers, key=lambda handler: handler.rank), described
+    return sorted(handlers, key=lambda handler: (handler.rank, handler.config.name)), described
 
 
 def _install_processors(
@@ -225,6 +230,8 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         slot.grid = grid_of(config, inputs)
         if not torch.compiler.is_compiling():
+            if not target.in_context:
+                session.note_weights(target, lora_state(transformer))
             session.observe(target, slot.grid, inputs["hidden_states"].shape[0], inputs.get("timestep"))
 
     handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
@@ -237,6 +244,7 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
+        session.note_weights(target, lora_state(transformer))
         session.enter(target, name, kwargs)
         try:
             with original(name, **kwargs):

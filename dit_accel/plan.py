@@ -6,8 +6,8 @@ import torch
 from dit_accel_kernels import FrameDecay, Selection, TileLists
 from torch import Tensor
 
-from .errors import ConfigError
 from .layout import TokenLayout
+from .masks import key_padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,9 @@ class Moment:
         layout: the sequence's token layout.
         batch: rows B of the call.
         device: where q, k and v lie.
+        row: which of the calls that the module makes in one forward; models that attend row by row make one a row.
+        repeated: the forward ran this call before; gradient checkpointing does so, and wants the same again.
+        differentiate: a backward may follow, so that what the plan holds must not be written to.
     """
 
     transformer: str
@@ -37,6 +40,9 @@ class Moment:
     layout: TokenLayout
     batch: int
     device: torch.device
+    row: int = 0
+    repeated: bool = False
+    differentiate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,16 +75,7 @@ class Call:
         Raises:
             ConfigError: for any other mask than key padding, which our kernels can't follow.
         """
-        mask = self.mask
-        if mask is None:
-            return None
-        batch, keys = self.q.shape[0], self.heads_first(self.k).shape[2]
-        if mask.dtype == torch.bool and mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
-            return mask.reshape(-1, keys).expand(batch, keys)
-        raise ConfigError(
-            f"sparse attention takes a boolean key-padding mask [{batch}, 1, 1, {keys}], the model passes {mask.dtype} "
-            f"{list(mask.shape)}; detach the sparse methods from this model"
-        )
+        return None if self.mask is None else key_padding(self.mask, self.q, self.k, self.layout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -8,11 +8,10 @@ import itertools
 import math
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from dit_accel_kernels import (
     TileLists,
     block_sparse_attention_backward,
@@ -24,6 +23,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import AttachError, ConfigError
 from .layout import TokenLayout
+from .masks import attend_dense, dense_gradients, is_key_padding, key_padding
 from .methods.base import Handler
 from .plan import AttentionPlan, Call, Moment
 from .report import Recorder
@@ -51,6 +51,7 @@ class Place:
         self.layer = layer
         self.depth = depth
         self.processor: Any = None
+        self.calls = 0  # of this forward
 
 
 class Target:
@@ -73,6 +74,8 @@ class Target:
         self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
         self.timestep = -math.inf
         self.calls_at_timestep = 0
+        self.batch: int | None = None  # of this forward, where it is observed
+        self.weights: Hashable = None
 
 
 class Session:
@@ -140,6 +143,13 @@ class Session:
         if not target.told_step:
             self._infer_step(target, timestep)
         self._note_shape(target, grid, batch)
+        _begin_forward(target, batch)
+
+    def note_weights(self, target: Target, weights: Hashable) -> None:
+        """Note what acts on the transformer's weights; the methods forget what they learned under another value."""
+        if target.weights is not None and weights != target.weights:
+            self.reset_handlers()
+        target.weights = weights
 
     def plan(
         self,
@@ -155,7 +165,7 @@ class Session:
         """Return the plan of the attention call that runs now, its moment and, for a backward, its number, else -1.
 
         Raises:
-            ConfigError: if the tensors do not have the layout's length, or a gradient is asked for that a method lacks.
+            ConfigError: if the tensors do not have the layout's length.
         """
         place = self.places[layer]
         target = place.target
@@ -170,6 +180,7 @@ class Session:
                 f"reads {tokens.tokens} off the latents ({tokens}); report this model to the adapter's author"
             )
         self._note_shape(target, grid, batch)  # a forward that is compiled whole is not observed
+        row, repeated = _which_call(place, q.shape[0])
         moment = Moment(
             transformer=target.name,
             layer=place.layer,
@@ -181,11 +192,12 @@ class Session:
             layout=tokens,
             batch=q.shape[0],
             device=q.device,
+            row=row,
+            repeated=repeated,
+            differentiate=differentiate,
         )
         plan, call = AttentionPlan(), Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
         for handler in self.handlers:
-            if differentiate:
-                handler.check_gradient()
             if handler.is_active(moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma):
                 handler.look(plan, moment, call)
                 plan = handler.contribute(plan, moment)
@@ -217,6 +229,8 @@ class Session:
         scale: float | None,
     ) -> Tensor:
         """Run a plan in one kernel call, count what ran, let methods learn from it and correct it; outside autograd."""
+        if self._stays_dense(moment, q, k, mask, layout):
+            return attend_dense(q, k, v, mask, layout, scale)
         self.recorder.backends.add(resolve_backend(self.backend, q.device, q.dtype, q.shape[-1]))
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         selection = plan.selection
@@ -250,8 +264,25 @@ class Session:
         scale: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v under a plan."""
+        if mask is not None and not is_key_padding(mask, q, k, layout):
+            dq, dk, dv = dense_gradients(grad, q, k, v, mask, layout, scale)
+            return dq, dk, dv
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         return block_sparse_attention_backward(grad, q, k, v, tiles, **arguments)
+
+    def _stays_dense(self, moment: Moment, q: Tensor, k: Tensor, mask: Tensor | None, layout: str) -> bool:
+        """Tell whether a mask that is no key padding keeps a call dense; the report says so."""
+        if mask is None or is_key_padding(mask, q, k, layout):
+            return False
+        place = moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma
+        if not all(handler.dense_under_masks for handler in self.handlers if handler.is_active(*place)):
+            return False
+        self.recorder.forward(moment.transformer, moment.branch, moment.step_index, 1)
+        self.recorder.note(
+            f"{moment.transformer} passes masks {mask.dtype} {list(mask.shape)} that are no key padding; such calls "
+            "stayed dense"
+        )
+        return True
 
     def _kernel_arguments(
         self, plan: AttentionPlan, q: Tensor, k: Tensor, mask: Tensor | None, layout: str, scale: float | None
@@ -264,7 +295,7 @@ class Session:
             "layout": layout,
             "scale": scale,
             "head_scale": plan.head_scale,
-            "key_mask": None if mask is None else _key_mask(mask, q.shape[0], k.shape[axis]),
+            "key_mask": None if mask is None else key_padding(mask, q, k, layout),
             "frame_decay": plan.frame_decay,
             "token_order": plan.token_order,
             "identity_mix": plan.identity_mix,
@@ -303,6 +334,7 @@ class Session:
         self._last_step[key] = step
         self.num_inference_steps = num_inference_steps
         dense = 0
+        _begin_forward(target, None)
         for place in target.places:
             sparse = any(
                 handler.is_active(place.depth, step, num_inference_steps, target.sigma) for handler in self.handlers
@@ -339,15 +371,17 @@ def _with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
     return replace(tokens, text_after=tokens.text_after - dropped)
 
 
-def _key_mask(mask: Tensor, batch: int, keys: int) -> Tensor:
-    """Return key validity [B, S] of an attention mask that is key padding.
+def _begin_forward(target: Target, batch: int | None) -> None:
+    target.batch = batch
+    for place in target.places:
+        place.calls = 0
 
-    Raises:
-        ConfigError: for any other mask, which our kernels can't follow.
-    """
-    if mask.dtype == torch.bool and mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
-        return mask.reshape(-1, keys).expand(batch, keys)
-    raise ConfigError(
-        f"sparse attention takes a boolean key-padding mask [{batch}, 1, 1, {keys}], the model passes {mask.dtype} "
-        f"{list(mask.shape)}; detach the sparse methods from this model"
-    )
+
+def _which_call(place: Place, batch: int) -> tuple[int, bool]:
+    """Count a call of ``batch`` rows; return its place among the forward's calls, and whether it ran before."""
+    count, whole = place.calls, place.target.batch
+    place.calls += 1
+    if whole is None and place.target.adapter.ragged_text:  # how many rows follow is not known
+        return count, False
+    rows = max(1, (whole or batch) // batch)
+    return count % rows, count >= rows

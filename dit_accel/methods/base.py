@@ -42,6 +42,9 @@ class Handler:
     rank: ClassVar[int] = 0
     """Lower ranks fill the plan first, in whatever order the user lists the methods: 0 lists, 1 selections, 2 rest."""
 
+    dense_under_masks: ClassVar[bool] = False
+    """Whether a call whose mask is no key padding runs dense, as the report says, instead of being refused."""
+
     def __init__(self, config: MethodConfig, model: Model) -> None:
         self.config = config
         self.model = model
@@ -94,11 +97,12 @@ class Handler:
             margin: log2 units by which a gap or share must exceed the threshold at which tiles are dropped.
         """
 
-    def check_gradient(self) -> None:
-        """Refuse a call that autograd records by raising `ConfigError`, where the method has no gradient."""
-
     def reset(self) -> None:
         """Forget everything that belongs to one generation."""
+
+    def state_bytes(self) -> int:
+        """Return the most memory that was held from step to step since attach, in bytes."""
+        return 0
 
 
 METHODS: dict[type[MethodConfig], type[Handler]] = {}

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..layout import TokenLayout
 from ..plan import AttentionPlan, Call, Moment
 from .base import Handler, Model, handles
+from .lite_state import Key, key_of
 from .warmup import SparseConfig
 
 LOG2_E = 1.4426950408889634
@@ -96,7 +97,7 @@ class DeltaHandler(Handler):
     def __init__(self, config: DeltaCorrection, model: Model) -> None:
         super().__init__(config, model)
         self.others: tuple[Handler, ...] = ()
-        self.held: dict[tuple[str, int, str], tuple[Tensor, int]] = {}
+        self.held: dict[Key, tuple[Tensor, int]] = {}
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse to correct nothing."""
@@ -122,22 +123,24 @@ class DeltaHandler(Handler):
         """Never by itself: it corrects the calls that other methods plan."""
         return False
 
-    def check_gradient(self) -> None:
-        """Refuse: the correction is no part of the backward."""
-        raise ConfigError(
-            "delta has no gradient, and this attention call is recorded for a backward; generate under "
-            "torch.no_grad(), or train without DeltaCorrection"
-        )
-
     def correct(
         self, plan: AttentionPlan, moment: Moment, call: Call, v: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Add each group's correction; on probed calls return the measured error and let tiles be taken back."""
+        """Add each group's correction; on probed calls return the measured error and let tiles be taken back.
+
+        Raises:
+            ConfigError: if a backward may follow, of which the correction would be no part.
+        """
         if _is_dense(plan):
             return out, None
+        if moment.differentiate:
+            raise ConfigError(
+                "delta has no gradient, and this attention call is recorded for a backward; generate under "
+                "torch.no_grad(), or train without DeltaCorrection"
+            )
         axis = 2 if call.layout == "bhsd" else 1
         groups = groups_of(moment.layout, self.config.stride, str(out.device))
-        key = (moment.transformer, moment.layer, moment.branch)
+        key = key_of(moment)
         delta, calls = self.held.get(key, (None, 0))
         dense = error = None
         if delta is None or calls % self.config.reuse == 0:

@@ -22,6 +22,7 @@ from ..layout import TokenLayout
 from ..plan import AttentionPlan, Call, Moment
 from ..report import exact_bits
 from .base import Handler, Model, handles
+from .lite_state import Key, key_of
 from .tiling import full_tiles, pinned_bits, visual_first
 from .warmup import SparseConfig
 
@@ -148,7 +149,8 @@ class FrozenHandler(Handler):
     def __init__(self, config: FrozenPattern, model: Model) -> None:
         super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
         self._asked_size = config.block_size
-        self.bits: dict[tuple[str, int, str], Tensor] = {}
+        self._lists: Handler | None = None
+        self.bits: dict[Key, Tensor] = {}
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Take the tile size of a method that lists tiles; refuse what can't be one selection."""
@@ -161,6 +163,7 @@ class FrozenHandler(Handler):
                         f"({name}.block_size); set both to one size, or leave frozen's unset"
                     )
                 self.config = dataclasses.replace(self.config, block_size=size)
+                self._lists = other
             rest = getattr(other.config, "rest", self.config.rest)
             if other.rank == self.rank and rest != self.config.rest:
                 raise ConfigError(
@@ -180,7 +183,7 @@ class FrozenHandler(Handler):
 
     def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
         """Find the pattern where there is none yet: one mass pass over the queries and keys."""
-        key = _key(moment)
+        key = key_of(moment)
         if key in self.bits:
             return
         config, layout, device = self.config, moment.layout, str(moment.device)
@@ -200,7 +203,7 @@ class FrozenHandler(Handler):
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Narrow what is kept to the pattern; what others pinned or dropped stays so."""
         tiles, order = self._tiles(plan, moment)
-        selection, keep = plan.selection or Selection(), self.bits[_key(moment)]
+        selection, keep = plan.selection or Selection(), self.bits[key_of(moment)]
         pinned = pinned_bits(moment.layout, tiles.block_k, None, "text", str(moment.device))
         selection = dataclasses.replace(
             selection,
@@ -215,13 +218,11 @@ class FrozenHandler(Handler):
         self.bits.clear()
 
     def _tiles(self, plan: AttentionPlan, moment: Moment) -> tuple[TileLists, Tensor | None]:
-        """Return the plan's lists and order, or full ones where no method made any."""
+        """Return the plan's lists and order, or full ones in the order of the method that lists at other steps."""
         if plan.tiles is not None:
             return plan.tiles, plan.token_order
         assert self.config.block_size is not None
-        device = str(moment.device)
-        return full_tiles(moment.layout, self.config.block_size, device), visual_first(moment.layout, None, device)
-
-
-def _key(moment: Moment) -> tuple[str, int, str]:
-    return moment.transformer, moment.layer, moment.branch
+        layout, device = moment.layout, str(moment.device)
+        ordered = getattr(self._lists and self._lists.config, "token_order", None)
+        order = ordered(layout, device) if ordered else visual_first(layout, None, device)
+        return full_tiles(layout, self.config.block_size, device), order

@@ -1,4 +1,7 @@
-"""Schedules of the torch backend: block rows with equally long lists grouped into units, cached with the lists."""
+"""Schedules of the torch backend: block rows with equally long lists grouped into units, cached with the lists.
+
+Lists that change at every call are not grouped: their block rows are cut into runs of about the same work.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,46 @@ class Unit:
     tail: bool
 
 
-def _rows(offsets: Tensor | None, indices: Tensor | None, key_tiles: int, heads: list[int], rows: int) -> list[Tensor]:
-    """Key tiles of every block row of every lane, shifted by `key_tiles` times the key head of its list set."""
-    if offsets is None or indices is None:
-        return [torch.empty(0, dtype=torch.int64)] * (rows * len(heads))
-    result: list[Tensor] = []
-    all_indices = indices.to(torch.int64)
-    bounds = offsets.tolist()
-    groups = len(bounds)
-    for lane, head in enumerate(heads):
-        row = bounds[lane % groups]
-        result += [all_indices[a:b] + head * key_tiles for a, b in pairwise(row)]
-    return result
+@dataclass(frozen=True, eq=False, slots=True)
+class Entries:
+    """The key tiles of consecutive block rows as they come: `tiles` int64 [nnz], row r from starts[r] to starts[r + 1].
+
+    Tiles ascend in a row and are shifted like a unit's.
+    """
+
+    tiles: Tensor
+    starts: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        """Tiles of every row."""
+        return [b - a for a, b in pairwise(self.starts)]
+
+    def split(self, values: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        """One value an entry, cut by row: those of these rows."""
+        starts = self.starts[rows.start : rows.stop + 1]
+        return values[starts[0] : starts[-1]].split([b - a for a, b in pairwise(starts)])
+
+
+def entries_of(offsets: Tensor, indices: Tensor, key_tiles: int, heads: list[int]) -> Entries:
+    """The entries of all lanes, one after the other; `heads`: the key head of every lane (lists repeat, if fewer)."""
+    repeats = len(heads) // offsets.shape[0]
+    sizes = (offsets[:, -1] - offsets[:, 0]).long().repeat(repeats)
+    shift = (torch.tensor(heads, device=indices.device) * key_tiles).repeat_interleave(sizes)
+    ends = offsets[:, 1:].flatten() + indices.numel() * torch.arange(repeats, device=indices.device)[:, None]
+    return Entries(indices.repeat(repeats) + shift, [0, *ends.flatten().tolist()])
+
+
+def runs(columns: list[int], pieces: int) -> list[slice]:
+    """Block rows cut into at most so many runs of about as many columns each."""
+    total = max(1, sum(columns))
+    found, start, done = [], 0, 0
+    for row, count in enumerate(columns):
+        done += count
+        if done * pieces >= total * (len(found) + 1) or row + 1 == len(columns):
+            found.append(slice(start, row + 1))
+            start = row + 1
+    return found
 
 
 def build(
@@ -47,30 +78,36 @@ def build(
     ragged: bool,
 ) -> list[Unit]:
     """Units of one set of lists, longest rows first; `heads`: the key head of every lane ([0] for shared lists)."""
-    rows = exact[0].shape[1] - 1
-    device = exact[1].device
-    exact_rows = _rows(exact[0].cpu(), exact[1].cpu(), key_tiles, heads, rows)
-    pooled_rows = _rows(
-        None if pooled[0] is None else pooled[0].cpu(),
-        None if pooled[1] is None else pooled[1].cpu(),
-        key_tiles,
-        heads,
-        rows,
-    )
-    kinds: dict[tuple[int, int, bool], list[int]] = {}
-    for row, (e, p) in enumerate(zip(exact_rows, pooled_rows, strict=True)):
-        tail = ragged and e.numel() > 0 and int(e[-1]) % key_tiles == key_tiles - 1
-        if e.numel() + p.numel():
-            kinds.setdefault((e.numel(), p.numel(), tail), []).append(row)
-    return [
-        Unit(
-            torch.tensor(members, device=device),
-            torch.stack([exact_rows[r] for r in members]).to(device),
-            torch.stack([pooled_rows[r] for r in members]).to(device),
-            tail,
-        )
-        for (_, _, tail), members in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True)
-    ]
+    groups, rows, device = exact[0].shape[0], exact[0].shape[1] - 1, exact[1].device
+    lanes = torch.arange(len(heads), device=device)
+    shift = (torch.tensor(heads, device=device) * key_tiles).repeat_interleave(rows)
+
+    def of_lanes(offsets: Tensor) -> tuple[Tensor, Tensor]:
+        bounds = offsets.long()[lanes % groups]
+        return bounds[:, :-1].flatten(), (bounds[:, 1:] - bounds[:, :-1]).flatten()
+
+    starts, counts = of_lanes(exact[0])
+    far_starts, far_counts = (torch.zeros_like(starts),) * 2 if pooled[0] is None else of_lanes(pooled[0])
+    tail = torch.zeros_like(counts, dtype=torch.bool)
+    if ragged and exact[1].numel():
+        tail = (counts > 0) & (exact[1][(starts + counts - 1).clamp(min=0)] == key_tiles - 1)
+    kind = (counts * (key_tiles + 1) + far_counts) * 2 + tail
+    kind, members = kind.sort(descending=True, stable=True)
+    kinds, sizes = kind.unique_consecutive(return_counts=True)
+
+    def pick(indices: Tensor | None, first: Tensor, chosen: Tensor, count: int) -> Tensor:
+        if indices is None or count == 0:
+            return chosen.new_empty(chosen.numel(), 0)
+        places = first[chosen][:, None] + torch.arange(count, device=device)
+        return indices[places] + shift[chosen][:, None]
+
+    units = []
+    for value, chosen in zip(kinds.tolist(), members.split(sizes.tolist()), strict=True):
+        count, far_count = divmod(value // 2, key_tiles + 1)
+        if count + far_count:
+            near, far = pick(exact[1], starts, chosen, count), pick(pooled[1], far_starts, chosen, far_count)
+            units.append(Unit(chosen, near, far, bool(value % 2)))
+    return units
 
 
 _CACHE: StorageCache[list[Unit]] = StorageCache()

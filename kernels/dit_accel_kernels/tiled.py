@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-from dit_accel_kernels.schedule import Unit, schedule
+from dit_accel_kernels.schedule import Unit, build, schedule
 
 
 @dataclass(slots=True)
@@ -95,19 +95,22 @@ def _tiles(x: Tensor, block: int) -> Tensor:
     return x.contiguous().unflatten(-2, (-1, block))
 
 
-def units_of(problem: Problem) -> list[Unit]:
-    """The schedule of this problem's lists, from the cache."""
-    batch, heads, key_heads = problem.q.shape[0], problem.q.shape[1], problem.k.shape[1]
-    lanes = [0]
-    if problem.exact_offsets.shape[0] > 1:
-        lanes = [b * key_heads + h * key_heads // heads for b in range(batch) for h in range(heads)]
-    return schedule(
+def units_of(problem: Problem, *, remember: bool = True) -> list[Unit]:
+    """The schedule of this problem's lists, from the cache; lists of one call only are not worth to `remember`."""
+    parts = (
         (problem.exact_offsets, problem.exact_indices),
         (problem.pooled_offsets, problem.pooled_indices),
         problem.key_tiles,
-        lanes,
+        [0] if problem.exact_offsets.shape[0] == 1 else key_heads(problem),
         problem.k.shape[2] % problem.block_k > 0,
     )
+    return schedule(*parts) if remember else build(*parts)
+
+
+def key_heads(problem: Problem) -> list[int]:
+    """The key head of every batch and head, counted through all batches."""
+    batch, heads, key_heads = problem.q.shape[0], problem.q.shape[1], problem.k.shape[1]
+    return [b * key_heads + h * key_heads // heads for b in range(batch) for h in range(heads)]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ decay take the plainer code here. The gradient is in backward.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,9 @@ from dit_accel_kernels.features import Problem
 from dit_accel_kernels.schedule import Unit
 from dit_accel_kernels.selection import resolved
 from dit_accel_kernels.tiled import Tiled, cut, units_of, wide_dtype
-from dit_accel_kernels.torch_plain import attend_plain, plain_pieces, steps
+from dit_accel_kernels.torch_plain import attend_plain, has_long_rows, plain_pieces, row_pieces, steps
+from dit_accel_kernels.torch_rows import Row, RowLoop
+from dit_accel_kernels.votes import Tally
 from dit_accel_kernels.workers import run_all, worker_threads
 
 
@@ -40,33 +42,45 @@ class Operands:
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
-    exact = None
+    exact = tally = None
+    selects = problem.selection is not None
     if problem.selection is not None:
+        tally = None if problem.selection.vote is None else Tally(problem)
         problem, exact = resolved(problem)
     tiled = cut(problem)
-    units = units_of(problem)
-    complete = sum(unit.rows.numel() for unit in units) == tiled.q.shape[1]
+    plain = tiled.bias is None and tiled.t is None
+    by_row = plain and has_long_rows(problem, tiled, voting=tally is not None)
+    units = [] if by_row else units_of(problem, remember=not selects)
+    complete = not by_row and sum(unit.rows.numel() for unit in units) == tiled.q.shape[1]
     out = torch.empty_like(tiled.q) if complete else torch.zeros_like(tiled.q)  # block rows without a tile give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    plain = tiled.bias is None and tiled.t is None
     workers, threads = worker_threads(out.device)
+
+    def rows(piece: list[Row], buffers: dict[str, Tensor]) -> None:
+        RowLoop(tiled, 0, buffers, out[0], lse[0] if need_lse else None, tally).run(piece)
 
     def work(piece: tuple[Unit, slice], buffers: dict[str, Tensor]) -> None:
         unit, lanes = piece
-        if plain:
+        if plain and tally is None:
             attend_plain(tiled, unit, lanes, buffers, out[lanes], lse[lanes] if need_lse else None)
             return
-        part, part_lse = attend_operands(gather(tiled, unit, lanes), need_lse=need_lse)
+        part, part_lse = attend_operands(
+            gather(tiled, unit, lanes), need_lse=need_lse, settle=settling(tiled, unit, tally)
+        )
         out[lanes].index_copy_(1, unit.rows, part)
         if part_lse is not None:
             lse[lanes].index_copy_(1, unit.rows, part_lse)
 
-    pieces = plain_pieces(tiled, units, workers) if plain else chunks(tiled, units, threads)
-    run_all(work, pieces, workers)
+    if by_row:
+        run_all(rows, row_pieces(problem, tiled, workers), workers)
+    else:
+        pieces = plain_pieces(tiled, units, workers) if plain and tally is None else chunks(tiled, units, threads)
+        run_all(work, pieces, workers)
     shape = (*problem.q.shape[:2], -1)
     tokens = problem.q.shape[2]
     out = out.view(*shape, out.shape[-1])[:, :, :tokens]
-    return out, lse.view(*shape)[:, :, :tokens] if need_lse else lse, exact, None
+    kept = None if tally is None else tally.kept()
+    return out, lse.view(*shape)[:, :, :tokens] if need_lse else lse, exact, kept
 
 
 def chunks(tiled: Tiled, units: list[Unit], threads: int) -> Iterator[tuple[Unit, slice]]:
@@ -137,12 +151,35 @@ def logits_of(raw: Tensor, x: Operands) -> tuple[Tensor, Tensor | None]:
     return logits.masked_fill(dead, 0.0), dead
 
 
-def attend_operands(x: Operands, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of gathered operands: output [N, R, block_q, D] and LSE [N, R, block_q] or None."""
+def attend_operands(
+    x: Operands, *, need_lse: bool, settle: Callable[[Tensor, Tensor], None] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of gathered operands: output [N, R, block_q, D] and LSE [N, R, block_q] or None.
+
+    `settle` is called with the logits and the softmax, [N, R, block_q, C].
+    """
     logits, dead = logits_of(raw_logits(x), x)
-    out = torch.softmax(logits, -1).to(x.q.dtype) @ x.v
+    p = torch.softmax(logits, -1)
+    if settle is not None:
+        settle(logits, p)
+    out = p.to(x.q.dtype) @ x.v
     lse = torch.logsumexp(logits, -1) if need_lse else None
     if dead is not None:
         out = out.masked_fill(dead, 0.0)
         lse = None if lse is None else lse.masked_fill(dead[..., 0], -torch.inf)
     return out, lse
+
+
+def settling(tiled: Tiled, unit: Unit, tally: Tally | None) -> Callable[[Tensor, Tensor], None] | None:
+    """What settles the votes of a unit's block rows, from their logits and softmax."""
+    if tally is None:
+        return None
+
+    def settle(logits: Tensor, p: Tensor) -> None:
+        count, block = unit.exact.shape[1], tiled.k.shape[2]
+        x = (p if tally.by_mass else logits)[0, :, :, : count * block - (tiled.tail if unit.tail else 0)]
+        x = torch.nn.functional.pad(x, (0, count * block - x.shape[-1]), value=tally.nothing)
+        x = x.unflatten(-1, (count, block))
+        tally.settle(unit.rows, unit.exact % tiled.key_tiles, x.sum(-1) if tally.by_mass else x.amax(-1))
+
+    return settle

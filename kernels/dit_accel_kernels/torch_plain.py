@@ -1,23 +1,24 @@
-"""The torch backend's hot loops, for calls without masks and decay; all buffers stay in a core's cache.
+"""The torch backend's work on units, for calls without masks and decay; all buffers stay in a core's cache.
 
-Rows with many columns are taken one by one and in parts, short ones in batches.
+Rows with many columns are taken one by one (torch_rows.py), short ones in batches.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.schedule import Unit
-from dit_accel_kernels.tiled import Tiled, wide_dtype
+from dit_accel_kernels.features import Problem
+from dit_accel_kernels.schedule import Unit, entries_of, runs
+from dit_accel_kernels.tiled import Tiled, key_heads, wide_dtype
+from dit_accel_kernels.torch_rows import Row, RowLoop, buffer, far_lengths, tiles_of_part
 
 GPU_LANES = 256  # batches of a GPU are this many times larger
-PART_BYTES = 1 << 20  # logits of one block row of a lane; longer rows are cut into parts
 SCORES_BYTES = 512 << 10  # logits of one batch, a thread
+SHORT_BYTES = 64 << 10  # rows with fewer bytes of logits save time in batches
 RUNS = 4  # pieces of a worker, so that all end together
 
 
@@ -35,6 +36,44 @@ def plain_pieces(tiled: Tiled, units: list[Unit], workers: int) -> Iterator[tupl
                 yield Unit(rows, exact, pooled, unit.tail), slice(start, min(lanes, start + lane_step))
 
 
+def has_long_rows(problem: Problem, tiled: Tiled, *, voting: bool) -> bool:
+    """Whether block rows of one lane are better taken one by one than in units; votes are counted only that way."""
+    lanes, rows, block_q, _ = tiled.q.shape
+    if lanes > 1 or tiled.q.device.type != "cpu":
+        return False
+    far = problem.pooled_indices
+    tokens = problem.exact_indices.numel() * problem.block_k + (0 if far is None else far.numel())
+    size = tokens * len(key_heads(problem)) // problem.exact_offsets.shape[0] * block_q * tiled.q.element_size()
+    return voting or size >= rows * SHORT_BYTES
+
+
+def row_pieces(problem: Problem, tiled: Tiled, workers: int) -> list[list[Row]]:
+    """The block rows of lists of every batch and head, B * H list sets in one lane, a few pieces for each worker."""
+    heads, block = key_heads(problem), tiled.k.shape[2]
+    exact = entries_of(problem.exact_offsets, problem.exact_indices, tiled.key_tiles, heads)
+    columns = [block * count for count in exact.counts]
+    pooled, lengths = None, exact.tiles
+    if problem.pooled_offsets is not None and problem.pooled_indices is not None:
+        pooled = entries_of(problem.pooled_offsets, problem.pooled_indices, tiled.key_tiles, heads)
+        lengths = far_lengths(tiled, pooled.tiles)
+        columns = [near + far for near, far in zip(columns, pooled.counts, strict=True)]
+    tails = [False] * len(columns)
+    if tiled.tail and exact.tiles.numel():
+        ends = torch.tensor(exact.starts[1:]).sub_(1).clamp_(min=0)
+        last = (exact.tiles[ends] % tiled.key_tiles == tiled.key_tiles - 1).tolist()
+        tails = [is_last and count > 0 for is_last, count in zip(last, exact.counts, strict=True)]
+    pieces = []
+    for run in runs(columns, workers * RUNS):
+        numbers, near = range(run.start, run.stop), exact.split(exact.tiles, run)
+        if pooled is None:
+            far = weights = (None,) * len(numbers)
+        else:
+            far, weights = pooled.split(pooled.tiles, run), pooled.split(lengths, run)
+        rows = zip(numbers, near, far, weights, tails[run], columns[run], strict=True)
+        pieces.append([Row(*row[:-1]) for row in rows if row[-1]])
+    return [piece for piece in pieces if piece]
+
+
 def steps(tiled: Tiled, unit: Unit, threads: int) -> tuple[int, int]:
     """Lanes and block rows of one batch: logits within SCORES_BYTES a thread, and one block row of a lane at least."""
     lanes, _, block_q, _ = tiled.q.shape
@@ -49,116 +88,20 @@ def attend_plain(
     tiled: Tiled, unit: Unit, lanes: slice, buffers: dict[str, Tensor], out: Tensor, lse: Tensor | None
 ) -> None:
     """One piece without masks and decay, in batches or row by row; `out` and `lse` are the lanes' own part."""
-    by_row = steps(tiled, _parts(tiled, unit)[0], torch.get_num_threads()) == (1, 1) and out.shape[0] == 1
-    simple = len(_parts(tiled, unit)) == 1 and not unit.pooled.shape[1]
-    if by_row and (simple or out.dtype == wide_dtype(out.dtype)):
-        _long_rows(tiled, unit, lanes.start, buffers, out[0], None if lse is None else lse[0])
+    if steps(tiled, _parts(tiled, unit)[0], torch.get_num_threads()) == (1, 1) and out.shape[0] == 1:
+        loop = RowLoop(tiled, lanes.start, buffers, out[0], None if lse is None else lse[0])
+        loop.run(_rows(tiled, unit))
     else:
         _batches(tiled, unit, lanes, buffers, out, lse)
 
 
-def _long_rows(
-    tiled: Tiled, unit: Unit, lane: int, buffers: dict[str, Tensor], out: Tensor, lse: Tensor | None
-) -> None:
-    """Block rows of one lane one by one, with as few operations as can be: workers queue for Python at each of them."""
-    q_rows, out_rows = tiled.q[lane].unbind(0), out.unbind(0)
-    lse_rows = None if lse is None else lse.unbind(0)
-    count, pooled = unit.exact.shape[1], unit.pooled.shape[1]
-    cuts = len(_parts(tiled, unit))
-    cuts = 1 if cuts == 1 else min(count, 2 * cuts)  # halves fit the cache beside their keys
-    parts = [
-        _Columns(tiled, lane, picks, unit.tail and number == cuts - 1, buffers)
-        for number, picks in enumerate(unit.exact.tensor_split(cuts, 1) if count else ())
-    ]
-    if pooled:
-        parts.append(_Columns(tiled, lane, unit.pooled, False, buffers, pooled=True))
-    for number, row in enumerate(unit.rows.tolist()):
-        q, result = q_rows[row], out_rows[row]
-        if len(parts) == 1 and not pooled:
-            found = parts[0].attend(number, q, result, need_lse=lse is not None)
-        else:
-            found = _add_up(parts, number, q, result)
-        if lse_rows is not None and found is not None:
-            lse_rows[row].copy_(found)
-
-
-def _add_up(parts: list[_Columns], number: int, q: Tensor, result: Tensor) -> Tensor:
-    """Attention of one block row over all its parts, left in `result`; returns its LSE.
-
-    The exponentials are taken relative to the first part's maximum, which is exact unless one overflows; only then the
-    maximum of all parts is taken first.
-    """
-    peak = parts[0].logits(number, q).amax(-1, keepdim=True)
-    total = _sum_relative(parts, number, q, result, peak)
-    if not math.isfinite(total.sum()):
-        for part in parts[1:]:
-            peak = torch.maximum(peak, part.logits(number, q).amax(-1, keepdim=True))
-        parts[0].logits(number, q)
-        total = _sum_relative(parts, number, q, result, peak)
-    result.div_(total)
-    return peak.add_(total.log_())[:, 0]
-
-
-def _sum_relative(parts: list[_Columns], number: int, q: Tensor, result: Tensor, peak: Tensor) -> Tensor:
-    """Sum e^(x - peak) [block_q, 1] over all parts; `result` gets the weighted sum. The first part has its logits."""
-    total = None
-    for part in parts:
-        logits = part.room if total is None else part.logits(number, q)
-        p = logits.sub_(peak).exp_()
-        if part.lengths is not None:
-            p.mul_(part.lengths[number])
-        if total is None:
-            total = p.sum(-1, keepdim=True)
-            torch.mm(p, part.load_v(number), out=result)
-        else:
-            total += p.sum(-1, keepdim=True)
-            result.addmm_(p, part.load_v(number))
-    assert total is not None
-    return total
-
-
-class _Columns:
-    """One part of the columns of block rows: exact tokens or pooled tiles, picked by `picks` [R, n]; reuses buffers."""
-
-    def __init__(
-        self, tiled: Tiled, lane: int, picks: Tensor, tail: bool, buffers: dict[str, Tensor], *, pooled: bool = False
-    ) -> None:
-        block, dim = tiled.k.shape[2:]
-        self.picks, self.scale, self.lengths = picks.unbind(0), tiled.scale, None
-        k, v, shape = tiled.k, tiled.v, (picks.shape[1], block, dim)
-        if pooled:
-            assert tiled.k_mean is not None
-            assert tiled.v_mean is not None
-            assert tiled.length is not None
-            k, v, shape = tiled.k_mean, tiled.v_mean, (picks.shape[1], dim)
-            self.lengths = tiled.length[picks % tiled.key_tiles].to(k.dtype).unbind(0)
-        self.from_k, self.from_v = k[lane], v[lane]
-        self.k, self.v = (_buffer(buffers, name, tiled.q, shape) for name in ("k", "v"))
-        tokens = self.k.numel() // dim - (tiled.tail if tail else 0)
-        self.k_columns, self.v_columns = (x.view(-1, dim)[:tokens] for x in (self.k, self.v))
-        self.room, self.p = (_buffer(buffers, n, tiled.q, (tiled.q.shape[2], tokens)) for n in ("logits", "p"))
-
-    def logits(self, number: int, q: Tensor) -> Tensor:
-        """Scaled logits [block_q, C] of one block row, left in `room`."""
-        torch.index_select(self.from_k, 0, self.picks[number], out=self.k)
-        return torch.addmm(self.room, q, self.k_columns.mT, beta=0, alpha=self.scale, out=self.room)
-
-    def load_v(self, number: int) -> Tensor:
-        """The values [C, D] of one block row."""
-        torch.index_select(self.from_v, 0, self.picks[number], out=self.v)
-        return self.v_columns
-
-    def attend(self, number: int, q: Tensor, result: Tensor, *, need_lse: bool) -> Tensor | None:
-        """Attention of one block row over this part alone, left in `result`; returns its LSE [block_q] if needed."""
-        torch.softmax(self.logits(number, q), -1, out=self.p)
-        torch.mm(self.p, self.load_v(number), out=result)
-        return _lse_of(self.room, self.p) if need_lse else None
-
-
-def _lse_of(logits: Tensor, p: Tensor) -> Tensor:
-    """log sum e^x = max x - log max p: two cheap passes where a logsumexp would repeat the softmax."""
-    wide = wide_dtype(p.dtype)
-    return logits.amax(-1).to(wide) - p.amax(-1).to(wide).log()
+def _rows(tiled: Tiled, unit: Unit) -> list[Row]:
+    """The unit's block rows one by one."""
+    numbers, exact, pooled = unit.rows.tolist(), unit.exact.unbind(0), unit.pooled.unbind(0)
+    if not unit.pooled.shape[1]:
+        return [Row(number, near, None, None, unit.tail) for number, near in zip(numbers, exact, strict=True)]
+    lengths = far_lengths(tiled, unit.pooled).unbind(0)
+    return [Row(*row, unit.tail) for row in zip(numbers, exact, pooled, lengths, strict=True)]
 
 
 def _batches(
@@ -190,7 +133,7 @@ def _batches(
 def _parts(tiled: Tiled, unit: Unit) -> list[Unit]:
     """The columns in even parts whose logits stay within PART_BYTES a block row; pooled tiles come with the last."""
     count = unit.exact.shape[1]
-    room = max(1, PART_BYTES // (tiled.q.element_size() * tiled.q.shape[2] * tiled.k.shape[2]))
+    room = tiles_of_part(tiled)
     parts = max(1, -(-count // room))
     bounds = [count * i // parts for i in range(parts + 1)]
     return [
@@ -223,6 +166,12 @@ def _batch(tiled: Tiled, part: Unit, rows: slice, room: _Room, *, need_lse: bool
     return None if lse is None else lse + total.log()
 
 
+def _lse_of(logits: Tensor, p: Tensor) -> Tensor:
+    """log sum e^x = max x - log max p: two cheap passes where a logsumexp would repeat the softmax."""
+    wide = wide_dtype(p.dtype)
+    return logits.amax(-1).to(wide) - p.amax(-1).to(wide).log()
+
+
 def _merge(merged: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join two disjoint parts by their LSE, in the wide dtype."""
     if merged is None:
@@ -248,7 +197,7 @@ class _Room:
         batch, block_q = lanes * rows, tiled.q.shape[2]
 
         def take(name: str, *shape: int) -> Tensor:
-            return _buffer(buffers, name, tiled.q, shape)
+            return buffer(buffers, name, tiled.q, shape)
 
         self.rows = rows
         self.tokens = exact * block - (tiled.tail if unit.tail else 0)
@@ -280,11 +229,3 @@ def _weigh(tiled: Tiled, pooled: Tensor, room: _Room) -> Tensor:
     weight = tiled.length[pooled % tiled.key_tiles].to(room.p.dtype)[None, :, None]
     room.p.unflatten(0, (-1, room.rows))[..., room.tokens :].mul_(weight)
     return room.p.sum(-1, dtype=wide_dtype(room.p.dtype))
-
-
-def _buffer(buffers: dict[str, Tensor], name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A view of a reused flat buffer; grown when too small."""
-    size = math.prod(shape)
-    if name not in buffers or buffers[name].numel() < size:
-        buffers[name] = like.new_empty(size)
-    return buffers[name][:size].view(shape)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem
+from dit_accel_kernels.sections import valid_tiles
 from dit_accel_kernels.selection import LOG2_E, Vote, list_states, pack_bits, unpack_bits, visiting_order
 from dit_accel_kernels.tiles import EXACT
 
@@ -35,7 +36,7 @@ def kept_after(problem: Problem, visited: Tensor, top: Tensor, mass: Tensor) -> 
     selection = problem.selection
     assert selection is not None
     assert selection.vote is not None
-    tiles, shape = problem.key_tiles, visited.shape
+    shape = visited.shape
     order = visiting_order(problem, selection.reverse).expand(shape[0], -1, -1)[:, None].expand(shape)
     seen = visited.gather(-1, order)
     by_row = order.repeat_interleave(problem.block_q, 2)[:, :, : top.shape[2]]
@@ -47,25 +48,17 @@ def kept_after(problem: Problem, visited: Tensor, top: Tensor, mass: Tensor) -> 
     )
     pad = shape[2] * problem.block_q - needs.shape[2]
     needs = torch.nn.functional.pad(needs, (0, 0, 0, pad)).unflatten(2, (-1, problem.block_q)).any(3)
-    first = seen & (seen.cumsum(-1) == 1)
-    down = torch.zeros_like(visited).scatter_(-1, order, seen & ~needs & ~first)
-    if selection.pinned is not None:
-        down &= ~unpack_bits(selection.pinned, tiles)
-    if selection.keep is None:
-        bits = (list_states(problem) == EXACT).expand(shape)
-    else:
-        bits = unpack_bits(selection.keep, tiles)
-    return pack_bits(bits & ~down)
+    return bits_after(problem, torch.zeros_like(visited).scatter_(-1, order, voted_down(seen, needs)))
 
 
 def rows_need(vote: Vote, top: Tensor, mass: Tensor) -> Tensor:
     """Which rows need which tiles, bool [..., S_q, n], from `top` and `mass` [..., S_q, n] in the order of visits.
 
-    Tiles that are not visited have top -inf and mass 0.
+    Tiles that are not visited have top -inf and mass 0. Only "maxgap" reads `top`, only the others read `mass`.
     """
     if vote.criterion == "maxgap":
-        before = torch.nn.functional.pad(top, (1, -1), value=-torch.inf).cummax(-1).values
-        return (top - before) * LOG2_E > vote.threshold
+        gap = top[..., 1:] - top.cummax(-1).values[..., :-1]
+        return torch.nn.functional.pad(gap > vote.threshold / LOG2_E, (1, 0), value=True)
     share = mass / mass.cumsum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
     if vote.criterion == "mass":
         return share > vote.threshold
@@ -76,3 +69,81 @@ def rows_need(vote: Vote, top: Tensor, mass: Tensor) -> Tensor:
         needs[..., tile] = need
         spent += share[..., tile].masked_fill(need, 0.0)
     return needs
+
+
+def voted_down(visited: Tensor, needs: Tensor) -> Tensor:
+    """Which tiles of a block row lose their bit, bool [..., n] in the order of visits, `needs` being any row's."""
+    return visited & ~needs & (visited.cumsum(-1) > 1)
+
+
+def bits_after(problem: Problem, down: Tensor) -> Tensor:
+    """Bits of the next call, int32 [B, H, NQ, W], where the tiles `down`, bool [B, H, NQ, NK], were voted down."""
+    selection = problem.selection
+    assert selection is not None
+    if selection.pinned is not None:
+        down = down & ~unpack_bits(selection.pinned, problem.key_tiles)
+    if selection.keep is None:
+        bits = (list_states(problem) == EXACT).expand(down.shape)
+    else:
+        bits = unpack_bits(selection.keep, problem.key_tiles)
+    return pack_bits(bits & ~down)
+
+
+class Tally:
+    """The votes of a call whose block rows b * H * NQ + h * NQ + i are computed in any order, settled some at a time.
+
+    The problem is in tiled order, with its selection. Threads may settle different block rows at once.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        selection, (batch, heads, queries, _) = problem.selection, problem.q.shape
+        assert selection is not None
+        assert selection.vote is not None
+        self.problem, self.vote = problem, selection.vote
+        tiles, rows, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
+        self.none = tiles  # stands for no tile where lists of block rows are padded to one length
+        self.place: Tensor | None = None  # of each key tile in the order of visits
+        if selection.reverse or valid is not None or problem.decay is not None:
+            place = visiting_order(problem, selection.reverse).argsort(-1)
+            place = place.expand(batch, -1, -1)[:, None].expand(-1, heads, -1, -1).flatten(0, 2)
+            self.place = torch.nn.functional.pad(place, (0, 1), value=tiles)
+        self.absent: Tensor | None = None  # key tiles without a valid key
+        if valid is not None:
+            absent = ~valid_tiles(valid, problem.block_k)[1]
+            absent = torch.nn.functional.pad(absent, (0, 1), value=True)
+            self.absent = absent.repeat_interleave(heads * rows, 0)
+        self.rows, self.last = rows, queries - (rows - 1) * problem.block_q  # queries of the last block row
+        self.down = torch.zeros(batch * heads * rows, tiles + 1, dtype=torch.bool, device=problem.q.device)
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether the vote asks for sums of exponentials, and not for maxima."""
+        return self.vote.criterion != "maxgap"
+
+    @property
+    def nothing(self) -> float:
+        """What stands for a tile that is not there, in what `settle` takes."""
+        return 0.0 if self.by_mass else -torch.inf
+
+    def settle(self, rows: Tensor, tiles: Tensor, found: Tensor) -> None:
+        """Vote of block rows `rows` int64 [R] on their exact key tiles, int64 [R, n], ascending, padded with `none`.
+
+        `found` [R, block_q, n]: each row's sum of exponentials in each tile relative to any maximum that the row's
+        tiles share, or its largest logit (see `by_mass`), `nothing` in padding.
+        """
+        visited = tiles != self.none
+        if self.absent is not None:
+            visited &= ~self.absent[rows].gather(-1, tiles)
+        if self.place is not None:
+            order = self.place[rows].gather(-1, tiles).argsort(-1)
+            tiles, visited = tiles.gather(-1, order), visited.gather(-1, order)
+            found = found.gather(-1, order[:, None].expand(found.shape))
+        needs = rows_need(self.vote, found, found)
+        if self.last < found.shape[1]:
+            needs[:, self.last :] &= (rows % self.rows != self.rows - 1)[:, None, None]
+        self.down[rows[:, None], tiles] = voted_down(visited, needs.any(1))
+
+    def kept(self) -> Tensor:
+        """The bits of the next call, int32 [B, H, NQ, W]."""
+        shape = (*self.problem.q.shape[:2], self.rows, self.none + 1)
+        return bits_after(self.problem, self.down.view(shape)[..., : self.none])

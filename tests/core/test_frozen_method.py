@@ -267,9 +267,9 @@ def test_the_pattern_is_found_once_by_layer_and_branch_and_freed(monkeypatch):
     run(transformer)
     assert len(passes) == 3 * 2
     made = attachment._session.handlers[0]
-    assert set(made.bits) == {("transformer", layer, branch) for layer in range(3) for branch in ("cond", "uncond")}
+    assert set(made.bits) == {("transformer", layer, branch, 0) for layer in range(3) for branch in ("cond", "uncond")}
     bits = {key: value.clone() for key, value in made.bits.items()}
-    assert not torch.equal(bits["transformer", 0, "cond"], bits["transformer", 2, "cond"])
+    assert not torch.equal(bits["transformer", 0, "cond", 0], bits["transformer", 2, "cond", 0])
     run(transformer)
     assert len(passes) == 2 * 3 * 2
     assert all(torch.equal(value, bits[key]) for key, value in made.bits.items())

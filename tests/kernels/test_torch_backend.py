@@ -8,6 +8,7 @@ from dit_accel_kernels import (
     block_sparse_attention,
     block_sparse_attention_eager,
     torch_plain,
+    torch_rows,
 )
 from dit_accel_kernels.schedule import build, schedule
 from kernel_cases import check_against_reference, qkv, random_lists
@@ -80,7 +81,7 @@ def test_strided_inputs_need_no_copy_by_the_caller():
 def test_small_batches_and_parts(monkeypatch, dtype, scores, part):
     """Cutting lanes and block rows finer, or a block row into parts joined by LSE, loses and repeats nothing."""
     monkeypatch.setattr(torch_plain, "SCORES_BYTES", scores)
-    monkeypatch.setattr(torch_plain, "PART_BYTES", part)
+    monkeypatch.setattr(torch_rows, "PART_BYTES", part)
     q, k, v = qkv(1, 3, 3, 200, 200, 16, dtype)
     check_against_reference(q, k, v, random_lists(1, 200, 200, 16, 16), layout="bhsd")
 
@@ -89,7 +90,7 @@ def test_small_batches_and_parts(monkeypatch, dtype, scores, part):
 def test_exponentials_relative_to_the_first_part_may_overflow(monkeypatch, size):
     """Keys of later parts that beat the first part's by far more than e^88."""
     monkeypatch.setattr(torch_plain, "SCORES_BYTES", 1)
-    monkeypatch.setattr(torch_plain, "PART_BYTES", 9000)
+    monkeypatch.setattr(torch_rows, "PART_BYTES", 9000)
     q, k, v = qkv(1, 2, 2, 60, 200, 16, torch.float32)
     k[:, :, 100:] *= size
     check_against_reference(q, k, v, random_lists(1, 60, 200, 16, 16), layout="bhsd")
