@@ -176,19 +176,21 @@ class LiteHandler(Handler):
         return table
 
     def check_with(self, others: Sequence[Handler]) -> None:
-        """Take the tiles of a method that gives lists; refuse a tile size that the user set to something else."""
-        for other in others:
-            size = getattr(other.config, "block_size", None)
-            if other.rank >= self.rank or size is None:
-                continue
-            if self._asked_size not in (None, size):
-                name = other.config.name
-                raise ConfigError(
-                    f"lite.block_size = {self._asked_size} does not fit {name}'s tiles of {size} ({name}.block_size); "
-                    "set both to one size, or leave lite's unset"
-                )
-            self.config = dataclasses.replace(self.config, block_size=size)
-            self._lists = other
+        """Take the tiles of a method that fills the plan before; refuse a size that the user set to something else."""
+        place = self.rank, self.config.name
+        before = [other for other in others if (other.rank, other.config.name) < place]
+        sized = [other for other in before if getattr(other.config, "block_size", None) is not None]
+        if not sized:
+            return
+        other: Any = min(sized, key=lambda other: (other.rank, other.config.name))
+        name, size = other.config.name, other.config.block_size
+        if self._asked_size not in (None, size):
+            raise ConfigError(
+                f"lite.block_size = {self._asked_size} does not fit {name}'s tiles of {size} ({name}.block_size); "
+                "set both to one size, or leave lite's unset"
+            )
+        self.config = dataclasses.replace(self.config, block_size=size)
+        self._lists = other if other.rank < self.rank else None
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Refuse ranges beyond the video; remark on a sequence where lite gains nothing."""
@@ -216,8 +218,10 @@ class LiteHandler(Handler):
         if base.pinned is not None:
             pinned = base.pinned if pinned is None else pinned | base.pinned
         chosen = self._again(moment) if moment.repeated else self._next(tiles, order, pinned, first, moment)
+        kept = [keep for keep in (chosen.keep, base.keep) if keep is not None]
+        keep = kept[0] & kept[-1] if kept else None  # what another method dropped does not vote, and stays out
         selection = dataclasses.replace(
-            base, keep=chosen.keep, rest=self.config.rest, pinned=pinned, vote=chosen.vote, reverse=chosen.reverse
+            base, keep=keep, rest=self.config.rest, pinned=pinned, vote=chosen.vote, reverse=chosen.reverse
         )
         return dataclasses.replace(plan, tiles=tiles, token_order=order, selection=selection)
 
@@ -234,6 +238,24 @@ class LiteHandler(Handler):
             if not state.search.take(state.level, share):
                 return
         self._states.keep(state, kept)
+
+    def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
+        """Only where the call voted and anything is dropped."""
+        state, selection = self._states.by_key.get(key_of(moment)), plan.selection
+        return state is not None and state.bits is not None and selection is not None and selection.vote is not None
+
+    def reactivate(self, plan: AttentionPlan, moment: Moment, gaps: Tensor, shares: Tensor, margin: float) -> None:
+        """Take back tiles whose probes exceed the call's threshold by the margin; what must be skipped stays out."""
+        state, tiles = self._states.by_key[key_of(moment)], plan.tiles
+        assert state.bits is not None
+        assert tiles is not None
+        assert plan.selection is not None
+        assert plan.selection.vote is not None
+        criterion, threshold = plan.selection.vote.criterion, plan.selection.vote.threshold
+        found = gaps > threshold + margin if criterion == "maxgap" else shares > threshold * 2.0**margin
+        _, first = self._fixed_bits(tiles, plan.token_order, moment)
+        back = pack_bits(found) if first is None else pack_bits(found) & first
+        self._states.keep(state, state.bits | back)
 
     def reset(self) -> None:
         """Free all bits."""
