@@ -306,7 +306,7 @@ class Session:
             "layout": layout,
             "scale": scale,
             "head_scale": plan.head_scale,
-            "key_mask": None if mask is None else key_validity(mask, q.shape[0], q.shape[axis], k.shape[axis]),
+            "key_mask": None if mask is None else key_padding(mask, q, k, layout),
             "frame_decay": plan.frame_decay,
             "token_order": plan.token_order,
             "identity_mix": plan.identity_mix,
