@@ -23,7 +23,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import AttachError, ConfigError
 from .layout import TokenLayout
-from .masks import attend_dense, dense_gradients, is_key_padding
+from .masks import attend_dense, dense_gradients, is_key_padding, key_padding
 from .methods.base import Handler
 from .plan import AttentionPlan, Call, Moment
 from .report import Recorder
