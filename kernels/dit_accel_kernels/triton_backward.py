@@ -21,7 +21,8 @@ import triton
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem
-from dit_accel_kernels.triton_backend import LOG2_E, check, on_device
+from dit_accel_kernels.selection import LOG2_E
+from dit_accel_kernels.triton_backend import check, on_device
 from dit_accel_kernels.triton_backward_kernels import _delta_kernel, _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from dit_accel_kernels.triton_launch import architecture, key_block, query_block
 from dit_accel_kernels.triton_plan import RowPlan, row_plan
