@@ -11,6 +11,9 @@ ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 Grid = tuple[int, int, int, int, int]
 """(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
 
+NO_STEP: Grid = (0, 0, 0, 0, 0)
+"""The grid of a forward that is no denoising step, such as one that fills a cache: it stays dense."""
+
 
 def patch_sizes(size: int | Sequence[int], frames: int | None = None) -> tuple[int, int, int]:
     """Return (t, h, w) of a config's ``patch_size``, one number or three, and its ``patch_size_t``."""

@@ -12,7 +12,7 @@ import torch
 from dit_accel_kernels import BACKENDS, triton_requirement
 from torch import nn
 
-from .adapter import Adapter, Family
+from .adapter import NO_STEP, Adapter, Family
 from .config import MethodConfig
 from .errors import AttachError, ConfigError, MissingBackend, UnsupportedModel, did_you_mean
 from .lora import lora_state
@@ -234,7 +234,7 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
         grid = grid_of(config, inputs)
         slot.grid = NO_GRID if isinstance(grid, str) else grid
         slot.outer_masks, slot.text_apart = target.adapter.outer_masks, target.adapter.text_apart
-        if not torch.compiler.is_compiling():
+        if slot.grid != NO_STEP and not torch.compiler.is_compiling():
             if not target.in_context:
                 session.note_weights(target, lora_state(transformer))
             latents = inputs[target.adapter.latents]

@@ -42,7 +42,8 @@ class Slot:
     def goes_dense(self, keys: int) -> bool:
         """Tell whether an attention call over this many keys goes to the user's own dense attention."""
         frames, height, width, before, after = self.grid
-        return not self.sparse or (self.text_apart and keys < frames * height * width + before + after)
+        visual = frames * height * width
+        return not self.sparse or visual == 0 or (self.text_apart and keys < visual + before + after)
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, session: int) -> Any:

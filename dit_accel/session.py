@@ -31,7 +31,7 @@ from .report import Recorder
 _SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
-NO_GRID = (0, 0, 0, 0, 0)
+NO_GRID = (-1, -1, -1, 0, 0)
 """What a forward whose adapter gives no grid hands to its attention calls."""
 
 

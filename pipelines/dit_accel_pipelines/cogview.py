@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid, latents_grid
+from dit_accel.adapter import NO_STEP, ONE_FRAME, Adapter, Family, Grid, latents_grid
 
 text_first = partial(latents_grid, frames_axis=None, text="before")
 
@@ -29,14 +29,11 @@ COGVIEW4_6B = Family(
 
 
 def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the grid as CogView does; cached keys count as text.
-
-    A forward that fills the cache is all text but one token: it stays exact.
-    """
+    """Read the grid as CogView does; cached keys count as text. A forward that fills the cache is no denoising step."""
     grid, caches = text_first(config, inputs), inputs.get("kv_caches")
     mode = None if caches is None else caches[0].mode
     if mode == "write":
-        return 1, 1, 1, grid[3] + grid[1] * grid[2] - 1, 0
+        return NO_STEP
     cached = caches[0].k_caches[0].shape[1] if mode == "read" and caches[0].k_caches else 0
     return *grid[:3], grid[3] + cached, 0
 

@@ -23,9 +23,14 @@ QWEN_IMAGE_20B = Family(
 
 
 def first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the grid off ``img_shapes``: the first image of a row; further ones count as text behind it."""
+    """Read the grid off ``img_shapes``: the first image of a row; further ones count as text behind it.
+
+    Layered makes all images but the last; they are equally large, and count as frames.
+    """
     shapes = inputs["img_shapes"][0]
     frames, height, width = shapes if isinstance(shapes[0], int) else shapes[0]
+    if getattr(config, "use_layer3d_rope", False):
+        frames = len(shapes) - 1
     after = inputs["hidden_states"].shape[1] - frames * height * width
     return frames, height, width, inputs["encoder_hidden_states"].shape[1], after
 

@@ -33,7 +33,9 @@ class ThinImages(MethodConfig):
 
 
 class _ThinHandler(Handler):
-    def is_active(self, depth: int, step_index: int, num_inference_steps: int | None) -> bool:
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
         return step_index >= self.config.dense_steps
 
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
