@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import tiny_models
+import torch
 from dit_accel_pipelines import ADAPTERS as PACKAGED
 from dit_accel_pipelines.wan import WAN
 
@@ -101,11 +102,20 @@ def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch
     contribute = SolHandler.contribute
     monkeypatch.setattr(SolHandler, "rank", RadialHandler.rank)
     monkeypatch.setattr(
-        SolHandler, "contribute", lambda self, plan, moment: plan.tiles and contribute(self, plan, moment) or plan
+        SolHandler, "contribute", lambda self, plan, moment: (plan.tiles and contribute(self, plan, moment)) or plan
     )
     text = r"check 'pairs' failed: .* attached in the other order give another output"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0], only=["pairs"])
+
+
+def test_a_model_too_small_to_be_thinned_out_is_told_so():
+    def inputs(batch):
+        return {**tiny_models.WAN[0].inputs(batch), "hidden_states": torch.randn(batch, 12, 2, 4, 8)}
+
+    model = dataclasses.replace(tiny_models.WAN[0], inputs=inputs)
+    with pytest.raises(AssertionError, match=r"'active' failed: .* keeps every tile; give the tiny model more tokens"):
+        check_adapter(WAN, model, only=["active"])
 
 
 def test_what_is_missing_is_named(only):
