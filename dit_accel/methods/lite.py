@@ -259,24 +259,6 @@ class LiteHandler(Handler):
         if state is not None:
             self._states.keep(state, kept)
 
-    def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
-        """Only where the call voted and anything is dropped."""
-        state, selection = self._states.by_key.get(key_of(moment)), plan.selection
-        return state is not None and state.bits is not None and selection is not None and selection.vote is not None
-
-    def reactivate(self, plan: AttentionPlan, moment: Moment, gaps: Tensor, shares: Tensor, margin: float) -> None:
-        """Take back tiles whose probes exceed the call's threshold by the margin; what must be skipped stays out."""
-        state, tiles = self._states.by_key[key_of(moment)], plan.tiles
-        assert state.bits is not None
-        assert tiles is not None
-        assert plan.selection is not None
-        assert plan.selection.vote is not None
-        criterion, threshold = plan.selection.vote.criterion, plan.selection.vote.threshold
-        found = gaps > threshold + margin if criterion == "maxgap" else shares > threshold * 2.0**margin
-        _, first = self._fixed_bits(tiles, plan.token_order, moment)
-        back = pack_bits(found) if first is None else pack_bits(found) & first
-        self._states.keep(state, state.bits | back)
-
     def reset(self) -> None:
         """Free all bits."""
         self._states.clear()
