@@ -82,6 +82,6 @@ def test_a_tile_selected_otherwise_is_found(calls):
 
 
 def test_text_that_is_thinned_out_is_found(calls):
-    require_text_exact(calls[0], GRID)
+    require_text_exact(calls[0])
     with pytest.raises(AssertionError, match="text tokens are not exact"):
-        require_text_exact(calls[0], (4, 4, 4, 0, 16))
+        require_text_exact(dataclasses.replace(calls[0], grid=(4, 4, 4, 0, 16)))
