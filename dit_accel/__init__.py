@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .errors import DitAccelError as DitAccelError
     from .errors import MissingBackend as MissingBackend
     from .errors import UnsupportedModel as UnsupportedModel
+    from .methods.delta import DeltaCorrection as DeltaCorrection
+    from .methods.frozen import FrozenPattern as FrozenPattern
+    from .methods.lite import LiteAttention as LiteAttention
     from .methods.radial import RadialAttention as RadialAttention
     from .methods.sol import SolAttention as SolAttention
     from .report import Report as Report
@@ -21,6 +24,9 @@ _HOMES = {
     **dict.fromkeys(("Attachment", "attach"), "attachment"),
     **dict.fromkeys(("Description", "describe"), "description"),
     **dict.fromkeys(("AttachError", "ConfigError", "DitAccelError", "MissingBackend", "UnsupportedModel"), "errors"),
+    "DeltaCorrection": "methods.delta",
+    "FrozenPattern": "methods.frozen",
+    "LiteAttention": "methods.lite",
     "RadialAttention": "methods.radial",
     "SolAttention": "methods.sol",
     "Report": "report",

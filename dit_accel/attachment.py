@@ -15,11 +15,12 @@ from torch import nn
 from .adapter import NO_STEP, Adapter, Family
 from .config import MethodConfig
 from .errors import AttachError, ConfigError, MissingBackend, UnsupportedModel, did_you_mean
+from .lora import lora_state
 from .methods import METHODS
 from .methods.base import Handler, Model
 from .processor import Slot, unwrap_processor, wrap_processor
 from .registry import adapter_for, adapters
-from .report import Report, step_reports
+from .report import Report, measured_errors, step_reports
 from .session import NO_GRID, Place, Session, Target
 
 _MARK = "_dit_accel_attachment"
@@ -55,6 +56,10 @@ class Attachment:
         self._session.reset_handlers()
         self._attached = False
 
+    def reset(self) -> None:
+        """Free what the methods carry from step to step, as the next generation does by itself; keep the report."""
+        self._session.reset_handlers()
+
     def report(self) -> Report:
         """Return what ran in the last generation."""
         session = self._session
@@ -64,6 +69,7 @@ class Attachment:
             model=self._model,
             steps=step_reports(session.recorder),
             notes=tuple(session.recorder.notes),
+            measured=measured_errors(session.recorder),
         )
 
 
@@ -195,7 +201,7 @@ def _make_handlers(
         handlers.append(METHODS[type(config)](config, model))
     for handler in handlers:
         handler.check_with([other for other in handlers if other is not handler])
-    return sorted(handlers, key=lambda handler: handler.rank), described
+    return sorted(handlers, key=lambda handler: (handler.rank, handler.config.name)), described
 
 
 def _install_processors(
@@ -229,6 +235,8 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
         slot.grid = NO_GRID if isinstance(grid, str) else grid
         slot.outer_masks, slot.text_apart = target.adapter.outer_masks, target.adapter.text_apart
         if slot.grid != NO_STEP and not torch.compiler.is_compiling():
+            if not target.in_context:
+                session.note_weights(target, lora_state(transformer))
             latents = inputs[target.adapter.latents]
             session.observe(target, grid, len(latents), inputs.get(target.adapter.timestep))
 
@@ -242,6 +250,7 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
+        session.note_weights(target, lora_state(transformer))
         session.enter(target, name, kwargs)
         try:
             with original(name, **kwargs):

@@ -1,6 +1,7 @@
-"""Attention masks as models pass them, read as what our kernels follow: the valid keys of each row of the batch."""
+"""Attention masks as models pass them: the valid keys of each row, and dense attention under all other masks."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError
@@ -57,3 +58,36 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
             "valid keys); detach the sparse methods from this model"
         )
     return valid.reshape(-1, keys).expand(batch, keys)
+
+
+def key_padding(mask: Tensor, q: Tensor, k: Tensor, layout: str) -> Tensor:
+    """Return `key_validity` of the mask of one attention call, its tensors [B, S, H, D] or [B, H, S, D]."""
+    axis = 1 if layout == "bshd" else 2
+    return key_validity(mask, q.shape[0], q.shape[axis], k.shape[axis])
+
+
+def is_key_padding(mask: Tensor, q: Tensor, k: Tensor, layout: str) -> bool:
+    """Tell whether `key_padding` can read a mask."""
+    try:
+        key_padding(mask, q, k, layout)
+    except ConfigError:
+        return False
+    return True
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: str, scale: float | None) -> Tensor:
+    """Return scaled dot-product attention in the tensors' own layout, ``bshd`` or ``bhsd``."""
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2) if layout == "bshd" else out
+
+
+def dense_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: str, scale: float | None
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k and v from that of `attend_dense`'s output."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        return torch.autograd.grad(attend_dense(q, k, v, mask, layout, scale), (q, k, v), grad)

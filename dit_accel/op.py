@@ -42,7 +42,7 @@ def planned_attention(
     Returns:
         The output in q's layout and dtype, contiguous, and the plan's id (0-d int64 CPU tensor) for the backward.
     """
-    plan, moment, number = sessions.get(session).plan(int(layer), q, k, grid, layout, differentiate)
+    plan, moment, number = sessions.get(session).plan(int(layer), q, k, grid, layout, differentiate, mask, scale)
     out = sessions.get(session).execute(plan, moment, q, k, v, mask, layout, scale)
     return out.contiguous(), torch.tensor(number)
 

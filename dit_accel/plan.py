@@ -7,6 +7,7 @@ from dit_accel_kernels import FrameDecay, Selection, TileLists
 from torch import Tensor
 
 from .layout import TokenLayout
+from .masks import key_padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,9 @@ class Moment:
         layout: the sequence's token layout.
         batch: rows B of the call.
         device: where q, k and v lie.
+        row: which of the calls that the module makes in one forward; models that attend row by row make one a row.
+        repeated: the forward ran this call before; gradient checkpointing does so, and wants the same again.
+        differentiate: a backward may follow, so that what the plan holds must not be written to.
     """
 
     transformer: str
@@ -36,6 +40,42 @@ class Moment:
     layout: TokenLayout
     batch: int
     device: torch.device
+    row: int = 0
+    repeated: bool = False
+    differentiate: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Call:
+    """What one attention call compares, as the model hands it over; the values are not part of it.
+
+    Attributes:
+        q: queries after norm and RoPE, [B, S, H, D] or [B, H, S, D] as ``layout`` says.
+        k: keys, the same layout.
+        mask: None, or the model's attention mask, which must be key padding.
+        layout: ``bshd`` or ``bhsd``.
+        scale: factor on the logits; None: 1 / sqrt(D).
+        backend: the kernel backend's name.
+    """
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    layout: str
+    scale: float | None
+    backend: str
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """Return a tensor of the call as [B, H, S, D], a view."""
+        return x if self.layout == "bhsd" else x.transpose(1, 2)
+
+    def key_mask(self) -> Tensor | None:
+        """Return key validity [B, S] of the mask, True where a key is valid; None without a mask.
+
+        Raises:
+            ConfigError: for any other mask than key padding, which our kernels can't follow.
+        """
+        return None if self.mask is None else key_padding(self.mask, self.q, self.k, self.layout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

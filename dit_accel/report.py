@@ -39,6 +39,11 @@ class Recorder:
         self.forwards: dict[tuple[str, int, str], Forward] = {}
         self.notes: list[str] = []
         self.backends: set[str] = set()
+        self.measured: list[tuple[Moment, Tensor]] = []
+
+    def measured_call(self, moment: Moment, error: Tensor) -> None:
+        """Keep the error that probe rows found in one planned call, [H], relative L2."""
+        self.measured.append((moment, error))
 
     def note(self, text: str) -> None:
         """Keep a remark for the report, once."""
@@ -111,6 +116,25 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredError:
+    """What the planned part of one attention call was off by at its probe rows, before any correction.
+
+    Attributes:
+        transformer: component name.
+        step_index: 0-based step.
+        branch: name of the denoising call.
+        layer: the attention module's index in its transformer.
+        by_head: norm of (planned - dense) over the norm of dense, of each head, over probe rows and batch.
+    """
+
+    transformer: str
+    step_index: int
+    branch: str
+    layer: int
+    by_head: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What ran in the last generation, and what "auto" and the recipe resolved to.
 
@@ -120,6 +144,7 @@ class Report:
         model: component name -> adapter and family.
         steps: one entry a denoising call, in the order of the run.
         notes: remarks of the methods, such as a sequence too short to gain.
+        measured: errors that probe rows found, one entry a probed call; empty without `DeltaCorrection`.
     """
 
     methods: Mapping[str, Mapping[str, Any]]
@@ -127,6 +152,7 @@ class Report:
     model: Mapping[str, str]
     steps: Sequence[StepReport] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
+    measured: Sequence[MeasuredError] = field(default_factory=tuple)
 
     @property
     def density(self) -> float:
@@ -151,6 +177,7 @@ class Report:
             "sparse_density": self.sparse_density,
             "steps": [{name: getattr(step, name) for name in step.__slots__} for step in self.steps],
             "notes": list(self.notes),
+            "measured": [{name: getattr(one, name) for name in one.__slots__} for one in self.measured],
         }
 
     def __str__(self) -> str:
@@ -165,6 +192,8 @@ class Report:
         if self.sparse_density is not None:
             pooled = sum(step.sparse_layers * step.pooled for step in self.steps) / sparse
             lines.append(f"sparse calls: {self.sparse_density:.3f} exact, {pooled:.3f} pooled")
+        if self.measured:
+            lines.append(_spell_measured(self.measured))
         return "\n".join([*lines, *self.notes])
 
 
@@ -184,9 +213,31 @@ def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
     )
 
 
+def measured_errors(recorder: Recorder) -> tuple[MeasuredError, ...]:
+    """Turn what probe rows found into one `MeasuredError` a probed call."""
+    return tuple(
+        MeasuredError(
+            transformer=moment.transformer,
+            step_index=moment.step_index,
+            branch=moment.branch,
+            layer=moment.layer,
+            by_head=tuple(error.tolist()),
+        )
+        for moment, error in recorder.measured
+    )
+
+
 def _mean(shares: Sequence[float | Tensor], otherwise: float) -> float:
     return sum(float(share) for share in shares) / len(shares) if shares else otherwise
 
 
 def _spell(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def _spell_measured(measured: Sequence[MeasuredError]) -> str:
+    found = [(error, one, head) for one in measured for head, error in enumerate(one.by_head)]
+    worst, one, head = max(found, key=lambda entry: entry[0])
+    mean = sum(error for error, *_ in found) / len(found)
+    where = f"step {one.step_index}, layer {one.layer}, head {head}"
+    return f"error at probe rows, before correction: {mean:.3f} mean, {worst:.3f} worst ({where})"

@@ -8,7 +8,7 @@ import itertools
 import math
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import AttachError, ConfigError
 from .layout import TokenLayout
-from .masks import key_validity
+from .masks import attend_dense, dense_gradients, is_key_padding, key_padding
 from .methods.base import Handler
-from .plan import AttentionPlan, Moment
+from .plan import AttentionPlan, Call, Moment
 from .report import Recorder
 
 _SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
@@ -54,6 +54,7 @@ class Place:
         self.layer = layer
         self.depth = depth
         self.processor: Any = None
+        self.calls = 0  # of this forward
 
 
 class Target:
@@ -76,6 +77,8 @@ class Target:
         self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
         self.timestep = -math.inf
         self.calls_at_timestep = 0
+        self.batch: int | None = None  # of this forward, where it is observed
+        self.weights: Hashable = None
 
 
 class Session:
@@ -146,9 +149,24 @@ class Session:
             self._note_shape(target, grid, batch)
         elif any(place.processor._dit_accel_sparse for place in target.places):
             raise ConfigError(f"{target.name} ({target.adapter.name}) can't be thinned out in this call: {grid}")
+        _begin_forward(target, batch)
+
+    def note_weights(self, target: Target, weights: Hashable) -> None:
+        """Note what acts on the transformer's weights; the methods forget what they learned under another value."""
+        if target.weights is not None and weights != target.weights:
+            self.reset_handlers()
+        target.weights = weights
 
     def plan(
-        self, layer: int, q: Tensor, k: Tensor, grid: Sequence[int], layout: str, differentiate: bool
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        grid: Sequence[int],
+        layout: str,
+        differentiate: bool,
+        mask: Tensor | None = None,
+        scale: float | None = None,
     ) -> tuple[AttentionPlan, Moment, int]:
         """Return the plan of the attention call that runs now, its moment and, for a backward, its number, else -1.
 
@@ -173,6 +191,7 @@ class Session:
                 f"reads {tokens.tokens} off the latents ({tokens}); report this model to the adapter's author"
             )
         self._note_shape(target, grid, batch)  # a forward that is compiled whole is not observed
+        row, repeated = _which_call(place, q.shape[0])
         moment = Moment(
             transformer=target.name,
             layer=place.layer,
@@ -184,10 +203,14 @@ class Session:
             layout=tokens,
             batch=q.shape[0],
             device=q.device,
+            row=row,
+            repeated=repeated,
+            differentiate=differentiate,
         )
-        plan = AttentionPlan()
+        plan, call = AttentionPlan(), Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
         for handler in self.handlers:
             if handler.is_active(moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma):
+                handler.look(plan, moment, call)
                 plan = handler.contribute(plan, moment)
         return plan, moment, self._remember(plan) if differentiate else -1
 
@@ -216,20 +239,29 @@ class Session:
         layout: str,
         scale: float | None,
     ) -> Tensor:
-        """Run a plan in one kernel call, count what ran and let methods learn from it; outside autograd."""
+        """Run a plan in one kernel call, count what ran, let methods learn from it and correct it; outside autograd."""
+        if self._stays_dense(moment, q, k, mask, layout):
+            return attend_dense(q, k, v, mask, layout, scale)
         self.recorder.backends.add(resolve_backend(self.backend, q.device, q.dtype, q.shape[-1]))
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         selection = plan.selection
         found = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selection is not None)
         if isinstance(found, Tensor):
+            out = found
             self.recorder.sparse_call(moment, plan)
-            return found
-        assert selection is not None
-        self.recorder.selected_call(moment, plan, found[1])
-        if selection.vote is not None:
-            for handler in self.handlers:
-                handler.learn(moment, found[2])
-        return found[0]
+        else:
+            assert selection is not None
+            out = found[0]
+            self.recorder.selected_call(moment, plan, found[1])
+            if selection.vote is not None:
+                for handler in self.handlers:
+                    handler.learn(moment, found[2])
+        call = Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
+        for handler in self.handlers:
+            out, error = handler.correct(plan, moment, call, v, out)
+            if error is not None:
+                self.recorder.measured_call(moment, error)
+        return out
 
     def gradients(
         self,
@@ -243,8 +275,25 @@ class Session:
         scale: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v under a plan."""
+        if mask is not None and not is_key_padding(mask, q, k, layout):
+            dq, dk, dv = dense_gradients(grad, q, k, v, mask, layout, scale)
+            return dq, dk, dv
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         return block_sparse_attention_backward(grad, q, k, v, tiles, **arguments)
+
+    def _stays_dense(self, moment: Moment, q: Tensor, k: Tensor, mask: Tensor | None, layout: str) -> bool:
+        """Tell whether a mask that is no key padding keeps a call dense; the report says so."""
+        place = moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma
+        if mask is None or not all(handler.dense_under_masks for handler in self.handlers if handler.is_active(*place)):
+            return False
+        if is_key_padding(mask, q, k, layout):
+            return False
+        self.recorder.forward(moment.transformer, moment.branch, moment.step_index, 1)
+        self.recorder.note(
+            f"{moment.transformer} passes masks {mask.dtype} {list(mask.shape)} that are no key padding; such calls "
+            "stayed dense"
+        )
+        return True
 
     def _kernel_arguments(
         self, plan: AttentionPlan, q: Tensor, k: Tensor, mask: Tensor | None, layout: str, scale: float | None
@@ -252,12 +301,12 @@ class Session:
         axis = 1 if layout == "bshd" else 2
         tiles = plan.tiles
         if tiles is None:
-            tiles = TileLists.full(q.shape[axis], k.shape[axis], block_q=128, block_k=128)
+            tiles = TileLists.full(q.shape[axis], k.shape[axis], block_q=128, block_k=128).to(q.device)
         return tiles, {
             "layout": layout,
             "scale": scale,
             "head_scale": plan.head_scale,
-            "key_mask": None if mask is None else key_validity(mask, q.shape[0], q.shape[axis], k.shape[axis]),
+            "key_mask": None if mask is None else key_padding(mask, q, k, layout),
             "frame_decay": plan.frame_decay,
             "token_order": plan.token_order,
             "identity_mix": plan.identity_mix,
@@ -296,6 +345,7 @@ class Session:
         self._last_step[key] = step
         self.num_inference_steps = num_inference_steps
         dense = 0
+        _begin_forward(target, None)
         for place in target.places:
             sparse = any(
                 handler.is_active(place.depth, step, num_inference_steps, target.sigma) for handler in self.handlers
@@ -332,3 +382,19 @@ def _with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
     if not 0 <= dropped <= tokens.text_after:
         return tokens
     return replace(tokens, text_after=tokens.text_after - dropped)
+
+
+def _begin_forward(target: Target, batch: int | None) -> None:
+    target.batch = batch
+    for place in target.places:
+        place.calls = 0
+
+
+def _which_call(place: Place, batch: int) -> tuple[int, bool]:
+    """Count a call of ``batch`` rows; return its place among the forward's calls, and whether it ran before."""
+    count, whole = place.calls, place.target.batch
+    place.calls += 1
+    if whole is None and place.target.adapter.ragged_text:  # how many rows follow is not known
+        return count, False
+    rows = max(1, (whole or batch) // batch)
+    return count % rows, count >= rows

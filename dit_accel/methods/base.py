@@ -10,7 +10,7 @@ from ..adapter import Adapter, Family
 from ..config import MethodConfig
 from ..errors import ConfigError
 from ..layout import TokenLayout
-from ..plan import AttentionPlan, Moment
+from ..plan import AttentionPlan, Call, Moment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,9 @@ class Handler:
     rank: ClassVar[int] = 0
     """Lower ranks fill the plan first, in whatever order the user lists the methods: 0 lists, 1 selections, 2 rest."""
 
+    dense_under_masks: ClassVar[bool] = False
+    """Whether a call whose mask is no key padding runs dense, as the report says, instead of being refused."""
+
     def __init__(self, config: MethodConfig, model: Model) -> None:
         self.config = config
         self.model = model
@@ -56,6 +59,9 @@ class Handler:
         """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""
         return True
 
+    def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
+        """Look at the queries and keys of a call that `contribute` is about to plan; ``plan`` is what it will get."""
+
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Return ``plan`` with the method's part added."""
         return plan
@@ -66,8 +72,37 @@ class Handler:
     def learn(self, moment: Moment, kept: Tensor) -> None:
         """Take the bits that the votes of a call keep, int32 [B, H, NQ, W]; called where the plan asked for votes."""
 
+    def correct(
+        self, plan: AttentionPlan, moment: Moment, call: Call, v: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output of a planned call, corrected, and each head's measured error [H], None if not measured.
+
+        Called after every planned call, active or not. ``out`` is the kernel's own and may be written to.
+        """
+        return out, None
+
+    def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
+        """Tell whether `reactivate` would do anything after this call."""
+        return False
+
+    def reactivate(self, plan: AttentionPlan, moment: Moment, gaps: Tensor, shares: Tensor, margin: float) -> None:
+        """Take back tiles that probe rows find to matter; called after `learn`, where `wants_gaps` says so.
+
+        Args:
+            plan: what the call ran.
+            moment: when it ran.
+            gaps: float32 [B, H, NQ, NK], a tile's largest logit minus its row's over all keys, in log2 units, the
+                largest over the block row's probe rows; -inf where the block row has none, or the tile no valid key.
+            shares: the same for a tile's share of the row's softmax mass; 0 instead of -inf.
+            margin: log2 units by which a gap or share must exceed the threshold at which tiles are dropped.
+        """
+
     def reset(self) -> None:
         """Forget everything that belongs to one generation."""
+
+    def state_bytes(self) -> int:
+        """Return the most memory that was held from step to step since attach, in bytes."""
+        return 0
 
 
 METHODS: dict[type[MethodConfig], type[Handler]] = {}

@@ -8,6 +8,7 @@ from dit_accel_kernels.api import (
 )
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay
+from dit_accel_kernels.masses import tile_gaps, tile_masses
 from dit_accel_kernels.packing import BACKENDS
 from dit_accel_kernels.selection import Routing, Selection, Vote, count_bits, pack_bits, unpack_bits
 from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
@@ -30,6 +31,8 @@ __all__ = [
     "count_bits",
     "pack_bits",
     "resolve_backend",
+    "tile_gaps",
+    "tile_masses",
     "triton_requirement",
     "unpack_bits",
 ]

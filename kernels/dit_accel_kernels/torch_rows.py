@@ -8,12 +8,13 @@ tile while these are there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.tiled import Tiled, wide_dtype
 from dit_accel_kernels.votes import Tally
 
@@ -35,22 +36,16 @@ class Row(NamedTuple):
 
 
 def far_lengths(tiled: Tiled, pooled: Tensor) -> Tensor:
-    """Lengths of pooled tiles, weights of their columns; in wide dtypes their logarithms, which join the logits."""
+    """Base-2 logarithms of the lengths of pooled tiles: their columns' weights, which join the logits."""
     assert tiled.length is not None
-    lengths = tiled.length[pooled % tiled.key_tiles].to(tiled.q.dtype)
-    return lengths if _weighs(tiled) else lengths.log_()
-
-
-def _weighs(tiled: Tiled) -> bool:
-    """Whether logits are too coarse to take the logarithm of a length in."""
-    return tiled.q.dtype != wide_dtype(tiled.q.dtype)
+    return tiled.length.log2().to(wide_dtype(tiled.q.dtype))[pooled % tiled.key_tiles]
 
 
 class RowLoop:
     """Block rows of one lane, one by one, with as few operations as can be: workers queue for Python at each of them.
 
     `out` [R, block_q, D] and `lse` [R, block_q] or None are the lane's own; a tally wants only the lane of lists of
-    every batch and head.
+    every batch and head. Logits are in log2 units and in the wide dtype: exp2 takes a third of the time of exp.
     """
 
     def __init__(
@@ -67,7 +62,6 @@ class RowLoop:
         self.lse_rows = None if lse is None else lse.unbind(0)
         self.k, self.v = tiled.k[lane], tiled.v[lane]
         self.k_mean, self.v_mean = (None if x is None else x[lane] for x in (tiled.k_mean, tiled.v_mean))
-        self.weighs = _weighs(tiled)
         self.most = tiles_of_part(tiled)
         self.views: dict[tuple[int, int, bool], _Views] = {}
 
@@ -84,100 +78,124 @@ class RowLoop:
 
     def _vote(self, tally: Tally, rows: Sequence[Row]) -> None:
         """Attention of a few rows, whose votes are settled then."""
-        counts = torch.tensor([row.exact.numel() for row in rows])
-        most = int(counts.max())
-        shape = (len(rows), self.tiled.q.shape[2], most)
-        found = self.tiled.q.new_full(shape, tally.nothing, dtype=wide_dtype(self.tiled.q.dtype))
-        for row, room in zip(rows, found.unbind(0), strict=True):
-            self._row(row, room)
-        tiles = torch.full((len(rows), most), tally.none)
-        tiles[torch.arange(most) < counts[:, None]] = torch.cat([row.exact for row in rows]) % self.tiled.key_tiles
+        block_q, wide = self.tiled.q.shape[2], wide_dtype(self.tiled.q.dtype)
+        sizes = [row.exact.numel() for row in rows]
+        flat = self.tiled.q.new_empty(block_q * sum(sizes), dtype=wide)
+        rooms = flat.split([block_q * size for size in sizes])
+        for row, room, size in zip(rows, rooms, sizes, strict=True):
+            self._row(row, room.view(block_q, size))
+        here = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+        tiles = torch.full(here.shape, tally.none)
+        tiles[here] = torch.cat([row.exact for row in rows]) % self.tiled.key_tiles
+        found = flat.new_full((len(rows), block_q, here.shape[1]), tally.nothing)
+        found.masked_scatter_(here[:, None].expand(found.shape), flat)
+        if not tally.by_mass:
+            found /= LOG2_E
         tally.settle(torch.tensor([row.number for row in rows]), tiles, found)
 
     def _row(self, row: Row, found: Tensor | None) -> None:
-        """Attention of one row; `found` [block_q, n or more] gets what votes need."""
+        """Attention of one row; `found` [block_q, n] gets what votes need, maxima in log2 units."""
         result = self.out_rows[row.number]
         if row.exact.numel() > self.most:
             sums = self._parts(row, found, result)
         else:
             sums = self._part(row, found, result, need_sums=self.lse_rows is not None)
         if self.lse_rows is not None and sums is not None:
-            self.lse_rows[row.number].copy_(sums[0] + sums[1].log_())
+            peak, total = sums
+            torch.add(peak[:, 0] / LOG2_E, total[:, 0].log(), out=self.lse_rows[row.number])
 
     def _parts(self, row: Row, found: Tensor | None, result: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for a long row, in parts, pooled tiles with the last; returns maximum and sum like `_part`."""
+        """The same for a long row, in parts, pooled tiles with the last; returns what `_part` does."""
         count = row.exact.numel()
         cuts = min(count, 2 * -(-count // self.most))  # halves fit the cache beside their keys
         out = buffer(self.buffers, "out", result, tuple(result.shape))
         whole = peak = total = None
         seen = []
         for number, exact in enumerate(row.exact.tensor_split(cuts)):
-            last = number == cuts - 1
+            last, room = number == cuts - 1, None
             part = Row(row.number, exact, row.pooled if last else None, row.lengths, row.tail and last)
-            room = None
             if found is not None:
                 room, found = found[:, : exact.numel()], found[:, exact.numel() :]
             sums = self._part(part, room, out, need_sums=True)
             assert sums is not None
-            seen.append((room, *sums))
+            seen.append((room, sums[0]))
             if whole is None or peak is None or total is None:
                 whole, (peak, total) = out.to(sums[0].dtype, copy=True), sums
                 continue
             before, peak = peak, torch.maximum(peak, sums[0])
-            share, more = total * (before - peak).exp_(), sums[1] * (sums[0] - peak).exp_()
+            share, more = total * (before - peak).exp2_(), sums[1] * (sums[0] - peak).exp2_()
             total = share + more
-            whole.mul_((share / total)[:, None]).addcmul_(out.to(whole.dtype), (more / total)[:, None])
+            whole.mul_(share / total).addcmul_(out.to(whole.dtype), more / total)
         assert whole is not None
         assert peak is not None
         assert total is not None
         if self.tally is not None and self.tally.by_mass:
-            for room, part_peak, part_total in seen:
-                room.mul_(((part_peak - peak).exp_() * part_total)[:, None])
+            for room, part_peak in seen:
+                room.mul_((part_peak - peak).exp2_())
         result.copy_(whole)
         return peak, total
 
     def _part(self, row: Row, found: Tensor | None, result: Tensor, *, need_sums: bool) -> tuple[Tensor, Tensor] | None:
         """Attention over some tiles of a row, left in `result`.
 
-        Returns, if needed, the largest logit x and the sum of e^(logit - x) of every query, [block_q] each: maxima of
-        logits and of the softmax are two cheap passes where a logsumexp would repeat it.
+        Returns, at least if needed, the largest logit x and the sum of 2^(logit - x) of every query, [block_q, 1] each.
         """
-        pooled = row.pooled
-        key = (row.exact.numel(), 0 if pooled is None else pooled.numel(), row.tail)
+        key = (row.exact.numel(), 0 if row.pooled is None else row.pooled.numel(), row.tail)
         at = self.views.get(key)
         if at is None:
             at = self.views[key] = _Views(self.tiled, self.buffers, *key)
+        simple = at.is_low and not at.pooled and found is None  # then softmax is faster
+        scale = self.tiled.scale if simple else self.tiled.scale * LOG2_E
         torch.index_select(self.k, 0, row.exact, out=at.k)
         if at.pooled:
-            torch.index_select(self.k_mean, 0, pooled, out=at.k_means)
-        torch.addmm(at.logits, self.q_rows[row.number], at.k_columns, beta=0, alpha=self.tiled.scale, out=at.logits)
-        if at.pooled and not self.weighs:
-            at.far_logits.add_(row.lengths)
-        torch.softmax(at.logits, -1, out=at.p)
-        if found is not None and self.tally is not None:
-            at.sums(found) if self.tally.by_mass else at.maxima(found)
+            torch.index_select(self.k_mean, 0, row.pooled, out=at.k_means)
+        torch.addmm(at.products, self.q_rows[row.number], at.k_columns, beta=0, alpha=scale, out=at.products)
+        sums = None
+        if simple:
+            torch.softmax(at.products, -1, out=at.p)
+            if need_sums:
+                peak, most = (x.amax(-1, keepdim=True).to(at.x.dtype) for x in (at.products, at.p))
+                sums = peak.mul_(LOG2_E), most.reciprocal_()
+        else:
+            sums = self._exponentials(at, row.lengths, found)
         torch.index_select(self.v, 0, row.exact, out=at.v)
         if at.pooled:
-            torch.index_select(self.v_mean, 0, pooled, out=at.v_means)
-        sums, wide = None, wide_dtype(at.p.dtype)
-        if need_sums:
-            sums = at.logits.amax(-1).to(wide), at.p.amax(-1).to(wide).reciprocal_()
-        if not (at.pooled and self.weighs):
-            torch.mm(at.p, at.v_columns, out=result)
-            return sums
-        at.far_p.mul_(row.lengths)
-        total = at.p.sum(-1, dtype=wide)
+            torch.index_select(self.v_mean, 0, row.pooled, out=at.v_means)
         torch.mm(at.p, at.v_columns, out=result)
-        result.copy_(result / total[:, None])
-        if sums is None:
-            return None
-        if found is not None and self.tally is not None and self.tally.by_mass:
-            found.div_(total[:, None])
-        return sums[0], sums[1].mul_(total)
+        if sums is not None and not at.is_low:
+            result.div_(sums[1])
+        return sums
+
+    def _exponentials(self, at: _Views, lengths: Tensor | None, found: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From products to weights in `at.p`, of sum 1 in low dtypes only; returns peaks and sums."""
+        x, votes = at.x, None if found is None else self.tally
+        if at.is_low:
+            x.copy_(at.products)
+        if at.pooled:
+            at.far.add_(lengths)
+        if votes is None or found is None or votes.by_mass:
+            peak = x.amax(-1, keepdim=True)
+        else:
+            at.by_tile(torch.amax, found)
+            peak = found.amax(-1, keepdim=True) if at.exact else None
+            if at.pooled:
+                far = at.far.amax(-1, keepdim=True)
+                peak = far if peak is None else torch.maximum(peak, far)
+            assert peak is not None
+        total = x.sub_(peak).exp2_().sum(-1, keepdim=True)
+        if votes is not None and found is not None and votes.by_mass:
+            at.by_tile(torch.sum, found)
+        if at.is_low:
+            torch.mul(x, total.reciprocal(), out=at.p)
+        return peak, total
 
 
 class _Views:
-    """Views of reused buffers for block rows of `exact` and `pooled` tiles; `logits` and `p` are [block_q, C]."""
+    """Views of reused buffers for block rows of `exact` and `pooled` tiles.
+
+    `products`, `x`, `p` are [block_q, C]: scaled products, logits in the wide dtype, weights; one buffer where q's
+    dtype is wide. `far` are the pooled columns of x.
+    """
 
     def __init__(self, tiled: Tiled, buffers: dict[str, Tensor], exact: int, pooled: int, tail: bool) -> None:
         block, dim = tiled.k.shape[2:]
@@ -187,30 +205,25 @@ class _Views:
         self.k, self.v = (x[: exact * block].view(exact, block, dim) for x in (k, v))
         self.k_means, self.v_means = (x[tokens:columns] for x in (k, v))  # behind the tokens, over what pads the last
         self.k_columns, self.v_columns = k[:columns].mT, v[:columns]
-        self.logits, self.p = (buffer(buffers, n, tiled.q, (tiled.q.shape[2], columns)) for n in ("logits", "p"))
-        self.pooled = pooled
-        self.far_logits, self.far_p = (x[:, tokens:] for x in (self.logits, self.p))
-        whole = exact - tail  # tiles
-        self.tiles_logits, self.tiles_p = (
-            x[:, : whole * block].view(len(x), whole, block) for x in (self.logits, self.p)
-        )
-        self.rest_logits, self.rest_p = (x[:, whole * block : tokens] for x in (self.logits, self.p))
-        self.whole, self.tail = slice(0, whole), whole if tail else None
+        shape, wide = (tiled.q.shape[2], columns), wide_dtype(tiled.q.dtype)
+        self.is_low = tiled.q.dtype != wide
+        self.products = self.x = self.p = buffer(buffers, "products", tiled.q, shape)
+        if self.is_low:
+            self.x = buffer(buffers, "x", tiled.q, shape, wide)
+            self.p = buffer(buffers, "p", tiled.q, shape)
+        self.exact, self.pooled, self.far = exact, pooled, self.x[:, tokens:]
+        whole = exact - tail
+        self.whole, self.rest = self.x[:, : whole * block].view(len(self.x), whole, block), None
+        if tail:
+            self.rest = self.x[:, whole * block : tokens]
 
-    def maxima(self, found: Tensor) -> None:
-        """The largest logit of every query in every exact tile, in the first columns of `found` [block_q, ...]."""
-        if found.dtype == self.logits.dtype:
-            torch.amax(self.tiles_logits, -1, out=found[:, self.whole])
-        else:
-            found[:, self.whole] = self.tiles_logits.amax(-1)
-        if self.tail is not None:
-            found[:, self.tail] = self.rest_logits.amax(-1)
-
-    def sums(self, found: Tensor) -> None:
-        """The same for each tile's sum of the softmax over these columns."""
-        torch.sum(self.tiles_p, -1, dtype=found.dtype, out=found[:, self.whole])
-        if self.tail is not None:
-            found[:, self.tail] = self.rest_p.sum(-1, dtype=found.dtype)
+    def by_tile(self, reduce: Callable[..., Tensor], found: Tensor) -> None:
+        """Reduce x over the keys of each exact tile into `found` [block_q, n]."""
+        if self.rest is None:
+            reduce(self.whole, -1, out=found)
+            return
+        found[:, :-1] = reduce(self.whole, -1)
+        found[:, -1] = reduce(self.rest, -1)
 
 
 def tiles_of_part(tiled: Tiled) -> int:
@@ -218,9 +231,11 @@ def tiles_of_part(tiled: Tiled) -> int:
     return max(1, PART_BYTES // (tiled.q.element_size() * tiled.q.shape[2] * tiled.k.shape[2]))
 
 
-def buffer(buffers: dict[str, Tensor], name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def buffer(
+    buffers: dict[str, Tensor], name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Tensor:
     """A view of a reused flat buffer; grown when too small."""
     size = math.prod(shape)
     if name not in buffers or buffers[name].numel() < size:
-        buffers[name] = like.new_empty(size)
+        buffers[name] = like.new_empty(size, dtype=dtype)
     return buffers[name][:size].view(shape)

@@ -131,6 +131,8 @@ class Tally:
         `found` [R, block_q, n]: each row's sum of exponentials in each tile relative to any maximum that the row's
         tiles share, or its largest logit (see `by_mass`), `nothing` in padding.
         """
+        if not tiles.shape[1]:
+            return
         visited = tiles != self.none
         if self.absent is not None:
             visited &= ~self.absent[rows].gather(-1, tiles)
@@ -141,7 +143,7 @@ class Tally:
         needs = rows_need(self.vote, found, found)
         if self.last < found.shape[1]:
             needs[:, self.last :] &= (rows % self.rows != self.rows - 1)[:, None, None]
-        self.down[rows[:, None], tiles] = voted_down(visited, needs.any(1))
+        self.down[rows[:, None], tiles] = voted_down(visited, needs.view(torch.uint8).amax(1).bool())
 
     def kept(self) -> Tensor:
         """The bits of the next call, int32 [B, H, NQ, W]."""

@@ -23,7 +23,7 @@ from dit_accel.methods.tiling import pinned_bits
 from dit_accel.plan import AttentionPlan, Moment
 from dit_accel.registry import family
 from dit_accel.session import Session
-from dit_accel.watching import require_as_planned, watched
+from dit_accel.watching import require_as_planned, require_same, watched
 from dit_accel.written_out import tile_states
 
 MODEL = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=4, layers=3)
@@ -164,7 +164,7 @@ def test_rows_of_a_batch_and_equal_runs_are_equal():
     both, _ = run(plan, layout, q, k, v)
     assert torch.equal(run(plan, layout, q, k, v)[0], both)
     alone = torch.cat([run(plan, layout, q[i : i + 1], k[i : i + 1], v[i : i + 1])[0] for i in range(2)])
-    torch.testing.assert_close(both, alone, rtol=1e-12, atol=1e-12)
+    require_same(both, alone, "rows alone and in a batch")
 
 
 def test_the_two_thresholds_differ():

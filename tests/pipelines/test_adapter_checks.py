@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 import tiny_models
+import torch
 from dit_accel_pipelines import ADAPTERS as PACKAGED
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
 from dit_accel_pipelines.wan import WAN
 
 from dit_accel import registry
+from dit_accel.methods.radial import RadialHandler
+from dit_accel.methods.sol import SolHandler
 from dit_accel.testing import CHECKS, TRIALS, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
@@ -95,6 +98,26 @@ def test_a_wrong_adapter_fails_by_name(only, change, message):
         return
     with pytest.raises(AssertionError, match=rf"WanTransformer3DModel 0: check {message}"):
         check_adapter(adapter, tiny_models.WAN[0], only=FAST)
+
+
+def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch):
+    contribute = SolHandler.contribute
+    monkeypatch.setattr(SolHandler, "rank", RadialHandler.rank)
+    monkeypatch.setattr(
+        SolHandler, "contribute", lambda self, plan, moment: (plan.tiles and contribute(self, plan, moment)) or plan
+    )
+    text = r"check 'pairs' failed: .* attached in the other order give another output"
+    with pytest.raises(AssertionError, match=text):
+        check_adapter(WAN, tiny_models.WAN[0], only=["pairs"])
+
+
+def test_a_model_too_small_to_be_thinned_out_is_told_so():
+    def inputs(batch):
+        return {**tiny_models.WAN[0].inputs(batch), "hidden_states": torch.randn(batch, 12, 2, 4, 8)}
+
+    model = dataclasses.replace(tiny_models.WAN[0], inputs=inputs)
+    with pytest.raises(AssertionError, match=r"'active' failed: .* keeps every tile; give the tiny model more tokens"):
+        check_adapter(WAN, model, only=["active"])
 
 
 def test_what_is_missing_is_named(only):

@@ -1,0 +1,286 @@
+"""DeltaCorrection: exact attention for every stride-th query row, and what it differs by added to the row's neighbours.
+
+Source: Delta Attention (arXiv 2505.11254); what a sparse call loses is o - o_K = eps (o_S - o_K), so the correction is
+exact where that is the same for a whole group of neighbouring queries. Where we depart from it: groups are raster runs
+inside a frame with their centre as representative, never across a frame's border or into text, and nothing is
+recomputed densely at the end. Beyond it: the exact rows measure the error, and they see every key tile, so that they
+can take back tiles that a method dropped for good.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention_eager
+from torch import Tensor
+
+from ..config import MethodConfig
+from ..errors import ConfigError
+from ..layout import TokenLayout
+from ..plan import AttentionPlan, Call, Moment
+from .base import Handler, Model, handles
+from .lite_state import Key, key_of
+from .warmup import SparseConfig
+
+LOG2_E = 1.4426950408889634
+PROBE_SCORES = 2**26
+"""Logits that the probes of one head hold at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaCorrection(MethodConfig):
+    """Corrects a sparse method by exact probe rows and measures its error (arXiv 2505.11254); costs 1 / stride.
+
+    Attributes:
+        stride: query rows of a group, of which one is computed exactly; the last group of a frame may be smaller.
+        reuse: calls of a layer and branch that one correction serves; the first of them is probed. With 1 every call
+            is; with more the representative rows are exact in the probed calls only.
+        reactivate: let the probes take back tiles that another method dropped, where it can (LiteAttention).
+        margin: log2 units by which a dropped tile must exceed the threshold to be taken back.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    name: ClassVar[str] = "delta"
+
+    stride: int = 64
+    reuse: int = 1
+    reactivate: bool = True
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        if self.stride < 1:
+            raise ConfigError(f"delta.stride must be >= 1, got {self.stride}; 64 computes 1.6 % of the rows exactly")
+        if self.reuse < 1:
+            raise ConfigError(f"delta.reuse must be >= 1, got {self.reuse}; 1 probes every call")
+        if not 0 <= self.margin < float("inf"):
+            raise ConfigError(f"delta.margin must be a finite number >= 0, got {self.margin}; 1 is usual")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Groups:
+    """Neighbouring queries that share one correction.
+
+    Attributes:
+        rows: int64 [G], token index of each group's representative, ascending.
+        of: int64 [n], group of every visual token, in the sequence's order.
+    """
+
+    rows: Tensor
+    of: Tensor
+
+
+@lru_cache(maxsize=16)
+def groups_of(layout: TokenLayout, stride: int, device: str) -> Groups:
+    """Cut each frame's tokens into raster runs of ``stride``; text is in no group."""
+    s = layout.tokens_per_frame
+    starts = torch.arange(0, s, stride)
+    centres = starts + (s - starts).clamp(max=stride) // 2
+    frames = torch.arange(layout.frames)[:, None]
+    rows = layout.text_before + frames * s + centres
+    of = frames * len(starts) + torch.arange(s) // stride
+    with torch.inference_mode(False):
+        return Groups(rows=rows.flatten().to(device).clone(), of=of.flatten().to(device).clone())
+
+
+@handles(DeltaCorrection)
+class DeltaHandler(Handler):
+    """DeltaCorrection on one model: corrects what the other methods' plans computed."""
+
+    config: DeltaCorrection
+    rank = 2
+
+    def __init__(self, config: DeltaCorrection, model: Model) -> None:
+        super().__init__(config, model)
+        self.others: tuple[Handler, ...] = ()
+        self.held: dict[Key, tuple[Tensor, int]] = {}
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Refuse to correct nothing."""
+        if not any(isinstance(other.config, SparseConfig) for other in others):
+            raise ConfigError(
+                "delta corrects what a sparse method leaves out, and none is attached; add one, such as "
+                "RadialAttention() or --radial"
+            )
+        self.others = tuple(others)
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Remark on groups that are smaller than asked for."""
+        if self.config.stride <= layout.tokens_per_frame:
+            return None
+        return (
+            f"delta.stride = {self.config.stride} exceeds the {layout.tokens_per_frame} tokens of a frame: "
+            "one row a frame is computed exactly"
+        )
+
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
+        """Never by itself: it corrects the calls that other methods plan."""
+        return False
+
+    def correct(
+        self, plan: AttentionPlan, moment: Moment, call: Call, v: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add each group's correction; on probed calls return the measured error and let tiles be taken back.
+
+        Raises:
+            ConfigError: if a backward may follow, of which the correction would be no part.
+        """
+        if _is_dense(plan):
+            return out, None
+        if moment.differentiate:
+            raise ConfigError(
+                "delta has no gradient, and this attention call is recorded for a backward; generate under "
+                "torch.no_grad(), or train without DeltaCorrection"
+            )
+        axis = 2 if call.layout == "bhsd" else 1
+        groups = groups_of(moment.layout, self.config.stride, str(out.device))
+        key = key_of(moment)
+        delta, calls = self.held.get(key, (None, 0))
+        dense = error = None
+        if delta is None or calls % self.config.reuse == 0:
+            dense = dense_rows(plan, call, v, groups.rows)
+            wide = torch.promote_types(out.dtype, torch.float32)
+            exact = dense.to(wide)
+            difference = exact - out.index_select(axis, groups.rows).to(wide)
+            error = _norm(call.heads_first(difference)) / _norm(call.heads_first(exact))
+            delta = difference.to(out.dtype)
+            self._reactivate(plan, moment, call, groups.rows)
+        if self.config.reuse > 1:
+            self.held[key] = (delta, calls + 1)
+        out.narrow(axis, moment.layout.text_before, len(groups.of)).add_(delta.index_select(axis, groups.of))
+        if dense is not None:
+            out.index_copy_(axis, groups.rows, dense)
+        return out, error
+
+    def reset(self) -> None:
+        """Forget the corrections of earlier calls."""
+        self.held.clear()
+
+    def _reactivate(self, plan: AttentionPlan, moment: Moment, call: Call, rows: Tensor) -> None:
+        takers = [other for other in self.others if self.config.reactivate and other.wants_gaps(plan, moment)]
+        if takers:
+            gaps, shares = probe_gaps(plan, call, rows)
+            for other in takers:
+                other.reactivate(plan, moment, gaps, shares, self.config.margin)
+
+
+def _is_dense(plan: AttentionPlan) -> bool:
+    """Tell whether a plan leaves nothing out; asks no device."""
+    full = plan.tiles is None or plan.tiles.tiles_exact == plan.tiles.tiles_total
+    return full and (plan.selection is None or (plan.selection.keep is None and plan.selection.routing is None))
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Norm over batch, rows and channels of each head, [H] of [B, H, G, D]; never 0."""
+    return x.square().sum((0, 2, 3)).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def dense_rows(plan: AttentionPlan, call: Call, v: Tensor, rows: Tensor) -> Tensor:
+    """Return what the plan would compute for some query rows if it left nothing out, in the call's layout.
+
+    Logit transforms, key validity and identity mix stay the plan's; pooling, skipping and routing are gone.
+
+    Args:
+        plan: the call's plan.
+        call: its queries and keys.
+        v: its values.
+        rows: int64 [G], token indices.
+    """
+    axis = 2 if call.layout == "bhsd" else 1
+    decay = plan.frame_decay
+    if decay is not None:
+        decay = FrameDecay(table=decay.table, q_frames=decay.q_frames[rows], k_frames=decay.k_frames)
+    out = block_sparse_attention_eager(
+        call.q.index_select(axis, rows),
+        call.k,
+        v,
+        _full_lists(len(rows), call.k.shape[axis], str(v.device)),
+        layout=call.layout,
+        scale=call.scale,
+        head_scale=plan.head_scale,
+        key_mask=call.key_mask(),
+        frame_decay=decay,
+        backend=call.backend,
+    )
+    assert isinstance(out, Tensor)
+    if plan.identity_mix is None:
+        return out
+    heads = 3 - axis
+    own = v.index_select(axis, rows).repeat_interleave(out.shape[heads] // v.shape[heads], heads)
+    weight = plan.identity_mix.to(out.dtype).reshape(-1, out.shape[heads]).unsqueeze(axis).unsqueeze(-1)
+    return torch.lerp(out, own, weight.expand_as(out))
+
+
+@lru_cache(maxsize=16)
+def _full_lists(queries: int, keys: int, device: str) -> TileLists:
+    with torch.inference_mode(False):
+        return TileLists.full(queries, keys, block_q=128, block_k=128).to(device)
+
+
+def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what some query rows see in every key tile of a plan, the most of each block row's.
+
+    Args:
+        plan: the call's plan; its tile lists give the tiles.
+        call: its queries and keys.
+        rows: int64 [G], token indices of the probes.
+
+    Returns:
+        Gaps and shares, float32 (float64 for float64) [B, H, NQ, NK], as `Handler.reactivate` has them.
+    """
+    tiles, order = plan.tiles, plan.token_order
+    assert tiles is not None
+    q, k = call.heads_first(call.q).index_select(2, rows), call.heads_first(call.k)
+    (batch, heads), keys = q.shape[:2], k.shape[2]
+    place = rows
+    if order is not None:
+        k = k.index_select(2, order)
+        place = torch.empty_like(order).index_copy_(0, order, torch.arange(keys, device=order.device))[rows]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    shape = (batch, heads, tiles.query_tiles, tiles.key_tiles)
+    gaps = torch.full(shape, -torch.inf, dtype=wide, device=q.device)
+    shares = torch.zeros(shape, dtype=wide, device=q.device)
+    for b, h, part, x in _probe_logits(plan, call, q, k, rows):
+        x = torch.nn.functional.pad(x, (0, -keys % tiles.block_k), value=-torch.inf).unflatten(-1, (-1, tiles.block_k))
+        top = x.amax(-1)
+        peak = top.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # a row without a valid key
+        mass = (x - peak[..., None]).exp2().sum(-1)
+        block_row = place[part] // tiles.block_q
+        block_row = block_row[:, None].expand_as(top)
+        gaps[b, h].scatter_reduce_(0, block_row, top - peak, "amax")
+        share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        shares[b, h].scatter_reduce_(0, block_row, share, "amax")
+    return gaps, shares
+
+
+def _probe_logits(
+    plan: AttentionPlan, call: Call, q: Tensor, k: Tensor, rows: Tensor
+) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Give (batch, head, part of the rows, log2 logits [part, S]) of the probes; ``k`` is in the plan's tiled order."""
+    order, decay, mask = plan.token_order, plan.frame_decay, call.key_mask()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    invalid = None if mask is None else ~(mask if order is None else mask.index_select(1, order))
+    scale = (q.shape[-1] ** -0.5 if call.scale is None else call.scale) * LOG2_E
+    repeat, step = q.shape[1] // k.shape[1], max(1, PROBE_SCORES // k.shape[2])
+    factor = None if plan.head_scale is None else plan.head_scale.to(wide).reshape(-1, q.shape[1])
+    k_frames = None if decay is None else decay.k_frames if order is None else decay.k_frames[order]
+    for start in range(0, len(rows), step):
+        part, t = slice(start, start + step), None
+        if decay is not None and k_frames is not None:
+            q_frames = decay.q_frames[rows[part]]
+            distance = (q_frames[:, None] - k_frames).abs().clamp(max=decay.table.numel() - 1)
+            outside = (q_frames < 0)[:, None] | (k_frames < 0)
+            t = decay.table[distance.long()].to(wide).masked_fill(outside, 1.0)
+        for b in range(q.shape[0]):
+            for h in range(q.shape[1]):
+                x = (q[b, h, part] @ k[b, h // repeat].mT).to(wide) * scale
+                if factor is not None:
+                    x = x * factor[b if len(factor) > 1 else 0, h]
+                x = x if t is None else torch.minimum(x, t * x)
+                yield b, h, part, x if invalid is None else x.masked_fill(invalid[b], -torch.inf)

@@ -1,0 +1,403 @@
+"""LiteAttention: tiles that a call finds negligible are left out of the calls after it, and cost nothing there.
+
+Source: LiteAttention (arXiv 2511.11062), by its published code. Beyond the original: every backend, bitmaps in place of
+lists, branches and rows apart, resets, text exact, criteria that bound the mass, a target density, pooled tiles.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from dit_accel_kernels import Selection, TileLists, Vote, count_bits, pack_bits, unpack_bits
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..layout import TokenLayout
+from ..masks import is_key_padding
+from ..plan import AttentionPlan, Call, Moment
+from ..report import exact_bits
+from .base import Handler, Model, handles
+from .lite_ranges import check_ranges, range_tiles
+from .lite_state import CallState, Dial, States, bitmap_bytes, key_of
+from .lite_thresholds import LiteThresholds, check_threshold, model_name, read_thresholds
+from .tiling import full_tiles, pinned_bits, visual_first
+from .warmup import SparseConfig
+
+GENERIC: Mapping[str, Any] = {
+    "block_size": 128,
+    "dense_steps": 0.1,
+    "dense_last_steps": 0,
+    "dense_layers": 0,
+}
+"""What an option is where neither the user nor the model's recipe sets it.
+
+The first call that is not dense by these options is dense as well, by design; so the warm-up is short.
+"""
+
+THRESHOLDS: Mapping[str, float] = {"maxgap": -10.0, "mass": 2.0**-10, "budget": 0.01}
+"""Threshold of each criterion where none is set: the published gap, and shares of the softmax mass."""
+
+WORTHWHILE_TOKENS = 30_000
+"""Visual tokens below which skipping rarely pays: the published gains are of 30,000 tokens and more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiteAttention(SparseConfig):
+    """Self-attention that leaves out what earlier steps found negligible (arXiv 2511.11062).
+
+    An option left unset takes the recipe of the model's family, or `GENERIC` where the family has none. For the options
+    that begin with ``dense`` see `SparseConfig`. The first call after them is dense too, and votes. With another
+    method's tile list a tile must be in that list as well, and tiles and token order are that method's.
+
+    Attributes:
+        criterion: what a query row must show to need a tile: ``maxgap``, a logit that comes near its largest one;
+            ``mass``, a share of its softmax mass; ``budget``, one share for all tiles that the row gives up in a run.
+        threshold: for ``maxgap`` in log2 units, < 0: -10 drops tiles whose largest weight is at most 2^-10 of the
+            largest before it, for every row of the block. For ``mass`` and ``budget`` a share in (0, 1). Unset: -10,
+            2^-10 or 0.01. A budget is split over the votes to come and bounds the mass of a tile at its vote; where
+            logits drift by D log2 units afterwards, by 2^(2D) times as much.
+        target_density: share of all tiles, in (0, 1), that a branch keeps over its layers, instead of votes: its first
+            call records every tile's gap (or share of the mass, for ``mass``) at 16 rows of each block row, and the
+            second drops what lies under the threshold at which that share is kept.
+        thresholds_file: TOML of thresholds by layer and step, as ``dit-accel tune lite`` writes it, instead.
+        detect_every: every how many calls tiles vote; the others run as the last vote says.
+        refresh_every: calls after which everything is computed and voted on again; unset: never within a generation.
+        bidirectional: visit tiles from the first to the last and from the last to the first by turns, so that those
+            which came early meet a nearly final maximum at the next vote.
+        protect_text: text tokens see all and are seen by all. False lets them vote and be dropped as others are.
+        must_keep: visual tokens that are never dropped as keys, start, end, start, end ...; rounded outward to tiles.
+        must_skip: visual tokens that are dropped as keys from the first call on; rounded inward; must_keep and
+            protected text go first.
+        rest: what becomes of dropped tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
+        block_size: tokens of a tile; a power of two, 16 to 512. With RadialAttention the tiles are Radial's.
+        allow_positive_threshold: take a ``maxgap`` threshold of 0 or more, which drops what matters; to debug.
+
+    Raises:
+        ConfigError: for an option out of range, or two that exclude each other.
+    """
+
+    name: ClassVar[str] = "lite"
+    generic: ClassVar[Mapping[str, Any]] = GENERIC
+
+    criterion: Literal["maxgap", "mass", "budget"] = "maxgap"
+    threshold: float | None = None
+    target_density: float | None = None
+    thresholds_file: str | None = None
+    detect_every: int = 1
+    refresh_every: int | None = None
+    bidirectional: bool = True
+    protect_text: bool = True
+    must_keep: tuple[int, ...] = ()
+    must_skip: tuple[int, ...] = ()
+    rest: Literal["skip", "pooled"] = "skip"
+    block_size: int | None = None
+    allow_positive_threshold: bool = False
+
+    def __post_init__(self) -> None:
+        SparseConfig.__post_init__(self)
+        ways = [name for name in ("threshold", "target_density", "thresholds_file") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            first, second = (f"lite.{name} = {getattr(self, name)!r}" for name in ways[:2])
+            raise ConfigError(f"{first} and {second} both say how much is dropped; set one of them")
+        if self.criterion == "budget" and ways not in ([], ["threshold"]):
+            raise ConfigError(
+                f"lite.criterion = 'budget' bounds the dropped mass by lite.threshold, got lite.{ways[0]} = "
+                f"{getattr(self, ways[0])!r}; use 'maxgap' or 'mass' with it"
+            )
+        if self.threshold is not None:
+            check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
+        if self.target_density is not None and not 0 < self.target_density < 1:
+            raise ConfigError(f"lite.target_density must be a share in (0, 1), got {self.target_density}")
+        if self.detect_every < 1:
+            raise ConfigError(f"lite.detect_every must be >= 1, got {self.detect_every}; 1 votes in every call")
+        if self.refresh_every is not None and self.refresh_every < 2:
+            raise ConfigError(
+                f"lite.refresh_every must be >= 2, got {self.refresh_every}: a call that begins anew is dense; leave "
+                "it unset to begin anew with each generation alone"
+            )
+        block = self.block_size
+        if block is not None and (not 16 <= block <= 512 or block & (block - 1)):
+            raise ConfigError(f"lite.block_size must be a power of two from 16 to 512, got {block}; 128 is usual")
+        check_ranges("lite.must_keep", self.must_keep)
+        check_ranges("lite.must_skip", self.must_skip)
+
+    def vote_threshold(self) -> float:
+        """Return the threshold that is set, else the criterion's usual one."""
+        return THRESHOLDS[self.criterion] if self.threshold is None else self.threshold
+
+    def advice(self, layout: TokenLayout) -> str | None:
+        """Return what the user should know of lite on this layout, or None where it fits well."""
+        parts, visual = [], layout.visual_tokens
+        if visual < WORTHWHILE_TOKENS:
+            parts.append(f"lite seldom pays below {WORTHWHILE_TOKENS} visual tokens, and here are {visual}")
+        if not self.protect_text and layout.tokens > visual:
+            text = layout.tokens - visual
+            parts.append(f"lite.protect_text = False lets the {text} text tokens be dropped too")
+        return "; ".join(parts) or None
+
+    def state_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
+        """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
+
+        The original's two lists of int16 an attention module take 32 times that.
+        """
+        block = self.block_size or GENERIC["block_size"]
+        return layers * branches * bitmap_bytes(math.ceil(layout.tokens / block), heads, batch)
+
+
+@handles(LiteAttention)
+class LiteHandler(Handler):
+    """LiteAttention on one model: bits and votes put into the plan, and what the votes say kept for the next call."""
+
+    rank = 1
+    dense_under_masks = True
+    config: LiteAttention
+
+    def __init__(self, config: LiteAttention, model: Model) -> None:
+        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
+        self._asked_size = config.block_size
+        self._lists: Handler | None = None
+        self._states = States()
+        self._fixed: dict[Any, tuple[tuple[object, ...], Tensor | None, Tensor | None]] = {}
+        self._dials: dict[tuple[str, str, int], Dial] = {}
+        self._table: LiteThresholds | None = None
+        if config.thresholds_file is not None:
+            self._table = self._read(config.thresholds_file)
+
+    def _read(self, path: str) -> LiteThresholds:
+        table, name = read_thresholds(path), model_name(self.model)
+        if table.model != name:
+            raise ConfigError(
+                f"lite.thresholds_file {path} was tuned on {table.model!r}, this model is {name!r}; tune on this model"
+            )
+        if table.criterion != self.config.criterion:
+            raise ConfigError(
+                f"lite.thresholds_file {path} holds thresholds of {table.criterion!r}, lite.criterion is "
+                f"{self.config.criterion!r}; set it to the file's"
+            )
+        return table
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Take the tiles of a method that fills the plan before; refuse a size that the user set to something else."""
+        place = self.rank, self.config.name
+        before = [other for other in others if (other.rank, other.config.name) < place]
+        sized = [other for other in before if getattr(other.config, "block_size", None) is not None]
+        if not sized:
+            return
+        other: Any = min(sized, key=lambda other: (other.rank, other.config.name))
+        name, size = other.config.name, other.config.block_size
+        if self._asked_size not in (None, size):
+            raise ConfigError(
+                f"lite.block_size = {self._asked_size} does not fit {name}'s tiles of {size} ({name}.block_size); "
+                "set both to one size, or leave lite's unset"
+            )
+        self.config = dataclasses.replace(self.config, block_size=size)
+        self._lists = other if other.rank < self.rank else None
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Refuse ranges beyond the video; remark on a sequence where lite gains nothing."""
+        check_ranges("lite.must_keep", self.config.must_keep, layout.visual_tokens)
+        check_ranges("lite.must_skip", self.config.must_skip, layout.visual_tokens)
+        return self.config.advice(layout)
+
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
+        """Active outside the dense steps and layers."""
+        table = self._table
+        if table is not None and table.num_inference_steps != num_inference_steps:
+            raise ConfigError(
+                f"lite.thresholds_file {self.config.thresholds_file} was tuned for {table.num_inference_steps} steps, "
+                f"this run has {num_inference_steps or 'a number that nothing tells'}; use as many, or tune again"
+            )
+        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)
+
+    def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
+        """Keep the tiles that the votes left so far, and ask for the next votes."""
+        tiles, order = self._tiling(plan, moment)
+        pinned, _ = self._fixed_bits(tiles, order, moment)
+        base = plan.selection or Selection()
+        if base.pinned is not None:
+            pinned = base.pinned if pinned is None else pinned | base.pinned
+        chosen = self._again(moment) if moment.repeated else self._next(tiles, order, moment)
+        kept = [keep for keep in (chosen.keep, base.keep) if keep is not None]
+        keep = kept[0] & kept[-1] if kept else None  # what another method dropped does not vote, and stays out
+        selection = dataclasses.replace(
+            base, keep=keep, rest=self.config.rest, pinned=pinned, vote=chosen.vote, reverse=chosen.reverse
+        )
+        return dataclasses.replace(plan, tiles=tiles, token_order=order, selection=selection)
+
+    def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
+        """With a target density, record the scores of a call that begins anew, and choose the tiles of the next."""
+        config, mask = self.config, call.mask
+        if config.target_density is None or moment.repeated:
+            return
+        tiles, order = self._tiling(plan, moment)
+        state = self._state(tiles, order, moment)
+        if state.calls > 1 or (mask is not None and not is_key_padding(mask, call.q, call.k, call.layout)):
+            return
+        assert state.dial is not None
+        scores = recorded_scores(dataclasses.replace(plan, tiles=tiles, token_order=order), call, config.criterion)
+        pinned, first = self._fixed_bits(tiles, order, moment)
+        listed = unpack_bits(exact_bits(tiles, scores.shape[1]), tiles.key_tiles).expand_as(scores)
+        fixed = listed if pinned is None else listed & unpack_bits(pinned, tiles.key_tiles)
+        fixed = fixed if pinned is not None else torch.zeros_like(listed)
+        free = listed & ~fixed
+        if first is not None:
+            free = free & unpack_bits(first, tiles.key_tiles)
+        if state.calls == 0:
+            state.dial.count(scores, free, fixed)
+        else:
+            best = torch.zeros_like(free).scatter_(-1, scores.masked_fill(~free, -torch.inf).argmax(-1, True), True)
+            self._states.keep(state, pack_bits((state.dial.keeps(scores, config.target_density) | best) & free))
+
+    def learn(self, moment: Moment, kept: Tensor) -> None:
+        """Make the bits that the votes keep those of the next call."""
+        state = self._states.by_key.get(key_of(moment))
+        if state is not None:
+            self._states.keep(state, kept)
+
+    def reset(self) -> None:
+        """Free all bits."""
+        self._states.clear()
+        self._dials.clear()
+        self._fixed.clear()
+
+    def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
+        """Tell whether a call's key has dropped tiles that could come back to a later call."""
+        state = self._states.by_key.get(key_of(moment))
+        return state is not None and state.bits is not None and self.config.target_density is None
+
+    def reactivate(self, plan: AttentionPlan, moment: Moment, gaps: Tensor, shares: Tensor, margin: float) -> None:
+        """Take back tiles that probe rows need by ``margin`` log2 units; what must be skipped stays skipped."""
+        state, tiles = self._states.by_key.get(key_of(moment)), plan.tiles
+        if state is None or state.bits is None or tiles is None:
+            return
+        threshold = self._threshold(moment)
+        needed = gaps > threshold + margin if self.config.criterion == "maxgap" else shares > threshold * 2.0**margin
+        bits = pack_bits(needed)
+        first = self._fixed_bits(tiles, plan.token_order, moment)[1]
+        self._states.keep(state, state.bits | (bits if first is None else bits & first))
+
+    def state_bytes(self) -> int:
+        """Return the most memory that the bits took at once since attach."""
+        return self._states.peak
+
+    def _tiling(self, plan: AttentionPlan, moment: Moment) -> tuple[TileLists, Tensor | None]:
+        if plan.tiles is not None:
+            return plan.tiles, plan.token_order
+        block, device = self.config.block_size, str(moment.device)
+        assert block is not None
+        ordered = getattr(self._lists and self._lists.config, "token_order", None)
+        order = ordered(moment.layout, device) if ordered else visual_first(moment.layout, None, device)
+        return full_tiles(moment.layout, block, device), order
+
+    def _fixed_bits(
+        self, tiles: TileLists, order: Tensor | None, moment: Moment
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return pinned tiles and those of the first call, int32 [NQ, W], or None for none and for all."""
+        config, layout = self.config, moment.layout
+        key = layout, str(moment.device), id(tiles), id(order)
+        if key not in self._fixed:
+            pinned = first = None
+            if config.protect_text and layout.tokens > layout.visual_tokens:
+                pinned = pinned_bits(layout, tiles.block_k, None, "none", str(moment.device))
+            keep = range_tiles(config.must_keep, layout, order, tiles.block_k, inward=False)
+            skip = range_tiles(config.must_skip, layout, order, tiles.block_k, inward=True) & ~keep
+            shape = tiles.query_tiles, len(keep)
+            if keep.any():
+                kept = pack_bits(keep.expand(shape)).to(moment.device)
+                pinned = kept if pinned is None else pinned | kept
+            if skip.any():
+                first = pack_bits(~skip.expand(shape)).to(moment.device)
+                free = first if pinned is None else first | pinned
+                if config.rest == "skip" and not bool(count_bits(exact_bits(tiles, 1) & free).all()):
+                    raise ConfigError(
+                        f"lite.must_skip = {config.must_skip} leaves some queries of {layout} no key at all; shorten it"
+                    )
+            self._fixed[key] = (tiles, order), pinned, first
+        return self._fixed[key][1:]
+
+    def _again(self, moment: Moment) -> Selection:
+        """Return what the call had when the forward ran it first."""
+        state = self._states.by_key.get(key_of(moment))
+        if state is None or state.given is None:
+            raise ConfigError(
+                f"lite was asked to repeat {moment.transformer} layer {moment.layer} at step {moment.step_index}, "
+                "which ran without gradients; use gradient checkpointing with use_reentrant=False"
+            )
+        return dataclasses.replace(state.given, vote=None)
+
+    def _next(self, tiles: TileLists, order: Tensor | None, moment: Moment) -> Selection:
+        """Return keep, vote and direction of a call, and count it."""
+        config, state = self.config, self._state(tiles, order, moment)
+        left = self._calls_left(state, moment)
+        reverse = config.bidirectional and state.votes % 2 == 1
+        vote = self._vote(state, left, moment) if state.calls % config.detect_every == 0 else None
+        chosen = Selection(keep=state.bits, vote=vote, reverse=reverse)
+        state.given = chosen if moment.differentiate else None
+        state.votes += vote is not None
+        state.calls += 1
+        if left == 1 and not moment.differentiate and self._is_last(moment):
+            self._free(moment)
+        return chosen
+
+    def _vote(self, state: CallState, left: int | None, moment: Moment) -> Vote | None:
+        """Return what a call votes with; None where nobody would read the bits, or no more may be dropped."""
+        config = self.config
+        if left == 1 or config.target_density is not None:
+            return None
+        threshold = self._threshold(moment)
+        if config.criterion == "budget":
+            votes = 2 if left is None else -(-(left - 1) // config.detect_every)
+            threshold = (threshold - state.spent) / votes
+            state.spent += threshold
+            if threshold <= 0:
+                return None
+        return Vote(criterion=config.criterion, threshold=threshold)
+
+    def _threshold(self, moment: Moment) -> float:
+        if self._table is not None:
+            return self._table.at(moment.transformer, moment.layer, moment.step_index)
+        return self.config.vote_threshold()
+
+    def _state(self, tiles: TileLists, order: Tensor | None, moment: Moment) -> CallState:
+        """Return the state of a call, begun anew where it is the first, or due for it, or on other tiles."""
+        key = key_of(moment)
+        state = self._states.by_key.get(key)
+        if state is not None and state.calls != self.config.refresh_every and state.fits(moment, tiles.block_k, order):
+            return state
+        state = CallState(moment.layout, moment.batch, tiles.block_k, order)
+        if self.config.target_density is not None:
+            dial = self._dials.get((moment.transformer, moment.branch, moment.row))
+            if dial is None or dial.step_index != moment.step_index:
+                dial = self._dials[moment.transformer, moment.branch, moment.row] = Dial(moment.step_index)
+            state.dial = dial
+        self._states.put(key, state)
+        first = self._fixed_bits(tiles, order, moment)[1]
+        if first is not None:
+            self._states.keep(state, first.expand(moment.batch, self.model.heads, -1, -1).contiguous())
+        return state
+
+    def _last_step(self, moment: Moment) -> int | None:
+        steps = moment.num_inference_steps
+        return None if steps is None else steps - (self.config.dense_last_steps or 0) - 1
+
+    def _calls_left(self, state: CallState, moment: Moment) -> int | None:
+        """Return for how many calls, the running one included, the state serves at most; None: nothing tells."""
+        last, refresh = self._last_step(moment), self.config.refresh_every
+        counts = [] if last is None else [last - moment.step_index + 1]
+        if refresh is not None:
+            counts.append(refresh - state.calls)
+        return min(counts, default=None)
+
+    def _is_last(self, moment: Moment) -> bool:
+        return moment.step_index == self._last_step(moment)
+
+    def _free(self, moment: Moment) -> None:
+        """Forget what no later call of this generation reads: this key, and transformers that had their steps."""
+        self._states.drop(key_of(moment))
+        for key in [key for key in self._states.by_key if key[0] != moment.transformer]:
+            self._states.drop(key)

@@ -1,0 +1,143 @@
+"""What LiteAttention carries from call to call: a bitmap for each attention module, branch and row."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from dit_accel_kernels import Selection
+from torch import Tensor
+
+from ..layout import TokenLayout
+from ..plan import Moment
+
+Key = tuple[str, int, str, int]
+"""(transformer, layer, branch, row): whose calls follow each other."""
+
+
+def key_of(moment: Moment) -> Key:
+    """Return whose state a call reads and writes."""
+    return moment.transformer, moment.layer, moment.branch, moment.row
+
+
+def bitmap_bytes(tiles: int, heads: int, batch: int) -> int:
+    """Return the bytes of one module's bitmap over N x N tiles: int32 [B, H, N, ceil(N / 32)]."""
+    return 4 * batch * heads * tiles * math.ceil(tiles / 32)
+
+
+BINS_A_UNIT, LOWEST = 64, -64
+"""Bins of a log2 unit in which a `Dial` counts scores, and the score of the lowest bin."""
+
+
+class Dial:
+    """The common threshold of all layers of a transformer and branch at which a target share of their tiles is kept.
+
+    Layers count their scores in bins during one step, each batch row by itself; at the next step the threshold is read
+    off. One threshold for all layers, since they differ: on the embedded model, keeping 70 % of the tiles of every
+    layer costs three times the error of keeping 70 % of all tiles.
+    """
+
+    def __init__(self, step_index: int) -> None:
+        self.step_index = step_index
+        self._counts: Tensor | None = None
+        self._fixed: Tensor | int = 0
+        self._tiles = 0
+        self._cut: Tensor | None = None
+
+    def count(self, scores: Tensor, free: Tensor, fixed: Tensor) -> None:
+        """Count one layer's tiles.
+
+        Args:
+            scores: log2 [B, H, NQ, NK].
+            free: bool like scores, the tiles that may be dropped or kept.
+            fixed: bool, broadcastable to it, the tiles that are kept anyway.
+        """
+        bins = torch.where(free, _bins(scores), -1).flatten(1) + 1
+        counts = torch.zeros(len(scores), _BINS + 1, dtype=torch.int64, device=scores.device)
+        counts.scatter_add_(1, bins, torch.ones_like(bins))
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._fixed = fixed.expand_as(scores).flatten(1).sum(1) + self._fixed
+        self._tiles += scores[0].numel()
+
+    def keeps(self, scores: Tensor, target: float) -> Tensor:
+        """Return which tiles of one layer stay if the share ``target`` of all layers' tiles does, bool like scores."""
+        if self._cut is None:
+            assert self._counts is not None
+            above = self._counts[:, 1:].flip(1).cumsum(1).flip(1) + torch.as_tensor(self._fixed)[:, None]
+            self._cut = (above > target * self._tiles).sum(1)
+        return _bins(scores) >= self._cut[:, None, None, None]
+
+
+_BINS = -LOWEST * BINS_A_UNIT
+
+
+def _bins(scores: Tensor) -> Tensor:
+    return ((scores - LOWEST) * BINS_A_UNIT).floor().clamp(0, _BINS - 1).long()
+
+
+@dataclass(slots=True)
+class CallState:
+    """The state of one key.
+
+    Attributes:
+        layout: the sequence that the bits are of.
+        batch: its rows.
+        block: tokens of its tiles.
+        order: the order of its tokens.
+        bits: int32 [B, H, NQ, W], tiles of the next call; None: all of them.
+        calls: calls made since it began.
+        votes: calls of them that voted.
+        spent: share of the budget that votes were given.
+        dial: what finds the threshold for a target density; None: it is given.
+        given: the running call's selection, where it may be repeated.
+    """
+
+    layout: TokenLayout
+    batch: int
+    block: int
+    order: Tensor | None
+    bits: Tensor | None = None
+    calls: int = 0
+    votes: int = 0
+    spent: float = 0.0
+    dial: Dial | None = None
+    given: Selection | None = None
+
+    def fits(self, moment: Moment, block: int, order: Tensor | None) -> bool:
+        """Tell whether the bits mean what the call's tiles mean."""
+        if (self.layout, self.batch, self.block) != (moment.layout, moment.batch, block):
+            return False
+        if self.order is None or order is None:
+            return self.order is order
+        return self.order is order or (len(self.order) == len(order) and bool((self.order == order).all()))
+
+
+class States:
+    """The states of one attachment by key, and how much memory they hold."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Key, CallState] = {}
+        self.held = 0
+        self.peak = 0
+
+    def put(self, key: Key, state: CallState) -> None:
+        """Begin a key's state, or begin it anew."""
+        self.drop(key)
+        self.by_key[key] = state
+
+    def drop(self, key: Key) -> None:
+        """Forget a key's state."""
+        state = self.by_key.pop(key, None)
+        if state is not None and state.bits is not None:
+            self.held -= state.bits.nbytes
+
+    def keep(self, state: CallState, bits: Tensor) -> None:
+        """Make ``bits`` those of the next call; the old ones live on only where a plan waits for its backward."""
+        if state.bits is None:
+            self.held += bits.nbytes
+            self.peak = max(self.peak, self.held)
+        state.bits = bits
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.by_key.clear()
+        self.held = 0

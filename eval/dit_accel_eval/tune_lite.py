@@ -1,0 +1,231 @@
+"""Tunes LiteAttention: thresholds by layer and step for a target error, found on a model's own generations.
+
+Source: the calibration of LiteAttention (arXiv 2511.11062), see `lite_search`. Beyond the original: branches are tuned
+apart, several prompts count, the error to dense attention that has built up is reported, and a run can be stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dit_accel_assets.clips import clip_of
+from dit_accel_pipelines.generate import run
+from dit_accel_pipelines.loading import load_pipeline
+from dit_accel_pipelines.progress import Stages
+from dit_accel_pipelines.request import EMBEDDED, Request, settle
+
+import dit_accel
+from dit_accel import ConfigError, LiteAttention
+from dit_accel.config import MethodConfig
+from dit_accel.errors import did_you_mean
+from dit_accel.files import written_whole
+from dit_accel.methods.lite import LiteHandler
+from dit_accel.methods.lite_thresholds import LiteThresholds, model_name, write_thresholds
+
+from .fidelity import psnr
+from .lite_search import METRICS, Found, Metric, Tuner, threshold_of
+
+PROGRESS_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedPrompt:
+    """One prompt's tuning run: its calls, and the PSNR of its frames to the dense run's, in dB."""
+
+    prompt: str
+    psnr: float
+    calls: tuple[Found, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One step over all layers, branches and prompts: the median threshold written, and means of `Found`'s figures."""
+
+    step: int
+    threshold: float
+    kept: float
+    added: float
+    dense: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """What `tune_lite` found and wrote."""
+
+    output: Path
+    thresholds: LiteThresholds
+    prompts: tuple[TunedPrompt, ...]
+
+    def by_step(self) -> list[StepRow]:
+        """Return one row for each step that voted."""
+        calls = [call for prompt in self.prompts for call in prompt.calls]
+        rows = []
+        for step in sorted({call.step for call in calls}):
+            now = [call for call in calls if call.step == step]
+            written = {(c.transformer, c.layer): self.thresholds.at(c.transformer, c.layer, step) for c in now}
+            means = {name: statistics.fmean(getattr(call, name) for call in now) for name in ("kept", "added", "dense")}
+            rows.append(StepRow(step=step, threshold=statistics.median(written.values()), **means))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the single calls as plain values, for JSON."""
+        return {
+            "output": str(self.output),
+            "model": self.thresholds.model,
+            "criterion": self.thresholds.criterion,
+            "num_inference_steps": self.thresholds.num_inference_steps,
+            "target_error": self.thresholds.target_error,
+            "steps": [dataclasses.asdict(row) for row in self.by_step()],
+            "prompts": [{"prompt": one.prompt, "psnr": one.psnr} for one in self.prompts],
+        }
+
+
+def embedded_prompts() -> tuple[str, ...]:
+    """Return two prompts that the embedded model knows."""
+    return tuple(clip_of(seed)[0] for seed in range(2))
+
+
+def tuning_request(**options: Any) -> Request:
+    """Return a generation request that writes nothing; the options are `Request`'s.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+    return Request(output=Path(tempfile.gettempdir()) / "unused.mp4", **options)
+
+
+def tune_lite(
+    request: Request, output: Path, *, target_error: float = 0.01, metric: str = "l1", stages: Stages | None = None
+) -> Tuned:
+    """Tune on every prompt of a request, write the thresholds file, and return what was found.
+
+    What is done lies beside ``output`` until the file is whole, and a run with the same settings goes on from there.
+
+    Args:
+        request: what to generate; its methods may hold a `LiteAttention` without thresholds, and others beside it.
+        output: TOML file of the thresholds.
+        target_error: error that one vote may add to the next call, in the metric's units.
+        metric: a name of `METRICS`.
+        stages: progress bars; None shows none.
+
+    Raises:
+        ConfigError: for settings that can't be tuned, or progress of other settings beside ``output``.
+    """
+    config, others = _lite_of(request)
+    if metric not in METRICS:
+        raise ConfigError(f"tune has no metric {metric!r}; {did_you_mean(metric, METRICS)}")
+    if not 0 < target_error < 1:
+        raise ConfigError(f"target_error must be between 0 and 1, got {target_error}; 0.01 is usual")
+    if output.suffix != ".toml" or not output.parent.is_dir():
+        raise ConfigError(f"the thresholds file must be a .toml in a folder that exists, got {output}")
+    request, _, _ = settle(dataclasses.replace(request, methods=(config, *others)))
+    progress = output.with_name(f"{output.name}.progress.json")
+    settings = _settings(request, target_error, metric)
+    done = _read_progress(progress, settings)
+    stages = stages or Stages(quiet=True)
+    stages.stage("loading")
+    pipe = load_pipeline(request)
+    steps = request.num_inference_steps
+    with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
+        (model,) = (h.model for h in attachment._session.handlers if isinstance(h, LiteHandler))
+        layers = {target.name: len(target.places) for target in attachment._session.targets}
+    for number, prompt in enumerate(request.prompts[len(done) :], len(done) + 1):
+        stages.stage(f"prompt {number} of {len(request.prompts)}: dense, then tuned")
+        dense = run(pipe, prompt, request, stages=stages)
+        with _tuning(pipe, request, target_error, METRICS[metric]) as (attachment, tuner):
+            tuned = run(pipe, prompt, request, attachment=attachment, stages=stages)
+        steps = len(tuned.timings.steps)
+        frames = (np.float32(made.frames) / 255 for made in (tuned, dense))
+        done.append(TunedPrompt(prompt=prompt, psnr=psnr(*frames), calls=tuple(tuner.found)))
+        _write_progress(progress, settings, done)
+    assert steps is not None
+    thresholds = combine(done, layers, steps, model_name(model), config.criterion, target_error)
+    write_thresholds(output, thresholds)
+    progress.unlink(missing_ok=True)
+    return Tuned(output=output, thresholds=thresholds, prompts=tuple(done))
+
+
+def combine(
+    prompts: Sequence[TunedPrompt], layers: dict[str, int], steps: int, model: str, criterion: Any, target_error: float
+) -> LiteThresholds:
+    """Return for each layer and step the lowest threshold that any prompt or branch asked for, else one for nothing."""
+    nothing = threshold_of(criterion, -math.inf)
+    lowest: dict[tuple[str, int, int], float] = {}
+    for call in (call for prompt in prompts for call in prompt.calls):
+        key = call.transformer, call.layer, call.step
+        lowest[key] = min(call.threshold, lowest.get(key, call.threshold))
+    tables = {
+        name: tuple(tuple(lowest.get((name, layer, step), nothing) for step in range(steps)) for layer in range(count))
+        for name, count in layers.items()
+    }
+    return LiteThresholds(
+        model=model, criterion=criterion, num_inference_steps=steps, thresholds=tables, target_error=target_error
+    )
+
+
+@contextlib.contextmanager
+def _tuning(pipe: Any, request: Request, target_error: float, metric: Metric) -> Iterator[tuple[Any, Tuner]]:
+    """Attach the request's methods with a `Tuner` in LiteAttention's place."""
+    with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
+        handlers = attachment._session.handlers
+        (lite,) = (handler for handler in handlers if isinstance(handler, LiteHandler))
+        tuner = Tuner(request.methods[0], lite.model, target_error, metric)  # type: ignore[arg-type]
+        tuner.check_with([handler for handler in handlers if handler is not lite])
+        attachment._session.handlers = tuple(tuner if handler is lite else handler for handler in handlers)
+        yield attachment, tuner
+
+
+def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]:
+    """Return the LiteAttention config to tune, and the other methods."""
+    others = tuple(method for method in request.methods if not isinstance(method, LiteAttention))
+    config = next((method for method in request.methods if isinstance(method, LiteAttention)), LiteAttention())
+    for name in ("threshold", "target_density", "thresholds_file"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ConfigError(f"tune lite finds the thresholds itself, got lite.{name} = {value!r}; leave it out")
+    if config.criterion == "budget":
+        raise ConfigError("tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error")
+    return config, others
+
+
+def _settings(request: Request, target_error: float, metric: str) -> dict[str, Any]:
+    """Return what must be the same for two runs to be one, as JSON knows it."""
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "seed", "dtype", "backend")
+    settings = {name: getattr(request, name) for name in names}
+    settings |= {"model": request.model or EMBEDDED, "target_error": target_error, "metric": metric}
+    settings |= {"prompts": request.prompts, "methods": {one.name: one.to_dict() for one in request.methods}}
+    return json.loads(json.dumps(settings))
+
+
+def _read_progress(path: Path, settings: dict[str, Any]) -> list[TunedPrompt]:
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known, prompts = found["settings"], found["prompts"]
+        if found["version"] != PROGRESS_VERSION:
+            raise ValueError(f"version {found['version']}")
+        done = [TunedPrompt(**{**one, "calls": tuple(Found(**call) for call in one["calls"])}) for one in prompts]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no progress of tune that this release reads ({error}); delete it") from None
+    for name, value in settings.items():
+        if known.get(name) != value:
+            raise ConfigError(
+                f"{path} holds progress of a run with {name} = {known.get(name)!r}, this one has {value!r}; finish "
+                "that run, or delete the file to begin anew"
+            )
+    return done
+
+
+def _write_progress(path: Path, settings: dict[str, Any], done: Sequence[TunedPrompt]) -> None:
+    content = {"version": PROGRESS_VERSION, "settings": settings, "prompts": [dataclasses.asdict(one) for one in done]}
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
