@@ -180,19 +180,21 @@ class LiteHandler(Handler):
         return table
 
     def check_with(self, others: Sequence[Handler]) -> None:
-        """Take the tiles of a method that gives lists; refuse a tile size that the user set to something else."""
-        for other in others:
-            size = getattr(other.config, "block_size", None)
-            if other.rank >= self.rank or size is None:
-                continue
-            if self._asked_size not in (None, size):
-                name = other.config.name
-                raise ConfigError(
-                    f"lite.block_size = {self._asked_size} does not fit {name}'s tiles of {size} ({name}.block_size); "
-                    "set both to one size, or leave lite's unset"
-                )
-            self.config = dataclasses.replace(self.config, block_size=size)
-            self._lists = other
+        """Take the tiles of a method that fills the plan before; refuse a size that the user set to something else."""
+        place = self.rank, self.config.name
+        before = [other for other in others if (other.rank, other.config.name) < place]
+        sized = [other for other in before if getattr(other.config, "block_size", None) is not None]
+        if not sized:
+            return
+        other: Any = min(sized, key=lambda other: (other.rank, other.config.name))
+        name, size = other.config.name, other.config.block_size
+        if self._asked_size not in (None, size):
+            raise ConfigError(
+                f"lite.block_size = {self._asked_size} does not fit {name}'s tiles of {size} ({name}.block_size); "
+                "set both to one size, or leave lite's unset"
+            )
+        self.config = dataclasses.replace(self.config, block_size=size)
+        self._lists = other if other.rank < self.rank else None
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Refuse ranges beyond the video; remark on a sequence where lite gains nothing."""
@@ -220,8 +222,10 @@ class LiteHandler(Handler):
         if base.pinned is not None:
             pinned = base.pinned if pinned is None else pinned | base.pinned
         chosen = self._again(moment) if moment.repeated else self._next(tiles, order, moment)
+        kept = [keep for keep in (chosen.keep, base.keep) if keep is not None]
+        keep = kept[0] & kept[-1] if kept else None  # what another method dropped does not vote, and stays out
         selection = dataclasses.replace(
-            base, keep=chosen.keep, rest=self.config.rest, pinned=pinned, vote=chosen.vote, reverse=chosen.reverse
+            base, keep=keep, rest=self.config.rest, pinned=pinned, vote=chosen.vote, reverse=chosen.reverse
         )
         return dataclasses.replace(plan, tiles=tiles, token_order=order, selection=selection)
 

@@ -1,6 +1,7 @@
 """DeltaCorrection: geometry of its groups, what is exact, the error it reports, what it takes back, and its state."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from hypothesis import strategies as st
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, DeltaCorrection, RadialAttention
+from dit_accel import ConfigError, DeltaCorrection, LiteAttention, RadialAttention
+from dit_accel.adapter import Adapter
 from dit_accel.layout import TokenLayout
-from dit_accel.methods.base import Handler, Model
+from dit_accel.methods.base import METHODS, Handler, Model
 from dit_accel.methods.delta import DeltaHandler, dense_rows, groups_of, probe_gaps
+from dit_accel.op import planned_attention
 from dit_accel.plan import AttentionPlan, Call, Moment
+from dit_accel.report import step_reports
+from dit_accel.session import Place, Session, Target
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=7)
 RADIAL = RadialAttention(
@@ -282,6 +287,87 @@ def test_gaps_and_shares_are_those_of_the_probe_rows(form, chunk, monkeypatch):
                 continue
             torch.testing.assert_close(gaps[:, :, i, j], x[:, :, probes][..., keys].amax((-1, -2)))
             torch.testing.assert_close(shares[:, :, i, j], p[:, :, probes][..., keys].sum(-1).amax(-1))
+
+
+class Stage:
+    """A session of one attention module, told its step by hand."""
+
+    def __init__(self, *methods) -> None:
+        model = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=1, layers=1)
+        handlers = [METHODS[type(method)](method, model) for method in methods]
+        for one in handlers:
+            one.check_with([other for other in handlers if other is not one])
+        self.session = Session(handlers, "reference")
+        self.target = Target("transformer", model.adapter)
+        place = Place(self.target, 0, 0)
+        place.processor = SimpleNamespace()
+        self.target.places.append(place)
+        self.session.targets.append(self.target)
+        self.session.places.append(place)
+
+    def call(self, step: int, q, k, v) -> torch.Tensor:
+        self.session.enter(self.target, "cond", dict(step_index=step, num_inference_steps=8))
+        grid = (2, 4, q.shape[1] // 8, 0, 0)
+        layer = torch.tensor(0)
+        return planned_attention(q, k, v, None, layer, self.session.number, grid, "bshd", 1.0, False)[0]
+
+
+def dropping_and_returning(*methods, back: float = 6.0) -> tuple[list[float], list[float]]:
+    """Three quarters of the keys matter to nobody for two calls, then one tile of them does; error and density by call.
+
+    Log2 gaps of the others are -20, that of the returning tile in the end is ``back`` above the best.
+    """
+    torch.manual_seed(0)
+    stage, tokens = Stage(*methods), 128
+    q = torch.zeros(1, tokens, 1, 8, dtype=torch.float64)
+    q[..., 0] = 1
+    v = torch.randn(1, tokens, 1, 8, dtype=torch.float64)
+    errors = []
+    for step in range(5):
+        k = torch.zeros(1, tokens, 1, 8, dtype=torch.float64)
+        k[:, 32:, :, 0] = -20 / 1.4426950408889634
+        if step >= 2:
+            k[:, 64:80, :, 0] = back / 1.4426950408889634
+        truth = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=1.0).transpose(1, 2)
+        found = stage.call(step, q, k, v)
+        errors.append(float((found - truth).norm() / truth.norm()))
+    return errors, [step.density for step in step_reports(stage.session.recorder)]
+
+
+LITE = LiteAttention(block_size=16, dense_steps=0, dense_layers=0, threshold=-8.0)
+
+
+def test_a_tile_that_lite_dropped_for_good_comes_back_when_probes_see_it():
+    """The original's main weakness: without probes the tile stays away whatever it holds."""
+    errors, densities = dropping_and_returning(LITE)
+    assert errors[0] < 1e-12
+    assert errors[1] < 1e-5
+    assert min(errors[2:]) > 0.5
+    assert densities == [1.0, 0.25, 0.25, 0.25, 0.25]
+    for delta in (DeltaCorrection(stride=4), DeltaCorrection(stride=16)):
+        errors, densities = dropping_and_returning(LITE, delta)
+        assert max(errors) < 1e-5  # in call 2 by the correction, from call 3 on by the tile itself
+        assert densities == [1.0, 0.25, 0.25, 0.375, 0.375]
+    assert dropping_and_returning(LITE, DeltaCorrection(stride=4, reactivate=False))[1] == [1.0, 0.25, 0.25, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("back", "margin", "returns"), [(-6.0, 1.0, True), (-7.5, 1.0, False), (-7.5, 0.0, True), (-6.0, 3.0, False)]
+)
+def test_a_tile_comes_back_above_the_threshold_by_the_margin(back, margin, returns):
+    _, densities = dropping_and_returning(LITE, DeltaCorrection(stride=8, margin=margin), back=back)
+    assert (densities[3] > 0.25) == returns
+
+
+def test_shares_decide_where_votes_are_by_mass():
+    lite = dataclasses.replace(LITE, criterion="mass", threshold=0.001)
+    assert dropping_and_returning(lite)[1][3] == 0.25
+    assert dropping_and_returning(lite, DeltaCorrection(stride=8))[1][3] == 0.375
+
+
+def test_what_must_be_skipped_stays_out():
+    lite = dataclasses.replace(LITE, must_skip=(64, 80))
+    assert dropping_and_returning(lite, DeltaCorrection(stride=8))[1] == [0.875, 0.25, 0.25, 0.25, 0.25]
 
 
 # Attached

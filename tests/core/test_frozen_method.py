@@ -1,6 +1,7 @@
 """FrozenPattern: what it chooses, how much of it, how it meets the other methods, and its state."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, FrozenPattern, RadialAttention
+from dit_accel import ConfigError, FrozenPattern, LiteAttention, RadialAttention
 from dit_accel.adapter import Adapter
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Handler, Model
 from dit_accel.methods.frozen import GENERIC, FrozenHandler, heaviest
 from dit_accel.methods.tiling import full_tiles, visual_first
 from dit_accel.plan import AttentionPlan, Call, Moment
+from dit_accel.watching import watched
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=20)
 ADAPTER = Adapter(name="any", transformers=(), self_attention=())
@@ -323,6 +325,32 @@ def test_it_runs_inside_radial_whatever_the_order(rest):
             assert steps[0].density == pytest.approx(float(listed.sum()) / 25)
             assert steps[-1].density == pytest.approx(float(listed.clamp(max=2).sum()) / 25)
     assert torch.equal(*results)
+
+
+def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
+    transformer, frozen = tiny_transformer(), dataclasses.replace(FROZEN, density=0.6)
+    lite = LiteAttention(dense_steps=0, dense_layers=0, threshold=1.0, allow_positive_threshold=True)
+    results, densities = [], []
+    for methods in ((frozen, lite), (lite, frozen)):
+        with dit_accel.attach(transformer, *methods) as attachment, watched(attachment) as calls:
+            results.append(run(transformer, steps=6, branches=("cond",)))
+            densities.append([step.density for step in attachment.report().steps])
+            pattern, voted = attachment._session.handlers
+            assert (pattern.config.name, voted.config.name) == ("frozen", "lite")
+            assert voted.config.block_size == 16
+            bits = [pattern.bits["transformer", layer, "cond", 0] for layer in range(3)]
+        planned = [call.plan.selection for call in calls]
+        assert all(selection.vote is not None for selection in planned[: 3 * 5])
+        for layer in range(3):
+            mine = [selection.keep for selection in planned[layer::3]]
+            assert mine[0] is None
+            for before, after in itertools.pairwise(mine[1:]):
+                assert torch.equal(before & after, after)
+            assert all(torch.equal(keep & bits[layer], keep) for keep in mine[1:])
+    assert torch.equal(*results)
+    assert densities[0] == densities[1]
+    assert densities[0][1] <= 0.6 + 1e-6
+    assert densities[0][-1] < densities[0][1]
 
 
 def test_gradients_follow_the_pattern():
