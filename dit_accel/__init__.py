@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .methods.frozen import FrozenPattern as FrozenPattern
     from .methods.lite import LiteAttention as LiteAttention
     from .methods.radial import RadialAttention as RadialAttention
+    from .methods.sol import SolAttention as SolAttention
     from .report import Report as Report
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "FrozenPattern": "methods.frozen",
     "LiteAttention": "methods.lite",
     "RadialAttention": "methods.radial",
+    "SolAttention": "methods.sol",
     "Report": "report",
 }
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,5 +1,6 @@
 """Adapters: what the core must know of a model family, as data. Adapter files import this and nothing heavier."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +10,9 @@ ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 
 Grid = tuple[int, int, int, int, int]
 """(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
+
+NO_STEP: Grid = (0, 0, 0, 0, 0)
+"""The grid of a forward that is no denoising step, such as one that fills a cache: it stays dense."""
 
 
 def patch_sizes(size: int | Sequence[int], frames: int | None = None) -> tuple[int, int, int]:
@@ -23,7 +27,10 @@ def latents_grid(
     inputs: Mapping[str, Any],
     *,
     frames_axis: int | None = 2,
+    channels_last: bool = False,
     text: Literal["none", "before", "after"] = "none",
+    joined: Sequence[str] = ("encoder_hidden_states",),
+    reference_frames: int = 0,
 ) -> Grid:
     """Read the grid off latents [..., H, W], the config's patch size and the text's length.
 
@@ -31,14 +38,51 @@ def latents_grid(
         config: has ``patch_size`` (t, h, w) or one number, then with or without ``patch_size_t``.
         inputs: the forward's inputs by name.
         frames_axis: where the latents count their frames: 2 in [B, C, T, H, W]; None for an image.
-        text: where ``encoder_hidden_states`` joins the sequence; ``none`` for cross-attention.
+        channels_last: the latents are [..., H, W, C].
+        text: where text joins the sequence; ``none`` for cross-attention.
+        joined: the inputs [B, tokens, C] that join the sequence as text; one that is not given counts 0.
+        reference_frames: first frames of the latents that are no video; they count as text before it.
     """
-    latents = inputs["hidden_states"]
+    shape = inputs["hidden_states"].shape[:-1] if channels_last else inputs["hidden_states"].shape
     patch_frames, patch_height, patch_width = patch_sizes(config.patch_size, getattr(config, "patch_size_t", None))
-    frames = 1 if frames_axis is None else latents.shape[frames_axis] // patch_frames
-    tokens = 0 if text == "none" else inputs["encoder_hidden_states"].shape[1]
+    frames = 1 if frames_axis is None else shape[frames_axis] // patch_frames
+    height, width = shape[-2] // patch_height, shape[-1] // patch_width
+    given = [] if text == "none" else [inputs[name] for name in joined if inputs.get(name) is not None]
+    tokens = sum(value.shape[1] for value in given)
     before, after = (tokens, 0) if text == "before" else (0, tokens)
-    return frames, latents.shape[-2] // patch_height, latents.shape[-1] // patch_width, before, after
+    return frames - reference_frames, height, width, before + reference_frames * height * width, after
+
+
+def patch_count(latents: Any, patch: Sequence[int]) -> int:
+    """Return the tokens of further latents [B, C, T, H, W], such as a history: 0 for None.
+
+    Args:
+        latents: the tensor, padded by the model to whole patches where it has to be.
+        patch: (t, h, w) that one token covers.
+    """
+    if latents is None:
+        return 0
+    return math.prod(-(-size // part) for size, part in zip(latents.shape[2:], patch, strict=True))
+
+
+def config_sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
+    """Return (layers, heads, head_dim, ffn_dim) of a transformer config, under any of the names that diffusers has.
+
+    Raises:
+        KeyError: with the name of a size that is not there; ``ffn_dim`` may be None.
+    """
+    names = ("num_layers", "num_visual_blocks", "num_hidden_layers", "n_layers", "num_mmdit_layers")
+    layers = config[next((name for name in names if name in config), names[0])]
+    layers += (config.get("num_single_layers") or 0) + len(config.get("vace_layers") or ())
+    layers += config.get("num_single_dit_layers") or 0
+    ffn_dim = config.get("ffn_dim") or config.get("ff_dim") or config.get("intermediate_size")
+    if "model_dim" in config:  # Kandinsky
+        head_dim = sum(config["axes_dims"])
+        return layers, config["model_dim"] // head_dim, head_dim, ffn_dim
+    if "n_heads" in config:  # Z-Image
+        return layers, config["n_heads"], config["dim"] // config["n_heads"], ffn_dim
+    head_dim = config["head_dim" if "head_dim" in config else "attention_head_dim"]
+    return layers, config["num_attention_heads"], head_dim, ffn_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +140,17 @@ class Adapter:
         self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change, one
             pattern a block list, in the order in which the lists run.
         side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
-        grid: (transformer config, forward inputs by name) -> `Grid`. It runs inside compiled graphs too: plain
-            arithmetic on shapes only.
-        ragged_text: an attention call may leave out text that the grid counts behind the visual tokens: padded text,
-            row by row, or all of it.
+        grid: (transformer config, forward inputs by name) -> `Grid`, or in words why this forward has none; then no
+            method may thin it out. It runs inside compiled graphs too: plain arithmetic on shapes only; values of
+            tensors are read by `dit_accel.positions`.
+        latents: name of the input that holds the latents, a tensor [B, ...] or a list of one a row.
+        timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
+        left_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in this model.
+        text_apart: beside the call over all keys there are others over fewer (text over itself); they stay dense.
+        ragged_text: an attention call may leave out text that the grid counts: padded text behind the visual tokens,
+            row by row, or all text.
+        outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
+            visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
         rising_timesteps: the timestep rises from step to step.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
@@ -110,8 +161,13 @@ class Adapter:
     transformers: tuple[str, ...]
     self_attention: tuple[str, ...]
     side_attention: tuple[str, ...] = ()
-    grid: Callable[[Any, Mapping[str, Any]], Grid] = latents_grid
+    grid: Callable[[Any, Mapping[str, Any]], Grid | str] = latents_grid
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    left_dense: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    text_apart: bool = False
     ragged_text: bool = False
+    outer_masks: bool = False
     rising_timesteps: bool = False
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -124,12 +180,12 @@ class Adapter:
             config: the transformer's config, with diffusers' names.
             experts: how many such transformers the pipeline holds.
         """
-        layers = (config.get("num_layers") or 0) + (config.get("num_single_layers") or 0)
-        sizes = (layers, config.get("num_attention_heads"), config.get("attention_head_dim"), experts)
-        for family in self.families:
-            if (family.layers, family.heads, family.head_dim, family.experts) == sizes:
-                return family
-        return None
+        try:
+            sizes = (*config_sizes(config)[:3], experts)
+        except KeyError:
+            return None
+        known = ((family.layers, family.heads, family.head_dim, family.experts) for family in self.families)
+        return next((family for family, its in zip(self.families, known, strict=True) if its == sizes), None)
 
     def verdict(self, method: str) -> tuple[str, str]:
         """Return ``supported``, ``degenerate`` or ``refused``, and why."""

@@ -12,7 +12,7 @@ import torch
 from dit_accel_kernels import BACKENDS, triton_requirement
 from torch import nn
 
-from .adapter import Adapter, Family
+from .adapter import NO_STEP, Adapter, Family
 from .config import MethodConfig
 from .errors import AttachError, ConfigError, MissingBackend, UnsupportedModel, did_you_mean
 from .lora import lora_state
@@ -20,8 +20,8 @@ from .methods import METHODS
 from .methods.base import Handler, Model
 from .processor import Slot, unwrap_processor, wrap_processor
 from .registry import adapter_for, adapters
-from .report import Report, measured_errors, step_reports
-from .session import Place, Session, Target
+from .report import Report, call_reports, measured_errors, step_reports
+from .session import NO_GRID, Place, Session, Target
 
 _MARK = "_dit_accel_attachment"
 
@@ -63,12 +63,16 @@ class Attachment:
     def report(self) -> Report:
         """Return what ran in the last generation."""
         session = self._session
+        session.recorder.settle()
+        held = {handler.config.name: handler.state_bytes() for handler in session.handlers}
         return Report(
             methods={handler.config.name: handler.config.to_dict() for handler in session.handlers},
             backend=session.backend_report(),
             model=self._model,
             steps=step_reports(session.recorder),
             notes=tuple(session.recorder.notes),
+            calls=call_reports(session.recorder),
+            state_bytes={name: size for name, size in held.items() if size},
             measured=measured_errors(session.recorder),
         )
 
@@ -147,6 +151,8 @@ def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[st
         return [name for pattern in patterns for name in sorted(fnmatch.filter(names, pattern), key=_natural)]
 
     main, side = matching(adapter.self_attention), matching(adapter.side_attention)
+    dense = matching(adapter.left_dense(transformer.config)) if adapter.left_dense else ()
+    main = [name for name in main if name not in dense]
     if not main:
         raise UnsupportedModel(
             f"the adapter {adapter.name!r} looks for {', '.join(adapter.self_attention)} in "
@@ -162,8 +168,9 @@ def resolve_model(name: str, transformers: dict[str, Any]) -> tuple[Adapter, Fam
     experts = sum(type(other) is type(transformer) for other in transformers.values())
     family = adapter.family(transformer.config, experts)
     modules = attention_modules(transformer, adapter)
-    heads = int(getattr(modules[0][1], "heads", transformer.config.get("num_attention_heads", 0)))
-    return adapter, family, Model(adapter=adapter, family=family, heads=heads, layers=len(modules))
+    module, names = modules[0][1], ("heads", "num_heads", "num_attention_heads")
+    heads = next((getattr(of, name) for of in (module, transformer.config) for name in names if hasattr(of, name)), 0)
+    return adapter, family, Model(adapter=adapter, family=family, heads=int(heads), layers=len(modules))
 
 
 def _natural(name: str) -> list[Any]:
@@ -228,11 +235,14 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        slot.grid = grid_of(config, inputs)
-        if not torch.compiler.is_compiling():
+        grid = grid_of(config, inputs)
+        slot.grid = NO_GRID if isinstance(grid, str) else grid
+        slot.outer_masks, slot.text_apart = target.adapter.outer_masks, target.adapter.text_apart
+        if slot.grid != NO_STEP and not torch.compiler.is_compiling():
             if not target.in_context:
                 session.note_weights(target, lora_state(transformer))
-            session.observe(target, slot.grid, inputs["hidden_states"].shape[0], inputs.get("timestep"))
+            latents = inputs[target.adapter.latents]
+            session.observe(target, grid, len(latents), inputs.get(target.adapter.timestep))
 
     handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
     attachment._undo.append(handle.remove)

@@ -7,8 +7,9 @@ together a few percent at most.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .adapter import Adapter, Family
@@ -28,26 +29,43 @@ ASSUMED_BYTES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparsity:
-    """What one method leaves of the self-attention.
+    """What the methods leave of the self-attention.
 
     Attributes:
-        method: the config, every recipe value filled in.
-        kept: tiles kept, visual tokens only.
+        methods: the configs, every recipe value filled in; one that lists tiles, one that routes them, or both.
+        kept: tiles kept, visual tokens only; mean over the sparse calls, expected on Gaussian scores where routed.
         total: tiles in all, visual tokens only.
         dense_share: share of the attention calls (steps x layers) that stay dense, w.
-        advice: what the method says about this layout, or None.
+        list_entries: int32 numbers of the tile lists and bitmaps on the device.
+        advice: what the methods say about this layout, or None.
     """
 
-    method: MethodConfig
+    methods: tuple[MethodConfig, ...]
     kept: int
     total: int
     dense_share: float
+    list_entries: int
     advice: str | None = None
 
     @property
     def density(self) -> float:
         """Kept share of the tiles in a sparse call."""
         return self.kept / self.total
+
+    @property
+    def name(self) -> str:
+        """The methods' names, joined."""
+        return " + ".join(method.name for method in self.methods)
+
+    @property
+    def routes(self) -> bool:
+        """Whether a method routes tiles, so that `kept` is an expectation."""
+        return any(_routes(method) for method in self.methods)
+
+    @property
+    def pools(self) -> bool:
+        """Whether tiles enter as one key each."""
+        return self.routes or any(getattr(method, "rest", "skip") == "pooled" for method in self.methods)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +116,13 @@ class Estimate:
 
     @property
     def pair_density(self) -> float:
-        """Share of the query-key pairs that a sparse call computes, text included: rho."""
+        """Share of the query-key pairs that a sparse call computes, text included: rho; a pooled tile is one key."""
         if self.sparsity is None:
             return 1.0
         visual, tokens = self.layout.visual_tokens**2, self.layout.tokens**2
-        return (self.sparsity.density * visual + tokens - visual) / tokens
+        pooled = self.layout.visual_tokens * math.isqrt(self.sparsity.total) if self.sparsity.pools else 0
+        computed = self.sparsity.density * visual + (1 - self.sparsity.density) * pooled
+        return (computed + tokens - visual) / tokens
 
     @property
     def dense_share(self) -> float:
@@ -137,17 +157,13 @@ class Estimate:
 
     @property
     def tile_list_bytes(self) -> int:
-        """int32 tile lists on the device, shared by all layers, heads and steps."""
-        if self.sparsity is None:
-            return 0
-        rows = math.isqrt(self.sparsity.total) + 1
-        pooled = self.sparsity.total - self.sparsity.kept + rows if _is_pooled(self.sparsity.method) else 0
-        return 4 * (rows + self.sparsity.kept + pooled)
+        """int32 tile lists and bitmaps on the device, shared by all layers, heads and steps."""
+        return 4 * self.sparsity.list_entries if self.sparsity else 0
 
     @property
     def pooled_bytes(self) -> int:
         """Means of K and sums of V of one attention call, where tiles are pooled; bf16, one batch row."""
-        if self.sparsity is None or not _is_pooled(self.sparsity.method):
+        if self.sparsity is None or not self.sparsity.pools:
             return 0
         tiles = math.isqrt(self.sparsity.total)
         return 2 * tiles * self.family.heads * self.family.head_dim * ASSUMED_BYTES
@@ -188,7 +204,7 @@ class Estimate:
             "kernel_cost": self.kernel_cost,
             "predicted_speedup": self.speedup,
             "equal_steps": self.equal_steps,
-            "methods": {sparsity.method.name: sparsity.method.to_dict()} if sparsity else {},
+            "methods": {method.name: method.to_dict() for method in sparsity.methods} if sparsity else {},
             "uncounted_methods": list(self.uncounted),
         }
 
@@ -299,7 +315,7 @@ def estimate(
     frames = rounded_frames(family, family.num_frames if num_frames is None else num_frames)
     layout = token_layout(family, height=height, width=width, num_frames=frames)
     counted = [method for method in methods if hasattr(method, "tile_counts")]
-    if len(counted) > 1:
+    if len(counted) - any(map(_routes, counted)) > 1 or sum(map(_routes, counted)) > 1:
         names = " and ".join(method.name for method in counted)
         raise ConfigError(f"plan can't tell what {names} save together, got both; plan them one at a time")
     for method in methods:
@@ -312,24 +328,70 @@ def estimate(
         width=width,
         num_frames=frames,
         num_inference_steps=steps,
-        sparsity=_sparsity(counted[0], adapter, family, layout, steps) if counted else None,
+        sparsity=_sparsity(counted, adapter, family, layout, steps) if counted else None,
         uncounted=tuple(method.name for method in methods if method not in counted),
         kernel_cost=kernel_cost,
     )
 
 
-def _sparsity(method: Any, adapter: Adapter, family: Family, layout: TokenLayout, steps: int) -> Sparsity:
-    resolved = method.resolved(adapter.recipe(method.name, family))
-    kept, total = resolved.tile_counts(layout)
-    dense = sum(resolved.is_dense(step, steps, layer) for step in range(steps) for layer in range(family.layers))
+def _routes(method: Any) -> bool:
+    return hasattr(method, "routed_count")
+
+
+def _sparsity(methods: Sequence[Any], adapter: Adapter, family: Family, layout: TokenLayout, steps: int) -> Sparsity:
+    """Count the tiles of each sparse call (by which of the methods are active) and take their mean."""
+    full = {method.name: method.resolved(adapter.recipe(method.name, family)) for method in methods}
+    lister = next((full[method.name] for method in methods if not _routes(method)), None)
+    router = next((method for method in methods if _routes(method)), None)
+    if router is not None:
+        asked = router.in_tiles_of(lister) if lister is not None else router
+        router = full[router.name] = asked.resolved(adapter.recipe(router.name, family))
+    kept, total, entries = _counts(lister, router, layout)
+    calls = Counter(
+        tuple(m is not None and not m.is_dense(step, steps, layer, 0.0) for m in (lister, router))
+        for step in range(steps)
+        for layer in range(family.layers)
+    )
+    dense = calls.pop((False, False), 0)
+    sparse = calls.total()
     return Sparsity(
-        method=resolved,
-        kept=kept,
+        methods=tuple(full.values()),
+        kept=round(sum(count * kept[active] for active, count in calls.items()) / sparse) if sparse else total,
         total=total,
         dense_share=dense / (steps * family.layers),
-        advice=resolved.advice(layout),
+        list_entries=entries,
+        advice="; ".join(filter(None, (text for method in full.values() for text in _remarks(method, layout)))) or None,
     )
 
 
-def _is_pooled(method: MethodConfig) -> bool:
-    return getattr(method, "rest", "skip") == "pooled"
+def _remarks(method: Any, layout: TokenLayout) -> tuple[str | None, str | None]:
+    level, told = getattr(method, "dense_above_sigma", None), None
+    if level is not None:
+        told = (
+            f"plan takes the steps above {method.name}.dense_above_sigma = {level} for sparse: noise levels are known "
+            "only while it runs"
+        )
+    return method.advice(layout), told
+
+
+def _counts(lister: Any, router: Any, layout: TokenLayout) -> tuple[dict[tuple[bool, bool], int], int, int]:
+    """Return (list active, routing active) -> tiles kept; tiles in all; and numbers in lists and bitmaps."""
+    kept, total, entries = {}, 0, 0
+    if lister is not None:
+        kept[True, False], total = lister.tile_counts(layout)
+        rows = math.isqrt(total) + 1
+        entries = rows + kept[True, False]
+        if getattr(lister, "rest", "skip") == "pooled":
+            entries += total - kept[True, False] + rows
+    if router is not None:
+        kept[False, True], total = router.tile_counts(layout)
+        rows = math.isqrt(total) + 1
+        entries += rows + total + (rows - 1) * -(-(rows - 1) // 32)
+    if lister is not None and router is not None:
+        from dit_accel_kernels import EXACT  # loads torch
+
+        alone = replace(layout, text_before=0, text_after=0)
+        listed = lister.tiles(alone).states()[0] == EXACT
+        kept[True, False] = int(listed.sum())
+        kept[True, True] = router.routed_count(layout, listed)
+    return kept, total, entries

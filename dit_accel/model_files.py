@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter, Family, patch_sizes
+from .adapter import Adapter, Family, config_sizes, patch_sizes
 from .errors import UnsupportedModel
 from .registry import adapter_for
 
@@ -51,13 +51,12 @@ class ModelFiles:
             raise UnsupportedModel(f"{self.name} is of {adapter.name}, whose sizes are not known; plan with --family")
         config, base = self.transformer, family or adapter.families[0]
         try:
+            layers, heads, head_dim, ffn_dim = config_sizes(config)
             sizes = {
-                "layers": config["num_layers"]
-                + (config.get("num_single_layers") or 0)
-                + len(config.get("vace_layers") or ()),
-                "heads": config["num_attention_heads"],
-                "head_dim": config["attention_head_dim"],
-                "ffn_dim": family.ffn_dim if family and "ffn_dim" not in config else config["ffn_dim"],
+                "layers": layers,
+                "heads": heads,
+                "head_dim": head_dim,
+                "ffn_dim": ffn_dim or (family.ffn_dim if family else config["ffn_dim"]),
                 "patch": patch_sizes(config["patch_size"], config.get("patch_size_t")),
             }
         except KeyError as error:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError, UnsupportedModel
+from .masks import visible_row
 from .op import planned_attention
 
 _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
@@ -27,12 +28,22 @@ class Slot:
         layer: the running module's layer id, a 0-d int64 CPU tensor, so that all layers share one compiled graph.
         sparse: whether the running module follows a plan; False: the user's own dense attention.
         grid: the running forward's (frames, height, width, text before, text after).
+        outer_masks: `Adapter.outer_masks` of the running transformer.
+        text_apart: `Adapter.text_apart` of the running transformer.
     """
 
     def __init__(self) -> None:
         self.layer: Tensor = torch.zeros((), dtype=torch.int64)
         self.sparse = False
         self.grid: tuple[int, ...] = (1, 1, 1, 0, 0)
+        self.outer_masks = False
+        self.text_apart = False
+
+    def goes_dense(self, keys: int) -> bool:
+        """Tell whether an attention call over this many keys goes to the user's own dense attention."""
+        frames, height, width, before, after = self.grid
+        visual = frames * height * width
+        return not self.sparse or visual == 0 or (self.text_apart and keys < visual + before + after)
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, session: int) -> Any:
@@ -80,10 +91,11 @@ def _subclass(cls: type, slot: Slot, session: int) -> type:
         )
     scope = {key: value for key, value in function.__globals__.items() if key != "__name__"}
     scope[name] = replacement
-    recreated = types.FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
-    )
-    recreated.__kwdefaults__ = function.__kwdefaults__
+    for used in names:  # helpers beside the class call attention too
+        helper = scope.get(used)
+        if isinstance(helper, types.FunctionType) and helper.__globals__ is function.__globals__:
+            scope[used] = _recreated(helper, scope) if name in _names(helper.__code__) else helper
+    recreated = _recreated(function, scope)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         slot.layer = self._dit_accel_layer
@@ -92,6 +104,13 @@ def _subclass(cls: type, slot: Slot, session: int) -> type:
 
     __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _recreated(function: types.FunctionType, scope: dict[str, Any]) -> types.FunctionType:
+    """Return a function with other globals."""
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -117,7 +136,7 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callabl
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        if not slot.sparse:
+        if slot.goes_dense(key.shape[1]):
             return dense(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
@@ -142,7 +161,7 @@ def _sdpa(slot: Slot, session: int) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if not slot.sparse:
+        if slot.goes_dense(key.shape[2]):
             return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         _refuse(dropout_p, is_causal, None)
         return _planned(query, key, value, attn_mask, slot, session, "bhsd", scale)
@@ -153,9 +172,27 @@ def _sdpa(slot: Slot, session: int) -> Callable[..., Tensor]:
 def _planned(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slot: Slot, session: int, layout: str, scale: float | None
 ) -> Tensor:
-    """Hand the call to the operator, with what the running processor left in the slot."""
+    """Hand the call to the operator, with what the running processor left in the slot.
+
+    Where only a part of the tokens ask (the image, or all behind text and cached keys), the others' queries are made up
+    and their results cut off.
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ConfigError(
+            f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes as its own "
+            "sparse attention; set the model to dense attention, or detach"
+        )
+    if slot.outer_masks:
+        mask = visible_row(mask, slot.grid[3])
+    axis = 1 if layout == "bshd" else 2
+    asked, silent = q.shape[axis], k.shape[axis] - q.shape[axis]
+    frames, height, width, before, _ = slot.grid
+    start = before if asked == frames * height * width else silent
+    if silent > 0:
+        q = F.pad(q, (0, 0) * (3 - axis) + (start, silent - start))
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
+    out = planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
+    return out.narrow(axis, start, asked) if silent > 0 else out
 
 
 def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:

@@ -31,6 +31,9 @@ from .report import Recorder
 _SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
+NO_GRID = (-1, -1, -1, 0, 0)
+"""What a forward whose adapter gives no grid hands to its attention calls."""
+
 
 def get(number: int) -> "Session":
     """Return the session a compiled graph or processor refers to.
@@ -134,15 +137,18 @@ class Session:
         """Note that the denoising call ended, or was aborted."""
         target.in_context = target.told_step = False
 
-    def observe(self, target: Target, grid: Sequence[int], batch: int, timestep: Tensor | None) -> None:
+    def observe(self, target: Target, grid: Sequence[int] | str, batch: int, timestep: Tensor | None) -> None:
         """Note the shape of a forward that begins, and its step where no context told it.
 
         Raises:
-            ConfigError: if a method refuses the layout.
+            ConfigError: if a method refuses the layout, or would thin out a forward that has none.
         """
         if not target.told_step:
             self._infer_step(target, timestep)
-        self._note_shape(target, grid, batch)
+        if not isinstance(grid, str):
+            self._note_shape(target, grid, batch)
+        elif any(place.processor._dit_accel_sparse for place in target.places):
+            raise ConfigError(f"{target.name} ({target.adapter.name}) can't be thinned out in this call: {grid}")
         _begin_forward(target, batch)
 
     def note_weights(self, target: Target, weights: Hashable) -> None:
@@ -169,6 +175,11 @@ class Session:
         """
         place = self.places[layer]
         target = place.target
+        if tuple(grid) == NO_GRID:
+            raise ConfigError(
+                f"{target.name} ({target.adapter.name}) tells its tokens' places by values, which a transformer "
+                "that is compiled whole does not give; compile its blocks (compile_repeated_blocks), or detach"
+            )
         tokens, batch = _layout(grid), q.shape[0]
         length = q.shape[1] if layout == "bshd" else q.shape[2]
         if target.adapter.ragged_text:
@@ -272,10 +283,10 @@ class Session:
 
     def _stays_dense(self, moment: Moment, q: Tensor, k: Tensor, mask: Tensor | None, layout: str) -> bool:
         """Tell whether a mask that is no key padding keeps a call dense; the report says so."""
-        if mask is None or is_key_padding(mask, q, k, layout):
-            return False
         place = moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma
-        if not all(handler.dense_under_masks for handler in self.handlers if handler.is_active(*place)):
+        if mask is None or not all(handler.dense_under_masks for handler in self.handlers if handler.is_active(*place)):
+            return False
+        if is_key_padding(mask, q, k, layout):
             return False
         self.recorder.forward(moment.transformer, moment.branch, moment.step_index, 1)
         self.recorder.note(
@@ -346,7 +357,7 @@ class Session:
     def _infer_step(self, target: Target, timestep: Tensor | None) -> None:
         """Count steps by the timesteps seen: a lower one is the next step, a higher one begins a generation."""
         sign = -1 if target.adapter.rising_timesteps else 1
-        value = math.inf if timestep is None else sign * float(timestep.flatten()[-1])
+        value = math.inf if timestep is None else float((sign * timestep).max())  # of a frame that is still noise
         repeated = value == target.timestep and timestep is not None
         target.calls_at_timestep = target.calls_at_timestep + 1 if repeated else 0
         if not repeated:
@@ -364,7 +375,9 @@ def _layout(grid: Sequence[int]) -> TokenLayout:
 
 
 def _with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
-    """Return the layout of a sequence that left padded text out, or the layout as it is if that can't be."""
+    """Return the layout of a sequence that left out padded text, or all text; or the layout if that can't be."""
+    if length == tokens.visual_tokens:
+        return replace(tokens, text_before=0, text_after=0)
     dropped = tokens.tokens - length
     if not 0 <= dropped <= tokens.text_after:
         return tokens

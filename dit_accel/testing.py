@@ -7,14 +7,12 @@ where nothing should, and that a planned call computes what its plan says. What 
 import contextlib
 import copy
 import fnmatch
-import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter import Adapter
 from .attachment import Attachment, attach, attention_modules
@@ -22,53 +20,11 @@ from .config import MethodConfig
 from .errors import ConfigError
 from .methods import METHODS
 from .methods.base import Handler, Model
-from .methods.radial import RadialAttention
 from .registry import adapter_for
-from .watching import WIDE, exact_pairs, require, require_as_planned, require_same, watched
-
-STEPS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyModel:
-    """A tiny transformer and the inputs of one forward.
-
-    Attributes:
-        transformer: the class; the adapter must cover it.
-        config: its arguments: two or three blocks of each kind, 16 to 32 channels a head.
-        inputs: batch -> the forward's keyword arguments, tensors random and of ``batch`` rows. 100 to 300 tokens in
-            five frames or more, frames, height and width all different; masks with rows of different lengths.
-        left_alone: module-name patterns of the attention modules that no method may touch: cross-attention, refiners.
-    """
-
-    transformer: type[nn.Module]
-    config: Mapping[str, Any]
-    inputs: Callable[[int], Mapping[str, Any]]
-    left_alone: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """Two configs of one method.
-
-    Attributes:
-        neutral: attached, changes nothing.
-        active: changes every layer at every step of a `TinyModel`.
-    """
-
-    neutral: MethodConfig
-    active: MethodConfig
-
-
-TRIALS: dict[str, Trial] = {
-    "radial": Trial(
-        neutral=RadialAttention(block_size=16, dense_steps=1000),
-        active=RadialAttention(
-            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
-        ),
-    )
-}
-"""Method name -> the configs that `check_adapter` tries; open to every package."""
+from .tiny_case import Case, TinyModel, rows_of, wide_inputs
+from .trials import TRIALS as TRIALS
+from .trials import Trial as Trial
+from .watching import require, require_as_planned, require_same, require_text_exact, silenced, stopped_at, watched
 
 
 def check_adapter(
@@ -95,7 +51,7 @@ def check_adapter(
     checks = {name: CHECKS[name] for name in (CHECKS if only is None else only)}
     found: dict[str, dict[str, str]] = {}
     for number, model in enumerate(models):
-        case = _Case(adapter, model)
+        case = Case(adapter, model)
         results = found[f"{model.transformer.__name__} {number}"] = {}
         for name, check in checks.items():
             try:
@@ -107,35 +63,8 @@ def check_adapter(
     return found
 
 
-class _Case:
-    """One tiny model under check."""
-
-    def __init__(self, adapter: Adapter, model: TinyModel) -> None:
-        self.adapter = adapter
-        self.model = model
-        torch.manual_seed(0)
-        self.transformer: Any = model.transformer(**model.config).eval()
-        self.methods = {name: trial for name, trial in TRIALS.items() if name not in adapter.refused}
-
-    def inputs(self, batch: int = 1) -> dict[str, Any]:
-        """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
-        torch.manual_seed(1)
-        return dict(self.model.inputs(batch))
-
-    def wide(self) -> Any:
-        """The transformer in float64, in which a difference is more than rounding."""
-        return copy.deepcopy(self.transformer).double()
-
-    def run(self, inputs: Mapping[str, Any], step: int = 0, branch: str = "cond", transformer: Any = None) -> Tensor:
-        """One forward, as a pipeline makes it."""
-        transformer = transformer or self.transformer
-        inputs, context = dict(inputs), contextlib.nullcontext()
-        if hasattr(transformer, "cache_context"):
-            context = transformer.cache_context(branch, step_index=step, num_inference_steps=STEPS)
-        else:  # the step is told by the timestep alone
-            inputs["timestep"] = (inputs["timestep"].double() * (1 - step / 100)).to(inputs["timestep"].dtype)
-        with torch.no_grad(), context:
-            return transformer(**inputs, return_dict=False)[0]
+def _trials(case: Case) -> dict[str, Trial]:
+    return {name: trial for name, trial in TRIALS.items() if name not in case.adapter.refused}
 
 
 class _Always(Handler):
@@ -162,28 +91,7 @@ def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Always
         yield attachment
 
 
-def _rows(value: Any, row: int, batch: int) -> Any:
-    """Take one row of tensors, and of lists that have one entry a row."""
-    if isinstance(value, Tensor):
-        return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: _rows(x, row, batch) for name, x in value.items()}
-    if isinstance(value, list):
-        return value[row : row + 1] if len(value) == batch else [_rows(x, row, batch) for x in value]
-    return value
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(WIDE) if value.is_floating_point() else value
-    return type(value)(_widened(item) for item in value) if isinstance(value, (tuple, list)) else value
-
-
-def _wide_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _widened(x) for name, x in inputs.items()}
-
-
-def _check_places(case: _Case) -> None:
+def _check_places(case: Case) -> None:
     """The adapter names self-attention modules and all of them; every other attention module is left alone."""
     name = type(case.transformer).__name__
     require(adapter_for(name) is case.adapter, f"{name} is registered for another adapter object; fix the entry point")
@@ -201,13 +109,13 @@ def _check_places(case: _Case) -> None:
         require(touched == set(places), f"attach touched {sorted(touched ^ set(places))} besides or not")
 
 
-def _check_neutral(case: _Case) -> None:
+def _check_neutral(case: Case) -> None:
     """Attached and dense is the untouched model, bit for bit, and detach leaves no trace."""
     calls = [(case.inputs(1), "cond"), (case.inputs(1), "uncond"), (case.inputs(2), "cond_uncond")]
     plain = [case.run(inputs, branch=branch) for inputs, branch in calls]
     keys = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
     processors = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
-    for methods in ((), *((trial.neutral,) for trial in case.methods.values())):
+    for methods in ((), *((trial.neutral,) for trial in _trials(case).values())):
         with attach(case.transformer, *methods) as attachment:
             for (inputs, branch), expected in zip(calls, plain, strict=True):
                 require(torch.equal(case.run(inputs, branch=branch), expected), f"{methods} changed the output")
@@ -222,119 +130,162 @@ def _check_neutral(case: _Case) -> None:
         require(not case.transformer._forward_pre_hooks, f"{methods} left a hook")
 
 
-def _check_full(case: _Case) -> None:
+def _check_full(case: Case) -> None:
     """Every call sent to the kernels with all tiles kept is dense attention, each call and the whole model."""
     inputs = case.inputs(2)
     with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
         case.run(inputs)
-    for call in calls:
-        require_as_planned(call)
-    wide, inputs = case.wide(), _wide_inputs(inputs)
+    require_as_planned(calls)
+    wide, inputs = case.wide(), wide_inputs(inputs)
     expected = case.run(inputs, transformer=wide)
     with planned(wide, case.adapter):
         require_same(case.run(inputs, transformer=wide), expected, "all tiles kept and dense differ")
 
 
-def _check_layout(case: _Case) -> None:
+def _check_layout(case: Case) -> None:
     """A changed latent changes the one token that the grid says, and no text token."""
     inputs = case.inputs(1)
-    with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
+    with silenced(case.transformer), planned(case.transformer, case.adapter) as attachment:
+        with watched(attachment) as calls:
+            case.run(inputs)
+        longest = max(call.k.shape[2] for call in calls)
 
         def values(latents: Tensor) -> Tensor:
-            calls.clear()
-            case.run({**inputs, "hidden_states": latents})
-            return calls[0].v[0].transpose(0, 1).flatten(1)
+            with stopped_at(attachment, longest) as seen:
+                case.run(case.with_latents(inputs, latents))
+            return seen[0]
 
-        latents = inputs["hidden_states"]
+        latents = case.latents(inputs)
         still = values(latents)
         frames, height, width, before, after = attachment._slot.grid
-        visual, hit = frames * height * width, set()
-        for axis in range(1, latents.ndim):
-            tokens = []
+        visual, hit, apart = frames * height * width, set(), 0
+
+        def tokens_along(axis: int, base: list[int]) -> Iterator[int]:
             for index in range(latents.shape[axis]):
                 changed = latents.clone()
-                changed[tuple([0] * axis + [index] + [0] * (latents.ndim - axis - 1))] += 1.0
+                changed[(*base[:axis], index, *base[axis + 1 :])] += 1.0
                 moved = (values(changed) != still).any(1).nonzero().flatten().tolist()
+                if packed and not moved:  # text has a place among the latents
+                    moved = [-1]
                 require(len(moved) == 1, f"latent {index} of axis {axis} moves the tokens {moved}, not one")
-                tokens.append(moved[0] - before)
-            if latents.ndim == 3:  # packed: further images may follow, as tokens that the grid counts as text
+                yield moved[0] - before
+
+        base, packed = [0] * latents.ndim, latents.ndim in (3, 6)
+        for axis in range(1, latents.ndim if packed or case.model.reference_frames else 1):
+            base[axis] = next((i for i, token in enumerate(tokens_along(axis, base)) if token == 0), 0)
+        for axis in range(1, latents.ndim):
+            tokens = list(tokens_along(axis, base))
+            inside = [token for token in tokens if 0 <= token < visual]
+            outside = [token for token in tokens if token not in inside]
+            if packed:  # further images may stand beside the first, as tokens that the grid counts as text
                 require(max(tokens) < visual + after, f"latents lie in token {max(tokens)}, behind all the grid counts")
-                tokens = [token for token in tokens if token < visual]
-            steps = {b - a for a, b in itertools.pairwise(tokens)} - {0}
+            else:
+                apart += len(outside)
+            first = tokens[base[axis]]
+            require(first == 0, f"the first visual token is {first + before}, the adapter says {before}")
             require(
-                max(tokens) < visual, f"latents lie in token {max(tokens)}, the adapter counts {visual} visual tokens"
+                apart <= case.model.reference_frames,
+                f"latents lie in token {max(outside, default=0)}, the adapter counts {visual} visual tokens",
             )
-            require(tokens[0] == 0, f"the first visual token is {tokens[0] + before}, the adapter says {before}")
+            steps = {b - a for a, b in itertools.pairwise(inside)} - {0}
             require(
                 len(steps) < 2 and steps <= {1, width, height * width},
-                f"along axis {axis} the latents lie in the tokens {tokens}, not as in {attachment._slot.grid}",
+                f"along axis {axis} the latents lie in the tokens {inside}, not as in {attachment._slot.grid}",
             )
-            hit.update(tokens)
+            hit.update(inside)
         require({width - 1, (height - 1) * width, (frames - 1) * height * width} <= hit, "the grid is larger than that")
+        require(apart == case.model.reference_frames, f"the model has {apart} reference frames among its latents")
         require(len(still) <= before + visual + after, "the sequence is longer than the grid and its text")
 
 
-def _check_active(case: _Case) -> str | None:
+def _check_active(case: Case) -> str | None:
     """An active method changes the output, reaches every place once a forward, and keeps text exact."""
-    if not case.methods:
+    if not _trials(case):
         return "every method with a trial is refused"
     inputs = case.inputs(2)
     plain = case.run(inputs)
-    for trial in case.methods.values():
+    for trial in _trials(case).values():
         with attach(case.transformer, trial.active) as attachment, watched(attachment) as calls:
             changed = case.run(inputs)
-            places, grid = attachment._session.places, attachment._slot.grid
+            places = attachment._session.places
             report = attachment.report()
             require(not torch.equal(changed, plain), f"{trial.active} changes nothing")
             require(bool(changed.isfinite().all()), f"{trial.active} makes values that are not finite")
             require([step.sparse_layers for step in report.steps] == [len(places)], "not every place was reached once")
-            require(report.sparse_density is not None and report.sparse_density < 1, "every tile was kept")
+            kept = report.sparse_density
+            require(kept is not None and kept < 1, f"{trial.active} keeps every tile; give the tiny model more tokens")
             case.run(inputs, step=1)
             case.run(case.inputs(1))
             require(torch.equal(case.run(inputs), changed), "a run differs from the first after another batch")
         for call in calls:
             require(call.q.shape[2] == call.k.shape[2], "a call is no self-attention")
-            pairs = exact_pairs(call.plan, call.k.shape[2])
-            text = torch.ones(len(pairs), dtype=torch.bool)
-            text[grid[3] : grid[3] + grid[0] * grid[1] * grid[2]] = False
-            require(bool(pairs[text].all() & pairs[:, text].all()), "text tokens are not exact")
-            require_as_planned(call)
+            require_text_exact(call)
+        require_as_planned(calls)
     return None
 
 
-def _check_batch(case: _Case) -> None:
+def _check_batch(case: Case) -> str | None:
     """Guidance in one batched call gives what two calls give, dense or not."""
-    wide, both = case.wide(), _wide_inputs(case.inputs(2))
-    for methods in ((), *((trial.active,) for trial in case.methods.values())):
-        with attach(wide, *methods, backend="reference"):
-            batched = case.run(both, branch="cond_uncond", transformer=wide)
-            for row, branch in enumerate(("uncond", "cond")):
-                alone = case.run(_rows(both, row, 2), branch=branch, transformer=wide)
-                require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+    if case.model.max_batch < 2:
+        return "a forward takes one row"
+    wide, both = case.wide(), wide_inputs(case.inputs(2))
+    for methods in ((), *((trial.active,) for trial in _trials(case).values())):
+        _require_rows_alone(case, wide, both, methods)
+    return None
 
 
-def _check_padding(case: _Case) -> str | None:
+def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -> None:
+    with attach(wide, *methods, backend="reference"):
+        batched = case.run(both, branch="cond_uncond", transformer=wide)
+        for row, branch in enumerate(("uncond", "cond")):
+            alone = case.run(rows_of(both, row, 2), branch=branch, transformer=wide)
+            require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
+
+
+def _check_pairs(case: Case) -> str | None:
+    """Any two methods attached together: neutral, nothing changes; active, either order gives what the plan says."""
+    pairs = list(itertools.combinations(_trials(case).values(), 2))
+    if not pairs:
+        return "fewer than two methods with a trial apply"
+    inputs = case.inputs(2)
+    plain, wide, both = case.run(inputs), case.wide(), wide_inputs(inputs)
+    for one, other in pairs:
+        methods = one.active, other.active
+        with attach(case.transformer, one.neutral, other.neutral):
+            require(torch.equal(case.run(inputs), plain), f"{one.neutral} and {other.neutral} changed the output")
+        with attach(case.transformer, *methods) as attachment, watched(attachment) as calls:
+            changed = case.run(inputs)
+        require(not torch.equal(changed, plain), f"{methods} change nothing")
+        require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
+        for call in calls:
+            require_text_exact(call)
+        require_as_planned(calls)
+        with attach(case.transformer, *reversed(methods)):
+            require(
+                torch.equal(case.run(inputs), changed), f"{methods} attached in the other order give another output"
+            )
+        if case.model.max_batch > 1:
+            _require_rows_alone(case, wide, both, methods)
+    return None
+
+
+def _check_padding(case: Case) -> str | None:
     """What a mask hides has no influence on the video."""
-    names = set(inspect.signature(type(case.transformer).forward).parameters)
-    mask_name = next((n for n in ("encoder_attention_mask", "encoder_hidden_states_mask") if n in names), None)
-    inputs = _wide_inputs(case.inputs(2))
-    mask = inputs.get(mask_name or "")
-    if mask is None or bool(mask.bool().all()):
+    inputs = wide_inputs(case.inputs(2))
+    other = case.with_other_padding(inputs)
+    if other is None:
         return "no text is masked"
-    other = dict(inputs)
-    hidden = ~mask.bool()[..., None]
-    other["encoder_hidden_states"] = torch.where(hidden, 3.0, inputs["encoder_hidden_states"])
     wide = case.wide()
     if not torch.equal(case.run(inputs, transformer=wide), case.run(other, transformer=wide)):
         return "the untouched model lets padded text through"
-    for methods in ((), *((trial.active,) for trial in case.methods.values())):
+    for methods in ((), *((trial.active,) for trial in _trials(case).values())):
         with attach(wide, *methods, backend="reference"):
             found = case.run(inputs, transformer=wide), case.run(other, transformer=wide)
         require(torch.equal(*found), f"{methods}: padded text changes the output")
     return None
 
 
-def _check_refused(case: _Case) -> str | None:
+def _check_refused(case: Case) -> str | None:
     """A method that makes no sense here is refused with the reason, and nothing stays."""
     if not case.adapter.refused:
         return "nothing is refused"
@@ -352,7 +303,7 @@ def _check_refused(case: _Case) -> str | None:
     return None
 
 
-def _check_compile(case: _Case) -> None:
+def _check_compile(case: Case) -> None:
     """Blocks compile full-graph, to twice the graphs of the untouched model at most: dense and planned.
 
     One kind of block makes one graph, or more where its inputs differ: in the first block they often are slices.
@@ -366,17 +317,26 @@ def _check_compile(case: _Case) -> None:
     with _compiled(case) as (transformer, graphs), planned(transformer, case.adapter, _FromStepOne):
         for step, expected in enumerate(eager):
             torch.testing.assert_close(case.run(inputs, step, transformer=transformer), expected)
+        require(untouched > 0, "no block of its own runs")
         require(graphs() <= 2 * untouched, f"the blocks made {graphs()} graphs, the untouched ones {untouched}")
 
 
+def _block_of(transformer: Any, name: str) -> str:
+    """Return the name of the block that holds an attention module: of a repeated kind, or just what holds it."""
+    parts = name.split(".")
+    above = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+    kinds = getattr(transformer, "_repeated_blocks", None) or ()
+    return next((n for n in above if type(transformer.get_submodule(n)).__name__ in kinds), above[0])
+
+
 @contextlib.contextmanager
-def _compiled(case: _Case) -> Iterator[tuple[Any, Callable[[], int]]]:
+def _compiled(case: Case) -> Iterator[tuple[Any, Callable[[], int]]]:
     """Give a copy of the transformer with compiled blocks, and a counter of their graphs."""
     from torch._dynamo.utils import counters
 
     transformer = copy.deepcopy(case.transformer)
     places = attention_modules(transformer, case.adapter)
-    for name in sorted({name.rpartition(".")[0] for name, _, _ in places}):
+    for name in sorted({_block_of(transformer, name) for name, _, _ in places}):
         transformer.get_submodule(name).compile(fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
     counters.clear()
@@ -386,7 +346,7 @@ def _compiled(case: _Case) -> Iterator[tuple[Any, Callable[[], int]]]:
         torch._dynamo.reset()
 
 
-CHECKS: dict[str, Callable[[_Case], str | None]] = {
+CHECKS: dict[str, Callable[[Case], str | None]] = {
     "places": _check_places,
     "neutral": _check_neutral,
     "full": _check_full,
@@ -394,6 +354,7 @@ CHECKS: dict[str, Callable[[_Case], str | None]] = {
     "active": _check_active,
     "batch": _check_batch,
     "padding": _check_padding,
+    "pairs": _check_pairs,
     "refused": _check_refused,
     "compile": _check_compile,
 }

@@ -61,6 +61,8 @@ def plan(
         note(f"{num_frames} frames are rounded to {found.num_frames}, as the pipeline does")
     for name in found.uncounted:
         note(f"what {name} saves is known only while it runs; it is not counted")
+    if found.sparsity and found.sparsity.routes:
+        note("which tiles are routed is known only while it runs; counted is what Gaussian scores would keep")
     if found.sparsity and found.sparsity.advice:
         warn(found.sparsity.advice)
     if json:
@@ -112,8 +114,7 @@ def _flops_table(found: Estimate) -> Table:
     table = plain_table("FLOPs of the run", "attention", "total", right=("attention", "total"))
     table.add_row("dense", _flops(found.attention_flops), _flops(found.total_flops))
     if found.sparsity:
-        name = found.sparsity.method.name
-        table.add_row(name, _flops(found.planned_attention_flops), _flops(found.planned_total_flops))
+        table.add_row(found.sparsity.name, _flops(found.planned_attention_flops), _flops(found.planned_total_flops))
     return table
 
 

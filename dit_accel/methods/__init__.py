@@ -1,6 +1,6 @@
 """The methods: one file each, found by the type of their config."""
 
-from . import delta, frozen, lite, radial
+from . import delta, frozen, lite, radial, sol
 from .base import METHODS
 
-__all__ = ["METHODS", "delta", "frozen", "lite", "radial"]
+__all__ = ["METHODS", "delta", "frozen", "lite", "radial", "sol"]

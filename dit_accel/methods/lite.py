@@ -10,18 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from dit_accel_kernels import Selection, TileLists, Vote, count_bits, pack_bits
+import torch
+from dit_accel_kernels import Selection, TileLists, Vote, pack_bits
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout import TokenLayout
-from ..plan import AttentionPlan, Moment
-from ..report import exact_bits
+from ..masks import is_key_padding
+from ..plan import AttentionPlan, Call, Moment
 from .base import Handler, Model, handles
-from .lite_ranges import check_ranges, range_tiles
-from .lite_state import CallState, Search, States, bitmap_bytes, key_of
+from .lite_ranges import FixedBits, check_ranges, fixed_bits, split_list
+from .lite_scores import Dial, recorded_scores
+from .lite_state import CallState, States, bitmap_bytes, key_of
 from .lite_thresholds import LiteThresholds, check_threshold, model_name, read_thresholds
-from .tiling import full_tiles, pinned_bits, visual_first
+from .tiling import full_tiles, visual_first
 from .warmup import SparseConfig
 
 GENERIC: Mapping[str, Any] = {
@@ -57,8 +59,9 @@ class LiteAttention(SparseConfig):
             largest before it, for every row of the block. For ``mass`` and ``budget`` a share in (0, 1). Unset: -10,
             2^-10 or 0.01. A budget is split over the votes to come and bounds the mass of a tile at its vote; where
             logits drift by D log2 units afterwards, by 2^(2D) times as much.
-        target_density: share of the tiles, in (0, 1), that each layer and branch shall come down to instead: the
-            threshold is searched from call to call, and votes end where the share is reached.
+        target_density: share of all tiles, in (0, 1), that a branch keeps over its layers, instead of votes: its first
+            call records every tile's gap (or share of the mass, for ``mass``) at 16 rows of each block row, and the
+            second drops what lies under the threshold at which that share is kept.
         thresholds_file: TOML of thresholds by layer and step, as ``dit-accel tune lite`` writes it, instead.
         detect_every: every how many calls tiles vote; the others run as the last vote says.
         refresh_every: calls after which everything is computed and voted on again; unset: never within a generation.
@@ -157,7 +160,8 @@ class LiteHandler(Handler):
         self._asked_size = config.block_size
         self._lists: Handler | None = None
         self._states = States()
-        self._fixed: dict[Any, tuple[tuple[object, ...], Tensor | None, Tensor | None]] = {}
+        self._fixed: dict[Any, tuple[tuple[object, ...], FixedBits]] = {}
+        self._dials: dict[tuple[str, str, int], Dial] = {}
         self._table: LiteThresholds | None = None
         if config.thresholds_file is not None:
             self._table = self._read(config.thresholds_file)
@@ -213,11 +217,11 @@ class LiteHandler(Handler):
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Keep the tiles that the votes left so far, and ask for the next votes."""
         tiles, order = self._tiling(plan, moment)
-        pinned, first = self._fixed_bits(tiles, order, moment)
+        pinned = self._fixed_bits(tiles, order, moment).pinned
         base = plan.selection or Selection()
         if base.pinned is not None:
             pinned = base.pinned if pinned is None else pinned | base.pinned
-        chosen = self._again(moment) if moment.repeated else self._next(tiles, order, pinned, first, moment)
+        chosen = self._again(moment) if moment.repeated else self._next(tiles, order, moment)
         kept = [keep for keep in (chosen.keep, base.keep) if keep is not None]
         keep = kept[0] & kept[-1] if kept else None  # what another method dropped does not vote, and stays out
         selection = dataclasses.replace(
@@ -225,42 +229,51 @@ class LiteHandler(Handler):
         )
         return dataclasses.replace(plan, tiles=tiles, token_order=order, selection=selection)
 
-    def learn(self, moment: Moment, kept: Tensor) -> None:
-        """Make the bits that the votes keep those of the next call, unless they miss the target density."""
-        state = self._states.by_key.get(key_of(moment))
-        if state is None:
+    def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
+        """With a target density, record the scores of a call that begins anew, and choose the tiles of the next."""
+        config, mask = self.config, call.mask
+        if config.target_density is None or moment.repeated:
             return
-        if state.search is not None:
-            assert state.listed is not None
-            chosen = kept if state.pinned is None else kept | state.pinned
-            left = int(count_bits(state.listed & chosen).sum())
-            share = left / (kept.shape[0] * kept.shape[1] * kept.shape[2] ** 2)
-            if not state.search.take(state.level, share):
-                return
-        self._states.keep(state, kept)
+        tiles, order = self._tiling(plan, moment)
+        state = self._state(tiles, order, moment)
+        if state.calls > 1 or (mask is not None and not is_key_padding(mask, call.q, call.k, call.layout)):
+            return
+        assert state.dial is not None
+        scores = recorded_scores(dataclasses.replace(plan, tiles=tiles, token_order=order), call, config.criterion)
+        free, fixed = split_list(tiles, scores, self._fixed_bits(tiles, order, moment))
+        if state.calls == 0:
+            state.dial.count(scores, free, fixed)
+        else:
+            best = torch.zeros_like(free).scatter_(-1, scores.masked_fill(~free, -torch.inf).argmax(-1, True), True)
+            self._states.keep(state, pack_bits((state.dial.keeps(scores, config.target_density) | best) & free))
 
-    def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
-        """Only where the call voted and anything is dropped."""
-        state, selection = self._states.by_key.get(key_of(moment)), plan.selection
-        return state is not None and state.bits is not None and selection is not None and selection.vote is not None
-
-    def reactivate(self, plan: AttentionPlan, moment: Moment, gaps: Tensor, shares: Tensor, margin: float) -> None:
-        """Take back tiles whose probes exceed the call's threshold by the margin; what must be skipped stays out."""
-        state, tiles = self._states.by_key[key_of(moment)], plan.tiles
-        assert state.bits is not None
-        assert tiles is not None
-        assert plan.selection is not None
-        assert plan.selection.vote is not None
-        criterion, threshold = plan.selection.vote.criterion, plan.selection.vote.threshold
-        found = gaps > threshold + margin if criterion == "maxgap" else shares > threshold * 2.0**margin
-        _, first = self._fixed_bits(tiles, plan.token_order, moment)
-        back = pack_bits(found) if first is None else pack_bits(found) & first
-        self._states.keep(state, state.bits | back)
+    def learn(self, moment: Moment, kept: Tensor) -> None:
+        """Make the bits that the votes keep those of the next call."""
+        state = self._states.by_key.get(key_of(moment))
+        if state is not None:
+            self._states.keep(state, kept)
 
     def reset(self) -> None:
         """Free all bits."""
         self._states.clear()
+        self._dials.clear()
         self._fixed.clear()
+
+    def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
+        """Tell whether a call's key has dropped tiles that could come back to a later call."""
+        state = self._states.by_key.get(key_of(moment))
+        return state is not None and state.bits is not None and self.config.target_density is None
+
+    def reactivate(self, plan: AttentionPlan, moment: Moment, gaps: Tensor, shares: Tensor, margin: float) -> None:
+        """Take back tiles that probe rows need by ``margin`` log2 units; what must be skipped stays skipped."""
+        state, tiles = self._states.by_key.get(key_of(moment)), plan.tiles
+        if state is None or state.bits is None or tiles is None:
+            return
+        threshold = self._threshold(moment)
+        needed = gaps > threshold + margin if self.config.criterion == "maxgap" else shares > threshold * 2.0**margin
+        bits = pack_bits(needed)
+        first = self._fixed_bits(tiles, plan.token_order, moment).first
+        self._states.keep(state, state.bits | (bits if first is None else bits & first))
 
     def state_bytes(self) -> int:
         """Return the most memory that the bits took at once since attach."""
@@ -275,31 +288,12 @@ class LiteHandler(Handler):
         order = ordered(moment.layout, device) if ordered else visual_first(moment.layout, None, device)
         return full_tiles(moment.layout, block, device), order
 
-    def _fixed_bits(
-        self, tiles: TileLists, order: Tensor | None, moment: Moment
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return pinned tiles and those of the first call, int32 [NQ, W], or None for none and for all."""
-        config, layout = self.config, moment.layout
-        key = layout, str(moment.device), id(tiles), id(order)
+    def _fixed_bits(self, tiles: TileLists, order: Tensor | None, moment: Moment) -> FixedBits:
+        """Return what no vote decides; the same for all calls on the same tiles."""
+        key = moment.layout, id(tiles), id(order)
         if key not in self._fixed:
-            pinned = first = None
-            if config.protect_text and layout.tokens > layout.visual_tokens:
-                pinned = pinned_bits(layout, tiles.block_k, None, "none", str(moment.device))
-            keep = range_tiles(config.must_keep, layout, order, tiles.block_k, inward=False)
-            skip = range_tiles(config.must_skip, layout, order, tiles.block_k, inward=True) & ~keep
-            shape = tiles.query_tiles, len(keep)
-            if keep.any():
-                kept = pack_bits(keep.expand(shape)).to(moment.device)
-                pinned = kept if pinned is None else pinned | kept
-            if skip.any():
-                first = pack_bits(~skip.expand(shape)).to(moment.device)
-                free = first if pinned is None else first | pinned
-                if config.rest == "skip" and not bool(count_bits(exact_bits(tiles, 1) & free).all()):
-                    raise ConfigError(
-                        f"lite.must_skip = {config.must_skip} leaves some queries of {layout} no key at all; shorten it"
-                    )
-            self._fixed[key] = (tiles, order), pinned, first
-        return self._fixed[key][1:]
+            self._fixed[key] = (tiles, order), fixed_bits(self.config, moment, tiles, order)
+        return self._fixed[key][1]
 
     def _again(self, moment: Moment) -> Selection:
         """Return what the call had when the forward ran it first."""
@@ -311,23 +305,12 @@ class LiteHandler(Handler):
             )
         return dataclasses.replace(state.given, vote=None)
 
-    def _next(
-        self, tiles: TileLists, order: Tensor | None, pinned: Tensor | None, first: Tensor | None, moment: Moment
-    ) -> Selection:
+    def _next(self, tiles: TileLists, order: Tensor | None, moment: Moment) -> Selection:
         """Return keep, vote and direction of a call, and count it."""
-        config, key = self.config, key_of(moment)
-        state = self._states.by_key.get(key)
-        if state is None or state.calls == config.refresh_every or not state.fits(moment, tiles.block_k, order):
-            search = None if config.target_density is None else Search(config.target_density)
-            state = CallState(moment.layout, moment.batch, tiles.block_k, order, search=search)
-            self._states.put(key, state)
-            if first is not None:
-                self._states.keep(state, first.expand(moment.batch, self.model.heads, -1, -1).contiguous())
+        config, state = self.config, self._state(tiles, order, moment)
         left = self._calls_left(state, moment)
         reverse = config.bidirectional and state.votes % 2 == 1
         vote = self._vote(state, left, moment) if state.calls % config.detect_every == 0 else None
-        if vote is not None and state.search is not None:
-            state.listed, state.pinned = exact_bits(tiles, self.model.heads), pinned
         chosen = Selection(keep=state.bits, vote=vote, reverse=reverse)
         state.given = chosen if moment.differentiate else None
         state.votes += vote is not None
@@ -339,18 +322,9 @@ class LiteHandler(Handler):
     def _vote(self, state: CallState, left: int | None, moment: Moment) -> Vote | None:
         """Return what a call votes with; None where nobody would read the bits, or no more may be dropped."""
         config = self.config
-        if left == 1:
+        if left == 1 or config.target_density is not None:
             return None
-        if state.search is not None:
-            if state.search.over:
-                return None
-            state.level = state.search.level()
-            level = state.level if config.criterion == "maxgap" else 2.0**state.level
-            return Vote(criterion=config.criterion, threshold=level)
-        if self._table is not None:
-            level = self._table.at(moment.transformer, moment.layer, moment.step_index)
-            return None if level == -math.inf else Vote(criterion=config.criterion, threshold=level)
-        threshold = config.vote_threshold()
+        threshold = self._threshold(moment)
         if config.criterion == "budget":
             votes = 2 if left is None else -(-(left - 1) // config.detect_every)
             threshold = (threshold - state.spent) / votes
@@ -358,6 +332,29 @@ class LiteHandler(Handler):
             if threshold <= 0:
                 return None
         return Vote(criterion=config.criterion, threshold=threshold)
+
+    def _threshold(self, moment: Moment) -> float:
+        if self._table is not None:
+            return self._table.at(moment.transformer, moment.layer, moment.step_index)
+        return self.config.vote_threshold()
+
+    def _state(self, tiles: TileLists, order: Tensor | None, moment: Moment) -> CallState:
+        """Return the state of a call, begun anew where it is the first, or due for it, or on other tiles."""
+        key = key_of(moment)
+        state = self._states.by_key.get(key)
+        if state is not None and state.calls != self.config.refresh_every and state.fits(moment, tiles.block_k, order):
+            return state
+        state = CallState(moment.layout, moment.batch, tiles.block_k, order)
+        if self.config.target_density is not None:
+            dial = self._dials.get((moment.transformer, moment.branch, moment.row))
+            if dial is None or dial.step_index != moment.step_index:
+                dial = self._dials[moment.transformer, moment.branch, moment.row] = Dial(moment.step_index)
+            state.dial = dial
+        self._states.put(key, state)
+        first = self._fixed_bits(tiles, order, moment).first
+        if first is not None:
+            self._states.keep(state, first.expand(moment.batch, self.model.heads, -1, -1).contiguous())
+        return state
 
     def _last_step(self, moment: Moment) -> int | None:
         steps = moment.num_inference_steps

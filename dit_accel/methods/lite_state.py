@@ -1,7 +1,8 @@
-"""What LiteAttention carries from call to call: a bitmap for each attention module, branch and row, and its search."""
+"""What LiteAttention carries from call to call: a bitmap for each attention module, branch and row."""
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dit_accel_kernels import Selection
 from torch import Tensor
@@ -9,20 +10,11 @@ from torch import Tensor
 from ..layout import TokenLayout
 from ..plan import Moment
 
+if TYPE_CHECKING:
+    from .lite_scores import Dial
+
 Key = tuple[str, int, str, int]
 """(transformer, layer, branch, row): whose calls follow each other."""
-
-LOWEST_LEVEL = -40.0
-"""Log2 threshold that drops next to nothing, where a search begins."""
-
-FIRST_LEVEL = -10.0
-"""Log2 threshold that a search tries first: the published one."""
-
-GROWTH = 0.26
-"""Growth of the dropped share, natural log a level, as the embedded model has it between -10 and -4."""
-
-CLOSE = 0.005
-"""Share of the tiles above the target at which a search is over."""
 
 
 def key_of(moment: Moment) -> Key:
@@ -33,58 +25,6 @@ def key_of(moment: Moment) -> Key:
 def bitmap_bytes(tiles: int, heads: int, batch: int) -> int:
     """Return the bytes of one module's bitmap over N x N tiles: int32 [B, H, N, ceil(N / 32)]."""
     return 4 * batch * heads * tiles * math.ceil(tiles / 32)
-
-
-@dataclass(slots=True)
-class Search:
-    """Search of the threshold that leaves a target share: votes that would drop more are thrown away.
-
-    A level is a threshold's log2: the gap itself for maxgap. The dropped share rises with the level, by about `GROWTH`
-    e-folds a unit; what it really does is learned from both sides, and every second time the range is halved.
-
-    Attributes:
-        target: the share of the tiles to keep.
-        low: highest level whose votes were taken; ``low_share`` is what they left.
-        high: lowest level whose votes were thrown away; ``high_share`` is what they would have left, 0 if unknown.
-    """
-
-    target: float
-    low: float = LOWEST_LEVEL
-    low_share: float = 1.0
-    high: float = 0.0
-    high_share: float = 0.0
-    tries: int = 0
-
-    @property
-    def over(self) -> bool:
-        """Whether the share is as near to the target as need be."""
-        return self.low_share - self.target <= CLOSE
-
-    def level(self) -> float:
-        """Return the level to vote with."""
-        if self.tries == 0:
-            return FIRST_LEVEL
-        wide, ahead = self.high - self.low, math.inf
-        if self.low_share < 1:
-            ahead = math.log((1 - self.target) / (1 - self.low_share))
-        if self.high_share == 0:
-            part = ahead / GROWTH / wide
-        elif self.tries % 2:
-            part = 0.5
-        else:
-            part = ahead / math.log((1 - self.high_share) / (1 - self.low_share)) if self.low_share < 1 else 0.5
-        return self.low + min(0.9, max(0.1, part)) * wide
-
-    def take(self, level: float, share: float) -> bool:
-        """Note what a vote at a level would leave, and tell whether to take it."""
-        self.tries += 1
-        if share < self.target:
-            self.high, self.high_share = level, share
-            return False
-        self.low, self.low_share = level, share
-        if self.high - level < 1e-3:  # what was too much before is less now: tokens drift
-            self.high, self.high_share = min(level + 1.0, -1e-6), 0.0
-        return True
 
 
 @dataclass(slots=True)
@@ -100,10 +40,7 @@ class CallState:
         calls: calls made since it began.
         votes: calls of them that voted.
         spent: share of the budget that votes were given.
-        search: of the threshold for a target density; None: it is given.
-        level: what the running call votes with, under a search.
-        listed: int32 bits of the running call's exact tiles before any choice; under a search.
-        pinned: int32 bits of its pinned tiles; under a search.
+        dial: what finds the threshold for a target density; None: it is given.
         given: the running call's selection, where it may be repeated.
     """
 
@@ -115,10 +52,7 @@ class CallState:
     calls: int = 0
     votes: int = 0
     spent: float = 0.0
-    search: Search | None = None
-    level: float = 0.0
-    listed: Tensor | None = None
-    pinned: Tensor | None = None
+    dial: "Dial | None" = None
     given: Selection | None = None
 
     def fits(self, moment: Moment, block: int, order: Tensor | None) -> bool:

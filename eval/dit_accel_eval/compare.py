@@ -95,7 +95,8 @@ def run(suite: Suite, out: Path) -> None:
             }
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(f"clip {clip} {arm.name}: {line['psnr']:.1f} dB", file=sys.stderr)
+            kept = f", {report.sparse_density:.3f} of the sparse calls exact" if arm.methods else ""
+            print(f"clip {clip} {arm.name}: {line['psnr']:.1f} dB{kept}", file=sys.stderr)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -110,10 +111,10 @@ def table(suite: Suite, lines: Sequence[dict[str, Any]]) -> str:
 
 def _rows(suite: Suite, lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield (
-        "| arm | density | PSNR to dense, dB | SSIM | colour / shape / direction right | against "
+        "| arm | density | of sparse calls | PSNR to dense, dB | SSIM | colour / shape / direction right | against "
         "| paired PSNR difference, dB |"
     )
-    yield "|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|"
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     for arm in suite.arms:
         clips = by_arm[arm.name]
@@ -122,13 +123,16 @@ def _rows(suite: Suite, lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         mean = {key: float(np.mean([line[key] for line in clips.values()])) for key in ("density", "ssim")}
         # Fewer steps cost as much less as dense attention and all else do, so their density is the share of steps.
         density = mean["density"] * arm.num_inference_steps / suite.num_inference_steps
+        exact = [line["sparse_density"] for line in clips.values() if line["sparse_density"] is not None]
+        sparse = f"{np.mean(exact):.3f}" if exact else ""
         right = " / ".join(
             f"{np.mean([c[key] for c in clips.values()]):.0%}" for key in ("color", "shape", "direction")
         )
         fidelity = bootstrap([line["psnr"] for line in clips.values()])
         paired = "" if arm.against is None else _paired(clips, by_arm[arm.against])
         against = arm.against or ""
-        yield f"| {arm.name} | {density:.3f} | {fidelity} | {mean['ssim']:.3f} | {right} | {against} | {paired} |"
+        cells = (arm.name, f"{density:.3f}", sparse, fidelity, f"{mean['ssim']:.3f}", right, against, paired)
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _paired(clips: dict[int, Any], others: dict[int, Any]) -> str:

@@ -10,8 +10,7 @@ from dit_accel.registry import adapters, methods
 from .compare import read_lines, table
 from .suite import read_suite
 
-SUITE = Path("eval/suites/radial-tiny.toml")
-QUALITY = Path("eval/results/radial-tiny.jsonl")
+SUITES = ("radial-tiny", "sol-tiny")
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 
 
@@ -55,13 +54,18 @@ def _models() -> str:
 
 
 def _quality(root: Path) -> str:
-    lines = read_lines(root / QUALITY)
+    return "\n\n".join(_suite(root, name) for name in SUITES)
+
+
+def _suite(root: Path, name: str) -> str:
+    path = Path(f"eval/suites/{name}.toml")
+    lines = read_lines(root / f"eval/results/{name}.jsonl")
     if not lines:
-        return f"Not measured yet; `python -m dit_accel_eval.compare {SUITE}` measures it on the embedded model."
+        return f"Not measured yet; `python -m dit_accel_eval.compare {path}` measures it on the embedded model."
     clips = len({line["clip"] for line in lines})
-    suite = read_suite(root / SUITE)
+    suite = read_suite(root / path)
     head = (
-        f"`python -m dit_accel_eval.compare {SUITE}`: the embedded model, {clips} held-out clips of {suite.num_frames} "
+        f"`python -m dit_accel_eval.compare {path}`: the embedded model, {clips} held-out clips of {suite.num_frames} "
         f"frames, {suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}; 95 % intervals."
     )
     return f"{head}\n\n{table(suite, lines)}"

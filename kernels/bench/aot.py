@@ -2,8 +2,9 @@
 
 `python kernels/bench/aot.py --out aot.jsonl` compiles all variants of all `triton_*` modules of the package, in
 parallel processes, prints one row each (registers, spills, shared memory, blocks an SM, hot loop) and writes JSON
-lines. Exits with 1 if a variant fails to compile, spills, asks for more shared memory than its target has, or has in
-the hot loop of full tiles what should not be there.
+lines; with --match and --merge it compiles some of them anew in a file that has all. Exits with 1 if a variant fails to
+compile, spills, asks for more shared memory than its target has, or has in the hot loop of full tiles what should not
+be there.
 """
 
 from __future__ import annotations
@@ -192,6 +193,25 @@ def row(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def others(
+    path: Path | None, order: dict[tuple[str, str], int], todo: list[tuple[str, str, str]]
+) -> list[dict[str, Any]]:
+    """Records of a file whose variant and target still exist and are not about to be compiled."""
+    if path is None or not path.exists():
+        return []
+    again = {task[1:] for task in todo}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [r for r in records if (r["variant"], r["target"]) in order and (r["variant"], r["target"]) not in again]
+
+
+def write(path: Path, records: list[dict[str, Any]], order: dict[tuple[str, str], int]) -> None:
+    """Replace a file by these records, in the order of the variants, all or nothing."""
+    lines = [json.dumps(r) + "\n" for r in sorted(records, key=lambda r: order[r["variant"], r["target"]])]
+    new = path.with_suffix(".new")
+    new.write_text("".join(lines))
+    os.replace(new, path)
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -200,6 +220,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", default=",".join(TARGETS), help="comma list (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
     parser.add_argument("--out", type=Path, help="write one JSON line a variant and target to this file")
+    parser.add_argument("--merge", action="store_true", help="keep the other lines of --out whose variants still exist")
     return parser.parse_args()
 
 
@@ -217,12 +238,14 @@ def main() -> None:
     todo = tasks(args.module or modules(), args.match, targets)
     if not todo:
         raise SystemExit(f"no variant matches --match {args.match!r}: try --match ''")
-    order = {task[1:]: i for i, task in enumerate(todo)}
+    known = list(dict.fromkeys([*modules(), *(args.module or [])]))
+    order = {task[1:]: i for i, task in enumerate(tasks(known, "", list(TARGETS)))}
+    kept = others(args.out, order, todo) if args.merge else []
     records = []
     for record in run(todo, args.jobs):
         records.append(record)
-        if args.out:  # what is compiled is not lost if the run is cut short; sorted below
-            args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
+        if args.out:  # what is compiled is not lost if the run is cut short
+            write(args.out, [*kept, *records], order)
         print(f"\r{len(records)} of {len(todo)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     records.sort(key=lambda r: order[r["variant"], r["target"]])
@@ -231,8 +254,6 @@ def main() -> None:
     for record in records:
         table.add_row(*row(record))
     Console(width=200).print(table)
-    if args.out:
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
     bad = [f"{r['variant']} on {r['target']}: {'; '.join(faults(r) + loop_faults(r))}" for r in records]
     bad = [line for line in bad if not line.endswith(": ")]
     print("\n".join(bad))

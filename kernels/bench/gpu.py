@@ -1,9 +1,9 @@
 """Check every Triton kernel on this GPU against the specification, then time it beside its rivals, in one command.
 
-`python kernels/bench/gpu.py --out gpu.jsonl` stops starting new work when --budget seconds are spent and says what it
-left out; the most telling shapes come first. It ends with the goals that the kernels are held to, each with what was
-measured. `--device cpu --tiny` runs the same script in Triton's interpreter on toy shapes: a test of the script, whose
-times mean nothing.
+`python kernels/bench/gpu.py --out gpu.jsonl` writes every finding as it comes, stops starting new work when --budget
+seconds are spent and says what it left out; the most telling shapes come first. It ends with the goals that the kernels
+are held to, each with what was measured. `--device cpu --tiny` runs the same script in Triton's interpreter on toy
+shapes: a test of the script, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ if "cpu" in sys.argv:  # before anything imports triton
 import torch
 import triton
 from cards import CARDS
-from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, TileLists, block_sparse_attention_eager
-from dit_accel_kernels import block_sparse_attention as attention
+from dit_accel_kernels import POOLED, SKIPPED, Routing, Selection, TileLists, Vote, block_sparse_attention_eager
 from dit_accel_kernels.features import Problem
-from roofline import SHAPES, Mix, Shape, backward, predict
+from dit_accel_kernels.selection import count_bits, pack_bits
+from gpu_checks import check
+from inputs import decay, keep_bits, lists
+from roofline import SHAPES, Mix, Shape, backward, features_of, predict
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,75 +40,37 @@ SDPA = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 ORDER = ("wan-720p", "128k", "hunyuan-720p", "cogvideox1.5", "wan-480p", "mochi")
-FRAMES = 21  # for the decay: frames a shape's tokens are cut into
 RADIAL = 0.27  # RadialAttention's density at Wan 720p, 81 frames
-PARTS = ("out", "lse", "grad_q", "grad_k", "grad_v")
+BETA = 1.2816  # routes a tenth of the tiles of random inputs to exact ones: 1 - Phi(BETA) = 0.1
 Call = Callable[[], object]
 
 
-def lists(tokens: int, block: int, density: float, rest: int, device: str) -> TileLists:
-    """Shared lists: in every block row the diagonal and random others, `density` of all; the rest skipped or pooled."""
-    count = -(-tokens // block)
-    kept = max(1, round(density * count))
-    scores = torch.rand(count, count, generator=torch.Generator().manual_seed(0))
-    scores.fill_diagonal_(2.0)
-    states = torch.full((count, count), rest, dtype=torch.uint8)
-    states.scatter_(1, scores.topk(kept, 1).indices, EXACT)
-    return TileLists.from_states(states, block_q=block, block_k=block, num_q=tokens, num_k=tokens).to(device)
+def calls_of(
+    shape: Shape, dtype: torch.dtype, device: str, selecting: str
+) -> dict[tuple[str, float], Callable[[], Call]]:
+    """What to time for one shape: (candidate, density) -> a function that prepares the call, the telling ones first.
 
-
-def decay(tokens: int, device: str) -> FrameDecay:
-    """Decay over the frames of a shape."""
-    frames = (torch.arange(tokens) * FRAMES // tokens).int().to(device)
-    table = torch.linspace(1.0, 0.5, FRAMES).to(device)
-    return FrameDecay(table=table, q_frames=frames, k_frames=frames)
-
-
-def check(dtype: torch.dtype, device: str, block: int) -> list[dict[str, Any]]:
-    """Output, LSE and gradients of every feature against float64, by the rule of the tests: a record each."""
-    tokens, records = 5 * block - 3, []
-    features: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "decay": {"frame_decay": decay(tokens, device)},
-        "head scale": {"head_scale": torch.tensor([0.7, 1.4], device=device)},
-        "key length": {"key_length": torch.tensor([tokens - block], device=device)},
-        "token order": {"token_order": torch.randperm(tokens).to(device)},
-    }
-    for name, arguments in features.items():
-        for rest in (SKIPPED, POOLED):
-            tiles = lists(tokens, block, 0.5, rest, device)
-            leaves = [torch.randn(1, heads, tokens, 64).to(device, dtype) for heads in (2, 1, 1)]
-            grad = torch.randn(1, 2, tokens, 64).to(device, dtype)
-            found = _all_of(leaves, grad, tiles, "triton", arguments)
-            yardstick = _all_of(leaves, grad, tiles, "reference", arguments)
-            truth = _all_of([x.double() for x in leaves], grad.double(), tiles, "reference", arguments)
-            for part, a, b, c in zip(PARTS, found, yardstick, truth, strict=True):
-                scale = float(c.square().mean().sqrt())
-                error, allowed = (float((x.double() - c).square().mean().sqrt()) / scale for x in (a, b))
-                allowed = 2 * allowed + torch.finfo(dtype).eps
-                record = {"kind": "check", "feature": name, "rest": ("skipped", "pooled")[rest], "part": part}
-                records.append({**record, "error": error, "allowed": allowed, "ok": error <= allowed})
-    return records
-
-
-def _all_of(
-    leaves: list[Tensor], grad: Tensor, tiles: TileLists, backend: str, arguments: dict[str, Any]
-) -> list[Tensor]:
-    """Output, LSE (0 where infinite) and gradients of one call."""
-    leaves = [x.detach().clone().requires_grad_() for x in leaves]
-    out, lse = attention(*leaves, tiles, layout="bhsd", return_lse=True, backend=backend, **arguments)
-    grads = torch.autograd.grad((out * grad).sum(), leaves)
-    return [out.detach(), lse.detach().masked_fill(lse.isinf(), 0.0), *grads]
-
-
-def calls_of(shape: Shape, dtype: torch.dtype, device: str) -> dict[tuple[str, float], Callable[[], Call]]:
-    """What to time for one shape: (candidate, density) -> a function that prepares the call, the telling ones first."""
+    `selecting` is the backend of the calls with a selection.
+    """
     layout = (shape.batch, shape.heads, shape.tokens, shape.dim)
     q, k, v = (torch.randn(layout, device=device, dtype=dtype) for _ in range(3))
 
     def ours(density: float, rest: int = SKIPPED, backend: str = "triton", **arguments: Any) -> Call:
         tiles = lists(shape.tokens, shape.block, density, rest, device)
         return lambda: block_sparse_attention_eager(q, k, v, tiles, layout="bhsd", backend=backend, **arguments)
+
+    def selected(kept: float, votes: bool = False, routes: bool = False) -> Call:
+        """LiteAttention: kept tiles of every head, with votes or without. SolAttention: routing, diagonal pinned."""
+        tiles = TileLists.full(shape.tokens, shape.tokens, block_q=shape.block, block_k=shape.block).to(device)
+        count = tiles.key_tiles
+        selection = Selection(
+            keep=None if routes else keep_bits(shape.batch, shape.heads, count, kept, device),
+            pinned=pack_bits(torch.eye(count, dtype=torch.bool, device=device)),
+            routing=Routing(beta=BETA) if routes else None,
+            vote=Vote() if votes else None,
+        )
+        arguments: dict[str, Any] = {"layout": "bhsd", "backend": selecting, "selection": selection}
+        return lambda: block_sparse_attention_eager(q, k, v, tiles, return_tiles=routes, **arguments)
 
     def gradients(density: float) -> Call:
         from dit_accel_kernels.triton_backend import attend
@@ -134,6 +98,9 @@ def calls_of(shape: Shape, dtype: torch.dtype, device: str) -> dict[tuple[str, f
     found["triton-backward", RADIAL] = lambda: gradients(RADIAL)
     found["triton-decay", RADIAL] = lambda: ours(RADIAL, frame_decay=decay(shape.tokens, device))
     found["triton-pooled", 0.1] = lambda: ours(0.1, POOLED)
+    found["triton-routed", 0.1] = lambda: selected(0.1, routes=True)
+    found["triton-kept", RADIAL] = lambda: selected(RADIAL)
+    found["triton-votes", RADIAL] = lambda: selected(RADIAL, votes=True)
     for density in (0.25, 0.5):
         found["triton", density] = lambda density=density: ours(density)
     return found
@@ -159,27 +126,30 @@ def timed(call: Call, device: str) -> tuple[float, float, float]:
 
 
 def measure(
-    shape: Shape, dtype: torch.dtype, device: str, deadline: float, left_out: list[str]
-) -> list[dict[str, Any]]:
+    shape: Shape, dtype: torch.dtype, device: str, selecting: str, deadline: float, left_out: list[str]
+) -> Iterator[dict[str, Any]]:
     """Time everything of one shape until the deadline; what fails is recorded with its error, what is late left out."""
-    records = []
-    for (candidate, density), prepare in calls_of(shape, dtype, device).items():
+    for (candidate, density), prepare in calls_of(shape, dtype, device, selecting).items():
         if time.monotonic() > deadline:
             left_out.append(f"{shape.name} {candidate} {density:g}")
             continue
         record: dict[str, Any] = {"kind": "time", "shape": shape.name, "candidate": candidate, "density": density}
         try:
-            median, low, high = timed(prepare(), device)
+            call = prepare()
+            found = routed_density(call(), shape) if candidate == "triton-routed" else density
+            median, low, high = timed(call, device)
         except Exception as error:  # a rival that cannot run here is a finding, not the end of the bench
-            records.append({**record, "error": f"{type(error).__name__}: {str(error).strip()[:200]}"})
+            yield {**record, "error": f"{type(error).__name__}: {str(error).strip()[:200]}"}
             continue
-        products = 4 * shape.batch * shape.heads * shape.tokens**2 * shape.dim * density
+        products = 4 * shape.batch * shape.heads * shape.tokens**2 * shape.dim * found
         products *= 2.5 if candidate == "triton-backward" else 1.0
-        records.append(
-            {**record, "seconds": median, "seconds_p20": low, "seconds_p80": high, "tflops": products / median / 1e12}
-            | prediction(shape, candidate, density, device)
-        )
-    return records
+        times = {"seconds": median, "seconds_p20": low, "seconds_p80": high, "tflops": products / median / 1e12}
+        yield {**record, "density_found": found, **times, **prediction(shape, candidate, found, device)}
+
+
+def routed_density(found: Any, shape: Shape) -> float:
+    """Share of exact tiles that a call with routing chose, from what it returned."""
+    return float(count_bits(found[1]).sum()) / (shape.batch * shape.heads * shape.tiles)
 
 
 def prediction(shape: Shape, candidate: str, density: float, device: str) -> dict[str, Any]:
@@ -187,7 +157,7 @@ def prediction(shape: Shape, candidate: str, density: float, device: str) -> dic
     card = next((c for name, c in CARDS.items() if device != "cpu" and name in torch.cuda.get_device_name()), None)
     if card is None or not candidate.startswith("triton"):
         return {}
-    found = predict(shape, density, card, Mix(), pooled=1 - density if candidate == "triton-pooled" else 0.0)
+    found = predict(shape, density, card, Mix(), **features_of(candidate, density))
     found = backward(found) if candidate == "triton-backward" else found
     return {"predicted_bound": found["bound"], "predicted_serial": found["serial"]}
 
@@ -206,6 +176,16 @@ def goals(records: list[dict[str, Any]]) -> list[tuple[str, float | None, float,
         own = seconds.get((shape, "triton", density))
         return min(rivals) / own if rivals and own else None
 
+    def routed() -> list[float]:
+        """Against the plain time at 0.1, which grows with the density that routing really chose."""
+        found = {
+            r["shape"]: r["density_found"] / 0.1
+            for r in records
+            if "seconds" in r and r["candidate"] == "triton-routed"
+        }
+        pairs = [(s, ratios(("triton-routed", 0.1), ("triton", 0.1), {s})) for s in sorted(found)]
+        return [x / found[s] for s, values in pairs for x in values]
+
     def linear() -> list[float]:
         return [x / d for d in (0.1, 0.25, RADIAL, 0.5) for x in ratios(("triton", d), ("triton", 1.0))]
 
@@ -216,6 +196,8 @@ def goals(records: list[dict[str, Any]]) -> list[tuple[str, float | None, float,
         ("best SDPA over ours, 128k at 0.1", best_dense("128k", 0.1), 5.0, False),
         ("FlexAttention over ours", worst(ratios(("flex", RADIAL), ("triton", RADIAL)), min), 1.1, False),
         ("with decay over without", worst(ratios(("triton-decay", RADIAL), ("triton", RADIAL)), max), 1.05, True),
+        ("with votes over without", worst(ratios(("triton-votes", RADIAL), ("triton-kept", RADIAL)), max), 1.02, True),
+        ("with routing over without", worst(routed(), max), 1.1, True),
         ("with pooled rest over without", worst(ratios(("triton-pooled", 0.1), ("triton", 0.1)), max), 1.1, True),
         ("backward over forward", worst(ratios(("triton-backward", RADIAL), ("triton", RADIAL)), max), 2.7, True),
     ]
@@ -231,7 +213,7 @@ def report(records: list[dict[str, Any]], left_out: list[str], title: str) -> No
     bad = [r for r in checks if not r["ok"]]
     console.print(f"{title}: {len(checks) - len(bad)} of {len(checks)} checks within the rule")
     for r in bad:
-        console.print(f"  {r['feature']}, {r['rest']}, {r['part']}: error {r['error']:.2e}, allowed {r['allowed']:.2e}")
+        console.print(f"  {r['feature']}, {r['part']}: error {r['error']:.2e}, allowed {r['allowed']:.2e}")
     table = Table("shape", "candidate", "density", "ms", "p20", "p80", "TFLOP/s", "bound ms", "serial ms")
     for r in (r for r in records if r["kind"] == "time"):
         head = (r["shape"], r["candidate"], f"{r['density']:g}")
@@ -258,6 +240,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: Triton's interpreter")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on cpu")
     parser.add_argument("--shape", default=",".join(ORDER), help="comma list, in order (default %(default)s)")
+    parser.add_argument(
+        "--selecting",
+        default="triton",
+        choices=("triton", "torch", "reference"),
+        help="backend of calls with a selection",
+    )
     parser.add_argument("--tiny", action="store_true", help="the same shapes with 2 heads and 120 tokens")
     parser.add_argument("--budget", type=float, default=500, help="seconds after which nothing starts (%(default)s)")
     parser.add_argument("--out", type=Path, help="append one JSON line a finding to this file")
@@ -277,16 +265,26 @@ def main() -> None:
     device = "CPU, interpreted" if args.device == "cpu" else torch.cuda.get_device_name()
     setting = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "dtype": dtype}
     torch.manual_seed(0)
-    records, left_out = check(DTYPES[dtype], args.device, 16 if args.tiny else 128), []
+    left_out: list[str] = []
+    records = []
+    for record in work(args, DTYPES[dtype], deadline, left_out):
+        records.append(record)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(json.dumps({**setting, **record}) + "\n")
+    report(records, left_out, f"{device}, {dtype}")
+    sys.exit(any(not r["ok"] for r in records if r["kind"] == "check"))
+
+
+def work(
+    args: argparse.Namespace, dtype: torch.dtype, deadline: float, left_out: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Everything there is to find, as it is found."""
+    yield from check(dtype, args.device, 16 if args.tiny else 128, args.selecting)
     for name in args.shape.split(","):
         shape = SHAPES[name]
         shape = replace(shape, heads=2, tokens=120, dim=16, block=32) if args.tiny else shape
-        records += measure(shape, DTYPES[dtype], args.device, deadline, left_out)
-    if args.out:
-        with args.out.open("a") as file:
-            file.writelines(json.dumps({**setting, **record}) + "\n" for record in records)
-    report(records, left_out, f"{device}, {dtype}")
-    sys.exit(any(not r["ok"] for r in records if r["kind"] == "check"))
+        yield from measure(shape, dtype, args.device, args.selecting, deadline, left_out)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Four engines work side by side in every SM: tensor cores, special functions (exp2), the lanes for everything else, and
 memory. A kernel takes at least the time of the busiest one, `bound`, which is reached only where all work overlaps;
 with no overlap in an SM it takes the sum, `serial`. One block an SM overlaps little, many overlap well. Pooled tiles
-add one column each. Bytes are counted twice: `hbm` moves every tensor once, `l2` every tile that is visited, at four
-times the card's bandwidth. The table shows both ends, never one number that looks exact.
+add one column each and a pass over K and V for the means; routing adds a pass over Q and the products of means, votes a
+few instructions for every row of a tile. Bytes are counted twice: `hbm` moves every tensor once, `l2` every tile that
+is visited, at four times the card's bandwidth. The table shows both ends, never one number that looks exact.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from cards import CARDS, TARGETS, Card
 
+VOTE_INSTRUCTIONS = 4  # of a lane for a row of a tile: difference, comparison, reduction, bit
 L2_OVER_HBM = 4.0  # bandwidth of the second-level cache over HBM's, about what these cards have
 
 
@@ -78,10 +80,20 @@ def read_mix(path: Path, variant: str, target: str, logits: int) -> Mix:
     raise ValueError(f"{path} must hold variant {variant!r} on {target} with a hot loop, found none: run aot.py first")
 
 
-def predict(shape: Shape, density: float, card: Card, mix: Mix, *, pooled: float = 0.0) -> dict[str, Any]:
+def predict(
+    shape: Shape,
+    density: float,
+    card: Card,
+    mix: Mix,
+    *,
+    pooled: float = 0.0,
+    routed: bool = False,
+    votes: bool = False,
+) -> dict[str, Any]:
     """Seconds of every engine and of the whole forward, with `density` exact and `pooled` shares of tiles.
 
-    Raises ValueError where the shares are not in [0, 1].
+    `routed`: the call chooses its exact tiles itself; `votes`: its exact tiles vote for the next call. Raises
+    ValueError where the shares are not in [0, 1].
     """
     if not (0 <= density <= 1 and 0 <= pooled <= 1 - density + 1e-9):
         raise ValueError(f"density and pooled are shares of tiles, at most 1 together: found {density} and {pooled}")
@@ -89,16 +101,25 @@ def predict(shape: Shape, density: float, card: Card, mix: Mix, *, pooled: float
     logits = lanes * shape.tokens * (shape.tokens * density + shape.tiles**0.5 * pooled)
     rate = card.cores * card.clock * 1e9
     row = 2 * shape.dim  # bytes of a token of one head
-    tensors = 4 * lanes * shape.tokens * row
+    passes = 4 + (2 if pooled or routed else 0) + (1 if routed else 0)  # q, k, v, out; k, v for means; q for means
     visits = lanes * shape.tiles * (density * shape.block + pooled) * 2 * row
+    products = 4 * logits * shape.dim + (2 * lanes * shape.tiles * shape.dim if routed else 0)
+    voted = lanes * shape.tiles * density * shape.block if votes else 0.0
     seconds = {
-        "tensor": 4 * logits * shape.dim / (card.tflops * 1e12),
+        "tensor": products / (card.tflops * 1e12),
         "exp2": logits * mix.exp2 / (rate * card.exp2),
-        "plain": logits * mix.plain / (rate * card.lanes),
-        "hbm": tensors / (card.bandwidth * 1e9),
+        "plain": (logits * mix.plain + voted * VOTE_INSTRUCTIONS) / (rate * card.lanes),
+        "hbm": passes * lanes * shape.tokens * row / (card.bandwidth * 1e9),
         "l2": visits / (card.bandwidth * 1e9 * L2_OVER_HBM),
     }
     return _limits(seconds)
+
+
+def features_of(candidate: str, density: float) -> dict[str, Any]:
+    """Arguments of `predict` for a candidate of gpu.py ("triton-routed" ...) at the density it ran at."""
+    routed = candidate == "triton-routed"
+    rest = 1 - density if routed or candidate == "triton-pooled" else 0.0
+    return {"pooled": rest, "routed": routed, "votes": candidate == "triton-votes"}
 
 
 def _limits(seconds: dict[str, float]) -> dict[str, Any]:
@@ -119,14 +140,32 @@ def backward(forward: dict[str, Any]) -> dict[str, Any]:
     return _limits({name: forward[name] * factor for name, factor in factors.items()})
 
 
+CANDIDATES = ("triton", "triton-pooled", "triton-routed", "triton-votes", "triton-backward")
+
+
+def measured(path: Path | None, shape: str, card: str, candidate: str, density: float) -> float | None:
+    """Median seconds that gpu.py's JSON lines hold for a call on this card (the last of them), None without any."""
+    if path is None:
+        return None
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [
+        r["seconds"]
+        for r in records
+        if "seconds" in r
+        and card in r["device"]
+        and (r["shape"], r["candidate"], r["density"]) == (shape, candidate, density)
+    ]
+    return found[-1] if found else None
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default=",".join(SHAPES), help="comma list (default %(default)s)")
     parser.add_argument("--card", default=",".join(CARDS), help="comma list (default %(default)s)")
     parser.add_argument("--density", default="0.1,0.27,0.5,1.0", help="comma list of kept shares (default %(default)s)")
-    parser.add_argument("--pooled", action="store_true", help="pool the rest instead of skipping it")
-    parser.add_argument("--backward", action="store_true", help="the backward instead of the forward")
+    parser.add_argument("--candidate", default="triton", choices=CANDIDATES, help="as in gpu.py (default %(default)s)")
+    parser.add_argument("--measured", type=Path, help="JSON lines of gpu.py, to be shown beside the prediction")
     parser.add_argument("--table", type=Path, help="JSON lines of aot.py, for the instruction mix of --variant")
     parser.add_argument("--variant", help="name in --table")
     parser.add_argument(
@@ -151,22 +190,25 @@ def main() -> None:
 
     args = arguments()
     times = ("tensor", "exp2", "plain", "hbm", "l2", "bound", "serial")
-    columns = ("shape", "card", "density", *times, "limit", "x dense")
-    table = Table(*columns, title="milliseconds; x dense: bound at density 1 over this bound")
+    columns = ("shape", "card", "density", *times, "limit", "x dense", "measured")
+    table = Table(*columns, title=f"{args.candidate}: milliseconds; x dense: bound at density 1 over this bound")
     records = []
     rows, keys = (int(n) for n in args.chunk.split(","))
     for shape in pick(args.shape, SHAPES, "shape"):
         for card in pick(args.card, CARDS, "card"):
             mix = read_mix(args.table, args.variant, card.target, rows * keys) if args.table else Mix()
-            dense = predict(shape, 1.0, card, mix)
             for density in (float(d) for d in args.density.split(",")):
-                found = predict(shape, density, card, mix, pooled=1 - density if args.pooled else 0.0)
-                found, whole = (backward(found), backward(dense)) if args.backward else (found, dense)
-                speedup = whole["bound"] / found["bound"]
-                record = {"shape": shape.name, "card": card.name, "density": density, **found, "speedup": speedup}
-                records.append(record)
+                found = predict(shape, density, card, mix, **features_of(args.candidate, density))
+                dense = predict(shape, 1.0, card, mix)
+                if args.candidate == "triton-backward":
+                    found, dense = backward(found), backward(dense)
+                took = measured(args.measured, shape.name, card.name, args.candidate, density)
+                speedup = dense["bound"] / found["bound"]
+                record = {"shape": shape.name, "card": card.name, "candidate": args.candidate, "density": density}
+                records.append({**record, **found, "speedup": speedup, "measured": took})
                 cells = [f"{found[name] * 1e3:.2f}" for name in times]
-                table.add_row(shape.name, card.name, f"{density:g}", *cells, found["limit"], f"{speedup:.2f}")
+                cells += [found["limit"], f"{speedup:.2f}", "" if took is None else f"{took * 1e3:.2f}"]
+                table.add_row(shape.name, card.name, f"{density:g}", *cells)
     Console(width=140).print(table)
     if args.out:
         args.out.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -110,9 +110,7 @@ def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[T
     """
     frames = torch.arange(-1, int(q_frames.max()) + 1, device=table.device)
     distance = (frames[:, None] - k_frames[None, :].long()).abs().clamp_(max=table.numel() - 1)
-    t = table[distance]
-    t[0] = 1.0
-    t[:, k_frames < 0] = 1.0
+    t = table[distance].masked_fill((frames < 0)[:, None] | (k_frames < 0), 1.0)
     return t, (q_frames.long() + 1).clamp_(min=0)
 
 

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import Problem
+from dit_accel_kernels.selection import LOG2_E, words_of
+from dit_accel_kernels.triton_expand import Lists, bits_of_lists, expand, may_pool, static_lists
 from dit_accel_kernels.triton_forward import _fwd_kernel
 from dit_accel_kernels.triton_launch import (
+    Launch,
     architecture,
     column_parts,
     fp32_products,
@@ -23,11 +26,11 @@ from dit_accel_kernels.triton_launch import (
     query_block,
     warps,
 )
-from dit_accel_kernels.triton_plan import row_plan
+from dit_accel_kernels.triton_plan import RowPlan, row_plan
 from dit_accel_kernels.triton_pool import pool
+from dit_accel_kernels.triton_route import route
 from dit_accel_kernels.triton_support import missing_requirement
-
-LOG2_E = math.log2(math.e)
+from dit_accel_kernels.triton_votes import fold
 
 
 def check(problem: Problem) -> None:
@@ -37,45 +40,97 @@ def check(problem: Problem) -> None:
         raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
 
 
-def attend(
-    problem: Problem, *, need_lse: bool, reverse: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Output [B, H, S_q, D], laid out like q, and natural-log LSE float32 [B, H, S_q] (empty where not needed).
+def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Output, LSE, exact tiles and the bits that a vote keeps of one call, without a device sync.
 
-    Both in the problem's token order: with `token_order` the kernel gathers and scatters rows itself. `reverse` visits
-    each section of a list from its end. Tensors are copied only where the head dim is not contiguous.
+    Output [B, H, S_q, D], laid out like q, and natural-log LSE float32 [B, H, S_q] (empty where not needed), both in
+    the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps int32 [B, H,
+    NQ, W], None without a selection and without a vote. Tensors are copied only where the head dim is not contiguous.
     """
     check(problem)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
+    problem = replace(problem, q=q, k=k, v=v)
+    launch = launch_of(architecture(q.device), q.dtype, q.shape[-1])
+    block_q = query_block(problem.block_q, launch.block_q)
+    plan, selection = row_plan(problem), problem.selection
+    with on_device(q.device):
+        means = None
+        if may_pool(problem):
+            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid)
+        lists, exact = _select(problem, plan, means)
+        words = None
+        if selection is not None and selection.vote is not None:
+            parts = -(-problem.block_q // block_q)
+            shape = (*q.shape[:2], problem.query_tiles, parts, words_of(problem.key_tiles))
+            words = torch.empty(shape, dtype=torch.int32, device=q.device)
+        out, lse = _launch(problem, plan, lists, means, words, launch, block_q, need_lse)
+        kept = None if words is None else _kept(problem, plan, lists, words)
+    return out, lse, exact, kept
+
+
+def _select(
+    problem: Problem, plan: RowPlan, means: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Lists, Tensor | None]:
+    """The lists of a call, and its exact tiles as bits where it has a selection."""
+    selection = problem.selection
+    if selection is None:
+        return static_lists(problem, plan), None
+    if selection.keep is None and selection.routing is None:
+        return static_lists(problem, plan), bits_of_lists(problem)
+    routed = None
+    if selection.routing is not None:
+        assert means is not None
+        products = fp32_products(architecture(problem.q.device))
+        routed = route(problem, selection.routing, problem.q, means[0], means[2], products)
+    return expand(problem, plan, routed)
+
+
+def _kept(problem: Problem, plan: RowPlan, lists: Lists, words: Tensor) -> Tensor:
+    """The bits of the next call, by the votes that the forward left in `words`."""
+    selection = problem.selection
+    assert selection is not None
+    if selection.keep is None:
+        kept = bits_of_lists(problem)
+    else:
+        kept = selection.keep.clone(memory_format=torch.contiguous_format)
+    own = lists.strides
+    strides = (plan.stride_b, plan.stride_h, 0, 0) if own is None else (problem.q.shape[1], 1, *own[:2])
+    pinned = None if selection.pinned is None else selection.pinned.contiguous()
+    fold(kept, words, lists.indices, lists.bounds, pinned, strides, reverse=selection.reverse)
+    return kept
+
+
+def _launch(
+    problem: Problem, plan: RowPlan, lists: Lists, means: tuple[Tensor, Tensor, Tensor] | None, words: Tensor | None,
+    launch: Launch, block_q: int, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run the forward kernel: output and LSE."""
+    q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
     batch, heads, num_q, dim = q.shape
     out = _like(q)
     lse = q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
-    launch = launch_of(architecture(q.device), q.dtype, dim)
-    block_q, (block_k, _) = query_block(problem.block_q, launch.block_q), key_block(problem.block_k, launch.block_k)
-    plan = row_plan(problem)
-    pooled: tuple[Tensor | None, ...] = (None, None, None)
+    block_k, _ = key_block(problem.block_k, launch.block_k)
     d1, d2 = column_parts(dim)
     head_scale, table = problem.head_scale, None if problem.decay is None else problem.decay[0]
-    with on_device(q.device):
-        if problem.pooled_indices is not None:
-            order, valid = problem.token_order, plan.valid
-            k_mean, v_mean, length = pool(k, v, block_k=problem.block_k, token_order=order, valid=valid)
-            pooled = (k_mean, v_mean, length.log2())
-        programs = batch * heads * problem.query_tiles * -(-problem.block_q // block_q)
-        _fwd_kernel[(programs,)](
-            q, k, v, out, lse if need_lse else None, plan.indices, plan.bounds, plan.row_order, plan.entry_t,
-            problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
-            plan.pooled_t if problem.pooled_indices is not None else None, problem.pooled_indices, *pooled,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
-            *out.stride()[:3], plan.stride_b, plan.stride_h,
-            0 if head_scale is None or head_scale.shape[0] == 1 else heads,
-            num_q, k.shape[2], heads, k.shape[1], problem.query_tiles, problem.key_tiles,
-            0 if table is None else table.numel() - 1, problem.logit_scale * LOG2_E, -1 if reverse else 1,
-            TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
-            BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision(q.dtype, q.device),
-            num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out, lse, None, None
+    pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
+    vote = None if selection is None else selection.vote
+    programs = batch * heads * problem.query_tiles * -(-problem.block_q // block_q)
+    _fwd_kernel[(programs,)](
+        q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.row_order, lists.entry_t,
+        problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
+        None if means is None else plan.pooled_t, lists.pooled_indices, *pooled, words,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
+        *out.stride()[:3], plan.stride_b, plan.stride_h,
+        0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None,) * 4),
+        num_q, k.shape[2], heads, k.shape[1], problem.query_tiles, problem.key_tiles,
+        0 if table is None else table.numel() - 1, problem.logit_scale * LOG2_E,
+        -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
+        TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision(q.dtype, q.device),
+        VOTE=None if vote is None else vote.criterion,
+        num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, lse
 
 
 def _like(q: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ import triton
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem
-from dit_accel_kernels.triton_backend import LOG2_E, check, on_device
+from dit_accel_kernels.selection import LOG2_E
+from dit_accel_kernels.triton_backend import check, on_device
 from dit_accel_kernels.triton_backward_kernels import _delta_kernel, _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from dit_accel_kernels.triton_launch import architecture, key_block, query_block
 from dit_accel_kernels.triton_plan import RowPlan, row_plan
@@ -121,8 +122,8 @@ def attend_backward(
     )
     with on_device(q.device):
         base, delta = _delta(out, lse, grad_out, grad_lse)
-        block_k, whole_k = key_block(problem.block_k, dq.block_k)
-        rows = row_plan(problem, whole_chunks=whole_k)
+        block_k, _ = key_block(problem.block_k, dq.block_k)
+        rows = row_plan(problem)
         means: tuple[Tensor | None, ...] = (None, None, None)
         if problem.pooled_indices is not None:
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=rows.valid)

@@ -13,22 +13,10 @@ Head dims that are no power of 2 are cut into two column parts (96 = 64 + 32), t
 
 from __future__ import annotations
 
-from itertools import product
-
-import torch
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.triton_launch import (
-    Launch,
-    column_parts,
-    fp32_products,
-    key_block,
-    launch_of,
-    query_block,
-    warps,
-)
-from dit_accel_kernels.triton_variants import TARGETS, Variant
+from dit_accel_kernels.triton_votes import _store_rest, _vote
 
 
 @triton.jit
@@ -73,13 +61,15 @@ def _products(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add(p, alpha, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.constexpr):
-    """Row sum and accumulators after one more chunk with weights p; what came before shrinks by alpha."""
-    total = total * alpha + tl.sum(p, 1)
+    """Row sum, accumulators and the chunk's own sum after one more chunk with weights p; the rest shrinks by alpha."""
+    total *= alpha
+    mass = tl.sum(p, 1)
+    total += mass
     p = p.to(v1.dtype)
     acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
     if D2 > 0:
         acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision=PRECISION)
-    return total, acc1, acc2
+    return total, acc1, acc2, mass
 
 
 @triton.jit
@@ -90,11 +80,16 @@ def _decay_rows(x, t, chosen):
 
 @triton.jit
 def _add_masked(x, m, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.constexpr):
-    """One more chunk of base-2 logits x, where some rows may hold nothing but -inf, so far and in x."""
-    m_new = tl.maximum(m, tl.max(x, 1))
+    """One more chunk of base-2 logits x, where some rows may hold nothing but -inf, so far and in x.
+
+    Also returns what a vote asks for: the chunk's largest logit, what earlier weights shrank by, and its sum.
+    """
+    top = tl.max(x, 1)
+    m_new = tl.maximum(m, top)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    total, acc1, acc2 = _add(tl.exp2(x - base[:, None]), tl.exp2(m - base), total, acc1, acc2, v1, v2, D2, PRECISION)
-    return m_new, total, acc1, acc2
+    p, alpha = tl.exp2(x - base[:, None]), tl.exp2(m - base)
+    total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
+    return m_new, total, acc1, acc2, top, alpha, mass
 
 
 @triton.jit
@@ -132,7 +127,7 @@ def _full_chunk(
 # Sizes of the problem, not worth a kernel for each value that is 1 or a multiple of 16.
 _INTEGERS = (
     "stride_gb", "stride_gh", "stride_hb", "num_q", "num_k", "heads", "key_heads", "rows", "key_tiles", "table_last",
-    "step",
+    "step", "stride_ib", "stride_ih", "stride_pb", "stride_ph",
 )  # fmt: skip
 
 
@@ -143,16 +138,21 @@ def _fwd_kernel(
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
     pooled_indices_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK]; or None
+    words_ptr,  # int32 [B, H, NQ, SUBS_Q, W], need bits of votes, or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
-    num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale, step,
+    stride_ib, stride_ih, stride_pb, stride_ph,
+    num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale, step, vote_threshold,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+    VOTE: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE of one part of one block row.
 
     `step` is 1 or -1, the direction in which each section is visited. A chunk has BLOCK_K keys, and BLOCK_S in the
-    pooled and slow loops, which hold more for each key.
+    pooled and slow loops, which hold more for each key. With `stride_ib` and the three after it, strides of batch and
+    head in exact and in pooled entries, every batch and head has lists of its own, whose bounds are relative to that.
+    VOTE is None or the criterion by which tiles vote.
     """
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
@@ -163,6 +163,14 @@ def _fwd_kernel(
     hk = h // (heads // key_heads)
     group = (b * stride_gb + h * stride_gh).to(tl.int64) * rows
     row = tl.load(row_order_ptr + group + part // SUBS_Q)
+    if stride_ib is not None:
+        group = lane.to(tl.int64) * rows
+        base = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
+        indices_ptr += base
+        if entry_t_ptr is not None:
+            entry_t_ptr += base
+        if pooled_indices_ptr is not None:
+            pooled_indices_ptr += b.to(tl.int64) * stride_pb + h.to(tl.int64) * stride_ph
     bounds_ptr += (group + row) * 6
     start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
     end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
@@ -196,6 +204,11 @@ def _fwd_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
     acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
+    if VOTE is not None:
+        words_ptr += ((lane.to(tl.int64) * rows + row) * SUBS_Q + part % SUBS_Q) * ((key_tiles + 31) // 32)
+        word = tl.zeros([BLOCK_Q], tl.int32)
+        state = m if VOTE == "maxgap" else total
+        spent = total
 
     origin = start * SUBS_K if step > 0 else end_plain * SUBS_K - 1
     ahead = tl.load(indices_ptr + origin // SUBS_K)
@@ -206,9 +219,14 @@ def _fwd_kernel(
         )  # fmt: skip
         ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
         x = _products(q1, q2, k1, k2, D2, PRECISION)
-        m_new = tl.maximum(m, tl.max(x, 1) * scale)
-        p = tl.exp2(x * scale - m_new[:, None])
-        total, acc1, acc2 = _add(p, tl.exp2(m - m_new), total, acc1, acc2, v1, v2, D2, PRECISION)
+        top = tl.max(x, 1) * scale
+        m_new = tl.maximum(m, top)
+        p, alpha = tl.exp2(x * scale - m_new[:, None]), tl.exp2(m - m_new)
+        total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
+        if VOTE is not None:
+            word, state, spent = _vote(
+                word, state, spent, n, top, m, alpha, mass, total, vote_threshold, words_ptr, live, VOTE, SUBS_K
+            )
         m = m_new
 
     if entry_t_ptr is not None:
@@ -223,9 +241,16 @@ def _fwd_kernel(
             low = scale * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
             x = _products(q1, q2, k1, k2, D2, PRECISION)
             top = tl.max(x, 1)  # min(s x, t s x) rises with x
-            m_new = tl.maximum(m, tl.minimum(top * scale, top * low))
+            top = tl.minimum(top * scale, top * low)
+            m_new = tl.maximum(m, top)
             p = tl.exp2(tl.minimum(x * scale - m_new[:, None], x * low - m_new[:, None]))
-            total, acc1, acc2 = _add(p, tl.exp2(m - m_new), total, acc1, acc2, v1, v2, D2, PRECISION)
+            alpha = tl.exp2(m - m_new)
+            total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
+            if VOTE is not None:
+                turn = (end_plain - start) * SUBS_K + n
+                word, state, spent = _vote(
+                    word, state, spent, turn, top, m, alpha, mass, total, vote_threshold, words_ptr, live, VOTE, SUBS_K
+                )
             m = m_new
 
     origin = end_constant * SUBS_S if step > 0 else end_slow * SUBS_S - 1
@@ -249,7 +274,15 @@ def _fwd_kernel(
                 t = tl.load(table_ptr + distance, mask=k_frame >= 0, other=1.0)
                 x = _decay_rows(x, t, q_frame == frame)
         x = tl.where(here[None, :], x, float("-inf"))
-        m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+        m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+        if VOTE is not None:
+            turn = (end_constant - start) * SUBS_S + n
+            word, state, spent = _vote(
+                word, state, spent, turn, top, m, alpha, mass, total, vote_threshold, words_ptr, live, VOTE, SUBS_S
+            )
+        m = m_new
+    if VOTE is not None:
+        _store_rest(words_ptr, end_slow - start, word, live)
 
     if pooled_indices_ptr is not None:
         pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
@@ -267,7 +300,7 @@ def _fwd_kernel(
                     t = tl.load(pooled_t_ptr + (frame + 1) * key_tiles + tile)
                     x = _decay_rows(x, t, q_frame == frame)
             x = tl.where(here[None, :], x + weight[None, :], float("-inf"))
-            m, total, acc1, acc2 = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+            m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
 
     empty = total == 0  # rows without a key
     total = tl.where(empty, 1.0, total)
@@ -278,61 +311,3 @@ def _fwd_kernel(
     if lse_ptr is not None:
         lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse_ptr + lane.to(tl.int64) * num_q + q_row, lse, mask=live)
-
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_FEATURES = {  # pointers that are there besides those of every launch
-    "plain": (),
-    "decay": ("entry_t_ptr", "table_ptr", "q_frames_ptr", "k_frames_ptr"),
-    "pooled": ("pooled_indices_ptr", "k_mean_ptr", "v_mean_ptr", "log_length_ptr"),
-    "mask": ("valid_ptr",),
-}
-
-
-def variants() -> list[Variant]:
-    """The forward as the methods launch it: dtypes, head dims 64 and 128, features, tiles of 64 and 128."""
-    found = []
-    for name, dim, features, tile in product(_DTYPES, (64, 128), _FEATURES, (128, 64)):
-        by_launch: dict[tuple, list[str]] = {}
-        for target in TARGETS:
-            precision = fp32_products(target) if name == "fp32" else "ieee"
-            by_launch.setdefault((launch_of(target, _DTYPES[name], dim), precision), []).append(target)
-        found += [
-            _variant(name, dim, features, tile, launch, precision, tuple(targets))
-            for (launch, precision), targets in by_launch.items()
-        ]
-    return found
-
-
-def _variant(
-    name: str, dim: int, features: str, tile: int, launch: Launch, precision: str, targets: tuple[str, ...]
-) -> Variant:
-    d1, d2 = column_parts(dim)
-    data = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_mean_ptr", "v_mean_ptr"), f"*{name}:16")
-    kinds = dict.fromkeys(("entry_t_ptr", "table_ptr", "log_length_ptr", "lse_ptr"), "*fp32:16")
-    kinds |= dict.fromkeys(("indices_ptr", "bounds_ptr", "row_order_ptr", "pooled_indices_ptr"), "*i32:16")
-    kinds |= dict.fromkeys(("q_frames_ptr", "k_frames_ptr"), "*i32:16") | {"valid_ptr": "*u8:16"} | data
-    always = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "indices_ptr", "bounds_ptr", "row_order_ptr")
-    there = (*always, *_FEATURES[features])
-    block_q, block_k = query_block(tile, launch.block_q), key_block(tile, launch.block_k)[0]
-    num_warps = warps(launch, block_q)
-    sizes = f"{launch.block_q}x{launch.block_k}x{launch.block_s}w{num_warps}s{launch.num_stages}-{precision}"
-    return Variant(
-        name=f"fwd-{name}-d{dim}-{features}-b{tile}-{sizes}",
-        kernel=_fwd_kernel,
-        signature={
-            **{pointer: kinds[pointer] for pointer in there},
-            **{f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhs" if x + axis != "vs"},
-            **dict.fromkeys(_INTEGERS, "i32"),
-            "scale": "fp32",
-        },
-        constexprs={
-            **{n: None for n in _fwd_kernel.arg_names if n.endswith("_ptr") and n not in there},
-            "stride_vs": None,
-            **dict(TILE_Q=tile, TILE_K=tile, BLOCK_Q=block_q, BLOCK_K=block_k),
-            **dict(BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision),
-        },
-        num_warps=num_warps,
-        num_stages=launch.num_stages,
-        targets=targets,
-    )

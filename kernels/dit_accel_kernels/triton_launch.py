@@ -1,13 +1,17 @@
-"""Sizes of the forward kernel's launches: a small table by architecture, dtype and head dim, and what follows from it.
+"""Sizes of the forward kernel's launches: launch_table.json and what follows from it.
 
-With tiles of 128, each row up to D = 128 compiles without spills, within its card's shared memory (bench/aot.py shows
-both). They were chosen by the compilers' reports; none has been timed on a card yet.
+A row of the table is for an architecture ("": any), a kind of dtype, a head dim and a tile up to a size. Its `source`
+says how it was chosen: "compiled" (the compilers' reports: no spills, the card's shared memory, bench/aot.py shows
+both), or the card, date and seconds of a measurement. bench/tune.py writes it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,33 +30,38 @@ class Launch:
     num_stages: int
 
 
-def _launch(block_q: int, block_k: int, block_s: int, num_warps: int, num_stages: int) -> Launch:
-    return Launch(block_q=block_q, block_k=block_k, block_s=block_s, num_warps=num_warps, num_stages=num_stages)
+Key = tuple[str, str, int, int]  # architecture, kind of dtype, head dim and tokens of a tile up to
+TABLE = Path(__file__).with_name("launch_table.json")
 
 
-_GENERIC = ""
-_TABLE = {  # (architecture, kind of dtype, head dim up to): sizes
-    (_GENERIC, "half", 64): _launch(128, 64, 32, 8, 3),
-    (_GENERIC, "half", 128): _launch(128, 32, 32, 8, 3),
-    (_GENERIC, "half", 256): _launch(64, 32, 32, 8, 2),
-    (_GENERIC, "fp32", 64): _launch(32, 32, 32, 8, 1),
-    (_GENERIC, "fp32", 128): _launch(32, 32, 32, 8, 1),
-    (_GENERIC, "fp32", 256): _launch(16, 16, 16, 8, 1),
-    ("sm_90", "half", 64): _launch(128, 128, 64, 8, 3),
-    ("sm_90", "half", 128): _launch(128, 64, 64, 8, 3),
-    ("sm_100", "half", 64): _launch(128, 128, 64, 8, 3),
-    ("sm_100", "half", 128): _launch(128, 64, 32, 8, 3),
-    ("gfx942", "half", 64): _launch(128, 64, 32, 4, 2),
-    ("gfx942", "half", 128): _launch(128, 64, 32, 4, 2),
-    ("gfx942", "fp32", 128): _launch(64, 32, 32, 4, 2),
-}
+@lru_cache(maxsize=1)
+def table() -> dict[Key, Launch]:
+    """The launch of every key, read once."""
+    names = [field.name for field in fields(Launch)]
+    rows = json.loads(TABLE.read_text())
+    return {key_of_row(row): Launch(**{name: row[name] for name in names}) for row in rows}
 
 
-def launch_of(arch: str, dtype: torch.dtype, dim: int) -> Launch:
-    """Sizes for an architecture ("sm_90", "gfx942" ...), dtype and head dim; generic ones where it has no row."""
+def key_of_row(row: dict[str, Any]) -> Key:
+    """The key of a row of launch_table.json."""
+    return row["arch"], row["kind"], row["dim"], row["tile"]
+
+
+def key_of(arch: str, dtype: torch.dtype, dim: int, tile: int) -> Key:
+    """The key of a call; a tile of more than 64 tokens counts as 128."""
     kind = "fp32" if dtype == torch.float32 else "half"
-    width = 64 if dim <= 64 else 128 if dim <= 128 else 256
-    return _TABLE.get((arch, kind, width)) or _TABLE[_GENERIC, kind, width]
+    return arch, kind, 64 if dim <= 64 else 128 if dim <= 128 else 256, 64 if tile <= 64 else 128
+
+
+def launch_of(arch: str, dtype: torch.dtype, dim: int, tile: int = 128) -> Launch:
+    """Sizes for an architecture ("sm_90", "gfx942" ...), dtype, head dim and tokens of a query tile.
+
+    Where the table has no row for such tiles it is that of tiles of 128, and where the architecture has none, any's.
+    """
+    key = key_of(arch, dtype, dim, tile)
+    rows = table()
+    found = (rows.get((place, *key[1:3], size)) for place in (arch, "") for size in (key[3], 128))
+    return next(launch for launch in found if launch is not None)
 
 
 def next_power_of_2(n: int) -> int:

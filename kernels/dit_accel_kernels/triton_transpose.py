@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.features import Problem
-from dit_accel_kernels.triton_plan import _decay_of_tiles, _row_of_entry
+from dit_accel_kernels.sections import decay_of_tiles
+from dit_accel_kernels.triton_plan import _row_of_entry
 
 WORD = 32  # key tiles a word of a bitmap
 
@@ -65,7 +66,7 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     if problem.decay is not None:
         _, decay = problem.features_in_tiled_order()
         assert decay is not None
-        t = _decay_of_tiles(problem, decay)[row, indices]
+        t = decay_of_tiles(problem, decay)[row, indices]
         masked |= t.isnan()
     order, bounds = transpose(group * tiles + indices, masked, groups * tiles)
     bounds = bounds.view(groups, tiles, 3)

@@ -1,10 +1,9 @@
-"""FLUX.1 and its variants (fill, control, Kontext): text first, then the packed image, in every block."""
+"""FLUX.1 and its variants (fill, control, Kontext): text, the packed image, a reference image, in every block."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+from dit_accel.adapter import ONE_FRAME, Adapter, Family
+from dit_accel.positions import ids_grid
 
 FLUX_DEV = Family(
     name="flux.1-dev",
@@ -27,19 +26,12 @@ FLUX_SCHNELL = replace(
 )
 
 
-def one_row(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the sequence off packed latents [B, S, C], as one row: no shape tells the image's height and width.
-
-    Kontext's reference image is part of the row.
-    """
-    return 1, 1, inputs["hidden_states"].shape[1], inputs["encoder_hidden_states"].shape[1], 0
-
-
 FLUX = Adapter(
     name="flux",
     transformers=("FluxTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    grid=one_row,
+    grid=ids_grid,
+    text_apart=True,  # IP-Adapters: image queries over their own keys
     families=(FLUX_DEV, FLUX_SCHNELL),
     refused={"radial": ONE_FRAME},
 )

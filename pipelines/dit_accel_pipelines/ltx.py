@@ -27,7 +27,7 @@ LTX_13B = replace(
 
 
 def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the grid off ``num_frames``, ``height`` and ``width``, which count tokens.
+    """Read the grid off ``num_frames``, ``height`` and ``width``, which count tokens; those left over stand behind it.
 
     Raises:
         ConfigError: for a sequence whose tokens are placed by ``video_coords``.
@@ -38,7 +38,7 @@ def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
             "LTX places its tokens by video_coords here, as the condition pipeline does, and that is no grid; use the "
             f"text or image pipeline, or detach (num_frames = {frames}, height = {height}, width = {width})"
         )
-    return frames, height, width, 0, 0
+    return frames, height, width, 0, inputs["hidden_states"].shape[1] - frames * height * width
 
 
 LTX = Adapter(

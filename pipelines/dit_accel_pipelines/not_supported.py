@@ -1,79 +1,44 @@
 """diffusers' transformer classes that no adapter covers, each with the reason; a test demands one or the other."""
 
-IMAGE = "no adapter yet: an image model"
-VIDEO = "no adapter yet: a video model"
-PACKED = "no adapter yet: it packs text and images into one sequence whose places are among the forward's inputs"
-PAIRS = "no adapter yet: its mask pairs queries with keys, ours are rows of keys"
 AUDIO = "it makes sound: there is no grid of frames, rows and columns"
 LINEAR = "its self-attention is linear: there is no softmax over tiles"
 UNET = "it is a part of U-Nets, not a whole transformer"
 TINY = "its images have few hundred tokens: attention is no cost there"
 APART = "its spatial and its temporal attention are apart: no call sees a video's grid"
-HISTORY = "no adapter yet: earlier frames join the sequence at several resolutions"
-CACHE = "no adapter yet: it attends to earlier chunks through a key-value cache, which no plan covers"
-SOUND_TOO = "no adapter yet: sound and video meet in one attention, and sound must stay exact"
 
 NOT_SUPPORTED: dict[str, str] = {
     "AceStepTransformer1DModel": AUDIO,
-    "AllegroTransformer3DModel": "no adapter yet: its masks are additive biases, and key validity is boolean here",
-    "AnyFlowFARTransformer3DModel": CACHE,
-    "AnyFlowTransformer3DModel": VIDEO,
-    "AuraFlowTransformer2DModel": IMAGE,
-    "BriaFibo2Transformer2DModel": IMAGE,
-    "BriaFiboTransformer2DModel": IMAGE,
-    "ChromaTransformer2DModel": PAIRS,
-    "CogView3PlusTransformer2DModel": IMAGE,
-    "CogView4Transformer2DModel": IMAGE,
-    "Cosmos3OmniTransformer": PACKED,
-    "CosmosTransformer3DModel": VIDEO,
+    "AnyFlowFARTransformer3DModel": (
+        "its attention runs on FlexAttention alone, under a causal block mask of its own, over a key-value cache of "
+        "the frames before"
+    ),
     "DiTTransformer2DModel": TINY,
     "DreamLiteTransformer2DModel": UNET,
-    "EasyAnimateTransformer3DModel": VIDEO,
-    "ErnieImageTransformer2DModel": IMAGE,
-    "Flux2Transformer2DModel": "no adapter yet: reference images may come through a key-value cache",
-    "Flux3Transformer2DModel": IMAGE,
-    "GlmImageTransformer2DModel": "no adapter yet: reference images come through a key-value cache",
-    "HeliosTransformer3DModel": HISTORY,
-    "HiDreamImageTransformer2DModel": IMAGE,
-    "HunyuanDiT2DModel": IMAGE,
-    "HunyuanImageTransformer2DModel": IMAGE,
-    "HunyuanVideo15Transformer3DModel": PAIRS,
-    "HunyuanVideoFramepackTransformer3DModel": HISTORY,
-    "Ideogram4Transformer2DModel": PACKED,
-    "JoyImageEditPlusTransformer3DModel": PACKED,
-    "JoyImageEditTransformer3DModel": IMAGE,
-    "Kandinsky5Transformer3DModel": "no adapter yet: its own sparse attention comes as a mask of pairs",
-    "Kandinsky6SRTransformer3DModel": VIDEO,
-    "Kandinsky6Transformer3DModel": SOUND_TOO,
-    "Krea2Transformer2DModel": IMAGE,
-    "LTX2VideoTransformer3DModel": SOUND_TOO,
+    "Kandinsky6SRTransformer3DModel": (
+        "it was trained with its own sparse attention (NABLA) and has no dense one: every call gets a block mask of "
+        "8 x 8 tokens"
+    ),
     "LatteTransformer3DModel": APART,
     "LongCatAudioDiTTransformer": AUDIO,
-    "Lumina2Transformer2DModel": IMAGE,
-    "LuminaNextDiT2DModel": IMAGE,
-    "MiniMaxH3Transformer3DModel": PACKED,
     "MiniMaxMusic3RVQDepthDecoder": AUDIO,
     "MiniMaxMusic3Transformer1DModel": AUDIO,
-    "MotifVideoTransformer3DModel": VIDEO,
-    "NucleusMoEImageTransformer2DModel": IMAGE,
-    "OmniGenTransformer2DModel": PACKED,
-    "PRXTransformer2DModel": IMAGE,
-    "PixArtTransformer2DModel": IMAGE,
+    "OmniGenTransformer2DModel": "its text attends causally: the mask pairs each text token with those before it",
     "PriorTransformer": "it predicts an embedding of an image: there are no visual tokens",
-    "QwenImage21Transformer2DModel": "no adapter yet: reference images may come through a key-value cache",
     "RFD4ProteinaTransformer": "it makes proteins: there is no grid of frames, rows and columns",
     "SanaTransformer2DModel": LINEAR,
     "SanaVideoTransformer3DModel": LINEAR,
-    "SanaWMLTX2RefinerTransformer3DModel": CACHE,
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "it refines chunk by chunk: a chunk's queries meet keys of earlier chunks out of a key-value cache"
+    ),
     "SanaWMTransformer3DModel": "most of its layers hold linear attention or a recurrence over frames",
-    "SkyReelsV2Transformer3DModel": "no adapter yet: diffusion forcing gives every frame a timestep of its own",
     "StableAudio3DiTModel": AUDIO,
     "StableAudioDiTModel": AUDIO,
     "T5FilmDecoder": AUDIO,
     "Transformer2DModel": UNET,
     "TransformerTemporalModel": UNET,
-    "WanAnimate2Transformer3DModel": CACHE,
-    "WanAnimateTransformer3DModel": "no adapter yet: a reference frame stands before the video",
-    "ZImageTransformer2DModel": IMAGE,
+    "WanAnimate2Transformer3DModel": (
+        "each frame also attends to its own reference frame, whose keys come from a cache and are paired with it by a "
+        "FlexAttention block mask"
+    ),
 }
 """Class name -> not supported, because ..."""

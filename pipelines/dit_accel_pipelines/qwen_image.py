@@ -1,6 +1,7 @@
 """Qwen-Image with Edit and Layered: text first, then the packed image and, behind it, further images."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
@@ -22,9 +23,14 @@ QWEN_IMAGE_20B = Family(
 
 
 def first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    """Read the grid off ``img_shapes``: the first image of a row; further ones count as text behind it."""
+    """Read the grid off ``img_shapes``: the first image of a row; further ones count as text behind it.
+
+    Layered makes all images but the last; they are equally large, and count as frames.
+    """
     shapes = inputs["img_shapes"][0]
     frames, height, width = shapes if isinstance(shapes[0], int) else shapes[0]
+    if getattr(config, "use_layer3d_rope", False):
+        frames = len(shapes) - 1
     after = inputs["hidden_states"].shape[1] - frames * height * width
     return frames, height, width, inputs["encoder_hidden_states"].shape[1], after
 
@@ -35,5 +41,27 @@ QWEN_IMAGE = Adapter(
     self_attention=("transformer_blocks.*.attn",),
     grid=first_image,
     families=(QWEN_IMAGE_20B,),
+    refused={"radial": ONE_FRAME},
+)
+
+
+def last_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off ``img_shapes``, whose last image is made; text and earlier images stand in front of it.
+
+    Each of the encoder's image slots becomes four tokens.
+    """
+    shapes = [prod(shape) for shape in inputs["img_shapes"][0]]
+    tokens = inputs["img_mask"].shape[1] + 3 * (sum(shapes) // 4)
+    return *inputs["img_shapes"][0][-1], tokens - shapes[-1], 0
+
+
+# Text and earlier images see only what stands before them; the image sees all. So the processor calls attention piece
+# by piece, and only the image's call is planned; the others' keys and values are cached after the first step.
+QWEN_IMAGE_21 = Adapter(
+    name="qwen-image-2.1",
+    transformers=("QwenImage21Transformer2DModel",),
+    self_attention=("transformer_blocks.*.attn",),
+    grid=last_image,
+    text_apart=True,
     refused={"radial": ONE_FRAME},
 )

@@ -107,7 +107,10 @@ WAN_TINY = Family(
     width=64,
     num_frames=17,
     num_inference_steps=20,
-    recipes={"radial": {**RADIAL_WAN, "decay_factor": 1.0, "block_size": 16, "near": "full"}},
+    recipes={
+        "radial": {**RADIAL_WAN, "decay_factor": 1.0, "block_size": 16, "near": "full"},
+        "sol": {"beta": 0.5, "block_size": 16},
+    },
 )
 
 WAN = Adapter(

@@ -121,16 +121,16 @@ def test_methods_lists_options_and_defaults():
 
 def test_models_lists_families():
     rows = {row["name"]: row for row in json.loads(run("models", "--json").stdout)}
-    assert rows["wan2.1-14b"]["methods"] == ["radial"]
+    assert {"radial", "sol"} <= set(rows["wan2.1-14b"]["methods"])
     assert rows["wan2.1-14b"]["tokens"] == 75_600
-    assert (rows["hunyuan-video"]["attachable"], rows["hunyuan-video"]["methods"]) == (True, ["radial"])
+    assert rows["hunyuan-video"]["attachable"]
     assert rows["flux.1-dev"]["refused"] == {"radial": "an image is one frame, of which the mask keeps everything"}
     assert set(rows) == set(registry.families())
     text = run("models").stdout
     told = " ".join(text.split())
     for adapter in registry.adapters().values():
         word, why = adapter.verdict("radial")
-        assert [adapter.name, word] in [line.split() for line in text.splitlines()]
+        assert any(line.split()[:1] == [adapter.name] and word in line.split() for line in text.splitlines())
         assert not why or f"radial is {word}: {why}" in told
 
 

@@ -105,7 +105,7 @@ def test_state_memory_is_that_of_the_lists():
     radial = RadialAttention(block_size=128)
     layout = plan("wan2.1-1.3b").layout
     found = plan("wan2.1-1.3b", methods=[radial])
-    resolved = found.sparsity.method
+    resolved = found.sparsity.methods[0]
     lists = resolved.tiles(layout)
     held = [value for value in vars_of(lists) if hasattr(value, "numel")]
     assert found.pooled_bytes == 0
@@ -166,10 +166,10 @@ def test_refused_methods():
 
 
 def test_family_recipes_fill_what_is_unset():
-    assert plan("wan2.1-14b", methods=[RadialAttention()]).sparsity.method.decay_factor == 0.2
-    assert plan("wan2.2-a14b", methods=[RadialAttention()]).sparsity.method.block_size == 64
-    assert plan("hunyuan-video", methods=[RadialAttention()]).sparsity.method.sink is False
-    assert plan("wan2.1-14b", methods=[RadialAttention(decay_factor=1.0)]).sparsity.method.decay_factor == 1.0
+    assert plan("wan2.1-14b", methods=[RadialAttention()]).sparsity.methods[0].decay_factor == 0.2
+    assert plan("wan2.2-a14b", methods=[RadialAttention()]).sparsity.methods[0].block_size == 64
+    assert plan("hunyuan-video", methods=[RadialAttention()]).sparsity.methods[0].sink is False
+    assert plan("wan2.1-14b", methods=[RadialAttention(decay_factor=1.0)]).sparsity.methods[0].decay_factor == 1.0
 
 
 def test_a_strangers_family_can_be_planned():

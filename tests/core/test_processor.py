@@ -82,8 +82,8 @@ def test_key_padding_is_followed(session, shape):
 
 def test_other_masks_and_lengths_are_refused(session):
     q, k, v = tensors()
-    with pytest.raises(ConfigError, match=r"boolean key-padding mask \[2, 1, 1, 12\], the model passes torch.float32"):
-        call(session, q, k, v, torch.zeros(2, 1, 12, 12))
+    with pytest.raises(ConfigError, match=r"the model passes torch.bool \[1, 1, 12, 12\] that pairs"):
+        call(session, q, k, v, torch.ones(1, 1, 12, 12, dtype=torch.bool).tril())
     with pytest.raises(ConfigError, match="attends over 12 tokens, the adapter 'any' reads 16"):
         call(session, q, k, v, grid=(4, 2, 2, 0, 0))
 

@@ -78,6 +78,20 @@ def test_a_missing_suite_exits_with_2(tmp_path, capsys):
     assert "no suite at" in capsys.readouterr().err
 
 
+def test_what_a_selection_kept_is_measured(tmp_path, capsys):
+    sol = "[arm.sol]\nblock_size = 16\ndense_steps = 0\nbeta = 0.5"
+    path = tmp_path / "s.toml"
+    path.write_text(HEAD + f'[[arm]]\nname = "sol"\n{sol}')
+    out = tmp_path / "s.jsonl"
+    assert main([str(path), "--threads", "1", "--out", str(out)]) == 0
+    (line,) = read_lines(out)
+    assert 0.3 < line["sparse_density"] < 0.6  # 12 tiles of 16: 24 % pinned, 31 % of the others on Gaussian scores
+    assert line["density"] == pytest.approx((1 + 5 * line["sparse_density"]) / 6)
+    captured = capsys.readouterr()
+    assert f"{line['sparse_density']:.3f} of the sparse calls exact" in captured.err
+    assert f"| sol | {line['density']:.3f} | {line['sparse_density']:.3f} |" in captured.out
+
+
 @pytest.mark.slow
 def test_a_tiny_suite_runs_resumes_and_pairs(tmp_path, capsys):
     radial = "[arm.radial]\nblock_size = 16\ndense_steps = 0\ndecay_factor = 0.2"
@@ -100,12 +114,13 @@ def test_a_tiny_suite_runs_resumes_and_pairs(tmp_path, capsys):
     assert main([str(path), "--threads", "1"]) == 2
     assert "holds results of model another" in capsys.readouterr().err
     difference = f"{lines[1]['psnr'] - 100:.2f}"
-    assert f"| radial | {lines[1]['density']:.3f} |" in printed
+    assert f"| radial | {lines[1]['density']:.3f} | {lines[1]['sparse_density']:.3f} |" in printed
     assert f"| dense | {difference} [{difference}, {difference}] |" in printed
 
 
 def test_fewer_steps_count_as_less_work():
-    suite = read_suite(SUITES[0])
+    suite = read_suite(next(path for path in SUITES if path.stem == "radial-tiny"))
     line = dict(arm="12 steps", clip=0, psnr=20.0, ssim=0.5, color=True, shape=True, direction=False, density=1.0)
-    assert "| 12 steps | 0.600 | 20.00 [20.00, 20.00] | 0.500 | 100% / 100% / 0% |" in table(suite, [line])
+    line["sparse_density"] = None
+    assert "| 12 steps | 0.600 |  | 20.00 [20.00, 20.00] | 0.500 | 100% / 100% / 0% |" in table(suite, [line])
     assert json.dumps(line)

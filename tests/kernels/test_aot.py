@@ -198,6 +198,33 @@ def test_masks_spills_and_shared_memory_are_found(tmp_path):
     assert by_name["toy-plain", "sm_90"]["tensor"] == "wgmma"
 
 
+def test_some_variants_are_compiled_anew_in_a_file_that_has_all(tmp_path):
+    out = tmp_path / "aot.jsonl"
+    lines = [
+        {"module": "toy_kernels", "variant": "toy-masked", "target": "sm_90", "kept": True},
+        {"module": "toy_kernels", "variant": "toy-plain", "target": "sm_80", "spills": 99},
+        {"module": "toy_kernels", "variant": "toy-gone", "target": "sm_80"},
+    ]
+    out.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    arguments = ("--module", "toy_kernels", "--match", "toy-plain", "--target", "sm_80", "--jobs", "1", "--merge")
+    found, records = run_aot(tmp_path, *arguments)
+    assert found.returncode == 0, found.stderr
+    by_name = {(r["variant"], r["target"]): r for r in records}
+    assert by_name.keys() == {("toy-masked", "sm_90"), ("toy-plain", "sm_80")}
+    assert by_name["toy-plain", "sm_80"]["spills"] == 0
+    assert by_name["toy-masked", "sm_90"]["kept"]
+
+
+def test_the_committed_table_has_no_fault():
+    """No variant spills, asks for too much shared memory or has in its hot loop what should not be there."""
+    records = [json.loads(line) for line in (BENCH / "results" / "aot.jsonl").read_text().splitlines()]
+    assert {r["target"] for r in records} == set(TARGETS)
+    assert {r["module"] for r in records} >= {"triton_forward", "triton_backward", "triton_pool"}
+    for record in records:
+        assert aot.faults(record) + aot.loop_faults(record) == [], (record["variant"], record["target"])
+        assert record["spills"] == record["stack"] == 0
+
+
 @pytest.mark.slow
 def test_plain_kernels_compile_for_every_target(tmp_path):
     """Zero spills, shared memory within the card's, tensor cores in the hot loop and no mask there, on six targets."""

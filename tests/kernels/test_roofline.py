@@ -11,7 +11,7 @@ BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
 
 from cards import CARDS, TARGETS, Card  # noqa: E402
-from roofline import SHAPES, Mix, Shape, backward, predict, read_mix  # noqa: E402
+from roofline import SHAPES, VOTE_INSTRUCTIONS, Mix, Shape, backward, features_of, predict, read_mix  # noqa: E402
 
 CARD = Card(name="round", target="sm_80", tflops=100, bandwidth=1000, cores=100, clock=1.0, exp2=10, lanes=50)
 SHAPE = Shape(name="round", heads=10, tokens=12800, dim=100)
@@ -36,6 +36,25 @@ def test_time_is_linear_in_density_and_pooling_costs_one_column_a_tile():
     assert whole["bound"] == pytest.approx(2 * half["bound"])
     pooled = predict(SHAPE, 0.5, CARD, Mix(), pooled=0.5)
     assert pooled["tensor"] == pytest.approx(half["tensor"] * (1 + 1 / 128))
+    assert pooled["hbm"] == pytest.approx(half["hbm"] * 6 / 4)  # k and v once more, for the means
+
+
+def test_routing_reads_q_once_more_and_multiplies_means():
+    pooled, routed = (predict(SHAPE, 0.5, CARD, Mix(), pooled=0.5, routed=x) for x in (False, True))
+    assert routed["hbm"] == pytest.approx(pooled["hbm"] * 7 / 6)
+    assert routed["tensor"] - pooled["tensor"] == pytest.approx(2 * 10 * 100 * 100 * 100 / 1e14)
+    assert features_of("triton-routed", 0.25) == dict(pooled=0.75, routed=True, votes=False)
+    assert features_of("triton-pooled", 0.25) == dict(pooled=0.75, routed=False, votes=False)
+    assert features_of("triton-votes", 0.25) == dict(pooled=0.0, routed=False, votes=True)
+
+
+def test_votes_cost_a_few_instructions_a_row_of_a_tile():
+    plain, votes = (predict(SHAPE, 0.5, CARD, Mix(), votes=x) for x in (False, True))
+    voted = 10 * 100 * 100 * 0.5 * 128
+    assert votes["plain"] - plain["plain"] == pytest.approx(voted * VOTE_INSTRUCTIONS / 5e12)
+    assert {k: votes[k] for k in ("tensor", "exp2", "hbm", "l2")} == {
+        k: plain[k] for k in ("tensor", "exp2", "hbm", "l2")
+    }
 
 
 def test_the_busiest_engine_limits():
@@ -100,6 +119,19 @@ def test_table_and_records(tmp_path):
     assert records[0]["limit"] == "tensor"
     assert records[0]["speedup"] == pytest.approx(1 / 0.27)
     assert "wan-720p" in found.stdout
+    gpu = tmp_path / "gpu.jsonl"
+    lines = [
+        dict(kind="check", device="NVIDIA H100"),
+        dict(device="NVIDIA H100", shape="wan-720p", candidate="triton", density=0.27, seconds=0.123),
+        dict(device="NVIDIA H100", shape="wan-720p", candidate="triton-votes", density=0.27, seconds=0.456),
+    ]
+    gpu.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    again = ["--shape", "wan-720p", "--measured", str(gpu), "--candidate"]
+    for candidate, expected in (("triton", 0.123), ("triton-votes", 0.456), ("triton-backward", None)):
+        subprocess.run([*command, *again, candidate], capture_output=True, text=True, check=True)
+        records = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [r["measured"] for r in records] == [expected, None, None, None]
+        assert {r["candidate"] for r in records} == {candidate}
     failed = subprocess.run([*command, "--shape", "wan"], capture_output=True, text=True, check=False)
     assert "--shape takes wan-480p, wan-720p" in failed.stderr
     assert failed.returncode == 1

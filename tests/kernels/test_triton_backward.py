@@ -8,6 +8,7 @@ import pytest
 import torch
 from dit_accel_kernels import BackendUnavailableError, TileLists, reference, triton_backward
 from dit_accel_kernels.features import Problem, tile_means
+from dit_accel_kernels.selection import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
 from dit_accel_kernels.triton_transpose import bitmap, column_plan, transpose
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
@@ -55,7 +56,7 @@ def columns(problem: Problem) -> tuple[Tensor, Tensor]:
     weight = None if problem.key_valid is None else problem.key_valid[:, None]
     k_mean, length = tile_means(k, problem.block_k, weight)
     v_mean, _ = tile_means(v, problem.block_k, weight)
-    states = reference._row_states(problem)
+    states = selected_states(problem).repeat_interleave(problem.block_q, 2)[:, :, : q.shape[2]]
     exact = (states == EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]
     if weight is not None:
         exact, v = exact & weight[..., None, :], v.masked_fill(~weight[..., None], 0)

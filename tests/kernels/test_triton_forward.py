@@ -2,20 +2,23 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dit_accel_kernels import (
     EXACT,
+    Selection,
     POOLED,
     BackendUnavailableError,
     FrameDecay,
     TileLists,
-    api,
+    packing,
     block_sparse_attention,
     block_sparse_attention_backward,
     resolve_backend,
     triton_backend,
-    triton_forward,
+    triton_forward_variants,
     triton_launch,
     triton_plan,
     triton_pool,
@@ -157,7 +160,8 @@ def test_direction_changes_the_order_only(features):
         decay=None if frame is None else (frame.table, frame.q_frames, frame.k_frames),
     )  # fmt: skip
     out, lse, *_ = triton_backend.attend(problem, need_lse=True)
-    back, back_lse, *_ = triton_backend.attend(problem, need_lse=True, reverse=True)
+    backwards = replace(problem, selection=Selection(reverse=True))
+    back, back_lse, *_ = triton_backend.attend(backwards, need_lse=True)
     torch.testing.assert_close(out, back)
     torch.testing.assert_close(lse, back_lse)
     assert not torch.equal(out, back)
@@ -179,7 +183,7 @@ def test_opcheck(everything):
         arguments |= dict(frame_decay=decay(40, 16), identity_mix=torch.tensor([0.0, 0.5]))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 40, 40, 16, torch.float32, "bshd")]
     tiles = random_lists(1, 40, 40, 16, 16, pooled=everything)
-    packed = api._pack(*leaves, tiles, *{**api._DEFAULTS, **arguments}.values())
+    packed = packing.pack_call(*leaves, tiles, *{**packing.DEFAULTS, **arguments}.values())
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
 
 
@@ -189,7 +193,7 @@ def test_sections_hold_what_they_promise():
     tiles, frames = random_lists(2, 100, 100, 16, 16), decay(100, 24, (1.0, 0.9, 0.9, 0.4))
     parts = (frames.table, frames.q_frames, frames.k_frames)
     length = torch.tensor([100, 70])
-    plan = triton_plan.row_plan(make(tiles, q, k, v, decay=parts, key_length=length), whole_chunks=True)
+    plan = triton_plan.row_plan(make(tiles, q, k, v, decay=parts, key_length=length))
     table, frame_rows = decay_by_frame(*parts)
     t = table[frame_rows]
     seen = set()
@@ -214,7 +218,7 @@ def test_sections_hold_what_they_promise():
 def test_longest_rows_come_first():
     tiles = random_lists(2, 100, 100, 16, 16)
     q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.float32)
-    plan = triton_plan.row_plan(make(tiles, q, k, v), whole_chunks=True)
+    plan = triton_plan.row_plan(make(tiles, q, k, v))
     exact = (tiles.states() == EXACT).sum(-1)
     work = exact * 16 + (tiles.states() == POOLED).sum(-1)
     assert (work.gather(1, plan.row_order.long()).diff(dim=1) <= 0).all()
@@ -224,10 +228,10 @@ def test_longest_rows_come_first():
 def test_a_plan_is_made_once_and_again_when_a_mask_changes():
     tiles, length = random_lists(1, 100, 100, 16, 16), torch.tensor([90])
     problem = make(tiles, *qkv(1, 2, 2, 100, 100, 16, torch.float32), key_length=length)
-    plan = triton_plan.row_plan(problem, whole_chunks=True)
-    assert triton_plan.row_plan(problem, whole_chunks=True) is plan
+    plan = triton_plan.row_plan(problem)
+    assert triton_plan.row_plan(problem) is plan
     length.fill_(80)
-    changed = triton_plan.row_plan(problem, whole_chunks=True)
+    changed = triton_plan.row_plan(problem)
     assert changed is not plan
     assert int(changed.valid.sum()) == 80
 
@@ -314,7 +318,7 @@ def test_launches_fall_back_to_generic_sizes():
     assert triton_launch.launch_of("sm_999", torch.float16, 80) == triton_launch.launch_of("", torch.bfloat16, 128)
 
 
-@pytest.mark.parametrize("module", [triton_forward, triton_pool])
+@pytest.mark.parametrize("module", [triton_forward_variants, triton_pool])
 def test_variants_fit_their_kernels(module):
     variants = module.variants()
     assert len({variant.name for variant in variants}) == len(variants)

@@ -143,11 +143,11 @@ def test_images_take_an_attachment_and_refuse_radial(name):
         assert torch.equal(run(transformer, inputs), plain)
         assert attachment.report().density == 1.0
         frames, height, width, before, after = attachment._slot.grid
-    assert frames * height * width == 20
+    assert frames * height * width == 80
     assert (before, after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
     described = dit_accel.describe(transformer).transformers[0]
     assert described.refused == {"radial": "an image is one frame, of which the mask keeps everything"}
-    assert described.methods == {}
+    assert described.methods["sol"]["beta"] == 1.0
 
 
 def test_the_second_attention_of_sd3_sees_the_image_alone():
@@ -160,7 +160,7 @@ def test_the_second_attention_of_sd3_sees_the_image_alone():
     ]
     with planned(transformer, SD3) as attachment, watched(attachment) as calls:
         run(transformer, model.inputs(1))
-    assert [call.q.shape[2] for call in calls] == [26, 20, 26, 20, 26]
+    assert [call.q.shape[2] for call in calls] == [86, 80, 86, 80, 86]
 
 
 def test_steps_are_counted_where_no_context_is_opened():

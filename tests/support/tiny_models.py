@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 import diffusers
+import tiny_video_models
 import torch
+from tiny_image_models import IMAGE_MODELS
 from wan_tiny import TINY as WAN_TINY
 
 from dit_accel.testing import TinyModel
@@ -180,9 +182,9 @@ LTX = (
 
 
 def _flux(batch: int) -> Mapping[str, Any]:
-    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(10), indexing="ij")
     return dict(
-        hidden_states=torch.randn(batch, 20, 4), timestep=_steps(batch, 0.5), pooled_projections=torch.randn(batch, 8),
+        hidden_states=torch.randn(batch, 80, 4), timestep=_steps(batch, 0.5), pooled_projections=torch.randn(batch, 8),
         encoder_hidden_states=torch.randn(batch, 6, 16), txt_ids=torch.zeros(6, 3), guidance=_steps(batch, 3.5),
         img_ids=torch.stack([rows * 0, rows, columns], -1).flatten(0, 1).float(),
     )  # fmt: skip
@@ -228,7 +230,7 @@ FLUX_KIN = (
 
 def _sd3(batch: int) -> Mapping[str, Any]:
     return dict(
-        hidden_states=torch.randn(batch, 4, 8, 10), timestep=_steps(batch),
+        hidden_states=torch.randn(batch, 4, 16, 20), timestep=_steps(batch),
         encoder_hidden_states=torch.randn(batch, 6, 16), pooled_projections=torch.randn(batch, 8),
     )  # fmt: skip
 
@@ -244,9 +246,9 @@ SD3 = tuple(
 
 
 def _qwen_image(batch: int, further: int = 0) -> Mapping[str, Any]:
-    shapes = [(1, 4, 5)] + [(1, 2, further // 2)] * bool(further)
+    shapes = [(1, 8, 10)] + [(1, 2, further // 2)] * bool(further)
     return dict(
-        hidden_states=torch.randn(batch, 20 + further, 4), timestep=_steps(batch, 0.5), img_shapes=[shapes] * batch,
+        hidden_states=torch.randn(batch, 80 + further, 4), timestep=_steps(batch, 0.5), img_shapes=[shapes] * batch,
         encoder_hidden_states=torch.randn(batch, 6, 16), encoder_hidden_states_mask=_text_mask(batch, 6),
     )  # fmt: skip
 
@@ -265,6 +267,6 @@ QWEN_IMAGE = tuple(
 
 MODELS = {
     "wan": WAN, "hunyuan-video": HUNYUAN, "mochi": MOCHI, "cogvideox": COGVIDEOX, "ltx": LTX, "flux": FLUX,
-    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE,
+    "flux-kin": FLUX_KIN, "sd3": SD3, "qwen-image": QWEN_IMAGE, **IMAGE_MODELS, **tiny_video_models.MODELS,
 }  # fmt: skip
 """Adapter name -> its tiny models."""

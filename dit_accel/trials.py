@@ -1,0 +1,35 @@
+"""The configs of every method that `dit_accel.testing` tries on a tiny model."""
+
+from dataclasses import dataclass
+
+from .config import MethodConfig
+from .methods.radial import RadialAttention
+from .methods.sol import SolAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Two configs of one method.
+
+    Attributes:
+        neutral: attached, changes nothing.
+        active: changes every layer at every step of a `TinyModel`.
+    """
+
+    neutral: MethodConfig
+    active: MethodConfig
+
+
+TRIALS: dict[str, Trial] = {
+    "radial": Trial(
+        neutral=RadialAttention(block_size=16, dense_steps=1000),
+        active=RadialAttention(
+            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
+        ),
+    ),
+    "sol": Trial(
+        neutral=SolAttention(block_size=16, dense_steps=1000),
+        active=SolAttention(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0),
+    ),
+}
+"""Method name -> the configs that `check_adapter` tries; open to every package."""

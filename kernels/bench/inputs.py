@@ -1,0 +1,37 @@
+"""Random tile lists, kept tiles and decay for benches and tuning."""
+
+from __future__ import annotations
+
+import torch
+from dit_accel_kernels import EXACT, FrameDecay, TileLists
+from dit_accel_kernels.selection import pack_bits
+from torch import Tensor
+
+FRAMES = 21  # into which a decayed call's tokens are cut: those of 81 frames of video
+
+
+def lists(tokens: int, block: int, density: float, rest: int, device: str) -> TileLists:
+    """Shared lists: in every block row the diagonal and random others, `density` of all; the rest skipped or pooled."""
+    count = -(-tokens // block)
+    kept = max(1, round(density * count))
+    scores = torch.rand(count, count, generator=torch.Generator().manual_seed(0))
+    scores.fill_diagonal_(2.0)
+    states = torch.full((count, count), rest, dtype=torch.uint8)
+    states.scatter_(1, scores.topk(kept, 1).indices, EXACT)
+    return TileLists.from_states(states, block_q=block, block_k=block, num_q=tokens, num_k=tokens).to(device)
+
+
+def decay(tokens: int, device: str) -> FrameDecay:
+    """Decay over the frames of a call."""
+    frames = (torch.arange(tokens) * FRAMES // tokens).int().to(device)
+    table = torch.linspace(1.0, 0.5, FRAMES).to(device)
+    return FrameDecay(table=table, q_frames=frames, k_frames=frames)
+
+
+def keep_bits(batch: int, heads: int, count: int, density: float, device: str) -> Tensor:
+    """Kept tiles of every batch and head as a selection takes them, the diagonal and random others: int32."""
+    kept = torch.rand(batch, heads, count, count, generator=torch.Generator().manual_seed(0))
+    kept[..., torch.arange(count), torch.arange(count)] = -1.0
+    chosen = torch.zeros_like(kept, dtype=torch.bool)
+    chosen.scatter_(-1, kept.topk(max(1, round(density * count)), -1, largest=False).indices, True)
+    return pack_bits(chosen).to(device)

@@ -1,0 +1,290 @@
+"""Choose the forward kernel's launches for a card and write them to the package's launch table.
+
+`python kernels/bench/tune.py` on a card takes a key at a time (kind of dtype, head dim, tile), compiles a grid of
+launches ahead of time for every feature of the kernel, drops those that spill or ask for too much shared memory, times
+the most promising ones on random inputs, and keeps the one with the lowest median, summed over the features. Rows go
+to the table one by one, so that an interrupted run goes on where it stopped; 540 seconds are the limit (--budget).
+`--device none --arch sm_80` chooses by the compilers' reports alone: a row that is clean stays as it is.
+`--device cpu --tiny` runs all of it in Triton's interpreter on toy shapes, a test whose times mean nothing.
+
+How the grid is bounded: 16 or 32 query rows a warp; chunks of 32, 64 or 128 keys; 16 or 32 keys in slow loops; 2 or 3
+stages (36 launches); a launch whose accumulators or buffers cannot fit a thread's registers or a block's shared memory
+is never compiled; a compile stops at the first feature that fails; the --timed (4) launches with the fewest
+instructions a logit are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and "cpu" in sys.argv:  # before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import aot
+import torch
+from cards import TARGETS
+from dit_accel_kernels import POOLED, SKIPPED, FrameDecay, TileLists, block_sparse_attention_eager
+from dit_accel_kernels.triton_launch import TABLE, Key, Launch, architecture, key_of_row, launch_of, table
+from inputs import decay, lists
+
+MODULE = "dit_accel_kernels.triton_forward"
+DTYPES = {"half": torch.bfloat16, "fp32": torch.float32}
+NAMES = {"half": "bf16", "fp32": "fp32"}
+KEYS = tuple(itertools.product(DTYPES, (128, 64), (128, 64)))  # kind, head dim, tile: those of the kernel's variants
+ROWS_OF_A_WARP = (16, 32)
+GRID = tuple(
+    Launch(block_q=rows, block_k=keys, block_s=slow, num_warps=rows // each, num_stages=stages)
+    for rows, each, keys, slow, stages in itertools.product((128, 64), ROWS_OF_A_WARP, (128, 64, 32), (32, 16), (3, 2))
+    if rows // each >= 4
+)
+TIMED = ("plain", "decay", "pooled")
+
+
+def fits(launch: Launch, key: Key) -> bool:
+    """Whether accumulators, logits and buffers can fit the target at all; far cheaper than a compile."""
+    arch, kind, dim, _ = key
+    target = TARGETS[arch]
+    threads, size = launch.num_warps * target.warp, 4 if kind == "fp32" else 2
+    held = launch.block_q * (dim + launch.block_k) / threads  # float32 a thread
+    buffers = 2 * (launch.num_stages - 1) * launch.block_k * dim * size
+    return held <= (1024 if target.tensor == "tcgen05" else 232) and buffers <= target.shared_block
+
+
+def candidates(key: Key, tiny: bool) -> list[Launch]:
+    """Launches of the grid, cut down to the key's tile, that can fit; the one in the table first."""
+    _, kind, _, tile = key
+    current = launch_of(key[0], DTYPES[kind], *key[2:])
+    if tiny:
+        return [current, replace(current, block_k=32, block_s=32)]
+    grid = list(GRID)
+    if kind == "fp32":  # three products each: a quarter of the rows, short chunks
+        grid = [replace(x, block_q=x.block_q // 4, block_k=min(x.block_k, 32), num_stages=1) for x in grid]
+    grid = [launch for launch in grid if launch.block_q <= tile and launch.block_k <= tile]
+    return list(dict.fromkeys([current, *(launch for launch in grid if fits(launch, key))]))
+
+
+@contextmanager
+def trial(key: Key, launch: Launch) -> Iterator[None]:
+    """A launch in the table of this process, for as long as this lasts."""
+    rows = table()
+    before = rows.get(key)
+    rows[key] = launch
+    try:
+        yield
+    finally:
+        if before is None:
+            del rows[key]
+        else:
+            rows[key] = before
+
+
+def compile_launch(key: Key, launch: Launch, match: str = "") -> list[dict[str, Any]]:
+    """Compile table records of the kernel's variants with this launch, up to the first that fails or spills."""
+    arch, kind, dim, tile = key
+    pattern = re.compile(rf"^fwd-{NAMES[kind]}-d{dim}-.*-b{tile}-")
+    records = []
+    with trial(key, launch):
+        for _, name, target in aot.tasks([MODULE], match, [arch]):
+            if not pattern.match(name):
+                continue
+            records.append(aot.compile_one(MODULE, name, target))
+            if aot.faults(records[-1]):
+                break
+    return records
+
+
+def instructions(records: list[dict[str, Any]]) -> float:
+    """Instructions of a lane for a logit in the plain loop, the mean over features: less is better."""
+    found = []
+    for record in records:
+        rows, keys = (int(n) for n in re.search(r"-(\d+)x(\d+)x\d+w", record["variant"]).groups())  # pyright: ignore
+        tile = int(re.search(r"-b(\d+)-", record["variant"]).group(1))  # pyright: ignore
+        logits = min(rows, tile) * min(keys, tile)
+        found.append(record["mix"]["instructions"] * record["warps"] * TARGETS[record["target"]].warp / logits)
+    return sum(found) / len(found)
+
+
+def clean(key: Key, launches: list[Launch], jobs: int, match: str) -> dict[Launch, float]:
+    """Launches that compile without a fault for every feature, with their instructions a logit, best first.
+
+    Launches with fewer than 8 warps on a multiprocessor hide no latency and come last.
+    """
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # for the processes that compile
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(compile_launch, *zip(*((key, launch, match) for launch in launches), strict=True)))
+    if interpret is not None:
+        os.environ["TRITON_INTERPRET"] = interpret
+    good: dict[Launch, tuple[bool, float]] = {}
+    for launch, records in zip(launches, found, strict=True):
+        if records and not any(map(aot.faults, records)):
+            idle = min(r["blocks"] * r["warps"] for r in records) < 8
+            good[launch] = (idle, instructions(records))
+    return {launch: good[launch][1] for launch in sorted(good, key=lambda launch: good[launch])}
+
+
+def seconds(key: Key, launch: Launch, args: argparse.Namespace) -> float:
+    """Median seconds of a call with this launch, summed over the features."""
+    _, kind, dim, tile = key
+    heads, tokens = (1, 2 * tile) if args.tiny else (args.heads, args.tokens)
+    dtype = torch.float16 if args.tiny and kind == "half" else DTYPES[kind]  # the interpreter has no bfloat16 products
+    q, k, v = (torch.randn(1, heads, tokens, dim).to(args.device, dtype) for _ in range(3))
+    features: dict[str, tuple[int, dict[str, FrameDecay]]] = {
+        "plain": (SKIPPED, {}),
+        "decay": (SKIPPED, {"frame_decay": decay(tokens, args.device)}),
+        "pooled": (POOLED, {}),
+    }
+    total = 0.0
+    with trial((architecture(torch.device(args.device)), *key[1:]), launch):
+        for rest, arguments in (features[name] for name in TIMED):
+            tiles: TileLists = lists(tokens, tile, args.density, rest, args.device)
+            call = lambda t=tiles, a=arguments: block_sparse_attention_eager(  # noqa: E731
+                q, k, v, t, layout="bhsd", backend="triton", **a
+            )
+            total += median(call, args.device)
+    return total
+
+
+def median(call: Any, device: str) -> float:
+    """Median seconds of a call after a warm-up."""
+    if device != "cpu":
+        import triton
+
+        return triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median") / 1e3
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def fingerprint() -> str:
+    """Of the kernel's source: a row measured with another kernel is measured again."""
+    return hashlib.sha256((TABLE.parent / "triton_forward.py").read_bytes()).hexdigest()[:12]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace the table, all or nothing."""
+    new = path.with_suffix(".new")
+    new.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+    os.replace(new, path)
+
+
+def put(path: Path, key: Key, launch: Launch, source: Any) -> None:
+    """Write one row to the table at `path`, in order."""
+    rows = {key_of_row(row): row for row in json.loads(path.read_text())}
+    arch, kind, dim, tile = key
+    rows[key] = {"arch": arch, "kind": kind, "dim": dim, "tile": tile, **asdict(launch), "source": source}
+    write(path, [rows[k] for k in sorted(rows, key=lambda k: (k[0], k[1] != "half", *k[2:]))])
+
+
+def source_of(path: Path, key: Key) -> Any:
+    """How the row of a key was chosen; None where there is none."""
+    return next((row["source"] for row in json.loads(path.read_text()) if key_of_row(row) == key), None)
+
+
+def tune(key: Key, args: argparse.Namespace, setting: dict[str, Any]) -> list[str]:
+    """Choose a key's launch, write its row, and give a line of the printed table."""
+    launches = candidates(key, args.tiny)
+    current = launches[0]
+    good = clean(key, launches, args.jobs, args.match)
+    head = [*map(str, key[1:]), str(len(launches)), str(len(good))]
+    if not good:
+        return [*head, "none is clean: row unchanged"]
+    if args.device == "none":
+        best, source, time_taken = (current if current in good else next(iter(good))), "compiled", ""
+    else:
+        chosen = list(good)[: args.timed]
+        chosen = list(dict.fromkeys([*([current] if current in good else []), *chosen]))
+        times = {launch: seconds(key, launch, args) for launch in chosen}
+        best = min(times, key=lambda launch: times[launch])
+        source, time_taken = {**setting, "seconds": round(times[best], 6)}, f"{times[best] * 1e3:.3f}"
+    if args.device != "none" or best != current:
+        put(args.out, key, best, source)
+    sizes = f"{best.block_q}x{best.block_k}x{best.block_s} w{best.num_warps} s{best.num_stages}"
+    return [*head, sizes, f"{good[best]:.2f}", time_taken]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu", "none"), help="none: compile only")
+    parser.add_argument("--arch", help="architecture, with --device none or cpu (default sm_90)")
+    parser.add_argument("--key", default="", help="only keys that match this, such as half,128,64 (default: all)")
+    parser.add_argument("--match", default="", help="only variants (features) that match this regular expression")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the timed calls (default %(default)s)")
+    parser.add_argument("--heads", type=int, default=16, help="heads of the timed calls (default %(default)s)")
+    parser.add_argument("--density", type=float, default=0.25, help="kept share of tiles (default %(default)s)")
+    parser.add_argument("--timed", type=int, default=4, help="launches timed for a key (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=540, help="seconds after which no key starts (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure again what this card has measured")
+    parser.add_argument("--tiny", action="store_true", help="two launches on toy shapes")
+    parser.add_argument("--out", type=Path, default=TABLE, help="table to write (default: the package's)")
+    return parser.parse_args()
+
+
+def checked(args: argparse.Namespace) -> tuple[str, list[Key], dict[str, Any]]:
+    """Architecture, keys and what a measured row says of its source; bad arguments end the program."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "--device cuda needs a CUDA or ROCm GPU, found none: --device none --arch sm_90 chooses by compile reports"
+        )
+    if args.device == "cuda" and args.arch:
+        raise SystemExit(f"--arch is the card's own on --device cuda, found {args.arch!r}: leave it out")
+    if args.device == "cpu" and (not args.tiny or args.out == TABLE):
+        raise SystemExit("--device cpu tests the script and measures nothing: give --tiny and --out of a copy")
+    arch = architecture(torch.device("cuda")) if args.device == "cuda" else args.arch or "sm_90"
+    if arch not in TARGETS:
+        raise SystemExit(f"launches are tuned for {', '.join(TARGETS)}: found {arch!r}")
+    keys: list[Key] = [(arch, *key) for key in KEYS if re.match(args.key, ",".join(map(str, key)))]
+    if not keys:
+        known = "; ".join(",".join(map(str, key)) for key in KEYS)
+        raise SystemExit(f"--key matches kind,dim,tile of {known}: found {args.key!r}")
+    if not args.out.exists():
+        write(args.out, json.loads(TABLE.read_text()))
+    card = torch.cuda.get_device_name() if args.device == "cuda" else "none: interpreted on a CPU"
+    return arch, keys, {"card": card, "date": date.today().isoformat(), "kernel": fingerprint()}
+
+
+def main() -> None:
+    """Tune every key, print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    args = arguments()
+    arch, keys, setting = checked(args)
+    torch.manual_seed(0)
+    deadline = time.monotonic() + args.budget
+    shown = Table(
+        "dtype", "D", "tile", "grid", "clean", "launch", "instr/logit", "ms", title=f"{arch}, {setting['card']}"
+    )
+    late = []
+    for key in keys:
+        source = source_of(args.out, key)
+        done = isinstance(source, dict) and all(source.get(name) == setting[name] for name in ("card", "kernel"))
+        if done and not args.again and args.device != "none":
+            shown.add_row(*map(str, key[1:]), "", "", "measured before")
+        elif time.monotonic() > deadline:
+            late.append(",".join(map(str, key[1:])))
+        else:
+            shown.add_row(*tune(key, args, setting))
+    Console(width=120).print(shown)
+    if late:
+        print(f"left out for time, run it again to go on: {'; '.join(late)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Selections on Triton: what keep bits and routing leave of a plan's lists, compacted for every batch and head.
+
+One launch, no sync and no sort: a program reads a block row of the static plan (triton_plan.py), in which the order of
+the three sections and of the entries stays, and writes what is left to the same places of a scratch that has room for
+the whole plan, once for every batch and head that shares its lists. Tiles that become pooled join the static pooled
+ones. The exact tiles also leave as bits.
+"""
+
+# Device code is typed by Triton's compiler:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel_kernels.cache import StorageCache
+from dit_accel_kernels.features import Problem
+from dit_accel_kernels.selection import words_of
+from dit_accel_kernels.triton_plan import RowPlan
+from dit_accel_kernels.triton_transpose import bitmap
+from dit_accel_kernels.triton_variants import Variant
+
+BLOCK = 256  # list entries that are looked at together
+NUM_WARPS = 4
+_BITS: StorageCache[Tensor] = StorageCache()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Lists:
+    """What the forward reads: lists of a plan, or those of every batch and head.
+
+    `indices`, `entry_t` and `bounds` are as in a RowPlan; `bounds` is int32 [B*H, NQ, 6] where every batch and head has
+    its own lists, relative to b * strides[0] + h * strides[1] in the exact entries, strides[2] and [3] in the pooled
+    ones. `strides` is None where lists are the plan's.
+    """
+
+    indices: Tensor
+    entry_t: Tensor | None
+    bounds: Tensor
+    pooled_indices: Tensor | None
+    strides: tuple[int, int, int, int] | None
+
+
+@triton.jit
+def _fate(tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST: tl.constexpr):
+    """Which tiles of a block row stay exact and which become pooled, of those inside."""
+    stays = inside
+    pools = inside & (tile < 0)
+    free = inside
+    if pinned_ptr is not None:
+        free &= (tl.load(pinned_ptr + tile // 32, mask=inside, other=0) >> tile % 32) & 1 == 0
+    if keep_ptr is not None:
+        dropped = free & ((tl.load(keep_ptr + tile // 32, mask=inside, other=0) >> tile % 32) & 1 == 0)
+        stays &= ~dropped
+        free &= ~dropped
+        if POOL_REST:
+            pools |= dropped
+    if route_ptr is not None:
+        under = free & ((tl.load(route_ptr + tile // 32, mask=inside, other=0) >> tile % 32) & 1 == 0)
+        stays &= ~under
+        pools |= under
+    return stays, pools
+
+
+@triton.jit
+def _append(out_ptr, end, value, chosen):
+    """Write the chosen values one after another from `end` on; the new end."""
+    count = chosen.to(tl.int32)
+    tl.store(out_ptr + end + tl.cumsum(count, 0) - 1, value, mask=chosen)
+    return end + tl.sum(count, 0)
+
+
+@triton.jit
+def _expand_kernel(
+    indices_ptr, bounds_ptr, entry_t_ptr, pooled_indices_ptr,  # the plan's; the last two or None
+    static_ptr, keep_ptr, pinned_ptr, route_ptr,  # bits [G, NQ, W], [B, H, NQ, W], [NQ, W], [B, H, NQ, W], or None
+    out_ptr, out_bounds_ptr, out_t_ptr, out_pooled_ptr, exact_ptr,
+    stride_gb, stride_gh, stride_sb, stride_sh, stride_ib, stride_ih, stride_pb, stride_ph, heads, rows, words,
+    POOL_REST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Lists and exact bits of one block row of one head; strides are those of Lists, and of list sets before them."""
+    lane, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    b, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64)
+    bounds_ptr += ((b * stride_gb + h * stride_gh) * rows + row) * 6
+    static_ptr += ((b * stride_sb + h * stride_sh) * rows + row) * words
+    out_bounds_ptr += place * 6
+    exact_ptr += place * words
+    if keep_ptr is not None:
+        keep_ptr += place * words
+    if pinned_ptr is not None:
+        pinned_ptr += row.to(tl.int64) * words
+    if route_ptr is not None:
+        route_ptr += place * words
+    for first in range(0, words, 32):
+        word = first + tl.arange(0, 32)
+        inside = word < words
+        exact = tl.load(static_ptr + word, mask=inside, other=0)
+        pinned = tl.zeros([32], tl.int32)
+        if pinned_ptr is not None:
+            pinned = tl.load(pinned_ptr + word, mask=inside, other=0)
+        if keep_ptr is not None:
+            exact &= tl.load(keep_ptr + word, mask=inside, other=0) | pinned
+        if route_ptr is not None:
+            exact &= tl.load(route_ptr + word, mask=inside, other=0) | pinned
+        tl.store(exact_ptr + word, exact, mask=inside)
+
+    begin = tl.load(bounds_ptr)
+    out_ptr += b * stride_ib + h * stride_ih
+    if entry_t_ptr is not None:
+        out_t_ptr += b * stride_ib + h * stride_ih
+    end = begin
+    tl.store(out_bounds_ptr, begin)
+    if out_pooled_ptr is not None:  # room for the plan's pooled entries of this row and its exact ones
+        out_pooled_ptr += b * stride_pb + h * stride_ph
+        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
+        pooled = begin - 1 + pooled_start
+        tl.store(out_bounds_ptr + 4, pooled)
+        if pooled_indices_ptr is not None:
+            for first in range(pooled_start, pooled_end, BLOCK):
+                entry = first + tl.arange(0, BLOCK)
+                inside = entry < pooled_end
+                tile = tl.load(pooled_indices_ptr + entry, mask=inside, other=0)
+                pooled = _append(out_pooled_ptr, pooled, tile, inside)
+    for section in tl.static_range(3):
+        section_end = tl.load(bounds_ptr + 1 + section)
+        for first in range(begin, section_end, BLOCK):
+            entry = first + tl.arange(0, BLOCK)
+            inside = entry < section_end
+            tile = tl.load(indices_ptr + entry, mask=inside, other=0)
+            stays, pools = _fate(tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST)
+            if entry_t_ptr is not None:
+                _append(out_t_ptr, end, tl.load(entry_t_ptr + entry, mask=inside, other=1.0), stays)
+            end = _append(out_ptr, end, tile, stays)
+            if out_pooled_ptr is not None:
+                pooled = _append(out_pooled_ptr, pooled, tile, pools)
+        tl.store(out_bounds_ptr + 1 + section, end)
+        begin = section_end
+    if out_pooled_ptr is not None:
+        tl.store(out_bounds_ptr + 5, pooled)
+
+
+def static_lists(problem: Problem, plan: RowPlan) -> Lists:
+    """The plan's own lists, for calls that narrow nothing."""
+    return Lists(
+        indices=plan.indices,
+        entry_t=plan.entry_t,
+        bounds=plan.bounds,
+        pooled_indices=problem.pooled_indices,
+        strides=None,
+    )
+
+
+def static_bits(problem: Problem) -> Tensor:
+    """The exact lists as bits int32 [G, NQ, W], remembered as long as they live; not to be written to."""
+    offsets, indices, tiles = problem.exact_offsets, problem.exact_indices, problem.key_tiles
+    return _BITS.get([offsets, indices], (tiles,), lambda: bitmap(offsets, indices, tiles))
+
+
+def bits_of_lists(problem: Problem) -> Tensor:
+    """A copy of the exact lists as bits of every batch and head, int32 [B, H, NQ, W]."""
+    batch, heads = problem.q.shape[:2]
+    bits = static_bits(problem)
+    bits = bits[None] if bits.shape[0] in (1, heads) else bits.unflatten(0, (batch, heads))
+    return bits.expand(batch, heads, -1, -1).clone(memory_format=torch.contiguous_format)
+
+
+def may_pool(problem: Problem) -> bool:
+    """Whether a call can have pooled tiles."""
+    selection = problem.selection
+    if problem.pooled_indices is not None or selection is None:
+        return problem.pooled_indices is not None
+    return selection.routing is not None or (selection.keep is not None and selection.rest == "pooled")
+
+
+def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[Lists, Tensor]:
+    """Lists of every batch and head of a call with keep bits or routing, and its exact tiles as bits [B, H, NQ, W].
+
+    `routed` int32 [B, H, NQ, W]: the tiles above their threshold, None without routing.
+    """
+    selection = problem.selection
+    assert selection is not None
+    batch, heads, rows = *problem.q.shape[:2], problem.query_tiles
+    groups, words = problem.exact_offsets.shape[0], words_of(problem.key_tiles)
+    keep = None if selection.keep is None else selection.keep.contiguous()
+    pinned = None if selection.pinned is None else selection.pinned.contiguous()
+    own = (heads, 1) if groups == batch * heads and groups > 1 else (0, int(groups > 1))  # list sets of batch and head
+    exact_strides, exact_copies = _copies(plan.stride_b, plan.stride_h, batch, heads)
+    pooled_strides, pooled_copies = _copies(*own, batch, heads)
+    if plan.stride_b and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
+        pooled_strides = (1, batch)
+    entries = plan.indices.numel() - 2
+    pooled_entries = 0 if problem.pooled_indices is None else problem.pooled_indices.numel()
+    indices = plan.indices.new_empty(exact_copies * entries + 2)
+    entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(exact_copies * entries + 2)
+    pooled = None
+    if may_pool(problem):
+        pooled = indices.new_empty(exact_copies * entries + pooled_copies * pooled_entries)
+    strides = (
+        *(s * entries for s in exact_strides),
+        *(s * entries + p * pooled_entries for s, p in zip(exact_strides, pooled_strides, strict=True)),
+    )
+    bounds = indices.new_empty(batch * heads, rows, 6)
+    exact = indices.new_empty(batch, heads, rows, words)
+    _expand_kernel[(batch * heads * rows,)](
+        plan.indices, plan.bounds, plan.entry_t, problem.pooled_indices,
+        static_bits(problem), keep, pinned, routed, indices, bounds, entry_t, pooled, exact,
+        plan.stride_b, plan.stride_h, *own, *strides, heads, rows, words,
+        POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return Lists(indices=indices, entry_t=entry_t, bounds=bounds, pooled_indices=pooled, strides=strides), exact
+
+
+def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple[int, int], int]:
+    """Copies of a list that batches and heads need which share it: strides of batch and head, and how many."""
+    share_b, share_h = not stride_b, not stride_h
+    of_head = heads if share_h else 1
+    return (of_head if share_b else 0, int(share_h)), (batch if share_b else 1) * of_head
+
+
+def variants() -> list[Variant]:
+    """The expansion by keep bits alone, with everything, and with routing in a plan with decay; it has no product."""
+    everything = ("pooled_indices_ptr", "out_pooled_ptr", "keep_ptr", "pinned_ptr", "route_ptr")
+    decay = ("entry_t_ptr", "out_t_ptr")
+    found = []
+    for name, there in (
+        ("keep", ("keep_ptr",)),
+        ("everything", everything),
+        ("routed-decay", (*decay, "out_pooled_ptr", "route_ptr")),
+    ):
+        absent = {x for x in (*everything, *decay) if x not in there}
+        kinds = {x: "*fp32:16" if x in decay else "*i32:16" if x.endswith("_ptr") else "i32" for x in _ARGUMENTS}
+        found.append(
+            Variant(
+                f"expand-{name}",
+                _expand_kernel,
+                {x: kind for x, kind in kinds.items() if x not in absent},
+                {**dict.fromkeys(sorted(absent)), "POOL_REST": name == "everything", "BLOCK": BLOCK},
+                NUM_WARPS,
+                1,
+                hot_loop=False,
+            )
+        )
+    return found
+
+
+_ARGUMENTS = tuple(x for x in _expand_kernel.arg_names if x not in ("POOL_REST", "BLOCK"))

@@ -1,0 +1,9 @@
+"""Allegro: video attends to itself under an additive mask of padded latents; text comes in by cross-attention."""
+
+from dit_accel.adapter import Adapter
+
+ALLEGRO = Adapter(
+    name="allegro",
+    transformers=("AllegroTransformer3DModel",),
+    self_attention=("transformer_blocks.*.attn1",),
+)

@@ -1,0 +1,27 @@
+"""AnyFlow, distilled from Wan 2.1: a flow map over all frames at once; the latents are [B, T, C, H, W]."""
+
+from dataclasses import replace
+from functools import partial
+
+from dit_accel.adapter import Adapter, latents_grid
+
+from .wan import RADIAL_WAN, WAN21_14B
+
+ANYFLOW_14B = replace(
+    WAN21_14B,
+    name="anyflow-14b",
+    repo="nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers",
+    height=480,
+    width=832,
+    num_inference_steps=4,
+    forwards_per_step=1,
+)
+
+ANYFLOW = Adapter(
+    name="anyflow",
+    transformers=("AnyFlowTransformer3DModel",),
+    self_attention=("blocks.*.attn1",),
+    grid=partial(latents_grid, frames_axis=1),
+    families=(ANYFLOW_14B,),
+    recipes={"radial": RADIAL_WAN},
+)

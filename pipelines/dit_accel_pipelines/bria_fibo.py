@@ -1,0 +1,43 @@
+"""Bria Fibo 1 and 2. Fibo 1: FLUX.1's sequence. Fibo 2: gist tokens, the image, images to edit.
+
+Where a batch has gist tokens of different numbers, they stand last.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Grid
+from dit_accel.positions import read_once
+
+from .flux import FLUX
+from .lumina2 import lengths
+
+
+def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid off latents [B, C, H, W] and count the gist tokens, which follow the prompts' lengths."""
+    from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
+
+    text, mask = inputs["encoder_hidden_states"], inputs.get("encoder_attention_mask")
+    found: Any = (text.shape[2],) if mask is None else read_once(mask, lengths)
+    if isinstance(found, str):
+        return found
+    counts = compute_gist_count(
+        list(found), config.min_num_gist_tokens, config.max_num_gist_tokens, config.gist_step,
+        config.gist_min_text_len, config.gist_max_text_len,
+    )  # fmt: skip
+    gist, patch = max(counts), config.patch_size
+    height, width = (size // patch for size in inputs["hidden_states"].shape[-2:])
+    context = [latents.shape for latents in inputs.get("context_latents") or ()]
+    after = sum((shape[2] // patch) * (shape[3] // patch) for shape in context)
+    return (1, height, width, gist, after) if min(counts) == gist else (1, height, width, 0, after + gist)
+
+
+BRIA_FIBO = replace(FLUX, name="bria-fibo", transformers=("BriaFiboTransformer2DModel",), families=())
+BRIA_FIBO_2 = Adapter(
+    name="bria-fibo-2",
+    transformers=("BriaFibo2Transformer2DModel",),
+    self_attention=("layers.*.attention",),
+    grid=behind_the_gist,
+    refused={"radial": ONE_FRAME},
+)

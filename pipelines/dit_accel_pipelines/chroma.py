@@ -1,0 +1,26 @@
+"""Chroma: FLUX.1's sequence with a mask of pairs.
+
+diffusers 0.42's pipelines hand that mask over as numbers, which attention adds to its logits (its issue 12116): padded
+text is not hidden then, and planned calls refuse the mask. ``encode_prompt`` and then, with its embeddings,
+``prompt_attention_mask=mask.bool()`` mend both.
+"""
+
+from dataclasses import replace
+
+from .flux import FLUX, FLUX_DEV
+
+CHROMA = replace(
+    FLUX,
+    name="chroma",
+    transformers=("ChromaTransformer2DModel",),
+    outer_masks=True,
+    families=(
+        replace(
+            FLUX_DEV,
+            name="chroma1-hd",
+            repo="lodestones/Chroma1-HD",
+            num_inference_steps=35,
+            forwards_per_step=2,
+        ),
+    ),
+)

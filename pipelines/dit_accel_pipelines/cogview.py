@@ -1,0 +1,55 @@
+"""CogView3+, CogView4 and GLM-Image: text first, then the image, in every block.
+
+GLM-Image's reference images run once by themselves and stay as cached keys and values, in front of the text.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from dit_accel.adapter import NO_STEP, ONE_FRAME, Adapter, Family, Grid, latents_grid
+
+text_first = partial(latents_grid, frames_axis=None, text="before")
+
+COGVIEW4_6B = Family(
+    name="cogview4-6b",
+    repo="zai-org/CogView4-6B",
+    layers=28,
+    heads=32,
+    head_dim=128,
+    ffn_dim=4 * 32 * 128,
+    patch=(1, 2, 2),
+    vae=(1, 8),
+    text_tokens=224,  # follows the prompt's length, up to 1024
+    height=1024,
+    width=1024,
+    num_frames=1,
+)
+
+
+def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid as CogView does; cached keys count as text. A forward that fills the cache is no denoising step."""
+    grid, caches = text_first(config, inputs), inputs.get("kv_caches")
+    mode = None if caches is None else caches[0].mode
+    if mode == "write":
+        return NO_STEP
+    cached = caches[0].k_caches[0].shape[1] if mode == "read" and caches[0].k_caches else 0
+    return *grid[:3], grid[3] + cached, 0
+
+
+COGVIEW = Adapter(
+    name="cogview",
+    transformers=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
+    self_attention=("transformer_blocks.*.attn1",),
+    grid=text_first,
+    families=(COGVIEW4_6B,),
+    refused={"radial": ONE_FRAME},
+)
+GLM_IMAGE = replace(
+    COGVIEW,
+    name="glm-image",
+    transformers=("GlmImageTransformer2DModel",),
+    grid=with_cached_references,
+    families=(),
+)

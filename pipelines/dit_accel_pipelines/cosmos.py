@@ -1,0 +1,49 @@
+"""Cosmos 1 and Predict 2 and 2.5: video attends to itself in ``attn1``; text comes in by cross-attention.
+
+Given frames keep a timestep of their own, near none; the noisiest frame tells the step.
+"""
+
+from dataclasses import replace
+
+from dit_accel.adapter import Adapter, Family
+
+COSMOS_7B = Family(
+    name="cosmos-1-7b",
+    repo="nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
+    layers=28,
+    heads=32,
+    head_dim=128,
+    ffn_dim=16384,
+    patch=(1, 2, 2),
+    vae=(8, 8),
+    cross_tokens=512,
+    height=704,
+    width=1280,
+    num_frames=121,
+    num_inference_steps=36,
+)
+COSMOS_14B = replace(
+    COSMOS_7B,
+    name="cosmos-1-14b",
+    repo="nvidia/Cosmos-1.0-Diffusion-14B-Text2World",
+    layers=36,
+    heads=40,
+    ffn_dim=20480,
+)
+COSMOS_PREDICT2_2B = replace(
+    COSMOS_7B,
+    name="cosmos-predict2-2b",
+    repo="nvidia/Cosmos-Predict2-2B-Video2World",
+    heads=16,
+    ffn_dim=8192,
+    vae=(4, 8),
+    num_frames=93,
+    num_inference_steps=35,
+)
+
+COSMOS = Adapter(
+    name="cosmos",
+    transformers=("CosmosTransformer3DModel",),
+    self_attention=("transformer_blocks.*.attn1",),
+    families=(COSMOS_7B, COSMOS_14B, COSMOS_PREDICT2_2B),
+)

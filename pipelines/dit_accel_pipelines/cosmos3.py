@@ -1,0 +1,29 @@
+"""Cosmos 3: text attends to itself, causally; vision, then sound and actions, attend to text and to one another.
+
+The two calls are one processor's. The second one's queries leave text out, so text is in its columns alone; sound and
+actions stand behind the vision tokens, earlier vision items (images that are given) before them, and all stay exact.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import Adapter, Grid
+
+
+def last_vision_item(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off ``vision_token_shapes``, which count tokens: the last item is the one that is made."""
+    *given, (frames, height, width) = inputs["vision_token_shapes"]
+    before = inputs["und_len"] + sum(math.prod(shape) for shape in given)
+    return frames, height, width, before, inputs["sequence_length"] - before - frames * height * width
+
+
+COSMOS3 = Adapter(
+    name="cosmos-3",
+    transformers=("Cosmos3OmniTransformer",),
+    self_attention=("layers.*.self_attn",),
+    grid=last_vision_item,
+    latents="vision_tokens",
+    timestep="vision_timesteps",
+    text_apart=True,
+)

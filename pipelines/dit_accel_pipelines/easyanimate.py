@@ -1,0 +1,28 @@
+"""EasyAnimate 5.1, text, image and control: text first, then the video, in one attention."""
+
+from functools import partial
+
+from dit_accel.adapter import Adapter, Family, latents_grid
+
+EASYANIMATE_12B = Family(
+    name="easyanimate-5.1-12b",
+    repo="alibaba-pai/EasyAnimateV5.1-12b-zh-diffusers",
+    layers=48,
+    heads=48,
+    head_dim=64,
+    ffn_dim=12288,
+    patch=(1, 2, 2),
+    vae=(4, 8),
+    text_tokens=256,
+    height=512,
+    width=512,
+    num_frames=49,
+)
+
+EASYANIMATE = Adapter(
+    name="easyanimate",
+    transformers=("EasyAnimateTransformer3DModel",),
+    self_attention=("transformer_blocks.*.attn1",),
+    grid=partial(latents_grid, text="before", joined=("encoder_hidden_states", "encoder_hidden_states_t5")),
+    families=(EASYANIMATE_12B,),
+)

@@ -1,0 +1,69 @@
+"""FLUX.2 and FLUX.3: text, the packed image, reference images.
+
+FLUX.2's reference images may stand before the image, or come from a key-value cache (Klein KV). FLUX.3's first blocks
+see the image alone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+from dit_accel.positions import ids_grid, last_image, read_once
+
+FLUX2_DEV = Family(
+    name="flux.2-dev",
+    repo="black-forest-labs/FLUX.2-dev",
+    layers=8 + 48,  # double and single blocks
+    heads=48,
+    head_dim=128,
+    ffn_dim=18432 * 3 // 2,  # gated: three matrices
+    patch=(1, 2, 2),
+    vae=(1, 8),
+    text_tokens=512,
+    height=1024,
+    width=1024,
+    num_frames=1,
+    forwards_per_step=1,  # guidance is distilled into the model
+)
+
+
+def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid as `ids_grid` does; with ``kv_cache_mode``, reference images stand between text and image."""
+    mode = inputs.get("kv_cache_mode")
+    if mode is None:
+        return ids_grid(config, inputs)
+    found = read_once(inputs["img_ids"], last_image)
+    if isinstance(found, str):
+        return found
+    height, width = found
+    before = inputs["encoder_hidden_states"].shape[1] + inputs["hidden_states"].shape[1] - height * width
+    if mode == "cached":
+        before += inputs["kv_cache"].num_ref_tokens
+    return 1, height, width, before, 0
+
+
+def with_own_references(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid as `ids_grid` does; reference images are an input of their own."""
+    grid, references = ids_grid(config, inputs), inputs.get("image_cond_hidden_states")
+    if isinstance(grid, str) or references is None:
+        return grid
+    return *grid[:4], references.shape[1]
+
+
+FLUX2 = Adapter(
+    name="flux2",
+    transformers=("Flux2Transformer2DModel",),
+    self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    grid=with_cached_references,
+    text_apart=True,  # while the cache is filled, references attend to themselves
+    families=(FLUX2_DEV,),
+    refused={"radial": ONE_FRAME},
+)
+FLUX3 = Adapter(
+    name="flux3",
+    transformers=("Flux3Transformer2DModel",),
+    self_attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+    grid=with_own_references,
+    ragged_text=True,
+    refused={"radial": ONE_FRAME},
+)

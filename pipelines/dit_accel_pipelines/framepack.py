@@ -1,0 +1,46 @@
+"""HunyuanVideo FramePack: the history stands before the frames that are made, at three resolutions, coarsest first.
+
+Behind them stand the image's tokens and the prompt's; of one row, the valid ones alone. History and text stay exact.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import Adapter, Family, Grid, latents_grid, patch_count
+
+FRAMEPACK_13B = Family(
+    name="framepack",
+    repo="lllyasviel/FramePackI2V_HY",
+    layers=20 + 40,  # double and single blocks
+    heads=24,
+    head_dim=128,
+    ffn_dim=12288,
+    patch=(1, 2, 2),
+    vae=(4, 8),
+    text_tokens=256 + 729,  # prompt and image; the history comes on top
+    height=720,
+    width=1280,
+    num_frames=33,  # made at a time
+    forwards_per_step=1,  # guidance is distilled into the model
+)
+
+
+def history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off the latents, the history's latents and the lengths of image and prompt."""
+    frames, height, width, _, after = latents_grid(
+        config, inputs, text="after", joined=("image_embeds", "encoder_hidden_states")
+    )
+    time, space = config.patch_size_t, config.patch_size
+    parts = (("latents_clean", 1), ("latents_history_2x", 2), ("latents_history_4x", 4))
+    history = sum(patch_count(inputs.get(name), (time * n, space * n, space * n)) for name, n in parts)
+    return frames, height, width, history, after
+
+
+FRAMEPACK = Adapter(
+    name="framepack",
+    transformers=("HunyuanVideoFramepackTransformer3DModel",),
+    self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    grid=history_grid,
+    ragged_text=True,
+    families=(FRAMEPACK_13B,),
+)

@@ -1,0 +1,36 @@
+"""Helios: the history stands before the frames that are made, at three resolutions, coarsest first, and stays exact."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dit_accel.adapter import Adapter, Grid, latents_grid, patch_count
+
+from .wan import WAN21_14B
+
+HELIOS_14B = replace(
+    WAN21_14B,
+    name="helios-14b",
+    repo="BestWishYsh/Helios-Base",
+    height=384,
+    width=640,
+    num_frames=33,  # made at a time; the history comes on top
+    recipes={},
+)
+
+
+def history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off the latents and the history's latents."""
+    frames, height, width, *_ = latents_grid(config, inputs)
+    parts = (("latents_history_short", 1), ("latents_history_mid", 2), ("latents_history_long", 4))
+    history = sum(patch_count(inputs.get(name), [size * n for size in config.patch_size]) for name, n in parts)
+    return frames, height, width, history, 0
+
+
+HELIOS = Adapter(
+    name="helios",
+    transformers=("HeliosTransformer3DModel",),
+    self_attention=("blocks.*.attn1",),
+    grid=history_grid,
+    families=(HELIOS_14B,),
+)

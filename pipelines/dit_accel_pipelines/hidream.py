@@ -1,0 +1,47 @@
+"""HiDream-I1: the image first, then the tokens of T5 and twice those of Llama.
+
+An image that is no square is padded to ``max_resolution`` with tokens that are not hidden: they count as text.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+
+HIDREAM_I1 = Family(
+    name="hidream-i1",
+    repo="HiDream-ai/HiDream-I1-Full",
+    layers=16 + 32,  # double and single blocks
+    heads=20,
+    head_dim=128,
+    ffn_dim=6912 * 3 // 2 * 2 + 3584 * 3 // 2,  # two of four gated experts, and the shared one
+    patch=(1, 2, 2),
+    vae=(1, 8),
+    text_tokens=3 * 128,
+    height=1024,
+    width=1024,
+    num_frames=1,
+)
+
+
+def padded_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid off latents [B, C, H, W]."""
+    latents, patch = inputs["hidden_states"], config.patch_size
+    if latents.ndim != 4:
+        return "its latents are patches already, whose places are not told; pass them as [B, C, H, W]"
+    rows, columns = latents.shape[-2:]
+    height, width = rows // patch, columns // patch
+    padding = 0 if rows == columns else config.max_resolution[0] * config.max_resolution[1] // patch**2 - height * width
+    text = inputs["encoder_hidden_states_t5"].shape[1] + 2 * inputs["encoder_hidden_states_llama3"][0].shape[1]
+    return 1, height, width, 0, padding + text
+
+
+HIDREAM = Adapter(
+    name="hidream",
+    transformers=("HiDreamImageTransformer2DModel",),
+    self_attention=("double_stream_blocks.*.block.attn1", "single_stream_blocks.*.block.attn1"),
+    grid=padded_image,
+    timestep="timesteps",
+    families=(HIDREAM_I1,),
+    refused={"radial": ONE_FRAME},
+)

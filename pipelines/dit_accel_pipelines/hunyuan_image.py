@@ -1,0 +1,41 @@
+"""HunyuanImage 2.1 and its refiner: the image first, then the text of both encoders, in every block."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+
+HUNYUAN_IMAGE_21 = Family(
+    name="hunyuan-image-2.1",
+    repo="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
+    layers=20 + 40,  # double and single blocks
+    heads=28,
+    head_dim=128,
+    ffn_dim=4 * 28 * 128,
+    patch=(1, 1, 1),
+    vae=(1, 32),
+    text_tokens=1000 + 128,  # Qwen2.5-VL and ByT5
+    height=2048,
+    width=2048,
+    num_frames=1,
+)
+
+
+def image_then_texts(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off latents [B, C, H, W], or the refiner's [B, C, 1, H, W]."""
+    sizes = inputs["hidden_states"].shape[2:]
+    grid = [size // patch for size, patch in zip(sizes, config.patch_size, strict=True)]
+    text, glyphs = inputs["encoder_hidden_states"].shape[1], inputs.get("encoder_hidden_states_2")
+    if glyphs is not None and config.text_embed_2_dim is not None:
+        text += glyphs.shape[1]
+    return (grid[0] if len(grid) == 3 else 1), grid[-2], grid[-1], 0, text
+
+
+HUNYUAN_IMAGE = Adapter(
+    name="hunyuan-image",
+    transformers=("HunyuanImageTransformer2DModel",),
+    self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    grid=image_then_texts,
+    families=(HUNYUAN_IMAGE_21,),
+    refused={"radial": ONE_FRAME},
+)

@@ -1,0 +1,42 @@
+"""HunyuanVideo 1.5, text to video and image to video: one attention over video, then image, glyph and prompt tokens.
+
+The mask pairs valid queries with valid keys, with the padded tokens sorted to the end; the text refiner is left out.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from dit_accel.adapter import Adapter, Family, latents_grid
+
+HUNYUAN_VIDEO15_480P = Family(
+    name="hunyuan-video-1.5-480p",
+    repo="hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
+    layers=54,
+    heads=16,
+    head_dim=128,
+    ffn_dim=8192,
+    patch=(1, 1, 1),
+    vae=(4, 16),
+    text_tokens=1000 + 256 + 729,  # prompt, glyphs, image
+    height=480,
+    width=848,
+    num_frames=121,
+)
+HUNYUAN_VIDEO15_720P = replace(
+    HUNYUAN_VIDEO15_480P,
+    name="hunyuan-video-1.5-720p",
+    repo="hunyuanvideo-community/HunyuanVideo-1.5-720p_t2v",
+    height=720,
+    width=1280,
+)
+
+HUNYUAN_VIDEO15 = Adapter(
+    name="hunyuan-video-1.5",
+    transformers=("HunyuanVideo15Transformer3DModel",),
+    self_attention=("transformer_blocks.*.attn",),
+    grid=partial(
+        latents_grid, text="after", joined=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+    ),
+    outer_masks=True,
+    families=(HUNYUAN_VIDEO15_480P, HUNYUAN_VIDEO15_720P),
+)

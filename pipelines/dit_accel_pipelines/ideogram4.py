@@ -1,0 +1,27 @@
+"""Ideogram 4: padding, text, the packed image; the pipeline's second transformer sees the image alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Grid
+from dit_accel.positions import last_image, read_once
+
+
+def image_last(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid off ``position_ids``, which the image ends; all in front of it counts as text."""
+    found = read_once(inputs["position_ids"], last_image)
+    if isinstance(found, str):
+        return found
+    height, width = found
+    return 1, height, width, inputs["hidden_states"].shape[1] - height * width, 0
+
+
+IDEOGRAM4 = Adapter(
+    name="ideogram4",
+    transformers=("Ideogram4Transformer2DModel",),
+    self_attention=("layers.*.attention",),
+    grid=image_last,
+    outer_masks=True,  # padding sees padding, which nobody reads
+    rising_timesteps=True,
+    refused={"radial": ONE_FRAME},
+)

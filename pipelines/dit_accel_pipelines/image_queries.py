@@ -1,0 +1,31 @@
+"""PRX and Nucleus-Image: only the image asks; its keys are joined by the text's, in front (PRX) or behind (Nucleus)."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Grid, latents_grid
+
+from .qwen_image import first_image
+
+
+def image_then_text(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off ``img_shapes``; text stands behind it."""
+    frames, height, width, before, after = first_image(config, inputs)
+    return frames, height, width, 0, before + after
+
+
+PRX = Adapter(
+    name="prx",
+    transformers=("PRXTransformer2DModel",),
+    self_attention=("blocks.*.attention",),
+    grid=partial(latents_grid, frames_axis=None, text="before"),
+    refused={"radial": ONE_FRAME},
+)
+NUCLEUS_IMAGE = Adapter(
+    name="nucleus-image",
+    transformers=("NucleusMoEImageTransformer2DModel",),
+    self_attention=("transformer_blocks.*.attn",),
+    grid=image_then_text,
+    refused={"radial": ONE_FRAME},
+)

@@ -1,0 +1,41 @@
+"""JoyImage Edit and Edit Plus: the image, then reference images, padding and text."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Grid, latents_grid
+
+
+def items_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off latents [B, C, T, H, W], or items [B, N, C, T, H, W], of which the last stands first."""
+    frames, height, width, _, text = latents_grid(config, inputs, frames_axis=-3, text="after")
+    latents = inputs["hidden_states"]
+    items = latents.shape[1] if latents.ndim == 6 else 1
+    return frames, height, width, 0, (items - 1) * frames * height * width + text
+
+
+def first_of_list(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid off ``shape_list``: the first image of a row; all behind it counts as text."""
+    shapes = {tuple(row[0]) for row in inputs["shape_list"]}
+    if len(shapes) > 1:
+        return f"the rows of the batch make images of different sizes, {sorted(shapes)} tokens; make one image a call"
+    (shape,) = shapes
+    after = inputs["hidden_states"].shape[1] - prod(shape) + inputs["encoder_hidden_states"].shape[1]
+    return *shape, 0, after
+
+
+JOY_IMAGE_EDIT = Adapter(
+    name="joyimage-edit",
+    transformers=("JoyImageEditTransformer3DModel",),
+    self_attention=("double_blocks.*.attn",),
+    grid=items_grid,
+    refused={"radial": ONE_FRAME},
+)
+JOY_IMAGE_EDIT_PLUS = Adapter(
+    name="joyimage-edit-plus",
+    transformers=("JoyImageEditPlusTransformer3DModel",),
+    self_attention=("double_blocks.*.attn",),
+    grid=first_of_list,
+    refused={"radial": ONE_FRAME},
+)

@@ -1,0 +1,65 @@
+"""Kandinsky 5 and 6: video attends to itself; text, and sound in 6, come in by cross-attention or beside it.
+
+The latents are [B, T, H, W, C]. Checkpoints that pass their own sparse attention (``attention_type="nabla"``) are
+refused at the first sparse call. Kandinsky 6 appends a reference image as a last frame, which counts as text.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from dit_accel.adapter import Adapter, Family, Grid, latents_grid
+
+KANDINSKY5_LITE = Family(
+    name="kandinsky-5-lite",
+    repo="kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
+    layers=32,
+    heads=28,
+    head_dim=64,
+    ffn_dim=7168,
+    patch=(1, 2, 2),
+    vae=(4, 8),
+    cross_tokens=512,
+    height=512,
+    width=768,
+    num_frames=121,
+)
+KANDINSKY5_PRO = replace(
+    KANDINSKY5_LITE,
+    name="kandinsky-5-pro",
+    repo="kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
+    layers=60,
+    heads=32,
+    head_dim=128,
+    ffn_dim=16384,
+)
+KANDINSKY6_PRO = replace(
+    KANDINSKY5_PRO,
+    name="kandinsky-6-pro",
+    repo="kandinskylab/Kandinsky-6.0-Pro-distill-5s-Diffusers",
+    cross_tokens=1024,
+)
+
+
+def frames_before_reference(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    """Read the grid off the latents; with token types, the last frame is a reference image."""
+    frames, height, width, *_ = latents_grid(config, inputs, frames_axis=1, channels_last=True)
+    reference = inputs.get("visual_token_type_ids") is not None
+    return frames - reference, height, width, 0, reference * height * width
+
+
+KANDINSKY5 = Adapter(
+    name="kandinsky-5",
+    transformers=("Kandinsky5Transformer3DModel",),
+    self_attention=("visual_transformer_blocks.*.self_attention",),
+    grid=partial(latents_grid, frames_axis=1, channels_last=True),
+    families=(KANDINSKY5_LITE, KANDINSKY5_PRO),
+)
+KANDINSKY6 = Adapter(
+    name="kandinsky-6",
+    transformers=("Kandinsky6Transformer3DModel",),
+    self_attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
+    grid=frames_before_reference,
+    families=(KANDINSKY6_PRO,),
+)

@@ -1,0 +1,26 @@
+"""Krea 2: text first, then the packed image; padded text is masked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Grid
+from dit_accel.positions import last_row, read_once
+
+
+def text_then_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid off ``position_ids``, in which all text stands where the image begins."""
+    width = read_once(inputs["position_ids"], last_row)
+    if isinstance(width, str):
+        return width
+    tokens = inputs["hidden_states"].shape[1]
+    width = width if tokens % width == 0 else tokens
+    return 1, tokens // width, width, inputs["encoder_hidden_states"].shape[1], 0
+
+
+KREA2 = Adapter(
+    name="krea2",
+    transformers=("Krea2Transformer2DModel",),
+    self_attention=("transformer_blocks.*.attn",),
+    grid=text_then_image,
+    refused={"radial": ONE_FRAME},
+)

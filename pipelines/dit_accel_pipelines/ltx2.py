@@ -1,0 +1,33 @@
+"""LTX-2: video and sound in two streams; ``attn1`` is video's own, sound and text come in by cross-attention.
+
+Sound is never thinned out: its attention and both crossings are left alone. Reference tokens of the IC-LoRA and
+keyframe pipelines stand behind the video and count as text.
+"""
+
+from dit_accel.adapter import Adapter, Family
+
+from .ltx import packed_grid
+
+LTX2_19B = Family(
+    name="ltx-2-19b",
+    repo="Lightricks/LTX-2",
+    layers=48,
+    heads=32,
+    head_dim=128,
+    ffn_dim=16384,
+    patch=(1, 1, 1),
+    vae=(8, 32),
+    cross_tokens=1024,
+    height=512,
+    width=768,
+    num_frames=121,
+    num_inference_steps=30,
+)
+
+LTX2 = Adapter(
+    name="ltx-2",
+    transformers=("LTX2VideoTransformer3DModel",),
+    self_attention=("transformer_blocks.*.attn1",),
+    grid=packed_grid,
+    families=(LTX2_19B,),
+)

@@ -1,0 +1,49 @@
+"""Lumina Image 2.0: valid text first, then the image; padded text is cut off before the blocks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+from dit_accel.positions import read_once
+
+LUMINA_IMAGE_2 = Family(
+    name="lumina-image-2.0",
+    repo="Alpha-VLLM/Lumina-Image-2.0",
+    layers=26,
+    heads=24,
+    head_dim=96,
+    ffn_dim=9216 * 3 // 2,  # gated: three matrices
+    patch=(1, 2, 2),
+    vae=(1, 8),
+    text_tokens=128,  # follows the prompt's length, up to 256
+    height=1024,
+    width=1024,
+    num_frames=1,
+)
+
+
+def lengths(mask: Any) -> tuple[int, ...]:
+    """Return the tokens of each prompt of a mask [B, S]."""
+    return tuple(mask.sum(1).tolist())
+
+
+def valid_text_first(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid off latents [B, C, H, W] and the prompts' lengths, which must be equal."""
+    found = read_once(inputs["encoder_attention_mask"], lengths)
+    if isinstance(found, str):
+        return found
+    if len(set(found)) > 1:
+        return f"each image of a batch begins behind its own prompt ({found} tokens); make one image a call"
+    latents, patch = inputs["hidden_states"], config.patch_size
+    return 1, latents.shape[-2] // patch, latents.shape[-1] // patch, found[0], 0
+
+
+LUMINA2 = Adapter(
+    name="lumina2",
+    transformers=("Lumina2Transformer2DModel",),
+    self_attention=("layers.*.attn",),
+    grid=valid_text_first,
+    rising_timesteps=True,
+    families=(LUMINA_IMAGE_2,),
+    refused={"radial": ONE_FRAME},
+)

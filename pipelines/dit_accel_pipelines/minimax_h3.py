@@ -1,0 +1,29 @@
+"""MiniMax-H3: text, keyframes, sound and, last, the video in one packed sequence and one attention.
+
+Only the video's own rows and columns can be thinned out: all that stands before it counts as text and stays exact. The
+refiner attends over text alone and is left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import Adapter, Grid
+from dit_accel.positions import last_video, read_once
+
+
+def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid off ``position_ids``: no shape tells the video's frames, height and width."""
+    found = read_once(inputs["position_ids"], last_video)
+    if isinstance(found, str):
+        return found
+    frames, height, width = found
+    return frames, height, width, inputs["position_ids"].shape[0] - frames * height * width, 0
+
+
+MINIMAX_H3 = Adapter(
+    name="minimax-h3",
+    transformers=("MiniMaxH3Transformer3DModel",),
+    self_attention=("transformer_blocks.*.attn",),
+    grid=packed_video,
+    rising_timesteps=True,
+)

@@ -1,0 +1,28 @@
+"""SkyReels-V2, made from Wan 2.1: text to video, image to video, and diffusion forcing with a timestep for each frame.
+
+With causal blocks (``causal_block_size``) the model masks later frames out of earlier ones; no key validity can say
+that, so sparse calls refuse such a mask.
+"""
+
+from dataclasses import replace
+
+from dit_accel.adapter import Adapter
+
+from .wan import RADIAL_WAN, WAN21_1B, WAN21_14B
+
+_540P = {"height": 544, "width": 960, "num_frames": 97}
+SKYREELS_V2_1B = replace(WAN21_1B, name="skyreels-v2-1.3b", repo="Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers", **_540P)
+SKYREELS_V2_14B = replace(
+    WAN21_14B, name="skyreels-v2-14b-540p", repo="Skywork/SkyReels-V2-T2V-14B-540P-Diffusers", **_540P
+)
+SKYREELS_V2_14B_720P = replace(
+    WAN21_14B, name="skyreels-v2-14b-720p", repo="Skywork/SkyReels-V2-T2V-14B-720P-Diffusers", num_frames=121
+)
+
+SKYREELS_V2 = Adapter(
+    name="skyreels-v2",
+    transformers=("SkyReelsV2Transformer3DModel",),
+    self_attention=("blocks.*.attn1",),
+    families=(SKYREELS_V2_1B, SKYREELS_V2_14B, SKYREELS_V2_14B_720P),
+    recipes={"radial": RADIAL_WAN},
+)

@@ -1,0 +1,29 @@
+"""Wan 2.2 Animate: Wan 2.1's blocks; the character's image stands before the video as a frame of its own.
+
+That frame counts as text: exact in rows and columns. The face adapters are cross-attention and left out.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from dit_accel.adapter import Adapter, latents_grid
+
+from .wan import RADIAL_WAN, WAN21_I2V_720P
+
+WAN_ANIMATE_14B = replace(
+    WAN21_I2V_720P,
+    name="wan2.2-animate-14b",
+    repo="Wan-AI/Wan2.2-Animate-14B-Diffusers",
+    num_frames=77,  # made at a time
+    num_inference_steps=20,
+    forwards_per_step=1,
+)
+
+WAN_ANIMATE = Adapter(
+    name="wan-animate",
+    transformers=("WanAnimateTransformer3DModel",),
+    self_attention=("blocks.*.attn1",),
+    grid=partial(latents_grid, reference_frames=1),
+    families=(WAN_ANIMATE_14B,),
+    recipes={"radial": RADIAL_WAN},
+)

@@ -1,0 +1,76 @@
+"""Z-Image: the image, then text, each padded to a multiple of 32.
+
+Omni: text, earlier images, the image, SigLIP tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+
+MULTIPLE = 32
+"""What the model pads text and each image to, in tokens."""
+
+Z_IMAGE_TURBO = Family(
+    name="z-image-turbo",
+    repo="Tongyi-MAI/Z-Image-Turbo",
+    layers=30,
+    heads=30,
+    head_dim=128,
+    ffn_dim=10240 * 3 // 2,  # gated: three matrices
+    patch=(1, 2, 2),
+    vae=(1, 8),
+    text_tokens=128,  # follows the prompt's length, up to 512
+    height=1024,
+    width=1024,
+    num_frames=1,
+    num_inference_steps=9,
+    forwards_per_step=1,
+)
+
+
+def padded(tokens: int) -> int:
+    """Return the tokens that the model makes of ``tokens``."""
+    return tokens + -tokens % MULTIPLE
+
+
+def list_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the grid off the list of images [C, F, H, W], one a row of the batch.
+
+    Omni: one list a row, of which the last image is made.
+    """
+    patch, frame_patch = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
+
+    def size(image: Any) -> tuple[int, int, int]:
+        return image.shape[1] // frame_patch, image.shape[2] // patch, image.shape[3] // patch
+
+    def tokens(image: Any) -> int:
+        frames, height, width = size(image)
+        return frames * height * width
+
+    rows, texts = inputs["x"], inputs["cap_feats"]
+    if not isinstance(rows[0], list):
+        return *size(rows[0]), 0, padded(tokens(rows[0])) - tokens(rows[0]) + max(padded(len(text)) for text in texts)
+    grids = []
+    for images, text, extra in zip(rows, texts, inputs["siglip_feats"], strict=True):
+        before = sum(padded(len(part)) for part in text)
+        before += sum(MULTIPLE if image is None else padded(tokens(image)) for image in images[:-1])
+        after = padded(tokens(images[-1])) - tokens(images[-1])
+        after += sum(MULTIPLE if x is None else padded(x.shape[0] * x.shape[1]) for x in extra or ())
+        grids.append((*size(images[-1]), before, after))
+    if len({grid[:4] for grid in grids}) > 1:
+        return "the rows of the batch have prompts or reference images of different lengths; make one image a call"
+    return max(grids)
+
+
+Z_IMAGE = Adapter(
+    name="z-image",
+    transformers=("ZImageTransformer2DModel",),
+    self_attention=("layers.*.attention",),
+    grid=list_grid,
+    latents="x",
+    timestep="t",
+    rising_timesteps=True,
+    families=(Z_IMAGE_TURBO,),
+    refused={"radial": ONE_FRAME},
+)

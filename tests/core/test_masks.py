@@ -1,0 +1,82 @@
+"""Masks as models pass them: what is read as key validity, what is refused."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_accel import ConfigError
+from dit_accel.masks import HIDDEN, key_validity, visible_row
+from dit_accel.processor import Slot, _planned
+
+KEYS = torch.tensor([[True, False, True, True, False, True], [True, True, True, False, True, False]])
+QUERIES = torch.tensor([[True, True, False, True], [True, False, True, True]])
+PAIRS = QUERIES[:, None, :, None] & KEYS[:, None, None]
+
+
+def additive(mask, hidden=HIDDEN):
+    return torch.zeros(mask.shape).masked_fill(~mask, hidden)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        KEYS,
+        KEYS[:, None, None],
+        KEYS[:, None, None].expand(2, 3, 4, 6),
+        PAIRS,
+        PAIRS.expand(2, 3, 4, 6),
+        additive(KEYS[:, None, None]),
+        additive(KEYS[:, None, None].expand(2, 3, 1, 6), -torch.inf),
+        additive(KEYS[:, None, None].expand(2, 3, 1, 6), torch.finfo(torch.float16).min).half(),
+        additive(PAIRS),
+    ],
+    ids=lambda mask: f"{mask.dtype} {tuple(mask.shape)}",
+)
+def test_key_validity_is_read_off_every_form(mask):
+    assert torch.equal(key_validity(mask, 2, 4, 6), KEYS)
+
+
+def test_one_row_serves_the_whole_batch():
+    assert torch.equal(key_validity(KEYS[:1, None, None], 3, 4, 6), KEYS[:1].expand(3, 6))
+    assert torch.equal(key_validity(PAIRS[:1], 3, 4, 6), KEYS[:1].expand(3, 6))
+
+
+def test_a_visible_query_tells_the_keys_of_an_outer_product():
+    for query in (0, 3):
+        row = visible_row(PAIRS, query)
+        assert row.shape == (2, 1, 1, 6)
+        assert torch.equal(key_validity(row, 2, 4, 6), KEYS)
+    assert visible_row(None, 0) is None
+    for mask in (KEYS, KEYS[:, None, None], additive(PAIRS)):
+        assert visible_row(mask, 0) is mask
+
+
+def test_valid_queries_see_what_dense_attention_lets_them_see():
+    q, k, v = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 6, 8), torch.randn(2, 1, 6, 8)
+    dense = F.scaled_dot_product_attention(q, k, v, PAIRS)
+    ours = F.scaled_dot_product_attention(q, k, v, key_validity(PAIRS, 2, 4, 6)[:, None, None])
+    assert torch.equal(dense[:, 0][QUERIES], ours[:, 0][QUERIES])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 6, dtype=torch.bool).tril()[None, None], r"bool \[1, 1, 4, 6\] that pairs queries with keys"),
+        (torch.stack([PAIRS, ~PAIRS], 1)[:, :, 0], r"bool \[2, 2, 4, 6\] that pairs queries with keys otherwise"),
+        (PAIRS.float(), r"torch.float32 \[2, 1, 4, 6\] with biases other than 0 and -10000 or less"),
+        (KEYS.long(), r"boolean or additive; the model passes torch.int64 \[2, 6\]"),
+        (PAIRS[:, 0], r"the model passes torch.bool \[2, 4, 6\]; detach"),
+        (PAIRS[..., :5], r"the model passes torch.bool \[2, 1, 4, 5\]; detach"),
+    ],
+)
+def test_other_masks_are_refused(mask, message):
+    with pytest.raises(ConfigError, match=message):
+        key_validity(mask, 2, 4, 6)
+
+
+def test_a_block_mask_is_refused():
+    q = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ConfigError, match="can't follow a mask of type SimpleNamespace, which the model passes as its"):
+        _planned(q, q, q, types.SimpleNamespace(), Slot(), 0, "bshd", None)

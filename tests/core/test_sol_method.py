@@ -1,0 +1,366 @@
+"""SolAttention: its checks, density and recipes, its plans alone and in Radial's list, and a tiny Wan under it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, pack_bits, unpack_bits
+from dit_accel_pipelines.wan import WAN, WAN_TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, RadialAttention, SolAttention
+from dit_accel.adapter import Adapter
+from dit_accel.config import from_toml, to_toml
+from dit_accel.estimate import estimate
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import METHODS, Handler, Model
+from dit_accel.methods.sol import GENERIC, SolHandler
+from dit_accel.methods.tiling import pinned_bits
+from dit_accel.plan import AttentionPlan, Moment
+from dit_accel.registry import family
+from dit_accel.session import Session
+from dit_accel.watching import require_as_planned, require_same, watched
+from dit_accel.written_out import tile_states
+
+MODEL = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=4, layers=3)
+WAN_720P = TokenLayout(frames=21, height=45, width=80)
+SPARSE = dict(dense_steps=0, dense_layers=0)
+RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, **SPARSE)
+
+
+def moment(layout: TokenLayout, step: int = 0, steps: int | None = 4, batch: int = 1) -> Moment:
+    return Moment(
+        transformer="transformer", layer=0, depth=0, branch="cond", step_index=step, num_inference_steps=steps,
+        sigma=None, layout=layout, batch=batch, device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def handlers(*configs) -> list[Handler]:
+    made = [METHODS[type(config)](config, MODEL) for config in configs]
+    for handler in made:
+        handler.check_with([other for other in made if other is not handler])
+    return sorted(made, key=lambda handler: handler.rank)
+
+
+def planned(layout: TokenLayout, *configs, **when) -> AttentionPlan:
+    plan = AttentionPlan()
+    for handler in handlers(*configs):
+        plan = handler.contribute(plan, moment(layout, **when))
+    return plan
+
+
+def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "reference"):
+    """Execute a plan in a session of its own; output and report shares (exact, pooled, by head)."""
+    session = Session([], backend)
+    out = session.execute(plan, moment(layout, batch=len(q)), q, k, v, None, "bhsd", None)
+    ((entry,),) = [forward.calls for forward in session.recorder.forwards.values()]
+    return out, entry
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"beta": float("nan")},
+            r"sol\.beta must be a finite number, got nan; 1 keeps 16 % of the tiles, -8 all, 8 no",
+        ),
+        ({"beta": float("inf")}, r"sol\.beta must be a finite number, got inf"),
+        ({"beta_last": float("-inf")}, r"sol\.beta_last must be a finite number, got -inf"),
+        ({"beta": "1"}, r"sol\.beta must be a number or unset, got '1'"),
+        ({"block_size": 96}, r"sol\.block_size must be a power of two from 16 to 512, got 96; 64 is the paper's"),
+        ({"block_size": 8}, r"sol\.block_size must be a power of two from 16 to 512, got 8"),
+        ({"threshold": "full"}, r"sol\.threshold must be 'diag' or 'exact', got 'full'"),
+        ({"sink": "none"}, r"sol\.sink must be 'text' or 'first_frame', got 'none'"),
+        ({"dense_steps": -1}, r"sol\.dense_steps must be >= 0, got -1"),
+    ],
+)
+def test_bad_options_are_refused_with_the_value(options, text):
+    with pytest.raises(ConfigError, match=text):
+        SolAttention(**options)
+
+
+def test_toml_and_recipes():
+    config = SolAttention(beta=-0.5, beta_last=1, threshold="exact", sink="first_frame", dense_above_sigma=0.9)
+    assert from_toml(to_toml([config])) == [config]
+    assert SolAttention().resolved({}).to_dict().items() >= {k: v for k, v in GENERIC.items() if v is not None}.items()
+    assert SolAttention(beta=0.0).resolved({"beta": 2.0, "dense_layers": 2}).beta == 0.0
+    assert SolAttention().resolved(WAN.recipe("sol", WAN_TINY)).block_size == 16
+    with pytest.raises(ConfigError, match="a recipe of sol sets 'sink', which it can't"):
+        SolAttention().resolved({"sink": "first_frame"})
+
+
+def test_beta_moves_linearly_over_the_sparse_steps():
+    config = SolAttention(beta=1.3, beta_last=0.8, dense_steps=2, dense_last_steps=1)
+    betas = [config.beta_at(step, 9) for step in range(2, 8)]
+    assert betas == pytest.approx([1.3, 1.2, 1.1, 1.0, 0.9, 0.8])
+    assert SolAttention(beta_last=0.5, dense_steps=3).beta_at(3, 4) == 1.0  # one sparse step
+    assert SolAttention(beta=2.0).beta_at(5, None) == 2.0
+    with pytest.raises(ConfigError, match=r"sol\.beta_last = 0\.8 needs the number of steps.*leave beta_last unset"):
+        SolAttention(beta_last=0.8).beta_at(3, None)
+    plan = planned(WAN_720P, dataclasses.replace(config, block_size=512), step=4, steps=9)
+    assert plan.selection.routing.beta == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("threshold", ["diag", "exact"])
+@pytest.mark.parametrize(("beta", "key_heads", "batch"), [(-0.5, 4, 1), (0.5, 2, 2), (1.0, 4, 1), (1.5, 1, 1)])
+def test_gaussian_data_keeps_the_normal_tail_and_the_report_says_so(threshold, beta, key_heads, batch):
+    """Density 1 - Phi(beta) beside what is pinned, as published; grouped heads and batches alike."""
+    layout = TokenLayout(frames=4, height=8, width=32)
+    q = torch.randn(batch, 4, layout.tokens, 32)
+    k, v = torch.randn(2, batch, key_heads, layout.tokens, 32)
+    config = SolAttention(beta=beta, threshold=threshold, block_size=16)
+    plan = planned(layout, config)
+    _, call = run(plan, layout, q, k, v, "torch")
+    pinned = float(count_bits(plan.selection.pinned).sum()) / 64**2
+    assert pinned == (3 * 64 - 2) / 64**2
+    share = 0.5 * math.erfc(beta / math.sqrt(2))
+    assert abs(float(call.exact) - (pinned + (1 - pinned) * share)) < 4 * math.sqrt(share / (batch * 4 * 64))
+    assert float(call.exact) == pytest.approx(float(call.by_head.mean()))
+    assert float(call.exact) + float(call.pooled) == pytest.approx(1.0)
+    assert config.density(layout) == pytest.approx(pinned + (1 - pinned) * share, abs=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
+    text=st.tuples(st.integers(0, 20), st.integers(0, 20)),
+    sink=st.sampled_from(["text", "first_frame"]),
+    beta=st.sampled_from([-1.0, 0.3, 8.0]),
+)
+def test_text_diagonal_and_sink_stay_exact_and_the_rest_is_pooled(grid, text, sink, beta):
+    frames, height, width = grid
+    layout = TokenLayout(frames=frames, height=height, width=width, text_before=text[0], text_after=text[1])
+    plan = planned(layout, SolAttention(beta=beta, sink=sink, block_size=16))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 8, dtype=torch.float64)
+    session = Session([], "reference")
+    seen = []
+    session.recorder.selected_call = lambda moment, plan, exact: seen.append(exact)
+    session.execute(plan, moment(layout), q, k, v, None, "bhsd", None)
+    states = tile_states(plan, 2, layout.tokens, seen[0])
+    assert set(states.unique().tolist()) <= {EXACT, POOLED}
+    order = torch.arange(layout.tokens) if plan.token_order is None else plan.token_order
+    exact = (states == EXACT).repeat_interleave(16, -1)[..., : layout.tokens].repeat_interleave(16, -2)
+    exact = exact[..., : layout.tokens, :].all(0).all(0)
+    is_text = (order < text[0]) | (order >= text[0] + layout.visual_tokens)
+    assert exact[is_text].all()
+    assert exact[:, is_text].all()
+    assert exact.diagonal().all()
+    if sink == "first_frame":
+        assert exact[:, (order >= text[0]) & (order < text[0] + height * width)].all()
+    if beta == 8.0:
+        assert torch.equal(states == EXACT, unpack_bits(plan.selection.pinned, states.shape[-1]).expand_as(states))
+
+
+def test_rows_of_a_batch_and_equal_runs_are_equal():
+    layout = TokenLayout(frames=3, height=7, width=9, text_after=5)
+    plan = planned(layout, SolAttention(block_size=16))
+    q = torch.randn(2, 4, layout.tokens, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, layout.tokens, 8, dtype=torch.float64)
+    both, _ = run(plan, layout, q, k, v)
+    assert torch.equal(run(plan, layout, q, k, v)[0], both)
+    alone = torch.cat([run(plan, layout, q[i : i + 1], k[i : i + 1], v[i : i + 1])[0] for i in range(2)])
+    require_same(both, alone, "rows alone and in a batch")
+
+
+def test_the_two_thresholds_differ():
+    layout = TokenLayout(frames=4, height=8, width=32)
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 16)
+    k = k + 2 * torch.randn(1, 2, layout.tokens, 1)  # channels that vary together
+    plans = [planned(layout, SolAttention(block_size=16, threshold=threshold)) for threshold in ("diag", "exact")]
+    densities = [float(run(plan, layout, q, k, v)[1].exact) for plan in plans]
+    assert densities[0] != densities[1]
+
+
+class TestWithRadial:
+    LAYOUT = TokenLayout(frames=7, height=8, width=8, text_before=6)
+
+    @pytest.mark.parametrize("rest", ["skip", "pooled"])
+    @pytest.mark.parametrize("order", ["raster", "tiles"])
+    def test_routing_demotes_from_radials_list(self, rest, order):
+        radial = dataclasses.replace(RADIAL, rest=rest, order=order)
+        plan = planned(self.LAYOUT, SolAttention(), radial)
+        alone = planned(self.LAYOUT, radial)
+        assert plan.tiles is alone.tiles
+        assert plan.token_order is alone.token_order
+        q, k, v = torch.randn(3, 1, 2, self.LAYOUT.tokens, 16)
+        _, call = run(plan, self.LAYOUT, q, k, v)
+        listed, total = plan.tiles.tiles_exact, plan.tiles.tiles_total
+        assert float(call.exact) < listed / total
+        pooled = 1.0 if rest == "pooled" else listed / total
+        assert float(call.exact) + float(call.pooled) == pytest.approx(pooled)
+
+    def test_the_plan_does_not_depend_on_the_order_of_the_arguments(self):
+        one, two = planned(self.LAYOUT, SolAttention(), RADIAL), planned(self.LAYOUT, RADIAL, SolAttention())
+        assert one.tiles is two.tiles
+        assert torch.equal(one.selection.pinned, two.selection.pinned)
+        assert one.selection.routing == two.selection.routing
+
+    def test_tile_sizes_are_radials(self):
+        sol = next(h for h in handlers(RadialAttention(), SolAttention()) if isinstance(h, SolHandler))
+        assert sol.config.block_size == 128
+        handlers(RadialAttention(block_size=32), SolAttention(block_size=32))
+        text = (
+            r"sol\.block_size = 64 can't route tiles of radial\.block_size = 128; set both alike, or leave sol's unset"
+        )
+        with pytest.raises(ConfigError, match=text):
+            dit_accel.attach(tiny_transformer(), SolAttention(block_size=64), RadialAttention())
+        with pytest.raises(ConfigError, match=text):
+            estimate(WAN, family("wan2.1-14b"), methods=[RadialAttention(), SolAttention(block_size=64)])
+
+    def test_another_selection_is_kept(self):
+        plan = planned(self.LAYOUT, RADIAL)
+        tiles = plan.tiles.key_tiles
+        pinned, keep = torch.zeros(tiles, tiles, dtype=torch.bool), torch.ones(1, 2, tiles, tiles, dtype=torch.bool)
+        pinned[0, -1] = True
+        plan = dataclasses.replace(plan, selection=Selection(keep=pack_bits(keep), pinned=pack_bits(pinned)))
+        found = handlers(SolAttention(block_size=16))[0].contribute(plan, moment(self.LAYOUT)).selection
+        assert found.keep is plan.selection.keep
+        assert unpack_bits(found.pinned, tiles)[0, -1]
+        ours = unpack_bits(pinned_bits(self.LAYOUT, 16, 1, "text", "cpu"), tiles)
+        assert torch.equal(unpack_bits(found.pinned, tiles), ours | pinned)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "text"),
+    [
+        (TokenLayout(frames=1, height=8, width=8), {}, r"keeps all 1 tiles of 64 visual tokens, so it can't be faster"),
+        (TokenLayout(frames=1, height=64, width=64), {"sink": "first_frame"}, r"keeps all 4096 tiles of 4096 visual"),
+        (
+            TokenLayout(frames=1, height=64, width=64),
+            {},
+            r"sol seldom pays below 40000 visual tokens, and here are 4096",
+        ),
+    ],
+)
+def test_advice_names_what_does_not_fit(layout, options, text):
+    advice = SolAttention(**options).advice(layout)
+    assert advice is not None
+    with pytest.raises(ConfigError, match=text):
+        raise ConfigError(advice)
+
+
+def test_no_advice_where_it_fits():
+    assert SolAttention().advice(WAN_720P) is None
+
+
+class TestEstimate:
+    def test_alone(self):
+        found = estimate(WAN, family("wan2.1-14b"), methods=[SolAttention()])
+        tiles = 1182
+        pinned = 3 * tiles - 2
+        assert found.sparsity.total == tiles**2
+        assert found.sparsity.kept == pytest.approx(pinned + 0.158655 * (tiles**2 - pinned), abs=2)
+        assert found.dense_share == pytest.approx(1 - 0.8 * 39 / 40)
+        assert found.pair_density == pytest.approx(found.sparsity.density + (1 - found.sparsity.density) / 64, abs=1e-4)
+        assert found.tile_list_bytes > 4 * tiles**2
+
+    def test_a_falling_beta_keeps_a_mean(self):
+        first, last, both = (
+            SolAttention(**options).density(WAN_720P)
+            for options in ({"beta": 1.3}, {"beta": 0.8}, {"beta": 1.3, "beta_last": 0.8})
+        )
+        assert first < both < last
+
+    def test_in_radials_list_by_layer_and_step(self):
+        radial, sol = RadialAttention(dense_steps=12, dense_layers=1), SolAttention(dense_steps=10, dense_layers=1)
+        alone = estimate(WAN, family("wan2.1-14b"), methods=[radial]).sparsity
+        both = estimate(WAN, family("wan2.1-14b"), methods=[sol, radial])
+        assert both.sparsity.total == alone.total
+        routed, listed = sol.in_tiles_of(both.sparsity.methods[1]), alone.kept
+        in_list = 3 * 591 - 2 + 0.158655 * (listed - (3 * 591 - 2))
+        expected = (2 * routed.tile_counts(WAN_720P)[0] + 38 * in_list) / 40
+        assert both.sparsity.kept == pytest.approx(expected, rel=1e-3)
+        assert both.dense_share == pytest.approx(1 - 0.8 * 39 / 40)
+        assert set(both.to_dict()["methods"]) == {"radial", "sol"}
+
+    def test_two_of_a_kind_are_refused(self):
+        with pytest.raises(ConfigError, match="plan can't tell what sol and sol save together, got both"):
+            estimate(WAN, family("wan2.1-14b"), methods=[SolAttention(), SolAttention()])
+
+    def test_noise_levels_are_not_known(self):
+        found = estimate(WAN, family("wan2.1-14b"), methods=[SolAttention(dense_above_sigma=0.9)])
+        with pytest.raises(ConfigError, match=r"takes the steps above sol\.dense_above_sigma = 0\.9 for sparse"):
+            raise ConfigError(found.sparsity.advice)
+
+
+def inputs(batch: int = 1) -> dict:
+    torch.manual_seed(1)
+    return dict(
+        hidden_states=torch.randn(batch, 12, 5, 8, 8), timestep=torch.full((batch,), 500.0),
+        encoder_hidden_states=torch.randn(batch, 6, 64), return_dict=False,
+    )  # fmt: skip
+
+
+def steps(transformer, count: int = 4, branches=("cond", "uncond")) -> torch.Tensor:
+    """A short denoising loop, each step on the last step's output."""
+    states = dict.fromkeys(branches, inputs()["hidden_states"])
+    for step in range(count):
+        for number, branch in enumerate(branches):
+            call = {**inputs(), "hidden_states": states[branch] + number}
+            with torch.no_grad(), transformer.cache_context(branch, step_index=step, num_inference_steps=count):
+                states[branch] = transformer(**call)[0]
+    return torch.cat([states[branch] for branch in branches])
+
+
+class TestOnWan:
+    SOL = SolAttention(block_size=16, dense_steps=1, dense_layers=1, beta=0.5)
+
+    def test_runs_again_counts_right_and_detaches(self):
+        transformer = tiny_transformer()
+        plain = steps(transformer)
+        with dit_accel.attach(transformer, self.SOL) as attachment, watched(attachment) as calls:
+            first = steps(transformer)
+            report = attachment.report()
+            assert [(s.dense_layers, s.sparse_layers) for s in report.steps[:4]] == [(3, 0), (3, 0), (1, 2), (1, 2)]
+            counted = [float(count_bits(call.exact).sum()) / (2 * 5 * 5) for call in calls]
+            assert report.sparse_density == pytest.approx(sum(counted) / len(counted))
+            assert report.to_dict()["methods"]["sol"] == {**self.SOL.resolved({}).to_dict()}
+            assert "sol seldom pays below 40000 visual tokens" in str(report)
+            assert torch.equal(steps(transformer), first)
+        require_as_planned(calls)
+        assert not torch.equal(first, plain)
+        assert torch.equal(steps(transformer), plain)
+
+    def test_branches_do_not_meet(self):
+        transformer = tiny_transformer()
+        with dit_accel.attach(transformer, self.SOL):
+            both = steps(transformer)
+            alone = steps(transformer, branches=("cond",))
+        assert torch.equal(both[:1], alone)
+
+    def test_everything_kept_is_dense_to_rounding(self):
+        transformer = tiny_transformer()
+        plain = steps(transformer)
+        with dit_accel.attach(transformer, dataclasses.replace(self.SOL, beta=-1e9)) as attachment:
+            torch.testing.assert_close(steps(transformer), plain, rtol=1e-4, atol=1e-4)
+            assert attachment.report().sparse_density == 1.0
+
+    def test_gradients_flow_through_the_selection(self):
+        transformer = tiny_transformer().double()
+        call = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in inputs().items()}
+        call["hidden_states"].requires_grad_()
+        with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)):
+            transformer(**call)[0].square().sum().backward()
+        assert call["hidden_states"].grad.isfinite().all()
+        assert all(p.grad is not None for p in transformer.blocks[0].attn1.parameters())
+
+    @pytest.mark.slow
+    def test_compiled_full_graph_makes_two_graphs_and_the_same_output(self):
+        from torch._dynamo.utils import counters
+
+        torch._dynamo.reset()
+        transformer = tiny_transformer()
+        with dit_accel.attach(transformer, self.SOL):
+            eager = steps(transformer)
+        transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        counters.clear()
+        with dit_accel.attach(transformer, self.SOL) as attachment:
+            torch.testing.assert_close(steps(transformer), eager, rtol=1e-5, atol=1e-5)
+            assert counters["stats"]["unique_graphs"] == 2
+            assert attachment.report().sparse_density < 1
+        torch._dynamo.reset()

@@ -1,0 +1,40 @@
+"""Every image adapter under the checks that its users get, with a method that thins out images; what is particular."""
+
+import pytest
+import tiny_models
+from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
+from thin_images import thin_images
+
+from dit_accel.testing import CHECKS, check_adapter
+
+ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
+FAST = [name for name in CHECKS if name != "compile"]
+MASKED = {
+    "qwen-image", "chroma", "krea2", "hunyuan-image", "lumina2", "bria-fibo-2", "nucleus-image", "prx",
+    "joyimage-edit-plus", "pixart",
+}  # fmt: skip
+# Others have the same blocks; HiDream's choose their experts by values: no full graph, untouched either.
+BLOCKS = [name for name in ADAPTERS if name not in {"flux-kin", "bria-fibo", "joyimage-edit", "hidream"}]
+
+
+@pytest.fixture(autouse=True)
+def thin():
+    with thin_images():
+        yield
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_image_adapter_passes_every_check(name):
+    models = tiny_models.MODELS[name]
+    found = check_adapter(ADAPTERS[name], *models, only=FAST)
+    assert len(found) == len(models)
+    assert all(list(results) == FAST for results in found.values())
+    checks = [check for check in FAST if check != "padding"]
+    assert all(results[check] == "passed" for results in found.values() for check in checks)
+    assert any(results["padding"] == "passed" for results in found.values()) == (name in MASKED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_image_blocks_compile_full_graph(name):
+    check_adapter(ADAPTERS[name], tiny_models.MODELS[name][0], only=["compile"])

@@ -1,0 +1,63 @@
+"""Each image family's own pipelines, generating end to end with every method that applies, and telling what ran."""
+
+import pytest
+import torch
+from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
+from thin_images import thin_images
+from tiny_image_pipelines import generate
+from tiny_other_pipelines import PIPELINES
+
+import dit_accel
+from dit_accel.testing import TRIALS
+
+BRANCHES = {  # of the models whose pipelines tell; the others' calls are counted, and two calls a step are these
+    "qwen-image": ["cond", "uncond"], "flux2-klein": ["cond", "uncond"], "flux-kin": ["cond", "uncond"],
+    "hunyuan-image": ["pred_cond", "pred_uncond"], "cogview": ["cond", "uncond"],
+}  # fmt: skip
+NO_PIPELINE = {"flux3"}  # diffusers 0.42 has it as modular blocks alone, around a text encoder
+
+
+@pytest.fixture(autouse=True)
+def thin():
+    with thin_images():
+        yield
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_image_pipeline_generates_with_every_method_and_reports_it(name):
+    pipe, call = PIPELINES[name]()
+    plain = generate(pipe, call)
+    with dit_accel.attach(pipe) as attachment:
+        targets = attachment._session.targets
+        adapter, layers = targets[0].adapter, [len(target.places) for target in targets]
+        assert name.startswith(adapter.name)
+    applying = {method: trial for method, trial in TRIALS.items() if method not in adapter.refused}
+    assert applying
+    for method, trial in applying.items():
+        with dit_accel.attach(pipe, trial.neutral) as attachment:
+            assert torch.equal(generate(pipe, call), plain)
+            assert attachment.report().density == 1.0
+        with dit_accel.attach(pipe, trial.active) as attachment:
+            image = generate(pipe, call)
+            report = attachment.report()
+            print(f"{name}\n{report}")
+            assert torch.equal(generate(pipe, call), image)
+            assert attachment.report() == report
+        assert image.isfinite().all()
+        assert not torch.equal(image, plain)
+        assert 0 < (report.sparse_density or 0) < 1, method
+        assert [step.step_index for step in report.steps] == sorted(step.step_index for step in report.steps)
+        assert {step.step_index for step in report.steps} == set(range(call["num_inference_steps"]))
+        for target, places in zip(targets, layers, strict=True):
+            steps = [step for step in report.steps if step.transformer == target.name]
+            assert {(step.dense_layers, step.sparse_layers) for step in steps} == {(0, places)}
+            branches = [step.branch for step in steps if step.step_index == 0]
+            assert [step.branch for step in steps] == branches * call["num_inference_steps"]
+            if name in BRANCHES:
+                assert branches == BRANCHES[name]
+    assert torch.equal(generate(pipe, call), plain)
+
+
+def test_every_image_family_has_a_pipeline():
+    missing = [a.name for a in IMAGE_ADAPTERS if not any(name.startswith(a.name) for name in PIPELINES)]
+    assert set(missing) == NO_PIPELINE

@@ -1,0 +1,300 @@
+"""Where image tokens lie in calls that the checks do not make: reference images, caches, padding, ragged batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import tiny_image_models as tiny
+import tiny_models
+import tiny_other_models as other
+import torch
+from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
+from thin_images import ThinImages, thin_images
+from torch import Tensor
+
+import dit_accel
+from dit_accel import ConfigError, positions
+from dit_accel.testing import planned
+from dit_accel.watching import exact_pairs, require_same, watched
+
+ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
+Grids = list[tuple[int, ...]]
+
+
+@pytest.fixture(autouse=True)
+def thin():
+    with thin_images():
+        yield
+
+
+def build(model: Any) -> Any:
+    torch.manual_seed(0)
+    return model.transformer(**model.config).eval()
+
+
+def forward(transformer: Any, inputs: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        return transformer(**inputs, return_dict=False)
+
+
+def widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(widened(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def assert_planned_is_dense(name: str, transformer: Any, run: Callable[[Any], list[Tensor]]) -> Grids:
+    """All tiles kept gives what the untouched model gives; thinned out, text stays exact. Returns the calls' grids."""
+    transformer = transformer.double()
+    expected = run(transformer)
+    with planned(transformer, ADAPTERS[name]) as attachment, watched(attachment) as calls:
+        for found, plain in zip(run(transformer), expected, strict=True):
+            require_same(found, plain, name)
+    with dit_accel.attach(transformer, ThinImages()) as attachment, watched(attachment) as thinned:
+        assert not torch.equal(run(transformer)[-1], expected[-1])
+    assert len(thinned) == len(calls) > 0
+    for call in thinned:
+        pairs, (frames, height, width, before, _) = exact_pairs(call.plan, call.k.shape[2]), call.grid
+        text = torch.ones(len(pairs), dtype=torch.bool)
+        text[before : before + frames * height * width] = False
+        assert bool(pairs[text].all() & pairs[:, text].all())
+    assert torch.equal(run(transformer)[-1], expected[-1])
+    return [call.grid for call in calls]
+
+
+def test_a_raster_is_read_off_either_end():
+    both = torch.cat([tiny.ids(), tiny.ids(2, 3, 1), tiny.ids(3, 2, 2)])
+    assert positions.first_image(both) == (4, 5)
+    assert positions.last_image(both) == (3, 2)
+    assert positions.first_image(both.expand(2, -1, -1)) == (4, 5)
+    assert positions.last_row(torch.cat([torch.zeros(6, 3), tiny.ids()])) == 5
+    assert positions.first_image(tiny.ids()[torch.tensor([0, 2, 1, *range(3, 20)])]) == (1, 20)
+    assert positions.first_image(tiny.ids()[:18]) == (1, 18)
+
+
+def test_values_are_read_once_as_long_as_they_stay():
+    seen = []
+
+    def read(ids: Tensor) -> int:
+        seen.append(ids.sum())
+        return len(seen)
+
+    ids = tiny.ids()
+    assert [positions.read_once(ids, read) for _ in range(3)] == [1, 1, 1]
+    ids += 1
+    assert positions.read_once(ids, read) == 2
+    assert positions.read_once(ids.clone(), read) == 3
+    with torch.inference_mode():
+        assert positions.read_once(tiny.ids(), read) == 4
+
+
+@pytest.mark.parametrize("name", ["flux", "flux-kin", "flux2", "chroma", "bria-fibo"])
+def test_a_reference_image_behind_the_image_counts_as_text(name):
+    model = tiny_models.MODELS[name][0]
+    inputs = {key: widened(value) for key, value in model.inputs(1).items()}
+    columns = inputs["img_ids"].shape[-1]
+    more = tiny.packed(1, references=True, columns=columns)
+    inputs |= {key: widened(more[key]) for key in ("hidden_states", "img_ids")}
+    if "attention_mask" in inputs:
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(1, 6, dtype=torch.bool)], 1)
+    inputs.pop("joint_attention_kwargs", None)
+    grids = assert_planned_is_dense(name, build(model), lambda transformer: [forward(transformer, inputs)[0]])
+    assert set(grids) == {(1, 4, 5, 6, 6)}
+
+
+def test_flux2_fills_and_reads_its_cache_of_references():
+    inputs = {key: widened(value) for key, value in tiny.FLUX2[0].inputs(2).items()}
+    both = {
+        **inputs,
+        "hidden_states": torch.cat([torch.randn(2, 6, 4).double(), inputs["hidden_states"]], 1),
+        "img_ids": torch.cat([tiny.ids(2, 3, 10, 4).expand(2, -1, -1), inputs["img_ids"]], 1),
+    }
+    transformer = build(tiny.FLUX2[0])
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.attn.set_processor(block.attn._available_processors[1]())
+
+    def run(transformer: Any) -> list[Tensor]:
+        first, cache = forward(transformer, dict(both, kv_cache_mode="extract", num_ref_tokens=6))
+        return [first, forward(transformer, dict(inputs, kv_cache_mode="cached", kv_cache=cache))[0]]
+
+    grids = assert_planned_is_dense("flux2", transformer, run)
+    assert grids == [(1, 4, 5, 12, 0)] * 8  # one planned call a layer, the references' own stay dense
+
+
+def test_glm_image_fills_and_reads_its_cache_of_references():
+    from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
+    inputs = {key: widened(value) for key, value in tiny.GLM_IMAGE[0].inputs(2).items()}
+    reference = {
+        **{key: value[:1] for key, value in inputs.items()},
+        "hidden_states": torch.randn(1, 4, 4, 6).double(),
+        "encoder_hidden_states": inputs["encoder_hidden_states"][:1, :0],
+        "prior_token_id": torch.arange(6)[None],
+        "prior_token_drop": torch.zeros(1, 6, dtype=torch.bool),
+    }
+
+    def run(transformer: Any) -> list[Tensor]:
+        caches, found = GlmImageKVCache(3), []
+        for mode, call in (("write", reference), ("read", inputs), ("skip", inputs)):
+            caches.set_mode(mode)
+            found.append(forward(transformer, dict(call, kv_caches=caches))[0])
+        return found
+
+    grids = assert_planned_is_dense("glm-image", build(tiny.GLM_IMAGE[0]), run)
+    assert grids == [(1, 4, 5, 12, 0)] * 3 + [(1, 4, 5, 6, 0)] * 3  # the cache is filled densely
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_qwen_image_21_plans_the_image_with_and_without_its_cache(references):
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+    model = tiny.QWEN_IMAGE_21[0]
+    inputs = {key: widened(value) for key, value in tiny.qwen_image_21(2, references).items()}
+
+    def run(transformer: Any) -> list[Tensor]:
+        cache = QwenImage21KVCache(3)
+        calls = [{}, dict(kv_cache=cache, kv_cache_mode="extract"), dict(kv_cache=cache, kv_cache_mode="cached")]
+        return [forward(transformer, {**inputs, **call})[0][:, -24:] for call in calls]
+
+    grids = assert_planned_is_dense("qwen-image-2.1", build(model), run)
+    assert grids == [(1, 4, 6, 6 + 8 * references, 0)] * 9
+
+
+def z_image_omni(rows: list[tuple[int, int]]) -> dict[str, Any]:
+    """Rows of (first prompt's tokens, text features): a reference image, a missing SigLIP image, the image."""
+    return dict(
+        x=[[torch.randn(4, 1, 4, 6).double(), torch.randn(4, 1, 8, 10).double()] for _ in rows],
+        t=torch.full((len(rows),), 0.5).double(),
+        cap_feats=[[torch.randn(tokens, 16).double() for tokens in row] for row in rows],
+        siglip_feats=[[torch.randn(3, 4, 8).double(), None] for _ in rows],
+        image_noise_mask=[[0, 1] for _ in rows],
+    )
+
+
+def test_z_image_omni_counts_text_and_earlier_images_in_front():
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(**tiny.Z_IMAGE_TINY, siglip_feat_dim=8).eval()
+    inputs = z_image_omni([(6, 5), (7, 4)])
+    grids = assert_planned_is_dense("z-image", transformer, lambda transformer: list(forward(transformer, inputs)[0]))
+    assert set(grids) == {(1, 4, 5, 32 + 32 + 32, 12 + 32 + 32)}
+    ragged = z_image_omni([(6, 5), (40, 4)])
+    plain = forward(transformer, ragged)[0]
+    with dit_accel.attach(transformer):
+        assert all(map(torch.equal, forward(transformer, ragged)[0], plain))
+    with (
+        dit_accel.attach(transformer, ThinImages()),
+        pytest.raises(ConfigError, match=r"z-image\) can't be thinned out in this call: the rows of the batch have"),
+    ):
+        forward(transformer, ragged)
+
+
+def refused(name: str, transformer: Any, inputs: dict[str, Any], match: str) -> None:
+    """Dense as it was, and refused where a method would thin it out."""
+    plain = forward(transformer, inputs)[0]
+    with dit_accel.attach(transformer):
+        assert torch.equal(forward(transformer, inputs)[0], plain)
+    with dit_accel.attach(transformer, ThinImages(dense_steps=1000)):
+        assert torch.equal(forward(transformer, inputs)[0], plain)
+    with (
+        dit_accel.attach(transformer, ThinImages()),
+        pytest.raises(ConfigError, match=rf"{name}\) can't be thinned out in this call: {match}"),
+    ):
+        forward(transformer, inputs)
+    assert torch.equal(forward(transformer, inputs)[0], plain)
+
+
+def test_lumina2_takes_one_prompt_length_a_call():
+    model = tiny.LUMINA2[0]
+    inputs = dict(model.inputs(2), encoder_attention_mask=tiny.text_mask(2))
+    refused("lumina2", build(model), inputs, r"each image of a batch begins behind its own prompt \(\(5, 4\) tokens\)")
+
+
+def test_joyimage_plus_takes_one_size_a_call():
+    model = other.JOYIMAGE_EDIT_PLUS[0]
+    inputs = model.inputs(2)
+    inputs["shape_list"][1] = [(1, 5, 4), (1, 2, 3)]
+    refused("joyimage-edit-plus", build(model), inputs, r"the rows of the batch make images of different sizes, \[\(")
+
+
+def test_hidream_needs_latents_that_tell_their_size():
+    model = tiny.HIDREAM[0]
+    inputs = dict(
+        model.inputs(1), hidden_states=torch.randn(1, 20, 16), img_ids=tiny.ids()[None], img_sizes=[(4, 5)],
+        hidden_states_masks=torch.ones(1, 20),
+    )  # fmt: skip
+    refused("hidream", build(model), inputs, "its latents are patches already, whose places are not told")
+
+
+def test_joyimage_items_stand_behind_the_last_one():
+    inputs = {key: widened(value) for key, value in other.joyimage(2, items=3).items()}
+    model = other.JOYIMAGE_EDIT[0]
+    grids = assert_planned_is_dense("joyimage-edit", build(model), lambda module: [forward(module, inputs)[0]])
+    assert set(grids) == {(1, 4, 5, 0, 2 * 20 + 6)}
+
+
+def test_ideogram_hides_its_padding():
+    model = tiny.IDEOGRAM4[0]
+    inputs = {key: widened(value) for key, value in tiny.ideogram4(2, padding=5).items()}
+    grids = assert_planned_is_dense("ideogram4", build(model), lambda module: [forward(module, inputs)[0][:, 11:]])
+    assert set(grids) == {(1, 4, 5, 11, 0)}
+
+
+def test_ideogram_has_a_second_transformer_without_text():
+    inputs = {
+        key: widened(value)[:, 6:] if key != "timestep" else widened(value) for key, value in tiny.ideogram4(1).items()
+    }
+    grids = assert_planned_is_dense("ideogram4", build(tiny.IDEOGRAM4[0]), lambda module: [forward(module, inputs)[0]])
+    assert set(grids) == {(1, 4, 5, 0, 0)}
+
+
+def test_fibo_2_puts_padded_gist_tokens_last():
+    inputs = {key: widened(value) for key, value in tiny.bria_fibo_2(2).items()}
+    inputs["encoder_attention_mask"] = torch.arange(6)[None] < torch.tensor([[6], [3]])
+    grids = assert_planned_is_dense("bria-fibo-2", build(tiny.BRIA_FIBO_2[0]), lambda m: [forward(m, inputs)[0]])
+    assert {grid[:4] for grid in grids} == {(1, 4, 5, 0)}
+    assert grids[0][4] > 2
+
+
+def test_chroma_refuses_a_mask_of_numbers():
+    model = tiny.CHROMA[0]
+    transformer, inputs = build(model), model.inputs(1)
+    inputs = dict(inputs, attention_mask=inputs["attention_mask"].float())
+    plain = forward(transformer, inputs)[0]
+    with dit_accel.attach(transformer):
+        assert torch.equal(forward(transformer, inputs)[0], plain)
+    with (
+        dit_accel.attach(transformer, ThinImages()),
+        pytest.raises(ConfigError, match="biases other than 0 and -1"),
+    ):
+        forward(transformer, inputs)
+
+
+def test_an_ip_adapter_keeps_its_own_attention():
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    model = tiny_models.FLUX[0]
+    transformer = build(model)
+    for block in transformer.transformer_blocks:
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 12))
+    inputs = {key: widened(value) for key, value in model.inputs(1).items()}
+    inputs["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(1, 4, 12).double()]}
+    grids = assert_planned_is_dense("flux", transformer, lambda module: [forward(module, inputs)[0]])
+    assert grids == [(1, 4, 5, 6, 0)] * 4
+
+
+def test_a_transformer_compiled_whole_stays_dense_or_says_why():
+    model = tiny_models.FLUX[0]
+    transformer, inputs = build(model), model.inputs(1)
+    plain = forward(transformer, inputs)[0]
+    compiled = torch.compile(transformer, backend="eager", fullgraph=True)
+    with dit_accel.attach(transformer):
+        torch.testing.assert_close(forward(compiled, inputs)[0], plain)
+    torch._dynamo.reset()
+    with (
+        dit_accel.attach(transformer, ThinImages()),
+        transformer.cache_context("cond", step_index=0, num_inference_steps=2),
+        pytest.raises(ConfigError, match=r"flux\) tells its tokens' places by values, which a transformer that is"),
+    ):
+        forward(compiled, inputs)
+    torch._dynamo.reset()
