@@ -20,7 +20,7 @@ from .methods import METHODS
 from .methods.base import Handler, Model
 from .processor import Slot, unwrap_processor, wrap_processor
 from .registry import adapter_for, adapters
-from .report import Report, measured_errors, step_reports
+from .report import Report, call_reports, measured_errors, step_reports
 from .session import NO_GRID, Place, Session, Target
 
 _MARK = "_dit_accel_attachment"
@@ -63,12 +63,16 @@ class Attachment:
     def report(self) -> Report:
         """Return what ran in the last generation."""
         session = self._session
+        session.recorder.settle()
+        held = {handler.config.name: handler.state_bytes() for handler in session.handlers}
         return Report(
             methods={handler.config.name: handler.config.to_dict() for handler in session.handlers},
             backend=session.backend_report(),
             model=self._model,
             steps=step_reports(session.recorder),
             notes=tuple(session.recorder.notes),
+            calls=call_reports(session.recorder),
+            state_bytes={name: size for name, size in held.items() if size},
             measured=measured_errors(session.recorder),
         )
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from dit_accel_kernels import EXACT, TileLists, count_bits, pack_bits
 from dit_accel_kernels.cache import StorageCache
 from torch import Tensor
@@ -13,15 +15,15 @@ from .plan import AttentionPlan, Moment
 
 @dataclass(slots=True)
 class PlannedCall:
-    """Shares of one planned attention call's tiles; tensors until somebody reads them, so that no device is waited for.
+    """Shares of one planned attention call's tiles; tensors until `settle` reads them, so that no device is waited for.
 
-    `by_head` is the exact share of each head, float32 [H], where a selection chose by head.
+    `by_head` is the exact share of each head, [H], where a selection chose by head.
     """
 
     layer: int
     exact: float | Tensor
     pooled: float | Tensor
-    by_head: Tensor | None = None
+    by_head: Tensor | Sequence[float] | None = None
 
 
 @dataclass(slots=True)
@@ -75,6 +77,19 @@ class Recorder:
         pooled = tiles.tiles_pooled / tiles.tiles_total + left - by_head.mean()
         self._calls(moment).append(PlannedCall(moment.layer, by_head.mean(), pooled, by_head))
 
+    def settle(self) -> None:
+        """Turn the shares that are still tensors into numbers, in one transfer a device."""
+        waiting: dict[tuple[torch.device, int], list[PlannedCall]] = {}
+        for entry in self.forwards.values():
+            for call in entry.calls:
+                if isinstance(call.by_head, Tensor):
+                    waiting.setdefault((call.by_head.device, len(call.by_head)), []).append(call)
+        for calls in waiting.values():
+            shares = [torch.stack([torch.as_tensor(call.exact), torch.as_tensor(call.pooled)]) for call in calls]
+            values = torch.stack([torch.cat([s, call.by_head]) for s, call in zip(shares, calls, strict=True)])  # type: ignore[list-item]
+            for call, (exact, pooled, *by_head) in zip(calls, values.tolist(), strict=True):
+                call.exact, call.pooled, call.by_head = exact, pooled, tuple(by_head)
+
     def _calls(self, moment: Moment) -> list[PlannedCall]:
         return self.forwards.setdefault((moment.transformer, moment.step_index, moment.branch), Forward()).calls
 
@@ -116,6 +131,29 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallReport:
+    """What the planned attention of one layer computed in one denoising call, mean over batch rows.
+
+    Attributes:
+        transformer: component name.
+        step_index: 0-based step.
+        branch: name of the denoising call.
+        layer: the attention module's index in its transformer.
+        density: exact tiles over all tiles.
+        pooled: pooled tiles over all tiles.
+        by_head: `density` of each head, [H], where a selection chose by head; else empty.
+    """
+
+    transformer: str
+    step_index: int
+    branch: str
+    layer: int
+    density: float
+    pooled: float
+    by_head: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredError:
     """What the planned part of one attention call was off by at its probe rows, before any correction.
 
@@ -144,6 +182,8 @@ class Report:
         model: component name -> adapter and family.
         steps: one entry a denoising call, in the order of the run.
         notes: remarks of the methods, such as a sequence too short to gain.
+        calls: one entry a planned attention call, by layer and head.
+        state_bytes: method name -> the most memory that it held from step to step since attach; without those of none.
         measured: errors that probe rows found, one entry a probed call; empty without `DeltaCorrection`.
     """
 
@@ -152,6 +192,8 @@ class Report:
     model: Mapping[str, str]
     steps: Sequence[StepReport] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
+    calls: Sequence[CallReport] = field(default_factory=tuple)
+    state_bytes: Mapping[str, int] = field(default_factory=dict)
     measured: Sequence[MeasuredError] = field(default_factory=tuple)
 
     @property
@@ -167,6 +209,17 @@ class Report:
         calls = sum(step.sparse_layers for step in self.steps)
         return sum(step.sparse_layers * step.density for step in self.steps) / calls if calls else None
 
+    def plot(self, path: str | Path) -> None:
+        """Write a heat map of what was kept, by step, layer and head, as a PNG; needs matplotlib.
+
+        Raises:
+            ConfigError: if nothing followed a plan, or the path is no .png in an existing folder.
+            MissingBackend: without matplotlib.
+        """
+        from .heatmap import write_heat_map
+
+        write_heat_map(self, Path(path))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
         return {
@@ -177,6 +230,8 @@ class Report:
             "sparse_density": self.sparse_density,
             "steps": [{name: getattr(step, name) for name in step.__slots__} for step in self.steps],
             "notes": list(self.notes),
+            "calls": [{name: getattr(call, name) for name in call.__slots__} for call in self.calls],
+            "state_bytes": dict(self.state_bytes),
             "measured": [{name: getattr(one, name) for name in one.__slots__} for one in self.measured],
         }
 
@@ -192,6 +247,7 @@ class Report:
         if self.sparse_density is not None:
             pooled = sum(step.sparse_layers * step.pooled for step in self.steps) / sparse
             lines.append(f"sparse calls: {self.sparse_density:.3f} exact, {pooled:.3f} pooled")
+        lines += [f"{name} held {size / 2**20:.3g} MiB from step to step" for name, size in self.state_bytes.items()]
         if self.measured:
             lines.append(_spell_measured(self.measured))
         return "\n".join([*lines, *self.notes])
@@ -211,6 +267,29 @@ def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
         )
         for (transformer, step_index, branch), entry in recorder.forwards.items()
     )
+
+
+def call_reports(recorder: Recorder) -> tuple[CallReport, ...]:
+    """Turn what the recorder counted into one `CallReport` a layer of a denoising call."""
+    found = []
+    for (transformer, step_index, branch), entry in recorder.forwards.items():
+        by_layer: dict[int, list[PlannedCall]] = {}
+        for call in entry.calls:
+            by_layer.setdefault(call.layer, []).append(call)
+        for layer, calls in by_layer.items():
+            heads = [call.by_head for call in calls if call.by_head is not None]
+            found.append(
+                CallReport(
+                    transformer=transformer,
+                    step_index=step_index,
+                    branch=branch,
+                    layer=layer,
+                    density=_mean([call.exact for call in calls], 1.0),
+                    pooled=_mean([call.pooled for call in calls], 0.0),
+                    by_head=tuple(_mean(head, 1.0) for head in zip(*heads, strict=True)),
+                )
+            )
+    return tuple(found)
 
 
 def measured_errors(recorder: Recorder) -> tuple[MeasuredError, ...]:

@@ -3,8 +3,8 @@
 Source: Delta Attention (arXiv 2505.11254); what a sparse call loses is o - o_K = eps (o_S - o_K), so the correction is
 exact where that is the same for a whole group of neighbouring queries. Where we depart from it: groups are raster runs
 inside a frame with their centre as representative, never across a frame's border or into text, and nothing is
-recomputed densely at the end. Beyond it: the exact rows measure the error, and they see every key tile, so that they
-can take back tiles that a method dropped for good.
+recomputed densely at the end. Beyond it: corrections are scaled by how far they hold for a row's neighbours, the exact
+rows measure the error, and since they see every key tile they can take back tiles that a method dropped for good.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,6 +37,8 @@ class DeltaCorrection(MethodConfig):
         stride: query rows of a group, of which one is computed exactly; the last group of a frame may be smaller.
         reuse: calls of a layer and branch that one correction serves; the first of them is probed. With 1 every call
             is; with more the representative rows are exact in the probed calls only.
+        shrink: scale each head's corrections by how alike those of neighbouring groups are, so that rows which have
+            little to do with their representative stay nearly as they were. False is the paper's.
         reactivate: let the probes take back tiles that another method dropped, where it can (LiteAttention).
         margin: log2 units by which a dropped tile must exceed the threshold to be taken back.
 
@@ -48,6 +50,7 @@ class DeltaCorrection(MethodConfig):
 
     stride: int = 64
     reuse: int = 1
+    shrink: bool = True
     reactivate: bool = True
     margin: float = 1.0
 
@@ -149,7 +152,11 @@ class DeltaHandler(Handler):
             exact = dense.to(wide)
             difference = exact - out.index_select(axis, groups.rows).to(wide)
             error = _norm(call.heads_first(difference)) / _norm(call.heads_first(exact))
-            delta = difference.to(out.dtype)
+            delta = difference
+            if self.config.shrink:
+                likeness = likeness_of(call.heads_first(difference), moment.layout.frames)
+                delta = call.heads_first(call.heads_first(difference) * likeness[:, None, None])
+            delta = delta.to(out.dtype)
             self._reactivate(plan, moment, call, groups.rows)
         if self.config.reuse > 1:
             self.held[key] = (delta, calls + 1)
@@ -179,6 +186,25 @@ def _is_dense(plan: AttentionPlan) -> bool:
 def _norm(x: Tensor) -> Tensor:
     """Norm over batch, rows and channels of each head, [H] of [B, H, G, D]; never 0."""
     return x.square().sum((0, 2, 3)).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def likeness_of(corrections: Tensor, frames: int) -> Tensor:
+    """Return in [0, 1] for each head how alike a row's own correction and its representative's are expected to be, [H].
+
+    It is the root of the correlation of neighbouring groups' corrections: groups lie a stride apart, rows and their
+    representative half of that at most, and a correlation that falls off exponentially has its root at half the way.
+    Scaled by it, a correction is not expected to raise the error.
+
+    Args:
+        corrections: [B, H, G, D], in the order of `groups_of`.
+        frames: F; neighbours are of one frame or, where a frame is one group, of one frame and the next.
+    """
+    x = corrections.unflatten(2, (frames, -1))
+    one, next_ = (x[:, :, :, :-1], x[:, :, :, 1:]) if x.shape[3] > 1 else (x[:, :, :-1], x[:, :, 1:])
+    if one.numel() == 0:
+        return torch.ones_like(x[0, :, 0, 0, 0])
+    together, first, second = ((a * b).sum((0, 2, 3, 4)) for a, b in ((one, next_), (one, one), (next_, next_)))
+    return (together / (first * second).sqrt().clamp(min=torch.finfo(x.dtype).tiny)).clamp(0, 1).sqrt()
 
 
 def dense_rows(plan: AttentionPlan, call: Call, v: Tensor, rows: Tensor) -> Tensor:

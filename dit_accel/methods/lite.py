@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from dit_accel_kernels import Selection, TileLists, Vote, count_bits, pack_bits, unpack_bits
+from dit_accel_kernels import Selection, TileLists, Vote, pack_bits, unpack_bits
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout import TokenLayout
 from ..masks import is_key_padding
 from ..plan import AttentionPlan, Call, Moment
-from ..report import exact_bits
 from .base import Handler, Model, handles
-from .lite_ranges import check_ranges, range_tiles
-from .lite_state import CallState, Dial, States, bitmap_bytes, key_of
+from .lite_ranges import FixedBits, check_ranges, fixed_bits, split_list
+from .lite_scores import Dial, recorded_scores
+from .lite_state import CallState, States, bitmap_bytes, key_of
 from .lite_thresholds import LiteThresholds, check_threshold, model_name, read_thresholds
-from .tiling import full_tiles, pinned_bits, visual_first
+from .tiling import full_tiles, visual_first
 from .warmup import SparseConfig
 
 GENERIC: Mapping[str, Any] = {
@@ -60,8 +60,8 @@ class LiteAttention(SparseConfig):
             2^-10 or 0.01. A budget is split over the votes to come and bounds the mass of a tile at its vote; where
             logits drift by D log2 units afterwards, by 2^(2D) times as much.
         target_density: share of all tiles, in (0, 1), that a branch keeps over its layers, instead of votes: its first
-            call records every tile's gap (or share of the mass, for ``mass``) at 16 rows of each block row, and the
-            second drops what lies under the threshold at which that share is kept.
+            calls record what share of its softmax mass each tile holds at most, at 16 rows of each block row, and the
+            second ones drop what lies under the threshold at which that share is kept.
         thresholds_file: TOML of thresholds by layer and step, as ``dit-accel tune lite`` writes it, instead.
         detect_every: every how many calls tiles vote; the others run as the last vote says.
         refresh_every: calls after which everything is computed and voted on again; unset: never within a generation.
@@ -102,10 +102,15 @@ class LiteAttention(SparseConfig):
         if len(ways) > 1:
             first, second = (f"lite.{name} = {getattr(self, name)!r}" for name in ways[:2])
             raise ConfigError(f"{first} and {second} both say how much is dropped; set one of them")
-        if self.criterion == "budget" and ways not in ([], ["threshold"]):
+        if self.criterion == "budget" and self.thresholds_file is not None:
             raise ConfigError(
-                f"lite.criterion = 'budget' bounds the dropped mass by lite.threshold, got lite.{ways[0]} = "
-                f"{getattr(self, ways[0])!r}; use 'maxgap' or 'mass' with it"
+                "lite.criterion = 'budget' bounds the mass dropped over a run by lite.threshold, got "
+                f"lite.thresholds_file = {self.thresholds_file!r}; use 'maxgap' or 'mass' with it"
+            )
+        if self.criterion != "maxgap" and self.target_density is not None:
+            raise ConfigError(
+                f"lite.target_density = {self.target_density} ranks tiles instead of voting, got lite.criterion = "
+                f"{self.criterion!r}; leave it out"
             )
         if self.threshold is not None:
             check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
@@ -160,7 +165,7 @@ class LiteHandler(Handler):
         self._asked_size = config.block_size
         self._lists: Handler | None = None
         self._states = States()
-        self._fixed: dict[Any, tuple[tuple[object, ...], Tensor | None, Tensor | None]] = {}
+        self._fixed: dict[Any, tuple[tuple[object, ...], FixedBits]] = {}
         self._dials: dict[tuple[str, str, int], Dial] = {}
         self._table: LiteThresholds | None = None
         if config.thresholds_file is not None:
@@ -217,13 +222,14 @@ class LiteHandler(Handler):
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Keep the tiles that the votes left so far, and ask for the next votes."""
         tiles, order = self._tiling(plan, moment)
-        pinned, _ = self._fixed_bits(tiles, order, moment)
+        pinned = self._fixed_bits(tiles, order, moment).pinned
         base = plan.selection or Selection()
         if base.pinned is not None:
             pinned = base.pinned if pinned is None else pinned | base.pinned
         chosen = self._again(moment) if moment.repeated else self._next(tiles, order, moment)
-        kept = [keep for keep in (chosen.keep, base.keep) if keep is not None]
-        keep = kept[0] & kept[-1] if kept else None  # what another method dropped does not vote, and stays out
+        keep = chosen.keep
+        if base.keep is not None:  # what another method dropped does not vote, and stays out
+            keep = base.keep if keep is None else keep & base.keep
         selection = dataclasses.replace(
             base, keep=keep, rest=self.config.rest, pinned=pinned, vote=chosen.vote, reverse=chosen.reverse
         )
@@ -239,14 +245,10 @@ class LiteHandler(Handler):
         if state.calls > 1 or (mask is not None and not is_key_padding(mask, call.q, call.k, call.layout)):
             return
         assert state.dial is not None
-        scores = recorded_scores(dataclasses.replace(plan, tiles=tiles, token_order=order), call, config.criterion)
-        pinned, first = self._fixed_bits(tiles, order, moment)
-        listed = unpack_bits(exact_bits(tiles, scores.shape[1]), tiles.key_tiles).expand_as(scores)
-        fixed = listed if pinned is None else listed & unpack_bits(pinned, tiles.key_tiles)
-        fixed = fixed if pinned is not None else torch.zeros_like(listed)
-        free = listed & ~fixed
-        if first is not None:
-            free = free & unpack_bits(first, tiles.key_tiles)
+        scores = recorded_scores(dataclasses.replace(plan, tiles=tiles, token_order=order), call)
+        free, fixed = split_list(tiles, scores, self._fixed_bits(tiles, order, moment))
+        if plan.selection is not None and plan.selection.keep is not None:
+            free = free & unpack_bits(plan.selection.keep, tiles.key_tiles)
         if state.calls == 0:
             state.dial.count(scores, free, fixed)
         else:
@@ -278,7 +280,7 @@ class LiteHandler(Handler):
         threshold = self._threshold(moment)
         needed = gaps > threshold + margin if self.config.criterion == "maxgap" else shares > threshold * 2.0**margin
         bits = pack_bits(needed)
-        first = self._fixed_bits(tiles, plan.token_order, moment)[1]
+        first = self._fixed_bits(tiles, plan.token_order, moment).first
         self._states.keep(state, state.bits | (bits if first is None else bits & first))
 
     def state_bytes(self) -> int:
@@ -294,31 +296,12 @@ class LiteHandler(Handler):
         order = ordered(moment.layout, device) if ordered else visual_first(moment.layout, None, device)
         return full_tiles(moment.layout, block, device), order
 
-    def _fixed_bits(
-        self, tiles: TileLists, order: Tensor | None, moment: Moment
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return pinned tiles and those of the first call, int32 [NQ, W], or None for none and for all."""
-        config, layout = self.config, moment.layout
-        key = layout, str(moment.device), id(tiles), id(order)
+    def _fixed_bits(self, tiles: TileLists, order: Tensor | None, moment: Moment) -> FixedBits:
+        """Return what no vote decides; the same for all calls on the same tiles."""
+        key = moment.layout, id(tiles), id(order)
         if key not in self._fixed:
-            pinned = first = None
-            if config.protect_text and layout.tokens > layout.visual_tokens:
-                pinned = pinned_bits(layout, tiles.block_k, None, "none", str(moment.device))
-            keep = range_tiles(config.must_keep, layout, order, tiles.block_k, inward=False)
-            skip = range_tiles(config.must_skip, layout, order, tiles.block_k, inward=True) & ~keep
-            shape = tiles.query_tiles, len(keep)
-            if keep.any():
-                kept = pack_bits(keep.expand(shape)).to(moment.device)
-                pinned = kept if pinned is None else pinned | kept
-            if skip.any():
-                first = pack_bits(~skip.expand(shape)).to(moment.device)
-                free = first if pinned is None else first | pinned
-                if config.rest == "skip" and not bool(count_bits(exact_bits(tiles, 1) & free).all()):
-                    raise ConfigError(
-                        f"lite.must_skip = {config.must_skip} leaves some queries of {layout} no key at all; shorten it"
-                    )
-            self._fixed[key] = (tiles, order), pinned, first
-        return self._fixed[key][1:]
+            self._fixed[key] = (tiles, order), fixed_bits(self.config, moment, tiles, order)
+        return self._fixed[key][1]
 
     def _again(self, moment: Moment) -> Selection:
         """Return what the call had when the forward ran it first."""
@@ -376,7 +359,7 @@ class LiteHandler(Handler):
                 dial = self._dials[moment.transformer, moment.branch, moment.row] = Dial(moment.step_index)
             state.dial = dial
         self._states.put(key, state)
-        first = self._fixed_bits(tiles, order, moment)[1]
+        first = self._fixed_bits(tiles, order, moment).first
         if first is not None:
             self._states.keep(state, first.expand(moment.batch, self.model.heads, -1, -1).contiguous())
         return state

@@ -1,13 +1,28 @@
-"""Token ranges that LiteAttention must keep or skip, as tiles."""
+"""What no vote of LiteAttention decides: text, and the token ranges that it must keep or skip, as tiles."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+from dit_accel_kernels import TileLists, count_bits, pack_bits, unpack_bits
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout import TokenLayout
+from ..plan import Moment
+from ..report import exact_bits
+from .tiling import pinned_bits
+
+
+class FixedBits(NamedTuple):
+    """Bits int32 [NQ, W]: ``pinned`` tiles stay exact; only those of ``first`` may, from the first call on. None: all.
+
+    A pinned tile stays exact though ``first`` lacks it.
+    """
+
+    pinned: Tensor | None
+    first: Tensor | None
 
 
 def check_ranges(name: str, ranges: Sequence[int], tokens: int | None = None) -> None:
@@ -49,3 +64,41 @@ def range_tiles(
         inside = inside[order.cpu()]
     inside = torch.nn.functional.pad(inside, (0, -len(inside) % block), value=inward).unflatten(0, (-1, block))
     return inside.all(1) if inward else inside.any(1)
+
+
+def fixed_bits(config: Any, moment: Moment, tiles: TileLists, order: Tensor | None) -> FixedBits:
+    """Return what a `LiteAttention` config fixes on the tiles of a call.
+
+    Raises:
+        ConfigError: if what must be skipped leaves some queries no key.
+    """
+    layout, block = moment.layout, tiles.block_k
+    pinned = first = None
+    if config.protect_text and layout.tokens > layout.visual_tokens:
+        pinned = pinned_bits(layout, block, None, "none", str(moment.device))
+    keep = range_tiles(config.must_keep, layout, order, block, inward=False)
+    skip = range_tiles(config.must_skip, layout, order, block, inward=True) & ~keep
+    shape = tiles.query_tiles, tiles.key_tiles
+    if keep.any():
+        kept = pack_bits(keep.expand(shape)).to(moment.device)
+        pinned = kept if pinned is None else pinned | kept
+    if skip.any():
+        first = pack_bits(~skip.expand(shape)).to(moment.device)
+        left = first if pinned is None else first | pinned
+        if config.rest == "skip" and not bool(count_bits(exact_bits(tiles, 1) & left).all()):
+            raise ConfigError(
+                f"lite.must_skip = {config.must_skip} leaves some queries no key at all ({layout}); shorten it"
+            )
+    return FixedBits(pinned, first)
+
+
+def split_list(tiles: TileLists, scores: Tensor, bits: FixedBits) -> tuple[Tensor, Tensor]:
+    """Return which tiles of the exact list may be dropped and which may not, bool like scores [B, H, NQ, NK]."""
+    listed = unpack_bits(exact_bits(tiles, scores.shape[1]), tiles.key_tiles).expand_as(scores)
+    free, fixed = listed, torch.zeros_like(listed)
+    if bits.pinned is not None:
+        fixed = listed & unpack_bits(bits.pinned, tiles.key_tiles)
+        free = listed & ~fixed
+    if bits.first is not None:
+        free = free & unpack_bits(bits.first, tiles.key_tiles)
+    return free, fixed

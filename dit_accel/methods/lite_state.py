@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from dit_accel_kernels import Selection
 from torch import Tensor
 
 from ..layout import TokenLayout
 from ..plan import Moment
+
+if TYPE_CHECKING:
+    from .lite_scores import Dial
 
 Key = tuple[str, int, str, int]
 """(transformer, layer, branch, row): whose calls follow each other."""
@@ -22,56 +25,6 @@ def key_of(moment: Moment) -> Key:
 def bitmap_bytes(tiles: int, heads: int, batch: int) -> int:
     """Return the bytes of one module's bitmap over N x N tiles: int32 [B, H, N, ceil(N / 32)]."""
     return 4 * batch * heads * tiles * math.ceil(tiles / 32)
-
-
-BINS_A_UNIT, LOWEST = 64, -64
-"""Bins of a log2 unit in which a `Dial` counts scores, and the score of the lowest bin."""
-
-
-class Dial:
-    """The common threshold of all layers of a transformer and branch at which a target share of their tiles is kept.
-
-    Layers count their scores in bins during one step, each batch row by itself; at the next step the threshold is read
-    off. One threshold for all layers, since they differ: on the embedded model, keeping 70 % of the tiles of every
-    layer costs three times the error of keeping 70 % of all tiles.
-    """
-
-    def __init__(self, step_index: int) -> None:
-        self.step_index = step_index
-        self._counts: Tensor | None = None
-        self._fixed: Tensor | int = 0
-        self._tiles = 0
-        self._cut: Tensor | None = None
-
-    def count(self, scores: Tensor, free: Tensor, fixed: Tensor) -> None:
-        """Count one layer's tiles.
-
-        Args:
-            scores: log2 [B, H, NQ, NK].
-            free: bool like scores, the tiles that may be dropped or kept.
-            fixed: bool, broadcastable to it, the tiles that are kept anyway.
-        """
-        bins = torch.where(free, _bins(scores), -1).flatten(1) + 1
-        counts = torch.zeros(len(scores), _BINS + 1, dtype=torch.int64, device=scores.device)
-        counts.scatter_add_(1, bins, torch.ones_like(bins))
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._fixed = fixed.expand_as(scores).flatten(1).sum(1) + self._fixed
-        self._tiles += scores[0].numel()
-
-    def keeps(self, scores: Tensor, target: float) -> Tensor:
-        """Return which tiles of one layer stay if the share ``target`` of all layers' tiles does, bool like scores."""
-        if self._cut is None:
-            assert self._counts is not None
-            above = self._counts[:, 1:].flip(1).cumsum(1).flip(1) + torch.as_tensor(self._fixed)[:, None]
-            self._cut = (above > target * self._tiles).sum(1)
-        return _bins(scores) >= self._cut[:, None, None, None]
-
-
-_BINS = -LOWEST * BINS_A_UNIT
-
-
-def _bins(scores: Tensor) -> Tensor:
-    return ((scores - LOWEST) * BINS_A_UNIT).floor().clamp(0, _BINS - 1).long()
 
 
 @dataclass(slots=True)
@@ -99,7 +52,7 @@ class CallState:
     calls: int = 0
     votes: int = 0
     spent: float = 0.0
-    dial: Dial | None = None
+    dial: "Dial | None" = None
     given: Selection | None = None
 
     def fits(self, moment: Moment, block: int, order: Tensor | None) -> bool:

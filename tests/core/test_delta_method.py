@@ -16,7 +16,7 @@ from dit_accel import ConfigError, DeltaCorrection, LiteAttention, RadialAttenti
 from dit_accel.adapter import Adapter
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import METHODS, Handler, Model
-from dit_accel.methods.delta import DeltaHandler, dense_rows, groups_of, probe_gaps
+from dit_accel.methods.delta import DeltaHandler, dense_rows, groups_of, likeness_of, probe_gaps
 from dit_accel.op import planned_attention
 from dit_accel.plan import AttentionPlan, Call, Moment
 from dit_accel.report import step_reports
@@ -142,7 +142,7 @@ def test_the_correction_is_exact_where_the_loss_is_constant_in_a_group():
     q = call.q[:, ::8].repeat_interleave(8, 1)
     call = dataclasses.replace(call, q=q)
     plan = plan_of(layout, dataclasses.replace(RADIAL, order="raster"))
-    out, error = handler(stride=8).correct(plan, moment(layout), call, v, sparse(plan, call, v))
+    out, error = handler(stride=8, shrink=False).correct(plan, moment(layout), call, v, sparse(plan, call, v))
     torch.testing.assert_close(call.heads_first(out), dense(call, v))
     assert (error > 0.01).all()
 
@@ -151,11 +151,49 @@ def test_a_group_gets_its_representatives_difference():
     call, v = call_of()
     plan = plan_of()
     before = sparse(plan, call, v)
-    out, _ = handler(stride=5).correct(plan, moment(), call, v, before.clone())
+    out, _ = handler(stride=5, shrink=False).correct(plan, moment(), call, v, before.clone())
     groups = groups_of(LAYOUT, 5, "cpu")
     difference = dense(call, v).transpose(1, 2)[:, groups.rows] - before[:, groups.rows]
     visual = slice(3, 3 + LAYOUT.visual_tokens)
     torch.testing.assert_close(out[:, visual] - before[:, visual], difference[:, groups.of])
+
+
+@pytest.mark.parametrize("form", ["bshd", "bhsd"])
+def test_corrections_shrink_to_how_alike_neighbours_are(form):
+    """Scaled by the root of the correlation of neighbouring groups, head by head; the representatives stay exact."""
+    call, v = call_of(form=form)
+    plan, now = plan_of(), moment()
+    before = sparse(plan, call, v)
+    full, _ = handler(stride=5, shrink=False).correct(plan, now, call, v, before.clone())
+    shrunk, _ = handler(stride=5).correct(plan, now, call, v, before.clone())
+    rows, others = groups_of(LAYOUT, 5, "cpu").rows, [6, 7, 41, 78]
+    assert not set(others) & set(rows.tolist())
+    before, full, shrunk = (call.heads_first(x) for x in (before, full, shrunk))
+    assert torch.equal(shrunk[:, :, rows], full[:, :, rows])
+    d = (full - before)[:, :, rows].unflatten(2, (5, -1))
+    for h in range(2):
+        a, b = d[:, h, :, :-1].flatten(), d[:, h, :, 1:].flatten()
+        alike = float((a @ b) / (a.norm() * b.norm()))
+        scale = max(alike, 0.0) ** 0.5
+        torch.testing.assert_close((shrunk - before)[:, h, others], scale * (full - before)[:, h, others])
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5)),
+    same=st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_likeness_is_a_share_and_one_for_equal_corrections(shape, same):
+    batch, heads, frames, per_frame, width = shape
+    found = torch.randn(batch, heads, frames * per_frame, width, dtype=torch.float64)
+    if same:
+        found = found[:, :, :1].expand_as(found)
+    likeness = likeness_of(found, frames)
+    assert likeness.shape == (heads,)
+    assert ((likeness >= 0) & (likeness <= 1 + 1e-12)).all()
+    if same or frames * per_frame == 1:
+        torch.testing.assert_close(likeness, torch.ones(heads, dtype=torch.float64))
+    assert (likeness_of(torch.zeros_like(found), frames) <= 1).all()
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
@@ -217,7 +255,7 @@ def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
 
 
 def test_a_reused_correction_is_the_one_that_was_measured():
-    delta, plan = handler(stride=5, reuse=2), plan_of()
+    delta, plan = handler(stride=5, reuse=2, shrink=False), plan_of()
     call, v = call_of()
     before = sparse(plan, call, v)
     first, _ = delta.correct(plan, moment(), call, v, before.clone())
@@ -465,6 +503,7 @@ def test_compiled_full_graph_gives_the_same():
         ({"reuse": 0}, r"delta\.reuse must be >= 1, got 0; 1 probes every call"),
         ({"margin": -1}, r"delta\.margin must be a finite number >= 0, got -1; 1 is usual"),
         ({"margin": float("nan")}, r"delta\.margin must be a finite number >= 0, got nan"),
+        ({"shrink": "no"}, r"delta\.shrink must be true or false, got 'no'"),
         ({"reactivate": 1}, r"delta\.reactivate must be true or false, got 1"),
     ],
 )
