@@ -14,8 +14,6 @@ from dit_accel.plan import AttentionPlan
 from dit_accel.watching import require_as_planned, require_same, require_text_exact, watched
 from dit_accel.written_out import attention, tile_states
 
-GRID = (5, 4, 4, 0, 0)
-
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("masked", [False, True])
