@@ -26,6 +26,15 @@ COGVIEW4_6B = Family(
     width=1024,
     num_frames=1,
 )
+COGVIEW3_PLUS_3B = replace(
+    COGVIEW4_6B,
+    name="cogview3-plus-3b",
+    repo="zai-org/CogView3-Plus-3B",
+    layers=30,
+    heads=64,
+    head_dim=40,
+    ffn_dim=10240,
+)
 
 
 def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -43,7 +52,7 @@ COGVIEW = Adapter(
     transformers=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
     self_attention=("transformer_blocks.*.attn1",),
     grid=text_first,
-    families=(COGVIEW4_6B,),
+    families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
     refused={"radial": ONE_FRAME},
 )
 GLM_IMAGE = replace(
