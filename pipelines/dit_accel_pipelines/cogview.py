@@ -40,10 +40,11 @@ COGVIEW3_PLUS_3B = replace(
 def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid as CogView does; cached keys count as text. A forward that fills the cache is no denoising step."""
     grid, caches = text_first(config, inputs), inputs.get("kv_caches")
-    mode = None if caches is None else caches[0].mode
-    if mode == "write":
+    if caches is None:
+        return grid
+    if caches[0].mode == "write":
         return NO_STEP
-    cached = caches[0].k_caches[0].shape[1] if mode == "read" and caches[0].k_caches else 0
+    cached = caches[0].k_caches[0].shape[1] if caches[0].mode == "read" and caches[0].k_caches else 0
     return *grid[:3], grid[3] + cached, 0
 
 
