@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit_accel_kernels.features import Problem
 from dit_accel_kernels.schedule import Unit
-from dit_accel_kernels.selection import resolved
+from dit_accel_kernels.selection import LOG2_E, resolved
 from dit_accel_kernels.tiled import Tiled, cut, units_of, wide_dtype
 from dit_accel_kernels.torch_plain import attend_plain, has_long_rows, plain_pieces, row_pieces, steps
 from dit_accel_kernels.torch_rows import Row, RowLoop
@@ -172,14 +172,15 @@ def attend_operands(
 
 def settling(tiled: Tiled, unit: Unit, tally: Tally | None) -> Callable[[Tensor, Tensor], None] | None:
     """What settles the votes of a unit's block rows, from their logits and softmax."""
-    if tally is None:
+    if tally is None or not unit.exact.shape[1]:
         return None
 
     def settle(logits: Tensor, p: Tensor) -> None:
         count, block = unit.exact.shape[1], tiled.k.shape[2]
         x = (p if tally.by_mass else logits)[0, :, :, : count * block - (tiled.tail if unit.tail else 0)]
-        x = torch.nn.functional.pad(x, (0, count * block - x.shape[-1]), value=tally.nothing)
+        x = torch.nn.functional.pad(x, (0, count * block - x.shape[-1]), value=0.0 if tally.by_mass else -torch.inf)
         x = x.unflatten(-1, (count, block))
-        tally.settle(unit.rows, unit.exact % tiled.key_tiles, x.sum(-1) if tally.by_mass else x.amax(-1))
+        found = x.sum(-1) if tally.by_mass else x.amax(-1) * LOG2_E
+        tally.settle(unit.rows, unit.exact % tiled.key_tiles, found)
 
     return settle

@@ -62,7 +62,7 @@ class RowLoop:
         self.lse_rows = None if lse is None else lse.unbind(0)
         self.k, self.v = tiled.k[lane], tiled.v[lane]
         self.k_mean, self.v_mean = (None if x is None else x[lane] for x in (tiled.k_mean, tiled.v_mean))
-        self.most = tiles_of_part(tiled)
+        self.most, self.wide = tiles_of_part(tiled), wide_dtype(tiled.q.dtype)
         self.views: dict[tuple[int, int, bool], _Views] = {}
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -71,27 +71,24 @@ class RowLoop:
             for row in rows:
                 self._row(row, None)
             return
-        size = 4 * self.tiled.q.shape[2] * max(1, *(row.exact.numel() for row in rows))
+        size = self.tiled.q.shape[2] * max(1, *(row.exact.numel() for row in rows)) * self.wide.itemsize
         step = max(1, STATISTICS_BYTES // size)
         for start in range(0, len(rows), step):
             self._vote(self.tally, rows[start : start + step])
 
     def _vote(self, tally: Tally, rows: Sequence[Row]) -> None:
-        """Attention of a few rows, whose votes are settled then."""
-        block_q, wide = self.tiled.q.shape[2], wide_dtype(self.tiled.q.dtype)
+        """Attention of some rows, and their votes: a few operations for all of them."""
+        block_q, device = self.tiled.q.shape[2], self.k.device
         sizes = [row.exact.numel() for row in rows]
-        flat = self.tiled.q.new_empty(block_q * sum(sizes), dtype=wide)
-        rooms = flat.split([block_q * size for size in sizes])
-        for row, room, size in zip(rows, rooms, sizes, strict=True):
+        flat = buffer(self.buffers, "flat", self.k, (block_q * sum(sizes),), self.wide)
+        for row, room, size in zip(rows, flat.split([block_q * size for size in sizes]), sizes, strict=True):
             self._row(row, room.view(block_q, size))
-        here = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-        tiles = torch.full(here.shape, tally.none)
-        tiles[here] = torch.cat([row.exact for row in rows]) % self.tiled.key_tiles
-        found = flat.new_full((len(rows), block_q, here.shape[1]), tally.nothing)
-        found.masked_scatter_(here[:, None].expand(found.shape), flat)
-        if not tally.by_mass:
-            found /= LOG2_E
-        tally.settle(torch.tensor([row.number for row in rows]), tiles, found)
+        here = torch.arange(max(sizes), device=device) < torch.tensor(sizes, device=device)[:, None]
+        found = buffer(self.buffers, "found", self.k, (len(rows), block_q, here.shape[1]), self.wide)
+        found.fill_(0.0 if tally.by_mass else -torch.inf).masked_scatter_(here[:, None].expand(found.shape), flat)
+        tiles = torch.full(here.shape, tally.none, device=device)
+        tiles.masked_scatter_(here, torch.cat([row.exact for row in rows]) % self.tiled.key_tiles)
+        tally.settle(torch.tensor([row.number for row in rows], device=device), tiles, found)
 
     def _row(self, row: Row, found: Tensor | None) -> None:
         """Attention of one row; `found` [block_q, n] gets what votes need, maxima in log2 units."""
