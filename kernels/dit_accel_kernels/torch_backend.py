@@ -1,10 +1,12 @@
 """The torch backend: block rows with equally long lists are gathered and batched; O(S) memory, every feature.
 
-The hot loop (torch_plain.py) takes one block row of one lane (or as many as fit the cache) at a time: gather its key
-and value tiles, one product, one softmax, one product; on a CPU every core runs this loop on block rows of its own
-(workers.py). Gathering costs a few per cent of the products; bench/block_sparse.py times the other ways to write it
-(all heads at once, one product a tile without a gather, SDPA on gathered tiles, FlexAttention). Calls with masks or
-decay take the plainer code here. The gradient is in backward.py.
+The hot loop (torch_rows.py, or torch_plain.py for as many short rows as fit the cache) takes one block row of one lane
+at a time: gather its key and value tiles, one product, one softmax, one product; on a CPU every core runs this loop on
+block rows of its own (workers.py). A selection is turned into lists of every batch and head, which that loop takes as
+they are: nothing is grouped or remembered for one call. Gathering costs a few per cent of the products;
+bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
+gathered tiles, FlexAttention), bench/selection.py what selections cost. Calls with masks or decay take the plainer code
+here. The gradient is in backward.py.
 """
 
 from __future__ import annotations

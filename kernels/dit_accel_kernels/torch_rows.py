@@ -1,7 +1,7 @@
 """The torch backend's loop over single block rows, for calls without masks and decay: lists of any lengths.
 
 Nothing is prepared but views, one set for each length that occurs, and all buffers stay in a core's cache. Long rows
-are taken in parts joined by their LSE. A vote gets the largest logit or the share of the mass of every query in every
+are taken in parts joined by their maxima and sums. A vote gets the largest logit or the mass of every query in every
 tile while these are there.
 """
 
@@ -137,15 +137,16 @@ class RowLoop:
 
         Returns, at least if needed, the largest logit x and the sum of 2^(logit - x) of every query, [block_q, 1] each.
         """
-        key = (row.exact.numel(), 0 if row.pooled is None else row.pooled.numel(), row.tail)
+        far, k_mean, v_mean = row.pooled, self.k_mean, self.v_mean
+        key = (row.exact.numel(), 0 if far is None else far.numel(), row.tail)
         at = self.views.get(key)
         if at is None:
             at = self.views[key] = _Views(self.tiled, self.buffers, *key)
         simple = at.is_low and not at.pooled and found is None  # then softmax is faster
         scale = self.tiled.scale if simple else self.tiled.scale * LOG2_E
         torch.index_select(self.k, 0, row.exact, out=at.k)
-        if at.pooled:
-            torch.index_select(self.k_mean, 0, row.pooled, out=at.k_means)
+        if at.pooled and far is not None and k_mean is not None:
+            torch.index_select(k_mean, 0, far, out=at.k_means)
         torch.addmm(at.products, self.q_rows[row.number], at.k_columns, beta=0, alpha=scale, out=at.products)
         sums = None
         if simple:
@@ -156,8 +157,8 @@ class RowLoop:
         else:
             sums = self._exponentials(at, row.lengths, found)
         torch.index_select(self.v, 0, row.exact, out=at.v)
-        if at.pooled:
-            torch.index_select(self.v_mean, 0, row.pooled, out=at.v_means)
+        if at.pooled and far is not None and v_mean is not None:
+            torch.index_select(v_mean, 0, far, out=at.v_means)
         torch.mm(at.p, at.v_columns, out=result)
         if sums is not None and not at.is_low:
             result.div_(sums[1])
@@ -168,7 +169,7 @@ class RowLoop:
         x, votes = at.x, None if found is None else self.tally
         if at.is_low:
             x.copy_(at.products)
-        if at.pooled:
+        if at.pooled and lengths is not None:
             at.far.add_(lengths)
         if votes is None or found is None or votes.by_mass:
             peak = x.amax(-1, keepdim=True)
