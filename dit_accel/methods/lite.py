@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from dit_accel_kernels import Selection, TileLists, Vote, pack_bits
+from dit_accel_kernels import Selection, TileLists, Vote, pack_bits, unpack_bits
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -60,8 +60,8 @@ class LiteAttention(SparseConfig):
             2^-10 or 0.01. A budget is split over the votes to come and bounds the mass of a tile at its vote; where
             logits drift by D log2 units afterwards, by 2^(2D) times as much.
         target_density: share of all tiles, in (0, 1), that a branch keeps over its layers, instead of votes: its first
-            call records every tile's gap (or share of the mass, for ``mass``) at 16 rows of each block row, and the
-            second drops what lies under the threshold at which that share is kept.
+            calls record what share of its softmax mass each tile holds at most, at 16 rows of each block row, and the
+            second ones drop what lies under the threshold at which that share is kept.
         thresholds_file: TOML of thresholds by layer and step, as ``dit-accel tune lite`` writes it, instead.
         detect_every: every how many calls tiles vote; the others run as the last vote says.
         refresh_every: calls after which everything is computed and voted on again; unset: never within a generation.
@@ -102,10 +102,15 @@ class LiteAttention(SparseConfig):
         if len(ways) > 1:
             first, second = (f"lite.{name} = {getattr(self, name)!r}" for name in ways[:2])
             raise ConfigError(f"{first} and {second} both say how much is dropped; set one of them")
-        if self.criterion == "budget" and ways not in ([], ["threshold"]):
+        if self.criterion == "budget" and self.thresholds_file is not None:
             raise ConfigError(
-                f"lite.criterion = 'budget' bounds the dropped mass by lite.threshold, got lite.{ways[0]} = "
-                f"{getattr(self, ways[0])!r}; use 'maxgap' or 'mass' with it"
+                "lite.criterion = 'budget' bounds the mass dropped over a run by lite.threshold, got "
+                f"lite.thresholds_file = {self.thresholds_file!r}; use 'maxgap' or 'mass' with it"
+            )
+        if self.criterion != "maxgap" and self.target_density is not None:
+            raise ConfigError(
+                f"lite.target_density = {self.target_density} ranks tiles instead of voting, got lite.criterion = "
+                f"{self.criterion!r}; leave it out"
             )
         if self.threshold is not None:
             check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
@@ -222,8 +227,9 @@ class LiteHandler(Handler):
         if base.pinned is not None:
             pinned = base.pinned if pinned is None else pinned | base.pinned
         chosen = self._again(moment) if moment.repeated else self._next(tiles, order, moment)
-        kept = [keep for keep in (chosen.keep, base.keep) if keep is not None]
-        keep = kept[0] & kept[-1] if kept else None  # what another method dropped does not vote, and stays out
+        keep = chosen.keep
+        if base.keep is not None:  # what another method dropped does not vote, and stays out
+            keep = base.keep if keep is None else keep & base.keep
         selection = dataclasses.replace(
             base, keep=keep, rest=self.config.rest, pinned=pinned, vote=chosen.vote, reverse=chosen.reverse
         )
@@ -239,8 +245,10 @@ class LiteHandler(Handler):
         if state.calls > 1 or (mask is not None and not is_key_padding(mask, call.q, call.k, call.layout)):
             return
         assert state.dial is not None
-        scores = recorded_scores(dataclasses.replace(plan, tiles=tiles, token_order=order), call, config.criterion)
+        scores = recorded_scores(dataclasses.replace(plan, tiles=tiles, token_order=order), call)
         free, fixed = split_list(tiles, scores, self._fixed_bits(tiles, order, moment))
+        if plan.selection is not None and plan.selection.keep is not None:
+            free = free & unpack_bits(plan.selection.keep, tiles.key_tiles)
         if state.calls == 0:
             state.dial.count(scores, free, fixed)
         else:

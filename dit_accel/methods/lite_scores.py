@@ -1,4 +1,4 @@
-"""What tiles score by LiteAttention's criteria, and the threshold that leaves a target share of all layers' tiles.
+"""What share of the softmax mass tiles hold at some rows, and the threshold that leaves a target density.
 
 Votes can't find it: they tell what lies under one threshold, and what they drop does not come back.
 """
@@ -18,19 +18,19 @@ BINS_A_UNIT, LOWEST = 64, -64
 _BINS = -LOWEST * BINS_A_UNIT
 
 
-def recorded_scores(plan: AttentionPlan, call: Call, criterion: str) -> Tensor:
-    """Return the tiles' gaps (``maxgap``) or shares of the mass in log2 units, [B, H, NQ, NK], <= 0.
+def recorded_scores(plan: AttentionPlan, call: Call) -> Tensor:
+    """Return the largest share of its softmax mass that a recorded row has in each tile, log2, [B, H, NQ, NK].
+
+    Gaps would tell little at low densities: a tile in ten or more holds the largest logit of some row.
 
     Args:
         plan: the call's plan, with its tiles.
         call: its queries and keys.
-        criterion: ``maxgap`` or ``mass``.
     """
     assert plan.tiles is not None
     tokens, order = call.heads_first(call.q).shape[2], plan.token_order
     rows = torch.arange(0, tokens, max(1, plan.tiles.block_q // RECORDED_ROWS), device=call.q.device)
-    gaps, shares = probe_gaps(plan, call, rows if order is None else order[rows])
-    return gaps if criterion == "maxgap" else shares.log2()
+    return probe_gaps(plan, call, rows if order is None else order[rows])[1].log2()
 
 
 class Dial:

@@ -42,7 +42,7 @@ from dit_accel_kernels import POOLED, SKIPPED, FrameDecay, TileLists, block_spar
 from dit_accel_kernels.triton_launch import TABLE, Key, Launch, architecture, key_of_row, launch_of, table
 from inputs import decay, lists
 
-MODULE = "dit_accel_kernels.triton_forward"
+MODULE = "dit_accel_kernels.triton_forward_variants"
 DTYPES = {"half": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"half": "bf16", "fp32": "fp32"}
 KEYS = tuple(itertools.product(DTYPES, (128, 64), (128, 64)))  # kind, head dim, tile: those of the kernel's variants

@@ -19,7 +19,7 @@ from dit_accel_kernels.tiled import Tiled, wide_dtype
 from dit_accel_kernels.votes import Tally
 
 PART_BYTES = 1 << 20  # logits of one block row of a lane; longer rows are cut into parts
-STATISTICS_BYTES = 512 << 10  # what votes are settled from at a time
+STATISTICS_BYTES = 1 << 20  # what votes are settled from at a time
 
 
 class Row(NamedTuple):

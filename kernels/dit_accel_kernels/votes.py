@@ -57,8 +57,9 @@ def rows_need(vote: Vote, top: Tensor, mass: Tensor) -> Tensor:
     Tiles that are not visited have top -inf and mass 0. Only "maxgap" reads `top`, only the others read `mass`.
     """
     if vote.criterion == "maxgap":
-        gap = top[..., 1:] - top.cummax(-1).values[..., :-1]
-        return torch.nn.functional.pad(gap > vote.threshold / LOG2_E, (1, 0), value=True)
+        needs, before = torch.ones_like(top, dtype=torch.bool), top.cummax(-1).values[..., :-1]
+        torch.gt(torch.sub(top[..., 1:], before, out=before), vote.threshold / LOG2_E, out=needs[..., 1:])
+        return needs
     share = mass / mass.cumsum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
     if vote.criterion == "mass":
         return share > vote.threshold

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
-from thin_images import thin_images
 from tiny_image_pipelines import generate
 from tiny_other_pipelines import PIPELINES
 
@@ -15,12 +14,6 @@ BRANCHES = {  # of the models whose pipelines tell; the others' calls are counte
     "hunyuan-image": ["pred_cond", "pred_uncond"], "cogview": ["cond", "uncond"],
 }  # fmt: skip
 NO_PIPELINE = {"flux3"}  # diffusers 0.42 has it as modular blocks alone, around a text encoder
-
-
-@pytest.fixture(autouse=True)
-def thin():
-    with thin_images():
-        yield
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -1,0 +1,237 @@
+"""LiteAttention's config, thresholds files, memory and picture: what is refused, in which words, and round trips."""
+
+import math
+
+import pytest
+import torch
+from dit_accel_kernels import unpack_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lite_calls import MODEL, Calls, drifting
+
+import dit_accel
+from dit_accel import LiteAttention, RadialAttention, heatmap
+from dit_accel.config import from_toml, to_toml
+from dit_accel.errors import ConfigError, MissingBackend
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.lite import THRESHOLDS, LiteHandler
+from dit_accel.methods.lite_ranges import check_ranges, range_tiles
+from dit_accel.methods.lite_thresholds import LiteThresholds, model_name, read_thresholds, write_thresholds
+from dit_accel.methods.radial import RadialHandler
+from dit_accel.report import CallReport, Report, StepReport
+
+BAD = [
+    (
+        {"threshold": 0.0},
+        r"lite\.threshold must be < 0 \(log2 units\), got 0\.0: .*allow_positive_threshold permits it",
+    ),
+    ({"threshold": 3}, r"lite\.threshold must be < 0 \(log2 units\), got 3"),
+    ({"threshold": math.nan}, r"lite\.threshold must be < 0 \(log2 units\), got nan"),
+    ({"criterion": "mass", "threshold": -10}, r"share of the softmax mass in \(0, 1\) for 'mass', got -10"),
+    ({"criterion": "budget", "threshold": 1.0}, r"share of the softmax mass in \(0, 1\) for 'budget', got 1\.0"),
+    ({"criterion": "sum"}, r"lite\.criterion must be 'maxgap' or 'mass' or 'budget', got 'sum'"),
+    (
+        {"threshold": -5, "target_density": 0.5},
+        r"lite\.threshold = -5 and lite\.target_density = 0\.5 both say how much",
+    ),
+    ({"thresholds_file": "a.toml", "threshold": -5}, r"threshold = -5 and lite\.thresholds_file = 'a\.toml' both say"),
+    ({"target_density": 1.0}, r"lite\.target_density must be a share in \(0, 1\), got 1\.0"),
+    ({"target_density": 0.5, "criterion": "mass"}, r"target_density = 0\.5 ranks tiles instead of voting, .*'mass'"),
+    ({"thresholds_file": "a.toml", "criterion": "budget"}, r"'budget' bounds the mass .*thresholds_file = 'a\.toml'"),
+    ({"detect_every": 0}, r"lite\.detect_every must be >= 1, got 0; 1 votes in every call"),
+    ({"refresh_every": 1}, r"lite\.refresh_every must be >= 2, got 1: a call that begins anew is dense"),
+    ({"block_size": 100}, r"lite\.block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
+    ({"rest": "drop"}, r"lite\.rest must be 'skip' or 'pooled', got 'drop'"),
+    ({"must_keep": (1, 2, 3)}, r"lite\.must_keep must be start, end, start, end .*, got 3 numbers"),
+    ({"must_skip": (5, 5)}, r"lite\.must_skip must rise from 0, each end above its start, got \(5, 5\)"),
+    ({"must_skip": (-1, 5)}, r"lite\.must_skip must rise from 0, .*got \(-1, 5\)"),
+    ({"must_keep": (0, 9, 5, 12)}, r"lite\.must_keep must rise from 0, .*got \(0, 9, 5, 12\)"),
+    ({"dense_steps": -1}, r"lite\.dense_steps must be >= 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), BAD)
+def test_bad_options_are_refused_with_the_value(options, text):
+    with pytest.raises(ConfigError, match=text):
+        LiteAttention(**options)
+
+
+def test_unset_thresholds_are_the_criterion_s_and_a_recipe_can_t_set_one():
+    for criterion, usual in THRESHOLDS.items():
+        assert LiteAttention(criterion=criterion).vote_threshold() == usual
+    assert LiteAttention(threshold=-3).vote_threshold() == -3
+    assert LiteAttention(threshold=5, allow_positive_threshold=True).threshold == 5
+    assert LiteAttention().resolved({"block_size": 64}).block_size == 64
+    with pytest.raises(ConfigError, match="a recipe of lite sets 'threshold', which it can't"):
+        LiteAttention().resolved({"threshold": -3})
+
+
+def test_toml_carries_every_option():
+    config = LiteAttention(
+        threshold=-math.inf, must_keep=(0, 4, 8, 9), refresh_every=10, rest="pooled", dense_steps=0.2
+    )
+    assert from_toml(to_toml([config])) == [config]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 60), unique=True, max_size=6).map(sorted), st.sampled_from([16, 32]),
+    st.integers(0, 9), st.booleans(),
+)  # fmt: skip
+def test_ranges_round_outward_or_inward(edges, block, before, shuffled):
+    ranges = edges[: len(edges) // 2 * 2]
+    layout = TokenLayout(frames=1, height=1, width=61, text_before=before, text_after=3)
+    order = torch.randperm(layout.tokens) if shuffled else None
+    check_ranges("lite.must_keep", ranges, layout.visual_tokens)
+    inside = {before + t for start, end in zip(ranges[::2], ranges[1::2], strict=True) for t in range(start, end)}
+    tokens = list(range(layout.tokens)) if order is None else order.tolist()
+    tiles = [set(tokens[start : start + block]) for start in range(0, len(tokens), block)]
+    assert range_tiles(ranges, layout, order, block, inward=False).tolist() == [bool(t & inside) for t in tiles]
+    assert range_tiles(ranges, layout, order, block, inward=True).tolist() == [t <= inside for t in tiles]
+
+
+def test_a_range_beyond_the_video_is_refused_when_its_size_is_known():
+    handler = Calls(LiteAttention(must_keep=(0, 81))).handler
+    with pytest.raises(ConfigError, match=r"lite\.must_keep ends at visual token 81, the video has 80; end it there"):
+        handler.check_layout(TokenLayout(frames=1, height=1, width=80))
+
+
+def test_memory_is_a_thirtieth_of_the_original_s_lists():
+    wan = TokenLayout(frames=21, height=45, width=80)
+    bits = LiteAttention().state_bytes(wan, layers=40, heads=40)
+    queries, keys = -(-wan.tokens // 128), -(-wan.tokens // 176)
+    lists = 40 * 2 * 2 * 40 * queries * (keys + 2) * 2
+    assert 0.10e9 < bits < 0.16e9
+    assert lists / bits > 20
+    assert LiteAttention(block_size=64).state_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
+
+
+def test_tiles_and_order_are_radial_s_and_two_sizes_are_refused():
+    radial = RadialHandler(RadialAttention(block_size=32), MODEL)
+    for asked in (None, 32):
+        handler = LiteHandler(LiteAttention(block_size=asked), MODEL)
+        handler.check_with([radial])
+        assert handler.config.block_size == 32
+    with pytest.raises(
+        ConfigError, match=r"lite\.block_size = 64 does not fit radial's tiles of 32 \(radial\.block_size"
+    ):
+        LiteHandler(LiteAttention(block_size=64), MODEL).check_with([radial])
+
+
+class TestThresholdsFile:
+    TABLE = LiteThresholds(
+        model="toy, 3 layers, 2 heads", criterion="maxgap", num_inference_steps=3, target_error=0.05,
+        thresholds={"transformer": ((-10.0, -math.inf, -4.0), (-1.0, -2.0, -3.0)) * 2},
+    )  # fmt: skip
+
+    def test_it_survives_writing_and_sets_each_vote(self, tmp_path):
+        path = tmp_path / "lite.toml"
+        write_thresholds(path, self.TABLE)
+        assert read_thresholds(path) == self.TABLE
+        assert [p.name for p in tmp_path.iterdir()] == ["lite.toml"]
+        assert model_name(MODEL) == self.TABLE.model
+        calls = Calls(LiteAttention(thresholds_file=str(path)), steps=3)
+        assert calls.handler.is_active(0, 0, 3)
+        votes = [calls.plan(step=step, layer=layer)[0].selection.vote for layer in (0, 1) for step in (0, 1, 2)]
+        assert [vote and vote.threshold for vote in votes] == [-10.0, -math.inf, None, -1.0, -2.0, None]
+        with pytest.raises(
+            ConfigError, match=r"transformer layer 7, the file has 4 layers of transformer; tune on this"
+        ):
+            calls.plan(layer=7)
+
+    def test_another_model_criterion_or_step_count_is_refused_naming_both(self, tmp_path):
+        path = tmp_path / "lite.toml"
+        write_thresholds(path, self.TABLE)
+        handler = LiteHandler(LiteAttention(thresholds_file=str(path)), MODEL)
+        with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has 50; use as many, or tune again"):
+            handler.is_active(0, 0, 50)
+        with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has a number that nothing tells"):
+            handler.is_active(0, 0, None)
+        with pytest.raises(ConfigError, match=r"holds thresholds of 'maxgap', lite\.criterion is 'mass'; set it to"):
+            LiteHandler(LiteAttention(thresholds_file=str(path), criterion="mass"), MODEL)
+        text = path.read_text().replace("toy", "other")
+        path.write_text(text)
+        with pytest.raises(
+            ConfigError, match="tuned on 'other, 3 layers, 2 heads', this model is 'toy, 3 layers, 2 heads'"
+        ):
+            LiteHandler(LiteAttention(thresholds_file=str(path)), MODEL)
+
+    @pytest.mark.parametrize(
+        ("text", "error"),
+        [
+            (None, r"thresholds_file .* can't be read \(No such file or directory\); run dit-accel tune lite"),
+            ("a = = b", r"is no valid TOML"),
+            ("version = 2", r"has version 2, this release reads version 1"),
+            ("version = 1\nmodel = 'm'", r"is not what tune lite writes: KeyError\('thresholds'\)"),
+            ("version = 1\nmodel='m'\ncriterion='maxgap'\nnum_inference_steps=2\n[thresholds]\ntransformer=[[-1.0]]",
+             r"of transformer, layer 0, must be one a step, 2 in all, got 1; tune again"),
+            ("version = 1\nmodel='m'\ncriterion='maxgap'\nnum_inference_steps=1\n[thresholds]\ntransformer=[[1.0]]",
+             r"lite thresholds of transformer, layer 0 must be < 0 \(log2 units\), got 1\.0"),
+            ("version = 1\nmodel='m'\ncriterion='sum'\nnum_inference_steps=1\n[thresholds]\ntransformer=[[-1.0]]",
+             r"lite thresholds are of 'maxgap' or 'mass', got criterion 'sum'"),
+            ("version = 1\nmodel='m'\ncriterion='mass'\nnum_inference_steps=1\n[thresholds]",
+             r"need a list for every layer of every transformer, got none"),
+        ],
+    )  # fmt: skip
+    def test_what_is_no_thresholds_file_is_refused(self, tmp_path, text, error):
+        path = tmp_path / "lite.toml"
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=error):
+            read_thresholds(path)
+
+
+class TestPicture:
+    STEPS = tuple(
+        StepReport(
+            transformer="transformer", step_index=step, branch=branch, dense_layers=1 if step else 3,
+            sparse_layers=2 if step else 0, density=0.5, pooled=0.0,
+        )
+        for step in (0, 1, 3) for branch in ("cond", "uncond")
+    )  # fmt: skip
+    CALLS = tuple(
+        CallReport(
+            transformer="transformer", step_index=step, branch=branch, layer=layer, density=0.5, pooled=0.0,
+            by_head=(0.25, 0.75),
+        )
+        for step in (1, 3) for branch in ("cond", "uncond") for layer in (1, 2)
+    )  # fmt: skip
+    REPORT = Report(methods={"lite": {}}, backend="torch", model={}, steps=STEPS, calls=CALLS)
+
+    def test_shares_by_layer_head_and_step(self):
+        shares, dense = heatmap.kept_shares(self.REPORT, "transformer", "cond")
+        assert shares.shape == (6, 4)
+        assert shares[2:, [1, 3]].tolist() == [[0.25] * 2, [0.75] * 2] * 2
+        assert dense.tolist() == [[True, True, False, True]] * 2 + [[True, False, False, False]] * 4
+
+    def test_it_is_a_png_written_whole(self, tmp_path):
+        from PIL import Image
+
+        path = tmp_path / "map.png"
+        self.REPORT.plot(path)
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            colours = {pixel[:3] for _, pixel in image.convert("RGB").getcolors(1 << 20)}
+        assert (209, 209, 209) in colours  # dense calls, grey
+        assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
+
+    def test_what_can_t_be_drawn(self, tmp_path, monkeypatch):
+        with pytest.raises(ConfigError, match=r"plot writes a PNG, got .*map\.pdf; end the name in \.png"):
+            self.REPORT.plot(tmp_path / "map.pdf")
+        with pytest.raises(ConfigError, match=r"can't write .*: .*nowhere is no folder; create it first"):
+            self.REPORT.plot(tmp_path / "nowhere" / "map.png")
+        with pytest.raises(ConfigError, match="nothing to show: no attention call followed a plan; generate first"):
+            Report(methods={}, backend="torch", model={}).plot(tmp_path / "map.png")
+        monkeypatch.setattr(heatmap.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(MissingBackend, match=r"plot needs matplotlib, found none; pip install 'matplotlib>=3\.8'"):
+            self.REPORT.plot(tmp_path / "map.png")
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_method_is_public_and_its_bits_are_bits():
+    assert dit_accel.LiteAttention is LiteAttention
+    calls = Calls(LiteAttention(threshold=-0.5))
+    (x,) = drifting(80, 1)
+    calls.run(*x)
+    assert calls.bits().dtype == torch.int32
+    assert unpack_bits(calls.bits(), 5).shape == (1, 2, 5, 5)

@@ -1,0 +1,117 @@
+"""LiteAttention's handler driven call by call on made-up queries and keys, without a model."""
+
+from typing import Any
+
+import torch
+from dit_accel_kernels import block_sparse_attention_eager, unpack_bits
+from torch import Tensor
+
+from dit_accel import LiteAttention
+from dit_accel.adapter import Adapter
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import Model
+from dit_accel.methods.lite import LiteHandler
+from dit_accel.methods.tiling import full_tiles
+from dit_accel.plan import AttentionPlan, Call, Moment
+
+BLOCK = 16
+MODEL = Model(adapter=Adapter(name="toy", transformers=(), self_attention=()), family=None, heads=2, layers=3)
+
+
+def drifting(
+    tokens: int, steps: int, *, batch: int = 1, seed: int = 0, drift: float = 0.3, sharp: float = 2.0,
+    dtype: torch.dtype = torch.float64,
+) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Queries, keys and values [B, 2, S, 8] of successive steps; neighbouring tokens are alike, and all drift."""
+    noise = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=noise, dtype=torch.float64)
+
+    walk = draw(3, batch, 2, tokens, 8).cumsum(-2) / tokens**0.5
+    walk = walk + 0.3 * draw(*walk.shape)
+    found = []
+    for _ in range(steps):
+        q, k, v = (sharp**0.5 * walk).to(dtype)
+        found.append((q, k, v))
+        walk = walk + drift * draw(*walk.shape)
+    return found
+
+
+class Calls:
+    """Successive calls of one handler; ``config`` None: plain dense plans."""
+
+    def __init__(
+        self, config: LiteAttention | None, *, tokens: int = 80, text: int = 0, steps: int | None = 50,
+        backend: str = "reference",
+    ) -> None:  # fmt: skip
+        options = {} if config is None else config.to_dict()
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+        options.setdefault("dense_steps", 0)
+        self.handler: Any = LiteHandler(LiteAttention(**{"block_size": BLOCK, **options}), MODEL)
+        self.dense, self.steps, self.backend, self.text = config is None, steps, backend, text
+        self.step = 0
+        self.reversed: list[bool] = []
+        self.found: Tensor | None = None
+        self.resize(tokens)
+
+    def resize(self, tokens: int) -> None:
+        """Go on with another number of visual tokens."""
+        self.layout = TokenLayout(frames=1, height=1, width=tokens, text_after=self.text)
+        self.tokens = self.layout.tokens
+        self.tiles = -(-self.tokens // BLOCK)
+
+    def plan(
+        self, base: AttentionPlan | None = None, call: Call | None = None, step: int | None = None, batch: int = 1,
+        branch: str = "cond", layer: int = 0, row: int = 0, **moment: Any,
+    ) -> tuple[AttentionPlan, Moment]:  # fmt: skip
+        """Return the plan of the next call and its moment."""
+        when = Moment(
+            transformer="transformer", layer=layer, depth=layer, branch=branch, row=row, batch=batch, sigma=None,
+            step_index=self.step if step is None else step, num_inference_steps=self.steps, layout=self.layout,
+            device=torch.device("cpu"), **moment,
+        )  # fmt: skip
+        base = base or AttentionPlan()
+        if self.dense:
+            return AttentionPlan(tiles=full_tiles(self.layout, BLOCK, "cpu")), when
+        if call is not None:
+            self.handler.look(base, when, call)
+        return self.handler.contribute(base, when), when
+
+    def finish(self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, when: Moment | None = None) -> Tensor:
+        """Run a plan and let the handler learn from it."""
+        selection = plan.selection
+        options = dict(layout="bhsd", selection=selection, return_tiles=selection is not None, backend=self.backend)
+        found = block_sparse_attention_eager(q, k, v, plan.tiles, **options)  # type: ignore[arg-type]
+        when = when or self._moment(q)
+        self.step += 1
+        if isinstance(found, Tensor):
+            return found
+        assert selection is not None
+        self.reversed.append(selection.reverse)
+        self.found = found[1]
+        if selection.vote is not None:
+            self.handler.learn(when, found[2])
+        return found[0]
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, **key: Any) -> Tensor:
+        """Make the next call of a key."""
+        call = Call(q=q, k=k, mask=None, layout="bhsd", scale=None, backend=self.backend)
+        plan, when = self.plan(call=call, batch=q.shape[0], **key)
+        return self.finish(plan, q, k, v, when)
+
+    def exact(self) -> Tensor:
+        """Return the exact tiles of the last call, bool [B, H, N, N]."""
+        assert self.found is not None
+        return unpack_bits(self.found, self.tiles)
+
+    def bits(self, branch: str = "cond", layer: int = 0, row: int = 0) -> Any:
+        """Return the bits of a key's next call, int32 [B, H, N, W], or None."""
+        state = self.handler._states.by_key.get(("transformer", layer, branch, row))
+        return None if state is None else state.bits
+
+    def _moment(self, q: Tensor) -> Moment:
+        return Moment(
+            transformer="transformer", layer=0, depth=0, branch="cond", batch=q.shape[0], sigma=None,
+            step_index=self.step, num_inference_steps=self.steps, layout=self.layout, device=torch.device("cpu"),
+        )  # fmt: skip
