@@ -220,7 +220,7 @@ def _check_active(case: Case) -> str | None:
             kept = report.sparse_density
             require(kept is not None and kept < 1, f"{trial.active} keeps every tile; give the tiny model more tokens")
             case.run(inputs, step=warm + 1)
-            case.run(case.inputs(1))
+            case.run(case.inputs(1), step=warm + 2)
             require(
                 torch.equal(case.run_after(warm, inputs), changed), "a run differs from the first after another batch"
             )
