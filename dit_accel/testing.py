@@ -67,6 +67,10 @@ def _trials(case: Case) -> dict[str, Trial]:
     return {name: trial for name, trial in TRIALS.items() if name not in case.adapter.refused}
 
 
+def _warm(*trials: Trial) -> int:
+    return max((trial.warm for trial in trials), default=0)
+
+
 class _Always(Handler):
     """Sends every attention call to the kernels from ``first_step`` on and leaves the plan at its default: dense."""
 
@@ -203,20 +207,23 @@ def _check_active(case: Case) -> str | None:
     if not _trials(case):
         return "every method with a trial is refused"
     inputs = case.inputs(2)
-    plain = case.run(inputs)
     for trial in _trials(case).values():
+        warm, plain = trial.warm, case.run(inputs, trial.warm)
         with attach(case.transformer, trial.active) as attachment, watched(attachment) as calls:
-            changed = case.run(inputs)
+            changed = case.run_after(warm, inputs)
             places = attachment._session.places
             report = attachment.report()
             require(not torch.equal(changed, plain), f"{trial.active} changes nothing")
             require(bool(changed.isfinite().all()), f"{trial.active} makes values that are not finite")
-            require([step.sparse_layers for step in report.steps] == [len(places)], "not every place was reached once")
+            reached = [step.sparse_layers for step in report.steps]
+            require(reached == [len(places)] * (warm + 1), "not every place was reached once")
             kept = report.sparse_density
             require(kept is not None and kept < 1, f"{trial.active} keeps every tile; give the tiny model more tokens")
-            case.run(inputs, step=1)
-            case.run(case.inputs(1))
-            require(torch.equal(case.run(inputs), changed), "a run differs from the first after another batch")
+            case.run(inputs, step=warm + 1)
+            case.run(case.inputs(1), step=warm + 2)
+            require(
+                torch.equal(case.run_after(warm, inputs), changed), "a run differs from the first after another batch"
+            )
         for call in calls:
             require(call.q.shape[2] == call.k.shape[2], "a call is no self-attention")
             require_text_exact(call)
@@ -229,16 +236,17 @@ def _check_batch(case: Case) -> str | None:
     if case.model.max_batch < 2:
         return "a forward takes one row"
     wide, both = case.wide(), wide_inputs(case.inputs(2))
-    for methods in ((), *((trial.active,) for trial in _trials(case).values())):
-        _require_rows_alone(case, wide, both, methods)
+    for trials in ((), *((trial,) for trial in _trials(case).values())):
+        _require_rows_alone(case, wide, both, *trials)
     return None
 
 
-def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -> None:
+def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], *trials: Trial) -> None:
+    methods, warm = [trial.active for trial in trials], _warm(*trials)
     with attach(wide, *methods, backend="reference"):
-        batched = case.run(both, branch="cond_uncond", transformer=wide)
+        batched = case.run_after(warm, both, branch="cond_uncond", transformer=wide)
         for row, branch in enumerate(("uncond", "cond")):
-            alone = case.run(rows_of(both, row, 2), branch=branch, transformer=wide)
+            alone = case.run_after(warm, rows_of(both, row, 2), branch=branch, transformer=wide)
             require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
 
 
@@ -248,24 +256,24 @@ def _check_pairs(case: Case) -> str | None:
     if not pairs:
         return "fewer than two methods with a trial apply"
     inputs = case.inputs(2)
-    plain, wide, both = case.run(inputs), case.wide(), wide_inputs(inputs)
+    wide, both = case.wide(), wide_inputs(inputs)
     for one, other in pairs:
-        methods = one.active, other.active
+        methods, warm = (one.active, other.active), _warm(one, other)
+        plain = case.run(inputs, warm)
         with attach(case.transformer, one.neutral, other.neutral):
-            require(torch.equal(case.run(inputs), plain), f"{one.neutral} and {other.neutral} changed the output")
+            require(torch.equal(case.run(inputs, warm), plain), f"{one.neutral} and {other.neutral} changed the output")
         with attach(case.transformer, *methods) as attachment, watched(attachment) as calls:
-            changed = case.run(inputs)
+            changed = case.run_after(warm, inputs)
         require(not torch.equal(changed, plain), f"{methods} change nothing")
         require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
         for call in calls:
             require_text_exact(call)
         require_as_planned(calls)
         with attach(case.transformer, *reversed(methods)):
-            require(
-                torch.equal(case.run(inputs), changed), f"{methods} attached in the other order give another output"
-            )
+            again = case.run_after(warm, inputs)
+            require(torch.equal(again, changed), f"{methods} attached in the other order give another output")
         if case.model.max_batch > 1:
-            _require_rows_alone(case, wide, both, methods)
+            _require_rows_alone(case, wide, both, one, other)
     return None
 
 
@@ -278,9 +286,10 @@ def _check_padding(case: Case) -> str | None:
     wide = case.wide()
     if not torch.equal(case.run(inputs, transformer=wide), case.run(other, transformer=wide)):
         return "the untouched model lets padded text through"
-    for methods in ((), *((trial.active,) for trial in _trials(case).values())):
+    for trials in ((), *((trial,) for trial in _trials(case).values())):
+        methods, warm = [trial.active for trial in trials], _warm(*trials)
         with attach(wide, *methods, backend="reference"):
-            found = case.run(inputs, transformer=wide), case.run(other, transformer=wide)
+            found = [case.run_after(warm, x, transformer=wide) for x in (inputs, other)]
         require(torch.equal(*found), f"{methods}: padded text changes the output")
     return None
 

@@ -92,6 +92,12 @@ class Case:
                 module.register_forward_pre_hook(lambda linear, inputs: (inputs[0].to(linear.weight.dtype),))
         return wide
 
+    def run_after(self, warm: int, inputs: Mapping[str, Any], branch: str = "cond", transformer: Any = None) -> Tensor:
+        """A forward at step ``warm``, after those of the steps before it, all on the same inputs."""
+        for step in range(warm):
+            self.run(inputs, step, branch, transformer)
+        return self.run(inputs, warm, branch, transformer)
+
     def run(self, inputs: Mapping[str, Any], step: int = 0, branch: str = "cond", transformer: Any = None) -> Tensor:
         """One forward, as a pipeline makes it; its video."""
         transformer = transformer or self.transformer

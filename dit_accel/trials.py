@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from .config import MethodConfig
 from .methods.frozen import FrozenPattern
+from .methods.lite import LiteAttention
 from .methods.radial import RadialAttention
 from .methods.sol import SolAttention
 
@@ -14,14 +15,21 @@ class Trial:
 
     Attributes:
         neutral: attached, changes nothing.
-        active: changes every layer at every step of a `TinyModel`.
+        active: changes every layer at every step of a `TinyModel`, but for the first ``warm`` ones.
+        warm: steps after which the method changes something: those of a method that learns what to leave out.
     """
 
     neutral: MethodConfig
     active: MethodConfig
+    warm: int = 0
 
 
 TRIALS: dict[str, Trial] = {
+    "lite": Trial(
+        neutral=LiteAttention(block_size=16, dense_steps=1000),
+        active=LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True),
+        warm=1,
+    ),
     "radial": Trial(
         neutral=RadialAttention(block_size=16, dense_steps=1000),
         active=RadialAttention(
