@@ -214,5 +214,7 @@ def generate(pipe: Any, call: dict[str, Any], **changes: Any) -> torch.Tensor:
     """Return the image, or its latents, of a run from one fixed noise."""
     torch.manual_seed(0)  # some encode references without the generator
     out = pipe(**{**call, "generator": torch.Generator().manual_seed(0), **changes})
+    if isinstance(out, torch.Tensor):
+        return out
     images = out.images if hasattr(out, "images") else out[0]
     return torch.stack(list(images)) if isinstance(images, list) else images

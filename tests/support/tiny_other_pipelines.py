@@ -8,6 +8,7 @@ import tiny_image_models as tiny
 import tiny_image_pipelines
 import tiny_other_models as other
 import torch
+from diffusers.modular_pipelines.flux3 import modular_blocks_flux3
 from tiny_image_pipelines import (
     SIZE,
     Made,
@@ -31,6 +32,26 @@ class Encoder:
     """Stands in for a text encoder that is asked for its number type alone."""
 
     dtype = torch.float32
+
+
+def _flux3(blocks: type, **call: Any) -> Made:
+    """Assemble FLUX.3's blocks behind the text encoder; diffusers has no other pipeline of it."""
+    pipe = blocks().init_pipeline()
+    pipe.update_components(
+        transformer=build(diffusers.Flux3Transformer2DModel, tiny.FLUX3_TINY), scheduler=flow(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=2.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, dict(height=128, width=160, num_inference_steps=3, output="latents", **prompts(), **call)
+
+
+def flux3() -> Made:
+    return _flux3(modular_blocks_flux3.Flux3CoreDenoiseStep)
+
+
+def flux3_references() -> Made:
+    reference = [torch.randn(1, 4, 2, 3)]
+    return _flux3(modular_blocks_flux3.Flux3ImageConditionedCoreDenoiseStep, image_cond_latents=reference)
 
 
 def qwen_image_edit_plus() -> Made:
@@ -290,7 +311,8 @@ def sd3() -> Made:
 
 
 PIPELINES = {
-    **tiny_image_pipelines.PIPELINES, "sd3": sd3, "qwen-image-edit-plus": qwen_image_edit_plus,
+    **tiny_image_pipelines.PIPELINES, "flux3": flux3, "flux3-references": flux3_references, "sd3": sd3,
+    "qwen-image-edit-plus": qwen_image_edit_plus,
     "qwen-image-layered": qwen_image_layered, "qwen-image-controlnet": qwen_image_controlnet,
     "qwen-image-2.1": qwen_image_21, "qwen-image-2.1-uncached": qwen_image_21_uncached,
     "hunyuan-image": hunyuan_image, "hidream": hidream, "cogview": cogview4, "cogview-3": cogview3,
