@@ -1,6 +1,7 @@
 """DeltaCorrection: geometry of its groups, what is exact, the error it reports, what it takes back, and its state."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -76,12 +77,13 @@ def handler(**options) -> DeltaHandler:
     grid=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
     text=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     stride=st.integers(1, 70),
+    turn=st.integers(0, 100),
 )
 @settings(max_examples=100, deadline=None)
-def test_groups_are_raster_runs_inside_a_frame(grid, text, stride):
+def test_groups_are_raster_runs_inside_a_frame(grid, text, stride, turn):
     frames, height, width = grid
     layout = TokenLayout(frames=frames, height=height, width=width, text_before=text[0], text_after=text[1])
-    groups = groups_of(layout, stride, "cpu")
+    groups = groups_of(layout, stride, "cpu", turn)
     s = layout.tokens_per_frame
     assert len(groups.of) == layout.visual_tokens
     assert len(groups.rows) == frames * -(-s // stride)
@@ -93,7 +95,25 @@ def test_groups_are_raster_runs_inside_a_frame(grid, text, stride):
         assert tokens[0] // s == tokens[-1] // s
         assert len(tokens) == stride or tokens[-1] % s == s - 1
         assert (tokens[0] % s) % stride == 0
-        assert row == tokens[len(tokens) // 2]
+        assert row in tokens
+        assert turn or row == tokens[len(tokens) // 2]
+
+
+def test_representatives_move_and_every_row_has_its_turn():
+    layout = TokenLayout(frames=2, height=4, width=8)
+    rows = [groups_of(layout, 16, "cpu", turn).rows[0].item() for turn in range(26)]
+    assert set(rows) == set(range(16))
+    assert all(abs(a - b) > 2 for a, b in itertools.pairwise(rows))
+    call, v = call_of()
+    for step, turn in ((3, 3), (4, 4)):
+        out, _ = handler(stride=5).correct(plan_of(), moment(step_index=step), call, v, sparse(plan_of(), call, v))
+        exact = groups_of(LAYOUT, 5, "cpu", turn).rows
+        torch.testing.assert_close(call.heads_first(out)[:, :, exact], dense(call, v)[:, :, exact])
+    still, _ = handler(stride=5, rotate=False).correct(
+        plan_of(), moment(step_index=3), call, v, sparse(plan_of(), call, v)
+    )
+    centres = groups_of(LAYOUT, 5, "cpu").rows
+    torch.testing.assert_close(call.heads_first(still)[:, :, centres], dense(call, v)[:, :, centres])
 
 
 def test_groups_made_in_inference_mode_serve_elsewhere():
@@ -529,6 +549,7 @@ def test_compiled_full_graph_gives_the_same():
         ({"margin": -1}, r"delta\.margin must be a finite number >= 0, got -1; 1 is usual"),
         ({"margin": float("nan")}, r"delta\.margin must be a finite number >= 0, got nan"),
         ({"shrink": "no"}, r"delta\.shrink must be true or false, got 'no'"),
+        ({"rotate": 2}, r"delta\.rotate must be true or false, got 2"),
         ({"reactivate": 1}, r"delta\.reactivate must be true or false, got 1"),
     ],
 )
