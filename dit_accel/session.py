@@ -181,7 +181,7 @@ class Session:
                 f"{target.name} ({target.adapter.name}) tells its tokens' places by values, which a transformer "
                 "that is compiled whole does not give; compile its blocks (compile_repeated_blocks), or detach"
             )
-        tokens, batch = _layout(grid), q.shape[0]
+        tokens, batch = _layout(grid), target.batch or q.shape[0]  # rows may be packed into one
         length = q.shape[1] if layout == "bshd" else q.shape[2]
         if target.adapter.ragged_text:
             tokens = _with_valid_text(tokens, length)
