@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from dit_accel_kernels import Selection, TileLists, Vote, pack_bits, unpack_bits
 from torch import Tensor
 
@@ -250,10 +249,11 @@ class LiteHandler(Handler):
         if plan.selection is not None and plan.selection.keep is not None:
             free = free & unpack_bits(plan.selection.keep, tiles.key_tiles)
         if state.calls == 0:
-            state.dial.count(scores, free, fixed)
-        else:
-            best = torch.zeros_like(free).scatter_(-1, scores.masked_fill(~free, -torch.inf).argmax(-1, True), True)
-            self._states.keep(state, pack_bits((state.dial.keeps(scores, config.target_density) | best) & free))
+            state.counts = state.dial.count(scores, free, fixed)
+        elif state.counts is not None:
+            kept = state.dial.keeps(scores, free, state.counts, config.target_density)
+            self._states.keep(state, pack_bits(kept))
+            state.counts = None
 
     def learn(self, moment: Moment, kept: Tensor) -> None:
         """Make the bits that the votes keep those of the next call."""

@@ -12,7 +12,7 @@ from .delta import probe_gaps
 RECORDED_ROWS = 16
 """Rows of a block row at which scores are recorded; of 128 rows, an eighth of one Q K^T."""
 
-BINS_A_UNIT, LOWEST = 64, -64
+BINS_A_UNIT, LOWEST = 256, -64
 """Bins of a log2 unit in which a `Dial` counts scores, and the score of the lowest bin."""
 
 _BINS = -LOWEST * BINS_A_UNIT
@@ -34,43 +34,51 @@ def recorded_scores(plan: AttentionPlan, call: Call) -> Tensor:
 
 
 class Dial:
-    """The common threshold of all layers of a transformer and branch at which a target share of their tiles is kept.
+    """How many tiles each layer of a transformer and branch keeps so that all layers together keep a target share.
 
-    Layers count their scores in bins during one step, each batch row by itself; at the next step the threshold is read
-    off. One threshold for all layers, since they differ: on the embedded model, keeping 70 % of the tiles of every
-    layer costs three times the error of keeping 70 % of all tiles.
+    During one step every layer counts its scores in bins, each batch row by itself. At the next step the threshold that
+    all layers have in common is read off, and with it each layer's quota. One threshold for all, since layers differ:
+    on the embedded model, keeping 70 % of the tiles of every layer costs three times the error of keeping 70 % of all.
     """
 
     def __init__(self, step_index: int) -> None:
         self.step_index = step_index
-        self._counts: Tensor | None = None
+        self._counts: Tensor | int = 0
         self._fixed: Tensor | int = 0
         self._tiles = 0
         self._cut: Tensor | None = None
 
-    def count(self, scores: Tensor, free: Tensor, fixed: Tensor) -> None:
-        """Count one layer's tiles.
+    def count(self, scores: Tensor, free: Tensor, fixed: Tensor) -> Tensor:
+        """Count one layer's tiles, and return its counts for `keeps`, int32 [B, bins].
 
         Args:
             scores: log2 [B, H, NQ, NK].
             free: bool like scores, the tiles that may be dropped or kept.
-            fixed: bool, broadcastable to it, the tiles that are kept anyway.
+            fixed: bool like scores, the tiles that are kept anyway.
         """
-        bins = torch.where(free, _bins(scores), -1).flatten(1) + 1
-        counts = torch.zeros(len(scores), _BINS + 1, dtype=torch.int64, device=scores.device)
-        counts.scatter_add_(1, bins, torch.ones_like(bins))
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._fixed = fixed.expand_as(scores).flatten(1).sum(1) + self._fixed
+        bins = ((scores - LOWEST) * BINS_A_UNIT).floor().clamp(0, _BINS - 1).long()
+        bins = torch.where(free, bins, _BINS).flatten(1)
+        counts = torch.zeros(len(scores), _BINS + 1, dtype=torch.int32, device=scores.device)
+        counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.int32))
+        counts = counts[:, :_BINS]
+        self._counts = self._counts + counts
+        self._fixed = self._fixed + fixed.flatten(1).sum(1)
         self._tiles += scores[0].numel()
+        return counts
 
-    def keeps(self, scores: Tensor, target: float) -> Tensor:
-        """Return which tiles of one layer stay if the share ``target`` of all layers' tiles does, bool like scores."""
+    def keeps(self, scores: Tensor, free: Tensor, counts: Tensor, target: float) -> Tensor:
+        """Return the free tiles of one layer that stay, bool like scores; of equal scores the first.
+
+        A layer keeps as many as its ``counts`` had at or above the common threshold at which a share ``target`` of all
+        layers' tiles stays; and the best free tile of every block row.
+        """
         if self._cut is None:
-            assert self._counts is not None
-            above = self._counts[:, 1:].flip(1).cumsum(1).flip(1) + torch.as_tensor(self._fixed)[:, None]
-            self._cut = (above > target * self._tiles).sum(1)
-        return _bins(scores) >= self._cut[:, None, None, None]
-
-
-def _bins(scores: Tensor) -> Tensor:
-    return ((scores - LOWEST) * BINS_A_UNIT).floor().clamp(0, _BINS - 1).long()
+            above = torch.as_tensor(self._counts).flip(1).cumsum(1).flip(1) + torch.as_tensor(self._fixed)[:, None]
+            self._cut = (above > target * self._tiles).sum(1, keepdim=True)
+        kept = torch.arange(_BINS, device=counts.device) >= self._cut
+        quota = (counts * kept).sum(1, keepdim=True)
+        ranked = scores.masked_fill(~free, -torch.inf)
+        places = ranked.flatten(1).argsort(dim=1, descending=True, stable=True)
+        first = torch.arange(places.shape[1], device=places.device) < quota
+        chosen = torch.zeros_like(first).scatter_(1, places, first).unflatten(1, scores.shape[1:])
+        return chosen.scatter(-1, ranked.argmax(-1, keepdim=True), True) & free

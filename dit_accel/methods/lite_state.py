@@ -41,6 +41,7 @@ class CallState:
         votes: calls of them that voted.
         spent: share of the budget that votes were given.
         dial: what finds the threshold for a target density; None: it is given.
+        counts: the first call's scores in bins, for the dial; None once it was asked.
         given: the running call's selection, where it may be repeated.
     """
 
@@ -53,6 +54,7 @@ class CallState:
     votes: int = 0
     spent: float = 0.0
     dial: "Dial | None" = None
+    counts: Tensor | None = None
     given: Selection | None = None
 
     def fits(self, moment: Moment, block: int, order: Tensor | None) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from dit_accel_kernels import Selection, Vote, block_sparse_attention_eager, count_bits
+from dit_accel_kernels import Selection, block_sparse_attention_eager, count_bits
 from torch import Tensor
 
 from dit_accel import LiteAttention
@@ -89,11 +89,11 @@ class Trial:
         assert plan.selection.vote is not None
         self.plan, self.call, self.v, self.out, self.metric = plan, call, v, out, metric
         self.selection = plan.selection
-        self.criterion = plan.selection.vote.criterion
+        self.asked = plan.selection.vote
 
     def votes(self, level: float) -> Tensor:
         """Return the bits that votes at a log2 level keep."""
-        vote = Vote(criterion=self.criterion, threshold=threshold_of(self.criterion, level))
+        vote = dataclasses.replace(self.asked, threshold=threshold_of(self.asked.criterion, level))
         return self._attend(dataclasses.replace(self.selection, vote=vote))[2]
 
     def after(self, kept: Tensor | None) -> tuple[float, float]:
@@ -190,7 +190,7 @@ class Tuner(LiteHandler):
         self.found.append(
             Found(
                 transformer=moment.transformer, branch=moment.branch, layer=moment.layer, step=moment.step_index,
-                threshold=threshold_of(self.config.criterion, level), kept=share, added=added, dense=trial.to_dense(),
+                threshold=threshold_of(trial.asked.criterion, level), kept=share, added=added, dense=trial.to_dense(),
             )
         )  # fmt: skip
         return out, None

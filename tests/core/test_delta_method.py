@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, DeltaCorrection, LiteAttention, RadialAttention
+from dit_accel import ConfigError, DeltaCorrection, FrozenPattern, LiteAttention, RadialAttention, SolAttention
 from dit_accel.adapter import Adapter
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import METHODS, Handler, Model
@@ -449,6 +449,31 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         assert report.sparse_density < 1
     with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=1)):
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SolAttention(block_size=16, beta=1.5, dense_steps=0, dense_layers=0),
+        FrozenPattern(block_size=16, density=0.2, dense_steps=0, dense_layers=0),
+        LiteAttention(
+            block_size=16, dense_steps=0, dense_layers=0, threshold=1.0, allow_positive_threshold=True, detect_every=2
+        ),
+    ],
+    ids=lambda method: method.name,
+)
+def test_every_sparse_method_can_be_corrected(method):
+    """With one row a group every visual row is exact, whatever the method leaves out."""
+    transformer = tiny_transformer()
+    plain = run(transformer)
+    with dit_accel.attach(transformer, method) as attachment:
+        without = run(transformer)
+        density = attachment.report().density
+    assert not torch.equal(without, plain)
+    with dit_accel.attach(transformer, method, DeltaCorrection(stride=1, reactivate=False)) as attachment:
+        torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
+        assert attachment.report().measured
+    assert density < 1
 
 
 def test_dense_steps_and_layers_stay_bit_equal():

@@ -10,7 +10,7 @@ from dit_accel_pipelines.cosmos3 import COSMOS3
 from dit_accel_pipelines.kandinsky import KANDINSKY5, KANDINSKY6
 from dit_accel_pipelines.motif import MOTIF_VIDEO
 from dit_accel_pipelines.wan import WAN
-from tiny_video_pipelines import generate, kandinsky5, minimax_h3
+from tiny_video_pipelines import generate, helios, kandinsky5, minimax_h3
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention
@@ -47,12 +47,12 @@ def planned_calls(model, **changes):
         (models.LTX2[1], (7, 4, 8, 0, 10)),
         (models.MINIMAX[0], (7, 4, 8, 6 + 32 + 10, 0)),
         (models.WAN_ANIMATE[0], (7, 4, 8, 32, 0)),
-        (models.KANDINSKY6[1], (7, 4, 8, 0, 32)),
+        (models.KANDINSKY6[0], (7, 4, 8, 0, 32)),
         (models.FRAMEPACK[0], (7, 4, 8, 3 * 32 + 2 * 2 * 4 + 2 * 1 * 2, 6 + 3)),
         (models.HELIOS[0], (7, 4, 8, 2 * 32 + 2 * 2 * 4 + 2 * 1 * 2, 0)),
         (models.HELIOS[1], (7, 4, 8, 0, 0)),
         (models.COSMOS3[1], (7, 4, 8, 6 + 15, 9)),
-        (models.EASYANIMATE[1], (7, 4, 8, 6 + 5, 0)),
+        (models.EASYANIMATE[0], (7, 4, 8, 6 + 5, 0)),
     ],
     ids=lambda value: value.transformer.__name__ if hasattr(value, "transformer") else str(value),
 )
@@ -138,6 +138,18 @@ class Levels:
             return result
 
         attachment._session.plan = told
+
+
+def test_every_chunk_is_a_run_of_its_own():
+    pipe, call = helios()
+    config = RadialAttention(block_size=16, dense_steps=1, dense_layers=0, decay_factor=0.2, near="half", sink=False)
+    with dit_accel.attach(pipe, config) as attachment:
+        levels = Levels(attachment)
+        video = generate(pipe, {**call, "num_frames": 50, "guidance_scale": 1.0, "num_inference_steps": 2})
+        steps = [(step.step_index, step.sparse_layers) for step in attachment.report().steps]
+    assert video.isfinite().all()
+    assert steps == [(0, 0), (1, 3)]
+    assert [step for step, _ in levels.found] == [1] * 3 * 2  # both chunks begin dense
 
 
 @pytest.mark.parametrize("make", [kandinsky5, minimax_h3])
