@@ -320,7 +320,7 @@ def test_released_image_models_are_recognised(name):
 def test_the_mask_of_omnigen_is_no_key_padding():
     from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
-    (mask,), _ = OmniGenCollator().create_mask(torch.ones(1, 6), [80])
+    (mask,), _ = OmniGenCollator().create_mask(torch.ones(1, 6).long(), [80])
     visible = mask.bool()[None, None]
     assert not visible[0, 0, 2, 3]
     assert not visible[0, 0, :7, 7:].any()
