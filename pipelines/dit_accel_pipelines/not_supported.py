@@ -22,7 +22,9 @@ NOT_SUPPORTED: dict[str, str] = {
     "LongCatAudioDiTTransformer": AUDIO,
     "MiniMaxMusic3RVQDepthDecoder": AUDIO,
     "MiniMaxMusic3Transformer1DModel": AUDIO,
-    "OmniGenTransformer2DModel": "its text attends causally: the mask pairs each text token with those before it",
+    "OmniGenTransformer2DModel": (
+        "its mask pairs queries with keys: a text token sees the text before it, and nothing of the image"
+    ),
     "PriorTransformer": "it predicts an embedding of an image: there are no visual tokens",
     "RFD4ProteinaTransformer": "it makes proteins: there is no grid of frames, rows and columns",
     "SanaTransformer2DModel": LINEAR,

@@ -11,10 +11,12 @@ import tiny_models
 import tiny_other_models as other
 import torch
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.not_supported import NOT_SUPPORTED
 from torch import Tensor
 
 import dit_accel
 from dit_accel import ConfigError, positions
+from dit_accel.masks import key_validity
 from dit_accel.registry import adapter_for
 from dit_accel.testing import TRIALS, planned
 from dit_accel.watching import require_same, require_text_exact, watched
@@ -313,3 +315,16 @@ def test_released_image_models_are_recognised(name):
     parameters = inspect.signature(getattr(diffusers, cls).__init__).parameters.values()
     config = {parameter.name: parameter.default for parameter in parameters} | changes
     assert adapter_for(cls).family(config).name == name
+
+
+def test_the_mask_of_omnigen_is_no_key_padding():
+    from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
+
+    (mask,), _ = OmniGenCollator().create_mask(torch.ones(1, 6).long(), [80])
+    visible = mask.bool()[None, None]
+    assert not visible[0, 0, 2, 3]
+    assert not visible[0, 0, :7, 7:].any()
+    assert visible[0, 0, 7:].all()
+    with pytest.raises(ConfigError, match="pairs queries with keys otherwise"):
+        key_validity(visible, 1, 87, 87)
+    assert "its mask pairs queries with keys" in NOT_SUPPORTED["OmniGenTransformer2DModel"]
