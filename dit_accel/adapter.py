@@ -81,6 +81,8 @@ def config_sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
         return layers, config["model_dim"] // head_dim, head_dim, ffn_dim
     if "n_heads" in config:  # Z-Image
         return layers, config["n_heads"], config["dim"] // config["n_heads"], ffn_dim
+    if "hidden_size" in config and not {"head_dim", "attention_head_dim"} & set(config):  # Lumina 2
+        return layers, config["num_attention_heads"], config["hidden_size"] // config["num_attention_heads"], ffn_dim
     head_dim = config["head_dim" if "head_dim" in config else "attention_head_dim"]
     return layers, config["num_attention_heads"], head_dim, ffn_dim
 

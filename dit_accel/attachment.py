@@ -151,7 +151,8 @@ def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[st
         return [name for pattern in patterns for name in sorted(fnmatch.filter(names, pattern), key=_natural)]
 
     main, side = matching(adapter.self_attention), matching(adapter.side_attention)
-    dense = matching(adapter.left_dense(transformer.config)) if adapter.left_dense else ()
+    config: Any = transformer.config
+    dense = matching(adapter.left_dense(config)) if adapter.left_dense else ()
     main = [name for name in main if name not in dense]
     if not main:
         raise UnsupportedModel(

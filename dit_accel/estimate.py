@@ -7,15 +7,15 @@ together a few percent at most.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .adapter import Adapter, Family
 from .config import MethodConfig
 from .errors import ConfigError
 from .layout import TokenLayout
+from .sparsity import Sparsity, routes, sparsity_of
 
 KERNEL_COST = 1.15
 """Time of a sparse kernel per kept FLOP over that of the dense kernel, measured at 1.05 to 1.65 on GPUs."""
@@ -25,47 +25,6 @@ TILE = 128
 
 ASSUMED_BYTES = 2
 """Bytes of a K or V element on a GPU, bf16 or fp16."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sparsity:
-    """What the methods leave of the self-attention.
-
-    Attributes:
-        methods: the configs, every recipe value filled in; one that lists tiles, one that routes them, or both.
-        kept: tiles kept, visual tokens only; mean over the sparse calls, expected on Gaussian scores where routed.
-        total: tiles in all, visual tokens only.
-        dense_share: share of the attention calls (steps x layers) that stay dense, w.
-        list_entries: int32 numbers of the tile lists and bitmaps on the device.
-        advice: what the methods say about this layout, or None.
-    """
-
-    methods: tuple[MethodConfig, ...]
-    kept: int
-    total: int
-    dense_share: float
-    list_entries: int
-    advice: str | None = None
-
-    @property
-    def density(self) -> float:
-        """Kept share of the tiles in a sparse call."""
-        return self.kept / self.total
-
-    @property
-    def name(self) -> str:
-        """The methods' names, joined."""
-        return " + ".join(method.name for method in self.methods)
-
-    @property
-    def routes(self) -> bool:
-        """Whether a method routes tiles, so that `kept` is an expectation."""
-        return any(_routes(method) for method in self.methods)
-
-    @property
-    def pools(self) -> bool:
-        """Whether tiles enter as one key each."""
-        return self.routes or any(getattr(method, "rest", "skip") == "pooled" for method in self.methods)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +274,7 @@ def estimate(
     frames = rounded_frames(family, family.num_frames if num_frames is None else num_frames)
     layout = token_layout(family, height=height, width=width, num_frames=frames)
     counted = [method for method in methods if hasattr(method, "tile_counts")]
-    if len(counted) - any(map(_routes, counted)) > 1 or sum(map(_routes, counted)) > 1:
+    if len(counted) - any(map(routes, counted)) > 1 or sum(map(routes, counted)) > 1:
         names = " and ".join(method.name for method in counted)
         raise ConfigError(f"plan can't tell what {names} save together, got both; plan them one at a time")
     for method in methods:
@@ -328,70 +287,7 @@ def estimate(
         width=width,
         num_frames=frames,
         num_inference_steps=steps,
-        sparsity=_sparsity(counted, adapter, family, layout, steps) if counted else None,
+        sparsity=sparsity_of(counted, adapter, family, layout, steps) if counted else None,
         uncounted=tuple(method.name for method in methods if method not in counted),
         kernel_cost=kernel_cost,
     )
-
-
-def _routes(method: Any) -> bool:
-    return hasattr(method, "routed_count")
-
-
-def _sparsity(methods: Sequence[Any], adapter: Adapter, family: Family, layout: TokenLayout, steps: int) -> Sparsity:
-    """Count the tiles of each sparse call (by which of the methods are active) and take their mean."""
-    full = {method.name: method.resolved(adapter.recipe(method.name, family)) for method in methods}
-    lister = next((full[method.name] for method in methods if not _routes(method)), None)
-    router = next((method for method in methods if _routes(method)), None)
-    if router is not None:
-        asked = router.in_tiles_of(lister) if lister is not None else router
-        router = full[router.name] = asked.resolved(adapter.recipe(router.name, family))
-    kept, total, entries = _counts(lister, router, layout)
-    calls = Counter(
-        tuple(m is not None and not m.is_dense(step, steps, layer, 0.0) for m in (lister, router))
-        for step in range(steps)
-        for layer in range(family.layers)
-    )
-    dense = calls.pop((False, False), 0)
-    sparse = calls.total()
-    return Sparsity(
-        methods=tuple(full.values()),
-        kept=round(sum(count * kept[active] for active, count in calls.items()) / sparse) if sparse else total,
-        total=total,
-        dense_share=dense / (steps * family.layers),
-        list_entries=entries,
-        advice="; ".join(filter(None, (text for method in full.values() for text in _remarks(method, layout)))) or None,
-    )
-
-
-def _remarks(method: Any, layout: TokenLayout) -> tuple[str | None, str | None]:
-    level, told = getattr(method, "dense_above_sigma", None), None
-    if level is not None:
-        told = (
-            f"plan takes the steps above {method.name}.dense_above_sigma = {level} for sparse: noise levels are known "
-            "only while it runs"
-        )
-    return method.advice(layout), told
-
-
-def _counts(lister: Any, router: Any, layout: TokenLayout) -> tuple[dict[tuple[bool, bool], int], int, int]:
-    """Return (list active, routing active) -> tiles kept; tiles in all; and numbers in lists and bitmaps."""
-    kept, total, entries = {}, 0, 0
-    if lister is not None:
-        kept[True, False], total = lister.tile_counts(layout)
-        rows = math.isqrt(total) + 1
-        entries = rows + kept[True, False]
-        if getattr(lister, "rest", "skip") == "pooled":
-            entries += total - kept[True, False] + rows
-    if router is not None:
-        kept[False, True], total = router.tile_counts(layout)
-        rows = math.isqrt(total) + 1
-        entries += rows + total + (rows - 1) * -(-(rows - 1) // 32)
-    if lister is not None and router is not None:
-        from dit_accel_kernels import EXACT  # loads torch
-
-        alone = replace(layout, text_before=0, text_after=0)
-        listed = lister.tiles(alone).states()[0] == EXACT
-        kept[True, False] = int(listed.sum())
-        kept[True, True] = router.routed_count(layout, listed)
-    return kept, total, entries

@@ -27,6 +27,7 @@ from .masks import attend_dense, dense_gradients, is_key_padding, key_padding
 from .methods.base import Handler
 from .plan import AttentionPlan, Call, Moment
 from .report import Recorder
+from .steps import noise_level, noisiest, step_count
 
 _SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -356,8 +357,7 @@ class Session:
 
     def _infer_step(self, target: Target, timestep: Tensor | None) -> None:
         """Count steps by the timesteps seen: a lower one is the next step, a higher one begins a generation."""
-        sign = -1 if target.adapter.rising_timesteps else 1
-        value = math.inf if timestep is None else float((sign * timestep).max())  # of a frame that is still noise
+        value = noisiest(timestep, target.adapter.rising_timesteps)
         repeated = value == target.timestep and timestep is not None
         target.calls_at_timestep = target.calls_at_timestep + 1 if repeated else 0
         if not repeated:
@@ -365,8 +365,8 @@ class Session:
         target.timestep = value if timestep is not None else -math.inf
         if not target.in_context:
             target.branch = f"call {target.calls_at_timestep}"
-        timesteps = getattr(self.scheduler, "timesteps", None)
-        self._begin_call(target, None if timesteps is None else len(timesteps))
+        target.sigma = noise_level(self.scheduler)
+        self._begin_call(target, step_count(self.scheduler))
 
 
 def _layout(grid: Sequence[int]) -> TokenLayout:

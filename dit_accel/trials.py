@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .config import MethodConfig
+from .methods.frozen import FrozenPattern
 from .methods.lite import LiteAttention
 from .methods.radial import RadialAttention
 from .methods.sol import SolAttention
@@ -34,6 +35,10 @@ TRIALS: dict[str, Trial] = {
         active=RadialAttention(
             block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
         ),
+    ),
+    "frozen": Trial(
+        neutral=FrozenPattern(block_size=16, dense_steps=1000),
+        active=FrozenPattern(block_size=16, density=0.5, dense_steps=0, dense_last_steps=0, dense_layers=0),
     ),
     "sol": Trial(
         neutral=SolAttention(block_size=16, dense_steps=1000),

@@ -177,7 +177,7 @@ def require_as_planned(calls: Sequence[PlannedCall]) -> None:
     found, low, truth = [], [], []
     for call in calls:
         if call.exact is not None:
-            _require_selected(call)
+            _require_selected(call, call.exact)
         states, valid, scale = call.states(), call.valid(), call.scale
         q, k, v = (x.to(WIDE) for x in (call.q, call.k, call.v))
         truth.append(attention(call.plan, states, q, k, v, valid, scale).flatten())
@@ -188,10 +188,10 @@ def require_as_planned(calls: Sequence[PlannedCall]) -> None:
     )
 
 
-def _require_selected(call: PlannedCall) -> None:
+def _require_selected(call: PlannedCall, exact: Tensor) -> None:
     """Every tile was left exact, or not, as the reference does in float64 or, where rounding decides, in q's dtype."""
     tiles = tiles_of(call.plan, call.k.shape[2])
-    made = unpack_bits(call.exact, tiles.key_tiles)
+    made = unpack_bits(exact, tiles.key_tiles)
     agrees = torch.zeros_like(made)
     for dtype in (WIDE, call.q.dtype):
         q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from dit_accel_kernels import Selection, TileLists, pack_bits, unpack_bits
@@ -88,7 +88,7 @@ class FrozenPattern(SparseConfig):
         Raises:
             ConfigError: for an option that no recipe may fill, or a value out of range.
         """
-        full = SparseConfig.resolved(dataclasses.replace(self, mass=None), recipe)
+        full = cast(FrozenPattern, SparseConfig.resolved(dataclasses.replace(self, mass=None), recipe))
         return full if self.mass is None else dataclasses.replace(full, density=None, mass=self.mass)
 
     def kept_tiles(self, tiles: int) -> int:

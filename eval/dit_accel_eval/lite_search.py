@@ -11,23 +11,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from dit_accel_kernels import Selection, Vote, block_sparse_attention_eager, count_bits
+from dit_accel_kernels import Selection, block_sparse_attention_eager, count_bits
 from torch import Tensor
 
 from dit_accel import LiteAttention
 from dit_accel.methods.base import Model
 from dit_accel.methods.delta import dense_rows
 from dit_accel.methods.lite import LiteHandler
+from dit_accel.methods.lite_state import Key, key_of
 from dit_accel.plan import AttentionPlan, Call, Moment
 
 LOWEST, HIGHEST = -20.0, -(2.0**-6)
 """Log2 levels between which thresholds are searched."""
 
-HALVINGS = 30
+START = -10.0
+"""Where a search begins that knows nothing: the published threshold."""
+
+FIRST_STRIDE = 0.5
 NEAR = 0.9
 """Share of the target error at which a search is over."""
 
-CLOSE = 0.01
+CLOSE = 0.03125
 """Log2 units at which a search is over: tiles are whole, so not every error can be met."""
 
 FAINTEST = -40.0
@@ -85,11 +89,11 @@ class Trial:
         assert plan.selection.vote is not None
         self.plan, self.call, self.v, self.out, self.metric = plan, call, v, out, metric
         self.selection = plan.selection
-        self.criterion = plan.selection.vote.criterion
+        self.asked = plan.selection.vote
 
     def votes(self, level: float) -> Tensor:
         """Return the bits that votes at a log2 level keep."""
-        vote = Vote(criterion=self.criterion, threshold=threshold_of(self.criterion, level))
+        vote = dataclasses.replace(self.asked, threshold=threshold_of(self.asked.criterion, level))
         return self._attend(dataclasses.replace(self.selection, vote=vote))[2]
 
     def after(self, kept: Tensor | None) -> tuple[float, float]:
@@ -125,29 +129,31 @@ def threshold_of(criterion: str, level: float) -> float:
     return 2.0 ** max(level, FAINTEST)
 
 
-def search_level(error_at: Callable[[float], float], target: float) -> float:
+def search_level(error_at: Callable[[float], float], target: float, start: float = START) -> float:
     """Return the highest log2 level found whose error is within the target; -inf where even `LOWEST` exceeds it.
 
     Args:
         error_at: error of a level, which rises with it.
-        target: the error to stay within; a search ends at `NEAR` of it, within `CLOSE`, or after `HALVINGS`.
+        target: the error to stay within; a search ends at `NEAR` of it or within `CLOSE`.
+        start: a level near the one sought, such as the step before's.
     """
-    if error_at(HIGHEST) <= target:
-        return HIGHEST
-    if error_at(LOWEST) > target:
-        return -math.inf
-    low, high = LOWEST, HIGHEST
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        error = error_at(middle)
-        if error > target:
-            high = middle
-        else:
-            low = middle
-            if error >= NEAR * target:
+    low, high, stride = -math.inf, math.inf, FIRST_STRIDE
+    level = min(max(start, LOWEST), HIGHEST)
+    while high - low >= CLOSE:
+        error = error_at(level)
+        if error <= target:
+            low = level
+            if error >= NEAR * target or level == HIGHEST:
                 break
-        if high - low < CLOSE:
-            break
+        else:
+            high = level
+            if level == LOWEST:
+                break
+        if math.isinf(high - low):  # not between two levels yet: go on in longer and longer strides
+            level = min(low + stride, HIGHEST) if low > -math.inf else max(high - stride, LOWEST)
+            stride *= 2
+        else:
+            level = (low + high) / 2
     return low
 
 
@@ -159,6 +165,7 @@ class Tuner(LiteHandler):
         self.target_error = target_error
         self.metric = metric
         self.found: list[Found] = []
+        self._levels: dict[Key, float] = {}
 
     def learn(self, moment: Moment, kept: Tensor) -> None:
         """Leave the plan's own votes aside: they were cast before the threshold was known."""
@@ -170,7 +177,11 @@ class Tuner(LiteHandler):
         if plan.selection is None or plan.selection.vote is None:
             return out, None
         trial = Trial(plan, call, v, out, self.metric)
-        level = search_level(lambda level: trial.after(trial.votes(level))[0], self.target_error)
+        key = key_of(moment)
+        level = search_level(
+            lambda level: trial.after(trial.votes(level))[0], self.target_error, self._levels.get(key, START)
+        )
+        self._levels[key] = level
         kept = plan.selection.keep
         if level > -math.inf:
             kept = trial.votes(level)
@@ -179,7 +190,7 @@ class Tuner(LiteHandler):
         self.found.append(
             Found(
                 transformer=moment.transformer, branch=moment.branch, layer=moment.layer, step=moment.step_index,
-                threshold=threshold_of(self.config.criterion, level), kept=share, added=added, dense=trial.to_dense(),
+                threshold=threshold_of(trial.asked.criterion, level), kept=share, added=added, dense=trial.to_dense(),
             )
         )  # fmt: skip
         return out, None

@@ -143,8 +143,8 @@ def tune_lite(
         with _tuning(pipe, request, target_error, METRICS[metric]) as (attachment, tuner):
             tuned = run(pipe, prompt, request, attachment=attachment, stages=stages)
         steps = len(tuned.timings.steps)
-        frames = (np.float32(made.frames) / 255 for made in (tuned, dense))
-        done.append(TunedPrompt(prompt=prompt, psnr=psnr(*frames), calls=tuple(tuner.found)))
+        found, reference = (np.divide(made.frames, 255, dtype=np.float32) for made in (tuned, dense))
+        done.append(TunedPrompt(prompt=prompt, psnr=psnr(found, reference), calls=tuple(tuner.found)))
         _write_progress(progress, settings, done)
     assert steps is not None
     thresholds = combine(done, layers, steps, model_name(model), config.criterion, target_error)

@@ -224,6 +224,8 @@ def report(records: list[dict[str, Any]], left_out: list[str], title: str) -> No
         predicted = [f"{r[n] * 1e3:.3f}" if n in r else "" for n in ("predicted_bound", "predicted_serial")]
         table.add_row(*head, *times, f"{r['tflops']:.2f}", *predicted)
     console.print(table)
+    if "interpreted" in title:
+        console.print("interpreted: times and goals mean nothing")
     for name, value, limit, less in goals(records):
         if value is None:
             console.print(f"not measured {name}")

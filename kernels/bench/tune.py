@@ -9,8 +9,9 @@ to the table one by one, so that an interrupted run goes on where it stopped; 54
 
 How the grid is bounded: 16 or 32 query rows a warp; chunks of 32, 64 or 128 keys; 16 or 32 keys in slow loops; 2 or 3
 stages (36 launches); a launch whose accumulators or buffers cannot fit a thread's registers or a block's shared memory
-is never compiled; a compile stops at the first feature that fails; the --timed (4) launches with the fewest
-instructions a logit are timed.
+is never compiled; a compile stops at the first feature that fails; the --timed (3) launches with the fewest
+instructions a logit are timed, and the one in the table. With 16 cores that is about half a minute of compiling and as
+much of timing for a key, of which there are eight.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from dit_accel_kernels import POOLED, SKIPPED, FrameDecay, TileLists, block_spar
 from dit_accel_kernels.triton_launch import TABLE, Key, Launch, architecture, key_of_row, launch_of, table
 from inputs import decay, lists
 
-MODULE = "dit_accel_kernels.triton_forward"
+MODULE = "dit_accel_kernels.triton_forward_variants"
 DTYPES = {"half": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"half": "bf16", "fp32": "fp32"}
 KEYS = tuple(itertools.product(DTYPES, (128, 64), (128, 64)))  # kind, head dim, tile: those of the kernel's variants
@@ -227,7 +228,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of the timed calls (default %(default)s)")
     parser.add_argument("--heads", type=int, default=16, help="heads of the timed calls (default %(default)s)")
     parser.add_argument("--density", type=float, default=0.25, help="kept share of tiles (default %(default)s)")
-    parser.add_argument("--timed", type=int, default=4, help="launches timed for a key (default %(default)s)")
+    parser.add_argument("--timed", type=int, default=3, help="launches timed for a key (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which no key starts (%(default)s)")
     parser.add_argument("--again", action="store_true", help="measure again what this card has measured")
@@ -255,7 +256,8 @@ def checked(args: argparse.Namespace) -> tuple[str, list[Key], dict[str, Any]]:
         raise SystemExit(f"--key matches kind,dim,tile of {known}: found {args.key!r}")
     if not args.out.exists():
         write(args.out, json.loads(TABLE.read_text()))
-    card = torch.cuda.get_device_name() if args.device == "cuda" else "none: interpreted on a CPU"
+    names = {"cpu": "none: interpreted on a CPU", "none": "none: compiled only"}
+    card = names.get(args.device) or torch.cuda.get_device_name()
     return arch, keys, {"card": card, "date": date.today().isoformat(), "kernel": fingerprint()}
 
 

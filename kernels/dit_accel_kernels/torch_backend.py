@@ -1,10 +1,12 @@
 """The torch backend: block rows with equally long lists are gathered and batched; O(S) memory, every feature.
 
-The hot loop (torch_plain.py) takes one block row of one lane (or as many as fit the cache) at a time: gather its key
-and value tiles, one product, one softmax, one product; on a CPU every core runs this loop on block rows of its own
-(workers.py). Gathering costs a few per cent of the products; bench/block_sparse.py times the other ways to write it
-(all heads at once, one product a tile without a gather, SDPA on gathered tiles, FlexAttention). Calls with masks or
-decay take the plainer code here. The gradient is in backward.py.
+The hot loop (torch_rows.py, or torch_plain.py for as many short rows as fit the cache) takes one block row of one lane
+at a time: gather its key and value tiles, one product, one softmax, one product; on a CPU every core runs this loop on
+block rows of its own (workers.py). A selection is turned into lists of every batch and head, which that loop takes as
+they are: nothing is grouped or remembered for one call. Gathering costs a few per cent of the products;
+bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
+gathered tiles, FlexAttention), bench/selection.py what selections cost. Calls with masks or decay take the plainer code
+here. The gradient is in backward.py.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from dit_accel_kernels.features import Problem
 from dit_accel_kernels.schedule import Unit
-from dit_accel_kernels.selection import resolved
+from dit_accel_kernels.selection import LOG2_E, resolved
 from dit_accel_kernels.tiled import Tiled, cut, units_of, wide_dtype
 from dit_accel_kernels.torch_plain import attend_plain, has_long_rows, plain_pieces, row_pieces, steps
 from dit_accel_kernels.torch_rows import Row, RowLoop
@@ -172,14 +174,15 @@ def attend_operands(
 
 def settling(tiled: Tiled, unit: Unit, tally: Tally | None) -> Callable[[Tensor, Tensor], None] | None:
     """What settles the votes of a unit's block rows, from their logits and softmax."""
-    if tally is None:
+    if tally is None or not unit.exact.shape[1]:
         return None
 
     def settle(logits: Tensor, p: Tensor) -> None:
         count, block = unit.exact.shape[1], tiled.k.shape[2]
         x = (p if tally.by_mass else logits)[0, :, :, : count * block - (tiled.tail if unit.tail else 0)]
-        x = torch.nn.functional.pad(x, (0, count * block - x.shape[-1]), value=tally.nothing)
+        x = torch.nn.functional.pad(x, (0, count * block - x.shape[-1]), value=0.0 if tally.by_mass else -torch.inf)
         x = x.unflatten(-1, (count, block))
-        tally.settle(unit.rows, unit.exact % tiled.key_tiles, x.sum(-1) if tally.by_mass else x.amax(-1))
+        found = x.sum(-1) if tally.by_mass else x.amax(-1) * LOG2_E
+        tally.settle(unit.rows, unit.exact % tiled.key_tiles, found)
 
     return settle

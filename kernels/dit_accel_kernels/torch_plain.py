@@ -63,7 +63,7 @@ def row_pieces(problem: Problem, tiled: Tiled, workers: int) -> list[list[Row]]:
         last = (exact.tiles[ends] % tiled.key_tiles == tiled.key_tiles - 1).tolist()
         tails = [is_last and count > 0 for is_last, count in zip(last, exact.counts, strict=True)]
     pieces = []
-    for run in runs(columns, workers * RUNS):
+    for run in runs(columns, workers * RUNS if workers > 1 else 1):
         numbers, near = range(run.start, run.stop), exact.split(exact.tiles, run)
         if pooled is None:
             far = weights = (None,) * len(numbers)

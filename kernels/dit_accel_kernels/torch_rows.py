@@ -1,7 +1,7 @@
 """The torch backend's loop over single block rows, for calls without masks and decay: lists of any lengths.
 
 Nothing is prepared but views, one set for each length that occurs, and all buffers stay in a core's cache. Long rows
-are taken in parts joined by their LSE. A vote gets the largest logit or the share of the mass of every query in every
+are taken in parts joined by their maxima and sums. A vote gets the largest logit or the mass of every query in every
 tile while these are there.
 """
 
@@ -19,7 +19,7 @@ from dit_accel_kernels.tiled import Tiled, wide_dtype
 from dit_accel_kernels.votes import Tally
 
 PART_BYTES = 1 << 20  # logits of one block row of a lane; longer rows are cut into parts
-STATISTICS_BYTES = 512 << 10  # what votes are settled from at a time
+STATISTICS_BYTES = 1 << 20  # what votes are settled from at a time
 
 
 class Row(NamedTuple):
@@ -62,7 +62,7 @@ class RowLoop:
         self.lse_rows = None if lse is None else lse.unbind(0)
         self.k, self.v = tiled.k[lane], tiled.v[lane]
         self.k_mean, self.v_mean = (None if x is None else x[lane] for x in (tiled.k_mean, tiled.v_mean))
-        self.most = tiles_of_part(tiled)
+        self.most, self.wide = tiles_of_part(tiled), wide_dtype(tiled.q.dtype)
         self.views: dict[tuple[int, int, bool], _Views] = {}
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -71,27 +71,24 @@ class RowLoop:
             for row in rows:
                 self._row(row, None)
             return
-        size = 4 * self.tiled.q.shape[2] * max(1, *(row.exact.numel() for row in rows))
+        size = self.tiled.q.shape[2] * max(1, *(row.exact.numel() for row in rows)) * self.wide.itemsize
         step = max(1, STATISTICS_BYTES // size)
         for start in range(0, len(rows), step):
             self._vote(self.tally, rows[start : start + step])
 
     def _vote(self, tally: Tally, rows: Sequence[Row]) -> None:
-        """Attention of a few rows, whose votes are settled then."""
-        block_q, wide = self.tiled.q.shape[2], wide_dtype(self.tiled.q.dtype)
+        """Attention of some rows, and their votes: a few operations for all of them."""
+        block_q, device = self.tiled.q.shape[2], self.k.device
         sizes = [row.exact.numel() for row in rows]
-        flat = self.tiled.q.new_empty(block_q * sum(sizes), dtype=wide)
-        rooms = flat.split([block_q * size for size in sizes])
-        for row, room, size in zip(rows, rooms, sizes, strict=True):
+        flat = buffer(self.buffers, "flat", self.k, (block_q * sum(sizes),), self.wide)
+        for row, room, size in zip(rows, flat.split([block_q * size for size in sizes]), sizes, strict=True):
             self._row(row, room.view(block_q, size))
-        here = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-        tiles = torch.full(here.shape, tally.none)
-        tiles[here] = torch.cat([row.exact for row in rows]) % self.tiled.key_tiles
-        found = flat.new_full((len(rows), block_q, here.shape[1]), tally.nothing)
-        found.masked_scatter_(here[:, None].expand(found.shape), flat)
-        if not tally.by_mass:
-            found /= LOG2_E
-        tally.settle(torch.tensor([row.number for row in rows]), tiles, found)
+        here = torch.arange(max(sizes), device=device) < torch.tensor(sizes, device=device)[:, None]
+        found = buffer(self.buffers, "found", self.k, (len(rows), block_q, here.shape[1]), self.wide)
+        found.fill_(0.0 if tally.by_mass else -torch.inf).masked_scatter_(here[:, None].expand(found.shape), flat)
+        tiles = torch.full(here.shape, tally.none, device=device)
+        tiles.masked_scatter_(here, torch.cat([row.exact for row in rows]) % self.tiled.key_tiles)
+        tally.settle(torch.tensor([row.number for row in rows], device=device), tiles, found)
 
     def _row(self, row: Row, found: Tensor | None) -> None:
         """Attention of one row; `found` [block_q, n] gets what votes need, maxima in log2 units."""
@@ -140,15 +137,16 @@ class RowLoop:
 
         Returns, at least if needed, the largest logit x and the sum of 2^(logit - x) of every query, [block_q, 1] each.
         """
-        key = (row.exact.numel(), 0 if row.pooled is None else row.pooled.numel(), row.tail)
+        far, k_mean, v_mean = row.pooled, self.k_mean, self.v_mean
+        key = (row.exact.numel(), 0 if far is None else far.numel(), row.tail)
         at = self.views.get(key)
         if at is None:
             at = self.views[key] = _Views(self.tiled, self.buffers, *key)
         simple = at.is_low and not at.pooled and found is None  # then softmax is faster
         scale = self.tiled.scale if simple else self.tiled.scale * LOG2_E
         torch.index_select(self.k, 0, row.exact, out=at.k)
-        if at.pooled:
-            torch.index_select(self.k_mean, 0, row.pooled, out=at.k_means)
+        if at.pooled and far is not None and k_mean is not None:
+            torch.index_select(k_mean, 0, far, out=at.k_means)
         torch.addmm(at.products, self.q_rows[row.number], at.k_columns, beta=0, alpha=scale, out=at.products)
         sums = None
         if simple:
@@ -159,8 +157,8 @@ class RowLoop:
         else:
             sums = self._exponentials(at, row.lengths, found)
         torch.index_select(self.v, 0, row.exact, out=at.v)
-        if at.pooled:
-            torch.index_select(self.v_mean, 0, row.pooled, out=at.v_means)
+        if at.pooled and far is not None and v_mean is not None:
+            torch.index_select(v_mean, 0, far, out=at.v_means)
         torch.mm(at.p, at.v_columns, out=result)
         if sums is not None and not at.is_low:
             result.div_(sums[1])
@@ -171,7 +169,7 @@ class RowLoop:
         x, votes = at.x, None if found is None else self.tally
         if at.is_low:
             x.copy_(at.products)
-        if at.pooled:
+        if at.pooled and lengths is not None:
             at.far.add_(lengths)
         if votes is None or found is None or votes.by_mass:
             peak = x.amax(-1, keepdim=True)

@@ -8,6 +8,7 @@ ones. The exact tiles also leave as bits.
 
 # Device code is typed by Triton's compiler:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -69,13 +70,20 @@ def _fate(tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST: tl.constexpr
 
 @triton.jit
 def _append(out_ptr, end, value, chosen):
-    """Write the chosen values one after another from `end` on; the new end."""
+    """Write the chosen values one after another from `end` on; the new end, and where the values went."""
     count = chosen.to(tl.int32)
-    tl.store(out_ptr + end + tl.cumsum(count, 0) - 1, value, mask=chosen)
-    return end + tl.sum(count, 0)
+    place = end + tl.cumsum(count, 0) - 1
+    tl.store(out_ptr + place, value, mask=chosen)
+    return end + tl.sum(count, 0), place
 
 
-@triton.jit
+_INTEGERS = (
+    "stride_gb", "stride_gh", "stride_sb", "stride_sh", "stride_ib", "stride_ih", "stride_pb", "stride_ph", "heads",
+    "rows", "words",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _expand_kernel(
     indices_ptr, bounds_ptr, entry_t_ptr, pooled_indices_ptr,  # the plan's; the last two or None
     static_ptr, keep_ptr, pinned_ptr, route_ptr,  # bits [G, NQ, W], [B, H, NQ, W], [NQ, W], [B, H, NQ, W], or None
@@ -126,7 +134,7 @@ def _expand_kernel(
                 entry = first + tl.arange(0, BLOCK)
                 inside = entry < pooled_end
                 tile = tl.load(pooled_indices_ptr + entry, mask=inside, other=0)
-                pooled = _append(out_pooled_ptr, pooled, tile, inside)
+                pooled, _ = _append(out_pooled_ptr, pooled, tile, inside)
     for section in tl.static_range(3):
         section_end = tl.load(bounds_ptr + 1 + section)
         for first in range(begin, section_end, BLOCK):
@@ -134,11 +142,11 @@ def _expand_kernel(
             inside = entry < section_end
             tile = tl.load(indices_ptr + entry, mask=inside, other=0)
             stays, pools = _fate(tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST)
+            end, to = _append(out_ptr, end, tile, stays)
             if entry_t_ptr is not None:
-                _append(out_t_ptr, end, tl.load(entry_t_ptr + entry, mask=inside, other=1.0), stays)
-            end = _append(out_ptr, end, tile, stays)
+                tl.store(out_t_ptr + to, tl.load(entry_t_ptr + entry, mask=stays, other=1.0), mask=stays)
             if out_pooled_ptr is not None:
-                pooled = _append(out_pooled_ptr, pooled, tile, pools)
+                pooled, _ = _append(out_pooled_ptr, pooled, tile, pools)
         tl.store(out_bounds_ptr + 1 + section, end)
         begin = section_end
     if out_pooled_ptr is not None:

@@ -41,6 +41,18 @@ def _load(ptr, rows, live, stride, MASKED: tl.constexpr, DIM: tl.constexpr, D1: 
 
 
 @triton.jit
+def _queries(ptr, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Query rows in two column parts, and |scale|: its sign moves into them, for max(scale * x) = scale * max(x)."""
+    q1, q2 = _load(ptr, rows, live, stride, True, DIM, D1, D2)
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    scale *= sign
+    q1 = (q1.to(tl.float32) * sign).to(q1.dtype)
+    if D2 > 0:
+        q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
+    return q1, q2, scale
+
+
+@triton.jit
 def _load_near(ptr, stride, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """Columns START..START + WIDTH of ROWS rows in sequence, by 32-bit offsets that a loop keeps in registers."""
     columns = START + tl.arange(0, WIDTH)
@@ -97,6 +109,16 @@ def _store_part(ptr, rows, live, stride, value, START: tl.constexpr, WIDTH: tl.c
     columns = START + tl.arange(0, WIDTH)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=live[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
+def _store_rows(
+    ptr, rows, live, stride, acc1, acc2, total, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    """Accumulators over their row sums, written as rows."""
+    _store_part(ptr, rows, live, stride, acc1 / total[:, None], 0, D1, DIM)
+    if D2 > 0:
+        _store_part(ptr, rows, live, stride, acc2 / total[:, None], D1, D2, DIM)
 
 
 @triton.jit
@@ -187,14 +209,9 @@ def _fwd_kernel(
     if token_order_ptr is not None:
         q_row = tl.load(token_order_ptr + token, mask=live, other=0)
     q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
-    q1, q2 = _load(q_ptr, q_row, live, stride_qs, True, DIM, D1, D2)
     if head_scale_ptr is not None:
         scale *= tl.load(head_scale_ptr + b * stride_hb + h)
-    sign = tl.where(scale < 0, -1.0, 1.0)  # the plain loop needs max(scale * x) = scale * max(x)
-    scale *= sign
-    q1 = (q1.to(tl.float32) * sign).to(q1.dtype)
-    if D2 > 0:
-        q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
+    q1, q2, scale = _queries(q_ptr, q_row, live, stride_qs, scale, DIM, D1, D2)
     if table_ptr is not None:  # rows outside the video have frame -1 and never decay
         q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
         last_frame = tl.max(q_frame, 0)
@@ -206,9 +223,8 @@ def _fwd_kernel(
     acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
     if VOTE is not None:
         words_ptr += ((lane.to(tl.int64) * rows + row) * SUBS_Q + part % SUBS_Q) * ((key_tiles + 31) // 32)
-        word = tl.zeros([BLOCK_Q], tl.int32)
+        word, spent = tl.zeros([BLOCK_Q], tl.int32), total
         state = m if VOTE == "maxgap" else total
-        spent = total
 
     origin = start * SUBS_K if step > 0 else end_plain * SUBS_K - 1
     ahead = tl.load(indices_ptr + origin // SUBS_K)
@@ -305,9 +321,7 @@ def _fwd_kernel(
     empty = total == 0  # rows without a key
     total = tl.where(empty, 1.0, total)
     out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
-    _store_part(out_ptr, q_row, live, stride_os, acc1 / total[:, None], 0, D1, DIM)
-    if D2 > 0:
-        _store_part(out_ptr, q_row, live, stride_os, acc2 / total[:, None], D1, D2, DIM)
+    _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM, D1, D2)
     if lse_ptr is not None:
         lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse_ptr + lane.to(tl.int64) * num_q + q_row, lse, mask=live)

@@ -33,7 +33,7 @@ NUM_STAGES = 2
 _PINNED: StorageCache[Tensor] = StorageCache()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_q", "heads", "rows"))
 def _query_mean_kernel(
     q_ptr, token_order_ptr, mean_ptr,  # [B, H, S_q, D] by strides, [S] or None, fp32 [B, H, NQ, D]
     stride_qb, stride_qh, stride_qs, num_q, heads, rows,
@@ -75,7 +75,7 @@ def _mean_keys(k_mean_ptr, tile, inside, DIM: tl.constexpr, BLOCK_D: tl.constexp
     return tl.load(ptrs, mask=inside[:, None] & (columns < DIM)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("key_heads", "key_tiles"))
 def _key_statistics_kernel(
     k_mean_ptr, length_ptr, pinned_ptr,  # [B, HK, NK, D], [B, NK], uint8 [NK] or None
     centre_ptr, variance_ptr,  # fp32 [B, HK, D]
@@ -105,7 +105,7 @@ def _key_statistics_kernel(
     tl.store(variance_ptr + lane * DIM + columns, total / number, mask=columns < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_hb", "heads", "key_heads", "rows", "key_tiles"))
 def _route_kernel(
     q_mean_ptr, k_mean_ptr, length_ptr, pinned_ptr, centre_ptr, variance_ptr, head_scale_ptr, bits_ptr,
     stride_hb, heads, key_heads, rows, key_tiles, scale, beta,

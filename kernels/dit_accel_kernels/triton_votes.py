@@ -9,6 +9,7 @@ reduction over warps each time.
 
 # Device code is typed by Triton's compiler:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from dit_accel_kernels.triton_variants import Variant
 
 BLOCK_V = 256  # visits that the fold looks at together
 NUM_WARPS = 4
+_INTEGERS = ("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "words", "step")
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def _vote(
     return word * tl.where(rest == 0, 0, 1), state, spent
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS)
 def _fold_kernel(
     words_ptr, indices_ptr, bounds_ptr, pinned_ptr, kept_ptr,  # int32; pinned [NQ, W] or None, kept [B, H, NQ, W]
     stride_gb, stride_gh, stride_ib, stride_ih, heads, rows, words, step,
@@ -138,8 +140,7 @@ def fold(
 def variants() -> list[Variant]:
     """The fold of the kept bits, with pinned tiles, in one part and in two; it has no product."""
     pointers = ("words_ptr", "indices_ptr", "bounds_ptr", "pinned_ptr", "kept_ptr")
-    names = ("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "words", "step")
-    signature = {**dict.fromkeys(pointers, "*i32:16"), **dict.fromkeys(names, "i32")}
+    signature = {**dict.fromkeys(pointers, "*i32:16"), **dict.fromkeys(_INTEGERS, "i32")}
     return [
         Variant(
             f"fold-{parts}", _fold_kernel, signature, {"PARTS": parts, "BLOCK": BLOCK_V}, NUM_WARPS, 1, hot_loop=False

@@ -56,19 +56,26 @@ def rows_need(vote: Vote, top: Tensor, mass: Tensor) -> Tensor:
 
     Tiles that are not visited have top -inf and mass 0. Only "maxgap" reads `top`, only the others read `mass`.
     """
+    found = top * LOG2_E if vote.criterion == "maxgap" else mass
+    return torch.nn.functional.pad(margins(vote, found) > vote.threshold, (1, 0), value=True)
+
+
+def margins(vote: Vote, found: Tensor) -> Tensor:
+    """What must exceed the threshold for a row to need a tile, [..., n - 1]: of all but the first that is visited.
+
+    `found` [..., n] in the order of visits: largest logits in log2 units for "maxgap", else sums of exponentials.
+    """
     if vote.criterion == "maxgap":
-        gap = top[..., 1:] - top.cummax(-1).values[..., :-1]
-        return torch.nn.functional.pad(gap > vote.threshold / LOG2_E, (1, 0), value=True)
-    share = mass / mass.cumsum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
+        return found[..., 1:] - found.cummax(-1).values[..., :-1]
+    share = found / found.cumsum(-1).clamp_(min=torch.finfo(found.dtype).tiny)
     if vote.criterion == "mass":
-        return share > vote.threshold
+        return share[..., 1:]
     spent = torch.zeros_like(share[..., 0])
-    needs = torch.empty_like(share, dtype=torch.bool)
-    for tile in range(share.shape[-1]):
-        need = spent + share[..., tile] > vote.threshold
-        needs[..., tile] = need
-        spent += share[..., tile].masked_fill(need, 0.0)
-    return needs
+    for tile in range(1, share.shape[-1]):  # the first one's share is 1
+        with_it = spent + share[..., tile]
+        spent = torch.where(with_it > vote.threshold, spent, with_it)
+        share[..., tile] = with_it
+    return share[..., 1:]
 
 
 def voted_down(visited: Tensor, needs: Tensor) -> Tensor:
@@ -101,7 +108,7 @@ class Tally:
         assert selection.vote is not None
         self.problem, self.vote = problem, selection.vote
         tiles, rows, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
-        self.none = tiles  # stands for no tile where lists of block rows are padded to one length
+        self.none = tiles  # stands for no tile where lists are padded to one length
         self.place: Tensor | None = None  # of each key tile in the order of visits
         if selection.reverse or valid is not None or problem.decay is not None:
             place = visiting_order(problem, selection.reverse).argsort(-1)
@@ -117,33 +124,27 @@ class Tally:
 
     @property
     def by_mass(self) -> bool:
-        """Whether the vote asks for sums of exponentials, and not for maxima."""
+        """Whether the vote asks for sums of exponentials relative to any maximum that a query's tiles share.
+
+        Else it asks for the largest logits, in log2 units.
+        """
         return self.vote.criterion != "maxgap"
 
-    @property
-    def nothing(self) -> float:
-        """What stands for a tile that is not there, in what `settle` takes."""
-        return 0.0 if self.by_mass else -torch.inf
-
     def settle(self, rows: Tensor, tiles: Tensor, found: Tensor) -> None:
-        """Vote of block rows `rows` int64 [R] on their exact key tiles, int64 [R, n], ascending, padded with `none`.
+        """Vote of block rows [R] on their exact key tiles [R, n], ascending, padded with `none`.
 
-        `found` [R, block_q, n]: each row's sum of exponentials in each tile relative to any maximum that the row's
-        tiles share, or its largest logit (see `by_mass`), `nothing` in padding.
+        `found` [R, block_q, n] as `by_mass` tells, -inf or 0 in padding.
         """
-        if not tiles.shape[1]:
-            return
-        visited = tiles != self.none
-        if self.absent is not None:
-            visited &= ~self.absent[rows].gather(-1, tiles)
         if self.place is not None:
             order = self.place[rows].gather(-1, tiles).argsort(-1)
-            tiles, visited = tiles.gather(-1, order), visited.gather(-1, order)
-            found = found.gather(-1, order[:, None].expand(found.shape))
-        needs = rows_need(self.vote, found, found)
-        if self.last < found.shape[1]:
-            needs[:, self.last :] &= (rows % self.rows != self.rows - 1)[:, None, None]
-        self.down[rows[:, None], tiles] = voted_down(visited, needs.view(torch.uint8).amax(1).bool())
+            tiles, found = tiles.gather(-1, order), found.gather(-1, order[:, None].expand(found.shape))
+        margin = margins(self.vote, found)
+        if self.last < margin.shape[1]:
+            far = (rows % self.rows == self.rows - 1)[:, None, None]
+            margin[:, self.last :].masked_fill_(far, -torch.inf)
+        down = ~(margin.amax(1) > self.vote.threshold)
+        rows, tiles = rows[:, None], tiles[:, 1:]
+        self.down[rows, tiles] = down if self.absent is None else down & ~self.absent[rows, tiles]
 
     def kept(self) -> Tensor:
         """The bits of the next call, int32 [B, H, NQ, W]."""

@@ -3,10 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Grid, latents_grid
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid, latents_grid
 
 REGISTERS = 8
 """Learned tokens in front of the text."""
+
+AURA_FLOW_03 = Family(
+    name="aura-flow-0.3",
+    repo="fal/AuraFlow-v0.3",
+    layers=4 + 32,  # double and single blocks
+    heads=12,
+    head_dim=256,
+    ffn_dim=8192 * 3 // 2,  # gated: three matrices
+    patch=(1, 2, 2),
+    vae=(1, 8),
+    text_tokens=REGISTERS + 256,
+    height=1024,
+    width=1024,
+    num_frames=1,
+)
 
 
 def behind_registers(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -20,5 +35,6 @@ AURA_FLOW = Adapter(
     transformers=("AuraFlowTransformer2DModel",),
     self_attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=behind_registers,
+    families=(AURA_FLOW_03,),
     refused={"radial": ONE_FRAME},
 )

@@ -26,15 +26,25 @@ COGVIEW4_6B = Family(
     width=1024,
     num_frames=1,
 )
+COGVIEW3_PLUS_3B = replace(
+    COGVIEW4_6B,
+    name="cogview3-plus-3b",
+    repo="zai-org/CogView3-Plus-3B",
+    layers=30,
+    heads=64,
+    head_dim=40,
+    ffn_dim=10240,
+)
 
 
 def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid as CogView does; cached keys count as text. A forward that fills the cache is no denoising step."""
     grid, caches = text_first(config, inputs), inputs.get("kv_caches")
-    mode = None if caches is None else caches[0].mode
-    if mode == "write":
+    if caches is None:
+        return grid
+    if caches[0].mode == "write":
         return NO_STEP
-    cached = caches[0].k_caches[0].shape[1] if mode == "read" and caches[0].k_caches else 0
+    cached = caches[0].k_caches[0].shape[1] if caches[0].mode == "read" and caches[0].k_caches else 0
     return *grid[:3], grid[3] + cached, 0
 
 
@@ -43,7 +53,7 @@ COGVIEW = Adapter(
     transformers=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
     self_attention=("transformer_blocks.*.attn1",),
     grid=text_first,
-    families=(COGVIEW4_6B,),
+    families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
     refused={"radial": ONE_FRAME},
 )
 GLM_IMAGE = replace(

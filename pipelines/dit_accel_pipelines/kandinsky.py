@@ -1,7 +1,8 @@
 """Kandinsky 5 and 6: video attends to itself; text, and sound in 6, come in by cross-attention or beside it.
 
 The latents are [B, T, H, W, C]. Checkpoints that pass their own sparse attention (``attention_type="nabla"``) are
-refused at the first sparse call. Kandinsky 6 appends a reference image as a last frame, which counts as text.
+refused at the first sparse call; ``pipe.transformer.register_to_config(attention_type="regular")`` makes them dense.
+Kandinsky 6 appends a reference image as a last frame, which counts as text.
 """
 
 from collections.abc import Mapping

@@ -3,17 +3,34 @@
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import ONE_FRAME, Adapter, latents_grid
+from dit_accel.adapter import ONE_FRAME, Adapter, Family, latents_grid
+
+PIXART_SIGMA = Family(
+    name="pixart-sigma",
+    repo="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    layers=28,
+    heads=16,
+    head_dim=72,
+    ffn_dim=4 * 16 * 72,
+    patch=(1, 2, 2),
+    vae=(1, 8),
+    cross_tokens=300,
+    height=1024,
+    width=1024,
+    num_frames=1,
+    num_inference_steps=20,
+)
 
 PIXART = Adapter(
     name="pixart",
     transformers=("PixArtTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn1",),
     grid=partial(latents_grid, frames_axis=None),
+    families=(PIXART_SIGMA,),
     refused={"radial": ONE_FRAME},
 )
 HUNYUAN_DIT = replace(
-    PIXART, name="hunyuan-dit", transformers=("HunyuanDiT2DModel",), self_attention=("blocks.*.attn1",)
+    PIXART, name="hunyuan-dit", transformers=("HunyuanDiT2DModel",), self_attention=("blocks.*.attn1",), families=()
 )
 LUMINA_NEXT = replace(
     PIXART,
@@ -21,4 +38,5 @@ LUMINA_NEXT = replace(
     transformers=("LuminaNextDiT2DModel",),
     self_attention=("layers.*.attn1",),
     rising_timesteps=True,
+    families=(),
 )

@@ -1,6 +1,7 @@
 """DeltaCorrection: geometry of its groups, what is exact, the error it reports, what it takes back, and its state."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, DeltaCorrection, LiteAttention, RadialAttention
+from dit_accel import ConfigError, DeltaCorrection, FrozenPattern, LiteAttention, RadialAttention, SolAttention
 from dit_accel.adapter import Adapter
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import METHODS, Handler, Model
-from dit_accel.methods.delta import DeltaHandler, dense_rows, groups_of, probe_gaps
+from dit_accel.methods.delta import DeltaHandler, dense_rows, groups_of, likeness_of, probe_gaps
 from dit_accel.op import planned_attention
 from dit_accel.plan import AttentionPlan, Call, Moment
 from dit_accel.report import step_reports
@@ -76,12 +77,13 @@ def handler(**options) -> DeltaHandler:
     grid=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
     text=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     stride=st.integers(1, 70),
+    turn=st.integers(0, 100),
 )
 @settings(max_examples=100, deadline=None)
-def test_groups_are_raster_runs_inside_a_frame(grid, text, stride):
+def test_groups_are_raster_runs_inside_a_frame(grid, text, stride, turn):
     frames, height, width = grid
     layout = TokenLayout(frames=frames, height=height, width=width, text_before=text[0], text_after=text[1])
-    groups = groups_of(layout, stride, "cpu")
+    groups = groups_of(layout, stride, "cpu", turn)
     s = layout.tokens_per_frame
     assert len(groups.of) == layout.visual_tokens
     assert len(groups.rows) == frames * -(-s // stride)
@@ -93,7 +95,25 @@ def test_groups_are_raster_runs_inside_a_frame(grid, text, stride):
         assert tokens[0] // s == tokens[-1] // s
         assert len(tokens) == stride or tokens[-1] % s == s - 1
         assert (tokens[0] % s) % stride == 0
-        assert row == tokens[len(tokens) // 2]
+        assert row in tokens
+        assert turn or row == tokens[len(tokens) // 2]
+
+
+def test_representatives_move_and_every_row_has_its_turn():
+    layout = TokenLayout(frames=2, height=4, width=8)
+    rows = [groups_of(layout, 16, "cpu", turn).rows[0].item() for turn in range(26)]
+    assert set(rows) == set(range(16))
+    assert all(abs(a - b) > 2 for a, b in itertools.pairwise(rows))
+    call, v = call_of()
+    for step, turn in ((3, 3), (4, 4)):
+        out, _ = handler(stride=5).correct(plan_of(), moment(step_index=step), call, v, sparse(plan_of(), call, v))
+        exact = groups_of(LAYOUT, 5, "cpu", turn).rows
+        torch.testing.assert_close(call.heads_first(out)[:, :, exact], dense(call, v)[:, :, exact])
+    still, _ = handler(stride=5, rotate=False).correct(
+        plan_of(), moment(step_index=3), call, v, sparse(plan_of(), call, v)
+    )
+    centres = groups_of(LAYOUT, 5, "cpu").rows
+    torch.testing.assert_close(call.heads_first(still)[:, :, centres], dense(call, v)[:, :, centres])
 
 
 def test_groups_made_in_inference_mode_serve_elsewhere():
@@ -142,7 +162,7 @@ def test_the_correction_is_exact_where_the_loss_is_constant_in_a_group():
     q = call.q[:, ::8].repeat_interleave(8, 1)
     call = dataclasses.replace(call, q=q)
     plan = plan_of(layout, dataclasses.replace(RADIAL, order="raster"))
-    out, error = handler(stride=8).correct(plan, moment(layout), call, v, sparse(plan, call, v))
+    out, error = handler(stride=8, shrink=False).correct(plan, moment(layout), call, v, sparse(plan, call, v))
     torch.testing.assert_close(call.heads_first(out), dense(call, v))
     assert (error > 0.01).all()
 
@@ -151,11 +171,49 @@ def test_a_group_gets_its_representatives_difference():
     call, v = call_of()
     plan = plan_of()
     before = sparse(plan, call, v)
-    out, _ = handler(stride=5).correct(plan, moment(), call, v, before.clone())
+    out, _ = handler(stride=5, shrink=False).correct(plan, moment(), call, v, before.clone())
     groups = groups_of(LAYOUT, 5, "cpu")
     difference = dense(call, v).transpose(1, 2)[:, groups.rows] - before[:, groups.rows]
     visual = slice(3, 3 + LAYOUT.visual_tokens)
     torch.testing.assert_close(out[:, visual] - before[:, visual], difference[:, groups.of])
+
+
+@pytest.mark.parametrize("form", ["bshd", "bhsd"])
+def test_corrections_shrink_to_how_alike_neighbours_are(form):
+    """Scaled by the root of the correlation of neighbouring groups, head by head; the representatives stay exact."""
+    call, v = call_of(form=form)
+    plan, now = plan_of(), moment()
+    before = sparse(plan, call, v)
+    full, _ = handler(stride=5, shrink=False).correct(plan, now, call, v, before.clone())
+    shrunk, _ = handler(stride=5).correct(plan, now, call, v, before.clone())
+    rows, others = groups_of(LAYOUT, 5, "cpu").rows, [6, 7, 41, 78]
+    assert not set(others) & set(rows.tolist())
+    before, full, shrunk = (call.heads_first(x) for x in (before, full, shrunk))
+    assert torch.equal(shrunk[:, :, rows], full[:, :, rows])
+    d = (full - before)[:, :, rows].unflatten(2, (5, -1))
+    for h in range(2):
+        a, b = d[:, h, :, :-1].flatten(), d[:, h, :, 1:].flatten()
+        alike = float((a @ b) / (a.norm() * b.norm()))
+        scale = max(alike, 0.0) ** 0.5
+        torch.testing.assert_close((shrunk - before)[:, h, others], scale * (full - before)[:, h, others])
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5)),
+    same=st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_likeness_is_a_share_and_one_for_equal_corrections(shape, same):
+    batch, heads, frames, per_frame, width = shape
+    found = torch.randn(batch, heads, frames * per_frame, width, dtype=torch.float64)
+    if same:
+        found = found[:, :, :1].expand_as(found)
+    likeness = likeness_of(found, frames)
+    assert likeness.shape == (heads,)
+    assert ((likeness >= 0) & (likeness <= 1 + 1e-12)).all()
+    if same or frames * per_frame == 1:
+        torch.testing.assert_close(likeness, torch.ones(heads, dtype=torch.float64))
+    assert (likeness_of(torch.zeros_like(found), frames) <= 1).all()
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
@@ -217,7 +275,7 @@ def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
 
 
 def test_a_reused_correction_is_the_one_that_was_measured():
-    delta, plan = handler(stride=5, reuse=2), plan_of()
+    delta, plan = handler(stride=5, reuse=2, shrink=False), plan_of()
     call, v = call_of()
     before = sparse(plan, call, v)
     first, _ = delta.correct(plan, moment(), call, v, before.clone())
@@ -413,6 +471,31 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        SolAttention(block_size=16, beta=1.5, dense_steps=0, dense_layers=0),
+        FrozenPattern(block_size=16, density=0.2, dense_steps=0, dense_layers=0),
+        LiteAttention(
+            block_size=16, dense_steps=0, dense_layers=0, threshold=1.0, allow_positive_threshold=True, detect_every=2
+        ),
+    ],
+    ids=lambda method: method.name,
+)
+def test_every_sparse_method_can_be_corrected(method):
+    """With one row a group every visual row is exact, whatever the method leaves out."""
+    transformer = tiny_transformer()
+    plain = run(transformer)
+    with dit_accel.attach(transformer, method) as attachment:
+        without = run(transformer)
+        density = attachment.report().density
+    assert not torch.equal(without, plain)
+    with dit_accel.attach(transformer, method, DeltaCorrection(stride=1, reactivate=False)) as attachment:
+        torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
+        assert attachment.report().measured
+    assert density < 1
+
+
 def test_dense_steps_and_layers_stay_bit_equal():
     transformer = tiny_transformer()
     plain = run(transformer)
@@ -465,6 +548,8 @@ def test_compiled_full_graph_gives_the_same():
         ({"reuse": 0}, r"delta\.reuse must be >= 1, got 0; 1 probes every call"),
         ({"margin": -1}, r"delta\.margin must be a finite number >= 0, got -1; 1 is usual"),
         ({"margin": float("nan")}, r"delta\.margin must be a finite number >= 0, got nan"),
+        ({"shrink": "no"}, r"delta\.shrink must be true or false, got 'no'"),
+        ({"rotate": 2}, r"delta\.rotate must be true or false, got 2"),
         ({"reactivate": 1}, r"delta\.reactivate must be true or false, got 1"),
     ],
 )

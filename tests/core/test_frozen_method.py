@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, FrozenPattern, LiteAttention, RadialAttention
+from dit_accel import ConfigError, FrozenPattern, LiteAttention, RadialAttention, SolAttention
 from dit_accel.adapter import Adapter
 from dit_accel.layout import TokenLayout
 from dit_accel.methods.base import Handler, Model
@@ -351,6 +351,22 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
     assert densities[0] == densities[1]
     assert densities[0][1] <= 0.6 + 1e-6
     assert densities[0][-1] < densities[0][1]
+
+
+def test_sol_routes_in_the_pattern_whatever_the_order():
+    transformer, frozen = tiny_transformer(), dataclasses.replace(FROZEN, density=0.6)
+    sol = SolAttention(beta=0.5, dense_steps=1, dense_layers=0)
+    results = []
+    for methods in ((frozen, sol), (sol, frozen)):
+        with dit_accel.attach(transformer, *methods) as attachment, watched(attachment) as calls:
+            results.append(run(transformer, branches=("cond",)))
+            assert attachment.report().steps[-1].density < 1
+        for call in calls:
+            selection = call.plan.selection
+            assert selection.routing is not None
+            assert (count_bits(selection.keep) == 3).all()
+            assert call.plan.tiles.block_k == 16
+    assert torch.equal(*results)
 
 
 def test_gradients_follow_the_pattern():

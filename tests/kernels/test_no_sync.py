@@ -10,9 +10,13 @@ import torch
 from dit_accel_kernels import (
     EXACT,
     FrameDecay,
+    Routing,
+    Selection,
     TileLists,
+    Vote,
     block_sparse_attention_backward,
     block_sparse_attention_eager,
+    pack_bits,
 )
 from dit_accel_kernels.triton_support import interpreted
 from kernel_cases import qkv
@@ -87,6 +91,17 @@ def decay(device: str = "cpu") -> FrameDecay:
     return FrameDecay(table=torch.tensor([1.0, 0.8, 0.5], device=device), q_frames=frames, k_frames=frames)
 
 
+def pinned(device: str) -> Tensor:
+    """The diagonal, as bits."""
+    return pack_bits(torch.eye(-(-TOKENS // BLOCK), dtype=torch.bool)).to(device)
+
+
+def kept(device: str) -> Tensor:
+    """Two tiles a row, as bits of one batch and two heads."""
+    count = -(-TOKENS // BLOCK)
+    return pack_bits((torch.arange(count)[:, None] + torch.arange(count)) % count < 2).expand(1, 2, -1, -1).to(device)
+
+
 FEATURES: dict[str, Callable[[str], dict]] = {
     "plain": lambda device: {},
     "decay": lambda device: {"frame_decay": decay(device)},
@@ -95,6 +110,11 @@ FEATURES: dict[str, Callable[[str], dict]] = {
         "key_length": torch.tensor([30], device=device),
     },
     "token order": lambda device: {"token_order": torch.arange(TOKENS).flip(0).to(device)},
+    "routing": lambda device: {"selection": Selection(routing=Routing(beta=0.0), pinned=pinned(device))},
+    "kept tiles": lambda device: {"selection": Selection(keep=kept(device), rest="pooled", pinned=pinned(device))},
+    "votes": lambda device: {
+        "selection": Selection(keep=kept(device), vote=Vote(threshold=-1.0), reverse=True),
+    },
     "everything": lambda device: {
         **FEATURES["decay"](device),
         **FEATURES["key mask"](device),
@@ -123,6 +143,10 @@ def backward(inputs: list[Tensor], tiles: TileLists, features: dict) -> tuple[Te
     return block_sparse_attention_backward(grad, q, k, v, tiles, layout="bhsd", backend="triton", **features)
 
 
+SELECTIONS = ("routing", "kept tiles", "votes")  # their gradient makes lists of the selection, which are read back
+CALLS = [(f, call) for f in FEATURES for call in (forward, backward) if call is forward or f not in SELECTIONS]
+
+
 @pytest.mark.parametrize(
     "wait",
     [
@@ -145,8 +169,7 @@ def test_every_kind_of_wait_is_refused(wait, monkeypatch):
 
 
 @pytest.mark.parametrize("rest", [0, 1], ids=["skipped", "pooled"])
-@pytest.mark.parametrize("call", [forward, backward])
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(("feature", "call"), CALLS)
 def test_planned_calls_never_wait(feature, call, rest, monkeypatch):
     tiles, features, inputs = lists(rest), FEATURES[feature]("cpu"), tensors()
     call(inputs, tiles, features)
@@ -158,8 +181,9 @@ def test_planned_calls_never_wait(feature, call, rest, monkeypatch):
 
 
 @pytest.mark.parametrize("rest", [0, 1], ids=["skipped", "pooled"])
-@pytest.mark.parametrize("call", [forward, backward])
-@pytest.mark.parametrize("feature", [name for name in FEATURES if name not in ("decay", "everything")])
+@pytest.mark.parametrize(
+    ("feature", "call"), [(feature, call) for feature, call in CALLS if feature not in ("decay", "everything")]
+)
 def test_plans_are_made_without_a_wait(feature, call, rest, monkeypatch):
     """All but those with decay, which read the number of frames once."""
     tiles, features, inputs = lists(rest), FEATURES[feature]("cpu"), tensors()
@@ -170,8 +194,7 @@ def test_plans_are_made_without_a_wait(feature, call, rest, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(interpreted(), reason="interprets its kernels: TRITON_INTERPRET=0 runs them on a GPU")
 @pytest.mark.parametrize("rest", [0, 1], ids=["skipped", "pooled"])
-@pytest.mark.parametrize("call", [forward, backward])
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(("feature", "call"), CALLS)
 def test_calls_replay_from_a_cuda_graph(feature, call, rest):
     """Captured on one set of inputs, replayed on another: bit for bit what the call gives there."""
     tiles, features, inputs = lists(rest, "cuda"), FEATURES[feature]("cuda"), tensors("cuda")

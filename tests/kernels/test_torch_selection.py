@@ -1,6 +1,10 @@
 """Selections on the torch backend: votes beside the attention against the specification, gradients, op and compile."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,3 +294,17 @@ def test_compiles_to_one_full_graph_for_bits_that_change():
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
+
+
+def test_bench_compares_selections_with_static_lists_of_the_same_tiles(tmp_path):
+    bench, out = Path(__file__).parents[2] / "kernels" / "bench" / "selection.py", tmp_path / "results.jsonl"
+    command = [sys.executable, str(bench), "--shapes", "1,2,256,16,32", "--density", "0.3", "--rounds", "1"]
+    found = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    records = {record["call"]: record for record in map(json.loads, out.read_text().splitlines())}
+    assert records["keep"]["base"] == "lists"
+    assert records["keep, maxgap"]["base"] == "keep"
+    assert records["routed"]["base"] == "lists, pooled"
+    assert records["routed"]["density"] == records["lists, pooled"]["density"]
+    assert records["keep"]["density"] == records["lists"]["density"]
+    assert all(name in found.stdout for name in records)

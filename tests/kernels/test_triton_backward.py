@@ -2,11 +2,19 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from dit_accel_kernels import BackendUnavailableError, TileLists, reference, triton_backward
+from dit_accel_kernels import (
+    BackendUnavailableError,
+    FrameDecay,
+    TileLists,
+    block_sparse_attention,
+    reference,
+    triton_backward,
+)
 from dit_accel_kernels.features import Problem, tile_means
 from dit_accel_kernels.selection import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
@@ -193,6 +201,94 @@ def test_features_together(dtype, groups, features):
     if features & 8:
         arguments |= dict(token_order=torch.randperm(80))
     check(make(q, k, v, random_lists(groups, 80, 80, 16, 32), **arguments))
+
+
+AXES: dict[str, list] = {
+    "dtype": DTYPES,
+    "dim": [8, 32, 64, 72, 96, 128],
+    "tokens": [(63, 63), (100, 100), (1, 40), (70, 33), (17, 130)],
+    "blocks": [(16, 16), (32, 16), (64, 64), (24, 48), (128, 32)],
+    "heads": [(2, 4, 4), (1, 4, 2), (2, 2, 1), (1, 1, 1)],
+    "lists": ["shared", "per head", "per batch and head"],
+    "pooled": [False, True],
+    "scale": [None, 0.4, -0.3],
+    "head_scale": [False, True],
+    "decay": [None, 16, 7],
+    "keys": [None, "length", "mask", "none in a batch", "both"],
+    "order": [False, True],
+    "lse": [True, False],
+}
+
+
+def grid(count: int) -> list[dict]:
+    """Calls of the grid: along every axis its values in turn, each axis in a random order of its own."""
+    draw = random.Random(0)
+    columns = {}
+    for name, values in AXES.items():
+        turns = values * -(-count // len(values))
+        draw.shuffle(turns)
+        columns[name] = turns[:count]
+    return [{name: columns[name][i] for name in AXES} for i in range(count)]
+
+
+def of_grid(case: dict) -> tuple[tuple[Tensor, Tensor, Tensor], TileLists, dict]:
+    """Tensors, lists and features of a call of the grid."""
+    (batch, heads, key_heads), (num_q, num_k) = case["heads"], case["tokens"]
+    if case["order"]:
+        num_k = num_q = max(num_q, num_k)  # an order is that of self-attention
+    q, k, v = qkv(batch, heads, key_heads, num_q, num_k, case["dim"], case["dtype"])
+    groups = {"shared": 1, "per head": heads, "per batch and head": batch * heads}[case["lists"]]
+    features: dict = {} if case["scale"] is None else dict(logit_scale=case["scale"])
+    if case["head_scale"]:
+        features |= dict(head_scale=torch.rand(batch, heads) + 0.5)
+    if case["decay"]:
+        table = torch.tensor([1.0, 0.9, 0.6])
+        features |= dict(decay=(table, *(frames(n, case["decay"], min(3, n - 1)) for n in (num_q, num_k))))
+    if case["keys"] in ("length", "both"):
+        features |= dict(key_length=torch.randint(1, num_k + 1, (batch,)))
+    if case["keys"] in ("mask", "none in a batch", "both"):
+        valid = torch.rand(batch, num_k) > 0.3
+        valid[0] &= case["keys"] != "none in a batch"
+        features |= dict(key_mask=valid)
+    if case["order"]:
+        features |= dict(token_order=torch.randperm(num_q))
+    return (q, k, v), random_lists(groups, num_q, num_k, *case["blocks"], pooled=case["pooled"]), features
+
+
+@pytest.mark.parametrize(
+    "case", grid(20), ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case.values())
+)
+def test_everything_together(case):
+    """Every value of every axis: dtype, D, ragged lengths, tiles, grouped heads, lists, scales, decay, masks, order."""
+    tensors, tiles, features = of_grid(case)
+    found = check(make(*tensors, tiles, **features), with_lse=case["lse"])
+    assert all(x.isfinite().all() for x in found)
+    if case["keys"] == "none in a batch":
+        assert not any(x[0].any() for x in found)
+
+
+@pytest.mark.parametrize("case", grid(20)[:8], ids=range(8))
+def test_forward_and_backward_are_the_gradient_of_the_specification(case):
+    """Both kernels through autograd, in 16 bits, against autograd through the float64 specification."""
+    dtype = torch.bfloat16 if case["dtype"] == torch.float32 else case["dtype"]
+    tensors, tiles, features = of_grid({**case, "dtype": dtype})
+    problem = make(*tensors, tiles, **features)
+    grad_out = torch.randn(problem.q.shape).to(dtype)
+    grad_lse = torch.randn(problem.q.shape[:3]) if case["lse"] else None
+    _, truth = specified(widened(problem), grad_out.to(WIDE), None if grad_lse is None else grad_lse.to(WIDE))
+    _, yardstick = specified(problem, grad_out, grad_lse)
+    arguments: dict = dict(layout="bhsd", return_lse=True, backend="triton", scale=problem.logit_scale)
+    arguments |= {name: features.get(name) for name in ("head_scale", "key_length", "key_mask", "token_order")}
+    if problem.decay is not None:
+        table, q_frames, k_frames = problem.decay
+        arguments |= dict(frame_decay=FrameDecay(table=table, q_frames=q_frames, k_frames=k_frames))
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out, lse = block_sparse_attention(*leaves, tiles, **arguments)
+    loss = (out * grad_out).sum()
+    if grad_lse is not None:
+        loss = loss + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse).sum()
+    for found, a, b in zip(torch.autograd.grad(loss, leaves), yardstick, truth, strict=True):
+        assert_within_rounding(found, a, b, dtype)
 
 
 @pytest.mark.parametrize("each", [16, 32, 20])

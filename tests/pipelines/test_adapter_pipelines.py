@@ -1,6 +1,6 @@
 """Each video family's own pipeline, generating end to end with every method that applies, and telling what ran.
 
-Wan's is in `test_attach_wan`.
+Wan's is in `test_attach_wan`, those of the later families in `test_video_pipelines`.
 """
 
 import dataclasses
@@ -45,10 +45,3 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
     assert f"attention calls: {len(branches) * (layers + 3)} dense, {len(branches) * 3 * (layers - 1)} sparse" in str(
         report
     )
-
-
-def test_every_video_family_has_a_pipeline():
-    video = {
-        name for name, adapter in dit_accel.registry.adapters().items() if adapter.verdict("radial")[0] == "supported"
-    }
-    assert video == {"wan", *PIPELINES}

@@ -3,24 +3,17 @@
 import pytest
 import torch
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
-from thin_images import thin_images
 from tiny_image_pipelines import generate
 from tiny_other_pipelines import PIPELINES
 
 import dit_accel
+from dit_accel import positions
 from dit_accel.testing import TRIALS
 
 BRANCHES = {  # of the models whose pipelines tell; the others' calls are counted, and two calls a step are these
     "qwen-image": ["cond", "uncond"], "flux2-klein": ["cond", "uncond"], "flux-kin": ["cond", "uncond"],
     "hunyuan-image": ["pred_cond", "pred_uncond"], "cogview": ["cond", "uncond"],
 }  # fmt: skip
-NO_PIPELINE = {"flux3"}  # diffusers 0.42 has it as modular blocks alone, around a text encoder
-
-
-@pytest.fixture(autouse=True)
-def thin():
-    with thin_images():
-        yield
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -60,4 +53,14 @@ def test_an_image_pipeline_generates_with_every_method_and_reports_it(name):
 
 def test_every_image_family_has_a_pipeline():
     missing = [a.name for a in IMAGE_ADAPTERS if not any(name.startswith(a.name) for name in PIPELINES)]
-    assert set(missing) == NO_PIPELINE
+    assert not missing
+
+
+@pytest.mark.parametrize(("name", "reads"), [("flux", 1), ("flux-kontext", 1), ("flux2", 1), ("flux2-references", 3)])
+def test_positions_are_read_as_often_as_the_pipeline_makes_them(monkeypatch, name, reads):
+    seen, first_image = [], positions.first_image
+    monkeypatch.setattr(positions, "first_image", lambda ids: seen.append(len(ids)) or first_image(ids))
+    pipe, call = PIPELINES[name]()
+    with dit_accel.attach(pipe, TRIALS["sol"].active):
+        generate(pipe, call)
+    assert len(seen) == reads  # FLUX.2 joins the ids of image and references anew at each of the three steps

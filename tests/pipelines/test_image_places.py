@@ -1,5 +1,6 @@
 """Where image tokens lie in calls that the checks do not make: reference images, caches, padding, ragged batches."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,22 +11,17 @@ import tiny_models
 import tiny_other_models as other
 import torch
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
-from thin_images import ThinImages, thin_images
 from torch import Tensor
 
 import dit_accel
 from dit_accel import ConfigError, positions
-from dit_accel.testing import planned
-from dit_accel.watching import exact_pairs, require_same, watched
+from dit_accel.registry import adapter_for
+from dit_accel.testing import TRIALS, planned
+from dit_accel.watching import require_same, require_text_exact, watched
 
+SOL = TRIALS["sol"]
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
 Grids = list[tuple[int, ...]]
-
-
-@pytest.fixture(autouse=True)
-def thin():
-    with thin_images():
-        yield
 
 
 def build(model: Any) -> Any:
@@ -51,26 +47,23 @@ def assert_planned_is_dense(name: str, transformer: Any, run: Callable[[Any], li
     with planned(transformer, ADAPTERS[name]) as attachment, watched(attachment) as calls:
         for found, plain in zip(run(transformer), expected, strict=True):
             require_same(found, plain, name)
-    with dit_accel.attach(transformer, ThinImages()) as attachment, watched(attachment) as thinned:
+    with dit_accel.attach(transformer, SOL.active) as attachment, watched(attachment) as thinned:
         assert not torch.equal(run(transformer)[-1], expected[-1])
     assert len(thinned) == len(calls) > 0
     for call in thinned:
-        pairs, (frames, height, width, before, _) = exact_pairs(call.plan, call.k.shape[2]), call.grid
-        text = torch.ones(len(pairs), dtype=torch.bool)
-        text[before : before + frames * height * width] = False
-        assert bool(pairs[text].all() & pairs[:, text].all())
+        require_text_exact(call)
     assert torch.equal(run(transformer)[-1], expected[-1])
     return [call.grid for call in calls]
 
 
 def test_a_raster_is_read_off_either_end():
     both = torch.cat([tiny.ids(), tiny.ids(2, 3, 1), tiny.ids(3, 2, 2)])
-    assert positions.first_image(both) == (4, 5)
+    assert positions.first_image(both) == (8, 10)
     assert positions.last_image(both) == (3, 2)
-    assert positions.first_image(both.expand(2, -1, -1)) == (4, 5)
-    assert positions.last_row(torch.cat([torch.zeros(6, 3), tiny.ids()])) == 5
-    assert positions.first_image(tiny.ids()[torch.tensor([0, 2, 1, *range(3, 20)])]) == (1, 20)
-    assert positions.first_image(tiny.ids()[:18]) == (1, 18)
+    assert positions.first_image(both.expand(2, -1, -1)) == (8, 10)
+    assert positions.last_row(torch.cat([torch.zeros(6, 3), tiny.ids()])) == 10
+    assert positions.first_image(tiny.ids()[torch.tensor([0, 2, 1, *range(3, 80)])]) == (1, 80)
+    assert positions.first_image(tiny.ids()[:78]) == (1, 78)
 
 
 def test_values_are_read_once_as_long_as_they_stay():
@@ -100,7 +93,7 @@ def test_a_reference_image_behind_the_image_counts_as_text(name):
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(1, 6, dtype=torch.bool)], 1)
     inputs.pop("joint_attention_kwargs", None)
     grids = assert_planned_is_dense(name, build(model), lambda transformer: [forward(transformer, inputs)[0]])
-    assert set(grids) == {(1, 4, 5, 6, 6)}
+    assert set(grids) == {(1, 8, 10, 6, 6)}
 
 
 def test_flux2_fills_and_reads_its_cache_of_references():
@@ -119,7 +112,7 @@ def test_flux2_fills_and_reads_its_cache_of_references():
         return [first, forward(transformer, dict(inputs, kv_cache_mode="cached", kv_cache=cache))[0]]
 
     grids = assert_planned_is_dense("flux2", transformer, run)
-    assert grids == [(1, 4, 5, 12, 0)] * 8  # one planned call a layer, the references' own stay dense
+    assert grids == [(1, 8, 10, 12, 0)] * 8  # one planned call a layer, the references' own stay dense
 
 
 def test_glm_image_fills_and_reads_its_cache_of_references():
@@ -142,7 +135,7 @@ def test_glm_image_fills_and_reads_its_cache_of_references():
         return found
 
     grids = assert_planned_is_dense("glm-image", build(tiny.GLM_IMAGE[0]), run)
-    assert grids == [(1, 4, 5, 12, 0)] * 3 + [(1, 4, 5, 6, 0)] * 3  # the cache is filled densely
+    assert grids == [(1, 8, 10, 12, 0)] * 3 + [(1, 8, 10, 6, 0)] * 3  # the cache is filled densely
 
 
 @pytest.mark.parametrize("references", [False, True])
@@ -155,16 +148,16 @@ def test_qwen_image_21_plans_the_image_with_and_without_its_cache(references):
     def run(transformer: Any) -> list[Tensor]:
         cache = QwenImage21KVCache(3)
         calls = [{}, dict(kv_cache=cache, kv_cache_mode="extract"), dict(kv_cache=cache, kv_cache_mode="cached")]
-        return [forward(transformer, {**inputs, **call})[0][:, -24:] for call in calls]
+        return [forward(transformer, {**inputs, **call})[0][:, -80:] for call in calls]
 
     grids = assert_planned_is_dense("qwen-image-2.1", build(model), run)
-    assert grids == [(1, 4, 6, 6 + 8 * references, 0)] * 9
+    assert grids == [(1, 8, 10, 6 + 8 * references, 0)] * 9
 
 
 def z_image_omni(rows: list[tuple[int, int]]) -> dict[str, Any]:
     """Rows of (first prompt's tokens, text features): a reference image, a missing SigLIP image, the image."""
     return dict(
-        x=[[torch.randn(4, 1, 4, 6).double(), torch.randn(4, 1, 8, 10).double()] for _ in rows],
+        x=[[torch.randn(4, 1, 4, 6).double(), torch.randn(4, 1, 16, 20).double()] for _ in rows],
         t=torch.full((len(rows),), 0.5).double(),
         cap_feats=[[torch.randn(tokens, 16).double() for tokens in row] for row in rows],
         siglip_feats=[[torch.randn(3, 4, 8).double(), None] for _ in rows],
@@ -177,13 +170,13 @@ def test_z_image_omni_counts_text_and_earlier_images_in_front():
     transformer = diffusers.ZImageTransformer2DModel(**tiny.Z_IMAGE_TINY, siglip_feat_dim=8).eval()
     inputs = z_image_omni([(6, 5), (7, 4)])
     grids = assert_planned_is_dense("z-image", transformer, lambda transformer: list(forward(transformer, inputs)[0]))
-    assert set(grids) == {(1, 4, 5, 32 + 32 + 32, 12 + 32 + 32)}
+    assert set(grids) == {(1, 8, 10, 32 + 32 + 32, 16 + 32 + 32)}
     ragged = z_image_omni([(6, 5), (40, 4)])
     plain = forward(transformer, ragged)[0]
     with dit_accel.attach(transformer):
         assert all(map(torch.equal, forward(transformer, ragged)[0], plain))
     with (
-        dit_accel.attach(transformer, ThinImages()),
+        dit_accel.attach(transformer, SOL.active),
         pytest.raises(ConfigError, match=r"z-image\) can't be thinned out in this call: the rows of the batch have"),
     ):
         forward(transformer, ragged)
@@ -194,10 +187,10 @@ def refused(name: str, transformer: Any, inputs: dict[str, Any], match: str) -> 
     plain = forward(transformer, inputs)[0]
     with dit_accel.attach(transformer):
         assert torch.equal(forward(transformer, inputs)[0], plain)
-    with dit_accel.attach(transformer, ThinImages(dense_steps=1000)):
+    with dit_accel.attach(transformer, SOL.neutral):
         assert torch.equal(forward(transformer, inputs)[0], plain)
     with (
-        dit_accel.attach(transformer, ThinImages()),
+        dit_accel.attach(transformer, SOL.active),
         pytest.raises(ConfigError, match=rf"{name}\) can't be thinned out in this call: {match}"),
     ):
         forward(transformer, inputs)
@@ -213,15 +206,15 @@ def test_lumina2_takes_one_prompt_length_a_call():
 def test_joyimage_plus_takes_one_size_a_call():
     model = other.JOYIMAGE_EDIT_PLUS[0]
     inputs = model.inputs(2)
-    inputs["shape_list"][1] = [(1, 5, 4), (1, 2, 3)]
+    inputs["shape_list"][1] = [(1, 10, 8), (1, 2, 3)]
     refused("joyimage-edit-plus", build(model), inputs, r"the rows of the batch make images of different sizes, \[\(")
 
 
 def test_hidream_needs_latents_that_tell_their_size():
     model = tiny.HIDREAM[0]
     inputs = dict(
-        model.inputs(1), hidden_states=torch.randn(1, 20, 16), img_ids=tiny.ids()[None], img_sizes=[(4, 5)],
-        hidden_states_masks=torch.ones(1, 20),
+        model.inputs(1), hidden_states=torch.randn(1, 80, 16), img_ids=tiny.ids()[None], img_sizes=[(8, 10)],
+        hidden_states_masks=torch.ones(1, 80),
     )  # fmt: skip
     refused("hidream", build(model), inputs, "its latents are patches already, whose places are not told")
 
@@ -230,14 +223,14 @@ def test_joyimage_items_stand_behind_the_last_one():
     inputs = {key: widened(value) for key, value in other.joyimage(2, items=3).items()}
     model = other.JOYIMAGE_EDIT[0]
     grids = assert_planned_is_dense("joyimage-edit", build(model), lambda module: [forward(module, inputs)[0]])
-    assert set(grids) == {(1, 4, 5, 0, 2 * 20 + 6)}
+    assert set(grids) == {(1, 8, 10, 0, 2 * 80 + 6)}
 
 
 def test_ideogram_hides_its_padding():
     model = tiny.IDEOGRAM4[0]
     inputs = {key: widened(value) for key, value in tiny.ideogram4(2, padding=5).items()}
     grids = assert_planned_is_dense("ideogram4", build(model), lambda module: [forward(module, inputs)[0][:, 11:]])
-    assert set(grids) == {(1, 4, 5, 11, 0)}
+    assert set(grids) == {(1, 8, 10, 11, 0)}
 
 
 def test_ideogram_has_a_second_transformer_without_text():
@@ -245,14 +238,14 @@ def test_ideogram_has_a_second_transformer_without_text():
         key: widened(value)[:, 6:] if key != "timestep" else widened(value) for key, value in tiny.ideogram4(1).items()
     }
     grids = assert_planned_is_dense("ideogram4", build(tiny.IDEOGRAM4[0]), lambda module: [forward(module, inputs)[0]])
-    assert set(grids) == {(1, 4, 5, 0, 0)}
+    assert set(grids) == {(1, 8, 10, 0, 0)}
 
 
 def test_fibo_2_puts_padded_gist_tokens_last():
     inputs = {key: widened(value) for key, value in tiny.bria_fibo_2(2).items()}
     inputs["encoder_attention_mask"] = torch.arange(6)[None] < torch.tensor([[6], [3]])
     grids = assert_planned_is_dense("bria-fibo-2", build(tiny.BRIA_FIBO_2[0]), lambda m: [forward(m, inputs)[0]])
-    assert {grid[:4] for grid in grids} == {(1, 4, 5, 0)}
+    assert {grid[:4] for grid in grids} == {(1, 8, 10, 0)}
     assert grids[0][4] > 2
 
 
@@ -264,7 +257,7 @@ def test_chroma_refuses_a_mask_of_numbers():
     with dit_accel.attach(transformer):
         assert torch.equal(forward(transformer, inputs)[0], plain)
     with (
-        dit_accel.attach(transformer, ThinImages()),
+        dit_accel.attach(transformer, SOL.active),
         pytest.raises(ConfigError, match="biases other than 0 and -1"),
     ):
         forward(transformer, inputs)
@@ -280,7 +273,7 @@ def test_an_ip_adapter_keeps_its_own_attention():
     inputs = {key: widened(value) for key, value in model.inputs(1).items()}
     inputs["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(1, 4, 12).double()]}
     grids = assert_planned_is_dense("flux", transformer, lambda module: [forward(module, inputs)[0]])
-    assert grids == [(1, 4, 5, 6, 0)] * 4
+    assert grids == [(1, 8, 10, 6, 0)] * 4
 
 
 def test_a_transformer_compiled_whole_stays_dense_or_says_why():
@@ -292,9 +285,31 @@ def test_a_transformer_compiled_whole_stays_dense_or_says_why():
         torch.testing.assert_close(forward(compiled, inputs)[0], plain)
     torch._dynamo.reset()
     with (
-        dit_accel.attach(transformer, ThinImages()),
+        dit_accel.attach(transformer, SOL.active),
         transformer.cache_context("cond", step_index=0, num_inference_steps=2),
         pytest.raises(ConfigError, match=r"flux\) tells its tokens' places by values, which a transformer that is"),
     ):
         forward(compiled, inputs)
     torch._dynamo.reset()
+
+
+RELEASED = {  # what the hub's configs set besides the class's defaults
+    "flux.2-dev": ("Flux2Transformer2DModel", {}),
+    "z-image-turbo": ("ZImageTransformer2DModel", {}),
+    "chroma1-hd": ("ChromaTransformer2DModel", {}),
+    "hunyuan-image-2.1": ("HunyuanImageTransformer2DModel", {}),
+    "hidream-i1": ("HiDreamImageTransformer2DModel", {}),
+    "cogview4-6b": ("CogView4Transformer2DModel", dict(num_layers=28, num_attention_heads=32, attention_head_dim=128)),
+    "cogview3-plus-3b": ("CogView3PlusTransformer2DModel", {}),
+    "lumina-image-2.0": ("Lumina2Transformer2DModel", {}),
+    "aura-flow-0.3": ("AuraFlowTransformer2DModel", {}),
+    "pixart-sigma": ("PixArtTransformer2DModel", {}),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_image_models_are_recognised(name):
+    cls, changes = RELEASED[name]
+    parameters = inspect.signature(getattr(diffusers, cls).__init__).parameters.values()
+    config = {parameter.name: parameter.default for parameter in parameters} | changes
+    assert adapter_for(cls).family(config).name == name

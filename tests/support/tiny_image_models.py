@@ -54,7 +54,7 @@ CHROMA = (TinyModel(transformer=diffusers.ChromaTransformer2DModel, config=CHROM
 
 def _z_image(batch: int) -> Mapping[str, Any]:
     return dict(
-        x=list(torch.randn(batch, 4, 1, 8, 10)), t=steps(batch, 0.5),
+        x=list(torch.randn(batch, 4, 1, 16, 20)), t=steps(batch, 0.5),
         cap_feats=[torch.randn(6 + 30 * row, 16) for row in range(batch)],
     )  # fmt: skip
 
@@ -92,11 +92,11 @@ KREA2 = (
 
 
 def qwen_image_21(batch: int, references: bool = False) -> Mapping[str, Any]:
-    """An image of 4 x 6 tokens, and one of 2 x 4 in the middle of the text or none."""
-    shapes = [(1, 2, 4)] * references + [(1, 4, 6)]
-    slots = torch.tensor([False] * 3 + [True, True] * references + [False] * 3 + [True] * 6)
+    """An image of 8 x 10 tokens, and one of 2 x 4 in the middle of the text or none."""
+    shapes = [(1, 2, 4)] * references + [(1, ROWS, COLUMNS)]
+    slots = torch.tensor([False] * 3 + [True, True] * references + [False] * 3 + [True] * 20)
     return dict(
-        hidden_states=torch.randn(batch, 24 + 8 * references, 4), timestep=steps(batch, 0.5),
+        hidden_states=torch.randn(batch, 80 + 8 * references, 4), timestep=steps(batch, 0.5),
         encoder_hidden_states=torch.randn(batch, 6 + 2 * references, 16), img_shapes=[shapes] * batch,
         encoder_hidden_states_mask=text_mask(batch, 6 + 2 * references), img_mask=slots.expand(batch, -1),
     )  # fmt: skip
@@ -136,9 +136,9 @@ HUNYUAN_IMAGE = tuple(
 )  # fmt: skip
 
 
-def _hidream(batch: int, height: int = 8) -> Mapping[str, Any]:
+def _hidream(batch: int, height: int = 16) -> Mapping[str, Any]:
     return dict(
-        hidden_states=torch.randn(batch, 4, height, 10), timesteps=steps(batch),
+        hidden_states=torch.randn(batch, 4, height, 20), timesteps=steps(batch),
         encoder_hidden_states_t5=torch.randn(batch, 6, 16), pooled_embeds=torch.randn(batch, 8),
         encoder_hidden_states_llama3=list(torch.randn(4, batch, 7, 12)),
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _hidream(batch: int, height: int = 8) -> Mapping[str, Any]:
 
 HIDREAM_TINY = dict(
     HEADS, patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, caption_channels=[16, 12],
-    text_emb_dim=8, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(10, 12),
+    text_emb_dim=8, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(20, 22),
     llama_layers=[0, 1, 2, 3],
 )  # fmt: skip
 HIDREAM = tuple(
@@ -154,22 +154,22 @@ HIDREAM = tuple(
         transformer=diffusers.HiDreamImageTransformer2DModel, config=HIDREAM_TINY,
         inputs=partial(_hidream, height=height),
     )
-    for height in (8, 10)
+    for height in (16, 20)
 )  # fmt: skip
 
 
 def _cogview(batch: int) -> Mapping[str, Any]:
     sizes = {name: torch.ones(batch, 2) for name in ("original_size", "target_size", "crop_coords")}
     return dict(
-        sizes, hidden_states=torch.randn(batch, 4, 8, 10), timestep=steps(batch).long(),
+        sizes, hidden_states=torch.randn(batch, 4, 16, 20), timestep=steps(batch).long(),
         encoder_hidden_states=torch.randn(batch, 6, 16),
     )  # fmt: skip
 
 
 def _glm_image(batch: int) -> Mapping[str, Any]:
-    inputs = dict(_cogview(batch), prior_token_drop=torch.zeros(batch, 20, dtype=torch.bool))
+    inputs = dict(_cogview(batch), prior_token_drop=torch.zeros(batch, 80, dtype=torch.bool))
     del inputs["original_size"]
-    return dict(inputs, prior_token_id=torch.arange(20).expand(batch, -1))
+    return dict(inputs, prior_token_id=(torch.arange(80) % 32).expand(batch, -1))
 
 
 COGVIEW_TINY = dict(
@@ -190,7 +190,7 @@ GLM_IMAGE = (TinyModel(transformer=diffusers.GlmImageTransformer2DModel, config=
 
 def _lumina2(batch: int) -> Mapping[str, Any]:
     return dict(
-        hidden_states=torch.randn(batch, 4, 8, 10), timestep=steps(batch, 0.5),
+        hidden_states=torch.randn(batch, 4, 16, 20), timestep=steps(batch, 0.5),
         encoder_hidden_states=torch.randn(batch, 6, 16), encoder_attention_mask=text_mask(1).expand(batch, -1),
     )  # fmt: skip
 
@@ -228,7 +228,7 @@ IDEOGRAM4 = (TinyModel(transformer=diffusers.Ideogram4Transformer2DModel, config
 
 AURA_FLOW_TINY = dict(
     HEADS, sample_size=8, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, joint_attention_dim=16,
-    caption_projection_dim=32, pos_embed_max_size=64,
+    caption_projection_dim=32, pos_embed_max_size=144,
 )  # fmt: skip
 AURA_FLOW = (TinyModel(transformer=diffusers.AuraFlowTransformer2DModel, config=AURA_FLOW_TINY, inputs=image),)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny_models import FLUX, FLUX_KIN_TINY, QWEN_IMAGE
 
-SIZE = dict(height=64, width=80, num_inference_steps=3, output_type="latent")
+SIZE = dict(height=128, width=160, num_inference_steps=3, output_type="latent")
 Made = tuple[Any, dict[str, Any]]
 
 
@@ -57,7 +57,7 @@ def masks(positive: str, negative: str, tokens: int = 6, dtype: torch.dtype = to
     return {positive: mask.to(dtype), negative: (mask.roll(1) & mask).to(dtype)}
 
 
-def picture(height: int = 64, width: int = 80) -> torch.Tensor:
+def picture(height: int = 128, width: int = 160) -> torch.Tensor:
     torch.manual_seed(2)
     return torch.rand(1, 3, height, width)
 
@@ -81,7 +81,7 @@ def flux_img2img() -> Made:
 
 
 def flux_fill() -> Made:
-    mask = (torch.arange(80)[None, None, None] > 40).float().expand(1, 1, 64, 80)
+    mask = (torch.arange(160)[None, None, None] > 80).float().expand(1, 1, 128, 160)
     return _flux(diffusers.FluxFillPipeline, channels=4 + 4 + 256, image=picture(), mask_image=mask)
 
 
@@ -90,7 +90,7 @@ def flux_control() -> Made:
 
 
 def flux_kontext() -> Made:
-    return _flux(diffusers.FluxKontextPipeline, image=picture(32, 48), max_area=64 * 80, _auto_resize=False)
+    return _flux(diffusers.FluxKontextPipeline, image=picture(32, 48), max_area=128 * 160, _auto_resize=False)
 
 
 def flux_kin() -> Made:
@@ -198,7 +198,7 @@ def qwen_image() -> Made:
 
 def qwen_image_edit() -> Made:
     cls = small_references(diffusers.QwenImageEditPipeline, (48, 32, None))
-    return qwen(cls, image=pil(64, 80), prompt=None)
+    return qwen(cls, image=pil(128, 160), prompt=None)
 
 
 PIPELINES: dict[str, Callable[[], Made]] = {
@@ -214,5 +214,7 @@ def generate(pipe: Any, call: dict[str, Any], **changes: Any) -> torch.Tensor:
     """Return the image, or its latents, of a run from one fixed noise."""
     torch.manual_seed(0)  # some encode references without the generator
     out = pipe(**{**call, "generator": torch.Generator().manual_seed(0), **changes})
+    if isinstance(out, torch.Tensor):
+        return out
     images = out.images if hasattr(out, "images") else out[0]
     return torch.stack(list(images)) if isinstance(images, list) else images

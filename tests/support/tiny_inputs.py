@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-ROWS, COLUMNS = 4, 5
+ROWS, COLUMNS = 8, 10
 HEADS = dict(attention_head_dim=16, num_attention_heads=2)
 FLUX_LIKE = dict(
     HEADS, in_channels=4, num_layers=2, num_single_layers=2, joint_attention_dim=16, axes_dims_rope=(4, 6, 6)
@@ -36,7 +36,7 @@ def packed(batch: int, references: bool = False, columns: int = 3) -> dict[str, 
     )  # fmt: skip
 
 
-def image(batch: int, height: int = 8, width: int = 10) -> dict[str, Any]:
+def image(batch: int, height: int = 16, width: int = 20) -> dict[str, Any]:
     """Latents [B, C, H, W], a timestep and text."""
     return dict(
         hidden_states=torch.randn(batch, 4, height, width), timestep=steps(batch, 0.5),

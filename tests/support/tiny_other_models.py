@@ -55,7 +55,7 @@ PRX = (TinyModel(transformer=diffusers.PRXTransformer2DModel, config=PRX_TINY, i
 
 def joyimage(batch: int, items: int = 0) -> Mapping[str, Any]:
     """One image [B, C, T, H, W], or several items, of which the last is made."""
-    latents = torch.randn(batch, *[items] * bool(items), 4, 1, 8, 10)
+    latents = torch.randn(batch, *[items] * bool(items), 4, 1, 16, 20)
     return dict(image(batch), hidden_states=latents)
 
 

@@ -8,6 +8,7 @@ import tiny_image_models as tiny
 import tiny_image_pipelines
 import tiny_other_models as other
 import torch
+from diffusers.modular_pipelines.flux3 import modular_blocks_flux3
 from tiny_image_pipelines import (
     SIZE,
     Made,
@@ -33,15 +34,35 @@ class Encoder:
     dtype = torch.float32
 
 
+def _flux3(blocks: type, **call: Any) -> Made:
+    """Assemble FLUX.3's blocks behind the text encoder; diffusers has no other pipeline of it."""
+    pipe = blocks().init_pipeline()
+    pipe.update_components(
+        transformer=build(diffusers.Flux3Transformer2DModel, tiny.FLUX3_TINY), scheduler=flow(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=2.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, dict(height=128, width=160, num_inference_steps=3, output="latents", **prompts(), **call)
+
+
+def flux3() -> Made:
+    return _flux3(modular_blocks_flux3.Flux3CoreDenoiseStep)
+
+
+def flux3_references() -> Made:
+    reference = [torch.randn(1, 4, 2, 3)]
+    return _flux3(modular_blocks_flux3.Flux3ImageConditionedCoreDenoiseStep, image_cond_latents=reference)
+
+
 def qwen_image_edit_plus() -> Made:
     cls = small_references(diffusers.QwenImageEditPlusPipeline, (48, 32))
-    return qwen(cls, image=[pil(64, 80), pil(64, 64)], prompt=None)
+    return qwen(cls, image=[pil(128, 160), pil(64, 64)], prompt=None)
 
 
 def qwen_image_layered() -> Made:
-    cls = small_references(diffusers.QwenImageLayeredPipeline, (80, 64))
+    cls = small_references(diffusers.QwenImageLayeredPipeline, (160, 128))
     made = qwen(
-        cls, image=pil(64, 80, "RGBA"), prompt="a", layers=1, output_type="pt",
+        cls, image=pil(128, 160, "RGBA"), prompt="a", layers=1, output_type="pt",
         config=dict(use_layer3d_rope=True, use_additional_t_cond=True),
         parts=dict(text_encoder=Encoder(), vae=qwen_vae(1, input_channels=4)),
     )  # fmt: skip
@@ -79,7 +100,7 @@ def qwen_image_21(**call: Any) -> Made:
         processor=Processor(),
     )  # fmt: skip
     valid = masks("prompt_embeds_mask", "negative_prompt_embeds_mask")
-    return pipe, dict(SIZE, height=64, width=96, true_cfg_scale=2.0, **prompts(), **valid, **call)
+    return pipe, dict(SIZE, true_cfg_scale=2.0, **prompts(), **valid, **call)
 
 
 def qwen_image_21_uncached() -> Made:
@@ -98,7 +119,7 @@ def hunyuan_image() -> Made:
         vae=build(diffusers.AutoencoderKLHunyuanImage, config), scheduler=flow(),
         guider=diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0, enabled=True),
     )  # fmt: skip
-    call = dict(SIZE, height=32, width=40, **prompts(), **masks("prompt_embeds_mask", "negative_prompt_embeds_mask"))
+    call = dict(SIZE, height=64, width=80, **prompts(), **masks("prompt_embeds_mask", "negative_prompt_embeds_mask"))
     call |= prompts(3, 12, names=("prompt_embeds_2", "negative_prompt_embeds_2"))
     return pipe, call | masks("prompt_embeds_mask_2", "negative_prompt_embeds_mask_2", 3)
 
@@ -108,7 +129,7 @@ def hidream() -> Made:
         diffusers.HiDreamImagePipeline, transformer=build(diffusers.HiDreamImageTransformer2DModel, tiny.HIDREAM_TINY),
         vae=vae(4, shift_factor=0.1), scheduler=flow(),
     )  # fmt: skip
-    pipe.default_sample_size = 10
+    pipe.default_sample_size = 20
     call = dict(SIZE, **prompts(names=("prompt_embeds_t5", "negative_prompt_embeds_t5")))
     call |= prompts(8, names=("pooled_prompt_embeds", "negative_pooled_prompt_embeds"))
     llama = prompts(1, 7, 12, names=("prompt_embeds_llama3", "negative_prompt_embeds_llama3"))
@@ -137,7 +158,7 @@ def glm_image(**call: Any) -> Made:
         vae=vae(4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
         scheduler=flow(use_dynamic_shifting=True, time_shift_type="linear"),
     )  # fmt: skip
-    return pipe, dict(SIZE, **prompts(), prior_token_ids=torch.arange(20)[None], **call)
+    return pipe, dict(SIZE, **prompts(), prior_token_ids=torch.arange(80)[None] % 32, **call)
 
 
 def glm_image_references() -> Made:
@@ -234,9 +255,9 @@ def joyimage_edit() -> Made:
         diffusers.JoyImageEditPipeline, vae=_wan_vae(), scheduler=flow(),
         transformer=build(diffusers.JoyImageEditTransformer3DModel, other.JOYIMAGE_TINY),
     )  # fmt: skip
-    pipe.vae_image_processor.get_default_height_width = lambda *_, **__: (64, 80)
+    pipe.vae_image_processor.get_default_height_width = lambda *_, **__: (128, 160)
     valid = masks("prompt_embeds_mask", "negative_prompt_embeds_mask")
-    return pipe, dict(SIZE, image=pil(64, 80), **prompts(), **valid)
+    return pipe, dict(SIZE, image=pil(128, 160), **prompts(), **valid)
 
 
 def joyimage_edit_plus() -> Made:
@@ -290,7 +311,8 @@ def sd3() -> Made:
 
 
 PIPELINES = {
-    **tiny_image_pipelines.PIPELINES, "sd3": sd3, "qwen-image-edit-plus": qwen_image_edit_plus,
+    **tiny_image_pipelines.PIPELINES, "flux3": flux3, "flux3-references": flux3_references, "sd3": sd3,
+    "qwen-image-edit-plus": qwen_image_edit_plus,
     "qwen-image-layered": qwen_image_layered, "qwen-image-controlnet": qwen_image_controlnet,
     "qwen-image-2.1": qwen_image_21, "qwen-image-2.1-uncached": qwen_image_21_uncached,
     "hunyuan-image": hunyuan_image, "hidream": hidream, "cogview": cogview4, "cogview-3": cogview3,

@@ -25,10 +25,10 @@ def _mask(batch: int, tokens: int) -> torch.Tensor:
     return torch.arange(tokens)[None] < tokens - 1 - torch.arange(batch)[:, None]
 
 
-def _hunyuan15(batch: int, image: bool = True) -> Mapping[str, Any]:
+def _hunyuan15(batch: int) -> Mapping[str, Any]:
     inputs = _video(
         batch, encoder_attention_mask=_mask(batch, 6).long(), encoder_hidden_states_2=torch.randn(batch, 5, 12),
-        encoder_attention_mask_2=_mask(batch, 5).long(), image_embeds=torch.randn(batch, 3, 8) * image,
+        encoder_attention_mask_2=_mask(batch, 5).long(), image_embeds=torch.randn(batch, 3, 8),
     )  # fmt: skip
     return dict(inputs, hidden_states=torch.randn(batch, 4, 7, 4, 8))
 
@@ -37,12 +37,11 @@ HUNYUAN15_TINY = dict(
     in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=3, num_refiner_layers=1,
     patch_size=1, text_embed_dim=16, text_embed_2_dim=12, image_embed_dim=8, rope_axes_dim=(4, 6, 6),
 )  # fmt: skip
-HUNYUAN15 = tuple(
+HUNYUAN15 = (
     TinyModel(
-        transformer=diffusers.HunyuanVideo15Transformer3DModel, config=HUNYUAN15_TINY,
-        inputs=partial(_hunyuan15, image=image), left_alone=("context_embedder.*",),
-    )
-    for image in (True, False)
+        transformer=diffusers.HunyuanVideo15Transformer3DModel, config=HUNYUAN15_TINY, inputs=_hunyuan15,
+        left_alone=("context_embedder.*",),
+    ),
 )  # fmt: skip
 
 
@@ -169,33 +168,28 @@ KANDINSKY5 = (
 )  # fmt: skip
 
 
-def _kandinsky6(batch: int, reference: int = 0) -> Mapping[str, Any]:
-    inputs = dict(
-        _video(batch), hidden_states=torch.randn(batch, 7 + reference, 8, 16, 9),
-        pooled_projections=torch.randn(batch, 8), audio_hidden_states=torch.randn(batch, 9, 5),
-        encoder_attention_mask=_mask(batch, 6),
+def _kandinsky6(batch: int) -> Mapping[str, Any]:
+    types = torch.zeros(batch, 8, dtype=torch.long)
+    types[:, -1] = 1
+    return dict(
+        _video(batch), hidden_states=torch.randn(batch, 8, 8, 16, 9), pooled_projections=torch.randn(batch, 8),
+        audio_hidden_states=torch.randn(batch, 9, 5), encoder_attention_mask=_mask(batch, 6),
+        visual_token_type_ids=types,
+        visual_rope_pos=(torch.tensor([*range(7), 0]), torch.arange(4), torch.arange(8)),
     )  # fmt: skip
-    if reference:
-        types = torch.zeros(batch, 8, dtype=torch.long)
-        types[:, -1] = 1
-        places = torch.cat([torch.arange(7), torch.zeros(1, dtype=torch.long)]), torch.arange(4), torch.arange(8)
-        inputs |= dict(visual_token_type_ids=types, visual_rope_pos=places)
-    return inputs
 
 
 KANDINSKY6_TINY = dict(KANDINSKY5_TINY, in_audio_dim=5, out_audio_dim=5, visual_token_type_num_embeddings=2)
-KANDINSKY6 = tuple(
+KANDINSKY6 = (
     TinyModel(
-        transformer=diffusers.Kandinsky6Transformer3DModel,
-        config=dict(KANDINSKY6_TINY, ca_rope=bool(reference), cross_gates=bool(reference)),
-        inputs=partial(_kandinsky6, reference=reference), reference_frames=reference,
+        transformer=diffusers.Kandinsky6Transformer3DModel, inputs=_kandinsky6, reference_frames=1,
+        config=dict(KANDINSKY6_TINY, ca_rope=True, cross_gates=True),
         left_alone=("*_text_transformer_blocks.*", "*.cross_attention", "*.audio_dec_block.*", "*_cross_attention"),
-    )
-    for reference in (0, 1)
+    ),
 )  # fmt: skip
 
 
-def _framepack(batch: int, history: bool = True) -> Mapping[str, Any]:
+def _framepack(batch: int) -> Mapping[str, Any]:
     inputs = _video(
         batch, encoder_attention_mask=_mask(batch, 6).long(), pooled_projections=torch.randn(batch, 8),
         image_embeds=torch.randn(batch, 3, 8), guidance=torch.full((batch,), 6000.0),
@@ -331,33 +325,29 @@ HELIOS = (
 )  # fmt: skip
 
 
-def _easyanimate(batch: int, second: bool = False) -> Mapping[str, Any]:
-    more = dict(encoder_hidden_states_t5=torch.randn(batch, 5, 12)) if second else {}
-    return _video(batch, **more)
+def _easyanimate(batch: int) -> Mapping[str, Any]:
+    return _video(batch, encoder_hidden_states_t5=torch.randn(batch, 5, 12))
 
 
 EASYANIMATE_TINY = dict(
     num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, num_layers=3,
     mmdit_layers=2, time_embed_dim=8, text_embed_dim=16, sample_width=16, sample_height=8,
 )  # fmt: skip
-EASYANIMATE = tuple(
+EASYANIMATE = (
     TinyModel(
-        transformer=diffusers.EasyAnimateTransformer3DModel,
-        config=dict(EASYANIMATE_TINY, text_embed_dim_t5=12 if second else None),
-        inputs=partial(_easyanimate, second=second),
-    )
-    for second in (False, True)
+        transformer=diffusers.EasyAnimateTransformer3DModel, config=dict(EASYANIMATE_TINY, text_embed_dim_t5=12),
+        inputs=_easyanimate,
+    ),
 )  # fmt: skip
 
 
-def _allegro(batch: int, padded: bool = False) -> Mapping[str, Any]:
+def _allegro(batch: int) -> Mapping[str, Any]:
     axes = [torch.arange(size) for size in (7, 4, 8)]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2).T
     angles = torch.arange(8.0)[:, None] * torch.tensor([1.0, 0.1, 0.01] * 2)[None]
     mask = torch.ones(batch, 7, 8, 16)
-    if padded:
-        mask[:, :, 6:] = 0
-        mask[1:, :, :, 14:] = 0
+    mask[:, :, 6:] = 0
+    mask[1:, :, :, 14:] = 0
     return dict(
         _video(batch), attention_mask=mask, encoder_attention_mask=_mask(batch, 6).long(),
         timestep=torch.full((batch,), 500),
@@ -389,12 +379,11 @@ ANYFLOW = (
     ),
 )  # fmt: skip
 
-ALLEGRO = tuple(
+ALLEGRO = (
     TinyModel(
-        transformer=diffusers.AllegroTransformer3DModel, config=ALLEGRO_TINY, inputs=partial(_allegro, padded=padded),
+        transformer=diffusers.AllegroTransformer3DModel, config=ALLEGRO_TINY, inputs=_allegro,
         left_alone=("transformer_blocks.*.attn2",),
-    )
-    for padded in (False, True)
+    ),
 )  # fmt: skip
 
 MODELS = {

@@ -85,8 +85,8 @@ def wan_animate() -> tuple[Any, dict[str, Any]]:
     pipe.encode_image = lambda *args: torch.ones(1, 7, 24)
     picture, face = Image.new("RGB", (128, 64), (90, 40, 10)), Image.new("RGB", (16, 16), (10, 40, 90))
     return pipe, dict(
-        {key: value for key, value in SIZE.items() if key != "num_frames"}, image=picture, pose_video=[picture] * 25,
-        face_video=[face] * 25, segment_frame_length=25, guidance_scale=3.0, **_prompts(512, 64),
+        image=picture, pose_video=[picture] * 21, face_video=[face] * 21, segment_frame_length=21, height=64, width=128,
+        num_inference_steps=4, **_prompts(512, 64),
     )  # fmt: skip
 
 
@@ -180,6 +180,10 @@ class Unguarded:
     def to(self, device: Any) -> "Unguarded":
         """Stay where it is."""
         return self
+
+    def check_video_safety(self, frames: Any) -> Any:
+        """Let all through."""
+        return frames
 
 
 def cosmos() -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,278 @@
+"""Tuning LiteAttention: the search, what it bounds, the file it writes, resuming, and bad input."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import dit_accel_eval
+import dit_accel_eval.tune_lite as tuning
+import pytest
+import torch
+from dit_accel_eval.lite_search import CLOSE, HIGHEST, LOWEST, METRICS, NEAR, Found, Tuner, search_level, threshold_of
+from dit_accel_eval.tune_lite import TunedPrompt, combine, tune_lite, tuning_request
+from dit_accel_pipelines.generate import run
+from dit_accel_pipelines.loading import load_pipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import dit_accel
+from dit_accel import ConfigError, FrozenPattern, LiteAttention, RadialAttention, registry
+from dit_accel.adapter import Adapter
+from dit_accel.cli.app import app
+from dit_accel.methods.base import Model
+from dit_accel.methods.lite_thresholds import read_thresholds
+from dit_accel.op import planned_attention
+from dit_accel.session import Place, Session, Target
+
+PROMPTS = ("a red circle moving right", "a blue square moving up")
+LITE = LiteAttention(block_size=16, dense_steps=0)
+
+
+def request(*methods, prompts=PROMPTS[:1], **changes):
+    values = dict(num_inference_steps=4, num_frames=9, height=32, width=32, guidance_scale=1.0, methods=methods)
+    return tuning_request(prompts=prompts, **{**values, **changes})
+
+
+# The search
+
+
+@given(
+    steps=st.lists(st.tuples(st.floats(LOWEST, HIGHEST), st.floats(0, 0.3)), max_size=12),
+    target=st.floats(0.001, 0.5),
+    start=st.floats(-25, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_level_found_is_within_the_target_and_the_next_is_not(steps, target, start):
+    """Errors rise in steps, as whole tiles go."""
+    asked = []
+
+    def error_at(level: float) -> float:
+        assert LOWEST <= level <= HIGHEST
+        asked.append(level)
+        return sum(rise for place, rise in steps if place <= level)
+
+    level = search_level(error_at, target, start)
+    assert len(asked) <= 25
+    if level == -math.inf:
+        assert error_at(LOWEST) > target
+        return
+    assert error_at(level) <= target
+    assert level == HIGHEST or error_at(level) >= NEAR * target or error_at(min(level + CLOSE, HIGHEST)) > target
+
+
+def test_metrics_are_relative_to_the_reference():
+    reference, found = torch.tensor([3.0, 4.0]).double(), torch.tensor([3.0, 3.0]).double()
+    assert METRICS["l1"](found, reference) == pytest.approx(1 / 7)
+    assert METRICS["l2"](found, reference) == pytest.approx(1 / 5)
+    assert METRICS["cosine"](found, reference) == pytest.approx(1 - 21 / (5 * 18**0.5))
+    assert all(metric(reference, reference) == pytest.approx(0, abs=1e-6) for metric in METRICS.values())
+
+
+def test_thresholds_of_levels():
+    assert threshold_of("maxgap", -3.5) == -3.5
+    assert threshold_of("maxgap", -math.inf) == -math.inf
+    assert threshold_of("mass", -3.0) == 0.125
+    assert 0 < threshold_of("mass", -math.inf) < 1e-11
+
+
+class Stage:
+    """A session of one attention module and one handler, told its step by hand."""
+
+    def __init__(self, made) -> None:
+        self.session = Session([made], "reference")
+        self.target = Target("transformer", Adapter(name="any", transformers=(), self_attention=()))
+        place = Place(self.target, 0, 0)
+        place.processor = SimpleNamespace()
+        self.target.places.append(place)
+        self.session.targets.append(self.target)
+        self.session.places.append(place)
+
+    def call(self, step: int, q, k, v) -> torch.Tensor:
+        self.session.enter(self.target, "cond", dict(step_index=step, num_inference_steps=6))
+        grid = (2, 8, 12, 0, 0)
+        return planned_attention(q, k, v, None, torch.tensor(0), self.session.number, grid, "bshd", None, False)[0]
+
+
+@pytest.mark.parametrize("criterion", ["maxgap", "mass"])
+@pytest.mark.parametrize("metric", ["l1", "l2"])
+def test_votes_stay_under_the_target_and_the_figures_are_what_is_measured(criterion, metric):
+    """On unchanged inputs: each call differs from the one before by what its votes were said to add."""
+    model = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=2, layers=1)
+    tuner = Tuner(LiteAttention(block_size=16, dense_steps=0, criterion=criterion), model, 0.05, METRICS[metric])
+    stage = Stage(tuner)
+    q, k, v = (torch.randn(1, 192, 2, 8, dtype=torch.float64) for _ in range(3))
+    outs = [stage.call(step, 3 * q, k, v) for step in range(6)]
+    assert [found.step for found in tuner.found] == [0, 1, 2, 3, 4]  # nobody would read the last call's votes
+    for found, before, after in zip(tuner.found, outs, outs[1:], strict=False):
+        assert 0 < found.added <= 0.05
+        assert METRICS[metric](after.float(), before.float()) == pytest.approx(found.added, rel=1e-4)
+        assert METRICS[metric](before.float(), outs[0].float()) == pytest.approx(found.dense, rel=1e-3, abs=1e-6)
+    kept = [found.kept for found in tuner.found]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] < 1
+    assert tuner.found[-1].dense > tuner.found[1].added  # errors add up, which the target alone does not show
+
+
+def test_the_lowest_threshold_of_prompts_and_branches_is_written():
+    def found(threshold: float, step: int, branch: str = "cond", layer: int = 0) -> Found:
+        return Found(
+            transformer="transformer", branch=branch, layer=layer, step=step, threshold=threshold, kept=0.5, added=0.01,
+            dense=0.02,
+        )  # fmt: skip
+
+    prompts = [
+        TunedPrompt(prompt="a", psnr=30.0, calls=(found(-3.0, 1), found(-5.0, 1, "uncond"), found(-2.0, 2))),
+        TunedPrompt(prompt="b", psnr=30.0, calls=(found(-4.0, 1), found(-2.5, 2), found(-1.0, 2, layer=1))),
+    ]
+    table = combine(prompts, {"transformer": 2}, 4, "m", "maxgap", 0.01)
+    none = -math.inf
+    assert table.thresholds == {"transformer": ((none, -5.0, -2.5, none), (none, none, -1.0, none))}
+    assert (table.model, table.num_inference_steps, table.target_error) == ("m", 4, 0.01)
+
+
+# On the embedded model
+
+
+@pytest.mark.slow
+def test_a_run_with_the_file_is_the_run_that_was_tuned(tmp_path: Path):
+    asked = request(LITE)
+    tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
+    assert read_thresholds(tuned.output) == tuned.thresholds
+    assert tuned.thresholds.model == "wan-tiny"
+    assert [path.name for path in tmp_path.iterdir()] == ["lite.toml"]
+    rows = tuned.by_step()
+    assert [row.step for row in rows] == [0, 1, 2]
+    assert all(row.added <= 0.05 for row in rows)
+    assert rows[0].dense < 1e-5
+    assert rows[2].dense > rows[1].dense > 0
+    pipe = load_pipeline(asked)
+    dense = run(pipe, PROMPTS[0], asked)
+    config = LiteAttention(block_size=16, dense_steps=0, thresholds_file=str(tuned.output))
+    with dit_accel.attach(pipe, config) as attachment:
+        made = run(pipe, PROMPTS[0], asked)
+        densities = [step.density for step in attachment.report().steps]
+    assert densities[0] == 1.0
+    assert densities[1:] == pytest.approx([row.kept for row in rows], abs=0.01)
+    assert densities[-1] < 0.95
+    difference = torch.from_numpy(made.frames).double() - torch.from_numpy(dense.frames).double()
+    psnr = 20 * math.log10(255 / float(difference.square().mean().sqrt()))
+    assert tuned.prompts[0].psnr == pytest.approx(psnr, abs=1.0)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch):
+    asked = request(LITE, prompts=PROMPTS, num_inference_steps=3)
+    whole = tune_lite(asked, tmp_path / "whole.toml", target_error=0.05)
+    ran: list[str] = []
+
+    def stopping(pipe, prompt, *args, **options):
+        if prompt == PROMPTS[1] and PROMPTS[0] in ran:
+            raise KeyboardInterrupt
+        ran.append(prompt)
+        return run(pipe, prompt, *args, **options)
+
+    monkeypatch.setattr(tuning, "run", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lite.toml.progress.json", "whole.toml"]
+    ran.clear()
+    monkeypatch.setattr(tuning, "run", lambda pipe, prompt, *a, **o: ran.append(prompt) or run(pipe, prompt, *a, **o))
+    tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
+    assert ran == [PROMPTS[1]] * 2
+    assert tuned.thresholds == whole.thresholds
+    assert tuned.prompts == whole.prompts
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lite.toml", "whole.toml"]
+
+
+def test_it_tunes_inside_another_methods_tiles(tmp_path: Path):
+    radial = RadialAttention(block_size=16, decay_factor=0.2, near="half", dense_steps=0, dense_layers=0)
+    asked = request(radial, LiteAttention(dense_steps=0), num_inference_steps=3)
+    tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
+    assert max(row.kept for row in tuned.by_step()) < 0.9
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "text"),
+    [
+        ((LiteAttention(threshold=-5.0),), {}, r"tune lite finds the thresholds itself, got lite\.threshold = -5\.0"),
+        ((LiteAttention(target_density=0.5),), {}, r"finds the thresholds itself, got lite\.target_density = 0\.5"),
+        ((LiteAttention(criterion="budget"),), {}, r"tunes lite\.criterion 'maxgap' or 'mass', got 'budget'"),
+        ((LITE,), {"metric": "l3"}, r"tune has no metric 'l3'; did you mean 'l2'\?"),
+        ((LITE,), {"target_error": 0.0}, r"target_error must be between 0 and 1, got 0\.0; 0\.01 is usual"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path, methods, options, text):
+    with pytest.raises(ConfigError, match=text):
+        tune_lite(request(*methods), tmp_path / "lite.toml", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_can_not_be_written(tmp_path):
+    for output in (tmp_path / "lite.json", tmp_path / "none" / "lite.toml"):
+        with pytest.raises(ConfigError, match=r"the thresholds file must be a \.toml in a folder that exists, got"):
+            tune_lite(request(LITE), output)
+
+
+def test_progress_of_another_run_or_none_at_all_is_refused(tmp_path):
+    asked = tuning.settle(request(LITE))[0]
+    progress = tmp_path / "lite.toml.progress.json"
+    tuning._write_progress(progress, tuning._settings(asked, 0.05, "l1"), [])
+    with pytest.raises(ConfigError, match=r"progress of a run with target_error = 0\.05, this one has 0\.01"):
+        tune_lite(asked, tmp_path / "lite.toml")
+    for text in ("{", '{"version": 9, "settings": {}, "prompts": []}', "[]", json.dumps({"version": 1})):
+        progress.write_text(text)
+        with pytest.raises(ConfigError, match=r"is no progress of tune that this release reads .*delete it"):
+            tune_lite(asked, tmp_path / "lite.toml")
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    """Invoke the application with this room's commands, whether or not the package is installed anew."""
+    monkeypatch.setattr(registry, "commands", lambda: dict(dit_accel_eval.COMMANDS))
+    return lambda *arguments: CliRunner().invoke(app, ["tune", *arguments])
+
+
+@pytest.mark.slow
+def test_the_command_tunes_and_tells(tmp_path, cli):
+    output = tmp_path / "lite.toml"
+    sizes = ["--num-frames", "9", "--height", "32", "--width", "32", "--num-inference-steps", "3"]
+    lite = ["--set", "lite.block_size=16", "--set", "lite.dense_steps=0", "--target-error", "0.05"]
+    result = cli("lite", "--prompt", PROMPTS[0], *sizes, *lite, "-o", str(output))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{output}\nstep  threshold  tiles kept  error added  error to dense\n")
+    assert f"dB to the dense run: {PROMPTS[0]}" in result.stderr
+    result = cli("lite", "--prompt", PROMPTS[0], *sizes, *lite, "-o", str(output), "--json", "--metric", "cosine")
+    told = json.loads(result.stdout)
+    assert (told["output"], told["criterion"], told["num_inference_steps"]) == (str(output), "maxgap", 3)
+    assert [row["step"] for row in told["steps"]] == [0, 1]
+    assert told["prompts"][0]["prompt"] == PROMPTS[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["radial"], "tune can't tune 'radial'; known: lite"),
+        (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
+        (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some by --prompt"),
+        (["lite", "--prompt", "an ostrich"], "ostrich"),
+        (["lite", "--set", "lite.threshold=-3"], "tune lite finds the thresholds itself, got lite.threshold = -3"),
+        (["lite", "--dtype", "int4"], "there is no dtype 'int4'"),
+    ],
+)
+def test_bad_commands_are_one_line_and_exit_code_2(cli, arguments, text):
+    result = cli(*arguments)
+    assert result.exit_code == 2
+    assert text in " ".join(result.stderr.split())
+
+
+def test_methods_are_switched_by_their_names():
+    from dit_accel.cli.method_options import select_methods
+
+    switched = select_methods(["delta", "frozen", "lite"], None, [])
+    assert [method.name for method in switched] == ["delta", "frozen", "lite"]
+    assert isinstance(switched[1], FrozenPattern)

@@ -1,0 +1,368 @@
+"""Selections on Triton, interpreted: routing, expanded lists and votes against the float64 specification."""
+
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo.testing
+from dit_accel_kernels import (
+    EXACT,
+    POOLED,
+    FrameDecay,
+    Routing,
+    Selection,
+    TileLists,
+    Vote,
+    block_sparse_attention,
+    pack_bits,
+    packing,
+    triton_backend,
+    triton_expand,
+    triton_plan,
+    triton_route,
+    triton_votes,
+    unpack_bits,
+)
+from dit_accel_kernels.features import Problem, tile_means
+from dit_accel_kernels.selection import LOG2_E, routing_scores, selected_states
+from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ORDER = torch.randperm(70, generator=torch.Generator().manual_seed(0))
+ROUTINGS = [Routing(beta=0.3), Routing(beta=0.3, threshold="exact")]
+VOTES = [Vote(threshold=-1.5), Vote(criterion="mass", threshold=0.1), Vote(criterion="budget", threshold=0.2)]
+OFF = 100 * torch.finfo(torch.float32).eps  # how near a threshold, relatively, what is found may lie on either side
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_garbage():
+    """Every buffer that torch leaves uninitialised is filled, so that nothing unwritten passes for 0."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def bits(*shape: int, share: float = 0.6) -> Tensor:
+    """Random bits."""
+    return pack_bits(torch.rand(shape) < share)
+
+
+def decay(tokens: int, frame: int) -> FrameDecay:
+    """Frames of `frame` tokens after a first one outside the video."""
+    frames = torch.arange(tokens, dtype=torch.int32) // frame - 1
+    return FrameDecay(table=torch.tensor([1.0, 0.9, 0.6]), q_frames=frames, k_frames=frames)
+
+
+def problem(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, selection: Selection, **arguments) -> Problem:
+    """The call as backends see it."""
+    values = {**packing.DEFAULTS, "layout": "bhsd", "selection": selection, **arguments}
+    packed = packing.pack_call(q, k, v, tiles, *values.values())
+    return packing.problem_of(*packed[:18], *packed[20:-3])
+
+
+def routed_within_rounding(call: Problem, found: Tensor) -> None:
+    """Exact bits of a call are the specification's, except where a score is within rounding of its threshold."""
+    wide = replace(call, q=call.q.to(WIDE)).tiled()  # mean keys are rounded to k's dtype, queries are not
+    expected = selected_states(wide).expand(*call.q.shape[:2], -1, -1) == EXACT
+    if call.selection.routing is None:
+        assert torch.equal(found, expected)
+        return
+    pinned = None if call.selection.pinned is None else unpack_bits(call.selection.pinned, call.key_tiles)
+    scores, threshold = routing_scores(wide, call.selection.routing, pinned)
+    q_mean, k_mean = tile_means(wide.q, call.block_q, None)[0].abs(), call.k.to(WIDE).abs().amax((1, 2))
+    head_scale = 1.0 if call.head_scale is None else call.head_scale[..., None, None]
+    terms = call.logit_scale * LOG2_E * head_scale * (q_mean @ k_mean[:, None, :, None])
+    close = (scores - threshold).abs() <= OFF * terms
+    assert close.double().mean() < 0.02
+    assert torch.equal(found | close, expected | close)
+
+
+def check(q, k, v, tiles, selection, **arguments) -> Tensor:
+    """A call's exact tiles, output and LSE against the specification; returns its output."""
+    call = problem(q, k, v, tiles, selection, **arguments)
+    arguments = {"layout": "bhsd", "return_lse": True, **arguments}
+    found = block_sparse_attention(
+        q, k, v, tiles, selection=selection, return_tiles=True, backend="triton", **arguments
+    )
+    exact = unpack_bits(found[2], call.key_tiles)
+    routed_within_rounding(call, exact)
+    kept = replace(call, selection=replace(selection, routing=None)).tiled()
+    states = selected_states(kept).expand(exact.shape)
+    states = torch.where((states == EXACT) & ~exact, POOLED, states).to(torch.uint8)  # with the routing that was found
+    sizes = dict(block_q=tiles.block_q, block_k=tiles.block_k, num_q=tiles.num_q, num_k=tiles.num_k)
+    lists = TileLists.from_states(states.flatten(0, 1), **sizes)
+    wide = {name: x.to(WIDE) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
+    truth = block_sparse_attention(*(x.to(WIDE) for x in (q, k, v)), lists, backend="reference", **wide)
+    yardstick = block_sparse_attention(q, k, v, lists, backend="reference", **arguments)
+    for a, b, c in zip(found, yardstick, truth, strict=False):
+        assert_within_rounding(a, b, c, q.dtype)
+    if selection.rest == "skip" and selection.routing is None:
+        order = Selection(reverse=selection.reverse)
+        same = block_sparse_attention(q, k, v, lists, selection=order, backend="triton", **arguments)
+        assert torch.equal(found[0], same[0])
+        assert torch.equal(found[1], same[1])
+    return found[0]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS, ids=lambda x: x.threshold)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dim", [16, 24, 64, 128])
+def test_routing_of_head_dims(routing, dtype, dim):
+    tiles = random_lists(1, 70, 300, 16, 16)  # more than one word of tiles would be 33; two chunks of rows
+    check(*qkv(1, 2, 1, 70, 300, dim, dtype), tiles, Selection(routing=routing))
+
+
+@pytest.mark.parametrize(("features", "groups"), [*enumerate([1, 2, 4, 1, 2, 4, 1, 2]), (7, 4), (7, 1)])
+def test_features_together(features, groups):
+    """Keep bits that skip and pool, both routings, pins, GQA, key masks, decay, head scale and token order."""
+    q, k, v = qkv(2, 2, 1, 70, 70, 16, [torch.float32, torch.bfloat16][features % 2])
+    arguments: dict = {}
+    if features & 1:
+        valid = torch.rand(2, 70) > 0.2
+        valid[0, ORDER[16:32] if features & 4 else slice(16, 32)] = False  # a tile without a valid key
+        arguments |= dict(key_length=torch.tensor([70, 41]), key_mask=valid)
+    if features & 2:
+        arguments |= dict(frame_decay=decay(70, 16))
+    if features & 4:
+        arguments |= dict(head_scale=torch.tensor([0.7, 1.4]), token_order=ORDER)
+    tiles, keep, pinned = random_lists(groups, 70, 70, 16, 16), bits(2, 2, 5, 5), bits(5, 5, share=0.2)
+    check(q, k, v, tiles, Selection(keep=keep), **arguments)
+    check(q, k, v, tiles, Selection(keep=keep, rest="pooled", pinned=pinned), **arguments)
+    check(q, k, v, tiles, Selection(routing=ROUTINGS[0], pinned=pinned), **arguments)
+    check(q, k, v, tiles, Selection(routing=ROUTINGS[1], keep=keep, rest=["skip", "pooled"][groups % 2]), **arguments)
+
+
+@pytest.mark.parametrize("sizes", [(40, 24, 24, 24), (17, 40, 9, 11), (130, 130, 64, 128), (20, 1100, 16, 16)])
+def test_any_tile_size_and_more_than_a_word_of_tiles(sizes):
+    num_q, num_k, block_q, block_k = sizes
+    tiles = random_lists(1, num_q, num_k, block_q, block_k)
+    q, k, v = qkv(1, 2, 2, num_q, num_k, 16, torch.float32)
+    keep = bits(1, 2, tiles.query_tiles, tiles.key_tiles)
+    check(q, k, v, tiles, Selection(keep=keep, routing=ROUTINGS[0], rest="pooled"))
+    check(q, k, v, tiles, Selection(keep=keep, reverse=True))
+
+
+def test_a_column_pinned_everywhere_leaves_the_threshold_alone():
+    q, k, v = qkv(1, 1, 1, 32, 100, 16, torch.float32)
+    pinned = torch.zeros(2, 7, dtype=torch.bool)
+    pinned[:, 3] = True
+    k[:, :, 48:64] *= 100
+    tiles, options = TileLists.full(32, 100, block_q=16, block_k=16), dict(layout="bhsd", return_tiles=True)
+    for routing in ROUTINGS:
+        selection = Selection(routing=routing, pinned=pack_bits(pinned))
+        found = block_sparse_attention(q, k, v, tiles, selection=selection, backend="triton", **options)[1]
+        assert torch.equal(found, block_sparse_attention(q, k, v, tiles, selection=selection, **options)[1])
+        loose = block_sparse_attention(
+            q, k, v, tiles, selection=Selection(routing=routing), backend="triton", **options
+        )
+        assert not torch.equal(found, loose[1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_expanded_lists_are_the_plan_filtered(groups, masked):
+    """Entries, sections, decays and places of every batch and head; pooled lists hold static and demoted tiles once."""
+    q, k, v = qkv(2, 2, 2, 70, 70, 16, torch.float32)
+    keep, pinned = bits(2, 2, 5, 5), bits(5, 5, share=0.2)
+    arguments: dict = dict(frame_decay=decay(70, 16)) | (dict(key_length=torch.tensor([70, 20])) if masked else {})
+    tiles = random_lists(groups, 70, 70, 16, 16)
+    call = problem(q, k, v, tiles, Selection(keep=keep, rest="pooled", pinned=pinned), **arguments)
+    plan = triton_plan.row_plan(call)
+    lists, _ = triton_expand.expand(call, plan, None)
+    states = selected_states(call.tiled()).expand(2, 2, -1, -1)
+    places = set()
+    for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(5)).tolist():
+        place, pooled_place = b * lists.strides[0] + h * lists.strides[1], b * lists.strides[2] + h * lists.strides[3]
+        begin, *ends, pooled_start, pooled_end = lists.bounds[2 * b + h, i].tolist()
+        start, *plan_ends = plan.bounds[b * plan.stride_b + h * plan.stride_h, i, :4].tolist()
+        assert begin == start
+        listed = []
+        for end, plan_end in zip(ends, plan_ends, strict=True):
+            expected = [n for n in range(start, plan_end) if states[b, h, i, plan.indices[n]] == EXACT]
+            assert lists.indices[place + begin : place + end].tolist() == plan.indices[expected].tolist()
+            assert lists.entry_t[place + begin : place + end].tolist() == plan.entry_t[expected].tolist()
+            assert places.isdisjoint(range(place + begin, place + end))
+            places |= set(range(place + begin, place + end))
+            listed += plan.indices[start:plan_end].tolist()
+            start, begin = plan_end, end
+        pooled = lists.pooled_indices[pooled_place + pooled_start : pooled_place + pooled_end].tolist()
+        static = tiles.states().expand(4, -1, -1)[2 * b + h] if groups < 2 else tiles.states()[(2 * b + h) % groups]
+        expected = [j for j in range(5) if states[b, h, i, j] == POOLED and (static[i, j] == POOLED or j in listed)]
+        assert sorted(pooled) == expected
+    assert min(places) > 0
+    assert max(places) < lists.indices.numel() - 1
+
+
+def votes(q, k, v, tiles, selection, backend="triton", **arguments) -> Tensor:
+    """The kept bits, bool."""
+    found = block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=selection, backend=backend, **arguments)
+    return unpack_bits(found[-1], tiles.key_tiles)
+
+
+def check_votes(q, k, v, tiles, selection, **arguments) -> Tensor:
+    """Kept bits against the specification in float64, but for tiles that a nearby threshold decides otherwise."""
+    found = votes(q, k, v, tiles, selection, **arguments)
+    vote, wide = selection.vote, [x.to(WIDE) for x in (q, k, v)]
+    bars = [vote.threshold + OFF * sign * max(1.0, abs(vote.threshold)) for sign in (-1, 0, 1)]
+    low, expected, high = (
+        votes(*wide, tiles, replace(selection, vote=replace(vote, threshold=bar)), "reference", **arguments)
+        for bar in bars
+    )
+    certain = (low == expected) & (expected == high)
+    assert (~certain).double().mean() < 0.05
+    assert torch.equal(found & certain, expected & certain)
+    return found
+
+
+def uneven(batch, heads, key_heads, num_q, num_k, block, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v whose tiles of keys differ in how much all queries like them."""
+    q, k, v = qkv(batch, heads, key_heads, num_q, num_k, 16, torch.float32)
+    liking = torch.randn(batch, key_heads, -(-num_k // block), 1).repeat_interleave(block, 2)[:, :, :num_k]
+    return (0.3 * q + 1).to(dtype), (0.3 * k + liking).to(dtype), v.to(dtype)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("vote", VOTES, ids=lambda x: x.criterion)
+@pytest.mark.parametrize("features", range(4))
+def test_votes(vote, reverse, features):
+    """Tiles of several chunks and rows of several parts, where lists, masks, decay and keep bits differ."""
+    dtype, block = [(torch.float32, 64), (torch.bfloat16, 128)][features % 2]
+    tokens = 5 * block - 30
+    q, k, v = uneven(2, 2, 1, 100, tokens, block, dtype)
+    tiles = TileLists.full(100, tokens, block_q=block, block_k=block)
+    if features < 2:
+        tiles = random_lists(1 + features, 100, tokens, block, block)
+    selection, rows = Selection(vote=vote, reverse=reverse), tiles.query_tiles
+    if features & 1:
+        selection = replace(selection, keep=bits(2, 2, rows, 5, share=0.8), pinned=bits(rows, 5, share=0.2))
+    arguments: dict = dict(scale=0.5)
+    if features & 2:
+        frames = torch.arange(tokens, dtype=torch.int32) // block
+        table = FrameDecay(table=torch.tensor([1.0, 0.9, 0.6]), q_frames=frames[:100] // 2, k_frames=frames)
+        arguments |= dict(key_length=torch.tensor([tokens, 3 * block + 8]), frame_decay=table)
+        arguments |= dict(key_mask=torch.rand(2, tokens) > 0.003)
+    found = check_votes(q, k, v, tiles, selection, **arguments)
+    before = (tiles.states() == EXACT).expand_as(found) if selection.keep is None else unpack_bits(selection.keep, 5)
+    assert 0 < found.sum() < before.sum()
+
+
+@pytest.mark.parametrize(("block_k", "count"), [(16, 65), (24, 40), (48, 34)])
+@pytest.mark.parametrize("vote", VOTES, ids=lambda x: x.criterion)
+def test_votes_fill_several_words(vote, block_k, count):
+    """Many tiles and a ragged one: in one chunk, in a chunk that is longer, in three; thresholds above 0 included."""
+    q, k, v = uneven(1, 2, 2, 20, count * block_k + 7, block_k, torch.float32)
+    tiles = TileLists.full(20, count * block_k + 7, block_q=20, block_k=block_k)
+    strict = Vote(threshold=0.3) if vote.criterion == "maxgap" else replace(vote, threshold=0.03)
+    found = check_votes(q, k, v, tiles, Selection(vote=strict, reverse=block_k == 48), scale=0.5)
+    assert 2 < found.sum() < found.numel() / 2
+
+
+def test_votes_change_nothing_in_the_call_itself():
+    q, k, v = qkv(1, 2, 2, 70, 70, 16, torch.float32)
+    tiles, keep = random_lists(1, 70, 70, 16, 16), bits(1, 2, 5, 5)
+    before = keep.clone()
+    out = block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=Selection(keep=keep), backend="triton")
+    for vote in VOTES:
+        found = block_sparse_attention(
+            q, k, v, tiles, layout="bhsd", selection=Selection(keep=keep, vote=vote), backend="triton"
+        )
+        assert torch.equal(found[0], out)
+        assert torch.equal(keep, before)
+        assert found[1].data_ptr() != keep.data_ptr()
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses what would wait for a device."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero"), name
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("selection", range(4))
+def test_nothing_waits_for_the_device(selection):
+    """With or without its plan at hand; the mode sees what would wait, as a check shows."""
+    keep, pinned = bits(2, 2, 5, 5), bits(5, 5, share=0.2)
+    chosen = [
+        Selection(keep=keep, vote=VOTES[0]),
+        Selection(routing=ROUTINGS[0], pinned=pinned),
+        Selection(routing=ROUTINGS[1], keep=keep, rest="pooled", vote=VOTES[1]),
+        Selection(vote=VOTES[2], reverse=True),
+    ][selection]
+    call = problem(*qkv(2, 2, 1, 70, 70, 16, torch.float32), random_lists(1, 70, 70, 16, 16), chosen)
+    masked = problem(
+        *qkv(2, 2, 1, 70, 70, 16, torch.float32), random_lists(2, 70, 70, 16, 16), chosen,
+        key_length=torch.tensor([70, 40]),
+    )  # fmt: skip
+    triton_plan.row_plan(call)
+    with _NoSync():
+        for x in (call, masked):
+            triton_backend.attend(x, need_lse=True)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            keep.sum().item()
+
+
+@pytest.mark.parametrize("selection", range(3))
+def test_gradients_through_a_selected_call(selection):
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32))
+    keep = bits(1, 2, 5, 5)
+    chosen = [
+        Selection(routing=ROUTINGS[0]),
+        Selection(keep=keep, vote=VOTES[0]),
+        Selection(keep=keep, rest="pooled", routing=ROUTINGS[1], reverse=True),
+    ][selection]
+    tiles, seed, grads = random_lists(1, 70, 70, 16, 16), torch.randn(1, 2, 70, 16), []
+    for backend in ("triton", "reference"):
+        out = block_sparse_attention(
+            q, k, v, tiles, layout="bhsd", selection=chosen, token_order=ORDER, backend=backend
+        )
+        out = out if isinstance(out, Tensor) else out[0]
+        grads.append(torch.autograd.grad(out, (q, k, v), seed))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+EVERYTHING = Selection(routing=ROUTINGS[0], keep=bits(1, 2, 5, 5), rest="pooled", vote=VOTES[1], reverse=True)
+
+
+@pytest.mark.parametrize("selection", [Selection(vote=VOTES[0]), EVERYTHING])
+def test_opcheck(selection):
+    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)]
+    arguments = {**packing.DEFAULTS, "layout": "bhsd", "selection": selection, "return_tiles": True}
+    arguments |= dict(return_lse=True, backend="triton")
+    packed = packing.pack_call(*leaves, random_lists(1, 70, 70, 16, 16), *arguments.values())
+    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
+
+
+def test_compiles_to_one_full_graph():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    tiles, options = random_lists(1, 70, 70, 16, 16), dict(layout="bhsd", return_tiles=True, backend="triton")
+
+    def call(q, k, v, keep):
+        selection = replace(EVERYTHING, keep=keep)
+        out, exact, kept = block_sparse_attention(q * 2, k, v, tiles, selection=selection, **options)
+        return out + 1, exact, kept
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    leaves, keep = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)], bits(1, 2, 5, 5)
+    for _ in range(3):  # a call's kept bits are the next one's
+        found, expected = compiled(*leaves, keep), call(*leaves, keep)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(*(torch.autograd.grad(x[0].sum(), leaves) for x in (found, expected)), strict=True):
+            assert torch.equal(a, b)
+        keep = found[2]
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("module", [triton_route, triton_expand, triton_votes])
+def test_variants_fit_their_kernels(module):
+    variants = module.variants()
+    assert len({variant.name for variant in variants}) == len(variants)
+    for variant in variants:
+        assert list(variant.source_arguments()["signature"]) == list(variant.kernel.arg_names)
