@@ -64,13 +64,14 @@ def _draw(report: Report) -> Any:
     figure = Figure(figsize=(1.6 + 4.2 * len(panels), height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    image = None
+    images, by_head = [], False
     for axis, panel, (shares, dense) in zip(axes, panels, data, strict=True):
         layers = max(s.dense_layers + s.sparse_layers for s in report.steps if (s.transformer, s.branch) == panel)
-        image = _panel(axis, shares, dense, layers)
+        images.append(_panel(axis, shares, dense, layers))
+        by_head |= len(shares) > layers
         axis.set_title(", ".join(panel))
-    axes[0].set_ylabel("layer (a line in it is a head)" if len(data[0][0]) > layers else "layer")
-    figure.colorbar(image, ax=list(axes), label="kept share of the tiles (grey: dense)")
+    axes[0].set_ylabel("layer (a line in it is a head)" if by_head else "layer")
+    figure.colorbar(images[-1], ax=list(axes), label="kept share of the tiles (grey: dense)")
     figure.suptitle(f"{', '.join(report.methods)}: density {report.density:.3f} over the run")
     return figure
 

@@ -241,7 +241,7 @@ class Session:
         scale: float | None,
     ) -> Tensor:
         """Run a plan in one kernel call, count what ran, let methods learn from it and correct it; outside autograd."""
-        if self._stays_dense(moment, q, k, mask, layout):
+        if mask is not None and self._stays_dense(moment, q, k, mask, layout):
             return attend_dense(q, k, v, mask, layout, scale)
         self.recorder.backends.add(resolve_backend(self.backend, q.device, q.dtype, q.shape[-1]))
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
@@ -282,10 +282,10 @@ class Session:
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         return block_sparse_attention_backward(grad, q, k, v, tiles, **arguments)
 
-    def _stays_dense(self, moment: Moment, q: Tensor, k: Tensor, mask: Tensor | None, layout: str) -> bool:
+    def _stays_dense(self, moment: Moment, q: Tensor, k: Tensor, mask: Tensor, layout: str) -> bool:
         """Tell whether a mask that is no key padding keeps a call dense; the report says so."""
         place = moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma
-        if mask is None or not all(handler.dense_under_masks for handler in self.handlers if handler.is_active(*place)):
+        if not all(handler.dense_under_masks for handler in self.handlers if handler.is_active(*place)):
             return False
         if is_key_padding(mask, q, k, layout):
             return False
