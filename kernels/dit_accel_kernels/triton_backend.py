@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import Problem
@@ -19,6 +20,7 @@ from dit_accel_kernels.triton_forward import _fwd_kernel
 from dit_accel_kernels.triton_launch import (
     Launch,
     architecture,
+    bulk_copies,
     column_parts,
     fp32_products,
     key_block,
@@ -50,7 +52,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     check(problem)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
-    launch = launch_of(architecture(q.device), q.dtype, q.shape[-1])
+    launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q)
     block_q = query_block(problem.block_q, launch.block_q)
     plan, selection = row_plan(problem), problem.selection
     with on_device(q.device):
@@ -119,6 +121,7 @@ def _launch(
         q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.row_order, lists.entry_t,
         problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
         None if means is None else plan.pooled_t, lists.pooled_indices, *pooled, words,
+        *_descriptors(problem, block_k),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
         *out.stride()[:3], plan.stride_b, plan.stride_h,
         0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None,) * 4),
@@ -131,6 +134,21 @@ def _launch(
         num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def _descriptors(problem: Problem, block_k: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """K and V for bulk copies of chunks of `block_k` keys, where the card has them and they can describe the tensors.
+
+    They copy whole power-of-2 rows in sequence, from addresses and strides that are multiples of 16 bytes.
+    """
+    k, v = problem.k, problem.v
+    dim, size = k.shape[-1], k.element_size()
+    rows = problem.token_order is None and dim >= 16 and dim & (dim - 1) == 0 and problem.block_k % block_k == 0
+    aligned = all(x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 and n > 0 for n in x.stride()[:3]) for x in (k, v))
+    if not bulk_copies(architecture(k.device), k.dtype) or not rows or not aligned:
+        return None, None
+    block = [1, 1, block_k, dim]
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (k, v))  # pyright: ignore
 
 
 def _like(q: Tensor) -> Tensor:

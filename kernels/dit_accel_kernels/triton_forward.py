@@ -123,15 +123,19 @@ def _store_rows(
 
 @triton.jit
 def _full_chunk(
-    tile, position, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
+    tile, position, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """K and V of one chunk of a tile, in two column parts each; every key is there.
 
     The caller loads the tile's number a turn early: a list entry and what it points to in one turn of the loop would
-    halve the depth of Triton's pipeline.
+    halve the depth of Triton's pipeline. With descriptors one thread asks for a chunk, and no thread holds addresses.
     """
     SUBS_K: tl.constexpr = TILE_K // BLOCK_K
+    if k_desc is not None:
+        row = tile * TILE_K + position % SUBS_K * BLOCK_K
+        k1 = k_desc.load([b, hk, row, 0]).reshape(BLOCK_K, D1)
+        return k1, 0.0, v_desc.load([b, hk, row, 0]).reshape(BLOCK_K, D1), 0.0
     first = tile.to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
     if token_order_ptr is None:
         k_ptr += first * stride_ks
@@ -161,6 +165,7 @@ def _fwd_kernel(
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
     pooled_indices_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK]; or None
     words_ptr,  # int32 [B, H, NQ, SUBS_Q, W], need bits of votes, or None
+    k_desc, v_desc,  # descriptors of K and V [B, HK, S_k, D] in blocks of [1, 1, BLOCK_K, D], or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
     stride_ib, stride_ih, stride_pb, stride_ph,
@@ -230,7 +235,7 @@ def _fwd_kernel(
     ahead = tl.load(indices_ptr + origin // SUBS_K)
     for n in tl.range(0, (end_plain - start) * SUBS_K):
         k1, k2, v1, v2 = _full_chunk(
-            ahead, origin + n * step, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
+            ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
             BLOCK_K, TILE_K, DIM, D1, D2,
         )  # fmt: skip
         ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
@@ -250,7 +255,7 @@ def _fwd_kernel(
         ahead = tl.load(indices_ptr + origin // SUBS_K)
         for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
             k1, k2, v1, v2 = _full_chunk(
-                ahead, origin + n * step, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs,
+                ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
                 BLOCK_K, TILE_K, DIM, D1, D2,
             )  # fmt: skip
             ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)

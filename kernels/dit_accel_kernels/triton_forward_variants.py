@@ -9,6 +9,7 @@ import torch
 from dit_accel_kernels.triton_forward import _INTEGERS, _fwd_kernel
 from dit_accel_kernels.triton_launch import (
     Launch,
+    bulk_copies,
     column_parts,
     fp32_products,
     key_block,
@@ -43,10 +44,11 @@ def variants() -> list[Variant]:
         by_launch: dict[tuple, list[str]] = {}
         for target in TARGETS:
             precision = fp32_products(target) if name == "fp32" else "ieee"
-            by_launch.setdefault((launch_of(target, _DTYPES[name], dim), precision), []).append(target)
+            launch = launch_of(target, _DTYPES[name], dim, tile)
+            by_launch.setdefault((launch, precision, bulk_copies(target, _DTYPES[name])), []).append(target)
         found += [
             _variant(name, dim, features, tile, launch, precision, tuple(targets))
-            for (launch, precision), targets in by_launch.items()
+            for (launch, precision, _), targets in by_launch.items()
         ]
     return found
 
@@ -67,9 +69,14 @@ def _variant(
     absent.add("stride_vs")  # K and V share it
     block_q, block_k = query_block(tile, launch.block_q), key_block(tile, launch.block_k)[0]
     num_warps = warps(launch, block_q)
-    sizes = f"{launch.block_q}x{launch.block_k}x{launch.block_s}w{num_warps}s{launch.num_stages}-{precision}"
+    bulk = bulk_copies(targets[0], _DTYPES[name])
+    if bulk:
+        kinds |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{name}[1, 1, {block_k}, {dim}]>")
+    else:
+        absent |= {"k_desc", "v_desc"}
+    sizes = f"{launch.block_q}x{launch.block_k}x{launch.block_s}w{num_warps}s{launch.num_stages}"
     return Variant(
-        name=f"fwd-{name}-d{dim}-{features}-b{tile}-{sizes}",
+        name=f"fwd-{name}-d{dim}-{features}-b{tile}-{sizes}-{'bulk' if bulk else precision}",
         kernel=_fwd_kernel,
         signature={n: kind for n, kind in kinds.items() if n not in absent},
         constexprs={

@@ -102,6 +102,11 @@ def fp32_products(arch: str) -> str:
     return "tf32x3" if arch.startswith("sm_") else "ieee"
 
 
+def bulk_copies(arch: str, dtype: torch.dtype) -> bool:
+    """Whether chunks of K and V come by tensor descriptors, which saves the plain loops registers and instructions."""
+    return arch in ("sm_90", "sm_100", "sm_103") and dtype != torch.float32
+
+
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
     """Name such as "sm_90" or "gfx942"; the device type where there is no more to say."""

@@ -255,6 +255,16 @@ def test_featured_kernels_compile(tmp_path):
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
 
 
+@pytest.mark.slow
+def test_tiles_of_64_do_not_spill_where_they_did(tmp_path):
+    """Ampere and Ada give up registers for a third program on a multiprocessor; their launches leave them no reason."""
+    match = "^fwd-bf16-d128-(plain|decay|pooled)-b64"
+    found, records = run_aot(tmp_path, "--match", match, "--target", "sm_80,sm_89", "--jobs", "2")
+    assert len(records) == 6
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    assert all("-64x" in record["variant"] for record in records)
+
+
 def test_a_compiler_failure_is_a_finding():
     record = dict(error="CompilationError: no", hot_loop=True)
     assert aot.faults(record) == ["CompilationError: no"]
