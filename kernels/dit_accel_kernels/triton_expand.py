@@ -26,7 +26,7 @@ from dit_accel_kernels.triton_plan import RowPlan
 from dit_accel_kernels.triton_transpose import bitmap
 from dit_accel_kernels.triton_variants import Variant
 
-BLOCK = 256  # list entries that are looked at together
+BLOCK = 512  # list entries that are looked at together
 NUM_WARPS = 4
 _BITS: StorageCache[Tensor] = StorageCache()
 
@@ -144,7 +144,7 @@ def _expand_kernel(
             stays, pools = _fate(tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST)
             end, to = _append(out_ptr, end, tile, stays)
             if entry_t_ptr is not None:
-                tl.store(out_t_ptr + to, tl.load(entry_t_ptr + entry, mask=stays, other=1.0), mask=stays)
+                tl.store(out_t_ptr + to, tl.load(entry_t_ptr + entry, mask=inside, other=1.0), mask=stays)
             if out_pooled_ptr is not None:
                 pooled, _ = _append(out_pooled_ptr, pooled, tile, pools)
         tl.store(out_bounds_ptr + 1 + section, end)
