@@ -84,7 +84,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _run(pipe: WanPipeline, arm: Any, options: argparse.Namespace) -> tuple[float, float]:
     """Return the seconds of the denoising loop and the density of its attention."""
     with torch.no_grad():
-        text, nothing = pipe.encode_prompt("a red circle moving right", max_sequence_length=32, device="cpu")
+        text, nothing = pipe.encode_prompt(
+            "a red circle moving right", max_sequence_length=32, device=torch.device("cpu")
+        )
     with dit_accel.attach(pipe, *([arm] if arm else [])) as attachment:
         started = time.perf_counter()
         pipe(

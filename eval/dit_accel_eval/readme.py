@@ -1,45 +1,55 @@
-"""Writes the README's tables from adapters and committed JSON lines: `python -m dit_accel_eval.readme` in the root."""
+"""Writes the tables of README.md and docs/quality.md from adapters and results: `python -m dit_accel_eval.readme`."""
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dit_accel.registry import adapters, methods
 
 from .compare import read_lines, table
+from .denoising_time import table as times_table
 from .suite import read_suite
 
-SUITES = ("radial-tiny", "sol-tiny")
 SPEED = Path("kernels/bench/results/cpu.jsonl")
+TIMES = Path("eval/results/denoising-time.jsonl")
+PAGES = {
+    "README.md": ("models", "sol-tiny", "speed"),
+    "docs/quality.md": ("radial-tiny", "lite-tiny", "delta-tiny", "time"),
+}
+"""Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
 
-def filled(root: Path) -> str:
-    """Return the README's text with the tables of the committed results between its marks.
+def filled(root: Path, page: str) -> str:
+    """Return the text of one of `PAGES` with the tables of the committed results between its marks.
 
     Args:
         root: the project's root folder.
+        page: path below it.
 
     Raises:
         ValueError: if a mark is missing.
     """
-    text = (root / "README.md").read_text()
-    for mark, content in (("models", _models()), ("quality", _quality(root)), ("speed", _speed(root))):
+    text = (root / page).read_text()
+    for mark in PAGES[page]:
+        content = _TABLES[mark](root) if mark in _TABLES else _suite(root, mark)
         text, count = re.subn(
             rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
         )
         if count != 1:
-            raise ValueError(f"README.md needs one pair of marks <!-- {mark} --> <!-- /{mark} -->, found {count}")
+            raise ValueError(f"{page} needs one pair of marks <!-- {mark} --> <!-- /{mark} -->, found {count}")
     return text
 
 
 def main() -> None:
-    """Rewrite README.md in the current folder."""
+    """Rewrite the pages below the current folder."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    Path("README.md").write_text(filled(Path()))
+    for page in PAGES:
+        Path(page).write_text(filled(Path(), page))
 
 
-def _models() -> str:
+def _models(root: Path) -> str:
     """Family x method, read off the adapters that are registered."""
     names = list(methods())
     head = [*("family", "transformer classes"), *(f"`{name}`" for name in names)]
@@ -51,10 +61,6 @@ def _models() -> str:
         classes = ", ".join(f"`{name}`" for name in adapter.transformers)
         rows.append(f"| {adapter.name} | {classes} | {' | '.join(word for word, _ in verdicts)} |")
     return "\n".join([*rows, "", *(reason[0].upper() + reason[1:] for reason in reasons)])
-
-
-def _quality(root: Path) -> str:
-    return "\n\n".join(_suite(root, name) for name in SUITES)
 
 
 def _suite(root: Path, name: str) -> str:
@@ -93,6 +99,15 @@ def _speed(root: Path) -> str:
 def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) -> str:
     found = [r for r in records if (r["candidate"], r["dtype"], r["density"]) == (name, dtype, density)]
     return f"{found[-1]['speedup']:.2f}x ({found[-1]['of_ideal']:.2f})" if found else ""
+
+
+def _time(root: Path) -> str:
+    records = read_lines(root / TIMES)
+    command = "python -m dit_accel_eval.denoising_time"
+    return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
+
+
+_TABLES: dict[str, Callable[[Path], str]] = {"models": _models, "speed": _speed, "time": _time}
 
 
 if __name__ == "__main__":

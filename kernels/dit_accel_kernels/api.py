@@ -95,7 +95,7 @@ def _asked_for(
     votes = selection is not None and selection.vote is not None
     wanted = (True, return_lse, return_tiles, votes)
     asked = tuple(x for x, want in zip(found, wanted, strict=True) if want)
-    return asked if len(asked) > 1 else asked[0]
+    return asked if len(asked) > 1 else found[0]
 
 
 def block_sparse_attention_eager(

@@ -1,17 +1,18 @@
-"""The README tells the truth: its tables are the committed results, its commands exist."""
+"""The pages tell the truth: their tables are the committed results, the README's commands exist."""
 
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from dit_accel_eval.readme import filled
+from dit_accel_eval.readme import PAGES, filled
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_tables_are_those_of_the_committed_results():
-    assert (ROOT / "README.md").read_text() == filled(ROOT)
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_committed_results(page):
+    assert (ROOT / page).read_text() == filled(ROOT, page)
 
 
 def test_make_targets_of_the_readme_exist():
@@ -25,6 +26,6 @@ def test_a_missing_mark_is_an_error(tmp_path):
     for part in ("eval/suites", "eval/results", "kernels/bench/results"):
         if (ROOT / part).exists():
             shutil.copytree(ROOT / part, tmp_path / part)
-    (tmp_path / "README.md").write_text("<!-- models -->\n<!-- /models -->\n<!-- quality -->\n<!-- /quality -->\n")
+    (tmp_path / "README.md").write_text("<!-- models -->\n<!-- /models -->\n<!-- sol-tiny -->\n<!-- /sol-tiny -->\n")
     with pytest.raises(ValueError, match=r"one pair of marks <!-- speed --> <!-- /speed -->, found 0"):
-        filled(tmp_path)
+        filled(tmp_path, "README.md")
