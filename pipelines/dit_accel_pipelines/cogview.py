@@ -14,7 +14,7 @@ text_first = partial(latents_grid, frames_axis=None, text="before")
 
 COGVIEW4_6B = Family(
     name="cogview4-6b",
-    repo="zai-org/CogView4-6B",
+    repo="THUDM/CogView4-6B",
     layers=28,
     heads=32,
     head_dim=128,
@@ -29,7 +29,7 @@ COGVIEW4_6B = Family(
 COGVIEW3_PLUS_3B = replace(
     COGVIEW4_6B,
     name="cogview3-plus-3b",
-    repo="zai-org/CogView3-Plus-3B",
+    repo="THUDM/CogView3-Plus-3B",
     layers=30,
     heads=64,
     head_dim=40,
