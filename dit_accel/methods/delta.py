@@ -6,10 +6,9 @@ inside a frame, never across a frame's border or into text, and nothing is recom
 corrections are scaled by how far they hold for a row's neighbours, representatives move from step to step, the exact
 rows measure the error, and since they see every key tile they can take back tiles that a method dropped for good.
 
-Denoising is not decoding: on the embedded model corrections take a third off every call's error, and as published they
-still cost PSNR over skipping alone (eval/suites/delta-tiny.toml); scaled and moving they come level. What is left
-differs between neighbours and between the branches, where a method's own loss is smooth and much the same in both, so
-that guidance, which amplifies the branches' difference, cancels it.
+Denoising is not decoding: on the embedded model corrections lower the error of a call and not that of the run, see
+docs/quality.md. Probably what is left differs between neighbours and between the branches, where a method's own loss is
+smooth and much the same in both, so that guidance, which amplifies the branches' difference, cancels it.
 """
 
 from collections.abc import Iterator, Sequence
