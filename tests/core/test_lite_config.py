@@ -96,7 +96,7 @@ def test_a_range_beyond_the_video_is_refused_when_its_size_is_known():
         handler.check_layout(TokenLayout(frames=1, height=1, width=80))
 
 
-def test_memory_is_a_thirtieth_of_the_original_s_lists():
+def test_memory_is_a_small_part_of_the_original_s_lists():
     wan = TokenLayout(frames=21, height=45, width=80)
     bits = LiteAttention().state_bytes(wan, layers=40, heads=40)
     queries, keys = -(-wan.tokens // 128), -(-wan.tokens // 176)
