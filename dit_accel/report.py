@@ -74,7 +74,7 @@ class Recorder:
         if selection.keep is not None and selection.rest == "skip":
             free = selection.keep if selection.pinned is None else selection.keep | selection.pinned
             left = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
-        pooled = tiles.tiles_pooled / tiles.tiles_total + left - by_head.mean()
+        pooled = tiles.tiles_pooled / tiles.tiles_total + (left - by_head.mean()).clamp(min=0)  # rounding may leave -0
         self._calls(moment).append(PlannedCall(moment.layer, by_head.mean(), pooled, by_head))
 
     def settle(self) -> None:
