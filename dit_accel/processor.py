@@ -187,8 +187,9 @@ def _planned(
     axis = 1 if layout == "bshd" else 2
     asked, silent = q.shape[axis], k.shape[axis] - q.shape[axis]
     frames, height, width, before, _ = slot.grid
-    start = before if asked == frames * height * width else silent
-    if silent > 0:
+    start = 0
+    if silent > 0:  # asked first: where the lengths are data, nothing else may be
+        start = before if asked == frames * height * width else silent
         q = F.pad(q, (0, 0) * (3 - axis) + (start, silent - start))
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out = planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
