@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .errors import ConfigError
+
 ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 """Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
 
@@ -42,7 +44,12 @@ def latents_grid(
         text: where text joins the sequence; ``none`` for cross-attention.
         joined: the inputs [B, tokens, C] that join the sequence as text; one that is not given counts 0.
         reference_frames: first frames of the latents that are no video; they count as text before it.
+
+    Raises:
+        ConfigError: for another ``text``.
     """
+    if text not in ("none", "before", "after"):
+        raise ConfigError(f"latents_grid knows text='none', 'before' and 'after', got text={text!r}; use one of them")
     shape = inputs["hidden_states"].shape[:-1] if channels_last else inputs["hidden_states"].shape
     patch_frames, patch_height, patch_width = patch_sizes(config.patch_size, getattr(config, "patch_size_t", None))
     frames = 1 if frames_axis is None else shape[frames_axis] // patch_frames
@@ -157,6 +164,9 @@ class Adapter:
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
         refused: method name -> why it makes no sense here.
+
+    Raises:
+        ConfigError: for names, families or functions that are something else.
     """
 
     name: str
@@ -174,6 +184,27 @@ class Adapter:
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, entry, what in (
+            ("transformers", str, "names"),
+            ("self_attention", str, "names"),
+            ("side_attention", str, "names"),
+            ("families", Family, "Family objects"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(item, entry) for item in value):
+                raise ConfigError(
+                    f"adapter {self.name!r}: {name} must be a tuple of {what}, got {value!r}; one entry is (entry,)"
+                )
+        functions = {"grid(config, inputs)": self.grid}
+        if self.left_dense is not None:
+            functions["left_dense(config)"] = self.left_dense
+        for name, value in functions.items():
+            if not callable(value):
+                raise ConfigError(
+                    f"adapter {self.name!r}: {name} must be a function, got {value!r}; give the function or a partial"
+                )
 
     def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
         """Return the released model that a transformer config has the sizes of, or None.

@@ -5,14 +5,14 @@ import fnmatch
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from dit_accel_kernels import BACKENDS, triton_requirement
 from torch import nn
 
-from .adapter import NO_STEP, Adapter, Family
+from .adapter import NO_STEP, Adapter, Family, Grid
 from .config import MethodConfig
 from .errors import AttachError, ConfigError, MissingBackend, UnsupportedModel, did_you_mean
 from .lora import lora_state
@@ -228,22 +228,50 @@ def _install_processors(
         attachment._undo.append(restore)
 
 
+def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Return the grid of a forward, or in words why it has none, as the adapter gives it.
+
+    Raises:
+        ConfigError: if it asks for an input that is not there, or gives something else.
+    """
+    asked = f"the grid of the adapter {adapter.name!r}"
+    try:
+        grid = adapter.grid(config, inputs)
+    except KeyError as error:
+        raise ConfigError(
+            f"{asked} asks for the input {error}, the forward was given {', '.join(inputs)}; correct the adapter's grid"
+        ) from error
+    if adapter.latents not in inputs:
+        raise ConfigError(
+            f"the adapter {adapter.name!r} asks for the input {adapter.latents!r}, the forward was given "
+            f"{', '.join(inputs)}; correct the adapter's latents"
+        )
+    if isinstance(grid, str) or (
+        isinstance(grid, tuple) and len(grid) == 5 and all(isinstance(size, int) for size in grid)
+    ):
+        return grid
+    raise ConfigError(
+        f"{asked} gave {grid!r}; it must give five whole numbers (frames, height, width, before, after), or a "
+        "sentence that says why this forward has none"
+    )
+
+
 def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> None:
     session, slot = attachment._session, attachment._slot
     config = types.SimpleNamespace(**dict(transformer.config))
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
-    grid_of = target.adapter.grid
+    adapter = target.adapter
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        grid = grid_of(config, inputs)
+        compiling = torch.compiler.is_compiling()
+        grid = adapter.grid(config, inputs) if compiling else _read_grid(adapter, config, inputs)
         slot.grid = NO_GRID if isinstance(grid, str) else grid
-        slot.outer_masks, slot.text_apart = target.adapter.outer_masks, target.adapter.text_apart
-        if slot.grid != NO_STEP and not torch.compiler.is_compiling():
+        slot.outer_masks, slot.text_apart = adapter.outer_masks, adapter.text_apart
+        if slot.grid != NO_STEP and not compiling:
             if not target.in_context:
                 session.note_weights(target, lora_state(transformer))
-            latents = inputs[target.adapter.latents]
-            session.observe(target, grid, len(latents), inputs.get(target.adapter.timestep))
+            session.observe(target, grid, len(inputs[adapter.latents]), inputs.get(adapter.timestep))
 
     handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
     attachment._undo.append(handle.remove)

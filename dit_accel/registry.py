@@ -1,7 +1,8 @@
 """Registries: adapters, model families and commands by entry point, methods by name."""
 
+from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .adapter import Adapter, Family
@@ -17,12 +18,13 @@ def adapters() -> dict[str, Adapter]:
     """Return every installed adapter by name; an entry point of ``dit_accel.adapters`` names a tuple of them.
 
     Raises:
-        ConfigError: if two packages register the same adapter name or the same transformer class.
+        ConfigError: if two packages register the same adapter name or the same transformer class, or an entry point
+            gives something else.
     """
     found: dict[str, Adapter] = {}
     classes: dict[str, str] = {}
     for entry in entry_points(group=ADAPTER_GROUP):
-        for adapter in entry.load():
+        for adapter in _load(entry):
             if adapter.name in found:
                 raise ConfigError(f"adapter {adapter.name!r} is registered twice, last by {entry.value}; uninstall one")
             for name in adapter.transformers:
@@ -31,6 +33,22 @@ def adapters() -> dict[str, Adapter]:
                 classes[name] = adapter.name
             found[adapter.name] = adapter
     return found
+
+
+def _load(entry: EntryPoint) -> Sequence[Adapter]:
+    """Return the adapters that an entry point gives."""
+    asked = f"the entry point {entry.value!r} of {ADAPTER_GROUP}"
+    try:
+        given = entry.load()
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            f"{asked} can't be loaded: {error}; name a tuple of adapters in pyproject.toml and install it again"
+        ) from error
+    if not isinstance(given, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in given):
+        raise ConfigError(
+            f"{asked} must give a tuple of adapters, got {type(given).__name__}; name ADAPTERS = (MY_ADAPTER,) in it"
+        )
+    return given
 
 
 def adapter_for(class_name: str) -> Adapter:

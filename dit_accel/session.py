@@ -189,7 +189,8 @@ class Session:
         if length != tokens.tokens:
             raise ConfigError(
                 f"{target.name} layer {place.layer} attends over {length} tokens, the adapter {target.adapter.name!r} "
-                f"reads {tokens.tokens} off the latents ({tokens}); report this model to the adapter's author"
+                f"reads {tokens.tokens} off the latents ({tokens}); check the adapter's grid: "
+                "frames_axis, text, joined, the patch size"
             )
         self._note_shape(target, grid, batch)  # a forward that is compiled whole is not observed
         row, repeated = _which_call(place, q.shape[0])
@@ -326,8 +327,7 @@ class Session:
         target.shapes[target.branch] = shape
         layout = _layout(grid)
         for handler in self.handlers:
-            note = handler.check_layout(layout)
-            if note:
+            if note := handler.check_layout(layout):
                 self.recorder.note(note)
 
     def _remember(self, plan: AttentionPlan) -> int:

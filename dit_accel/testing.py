@@ -7,6 +7,7 @@ where nothing should, and that a planned call computes what its plan says. What 
 import contextlib
 import copy
 import fnmatch
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
@@ -20,8 +21,8 @@ from .config import MethodConfig
 from .errors import ConfigError
 from .methods import METHODS
 from .methods.base import Handler, Model
-from .registry import adapter_for
-from .tiny_case import Case, TinyModel, rows_of, wide_inputs
+from .registry import adapters
+from .tiny_case import Case, TinyModel, require_patterns_match, rows_of, wide_inputs
 from .trials import TRIALS as TRIALS
 from .trials import Trial as Trial
 from .watching import require, require_as_planned, require_same, require_text_exact, silenced, stopped_at, watched
@@ -43,15 +44,19 @@ def check_adapter(
     Raises:
         AssertionError: for the first check that fails; it names the transformer class and the check.
     """
-    missing = set(adapter.transformers) - {model.transformer.__name__ for model in models}
+    named, given = set(adapter.transformers), {model.transformer.__name__ for model in models}
     require(
-        only is not None or not missing,
-        f"adapter {adapter.name!r}: no tiny model of {', '.join(sorted(missing))} was given",
+        given <= named if only is not None else given == named,
+        f"adapter {adapter.name!r} names {', '.join(sorted(named))}, tiny models were given of "
+        f"{', '.join(sorted(given))}; give one or more of each class that it names, and of no other",
     )
     checks = {name: CHECKS[name] for name in (CHECKS if only is None else only)}
     found: dict[str, dict[str, str]] = {}
-    for number, model in enumerate(models):
-        case = Case(adapter, model)
+    cases = [Case(adapter, model) for model in models]
+    if "places" in checks and given == named:
+        require_patterns_match(adapter, cases)
+    for number, (model, case) in enumerate(zip(models, cases, strict=True)):
+        case.require_own_forward(f"{model.transformer.__name__} {number}")
         results = found[f"{model.transformer.__name__} {number}"] = {}
         for name, check in checks.items():
             try:
@@ -98,7 +103,13 @@ def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Always
 def _check_places(case: Case) -> None:
     """The adapter names self-attention modules and all of them; every other attention module is left alone."""
     name = type(case.transformer).__name__
-    require(adapter_for(name) is case.adapter, f"{name} is registered for another adapter object; fix the entry point")
+    known = {name: adapter for adapter in adapters().values() for name in adapter.transformers}
+    found = f"{name} is registered for another adapter object" if name in known else f"no adapter covers {name}"
+    install = "install the package whose entry point gives this adapter"
+    require(known.get(name) is case.adapter, f"{found}; {install}, and import the adapter from there")
+    forward = list(inspect.signature(type(case.transformer).forward).parameters)[1:]
+    for asked in (case.adapter.latents, case.adapter.timestep):
+        require(asked in forward, f"forward has no input {asked!r}; it has {', '.join(forward)}")
     attended = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
     places = [n for n, _, _ in attention_modules(case.transformer, case.adapter)]
     require(len(set(places)) == len(places), f"patterns overlap: {places}")

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .watching import WIDE
+from .watching import WIDE, require
 
 STEPS = 8
 
@@ -58,6 +59,18 @@ class Case:
         """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
         torch.manual_seed(1)
         return dict(self.model.inputs(min(batch, self.model.max_batch)))
+
+    def require_own_forward(self, name: str) -> None:
+        """Raise `AssertionError` if the untouched model does not run on its own inputs."""
+        try:
+            for batch in range(1, self.model.max_batch + 1):
+                with torch.no_grad():
+                    self.transformer(**self.inputs(batch), return_dict=False)
+        except Exception as error:
+            raise AssertionError(
+                f"{name}: the tiny model's own forward fails, before anything is attached: "
+                f"{type(error).__name__}: {error}; correct its config or its inputs"
+            ) from error
 
     def latents(self, inputs: Mapping[str, Any]) -> Tensor:
         """The latents among the inputs; the last of a list, which is the one that is made."""
@@ -114,6 +127,16 @@ class Case:
         if isinstance(out, Tensor):
             return out
         return torch.stack(out) if self.model.max_batch > 1 else out[-1]  # one a row, or the last is the one made
+
+
+def require_patterns_match(adapter: Adapter, cases: Sequence[Case]) -> None:
+    """Raise `AssertionError` for a pattern that matches no attention module in any model of an adapter."""
+    modules = (module for case in cases for module in case.transformer.named_modules())
+    names = {name for name, module in modules if hasattr(module, "processor")}
+    for part, patterns in (("self", adapter.self_attention), ("side", adapter.side_attention)):
+        for pattern in patterns:
+            text = f"{part}_attention {pattern!r} matches no attention module of any tiny model"
+            require(bool(fnmatch.filter(names, pattern)), f"adapter {adapter.name!r}: check 'places' failed: {text}")
 
 
 def rows_of(value: Any, row: int, batch: int) -> Any:

@@ -15,7 +15,7 @@ from dit_accel.methods.base import Handler, handles
 def install(monkeypatch):
     """Return a function that puts adapters behind one more entry point."""
 
-    def install(*adapters: Adapter) -> None:
+    def install(*adapters: Adapter, entry: object = None) -> None:
         real = registry.entry_points
 
         class Fake:
@@ -24,7 +24,7 @@ def install(monkeypatch):
             def load(self):
                 return adapters
 
-        monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), Fake()])
+        monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), entry or Fake()])
         registry.adapters.cache_clear()
 
     yield install
@@ -46,6 +46,28 @@ def test_doubled_names_are_refused(install):
 def test_doubled_classes_are_refused(install):
     install(Adapter(name="mine", transformers=("WanTransformer3DModel",), self_attention=()))
     with pytest.raises(ConfigError, match="WanTransformer3DModel is claimed by the adapters 'wan' and 'mine'"):
+        registry.adapters()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "dit_accel_pipelines.wan:WAN",
+            r"the entry point 'dit_accel_pipelines.wan:WAN' of dit_accel.adapters must give a tuple of adapters, "
+            r"got Adapter; name ADAPTERS = \(MY_ADAPTER,\) in it",
+        ),
+        ("dit_accel_pipelines.wan:__name__", "must give a tuple of adapters, got str"),
+        (
+            "dit_accel_pipelines.wan:NONE",
+            "wan:NONE' .* can't be loaded: .* no attribute 'NONE'; name a tuple of adapters",
+        ),
+        ("dit_accel_nowhere:ADAPTERS", "can't be loaded: No module named 'dit_accel_nowhere'; .* install it again"),
+    ],
+)
+def test_an_entry_point_that_gives_no_adapters_is_named(install, value, message):
+    install(entry=EntryPoint("stranger", value, registry.ADAPTER_GROUP))
+    with pytest.raises(ConfigError, match=message):
         registry.adapters()
 
 

@@ -79,6 +79,13 @@ def with_text(before, after):
         (dict(self_attention=("blocks.*.attn*",)), r"'places' failed: left_alone names modules of the adapter"),
         (dict(self_attention=("blocks.0.attn1",)), r"'places' failed: neither the adapter nor left_alone names"),
         (dict(self_attention=("blocks.*.attn1", "blocks.1.attn1")), r"'places' failed: patterns overlap"),
+        (dict(latents="x"), r"'places' failed: forward has no input 'x'; it has hidden_states, timestep,"),
+        (dict(timestep="t"), r"'places' failed: forward has no input 't'; it has hidden_states, timestep,"),
+        (
+            dict(grid=lambda config, inputs: (7, 4, 8)),
+            r"'neutral' failed: the grid of the adapter 'wan' gave \(7, 4, 8\);",
+        ),
+        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: the grid .* asks for the input 'x', the"),
         (dict(grid=transposed), r"'layout' failed: along axis 3 the latents lie in the tokens"),
         (dict(grid=framed_last), r"'layout' failed: along axis"),
         (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),
@@ -89,7 +96,7 @@ def with_text(before, after):
     ],
 )
 def test_a_wrong_adapter_fails_by_name(only, change, message):
-    adapter = only(dataclasses.replace(WAN, transformers=("WanTransformer3DModel",), **change))
+    adapter = only(dataclasses.replace(WAN, transformers=("WanTransformer3DModel",), side_attention=(), **change))
     if message is None:
         found = check_adapter(adapter, tiny_models.WAN[0], only=FAST)["WanTransformer3DModel 0"]
         assert found["active"] == "every method with a trial is refused"
@@ -120,8 +127,35 @@ def test_a_model_too_small_to_be_thinned_out_is_told_so():
 
 
 def test_what_is_missing_is_named(only):
-    with pytest.raises(AssertionError, match=r"adapter 'wan': no tiny model of ChronoEdit.*, WanVACE.* was given"):
+    text = r"adapter 'wan' names ChronoEdit.*, WanTransf.*, WanVACE.*, tiny models were given of WanTransformer3DModel;"
+    with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0])
+    typo = dataclasses.replace(WAN, transformers=("WanTransformer4D",))
+    text = "names WanTransformer4D, tiny models were given of WanTransformer3DModel; give one or more of each class"
+    for checks in (None, ["places"]):
+        with pytest.raises(AssertionError, match=text):
+            check_adapter(typo, tiny_models.WAN[0], only=checks)
+    install = "; install the package whose entry point gives this adapter"
     only(dataclasses.replace(WAN))
-    with pytest.raises(AssertionError, match="WanTransformer3DModel is registered for another adapter object"):
+    with pytest.raises(
+        AssertionError, match=f"WanTransformer3DModel is registered for another adapter object{install}"
+    ):
         check_adapter(WAN, *tiny_models.WAN)
+    only(typo)
+    with pytest.raises(AssertionError, match=f"no adapter covers WanTransformer3DModel{install}"):
+        check_adapter(WAN, *tiny_models.WAN)
+
+
+def test_a_pattern_that_matches_no_module_is_named():
+    adapter = dataclasses.replace(WAN, side_attention=("vace.*.attn1",))
+    text = r"adapter 'wan': check 'places' failed: side_attention 'vace.\*.attn1' matches no attention module"
+    with pytest.raises(AssertionError, match=text):
+        check_adapter(adapter, *tiny_models.WAN)
+
+
+def test_a_tiny_model_that_does_not_run_is_told_so():
+    inputs = {name: value for name, value in tiny_models.WAN[0].inputs(1).items() if name != "timestep"}
+    model = dataclasses.replace(tiny_models.WAN[0], inputs=lambda batch: inputs)
+    text = r"Model 0: the tiny model's own forward fails, before anything is attached: TypeError: .*'timestep'"
+    with pytest.raises(AssertionError, match=text):
+        check_adapter(WAN, model, only=["neutral"])

@@ -1,0 +1,67 @@
+"""Adapters: what is no adapter is refused where it is written, and the grid it gives where it is read."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dit_accel import ConfigError
+from dit_accel.adapter import Adapter, latents_grid
+from dit_accel.attachment import _read_grid
+
+
+def adapter(**changes):
+    return Adapter(**{"name": "mine", "transformers": ("Mine",), "self_attention": ("blocks.*.attn",), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(transformers="Mine"), r"adapter 'mine': transformers must be a tuple of names, got 'Mine'; one entry is"),
+        (dict(self_attention="a.*"), r"self_attention must be a tuple of names, got 'a\.\*'; one entry is \(entry,\)"),
+        (dict(side_attention="b.*"), r"side_attention must be a tuple of names, got 'b\.\*'"),
+        (dict(transformers=(SimpleNamespace,)), "transformers must be a tuple of names, got .*SimpleNamespace"),
+        (dict(families=("mine-1b",)), r"families must be a tuple of Family objects, got \('mine-1b',\)"),
+        (dict(grid=(1, 2, 3, 0, 0)), r"grid\(config, inputs\) must be a function, got \(1, 2, 3, 0, 0\); give the"),
+        (dict(left_dense=("blocks.0.attn",)), r"left_dense\(config\) must be a function, got \('blocks.0.attn',\)"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        adapter(**changes)
+
+
+LATENTS = {"hidden_states": torch.zeros(1, 4, 7, 8, 16), "timestep": torch.zeros(1)}
+CONFIG = SimpleNamespace(patch_size=2)
+
+
+def test_latents_grid_knows_three_places_of_text():
+    assert latents_grid(CONFIG, LATENTS) == (7, 4, 8, 0, 0)
+    with pytest.raises(ConfigError, match="text='none', 'before' and 'after', got text='behind'; use one of them"):
+        latents_grid(CONFIG, LATENTS, text="behind")
+
+
+def test_a_grid_or_a_sentence_is_read_as_it_is():
+    assert _read_grid(adapter(), CONFIG, LATENTS) == (7, 4, 8, 0, 0)
+    assert _read_grid(adapter(grid=lambda config, inputs: "no grid here"), CONFIG, LATENTS) == "no grid here"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(grid=lambda c, x: (7, 4, 8)),
+            r"grid of the adapter 'mine' gave \(7, 4, 8\); it must give five whole numb",
+        ),
+        (dict(grid=lambda c, x: (7, 4, 8 / 2, 0, 0)), r"gave \(7, 4, 4.0, 0, 0\); .* or a sentence that says why"),
+        (dict(grid=lambda c, x: None), "gave None; it must give five whole numbers"),
+        (
+            dict(grid=lambda c, x: x["txt"]),
+            "asks for the input 'txt', the forward was given hidden_states, timestep; cor",
+        ),
+        (dict(latents="x"), "'mine' asks for the input 'x', the forward was given hidden_states, .* adapter's latents"),
+    ],
+)
+def test_what_is_no_grid_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        _read_grid(adapter(**changes), CONFIG, LATENTS)
