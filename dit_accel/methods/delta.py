@@ -6,9 +6,10 @@ inside a frame, never across a frame's border or into text, and nothing is recom
 corrections are scaled by how far they hold for a row's neighbours, representatives move from step to step, the exact
 rows measure the error, and since they see every key tile they can take back tiles that a method dropped for good.
 
-Denoising is not decoding: on the embedded model corrections lower the error of a call and not that of the run, see
-docs/quality.md. Probably what is left differs between neighbours and between the branches, where a method's own loss is
-smooth and much the same in both, so that guidance, which amplifies the branches' difference, cancels it.
+What it gains depends on the method (docs/quality.md): on the embedded model it lifts LiteAttention and FrozenPattern,
+and not Radial, whose calls it corrects as well. Probably what it leaves there differs between neighbours and between the
+branches, where Radial's own loss is smooth and much the same in both, so that guidance, which amplifies the branches'
+difference, cancels it.
 """
 
 from collections.abc import Iterator, Sequence
