@@ -7,7 +7,7 @@ corrections are scaled by how far they hold for a row's neighbours, representati
 rows measure the error, and since they see every key tile they can take back tiles that a method dropped for good.
 
 What it gains depends on the method (docs/quality.md): on the embedded model it lifts LiteAttention and FrozenPattern,
-and not Radial, whose calls it corrects as well. Probably what it leaves there differs between neighbours and between the
+and not Radial, whose calls it corrects as well. Probably what it leaves there differs between neighbours and between
 branches, where Radial's own loss is smooth and much the same in both, so that guidance, which amplifies the branches'
 difference, cancels it.
 """
