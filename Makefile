@@ -16,6 +16,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py
 
 bench-gpu: $(VENV)/.ready-test
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/kernels
 	$(BIN)/python kernels/bench/gpu.py --out kernels/bench/results/gpu.jsonl
 
 lint: $(VENV)/.ready-dev
