@@ -33,6 +33,10 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
         assert attachment.report() == report
     assert sparse.isfinite().all()
     assert not torch.equal(sparse, plain)
+    for method in TRIALS.keys() - {"radial"}:
+        with dit_accel.attach(pipe, TRIALS[method].active) as attachment:
+            assert generate(pipe, call, output_type="latent").isfinite().all()
+            assert attachment.report().sparse_density < 1, method
     assert torch.equal(generate(pipe, call, output_type="latent"), latents)
 
     branches = BRANCHES.get(name, ["cond_uncond"])

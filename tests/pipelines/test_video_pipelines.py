@@ -46,10 +46,11 @@ def test_a_video_pipeline_generates_and_reports_it(name):
     assert report.sparse_density < 0.95
     assert report.model == {"transformer": f"{family}, sizes of no released model"}
 
-    with dit_accel.attach(pipe, TRIALS["sol"].active) as attachment:
-        selected = generate(pipe, call, output_type="latent" if name in LATENTS_ALONE else "pt")
-        assert attachment.report().sparse_density < 1
-    assert selected.isfinite().all()
+    for method in TRIALS.keys() - {"radial"}:
+        with dit_accel.attach(pipe, TRIALS[method].active) as attachment:
+            selected = generate(pipe, call, output_type="latent" if name in LATENTS_ALONE else "pt")
+            assert attachment.report().sparse_density < 1, method
+        assert selected.isfinite().all()
     assert torch.equal(generate(pipe, call), plain)
 
 
