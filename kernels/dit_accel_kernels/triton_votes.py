@@ -88,7 +88,7 @@ def _vote(
 ):  # fmt: skip
     """Need bits, state and budget after chunk n of a loop whose first tile is visit `first`.
 
-    A tile has SUBS chunks. `top` and `mass` are the chunk's largest base-2 logit and its sum of weights, `m` and `m_new`
+    A tile has SUBS chunks; `top` and `mass` are the chunk's largest base-2 logit and sum of weights, `m` and `m_new`
     the maximum before and after it, `alpha` what it shrinks earlier weights by, `total` the row sum with it. "maxgap":
     `left` is the bar that the tile's largest logit must exceed, `state` the higher of both so far. "mass", "budget":
     `state` is the tile's mass so far, `left` the share that a row may still vote down. Where a tile takes several
