@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,36 @@ kernel:
     .vgpr_spill_count: 2
 """
 
+VOTE = """
+        /*0000*/                   HMMA.16816.F32.BF16 R12, R40, R116, RZ ;
+        /*0010*/               @P1 BRA 0x0030 ;
+        /*0020*/                   UTCHMMA R1 ;
+        /*0030*/               @P2 BRA 0x0080 ;
+        /*0040*/                   SHF.L.W.U32.HI R20, R25, 0x1, R20 ;
+        /*0050*/               @P3 BRA 0x0070 ;
+        /*0060*/                   STG.E [R24.64], R27 ;
+        /*0070*/                   MOV R21, R22 ;
+        /*0080*/                   IADD3 R20, R20, 0x1, RZ ;
+        /*0090*/               @P0 BRA 0x0000 ;
+        /*00a0*/                   EXIT ;
+"""
+
+AMD_VOTE = """
+kernel:
+.LBB0_43:
+	s_nop 0
+.LBB0_44:
+	v_mov_b32_e32 v1, v2
+.LBB0_45:
+	v_mfma_f32_32x32x8_bf16 v[0:15], v[60:61], v[94:95], 0
+	s_cbranch_scc1 .LBB0_45
+	v_alignbit_b32 v1, v2, v3, 31
+	s_cbranch_scc1 .LBB0_44
+	global_store_dword v1, v2, s[0:1]
+	s_branch .LBB0_43
+	s_endpgm
+"""
+
 IR = """
 module {
   tt.func public @kernel(%n: i32) attributes {noinline = false} {
@@ -101,6 +133,26 @@ def test_hot_loop_is_the_innermost_one_with_tensor_cores_and_no_exit():
 def test_a_masked_load_shows_as_several_guards():
     bodies = listing.loops(listing.read_sass(SASS.format(last="P3")))
     assert listing.mix(bodies[0], listing.SASS_RULES)["guards"] == 2
+
+
+def test_what_is_not_for_every_turn_is_told_from_the_rest():
+    """A tile's vote behind one branch and the store of a word behind two; a branch without a store is for every turn."""
+    code = listing.read_sass(VOTE)
+    (body,) = listing.loops(code)
+    assert listing.by_depth(body, code) == [6, 3, 1]
+    assert listing.every_turn([6, 3, 1], (4, 128)) == 6 + 3 / 4 + 1 / 128
+    assert listing.every_turn([6, 3, 1], (32,)) == 6 + 4 / 32
+    code = listing.read_sass(VOTE.replace("STG.E", "LDG.E"))
+    assert listing.by_depth(listing.loops(code)[0], code) == [10]
+
+
+def test_what_is_laid_out_after_a_loop_and_leads_back_to_it_is_not_for_every_turn():
+    code = listing.read_amdgcn(AMD_VOTE)
+    bodies = listing.loops(code)
+    assert [len(body) for body in bodies] == [2]
+    assert listing.by_depth(bodies[0], code) == [2, 3, 3]
+    code = listing.read_amdgcn(AMD_VOTE.replace("global_store_dword", "global_load_dword"))
+    assert listing.by_depth(listing.loops(code)[0], code) == [2]
 
 
 def test_fp32_kernels_are_read_by_their_multiply_adds():
@@ -213,6 +265,97 @@ def test_some_variants_are_compiled_anew_in_a_file_that_has_all(tmp_path):
     assert by_name.keys() == {("toy-masked", "sm_90"), ("toy-plain", "sm_80")}
     assert by_name["toy-plain", "sm_80"]["spills"] == 0
     assert by_name["toy-masked", "sm_90"]["kept"]
+
+
+def test_only_what_differs_from_its_record_is_compiled(tmp_path):
+    """The second time nothing, after an edit of the record that one; a record of another Triton version doesn't count."""
+    arguments = (
+        "--module",
+        "toy_kernels",
+        "--match",
+        "toy-(plain|large)",
+        "--target",
+        "sm_90",
+        "--jobs",
+        "1",
+        "--changed",
+    )
+    found, first = run_aot(tmp_path, *arguments)
+    assert "0 of 2 are as" in found.stdout
+    found, records = run_aot(tmp_path, *arguments)
+    assert "2 of 2 are as" in found.stdout
+    assert records == first
+    for change in ({"fingerprint": "0"}, {"triton": "0.0"}):
+        (tmp_path / "aot.jsonl").write_text(
+            json.dumps({**first[0], **change, "spills": 9}) + "\n" + json.dumps(first[1])
+        )
+        found, records = run_aot(tmp_path, *arguments)
+        assert "1 of 2 are as" in found.stdout
+        assert [r["spills"] for r in records] == [r["spills"] for r in first]
+        assert [(r["triton"], r["fingerprint"]) for r in records] == [(r["triton"], r["fingerprint"]) for r in first]
+
+
+def test_a_recorded_fault_stays_one(tmp_path):
+    arguments = ("--module", "toy_kernels", "--match", "toy-masked", "--target", "sm_90", "--jobs", "1", "--changed")
+    for count in (0, 1):
+        found, _ = run_aot(tmp_path, *arguments)
+        assert f"{count} of 1 are as" in found.stdout
+        assert "toy-masked on sm_90: 1 masked loads" in found.stdout
+        assert found.returncode == 1
+
+
+def test_comments_and_lines_leave_a_fingerprint_alone(tmp_path, monkeypatch):
+    text = (ROOT / "tests" / "support" / "toy_kernels.py").read_text()
+    old = "    acc = tl.zeros([BLOCK, BLOCK], tl.float32)\n"
+    assert old in text
+    (tmp_path / "toy_same.py").write_text(text.replace(old, "    # as wide as a tile\n\n" + old))
+    (tmp_path / "toy_other.py").write_text(
+        text.replace(old, old.replace("zeros(", "full(").replace(", tl", ", 1.0, tl"))
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    prints = []
+    for module in ("toy_kernels", "toy_same", "toy_other"):
+        _, records = run_aot(
+            tmp_path, "--module", module, "--match", "toy-plain", "--target", "sm_80,gfx942", "--jobs", "1"
+        )
+        prints.append([r["fingerprint"] for r in records])
+    assert prints[0] == prints[1]
+    assert not set(prints[0]) & set(prints[2])
+    assert len(set(prints[0])) == 2  # one a target
+
+
+def test_a_sample_is_spread_evenly():
+    todo = [("module", str(i), "sm_80") for i in range(10)]
+    assert [task[1] for task in aot.spread(todo, 4)] == ["0", "2", "5", "7"]
+    assert aot.spread(todo, 10) == aot.spread(todo, 11) == todo
+
+
+@pytest.mark.slow
+def test_every_variant_is_as_recorded_or_compiles(tmp_path):
+    """All variants on all targets: proven by the committed record where nothing changed since, else compiled now.
+
+    Another version of Triton than the records' would make all of them anew, for half an hour: it compiles a sample.
+    """
+    committed = (BENCH / "results" / "aot.jsonl").read_text()
+    made_with = {json.loads(line)["triton"] for line in committed.splitlines()}
+    if made_with == {version("triton")}:
+        (tmp_path / "aot.jsonl").write_text(committed)
+        found, records = run_aot(tmp_path, "--changed", "--jobs", "2")
+        expected = {task[1:] for task in aot.tasks(aot.modules(), "", list(TARGETS))}
+        assert {(r["variant"], r["target"]) for r in records} == expected
+        assert f"of {len(expected)} are as" in found.stdout
+    else:
+        found, records = run_aot(tmp_path, "--sample", "29", "--jobs", "2")
+        warnings.warn(
+            f"the compile table is of Triton {', '.join(sorted(made_with))}, {version('triton')} is installed: compiled "
+            f"{len(records)} variants as a sample of all",
+            stacklevel=1,
+        )
+        assert {r["target"] for r in records} == set(TARGETS)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    assert {r["variant"].split("-")[0] for r in records} >= {"fwd", "bwd", "pool", "route"}
+    for record in records:
+        assert aot.faults(record) + aot.loop_faults(record) == [], (record["variant"], record["target"])
 
 
 def test_the_committed_table_has_no_fault():
