@@ -68,7 +68,7 @@ class Mix:
 
 
 def read_mix(path: Path, variant: str, target: str, logits: int) -> Mix:
-    """The mix of a turn of a variant's hot loop, from the compile table's JSON lines; `logits` of one block in one turn.
+    """The mix of a variant's hot loop, from the compile table's JSON lines; `logits` of one block in one turn.
 
     What doesn't run in every turn, such as the store of a word of votes, counts as often as it runs.
 
