@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
 
-import listing  # noqa: E402
+import listing
 
 SASS = """
         Function : toy_fwd_kernel
