@@ -27,6 +27,7 @@ from dit_accel_kernels.triton_launch import (
     launch_of,
     query_block,
     warps,
+    with_order,
 )
 from dit_accel_kernels.triton_plan import RowPlan, row_plan
 from dit_accel_kernels.triton_pool import pool
@@ -53,6 +54,8 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
     launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q)
+    if problem.token_order is not None:
+        launch = with_order(launch, decay=problem.decay is not None)
     block_q = query_block(problem.block_q, launch.block_q)
     plan, selection = row_plan(problem), problem.selection
     with on_device(q.device):

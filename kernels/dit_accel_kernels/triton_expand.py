@@ -27,6 +27,7 @@ from dit_accel_kernels.triton_transpose import ColumnPlan, bitmap
 from dit_accel_kernels.triton_variants import Variant
 
 BLOCK = 512  # list entries that are looked at together
+BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere
 NUM_WARPS = 4
 _BITS: StorageCache[Tensor] = StorageCache()
 
@@ -283,7 +284,7 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
     bounds = plan.bounds.new_empty(batch * heads, tiles, 3)
     _expand_columns_kernel[(batch * heads * tiles,)](
         plan.rows, plan.bounds, plan.entry_t, exact, left, bounds, entry_t, *own, *strides, heads, rows, tiles, words,
-        BLOCK=BLOCK, num_warps=NUM_WARPS,
+        BLOCK=BLOCK_COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip
     bits = None
     if may_pool(problem):
@@ -330,7 +331,7 @@ def variants() -> list[Variant]:
         kinds = {x: "*fp32:16" if x in decay else "*i32:16" if x.endswith("_ptr") else "i32" for x in _OF_COLUMNS}
         signature = {x: kind for x, kind in kinds.items() if x not in decay or there}
         constexprs: dict[str, object] = {x: None for x in decay if not there}
-        constexprs["BLOCK"] = BLOCK
+        constexprs["BLOCK"] = BLOCK_COLUMNS
         found.append(
             Variant(f"expand-{name}", _expand_columns_kernel, signature, constexprs, NUM_WARPS, 1, hot_loop=False)
         )

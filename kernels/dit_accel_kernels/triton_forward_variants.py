@@ -16,6 +16,7 @@ from dit_accel_kernels.triton_launch import (
     launch_of,
     query_block,
     warps,
+    with_order,
 )
 from dit_accel_kernels.triton_variants import TARGETS, Variant
 
@@ -53,16 +54,18 @@ Case = tuple[str, int, str, int]  # dtype, head dim, features, tokens of a tile
 def cases() -> list[Case]:
     """What methods launch: every feature by itself in every dtype, and together in bf16 (fp16 differs little).
 
-    Head dims 64 and 128, and tiles of 64 and 128, are those of the models and of their published settings.
+    Head dims 64 and 128, and tiles of 64 and 128, are those of the models and of their published settings; queries of
+    smaller tiles don't fill a product of Hopper's.
     """
     found: list[Case] = list(product(_DTYPES, (64, 128), ("plain", "decay", "pooled", "mask"), (128,)))
     found += [("fp16", dim, "plain", 64) for dim in (64, 128)]
     found += list(product(("bf16", "fp32"), (64, 128), ("plain", "decay", "pooled", "mask"), (64,)))
     found += list(product(("bf16",), (64, 128), _SELECTED, (128,)))
     found += [("bf16", 128, features, 128) for features in _TOGETHER]
-    found += list(product(("bf16",), (128,), ("routed", "keep+maxgap"), (64,)))
+    found += list(product(("bf16",), (128,), ("routed", "keep+maxgap", "order+keep+maxgap"), (64,)))
+    found += [("bf16", 64, "order+routed", 128), ("bf16", 64, "order+keep+maxgap", 128), ("fp32", 128, "order", 128)]
     found += list(product(("bf16",), (32, 96), ("plain", "routed", "keep+maxgap"), (128,)))
-    found += [("bf16", 128, "plain", tile) for tile in (32, 256)]
+    found.append(("bf16", 128, "plain", 256))
     return (
         found
         + [("bf16", 256, features, 128) for features in ("plain", "decay", "mask")]
@@ -78,6 +81,8 @@ def variants() -> list[Variant]:
         for target in TARGETS:
             precision = fp32_products(target) if name == "fp32" else "ieee"
             launch, bulk = launch_of(target, _DTYPES[name], dim, tile), _bulk(target, name, dim, features)
+            if "order" in features.split("+"):
+                launch = with_order(launch, decay="decay" in features)
             by_launch.setdefault((launch, precision, bulk), []).append(target)
         found += [
             _variant(name, dim, features, tile, launch, precision, bulk, tuple(targets))

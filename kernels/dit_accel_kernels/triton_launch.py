@@ -8,8 +8,9 @@ both), or the card, date and seconds of a measurement. bench/tune.py writes it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,33 @@ def key_of_row(row: dict[str, Any]) -> Key:
 def key_of(arch: str, dtype: torch.dtype, dim: int, tile: int) -> Key:
     """The key of a call; a tile of more than 64 tokens counts as 128."""
     kind = "fp32" if dtype == torch.float32 else "half"
-    return arch, kind, 64 if dim <= 64 else 128 if dim <= 128 else 256, 64 if tile <= 64 else 128
+    return arch, kind, next(size for size in (32, 64, 128, 256) if dim <= size), 64 if tile <= 64 else 128
 
 
 def launch_of(arch: str, dtype: torch.dtype, dim: int, tile: int = 128) -> Launch:
     """Sizes for an architecture ("sm_90", "gfx942" ...), dtype, head dim and tokens of a query tile.
 
-    Where the table has no row for such tiles it is that of tiles of 128, and where the architecture has none, any's.
+    Where the table has no row for such tiles it is that of tiles of 128, where it has none up to 32 columns that of 64,
+    and where the architecture has none, any's.
     """
-    key = key_of(arch, dtype, dim, tile)
-    rows = table()
-    found = (rows.get((place, *key[1:3], size)) for place in (arch, "") for size in (key[3], 128))
+    _, kind, columns, size = key_of(arch, dtype, dim, tile)
+    places = product((arch, ""), (columns, max(columns, 64)), (size, 128))
+    found = (table().get((place, kind, width, tokens)) for place, width, tokens in places)
     return next(launch for launch in found if launch is not None)
+
+
+def with_order(launch: Launch, *, decay: bool) -> Launch:
+    """Sizes where a token order gives the rows: their addresses take registers.
+
+    From slow loops always, from the others of small programs, and with decay from all.
+    """
+    small = launch.block_q <= 64 and launch.num_warps <= 4
+    return replace(
+        launch,
+        block_q=launch.block_q // (2 if decay else 1),
+        block_k=min(launch.block_k, 32) if small else launch.block_k,
+        block_s=min(launch.block_s, 16),
+    )
 
 
 def next_power_of_2(n: int) -> int:

@@ -316,6 +316,16 @@ def test_half_the_rows_take_half_the_warps():
 def test_launches_fall_back_to_generic_sizes():
     assert triton_launch.launch_of("sm_90", torch.bfloat16, 128) != triton_launch.launch_of("", torch.bfloat16, 128)
     assert triton_launch.launch_of("sm_999", torch.float16, 80) == triton_launch.launch_of("", torch.bfloat16, 128)
+    assert triton_launch.launch_of("sm_80", torch.float16, 24).block_k == 32
+    assert triton_launch.launch_of("sm_90", torch.float16, 24) == triton_launch.launch_of("sm_90", torch.float16, 64)
+
+
+def test_a_token_order_takes_smaller_launches():
+    launch = triton_launch.Launch(block_q=128, block_k=64, block_s=32, num_warps=8, num_stages=2)
+    assert triton_launch.with_order(launch, decay=False) == replace(launch, block_s=16)
+    assert triton_launch.with_order(launch, decay=True) == replace(launch, block_q=64, block_s=16)
+    small = replace(launch, block_q=64, num_warps=4)
+    assert triton_launch.with_order(small, decay=False) == replace(small, block_k=32, block_s=16)
 
 
 @pytest.mark.parametrize("module", [triton_forward_variants, triton_pool])
