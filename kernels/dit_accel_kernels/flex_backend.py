@@ -168,7 +168,8 @@ def flex_call(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) ->
         seq_lengths=(q.shape[2], k.shape[2]),
         compute_q_blocks=False,
     )
-    found = flex_attention(
+    attention: Any = flex_attention  # its overloads take a literal return_lse
+    found = attention(
         q,
         k,
         v,

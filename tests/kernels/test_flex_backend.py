@@ -64,6 +64,16 @@ def test_never_runs_the_eager_flexattention_which_reads_no_lists(monkeypatch):
         block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+def test_a_gpu_kernels_steps_divide_the_tiles(block, dim, dtype):
+    """FlexAttention's own are powers of 2 up to 128 and are kept where they divide the tiles whatever they are."""
+    options = flex_backend._kernel_options(torch.empty(1, 1, 1, dim, dtype=dtype, device="meta"), block, block)
+    steps = {options.get(name, 128) for name in ("BLOCK_M", "BLOCK_N")}
+    assert all(block % step == 0 and step >= 16 for step in steps)
+
+
 @pytest.fixture
 def eager(monkeypatch) -> list:
     """The same functions and tables without a compiler, on any machine and with LSE; the calls' (columns, blocks)."""
@@ -188,7 +198,7 @@ class TestCompiled:
             tiles = random_lists(4, 300, 300, 64, 32, pooled=pooled)
             arguments = features(2, 4, 300, 300, 32, mask=mask, decay=decay)
             check_output(q, k, v, tiles, **arguments)
-        assert counters["stats"]["unique_graphs"] - before == 1
+        assert counters["stats"]["unique_graphs"] - before <= 1  # 0 where another test made it
 
     def test_one_query_over_many_keys_and_decay_alone(self):
         q, k, v = qkv(1, 2, 1, 1, 1100, 40, torch.float32)
@@ -211,11 +221,11 @@ def test_more_shapes_than_dynamos_limit_stay_compiled(monkeypatch):
     traced = torch.compile(flex_backend._compilable, backend="eager", dynamic=False, fullgraph=True)
     monkeypatch.setattr(flex_backend, "_compiled", lambda: traced)
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     before = counters["stats"]["unique_graphs"]
-    for tokens in (33, 34):
-        q, k, v = qkv(1, 1, 1, tokens, tokens, 16, torch.float32)
-        check_output(q, k, v, random_lists(1, tokens, tokens, 16, 16), layout="bhsd")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for tokens in (33, 34):
+            q, k, v = qkv(1, 1, 1, tokens, tokens, 16, torch.float32)
+            check_output(q, k, v, random_lists(1, tokens, tokens, 16, 16), layout="bhsd")
     assert counters["stats"]["unique_graphs"] - before == 2
 
 
