@@ -141,15 +141,16 @@ def build_portions(exact: Csr, pooled: Csr, shape: Shape, columns: int, tiles: i
     kind = (rows.far > 0) * 2 + (rows.counts > 0)
     most = (shape.key_tiles + 1) * shape.block
     order = ((kind * most + tokens) * (shape.key_tiles + 1) + rows.far).argsort(descending=True, stable=True)
-    own = [x[order] for x in (rows.counts, rows.far, tokens)]
-    groups = _groups(*torch.stack(own).tolist(), shape.block, columns)
+    own = rows.counts[order], rows.far[order], tokens[order]
+    near, far, held = torch.stack(own).tolist()
+    groups = _groups(near, far, held, shape.block, columns)
     found = []
     for some in _runs(groups, tiles):
         part = slice(some[0].start, some[-1].stop)
         chosen = order[part]
         lists = rows.tiles_of(chosen, max(group.exact for group in some), max(group.pooled for group in some))
         here = [replace(group, start=group.start - part.start, stop=group.stop - part.start) for group in some]
-        found.append(Portion(chosen, *lists, *(x[part] for x in own), here))
+        found.append(Portion(chosen, *lists, own[0][part], own[1][part], own[2][part], here))
     return found
 
 
