@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem
-from dit_accel_kernels.schedule import Group, Portion
+from dit_accel_kernels.schedule import Group, GroupSize, Portion
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.tiled import Tiled, portions_of, wide_dtype
 from dit_accel_kernels.votes import Tally
@@ -20,7 +20,7 @@ from dit_accel_kernels.workers import buffer, run_all, worker_threads
 
 GROUP_BYTES = 2 << 20  # logits of one group, a thread: more would leave the caches
 GPU_GROUPS = 256  # a GPU's groups are this many times larger
-WORKERS_FLOPS = 3e9  # of a call, a thread, from which on workers pay
+WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
 FOUND_BYTES = 64 << 20  # what votes are kept in until they are settled
 
 
@@ -31,11 +31,9 @@ def attend_plain(
 
     Rows without a tile are left as they are.
     """
-    block_q = tiled.q.shape[2]
-    workers, room = _shares(problem, tiled)
+    workers, size = _shares(problem, tiled)
     out, lse = out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)
-    columns = room // (block_q * tiled.q.element_size())
-    for portion in portions_of(problem, columns, FOUND_BYTES // (4 * block_q), remember=remember):
+    for portion in portions_of(problem, size, remember=remember):
         work = _Work(tiled, portion, tally, need_lse=lse is not None)
         run_all(work.attend, portion.groups, workers)
         out.index_copy_(0, portion.rows, work.out)
@@ -45,17 +43,18 @@ def attend_plain(
             work.settle(tally)
 
 
-def _shares(problem: Problem, tiled: Tiled) -> tuple[int, int]:
-    """How many workers a call is shared by, and the bytes of logits in a group."""
+def _shares(problem: Problem, tiled: Tiled) -> tuple[int, GroupSize]:
+    """How many workers a call is shared by, and how large groups and portions are."""
+    block_q, threads = problem.block_q, torch.get_num_threads()
+    columns, tiles = GROUP_BYTES // (block_q * tiled.q.element_size()), FOUND_BYTES // (block_q * 4)
     if tiled.q.device.type != "cpu":
-        return 1, GROUP_BYTES * GPU_GROUPS
-    lists, threads = problem.exact_offsets.shape[0], torch.get_num_threads()
-    repeats = problem.q.shape[0] * problem.q.shape[1] / lists
-    logits = problem.exact_indices.numel() * problem.block_k * problem.block_q * repeats
-    if 4 * problem.q.shape[3] * logits < WORKERS_FLOPS * threads:
-        return 1, GROUP_BYTES * threads
-    workers, each = worker_threads(tiled.q.device)
-    return workers, GROUP_BYTES * each
+        return 1, GroupSize(columns * GPU_GROUPS, 1, tiles)
+    repeats = problem.q.shape[0] * problem.q.shape[1] // problem.exact_offsets.shape[0]
+    logits = problem.exact_indices.numel() * problem.block_k * block_q * repeats
+    if 4 * problem.q.shape[3] * logits >= WORKERS_FLOPS * threads:
+        workers, each = worker_threads(tiled.q.device)
+        return workers, GroupSize(columns * each, each, tiles)
+    return 1, GroupSize(columns * threads, threads, tiles)  # as many rows for each thread stay in its own cache
 
 
 class _Work:
