@@ -76,6 +76,15 @@ class Shape:
     heads: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class GroupSize:
+    """Most columns of a group of several rows, a number of rows that is better divided, and most tiles of a portion."""
+
+    columns: int
+    multiple: int
+    tiles: int
+
+
 Csr = tuple[Tensor | None, Tensor | None]
 
 
@@ -131,46 +140,44 @@ def build(exact: Csr, pooled: Csr, shape: Shape) -> list[Unit]:
     return units
 
 
-def build_portions(exact: Csr, pooled: Csr, shape: Shape, columns: int, tiles: int) -> list[Portion]:
-    """Portions of one set of lists, of about so many `tiles` each, padded; a row without any is in none.
-
-    Their groups have at most so many `columns`, unless one row has more.
-    """
+def build_portions(exact: Csr, pooled: Csr, shape: Shape, size: GroupSize) -> list[Portion]:
+    """Portions of one set of lists; a row without any tile is in none."""
     rows = _Rows(exact, pooled, shape)
     tokens = rows.counts * shape.block - rows.tail * shape.tail
     kind = (rows.far > 0) * 2 + (rows.counts > 0)
     most = (shape.key_tiles + 1) * shape.block
     order = ((kind * most + tokens) * (shape.key_tiles + 1) + rows.far).argsort(descending=True, stable=True)
-    own = [x[order] for x in (rows.counts, rows.far, tokens)]
-    groups = _groups(*torch.stack(own).tolist(), shape.block, columns)
+    own = rows.counts[order], rows.far[order], tokens[order]
+    near, far, held = torch.stack(own).tolist()
+    groups = _groups(near, far, held, size, shape.block)
     found = []
-    for some in _runs(groups, tiles):
+    for some in _runs(groups, size.tiles):
         part = slice(some[0].start, some[-1].stop)
         chosen = order[part]
         lists = rows.tiles_of(chosen, max(group.exact for group in some), max(group.pooled for group in some))
         here = [replace(group, start=group.start - part.start, stop=group.stop - part.start) for group in some]
-        found.append(Portion(chosen, *lists, *(x[part] for x in own), here))
+        found.append(Portion(chosen, *lists, own[0][part], own[1][part], own[2][part], here))
     return found
 
 
-def _groups(counts: list[int], far: list[int], tokens: list[int], block: int, columns: int) -> list[Group]:
-    """Rows, longest first of each kind, cut into groups of so many columns and little padding."""
+def _groups(counts: list[int], far: list[int], tokens: list[int], size: GroupSize, block: int) -> list[Group]:
+    """Rows, longest first of each kind, cut into groups of little padding."""
     found: list[Group] = []
-    start = used = width = 0
-    rows = next((row for row, pair in enumerate(zip(counts, far, strict=True)) if not any(pair)), len(counts))
-    for row in range(rows):
-        size = counts[row] * block + far[row]
-        if row > start:
-            wide = max(width, counts[start] * block + far[row])
-            room = wide * (row + 1 - start)
-            same = (counts[row] > 0, far[row] > 0) == (counts[start] > 0, far[start] > 0)
-            if same and room <= columns and room - used - size <= WASTE * room:
-                width, used = wide, used + size
-                continue
-            found.append(Group(start, row, counts[start], max(far[start:row]), tokens[row - 1], tokens[start]))
-        start, width, used = row, size, size
-    if rows:
-        found.append(Group(start, rows, counts[start], max(far[start:rows]), tokens[rows - 1], tokens[start]))
+    rows = next((row for row, tiles in enumerate(zip(counts, far, strict=True)) if not any(tiles)), len(counts))
+    start = 0
+    while start < rows:
+        stop, used, pooled = start, 0, 0
+        while stop < rows and (counts[stop] > 0, far[stop] > 0) == (counts[start] > 0, far[start] > 0):
+            columns, wide = counts[stop] * block + far[stop], max(pooled, far[stop])
+            room = (counts[start] * block + wide) * (stop + 1 - start)
+            if stop > start and (room > size.columns or room - used - columns > WASTE * room):
+                break
+            stop, used, pooled = stop + 1, used + columns, wide
+        if stop < rows and stop - start > size.multiple:
+            stop -= (stop - start) % size.multiple
+        pooled = max(far[start:stop])
+        found.append(Group(start, stop, counts[start], pooled, tokens[stop - 1], tokens[start]))
+        start = stop
     return found
 
 
@@ -198,8 +205,6 @@ def schedule(exact: Csr, pooled: Csr, shape: Shape) -> list[Unit]:
     return _UNITS.get((*exact, *pooled), (shape,), lambda: build(exact, pooled, shape))
 
 
-def schedule_portions(exact: Csr, pooled: Csr, shape: Shape, columns: int, tiles: int) -> list[Portion]:
+def schedule_portions(exact: Csr, pooled: Csr, shape: Shape, size: GroupSize) -> list[Portion]:
     """The portions of these lists, built on first use."""
-    return _PORTIONS.get(
-        (*exact, *pooled), (shape, columns, tiles), lambda: build_portions(exact, pooled, shape, columns, tiles)
-    )
+    return _PORTIONS.get((*exact, *pooled), (shape, size), lambda: build_portions(exact, pooled, shape, size))

@@ -10,6 +10,7 @@ from torch import Tensor
 from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
 from dit_accel_kernels.schedule import (
     Csr,
+    GroupSize,
     Portion,
     Shape,
     Unit,
@@ -110,11 +111,11 @@ def units_of(problem: Problem, *, remember: bool = True) -> list[Unit]:
     return (schedule if remember else build)(*_lists(problem, heads))
 
 
-def portions_of(problem: Problem, columns: int, tiles: int, *, remember: bool = True) -> list[Portion]:
+def portions_of(problem: Problem, size: GroupSize, *, remember: bool = True) -> list[Portion]:
     """Portions of this problem's lists in all lanes, the lanes' rows and tiles one after the other, likewise."""
     shared = problem.exact_offsets.shape[0] == 1
     heads = tuple(range(problem.q.shape[0] * problem.q.shape[1])) if shared else key_heads(problem)
-    return (schedule_portions if remember else build_portions)(*_lists(problem, heads), columns, tiles)
+    return (schedule_portions if remember else build_portions)(*_lists(problem, heads), size)
 
 
 def _lists(problem: Problem, heads: tuple[int, ...]) -> tuple[Csr, Csr, Shape]:

@@ -174,6 +174,6 @@ def settling(tiled: Tiled, unit: Unit, tally: Tally | None) -> Callable[[Tensor,
         x = torch.nn.functional.pad(x, (0, count * block - x.shape[-1]), value=0.0 if tally.by_mass else -torch.inf)
         x = x.unflatten(-1, (count, block))
         found = x.sum(-1) if tally.by_mass else x.amax(-1) * LOG2_E
-        tally.settle(unit.rows, unit.exact % tiled.key_tiles, found)
+        tally.settle(unit.rows, unit.exact % tiled.key_tiles, found.permute(2, 0, 1))
 
     return settle

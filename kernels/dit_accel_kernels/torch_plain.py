@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem
-from dit_accel_kernels.schedule import Group, Portion
+from dit_accel_kernels.schedule import Group, GroupSize, Portion
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.tiled import Tiled, portions_of, wide_dtype
 from dit_accel_kernels.votes import Tally
@@ -20,9 +20,8 @@ from dit_accel_kernels.workers import buffer, run_all, worker_threads
 
 GROUP_BYTES = 2 << 20  # logits of one group, a thread: more would leave the caches
 GPU_GROUPS = 256  # a GPU's groups are this many times larger
-WORKERS_FLOPS = 3e9  # of a call, a thread, from which on workers pay
+WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
 FOUND_BYTES = 64 << 20  # what votes are kept in until they are settled
-SETTLED = 32 << 10  # numbers they are settled from at a time, in a core's cache
 
 
 def attend_plain(
@@ -32,11 +31,9 @@ def attend_plain(
 
     Rows without a tile are left as they are.
     """
-    block_q = tiled.q.shape[2]
-    workers, room = _shares(problem, tiled)
+    workers, size = _shares(problem, tiled)
     out, lse = out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)
-    columns = room // (block_q * tiled.q.element_size())
-    for portion in portions_of(problem, columns, FOUND_BYTES // (4 * block_q), remember=remember):
+    for portion in portions_of(problem, size, remember=remember):
         work = _Work(tiled, portion, tally, need_lse=lse is not None)
         run_all(work.attend, portion.groups, workers)
         out.index_copy_(0, portion.rows, work.out)
@@ -46,23 +43,24 @@ def attend_plain(
             work.settle(tally)
 
 
-def _shares(problem: Problem, tiled: Tiled) -> tuple[int, int]:
-    """How many workers a call is shared by, and the bytes of logits in a group."""
+def _shares(problem: Problem, tiled: Tiled) -> tuple[int, GroupSize]:
+    """How many workers a call is shared by, and how large groups and portions are."""
+    block_q, threads = problem.block_q, torch.get_num_threads()
+    columns, tiles = GROUP_BYTES // (block_q * tiled.q.element_size()), FOUND_BYTES // (block_q * 4)
     if tiled.q.device.type != "cpu":
-        return 1, GROUP_BYTES * GPU_GROUPS
-    lists, threads = problem.exact_offsets.shape[0], torch.get_num_threads()
-    repeats = problem.q.shape[0] * problem.q.shape[1] / lists
-    logits = problem.exact_indices.numel() * problem.block_k * problem.block_q * repeats
-    if 4 * problem.q.shape[3] * logits < WORKERS_FLOPS * threads:
-        return 1, GROUP_BYTES * threads
-    workers, each = worker_threads(tiled.q.device)
-    return workers, GROUP_BYTES * each
+        return 1, GroupSize(columns * GPU_GROUPS, 1, tiles)
+    repeats = problem.q.shape[0] * problem.q.shape[1] // problem.exact_offsets.shape[0]
+    logits = problem.exact_indices.numel() * problem.block_k * block_q * repeats
+    if 4 * problem.q.shape[3] * logits >= WORKERS_FLOPS * threads:
+        workers, each = worker_threads(tiled.q.device)
+        return workers, GroupSize(columns * each, each, tiles)
+    return 1, GroupSize(columns * threads, threads, tiles)  # as many rows for each thread stay in its own cache
 
 
 class _Work:
     """One portion: its queries and what is found for them in its order, `out` [P, block_q, D] and `lse` [P, block_q].
 
-    `found` [P, block_q, n]: what votes want of every exact tile, -inf or 0 in padding.
+    `found` [n, P, block_q]: what votes want of every exact tile, -inf or 0 in padding.
     """
 
     def __init__(self, tiled: Tiled, portion: Portion, tally: Tally | None, *, need_lse: bool) -> None:
@@ -82,19 +80,15 @@ class _Work:
             weights = (tiled.length.log() * unit).to(self.wide)[portion.pooled % tiled.key_tiles]
             self.weights = weights.masked_fill_(_from(weights.shape[1], portion.far), -torch.inf)
         if tally is not None and portion.exact.shape[1]:
-            shape = (*self.q.shape[:2], portion.exact.shape[1])
+            shape = (portion.exact.shape[1], *self.q.shape[:2])
             self.found = self.q.new_full(shape, 0.0 if tally.by_mass else -torch.inf, dtype=self.wide)
 
     def settle(self, tally: Tally) -> None:
-        """Settle the votes, some rows at a time."""
+        """Settle the votes."""
         assert self.found is not None
-        portion, found = self.portion, self.found
-        tiles = portion.exact % self.tiled.key_tiles
-        tiles.masked_fill_(_from(tiles.shape[1], portion.counts), tally.none)
-        step = max(1, SETTLED // (found.shape[1] * found.shape[2]))
-        for start in range(0, len(found), step):
-            part = slice(start, start + step)
-            tally.settle(portion.rows[part], tiles[part], found[part])
+        tiles = self.portion.exact % self.tiled.key_tiles
+        tiles.masked_fill_(_from(tiles.shape[1], self.portion.counts), tally.none)
+        tally.settle(self.portion.rows, tiles, self.found)
 
     def attend(self, group: Group, buffers: dict[str, Tensor]) -> None:
         """One group of rows."""
@@ -147,19 +141,22 @@ class _Work:
         """Logits in log2 units to exponentials, in place, with their sums returned, and what votes want of them."""
         tally, found = self.tally, None
         assert tally is not None
-        near = x[:, :, :columns].unflatten(2, (-1, self.k.shape[1]))
-        if self.found is not None and columns:
-            found = self.found[part, :, : near.shape[2]]
-        if found is None or tally.by_mass:
-            peak = x.amax(-1, keepdim=True)
+        near, far = x[:, :, :columns].unflatten(2, (-1, self.k.shape[1])), x[:, :, columns:]
+        if columns and not tally.by_mass:
+            found = near.amax(-1)
+            peak = found.amax(-1, keepdim=True)
+            if far.shape[2]:
+                peak = torch.maximum(peak, far.amax(-1, keepdim=True))
         else:
-            peak = torch.amax(near, -1, out=found).amax(-1, keepdim=True)
-            if columns < x.shape[2]:
-                peak = torch.maximum(peak, x[:, :, columns:].amax(-1, keepdim=True))
+            peak = x.amax(-1, keepdim=True)
         x.sub_(peak).exp2_()
-        total = x.sum(-1)
-        if found is not None and tally.by_mass:
-            torch.sum(near, -1, out=found)
+        if columns and tally.by_mass:
+            found = near.sum(-1)
+            total = found.sum(-1) + far.sum(-1)
+        else:
+            total = x.sum(-1)
+        if found is not None and self.found is not None:
+            self.found[: found.shape[2], part] = found.permute(2, 0, 1)
         if self.lse is not None:
             torch.add(peak[:, :, 0] / LOG2_E, total.log(), out=self.lse[part])
         return total
