@@ -44,7 +44,8 @@ def require(condition: bool, text: str) -> None:
 class PlannedCall:
     """One planned attention call and its result.
 
-    Tensors are [B, H, S, D]; the grid is that of the running forward; ``exact`` a selection's exact tiles as bits.
+    Tensors are [B, H, S, D], keys as the plan centres them; the grid is that of the running forward; ``exact`` a
+    selection's exact tiles as bits.
     """
 
     plan: AttentionPlan
@@ -86,7 +87,8 @@ def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
         recorder = session.recorder
         with mock.patch.object(recorder, "selected_call", wraps=recorder.selected_call) as told:
             out = original(plan, moment, q, k, v, mask, layout, scale)
-        q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in (q, k, v, out))
+        tensors = (q, plan.centred(k), v, out)
+        q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in tensors)
         exact, grid = told.call_args.args[2] if told.called else None, attachment._slot.grid
         calls.append(PlannedCall(plan=plan, grid=grid, q=q, k=k, v=v, mask=mask, scale=scale, out=seen, exact=exact))
         return out

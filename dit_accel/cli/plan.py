@@ -59,8 +59,9 @@ def plan(
     )
     if num_frames is not None and found.num_frames != num_frames:
         note(f"{num_frames} frames are rounded to {found.num_frames}, as the pipeline does")
+    remarks = {m.name: m.remark(adapter, sizes, found.layout) for m in methods if hasattr(m, "remark")}
     for name in found.uncounted:
-        note(f"what {name} saves is known only while it runs; it is not counted")
+        note(remarks.get(name) or f"what {name} saves is known only while it runs; it is not counted")
     if found.sparsity and found.sparsity.routes:
         note("which tiles are routed is known only while it runs; counted is what Gaussian scores would keep")
     if found.sparsity and found.sparsity.advice:

@@ -59,6 +59,13 @@ class Handler:
         """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""
         return True
 
+    def applies(self, layout: TokenLayout) -> bool:
+        """Tell whether the method changes attention over a layout; where no method does, calls stay dense.
+
+        Asked before each forward, but not before the first one of a transformer that is compiled whole.
+        """
+        return True
+
     def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
         """Look at the queries and keys of a call that `contribute` is about to plan; ``plan`` is what it will get."""
 
