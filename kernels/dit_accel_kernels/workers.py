@@ -39,7 +39,7 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
     waiting, inference = deque(pieces), torch.is_inference_mode_enabled()
 
     def drain() -> None:
-        buffers = _buffers()
+        buffers = own_buffers()
         with torch.inference_mode(inference), torch.no_grad():  # both hold for one thread only
             while waiting:
                 try:
@@ -82,7 +82,7 @@ def buffer(
     return found[:size].view(shape)
 
 
-def _buffers() -> dict[str, torch.Tensor]:
+def own_buffers() -> dict[str, torch.Tensor]:
     """This thread's buffers; of an earlier call only if they are small or on the CPU."""
     kept = getattr(_OWN, "buffers", {})
     if any(x.device.type != "cpu" for x in kept.values()) or sum(x.nbytes for x in kept.values()) > KEPT_BYTES:
