@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 MOST_WORKERS = 16  # more would wait for Python's lock; from there on, each worker gets several torch threads
-KEPT_BYTES = 32 << 20  # buffers that a worker keeps for the next call: new memory costs a page fault every 4 KB
+KEPT_BYTES = 16 << 20  # that a torch thread keeps for the next call: new memory costs a page fault every 4 KB
 Piece = TypeVar("Piece")
 _OWN = local()
 
@@ -83,9 +83,9 @@ def buffer(
 
 
 def own_buffers() -> dict[str, torch.Tensor]:
-    """This thread's buffers; of an earlier call only if they are small or on the CPU."""
-    kept = getattr(_OWN, "buffers", {})
-    if any(x.device.type != "cpu" for x in kept.values()) or sum(x.nbytes for x in kept.values()) > KEPT_BYTES:
+    """This thread's buffers; of an earlier call only if they are small and on the CPU."""
+    kept, most = getattr(_OWN, "buffers", {}), KEPT_BYTES * torch.get_num_threads()
+    if any(x.device.type != "cpu" for x in kept.values()) or sum(x.nbytes for x in kept.values()) > most:
         kept = {}
     _OWN.buffers = kept
     return kept
