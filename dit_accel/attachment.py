@@ -108,8 +108,10 @@ def attach(model: Any, *methods: MethodConfig, backend: str = "auto") -> Attachm
         for name, transformer in transformers.items():
             target = Target(name, adapter_for(type(transformer).__name__))
             session.targets.append(target)
-            _install_processors(attachment, transformer, target, classes)
-            _install_hooks(attachment, transformer, target)
+            modules = _install_processors(attachment, transformer, target, classes)
+            _install_hooks(attachment, transformer, target, modules)
+            _install_context(attachment, transformer, target)
+            _install_end(attachment, transformer)
             transformer.__dict__[_MARK] = attachment
             attachment._undo.append(lambda transformer=transformer: transformer.__dict__.pop(_MARK))
     except BaseException:
@@ -211,9 +213,11 @@ def _make_handlers(
 
 def _install_processors(
     attachment: Attachment, transformer: nn.Module, target: Target, classes: dict[type, type]
-) -> None:
-    session = attachment._session
+) -> list[nn.Module]:
+    """Put our processors on the attention modules, and return these in the order of the target's places."""
+    session, modules = attachment._session, []
     for layer, (_, module, depth) in enumerate(attention_modules(transformer, target.adapter)):
+        modules.append(module)
         original = module.processor
         place = Place(target, layer, depth)
         place.processor = wrap_processor(original, len(session.places), classes, attachment._slot, session.number)
@@ -226,6 +230,7 @@ def _install_processors(
                 module.processor = unwrap_processor(ours, original)
 
         attachment._undo.append(restore)
+    return modules
 
 
 def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -256,7 +261,7 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
     )
 
 
-def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> None:
+def _install_hooks(attachment: Attachment, transformer: Any, target: Target, modules: list[nn.Module]) -> None:
     session, slot = attachment._session, attachment._slot
     config = types.SimpleNamespace(**dict(transformer.config))
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -272,14 +277,50 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
             if not target.in_context:
                 session.note_weights(target, lora_state(transformer))
             session.observe(target, grid, len(inputs[adapter.latents]), inputs.get(adapter.timestep))
+            _leave_perturbed_dense(session, target, modules)
+            slot.reached.clear()
 
-    handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
-    attachment._undo.append(handle.remove)
+    def after_forward(module: nn.Module, args: Any, out: Any) -> None:
+        if slot.grid != NO_STEP and not torch.compiler.is_compiling():
+            _uncount_skipped(session, target, slot.reached)
+
+    for handle in (
+        transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
+        transformer.register_forward_hook(after_forward),
+    ):
+        attachment._undo.append(handle.remove)
+
+
+def _leave_perturbed_dense(session: Session, target: Target, modules: list[nn.Module]) -> None:
+    """Leave to diffusers what its perturbed attention guidance perturbs: it knows but its own attention calls."""
+    for place, module in zip(target.places, modules, strict=True):
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if place.processor._dit_accel_sparse and any(
+            getattr(h, "skip_attention_scores", False) for h in hooks.values()
+        ):
+            place.processor._dit_accel_sparse = False
+            session.recorder.forward(target.name, target.branch, target.step_index or 0, 1)
+
+
+def _uncount_skipped(session: Session, target: Target, reached: set[int]) -> None:
+    """Take back from the report the dense calls that one of diffusers' caches skipped in the forward that ends.
+
+    A module of a compiled block is never seen to run; it counts as if it had.
+    """
+    seen = session.recorder.seen
+    for layer, place in enumerate(session.places):
+        if place.target is target and not place.processor._dit_accel_sparse:
+            if layer in reached:
+                seen.add(layer)
+            elif layer in seen:
+                session.recorder.forward(target.name, target.branch, target.step_index or 0, -1)
+
+
+def _install_context(attachment: Attachment, transformer: Any, target: Target) -> None:
+    """Follow the pipeline's denoising calls, where it opens contexts for them."""
     if not hasattr(transformer, "cache_context"):
         return
-
-    original = transformer.cache_context
-    own = transformer.__dict__.get("cache_context")
+    session, original = attachment._session, transformer.cache_context
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
@@ -291,10 +332,30 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
         finally:
             session.leave(target)
 
-    def restore() -> None:
-        transformer.__dict__.pop("cache_context", None)
-        if own is not None:
-            transformer.__dict__["cache_context"] = own
+    _shadow(attachment, transformer, "cache_context", cache_context)
 
-    transformer.__dict__["cache_context"] = cache_context
+
+def _install_end(attachment: Attachment, transformer: Any) -> None:
+    """Free the methods' state where pipelines tell that a generation is over: they reset diffusers' caches then."""
+    if not hasattr(transformer, "_reset_stateful_cache"):
+        return
+    session, original = attachment._session, transformer._reset_stateful_cache
+
+    def reset_stateful_cache(*args: Any, **kwargs: Any) -> None:
+        session.reset_handlers()
+        original(*args, **kwargs)
+
+    _shadow(attachment, transformer, "_reset_stateful_cache", reset_stateful_cache)
+
+
+def _shadow(attachment: Attachment, transformer: Any, name: str, ours: Any) -> None:
+    """Let an attribute of this one instance be ours until the attachment ends."""
+    own = transformer.__dict__.get(name)
+
+    def restore() -> None:
+        transformer.__dict__.pop(name, None)
+        if own is not None:
+            transformer.__dict__[name] = own
+
+    transformer.__dict__[name] = ours
     attachment._undo.append(restore)

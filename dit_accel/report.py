@@ -35,13 +35,17 @@ class Forward:
 
 
 class Recorder:
-    """Counts what runs, one generation long."""
+    """Counts what runs, one generation long.
+
+    `seen` holds the places whose dense calls are seen when they run; those of compiled blocks are not.
+    """
 
     def __init__(self) -> None:
         self.forwards: dict[tuple[str, int, str], Forward] = {}
         self.notes: list[str] = []
         self.backends: set[str] = set()
         self.measured: list[tuple[Moment, Tensor]] = []
+        self.seen: set[int] = set()
 
     def measured_call(self, moment: Moment, error: Tensor) -> None:
         """Keep the error that probe rows found in one planned call, [H], relative L2."""

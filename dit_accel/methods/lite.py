@@ -353,7 +353,7 @@ class LiteHandler(Handler):
         state = self._states.by_key.get(key)
         if state is not None and state.calls != self.config.refresh_every and state.fits(moment, tiles.block_k, order):
             return state
-        state = CallState(moment.layout, moment.batch, tiles.block_k, order)
+        state = CallState(moment.layout, tiles.block_k, order)
         if self.config.target_density is not None:
             dial = self._dials.get((moment.transformer, moment.branch, moment.row))
             if dial is None or dial.step_index != moment.step_index:
