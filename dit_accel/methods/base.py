@@ -45,6 +45,9 @@ class Handler:
     dense_under_masks: ClassVar[bool] = False
     """Whether a call whose mask is no key padding runs dense, as the report says, instead of being refused."""
 
+    votes: ClassVar[bool] = False
+    """Whether its plans ask for votes, which not every kernel backend has."""
+
     def __init__(self, config: MethodConfig, model: Model) -> None:
         self.config = config
         self.model = model
