@@ -8,6 +8,7 @@ from .methods.frozen import FrozenPattern
 from .methods.lite import LiteAttention
 from .methods.radial import RadialAttention
 from .methods.sol import SolAttention
+from .methods.ultravico import UltraViCo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +19,13 @@ class Trial:
         neutral: attached, changes nothing.
         active: changes every layer at every step of a `TinyModel`, but for the first ``warm`` ones.
         warm: steps after which the method changes something: those of a method that learns what to leave out.
+        thins: the method leaves tiles out; one that does not changes what is computed of them.
     """
 
     neutral: MethodConfig | tuple[MethodConfig, ...]
     active: MethodConfig | tuple[MethodConfig, ...]
     warm: int = 0
+    thins: bool = True
 
 
 def configs_of(*settings: MethodConfig | tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
@@ -51,6 +54,11 @@ TRIALS: dict[str, Trial] = {
     "sol": Trial(
         neutral=SolAttention(block_size=16, dense_steps=1000),
         active=SolAttention(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0),
+    ),
+    "ultravico": Trial(
+        neutral=UltraViCo(trained_frames=1000),
+        active=UltraViCo(trained_frames=2, alpha=0.5, beta=0.2, period=3, gamma=0.5, first_frame=True),
+        thins=False,
     ),
 }
 """Method name -> the configs that `check_adapter` tries; open to every package."""

@@ -45,8 +45,8 @@ def require(condition: bool, text: str) -> None:
 class PlannedCall:
     """One planned attention call and its result.
 
-    Tensors are [B, H, S, D]; the grid is that of the running forward; ``exact`` a selection's exact tiles as bits;
-    ``planned`` what the kernel gave, where a method corrected it.
+    Tensors are [B, H, S, D], keys as the plan centres them; the grid is that of the running forward; ``exact`` a
+    selection's exact tiles as bits; ``planned`` the output before methods corrected it, where one does.
     """
 
     plan: AttentionPlan
@@ -94,9 +94,11 @@ def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
                 out = original(plan, moment, q, k, v, mask, layout, scale)
             finally:
                 session.handlers = handlers
-        found = (q, k, v, out, before.out)
-        q, k, v, seen, planned = (x if x is None or layout == "bhsd" else x.transpose(1, 2) for x in found)  # type: ignore[assignment]
-        q, k, v, seen = (x.clone() for x in (q, k, v, seen))
+        tensors = (q, plan.centred(k), v, out)
+        q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in tensors)
+        planned = before.out if before.out is None or layout == "bhsd" else before.out.transpose(1, 2)
+        if planned is not None and plan.apart is not None:  # these rows are computed after corrections
+            planned = planned.index_copy(2, plan.apart.rows, seen[:, :, plan.apart.rows])
         exact, grid = told.call_args.args[2] if told.called else None, attachment._slot.grid
         calls.append(
             PlannedCall(

@@ -19,13 +19,13 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention_eager
 from torch import Tensor
 
 from ..config import MethodConfig
 from ..errors import ConfigError
 from ..layout import TokenLayout
 from ..plan import AttentionPlan, Call, Moment
+from ..rows import dense_rows
 from .base import Handler, Model, handles
 from .lite_state import Key, key_of
 from .warmup import SparseConfig
@@ -228,48 +228,6 @@ def likeness_of(corrections: Tensor, frames: int) -> Tensor:
         return torch.ones_like(x[:, :, 0, 0, 0])
     together, first, second = ((a * b).sum((2, 3, 4)) for a, b in ((one, next_), (one, one), (next_, next_)))
     return (together / (first * second).sqrt().clamp(min=torch.finfo(x.dtype).tiny)).clamp(0, 1).sqrt()
-
-
-def dense_rows(plan: AttentionPlan, call: Call, v: Tensor, rows: Tensor) -> Tensor:
-    """Return what the plan would compute for some query rows if it left nothing out, in the call's layout.
-
-    Logit transforms, key validity and identity mix stay the plan's; pooling, skipping and routing are gone.
-
-    Args:
-        plan: the call's plan.
-        call: its queries and keys.
-        v: its values.
-        rows: int64 [G], token indices.
-    """
-    axis = 2 if call.layout == "bhsd" else 1
-    decay = plan.frame_decay
-    if decay is not None:
-        decay = FrameDecay(table=decay.table, q_frames=decay.q_frames[rows], k_frames=decay.k_frames)
-    out = block_sparse_attention_eager(
-        call.q.index_select(axis, rows),
-        call.k,
-        v,
-        _full_lists(len(rows), call.k.shape[axis], str(v.device)),
-        layout=call.layout,
-        scale=call.scale,
-        head_scale=plan.head_scale,
-        key_mask=call.key_mask(),
-        frame_decay=decay,
-        backend=call.backend,
-    )
-    assert isinstance(out, Tensor)
-    if plan.identity_mix is None:
-        return out
-    heads = 3 - axis
-    own = v.index_select(axis, rows).repeat_interleave(out.shape[heads] // v.shape[heads], heads)
-    weight = plan.identity_mix.to(out.dtype).reshape(-1, out.shape[heads]).unsqueeze(axis).unsqueeze(-1)
-    return torch.lerp(out, own, weight.expand_as(out))
-
-
-@lru_cache(maxsize=16)
-def _full_lists(queries: int, keys: int, device: str) -> TileLists:
-    with torch.inference_mode(False):
-        return TileLists.full(queries, keys, block_q=128, block_k=128).to(device)
 
 
 def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:

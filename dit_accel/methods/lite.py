@@ -157,7 +157,7 @@ class LiteHandler(Handler):
     """LiteAttention on one model: bits and votes put into the plan, and what the votes say kept for the next call."""
 
     rank = 1
-    dense_under_masks = True
+    dense_under_masks = votes = True
     config: LiteAttention
 
     def __init__(self, config: LiteAttention, model: Model) -> None:

@@ -88,4 +88,10 @@ def _variant(
         num_warps=num_warps,
         num_stages=launch.num_stages,
         targets=targets,
+        turns=_turns(tile // block_k) if features in _VOTES else (),
     )
+
+
+def _turns(chunks: int) -> tuple[int, ...]:
+    """How often a vote settles a tile and stores a word, where a tile has so many chunks."""
+    return (chunks, 32 * chunks) if chunks > 1 else (32,)
