@@ -145,7 +145,7 @@ class LiteAttention(SparseConfig):
     def state_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
         """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
 
-        The original's two lists of int16 an attention module take 32 times that with equal tiles, 23 times with its
+        The original's two lists of int16 an attention module take 31 times that with equal tiles, 23 times with its
         own of 128 x 176.
         """
         block = self.block_size or GENERIC["block_size"]
@@ -157,7 +157,7 @@ class LiteHandler(Handler):
     """LiteAttention on one model: bits and votes put into the plan, and what the votes say kept for the next call."""
 
     rank = 1
-    dense_under_masks = True
+    dense_under_masks = votes = True
     config: LiteAttention
 
     def __init__(self, config: LiteAttention, model: Model) -> None:
@@ -353,7 +353,7 @@ class LiteHandler(Handler):
         state = self._states.by_key.get(key)
         if state is not None and state.calls != self.config.refresh_every and state.fits(moment, tiles.block_k, order):
             return state
-        state = CallState(moment.layout, moment.batch, tiles.block_k, order)
+        state = CallState(moment.layout, tiles.block_k, order)
         if self.config.target_density is not None:
             dial = self._dials.get((moment.transformer, moment.branch, moment.row))
             if dial is None or dial.step_index != moment.step_index:

@@ -10,13 +10,14 @@ from dit_accel.registry import adapters, methods
 
 from .compare import read_lines, table
 from .denoising_time import table as times_table
+from .longer import table as longer_table
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
 PAGES = {
     "README.md": ("models", "sol-tiny", "speed"),
-    "docs/quality.md": ("radial-tiny", "lite-tiny", "delta-tiny", "time"),
+    "docs/quality.md": ("radial-tiny", "lite-tiny", "delta-tiny", "longer-tiny", "time"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -107,7 +108,17 @@ def _time(root: Path) -> str:
     return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
 
 
-_TABLES: dict[str, Callable[[Path], str]] = {"models": _models, "speed": _speed, "time": _time}
+def _longer(root: Path) -> str:
+    path = Path("eval/suites/longer-tiny.toml")
+    command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / "eval/results/longer-tiny.jsonl")
+    if not lines:
+        return f"Not measured yet; `{command}` measures it on the embedded model."
+    suite = read_suite(root / path)
+    head = f"`{command}`: the embedded model, {suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}"
+    return f"{head}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
+
+
+_TABLES: dict[str, Callable[[Path], str]] = {"models": _models, "speed": _speed, "time": _time, "longer-tiny": _longer}
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 `python kernels/bench/aot.py --out aot.jsonl` compiles all variants of all `triton_*` modules of the package, in
 parallel processes, prints one row each (registers, spills, shared memory, blocks an SM, hot loop) and writes JSON
-lines; with --match and --merge it compiles some of them anew in a file that has all. Exits with 1 if a variant fails to
-compile, spills, asks for more shared memory than its target has, or has in the hot loop of full tiles what should not
-be there.
+lines; with --match and --merge it compiles some of them anew in a file that has all. A record holds the Triton version
+and the fingerprint of what was compiled: the kernel as Triton's front end makes it for that target, without locations,
+so that comments and lines don't count. With --changed only what differs from its record in --out, or has none, is
+compiled. Exits with 1 if a variant fails to compile, spills, asks for more shared memory than its target has, or has in
+the hot loop of full tiles what should not be there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     from dit_accel_kernels.triton_variants import Variant
 
 PACKAGE = "dit_accel_kernels"
+Task = tuple[str, str, str]  # module, variant, target
+Key = tuple[str, str]  # variant, target
 
 
 def modules() -> list[str]:
@@ -41,11 +47,16 @@ def modules() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(name), "variants")]
 
 
-def tasks(names: list[str], match: str, targets: list[str]) -> list[tuple[str, str, str]]:
+def variants_of(module: str) -> dict[str, Variant]:
+    """A module's variants by name, as the launch table has them now."""
+    return {variant.name: variant for variant in importlib.import_module(module).variants()}
+
+
+def tasks(names: list[str], match: str, targets: list[str]) -> list[Task]:
     """(module, variant, target) of everything to compile; `match` is a regular expression searched in variant names."""
     found = []
     for name in names:
-        for variant in importlib.import_module(name).variants():
+        for variant in variants_of(name).values():
             if re.search(match, variant.name):
                 found += [(name, variant.name, target) for target in targets if target in variant.targets]
     return found
@@ -53,8 +64,7 @@ def tasks(names: list[str], match: str, targets: list[str]) -> list[tuple[str, s
 
 def compile_one(module: str, name: str, target_name: str) -> dict[str, Any]:
     """One variant on one target, as a JSON-ready record; a compiler's failure becomes its `error`."""
-    variant = next(v for v in importlib.import_module(module).variants() if v.name == name)
-    target = TARGETS[target_name]
+    variant, target = variants_of(module)[name], TARGETS[target_name]
     record: dict[str, Any] = {
         "module": module.rpartition(".")[2],
         "variant": name,
@@ -65,11 +75,23 @@ def compile_one(module: str, name: str, target_name: str) -> dict[str, Any]:
     }
     start = time.perf_counter()
     try:
+        record |= {"triton": triton_version(), "fingerprint": fingerprint(variant, target)}
         compiled = _compile(variant, target)
     except Exception as error:  # whatever a compiler raises is the finding
         return {**record, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
     record["seconds"] = round(time.perf_counter() - start, 2)
-    return {**record, **describe(compiled.asm, compiled.metadata.shared, variant.num_warps, target)}
+    return {**record, **describe(compiled.asm, compiled.metadata.shared, variant, target)}
+
+
+def triton_version() -> str:
+    """The version that compiles here."""
+    import triton
+
+    return triton.__version__
+
+
+def _options(variant: Variant) -> dict[str, Any]:
+    return {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
 
 
 def _compile(variant: Variant, target: Target) -> Any:
@@ -78,24 +100,60 @@ def _compile(variant: Variant, target: Target) -> Any:
     from triton.compiler import ASTSource
 
     gpu = GPUTarget(target.backend, target.arch, target.warp)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    return triton.compile(ASTSource(**variant.source_arguments()), target=gpu, options=options)
+    return triton.compile(ASTSource(**variant.source_arguments()), target=gpu, options=_options(variant))
 
 
-def describe(asm: dict[str, Any], shared: int, warps: int, target: Target) -> dict[str, Any]:
+def fingerprint(variant: Variant, target: Target) -> str:
+    """Digest of all that decides a record, but for Triton's version.
+
+    The kernel with everything it calls, as Triton's front end makes it from signature and constants, without locations;
+    options, the target's limits, and how listings are read.
+    """
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+
+    gpu, source = GPUTarget(target.backend, target.arch, target.warp), ASTSource(**variant.source_arguments())
+    backend = make_backend(gpu)
+    options = backend.parse_options({**_options(variant), **source.parse_options()})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    front = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    rest = (_options(variant), variant.hot_loop, variant.turns, target, listing.READING)
+    text = source.make_ir(gpu, options, *front).str_nodebug() + repr(rest)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_remembered = lru_cache(variants_of)
+
+
+def _fingerprint_of(task: Task) -> str:
+    try:
+        return fingerprint(_remembered(task[0])[task[1]], TARGETS[task[2]])
+    except Exception:  # whatever a compiler raises becomes a finding where it is compiled
+        return ""
+
+
+def describe(asm: dict[str, Any], shared: int, variant: Variant, target: Target) -> dict[str, Any]:
     """Resources, occupancy and hot loop of one compiled kernel, from its texts; `shared` in bytes."""
     ir = listing.read_ir(asm["ttir"])
     chosen = listing.hot(ir)
     if target.backend == "cuda":
-        sass, usage = _disassemble(asm["cubin"])
-        code, rules, resources = listing.read_sass(sass), listing.SASS_RULES, listing.read_resources(usage)
+        text = _disassemble(asm["cubin"])
+        code, rules, resources = listing.read_sass(text), listing.SASS_RULES, listing.read_resources(text)
         resources["spills"] = sum(x.opcode.split(".")[0] in ("STL", "LDL") for x in code)
     else:
         code, rules, resources = listing.read_amdgcn(asm["amdgcn"]), listing.AMD_RULES, {}
         resources = listing.read_amd_resources(asm["amdgcn"])
     bodies = listing.loops(code)
     at = listing.machine_hot(bodies, ir, chosen)
-    blocks, bound = occupancy(target, resources["registers"], shared, warps)
+    blocks, bound = occupancy(target, resources["registers"], shared, variant.num_warps)
+    mix = None if at < 0 else listing.mix(bodies[at], rules)
+    if mix and variant.turns:
+        depths = listing.by_depth(bodies[at], code)
+        mix |= {"rare": depths[1:], "every": round(listing.every_turn(depths, variant.turns), 1)}
     return {
         **resources,
         "shared": shared,
@@ -105,34 +163,44 @@ def describe(asm: dict[str, Any], shared: int, warps: int, target: Target) -> di
         "tensor": "" if at < 0 else "+".join(sorted({listing.is_tensor(x) for x in bodies[at]} - {""})),
         "loops": len(bodies),
         "ir": chosen,
-        "mix": None if at < 0 else listing.mix(bodies[at], rules),
+        "mix": mix,
     }
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """SASS and resource usage of a cubin, by the tools in Triton's wheel."""
+def _disassemble(cubin: bytes) -> str:
+    """SASS and resource usage of a cubin, by a tool in Triton's wheel."""
     from triton import knobs
 
-    tool = knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        texts = [
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "-res-usage")
-        ]
-    return texts[0], texts[1]
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def run(todo: list[tuple[str, str, str]], jobs: int) -> Iterator[dict[str, Any]]:
-    """Records as they come, from `jobs` processes in which Triton's interpreter is off."""
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes in which Triton's interpreter is off."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def run(todo: list[Task], jobs: int) -> Iterator[dict[str, Any]]:
+    """Records as they come, from `jobs` processes."""
+    with workers(jobs) as pool:
         futures = [pool.submit(compile_one, *task) for task in todo]
         for future in as_completed(futures):
             yield future.result()
+
+
+def changed(todo: list[Task], records: dict[Key, dict[str, Any]], jobs: int) -> list[Task]:
+    """What has no record of this Triton version and of what it is now."""
+    with workers(jobs) as pool:
+        prints = list(pool.map(_fingerprint_of, todo, chunksize=8))
+    found = [records.get(task[1:], {}) for task in todo]
+    now = [(triton_version(), text) for text in prints]
+    known = [(record.get("triton"), record.get("fingerprint")) for record in found]
+    return [task for task, a, b in zip(todo, known, now, strict=True) if a != b]
 
 
 def faults(record: dict[str, Any]) -> list[str]:
@@ -159,6 +227,7 @@ def loop_faults(record: dict[str, Any]) -> list[str]:
     found = [] if wide or expected in record["tensor"] else [f"hot loop on {record['tensor']!r}, not {expected}"]
     found += [f"{ir['masked']} masked loads"] if ir["masked"] else []
     found += [f"{ir['selects']} selects"] if ir["selects"] else []
+    found += ["nothing behind a branch that is not for every turn"] if mix.get("rare") == [] else []
     plain = ir["loads"] + ir["scalars"]
     if mix["guards"] > plain:
         found.append(f"{mix['guards']} predicates on loads for {plain} plain loads")
@@ -188,23 +257,26 @@ def row(record: dict[str, Any]) -> list[str]:
         str(mix.get("loads", 0)),
         str(ir.get("masked", 0)),
         f"{ir.get('selects', 0)}/{mix.get('selects', 0)}",
-        *(str(mix.get(name, 0)) for name in ("exp2", "converts", "instructions")),
+        *(str(mix.get(name, 0)) for name in ("exp2", "converts")),
+        str(mix.get("every", mix.get("instructions", 0))),
         f"{record['seconds']:.1f}",
     ]
 
 
-def others(
-    path: Path | None, order: dict[tuple[str, str], int], todo: list[tuple[str, str, str]]
-) -> list[dict[str, Any]]:
-    """Records of a file whose variant and target still exist and are not about to be compiled."""
+def read(path: Path | None, order: dict[Key, int]) -> dict[Key, dict[str, Any]]:
+    """Records of a file, if there is one, whose variant and target still exist."""
     if path is None or not path.exists():
-        return []
-    again = {task[1:] for task in todo}
+        return {}
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [r for r in records if (r["variant"], r["target"]) in order and (r["variant"], r["target"]) not in again]
+    return {(r["variant"], r["target"]): r for r in records if (r["variant"], r["target"]) in order}
 
 
-def write(path: Path, records: list[dict[str, Any]], order: dict[tuple[str, str], int]) -> None:
+def spread(todo: list[Task], count: int) -> list[Task]:
+    """So many of the tasks, evenly over their order, always the same; all of them if there are no more."""
+    return todo if count >= len(todo) else [todo[i * len(todo) // count] for i in range(count)]
+
+
+def write(path: Path, records: list[dict[str, Any]], order: dict[Key, int]) -> None:
     """Replace a file by these records, in the order of the variants, all or nothing."""
     lines = [json.dumps(r) + "\n" for r in sorted(records, key=lambda r: order[r["variant"], r["target"]])]
     new = path.with_suffix(".new")
@@ -221,6 +293,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
     parser.add_argument("--out", type=Path, help="write one JSON line a variant and target to this file")
     parser.add_argument("--merge", action="store_true", help="keep the other lines of --out whose variants still exist")
+    parser.add_argument("--changed", action="store_true", help="like --merge, and compile only what differs from --out")
+    parser.add_argument("--sample", type=int, help="compile only so many of them, spread evenly")
     return parser.parse_args()
 
 
@@ -235,26 +309,34 @@ def main() -> None:
     unknown = [t for t in targets if t not in TARGETS]
     if unknown:
         raise SystemExit(f"--target takes {', '.join(TARGETS)}: found {', '.join(unknown)}")
-    todo = tasks(args.module or modules(), args.match, targets)
+    todo = asked = tasks(args.module or modules(), args.match, targets)
     if not todo:
         raise SystemExit(f"no variant matches --match {args.match!r}: try --match ''")
     known = list(dict.fromkeys([*modules(), *(args.module or [])]))
     order = {task[1:]: i for i, task in enumerate(tasks(known, "", list(TARGETS)))}
-    kept = others(args.out, order, todo) if args.merge else []
-    records = []
+    records = read(args.out, order) if args.merge or args.changed else {}
+    if args.changed:
+        todo = changed(todo, records, args.jobs)
+        print(f"{len(asked) - len(todo)} of {len(asked)} are as {args.out} records them, {len(todo)} to be compiled")
+    if args.sample is not None:
+        todo = asked = spread(todo, args.sample)
+    records = {key: record for key, record in records.items() if key not in {task[1:] for task in todo}}
+    compiled = []
     for record in run(todo, args.jobs):
-        records.append(record)
+        compiled.append(record)
+        records[record["variant"], record["target"]] = record
         if args.out:  # what is compiled is not lost if the run is cut short
-            write(args.out, [*kept, *records], order)
-        print(f"\r{len(records)} of {len(todo)}", end="", file=sys.stderr, flush=True)
+            write(args.out, list(records.values()), order)
+        print(f"\r{len(compiled)} of {len(todo)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    records.sort(key=lambda r: order[r["variant"], r["target"]])
+    compiled.sort(key=lambda r: order[r["variant"], r["target"]])
     title = "masked: IR; select: IR/machine; tensor ... instr: instructions of one warp in one turn of the hot loop"
     table = Table(*COLUMNS, title=title)
-    for record in records:
+    for record in compiled:
         table.add_row(*row(record))
     Console(width=200).print(table)
-    bad = [f"{r['variant']} on {r['target']}: {'; '.join(faults(r) + loop_faults(r))}" for r in records]
+    scope = [records[task[1:]] for task in asked]
+    bad = [f"{r['variant']} on {r['target']}: {'; '.join(faults(r) + loop_faults(r))}" for r in scope]
     bad = [line for line in bad if not line.endswith(": ")]
     print("\n".join(bad))
     sys.exit(bool(bad))

@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+READING = 2  # to be raised when a listing is read in another way: records made before count no more
+
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
@@ -142,6 +144,53 @@ def mix(body: list[Instruction], rules: dict[str, Rule]) -> dict[str, int]:
     """How often every rule holds in one loop, its instructions in all, and `guards`: distinct predicates on loads."""
     counts = {name: sum(map(rule, body)) for name, rule in rules.items()}
     return {**counts, "instructions": len(body), "guards": len(_guards(body, rules["loads"]))}
+
+
+def by_depth(body: list[Instruction], code: list[Instruction]) -> list[int]:
+    """Instructions of a loop that run in every turn, those behind one branch, behind two ...: code that stores.
+
+    What lies between a forward branch and its target is behind it, where it holds a store to memory: Blackwell's
+    products, too, stand behind a branch that one warp doesn't take, in every turn. A compiler may lay such code out
+    after the loop, with a jump back to its head: longer loops around this one, without an exit or a product.
+    """
+    found = [0] * len(body)
+    index = {x.address: i for i, x in enumerate(body)}
+    for i, x in enumerate(body):
+        skipped = range(i + 1, 0 if x.target is None else index.get(x.target, 0))
+        if any(_is_store(body[j]) for j in skipped):
+            for j in skipped:
+                found[j] += 1
+    layers = _around(body, code)
+    if layers and any(map(_is_store, layers[-1])):
+        found += [depth for depth, layer in enumerate(layers, 1) for _ in layer]
+    return [found.count(depth) for depth in range(max(found) + 1)]
+
+
+def _is_store(instruction: Instruction) -> bool:
+    return instruction.opcode.startswith(("STG", "global_store", "buffer_store"))
+
+
+def _around(body: list[Instruction], code: list[Instruction]) -> list[list[Instruction]]:
+    """What each loop around `body` adds to the one before, shortest first, for those without a product or an exit."""
+    is_product = is_tensor if any(map(is_tensor, code)) else _is_fma
+    index, added = {x.address: i for i, x in enumerate(code)}, []
+    start, end = index[body[0].address], index[body[-1].address] + 1
+    for i, x in enumerate(code[end:], end):
+        first = len(code) if x.target is None or x.target > x.address else index.get(x.target, len(code))
+        if is_product(x) or x.opcode in ("EXIT", "s_endpgm"):
+            break
+        if first <= start:
+            layer = code[first:start] + code[end : i + 1]
+            if any(map(is_product, layer)):
+                break
+            added.append(layer)
+            start, end = first, i + 1
+    return added
+
+
+def every_turn(depths: list[int], turns: tuple[int, ...]) -> float:
+    """Instructions of a turn on average, where what lies behind n branches runs once in turns[n - 1]."""
+    return depths[0] + sum(count / turns[min(n, len(turns) - 1)] for n, count in enumerate(depths[1:]))
 
 
 def _guards(body: list[Instruction], is_load: Rule) -> set[str]:

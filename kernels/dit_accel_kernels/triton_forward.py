@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.triton_votes import _store_rest, _vote
+from dit_accel_kernels.triton_votes import _begin, _store_rest, _vote
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def _fwd_kernel(
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
     pooled_indices_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK]; or None
-    words_ptr,  # int32 [B, H, NQ, SUBS_Q, W], need bits of votes, or None
+    words_ptr,  # int32 [B, H, NQ, SUBS_Q, W], need bits of votes by visit, or None
     k_desc, v_desc,  # descriptors of K and V [B, HK, S_k, D] in blocks of [1, 1, BLOCK_K, D], or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
@@ -228,8 +228,8 @@ def _fwd_kernel(
     acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
     if VOTE is not None:
         words_ptr += ((lane.to(tl.int64) * rows + row) * SUBS_Q + part % SUBS_Q) * ((key_tiles + 31) // 32)
-        word, spent = tl.zeros([BLOCK_Q], tl.int32), total
-        state = m if VOTE == "maxgap" else total
+        word, left = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
+        state, left = _begin(left, m, vote_threshold, VOTE)
 
     origin = start * SUBS_K if step > 0 else end_plain * SUBS_K - 1
     ahead = tl.load(indices_ptr + origin // SUBS_K)
@@ -245,9 +245,10 @@ def _fwd_kernel(
         p, alpha = tl.exp2(x * scale - m_new[:, None]), tl.exp2(m - m_new)
         total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
         if VOTE is not None:
-            word, state, spent = _vote(
-                word, state, spent, n, top, m, alpha, mass, total, vote_threshold, words_ptr, live, VOTE, SUBS_K
-            )
+            word, state, left = _vote(
+                word, state, left, 0, n, top, m, m_new, alpha, mass, total, vote_threshold, words_ptr, live,
+                VOTE, SUBS_K, False,
+            )  # fmt: skip
         m = m_new
 
     if entry_t_ptr is not None:
@@ -268,12 +269,14 @@ def _fwd_kernel(
             alpha = tl.exp2(m - m_new)
             total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
             if VOTE is not None:
-                turn = (end_plain - start) * SUBS_K + n
-                word, state, spent = _vote(
-                    word, state, spent, turn, top, m, alpha, mass, total, vote_threshold, words_ptr, live, VOTE, SUBS_K
-                )
+                word, state, left = _vote(
+                    word, state, left, end_plain - start, n, top, m, m_new, alpha, mass, total, vote_threshold,
+                    words_ptr, live, VOTE, SUBS_K, False,
+                )  # fmt: skip
             m = m_new
 
+    if VOTE is not None:
+        state, left = _begin(left, m, vote_threshold, VOTE)
     origin = end_constant * SUBS_S if step > 0 else end_slow * SUBS_S - 1
     for n in tl.range(0, (end_slow - end_constant) * SUBS_S, num_stages=1):
         position = origin + n * step
@@ -297,10 +300,10 @@ def _fwd_kernel(
         x = tl.where(here[None, :], x, float("-inf"))
         m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
         if VOTE is not None:
-            turn = (end_constant - start) * SUBS_S + n
-            word, state, spent = _vote(
-                word, state, spent, turn, top, m, alpha, mass, total, vote_threshold, words_ptr, live, VOTE, SUBS_S
-            )
+            word, state, left = _vote(
+                word, state, left, end_constant - start, n, top, m, m_new, alpha, mass, total, vote_threshold,
+                words_ptr, live, VOTE, SUBS_S, True,
+            )  # fmt: skip
         m = m_new
     if VOTE is not None:
         _store_rest(words_ptr, end_slow - start, word, live)

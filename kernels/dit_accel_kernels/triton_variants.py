@@ -23,6 +23,8 @@ class Variant:
         hot_loop: True where the kernel's first loop must show tensor-core instructions and neither a predicated load
             nor a select.
         targets: the architectures that launch it like this, out of TARGETS.
+        turns: turns of the hot loop from one run of what lies behind a branch in it to the next, then of what lies
+            behind two, where that isn't every turn.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Variant:
     num_stages: int
     hot_loop: bool = True
     targets: tuple[str, ...] = TARGETS
+    turns: tuple[int, ...] = ()
 
     def source_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `triton.compiler.ASTSource`: fn, signature, constexprs and attrs (divisibility)."""

@@ -1,10 +1,10 @@
 """Votes on Triton: need bits of visited tiles inside the forward kernel, and the kernel that folds them into kept bits.
 
 The specification is votes.py. A vote decides about the next call only, so the forward's loops need no scalar of it: a
-row keeps one bit for each visited tile, in the order of visits, and every 32 tiles the bits of a program's rows are
-OR-reduced and stored as one word. The fold then ORs the parts of a block row, looks up which tile each bit is about,
-and clears the bits of those that no row needs. LiteAttention (arXiv 2511.11062) decides at every tile, with a
-reduction over warps each time.
+row keeps one bit for each visited tile, the sign of a difference shifted in from the right (one instruction), and every
+32 tiles the bits of a program's rows are OR-reduced and stored as one word, whose highest bit is the first visit. The
+fold then ORs the parts of a block row, looks up which tile each bit is about, and clears the bits of those that no row
+needs. LiteAttention (arXiv 2511.11062) decides at every tile, with a reduction over warps each time.
 """
 
 # Device code is typed by Triton's compiler:
@@ -32,52 +32,83 @@ def _or(a, b):
 @triton.jit
 def _store_words(words_ptr, index, word, live):
     """One word for the live rows of a program."""
-    tl.store(words_ptr + index, tl.reduce(word * live.to(tl.int32), 0, _or))
+    tl.store(words_ptr + index, tl.reduce(word * live.to(tl.uint32), 0, _or).to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def _store_rest(words_ptr, visits, word, live):
     """The last word, where the visited tiles don't fill it."""
     if visits % 32 != 0:
-        _store_words(words_ptr, visits // 32, word, live)
+        _store_words(words_ptr, visits // 32, word << (32 - visits % 32).to(tl.uint32), live)
+
+
+@triton.jit
+def _slack(state, left, total, threshold, VOTE: tl.constexpr, MASKED: tl.constexpr):
+    """What rows could miss and still not need a tile, negative where they need it; and what is left of a budget.
+
+    `state` and `left` are as in _vote after the tile, `total` the row sum with it. Without MASKED every row has a key
+    in every chunk.
+    """
+    if VOTE == "maxgap":
+        if MASKED:  # a difference of two infinities may have any sign
+            return tl.where(state > left, -1.0, 1.0), left
+        return left - state, left
+    if VOTE == "mass":
+        return threshold * total - state, left
+    if MASKED:
+        total = tl.maximum(total, 1.1754943508222875e-38)
+    root = tl.rsqrt(total)  # one instruction where a division takes many
+    slack = left - state * root * root
+    bits = tl.minimum(slack.to(tl.uint32, bitcast=True), left.to(tl.uint32, bitcast=True))  # `left` if slack < 0
+    return slack, bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _settle(word, slack, tile, words_ptr, live):
+    """The word with the bit of visit `tile` shifted in, the sign of its slack; stored where it is full."""
+    word = (word << 1) | (slack.to(tl.uint32, bitcast=True) >> 31)
+    if (tile & 31) == 31:
+        _store_words(words_ptr, tile >> 5, word, live)
+    return word
+
+
+@triton.jit
+def _begin(left, m, threshold, VOTE: tl.constexpr):
+    """`state` and `left`, as in _vote, before the first chunk of a tile."""
+    if VOTE == "maxgap":
+        bar = m + threshold
+        return bar, bar
+    return tl.zeros(m.shape, tl.float32), left
 
 
 @triton.jit
 def _vote(
-    word, state, spent, turn, top, m, alpha, mass, total, threshold, words_ptr, live,
-    VOTE: tl.constexpr, SUBS: tl.constexpr,
+    word, state, left, first, n, top, m, m_new, alpha, mass, total, threshold, words_ptr, live,
+    VOTE: tl.constexpr, SUBS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Need bits after one more chunk, by row.
+    """Need bits, state and budget after chunk n of a loop whose first tile is visit `first`.
 
-    A tile has SUBS chunks; `turn` counts the chunks visited before this one. `top` and `mass` are the chunk's largest
-    base-2 logit and its sum of weights, `m` the maximum before it, `alpha` what it shrinks earlier weights by, `total`
-    the row sum with it. `state` is the maximum before the tile ("maxgap") or the tile's mass so far, where it takes
-    several chunks; `spent` what a row voted down ("budget"). Selects by row are written as sums and products.
+    A tile has SUBS chunks; `top` and `mass` are the chunk's largest base-2 logit and sum of weights, `m` and `m_new`
+    the maximum before and after it, `alpha` what it shrinks earlier weights by, `total` the row sum with it. "maxgap":
+    `left` is the bar that the tile's largest logit must exceed, `state` the higher of both so far. "mass", "budget":
+    `state` is the tile's mass so far, `left` the share that a row may still vote down. Where a tile takes several
+    chunks, all that is not their sum or maximum waits for the last one, behind a branch.
     """
-    place = turn // SUBS % 32
-    if VOTE == "maxgap":
-        before = m
-        if SUBS > 1:
-            state = tl.maximum(state, m + tl.where(turn % SUBS == 0, 0.0, float("-inf")))
-            before = state
-        word |= (top > before + threshold).to(tl.int32) << place
+    if SUBS == 1:
+        if VOTE == "maxgap":
+            left = m + threshold
+        slack, left = _slack(top if VOTE == "maxgap" else mass, left, total, threshold, VOTE, MASKED)
+        word = _settle(word, slack, first + n, words_ptr, live)
     else:
-        tile = mass
-        if SUBS > 1:
-            state = state * (alpha * tl.where(turn % SUBS == 0, 0.0, 1.0)) + mass
-            tile = state
-        last = tl.where(turn % SUBS == SUBS - 1, 1, 0)
-        if VOTE == "mass":
-            word |= (tile > threshold * total).to(tl.int32) * last << place
-        else:
-            share = tile / tl.maximum(total, 1.1754943508222875e-38)
-            need = (spent + share > threshold).to(tl.int32)
-            word |= need * last << place
-            spent += share * ((1 - need) * last).to(tl.float32)
-    rest = (turn + 1) % (32 * SUBS)
-    if rest == 0:
-        _store_words(words_ptr, turn // (32 * SUBS), word, live)
-    return word * tl.where(rest == 0, 0, 1), state, spent
+        state = tl.maximum(state, top) if VOTE == "maxgap" else state * alpha + mass
+        if n % SUBS == SUBS - 1:
+            slack, left = _slack(state, left, total, threshold, VOTE, MASKED)
+            word = _settle(word, slack, first + n // SUBS, words_ptr, live)
+            if VOTE == "maxgap":
+                state, left = _begin(left, m_new, threshold, VOTE)
+            else:
+                state -= state  # not a constant, which would become a select in every turn
+    return word, state, left
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -101,7 +132,7 @@ def _fold_kernel(
         inside = visit < end_slow - start
         need = tl.zeros([BLOCK], tl.int32)
         for part in tl.static_range(PARTS):
-            need |= tl.load(words_ptr + part * words + visit // 32, mask=inside, other=0) >> visit % 32
+            need |= tl.load(words_ptr + part * words + visit // 32, mask=inside, other=0) >> 31 - visit % 32
         position = start + visit
         if step < 0:  # each section from its end
             begin = tl.where(position < end_plain, start, tl.where(position < end_constant, end_plain, end_constant))
@@ -123,7 +154,7 @@ def fold(
 
     Args:
         kept: int32 [B, H, NQ, W], the bits before the call; changed in place.
-        words: int32 [B, H, NQ, parts, W], need bits in the order of visits.
+        words: int32 [B, H, NQ, parts, W], need bits in the order of visits, the first in the highest bit.
         indices: int32, the key tiles of the lists that the call read.
         bounds: int32 [*, NQ, 6], as in a RowPlan.
         pinned: int32 [NQ, W] or None.

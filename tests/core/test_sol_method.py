@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, pack_bits, unpack_bits
+from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_backend, pack_bits, unpack_bits
 from dit_accel_pipelines.wan import WAN, WAN_TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -325,6 +325,20 @@ class TestOnWan:
         require_as_planned(calls)
         assert not torch.equal(first, plain)
         assert torch.equal(steps(transformer), plain)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(flex_backend.missing_requirement("cpu") is not None, reason="FlexAttention cannot compile here")
+    def test_runs_in_compiled_flexattention_as_planned(self):
+        transformer, counted = tiny_transformer(), []
+        for others in ((), (dataclasses.replace(RADIAL, dense_steps=1, dense_layers=1),)):
+            with dit_accel.attach(transformer, self.SOL, *others, backend="flex") as attachment:
+                with watched(attachment) as calls:
+                    steps(transformer, count=2)
+                report = attachment.report()
+            assert report.backend == "flex"
+            counted.append(report.sparse_density)
+            require_as_planned(calls)
+        assert 0 < counted[1] < counted[0] < 1  # in Radial's list, in the same compiled function
 
     def test_branches_do_not_meet(self):
         transformer = tiny_transformer()
