@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention
+from dit_accel_kernels import FrameDecay, Routing, Selection, TileLists, block_sparse_attention
 from kernel_cases import qkv, random_lists
 
 Q, K, V = qkv(2, 4, 2, 20, 20, 8, torch.float32)
 TILES = random_lists(1, 20, 20, 8, 8)
 CROSS = dict(k=K[:, :, :12], v=V[:, :, :12], tiles=TileLists.full(20, 12, block_q=8, block_k=8))
+
+
+BITS = torch.zeros(2, 4, 3, 1, dtype=torch.int32)  # of three block rows and a word of key tiles
 
 
 def frames(count, dtype=torch.int32):
@@ -74,6 +77,16 @@ CASES = [
         ValueError,
         r"identity_mix needs self-attention .*, found 20 queries and 12",
     ),
+    (
+        dict(selection=Selection(routed=BITS[:, :3])),
+        ValueError,
+        r"selection\.routed must be \[2, 4, 3, 1\], found \[2, 3, 3, 1\]",
+    ),
+    (
+        dict(selection=Selection(routed=BITS.to("meta"))),
+        ValueError,
+        r"selection\.routed must be on cpu like q, found meta",
+    ),
 ]
 
 
@@ -96,6 +109,19 @@ def test_refuses(changes, error, text):
 def test_frame_decay_refuses(values, text):
     with pytest.raises(ValueError, match=text):
         FrameDecay(**{**dict(table=torch.ones(2), q_frames=frames(4), k_frames=frames(4)), **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "text"),
+    [
+        (dict(routed=BITS, routing=Routing()), ValueError, "routed stands in for routing, found both: give one"),
+        (dict(routed=BITS.long()), TypeError, r"routed must be torch\.int32, found torch\.int64"),
+        (dict(routed=BITS[0]), ValueError, r"routed must have 4 dimensions, found \[4, 3, 1\]"),
+    ],
+)
+def test_selection_refuses(values, error, text):
+    with pytest.raises(error, match=text):
+        Selection(**values)
 
 
 def test_integer_inputs_never_reach_the_gradient():
