@@ -24,7 +24,7 @@ from dit_accel.watching import PlannedCall, watched
 
 from .compare import WEIGHTS, read_lines
 
-BUDGETS = (0.1, 0.3)
+BUDGETS = (0.1,)
 OUT = Path(__file__).parents[1] / "results" / "dropped-mass.jsonl"
 SETTING = {"block_size": 16, "dense_steps": 2}
 
