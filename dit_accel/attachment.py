@@ -73,7 +73,7 @@ class Attachment:
             notes=tuple(session.recorder.notes),
             calls=call_reports(session.recorder),
             state_bytes={name: size for name, size in held.items() if size},
-            measured=measured_errors(session.recorder),
+            measured=measured_errors(session.recorder, lambda at: sum(h.probe_share(at) for h in session.handlers)),
         )
 
 

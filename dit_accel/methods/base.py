@@ -91,6 +91,10 @@ class Handler:
         """
         return out, None
 
+    def probe_share(self, layout: TokenLayout) -> float:
+        """Return the share of a call's query rows that `correct` computes densely where it measures an error."""
+        return 0.0
+
     def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
         """Tell whether `reactivate` would do anything after this call."""
         return False

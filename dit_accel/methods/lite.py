@@ -145,7 +145,7 @@ class LiteAttention(SparseConfig):
     def state_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
         """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
 
-        The original's two lists of int16 an attention module take 32 times that with equal tiles, 23 times with its
+        The original's two lists of int16 an attention module take 31 times that with equal tiles, 23 times with its
         own of 128 x 176.
         """
         block = self.block_size or GENERIC["block_size"]

@@ -10,14 +10,16 @@ from dit_accel.registry import adapters, methods
 
 from .compare import read_lines, table
 from .denoising_time import table as times_table
+from .dropped_mass import table as masses_table
 from .longer import table as longer_table
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
+MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "sol-tiny", "speed"),
-    "docs/quality.md": ("radial-tiny", "lite-tiny", "delta-tiny", "longer-tiny", "time"),
+    "docs/quality.md": ("radial-tiny", "lite-tiny", "dropped-mass", "delta-tiny", "longer-tiny", "time"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -118,7 +120,19 @@ def _longer(root: Path) -> str:
     return f"{head}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
 
 
-_TABLES: dict[str, Callable[[Path], str]] = {"models": _models, "speed": _speed, "time": _time, "longer-tiny": _longer}
+def _mass(root: Path) -> str:
+    records = read_lines(root / MASSES)
+    command = "python -m dit_accel_eval.dropped_mass"
+    return f"`{command}`: {masses_table(records)}" if records else f"Not measured yet; `{command}` does."
+
+
+_TABLES: dict[str, Callable[[Path], str]] = {
+    "models": _models,
+    "speed": _speed,
+    "time": _time,
+    "longer-tiny": _longer,
+    "dropped-mass": _mass,
+}
 
 
 if __name__ == "__main__":
