@@ -2,7 +2,7 @@
 
 The embedded model makes a clip so long that attention is most of its work; the dense runs are diffusers' own, and one
 of fewer steps is the rival. All arms run in turn, round after round; a time is given over the dense one of the same
-round, text encoding and autoencoder left out. The default settings take 4 minutes on two cores.
+round, text encoding and autoencoder left out. The default settings take about 5 minutes on two cores.
 """
 
 import argparse
