@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
 PAGES = {
     "README.md": ("models", "sol-tiny", "speed"),
-    "docs/quality.md": ("radial-tiny", "lite-tiny", "delta-tiny", "longer-tiny", "time"),
+    "docs/quality.md": ("radial-tiny", "lite-tiny", "delta-tiny", "longer-tiny", "longer-3x-tiny", "time"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -108,9 +109,9 @@ def _time(root: Path) -> str:
     return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
 
 
-def _longer(root: Path) -> str:
-    path = Path("eval/suites/longer-tiny.toml")
-    command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / "eval/results/longer-tiny.jsonl")
+def _longer(root: Path, name: str) -> str:
+    path = Path(f"eval/suites/{name}.toml")
+    command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / f"eval/results/{name}.jsonl")
     if not lines:
         return f"Not measured yet; `{command}` measures it on the embedded model."
     suite = read_suite(root / path)
@@ -118,7 +119,13 @@ def _longer(root: Path) -> str:
     return f"{head}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
 
 
-_TABLES: dict[str, Callable[[Path], str]] = {"models": _models, "speed": _speed, "time": _time, "longer-tiny": _longer}
+_TABLES: dict[str, Callable[[Path], str]] = {
+    "models": _models,
+    "speed": _speed,
+    "time": _time,
+    "longer-tiny": partial(_longer, name="longer-tiny"),
+    "longer-3x-tiny": partial(_longer, name="longer-3x-tiny"),
+}
 
 
 if __name__ == "__main__":
