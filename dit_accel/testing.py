@@ -231,8 +231,12 @@ def _check_active(case: Case) -> str | None:
             reached = [step.sparse_layers for step in report.steps]
             require(reached == [len(places)] * (warm + 1), "not every place was reached once")
             kept = report.sparse_density
-            told = f"{trial.active} leaves {kept} of the tiles; give the tiny model more tokens, or correct the trial"
-            require(kept is not None and (kept < 1) == trial.thins, told)
+            told = (
+                "keeps every tile; give the tiny model more tokens"
+                if trial.thins
+                else "leaves tiles out; its trial says no"
+            )
+            require(kept is not None and (kept < 1) == trial.thins, f"{trial.active} {told}")
             case.run(inputs, step=warm + 1)
             case.run(case.inputs(1), step=warm + 2)
             require(

@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ TIMES = Path("eval/results/denoising-time.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "sol-tiny", "speed"),
-    "docs/quality.md": ("radial-tiny", "lite-tiny", "dropped-mass", "delta-tiny", "longer-tiny", "time"),
+    "docs/quality.md": (
+        "radial-tiny",
+        "lite-tiny",
+        "dropped-mass",
+        "delta-tiny",
+        "longer-tiny",
+        "longer-3x-tiny",
+        "time",
+    ),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -110,9 +119,9 @@ def _time(root: Path) -> str:
     return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
 
 
-def _longer(root: Path) -> str:
-    path = Path("eval/suites/longer-tiny.toml")
-    command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / "eval/results/longer-tiny.jsonl")
+def _longer(root: Path, name: str) -> str:
+    path = Path(f"eval/suites/{name}.toml")
+    command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / f"eval/results/{name}.jsonl")
     if not lines:
         return f"Not measured yet; `{command}` measures it on the embedded model."
     suite = read_suite(root / path)
@@ -130,8 +139,9 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
     "time": _time,
-    "longer-tiny": _longer,
     "dropped-mass": _mass,
+    "longer-tiny": partial(_longer, name="longer-tiny"),
+    "longer-3x-tiny": partial(_longer, name="longer-3x-tiny"),
 }
 
 
