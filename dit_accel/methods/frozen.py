@@ -24,7 +24,7 @@ from ..report import exact_bits
 from .base import Handler, Model, handles
 from .lite_state import Key, bitmap_bytes, key_of
 from .tiling import full_tiles, pinned_bits, visual_first
-from .warmup import SparseConfig
+from .warmup import SparseConfig, SparseHandler
 
 GENERIC: Mapping[str, Any] = {
     "density": 0.3,
@@ -145,14 +145,14 @@ def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float |
 
 
 @handles(FrozenPattern)
-class FrozenHandler(Handler):
+class FrozenHandler(SparseHandler):
     """FrozenPattern on one model: its recipe filled in, and the patterns of this generation."""
 
     rank = 1
     config: FrozenPattern
 
     def __init__(self, config: FrozenPattern, model: Model) -> None:
-        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
+        super().__init__(config, model)
         self._asked_size = config.block_size
         self._lists: Handler | None = None
         self.bits: dict[Key, Tensor] = {}
@@ -176,16 +176,6 @@ class FrozenHandler(Handler):
                     f"frozen.rest = {self.config.rest!r} and {name}.rest = {rest!r} contradict each other: a tile that "
                     "one of them drops has one fate; set both to the same"
                 )
-
-    def check_layout(self, layout: TokenLayout) -> str | None:
-        """Remark on a sequence where a pattern gains nothing."""
-        return self.config.advice(layout)
-
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
-        """Active outside the dense steps and layers."""
-        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)
 
     def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
         """Find the pattern where there is none yet: one mass pass over the queries and keys."""
