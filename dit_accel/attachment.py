@@ -5,11 +5,11 @@ import fnmatch
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from dit_accel_kernels import BACKENDS, triton_requirement
+from dit_accel_kernels import BACKENDS, flex_requirement, triton_requirement
 from torch import nn
 
 from .adapter import NO_STEP, Adapter, Family, Grid
@@ -73,7 +73,7 @@ class Attachment:
             notes=tuple(session.recorder.notes),
             calls=call_reports(session.recorder),
             state_bytes={name: size for name, size in held.items() if size},
-            measured=measured_errors(session.recorder),
+            measured=measured_errors(session.recorder, lambda at: sum(h.probe_share(at) for h in session.handlers)),
         )
 
 
@@ -100,6 +100,7 @@ def attach(model: Any, *methods: MethodConfig, backend: str = "auto") -> Attachm
             raise AttachError(f"methods are attached to {name} already; call detach() on that attachment first")
     _check_backend(backend)
     handlers, described = _make_handlers(transformers, methods)
+    _check_votes(backend, handlers)
     session = Session(handlers, backend, getattr(model, "scheduler", None))
     slot = Slot()
     attachment = Attachment(session, slot, described)
@@ -183,10 +184,20 @@ def _natural(name: str) -> list[Any]:
 def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(backend, BACKENDS)}")
-    if backend == "triton":  # the model may still wait in main memory: ask the device it will run on
-        missing = triton_requirement(torch.accelerator.current_accelerator() or torch.device("cpu"))
-        if missing:
-            raise MissingBackend(f"kernel backend 'triton' needs {missing}; use 'auto' or 'torch'")
+    # the model may still wait in main memory: ask the device it will run on
+    device, missing = torch.accelerator.current_accelerator() or torch.device("cpu"), None
+    if backend == "triton":
+        missing = triton_requirement(device)
+    elif backend == "flex":
+        missing = flex_requirement(device.type)
+    if missing:
+        raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
+
+
+def _check_votes(backend: str, handlers: Sequence[Handler]) -> None:
+    voting = [handler.config.name for handler in handlers if handler.votes]
+    if backend == "flex" and voting:
+        raise MissingBackend(f"kernel backend 'flex' has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
 
 
 def _make_handlers(

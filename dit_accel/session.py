@@ -228,6 +228,8 @@ class Session:
             if selection.vote is not None:
                 for handler in self.handlers:
                     handler.learn(moment, found[2])
+            if moment.differentiate:
+                self._remember_tiles(plan, found[1])
         call = Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
         for handler in self.handlers:
             out, error = handler.correct(plan, moment, call, v, out)
@@ -319,6 +321,15 @@ class Session:
         while len(self._plans) > 8 * len(self.places):
             self._plans.popleft()
         return number
+
+    def _remember_tiles(self, plan: AttentionPlan, exact: Tensor) -> None:
+        """Let a plan's backward follow the tiles that its forward found, instead of routing and voting once more."""
+        selection = plan.selection
+        assert selection is not None
+        routed = None if selection.routing is None else exact
+        selection = replace(selection, routing=None, vote=None, routed=routed)
+        followed = replace(plan, selection=selection)
+        self._plans = deque((number, followed if known is plan else known) for number, known in self._plans)
 
     def _begin_call(self, target: Target, num_inference_steps: int | None) -> None:
         """Start a generation where the step did not advance, then switch the layers."""

@@ -100,8 +100,10 @@ def _print(found: Estimate) -> None:
         rows += [
             ("tiles kept", f"{sparsity.kept:,} of {sparsity.total:,}  (density {sparsity.density:.4f})"),
             ("dense calls", f"{sparsity.dense_share:.1%} of steps x layers"),
-            ("method state", f"{_bytes(found.state_bytes)}"),
+            ("method state", f"{_bytes(found.tile_list_bytes + found.pooled_bytes)}"),
         ]
+    for name, size in found.carried_bytes.items():
+        rows.append((f"{name} state", f"{_bytes(size)}, held from step to step"))
     for label, value in rows:
         table.add_row(label, value)
     OUT.print(table)

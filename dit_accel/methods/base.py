@@ -45,6 +45,9 @@ class Handler:
     dense_under_masks: ClassVar[bool] = False
     """Whether a call whose mask is no key padding runs dense, as the report says, instead of being refused."""
 
+    votes: ClassVar[bool] = False
+    """Whether its plans ask for votes, which not every kernel backend has."""
+
     def __init__(self, config: MethodConfig, model: Model) -> None:
         self.config = config
         self.model = model
@@ -87,6 +90,10 @@ class Handler:
         Called after every planned call, active or not. ``out`` is the kernel's own and may be written to.
         """
         return out, None
+
+    def probe_share(self, layout: TokenLayout) -> float:
+        """Return the share of a call's query rows that `correct` computes densely where it measures an error."""
+        return 0.0
 
     def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
         """Tell whether `reactivate` would do anything after this call."""

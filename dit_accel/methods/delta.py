@@ -12,6 +12,7 @@ branches, where Radial's own loss is smooth and much the same in both, so that g
 difference, cancels it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -173,7 +174,7 @@ class DeltaHandler(Handler):
             delta = difference
             if self.config.shrink:
                 likeness = likeness_of(call.heads_first(difference), moment.layout.frames)
-                delta = call.heads_first(call.heads_first(difference) * likeness[:, None, None])
+                delta = call.heads_first(call.heads_first(difference) * likeness[..., None, None])
             delta = delta.to(out.dtype)
             self._reactivate(plan, moment, call, groups.rows)
         if self.config.reuse > 1:
@@ -182,6 +183,10 @@ class DeltaHandler(Handler):
         if dense is not None:
             out.index_copy_(axis, groups.rows, dense)
         return out, error
+
+    def probe_share(self, layout: TokenLayout) -> float:
+        """Return the share of one row in each group."""
+        return layout.frames * math.ceil(layout.tokens_per_frame / self.config.stride) / layout.tokens
 
     def reset(self) -> None:
         """Forget the corrections of earlier calls."""
@@ -207,7 +212,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def likeness_of(corrections: Tensor, frames: int) -> Tensor:
-    """Return in [0, 1] for each head how alike a row's own correction and its representative's are expected to be, [H].
+    """Return in [0, 1] how alike a row's own correction and its representative's are expected to be, [B, H].
 
     It is the root of the correlation of neighbouring groups' corrections: groups lie a stride apart, rows and their
     representative half of that at most, and a correlation that falls off exponentially has its root at half the way.
@@ -220,8 +225,8 @@ def likeness_of(corrections: Tensor, frames: int) -> Tensor:
     x = corrections.unflatten(2, (frames, -1))
     one, next_ = (x[:, :, :, :-1], x[:, :, :, 1:]) if x.shape[3] > 1 else (x[:, :, :-1], x[:, :, 1:])
     if one.numel() == 0:
-        return torch.ones_like(x[0, :, 0, 0, 0])
-    together, first, second = ((a * b).sum((0, 2, 3, 4)) for a, b in ((one, next_), (one, one), (next_, next_)))
+        return torch.ones_like(x[:, :, 0, 0, 0])
+    together, first, second = ((a * b).sum((2, 3, 4)) for a, b in ((one, next_), (one, one), (next_, next_)))
     return (together / (first * second).sqrt().clamp(min=torch.finfo(x.dtype).tiny)).clamp(0, 1).sqrt()
 
 

@@ -11,14 +11,24 @@ from dit_accel.registry import adapters, methods
 
 from .compare import read_lines, table
 from .denoising_time import table as times_table
+from .dropped_mass import table as masses_table
 from .longer import table as longer_table
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
+MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "sol-tiny", "speed"),
-    "docs/quality.md": ("radial-tiny", "lite-tiny", "delta-tiny", "longer-tiny", "longer-3x-tiny", "time"),
+    "docs/quality.md": (
+        "radial-tiny",
+        "lite-tiny",
+        "dropped-mass",
+        "delta-tiny",
+        "longer-tiny",
+        "longer-3x-tiny",
+        "time",
+    ),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -119,10 +129,17 @@ def _longer(root: Path, name: str) -> str:
     return f"{head}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
 
 
+def _mass(root: Path) -> str:
+    records = read_lines(root / MASSES)
+    command = "python -m dit_accel_eval.dropped_mass"
+    return f"`{command}`: {masses_table(records)}" if records else f"Not measured yet; `{command}` does."
+
+
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
     "time": _time,
+    "dropped-mass": _mass,
     "longer-tiny": partial(_longer, name="longer-tiny"),
     "longer-3x-tiny": partial(_longer, name="longer-3x-tiny"),
 }

@@ -47,9 +47,8 @@ def modules() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(name), "variants")]
 
 
-@lru_cache
 def variants_of(module: str) -> dict[str, Variant]:
-    """A module's variants by name."""
+    """A module's variants by name, as the launch table has them now."""
     return {variant.name: variant for variant in importlib.import_module(module).variants()}
 
 
@@ -127,9 +126,12 @@ def fingerprint(variant: Variant, target: Target) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_remembered = lru_cache(variants_of)
+
+
 def _fingerprint_of(task: Task) -> str:
     try:
-        return fingerprint(variants_of(task[0])[task[1]], TARGETS[task[2]])
+        return fingerprint(_remembered(task[0])[task[1]], TARGETS[task[2]])
     except Exception:  # whatever a compiler raises becomes a finding where it is compiled
         return ""
 

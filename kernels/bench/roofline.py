@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cards import CARDS, TARGETS, Card
 
-VOTE_INSTRUCTIONS = 4  # of a lane for a row of a tile: difference, comparison, reduction, bit
+VOTE_INSTRUCTIONS = 4  # of a lane for a row of a tile: bar, difference, bit, and its part of a test and a branch
 L2_OVER_HBM = 4.0  # bandwidth of the second-level cache over HBM's, about what these cards have
 
 
@@ -69,13 +70,15 @@ class Mix:
 def read_mix(path: Path, variant: str, target: str, logits: int) -> Mix:
     """The mix of a variant's hot loop, from the compile table's JSON lines; `logits` of one block in one turn.
 
+    What doesn't run in every turn, such as the store of a word of votes, counts as often as it runs.
+
     Raises ValueError where the table has no such row with a hot loop.
     """
     for line in path.read_text().splitlines():
         record = json.loads(line)
         if record["variant"] == variant and record["target"] == target and record.get("mix"):
             mix, lanes = record["mix"], record["warps"] * TARGETS[target].warp
-            plain = mix["instructions"] - mix["tensor"] - mix["exp2"]
+            plain = mix.get("every", mix["instructions"]) - mix["tensor"] - mix["exp2"]
             return Mix(plain=plain * lanes / logits, exp2=mix["exp2"] * lanes / logits)
     raise ValueError(f"{path} must hold variant {variant!r} on {target} with a hot loop, found none: run aot.py first")
 
@@ -115,11 +118,15 @@ def predict(
     return _limits(seconds)
 
 
-def features_of(candidate: str, density: float) -> dict[str, Any]:
-    """Arguments of `predict` for a candidate of gpu.py ("triton-routed" ...) at the density it ran at."""
+def features_of(candidate: str, density: float, variant: str | None = None) -> dict[str, Any]:
+    """Arguments of `predict` for a candidate of gpu.py ("triton-routed" ...) at the density it ran at.
+
+    Where the mix is of a variant that votes, its votes are in the mix.
+    """
     routed = candidate == "triton-routed"
     rest = 1 - density if routed or candidate == "triton-pooled" else 0.0
-    return {"pooled": rest, "routed": routed, "votes": candidate == "triton-votes"}
+    counted = variant is not None and re.search("maxgap|mass|budget", variant) is not None
+    return {"pooled": rest, "routed": routed, "votes": candidate == "triton-votes" and not counted}
 
 
 def _limits(seconds: dict[str, float]) -> dict[str, Any]:
@@ -198,7 +205,7 @@ def main() -> None:
         for card in pick(args.card, CARDS, "card"):
             mix = read_mix(args.table, args.variant, card.target, rows * keys) if args.table else Mix()
             for density in (float(d) for d in args.density.split(",")):
-                found = predict(shape, density, card, mix, **features_of(args.candidate, density))
+                found = predict(shape, density, card, mix, **features_of(args.candidate, density, args.variant))
                 dense = predict(shape, 1.0, card, mix)
                 if args.candidate == "triton-backward":
                     found, dense = backward(found), backward(dense)

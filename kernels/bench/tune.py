@@ -53,6 +53,7 @@ GRID = tuple(
     for rows, each, keys, slow, stages in itertools.product((128, 64), ROWS_OF_A_WARP, (128, 64, 32), (32, 16), (3, 2))
     if rows // each >= 4
 )
+FEATURES = r"plain|decay|pooled|mask|routed|keep\+(?:maxgap|mass|budget)"  # what launches are judged by
 TIMED = ("plain", "decay", "pooled")
 
 
@@ -97,7 +98,7 @@ def trial(key: Key, launch: Launch) -> Iterator[None]:
 def compile_launch(key: Key, launch: Launch, match: str = "") -> list[dict[str, Any]]:
     """Compile table records of the kernel's variants with this launch, up to the first that fails or spills."""
     arch, kind, dim, tile = key
-    pattern = re.compile(rf"^fwd-{NAMES[kind]}-d{dim}-.*-b{tile}-")
+    pattern = re.compile(rf"^fwd-{NAMES[kind]}-d{dim}-(?:{FEATURES})-b{tile}-")
     records = []
     with trial(key, launch):
         for _, name, target in aot.tasks([MODULE], match, [arch]):

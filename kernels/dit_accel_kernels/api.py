@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 from dit_accel_kernels import backward, flex_backend, reference, torch_backend, triton_support
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay, Problem
-from dit_accel_kernels.packing import DEFAULTS, SCHEMA, pack_call, problem_of
-from dit_accel_kernels.selection import Selection, resolved
+from dit_accel_kernels.packing import DEFAULTS, PLACES, SCHEMA, pack_call, problem_of
+from dit_accel_kernels.selection import Selection, lists_of, resolved
 from dit_accel_kernels.tiles import TileLists
 
 
@@ -41,6 +42,9 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
 
+    Shapes, dtypes and devices are checked in every call, the values of the lists only where the environment variable
+    DIT_ACCEL_VALIDATE is 1: that reads them back from the device.
+
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
             backends.
@@ -58,7 +62,7 @@ def block_sparse_attention(
         identity_mix: float [H] or [B, H] in [0, 1], output = (1 - w) * attention + w * V for each head (S_q = S_k).
         identity_rows: bool [S], the tokens that identity_mix touches; all by default.
         selection: which tiles of the exact list stay exact in this call (keep bits, routing), and whether its tiles
-            vote for the next; see Selection. It gets no gradient.
+            vote for the next; see Selection. It gets no gradient, and what a routing chose stands in the backward.
         return_tiles: also return which tiles were exact, as bits int32 [B, H, NQ, ceil(NK / 32)]; needs a selection.
         return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
             (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
@@ -84,7 +88,7 @@ def block_sparse_attention(
         found = _forward(*packed)
     else:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            packed = _with_lse(packed)
+            packed = _for_gradients(packed)
         found = torch.ops.dit_accel_kernels.block_sparse_attention(*packed)
     return _asked_for(found, selection, return_tiles, return_lse)
 
@@ -117,7 +121,8 @@ def block_sparse_attention_backward(
 
     Args:
         grad_out: shaped like the output, in the layout of q.
-        q: as in `block_sparse_attention`; so are k, v, tiles and the keyword arguments.
+        q: as in `block_sparse_attention`; so are k, v, tiles and the keyword arguments. A selection that routes does
+            so again, unless it says what was `routed`.
     """
     values = {**DEFAULTS, **arguments}
     if len(values) > len(DEFAULTS):
@@ -126,12 +131,12 @@ def block_sparse_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def _with_lse(packed: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same call, LSE included where the gradient's kernels will want it: on the triton backend."""
-    q, backend = packed[0], packed[-1]
-    if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) != "triton":
-        return packed
-    return (*packed[:-2], True, backend)
+def _for_gradients(packed: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call, with what its gradient will want: the LSE on the triton backend, and what a routing chose."""
+    q, return_tiles, return_lse, backend = packed[0], *packed[-3:]
+    return_tiles = return_tiles or packed[PLACES["beta"]] is not None
+    return_lse = return_lse or resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton"
+    return (*packed[:-3], return_tiles, return_lse, backend)
 
 
 def resolve_backend(
@@ -177,6 +182,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     heads_first, token_order, identity_mix, identity_rows = rest[6], *rest[14:17]
     return_tiles, return_lse, backend = rest[-3:]
     problem = problem_of(q, k, v, *rest[:15], *rest[17:-3])
+    if os.environ.get("DIT_ACCEL_VALIDATE") == "1":
+        lists_of(problem).validate()
     name = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     if name == "triton":
         out, lse, exact, kept = _triton().attend(problem, need_lse=return_lse)  # rows stay in the caller's order
@@ -221,7 +228,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k and v of one packed call, in their layout; `out` and `lse` of its forward, where at hand."""
     heads_first, identity_mix, identity_rows, backend = rest[6], rest[15], rest[16], rest[-1]
-    problem = problem_of(q, k, v, *rest[:15], *rest[17:-3])
+    problem = _without_vote(problem_of(q, k, v, *rest[:15], *rest[17:-3]))
     w = mix_weight(identity_mix, identity_rows, heads_first, grad_out.dtype)
     grad_mixed = None
     if w is not None:
@@ -231,9 +238,9 @@ def _backward(
     if not heads_first:
         grad_out, out = grad_out.transpose(1, 2), None if out is None else out.transpose(1, 2)
     if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton":
-        if out is None or lse is None:
-            out, lse, _, _ = _triton().attend(problem, need_lse=True)
-        problem = _with_lists_of_selection(problem)
+        if out is None or lse is None or _routes(problem):
+            out, lse, exact, _ = _triton().attend(problem, need_lse=True)
+            problem = _after_routing(problem, exact)
         grads = _triton("triton_backward").attend_backward(problem, out, lse, grad_out, grad_lse)
     else:
         grads = _torch_gradients(problem, grad_out, grad_lse)
@@ -256,8 +263,25 @@ def _torch_gradients(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None
     return grads if order is None else tuple(torch.empty_like(g).index_copy_(2, order, g) for g in grads)
 
 
+def _without_vote(problem: Problem) -> Problem:
+    """The call without votes, which decide about another call."""
+    selection = problem.selection
+    return problem if selection is None else replace(problem, selection=replace(selection, vote=None))
+
+
+def _routes(problem: Problem) -> bool:
+    return problem.selection is not None and problem.selection.routing is not None
+
+
+def _after_routing(problem: Problem, exact: Tensor | None) -> Problem:
+    """The call with the tiles that its routing, if any, left exact."""
+    if problem.selection is None or not _routes(problem):
+        return problem
+    return replace(problem, selection=replace(problem.selection, routing=None, routed=exact))
+
+
 def _with_lists_of_selection(problem: Problem) -> Problem:
-    """The call with its selection, if any, made again and turned into lists."""
+    """The call with its selection, if any, turned into lists."""
     if problem.selection is None:
         return problem
     lists, _ = resolved(problem.tiled())
@@ -294,16 +318,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.return_lse = inputs[-2]
     q, backend = inputs[0], inputs[-1]
     ctx.keeps = ctx.return_lse and resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton"
+    ctx.routed = inputs[PLACES["return_tiles"]] and inputs[PLACES["beta"]] is not None
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*(inputs[i] for i in ctx.tensors), *(output[:2] if ctx.keeps else ()))
+    kept = (*(output[:2] if ctx.keeps else ()), *(output[2:3] if ctx.routed else ()))
+    ctx.save_for_backward(*(inputs[i] for i in ctx.tensors), *kept)
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
     inputs = list(ctx.others)
-    saved = ctx.saved_tensors
-    out, lse = saved[-2:] if ctx.keeps else (None, None)
-    for i, x in zip(ctx.tensors, saved[: len(ctx.tensors)], strict=True):
+    saved, count = ctx.saved_tensors, len(ctx.tensors)
+    out, lse = saved[count : count + 2] if ctx.keeps else (None, None)
+    for i, x in zip(ctx.tensors, saved[:count], strict=True):
         inputs[i] = x
+    if ctx.routed:
+        inputs[PLACES["beta"]], inputs[PLACES["routed"]] = None, saved[-1]
     grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
         grad_out, grad_lse if ctx.return_lse else None, out, lse, *inputs
     )

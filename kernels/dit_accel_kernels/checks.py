@@ -73,6 +73,7 @@ def check_arguments(
         return
     bits = (tiles.query_tiles, words_of(tiles.key_tiles))
     _check("selection.keep", selection.keep, (batch, heads, *bits), torch.int32, q.device)
+    _check("selection.routed", selection.routed, (batch, heads, *bits), torch.int32, q.device)
     _check("selection.pinned", selection.pinned, bits, torch.int32, q.device)
 
 

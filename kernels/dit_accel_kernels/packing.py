@@ -19,9 +19,11 @@ SCHEMA = (
     "Tensor? key_length, Tensor? key_mask, Tensor? decay_table, Tensor? q_frames, Tensor? k_frames, "
     "Tensor? token_order, Tensor? identity_mix, Tensor? identity_rows, bool selects, Tensor? keep, bool pool_rest, "
     "Tensor? pinned, float? beta, bool exact_variance, str? criterion, float vote_threshold, bool reverse, "
-    "bool return_tiles, bool return_lse, str backend)"
+    "Tensor? routed, bool return_tiles, bool return_lse, str backend)"
 )
 
+
+PLACES = {argument.split()[-1]: place for place, argument in enumerate(SCHEMA[1:-1].split(", "))}  # in a packed call
 
 DEFAULTS = dict(
     layout="bshd", scale=None, head_scale=None, key_length=None, key_mask=None, frame_decay=None, token_order=None,
@@ -57,23 +59,24 @@ def pack_call(
 def _pack_selection(selection: Selection | None) -> tuple[Any, ...]:
     """A selection as scalars and tensors."""
     if selection is None:
-        return False, None, False, None, None, False, None, 0.0, False
+        return False, None, False, None, None, False, None, 0.0, False, None
     routing, vote = selection.routing, selection.vote
     return (
         True, selection.keep, selection.rest == "pooled", selection.pinned,
         None if routing is None else float(routing.beta), routing is not None and routing.threshold == "exact",
         None if vote is None else vote.criterion, 0.0 if vote is None else float(vote.threshold), selection.reverse,
+        selection.routed,
     )  # fmt: skip
 
 
 def _unpack_selection(
     selects: bool, keep: Tensor | None, pool_rest: bool, pinned: Tensor | None, beta: float | None,
-    exact_variance: bool, criterion: Any, vote_threshold: float, reverse: bool,
+    exact_variance: bool, criterion: Any, vote_threshold: float, reverse: bool, routed: Tensor | None,
 ) -> Selection | None:  # fmt: skip
     if not selects:
         return None
     return Selection(
-        keep=keep, rest="pooled" if pool_rest else "skip", pinned=pinned, reverse=reverse,
+        keep=keep, rest="pooled" if pool_rest else "skip", pinned=pinned, reverse=reverse, routed=routed,
         routing=None if beta is None else Routing(beta=beta, threshold="exact" if exact_variance else "diag"),
         vote=None if criterion is None else Vote(criterion=criterion, threshold=vote_threshold),
     )  # fmt: skip

@@ -63,6 +63,7 @@ class Selection:
 
     Bitmaps are int32 with W = ceil(NK / 32) words a block row: bit j % 32 of word j // 32 is key tile j. `keep` [B, H,
     NQ, W]; `rest` is what becomes of a tile whose bit is 0. `pinned` [NQ, W]: tiles that no bit, routing or vote drops.
+    `routed` [B, H, NQ, W] stands in for `routing`: the tiles that an earlier call left exact, as a gradient needs them.
     `vote` asks for the bits of the next call. `reverse` visits tiles from the last to the first.
     """
 
@@ -72,17 +73,27 @@ class Selection:
     routing: Routing | None = None
     vote: Vote | None = None
     reverse: bool = False
+    routed: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.routed is not None and self.routing is not None:
+            raise ValueError("routed stands in for routing, found both: give one")
         if self.rest not in ("skip", "pooled"):
             raise ValueError(f"rest must be 'skip' or 'pooled', found {self.rest!r}")
-        for name, tensor, dims in (("keep", self.keep, 4), ("pinned", self.pinned, 2)):
+        for name, tensor, dims in (("keep", self.keep, 4), ("pinned", self.pinned, 2), ("routed", self.routed, 4)):
             if tensor is None:
                 continue
             if tensor.dtype != torch.int32:
                 raise TypeError(f"{name} must be torch.int32, found {tensor.dtype}")
             if tensor.dim() != dims:
                 raise ValueError(f"{name} must have {dims} dimensions, found {list(tensor.shape)}")
+
+
+def narrows(selection: Selection | None) -> bool:
+    """Whether a selection may take tiles from the exact list."""
+    if selection is None:
+        return False
+    return any(x is not None for x in (selection.keep, selection.routing, selection.routed))
 
 
 def words_of(key_tiles: int) -> int:
@@ -109,9 +120,9 @@ def count_bits(bits: Tensor) -> Tensor:
     return unpack_bits(bits, bits.shape[-1] * 32).sum(-1)
 
 
-def list_states(problem: Problem) -> Tensor:
-    """Tile states of the lists alone, uint8 [B or 1, H or 1, NQ, NK]."""
-    states = TileLists(
+def lists_of(problem: Problem) -> TileLists:
+    """The lists of a call, selection left out."""
+    return TileLists(
         block_q=problem.block_q,
         block_k=problem.block_k,
         num_q=problem.q.shape[2],
@@ -120,7 +131,12 @@ def list_states(problem: Problem) -> Tensor:
         exact_indices=problem.exact_indices,
         pooled_offsets=problem.pooled_offsets,
         pooled_indices=problem.pooled_indices,
-    ).states()
+    )
+
+
+def list_states(problem: Problem) -> Tensor:
+    """Tile states of the lists alone, uint8 [B or 1, H or 1, NQ, NK]."""
+    states = lists_of(problem).states()
     heads = problem.q.shape[1]
     return states[None] if states.shape[0] in (1, heads) else states.unflatten(0, (-1, heads))
 
@@ -140,6 +156,8 @@ def selected_states(problem: Problem) -> Tensor:
     if selection.routing is not None:
         scores, threshold = routing_scores(problem, selection.routing, pinned)
         states = torch.where(free & ~(scores > threshold), POOLED, states)
+    if selection.routed is not None:
+        states = torch.where(free & ~unpack_bits(selection.routed, tiles), POOLED, states)
     return states.to(torch.uint8)
 
 

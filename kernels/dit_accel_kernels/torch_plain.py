@@ -16,12 +16,12 @@ from dit_accel_kernels.schedule import Group, GroupSize, Portion
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.tiled import Tiled, portions_of, wide_dtype
 from dit_accel_kernels.votes import Tally
-from dit_accel_kernels.workers import buffer, run_all, worker_threads
+from dit_accel_kernels.workers import buffer, own_buffers, run_all, worker_threads
 
 GROUP_BYTES = 2 << 20  # logits of one group, a thread: more would leave the caches
 GPU_GROUPS = 256  # a GPU's groups are this many times larger
 WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
-FOUND_BYTES = 64 << 20  # what votes are kept in until they are settled
+FOUND_BYTES = 16 << 20  # what votes are kept in until they are settled
 
 
 def attend_plain(
@@ -67,8 +67,9 @@ class _Work:
         self.tiled, self.portion, self.tally = tiled, portion, tally
         self.wide = wide_dtype(tiled.q.dtype)
         self.k, self.v = tiled.k.flatten(0, 1), tiled.v.flatten(0, 1)
-        self.q = tiled.q.flatten(0, 1).index_select(0, portion.rows)
-        self.out = torch.empty_like(self.q)
+        buffers = own_buffers()
+        self.q = taken(tiled.q.flatten(0, 1), portion.rows, buffers, "queries")
+        self.out = buffer(buffers, "outputs", self.q, tuple(self.q.shape), self.q.dtype)
         self.lse = self.q.new_empty(self.q.shape[:2], dtype=self.wide) if need_lse else None
         self.found = self.weights = self.k_mean = self.v_mean = None
         if portion.pooled.shape[1]:
@@ -81,7 +82,7 @@ class _Work:
             self.weights = weights.masked_fill_(_from(weights.shape[1], portion.far), -torch.inf)
         if tally is not None and portion.exact.shape[1]:
             shape = (portion.exact.shape[1], *self.q.shape[:2])
-            self.found = self.q.new_full(shape, 0.0 if tally.by_mass else -torch.inf, dtype=self.wide)
+            self.found = buffer(buffers, "found", self.q, shape, self.wide).fill_(0.0 if tally.by_mass else -torch.inf)
 
     def settle(self, tally: Tally) -> None:
         """Settle the votes."""

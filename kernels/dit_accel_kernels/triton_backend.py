@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import Problem
-from dit_accel_kernels.selection import LOG2_E, words_of
+from dit_accel_kernels.selection import LOG2_E, narrows, words_of
 from dit_accel_kernels.triton_expand import Lists, bits_of_lists, expand, may_pool, static_lists
 from dit_accel_kernels.triton_forward import _fwd_kernel
 from dit_accel_kernels.triton_launch import (
@@ -77,9 +77,9 @@ def _select(
     selection = problem.selection
     if selection is None:
         return static_lists(problem, plan), None
-    if selection.keep is None and selection.routing is None:
+    if not narrows(selection):
         return static_lists(problem, plan), bits_of_lists(problem)
-    routed = None
+    routed = selection.routed
     if selection.routing is not None:
         assert means is not None
         products = fp32_products(architecture(problem.q.device))

@@ -21,9 +21,11 @@ import triton
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem
-from dit_accel_kernels.selection import LOG2_E
+from dit_accel_kernels.selection import LOG2_E, narrows
 from dit_accel_kernels.triton_backend import check, on_device
-from dit_accel_kernels.triton_backward_kernels import _delta_kernel, _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
+from dit_accel_kernels.triton_backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
+from dit_accel_kernels.triton_delta import _delta_kernel
+from dit_accel_kernels.triton_expand import Lists, expand, expand_columns, may_pool, static_lists
 from dit_accel_kernels.triton_launch import architecture, key_block, query_block
 from dit_accel_kernels.triton_plan import RowPlan, row_plan
 from dit_accel_kernels.triton_pool import pool
@@ -103,7 +105,7 @@ def attend_backward(
     """Gradients of q, k and v, laid out like them, in the problem's token order (tiled, or that of `token_order`).
 
     Args:
-        problem: the call, as the forward got it.
+        problem: the call, as the forward got it; a selection with what was `routed`, without a routing.
         out: its output [B, H, S_q, D], in q's dtype.
         lse: its natural-log LSE, float32 [B, H, S_q].
         grad_out: gradient of the output, like out.
@@ -124,13 +126,18 @@ def attend_backward(
         base, delta = _delta(out, lse, grad_out, grad_lse)
         block_k, _ = key_block(problem.block_k, dq.block_k)
         rows = row_plan(problem)
+        lists = static_lists(problem, rows)
         means: tuple[Tensor | None, ...] = (None, None, None)
-        if problem.pooled_indices is not None:
+        if may_pool(problem):
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=rows.valid)
-        shared = (q, k, v, grad_out, base, delta)
-        _query_grad(problem, rows, shared, means, grads[0], dq, block_k)
+        norm = torch.empty_like(base) if q.dtype == torch.float32 else None
+        shared = (q, k, v, grad_out, base, delta, norm)
         block_q, whole_q = key_block(problem.block_q, dkdv.block_q)
         columns = column_plan(problem, whole_chunks=whole_q)
+        if problem.selection is not None and narrows(problem.selection):
+            lists, exact = expand(problem, rows, problem.selection.routed)
+            columns = expand_columns(problem, columns, exact)
+        _query_grad(problem, rows, lists, shared, means, grads[0], dq, block_k)
         mean_grads = _pooled_grads(problem, rows, columns, shared, means, pooled)
         _key_grads(problem, rows, columns, shared, mean_grads, grads[1:], dkdv, block_q)
     return grads[0], grads[1], grads[2]
@@ -174,22 +181,29 @@ def _list_strides(problem: Problem, heads: int) -> tuple[int, int]:
     return (0, 0) if groups == 1 else ((heads, 1) if groups == problem.q.shape[0] * problem.q.shape[1] else (0, 1))
 
 
+def _strides_of(problem: Problem, plan: ColumnPlan) -> tuple[int, int]:
+    """Strides of batch and head over the sets of lists by key tile."""
+    heads = problem.q.shape[1]
+    return (heads, 1) if plan.strides is not None else _list_strides(problem, heads)
+
+
 def _query_grad(
-    problem: Problem, plan: RowPlan, shared: tuple[Tensor, ...], means: tuple[Tensor | None, ...], grad_q: Tensor,
-    size: Sizes, block_k: int,
+    problem: Problem, plan: RowPlan, lists: Lists, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
+    grad_q: Tensor, size: Sizes, block_k: int,
 ) -> None:  # fmt: skip
     """Write grad_q."""
-    q, k, v, grad_out, base, delta = shared
+    q, k, v, grad_out, base, delta, norm = shared
     batch, heads, num_q, dim = q.shape
     block_q = query_block(problem.block_q, size.block_q)
     table = None if problem.decay is None else problem.decay[0]
     programs = batch * heads * problem.query_tiles * triton.cdiv(problem.block_q, block_q)
     _dq_kernel[(programs,)](
-        q, k, v, grad_out, grad_q, base, delta, plan.indices, plan.bounds, plan.row_order, plan.entry_t,
+        q, k, v, grad_out, grad_q, base, delta, norm, lists.indices, lists.bounds, plan.row_order, lists.entry_t,
         problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames,
-        None if problem.pooled_indices is None else plan.pooled_t, problem.pooled_indices, *means,
+        None if means[0] is None else plan.pooled_t, lists.pooled_indices, *means,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
-        plan.stride_b, plan.stride_h, _scale_stride(problem), num_q, k.shape[2], heads, k.shape[1],
+        plan.stride_b, plan.stride_h, _scale_stride(problem), *(lists.strides or (None,) * 4),
+        num_q, k.shape[2], heads, k.shape[1],
         problem.query_tiles, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
@@ -199,21 +213,21 @@ def _query_grad(
 
 
 def _pooled_grads(
-    problem: Problem, rows: RowPlan, columns: ColumnPlan, shared: tuple[Tensor, ...], means: tuple[Tensor | None, ...],
+    problem: Problem, rows: RowPlan, columns: ColumnPlan, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
     size: Sizes,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the means of K and V, float32 [B, HK, NK, D], and the true lengths; None without pooled tiles."""
     k_mean, v_mean, length = means
     if k_mean is None or columns.pooled_bits is None:
         return None, None, None
-    q, _, _, grad_out, base, delta = shared
+    q, _, _, grad_out, base, delta, norm = shared
     batch, heads, num_q, dim = q.shape
     key_heads, words = k_mean.shape[1], columns.pooled_bits.shape[-1]
     dk_mean, dv_mean = (torch.empty(k_mean.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     _pooled_dkdv_kernel[(batch * key_heads * words,)](
-        q, grad_out, base, delta, k_mean, v_mean, length, dk_mean, dv_mean, columns.pooled_bits,
+        q, grad_out, base, delta, norm, k_mean, v_mean, length, dk_mean, dv_mean, columns.pooled_bits,
         problem.token_order, problem.head_scale, rows.q_frames, rows.pooled_t,
-        *q.stride()[:3], *grad_out.stride()[:3], *_list_strides(problem, heads), _scale_stride(problem),
+        *q.stride()[:3], *grad_out.stride()[:3], *_strides_of(problem, columns), _scale_stride(problem),
         num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
         TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), WORD=WORD, DIM=dim,
         BLOCK_D=column_block(dim), PRECISION="ieee",
@@ -223,22 +237,23 @@ def _pooled_grads(
 
 
 def _key_grads(
-    problem: Problem, rows: RowPlan, plan: ColumnPlan, shared: tuple[Tensor, ...],
+    problem: Problem, rows: RowPlan, plan: ColumnPlan, shared: tuple[Any, ...],
     mean_grads: tuple[Tensor | None, ...], grads: tuple[Tensor, ...], size: Sizes, block_q: int,
 ) -> None:  # fmt: skip
     """Write grad_k and grad_v."""
-    q, k, v, grad_out, base, delta = shared
+    q, k, v, grad_out, base, delta, norm = shared
     batch, heads, num_q, dim = q.shape
     key_heads, num_k = k.shape[1], k.shape[2]
     block_k = query_block(problem.block_k, size.block_k)
     table = None if problem.decay is None else problem.decay[0]
     programs = batch * key_heads * problem.key_tiles * triton.cdiv(problem.block_k, block_k)
     _dkdv_kernel[(programs,)](
-        q, k, v, grad_out, *grads, base, delta, plan.rows, plan.bounds, plan.order, plan.entry_t,
+        q, k, v, grad_out, *grads, base, delta, norm, plan.rows, plan.bounds, plan.order, plan.entry_t,
         problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grads[0].stride()[:3], *grads[1].stride()[:3],
-        *_list_strides(problem, heads), *_list_strides(problem, key_heads), _scale_stride(problem),
+        *_strides_of(problem, plan), *_list_strides(problem, key_heads), _scale_stride(problem),
+        *(plan.strides or (None, None)),
         num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
@@ -249,10 +264,20 @@ def _key_grads(
 
 _TENSORS = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "out_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "k_mean_ptr", "v_mean_ptr")
 _FLOATS = (
-    "base_ptr", "delta_ptr", "lse_ptr", "grad_lse_ptr", "entry_t_ptr", "head_scale_ptr", "table_ptr", "pooled_t_ptr",
-    "length_ptr", "dk_mean_ptr", "dv_mean_ptr",
+    "base_ptr", "delta_ptr", "norm_ptr", "lse_ptr", "grad_lse_ptr", "entry_t_ptr", "head_scale_ptr", "table_ptr",
+    "pooled_t_ptr", "length_ptr", "dk_mean_ptr", "dv_mean_ptr",
 )  # fmt: skip
-_LIST_STRIDES = ("stride_gb", "stride_gh", "stride_nb", "stride_nh", "stride_hb")
+_LIST_STRIDES = (
+    "stride_gb",
+    "stride_gh",
+    "stride_nb",
+    "stride_nh",
+    "stride_hb",
+    "stride_ib",
+    "stride_ih",
+    "stride_pb",
+    "stride_ph",
+)
 _OPTIONAL = {
     "decay": ("entry_t_ptr", "table_ptr", "q_frames_ptr", "k_frames_ptr"),
     "mask": ("valid_ptr",),
@@ -260,12 +285,14 @@ _OPTIONAL = {
     "scale": ("head_scale_ptr",),
     "order": ("token_order_ptr",),
     "lse": ("grad_lse_ptr",),
+    "select": ("stride_ib", "stride_ih", "stride_pb", "stride_ph"),
 }
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _METHODS = {
     "plain": (),
     "decay": ("decay", "scale"),
     "pool": ("pool",),
+    "select": ("pool", "select"),
     "mask": ("mask", "lse"),
     "order": ("order",),
 }
@@ -308,6 +335,8 @@ def _kernels_of(target: str, dtype: torch.dtype, dim: int, method: str) -> list[
 def _variant(name: str, kernel: Any, size: Sizes, dtype: torch.dtype, dim: int, method: str, target: str) -> Variant:
     """One kernel with the arguments that a method gives it; those of other features are None."""
     absent = {x for feature, names in _OPTIONAL.items() if feature not in _METHODS[method] for x in names}
+    if dtype != torch.float32:
+        absent.add("norm_ptr")
     if not {"decay", "pool"} <= set(_METHODS[method]):
         absent.add("pooled_t_ptr")
     values = {

@@ -1,9 +1,10 @@
-"""Device code of the backward: four kernels that recompute softmax weights from the LSE (see triton_backward.py).
+"""Device code of the backward: the kernels that recompute softmax weights from the LSE (see triton_backward.py).
 
 With p = exp(x - lse) and x = min(s, t s): grad_v = p' grad_out, grad_s = p (grad_out v' - delta), times t where
 s > t s. 16-bit calls keep logits and LSE in base 2, which saves a product for each; in float32 that product's rounding
-would be most of the error, so they stay natural there. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2; lists,
-pools and decay are ours.
+would be most of the error, so they stay natural there. An LSE of 10 rounded to float32 alone is off by 5e-7, and so
+would be every weight of its row: the kernel of grad_q adds up the weights and leaves `norm`, one over their sum, to the
+others. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2; lists, pools and decay are ours.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
@@ -19,38 +20,12 @@ from dit_accel_kernels.triton_forward import _load_near, _load_part, _store_part
 
 
 @triton.jit
-def _delta_kernel(
-    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, delta_ptr, base_ptr,  # the last four [B, H, S_q]
-    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, heads, num_q,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Delta of every row, and its LSE as `_weights` takes it: +inf for rows without a key, for weights of 0."""
-    blocks = tl.cdiv(num_q, BLOCK)
-    lane, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
-    b, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
-    row = first + tl.arange(0, BLOCK)
-    live = row < num_q
-    out = _load_part(out_ptr + b * stride_ob + h * stride_oh, row, live, stride_os, True, 0, BLOCK_D, DIM)
-    grad = _load_part(grad_ptr + b * stride_gb + h * stride_gh, row, live, stride_gs, True, 0, BLOCK_D, DIM)
-    at = lane.to(tl.int64) * num_q + row
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + at, mask=live, other=0.0)
-    lse = tl.load(lse_ptr + at, mask=live, other=0.0)
-    if out_ptr.dtype.element_ty != tl.float32:
-        lse *= 1.4426950408889634
-    empty = lse == float("-inf")
-    tl.store(delta_ptr + at, tl.where(empty, 0.0, delta), mask=live)
-    tl.store(base_ptr + at, tl.where(empty, float("inf"), lse), mask=live)
-
-
-@triton.jit
-def _weights(x, t, base, grad_p, delta, DECAY: tl.constexpr, NATURAL: tl.constexpr):
-    """Softmax weights and gradient of the logits, from logits before decay, LSE and delta along one axis."""
+def _weights(x, t, base, norm, grad_p, delta, DECAY: tl.constexpr, NATURAL: tl.constexpr):
+    """Softmax weights and gradient of the logits, from logits before decay, and LSE, norm and delta along one axis."""
     y = x
     if DECAY:
         y = tl.minimum(x, x * t)
-    p = tl.exp(y - base) if NATURAL else tl.exp2(y - base)
+    p = tl.exp(y - base) * norm if NATURAL else tl.exp2(y - base)
     grad = p * (grad_p - delta)
     if DECAY:
         grad *= tl.where(x > x * t, t, 1.0)
@@ -100,24 +75,28 @@ def _pair_decay(q_frame, k_frame, table_ptr, table_last):
 
 
 @triton.jit
-def _add_query_grad(dq, q, grad, k, v, t, scale, base, delta, DECAY: tl.constexpr, PRECISION: tl.constexpr):
-    """grad_q after one more chunk of keys in which nothing is missing."""
+def _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+    """grad_q and, in float32, sums of weights after one more chunk of keys in which nothing is missing."""
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     natural: tl.constexpr = q.dtype == tl.float32
-    _, grad_s = _weights(x, t, base[:, None], grad_p, delta[:, None], DECAY, natural)
-    return tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
+    p, grad_s = _weights(x, t, base[:, None], 1.0, grad_p, delta[:, None], DECAY, natural)
+    if natural:
+        totals += p
+    return tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION), totals
 
 
 @triton.jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, base_ptr, delta_ptr,  # [B, H, S, D] by strides; base, delta [B, H, S_q]
+    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr,  # [B, H, S, D] by strides
+    base_ptr, delta_ptr, norm_ptr,  # [B, H, S_q]; norm is written in float32, else None
     indices_ptr, bounds_ptr, row_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
     pooled_indices_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK], or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_dqb, stride_dqh, stride_dqs, stride_gb, stride_gh, stride_hb,
+    stride_ib, stride_ih, stride_pb, stride_ph,  # as in the forward kernel
     num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -132,6 +111,14 @@ def _dq_kernel(
     hk = (h // (heads // key_heads)).to(tl.int64)
     group = (b * stride_gb + h * stride_gh).to(tl.int64) * rows
     row = tl.load(row_order_ptr + group + part // SUBS_Q)
+    if stride_ib is not None:
+        group = lane.to(tl.int64) * rows
+        own = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
+        indices_ptr += own
+        if entry_t_ptr is not None:
+            entry_t_ptr += own
+        if pooled_indices_ptr is not None:
+            pooled_indices_ptr += b.to(tl.int64) * stride_pb + h.to(tl.int64) * stride_ph
     bounds_ptr += (group + row) * 6
     batch, head = b.to(tl.int64), h.to(tl.int64)
     k_ptr += batch * stride_kb + hk * stride_kh
@@ -149,21 +136,23 @@ def _dq_kernel(
     if table_ptr is not None:
         q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    totals = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)  # a row's sum in as many parts as a chunk has keys
     start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
     end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
 
     for n in tl.range(start * SUBS_K, end_plain * SUBS_K):
         first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
         _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
-        dq = _add_query_grad(dq, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
+        dq, totals = _add_query_grad(dq, totals, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
 
     if entry_t_ptr is not None:
         for n in tl.range(end_plain * SUBS_K, end_constant * SUBS_K):
             first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
             _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
             t = tl.load(entry_t_ptr + n // SUBS_K)
-            dq = _add_query_grad(dq, q, grad, k, v, t, scale, base, delta, True, PRECISION)
+            dq, totals = _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, True, PRECISION)
 
+    total = tl.sum(totals, 1)
     for n in tl.range(end_constant * SUBS_S, end_slow * SUBS_S, num_stages=1):
         k_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
         key = tl.load(indices_ptr + n // SUBS_S) * TILE_K + k_place
@@ -179,7 +168,9 @@ def _dq_kernel(
         if table_ptr is not None:
             k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
             t = _pair_decay(q_frame[:, None], k_frame[None, :], table_ptr, table_last)
-        _, grad_s = _weights(x, t, base[:, None], grad_p, delta[:, None], table_ptr is not None, NATURAL)
+        p, grad_s = _weights(x, t, base[:, None], 1.0, grad_p, delta[:, None], table_ptr is not None, NATURAL)
+        if NATURAL:
+            total += tl.sum(tl.where(here[None, :], p, 0.0), 1)
         grad_s = tl.where(here[None, :], grad_s, 0.0)
         dq = tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -198,23 +189,29 @@ def _dq_kernel(
             if pooled_t_ptr is not None:
                 t = tl.load(pooled_t_ptr + (q_frame[:, None] + 1) * key_tiles + tile[None, :])
             mass = _mass(base[:, None], length[None, :], NATURAL)
-            _, grad_s = _weights(x, t, mass, grad_p, delta[:, None], pooled_t_ptr is not None, NATURAL)
+            p, grad_s = _weights(x, t, mass, 1.0, grad_p, delta[:, None], pooled_t_ptr is not None, NATURAL)
+            if NATURAL:
+                total += tl.sum(p, 1)
             dq = tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
 
+    if NATURAL:
+        norm = 1.0 / tl.where(total > 0, total, 1.0)  # 0 in rows without a key
+        dq *= norm[:, None]
+        tl.store(norm_ptr + lane.to(tl.int64) * num_q + q_row, norm, mask=live)
     dq_ptr += batch * stride_dqb + head * stride_dqh
     _store_part(dq_ptr, q_row, live, stride_dqs, dq * (scale * _unit(NATURAL)), 0, BLOCK_D, DIM)
 
 
 @triton.jit
 def _add_key_grads(
-    dk, dv, k, v, q, grad, t, scale, share, base, delta, DECAY: tl.constexpr, SHARED: tl.constexpr,
+    dk, dv, k, v, q, grad, t, scale, share, base, norm, delta, DECAY: tl.constexpr, SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v after one more chunk of query rows; rows that are missing come with base = inf."""
     x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
     grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     natural: tl.constexpr = q.dtype == tl.float32
-    p, grad_s = _weights(x, t, base[None, :], grad_p, delta[None, :], DECAY, natural)
+    p, grad_s = _weights(x, t, base[None, :], norm, grad_p, delta[None, :], DECAY, natural)
     if SHARED:
         grad_s *= share
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -224,14 +221,15 @@ def _add_key_grads(
 
 @triton.jit
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, base_ptr, delta_ptr,  # [B, H, S, D] by strides; [B, H, S_q]
+    q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr,  # [B, H, S, D] by strides
+    base_ptr, delta_ptr, norm_ptr,  # [B, H, S_q]; the last in float32 only
     rows_ptr, bounds_ptr, order_ptr, entry_t_ptr,  # [nnz], [G, NK, 3], [G', NK], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr,  # [L], [S_q], [S_k], or None
     dk_mean_ptr, dv_mean_ptr, length_ptr,  # float32 [B, HK, NK, D] twice, [B, NK], or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    stride_gb, stride_gh, stride_nb, stride_nh, stride_hb,
+    stride_gb, stride_gh, stride_nb, stride_nh, stride_hb, stride_ib, stride_ih,  # the last two as in ColumnPlan
     num_q, num_k, heads, key_heads, key_tiles, table_last, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -269,34 +267,44 @@ def _dkdv_kernel(
         lane_rows = (batch * heads + h) * num_q
         list_ptr = bounds_ptr + ((b * stride_gb + h * stride_gh).to(tl.int64) * key_tiles + tile) * 3
         start, end_plain, end = tl.load(list_ptr), tl.load(list_ptr + 1), tl.load(list_ptr + 2)
+        head_rows_ptr, head_t_ptr = rows_ptr, entry_t_ptr
+        if stride_ib is not None:
+            own = batch * stride_ib + tl.cast(h, tl.int64) * stride_ih
+            head_rows_ptr += own
+            if entry_t_ptr is not None:
+                head_t_ptr += own
         for n in tl.range(start * SUBS_Q, end_plain * SUBS_Q):
-            first = tl.load(rows_ptr + n // SUBS_Q).to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
+            first = tl.load(head_rows_ptr + n // SUBS_Q).to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
             q_row, q, grad = _full_chunk(
                 first, head_q_ptr, head_grad_ptr, token_order_ptr, stride_qs, stride_os, BLOCK_Q, DIM, BLOCK_D
             )
             base, delta = tl.load(base_ptr + lane_rows + q_row), tl.load(delta_ptr + lane_rows + q_row)
-            t = 1.0
+            t, norm = 1.0, 1.0
+            if norm_ptr is not None:
+                norm = tl.load(norm_ptr + lane_rows + q_row)[None, :]
             if entry_t_ptr is not None:
-                t = tl.load(entry_t_ptr + n // SUBS_Q)
+                t = tl.load(head_t_ptr + n // SUBS_Q)
             dk, dv = _add_key_grads(
-                dk, dv, k, v, q, grad, t, scale * share, share, base, delta, entry_t_ptr is not None,
+                dk, dv, k, v, q, grad, t, scale * share, share, base, norm, delta, entry_t_ptr is not None,
                 head_scale_ptr is not None, PRECISION,
             )  # fmt: skip
         for n in tl.range(end_plain * SUBS_S, end * SUBS_S, num_stages=1):
             q_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-            token = tl.load(rows_ptr + n // SUBS_S) * TILE_Q + q_place
+            token = tl.load(head_rows_ptr + n // SUBS_S) * TILE_Q + q_place
             live = (q_place < TILE_Q) & (token < num_q)
             q_row = _token_rows(token, live, token_order_ptr)
             q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
             grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
             base = tl.load(base_ptr + lane_rows + q_row, mask=live, other=float("inf"))
             delta = tl.load(delta_ptr + lane_rows + q_row, mask=live, other=0.0)
-            t = 1.0
+            t, norm = 1.0, 1.0
+            if norm_ptr is not None:
+                norm = tl.load(norm_ptr + lane_rows + q_row, mask=live, other=1.0)[None, :]
             if table_ptr is not None:
                 q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                 t = _pair_decay(q_frame[None, :], k_frame[:, None], table_ptr, table_last)
             dk, dv = _add_key_grads(
-                dk, dv, k, v, q, grad, t, scale * share, share, base, delta, table_ptr is not None,
+                dk, dv, k, v, q, grad, t, scale * share, share, base, norm, delta, table_ptr is not None,
                 head_scale_ptr is not None, PRECISION,
             )  # fmt: skip
 
@@ -314,7 +322,7 @@ def _dkdv_kernel(
 
 @triton.jit
 def _pooled_dkdv_kernel(
-    q_ptr, grad_ptr, base_ptr, delta_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # as in the kernels above
+    q_ptr, grad_ptr, base_ptr, delta_ptr, norm_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # as in the kernels above
     dk_mean_ptr, dv_mean_ptr, bits_ptr,  # float32 [B, HK, NK, D] twice, int32 [G, NQ, words]
     token_order_ptr, head_scale_ptr, q_frames_ptr, pooled_t_ptr,  # [S], [B or 1, H], [S_q], [F + 2, NK], or None
     stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
@@ -360,14 +368,16 @@ def _pooled_dkdv_kernel(
                 delta = tl.load(delta_ptr + lane_rows + q_row, mask=live, other=0.0)
                 pooled = ((bits >> bit) & 1) > 0
                 mass = _mass(base[None, :], tl.where(pooled, length, 0.0)[:, None], NATURAL)
-                t = 1.0
+                t, norm = 1.0, 1.0
+                if norm_ptr is not None:
+                    norm = tl.load(norm_ptr + lane_rows + q_row, mask=live, other=1.0)[None, :]
                 if pooled_t_ptr is not None:
                     q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                     at = (q_frame[None, :] + 1) * key_tiles + tile[:, None]
                     t = tl.load(pooled_t_ptr + at, mask=inside[:, None], other=1.0)
                 x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * share)
                 grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-                p, grad_s = _weights(x, t, mass, grad_p, delta[None, :], pooled_t_ptr is not None, NATURAL)
+                p, grad_s = _weights(x, t, mass, norm, grad_p, delta[None, :], pooled_t_ptr is not None, NATURAL)
                 dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
                 dk = tl.dot((grad_s * share).to(q.dtype), q, dk, input_precision=PRECISION)
 

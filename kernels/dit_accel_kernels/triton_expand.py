@@ -12,7 +12,7 @@ ones. The exact tiles also leave as bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.features import Problem
 from dit_accel_kernels.selection import words_of
 from dit_accel_kernels.triton_plan import RowPlan
-from dit_accel_kernels.triton_transpose import bitmap
+from dit_accel_kernels.triton_transpose import ColumnPlan, bitmap
 from dit_accel_kernels.triton_variants import Variant
 
 BLOCK = 512  # list entries that are looked at together
@@ -172,10 +172,14 @@ def static_bits(problem: Problem) -> Tensor:
 
 def bits_of_lists(problem: Problem) -> Tensor:
     """A copy of the exact lists as bits of every batch and head, int32 [B, H, NQ, W]."""
+    return _of_every_head(problem, static_bits(problem)).clone(memory_format=torch.contiguous_format)
+
+
+def _of_every_head(problem: Problem, bits: Tensor) -> Tensor:
+    """Bits of list sets [G, NQ, W] as a view [B, H, NQ, W]."""
     batch, heads = problem.q.shape[:2]
-    bits = static_bits(problem)
     bits = bits[None] if bits.shape[0] in (1, heads) else bits.unflatten(0, (batch, heads))
-    return bits.expand(batch, heads, -1, -1).clone(memory_format=torch.contiguous_format)
+    return bits.expand(batch, heads, -1, -1)
 
 
 def may_pool(problem: Problem) -> bool:
@@ -183,7 +187,8 @@ def may_pool(problem: Problem) -> bool:
     selection = problem.selection
     if problem.pooled_indices is not None or selection is None:
         return problem.pooled_indices is not None
-    return selection.routing is not None or (selection.keep is not None and selection.rest == "pooled")
+    routes = selection.routing is not None or selection.routed is not None
+    return routes or (selection.keep is not None and selection.rest == "pooled")
 
 
 def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[Lists, Tensor]:
@@ -194,10 +199,10 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     selection = problem.selection
     assert selection is not None
     batch, heads, rows = *problem.q.shape[:2], problem.query_tiles
-    groups, words = problem.exact_offsets.shape[0], words_of(problem.key_tiles)
+    words = words_of(problem.key_tiles)
     keep = None if selection.keep is None else selection.keep.contiguous()
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
-    own = (heads, 1) if groups == batch * heads and groups > 1 else (0, int(groups > 1))  # list sets of batch and head
+    own = _list_sets(problem)
     exact_strides, exact_copies = _copies(plan.stride_b, plan.stride_h, batch, heads)
     pooled_strides, pooled_copies = _copies(*own, batch, heads)
     if plan.stride_b and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
@@ -222,6 +227,73 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
         POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return Lists(indices=indices, entry_t=entry_t, bounds=bounds, pooled_indices=pooled, strides=strides), exact
+
+
+def _list_sets(problem: Problem) -> tuple[int, int]:
+    """Strides of batch and head over the caller's list sets."""
+    groups, (batch, heads) = problem.exact_offsets.shape[0], problem.q.shape[:2]
+    return (heads, 1) if groups == batch * heads and groups > 1 else (0, int(groups > 1))
+
+
+@triton.jit(do_not_specialize=("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "tiles", "words"))
+def _expand_columns_kernel(
+    rows_ptr, bounds_ptr, entry_t_ptr, exact_ptr,  # as in ColumnPlan, the third or None; bits [B, H, NQ, W]
+    out_rows_ptr, out_bounds_ptr, out_t_ptr, stride_gb, stride_gh, stride_ib, stride_ih, heads, rows, tiles, words,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The block rows of one key tile of one head in which it is exact."""
+    lane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    b, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
+    bounds_ptr += ((b * stride_gb + h * stride_gh) * tiles + tile) * 3
+    out_bounds_ptr += tl.program_id(0).to(tl.int64) * 3
+    exact_ptr += lane.to(tl.int64) * rows * words + tile // 32
+    out_rows_ptr += b * stride_ib + h * stride_ih
+    if entry_t_ptr is not None:
+        out_t_ptr += b * stride_ib + h * stride_ih
+    begin = tl.load(bounds_ptr)
+    end = begin
+    tl.store(out_bounds_ptr, begin)
+    for section in tl.static_range(2):
+        section_end = tl.load(bounds_ptr + 1 + section)
+        for first in range(begin, section_end, BLOCK):
+            entry = first + tl.arange(0, BLOCK)
+            inside = entry < section_end
+            row = tl.load(rows_ptr + entry, mask=inside, other=0)
+            stays = inside & ((tl.load(exact_ptr + row * words, mask=inside, other=0) >> tile % 32) & 1 != 0)
+            end, to = _append(out_rows_ptr, end, row, stays)
+            if entry_t_ptr is not None:
+                tl.store(out_t_ptr + to, tl.load(entry_t_ptr + entry, mask=inside, other=1.0), mask=stays)
+        tl.store(out_bounds_ptr + 1 + section, end)
+        begin = section_end
+
+
+def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnPlan:
+    """What is left of a plan by key tile in a call whose exact tiles are these, for every batch and head.
+
+    `exact` int32 [B, H, NQ, W], as `expand` returns it.
+    """
+    selection = problem.selection
+    assert selection is not None
+    batch, heads, rows, words = exact.shape
+    tiles, entries, own = problem.key_tiles, plan.rows.numel(), _list_sets(problem)
+    share, copies = _copies(*own, batch, heads)
+    strides = (share[0] * entries, share[1] * entries)
+    left = plan.rows.new_empty(copies * entries)
+    entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(copies * entries)
+    bounds = plan.bounds.new_empty(batch * heads, tiles, 3)
+    _expand_columns_kernel[(batch * heads * tiles,)](
+        plan.rows, plan.bounds, plan.entry_t, exact, left, bounds, entry_t, *own, *strides, heads, rows, tiles, words,
+        BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    bits = None
+    if may_pool(problem):
+        bits = _of_every_head(problem, static_bits(problem)) & ~exact
+        if selection.rest == "skip" and selection.keep is not None:
+            bits = bits & selection.keep  # the others were skipped, not routed to the pooled ones
+        if plan.pooled_bits is not None:
+            bits = bits | _of_every_head(problem, plan.pooled_bits)
+        bits = bits.flatten(0, 1).contiguous()
+    return replace(plan, rows=left, bounds=bounds, entry_t=entry_t, pooled_bits=bits, strides=strides)
 
 
 def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple[int, int], int]:
@@ -254,7 +326,16 @@ def variants() -> list[Variant]:
                 hot_loop=False,
             )
         )
+    for name, there in (("columns", ()), ("columns-decay", decay)):
+        kinds = {x: "*fp32:16" if x in decay else "*i32:16" if x.endswith("_ptr") else "i32" for x in _OF_COLUMNS}
+        signature = {x: kind for x, kind in kinds.items() if x not in decay or there}
+        constexprs: dict[str, object] = {x: None for x in decay if not there}
+        constexprs["BLOCK"] = BLOCK
+        found.append(
+            Variant(f"expand-{name}", _expand_columns_kernel, signature, constexprs, NUM_WARPS, 1, hot_loop=False)
+        )
     return found
 
 
+_OF_COLUMNS = tuple(x for x in _expand_columns_kernel.arg_names if x != "BLOCK")
 _ARGUMENTS = tuple(x for x in _expand_kernel.arg_names if x not in ("POOL_REST", "BLOCK"))

@@ -25,7 +25,8 @@ class ColumnPlan:
     `rows` int32 [nnz]: the block rows of every key tile, those that need no mask first. `bounds` int32 [G, NK, 3]:
     start, end of those, end of all, as positions in `rows`. `order` int32 [G', NK]: key tiles with most work first,
     G' = 1, HK or B * HK. `entry_t` float32 [nnz] is the decay of the entries without a mask, None without decay.
-    `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles.
+    `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles. With `strides`, every batch and head has its
+    own lists and pooled bits, and bounds are relative to b * strides[0] + h * strides[1].
     """
 
     rows: Tensor
@@ -33,6 +34,7 @@ class ColumnPlan:
     order: Tensor
     entry_t: Tensor | None
     pooled_bits: Tensor | None
+    strides: tuple[int, int] | None = None
 
 
 _CACHE: StorageCache[ColumnPlan] = StorageCache()

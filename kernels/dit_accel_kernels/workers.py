@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 MOST_WORKERS = 16  # more would wait for Python's lock; from there on, each worker gets several torch threads
-KEPT_BYTES = 32 << 20  # buffers that a worker keeps for the next call: new memory costs a page fault every 4 KB
+KEPT_BYTES = 16 << 20  # that a torch thread keeps for the next call: new memory costs a page fault every 4 KB
 Piece = TypeVar("Piece")
 _OWN = local()
 
@@ -39,7 +39,7 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
     waiting, inference = deque(pieces), torch.is_inference_mode_enabled()
 
     def drain() -> None:
-        buffers = _buffers()
+        buffers = own_buffers()
         with torch.inference_mode(inference), torch.no_grad():  # both hold for one thread only
             while waiting:
                 try:
@@ -82,10 +82,10 @@ def buffer(
     return found[:size].view(shape)
 
 
-def _buffers() -> dict[str, torch.Tensor]:
-    """This thread's buffers; of an earlier call only if they are small or on the CPU."""
-    kept = getattr(_OWN, "buffers", {})
-    if any(x.device.type != "cpu" for x in kept.values()) or sum(x.nbytes for x in kept.values()) > KEPT_BYTES:
+def own_buffers() -> dict[str, torch.Tensor]:
+    """This thread's buffers; of an earlier call only if they are small and on the CPU."""
+    kept, most = getattr(_OWN, "buffers", {}), KEPT_BYTES * torch.get_num_threads()
+    if any(x.device.type != "cpu" for x in kept.values()) or sum(x.nbytes for x in kept.values()) > most:
         kept = {}
     _OWN.buffers = kept
     return kept

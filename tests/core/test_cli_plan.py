@@ -15,7 +15,8 @@ KEYS = {
     "family", "repo", "height", "width", "num_frames", "num_inference_steps", "forwards", "frames", "tokens_per_frame",
     "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "attention_share",
     "attention_flops", "total_flops", "planned_attention_flops", "planned_total_flops", "tile_list_bytes",
-    "pooled_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods", "uncounted_methods",
+    "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods",
+    "uncounted_methods",
 }  # fmt: skip
 WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
 PUBLISHED = ["--radial", "--set", "radial.boundary=published"]

@@ -269,7 +269,8 @@ def test_the_pattern_is_found_once_by_layer_and_branch_and_freed(monkeypatch):
     run(transformer)
     assert len(passes) == 3 * 2
     made = attachment._session.handlers[0]
-    assert set(made.bits) == {("transformer", layer, branch, 0, 1) for layer in range(3) for branch in ("cond", "uncond")}
+    found = {("transformer", layer, branch, 0, 1) for layer in range(3) for branch in ("cond", "uncond")}
+    assert set(made.bits) == found
     bits = {key: value.clone() for key, value in made.bits.items()}
     assert not torch.equal(bits["transformer", 0, "cond", 0, 1], bits["transformer", 2, "cond", 0, 1])
     run(transformer)

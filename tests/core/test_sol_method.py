@@ -363,6 +363,23 @@ class TestOnWan:
         assert call["hidden_states"].grad.isfinite().all()
         assert all(p.grad is not None for p in transformer.blocks[0].attn1.parameters())
 
+    def test_the_backward_follows_what_the_forward_routed(self, monkeypatch):
+        """It routes nothing itself: given other bits, it follows these."""
+        found = []
+        for everything in (False, True):
+            transformer, call = tiny_transformer(), inputs()
+            with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)) as attachment:
+                session = attachment._session
+                out = transformer(**call)[0].square().sum()
+                assert {plan.selection.routing for _, plan in session._plans} == {None}
+                assert not any((plan.selection.routed == 0).all() for _, plan in session._plans)
+                if everything:
+                    for _, plan in session._plans:
+                        plan.selection.routed.fill_(-1)
+                out.backward()
+            found.append(transformer.blocks[0].attn1.to_q.weight.grad)
+        assert not torch.equal(*found)
+
     @pytest.mark.slow
     def test_compiled_full_graph_makes_two_graphs_and_the_same_output(self):
         from torch._dynamo.utils import counters

@@ -115,6 +115,9 @@ FEATURES: dict[str, Callable[[str], dict]] = {
     "votes": lambda device: {
         "selection": Selection(keep=kept(device), vote=Vote(threshold=-1.0), reverse=True),
     },
+    "routing among kept tiles": lambda device: {
+        "selection": Selection(keep=kept(device), routing=Routing(beta=0.0), pinned=pinned(device)),
+    },
     "everything": lambda device: {
         **FEATURES["decay"](device),
         **FEATURES["key mask"](device),
@@ -143,8 +146,7 @@ def backward(inputs: list[Tensor], tiles: TileLists, features: dict) -> tuple[Te
     return block_sparse_attention_backward(grad, q, k, v, tiles, layout="bhsd", backend="triton", **features)
 
 
-SELECTIONS = ("routing", "kept tiles", "votes")  # their gradient makes lists of the selection, which are read back
-CALLS = [(f, call) for f in FEATURES for call in (forward, backward) if call is forward or f not in SELECTIONS]
+CALLS = [(f, call) for f in FEATURES for call in (forward, backward)]
 
 
 @pytest.mark.parametrize(

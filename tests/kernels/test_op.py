@@ -1,12 +1,23 @@
 """The custom op: gradients against the specification, opcheck, full-graph compile, and a light import."""
 
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch._dynamo.testing
-from dit_accel_kernels import FrameDecay, block_sparse_attention, block_sparse_attention_backward, packing
+from dit_accel_kernels import (
+    FrameDecay,
+    Routing,
+    Selection,
+    Vote,
+    block_sparse_attention,
+    block_sparse_attention_backward,
+    pack_bits,
+    packing,
+)
 from kernel_cases import assert_within_rounding, qkv, random_lists
 
 FRAMES = torch.arange(30, dtype=torch.int32) // 8 - 1
@@ -78,6 +89,17 @@ def test_opcheck(everything, layout, return_lse):
     leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 30, 30, 8, torch.float32, layout)]
     arguments = {**packing.DEFAULTS, **(EVERYTHING if everything else {}), "layout": layout, "return_lse": return_lse}
     packed = packing.pack_call(*leaves, random_lists(1, 30, 30, 8, 8, pooled=everything), *arguments.values())
+    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
+
+
+@pytest.mark.parametrize("return_tiles", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck_with_a_selection(backend, return_tiles):
+    """Keep bits, routing and votes, gradients included."""
+    leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 30, 30, 8, torch.float32)]
+    selection = Selection(keep=pack_bits(torch.rand(2, 4, 4, 4) > 0.2), routing=Routing(beta=0.0), vote=Vote())
+    given = dict(layout="bhsd", selection=selection, return_tiles=return_tiles, return_lse=True, backend=backend)
+    packed = packing.pack_call(*leaves, random_lists(1, 30, 30, 8, 8), *{**packing.DEFAULTS, **given}.values())
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
 
 

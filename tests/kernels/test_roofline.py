@@ -57,6 +57,12 @@ def test_votes_cost_a_few_instructions_a_row_of_a_tile():
     }
 
 
+def test_votes_of_a_variant_that_votes_are_in_its_mix():
+    assert features_of("triton-votes", 0.25, "fwd-bf16-d128-plain-b128")["votes"]
+    for criterion in ("maxgap", "mass", "budget"):
+        assert not features_of("triton-votes", 0.25, f"fwd-bf16-d128-keep+{criterion}-b128")["votes"]
+
+
 def test_the_busiest_engine_limits():
     assert predict(SHAPE, 1.0, CARD, Mix(exp2=100))["limit"] == "exp2"
     assert predict(SHAPE, 1.0, CARD, Mix(plain=1000))["limit"] == "plain"
@@ -84,6 +90,8 @@ def test_mix_comes_from_the_compile_table(tmp_path):
     record = dict(variant="fwd", target="sm_80", warps=4, mix=mix)
     table.write_text(json.dumps(dict(variant="fwd", target="sm_90", error="no")) + "\n" + json.dumps(record) + "\n")
     assert read_mix(table, "fwd", "sm_80", 64 * 64) == Mix(plain=64 * 128 / 4096, exp2=1.0)
+    table.write_text(json.dumps({**record, "mix": {**mix, "rare": [32], "every": 129.0}}) + "\n")
+    assert read_mix(table, "fwd", "sm_80", 64 * 64) == Mix(plain=33 * 128 / 4096, exp2=1.0)
     with pytest.raises(ValueError, match="must hold variant 'fwd' on sm_90 with a hot loop, found none"):
         read_mix(table, "fwd", "sm_90", 64 * 64)
 

@@ -10,13 +10,19 @@ import torch
 from dit_accel_kernels import (
     BackendUnavailableError,
     FrameDecay,
+    Routing,
+    Selection,
     TileLists,
+    Vote,
     block_sparse_attention,
+    pack_bits,
     reference,
+    triton_backend,
     triton_backward,
 )
+from dit_accel_kernels import selection as selection_module
 from dit_accel_kernels.features import Problem, tile_means
-from dit_accel_kernels.selection import selected_states
+from dit_accel_kernels.selection import count_bits, selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
 from dit_accel_kernels.triton_transpose import bitmap, column_plan, transpose
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
@@ -80,8 +86,13 @@ def columns(problem: Problem) -> tuple[Tensor, Tensor]:
     return torch.cat([x.masked_fill(~exact, -torch.inf), x_pooled], -1), torch.cat([v, v_mean], 2)
 
 
-def recomputed(problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
-    """The backward as a function of output and LSE as given, dense, in the problem's dtype and tiled token order."""
+def recomputed(
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, *, normalised: bool
+) -> list[Tensor]:
+    """The backward as a function of output and LSE as given, dense, in the problem's dtype and tiled token order.
+
+    `normalised`: weights are divided by their sum, so that the rounding of the LSE has no part in them.
+    """
     leaves = [x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
     x, values = columns(replace(problem, q=leaves[0], k=leaves[1], v=leaves[2]))
     absent = x == -torch.inf
@@ -89,6 +100,9 @@ def recomputed(problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, gra
     delta = (out.to(x.dtype) * grad_out.to(x.dtype)).sum(-1, keepdim=True)
     delta = delta if grad_lse is None else delta - grad_lse[..., None].to(x.dtype)
     p = (x.detach() - lse[..., None].masked_fill(lse[..., None].isinf(), 0.0)).exp().masked_fill(absent, 0.0)
+    if normalised:
+        total = p.sum(-1, keepdim=True)
+        p = p / total.masked_fill(total == 0, 1.0)
     grad_x = p * ((grad_out @ values.detach().mT).to(x.dtype) - delta)
     loss = (grad_x.masked_fill(absent, 0.0) * x).sum() + ((p.to(values.dtype) @ values) * grad_out).sum()
     return list(torch.autograd.grad(loss, leaves))
@@ -99,14 +113,16 @@ def check(problem: Problem, *, with_lse: bool = True) -> list[Tensor]:
 
     Output and LSE are inputs of the backward, as the specification made them in the problem's dtype. What their
     rounding does to the gradients (the row sum of p * grad_p is taken from the rounded output) is in truth and
-    yardstick alike.
+    yardstick alike; in float32 the LSE's does nothing, there the weights are divided by their sum.
     """
     grad_out = torch.randn(problem.q.shape).to(problem.q.dtype)
     grad_lse = torch.randn(problem.q.shape[:3]) if with_lse else None
     (out, lse), _ = specified(problem, grad_out, grad_lse)
     given = [None if x is None else in_order(x, problem.token_order) for x in (out, lse, grad_out, grad_lse)]
-    yardstick = recomputed(problem.tiled(), *given)
-    truth = recomputed(widened(problem).tiled(), *(None if x is None else x.to(WIDE) for x in given))
+    normalised = problem.q.dtype == torch.float32
+    yardstick = recomputed(problem.tiled(), *given, normalised=normalised)
+    wide = [None if x is None else x.to(WIDE) for x in given]
+    truth = recomputed(widened(problem).tiled(), *wide, normalised=normalised)
     found = triton_backward.attend_backward(problem, out, lse, grad_out, grad_lse)
     for x, like, a, b in zip(found, (problem.q, problem.k, problem.v), yardstick, truth, strict=True):
         assert x.dtype == like.dtype
@@ -129,7 +145,8 @@ def back_in_order(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else torch.zeros_like(x).index_copy(2, order, x)
 
 
-def test_recomputed_is_the_gradient_of_the_specification():
+@pytest.mark.parametrize("normalised", [False, True])
+def test_recomputed_is_the_gradient_of_the_specification(normalised):
     """The dense backward of these tests is autograd's, where rounding does not hide a difference."""
     q, k, v = qkv(2, 4, 2, 80, 80, 16, WIDE)
     decay = (torch.tensor([1.0, 0.9, 0.6]), frames(80, 20, 5), frames(80, 20, 5))
@@ -137,7 +154,8 @@ def test_recomputed_is_the_gradient_of_the_specification():
     problem = make(q, k, v, random_lists(4, 80, 80, 16, 32), **features)
     grad_out, grad_lse = torch.randn_like(q), torch.randn(q.shape[:3], dtype=WIDE)
     given, truth = specified(problem, grad_out, grad_lse)
-    for a, b in zip(recomputed(problem, *given, grad_out, grad_lse), truth, strict=True):
+    found = recomputed(problem, *given, grad_out, grad_lse, normalised=normalised)
+    for a, b in zip(found, truth, strict=True):
         assert float((a - b).norm() / b.norm()) < torch.finfo(torch.float32).eps ** 1.5
 
 
@@ -267,10 +285,12 @@ def test_everything_together(case):
         assert not any(x[0].any() for x in found)
 
 
-@pytest.mark.parametrize("case", grid(20)[:8], ids=range(8))
-def test_forward_and_backward_are_the_gradient_of_the_specification(case):
-    """Both kernels through autograd, in 16 bits, against autograd through the float64 specification."""
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("case", grid(20)[:10], ids=range(10))
+def test_forward_and_backward_are_the_gradient_of_the_specification(case, bits):
+    """Both kernels through autograd against autograd through the float64 specification."""
     dtype = torch.bfloat16 if case["dtype"] == torch.float32 else case["dtype"]
+    dtype = torch.float32 if bits == 32 else dtype
     tensors, tiles, features = of_grid({**case, "dtype": dtype})
     problem = make(*tensors, tiles, **features)
     grad_out = torch.randn(problem.q.shape).to(dtype)
@@ -289,6 +309,66 @@ def test_forward_and_backward_are_the_gradient_of_the_specification(case):
         loss = loss + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse).sum()
     for found, a, b in zip(torch.autograd.grad(loss, leaves), yardstick, truth, strict=True):
         assert_within_rounding(found, a, b, dtype)
+
+
+def chosen_bits(*shape: int, share: float = 0.6) -> Tensor:
+    """Random tiles as bits."""
+    return pack_bits(torch.rand(*shape) < share)
+
+
+SELECTIONS = {
+    "skipped rest": lambda bits: dict(keep=bits),
+    "pooled rest": lambda bits: dict(keep=bits, rest="pooled"),
+    "routed": lambda bits: dict(routed=bits),
+    "routed, skipped rest": lambda bits: dict(routed=bits, keep=bits | chosen_bits(2, 4, 6, 5)),
+    "routed, pooled rest": lambda bits: dict(routed=bits, keep=bits | chosen_bits(2, 4, 6, 5), rest="pooled"),
+    "reverse": lambda bits: dict(reverse=True),
+}
+
+
+@pytest.mark.parametrize("kind", SELECTIONS)
+@pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 0), (torch.bfloat16, 7), (torch.float32, 11)])
+def test_selections(kind, dtype, features):
+    """Tiles that keep bits and routing left exact, made pooled and dropped, with lists of every sharing."""
+    groups = {0: 1, 7: 4, 11: 8}[features]
+    q, k, v = qkv(2, 4, 2, 93, 77, 24, dtype)
+    selection = Selection(**SELECTIONS[kind](chosen_bits(2, 4, 6, 5)), pinned=chosen_bits(6, 5, share=0.1))
+    arguments: dict = dict(selection=selection)
+    if features & 1:
+        arguments |= dict(key_length=torch.tensor([77, 41]), key_mask=torch.rand(2, 77) > 0.2)
+    if features & 2:
+        arguments |= dict(decay=(torch.tensor([1.0, 0.9, 0.6]), frames(93, 20, 5), frames(77, 16)))
+    if features & 4:
+        arguments |= dict(head_scale=torch.rand(2, 4) + 0.5)
+    check(make(q, k, v, random_lists(groups, 93, 77, 16, 16, pooled=features != 7), **arguments))
+
+
+@pytest.mark.parametrize("mix", [False, True], ids=["plain", "mixed"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_backward_follows_what_the_forward_routed(backend, mix, monkeypatch):
+    """Routing runs once; its tiles are those of the specification's gradient."""
+    calls = []
+    for module, name in ((triton_backend, "route"), (selection_module, "routing_scores")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real: calls.append(0) or real(*args))
+    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)]
+    tiles, grad_out = random_lists(1, 70, 70, 16, 16), torch.randn(1, 2, 70, 16)
+    selection = Selection(keep=chosen_bits(1, 2, 5, 5, share=0.8), routing=Routing(beta=0.0), vote=Vote())
+    arguments: dict = dict(layout="bhsd", token_order=torch.randperm(70))
+    if mix:
+        arguments |= dict(identity_mix=torch.tensor([0.2, 0.7]))
+    found = block_sparse_attention(*leaves, tiles, selection=selection, return_tiles=True, backend=backend, **arguments)
+    grads = torch.autograd.grad(found[0], leaves, grad_out)
+    assert len(calls) == 1
+    arguments |= dict(selection=replace(selection, routing=None, vote=None, routed=found[1]), backend="reference")
+    expected = []
+    for dtype in (torch.float32, WIDE):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out = block_sparse_attention(*inputs, tiles, **arguments)
+        expected.append(torch.autograd.grad(out, inputs, grad_out.to(dtype)))
+    assert count_bits(found[1]).sum() < count_bits(selection.keep).sum()
+    for x, a, b in zip(grads, *expected, strict=True):
+        assert_within_rounding(x, a, b, torch.float32)
 
 
 @pytest.mark.parametrize("each", [16, 32, 20])
@@ -333,6 +413,21 @@ def test_large_logits_give_no_nan():
     """Logits of thousands: garbage in masked keys would overflow the exponential."""
     q, k, v = qkv(1, 1, 1, 40, 40, 16, torch.float32)
     check(make(q * 300, k - 2 * q, v, random_lists(1, 40, 40, 16, 16), key_mask=torch.rand(1, 40) > 0.3))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_an_inexact_lse_has_no_part_in_float32(pooled):
+    """A tenth more or less in every row: the weights are divided by their own sum."""
+    q, k, v = qkv(1, 2, 1, 60, 60, 16, torch.float32)
+    problem = make(q, k, v, random_lists(1, 60, 60, 16, 16, pooled=pooled))
+    grad_out = torch.randn_like(q)
+    (out, lse), yardstick = specified(problem, grad_out, None)
+    _, truth = specified(widened(problem), grad_out.to(WIDE), None)
+    moved = lse + torch.rand_like(lse) / 5 - 0.1
+    for x, a, b in zip(
+        triton_backward.attend_backward(problem, out, moved, grad_out, None), yardstick, truth, strict=True
+    ):
+        assert_within_rounding(x, a, b, torch.float32)
 
 
 def test_same_bits_every_time():

@@ -260,6 +260,21 @@ def test_votes_fill_several_words(vote, block_k, count):
     assert 2 < found.sum() < found.numel() / 2
 
 
+@pytest.mark.parametrize("vote", VOTES, ids=lambda x: x.criterion)
+def test_votes_of_all_sections_share_words(vote):
+    """Plain tiles, then those of one decay, then masked ones, all in several chunks; no section fills its last word."""
+    keys = torch.arange(70 * 48, dtype=torch.int32)
+    q, k, v = uneven(1, 2, 1, 20, keys.numel(), 48, torch.float32)
+    tiles = TileLists.full(20, keys.numel(), block_q=20, block_k=48)
+    frames = torch.where(keys < 25 * 48, -1, keys // 480)
+    table = FrameDecay(
+        table=torch.tensor([1.0, 0.95, 0.9]), q_frames=torch.zeros(20, dtype=torch.int32), k_frames=frames
+    )
+    mask = (keys % 240 != 7)[None]
+    found = check_votes(q, k, v, tiles, Selection(vote=vote), scale=0.5, frame_decay=table, key_mask=mask)
+    assert 2 < found.sum() < found.numel() - 2
+
+
 def test_votes_change_nothing_in_the_call_itself():
     q, k, v = qkv(1, 2, 2, 70, 70, 16, torch.float32)
     tiles, keep = random_lists(1, 70, 70, 16, 16), bits(1, 2, 5, 5)
