@@ -301,7 +301,8 @@ def _carried(
     methods: Sequence[Any], adapter: Adapter, family: Family, layout: TokenLayout, steps: int
 ) -> dict[str, int]:
     """Return what methods hold from step to step in the layers that they change; in Radial's tiles beside it."""
-    full = [method.resolved(adapter.recipe(method.name, family)) for method in methods if hasattr(method, "resolved")]
+    sparse = [method for method in methods if hasattr(method, "is_dense")]
+    full = [method.resolved(adapter.recipe(method.name, family)) for method in sparse]
     listed = [method.block_size for method in full if method.name == "radial"]
     found = {}
     for method in full:
