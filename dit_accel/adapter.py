@@ -234,8 +234,9 @@ class Adapter:
             if (family.layers, family.heads, family.head_dim, family.experts) == sizes
         ]
         size = config.get("patch_size")
-        told = isinstance(size, int) or (isinstance(size, (list, tuple)) and len(size) == 3)
-        patch = patch_sizes(size, config.get("patch_size_t")) if told else None
+        patch = None
+        if isinstance(size, int) or (isinstance(size, (list, tuple)) and len(size) == 3):
+            patch = patch_sizes(size, config.get("patch_size_t"))
         return next((family for family in alike if family.patch == patch), alike[0] if alike else None)
 
     def verdict(self, method: str) -> tuple[str, str]:
