@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .public import HOMES
+
 if TYPE_CHECKING:
     from .attachment import Attachment as Attachment
     from .attachment import attach as attach
@@ -18,23 +20,13 @@ if TYPE_CHECKING:
     from .methods.lite import LiteAttention as LiteAttention
     from .methods.radial import RadialAttention as RadialAttention
     from .methods.sol import SolAttention as SolAttention
+    from .methods.ultravico import UltraViCo as UltraViCo
     from .report import Report as Report
 
-_HOMES = {
-    **dict.fromkeys(("Attachment", "attach"), "attachment"),
-    **dict.fromkeys(("Description", "describe"), "description"),
-    **dict.fromkeys(("AttachError", "ConfigError", "DitAccelError", "MissingBackend", "UnsupportedModel"), "errors"),
-    "DeltaCorrection": "methods.delta",
-    "FrozenPattern": "methods.frozen",
-    "LiteAttention": "methods.lite",
-    "RadialAttention": "methods.radial",
-    "SolAttention": "methods.sol",
-    "Report": "report",
-}
-__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = list(HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:  # so that `import dit_accel` loads no torch, and --help stays quick
-    if name not in _HOMES:
+    if name not in HOMES:
         raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -10,6 +10,12 @@ from .errors import ConfigError
 ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 """Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
 
+IMAGE_REFUSED: Mapping[str, str] = {
+    "radial": ONE_FRAME,
+    "ultravico": "an image has no frames of which there could be more than the model was trained on",
+}
+"""Method name -> why it makes no sense on a model that makes single images; what image adapters refuse."""
+
 Grid = tuple[int, int, int, int, int]
 """(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
 
@@ -116,6 +122,8 @@ class Family:
         num_inference_steps: default number of denoising steps.
         forwards_per_step: transformer rows per step, 2 with classifier-free guidance.
         experts: transformers that share the steps, 2 for Wan 2.2 A14B.
+        trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
+            several lengths, or an image model.
         recipes: method name -> option -> value: what the papers and their code use on this model.
     """
 
@@ -136,6 +144,7 @@ class Family:
     num_inference_steps: int = 50
     forwards_per_step: int = 2
     experts: int = 1
+    trained_frames: int | None = None
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -209,6 +218,8 @@ class Adapter:
     def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
         """Return the released model that a transformer config has the sizes of, or None.
 
+        Of several, the one whose patches are the config's, where one is.
+
         Args:
             config: the transformer's config, with diffusers' names.
             experts: how many such transformers the pipeline holds.
@@ -217,8 +228,16 @@ class Adapter:
             sizes = (*config_sizes(config)[:3], experts)
         except KeyError:
             return None
-        known = ((family.layers, family.heads, family.head_dim, family.experts) for family in self.families)
-        return next((family for family, its in zip(self.families, known, strict=True) if its == sizes), None)
+        alike = [
+            family
+            for family in self.families
+            if (family.layers, family.heads, family.head_dim, family.experts) == sizes
+        ]
+        size = config.get("patch_size")
+        patch = None
+        if isinstance(size, int) or (isinstance(size, (list, tuple)) and len(size) == 3):
+            patch = patch_sizes(size, config.get("patch_size_t"))
+        return next((family for family in alike if family.patch == patch), alike[0] if alike else None)
 
     def verdict(self, method: str) -> tuple[str, str]:
         """Return ``supported``, ``degenerate`` or ``refused``, and why."""

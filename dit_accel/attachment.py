@@ -5,11 +5,11 @@ import fnmatch
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from dit_accel_kernels import BACKENDS, triton_requirement
+from dit_accel_kernels import BACKENDS, flex_requirement, triton_requirement
 from torch import nn
 
 from .adapter import NO_STEP, Adapter, Family, Grid
@@ -73,7 +73,7 @@ class Attachment:
             notes=tuple(session.recorder.notes),
             calls=call_reports(session.recorder),
             state_bytes={name: size for name, size in held.items() if size},
-            measured=measured_errors(session.recorder),
+            measured=measured_errors(session.recorder, lambda at: sum(h.probe_share(at) for h in session.handlers)),
         )
 
 
@@ -100,6 +100,7 @@ def attach(model: Any, *methods: MethodConfig, backend: str = "auto") -> Attachm
             raise AttachError(f"methods are attached to {name} already; call detach() on that attachment first")
     _check_backend(backend)
     handlers, described = _make_handlers(transformers, methods)
+    _check_votes(backend, handlers)
     session = Session(handlers, backend, getattr(model, "scheduler", None))
     slot = Slot()
     attachment = Attachment(session, slot, described)
@@ -108,8 +109,10 @@ def attach(model: Any, *methods: MethodConfig, backend: str = "auto") -> Attachm
         for name, transformer in transformers.items():
             target = Target(name, adapter_for(type(transformer).__name__))
             session.targets.append(target)
-            _install_processors(attachment, transformer, target, classes)
-            _install_hooks(attachment, transformer, target)
+            modules = _install_processors(attachment, transformer, target, classes)
+            _install_hooks(attachment, transformer, target, modules)
+            _install_context(attachment, transformer, target)
+            _install_end(attachment, transformer)
             transformer.__dict__[_MARK] = attachment
             attachment._undo.append(lambda transformer=transformer: transformer.__dict__.pop(_MARK))
     except BaseException:
@@ -181,10 +184,20 @@ def _natural(name: str) -> list[Any]:
 def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(backend, BACKENDS)}")
-    if backend == "triton":  # the model may still wait in main memory: ask the device it will run on
-        missing = triton_requirement(torch.accelerator.current_accelerator() or torch.device("cpu"))
-        if missing:
-            raise MissingBackend(f"kernel backend 'triton' needs {missing}; use 'auto' or 'torch'")
+    # the model may still wait in main memory: ask the device it will run on
+    device, missing = torch.accelerator.current_accelerator() or torch.device("cpu"), None
+    if backend == "triton":
+        missing = triton_requirement(device)
+    elif backend == "flex":
+        missing = flex_requirement(device.type)
+    if missing:
+        raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
+
+
+def _check_votes(backend: str, handlers: Sequence[Handler]) -> None:
+    voting = [handler.config.name for handler in handlers if handler.votes]
+    if backend == "flex" and voting:
+        raise MissingBackend(f"kernel backend 'flex' has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
 
 
 def _make_handlers(
@@ -211,9 +224,11 @@ def _make_handlers(
 
 def _install_processors(
     attachment: Attachment, transformer: nn.Module, target: Target, classes: dict[type, type]
-) -> None:
-    session = attachment._session
+) -> list[nn.Module]:
+    """Put our processors on the attention modules, and return these in the order of the target's places."""
+    session, modules = attachment._session, []
     for layer, (_, module, depth) in enumerate(attention_modules(transformer, target.adapter)):
+        modules.append(module)
         original = module.processor
         place = Place(target, layer, depth)
         place.processor = wrap_processor(original, len(session.places), classes, attachment._slot, session.number)
@@ -226,6 +241,7 @@ def _install_processors(
                 module.processor = unwrap_processor(ours, original)
 
         attachment._undo.append(restore)
+    return modules
 
 
 def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -256,7 +272,7 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
     )
 
 
-def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> None:
+def _install_hooks(attachment: Attachment, transformer: Any, target: Target, modules: list[nn.Module]) -> None:
     session, slot = attachment._session, attachment._slot
     config = types.SimpleNamespace(**dict(transformer.config))
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -272,14 +288,50 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
             if not target.in_context:
                 session.note_weights(target, lora_state(transformer))
             session.observe(target, grid, len(inputs[adapter.latents]), inputs.get(adapter.timestep))
+            _leave_perturbed_dense(session, target, modules)
+            slot.reached.clear()
 
-    handle = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
-    attachment._undo.append(handle.remove)
+    def after_forward(module: nn.Module, args: Any, out: Any) -> None:
+        if slot.grid != NO_STEP and not torch.compiler.is_compiling():
+            _uncount_skipped(session, target, slot.reached)
+
+    for handle in (
+        transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
+        transformer.register_forward_hook(after_forward),
+    ):
+        attachment._undo.append(handle.remove)
+
+
+def _leave_perturbed_dense(session: Session, target: Target, modules: list[nn.Module]) -> None:
+    """Leave to diffusers what its perturbed attention guidance perturbs: it knows but its own attention calls."""
+    for place, module in zip(target.places, modules, strict=True):
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if place.processor._dit_accel_sparse and any(
+            getattr(h, "skip_attention_scores", False) for h in hooks.values()
+        ):
+            place.processor._dit_accel_sparse = False
+            session.recorder.forward(target.name, target.branch, target.step_index or 0, 1)
+
+
+def _uncount_skipped(session: Session, target: Target, reached: set[int]) -> None:
+    """Take back from the report the dense calls that one of diffusers' caches skipped in the forward that ends.
+
+    A module of a compiled block is never seen to run; it counts as if it had.
+    """
+    seen = session.recorder.seen
+    for layer, place in enumerate(session.places):
+        if place.target is target and not place.processor._dit_accel_sparse:
+            if layer in reached:
+                seen.add(layer)
+            elif layer in seen:
+                session.recorder.forward(target.name, target.branch, target.step_index or 0, -1)
+
+
+def _install_context(attachment: Attachment, transformer: Any, target: Target) -> None:
+    """Follow the pipeline's denoising calls, where it opens contexts for them."""
     if not hasattr(transformer, "cache_context"):
         return
-
-    original = transformer.cache_context
-    own = transformer.__dict__.get("cache_context")
+    session, original = attachment._session, transformer.cache_context
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
@@ -291,10 +343,30 @@ def _install_hooks(attachment: Attachment, transformer: Any, target: Target) -> 
         finally:
             session.leave(target)
 
-    def restore() -> None:
-        transformer.__dict__.pop("cache_context", None)
-        if own is not None:
-            transformer.__dict__["cache_context"] = own
+    _shadow(attachment, transformer, "cache_context", cache_context)
 
-    transformer.__dict__["cache_context"] = cache_context
+
+def _install_end(attachment: Attachment, transformer: Any) -> None:
+    """Free the methods' state where pipelines tell that a generation is over: they reset diffusers' caches then."""
+    if not hasattr(transformer, "_reset_stateful_cache"):
+        return
+    session, original = attachment._session, transformer._reset_stateful_cache
+
+    def reset_stateful_cache(*args: Any, **kwargs: Any) -> None:
+        session.reset_handlers()
+        original(*args, **kwargs)
+
+    _shadow(attachment, transformer, "_reset_stateful_cache", reset_stateful_cache)
+
+
+def _shadow(attachment: Attachment, transformer: Any, name: str, ours: Any) -> None:
+    """Let an attribute of this one instance be ours until the attachment ends."""
+    own = transformer.__dict__.get(name)
+
+    def restore() -> None:
+        transformer.__dict__.pop(name, None)
+        if own is not None:
+            transformer.__dict__[name] = own
+
+    transformer.__dict__[name] = ours
     attachment._undo.append(restore)

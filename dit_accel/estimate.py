@@ -7,8 +7,8 @@ together a few percent at most.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .adapter import Adapter, Family
@@ -40,6 +40,7 @@ class Estimate:
         num_inference_steps: denoising steps.
         sparsity: what a method leaves of the attention; None for a dense run.
         uncounted: names of the methods whose saving is not known before the run.
+        carried_bytes: method name -> what it holds from step to step, one batch row, all branches and experts.
         kernel_cost: time per kept FLOP of the sparse kernel over the dense one's, kappa.
     """
 
@@ -51,6 +52,7 @@ class Estimate:
     num_inference_steps: int
     sparsity: Sparsity | None = None
     uncounted: tuple[str, ...] = ()
+    carried_bytes: Mapping[str, int] = field(default_factory=dict)
     kernel_cost: float = KERNEL_COST
 
     @property
@@ -130,7 +132,7 @@ class Estimate:
     @property
     def state_bytes(self) -> int:
         """Memory that the methods hold beside the model."""
-        return self.tile_list_bytes + self.pooled_bytes
+        return self.tile_list_bytes + self.pooled_bytes + sum(self.carried_bytes.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as plain numbers, for JSON; sizes in pixels, tokens, FLOPs and bytes."""
@@ -159,6 +161,7 @@ class Estimate:
             "planned_total_flops": self.planned_total_flops,
             "tile_list_bytes": self.tile_list_bytes,
             "pooled_bytes": self.pooled_bytes,
+            "carried_bytes": dict(self.carried_bytes),
             "state_bytes": self.state_bytes,
             "kernel_cost": self.kernel_cost,
             "predicted_speedup": self.speedup,
@@ -289,5 +292,27 @@ def estimate(
         num_inference_steps=steps,
         sparsity=sparsity_of(counted, adapter, family, layout, steps) if counted else None,
         uncounted=tuple(method.name for method in methods if method not in counted),
+        carried_bytes=_carried(methods, adapter, family, layout, steps),
         kernel_cost=kernel_cost,
     )
+
+
+def _carried(
+    methods: Sequence[Any], adapter: Adapter, family: Family, layout: TokenLayout, steps: int
+) -> dict[str, int]:
+    """Return what methods hold from step to step in the layers that they change; in Radial's tiles beside it."""
+    sparse = [method for method in methods if hasattr(method, "is_dense")]
+    full = [method.resolved(adapter.recipe(method.name, family)) for method in sparse]
+    listed = [method.block_size for method in full if method.name == "radial"]
+    found = {}
+    for method in full:
+        if hasattr(method, "state_bytes"):
+            layers = sum(
+                any(not method.is_dense(step, steps, layer, 0.0) for step in range(steps))
+                for layer in range(family.layers)
+            )
+            sized = replace(method, block_size=listed[0]) if listed else method
+            found[method.name] = sized.state_bytes(
+                layout, layers=layers * family.experts, heads=family.heads, branches=family.forwards_per_step
+            )
+    return found

@@ -2,6 +2,10 @@
 
 The operator is given what the graph knows (tensors, layer id, grid); branch and step it reads from the session, which
 is kept up to date outside compiled code. So one graph serves every layer and step.
+
+Both operators are tagged ``cudagraph_unsafe``: a CUDA graph replays what the device did and runs no Python, so a
+captured call would follow one step's plan for good. Under ``mode="reduce-overhead"`` Inductor splits its graph around a
+tagged operator, or makes no CUDA graph where it can't split; what lies between is captured as ever.
 """
 
 from collections.abc import Sequence
@@ -11,8 +15,10 @@ from torch import Tensor
 
 from . import session as sessions
 
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
-@torch.library.custom_op("dit_accel::planned_attention", mutates_args=())
+
+@torch.library.custom_op("dit_accel::planned_attention", mutates_args=(), tags=TAGS)
 def planned_attention(
     q: Tensor,
     k: Tensor,
@@ -52,7 +58,7 @@ def _(q, k, v, mask, layer, session, grid, layout, scale, differentiate):
     return q.new_empty((*q.shape[:-1], v.shape[-1])), torch.empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("dit_accel::planned_attention_backward", mutates_args=())
+@torch.library.custom_op("dit_accel::planned_attention_backward", mutates_args=(), tags=TAGS)
 def planned_attention_backward(
     grad: Tensor,
     q: Tensor,

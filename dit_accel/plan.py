@@ -79,21 +79,56 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Apart:
+    """Query rows that see some keys, all of them exactly, and no others, whatever the tiles say.
+
+    Attributes:
+        rows: int64 [G], token indices.
+        keys: bool [S], True for a key that they see.
+    """
+
+    rows: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionPlan:
     """What one attention call computes; the default is plain dense attention.
 
     Attributes:
+        key_mean: subtracted from every key before all else, broadcast over the call's tokens in its own layout:
+            float32 [B, 1, H, D] or [B, H, 1, D] (float64 for float64). Alone it changes no result.
         tiles: exact, pooled and skipped tiles; None: every tile exact.
         token_order: int64 [S], position in the tiles' order -> token index; None: the sequence's own order.
         head_scale: fp32 [H] or [B, H], factor on each head's logits.
         frame_decay: factor on logits by frame distance.
         identity_mix: fp32 [H] in [0, 1], share of each head's output replaced by V.
         selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
+        apart: rows that are computed once more under a rule of their own, which replaces what the tiles gave them.
     """
 
+    key_mean: Tensor | None = None
     tiles: TileLists | None = None
     token_order: Tensor | None = None
     head_scale: Tensor | None = None
     frame_decay: FrameDecay | None = None
     identity_mix: Tensor | None = None
     selection: Selection | None = None
+    apart: Apart | None = None
+
+    def centred(self, k: Tensor) -> Tensor:
+        """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""
+        return k if self.key_mean is None else (k - self.key_mean).to(k.dtype)
+
+    def gradient_before_centring(self, grad: Tensor, call: Call) -> Tensor:
+        """Return the gradient of the keys as the model gave them, from that of the centred ones; same layout."""
+        if self.key_mean is None:
+            return grad
+        axis = 2 if call.layout == "bhsd" else 1
+        wide, mask = grad.to(self.key_mean.dtype), call.key_mask()
+        total = wide.sum(axis, keepdim=True)
+        if mask is None:
+            return (wide - total / grad.shape[axis]).to(grad.dtype)
+        share = mask.to(wide.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+        share = share[:, None, :, None] if axis == 2 else share[:, :, None, None]
+        return (wide - share * total).to(grad.dtype)

@@ -30,6 +30,7 @@ class Slot:
         grid: the running forward's (frames, height, width, text before, text after).
         outer_masks: `Adapter.outer_masks` of the running transformer.
         text_apart: `Adapter.text_apart` of the running transformer.
+        reached: layer ids of the modules that ran in this forward, but for those of compiled blocks.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class Slot:
         self.grid: tuple[int, ...] = (1, 1, 1, 0, 0)
         self.outer_masks = False
         self.text_apart = False
+        self.reached: set[int] = set()
 
     def goes_dense(self, keys: int) -> bool:
         """Tell whether an attention call over this many keys goes to the user's own dense attention."""
@@ -100,10 +102,14 @@ def _subclass(cls: type, slot: Slot, session: int) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         slot.layer = self._dit_accel_layer
         slot.sparse = self._dit_accel_sparse
+        if not torch.compiler.is_compiling():
+            slot.reached.add(int(slot.layer))
         return recreated(self, *args, **kwargs)
 
     __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    body = {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body["__class__"] = property(lambda self: cls)  # diffusers' guiders look processors up by it
+    return type(cls.__name__, (cls,), body)
 
 
 def _recreated(function: types.FunctionType, scope: dict[str, Any]) -> types.FunctionType:

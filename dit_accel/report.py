@@ -1,6 +1,6 @@
 """The report: what really ran in the last generation, by step and layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from dit_accel_kernels import EXACT, TileLists, count_bits, pack_bits
 from dit_accel_kernels.cache import StorageCache
 from torch import Tensor
 
+from .layout import TokenLayout
 from .plan import AttentionPlan, Moment
 
 
@@ -35,13 +36,17 @@ class Forward:
 
 
 class Recorder:
-    """Counts what runs, one generation long."""
+    """Counts what runs, one generation long.
+
+    `seen` holds the places whose dense calls are seen when they run; those of compiled blocks are not.
+    """
 
     def __init__(self) -> None:
         self.forwards: dict[tuple[str, int, str], Forward] = {}
         self.notes: list[str] = []
         self.backends: set[str] = set()
         self.measured: list[tuple[Moment, Tensor]] = []
+        self.seen: set[int] = set()
 
     def measured_call(self, moment: Moment, error: Tensor) -> None:
         """Keep the error that probe rows found in one planned call, [H], relative L2."""
@@ -162,6 +167,7 @@ class MeasuredError:
         step_index: 0-based step.
         branch: name of the denoising call.
         layer: the attention module's index in its transformer.
+        rows: share of the call's query rows that were probed, each by dense attention beside what the plan computes.
         by_head: norm of (planned - dense) over the norm of dense, of each head, over probe rows and batch.
     """
 
@@ -169,6 +175,7 @@ class MeasuredError:
     step_index: int
     branch: str
     layer: int
+    rows: float
     by_head: tuple[float, ...]
 
 
@@ -198,16 +205,23 @@ class Report:
 
     @property
     def density(self) -> float:
-        """Exact share of the attention work over the whole generation, dense calls counted as 1."""
+        """Exact share of the attention work over the whole run, dense calls counted as 1; without probe rows."""
         calls = sum(step.dense_layers + step.sparse_layers for step in self.steps)
         kept = sum(step.dense_layers + step.sparse_layers * step.density for step in self.steps)
         return kept / calls if calls else 1.0
 
     @property
     def sparse_density(self) -> float | None:
-        """Exact share over the planned attention calls alone; None if there was none."""
+        """Exact share over the planned attention calls alone, without probe rows; None if there was none."""
         calls = sum(step.sparse_layers for step in self.steps)
         return sum(step.sparse_layers * step.density for step in self.steps) / calls if calls else None
+
+    @property
+    def probe_density(self) -> float:
+        """What probe rows add to `sparse_density`: they are computed densely, beside the tiles."""
+        calls = sum(step.sparse_layers for step in self.steps)
+        probed = {(one.transformer, one.step_index, one.branch, one.layer): one.rows for one in self.measured}
+        return sum(probed.values()) / calls if calls else 0.0
 
     def plot(self, path: str | Path) -> None:
         """Write a heat map of what was kept, by step, layer and head, as a PNG; needs matplotlib.
@@ -228,6 +242,7 @@ class Report:
             "model": dict(self.model),
             "density": self.density,
             "sparse_density": self.sparse_density,
+            "probe_density": self.probe_density,
             "steps": [{name: getattr(step, name) for name in step.__slots__} for step in self.steps],
             "notes": list(self.notes),
             "calls": [{name: getattr(call, name) for name in call.__slots__} for call in self.calls],
@@ -246,7 +261,8 @@ class Report:
         lines.append(f"attention calls: {dense} dense, {sparse} sparse; density {self.density:.3f} over the run")
         if self.sparse_density is not None:
             pooled = sum(step.sparse_layers * step.pooled for step in self.steps) / sparse
-            lines.append(f"sparse calls: {self.sparse_density:.3f} exact, {pooled:.3f} pooled")
+            probed = f", {self.probe_density:.3f} more in dense probe rows" if self.measured else ""
+            lines.append(f"sparse calls: {self.sparse_density:.3f} exact, {pooled:.3f} pooled{probed}")
         lines += [f"{name} held {size / 2**20:.3g} MiB from step to step" for name, size in self.state_bytes.items()]
         if self.measured:
             lines.append(_spell_measured(self.measured))
@@ -292,14 +308,15 @@ def call_reports(recorder: Recorder) -> tuple[CallReport, ...]:
     return tuple(found)
 
 
-def measured_errors(recorder: Recorder) -> tuple[MeasuredError, ...]:
-    """Turn what probe rows found into one `MeasuredError` a probed call."""
+def measured_errors(recorder: Recorder, share_of: Callable[[TokenLayout], float]) -> tuple[MeasuredError, ...]:
+    """Turn what probe rows found into one `MeasuredError` a probed call; ``share_of`` gives their share of the rows."""
     return tuple(
         MeasuredError(
             transformer=moment.transformer,
             step_index=moment.step_index,
             branch=moment.branch,
             layer=moment.layer,
+            rows=share_of(moment.layout),
             by_head=tuple(error.tolist()),
         )
         for moment, error in recorder.measured

@@ -20,13 +20,15 @@ from dit_accel_kernels import (
 )
 from torch import Tensor
 
-from .adapter import Adapter
 from .errors import AttachError, ConfigError
 from .layout import TokenLayout
 from .masks import attend_dense, dense_gradients, is_key_padding, key_padding
 from .methods.base import Handler
+from .places import Place as Place
+from .places import Target, begin_forward, layout_of, which_call, with_valid_text
 from .plan import AttentionPlan, Call, Moment
 from .report import Recorder
+from .rows import dense_rows, gradients_of_rows
 from .steps import noise_level, noisiest, step_count
 
 _SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
@@ -45,41 +47,6 @@ def get(number: int) -> "Session":
     if number not in _SESSIONS:
         raise AttachError(f"attachment {number} is detached, but a processor of it still runs; attach again")
     return _SESSIONS[number]
-
-
-class Place:
-    """One attention module that methods may change: where it stands and the processor put on it."""
-
-    def __init__(self, target: "Target", layer: int, depth: int) -> None:
-        self.target = target
-        self.layer = layer
-        self.depth = depth
-        self.processor: Any = None
-        self.calls = 0  # of this forward
-
-
-class Target:
-    """One transformer of the attachment and where its denoising stands.
-
-    Attributes:
-        name: the pipeline's component name.
-        places: its attention modules, in the adapter's order.
-    """
-
-    def __init__(self, name: str, adapter: Adapter) -> None:
-        self.name = name
-        self.adapter = adapter
-        self.places: list[Place] = []
-        self.branch = "default"
-        self.in_context = False
-        self.told_step = False
-        self.step_index: int | None = None
-        self.sigma: float | None = None
-        self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
-        self.timestep = -math.inf
-        self.calls_at_timestep = 0
-        self.batch: int | None = None  # of this forward, where it is observed
-        self.weights: Hashable = None
 
 
 class Session:
@@ -147,10 +114,11 @@ class Session:
         if not target.told_step:
             self._infer_step(target, timestep)
         if not isinstance(grid, str):
-            self._note_shape(target, grid, batch)
+            if self._note_shape(target, grid, batch):
+                self._switch(target)
         elif any(place.processor._dit_accel_sparse for place in target.places):
             raise ConfigError(f"{target.name} ({target.adapter.name}) can't be thinned out in this call: {grid}")
-        _begin_forward(target, batch)
+        begin_forward(target, batch)
 
     def note_weights(self, target: Target, weights: Hashable) -> None:
         """Note what acts on the transformer's weights; the methods forget what they learned under another value."""
@@ -181,10 +149,10 @@ class Session:
                 f"{target.name} ({target.adapter.name}) tells its tokens' places by values, which a transformer "
                 "that is compiled whole does not give; compile its blocks (compile_repeated_blocks), or detach"
             )
-        tokens, batch = _layout(grid), target.batch or q.shape[0]  # rows may be packed into one
+        tokens, batch = layout_of(grid), target.batch or q.shape[0]  # rows may be packed into one
         length = q.shape[1] if layout == "bshd" else q.shape[2]
         if target.adapter.ragged_text:
-            tokens = _with_valid_text(tokens, length)
+            tokens = with_valid_text(tokens, length)
             _, batch = target.shapes.get(target.branch, (None, batch))
         if length != tokens.tokens:
             raise ConfigError(
@@ -193,7 +161,7 @@ class Session:
                 "frames_axis, text, joined, the patch size"
             )
         self._note_shape(target, grid, batch)  # a forward that is compiled whole is not observed
-        row, repeated = _which_call(place, q.shape[0])
+        row, repeated = which_call(place, q.shape[0])
         moment = Moment(
             transformer=target.name,
             layer=place.layer,
@@ -210,10 +178,11 @@ class Session:
             differentiate=differentiate,
         )
         plan, call = AttentionPlan(), Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
-        for handler in self.handlers:
-            if handler.is_active(moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma):
-                handler.look(plan, moment, call)
-                plan = handler.contribute(plan, moment)
+        for handler in self._acting(moment.depth, moment.step_index, moment.sigma, tokens):
+            if plan.key_mean is not None and call.k is k:  # all look at the same keys
+                call = replace(call, k=plan.centred(k))
+            handler.look(plan, moment, call)
+            plan = handler.contribute(plan, moment)
         return plan, moment, self._remember(plan) if differentiate else -1
 
     def plan_by_number(self, number: int) -> AttentionPlan:
@@ -245,6 +214,7 @@ class Session:
         if mask is not None and self._stays_dense(moment, q, k, mask, layout):
             return attend_dense(q, k, v, mask, layout, scale)
         self.recorder.backends.add(resolve_backend(self.backend, q.device, q.dtype, q.shape[-1]))
+        k = plan.centred(k)
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
         selection = plan.selection
         found = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selection is not None)
@@ -258,11 +228,16 @@ class Session:
             if selection.vote is not None:
                 for handler in self.handlers:
                     handler.learn(moment, found[2])
+            if moment.differentiate:
+                self._remember_tiles(plan, found[1])
         call = Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
         for handler in self.handlers:
             out, error = handler.correct(plan, moment, call, v, out)
             if error is not None:
                 self.recorder.measured_call(moment, error)
+        if plan.apart is not None:
+            axis = 2 if layout == "bhsd" else 1
+            out.index_copy_(axis, plan.apart.rows, dense_rows(plan, call, v, plan.apart.rows, plan.apart.keys))
         return out
 
     def gradients(
@@ -280,13 +255,22 @@ class Session:
         if mask is not None and not is_key_padding(mask, q, k, layout):
             dq, dk, dv = dense_gradients(grad, q, k, v, mask, layout, scale)
             return dq, dk, dv
+        k = plan.centred(k)
         tiles, arguments = self._kernel_arguments(plan, q, k, mask, layout, scale)
-        return block_sparse_attention_backward(grad, q, k, v, tiles, **arguments)
+        call = Call(q=q, k=k, mask=mask, layout=layout, scale=scale, backend=self.backend)
+        if plan.apart is None:
+            grads = block_sparse_attention_backward(grad, q, k, v, tiles, **arguments)
+        else:
+            axis, rows = 2 if layout == "bhsd" else 1, plan.apart.rows
+            others = block_sparse_attention_backward(grad.index_fill(axis, rows, 0), q, k, v, tiles, **arguments)
+            apart = gradients_of_rows(plan, call, v, grad, rows, plan.apart.keys)
+            grads = tuple(one + other for one, other in zip(others, apart, strict=True))
+        return grads[0], plan.gradient_before_centring(grads[1], call), grads[2]
 
     def _stays_dense(self, moment: Moment, q: Tensor, k: Tensor, mask: Tensor, layout: str) -> bool:
         """Tell whether a mask that is no key padding keeps a call dense; the report says so."""
-        place = moment.depth, moment.step_index, moment.num_inference_steps, moment.sigma
-        if not all(handler.dense_under_masks for handler in self.handlers if handler.is_active(*place)):
+        acting = self._acting(moment.depth, moment.step_index, moment.sigma, moment.layout)
+        if not all(handler.dense_under_masks for handler in acting):
             return False
         if is_key_padding(mask, q, k, layout):
             return False
@@ -316,19 +300,20 @@ class Session:
             "backend": self.backend,
         }
 
-    def _note_shape(self, target: Target, grid: Sequence[int], batch: int) -> None:
-        """Let the methods see a new shape; drop their state if the branch had another one before."""
+    def _note_shape(self, target: Target, grid: Sequence[int], batch: int) -> bool:
+        """Let the methods see a new shape, and tell if it was one; drop their state if the branch had another one."""
         shape = (tuple(int(size) for size in grid), batch)
         known = target.shapes.get(target.branch)
         if shape == known:
-            return
+            return False
         if known is not None:
             self.reset_handlers()
         target.shapes[target.branch] = shape
-        layout = _layout(grid)
+        layout = layout_of(grid)
         for handler in self.handlers:
             if note := handler.check_layout(layout):
                 self.recorder.note(note)
+        return True
 
     def _remember(self, plan: AttentionPlan) -> int:
         number = next(self._plan_numbers)
@@ -337,23 +322,49 @@ class Session:
             self._plans.popleft()
         return number
 
+    def _remember_tiles(self, plan: AttentionPlan, exact: Tensor) -> None:
+        """Let a plan's backward follow the tiles that its forward found, instead of routing and voting once more."""
+        selection = plan.selection
+        assert selection is not None
+        routed = None if selection.routing is None else exact
+        selection = replace(selection, routing=None, vote=None, routed=routed)
+        followed = replace(plan, selection=selection)
+        self._plans = deque((number, followed if known is plan else known) for number, known in self._plans)
+
     def _begin_call(self, target: Target, num_inference_steps: int | None) -> None:
-        """Start a generation where the step did not advance, then switch each layer between dense and the plan."""
+        """Start a generation where the step did not advance, then switch the layers."""
         step = target.step_index or 0
         key = (target.name, target.branch)
         if step <= self._last_step.get(key, -1) or num_inference_steps != self.num_inference_steps:
             self.reset()
         self._last_step[key] = step
         self.num_inference_steps = num_inference_steps
-        dense = 0
-        _begin_forward(target, None)
+        begin_forward(target, None)
+        target.dense = 0
+        self._switch(target)
+
+    def _switch(self, target: Target) -> None:
+        """Switch each layer of a forward between dense and the plan, and count the dense ones.
+
+        Where the forward's shape is not known yet, every method is taken to act on it.
+        """
+        shape = target.shapes.get(target.branch)
+        layout, step, dense = None if shape is None else layout_of(shape[0]), target.step_index or 0, 0
         for place in target.places:
-            sparse = any(
-                handler.is_active(place.depth, step, num_inference_steps, target.sigma) for handler in self.handlers
-            )
+            sparse = bool(self._acting(place.depth, step, target.sigma, layout))
             place.processor._dit_accel_sparse = sparse
             dense += not sparse
-        self.recorder.forward(target.name, target.branch, step, dense)
+        self.recorder.forward(target.name, target.branch, step, dense - target.dense)
+        target.dense = dense
+
+    def _acting(self, depth: int, step: int, sigma: float | None, layout: TokenLayout | None) -> list[Handler]:
+        """Return the methods that change attention in a layer at a step, over a layout where it is known."""
+        return [
+            handler
+            for handler in self.handlers
+            if (layout is None or handler.applies(layout))
+            and handler.is_active(depth, step, self.num_inference_steps, sigma)
+        ]
 
     def _infer_step(self, target: Target, timestep: Tensor | None) -> None:
         """Count steps by the timesteps seen: a lower one is the next step, a higher one begins a generation."""
@@ -367,34 +378,3 @@ class Session:
             target.branch = f"call {target.calls_at_timestep}"
         target.sigma = noise_level(self.scheduler)
         self._begin_call(target, step_count(self.scheduler))
-
-
-def _layout(grid: Sequence[int]) -> TokenLayout:
-    frames, height, width, before, after = (int(size) for size in grid)
-    return TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
-
-
-def _with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
-    """Return the layout of a sequence that left out padded text, or all text; or the layout if that can't be."""
-    if length == tokens.visual_tokens:
-        return replace(tokens, text_before=0, text_after=0)
-    dropped = tokens.tokens - length
-    if not 0 <= dropped <= tokens.text_after:
-        return tokens
-    return replace(tokens, text_after=tokens.text_after - dropped)
-
-
-def _begin_forward(target: Target, batch: int | None) -> None:
-    target.batch = batch
-    for place in target.places:
-        place.calls = 0
-
-
-def _which_call(place: Place, batch: int) -> tuple[int, bool]:
-    """Count a call of ``batch`` rows; return its place among the forward's calls, and whether it ran before."""
-    count, whole = place.calls, place.target.batch
-    place.calls += 1
-    if whole is None and place.target.adapter.ragged_text:  # how many rows follow is not known
-        return count, False
-    rows = max(1, (whole or batch) // batch)
-    return count % rows, count >= rows

@@ -25,6 +25,7 @@ from .registry import adapters
 from .tiny_case import Case, TinyModel, require_patterns_match, rows_of, wide_inputs
 from .trials import TRIALS as TRIALS
 from .trials import Trial as Trial
+from .trials import configs_of
 from .watching import require, require_as_planned, require_same, require_text_exact, silenced, stopped_at, watched
 
 
@@ -69,7 +70,8 @@ def check_adapter(
 
 
 def _trials(case: Case) -> dict[str, Trial]:
-    return {name: trial for name, trial in TRIALS.items() if name not in case.adapter.refused}
+    refused = case.adapter.refused
+    return {n: t for n, t in TRIALS.items() if not any(config.name in refused for config in configs_of(t.active))}
 
 
 def _warm(*trials: Trial) -> int:
@@ -130,7 +132,7 @@ def _check_neutral(case: Case) -> None:
     plain = [case.run(inputs, branch=branch) for inputs, branch in calls]
     keys = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
     processors = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
-    for methods in ((), *((trial.neutral,) for trial in _trials(case).values())):
+    for methods in ((), *(configs_of(trial.neutral) for trial in _trials(case).values())):
         with attach(case.transformer, *methods) as attachment:
             for (inputs, branch), expected in zip(calls, plain, strict=True):
                 require(torch.equal(case.run(inputs, branch=branch), expected), f"{methods} changed the output")
@@ -220,7 +222,7 @@ def _check_active(case: Case) -> str | None:
     inputs = case.inputs(2)
     for trial in _trials(case).values():
         warm, plain = trial.warm, case.run(inputs, trial.warm)
-        with attach(case.transformer, trial.active) as attachment, watched(attachment) as calls:
+        with attach(case.transformer, *configs_of(trial.active)) as attachment, watched(attachment) as calls:
             changed = case.run_after(warm, inputs)
             places = attachment._session.places
             report = attachment.report()
@@ -229,7 +231,12 @@ def _check_active(case: Case) -> str | None:
             reached = [step.sparse_layers for step in report.steps]
             require(reached == [len(places)] * (warm + 1), "not every place was reached once")
             kept = report.sparse_density
-            require(kept is not None and kept < 1, f"{trial.active} keeps every tile; give the tiny model more tokens")
+            told = (
+                "keeps every tile; give the tiny model more tokens"
+                if trial.thins
+                else "leaves tiles out; its trial says no"
+            )
+            require(kept is not None and (kept < 1) == trial.thins, f"{trial.active} {told}")
             case.run(inputs, step=warm + 1)
             case.run(case.inputs(1), step=warm + 2)
             require(
@@ -253,7 +260,7 @@ def _check_batch(case: Case) -> str | None:
 
 
 def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], *trials: Trial) -> None:
-    methods, warm = [trial.active for trial in trials], _warm(*trials)
+    methods, warm = configs_of(*(trial.active for trial in trials)), _warm(*trials)
     with attach(wide, *methods, backend="reference"):
         batched = case.run_after(warm, both, branch="cond_uncond", transformer=wide)
         for row, branch in enumerate(("uncond", "cond")):
@@ -263,15 +270,16 @@ def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], *trials:
 
 def _check_pairs(case: Case) -> str | None:
     """Any two methods attached together: neutral, nothing changes; active, either order gives what the plan says."""
-    pairs = list(itertools.combinations(_trials(case).values(), 2))
+    alone = [trial for trial in _trials(case).values() if len(configs_of(trial.active)) == 1]
+    pairs = list(itertools.combinations(alone, 2))
     if not pairs:
         return "fewer than two methods with a trial apply"
     inputs = case.inputs(2)
     wide, both = case.wide(), wide_inputs(inputs)
     for one, other in pairs:
-        methods, warm = (one.active, other.active), _warm(one, other)
+        methods, warm = configs_of(one.active, other.active), _warm(one, other)
         plain = case.run(inputs, warm)
-        with attach(case.transformer, one.neutral, other.neutral):
+        with attach(case.transformer, *configs_of(one.neutral, other.neutral)):
             require(torch.equal(case.run(inputs, warm), plain), f"{one.neutral} and {other.neutral} changed the output")
         with attach(case.transformer, *methods) as attachment, watched(attachment) as calls:
             changed = case.run_after(warm, inputs)
@@ -298,7 +306,7 @@ def _check_padding(case: Case) -> str | None:
     if not torch.equal(case.run(inputs, transformer=wide), case.run(other, transformer=wide)):
         return "the untouched model lets padded text through"
     for trials in ((), *((trial,) for trial in _trials(case).values())):
-        methods, warm = [trial.active for trial in trials], _warm(*trials)
+        methods, warm = configs_of(*(trial.active for trial in trials)), _warm(*trials)
         with attach(wide, *methods, backend="reference"):
             found = [case.run_after(warm, x, transformer=wide) for x in (inputs, other)]
         require(torch.equal(*found), f"{methods}: padded text changes the output")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .attachment import Attachment
 from .masks import key_validity
-from .plan import AttentionPlan, Moment
+from .methods.base import Handler
+from .plan import AttentionPlan, Call, Moment
 from .written_out import attention, tile_states, tiles_of
 
 WIDE = torch.float64
@@ -44,7 +45,8 @@ def require(condition: bool, text: str) -> None:
 class PlannedCall:
     """One planned attention call and its result.
 
-    Tensors are [B, H, S, D]; the grid is that of the running forward; ``exact`` a selection's exact tiles as bits.
+    Tensors are [B, H, S, D], keys as the plan centres them; the grid is that of the running forward; ``exact`` a
+    selection's exact tiles as bits; ``planned`` the output before methods corrected it, where one does.
     """
 
     plan: AttentionPlan
@@ -56,6 +58,7 @@ class PlannedCall:
     scale: float | None
     out: Tensor
     exact: Tensor | None = None
+    planned: Tensor | None = None
 
     def states(self) -> Tensor:
         """Return the state of every tile, uint8 [B or 1, H or 1, NQ, NK]."""
@@ -72,6 +75,7 @@ def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
     """Record the planned calls of an attachment."""
     session: Any = attachment._session
     original, calls = session.execute, []
+    corrects = any(type(handler).correct is not Handler.correct for handler in session.handlers)
 
     def execute(
         plan: AttentionPlan,
@@ -83,12 +87,24 @@ def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
         layout: str,
         scale: float | None,
     ) -> Tensor:
-        recorder = session.recorder
+        recorder, handlers, before = session.recorder, session.handlers, _Before()
         with mock.patch.object(recorder, "selected_call", wraps=recorder.selected_call) as told:
-            out = original(plan, moment, q, k, v, mask, layout, scale)
-        q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in (q, k, v, out))
+            session.handlers = (before, *handlers) if corrects else handlers
+            try:
+                out = original(plan, moment, q, k, v, mask, layout, scale)
+            finally:
+                session.handlers = handlers
+        tensors = (q, plan.centred(k), v, out)
+        q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in tensors)
+        planned = before.out if before.out is None or layout == "bhsd" else before.out.transpose(1, 2)
+        if planned is not None and plan.apart is not None:  # these rows are computed after corrections
+            planned = planned.index_copy(2, plan.apart.rows, seen[:, :, plan.apart.rows])
         exact, grid = told.call_args.args[2] if told.called else None, attachment._slot.grid
-        calls.append(PlannedCall(plan=plan, grid=grid, q=q, k=k, v=v, mask=mask, scale=scale, out=seen, exact=exact))
+        calls.append(
+            PlannedCall(
+                plan=plan, grid=grid, q=q, k=k, v=v, mask=mask, scale=scale, out=seen, exact=exact, planned=planned
+            )
+        )  # fmt: skip
         return out
 
     session.execute = execute
@@ -96,6 +112,24 @@ def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
         yield calls
     finally:
         del session.execute
+
+
+class _Before(Handler):
+    """Keeps what the kernel gave, before other methods correct it."""
+
+    def __init__(self) -> None:
+        self.out: Tensor | None = None
+
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
+        return False
+
+    def correct(
+        self, plan: AttentionPlan, moment: Moment, call: Call, v: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        self.out = out.clone()
+        return out, None
 
 
 class _EnoughError(Exception):
@@ -182,7 +216,7 @@ def require_as_planned(calls: Sequence[PlannedCall]) -> None:
         q, k, v = (x.to(WIDE) for x in (call.q, call.k, call.v))
         truth.append(attention(call.plan, states, q, k, v, valid, scale).flatten())
         low.append(attention(call.plan, states, call.q, call.k, call.v, valid, scale).flatten())
-        found.append(call.out.flatten())
+        found.append((call.out if call.planned is None else call.planned).flatten())
     require_within_rounding(
         torch.cat(found), torch.cat(low), torch.cat(truth), "a planned call is not what its plan says"
     )

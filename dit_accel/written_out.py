@@ -54,6 +54,12 @@ def attention(
     valid = torch.ones(q.shape[0], tokens, dtype=torch.bool) if valid is None else valid
     if order is not None:
         q, k, v, valid = q[:, :, order], k[:, :, order], v[:, :, order], valid[:, order]
+    frames = None if plan.frame_decay is None else plan.frame_decay.q_frames
+    apart, seen = torch.zeros(tokens, dtype=torch.bool), torch.ones(tokens, dtype=torch.bool)
+    if plan.apart is not None:
+        apart[plan.apart.rows], seen = True, plan.apart.keys
+    if order is not None:
+        apart, seen, frames = apart[order], seen[order], None if frames is None else frames[order]
     places = torch.arange(tokens)
     row, column = places // tiles.block_q, places // tiles.block_k
     member = F.one_hot(column).to(q.dtype) * valid[..., None]
@@ -61,8 +67,8 @@ def attention(
     share = member / length.clamp(min=1)[:, None]
     k_mean, v_mean = (torch.einsum("bsn,bhsd->bhnd", share, x) for x in (k, v))
     by_row = states[:, :, row]
-    exact = (by_row == EXACT)[..., column] & valid[:, None, None]
-    pooled = (by_row == POOLED) & (length > 0)[:, None, None]
+    exact = torch.where(apart[:, None], seen, (by_row == EXACT)[..., column]) & valid[:, None, None]
+    pooled = (by_row == POOLED) & (length > 0)[:, None, None] & ~apart[:, None]
     bias = torch.cat(
         [
             torch.zeros(exact.shape).masked_fill(~exact, -torch.inf),
@@ -70,7 +76,21 @@ def attention(
         ],
         -1,
     )
-    out = F.scaled_dot_product_attention(
-        q, torch.cat([k, k_mean], 2), torch.cat([v, v_mean], 2), bias.to(q.dtype), scale=scale
-    )
+    keys, values = torch.cat([k, k_mean], 2), torch.cat([v, v_mean], 2)
+    if plan.frame_decay is None or frames is None:
+        out = F.scaled_dot_product_attention(q, keys, values, bias.to(q.dtype), scale=scale)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        t = _decay(plan.frame_decay.table.to(wide), frames)
+        t = torch.cat([t.expand(len(q), -1, -1), torch.einsum("qs,bsn->bqn", t, share.to(wide))], 2)[:, None]
+        x = (q @ keys.mT).to(wide)
+        x = x * (q.shape[-1] ** -0.5 if scale is None else scale)
+        out = (torch.minimum(x, t * x) + bias).softmax(-1).to(q.dtype) @ values
     return out if order is None else torch.empty_like(out).index_copy_(2, order, out)
+
+
+def _decay(table: Tensor, frames: Tensor) -> Tensor:
+    """Return t of every pair of tokens, [S, S]; 1 where one of them has no frame."""
+    distance = (frames[:, None] - frames).abs().clamp(max=len(table) - 1)
+    outside = (frames < 0)[:, None] | (frames < 0)
+    return table[distance.long()].masked_fill(outside, 1.0)

@@ -71,13 +71,13 @@ def models(json: Json = False) -> None:
 
 
 def _print_verdicts() -> None:
-    """Print family x method: supported, degenerate, refused or plan only, then every reason once."""
+    """Print family x method: yes (supported), degenerate, refused or plan only, then every reason once."""
     names = list(registry.methods())
     reasons: dict[str, list[str]] = {}
     table = plain_table("family", *names)
     for adapter in registry.adapters().values():
         verdicts = {name: adapter.verdict(name) if adapter.transformers else ("plan only", "") for name in names}
-        table.add_row(adapter.name, *(word for word, _ in verdicts.values()))
+        table.add_row(adapter.name, *("yes" if word == "supported" else word for word, _ in verdicts.values()))
         for name, (word, why) in verdicts.items():
             if why:
                 reasons.setdefault(f"{name} is {word}: {why}", []).append(adapter.name)

@@ -59,8 +59,11 @@ def plan(
     )
     if num_frames is not None and found.num_frames != num_frames:
         note(f"{num_frames} frames are rounded to {found.num_frames}, as the pipeline does")
+    remarks = {method.name: getattr(method, "remark", None) for method in methods}
     for name in found.uncounted:
-        note(f"what {name} saves is known only while it runs; it is not counted")
+        remark = remarks[name]
+        saves = f"what {name} saves is known only while it runs; it is not counted"
+        note(saves if remark is None else remark(adapter, sizes, found.layout))
     if found.sparsity and found.sparsity.routes:
         note("which tiles are routed is known only while it runs; counted is what Gaussian scores would keep")
     if found.sparsity and found.sparsity.advice:
@@ -97,8 +100,10 @@ def _print(found: Estimate) -> None:
         rows += [
             ("tiles kept", f"{sparsity.kept:,} of {sparsity.total:,}  (density {sparsity.density:.4f})"),
             ("dense calls", f"{sparsity.dense_share:.1%} of steps x layers"),
-            ("method state", f"{_bytes(found.state_bytes)}"),
+            ("method state", f"{_bytes(found.tile_list_bytes + found.pooled_bytes)}"),
         ]
+    for name, size in found.carried_bytes.items():
+        rows.append((f"{name} state", f"{_bytes(size)}, held from step to step"))
     for label, value in rows:
         table.add_row(label, value)
     OUT.print(table)

@@ -45,6 +45,9 @@ class Handler:
     dense_under_masks: ClassVar[bool] = False
     """Whether a call whose mask is no key padding runs dense, as the report says, instead of being refused."""
 
+    votes: ClassVar[bool] = False
+    """Whether its plans ask for votes, which not every kernel backend has."""
+
     def __init__(self, config: MethodConfig, model: Model) -> None:
         self.config = config
         self.model = model
@@ -57,6 +60,13 @@ class Handler:
         self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
     ) -> bool:
         """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""
+        return True
+
+    def applies(self, layout: TokenLayout) -> bool:
+        """Tell whether the method changes attention over a layout; where no method does, calls stay dense.
+
+        Asked before each forward, but not before the first one of a transformer that is compiled whole.
+        """
         return True
 
     def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
@@ -80,6 +90,10 @@ class Handler:
         Called after every planned call, active or not. ``out`` is the kernel's own and may be written to.
         """
         return out, None
+
+    def probe_share(self, layout: TokenLayout) -> float:
+        """Return the share of a call's query rows that `correct` computes densely where it measures an error."""
+        return 0.0
 
     def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
         """Tell whether `reactivate` would do anything after this call."""

@@ -12,19 +12,20 @@ branches, where Radial's own loss is smooth and much the same in both, so that g
 difference, cancels it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention_eager
 from torch import Tensor
 
 from ..config import MethodConfig
 from ..errors import ConfigError
 from ..layout import TokenLayout
 from ..plan import AttentionPlan, Call, Moment
+from ..rows import dense_rows
 from .base import Handler, Model, handles
 from .lite_state import Key, key_of
 from .warmup import SparseConfig
@@ -173,7 +174,7 @@ class DeltaHandler(Handler):
             delta = difference
             if self.config.shrink:
                 likeness = likeness_of(call.heads_first(difference), moment.layout.frames)
-                delta = call.heads_first(call.heads_first(difference) * likeness[:, None, None])
+                delta = call.heads_first(call.heads_first(difference) * likeness[..., None, None])
             delta = delta.to(out.dtype)
             self._reactivate(plan, moment, call, groups.rows)
         if self.config.reuse > 1:
@@ -182,6 +183,10 @@ class DeltaHandler(Handler):
         if dense is not None:
             out.index_copy_(axis, groups.rows, dense)
         return out, error
+
+    def probe_share(self, layout: TokenLayout) -> float:
+        """Return the share of one row in each group."""
+        return layout.frames * math.ceil(layout.tokens_per_frame / self.config.stride) / layout.tokens
 
     def reset(self) -> None:
         """Forget the corrections of earlier calls."""
@@ -207,7 +212,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def likeness_of(corrections: Tensor, frames: int) -> Tensor:
-    """Return in [0, 1] for each head how alike a row's own correction and its representative's are expected to be, [H].
+    """Return in [0, 1] how alike a row's own correction and its representative's are expected to be, [B, H].
 
     It is the root of the correlation of neighbouring groups' corrections: groups lie a stride apart, rows and their
     representative half of that at most, and a correlation that falls off exponentially has its root at half the way.
@@ -220,51 +225,9 @@ def likeness_of(corrections: Tensor, frames: int) -> Tensor:
     x = corrections.unflatten(2, (frames, -1))
     one, next_ = (x[:, :, :, :-1], x[:, :, :, 1:]) if x.shape[3] > 1 else (x[:, :, :-1], x[:, :, 1:])
     if one.numel() == 0:
-        return torch.ones_like(x[0, :, 0, 0, 0])
-    together, first, second = ((a * b).sum((0, 2, 3, 4)) for a, b in ((one, next_), (one, one), (next_, next_)))
+        return torch.ones_like(x[:, :, 0, 0, 0])
+    together, first, second = ((a * b).sum((2, 3, 4)) for a, b in ((one, next_), (one, one), (next_, next_)))
     return (together / (first * second).sqrt().clamp(min=torch.finfo(x.dtype).tiny)).clamp(0, 1).sqrt()
-
-
-def dense_rows(plan: AttentionPlan, call: Call, v: Tensor, rows: Tensor) -> Tensor:
-    """Return what the plan would compute for some query rows if it left nothing out, in the call's layout.
-
-    Logit transforms, key validity and identity mix stay the plan's; pooling, skipping and routing are gone.
-
-    Args:
-        plan: the call's plan.
-        call: its queries and keys.
-        v: its values.
-        rows: int64 [G], token indices.
-    """
-    axis = 2 if call.layout == "bhsd" else 1
-    decay = plan.frame_decay
-    if decay is not None:
-        decay = FrameDecay(table=decay.table, q_frames=decay.q_frames[rows], k_frames=decay.k_frames)
-    out = block_sparse_attention_eager(
-        call.q.index_select(axis, rows),
-        call.k,
-        v,
-        _full_lists(len(rows), call.k.shape[axis], str(v.device)),
-        layout=call.layout,
-        scale=call.scale,
-        head_scale=plan.head_scale,
-        key_mask=call.key_mask(),
-        frame_decay=decay,
-        backend=call.backend,
-    )
-    assert isinstance(out, Tensor)
-    if plan.identity_mix is None:
-        return out
-    heads = 3 - axis
-    own = v.index_select(axis, rows).repeat_interleave(out.shape[heads] // v.shape[heads], heads)
-    weight = plan.identity_mix.to(out.dtype).reshape(-1, out.shape[heads]).unsqueeze(axis).unsqueeze(-1)
-    return torch.lerp(out, own, weight.expand_as(out))
-
-
-@lru_cache(maxsize=16)
-def _full_lists(queries: int, keys: int, device: str) -> TileLists:
-    with torch.inference_mode(False):
-        return TileLists.full(queries, keys, block_q=128, block_k=128).to(device)
 
 
 def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:

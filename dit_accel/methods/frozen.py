@@ -22,9 +22,9 @@ from ..layout import TokenLayout
 from ..plan import AttentionPlan, Call, Moment
 from ..report import exact_bits
 from .base import Handler, Model, handles
-from .lite_state import Key, key_of
+from .lite_state import Key, bitmap_bytes, key_of
 from .tiling import full_tiles, pinned_bits, visual_first
-from .warmup import SparseConfig
+from .warmup import SparseConfig, SparseHandler
 
 GENERIC: Mapping[str, Any] = {
     "density": 0.3,
@@ -110,6 +110,11 @@ class FrozenPattern(SparseConfig):
         tiles = -(-layout.visual_tokens // (self.block_size or GENERIC["block_size"]))
         return tiles * self.kept_tiles(tiles), tiles * tiles
 
+    def state_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
+        """Return the bytes that a generation holds from step to step: a bit for each tile, head and branch."""
+        block = self.block_size or GENERIC["block_size"]
+        return layers * branches * bitmap_bytes(math.ceil(layout.tokens / block), heads, batch)
+
     def advice(self, layout: TokenLayout) -> str | None:
         """Return what the user should know of the pattern on this layout, or None where it fits well."""
         tiles = -(-layout.visual_tokens // (self.block_size or GENERIC["block_size"]))
@@ -140,17 +145,18 @@ def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float |
 
 
 @handles(FrozenPattern)
-class FrozenHandler(Handler):
+class FrozenHandler(SparseHandler):
     """FrozenPattern on one model: its recipe filled in, and the patterns of this generation."""
 
     rank = 1
     config: FrozenPattern
 
     def __init__(self, config: FrozenPattern, model: Model) -> None:
-        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
+        super().__init__(config, model)
         self._asked_size = config.block_size
         self._lists: Handler | None = None
         self.bits: dict[Key, Tensor] = {}
+        self._peak = 0
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Take the tile size of a method that lists tiles; refuse what can't be one selection."""
@@ -171,16 +177,6 @@ class FrozenHandler(Handler):
                     "one of them drops has one fate; set both to the same"
                 )
 
-    def check_layout(self, layout: TokenLayout) -> str | None:
-        """Remark on a sequence where a pattern gains nothing."""
-        return self.config.advice(layout)
-
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
-        """Active outside the dense steps and layers."""
-        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)
-
     def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
         """Find the pattern where there is none yet: one mass pass over the queries and keys."""
         key = key_of(moment)
@@ -199,6 +195,7 @@ class FrozenHandler(Handler):
         candidates = unpack_bits(exact_bits(tiles, masses.shape[1]), tiles.key_tiles) & ~text
         kept = None if config.mass is not None else config.kept_tiles(int((~text).sum()))
         self.bits[key] = pack_bits(heaviest(masses, candidates, kept, config.mass))
+        self._peak = max(self._peak, sum(bits.nbytes for bits in self.bits.values()))
 
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Narrow what is kept to the pattern; what others pinned or dropped stays so."""
@@ -216,6 +213,10 @@ class FrozenHandler(Handler):
     def reset(self) -> None:
         """Forget the patterns."""
         self.bits.clear()
+
+    def state_bytes(self) -> int:
+        """Return the most memory that the patterns took at once since attach."""
+        return self._peak
 
     def _tiles(self, plan: AttentionPlan, moment: Moment) -> tuple[TileLists, Tensor | None]:
         """Return the plan's lists and order, or full ones in the order of the method that lists at other steps."""

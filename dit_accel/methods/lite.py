@@ -23,7 +23,7 @@ from .lite_scores import Dial, recorded_scores
 from .lite_state import CallState, States, bitmap_bytes, key_of
 from .lite_thresholds import LiteThresholds, check_threshold, model_name, read_thresholds
 from .tiling import full_tiles, visual_first
-from .warmup import SparseConfig
+from .warmup import SparseConfig, SparseHandler
 
 GENERIC: Mapping[str, Any] = {
     "block_size": 128,
@@ -145,7 +145,7 @@ class LiteAttention(SparseConfig):
     def state_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
         """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
 
-        The original's two lists of int16 an attention module take 32 times that with equal tiles, 23 times with its
+        The original's two lists of int16 an attention module take 31 times that with equal tiles, 23 times with its
         own of 128 x 176.
         """
         block = self.block_size or GENERIC["block_size"]
@@ -153,15 +153,15 @@ class LiteAttention(SparseConfig):
 
 
 @handles(LiteAttention)
-class LiteHandler(Handler):
+class LiteHandler(SparseHandler):
     """LiteAttention on one model: bits and votes put into the plan, and what the votes say kept for the next call."""
 
     rank = 1
-    dense_under_masks = True
+    dense_under_masks = votes = True
     config: LiteAttention
 
     def __init__(self, config: LiteAttention, model: Model) -> None:
-        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
+        super().__init__(config, model)
         self._asked_size = config.block_size
         self._lists: Handler | None = None
         self._states = States()
@@ -205,7 +205,7 @@ class LiteHandler(Handler):
         """Refuse ranges beyond the video; remark on a sequence where lite gains nothing."""
         check_ranges("lite.must_keep", self.config.must_keep, layout.visual_tokens)
         check_ranges("lite.must_skip", self.config.must_skip, layout.visual_tokens)
-        return self.config.advice(layout)
+        return super().check_layout(layout)
 
     def is_active(
         self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
@@ -217,7 +217,7 @@ class LiteHandler(Handler):
                 f"lite.thresholds_file {self.config.thresholds_file} was tuned for {table.num_inference_steps} steps, "
                 f"this run has {num_inference_steps or 'a number that nothing tells'}; use as many, or tune again"
             )
-        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)
+        return super().is_active(depth, step_index, num_inference_steps, sigma)
 
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Keep the tiles that the votes left so far, and ask for the next votes."""
@@ -353,7 +353,7 @@ class LiteHandler(Handler):
         state = self._states.by_key.get(key)
         if state is not None and state.calls != self.config.refresh_every and state.fits(moment, tiles.block_k, order):
             return state
-        state = CallState(moment.layout, moment.batch, tiles.block_k, order)
+        state = CallState(moment.layout, tiles.block_k, order)
         if self.config.target_density is not None:
             dial = self._dials.get((moment.transformer, moment.branch, moment.row))
             if dial is None or dial.step_index != moment.step_index:

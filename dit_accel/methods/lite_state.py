@@ -13,13 +13,16 @@ from ..plan import Moment
 if TYPE_CHECKING:
     from .lite_scores import Dial
 
-Key = tuple[str, int, str, int]
-"""(transformer, layer, branch, row): whose calls follow each other."""
+Key = tuple[str, int, str, int, int]
+"""(transformer, layer, branch, row, batch): whose calls follow each other.
+
+A cache may compute a part of the batch alone at some steps (FasterCache does); what the whole learned is left as it is.
+"""
 
 
 def key_of(moment: Moment) -> Key:
     """Return whose state a call reads and writes."""
-    return moment.transformer, moment.layer, moment.branch, moment.row
+    return moment.transformer, moment.layer, moment.branch, moment.row, moment.batch
 
 
 def bitmap_bytes(tiles: int, heads: int, batch: int) -> int:
@@ -33,7 +36,6 @@ class CallState:
 
     Attributes:
         layout: the sequence that the bits are of.
-        batch: its rows.
         block: tokens of its tiles.
         order: the order of its tokens.
         bits: int32 [B, H, NQ, W], tiles of the next call; None: all of them.
@@ -46,7 +48,6 @@ class CallState:
     """
 
     layout: TokenLayout
-    batch: int
     block: int
     order: Tensor | None
     bits: Tensor | None = None
@@ -59,7 +60,7 @@ class CallState:
 
     def fits(self, moment: Moment, block: int, order: Tensor | None) -> bool:
         """Tell whether the bits mean what the call's tiles mean."""
-        if (self.layout, self.batch, self.block) != (moment.layout, moment.batch, block):
+        if (self.layout, self.block) != (moment.layout, block):
             return False
         if self.order is None or order is None:
             return self.order is order

@@ -20,9 +20,9 @@ from ..errors import ConfigError
 from ..layout import TokenLayout
 from ..plan import AttentionPlan, Moment
 from ..rules.radial import RadialRule, kept_tiles
-from .base import Handler, Model, handles
+from .base import handles
 from .tiling import visual_first
-from .warmup import SparseConfig
+from .warmup import SparseConfig, SparseHandler
 
 GENERIC: Mapping[str, Any] = {
     "decay_factor": 1.0,
@@ -189,23 +189,10 @@ def _tiles(rule: RadialRule, rest: str, layout: TokenLayout, device: str) -> Til
 
 
 @handles(RadialAttention)
-class RadialHandler(Handler):
+class RadialHandler(SparseHandler):
     """RadialAttention on one model: its recipe filled in, its lists put into the plan."""
 
     config: RadialAttention
-
-    def __init__(self, config: RadialAttention, model: Model) -> None:
-        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
-
-    def check_layout(self, layout: TokenLayout) -> str | None:
-        """Refuse one frame; remark on a sequence where radial gains nothing."""
-        return self.config.advice(layout)
-
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
-        """Active outside the dense steps and layers."""
-        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)
 
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Put the layout's tile lists and token order into the plan."""

@@ -22,7 +22,7 @@ from ..layout import TokenLayout
 from ..plan import AttentionPlan, Moment
 from .base import Handler, Model, handles
 from .tiling import full_tiles, pinned_bits, visual_first
-from .warmup import SparseConfig
+from .warmup import SparseConfig, SparseHandler
 
 GENERIC: Mapping[str, Any] = {
     "beta": 1.0,
@@ -182,14 +182,14 @@ def _pinned_visual(full: SolAttention, layout: TokenLayout) -> Tensor:
 
 
 @handles(SolAttention)
-class SolHandler(Handler):
+class SolHandler(SparseHandler):
     """SolAttention on one model: its recipe filled in, its routing put into the plan."""
 
     rank = 1
     config: SolAttention
 
     def __init__(self, config: SolAttention, model: Model) -> None:
-        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
+        super().__init__(config, model)
         self._asked = config
 
     def check_with(self, others: Sequence[Handler]) -> None:
@@ -199,16 +199,6 @@ class SolHandler(Handler):
         if tiled:
             size = self._asked.in_tiles_of(tiled[0]).block_size
             self.config = dataclasses.replace(self.config, block_size=size)
-
-    def check_layout(self, layout: TokenLayout) -> str | None:
-        """Remark on a sequence where sol gains nothing."""
-        return self.config.advice(layout)
-
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
-        """Active outside the dense steps and layers."""
-        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)
 
     def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
         """Route the exact tiles of the plan's list, or all tiles where there is none."""

@@ -1,4 +1,4 @@
-"""Base of sparse methods' configs: recipe values for what is unset, and the steps and layers that stay dense."""
+"""Base of sparse methods: recipe values for what is unset, and the steps and layers that stay dense."""
 
 import dataclasses
 import math
@@ -9,6 +9,8 @@ from typing import Any, ClassVar, TypeVar
 
 from ..config import MethodConfig
 from ..errors import ConfigError, did_you_mean
+from ..layout import TokenLayout
+from .base import Handler, Model
 
 Config = TypeVar("Config", bound="SparseConfig")
 
@@ -62,6 +64,14 @@ class SparseConfig(MethodConfig):
         filled = {**self.generic, **recipe}
         return dataclasses.replace(self, **{key: filled[key] for key in filled if getattr(self, key) is None})
 
+    def advice(self, layout: TokenLayout) -> str | None:
+        """Return what the user should know of the method on this layout, or None where it fits well.
+
+        Raises:
+            ConfigError: if the method makes no sense on it.
+        """
+        return None
+
     def is_dense(
         self, step_index: int, num_inference_steps: int | None, layer: int, sigma: float | None = None
     ) -> bool:
@@ -93,3 +103,22 @@ class SparseConfig(MethodConfig):
 def _dense_parts(config: SparseConfig) -> tuple[float, int, int, float | None]:
     full = config.resolved({})
     return full.dense_steps or 0, full.dense_last_steps or 0, full.dense_layers or 0, full.dense_above_sigma
+
+
+class SparseHandler(Handler):
+    """A sparse method on one model: its recipe filled in; active outside the dense steps and layers."""
+
+    config: SparseConfig
+
+    def __init__(self, config: SparseConfig, model: Model) -> None:
+        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Refuse a layout or remark on it, as the config's `advice` does."""
+        return self.config.advice(layout)
+
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
+        """Active outside the dense steps and layers."""
+        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)

@@ -58,11 +58,8 @@ def run(suite: Suite, out: Path) -> None:
     Raises:
         ConfigError: if ``out`` holds results of another model.
     """
-    model = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
     lines = read_lines(out)
-    others = {line["model"] for line in lines} - {model}
-    if others:
-        raise ConfigError(f"{out} holds results of model {', '.join(others)}, this is {model}; delete it and run again")
+    model = model_hash(out, lines)
     pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     done = {(line["arm"], line["clip"]) for line in lines}
@@ -72,9 +69,9 @@ def run(suite: Suite, out: Path) -> None:
             continue
         prompt, scene, _ = clip_of(clip, frames=suite.num_frames, held_out=True)
         dense_arm = Arm(name="", num_inference_steps=suite.num_inference_steps, methods=())
-        reference, dense_seconds, _ = _generate(pipe, suite, dense_arm, prompt, clip)
+        reference, dense_seconds, _ = generate(pipe, suite, dense_arm, prompt, clip)
         for arm in todo:
-            video, seconds, report = _generate(pipe, suite, arm, prompt, clip)
+            video, seconds, report = generate(pipe, suite, arm, prompt, clip)
             found = check(video)
             line = {
                 "arm": arm.name,
@@ -97,6 +94,19 @@ def run(suite: Suite, out: Path) -> None:
                 file.write(json.dumps(line) + "\n")
             kept = f", {report.sparse_density:.3f} of the sparse calls exact" if arm.methods else ""
             print(f"clip {clip} {arm.name}: {line['psnr']:.1f} dB{kept}", file=sys.stderr)
+
+
+def model_hash(out: Path, lines: Sequence[dict[str, Any]]) -> str:
+    """Return what tells the embedded model from another.
+
+    Raises:
+        ConfigError: if the lines of ``out`` are of another one.
+    """
+    model = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
+    others = {line["model"] for line in lines} - {model}
+    if others:
+        raise ConfigError(f"{out} holds results of model {', '.join(others)}, this is {model}; delete it and run again")
+    return model
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -140,7 +150,7 @@ def _paired(clips: dict[int, Any], others: dict[int, Any]) -> str:
     return str(bootstrap([clips[clip]["psnr"] - others[clip]["psnr"] for clip in shared])) if shared else ""
 
 
-def _generate(
+def generate(
     pipe: WanPipeline, suite: Suite, arm: Arm, prompt: str, seed: int
 ) -> tuple[np.ndarray, float, dit_accel.Report]:
     """Return frames [F, height, width, 3] in [0, 1], seconds, and the report."""
@@ -148,7 +158,7 @@ def _generate(
         started = time.perf_counter()
         (frames,) = pipe(
             prompt,
-            num_frames=suite.num_frames,
+            num_frames=arm.num_frames or suite.num_frames,
             height=64,
             width=64,
             num_inference_steps=arm.num_inference_steps,

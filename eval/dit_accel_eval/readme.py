@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,24 @@ from dit_accel.registry import adapters, methods
 
 from .compare import read_lines, table
 from .denoising_time import table as times_table
+from .dropped_mass import table as masses_table
+from .longer import table as longer_table
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
+MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "sol-tiny", "speed"),
-    "docs/quality.md": ("radial-tiny", "lite-tiny", "delta-tiny", "time"),
+    "docs/quality.md": (
+        "radial-tiny",
+        "lite-tiny",
+        "dropped-mass",
+        "delta-tiny",
+        "longer-tiny",
+        "longer-3x-tiny",
+        "time",
+    ),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -107,7 +119,30 @@ def _time(root: Path) -> str:
     return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
 
 
-_TABLES: dict[str, Callable[[Path], str]] = {"models": _models, "speed": _speed, "time": _time}
+def _longer(root: Path, name: str) -> str:
+    path = Path(f"eval/suites/{name}.toml")
+    command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / f"eval/results/{name}.jsonl")
+    if not lines:
+        return f"Not measured yet; `{command}` measures it on the embedded model."
+    suite = read_suite(root / path)
+    head = f"`{command}`: the embedded model, {suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}"
+    return f"{head}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
+
+
+def _mass(root: Path) -> str:
+    records = read_lines(root / MASSES)
+    command = "python -m dit_accel_eval.dropped_mass"
+    return f"`{command}`: {masses_table(records)}" if records else f"Not measured yet; `{command}` does."
+
+
+_TABLES: dict[str, Callable[[Path], str]] = {
+    "models": _models,
+    "speed": _speed,
+    "time": _time,
+    "dropped-mass": _mass,
+    "longer-tiny": partial(_longer, name="longer-tiny"),
+    "longer-3x-tiny": partial(_longer, name="longer-3x-tiny"),
+}
 
 
 if __name__ == "__main__":

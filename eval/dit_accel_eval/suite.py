@@ -28,12 +28,14 @@ class Arm:
         num_inference_steps: denoising steps.
         methods: what is attached.
         against: the arm whose PSNR is subtracted clip by clip; None: no paired column.
+        num_frames: frames of its clips; None: the suite's. Only `longer` compares clips of several lengths.
     """
 
     name: str
     num_inference_steps: int
     methods: tuple[MethodConfig, ...]
     against: str | None = None
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ def _arm(values: Mapping[str, Any], steps: int, path: Path) -> Arm:
     if "name" not in values:
         raise ConfigError(f"{path} has an arm without a name: {dict(values)}")
     methods = [from_dict(method(key), value) for key, value in values.items() if isinstance(value, dict)]
-    known = ("name", "num_inference_steps", "against")
+    known = ("name", "num_inference_steps", "against", "num_frames")
     for key, value in values.items():
         if key not in known and not isinstance(value, dict):
             raise ConfigError(f"{path}: arm {values['name']!r} has an unknown key {key!r}; {did_you_mean(key, known)}")
@@ -102,4 +104,5 @@ def _arm(values: Mapping[str, Any], steps: int, path: Path) -> Arm:
         num_inference_steps=values.get("num_inference_steps", steps),
         methods=tuple(methods),
         against=values.get("against"),
+        num_frames=values.get("num_frames"),
     )

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from dit_accel_pipelines.options import RUN, Backend, Device, Dtype, Guidance, Json, Model, Offload, Pixels, Seed
 
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
 from dit_accel.errors import ConfigError, did_you_mean
 
-RUN = "Running"
 TUNABLE = ("lite",)
 
 
@@ -24,29 +24,19 @@ def tune_method(
     ] = Path("lite.toml"),
     target_error: Annotated[float, typer.Option(help="Error that one vote may add to the next call.")] = 0.01,
     metric: Annotated[str, typer.Option(help="Of that error: l1, l2 or cosine.")] = "l1",
-    model: Annotated[
-        str | None, typer.Option(help="A hub id or a folder; default: the embedded tiny model.", metavar="ID|FOLDER")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels; default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels; default: the model's.")] = None,
+    model: Model = None,
+    height: Pixels = None,
+    width: Pixels = None,
     num_frames: Annotated[int | None, typer.Option(help="Output frames.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps; the file is for as many.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; 1 switches it off.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=RUN, metavar="DTYPE")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", rich_help_panel=RUN, metavar="DEVICE")
-    ] = None,
-    offload: Annotated[
-        str, typer.Option(help="none, model, sequential or group.", rich_help_panel=RUN, metavar="HOW")
-    ] = "none",
-    backend: Annotated[
-        str, typer.Option(help="Kernel backend of the methods.", rich_help_panel=RUN, metavar="NAME")
-    ] = "auto",
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    offload: Offload = "none",
+    backend: Backend = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUN)] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
     *,
     methods: MethodList,
 ) -> None:

@@ -8,6 +8,7 @@ from dit_accel_kernels.api import (
 )
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay
+from dit_accel_kernels.flex_backend import missing_requirement as flex_requirement
 from dit_accel_kernels.masses import tile_gaps, tile_masses
 from dit_accel_kernels.packing import BACKENDS
 from dit_accel_kernels.selection import Routing, Selection, Vote, count_bits, pack_bits, unpack_bits
@@ -29,6 +30,7 @@ __all__ = [
     "block_sparse_attention_backward",
     "block_sparse_attention_eager",
     "count_bits",
+    "flex_requirement",
     "pack_bits",
     "resolve_backend",
     "tile_gaps",

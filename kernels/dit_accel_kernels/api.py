@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from dit_accel_kernels import backward, flex_backend, reference, torch_backend, 
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay, Problem
 from dit_accel_kernels.packing import DEFAULTS, PLACES, SCHEMA, pack_call, problem_of
-from dit_accel_kernels.selection import Selection, resolved
+from dit_accel_kernels.selection import Selection, lists_of, resolved
 from dit_accel_kernels.tiles import TileLists
 
 
@@ -40,6 +41,9 @@ def block_sparse_attention(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
+
+    Shapes, dtypes and devices are checked in every call, the values of the lists only where the environment variable
+    DIT_ACCEL_VALIDATE is 1: that reads them back from the device.
 
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
@@ -178,6 +182,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     heads_first, token_order, identity_mix, identity_rows = rest[6], *rest[14:17]
     return_tiles, return_lse, backend = rest[-3:]
     problem = problem_of(q, k, v, *rest[:15], *rest[17:-3])
+    if os.environ.get("DIT_ACCEL_VALIDATE") == "1":
+        lists_of(problem).validate()
     name = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     if name == "triton":
         out, lse, exact, kept = _triton().attend(problem, need_lse=return_lse)  # rows stay in the caller's order

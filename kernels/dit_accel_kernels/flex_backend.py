@@ -1,8 +1,10 @@
-"""The flex backend: torch's compiled FlexAttention over the same exact tiles, a rival and an independent check.
+"""The flex backend: torch's compiled FlexAttention over the same tiles, a rival and an independent check.
 
-It executes exact tiles, per-head lists, grouped key heads and per-head scale; key masks, decay and pooled tiles are
-refused, since a named backend never falls back. Every tile is listed as full (`BlockMask.from_kv_blocks` without a
-mask), so none is masked inside.
+Exact tiles are FlexAttention's blocks. The means of all key tiles stand before the keys as columns of their own, padded
+to whole blocks; `mask_mod` says which of them a block row sees and `score_mod` adds the log of their true lengths.
+Tiles whose keys are all valid are listed as full blocks, which no mask touches. Decay is in `score_mod`. Tensors reach
+both functions as arguments of one compiled function, so that new lists and masks compile nothing anew; a new shape, or
+another set of features, does. Votes are refused, since a named backend never falls back.
 """
 
 from __future__ import annotations
@@ -11,22 +13,65 @@ import importlib.util
 import os
 import shutil
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import Problem
-from dit_accel_kernels.selection import resolved
+from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
+from dit_accel_kernels.selection import list_states, resolved
+from dit_accel_kernels.tiles import EXACT, POOLED
+
+
+class Blocks(NamedTuple):
+    """Tile lists as FlexAttention's padded rows: counts int32 [B or 1, H or 1, NQ], indices int32 [.., NQ, P + NK].
+
+    P blocks of pooled columns come before the key tiles. `seen` is bool [.., NQ, P * block_k + NK]: every pooled column
+    and key tile that a block row sees, or None where all blocks are full.
+    """
+
+    partial_counts: Tensor
+    partial_indices: Tensor
+    full_counts: Tensor
+    full_indices: Tensor
+    seen: Tensor | None
+
+
+class Columns(NamedTuple):
+    """Keys and values with P * block_k pooled columns before them, [B, H, C, D], and what is known of the columns.
+
+    `valid` bool [B, C]; `bias` float32 [B or 1, C], the log of a pooled column's length, 0 for tokens; `t` float32
+    [F + 2, C], decay by query frame, and `t_rows` int64 [S_q], each query's row in it. None where a call has none.
+    """
+
+    k: Tensor
+    v: Tensor
+    valid: Tensor | None
+    bias: Tensor | None
+    t: Tensor | None
+    t_rows: Tensor | None
+
+
+class MadeFor(NamedTuple):
+    """What one compiled function is made for beside the shapes: tile sizes, pooled columns, scale, LSE or not."""
+
+    block_q: int
+    block_k: int
+    pooled: int
+    scale: float
+    need_lse: bool
+
+
+_blocks_of_lists: StorageCache[Blocks] = StorageCache(capacity=8)
 
 
 def check(problem: Problem, *, need_lse: bool) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of FlexAttention's reach, saying why."""
     asked = {
-        "pooled tiles": problem.pooled_indices is not None,
-        "a key mask": problem.key_valid is not None,
-        "frame decay": problem.decay is not None,
+        "votes": problem.selection is not None and problem.selection.vote is not None,
         "LSE on a CPU": need_lse and problem.q.device.type == "cpu",
         "float64": problem.q.dtype == torch.float64,
         f"block_q {problem.block_q} and block_k {problem.block_k}, which are not powers of 2 of at least 16": any(
@@ -53,56 +98,158 @@ def missing_requirement(device_type: str) -> str | None:
     return None if importlib.util.find_spec("triton") else "the triton package"
 
 
+@torch.no_grad()
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles; no votes."""
-    exact, votes = None, problem.selection is not None and problem.selection.vote is not None
-    if votes:
-        raise BackendUnavailableError("backend 'flex' has no votes: use 'torch' or 'auto'")
-    if problem.selection is not None:
-        problem, exact = resolved(problem)
     check(problem, need_lse=need_lse)
-    q = problem.q
-    scale = problem.logit_scale
+    exact, selection = None, problem.selection
+    pools = problem.pooled_indices is not None  # or may: one graph whether or not this call happens to
+    if selection is not None:
+        pools = pools or selection.routing is not None or (selection.keep is not None and selection.rest == "pooled")
+        problem, exact = resolved(problem)
+    q = problem.q.detach()  # FlexAttention on a CPU refuses what requires a gradient
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
-    grouped = problem.k.shape[1] != q.shape[1]
-    mask = _block_mask(problem)
-    with torch.no_grad():
-        found = _compiled()(q, problem.k, problem.v, mask, scale, grouped, need_lse)
-    out, lse = found if need_lse else (found, q.new_empty(0, dtype=torch.float32))
-    empty = (mask.full_kv_num_blocks == 0).repeat_interleave(problem.block_q, -1)[..., : q.shape[2]]
-    return out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf) if need_lse else lse, exact, None
+    pooled = -(-problem.key_tiles // problem.block_k) * problem.block_k if pools else 0
+    if selection is None and problem.key_valid is None:
+        parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
+        sizes = (problem.block_q, problem.block_k, *q.shape[1:3], problem.k.shape[2])
+        blocks = _blocks_of_lists.get(parts, sizes, lambda: _blocks(problem, pooled))
+    else:
+        blocks = _blocks(problem, pooled)
+    made_for = MadeFor(problem.block_q, problem.block_k, pooled, problem.logit_scale, need_lse)
+    with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+        out, lse = _compiled()(q, _columns(problem, pooled), blocks, made_for)
+    empty = (blocks.partial_counts + blocks.full_counts == 0).repeat_interleave(problem.block_q, -1)[..., : q.shape[2]]
+    lse = q.new_empty(0, dtype=torch.float32) if lse is None else lse.masked_fill(empty, -torch.inf)
+    return out.masked_fill(empty[..., None], 0), lse, exact, None
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, grouped: bool, need_lse: bool) -> Any:
-        return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, return_lse=need_lse)
-
-    return torch.compile(call, dynamic=False)
+    """One graph for each shape and set of features; a call that can't be one graph is an error."""
+    return torch.compile(_compilable, dynamic=False, fullgraph=True)
 
 
-def _block_mask(problem: Problem) -> Any:
-    """The lists as FlexAttention's padded rows: counts [B, H, NQ] and indices [B, H, NQ, NK], exact tiles first."""
-    from torch.nn.attention.flex_attention import BlockMask
+def _compilable(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) -> tuple[Tensor, Tensor | None]:
+    if not torch.compiler.is_dynamo_compiling():  # the eager FlexAttention reads no lists and would be dense
+        raise BackendUnavailableError(
+            "backend 'flex' needs torch.compile, which is switched off: use 'torch' or 'auto'"
+        )
+    return flex_call(q, columns, blocks, made_for)
 
-    offsets, indices = problem.exact_offsets, problem.exact_indices
-    groups, rows = offsets.shape[0], problem.query_tiles
-    counts = offsets[:, 1:] - offsets[:, :-1]
-    padded = torch.zeros(groups, rows, problem.key_tiles, dtype=torch.int32, device=indices.device)
-    place = torch.arange(problem.key_tiles, device=indices.device) < counts[..., None]
-    padded[place] = indices
-    heads = problem.q.shape[1]
-    shape = (1, 1) if groups == 1 else (groups // heads, heads)
-    counts, padded = counts.view(*shape, rows), padded.view(*shape, rows, problem.key_tiles)
-    return BlockMask.from_kv_blocks(
-        torch.zeros_like(counts),
-        torch.zeros_like(padded),
-        counts,
-        padded,
-        BLOCK_SIZE=(problem.block_q, problem.block_k),
-        seq_lengths=(problem.q.shape[2], problem.k.shape[2]),
+
+def flex_call(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) -> tuple[Tensor, Tensor | None]:
+    """FlexAttention's output and LSE (None where not needed); rows without a key are left to the caller.
+
+    Not compiled, FlexAttention is dense and reads `mask_mod` alone, which says all there is to say if `seen` is given.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    block_q, block_k, pooled, scale, need_lse = made_for
+    k, v, valid, bias, t, t_rows = columns
+    seen = blocks.seen
+
+    def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, column: Tensor) -> Tensor:
+        assert seen is not None
+        tile = torch.where(column < pooled, column, pooled + (column - pooled) // block_k)
+        keep = seen[b % seen.shape[0], h % seen.shape[1], q_index // block_q, tile]
+        return keep if valid is None else keep & valid[b, column]
+
+    def score_mod(x: Tensor, b: Tensor, h: Tensor, q_index: Tensor, column: Tensor) -> Tensor:
+        if t is not None and t_rows is not None:
+            x = torch.minimum(x, x * t[t_rows[q_index], column])
+        return x if bias is None else x + bias[b % bias.shape[0], column]
+
+    mask = BlockMask.from_kv_blocks(
+        *blocks[:4],
+        BLOCK_SIZE=(block_q, block_k),
+        mask_mod=None if seen is None else mask_mod,
+        seq_lengths=(q.shape[2], k.shape[2]),
         compute_q_blocks=False,
     )
+    attention: Any = flex_attention  # its overloads take a literal return_lse
+    found = attention(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        score_mod=None if bias is None and t is None else score_mod,
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+        kernel_options=_kernel_options(q, block_q, block_k),
+        return_lse=need_lse,
+    )
+    return found if need_lse else (found, None)
+
+
+def _kernel_options(q: Tensor, block_q: int, block_k: int) -> dict[str, Any]:
+    """What FlexAttention must not choose by itself: its kernels for few queries, which split keys by other rules.
+
+    On a CPU that kernel is taken where PARTITION_SIZE is a multiple of block_k. On a GPU, BLOCK_M and BLOCK_N must
+    divide the tiles, and left to itself it takes up to 128.
+    """
+    if q.device.type == "cpu":
+        return {"PARTITION_SIZE": 1}
+    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if block_q < 128:
+        options["BLOCK_M"] = min(block_q, 64)
+    if block_k < 128:
+        options["BLOCK_N"] = min(block_k, 64 if q.shape[3] <= 128 and q.dtype != torch.float32 else 32)
+    return options
+
+
+def _blocks(problem: Problem, pooled: int) -> Blocks:
+    """The call's lists as blocks: exact tiles are full where all their keys are valid, absent where none is."""
+    states = list_states(problem)
+    exact = states == EXACT
+    means = torch.zeros(*exact.shape[:3], pooled, dtype=torch.bool, device=exact.device)
+    if pooled:
+        means[..., : problem.key_tiles] = states == POOLED
+    whole = exact
+    if problem.key_valid is not None:
+        valid = problem.key_valid[:, None, None]
+        count, length = (_tile_counts(x, problem.block_k) for x in (valid, torch.ones_like(valid)))
+        exact = exact & (count > 0)
+        whole = exact & (count == length)
+        means = means & (pad(count, (0, pooled - problem.key_tiles)) > 0)
+    mean_blocks = means.unflatten(-1, (pooled // problem.block_k, problem.block_k)).any(-1)
+    partial = torch.cat([mean_blocks, exact & ~whole], -1)
+    full = torch.cat([torch.zeros_like(mean_blocks), whole], -1)
+    seen = None if pooled == 0 and problem.key_valid is None else torch.cat([means, exact], -1)
+    return Blocks(*_padded_rows(partial), *_padded_rows(full), seen)
+
+
+def _tile_counts(valid: Tensor, block: int) -> Tensor:
+    """How many keys of each tile are valid, int64 [..., NK] of bool [..., S_k]."""
+    return pad(valid, (0, -valid.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+
+
+def _padded_rows(listed: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool [.., NQ, N] as counts int32 [.., NQ] and, from each row's start, the listed numbers, int32 [.., NQ, N]."""
+    counts = listed.sum(-1, dtype=torch.int32)
+    indices = torch.zeros_like(listed, dtype=torch.int32)
+    place = torch.arange(listed.shape[-1], device=listed.device) < counts[..., None]
+    indices[place] = listed.nonzero()[:, -1].to(torch.int32)
+    return counts, indices
+
+
+def _columns(problem: Problem, pooled: int) -> Columns:
+    """Keys and values with the tiles' means before them, where a call has pooled tiles, and what score_mod reads."""
+    k, v, valid, block = problem.k.detach(), problem.v.detach(), problem.key_valid, problem.block_k
+    spare = pooled - problem.key_tiles
+    means = bias = t = t_rows = None
+    if pooled:
+        weight = None if valid is None else valid[:, None]
+        means, (length, _) = zip(*(tile_means(x, block, weight) for x in (k, v)), strict=True)
+        bias = pad(length.clamp(min=1).log().reshape(-1, problem.key_tiles), (0, spare + k.shape[2]))
+    if problem.decay is not None:
+        t, t_rows = decay_by_frame(*problem.decay)
+        if pooled:
+            t = torch.cat([pad(tile_means(t[..., None], block, None)[0][..., 0], (0, spare)), t], -1)
+    if valid is not None:  # 0 * inf is not 0: what an invalid key holds must not matter
+        k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
+        valid = pad(valid, (pooled, 0), value=True)
+    if means is not None:
+        k, v = (torch.cat([pad(mean, (0, 0, 0, spare)), x], 2) for mean, x in zip(means, (k, v), strict=True))
+    return Columns(k, v, valid, bias, t, t_rows)

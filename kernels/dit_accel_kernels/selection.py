@@ -120,9 +120,9 @@ def count_bits(bits: Tensor) -> Tensor:
     return unpack_bits(bits, bits.shape[-1] * 32).sum(-1)
 
 
-def list_states(problem: Problem) -> Tensor:
-    """Tile states of the lists alone, uint8 [B or 1, H or 1, NQ, NK]."""
-    states = TileLists(
+def lists_of(problem: Problem) -> TileLists:
+    """The lists of a call, selection left out."""
+    return TileLists(
         block_q=problem.block_q,
         block_k=problem.block_k,
         num_q=problem.q.shape[2],
@@ -131,7 +131,12 @@ def list_states(problem: Problem) -> Tensor:
         exact_indices=problem.exact_indices,
         pooled_offsets=problem.pooled_offsets,
         pooled_indices=problem.pooled_indices,
-    ).states()
+    )
+
+
+def list_states(problem: Problem) -> Tensor:
+    """Tile states of the lists alone, uint8 [B or 1, H or 1, NQ, NK]."""
+    states = lists_of(problem).states()
     heads = problem.q.shape[1]
     return states[None] if states.shape[0] in (1, heads) else states.unflatten(0, (-1, heads))
 

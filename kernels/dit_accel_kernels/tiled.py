@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-from dit_accel_kernels.schedule import Unit, build, schedule
+from dit_accel_kernels.schedule import (
+    Csr,
+    GroupSize,
+    Portion,
+    Shape,
+    Unit,
+    build,
+    build_portions,
+    schedule,
+    schedule_portions,
+)
 
 
 @dataclass(slots=True)
@@ -96,21 +106,31 @@ def _tiles(x: Tensor, block: int) -> Tensor:
 
 
 def units_of(problem: Problem, *, remember: bool = True) -> list[Unit]:
-    """The schedule of this problem's lists, from the cache; lists of one call only are not worth to `remember`."""
-    parts = (
+    """Units of this problem's lists, from the cache; lists of one call only are not worth to `remember`."""
+    heads = (0,) if problem.exact_offsets.shape[0] == 1 else key_heads(problem)
+    return (schedule if remember else build)(*_lists(problem, heads))
+
+
+def portions_of(problem: Problem, size: GroupSize, *, remember: bool = True) -> list[Portion]:
+    """Portions of this problem's lists in all lanes, the lanes' rows and tiles one after the other, likewise."""
+    shared = problem.exact_offsets.shape[0] == 1
+    heads = tuple(range(problem.q.shape[0] * problem.q.shape[1])) if shared else key_heads(problem)
+    return (schedule_portions if remember else build_portions)(*_lists(problem, heads), size)
+
+
+def _lists(problem: Problem, heads: tuple[int, ...]) -> tuple[Csr, Csr, Shape]:
+    tail = problem.key_tiles * problem.block_k - problem.k.shape[2]
+    return (
         (problem.exact_offsets, problem.exact_indices),
         (problem.pooled_offsets, problem.pooled_indices),
-        problem.key_tiles,
-        [0] if problem.exact_offsets.shape[0] == 1 else key_heads(problem),
-        problem.k.shape[2] % problem.block_k > 0,
+        Shape(key_tiles=problem.key_tiles, block=problem.block_k, tail=tail, heads=heads),
     )
-    return schedule(*parts) if remember else build(*parts)
 
 
-def key_heads(problem: Problem) -> list[int]:
+def key_heads(problem: Problem) -> tuple[int, ...]:
     """The key head of every batch and head, counted through all batches."""
     batch, heads, key_heads = problem.q.shape[0], problem.q.shape[1], problem.k.shape[1]
-    return [b * key_heads + h * key_heads // heads for b in range(batch) for h in range(heads)]
+    return tuple(b * key_heads + h * key_heads // heads for b in range(batch) for h in range(heads))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

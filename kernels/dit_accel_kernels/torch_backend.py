@@ -1,12 +1,9 @@
-"""The torch backend: block rows with equally long lists are gathered and batched; O(S) memory, every feature.
+"""The torch backend: block rows with about equally long lists are gathered and batched; O(S) memory, every feature.
 
-The hot loop (torch_rows.py, or torch_plain.py for as many short rows as fit the cache) takes one block row of one lane
-at a time: gather its key and value tiles, one product, one softmax, one product; on a CPU every core runs this loop on
-block rows of its own (workers.py). A selection is turned into lists of every batch and head, which that loop takes as
-they are: nothing is grouped or remembered for one call. Gathering costs a few per cent of the products;
-bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
-gathered tiles, FlexAttention), bench/selection.py what selections cost. Calls with masks or decay take the plainer code
-here. The gradient is in backward.py.
+The usual call goes to torch_plain.py, calls with masks or decay take the plainer code here. A selection is turned into
+lists of every batch and head first, and nothing of one call's lists is remembered. Gathering costs a few per cent of
+the products; bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a
+gather, SDPA on gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
 """
 
 from __future__ import annotations
@@ -21,10 +18,11 @@ from dit_accel_kernels.features import Problem
 from dit_accel_kernels.schedule import Unit
 from dit_accel_kernels.selection import LOG2_E, resolved
 from dit_accel_kernels.tiled import Tiled, cut, units_of, wide_dtype
-from dit_accel_kernels.torch_plain import attend_plain, has_long_rows, plain_pieces, row_pieces, steps
-from dit_accel_kernels.torch_rows import Row, RowLoop
+from dit_accel_kernels.torch_plain import GPU_GROUPS, attend_plain
 from dit_accel_kernels.votes import Tally
 from dit_accel_kernels.workers import run_all, worker_threads
+
+SCORES_BYTES = 512 << 10  # logits of one batch with masks or decay, a thread
 
 
 @dataclass(slots=True)
@@ -50,34 +48,23 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         tally = None if problem.selection.vote is None else Tally(problem)
         problem, exact = resolved(problem)
     tiled = cut(problem)
-    plain = tiled.bias is None and tiled.t is None
-    by_row = plain and has_long_rows(problem, tiled, voting=tally is not None)
-    units = [] if by_row else units_of(problem, remember=not selects)
-    complete = not by_row and sum(unit.rows.numel() for unit in units) == tiled.q.shape[1]
-    out = torch.empty_like(tiled.q) if complete else torch.zeros_like(tiled.q)  # block rows without a tile give 0
+    out = torch.zeros_like(tiled.q)  # block rows without a tile give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    workers, threads = worker_threads(out.device)
-
-    def rows(piece: list[Row], buffers: dict[str, Tensor]) -> None:
-        RowLoop(tiled, 0, buffers, out[0], lse[0] if need_lse else None, tally).run(piece)
-
-    def work(piece: tuple[Unit, slice], buffers: dict[str, Tensor]) -> None:
-        unit, lanes = piece
-        if plain and tally is None:
-            attend_plain(tiled, unit, lanes, buffers, out[lanes], lse[lanes] if need_lse else None)
-            return
-        part, part_lse = attend_operands(
-            gather(tiled, unit, lanes), need_lse=need_lse, settle=settling(tiled, unit, tally)
-        )
-        out[lanes].index_copy_(1, unit.rows, part)
-        if part_lse is not None:
-            lse[lanes].index_copy_(1, unit.rows, part_lse)
-
-    if by_row:
-        run_all(rows, row_pieces(problem, tiled, workers), workers)
+    if tiled.bias is None and tiled.t is None:
+        attend_plain(problem, tiled, out, lse if need_lse else None, tally, remember=not selects)
     else:
-        pieces = plain_pieces(tiled, units, workers) if plain and tally is None else chunks(tiled, units, threads)
-        run_all(work, pieces, workers)
+        workers, threads = worker_threads(tiled.q.device)
+
+        def work(piece: tuple[Unit, slice], _: dict[str, Tensor]) -> None:
+            unit, lanes = piece
+            part, part_lse = attend_operands(
+                gather(tiled, unit, lanes), need_lse=need_lse, settle=settling(tiled, unit, tally)
+            )
+            out[lanes].index_copy_(1, unit.rows, part)
+            if part_lse is not None:
+                lse[lanes].index_copy_(1, unit.rows, part_lse)
+
+        run_all(work, chunks(tiled, units_of(problem, remember=not selects), threads), workers)
     shape = (*problem.q.shape[:2], -1)
     tokens = problem.q.shape[2]
     out = out.view(*shape, out.shape[-1])[:, :, :tokens]
@@ -86,10 +73,14 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
 
 
 def chunks(tiled: Tiled, units: list[Unit], threads: int) -> Iterator[tuple[Unit, slice]]:
-    """Units cut into batches for so many torch threads."""
-    lanes = tiled.q.shape[0]
+    """Units cut into batches for so many torch threads: SCORES_BYTES of logits for each, or a block row of a lane."""
+    lanes, _, block_q, _ = tiled.q.shape
+    batches = threads if tiled.q.device.type == "cpu" else GPU_GROUPS
     for unit in units:
-        lane_step, row_step = steps(tiled, unit, threads)
+        columns = unit.exact.shape[1] * tiled.k.shape[2] + unit.pooled.shape[1]
+        room = batches * max(1, SCORES_BYTES // (tiled.q.element_size() * block_q * columns))
+        lane_step = min(lanes, room)
+        row_step = max(1, room // lane_step)
         for start in range(0, unit.rows.numel(), row_step):
             part = slice(start, start + row_step)
             piece = Unit(unit.rows[part], unit.exact[part], unit.pooled[part], unit.tail)
@@ -183,6 +174,6 @@ def settling(tiled: Tiled, unit: Unit, tally: Tally | None) -> Callable[[Tensor,
         x = torch.nn.functional.pad(x, (0, count * block - x.shape[-1]), value=0.0 if tally.by_mass else -torch.inf)
         x = x.unflatten(-1, (count, block))
         found = x.sum(-1) if tally.by_mass else x.amax(-1) * LOG2_E
-        tally.settle(unit.rows, unit.exact % tiled.key_tiles, found)
+        tally.settle(unit.rows, unit.exact % tiled.key_tiles, found.permute(2, 0, 1))
 
     return settle

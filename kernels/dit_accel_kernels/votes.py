@@ -15,6 +15,8 @@ warp at a time and with ranges, the outcome is the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -109,8 +111,11 @@ class Tally:
         self.problem, self.vote = problem, selection.vote
         tiles, rows, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
         self.none = tiles  # stands for no tile where lists are padded to one length
-        self.place: Tensor | None = None  # of each key tile in the order of visits
-        if selection.reverse or valid is not None or problem.decay is not None:
+        self.place: Tensor | None = None  # of each key tile in the order of visits, where it is none of the usual two
+        ragged, self.backwards = problem.k.shape[2] % problem.block_k > 0, False
+        if selection.reverse and not ragged and valid is None and problem.decay is None:
+            self.backwards = True  # one section
+        elif selection.reverse or valid is not None or problem.decay is not None:
             place = visiting_order(problem, selection.reverse).argsort(-1)
             place = place.expand(batch, -1, -1)[:, None].expand(-1, heads, -1, -1).flatten(0, 2)
             self.place = torch.nn.functional.pad(place, (0, 1), value=tiles)
@@ -133,18 +138,36 @@ class Tally:
     def settle(self, rows: Tensor, tiles: Tensor, found: Tensor) -> None:
         """Vote of block rows [R] on their exact key tiles [R, n], ascending, padded with `none`.
 
-        `found` [R, block_q, n] as `by_mass` tells, -inf or 0 in padding.
+        `found` [n, R, block_q] as `by_mass` tells, -inf or 0 in padding; it may be written to.
         """
+        if self.last < found.shape[2]:  # what is no query votes as the last one does
+            far = (rows % self.rows == self.rows - 1).nonzero()[:, 0]
+            found[:, far, self.last :] = found[:, far, self.last - 1, None]
         if self.place is not None:
             order = self.place[rows].gather(-1, tiles).argsort(-1)
-            tiles, found = tiles.gather(-1, order), found.gather(-1, order[:, None].expand(found.shape))
-        margin = margins(self.vote, found)
-        if self.last < margin.shape[1]:
-            far = (rows % self.rows == self.rows - 1)[:, None, None]
-            margin[:, self.last :].masked_fill_(far, -torch.inf)
-        down = ~(margin.amax(1) > self.vote.threshold)
-        rows, tiles = rows[:, None], tiles[:, 1:]
+            tiles, found = tiles.gather(-1, order), found.gather(0, order.mT[..., None].expand(found.shape))
+        by_tile = found.unbind(0)
+        if self.backwards:
+            tiles, by_tile = tiles.flip(1), by_tile[::-1]
+        down = ~(self._largest(by_tile) > self.vote.threshold).mT & ((tiles != self.none).cumsum(1) > 1)
+        rows = rows[:, None]
         self.down[rows, tiles] = down if self.absent is None else down & ~self.absent[rows, tiles]
+
+    def _largest(self, found: Sequence[Tensor]) -> Tensor:
+        """The largest of the `margins` of each row's queries, [n, R], tile by tile: the first one's means nothing."""
+        so_far, spent = found[0], torch.zeros_like(found[0])
+        tiny, largest = torch.finfo(so_far.dtype).tiny, [torch.zeros_like(so_far[:, 0])]
+        for x in found[1:]:
+            if not self.by_mass:
+                margin, so_far = x - so_far, torch.maximum(so_far, x)
+            else:
+                so_far = so_far + x
+                margin = x / so_far.clamp(min=tiny)
+                if self.vote.criterion == "budget":
+                    margin = spent + margin
+                    spent = torch.where(margin > self.vote.threshold, spent, margin)
+            largest.append(margin.amax(1))
+        return torch.stack(largest)
 
     def kept(self) -> Tensor:
         """The bits of the next call, int32 [B, H, NQ, W]."""

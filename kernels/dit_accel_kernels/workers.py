@@ -6,18 +6,21 @@ save. Whole pieces side by side leave every core alone with its own.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from threading import Barrier
+from threading import Barrier, local
 from typing import TypeVar
 
 import torch
 
 MOST_WORKERS = 16  # more would wait for Python's lock; from there on, each worker gets several torch threads
+KEPT_BYTES = 16 << 20  # that a torch thread keeps for the next call: new memory costs a page fault every 4 KB
 Piece = TypeVar("Piece")
+_OWN = local()
 
 
 def worker_threads(device: torch.device) -> tuple[int, int]:
@@ -30,13 +33,13 @@ def worker_threads(device: torch.device) -> tuple[int, int]:
 def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iterable[Piece], workers: int) -> None:
     """Call `work(piece, buffers)` once for every piece, in any order, `workers` at a time, without gradients.
 
-    `buffers` is a dict of the worker's own, for memory that its pieces reuse. The first error is raised once all
-    workers have stopped.
+    `buffers` is a dict of the worker's own, for memory that its pieces and later calls reuse; see `buffer`. The first
+    error is raised once all workers have stopped.
     """
     waiting, inference = deque(pieces), torch.is_inference_mode_enabled()
 
     def drain() -> None:
-        buffers: dict[str, torch.Tensor] = {}
+        buffers = own_buffers()
         with torch.inference_mode(inference), torch.no_grad():  # both hold for one thread only
             while waiting:
                 try:
@@ -65,6 +68,27 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
         torch.set_num_threads(threads)
     for future in futures:
         future.result()
+
+
+def buffer(
+    buffers: dict[str, torch.Tensor], name: str, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """A view of a reused flat buffer on the device of `like`; grown when too small."""
+    size, key = math.prod(shape), f"{name} {dtype} {like.device}"
+    found = buffers.get(key)
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):  # what is made in it can't be written outside
+            found = buffers[key] = like.new_empty(size, dtype=dtype)
+    return found[:size].view(shape)
+
+
+def own_buffers() -> dict[str, torch.Tensor]:
+    """This thread's buffers; of an earlier call only if they are small and on the CPU."""
+    kept, most = getattr(_OWN, "buffers", {}), KEPT_BYTES * torch.get_num_threads()
+    if any(x.device.type != "cpu" for x in kept.values()) or sum(x.nbytes for x in kept.values()) > most:
+        kept = {}
+    _OWN.buffers = kept
+    return kept
 
 
 def pool_share(threads: int) -> int:

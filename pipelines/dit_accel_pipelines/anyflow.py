@@ -5,7 +5,7 @@ from functools import partial
 
 from dit_accel.adapter import Adapter, latents_grid
 
-from .wan import RADIAL_WAN, WAN21_14B
+from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN21_14B
 
 ANYFLOW_14B = replace(
     WAN21_14B,
@@ -23,5 +23,5 @@ ANYFLOW = Adapter(
     self_attention=("blocks.*.attn1",),
     grid=partial(latents_grid, frames_axis=1),
     families=(ANYFLOW_14B,),
-    recipes={"radial": RADIAL_WAN},
+    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid, latents_grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
 
 REGISTERS = 8
 """Learned tokens in front of the text."""
@@ -36,5 +36,5 @@ AURA_FLOW = Adapter(
     self_attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=behind_registers,
     families=(AURA_FLOW_03,),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

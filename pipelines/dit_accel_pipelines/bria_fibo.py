@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.positions import read_once
 
 from .flux import FLUX
@@ -39,5 +39,5 @@ BRIA_FIBO_2 = Adapter(
     transformers=("BriaFibo2Transformer2DModel",),
     self_attention=("layers.*.attention",),
     grid=behind_the_gist,
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

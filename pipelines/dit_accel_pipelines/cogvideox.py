@@ -8,6 +8,13 @@ from functools import partial
 
 from dit_accel.adapter import Adapter, Family, latents_grid
 
+# UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
+ULTRAVICO_COGVIDEOX = {
+    "period": 20.0,
+    "gamma": 1.0,
+    "by_ratio": ((2.0, 0.9, 0.6), (3.0, 0.9, 0.6), (4.0, 0.85, 0.6)),
+}
+
 COGVIDEOX_2B = Family(
     name="cogvideox-2b",
     repo="THUDM/CogVideoX-2b",
@@ -21,8 +28,17 @@ COGVIDEOX_2B = Family(
     height=480,
     width=720,
     num_frames=49,
+    trained_frames=13,
 )
-COGVIDEOX_5B = replace(COGVIDEOX_2B, name="cogvideox-5b", repo="THUDM/CogVideoX-5b", layers=42, heads=48, ffn_dim=12288)
+COGVIDEOX_5B = replace(
+    COGVIDEOX_2B,
+    name="cogvideox-5b",
+    repo="THUDM/CogVideoX-5b",
+    layers=42,
+    heads=48,
+    ffn_dim=12288,
+    recipes={"ultravico": ULTRAVICO_COGVIDEOX},
+)
 COGVIDEOX_15_5B = replace(
     COGVIDEOX_5B,
     name="cogvideox1.5-5b",
@@ -31,6 +47,8 @@ COGVIDEOX_15_5B = replace(
     height=768,
     width=1360,
     num_frames=81,
+    trained_frames=None,  # 5 and 10 seconds
+    recipes={},
 )
 
 COGVIDEOX = Adapter(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapter import NO_STEP, ONE_FRAME, Adapter, Family, Grid, latents_grid
+from dit_accel.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
 
 text_first = partial(latents_grid, frames_axis=None, text="before")
 
@@ -54,7 +54,7 @@ COGVIEW = Adapter(
     self_attention=("transformer_blocks.*.attn1",),
     grid=text_first,
     families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )
 GLM_IMAGE = replace(
     COGVIEW,

@@ -10,15 +10,10 @@ from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, print_json
 from dit_accel.errors import ConfigError
 
+from .options import RUN, Backend, Device, Dtype, Guidance, Json, Model, Offload, Pixels, Seed
+
 if TYPE_CHECKING:
     from .generate import Written
-
-RUN = "Running"
-Pixels = Annotated[int | None, typer.Option(help="In pixels; default: the model's.", metavar="PIXELS")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Model = Annotated[
-    str | None, typer.Option(help="A hub id or a folder; default: the embedded tiny model.", metavar="ID|FOLDER")
-]
 
 
 def generate_video(
@@ -33,25 +28,17 @@ def generate_video(
     width: Pixels = None,
     num_frames: Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; 1 switches it off.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the file.")] = None,
     scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=RUN, metavar="DTYPE")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", rich_help_panel=RUN, metavar="DEVICE")
-    ] = None,
-    offload: Annotated[
-        str, typer.Option(help="none, model, sequential or group.", rich_help_panel=RUN, metavar="HOW")
-    ] = "none",
+    dtype: Dtype = None,
+    device: Device = None,
+    offload: Offload = "none",
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
     ] = False,
-    backend: Annotated[
-        str, typer.Option(help="Kernel backend of the methods.", rich_help_panel=RUN, metavar="NAME")
-    ] = "auto",
+    backend: Backend = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.", rich_help_panel=RUN)] = False,
     json: Json = False,
     *,

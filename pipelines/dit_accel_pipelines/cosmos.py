@@ -20,6 +20,7 @@ COSMOS_7B = Family(
     height=704,
     width=1280,
     num_frames=121,
+    trained_frames=16,
     num_inference_steps=36,
 )
 COSMOS_14B = replace(
@@ -29,6 +30,7 @@ COSMOS_14B = replace(
     layers=36,
     heads=40,
     ffn_dim=20480,
+    trained_frames=None,  # Predict 2's of this size takes 24, not 16
 )
 COSMOS_PREDICT2_2B = replace(
     COSMOS_7B,
@@ -38,6 +40,7 @@ COSMOS_PREDICT2_2B = replace(
     ffn_dim=8192,
     vae=(4, 8),
     num_frames=93,
+    trained_frames=24,
     num_inference_steps=35,
 )
 

@@ -17,6 +17,7 @@ EASYANIMATE_12B = Family(
     height=512,
     width=512,
     num_frames=49,
+    trained_frames=13,
 )
 
 EASYANIMATE = Adapter(

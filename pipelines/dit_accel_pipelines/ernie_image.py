@@ -2,12 +2,12 @@
 
 from functools import partial
 
-from dit_accel.adapter import ONE_FRAME, Adapter, latents_grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, latents_grid
 
 ERNIE_IMAGE = Adapter(
     name="ernie-image",
     transformers=("ErnieImageTransformer2DModel",),
     self_attention=("layers.*.self_attention",),
     grid=partial(latents_grid, frames_axis=None, text="after", joined=("text_bth",)),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family
 from dit_accel.positions import ids_grid
 
 FLUX_DEV = Family(
@@ -33,7 +33,7 @@ FLUX = Adapter(
     grid=ids_grid,
     text_apart=True,  # IP-Adapters: image queries over their own keys
     families=(FLUX_DEV, FLUX_SCHNELL),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )
 # Models of other makers that kept FLUX.1's blocks and its sequence.
 FLUX_KIN = replace(

@@ -7,7 +7,7 @@ see the image alone.
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.positions import ids_grid, last_image, read_once
 
 FLUX2_DEV = Family(
@@ -57,7 +57,7 @@ FLUX2 = Adapter(
     grid=with_cached_references,
     text_apart=True,  # while the cache is filled, references attend to themselves
     families=(FLUX2_DEV,),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )
 FLUX3 = Adapter(
     name="flux3",
@@ -65,5 +65,5 @@ FLUX3 = Adapter(
     self_attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
     grid=with_own_references,
     ragged_text=True,
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

@@ -18,6 +18,7 @@ HELIOS_14B = replace(
     height=384,
     width=640,
     num_frames=33,  # made at a time; the history comes on top
+    trained_frames=None,
     recipes={},
 )
 

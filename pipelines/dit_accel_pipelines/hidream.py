@@ -6,7 +6,7 @@ An image that is no square is padded to ``max_resolution`` with tokens that are 
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 
 HIDREAM_I1 = Family(
     name="hidream-i1",
@@ -43,5 +43,5 @@ HIDREAM = Adapter(
     grid=padded_image,
     timestep="timesteps",
     families=(HIDREAM_I1,),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 
 HUNYUAN_IMAGE_21 = Family(
     name="hunyuan-image-2.1",
@@ -37,5 +37,5 @@ HUNYUAN_IMAGE = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=image_then_texts,
     families=(HUNYUAN_IMAGE_21,),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

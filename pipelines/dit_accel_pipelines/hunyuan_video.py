@@ -18,6 +18,13 @@ RADIAL_HUNYUAN = {
     "dense_layers": 0,
 }
 
+# UltraViCo, arXiv 2511.20123; its code puts the bands at multiples of 50 frames, 4 to either side, at every ratio.
+ULTRAVICO_HUNYUAN = {
+    "period": 50.0,
+    "gamma": 4.0,
+    "by_ratio": ((2.0, 0.95, 0.6), (3.0, 0.9, 0.6), (4.0, 0.9, 0.8), (5.0, 0.9, 0.8)),
+}
+
 HUNYUAN_VIDEO_13B = Family(
     name="hunyuan-video",
     repo="hunyuanvideo-community/HunyuanVideo",
@@ -31,8 +38,9 @@ HUNYUAN_VIDEO_13B = Family(
     height=720,
     width=1280,
     num_frames=129,
+    trained_frames=33,
     forwards_per_step=1,  # guidance is distilled into the model
-    recipes={"radial": RADIAL_HUNYUAN},
+    recipes={"radial": RADIAL_HUNYUAN, "ultravico": ULTRAVICO_HUNYUAN},
 )
 
 HUNYUAN_VIDEO = Adapter(

@@ -21,6 +21,7 @@ HUNYUAN_VIDEO15_480P = Family(
     height=480,
     width=848,
     num_frames=121,
+    trained_frames=31,
 )
 HUNYUAN_VIDEO15_720P = replace(
     HUNYUAN_VIDEO15_480P,

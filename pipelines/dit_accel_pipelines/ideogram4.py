@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.positions import last_image, read_once
 
 
@@ -23,5 +23,5 @@ IDEOGRAM4 = Adapter(
     grid=image_last,
     outer_masks=True,  # padding sees padding, which nobody reads
     rising_timesteps=True,
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

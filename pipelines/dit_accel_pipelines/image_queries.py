@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Grid, latents_grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 
 from .qwen_image import first_image
 
@@ -20,12 +20,12 @@ PRX = Adapter(
     transformers=("PRXTransformer2DModel",),
     self_attention=("blocks.*.attention",),
     grid=partial(latents_grid, frames_axis=None, text="before"),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )
 NUCLEUS_IMAGE = Adapter(
     name="nucleus-image",
     transformers=("NucleusMoEImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     grid=image_then_text,
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Grid, latents_grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 
 
 def items_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -30,12 +30,12 @@ JOY_IMAGE_EDIT = Adapter(
     transformers=("JoyImageEditTransformer3DModel",),
     self_attention=("double_blocks.*.attn",),
     grid=items_grid,
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )
 JOY_IMAGE_EDIT_PLUS = Adapter(
     name="joyimage-edit-plus",
     transformers=("JoyImageEditPlusTransformer3DModel",),
     self_attention=("double_blocks.*.attn",),
     grid=first_of_list,
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.positions import last_row, read_once
 
 
@@ -22,5 +22,5 @@ KREA2 = Adapter(
     transformers=("Krea2Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     grid=text_then_image,
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

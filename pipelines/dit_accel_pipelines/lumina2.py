@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.positions import read_once
 
 LUMINA_IMAGE_2 = Family(
@@ -45,5 +45,5 @@ LUMINA2 = Adapter(
     grid=valid_text_first,
     rising_timesteps=True,
     families=(LUMINA_IMAGE_2,),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

@@ -17,6 +17,7 @@ MOCHI_1 = Family(
     height=480,
     width=848,
     num_frames=163,
+    trained_frames=28,
     num_inference_steps=64,
 )
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, latents_grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 
 PIXART_SIGMA = Family(
     name="pixart-sigma",
@@ -27,7 +27,7 @@ PIXART = Adapter(
     self_attention=("transformer_blocks.*.attn1",),
     grid=partial(latents_grid, frames_axis=None),
     families=(PIXART_SIGMA,),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )
 HUNYUAN_DIT = replace(
     PIXART, name="hunyuan-dit", transformers=("HunyuanDiT2DModel",), self_attention=("blocks.*.attn1",), families=()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, Grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
@@ -41,7 +41,7 @@ QWEN_IMAGE = Adapter(
     self_attention=("transformer_blocks.*.attn",),
     grid=first_image,
     families=(QWEN_IMAGE_20B,),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )
 
 
@@ -63,5 +63,5 @@ QWEN_IMAGE_21 = Adapter(
     self_attention=("transformer_blocks.*.attn",),
     grid=last_image,
     text_apart=True,
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

@@ -6,7 +6,7 @@ The second attention of 3.5 medium's first blocks sees the image alone.
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import ONE_FRAME, Adapter, Family, latents_grid
+from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 
 SD3_MEDIUM = Family(
     name="sd3-medium",
@@ -40,5 +40,5 @@ SD3 = Adapter(
     grid=partial(latents_grid, frames_axis=None, text="after"),
     ragged_text=True,
     families=(SD3_MEDIUM, SD35_LARGE),
-    refused={"radial": ONE_FRAME},
+    refused=IMAGE_REFUSED,
 )

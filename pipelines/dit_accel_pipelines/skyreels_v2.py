@@ -8,15 +8,25 @@ from dataclasses import replace
 
 from dit_accel.adapter import Adapter
 
-from .wan import RADIAL_WAN, WAN21_1B, WAN21_14B
+from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN21_1B, WAN21_14B
 
-_540P = {"height": 544, "width": 960, "num_frames": 97}
-SKYREELS_V2_1B = replace(WAN21_1B, name="skyreels-v2-1.3b", repo="Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers", **_540P)
+# The large models are of one size, and of clips of 25 and of 31 latent frames.
+_540P = {"height": 544, "width": 960, "num_frames": 97, "trained_frames": None}
+SKYREELS_V2_1B = replace(
+    WAN21_1B,
+    name="skyreels-v2-1.3b",
+    repo="Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+    **{**_540P, "trained_frames": 25},
+)
 SKYREELS_V2_14B = replace(
     WAN21_14B, name="skyreels-v2-14b-540p", repo="Skywork/SkyReels-V2-T2V-14B-540P-Diffusers", **_540P
 )
 SKYREELS_V2_14B_720P = replace(
-    WAN21_14B, name="skyreels-v2-14b-720p", repo="Skywork/SkyReels-V2-T2V-14B-720P-Diffusers", num_frames=121
+    WAN21_14B,
+    name="skyreels-v2-14b-720p",
+    repo="Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
+    num_frames=121,
+    trained_frames=None,
 )
 
 SKYREELS_V2 = Adapter(
@@ -24,5 +34,5 @@ SKYREELS_V2 = Adapter(
     transformers=("SkyReelsV2Transformer3DModel",),
     self_attention=("blocks.*.attn1",),
     families=(SKYREELS_V2_1B, SKYREELS_V2_14B, SKYREELS_V2_14B_720P),
-    recipes={"radial": RADIAL_WAN},
+    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
 )

@@ -21,6 +21,10 @@ RADIAL_WAN = {
 # The same for Wan 2.2 A14B: 11 of 40 steps, counted over both experts.
 RADIAL_WAN22 = {**RADIAL_WAN, "decay_factor": 0.8, "block_size": 64, "dense_steps": 0.275}
 
+# UltraViCo, arXiv 2511.20123: the same at 2, 3 and 4 times the length on Wan 2.1 1.3B, whose attention does not repeat;
+# the autoencoder codes the first frame by itself.
+ULTRAVICO_WAN = {"first_frame": True, "by_ratio": ((2.0, 0.9, None),)}
+
 WAN21_1B = Family(
     name="wan2.1-1.3b",
     repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -35,6 +39,7 @@ WAN21_1B = Family(
     height=480,
     width=832,
     num_frames=81,
+    trained_frames=21,
     recipes={"radial": RADIAL_WAN},
 )
 WAN21_14B = replace(
@@ -89,6 +94,7 @@ WAN22_TI2V_5B = replace(
     height=704,
     width=1280,
     num_frames=121,
+    trained_frames=31,
 )
 
 # The embedded model: 64 tokens a frame at 64 x 64 pixels, so the tiles are small.
@@ -107,6 +113,7 @@ WAN_TINY = Family(
     width=64,
     num_frames=17,
     num_inference_steps=20,
+    trained_frames=17,  # half of its clips have 33 output frames, the others 17
     recipes={
         "radial": {**RADIAL_WAN, "decay_factor": 1.0, "block_size": 16, "near": "full"},
         "sol": {"beta": 0.5, "block_size": 16},  # beta 1 costs another 5 dB
@@ -130,5 +137,5 @@ WAN = Adapter(
         WAN22_TI2V_5B,
         WAN_TINY,
     ),
-    recipes={"radial": RADIAL_WAN},
+    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
 )

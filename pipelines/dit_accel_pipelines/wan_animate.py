@@ -16,6 +16,7 @@ WAN_ANIMATE_14B = replace(
     name="wan2.2-animate-14b",
     repo="Wan-AI/Wan2.2-Animate-14B-Diffusers",
     num_frames=77,  # made at a time
+    trained_frames=None,  # long clips are made in segments of the trained length
     num_inference_steps=20,
     forwards_per_step=1,
 )

@@ -65,3 +65,14 @@ def test_a_grid_or_a_sentence_is_read_as_it_is():
 def test_what_is_no_grid_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         _read_grid(adapter(**changes), CONFIG, LATENTS)
+
+
+def test_of_families_of_one_size_the_patches_tell():
+    from dit_accel.registry import adapters
+
+    config = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "patch_size": 2}
+    cogvideox = adapters()["cogvideox"]
+    for patch, name in ((None, "cogvideox-5b"), (2, "cogvideox1.5-5b")):
+        family = cogvideox.family({**config, "patch_size_t": patch})
+        assert family is not None
+        assert family.name == name

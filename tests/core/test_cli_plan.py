@@ -9,13 +9,15 @@ from typer.testing import CliRunner
 
 from dit_accel.cli.app import app
 from dit_accel.errors import UnsupportedModel
+from dit_accel.methods import METHODS
 from dit_accel.model_files import read_config, read_model_files
 
 KEYS = {
     "family", "repo", "height", "width", "num_frames", "num_inference_steps", "forwards", "frames", "tokens_per_frame",
     "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "attention_share",
     "attention_flops", "total_flops", "planned_attention_flops", "planned_total_flops", "tile_list_bytes",
-    "pooled_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods", "uncounted_methods",
+    "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods",
+    "uncounted_methods",
 }  # fmt: skip
 WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
 PUBLISHED = ["--radial", "--set", "radial.boundary=published"]
@@ -54,6 +56,14 @@ def test_a_dense_plan():
     found = planned("--family", "wan2.1-1.3b")
     assert found["tiles_kept"] == found["tiles_total"] == 256**2
     assert (found["density"], found["predicted_speedup"], found["state_bytes"]) == (1.0, 1.0, 0)
+
+
+def test_every_method_can_be_planned_alone_and_beside_others():
+    methods = sorted(config.name for config in METHODS)
+    apart = {"frozen", "sol"}  # what these save together with others is not known
+    for chosen in [[name] for name in methods] + [[name for name in methods if name not in apart]]:
+        found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in chosen))
+        assert {*found["methods"], *found["uncounted_methods"]} == {*chosen}
 
 
 def test_a_folders_configs_are_enough(tmp_path: Path):

@@ -180,7 +180,7 @@ def test_a_group_gets_its_representatives_difference():
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 def test_corrections_shrink_to_how_alike_neighbours_are(form):
-    """Scaled by the root of the correlation of neighbouring groups, head by head; the representatives stay exact."""
+    """Scaled by the root of the correlation of neighbouring groups, by row and head; the representatives stay exact."""
     call, v = call_of(form=form)
     plan, now = plan_of(), moment()
     before = sparse(plan, call, v)
@@ -191,11 +191,11 @@ def test_corrections_shrink_to_how_alike_neighbours_are(form):
     before, full, shrunk = (call.heads_first(x) for x in (before, full, shrunk))
     assert torch.equal(shrunk[:, :, rows], full[:, :, rows])
     d = (full - before)[:, :, rows].unflatten(2, (5, -1))
-    for h in range(2):
-        a, b = d[:, h, :, :-1].flatten(), d[:, h, :, 1:].flatten()
+    for row, h in itertools.product(range(len(d)), range(2)):
+        a, b = d[row, h, :, :-1].flatten(), d[row, h, :, 1:].flatten()
         alike = float((a @ b) / (a.norm() * b.norm()))
         scale = max(alike, 0.0) ** 0.5
-        torch.testing.assert_close((shrunk - before)[:, h, others], scale * (full - before)[:, h, others])
+        torch.testing.assert_close((shrunk - before)[row, h, others], scale * (full - before)[row, h, others])
 
 
 @given(
@@ -209,10 +209,10 @@ def test_likeness_is_a_share_and_one_for_equal_corrections(shape, same):
     if same:
         found = found[:, :, :1].expand_as(found)
     likeness = likeness_of(found, frames)
-    assert likeness.shape == (heads,)
+    assert likeness.shape == found.shape[:2]
     assert ((likeness >= 0) & (likeness <= 1 + 1e-12)).all()
     if same or frames * per_frame == 1:
-        torch.testing.assert_close(likeness, torch.ones(heads, dtype=torch.float64))
+        torch.testing.assert_close(likeness, torch.ones(found.shape[:2], dtype=torch.float64))
     assert (likeness_of(torch.zeros_like(found), frames) <= 1).all()
 
 
@@ -467,6 +467,8 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         assert "error at probe rows, before correction: 0." in str(report)
         assert report.to_dict()["measured"][0]["by_head"] == one.by_head
         assert report.sparse_density < 1
+        assert one.rows == report.probe_density == report.to_dict()["probe_density"] == 0.25  # every fourth row, dense
+        assert "pooled, 0.250 more in dense probe rows" in str(report)
     with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=1)):
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
 
@@ -589,3 +591,30 @@ def test_it_is_found_by_name_on_the_command_line_and_in_toml():
     assert select_methods(["delta"], None, ["delta.stride=32"]) == [DeltaCorrection(stride=32)]
     configs = [RADIAL, DeltaCorrection(stride=8, reuse=2, reactivate=False, margin=0.5)]
     assert from_toml(to_toml(configs)) == configs
+
+
+@pytest.mark.parametrize(("reuse", "expected"), [(1, 0.25), (2, 0.25 * 2 / 3), (3, 0.25 / 3)])
+def test_probe_rows_count_in_the_calls_that_are_probed(reuse, expected):
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=4, reuse=reuse)) as attachment:
+        run(transformer)
+        report = attachment.report()
+    assert report.probe_density == pytest.approx(expected)
+    with dit_accel.attach(transformer, RADIAL) as attachment:
+        run(transformer)
+        assert attachment.report().sparse_density == report.sparse_density  # tiles alone
+        assert attachment.report().probe_density == 0
+        assert "probe rows" not in str(attachment.report())
+
+
+def test_rows_of_a_batch_are_corrected_apart():
+    transformer = tiny_transformer().double()
+    x = torch.randn(2, 12, 5, 8, 8).double() * torch.tensor([1.0, 5.0])[:, None, None, None, None]
+    text = torch.randn(2, 6, 64).double()
+    with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=4), backend="reference"), torch.no_grad():
+        with transformer.cache_context("cond_uncond", step_index=0, num_inference_steps=3):
+            both = transformer(x, torch.tensor([500.0, 500.0]), text, return_dict=False)[0]
+        for row in range(2):
+            with transformer.cache_context(f"row {row}", step_index=0, num_inference_steps=3):
+                alone = transformer(x[row : row + 1], torch.tensor([500.0]), text[row : row + 1], return_dict=False)[0]
+            torch.testing.assert_close(both[row : row + 1], alone)

@@ -269,9 +269,10 @@ def test_the_pattern_is_found_once_by_layer_and_branch_and_freed(monkeypatch):
     run(transformer)
     assert len(passes) == 3 * 2
     made = attachment._session.handlers[0]
-    assert set(made.bits) == {("transformer", layer, branch, 0) for layer in range(3) for branch in ("cond", "uncond")}
+    found = {("transformer", layer, branch, 0, 1) for layer in range(3) for branch in ("cond", "uncond")}
+    assert set(made.bits) == found
     bits = {key: value.clone() for key, value in made.bits.items()}
-    assert not torch.equal(bits["transformer", 0, "cond", 0], bits["transformer", 2, "cond", 0])
+    assert not torch.equal(bits["transformer", 0, "cond", 0, 1], bits["transformer", 2, "cond", 0, 1])
     run(transformer)
     assert len(passes) == 2 * 3 * 2
     assert all(torch.equal(value, bits[key]) for key, value in made.bits.items())
@@ -338,7 +339,7 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
             pattern, voted = attachment._session.handlers
             assert (pattern.config.name, voted.config.name) == ("frozen", "lite")
             assert voted.config.block_size == 16
-            bits = [pattern.bits["transformer", layer, "cond", 0] for layer in range(3)]
+            bits = [pattern.bits["transformer", layer, "cond", 0, 1] for layer in range(3)]
         planned = [call.plan.selection for call in calls]
         assert all(selection.vote is not None for selection in planned[: 3 * 5])
         for layer in range(3):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from dit_accel_kernels import TileLists, block_sparse_attention
 
 from dit_accel import ConfigError
 from dit_accel.adapter import Adapter
@@ -106,6 +107,35 @@ def test_the_operator_passes_opcheck(session):
     q, k, v = (x.requires_grad_() for x in tensors())
     arguments = (q, k, v, None, torch.tensor(0), session.number, (3, 2, 2, 0, 0), "bshd", None, True)
     torch.library.opcheck(planned_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_planned_calls_stay_out_of_cuda_graphs_and_the_kernels_own_operators_do_not():
+    """A captured call would follow one step's plan for good; the kernels' operators keep no state in Python."""
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def planned(q):
+        return planned_attention(q, q, q, None, torch.tensor(0), 0, (3, 2, 2, 0, 0), "bshd", None, False)[0]
+
+    tiles = TileLists.full(12, 12, block_q=4, block_k=4)
+
+    def kernel(q):
+        return block_sparse_attention(q, q, q, tiles)
+
+    found = []
+    for call in (planned, kernel):
+        graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(tensors()[0])
+        found.append(get_first_incompatible_cudagraph_node(graph))
+    assert found[0].target is torch.ops.dit_accel.planned_attention.default
+    assert found[1] is None
+    for namespace, name, is_tagged in (
+        ("dit_accel", "planned_attention", True),
+        ("dit_accel", "planned_attention_backward", True),
+        ("dit_accel_kernels", "block_sparse_attention", False),
+        ("dit_accel_kernels", "block_sparse_attention_backward", False),
+    ):
+        tags = getattr(getattr(torch.ops, namespace), name).default.tags
+        assert (torch.Tag.cudagraph_unsafe in tags) == is_tagged, name
 
 
 def test_a_session_that_is_gone_says_so():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, pack_bits, unpack_bits
+from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_backend, pack_bits, unpack_bits
 from dit_accel_pipelines.wan import WAN, WAN_TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -326,6 +326,20 @@ class TestOnWan:
         assert not torch.equal(first, plain)
         assert torch.equal(steps(transformer), plain)
 
+    @pytest.mark.slow
+    @pytest.mark.skipif(flex_backend.missing_requirement("cpu") is not None, reason="FlexAttention cannot compile here")
+    def test_runs_in_compiled_flexattention_as_planned(self):
+        transformer, counted = tiny_transformer(), []
+        for others in ((), (dataclasses.replace(RADIAL, dense_steps=1, dense_layers=1),)):
+            with dit_accel.attach(transformer, self.SOL, *others, backend="flex") as attachment:
+                with watched(attachment) as calls:
+                    steps(transformer, count=2)
+                report = attachment.report()
+            assert report.backend == "flex"
+            counted.append(report.sparse_density)
+            require_as_planned(calls)
+        assert 0 < counted[1] < counted[0] < 1  # in Radial's list, in the same compiled function
+
     def test_branches_do_not_meet(self):
         transformer = tiny_transformer()
         with dit_accel.attach(transformer, self.SOL):
@@ -348,6 +362,23 @@ class TestOnWan:
             transformer(**call)[0].square().sum().backward()
         assert call["hidden_states"].grad.isfinite().all()
         assert all(p.grad is not None for p in transformer.blocks[0].attn1.parameters())
+
+    def test_the_backward_follows_what_the_forward_routed(self, monkeypatch):
+        """It routes nothing itself: given other bits, it follows these."""
+        found = []
+        for everything in (False, True):
+            transformer, call = tiny_transformer(), inputs()
+            with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)) as attachment:
+                session = attachment._session
+                out = transformer(**call)[0].square().sum()
+                assert {plan.selection.routing for _, plan in session._plans} == {None}
+                assert not any((plan.selection.routed == 0).all() for _, plan in session._plans)
+                if everything:
+                    for _, plan in session._plans:
+                        plan.selection.routed.fill_(-1)
+                out.backward()
+            found.append(transformer.blocks[0].attn1.to_q.weight.grad)
+        assert not torch.equal(*found)
 
     @pytest.mark.slow
     def test_compiled_full_graph_makes_two_graphs_and_the_same_output(self):

@@ -1,8 +1,11 @@
 """Every error text of the attention call, with the value it names."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, Routing, Selection, TileLists, block_sparse_attention
+from dit_accel_kernels import EXACT, FrameDecay, Routing, Selection, TileLists, block_sparse_attention
+from dit_accel_kernels import tiles as tiles_module
 from kernel_cases import qkv, random_lists
 
 Q, K, V = qkv(2, 4, 2, 20, 20, 8, torch.float32)
@@ -122,6 +125,28 @@ def test_frame_decay_refuses(values, text):
 def test_selection_refuses(values, error, text):
     with pytest.raises(error, match=text):
         Selection(**values)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("indices", "text"),
+    [([0, 2, 1], "indices must ascend"), ([0, 1, 3], r"exact_indices must lie in 0..2, found 3")],
+    ids=["unsorted", "out of range"],
+)
+def test_values_of_lists_are_checked_on_demand(indices, text, compiled, monkeypatch):
+    """Behind an environment variable, since it waits for the device."""
+    changed = torch.tensor([*indices, *indices, *indices], dtype=torch.int32)
+    tiles = replace(TileLists.full(20, 20, block_q=8, block_k=8), exact_indices=changed)
+    call = torch.compile(block_sparse_attention, backend="eager") if compiled else block_sparse_attention
+    monkeypatch.setenv("DIT_ACCEL_VALIDATE", "1")
+    with pytest.raises(ValueError, match=text):
+        call(Q, K, V, tiles, layout="bhsd", backend="torch")
+
+
+def test_more_entries_than_int32_holds(monkeypatch):
+    monkeypatch.setattr(tiles_module, "_INT32_MAX", 8)
+    with pytest.raises(ValueError, match="tile lists hold at most 8 entries, found 9: use larger tiles"):
+        TileLists.from_states(torch.full((3, 3), EXACT, dtype=torch.uint8), block_q=8, block_k=8, num_q=20, num_k=20)
 
 
 def test_integer_inputs_never_reach_the_gradient():

@@ -1,30 +1,34 @@
-"""The flex backend: what it refuses and says, and its result where it runs."""
+"""The flex backend: what it refuses and says, its blocks, and its result, compiled and by the eager FlexAttention."""
 
 import pytest
 import torch
-from dit_accel_kernels import BackendUnavailableError, FrameDecay, TileLists, block_sparse_attention, flex_backend
-from kernel_cases import assert_within_rounding, qkv, random_lists
+from dit_accel_kernels import (
+    EXACT,
+    POOLED,
+    SKIPPED,
+    BackendUnavailableError,
+    FrameDecay,
+    Selection,
+    TileLists,
+    Vote,
+    block_sparse_attention,
+    flex_backend,
+)
+from kernel_cases import assert_within_rounding, check_against_reference, qkv, random_lists
+from torch._dynamo.utils import counters
 
-FRAMES = torch.zeros(40, dtype=torch.int32)
-LISTS = random_lists(1, 40, 40, 16, 16, pooled=False)
+LISTS = random_lists(1, 40, 40, 16, 16)
+COMPILES = pytest.mark.skipif(
+    flex_backend.missing_requirement("cpu") is not None, reason="FlexAttention cannot compile here"
+)
 
 
 @pytest.mark.parametrize(
     ("tiles", "arguments", "text"),
     [
-        (random_lists(1, 40, 40, 16, 16), {}, "backend 'flex' has no pooled tiles: use 'torch' or 'auto'"),
-        (LISTS, dict(key_length=torch.tensor([9])), "backend 'flex' has no a key mask"),
-        (LISTS, dict(return_lse=True), "backend 'flex' has no LSE on a CPU"),
-        (
-            LISTS,
-            dict(frame_decay=FrameDecay(table=torch.ones(1), q_frames=FRAMES, k_frames=FRAMES)),
-            "backend 'flex' has no frame decay",
-        ),
-        (
-            random_lists(1, 40, 40, 8, 24, pooled=False),
-            {},
-            "has no block_q 8 and block_k 24, which are not powers of 2",
-        ),
+        (LISTS, dict(return_lse=True), "backend 'flex' has no LSE on a CPU: use 'torch' or 'auto'"),
+        (LISTS, dict(selection=Selection(vote=Vote())), "backend 'flex' has no votes: use 'torch' or 'auto'"),
+        (random_lists(1, 40, 40, 8, 24), {}, "has no block_q 8 and block_k 24, which are not powers of 2"),
     ],
 )
 def test_refuses_what_it_does_not_execute(tiles, arguments, text):
@@ -52,19 +56,184 @@ def test_says_what_the_machine_lacks(monkeypatch):
     assert flex_backend.missing_requirement("cuda") == "the triton package"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(flex_backend.missing_requirement("cpu") is not None, reason="FlexAttention cannot compile here")
-def test_agrees_with_the_specification():
-    """One shape, since each compiles for seconds: per-head lists, grouped heads, head scale, ragged tail, empty row."""
-    q, k, v = qkv(1, 4, 2, 300, 300, 64, torch.float32)
-    tiles, scale = random_lists(4, 300, 300, 64, 64, pooled=False), torch.tensor([0.5, 1.0, 1.5, 2.0])
-    found, yardstick, truth = (
-        block_sparse_attention(*inputs, tiles, layout="bhsd", head_scale=scale, backend=backend)
-        for inputs, backend in (
-            ((q, k, v), "flex"),
-            ((q, k, v), "reference"),
-            ((q.double(), k.double(), v.double()), "reference"),
+def test_never_runs_the_eager_flexattention_which_reads_no_lists(monkeypatch):
+    monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
+    q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
+    text = "backend 'flex' needs torch.compile, which is switched off: use 'torch' or 'auto'"
+    with torch.compiler.set_stance("force_eager"), pytest.raises(BackendUnavailableError, match=text):
+        block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+def test_a_gpu_kernels_steps_divide_the_tiles(block, dim, dtype):
+    """FlexAttention's own are powers of 2 up to 128 and are kept where they divide the tiles whatever they are."""
+    options = flex_backend._kernel_options(torch.empty(1, 1, 1, dim, dtype=dtype, device="meta"), block, block)
+    steps = {options.get(name, 128) for name in ("BLOCK_M", "BLOCK_N")}
+    assert all(block % step == 0 and step >= 16 for step in steps)
+
+
+@pytest.fixture
+def eager(monkeypatch) -> list:
+    """The same functions and tables without a compiler, on any machine and with LSE; the calls' (columns, blocks)."""
+    calls = []
+
+    def run(q, columns, blocks, made_for):
+        calls.append((columns, blocks))
+        return flex_backend.flex_call(q, columns, blocks, made_for)
+
+    monkeypatch.setattr(flex_backend, "_compiled", lambda: run)
+    monkeypatch.setattr(flex_backend, "check", lambda problem, need_lse: None)
+    return calls
+
+
+def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, mask: bool, decay: bool) -> dict:
+    """A head scale and, where asked for, keys of which a whole tile and some others are invalid, and frame decay."""
+    found: dict = dict(layout="bhsd", head_scale=0.5 + torch.rand(batch, heads))
+    if mask:
+        valid = torch.rand(batch, num_k) < 0.7
+        valid[0, : 2 * block_k] = False
+        valid[-1, :block_k] = True
+        found["key_mask"] = valid
+    if decay:
+        frames = (torch.arange(n, dtype=torch.int32) // 37 - 1 for n in (num_q, num_k))
+        table = torch.tensor([1.0, 0.9, 0.5, 0.2])
+        found["frame_decay"] = FrameDecay(**dict(zip(("q_frames", "k_frames"), frames, strict=True)), table=table)
+    return found
+
+
+@pytest.mark.parametrize(("mask", "decay"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("shape", "blocks", "groups", "dtype"),
+    [
+        ((1, 2, 2, 63, 63, 16), (16, 16), 1, torch.float32),
+        ((2, 4, 2, 100, 130, 24), (32, 16), 4, torch.bfloat16),
+        ((2, 2, 1, 1, 300, 40), (64, 64), 4, torch.float16),
+        ((1, 3, 1, 130, 20, 8), (16, 128), 3, torch.float32),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:return_lse is deprecated")
+def test_mask_and_score_functions_agree_with_the_specification(eager, shape, blocks, groups, dtype, mask, decay):
+    """What needs no compiler: tables, functions, lengths of ragged and masked tiles, LSE, rows without a key."""
+    batch, heads, _, num_q, num_k, _ = shape
+    q, k, v = qkv(*shape, dtype)
+    arguments = features(batch, heads, num_q, num_k, blocks[1], mask=mask, decay=decay)
+    if num_q == num_k:
+        arguments["token_order"] = torch.randperm(num_q)
+    tiles = random_lists(groups, num_q, num_k, *blocks)
+    if tiles.pooled_indices is None and not mask:
+        tiles = TileLists.from_states((tiles.states() > 0).to(torch.uint8) * POOLED, **sizes_of(tiles))
+    check_against_reference(q, k, v, tiles, backend="flex", **arguments)
+    assert all(blocks.seen is not None for _, blocks in eager)
+
+
+def sizes_of(tiles: TileLists) -> dict:
+    return dict(block_q=tiles.block_q, block_k=tiles.block_k, num_q=tiles.num_q, num_k=tiles.num_k)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_an_invalid_key_holds_does_not_matter(eager):
+    q, k, v = qkv(2, 2, 2, 100, 100, 16, torch.float32)
+    tiles, arguments = random_lists(1, 100, 100, 16, 16), features(2, 2, 100, 100, 16, mask=True, decay=False)
+    invalid = ~arguments["key_mask"][:, None, :, None]
+    expected, found = (
+        block_sparse_attention(
+            q, k.masked_fill(invalid, key), v.masked_fill(invalid, value), tiles, backend="flex", **arguments
         )
+        for key, value in ((0.0, 0.0), (float("nan"), float("inf")))
     )
-    assert isinstance(tiles, TileLists)
-    assert_within_rounding(found, yardstick, truth, torch.float32)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_only_tiles_with_an_invalid_key_and_seen_means_are_partial(eager):
+    """Tiles of 16 x 32, 80 keys: the pooled columns are block 0, the key tiles blocks 1 to 3."""
+    states = torch.tensor(
+        [[EXACT, EXACT, POOLED], [EXACT, SKIPPED, EXACT], [SKIPPED, POOLED, SKIPPED]], dtype=torch.uint8
+    )
+    tiles = TileLists.from_states(states, block_q=16, block_k=32, num_q=40, num_k=80)
+    q, k, v = qkv(2, 2, 2, 40, 80, 8, torch.float32)
+    valid = torch.ones(2, 80, dtype=torch.bool)
+    valid[1, 3] = valid[1, 32:64] = False  # tile 0 has 31 keys, tile 1 none
+    call = dict(layout="bhsd", backend="flex")
+    block_sparse_attention(q, k, v, tiles, **call)
+    block_sparse_attention(q, k, v, tiles, **call)
+    block_sparse_attention(q, k, v, tiles, key_mask=valid, **call)
+
+    def rows(counts, indices, batch):
+        return [row[:count].tolist() for row, count in zip(indices[batch, 0], counts[batch, 0], strict=True)]
+
+    (columns, static), (_, again), (masked_columns, masked) = eager
+    assert again is static
+    assert rows(*static[:2], 0) == rows(*masked[:2], 0) == [[0], [], [0]]
+    assert rows(*static[2:4], 0) == rows(*masked[2:4], 0) == [[1, 2], [1, 3], []]
+    assert rows(*masked[:2], 1) == [[0, 1], [1], []]
+    assert rows(*masked[2:4], 1) == [[], [3], []]
+    assert columns.bias.shape == (1, 112)
+    assert columns.bias.exp()[0, :4].round().tolist() == [32, 32, 16, 1]
+    assert masked_columns.bias.exp()[1, :4].round().tolist() == [31, 1, 16, 1]
+
+
+@pytest.mark.slow
+@COMPILES
+class TestCompiled:
+    """Few shapes, since each set of features compiles for seconds."""
+
+    SHAPE = (2, 4, 2, 300, 300, 64)
+
+    @pytest.mark.parametrize(
+        ("pooled", "mask", "decay", "dtype"),
+        [
+            (False, False, False, torch.float32),
+            (True, True, True, torch.float32),
+            (True, False, False, torch.bfloat16),
+        ],
+    )
+    def test_agrees_with_the_specification_and_compiles_once(self, pooled, mask, decay, dtype):
+        """Per-head lists, grouped heads, head scale, ragged tail, empty row; then other lists, masks and scales."""
+        before = counters["stats"]["unique_graphs"]
+        for _ in range(3):
+            q, k, v = qkv(*self.SHAPE, dtype)
+            tiles = random_lists(4, 300, 300, 64, 32, pooled=pooled)
+            arguments = features(2, 4, 300, 300, 32, mask=mask, decay=decay)
+            check_output(q, k, v, tiles, **arguments)
+        assert counters["stats"]["unique_graphs"] - before <= 1  # 0 where another test made it
+
+    def test_one_query_over_many_keys_and_decay_alone(self):
+        q, k, v = qkv(1, 2, 1, 1, 1100, 40, torch.float32)
+        arguments = features(1, 2, 1, 1100, 64, mask=False, decay=True)
+        check_output(q, k, v, random_lists(1, 1, 1100, 64, 64, pooled=False), **arguments)
+
+    def test_gradients_are_those_of_the_torch_backend(self):
+        leaves = [x.requires_grad_() for x in qkv(*self.SHAPE, torch.float32)]
+        tiles = random_lists(4, 300, 300, 64, 32, pooled=False)
+        seed = torch.randn_like(leaves[0])
+        found, expected = (
+            torch.autograd.grad(block_sparse_attention(*leaves, tiles, layout="bhsd", backend=backend), leaves, seed)
+            for backend in ("flex", "torch")
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_more_shapes_than_dynamos_limit_stay_compiled(monkeypatch):
+    """Past recompile_limit Dynamo raises or goes on eagerly, and the eager FlexAttention reads no lists."""
+    traced = torch.compile(flex_backend._compilable, backend="eager", dynamic=False, fullgraph=True)
+    monkeypatch.setattr(flex_backend, "_compiled", lambda: traced)
+    monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
+    before = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for tokens in (33, 34):
+            q, k, v = qkv(1, 1, 1, tokens, tokens, 16, torch.float32)
+            check_output(q, k, v, random_lists(1, tokens, tokens, 16, 16), layout="bhsd")
+    assert counters["stats"]["unique_graphs"] - before == 2
+
+
+def check_output(q, k, v, tiles, **arguments) -> None:
+    """The output against the reference in float64 on the same inputs."""
+    wide = {name: x.double() if name == "head_scale" else x for name, x in arguments.items()}
+    truth = block_sparse_attention(q.double(), k.double(), v.double(), tiles, backend="reference", **wide)
+    yardstick = block_sparse_attention(q, k, v, tiles, backend="reference", **arguments)
+    found = block_sparse_attention(q, k, v, tiles, backend="flex", **arguments)
+    assert found.dtype == q.dtype
+    assert_within_rounding(found, yardstick, truth, q.dtype)

@@ -1,16 +1,20 @@
 """The torch backend against the specification over sizes, dtypes, lists and features, by the one rule of tolerance."""
 
+from functools import partial
+
 import pytest
 import torch
 from dit_accel_kernels import (
     FrameDecay,
+    Selection,
     TileLists,
     block_sparse_attention,
     block_sparse_attention_eager,
+    pack_bits,
     torch_plain,
-    torch_rows,
 )
-from dit_accel_kernels.schedule import build, schedule
+from dit_accel_kernels import schedule as schedule_module
+from dit_accel_kernels.schedule import WASTE, GroupSize, Shape, build, build_portions, schedule, schedule_portions
 from kernel_cases import check_against_reference, qkv, random_lists
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -77,23 +81,13 @@ def test_strided_inputs_need_no_copy_by_the_caller():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("scores", "part"), [(1, 1 << 20), (40_000, 1 << 20), (1, 1), (1 << 20, 9000)])
-def test_small_batches_and_parts(monkeypatch, dtype, scores, part):
-    """Cutting lanes and block rows finer, or a block row into parts joined by LSE, loses and repeats nothing."""
-    monkeypatch.setattr(torch_plain, "SCORES_BYTES", scores)
-    monkeypatch.setattr(torch_rows, "PART_BYTES", part)
+@pytest.mark.parametrize(("group", "tiles"), [(1, 1), (1, 1 << 20), (40_000, 1), (40_000, 2000), (1 << 20, 2000)])
+def test_small_groups_and_portions(monkeypatch, dtype, group, tiles):
+    """Cutting block rows finer loses and repeats nothing."""
+    monkeypatch.setattr(torch_plain, "GROUP_BYTES", group)
+    monkeypatch.setattr(torch_plain, "FOUND_BYTES", tiles)
     q, k, v = qkv(1, 3, 3, 200, 200, 16, dtype)
     check_against_reference(q, k, v, random_lists(1, 200, 200, 16, 16), layout="bhsd")
-
-
-@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
-def test_exponentials_relative_to_the_first_part_may_overflow(monkeypatch, size):
-    """Keys of later parts that beat the first part's by far more than e^88."""
-    monkeypatch.setattr(torch_plain, "SCORES_BYTES", 1)
-    monkeypatch.setattr(torch_rows, "PART_BYTES", 9000)
-    q, k, v = qkv(1, 2, 2, 60, 200, 16, torch.float32)
-    k[:, :, 100:] *= size
-    check_against_reference(q, k, v, random_lists(1, 60, 200, 16, 16), layout="bhsd")
 
 
 def test_memory_is_not_quadratic():
@@ -111,32 +105,86 @@ def test_memory_is_not_quadratic():
     assert 0 < largest < 8192 * 8192 // 4
 
 
-def test_schedule_is_made_once_for_a_list():
+SHAPE = Shape(key_tiles=7, block=16, tail=12, heads=(0, 1, 0))
+
+
+def csr(tiles):
+    return (tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices)
+
+
+@pytest.mark.parametrize("made", [schedule, partial(schedule_portions, size=GroupSize(40, 1, 20))])
+def test_schedule_is_made_once_for_a_list(made):
     tiles = random_lists(1, 100, 100, 16, 16)
-    parts = ((tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0], True)
-    units = schedule(*parts)
-    assert schedule(*parts) is units
-    aliases = ((tiles.exact_offsets.view(1, -1), tiles.exact_indices.detach()), *parts[1:])
-    assert schedule(*aliases) is units
-    tiles.exact_indices[-1] = tiles.exact_indices[-1]
-    assert schedule(*parts) is not units
+    exact, pooled = csr(tiles)
+    found = made(exact, pooled, SHAPE)
+    assert made(exact, pooled, SHAPE) is found
+    assert made((exact[0].view(1, -1), exact[1].detach()), pooled, SHAPE) is found
+    exact[1][-1] = exact[1][-1]
+    assert made(exact, pooled, SHAPE) is not found
 
 
 def test_schedule_covers_every_block_row_once():
     tiles = random_lists(3, 100, 100, 16, 16)
-    units = build(
-        (tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices), 7, [0, 1, 0], True
-    )
-    states = tiles.states()
+    units = build(*csr(tiles), SHAPE)
     seen = torch.zeros(3, 7, 7, dtype=torch.uint8)
     for unit in units:
         for row, exact, pooled in zip(unit.rows, unit.exact, unit.pooled, strict=True):
             lane, head = divmod(int(row), 7)[0], (0, 1, 0)[int(row) // 7]
             seen[lane, row % 7, exact - 7 * head] = 2
             seen[lane, row % 7, pooled - 7 * head] = 1
-    assert torch.equal(seen, states)
+    assert torch.equal(seen, tiles.states())
     rows = torch.cat([unit.rows for unit in units])
     assert rows.unique().numel() == rows.numel()
+
+
+@pytest.mark.parametrize("columns", [1, 150, 10_000])
+@pytest.mark.parametrize("limit", [1, 60, 10_000])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_portions_cover_every_block_row_once_with_little_padding(columns, limit, multiple):
+    tiles = random_lists(3, 100, 100, 16, 16)
+    seen, sizes, odd = torch.zeros(3, 7, 7, dtype=torch.uint8), [], 0
+    for portion in build_portions(*csr(tiles), SHAPE, GroupSize(columns, multiple, limit)):
+        sizes += [portion.exact.numel() + portion.pooled.numel()]
+        assert sizes[-1] <= limit or len(portion.groups) == 1
+        assert [group.start for group in portion.groups] == [0, *(group.stop for group in portion.groups)][:-1]
+        assert portion.groups[-1].stop == len(portion.rows)
+        for group in portion.groups:
+            rows = range(group.start, group.stop)
+            width, used = group.exact * 16 + group.pooled, 0
+            assert width * len(rows) <= columns or len(rows) == 1
+            for i in rows:
+                row, near, far = int(portion.rows[i]), int(portion.counts[i]), int(portion.far[i])
+                lane, head = row // 7, (0, 1, 0)[row // 7]
+                exact, pooled = portion.exact[i] - 7 * head, portion.pooled[i] - 7 * head
+                assert (near > 0, far > 0) == (group.exact > 0, group.pooled > 0)
+                if near:
+                    assert exact[near:].eq(exact[near - 1]).all()
+                assert portion.tokens[i] == 16 * near - 12 * bool(near and exact[near - 1] == 6)
+                assert group.least <= portion.tokens[i] <= group.most <= 16 * group.exact
+                seen[lane, row % 7, exact[:near]] += 2
+                seen[lane, row % 7, pooled[:far]] += 1
+                used += near * 16 + far
+            assert width * len(rows) - used <= WASTE * width * len(rows)
+            odd += len(rows) > 2 and len(rows) % 2
+    assert torch.equal(seen, tiles.states())
+    assert multiple == 1 or odd <= 1  # the last one takes what is left
+
+
+@pytest.mark.parametrize("rest", ["skip", "pooled"])
+def test_padding_lets_nothing_in_from_tiles_that_a_row_drops(monkeypatch, rest):
+    monkeypatch.setattr(schedule_module, "WASTE", 1.0)
+    q, k, v = qkv(1, 2, 2, 96, 90, 16, torch.float32)
+    keep = torch.rand(1, 2, 6, 6) < 0.5
+    keep[:, 0, :, 2] = False
+    keep[:, 0, 3] = False
+    selection = Selection(keep=pack_bits(keep), rest=rest)
+    tiles = TileLists.full(96, 90, block_q=16, block_k=16)
+    options = dict(layout="bhsd", selection=selection, backend="torch")
+    expected = block_sparse_attention(q, k, v, tiles, **options)
+    k[:, 0, 32:48], v[:, 0, 32:48] = torch.nan, torch.inf
+    found = block_sparse_attention(q, k, v, tiles, **options)
+    assert torch.equal(found[:, 1], expected[:, 1])
+    assert torch.equal(found[:, 0], expected[:, 0]) is (rest == "skip")
 
 
 def test_eager_entry_gives_the_same_bits_without_gradient():

@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from dit_accel_kernels.workers import run_all, worker_threads
+from dit_accel_kernels import workers
+from dit_accel_kernels.workers import buffer, run_all, worker_threads
 
 
 @pytest.fixture
@@ -98,6 +99,25 @@ def test_one_thread_works_in_place():
     run_all(lambda piece, buffers: names.append(threading.current_thread()), range(3), 1)
     assert set(names) == {threading.current_thread()}
     assert worker_threads(torch.device("meta"))[0] == 1
+
+
+def test_buffers_serve_later_calls_unless_they_are_large(monkeypatch):
+    like, seen = torch.zeros(1), []
+
+    def work(piece, buffers):
+        seen.append(buffer(buffers, "x", like, (piece,), torch.float32))
+
+    with torch.inference_mode():
+        run_all(work, [8, 5], 1)
+    run_all(work, [8], 1)
+    seen[0].fill_(3.0)
+    assert [x.tolist() for x in seen] == [[3.0] * 8, [3.0] * 5, [3.0] * 8]
+    monkeypatch.setattr(workers, "KEPT_BYTES", 4)
+    run_all(work, [8], 1)
+    seen[0].fill_(4.0)
+    assert not seen[-1].eq(4.0).all()
+    run_all(lambda piece, buffers: seen.append(buffer(buffers, "x", like, (8,), torch.int32)), [0], 1)
+    assert seen[-1].dtype == torch.int32
 
 
 def _child(queue):

@@ -12,6 +12,7 @@ from dit_accel_pipelines.sd3 import SD3
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, UnsupportedModel
+from dit_accel.adapter import IMAGE_REFUSED
 from dit_accel.attachment import attention_modules
 from dit_accel.layout import TokenLayout
 from dit_accel.model_files import ModelFiles, read_model_files
@@ -146,7 +147,7 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     assert frames * height * width == 80
     assert (before, after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
     described = dit_accel.describe(transformer).transformers[0]
-    assert described.refused == {"radial": "an image is one frame, of which the mask keeps everything"}
+    assert described.refused == IMAGE_REFUSED
     assert described.methods["sol"]["beta"] == 1.0
 
 

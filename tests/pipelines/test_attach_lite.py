@@ -267,7 +267,7 @@ def test_mochi_keeps_a_state_for_each_row():
             with torch.no_grad(), transformer.cache_context("cond_uncond", step_index=step, num_inference_steps=5):
                 transformer(**inputs, return_dict=False)
         keys = attachment._session.handlers[0]._states.by_key
-        assert sorted(keys) == [("transformer", layer, "cond_uncond", row) for layer in range(3) for row in range(2)]
+        assert sorted(keys) == [("transformer", layer, "cond_uncond", row, 1) for layer in range(3) for row in range(2)]
         assert [s.sparse_layers for s in attachment.report().steps] == [3, 3, 3]
     for call in calls[6:]:
         exact = unpack_bits(call.exact, -(-call.k.shape[2] // 16))

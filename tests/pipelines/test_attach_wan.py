@@ -342,6 +342,13 @@ class TestBadInput:
             patch.setattr(torch.accelerator, "current_accelerator", lambda: None)
             with pytest.raises(dit_accel.MissingBackend, match="backend 'triton' needs a CUDA, ROCm or XPU device"):
                 dit_accel.attach(pipe, backend="triton")
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+            patch.setenv("CXX", "no-such-compiler")
+            with pytest.raises(dit_accel.MissingBackend, match=r"backend 'flex' needs a C\+\+ compiler \(no-such"):
+                dit_accel.attach(pipe, backend="flex")
+            patch.setenv("CXX", "sh")
+            with pytest.raises(dit_accel.MissingBackend, match="'flex' has no votes, which lite needs; use 'auto'"):
+                dit_accel.attach(pipe, dit_accel.LiteAttention(), backend="flex")
         assert torch.equal(generate(pipe), generate(pipe))
 
     def test_one_frame_is_refused_at_the_first_step(self, pipe):

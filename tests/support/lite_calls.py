@@ -107,8 +107,8 @@ class Calls:
 
     def bits(self, branch: str = "cond", layer: int = 0, row: int = 0) -> Any:
         """Return the bits of a key's next call, int32 [B, H, N, W], or None."""
-        state = self.handler._states.by_key.get(("transformer", layer, branch, row))
-        return None if state is None else state.bits
+        found = [s for key, s in self.handler._states.by_key.items() if key[:4] == ("transformer", layer, branch, row)]
+        return found[-1].bits if found else None
 
     def _moment(self, q: Tensor) -> Moment:
         return Moment(

@@ -1,0 +1,18 @@
+"""Options that the commands which run a model share: what to run, and where."""
+
+from typing import Annotated
+
+import typer
+
+RUN = "Running"
+Model = Annotated[
+    str | None, typer.Option(help="A hub id or a folder; default: the embedded tiny model.", metavar="ID|FOLDER")
+]
+Pixels = Annotated[int | None, typer.Option(help="In pixels; default: the model's.", metavar="PIXELS")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance; 1 switches it off.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=RUN, metavar="DTYPE")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", rich_help_panel=RUN, metavar="DEVICE")]
+Offload = Annotated[str, typer.Option(help="none, model, sequential or group.", rich_help_panel=RUN, metavar="HOW")]
+Backend = Annotated[str, typer.Option(help="Kernel backend of the methods.", rich_help_panel=RUN, metavar="NAME")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,0 +1,498 @@
+"""UltraViCo: its config, what it puts into the plan, what that computes, and how it meets models and other methods."""
+
+import dataclasses
+
+import pytest
+import tiny_models
+import torch
+from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention, pack_bits
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import (
+    ConfigError,
+    DeltaCorrection,
+    FrozenPattern,
+    LiteAttention,
+    RadialAttention,
+    SolAttention,
+    UltraViCo,
+)
+from dit_accel.adapter import Adapter, Family
+from dit_accel.layout import TokenLayout
+from dit_accel.methods.base import Handler, Model
+from dit_accel.methods.ultravico import UltraViCoHandler, first_frame_apart, frame_decay, mean_key
+from dit_accel.plan import AttentionPlan, Call, Moment
+from dit_accel.rules.ultravico import DecayRule
+from dit_accel.session import Session
+from dit_accel.watching import require_as_planned, watched
+from dit_accel.written_out import attention, tile_states
+
+LAYOUT = TokenLayout(frames=7, height=3, width=5, text_before=4, text_after=9)
+ADAPTER = Adapter(name="any", transformers=(), self_attention=())
+FAMILY = Family(
+    name="some", repo="", layers=1, heads=2, head_dim=8, ffn_dim=8, patch=(1, 2, 2), vae=(4, 8), height=16, width=16,
+    num_frames=9, trained_frames=3,
+)  # fmt: skip
+ACTIVE = UltraViCo(alpha=0.5, beta=0.2, period=3, gamma=0.5, trained_frames=2, first_frame=True)
+
+
+def moment(layout: TokenLayout = LAYOUT, **changes) -> Moment:
+    values = dict(
+        transformer="transformer", layer=0, depth=0, branch="cond", step_index=2, num_inference_steps=8, sigma=None,
+        layout=layout, batch=2, device=torch.device("cpu"),
+    )  # fmt: skip
+    return Moment(**{**values, **changes})
+
+
+def call_of(form: str = "bshd", dtype: torch.dtype = torch.float64, **changes) -> Call:
+    shape = (2, LAYOUT.tokens, 2, 8) if form == "bshd" else (2, 2, LAYOUT.tokens, 8)
+    values = dict(
+        q=2 * torch.randn(shape, dtype=dtype), k=torch.randn(shape, dtype=dtype), mask=None, layout=form, scale=None,
+        backend="torch",
+    )  # fmt: skip
+    return Call(**{**values, **changes})
+
+
+def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> UltraViCoHandler:
+    return UltraViCoHandler(config, Model(adapter=ADAPTER, family=family, heads=2, layers=1))
+
+
+# Config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(alpha=1.1), r"ultravico\.alpha must be above 0 and at most 1, got 1\.1; 1 decays nothing"),
+        (dict(alpha=0.0), r"ultravico\.alpha must be above 0 and at most 1, got 0\.0"),
+        (dict(beta=-0.5, period=9), r"ultravico\.beta must be above 0 and at most 1, got -0\.5"),
+        (dict(alpha=0.8, beta=0.9), r"ultravico\.beta must be at most alpha.*got beta = 0\.9 and alpha = 0\.8"),
+        (dict(period=1), r"ultravico\.period must be a number of frames above 1, got 1"),
+        (dict(period=float("inf")), r"ultravico\.period must be a number of frames above 1, got inf"),
+        (dict(gamma=-1), r"ultravico\.gamma must be a number of frames, 0 or more, got -1"),
+        (dict(trained_frames=0), r"ultravico\.trained_frames must be >= 1, got 0; Wan 2\.1's is 21"),
+        (dict(trained_frames=2.5), r"ultravico\.trained_frames must be an integer or unset, got 2\.5"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        UltraViCo(**options)
+
+
+def test_what_the_model_must_tell_is_asked_for():
+    with pytest.raises(ConfigError, match=r"the model was trained on, which any, in sizes of no released model, does"):
+        UltraViCo().resolved(ADAPTER, None)
+    unknown = dataclasses.replace(FAMILY, trained_frames=None)
+    with pytest.raises(ConfigError, match=r"which some does not tell; set ultravico\.trained_frames to its latent"):
+        UltraViCo().resolved(ADAPTER, unknown)
+    assert UltraViCo(trained_frames=5).resolved(ADAPTER, unknown).trained_frames == 5
+    with pytest.raises(ConfigError, match=r"ultravico\.gamma = 4 describes bands .* set ultravico\.period too"):
+        UltraViCo(gamma=4).resolved(ADAPTER, FAMILY)
+    with pytest.raises(ConfigError, match=r"ultravico\.beta = 0\.6 describes bands .* neither set nor known"):
+        UltraViCo(beta=0.6).resolved(ADAPTER, FAMILY)
+    with pytest.raises(ConfigError, match=r"ultravico\.period = 9 needs the width of its bands; set ultravico\.gamma"):
+        UltraViCo(period=9).resolved(ADAPTER, FAMILY)
+
+
+def test_recipes_fill_what_is_unset():
+    recipe = {"period": 6.0, "gamma": 1.0, "first_frame": True, "by_ratio": ((2.0, 0.95, 0.7), (4.0, 0.9, None))}
+    family = dataclasses.replace(FAMILY, recipes={"ultravico": recipe})
+    assert UltraViCo().rule(ADAPTER, family, 6) == DecayRule(
+        trained_frames=3, alpha=0.95, beta=0.7, period=6.0, gamma=1.0
+    )
+    assert UltraViCo().rule(ADAPTER, family, 12).beta == 0.6  # none is published: the safe one
+    assert UltraViCo(alpha=0.5).rule(ADAPTER, family, 6).beta == 0.5  # never above alpha
+    assert UltraViCo(beta=0.3).rule(ADAPTER, family, 6).beta == 0.3
+    with pytest.raises(ConfigError, match=r"beta must be at most alpha.*beta = 0\.99 and alpha = 0\.95"):
+        UltraViCo(beta=0.99).rule(ADAPTER, family, 6)
+    assert UltraViCo().resolved(ADAPTER, family).first_frame
+    assert UltraViCo(first_frame=False).resolved(ADAPTER, family).first_frame is False
+    assert UltraViCo().rule(ADAPTER, FAMILY, 6) == DecayRule(trained_frames=3, alpha=0.9)
+    wrong = dataclasses.replace(FAMILY, recipes={"ultravico": {"alhpa": 0.5}})
+    with pytest.raises(ConfigError, match=r"a recipe of ultravico sets 'alhpa', which it can't"):
+        UltraViCo().resolved(ADAPTER, wrong)
+
+
+def test_it_says_what_it_does_to_a_length():
+    def said(frames: int, config: UltraViCo = ACTIVE) -> str:
+        return config.remark(ADAPTER, FAMILY, dataclasses.replace(LAYOUT, frames=frames))
+
+    plain = UltraViCo()
+    assert said(3, plain) == "ultravico changes nothing: 3 latent frames, trained on 3 (9 output frames)"
+    assert said(7, plain) == (
+        "ultravico: 7 latent frames, 2.33 times the trained 3 (9 output frames); alpha 0.9 beyond 1 frames; decay "
+        "saves no work and is counted as none"
+    )
+    assert "trained 2 (5 output frames); alpha 0.5 beyond 1 frames, beta 0.2 within 0.5 of multiples of 3;" in said(7)
+
+
+# The plan
+
+
+def test_only_visual_tokens_have_a_frame():
+    found = frame_decay(DecayRule(trained_frames=2, alpha=0.5), LAYOUT, "cpu")
+    expected = [-1] * 4 + [frame for frame in range(7) for _ in range(15)] + [-1] * 9
+    assert found.q_frames.tolist() == found.k_frames.tolist() == expected
+    assert found.table.tolist() == [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_the_first_frame_sees_text_and_the_trained_length():
+    apart = first_frame_apart(2, LAYOUT, "cpu")
+    assert apart.rows.tolist() == list(range(4, 19))
+    assert apart.keys.tolist() == [True] * (4 + 2 * 15) + [False] * (5 * 15) + [True] * 9
+
+
+def planned(call: Call, config: UltraViCo = ACTIVE) -> AttentionPlan:
+    made = handler(config)
+    made.look(AttentionPlan(), moment(), call)
+    return made.contribute(AttentionPlan(), moment())
+
+
+@pytest.mark.parametrize("form", ["bshd", "bhsd"])
+def test_keys_are_centred_over_the_valid_ones(form):
+    mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
+    mask[1, -20:] = False
+    call = call_of(form, mask=mask)
+    call.k.masked_fill_(~(mask[:, None, :, None] if form == "bhsd" else mask[:, :, None, None]), torch.nan)
+    found = call.heads_first(mean_key(call))
+    for row in range(2):
+        expected = call.heads_first(call.k)[row][:, mask[row]].mean(1)
+        torch.testing.assert_close(found[row, :, 0], expected)
+    low = dataclasses.replace(call, k=call.k.bfloat16())
+    assert mean_key(low).dtype == torch.float32
+    plan = planned(call)
+    assert torch.equal(plan.centred(low.k).nan_to_num(), (low.k - plan.key_mean).bfloat16().nan_to_num())
+    assert planned(call, dataclasses.replace(ACTIVE, center_keys=False)).key_mean is None
+
+
+def test_centring_has_its_gradient():
+    for mask in (None, torch.rand(2, LAYOUT.tokens) < 0.7):
+        for form in ("bshd", "bhsd"):
+            call = call_of(form, mask=mask)
+            call.k.requires_grad_()
+            mean = mean_key(call)
+            centred = call.k - mean
+            if mask is not None:
+                centred = centred * (mask[:, None, :, None] if form == "bhsd" else mask[:, :, None, None])
+            grad = torch.randn_like(centred)
+            (expected,) = torch.autograd.grad(centred, call.k, grad)
+            if mask is not None:  # the kernels give masked keys none
+                grad = grad * (mask[:, None, :, None] if form == "bhsd" else mask[:, :, None, None])
+            found = AttentionPlan(key_mean=mean.detach()).gradient_before_centring(grad, call)
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_second_decay_is_refused():
+    made, call = handler(), call_of()
+    made.look(AttentionPlan(), moment(), call)
+    with pytest.raises(ConfigError, match="ultravico found a frame decay in the plan that another method set"):
+        made.contribute(AttentionPlan(frame_decay=frame_decay(made._rule(LAYOUT), LAYOUT, "cpu")), moment())
+
+
+def test_it_applies_beyond_the_trained_length_and_where_anything_changes():
+    def applies(config: UltraViCo, frames: int = 7) -> bool:
+        return handler(config).applies(dataclasses.replace(LAYOUT, frames=frames))
+
+    assert applies(UltraViCo())
+    assert not applies(UltraViCo(), 3)
+    assert not applies(UltraViCo(trained_frames=7))
+    assert not applies(UltraViCo(alpha=1.0))
+    assert applies(UltraViCo(alpha=1.0, beta=0.9, period=4, gamma=1))
+    assert applies(UltraViCo(alpha=1.0, first_frame=True))
+
+
+# What it computes
+
+
+def by_hand(plan: AttentionPlan, q, k, v, layout: TokenLayout, config: UltraViCo, rule: DecayRule) -> torch.Tensor:
+    """The paper's formula over pairs of tokens, [B, H, S, D] in float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    if config.center_keys:
+        k = k - k.mean(2, keepdim=True)
+    x = q @ k.mT * q.shape[-1] ** -0.5
+    for i in range(layout.tokens):
+        for j in range(layout.tokens):
+            a, b = ((n - layout.text_before) // layout.tokens_per_frame for n in (i, j))
+            if not (0 <= a < layout.frames and 0 <= b < layout.frames):
+                continue
+            distance = abs(a - b)
+            if distance > rule.trained_frames / 2:
+                bands = [m * rule.period for m in range(1, 9)] if rule.beta else []
+                factor = rule.beta if any(abs(distance - band) <= rule.gamma for band in bands) else rule.alpha
+                x[..., i, j] = torch.where(x[..., i, j] > 0, factor * x[..., i, j], x[..., i, j])
+            if config.first_frame and a == 0 and b >= rule.trained_frames:
+                x[..., i, j] = -torch.inf
+    return x.softmax(-1) @ v
+
+
+def videos(frames: int = 5, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, 12, frames, 8, 8, generator=generator, dtype=dtype)
+    text = torch.randn(batch, 6, 64, generator=generator, dtype=dtype)
+    return dict(hidden_states=latents, timestep=torch.full((batch,), 900.0), encoder_hidden_states=text)
+
+
+def run(transformer, steps: int = 3, branches=("cond", "uncond"), **changes) -> torch.Tensor:
+    inputs = videos(**changes)
+    with torch.no_grad():
+        for step in range(steps):
+            for branch in branches:
+                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
+                    out = transformer(**inputs, return_dict=False)[0]
+                inputs["hidden_states"] = inputs["hidden_states"] - 0.3 * out
+    return inputs["hidden_states"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(first_frame=False), dict(center_keys=False), dict(beta=None, period=None, gamma=None, alpha=0.9)],
+    ids=["all", "no first frame", "not centred", "alpha alone"],
+)
+@pytest.mark.parametrize("name", ["wan", "hunyuan-video"])
+def test_every_call_is_the_formula(name, changes):
+    model = {"wan": tiny_models.WAN[0], "hunyuan-video": tiny_models.HUNYUAN[0]}[name]
+    torch.manual_seed(0)
+    transformer = model.transformer(**model.config).eval().double()
+    config = dataclasses.replace(ACTIVE, **changes)
+    inputs = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in model.inputs(1).items()}
+    inputs.pop("encoder_attention_mask", None) if name == "wan" else inputs["encoder_attention_mask"].fill_(1)
+    context = transformer.cache_context("cond", step_index=0, num_inference_steps=4)
+    with dit_accel.attach(transformer, config) as attachment, watched(attachment) as calls, torch.no_grad(), context:
+        transformer(**inputs, return_dict=False)
+    call = calls[-1]
+    frames, height, width, before, after = call.grid
+    layout = TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
+    rule = config.rule(dit_accel.registry.adapters()[name], None, frames)
+    assert frames > rule.trained_frames
+    expected = by_hand(call.plan, call.q, call.k, call.v, layout, config, rule)  # centring twice changes nothing
+    torch.testing.assert_close(call.out, expected)
+
+
+def test_clips_of_the_trained_length_stay_dense_bit_for_bit():
+    transformer = tiny_transformer()
+    plain = run(transformer)
+    for config in (UltraViCo(trained_frames=5), UltraViCo(trained_frames=2, alpha=1.0, first_frame=False)):
+        with dit_accel.attach(transformer, config) as attachment:
+            assert torch.equal(run(transformer), plain)
+            report = attachment.report()
+        assert report.density == 1.0
+        assert report.sparse_density is None
+        assert [step.dense_layers for step in report.steps] == [3] * 6
+    assert "ultravico: 5 latent frames, 2.50 times the trained 2; alpha 1 beyond 1 frames" in report.notes[0]
+    with dit_accel.attach(transformer, UltraViCo(trained_frames=5)) as attachment:
+        run(transformer)
+        assert attachment.report().notes == ("ultravico changes nothing: 5 latent frames, trained on 5",)
+
+
+def test_length_after_length_generation_after_generation_and_none_after_detach():
+    transformer = tiny_transformer()
+    short, long = run(transformer, frames=2), run(transformer, frames=6)
+    with dit_accel.attach(transformer, ACTIVE) as attachment:
+        first = run(transformer, frames=6)
+        report = attachment.report()
+        assert not torch.equal(first, long)
+        assert [(step.dense_layers, step.sparse_layers) for step in report.steps] == [(0, 3)] * 6
+        assert report.methods["ultravico"]["trained_frames"] == 2
+        assert "alpha 0.5 beyond 1 frames, beta 0.2 within 0.5 of multiples of 3" in str(report)
+        assert torch.equal(run(transformer, frames=2), short)
+        assert [(step.dense_layers, step.sparse_layers) for step in attachment.report().steps] == [(3, 0)] * 6
+        other = run(transformer, frames=7)
+        assert torch.equal(run(transformer, frames=6), first)
+        assert torch.equal(run(transformer, frames=7), other)
+    assert torch.equal(run(transformer, frames=6), long)
+    assert not transformer._forward_pre_hooks
+
+
+def decayed(q, k, v, frames: torch.Tensor, alpha: float, **arguments) -> torch.Tensor:
+    table = torch.tensor([1.0, alpha])
+    decay = FrameDecay(table=table, q_frames=frames, k_frames=frames)
+    tiles = TileLists.full(len(frames), len(frames), block_q=16, block_k=16)
+    return block_sparse_attention(q, k, v, tiles, layout="bhsd", frame_decay=decay, **arguments)
+
+
+def test_a_constant_added_to_all_keys_changes_nothing_once_they_are_centred():
+    call, shift = call_of("bhsd", scale=1.0), torch.randn(8, dtype=torch.float64)
+    frames = frame_decay(handler()._rule(LAYOUT), LAYOUT, "cpu").q_frames
+    v = torch.randn(2, 2, LAYOUT.tokens, 8, dtype=torch.float64)
+
+    def result(k: torch.Tensor, alpha: float, centred: bool) -> torch.Tensor:
+        moved = dataclasses.replace(call, k=k)
+        k = planned(moved).centred(k) if centred else k
+        return decayed(call.q, k, v, frames, alpha)
+
+    for alpha, centred, same in ((0.5, True, True), (0.5, False, False), (1.0, False, True), (1.0, True, True)):
+        found = torch.allclose(result(call.k, alpha, centred), result(call.k + shift, alpha, centred))
+        assert found == same, (alpha, centred)
+    torch.testing.assert_close(result(call.k, 1.0, True), result(call.k, 1.0, False))
+
+
+def test_the_window_gains_mass_as_alpha_falls_and_masked_keys_have_none():
+    tokens = 6 * 8
+    frames = torch.arange(6, dtype=torch.int32).repeat_interleave(8)
+    q, k = (torch.rand(1, 1, tokens, 8, dtype=torch.float64) for _ in range(2))  # every logit is positive
+    near = ((frames[:, None] - frames).abs() == 0).double()
+    v = near[:1].T.expand(1, 1, tokens, 8).contiguous()  # row 0's output is the mass in its own frame
+    masses = [decayed(q, k, v, frames, alpha)[0, 0, 0, 0].item() for alpha in (1.0, 0.9, 0.7, 0.4, 0.1)]
+    assert masses == sorted(masses)
+    assert masses[0] < masses[-1]
+    valid = torch.ones(1, tokens, dtype=torch.bool)
+    valid[:, 40:] = False
+    other = k.clone()
+    other[:, :, 40:] = 100.0
+    assert torch.equal(*(decayed(q, keys, v, frames, 0.5, key_mask=valid) for keys in (k, other)))
+
+
+# With gradients, compiled, and with other methods
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", ["bshd", "bhsd"])
+def test_gradients_are_autograds_of_the_plan_written_out(form, masked):
+    mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
+    mask[1, -5:] = False
+    call = call_of(form, mask=mask if masked else None)
+    v, grad = torch.randn_like(call.k), torch.randn_like(call.q)
+    tiles = RADIAL.tiles(LAYOUT)
+    listed = AttentionPlan(tiles=tiles, token_order=RADIAL.token_order(LAYOUT), identity_mix=torch.tensor([0.0, 0.3]))
+    made = handler()
+    made.look(listed, moment(), call)
+    plan = made.contribute(listed, moment())
+    found = Session([made], "torch").gradients(plan, grad, call.q, call.k, v, call.mask, form, None)
+    q, k, v = (x.detach().clone().requires_grad_() for x in (call.q, call.k, v))
+    centred = k - mean_key(dataclasses.replace(call, k=k))
+    states = tile_states(plan, 2, LAYOUT.tokens, None)
+    out = attention(plan, states, *(call.heads_first(x) for x in (q, centred, v)), call.mask, None)
+    mix = plan.identity_mix[:, None, None].double()
+    mixed = (1 - mix) * out + mix * call.heads_first(v)
+    expected = torch.autograd.grad(mixed, (q, k, v), call.heads_first(grad))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_compiled_full_graph_gives_the_same():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, ACTIVE):
+        eager = run(transformer)
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    with dit_accel.attach(transformer, ACTIVE) as attachment:
+        torch.testing.assert_close(run(transformer), eager)
+        assert attachment.report().steps[0].sparse_layers == 3
+    torch._dynamo.reset()
+
+
+RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
+LITE = LiteAttention(block_size=16, dense_steps=0, criterion="mass", threshold=0.21)
+OTHERS = {
+    "radial": (RADIAL,),
+    "pooled radial": (dataclasses.replace(RADIAL, rest="pooled"),),
+    "lite": (LITE,),
+    "lite, target": (LiteAttention(block_size=16, dense_steps=0, target_density=0.6),),
+    "sol": (SolAttention(block_size=16, dense_steps=0, dense_layers=0),),
+    "frozen": (FrozenPattern(block_size=16, density=0.5, dense_steps=0, dense_layers=0),),
+    "radial, lite, delta": (RADIAL, LITE, DeltaCorrection(stride=4)),
+}
+
+
+@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
+def test_lists_and_selections_drop_and_what_is_left_decays(others):
+    transformer, plans = tiny_transformer(), []
+    with dit_accel.attach(transformer, *others) as attachment:
+        alone = run(transformer)
+        density = attachment.report().density
+    with dit_accel.attach(transformer, *others, ACTIVE) as attachment, watched(attachment) as calls:
+        both = run(transformer)
+        assert attachment.report().density < 1
+        plans = [call.plan for call in calls]
+    assert len(plans) == 18
+    assert all(plan.frame_decay is not None and plan.apart is not None for plan in plans)
+    assert not torch.equal(both, alone)
+    assert density < 1
+    if not any(isinstance(other, DeltaCorrection) for other in others):
+        require_as_planned(calls)
+    with dit_accel.attach(transformer, ACTIVE, *reversed(others)):
+        assert torch.equal(run(transformer), both)
+
+
+def test_the_first_frame_keeps_its_rule_under_correction():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=4), ACTIVE) as attachment:
+        with watched(attachment) as calls:
+            run(transformer, steps=1)
+        call, (frames, height, width, *_) = calls[0], calls[0].grid
+        size, layout = height * width, TokenLayout(frames=frames, height=height, width=width)
+        v = call.v.clone()
+        v[:, :, 2 * size :] += 100.0  # frames that the first one must not see
+        plan = dataclasses.replace(call.plan, key_mean=None)  # the call's keys are centred
+        out = attachment._session.execute(plan, moment(layout, batch=1), call.q, call.k, v, None, "bhsd", None)
+    torch.testing.assert_close(out[:, :, :size], call.out[:, :, :size])
+    assert (out[:, :, size:] - call.out[:, :, size:]).abs().max() > 1
+
+
+def test_methods_that_look_at_keys_see_the_centred_ones(monkeypatch):
+    from dit_accel.methods.lite import LiteHandler
+
+    seen = []
+    monkeypatch.setattr(LiteHandler, "look", lambda self, plan, moment, call: seen.append((plan, call)))
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, LITE, ACTIVE):
+        run(transformer, steps=1, branches=("cond",))
+    assert len(seen) == 3
+    for plan, call in seen:
+        assert plan.frame_decay is not None
+        assert call.k.mean(1).abs().max() < 1e-6
+
+
+def test_votes_are_on_decayed_logits():
+    """A tile whose logits are all large and far away is kept without decay and dropped with it."""
+    tokens = 4 * 16
+    frames = torch.arange(4, dtype=torch.int32).repeat_interleave(16)
+    q, k = torch.zeros(1, 1, tokens, 8), torch.zeros(1, 1, tokens, 8)
+    q[..., 0] = 1.0
+    k[..., 0] = 20.0  # every logit is 20 / sqrt(8) = 7.07; decayed to a tenth 0.7, 9.2 log2 units less
+    from dit_accel_kernels import Selection, Vote
+
+    tiles = TileLists.full(tokens, tokens, block_q=16, block_k=16)
+    for alpha, kept in ((1.0, 16), (0.1, 4)):
+        decay = FrameDecay(table=torch.tensor([1.0, alpha]), q_frames=frames, k_frames=frames)
+        selection = Selection(vote=Vote(criterion="mass", threshold=0.01))
+        for backend in ("torch", "reference"):
+            *_, bits = block_sparse_attention(
+                q, k, torch.randn(1, 1, tokens, 8), tiles, layout="bhsd", frame_decay=decay, selection=selection,
+                backend=backend,
+            )  # fmt: skip
+            assert bits.shape == pack_bits(torch.ones(1, 1, 4, 4, dtype=torch.bool)).shape
+            assert sum(int(word).bit_count() for word in bits.flatten().tolist()) == kept
+
+
+def test_models_without_frames_or_a_known_length_refuse_it():
+    model = tiny_models.FLUX[0]
+    flux = model.transformer(**model.config)
+    with pytest.raises(ConfigError, match="ultravico makes no sense on flux: an image has no frames of which"):
+        dit_accel.attach(flux, UltraViCo(trained_frames=2))
+    transformer = tiny_transformer()
+    with pytest.raises(ConfigError, match=r"which wan, in sizes of no released model, does not tell"):
+        dit_accel.attach(transformer, UltraViCo())
+    (described,) = dit_accel.describe(transformer).transformers
+    assert "set ultravico.trained_frames" in described.refused["ultravico"]
+
+
+class _Decaying(Handler):
+    """Another method with a decay of its own."""
+
+    rank = -1
+
+    def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
+        rule = DecayRule(trained_frames=1, alpha=0.5)
+        return dataclasses.replace(plan, frame_decay=frame_decay(rule, moment.layout, "cpu"))
+
+
+def test_two_methods_that_decay_are_refused_at_the_first_call():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, ACTIVE) as attachment:
+        session = attachment._session
+        model = Model(adapter=ADAPTER, family=None, heads=2, layers=3)
+        session.handlers = (_Decaying(RADIAL, model), *session.handlers)
+        with pytest.raises(ConfigError, match="a call takes one; detach one"):
+            run(transformer)

@@ -1,0 +1,205 @@
+"""LiteAttention beside diffusers' own caches: what a cache skips leaves its state and the report alone."""
+
+import itertools
+
+import diffusers
+import pytest
+import tiny_pipelines
+import torch
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+)
+from dit_accel_kernels import unpack_bits
+from wan_tiny import generate
+
+import dit_accel
+from dit_accel import DeltaCorrection, FrozenPattern, LiteAttention
+from dit_accel.watching import watched
+
+STEPS, TILES = 10, 5
+LITE = LiteAttention(block_size=16, threshold=-0.01, dense_steps=0)
+RUTHLESS = dict(threshold=1e3, allow_positive_threshold=True)
+
+CACHES = {
+    "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.08),
+    "mag": lambda pipe: MagCacheConfig(
+        threshold=10.0, max_skip_steps=2, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS
+    ),
+    "pyramid": lambda pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=3, spatial_attention_timestep_skip_range=(0, 1000),
+        spatial_attention_block_identifiers=("attn1",), current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+    "taylor": lambda pipe: TaylorSeerCacheConfig(cache_interval=3, cache_identifiers=[r"blocks\.\d\.attn1"]),
+    "taylor lite": lambda pipe: TaylorSeerCacheConfig(cache_interval=3, use_lite_mode=True),
+    "sea": lambda pipe: SeaCacheConfig(threshold=0.5),
+}  # fmt: skip
+ALL = pytest.mark.parametrize("cache", CACHES)
+
+
+def cached(pipe, cache):
+    pipe.transformer.enable_cache(CACHES[cache](pipe))
+    return pipe
+
+
+def run(pipe, **options):
+    return generate(pipe, num_inference_steps=STEPS, **options)
+
+
+def states_after_each_step(pipe, attachment):
+    """Run; return latents, states by key after each step as (calls, votes, bits), and keys that ran in each step."""
+    session, ran, after = attachment._session, [set()], []
+    (handler,) = session.handlers
+    original = session.execute
+
+    def execute(plan, moment, *rest):
+        key = moment.transformer, moment.layer, moment.branch, moment.row, moment.batch
+        assert moment.step_index == len(after)
+        assert key not in ran[-1]
+        ran[-1].add(key)
+        return original(plan, moment, *rest)
+
+    def look(pipe, step, timestep, tensors):
+        states = handler._states.by_key.items()
+        after.append({key: (s.calls, s.votes, None if s.bits is None else s.bits.clone()) for key, s in states})
+        ran.append(set())
+        return tensors
+
+    session.execute = execute
+    latents = run(pipe, callback_on_step_end=look)
+    del session.execute
+    return latents, after, ran[:-1]
+
+
+@ALL
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_skipped_calls_leave_the_state_and_the_report_alone(make_pipe, cache, order):
+    pipe = make_pipe()
+    if order == "before":
+        cached(pipe, cache)
+    attachment = dit_accel.attach(pipe, LITE)
+    if order == "after":
+        cached(pipe, cache)
+    latents, after, ran = states_after_each_step(pipe, attachment)
+    assert 0 < sum(map(len, ran)) < STEPS * 2 * 3  # the cache skips some of the calls
+    for step, (before, now) in enumerate(itertools.pairwise([{}, *after[:-1]])):  # the last call of a key frees it
+        for key in before.keys() | now.keys():
+            was, is_ = before.get(key, (0, 0, None)), now[key]
+            assert is_[:2] == (was[0] + (key in ran[step]), was[1] + (key in ran[step]))
+            if key not in ran[step]:
+                assert torch.equal(was[2], is_[2])
+            elif was[2] is not None:
+                assert not (is_[2] & ~was[2]).any()
+    for step in attachment.report().steps:
+        keys = [key for key in ran[step.step_index] if key[2] == step.branch]
+        assert (step.dense_layers, step.sparse_layers) == (0, len(keys))
+    assert torch.equal(run(pipe), latents)
+    assert not attachment._session.handlers[0]._states.by_key
+    attachment.detach()
+    assert torch.equal(run(pipe), run(cached(make_pipe(), cache)))
+
+
+@ALL
+def test_later_calls_read_what_the_last_computed_one_left_and_turn_round_each_time(pipe, cache):
+    with dit_accel.attach(cached(pipe, cache), LITE, backend="reference") as attachment:
+        session, moments = attachment._session, []
+        with watched(attachment) as calls:
+            inner = session.execute
+            session.execute = lambda plan, moment, *rest: (moments.append(moment), inner(plan, moment, *rest))[1]
+            run(pipe)
+            session.execute = inner
+    by_key = {}
+    for moment, call in zip(moments, calls, strict=True):
+        by_key.setdefault((moment.layer, moment.branch), []).append(call)
+    assert max(map(len, by_key.values())) > 2
+    for called in by_key.values():
+        assert unpack_bits(called[0].exact, TILES).all()
+        assert [call.plan.selection.reverse for call in called] == [n % 2 == 1 for n in range(len(called))]
+        for before, now in itertools.pairwise(called):
+            again = dit_accel.session.block_sparse_attention_eager(
+                before.q, before.k, before.v, before.plan.tiles, layout="bhsd", scale=before.scale,
+                selection=before.plan.selection, backend="reference",
+            )  # fmt: skip
+            assert torch.equal(now.exact, again[1])
+
+
+@ALL
+def test_a_neutral_attachment_is_the_cache_alone_bit_for_bit(make_pipe, cache):
+    alone = run(cached(make_pipe(), cache))
+    pipe = cached(make_pipe(), cache)
+    with dit_accel.attach(pipe, LiteAttention(dense_steps=1000)) as attachment:
+        assert torch.equal(run(pipe), alone)
+        report = attachment.report()
+    assert 0 < sum(step.dense_layers for step in report.steps) < STEPS * 2 * 3  # what was skipped is not counted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(criterion="budget", threshold=0.9, detect_every=3),
+        dict(criterion="mass", threshold=0.3),
+        dict(target_density=0.6),
+        dict(RUTHLESS, detect_every=2),
+        dict(RUTHLESS, refresh_every=3, rest="pooled"),
+        dict(RUTHLESS, dense_steps=2, dense_layers=1, dense_last_steps=1),
+    ],
+)
+@pytest.mark.parametrize("cache", ["first block", "mag"])
+def test_other_options_beside_a_cache(pipe, cache, options):
+    config = LiteAttention(**{"block_size": 16, "dense_steps": 0, **options})
+    with dit_accel.attach(cached(pipe, cache), config) as attachment:
+        first = run(pipe, height=48, width=48)
+        report = attachment.report()
+        assert torch.equal(run(pipe, height=48, width=48), first)
+        assert not attachment._session.handlers[0]._states.by_key
+    counts = [(step.dense_layers, step.sparse_layers) for step in report.steps]
+    assert sum(map(sum, counts)) < STEPS * 2 * 3
+    assert report.sparse_density < 1
+    if "dense_layers" in options:
+        assert sum(dense for dense, _ in counts) < 2 * (2 * 3 + 7 + 3)
+    by_layer = {}
+    for call in report.calls:
+        by_layer.setdefault((call.branch, call.layer), []).append(call.density)
+    assert all(densities[0] == 1 for densities in by_layer.values())
+
+
+FASTER = dict(
+    spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
+    unconditional_batch_skip_range=3, unconditional_batch_timestep_skip_range=(-1, 1001), tensor_format="BFCHW",
+    attention_weight_callback=lambda module: 0.3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        (LITE,),
+        (LiteAttention(block_size=16, target_density=0.6, dense_steps=0),),
+        (FrozenPattern(block_size=16, density=0.5, dense_steps=0, dense_layers=0), DeltaCorrection(reuse=2)),
+    ],
+)
+def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(methods):
+    pipe, call = tiny_pipelines.cogvideox()
+    call = dict(call, num_inference_steps=8, output_type="latent")
+    diffusers.utils.logging.set_verbosity_error()
+    pipe.transformer.enable_cache(FasterCacheConfig(**FASTER, current_timestep_callback=lambda: pipe.current_timestep))
+    with dit_accel.attach(pipe, *methods) as attachment, watched(attachment) as calls:
+        first = tiny_pipelines.generate(pipe, call)
+        report = attachment.report()
+        again = tiny_pipelines.generate(pipe, call)
+    assert torch.equal(again, first)
+    assert report.sparse_density < 1
+    batches = [called.q.shape[0] for called in calls]
+    assert {1, 2} == set(batches)
+    if methods == (LITE,):
+        for batch in (1, 2):
+            exact = [
+                unpack_bits(called.exact, -(-called.k.shape[2] // 16)) for called in calls if len(called.q) == batch
+            ]
+            half = exact[: len(exact) // 2]  # of the first generation
+            assert half[0].all()
+            assert not half[-1].all()
