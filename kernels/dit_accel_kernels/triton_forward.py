@@ -184,8 +184,7 @@ def _fwd_kernel(
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
     SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S
-    lane = tl.program_id(0) // (rows * SUBS_Q)
-    part = tl.program_id(0) % (rows * SUBS_Q)
+    lane, part = tl.program_id(0) // (rows * SUBS_Q), tl.program_id(0) % (rows * SUBS_Q)
     b, h = lane // heads, lane % heads
     hk = h // (heads // key_heads)
     group = (b * stride_gb + h * stride_gh).to(tl.int64) * rows
@@ -222,8 +221,7 @@ def _fwd_kernel(
         last_frame = tl.max(q_frame, 0)
         first_frame = tl.min(tl.where(q_frame < 0, last_frame, q_frame), 0)
 
-    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
+    m, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
     acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
     if VOTE is not None:
@@ -265,8 +263,7 @@ def _fwd_kernel(
             top = tl.max(x, 1)  # min(s x, t s x) rises with x
             top = tl.minimum(top * scale, top * low)
             m_new = tl.maximum(m, top)
-            p = tl.exp2(tl.minimum(x * scale - m_new[:, None], x * low - m_new[:, None]))
-            alpha = tl.exp2(m - m_new)
+            p, alpha = tl.exp2(tl.minimum(x * scale - m_new[:, None], x * low - m_new[:, None])), tl.exp2(m - m_new)
             total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
             if VOTE is not None:
                 word, state, left = _vote(
