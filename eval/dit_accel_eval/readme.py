@@ -62,17 +62,17 @@ def main() -> None:
 
 
 def _models(root: Path) -> str:
-    """Family x method, read off the adapters that are registered."""
+    """Families under the methods that they take, read off the adapters that are registered."""
     names = list(methods())
-    head = [*("family", "transformer classes"), *(f"`{name}`" for name in names)]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    reasons: dict[str, None] = {}
+    taken: dict[tuple[str, ...], list[str]] = {}
     for adapter in adapters().values():
-        verdicts = [adapter.verdict(name) for name in names]
-        reasons |= dict.fromkeys(f"{word}: {why}." for word, why in verdicts if why)
+        verdicts = {name: adapter.verdict(name) for name in names}
+        but = tuple(f"no `{name}` ({word}: {why})" for name, (word, why) in verdicts.items() if why)
         classes = ", ".join(f"`{name}`" for name in adapter.transformers)
-        rows.append(f"| {adapter.name} | {classes} | {' | '.join(word for word, _ in verdicts)} |")
-    return "\n".join([*rows, "", *(reason[0].upper() + reason[1:] for reason in reasons)])
+        taken.setdefault(but, []).append(f"{adapter.name} ({classes})")
+    rows = ["| methods | families and their transformer classes |", "|---|---|"]
+    rows += [f"| {'; '.join(but) or 'all'} | {', '.join(families)} |" for but, families in taken.items()]
+    return "\n".join(rows)
 
 
 def _suite(root: Path, name: str) -> str:
