@@ -107,6 +107,7 @@ def _subclass(cls: type, slot: Slot, session: int) -> type:
         return recreated(self, *args, **kwargs)
 
     __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    __call__.__defaults__ = ()  # of a class behind a `__class__` of another, torch.compile counts them
     body = {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__}
     body["__class__"] = property(lambda self: cls)  # diffusers' guiders look processors up by it
     return type(cls.__name__, (cls,), body)

@@ -10,7 +10,7 @@ import torch
 from tiny_pipelines import PIPELINES, generate
 
 import dit_accel
-from dit_accel.testing import TRIALS
+from dit_accel.trials import TRIALS, configs_of
 
 CONFIG = dataclasses.replace(TRIALS["radial"].active, dense_steps=1, dense_layers=1)
 BRANCHES = {"hunyuan-video": ["cond", "uncond"], "mochi": ["cond_uncond"], "cogvideox": ["cond_uncond"]}
@@ -34,7 +34,7 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
     assert sparse.isfinite().all()
     assert not torch.equal(sparse, plain)
     for method in TRIALS.keys() - {"radial"}:
-        with dit_accel.attach(pipe, TRIALS[method].active) as attachment:
+        with dit_accel.attach(pipe, *configs_of(TRIALS[method].active)) as attachment:
             assert generate(pipe, call, output_type="latent").isfinite().all()
             assert (attachment.report().sparse_density < 1) == TRIALS[method].thins, method
     assert torch.equal(generate(pipe, call, output_type="latent"), latents)

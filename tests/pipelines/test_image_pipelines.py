@@ -8,7 +8,7 @@ from tiny_other_pipelines import PIPELINES
 
 import dit_accel
 from dit_accel import positions
-from dit_accel.testing import TRIALS
+from dit_accel.trials import TRIALS, configs_of
 
 BRANCHES = {  # of the models whose pipelines tell; the others' calls are counted, and two calls a step are these
     "qwen-image": ["cond", "uncond"], "flux2-klein": ["cond", "uncond"], "flux-kin": ["cond", "uncond"],
@@ -27,10 +27,10 @@ def test_an_image_pipeline_generates_with_every_method_and_reports_it(name):
     applying = {method: trial for method, trial in TRIALS.items() if method not in adapter.refused}
     assert applying
     for method, trial in applying.items():
-        with dit_accel.attach(pipe, trial.neutral) as attachment:
+        with dit_accel.attach(pipe, *configs_of(trial.neutral)) as attachment:
             assert torch.equal(generate(pipe, call), plain)
             assert attachment.report().density == 1.0
-        with dit_accel.attach(pipe, trial.active) as attachment:
+        with dit_accel.attach(pipe, *configs_of(trial.active)) as attachment:
             image = generate(pipe, call)
             report = attachment.report()
             print(f"{name}\n{report}")

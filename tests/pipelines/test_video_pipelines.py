@@ -9,7 +9,7 @@ from tiny_pipelines import PIPELINES as EARLIER
 from tiny_video_pipelines import PIPELINES, generate
 
 import dit_accel
-from dit_accel.testing import TRIALS
+from dit_accel.trials import TRIALS, configs_of
 
 CONFIG = dataclasses.replace(TRIALS["radial"].active, dense_steps=1, dense_layers=1)
 GUIDED, TOLD = ["cond", "uncond"], ["pred_cond", "pred_uncond"]
@@ -47,7 +47,7 @@ def test_a_video_pipeline_generates_and_reports_it(name):
     assert report.model == {"transformer": f"{family}, sizes of no released model"}
 
     for method in TRIALS.keys() - {"radial"}:
-        with dit_accel.attach(pipe, TRIALS[method].active) as attachment:
+        with dit_accel.attach(pipe, *configs_of(TRIALS[method].active)) as attachment:
             selected = generate(pipe, call, output_type="latent" if name in LATENTS_ALONE else "pt")
             assert (attachment.report().sparse_density < 1) == TRIALS[method].thins, method
         assert selected.isfinite().all()
