@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from diffusers import WanVACETransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
 from dit_accel_pipelines.wan import WAN
 from wan_tiny import TINY, generate, tiny_transformer
 
@@ -207,6 +208,7 @@ def test_offload_hooks_before_and_after(make_pipe):
             assert torch.equal(generate(pipe), plain)
 
 
+@attention_backend("native")  # diffusers keeps the last choice for the whole process: this puts it back
 def test_dense_calls_use_the_backend_the_user_set(pipe):
     pipe.transformer.set_attention_backend("_native_math")
     expected = generate(pipe)
