@@ -206,7 +206,7 @@ class Adapter:
                 raise ConfigError(
                     f"adapter {self.name!r}: {name} must be a tuple of {what}, got {value!r}; one entry is (entry,)"
                 )
-        functions = {"grid(config, inputs)": self.grid}
+        functions: dict[str, Any] = {"grid(config, inputs)": self.grid}
         if self.left_dense is not None:
             functions["left_dense(config)"] = self.left_dense
         for name, value in functions.items():

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,24 @@ WEIGHTS = model_path() / "transformer" / "diffusion_pytorch_model.safetensors"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite, or only print the table of what has run; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    return suite_command(__doc__ or "", run, table, arguments)
+
+
+def suite_command(
+    about: str,
+    run: Callable[[Suite, Path], None],
+    table: Callable[[Suite, Sequence[dict[str, Any]]], str],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run a suite from the command line, or only print its table; returns the exit code.
+
+    Args:
+        about: what the command does, in its first line.
+        run: makes what a file of JSON lines does not hold yet.
+        table: puts the lines of the file into a table.
+        arguments: the command line's; None: this process's.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("suite", type=Path)
     parser.add_argument("--out", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suite's folder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -26,7 +26,7 @@ from .compare import WEIGHTS, read_lines
 
 BUDGETS = (0.1,)
 OUT = Path(__file__).parents[1] / "results" / "dropped-mass.jsonl"
-SETTING = {"block_size": 16, "dense_steps": 2}
+SETTING: dict[str, Any] = {"block_size": 16, "dense_steps": 2}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

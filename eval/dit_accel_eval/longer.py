@@ -4,7 +4,6 @@ No clip has a reference, so each is judged by itself: the rule checker on single
 a later stretch comes to the opening one. Every clip of every arm is one JSON line; a run that was stopped goes on.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,12 @@ from dit_accel_assets.checker import check
 from dit_accel_assets.clips import Scene, clip_of
 from dit_accel_pipelines.wan import WAN_TINY
 
-from dit_accel import DitAccelError
 from dit_accel.rules.ultravico import output_frames
 
-from .compare import generate, model_hash, read_lines
+from .compare import generate, model_hash, read_lines, suite_command
 from .fidelity import Clip
 from .paired import bootstrap
-from .suite import Suite, read_suite
+from .suite import Suite
 
 TRAINED = output_frames(WAN_TINY.trained_frames or 0, WAN_TINY.vae[0])
 """Frames of the longest clips that the embedded model was trained on."""
@@ -39,24 +37,7 @@ JUDGED = 17
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite, or only print the table of what has run; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("suite", type=Path)
-    parser.add_argument("--out", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suite's folder")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
-    options = parser.parse_args(arguments)
-    try:
-        suite = read_suite(options.suite)
-        out = options.out or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
-        if not options.table:
-            torch.set_num_threads(options.threads)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            run(suite, out)
-    except DitAccelError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(table(suite, read_lines(out)))
-    return 0
+    return suite_command(__doc__ or "", run, table, arguments)
 
 
 def run(suite: Suite, out: Path) -> None:
