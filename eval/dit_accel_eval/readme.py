@@ -26,7 +26,6 @@ PAGES = {
         "dropped-mass",
         "delta-tiny",
         "longer-tiny",
-        "longer-3x-tiny",
         "time",
     ),
 }
@@ -141,7 +140,6 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "time": _time,
     "dropped-mass": _mass,
     "longer-tiny": partial(_longer, name="longer-tiny"),
-    "longer-3x-tiny": partial(_longer, name="longer-3x-tiny"),
 }
 
 
