@@ -135,32 +135,28 @@ def test_a_sample_is_spread_evenly():
 def test_every_variant_is_as_recorded_or_compiles(tmp_path):
     """All variants on all targets: proven by the committed record where nothing changed since, else compiled now.
 
-    Another version of Triton than the records' would make all of them anew, for half an hour: it compiles a sample, in
-    which spills are told and no fault, since which registers a compiler runs out of is its own.
+    Another version of Triton than the records' would make all of them anew, for half an hour: it compiles a sample.
     """
     committed = (BENCH / "results" / "aot.jsonl").read_text()
     made_with = {json.loads(line)["triton"] for line in committed.splitlines()}
-    known = made_with == {version("triton")}
-    if known:
+    if made_with == {version("triton")}:
         (tmp_path / "aot.jsonl").write_text(committed)
         found, records = run_aot(tmp_path, "--changed", "--jobs", "2")
         expected = {task[1:] for task in aot.tasks(aot.modules(), "", list(TARGETS))}
         assert {(r["variant"], r["target"]) for r in records} == expected
         assert f"of {len(expected)} are as" in found.stdout
-        assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
     else:
         found, records = run_aot(tmp_path, "--sample", "29", "--jobs", "2")
-        spilling = [f"{r['variant']} on {r['target']}" for r in records if r.get("spills") or r.get("stack")]
         warnings.warn(
             f"the compile table is of Triton {', '.join(sorted(made_with))}, {version('triton')} is installed: "
-            f"compiled {len(records)} variants as a sample of all; of these spill: {', '.join(spilling) or 'none'}",
+            f"compiled {len(records)} variants as a sample of all",
             stacklevel=1,
         )
         assert {r["target"] for r in records} == set(TARGETS)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
     assert {r["variant"].split("-")[0] for r in records} >= {"fwd", "bwd", "pool", "route"}
     for record in records:
-        told = record if known else {**record, "spills": 0, "stack": 0}
-        assert aot.faults(told) + aot.loop_faults(told) == [], (record["variant"], record["target"])
+        assert aot.faults(record) + aot.loop_faults(record) == [], (record["variant"], record["target"])
 
 
 def test_the_committed_table_has_no_fault():
