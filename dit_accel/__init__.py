@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING, Any
 from .public import HOMES
 
 if TYPE_CHECKING:
-    from .attachment import Attachment as Attachment
-    from .attachment import attach as attach
-    from .description import Description as Description
-    from .description import describe as describe
+    from .attachment.attachment import Attachment as Attachment
+    from .attachment.attachment import attach as attach
     from .errors import AttachError as AttachError
     from .errors import ConfigError as ConfigError
     from .errors import DitAccelError as DitAccelError
     from .errors import MissingBackend as MissingBackend
     from .errors import UnsupportedModel as UnsupportedModel
-    from .methods.delta import DeltaCorrection as DeltaCorrection
-    from .methods.frozen import FrozenPattern as FrozenPattern
-    from .methods.lite import LiteAttention as LiteAttention
-    from .methods.radial import RadialAttention as RadialAttention
-    from .methods.sol import SolAttention as SolAttention
-    from .methods.ultravico import UltraViCo as UltraViCo
-    from .report import Report as Report
+    from .estimate.describe import Description as Description
+    from .estimate.describe import describe as describe
+    from .methods.attention.delta import DeltaAttention as DeltaAttention
+    from .methods.attention.lite.handler import LiteAttention as LiteAttention
+    from .methods.attention.radial import RadialAttention as RadialAttention
+    from .methods.attention.sol import SolAttention as SolAttention
+    from .methods.attention.sparsed import SparseD as SparseD
+    from .methods.attention.ultravico import UltraViCo as UltraViCo
+    from .report.report import Report as Report
 
 __all__ = list(HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .. import registry
 from ..errors import DitAccelError
+from . import registry
 from .console import print_error
 from .lists import methods, models
 from .method_options import with_method_options

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import registry
-from ..adapter import Adapter, Family
-from ..config import MethodConfig, spell_type
-from ..estimate import rounded_frames, token_layout
+from ..adapters import registry as adapter_registry
+from ..adapters.adapter import Adapter, Family
+from ..estimate.estimate import rounded_frames, token_layout
+from ..methods import registry as method_registry
+from ..methods.config import MethodConfig, spell_type
 from .console import OUT, plain_table, print_json
 from .method_options import first_line
 
@@ -27,7 +28,7 @@ def methods(json: Json = False) -> None:
 
     dit-accel methods --json
     """
-    found = [_method_data(config_type) for config_type in registry.methods().values()]
+    found = [_method_data(config_type) for config_type in method_registry.methods().values()]
     if json:
         print_json(found)
         return
@@ -55,7 +56,9 @@ def models(json: Json = False) -> None:
 
     dit-accel models --json
     """
-    rows = [_family_data(adapter, family) for adapter in registry.adapters().values() for family in adapter.families]
+    rows = [
+        _family_data(adapter, family) for adapter in adapter_registry.adapters().values() for family in adapter.families
+    ]
     if json:
         print_json(rows)
         return
@@ -72,10 +75,10 @@ def models(json: Json = False) -> None:
 
 def _print_verdicts() -> None:
     """Print family x method: yes (supported), degenerate, refused or plan only, then every reason once."""
-    names = list(registry.methods())
+    names = list(method_registry.methods())
     reasons: dict[str, list[str]] = {}
     table = plain_table("family", *names)
-    for adapter in registry.adapters().values():
+    for adapter in adapter_registry.adapters().values():
         verdicts = {name: adapter.verdict(name) if adapter.transformers else ("plan only", "") for name in names}
         table.add_row(adapter.name, *("yes" if word == "supported" else word for word, _ in verdicts.values()))
         for name, (word, why) in verdicts.items():
@@ -133,7 +136,7 @@ def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
         "tokens": layout.visual_tokens,
         "text_tokens": family.text_tokens,
         "attachable": attachable,
-        "methods": [name for name in registry.methods() if attachable and name not in adapter.refused],
+        "methods": [name for name in method_registry.methods() if attachable and name not in adapter.refused],
         "refused": dict(adapter.refused),
     }
 

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .. import registry
-from ..adapter import Adapter, Family
+from ..adapters import registry
+from ..adapters.adapter import Adapter, Family
+from ..adapters.model_files import read_model_files
 from ..errors import ConfigError
-from ..estimate import KERNEL_COST, Estimate, estimate
-from ..model_files import read_model_files
+from ..estimate.estimate import KERNEL_COST, Estimate, estimate
 from .console import OUT, note, plain_table, print_json, warn
 from .method_options import MethodList
 

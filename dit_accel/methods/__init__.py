@@ -1,6 +1,7 @@
 """The methods: one file each, found by the type of their config."""
 
-from . import delta, frozen, lite, radial, sol, ultravico
+from .attention import delta, radial, sol, sparsed, ultravico
+from .attention.lite import handler as lite
 from .base import METHODS
 
-__all__ = ["METHODS", "delta", "frozen", "lite", "radial", "sol", "ultravico"]
+__all__ = ["METHODS", "delta", "lite", "radial", "sol", "sparsed", "ultravico"]

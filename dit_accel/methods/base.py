@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..adapter import Adapter, Family
-from ..config import MethodConfig
+from ..adapters.adapter import Adapter, Family
 from ..errors import ConfigError
-from ..layout import TokenLayout
-from ..plan import AttentionPlan, Call, Moment
+from ..plan.layout import TokenLayout
+from ..plan.plan import AttentionPlan, Call, CallContext
+from .config import MethodConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,21 +69,21 @@ class Handler:
         """
         return True
 
-    def look(self, plan: AttentionPlan, moment: Moment, call: Call) -> None:
+    def look(self, plan: AttentionPlan, context: CallContext, call: Call) -> None:
         """Look at the queries and keys of a call that `contribute` is about to plan; ``plan`` is what it will get."""
 
-    def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
+    def contribute(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
         """Return ``plan`` with the method's part added."""
         return plan
 
     def check_with(self, others: Sequence["Handler"]) -> None:
         """Refuse what the other attached methods make impossible by raising `ConfigError`."""
 
-    def learn(self, moment: Moment, kept: Tensor) -> None:
+    def learn(self, context: CallContext, kept: Tensor) -> None:
         """Take the bits that the votes of a call keep, int32 [B, H, NQ, W]; called where the plan asked for votes."""
 
     def correct(
-        self, plan: AttentionPlan, moment: Moment, call: Call, v: Tensor, out: Tensor
+        self, plan: AttentionPlan, context: CallContext, call: Call, v: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output of a planned call, corrected, and each head's measured error [H], None if not measured.
 
@@ -95,16 +95,18 @@ class Handler:
         """Return the share of a call's query rows that `correct` computes densely where it measures an error."""
         return 0.0
 
-    def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
+    def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
         """Tell whether `reactivate` would do anything after this call."""
         return False
 
-    def reactivate(self, plan: AttentionPlan, moment: Moment, gaps: Tensor, shares: Tensor, margin: float) -> None:
+    def reactivate(
+        self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
+    ) -> None:
         """Take back tiles that probe rows find to matter; called after `learn`, where `wants_gaps` says so.
 
         Args:
             plan: what the call ran.
-            moment: when it ran.
+            context: when it ran.
             gaps: float32 [B, H, NQ, NK], a tile's largest logit minus its row's over all keys, in log2 units, the
                 largest over the block row's probe rows; -inf where the block row has none, or the tile no valid key.
             shares: the same for a tile's share of the row's softmax mass; 0 instead of -inf.

@@ -24,8 +24,8 @@ from dit_accel_kernels import POOLED, SKIPPED, TileLists, block_sparse_attention
 from torch import Tensor
 
 import dit_accel
-from dit_accel.layout import TokenLayout
-from dit_accel.methods.radial import RadialAttention
+from dit_accel.methods.attention.radial import RadialAttention
+from dit_accel.plan.layout import TokenLayout
 
 from .compare import read_lines
 from .suite import Suite, read_suite

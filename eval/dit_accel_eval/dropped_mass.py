@@ -20,7 +20,7 @@ from dit_accel_kernels import unpack_bits
 from torch import Tensor
 
 import dit_accel
-from dit_accel.watching import PlannedCall, watched
+from dit_accel.testing.recording import PlannedCall, watched
 
 from .compare import WEIGHTS, read_lines
 

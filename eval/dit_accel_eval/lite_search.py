@@ -15,11 +15,11 @@ from dit_accel_kernels import Selection, block_sparse_attention_eager, count_bit
 from torch import Tensor
 
 from dit_accel import LiteAttention
+from dit_accel.methods.attention.delta import dense_rows
+from dit_accel.methods.attention.lite.handler import LiteHandler
+from dit_accel.methods.attention.lite.state import Key, key_of
 from dit_accel.methods.base import Model
-from dit_accel.methods.delta import dense_rows
-from dit_accel.methods.lite import LiteHandler
-from dit_accel.methods.lite_state import Key, key_of
-from dit_accel.plan import AttentionPlan, Call, Moment
+from dit_accel.plan.plan import AttentionPlan, Call, CallContext
 
 LOWEST, HIGHEST = -20.0, -(2.0**-6)
 """Log2 levels between which thresholds are searched."""
@@ -81,7 +81,7 @@ class Found:
     dense: float
 
 
-class Trial:
+class MethodCase:
     """One attention call, run again with other votes and other bits."""
 
     def __init__(self, plan: AttentionPlan, call: Call, v: Tensor, out: Tensor, metric: Metric) -> None:
@@ -167,17 +167,17 @@ class Tuner(LiteHandler):
         self.found: list[Found] = []
         self._levels: dict[Key, float] = {}
 
-    def learn(self, moment: Moment, kept: Tensor) -> None:
+    def learn(self, context: CallContext, kept: Tensor) -> None:
         """Leave the plan's own votes aside: they were cast before the threshold was known."""
 
     def correct(
-        self, plan: AttentionPlan, moment: Moment, call: Call, v: Tensor, out: Tensor
+        self, plan: AttentionPlan, context: CallContext, call: Call, v: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Search the threshold on this call's tensors and learn its votes; the output stays."""
         if plan.selection is None or plan.selection.vote is None:
             return out, None
-        trial = Trial(plan, call, v, out, self.metric)
-        key = key_of(moment)
+        trial = MethodCase(plan, call, v, out, self.metric)
+        key = key_of(context)
         level = search_level(
             lambda level: trial.after(trial.votes(level))[0], self.target_error, self._levels.get(key, START)
         )
@@ -185,11 +185,11 @@ class Tuner(LiteHandler):
         kept = plan.selection.keep
         if level > -math.inf:
             kept = trial.votes(level)
-            super().learn(moment, kept)
+            super().learn(context, kept)
         added, share = trial.after(kept)
         self.found.append(
             Found(
-                transformer=moment.transformer, branch=moment.branch, layer=moment.layer, step=moment.step_index,
+                transformer=context.transformer, branch=context.branch, layer=context.layer, step=context.step_index,
                 threshold=threshold_of(trial.asked.criterion, level), kept=share, added=added, dense=trial.to_dense(),
             )
         )  # fmt: skip

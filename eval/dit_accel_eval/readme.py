@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dit_accel.registry import adapters, methods
+from dit_accel.adapters.registry import adapters
+from dit_accel.methods.registry import methods
 
 from .compare import read_lines, table
 from .denoising_time import table as times_table

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel import ConfigError
-from dit_accel.config import MethodConfig, from_dict
 from dit_accel.errors import did_you_mean
-from dit_accel.registry import method
+from dit_accel.methods.config import MethodConfig, from_dict
+from dit_accel.methods.registry import method
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -24,11 +24,11 @@ from dit_accel_pipelines.request import EMBEDDED, Request, settle
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention
-from dit_accel.config import MethodConfig
 from dit_accel.errors import did_you_mean
 from dit_accel.files import written_whole
-from dit_accel.methods.lite import LiteHandler
-from dit_accel.methods.lite_thresholds import LiteThresholds, model_name, write_thresholds
+from dit_accel.methods.attention.lite.handler import LiteHandler
+from dit_accel.methods.attention.lite.thresholds import LiteThresholds, model_name, write_thresholds
+from dit_accel.methods.config import MethodConfig
 
 from .fidelity import psnr
 from .lite_search import METRICS, Found, Metric, Tuner, threshold_of

@@ -1,6 +1,6 @@
 """Allegro: video attends to itself under an additive mask of padded latents; text comes in by cross-attention."""
 
-from dit_accel.adapter import Adapter
+from dit_accel.adapters.adapter import Adapter
 
 ALLEGRO = Adapter(
     name="allegro",

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import Adapter, latents_grid
+from dit_accel.adapters.adapter import Adapter, latents_grid
 
 from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN21_14B
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
 
 REGISTERS = 8
 """Learned tokens in front of the text."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Grid
-from dit_accel.positions import read_once
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
+from dit_accel.adapters.position_ids import read_once
 
 from .flux import FLUX
 from .lumina2 import lengths

@@ -6,7 +6,7 @@ The latents are [B, T, C, H, W]; version 1.5 takes two frames into a token. Cons
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 
 # UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
 ULTRAVICO_COGVIDEOX = {

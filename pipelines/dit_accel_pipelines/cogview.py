@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
 
 text_first = partial(latents_grid, frames_axis=None, text="before")
 

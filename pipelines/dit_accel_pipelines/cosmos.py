@@ -5,7 +5,7 @@ Given frames keep a timestep of their own, near none; the noisiest frame tells t
 
 from dataclasses import replace
 
-from dit_accel.adapter import Adapter, Family
+from dit_accel.adapters.adapter import Adapter, Family
 
 COSMOS_7B = Family(
     name="cosmos-1-7b",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import Adapter, Grid
+from dit_accel.adapters.adapter import Adapter, Grid
 
 
 def last_vision_item(config: Any, inputs: Mapping[str, Any]) -> Grid:

@@ -15,7 +15,7 @@ import typer
 
 from dit_accel import RadialAttention
 from dit_accel.cli.console import OUT, TALK, plain_table
-from dit_accel.estimate import estimate
+from dit_accel.estimate.estimate import estimate
 
 from .generate import Generation, attached, run
 from .loading import load_pipeline

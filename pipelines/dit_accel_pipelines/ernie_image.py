@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, latents_grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, latents_grid
 
 ERNIE_IMAGE = Adapter(
     name="ernie-image",

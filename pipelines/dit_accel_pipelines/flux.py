@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family
-from dit_accel.positions import ids_grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
+from dit_accel.adapters.position_ids import ids_grid
 
 FLUX_DEV = Family(
     name="flux.1-dev",

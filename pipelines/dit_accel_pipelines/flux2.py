@@ -7,8 +7,8 @@ see the image alone.
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.positions import ids_grid, last_image, read_once
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
 
 FLUX2_DEV = Family(
     name="flux.2-dev",

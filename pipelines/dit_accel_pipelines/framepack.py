@@ -7,7 +7,7 @@ Each section of frames is a run of its own, in methods' warm-up as in the report
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import Adapter, Family, Grid, latents_grid, patch_count
+from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid, patch_count
 
 FRAMEPACK_13B = Family(
     name="framepack",

@@ -17,8 +17,8 @@ import numpy as np
 
 import dit_accel
 from dit_accel.cli.console import note
-from dit_accel.config import MethodConfig
 from dit_accel.errors import ConfigError
+from dit_accel.methods.config import MethodConfig
 
 from .loading import compile_blocks, load_pipeline, quiet_diffusers
 from .media import Frames, to_uint8, upscale, write_media, written_whole

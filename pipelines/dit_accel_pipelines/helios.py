@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapter import Adapter, Grid, latents_grid, patch_count
+from dit_accel.adapters.adapter import Adapter, Grid, latents_grid, patch_count
 
 from .wan import WAN21_14B
 

@@ -6,7 +6,7 @@ An image that is no square is padded to ``max_resolution`` with tokens that are 
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 
 HIDREAM_I1 = Family(
     name="hidream-i1",

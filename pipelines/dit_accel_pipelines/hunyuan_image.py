@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 
 HUNYUAN_IMAGE_21 = Family(
     name="hunyuan-image-2.1",

@@ -6,7 +6,7 @@ hides padded text from every key. The text refiner attends over text alone and i
 
 from functools import partial
 
-from dit_accel.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 
 # Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
 RADIAL_HUNYUAN = {

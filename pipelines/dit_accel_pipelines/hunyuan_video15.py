@@ -6,7 +6,7 @@ The mask pairs valid queries with valid keys, with the padded tokens sorted to t
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 
 HUNYUAN_VIDEO15_480P = Family(
     name="hunyuan-video-1.5-480p",

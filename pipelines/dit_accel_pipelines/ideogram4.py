@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Grid
-from dit_accel.positions import last_image, read_once
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
+from dit_accel.adapters.position_ids import last_image, read_once
 
 
 def image_last(config: Any, inputs: Mapping[str, Any]) -> Grid | str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 
 from .qwen_image import first_image
 

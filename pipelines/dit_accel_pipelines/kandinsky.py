@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapter import Adapter, Family, Grid, latents_grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
 
 KANDINSKY5_LITE = Family(
     name="kandinsky-5-lite",

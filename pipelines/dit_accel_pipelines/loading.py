@@ -7,9 +7,9 @@ from typing import Any
 
 import dit_accel_assets
 
+from dit_accel.adapters.model_files import read_config, read_model_files
+from dit_accel.adapters.registry import adapter_for
 from dit_accel.errors import ConfigError, UnsupportedModel
-from dit_accel.model_files import read_config, read_model_files
-from dit_accel.registry import adapter_for
 
 from .request import EMBEDDED, Request
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapter import Adapter, Family, Grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.errors import ConfigError
 
 LTX_2B = Family(

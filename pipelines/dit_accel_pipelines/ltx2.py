@@ -4,7 +4,7 @@ Sound is never thinned out: its attention and both crossings are left alone. Ref
 keyframe pipelines stand behind the video and count as text.
 """
 
-from dit_accel.adapter import Adapter, Family
+from dit_accel.adapters.adapter import Adapter, Family
 
 from .ltx import packed_grid
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.positions import read_once
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.position_ids import read_once
 
 LUMINA_IMAGE_2 = Family(
     name="lumina-image-2.0",

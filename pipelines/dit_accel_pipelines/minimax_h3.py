@@ -7,8 +7,8 @@ refiner attends over text alone and is left out.
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import Adapter, Grid
-from dit_accel.positions import last_video, read_once
+from dit_accel.adapters.adapter import Adapter, Grid
+from dit_accel.adapters.position_ids import last_video, read_once
 
 
 def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from dit_accel.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 
 MOCHI_1 = Family(
     name="mochi-1",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapter import Adapter, latents_grid
+from dit_accel.adapters.adapter import Adapter, latents_grid
 
 
 def decoder_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 
 PIXART_SIGMA = Family(
     name="pixart-sigma",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 
 QWEN_IMAGE_20B = Family(
     name="qwen-image",

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import dit_accel_assets
 from dit_accel_kernels import BACKENDS
 
-from dit_accel.adapter import Family
-from dit_accel.config import MethodConfig
+from dit_accel.adapters.adapter import Family
+from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
-from dit_accel.estimate import check_multiple, pixel_multiples, rounded_frames
-from dit_accel.model_files import ModelFiles, read_model_files
+from dit_accel.estimate.estimate import check_multiple, pixel_multiples, rounded_frames
+from dit_accel.methods.config import MethodConfig
 
 from .media import check_output
 

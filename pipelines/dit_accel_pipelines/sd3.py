@@ -6,7 +6,7 @@ The second attention of 3.5 medium's first blocks sees the image alone.
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 
 SD3_MEDIUM = Family(
     name="sd3-medium",

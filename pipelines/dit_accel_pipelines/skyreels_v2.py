@@ -6,7 +6,7 @@ that, so sparse calls refuse such a mask.
 
 from dataclasses import replace
 
-from dit_accel.adapter import Adapter
+from dit_accel.adapters.adapter import Adapter
 
 from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN21_1B, WAN21_14B
 

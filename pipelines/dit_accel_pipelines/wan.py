@@ -6,7 +6,7 @@ cross-attention and stay outside the sequence.
 
 from dataclasses import replace
 
-from dit_accel.adapter import Adapter, Family
+from dit_accel.adapters.adapter import Adapter, Family
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
 # steps as a share, the first block dense, everybody sees frame 0). Its published sparsities belong to near="half".

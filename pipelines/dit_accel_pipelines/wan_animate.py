@@ -7,7 +7,7 @@ is a run of its own, in methods' warm-up as in the report, which tells of the la
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapter import Adapter, latents_grid
+from dit_accel.adapters.adapter import Adapter, latents_grid
 
 from .wan import RADIAL_WAN, WAN21_I2V_720P
 

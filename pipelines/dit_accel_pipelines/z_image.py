@@ -6,7 +6,7 @@ Omni: text, earlier images, the image, SigLIP tokens.
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 
 MULTIPLE = 32
 """What the model pads text and each image to, in tokens."""

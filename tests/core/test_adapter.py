@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dit_accel import ConfigError
-from dit_accel.adapter import Adapter, latents_grid
-from dit_accel.attachment import _read_grid
+from dit_accel.adapters.adapter import Adapter, latents_grid
+from dit_accel.attachment.attachment import _read_grid
 
 
 def adapter(**changes):
@@ -68,7 +68,7 @@ def test_what_is_no_grid_is_refused(changes, message):
 
 
 def test_of_families_of_one_size_the_patches_tell():
-    from dit_accel.registry import adapters
+    from dit_accel.adapters.registry import adapters
 
     config = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "patch_size": 2}
     cogvideox = adapters()["cogvideox"]

@@ -12,13 +12,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dit_accel import RadialAttention, registry
-from dit_accel.adapter import ONE_FRAME, Adapter
+from dit_accel import RadialAttention
+from dit_accel.adapters import registry
+from dit_accel.adapters.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods, with_method_options
-from dit_accel.config import MethodConfig, to_toml
 from dit_accel.errors import ConfigError
+from dit_accel.methods.config import MethodConfig, to_toml
 
 
 def run(*arguments: str):

@@ -7,10 +7,10 @@ import dit_accel_assets
 import pytest
 from typer.testing import CliRunner
 
+from dit_accel.adapters.model_files import read_config, read_model_files
 from dit_accel.cli.app import app
 from dit_accel.errors import UnsupportedModel
 from dit_accel.methods import METHODS
-from dit_accel.model_files import read_config, read_model_files
 
 KEYS = {
     "family", "repo", "height", "width", "num_frames", "num_inference_steps", "forwards", "frames", "tokens_per_frame",
@@ -60,7 +60,7 @@ def test_a_dense_plan():
 
 def test_every_method_can_be_planned_alone_and_beside_others():
     methods = sorted(config.name for config in METHODS)
-    apart = {"frozen", "sol"}  # what these save together with others is not known
+    apart = {"sparsed", "sol"}  # what these save together with others is not known
     for chosen in [[name] for name in methods] + [[name for name in methods if name not in apart]]:
         found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in chosen))
         assert {*found["methods"], *found["uncounted_methods"]} == {*chosen}

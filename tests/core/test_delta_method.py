@@ -1,4 +1,4 @@
-"""DeltaCorrection: geometry of its groups, what is exact, the error it reports, what it takes back, and its state."""
+"""DeltaAttention: geometry of its groups, what is exact, the error it reports, what it takes back, and its state."""
 
 import dataclasses
 import itertools
@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, DeltaCorrection, FrozenPattern, LiteAttention, RadialAttention, SolAttention
-from dit_accel.adapter import Adapter
-from dit_accel.layout import TokenLayout
+from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.attachment.op import planned_attention
+from dit_accel.attachment.session import AttentionLayer, Session, TransformerState
+from dit_accel.methods.attention.delta import DeltaHandler, dense_rows, groups_of, likeness_of, probe_gaps
 from dit_accel.methods.base import METHODS, Handler, Model
-from dit_accel.methods.delta import DeltaHandler, dense_rows, groups_of, likeness_of, probe_gaps
-from dit_accel.op import planned_attention
-from dit_accel.plan import AttentionPlan, Call, Moment
-from dit_accel.report import step_reports
-from dit_accel.session import Place, Session, Target
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan, Call, CallContext
+from dit_accel.report.report import step_reports
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=7)
 RADIAL = RadialAttention(
@@ -29,12 +29,12 @@ RADIAL = RadialAttention(
 )
 
 
-def moment(layout: TokenLayout = LAYOUT, **changes) -> Moment:
+def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
     values = dict(
         transformer="transformer", layer=0, depth=0, branch="cond", step_index=0, num_inference_steps=8, sigma=None,
         layout=layout, batch=2, device=torch.device("cpu"),
     )  # fmt: skip
-    return Moment(**{**values, **changes})
+    return CallContext(**{**values, **changes})
 
 
 def call_of(
@@ -67,7 +67,7 @@ def dense(call: Call, v: torch.Tensor) -> torch.Tensor:
 
 
 def handler(**options) -> DeltaHandler:
-    return DeltaHandler(DeltaCorrection(**options), Model(adapter=None, family=None, heads=2, layers=1))
+    return DeltaHandler(DeltaAttention(**options), Model(adapter=None, family=None, heads=2, layers=1))
 
 
 # Groups
@@ -106,11 +106,11 @@ def test_representatives_move_and_every_row_has_its_turn():
     assert all(abs(a - b) > 2 for a, b in itertools.pairwise(rows))
     call, v = call_of()
     for step, turn in ((3, 3), (4, 4)):
-        out, _ = handler(stride=5).correct(plan_of(), moment(step_index=step), call, v, sparse(plan_of(), call, v))
+        out, _ = handler(stride=5).correct(plan_of(), context(step_index=step), call, v, sparse(plan_of(), call, v))
         exact = groups_of(LAYOUT, 5, "cpu", turn).rows
         torch.testing.assert_close(call.heads_first(out)[:, :, exact], dense(call, v)[:, :, exact])
     still, _ = handler(stride=5, rotate=False).correct(
-        plan_of(), moment(step_index=3), call, v, sparse(plan_of(), call, v)
+        plan_of(), context(step_index=3), call, v, sparse(plan_of(), call, v)
     )
     centres = groups_of(LAYOUT, 5, "cpu").rows
     torch.testing.assert_close(call.heads_first(still)[:, :, centres], dense(call, v)[:, :, centres])
@@ -136,7 +136,7 @@ def test_representative_rows_are_exact_and_text_is_left_alone(form, masked):
         call = dataclasses.replace(call, mask=mask)
     plan = plan_of()
     before = sparse(plan, call, v)
-    out, error = handler(stride=5).correct(plan, moment(), call, v, before.clone())
+    out, error = handler(stride=5).correct(plan, context(), call, v, before.clone())
     rows, truth = groups_of(LAYOUT, 5, "cpu").rows, dense(call, v)
     torch.testing.assert_close(call.heads_first(out)[:, :, rows], truth[:, :, rows])
     text = [*range(3), *range(LAYOUT.tokens - 7, LAYOUT.tokens)]
@@ -150,7 +150,7 @@ def test_representative_rows_are_exact_and_text_is_left_alone(form, masked):
 def test_every_row_a_group_is_dense_attention():
     call, v = call_of()
     plan = plan_of()
-    out, _ = handler(stride=1).correct(plan, moment(), call, v, sparse(plan, call, v))
+    out, _ = handler(stride=1).correct(plan, context(), call, v, sparse(plan, call, v))
     truth, visual = dense(call, v), slice(3, 3 + LAYOUT.visual_tokens)
     torch.testing.assert_close(call.heads_first(out)[:, :, visual], truth[:, :, visual])
 
@@ -162,7 +162,7 @@ def test_the_correction_is_exact_where_the_loss_is_constant_in_a_group():
     q = call.q[:, ::8].repeat_interleave(8, 1)
     call = dataclasses.replace(call, q=q)
     plan = plan_of(layout, dataclasses.replace(RADIAL, order="raster"))
-    out, error = handler(stride=8, shrink=False).correct(plan, moment(layout), call, v, sparse(plan, call, v))
+    out, error = handler(stride=8, shrink=False).correct(plan, context(layout), call, v, sparse(plan, call, v))
     torch.testing.assert_close(call.heads_first(out), dense(call, v))
     assert (error > 0.01).all()
 
@@ -171,7 +171,7 @@ def test_a_group_gets_its_representatives_difference():
     call, v = call_of()
     plan = plan_of()
     before = sparse(plan, call, v)
-    out, _ = handler(stride=5, shrink=False).correct(plan, moment(), call, v, before.clone())
+    out, _ = handler(stride=5, shrink=False).correct(plan, context(), call, v, before.clone())
     groups = groups_of(LAYOUT, 5, "cpu")
     difference = dense(call, v).transpose(1, 2)[:, groups.rows] - before[:, groups.rows]
     visual = slice(3, 3 + LAYOUT.visual_tokens)
@@ -182,7 +182,7 @@ def test_a_group_gets_its_representatives_difference():
 def test_corrections_shrink_to_how_alike_neighbours_are(form):
     """Scaled by the root of the correlation of neighbouring groups, by row and head; the representatives stay exact."""
     call, v = call_of(form=form)
-    plan, now = plan_of(), moment()
+    plan, now = plan_of(), context()
     before = sparse(plan, call, v)
     full, _ = handler(stride=5, shrink=False).correct(plan, now, call, v, before.clone())
     shrunk, _ = handler(stride=5).correct(plan, now, call, v, before.clone())
@@ -234,7 +234,7 @@ def test_the_exact_rows_follow_the_plans_other_parts(form):
 def test_low_dtypes_are_corrected_to_their_rounding(dtype):
     call, v = call_of(dtype=dtype)
     plan = plan_of()
-    out, error = handler(stride=5).correct(plan, moment(), call, v, sparse(plan, call, v))
+    out, error = handler(stride=5).correct(plan, context(), call, v, sparse(plan, call, v))
     rows = groups_of(LAYOUT, 5, "cpu").rows
     assert out.dtype == dtype
     assert error.dtype == torch.float32
@@ -253,7 +253,7 @@ def test_low_dtypes_are_corrected_to_their_rounding(dtype):
 def test_a_plan_that_leaves_nothing_out_is_left_alone(plan):
     call, v = call_of()
     out = torch.full_like(call.q, torch.nan)
-    assert handler().correct(plan, moment(), call, v, out) == (out, None)
+    assert handler().correct(plan, context(), call, v, out) == (out, None)
 
 
 # Reuse and state
@@ -264,24 +264,24 @@ def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
     probed = []
     for number in range(7):
         call, v = call_of()
-        _, error = delta.correct(plan, moment(), call, v, sparse(plan, call, v))
+        _, error = delta.correct(plan, context(), call, v, sparse(plan, call, v))
         probed.append(error is not None)
         if number == 1:
             for other in (dict(layer=1), dict(branch="uncond"), dict(transformer="transformer_2")):
-                assert delta.correct(plan, moment(**other), call, v, sparse(plan, call, v))[1] is not None
+                assert delta.correct(plan, context(**other), call, v, sparse(plan, call, v))[1] is not None
     assert probed == [True, False, False, True, False, False, True]
     delta.reset()
-    assert delta.correct(plan, moment(), call, v, sparse(plan, call, v))[1] is not None
+    assert delta.correct(plan, context(), call, v, sparse(plan, call, v))[1] is not None
 
 
 def test_a_reused_correction_is_the_one_that_was_measured():
     delta, plan = handler(stride=5, reuse=2, shrink=False), plan_of()
     call, v = call_of()
     before = sparse(plan, call, v)
-    first, _ = delta.correct(plan, moment(), call, v, before.clone())
+    first, _ = delta.correct(plan, context(), call, v, before.clone())
     other, w = call_of()
     after = sparse(plan, other, w)
-    second, error = delta.correct(plan, moment(), other, w, after.clone())
+    second, error = delta.correct(plan, context(), other, w, after.clone())
     assert error is None
     torch.testing.assert_close(second - after, first - before)
 
@@ -296,10 +296,10 @@ class Taker(Handler):
         super().__init__(RADIAL, None)
         self.wants, self.seen = wants, []
 
-    def wants_gaps(self, plan: AttentionPlan, moment: Moment) -> bool:
+    def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
         return self.wants
 
-    def reactivate(self, plan, moment, gaps, shares, margin) -> None:
+    def reactivate(self, plan, context, gaps, shares, margin) -> None:
         self.seen.append((gaps, shares, margin))
 
 
@@ -309,7 +309,7 @@ def test_probes_go_to_the_handlers_that_want_them():
     for reactivate in (True, False):
         delta = handler(stride=5, margin=2.5, reactivate=reactivate)
         delta.check_with(takers)
-        delta.correct(plan, moment(), call, v, sparse(plan, call, v))
+        delta.correct(plan, context(), call, v, sparse(plan, call, v))
     assert [len(taker.seen) for taker in takers] == [1, 0]
     assert takers[0].seen[0][2] == 2.5
 
@@ -317,7 +317,7 @@ def test_probes_go_to_the_handlers_that_want_them():
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 @pytest.mark.parametrize("chunk", [2**26, 4 * LAYOUT.tokens])
 def test_gaps_and_shares_are_those_of_the_probe_rows(form, chunk, monkeypatch):
-    monkeypatch.setattr("dit_accel.methods.delta.PROBE_SCORES", chunk)
+    monkeypatch.setattr("dit_accel.methods.attention.delta.PROBE_SCORES", chunk)
     mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
     mask[0, 20:60] = False
     call, _ = call_of(form=form, mask=mask, scale=0.5)
@@ -356,8 +356,8 @@ class Stage:
         for one in handlers:
             one.check_with([other for other in handlers if other is not one])
         self.session = Session(handlers, "reference")
-        self.target = Target("transformer", model.adapter)
-        place = Place(self.target, 0, 0)
+        self.target = TransformerState("transformer", model.adapter)
+        place = AttentionLayer(self.target, 0, 0)
         place.processor = SimpleNamespace()
         self.target.places.append(place)
         self.session.targets.append(self.target)
@@ -402,30 +402,30 @@ def test_a_tile_that_lite_dropped_for_good_comes_back_when_probes_see_it():
     assert errors[1] < 1e-5
     assert min(errors[2:]) > 0.5
     assert densities == [1.0, 0.25, 0.25, 0.25, 0.25]
-    for delta in (DeltaCorrection(stride=4), DeltaCorrection(stride=16)):
+    for delta in (DeltaAttention(stride=4), DeltaAttention(stride=16)):
         errors, densities = dropping_and_returning(LITE, delta)
         assert max(errors) < 1e-5  # in call 2 by the correction, from call 3 on by the tile itself
         assert densities == [1.0, 0.25, 0.25, 0.375, 0.375]
-    assert dropping_and_returning(LITE, DeltaCorrection(stride=4, reactivate=False))[1] == [1.0, 0.25, 0.25, 0.25, 0.25]
+    assert dropping_and_returning(LITE, DeltaAttention(stride=4, reactivate=False))[1] == [1.0, 0.25, 0.25, 0.25, 0.25]
 
 
 @pytest.mark.parametrize(
     ("back", "margin", "returns"), [(-6.0, 1.0, True), (-7.5, 1.0, False), (-7.5, 0.0, True), (-6.0, 3.0, False)]
 )
 def test_a_tile_comes_back_above_the_threshold_by_the_margin(back, margin, returns):
-    _, densities = dropping_and_returning(LITE, DeltaCorrection(stride=8, margin=margin), back=back)
+    _, densities = dropping_and_returning(LITE, DeltaAttention(stride=8, margin=margin), back=back)
     assert (densities[3] > 0.25) == returns
 
 
 def test_shares_decide_where_votes_are_by_mass():
     lite = dataclasses.replace(LITE, criterion="mass", threshold=0.001)
     assert dropping_and_returning(lite)[1][3] == 0.25
-    assert dropping_and_returning(lite, DeltaCorrection(stride=8))[1][3] == 0.375
+    assert dropping_and_returning(lite, DeltaAttention(stride=8))[1][3] == 0.375
 
 
 def test_what_must_be_skipped_stays_out():
     lite = dataclasses.replace(LITE, must_skip=(64, 80))
-    assert dropping_and_returning(lite, DeltaCorrection(stride=8))[1] == [0.875, 0.25, 0.25, 0.25, 0.25]
+    assert dropping_and_returning(lite, DeltaAttention(stride=8))[1] == [0.875, 0.25, 0.25, 0.25, 0.25]
 
 
 # Attached
@@ -454,7 +454,7 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
     with dit_accel.attach(transformer, RADIAL) as attachment:
         without = run(transformer)
         assert attachment.report().measured == ()
-    for methods in ((RADIAL, DeltaCorrection(stride=4)), (DeltaCorrection(stride=4), RADIAL)):
+    for methods in ((RADIAL, DeltaAttention(stride=4)), (DeltaAttention(stride=4), RADIAL)):
         with dit_accel.attach(transformer, *methods) as attachment:
             corrected = run(transformer)
             report = attachment.report()
@@ -469,7 +469,7 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         assert report.sparse_density < 1
         assert one.rows == report.probe_density == report.to_dict()["probe_density"] == 0.25  # every fourth row, dense
         assert "pooled, 0.250 more in dense probe rows" in str(report)
-    with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=1)):
+    with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=1)):
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
 
 
@@ -477,7 +477,7 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
     "method",
     [
         SolAttention(block_size=16, beta=1.5, dense_steps=0, dense_layers=0),
-        FrozenPattern(block_size=16, density=0.2, dense_steps=0, dense_layers=0),
+        SparseD(block_size=16, density=0.2, dense_steps=0, dense_layers=0),
         LiteAttention(
             block_size=16, dense_steps=0, dense_layers=0, threshold=1.0, allow_positive_threshold=True, detect_every=2
         ),
@@ -492,7 +492,7 @@ def test_every_sparse_method_can_be_corrected(method):
         without = run(transformer)
         density = attachment.report().density
     assert not torch.equal(without, plain)
-    with dit_accel.attach(transformer, method, DeltaCorrection(stride=1, reactivate=False)) as attachment:
+    with dit_accel.attach(transformer, method, DeltaAttention(stride=1, reactivate=False)) as attachment:
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
         assert attachment.report().measured
     assert density < 1
@@ -501,7 +501,7 @@ def test_every_sparse_method_can_be_corrected(method):
 def test_dense_steps_and_layers_stay_bit_equal():
     transformer = tiny_transformer()
     plain = run(transformer)
-    with dit_accel.attach(transformer, dataclasses.replace(RADIAL, dense_steps=99), DeltaCorrection()) as attachment:
+    with dit_accel.attach(transformer, dataclasses.replace(RADIAL, dense_steps=99), DeltaAttention()) as attachment:
         assert torch.equal(run(transformer), plain)
         assert attachment.report().density == 1.0
         assert attachment.report().measured == ()
@@ -510,7 +510,7 @@ def test_dense_steps_and_layers_stay_bit_equal():
 @pytest.mark.parametrize("reuse", [1, 2])
 def test_second_generation_equals_the_first_and_branches_do_not_meet(reuse):
     transformer, other = tiny_transformer(), tiny_transformer(1)
-    methods = RADIAL, DeltaCorrection(stride=4, reuse=reuse)
+    methods = RADIAL, DeltaAttention(stride=4, reuse=reuse)
     with dit_accel.attach(transformer, *methods), dit_accel.attach(other, *methods):
         first = run(transformer)
         run(other)
@@ -527,7 +527,7 @@ def test_compiled_full_graph_gives_the_same():
     from torch._dynamo.utils import counters
 
     transformer = tiny_transformer()
-    methods = RADIAL, DeltaCorrection(stride=4, reuse=2)
+    methods = RADIAL, DeltaAttention(stride=4, reuse=2)
     with dit_accel.attach(transformer, *methods):
         eager = run(transformer)
     torch._dynamo.reset()
@@ -557,20 +557,20 @@ def test_compiled_full_graph_gives_the_same():
 )
 def test_bad_options_are_refused_with_the_value(options, text):
     with pytest.raises(ConfigError, match=text):
-        DeltaCorrection(**options)
+        DeltaAttention(**options)
 
 
 def test_alone_it_is_refused_with_what_to_add():
     transformer = tiny_transformer()
     with pytest.raises(ConfigError, match=r"delta corrects what a sparse method leaves out.*add one.*--radial"):
-        dit_accel.attach(transformer, DeltaCorrection())
+        dit_accel.attach(transformer, DeltaAttention())
     assert not transformer._forward_pre_hooks
 
 
 def test_a_call_that_needs_gradients_is_refused():
     transformer = tiny_transformer()
     with (
-        dit_accel.attach(transformer, RADIAL, DeltaCorrection()),
+        dit_accel.attach(transformer, RADIAL, DeltaAttention()),
         pytest.raises(ConfigError, match=r"delta has no gradient.*generate under torch\.no_grad\(\), or train without"),
     ):
         transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([9.0]), torch.randn(1, 6, 64))
@@ -586,17 +586,17 @@ def test_a_stride_beyond_a_frame_is_remarked():
 
 def test_it_is_found_by_name_on_the_command_line_and_in_toml():
     from dit_accel.cli.method_options import select_methods
-    from dit_accel.config import from_toml, to_toml
+    from dit_accel.methods.config import from_toml, to_toml
 
-    assert select_methods(["delta"], None, ["delta.stride=32"]) == [DeltaCorrection(stride=32)]
-    configs = [RADIAL, DeltaCorrection(stride=8, reuse=2, reactivate=False, margin=0.5)]
+    assert select_methods(["delta"], None, ["delta.stride=32"]) == [DeltaAttention(stride=32)]
+    configs = [RADIAL, DeltaAttention(stride=8, reuse=2, reactivate=False, margin=0.5)]
     assert from_toml(to_toml(configs)) == configs
 
 
 @pytest.mark.parametrize(("reuse", "expected"), [(1, 0.25), (2, 0.25 * 2 / 3), (3, 0.25 / 3)])
 def test_probe_rows_count_in_the_calls_that_are_probed(reuse, expected):
     transformer = tiny_transformer()
-    with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=4, reuse=reuse)) as attachment:
+    with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=4, reuse=reuse)) as attachment:
         run(transformer)
         report = attachment.report()
     assert report.probe_density == pytest.approx(expected)
@@ -611,7 +611,7 @@ def test_rows_of_a_batch_are_corrected_apart():
     transformer = tiny_transformer().double()
     x = torch.randn(2, 12, 5, 8, 8).double() * torch.tensor([1.0, 5.0])[:, None, None, None, None]
     text = torch.randn(2, 6, 64).double()
-    with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=4), backend="reference"), torch.no_grad():
+    with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=4), backend="reference"), torch.no_grad():
         with transformer.cache_context("cond_uncond", step_index=0, num_inference_steps=3):
             both = transformer(x, torch.tensor([500.0, 500.0]), text, return_dict=False)[0]
         for row in range(2):

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from dit_accel import RadialAttention
-from dit_accel.adapter import Adapter, Family
+from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.registry import adapters, family
 from dit_accel.errors import ConfigError
-from dit_accel.estimate import (
+from dit_accel.estimate.estimate import (
     Estimate,
     check_multiple,
     estimate,
@@ -16,7 +17,6 @@ from dit_accel.estimate import (
     rounded_frames,
     token_layout,
 )
-from dit_accel.registry import adapters, family
 
 PETA = 1e15
 

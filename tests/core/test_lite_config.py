@@ -11,14 +11,14 @@ from lite_calls import MODEL, Calls, drifting
 
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention, heatmap
-from dit_accel.config import from_toml, to_toml
 from dit_accel.errors import ConfigError, MissingBackend
-from dit_accel.layout import TokenLayout
-from dit_accel.methods.lite import THRESHOLDS, LiteHandler
-from dit_accel.methods.lite_ranges import check_ranges, range_tiles
-from dit_accel.methods.lite_thresholds import LiteThresholds, model_name, read_thresholds, write_thresholds
-from dit_accel.methods.radial import RadialHandler
-from dit_accel.report import CallReport, Report, StepReport
+from dit_accel.methods.attention.lite.handler import THRESHOLDS, LiteHandler
+from dit_accel.methods.attention.lite.ranges import check_ranges, range_tiles
+from dit_accel.methods.attention.lite.thresholds import LiteThresholds, model_name, read_thresholds, write_thresholds
+from dit_accel.methods.attention.radial import RadialHandler
+from dit_accel.methods.config import from_toml, to_toml
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.report.report import CallReport, Report, StepReport
 
 BAD = [
     (

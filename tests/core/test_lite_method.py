@@ -11,8 +11,8 @@ from lite_calls import BLOCK, Calls, drifting
 
 from dit_accel import LiteAttention
 from dit_accel.errors import ConfigError
-from dit_accel.layout import TokenLayout
-from dit_accel.plan import AttentionPlan
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 WIDE = torch.float64
@@ -361,17 +361,17 @@ def test_probes_take_back_tiles_that_matter_again():
     calls = Calls(LiteAttention(threshold=-1.0, must_skip=(64, 80)))
     for x in drifting(80, 3):
         calls.run(*x)
-    plan, moment = calls.plan()
-    assert calls.handler.wants_gaps(plan, moment)
+    plan, context = calls.plan()
+    assert calls.handler.wants_gaps(plan, context)
     gaps = torch.full((1, 2, 5, 5), -5.0)
     gaps[..., 2, 1], gaps[..., 3, 1], gaps[..., 2, 4] = 0.0, -0.9, 0.0
     before = unpack_bits(calls.bits(), 5)
-    calls.handler.reactivate(plan, moment, gaps, torch.zeros_like(gaps), 0.5)
+    calls.handler.reactivate(plan, context, gaps, torch.zeros_like(gaps), 0.5)
     back = unpack_bits(calls.bits(), 5) & ~before
     expected = torch.zeros_like(back)
     expected[..., 2, 1] = ~before[..., 2, 1]
     assert torch.equal(back, expected)
-    assert not Calls(LiteAttention(target_density=0.5)).handler.wants_gaps(plan, moment)
+    assert not Calls(LiteAttention(target_density=0.5)).handler.wants_gaps(plan, context)
 
 
 def test_another_selection_is_kept_and_added_to():

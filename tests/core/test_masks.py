@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import ConfigError
-from dit_accel.masks import HIDDEN, key_validity, visible_row
-from dit_accel.processor import Slot, _planned
+from dit_accel.attachment.processor import Slot, _planned
+from dit_accel.plan.masks import HIDDEN, key_validity, visible_row
 
 KEYS = torch.tensor([[True, False, True, True, False, True], [True, True, True, False, True, False]])
 QUERIES = torch.tensor([[True, True, False, True], [True, False, True, True]])

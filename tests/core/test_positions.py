@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_accel import ConfigError
-from dit_accel.positions import last_video, read_once
+from dit_accel.adapters.position_ids import last_video, read_once
 
 
 def frames(count, height, width, start=0.0):

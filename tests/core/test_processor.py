@@ -10,12 +10,12 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_kernels import TileLists, block_sparse_attention
 
 from dit_accel import ConfigError
-from dit_accel.adapter import Adapter
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.attachment.op import planned_attention
+from dit_accel.attachment.processor import Slot, wrap_processor
+from dit_accel.attachment.session import AttentionLayer, Session, TransformerState
+from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.methods.base import Handler
-from dit_accel.methods.radial import RadialAttention
-from dit_accel.op import planned_attention
-from dit_accel.processor import Slot, wrap_processor
-from dit_accel.session import Place, Session, Target
 
 
 class Everything(Handler):
@@ -25,9 +25,9 @@ class Everything(Handler):
 @pytest.fixture
 def session() -> Session:
     session = Session([Everything(RadialAttention(), None)], "reference")
-    target = Target("transformer", Adapter(name="any", transformers=(), self_attention=()))
+    target = TransformerState("transformer", Adapter(name="any", transformers=(), self_attention=()))
     session.targets.append(target)
-    session.places.append(Place(target, 0, 0))
+    session.places.append(AttentionLayer(target, 0, 0))
     return session
 
 
@@ -53,7 +53,7 @@ def test_a_legacy_processor_keeps_its_face_and_its_result(session):
 
 
 def test_attributes_set_later_are_shared_back():
-    from dit_accel.processor import unwrap_processor
+    from dit_accel.attachment.processor import unwrap_processor
 
     original = WanAttnProcessor()
     wrapped = wrap_processor(original, 0, {}, Slot(), 0)
@@ -92,7 +92,7 @@ def test_other_masks_and_lengths_are_refused(session):
 
 
 def test_what_a_plan_cannot_do_is_refused():
-    from dit_accel.processor import _refuse
+    from dit_accel.attachment.processor import _refuse
 
     for arguments, message in (
         ((0.1, False, None), "has no dropout, the call asks for dropout_p=0.1"),

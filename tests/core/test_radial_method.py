@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.errors import ConfigError
-from dit_accel.layout import TokenLayout
 from dit_accel.methods import radial, tiling
-from dit_accel.methods.radial import GENERIC, RadialAttention
+from dit_accel.methods.attention.radial import DEFAULTS, RadialAttention
+from dit_accel.plan.layout import TokenLayout
 
 WAN_720P = TokenLayout(frames=21, height=45, width=80)
 
@@ -63,7 +63,7 @@ def test_unset_options_take_the_recipe_then_the_generic_value():
         dense_layers=1,
     )  # fmt: skip
     assert resolved.resolved({}) == resolved
-    assert RadialAttention().resolved({}).to_dict().items() >= dict(GENERIC).items()
+    assert RadialAttention().resolved({}).to_dict().items() >= dict(DEFAULTS).items()
 
 
 def test_a_false_or_zero_set_by_the_user_beats_the_recipe():

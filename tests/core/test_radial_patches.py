@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel.layout import TokenLayout
-from dit_accel.methods.radial import RadialAttention
+from dit_accel.methods.attention.radial import RadialAttention
+from dit_accel.plan.layout import TokenLayout
 from dit_accel.rules.patches import patch_walk
 from dit_accel.rules.radial import DROPPED, RadialRule, cut, kept_tiles, reaches
 

@@ -4,11 +4,14 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from dit_accel import ConfigError, UnsupportedModel, registry
-from dit_accel.adapter import Adapter
-from dit_accel.config import MethodConfig
-from dit_accel.layout import TokenLayout
+from dit_accel import ConfigError, UnsupportedModel
+from dit_accel.adapters import registry
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.cli import registry as command_registry
+from dit_accel.methods import registry as method_registry
 from dit_accel.methods.base import Handler, handles
+from dit_accel.methods.config import MethodConfig
+from dit_accel.plan.layout import TokenLayout
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_unknown_names_get_the_nearest():
     with pytest.raises(UnsupportedModel, match=r"no model family is called 'wan2.1-14'; did you mean 'wan2.1-14b'\?"):
         registry.family("wan2.1-14")
     with pytest.raises(ConfigError, match=r"no method is called 'radail'; did you mean 'radial'\?"):
-        registry.method("radail")
+        method_registry.method("radail")
 
 
 def test_methods_of_one_name_are_refused():
@@ -90,7 +93,7 @@ def test_methods_of_one_name_are_refused():
 
 def test_entry_points_are_installed():
     assert isinstance(next(iter(registry.entry_points(group=registry.ADAPTER_GROUP))), EntryPoint)
-    assert "generate" in registry.commands()
+    assert "generate" in command_registry.commands()
 
 
 def test_layout_counts_and_refuses():

@@ -13,18 +13,18 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, SolAttention
-from dit_accel.adapter import Adapter
-from dit_accel.config import from_toml, to_toml
-from dit_accel.estimate import estimate
-from dit_accel.layout import TokenLayout
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters.registry import family
+from dit_accel.attachment.session import Session
+from dit_accel.estimate.estimate import estimate
+from dit_accel.methods.attention.sol import DEFAULTS, SolHandler
 from dit_accel.methods.base import METHODS, Handler, Model
-from dit_accel.methods.sol import GENERIC, SolHandler
-from dit_accel.methods.tiling import pinned_bits
-from dit_accel.plan import AttentionPlan, Moment
-from dit_accel.registry import family
-from dit_accel.session import Session
-from dit_accel.watching import require_as_planned, require_same, watched
-from dit_accel.written_out import tile_states
+from dit_accel.methods.config import from_toml, to_toml
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan, CallContext
+from dit_accel.plan.tiling import pinned_bits
+from dit_accel.testing.recording import require_as_planned, require_same, watched
+from dit_accel.testing.reference import tile_states
 
 MODEL = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=4, layers=3)
 WAN_720P = TokenLayout(frames=21, height=45, width=80)
@@ -32,8 +32,8 @@ SPARSE = dict(dense_steps=0, dense_layers=0)
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, **SPARSE)
 
 
-def moment(layout: TokenLayout, step: int = 0, steps: int | None = 4, batch: int = 1) -> Moment:
-    return Moment(
+def context(layout: TokenLayout, step: int = 0, steps: int | None = 4, batch: int = 1) -> CallContext:
+    return CallContext(
         transformer="transformer", layer=0, depth=0, branch="cond", step_index=step, num_inference_steps=steps,
         sigma=None, layout=layout, batch=batch, device=torch.device("cpu"),
     )  # fmt: skip
@@ -49,14 +49,14 @@ def handlers(*configs) -> list[Handler]:
 def planned(layout: TokenLayout, *configs, **when) -> AttentionPlan:
     plan = AttentionPlan()
     for handler in handlers(*configs):
-        plan = handler.contribute(plan, moment(layout, **when))
+        plan = handler.contribute(plan, context(layout, **when))
     return plan
 
 
 def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "reference"):
     """Execute a plan in a session of its own; output and report shares (exact, pooled, by head)."""
     session = Session([], backend)
-    out = session.execute(plan, moment(layout, batch=len(q)), q, k, v, None, "bhsd", None)
+    out = session.execute(plan, context(layout, batch=len(q)), q, k, v, None, "bhsd", None)
     ((entry,),) = [forward.calls for forward in session.recorder.forwards.values()]
     return out, entry
 
@@ -86,7 +86,7 @@ def test_bad_options_are_refused_with_the_value(options, text):
 def test_toml_and_recipes():
     config = SolAttention(beta=-0.5, beta_last=1, threshold="exact", sink="first_frame", dense_above_sigma=0.9)
     assert from_toml(to_toml([config])) == [config]
-    assert SolAttention().resolved({}).to_dict().items() >= {k: v for k, v in GENERIC.items() if v is not None}.items()
+    assert SolAttention().resolved({}).to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
     assert SolAttention(beta=0.0).resolved({"beta": 2.0, "dense_layers": 2}).beta == 0.0
     assert SolAttention().resolved(WAN.recipe("sol", WAN_TINY)).block_size == 16
     with pytest.raises(ConfigError, match="a recipe of sol sets 'sink', which it can't"):
@@ -139,8 +139,8 @@ def test_text_diagonal_and_sink_stay_exact_and_the_rest_is_pooled(grid, text, si
     q, k, v = torch.randn(3, 1, 2, layout.tokens, 8, dtype=torch.float64)
     session = Session([], "reference")
     seen = []
-    session.recorder.selected_call = lambda moment, plan, exact: seen.append(exact)
-    session.execute(plan, moment(layout), q, k, v, None, "bhsd", None)
+    session.recorder.selected_call = lambda context, plan, exact: seen.append(exact)
+    session.execute(plan, context(layout), q, k, v, None, "bhsd", None)
     states = tile_states(plan, 2, layout.tokens, seen[0])
     assert set(states.unique().tolist()) <= {EXACT, POOLED}
     order = torch.arange(layout.tokens) if plan.token_order is None else plan.token_order
@@ -218,7 +218,7 @@ class TestWithRadial:
         pinned, keep = torch.zeros(tiles, tiles, dtype=torch.bool), torch.ones(1, 2, tiles, tiles, dtype=torch.bool)
         pinned[0, -1] = True
         plan = dataclasses.replace(plan, selection=Selection(keep=pack_bits(keep), pinned=pack_bits(pinned)))
-        found = handlers(SolAttention(block_size=16))[0].contribute(plan, moment(self.LAYOUT)).selection
+        found = handlers(SolAttention(block_size=16))[0].contribute(plan, context(self.LAYOUT)).selection
         assert found.keep is plan.selection.keep
         assert unpack_bits(found.pinned, tiles)[0, -1]
         ours = unpack_bits(pinned_bits(self.LAYOUT, 16, 1, "text", "cpu"), tiles)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
-from dit_accel.steps import noise_level, noisiest, step_count
+from dit_accel.attachment.steps import noise_level, noisiest, step_count
 
 
 def test_the_noisiest_frame_tells_the_step():

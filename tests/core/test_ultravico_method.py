@@ -11,22 +11,22 @@ from wan_tiny import tiny_transformer
 import dit_accel
 from dit_accel import (
     ConfigError,
-    DeltaCorrection,
-    FrozenPattern,
+    DeltaAttention,
     LiteAttention,
     RadialAttention,
     SolAttention,
+    SparseD,
     UltraViCo,
 )
-from dit_accel.adapter import Adapter, Family
-from dit_accel.layout import TokenLayout
+from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.attachment.session import Session
+from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_apart, frame_decay, mean_key
 from dit_accel.methods.base import Handler, Model
-from dit_accel.methods.ultravico import UltraViCoHandler, first_frame_apart, frame_decay, mean_key
-from dit_accel.plan import AttentionPlan, Call, Moment
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan, Call, CallContext
 from dit_accel.rules.ultravico import DecayRule
-from dit_accel.session import Session
-from dit_accel.watching import require_as_planned, watched
-from dit_accel.written_out import attention, tile_states
+from dit_accel.testing.recording import require_as_planned, watched
+from dit_accel.testing.reference import attention, tile_states
 
 LAYOUT = TokenLayout(frames=7, height=3, width=5, text_before=4, text_after=9)
 ADAPTER = Adapter(name="any", transformers=(), self_attention=())
@@ -37,12 +37,12 @@ FAMILY = Family(
 ACTIVE = UltraViCo(alpha=0.5, beta=0.2, period=3, gamma=0.5, trained_frames=2, first_frame=True)
 
 
-def moment(layout: TokenLayout = LAYOUT, **changes) -> Moment:
+def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
     values = dict(
         transformer="transformer", layer=0, depth=0, branch="cond", step_index=2, num_inference_steps=8, sigma=None,
         layout=layout, batch=2, device=torch.device("cpu"),
     )  # fmt: skip
-    return Moment(**{**values, **changes})
+    return CallContext(**{**values, **changes})
 
 
 def call_of(form: str = "bshd", dtype: torch.dtype = torch.float64, **changes) -> Call:
@@ -145,8 +145,8 @@ def test_the_first_frame_sees_text_and_the_trained_length():
 
 def planned(call: Call, config: UltraViCo = ACTIVE) -> AttentionPlan:
     made = handler(config)
-    made.look(AttentionPlan(), moment(), call)
-    return made.contribute(AttentionPlan(), moment())
+    made.look(AttentionPlan(), context(), call)
+    return made.contribute(AttentionPlan(), context())
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
@@ -185,9 +185,9 @@ def test_centring_has_its_gradient():
 
 def test_a_second_decay_is_refused():
     made, call = handler(), call_of()
-    made.look(AttentionPlan(), moment(), call)
+    made.look(AttentionPlan(), context(), call)
     with pytest.raises(ConfigError, match="ultravico found a frame decay in the plan that another method set"):
-        made.contribute(AttentionPlan(frame_decay=frame_decay(made._rule(LAYOUT), LAYOUT, "cpu")), moment())
+        made.contribute(AttentionPlan(frame_decay=frame_decay(made._rule(LAYOUT), LAYOUT, "cpu")), context())
 
 
 def test_it_applies_beyond_the_trained_length_and_where_anything_changes():
@@ -356,8 +356,8 @@ def test_gradients_are_autograds_of_the_plan_written_out(form, masked):
     tiles = RADIAL.tiles(LAYOUT)
     listed = AttentionPlan(tiles=tiles, token_order=RADIAL.token_order(LAYOUT), identity_mix=torch.tensor([0.0, 0.3]))
     made = handler()
-    made.look(listed, moment(), call)
-    plan = made.contribute(listed, moment())
+    made.look(listed, context(), call)
+    plan = made.contribute(listed, context())
     found = Session([made], "torch").gradients(plan, grad, call.q, call.k, v, call.mask, form, None)
     q, k, v = (x.detach().clone().requires_grad_() for x in (call.q, call.k, v))
     centred = k - mean_key(dataclasses.replace(call, k=k))
@@ -390,8 +390,8 @@ OTHERS = {
     "lite": (LITE,),
     "lite, target": (LiteAttention(block_size=16, dense_steps=0, target_density=0.6),),
     "sol": (SolAttention(block_size=16, dense_steps=0, dense_layers=0),),
-    "frozen": (FrozenPattern(block_size=16, density=0.5, dense_steps=0, dense_layers=0),),
-    "radial, lite, delta": (RADIAL, LITE, DeltaCorrection(stride=4)),
+    "sparsed": (SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0),),
+    "radial, lite, delta": (RADIAL, LITE, DeltaAttention(stride=4)),
 }
 
 
@@ -406,10 +406,10 @@ def test_lists_and_selections_drop_and_what_is_left_decays(others):
         assert attachment.report().density < 1
         plans = [call.plan for call in calls]
     assert len(plans) == 18
-    assert all(plan.frame_decay is not None and plan.apart is not None for plan in plans)
+    assert all(plan.frame_decay is not None and plan.row_override is not None for plan in plans)
     assert not torch.equal(both, alone)
     assert density < 1
-    if not any(isinstance(other, DeltaCorrection) for other in others):
+    if not any(isinstance(other, DeltaAttention) for other in others):
         require_as_planned(calls)
     with dit_accel.attach(transformer, ACTIVE, *reversed(others)):
         assert torch.equal(run(transformer), both)
@@ -417,7 +417,7 @@ def test_lists_and_selections_drop_and_what_is_left_decays(others):
 
 def test_the_first_frame_keeps_its_rule_under_correction():
     transformer = tiny_transformer()
-    with dit_accel.attach(transformer, RADIAL, DeltaCorrection(stride=4), ACTIVE) as attachment:
+    with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=4), ACTIVE) as attachment:
         with watched(attachment) as calls:
             run(transformer, steps=1)
         call, (frames, height, width, *_) = calls[0], calls[0].grid
@@ -425,16 +425,16 @@ def test_the_first_frame_keeps_its_rule_under_correction():
         v = call.v.clone()
         v[:, :, 2 * size :] += 100.0  # frames that the first one must not see
         plan = dataclasses.replace(call.plan, key_mean=None)  # the call's keys are centred
-        out = attachment._session.execute(plan, moment(layout, batch=1), call.q, call.k, v, None, "bhsd", None)
+        out = attachment._session.execute(plan, context(layout, batch=1), call.q, call.k, v, None, "bhsd", None)
     torch.testing.assert_close(out[:, :, :size], call.out[:, :, :size])
     assert (out[:, :, size:] - call.out[:, :, size:]).abs().max() > 1
 
 
 def test_methods_that_look_at_keys_see_the_centred_ones(monkeypatch):
-    from dit_accel.methods.lite import LiteHandler
+    from dit_accel.methods.attention.lite.handler import LiteHandler
 
     seen = []
-    monkeypatch.setattr(LiteHandler, "look", lambda self, plan, moment, call: seen.append((plan, call)))
+    monkeypatch.setattr(LiteHandler, "look", lambda self, plan, context, call: seen.append((plan, call)))
     transformer = tiny_transformer()
     with dit_accel.attach(transformer, LITE, ACTIVE):
         run(transformer, steps=1, branches=("cond",))
@@ -483,9 +483,9 @@ class _Decaying(Handler):
 
     rank = -1
 
-    def contribute(self, plan: AttentionPlan, moment: Moment) -> AttentionPlan:
+    def contribute(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
         rule = DecayRule(trained_frames=1, alpha=0.5)
-        return dataclasses.replace(plan, frame_decay=frame_decay(rule, moment.layout, "cpu"))
+        return dataclasses.replace(plan, frame_decay=frame_decay(rule, context.layout, "cpu"))
 
 
 def test_two_methods_that_decay_are_refused_at_the_first_call():

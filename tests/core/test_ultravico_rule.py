@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_accel import UltraViCo, registry
+from dit_accel import UltraViCo
+from dit_accel.adapters import registry
 from dit_accel.rules.ultravico import DecayRule, extended_frames, output_frames, strengths
 
 

@@ -7,8 +7,8 @@ from dit_accel_eval import dropped_mass
 from dit_accel_eval.compare import read_lines
 from dit_accel_kernels import Selection, TileLists, pack_bits
 
-from dit_accel.plan import AttentionPlan
-from dit_accel.watching import PlannedCall
+from dit_accel.plan.plan import AttentionPlan
+from dit_accel.testing.recording import PlannedCall
 
 
 def test_the_mass_is_that_of_the_dropped_tiles_in_their_order():

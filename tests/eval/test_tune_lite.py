@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import dit_accel
-from dit_accel import ConfigError, FrozenPattern, LiteAttention, RadialAttention, registry
-from dit_accel.adapter import Adapter
+from dit_accel import ConfigError, LiteAttention, RadialAttention, SparseD
+from dit_accel.adapters import registry
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.attachment.op import planned_attention
+from dit_accel.attachment.session import AttentionLayer, Session, TransformerState
 from dit_accel.cli.app import app
+from dit_accel.methods.attention.lite.thresholds import read_thresholds
 from dit_accel.methods.base import Model
-from dit_accel.methods.lite_thresholds import read_thresholds
-from dit_accel.op import planned_attention
-from dit_accel.session import Place, Session, Target
 
 PROMPTS = ("a red circle moving right", "a blue square moving up")
 LITE = LiteAttention(block_size=16, dense_steps=0)
@@ -82,8 +83,8 @@ class Stage:
 
     def __init__(self, made) -> None:
         self.session = Session([made], "reference")
-        self.target = Target("transformer", Adapter(name="any", transformers=(), self_attention=()))
-        place = Place(self.target, 0, 0)
+        self.target = TransformerState("transformer", Adapter(name="any", transformers=(), self_attention=()))
+        place = AttentionLayer(self.target, 0, 0)
         place.processor = SimpleNamespace()
         self.target.places.append(place)
         self.session.targets.append(self.target)
@@ -273,6 +274,6 @@ def test_bad_commands_are_one_line_and_exit_code_2(cli, arguments, text):
 def test_methods_are_switched_by_their_names():
     from dit_accel.cli.method_options import select_methods
 
-    switched = select_methods(["delta", "frozen", "lite"], None, [])
-    assert [method.name for method in switched] == ["delta", "frozen", "lite"]
-    assert isinstance(switched[1], FrozenPattern)
+    switched = select_methods(["delta", "sparsed", "lite"], None, [])
+    assert [method.name for method in switched] == ["delta", "sparsed", "lite"]
+    assert isinstance(switched[1], SparseD)

@@ -9,9 +9,9 @@ from dit_accel_pipelines import ADAPTERS as PACKAGED
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
 from dit_accel_pipelines.wan import WAN
 
-from dit_accel import registry
-from dit_accel.methods.sol import SolHandler
-from dit_accel.testing import CHECKS, TRIALS, check_adapter
+from dit_accel.adapters import registry
+from dit_accel.methods.attention.sol import SolHandler
+from dit_accel.testing.adapter_checks import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
@@ -91,7 +91,7 @@ def with_text(before, after):
         (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),
         (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
         (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
-        (dict(refused=dict.fromkeys(TRIALS, "no reason")), None),
+        (dict(refused=dict.fromkeys(METHOD_CASES, "no reason")), None),
         (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is no method"),
     ],
 )
@@ -108,9 +108,9 @@ def test_a_wrong_adapter_fails_by_name(only, change, message):
 
 def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch):
     contribute = SolHandler.contribute
-    monkeypatch.setattr("dit_accel.attachment.sorted", lambda handlers, key: list(handlers), raising=False)
+    monkeypatch.setattr("dit_accel.attachment.attachment.sorted", lambda handlers, key: list(handlers), raising=False)
     monkeypatch.setattr(
-        SolHandler, "contribute", lambda self, plan, moment: (plan.tiles and contribute(self, plan, moment)) or plan
+        SolHandler, "contribute", lambda self, plan, context: (plan.tiles and contribute(self, plan, context)) or plan
     )
     text = r"check 'pairs' failed: .* attached in the other order give another output"
     with pytest.raises(AssertionError, match=text):

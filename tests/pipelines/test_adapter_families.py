@@ -12,14 +12,14 @@ from dit_accel_pipelines.sd3 import SD3
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, UnsupportedModel
-from dit_accel.adapter import IMAGE_REFUSED
-from dit_accel.attachment import attention_modules
-from dit_accel.layout import TokenLayout
-from dit_accel.model_files import ModelFiles, read_model_files
-from dit_accel.testing import TRIALS, planned
-from dit_accel.watching import watched
+from dit_accel.adapters.adapter import IMAGE_REFUSED
+from dit_accel.adapters.model_files import ModelFiles, read_model_files
+from dit_accel.attachment.attachment import attention_modules
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.testing.adapter_checks import METHOD_CASES, planned
+from dit_accel.testing.recording import watched
 
-ACTIVE = TRIALS["radial"].active
+ACTIVE = METHOD_CASES["radial"].active
 
 
 def build(model) -> torch.nn.Module:

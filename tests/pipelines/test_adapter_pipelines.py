@@ -10,9 +10,9 @@ import torch
 from tiny_pipelines import PIPELINES, generate
 
 import dit_accel
-from dit_accel.trials import TRIALS, configs_of
+from dit_accel.testing.method_cases import METHOD_CASES, configs_of
 
-CONFIG = dataclasses.replace(TRIALS["radial"].active, dense_steps=1, dense_layers=1)
+CONFIG = dataclasses.replace(METHOD_CASES["radial"].active, dense_steps=1, dense_layers=1)
 BRANCHES = {"hunyuan-video": ["cond", "uncond"], "mochi": ["cond_uncond"], "cogvideox": ["cond_uncond"]}
 
 
@@ -22,7 +22,7 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
     plain = generate(pipe, call)
     latents = generate(pipe, call, output_type="latent")
     assert plain.shape[:2] == (1, call["num_frames"])
-    with dit_accel.attach(pipe, TRIALS["radial"].neutral) as attachment:
+    with dit_accel.attach(pipe, METHOD_CASES["radial"].neutral) as attachment:
         assert torch.equal(generate(pipe, call, output_type="latent"), latents)
         assert attachment.report().density == 1.0
     with dit_accel.attach(pipe, CONFIG) as attachment:
@@ -33,10 +33,10 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
         assert attachment.report() == report
     assert sparse.isfinite().all()
     assert not torch.equal(sparse, plain)
-    for method in TRIALS.keys() - {"radial"}:
-        with dit_accel.attach(pipe, *configs_of(TRIALS[method].active)) as attachment:
+    for method in METHOD_CASES.keys() - {"radial"}:
+        with dit_accel.attach(pipe, *configs_of(METHOD_CASES[method].active)) as attachment:
             assert generate(pipe, call, output_type="latent").isfinite().all()
-            assert (attachment.report().sparse_density < 1) == TRIALS[method].thins, method
+            assert (attachment.report().sparse_density < 1) == METHOD_CASES[method].thins, method
     assert torch.equal(generate(pipe, call, output_type="latent"), latents)
 
     branches = BRANCHES.get(name, ["cond_uncond"])

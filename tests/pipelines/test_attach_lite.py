@@ -12,7 +12,7 @@ from wan_tiny import generate, tiny_transformer
 
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention, SolAttention
-from dit_accel.watching import watched
+from dit_accel.testing.recording import watched
 
 # Random weights make flat attention: a threshold this near to 0 drops what is new to no row of a tile.
 OPTIONS = dict(block_size=16, threshold=-0.01, dense_steps=0)
@@ -27,7 +27,10 @@ def exact_by_branch(pipe, config, backend="torch", **call):
     with dit_accel.attach(pipe, config, backend=backend) as attachment, watched(attachment) as calls:
         session, branches = attachment._session, []
         original = session.execute
-        session.execute = lambda plan, moment, *rest: (branches.append(moment.branch), original(plan, moment, *rest))[1]
+        session.execute = lambda plan, context, *rest: (
+            branches.append(context.branch),
+            original(plan, context, *rest),
+        )[1]
         latents = generate(pipe, **call)
         session.execute = original
     for branch, call_ in zip(branches, calls, strict=True):
@@ -94,11 +97,11 @@ def _exact_of_one_branch(pipe, backend, kept, latents):
         (handler,) = session.handlers
         other = type(handler)(ACTIVE, handler.model)
         contribute, learn, order = handler.contribute, handler.learn, []
-        handler.contribute = lambda plan, moment: (
-            order.append(moment.branch),
-            contribute(plan, moment) if moment.branch == kept else other.contribute(plan, moment),
+        handler.contribute = lambda plan, context: (
+            order.append(context.branch),
+            contribute(plan, context) if context.branch == kept else other.contribute(plan, context),
         )[1]
-        handler.learn = lambda moment, bits: (learn if moment.branch == kept else other.learn)(moment, bits)
+        handler.learn = lambda context, bits: (learn if context.branch == kept else other.learn)(context, bits)
         assert torch.equal(generate(pipe), latents)
     for branch, call in zip(order, calls, strict=True):
         if branch == kept:
@@ -313,8 +316,8 @@ def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_
     with dit_accel.attach(transformer, ACTIVE) as attachment, torch.no_grad():
         session = attachment._session
         session.enter(session.targets[0], "cond", dict(step_index=0, num_inference_steps=4))
-        plan, moment, _ = session.plan(0, q, k, (5, 4, 4, 0, 0), "bshd", False, mask)
-        out = session.execute(plan, moment, q, k, v, mask, "bshd", None)
+        plan, context, _ = session.plan(0, q, k, (5, 4, 4, 0, 0), "bshd", False, mask)
+        out = session.execute(plan, context, q, k, v, mask, "bshd", None)
         grads = session.gradients(plan, torch.ones_like(q), q, k, v, mask, "bshd", None)
         report = attachment.report()
         assert transformer(*inputs, return_dict=False)[0].isfinite().all()
@@ -330,9 +333,9 @@ def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_
     with dit_accel.attach(transformer, radial, ACTIVE) as attachment:
         session = attachment._session
         session.enter(session.targets[0], "cond", dict(step_index=0, num_inference_steps=4))
-        plan, moment, _ = session.plan(0, q, k, (5, 4, 4, 0, 0), "bshd", False, mask)
+        plan, context, _ = session.plan(0, q, k, (5, 4, 4, 0, 0), "bshd", False, mask)
         with pytest.raises(dit_accel.ConfigError, match="sparse attention follows masks that hide keys"):
-            session.execute(plan, moment, q, k, v, mask, "bshd", None)
+            session.execute(plan, context, q, k, v, mask, "bshd", None)
 
 
 def test_a_budget_bounds_the_mean_mass_of_every_call(pipe):

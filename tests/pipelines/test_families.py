@@ -10,9 +10,9 @@ from accelerate import init_empty_weights
 from dit_accel_pipelines import ADAPTERS
 from dit_accel_pipelines.wan import WAN, WAN_TINY
 
-from dit_accel import registry
 from dit_accel.cli.method_options import select_methods
-from dit_accel.estimate import estimate, rounded_frames, token_layout
+from dit_accel.estimate.estimate import estimate, rounded_frames, token_layout
+from dit_accel.methods import registry as method_registry
 
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines/recipes").glob("*.toml"))
 FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
@@ -61,9 +61,9 @@ def test_every_family_is_consistent(name):
     layout = token_layout(family, height=family.height, width=family.width, num_frames=family.num_frames)
     assert layout.frames == 1 or family.vae[0] > 1
     assert bool(family.text_tokens) != bool(family.cross_tokens)
-    for method in registry.methods():
+    for method in method_registry.methods():
         if method not in adapter.refused:
-            found = estimate(adapter, family, methods=[registry.method(method)()])
+            found = estimate(adapter, family, methods=[method_registry.method(method)()])
             assert 0 < found.pair_density <= 1
             assert (found.pair_density < 1) != (method in found.uncounted)
 

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
 
-from dit_accel.testing import CHECKS, TRIALS, check_adapter
+from dit_accel.testing.adapter_checks import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
 FAST = [name for name in CHECKS if name != "compile"]
@@ -22,7 +22,7 @@ def test_an_image_adapter_passes_every_check(name):
     found = check_adapter(ADAPTERS[name], *models, only=FAST)
     assert len(found) == len(models)
     assert all(list(results) == FAST for results in found.values())
-    applying = set(TRIALS) - set(ADAPTERS[name].refused)
+    applying = set(METHOD_CASES) - set(ADAPTERS[name].refused)
     checks = [check for check in FAST if check != "padding" and (check != "pairs" or len(applying) > 1)]
     assert all(results[check] == "passed" for results in found.values() for check in checks)
     assert any(results["padding"] == "passed" for results in found.values()) == (name in MASKED)

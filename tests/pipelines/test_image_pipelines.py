@@ -7,8 +7,8 @@ from tiny_image_pipelines import generate
 from tiny_other_pipelines import PIPELINES
 
 import dit_accel
-from dit_accel import positions
-from dit_accel.trials import TRIALS, configs_of
+from dit_accel.adapters import position_ids as positions
+from dit_accel.testing.method_cases import METHOD_CASES, configs_of
 
 BRANCHES = {  # of the models whose pipelines tell; the others' calls are counted, and two calls a step are these
     "qwen-image": ["cond", "uncond"], "flux2-klein": ["cond", "uncond"], "flux-kin": ["cond", "uncond"],
@@ -24,7 +24,7 @@ def test_an_image_pipeline_generates_with_every_method_and_reports_it(name):
         targets = attachment._session.targets
         adapter, layers = targets[0].adapter, [len(target.places) for target in targets]
         assert name.startswith(adapter.name)
-    applying = {method: trial for method, trial in TRIALS.items() if method not in adapter.refused}
+    applying = {method: trial for method, trial in METHOD_CASES.items() if method not in adapter.refused}
     assert applying
     for method, trial in applying.items():
         with dit_accel.attach(pipe, *configs_of(trial.neutral)) as attachment:
@@ -61,6 +61,6 @@ def test_positions_are_read_as_often_as_the_pipeline_makes_them(monkeypatch, nam
     seen, first_image = [], positions.first_image
     monkeypatch.setattr(positions, "first_image", lambda ids: seen.append(len(ids)) or first_image(ids))
     pipe, call = PIPELINES[name]()
-    with dit_accel.attach(pipe, TRIALS["sol"].active):
+    with dit_accel.attach(pipe, METHOD_CASES["sol"].active):
         generate(pipe, call)
     assert len(seen) == reads  # FLUX.2 joins the ids of image and references anew at each of the three steps

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import ConfigError, positions
-from dit_accel.masks import key_validity
-from dit_accel.registry import adapter_for
-from dit_accel.testing import TRIALS, planned
-from dit_accel.watching import require_same, require_text_exact, watched
+from dit_accel.adapters.registry import adapter_for
+from dit_accel.plan.masks import key_validity
+from dit_accel.testing.adapter_checks import METHOD_CASES, planned
+from dit_accel.testing.recording import require_same, require_text_exact, watched
 
-SOL = TRIALS["sol"]
+SOL = METHOD_CASES["sol"]
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
 Grids = list[tuple[int, ...]]
 

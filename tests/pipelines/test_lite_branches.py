@@ -13,10 +13,10 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import LiteAttention
-from dit_accel.config import MethodConfig
 from dit_accel.methods.base import Handler
-from dit_accel.watching import watched
-from dit_accel.written_out import attention
+from dit_accel.methods.config import MethodConfig
+from dit_accel.testing.recording import watched
+from dit_accel.testing.reference import attention
 
 BRANCHES = ("cond", "uncond", "perturbed")
 GUIDED = ("pred_cond", "pred_uncond", "pred_cond_skip")
@@ -38,9 +38,9 @@ class Mixing(Handler):
         self.branch = branch
         self.config = MixingConfig()
 
-    def contribute(self, plan, moment):
+    def contribute(self, plan, context):
         mix = torch.tensor([0.25, 0.75])
-        return dataclasses.replace(plan, identity_mix=mix) if moment.branch == self.branch else plan
+        return dataclasses.replace(plan, identity_mix=mix) if context.branch == self.branch else plan
 
 
 def run_branches(transformer, latents, text, branches=BRANCHES, told=True, mixing="perturbed"):

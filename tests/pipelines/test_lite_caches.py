@@ -18,8 +18,8 @@ from dit_accel_kernels import unpack_bits
 from wan_tiny import generate
 
 import dit_accel
-from dit_accel import DeltaCorrection, FrozenPattern, LiteAttention
-from dit_accel.watching import watched
+from dit_accel import DeltaAttention, LiteAttention, SparseD
+from dit_accel.testing.recording import watched
 
 STEPS, TILES = 10, 5
 LITE = LiteAttention(block_size=16, threshold=-0.01, dense_steps=0)
@@ -56,12 +56,12 @@ def states_after_each_step(pipe, attachment):
     (handler,) = session.handlers
     original = session.execute
 
-    def execute(plan, moment, *rest):
-        key = moment.transformer, moment.layer, moment.branch, moment.row, moment.batch
-        assert moment.step_index == len(after)
+    def execute(plan, context, *rest):
+        key = context.transformer, context.layer, context.branch, context.row, context.batch
+        assert context.step_index == len(after)
         assert key not in ran[-1]
         ran[-1].add(key)
-        return original(plan, moment, *rest)
+        return original(plan, context, *rest)
 
     def look(pipe, step, timestep, tensors):
         states = handler._states.by_key.items()
@@ -109,12 +109,12 @@ def test_later_calls_read_what_the_last_computed_one_left_and_turn_round_each_ti
         session, moments = attachment._session, []
         with watched(attachment) as calls:
             inner = session.execute
-            session.execute = lambda plan, moment, *rest: (moments.append(moment), inner(plan, moment, *rest))[1]
+            session.execute = lambda plan, context, *rest: (moments.append(context), inner(plan, context, *rest))[1]
             run(pipe)
             session.execute = inner
     by_key = {}
-    for moment, call in zip(moments, calls, strict=True):
-        by_key.setdefault((moment.layer, moment.branch), []).append(call)
+    for context, call in zip(moments, calls, strict=True):
+        by_key.setdefault((context.layer, context.branch), []).append(call)
     assert max(map(len, by_key.values())) > 2
     for called in by_key.values():
         assert unpack_bits(called[0].exact, TILES).all()
@@ -179,7 +179,7 @@ FASTER = dict(
     [
         (LITE,),
         (LiteAttention(block_size=16, target_density=0.6, dense_steps=0),),
-        (FrozenPattern(block_size=16, density=0.5, dense_steps=0, dense_layers=0), DeltaCorrection(reuse=2)),
+        (SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0), DeltaAttention(reuse=2)),
     ],
 )
 def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(methods):

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from wan_tiny import generate, tiny_transformer
 
 import dit_accel
-from dit_accel import FrozenPattern, LiteAttention, RadialAttention, registry
+from dit_accel import LiteAttention, RadialAttention, SparseD
+from dit_accel.adapters import registry
 from dit_accel.cli.app import app
-from dit_accel.estimate import estimate, token_layout
+from dit_accel.estimate.estimate import estimate, token_layout
 
 SIZE = dict(height=48, width=32, num_frames=9, num_inference_steps=4)
 LITE = LiteAttention(block_size=16, dense_steps=0)
@@ -24,9 +25,9 @@ RADIAL = RadialAttention(block_size=32, dense_steps=0, dense_layers=1)
         (LITE,),
         (LiteAttention(block_size=16, dense_steps=1, dense_layers=2),),
         (LiteAttention(dense_steps=0, dense_layers=2), RADIAL),
-        (FrozenPattern(block_size=16, dense_steps=0, dense_layers=1),),
+        (SparseD(block_size=16, dense_steps=0, dense_layers=1),),
     ],
-    ids=["all layers", "fewer layers", "in radial's tiles", "frozen"],
+    ids=["all layers", "fewer layers", "in radial's tiles", "sparsed"],
 )
 def test_what_is_planned_is_what_a_run_holds(make_pipe, methods):
     name = methods[0].name

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 from dit_accel_pipelines.not_supported import NOT_SUPPORTED
 
-from dit_accel import registry
+from dit_accel.adapters import registry
 
 TRANSFORMERS = Path(diffusers.__file__).parent / "models/transformers"
 

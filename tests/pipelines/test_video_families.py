@@ -14,12 +14,12 @@ from tiny_video_pipelines import generate, helios, kandinsky5, minimax_h3
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention
-from dit_accel.attachment import attention_modules
-from dit_accel.positions import COMPILED
-from dit_accel.testing import TRIALS
-from dit_accel.watching import watched
+from dit_accel.adapters.position_ids import COMPILED
+from dit_accel.attachment.attachment import attention_modules
+from dit_accel.testing.adapter_checks import METHOD_CASES
+from dit_accel.testing.recording import watched
 
-ACTIVE = TRIALS["radial"].active
+ACTIVE = METHOD_CASES["radial"].active
 
 
 def build(model) -> torch.nn.Module:

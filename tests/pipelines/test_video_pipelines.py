@@ -9,9 +9,9 @@ from tiny_pipelines import PIPELINES as EARLIER
 from tiny_video_pipelines import PIPELINES, generate
 
 import dit_accel
-from dit_accel.trials import TRIALS, configs_of
+from dit_accel.testing.method_cases import METHOD_CASES, configs_of
 
-CONFIG = dataclasses.replace(TRIALS["radial"].active, dense_steps=1, dense_layers=1)
+CONFIG = dataclasses.replace(METHOD_CASES["radial"].active, dense_steps=1, dense_layers=1)
 GUIDED, TOLD = ["cond", "uncond"], ["pred_cond", "pred_uncond"]
 BRANCHES = {
     "hunyuan-video-1.5": TOLD, "motif-video": TOLD, "ltx-2": ["cond_uncond", "uncond_stg", "uncond_modality"],
@@ -26,7 +26,7 @@ LATENTS_ALONE = {"minimax-h3", "ltx-2", "allegro"}  # assembled without what dec
 def test_a_video_pipeline_generates_and_reports_it(name):
     pipe, call = PIPELINES[name]()
     plain = generate(pipe, call)
-    with dit_accel.attach(pipe, TRIALS["radial"].neutral) as attachment:
+    with dit_accel.attach(pipe, METHOD_CASES["radial"].neutral) as attachment:
         assert torch.equal(generate(pipe, call), plain)
         assert attachment.report().density == 1.0
     with dit_accel.attach(pipe, CONFIG) as attachment:
@@ -46,10 +46,10 @@ def test_a_video_pipeline_generates_and_reports_it(name):
     assert report.sparse_density < 0.95
     assert report.model == {"transformer": f"{family}, sizes of no released model"}
 
-    for method in TRIALS.keys() - {"radial"}:
-        with dit_accel.attach(pipe, *configs_of(TRIALS[method].active)) as attachment:
+    for method in METHOD_CASES.keys() - {"radial"}:
+        with dit_accel.attach(pipe, *configs_of(METHOD_CASES[method].active)) as attachment:
             selected = generate(pipe, call, output_type="latent" if name in LATENTS_ALONE else "pt")
-            assert (attachment.report().sparse_density < 1) == TRIALS[method].thins, method
+            assert (attachment.report().sparse_density < 1) == METHOD_CASES[method].thins, method
         assert selected.isfinite().all()
     assert torch.equal(generate(pipe, call), plain)
 

@@ -7,12 +7,12 @@ from dit_accel_kernels import block_sparse_attention_eager, unpack_bits
 from torch import Tensor
 
 from dit_accel import LiteAttention
-from dit_accel.adapter import Adapter
-from dit_accel.layout import TokenLayout
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.base import Model
-from dit_accel.methods.lite import LiteHandler
-from dit_accel.methods.tiling import full_tiles
-from dit_accel.plan import AttentionPlan, Call, Moment
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan, Call, CallContext
+from dit_accel.plan.tiling import full_tiles
 
 BLOCK = 16
 MODEL = Model(adapter=Adapter(name="toy", transformers=(), self_attention=()), family=None, heads=2, layers=3)
@@ -63,13 +63,13 @@ class Calls:
 
     def plan(
         self, base: AttentionPlan | None = None, call: Call | None = None, step: int | None = None, batch: int = 1,
-        branch: str = "cond", layer: int = 0, row: int = 0, **moment: Any,
-    ) -> tuple[AttentionPlan, Moment]:  # fmt: skip
-        """Return the plan of the next call and its moment."""
-        when = Moment(
+        branch: str = "cond", layer: int = 0, row: int = 0, **context: Any,
+    ) -> tuple[AttentionPlan, CallContext]:  # fmt: skip
+        """Return the plan of the next call and its context."""
+        when = CallContext(
             transformer="transformer", layer=layer, depth=layer, branch=branch, row=row, batch=batch, sigma=None,
             step_index=self.step if step is None else step, num_inference_steps=self.steps, layout=self.layout,
-            device=torch.device("cpu"), **moment,
+            device=torch.device("cpu"), **context,
         )  # fmt: skip
         base = base or AttentionPlan()
         if self.dense:
@@ -78,7 +78,7 @@ class Calls:
             self.handler.look(base, when, call)
         return self.handler.contribute(base, when), when
 
-    def finish(self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, when: Moment | None = None) -> Tensor:
+    def finish(self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, when: CallContext | None = None) -> Tensor:
         """Run a plan and let the handler learn from it."""
         selection = plan.selection
         options = dict(layout="bhsd", selection=selection, return_tiles=selection is not None, backend=self.backend)
@@ -110,8 +110,8 @@ class Calls:
         found = [s for key, s in self.handler._states.by_key.items() if key[:4] == ("transformer", layer, branch, row)]
         return found[-1].bits if found else None
 
-    def _moment(self, q: Tensor) -> Moment:
-        return Moment(
+    def _moment(self, q: Tensor) -> CallContext:
+        return CallContext(
             transformer="transformer", layer=0, depth=0, branch="cond", batch=q.shape[0], sigma=None,
             step_index=self.step, num_inference_steps=self.steps, layout=self.layout, device=torch.device("cpu"),
         )  # fmt: skip

@@ -9,7 +9,7 @@ import tiny_other_models as other
 import torch
 from tiny_inputs import COLUMNS, FLUX_LIKE, HEADS, ROWS, ids, image, packed, steps, text_mask
 
-from dit_accel.testing import TinyModel
+from dit_accel.testing.adapter_checks import TinyModel
 
 
 def _flux2(batch: int, references: bool = False) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from tiny_image_models import IMAGE_MODELS
 from wan_tiny import TINY as WAN_TINY
 
-from dit_accel.testing import TinyModel
+from dit_accel.testing.adapter_checks import TinyModel
 
 
 def _steps(batch: int, value: float = 500.0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import diffusers
 import torch
 from tiny_inputs import COLUMNS, HEADS, ROWS, image, steps, text_mask
 
-from dit_accel.testing import TinyModel
+from dit_accel.testing.adapter_checks import TinyModel
 
 
 def _ernie_image(batch: int) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from wan_tiny import TINY as WAN_TINY
 
-from dit_accel.testing import TinyModel
+from dit_accel.testing.adapter_checks import TinyModel
 
 LATENTS = (4, 7, 8, 16)
 

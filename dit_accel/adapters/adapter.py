@@ -1,0 +1,249 @@
+"""Adapters: what the core must know of a model family, as data. Adapter files import this and nothing heavier."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import ConfigError
+
+ONE_FRAME = "an image is one frame, of which the mask keeps everything"
+"""Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
+
+IMAGE_REFUSED: Mapping[str, str] = {
+    "radial": ONE_FRAME,
+    "ultravico": "an image has no frames of which there could be more than the model was trained on",
+}
+"""Method name -> why it makes no sense on a model that makes single images; what image adapters refuse."""
+
+Grid = tuple[int, int, int, int, int]
+"""(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
+
+NO_STEP: Grid = (0, 0, 0, 0, 0)
+"""The grid of a forward that is no denoising step, such as one that fills a cache: it stays dense."""
+
+
+def patch_sizes(size: int | Sequence[int], frames: int | None = None) -> tuple[int, int, int]:
+    """Return (t, h, w) of a config's ``patch_size``, one number or three, and its ``patch_size_t``."""
+    if isinstance(size, int):
+        return frames or 1, size, size
+    return size[0], size[1], size[2]
+
+
+def latents_grid(
+    config: Any,
+    inputs: Mapping[str, Any],
+    *,
+    frames_axis: int | None = 2,
+    channels_last: bool = False,
+    text: Literal["none", "before", "after"] = "none",
+    joined: Sequence[str] = ("encoder_hidden_states",),
+    reference_frames: int = 0,
+) -> Grid:
+    """Read the grid off latents [..., H, W], the config's patch size and the text's length.
+
+    Args:
+        config: has ``patch_size`` (t, h, w) or one number, then with or without ``patch_size_t``.
+        inputs: the forward's inputs by name.
+        frames_axis: where the latents count their frames: 2 in [B, C, T, H, W]; None for an image.
+        channels_last: the latents are [..., H, W, C].
+        text: where text joins the sequence; ``none`` for cross-attention.
+        joined: the inputs [B, tokens, C] that join the sequence as text; one that is not given counts 0.
+        reference_frames: first frames of the latents that are no video; they count as text before it.
+
+    Raises:
+        ConfigError: for another ``text``.
+    """
+    if text not in ("none", "before", "after"):
+        raise ConfigError(f"latents_grid knows text='none', 'before' and 'after', got text={text!r}; use one of them")
+    shape = inputs["hidden_states"].shape[:-1] if channels_last else inputs["hidden_states"].shape
+    patch_frames, patch_height, patch_width = patch_sizes(config.patch_size, getattr(config, "patch_size_t", None))
+    frames = 1 if frames_axis is None else shape[frames_axis] // patch_frames
+    height, width = shape[-2] // patch_height, shape[-1] // patch_width
+    given = [] if text == "none" else [inputs[name] for name in joined if inputs.get(name) is not None]
+    tokens = sum(value.shape[1] for value in given)
+    before, after = (tokens, 0) if text == "before" else (0, tokens)
+    return frames - reference_frames, height, width, before + reference_frames * height * width, after
+
+
+def patch_count(latents: Any, patch: Sequence[int]) -> int:
+    """Return the tokens of further latents [B, C, T, H, W], such as a history: 0 for None.
+
+    Args:
+        latents: the tensor, padded by the model to whole patches where it has to be.
+        patch: (t, h, w) that one token covers.
+    """
+    if latents is None:
+        return 0
+    return math.prod(-(-size // part) for size, part in zip(latents.shape[2:], patch, strict=True))
+
+
+def config_sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
+    """Return (layers, heads, head_dim, ffn_dim) of a transformer config, under any of the names that diffusers has.
+
+    Raises:
+        KeyError: with the name of a size that is not there; ``ffn_dim`` may be None.
+    """
+    names = ("num_layers", "num_visual_blocks", "num_hidden_layers", "n_layers", "num_mmdit_layers")
+    layers = config[next((name for name in names if name in config), names[0])]
+    layers += (config.get("num_single_layers") or 0) + len(config.get("vace_layers") or ())
+    layers += config.get("num_single_dit_layers") or 0
+    ffn_dim = config.get("ffn_dim") or config.get("ff_dim") or config.get("intermediate_size")
+    if "model_dim" in config:  # Kandinsky
+        head_dim = sum(config["axes_dims"])
+        return layers, config["model_dim"] // head_dim, head_dim, ffn_dim
+    if "n_heads" in config:  # Z-Image
+        return layers, config["n_heads"], config["dim"] // config["n_heads"], ffn_dim
+    if "hidden_size" in config and not {"head_dim", "attention_head_dim"} & set(config):  # Lumina 2
+        return layers, config["num_attention_heads"], config["hidden_size"] // config["num_attention_heads"], ffn_dim
+    head_dim = config["head_dim" if "head_dim" in config else "attention_head_dim"]
+    return layers, config["num_attention_heads"], head_dim, ffn_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Sizes of one released model, so that a plan needs neither weights nor a network.
+
+    Attributes:
+        name: what users type, such as ``wan2.1-14b``.
+        repo: the model's hub id.
+        layers: transformer blocks that hold a self-attention.
+        heads: attention heads, H.
+        head_dim: channels of a head, D.
+        ffn_dim: hidden width of the feed-forward.
+        patch: (t, h, w) latents a token covers.
+        vae: (t, s): pixels a latent covers in time (first frame apart) and in each spatial direction.
+        size_multiple: what the pipeline asks height and width to be multiples of, in pixels, whatever the patches need.
+        text_tokens: text tokens inside the self-attention sequence (joint attention); 0 for cross-attention models.
+        cross_tokens: text (and image) tokens of the cross-attention; 0 where there is none.
+        height: default output height in pixels.
+        width: default output width in pixels.
+        num_frames: default number of frames.
+        num_inference_steps: default number of denoising steps.
+        forwards_per_step: transformer rows per step, 2 with classifier-free guidance.
+        experts: transformers that share the steps, 2 for Wan 2.2 A14B.
+        trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
+            several lengths, or an image model.
+        recipes: method name -> option -> value: what the papers and their code use on this model.
+    """
+
+    name: str
+    repo: str
+    layers: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    patch: tuple[int, int, int]
+    vae: tuple[int, int]
+    size_multiple: int = 1
+    text_tokens: int = 0
+    cross_tokens: int = 0
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int = 50
+    forwards_per_step: int = 2
+    experts: int = 1
+    trained_frames: int | None = None
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """How dit-accel meets one family of transformers.
+
+    Attributes:
+        name: the family's short name, such as ``wan``.
+        transformers: names of the diffusers transformer classes this adapter covers.
+        self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change, one
+            pattern a block list, in the order in which the lists run.
+        side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
+        grid: (transformer config, forward inputs by name) -> `Grid`, or in words why this forward has none; then no
+            method may thin it out. It runs inside compiled graphs too: plain arithmetic on shapes only; values of
+            tensors are read by `dit_accel.adapters.position_ids`.
+        latents: name of the input that holds the latents, a tensor [B, ...] or a list of one a row.
+        timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
+        left_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in this model.
+        text_apart: beside the call over all keys there are others over fewer (text over itself); they stay dense.
+        ragged_text: an attention call may leave out text that the grid counts: padded text behind the visual tokens,
+            row by row, or all text.
+        outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
+            visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
+        rising_timesteps: the timestep rises from step to step.
+        families: the released models, for `plan` and for recipes.
+        recipes: method name -> option -> value for a model that none of ``families`` describes.
+        refused: method name -> why it makes no sense here.
+
+    Raises:
+        ConfigError: for names, families or functions that are something else.
+    """
+
+    name: str
+    transformers: tuple[str, ...]
+    self_attention: tuple[str, ...]
+    side_attention: tuple[str, ...] = ()
+    grid: Callable[[Any, Mapping[str, Any]], Grid | str] = latents_grid
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    left_dense: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    text_apart: bool = False
+    ragged_text: bool = False
+    outer_masks: bool = False
+    rising_timesteps: bool = False
+    families: tuple[Family, ...] = ()
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, entry, what in (
+            ("transformers", str, "names"),
+            ("self_attention", str, "names"),
+            ("side_attention", str, "names"),
+            ("families", Family, "Family objects"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(item, entry) for item in value):
+                raise ConfigError(
+                    f"adapter {self.name!r}: {name} must be a tuple of {what}, got {value!r}; one entry is (entry,)"
+                )
+        functions: dict[str, Any] = {"grid(config, inputs)": self.grid}
+        if self.left_dense is not None:
+            functions["left_dense(config)"] = self.left_dense
+        for name, value in functions.items():
+            if not callable(value):
+                raise ConfigError(
+                    f"adapter {self.name!r}: {name} must be a function, got {value!r}; give the function or a partial"
+                )
+
+    def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
+        """Return the released model that a transformer config has the sizes of, or None.
+
+        Of several, the one whose patches are the config's, where one is.
+
+        Args:
+            config: the transformer's config, with diffusers' names.
+            experts: how many such transformers the pipeline holds.
+        """
+        try:
+            sizes = (*config_sizes(config)[:3], experts)
+        except KeyError:
+            return None
+        alike = [
+            family
+            for family in self.families
+            if (family.layers, family.heads, family.head_dim, family.experts) == sizes
+        ]
+        size = config.get("patch_size")
+        patch = None
+        if isinstance(size, int) or (isinstance(size, (list, tuple)) and len(size) == 3):
+            patch = patch_sizes(size, config.get("patch_size_t"))
+        return next((family for family in alike if family.patch == patch), alike[0] if alike else None)
+
+    def verdict(self, method: str) -> tuple[str, str]:
+        """Return ``supported``, ``degenerate`` or ``refused``, and why."""
+        why = self.refused.get(method, "")
+        return ("degenerate" if why == ONE_FRAME else "refused" if why else "supported"), why
+
+    def recipe(self, method: str, family: Family | None) -> Mapping[str, Any]:
+        """Return the options that ``method`` takes on this model where the user set none."""
+        return (family.recipes.get(method) if family else None) or self.recipes.get(method, {})

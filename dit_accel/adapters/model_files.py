@@ -1,0 +1,128 @@
+"""A model's config files, from a local folder or the hub: what a plan needs of a model without its weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnsupportedModel
+from .adapter import Adapter, Family, config_sizes, patch_sizes
+from .registry import adapter_for
+
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """The configs of a diffusers pipeline.
+
+    Attributes:
+        name: the folder or hub id that was asked for.
+        index: model_index.json, component name -> (library, class).
+        transformer: config of the transformer.
+        vae: config of the autoencoder; empty where the pipeline has none.
+    """
+
+    name: str
+    index: Mapping[str, Any]
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+
+    def has(self, component: str) -> bool:
+        """Tell whether the pipeline holds a component."""
+        entry = self.index.get(component)
+        return isinstance(entry, (list, tuple)) and entry[0] is not None
+
+    def identify(self) -> tuple[Adapter, Family]:
+        """Return the model's adapter and its sizes: those of a released family, or read off the configs.
+
+        Raises:
+            UnsupportedModel: if no adapter covers the transformer's class, or its config lacks a size.
+        """
+        adapter = adapter_for(str(self.transformer.get("_class_name")))
+        experts = 1 + self.has("transformer_2")
+        family = next((known for known in adapter.families if known.repo == self.name), None)
+        family = family or adapter.family(self.transformer, experts)
+        return adapter, self._with_sizes(adapter, family, experts)
+
+    def _with_sizes(self, adapter: Adapter, family: Family | None, experts: int) -> Family:
+        if not adapter.families:
+            raise UnsupportedModel(f"{self.name} is of {adapter.name}, whose sizes are not known; plan with --family")
+        config, base = self.transformer, family or adapter.families[0]
+        try:
+            layers, heads, head_dim, ffn_dim = config_sizes(config)
+            sizes = {
+                "layers": layers,
+                "heads": heads,
+                "head_dim": head_dim,
+                "ffn_dim": ffn_dim or (family.ffn_dim if family else config["ffn_dim"]),
+                "patch": patch_sizes(config["patch_size"], config.get("patch_size_t")),
+            }
+        except KeyError as error:
+            raise UnsupportedModel(
+                f"the transformer config of {self.name} has no {error.args[0]!r}; plan with --family instead"
+            ) from None
+        time, space = base.vae
+        vae = self.vae.get("scale_factor_temporal") or time, self.vae.get("scale_factor_spatial") or space
+        if family is None:
+            sizes |= {"name": adapter.name, "recipes": adapter.recipes, "experts": experts}
+        return replace(base, repo=self.name, vae=vae, **sizes)
+
+
+def read_model_files(model: str) -> ModelFiles:
+    """Read the configs of a diffusers pipeline, a local folder or a hub id; downloads no weights.
+
+    Raises:
+        UnsupportedModel: if there is no such model, or it holds no transformer.
+    """
+    index = read_config(model, INDEX)
+    if not isinstance(index.get("transformer"), list):
+        parts = ", ".join(name for name, entry in index.items() if isinstance(entry, list)) or "no component"
+        raise UnsupportedModel(f"{model} holds {parts} but no transformer; give a diffusers pipeline that has one")
+    return ModelFiles(
+        name=model,
+        index=index,
+        transformer=read_config(model, "transformer/config.json"),
+        vae=read_config(model, "vae/config.json") if "vae" in index else {},
+    )
+
+
+def read_config(model: str, file: str) -> dict[str, Any]:
+    """Read one JSON file of a model, such as ``transformer/config.json``.
+
+    Raises:
+        UnsupportedModel: if there is no such model or file.
+    """
+    path = Path(model) / file
+    if not path.is_file():
+        if Path(model).exists() or not _is_hub_id(model):
+            state = f"has no {file}" if Path(model).exists() else "is neither a folder nor a hub id (owner/name)"
+            raise UnsupportedModel(f"model {model!r} {state}; give a folder saved by a diffusers pipeline, or a hub id")
+        path = _download(model, file)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{file} of model {model!r} can't be read: {error}") from None
+
+
+def _is_hub_id(model: str) -> bool:
+    owner, slash, name = model.partition("/")
+    return bool(owner and slash and name) and "/" not in name and not model.startswith((".", "~"))
+
+
+def _download(model: str, file: str) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, file)
+        if isinstance(cached, str):
+            return Path(cached)
+        get_hf_file_metadata(hf_hub_url(model, file))  # a download would try for half a minute without a network
+        return Path(hf_hub_download(model, file))
+    except Exception as error:  # the errors of the hub client's transport change from release to release
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(
+            f"model {model!r} is no local folder, and the hub gave no {file} ({type(error).__name__}: {reason}); "
+            "check the name, the connection, or `hf auth login` for a gated model"
+        ) from None

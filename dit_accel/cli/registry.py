@@ -1,0 +1,23 @@
+"""The registry of commands: those that installed packages add to `dit-accel` by entry point."""
+
+from importlib.metadata import entry_points
+from typing import Any
+
+from ..errors import ConfigError
+
+COMMAND_GROUP = "dit_accel.commands"
+
+
+def commands() -> dict[str, Any]:
+    """Return every command that an entry point of ``dit_accel.commands`` adds, by name.
+
+    Raises:
+        ConfigError: if two packages add a command of one name.
+    """
+    added: dict[str, Any] = {}
+    for entry in entry_points(group=COMMAND_GROUP):
+        for name, command in entry.load().items():
+            if name in added:
+                raise ConfigError(f"the command {name!r} is registered twice, last by {entry.value}; uninstall one")
+            added[name] = command
+    return added

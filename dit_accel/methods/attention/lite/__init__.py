@@ -1,0 +1,1 @@
+"""LiteAttention: its config and handler, what it carries from call to call, its thresholds files."""

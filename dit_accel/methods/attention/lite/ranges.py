@@ -1,0 +1,104 @@
+"""What no vote of LiteAttention decides: text, and the token ranges that it must keep or skip, as tiles."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from dit_accel_kernels import TileLists, count_bits, pack_bits, unpack_bits
+from torch import Tensor
+
+from ....errors import ConfigError
+from ....plan.layout import TokenLayout
+from ....plan.plan import CallContext
+from ....plan.tiling import pinned_bits
+from ....report.report import exact_bits
+
+
+class FixedBits(NamedTuple):
+    """Bits int32 [NQ, W]: ``pinned`` tiles stay exact; only those of ``first`` may, from the first call on. None: all.
+
+    A pinned tile stays exact though ``first`` lacks it.
+    """
+
+    pinned: Tensor | None
+    first: Tensor | None
+
+
+def check_ranges(name: str, ranges: Sequence[int], tokens: int | None = None) -> None:
+    """Refuse what is no list of ranges (start, end, start, end ...), ends exclusive and none overlapping.
+
+    Args:
+        name: the option's name.
+        ranges: counts visual tokens from 0.
+        tokens: visual tokens in all; None where that is not known yet.
+
+    Raises:
+        ConfigError: for an odd count, a range that is empty, out of order or out of the sequence.
+    """
+    if len(ranges) % 2:
+        raise ConfigError(f"{name} must be start, end, start, end ... of visual tokens, got {len(ranges)} numbers")
+    rising = all(a < b if place % 2 == 0 else a <= b for place, (a, b) in enumerate(pairwise(ranges)))
+    if not rising or (ranges and ranges[0] < 0):
+        raise ConfigError(f"{name} must rise from 0, each end above its start, got {tuple(ranges)}")
+    if tokens is not None and ranges and ranges[-1] > tokens:
+        raise ConfigError(f"{name} ends at visual token {ranges[-1]}, the video has {tokens}; end it there")
+
+
+def range_tiles(
+    ranges: Sequence[int], layout: TokenLayout, order: Tensor | None, block: int, *, inward: bool
+) -> Tensor:
+    """Return bool [N], on the CPU: the tiles that hold a token of the ranges or, ``inward``, no other token.
+
+    Args:
+        ranges: as `check_ranges` takes them.
+        layout: the sequence.
+        order: position in the tiles' order -> token index; None: the sequence's own order.
+        block: tokens of a tile.
+        inward: count the tiles that lie wholly in the ranges.
+    """
+    inside = torch.zeros(layout.tokens, dtype=torch.bool)
+    for start, end in zip(ranges[::2], ranges[1::2], strict=True):
+        inside[layout.text_before + start : layout.text_before + end] = True
+    if order is not None:
+        inside = inside[order.cpu()]
+    inside = torch.nn.functional.pad(inside, (0, -len(inside) % block), value=inward).unflatten(0, (-1, block))
+    return inside.all(1) if inward else inside.any(1)
+
+
+def fixed_bits(config: Any, context: CallContext, tiles: TileLists, order: Tensor | None) -> FixedBits:
+    """Return what a `LiteAttention` config fixes on the tiles of a call.
+
+    Raises:
+        ConfigError: if what must be skipped leaves some queries no key.
+    """
+    layout, block = context.layout, tiles.block_k
+    pinned = first = None
+    if config.protect_text and layout.tokens > layout.visual_tokens:
+        pinned = pinned_bits(layout, block, None, "none", str(context.device))
+    keep = range_tiles(config.must_keep, layout, order, block, inward=False)
+    skip = range_tiles(config.must_skip, layout, order, block, inward=True) & ~keep
+    shape = tiles.query_tiles, tiles.key_tiles
+    if keep.any():
+        kept = pack_bits(keep.expand(shape)).to(context.device)
+        pinned = kept if pinned is None else pinned | kept
+    if skip.any():
+        first = pack_bits(~skip.expand(shape)).to(context.device)
+        left = first if pinned is None else first | pinned
+        if config.rest == "skip" and not bool(count_bits(exact_bits(tiles, 1) & left).all()):
+            raise ConfigError(
+                f"lite.must_skip = {config.must_skip} leaves some queries no key at all ({layout}); shorten it"
+            )
+    return FixedBits(pinned, first)
+
+
+def split_list(tiles: TileLists, scores: Tensor, bits: FixedBits) -> tuple[Tensor, Tensor]:
+    """Return which tiles of the exact list may be dropped and which may not, bool like scores [B, H, NQ, NK]."""
+    listed = unpack_bits(exact_bits(tiles, scores.shape[1]), tiles.key_tiles).expand_as(scores)
+    free, fixed = listed, torch.zeros_like(listed)
+    if bits.pinned is not None:
+        fixed = listed & unpack_bits(bits.pinned, tiles.key_tiles)
+        free = listed & ~fixed
+    if bits.first is not None:
+        free = free & unpack_bits(bits.first, tiles.key_tiles)
+    return free, fixed

@@ -1,0 +1,149 @@
+"""Files of LiteAttention's thresholds by layer and step, as `dit-accel tune lite` writes them: the format's one place.
+
+version = 1
+model = "wan2.1-1.3b"         # `model_name` of what they were tuned on
+criterion = "maxgap"          # "maxgap": log2 units; "mass": shares of a row's softmax mass
+num_inference_steps = 50
+target_error = 0.05           # what the tuner aimed at; for readers alone
+[thresholds]                  # component name -> one list a layer, one threshold a step; -inf drops nothing
+transformer = [[-10.0, -9.5], [-8.0, -8.25]]
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ....errors import ConfigError
+from ....files import written_whole
+from ...base import Model
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiteThresholds:
+    """Thresholds of one model and one number of steps.
+
+    Attributes:
+        model: `model_name` of the model that they were tuned on.
+        criterion: what they are thresholds of: ``maxgap`` (log2 units) or ``mass`` (shares of a row's softmax mass).
+        num_inference_steps: steps of the run.
+        thresholds: component name -> [layers][steps]; -inf drops nothing.
+        target_error: what the tuner aimed at, or None.
+
+    Raises:
+        ConfigError: for a table that is empty or ragged, or a threshold out of range.
+    """
+
+    model: str
+    criterion: Literal["maxgap", "mass"]
+    num_inference_steps: int
+    thresholds: Mapping[str, tuple[tuple[float, ...], ...]]
+    target_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.criterion not in ("maxgap", "mass"):
+            raise ConfigError(f"lite thresholds are of 'maxgap' or 'mass', got criterion {self.criterion!r}")
+        for name, layers in self.thresholds.items():
+            for layer, row in enumerate(layers):
+                where = f"lite thresholds of {name}, layer {layer}"
+                if len(row) != self.num_inference_steps:
+                    raise ConfigError(
+                        f"{where}, must be one a step, {self.num_inference_steps} in all, got {len(row)}; tune again"
+                    )
+                for value in row:
+                    check_threshold(where, self.criterion, value)
+        if not self.thresholds or not all(self.thresholds.values()):
+            raise ConfigError("lite thresholds need a list for every layer of every transformer, got none; tune again")
+
+    def at(self, transformer: str, layer: int, step_index: int) -> float:
+        """Return the threshold of one layer at one step, 0-based.
+
+        Raises:
+            ConfigError: for a transformer or layer that the table does not have.
+        """
+        layers = self.thresholds.get(transformer, ())
+        if layer >= len(layers):
+            known = ", ".join(f"{len(rows)} layers of {name}" for name, rows in self.thresholds.items())
+            raise ConfigError(
+                f"lite thresholds were asked for {transformer} layer {layer}, the file has {known}; tune on this model"
+            )
+        return layers[layer][step_index]
+
+
+def check_threshold(where: str, criterion: str, value: float, allow_positive: bool = False) -> None:
+    """Refuse a threshold out of range; ``where`` names it in the error.
+
+    Raises:
+        ConfigError: for maxgap at 0 or above unless ``allow_positive``, for a share outside (0, 1), for NaN.
+    """
+    if criterion == "maxgap":
+        if math.isnan(value) or (value >= 0 and not allow_positive):
+            raise ConfigError(
+                f"{where} must be < 0 (log2 units), got {value}: at 0 and above a tile is dropped though it holds a "
+                "row's largest weight; -10 is usual, lite.allow_positive_threshold permits it for debugging"
+            )
+    elif not 0 < value < 1:
+        raise ConfigError(f"{where} must be a share of the softmax mass in (0, 1) for {criterion!r}, got {value}")
+
+
+def model_name(model: Model) -> str:
+    """Return how a thresholds file names a model: the released family, or adapter and sizes."""
+    if model.family is not None:
+        return model.family.name
+    return f"{model.adapter.name}, {model.layers} layers, {model.heads} heads"
+
+
+def read_thresholds(path: str | Path) -> LiteThresholds:
+    """Read a thresholds file.
+
+    Raises:
+        ConfigError: for a file that can't be read, is no TOML, has another version, or lacks what it needs.
+    """
+    try:
+        found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"lite.thresholds_file {path} can't be read ({reason}); run dit-accel tune lite") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"lite.thresholds_file {path} is no valid TOML: {error}") from None
+    version = found.pop("version", None)
+    if version != VERSION:
+        raise ConfigError(f"lite.thresholds_file {path} has version {version!r}, this release reads version {VERSION}")
+    try:
+        tables = {
+            str(name): tuple(tuple(float(value) for value in row) for row in layers)
+            for name, layers in found.pop("thresholds").items()
+        }
+        return LiteThresholds(thresholds=tables, **found)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({path})") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"lite.thresholds_file {path} is not what tune lite writes: {error!r}") from None
+
+
+def write_thresholds(path: str | Path, thresholds: LiteThresholds) -> None:
+    """Write a thresholds file, whole or not at all; the inverse of `read_thresholds`."""
+    import tomli_w
+
+    table: dict[str, Any] = {
+        "version": VERSION,
+        "model": thresholds.model,
+        "criterion": thresholds.criterion,
+        "num_inference_steps": thresholds.num_inference_steps,
+    }
+    if thresholds.target_error is not None:
+        table["target_error"] = thresholds.target_error
+    table["thresholds"] = {
+        name: [[float(value) for value in row] for row in layers] for name, layers in thresholds.thresholds.items()
+    }
+    with written_whole(path) as temporary:
+        temporary.write_text(tomli_w.dumps(table), encoding="utf-8")

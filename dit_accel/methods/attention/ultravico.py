@@ -1,0 +1,257 @@
+"""UltraViCo: videos longer than the model was trained on, by decaying positive logits between far frames.
+
+Source: UltraViCo (arXiv 2511.20123), by its published formula and defaults. Where we depart from its released code: the
+distance is one of frames, as in the paper, not of flattened tokens (the two differ where frames are L / 2 apart, within
+a frame); any size and model; and it composes with sparse methods, whose lists drop first and whose survivors decay.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from dit_accel_kernels import FrameDecay
+from torch import Tensor
+
+from ...adapters.adapter import Adapter, Family
+from ...errors import ConfigError, did_you_mean
+from ...plan.layout import TokenLayout
+from ...plan.plan import AttentionPlan, Call, CallContext, RowOverride
+from ...rules.ultravico import DecayRule, output_frames, strengths
+from ..base import Handler, Model, handles
+from ..config import MethodConfig
+
+DEFAULTS: Mapping[str, Any] = {
+    "period": None,
+    "gamma": None,
+    "first_frame": False,
+    "by_ratio": ((2.0, 0.9, None),),
+}
+"""What holds where neither the user nor the model's recipe says otherwise: the paper's safe strengths, no bands.
+
+``by_ratio`` is no option but a recipe's table of (extension ratio, alpha, beta): what is unset is taken from the row of
+the nearest ratio.
+"""
+
+SAFE_BETA = 0.6
+"""What beta is where a period is given and no beta is published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UltraViCo(MethodConfig):
+    """Videos longer than the model was trained on, by decaying logits between far frames (arXiv 2511.20123).
+
+    A logit x between two frames more than half the trained length apart becomes min(x, t x), so that positive ones
+    shrink and no others change. Text, sound and reference tokens never decay. A clip that is no longer than the trained
+    ones is left as it is. An option left unset takes the recipe of the model's family.
+
+    Attributes:
+        alpha: t outside the window, in (0, 1]; unset: what is published for the model and the nearest extension ratio,
+            else 0.9. Smaller keeps more detail, and below 0.9 less consistency. 1 without bands leaves all as it is.
+        beta: t in the bands around multiples of ``period`` instead, at most alpha; unset: published, else 0.6.
+        period: frames after which the model's attention repeats; only for models that repeat themselves in long clips.
+        gamma: half the width of a band, in frames.
+        trained_frames: latent frames, as the transformer's tokens count them, of the clips that the model was trained
+            on; unset: the released model's.
+        first_frame: let the tokens of the first frame see only the first ``trained_frames`` frames, beside text, and
+            all of these exactly, whatever a sparse method drops; for models that code the first frame by itself.
+        center_keys: subtract the mean key from all keys first, so that a positive logit is one above its row's mean.
+            The released kernels do; without decay it changes nothing.
+
+    Raises:
+        ConfigError: for an option out of range, or two that contradict each other.
+    """
+
+    name: ClassVar[str] = "ultravico"
+
+    alpha: float | None = None
+    beta: float | None = None
+    period: float | None = None
+    gamma: float | None = None
+    trained_frames: int | None = None
+    first_frame: bool | None = None
+    center_keys: bool = True
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"ultravico.{name} must be above 0 and at most 1, got {value}; 1 decays nothing")
+        if self.alpha is not None and self.beta is not None:
+            _check_order(self.alpha, self.beta)
+        if self.period is not None and not 1 < self.period < float("inf"):
+            raise ConfigError(f"ultravico.period must be a number of frames above 1, got {self.period}")
+        if self.gamma is not None and not 0 <= self.gamma < float("inf"):
+            raise ConfigError(f"ultravico.gamma must be a number of frames, 0 or more, got {self.gamma}")
+        if self.trained_frames is not None and self.trained_frames < 1:
+            raise ConfigError(f"ultravico.trained_frames must be >= 1, got {self.trained_frames}; Wan 2.1's is 21")
+
+    def resolved(self, adapter: Adapter, family: Family | None) -> "UltraViCo":
+        """Return the config with all filled in that the model decides; alpha and beta depend on the clip's length too.
+
+        Raises:
+            ConfigError: if the trained length is not known, or bands are described in part.
+        """
+        recipe = _recipe(adapter, family)
+        known = {name: recipe[name] for name in ("period", "gamma", "first_frame")}
+        known["trained_frames"] = family.trained_frames if family else None
+        full = dataclasses.replace(
+            self, **{name: value for name, value in known.items() if getattr(self, name) is None}
+        )
+        if full.trained_frames is None:
+            model = family.name if family else f"{adapter.name}, in sizes of no released model,"
+            raise ConfigError(
+                f"ultravico needs the length that the model was trained on, which {model} does not tell; set "
+                "ultravico.trained_frames to its latent frames"
+            )
+        if full.period is None and (full.gamma is not None or full.beta is not None):
+            name = "gamma" if full.gamma is not None else "beta"
+            raise ConfigError(
+                f"ultravico.{name} = {getattr(full, name)} describes bands around multiples of a period, which is "
+                "neither set nor known of this model; set ultravico.period too, or leave it out"
+            )
+        if full.period is not None and full.gamma is None:
+            raise ConfigError(
+                f"ultravico.period = {full.period} needs the width of its bands; set ultravico.gamma, half of it, too"
+            )
+        return full
+
+    def rule(self, adapter: Adapter, family: Family | None, frames: int) -> DecayRule:
+        """Return the rule for a clip of so many token frames, alpha and beta filled in.
+
+        Raises:
+            ConfigError: as `resolved`, or if the options and the published values contradict each other.
+        """
+        full = self.resolved(adapter, family)
+        assert full.trained_frames is not None
+        alpha, beta = strengths(_recipe(adapter, family)["by_ratio"], frames / full.trained_frames)
+        alpha = alpha if full.alpha is None else full.alpha
+        if full.period is None:
+            beta = None
+        elif full.beta is None:
+            beta = min(alpha, SAFE_BETA if beta is None else beta)
+        else:
+            beta = full.beta
+            _check_order(alpha, beta)
+        return DecayRule(
+            trained_frames=full.trained_frames, alpha=alpha, beta=beta, period=full.period, gamma=full.gamma
+        )
+
+    def remark(self, adapter: Adapter, family: Family | None, layout: TokenLayout) -> str:
+        """Return in words what happens to a clip of a layout.
+
+        Raises:
+            ConfigError: as `rule`.
+        """
+        rule = self.rule(adapter, family, layout.frames)
+        trained, frames = rule.trained_frames, layout.frames
+        output = f" ({output_frames(trained * family.patch[0], family.vae[0])} output frames)" if family else ""
+        if frames <= trained:
+            return f"ultravico changes nothing: {frames} latent frames, trained on {trained}{output}"
+        bands = (
+            "" if rule.beta is None else f", beta {rule.beta:g} within {rule.gamma:g} of multiples of {rule.period:g}"
+        )
+        return (
+            f"ultravico: {frames} latent frames, {frames / trained:.2f} times the trained {trained}{output}; alpha "
+            f"{rule.alpha:g} beyond {rule.window} frames{bands}; decay saves no work and is counted as none"
+        )
+
+
+def _check_order(alpha: float, beta: float) -> None:
+    if beta > alpha:
+        raise ConfigError(
+            f"ultravico.beta must be at most alpha, since bands are what must decay more, got beta = {beta} and alpha "
+            f"= {alpha}; 0.6 and 0.9 are usual"
+        )
+
+
+def _recipe(adapter: Adapter, family: Family | None) -> dict[str, Any]:
+    """Return `DEFAULTS` with the recipe of a model written over it."""
+    recipe = adapter.recipe(UltraViCo.name, family)
+    for key in recipe:
+        if key not in DEFAULTS:
+            hint = did_you_mean(key, sorted(DEFAULTS))
+            raise ConfigError(f"a recipe of ultravico sets {key!r}, which it can't; {hint}")
+    return {**DEFAULTS, **recipe}
+
+
+def mean_key(call: Call) -> Tensor:
+    """Return the mean of a call's valid keys, summed in float32 (float64 for float64); sizes as in `AttentionPlan`."""
+    axis, mask = 2 if call.layout == "bhsd" else 1, call.key_mask()
+    wide = torch.promote_types(call.k.dtype, torch.float32)
+    if mask is None:
+        return call.k.mean(axis, keepdim=True, dtype=wide)
+    valid = mask[:, None, :, None] if axis == 2 else mask[:, :, None, None]
+    total = call.k.masked_fill(~valid, 0).sum(axis, keepdim=True, dtype=wide)
+    return total / valid.sum(axis, keepdim=True).clamp(min=1)
+
+
+@lru_cache(maxsize=16)
+def frame_decay(rule: DecayRule, layout: TokenLayout, device: str) -> FrameDecay:
+    """Return a rule as the kernels take it; what is no visual token has no frame."""
+    visual = torch.arange(layout.frames, dtype=torch.int32).repeat_interleave(layout.tokens_per_frame)
+    frames = torch.nn.functional.pad(visual, (layout.text_before, layout.text_after), value=-1)
+    with torch.inference_mode(False):  # made in inference mode it could not serve a training run later
+        frames = frames.clone().to(device)
+        return FrameDecay(
+            table=torch.from_numpy(rule.table(layout.frames)).to(device), q_frames=frames, k_frames=frames
+        )
+
+
+@lru_cache(maxsize=16)
+def first_frame_apart(trained_frames: int, layout: TokenLayout, device: str) -> RowOverride:
+    """Return the first frame's rows, and as their keys all but the visual tokens of frames after the trained length."""
+    size, start = layout.tokens_per_frame, layout.text_before
+    with torch.inference_mode(False):
+        keys = torch.ones(layout.tokens, dtype=torch.bool, device=device)
+        keys[start + trained_frames * size : start + layout.visual_tokens] = False
+        return RowOverride(rows=torch.arange(start, start + size, device=device), keys=keys)
+
+
+@handles(UltraViCo)
+class UltraViCoHandler(Handler):
+    """UltraViCo on one model: its recipe filled in, its decay put into the plan of clips that are long enough."""
+
+    config: UltraViCo
+
+    def __init__(self, config: UltraViCo, model: Model) -> None:
+        super().__init__(config.resolved(model.adapter, model.family), model)
+        self._mean: Tensor | None = None
+        self._rules: dict[int, DecayRule] = {}
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Tell how much longer the clip is, and what was chosen for that."""
+        return self.config.remark(self.model.adapter, self.model.family, layout)
+
+    def applies(self, layout: TokenLayout) -> bool:
+        """Whether the clip is longer than the trained ones, and anything would decay or be hidden."""
+        rule = self._rule(layout)
+        return layout.frames > rule.trained_frames and (rule.decays or bool(self.config.first_frame))
+
+    def look(self, plan: AttentionPlan, context: CallContext, call: Call) -> None:
+        """Take the mean key."""
+        self._mean = mean_key(call) if self.config.center_keys else None
+
+    def contribute(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
+        """Add decay, the mean key, and the first frame's rows where they have a rule of their own.
+
+        Raises:
+            ConfigError: if another method has set a decay.
+        """
+        if plan.frame_decay is not None:
+            raise ConfigError(
+                "ultravico found a frame decay in the plan that another method set, and a call takes one; detach one"
+            )
+        rule, device = self._rule(context.layout), str(context.device)
+        mean, self._mean = self._mean, None
+        apart = first_frame_apart(rule.trained_frames, context.layout, device) if self.config.first_frame else None
+        decay = frame_decay(rule, context.layout, device) if rule.decays else None
+        return dataclasses.replace(plan, frame_decay=decay, key_mean=mean, row_override=apart)
+
+    def _rule(self, layout: TokenLayout) -> DecayRule:
+        if layout.frames not in self._rules:
+            self._rules[layout.frames] = self.config.rule(self.model.adapter, self.model.family, layout.frames)
+        return self._rules[layout.frames]

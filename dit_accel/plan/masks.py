@@ -1,0 +1,93 @@
+"""Attention masks as models pass them: the valid keys of each row, and dense attention under all other masks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+
+HIDDEN = -1e4
+"""An additive bias at or below this hides a key: its exponential is 0 in every dtype."""
+
+
+def visible_row(mask: Tensor | None, query: int) -> Tensor | None:
+    """Return the row of a boolean mask [B, H, Q, K] that belongs to ``query``, which no mask of the model hides.
+
+    Where the mask is the outer product of valid queries and valid keys, that row is the keys' validity; nothing is read
+    back from the device. Other masks are returned as they are.
+    """
+    if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] == 1:
+        return mask
+    return mask[:, :, query : query + 1]
+
+
+def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """Return key validity, bool [B, K], of a mask that hides keys: from all queries, or from all that it doesn't hide.
+
+    A query that the mask hides altogether has no defined result (zero or NaN, as the dense backend likes); the kernels
+    let it see the valid keys.
+
+    Args:
+        mask: [B, K] or [B, H, Q, K], sizes of 1 broadcast: bool, True for a valid pair; or an additive bias of 0 and
+            values of -1e4 and less.
+        batch: B, rows of the attention call.
+        queries: Q.
+        keys: K.
+
+    Raises:
+        ConfigError: for any other mask. All but boolean key padding is read back from the device to be sure.
+    """
+    asked = f"sparse attention follows masks that hide keys, [{batch}, 1, 1, {keys}] or the like"
+    found = f"the model passes {mask.dtype} {list(mask.shape)}"
+    if not mask.dtype.is_floating_point and mask.dtype != torch.bool:
+        raise ConfigError(f"{asked}, boolean or additive; {found}; detach the sparse methods from this model")
+    if mask.dtype.is_floating_point:
+        if not bool(((mask == 0) | (mask <= HIDDEN)).all()):
+            raise ConfigError(
+                f"{asked}; {found} with biases other than 0 and {HIDDEN:g} or less; detach the sparse methods"
+            )
+        mask = mask == 0
+    if mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
+        return mask.reshape(-1, keys).expand(batch, keys)
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
+        raise ConfigError(f"{asked}; {found}; detach the sparse methods from this model")
+    valid = mask[:, :1].any(2, keepdim=True)
+    if not bool((mask == (mask[:, :1].any(3, keepdim=True) & valid)).all()):
+        raise ConfigError(
+            f"{asked}; {found} that pairs queries with keys otherwise (it is no outer product of valid queries and "
+            "valid keys); detach the sparse methods from this model"
+        )
+    return valid.reshape(-1, keys).expand(batch, keys)
+
+
+def key_padding(mask: Tensor, q: Tensor, k: Tensor, layout: str) -> Tensor:
+    """Return `key_validity` of the mask of one attention call, its tensors [B, S, H, D] or [B, H, S, D]."""
+    axis = 1 if layout == "bshd" else 2
+    return key_validity(mask, q.shape[0], q.shape[axis], k.shape[axis])
+
+
+def is_key_padding(mask: Tensor, q: Tensor, k: Tensor, layout: str) -> bool:
+    """Tell whether `key_padding` can read a mask."""
+    try:
+        key_padding(mask, q, k, layout)
+    except ConfigError:
+        return False
+    return True
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: str, scale: float | None) -> Tensor:
+    """Return scaled dot-product attention in the tensors' own layout, ``bshd`` or ``bhsd``."""
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2) if layout == "bshd" else out
+
+
+def dense_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: str, scale: float | None
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k and v from that of `attend_dense`'s output."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        return torch.autograd.grad(attend_dense(q, k, v, mask, layout, scale), (q, k, v), grad)

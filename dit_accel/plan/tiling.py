@@ -1,0 +1,77 @@
+"""Tiles over a token layout, as sparse methods share them: the order with text last, full lists, pinned tiles."""
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from dit_accel_kernels import TileLists, pack_bits
+from torch import Tensor
+
+from ..rules.patches import patch_walk
+from .layout import TokenLayout
+
+Sink = Literal["text", "first_frame", "none"]
+
+
+def visual_first(layout: TokenLayout, patches: int | None, device: torch.device | str = "cpu") -> Tensor | None:
+    """Return int64 [S], position in the tiles' order -> token index; None where that is the sequence's own order.
+
+    Visual tokens come first, then the text before them, then the text after.
+
+    Args:
+        layout: the sequence.
+        patches: tokens of a 2-D patch by which the visual tokens of a frame are walked; None: raster order.
+        device: where the order is wanted.
+    """
+    if patches is None and layout.text_before == 0:
+        return None
+    return _visual_first(layout, patches, str(torch.device(device)))
+
+
+@lru_cache(maxsize=16)
+def _visual_first(layout: TokenLayout, patches: int | None, device: str) -> Tensor:
+    s = layout.tokens_per_frame
+    visual = np.arange(layout.visual_tokens).reshape(layout.frames, s)
+    if patches is not None:
+        visual = visual[:, patch_walk(layout.height, layout.width, patches)]
+    before = np.arange(layout.text_before)
+    after = np.arange(layout.text_before + layout.visual_tokens, layout.tokens)
+    order = np.concatenate([visual.ravel() + layout.text_before, before, after])
+    # Made in inference mode it could not serve a training run later.
+    with torch.inference_mode(False):
+        return torch.from_numpy(order).to(device)
+
+
+@lru_cache(maxsize=16)
+def full_tiles(layout: TokenLayout, block: int, device: str) -> TileLists:
+    """Return lists in which every tile of `visual_first`'s order is exact; the same object for the same arguments."""
+    with torch.inference_mode(False):
+        return TileLists.full(layout.tokens, layout.tokens, block_q=block, block_k=block).to(device)
+
+
+@lru_cache(maxsize=32)
+def pinned_bits(layout: TokenLayout, block: int, diagonal: int | None, sink: Sink, device: str) -> Tensor:
+    r"""Return int32 [NQ, W]: the tiles that stay exact whatever the data says, in `visual_first`'s order.
+
+    Rows and columns of tiles that hold text always do; text columns are what ``sink="text"`` names.
+
+    Args:
+        layout: the sequence.
+        block: tokens of a tile.
+        diagonal: tiles (i, j) with \|i - j\| up to it are pinned; None: none are.
+        sink: what else every row keeps: the first frame, or nothing beyond text.
+        device: where the bits are wanted.
+    """
+    count = -(-layout.tokens // block)
+    pinned = np.zeros((count, count), bool)
+    if layout.tokens > layout.visual_tokens:
+        text = layout.visual_tokens // block
+        pinned[text:] = pinned[:, text:] = True
+    if sink == "first_frame":
+        pinned[:, : -(-layout.tokens_per_frame // block)] = True
+    if diagonal is not None:
+        tiles = np.arange(count)
+        pinned |= abs(tiles[:, None] - tiles) <= diagonal
+    with torch.inference_mode(False):
+        return pack_bits(torch.from_numpy(pinned)).to(device)

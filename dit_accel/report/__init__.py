@@ -1,0 +1,1 @@
+"""The report: what really ran in the last generation."""

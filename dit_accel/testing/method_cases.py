@@ -1,0 +1,66 @@
+"""The configs of every method that `dit_accel.testing.adapter_checks` tries on a tiny model."""
+
+from dataclasses import dataclass
+
+from ..methods.attention.delta import DeltaAttention
+from ..methods.attention.lite.handler import LiteAttention
+from ..methods.attention.radial import RadialAttention
+from ..methods.attention.sol import SolAttention
+from ..methods.attention.sparsed import SparseD
+from ..methods.attention.ultravico import UltraViCo
+from ..methods.config import MethodConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodCase:
+    """Two settings of one method, each a config or, where the method works on another's calls, that one's as well.
+
+    Attributes:
+        neutral: attached, changes nothing.
+        active: changes every layer at every step of a `TinyModel`, but for the first ``warm`` ones.
+        warm: steps after which the method changes something: those of a method that learns what to leave out.
+        thins: the method leaves tiles out; one that does not changes what is computed of them.
+    """
+
+    neutral: MethodConfig | tuple[MethodConfig, ...]
+    active: MethodConfig | tuple[MethodConfig, ...]
+    warm: int = 0
+    thins: bool = True
+
+
+def configs_of(*settings: MethodConfig | tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
+    """Return the configs of some trials' settings, the first of each method."""
+    flat = [config for setting in settings for config in (setting if isinstance(setting, tuple) else (setting,))]
+    return tuple({type(config): config for config in reversed(flat)}.values())[::-1]
+
+
+_FROZEN = SparseD(block_size=16, density=0.5, dense_steps=0, dense_last_steps=0, dense_layers=0)
+_FROZEN_NEUTRAL = SparseD(block_size=16, dense_steps=1000)
+
+METHOD_CASES: dict[str, MethodCase] = {
+    "lite": MethodCase(
+        neutral=LiteAttention(block_size=16, dense_steps=1000),
+        active=LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True),
+        warm=1,
+    ),
+    "radial": MethodCase(
+        neutral=RadialAttention(block_size=16, dense_steps=1000),
+        active=RadialAttention(
+            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
+        ),
+    ),
+    "sparsed": MethodCase(neutral=_FROZEN_NEUTRAL, active=_FROZEN),
+    "delta": MethodCase(
+        neutral=(DeltaAttention(stride=8), _FROZEN_NEUTRAL), active=(DeltaAttention(stride=8), _FROZEN)
+    ),
+    "sol": MethodCase(
+        neutral=SolAttention(block_size=16, dense_steps=1000),
+        active=SolAttention(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0),
+    ),
+    "ultravico": MethodCase(
+        neutral=UltraViCo(trained_frames=1000),
+        active=UltraViCo(trained_frames=2, alpha=0.5, beta=0.2, period=3, gamma=0.5, first_frame=True),
+        thins=False,
+    ),
+}
+"""Method name -> the configs that `check_adapter` tries; open to every package."""

@@ -1,0 +1,237 @@
+"""What planned attention calls computed, held against their plan written out in float64."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from dit_accel_kernels import EXACT, block_sparse_attention_eager, unpack_bits
+from torch import Tensor, nn
+
+from ..attachment.attachment import Attachment
+from ..methods.base import Handler
+from ..plan.masks import key_validity
+from ..plan.plan import AttentionPlan, Call, CallContext
+from .reference import attention, tile_states, tiles_of
+
+WIDE = torch.float64
+
+
+@contextlib.contextmanager
+def silenced(transformer: nn.Module) -> Iterator[None]:
+    """Let every attention module give zeros, so that a token's value tells of nothing but the token."""
+
+    def zeros(module: nn.Module, inputs: Any, out: Any) -> Any:
+        return torch.zeros_like(out) if isinstance(out, Tensor) else type(out)(torch.zeros_like(x) for x in out)
+
+    modules = [module for module in transformer.modules() if hasattr(module, "processor")]
+    handles = [module.register_forward_hook(zeros) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def require(condition: bool, text: str) -> None:
+    """Raise `AssertionError` with ``text`` unless the condition holds; unlike ``assert``, under ``python -O`` too."""
+    if not condition:
+        raise AssertionError(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedCall:
+    """One planned attention call and its result.
+
+    Tensors are [B, H, S, D], keys as the plan centres them; the grid is that of the running forward; ``exact`` a
+    selection's exact tiles as bits; ``planned`` the output before methods corrected it, where one does.
+    """
+
+    plan: AttentionPlan
+    grid: tuple[int, ...]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    out: Tensor
+    exact: Tensor | None = None
+    planned: Tensor | None = None
+
+    def states(self) -> Tensor:
+        """Return the state of every tile, uint8 [B or 1, H or 1, NQ, NK]."""
+        return tile_states(self.plan, self.q.shape[1], self.k.shape[2], self.exact)
+
+    def valid(self) -> Tensor | None:
+        """Return which keys count, bool [B, S]; None: all."""
+        sizes = self.q.shape[0], self.q.shape[2], self.k.shape[2]
+        return None if self.mask is None else key_validity(self.mask, *sizes)
+
+
+@contextlib.contextmanager
+def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
+    """Record the planned calls of an attachment."""
+    session: Any = attachment._session
+    original, calls = session.execute, []
+    corrects = any(type(handler).correct is not Handler.correct for handler in session.handlers)
+
+    def execute(
+        plan: AttentionPlan,
+        context: CallContext,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        layout: str,
+        scale: float | None,
+    ) -> Tensor:
+        recorder, handlers, before = session.recorder, session.handlers, _Before()
+        with mock.patch.object(recorder, "selected_call", wraps=recorder.selected_call) as told:
+            session.handlers = (before, *handlers) if corrects else handlers
+            try:
+                out = original(plan, context, q, k, v, mask, layout, scale)
+            finally:
+                session.handlers = handlers
+        tensors = (q, plan.centred(k), v, out)
+        q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in tensors)
+        planned = before.out if before.out is None or layout == "bhsd" else before.out.transpose(1, 2)
+        if planned is not None and plan.row_override is not None:  # these rows are computed after corrections
+            planned = planned.index_copy(2, plan.row_override.rows, seen[:, :, plan.row_override.rows])
+        exact, grid = told.call_args.args[2] if told.called else None, attachment._slot.grid
+        calls.append(
+            PlannedCall(
+                plan=plan, grid=grid, q=q, k=k, v=v, mask=mask, scale=scale, out=seen, exact=exact, planned=planned
+            )
+        )  # fmt: skip
+        return out
+
+    session.execute = execute
+    try:
+        yield calls
+    finally:
+        del session.execute
+
+
+class _Before(Handler):
+    """Keeps what the kernel gave, before other methods correct it."""
+
+    def __init__(self) -> None:
+        self.out: Tensor | None = None
+
+    def is_active(
+        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
+    ) -> bool:
+        return False
+
+    def correct(
+        self, plan: AttentionPlan, context: CallContext, call: Call, v: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        self.out = out.clone()
+        return out, None
+
+
+class _EnoughError(Exception):
+    """Ends a forward."""
+
+
+@contextlib.contextmanager
+def stopped_at(attachment: Attachment, tokens: int) -> Iterator[list[Tensor]]:
+    """Give the values of row 0, [S, H * D], of the first planned call over so many tokens; end the forward there."""
+    session: Any = attachment._session
+    original, seen = session.execute, []
+
+    def execute(
+        plan: AttentionPlan,
+        context: CallContext,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        layout: str,
+        scale: float | None,
+    ) -> Tensor:
+        values = (v[0] if layout == "bshd" else v[0].transpose(0, 1)).flatten(1)
+        if len(values) != tokens:
+            return original(plan, context, q, k, v, mask, layout, scale)
+        seen.append(values.clone())
+        raise _EnoughError
+
+    session.execute = execute
+    try:
+        with contextlib.suppress(_EnoughError):
+            yield seen
+    finally:
+        del session.execute
+
+
+def require_same(found: Tensor, expected: Tensor, what: str) -> None:
+    """Two float64 results differ by less than one rounding step of float32, which some models round to inside."""
+    error, allowed = float((found - expected).abs().max()), torch.finfo(torch.float32).eps * float(expected.abs().max())
+    require(error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}")
+
+
+def require_within_rounding(found: Tensor, yardstick: Tensor, truth: Tensor, what: str) -> None:
+    """Error <= 2 x the yardstick's own, plus one rounding step."""
+    found, wide, step = found.to(WIDE), yardstick.to(WIDE), torch.finfo(yardstick.dtype).eps
+    error = float((found - truth).abs().max())
+    allowed = float(2 * (wide - truth).abs().max() + step * truth.abs().max())
+    require(error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}")
+
+
+def exact_pairs(call: PlannedCall) -> Tensor:
+    """Pairs of tokens that every row and head computes exactly, bool [S, S], in the sequence's own order."""
+    tokens, order = call.k.shape[2], call.plan.token_order
+    tiles = tiles_of(call.plan, tokens)
+    exact = (call.states() == EXACT).all(0).all(0)
+    exact = exact.repeat_interleave(tiles.block_q, 0)[:tokens].repeat_interleave(tiles.block_k, 1)[:, :tokens]
+    if order is None:
+        return exact
+    pairs = torch.empty_like(exact)
+    pairs[order[:, None], order[None]] = exact
+    return pairs
+
+
+def require_text_exact(call: PlannedCall) -> None:
+    """Every token sees all text exactly, and text sees every token exactly."""
+    pairs, (frames, height, width, before, _) = exact_pairs(call), call.grid
+    visual = frames * height * width
+    text = torch.ones(len(pairs), dtype=torch.bool)
+    start = before if len(pairs) > visual else 0  # a call may be of visual tokens alone
+    text[start : start + visual] = False
+    require(bool(pairs[text].all() & pairs[:, text].all()), "text tokens are not exact")
+
+
+def require_as_planned(calls: Sequence[PlannedCall]) -> None:
+    """The kernels computed the exact and the pooled tiles of the plans, no others, and selected what they say.
+
+    The calls of one forward share a yardstick: the largest error of a single call is a matter of luck.
+    """
+    found, low, truth = [], [], []
+    for call in calls:
+        if call.exact is not None:
+            _require_selected(call, call.exact)
+        states, valid, scale = call.states(), call.valid(), call.scale
+        q, k, v = (x.to(WIDE) for x in (call.q, call.k, call.v))
+        truth.append(attention(call.plan, states, q, k, v, valid, scale).flatten())
+        low.append(attention(call.plan, states, call.q, call.k, call.v, valid, scale).flatten())
+        found.append((call.out if call.planned is None else call.planned).flatten())
+    require_within_rounding(
+        torch.cat(found), torch.cat(low), torch.cat(truth), "a planned call is not what its plan says"
+    )
+
+
+def _require_selected(call: PlannedCall, exact: Tensor) -> None:
+    """Every tile was left exact, or not, as the reference does in float64 or, where rounding decides, in q's dtype."""
+    tiles = tiles_of(call.plan, call.k.shape[2])
+    made = unpack_bits(exact, tiles.key_tiles)
+    agrees = torch.zeros_like(made)
+    for dtype in (WIDE, call.q.dtype):
+        q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
+        _, bits, *_ = block_sparse_attention_eager(
+            q, k, v, tiles, layout="bhsd", scale=call.scale, key_mask=call.valid(), token_order=call.plan.token_order,
+            selection=call.plan.selection, return_tiles=True, backend="reference",
+        )  # fmt: skip
+        agrees |= made == unpack_bits(bits, tiles.key_tiles)
+    require(bool(agrees.all()), f"{int((~agrees).sum())} of {made.numel()} tiles were not selected as the plan says")

@@ -1,0 +1,85 @@
+"""The witness of planned calls: its own computation against the reference, and what it does not let pass."""
+
+import dataclasses
+
+import pytest
+import torch
+from dit_accel_kernels import Selection, TileLists, block_sparse_attention, pack_bits
+from kernel_cases import WIDE, qkv, random_lists
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import RadialAttention, SolAttention
+from dit_accel.plan.plan import AttentionPlan
+from dit_accel.testing.recording import require_as_planned, require_same, require_text_exact, watched
+from dit_accel.testing.reference import attention, tile_states
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_written_out_is_the_reference(groups, masked):
+    """Exact, pooled and skipped tiles, a ragged tail, an order, grouped heads, masked keys."""
+    q, k, v = qkv(2, 2, 1, 90, 90, 8, WIDE)
+    lists = random_lists(groups, 90, 90, 16, 16)
+    states = lists.states()
+    states[:, :, 1] = 2  # no row without a key
+    plan = AttentionPlan(
+        tiles=TileLists.from_states(states, block_q=16, block_k=16, num_q=90, num_k=90), token_order=torch.randperm(90)
+    )
+    valid = torch.rand(2, 90) > 0.2 if masked else None
+    found = attention(plan, tile_states(plan, 2, 90, None), q, k, v, valid, 0.3)
+    expected = block_sparse_attention(
+        q, k, v, plan.tiles, layout="bhsd", scale=0.3, key_mask=valid, token_order=plan.token_order, backend="reference"
+    )
+    require_same(found, expected, "written out and reference")
+
+
+@pytest.mark.parametrize("rest", ["skip", "pooled"])
+def test_bits_are_written_out_as_the_reference_keeps_them(rest):
+    q, k, v = qkv(2, 2, 2, 90, 90, 8, WIDE)
+    pinned, keep = torch.eye(6, dtype=torch.bool), torch.rand(2, 2, 6, 6) > 0.5
+    selection = Selection(keep=pack_bits(keep), rest=rest, pinned=pack_bits(pinned))
+    plan = AttentionPlan(tiles=TileLists.full(90, 90, block_q=16, block_k=16), selection=selection)
+    expected, exact = block_sparse_attention(
+        q, k, v, plan.tiles, layout="bhsd", selection=selection, return_tiles=True, backend="reference"
+    )
+    found = attention(plan, tile_states(plan, 2, 90, exact), q, k, v, None, None)
+    require_same(found, expected, "written out and reference")
+
+
+@pytest.fixture(scope="module")
+def calls():
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64)
+    sparse = dict(dense_steps=0, dense_layers=0)
+    methods = RadialAttention(block_size=16, rest="pooled", **sparse), SolAttention(**sparse)
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, *methods) as attachment, watched(attachment) as calls, torch.no_grad():
+        transformer(*inputs)
+    return calls
+
+
+def test_what_ran_is_as_planned(calls):
+    assert len(calls) == 3
+    require_as_planned(calls)
+
+
+def test_an_output_of_other_tiles_is_found(calls):
+    states = calls[0].states()
+    assert (states[0, 0] == 1).any()
+    dense = attention(AttentionPlan(), torch.full((1, 1, 1, 1), 2), calls[0].q, calls[0].k, calls[0].v, None, None)
+    with pytest.raises(AssertionError, match="a planned call is not what its plan says: error"):
+        require_as_planned([dataclasses.replace(calls[0], out=dense), *calls[1:]])
+
+
+def test_a_tile_selected_otherwise_is_found(calls):
+    exact = calls[0].exact.clone()
+    exact[0, 0, 0, 0] ^= 1 << 4
+    with pytest.raises(AssertionError, match="1 of 50 tiles were not selected as the plan says"):
+        require_as_planned([dataclasses.replace(calls[0], exact=exact)])
+
+
+def test_text_that_is_thinned_out_is_found(calls):
+    require_text_exact(calls[0])
+    with pytest.raises(AssertionError, match="text tokens are not exact"):
+        require_text_exact(dataclasses.replace(calls[0], grid=(4, 4, 4, 0, 16)))

@@ -1,0 +1,461 @@
+"""SparseD: what it chooses, how much of it, how it meets the other methods, and its state."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dit_accel_kernels import EXACT, Selection, TileLists, count_bits, pack_bits, unpack_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.methods.attention.sparsed import DEFAULTS, SparseDHandler, heaviest
+from dit_accel.methods.base import Handler, Model
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan, Call, CallContext
+from dit_accel.plan.tiling import full_tiles, visual_first
+from dit_accel.testing.recording import watched
+
+LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=20)
+ADAPTER = Adapter(name="any", transformers=(), self_attention=())
+FROZEN = SparseD(density=0.4, block_size=16, dense_steps=1, dense_layers=0)
+RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
+
+
+def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
+    values = dict(
+        transformer="transformer", layer=0, depth=0, branch="cond", step_index=2, num_inference_steps=8, sigma=None,
+        layout=layout, batch=2, device=torch.device("cpu"),
+    )  # fmt: skip
+    return CallContext(**{**values, **changes})
+
+
+def call_of(layout: TokenLayout = LAYOUT, form: str = "bshd", **changes) -> Call:
+    shape = (2, layout.tokens, 2, 8) if form == "bshd" else (2, 2, layout.tokens, 8)
+    values = dict(q=3 * torch.randn(shape), k=torch.randn(shape), mask=None, layout=form, scale=None, backend="torch")
+    return Call(**{**values, **changes})
+
+
+def handler(config: SparseD = FROZEN, others=()) -> SparseDHandler:
+    made = SparseDHandler(config, Model(adapter=ADAPTER, family=None, heads=2, layers=1))
+    made.check_with(others)
+    return made
+
+
+def planned(made: SparseDHandler, call: Call, plan: AttentionPlan | None = None, **changes) -> AttentionPlan:
+    now, plan = context(**changes), plan or AttentionPlan()
+    made.look(plan, now, call)
+    return made.contribute(plan, now)
+
+
+def chosen_of(plan: AttentionPlan) -> torch.Tensor:
+    """The tiles that the plan's bits keep, bool [B, H, NQ, NK]."""
+    return unpack_bits(plan.selection.keep, plan.tiles.key_tiles)
+
+
+def probabilities(call: Call, layout: TokenLayout = LAYOUT) -> torch.Tensor:
+    """Softmax over the visual keys alone in the tiles' order, [B, H, S, S] in float64."""
+    order = visual_first(layout, None)
+    q, k = (call.heads_first(x).double() for x in (call.q, call.k))
+    if order is not None:
+        q, k = q[:, :, order], k[:, :, order]
+    x = q @ k.mT * (8**-0.5 if call.scale is None else call.scale)
+    x[..., layout.visual_tokens :] = -torch.inf
+    if call.mask is not None:
+        mask = call.key_mask() if order is None else call.key_mask()[:, order]
+        x = x.masked_fill(~mask[:, None, None], -torch.inf)
+    return x.softmax(-1)
+
+
+def tile_sums(p: torch.Tensor, block: int = 16) -> torch.Tensor:
+    p = F.pad(p, (0, -p.shape[-1] % block, 0, -p.shape[-2] % block))
+    return p.unflatten(-1, (-1, block)).sum(-1).unflatten(2, (-1, block)).sum(3)
+
+
+# What is chosen
+
+
+@pytest.mark.parametrize("form", ["bshd", "bhsd"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_head_and_block_row_keeps_its_heaviest_visual_tiles(form, masked):
+    mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
+    mask[1, -9:] = False
+    call = call_of(form=form, mask=mask if masked else None, scale=0.4)
+    plan = planned(handler(), call)
+    visual = LAYOUT.visual_tokens // 16
+    masses, kept = tile_sums(probabilities(call))[..., :visual], chosen_of(plan)
+    count = 3  # 0.4 of 7 whole visual tiles, rounded up
+    expected = torch.zeros_like(kept).scatter_(-1, masses.topk(count).indices, True)
+    assert torch.equal(kept[:, :, :visual], expected[:, :, :visual])
+    assert (kept.sum(-1) == count).all()
+    pinned = unpack_bits(plan.selection.pinned, plan.tiles.key_tiles)
+    assert pinned[:, visual:].all()
+    assert pinned[visual:].all()
+    assert not pinned[:visual, :visual].any()
+
+
+def test_text_never_crowds_visual_tiles_out():
+    """However much mass text draws, the visual tiles are ranked by what is left."""
+    call = call_of()
+    calm = chosen_of(planned(handler(), call))
+    k = call.k.clone()
+    k[:, : LAYOUT.text_before] *= 30
+    k[:, LAYOUT.text_before + LAYOUT.visual_tokens :] *= 30
+    assert torch.equal(chosen_of(planned(handler(), dataclasses.replace(call, k=k))), calm)
+
+
+def test_mass_keeps_the_fewest_tiles_that_reach_it():
+    config = SparseD(mass=0.8, block_size=16, dense_steps=1)
+    call = call_of(TokenLayout(frames=6, height=4, width=8))
+    layout = TokenLayout(frames=6, height=4, width=8)
+    kept = chosen_of(planned(handler(config), call, layout=layout))
+    masses = tile_sums(probabilities(call, layout))
+    shares = masses / masses.sum(-1, keepdim=True)
+    reached = (shares * kept).sum(-1)
+    least = torch.where(kept, shares, torch.inf).amin(-1)
+    assert (reached >= 0.8 - 1e-6).all()
+    assert (reached - least < 0.8 + 1e-6).all()
+    assert (shares.masked_fill(kept, 0).amax(-1) <= least + 1e-6).all()
+    assert kept.sum(-1).unique().numel() > 1
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 4), st.integers(1, 9)),
+    kept=st.integers(1, 9),
+    mass=st.none() | st.floats(0.05, 0.99),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80, deadline=None)
+def test_the_choice_is_of_candidates_as_many_as_asked_and_heaviest_first(shape, kept, mass, seed):
+    generator = torch.Generator().manual_seed(seed)
+    masses = torch.rand(shape, generator=generator).double().round(decimals=1)  # ties
+    candidates = torch.rand(shape, generator=generator) < 0.7
+    chosen = heaviest(masses, candidates, None if mass else kept, mass)
+    assert not (chosen & ~candidates).any()
+    counts, possible = chosen.sum(-1), candidates.sum(-1)
+    if mass is None:
+        assert torch.equal(counts, possible.clamp(max=kept))
+    else:
+        held, total = (masses * chosen).sum(-1), (masses * candidates).sum(-1)
+        assert (held >= mass * total - 1e-9).all()
+        assert torch.equal(counts > 0, possible > 0)
+    lightest = torch.where(chosen, masses, torch.inf).amin(-1, keepdim=True)
+    left = candidates & ~chosen
+    assert (torch.where(left, masses, -1.0) <= lightest).all()
+
+
+@pytest.mark.parametrize(
+    ("density", "tiles", "kept"), [(0.3, 10, 3), (0.1, 30, 3), (0.31, 10, 4), (1, 7, 7), (1e-9, 7, 1)]
+)
+def test_the_number_of_tiles_is_the_share_rounded_up(density, tiles, kept):
+    assert SparseD(density=density).kept_tiles(tiles) == kept
+    layout = TokenLayout(frames=tiles, height=4, width=4)
+    config = SparseD(density=density, block_size=16)
+    assert config.tile_counts(layout) == (kept * tiles, tiles * tiles)
+    plan = planned(handler(config), call_of(layout), layout=layout)
+    assert torch.equal(count_bits(plan.selection.keep), torch.full((2, 2, tiles), kept))
+
+
+# Meeting the other methods
+
+
+def test_it_chooses_among_the_tiles_that_a_list_keeps():
+    layout = TokenLayout(frames=6, height=4, width=8)
+    call = call_of(layout)
+    listed = AttentionPlan(tiles=RADIAL.tiles(layout), token_order=RADIAL.token_order(layout))
+    plan = planned(handler(dataclasses.replace(FROZEN, density=0.25)), call, listed, layout=layout)
+    kept, exact = chosen_of(plan), listed.tiles.states()[0] == EXACT
+    assert plan.tiles is listed.tiles
+    assert not (kept & ~exact).any()
+    assert torch.equal(kept.sum(-1), exact.sum(-1).clamp(max=3).expand(2, 2, -1))
+    masses = tile_sums(probabilities(call, layout)).masked_fill(~exact, -1)
+    best = torch.zeros_like(kept).scatter_(-1, masses.topk(3).indices, True) & exact
+    assert torch.equal(kept, best)
+
+
+def test_lists_of_each_head_are_followed():
+    layout = TokenLayout(frames=6, height=4, width=8)
+    states = torch.full((2, 12, 12), EXACT, dtype=torch.uint8)
+    states[1, :, ::2] = 0
+    tiles = TileLists.from_states(states, block_q=16, block_k=16, num_q=192, num_k=192)
+    kept = chosen_of(planned(handler(), call_of(layout), AttentionPlan(tiles=tiles), layout=layout))
+    assert (kept.sum(-1) == 5).all()
+    assert kept[:, 0, :, ::2].any()
+    assert not kept[:, 1, :, ::2].any()
+
+
+def test_bits_and_pins_of_others_are_kept():
+    tiles = full_tiles(LAYOUT, 16, "cpu")
+    theirs = pack_bits(torch.rand(2, 2, 9, 9) < 0.5)
+    pins = pack_bits(torch.eye(9, dtype=torch.bool))
+    before = AttentionPlan(
+        tiles=tiles, token_order=visual_first(LAYOUT, None), selection=Selection(keep=theirs, pinned=pins, reverse=True)
+    )
+    made, call = handler(), call_of()
+    alone = planned(made, call)
+    both = planned(made, call, before)
+    assert torch.equal(both.selection.keep, alone.selection.keep & theirs)
+    assert torch.equal(both.selection.pinned, alone.selection.pinned | pins)
+    assert both.selection.reverse
+
+
+def test_it_takes_the_tile_size_of_a_list_and_refuses_contradictions():
+    class Lister(Handler):
+        rank = 0
+
+    class Selecting(Handler):
+        rank = 1
+
+    adapter = Model(adapter=ADAPTER, family=None, heads=2, layers=1)
+    radial, pooled = Lister(RadialAttention(block_size=64), adapter), Selecting(RadialAttention(rest="pooled"), adapter)
+    assert handler(SparseD(), [radial]).config.block_size == 64
+    assert handler(SparseD(block_size=64), [radial]).config.block_size == 64
+    assert handler(SparseD(rest="pooled"), [pooled]).config.block_size == 128
+    with pytest.raises(ConfigError, match=r"sparsed\.block_size = 32 can't choose among radial's tiles of 64"):
+        handler(SparseD(block_size=32), [radial])
+    with pytest.raises(ConfigError, match=r"sparsed\.rest = 'skip' and radial\.rest = 'pooled' contradict"):
+        handler(SparseD(), [pooled])
+
+
+# Attached
+
+
+def run(transformer, steps: int = 4, seed: int = 0, frames: int = 5, branches=("cond", "uncond")) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 12, frames, 8, 8, generator=generator)
+    texts = {name: torch.randn(1, 6, 64, generator=generator) for name in ("cond", "uncond")}
+    with torch.no_grad():
+        for step in range(steps):
+            found = []
+            for branch in branches:
+                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
+                    time = torch.tensor([1000.0 - 100 * step])
+                    found.append(transformer(x, time, texts[branch], return_dict=False)[0])
+            x = x - 0.3 * sum(found)
+    return x
+
+
+@pytest.mark.parametrize("rest", ["skip", "pooled"])
+def test_the_density_is_the_one_asked_for_and_the_first_steps_are_dense(rest):
+    transformer = tiny_transformer()
+    plain = run(transformer)
+    with dit_accel.attach(transformer, dataclasses.replace(FROZEN, rest=rest)) as attachment:
+        sparse = run(transformer)
+        report = attachment.report()
+    assert not torch.equal(sparse, plain)
+    assert [step.density for step in report.steps] == [1.0] * 2 + [pytest.approx(2 / 5)] * 6
+    assert [step.pooled for step in report.steps] == [0.0] * 2 + [pytest.approx(3 / 5 if rest == "pooled" else 0)] * 6
+    assert torch.equal(run(transformer), plain)
+
+
+def test_the_pattern_is_found_once_by_layer_and_branch_and_freed(monkeypatch):
+    from dit_accel.methods.attention import sparsed as frozen
+
+    passes = []
+    original = frozen.tile_masses
+
+    def counted(*args, **options):
+        passes.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(frozen, "tile_masses", counted)
+    transformer = tiny_transformer()
+    attachment = dit_accel.attach(transformer, FROZEN)
+    run(transformer)
+    assert len(passes) == 3 * 2
+    made = attachment._session.handlers[0]
+    found = {("transformer", layer, branch, 0, 1) for layer in range(3) for branch in ("cond", "uncond")}
+    assert set(made.bits) == found
+    bits = {key: value.clone() for key, value in made.bits.items()}
+    assert not torch.equal(bits["transformer", 0, "cond", 0, 1], bits["transformer", 2, "cond", 0, 1])
+    run(transformer)
+    assert len(passes) == 2 * 3 * 2
+    assert all(torch.equal(value, bits[key]) for key, value in made.bits.items())
+    attachment.detach()
+    assert not made.bits
+
+
+def test_everything_kept_is_dense_to_rounding_and_a_neutral_run_is_bit_equal():
+    transformer = tiny_transformer()
+    plain = run(transformer)
+    with dit_accel.attach(transformer, dataclasses.replace(FROZEN, density=1.0)):
+        torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
+    with dit_accel.attach(transformer, dataclasses.replace(FROZEN, dense_steps=99)):
+        assert torch.equal(run(transformer), plain)
+
+
+def test_second_generation_equals_the_first_and_branches_and_pipelines_do_not_meet():
+    transformer, other = tiny_transformer(), tiny_transformer(1)
+    with dit_accel.attach(transformer, FROZEN), dit_accel.attach(other, FROZEN):
+        first = run(transformer)
+        run(other, seed=1)
+        run(transformer, frames=7)
+        run(transformer, steps=2, branches=("cond",))
+        assert torch.equal(run(transformer), first)
+        alone = run(transformer, branches=("cond",))
+    torch.manual_seed(5)
+    noise, text = torch.randn(1, 12, 5, 8, 8), torch.randn(1, 6, 64)
+    with dit_accel.attach(transformer, FROZEN), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 12, 5, 8, 8, generator=generator)
+        prompt = torch.randn(1, 6, 64, generator=generator)
+        for step in range(4):  # the other branch sees something else in between
+            for branch, latents, words in (("cond", x, prompt), ("uncond", noise, text)):
+                with transformer.cache_context(branch, step_index=step, num_inference_steps=4):
+                    time = torch.tensor([1000.0 - 100 * step])
+                    found = transformer(latents, time, words, return_dict=False)[0]
+                if branch == "cond":
+                    x = x - 0.3 * found
+    assert torch.equal(x, alone)
+
+
+@pytest.mark.parametrize("rest", ["skip", "pooled"])
+def test_it_runs_inside_radial_whatever_the_order(rest):
+    transformer, frozen = tiny_transformer(), dataclasses.replace(FROZEN, rest=rest, block_size=None)
+    layout, results = TokenLayout(frames=5, height=4, width=4), []
+    listed = RADIAL.tiles(layout).states().eq(EXACT).sum(-1)
+    for methods in ((RADIAL, frozen), (frozen, RADIAL)):
+        with dit_accel.attach(transformer, *methods) as attachment:
+            results.append(run(transformer))
+            steps = attachment.report().steps
+            assert steps[0].density == pytest.approx(float(listed.sum()) / 25)
+            assert steps[-1].density == pytest.approx(float(listed.clamp(max=2).sum()) / 25)
+    assert torch.equal(*results)
+
+
+def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
+    transformer, frozen = tiny_transformer(), dataclasses.replace(FROZEN, density=0.6)
+    lite = LiteAttention(dense_steps=0, dense_layers=0, threshold=1.0, allow_positive_threshold=True)
+    results, densities = [], []
+    for methods in ((frozen, lite), (lite, frozen)):
+        with dit_accel.attach(transformer, *methods) as attachment, watched(attachment) as calls:
+            results.append(run(transformer, steps=6, branches=("cond",)))
+            densities.append([step.density for step in attachment.report().steps])
+            pattern, voted = attachment._session.handlers
+            assert (pattern.config.name, voted.config.name) == ("sparsed", "lite")
+            assert voted.config.block_size == 16
+            bits = [pattern.bits["transformer", layer, "cond", 0, 1] for layer in range(3)]
+        planned = [call.plan.selection for call in calls]
+        assert all(selection.vote is not None for selection in planned[: 3 * 5])
+        for layer in range(3):
+            mine = [selection.keep for selection in planned[layer::3]]
+            assert mine[0] is None
+            for before, after in itertools.pairwise(mine[1:]):
+                assert torch.equal(before & after, after)
+            assert all(torch.equal(keep & bits[layer], keep) for keep in mine[1:])
+    assert torch.equal(*results)
+    assert densities[0] == densities[1]
+    assert densities[0][1] <= 0.6 + 1e-6
+    assert densities[0][-1] < densities[0][1]
+
+
+def test_sol_routes_in_the_pattern_whatever_the_order():
+    transformer, frozen = tiny_transformer(), dataclasses.replace(FROZEN, density=0.6)
+    sol = SolAttention(beta=0.5, dense_steps=1, dense_layers=0)
+    results = []
+    for methods in ((frozen, sol), (sol, frozen)):
+        with dit_accel.attach(transformer, *methods) as attachment, watched(attachment) as calls:
+            results.append(run(transformer, branches=("cond",)))
+            assert attachment.report().steps[-1].density < 1
+        for call in calls:
+            selection = call.plan.selection
+            assert selection.routing is not None
+            assert (count_bits(selection.keep) == 3).all()
+            assert call.plan.tiles.block_k == 16
+    assert torch.equal(*results)
+
+
+def test_gradients_follow_the_pattern():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, dataclasses.replace(FROZEN, dense_steps=0)):
+        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([9.0]), torch.randn(1, 6, 64))[
+            0
+        ].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in transformer.blocks[0].attn1.parameters())
+
+
+def test_compiled_full_graph_gives_the_same():
+    from torch._dynamo.utils import counters
+
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, FROZEN):
+        eager = run(transformer)
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    counters.clear()
+    with dit_accel.attach(transformer, FROZEN):
+        torch.testing.assert_close(run(transformer), eager, rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+# Config
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"density": 0.3, "mass": 0.9},
+            r"sparsed\.density = 0\.3 and sparsed\.mass = 0\.9 were both given; .*leave the",
+        ),
+        ({"density": 0.0}, r"sparsed\.density must be above 0 and at most 1, got 0\.0; 0\.3 is usual"),
+        ({"density": 1.5}, r"sparsed\.density must be above 0 and at most 1, got 1\.5"),
+        ({"density": float("nan")}, r"sparsed\.density must be above 0 and at most 1, got nan"),
+        ({"mass": 1.0}, r"sparsed\.mass must be between 0 and 1, got 1\.0; 0\.95 is usual"),
+        ({"mass": 0}, r"sparsed\.mass must be between 0 and 1, got 0"),
+        ({"block_size": 100}, r"sparsed\.block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
+        ({"rest": "pool"}, r"sparsed\.rest must be 'skip' or 'pooled', got 'pool'"),
+        ({"dense_steps": -1}, r"sparsed\.dense_steps must be >= 0, got -1"),
+    ],
+)
+def test_bad_options_are_refused_with_the_value(options, text):
+    with pytest.raises(ConfigError, match=text):
+        SparseD(**options)
+
+
+def test_unset_options_take_the_recipe_then_the_generic_value_but_density_gives_way_to_mass():
+    assert SparseD().resolved({}).to_dict().items() >= dict(DEFAULTS).items()
+    assert SparseD().resolved({"density": 0.5}).density == 0.5
+    by_mass = SparseD(mass=0.9).resolved({"density": 0.5, "block_size": 64})
+    assert (by_mass.density, by_mass.mass, by_mass.block_size) == (None, 0.9, 64)
+    with pytest.raises(ConfigError, match=r"a recipe of sparsed sets 'mass', which it can't"):
+        SparseD().resolved({"mass": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("options", "layout", "text"),
+    [
+        (
+            {"density": 1},
+            TokenLayout(frames=9, height=16, width=16),
+            r"sparsed keeps all 18 tiles of 2304",
+        ),
+        ({}, TokenLayout(frames=9, height=16, width=16), r"sparsed seldom pays below 20000 visual tokens, .* are 2304"),
+    ],
+)
+def test_advice_names_what_does_not_fit(options, layout, text):
+    advice = SparseD(**options).advice(layout)
+    assert advice is not None
+    with pytest.raises(ConfigError, match=text):
+        raise ConfigError(advice)
+    assert SparseD().advice(TokenLayout(frames=21, height=45, width=80)) is None
+
+
+def test_what_the_data_decide_is_not_planned():
+    with pytest.raises(ConfigError, match=r"sparsed\.mass = 0\.9 keeps what the data say.*give sparsed\.density"):
+        SparseD(mass=0.9).tile_counts(LAYOUT)
+
+
+def test_it_is_found_by_name_on_the_command_line_and_in_toml():
+    from dit_accel.cli.method_options import select_methods
+    from dit_accel.methods.config import from_toml, to_toml
+
+    assert select_methods(["sparsed"], None, ["sparsed.mass=0.9"]) == [SparseD(mass=0.9)]
+    configs = [SparseD(density=0.25, rest="pooled", dense_steps=0.5)]
+    assert from_toml(to_toml(configs)) == configs
