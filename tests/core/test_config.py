@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel import ConfigError, RadialAttention
-from dit_accel.methods.config import from_dict, from_toml, parse_value, to_toml
+from dit_accel.methods.config import from_dict
+from dit_accel.methods.toml import from_toml, parse_value, to_toml
 
 options = st.fixed_dictionaries(
     {},
