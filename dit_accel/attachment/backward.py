@@ -14,7 +14,7 @@ NO_TICKET = -1
 
 
 class BackwardStore:
-    """Plans by number. The number is a tensor that autograd saves, eager or compiled; when it is freed, so is the plan."""
+    """Plans by number. The number is a tensor that autograd saves, eager or compiled; freed with it, the plan goes."""
 
     def __init__(self) -> None:
         self._plans: dict[int, tuple[StorageWeakRef, AttentionPlan]] = {}

@@ -15,8 +15,8 @@ def replaced_processors(execution: Execution) -> str | None:
     if not replaced:
         return None
     return (
-        f"{replaced} of {len(execution.layers)} attention processors were replaced after attach, so that no method acts "
-        "there; detach and attach again"
+        f"{replaced} of {len(execution.layers)} attention processors were replaced after attach, so that no method "
+        "acts there; detach and attach again"
     )
 
 

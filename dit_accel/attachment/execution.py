@@ -309,8 +309,8 @@ class Execution:
         """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
         self.recorder.backends.add(resolve_backend(self.backend, call.q.device, call.q.dtype, call.q.shape[-1]))
         tiles, arguments = _kernel_arguments(plan, call)
-        held = call.as_held(call.q, call.k, call.v)
-        result = block_sparse_attention_eager(*held, tiles, **arguments, return_tiles=plan.selection is not None)
+        q, k, v = call.as_held(call.q, call.k, call.v)
+        result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)
         if isinstance(result, Tensor):
             return call.heads_first(result), None, None
         votes = plan.selection is not None and plan.selection.vote is not None
@@ -322,8 +322,8 @@ class Execution:
         q = call.q
         if plan.head_scale is not None:
             q = (q * plan.head_scale.reshape(-1, q.shape[1])[:, :, None, None]).to(q.dtype)
-        held = call.as_held(q, call.k, call.v)
-        out = call.heads_first(layer.dense(*held, call.mask, call.scale))
+        q, k, v = call.as_held(q, call.k, call.v)
+        out = call.heads_first(layer.dense(q, k, v, call.mask, call.scale))
         if plan.identity_mix is None:
             return out
         weight = plan.identity_mix.reshape(-1, out.shape[1])[:, :, None, None].to(out.dtype)
@@ -336,8 +336,8 @@ class Execution:
         tiles, arguments = _kernel_arguments(plan, call)
         rows = plan.row_override
         others = grad if rows is None else grad.index_fill(2, rows.rows, 0)
-        held = call.as_held(others, call.q, call.k, call.v)
-        grads = tuple(map(call.heads_first, block_sparse_attention_backward(*held, tiles, **arguments)))
+        others, q, k, v = call.as_held(others, call.q, call.k, call.v)
+        grads = tuple(map(call.heads_first, block_sparse_attention_backward(others, q, k, v, tiles, **arguments)))
         if rows is not None:
             of_rows = gradients_of_rows(plan, call, grad, rows.rows, rows.keys)
             grads = tuple(one + other for one, other in zip(grads, of_rows, strict=True))

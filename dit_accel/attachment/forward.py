@@ -1,4 +1,4 @@
-"""What runs in place of a transformer's forward: its step and layout are read, its layers switched, methods run around it."""
+"""What runs in place of a transformer's forward: step and layout are read, layers switched, methods run around it."""
 
 import inspect
 import types

@@ -12,7 +12,7 @@ from ..adapters.adapter import Adapter
 from ..plan.layout import TokenLayout
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
-"""(q, k, v, mask, scale) -> output: the model's own attention on the backend that the user set; tensors as it holds them."""
+"""(q, k, v, mask, scale) -> output: the model's own attention on the user's backend; tensors lie as it holds them."""
 
 
 class AttentionLayer:

@@ -70,6 +70,7 @@ class Shadow:
         self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
         return self._function(*args, **kwargs)
 
     def __reduce__(self) -> Any:

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.blocks import Streams, block_lists, block_signature
 from ..errors import ConfigError
-from ..methods.site import AroundBlock, AroundForward, Block, Streams
+from ..methods.site import AroundBlock, AroundForward, Block
+from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
 from .seam import is_compiled, wrap_call
@@ -127,7 +129,9 @@ class TransformerSite:
                 self._undo.append(wrap_call(block.module, self._around_block(block, functions)))
 
     def _around_block(self, block: Block, functions: list[AroundBlock]) -> Callable[..., Any]:
-        from ..adapters.blocks import StreamCall
+        """Return what runs in place of a block: its streams taken out of the call, changed, and put into the result."""
+        signature = block_signature(block.list, type(block.module))
+        last: list[Any] = [None]  # what such a block gives beside its streams, while it is skipped
 
         def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             if torch.compiler.is_compiling():
@@ -135,26 +139,41 @@ class TransformerSite:
                     "a method that acts on transformer blocks is attached, and the whole transformer is compiled; "
                     "compile its blocks instead, transformer.compile_repeated_blocks()"
                 )
-            call = StreamCall(block, args, kwargs)
 
             def innermost(streams: Streams) -> Streams:
-                return call.streams_of(run(*call.args_with(streams)[0], **call.args_with(streams)[1]))
+                given, named = signature.write_call(streams, args, kwargs)
+                result = run(*given, **named)
+                if not block.list.gives_streams_only:
+                    last[0] = result
+                return signature.read_result(result)
 
             inner: Callable[[Streams], Streams] = innermost
             context = self._execution.state.context(self._state)
             for function in functions:
                 inner = _wrapped(function, context, block, inner)
-            return call.result(inner(call.streams))
+            return signature.write_result(inner(signature.read_call(args, kwargs)), like=last[0])
 
         return around
 
 
 def _wrapped(
-    function: AroundBlock, context: Any, block: Block, run: Callable[[Streams], Streams]
+    function: AroundBlock, context: StepContext, block: Block, run: Callable[[Streams], Streams]
 ) -> Callable[[Streams], Streams]:
     return lambda streams: function(context, block, run, streams)
 
 
 def find_blocks(adapter: Adapter, transformer: nn.Module) -> tuple[Block, ...]:
-    """Return a transformer's blocks in running order, as its adapter describes them."""
-    raise ConfigError("blocks are not described yet")
+    """Return a transformer's blocks in running order, as its adapter describes them; without those beside the main ones.
+
+    Raises:
+        UnsupportedModel: if the adapter describes none.
+    """
+    found = [
+        (blocks, name, module)
+        for blocks in block_lists(adapter, transformer)
+        if not blocks.beside
+        for name, module in blocks.modules(adapter, transformer)
+    ]
+    return tuple(
+        Block(index=index, name=name, module=module, list=blocks) for index, (blocks, name, module) in enumerate(found)
+    )

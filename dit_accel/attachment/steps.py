@@ -69,7 +69,7 @@ def timeline_of(pipe: Any) -> Timeline:
 
 
 class Pipeline:
-    """The pipeline that methods are attached to, held weakly; asked anew at each run, since its parts may be replaced."""
+    """The pipeline that methods are attached to, held weakly and asked anew at each run: its parts may be replaced."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe: Callable[[], Any]

@@ -1,4 +1,4 @@
-"""Makes the handlers of several configs on one model: what fits together, in which tiles, and in which order they act."""
+"""Makes the handlers of several configs on one model: what fits together, in which tiles, and in which order."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from .registry import handler_of
 
 
 def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = True) -> list[Handler]:
-    """Return the handlers of some methods on a model, in the order in which they act, whatever order they were given in.
+    """Return the handlers of some methods on a model in the order in which they act, however they were given.
 
     Args:
         configs: one of each method.
@@ -30,8 +30,8 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
             raise ConfigError(f"two {one.config_type.__name__} configs were given; attach one of each method")
         if shared := one.exclusive & other.exclusive:
             raise ConfigError(
-                f"{one.config_type.name} and {other.config_type.name} both set the {' and '.join(sorted(shared))} of an "
-                "attention call, which takes one; attach one of them"
+                f"{one.config_type.name} and {other.config_type.name} both set the {' and '.join(sorted(shared))} of "
+                "an attention call, which takes one; attach one of them"
             )
     for handler_type, config in paired:
         _refuse_on(model, handler_type, config)

@@ -12,10 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.blocks import BlockList, Streams
 from ..plan.context import StepContext
-
-Streams = tuple[Tensor, ...]
-"""The hidden states that go from block to block: the visual stream first, then text where it is a stream of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,28 +35,39 @@ class Block:
         index: its place among all blocks that the adapter lists, in running order.
         name: its name in the transformer.
         module: the block.
+        list: what the adapter tells of its kind: which of its arguments and results are streams.
     """
 
     index: int
     name: str
     module: nn.Module
+    list: BlockList
 
 
 AroundForward = Callable[[ForwardContext, Callable[..., Any]], Any]
-"""(context, run) -> output. ``run()`` runs what lies further in with the same inputs; ``run(name=value)`` with others."""
+"""(context, run) -> output. ``run()`` runs what lies further in, ``run(name=value)`` with other inputs."""
 
 AroundBlock = Callable[[StepContext, Block, Callable[[Streams], Streams], Streams], Streams]
-"""(context, block, run, streams) -> streams. ``run(streams)`` runs what lies further in; without it the block is skipped."""
+"""(context, block, run, streams) -> streams. ``run(streams)`` runs what lies further in; else the block is skipped."""
 
 
 class Site(Protocol):
     """One transformer as one handler sees it while it installs itself."""
 
-    name: str
-    """The component's name."""
+    @property
+    def name(self) -> str:
+        """The component's name."""
+        ...
 
-    transformer: nn.Module
-    adapter: Adapter
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer."""
+        ...
+
+    @property
+    def adapter(self) -> Adapter:
+        """Its adapter."""
+        ...
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -56,8 +56,8 @@ def gradients_of_rows(
         mixed = grad * weight
         grad = grad - mixed
     tiles, arguments = _arguments(plan, call, rows, keys)
-    held = call.as_held(grad, call.q.index_select(2, rows), call.k, call.v)
-    of_rows, dk, dv = map(call.heads_first, block_sparse_attention_backward(*held, tiles, **arguments))
+    grad, q, k, v = call.as_held(grad, call.q.index_select(2, rows), call.k, call.v)
+    of_rows, dk, dv = map(call.heads_first, block_sparse_attention_backward(grad, q, k, v, tiles, **arguments))
     if mixed is not None:
         dv.index_add_(2, rows, mixed.unflatten(1, (call.v.shape[1], -1)).sum(2))
     return torch.zeros_like(call.q).index_copy_(2, rows, of_rows), dk, dv

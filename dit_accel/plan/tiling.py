@@ -1,4 +1,4 @@
-"""Tiles over a token layout, as all methods of one attachment share them: size, order of the tokens, full lists, bits."""
+"""Tiles over a token layout, as all methods of one attachment share them: size, token order, full lists, bits."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,7 +41,7 @@ class Tiling:
         return visual_first(layout, self.block_size if patches else None, device)
 
     def full(self, layout: TokenLayout, device: torch.device | str = "cpu") -> tuple[TileLists, Tensor | None]:
-        """Return lists in which every tile is exact, and the order they count in; the same objects for the same layout."""
+        """Return lists in which every tile is exact, and the order they count in: the same objects for one layout."""
         return full_tiles(layout.tokens, layout.tokens, self.block_size, str(device)), self.token_order(layout, device)
 
     def tiles(self, tokens: int) -> int:

@@ -20,9 +20,9 @@ from ..adapters.registry import adapters
 from ..attachment.attachment import Attachment, attach, attachment_of
 from ..attachment.find import attention_modules
 from ..errors import ConfigError
+from ..methods import registry
 from ..methods.base import AttentionHandler, Handler, Model, Phase
 from ..methods.config import MethodConfig
-from ..methods.registry import methods
 from ..plan.call import Call
 from ..plan.context import CallContext, StepContext
 from ..plan.plan import AttentionPlan
@@ -81,12 +81,17 @@ def _warm(*cases: MethodCase) -> int:
     return max((tried.warm for tried in cases), default=0)
 
 
+class _EverythingConfig(MethodConfig):
+    """Asks for `_Everything`."""
+
+    name = "everything"
+
+
 class _Everything(AttentionHandler):
     """Sends every attention call to the kernels from ``first_step`` on, with every tile exact."""
 
-    config_type = MethodConfig
+    config_type = _EverythingConfig
     phase = Phase.LISTS
-    name = "everything"
     first_step: ClassVar[int] = 0
 
     def is_active(self, step: StepContext, depth: int) -> bool:
@@ -105,7 +110,7 @@ def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Everyt
     """Attach so that every call goes to the kernels with every tile exact: dense, and computed by us."""
     with attach(transformer) as attachment:
         model = Model(adapter=adapter, family=None, heads=0, layers=0)
-        attachment._execution.use((handler(MethodConfig(), model),))
+        attachment._execution.use((handler(_EverythingConfig(), model),))
         yield attachment
 
 
@@ -324,7 +329,7 @@ def _check_refused(case: Case) -> str | None:
     if not case.adapter.refused:
         return "nothing is refused"
     for name, reason in case.adapter.refused.items():
-        config = methods().get(name)
+        config = registry.methods().get(name)
         if config is None:
             raise AssertionError(f"the adapter refuses {name!r}, which is no method")
         try:

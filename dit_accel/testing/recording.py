@@ -45,8 +45,8 @@ def require(condition: bool, text: str) -> None:
 class RecordedCall:
     """One planned attention call and its result, kept.
 
-    Tensors are [B, H, S, D], keys as the plan centres them; ``exact`` are a selection's exact tiles as bits; ``planned``
-    is the output before methods corrected it, where one does.
+    Tensors are [B, H, S, D], keys as the plan centres them; ``exact`` are a selection's exact tiles as bits;
+    ``planned`` is the output before methods corrected it, where one does.
     """
 
     plan: AttentionPlan

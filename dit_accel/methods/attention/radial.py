@@ -74,7 +74,7 @@ class RadialSettings(SparseSettings):
         return _tiles(self.rule, self.rest, layout, str(torch.device(device)))
 
     def token_order(self, layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor | None:
-        """Return int64 [S], position in the tiles' order -> token index; None where that is the sequence's own order."""
+        """Return int64 [S], position in the tiles' order -> token index; None where that is the sequence's own."""
         return self.tiling.token_order(layout, device)
 
     def kept(self, layout: TokenLayout) -> np.ndarray:

@@ -106,7 +106,8 @@ class SolAttention(SparseConfig):
     """Sparse self-attention that keeps the tiles of high pooled scores and pools the rest (arXiv 2607.24027).
 
     An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. With a method that lists tiles, the listed ones are routed.
+    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. With a
+    method that lists tiles, the listed ones are routed.
 
     Attributes:
         beta: standard deviations by which a tile's score must exceed its row's mean to stay exact; on scores that are

@@ -79,9 +79,10 @@ class SparseD(SparseConfig):
     """Sparse self-attention that keeps each head's heaviest tiles of one early step (SparseD, arXiv 2509.24014).
 
     An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. The pattern is found in the first step that is not dense, by layer,
-    branch, head and block row, and frozen until the next generation. With RadialAttention it is chosen among the tiles
-    that Radial lists; LiteAttention starts from it and drops more; SolAttention routes in it.
+    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. The pattern is found in the first step
+    that is not dense, by layer, branch, head and block row, and frozen until the next generation. With RadialAttention
+    it is chosen among the tiles that Radial lists; LiteAttention starts from it and drops more; SolAttention routes in
+    it.
 
     Attributes:
         density: share of the visual key tiles that every block row keeps, in (0, 1], rounded up to whole tiles.

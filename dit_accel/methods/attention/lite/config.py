@@ -78,8 +78,8 @@ class LiteAttention(SparseConfig):
     """Self-attention that leaves out what earlier steps found negligible (arXiv 2511.11062).
 
     An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. The first call after them is dense too, and votes. With another
-    method's tile list a tile must be in that list as well.
+    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. The first
+    call after them is dense too, and votes. With another method's tile list a tile must be in that list as well.
 
     Attributes:
         criterion: what a query row must show to need a tile: ``maxgap``, a logit that comes near its largest one;

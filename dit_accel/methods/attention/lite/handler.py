@@ -67,10 +67,10 @@ class LiteHandler(SparseHandler):
         """Active outside the dense steps and layers; not in training, where one forward tells nothing of the next."""
         if step.training:
             return False
-        table = self._table
+        table, path = self._table, self.settings.thresholds_file
         if table is not None and table.num_inference_steps != step.num_inference_steps:
             raise ConfigError(
-                f"lite.thresholds_file {self.settings.thresholds_file} was tuned for {table.num_inference_steps} steps, "
+                f"lite.thresholds_file {path} was tuned for {table.num_inference_steps} steps, "
                 f"this run has {step.num_inference_steps or 'a number that nothing tells'}; use as many, or tune again"
             )
         return super().is_active(step, depth)
