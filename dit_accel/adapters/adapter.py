@@ -171,7 +171,6 @@ class Adapter:
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    blocks: Any = None
     rope: Any = None
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ def test_values_of_the_command_line():
 
 
 def test_share_of_steps():
-    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1)
+    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).resolve()
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
     with pytest.raises(ConfigError, match="dense_last_steps = 1 needs the number of steps"):
         config.is_dense(0, None, 5)
