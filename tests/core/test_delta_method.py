@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dit_accel_kernels import FrameDecay, Selection, TileLists, block_sparse_attention_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wan_tiny import tiny_transformer
+from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD
@@ -61,7 +61,7 @@ def sparse(plan: AttentionPlan, call: Call, v: torch.Tensor) -> torch.Tensor:
 
 def dense(call: Call, v: torch.Tensor) -> torch.Tensor:
     """Dense attention by torch, [B, H, S, D] in float64."""
-    q, k, v = (call.heads_first(x).double() for x in (call.q, call.k, v))
+    q, k, v = (x.double() for x in (call.q, call.k, v))
     mask = None if call.key_mask() is None else call.key_mask()[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=call.scale)
 
@@ -104,16 +104,16 @@ def test_representatives_move_and_every_row_has_its_turn():
     rows = [groups_of(layout, 16, "cpu", turn).rows[0].item() for turn in range(26)]
     assert set(rows) == set(range(16))
     assert all(abs(a - b) > 2 for a, b in itertools.pairwise(rows))
-    call, v = call_of()
+    call = call_of()
     for step, turn in ((3, 3), (4, 4)):
-        out, _ = handler(stride=5).correct(plan_of(), context(step_index=step), call, v, sparse(plan_of(), call, v))
+        out, _ = handler(stride=5).correct(plan_of(), context(step_index=step), call, v, sparse(plan_of(), call))
         exact = groups_of(LAYOUT, 5, "cpu", turn).rows
-        torch.testing.assert_close(call.heads_first(out)[:, :, exact], dense(call, v)[:, :, exact])
+        torch.testing.assert_close(out[:, :, exact], dense(call)[:, :, exact])
     still, _ = handler(stride=5, rotate=False).correct(
-        plan_of(), context(step_index=3), call, v, sparse(plan_of(), call, v)
+        plan_of(), context(step_index=3), call, v, sparse(plan_of(), call)
     )
     centres = groups_of(LAYOUT, 5, "cpu").rows
-    torch.testing.assert_close(call.heads_first(still)[:, :, centres], dense(call, v)[:, :, centres])
+    torch.testing.assert_close(still[:, :, centres], dense(call)[:, :, centres])
 
 
 def test_groups_made_in_inference_mode_serve_elsewhere():
@@ -129,51 +129,51 @@ def test_groups_made_in_inference_mode_serve_elsewhere():
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_representative_rows_are_exact_and_text_is_left_alone(form, masked):
-    call, v = call_of(form=form)
+    call = call_of(form=form)
     if masked:
         mask = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
         mask[1, ..., -4:] = False
         call = dataclasses.replace(call, mask=mask)
     plan = plan_of()
-    before = sparse(plan, call, v)
+    before = sparse(plan, call)
     out, error = handler(stride=5).correct(plan, context(), call, v, before.clone())
-    rows, truth = groups_of(LAYOUT, 5, "cpu").rows, dense(call, v)
-    torch.testing.assert_close(call.heads_first(out)[:, :, rows], truth[:, :, rows])
+    rows, truth = groups_of(LAYOUT, 5, "cpu").rows, dense(call)
+    torch.testing.assert_close(out[:, :, rows], truth[:, :, rows])
     text = [*range(3), *range(LAYOUT.tokens - 7, LAYOUT.tokens)]
-    assert torch.equal(call.heads_first(out)[:, :, text], call.heads_first(before)[:, :, text])
-    off = (call.heads_first(before) - truth)[:, :, rows]
+    assert torch.equal(out[:, :, text], before[:, :, text])
+    off = (before - truth)[:, :, rows]
     expected = off.square().sum((0, 2, 3)).sqrt() / truth[:, :, rows].square().sum((0, 2, 3)).sqrt()
     torch.testing.assert_close(error, expected)
     assert (expected > 0.01).all()
 
 
 def test_every_row_a_group_is_dense_attention():
-    call, v = call_of()
+    call = call_of()
     plan = plan_of()
-    out, _ = handler(stride=1).correct(plan, context(), call, v, sparse(plan, call, v))
-    truth, visual = dense(call, v), slice(3, 3 + LAYOUT.visual_tokens)
-    torch.testing.assert_close(call.heads_first(out)[:, :, visual], truth[:, :, visual])
+    out, _ = handler(stride=1).correct(plan, context(), call, v, sparse(plan, call))
+    truth, visual = dense(call), slice(3, 3 + LAYOUT.visual_tokens)
+    torch.testing.assert_close(out[:, :, visual], truth[:, :, visual])
 
 
 def test_the_correction_is_exact_where_the_loss_is_constant_in_a_group():
     """Queries of a group are equal and lie in one block row: eps (o_S - o_K) is the same for all of them."""
     layout = TokenLayout(frames=5, height=4, width=8)
-    call, v = call_of(layout)
+    call = call_of(layout)
     q = call.q[:, ::8].repeat_interleave(8, 1)
     call = dataclasses.replace(call, q=q)
     plan = plan_of(layout, dataclasses.replace(RADIAL, order="raster"))
-    out, error = handler(stride=8, shrink=False).correct(plan, context(layout), call, v, sparse(plan, call, v))
-    torch.testing.assert_close(call.heads_first(out), dense(call, v))
+    out, error = handler(stride=8, shrink=False).correct(plan, context(layout), call, v, sparse(plan, call))
+    torch.testing.assert_close(out, dense(call))
     assert (error > 0.01).all()
 
 
 def test_a_group_gets_its_representatives_difference():
-    call, v = call_of()
+    call = call_of()
     plan = plan_of()
-    before = sparse(plan, call, v)
+    before = sparse(plan, call)
     out, _ = handler(stride=5, shrink=False).correct(plan, context(), call, v, before.clone())
     groups = groups_of(LAYOUT, 5, "cpu")
-    difference = dense(call, v).transpose(1, 2)[:, groups.rows] - before[:, groups.rows]
+    difference = dense(call).transpose(1, 2)[:, groups.rows] - before[:, groups.rows]
     visual = slice(3, 3 + LAYOUT.visual_tokens)
     torch.testing.assert_close(out[:, visual] - before[:, visual], difference[:, groups.of])
 
@@ -181,14 +181,14 @@ def test_a_group_gets_its_representatives_difference():
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 def test_corrections_shrink_to_how_alike_neighbours_are(form):
     """Scaled by the root of the correlation of neighbouring groups, by row and head; the representatives stay exact."""
-    call, v = call_of(form=form)
+    call = call_of(form=form)
     plan, now = plan_of(), context()
-    before = sparse(plan, call, v)
+    before = sparse(plan, call)
     full, _ = handler(stride=5, shrink=False).correct(plan, now, call, v, before.clone())
     shrunk, _ = handler(stride=5).correct(plan, now, call, v, before.clone())
     rows, others = groups_of(LAYOUT, 5, "cpu").rows, [6, 7, 41, 78]
     assert not set(others) & set(rows.tolist())
-    before, full, shrunk = (call.heads_first(x) for x in (before, full, shrunk))
+    before, full, shrunk = (x for x in (before, full, shrunk))
     assert torch.equal(shrunk[:, :, rows], full[:, :, rows])
     d = (full - before)[:, :, rows].unflatten(2, (5, -1))
     for row, h in itertools.product(range(len(d)), range(2)):
@@ -219,7 +219,7 @@ def test_likeness_is_a_share_and_one_for_equal_corrections(shape, same):
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 def test_the_exact_rows_follow_the_plans_other_parts(form):
     """Head scales, frame decay and identity mix stay; only what is left out comes back."""
-    call, v = call_of(form=form)
+    call = call_of(form=form)
     frames = torch.full((LAYOUT.tokens,), -1, dtype=torch.int32)
     frames[3 : 3 + LAYOUT.visual_tokens] = torch.arange(5, dtype=torch.int32).repeat_interleave(24)
     decay = FrameDecay(table=torch.tensor([1.0, 0.9, 0.5]), q_frames=frames, k_frames=frames)
@@ -232,13 +232,13 @@ def test_the_exact_rows_follow_the_plans_other_parts(form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_dtypes_are_corrected_to_their_rounding(dtype):
-    call, v = call_of(dtype=dtype)
+    call = call_of(dtype=dtype)
     plan = plan_of()
-    out, error = handler(stride=5).correct(plan, context(), call, v, sparse(plan, call, v))
+    out, error = handler(stride=5).correct(plan, context(), call, v, sparse(plan, call))
     rows = groups_of(LAYOUT, 5, "cpu").rows
     assert out.dtype == dtype
     assert error.dtype == torch.float32
-    assert torch.equal(out[:, rows], dense_rows(plan, call, v, rows))
+    assert torch.equal(out[:, rows], dense_rows(plan, call, rows))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_low_dtypes_are_corrected_to_their_rounding(dtype):
     ],
 )
 def test_a_plan_that_leaves_nothing_out_is_left_alone(plan):
-    call, v = call_of()
+    call = call_of()
     out = torch.full_like(call.q, torch.nan)
     assert handler().correct(plan, context(), call, v, out) == (out, None)
 
@@ -263,24 +263,24 @@ def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
     delta, plan = handler(stride=5, reuse=3), plan_of()
     probed = []
     for number in range(7):
-        call, v = call_of()
-        _, error = delta.correct(plan, context(), call, v, sparse(plan, call, v))
+        call = call_of()
+        _, error = delta.correct(plan, context(), call, v, sparse(plan, call))
         probed.append(error is not None)
         if number == 1:
             for other in (dict(layer=1), dict(branch="uncond"), dict(transformer="transformer_2")):
-                assert delta.correct(plan, context(**other), call, v, sparse(plan, call, v))[1] is not None
+                assert delta.correct(plan, context(**other), call, v, sparse(plan, call))[1] is not None
     assert probed == [True, False, False, True, False, False, True]
     delta.reset()
-    assert delta.correct(plan, context(), call, v, sparse(plan, call, v))[1] is not None
+    assert delta.correct(plan, context(), call, v, sparse(plan, call))[1] is not None
 
 
 def test_a_reused_correction_is_the_one_that_was_measured():
     delta, plan = handler(stride=5, reuse=2, shrink=False), plan_of()
-    call, v = call_of()
-    before = sparse(plan, call, v)
+    call = call_of()
+    before = sparse(plan, call)
     first, _ = delta.correct(plan, context(), call, v, before.clone())
-    other, w = call_of()
-    after = sparse(plan, other, w)
+    other = call_of()
+    after = sparse(plan, other)
     second, error = delta.correct(plan, context(), other, w, after.clone())
     assert error is None
     torch.testing.assert_close(second - after, first - before)
@@ -304,12 +304,12 @@ class Taker(Handler):
 
 
 def test_probes_go_to_the_handlers_that_want_them():
-    call, v = call_of()
+    call = call_of()
     plan, takers = plan_of(), (Taker(), Taker(wants=False))
     for reactivate in (True, False):
         delta = handler(stride=5, margin=2.5, reactivate=reactivate)
         delta.check_with(takers)
-        delta.correct(plan, context(), call, v, sparse(plan, call, v))
+        delta.correct(plan, context(), call, v, sparse(plan, call))
     assert [len(taker.seen) for taker in takers] == [1, 0]
     assert takers[0].seen[0][2] == 2.5
 
@@ -320,14 +320,14 @@ def test_gaps_and_shares_are_those_of_the_probe_rows(form, chunk, monkeypatch):
     monkeypatch.setattr("dit_accel.methods.attention.delta.PROBE_SCORES", chunk)
     mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
     mask[0, 20:60] = False
-    call, _ = call_of(form=form, mask=mask, scale=0.5)
+    call = call_of(form=form, mask=mask, scale=0.5)
     frames = (torch.arange(LAYOUT.tokens) // 30 - 1).int()
     decay = FrameDecay(table=torch.tensor([1.0, 0.9, 0.5]), q_frames=frames, k_frames=frames)
     plan = dataclasses.replace(plan_of(), head_scale=torch.tensor([0.7, 1.3]), frame_decay=decay)
     rows = groups_of(LAYOUT, 5, "cpu").rows
     gaps, shares = probe_gaps(plan, call, rows)
     order = plan.token_order
-    q, k = (call.heads_first(x) for x in (call.q, call.k))
+    q, k = (x for x in (call.q, call.k))
     x = (q @ k.mT) * 0.5 * torch.tensor([0.7, 1.3]).double()[:, None, None]
     t = torch.tensor([1.0, 0.9, 0.5])[(frames[:, None] - frames).abs().clamp(max=2).long()].double()
     t[(frames[:, None] < 0) | (frames < 0)] = 1
@@ -345,29 +345,6 @@ def test_gaps_and_shares_are_those_of_the_probe_rows(form, chunk, monkeypatch):
                 continue
             torch.testing.assert_close(gaps[:, :, i, j], x[:, :, probes][..., keys].amax((-1, -2)))
             torch.testing.assert_close(shares[:, :, i, j], p[:, :, probes][..., keys].sum(-1).amax(-1))
-
-
-class Stage:
-    """A session of one attention module, told its step by hand."""
-
-    def __init__(self, *methods) -> None:
-        model = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=1, layers=1)
-        handlers = [METHODS[type(method)](method, model) for method in methods]
-        for one in handlers:
-            one.check_with([other for other in handlers if other is not one])
-        self.session = Session(handlers, "reference")
-        self.target = TransformerState("transformer", model.adapter)
-        place = AttentionLayer(self.target, 0, 0)
-        place.processor = SimpleNamespace()
-        self.target.places.append(place)
-        self.session.targets.append(self.target)
-        self.session.places.append(place)
-
-    def call(self, step: int, q, k, v) -> torch.Tensor:
-        self.session.enter(self.target, "cond", dict(step_index=step, num_inference_steps=8))
-        grid = (2, 4, q.shape[1] // 8, 0, 0)
-        layer = torch.tensor(0)
-        return planned_attention(q, k, v, None, layer, self.session.number, grid, "bshd", 1.0, False)[0]
 
 
 def dropping_and_returning(*methods, back: float = 6.0) -> tuple[list[float], list[float]]:
@@ -431,21 +408,7 @@ def test_what_must_be_skipped_stays_out():
 # Attached
 
 
-def run(
-    transformer, steps: int = 3, seed: int = 0, frames: int = 5, branches=("cond", "uncond"), **context
-) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 12, frames, 8, 8, generator=generator)
-    texts = {name: torch.randn(1, 6, 64, generator=generator) for name in ("cond", "uncond")}
-    with torch.no_grad():
-        for step in range(steps):
-            found = []
-            for branch in branches:
-                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
-                    time = torch.tensor([1000.0 - 100 * step])
-                    found.append(transformer(x, time, texts[branch], return_dict=False)[0])
-            x = x - 0.3 * sum(found)
-    return x
+run = functools.partial(denoise, steps=3)
 
 
 def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_error():

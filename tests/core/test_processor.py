@@ -1,5 +1,6 @@
 """The processor's replaced call, on diffusers' own processors of both kinds, and the masks it takes."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -8,15 +9,14 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_kernels import TileLists, block_sparse_attention
+from one_layer import MODEL, OneLayer
 
 from dit_accel import ConfigError
-from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution
-from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
 from dit_accel.attachment.processor import Slot, dense_attention_of, wrap_processor
 from dit_accel.methods.attention.radial import RadialAttention
-from dit_accel.methods.base import AttentionHandler, Model
+from dit_accel.methods.base import AttentionHandler
 from dit_accel.plan.tiling import Tiling
 
 GRID = (3, 2, 2, 0, 0)
@@ -33,14 +33,7 @@ class Everything(AttentionHandler):
 
 @pytest.fixture
 def execution() -> Execution:
-    adapter = Adapter(name="any", transformers=(), self_attention=())
-    model = Model(adapter=adapter, family=None, heads=2, layers=1, tiling=Tiling(4))
-    execution = Execution([Everything(RadialAttention(), model)], "reference")
-    state = TransformerState("transformer", torch.nn.Module(), adapter)
-    layer = AttentionLayer(state, torch.nn.Module(), 0, 0)
-    execution.layers.append(layer)
-    state.layers.append(layer)
-    return execution
+    return OneLayer(Everything(RadialAttention(), dataclasses.replace(MODEL, tiling=Tiling(4)))).execution
 
 
 def test_a_legacy_processor_keeps_its_face_and_its_result(execution):
