@@ -171,6 +171,7 @@ class Adapter:
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    rope: Any = None
 
     def __post_init__(self) -> None:
         for name, entry, what in (

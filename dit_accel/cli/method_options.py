@@ -15,7 +15,8 @@ import typer
 
 from ..errors import ConfigError, did_you_mean
 from ..methods import registry
-from ..methods.config import MethodConfig, from_dict, from_toml, parse_value
+from ..methods.config import MethodConfig, from_dict
+from ..methods.toml import from_toml, parse_value
 
 MethodList = Annotated[list[MethodConfig], "from the method switches"]
 """Annotation of the parameter through which a command receives its method configs."""

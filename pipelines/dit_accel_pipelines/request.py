@@ -11,7 +11,7 @@ from dit_accel_kernels import BACKENDS
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
-from dit_accel.estimate.estimate import check_multiple, pixel_multiples, rounded_frames
+from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames
 from dit_accel.methods.config import MethodConfig
 
 from .media import check_output

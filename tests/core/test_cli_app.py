@@ -19,7 +19,8 @@ from dit_accel.cli import MethodList
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods, with_method_options
 from dit_accel.errors import ConfigError
-from dit_accel.methods.config import MethodConfig, to_toml
+from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.toml import to_toml
 
 
 def run(*arguments: str):
