@@ -2,19 +2,18 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.blocks import BlockList, BlockSignature, Streams, block_lists, block_signature
-from ..attachment.attachment import attention_modules
+from ..attachment.find import attention_modules
+from ..attachment.seam import wrap_call
 from .recording import require
 from .tiny_models import Case
-
-_OVERRIDE = "_compiled_call_impl"
-"""What `nn.Module.__call__` asks before anything else; private to torch."""
 
 
 class Block(NamedTuple):
@@ -26,7 +25,7 @@ class Block(NamedTuple):
     signature: BlockSignature
 
 
-Call = Callable[[Block, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Call = Callable[[Block, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """(block, what runs it, args, kwargs) -> what the model gets of it."""
 
 
@@ -64,25 +63,14 @@ def check_blocks(case: Case) -> str | None:
 
 @contextlib.contextmanager
 def replaced(blocks: Sequence[Block], call: Call) -> Iterator[None]:
-    """Answer the calls of blocks in their stead, compiled or not; their classes stay as they are."""
-    before = [_OVERRIDE in block.module.__dict__ for block in blocks]
-    inner = [block.module.__dict__.get(_OVERRIDE) for block in blocks]
-    for block, compiled in zip(blocks, inner, strict=True):
-        block.module.__dict__[_OVERRIDE] = _answer(call, block, compiled or block.module._call_impl)
-    try:
+    """Answer the calls of blocks in their stead."""
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.callback(wrap_call(block.module, partial(call, block)))
         yield
-    finally:
-        for block, had, compiled in zip(blocks, before, inner, strict=True):
-            del block.module.__dict__[_OVERRIDE]
-            if had:
-                block.module.__dict__[_OVERRIDE] = compiled
 
 
-def _answer(call: Call, block: Block, run: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: call(block, run, args, kwargs)
-
-
-def _with_copies(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _with_copies(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Put copies of the streams among a block's arguments and into its result."""
     args, kwargs = block.signature.write_call(_copied(block.signature.read_call(args, kwargs)), args, kwargs)
     result = run(*args, **kwargs)
@@ -93,7 +81,7 @@ def _copied(streams: Streams) -> Streams:
     return tuple(None if stream is None else stream.clone() for stream in streams)
 
 
-def _skipped(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], results: dict[str, Any]) -> Any:
+def _skipped(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: dict[str, Any]) -> Any:
     like = None if block.blocks.gives_streams_only else results[block.name]
     return block.signature.write_result(block.signature.read_call(args, kwargs), like=like)
 
@@ -111,7 +99,7 @@ def _require_streams(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
     results: dict[str, Any] = {}
     lengths = {}
 
-    def recorded(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def recorded(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         require(block.name not in results, f"{block.name} runs more than once in a forward")
         streams = block.signature.read_call(args, kwargs)
         for name, stream in zip(block.blocks.takes, streams, strict=True):
@@ -168,7 +156,7 @@ def _require_handed_on(case: Case, inputs: dict[str, Any], blocks: Sequence[Bloc
     def skip_all(shifted: int | None = None) -> dict[str, tuple[Tensor, ...]]:
         given: dict[str, tuple[Tensor, ...]] = {}
 
-        def skip(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def skip(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             streams = block.signature.read_call(args, kwargs)
             given[block.name] = tuple(stream for stream in streams if stream is not None)
             require(len(given[block.name]) == len(streams), f"{block.name} lacks a stream where all are skipped")
