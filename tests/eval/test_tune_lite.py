@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SparseD
-from dit_accel.adapters import registry
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
+from dit_accel.cli import registry
 from dit_accel.cli.app import app
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
 from dit_accel.methods.base import Model
