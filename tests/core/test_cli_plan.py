@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from dit_accel.adapters.model_files import read_config, read_model_files
 from dit_accel.cli.app import app
 from dit_accel.errors import UnsupportedModel
-from dit_accel.methods import METHODS
+from dit_accel.methods.registry import methods
 
 KEYS = {
     "family", "repo", "height", "width", "num_frames", "num_inference_steps", "forwards", "frames", "tokens_per_frame",
-    "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "attention_share",
+    "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "forward_share", "attention_share",
     "attention_flops", "total_flops", "planned_attention_flops", "planned_total_flops", "tile_list_bytes",
     "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods",
     "uncounted_methods",
