@@ -8,7 +8,10 @@ from ..methods.attention.radial import RadialAttention
 from ..methods.attention.sol import SolAttention
 from ..methods.attention.sparsed import SparseD
 from ..methods.attention.ultravico import UltraViCo
+from ..methods.base import Place
 from ..methods.config import MethodConfig
+from ..methods.registry import handler_of
+from .tiny_models import Case
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,3 +67,20 @@ METHOD_CASES: dict[str, MethodCase] = {
     ),
 }
 """Method name -> the configs that `check_adapter` tries; open to every package."""
+
+
+def cases_for(case: Case) -> dict[str, MethodCase]:
+    """Return the cases of the methods that a model can take."""
+    adapter, possible = case.adapter, {}
+    for name, tried in METHOD_CASES.items():
+        configs = configs_of(tried.active)
+        places = {place for config in configs for place in handler_of(config).places}
+        lacking = (Place.BLOCKS in places and adapter.blocks == ()) or (Place.POSITIONS in places and not adapter.rope)
+        if not lacking and not any(config.name in adapter.refused for config in configs):
+            possible[name] = tried
+    return possible
+
+
+def warm_of(*cases: MethodCase) -> int:
+    """Return after how many steps all of some cases change something."""
+    return max((tried.warm for tried in cases), default=0)

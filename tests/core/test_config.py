@@ -79,16 +79,17 @@ def test_bad_toml_says_what_is_wrong(text, message):
 @pytest.mark.parametrize(("config", "option"), options_of(float), ids=lambda x: getattr(x, "name", x))
 def test_numbers_are_finite(config, option, value):
     for number in (value, np.float32(value), np.float64(value)):
-        with pytest.raises(
-            ConfigError, match=rf"{config.name}\.{option} must be .*a finite number.*, got .*{value}"
-        ):
+        with pytest.raises(ConfigError, match=rf"{config.name}\.{option} must be .*a finite number.*, got .*{value}"):
             config(**{option: number})
-    with pytest.raises(ConfigError, match=rf"the file: {config.name}\.{option} must be .*a finite number.*, got {value}"):
+    with pytest.raises(
+        ConfigError, match=rf"the file: {config.name}\.{option} must be .*a finite number.*, got {value}"
+    ):
         from_toml(f"[{config.name}]\n{option} = {value}", "the file")
 
 
 def test_there_are_numbers_to_be_finite():
-    assert {config.name for config, _ in options_of(float)} >= {"radial", "sol", "lite", "sparsed", "delta", "ultravico"}
+    found = {config.name for config, _ in options_of(float)}
+    assert found >= {"radial", "sol", "lite", "sparsed", "delta", "ultravico"}
 
 
 def test_numbers_of_numpy_become_python_s_own():
@@ -121,7 +122,10 @@ def test_a_list_s_error_speaks_of_its_items(value):
     ("given", "hint"),
     [
         (RadialAttention, r"got <class .*RadialAttention'>; give an instance of it, RadialAttention\(\)"),
-        ([RadialAttention(), SolAttention()], r"got \[RadialAttention.*\]; give the configs one by one, attach\(pipe, \*"),
+        (
+            [RadialAttention(), SolAttention()],
+            r"got \[RadialAttention.*\]; give the configs one by one, attach\(pipe, \*",
+        ),
         ((RadialAttention(),), r"got \(RadialAttention.*\); give the configs one by one"),
         ("radial", r"got 'radial'; known: .*RadialAttention.*UltraViCo"),
         (None, r"got None; known: .*DeltaAttention"),
@@ -146,7 +150,7 @@ def test_toml_errors_name_their_source():
     ):
         with pytest.raises(ConfigError, match=message):
             from_toml(text, "runs/a.toml")
-    with pytest.raises(ConfigError, match="^the method config is no valid TOML"):
+    with pytest.raises(ConfigError, match=r"^the method config is no valid TOML"):
         from_toml("[radial")
 
 
@@ -168,7 +172,9 @@ def test_values_of_the_command_line():
 
 @pytest.mark.parametrize("text", ["1\nradial.near = 2", "1\n2", "'a'\n\n'b'", "[1,\n2]"])
 def test_one_value_of_the_command_line_is_one_line(text):
-    with pytest.raises(ConfigError, match=r"one value was expected, got several lines: .*give each option in a --set of"):
+    with pytest.raises(
+        ConfigError, match=r"one value was expected, got several lines: .*give each option in a --set of"
+    ):
         parse_value(text)
     assert parse_value("0.5\n") == 0.5
 

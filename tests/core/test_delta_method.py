@@ -11,7 +11,7 @@ from dit_accel_kernels import FrameDecay, Selection, TileLists, block_sparse_att
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import MODEL, OneLayer
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD
@@ -494,6 +494,11 @@ def test_dense_steps_and_layers_stay_bit_equal():
         assert torch.equal(run(transformer), plain)
         assert attachment.report().density == 1.0
         assert attachment.report().section("delta") is None
+
+
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_another_prompt_and_seed_run_as_they_do_alone(reuse):
+    require_runs_do_not_meet(RADIAL, DeltaAttention(stride=4, reuse=reuse))
 
 
 @pytest.mark.parametrize("reuse", [1, 2])

@@ -71,9 +71,7 @@ def test_unset_thresholds_are_the_criterion_s_and_a_recipe_can_t_set_one():
 
 
 def test_toml_carries_every_option():
-    config = LiteAttention(
-        threshold=-12.5, must_keep=(0, 4, 8, 9), refresh_every=10, rest="pooled", dense_steps=0.2
-    )
+    config = LiteAttention(threshold=-12.5, must_keep=(0, 4, 8, 9), refresh_every=10, rest="pooled", dense_steps=0.2)
     assert from_toml(to_toml([config])) == [config]
 
 
@@ -113,17 +111,17 @@ def test_memory_is_a_small_part_of_the_original_s_lists():
 @pytest.mark.parametrize(("radial", "lite", "size"), [(32, None, 32), (32, 32, 32), (None, 64, 64), (None, None, 128)])
 def test_tiles_are_of_one_size_and_order_and_what_is_unset_follows_what_is_set(radial, lite, size):
     configs = RadialAttention(block_size=radial, order="tiles"), LiteAttention(block_size=lite)
-    for given in itertools.permutations(configs):
-        handlers = make_handlers(given, MODEL)
+    for ordered in itertools.permutations(configs):
+        handlers = make_handlers(ordered, MODEL)
         assert [handler.settings.tiling for handler in handlers] == [Tiling(size, "tiles")] * 2
 
 
 def test_two_tile_sizes_are_refused_whatever_the_order():
-    for given in itertools.permutations((RadialAttention(block_size=32), LiteAttention(block_size=64))):
+    for ordered in itertools.permutations((RadialAttention(block_size=32), LiteAttention(block_size=64))):
         with pytest.raises(
             ConfigError, match=r"radial\.block_size = 32 and lite\.block_size = 64 can't be attached together"
         ):
-            make_handlers(given, MODEL)
+            make_handlers(ordered, MODEL)
 
 
 class TestThresholdsFile:

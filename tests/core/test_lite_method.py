@@ -1,6 +1,8 @@
 """LiteAttention's handler call by call, on random queries and keys: invariants of votes, bits and thresholds."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from dit_accel_kernels import Routing, Vote, block_sparse_attention_eager, pack_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lite_calls import BLOCK, Calls, drifting
+from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer
 
+import dit_accel
 from dit_accel import LiteAttention
 from dit_accel.errors import ConfigError
 from dit_accel.plan.layout import TokenLayout
@@ -397,3 +401,43 @@ def test_a_layout_of_one_tile_runs():
         calls.run(*x)
         assert calls.exact().all()
     assert TokenLayout(frames=1, height=1, width=10).tokens == 10
+
+
+KINDS = {
+    "threshold": dict(threshold=-1.0),
+    "mass": dict(criterion="mass", threshold=0.05),
+    "budget": dict(criterion="budget", threshold=0.4),
+    "target density": dict(target_density=0.6),
+    "refreshed": dict(threshold=-1.0, refresh_every=3),
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_another_prompt_and_seed_run_as_they_do_alone(options):
+    require_runs_do_not_meet(LiteAttention(block_size=BLOCK, dense_steps=0, **options))
+
+
+@pytest.mark.parametrize("options", [dict(threshold=-1.0), dict(target_density=0.6)], ids=str)
+def test_a_reset_frees_all_that_is_held(options):
+    """Bits, dials, and the tiles that no vote decides, which hold the lists that they are of."""
+    transformer = sharp_transformer()
+    config = LiteAttention(block_size=BLOCK, dense_steps=0, must_keep=(0, 16), must_skip=(48, 64), **options)
+    with dit_accel.attach(transformer, config) as attachment:
+        (handler,) = attachment._execution.handlers
+        denoise(transformer, until=3)  # the last step frees some by itself
+        assert handler._states.by_key
+        assert handler._fixed
+        assert bool(handler._dials) == ("target_density" in options)
+        held = [state.bits for state in handler._states.by_key.values()]
+        held += [bits for _, fixed in handler._fixed.values() for bits in fixed]
+        freed = [weakref.ref(bits) for bits in held]
+        del held
+        attachment.reset()
+        gc.collect()
+        assert not handler._states.by_key
+        assert not handler._fixed
+        assert not handler._dials
+        assert handler._states.held == 0
+        assert not any(ref() is not None for ref in freed)
+        assert attachment.report().state_bytes["lite"] > 0  # the most that it held
+        assert attachment.report().steps  # the report stays

@@ -133,7 +133,8 @@ def test_a_stranger_adds_a_method(install_methods):
 def test_methods_of_one_name_are_refused(install_methods):
     install_methods(radial="dit_accel.methods.attention.radial:RadialHandler")
     with pytest.raises(
-        ConfigError, match=r"a method 'radial' is registered twice, last by dit_accel\.methods.*:RadialHandler; uninstall"
+        ConfigError,
+        match=r"a method 'radial' is registered twice, last by dit_accel\.methods.*:RadialHandler; uninstall",
     ):
         method_registry.handlers()
 
@@ -141,7 +142,10 @@ def test_methods_of_one_name_are_refused(install_methods):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("dit_accel.methods.attention.radial:Nothing", r"mine = '.*' of dit_accel\.methods can't be loaded: .*'Nothing'"),
+        (
+            "dit_accel.methods.attention.radial:Nothing",
+            r"mine = '.*' of dit_accel\.methods can't be loaded: .*'Nothing'",
+        ),
         ("dit_accel_nowhere:Mine", r"can't be loaded: No module named 'dit_accel_nowhere'; name a handler type in py"),
         (Mine, r"mine = .* must give a handler type, got <class .*Mine'>; derive it from dit_accel\.methods\.Handler"),
         (Handler, r"gives Handler, whose config_type must be a config with name = 'mine'"),
@@ -180,5 +184,7 @@ def test_layout_counts_and_refuses():
 @pytest.mark.parametrize("value", [0.5, 1.0, Decimal(2), torch.tensor(2), True, "2", None], ids=repr)
 def test_sizes_of_a_layout_are_whole_numbers(name, value):
     sizes = {"frames": 1, "height": 1, "width": 1, name: value}
-    with pytest.raises(ConfigError, match=rf"a token layout needs {name} to be a whole number >= \d, got .*; check the"):
+    with pytest.raises(
+        ConfigError, match=rf"a token layout needs {name} to be a whole number >= \d, got .*; check the"
+    ):
         TokenLayout(**sizes)

@@ -11,7 +11,7 @@ from dit_accel_pipelines.wan import WAN, WAN_TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import ADAPTER, Fixed, OneLayer
-from wan_tiny import tiny_transformer
+from wan_tiny import require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, SolAttention
@@ -343,6 +343,10 @@ class TestOnWan:
             counted.append(report.sparse_density)
             require_as_planned(calls)
         assert 0 < counted[1] < counted[0] < 1  # in Radial's list, in the same compiled function
+
+    @pytest.mark.parametrize("options", [{}, {"beta_last": 1.0}, {"threshold": "exact"}], ids=str)
+    def test_another_prompt_and_seed_run_as_they_do_alone(self, options):
+        require_runs_do_not_meet(dataclasses.replace(self.SOL, **options))
 
     def test_branches_do_not_meet(self):
         transformer = tiny_transformer()

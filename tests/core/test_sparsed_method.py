@@ -11,7 +11,7 @@ from dit_accel_kernels import EXACT, Selection, TileLists, count_bits, pack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import MODEL
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
@@ -205,7 +205,9 @@ def test_bits_and_pins_of_others_are_kept():
     assert both.selection.reverse
 
 
-@pytest.mark.parametrize(("radial", "pattern", "size"), [(64, None, 64), (64, 64, 64), (None, 32, 32), (None, None, 128)])
+@pytest.mark.parametrize(
+    ("radial", "pattern", "size"), [(64, None, 64), (64, 64, 64), (None, 32, 32), (None, None, 128)]
+)
 def test_tiles_are_of_one_size_and_what_is_unset_follows_what_is_set(radial, pattern, size):
     for configs in itertools.permutations((RadialAttention(block_size=radial), SparseD(block_size=pattern))):
         assert [made.settings.block_size for made in make_handlers(configs, MODEL)] == [size, size]
@@ -219,15 +221,12 @@ def test_two_tile_sizes_are_refused_whatever_the_order():
             make_handlers(configs, MODEL)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "both"),
-    [("skip", "skip", "skip"), ("skip", "pooled", "pooled"), ("pooled", "skip", "pooled"), ("pooled", "pooled", "pooled")],
-)
-def test_what_either_method_pools_is_pooled(ours, theirs, both):
+@pytest.mark.parametrize(("ours", "theirs"), [*itertools.product(("skip", "pooled"), repeat=2)])
+def test_what_either_method_pools_is_pooled(ours, theirs):
     tiles, order = full_tiles(LAYOUT.tokens, LAYOUT.tokens, 16, "cpu"), visual_first(LAYOUT, None)
     before = AttentionPlan().with_tiles(tiles, order).narrow(keep=pack_bits(torch.rand(2, 2, 9, 9) < 0.5), rest=theirs)
     plan = planned(handler(dataclasses.replace(SPARSED, rest=ours)), call_of(), before)
-    assert plan.selection.rest == both
+    assert plan.selection.rest == ("pooled" if "pooled" in (ours, theirs) else "skip")
 
 
 # Attached
@@ -280,6 +279,11 @@ def test_everything_kept_is_dense_to_rounding_and_a_neutral_run_is_bit_equal():
         torch.testing.assert_close(denoise(transformer), plain, rtol=1e-4, atol=1e-4)
     with dit_accel.attach(transformer, dataclasses.replace(SPARSED, dense_steps=99)):
         assert torch.equal(denoise(transformer), plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"density": None, "mass": 0.7}, {"rest": "pooled"}], ids=str)
+def test_another_prompt_and_seed_run_as_they_do_alone(options):
+    require_runs_do_not_meet(dataclasses.replace(SPARSED, **options))
 
 
 def test_second_generation_equals_the_first_and_branches_and_pipelines_do_not_meet():

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention, pack_bits
 from one_layer import ADAPTER, MODEL, Fixed, OneLayer
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import (
@@ -285,12 +285,18 @@ def test_length_after_length_generation_after_generation_and_none_after_detach()
         assert "alpha 0.5 beyond 1 frames, beta 0.2 within 0.5 of multiples of 3" in str(report)
         assert torch.equal(run(transformer, frames=2), short)
         assert [(step.dense_layers, step.sparse_layers) for step in attachment.report().steps] == [(3, 0)] * 6
-        with pytest.warns(UnplannedRun, match="no attention call of the run was planned; ultravico changes nothing: 2 lat"):
+        with pytest.warns(
+            UnplannedRun, match="no attention call of the run was planned; ultravico changes nothing: 2 lat"
+        ):
             other = run(transformer, frames=7)
         assert torch.equal(run(transformer, frames=6), first)
         assert torch.equal(run(transformer, frames=7), other)
     assert torch.equal(run(transformer, frames=6), long)
     assert dit_accel.attachment_of(transformer) is None
+
+
+def test_another_prompt_and_seed_run_as_they_do_alone():
+    require_runs_do_not_meet(ACTIVE)
 
 
 def decayed(q, k, v, frames: torch.Tensor, alpha: float, **arguments) -> torch.Tensor:
@@ -407,9 +413,11 @@ def test_lists_and_selections_drop_and_what_is_left_decays(others):
 
 def test_the_first_frame_keeps_its_rule_under_correction():
     transformer = tiny_transformer()
-    with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=4), ACTIVE) as attachment:
-        with recorded(attachment) as calls:
-            run(transformer, steps=1)
+    with (
+        dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=4), ACTIVE) as attachment,
+        recorded(attachment) as calls,
+    ):
+        run(transformer, steps=1)
     call, layout = calls[0], calls[0].context.layout
     size, v = layout.tokens_per_frame, call.v.clone()
     v[:, :, 2 * size :] += 100.0  # frames that the first one must not see
@@ -493,7 +501,7 @@ def test_two_methods_that_decay_are_refused_at_the_first_call(monkeypatch):
     monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
     with (
         dit_accel.attach(transformer, ACTIVE, _Decays()),
-        pytest.raises(ConfigError, match="^ultravico beside decays: the plan has a frame decay already"),
+        pytest.raises(ConfigError, match=r"^ultravico beside decays: the plan has a frame decay already"),
     ):
         run(transformer)
 
@@ -504,7 +512,7 @@ def test_two_methods_that_say_so_are_refused_before(monkeypatch):
     monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
     for methods in ((ACTIVE, _Decays()), (_Decays(), ACTIVE)):
         with pytest.raises(
-            ConfigError, match="^decays and ultravico both set the frame decay of an attention call, which takes one"
+            ConfigError, match=r"^decays and ultravico both set the frame decay of an attention call, which takes one"
         ):
             dit_accel.attach(transformer, *methods)
     assert dit_accel.attachment_of(transformer) is None

@@ -22,6 +22,7 @@ from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
+from dit_accel.attachment.processor import as_tensors
 from dit_accel.cli import registry
 from dit_accel.cli.app import app
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
@@ -93,7 +94,7 @@ class Stage:
     def call(self, step: int, q, k, v) -> torch.Tensor:
         self.execution.state.enter(self.state, "cond", dict(step_index=step, num_inference_steps=6))
         self.state.begin_forward(len(q))
-        grid, layer = torch.tensor((2, 8, 12, 0, 0)), torch.tensor(0)
+        grid, layer = as_tensors((2, 8, 12, 0, 0)), torch.tensor(0)
         out, _ = planned_attention(q, k, v, None, layer, grid, self.execution.number, True, None, False)
         self.execution.state.leave(self.state)
         return out

@@ -11,7 +11,7 @@ from dit_accel_pipelines.wan import WAN
 
 from dit_accel.adapters import registry
 from dit_accel.methods.attention.sol import SolHandler
-from dit_accel.testing.adapter_checks import CHECKS, METHOD_CASES, check_adapter
+from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]

@@ -17,8 +17,10 @@ from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.registry import adapters
 from dit_accel.attachment.find import attention_modules
 from dit_accel.attachment.op import planned_attention
+from dit_accel.attachment.processor import as_tensors
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.testing.adapter_checks import METHOD_CASES, planned
+from dit_accel.testing.everything import planned
+from dit_accel.testing.method_cases import METHOD_CASES
 from dit_accel.testing.recording import recorded
 
 ACTIVE = METHOD_CASES["radial"].active
@@ -65,7 +67,7 @@ def test_a_sequence_of_another_length_is_refused_where_text_is_ragged():
     (model,) = tiny_models.MOCHI
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
-        layer, grid, q = torch.tensor(0), torch.tensor((7, 4, 8, 0, 6)), torch.zeros(1, 2, 223, 16)
+        layer, grid, q = torch.tensor(0), as_tensors((7, 4, 8, 0, 6)), torch.zeros(1, 2, 223, 16)
         with pytest.raises(ConfigError, match="layer 0 attends over 223 tokens, the adapter 'mochi' reads"):
             planned_attention(q, q, q, None, layer, grid, attachment._execution.number, False, None, False)
 
@@ -144,9 +146,9 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     with dit_accel.attach(transformer) as attachment:
         assert torch.equal(run(transformer, inputs), plain)
         assert attachment.report().density == 1.0
-        frames, height, width, before, after = attachment._slot.grid.tolist()
-    assert frames * height * width == 80
-    assert (before, after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
+        layout = attachment._execution.layers[0].state.layout
+    assert layout.visual_tokens == 80
+    assert (layout.text_before, layout.text_after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
     described = dit_accel.describe(transformer).transformers[0]
     assert described.refused == IMAGE_REFUSED
     assert described.methods["sol"]["beta"] == 1.0

@@ -12,6 +12,7 @@ from wan_tiny import generate, tiny_transformer
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention, SolAttention
 from dit_accel.attachment.op import planned_attention
+from dit_accel.attachment.processor import as_tensors
 from dit_accel.testing.recording import recorded
 
 # Random weights make flat attention: a threshold this near to 0 drops what is new to no row of a tile.
@@ -299,7 +300,7 @@ def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_
     inputs = (torch.randn(1, 12, 5, 8, 8).double(), torch.tensor([500.0]), torch.randn(1, 6, 64).double())
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 80, 2, 16, dtype=torch.float64))
     mask = torch.randn(1, 1, 80, 80, dtype=torch.float64)
-    layer, grid = torch.tensor(0), torch.tensor((5, 4, 4, 0, 0))
+    layer, grid = torch.tensor(0), as_tensors((5, 4, 4, 0, 0))
     told = dict(step_index=0, num_inference_steps=4)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
         number = attachment._execution.number

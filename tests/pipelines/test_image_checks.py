@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
 
-from dit_accel.testing.adapter_checks import CHECKS, METHOD_CASES, check_adapter
+from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
 FAST = [name for name in CHECKS if name != "compile"]

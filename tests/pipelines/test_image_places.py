@@ -20,7 +20,8 @@ from dit_accel import ConfigError
 from dit_accel.adapters import position_ids as positions
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.plan.masks import key_validity
-from dit_accel.testing.adapter_checks import METHOD_CASES, planned
+from dit_accel.testing.everything import planned
+from dit_accel.testing.method_cases import METHOD_CASES
 from dit_accel.testing.recording import RecordedCall, recorded, require_same, require_text_exact
 
 SOL = METHOD_CASES["sol"]

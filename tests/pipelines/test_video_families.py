@@ -1,6 +1,7 @@
 """What is particular to the later video families: sound, history, references, pairs, noise levels, sizes."""
 
 import contextlib
+import dataclasses
 import inspect
 
 import diffusers
@@ -18,7 +19,7 @@ from dit_accel import ConfigError, RadialAttention
 from dit_accel.adapters.position_ids import COMPILED
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.attachment.find import attention_modules
-from dit_accel.testing.adapter_checks import METHOD_CASES
+from dit_accel.testing.method_cases import METHOD_CASES
 from dit_accel.testing.recording import recorded
 
 ACTIVE = METHOD_CASES["radial"].active
@@ -38,7 +39,7 @@ def planned_calls(model, **changes):
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment, recorded(attachment) as calls:
         run(transformer, {**model.inputs(1), **changes})
-        return calls, tuple(attachment._slot.grid.tolist())
+        return calls, dataclasses.astuple(attachment._execution.layers[0].state.layout)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,8 @@ from dit_accel.plan.plan import AttentionPlan
 from dit_accel.plan.tiling import Tiling
 
 BLOCK = 16
-MODEL = Model(
-    adapter=Adapter(name="toy", transformers=(), self_attention=()), family=None, heads=2, layers=3, tiling=Tiling(BLOCK)
-)
+ADAPTER = Adapter(name="toy", transformers=(), self_attention=())
+MODEL = Model(adapter=ADAPTER, family=None, heads=2, layers=3, tiling=Tiling(BLOCK))
 
 
 def drifting(

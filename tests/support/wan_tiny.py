@@ -3,6 +3,9 @@
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
+import dit_accel
+from dit_accel.methods.config import MethodConfig
+
 TINY = dict(
     patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=12, out_channels=12, text_dim=64,
     freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=64,
@@ -12,6 +15,14 @@ TINY = dict(
 def tiny_transformer(seed: int = 0, **changes: object) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     return WanTransformer3DModel(**{**TINY, **changes}).eval()
+
+
+def sharp_transformer(seed: int = 0, **changes: object) -> WanTransformer3DModel:
+    """A tiny model that attends sharply enough for votes to drop something."""
+    transformer = tiny_transformer(seed, **changes)
+    for block in transformer.blocks:
+        block.attn1.norm_q.weight.data.mul_(8.0)
+    return transformer
 
 
 def generate(pipe: WanPipeline, **changes: object) -> torch.Tensor:
@@ -28,14 +39,17 @@ def generate(pipe: WanPipeline, **changes: object) -> torch.Tensor:
 
 def denoise(
     transformer: WanTransformer3DModel, steps: int = 4, *, seed: int = 0, frames: int = 5,
-    branches: tuple[str, ...] = ("cond", "uncond"),
+    branches: tuple[str, ...] = ("cond", "uncond"), until: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the latents after some told steps without a pipeline, [1, 12, F, 8, 8]: F x 4 x 4 tokens, no text."""
+    """Return the latents after some told steps without a pipeline, [1, 12, F, 8, 8]: F x 4 x 4 tokens, no text.
+
+    The run is stopped before step ``until``; None: it goes to its end.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 12, frames, 8, 8, generator=generator)
     texts = {name: torch.randn(1, 6, 64, generator=generator) for name in ("cond", "uncond")}
     with torch.no_grad():
-        for step in range(steps):
+        for step in range(steps if until is None else until):
             found = []
             for branch in branches:
                 with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
@@ -43,3 +57,20 @@ def denoise(
                     found.append(transformer(x, time, texts[branch], return_dict=False)[0])
             x = x - 0.3 * sum(found)
     return x
+
+
+def require_runs_do_not_meet(*methods: MethodConfig, steps: int = 5) -> None:
+    """A run of another prompt and seed is bit for bit the same whatever ran before it under its attachment."""
+    transformer = sharp_transformer()
+    plain = denoise(transformer, steps, seed=1)
+    with dit_accel.attach(transformer, *methods):
+        fresh = denoise(transformer, steps, seed=1)
+    assert not torch.equal(fresh, plain), "the methods change nothing"
+    with dit_accel.attach(transformer, *methods) as attachment:
+        assert not torch.equal(denoise(transformer, steps, seed=0), fresh)
+        assert torch.equal(denoise(transformer, steps, seed=1), fresh), "after a whole run"
+        denoise(transformer, steps, seed=0, until=2)
+        assert torch.equal(denoise(transformer, steps, seed=1), fresh), "after a run that was stopped"
+        denoise(transformer, steps, seed=0, until=1)
+        attachment.reset()
+        assert torch.equal(denoise(transformer, steps, seed=1), fresh), "after a run that was stopped in its first step"

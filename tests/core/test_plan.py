@@ -1,0 +1,342 @@
+"""The attention plan's verbs: what merges, what is refused, and what a plan that needs no kernel computes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, TileLists, Vote, pack_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from one_layer import Fixed, OneLayer
+
+from dit_accel import ConfigError
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan, RowOverride, intersection, is_full
+from dit_accel.plan.tiling import Tiling, full_tiles
+
+TOKENS, BLOCK, SIDE = 90, 16, 6
+FULL = full_tiles(TOKENS, TOKENS, BLOCK, "cpu")
+HEADS = 2
+DECAY = FrameDecay(
+    table=torch.tensor([1.0, 0.5]), q_frames=torch.zeros(TOKENS).int(), k_frames=torch.zeros(TOKENS).int()
+)
+ROWS = RowOverride(rows=torch.arange(4), keys=torch.ones(TOKENS, dtype=torch.bool))
+
+
+def lists(states: torch.Tensor, block: int = BLOCK, tokens: int = TOKENS) -> TileLists:
+    return TileLists.from_states(states.to(torch.uint8), block_q=block, block_k=block, num_q=tokens, num_k=tokens)
+
+
+def some_states(seed: int, groups: int = 1) -> torch.Tensor:
+    return torch.randint(0, 3, (groups, SIDE, SIDE), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def bits(seed: int, *shape: int) -> torch.Tensor:
+    return pack_bits(torch.rand(*shape, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) < 0.5)
+
+
+def merged(one: int, other: int) -> int:
+    """What becomes of a tile of two lists."""
+    if one == other == EXACT:
+        return EXACT
+    return POOLED if POOLED in (one, other) else SKIPPED
+
+
+# Tiles
+
+
+@given(
+    seeds=st.tuples(st.integers(0, 999), st.integers(0, 999)), groups=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)])
+)
+@settings(max_examples=40, deadline=None)
+def test_lists_meet_tile_by_tile(seeds, groups):
+    """Exact where both are; else pooled where either pools; else skipped. Lists of each head are followed."""
+    one, other = (some_states(seed, count) for seed, count in zip(seeds, groups, strict=True))
+    found = AttentionPlan().with_tiles(lists(one)).with_tiles(lists(other)).tiles
+    assert found.groups == max(groups)
+    one, other = (states.expand(found.groups, -1, -1).tolist() for states in (one, other))
+    expected = [
+        [[merged(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(*heads, strict=True)]
+        for heads in zip(one, other, strict=True)
+    ]
+    assert found.validate().states().tolist() == expected
+    swapped = AttentionPlan().with_tiles(lists(torch.tensor(other))).with_tiles(lists(torch.tensor(one))).tiles
+    assert torch.equal(swapped.states(), found.states())
+
+
+def test_every_pair_of_states_is_one_of_the_nine():
+    one, other = torch.tensor(list(itertools.product((SKIPPED, POOLED, EXACT), repeat=2))).T
+    found = intersection(lists(one.reshape(1, 3, 3), tokens=48), lists(other.reshape(1, 3, 3), tokens=48))
+    exact, pooled = found.states().flatten() == EXACT, found.states().flatten() == POOLED
+    assert exact.tolist() == [False] * 8 + [True]
+    assert pooled.tolist() == [False, True, False, True, True, True, False, True, False]
+
+
+def test_a_full_list_changes_nothing_on_either_side():
+    other = lists(some_states(3))
+    assert not is_full(other)
+    assert is_full(FULL)
+    for plan in (
+        AttentionPlan().with_tiles(FULL).with_tiles(other),
+        AttentionPlan().with_tiles(other).with_tiles(FULL),
+        AttentionPlan().with_tiles(other).with_tiles(full_tiles(TOKENS, TOKENS, BLOCK, "cpu")),
+    ):
+        assert plan.tiles is other
+    assert AttentionPlan().with_tiles(FULL).with_tiles(FULL).tiles is FULL
+
+
+def test_merged_lists_are_kept_for_the_next_call_and_serve_training():
+    one, other = lists(some_states(5)), lists(some_states(6))
+    with torch.inference_mode():
+        found = AttentionPlan().with_tiles(one).with_tiles(other).tiles
+    assert AttentionPlan().with_tiles(one).with_tiles(other).tiles is found
+    assert not found.exact_indices.is_inference()
+
+
+def test_the_order_of_the_tokens_is_the_first_list_s_and_equal_ones_are_one():
+    order = torch.randperm(TOKENS)
+    plan = AttentionPlan().with_tiles(lists(some_states(1)), order)
+    assert plan.token_order is order
+    assert plan.with_tiles(lists(some_states(2)), order.clone()).token_order is order
+
+
+@pytest.mark.parametrize(
+    ("tiles", "order", "message"),
+    [
+        (
+            full_tiles(TOKENS, TOKENS, 32, "cpu"),
+            None,
+            r"lists of tiles of 32 x 32 .* the plan's of 16 x 16; give both me",
+        ),
+        (
+            full_tiles(TOKENS, 80, BLOCK, "cpu"),
+            None,
+            r"lists over 90 x 80 tokens .* the plan's over 90 x 90; both must",
+        ),
+        (
+            full_tiles(91, 91, BLOCK, "cpu"),
+            None,
+            r"lists over 91 x 91 tokens can't be merged with the plan's over 90 x",
+        ),
+        (FULL, torch.arange(TOKENS), r"lists in one token order can't be merged with the plan's in another; give both"),
+    ],
+)
+def test_other_tiles_are_refused(tiles, order, message):
+    with pytest.raises(ConfigError, match=message):
+        AttentionPlan().with_tiles(FULL).with_tiles(tiles, order)
+
+
+def test_two_orders_are_refused_either_way():
+    one, other = torch.arange(TOKENS), torch.arange(TOKENS).flip(0)
+    for first, second in ((one, other), (other, one), (one, None), (one, one[:-1])):
+        with pytest.raises(ConfigError, match="lists in one token order can't be merged with the plan's in another"):
+            AttentionPlan().with_tiles(FULL, first).with_tiles(FULL, second)
+
+
+def test_lists_of_two_and_three_heads_are_refused():
+    with pytest.raises(ConfigError, match="lists of 2 and 3 groups can't be merged; share them between heads, or give"):
+        AttentionPlan().with_tiles(lists(some_states(1, 2))).with_tiles(lists(some_states(2, 3)))
+
+
+# Selections
+
+
+def test_tiles_stay_where_every_method_keeps_them_or_any_pins_them():
+    keeps, pins = [bits(seed, 1, HEADS) for seed in (1, 2, 3)], [bits(seed) for seed in (4, 5)]
+    plan = AttentionPlan().with_tiles(FULL).narrow(keep=keeps[0], pinned=pins[0])
+    assert plan.selection.keep is keeps[0]
+    assert plan.selection.pinned is pins[0]
+    plan = plan.narrow(keep=keeps[1]).narrow(pinned=pins[1]).narrow(keep=keeps[2])
+    assert torch.equal(plan.selection.keep, keeps[0] & keeps[1] & keeps[2])
+    assert torch.equal(plan.selection.pinned, pins[0] | pins[1])
+
+
+@pytest.mark.parametrize("rests", [*itertools.product(("skip", "pooled"), repeat=2)])
+@pytest.mark.parametrize("dropping", [*itertools.product((True, False), repeat=2)])
+def test_what_is_dropped_is_pooled_where_any_method_that_drops_asks_for_it(rests, dropping):
+    plan = AttentionPlan().with_tiles(FULL)
+    for seed, (rest, drops) in enumerate(zip(rests, dropping, strict=True)):
+        plan = plan.narrow(keep=bits(seed, 1, HEADS) if drops else None, pinned=bits(9), rest=rest)
+    asked = [rest for rest, drops in zip(rests, dropping, strict=True) if drops]
+    if asked:
+        assert plan.selection.rest == ("pooled" if "pooled" in asked else "skip")
+    else:
+        assert plan.selection.keep is None
+
+
+def test_routing_and_votes_are_added_to_what_is_kept():
+    keep, routing, vote = bits(1, 1, HEADS), Routing(beta=1.5), Vote(threshold=-3.0)
+    found = AttentionPlan().with_tiles(FULL).narrow(keep=keep).route(routing).vote(vote, reverse=True).selection
+    assert (found.keep is keep, found.routing, found.vote, found.reverse) == (True, routing, vote, True)
+    later = AttentionPlan().with_tiles(FULL).vote(None, reverse=True).narrow(keep=keep).route(routing).selection
+    assert (later.keep is keep, later.routing, later.vote, later.reverse) == (True, routing, None, True)
+    assert later.vote is None
+
+
+@pytest.mark.parametrize(
+    ("verb", "what"),
+    [
+        (lambda plan: plan.narrow(keep=bits(1, 1, HEADS)), "narrowed"),
+        (lambda plan: plan.route(Routing(beta=1.0)), "routed"),
+        (lambda plan: plan.vote(Vote(threshold=-3.0)), "voted on"),
+    ],
+    ids=["narrow", "route", "vote"],
+)
+def test_what_selects_tiles_needs_them(verb, what):
+    with pytest.raises(
+        ConfigError, match=f"a plan without tiles can't be {what}; call with_tiles first, with full lists"
+    ):
+        verb(AttentionPlan())
+    verb(AttentionPlan().with_tiles(FULL))
+
+
+@pytest.mark.parametrize(
+    ("verb", "what"),
+    [
+        (lambda plan: plan.route(Routing(beta=1.0)), "routing"),
+        (lambda plan: plan.vote(Vote(threshold=-3.0)), "vote"),
+        (lambda plan: plan.decay(DECAY), "frame decay"),
+        (lambda plan: plan.centre_keys(torch.zeros(1, HEADS, 1, 8)), "mean of the keys"),
+        (lambda plan: plan.override_rows(ROWS), "rule for rows of its own"),
+    ],
+    ids=["route", "vote", "decay", "centre", "rows"],
+)
+def test_what_a_call_takes_once_is_refused_twice(verb, what):
+    once = verb(AttentionPlan().with_tiles(FULL))
+    with pytest.raises(ConfigError, match=f"the plan has a {what} already, and one attention call takes one"):
+        verb(once)
+
+
+# Scales and mixes
+
+
+def test_scales_multiply():
+    one, other = torch.tensor([0.5, 2.0]), torch.tensor([[3.0, 1.0], [1.0, 0.25]])
+    assert AttentionPlan().scale(one).head_scale is one
+    assert torch.equal(AttentionPlan().scale(one).scale(other).head_scale, one * other)
+
+
+@given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_each_mix_takes_its_share_of_what_is_left(shares):
+    plan = AttentionPlan()
+    for share in shares:
+        plan = plan.mix(torch.tensor([share, 0.0], dtype=torch.float64))
+    left = 1.0
+    for share in shares:
+        left *= 1 - share
+    torch.testing.assert_close(plan.identity_mix, torch.tensor([1 - left, 0.0], dtype=torch.float64))
+    assert (plan.identity_mix >= 0).all()
+    assert (plan.identity_mix <= 1).all()
+
+
+def test_mixes_touch_the_same_tokens():
+    rows, mix = torch.arange(TOKENS) < 40, torch.tensor([0.5, 0.5])
+    plan = AttentionPlan().mix(mix, rows)
+    assert plan.identity_rows is rows
+    assert plan.mix(mix, rows.clone()).identity_rows is rows
+    for other in (None, ~rows):
+        with pytest.raises(
+            ConfigError, match="the plan mixes V into other tokens already; let both methods mix the same"
+        ):
+            plan.mix(mix, other)
+    with pytest.raises(ConfigError, match="the plan mixes V into other tokens already"):
+        AttentionPlan().mix(mix).mix(mix, rows)
+
+
+# What a plan comes to
+
+
+@pytest.mark.parametrize(
+    ("plan", "kernel", "dense"),
+    [
+        (AttentionPlan(), False, True),
+        (AttentionPlan().scale(torch.ones(HEADS)), False, True),
+        (AttentionPlan().mix(torch.ones(HEADS)), False, True),
+        (AttentionPlan().centre_keys(torch.zeros(1, HEADS, 1, 8)), False, True),
+        (AttentionPlan().decay(DECAY), True, True),
+        (AttentionPlan().override_rows(ROWS), True, True),
+        (AttentionPlan().with_tiles(FULL), True, True),
+        (AttentionPlan().with_tiles(FULL).narrow(pinned=bits(1)), True, True),
+        (AttentionPlan().with_tiles(FULL).vote(Vote(threshold=-3.0)), True, True),
+        (AttentionPlan().with_tiles(lists(some_states(1))), True, False),
+        (AttentionPlan().with_tiles(FULL).narrow(keep=bits(1, 1, HEADS)), True, False),
+        (AttentionPlan().with_tiles(FULL).route(Routing(beta=1.0)), True, False),
+    ],
+    ids=["empty", "scale", "mix", "centred", "decay", "rows", "full", "pinned", "vote", "tiles", "keep", "route"],
+)
+def test_which_plans_need_a_kernel_and_which_leave_nothing_out(plan, kernel, dense):
+    assert plan.needs_kernel == kernel
+    assert plan.is_dense == dense
+
+
+def test_verbs_leave_the_plan_they_are_called_on_as_it_is():
+    empty = AttentionPlan()
+    tiled = empty.with_tiles(FULL)
+    narrowed = tiled.narrow(keep=bits(1, 1, HEADS))
+    narrowed.narrow(keep=bits(2, 1, HEADS)).route(Routing(beta=1.0)).scale(torch.ones(HEADS)).mix(torch.ones(HEADS))
+    assert empty.tiles is None
+    assert tiled.selection is None
+    assert torch.equal(narrowed.selection.keep, bits(1, 1, HEADS))
+    assert narrowed.selection.routing is None
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_plan_that_needs_no_kernel_runs_on_the_model_s_own_attention_and_so_does_its_backward(tokens_first, scaled):
+    layout = TokenLayout(frames=2, height=3, width=4, text_after=3)
+    q, k, v = (torch.randn(2, heads, layout.tokens, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    factor, mix, rows = torch.tensor([0.5, 1.0, 2.0, 3.0]), torch.tensor([0.0, 0.2, 0.5, 1.0]), torch.arange(27) < 20
+    plan = AttentionPlan().mix(mix.double(), rows)
+    if scaled:
+        plan = plan.scale(factor.double())
+    layer, seen = OneLayer(Fixed(plan), tokens_first=tokens_first), []
+    layer.observe(seen.append)
+    held = [x.transpose(1, 2) for x in (q, k, v)] if tokens_first else (q, k, v)
+    out = layer.call(*held, layout, scale=0.3)
+    out = out.transpose(1, 2) if tokens_first else out
+    assert layer.attended == 1
+    assert not layer.execution.recorder.backends  # no kernel of ours ran
+    assert len(seen) == 1
+    logits = torch.where(torch.tensor(scaled), factor, 1.0).double()[:, None, None] * q
+    plain = F.scaled_dot_product_attention(logits, k, v, scale=0.3, enable_gqa=True)
+    weight = mix.double()[:, None, None] * rows[:, None]
+    expected = (1 - weight) * plain + weight * v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), grad)
+    for one, other in zip(found, torch.autograd.grad(expected, (q, k, v), grad), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_merged_plan_computes_what_its_states_say(backend):
+    """Two lists, two bitmaps, a scale and a mix: one call equals masked attention written out."""
+    layout = TokenLayout(frames=3, height=5, width=6)
+    assert layout.tokens == TOKENS
+    one, other = (torch.where(some_states(seed) == POOLED, EXACT, some_states(seed)) for seed in (11, 12))
+    one[:, range(SIDE), range(SIDE)] = other[:, range(SIDE), range(SIDE)] = EXACT  # no row without a key
+    keep, pinned = torch.rand(1, HEADS, SIDE, SIDE) < 0.5, torch.eye(SIDE, dtype=torch.bool)
+    plan = AttentionPlan().with_tiles(lists(one)).with_tiles(lists(other))
+    plan = plan.narrow(keep=pack_bits(keep), pinned=pack_bits(pinned)).narrow(keep=pack_bits(keep))
+    plan = plan.scale(torch.tensor([0.5, 2.0])).scale(torch.tensor([2.0, 2.0])).mix(torch.tensor([0.5, 0.0]))
+    q, k, v = torch.randn(3, 1, HEADS, TOKENS, 8, dtype=torch.float64)
+    out = OneLayer(Fixed(plan), backend=backend).call(q, k, v, layout)
+    exact = (one == EXACT) & (other == EXACT) & (keep | pinned)
+    mask = exact.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :TOKENS, :TOKENS]
+    factor = torch.tensor([1.0, 4.0], dtype=torch.float64)[:, None, None]
+    expected = F.scaled_dot_product_attention(factor * q, k, v, mask)
+    expected[:, 0] = 0.5 * (expected[:, 0] + v[:, 0])
+    torch.testing.assert_close(out, expected)
+
+
+def test_tiles_of_an_attachment_are_the_same_objects_for_the_same_layout():
+    layout = TokenLayout(frames=3, height=5, width=6, text_before=4)
+    tiling = Tiling(BLOCK, "tiles")
+    tiles, order = tiling.full(layout)
+    assert tiling.full(layout)[0] is tiles
+    assert tiling.full(layout)[1] is order
+    assert is_full(tiles)
+    assert order[-4:].tolist() == [0, 1, 2, 3]
+    assert Tiling(BLOCK).full(TokenLayout(frames=3, height=5, width=6))[1] is None
