@@ -1,8 +1,8 @@
-"""Method switches, --config and --set, shared by every command, made into a list of method configs.
+"""Method switches, --config and --set, shared by every command and made into a list of method configs.
 
-A command asks for them by one parameter annotated `MethodList`. The switches come from the registry, so a new method
-needs no edit here. Later wins: the config file's tables, then the switches, then each --set in its order. A --set whose
-method is not switched on switches it on.
+A command asks for them with one parameter annotated `MethodList`. The switches come from the registry, so a new method
+needs no edit here. Later settings win: the config file's tables, then the switches, then each --set in order. A --set
+for a method that is not switched on switches it on.
 """
 
 import functools
@@ -21,7 +21,7 @@ MethodList = Annotated[list[MethodConfig], "from the method switches"]
 """Annotation of the parameter through which a command receives its method configs."""
 
 PANEL = "Methods"
-CONFIG_HELP = "TOML file with one table a method, such as \\[radial]."
+CONFIG_HELP = "TOML file with one table per method, such as \\[radial]."
 SET_HELP = "One option of a method, such as radial.decay_factor=0.5; may be repeated; switches the method on."
 
 
@@ -74,7 +74,7 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
 
 def _read_config(path: Path) -> list[MethodConfig]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {path} can't be read ({reason}); give a TOML file") from None
@@ -82,10 +82,12 @@ def _read_config(path: Path) -> list[MethodConfig]:
 
 
 def _parse_setting(setting: str) -> tuple[str, str, Any]:
+    if len(setting.splitlines()) > 1:
+        raise ConfigError(f"--set {setting!r} has more than one line; give one --set for each option")
     key, equals, value = setting.partition("=")
     name, dot, option = key.strip().partition(".")
     if not (equals and dot and name and option):
-        raise ConfigError(f"--set {setting!r} is not METHOD.OPTION=VALUE; write --set radial.decay_factor=0.5, say")
+        raise ConfigError(f"--set {setting!r} is not METHOD.OPTION=VALUE; write, say, --set radial.decay_factor=0.5")
     known = registry.methods()
     if name not in known:
         raise ConfigError(f"--set {setting!r} names no method; {did_you_mean(name, known)}")

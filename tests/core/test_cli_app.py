@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +19,10 @@ from dit_accel.adapters import registry
 from dit_accel.adapters.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
 from dit_accel.cli.app import app
+from dit_accel.cli.console import print_json
 from dit_accel.cli.method_options import select_methods, with_method_options
-from dit_accel.errors import ConfigError
+from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
+from dit_accel.methods import registry as method_registry
 from dit_accel.methods.config import MethodConfig, to_toml
 
 
@@ -50,11 +54,15 @@ def test_a_setting_switches_its_method_on():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("radial", "--set 'radial' is not METHOD.OPTION=VALUE; write --set radial.decay_factor=0.5, say"),
+        ("radial", "--set 'radial' is not METHOD.OPTION=VALUE; write, say, --set radial.decay_factor=0.5"),
         ("radial=1", "is not METHOD.OPTION=VALUE"),
         (".x=1", "is not METHOD.OPTION=VALUE"),
         ("radail.near=full", "--set 'radail.near=full' names no method; did you mean 'radial'"),
         ("radial.decayfactor=1", "radial has no option 'decayfactor'; did you mean 'decay_factor'"),
+        (
+            "radial.decay_factor=1\nradial.near=2",
+            "--set 'radial.decay_factor=1\\nradial.near=2' has more than one line; give one --set for each option",
+        ),
         ("radial.sink=yes", "radial.sink must be true or false or unset, got 'yes'"),
     ],
 )
@@ -78,6 +86,11 @@ def test_bad_config_files(tmp_path: Path):
         select_methods([], tmp_path / "typo.toml", [])
 
 
+def test_a_byte_order_mark_is_no_part_of_a_config_file(tmp_path: Path):
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf[radial]\nnear = 'full'\n")
+    assert select_methods([], tmp_path / "marked.toml", []) == [RadialAttention(near="full")]
+
+
 def test_a_new_method_needs_no_edit_here(monkeypatch):
     class Other(MethodConfig):
         """Does something else."""
@@ -85,8 +98,8 @@ def test_a_new_method_needs_no_edit_here(monkeypatch):
         name = "something_else"
 
     both: dict[str, Any] = {"radial": RadialAttention, "something_else": Other}
-    monkeypatch.setattr(registry, "methods", lambda: both)
-    monkeypatch.setattr(registry, "method", both.__getitem__)
+    monkeypatch.setattr(method_registry, "methods", lambda: both)
+    monkeypatch.setattr(method_registry, "method", both.__getitem__)
     seen = []
 
     def command(size: Annotated[int, typer.Option()] = 1, *, methods: MethodList) -> None:
@@ -174,13 +187,26 @@ def test_the_version():
 def test_no_command_shows_the_help():
     result = run()
     assert result.exit_code == 2
-    assert "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped" in " ".join(result.stdout.split())
+    codes = "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C, 143 stopped by SIGTERM."
+    assert codes in " ".join(result.stdout.split())
 
 
 def test_a_mistyped_command():
     result = run("pln")
     assert result.exit_code == 2
-    assert "error: No such command 'pln'" in result.stderr
+    assert result.stderr.startswith("error: there is no command 'pln'; did you mean 'plan'? known: ")
+    assert result.stderr.count("\n") == 1
+    assert "plan" in run("--help").stdout
+
+
+def test_long_lists_give_near_names_only():
+    few = [f"name-{n}" for n in range(LONG_LIST)]
+    assert did_you_mean("name-1x", few) == f"did you mean 'name-1'? known: {', '.join(sorted(few))}"
+    told = did_you_mean("name-1x", [*few, "other"])
+    assert told.startswith("did you mean 'name-1' or ")
+    assert told.endswith(f"? {LONG_LIST + 1} are known, `dit-accel models` lists them all")
+    assert len(told) < 120
+    assert did_you_mean("?", [*few, "other"]) == f"{LONG_LIST + 1} are known, `dit-accel models` lists them all"
 
 
 def raising(error: BaseException):
@@ -194,12 +220,14 @@ def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
     monkeypatch.setattr(registry, "family", raising(RuntimeError("out of\nmemory")))
     result = run("plan", "--family", "wan-tiny")
     assert (result.exit_code, result.stdout) == (1, "")
-    expected = "error: RuntimeError: out of memory (dit-accel --traceback COMMAND ... shows where)\n"
+    expected = "error: RuntimeError: out of memory (--traceback shows where)\n"
     assert result.stderr == expected
-    traced = run("--traceback", "plan", "--family", "wan-tiny")
-    assert traced.exit_code == 1
-    assert "Traceback" in traced.stderr
-    assert traced.stderr.endswith(expected)
+    for arguments in (("--traceback", "plan"), ("plan", "--traceback")):
+        traced = run(*arguments, "--family", "wan-tiny")
+        assert traced.exit_code == 1
+        assert "Traceback" in traced.stderr
+        assert traced.stderr.endswith(expected)
+    assert "Traceback" not in run("plan", "--family", "wan-tiny").stderr
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch):
@@ -207,6 +235,35 @@ def test_an_interrupt_is_exit_code_130(monkeypatch):
     result = run("plan", "--family", "wan-tiny")
     assert result.exit_code == 130
     assert result.stderr == "error: stopped by Ctrl-C; nothing half-written is left\n"
+
+
+def test_a_sigterm_is_exit_code_143_and_cleans_up(monkeypatch):
+    cleaned = []
+
+    def stopped(name: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(name)
+
+    monkeypatch.setattr(registry, "family", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run("plan", "--family", "wan-tiny")
+    assert result.exit_code == 143
+    assert result.stderr == "error: stopped by SIGTERM; nothing half-written is left\n"
+    assert cleaned == ["wan-tiny"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_commands_run_outside_the_main_thread():
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run, "plan", "--family", "wan-tiny").result()
+    assert result.exit_code == 0, result.stderr
+
+
+def test_json_on_stdout_is_valid(capsys):
+    print_json({"speedup": float("inf")})
+    assert capsys.readouterr().out == '{\n  "speedup": null\n}\n'
 
 
 def test_exit_codes_of_the_process():
