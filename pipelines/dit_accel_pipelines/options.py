@@ -9,7 +9,7 @@ Model = Annotated[
     str | None, typer.Option(help="A hub id or a folder; default: the embedded tiny model.", metavar="ID|FOLDER")
 ]
 Pixels = Annotated[int | None, typer.Option(help="In pixels; default: the model's.", metavar="PIXELS")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance; 1 switches it off.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 switches guidance off.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=RUN, metavar="DTYPE")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", rich_help_panel=RUN, metavar="DEVICE")]
