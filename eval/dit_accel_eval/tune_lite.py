@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from dit_accel_assets.clips import clip_of
@@ -144,7 +144,7 @@ def tune_lite(
     with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
         (lite,) = (handler for handler in attachment._session.handlers if isinstance(handler, LiteHandler))
         layers = {target.name: len(target.places) for target in attachment._session.targets}
-    _check_something_votes(lite.config, steps, max(layers.values()))
+    _check_something_votes(cast(LiteAttention, lite.config), steps, max(layers.values()))
     for number, prompt in enumerate(request.prompts[len(done) :], len(done) + 1):
         stages.stage(f"prompt {number} of {len(request.prompts)}: dense, then tuned")
         dense = run(pipe, prompt, request, stages=stages)

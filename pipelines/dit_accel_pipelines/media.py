@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def read_video(path: Path) -> list["Image"]:
         raise ConfigError(f"video {path} can't be read ({_reason(error)}); give a video file, such as .mp4") from None
     if not frames:
         raise ConfigError(f"video {path} has no frames; give a video file, such as .mp4")
-    return [frame.convert("RGB") for frame in frames]
+    return [cast("Image", frame).convert("RGB") for frame in frames]
 
 
 def write_media(path: Path, frames: Frames, *, fps: float) -> None:
