@@ -3,6 +3,7 @@
 HOMES: dict[str, str] = {
     "Attachment": "attachment.attachment",
     "attach": "attachment.attachment",
+    "attachment_of": "attachment.attachment",
     "Description": "estimate.describe",
     "describe": "estimate.describe",
     "AttachError": "errors",
@@ -11,11 +12,12 @@ HOMES: dict[str, str] = {
     "MissingBackend": "errors",
     "UnsupportedModel": "errors",
     "DeltaAttention": "methods.attention.delta",
-    "SparseD": "methods.attention.sparsed",
-    "LiteAttention": "methods.attention.lite.handler",
+    "LiteAttention": "methods.attention.lite.config",
     "RadialAttention": "methods.attention.radial",
     "SolAttention": "methods.attention.sol",
+    "SparseD": "methods.attention.sparsed",
     "UltraViCo": "methods.attention.ultravico",
     "Report": "report.report",
+    "TokenLayout": "plan.layout",
 }
 """Name -> its module, below `dit_accel`."""

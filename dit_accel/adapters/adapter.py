@@ -1,4 +1,4 @@
-"""Adapters: what the core must know of a model family, as data. Adapter files import this and nothing heavier."""
+"""Adapters: what the core must know of a model family, as data; nothing that adapter files import loads torch."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from .blocks import BlockList
+from .sizes import Sizes, patch_sizes, read_sizes
 
 ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 """Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
@@ -21,13 +23,6 @@ Grid = tuple[int, int, int, int, int]
 
 NO_STEP: Grid = (0, 0, 0, 0, 0)
 """The grid of a forward that is no denoising step, such as one that fills a cache: it stays dense."""
-
-
-def patch_sizes(size: int | Sequence[int], frames: int | None = None) -> tuple[int, int, int]:
-    """Return (t, h, w) of a config's ``patch_size``, one number or three, and its ``patch_size_t``."""
-    if isinstance(size, int):
-        return frames or 1, size, size
-    return size[0], size[1], size[2]
 
 
 def latents_grid(
@@ -76,28 +71,6 @@ def patch_count(latents: Any, patch: Sequence[int]) -> int:
     if latents is None:
         return 0
     return math.prod(-(-size // part) for size, part in zip(latents.shape[2:], patch, strict=True))
-
-
-def config_sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
-    """Return (layers, heads, head_dim, ffn_dim) of a transformer config, under any of the names that diffusers has.
-
-    Raises:
-        KeyError: with the name of a size that is not there; ``ffn_dim`` may be None.
-    """
-    names = ("num_layers", "num_visual_blocks", "num_hidden_layers", "n_layers", "num_mmdit_layers")
-    layers = config[next((name for name in names if name in config), names[0])]
-    layers += (config.get("num_single_layers") or 0) + len(config.get("vace_layers") or ())
-    layers += config.get("num_single_dit_layers") or 0
-    ffn_dim = config.get("ffn_dim") or config.get("ff_dim") or config.get("intermediate_size")
-    if "model_dim" in config:  # Kandinsky
-        head_dim = sum(config["axes_dims"])
-        return layers, config["model_dim"] // head_dim, head_dim, ffn_dim
-    if "n_heads" in config:  # Z-Image
-        return layers, config["n_heads"], config["dim"] // config["n_heads"], ffn_dim
-    if "hidden_size" in config and not {"head_dim", "attention_head_dim"} & set(config):  # Lumina 2
-        return layers, config["num_attention_heads"], config["hidden_size"] // config["num_attention_heads"], ffn_dim
-    head_dim = config["head_dim" if "head_dim" in config else "attention_head_dim"]
-    return layers, config["num_attention_heads"], head_dim, ffn_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,11 +131,14 @@ class Adapter:
         self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change, one
             pattern a block list, in the order in which the lists run.
         side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
+        blocks: the block lists, in the order in which they run; None: those that hold ``self_attention``, as diffusers'
+            `TransformerBlockRegistry` describes them; (): they can't be described, so that no method may act on them.
         grid: (transformer config, forward inputs by name) -> `Grid`, or in words why this forward has none; then no
             method may thin it out. It runs inside compiled graphs too: plain arithmetic on shapes only; values of
             tensors are read by `dit_accel.adapters.position_ids`.
         latents: name of the input that holds the latents, a tensor [B, ...] or a list of one a row.
         timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
+        sizes: transformer config -> `Sizes`; raises KeyError for one that lacks an entry.
         left_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in this model.
         text_apart: beside the call over all keys there are others over fewer (text over itself); they stay dense.
         ragged_text: an attention call may leave out text that the grid counts: padded text behind the visual tokens,
@@ -182,9 +158,11 @@ class Adapter:
     transformers: tuple[str, ...]
     self_attention: tuple[str, ...]
     side_attention: tuple[str, ...] = ()
+    blocks: tuple[BlockList, ...] | None = None
     grid: Callable[[Any, Mapping[str, Any]], Grid | str] = latents_grid
     latents: str = "hidden_states"
     timestep: str = "timestep"
+    sizes: Callable[[Mapping[str, Any]], Sizes] = read_sizes
     left_dense: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     text_apart: bool = False
     ragged_text: bool = False
@@ -193,6 +171,7 @@ class Adapter:
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    rope: Any = None
 
     def __post_init__(self) -> None:
         for name, entry, what in (
@@ -200,13 +179,16 @@ class Adapter:
             ("self_attention", str, "names"),
             ("side_attention", str, "names"),
             ("families", Family, "Family objects"),
+            ("blocks", BlockList, "BlockList objects"),
         ):
             value = getattr(self, name)
+            if name == "blocks" and value is None:
+                continue
             if not isinstance(value, tuple) or not all(isinstance(item, entry) for item in value):
                 raise ConfigError(
                     f"adapter {self.name!r}: {name} must be a tuple of {what}, got {value!r}; one entry is (entry,)"
                 )
-        functions: dict[str, Any] = {"grid(config, inputs)": self.grid}
+        functions: dict[str, Any] = {"grid(config, inputs)": self.grid, "sizes(config)": self.sizes}
         if self.left_dense is not None:
             functions["left_dense(config)"] = self.left_dense
         for name, value in functions.items():
@@ -225,19 +207,16 @@ class Adapter:
             experts: how many such transformers the pipeline holds.
         """
         try:
-            sizes = (*config_sizes(config)[:3], experts)
+            sizes = self.sizes(config)
         except KeyError:
             return None
         alike = [
             family
             for family in self.families
-            if (family.layers, family.heads, family.head_dim, family.experts) == sizes
+            if (family.layers, family.heads, family.head_dim) == (sizes.layers, sizes.heads, sizes.head_dim)
+            and family.experts == experts
         ]
-        size = config.get("patch_size")
-        patch = None
-        if isinstance(size, int) or (isinstance(size, (list, tuple)) and len(size) == 3):
-            patch = patch_sizes(size, config.get("patch_size_t"))
-        return next((family for family in alike if family.patch == patch), alike[0] if alike else None)
+        return next((family for family in alike if family.patch == sizes.patch), alike[0] if alike else None)
 
     def verdict(self, method: str) -> tuple[str, str]:
         """Return ``supported``, ``degenerate`` or ``refused``, and why."""

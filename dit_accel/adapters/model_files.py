@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedModel
-from .adapter import Adapter, Family, config_sizes, patch_sizes
+from .adapter import Adapter, Family
 from .registry import adapter_for
 
 INDEX = "model_index.json"
@@ -49,16 +49,14 @@ class ModelFiles:
     def _with_sizes(self, adapter: Adapter, family: Family | None, experts: int) -> Family:
         if not adapter.families:
             raise UnsupportedModel(f"{self.name} is of {adapter.name}, whose sizes are not known; plan with --family")
-        config, base = self.transformer, family or adapter.families[0]
+        base = family or adapter.families[0]
         try:
-            layers, heads, head_dim, ffn_dim = config_sizes(config)
-            sizes = {
-                "layers": layers,
-                "heads": heads,
-                "head_dim": head_dim,
-                "ffn_dim": ffn_dim or (family.ffn_dim if family else config["ffn_dim"]),
-                "patch": patch_sizes(config["patch_size"], config.get("patch_size_t")),
-            }
+            found = adapter.sizes(self.transformer)
+            sizes: dict[str, Any] = {"layers": found.layers, "heads": found.heads, "head_dim": found.head_dim}
+            for name, entry in (("ffn_dim", "ffn_dim"), ("patch", "patch_size")):
+                sizes[name] = getattr(found, name) or (family and getattr(family, name))
+                if sizes[name] is None:
+                    raise KeyError(entry)
         except KeyError as error:
             raise UnsupportedModel(
                 f"the transformer config of {self.name} has no {error.args[0]!r}; plan with --family instead"

@@ -1,50 +1,65 @@
 """Attach methods to a pipeline or a transformer, and take them off again without a trace."""
 
 import contextlib
-import fnmatch
-import inspect
-import re
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from dit_accel_kernels import BACKENDS, flex_requirement, triton_requirement
 from torch import nn
 
-from ..adapters.adapter import NO_STEP, Adapter, Family, Grid
-from ..adapters.registry import adapter_for, adapters
-from ..errors import AttachError, ConfigError, MissingBackend, UnsupportedModel, did_you_mean
-from ..methods import METHODS
-from ..methods.base import Handler, Model
+from ..adapters.registry import adapter_for
+from ..errors import AttachError, MissingBackend, did_you_mean
+from ..methods.base import AttentionHandler, Handler
+from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
-from ..report.report import Report, call_reports, measured_errors, step_reports
-from .lora import lora_state
-from .processor import Slot, unwrap_processor, wrap_processor
-from .session import NO_GRID, AttentionLayer, Session, TransformerState
+from ..report.report import Report, call_reports, step_reports
+from .diagnosis import replaced_processors, unplanned_reason, warn_if_unplanned
+from .execution import Execution, Observer
+from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
+from .forward import Forward, begin_call
+from .layers import AttentionLayer, TransformerState
+from .processor import Slot, dense_attention_of, unwrap_processor, wrap_processor
+from .seam import owner_of, shadow, wrap_call
+from .site import TransformerSite
 
-_MARK = "_dit_accel_attachment"
+Backend = Literal["auto", "triton", "torch", "flex", "reference"]
 
 
 class Attachment:
     """Methods attached to the transformers of one pipeline; made by `attach`, undone by `detach` or as a context."""
 
-    def __init__(self, session: Session, slot: Slot, model: dict[str, str]) -> None:
-        self._session = session
-        self._slot = slot
+    def __init__(self, execution: Execution, model: dict[str, str]) -> None:
+        self._execution = execution
+        self._slot = Slot()
+        self._slot.owner = execution
         self._model = model
         self._undo: list[Callable[[], None]] = []
         self._attached = True
+        self._warned = False
+        execution.on_run.append(self._end_run)
 
     def __enter__(self) -> "Attachment":
+        if not self._attached:
+            raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._attached:
             self.detach()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AttachError(
+            "an attachment can't be copied or pickled; copy the pipeline, which leaves it out, and attach"
+        )
+
+    def __repr__(self) -> str:
+        methods = ", ".join(handler.name for handler in self._execution.handlers) or "no method"
+        where = ", ".join(f"{name} ({what})" for name, what in self._model.items())
+        return f"<Attachment: {methods} on {where}{'' if self._attached else '; detached'}>"
+
     def detach(self) -> None:
-        """Restore processors, hooks and contexts to what they were, bit for bit, and free all state.
+        """Restore processors, calls, contexts and attributes to what they were, bit for bit, and free all state.
 
         Raises:
             AttachError: if it is detached already.
@@ -53,137 +68,112 @@ class Attachment:
             raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
         while self._undo:
             self._undo.pop()()
-        self._session.reset_handlers()
+        self._execution.reset()
         self._attached = False
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report."""
-        self._session.reset_handlers()
+        self._execution.reset()
+
+    @contextlib.contextmanager
+    def observe(self, callback: Observer) -> Iterator[None]:
+        """Call ``callback`` with a `PlannedCall` of every planned attention call inside the block.
+
+        What the callback raises ends the forward.
+        """
+        observers = self._execution.observers
+        observers.append(callback)
+        try:
+            yield
+        finally:
+            observers.remove(callback)
 
     def report(self) -> Report:
         """Return what ran in the last generation."""
-        session = self._session
-        session.recorder.settle()
-        held = {handler.config.name: handler.state_bytes() for handler in session.handlers}
+        execution, recorder = self._execution, self._execution.recorder
+        recorder.settle()
+        held = {handler.name: handler.state_bytes() for handler in execution.handlers}
+        notes = [*recorder.notes]
+        if self._attached:
+            notes += filter(None, (unplanned_reason(execution) or replaced_processors(execution),))
         return Report(
-            methods={handler.config.name: handler.config.to_dict() for handler in session.handlers},
-            backend=session.backend_report(),
+            methods={handler.name: handler.settings.to_dict() for handler in execution.handlers},
+            backend=recorder.spell_backend(execution.backend),
             model=self._model,
-            steps=step_reports(session.recorder),
-            notes=tuple(session.recorder.notes),
-            calls=call_reports(session.recorder),
+            steps=step_reports(recorder),
+            notes=tuple(notes),
+            calls=call_reports(recorder),
             state_bytes={name: size for name, size in held.items() if size},
-            measured=measured_errors(session.recorder, lambda at: sum(h.probe_share(at) for h in session.handlers)),
+            sections=tuple(section for handler in execution.handlers if (section := handler.report()) is not None),
         )
 
+    def _end_run(self) -> None:
+        """Say once if the run that ends planned nothing."""
+        if not self._warned:
+            self._warned = warn_if_unplanned(self._execution)
 
-def attach(model: Any, *methods: MethodConfig, backend: str = "auto") -> Attachment:
+
+def attach(
+    model: Any, *methods: MethodConfig, backend: Backend = "auto", layers: LayerFilter | None = None
+) -> Attachment:
     """Attach methods to one pipeline or transformer; all of them or, on any error, none.
 
     Args:
         model: a diffusers pipeline (all its transformers that an adapter covers) or one transformer.
-        methods: configs such as ``RadialAttention()``; none is allowed and leaves every call dense.
+        methods: configs such as ``RadialAttention()``; without any, every call stays dense.
         backend: the kernel backend of planned attention calls. A named one never falls back.
+        layers: the attention layers that methods may change; the others stay as they are. Indices in each transformer,
+            such as ``"3-20"`` or ``"0, 3-20"``, or a function of a module's name and the module. None: all.
 
     Returns:
         The attachment: ``report()``, ``detach()``, or a ``with`` block.
 
     Raises:
         UnsupportedModel: if no adapter covers the model, or a processor is foreign.
-        ConfigError: if a method does not fit the model or the others.
+        ConfigError: if a method does not fit the model or the others, or the layers are not there.
         AttachError: if something is attached already.
         MissingBackend: if the named backend can't run here.
     """
     transformers = find_transformers(model)
+    parts = components_of(model)
     for name, transformer in transformers.items():
-        if _MARK in transformer.__dict__:
-            raise AttachError(f"methods are attached to {name} already; call detach() on that attachment first")
-    _check_backend(backend)
+        if owner_of(transformer) is not None or owner_of(parts[name]) is not None:
+            raise AttachError(
+                f"methods are attached to {name} already; call detach() on that attachment first "
+                "(dit_accel.attachment_of gives it)"
+            )
     handlers, described = _make_handlers(transformers, methods)
-    _check_votes(backend, handlers)
-    session = Session(handlers, backend, getattr(model, "scheduler", None))
-    slot = Slot()
-    attachment = Attachment(session, slot, described)
+    _check_backend(backend, handlers)
+    pipe = model if parts.get("transformer") is not model else None
+    attachment = Attachment(Execution(handlers, backend, pipe), described)
     try:
         classes: dict[type, type] = {}
         for name, transformer in transformers.items():
-            target = TransformerState(name, adapter_for(type(transformer).__name__))
-            session.targets.append(target)
-            modules = _install_processors(attachment, transformer, target, classes)
-            _install_hooks(attachment, transformer, target, modules)
-            _install_context(attachment, transformer, target)
-            _install_end(attachment, transformer)
-            transformer.__dict__[_MARK] = attachment
-            attachment._undo.append(lambda transformer=transformer: transformer.__dict__.pop(_MARK))
+            state = TransformerState(name, transformer, adapter_for(type(transformer).__name__))
+            _install_processors(attachment, state, layers, classes)
+            _install_calls(attachment, state, parts[name])
     except BaseException:
         attachment.detach()
         raise
     return attachment
 
 
-def find_transformers(model: Any) -> dict[str, Any]:
-    """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
+def attachment_of(model: Any) -> Attachment | None:
+    """Return what is attached to a pipeline or transformer, or None; for a handle that was lost.
 
-    Raises:
-        UnsupportedModel: if there is none; lists the supported classes.
+    Args:
+        model: a diffusers pipeline or a transformer.
     """
-    supported = {name for adapter in adapters().values() for name in adapter.transformers}
-    components = getattr(model, "components", None)
-    is_pipeline = isinstance(components, dict)
-    if not is_pipeline:
-        components = {"transformer": model}
-    modules = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}
-    found = {name: part for name, part in modules.items() if type(part).__name__ in supported}
-    if found:
-        return found
-    classes = sorted({type(part).__name__ for part in modules.values() if isinstance(part, nn.Module)})
-    asked = f"{type(model).__name__} holds {', '.join(classes)}" if is_pipeline else f"got {type(model).__name__}"
-    hint = did_you_mean(type(modules.get("transformer", model)).__name__, supported)
-    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {asked}; {hint}")
+    for part in components_of(model).values():
+        for module in (part, getattr(part, "_orig_mod", None)):
+            if isinstance(module, nn.Module) and isinstance(owner := owner_of(module), Attachment):
+                return owner
+    return None
 
 
-def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, int]]:
-    """Return (name, module, depth) of the attention modules that methods may change, in the adapter's order.
-
-    Raises:
-        UnsupportedModel: if the adapter's patterns match nothing.
-    """
-    names = {name: module for name, module in transformer.named_modules() if hasattr(module, "processor")}
-
-    def matching(patterns: tuple[str, ...]) -> list[str]:
-        return [name for pattern in patterns for name in sorted(fnmatch.filter(names, pattern), key=_natural)]
-
-    main, side = matching(adapter.self_attention), matching(adapter.side_attention)
-    config: Any = transformer.config
-    dense = matching(adapter.left_dense(config)) if adapter.left_dense else ()
-    main = [name for name in main if name not in dense]
-    if not main:
-        raise UnsupportedModel(
-            f"the adapter {adapter.name!r} looks for {', '.join(adapter.self_attention)} in "
-            f"{type(transformer).__name__} and finds no such attention module; update the adapter"
-        )
-    return [(name, names[name], depth) for part in (main, side) for depth, name in enumerate(part)]
-
-
-def resolve_model(name: str, transformers: dict[str, Any]) -> tuple[Adapter, Family | None, Model]:
-    """Return the adapter, the released family (None if unknown) and what handlers may know of one transformer."""
-    transformer = transformers[name]
-    adapter = adapter_for(type(transformer).__name__)
-    experts = sum(type(other) is type(transformer) for other in transformers.values())
-    family = adapter.family(transformer.config, experts)
-    modules = attention_modules(transformer, adapter)
-    module, names = modules[0][1], ("heads", "num_heads", "num_attention_heads")
-    heads = next((getattr(of, name) for of in (module, transformer.config) for name in names if hasattr(of, name)), 0)
-    return adapter, family, Model(adapter=adapter, family=family, heads=int(heads), layers=len(modules))
-
-
-def _natural(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _check_backend(backend: str) -> None:
+def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
     if backend not in BACKENDS:
-        raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(backend, BACKENDS)}")
+        raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
     # the model may still wait in main memory: ask the device it will run on
     device, missing = torch.accelerator.current_accelerator() or torch.device("cpu"), None
     if backend == "triton":
@@ -192,10 +182,7 @@ def _check_backend(backend: str) -> None:
         missing = flex_requirement(device.type)
     if missing:
         raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
-
-
-def _check_votes(backend: str, handlers: Sequence[Handler]) -> None:
-    voting = [handler.config.name for handler in handlers if handler.votes]
+    voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
     if backend == "flex" and voting:
         raise MissingBackend(f"kernel backend 'flex' has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
 
@@ -203,172 +190,85 @@ def _check_votes(backend: str, handlers: Sequence[Handler]) -> None:
 def _make_handlers(
     transformers: dict[str, Any], methods: tuple[MethodConfig, ...]
 ) -> tuple[list[Handler], dict[str, str]]:
-    described: dict[str, str] = {}
-    handlers: list[Handler] = []
-    for name in transformers:
-        adapter, family, model = resolve_model(name, transformers)
-        described[name] = f"{adapter.name}, {family.name if family else 'sizes of no released model'}"
-    for config in methods:
-        if type(config) not in METHODS:
-            known = ", ".join(sorted(known.__name__ for known in METHODS))
-            raise ConfigError(f"attach takes method configs, got {config!r}; known: {known}")
-        if any(type(config) is type(handler.config) for handler in handlers):
-            raise ConfigError(f"two {type(config).__name__} configs were given; attach one of each method")
-        if config.name in adapter.refused:
-            raise ConfigError(f"{config.name} makes no sense on {adapter.name}: {adapter.refused[config.name]}")
-        handlers.append(METHODS[type(config)](config, model))
-    for handler in handlers:
-        handler.check_with([other for other in handlers if other is not handler])
-    return sorted(handlers, key=lambda handler: (handler.rank, handler.config.name)), described
+    """Return the handlers, and component name -> adapter and family in words."""
+    models = {name: resolve_model(name, transformers) for name in transformers}
+    described = {
+        name: f"{model.adapter.name}, {model.family.name if model.family else 'sizes of no released model'}"
+        for name, model in models.items()
+    }
+    return make_handlers(methods, list(models.values())[-1]), described
 
 
 def _install_processors(
-    attachment: Attachment, transformer: nn.Module, target: TransformerState, classes: dict[type, type]
-) -> list[nn.Module]:
-    """Put our processors on the attention modules, and return these in the order of the target's places."""
-    session, modules = attachment._session, []
-    for layer, (_, module, depth) in enumerate(attention_modules(transformer, target.adapter)):
-        modules.append(module)
-        original = module.processor
-        place = AttentionLayer(target, layer, depth)
-        place.processor = wrap_processor(original, len(session.places), classes, attachment._slot, session.number)
-        session.places.append(place)
-        target.places.append(place)
-        module.processor = place.processor
+    attachment: Attachment, state: TransformerState, layers: LayerFilter | None, classes: dict[type, type]
+) -> None:
+    """Put our processors on the attention modules that methods may change."""
+    execution = attachment._execution
+    modules = attention_modules(state.transformer, state.adapter)
+    for index, (_, module, depth) in chosen_layers(modules, layers).items():
+        original: Any = module.processor
+        layer = AttentionLayer(state, module, index, depth)
+        number = len(execution.layers)
+        layer.processor = wrap_processor(original, number, classes, attachment._slot, execution.number)
+        layer.dense, _ = dense_attention_of(layer.processor)
+        execution.layers.append(layer)
+        state.layers.append(layer)
+        layer.module.processor = layer.processor
 
-        def restore(module: Any = module, ours: Any = place.processor, original: Any = original) -> None:
+        def restore(module: Any = module, ours: Any = layer.processor, original: Any = original) -> None:
             if module.processor is ours:  # whatever the user set since then is the user's
                 module.processor = unwrap_processor(ours, original)
 
         attachment._undo.append(restore)
-    return modules
 
 
-def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
-    """Return the grid of a forward, or in words why it has none, as the adapter gives it.
+def _install_calls(attachment: Attachment, state: TransformerState, part: Any) -> None:
+    """Follow a transformer's forwards and the pipeline's denoising calls, and let the methods install themselves.
 
-    Raises:
-        ConfigError: if it asks for an input that is not there, or gives something else.
+    Args:
+        attachment: the attachment.
+        state: the transformer's.
+        part: the pipeline's component: the transformer, or what ``torch.compile`` made of it.
     """
-    asked = f"the grid of the adapter {adapter.name!r}"
-    try:
-        grid = adapter.grid(config, inputs)
-    except KeyError as error:
-        raise ConfigError(
-            f"{asked} asks for the input {error}, the forward was given {', '.join(inputs)}; correct the adapter's grid"
-        ) from error
-    if adapter.latents not in inputs:
-        raise ConfigError(
-            f"the adapter {adapter.name!r} asks for the input {adapter.latents!r}, the forward was given "
-            f"{', '.join(inputs)}; correct the adapter's latents"
-        )
-    if isinstance(grid, str) or (
-        isinstance(grid, tuple) and len(grid) == 5 and all(isinstance(size, int) for size in grid)
-    ):
-        return grid
-    raise ConfigError(
-        f"{asked} gave {grid!r}; it must give five whole numbers (frames, height, width, before, after), or a "
-        "sentence that says why this forward has none"
-    )
+    execution, undo, transformer = attachment._execution, attachment._undo, state.transformer
+    original = getattr(transformer, "cache_context", None)
+    site = TransformerSite(execution, state, undo, original)
+    for handler in execution.handlers:
+        handler.install(site)
+    site.install_blocks()
+    forward = Forward(execution, attachment._slot, state, site.forwards)
+    undo.append(wrap_call(part, forward, attachment))
+    if original is not None:
+        undo.append(shadow(transformer, "cache_context", _followed_context(execution, state, forward, original)))
+    if hasattr(transformer, "_reset_stateful_cache"):
+        reset = transformer._reset_stateful_cache
+
+        def end_of_run(*args: Any, **kwargs: Any) -> None:
+            """Free the methods' state where pipelines tell that a run is over: they reset diffusers' caches then."""
+            attachment._end_run()
+            execution.reset()
+            reset(*args, **kwargs)
+
+        undo.append(shadow(transformer, "_reset_stateful_cache", end_of_run))
 
 
-def _install_hooks(
-    attachment: Attachment, transformer: Any, target: TransformerState, modules: list[nn.Module]
-) -> None:
-    session, slot = attachment._session, attachment._slot
-    config = types.SimpleNamespace(**dict(transformer.config))
-    names = list(inspect.signature(type(transformer).forward).parameters)[1:]
-    adapter = target.adapter
-
-    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        compiling = torch.compiler.is_compiling()
-        grid = adapter.grid(config, inputs) if compiling else _read_grid(adapter, config, inputs)
-        slot.grid = NO_GRID if isinstance(grid, str) else grid
-        slot.outer_masks, slot.text_apart = adapter.outer_masks, adapter.text_apart
-        if slot.grid != NO_STEP and not compiling:
-            if not target.in_context:
-                session.note_weights(target, lora_state(transformer))
-            session.observe(target, grid, len(inputs[adapter.latents]), inputs.get(adapter.timestep))
-            _leave_perturbed_dense(session, target, modules)
-            slot.reached.clear()
-
-    def after_forward(module: nn.Module, args: Any, out: Any) -> None:
-        if slot.grid != NO_STEP and not torch.compiler.is_compiling():
-            _uncount_skipped(session, target, slot.reached)
-
-    for handle in (
-        transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
-        transformer.register_forward_hook(after_forward),
-    ):
-        attachment._undo.append(handle.remove)
-
-
-def _leave_perturbed_dense(session: Session, target: TransformerState, modules: list[nn.Module]) -> None:
-    """Leave to diffusers what its perturbed attention guidance perturbs: it knows but its own attention calls."""
-    for place, module in zip(target.places, modules, strict=True):
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        if place.processor._dit_accel_sparse and any(
-            getattr(h, "skip_attention_scores", False) for h in hooks.values()
-        ):
-            place.processor._dit_accel_sparse = False
-            session.recorder.forward(target.name, target.branch, target.step_index or 0, 1)
-
-
-def _uncount_skipped(session: Session, target: TransformerState, reached: set[int]) -> None:
-    """Take back from the report the dense calls that one of diffusers' caches skipped in the forward that ends.
-
-    A module of a compiled block is never seen to run; it counts as if it had.
-    """
-    seen = session.recorder.seen
-    for layer, place in enumerate(session.places):
-        if place.target is target and not place.processor._dit_accel_sparse:
-            if layer in reached:
-                seen.add(layer)
-            elif layer in seen:
-                session.recorder.forward(target.name, target.branch, target.step_index or 0, -1)
-
-
-def _install_context(attachment: Attachment, transformer: Any, target: TransformerState) -> None:
-    """Follow the pipeline's denoising calls, where it opens contexts for them."""
-    if not hasattr(transformer, "cache_context"):
-        return
-    session, original = attachment._session, transformer.cache_context
+def _followed_context(
+    execution: Execution, state: TransformerState, forward: Forward, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a ``cache_context`` that notes the pipeline's denoising calls."""
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-        session.note_weights(target, lora_state(transformer))
-        session.enter(target, name, kwargs)
+        forward.note_weights()
+        execution.state.enter(state, name, kwargs)
+        if state.branches[-1].told and not state.nested:
+            begin_call(execution, state)
+            state.begun = True
         try:
             with original(name, **kwargs):
                 yield
         finally:
-            session.leave(target)
+            state.begun = False
+            execution.state.leave(state)
 
-    _shadow(attachment, transformer, "cache_context", cache_context)
-
-
-def _install_end(attachment: Attachment, transformer: Any) -> None:
-    """Free the methods' state where pipelines tell that a generation is over: they reset diffusers' caches then."""
-    if not hasattr(transformer, "_reset_stateful_cache"):
-        return
-    session, original = attachment._session, transformer._reset_stateful_cache
-
-    def reset_stateful_cache(*args: Any, **kwargs: Any) -> None:
-        session.reset_handlers()
-        original(*args, **kwargs)
-
-    _shadow(attachment, transformer, "_reset_stateful_cache", reset_stateful_cache)
-
-
-def _shadow(attachment: Attachment, transformer: Any, name: str, ours: Any) -> None:
-    """Let an attribute of this one instance be ours until the attachment ends."""
-    own = transformer.__dict__.get(name)
-
-    def restore() -> None:
-        transformer.__dict__.pop(name, None)
-        if own is not None:
-            transformer.__dict__[name] = own
-
-    transformer.__dict__[name] = ours
-    attachment._undo.append(restore)
+    return cache_context

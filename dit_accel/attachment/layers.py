@@ -1,78 +1,110 @@
-"""The transformers and attention modules of one attachment: what they are, and where in a forward they stand."""
+"""The transformers and attention layers of one attachment: what they are, and where in a forward they stand."""
 
+import contextlib
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..plan.layout import TokenLayout
 
+DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+"""(q, k, v, mask, scale) -> output: the model's own attention on the user's backend; tensors lie as it holds them."""
+
 
 class AttentionLayer:
-    """One attention module that methods may change: where it stands and the processor put on it."""
+    """One attention module that methods may change: where it stands and the processor put on it.
 
-    def __init__(self, target: "TransformerState", layer: int, depth: int) -> None:
-        self.target = target
-        self.layer = layer
+    Attributes:
+        index: its place among all that the adapter names, unique in its transformer.
+        depth: index of its block, counted from the input.
+        processor: the processor put on it.
+        dense: the model's own attention, on the user's own backend.
+        calls: calls it made in this forward.
+    """
+
+    def __init__(self, state: "TransformerState", module: nn.Module, index: int, depth: int) -> None:
+        self.state = state
+        self.module: Any = module
+        self.index = index
         self.depth = depth
         self.processor: Any = None
-        self.calls = 0  # of this forward
+        self.dense: DenseAttention | None = None
+        self.calls = 0
+
+    def which_call(self, batch: int) -> tuple[int, bool]:
+        """Count a call of ``batch`` rows; return its place among the forward's calls, and whether it ran before."""
+        count, whole = self.calls, self.state.batch
+        self.calls += 1
+        if whole is None and self.state.adapter.ragged_text:  # how many rows follow is not known
+            return count, False
+        rows = max(1, (whole or batch) // batch)
+        return count % rows, count >= rows
+
+
+@dataclass(slots=True)
+class Branch:
+    """One denoising call that is open: its name, and what the pipeline told of the step.
+
+    Attributes:
+        name: such as ``cond``; a nested one's is ``cond/name``.
+        told: the pipeline told the step.
+        reopened: diffusers' own context of this branch, opened anew after a nested one ended.
+    """
+
+    name: str
+    told: bool = False
+    reopened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 class TransformerState:
-    """One transformer of the attachment and where its denoising stands.
+    """One transformer of the attachment and what is known of its forwards.
 
     Attributes:
         name: the pipeline's component name.
-        places: its attention modules, in the adapter's order.
+        transformer: the module.
+        adapter: its adapter.
+        layers: its attention layers that methods may change, in the adapter's order.
+        branches: the denoising calls that are open, the innermost last.
+        nested: how many of them a method opened.
+        layout: of the running forward; None where it is not known.
+        layouts: branch -> (layout, batch) of its last forward.
+        batch: rows of the running forward, where it is observed.
+        timestep: the timestep of the last forward.
+        calls: forwards at that timestep, beside the first.
+        branches_a_step: forwards after which the same branch comes again at that timestep; None: it does not.
+        begun: a context began the denoising call and switched its layers; its first forward need not.
+        dense: layers of the running forward that were counted as dense.
+        weights: what acted on the transformer's weights in the last forward.
     """
 
-    def __init__(self, name: str, adapter: Adapter) -> None:
+    def __init__(self, name: str, transformer: nn.Module, adapter: Adapter) -> None:
         self.name = name
+        self.transformer: Any = transformer
         self.adapter = adapter
-        self.places: list[AttentionLayer] = []
-        self.branch = "default"
-        self.in_context = False
-        self.told_step = False
-        self.step_index: int | None = None
-        self.sigma: float | None = None
-        self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+        self.layers: list[AttentionLayer] = []
+        self.branches: list[Branch] = []
+        self.nested = 0
+        self.layout: TokenLayout | None = None
+        self.layouts: dict[str, tuple[TokenLayout, int]] = {}
+        self.batch: int | None = None
         self.timestep = -math.inf
-        self.calls_at_timestep = 0
-        self.batch: int | None = None  # of this forward, where it is observed
-        self.dense = 0  # layers of this forward that were counted as dense
+        self.calls = 0
+        self.branches_a_step: int | None = None
+        self.begun = False
+        self.dense = 0
         self.weights: Hashable = None
 
+    @property
+    def branch(self) -> str:
+        """Name of the running denoising call: as told, else by its place among those at one timestep."""
+        return self.branches[-1].name if self.branches else f"call {self.calls}"
 
-def layout_of(grid: Sequence[int]) -> TokenLayout:
-    """Return a grid as a layout."""
-    frames, height, width, before, after = (int(size) for size in grid)
-    return TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
-
-
-def with_valid_text(tokens: TokenLayout, length: int) -> TokenLayout:
-    """Return the layout of a sequence that left out padded text, or all text; or the layout if that can't be."""
-    if length == tokens.visual_tokens:
-        return replace(tokens, text_before=0, text_after=0)
-    dropped = tokens.tokens - length
-    if not 0 <= dropped <= tokens.text_after:
-        return tokens
-    return replace(tokens, text_after=tokens.text_after - dropped)
-
-
-def begin_forward(target: TransformerState, batch: int | None) -> None:
-    """Note that a forward of ``batch`` rows (None: not known yet) begins: no place has been called."""
-    target.batch = batch
-    for place in target.places:
-        place.calls = 0
-
-
-def which_call(place: AttentionLayer, batch: int) -> tuple[int, bool]:
-    """Count a call of ``batch`` rows; return its place among the forward's calls, and whether it ran before."""
-    count, whole = place.calls, place.target.batch
-    place.calls += 1
-    if whole is None and place.target.adapter.ragged_text:  # how many rows follow is not known
-        return count, False
-    rows = max(1, (whole or batch) // batch)
-    return count % rows, count >= rows
+    def begin_forward(self, batch: int | None) -> None:
+        """Note that a forward of ``batch`` rows (None: not known yet) begins: no layer has been called."""
+        self.batch = batch
+        for layer in self.layers:
+            layer.calls = 0

@@ -15,55 +15,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModel
-from ..plan.masks import visible_row
+from .layers import DenseAttention
 from .op import planned_attention
 
 _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
 
 
 class Slot:
-    """Where a processor leaves what its replaced attention call reads; one an attachment.
+    """Where a forward and a processor leave what the replaced attention call reads; one an attachment.
 
     Attributes:
-        layer: the running module's layer id, a 0-d int64 CPU tensor, so that all layers share one compiled graph.
-        sparse: whether the running module follows a plan; False: the user's own dense attention.
-        grid: the running forward's (frames, height, width, text before, text after).
-        outer_masks: `Adapter.outer_masks` of the running transformer.
-        text_apart: `Adapter.text_apart` of the running transformer.
-        reached: layer ids of the modules that ran in this forward, but for those of compiled blocks.
+        layer: the running layer's number, a 0-d int64 CPU tensor, so that all layers share one compiled graph.
+        sparse: whether the running layer follows a plan; False: the user's own dense attention.
+        grid: the running forward's (frames, height, width, text before, text after), an int64 CPU tensor, so that all
+            latent grids share one compiled graph.
+        idle: the running forward is no denoising step; it stays dense.
+        apart: attention calls over fewer keys than this stay dense (`Adapter.text_apart`); 0: none do.
+        reached: numbers of the layers that ran in this forward, but for those of compiled blocks.
+        owner: whatever must live as long as the processors do.
     """
 
     def __init__(self) -> None:
         self.layer: Tensor = torch.zeros((), dtype=torch.int64)
         self.sparse = False
-        self.grid: tuple[int, ...] = (1, 1, 1, 0, 0)
-        self.outer_masks = False
-        self.text_apart = False
+        self.grid: Tensor = torch.tensor((1, 1, 1, 0, 0))
+        self.idle = False
+        self.apart = 0
         self.reached: set[int] = set()
+        self.owner: Any = None
 
     def goes_dense(self, keys: int) -> bool:
         """Tell whether an attention call over this many keys goes to the user's own dense attention."""
-        frames, height, width, before, after = self.grid
-        visual = frames * height * width
-        return not self.sparse or visual == 0 or (self.text_apart and keys < visual + before + after)
+        return not self.sparse or self.idle or (self.apart > 0 and keys < self.apart)
 
 
-def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, session: int) -> Any:
+def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, attachment: int) -> Any:
     """Return a processor that behaves as ``processor`` but sends its attention call to the plan when told to.
+
+    A copy or a pickle of it is the untouched processor.
 
     Args:
         processor: the module's processor; left as it is, its attributes are shared with the result.
-        layer: the module's layer id.
+        layer: the layer's number.
         classes: the attachment's processor class -> subclass, filled here.
         slot: the attachment's slot.
-        session: id of the attachment's session.
+        attachment: number of the attachment.
 
     Raises:
         UnsupportedModel: if the processor calls neither attention function that we can replace.
     """
     cls = type(processor)
     if cls not in classes:
-        classes[cls] = _subclass(cls, slot, session)
+        classes[cls] = _subclass(cls, slot, attachment)
     wrapped = object.__new__(classes[cls])
     wrapped.__dict__.update(processor.__dict__)
     wrapped.__dict__.update(_dit_accel_layer=torch.tensor(layer), _dit_accel_sparse=False)
@@ -76,16 +79,35 @@ def unwrap_processor(wrapped: Any, original: Any) -> Any:
     return original
 
 
-def _subclass(cls: type, slot: Slot, session: int) -> type:
+def dense_attention_of(wrapped: Any) -> tuple[DenseAttention, bool]:
+    """Return the attention call that a wrapped processor would make, on the backend set on it now, and how tensors lie.
+
+    The second result tells whether they lie as [B, S, H, D], else [B, H, S, D].
+    """
+    dense, tokens_first = type(wrapped)._dit_accel_dense  # a tuple: a function would become a method
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        grouped = q.shape[2 if tokens_first else 1] != k.shape[2 if tokens_first else 1]
+        if tokens_first:
+            backend = getattr(wrapped, "_attention_backend", None)
+            return dense(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped, backend=backend)
+        return dense(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+    return attend, tokens_first
+
+
+def _subclass(cls: type, slot: Slot, attachment: int) -> type:
     original = cls.__call__
     function = inspect.unwrap(original)
     names = _names(function.__code__) if isinstance(function, types.FunctionType) else set()
     if "dispatch_attention_fn" in names:
         name = "dispatch_attention_fn"
-        replacement: Any = _dispatch(function.__globals__[name], slot, session)
+        dense = function.__globals__[name]
+        replacement: Any = _dispatch(dense, slot, attachment)
     elif "scaled_dot_product_attention" in names and function.__globals__.get("F") is F:
-        name = "F"
-        replacement = types.SimpleNamespace(**dict(vars(F), scaled_dot_product_attention=_sdpa(slot, session)))
+        name, dense = "F", F.scaled_dot_product_attention
+        ours = _sdpa(slot, attachment)
+        replacement = types.SimpleNamespace(**dict(vars(F), scaled_dot_product_attention=ours))
     else:
         raise UnsupportedModel(
             f"the attention processor {cls.__module__}.{cls.__qualname__} calls neither dispatch_attention_fn nor "
@@ -106,9 +128,15 @@ def _subclass(cls: type, slot: Slot, session: int) -> type:
             slot.reached.add(int(slot.layer))
         return recreated(self, *args, **kwargs)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        plain = object.__new__(cls)
+        plain.__dict__.update({key: value for key, value in self.__dict__.items() if key not in _OURS})
+        return plain.__reduce_ex__(protocol)
+
     __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     __call__.__defaults__ = ()  # of a class behind a `__class__` of another, torch.compile counts them
-    body = {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body["_dit_accel_dense"] = (dense, name != "F")
     body["__class__"] = property(lambda self: cls)  # diffusers' guiders look processors up by it
     return type(cls.__name__, (cls,), body)
 
@@ -126,7 +154,7 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callable[..., Tensor]:
+def _dispatch(dense: Callable[..., Tensor], slot: Slot, attachment: int) -> Callable[..., Tensor]:
     """Return a stand-in for diffusers' ``dispatch_attention_fn``: tensors [B, S, H, D]."""
 
     def dispatch_attention_fn(
@@ -149,12 +177,12 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, session: int) -> Callabl
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
         _refuse(dropout_p, is_causal, parallel_config)
-        return _planned(query, key, value, attn_mask, slot, session, "bshd", scale)
+        return _planned(query, key, value, attn_mask, slot, attachment, True, scale)
 
     return dispatch_attention_fn
 
 
-def _sdpa(slot: Slot, session: int) -> Callable[..., Tensor]:
+def _sdpa(slot: Slot, attachment: int) -> Callable[..., Tensor]:
     """Return a stand-in for ``F.scaled_dot_product_attention``: tensors [B, H, S, D]."""
     dense = F.scaled_dot_product_attention
 
@@ -171,36 +199,29 @@ def _sdpa(slot: Slot, session: int) -> Callable[..., Tensor]:
         if slot.goes_dense(key.shape[2]):
             return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         _refuse(dropout_p, is_causal, None)
-        return _planned(query, key, value, attn_mask, slot, session, "bhsd", scale)
+        return _planned(query, key, value, attn_mask, slot, attachment, False, scale)
 
     return scaled_dot_product_attention
 
 
 def _planned(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slot: Slot, session: int, layout: str, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    slot: Slot,
+    attachment: int,
+    tokens_first: bool,
+    scale: float | None,
 ) -> Tensor:
-    """Hand the call to the operator, with what the running processor left in the slot.
-
-    Where only a part of the tokens ask (the image, or all behind text and cached keys), the others' queries are made up
-    and their results cut off.
-    """
+    """Hand the call to the operator, with what the running forward and processor left in the slot."""
     if mask is not None and not isinstance(mask, Tensor):
         raise ConfigError(
             f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes as its own "
             "sparse attention; set the model to dense attention, or detach"
         )
-    if slot.outer_masks:
-        mask = visible_row(mask, slot.grid[3])
-    axis = 1 if layout == "bshd" else 2
-    asked, silent = q.shape[axis], k.shape[axis] - q.shape[axis]
-    frames, height, width, before, _ = slot.grid
-    start = 0
-    if silent > 0:  # asked first: where the lengths are data, nothing else may be
-        start = before if asked == frames * height * width else silent
-        q = F.pad(q, (0, 0) * (3 - axis) + (start, silent - start))
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out = planned_attention(q, k, v, mask, slot.layer, session, slot.grid, layout, scale, differentiate)[0]
-    return out.narrow(axis, start, asked) if silent > 0 else out
+    return planned_attention(q, k, v, mask, slot.layer, slot.grid, attachment, tokens_first, scale, differentiate)[0]
 
 
 def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:

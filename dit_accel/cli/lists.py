@@ -10,7 +10,7 @@ import typer
 
 from ..adapters import registry as adapter_registry
 from ..adapters.adapter import Adapter, Family
-from ..estimate.estimate import rounded_frames, token_layout
+from ..estimate.sizes import rounded_frames, token_layout
 from ..methods import registry as method_registry
 from ..methods.config import MethodConfig, spell_type
 from .console import OUT, plain_table, print_json

@@ -15,7 +15,8 @@ import typer
 
 from ..errors import ConfigError, did_you_mean
 from ..methods import registry
-from ..methods.config import MethodConfig, from_dict, from_toml, parse_value
+from ..methods.config import MethodConfig, from_dict
+from ..methods.toml import from_toml, parse_value
 
 MethodList = Annotated[list[MethodConfig], "from the method switches"]
 """Annotation of the parameter through which a command receives its method configs."""
@@ -78,7 +79,7 @@ def _read_config(path: Path) -> list[MethodConfig]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {path} can't be read ({reason}); give a TOML file") from None
-    return from_toml(text)
+    return from_toml(text, f"--config {path}")
 
 
 def _parse_setting(setting: str) -> tuple[str, str, Any]:

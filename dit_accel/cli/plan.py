@@ -59,15 +59,10 @@ def plan(
     )
     if num_frames is not None and found.num_frames != num_frames:
         note(f"{num_frames} frames are rounded to {found.num_frames}, as the pipeline does")
-    remarks = {method.name: getattr(method, "remark", None) for method in methods}
-    for name in found.uncounted:
-        remark = remarks[name]
-        saves = f"what {name} saves is known only while it runs; it is not counted"
-        note(saves if remark is None else remark(adapter, sizes, found.layout))
-    if found.sparsity and found.sparsity.routes:
-        note("which tiles are routed is known only while it runs; counted is what Gaussian scores would keep")
-    if found.sparsity and found.sparsity.advice:
-        warn(found.sparsity.advice)
+    for text in found.notes:
+        note(text)
+    for text in found.warnings:
+        warn(text)
     if json:
         print_json(found.to_dict())
     else:
@@ -87,7 +82,7 @@ def _find(family: str | None, model: str | None) -> tuple[Adapter, Family]:
 
 
 def _print(found: Estimate) -> None:
-    layout, family, sparsity = found.layout, found.family, found.sparsity
+    layout, family, tiles = found.layout, found.family, found.tiles
     OUT.print(f"[bold]{family.name}[/bold]  {found.width} x {found.height} pixels, {found.num_frames} frames")
     table = Table.grid(padding=(0, 2))
     text = f" + {family.text_tokens:,} of text" if family.text_tokens else ""
@@ -96,12 +91,14 @@ def _print(found: Estimate) -> None:
         ("tokens", f"{layout.visual_tokens:,}{text}  ({grid})"),
         ("forwards", f"{found.forwards}  ({found.num_inference_steps} steps x {family.forwards_per_step})"),
     ]
-    if sparsity:
+    if tiles:
         rows += [
-            ("tiles kept", f"{sparsity.kept:,} of {sparsity.total:,}  (density {sparsity.density:.4f})"),
-            ("dense calls", f"{sparsity.dense_share:.1%} of steps x layers"),
+            ("tiles kept", f"{tiles.kept:,} of {tiles.total:,}  (density {tiles.density:.4f})"),
+            ("dense calls", f"{tiles.dense_share:.1%} of steps x layers"),
             ("method state", f"{_bytes(found.tile_list_bytes + found.pooled_bytes)}"),
         ]
+    if found.forward_share != 1:
+        rows.append(("forwards computed", f"{found.forward_share:.1%} of the dense run's"))
     for name, size in found.carried_bytes.items():
         rows.append((f"{name} state", f"{_bytes(size)}, held from step to step"))
     for label, value in rows:
@@ -109,7 +106,7 @@ def _print(found: Estimate) -> None:
     OUT.print(table)
     OUT.print()
     OUT.print(_flops_table(found))
-    if sparsity:
+    if found.tiles or found.forward_share != 1:
         OUT.print()
         OUT.print(_verdict(found))
         OUT.print(_assumptions(found), style="dim")
@@ -118,8 +115,10 @@ def _print(found: Estimate) -> None:
 def _flops_table(found: Estimate) -> Table:
     table = plain_table("FLOPs of the run", "attention", "total", right=("attention", "total"))
     table.add_row("dense", _flops(found.attention_flops), _flops(found.total_flops))
-    if found.sparsity:
-        table.add_row(found.sparsity.name, _flops(found.planned_attention_flops), _flops(found.planned_total_flops))
+    if found.tiles or found.forward_share != 1:
+        table.add_row(
+            " + ".join(found.methods), _flops(found.planned_attention_flops), _flops(found.planned_total_flops)
+        )
     return table
 
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..attachment.attachment import find_transformers, resolve_model
+from ..attachment.find import find_transformers, resolve_model
 from ..errors import ConfigError
-from ..methods import METHODS
+from ..methods.compose import make_handlers
+from ..methods.registry import methods
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,21 +75,22 @@ def describe(model: Any) -> Description:
 
 
 def _describe(name: str, transformers: dict[str, Any]) -> TransformerDescription:
-    adapter, family, model = resolve_model(name, transformers)
+    model = resolve_model(name, transformers)
     possible: dict[str, Mapping[str, Any]] = {}
-    refused = dict(adapter.refused)
-    for config_type, handler_type in METHODS.items():
-        if config_type.name in refused:
+    refused = dict(model.adapter.refused)
+    for method, config_type in methods().items():
+        if method in refused:
             continue
         try:
-            possible[config_type.name] = handler_type(config_type(), model).config.to_dict()
+            (handler,) = make_handlers([config_type()], model, alone=False)
+            possible[method] = handler.settings.to_dict()
         except ConfigError as error:
-            refused[config_type.name] = str(error)
+            refused[method] = str(error)
     return TransformerDescription(
         name=name,
         transformer=type(transformers[name]).__name__,
-        adapter=adapter.name,
-        family=family.name if family else None,
+        adapter=model.adapter.name,
+        family=model.family.name if model.family else None,
         layers=model.layers,
         heads=model.heads,
         methods=possible,

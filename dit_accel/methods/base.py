@@ -1,16 +1,48 @@
-"""What a method is to the core: a handler that is found by the type of its config."""
+"""What a method is to the core: a handler, found by the type of its config, that acts at one place or several."""
 
-from collections.abc import Callable, Sequence
+import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, Family
-from ..errors import ConfigError
+from ..plan.call import Call
+from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout
-from ..plan.plan import AttentionPlan, Call, CallContext
+from ..plan.plan import AttentionPlan
+from ..plan.tiling import Tiling
+from ..report.sections import Section
 from .config import MethodConfig
+from .saving import Saving
+from .site import Site
+
+
+class Phase(enum.IntEnum):
+    """When a method acts, in whatever order the user lists them.
+
+    Attention plans are filled from the first phase to the last: what is selected by logits is selected by transformed
+    ones. Around forwards and blocks a later phase lies further out: guidance around caches around the model.
+    """
+
+    POSITIONS = enum.auto()
+    LISTS = enum.auto()
+    TRANSFORMS = enum.auto()
+    PATTERNS = enum.auto()
+    SELECTIONS = enum.auto()
+    CORRECTIONS = enum.auto()
+    CACHES = enum.auto()
+    GUIDANCE = enum.auto()
+
+
+class Place(enum.Enum):
+    """Where a method acts."""
+
+    ATTENTION = "attention"
+    FORWARD = "forward"
+    BLOCKS = "blocks"
+    POSITIONS = "positions"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,25 +54,84 @@ class Model:
         family: the released model it has the sizes of, or None.
         heads: attention heads, H.
         layers: attention modules the adapter names, over one transformer.
+        tiling: how all methods of the attachment cut a sequence into tiles.
     """
 
     adapter: Adapter
     family: Family | None
     heads: int
     layers: int
+    tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
 
 
 class Handler:
-    """One attached method: its resolved config and, where the method needs any, its state.
+    """One attached method: its settings on one model and, where the method needs any, its state.
 
     A handler belongs to one attachment. It raises `ConfigError` on creation if the method can't work on the model.
 
     Attributes:
-        config: the config with every recipe value filled in; what the report shows.
+        settings: what the config came to on this model; what the report shows.
+        model: the model.
     """
 
-    rank: ClassVar[int] = 0
-    """Lower ranks fill the plan first, in whatever order the user lists the methods: 0 lists, 1 selections, 2 rest."""
+    config_type: ClassVar[type[MethodConfig]]
+    """The config that asks for the method."""
+
+    phase: ClassVar[Phase]
+    """When it acts."""
+
+    places: ClassVar[frozenset[Place]]
+    """Where it acts; a model that has no such place refuses it."""
+
+    exclusive: ClassVar[frozenset[str]] = frozenset()
+    """Parts of an attention plan that it sets alone; two methods that set the same one can't be attached together."""
+
+    def __init__(self, config: Any, model: Model) -> None:
+        self.settings: Any = config
+        self.model = model
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.config_type.name
+
+    def install(self, site: Site) -> None:
+        """Put the method onto one transformer, through the site alone."""
+
+    def check_with(self, others: Sequence["Handler"]) -> None:
+        """Refuse what the other attached methods make impossible by raising `ConfigError`."""
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Refuse a layout by raising `ConfigError`, or return a note for the report, or None."""
+        return None
+
+    def reset(self) -> None:
+        """Forget what is carried from step to step: a generation begins or has ended, or its shape changed."""
+
+    def begin_run(self) -> None:
+        """Forget what `report` tells of the last generation: another one begins."""
+
+    def state_bytes(self) -> int:
+        """Return the most memory that was held from step to step since attach, in bytes."""
+        return 0
+
+    def report(self) -> Section | None:
+        """Return what the method did in the last generation, beside what the core counts; None: nothing to tell."""
+        return None
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return what the method saves over a run of so many steps on a layout.
+
+        Raises:
+            ConfigError: if that can't be told.
+        """
+        return Saving(counted=False, notes=(f"what {self.name} saves is known only while it runs; it is not counted",))
+
+
+class AttentionHandler(Handler):
+    """A method that acts on attention calls, by their plan."""
+
+    places = frozenset({Place.ATTENTION})
 
     dense_under_masks: ClassVar[bool] = False
     """Whether a call whose mask is no key padding runs dense, as the report says, instead of being refused."""
@@ -48,17 +139,7 @@ class Handler:
     votes: ClassVar[bool] = False
     """Whether its plans ask for votes, which not every kernel backend has."""
 
-    def __init__(self, config: MethodConfig, model: Model) -> None:
-        self.config = config
-        self.model = model
-
-    def check_layout(self, layout: TokenLayout) -> str | None:
-        """Refuse a layout by raising `ConfigError`, or return a note for the report, or None."""
-        return None
-
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
+    def is_active(self, step: StepContext, depth: int) -> bool:
         """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""
         return True
 
@@ -69,40 +150,48 @@ class Handler:
         """
         return True
 
-    def look(self, plan: AttentionPlan, context: CallContext, call: Call) -> None:
-        """Look at the queries and keys of a call that `contribute` is about to plan; ``plan`` is what it will get."""
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        """Return ``plan`` with the method's part added by the plan's verbs.
 
-    def contribute(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
-        """Return ``plan`` with the method's part added."""
+        Args:
+            plan: what the methods of earlier phases planned.
+            call: q, k and v; the keys centred where the plan says so.
+            context: where the denoising stands.
+        """
         return plan
 
-    def check_with(self, others: Sequence["Handler"]) -> None:
-        """Refuse what the other attached methods make impossible by raising `ConfigError`."""
+
+@runtime_checkable
+class Learns(Protocol):
+    """A method that asks for votes and reads them."""
 
     def learn(self, context: CallContext, kept: Tensor) -> None:
-        """Take the bits that the votes of a call keep, int32 [B, H, NQ, W]; called where the plan asked for votes."""
+        """Take the bits that the votes of a call keep, int32 [B, H, NQ, W]."""
+        ...
 
-    def correct(
-        self, plan: AttentionPlan, context: CallContext, call: Call, v: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the output of a planned call, corrected, and each head's measured error [H], None if not measured.
 
-        Called after every planned call, active or not. ``out`` is the kernel's own and may be written to.
+@runtime_checkable
+class Corrects(Protocol):
+    """A method that corrects what a planned call computed."""
+
+    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
+        """Return the output of a planned call, [B, H, S, D], corrected; ``out`` may be written to.
+
+        Called after every planned call, whether the method is active in it or not.
         """
-        return out, None
+        ...
 
-    def probe_share(self, layout: TokenLayout) -> float:
-        """Return the share of a call's query rows that `correct` computes densely where it measures an error."""
-        return 0.0
+
+@runtime_checkable
+class TakesBack(Protocol):
+    """A method that drops tiles for good and can take them back where another finds that they matter."""
 
     def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
-        """Tell whether `reactivate` would do anything after this call."""
-        return False
+        """Tell whether `take_back` would do anything after this call."""
+        ...
 
-    def reactivate(
-        self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
-    ) -> None:
-        """Take back tiles that probe rows find to matter; called after `learn`, where `wants_gaps` says so.
+    def take_back(self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float) -> None:
+        """Take back tiles that probe rows find to matter; called after `Learns.learn`, where `wants_gaps` says so.
 
         Args:
             plan: what the call ran.
@@ -112,31 +201,4 @@ class Handler:
             shares: the same for a tile's share of the row's softmax mass; 0 instead of -inf.
             margin: log2 units by which a gap or share must exceed the threshold at which tiles are dropped.
         """
-
-    def reset(self) -> None:
-        """Forget everything that belongs to one generation."""
-
-    def state_bytes(self) -> int:
-        """Return the most memory that was held from step to step since attach, in bytes."""
-        return 0
-
-
-METHODS: dict[type[MethodConfig], type[Handler]] = {}
-"""Config type -> handler type, open to every package."""
-
-
-def handles(config_type: type[MethodConfig]) -> Callable[[type[Handler]], type[Handler]]:
-    """Register the decorated class as the handler of ``config_type``.
-
-    Raises:
-        ConfigError: if the type or its name is taken.
-    """
-
-    def register(handler_type: type[Handler]) -> type[Handler]:
-        taken = {known.name for known in METHODS}
-        if config_type in METHODS or config_type.name in taken:
-            raise ConfigError(f"a method called {config_type.name!r} is registered already; choose another name")
-        METHODS[config_type] = handler_type
-        return handler_type
-
-    return register
+        ...

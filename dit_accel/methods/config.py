@@ -1,45 +1,64 @@
-"""Method configs: their common base, their type checks, and one pair of functions between them and TOML."""
+"""Method configs: their common base and the checks of their values' types."""
 
 import dataclasses
-import sys
+import math
+import numbers
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import ConfigError, did_you_mean
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-TOML_VERSION = 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodConfig:
-    """Base of every method's config: frozen, keyword-only, slotted, checked on creation, never written to.
+    """Base of every method's config: what the user asks for. Frozen, keyword-only, slotted, checked on creation.
 
-    A field that a model's recipe may fill is annotated ``... | None`` and defaults to None.
+    A field that a model's recipe may fill is annotated ``... | None`` and defaults to None. What a config comes to on a
+    model is another type, the method's settings; where nothing is left to fill in, the config itself.
 
     Raises:
-        ConfigError: for a value of another type than the field's annotation.
+        ConfigError: for a value of another type than the field's annotation, or a number that is not finite.
     """
 
     name: ClassVar[str]
     """The method's name on the command line and in TOML, such as ``radial``."""
 
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """What an option is where neither the user nor the model's recipe sets it; no other option may be in a recipe."""
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check_type(f"{self.name}.{field.name}", getattr(self, field.name), hints[field.name])
+            value, hint = getattr(self, field.name), hints[field.name]
+            plain = _plain(value)
+            if not _fits(plain, hint):
+                raise ConfigError(f"{self.name}.{field.name} must be {spell_type(hint)}, got {value!r}")
+            if plain is not value:
+                object.__setattr__(self, field.name, plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as plain values: tuples become lists, None is left out."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
+        return plain_fields(self)
+
+    def tile_size(self, recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
+        """Return the tile size that the user asks for, and the one that the method takes on this model otherwise.
+
+        Both are None for a method without tiles. All methods of an attachment share one size.
+        """
+        return None, None
+
+    def tile_order(self) -> str | None:
+        """Return the order of tokens in tiles that the method wants, ``raster`` or ``tiles``; None: any."""
+        return None
+
+
+def plain_fields(of: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are set, as plain values: tuples become lists, None is left out."""
+    values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
 
 
 def from_dict(config_type: type[MethodConfig], values: Mapping[str, Any]) -> MethodConfig:
@@ -55,52 +74,16 @@ def from_dict(config_type: type[MethodConfig], values: Mapping[str, Any]) -> Met
     return config_type(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
-def to_toml(configs: Iterable[MethodConfig]) -> str:
-    """Write configs as TOML, one table a method, with the format's version."""
-    import tomli_w
-
-    tables: dict[str, Any] = {"version": TOML_VERSION}
-    for config in configs:
-        if config.name in tables:
-            raise ConfigError(f"two {config.name} configs were given; TOML holds one of each method")
-        tables[config.name] = config.to_dict()
-    return tomli_w.dumps(tables)
-
-
-def from_toml(text: str) -> list[MethodConfig]:
-    """Read configs back from TOML text; the inverse of `to_toml`.
-
-    Raises:
-        ConfigError: for text that is no TOML, another version, an unknown method or option, or a refused value.
-    """
-    from .registry import method
-
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the method config is no valid TOML: {error}") from None
-    version = tables.pop("version", TOML_VERSION)
-    if version != TOML_VERSION:
-        raise ConfigError(f"the method config has version {version!r}, this release reads version {TOML_VERSION}")
-    configs = []
-    for name, values in tables.items():
-        if not isinstance(values, dict):
-            raise ConfigError(f"{name} = {values!r} stands outside a method's table; write [radial] above it, say")
-        configs.append(from_dict(method(name), values))
-    return configs
-
-
-def parse_value(text: str) -> Any:
-    """Read one option value as TOML reads it; text that is no TOML value is taken as a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    if not _fits(value, hint):
-        raise ConfigError(f"{name} must be {spell_type(hint)}, got {value!r}")
+def _plain(value: Any) -> Any:
+    """Return numbers of other libraries as Python's own; everything else as it is."""
+    if isinstance(value, tuple):
+        plain = tuple(_plain(item) for item in value)
+        return value if all(a is b for a, b in zip(plain, value, strict=True)) else plain
+    if type(value) in (bool, int, float) or isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and hasattr(value, "dtype") else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -114,12 +97,16 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is None or hint is type(None):
         return value is None
     return isinstance(value, hint)
+
+
+_ONE = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "unset"}
+_MANY = {float: "finite numbers", int: "integers", bool: "truth values", str: "strings"}
 
 
 def spell_type(hint: Any) -> str:
@@ -130,6 +117,6 @@ def spell_type(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if origin is tuple:
-        return f"a list of {spell_type(typing.get_args(hint)[0])}"
-    words = {float: "a number", int: "an integer", bool: "true or false", str: "a string", type(None): "unset"}
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
+        inner = typing.get_args(hint)[0]
+        return f"a list of {_MANY.get(inner, spell_type(inner))}"
+    return _ONE.get(hint, getattr(hint, "__name__", str(hint)))

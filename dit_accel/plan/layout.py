@@ -1,6 +1,7 @@
 """Token layout: where the visual tokens and the text tokens of one attention call lie."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 
@@ -17,6 +18,9 @@ class TokenLayout:
         width: X, patch columns of a frame.
         text_before: text (or audio, or reference) tokens in front of the visual ones.
         text_after: the same, behind them.
+
+    Raises:
+        ConfigError: for a size that is no whole number, or too small.
     """
 
     frames: int
@@ -26,14 +30,13 @@ class TokenLayout:
     text_after: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
-            if getattr(self, name) < 1:
+        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(
-                    f"a token layout needs {name} >= 1, got {getattr(self, name)}; check the latents' shape"
+                    f"a token layout needs {name} to be a whole number >= {least}, got {value!r}; check the latents' "
+                    "shape and the adapter's grid"
                 )
-        for name in ("text_before", "text_after"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"a token layout needs {name} >= 0, got {getattr(self, name)}")
 
     @property
     def tokens_per_frame(self) -> int:
@@ -49,3 +52,24 @@ class TokenLayout:
     def tokens(self) -> int:
         """Length S of the sequence, text included."""
         return self.text_before + self.visual_tokens + self.text_after
+
+    @property
+    def visual(self) -> slice:
+        """The visual tokens' place in the sequence."""
+        return slice(self.text_before, self.text_before + self.visual_tokens)
+
+
+def layout_of(grid: Sequence[int]) -> TokenLayout:
+    """Return an adapter's grid (frames, height, width, text before, text after) as a layout."""
+    frames, height, width, before, after = (int(size) for size in grid)
+    return TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
+
+
+def with_valid_text(layout: TokenLayout, length: int) -> TokenLayout:
+    """Return the layout of a sequence that left out padded text, or all text; or ``layout`` if that can't be."""
+    if length == layout.visual_tokens:
+        return replace(layout, text_before=0, text_after=0)
+    dropped = layout.tokens - length
+    if not 0 <= dropped <= layout.text_after:
+        return layout
+    return replace(layout, text_after=layout.text_after - dropped)

@@ -1,7 +1,6 @@
-"""Attention masks as models pass them: the valid keys of each row, and dense attention under all other masks."""
+"""Attention masks as models pass them: the valid keys of each row."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -44,7 +43,8 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     if mask.dtype.is_floating_point:
         if not bool(((mask == 0) | (mask <= HIDDEN)).all()):
             raise ConfigError(
-                f"{asked}; {found} with biases other than 0 and {HIDDEN:g} or less; detach the sparse methods"
+                f"{asked}; {found} with biases other than 0 and {HIDDEN:g} or less; pass the text's mask as booleans "
+                "(prompt_attention_mask=mask.bool()) where the pipeline takes it, or detach the sparse methods"
             )
         mask = mask == 0
     if mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
@@ -60,34 +60,15 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     return valid.reshape(-1, keys).expand(batch, keys)
 
 
-def key_padding(mask: Tensor, q: Tensor, k: Tensor, layout: str) -> Tensor:
-    """Return `key_validity` of the mask of one attention call, its tensors [B, S, H, D] or [B, H, S, D]."""
-    axis = 1 if layout == "bshd" else 2
-    return key_validity(mask, q.shape[0], q.shape[axis], k.shape[axis])
+def key_padding(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Return `key_validity` of the mask of one attention call, its tensors [B, H, S, D]."""
+    return key_validity(mask, q.shape[0], q.shape[2], k.shape[2])
 
 
-def is_key_padding(mask: Tensor, q: Tensor, k: Tensor, layout: str) -> bool:
+def is_key_padding(mask: Tensor, q: Tensor, k: Tensor) -> bool:
     """Tell whether `key_padding` can read a mask."""
     try:
-        key_padding(mask, q, k, layout)
+        key_padding(mask, q, k)
     except ConfigError:
         return False
     return True
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: str, scale: float | None) -> Tensor:
-    """Return scaled dot-product attention in the tensors' own layout, ``bshd`` or ``bhsd``."""
-    if layout == "bshd":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = k.shape[1] != q.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2) if layout == "bshd" else out
-
-
-def dense_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layout: str, scale: float | None
-) -> tuple[Tensor, ...]:
-    """Return the gradients of q, k and v from that of `attend_dense`'s output."""
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        return torch.autograd.grad(attend_dense(q, k, v, mask, layout, scale), (q, k, v), grad)

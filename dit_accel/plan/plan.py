@@ -1,81 +1,17 @@
-"""The attention plan: what one attention call computes, filled in by all active methods together."""
+"""The attention plan: what one attention call computes, filled in by all active methods together, by merge verbs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
 
 import torch
-from dit_accel_kernels import FrameDecay, Selection, TileLists
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote
 from torch import Tensor
 
-from .layout import TokenLayout
-from .masks import key_padding
+from ..errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallContext:
-    """Where the denoising stands when an attention module runs.
-
-    Attributes:
-        transformer: component name, ``transformer`` or ``transformer_2``.
-        layer: index of the attention module among all that the adapter names, unique in its transformer.
-        depth: index of its block, counted from the input; what ``dense_layers`` counts.
-        branch: name of the denoising call, such as ``cond``.
-        step_index: 0-based step, over all experts.
-        num_inference_steps: steps of the run; None where nothing tells.
-        sigma: noise level of the step; None where nothing tells.
-        layout: the sequence's token layout.
-        batch: rows B of the call.
-        device: where q, k and v lie.
-        row: which of the calls that the module makes in one forward; models that attend row by row make one a row.
-        repeated: the forward ran this call before; gradient checkpointing does so, and wants the same again.
-        differentiate: a backward may follow, so that what the plan holds must not be written to.
-    """
-
-    transformer: str
-    layer: int
-    depth: int
-    branch: str
-    step_index: int
-    num_inference_steps: int | None
-    sigma: float | None
-    layout: TokenLayout
-    batch: int
-    device: torch.device
-    row: int = 0
-    repeated: bool = False
-    differentiate: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Call:
-    """What one attention call compares, as the model hands it over; the values are not part of it.
-
-    Attributes:
-        q: queries after norm and RoPE, [B, S, H, D] or [B, H, S, D] as ``layout`` says.
-        k: keys, the same layout.
-        mask: None, or the model's attention mask, which must be key padding.
-        layout: ``bshd`` or ``bhsd``.
-        scale: factor on the logits; None: 1 / sqrt(D).
-        backend: the kernel backend's name.
-    """
-
-    q: Tensor
-    k: Tensor
-    mask: Tensor | None
-    layout: str
-    scale: float | None
-    backend: str
-
-    def heads_first(self, x: Tensor) -> Tensor:
-        """Return a tensor of the call as [B, H, S, D], a view."""
-        return x if self.layout == "bhsd" else x.transpose(1, 2)
-
-    def key_mask(self) -> Tensor | None:
-        """Return key validity [B, S] of the mask, True where a key is valid; None without a mask.
-
-        Raises:
-            ConfigError: for any other mask than key padding, which our kernels can't follow.
-        """
-        return None if self.mask is None else key_padding(self.mask, self.q, self.k, self.layout)
+Rest = Literal["skip", "pooled"]
+"""What becomes of a tile that is not exact: left out, or entered as one key, its tokens' mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,18 +29,21 @@ class RowOverride:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionPlan:
-    """What one attention call computes; the default is plain dense attention.
+    """What one attention call computes; the default is plain dense attention. Methods fill it by its verbs alone.
+
+    A verb returns a new plan, and raises `ConfigError` for what one call can't hold together.
 
     Attributes:
-        key_mean: subtracted from every key before all else, broadcast over the call's tokens in its own layout:
-            float32 [B, 1, H, D] or [B, H, 1, D] (float64 for float64). Alone it changes no result.
+        key_mean: subtracted from every key before all else, float32 [B, H, 1, D] (float64 for float64). Alone it
+            changes no result.
         tiles: exact, pooled and skipped tiles; None: every tile exact.
         token_order: int64 [S], position in the tiles' order -> token index; None: the sequence's own order.
-        head_scale: fp32 [H] or [B, H], factor on each head's logits.
+        head_scale: float32 [H] or [B, H], factor on each head's logits.
         frame_decay: factor on logits by frame distance.
-        identity_mix: fp32 [H] in [0, 1], share of each head's output replaced by V.
+        identity_mix: float32 [H] or [B, H] in [0, 1], share of each head's output replaced by V.
+        identity_rows: bool [S], the tokens that ``identity_mix`` touches; None: all.
         selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
-        row_override: rows that are computed once more under a rule of their own, which replaces what the tiles gave them.
+        row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
     """
 
     key_mean: Tensor | None = None
@@ -113,22 +52,206 @@ class AttentionPlan:
     head_scale: Tensor | None = None
     frame_decay: FrameDecay | None = None
     identity_mix: Tensor | None = None
+    identity_rows: Tensor | None = None
     selection: Selection | None = None
     row_override: RowOverride | None = None
+
+    @property
+    def needs_kernel(self) -> bool:
+        """Whether our kernels must run the call; else it goes to the user's own dense attention backend."""
+        return any(x is not None for x in (self.tiles, self.selection, self.frame_decay, self.row_override))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the tiles leave nothing out; asks no device."""
+        full = self.tiles is None or is_full(self.tiles)
+        return full and (self.selection is None or (self.selection.keep is None and self.selection.routing is None))
+
+    def with_tiles(self, tiles: TileLists, token_order: Tensor | None = None) -> "AttentionPlan":
+        """Return the plan with tile lists, intersected with those it has.
+
+        A tile is exact where both lists have it exact; else it is pooled where either list pools it, and skipped where
+        none does.
+
+        Args:
+            tiles: the lists.
+            token_order: the order of the tokens that they count in.
+
+        Raises:
+            ConfigError: if the plan's own lists are of other tiles or count tokens in another order.
+        """
+        if self.tiles is None:
+            return replace(self, tiles=tiles, token_order=token_order)
+        ours, theirs = self.tiles, tiles
+        if (ours.block_q, ours.block_k) != (theirs.block_q, theirs.block_k):
+            raise ConfigError(
+                f"lists of tiles of {theirs.block_q} x {theirs.block_k} can't be merged with the plan's of "
+                f"{ours.block_q} x {ours.block_k}; give both methods one block_size"
+            )
+        if (ours.num_q, ours.num_k) != (theirs.num_q, theirs.num_k):
+            raise ConfigError(
+                f"lists over {theirs.num_q} x {theirs.num_k} tokens can't be merged with the plan's over {ours.num_q} "
+                f"x {ours.num_k}; both must be made for the call's layout"
+            )
+        if not _same_order(self.token_order, token_order):
+            raise ConfigError(
+                "lists in one token order can't be merged with the plan's in another; give both one order"
+            )
+        if is_full(theirs):
+            return self
+        return replace(self, tiles=theirs if is_full(ours) else intersection(ours, theirs))
+
+    def narrow(
+        self, *, keep: Tensor | None = None, pinned: Tensor | None = None, rest: Rest = "skip"
+    ) -> "AttentionPlan":
+        """Return the plan with fewer of its exact tiles left exact in this call.
+
+        A tile stays exact where every method keeps it, or any pins it. What is dropped is pooled where any method that
+        drops asks for it.
+
+        Args:
+            keep: bits int32 [B, H, NQ, W] of the tiles that stay exact; None: all.
+            pinned: bits int32 [NQ, W] of the tiles that nothing drops; None: no further ones.
+            rest: what becomes of a tile that is not kept.
+
+        Raises:
+            ConfigError: if the plan has no tiles yet.
+        """
+        self._require_tiles("narrowed")
+        known = self.selection or Selection()
+        if known.pinned is not None:
+            pinned = known.pinned if pinned is None else pinned | known.pinned
+        if keep is None:
+            return replace(self, selection=replace(known, pinned=pinned))
+        if known.keep is not None:
+            keep = keep & known.keep
+            rest = "pooled" if "pooled" in (rest, known.rest) else "skip"
+        return replace(self, selection=replace(known, keep=keep, pinned=pinned, rest=rest))
+
+    def route(self, routing: Routing) -> "AttentionPlan":
+        """Return the plan with its exact tiles routed by their pooled scores.
+
+        Raises:
+            ConfigError: if the plan has no tiles yet, or routes already.
+        """
+        self._require_tiles("routed")
+        known = self.selection or Selection()
+        self._require_free("routing", known.routing)
+        return replace(self, selection=replace(known, routing=routing))
+
+    def vote(self, vote: Vote | None, *, reverse: bool = False) -> "AttentionPlan":
+        """Return the plan with a vote for the bits of the next call, and the direction in which tiles are visited.
+
+        Raises:
+            ConfigError: if the plan has no tiles yet, or another vote.
+        """
+        self._require_tiles("voted on")
+        known = self.selection or Selection()
+        self._require_free("vote", known.vote)
+        return replace(self, selection=replace(known, vote=vote, reverse=reverse))
+
+    def scale(self, head_scale: Tensor) -> "AttentionPlan":
+        """Return the plan with each head's logits multiplied by ``head_scale``, [H] or [B, H], besides what it has."""
+        return replace(self, head_scale=head_scale if self.head_scale is None else self.head_scale * head_scale)
+
+    def mix(self, identity_mix: Tensor, rows: Tensor | None = None) -> "AttentionPlan":
+        """Return the plan with a share of each head's output replaced by V, of what other mixes left.
+
+        Args:
+            identity_mix: [H] or [B, H] in [0, 1].
+            rows: bool [S], the tokens that are mixed; None: all.
+
+        Raises:
+            ConfigError: if the plan mixes other tokens already.
+        """
+        if self.identity_mix is None:
+            return replace(self, identity_mix=identity_mix, identity_rows=rows)
+        if self.identity_rows is not rows and not _same_order(self.identity_rows, rows):
+            raise ConfigError("the plan mixes V into other tokens already; let both methods mix the same tokens")
+        return replace(self, identity_mix=1 - (1 - self.identity_mix) * (1 - identity_mix))
+
+    def decay(self, frame_decay: FrameDecay) -> "AttentionPlan":
+        """Return the plan with a decay of logits by frame distance.
+
+        Raises:
+            ConfigError: if it has one.
+        """
+        self._require_free("frame decay", self.frame_decay)
+        return replace(self, frame_decay=frame_decay)
+
+    def centre_keys(self, key_mean: Tensor) -> "AttentionPlan":
+        """Return the plan with a mean subtracted from all keys first, [B, H, 1, D].
+
+        Raises:
+            ConfigError: if it has one.
+        """
+        self._require_free("mean of the keys", self.key_mean)
+        return replace(self, key_mean=key_mean)
+
+    def override_rows(self, rows: RowOverride) -> "AttentionPlan":
+        """Return the plan with some query rows under a rule of their own.
+
+        Raises:
+            ConfigError: if it has such rows.
+        """
+        self._require_free("rule for rows of its own", self.row_override)
+        return replace(self, row_override=rows)
 
     def centred(self, k: Tensor) -> Tensor:
         """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""
         return k if self.key_mean is None else (k - self.key_mean).to(k.dtype)
 
-    def gradient_before_centring(self, grad: Tensor, call: Call) -> Tensor:
-        """Return the gradient of the keys as the model gave them, from that of the centred ones; same layout."""
+    def gradient_before_centring(self, grad: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the gradient of the keys as the model gave them, from that of the centred ones, [B, H, S, D].
+
+        Args:
+            grad: of the centred keys.
+            mask: key validity [B, S]; None: all are valid.
+        """
         if self.key_mean is None:
             return grad
-        axis = 2 if call.layout == "bhsd" else 1
-        wide, mask = grad.to(self.key_mean.dtype), call.key_mask()
-        total = wide.sum(axis, keepdim=True)
+        wide = grad.to(self.key_mean.dtype)
+        total = wide.sum(2, keepdim=True)
         if mask is None:
-            return (wide - total / grad.shape[axis]).to(grad.dtype)
+            return (wide - total / grad.shape[2]).to(grad.dtype)
         share = mask.to(wide.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
-        share = share[:, None, :, None] if axis == 2 else share[:, :, None, None]
-        return (wide - share * total).to(grad.dtype)
+        return (wide - share[:, None, :, None] * total).to(grad.dtype)
+
+    def _require_tiles(self, what: str) -> None:
+        if self.tiles is None:
+            raise ConfigError(
+                f"a plan without tiles can't be {what}; call with_tiles first, with full lists if need be"
+            )
+
+    def _require_free(self, what: str, known: object) -> None:
+        if known is not None:
+            raise ConfigError(f"the plan has a {what} already, and one attention call takes one")
+
+
+def is_full(tiles: TileLists) -> bool:
+    """Tell whether lists keep every tile exact; asks no device."""
+    return tiles.tiles_exact == tiles.tiles_total
+
+
+@lru_cache(maxsize=16)
+def intersection(one: TileLists, other: TileLists) -> TileLists:
+    """Return lists that are exact where both are, pooled where either pools, and skip the rest; kept for next time."""
+    heads = max(one.groups, other.groups)
+    if {one.groups, other.groups} - {1, heads}:
+        raise ConfigError(
+            f"lists of {one.groups} and {other.groups} groups can't be merged; share them between heads, or give one "
+            "list a head"
+        )
+    a, b = one.states(), other.states()
+    pooled = (a == POOLED) | (b == POOLED)
+    states = torch.where((a == EXACT) & (b == EXACT), EXACT, torch.where(pooled, POOLED, SKIPPED)).to(torch.uint8)
+    with torch.inference_mode(False):  # made in inference mode they could not serve a training run later
+        return TileLists.from_states(
+            states.clone(), block_q=one.block_q, block_k=one.block_k, num_q=one.num_q, num_k=one.num_k
+        )
+
+
+def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.shape == other.shape and bool((one == other).all()))

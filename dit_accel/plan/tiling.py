@@ -1,17 +1,52 @@
-"""Tiles over a token layout, as sparse methods share them: the order with text last, full lists, pinned tiles."""
+"""Tiles over a token layout, as all methods of one attachment share them: size, token order, full lists, bits."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
-from dit_accel_kernels import TileLists, pack_bits
+from dit_accel_kernels import EXACT, TileLists, pack_bits
 from torch import Tensor
 
 from ..rules.patches import patch_walk
 from .layout import TokenLayout
 
 Sink = Literal["text", "first_frame", "none"]
+Order = Literal["raster", "tiles"]
+"""How the visual tokens of a frame are cut into tiles: strips in raster order, or 2-D patches."""
+
+TILE = 128
+"""Tokens of a tile where no method says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The one way in which all methods of an attachment cut a sequence into tiles.
+
+    Attributes:
+        block_size: tokens of a tile.
+        order: how a frame's tokens are cut.
+    """
+
+    block_size: int = TILE
+    order: Order = "raster"
+
+    def token_order(self, layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor | None:
+        """Return int64 [S], position in the tiles' order -> token index; None where that is the sequence's own order.
+
+        Visual tokens come first (by patches with ``order="tiles"``), then the text before them, then the text after.
+        """
+        patches = self.order == "tiles" and layout.tokens_per_frame > self.block_size
+        return visual_first(layout, self.block_size if patches else None, device)
+
+    def full(self, layout: TokenLayout, device: torch.device | str = "cpu") -> tuple[TileLists, Tensor | None]:
+        """Return lists in which every tile is exact, and the order they count in: the same objects for one layout."""
+        return full_tiles(layout.tokens, layout.tokens, self.block_size, str(device)), self.token_order(layout, device)
+
+    def tiles(self, tokens: int) -> int:
+        """Return how many tiles so many tokens take."""
+        return -(-tokens // self.block_size)
 
 
 def visual_first(layout: TokenLayout, patches: int | None, device: torch.device | str = "cpu") -> Tensor | None:
@@ -43,11 +78,24 @@ def _visual_first(layout: TokenLayout, patches: int | None, device: str) -> Tens
         return torch.from_numpy(order).to(device)
 
 
-@lru_cache(maxsize=16)
-def full_tiles(layout: TokenLayout, block: int, device: str) -> TileLists:
-    """Return lists in which every tile of `visual_first`'s order is exact; the same object for the same arguments."""
+@lru_cache(maxsize=32)
+def full_tiles(queries: int, keys: int, block: int, device: str) -> TileLists:
+    """Return lists in which every tile is exact, on a device; the same object for the same arguments."""
     with torch.inference_mode(False):
-        return TileLists.full(layout.tokens, layout.tokens, block_q=block, block_k=block).to(device)
+        return TileLists.full(queries, keys, block_q=block, block_k=block).to(device)
+
+
+def bitmap_bytes(tiles: int, heads: int, batch: int) -> int:
+    """Return the bytes of one module's bitmap over N x N tiles: int32 [B, H, N, ceil(N / 32)]."""
+    return 4 * batch * heads * tiles * -(-tiles // 32)
+
+
+@lru_cache(maxsize=32)
+def exact_bits(tiles: TileLists, heads: int) -> Tensor:
+    """Return the exact tiles of lists as bits, int32 [B or 1, H or 1, NQ, W]; the same object for the same lists."""
+    with torch.inference_mode(False):
+        bits = pack_bits(tiles.states() == EXACT)
+    return bits[None] if tiles.groups in (1, heads) else bits.unflatten(0, (-1, heads))
 
 
 @lru_cache(maxsize=32)

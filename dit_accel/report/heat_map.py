@@ -1,6 +1,10 @@
-"""The report's picture: kept share of every step, layer and head as a heat map. Loads matplotlib when called."""
+"""The report's picture: kept share of every step, layer and head as a heat map. Loads matplotlib when called.
+
+Reports are read by their fields alone, so that the report may import this file.
+"""
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +12,12 @@ import numpy as np
 
 from ..errors import ConfigError, MissingBackend
 from ..files import written_whole
-from .report import Report
 
 DENSE, NOT_RUN = "0.82", "1.0"
 """Greys of attention calls that stayed dense and of steps that did not run."""
 
 
-def write_heat_map(report: Report, path: Path) -> None:
+def write_heat_map(report: Any, path: Path) -> None:
     """Write the heat map of a report as a PNG, whole or not at all: one panel a transformer and branch.
 
     Raises:
@@ -34,7 +37,16 @@ def write_heat_map(report: Report, path: Path) -> None:
         figure.savefig(temporary, dpi=110)
 
 
-def kept_shares(report: Report, transformer: str, branch: str) -> tuple[np.ndarray, np.ndarray]:
+def heat_map_png(report: Any, dpi: int = 80) -> bytes | None:
+    """Return the heat map as the bytes of a PNG; None where there is nothing to show, or no matplotlib."""
+    if not report.calls or importlib.util.find_spec("matplotlib") is None:
+        return None
+    image = io.BytesIO()
+    _draw(report).savefig(image, dpi=dpi, format="png")
+    return image.getvalue()
+
+
+def kept_shares(report: Any, transformer: str, branch: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the kept share [layers x heads, steps] of one transformer and branch, and which calls were dense.
 
     Shares are NaN where nothing followed a plan; the second array is bool, of the same shape. Where no selection chose
@@ -54,7 +66,7 @@ def kept_shares(report: Report, transformer: str, branch: str) -> tuple[np.ndarr
     return shares.reshape(layers * heads, steps), dense.reshape(layers * heads, steps)
 
 
-def _draw(report: Report) -> Any:
+def _draw(report: Any) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.registry import adapters
-from ..attachment.attachment import Attachment, attach, attention_modules
+from ..attachment.attachment import Attachment, attach, attachment_of
+from ..attachment.find import attention_modules
 from ..errors import ConfigError
-from ..methods import METHODS
-from ..methods.base import Handler, Model
+from ..methods import registry
+from ..methods.base import AttentionHandler, Handler, Model, Phase
 from ..methods.config import MethodConfig
-from .method_cases import METHOD_CASES as METHOD_CASES
-from .method_cases import MethodCase as MethodCase
-from .method_cases import configs_of
-from .recording import require, require_as_planned, require_same, require_text_exact, silenced, stopped_at, watched
+from ..plan.call import Call
+from ..plan.context import CallContext, StepContext
+from ..plan.plan import AttentionPlan
+from ..plan.tiling import Tiling
+from .method_cases import METHOD_CASES, MethodCase, configs_of
+from .recording import recorded, require, require_as_planned, require_same, require_text_exact, silenced, stopped_at
 from .tiny_models import Case, TinyModel, require_patterns_match, rows_of, wide_inputs
 
 
@@ -69,36 +72,45 @@ def check_adapter(
     return found
 
 
-def _trials(case: Case) -> dict[str, MethodCase]:
+def _cases_for(case: Case) -> dict[str, MethodCase]:
     refused = case.adapter.refused
     return {n: t for n, t in METHOD_CASES.items() if not any(config.name in refused for config in configs_of(t.active))}
 
 
-def _warm(*trials: MethodCase) -> int:
-    return max((trial.warm for trial in trials), default=0)
+def _warm(*cases: MethodCase) -> int:
+    return max((tried.warm for tried in cases), default=0)
 
 
-class _Always(Handler):
-    """Sends every attention call to the kernels from ``first_step`` on and leaves the plan at its default: dense."""
+class _EverythingConfig(MethodConfig):
+    """Asks for `_Everything`."""
 
+    name = "everything"
+
+
+class _Everything(AttentionHandler):
+    """Sends every attention call to the kernels from ``first_step`` on, with every tile exact."""
+
+    config_type = _EverythingConfig
+    phase = Phase.LISTS
     first_step: ClassVar[int] = 0
 
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
-        return step_index >= self.first_step
+    def is_active(self, step: StepContext, depth: int) -> bool:
+        return step.step_index >= self.first_step
+
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        return plan.with_tiles(*Tiling().full(context.layout, context.device))
 
 
-class _FromStepOne(_Always):
+class _FromStepOne(_Everything):
     first_step = 1
 
 
 @contextlib.contextmanager
-def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Always) -> Iterator[Attachment]:
-    """Attach so that every call goes to the kernels under the default plan: dense, and computed by us."""
+def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = _Everything) -> Iterator[Attachment]:
+    """Attach so that every call goes to the kernels with every tile exact: dense, and computed by us."""
     with attach(transformer) as attachment:
         model = Model(adapter=adapter, family=None, heads=0, layers=0)
-        attachment._session.handlers = (handler(MethodConfig(), model),)
+        attachment._execution.use((handler(_EverythingConfig(), model),))
         yield attachment
 
 
@@ -132,7 +144,7 @@ def _check_neutral(case: Case) -> None:
     plain = [case.run(inputs, branch=branch) for inputs, branch in calls]
     keys = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
     processors = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
-    for methods in ((), *(configs_of(trial.neutral) for trial in _trials(case).values())):
+    for methods in ((), *(configs_of(tried.neutral) for tried in _cases_for(case).values())):
         with attach(case.transformer, *methods) as attachment:
             for (inputs, branch), expected in zip(calls, plain, strict=True):
                 require(torch.equal(case.run(inputs, branch=branch), expected), f"{methods} changed the output")
@@ -144,13 +156,12 @@ def _check_neutral(case: Case) -> None:
             all(case.transformer.get_submodule(n).processor is p for n, p in processors.items()),
             f"{methods} left a processor behind",
         )
-        require(not case.transformer._forward_pre_hooks, f"{methods} left a hook")
 
 
 def _check_full(case: Case) -> None:
     """Every call sent to the kernels with all tiles kept is dense attention, each call and the whole model."""
     inputs = case.inputs(2)
-    with planned(case.transformer, case.adapter) as attachment, watched(attachment) as calls:
+    with planned(case.transformer, case.adapter) as attachment, recorded(attachment) as calls:
         case.run(inputs)
     require_as_planned(calls)
     wide, inputs = case.wide(), wide_inputs(inputs)
@@ -163,7 +174,7 @@ def _check_layout(case: Case) -> None:
     """A changed latent changes the one token that the grid says, and no text token."""
     inputs = case.inputs(1)
     with silenced(case.transformer), planned(case.transformer, case.adapter) as attachment:
-        with watched(attachment) as calls:
+        with recorded(attachment) as calls:
             case.run(inputs)
         longest = max(call.k.shape[2] for call in calls)
 
@@ -174,7 +185,7 @@ def _check_layout(case: Case) -> None:
 
         latents = case.latents(inputs)
         still = values(latents)
-        frames, height, width, before, after = attachment._slot.grid
+        frames, height, width, before, after = attachment._slot.grid.tolist()
         visual, hit, apart = frames * height * width, set(), 0
 
         def tokens_along(axis: int, base: list[int]) -> Iterator[int]:
@@ -207,7 +218,7 @@ def _check_layout(case: Case) -> None:
             steps = {b - a for a, b in itertools.pairwise(inside)} - {0}
             require(
                 len(steps) < 2 and steps <= {1, width, height * width},
-                f"along axis {axis} the latents lie in the tokens {inside}, not as in {attachment._slot.grid}",
+                f"along axis {axis} the latents lie in the tokens {inside}, not as in {attachment._slot.grid.tolist()}",
             )
             hit.update(inside)
         require({width - 1, (height - 1) * width, (frames - 1) * height * width} <= hit, "the grid is larger than that")
@@ -217,26 +228,26 @@ def _check_layout(case: Case) -> None:
 
 def _check_active(case: Case) -> str | None:
     """An active method changes the output, reaches every place once a forward, and keeps text exact."""
-    if not _trials(case):
-        return "every method with a trial is refused"
+    if not _cases_for(case):
+        return "every method with a case is refused"
     inputs = case.inputs(2)
-    for trial in _trials(case).values():
-        warm, plain = trial.warm, case.run(inputs, trial.warm)
-        with attach(case.transformer, *configs_of(trial.active)) as attachment, watched(attachment) as calls:
+    for tried in _cases_for(case).values():
+        warm, plain = tried.warm, case.run(inputs, tried.warm)
+        with attach(case.transformer, *configs_of(tried.active)) as attachment, recorded(attachment) as calls:
             changed = case.run_after(warm, inputs)
-            places = attachment._session.places
+            layers = attachment._execution.layers
             report = attachment.report()
-            require(not torch.equal(changed, plain), f"{trial.active} changes nothing")
-            require(bool(changed.isfinite().all()), f"{trial.active} makes values that are not finite")
+            require(not torch.equal(changed, plain), f"{tried.active} changes nothing")
+            require(bool(changed.isfinite().all()), f"{tried.active} makes values that are not finite")
             reached = [step.sparse_layers for step in report.steps]
-            require(reached == [len(places)] * (warm + 1), "not every place was reached once")
+            require(reached == [len(layers)] * (warm + 1), "not every layer was reached once")
             kept = report.sparse_density
             told = (
                 "keeps every tile; give the tiny model more tokens"
-                if trial.thins
-                else "leaves tiles out; its trial says no"
+                if tried.thins
+                else "leaves tiles out; its case says no"
             )
-            require(kept is not None and (kept < 1) == trial.thins, f"{trial.active} {told}")
+            require(kept is not None and (kept < 1) == tried.thins, f"{tried.active} {told}")
             case.run(inputs, step=warm + 1)
             case.run(case.inputs(1), step=warm + 2)
             require(
@@ -254,13 +265,13 @@ def _check_batch(case: Case) -> str | None:
     if case.model.max_batch < 2:
         return "a forward takes one row"
     wide, both = case.wide(), wide_inputs(case.inputs(2))
-    for trials in ((), *((trial,) for trial in _trials(case).values())):
-        _require_rows_alone(case, wide, both, *trials)
+    for cases in ((), *((tried,) for tried in _cases_for(case).values())):
+        _require_rows_alone(case, wide, both, *cases)
     return None
 
 
-def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], *trials: MethodCase) -> None:
-    methods, warm = configs_of(*(trial.active for trial in trials)), _warm(*trials)
+def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], *cases: MethodCase) -> None:
+    methods, warm = configs_of(*(tried.active for tried in cases)), _warm(*cases)
     with attach(wide, *methods, backend="reference"):
         batched = case.run_after(warm, both, branch="cond_uncond", transformer=wide)
         for row, branch in enumerate(("uncond", "cond")):
@@ -270,10 +281,10 @@ def _require_rows_alone(case: Case, wide: Any, both: Mapping[str, Any], *trials:
 
 def _check_pairs(case: Case) -> str | None:
     """Any two methods attached together: neutral, nothing changes; active, either order gives what the plan says."""
-    alone = [trial for trial in _trials(case).values() if len(configs_of(trial.active)) == 1]
+    alone = [tried for tried in _cases_for(case).values() if len(configs_of(tried.active)) == 1]
     pairs = list(itertools.combinations(alone, 2))
     if not pairs:
-        return "fewer than two methods with a trial apply"
+        return "fewer than two methods with a case apply"
     inputs = case.inputs(2)
     wide, both = case.wide(), wide_inputs(inputs)
     for one, other in pairs:
@@ -281,7 +292,7 @@ def _check_pairs(case: Case) -> str | None:
         plain = case.run(inputs, warm)
         with attach(case.transformer, *configs_of(one.neutral, other.neutral)):
             require(torch.equal(case.run(inputs, warm), plain), f"{one.neutral} and {other.neutral} changed the output")
-        with attach(case.transformer, *methods) as attachment, watched(attachment) as calls:
+        with attach(case.transformer, *methods) as attachment, recorded(attachment) as calls:
             changed = case.run_after(warm, inputs)
         require(not torch.equal(changed, plain), f"{methods} change nothing")
         require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
@@ -305,8 +316,8 @@ def _check_padding(case: Case) -> str | None:
     wide = case.wide()
     if not torch.equal(case.run(inputs, transformer=wide), case.run(other, transformer=wide)):
         return "the untouched model lets padded text through"
-    for trials in ((), *((trial,) for trial in _trials(case).values())):
-        methods, warm = configs_of(*(trial.active for trial in trials)), _warm(*trials)
+    for cases in ((), *((tried,) for tried in _cases_for(case).values())):
+        methods, warm = configs_of(*(tried.active for tried in cases)), _warm(*cases)
         with attach(wide, *methods, backend="reference"):
             found = [case.run_after(warm, x, transformer=wide) for x in (inputs, other)]
         require(torch.equal(*found), f"{methods}: padded text changes the output")
@@ -318,7 +329,7 @@ def _check_refused(case: Case) -> str | None:
     if not case.adapter.refused:
         return "nothing is refused"
     for name, reason in case.adapter.refused.items():
-        config = next((config for config in METHODS if config.name == name), None)
+        config = registry.methods().get(name)
         if config is None:
             raise AssertionError(f"the adapter refuses {name!r}, which is no method")
         try:
@@ -327,7 +338,7 @@ def _check_refused(case: Case) -> str | None:
             require(reason in str(error), f"the refusal of {name} does not give the reason: {error}")
         else:
             raise AssertionError(f"{name} is refused by the adapter and was attached")
-        require(not case.transformer._forward_pre_hooks, f"the refusal of {name} left a hook")
+        require(attachment_of(case.transformer) is None, f"the refusal of {name} left something attached")
     return None
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..methods.attention.delta import DeltaAttention
-from ..methods.attention.lite.handler import LiteAttention
+from ..methods.attention.lite.config import LiteAttention
 from ..methods.attention.radial import RadialAttention
 from ..methods.attention.sol import SolAttention
 from ..methods.attention.sparsed import SparseD
@@ -29,13 +29,13 @@ class MethodCase:
 
 
 def configs_of(*settings: MethodConfig | tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
-    """Return the configs of some trials' settings, the first of each method."""
+    """Return the configs of some cases' settings, the first of each method."""
     flat = [config for setting in settings for config in (setting if isinstance(setting, tuple) else (setting,))]
     return tuple({type(config): config for config in reversed(flat)}.values())[::-1]
 
 
-_FROZEN = SparseD(block_size=16, density=0.5, dense_steps=0, dense_last_steps=0, dense_layers=0)
-_FROZEN_NEUTRAL = SparseD(block_size=16, dense_steps=1000)
+_SPARSED = SparseD(block_size=16, density=0.5, dense_steps=0, dense_last_steps=0, dense_layers=0)
+_SPARSED_NEUTRAL = SparseD(block_size=16, dense_steps=1000)
 
 METHOD_CASES: dict[str, MethodCase] = {
     "lite": MethodCase(
@@ -49,9 +49,9 @@ METHOD_CASES: dict[str, MethodCase] = {
             block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_last_steps=0, dense_layers=0
         ),
     ),
-    "sparsed": MethodCase(neutral=_FROZEN_NEUTRAL, active=_FROZEN),
+    "sparsed": MethodCase(neutral=_SPARSED_NEUTRAL, active=_SPARSED),
     "delta": MethodCase(
-        neutral=(DeltaAttention(stride=8), _FROZEN_NEUTRAL), active=(DeltaAttention(stride=8), _FROZEN)
+        neutral=(DeltaAttention(stride=8), _SPARSED_NEUTRAL), active=(DeltaAttention(stride=8), _SPARSED)
     ),
     "sol": MethodCase(
         neutral=SolAttention(block_size=16, dense_steps=1000),

@@ -4,16 +4,16 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from dit_accel_kernels import EXACT, block_sparse_attention_eager, unpack_bits
 from torch import Tensor, nn
 
 from ..attachment.attachment import Attachment
-from ..methods.base import Handler
+from ..attachment.execution import PlannedCall
+from ..plan.context import CallContext
 from ..plan.masks import key_validity
-from ..plan.plan import AttentionPlan, Call, CallContext
+from ..plan.plan import AttentionPlan
 from .reference import attention, tile_states, tiles_of
 
 WIDE = torch.float64
@@ -42,15 +42,15 @@ def require(condition: bool, text: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedCall:
-    """One planned attention call and its result.
+class RecordedCall:
+    """One planned attention call and its result, kept.
 
-    Tensors are [B, H, S, D], keys as the plan centres them; the grid is that of the running forward; ``exact`` a
-    selection's exact tiles as bits; ``planned`` the output before methods corrected it, where one does.
+    Tensors are [B, H, S, D], keys as the plan centres them; ``exact`` are a selection's exact tiles as bits;
+    ``planned`` is the output before methods corrected it, where one does.
     """
 
     plan: AttentionPlan
-    grid: tuple[int, ...]
+    context: CallContext
     q: Tensor
     k: Tensor
     v: Tensor
@@ -71,65 +71,29 @@ class PlannedCall:
 
 
 @contextlib.contextmanager
-def watched(attachment: Attachment) -> Iterator[list[PlannedCall]]:
-    """Record the planned calls of an attachment."""
-    session: Any = attachment._session
-    original, calls = session.execute, []
-    corrects = any(type(handler).correct is not Handler.correct for handler in session.handlers)
+def recorded(attachment: Attachment) -> Iterator[list[RecordedCall]]:
+    """Keep the planned calls of an attachment."""
+    calls: list[RecordedCall] = []
 
-    def execute(
-        plan: AttentionPlan,
-        context: CallContext,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        layout: str,
-        scale: float | None,
-    ) -> Tensor:
-        recorder, handlers, before = session.recorder, session.handlers, _Before()
-        with mock.patch.object(recorder, "selected_call", wraps=recorder.selected_call) as told:
-            session.handlers = (before, *handlers) if corrects else handlers
-            try:
-                out = original(plan, context, q, k, v, mask, layout, scale)
-            finally:
-                session.handlers = handlers
-        tensors = (q, plan.centred(k), v, out)
-        q, k, v, seen = ((x.transpose(1, 2) if layout == "bshd" else x).clone() for x in tensors)
-        planned = before.out if before.out is None or layout == "bhsd" else before.out.transpose(1, 2)
-        if planned is not None and plan.row_override is not None:  # these rows are computed after corrections
-            planned = planned.index_copy(2, plan.row_override.rows, seen[:, :, plan.row_override.rows])
-        exact, grid = told.call_args.args[2] if told.called else None, attachment._slot.grid
+    def keep(seen: PlannedCall) -> None:
+        call, planned = seen.call, seen.planned
         calls.append(
-            PlannedCall(
-                plan=plan, grid=grid, q=q, k=k, v=v, mask=mask, scale=scale, out=seen, exact=exact, planned=planned
+            RecordedCall(
+                plan=seen.plan,
+                context=seen.context,
+                q=call.q.clone(),
+                k=seen.plan.centred(call.k).clone(),
+                v=call.v.clone(),
+                mask=call.mask,
+                scale=call.scale,
+                out=seen.out.clone(),
+                exact=seen.exact,
+                planned=None if planned is None else planned.clone(),
             )
-        )  # fmt: skip
-        return out
+        )
 
-    session.execute = execute
-    try:
+    with attachment.observe(keep):
         yield calls
-    finally:
-        del session.execute
-
-
-class _Before(Handler):
-    """Keeps what the kernel gave, before other methods correct it."""
-
-    def __init__(self) -> None:
-        self.out: Tensor | None = None
-
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
-        return False
-
-    def correct(
-        self, plan: AttentionPlan, context: CallContext, call: Call, v: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        self.out = out.clone()
-        return out, None
 
 
 class _EnoughError(Exception):
@@ -139,31 +103,16 @@ class _EnoughError(Exception):
 @contextlib.contextmanager
 def stopped_at(attachment: Attachment, tokens: int) -> Iterator[list[Tensor]]:
     """Give the values of row 0, [S, H * D], of the first planned call over so many tokens; end the forward there."""
-    session: Any = attachment._session
-    original, seen = session.execute, []
+    seen: list[Tensor] = []
 
-    def execute(
-        plan: AttentionPlan,
-        context: CallContext,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        layout: str,
-        scale: float | None,
-    ) -> Tensor:
-        values = (v[0] if layout == "bshd" else v[0].transpose(0, 1)).flatten(1)
-        if len(values) != tokens:
-            return original(plan, context, q, k, v, mask, layout, scale)
-        seen.append(values.clone())
-        raise _EnoughError
+    def stop(planned: PlannedCall) -> None:
+        values = planned.call.v[0].transpose(0, 1).flatten(1)
+        if len(values) == tokens:
+            seen.append(values.clone())
+            raise _EnoughError
 
-    session.execute = execute
-    try:
-        with contextlib.suppress(_EnoughError):
-            yield seen
-    finally:
-        del session.execute
+    with contextlib.suppress(_EnoughError), attachment.observe(stop):
+        yield seen
 
 
 def require_same(found: Tensor, expected: Tensor, what: str) -> None:
@@ -180,7 +129,7 @@ def require_within_rounding(found: Tensor, yardstick: Tensor, truth: Tensor, wha
     require(error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}")
 
 
-def exact_pairs(call: PlannedCall) -> Tensor:
+def exact_pairs(call: RecordedCall) -> Tensor:
     """Pairs of tokens that every row and head computes exactly, bool [S, S], in the sequence's own order."""
     tokens, order = call.k.shape[2], call.plan.token_order
     tiles = tiles_of(call.plan, tokens)
@@ -193,17 +142,15 @@ def exact_pairs(call: PlannedCall) -> Tensor:
     return pairs
 
 
-def require_text_exact(call: PlannedCall) -> None:
+def require_text_exact(call: RecordedCall) -> None:
     """Every token sees all text exactly, and text sees every token exactly."""
-    pairs, (frames, height, width, before, _) = exact_pairs(call), call.grid
-    visual = frames * height * width
+    pairs = exact_pairs(call)
     text = torch.ones(len(pairs), dtype=torch.bool)
-    start = before if len(pairs) > visual else 0  # a call may be of visual tokens alone
-    text[start : start + visual] = False
+    text[call.context.layout.visual] = False
     require(bool(pairs[text].all() & pairs[:, text].all()), "text tokens are not exact")
 
 
-def require_as_planned(calls: Sequence[PlannedCall]) -> None:
+def require_as_planned(calls: Sequence[RecordedCall]) -> None:
     """The kernels computed the exact and the pooled tiles of the plans, no others, and selected what they say.
 
     The calls of one forward share a yardstick: the largest error of a single call is a matter of luck.
@@ -222,7 +169,7 @@ def require_as_planned(calls: Sequence[PlannedCall]) -> None:
     )
 
 
-def _require_selected(call: PlannedCall, exact: Tensor) -> None:
+def _require_selected(call: RecordedCall, exact: Tensor) -> None:
     """Every tile was left exact, or not, as the reference does in float64 or, where rounding decides, in q's dtype."""
     tiles = tiles_of(call.plan, call.k.shape[2])
     made = unpack_bits(exact, tiles.key_tiles)

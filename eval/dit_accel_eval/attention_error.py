@@ -105,7 +105,7 @@ def measure(suite: Suite, clips: int) -> list[dict[str, str | float]]:
     pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     arms = {
-        arm.name: method
+        arm.name: method.resolve()
         for arm in suite.arms
         for method in arm.methods
         if isinstance(method, RadialAttention) and method.rest == "pooled"

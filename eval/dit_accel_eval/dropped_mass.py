@@ -20,7 +20,7 @@ from dit_accel_kernels import unpack_bits
 from torch import Tensor
 
 import dit_accel
-from dit_accel.testing.recording import PlannedCall, watched
+from dit_accel.attachment.execution import PlannedCall
 
 from .compare import WEIGHTS, read_lines
 
@@ -51,17 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def dropped_mass(call: PlannedCall) -> Tensor:
+def dropped_mass(planned: PlannedCall) -> Tensor:
     """Return the share of each row's softmax mass that a call's selection left out, [B, H, S]."""
-    assert call.exact is not None
-    assert call.plan.tiles is not None
-    q, k, order, tiles = call.q, call.k, call.plan.token_order, call.plan.tiles
+    assert planned.exact is not None
+    assert planned.plan.tiles is not None
+    q, k, order, tiles = planned.call.q, planned.call.k, planned.plan.token_order, planned.plan.tiles
     if order is not None:
         q, k = q[:, :, order], k[:, :, order]
-    kept = unpack_bits(call.exact, tiles.key_tiles)
+    kept = unpack_bits(planned.exact, tiles.key_tiles)
     kept = kept.repeat_interleave(tiles.block_q, 2)[:, :, : q.shape[2]]
     kept = kept.repeat_interleave(tiles.block_k, 3)[..., : k.shape[2]]
-    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    scale = q.shape[-1] ** -0.5 if planned.call.scale is None else planned.call.scale
     return ((q @ k.mT * scale).softmax(-1) * ~kept).sum(-1)
 
 
@@ -79,26 +79,20 @@ def measure(options: argparse.Namespace, known: Sequence[dict[str, Any]]) -> Ite
 def _measured(pipe: WanPipeline, options: argparse.Namespace, budget: float, clip: int) -> dict[str, Any]:
     method = dit_accel.LiteAttention(criterion="budget", threshold=budget, **SETTING)
     means, largest, rows, within = [], 0.0, 0, 0
-    with dit_accel.attach(pipe, method) as attachment, watched(attachment) as calls:
-        session: Any = attachment._session
-        inner = session.execute
 
-        def execute(*arguments: Any) -> Tensor:
-            nonlocal largest, rows, within
-            out = inner(*arguments)
-            mass = dropped_mass(calls.pop())
-            means.append(float(mass.mean()))
-            largest = max(largest, float(mass.max()))
-            rows, within = rows + mass.numel(), within + int((mass <= budget).sum())
-            return out
+    def measure_call(planned: PlannedCall) -> None:
+        nonlocal largest, rows, within
+        mass = dropped_mass(planned)
+        means.append(float(mass.mean()))
+        largest = max(largest, float(mass.max()))
+        rows, within = rows + mass.numel(), within + int((mass <= budget).sum())
 
-        session.execute = execute
+    with dit_accel.attach(pipe, method) as attachment, attachment.observe(measure_call):
         pipe(
             clip_of(clip, frames=options.num_frames, held_out=True)[0], num_frames=options.num_frames, height=64,
             width=64, num_inference_steps=options.steps, guidance_scale=4.0, max_sequence_length=32,
             generator=torch.Generator().manual_seed(clip), output_type="latent",
         )  # fmt: skip
-        session.execute = inner
         density = attachment.report().sparse_density
     return {
         "budget": budget,

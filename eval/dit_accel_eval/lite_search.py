@@ -15,11 +15,12 @@ from dit_accel_kernels import Selection, block_sparse_attention_eager, count_bit
 from torch import Tensor
 
 from dit_accel import LiteAttention
-from dit_accel.methods.attention.delta import dense_rows
 from dit_accel.methods.attention.lite.handler import LiteHandler
-from dit_accel.methods.attention.lite.state import Key, key_of
 from dit_accel.methods.base import Model
-from dit_accel.plan.plan import AttentionPlan, Call, CallContext
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext, Key
+from dit_accel.plan.exact_rows import dense_rows
+from dit_accel.plan.plan import AttentionPlan
 
 LOWEST, HIGHEST = -20.0, -(2.0**-6)
 """Log2 levels between which thresholds are searched."""
@@ -81,13 +82,13 @@ class Found:
     dense: float
 
 
-class MethodCase:
+class Rerun:
     """One attention call, run again with other votes and other bits."""
 
-    def __init__(self, plan: AttentionPlan, call: Call, v: Tensor, out: Tensor, metric: Metric) -> None:
+    def __init__(self, plan: AttentionPlan, call: Call, out: Tensor, metric: Metric) -> None:
         assert plan.selection is not None
         assert plan.selection.vote is not None
-        self.plan, self.call, self.v, self.out, self.metric = plan, call, v, out, metric
+        self.plan, self.call, self.out, self.metric = plan, call, out, metric
         self.selection = plan.selection
         self.asked = plan.selection.vote
 
@@ -107,19 +108,20 @@ class MethodCase:
 
     def to_dense(self) -> float:
         """Return the error of the call as it ran to dense attention on its inputs."""
-        every = torch.arange(self.call.heads_first(self.call.q).shape[2], device=self.out.device)
-        return self.metric(self.out.float(), dense_rows(self.plan, self.call, self.v, every).float())
+        every = torch.arange(self.call.q.shape[2], device=self.out.device)
+        return self.metric(self.out.float(), dense_rows(self.plan, self.call, every).float())
 
     def _attend(self, selection: Selection) -> tuple[Tensor, ...]:
         plan, call = self.plan, self.call
         assert plan.tiles is not None
         found = block_sparse_attention_eager(
-            call.q, call.k, self.v, plan.tiles, layout=call.layout, scale=call.scale, head_scale=plan.head_scale,
-            key_mask=call.key_mask(), frame_decay=plan.frame_decay, token_order=plan.token_order,
-            identity_mix=plan.identity_mix, selection=selection, return_tiles=True, backend=call.backend,
+            *call.as_held(call.q, call.k, call.v), plan.tiles, **call.kernel_layout, scale=call.scale,
+            head_scale=plan.head_scale, key_mask=call.key_mask(), frame_decay=plan.frame_decay,
+            token_order=plan.token_order, identity_mix=plan.identity_mix, identity_rows=plan.identity_rows,
+            selection=selection, return_tiles=True, backend=call.backend,
         )  # fmt: skip
         assert isinstance(found, tuple)
-        return found
+        return call.heads_first(found[0]), *found[1:]
 
 
 def threshold_of(criterion: str, level: float) -> float:
@@ -170,27 +172,24 @@ class Tuner(LiteHandler):
     def learn(self, context: CallContext, kept: Tensor) -> None:
         """Leave the plan's own votes aside: they were cast before the threshold was known."""
 
-    def correct(
-        self, plan: AttentionPlan, context: CallContext, call: Call, v: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
         """Search the threshold on this call's tensors and learn its votes; the output stays."""
         if plan.selection is None or plan.selection.vote is None:
-            return out, None
-        trial = MethodCase(plan, call, v, out, self.metric)
-        key = key_of(context)
+            return out
+        again = Rerun(plan, call, out, self.metric)
         level = search_level(
-            lambda level: trial.after(trial.votes(level))[0], self.target_error, self._levels.get(key, START)
+            lambda level: again.after(again.votes(level))[0], self.target_error, self._levels.get(context.key, START)
         )
-        self._levels[key] = level
+        self._levels[context.key] = level
         kept = plan.selection.keep
         if level > -math.inf:
-            kept = trial.votes(level)
+            kept = again.votes(level)
             super().learn(context, kept)
-        added, share = trial.after(kept)
+        added, share = again.after(kept)
         self.found.append(
             Found(
                 transformer=context.transformer, branch=context.branch, layer=context.layer, step=context.step_index,
-                threshold=threshold_of(trial.asked.criterion, level), kept=share, added=added, dense=trial.to_dense(),
+                threshold=threshold_of(again.asked.criterion, level), kept=share, added=added, dense=again.to_dense(),
             )
         )  # fmt: skip
-        return out, None
+        return out

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,8 +143,9 @@ def tune_lite(
     pipe = load_pipeline(request)
     steps = request.num_inference_steps
     with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
-        (lite,) = (handler for handler in attachment._session.handlers if isinstance(handler, LiteHandler))
-        layers = {target.name: len(target.places) for target in attachment._session.targets}
+        execution = attachment._execution
+        (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
+        layers = dict(Counter(layer.state.name for layer in execution.layers))
     _check_something_votes(cast(LiteAttention, lite.config), steps, max(layers.values()))
     for number, prompt in enumerate(request.prompts[len(done) :], len(done) + 1):
         stages.stage(f"prompt {number} of {len(request.prompts)}: dense, then tuned")
@@ -185,11 +187,13 @@ def combine(
 def _tuning(pipe: Any, request: Request, target_error: float, metric: Metric) -> Iterator[tuple[Any, Tuner]]:
     """Attach the request's methods with a `Tuner` in LiteAttention's place."""
     with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
-        handlers = attachment._session.handlers
-        (lite,) = (handler for handler in handlers if isinstance(handler, LiteHandler))
+        execution = attachment._execution
+        (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
         tuner = Tuner(request.methods[0], lite.model, target_error, metric)  # type: ignore[arg-type]
-        tuner.check_with([handler for handler in handlers if handler is not lite])
-        attachment._session.handlers = tuple(tuner if handler is lite else handler for handler in handlers)
+        handlers = [tuner if handler is lite else handler for handler in execution.handlers]
+        for handler in handlers:  # who works with LiteAttention works with the tuner
+            handler.check_with([other for other in handlers if other is not handler])
+        execution.use(handlers)
         yield attachment, tuner
 
 

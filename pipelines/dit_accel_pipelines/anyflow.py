@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, latents_grid
+from dit_accel.adapters.blocks import BlockList
 
 from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN21_14B
 
@@ -21,6 +22,7 @@ ANYFLOW = Adapter(
     name="anyflow",
     transformers=("AnyFlowTransformer3DModel",),
     self_attention=("blocks.*.attn1",),
+    blocks=(BlockList(pattern="blocks.*"),),
     grid=partial(latents_grid, frames_axis=1),
     families=(ANYFLOW_14B,),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
+from dit_accel.adapters.blocks import JOINT, BlockList
 
 REGISTERS = 8
 """Learned tokens in front of the text."""
@@ -34,6 +35,10 @@ AURA_FLOW = Adapter(
     name="aura-flow",
     transformers=("AuraFlowTransformer2DModel",),
     self_attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    blocks=(
+        BlockList(pattern="joint_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+        BlockList(pattern="single_transformer_blocks.*", joined=True),
+    ),
     grid=behind_registers,
     families=(AURA_FLOW_03,),
     refused=IMAGE_REFUSED,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
+from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import read_once
 
 from .flux import FLUX
@@ -33,11 +34,21 @@ def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return (1, height, width, gist, after) if min(counts) == gist else (1, height, width, 0, after + gist)
 
 
-BRIA_FIBO = replace(FLUX, name="bria-fibo", transformers=("BriaFiboTransformer2DModel",), families=())
+BRIA_FIBO = replace(
+    FLUX,
+    name="bria-fibo",
+    transformers=("BriaFiboTransformer2DModel",),
+    blocks=(
+        BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+        BlockList(pattern="single_transformer_blocks.*", joined=True),
+    ),
+    families=(),
+)
 BRIA_FIBO_2 = Adapter(
     name="bria-fibo-2",
     transformers=("BriaFibo2Transformer2DModel",),
     self_attention=("layers.*.attention",),
+    blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
     grid=behind_the_gist,
     refused=IMAGE_REFUSED,
 )

@@ -7,12 +7,18 @@ text is not hidden then, and planned calls refuse the mask. ``encode_prompt`` an
 
 from dataclasses import replace
 
+from dit_accel.adapters.blocks import JOINT, BlockList
+
 from .flux import FLUX, FLUX_DEV
 
 CHROMA = replace(
     FLUX,
     name="chroma",
     transformers=("ChromaTransformer2DModel",),
+    blocks=(
+        BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+        BlockList(pattern="single_transformer_blocks.*", joined=True),
+    ),
     outer_masks=True,
     families=(
         replace(

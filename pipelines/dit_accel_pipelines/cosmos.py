@@ -6,6 +6,7 @@ Given frames keep a timestep of their own, near none; the noisiest frame tells t
 from dataclasses import replace
 
 from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.blocks import BlockList
 
 COSMOS_7B = Family(
     name="cosmos-1-7b",
@@ -48,5 +49,6 @@ COSMOS = Adapter(
     name="cosmos",
     transformers=("CosmosTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
+    blocks=(BlockList(pattern="transformer_blocks.*"),),
     families=(COSMOS_7B, COSMOS_14B, COSMOS_PREDICT2_2B),
 )

@@ -3,11 +3,13 @@
 from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, latents_grid
+from dit_accel.adapters.blocks import BlockList
 
 ERNIE_IMAGE = Adapter(
     name="ernie-image",
     transformers=("ErnieImageTransformer2DModel",),
     self_attention=("layers.*.self_attention",),
+    blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True, token_axis=0),),
     grid=partial(latents_grid, frames_axis=None, text="after", joined=("text_bth",)),
     refused=IMAGE_REFUSED,
 )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
+from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import ids_grid
 
 FLUX_DEV = Family(
@@ -40,5 +41,9 @@ FLUX_KIN = replace(
     FLUX,
     name="flux-kin",
     transformers=("BriaTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
+    blocks=(
+        BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+        BlockList(pattern="single_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+    ),
     families=(),
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
 
 FLUX2_DEV = Family(
@@ -54,6 +55,10 @@ FLUX2 = Adapter(
     name="flux2",
     transformers=("Flux2Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    blocks=(
+        BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+        BlockList(pattern="single_transformer_blocks.*", joined=True),
+    ),
     grid=with_cached_references,
     text_apart=True,  # while the cache is filled, references attend to themselves
     families=(FLUX2_DEV,),
@@ -63,6 +68,10 @@ FLUX3 = Adapter(
     name="flux3",
     transformers=("Flux3Transformer2DModel",),
     self_attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+    blocks=(
+        BlockList(pattern="mode_blocks.image.*"),
+        BlockList(pattern="single_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+    ),
     grid=with_own_references,
     ragged_text=True,
     refused=IMAGE_REFUSED,

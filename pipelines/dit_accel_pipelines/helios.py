@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid, latents_grid, patch_count
+from dit_accel.adapters.blocks import BlockList
 
 from .wan import WAN21_14B
 
@@ -35,6 +36,7 @@ HELIOS = Adapter(
     name="helios",
     transformers=("HeliosTransformer3DModel",),
     self_attention=("blocks.*.attn1",),
+    blocks=(BlockList(pattern="blocks.*", joined=True),),
     grid=history_grid,
     families=(HELIOS_14B,),
 )

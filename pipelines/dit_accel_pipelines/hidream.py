@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.blocks import JOINT, BlockList
 
 HIDREAM_I1 = Family(
     name="hidream-i1",
@@ -40,6 +41,10 @@ HIDREAM = Adapter(
     name="hidream",
     transformers=("HiDreamImageTransformer2DModel",),
     self_attention=("double_stream_blocks.*.block.attn1", "single_stream_blocks.*.block.attn1"),
+    blocks=(
+        BlockList(pattern="double_stream_blocks.*", takes=JOINT, gives=(0, 1)),
+        BlockList(pattern="single_stream_blocks.*", joined=True),
+    ),
     grid=padded_image,
     timestep="timesteps",
     families=(HIDREAM_I1,),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.blocks import JOINT, BlockList
 
 HUNYUAN_VIDEO15_480P = Family(
     name="hunyuan-video-1.5-480p",
@@ -35,6 +36,7 @@ HUNYUAN_VIDEO15 = Adapter(
     name="hunyuan-video-1.5",
     transformers=("HunyuanVideo15Transformer3DModel",),
     self_attention=("transformer_blocks.*.attn",),
+    blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     grid=partial(
         latents_grid, text="after", joined=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
     ),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
+from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_image, read_once
 
 
@@ -20,6 +21,7 @@ IDEOGRAM4 = Adapter(
     name="ideogram4",
     transformers=("Ideogram4Transformer2DModel",),
     self_attention=("layers.*.attention",),
+    blocks=(BlockList(pattern="layers.*", joined=True),),
     grid=image_last,
     outer_masks=True,  # padding sees padding, which nobody reads
     rising_timesteps=True,

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
+from dit_accel.adapters.blocks import BlockList
 
 from .qwen_image import first_image
 
@@ -19,6 +20,7 @@ PRX = Adapter(
     name="prx",
     transformers=("PRXTransformer2DModel",),
     self_attention=("blocks.*.attention",),
+    blocks=(BlockList(pattern="blocks.*"),),
     grid=partial(latents_grid, frames_axis=None, text="before"),
     refused=IMAGE_REFUSED,
 )
@@ -26,6 +28,7 @@ NUCLEUS_IMAGE = Adapter(
     name="nucleus-image",
     transformers=("NucleusMoEImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
+    blocks=(BlockList(pattern="transformer_blocks.*"),),
     grid=image_then_text,
     refused=IMAGE_REFUSED,
 )

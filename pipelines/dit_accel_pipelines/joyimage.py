@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
+from dit_accel.adapters.blocks import JOINT, BlockList
 
 
 def items_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -29,6 +30,7 @@ JOY_IMAGE_EDIT = Adapter(
     name="joyimage-edit",
     transformers=("JoyImageEditTransformer3DModel",),
     self_attention=("double_blocks.*.attn",),
+    blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     grid=items_grid,
     refused=IMAGE_REFUSED,
 )
@@ -36,6 +38,7 @@ JOY_IMAGE_EDIT_PLUS = Adapter(
     name="joyimage-edit-plus",
     transformers=("JoyImageEditPlusTransformer3DModel",),
     self_attention=("double_blocks.*.attn",),
+    blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     grid=first_of_list,
     refused=IMAGE_REFUSED,
 )

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
+from dit_accel.adapters.blocks import BlockList
 
 KANDINSKY5_LITE = Family(
     name="kandinsky-5-lite",
@@ -61,6 +62,7 @@ KANDINSKY6 = Adapter(
     name="kandinsky-6",
     transformers=("Kandinsky6Transformer3DModel",),
     self_attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
+    blocks=(BlockList(pattern="visual_transformer_blocks.*", takes=("vis", "aud"), gives=(0, 1), joined=True),),
     grid=frames_before_reference,
     families=(KANDINSKY6_PRO,),
 )

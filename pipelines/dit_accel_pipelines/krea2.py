@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
+from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_row, read_once
 
 
@@ -21,6 +22,7 @@ KREA2 = Adapter(
     name="krea2",
     transformers=("Krea2Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
+    blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     grid=text_then_image,
     refused=IMAGE_REFUSED,
 )

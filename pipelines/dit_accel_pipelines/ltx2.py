@@ -5,6 +5,7 @@ keyframe pipelines stand behind the video and count as text.
 """
 
 from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.blocks import BlockList
 
 from .ltx import packed_grid
 
@@ -28,6 +29,11 @@ LTX2 = Adapter(
     name="ltx-2",
     transformers=("LTX2VideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
+    blocks=(
+        BlockList(
+            pattern="transformer_blocks.*", takes=("hidden_states", "audio_hidden_states"), gives=(0, 1), joined=True
+        ),
+    ),
     grid=packed_grid,
     families=(LTX2_19B,),
 )

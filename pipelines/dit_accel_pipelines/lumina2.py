@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import read_once
 
 LUMINA_IMAGE_2 = Family(
@@ -42,6 +43,7 @@ LUMINA2 = Adapter(
     name="lumina2",
     transformers=("Lumina2Transformer2DModel",),
     self_attention=("layers.*.attn",),
+    blocks=(BlockList(pattern="layers.*", joined=True),),
     grid=valid_text_first,
     rising_timesteps=True,
     families=(LUMINA_IMAGE_2,),

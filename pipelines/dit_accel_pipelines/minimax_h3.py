@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid
+from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_video, read_once
 
 
@@ -24,6 +25,7 @@ MINIMAX_H3 = Adapter(
     name="minimax-h3",
     transformers=("MiniMaxH3Transformer3DModel",),
     self_attention=("transformer_blocks.*.attn",),
+    blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     grid=packed_video,
     rising_timesteps=True,
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
+from dit_accel.adapters.blocks import BlockList
 
 PIXART_SIGMA = Family(
     name="pixart-sigma",
@@ -30,13 +31,19 @@ PIXART = Adapter(
     refused=IMAGE_REFUSED,
 )
 HUNYUAN_DIT = replace(
-    PIXART, name="hunyuan-dit", transformers=("HunyuanDiT2DModel",), self_attention=("blocks.*.attn1",), families=()
+    PIXART,
+    name="hunyuan-dit",
+    transformers=("HunyuanDiT2DModel",),
+    self_attention=("blocks.*.attn1",),
+    blocks=(BlockList(pattern="blocks.*"),),
+    families=(),
 )
 LUMINA_NEXT = replace(
     PIXART,
     name="lumina-next",
     transformers=("LuminaNextDiT2DModel",),
     self_attention=("layers.*.attn1",),
+    blocks=(BlockList(pattern="layers.*"),),
     rising_timesteps=True,
     families=(),
 )

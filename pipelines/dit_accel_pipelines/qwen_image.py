@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.blocks import BlockList
 
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
@@ -61,6 +62,7 @@ QWEN_IMAGE_21 = Adapter(
     name="qwen-image-2.1",
     transformers=("QwenImage21Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
+    blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     grid=last_image,
     text_apart=True,
     refused=IMAGE_REFUSED,

@@ -13,7 +13,7 @@ from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
-from dit_accel.estimate.estimate import check_multiple, pixel_multiples, rounded_frames
+from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames
 from dit_accel.files import check_writable
 from dit_accel.methods.config import MethodConfig
 

@@ -7,6 +7,7 @@ that, so sparse calls refuse such a mask.
 from dataclasses import replace
 
 from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters.blocks import BlockList
 
 from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN21_1B, WAN21_14B
 
@@ -33,6 +34,7 @@ SKYREELS_V2 = Adapter(
     name="skyreels-v2",
     transformers=("SkyReelsV2Transformer3DModel",),
     self_attention=("blocks.*.attn1",),
+    blocks=(BlockList(pattern="blocks.*"),),
     families=(SKYREELS_V2_1B, SKYREELS_V2_14B, SKYREELS_V2_14B_720P),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
 )

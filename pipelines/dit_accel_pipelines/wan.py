@@ -7,6 +7,7 @@ cross-attention and stay outside the sequence.
 from dataclasses import replace
 
 from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.blocks import BlockList
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
 # steps as a share, the first block dense, everybody sees frame 0). Its published sparsities belong to near="half".
@@ -125,6 +126,10 @@ WAN = Adapter(
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
     self_attention=("blocks.*.attn1",),
     side_attention=("vace_blocks.*.attn1",),
+    blocks=(
+        BlockList(pattern="blocks.*"),
+        BlockList(pattern="vace_blocks.*", takes=("control_hidden_states",), gives=(None, 0), beside=True),
+    ),
     families=(
         WAN21_1B,
         WAN21_14B,

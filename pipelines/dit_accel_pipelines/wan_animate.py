@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, latents_grid
+from dit_accel.adapters.blocks import BlockList
 
 from .wan import RADIAL_WAN, WAN21_I2V_720P
 
@@ -25,6 +26,7 @@ WAN_ANIMATE = Adapter(
     name="wan-animate",
     transformers=("WanAnimateTransformer3DModel",),
     self_attention=("blocks.*.attn1",),
+    blocks=(BlockList(pattern="blocks.*", joined=True),),
     grid=partial(latents_grid, reference_frames=1),
     families=(WAN_ANIMATE_14B,),
     recipes={"radial": RADIAL_WAN},

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.blocks import BlockList
 
 MULTIPLE = 32
 """What the model pads text and each image to, in tokens."""
@@ -67,6 +68,7 @@ Z_IMAGE = Adapter(
     name="z-image",
     transformers=("ZImageTransformer2DModel",),
     self_attention=("layers.*.attention",),
+    blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
     grid=list_grid,
     latents="x",
     timestep="t",

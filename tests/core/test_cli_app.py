@@ -23,7 +23,8 @@ from dit_accel.cli.console import print_json
 from dit_accel.cli.method_options import select_methods, with_method_options
 from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
 from dit_accel.methods import registry as method_registry
-from dit_accel.methods.config import MethodConfig, to_toml
+from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.toml import to_toml
 
 
 def run(*arguments: str):
@@ -82,8 +83,13 @@ def test_bad_config_files(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"can't be read \('utf-8' codec"):
         select_methods([], tmp_path / "binary.toml", [])
     (tmp_path / "typo.toml").write_text("[radail]\nnear = 'full'\n")
-    with pytest.raises(ConfigError, match="no method is called 'radail'; did you mean 'radial'"):
+    with pytest.raises(
+        ConfigError, match=r"--config .*typo\.toml: no method is called 'radail'; did you mean 'radial'"
+    ):
         select_methods([], tmp_path / "typo.toml", [])
+    (tmp_path / "broken.toml").write_text("[radial\n")
+    with pytest.raises(ConfigError, match=r"--config .*broken\.toml is no valid TOML: "):
+        select_methods([], tmp_path / "broken.toml", [])
 
 
 def test_a_byte_order_mark_is_no_part_of_a_config_file(tmp_path: Path):

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel import ConfigError, RadialAttention
-from dit_accel.methods.config import from_dict, from_toml, parse_value, to_toml
+from dit_accel.methods.config import from_dict
+from dit_accel.methods.toml import from_toml, parse_value, to_toml
 
 options = st.fixed_dictionaries(
     {},
@@ -69,7 +70,7 @@ def test_values_of_the_command_line():
 
 
 def test_share_of_steps():
-    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1)
+    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).resolve()
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
     with pytest.raises(ConfigError, match="dense_last_steps = 1 needs the number of steps"):
         config.is_dense(0, None, 5)

@@ -586,7 +586,7 @@ def test_a_stride_beyond_a_frame_is_remarked():
 
 def test_it_is_found_by_name_on_the_command_line_and_in_toml():
     from dit_accel.cli.method_options import select_methods
-    from dit_accel.methods.config import from_toml, to_toml
+    from dit_accel.methods.toml import from_toml, to_toml
 
     assert select_methods(["delta"], None, ["delta.stride=32"]) == [DeltaAttention(stride=32)]
     configs = [RADIAL, DeltaAttention(stride=8, reuse=2, reactivate=False, margin=0.5)]

@@ -16,7 +16,7 @@ from dit_accel.methods.attention.lite.handler import THRESHOLDS, LiteHandler
 from dit_accel.methods.attention.lite.ranges import check_ranges, range_tiles
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, model_name, read_thresholds, write_thresholds
 from dit_accel.methods.attention.radial import RadialHandler
-from dit_accel.methods.config import from_toml, to_toml
+from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.report.report import CallReport, Report, StepReport
 

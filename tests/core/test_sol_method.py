@@ -19,7 +19,7 @@ from dit_accel.attachment.session import Session
 from dit_accel.estimate.estimate import estimate
 from dit_accel.methods.attention.sol import DEFAULTS, SolHandler
 from dit_accel.methods.base import METHODS, Handler, Model
-from dit_accel.methods.config import from_toml, to_toml
+from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan, CallContext
 from dit_accel.plan.tiling import pinned_bits

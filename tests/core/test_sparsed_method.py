@@ -454,7 +454,7 @@ def test_what_the_data_decide_is_not_planned():
 
 def test_it_is_found_by_name_on_the_command_line_and_in_toml():
     from dit_accel.cli.method_options import select_methods
-    from dit_accel.methods.config import from_toml, to_toml
+    from dit_accel.methods.toml import from_toml, to_toml
 
     assert select_methods(["sparsed"], None, ["sparsed.mass=0.9"]) == [SparseD(mass=0.9)]
     configs = [SparseD(density=0.25, rest="pooled", dense_steps=0.5)]

@@ -7,8 +7,11 @@ from dit_accel_eval import dropped_mass
 from dit_accel_eval.compare import read_lines
 from dit_accel_kernels import Selection, TileLists, pack_bits
 
+from dit_accel.attachment.execution import PlannedCall
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext
+from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
-from dit_accel.testing.recording import PlannedCall
 
 
 def test_the_mass_is_that_of_the_dropped_tiles_in_their_order():
@@ -16,10 +19,13 @@ def test_the_mass_is_that_of_the_dropped_tiles_in_their_order():
     tiles = TileLists.full(40, 40, block_q=16, block_k=16)
     kept, order = torch.rand(1, 2, 3, 3) < 0.6, torch.randperm(40)
     plan = AttentionPlan(tiles=tiles, token_order=order, selection=Selection(keep=pack_bits(kept)))
-    call = PlannedCall(
-        plan=plan, grid=(1, 1, 40, 0, 0), q=q, k=k, v=v, mask=None, scale=0.5, out=v, exact=pack_bits(kept)
-    )
-    found = dropped_mass.dropped_mass(call)
+    context = CallContext(
+        transformer="transformer", branch="cond", step_index=0, num_inference_steps=4, sigma=None, batch=1, layer=0,
+        depth=0, layout=TokenLayout(frames=1, height=1, width=40), device=q.device,
+    )  # fmt: skip
+    call = Call(q=q, k=k, v=v, scale=0.5)
+    planned = PlannedCall(plan=plan, context=context, call=call, out=v, exact=pack_bits(kept))
+    found = dropped_mass.dropped_mass(planned)
     p = (q @ k.mT * 0.5).softmax(-1)
     for head in range(2):
         for place, row in enumerate(order.tolist()):

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import dit_accel_eval
 import dit_accel_eval.tune_lite as tuning
@@ -20,12 +19,14 @@ from typer.testing import CliRunner
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SparseD
 from dit_accel.adapters.adapter import Adapter
+from dit_accel.attachment.execution import Execution
+from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.session import AttentionLayer, Session, TransformerState
 from dit_accel.cli import registry
 from dit_accel.cli.app import app
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
 from dit_accel.methods.base import Model
+from dit_accel.plan.tiling import Tiling
 
 PROMPTS = ("a red circle moving right", "a blue square moving up")
 LITE = LiteAttention(block_size=16, dense_steps=0)
@@ -79,29 +80,32 @@ def test_thresholds_of_levels():
 
 
 class Stage:
-    """A session of one attention module and one handler, told its step by hand."""
+    """An execution of one attention layer and one handler, told its step by hand."""
 
     def __init__(self, made) -> None:
-        self.session = Session([made], "reference")
-        self.target = TransformerState("transformer", Adapter(name="any", transformers=(), self_attention=()))
-        place = AttentionLayer(self.target, 0, 0)
-        place.processor = SimpleNamespace()
-        self.target.places.append(place)
-        self.session.targets.append(self.target)
-        self.session.places.append(place)
+        self.execution = Execution([made], "reference")
+        adapter = Adapter(name="any", transformers=(), self_attention=())
+        self.state = TransformerState("transformer", torch.nn.Module(), adapter)
+        layer = AttentionLayer(self.state, torch.nn.Module(), 0, 0)
+        self.state.layers.append(layer)
+        self.execution.layers.append(layer)
 
     def call(self, step: int, q, k, v) -> torch.Tensor:
-        self.session.enter(self.target, "cond", dict(step_index=step, num_inference_steps=6))
-        grid = (2, 8, 12, 0, 0)
-        return planned_attention(q, k, v, None, torch.tensor(0), self.session.number, grid, "bshd", None, False)[0]
+        self.execution.state.enter(self.state, "cond", dict(step_index=step, num_inference_steps=6))
+        self.state.begin_forward(len(q))
+        grid, layer = torch.tensor((2, 8, 12, 0, 0)), torch.tensor(0)
+        out, _ = planned_attention(q, k, v, None, layer, grid, self.execution.number, True, None, False)
+        self.execution.state.leave(self.state)
+        return out
 
 
 @pytest.mark.parametrize("criterion", ["maxgap", "mass"])
 @pytest.mark.parametrize("metric", ["l1", "l2"])
 def test_votes_stay_under_the_target_and_the_figures_are_what_is_measured(criterion, metric):
     """On unchanged inputs: each call differs from the one before by what its votes were said to add."""
-    model = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=2, layers=1)
-    tuner = Tuner(LiteAttention(block_size=16, dense_steps=0, criterion=criterion), model, 0.05, METRICS[metric])
+    adapter = Adapter(name="any", transformers=(), self_attention=())
+    model = Model(adapter=adapter, family=None, heads=2, layers=1, tiling=Tiling(16))
+    tuner = Tuner(LiteAttention(dense_steps=0, criterion=criterion), model, 0.05, METRICS[metric])
     stage = Stage(tuner)
     q, k, v = (torch.randn(1, 192, 2, 8, dtype=torch.float64) for _ in range(3))
     outs = [stage.call(step, 3 * q, k, v) for step in range(6)]

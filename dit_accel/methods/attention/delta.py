@@ -13,27 +13,28 @@ difference, cancels it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...plan.call import Call
+from ...plan.context import CallContext, Key, StepContext
 from ...plan.exact_rows import dense_rows
 from ...plan.layout import TokenLayout
-from ...plan.plan import AttentionPlan, Call, CallContext
-from ..base import Handler, Model, handles
+from ...plan.plan import AttentionPlan
+from ...plan.probes import probe_gaps
+from ...report.sections import Section
+from ..base import AttentionHandler, Handler, Model, Phase, TakesBack
 from ..config import MethodConfig
-from .lite.state import Key, key_of
-from .sparse import SparseConfig
+from ..saving import Saving
+from .sparse import SparseHandler
 
-LOG2_E = 1.4426950408889634
 GOLDEN = (5**0.5 - 1) / 2
-PROBE_SCORES = 2**26
-"""Logits that the probes of one head hold at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +71,8 @@ class DeltaAttention(MethodConfig):
             raise ConfigError(f"delta.stride must be >= 1, got {self.stride}; 64 computes 1.6 % of the rows exactly")
         if self.reuse < 1:
             raise ConfigError(f"delta.reuse must be >= 1, got {self.reuse}; 1 probes every call")
-        if not 0 <= self.margin < float("inf"):
-            raise ConfigError(f"delta.margin must be a finite number >= 0, got {self.margin}; 1 is usual")
+        if self.margin < 0:
+            raise ConfigError(f"delta.margin must be >= 0, got {self.margin}; 1 is usual")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,102 +109,150 @@ def groups_of(layout: TokenLayout, stride: int, device: str, turn: int = 0) -> G
         return Groups(rows=rows.flatten().to(device).clone(), of=of.flatten().to(device).clone())
 
 
-@handles(DeltaAttention)
-class DeltaHandler(Handler):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredError:
+    """What the planned part of one attention call was off by at its probe rows, before any correction.
+
+    Attributes:
+        transformer: component name.
+        step_index: 0-based step.
+        branch: name of the denoising call.
+        layer: the attention module's index in its transformer.
+        rows: share of the call's query rows that were probed, each by dense attention beside what the plan computes.
+        by_head: norm of (planned - dense) over the norm of dense, of each head, over probe rows and batch.
+    """
+
+    transformer: str
+    step_index: int
+    branch: str
+    layer: int
+    rows: float
+    by_head: tuple[float, ...]
+
+
+class DeltaHandler(AttentionHandler):
     """DeltaAttention on one model: corrects what the other methods' plans computed."""
 
-    config: DeltaAttention
-    rank = 2
+    config_type = DeltaAttention
+    phase = Phase.CORRECTIONS
+    settings: DeltaAttention
 
     def __init__(self, config: DeltaAttention, model: Model) -> None:
         super().__init__(config, model)
-        self.others: tuple[Handler, ...] = ()
+        self.takers: tuple[TakesBack, ...] = ()
         self.held: dict[Key, tuple[Tensor, int]] = {}
+        self._measured: list[tuple[CallContext, Tensor]] = []
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse to correct nothing."""
-        if not any(isinstance(other.config, SparseConfig) for other in others):
+        if not any(isinstance(other, SparseHandler) for other in others):
             raise ConfigError(
                 "delta corrects what a sparse method leaves out, and none is attached; add one, such as "
                 "RadialAttention() or --radial"
             )
-        self.others = tuple(others)
+        self.takers = tuple(other for other in others if isinstance(other, TakesBack))
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Remark on groups that are smaller than asked for."""
-        if self.config.stride <= layout.tokens_per_frame:
+        if self.settings.stride <= layout.tokens_per_frame:
             return None
         return (
-            f"delta.stride = {self.config.stride} exceeds the {layout.tokens_per_frame} tokens of a frame: "
+            f"delta.stride = {self.settings.stride} exceeds the {layout.tokens_per_frame} tokens of a frame: "
             "one row a frame is computed exactly"
         )
 
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
+    def is_active(self, step: StepContext, depth: int) -> bool:
         """Never by itself: it corrects the calls that other methods plan."""
         return False
 
-    def correct(
-        self, plan: AttentionPlan, context: CallContext, call: Call, v: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add each group's correction; on probed calls return the measured error and let tiles be taken back.
+    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
+        """Add each group's correction; on probed calls measure the error and let tiles be taken back.
 
         Raises:
             ConfigError: if a backward may follow, of which the correction would be no part.
         """
-        if _is_dense(plan):
-            return out, None
+        if plan.is_dense:
+            return out
         if context.differentiate:
             raise ConfigError(
                 "delta has no gradient, and this attention call is recorded for a backward; generate under "
                 "torch.no_grad(), or train without DeltaAttention"
             )
-        axis = 2 if call.layout == "bhsd" else 1
-        turn = context.step_index if self.config.rotate else 0
-        groups = groups_of(context.layout, self.config.stride, str(out.device), turn)
-        key = key_of(context)
-        delta, calls = self.held.get(key, (None, 0))
-        dense = error = None
-        if delta is None or calls % self.config.reuse == 0:
-            dense = dense_rows(plan, call, v, groups.rows)
+        settings = self.settings
+        turn = context.step_index if settings.rotate else 0
+        groups = groups_of(context.layout, settings.stride, str(out.device), turn)
+        delta, calls = self.held.get(context.key, (None, 0))
+        dense = None
+        if delta is None or calls % settings.reuse == 0:
+            dense = dense_rows(plan, call, groups.rows)
             wide = torch.promote_types(out.dtype, torch.float32)
             exact = dense.to(wide)
-            difference = exact - out.index_select(axis, groups.rows).to(wide)
-            error = _norm(call.heads_first(difference)) / _norm(call.heads_first(exact))
+            difference = exact - out.index_select(2, groups.rows).to(wide)
+            self._measured.append((context, _norm(difference) / _norm(exact)))
             delta = difference
-            if self.config.shrink:
-                likeness = likeness_of(call.heads_first(difference), context.layout.frames)
-                delta = call.heads_first(call.heads_first(difference) * likeness[..., None, None])
+            if settings.shrink:
+                delta = difference * likeness_of(difference, context.layout.frames)[..., None, None]
             delta = delta.to(out.dtype)
-            self._reactivate(plan, context, call, groups.rows)
-        if self.config.reuse > 1:
-            self.held[key] = (delta, calls + 1)
-        out.narrow(axis, context.layout.text_before, len(groups.of)).add_(delta.index_select(axis, groups.of))
+            self._take_back(plan, call, context, groups.rows)
+        if settings.reuse > 1:
+            self.held[context.key] = (delta, calls + 1)
+        out.narrow(2, context.layout.text_before, len(groups.of)).add_(delta.index_select(2, groups.of))
         if dense is not None:
-            out.index_copy_(axis, groups.rows, dense)
-        return out, error
+            out.index_copy_(2, groups.rows, dense)
+        return out
 
     def probe_share(self, layout: TokenLayout) -> float:
-        """Return the share of one row in each group."""
-        return layout.frames * math.ceil(layout.tokens_per_frame / self.config.stride) / layout.tokens
+        """Return the share of a call's query rows that are computed densely: one row in each group."""
+        return layout.frames * math.ceil(layout.tokens_per_frame / self.settings.stride) / layout.tokens
 
     def reset(self) -> None:
         """Forget the corrections of earlier calls."""
         self.held.clear()
 
-    def _reactivate(self, plan: AttentionPlan, context: CallContext, call: Call, rows: Tensor) -> None:
-        takers = [other for other in self.others if self.config.reactivate and other.wants_gaps(plan, context)]
+    def begin_run(self) -> None:
+        """Forget what was measured."""
+        self._measured.clear()
+
+    def report(self) -> Section | None:
+        """Return the errors at probe rows, before correction, and the work that they cost."""
+        found = tuple(
+            MeasuredError(
+                transformer=context.transformer,
+                step_index=context.step_index,
+                branch=context.branch,
+                layer=context.layer,
+                rows=self.probe_share(context.layout),
+                by_head=tuple(error.tolist()),
+            )
+            for context, error in self._measured
+        )
+        if not found:
+            return None
+        errors = [(error, one, head) for one in found for head, error in enumerate(one.by_head)]
+        worst, one, head = max(errors, key=lambda entry: entry[0])
+        mean = sum(error for error, *_ in errors) / len(errors)
+        probed: dict[tuple[Any, ...], float] = {}
+        for entry in found:
+            probed[entry.transformer, entry.step_index, entry.branch, entry.layer] = entry.rows
+        where = f"step {one.step_index}, layer {one.layer}, head {head}"
+        lines = (
+            f"error at probe rows, before correction: {mean:.3f} mean, {worst:.3f} worst ({where})",
+            f"{len(found)} calls probed; their rows are computed densely, beside the tiles: {one.rows:.3f} of a call",
+        )
+        data = {"mean": mean, "worst": worst, "measured": [asdict(entry) for entry in found]}
+        return Section(method=self.name, title="delta", lines=lines, data={**data, "probed_rows": sum(probed.values())})
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return what the probe rows cost."""
+        note = f"delta computes {self.probe_share(layout):.3f} of the query rows densely, beside the tiles"
+        return Saving(exact_rows=self.probe_share(layout) / self.settings.reuse, notes=(note,))
+
+    def _take_back(self, plan: AttentionPlan, call: Call, context: CallContext, rows: Tensor) -> None:
+        takers = [one for one in self.takers if self.settings.reactivate and one.wants_gaps(plan, context)]
         if takers:
             gaps, shares = probe_gaps(plan, call, rows)
-            for other in takers:
-                other.reactivate(plan, context, gaps, shares, self.config.margin)
-
-
-def _is_dense(plan: AttentionPlan) -> bool:
-    """Tell whether a plan leaves nothing out; asks no device."""
-    full = plan.tiles is None or plan.tiles.tiles_exact == plan.tiles.tiles_total
-    return full and (plan.selection is None or (plan.selection.keep is None and plan.selection.routing is None))
+            for one in takers:
+                one.take_back(plan, context, gaps, shares, self.settings.margin)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -228,66 +277,3 @@ def likeness_of(corrections: Tensor, frames: int) -> Tensor:
         return torch.ones_like(x[:, :, 0, 0, 0])
     together, first, second = ((a * b).sum((2, 3, 4)) for a, b in ((one, next_), (one, one), (next_, next_)))
     return (together / (first * second).sqrt().clamp(min=torch.finfo(x.dtype).tiny)).clamp(0, 1).sqrt()
-
-
-def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what some query rows see in every key tile of a plan, the most of each block row's.
-
-    Args:
-        plan: the call's plan; its tile lists give the tiles.
-        call: its queries and keys.
-        rows: int64 [G], token indices of the probes.
-
-    Returns:
-        Gaps and shares, float32 (float64 for float64) [B, H, NQ, NK], as `Handler.reactivate` has them.
-    """
-    tiles, order = plan.tiles, plan.token_order
-    assert tiles is not None
-    q, k = call.heads_first(call.q).index_select(2, rows), call.heads_first(call.k)
-    (batch, heads), keys = q.shape[:2], k.shape[2]
-    place = rows
-    if order is not None:
-        k = k.index_select(2, order)
-        place = torch.empty_like(order).index_copy_(0, order, torch.arange(keys, device=order.device))[rows]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    shape = (batch, heads, tiles.query_tiles, tiles.key_tiles)
-    gaps = torch.full(shape, -torch.inf, dtype=wide, device=q.device)
-    shares = torch.zeros(shape, dtype=wide, device=q.device)
-    for b, h, part, x in _probe_logits(plan, call, q, k, rows):
-        x = torch.nn.functional.pad(x, (0, -keys % tiles.block_k), value=-torch.inf).unflatten(-1, (-1, tiles.block_k))
-        top = x.amax(-1)
-        peak = top.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # a row without a valid key
-        mass = (x - peak[..., None]).exp2().sum(-1)
-        block_row = place[part] // tiles.block_q
-        block_row = block_row[:, None].expand_as(top)
-        gaps[b, h].scatter_reduce_(0, block_row, top - peak, "amax")
-        share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-        shares[b, h].scatter_reduce_(0, block_row, share, "amax")
-    return gaps, shares
-
-
-def _probe_logits(
-    plan: AttentionPlan, call: Call, q: Tensor, k: Tensor, rows: Tensor
-) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """Give (batch, head, part of the rows, log2 logits [part, S]) of the probes; ``k`` is in the plan's tiled order."""
-    order, decay, mask = plan.token_order, plan.frame_decay, call.key_mask()
-    wide = torch.promote_types(q.dtype, torch.float32)
-    invalid = None if mask is None else ~(mask if order is None else mask.index_select(1, order))
-    scale = (q.shape[-1] ** -0.5 if call.scale is None else call.scale) * LOG2_E
-    repeat, step = q.shape[1] // k.shape[1], max(1, PROBE_SCORES // k.shape[2])
-    factor = None if plan.head_scale is None else plan.head_scale.to(wide).reshape(-1, q.shape[1])
-    k_frames = None if decay is None else decay.k_frames if order is None else decay.k_frames[order]
-    for start in range(0, len(rows), step):
-        part, t = slice(start, start + step), None
-        if decay is not None and k_frames is not None:
-            q_frames = decay.q_frames[rows[part]]
-            distance = (q_frames[:, None] - k_frames).abs().clamp(max=decay.table.numel() - 1)
-            outside = (q_frames < 0)[:, None] | (k_frames < 0)
-            t = decay.table[distance.long()].to(wide).masked_fill(outside, 1.0)
-        for b in range(q.shape[0]):
-            for h in range(q.shape[1]):
-                x = (q[b, h, part] @ k[b, h // repeat].mT).to(wide) * scale
-                if factor is not None:
-                    x = x * factor[b if len(factor) > 1 else 0, h]
-                x = x if t is None else torch.minimum(x, t * x)
-                yield b, h, part, x if invalid is None else x.masked_fill(invalid[b], -torch.inf)

@@ -5,24 +5,24 @@ the original: any token count and head dim, grouped heads, masked keys, every ba
 another method.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-import torch
-from dit_accel_kernels import Routing, Selection, unpack_bits
-from torch import Tensor
+import numpy as np
+from dit_accel_kernels import Routing, unpack_bits
 
 from ...errors import ConfigError
+from ...plan.call import Call
+from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
-from ...plan.plan import AttentionPlan, CallContext
-from ...plan.tiling import full_tiles, pinned_bits, visual_first
-from ..base import Handler, Model, handles
-from ..config import MethodConfig
-from .sparse import SparseConfig, SparseHandler
+from ...plan.plan import AttentionPlan
+from ...plan.tiling import pinned_bits
+from ..base import Phase
+from ..saving import Saving, TileSaving
+from .sparse import SparseConfig, SparseHandler, SparseSettings
 
 DEFAULTS: Mapping[str, Any] = {
     "beta": 1.0,
@@ -47,11 +47,67 @@ WORTHWHILE_TOKENS = 40_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SolSettings(SparseSettings):
+    """What `SolAttention` came to on one model; ``beta_last`` is ``beta`` where it does not change."""
+
+    name: ClassVar[str] = "sol"
+
+    beta: float
+    beta_last: float
+    threshold: Literal["diag", "exact"]
+    sink: Literal["text", "first_frame"]
+
+    def beta_at(self, step_index: int, num_inference_steps: int | None) -> float:
+        """Return beta at a step (0-based) of the run.
+
+        Raises:
+            ConfigError: if beta changes over steps whose number nothing tells.
+        """
+        if self.beta_last == self.beta:
+            return self.beta
+        if num_inference_steps is None:
+            raise ConfigError(
+                f"sol.beta_last = {self.beta_last} needs the number of steps, which nothing tells here; attach to the "
+                "pipeline, or leave beta_last unset"
+            )
+        first, last = _sparse_steps(self, num_inference_steps)
+        share = (step_index - first) / (last - first) if last > first else 0.0
+        return self.beta + (self.beta_last - self.beta) * share
+
+    def pinned(self, layout: TokenLayout) -> np.ndarray:
+        """Return the visual tiles that stay exact whatever the data says, bool [N, N]; text apart."""
+        alone = replace(layout, text_before=0, text_after=0)
+        bits = pinned_bits(alone, self.block_size, DIAGONAL, self.sink, "cpu")
+        return unpack_bits(bits, self.tiling.tiles(alone.tokens)).numpy()
+
+    def keep(self, share: np.ndarray, layout: TokenLayout) -> np.ndarray:
+        """Return the expected exact share of visual tiles, given that before routing; on Gaussian scores."""
+        betas = [self.beta + (self.beta_last - self.beta) * part / 32 for part in range(33)]
+        routed = sum(0.5 * math.erfc(beta / math.sqrt(2)) for beta in betas) / len(betas)
+        return np.where(self.pinned(layout), share, share * routed)
+
+    def density(self, layout: TokenLayout) -> float:
+        """Return the expected share of the visual tiles that stay exact, in (0, 1], on Gaussian scores."""
+        tiles = self.tiling.tiles(layout.visual_tokens)
+        return float(self.keep(np.ones((tiles, tiles)), layout).mean())
+
+    def advice(self, layout: TokenLayout) -> str | None:
+        """Return what the user should know of sol on this layout, or None where it fits well."""
+        pinned, tokens = self.pinned(layout), layout.visual_tokens
+        if pinned.all():
+            return f"sol keeps all {pinned.size} tiles of {tokens} visual tokens, so it can't be faster here"
+        if tokens < WORTHWHILE_TOKENS:
+            return f"sol seldom pays below {WORTHWHILE_TOKENS} visual tokens, and here are {tokens}"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SolAttention(SparseConfig):
     """Sparse self-attention that keeps the tiles of high pooled scores and pools the rest (arXiv 2607.24027).
 
-    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For the options
-    that begin with ``dense`` see `SparseConfig`. With a method that lists tiles, the listed ones are routed.
+    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
+    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. With a
+    method that lists tiles, the listed ones are routed.
 
     Attributes:
         beta: standard deviations by which a tile's score must exceed its row's mean to stay exact; on scores that are
@@ -62,7 +118,6 @@ class SolAttention(SparseConfig):
             from their covariances too.
         sink: what every query sees exactly beside its own and the neighbouring tiles: ``text`` tokens, where text is
             part of the sequence (as queries they see all exactly, too), or ``first_frame``, text and the first frame.
-        block_size: tokens of a tile; a power of two, 16 to 512. With RadialAttention the tiles are Radial's.
         dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. What TensorRT-LLM calls
             disabled_until_timestep.
 
@@ -71,148 +126,62 @@ class SolAttention(SparseConfig):
     """
 
     name: ClassVar[str] = "sol"
-    generic: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    settings_type: ClassVar[type[SparseSettings]] = SolSettings
 
     beta: float | None = None
     beta_last: float | None = None
     threshold: Literal["diag", "exact"] = "diag"
     sink: Literal["text", "first_frame"] = "text"
-    block_size: int | None = None
 
-    def __post_init__(self) -> None:
-        SparseConfig.__post_init__(self)
-        for field in ("beta", "beta_last"):
-            value = getattr(self, field)
-            if value is not None and not math.isfinite(value):
-                raise ConfigError(
-                    f"sol.{field} must be a finite number, got {value}; 1 keeps 16 % of the tiles, -8 all, 8 none"
-                )
-        block = self.block_size
-        if block is not None and (not 16 <= block <= 512 or block & (block - 1)):
-            raise ConfigError(f"sol.block_size must be a power of two from 16 to 512, got {block}; 64 is the paper's")
-
-    def in_tiles_of(self, other: MethodConfig) -> "SolAttention":
-        """Return the config with the tile size of another method's resolved config.
-
-        Raises:
-            ConfigError: if ``block_size`` is set to something else.
-        """
-        size = getattr(other, "block_size", None)
-        if self.block_size not in (None, size):
-            raise ConfigError(
-                f"sol.block_size = {self.block_size} can't route tiles of {other.name}.block_size = {size}; set both "
-                "alike, or leave sol's unset"
-            )
-        return dataclasses.replace(self, block_size=size)
-
-    def beta_at(self, step_index: int, num_inference_steps: int | None) -> float:
-        """Return beta at a step (0-based) of the run.
-
-        Raises:
-            ConfigError: if beta changes over steps whose number nothing tells.
-        """
-        return _beta_at(self, step_index, num_inference_steps)
-
-    def tile_counts(self, layout: TokenLayout) -> tuple[int, int]:
-        """Return (tiles expected to stay exact, tiles in all) over the visual tokens alone, for Gaussian scores."""
-        total = _pinned_visual(self.resolved({}), layout).numel()
-        return self.routed_count(layout, None), total
-
-    def routed_count(self, layout: TokenLayout, listed: Tensor | None) -> int:
-        """Return how many visual tiles are expected to stay exact, for Gaussian scores.
-
-        Args:
-            layout: the sequence.
-            listed: bool [N, N], the visual tiles that another method's list keeps exact; None: all.
-        """
-        full = self.resolved({})
-        pinned = _pinned_visual(full, layout)
-        listed = torch.ones_like(pinned) if listed is None else listed
-        fixed = int((listed & pinned).sum())
-        return fixed + round(_expected_share(full) * (int(listed.sum()) - fixed))
-
-    def density(self, layout: TokenLayout) -> float:
-        """Return the expected kept share of `tile_counts`, in (0, 1]."""
-        kept, total = self.tile_counts(layout)
-        return kept / total
-
-    def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know of sol on this layout, or None where it fits well."""
-        pinned, tokens = _pinned_visual(self.resolved({}), layout), layout.visual_tokens
-        if pinned.all():
-            return f"sol keeps all {pinned.numel()} tiles of {tokens} visual tokens, so it can't be faster here"
-        if tokens < WORTHWHILE_TOKENS:
-            return f"sol seldom pays below {WORTHWHILE_TOKENS} visual tokens, and here are {tokens}"
-        return None
+    def settled(self, names: set[str]) -> dict[str, Any]:
+        """Return the values of the settings' fields."""
+        values = SparseConfig.settled(self, names)
+        return {**values, "beta_last": self.beta if self.beta_last is None else self.beta_last}
 
 
-@lru_cache(maxsize=256)
-def _beta_at(config: SolAttention, step_index: int, num_inference_steps: int | None) -> float:
-    full = config.resolved({})
-    beta, last = full.beta, full.beta_last
-    assert beta is not None
-    if last is None:
-        return beta
-    if num_inference_steps is None:
-        raise ConfigError(
-            f"sol.beta_last = {last} needs the number of steps, which nothing tells here; attach to the pipeline, or "
-            "leave beta_last unset"
-        )
-    layer = full.dense_layers or 0
-    steps = [s for s in range(num_inference_steps) if not full.is_dense(s, num_inference_steps, layer, 0.0)]
-    share = (step_index - steps[0]) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.0
-    return beta + (last - beta) * share
+@lru_cache(maxsize=16)
+def _sparse_steps(settings: SolSettings, steps: int) -> tuple[int, int]:
+    """Return the first and the last step at which any layer is sparse; (0, 0) if there is none."""
+    layer = settings.dense_layers
+    sparse = [step for step in range(steps) if not settings.is_dense(step, steps, layer, 0.0)] or [0]
+    return sparse[0], sparse[-1]
 
 
-def _expected_share(full: SolAttention) -> float:
-    """Return the share of routed tiles that stay exact on Gaussian scores, mean over a changing beta."""
-    first, last = full.beta, full.beta if full.beta_last is None else full.beta_last
-    assert first is not None
-    assert last is not None
-    betas = [first + (last - first) * part / 32 for part in range(33)]
-    return sum(0.5 * math.erfc(beta / math.sqrt(2)) for beta in betas) / len(betas)
-
-
-def _pinned_visual(full: SolAttention, layout: TokenLayout) -> Tensor:
-    """Return bool [N, N]: the visual tiles that stay exact whatever the data says; text apart."""
-    assert full.block_size is not None
-    alone = dataclasses.replace(layout, text_before=0, text_after=0)
-    bits = pinned_bits(alone, full.block_size, DIAGONAL, full.sink, "cpu")
-    return unpack_bits(bits, -(-alone.tokens // full.block_size))
-
-
-@handles(SolAttention)
 class SolHandler(SparseHandler):
-    """SolAttention on one model: its recipe filled in, its routing put into the plan."""
+    """SolAttention on one model: its routing put into the plan."""
 
-    rank = 1
-    config: SolAttention
+    config_type = SolAttention
+    phase = Phase.SELECTIONS
+    exclusive = frozenset({"routing"})
+    settings: SolSettings
 
-    def __init__(self, config: SolAttention, model: Model) -> None:
-        super().__init__(config, model)
-        self._asked = config
-
-    def check_with(self, others: Sequence[Handler]) -> None:
-        """Take the tile size of another method; refuse one that the user set to something else."""
-        ranked = sorted(others, key=lambda other: other.rank)
-        tiled = [other.config for other in ranked if getattr(other.config, "block_size", None) is not None]
-        if tiled:
-            size = self._asked.in_tiles_of(tiled[0]).block_size
-            self.config = dataclasses.replace(self.config, block_size=size)
-
-    def contribute(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Route the exact tiles of the plan's list, or all tiles where there is none."""
-        config, layout, device = self.config, context.layout, str(context.device)
-        tiles, order = plan.tiles, plan.token_order
-        if tiles is None:
-            assert config.block_size is not None
-            tiles, order = full_tiles(layout, config.block_size, device), visual_first(layout, None, device)
-        selection = plan.selection or Selection()
-        pinned = pinned_bits(layout, tiles.block_k, DIAGONAL, config.sink, device)
-        if selection.pinned is not None:
-            pinned = pinned | selection.pinned
-        beta = config.beta_at(context.step_index, context.num_inference_steps)
-        selection = dataclasses.replace(
-            selection, pinned=pinned, routing=Routing(beta=beta, threshold=config.threshold)
+        settings, layout, device = self.settings, context.layout, str(context.device)
+        pinned = pinned_bits(layout, settings.block_size, DIAGONAL, settings.sink, device)
+        steps = context.num_inference_steps
+        beta = settings.beta if context.training else settings.beta_at(context.step_index, steps)
+        plan = plan.with_tiles(*settings.tiling.full(layout, device)).narrow(pinned=pinned)
+        return plan.route(Routing(beta=beta, threshold=settings.threshold))
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return the tiles that routing is expected to leave, and the size of lists and bitmaps."""
+        settings = self.settings
+        count = settings.tiling.tiles(layout.visual_tokens)
+        advice = settings.advice(layout)
+        tiles = TileSaving(
+            tiles=count,
+            active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
+            keep=lambda share: settings.keep(share, layout),
+            pools=True,
+            expected=True,
         )
-        return dataclasses.replace(plan, tiles=tiles, token_order=order, selection=selection)
+        entries = count + 1 + count * count + count * -(-count // 32)
+        counted = "which tiles are routed is known only while it runs; counted is what Gaussian scores would keep"
+        return Saving(
+            tiles=tiles,
+            list_bytes=4 * entries,
+            notes=(counted, *settings.notes()),
+            warnings=(advice,) if advice else (),
+        )

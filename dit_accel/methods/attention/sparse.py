@@ -1,86 +1,55 @@
-"""Base of sparse methods: recipe values for what is unset, and the steps and layers that stay dense."""
+"""Base of sparse methods: tiles, recipe values for what is unset, and the steps and layers that stay dense."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from ...errors import ConfigError, did_you_mean
+from ...plan.context import StepContext
 from ...plan.layout import TokenLayout
-from ..base import Handler, Model
-from ..config import MethodConfig
-
-Config = TypeVar("Config", bound="SparseConfig")
+from ...plan.tiling import Tiling
+from ..base import AttentionHandler, Model
+from ..config import MethodConfig, plain_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SparseConfig(MethodConfig):
-    """What sparse methods share: which steps and layers stay dense, and options that a model's recipe fills.
+class SparseSettings:
+    """What a sparse method came to on one model: every option has its value. For the options see the method's config.
 
     Attributes:
-        dense_steps: first denoising steps that stay dense; below 1 a share of the run's steps, rounded up.
-        dense_last_steps: last denoising steps that stay dense.
-        dense_layers: first layers that stay dense.
-        dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. Schedules with a large
-            shift spend a small share of the steps there, or a large one, so that counting steps misses the point.
-
-    Raises:
-        ConfigError: for an option out of range.
+        tiling: how all methods of the attachment cut a sequence into tiles.
     """
 
-    generic: ClassVar[Mapping[str, Any]] = {}
-    """What an option is where neither the user nor the model's recipe sets it; no other option may be in a recipe."""
+    name: ClassVar[str]
 
-    dense_steps: int | float | None = None
-    dense_last_steps: int | None = None
-    dense_layers: int | None = None
-    dense_above_sigma: float | None = None
+    tiling: Tiling
+    dense_steps: int | float
+    dense_last_steps: int
+    dense_layers: int
+    dense_above_sigma: float | None
 
-    def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
-        for field in ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma"):
-            value = getattr(self, field)
-            if value is not None and value < 0:
-                raise ConfigError(f"{self.name}.{field} must be >= 0, got {value}; 0 keeps none dense")
-        if isinstance(self.dense_steps, float) and not self.dense_steps < 1 and not self.dense_steps.is_integer():
-            raise ConfigError(
-                f"{self.name}.dense_steps must be a whole number of steps or a share below 1, got {self.dense_steps}"
-            )
+    @property
+    def block_size(self) -> int:
+        """Tokens of a tile."""
+        return self.tiling.block_size
 
-    def resolved(self: Config, recipe: Mapping[str, Any]) -> Config:
-        """Return the config with every unset option filled in from ``recipe``, then from `generic`.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
-        known = {*self.generic, "dense_above_sigma"}
-        for key in recipe:
-            if key not in known:
-                raise ConfigError(
-                    f"a recipe of {self.name} sets {key!r}, which it can't; {did_you_mean(key, sorted(known))}"
-                )
-        filled = {**self.generic, **recipe}
-        return dataclasses.replace(self, **{key: filled[key] for key in filled if getattr(self, key) is None})
-
-    def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know of the method on this layout, or None where it fits well.
-
-        Raises:
-            ConfigError: if the method makes no sense on it.
-        """
-        return None
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values, ``block_size`` in place of the tiling."""
+        values = plain_fields(self)
+        del values["tiling"]
+        return {**values, "block_size": self.block_size}
 
     def is_dense(
         self, step_index: int, num_inference_steps: int | None, layer: int, sigma: float | None = None
     ) -> bool:
-        """Tell whether a layer stays dense at a step (0-based, over all experts) of noise level ``sigma``.
+        """Tell whether a layer stays dense at a step (0-based, of this run) of noise level ``sigma``.
 
         Raises:
             ConfigError: if the options count what nothing tells: the run's steps, or the noise level.
         """
-        first, last, layers, level = _dense_parts(self)
+        first, last, level = self.dense_steps, self.dense_last_steps, self.dense_above_sigma
         if num_inference_steps is None and (last or 0 < first < 1):
             what = f"dense_last_steps = {last}" if last else f"dense_steps = {first}"
             raise ConfigError(
@@ -94,31 +63,129 @@ class SparseConfig(MethodConfig):
             )
         if 0 < first < 1:
             first = math.ceil(first * (num_inference_steps or 0))
-        if layer < layers or step_index < first or (level is not None and sigma is not None and sigma > level):
+        if layer < self.dense_layers or step_index < first or (level is not None and (sigma or 0.0) > level):
             return True
         return num_inference_steps is not None and step_index >= num_inference_steps - last
 
+    def advice(self, layout: TokenLayout) -> str | None:
+        """Return what the user should know of the method on this layout, or None where it fits well.
 
-@lru_cache(maxsize=64)
-def _dense_parts(config: SparseConfig) -> tuple[float, int, int, float | None]:
-    full = config.resolved({})
-    return full.dense_steps or 0, full.dense_last_steps or 0, full.dense_layers or 0, full.dense_above_sigma
+        Raises:
+            ConfigError: if the method makes no sense on it.
+        """
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what an estimate can't know of these options."""
+        if self.dense_above_sigma is None:
+            return ()
+        return (
+            f"plan takes the steps above {self.name}.dense_above_sigma = {self.dense_above_sigma} for sparse: noise "
+            "levels are known only while it runs",
+        )
+
+    def active_layers(self, layers: int, steps: int) -> int:
+        """Return in how many of the first ``layers`` the method is active at some step of a run."""
+        return sum(any(not self.is_dense(step, steps, layer, 0.0) for step in range(steps)) for layer in range(layers))
 
 
-class SparseHandler(Handler):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseConfig(MethodConfig):
+    """What sparse methods share: tile size, and which steps and layers stay dense; a model's recipe may fill them.
+
+    Attributes:
+        dense_steps: first denoising steps that stay dense; below 1 a share of the run's steps, rounded up.
+        dense_last_steps: last denoising steps that stay dense.
+        dense_layers: first layers that stay dense.
+        dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. Schedules with a large
+            shift spend a small share of the steps there, or a large one, so that counting steps misses the point.
+        block_size: tokens of a tile; a power of two, 16 to 512. All methods that are attached together share their
+            tiles: what is unset follows what is set.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    settings_type: ClassVar[type[SparseSettings]]
+
+    dense_steps: int | float | None = None
+    dense_last_steps: int | None = None
+    dense_layers: int | None = None
+    dense_above_sigma: float | None = None
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        for field in ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise ConfigError(f"{self.name}.{field} must be >= 0, got {value}; 0 keeps none dense")
+        if isinstance(self.dense_steps, float) and not self.dense_steps < 1 and not self.dense_steps.is_integer():
+            raise ConfigError(
+                f"{self.name}.dense_steps must be a whole number of steps or a share below 1, got {self.dense_steps}"
+            )
+        block = self.block_size
+        if block is not None and (not 16 <= block <= 512 or block & (block - 1)):
+            usual = self.defaults.get("block_size", 128)
+            raise ConfigError(
+                f"{self.name}.block_size must be a power of two from 16 to 512, got {block}; {usual} is usual"
+            )
+
+    def tile_size(self, recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
+        """Return the tile size that is set, and the recipe's or the method's usual one."""
+        return self.block_size, recipe.get("block_size", self.defaults["block_size"])
+
+    def filled(self, recipe: Mapping[str, Any]) -> "SparseConfig":
+        """Return the config with every unset option filled in from ``recipe``, then from `defaults`.
+
+        Raises:
+            ConfigError: for an option that no recipe may fill, or a value out of range.
+        """
+        known = {*self.defaults, "dense_above_sigma"}
+        for key in recipe:
+            if key not in known:
+                raise ConfigError(
+                    f"a recipe of {self.name} sets {key!r}, which it can't; {did_you_mean(key, sorted(known))}"
+                )
+        values = {**self.defaults, **recipe}
+        return dataclasses.replace(self, **{key: values[key] for key in values if getattr(self, key) is None})
+
+    def resolve(self, recipe: Mapping[str, Any] | None = None, tiling: Tiling | None = None) -> Any:
+        """Return the settings that the config comes to, of the method's own settings type.
+
+        Args:
+            recipe: option -> value of the model; None: of no model.
+            tiling: the attachment's tiles; None: of this method alone.
+
+        Raises:
+            ConfigError: as `filled`.
+        """
+        full = self.filled(recipe or {})
+        if tiling is None:
+            tiling = Tiling(full.block_size or Tiling.block_size, full.tile_order() or "raster")  # type: ignore[arg-type]
+        names = {field.name for field in dataclasses.fields(self.settings_type)} - {"tiling"}
+        return self.settings_type(tiling=tiling, **full.settled(names))
+
+    def settled(self, names: set[str]) -> dict[str, Any]:
+        """Return the values of the settings' fields, of a config with every option filled in."""
+        return {name: getattr(self, name) for name in names}
+
+
+class SparseHandler(AttentionHandler):
     """A sparse method on one model: its recipe filled in; active outside the dense steps and layers."""
 
-    config: SparseConfig
+    settings: SparseSettings
 
     def __init__(self, config: SparseConfig, model: Model) -> None:
-        super().__init__(config.resolved(model.adapter.recipe(config.name, model.family)), model)
+        recipe = model.adapter.recipe(config.name, model.family)
+        super().__init__(config.resolve(recipe, model.tiling), model)
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        """Refuse a layout or remark on it, as the config's `advice` does."""
-        return self.config.advice(layout)
+        """Refuse a layout or remark on it, as the settings' `advice` does."""
+        return self.settings.advice(layout)
 
-    def is_active(
-        self, depth: int, step_index: int, num_inference_steps: int | None, sigma: float | None = None
-    ) -> bool:
-        """Active outside the dense steps and layers."""
-        return not self.config.is_dense(step_index, num_inference_steps, depth, sigma)
+    def is_active(self, step: StepContext, depth: int) -> bool:
+        """Active outside the dense steps and layers; in training, where no step is told, outside the layers alone."""
+        if step.training:
+            return depth >= self.settings.dense_layers
+        return not self.settings.is_dense(step.step_index, step.num_inference_steps, depth, step.sigma)

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from ...adapters.adapter import Adapter, Family
 from ...errors import ConfigError, did_you_mean
+from ...plan.call import Call
+from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
-from ...plan.plan import AttentionPlan, Call, CallContext, RowOverride
+from ...plan.plan import AttentionPlan, RowOverride
 from ...rules.ultravico import DecayRule, output_frames, strengths
-from ..base import Handler, Model, handles
-from ..config import MethodConfig
+from ..base import AttentionHandler, Model, Phase
+from ..config import MethodConfig, plain_fields
+from ..saving import Saving
 
 DEFAULTS: Mapping[str, Any] = {
     "period": None,
@@ -37,6 +40,70 @@ the nearest ratio.
 
 SAFE_BETA = 0.6
 """What beta is where a period is given and no beta is published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UltraViCoSettings:
+    """What `UltraViCo` came to on one model; alpha and beta, where unset, follow from each clip's length.
+
+    Attributes:
+        trained_frames: latent frames of the clips that the model was trained on.
+        first_frame: the first frame's tokens have a rule of their own.
+        by_ratio: the published (extension ratio, alpha, beta).
+        family: the released model, or None.
+    """
+
+    alpha: float | None
+    beta: float | None
+    period: float | None
+    gamma: float | None
+    trained_frames: int
+    first_frame: bool
+    center_keys: bool
+    by_ratio: tuple[tuple[float, float, float | None], ...]
+    family: Family | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return {key: value for key, value in plain_fields(self).items() if key not in ("by_ratio", "family")}
+
+    def rule(self, frames: int) -> DecayRule:
+        """Return the rule for a clip of so many token frames, alpha and beta filled in.
+
+        Raises:
+            ConfigError: if the options and the published values contradict each other.
+        """
+        alpha, beta = strengths(self.by_ratio, frames / self.trained_frames)
+        alpha = alpha if self.alpha is None else self.alpha
+        if self.period is None:
+            beta = None
+        elif self.beta is None:
+            beta = min(alpha, SAFE_BETA if beta is None else beta)
+        else:
+            beta = self.beta
+            _check_order(alpha, beta)
+        return DecayRule(
+            trained_frames=self.trained_frames, alpha=alpha, beta=beta, period=self.period, gamma=self.gamma
+        )
+
+    def remark(self, layout: TokenLayout) -> str:
+        """Return in words what happens to a clip of a layout.
+
+        Raises:
+            ConfigError: as `rule`.
+        """
+        rule, family = self.rule(layout.frames), self.family
+        trained, frames = rule.trained_frames, layout.frames
+        output = f" ({output_frames(trained * family.patch[0], family.vae[0])} output frames)" if family else ""
+        if frames <= trained:
+            return f"ultravico changes nothing: {frames} latent frames, trained on {trained}{output}"
+        bands = (
+            "" if rule.beta is None else f", beta {rule.beta:g} within {rule.gamma:g} of multiples of {rule.period:g}"
+        )
+        return (
+            f"ultravico: {frames} latent frames, {frames / trained:.2f} times the trained {trained}{output}; alpha "
+            f"{rule.alpha:g} beyond {rule.window} frames{bands}; decay saves no work and is counted as none"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,82 +149,43 @@ class UltraViCo(MethodConfig):
                 raise ConfigError(f"ultravico.{name} must be above 0 and at most 1, got {value}; 1 decays nothing")
         if self.alpha is not None and self.beta is not None:
             _check_order(self.alpha, self.beta)
-        if self.period is not None and not 1 < self.period < float("inf"):
+        if self.period is not None and not self.period > 1:
             raise ConfigError(f"ultravico.period must be a number of frames above 1, got {self.period}")
-        if self.gamma is not None and not 0 <= self.gamma < float("inf"):
+        if self.gamma is not None and self.gamma < 0:
             raise ConfigError(f"ultravico.gamma must be a number of frames, 0 or more, got {self.gamma}")
         if self.trained_frames is not None and self.trained_frames < 1:
             raise ConfigError(f"ultravico.trained_frames must be >= 1, got {self.trained_frames}; Wan 2.1's is 21")
 
-    def resolved(self, adapter: Adapter, family: Family | None) -> "UltraViCo":
-        """Return the config with all filled in that the model decides; alpha and beta depend on the clip's length too.
+    def resolve(self, adapter: Adapter, family: Family | None) -> UltraViCoSettings:
+        """Return the settings that the config comes to on a model.
 
         Raises:
             ConfigError: if the trained length is not known, or bands are described in part.
         """
         recipe = _recipe(adapter, family)
-        known = {name: recipe[name] for name in ("period", "gamma", "first_frame")}
-        known["trained_frames"] = family.trained_frames if family else None
-        full = dataclasses.replace(
-            self, **{name: value for name, value in known.items() if getattr(self, name) is None}
-        )
-        if full.trained_frames is None:
+        options: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("period", "gamma", "first_frame"):
+            options[name] = recipe[name] if options[name] is None else options[name]
+        if options["trained_frames"] is None:
+            options["trained_frames"] = family.trained_frames if family else None
+        if options["trained_frames"] is None:
             model = family.name if family else f"{adapter.name}, in sizes of no released model,"
             raise ConfigError(
                 f"ultravico needs the length that the model was trained on, which {model} does not tell; set "
                 "ultravico.trained_frames to its latent frames"
             )
-        if full.period is None and (full.gamma is not None or full.beta is not None):
-            name = "gamma" if full.gamma is not None else "beta"
+        period, gamma = options["period"], options["gamma"]
+        if period is None and (gamma is not None or self.beta is not None):
+            name, value = ("gamma", gamma) if gamma is not None else ("beta", self.beta)
             raise ConfigError(
-                f"ultravico.{name} = {getattr(full, name)} describes bands around multiples of a period, which is "
+                f"ultravico.{name} = {value} describes bands around multiples of a period, which is "
                 "neither set nor known of this model; set ultravico.period too, or leave it out"
             )
-        if full.period is not None and full.gamma is None:
+        if period is not None and gamma is None:
             raise ConfigError(
-                f"ultravico.period = {full.period} needs the width of its bands; set ultravico.gamma, half of it, too"
+                f"ultravico.period = {period} needs the width of its bands; set ultravico.gamma, half of it, too"
             )
-        return full
-
-    def rule(self, adapter: Adapter, family: Family | None, frames: int) -> DecayRule:
-        """Return the rule for a clip of so many token frames, alpha and beta filled in.
-
-        Raises:
-            ConfigError: as `resolved`, or if the options and the published values contradict each other.
-        """
-        full = self.resolved(adapter, family)
-        assert full.trained_frames is not None
-        alpha, beta = strengths(_recipe(adapter, family)["by_ratio"], frames / full.trained_frames)
-        alpha = alpha if full.alpha is None else full.alpha
-        if full.period is None:
-            beta = None
-        elif full.beta is None:
-            beta = min(alpha, SAFE_BETA if beta is None else beta)
-        else:
-            beta = full.beta
-            _check_order(alpha, beta)
-        return DecayRule(
-            trained_frames=full.trained_frames, alpha=alpha, beta=beta, period=full.period, gamma=full.gamma
-        )
-
-    def remark(self, adapter: Adapter, family: Family | None, layout: TokenLayout) -> str:
-        """Return in words what happens to a clip of a layout.
-
-        Raises:
-            ConfigError: as `rule`.
-        """
-        rule = self.rule(adapter, family, layout.frames)
-        trained, frames = rule.trained_frames, layout.frames
-        output = f" ({output_frames(trained * family.patch[0], family.vae[0])} output frames)" if family else ""
-        if frames <= trained:
-            return f"ultravico changes nothing: {frames} latent frames, trained on {trained}{output}"
-        bands = (
-            "" if rule.beta is None else f", beta {rule.beta:g} within {rule.gamma:g} of multiples of {rule.period:g}"
-        )
-        return (
-            f"ultravico: {frames} latent frames, {frames / trained:.2f} times the trained {trained}{output}; alpha "
-            f"{rule.alpha:g} beyond {rule.window} frames{bands}; decay saves no work and is counted as none"
-        )
+        return UltraViCoSettings(by_ratio=recipe["by_ratio"], family=family, **options)
 
 
 def _check_order(alpha: float, beta: float) -> None:
@@ -179,14 +207,13 @@ def _recipe(adapter: Adapter, family: Family | None) -> dict[str, Any]:
 
 
 def mean_key(call: Call) -> Tensor:
-    """Return the mean of a call's valid keys, summed in float32 (float64 for float64); sizes as in `AttentionPlan`."""
-    axis, mask = 2 if call.layout == "bhsd" else 1, call.key_mask()
-    wide = torch.promote_types(call.k.dtype, torch.float32)
+    """Return the mean of a call's valid keys, summed in float32 (float64 for float64), [B, H, 1, D]."""
+    mask, wide = call.key_mask(), torch.promote_types(call.k.dtype, torch.float32)
     if mask is None:
-        return call.k.mean(axis, keepdim=True, dtype=wide)
-    valid = mask[:, None, :, None] if axis == 2 else mask[:, :, None, None]
-    total = call.k.masked_fill(~valid, 0).sum(axis, keepdim=True, dtype=wide)
-    return total / valid.sum(axis, keepdim=True).clamp(min=1)
+        return call.k.mean(2, keepdim=True, dtype=wide)
+    valid = mask[:, None, :, None]
+    total = call.k.masked_fill(~valid, 0).sum(2, keepdim=True, dtype=wide)
+    return total / valid.sum(2, keepdim=True).clamp(min=1)
 
 
 @lru_cache(maxsize=16)
@@ -202,7 +229,7 @@ def frame_decay(rule: DecayRule, layout: TokenLayout, device: str) -> FrameDecay
 
 
 @lru_cache(maxsize=16)
-def first_frame_apart(trained_frames: int, layout: TokenLayout, device: str) -> RowOverride:
+def first_frame_override(trained_frames: int, layout: TokenLayout, device: str) -> RowOverride:
     """Return the first frame's rows, and as their keys all but the visual tokens of frames after the trained length."""
     size, start = layout.tokens_per_frame, layout.text_before
     with torch.inference_mode(False):
@@ -211,47 +238,42 @@ def first_frame_apart(trained_frames: int, layout: TokenLayout, device: str) -> 
         return RowOverride(rows=torch.arange(start, start + size, device=device), keys=keys)
 
 
-@handles(UltraViCo)
-class UltraViCoHandler(Handler):
-    """UltraViCo on one model: its recipe filled in, its decay put into the plan of clips that are long enough."""
+class UltraViCoHandler(AttentionHandler):
+    """UltraViCo on one model: its decay put into the plan of clips that are long enough."""
 
-    config: UltraViCo
+    config_type = UltraViCo
+    phase = Phase.TRANSFORMS
+    exclusive = frozenset({"frame decay", "rule for single rows"})
+    settings: UltraViCoSettings
 
     def __init__(self, config: UltraViCo, model: Model) -> None:
-        super().__init__(config.resolved(model.adapter, model.family), model)
-        self._mean: Tensor | None = None
+        super().__init__(config.resolve(model.adapter, model.family), model)
         self._rules: dict[int, DecayRule] = {}
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Tell how much longer the clip is, and what was chosen for that."""
-        return self.config.remark(self.model.adapter, self.model.family, layout)
+        return self.settings.remark(layout)
 
     def applies(self, layout: TokenLayout) -> bool:
         """Whether the clip is longer than the trained ones, and anything would decay or be hidden."""
         rule = self._rule(layout)
-        return layout.frames > rule.trained_frames and (rule.decays or bool(self.config.first_frame))
+        return layout.frames > rule.trained_frames and (rule.decays or self.settings.first_frame)
 
-    def look(self, plan: AttentionPlan, context: CallContext, call: Call) -> None:
-        """Take the mean key."""
-        self._mean = mean_key(call) if self.config.center_keys else None
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        """Add decay, the mean key, and the first frame's rows where they have a rule of their own."""
+        settings, layout, device = self.settings, context.layout, str(context.device)
+        rule = self._rule(layout)
+        if settings.center_keys:
+            plan = plan.centre_keys(mean_key(call))
+        if settings.first_frame:
+            plan = plan.override_rows(first_frame_override(rule.trained_frames, layout, device))
+        return plan.decay(frame_decay(rule, layout, device)) if rule.decays else plan
 
-    def contribute(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
-        """Add decay, the mean key, and the first frame's rows where they have a rule of their own.
-
-        Raises:
-            ConfigError: if another method has set a decay.
-        """
-        if plan.frame_decay is not None:
-            raise ConfigError(
-                "ultravico found a frame decay in the plan that another method set, and a call takes one; detach one"
-            )
-        rule, device = self._rule(context.layout), str(context.device)
-        mean, self._mean = self._mean, None
-        apart = first_frame_apart(rule.trained_frames, context.layout, device) if self.config.first_frame else None
-        decay = frame_decay(rule, context.layout, device) if rule.decays else None
-        return dataclasses.replace(plan, frame_decay=decay, key_mean=mean, row_override=apart)
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return that decay saves nothing, and what it does."""
+        return Saving(notes=(self.settings.remark(layout),))
 
     def _rule(self, layout: TokenLayout) -> DecayRule:
         if layout.frames not in self._rules:
-            self._rules[layout.frames] = self.config.rule(self.model.adapter, self.model.family, layout.frames)
+            self._rules[layout.frames] = self.settings.rule(layout.frames)
         return self._rules[layout.frames]

@@ -9,10 +9,9 @@ from dit_accel_kernels import TileLists, count_bits, pack_bits, unpack_bits
 from torch import Tensor
 
 from ....errors import ConfigError
+from ....plan.context import CallContext
 from ....plan.layout import TokenLayout
-from ....plan.plan import CallContext
-from ....plan.tiling import pinned_bits
-from ....report.report import exact_bits
+from ....plan.tiling import exact_bits, pinned_bits
 
 
 class FixedBits(NamedTuple):
@@ -66,18 +65,18 @@ def range_tiles(
     return inside.all(1) if inward else inside.any(1)
 
 
-def fixed_bits(config: Any, context: CallContext, tiles: TileLists, order: Tensor | None) -> FixedBits:
-    """Return what a `LiteAttention` config fixes on the tiles of a call.
+def fixed_bits(settings: Any, context: CallContext, tiles: TileLists, order: Tensor | None) -> FixedBits:
+    """Return what lite's settings fix on the tiles of a call.
 
     Raises:
         ConfigError: if what must be skipped leaves some queries no key.
     """
     layout, block = context.layout, tiles.block_k
     pinned = first = None
-    if config.protect_text and layout.tokens > layout.visual_tokens:
+    if settings.protect_text and layout.tokens > layout.visual_tokens:
         pinned = pinned_bits(layout, block, None, "none", str(context.device))
-    keep = range_tiles(config.must_keep, layout, order, block, inward=False)
-    skip = range_tiles(config.must_skip, layout, order, block, inward=True) & ~keep
+    keep = range_tiles(settings.must_keep, layout, order, block, inward=False)
+    skip = range_tiles(settings.must_skip, layout, order, block, inward=True) & ~keep
     shape = tiles.query_tiles, tiles.key_tiles
     if keep.any():
         kept = pack_bits(keep.expand(shape)).to(context.device)
@@ -85,9 +84,9 @@ def fixed_bits(config: Any, context: CallContext, tiles: TileLists, order: Tenso
     if skip.any():
         first = pack_bits(~skip.expand(shape)).to(context.device)
         left = first if pinned is None else first | pinned
-        if config.rest == "skip" and not bool(count_bits(exact_bits(tiles, 1) & left).all()):
+        if settings.rest == "skip" and not bool(count_bits(exact_bits(tiles, 1) & left).all()):
             raise ConfigError(
-                f"lite.must_skip = {config.must_skip} leaves some queries no key at all ({layout}); shorten it"
+                f"lite.must_skip = {settings.must_skip} leaves some queries no key at all ({layout}); shorten it"
             )
     return FixedBits(pinned, first)
 

@@ -6,8 +6,9 @@ Votes can't find it: they tell what lies under one threshold, and what they drop
 import torch
 from torch import Tensor
 
-from ....plan.plan import AttentionPlan, Call
-from ..delta import probe_gaps
+from ....plan.call import Call
+from ....plan.plan import AttentionPlan
+from ....plan.probes import probe_gaps
 
 RECORDED_ROWS = 16
 """Rows of a block row at which scores are recorded; of 128 rows, an eighth of one Q K^T."""
@@ -28,7 +29,7 @@ def recorded_scores(plan: AttentionPlan, call: Call) -> Tensor:
         call: its queries and keys.
     """
     assert plan.tiles is not None
-    tokens, order = call.heads_first(call.q).shape[2], plan.token_order
+    tokens, order = call.q.shape[2], plan.token_order
     rows = torch.arange(0, tokens, max(1, plan.tiles.block_q // RECORDED_ROWS), device=call.q.device)
     return probe_gaps(plan, call, rows if order is None else order[rows])[1].log2()
 

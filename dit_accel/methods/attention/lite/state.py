@@ -1,33 +1,16 @@
 """What LiteAttention carries from call to call: a bitmap for each attention module, branch and row."""
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dit_accel_kernels import Selection
 from torch import Tensor
 
+from ....plan.context import CallContext, Key
 from ....plan.layout import TokenLayout
-from ....plan.plan import CallContext
 
 if TYPE_CHECKING:
     from .scores import Dial
-
-Key = tuple[str, int, str, int, int]
-"""(transformer, layer, branch, row, batch): whose calls follow each other.
-
-A cache may compute a part of the batch alone at some steps (FasterCache does); what the whole learned is left as it is.
-"""
-
-
-def key_of(context: CallContext) -> Key:
-    """Return whose state a call reads and writes."""
-    return context.transformer, context.layer, context.branch, context.row, context.batch
-
-
-def bitmap_bytes(tiles: int, heads: int, batch: int) -> int:
-    """Return the bytes of one module's bitmap over N x N tiles: int32 [B, H, N, ceil(N / 32)]."""
-    return 4 * batch * heads * tiles * math.ceil(tiles / 32)
 
 
 @dataclass(slots=True)

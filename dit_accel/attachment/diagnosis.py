@@ -1,0 +1,53 @@
+"""Why a run in which methods were attached planned no attention call: said once, instead of a silent no-op."""
+
+import warnings
+
+from .execution import Execution
+
+
+class UnplannedRun(UserWarning):
+    """A run planned no attention call though a method that acts on attention was attached."""
+
+
+def replaced_processors(execution: Execution) -> str | None:
+    """Tell how many of our processors were replaced since attach, or None."""
+    replaced = sum(layer.module.processor is not layer.processor for layer in execution.layers)
+    if not replaced:
+        return None
+    return (
+        f"{replaced} of {len(execution.layers)} attention processors were replaced after attach, so that no method "
+        "acts there; detach and attach again"
+    )
+
+
+def unplanned_reason(execution: Execution) -> str | None:
+    """Tell why the run so far planned no attention call, or None where it did, or where there was nothing to plan."""
+    recorder = execution.recorder
+    if not execution.attention or not recorder.forwards_run or recorder.planned:
+        return None
+    names = ", ".join(handler.name for handler in execution.attention)
+    begin = f"{names}: attached, and no attention call of the run was planned"
+    if (replaced := replaced_processors(execution)) is not None:
+        return f"{begin}; {replaced}"
+    steps = execution.state.num_inference_steps
+    layouts = {entry for state in {layer.state for layer in execution.layers} for entry in state.layouts.values()}
+    if layouts and not any(handler.applies(layout) for handler in execution.attention for layout, _ in layouts):
+        return f"{begin}; " + ("; ".join(recorder.notes) or "nothing is to be changed over this layout")
+    if recorder.notes:
+        begin = f"{begin} ({'; '.join(recorder.notes)})"
+    dense = [
+        f"{handler.name}.{option} = {value}"
+        for handler in execution.attention
+        for option in ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma")
+        if (value := getattr(handler.settings, option, None))
+    ]
+    told = f"the run had {steps} steps" if steps else "the number of steps is not known"
+    return f"{begin}; {told}, {', '.join(dense) or 'no step was counted as dense'}: lower these, or detach"
+
+
+def warn_if_unplanned(execution: Execution) -> bool:
+    """Warn if a run that ends planned no attention call; tell whether it warned."""
+    reason = unplanned_reason(execution)
+    if reason is not None:
+        warnings.warn(reason, UnplannedRun, stacklevel=2)
+    return reason is not None

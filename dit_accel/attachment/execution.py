@@ -1,0 +1,384 @@
+"""Plans and runs the attention calls of one attachment: what its methods say together, in one kernel call.
+
+It is read by the attention operator, which names it by number. Two attachments never share one.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dit_accel_kernels import (
+    TileLists,
+    block_sparse_attention_backward,
+    block_sparse_attention_eager,
+    resolve_backend,
+)
+from torch import Tensor
+
+from ..errors import AttachError, ConfigError
+from ..methods.base import AttentionHandler, Corrects, Handler, Learns
+from ..plan.call import Call, call_of
+from ..plan.context import CallContext, StepContext
+from ..plan.exact_rows import dense_rows, gradients_of_rows
+from ..plan.layout import TokenLayout, layout_of, with_valid_text
+from ..plan.masks import is_key_padding, visible_row
+from ..plan.plan import AttentionPlan
+from ..plan.tiling import TILE, full_tiles
+from ..report.recorder import Recorder
+from .backward import NO_TICKET, BackwardStore
+from .layers import AttentionLayer
+from .state import DenoisingState
+
+_EXECUTIONS: "weakref.WeakValueDictionary[int, Execution]" = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+NO_GRID = (-1, -1, -1, 0, 0)
+"""What a forward whose adapter gives no grid hands to its attention calls."""
+
+_STEP_FIELDS = tuple(field.name for field in fields(StepContext))
+
+
+def get(number: int) -> "Execution":
+    """Return the execution that a compiled graph or processor refers to.
+
+    Raises:
+        AttachError: if its attachment is gone.
+    """
+    if number not in _EXECUTIONS:
+        raise AttachError(f"attachment {number} is detached, but a processor of it still runs; attach again")
+    return _EXECUTIONS[number]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlannedCall:
+    """One planned attention call, as an observer sees it. Tensors are [B, H, S, D] views of the run's own: don't write.
+
+    Attributes:
+        plan: what ran.
+        context: where the denoising stood.
+        call: q, k and v as the model gave them, its mask and scale.
+        out: the output that the model gets.
+        planned: the output before methods corrected it; None where none corrects.
+        exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
+    """
+
+    plan: AttentionPlan
+    context: CallContext
+    call: Call
+    out: Tensor
+    planned: Tensor | None = None
+    exact: Tensor | None = None
+
+
+Observer = Callable[[PlannedCall], None]
+
+
+class Execution:
+    """Plans and runs the attention calls of one attachment.
+
+    Args:
+        handlers: the attached methods, in the order in which they act.
+        backend: the kernel backend's name.
+        pipe: the pipeline, or None.
+    """
+
+    def __init__(self, handlers: Sequence[Handler], backend: str, pipe: Any = None) -> None:
+        self.number = next(_NUMBERS)
+        self.backend = backend
+        self.state = DenoisingState(pipe, self.begin_run)
+        self.layers: list[AttentionLayer] = []
+        self.recorder = Recorder()
+        self.backward = BackwardStore()
+        self.observers: list[Observer] = []
+        self.on_run: list[Callable[[], None]] = []
+        self.use(handlers)
+        _EXECUTIONS[self.number] = self
+
+    def use(self, handlers: Sequence[Handler]) -> None:
+        """Let these be the methods from now on."""
+        self.handlers = tuple(handlers)
+        self.attention = tuple(one for one in handlers if isinstance(one, AttentionHandler))
+        self._learners = tuple(one for one in handlers if isinstance(one, Learns))
+        self._correctors = tuple(one for one in handlers if isinstance(one, Corrects))
+
+    def begin_run(self) -> None:
+        """Forget everything that belongs to the last generation."""
+        for call in self.on_run:
+            call()
+        self.recorder = Recorder()
+        for state in {id(layer.state): layer.state for layer in self.layers}.values():
+            state.layouts.clear()
+        self.reset()
+        for handler in self.handlers:
+            handler.begin_run()
+
+    def reset(self) -> None:
+        """Have every method forget what it carries from step to step."""
+        for handler in self.handlers:
+            handler.reset()
+
+    def acting(self, step: StepContext, depth: int) -> list[AttentionHandler]:
+        """Return the methods that change attention in a layer at a step, over its layout where that is known."""
+        return [
+            handler
+            for handler in self.attention
+            if (step.layout is None or handler.applies(step.layout)) and handler.is_active(step, depth)
+        ]
+
+    def note_layout(self, layer: AttentionLayer, layout: TokenLayout, batch: int) -> bool:
+        """Let the methods see a new shape, and tell if it was one; drop their state if the branch had another one."""
+        state = layer.state
+        known = state.layouts.get(state.branch)
+        if known == (layout, batch):
+            return False
+        if known is not None:
+            self.reset()
+        state.layouts[state.branch] = layout, batch
+        for handler in self.handlers:
+            if note := handler.check_layout(layout):
+                self.recorder.note(note)
+        return True
+
+    def attend(
+        self,
+        number: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        grid: Sequence[int],
+        tokens_first: bool,
+        scale: float | None,
+        differentiate: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Plan and run one attention call; return its output, as q lies, and the ticket for a backward.
+
+        Raises:
+            ConfigError: if the tensors do not have the layout's length, or a method refuses the call.
+        """
+        layer = self.layers[number]
+        call, asked = self._call(layer, q, k, v, mask, grid, tokens_first, scale)
+        context = self._context(layer, call, grid, differentiate)
+        handlers = self.acting(context, layer.depth)
+        if self._stays_dense(handlers, call, context):
+            plan = AttentionPlan()
+            out = self._run_dense(plan, call, layer)
+        else:
+            plan = self._plan(handlers, call, context)
+            out, plan = self._run(plan, call, context, layer)
+        ticket = self.backward.put(plan) if differentiate else torch.tensor(NO_TICKET)
+        return call.as_held(out[:, :, asked])[0], ticket
+
+    def gradients(
+        self,
+        number: int,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        ticket: Tensor,
+        grid: Sequence[int],
+        tokens_first: bool,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v under the plan of a ticket, as they lie."""
+        layer, plan = self.layers[number], self.backward.get(ticket)
+        call, asked = self._call(layer, q, k, v, mask, grid, tokens_first, scale)
+        grad = call.heads_first(grad)
+        if grad.shape[2] != call.tokens:
+            grad = F.pad(grad, (0, 0, asked.start, call.tokens - asked.stop))
+        if plan.needs_kernel:
+            dq, dk, dv = self._kernel_gradients(plan, call, grad)
+        else:
+            with torch.enable_grad():
+                q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
+                out = self._run_dense(plan, replace(call, q=q, k=k, v=v), layer)
+                dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+        dq, dk, dv = call.as_held(dq[:, :, asked], dk, dv)
+        return dq, dk, dv
+
+    def _call(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        grid: Sequence[int],
+        tokens_first: bool,
+        scale: float | None,
+    ) -> tuple[Call, slice]:
+        """Return the call with a query for every token, and which of them the model asks.
+
+        Where only a part of the tokens ask (the image, or all behind text and cached keys), the others' are made up.
+        """
+        if mask is not None and layer.state.adapter.outer_masks:
+            mask = visible_row(mask, grid[3])
+        call = call_of(q, k, v, mask, scale, self.backend, tokens_first)
+        asked, silent, start = call.q.shape[2], call.tokens - call.q.shape[2], 0
+        if silent > 0:
+            start = grid[3] if asked == grid[0] * grid[1] * grid[2] else silent
+            call = replace(call, q=F.pad(call.q, (0, 0, start, silent - start)))
+        return call, slice(start, start + asked)
+
+    def _context(self, layer: AttentionLayer, call: Call, grid: Sequence[int], differentiate: bool) -> CallContext:
+        """Return where the denoising of a call stands."""
+        state, adapter = layer.state, layer.state.adapter
+        if tuple(grid) == NO_GRID:
+            raise ConfigError(
+                f"{state.name} ({adapter.name}) tells its tokens' places by values, which a transformer that is "
+                "compiled whole does not give; compile its blocks (compile_repeated_blocks), or detach"
+            )
+        whole = layout_of(grid)
+        layout, batch = whole, state.batch or len(call.q)  # rows may be packed into one
+        if adapter.ragged_text:
+            layout = with_valid_text(whole, call.tokens)
+            _, batch = state.layouts.get(state.branch, (None, batch))
+        if call.tokens != layout.tokens:
+            raise ConfigError(
+                f"{state.name} layer {layer.index} attends over {call.tokens} tokens, the adapter {adapter.name!r} "
+                f"reads {layout.tokens} off the latents ({layout}); check the adapter's grid: frames_axis, text, "
+                "joined, the patch size"
+            )
+        self.note_layout(layer, whole, batch)  # a forward that is compiled whole is not observed
+        row, repeated = layer.which_call(len(call.q))
+        step = self.state.context(state)
+        told = {name: getattr(step, name) for name in _STEP_FIELDS if name not in ("layout", "batch")}
+        return CallContext(
+            **told,
+            layout=layout,
+            batch=len(call.q),
+            layer=layer.index,
+            depth=layer.depth,
+            device=call.q.device,
+            row=row,
+            repeated=repeated,
+            differentiate=differentiate,
+        )
+
+    def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:
+        """Return what the methods say together, each given what those before it said."""
+        plan, by = AttentionPlan(), []
+        for handler in handlers:
+            try:
+                plan = handler.plan(plan, call.with_keys(plan.centred(call.k)), context)
+            except ConfigError as error:
+                if not by:
+                    raise
+                raise ConfigError(f"{handler.name} beside {', '.join(by)}: {error}") from None
+            by.append(handler.name)
+        return plan
+
+    def _run(
+        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer
+    ) -> tuple[Tensor, AttentionPlan]:
+        """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
+        given, exact, planned = call, None, None
+        if not plan.needs_kernel:
+            out = self._run_dense(plan, call, layer)
+            self.recorder.sparse_call(context, plan)
+        else:
+            call = call.with_keys(plan.centred(call.k))
+            out, exact, kept = self._run_kernel(plan, call)
+            if exact is None:
+                self.recorder.sparse_call(context, plan)
+            else:
+                self.recorder.selected_call(context, plan, exact)
+            if kept is not None:
+                for learner in self._learners:
+                    learner.learn(context, kept)
+            if self._correctors and self.observers:
+                planned = out.clone()
+            for corrector in self._correctors:
+                out = corrector.correct(plan, call, context, out)
+            if plan.row_override is not None:
+                own = dense_rows(plan, call, plan.row_override.rows, plan.row_override.keys)
+                for x in (out, planned):
+                    if x is not None:
+                        x.index_copy_(2, plan.row_override.rows, own)
+        for observer in tuple(self.observers):
+            observer(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact))
+        return out, plan if exact is None or not context.differentiate else _followed(plan, exact)
+
+    def _run_kernel(self, plan: AttentionPlan, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
+        self.recorder.backends.add(resolve_backend(self.backend, call.q.device, call.q.dtype, call.q.shape[-1]))
+        tiles, arguments = _kernel_arguments(plan, call)
+        q, k, v = call.as_held(call.q, call.k, call.v)
+        result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)
+        if isinstance(result, Tensor):
+            return call.heads_first(result), None, None
+        votes = plan.selection is not None and plan.selection.vote is not None
+        return call.heads_first(result[0]), result[1], result[2] if votes else None
+
+    def _run_dense(self, plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
+        """Return the output of a plan that needs no kernel of ours, by the user's own dense attention."""
+        assert layer.dense is not None
+        q = call.q
+        if plan.head_scale is not None:
+            q = (q * plan.head_scale.reshape(-1, q.shape[1])[:, :, None, None]).to(q.dtype)
+        q, k, v = call.as_held(q, call.k, call.v)
+        out = call.heads_first(layer.dense(q, k, v, call.mask, call.scale))
+        if plan.identity_mix is None:
+            return out
+        weight = plan.identity_mix.reshape(-1, out.shape[1])[:, :, None, None].to(out.dtype)
+        if plan.identity_rows is not None:
+            weight = weight * plan.identity_rows[:, None]
+        return torch.lerp(out, call.v.repeat_interleave(out.shape[1] // call.v.shape[1], 1), weight.expand_as(out))
+
+    def _kernel_gradients(self, plan: AttentionPlan, call: Call, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        call = call.with_keys(plan.centred(call.k))
+        tiles, arguments = _kernel_arguments(plan, call)
+        rows = plan.row_override
+        others = grad if rows is None else grad.index_fill(2, rows.rows, 0)
+        others, q, k, v = call.as_held(others, call.q, call.k, call.v)
+        grads = tuple(map(call.heads_first, block_sparse_attention_backward(others, q, k, v, tiles, **arguments)))
+        if rows is not None:
+            of_rows = gradients_of_rows(plan, call, grad, rows.rows, rows.keys)
+            grads = tuple(one + other for one, other in zip(grads, of_rows, strict=True))
+        return grads[0], plan.gradient_before_centring(grads[1], call.key_mask()), grads[2]
+
+    def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:
+        """Tell whether a mask that is no key padding keeps a call dense; the report says so."""
+        mask = call.mask
+        if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
+            return False
+        if is_key_padding(mask, call.q, call.k):
+            return False
+        self.recorder.forward(context.transformer, context.branch, context.step_index, 1)
+        self.recorder.note(
+            f"{context.transformer} passes masks {mask.dtype} {list(mask.shape)} that are no key padding; such calls "
+            "stayed dense"
+        )
+        return True
+
+
+def _kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[str, Any]]:
+    tiles = plan.tiles
+    if tiles is None:
+        tiles = full_tiles(call.q.shape[2], call.tokens, TILE, str(call.q.device))
+    return tiles, {
+        **call.kernel_layout,
+        "scale": call.scale,
+        "head_scale": plan.head_scale,
+        "key_mask": call.key_mask(),
+        "frame_decay": plan.frame_decay,
+        "token_order": plan.token_order,
+        "identity_mix": plan.identity_mix,
+        "identity_rows": plan.identity_rows,
+        "selection": plan.selection,
+        "backend": call.backend,
+    }
+
+
+def _followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:
+    """Return the plan whose backward follows the tiles that its forward found, without another routing or vote."""
+    selection = plan.selection
+    assert selection is not None
+    routed = None if selection.routing is None else exact
+    return replace(plan, selection=replace(selection, routing=None, vote=None, routed=routed))

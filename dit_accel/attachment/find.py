@@ -1,0 +1,127 @@
+"""Finds what methods may be attached to: the transformers of a pipeline, and the attention modules of a transformer."""
+
+import fnmatch
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..adapters.adapter import Adapter, Family
+from ..adapters.registry import adapter_for, adapters
+from ..errors import ConfigError, UnsupportedModel, did_you_mean
+from ..methods.base import Model
+
+LayerFilter = str | Callable[[str, nn.Module], bool]
+"""Which attention layers methods may change: indices such as ``"0, 3-20"``, or (module name, module) -> bool."""
+
+
+def find_transformers(model: Any) -> dict[str, Any]:
+    """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
+
+    Of a compiled one (``torch.compile``), the module inside.
+
+    Raises:
+        UnsupportedModel: if there is none, with near supported classes.
+    """
+    supported = {name for adapter in adapters().values() for name in adapter.transformers}
+    parts = components_of(model)
+    modules = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
+    known = {name: part for name, part in modules.items() if type(part).__name__ in supported}
+    if known:
+        return known
+    classes = sorted({type(part).__name__ for part in modules.values() if isinstance(part, nn.Module)})
+    is_pipeline = parts.get("transformer") is not model
+    asked = f"{type(model).__name__} holds {', '.join(classes)}" if is_pipeline else f"got {type(model).__name__}"
+    hint = did_you_mean(type(modules.get("transformer", model)).__name__, supported)
+    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {asked}; {hint}")
+
+
+def components_of(model: Any) -> dict[str, Any]:
+    """Return a pipeline's components by name, or what was given as its only one."""
+    components = getattr(model, "components", None)
+    return components if isinstance(components, dict) else {"transformer": model}
+
+
+def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, int]]:
+    """Return (name, module, depth) of the attention modules that methods may change, in the adapter's order.
+
+    Raises:
+        UnsupportedModel: if the adapter's patterns match nothing.
+    """
+    names = {name: module for name, module in transformer.named_modules() if hasattr(module, "processor")}
+
+    def matching(patterns: tuple[str, ...]) -> list[str]:
+        return [name for pattern in patterns for name in sorted(fnmatch.filter(names, pattern), key=natural)]
+
+    main, side = matching(adapter.self_attention), matching(adapter.side_attention)
+    config: Any = transformer.config
+    dense = matching(adapter.left_dense(config)) if adapter.left_dense else ()
+    main = [name for name in main if name not in dense]
+    if not main:
+        raise UnsupportedModel(
+            f"the adapter {adapter.name!r} looks for {', '.join(adapter.self_attention)} in "
+            f"{type(transformer).__name__} and finds no such attention module; update the adapter"
+        )
+    return [(name, names[name], depth) for part in (main, side) for depth, name in enumerate(part)]
+
+
+def resolve_model(name: str, transformers: dict[str, Any]) -> Model:
+    """Return what handlers may know of one transformer of a pipeline."""
+    transformer = transformers[name]
+    adapter = adapter_for(type(transformer).__name__)
+    experts = sum(type(other) is type(transformer) for other in transformers.values())
+    family: Family | None = adapter.family(transformer.config, experts)
+    modules = attention_modules(transformer, adapter)
+    module, names = modules[0][1], ("heads", "num_heads", "num_attention_heads")
+    heads = next((getattr(of, name) for of in (module, transformer.config) for name in names if hasattr(of, name)), 0)
+    return Model(adapter=adapter, family=family, heads=int(heads), layers=len(modules))
+
+
+def chosen_layers(
+    modules: list[tuple[str, nn.Module, int]], layers: LayerFilter | None
+) -> dict[int, tuple[str, nn.Module, int]]:
+    """Return layer index -> (name, module, depth) of the attention modules that a filter leaves.
+
+    Raises:
+        ConfigError: for a filter that can't be read, names layers that are not there, or leaves none.
+    """
+    if layers is None:
+        return dict(enumerate(modules))
+    if isinstance(layers, str):
+        wanted = _indices(layers, len(modules))
+        return {index: modules[index] for index in sorted(wanted)}
+    if not callable(layers):
+        raise ConfigError(
+            f"layers must be indices such as '0, 3-20' or a function (name, module) -> bool, got {layers!r}"
+        )
+    left = {index: module for index, module in enumerate(modules) if layers(module[0], module[1])}
+    if not left:
+        raise ConfigError(
+            f"the layers filter leaves none of the {len(modules)} attention layers ({modules[0][0]} ... "
+            f"{modules[-1][0]}); let it return True for some"
+        )
+    return left
+
+
+def _indices(text: str, count: int) -> set[int]:
+    wanted: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ConfigError(
+                f"layers = {text!r} can't be read at {part!r}; write indices and ranges such as '0, 3-20'"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last >= count:
+            raise ConfigError(
+                f"layers = {text!r} asks for {part.strip()}, the model has the attention layers 0-{count - 1}; stay in "
+                "that range"
+            )
+        wanted.update(range(first, last + 1))
+    return wanted
+
+
+def natural(name: str) -> list[Any]:
+    """Return a sort key by which ``blocks.10`` follows ``blocks.9``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

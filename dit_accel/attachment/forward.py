@@ -1,0 +1,235 @@
+"""What runs in place of a transformer's forward: step and layout are read, layers switched, methods run around it."""
+
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import NO_STEP, Adapter, Grid
+from ..errors import ConfigError
+from ..methods.site import AroundForward, ForwardContext
+from ..plan.context import StepContext
+from ..plan.layout import layout_of
+from .execution import NO_GRID, Execution
+from .layers import TransformerState
+from .lora import lora_state
+from .processor import Slot
+
+_STEP_FIELDS = tuple(field.name for field in fields(StepContext))
+
+
+class Forward:
+    """What runs in place of one transformer's forward.
+
+    Args:
+        execution: the attachment's.
+        slot: the attachment's.
+        state: the transformer's.
+        functions: what methods run around the forward, the innermost first.
+    """
+
+    def __init__(
+        self, execution: Execution, slot: Slot, state: TransformerState, functions: Sequence[AroundForward]
+    ) -> None:
+        self._execution = execution
+        self._slot = slot
+        self._state = state
+        self._functions = tuple(functions)
+        self._config = types.SimpleNamespace(**dict(state.transformer.config))
+        self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
+
+    def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the forward of a call."""
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if torch.compiler.is_compiling():
+            return self._traced(run, args, kwargs, inputs)
+        execution, state = self._execution, self._state
+        grid = self._look(inputs)
+        if grid == NO_STEP:
+            return run(*args, **kwargs)
+        if not state.branches:
+            self.note_weights()
+        training = torch.is_grad_enabled() and state.transformer.training
+        execution.state.forward(state, inputs.get(state.adapter.timestep), training)
+
+        def innermost(**changed: Any) -> Any:
+            if not changed:
+                return self._observed(run, args, kwargs, grid, inputs)
+            given = {**inputs, **changed}
+            return self._observed(run, (), given, self._look(given), given)
+
+        if not self._functions:
+            return innermost()
+        step = execution.state.context(state)
+        context = ForwardContext(inputs=inputs, **{name: getattr(step, name) for name in _STEP_FIELDS})
+        around = innermost
+        for function in self._functions:
+            around = _wrapped(function, context, around)
+        return around()
+
+    def note_weights(self) -> None:
+        """Have the methods forget what they learned if something else acts on the transformer's weights now."""
+        state, weights = self._state, lora_state(self._state.transformer)
+        if state.weights is not None and weights != state.weights:
+            self._execution.reset()
+        state.weights = weights
+
+    def _look(self, inputs: Mapping[str, Any]) -> Grid | str:
+        """Read the grid of a forward, and leave it where attention calls find it."""
+        slot, state = self._slot, self._state
+        grid = _read_grid(state.adapter, self._config, inputs)
+        plain = NO_GRID if isinstance(grid, str) else grid
+        slot.idle = plain == NO_STEP
+        if slot.idle:
+            return grid
+        if tuple(slot.grid.tolist()) != plain:
+            slot.grid = torch.tensor(plain)
+        slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
+        state.layout = None if isinstance(grid, str) else layout_of(grid)
+        state.batch = len(inputs[state.adapter.latents])
+        return grid
+
+    def _observed(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        grid: Grid | str,
+        inputs: Mapping[str, Any],
+    ) -> Any:
+        """Run the model's own forward, its layers switched, and count what ran."""
+        execution, slot, state = self._execution, self._slot, self._state
+        if state.begun:
+            state.begun = False
+        else:
+            begin_call(execution, state)
+        batch = len(inputs[state.adapter.latents])
+        if not isinstance(grid, str):
+            if execution.note_layout(state.layers[0], layout_of(grid), batch):
+                switch(execution, state)
+        elif any(layer.processor._dit_accel_sparse for layer in state.layers):
+            raise ConfigError(f"{state.name} ({state.adapter.name}) can't be thinned out in this call: {grid}")
+        state.begin_forward(batch)
+        _leave_perturbed_dense(execution, state)
+        slot.reached.clear()
+        execution.recorder.forwards_run += 1
+        out = run(*args, **kwargs)
+        _uncount_skipped(execution, state, slot.reached)
+        return out
+
+    def _traced(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> Any:
+        """Run inside a graph of the whole transformer: only the grid can be told there."""
+        slot, state = self._slot, self._state
+        if self._functions:
+            raise ConfigError(
+                "a method that runs around the forward is attached, and torch.compile(transformer) came after it; "
+                "compile before attaching, or use transformer.compile() or compile_repeated_blocks()"
+            )
+        grid = state.adapter.grid(self._config, inputs)
+        plain = NO_GRID if isinstance(grid, str) else grid
+        slot.grid = torch.tensor(plain)
+        slot.idle = plain == NO_STEP
+        slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
+        return run(*args, **kwargs)
+
+
+def begin_call(execution: Execution, state: TransformerState) -> None:
+    """Note that a denoising call begins, and switch its layers."""
+    state.begin_forward(None)
+    state.dense = 0
+    switch(execution, state)
+
+
+def switch(execution: Execution, state: TransformerState) -> None:
+    """Switch each layer of a forward between dense and the plan, and count the dense ones.
+
+    Where the forward's shape is not known yet, every method is taken to act on it.
+    """
+    known = state.layouts.get(state.branch)
+    step = execution.state.context(state)
+    if known is not None and step.layout != known[0]:
+        step = _with_layout(step, known)
+    elif known is None:
+        step = _with_layout(step, (None, None))
+    dense = 0
+    for layer in state.layers:
+        sparse = bool(execution.acting(step, layer.depth))
+        layer.processor._dit_accel_sparse = sparse
+        dense += not sparse
+    execution.recorder.forward(state.name, state.branch, step.step_index, dense - state.dense)
+    state.dense = dense
+
+
+def _with_layout(step: StepContext, known: tuple[Any, Any]) -> StepContext:
+    values = {name: getattr(step, name) for name in _STEP_FIELDS}
+    return StepContext(**{**values, "layout": known[0], "batch": known[1]})
+
+
+def _wrapped(function: AroundForward, context: ForwardContext, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` around ``run``; inputs that one outside it changed are those it sees."""
+
+    def around(**changed: Any) -> Any:
+        if not changed:
+            return function(context, run)
+        values = {name: getattr(context, name) for name in _STEP_FIELDS}
+        seen = ForwardContext(inputs={**context.inputs, **changed}, **values)
+        return function(seen, lambda **further: run(**{**changed, **further}))
+
+    return around
+
+
+def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Return the grid of a forward, or in words why it has none, as the adapter gives it.
+
+    Raises:
+        ConfigError: if it asks for an input that is not there, or gives something else.
+    """
+    asked = f"the grid of the adapter {adapter.name!r}"
+    try:
+        grid = adapter.grid(config, inputs)
+    except KeyError as error:
+        raise ConfigError(
+            f"{asked} asks for the input {error}, the forward was given {', '.join(inputs)}; correct the adapter's grid"
+        ) from error
+    if adapter.latents not in inputs:
+        raise ConfigError(
+            f"the adapter {adapter.name!r} asks for the input {adapter.latents!r}, the forward was given "
+            f"{', '.join(inputs)}; correct the adapter's latents"
+        )
+    if isinstance(grid, str) or (
+        isinstance(grid, tuple) and len(grid) == 5 and all(isinstance(size, int) for size in grid)
+    ):
+        return grid
+    raise ConfigError(
+        f"{asked} gave {grid!r}; it must give five whole numbers (frames, height, width, before, after), or a "
+        "sentence that says why this forward has none"
+    )
+
+
+def _leave_perturbed_dense(execution: Execution, state: TransformerState) -> None:
+    """Leave to diffusers what its perturbed attention guidance perturbs: it knows but its own attention calls."""
+    for layer in state.layers:
+        hooks = getattr(getattr(layer.module, "_diffusers_hook", None), "hooks", {})
+        perturbed = any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
+        if perturbed and layer.processor._dit_accel_sparse:
+            layer.processor._dit_accel_sparse = False
+            execution.recorder.forward(state.name, state.branch, execution.state.step_index, 1)
+
+
+def _uncount_skipped(execution: Execution, state: TransformerState, reached: set[int]) -> None:
+    """Take back from the report the dense calls that one of diffusers' caches skipped in the forward that ends.
+
+    A module of a compiled block is never seen to run; it counts as if it had.
+    """
+    seen = execution.recorder.seen
+    for number, layer in enumerate(execution.layers):
+        if layer.state is state and not layer.processor._dit_accel_sparse:
+            if number in reached:
+                seen.add(number)
+            elif number in seen:
+                execution.recorder.forward(state.name, state.branch, execution.state.step_index, -1)

@@ -1,0 +1,92 @@
+"""The one way in which a module's call is wrapped: before its hooks, offloading and compiled code, and undone exactly.
+
+``nn.Module.__call__`` asks for ``_compiled_call_impl`` in the instance first, compiled or not. That name is torch's own
+affair, so nothing outside this file knows of it; copies and pickles of a module leave it out.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+_NAME = "_compiled_call_impl"
+
+Around = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""(run, args, kwargs) -> output; ``run(*args, **kwargs)`` is the module's own call, compiled if it is."""
+
+
+def wrap_call(module: nn.Module, around: Around, owner: Any = None) -> Callable[[], None]:
+    """Let ``around`` run in place of a module's call, and return what undoes that.
+
+    Compiling the module afterwards compiles what lies inside.
+
+    Args:
+        module: the module; it may be compiled already.
+        around: what runs instead.
+        owner: what `owner_of` tells of the module.
+    """
+    inner = module.__dict__.get(_NAME)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return around(inner or module._call_impl, args, kwargs)
+
+    def compile(*args: Any, **kwargs: Any) -> None:
+        nonlocal inner
+        module.__dict__.pop(_NAME, None)
+        type(module).compile(module, *args, **kwargs)
+        inner = module.__dict__.get(_NAME)
+        module.__dict__[_NAME] = call
+
+    call.owner = owner  # type: ignore[attr-defined]
+    module.__dict__[_NAME] = call
+    uncover = shadow(module, "compile", compile)
+
+    def undo() -> None:
+        uncover()
+        if module.__dict__.get(_NAME) is call:
+            del module.__dict__[_NAME]
+            if inner is not None:
+                module.__dict__[_NAME] = inner
+
+    return undo
+
+
+def owner_of(module: nn.Module) -> Any:
+    """Return the owner of the wrapper of a module's call, or None."""
+    return getattr(module.__dict__.get(_NAME), "owner", None)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module's call is compiled, before it is wrapped."""
+    return module.__dict__.get(_NAME) is not None
+
+
+class Shadow:
+    """A function that stands in for a method of one module; in copies and pickles it is the copy's own method again."""
+
+    def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        self._module = module
+        self._name = name
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._module, self._name)
+
+
+def shadow(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Let a function stand in for a method of this one module, and return what undoes that."""
+    own = module.__dict__.get(name)
+    ours = Shadow(module, name, function)
+    module.__dict__[name] = ours
+
+    def undo() -> None:
+        if module.__dict__.get(name) is ours:
+            del module.__dict__[name]
+            if own is not None:
+                module.__dict__[name] = own
+
+    return undo

@@ -1,0 +1,179 @@
+"""A transformer as a handler sees it while it installs itself, and what the core makes of what handlers ask for."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.blocks import Streams, block_lists, block_signature
+from ..errors import ConfigError
+from ..methods.site import AroundBlock, AroundForward, Block
+from ..plan.context import StepContext
+from .execution import Execution
+from .layers import TransformerState
+from .seam import is_compiled, wrap_call
+
+_MISSING = object()
+
+
+class TransformerSite:
+    """One transformer as one handler sees it (`dit_accel.methods.Site`); the core undoes all that goes through it.
+
+    Attributes:
+        forwards: what to run around forwards, in the order in which it was asked for.
+        around: block index -> what to run around it, in the same order.
+    """
+
+    def __init__(
+        self,
+        execution: Execution,
+        state: TransformerState,
+        undo: list[Callable[[], None]],
+        context: Callable[[str], Any] | None,
+    ) -> None:
+        self._execution = execution
+        self._state = state
+        self._undo = undo
+        self._context = context
+        self._blocks: tuple[Block, ...] | None = None
+        self.forwards: list[AroundForward] = []
+        self.around: dict[int, list[AroundBlock]] = {}
+
+    @property
+    def name(self) -> str:
+        """The component's name."""
+        return self._state.name
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer."""
+        return self._state.transformer
+
+    @property
+    def adapter(self) -> Adapter:
+        """Its adapter."""
+        return self._state.adapter
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The transformer's blocks, in running order.
+
+        Raises:
+            UnsupportedModel: if the adapter describes none.
+        """
+        if self._blocks is None:
+            self._blocks = find_blocks(self.adapter, self.transformer)
+        return self._blocks
+
+    def around_forward(self, function: AroundForward) -> None:
+        """Run ``function`` in place of every forward."""
+        self.forwards.append(function)
+
+    def around_blocks(self, function: AroundBlock, blocks: tuple[Block, ...] | None = None) -> None:
+        """Run ``function`` in place of blocks; None: all."""
+        for block in self.blocks if blocks is None else blocks:
+            self.around.setdefault(block.index, []).append(function)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute, buffer or parameter of an object until the methods are detached."""
+        place = next(
+            (
+                table
+                for table in (getattr(owner, "_buffers", {}), getattr(owner, "_parameters", {}), owner.__dict__)
+                if name in table
+            ),
+            owner.__dict__,
+        )
+        old = place.get(name, _MISSING)
+        place[name] = value
+
+        def restore() -> None:
+            if place.get(name) is not value:  # whatever the user set since then is the user's
+                return
+            if old is _MISSING:
+                del place[name]
+            else:
+                place[name] = old
+
+        self._undo.append(restore)
+
+    @contextlib.contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Let a forward inside the block be a nested branch, with state of its own, that moves no step."""
+        state = self._state
+        with self._execution.state.nested(state, name) as full:
+            if self._context is None:
+                yield
+                return
+            with self._context(full):
+                yield
+        if state.branches and self._context is not None:  # diffusers forgets the outer one with the inner
+            state.branches[-1].reopened.enter_context(self._context(state.branches[-1].name))
+
+    def install_blocks(self) -> None:
+        """Wrap the blocks that methods asked for.
+
+        Raises:
+            ConfigError: if the transformer is compiled whole, where nothing can run between its blocks.
+        """
+        if self.around and is_compiled(self.transformer):
+            raise ConfigError(
+                f"a method that acts on transformer blocks was asked for on {self.name}, which is compiled whole; "
+                "compile its blocks instead, transformer.compile_repeated_blocks()"
+            )
+        for block in self.blocks if self.around else ():
+            if functions := self.around.get(block.index):
+                self._undo.append(wrap_call(block.module, self._around_block(block, functions)))
+
+    def _around_block(self, block: Block, functions: list[AroundBlock]) -> Callable[..., Any]:
+        """Return what runs in place of a block: its streams taken out of the call, changed, and put into the result."""
+        signature = block_signature(block.list, type(block.module))
+        last: list[Any] = [None]  # what such a block gives beside its streams, while it is skipped
+
+        def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            if torch.compiler.is_compiling():
+                raise ConfigError(
+                    "a method that acts on transformer blocks is attached, and the whole transformer is compiled; "
+                    "compile its blocks instead, transformer.compile_repeated_blocks()"
+                )
+
+            def innermost(streams: Streams) -> Streams:
+                given, named = signature.write_call(streams, args, kwargs)
+                result = run(*given, **named)
+                if not block.list.gives_streams_only:
+                    last[0] = result
+                return signature.read_result(result)
+
+            inner: Callable[[Streams], Streams] = innermost
+            context = self._execution.state.context(self._state)
+            for function in functions:
+                inner = _wrapped(function, context, block, inner)
+            return signature.write_result(inner(signature.read_call(args, kwargs)), like=last[0])
+
+        return around
+
+
+def _wrapped(
+    function: AroundBlock, context: StepContext, block: Block, run: Callable[[Streams], Streams]
+) -> Callable[[Streams], Streams]:
+    return lambda streams: function(context, block, run, streams)
+
+
+def find_blocks(adapter: Adapter, transformer: nn.Module) -> tuple[Block, ...]:
+    """Return a transformer's blocks in running order, as its adapter describes them; without those beside the main ones.
+
+    Raises:
+        UnsupportedModel: if the adapter describes none.
+    """
+    found = [
+        (blocks, name, module)
+        for blocks in block_lists(adapter, transformer)
+        if not blocks.beside
+        for name, module in blocks.modules(adapter, transformer)
+    ]
+    return tuple(
+        Block(index=index, name=name, module=module, list=blocks) for index, (blocks, name, module) in enumerate(found)
+    )

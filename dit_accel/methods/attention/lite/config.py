@@ -1,0 +1,160 @@
+"""LiteAttention's options: what a user asks for, and what that comes to on a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ....errors import ConfigError
+from ....plan.layout import TokenLayout
+from ....plan.tiling import bitmap_bytes
+from ..sparse import SparseConfig, SparseSettings
+from .ranges import check_ranges
+from .thresholds import check_threshold
+
+DEFAULTS: Mapping[str, Any] = {
+    "block_size": 128,
+    "dense_steps": 0.1,
+    "dense_last_steps": 0,
+    "dense_layers": 0,
+}
+"""What an option is where neither the user nor the model's recipe sets it.
+
+The first call that is not dense by these options is dense as well, by design; so the warm-up is short.
+"""
+
+THRESHOLDS: Mapping[str, float] = {"maxgap": -10.0, "mass": 2.0**-10, "budget": 0.01}
+"""Threshold of each criterion where none is set: the published gap, and shares of the softmax mass."""
+
+WORTHWHILE_TOKENS = 30_000
+"""Visual tokens below which skipping rarely pays: the published gains are of 30,000 tokens and more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiteSettings(SparseSettings):
+    """What `LiteAttention` came to on one model; ``threshold`` is the criterion's usual one where none was set."""
+
+    name: ClassVar[str] = "lite"
+
+    criterion: Literal["maxgap", "mass", "budget"]
+    threshold: float
+    target_density: float | None
+    thresholds_file: str | None
+    detect_every: int
+    refresh_every: int | None
+    bidirectional: bool
+    protect_text: bool
+    must_keep: tuple[int, ...]
+    must_skip: tuple[int, ...]
+    rest: Literal["skip", "pooled"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values; of threshold, target density and file the one that decides."""
+        values = SparseSettings.to_dict(self)
+        if self.target_density is not None or self.thresholds_file is not None:
+            del values["threshold"]
+        return values
+
+    def advice(self, layout: TokenLayout) -> str | None:
+        """Return what the user should know of lite on this layout, or None where it fits well."""
+        parts, visual = [], layout.visual_tokens
+        if visual < WORTHWHILE_TOKENS:
+            parts.append(f"lite seldom pays below {WORTHWHILE_TOKENS} visual tokens, and here are {visual}")
+        if not self.protect_text and layout.tokens > visual:
+            text = layout.tokens - visual
+            parts.append(f"lite.protect_text = False lets the {text} text tokens be dropped too")
+        return "; ".join(parts) or None
+
+    def carried_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
+        """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
+
+        The original's two lists of int16 an attention module take 31 times that with equal tiles, 23 times with its
+        own of 128 x 176.
+        """
+        return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiteAttention(SparseConfig):
+    """Self-attention that leaves out what earlier steps found negligible (arXiv 2511.11062).
+
+    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
+    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. The first
+    call after them is dense too, and votes. With another method's tile list a tile must be in that list as well.
+
+    Attributes:
+        criterion: what a query row must show to need a tile: ``maxgap``, a logit that comes near its largest one;
+            ``mass``, a share of its softmax mass; ``budget``, one share for all tiles that the row gives up in a run.
+        threshold: for ``maxgap`` in log2 units, < 0: -10 drops tiles whose largest weight is at most 2^-10 of the
+            largest before it, for every row of the block. For ``mass`` and ``budget`` a share in (0, 1). Unset: -10,
+            2^-10 or 0.01. A budget is split over the votes to come and bounds the mass of a tile at its vote; where
+            logits drift by D log2 units afterwards, by 2^(2D) times as much.
+        target_density: share of all tiles, in (0, 1), that a branch keeps over its layers, instead of votes: its first
+            calls record what share of its softmax mass each tile holds at most, at 16 rows of each block row, and the
+            second ones drop what lies under the threshold at which that share is kept.
+        thresholds_file: TOML of thresholds by layer and step, as ``dit-accel tune lite`` writes it, instead.
+        detect_every: every how many calls tiles vote; the others run as the last vote says.
+        refresh_every: calls after which everything is computed and voted on again; unset: never within a generation.
+        bidirectional: visit tiles from the first to the last and from the last to the first by turns, so that those
+            which came early meet a nearly final maximum at the next vote.
+        protect_text: text tokens see all and are seen by all. False lets them vote and be dropped as others are.
+        must_keep: visual tokens that are never dropped as keys, start, end, start, end ...; rounded outward to tiles.
+        must_skip: visual tokens that are dropped as keys from the first call on; rounded inward; must_keep and
+            protected text go first.
+        rest: what becomes of dropped tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
+        allow_positive_threshold: take a ``maxgap`` threshold of 0 or more, which drops what matters; to debug.
+
+    Raises:
+        ConfigError: for an option out of range, or two that exclude each other.
+    """
+
+    name: ClassVar[str] = "lite"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    settings_type: ClassVar[type[SparseSettings]] = LiteSettings
+
+    criterion: Literal["maxgap", "mass", "budget"] = "maxgap"
+    threshold: float | None = None
+    target_density: float | None = None
+    thresholds_file: str | None = None
+    detect_every: int = 1
+    refresh_every: int | None = None
+    bidirectional: bool = True
+    protect_text: bool = True
+    must_keep: tuple[int, ...] = ()
+    must_skip: tuple[int, ...] = ()
+    rest: Literal["skip", "pooled"] = "skip"
+    allow_positive_threshold: bool = False
+
+    def __post_init__(self) -> None:
+        SparseConfig.__post_init__(self)
+        ways = [name for name in ("threshold", "target_density", "thresholds_file") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            first, second = (f"lite.{name} = {getattr(self, name)!r}" for name in ways[:2])
+            raise ConfigError(f"{first} and {second} both say how much is dropped; set one of them")
+        if self.criterion == "budget" and self.thresholds_file is not None:
+            raise ConfigError(
+                "lite.criterion = 'budget' bounds the mass dropped over a run by lite.threshold, got "
+                f"lite.thresholds_file = {self.thresholds_file!r}; use 'maxgap' or 'mass' with it"
+            )
+        if self.criterion != "maxgap" and self.target_density is not None:
+            raise ConfigError(
+                f"lite.target_density = {self.target_density} ranks tiles instead of voting, got lite.criterion = "
+                f"{self.criterion!r}; leave it out"
+            )
+        if self.threshold is not None:
+            check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
+        if self.target_density is not None and not 0 < self.target_density < 1:
+            raise ConfigError(f"lite.target_density must be a share in (0, 1), got {self.target_density}")
+        if self.detect_every < 1:
+            raise ConfigError(f"lite.detect_every must be >= 1, got {self.detect_every}; 1 votes in every call")
+        if self.refresh_every is not None and self.refresh_every < 2:
+            raise ConfigError(
+                f"lite.refresh_every must be >= 2, got {self.refresh_every}: a call that begins anew is dense; leave "
+                "it unset to begin anew with each generation alone"
+            )
+        check_ranges("lite.must_keep", self.must_keep)
+        check_ranges("lite.must_skip", self.must_skip)
+
+    def settled(self, names: set[str]) -> dict[str, Any]:
+        """Return the values of the settings' fields."""
+        usual = THRESHOLDS[self.criterion] if self.threshold is None else self.threshold
+        return {**SparseConfig.settled(self, names), "threshold": usual}

@@ -1,0 +1,87 @@
+"""Makes the handlers of several configs on one model: what fits together, in which tiles, and in which order."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+
+from ..errors import ConfigError
+from ..plan.tiling import TILE, Tiling
+from .base import Handler, Model, Place
+from .config import MethodConfig
+from .registry import handler_of
+
+
+def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = True) -> list[Handler]:
+    """Return the handlers of some methods on a model in the order in which they act, however they were given.
+
+    Args:
+        configs: one of each method.
+        model: the model; its tiling is replaced by the one that the methods agree on.
+        alone: these are all the methods; False: others may follow, so that one which needs a partner is not refused.
+
+    Raises:
+        ConfigError: for what is no config, for two of one method, for a method that the model can't take, or for
+            methods that can't be attached together.
+    """
+    types = [handler_of(config) for config in configs]
+    paired = sorted(zip(types, configs, strict=True), key=lambda pair: (pair[0].phase, pair[1].name))
+    for (one, _), (other, _) in combinations(paired, 2):
+        if one is other:
+            raise ConfigError(f"two {one.config_type.__name__} configs were given; attach one of each method")
+        if shared := one.exclusive & other.exclusive:
+            raise ConfigError(
+                f"{one.config_type.name} and {other.config_type.name} both set the {' and '.join(sorted(shared))} of "
+                "an attention call, which takes one; attach one of them"
+            )
+    for handler_type, config in paired:
+        _refuse_on(model, handler_type, config)
+    model = replace(model, tiling=agreed_tiling([config for _, config in paired], model))
+    handlers = [handler_type(config, model) for handler_type, config in paired]
+    for handler in handlers if alone else ():
+        handler.check_with([other for other in handlers if other is not handler])
+    return handlers
+
+
+def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
+    """Return the tiles of an attachment: the size and order that a user set, else what the first method takes.
+
+    Raises:
+        ConfigError: if two methods are set to different ones.
+    """
+    asked: dict[str, int] = {}
+    usual: list[int] = []
+    orders: dict[str, str] = {}
+    for config in configs:
+        size, otherwise = config.tile_size(model.adapter.recipe(config.name, model.family))
+        if size is not None:
+            asked[config.name] = size
+        elif otherwise is not None:
+            usual.append(otherwise)
+        if (order := config.tile_order()) is not None:
+            orders[config.name] = order
+    for what, values in (("block_size", asked), ("order", orders)):
+        if len(set(values.values())) > 1:
+            parts = " and ".join(f"{name}.{what} = {value!r}" for name, value in values.items())
+            raise ConfigError(
+                f"{parts} can't be attached together: all methods of an attention call cut it into the same tiles; set "
+                "them alike, or leave all but one unset"
+            )
+    size = next(iter(asked.values()), None) or next(iter(usual), TILE)
+    return Tiling(size, next(iter(orders.values()), "raster"))  # type: ignore[arg-type] - configs check their order
+
+
+def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) -> None:
+    """Raise `ConfigError` for a method that the model has no place for, or that its adapter refuses."""
+    adapter, name = model.adapter, config.name
+    if name in adapter.refused:
+        raise ConfigError(f"{name} makes no sense on {adapter.name}: {adapter.refused[name]}")
+    if Place.BLOCKS in handler_type.places and adapter.blocks == ():
+        raise ConfigError(
+            f"{name} acts on transformer blocks, and the adapter {adapter.name!r} describes none; attach it to another "
+            "model, or describe the blocks in the adapter (docs/adding-a-model.md)"
+        )
+    if Place.POSITIONS in handler_type.places and adapter.rope is None:
+        raise ConfigError(
+            f"{name} changes rotary positions, and {adapter.name} has none that its adapter describes; attach it to a "
+            "model with rotary positions"
+        )

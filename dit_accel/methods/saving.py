@@ -1,0 +1,54 @@
+"""What a method declares that it saves, and costs, on one layout: by arithmetic alone, before anything runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileSaving:
+    """What a method leaves of the visual tiles of each attention call.
+
+    Attributes:
+        tiles: N, tiles along each side over the visual tokens alone.
+        active: (step, layer) -> whether the method thins that call out.
+        keep: expected exact share of every tile, float [N, N], -> the same with the method's part taken off.
+        pools: tiles that are not exact enter as one key each.
+        expected: what stays depends on the data, and ``keep`` gives an expectation.
+    """
+
+    tiles: int
+    active: Callable[[int, int], bool]
+    keep: Callable[[np.ndarray], np.ndarray]
+    pools: bool = False
+    expected: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """What one method saves and costs over a whole run; forwards are counted one a batch row.
+
+    Attributes:
+        tiles: what it leaves of the self-attention; None: it drops nothing there, or nothing that can be told.
+        exact_rows: share of the query rows that it computes densely beside each planned call.
+        blocks: blocks that are not computed, of steps x layers x rows.
+        forwards: forwards that are not computed, of steps x rows.
+        extra_forwards: forwards that are computed besides.
+        list_bytes: tile lists and bitmaps on the device, shared by all layers and steps.
+        carried_bytes: what is held from step to step, one batch row.
+        counted: False where what it saves is known only while it runs, so that nothing is counted.
+        notes: what a user should know of the estimate.
+        warnings: what a user should know of the method on this layout.
+    """
+
+    tiles: TileSaving | None = None
+    exact_rows: float = 0.0
+    blocks: float = 0.0
+    forwards: float = 0.0
+    extra_forwards: float = 0.0
+    list_bytes: int = 0
+    carried_bytes: int = 0
+    counted: bool = True
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

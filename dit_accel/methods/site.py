@@ -1,0 +1,103 @@
+"""Where a method may act on a transformer beside its attention: around forwards, around blocks, and on attributes.
+
+The core gives every handler a site of each transformer; all that a method changes goes through it, so that the core can
+undo it.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.blocks import BlockList, Streams
+from ..plan.context import StepContext
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardContext(StepContext):
+    """A forward that is about to run.
+
+    Attributes:
+        inputs: the forward's inputs by name; tensors as the pipeline gives them.
+    """
+
+    inputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Block:
+    """One transformer block.
+
+    Attributes:
+        index: its place among all blocks that the adapter lists, in running order.
+        name: its name in the transformer.
+        module: the block.
+        list: what the adapter tells of its kind: which of its arguments and results are streams.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    list: BlockList
+
+
+AroundForward = Callable[[ForwardContext, Callable[..., Any]], Any]
+"""(context, run) -> output. ``run()`` runs what lies further in, ``run(name=value)`` with other inputs."""
+
+AroundBlock = Callable[[StepContext, Block, Callable[[Streams], Streams], Streams], Streams]
+"""(context, block, run, streams) -> streams. ``run(streams)`` runs what lies further in; else the block is skipped."""
+
+
+class Site(Protocol):
+    """One transformer as one handler sees it while it installs itself."""
+
+    @property
+    def name(self) -> str:
+        """The component's name."""
+        ...
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer."""
+        ...
+
+    @property
+    def adapter(self) -> Adapter:
+        """Its adapter."""
+        ...
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The transformer's blocks, in running order."""
+        ...
+
+    def around_forward(self, function: AroundForward) -> None:
+        """Run ``function`` in place of every forward; it may skip the forward, run it again in a branch, or pass on."""
+        ...
+
+    def around_blocks(self, function: AroundBlock, blocks: tuple[Block, ...] | None = None) -> None:
+        """Run ``function`` in place of blocks (None: all); it may skip a block or change its streams."""
+        ...
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute, buffer or parameter of an object until the methods are detached."""
+        ...
+
+    def branch(self, name: str) -> AbstractContextManager[None]:
+        """Let a forward inside the block be a nested branch, with state of its own, that moves no step."""
+        ...
+
+
+def sample_of(output: Any) -> Tensor:
+    """Return the prediction in a forward's output, whether it is a tuple or an output object."""
+    return output[0] if isinstance(output, (tuple, list)) else output.sample
+
+
+def with_sample(output: Any, sample: Tensor) -> Any:
+    """Return a forward's output with another prediction; the rest, and the kind of output, stay."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    return type(output)(**{**dict(output), "sample": sample})

@@ -1,0 +1,70 @@
+"""One attention call as all methods see it: q, k and v as [B, H, S, D], whatever the model's processor hands over."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .masks import key_padding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Call:
+    """What one attention call computes with. The tensors are views of the model's own.
+
+    Attributes:
+        q: queries after norm and RoPE, [B, H, S, D].
+        k: keys, the same, of any number of heads that divides H.
+        v: values, like the keys.
+        mask: None, or the model's attention mask.
+        scale: factor on the logits; None: 1 / sqrt(D).
+        backend: the kernel backend's name.
+        tokens_first: the model holds its tensors as [B, S, H, D] in memory, and wants its output so.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    scale: float | None = None
+    backend: str = "auto"
+    tokens_first: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Length S of the sequence."""
+        return self.k.shape[2]
+
+    def key_mask(self) -> Tensor | None:
+        """Return key validity [B, S] of the mask, True where a key is valid; None without a mask.
+
+        Raises:
+            ConfigError: for any other mask than key padding, which our kernels can't follow.
+        """
+        return None if self.mask is None else key_padding(self.mask, self.q, self.k)
+
+    def with_keys(self, k: Tensor) -> "Call":
+        """Return the call with other keys."""
+        return self if k is self.k else replace(self, k=k)
+
+    def as_held(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return [B, H, S, D] tensors as the model holds its own: views."""
+        return tuple(x.transpose(1, 2) for x in tensors) if self.tokens_first else tensors
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """Return a tensor that lies as the model holds its own as [B, H, S, D]: a view."""
+        return x.transpose(1, 2) if self.tokens_first else x
+
+    @property
+    def kernel_layout(self) -> dict[str, Any]:
+        """How the kernels are told the layout of tensors that lie as the model holds its own."""
+        return {"layout": "bshd" if self.tokens_first else "bhsd"}
+
+
+def call_of(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, backend: str, tokens_first: bool
+) -> Call:
+    """Return the call of tensors that lie as a processor holds them, [B, S, H, D] or [B, H, S, D]."""
+    if tokens_first:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return Call(q=q, k=k, v=v, mask=mask, scale=scale, backend=backend, tokens_first=tokens_first)

@@ -1,0 +1,69 @@
+"""Where a denoising stands: at a forward of the transformer, and at one attention call inside it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .layout import TokenLayout
+
+Key = tuple[str, int, str, int, int]
+"""(transformer, layer, branch, row, batch): the attention calls that follow each other from step to step.
+
+A cache may compute a part of the batch alone at some steps (FasterCache does); what the whole learned is left as it is.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """Where the denoising stands when a transformer runs.
+
+    Attributes:
+        transformer: component name, ``transformer`` or ``transformer_2``.
+        branch: name of the denoising call, such as ``cond``; that of a nested one is ``cond/name``.
+        step_index: 0-based step of this run, over all experts.
+        num_inference_steps: steps of this run; None where nothing tells.
+        sigma: noise level of the step; None where nothing tells.
+        layout: the sequence's token layout; None where it is not known yet, in a transformer that is compiled whole.
+        batch: rows of the forward; None where they are not known yet.
+        training: the forward belongs to no generation, so that its step says nothing: gradients are recorded in
+            training mode, and no pipeline tells a step.
+        told: the pipeline told the step; else it is inferred from the timesteps.
+    """
+
+    transformer: str
+    branch: str
+    step_index: int
+    num_inference_steps: int | None
+    sigma: float | None
+    layout: TokenLayout | None
+    batch: int | None
+    training: bool = False
+    told: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallContext(StepContext):
+    """Where the denoising stands when an attention module runs; layout and batch are those of the call.
+
+    Attributes:
+        layer: index of the attention module among all that the adapter names, unique in its transformer.
+        depth: index of its block, counted from the input; what ``dense_layers`` counts.
+        device: where q, k and v lie.
+        row: which of the calls that the module makes in one forward; models that attend row by row make one a row.
+        repeated: the forward ran this call before; gradient checkpointing does so, and wants the same again.
+        differentiate: a backward may follow, so that what the plan holds must not be written to.
+    """
+
+    layout: TokenLayout
+    batch: int
+    layer: int
+    depth: int
+    device: torch.device
+    row: int = 0
+    repeated: bool = False
+    differentiate: bool = False
+
+    @property
+    def key(self) -> Key:
+        """Whose state the call reads and writes."""
+        return self.transformer, self.layer, self.branch, self.row, self.batch

@@ -1,0 +1,104 @@
+"""Counts what runs in one generation: dense layers, and the shares of every planned call's tiles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from dit_accel_kernels import count_bits
+from torch import Tensor
+
+from ..plan.context import CallContext
+from ..plan.plan import AttentionPlan
+from ..plan.tiling import exact_bits
+
+
+@dataclass(slots=True)
+class CallShares:
+    """Shares of one planned attention call's tiles; tensors until `settle` reads them, so that no device is waited for.
+
+    `by_head` is the exact share of each head, [H], where a selection chose by head.
+    """
+
+    layer: int
+    exact: float | Tensor
+    pooled: float | Tensor
+    by_head: Tensor | Sequence[float] | None = None
+
+
+@dataclass(slots=True)
+class Forward:
+    """What one denoising call (transformer, step, branch) ran."""
+
+    dense_layers: int = 0
+    calls: list[CallShares] = field(default_factory=list)
+
+
+class Recorder:
+    """Counts what runs, one generation long.
+
+    `seen` holds the layers whose dense calls are seen when they run; those of compiled blocks are not. `forwards_run`
+    counts the transformer's forwards.
+    """
+
+    def __init__(self) -> None:
+        self.forwards: dict[tuple[str, int, str], Forward] = {}
+        self.notes: list[str] = []
+        self.backends: set[str] = set()
+        self.seen: set[int] = set()
+        self.forwards_run = 0
+
+    @property
+    def planned(self) -> bool:
+        """Whether any attention call followed a plan."""
+        return any(entry.calls for entry in self.forwards.values())
+
+    def spell_backend(self, asked: str) -> str:
+        """Return the backend asked for and, once a planned call ran, what it resolved to."""
+        used = ", ".join(sorted(self.backends))
+        return f"{asked} ({used})" if used and used != asked else asked
+
+    def note(self, text: str) -> None:
+        """Keep a remark for the report, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def forward(self, transformer: str, branch: str, step_index: int, dense_layers: int) -> None:
+        """Count one denoising call and the layers of it that run dense."""
+        entry = self.forwards.setdefault((transformer, step_index, branch), Forward())
+        entry.dense_layers += dense_layers
+
+    def sparse_call(self, context: CallContext, plan: AttentionPlan) -> None:
+        """Count one attention call that follows a plan's lists."""
+        tiles = plan.tiles
+        exact, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
+        self._calls(context).append(CallShares(context.layer, exact, pooled))
+
+    def selected_call(self, context: CallContext, plan: AttentionPlan, exact: Tensor) -> None:
+        """Count one attention call whose selection left ``exact``, bits int32 [B, H, NQ, W]."""
+        tiles, selection = plan.tiles, plan.selection
+        assert tiles is not None
+        assert selection is not None
+        size = tiles.query_tiles * tiles.key_tiles
+        by_head = count_bits(exact).sum(-1).float().mean(0) / size
+        left = tiles.density
+        if selection.keep is not None and selection.rest == "skip":
+            free = selection.keep if selection.pinned is None else selection.keep | selection.pinned
+            left = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
+        pooled = tiles.tiles_pooled / tiles.tiles_total + (left - by_head.mean()).clamp(min=0)  # rounding may leave -0
+        self._calls(context).append(CallShares(context.layer, by_head.mean(), pooled, by_head))
+
+    def settle(self) -> None:
+        """Turn the shares that are still tensors into numbers, in one transfer a device."""
+        waiting: dict[tuple[torch.device, int], list[CallShares]] = {}
+        for entry in self.forwards.values():
+            for call in entry.calls:
+                if isinstance(call.by_head, Tensor):
+                    waiting.setdefault((call.by_head.device, len(call.by_head)), []).append(call)
+        for calls in waiting.values():
+            shares = [torch.stack([torch.as_tensor(call.exact), torch.as_tensor(call.pooled)]) for call in calls]
+            values = torch.stack([torch.cat([s, call.by_head]) for s, call in zip(shares, calls, strict=True)])  # type: ignore[list-item]
+            for call, (exact, pooled, *by_head) in zip(calls, values.tolist(), strict=True):
+                call.exact, call.pooled, call.by_head = exact, pooled, tuple(by_head)
+
+    def _calls(self, context: CallContext) -> list[CallShares]:
+        return self.forwards.setdefault((context.transformer, context.step_index, context.branch), Forward()).calls

@@ -1,0 +1,196 @@
+"""Check an adapter's block lists: each block and stream is where it says, and a skipped block hands its streams on."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.blocks import BlockList, BlockSignature, Streams, block_lists, block_signature
+from .recording import require
+from .tiny_models import Case
+
+_OVERRIDE = "_compiled_call_impl"
+"""What `nn.Module.__call__` asks before anything else; private to torch."""
+
+
+class Block(NamedTuple):
+    """One block of a model under check."""
+
+    name: str
+    module: nn.Module
+    blocks: BlockList
+    signature: BlockSignature
+
+
+Call = Callable[[Block, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""(block, what runs it, args, kwargs) -> what the model gets of it."""
+
+
+def check_blocks(case: Case) -> str | None:
+    """Raise `AssertionError` unless the adapter's block lists describe the model.
+
+    Every block that holds an attention of the adapter is in a list, and runs once, in the lists' order; its streams
+    are tensors that keep their shapes; taking them out and putting them back changes nothing, bit for bit; and
+    skipped blocks hand the streams that they were given on to the next, stream by stream.
+
+    Returns:
+        Why it does not apply: the adapter describes no blocks.
+    """
+    if case.adapter.blocks == ():
+        return "the adapter describes no blocks"
+    blocks = [
+        Block(name, module, listed, block_signature(listed, type(module)))
+        for listed in block_lists(case.adapter, case.transformer)
+        for name, module in listed.modules(case.adapter, case.transformer)
+    ]
+    _require_covered(case, blocks)
+    inputs = case.inputs(2)
+    plain = case.run(inputs)
+    results = _require_streams(case, inputs, blocks, plain)
+    with replaced(blocks, _with_copies):
+        require(torch.equal(case.run(inputs), plain), "putting copies of the streams back changes the output")
+    _require_handed_on(case, inputs, blocks, results)
+    lasts = list({block.blocks: block for block in blocks}.values())
+    with replaced(lasts, lambda block, run, args, kwargs: _skipped(block, args, kwargs, results)):
+        out = case.run(inputs)
+    told = f"without {', '.join(block.name for block in lasts)} the output is not finite"
+    require(out.shape == plain.shape and bool(out.isfinite().all()), told)
+    return None
+
+
+@contextlib.contextmanager
+def replaced(blocks: Sequence[Block], call: Call) -> Iterator[None]:
+    """Answer the calls of blocks in their stead, compiled or not; their classes stay as they are."""
+    before = [block.module.__dict__.get(_OVERRIDE) for block in blocks]
+    for block, inner in zip(blocks, before, strict=True):
+
+        def answer(*args: Any, block: Block = block, run: Any = inner or block.module._call_impl, **kwargs: Any) -> Any:
+            return call(block, run, args, kwargs)
+
+        block.module.__dict__[_OVERRIDE] = answer
+    try:
+        yield
+    finally:
+        for block, inner in zip(blocks, before, strict=True):
+            del block.module.__dict__[_OVERRIDE]
+            if inner is not None:
+                block.module.__dict__[_OVERRIDE] = inner
+
+
+def _with_copies(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Put copies of the streams among a block's arguments and into its result."""
+    args, kwargs = block.signature.write_call(_copied(block.signature.read_call(args, kwargs)), args, kwargs)
+    result = run(*args, **kwargs)
+    return block.signature.write_result(_copied(block.signature.read_result(result)), like=result)
+
+
+def _copied(streams: Streams) -> Streams:
+    return tuple(None if stream is None else stream.clone() for stream in streams)
+
+
+def _skipped(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], results: dict[str, Any]) -> Any:
+    like = None if block.blocks.gives_streams_only else results[block.name]
+    return block.signature.write_result(block.signature.read_call(args, kwargs), like=like)
+
+
+def _require_covered(case: Case, blocks: Sequence[Block]) -> None:
+    from ..attachment.attachment import attention_modules
+
+    names = [block.name for block in blocks]
+    require(len(set(names)) == len(names), f"block lists overlap: {names}")
+    for attention, _, _ in attention_modules(case.transformer, case.adapter):
+        inside = any(attention.startswith(f"{name}.") for name in names)
+        require(inside, f"{attention} lies in no block of the lists {', '.join(names)}")
+
+
+def _require_streams(case: Case, inputs: dict[str, Any], blocks: Sequence[Block], plain: Tensor) -> dict[str, Any]:
+    """Check order, shapes and lengths of the streams in an untouched forward; return each block's result."""
+    results: dict[str, Any] = {}
+    lengths = {}
+
+    def recorded(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        require(block.name not in results, f"{block.name} runs more than once in a forward")
+        streams = block.signature.read_call(args, kwargs)
+        versions = [None if stream is None else stream._version for stream in streams]
+        results[block.name] = result = run(*args, **kwargs)
+        left = block.signature.read_result(result)
+        for name, stream, version, after in zip(block.blocks.takes, streams, versions, left, strict=True):
+            require(isinstance(stream, Tensor), f"{block.name}: {name} is no stream, it holds {stream!r:.60}")
+            assert isinstance(stream, Tensor)
+            shape = None if after is None else after.shape
+            require(shape in (None, stream.shape), f"{block.name} takes {name} {list(stream.shape)}, gives {shape}")
+            require(stream._version == version, f"{block.name} changes {name} in place")
+        assert streams[0] is not None
+        require(left[0] is not None, f"{block.name} ends its visual stream")
+        lengths[block.name] = streams[0].shape[block.blocks.token_axis]
+        return result
+
+    with replaced(blocks, recorded):
+        require(torch.equal(case.run(inputs), plain), "watching the blocks changes the output")
+    for beside in (False, True):
+        listed = [block.name for block in blocks if block.blocks.beside == beside]
+        ran = [name for name in results if name in listed]
+        require(ran == listed, f"blocks run in the order {', '.join(ran)}, the lists tell {', '.join(listed)}")
+    _require_lengths(case, inputs, blocks, lengths)
+    return results
+
+
+def _require_lengths(case: Case, inputs: dict[str, Any], blocks: Sequence[Block], lengths: dict[str, int]) -> None:
+    config: Any = case.transformer.config
+    grid = case.adapter.grid(config, inputs)
+    if isinstance(grid, str):
+        return
+    frames, height, width, before, after = grid
+    whole = frames * height * width + before + after
+    for block in blocks if before + after else ():
+        joined = lengths[block.name] == whole
+        told = "the whole sequence" if block.blocks.joined else "not the whole sequence"
+        require(
+            joined == block.blocks.joined,
+            f"{block.name}: its visual stream has {lengths[block.name]} of the sequence's {whole} tokens, and "
+            f"joined={block.blocks.joined} tells {told}",
+        )
+
+
+def _require_handed_on(case: Case, inputs: dict[str, Any], blocks: Sequence[Block], results: dict[str, Any]) -> None:
+    """Check that each block of a list gets the streams that the one before it got, where all are skipped.
+
+    A model may change streams between its blocks, such as by a control branch. Then what is given back as one stream
+    must reach that stream of the next block and no other.
+    """
+
+    def skip_all(shifted: int | None = None) -> dict[str, Streams]:
+        given: dict[str, Streams] = {}
+
+        def skip(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            streams = given[block.name] = block.signature.read_call(args, kwargs)
+            if shifted is None:
+                return _skipped(block, args, kwargs, results)
+            moved = [stream + (at == shifted) if stream is not None else None for at, stream in enumerate(streams)]
+            like = None if block.blocks.gives_streams_only else results[block.name]
+            return block.signature.write_result(moved, like=like)
+
+        with replaced(blocks, skip):
+            out = case.run(inputs)
+        require(bool(out.isfinite().all()), "with all blocks skipped the output is not finite")
+        return given
+
+    given = skip_all()
+    pairs = [(one, two) for one, two in zip(blocks, blocks[1:], strict=False) if one.blocks is two.blocks]
+    for stream in range(max(len(block.blocks.takes) for block in blocks)):
+        open_pairs = []
+        for one, two in pairs:
+            if stream < len(one.blocks.takes):
+                old, new = given[one.name][stream], given[two.name][stream]
+                assert old is not None
+                same = new is not None and new.shape == old.shape
+                require(same, f"{two.name} gets another {one.blocks.takes[stream]} than {one.name} gave")
+                if not (new is not None and torch.equal(old, new)):
+                    open_pairs.append((one, two))
+        shifted = skip_all(stream) if open_pairs else {}
+        for one, two in open_pairs:
+            moved = [not torch.equal(a, b) for a, b in zip(given[two.name], shifted[two.name], strict=True)]
+            told = [at == stream for at in range(len(moved))]
+            require(moved == told, f"{two.name} gets {one.blocks.takes[stream]} of {one.name} as another stream")
