@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 
 from ..errors import ConfigError, DitAccelError, did_you_mean
 from . import registry
-from .console import print_error
+from .console import print_error, warn
 from .lists import methods, models
 from .method_options import with_method_options
 from .plan import plan
@@ -49,6 +50,20 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Show Python's warnings as the command line's own inside the block, without file names and source lines."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        warn(" ".join(str(message).split()))
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 class CommandGroup(TyperGroup):
     """The built-in commands and those of installed packages, each built when it is asked for."""
 
@@ -79,7 +94,7 @@ class CommandGroup(TyperGroup):
             return super().main(*args, standalone_mode=False, **extra)
         self.show_traceback = False
         try:
-            with sigterm_raises():
+            with sigterm_raises(), warnings_in_one_line():
                 code = super().main(*args, standalone_mode=False, **extra)
         except Terminated:
             code = TERMINATED

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from dit_accel_assets.clips import clip_of
@@ -29,6 +29,7 @@ from dit_accel.errors import did_you_mean
 from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, model_name, write_thresholds
+from dit_accel.methods.attention.sparse import SparseSettings
 from dit_accel.methods.config import MethodConfig
 
 from .fidelity import psnr
@@ -146,7 +147,7 @@ def tune_lite(
         execution = attachment._execution
         (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
         layers = dict(Counter(layer.state.name for layer in execution.layers))
-    _check_something_votes(cast(LiteAttention, lite.config), steps, max(layers.values()))
+    _check_something_votes(lite.settings, steps, max(layers.values()))
     for number, prompt in enumerate(request.prompts[len(done) :], len(done) + 1):
         stages.stage(f"prompt {number} of {len(request.prompts)}: dense, then tuned")
         dense = run(pipe, prompt, request, stages=stages)
@@ -201,18 +202,20 @@ def _progress_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.progress.json")
 
 
-def _check_something_votes(config: LiteAttention, steps: int | None, layers: int) -> None:
+def _check_something_votes(settings: SparseSettings, steps: int | None, layers: int) -> None:
     """Refuse a run in which nothing would vote, where that is known beforehand.
 
     Args:
-        config: every option filled in.
-        steps: denoising steps; None: what the pipeline takes by itself.
+        settings: LiteAttention's on this model.
+        steps: denoising steps; None: as many as the pipeline makes by itself.
         layers: attention layers.
+
+    Raises:
+        ConfigError: if fewer than two steps are not dense; the votes of the last are never read.
     """
-    if steps is None or config.dense_above_sigma is not None:  # noise levels are known only while it runs
+    if steps is None or settings.dense_above_sigma is not None:  # noise levels are known only while it runs
         return
-    sparse = [step for step in range(steps) if not all(config.is_dense(step, steps, n) for n in range(layers))]
-    if len(sparse) < 2:
+    if all(sum(not settings.is_dense(step, steps, layer) for step in range(steps)) < 2 for layer in range(layers)):
         raise ConfigError(NOTHING_VOTES.format(steps=steps))
 
 

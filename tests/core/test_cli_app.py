@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -234,6 +235,19 @@ def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
         assert "Traceback" in traced.stderr
         assert traced.stderr.endswith(expected)
     assert "Traceback" not in run("plan", "--family", "wan-tiny").stderr
+
+
+def test_a_warning_is_one_line(monkeypatch):
+    def warning(name: str) -> None:
+        warnings.warn("nothing was\n  planned", stacklevel=1)
+        raise ConfigError("so")
+
+    monkeypatch.setattr(registry, "family", warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        assert run("plan", "--family", "wan-tiny").stderr == "warning: nothing was planned\nerror: so\n"
+        assert warnings.showwarning is before
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch):
