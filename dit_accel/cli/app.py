@@ -9,6 +9,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -18,11 +19,18 @@ from typer.core import TyperGroup
 from ..errors import ConfigError, DitAccelError, did_you_mean
 from . import registry
 from .console import print_error, warn
-from .lists import methods, models
 from .method_options import with_method_options
-from .plan import plan
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"plan": plan, "methods": methods, "models": models}
+BUILT_IN = {
+    "plan": (".plan", "Estimate density, FLOPs, memory and speed-up of a run; loads no weights."),
+    "methods": (".lists", "List the methods, what each does, and its options with their defaults."),
+    "models": (
+        ".lists",
+        "List the models that are known by name, then which methods each family takes, and why not.",
+    ),
+}
+"""Name of a built-in command -> its module, which loads torch, and its line in the help, which then need not."""
+
 INTERRUPTED, TERMINATED = 130, 143
 STOPPED_BY = {INTERRUPTED: "Ctrl-C", TERMINATED: "SIGTERM"}
 EPILOG = "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C, 143 stopped by SIGTERM."
@@ -71,7 +79,7 @@ class CommandGroup(TyperGroup):
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the names in the order of the help."""
-        return list(_functions())
+        return _names()
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
         """Return a command without its method switches, which is enough for the list and loads no method."""
@@ -83,8 +91,8 @@ class CommandGroup(TyperGroup):
         Raises:
             ConfigError: for an unknown command, with the nearest known one.
         """
-        if args[0] not in _functions():
-            raise ConfigError(f"there is no command {args[0]!r}; {did_you_mean(args[0], _functions())}")
+        if args[0] not in _names():
+            raise ConfigError(f"there is no command {args[0]!r}; {did_you_mean(args[0], _names())}")
         name, _, rest = super().resolve_command(ctx, args)  # type: ignore[misc]
         return name, _build(str(name), switches=True), rest
 
@@ -120,15 +128,30 @@ def _exit_code(error: Exception) -> int:
     return 2
 
 
-def _functions() -> dict[str, Callable[..., Any]]:
-    added = registry.commands()
-    return {**added, **BUILT_IN}
+def _names() -> list[str]:
+    return list({**registry.commands(), **BUILT_IN})
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name not in BUILT_IN:
+        return registry.commands()[name]
+    return getattr(import_module(BUILT_IN[name][0], __package__), name)
+
+
+def _summary(name: str) -> Callable[..., Any]:
+    """Return a function with nothing but a built-in command's line in the help."""
+
+    def command() -> None: ...
+
+    command.__doc__ = BUILT_IN[name][1]
+    return command
 
 
 def _build(name: str, *, switches: bool) -> Any:
-    function = _functions().get(name)
-    if function is None:
+    """Return a command, or None for an unknown name; without ``switches`` what the list of commands needs of it."""
+    if name not in _names():
         return None
+    function = _function(name) if switches or name not in BUILT_IN else _summary(name)
     single = typer.Typer(add_completion=False)
     single.command(name)(_with_traceback(with_method_options(function, switches)))
     return typer.main.get_command(single)

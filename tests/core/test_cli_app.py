@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +20,9 @@ from dit_accel import RadialAttention
 from dit_accel.adapters import registry
 from dit_accel.adapters.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
-from dit_accel.cli.app import app
+from dit_accel.cli.app import BUILT_IN, app
 from dit_accel.cli.console import print_json
-from dit_accel.cli.method_options import select_methods, with_method_options
+from dit_accel.cli.method_options import first_line, select_methods, with_method_options
 from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
 from dit_accel.methods import registry as method_registry
 from dit_accel.methods.config import MethodConfig
@@ -185,6 +186,13 @@ def test_help_is_quick_and_loads_no_torch():
         seconds("-c", "import sys; sys.argv[1:] = ['--help']; import dit_accel.cli as c; c.main()") for _ in "123"
     )
     assert helped - bare < 0.4  # of processor time; 0.17 s where it was written
+
+
+def test_the_list_of_commands_says_what_the_commands_say():
+    for name, (module, summary) in BUILT_IN.items():
+        assert summary == first_line(getattr(import_module(module, "dit_accel.cli"), name))
+        assert summary in " ".join(run(name, "--help").stdout.split())
+        assert summary[:30] in run("--help").stdout
 
 
 def test_the_version():
