@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def generate_video(
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.", metavar="TEXT")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance should lead away from.", metavar="TEXT")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE")] = None,
     video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE")] = None,
     output: Annotated[
@@ -32,7 +34,9 @@ def generate_video(
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of the file.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the file; default: 8 for the embedded model, else 16.")
+    ] = None,
     scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1,
     dtype: Dtype = None,
     device: Device = None,
@@ -93,7 +97,7 @@ def generate_video(
         fps=fps,
         scale=scale,
         methods=tuple(methods),
-        backend=backend,
+        backend=cast(Any, backend),
     )
     with Stages(quiet=quiet) as stages:
         written = generate(request, stages=stages, command=sys.argv)

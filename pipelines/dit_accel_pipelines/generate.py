@@ -19,7 +19,7 @@ from .media import Frames, to_uint8, upscale, write_media
 from .pipeline_call import PipelineCall
 from .progress import Stages
 from .quiet import quiet_diffusers
-from .request import Request, read_pictures, settle, side_car_path
+from .request import Backend, Request, read_pictures, settle, side_car_path
 from .side_car import side_car
 from .timing import Timings, timed_steps
 
@@ -79,7 +79,7 @@ def generate(request: Request, *, stages: Stages | None = None, command: Sequenc
 
 
 @contextlib.contextmanager
-def attached(pipe: Any, methods: Sequence[MethodConfig], backend: str) -> Iterator[Any]:
+def attached(pipe: Any, methods: Sequence[MethodConfig], backend: Backend) -> Iterator[Any]:
     """Attach methods for the block; yields the attachment, or None where no method is asked for."""
     if not methods:
         yield None

@@ -12,6 +12,7 @@ from dit_accel_kernels import BACKENDS
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.registry import adapter_for
+from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames
 from dit_accel.files import check_writable
@@ -87,7 +88,7 @@ class Request:
     fps: float | None = None
     scale: int = 1
     methods: tuple[MethodConfig, ...] = ()
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
