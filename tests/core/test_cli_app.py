@@ -281,6 +281,9 @@ def test_a_sigterm_is_exit_code_143_and_cleans_up(monkeypatch):
     assert result.stderr == "error: stopped by SIGTERM; nothing half-written is left\n"
     assert cleaned == ["wan-tiny"]
     assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert run("plan", "--family", "wan-tiny").exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_commands_run_outside_the_main_thread():
