@@ -8,6 +8,7 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.sizes import read_sizes
 
 # UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
 ULTRAVICO_COGVIDEOX = {
@@ -57,6 +58,7 @@ COGVIDEOX = Adapter(
     transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=1, text="before"),
     families=(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B),
 )

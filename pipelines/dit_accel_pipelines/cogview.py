@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.sizes import read_sizes
 
 text_first = partial(latents_grid, frames_axis=None, text="before")
 
@@ -54,6 +55,7 @@ COGVIEW = Adapter(
     transformers=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=text_first,
     families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
     refused=IMAGE_REFUSED,

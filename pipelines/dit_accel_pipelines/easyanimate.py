@@ -4,6 +4,7 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.sizes import read_sizes
 
 EASYANIMATE_12B = Family(
     name="easyanimate-5.1-12b",
@@ -26,6 +27,7 @@ EASYANIMATE = Adapter(
     transformers=("EasyAnimateTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, text="before", joined=("encoder_hidden_states", "encoder_hidden_states_t5")),
     families=(EASYANIMATE_12B,),
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.sizes import read_sizes
 
 KANDINSKY5_LITE = Family(
     name="kandinsky-5-lite",
@@ -51,10 +52,16 @@ def frames_before_reference(config: Any, inputs: Mapping[str, Any]) -> Grid:
     return frames - reference, height, width, 0, reference * height * width
 
 
+kandinsky_sizes = partial(
+    read_sizes, layers=("num_visual_blocks",), heads=None, head_dim="axes_dims", width="model_dim", ffn_dim="ff_dim"
+)
+"""Reads the sizes, by the names of the published code."""
+
 KANDINSKY5 = Adapter(
     name="kandinsky-5",
     transformers=("Kandinsky5Transformer3DModel",),
     self_attention=("visual_transformer_blocks.*.self_attention",),
+    sizes=kandinsky_sizes,
     grid=partial(latents_grid, frames_axis=1, channels_last=True),
     families=(KANDINSKY5_LITE, KANDINSKY5_PRO),
 )
@@ -63,6 +70,7 @@ KANDINSKY6 = Adapter(
     transformers=("Kandinsky6Transformer3DModel",),
     self_attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
     blocks=(BlockList(pattern="visual_transformer_blocks.*", takes=("vis", "aud"), gives=(0, 1), joined=True),),
+    sizes=kandinsky_sizes,
     grid=frames_before_reference,
     families=(KANDINSKY6_PRO,),
 )

@@ -1,11 +1,13 @@
 """Krea 2: text first, then the packed image; padded text is masked."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_row, read_once
+from dit_accel.adapters.sizes import read_sizes
 
 
 def text_then_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -23,6 +25,7 @@ KREA2 = Adapter(
     transformers=("Krea2Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
+    sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),
     grid=text_then_image,
     refused=IMAGE_REFUSED,
 )

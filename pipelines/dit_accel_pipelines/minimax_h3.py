@@ -5,11 +5,13 @@ refiner attends over text alone and is left out.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_video, read_once
+from dit_accel.adapters.sizes import read_sizes
 
 
 def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -26,6 +28,7 @@ MINIMAX_H3 = Adapter(
     transformers=("MiniMaxH3Transformer3DModel",),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
+    sizes=partial(read_sizes, width="hidden_size", gated=True),
     grid=packed_video,
     rising_timesteps=True,
 )

@@ -1,11 +1,13 @@
 """Qwen-Image with Edit and Layered: text first, then the packed image and, behind it, further images."""
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.sizes import read_sizes
 
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
@@ -40,6 +42,7 @@ QWEN_IMAGE = Adapter(
     name="qwen-image",
     transformers=("QwenImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=first_image,
     families=(QWEN_IMAGE_20B,),
     refused=IMAGE_REFUSED,
@@ -63,6 +66,7 @@ QWEN_IMAGE_21 = Adapter(
     transformers=("QwenImage21Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
+    sizes=partial(read_sizes, gated=True),
     grid=last_image,
     text_apart=True,
     refused=IMAGE_REFUSED,

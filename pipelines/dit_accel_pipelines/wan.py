@@ -5,9 +5,11 @@ cross-attention and stay outside the sequence.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.sizes import read_sizes
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
 # steps as a share, the first block dense, everybody sees frame 0). Its published sparsities belong to near="half".
@@ -130,6 +132,7 @@ WAN = Adapter(
         BlockList(pattern="blocks.*"),
         BlockList(pattern="vace_blocks.*", takes=("control_hidden_states",), gives=(None, 0), beside=True),
     ),
+    sizes=partial(read_sizes, layers=("num_layers", "vace_layers")),
     families=(
         WAN21_1B,
         WAN21_14B,

@@ -1,5 +1,6 @@
 """The processor's replaced call, on diffusers' own processors of both kinds, and the masks it takes."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -8,15 +9,14 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_kernels import TileLists, block_sparse_attention
+from one_layer import MODEL, OneLayer
 
 from dit_accel import ConfigError
-from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution
-from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import Slot, dense_attention_of, wrap_processor
+from dit_accel.attachment.processor import Slot, as_tensors, dense_attention_of, wrap_processor
 from dit_accel.methods.attention.radial import RadialAttention
-from dit_accel.methods.base import AttentionHandler, Model
+from dit_accel.methods.base import AttentionHandler
 from dit_accel.plan.tiling import Tiling
 
 GRID = (3, 2, 2, 0, 0)
@@ -33,14 +33,7 @@ class Everything(AttentionHandler):
 
 @pytest.fixture
 def execution() -> Execution:
-    adapter = Adapter(name="any", transformers=(), self_attention=())
-    model = Model(adapter=adapter, family=None, heads=2, layers=1, tiling=Tiling(4))
-    execution = Execution([Everything(RadialAttention(), model)], "reference")
-    state = TransformerState("transformer", torch.nn.Module(), adapter)
-    layer = AttentionLayer(state, torch.nn.Module(), 0, 0)
-    execution.layers.append(layer)
-    state.layers.append(layer)
-    return execution
+    return OneLayer(Everything(RadialAttention(), dataclasses.replace(MODEL, tiling=Tiling(4)))).execution
 
 
 def test_a_legacy_processor_keeps_its_face_and_its_result(execution):
@@ -56,7 +49,7 @@ def test_a_legacy_processor_keeps_its_face_and_its_result(execution):
         attn.set_processor(wrapped)
         assert all(torch.equal(a, b) for a, b in zip(attn(hidden, encoder_hidden_states=text), plain, strict=True))
         wrapped._dit_accel_sparse = True
-        slot.grid = torch.tensor((3, 2, 2, 3, 0))
+        slot.grid = as_tensors((3, 2, 2, 3, 0))
         planned = attn(hidden, encoder_hidden_states=text)
         assert execution.recorder.planned
         assert execution.recorder.backends == {"reference"}
@@ -91,7 +84,7 @@ def tensors(dtype=torch.float32):
 
 
 def arguments(number, q, k, v, mask=None, grid=GRID, differentiate=False):
-    return q, k, v, mask, torch.tensor(0), torch.tensor(grid), number, True, None, differentiate
+    return q, k, v, mask, torch.tensor(0), as_tensors(grid), number, True, None, differentiate
 
 
 def call(execution, q, k, v, mask=None, grid=GRID):
