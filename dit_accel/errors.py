@@ -24,9 +24,20 @@ class MissingBackend(DitAccelError, RuntimeError):  # noqa: N818 - reads as what
     """A backend named by the user that cannot run here."""
 
 
+LONG_LIST = 24
+"""Names beyond which an error gives only the near ones; the models are that many, and a command lists them."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"did you mean 'x'? known: a, b, x"`` for a name that is not among ``known``."""
+    """Return ``"did you mean 'x'? known: a, b, x"`` for a name that is not among ``known``.
+
+    Of more than `LONG_LIST` names only up to three near ones are given, and where to find the others.
+    """
     names = sorted(known)
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
-    listed = f"known: {', '.join(names)}" if names else "none are known"
-    return f"did you mean {near[0]!r}? {listed}" if near else listed
+    short = len(names) <= LONG_LIST
+    near = get_close_matches(name, names, n=1 if short else 3, cutoff=0.5)
+    if short:
+        listed = f"known: {', '.join(names)}" if names else "none are known"
+    else:
+        listed = f"{len(names)} are known, `dit-accel models` lists them all"
+    return f"did you mean {' or '.join(map(repr, near))}? {listed}" if near else listed

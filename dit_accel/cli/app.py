@@ -1,24 +1,75 @@
 """The `dit-accel` application: its commands, and how errors become one line and an exit code."""
 
+import contextlib
+import functools
+import inspect
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import DitAccelError
+from ..errors import ConfigError, DitAccelError, did_you_mean
 from . import registry
-from .console import print_error
-from .lists import methods, models
+from .console import print_error, warn
 from .method_options import with_method_options
-from .plan import plan
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"plan": plan, "methods": methods, "models": models}
-INTERRUPTED = 130
-EPILOG = "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C."
+BUILT_IN = {
+    "plan": (".plan", "Estimate density, FLOPs, memory and speed-up of a run; loads no weights."),
+    "methods": (".lists", "List the methods, what each does, and its options with their defaults."),
+    "models": (
+        ".lists",
+        "List the models that are known by name, then which methods each family takes, and why not.",
+    ),
+}
+"""Name of a built-in command -> its module, which loads torch, and its line in the help, which then need not."""
+
+INTERRUPTED, TERMINATED = 130, 143
+STOPPED_BY = {INTERRUPTED: "Ctrl-C", TERMINATED: "SIGTERM"}
+EPILOG = "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C, 143 stopped by SIGTERM."
+
+
+class Terminated(BaseException):
+    """A SIGTERM arrived: everything cleans up as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Turn the first SIGTERM inside the block into `Terminated`; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Show Python's warnings as the command line's own inside the block, without file names and source lines."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        warn(" ".join(str(message).split()))
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 class CommandGroup(TyperGroup):
@@ -28,14 +79,20 @@ class CommandGroup(TyperGroup):
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the names in the order of the help."""
-        return list(_functions())
+        return _names()
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
-        """Return a command without its method switches: enough for the list, and it loads no method."""
+        """Return a command without its method switches, which is enough for the list and loads no method."""
         return _build(cmd_name, switches=False)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        """Return the whole command for a run."""
+        """Return the whole command for a run.
+
+        Raises:
+            ConfigError: for an unknown command, with the nearest known one.
+        """
+        if args[0] not in _names():
+            raise ConfigError(f"there is no command {args[0]!r}; {did_you_mean(args[0], _names())}")
         name, _, rest = super().resolve_command(ctx, args)  # type: ignore[misc]
         return name, _build(str(name), switches=True), rest
 
@@ -45,21 +102,24 @@ class CommandGroup(TyperGroup):
             return super().main(*args, standalone_mode=False, **extra)
         self.show_traceback = False
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            with sigterm_raises(), warnings_in_one_line():
+                code = super().main(*args, standalone_mode=False, **extra)
+        except Terminated:
+            code = TERMINATED
         except Exception as error:
             if self.show_traceback:
                 traceback.print_exc()
             code = _exit_code(error)
-        if code == INTERRUPTED:
-            print_error("stopped by Ctrl-C; nothing half-written is left")
+        if code in STOPPED_BY:
+            print_error(f"stopped by {STOPPED_BY[code]}; nothing half-written is left")
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def _exit_code(error: Exception) -> int:
-    """Print one line on an error and return its exit code."""
+    """Print an error as one line and return its exit code."""
     usage = getattr(error, "format_message", None)  # Typer's own errors of usage
     if usage is None and not isinstance(error, DitAccelError):
-        print_error(f"{type(error).__name__}: {error} (dit-accel --traceback COMMAND ... shows where)")
+        print_error(f"{type(error).__name__}: {error} (--traceback shows where)")
         return 1
     if "NoArgsIsHelp" in type(error).__name__:
         print(usage() if usage else "")
@@ -68,18 +128,58 @@ def _exit_code(error: Exception) -> int:
     return 2
 
 
-def _functions() -> dict[str, Callable[..., Any]]:
-    added = registry.commands()
-    return {**added, **BUILT_IN}
+def _names() -> list[str]:
+    return list({**registry.commands(), **BUILT_IN})
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name not in BUILT_IN:
+        return registry.commands()[name]
+    return getattr(import_module(BUILT_IN[name][0], __package__), name)
+
+
+def _summary(name: str) -> Callable[..., Any]:
+    """Return a function with nothing but a built-in command's line in the help."""
+
+    def command() -> None: ...
+
+    command.__doc__ = BUILT_IN[name][1]
+    return command
 
 
 def _build(name: str, *, switches: bool) -> Any:
-    function = _functions().get(name)
-    if function is None:
+    """Return a command, or None for an unknown name; without ``switches`` what the list of commands needs of it."""
+    if name not in _names():
         return None
+    function = _function(name) if switches or name not in BUILT_IN else _summary(name)
     single = typer.Typer(add_completion=False)
-    single.command(name)(with_method_options(function, switches))
+    single.command(name)(_with_traceback(with_method_options(function, switches)))
     return typer.main.get_command(single)
+
+
+def _ask_for_traceback(ctx: typer.Context, wanted: bool) -> None:
+    group: Any = ctx.find_root().command
+    group.show_traceback = wanted or group.show_traceback
+
+
+Traceback = Annotated[
+    bool,
+    typer.Option("--traceback", callback=_ask_for_traceback, is_eager=True, help="Show the traceback of an error."),
+]
+
+
+def _with_traceback(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``command`` with --traceback, so that it works after the command's name as before it."""
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("show_traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Traceback)
+
+    @functools.wraps(command)
+    def run(*, show_traceback: bool = False, **arguments: Any) -> Any:
+        return command(**arguments)
+
+    parameters = [*signature.parameters.values(), option]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
 
 
 app = typer.Typer(
@@ -101,14 +201,12 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def start(
-    ctx: typer.Context,
-    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
+    show_traceback: Traceback = False,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Make diffusers' video and image transformers faster, without retraining."""
-    ctx.command.show_traceback = show_traceback  # type: ignore[attr-defined]
 
 
 def main() -> None:

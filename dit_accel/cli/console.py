@@ -1,11 +1,12 @@
 """Where the command line writes: data to stdout, talk to stderr."""
 
-import json
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ..files import json_text
 
 OUT = Console(highlight=False, soft_wrap=False)
 """Tables and other data that a user asked for."""
@@ -15,8 +16,8 @@ TALK = Console(stderr=True, highlight=False)
 
 
 def print_json(data: Any) -> None:
-    """Print ``data`` as JSON on stdout, never wrapped or coloured."""
-    print(json.dumps(data, indent=2, default=str))
+    """Print ``data`` as JSON on stdout, never wrapped or coloured; see `json_text`."""
+    print(json_text(data))
 
 
 def note(text: str) -> None:
@@ -35,7 +36,7 @@ def print_error(text: str) -> None:
 
 
 def plain_table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """Return an empty table in the house's look; the columns named in ``right`` are aligned to the right."""
+    """Return an empty table in the project's style; the columns named in ``right`` are right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")

@@ -1,28 +1,30 @@
-"""Method switches, --config and --set, shared by every command, made into a list of method configs.
+"""Method switches, --config and --set, shared by every command and made into a list of method configs.
 
-A command asks for them by one parameter annotated `MethodList`. The switches come from the registry, so a new method
-needs no edit here. Later wins: the config file's tables, then the switches, then each --set in its order. A --set whose
-method is not switched on switches it on.
+A command asks for them with one parameter annotated `MethodList`. The switches come from the registry, so a new method
+needs no edit here. Later settings win: the config file's tables, then the switches, then each --set in order. A --set
+for a method that is not switched on switches it on.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, did_you_mean
-from ..methods import registry
-from ..methods.config import MethodConfig, from_dict
-from ..methods.toml import from_toml, parse_value
 
-MethodList = Annotated[list[MethodConfig], "from the method switches"]
+if TYPE_CHECKING:
+    from ..methods.config import MethodConfig
+
+    MethodList = Annotated[list[MethodConfig], "from the method switches"]
+else:  # the methods load torch, and a list of commands need not wait for it
+    MethodList = Annotated[list, "from the method switches"]
 """Annotation of the parameter through which a command receives its method configs."""
 
 PANEL = "Methods"
-CONFIG_HELP = "TOML file with one table a method, such as \\[radial]."
+CONFIG_HELP = "TOML file with one table per method, such as \\[radial]."
 SET_HELP = "One option of a method, such as radial.decay_factor=0.5; may be repeated; switches the method on."
 
 
@@ -42,7 +44,7 @@ def with_method_options(command: Callable[..., Any], switches: bool = True) -> C
     taking = [name for name, parameter in signature.parameters.items() if parameter.annotation is MethodList]
     if not taking:
         return command
-    names = list(registry.methods()) if switches else []
+    names = _switch_names() if switches else []
 
     @functools.wraps(command)
     def run(**arguments: Any) -> Any:
@@ -56,12 +58,21 @@ def with_method_options(command: Callable[..., Any], switches: bool = True) -> C
     return run
 
 
-def select_methods(switched: Sequence[str], config: Path | None, settings: Sequence[str]) -> list[MethodConfig]:
+def _switch_names() -> list[str]:
+    from ..methods import registry
+
+    return list(registry.methods())
+
+
+def select_methods(switched: Sequence[str], config: Path | None, settings: Sequence[str]) -> "list[MethodConfig]":
     """Turn switches, a config file and ``method.option=value`` settings into method configs.
 
     Raises:
         ConfigError: for an unreadable file, an unknown method or option (with the nearest known), or a refused value.
     """
+    from ..methods import registry
+    from ..methods.config import from_dict
+
     values: dict[str, dict[str, Any]] = {}
     for method in _read_config(config) if config else []:
         values[method.name] = method.to_dict()
@@ -73,20 +84,27 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
     return [from_dict(registry.method(name), options) for name, options in values.items()]
 
 
-def _read_config(path: Path) -> list[MethodConfig]:
+def _read_config(path: Path) -> "list[MethodConfig]":
+    from ..methods.toml import from_toml
+
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {path} can't be read ({reason}); give a TOML file") from None
-    return from_toml(text)
+    return from_toml(text, f"--config {path}")
 
 
 def _parse_setting(setting: str) -> tuple[str, str, Any]:
+    from ..methods import registry
+    from ..methods.toml import parse_value
+
+    if len(setting.splitlines()) > 1:
+        raise ConfigError(f"--set {setting!r} has more than one line; give one --set for each option")
     key, equals, value = setting.partition("=")
     name, dot, option = key.strip().partition(".")
     if not (equals and dot and name and option):
-        raise ConfigError(f"--set {setting!r} is not METHOD.OPTION=VALUE; write --set radial.decay_factor=0.5, say")
+        raise ConfigError(f"--set {setting!r} is not METHOD.OPTION=VALUE; write, say, --set radial.decay_factor=0.5")
     known = registry.methods()
     if name not in known:
         raise ConfigError(f"--set {setting!r} names no method; {did_you_mean(name, known)}")
@@ -94,6 +112,8 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
 
 
 def _parameters(names: Sequence[str]) -> list[inspect.Parameter]:
+    from ..methods import registry
+
     methods = registry.methods()
     switches = [(name, f"--{name.replace('_', '-')}", first_line(methods[name])) for name in names]
     options: list[tuple[str, Any, Any]] = [

@@ -1,4 +1,4 @@
-"""The registry of commands: those that installed packages add to `dit-accel` by entry point."""
+"""The registry of commands that installed packages add to `dit-accel` by entry point."""
 
 from importlib.metadata import entry_points
 from typing import Any
@@ -12,7 +12,7 @@ def commands() -> dict[str, Any]:
     """Return every command that an entry point of ``dit_accel.commands`` adds, by name.
 
     Raises:
-        ConfigError: if two packages add a command of one name.
+        ConfigError: if two packages add a command of the same name.
     """
     added: dict[str, Any] = {}
     for entry in entry_points(group=COMMAND_GROUP):

@@ -18,24 +18,28 @@ def tune_method(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to show; may be repeated; default: two the embedded model knows.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.", metavar="FILE")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Thresholds file to write: .toml.", metavar="FILE")
     ] = Path("lite.toml"),
     target_error: Annotated[float, typer.Option(help="Error that one vote may add to the next call.")] = 0.01,
-    metric: Annotated[str, typer.Option(help="Of that error: l1, l2 or cosine.")] = "l1",
+    metric: Annotated[str, typer.Option(help="How that error is measured: l1, l2 or cosine.")] = "l1",
     model: Model = None,
     height: Pixels = None,
     width: Pixels = None,
     num_frames: Annotated[int | None, typer.Option(help="Output frames.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps; the file is for as many.")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; the file holds for this number alone.")
+    ] = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
     offload: Offload = "none",
     backend: Backend = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUN)] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, notes or table.", rich_help_panel=RUN)
+    ] = False,
     json: Json = False,
     *,
     methods: MethodList,

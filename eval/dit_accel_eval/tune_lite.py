@@ -26,15 +26,21 @@ from dit_accel_pipelines.request import EMBEDDED, Request, settle
 import dit_accel
 from dit_accel import ConfigError, LiteAttention
 from dit_accel.errors import did_you_mean
-from dit_accel.files import written_whole
+from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, model_name, write_thresholds
+from dit_accel.methods.attention.sparse import SparseSettings
 from dit_accel.methods.config import MethodConfig
 
 from .fidelity import psnr
 from .lite_search import METRICS, Found, Metric, Tuner, threshold_of
 
 PROGRESS_VERSION = 1
+
+NOTHING_VOTES = (
+    "tune lite has nothing to tune, got num_inference_steps = {steps}: each step is dense by lite's dense_ options, or "
+    "the last, whose votes no other step follows; ask for more steps, or fewer dense ones: --set lite.dense_steps=0"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +133,10 @@ def tune_lite(
         raise ConfigError(f"target_error must be between 0 and 1, got {target_error}; 0.01 is usual")
     if output.suffix != ".toml" or not output.parent.is_dir():
         raise ConfigError(f"the thresholds file must be a .toml in a folder that exists, got {output}")
+    check_writable(output, "the thresholds file")
+    check_writable(_progress_path(output), "tune's progress file")
     request, _, _ = settle(dataclasses.replace(request, methods=(config, *others)))
-    progress = output.with_name(f"{output.name}.progress.json")
+    progress = _progress_path(output)
     settings = _settings(request, target_error, metric)
     done = _read_progress(progress, settings)
     stages = stages or Stages(quiet=True)
@@ -137,19 +145,22 @@ def tune_lite(
     steps = request.num_inference_steps
     with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
         execution = attachment._execution
-        (model,) = (handler.model for handler in execution.handlers if isinstance(handler, LiteHandler))
+        (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
         layers = dict(Counter(layer.state.name for layer in execution.layers))
+    _check_something_votes(lite.settings, steps, max(layers.values()))
     for number, prompt in enumerate(request.prompts[len(done) :], len(done) + 1):
         stages.stage(f"prompt {number} of {len(request.prompts)}: dense, then tuned")
         dense = run(pipe, prompt, request, stages=stages)
         with _tuning(pipe, request, target_error, METRICS[metric]) as (attachment, tuner):
             tuned = run(pipe, prompt, request, attachment=attachment, stages=stages)
         steps = len(tuned.timings.steps)
+        if not tuner.found:
+            raise ConfigError(NOTHING_VOTES.format(steps=steps))
         found, reference = (np.divide(made.frames, 255, dtype=np.float32) for made in (tuned, dense))
         done.append(TunedPrompt(prompt=prompt, psnr=psnr(found, reference), calls=tuple(tuner.found)))
         _write_progress(progress, settings, done)
     assert steps is not None
-    thresholds = combine(done, layers, steps, model_name(model), config.criterion, target_error)
+    thresholds = combine(done, layers, steps, model_name(lite.model), config.criterion, target_error)
     write_thresholds(output, thresholds)
     progress.unlink(missing_ok=True)
     return Tuned(output=output, thresholds=thresholds, prompts=tuple(done))
@@ -185,6 +196,27 @@ def _tuning(pipe: Any, request: Request, target_error: float, metric: Metric) ->
             handler.check_with([other for other in handlers if other is not handler])
         execution.use(handlers)
         yield attachment, tuner
+
+
+def _progress_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.progress.json")
+
+
+def _check_something_votes(settings: SparseSettings, steps: int | None, layers: int) -> None:
+    """Refuse a run in which nothing would vote, where that is known beforehand.
+
+    Args:
+        settings: LiteAttention's on this model.
+        steps: denoising steps; None: as many as the pipeline makes by itself.
+        layers: attention layers.
+
+    Raises:
+        ConfigError: if fewer than two steps are not dense; the votes of the last are never read.
+    """
+    if steps is None or settings.dense_above_sigma is not None:  # noise levels are known only while it runs
+        return
+    if all(sum(not settings.is_dense(step, steps, layer) for step in range(steps)) < 2 for layer in range(layers)):
+        raise ConfigError(NOTHING_VOTES.format(steps=steps))
 
 
 def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]:

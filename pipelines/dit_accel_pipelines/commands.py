@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 def generate_video(
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.", metavar="FILE")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.", metavar="TEXT")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance should lead away from.", metavar="TEXT")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE")] = None,
+    video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE")] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write: .mp4, .gif or .png.", metavar="FILE")
     ] = Path("out.mp4"),
@@ -30,7 +34,9 @@ def generate_video(
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
-    fps: Annotated[float | None, typer.Option(help="Frames a second of the file.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the file; default: 8 for the embedded model, else 16.")
+    ] = None,
     scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1,
     dtype: Dtype = None,
     device: Device = None,
@@ -39,18 +45,24 @@ def generate_video(
         bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
     ] = False,
     backend: Backend = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.", rich_help_panel=RUN)] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, notes or report.", rich_help_panel=RUN)
+    ] = False,
     json: Json = False,
     *,
     methods: MethodList,
 ) -> None:
-    """Generate a video (or image) from text, with methods attached.
+    """Generate a video (or image), with methods attached.
 
     Writes the file, and FILE.json beside it: all that is needed to repeat
     the run, and the report of what ran. Both appear whole or not at all;
-    Ctrl-C leaves nothing (exit code 130). A .png holds one frame, or evenly
-    spaced ones of a video. Several prompts give FILE-01, FILE-02 and so on,
-    all from the same seed.
+    Ctrl-C (exit code 130) and SIGTERM (143) leave nothing half-written. A
+    .png holds one frame, or evenly spaced ones of a video. Several prompts
+    give FILE-01, FILE-02 and so on, all from the same seed.
+
+    --image and --video are for pipelines that start from them. What a
+    pipeline does not take, or needs and was not given, is refused before
+    its weights are loaded.
 
     Examples:
 
@@ -69,6 +81,8 @@ def generate_video(
         prompts=(prompt,) if prompt is not None else read_prompts(cast(Path, prompt_file)),
         output=output,
         negative_prompt=negative_prompt,
+        image=image,
+        video=video,
         model=model,
         height=height,
         width=width,
@@ -83,7 +97,7 @@ def generate_video(
         fps=fps,
         scale=scale,
         methods=tuple(methods),
-        backend=backend,
+        backend=cast(Any, backend),
     )
     with Stages(quiet=quiet) as stages:
         written = generate(request, stages=stages, command=sys.argv)

@@ -4,7 +4,6 @@ Run it as ``python -m dit_accel_pipelines.demo --out demo``.
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from pathlib import Path
@@ -16,10 +15,11 @@ import typer
 from dit_accel import RadialAttention
 from dit_accel.cli.console import OUT, TALK, plain_table
 from dit_accel.estimate.estimate import estimate
+from dit_accel.files import json_text, written_whole
 
 from .generate import Generation, attached, run
 from .loading import load_pipeline
-from .media import contact_sheet, upscale, write_media, written_whole
+from .media import contact_sheet, upscale, write_media
 from .progress import Stages
 from .request import EMBEDDED_FPS, Request, settle
 from .wan import WAN, WAN_TINY
@@ -76,7 +76,7 @@ def main(
         sheet = contact_sheet([upscale(arm.made.frames, SCALE) for arm in arms], [_label(arm) for arm in arms])
         sheet.save(path)
     with written_whole(out / "comparison.json") as path:
-        path.write_text(json.dumps([_data(arm) for arm in arms], indent=2) + "\n", encoding="utf-8")
+        path.write_text(json_text([_data(arm) for arm in arms]) + "\n", encoding="utf-8")
     _print(prompt, arms)
     TALK.print(f"written to {out}: {', '.join(f'{arm.name}.mp4' for arm in arms)}, comparison.png, comparison.json")
 
@@ -128,8 +128,7 @@ def _psnr_text(arm: Arm) -> str:
 def _data(arm: Arm) -> dict[str, Any]:
     report = arm.made.report.to_dict() if arm.made.report else None
     values = {name: getattr(arm, name) for name in ("name", "steps", "density", "seconds", "seconds_per_step")}
-    values["psnr"] = arm.psnr if arm.psnr is not None and math.isfinite(arm.psnr) else None  # JSON has no infinity
-    return {**values, "report": report}
+    return {**values, "psnr": arm.psnr, "report": report}
 
 
 def _print(prompt: str, arms: list[Arm]) -> None:

@@ -1,7 +1,5 @@
 """Loads a diffusers pipeline from a folder or the hub onto a device, as a request asks."""
 
-import contextlib
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +9,18 @@ from dit_accel.adapters.model_files import read_config, read_model_files
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.errors import ConfigError, UnsupportedModel
 
+from .quiet import quiet_diffusers
 from .request import EMBEDDED, Request
 
 
 def load_pipeline(request: Request) -> Any:
-    """Load the request's pipeline, with its dtype, device, offload and compilation.
+    """Load the request's pipeline, with its dtype, device and offload.
 
     The autoencoder stays in float32, as Wan's own examples keep it.
 
     Raises:
         UnsupportedModel: if diffusers can't load it.
-        ConfigError: for a device that is not there, or an offload without an accelerator.
+        ConfigError: for a device that this machine does not have, or offload without an accelerator.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -96,27 +95,6 @@ def pick_device(asked: str | None) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"device {asked!r} can't be used here ({reason}); try cpu") from None
     return device
-
-
-@contextlib.contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Silence diffusers' and transformers' own progress bars and remarks inside the block; errors still show."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = diffusers_logging, transformers_logging
-    levels = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level, bar in zip(libraries, levels, bars, strict=True):
-            library.set_verbosity(level)
-            if bar:
-                library.enable_progress_bar()
 
 
 def _place(pipe: Any, device: Any, offload: str) -> None:

@@ -1,15 +1,14 @@
-"""Writes videos, images and contact sheets, whole or not at all."""
+"""Reads and writes videos and images, and lays videos out as contact sheets."""
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from dit_accel.errors import ConfigError
+from dit_accel.files import check_writable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,34 +25,50 @@ def check_output(path: Path) -> None:
     """Refuse an output that can't be written, before anything is computed.
 
     Raises:
-        ConfigError: for an unknown suffix, a folder that is missing or not writable, or a folder in the file's place.
+        ConfigError: for an unknown suffix, a video without ffmpeg, or whatever `check_writable` refuses.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
-    folder = path.parent
-    if not folder.is_dir():
-        raise ConfigError(f"output {path} can't be written: {folder} is no folder; create it first")
-    if path.is_dir():
-        raise ConfigError(f"output {path} can't be written: it is a folder; name a file in it")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output {path} can't be written: {error.strerror}; choose another folder") from None
+    check_writable(path)
+    if path.suffix.lower() == ".mp4":
+        try:
+            _ffmpeg()
+        except RuntimeError as error:
+            raise ConfigError(f"output {path} needs ffmpeg ({error}); use .gif or .png") from None
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place at the end, and is removed after an error."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+def read_image(path: Path) -> "Image":
+    """Read an image file, RGB, upright.
+
+    Raises:
+        ConfigError: if the file can't be read as an image.
+    """
+    from PIL import Image, ImageOps
+
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"image {path} can't be read ({_reason(error)}); give an image file, such as .png") from None
+
+
+def read_video(path: Path) -> list["Image"]:
+    """Read all frames of a video file, RGB.
+
+    Raises:
+        ConfigError: if the file can't be read as a video.
+    """
+    from diffusers.utils import load_video
+
+    try:
+        with path.open("rb"):
+            pass  # load_video has no clear error for a file that is missing
+        frames = load_video(str(path))
+    except Exception as error:  # every reader of imageio has errors of its own
+        raise ConfigError(f"video {path} can't be read ({_reason(error)}); give a video file, such as .mp4") from None
+    if not frames:
+        raise ConfigError(f"video {path} has no frames; give a video file, such as .mp4")
+    return [cast("Image", frame).convert("RGB") for frame in frames]
 
 
 def write_media(path: Path, frames: Frames, *, fps: float) -> None:
@@ -80,22 +95,22 @@ def to_uint8(video: np.ndarray) -> Frames:
 
 
 def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, columns: int = SHEET_COLUMNS) -> "Image":
-    """Lay videos under each other, evenly spaced frames of each side by side, a label before each row.
+    """Lay out videos one below the other, evenly spaced frames of each side by side, a label before each row.
 
     Args:
-        videos: uint8 [F, height, width, 3] each, all of one height and width.
-        labels: one text a video, or none.
-        columns: frames shown of each.
+        videos: uint8 [F, height, width, 3] each, all of the same height and width.
+        labels: one text per video, or none at all.
+        columns: frames shown of each video.
 
     Raises:
-        ConfigError: for videos of different sizes, or a number of labels that fits not.
+        ConfigError: for videos of different sizes, or labels that are not one per video.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     if len({video.shape[1:] for video in videos}) != 1:
-        raise ConfigError(f"a contact sheet needs videos of one size, got {[video.shape for video in videos]}")
+        raise ConfigError(f"a contact sheet needs videos of the same size, got {[video.shape for video in videos]}")
     if labels and len(labels) != len(videos):
-        raise ConfigError(f"a contact sheet needs a label a video, got {len(labels)} for {len(videos)}")
+        raise ConfigError(f"a contact sheet needs one label per video, got {len(labels)} for {len(videos)}")
     enlarged = max(1, 96 // videos[0].shape[1])  # thumbnails of tiny videos would be hard to see
     rows = [upscale(video[_evenly(len(video), columns)], enlarged) for video in videos]
     count, height, width = max(len(row) for row in rows), *rows[0].shape[1:3]
@@ -105,38 +120,33 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
     size = margin + count * (width + gap), gap + len(rows) * (height + gap)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for place, row in enumerate(rows):
-        top = gap + place * (height + gap)
+    for number, row in enumerate(rows):
+        top = gap + number * (height + gap)
         if labels:
-            draw.text((gap, top + height // 2), labels[place], fill="black", font=font, anchor="lm")
+            draw.text((gap, top + height // 2), labels[number], fill="black", font=font, anchor="lm")
         for column, frame in enumerate(row):
             sheet.paste(_to_image(frame), (margin + column * (width + gap), top))
     return sheet
 
 
 def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
-    import imageio_ffmpeg
-
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ConfigError(f"H.264 needs even sizes, got {width} x {height}; use --scale 2, .gif or .png")
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=fps,  # type: ignore[arg-type] - annotated int, any number works
-        codec="libx264",
-        pix_fmt_out="yuv420p",
-        macro_block_size=1,  # or a small video would be stretched to a multiple of 16
-        quality=None,  # type: ignore[arg-type] - the -crf below sets it
-        output_params=["-crf", "14", "-preset", "slow", "-movflags", "+faststart", "-threads", "1"],
-        ffmpeg_log_level="error",
-    )
-    writer.send(None)
-    try:
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-    finally:
-        writer.close()
+    command = [_ffmpeg(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    command += ["-r", str(fps), "-i", "-", "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
+    command += ["-preset", "slow", "-movflags", "+faststart", "-threads", "1", f"file:{path}"]
+    pixels = np.ascontiguousarray(frames).reshape(-1).data
+    done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise RuntimeError(f"ffmpeg ended with exit code {done.returncode} and wrote no video: {said or 'no reason'}")
+
+
+def _ffmpeg() -> str:
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.get_ffmpeg_exe()
 
 
 def _write_gif(path: Path, frames: Frames, fps: float) -> None:
@@ -154,7 +164,6 @@ def _evenly(count: int, wanted: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _reason(error: Exception) -> str:
+    """Return an error's first line, without the file's name that the system adds."""
+    return getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,17 +1,18 @@
-"""Progress on stderr: loading, denoising and decoding; silent where nobody watches."""
+"""Progress and notes on stderr; the bars show on a terminal only."""
 
 from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dit_accel.cli.console import TALK
+from dit_accel.cli.console import TALK, note
 
 
 class Stages:
-    """One progress bar a stage of a generation; a context manager that clears up on any exit."""
+    """One progress bar for each stage of a generation; a context manager that cleans up on any exit."""
 
     def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -34,13 +35,18 @@ class Stages:
         self._progress.__exit__(kind, error, trace)
 
     def stage(self, description: str, total: int | None = None) -> None:
-        """End the stage before and begin one of ``total`` parts; None where nobody can tell."""
+        """End the stage before and begin one of ``total`` parts; None where that is not known."""
         self._finish()
         self._task = self._progress.add_task(description, total=total)
 
     def advance(self) -> None:
         """Count one part of the stage."""
         self._progress.advance(self._task)
+
+    def note(self, text: str) -> None:
+        """Say what the user may want to know, unless quiet was asked for."""
+        if not self._quiet:
+            note(text)
 
     def _finish(self) -> None:
         if self._task is None:

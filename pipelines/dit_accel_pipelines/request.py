@@ -1,6 +1,7 @@
 """What `generate` is asked for, and every check that can be made before weights are loaded."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,15 @@ from dit_accel_kernels import BACKENDS
 
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
+from dit_accel.adapters.registry import adapter_for
+from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames
+from dit_accel.files import check_writable
 from dit_accel.methods.config import MethodConfig
 
-from .media import check_output
+from .media import check_output, read_image, read_video
+from .pipeline_call import PICTURES, PipelineCall, pipeline_class
 
 EMBEDDED = "wan-tiny"
 """Name of the model that ships with the project."""
@@ -25,6 +30,9 @@ EMBEDDED_GUIDANCE = 4.0
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential", "group")
 MAX_SCALE = 64
+
+SIZES = ("height", "width", "num_frames", "num_inference_steps")
+"""What a family knows a default for."""
 
 Offload = Literal["none", "model", "sequential", "group"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -38,6 +46,8 @@ class Request:
         prompts: one video (or image) each.
         output: file to write; with several prompts a number is put before the suffix.
         negative_prompt: what guidance leads away from.
+        image: image file to start from.
+        video: video file to start from.
         model: hub id or folder; None is the embedded model.
         height: output height in pixels.
         width: output width in pixels.
@@ -47,9 +57,10 @@ class Request:
         seed: seed of the noise, the same for every prompt.
         dtype: number format of the weights; None: float32 on a CPU, else bfloat16.
         device: torch device; None: the accelerator if there is one.
-        offload: how weights wait in main memory.
+        offload: which weights wait in main memory until they are needed: ``none``; a component at a time (``model``);
+            a layer at a time (``sequential``); layers, fetched ahead (``group``).
         compile: compile the transformer's repeated blocks.
-        fps: frames a second of the file.
+        fps: frames per second of the file.
         scale: whole number by which every pixel is enlarged.
         methods: method configs to attach.
         backend: kernel backend of the methods.
@@ -61,6 +72,8 @@ class Request:
     prompts: tuple[str, ...]
     output: Path
     negative_prompt: str | None = None
+    image: Path | None = None
+    video: Path | None = None
     model: str | None = None
     height: int | None = None
     width: int | None = None
@@ -75,11 +88,13 @@ class Request:
     fps: float | None = None
     scale: int = 1
     methods: tuple[MethodConfig, ...] = ()
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ConfigError("generate needs a prompt, got none; write one in quotes, or give --prompt-file")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ConfigError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         for name, known in (("dtype", DTYPES), ("offload", OFFLOADS), ("backend", BACKENDS)):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -94,9 +109,11 @@ class Request:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.backend != "auto" and not self.methods:
             raise ConfigError(
-                f"backend {self.backend!r} was asked for and no method would use it; switch one on, say --radial"
+                f"backend {self.backend!r} was asked for and no method would use it; switch one on, such as --radial"
             )
-        check_output(self.output)
+        for output in self.outputs():
+            check_output(output)
+            check_writable(side_car_path(output))
 
     @property
     def is_embedded(self) -> bool:
@@ -114,63 +131,92 @@ class Request:
         return self.fps or (EMBEDDED_FPS if self.is_embedded else OTHER_FPS)
 
     def outputs(self) -> list[Path]:
-        """Return one path a prompt: the output itself, or with a number before its suffix."""
+        """Return one path per prompt: the output itself, or with a number before its suffix."""
         if len(self.prompts) == 1:
             return [self.output]
         digits = max(2, len(str(len(self.prompts))))
         names = [f"{self.output.stem}-{n:0{digits}d}{self.output.suffix}" for n in range(1, len(self.prompts) + 1)]
         return [self.output.with_name(name) for name in names]
 
+    def asked(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that are set, but for the prompt."""
+        names = ("negative_prompt", *PICTURES, *SIZES, "guidance_scale")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def side_car_path(output: Path) -> Path:
+    """Return the path of an output's JSON side-car."""
+    return output.with_name(output.name + ".json")
+
 
 def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
-    """Check a request against its model's configs, and fill in the family's defaults.
+    """Check a request against its model's configs and pipeline class, and fill in the family's defaults.
 
     Returns:
-        The request, the family (None where no adapter knows the model), and notes on what was changed.
+        The request, the family (None where the model's sizes are not known; then all is left to the pipeline), and
+        notes on what was changed.
 
     Raises:
-        ConfigError: for words the embedded model does not know, or sizes the model can't make (with the nearest).
+        ConfigError: for words the embedded model does not know, sizes the model can't make (with the nearest), or
+            what its pipeline does not take or needs beside.
         UnsupportedModel: if the model is not found, or no adapter can take the methods asked for.
     """
     if request.is_embedded:
         _check_words(request)
     files = read_model_files(request.source)
+    call = PipelineCall.of(pipeline_class(files))
+    call.check(request.asked())
     family = _family_of(files, request)
     if family is None:
         return request, None, []
     notes: list[str] = []
-    fills: dict[str, Any] = {
-        name: getattr(request, name) if getattr(request, name) is not None else getattr(family, name)
-        for name in ("height", "width", "num_frames", "num_inference_steps")
-    }
-    model = request.model or EMBEDDED
+    fills = {name: getattr(family, name) for name in SIZES if call.takes(name) and getattr(request, name) is None}
+    request = dataclasses.replace(request, **fills)
     for name, multiple in zip(("height", "width"), pixel_multiples(family), strict=True):
-        check_multiple(name, fills[name], multiple, model)
-    frames = rounded_frames(family, fills["num_frames"])
-    if frames != fills["num_frames"]:
-        notes.append(f"{fills['num_frames']} frames are rounded to {frames}, as the pipeline does")
+        value = getattr(request, name)
+        if value is not None:
+            check_multiple(name, value, multiple, request.model or EMBEDDED)
+    if request.num_frames is not None:
+        frames = rounded_frames(family, request.num_frames)
+        if frames != request.num_frames:
+            notes.append(f"{request.num_frames} frames are rounded to {frames}, as the pipeline does")
+        request = dataclasses.replace(request, num_frames=frames)
     if request.is_embedded:
-        fills["dtype"] = request.dtype or "float32"
-        fills["guidance_scale"] = EMBEDDED_GUIDANCE if request.guidance_scale is None else request.guidance_scale
-    return dataclasses.replace(request, **{**fills, "num_frames": frames}), family, notes
+        guidance = EMBEDDED_GUIDANCE if request.guidance_scale is None else request.guidance_scale
+        request = dataclasses.replace(request, dtype=request.dtype or "float32", guidance_scale=guidance)
+    return request, family, notes
+
+
+def read_pictures(request: Request) -> dict[str, Any]:
+    """Read the files that a request starts from: ``image``, a PIL image; ``video``, a list of them.
+
+    Raises:
+        ConfigError: if a file can't be read.
+    """
+    pictures: dict[str, Any] = {}
+    if request.image is not None:
+        pictures["image"] = read_image(request.image)
+    if request.video is not None:
+        pictures["video"] = read_video(request.video)
+    return pictures
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read prompts from a text file, one a line; empty lines are left out.
+    """Read prompts from a text file, one per line; empty lines are left out.
 
     Raises:
-        ConfigError: if the file can't be read or holds no prompt.
+        ConfigError: if the file can't be read or has no prompt in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--prompt-file {path} can't be read ({reason}); give a text file, one prompt a line"
+            f"--prompt-file {path} can't be read ({reason}); give a text file with one prompt per line"
         ) from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ConfigError(f"--prompt-file {path} holds no prompt; write one a line")
+        raise ConfigError(f"--prompt-file {path} has no prompt in it; write one per line")
     return prompts
 
 
@@ -187,5 +233,5 @@ def _family_of(files: ModelFiles, request: Request) -> Family | None:
         return files.identify()[1]
     except UnsupportedModel:
         if request.methods:
-            raise
+            adapter_for(str(files.transformer.get("_class_name")))  # a method needs an adapter, and no sizes
         return None

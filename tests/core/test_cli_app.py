@@ -3,8 +3,12 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +20,11 @@ from dit_accel import RadialAttention
 from dit_accel.adapters import registry
 from dit_accel.adapters.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
-from dit_accel.cli.app import app
-from dit_accel.cli.method_options import select_methods, with_method_options
-from dit_accel.errors import ConfigError
+from dit_accel.cli.app import BUILT_IN, app
+from dit_accel.cli.console import print_json
+from dit_accel.cli.method_options import first_line, select_methods, with_method_options
+from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
+from dit_accel.methods import registry as method_registry
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.toml import to_toml
 
@@ -51,11 +57,15 @@ def test_a_setting_switches_its_method_on():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("radial", "--set 'radial' is not METHOD.OPTION=VALUE; write --set radial.decay_factor=0.5, say"),
+        ("radial", "--set 'radial' is not METHOD.OPTION=VALUE; write, say, --set radial.decay_factor=0.5"),
         ("radial=1", "is not METHOD.OPTION=VALUE"),
         (".x=1", "is not METHOD.OPTION=VALUE"),
         ("radail.near=full", "--set 'radail.near=full' names no method; did you mean 'radial'"),
         ("radial.decayfactor=1", "radial has no option 'decayfactor'; did you mean 'decay_factor'"),
+        (
+            "radial.decay_factor=1\nradial.near=2",
+            "--set 'radial.decay_factor=1\\nradial.near=2' has more than one line; give one --set for each option",
+        ),
         ("radial.sink=yes", "radial.sink must be true or false or unset, got 'yes'"),
     ],
 )
@@ -75,8 +85,18 @@ def test_bad_config_files(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"can't be read \('utf-8' codec"):
         select_methods([], tmp_path / "binary.toml", [])
     (tmp_path / "typo.toml").write_text("[radail]\nnear = 'full'\n")
-    with pytest.raises(ConfigError, match="no method is called 'radail'; did you mean 'radial'"):
+    with pytest.raises(
+        ConfigError, match=r"--config .*typo\.toml: no method is called 'radail'; did you mean 'radial'"
+    ):
         select_methods([], tmp_path / "typo.toml", [])
+    (tmp_path / "broken.toml").write_text("[radial\n")
+    with pytest.raises(ConfigError, match=r"--config .*broken\.toml is no valid TOML: "):
+        select_methods([], tmp_path / "broken.toml", [])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config_file(tmp_path: Path):
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf[radial]\nnear = 'full'\n")
+    assert select_methods([], tmp_path / "marked.toml", []) == [RadialAttention(near="full")]
 
 
 def test_a_new_method_needs_no_edit_here(monkeypatch):
@@ -86,8 +106,8 @@ def test_a_new_method_needs_no_edit_here(monkeypatch):
         name = "something_else"
 
     both: dict[str, Any] = {"radial": RadialAttention, "something_else": Other}
-    monkeypatch.setattr(registry, "methods", lambda: both)
-    monkeypatch.setattr(registry, "method", both.__getitem__)
+    monkeypatch.setattr(method_registry, "methods", lambda: both)
+    monkeypatch.setattr(method_registry, "method", both.__getitem__)
     seen = []
 
     def command(size: Annotated[int, typer.Option()] = 1, *, methods: MethodList) -> None:
@@ -168,6 +188,13 @@ def test_help_is_quick_and_loads_no_torch():
     assert helped - bare < 0.4  # of processor time; 0.17 s where it was written
 
 
+def test_the_list_of_commands_says_what_the_commands_say():
+    for name, (module, summary) in BUILT_IN.items():
+        assert summary == first_line(getattr(import_module(module, "dit_accel.cli"), name))
+        assert summary in " ".join(run(name, "--help").stdout.split())
+        assert summary[:30] in run("--help").stdout
+
+
 def test_the_version():
     assert run("--version").stdout.startswith("dit-accel 0.")
 
@@ -175,13 +202,26 @@ def test_the_version():
 def test_no_command_shows_the_help():
     result = run()
     assert result.exit_code == 2
-    assert "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped" in " ".join(result.stdout.split())
+    codes = "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C, 143 stopped by SIGTERM."
+    assert codes in " ".join(result.stdout.split())
 
 
 def test_a_mistyped_command():
     result = run("pln")
     assert result.exit_code == 2
-    assert "error: No such command 'pln'" in result.stderr
+    assert result.stderr.startswith("error: there is no command 'pln'; did you mean 'plan'? known: ")
+    assert result.stderr.count("\n") == 1
+    assert "plan" in run("--help").stdout
+
+
+def test_long_lists_give_near_names_only():
+    few = [f"name-{n}" for n in range(LONG_LIST)]
+    assert did_you_mean("name-1x", few) == f"did you mean 'name-1'? known: {', '.join(sorted(few))}"
+    told = did_you_mean("name-1x", [*few, "other"])
+    assert told.startswith("did you mean 'name-1' or ")
+    assert told.endswith(f"? {LONG_LIST + 1} are known, `dit-accel models` lists them all")
+    assert len(told) < 120
+    assert did_you_mean("?", [*few, "other"]) == f"{LONG_LIST + 1} are known, `dit-accel models` lists them all"
 
 
 def raising(error: BaseException):
@@ -195,12 +235,27 @@ def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
     monkeypatch.setattr(registry, "family", raising(RuntimeError("out of\nmemory")))
     result = run("plan", "--family", "wan-tiny")
     assert (result.exit_code, result.stdout) == (1, "")
-    expected = "error: RuntimeError: out of memory (dit-accel --traceback COMMAND ... shows where)\n"
+    expected = "error: RuntimeError: out of memory (--traceback shows where)\n"
     assert result.stderr == expected
-    traced = run("--traceback", "plan", "--family", "wan-tiny")
-    assert traced.exit_code == 1
-    assert "Traceback" in traced.stderr
-    assert traced.stderr.endswith(expected)
+    for arguments in (("--traceback", "plan"), ("plan", "--traceback")):
+        traced = run(*arguments, "--family", "wan-tiny")
+        assert traced.exit_code == 1
+        assert "Traceback" in traced.stderr
+        assert traced.stderr.endswith(expected)
+    assert "Traceback" not in run("plan", "--family", "wan-tiny").stderr
+
+
+def test_a_warning_is_one_line(monkeypatch):
+    def warning(name: str) -> None:
+        warnings.warn("nothing was\n  planned", stacklevel=1)
+        raise ConfigError("so")
+
+    monkeypatch.setattr(registry, "family", warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        assert run("plan", "--family", "wan-tiny").stderr == "warning: nothing was planned\nerror: so\n"
+        assert warnings.showwarning is before
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch):
@@ -208,6 +263,38 @@ def test_an_interrupt_is_exit_code_130(monkeypatch):
     result = run("plan", "--family", "wan-tiny")
     assert result.exit_code == 130
     assert result.stderr == "error: stopped by Ctrl-C; nothing half-written is left\n"
+
+
+def test_a_sigterm_is_exit_code_143_and_cleans_up(monkeypatch):
+    cleaned = []
+
+    def stopped(name: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(name)
+
+    monkeypatch.setattr(registry, "family", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run("plan", "--family", "wan-tiny")
+    assert result.exit_code == 143
+    assert result.stderr == "error: stopped by SIGTERM; nothing half-written is left\n"
+    assert cleaned == ["wan-tiny"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert run("plan", "--family", "wan-tiny").exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_commands_run_outside_the_main_thread():
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run, "plan", "--family", "wan-tiny").result()
+    assert result.exit_code == 0, result.stderr
+
+
+def test_json_on_stdout_is_valid(capsys):
+    print_json({"speedup": float("inf")})
+    assert capsys.readouterr().out == '{\n  "speedup": null\n}\n'
 
 
 def test_exit_codes_of_the_process():

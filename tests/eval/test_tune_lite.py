@@ -232,6 +232,12 @@ def test_a_file_that_can_not_be_written(tmp_path):
     for output in (tmp_path / "lite.json", tmp_path / "none" / "lite.toml"):
         with pytest.raises(ConfigError, match=r"the thresholds file must be a \.toml in a folder that exists, got"):
             tune_lite(request(LITE), output)
+    (tmp_path / "lite.toml.progress.json").mkdir()
+    with pytest.raises(ConfigError, match=r"tune's progress file .* can't be written: it is a folder"):
+        tune_lite(request(LITE), tmp_path / "lite.toml")
+    (tmp_path / "lite.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"the thresholds file .* can't be written: it is a folder"):
+        tune_lite(request(LITE), tmp_path / "lite.toml")
 
 
 def test_progress_of_another_run_or_none_at_all_is_refused(tmp_path):
@@ -247,8 +253,9 @@ def test_progress_of_another_run_or_none_at_all_is_refused(tmp_path):
 
 
 @pytest.fixture
-def cli(monkeypatch):
-    """Invoke the application with this room's commands, whether or not the package is installed anew."""
+def cli(monkeypatch, tmp_path):
+    """Invoke the application with this room's commands in a folder of its own."""
+    monkeypatch.chdir(tmp_path)  # a refusal that is missing would write lite.toml where the tests run
     monkeypatch.setattr(registry, "commands", lambda: dict(dit_accel_eval.COMMANDS))
     return lambda *arguments: CliRunner().invoke(app, ["tune", *arguments])
 
@@ -280,10 +287,32 @@ def test_the_command_tunes_and_tells(tmp_path, cli):
         (["lite", "--dtype", "int4"], "there is no dtype 'int4'"),
     ],
 )
-def test_bad_commands_are_one_line_and_exit_code_2(cli, arguments, text):
+def test_bad_commands_are_one_line_and_exit_code_2(cli, arguments, text, tmp_path):
     result = cli(*arguments)
     assert result.exit_code == 2
     assert text in " ".join(result.stderr.split())
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+SMALL = ["--num-frames", "9", "--height", "32", "--width", "32", "--prompt", PROMPTS[0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--num-inference-steps", "1"], 1),
+        (["--num-inference-steps", "3", "--set", "lite.dense_steps=2"], 3),
+        (["--num-inference-steps", "2", "--set", "lite.dense_layers=6"], 2),
+        (["--num-inference-steps", "2", "--set", "lite.dense_above_sigma=0.0001"], 2),
+    ],
+)
+def test_nothing_to_tune_is_an_error(cli, tmp_path, options, steps):
+    result = cli("lite", *SMALL, *options)
+    assert result.exit_code == 2
+    assert f"tune lite has nothing to tune, got num_inference_steps = {steps}: " in result.stderr
+    assert "ask for more steps, or fewer dense ones: --set lite.dense_steps=0" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_methods_are_switched_by_their_names():

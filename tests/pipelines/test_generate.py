@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
-from dit_accel_assets import model_path
 from dit_accel_pipelines.generate import generate, run
-from dit_accel_pipelines.loading import compile_blocks, empty_transformers, load_pipeline, pick_device, quiet_diffusers
+from dit_accel_pipelines.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
+from dit_accel_pipelines.quiet import quiet_diffusers
 from dit_accel_pipelines.request import Request, read_prompts, settle
+from model_folders import model_folder
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -121,7 +122,12 @@ def test_defaults_are_the_familys(tmp_path: Path):
         (["a circle", "--num-frames", "0"], "num_frames must be >= 1, got 0"),
         (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
         (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .gif, .png"),
-        (["a circle", "-o", "none/a.mp4"], "output none/a.mp4 can't be written: none is no folder"),
+        (["a circle", "-o", "none/a.mp4"], "none is not a folder; create it first"),
+        (["a circle", "-o", "a" * 250 + ".mp4"], "can't be written: File name too long; choose another folder or name"),
+        (["a circle", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
+        (["a circle", "--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
+        (["a circle", "--fps", "nan"], "fps must be above 0 and at most 240, got nan"),
+        (["a circle", "--image", "a.png"], "WanPipeline takes no image, got a.png; leave it out"),
         (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
         (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
         (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
@@ -155,15 +161,30 @@ def test_bad_input_is_one_line_exit_code_2_and_no_file(arguments, message, tmp_p
 
 def test_bad_prompt_files(tmp_path: Path):
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt holds no prompt; write one a line"):
+    with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt has no prompt in it; write one per line"):
         read_prompts(tmp_path / "empty.txt")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\na blue square\r\n")
+    assert read_prompts(tmp_path / "marked.txt") == ("a red circle", "a blue square")
+
+
+@pytest.mark.parametrize("taken", ["a.mp4.json", "b.gif", "a-02.gif.json"])
+def test_every_file_must_be_writable_before_anything_runs(tmp_path: Path, taken: str):
+    (tmp_path / taken).mkdir()
+    if taken == "a-02.gif.json":
+        changes: dict[str, Any] = dict(prompts=(PROMPT, PROMPT), output=tmp_path / "a.gif")
+    else:
+        changes = dict(output=tmp_path / taken.removesuffix(".json"))
+    with pytest.raises(ConfigError, match=f"output .*{taken} can't be written: it is a folder; name a file in it"):
+        request(tmp_path, **changes)
+
+
 def copy_model(folder: Path) -> Path:
-    for source in model_path().rglob("*.json"):
-        target = folder / source.relative_to(model_path())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(source.read_text())
+    """Make a folder of the embedded model's configs, without its weights."""
+    for source in model_folder(folder).rglob("*.safetensors"):
+        source.unlink()
     return folder
 
 
@@ -183,21 +204,22 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
         settle(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
 
-def test_pipelines_that_take_something_else(tmp_path: Path):
-    class FromImage:
-        def __call__(self, image, prompt, num_inference_steps=2): ...
-
-    class NoFrames:
-        def __call__(self, prompt, height, width, num_inference_steps=2): ...
-
-    with pytest.raises(ConfigError, match="generate makes videos from text, and FromImage starts from an image; call"):
-        run(FromImage(), PROMPT, request(tmp_path))
-    with pytest.raises(ConfigError, match="NoFrames takes no num_frames, got 9; leave it out"):
-        run(NoFrames(), PROMPT, request(tmp_path))
+@pytest.mark.parametrize("lacking", ["ffn_dim", "num_layers"])
+def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, lacking: str):
+    """A transformer of the sizes of no released model, whose config also lacks one."""
+    folder = str(model_folder(tmp_path / "model", transformer={"num_layers": 4, lacking: None}))
+    asked = request(tmp_path, model=folder, methods=(RadialAttention(),))
+    assert settle(asked) == (asked, None, [])
 
 
-def processors(pipe: WanPipeline) -> list[Any]:
-    return [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
+def test_methods_run_on_a_model_of_other_sizes(tmp_path: Path, pipe, monkeypatch):
+    """Without sizes of a released model the pipeline's own defaults hold, and methods attach all the same."""
+    folder = model_folder(tmp_path / "model", transformer={"ffn_dim": None, "num_layers": 4})
+    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
+    asked = request(tmp_path, model=str(folder), num_frames=5, methods=(RadialAttention(dense_steps=0),))
+    (written,) = generate(dataclasses.replace(asked, output=tmp_path / "a.gif"))
+    assert written.report is not None
+    assert written.record["num_frames"] == 5
 
 
 def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monkeypatch):
@@ -220,6 +242,38 @@ def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monk
     }
     assert all(after[name] is processor for name, processor in before.items())
     assert "_dit_accel_attachment" not in vars(pipe.transformer)
+
+
+@pytest.mark.parametrize("compiling", [True, False, None])
+def test_blocks_are_compiled_exactly_when_asked(tmp_path: Path, pipe, monkeypatch, compiling: bool | None):
+    compiled: list[Any] = []
+    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
+    monkeypatch.setattr(generation, "compile_blocks", compiled.append)
+    changes = {} if compiling is None else {"compile": compiling}
+    asked = request(tmp_path, output=tmp_path / "a.gif", num_inference_steps=1, num_frames=1, **changes)
+    (written,) = generate(asked)
+    assert compiled == ([pipe] if compiling else [])
+    assert written.record["compile"] is bool(compiling)
+
+
+def test_quiet_prints_nothing_but_the_file(tmp_path: Path, pipe, monkeypatch):
+    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
+    arguments = [PROMPT, *QUICK, "--num-inference-steps", "1", "--num-frames", "4", "-o", str(tmp_path / "a.gif")]
+    told = cli(*arguments)
+    assert "note: 4 frames are rounded to 5, as the pipeline does\n" in told.stderr
+    told = cli(*arguments, "--quiet")
+    assert (told.stdout, told.stderr) == (f"{tmp_path / 'a.gif'}\n", "")
+
+
+def test_a_failing_ffmpeg_fails_the_command(tmp_path: Path, pipe, monkeypatch):
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text("#!/bin/sh\nexit 1\n")
+    ffmpeg.chmod(0o755)
+    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))
+    told = cli(PROMPT, *QUICK, "--num-inference-steps", "1", "-o", str(tmp_path / "a.mp4"))
+    assert (told.exit_code, told.stdout, names(tmp_path)) == (1, "", ["ffmpeg"])
+    assert "error: RuntimeError: ffmpeg ended with exit code 1 and wrote no video" in told.stderr
 
 
 def test_compiled_blocks_are_those_of_every_transformer():
@@ -265,26 +319,35 @@ def test_describe_needs_no_weights(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_file(tmp_path: Path):
-    """A SIGINT in the middle of the denoising loop of a real process."""
-    code = (
-        "import signal, sys, dit_accel_pipelines.progress as p\n"
+@pytest.mark.parametrize(
+    ("moment", "sent", "code", "name"),
+    [("denoising", signal.SIGINT, 130, "Ctrl-C"), ("writing", signal.SIGTERM, 143, "SIGTERM")],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_a_signal_leaves_no_file(tmp_path: Path, moment: str, sent: signal.Signals, code: int, name: str):
+    """A signal to a real process, in the denoising loop or while files are written."""
+    script = (
+        "import signal, sys, time, dit_accel_pipelines.progress as p, dit_accel_pipelines.generate as g\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell lets its background jobs ignore Ctrl-C
-        "advance = p.Stages.advance\n"
-        "p.Stages.advance = lambda self: (advance(self), print('step', file=sys.stderr, flush=True))\n"
+        "advance, say = p.Stages.advance, lambda: print('now', file=sys.stderr, flush=True)\n"
+        "def write(path, frames, fps): path.write_bytes(b'half'); say(); time.sleep(60)\n"
+        "if sys.argv[1] == 'writing': g.write_media = write\n"
+        "else: p.Stages.advance = lambda self: (advance(self), say())\n"
+        "del sys.argv[1]\n"
         "from dit_accel.cli import main; main()"
     )
-    arguments = ["generate", PROMPT, *QUICK, "--num-inference-steps", "5000", "--radial", "-o", str(tmp_path / "a.mp4")]
-    command = [sys.executable, "-c", code, *arguments]
+    steps = "2" if moment == "writing" else "5000"
+    arguments = ["generate", PROMPT, *QUICK, "--num-inference-steps", steps, "--radial", "-o", str(tmp_path / "a.gif")]
+    command = [sys.executable, "-c", script, moment, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         assert process.stderr is not None
-        assert process.stderr.readline() == "step\n"
-        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "now\n"
+        process.send_signal(sent)
         told = process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(60) == code
     finally:
         process.kill()
-    assert told.endswith("error: stopped by Ctrl-C; nothing half-written is left\n")
+    assert told.endswith(f"error: stopped by {name}; nothing half-written is left\n")
     assert "Traceback" not in told
     assert names(tmp_path) == []

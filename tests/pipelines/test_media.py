@@ -1,15 +1,23 @@
-"""Files: what is in them, and that they appear whole or not at all."""
+"""Videos and images: what is in the files, and what can't be written or read."""
 
-import stat
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from dit_accel_pipelines.media import check_output, contact_sheet, to_uint8, upscale, write_media, written_whole
+from dit_accel_pipelines.media import (
+    check_output,
+    contact_sheet,
+    read_image,
+    read_video,
+    to_uint8,
+    upscale,
+    write_media,
+)
 from PIL import Image
 
 from dit_accel.errors import ConfigError
+from dit_accel.files import written_whole
 
 
 @pytest.fixture
@@ -63,54 +71,82 @@ def test_a_contact_sheet_shows_every_video(frames):
 
 
 def test_bad_contact_sheets(frames):
-    with pytest.raises(ConfigError, match="a contact sheet needs videos of one size, got"):
+    with pytest.raises(ConfigError, match="a contact sheet needs videos of the same size, got"):
         contact_sheet([frames, frames[:, :20]])
-    with pytest.raises(ConfigError, match="a contact sheet needs a label a video, got 1 for 2"):
+    with pytest.raises(ConfigError, match="a contact sheet needs one label per video, got 1 for 2"):
         contact_sheet([frames, frames], ["one"])
-
-
-def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path: Path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def interrupted() -> None:
-        with written_whole(path) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
-    assert path.read_text() == "old"
-
-
-def test_a_file_takes_its_place_with_ordinary_rights(tmp_path: Path):
-    path = tmp_path / "a.txt"
-    with written_whole(path) as temporary:
-        assert temporary.suffix == ".txt"
-        temporary.write_text("new")
-    assert path.read_text() == "new"
-    (tmp_path / "plain").write_text("")
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch):
     with pytest.raises(ConfigError, match=r"output a.avi ends in '.avi'; use one of .mp4, .gif, .png"):
         check_output(Path("a.avi"))
-    with pytest.raises(ConfigError, match=r"can't be written: .*none is no folder; create it first"):
-        check_output(tmp_path / "none" / "a.mp4")
-    (tmp_path / "b.mp4").mkdir()
-    with pytest.raises(ConfigError, match="can't be written: it is a folder; name a file in it"):
-        check_output(tmp_path / "b.mp4")
-
-    def refused(dir: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", refused)
-    with pytest.raises(ConfigError, match="can't be written: Permission denied; choose another folder"):
-        check_output(tmp_path / "a.mp4")
+    with pytest.raises(ConfigError, match=r"output .*none/a.gif can't be written: .*none is not a folder; create it"):
+        check_output(tmp_path / "none" / "a.gif")
     with pytest.raises(ConfigError, match=r"output a.avi ends in '.avi'"):
         write_media(Path("a.avi"), np.zeros((1, 2, 2, 3), np.uint8), fps=1)
+    check_output(tmp_path / "a.mp4")
+
+    def missing() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
+    with pytest.raises(ConfigError, match=r"a.mp4 needs ffmpeg \(No ffmpeg exe could be found.\); use .gif or .png"):
+        check_output(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo disk full >&2; exit 7", "ffmpeg ended with exit code 7 and wrote no video: disk full"),
+        ("cat > /dev/null; exit 1", "ffmpeg ended with exit code 1 and wrote no video: no reason"),
+        ("kill -9 $$", "ffmpeg ended with exit code -9 and wrote no video: no reason"),
+    ],
+)
+def test_a_failing_ffmpeg_is_an_error_and_leaves_the_old_file(tmp_path: Path, frames, monkeypatch, script, message):
+    ffmpeg, path = tmp_path / "ffmpeg", tmp_path / "a.mp4"
+    ffmpeg.write_text(f"#!/bin/sh\n{script}\n")
+    ffmpeg.chmod(0o755)
+    path.write_bytes(b"old")
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))
+    with pytest.raises(RuntimeError, match=message), written_whole(path) as temporary:
+        write_media(temporary, frames.repeat(8, axis=1), fps=8)  # more than a pipe holds
+    assert path.read_bytes() == b"old"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.mp4", "ffmpeg"]
+
+
+def test_frame_rates_need_not_be_whole(tmp_path: Path, frames):
+    write_media(tmp_path / "a.mp4", frames, fps=23.976)
+    assert next(imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4")))["fps"] == pytest.approx(23.98, abs=0.01)
+
+
+def test_pictures_are_read_upright_and_in_colour(tmp_path: Path, frames):
+    image = Image.fromarray(frames[0]).convert("RGBA")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # "to be shown a quarter turn clockwise"
+    image.save(tmp_path / "a.png", exif=turned)
+    read = read_image(tmp_path / "a.png")
+    assert (read.mode, read.size) == ("RGB", (48, 64))
+    assert np.array_equal(np.asarray(read), np.rot90(frames[0], -1))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_videos_are_read_frame_by_frame(tmp_path: Path, frames, suffix):
+    write_media(tmp_path / f"a{suffix}", frames, fps=8)
+    read = read_video(tmp_path / f"a{suffix}")
+    assert [(one.mode, one.size) for one in read] == [("RGB", (64, 48))] * 9
+    assert np.abs(np.stack([np.asarray(one) for one in read]).astype(float) - frames).mean() < 6
+
+
+@pytest.mark.parametrize(("read", "what"), [(read_image, "an image file, such as .png"), (read_video, "a video file")])
+def test_pictures_that_cannot_be_read(tmp_path: Path, read, what):
+    kind = read.__name__.removeprefix("read_")
+    with pytest.raises(
+        ConfigError, match=rf"{kind} .*none.mp4 can't be read \(No such file or directory\); give {what}"
+    ):
+        read(tmp_path / "none.mp4")
+    (tmp_path / "bad.mp4").write_text("no picture")
+    with pytest.raises(ConfigError, match=rf"{kind} .*bad.mp4 can't be read \(.+\); give {what}"):
+        read(tmp_path / "bad.mp4")
 
 
 def test_numbers():

@@ -1,0 +1,253 @@
+"""What pipelines are called with: read off diffusers' classes, refused before weights are loaded."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import dit_accel_pipelines.loading as loading
+import numpy as np
+import pytest
+from dit_accel_pipelines.generate import frames_of, run
+from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.progress import Stages
+from dit_accel_pipelines.request import Request, read_pictures, settle
+from model_folders import model_folder
+from PIL import Image
+
+from dit_accel.adapters.model_files import ModelFiles
+from dit_accel.errors import ConfigError, UnsupportedModel
+
+PROMPT = "a red circle moving right"
+
+
+def call_of(name: str) -> PipelineCall:
+    return PipelineCall.of(pipeline_class(ModelFiles(name="m", index={"_class_name": name}, transformer={}, vae={})))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("FluxPipeline", {"num_frames": 9}, "FluxPipeline takes no num_frames, got 9; leave it out"),
+        ("WanVideoToVideoPipeline", {"num_frames": 9}, "takes no num_frames, got 9"),
+        ("HunyuanVideo15ImageToVideoPipeline", {"image": "a.png", "height": 480}, "takes no height, got 480"),
+        ("Flux2Pipeline", {"negative_prompt": "ugly"}, "takes no negative_prompt, got 'ugly'"),
+        (
+            "HunyuanVideo15Pipeline",
+            {"guidance_scale": 3.0},
+            "takes no guidance_scale, got 3.0; leave it out, or call the pipeline from Python: its guidance is set by "
+            "a guider",
+        ),
+        ("HunyuanImagePipeline", {"guidance_scale": 3.0}, "its guidance is set by distilled_guidance_scale"),
+        ("QwenImage21Pipeline", {"guidance_scale": 3.0}, "its guidance is set by true_cfg_scale"),
+        ("WanPipeline", {"image": Path("a.png")}, "WanPipeline takes no image, got a.png; leave it out"),
+        ("FluxPipeline", {"video": Path("a.mp4")}, "FluxPipeline takes no video, got a.mp4; leave it out"),
+        ("WanImageToVideoPipeline", {}, "starts from an image, got none; give generate --image FILE"),
+        ("SkyReelsV2DiffusionForcingVideoToVideoPipeline", {}, "starts from a video, got none; give generate --video"),
+        ("LTXImageToVideoPipeline", {}, "starts from an image, got none"),
+        ("WanVideoToVideoPipeline", {}, "starts from a video, got none"),
+        (
+            "Cosmos2VideoToWorldPipeline",
+            {},
+            "from an image or a video, got none; give generate --image FILE or --video",
+        ),
+        ("StableDiffusion3Img2ImgPipeline", {}, "starts from an image, got none"),
+        ("WanAnimatePipeline", {"image": "a"}, "needs pose_video, face_video, which generate can't give; call it from"),
+        ("VisualClozePipeline", {}, "takes no prompt, so generate can't run it; call it from Python"),
+    ],
+)
+def test_what_is_not_taken_or_missing_is_refused(name: str, given: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as caught:
+        call_of(name).check(given)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *((name, {}) for name in (
+            "Flux2Pipeline", "GlmImagePipeline", "HeliosPipeline", "Cosmos3OmniPipeline", "Kandinsky6TI2VAPipeline",
+            "QwenImage21Pipeline", "BriaFibo2Pipeline", "LTXConditionPipeline", "PixArtSigmaPipeline",
+            "HunyuanVideo15Pipeline", "MotifVideoPipeline", "HunyuanImagePipeline", "Flux2KleinKVPipeline",
+        )),
+        ("Flux2Pipeline", {"image": "a"}),
+        ("Cosmos2VideoToWorldPipeline", {"video": "a"}),
+        ("WanImageToVideoPipeline", {"image": "a", "num_frames": 9, "guidance_scale": 2.0}),
+        ("WanVACEPipeline", {"video": "a"}),
+    ],
+)  # fmt: skip
+def test_pictures_are_optional_where_the_pipeline_says_so(name: str, given: dict[str, Any]):
+    call_of(name).check(given)
+
+
+def test_a_class_that_diffusers_does_not_have():
+    for name in ("WanPipeline9", ["module", "Custom"], None, "__version__"):
+        with pytest.raises(UnsupportedModel, match=r"which diffusers .* does not have; update diffusers, or load the"):
+            call_of(name)  # type: ignore[arg-type]
+
+
+def request(folder: Path, **changes: Any) -> Request:
+    values: dict[str, Any] = {"prompts": (PROMPT,), "output": folder / "a.gif"}
+    return Request(**{**values, **changes})
+
+
+def test_defaults_go_only_to_parameters_that_are_there(tmp_path: Path):
+    """The family knows frames and sizes; an image pipeline takes no frames, image to video no sizes."""
+    model = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
+    asked, family, notes = settle(request(tmp_path, model=model, video=tmp_path / "b.mp4"))
+    assert (family.name, notes, asked.num_frames) == ("wan-tiny", [], None)
+    assert (asked.height, asked.width, asked.num_inference_steps) == (64, 64, 20)
+    model = str(model_folder(tmp_path / "i2v", _class_name="HunyuanVideo15ImageToVideoPipeline"))
+    asked, *_ = settle(request(tmp_path, model=model, image=tmp_path / "b.png"))
+    assert (asked.height, asked.width, asked.num_frames) == (None, None, 17)
+
+
+def test_bad_requests_are_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch):
+    def load(request: Request) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("dit_accel_pipelines.generate.load_pipeline", load)
+    from dit_accel_pipelines.generate import generate
+
+    text = str(model_folder(tmp_path / "t2v"))
+    video = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
+    for changes, message in (
+        (dict(model=text, image=tmp_path / "b.png"), "takes no image"),
+        (dict(model=video), "starts from a video"),
+        (dict(model=video, video=tmp_path / "b.mp4"), "video .*b.mp4 can't be read"),
+        (dict(model=video, video=tmp_path / "b.mp4", num_frames=9), "takes no num_frames, got 9"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            generate(request(tmp_path, **changes))
+
+
+def test_a_run_passes_pictures_and_nothing_else(tmp_path: Path):
+    """With a pipeline without guidance, whose default the side-car must not ask for."""
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "b.png")
+    seen: dict[str, Any] = {}
+
+    class Pipe:
+        def __call__(self, image, prompt, generator, output_type, num_inference_steps=2):
+            seen.update(image=image, prompt=prompt, steps=num_inference_steps, output_type=output_type)
+            return SimpleNamespace(images=np.zeros((1, 4, 6, 3)))
+
+    made = run(Pipe(), PROMPT, request(tmp_path, image=tmp_path / "b.png"))
+    assert (seen["image"].size, seen["prompt"], seen["steps"], seen["output_type"]) == ((8, 6), PROMPT, 2, "np")
+    assert made.frames.shape == (1, 4, 6, 3)
+    assert read_pictures(request(tmp_path)) == {}
+
+
+def test_steps_are_counted_by_the_progress_bar(tmp_path: Path):
+    """Pipelines without a callback have one too, and it knows how many steps there really are."""
+
+    class Shown(Stages):
+        def __init__(self) -> None:
+            super().__init__(quiet=True)
+            self.said: list[Any] = []
+
+        def stage(self, description: str, total: int | None = None) -> None:
+            self.said.append((description, total))
+            super().stage(description, total)
+
+        def advance(self) -> None:
+            self.said.append("step")
+
+    class Pipe:
+        def __call__(self, prompt, generator, output_type):
+            with self.progress_bar(total=2) as bar:
+                bar.set_description("any")
+                bar.update()
+                bar.update(1)
+            for _ in self.progress_bar([3, 4, 5]):
+                pass
+            return SimpleNamespace(frames=np.zeros((1, 2, 4, 6, 3)))
+
+    stages, pipe = Shown(), Pipe()
+    made = run(pipe, PROMPT, request(tmp_path), stages=stages)
+    assert len(made.timings.steps) == 5
+    assert sum(made.timings.steps) == pytest.approx(made.timings.denoise)
+    steps = [("denoising", 2), "step", "step", ("decoding", None), ("denoising", 3), *["step"] * 3, ("decoding", None)]
+    assert stages.said == [("encoding the prompt", None), *steps]
+    assert "progress_bar" not in vars(pipe)
+
+
+def test_frames_of_every_kind_of_output():
+    for output, shape in (
+        (SimpleNamespace(frames=np.zeros((2, 5, 4, 6, 3))), (5, 4, 6, 3)),
+        (SimpleNamespace(frames=[np.zeros((5, 4, 6, 3))] * 2), (5, 4, 6, 3)),
+        (SimpleNamespace(video=np.zeros((5, 4, 6, 3)), sound=None), (5, 4, 6, 3)),
+        (SimpleNamespace(images=np.zeros((2, 4, 6, 3))), (1, 4, 6, 3)),
+        (SimpleNamespace(image=np.zeros((2, 4, 6, 3))), (1, 4, 6, 3)),
+    ):
+        assert frames_of(output).shape == shape
+
+
+class StubPipe:
+    """Records how a loaded pipeline is placed."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def set_progress_bar_config(self, **options: Any) -> None: ...
+
+    def to(self, device: Any) -> None:
+        self.said.append(("to", device))
+
+    def enable_model_cpu_offload(self, device: Any) -> None:
+        self.said.append(("model", device))
+
+    def enable_sequential_cpu_offload(self, device: Any) -> None:
+        self.said.append(("sequential", device))
+
+    def enable_group_offload(self, onload_device: Any, offload_type: str, use_stream: bool) -> None:
+        self.said.append(("group", onload_device, offload_type, use_stream))
+
+
+@pytest.mark.parametrize(
+    ("offload", "device", "said"),
+    [
+        ("none", "cpu", ("to", "cpu")),
+        ("none", "cuda:1", ("to", "cuda:1")),
+        ("model", "cuda:1", ("model", "cuda:1")),
+        ("sequential", "cuda:1", ("sequential", "cuda:1")),
+        ("group", "cuda:1", ("group", "cuda:1", "leaf_level", True)),
+        ("group", "xpu", ("group", "xpu", "leaf_level", False)),
+    ],
+)
+def test_a_pipeline_is_placed_as_asked(tmp_path: Path, monkeypatch, offload, device, said):
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipe = StubPipe()
+    monkeypatch.setattr(loading, "pick_device", torch.device)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda source, dtype: pipe)
+    assert loading.load_pipeline(request(tmp_path, offload=offload, device=device)) is pipe
+    ((how, where, *rest),) = pipe.said
+    assert (how, str(where), *rest) == said
+
+
+def test_image_to_video_end_to_end(tmp_path: Path):
+    """The embedded model as an image-to-video pipeline: the first frame is the image's."""
+    from dit_accel_pipelines.generate import generate
+
+    nothing = [None, None]
+    model = model_folder(
+        tmp_path / "model", _class_name="WanImageToVideoPipeline", expand_timesteps=True, image_encoder=nothing,
+        image_processor=nothing,
+    )  # fmt: skip
+    for colour in ("red", "blue"):
+        Image.new("RGB", (48, 32), colour).save(tmp_path / f"{colour}.png")
+    shown = {}
+    for colour in ("red", "blue"):
+        asked = request(
+            tmp_path, output=tmp_path / f"{colour}.gif", model=str(model), image=tmp_path / f"{colour}.png",
+            num_inference_steps=1, num_frames=5, height=32, width=48,
+        )  # fmt: skip
+        (written,) = generate(asked)
+        record = json.loads((tmp_path / f"{colour}.gif.json").read_text())
+        assert record == json.loads(json.dumps(written.record))
+        assert (record["image"], record["video"]) == (str(asked.image), None)
+        with Image.open(asked.output) as video:
+            shown[colour] = np.asarray(video.convert("RGB"), dtype=float).mean((0, 1))
+    assert shown["red"][0] > shown["red"][2] + 60
+    assert shown["blue"][2] > shown["blue"][0] + 60
