@@ -1,0 +1,119 @@
+"""Running plans: queries of a part of the tokens, the user's own attention and its gradients, plans for backwards."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dit_accel_kernels import EXACT, SKIPPED, TileLists
+from one_layer import Fixed, OneLayer
+
+from dit_accel import AttachError
+from dit_accel.attachment.backward import BackwardStore
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan
+
+LAYOUT = TokenLayout(frames=3, height=4, width=5, text_before=7, text_after=4)
+TOKENS = LAYOUT.tokens
+
+
+def tensors(tokens=TOKENS, heads=2, seed=0):
+    noise = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, heads, tokens, 8, dtype=torch.float64, generator=noise) for _ in range(3)]
+
+
+def own_tile():
+    """A plan in which each token sees its own tile of 16 and no other: where a query stands decides what it gets."""
+    count = -(-TOKENS // 16)
+    states = torch.where(torch.eye(count, dtype=torch.bool), EXACT, SKIPPED).to(torch.uint8)
+    return AttentionPlan(
+        tiles=TileLists.from_states(states, block_q=16, block_k=16, num_q=TOKENS, num_k=TOKENS), token_order=None
+    )
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize(("first", "last"), [(7, 67), (40, TOKENS)], ids=["image", "behind cached keys"])
+def test_queries_of_a_part_of_the_tokens_stand_where_they_belong(first, last, tokens_first):
+    q, k, v = tensors()
+    layer = OneLayer(Fixed(own_tile()), tokens_first=tokens_first)
+    held = (lambda x: x.transpose(1, 2)) if tokens_first else (lambda x: x)
+    whole = held(layer.call(*map(held, (q, k, v)), LAYOUT))
+    row, column = (torch.arange(TOKENS) // 16 for _ in range(2))
+    seen = F.scaled_dot_product_attention(q, k, v, row[:, None] == column)
+    torch.testing.assert_close(whole, seen)
+    part = held(layer.call(held(q[:, :, first:last]), held(k), held(v), LAYOUT))
+    torch.testing.assert_close(part, whole[:, :, first:last])
+    q, k, v = (x.requires_grad_() for x in (q[:, :, first:last].clone(), k, v))
+    out = held(layer.call(held(q), held(k), held(v), LAYOUT))
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    seen = F.scaled_dot_product_attention(q, k, v, row[first:last, None] == column)
+    for grad, expected in zip(grads, torch.autograd.grad(seen.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_a_plan_without_tiles_is_the_users_own_attention_scaled_and_mixed(tokens_first):
+    q, k, v = (x.requires_grad_() for x in tensors())
+    scale, mix = torch.tensor([0.5, 2.0]), torch.tensor([[0.25, 1.0], [0.0, 0.5]], dtype=torch.float64)
+    rows = torch.arange(TOKENS) % 3 == 0
+    plan = AttentionPlan().scale(scale).mix(mix, rows)
+    assert not plan.needs_kernel
+    layer = OneLayer(Fixed(plan), tokens_first=tokens_first)
+    held = (lambda x: x.transpose(1, 2)) if tokens_first else (lambda x: x)
+    out = held(layer.call(*map(held, (q, k, v)), LAYOUT))
+    attended = F.scaled_dot_product_attention(q * scale[:, None, None], k, v)
+    weight = mix[:, :, None, None] * rows[:, None]
+    expected = (1 - weight) * attended + weight * v
+    torch.testing.assert_close(out, expected)
+    assert layer.attended == 1
+    assert not layer.execution.recorder.backends
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_any_mask_goes_with_a_plan_that_needs_no_kernel():
+    q, k, v = tensors()
+    mask = torch.rand(TOKENS, TOKENS) < 0.5
+    mask |= torch.eye(TOKENS, dtype=torch.bool)
+    layer = OneLayer(Fixed(AttentionPlan().scale(torch.tensor([2.0, 2.0]))))
+    out = layer.call(q, k, v, LAYOUT, mask=mask[None, None])
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(2 * q, k, v, mask))
+
+
+def test_scale_and_mix_are_the_same_inside_our_kernels():
+    q, k, v = tensors()
+    plan = AttentionPlan().scale(torch.tensor([0.5, 2.0])).mix(torch.tensor([0.25, 1.0]), torch.arange(TOKENS) < 30)
+    full = TileLists.full(TOKENS, TOKENS, block_q=16, block_k=16)
+    dense = OneLayer(Fixed(plan)).call(q, k, v, LAYOUT)
+    torch.testing.assert_close(OneLayer(Fixed(plan.with_tiles(full))).call(q, k, v, LAYOUT), dense)
+
+
+def test_plans_live_as_long_as_a_backward_may_come():
+    layer = OneLayer(Fixed(own_tile()))
+    store = layer.execution.backward
+    call = partial(layer.call, layout=LAYOUT)
+    q, k, v = (x.requires_grad_() for x in tensors())
+    one, two = call(q, k, v), call(q, k, v, step=1)
+    assert len(store) == 2
+    del one
+    gc.collect()
+    assert len(store) == 1
+    two.sum().backward()
+    del two
+    assert len(store) == 0
+    with torch.no_grad():
+        call(q, k, v)
+    assert len(store) == 0
+    kept = [call(q, k, v) for _ in range(200)]  # no capacity: none is dropped while its output lives
+    assert len(store) == 200
+    kept[0].sum().backward()
+
+
+def test_a_plan_that_is_gone_is_an_error():
+    store = BackwardStore()
+    ticket = store.put(AttentionPlan())
+    assert isinstance(store.get(ticket), AttentionPlan)
+    with pytest.raises(AttachError, match="the attention plan 7 of a forward is gone before its backward ran"):
+        store.get(torch.tensor(7))
