@@ -1,0 +1,87 @@
+"""The public face: what names there are, how things show themselves, and what is refused before anything is touched."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, MissingBackend, RadialAttention
+from dit_accel.report.report import Report
+
+RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
+
+
+def forward(model):
+    with torch.no_grad(), model.cache_context("cond", step_index=0, num_inference_steps=4):
+        torch.manual_seed(0)
+        return model(
+            torch.randn(1, 12, 5, 8, 8), timestep=torch.tensor([500]), encoder_hidden_states=torch.randn(1, 6, 64)
+        )
+
+
+def test_public_names_are_listed_and_typos_are_not_swallowed():
+    assert {"attach", "attachment_of", "describe", "RadialAttention", "SparseD", "TokenLayout", "__version__"} <= set(
+        dir(dit_accel)
+    )
+    assert dit_accel.__version__.count(".") >= 1
+    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+        dit_accel.atach  # noqa: B018
+
+
+def test_a_type_checker_sees_a_misspelt_name(tmp_path):
+    pytest.importorskip("pyright")
+    (tmp_path / "use.py").write_text("import dit_accel\n\ndit_accel.attach\ndit_accel.__version__\ndit_accel.atach\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(tmp_path / "use.py")],
+        capture_output=True, text=True, check=False,
+    ).stdout  # fmt: skip
+    errors = [line for line in found.splitlines() if " error: " in line]
+    assert len(errors) == 1
+    assert '"atach" is not a known attribute' in errors[0]
+
+
+def test_reports_and_attachments_show_themselves_in_a_line():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, RADIAL) as attachment:
+        assert repr(attachment.report()) == "<Report: radial; 0 calls, density 1.000>"
+        assert "nothing has run yet" in str(attachment.report())
+        forward(transformer)
+        report = attachment.report()
+        assert len(repr(report)) < 100
+        page = report._repr_html_()
+    assert page.startswith("<div>")
+    assert page.count("<tr>") == 2
+    assert 'src="data:image/png;base64,iVBOR' in page
+    assert "<script" not in page
+    assert "&lt;" in Report(methods={}, backend="a<b", model={})._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        (dict(backend=None), MissingBackend, r"attach has no kernel backend None; known: auto, flex,"),
+        (dict(backend="torhc"), MissingBackend, r"no kernel backend 'torhc'; did you mean 'torch'\?"),
+        (dict(backend=7), MissingBackend, r"no kernel backend 7"),
+    ],
+)
+def test_a_backend_that_is_none_is_refused(given, error, text):
+    transformer = tiny_transformer()
+    with pytest.raises(error, match=text):
+        dit_accel.attach(transformer, RADIAL, **given)
+    assert dit_accel.attachment_of(transformer) is None
+
+
+def test_what_is_no_config_is_told_apart():
+    transformer = tiny_transformer()
+    for given, text in (
+        (RadialAttention, r"give an instance of it, RadialAttention\(\)"),
+        ([RADIAL], r"give the configs one by one, attach\(pipe, \*configs\)"),
+        ("radial", r"got 'radial'; known: DeltaAttention, LiteAttention, RadialAttention"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            dit_accel.attach(transformer, given)
+    with pytest.raises(ConfigError, match="two RadialAttention configs were given; attach one of each method"):
+        dit_accel.attach(transformer, RADIAL, RadialAttention())
