@@ -1,0 +1,435 @@
+"""How rotary positions are changed in each form that models give them.
+
+- ``theta``: a method asks ``theta`` (`Rope.parts`) for powers, axis by axis: it runs with a stand-in that answers.
+- ``theta of all axes``: asked once, one set of frequencies for all axes, laid over coordinates [..., axes, 1].
+- ``theta of a function``: a function beside the class takes ``theta``; the method runs with that global replaced.
+- ``tables``: the constructor makes tables from ``theta``: they are made anew, with a stand-in, and a method reads them.
+- ``object of tables``: the same of an object that is no module; another one takes its place.
+- ``tables behind methods``: the same, read by cached methods; text reads the tables themselves, which stay.
+- ``angles``: a table [positions, frequencies] of angles for each axis.
+- ``frequencies``: a tensor for each axis, or one in which `rope_axes.interleaved` takes turns.
+- ``frequencies of all axes``: one tensor that all axes share.
+- ``learned``: frequencies [axes, heads, channels / 2] are the method's first argument; angles add up over the axes.
+- ``pairs``: an input (cos, sin), each [tokens, channels], neighbouring channels equal.
+- ``tables of axes``: an input of (cos, sin) [positions, channels] for each axis, halves equal, and of positions.
+- ``plane``: a complex input [height, width, channels / 2], the two axes' frequencies taking turns.
+"""
+
+import functools
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .rope import GIVEN, Axis, Rope, RopeChange
+
+Resolve = Callable[[int, Tensor], Tensor]
+"""(axis, its own frequencies) -> its frequencies from now on, of the same shape, dtype and device."""
+
+UNREADABLE = 1e-3
+"""How far cos and sin may be from those of the positions that are read off them; float16 keeps within it."""
+
+
+def change(rope: Rope, transformer: Any, axes: tuple[Axis, ...], changes: tuple[Any, ...]) -> RopeChange:
+    """Return what to set; see `dit_accel.adapters.rope.changed`, which has checked the arguments."""
+    resolve = _resolver(axes, changes, keep=rope.form not in ("learned", "plane"))
+    if rope.form in GIVEN:
+        return RopeChange([], _change_input(rope, transformer, axes, resolve))
+    owner = _resolved(transformer, rope.owner)
+    if rope.form == "object of tables":
+        return RopeChange([(transformer, rope.owner, _with_tables(rope, owner, axes, resolve))], None)
+    if rope.form == "tables behind methods":
+        return RopeChange(_behind_methods(rope, owner, resolve), None)
+    text: list[Any] = []
+    run = _keep_text(rope, owner, _RUNS[rope.form](rope, owner, axes, resolve), text)
+    method = types.MethodType(run, owner)  # a copied model's is bound to the copy
+    return RopeChange([(owner, rope.method, method)], _note_text(rope, text) if rope.text else None)
+
+
+def input_hook(
+    transformer: Any, function: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[()], dict[str, Any]]]:
+    """Return `RopeChange.inputs` as a pre-hook for ``register_forward_pre_hook(hook, with_kwargs=True)``."""
+    signature = inspect.signature(type(transformer).forward)
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        return (), function({name: value for name, value in bound.items() if name != "self"})
+
+    return hook
+
+
+def _resolver(axes: tuple[Axis, ...], changes: tuple[Any, ...], keep: bool) -> Resolve:
+    kept: dict[Any, Tensor] = {}  # where the model's own are always the same: a function may wait for the device
+
+    def resolve(index: int, own: Tensor) -> Tensor:
+        change = changes[index]
+        if change is None:
+            return own
+        key = (index, own.dtype, own.device)
+        if keep and key in kept:
+            return kept[key]
+        wide = own.detach().to("cpu", torch.float64)
+        new = torch.as_tensor(change(wide) if callable(change) else change, dtype=torch.float64)
+        if new.shape != own.shape or not bool(new.isfinite().all()):
+            raise ConfigError(
+                f"{axes[index].name} has frequencies of shape {tuple(own.shape)}, got a shape of {tuple(new.shape)} "
+                f"with values {new.flatten()[:4].tolist()} ...; give a finite one for each"
+            )
+        kept[key] = new.to(own)
+        return kept[key]
+
+    return resolve
+
+
+def _resolved(transformer: Any, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), transformer) if name else transformer
+
+
+class _View:
+    """An object seen with other values of some attributes; what is set on it stays on it."""
+
+    def __init__(self, seen: Any, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values, _seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_seen"], name)
+
+
+class _Quotient:
+    """What powers of a stand-in are: 1 / it gives the frequencies, unrounded."""
+
+    def __init__(self, frequencies: Tensor) -> None:
+        self.frequencies = frequencies
+
+    def __rtruediv__(self, one: float) -> Tensor:
+        return one * self.frequencies
+
+
+class _Theta:
+    """Stands in for a rope's base; each power that is asked for is that of the next axis, then those of text."""
+
+    def __init__(self, value: float, asks: Iterator[int], resolve: Resolve) -> None:
+        self.value, self.asks, self.resolve = value, asks, resolve
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __mul__(self, factor: float) -> "_Theta":
+        return _Theta(self.value * factor, self.asks, self.resolve)
+
+    __rmul__ = __mul__
+
+    def __pow__(self, exponents: Tensor) -> Any:
+        index, powers = next(self.asks, None), self.value**exponents
+        return powers if index is None else _Quotient(self.resolve(index, 1.0 / powers))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.pow and isinstance(args[0], cls):
+            return args[0] ** args[1]
+        return NotImplemented
+
+
+class _ThetaOfAll(_Theta):
+    """The same where one power serves all axes: [axes, frequencies]."""
+
+    def __pow__(self, exponents: Tensor) -> Tensor:
+        powers = self.value**exponents
+        return torch.stack([self.resolve(index, powers) for index in self.asks])
+
+
+def _asks(rope: Rope, axes: tuple[Axis, ...]) -> Iterator[int]:
+    return iter(rope.asks or range(len(axes)))
+
+
+Run = Callable[..., Any]
+"""(owner, the method's arguments) -> its result on other frequencies."""
+
+
+def _theta(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> Run:
+    function = getattr(type(owner), rope.method)
+    stand_in = _ThetaOfAll if rope.form == "theta of all axes" else _Theta
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        together, seen = _asks(rope, axes), _View(self, dict.fromkeys(rope.caches))
+        for index, part in enumerate(rope.parts):
+            asks = together if len(rope.parts) == 1 else iter([index])
+            above, _, name = part.rpartition(".")
+            inner = _resolved(self, above)
+            view = _View(inner if above else seen, {name: stand_in(getattr(inner, name), asks, resolve)})
+            seen = _View(seen, {above: view}) if above else view
+        result = function(seen, *args, **kwargs)
+        _require_asked(rope, together if len(rope.parts) == 1 else iter(()), owner)
+        return result
+
+    return run
+
+
+def _require_asked(rope: Rope, left: Iterator[int], owner: Any) -> None:
+    if next(left, None) is not None:
+        raise ConfigError(
+            f"{type(owner).__name__}.{rope.method} did not make every axis from {rope.parts[0]!r}; this version of "
+            "diffusers makes its positions in another way than the adapter says: report it to the adapter's author"
+        )
+
+
+def _theta_of_function(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> Run:
+    function = inspect.unwrap(getattr(type(owner), rope.method))
+    maker = function.__globals__[rope.parts[0]]
+    value = inspect.signature(maker).parameters["theta"].default
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asks = _asks(rope, axes)
+        made = functools.partial(maker, theta=_Theta(value, asks, resolve))
+        scope = {**function.__globals__, rope.parts[0]: made}
+        copy = types.FunctionType(
+            function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+        )
+        copy.__kwdefaults__ = function.__kwdefaults__
+        result = copy(self, *args, **kwargs)
+        _require_asked(rope, asks, owner)
+        return result
+
+    return run
+
+
+def _learned(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> Run:
+    function = getattr(type(owner), rope.method)
+
+    def run(self: Any, learned: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return function(self, torch.stack([resolve(i, own) for i, own in enumerate(learned)]), *args, **kwargs)
+
+    return run
+
+
+def _attributes(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> Run:
+    """Run on the owner seen with new tables or frequencies, on its device and in its dtype."""
+    function = getattr(type(owner), rope.method)
+    values = _VALUES[rope.form](rope, owner, axes, resolve)
+    there: dict[Any, Any] = {}
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        held = getattr(self, rope.parts[0])
+        kind = (held.device, held.dtype) if isinstance(held, Tensor) else None  # lists are moved by the model
+        if kind not in there:
+            there[kind] = values if kind is None else {part: value.to(*kind) for part, value in values.items()}
+        return function(_View(self, there[kind]), *args, **kwargs)
+
+    return run
+
+
+def _frequencies(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> dict[str, Any]:
+    if len(rope.parts) == len(axes):
+        return {part: resolve(index, getattr(owner, part)) for index, part in enumerate(rope.parts)}
+    new = getattr(owner, rope.parts[0]).clone()
+    for index, axis in enumerate(axes):
+        places = [round(exponent * len(new)) for exponent in axis.exponents or ()]
+        new[places] = resolve(index, new[places])
+    return {rope.parts[0]: new}
+
+
+def _frequencies_of_all(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> dict[str, Any]:
+    own = getattr(owner, rope.parts[0])
+    return {rope.parts[0]: _OfAll(torch.stack([resolve(index, own) for index in range(len(axes))]))}
+
+
+def _angles(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> dict[str, Any]:
+    values = {}
+    for index, part in enumerate(rope.parts):
+        own = getattr(owner, part)
+        places = torch.arange(len(own), dtype=own.dtype, device=own.device)
+        values[part] = torch.outer(places, resolve(index, own[1]))  # position 1's angles are the frequencies
+    return values
+
+
+class _OfAll:
+    """Frequencies [axes, n] where a model has one row for all axes and views it as [1, 1, n]."""
+
+    def __init__(self, frequencies: Tensor) -> None:
+        self.frequencies = frequencies
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "_OfAll":
+        return _OfAll(self.frequencies.to(device, dtype))
+
+    def view(self, *shape: int) -> Tensor:
+        return self.frequencies[None]
+
+
+def _rebuilt(owner: Any, asks: Iterator[int], resolve: Resolve) -> Any:
+    """Return an object of the owner's class made with a stand-in; its constructor's arguments are its attributes."""
+    arguments = {}
+    for name, parameter in inspect.signature(type(owner)).parameters.items():
+        default = None if parameter.default is parameter.empty else parameter.default
+        arguments[name] = getattr(owner, name, default)
+    return type(owner)(**{**arguments, "theta": _Theta(arguments["theta"], asks, resolve)})
+
+
+def _tables(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> dict[str, Any]:
+    asks = _asks(rope, axes)
+    rebuilt = _rebuilt(owner, asks, resolve)
+    _require_asked(rope, asks, owner)
+    return {part: getattr(rebuilt, part) for part in rope.parts}
+
+
+def _with_tables(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> Any:
+    """Return an object like the owner with other tables; it moves them to the device itself."""
+    asks = _asks(rope, axes)
+    new = _rebuilt(owner, asks, resolve)
+    setattr(new, rope.parts[0], getattr(new, rope.method)(new.axes_dims, new.axes_lens, theta=new.theta))
+    new.theta = owner.theta
+    _require_asked(rope, asks, owner)
+    return new
+
+
+def _behind_methods(rope: Rope, owner: Any, resolve: Resolve) -> list[tuple[Any, str, Any]]:
+    """Return cached methods that read an object with other tables; the caches of the class are not used."""
+    asks = iter(rope.asks or ())
+    rebuilt, methods = _rebuilt(owner, asks, resolve), []
+    _require_asked(rope, asks, owner)
+    for name, function in vars(type(owner)).items():
+        if hasattr(function, "__wrapped__"):
+            fresh = functools.lru_cache(maxsize=128)(types.MethodType(inspect.unwrap(function), rebuilt))
+            rebuilt.__dict__[name] = fresh
+            methods += [(owner, name, fresh)] if name in rope.parts else []
+    return methods
+
+
+_VALUES: dict[str, Callable[..., dict[str, Any]]] = {
+    "tables": _tables, "angles": _angles, "frequencies": _frequencies, "frequencies of all axes": _frequencies_of_all,
+}  # fmt: skip
+
+_RUNS: dict[str, Callable[..., Run]] = {
+    "theta": _theta, "theta of all axes": _theta, "theta of a function": _theta_of_function, "learned": _learned,
+    **dict.fromkeys(_VALUES, _attributes),
+}  # fmt: skip
+
+
+def _keep_text(rope: Rope, owner: Any, run: Run, text: list[Any]) -> Callable[..., Any]:
+    """Return the method that takes the text's rows from the model's own frequencies, the others from new ones."""
+    function = getattr(type(owner), rope.method)
+
+    @functools.wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = run(self, *args, **kwargs)
+        if rope.text is None:
+            return result
+        if not text:
+            raise ConfigError(
+                f"{type(owner).__name__} ran before the forward's inputs told which rows are text; run the whole "
+                "transformer, with RopeChange.inputs before each forward"
+            )
+        plain = function(self, *args, **kwargs)
+        if isinstance(result, tuple):
+            return tuple(_join(text[0], *pair) for pair in zip(plain, result, strict=True))
+        return _join(text[0], plain, result)
+
+    return method
+
+
+def _join(text: Any, plain: Tensor, new: Tensor) -> Tensor:
+    if isinstance(text, Tensor):
+        return torch.where(text[..., None], plain, new)
+    return torch.cat([plain[..., :text, :], new[..., text:, :]], dim=-2)
+
+
+def _note_text(rope: Rope, text: list[Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    def inputs(given: Mapping[str, Any]) -> dict[str, Any]:
+        assert rope.text is not None
+        text[:] = [rope.text(given)]
+        return dict(given)
+
+    return inputs
+
+
+def _change_input(
+    rope: Rope, transformer: Any, axes: tuple[Axis, ...], resolve: Resolve
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    make = {"pairs": _pairs, "tables of axes": _tables_of_axes, "plane": _plane}[rope.form]
+    last: list[Any] = []  # pipelines give the same tensors at every step
+
+    def inputs(given: Mapping[str, Any]) -> dict[str, Any]:
+        value = given.get(rope.input)
+        if value is None:
+            raise ConfigError(
+                f"{type(transformer).__name__} was given no {rope.input}, whose frequencies are to change; give it, or "
+                "detach"
+            )
+        if not last or last[0] is not value:
+            last[:] = [value, make(value, axes, resolve)]
+        return {**given, rope.input: last[1]}
+
+    return inputs
+
+
+def _own(axis: Axis, device: torch.device) -> Tensor:
+    return torch.from_numpy(axis.frequencies()).to(device)
+
+
+def _turned(values: Tensor, axis: Axis, index: int, resolve: Resolve) -> Tensor:
+    """Return cos + i sin [n, frequencies] of other frequencies, complex128; equal where the frequencies are."""
+    own = _own(axis, values.device)
+    places = _read_positions(values, own, axis)
+    return values * torch.polar(torch.ones(()).to(own), places[:, None] * (resolve(index, own) - own))
+
+
+def _read_positions(values: Tensor, own: Tensor, axis: Axis) -> Tensor:
+    """Return the positions [n] that cos + i sin [n, frequencies] are made from, from the slowest frequency on.
+
+    Raises:
+        ConfigError: if they are made from no positions.
+    """
+    angles, turn = values.angle(), 2 * torch.pi
+    places = angles[:, -1] / own[-1]
+    for j in reversed(range(len(own) - 1)):
+        places = (angles[:, j] + turn * ((places * own[j] - angles[:, j]) / turn).round()) / own[j]
+    error = (torch.polar(torch.ones(()).to(own), places[:, None] * own) - values).abs().max()
+    if not error < UNREADABLE:
+        raise ConfigError(
+            f"the given cos and sin along {axis.name} are {float(error):.2g} away from those of any positions with "
+            f"theta {axis.theta} over {axis.channels} channels; give those that the model's pipeline makes"
+        )
+    return places
+
+
+def _pairs(value: tuple[Tensor, Tensor], axes: tuple[Axis, ...], resolve: Resolve) -> tuple[Tensor, Tensor]:
+    cos, sin = (part.clone() for part in value)
+    ends = list(itertools.accumulate(axis.channels for axis in axes))
+    for index, (axis, end) in enumerate(zip(axes, ends, strict=True)):
+        at = slice(end - axis.channels, end)
+        turned = _turned(torch.complex(cos[:, at][:, ::2].double(), sin[:, at][:, ::2].double()), axis, index, resolve)
+        for part, new in ((cos, turned.real), (sin, turned.imag)):
+            part[:, at] = new.repeat_interleave(2, 1).to(part.dtype)
+    return cos, sin
+
+
+def _tables_of_axes(value: tuple[Any, Any], axes: tuple[Axis, ...], resolve: Resolve) -> tuple[Any, Any]:
+    tables, positions = value
+    changed = []
+    for index, (axis, (cos, sin)) in enumerate(zip(axes, tables, strict=True)):
+        half = axis.channels // 2
+        turned = _turned(torch.complex(cos[:, :half].double(), sin[:, :half].double()), axis, index, resolve)
+        new = (turned.real, turned.imag)
+        changed.append(tuple(torch.cat([x, x], -1).to(old.dtype) for x, old in zip(new, (cos, sin), strict=True)))
+    return changed, positions
+
+
+def _plane(value: Tensor, axes: tuple[Axis, ...], resolve: Resolve) -> Tensor:
+    """The pipeline scales these frequencies from step to step, so they are read off the values themselves."""
+    changed = value.to(torch.complex128)
+    for index in range(len(axes)):
+        line = changed.select(1 - index, 0)[:, index::2]
+        own, place = line[1].angle(), 1
+        while 2 * place < len(line):
+            place *= 2
+            angle, turn = line[place].angle(), 2 * torch.pi
+            own = (angle + turn * ((place * own - angle) / turn).round()) / place
+        places = torch.arange(len(line), dtype=own.dtype, device=own.device)
+        turned = torch.polar(torch.ones(()).to(own), torch.outer(places, resolve(index, own) - own))
+        changed[..., index::2] *= turned[:, None] if index == 0 else turned[None]
+    return changed.to(value.dtype)
