@@ -2,10 +2,17 @@
 
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import even
 
 ALLEGRO = Adapter(
     name="allegro",
     transformers=("AllegroTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
+    rope=Rope(
+        input="image_rotary_emb",
+        form="tables of axes",
+        axes=lambda config: even(VISUAL_AXES, config["attention_head_dim"] // 3),
+    ),
 )

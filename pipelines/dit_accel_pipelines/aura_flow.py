@@ -40,6 +40,7 @@ AURA_FLOW = Adapter(
         BlockList(pattern="single_transformer_blocks.*", joined=True),
     ),
     grid=behind_registers,
+    rope="AuraFlow adds learned positions to the patches",
     families=(AURA_FLOW_03,),
     refused=IMAGE_REFUSED,
 )

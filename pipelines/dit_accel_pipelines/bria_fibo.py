@@ -10,6 +10,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import read_once
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config, lengths_of_image
 
 from .flux import FLUX
 from .lumina2 import lengths
@@ -51,4 +53,13 @@ BRIA_FIBO_2 = Adapter(
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
     grid=behind_the_gist,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="rope_embedder",
+        method="precompute_freqs_cis",
+        form="object of tables",
+        values="complex",
+        parts=("freqs_cis",),
+        axes=by_config("axes_dims", ("text", "height", "width"), 256.0, theta_key="rope_theta"),
+        max_positions=lengths_of_image("axes_lens"),
+    ),
 )

@@ -5,6 +5,8 @@ from dataclasses import replace
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import ids_grid
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 
 FLUX_DEV = Family(
     name="flux.1-dev",
@@ -33,6 +35,11 @@ FLUX = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=ids_grid,
     text_apart=True,  # IP-Adapters: image queries over their own keys
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
+    ),
     families=(FLUX_DEV, FLUX_SCHNELL),
     refused=IMAGE_REFUSED,
 )
@@ -44,6 +51,12 @@ FLUX_KIN = replace(
     blocks=(
         BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
         BlockList(pattern="single_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+    ),
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
+        text=lambda inputs: inputs["txt_ids"].shape[-2],  # LongCat and Ovis lay text along height and width
     ),
     families=(),
 )

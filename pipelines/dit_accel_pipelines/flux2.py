@@ -10,6 +10,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 
 FLUX2_DEV = Family(
     name="flux.2-dev",
@@ -61,6 +63,11 @@ FLUX2 = Adapter(
     ),
     grid=with_cached_references,
     text_apart=True,  # while the cache is filled, references attend to themselves
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 2000.0, theta_key="rope_theta"),
+    ),
     families=(FLUX2_DEV,),
     refused=IMAGE_REFUSED,
 )
@@ -75,4 +82,9 @@ FLUX3 = Adapter(
     grid=with_own_references,
     ragged_text=True,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 10000.0, theta_key="rope_theta"),
+    ),
 )

@@ -6,8 +6,10 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 
-from .qwen_image import first_image
+from .qwen_image import QWEN_IMAGE, first_image
 
 
 def image_then_text(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -23,6 +25,12 @@ PRX = Adapter(
     blocks=(BlockList(pattern="blocks.*"),),
     grid=partial(latents_grid, frames_axis=None, text="before"),
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="pe_embedder",
+        form="theta",
+        values="matrix",
+        axes=by_config("axes_dim", ("height", "width"), 10000.0, theta_key="theta", default=(32, 32)),
+    ),
 )
 NUCLEUS_IMAGE = Adapter(
     name="nucleus-image",
@@ -31,4 +39,5 @@ NUCLEUS_IMAGE = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     grid=image_then_text,
     refused=IMAGE_REFUSED,
+    rope=QWEN_IMAGE.rope,
 )

@@ -6,6 +6,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 
 
 def items_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -33,6 +35,12 @@ JOY_IMAGE_EDIT = Adapter(
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     grid=items_grid,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        method="get_rotary_pos_embed",
+        form="theta",
+        parts=("theta",),
+        axes=by_config("rope_dim_list", ("image", "height", "width"), 256.0, theta_key="theta"),
+    ),
 )
 JOY_IMAGE_EDIT_PLUS = Adapter(
     name="joyimage-edit-plus",
@@ -41,4 +49,10 @@ JOY_IMAGE_EDIT_PLUS = Adapter(
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     grid=first_of_list,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        method="_get_rotary_pos_embed_for_range",
+        form="theta",
+        parts=("config.theta",),
+        axes=by_config("rope_dim_list", ("image", "height", "width"), 256.0, theta_key="theta"),
+    ),
 )

@@ -6,6 +6,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_row, read_once
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 
 
 def text_then_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -25,4 +27,9 @@ KREA2 = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     grid=text_then_image,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="rotary_emb",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 1000.0, theta_key="rope_theta"),
+    ),
 )

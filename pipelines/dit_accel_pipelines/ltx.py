@@ -5,6 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import fractions
 from dit_accel.errors import ConfigError
 
 LTX_2B = Family(
@@ -46,5 +48,12 @@ LTX = Adapter(
     transformers=("LTXVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
     grid=packed_grid,
+    rope=Rope(
+        owner="rope",
+        form="theta of all axes",
+        axes=fractions,
+        note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by "
+        "one number; none of them has a period in frames",
+    ),
     families=(LTX_2B, LTX_13B),
 )

@@ -6,6 +6,8 @@ keyframe pipelines stand behind the video and count as text.
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import fractions
 
 from .ltx import packed_grid
 
@@ -35,5 +37,11 @@ LTX2 = Adapter(
         ),
     ),
     grid=packed_grid,
+    rope=Rope(
+        owner="rope",
+        form="theta of all axes",
+        axes=fractions,
+        note="as LTX; sound, and attention between video and sound, keep their own positions",
+    ),
     families=(LTX2_19B,),
 )

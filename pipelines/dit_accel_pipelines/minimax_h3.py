@@ -10,6 +10,8 @@ from typing import Any
 from dit_accel.adapters.adapter import Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_video, read_once
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import even
 
 
 def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -28,4 +30,12 @@ MINIMAX_H3 = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     grid=packed_video,
     rising_timesteps=True,
+    rope=Rope(
+        owner="rope",
+        form="frequencies of all axes",
+        parts=("inv_freq",),
+        axes=lambda config: even(VISUAL_AXES, 2 * config["rope_freq_dim"], config["rope_theta"]),
+        text=lambda inputs: len(inputs["text_indices"]),
+        note="sound shares the video's time axis and moves with it",
+    ),
 )

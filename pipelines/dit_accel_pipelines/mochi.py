@@ -3,6 +3,8 @@
 from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import learned
 
 MOCHI_1 = Family(
     name="mochi-1",
@@ -28,5 +30,11 @@ MOCHI = Adapter(
     grid=partial(latents_grid, text="after"),
     ragged_text=True,
     rising_timesteps=True,
+    rope=Rope(
+        owner="rope",
+        form="learned",
+        axes=learned,
+        note="each head has learned frequencies of its own: no index of a dominant period is theirs together",
+    ),
     families=(MOCHI_1,),
 )

@@ -5,6 +5,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import even, fixed_lengths
 
 PIXART_SIGMA = Family(
     name="pixart-sigma",
@@ -27,6 +29,7 @@ PIXART = Adapter(
     transformers=("PixArtTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn1",),
     grid=partial(latents_grid, frames_axis=None),
+    rope="PixArt adds sinusoidal positions to the patches",
     families=(PIXART_SIGMA,),
     refused=IMAGE_REFUSED,
 )
@@ -36,6 +39,11 @@ HUNYUAN_DIT = replace(
     transformers=("HunyuanDiT2DModel",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
+    rope=Rope(
+        input="image_rotary_emb",
+        form="pairs",
+        axes=lambda config: even(("width", "height"), config["attention_head_dim"] // 2),
+    ),
     families=(),
 )
 LUMINA_NEXT = replace(
@@ -45,5 +53,13 @@ LUMINA_NEXT = replace(
     self_attention=("layers.*.attn1",),
     blocks=(BlockList(pattern="layers.*"),),
     rising_timesteps=True,
+    rope=Rope(
+        input="image_rotary_emb",
+        form="plane",
+        values="complex",
+        axes=lambda config: even(("height", "width"), config["hidden_size"] // config["num_attention_heads"] // 2),
+        max_positions=fixed_lengths(height=384, width=384),
+        note="the pipeline scales the frequencies itself, other ones early and late; a change comes on top",
+    ),
     families=(),
 )

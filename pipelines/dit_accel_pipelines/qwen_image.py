@@ -6,6 +6,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config, fixed_lengths
 
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
@@ -41,6 +43,15 @@ QWEN_IMAGE = Adapter(
     transformers=("QwenImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     grid=first_image,
+    rope=Rope(
+        owner="pos_embed",
+        form="tables behind methods",
+        values="complex",
+        parts=("_compute_video_freqs", "_compute_condition_freqs"),
+        asks=(0, 1, 2, 0, 1, 2),  # positions from 0 on, then those below
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0),
+        max_positions=fixed_lengths(height=8192, width=8192),
+    ),
     families=(QWEN_IMAGE_20B,),
     refused=IMAGE_REFUSED,
 )
@@ -66,4 +77,14 @@ QWEN_IMAGE_21 = Adapter(
     grid=last_image,
     text_apart=True,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="pos_embed",
+        form="tables",
+        values="complex",
+        parts=("freqs",),
+        asks=(0, 0, 1, 1, 2, 2),  # positions from 0 on, then those below
+        axes=by_config("axes_dims_rope", ("text", "height", "width"), 10000.0),
+        text=lambda inputs: ~inputs["img_mask"][0].repeat_interleave(1 + 3 * inputs["img_mask"][0]),
+        max_positions=fixed_lengths(height=2048, width=2048),
+    ),
 )

@@ -39,6 +39,7 @@ SD3 = Adapter(
     side_attention=("transformer_blocks.*.attn2",),
     grid=partial(latents_grid, frames_axis=None, text="after"),
     ragged_text=True,
+    rope="SD3 adds sinusoidal positions to the patches",
     families=(SD3_MEDIUM, SD35_LARGE),
     refused=IMAGE_REFUSED,
 )

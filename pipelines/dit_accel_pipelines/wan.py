@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import same_length, thirds
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
 # steps as a share, the first block dense, everybody sees frame 0). Its published sparsities belong to near="half".
@@ -129,6 +131,13 @@ WAN = Adapter(
     blocks=(
         BlockList(pattern="blocks.*"),
         BlockList(pattern="vace_blocks.*", takes=("control_hidden_states",), gives=(None, 0), beside=True),
+    ),
+    rope=Rope(
+        owner="rope",
+        form="tables",
+        parts=("freqs_cos", "freqs_sin"),
+        axes=thirds,
+        max_positions=same_length("rope_max_seq_len"),
     ),
     families=(
         WAN21_1B,
