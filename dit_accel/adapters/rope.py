@@ -25,13 +25,16 @@ FORMS = (
     "theta", "theta of all axes", "theta of a function", "tables", "object of tables", "tables behind methods",
     "angles", "frequencies", "frequencies of all axes", "learned", "pairs", "tables of axes", "plane",
 )  # fmt: skip
-"""How a model makes its positions; what each one is stands in `dit_accel.adapters.rope_forms`."""
+"""How a model makes its positions; what each is stands in `dit_accel.adapters.rope_forms` and `.rope_inputs`."""
 
 GIVEN = ("pairs", "tables of axes", "plane")
 """Forms of positions that the pipeline makes and the forward is given."""
 
 Frequencies = Mapping[str, "Callable[[Tensor], Any] | Tensor | np.ndarray"]
 """Axis -> new frequencies in radians a position, float64 [channels / 2]; or a function of the model's own, float64."""
+
+Resolve = Callable[[int, "Tensor"], "Tensor"]
+"""(axis, its own frequencies) -> its frequencies from now on, of the same shape, dtype and device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +115,22 @@ class Rope:
                 f"form={self.form!r} with input={self.input!r}: name the forward's input for {', '.join(GIVEN)}, and "
                 "for no other form"
             )
+
+    def find_owner(self, transformer: Any) -> Any:
+        """Return what makes the positions of a transformer.
+
+        Raises:
+            ConfigError: if it is not there.
+        """
+        owner = transformer
+        for name in self.owner.split(".") if self.owner else ():
+            owner = getattr(owner, name, None)
+        if owner is None:
+            raise ConfigError(
+                f"the adapter makes positions in {self.owner!r}, which {type(transformer).__name__} does not have; "
+                "correct the adapter's rope.owner"
+            )
+        return owner
 
 
 class RopeChange(NamedTuple):

@@ -120,31 +120,28 @@ def _require_along(samples: "_Samples", axis: Axis, turn: Tensor, places: list[s
 
 
 def _wrong_along(grid: Tensor, axis: Axis) -> str:
-    for dim, name in enumerate(VISUAL_AXES):
-        steps = grid.diff(dim=dim).abs()
-        if steps.numel() == 0:  # one frame
-            continue
-        if name == axis.name and float(steps.amax(-1).min()) <= ROUNDING:
-            return f"{axis.name}: two neighbours along it are at one position"
-        if name != axis.name and float(steps.max()) > ROUNDING:
+    steps = {name: grid.diff(dim=dim).abs() for dim, name in enumerate(VISUAL_AXES) if grid.shape[dim] > 1}
+    for name, step in steps.items():
+        if name != axis.name and float(step.max()) > ROUNDING:
             return f"{axis.name}: its positions differ along {name}"
+    if axis.name in steps and float(steps[axis.name].amax(-1).min()) <= ROUNDING:
+        return f"{axis.name}: two neighbours along it are at one position"
     return ""
 
 
 def _require_text_still(samples: "_Samples", still: Tensor, visual: slice) -> None:
-    """Text's rows do not move, whether the adapter tells them or they stand first or last among the others."""
+    """Text's rows do not move: those that the adapter tells, and those that stand first or last beside the grid."""
     rows = torch.zeros(len(still), dtype=torch.bool)
     if samples.rope.text is not None:
         told = samples.rope.text(samples.inputs)
-        rows = told.reshape(-1) if isinstance(told, Tensor) else torch.arange(len(still)) < told
+        rows = told.reshape(-1).clone() if isinstance(told, Tensor) else torch.arange(len(still)) < told
         require(not bool(rows[visual].any()), "the adapter takes tokens of the grid for text")
-    else:
-        text = samples.inputs.get("encoder_hidden_states")
-        tokens = 0 if not isinstance(text, Tensor) or text.ndim != 3 else text.shape[1]
-        if samples.grid[3] == tokens:
-            rows[: min(tokens, visual.start)] = True
-        elif samples.grid[4] == tokens <= len(still) - visual.stop:
-            rows[len(still) - tokens :] = True
+    text = samples.inputs.get("encoder_hidden_states")
+    tokens = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+    if samples.grid[3] == tokens:
+        rows[: min(tokens, visual.start)] = True
+    elif samples.grid[4] == tokens <= len(still) - visual.stop:
+        rows[len(still) - tokens :] = True
     require(bool(still[rows].all()), "text moves")
 
 
@@ -242,13 +239,12 @@ def _leaves(value: Any) -> list[Tensor]:
 
 def _recorded(case: Case, rope: Rope, inputs: Mapping[str, Any]) -> list[Callable[[], Any]]:
     """Run the model; return its calls for positions, each to be made again."""
-    transformer, calls = case.transformer, []
-    owner = transformer.get_submodule(rope.owner) if _is_module(transformer, rope) else None
+    transformer, owner, calls = case.transformer, rope.find_owner(case.transformer), []
 
     def note(target: Callable[[], Any], args: Any, kwargs: Any) -> None:
         calls.append(lambda: target()(*args, **kwargs))
 
-    if owner is not None and rope.owner:
+    if rope.owner and isinstance(owner, nn.Module):
         hook = owner.register_forward_pre_hook(lambda m, args, kwargs: note(lambda: m, args, kwargs), with_kwargs=True)
         case.run(inputs)
         hook.remove()
@@ -264,10 +260,6 @@ def _recorded(case: Case, rope: Rope, inputs: Mapping[str, Any]) -> list[Callabl
     with replaced(transformer, RopeChange([(transformer, name, Recorder())], None)):
         case.run(inputs)
     return calls
-
-
-def _is_module(transformer: Any, rope: Rope) -> bool:
-    return isinstance(getattr(transformer, rope.owner, None) if rope.owner else transformer, nn.Module)
 
 
 def _given(rope: Rope, axes: tuple[Axis, ...], grid: Grid, value: Any) -> Any:
@@ -329,9 +321,8 @@ def replaced(transformer: Any, change: RopeChange) -> Iterator[None]:
 
 def _snapshot(transformer: Any, rope: Rope) -> dict[str, dict[str, int]]:
     """Identities of all that the classes of the transformer and of its positions hold, and the modules around them."""
-    owner = getattr(transformer, rope.owner) if rope.owner else transformer
     found = {}
-    for cls in (type(transformer), type(owner)):
+    for cls in (type(transformer), type(rope.find_owner(transformer))):
         found[cls.__name__] = {name: id(value) for name, value in vars(cls).items()}
         for value in vars(cls).values():
             if isinstance(value, types.FunctionType):
