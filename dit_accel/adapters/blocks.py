@@ -2,6 +2,9 @@
 
 A stream is a tensor of tokens that a block takes and gives back changed, such as the video's hidden states or, in joint
 attention, the text's. Whoever skips, repeats or caches blocks reads and writes streams and nothing else.
+
+A model may change a stream between two blocks, by a control branch or by text of a further layer. Whoever carries
+something over several blocks asks whether the next one takes the very tensors that the one before it gave.
 """
 
 import fnmatch

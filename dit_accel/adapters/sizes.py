@@ -6,6 +6,8 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
+from ..errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
@@ -67,14 +69,17 @@ def read_sizes(
 
     Raises:
         KeyError: with the name of an entry that is not there; ``ffn_dim`` and ``patch`` are None then.
+        ConfigError: if more than one of ``heads``, ``head_dim`` and ``width`` is left out.
     """
-    counts = [config[layers[0]], *(config.get(name) or 0 for name in layers[1:])]
+    if [heads, head_dim, width].count(None) > 1:
+        raise ConfigError("read_sizes needs two of heads, head_dim and width, which give the third; name another entry")
+    counts = [_entry(config, layers[0]), *(config.get(name) or 0 for name in layers[1:])]
     total = sum(count if isinstance(count, int) else len(count) for count in counts)
-    channels = None if head_dim is None else config[head_dim]
-    channels = sum(channels) if isinstance(channels, (list, tuple)) else channels
-    number = config[width] // channels if heads is None else config[heads]
-    channels = config[width] // number if channels is None else channels
-    across = number * channels if width is None else config[width]
+    number, channels, across = (_entry(config, name) if name else 0 for name in (heads, head_dim, width))
+    channels = channels if isinstance(channels, int) else sum(channels)
+    number = number or across // channels
+    channels = channels or across // number
+    across = across or number * channels
     hidden = config.get(ffn_dim)
     ratio = config.get(mlp_ratio) if isinstance(mlp_ratio, str) else mlp_ratio
     if hidden is None and ratio is not None:
@@ -89,3 +94,9 @@ def read_sizes(
         ffn_dim=hidden,
         patch=None if size is None else patch_sizes(size, config.get("patch_size_t")),
     )
+
+
+def _entry(config: Mapping[str, Any], name: str) -> Any:
+    if config.get(name) is None:
+        raise KeyError(name)
+    return config[name]

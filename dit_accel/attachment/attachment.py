@@ -232,11 +232,11 @@ def _install_calls(attachment: Attachment, state: TransformerState, part: Any) -
     """
     execution, undo, transformer = attachment._execution, attachment._undo, state.transformer
     original = getattr(transformer, "cache_context", None)
-    site = TransformerSite(execution, state, undo, original)
+    site = TransformerSite(execution, state, undo, original, compiled_whole=part is not transformer)
     for handler in execution.handlers:
         handler.install(site)
     site.install_blocks()
-    forward = Forward(execution, attachment._slot, state, site.forwards)
+    forward = Forward(execution, attachment._slot, state, site.forwards, on_blocks=bool(site.around))
     undo.append(wrap_call(part, forward, attachment))
     if original is not None:
         undo.append(shadow(transformer, "cache_context", _followed_context(execution, state, forward, original)))

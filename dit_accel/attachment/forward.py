@@ -29,15 +29,22 @@ class Forward:
         slot: the attachment's.
         state: the transformer's.
         functions: what methods run around the forward, the innermost first.
+        on_blocks: methods act on its blocks.
     """
 
     def __init__(
-        self, execution: Execution, slot: Slot, state: TransformerState, functions: Sequence[AroundForward]
+        self,
+        execution: Execution,
+        slot: Slot,
+        state: TransformerState,
+        functions: Sequence[AroundForward],
+        on_blocks: bool,
     ) -> None:
         self._execution = execution
         self._slot = slot
         self._state = state
         self._functions = tuple(functions)
+        self._untraceable = bool(functions) or on_blocks
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
 
@@ -125,10 +132,11 @@ class Forward:
     ) -> Any:
         """Run inside a graph of the whole transformer: only the grid can be told there."""
         slot, state = self._slot, self._state
-        if self._functions:
+        if self._untraceable:
             raise ConfigError(
-                "a method that runs around the forward is attached, and torch.compile(transformer) came after it; "
-                "compile before attaching, or use transformer.compile() or compile_repeated_blocks()"
+                "a method that runs around the forward or its blocks can't run inside torch.compile(transformer); for "
+                "one around the forward compile before attaching or use transformer.compile(), for one around blocks "
+                "use compile_repeated_blocks()"
             )
         grid = state.adapter.grid(self._config, inputs)
         plain = NO_GRID if isinstance(grid, str) else grid

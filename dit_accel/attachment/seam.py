@@ -25,17 +25,19 @@ def wrap_call(module: nn.Module, around: Around, owner: Any = None) -> Callable[
         around: what runs instead.
         owner: what `owner_of` tells of the module.
     """
-    inner = module.__dict__.get(_NAME)
+    inner, module_compile = module.__dict__.get(_NAME), module.compile
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return around(inner or module._call_impl, args, kwargs)
 
     def compile(*args: Any, **kwargs: Any) -> None:
         nonlocal inner
-        module.__dict__.pop(_NAME, None)
-        type(module).compile(module, *args, **kwargs)
-        inner = module.__dict__.get(_NAME)
-        module.__dict__[_NAME] = call
+        del module.__dict__[_NAME]
+        try:
+            module_compile(*args, **kwargs)
+            inner = module.__dict__.get(_NAME)
+        finally:
+            module.__dict__[_NAME] = call
 
     call.owner = owner  # type: ignore[attr-defined]
     module.__dict__[_NAME] = call

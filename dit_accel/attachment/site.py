@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter
@@ -14,9 +13,15 @@ from ..methods.site import AroundBlock, AroundForward, Block
 from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
-from .seam import is_compiled, wrap_call
+from .seam import is_compiled, shadow, wrap_call
 
 _MISSING = object()
+
+COMPILED_WHOLE = (
+    "A method that acts on transformer blocks can't act inside a graph of the whole transformer; compile the blocks "
+    "instead, transformer.compile_repeated_blocks(), or detach first"
+)
+"""Why a transformer that is compiled whole and a method on blocks exclude each other."""
 
 
 class TransformerSite:
@@ -33,11 +38,13 @@ class TransformerSite:
         state: TransformerState,
         undo: list[Callable[[], None]],
         context: Callable[[str], Any] | None,
+        compiled_whole: bool,
     ) -> None:
         self._execution = execution
         self._state = state
         self._undo = undo
         self._context = context
+        self._compiled_whole = compiled_whole
         self._blocks: tuple[Block, ...] | None = None
         self.forwards: list[AroundForward] = []
         self.around: dict[int, list[AroundBlock]] = {}
@@ -119,12 +126,16 @@ class TransformerSite:
         Raises:
             ConfigError: if the transformer is compiled whole, where nothing can run between its blocks.
         """
-        if self.around and is_compiled(self.transformer):
-            raise ConfigError(
-                f"a method that acts on transformer blocks was asked for on {self.name}, which is compiled whole; "
-                "compile its blocks instead, transformer.compile_repeated_blocks()"
-            )
-        for block in self.blocks if self.around else ():
+        if not self.around:
+            return
+        if is_compiled(self.transformer) or self._compiled_whole:
+            raise ConfigError(f"{self.name} is compiled whole. {COMPILED_WHOLE}")
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise ConfigError(COMPILED_WHOLE)
+
+        self._undo.append(shadow(self.transformer, "compile", refuse))
+        for block in self.blocks:
             if functions := self.around.get(block.index):
                 self._undo.append(wrap_call(block.module, self._around_block(block, functions)))
 
@@ -134,12 +145,6 @@ class TransformerSite:
         last: list[Any] = [None]  # what such a block gives beside its streams, while it is skipped
 
         def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            if torch.compiler.is_compiling():
-                raise ConfigError(
-                    "a method that acts on transformer blocks is attached, and the whole transformer is compiled; "
-                    "compile its blocks instead, transformer.compile_repeated_blocks()"
-                )
-
             def innermost(streams: Streams) -> Streams:
                 given, named = signature.write_call(streams, args, kwargs)
                 result = run(*given, **named)
@@ -163,7 +168,7 @@ def _wrapped(
 
 
 def find_blocks(adapter: Adapter, transformer: nn.Module) -> tuple[Block, ...]:
-    """Return a transformer's blocks in running order, as its adapter describes them; without those beside the main ones.
+    """Return a transformer's blocks in running order, as its adapter describes them; not those beside the main ones.
 
     Raises:
         UnsupportedModel: if the adapter describes none.

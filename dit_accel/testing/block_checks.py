@@ -1,18 +1,19 @@
 """Check an adapter's block lists: each block and stream is where it says, and a skipped block hands its streams on."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.blocks import BlockList, BlockSignature, Streams, block_lists, block_signature
+from ..attachment.find import attention_modules
+from ..attachment.seam import wrap_call
 from .recording import require
 from .tiny_models import Case
-
-_OVERRIDE = "_compiled_call_impl"
-"""What `nn.Module.__call__` asks before anything else; private to torch."""
 
 
 class Block(NamedTuple):
@@ -24,7 +25,7 @@ class Block(NamedTuple):
     signature: BlockSignature
 
 
-Call = Callable[[Block, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Call = Callable[[Block, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """(block, what runs it, args, kwargs) -> what the model gets of it."""
 
 
@@ -62,24 +63,14 @@ def check_blocks(case: Case) -> str | None:
 
 @contextlib.contextmanager
 def replaced(blocks: Sequence[Block], call: Call) -> Iterator[None]:
-    """Answer the calls of blocks in their stead, compiled or not; their classes stay as they are."""
-    before = [block.module.__dict__.get(_OVERRIDE) for block in blocks]
-    for block, inner in zip(blocks, before, strict=True):
-
-        def answer(*args: Any, block: Block = block, run: Any = inner or block.module._call_impl, **kwargs: Any) -> Any:
-            return call(block, run, args, kwargs)
-
-        block.module.__dict__[_OVERRIDE] = answer
-    try:
+    """Answer the calls of blocks in their stead."""
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.callback(wrap_call(block.module, partial(call, block)))
         yield
-    finally:
-        for block, inner in zip(blocks, before, strict=True):
-            del block.module.__dict__[_OVERRIDE]
-            if inner is not None:
-                block.module.__dict__[_OVERRIDE] = inner
 
 
-def _with_copies(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _with_copies(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Put copies of the streams among a block's arguments and into its result."""
     args, kwargs = block.signature.write_call(_copied(block.signature.read_call(args, kwargs)), args, kwargs)
     result = run(*args, **kwargs)
@@ -90,14 +81,12 @@ def _copied(streams: Streams) -> Streams:
     return tuple(None if stream is None else stream.clone() for stream in streams)
 
 
-def _skipped(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], results: dict[str, Any]) -> Any:
+def _skipped(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: dict[str, Any]) -> Any:
     like = None if block.blocks.gives_streams_only else results[block.name]
     return block.signature.write_result(block.signature.read_call(args, kwargs), like=like)
 
 
 def _require_covered(case: Case, blocks: Sequence[Block]) -> None:
-    from ..attachment.attachment import attention_modules
-
     names = [block.name for block in blocks]
     require(len(set(names)) == len(names), f"block lists overlap: {names}")
     for attention, _, _ in attention_modules(case.transformer, case.adapter):
@@ -110,17 +99,20 @@ def _require_streams(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
     results: dict[str, Any] = {}
     lengths = {}
 
-    def recorded(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def recorded(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         require(block.name not in results, f"{block.name} runs more than once in a forward")
         streams = block.signature.read_call(args, kwargs)
-        versions = [None if stream is None else stream._version for stream in streams]
+        for name, stream in zip(block.blocks.takes, streams, strict=True):
+            require(isinstance(stream, Tensor), f"{block.name}: {name} is no stream, it holds {stream!r:.60}")
+        versions = [stream._version for stream in streams if stream is not None]
         results[block.name] = result = run(*args, **kwargs)
         left = block.signature.read_result(result)
         for name, stream, version, after in zip(block.blocks.takes, streams, versions, left, strict=True):
-            require(isinstance(stream, Tensor), f"{block.name}: {name} is no stream, it holds {stream!r:.60}")
-            assert isinstance(stream, Tensor)
-            shape = None if after is None else after.shape
-            require(shape in (None, stream.shape), f"{block.name} takes {name} {list(stream.shape)}, gives {shape}")
+            assert stream is not None
+            given = None if after is None else list(after.shape)
+            require(
+                given in (None, list(stream.shape)), f"{block.name} takes {name} {list(stream.shape)}, gives {given}"
+            )
             require(stream._version == version, f"{block.name} changes {name} in place")
         assert streams[0] is not None
         require(left[0] is not None, f"{block.name} ends its visual stream")
@@ -157,20 +149,20 @@ def _require_lengths(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
 def _require_handed_on(case: Case, inputs: dict[str, Any], blocks: Sequence[Block], results: dict[str, Any]) -> None:
     """Check that each block of a list gets the streams that the one before it got, where all are skipped.
 
-    A model may change streams between its blocks, such as by a control branch. Then what is given back as one stream
-    must reach that stream of the next block and no other.
+    What a block gives back as one stream must reach that stream of the next block, and no other. That is asked by
+    changing it, and not by equality: a model may add to streams between its blocks, such as by a control branch.
     """
 
-    def skip_all(shifted: int | None = None) -> dict[str, Streams]:
-        given: dict[str, Streams] = {}
+    def skip_all(shifted: int | None = None) -> dict[str, tuple[Tensor, ...]]:
+        given: dict[str, tuple[Tensor, ...]] = {}
 
-        def skip(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            streams = given[block.name] = block.signature.read_call(args, kwargs)
-            if shifted is None:
-                return _skipped(block, args, kwargs, results)
-            moved = [stream + (at == shifted) if stream is not None else None for at, stream in enumerate(streams)]
+        def skip(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            streams = block.signature.read_call(args, kwargs)
+            given[block.name] = tuple(stream for stream in streams if stream is not None)
+            require(len(given[block.name]) == len(streams), f"{block.name} lacks a stream where all are skipped")
+            moved = [stream + (at == shifted) for at, stream in enumerate(given[block.name])]
             like = None if block.blocks.gives_streams_only else results[block.name]
-            return block.signature.write_result(moved, like=like)
+            return block.signature.write_result(moved if shifted is not None else streams, like=like)
 
         with replaced(blocks, skip):
             out = case.run(inputs)
@@ -178,19 +170,13 @@ def _require_handed_on(case: Case, inputs: dict[str, Any], blocks: Sequence[Bloc
         return given
 
     given = skip_all()
-    pairs = [(one, two) for one, two in zip(blocks, blocks[1:], strict=False) if one.blocks is two.blocks]
+    pairs = [(one, two) for one, two in itertools.pairwise(blocks) if one.blocks is two.blocks]
     for stream in range(max(len(block.blocks.takes) for block in blocks)):
-        open_pairs = []
+        shifted = skip_all(stream)
         for one, two in pairs:
             if stream < len(one.blocks.takes):
-                old, new = given[one.name][stream], given[two.name][stream]
-                assert old is not None
-                same = new is not None and new.shape == old.shape
-                require(same, f"{two.name} gets another {one.blocks.takes[stream]} than {one.name} gave")
-                if not (new is not None and torch.equal(old, new)):
-                    open_pairs.append((one, two))
-        shifted = skip_all(stream) if open_pairs else {}
-        for one, two in open_pairs:
-            moved = [not torch.equal(a, b) for a, b in zip(given[two.name], shifted[two.name], strict=True)]
-            told = [at == stream for at in range(len(moved))]
-            require(moved == told, f"{two.name} gets {one.blocks.takes[stream]} of {one.name} as another stream")
+                name, old, new = one.blocks.takes[stream], given[one.name], given[two.name]
+                require(old[stream].shape == new[stream].shape, f"{two.name} gets another {name} than {one.name} gave")
+                moved = [not torch.equal(a, b) for a, b in zip(new, shifted[two.name], strict=True)]
+                told = [at == stream for at in range(len(moved))]
+                require(moved == told, f"{two.name} does not get its {name} from what {one.name} gives as {name}")

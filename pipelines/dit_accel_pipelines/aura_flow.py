@@ -1,10 +1,13 @@
 """AuraFlow: register tokens and text first, then the image, in every block."""
 
 from collections.abc import Mapping
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.sizes import read_sizes
 
 REGISTERS = 8
 """Learned tokens in front of the text."""
@@ -38,6 +41,13 @@ AURA_FLOW = Adapter(
     blocks=(
         BlockList(pattern="joint_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
         BlockList(pattern="single_transformer_blocks.*", joined=True),
+    ),
+    sizes=partial(
+        read_sizes,
+        layers=("num_mmdit_layers", "num_single_dit_layers"),
+        mlp_ratio=Fraction(8, 3),
+        multiple_of=256,
+        gated=True,
     ),
     grid=behind_registers,
     rope="AuraFlow adds learned positions to the patches",

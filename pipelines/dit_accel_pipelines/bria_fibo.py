@@ -12,6 +12,7 @@ from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, lengths_of_image
+from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .flux import FLUX
 from .lumina2 import lengths
@@ -36,6 +37,14 @@ def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return (1, height, width, gist, after) if min(counts) == gist else (1, height, width, 0, after + gist)
 
 
+def gated_sizes(config: Mapping[str, Any]) -> Sizes:
+    """Read the sizes of Bria Fibo 2, whose feed-forward is 8/3 of its width, in whole 64s."""
+    hidden = config["dim"] * 8 // 3 // 64 * 64
+    return read_sizes(
+        {**config, "ffn_dim": hidden}, layers=("n_layers",), heads="n_heads", head_dim=None, width="dim", gated=True
+    )
+
+
 BRIA_FIBO = replace(
     FLUX,
     name="bria-fibo",
@@ -51,6 +60,7 @@ BRIA_FIBO_2 = Adapter(
     transformers=("BriaFibo2Transformer2DModel",),
     self_attention=("layers.*.attention",),
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
+    sizes=gated_sizes,
     grid=behind_the_gist,
     refused=IMAGE_REFUSED,
     rope=Rope(

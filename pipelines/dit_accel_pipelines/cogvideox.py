@@ -10,6 +10,7 @@ from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import cogvideox_lengths, eighths
+from dit_accel.adapters.sizes import read_sizes
 
 # UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
 ULTRAVICO_COGVIDEOX = {
@@ -59,6 +60,7 @@ COGVIDEOX = Adapter(
     transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=1, text="before"),
     rope=Rope(
         input="image_rotary_emb",

@@ -12,6 +12,7 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, 
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import even
+from dit_accel.adapters.sizes import read_sizes
 
 text_first = partial(latents_grid, frames_axis=None, text="before")
 
@@ -56,6 +57,7 @@ COGVIEW = Adapter(
     transformers=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=text_first,
     rope=Rope(
         owner="rope",

@@ -6,11 +6,13 @@ actions stand behind the vision tokens, earlier vision items (images that are gi
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import interleaved
+from dit_accel.adapters.sizes import read_sizes
 
 
 def last_vision_item(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -24,6 +26,15 @@ COSMOS3 = Adapter(
     name="cosmos-3",
     transformers=("Cosmos3OmniTransformer",),
     self_attention=("layers.*.self_attn",),
+    sizes=partial(
+        read_sizes,
+        layers=("num_hidden_layers",),
+        head_dim="head_dim",
+        width="hidden_size",
+        ffn_dim="intermediate_size",
+        gated=True,
+        patch="latent_patch_size",
+    ),
     grid=last_vision_item,
     latents="vision_tokens",
     timestep="vision_timesteps",

@@ -6,12 +6,16 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.sizes import read_sizes
 
 ERNIE_IMAGE = Adapter(
     name="ernie-image",
     transformers=("ErnieImageTransformer2DModel",),
     self_attention=("layers.*.self_attention",),
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True, token_axis=0),),
+    sizes=partial(
+        read_sizes, head_dim=None, width="hidden_size", ffn_dim="ffn_hidden_size", gated=True, patch=(1, 2, 2)
+    ),
     grid=partial(latents_grid, frames_axis=None, text="after", joined=("text_bth",)),
     refused=IMAGE_REFUSED,
     rope=Rope(

@@ -1,12 +1,16 @@
 """FLUX.1 and its variants (fill, control, Kontext): text, the packed image, a reference image, in every block."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import ids_grid
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.sizes import Sizes, read_sizes
 
 FLUX_DEV = Family(
     name="flux.1-dev",
@@ -33,6 +37,7 @@ FLUX = Adapter(
     name="flux",
     transformers=("FluxTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    sizes=partial(read_sizes, mlp_ratio=4.0, patch=(1, 2, 2)),
     grid=ids_grid,
     text_apart=True,  # IP-Adapters: image queries over their own keys
     rope=Rope(
@@ -43,6 +48,13 @@ FLUX = Adapter(
     families=(FLUX_DEV, FLUX_SCHNELL),
     refused=IMAGE_REFUSED,
 )
+
+
+def kin_sizes(config: Mapping[str, Any]) -> Sizes:
+    """Read the sizes of FLUX.1's kin; Ovis, which has no pooled prompt, gates its feed-forward."""
+    return read_sizes(config, mlp_ratio=4.0, gated="pooled_projection_dim" not in config, patch=(1, 2, 2))
+
+
 # Models of other makers that kept FLUX.1's blocks and its sequence.
 FLUX_KIN = replace(
     FLUX,
@@ -52,6 +64,7 @@ FLUX_KIN = replace(
         BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
         BlockList(pattern="single_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
     ),
+    sizes=kin_sizes,
     rope=Rope(
         owner="pos_embed",
         form="theta",

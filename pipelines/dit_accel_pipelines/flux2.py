@@ -5,6 +5,7 @@ see the image alone.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
@@ -12,6 +13,7 @@ from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.sizes import read_sizes
 
 FLUX2_DEV = Family(
     name="flux.2-dev",
@@ -61,6 +63,7 @@ FLUX2 = Adapter(
         BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
         BlockList(pattern="single_transformer_blocks.*", joined=True),
     ),
+    sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
     grid=with_cached_references,
     text_apart=True,  # while the cache is filled, references attend to themselves
     rope=Rope(
@@ -79,6 +82,7 @@ FLUX3 = Adapter(
         BlockList(pattern="mode_blocks.image.*"),
         BlockList(pattern="single_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
     ),
+    sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
     grid=with_own_references,
     ragged_text=True,
     refused=IMAGE_REFUSED,

@@ -10,6 +10,7 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.sizes import Sizes, read_sizes
 
 HIDREAM_I1 = Family(
     name="hidream-i1",
@@ -39,6 +40,13 @@ def padded_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return 1, height, width, 0, padding + text
 
 
+def expert_sizes(config: Mapping[str, Any]) -> Sizes:
+    """Read the sizes, where a token passes its activated experts and one of half their width that all share."""
+    hidden = 4 * config["num_attention_heads"] * config["attention_head_dim"]
+    expert, shared = (-(-(2 * size // 3) // 256) * 256 for size in (hidden, hidden // 2))
+    return read_sizes({**config, "ffn_dim": config["num_activated_experts"] * expert + shared}, gated=True)
+
+
 HIDREAM = Adapter(
     name="hidream",
     transformers=("HiDreamImageTransformer2DModel",),
@@ -47,6 +55,7 @@ HIDREAM = Adapter(
         BlockList(pattern="double_stream_blocks.*", takes=JOINT, gives=(0, 1)),
         BlockList(pattern="single_stream_blocks.*", joined=True),
     ),
+    sizes=expert_sizes,
     grid=padded_image,
     timestep="timesteps",
     rope=Rope(

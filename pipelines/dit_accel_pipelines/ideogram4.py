@@ -1,6 +1,7 @@
 """Ideogram 4: padding, text, the packed image; the pipeline's second transformer sees the image alone."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
@@ -8,6 +9,7 @@ from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_image, read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import interleaved
+from dit_accel.adapters.sizes import read_sizes
 
 
 def image_last(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -24,6 +26,7 @@ IDEOGRAM4 = Adapter(
     transformers=("Ideogram4Transformer2DModel",),
     self_attention=("layers.*.attention",),
     blocks=(BlockList(pattern="layers.*", joined=True),),
+    sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),
     grid=image_last,
     outer_masks=True,  # padding sees padding, which nobody reads
     rising_timesteps=True,

@@ -8,6 +8,7 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_gri
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .qwen_image import QWEN_IMAGE, first_image
 
@@ -23,6 +24,7 @@ PRX = Adapter(
     transformers=("PRXTransformer2DModel",),
     self_attention=("blocks.*.attention",),
     blocks=(BlockList(pattern="blocks.*"),),
+    sizes=partial(read_sizes, layers=("depth",), heads="num_heads", head_dim=None, width="hidden_size", gated=True),
     grid=partial(latents_grid, frames_axis=None, text="before"),
     refused=IMAGE_REFUSED,
     rope=Rope(
@@ -32,11 +34,37 @@ PRX = Adapter(
         axes=by_config("axes_dim", ("height", "width"), 10000.0, theta_key="theta", default=(32, 32)),
     ),
 )
+
+
+DENSE_LAYERS = {
+    "leave_first_three_and_last_block_dense": 4,
+    "leave_first_three_blocks_dense": 3,
+    "leave_first_block_dense": 1,
+}
+"""``dense_moe_strategy`` -> blocks without experts; any other strategy leaves none."""
+
+
+def expert_sizes(config: Mapping[str, Any]) -> Sizes:
+    """Read the sizes of Nucleus-Image; the feed-forward's is the mean over blocks with and without experts.
+
+    Experts choose their tokens, ``capacity_factors`` experts a token on average; another one is shared by all.
+    """
+    layers, width = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+    strategy = config["dense_moe_strategy"] if config["moe_enabled"] else "all_dense"
+    dense = layers if strategy == "all_dense" else min(layers, DENSE_LAYERS.get(strategy, 0))
+    factors = config["capacity_factors"]
+    factor = sum(factors) / len(factors) if isinstance(factors, (list, tuple)) else factors
+    routed = round((factor + 1) * config["moe_intermediate_dim"])
+    hidden = int(width * config["mlp_ratio"] * 2 / 3) // 128 * 128
+    return read_sizes({**config, "ffn_dim": (dense * hidden + (layers - dense) * routed) // layers}, gated=True)
+
+
 NUCLEUS_IMAGE = Adapter(
     name="nucleus-image",
     transformers=("NucleusMoEImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
+    sizes=expert_sizes,
     grid=image_then_text,
     refused=IMAGE_REFUSED,
     rope=QWEN_IMAGE.rope,

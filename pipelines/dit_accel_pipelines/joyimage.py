@@ -1,6 +1,7 @@
 """JoyImage Edit and Edit Plus: the image, then reference images, padding and text."""
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -8,6 +9,7 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_gri
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.sizes import read_sizes
 
 
 def items_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -28,11 +30,15 @@ def first_of_list(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return *shape, 0, after
 
 
+joy_sizes = partial(read_sizes, head_dim=None, width="hidden_size", mlp_ratio="mlp_width_ratio")
+"""Reads the sizes, by the names of the published code."""
+
 JOY_IMAGE_EDIT = Adapter(
     name="joyimage-edit",
     transformers=("JoyImageEditTransformer3DModel",),
     self_attention=("double_blocks.*.attn",),
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
+    sizes=joy_sizes,
     grid=items_grid,
     refused=IMAGE_REFUSED,
     rope=Rope(
@@ -47,6 +53,7 @@ JOY_IMAGE_EDIT_PLUS = Adapter(
     transformers=("JoyImageEditPlusTransformer3DModel",),
     self_attention=("double_blocks.*.attn",),
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
+    sizes=joy_sizes,
     grid=first_of_list,
     refused=IMAGE_REFUSED,
     rope=Rope(

@@ -14,6 +14,7 @@ from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config, fixed_lengths
+from dit_accel.adapters.sizes import read_sizes
 
 KANDINSKY5_LITE = Family(
     name="kandinsky-5-lite",
@@ -53,10 +54,16 @@ def frames_before_reference(config: Any, inputs: Mapping[str, Any]) -> Grid:
     return frames - reference, height, width, 0, reference * height * width
 
 
+kandinsky_sizes = partial(
+    read_sizes, layers=("num_visual_blocks",), heads=None, head_dim="axes_dims", width="model_dim", ffn_dim="ff_dim"
+)
+"""Reads the sizes, by the names of the published code."""
+
 KANDINSKY5 = Adapter(
     name="kandinsky-5",
     transformers=("Kandinsky5Transformer3DModel",),
     self_attention=("visual_transformer_blocks.*.self_attention",),
+    sizes=kandinsky_sizes,
     grid=partial(latents_grid, frames_axis=1, channels_last=True),
     rope=Rope(
         owner="visual_rope_embeddings",
@@ -73,6 +80,7 @@ KANDINSKY6 = Adapter(
     transformers=("Kandinsky6Transformer3DModel",),
     self_attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
     blocks=(BlockList(pattern="visual_transformer_blocks.*", takes=("vis", "aud"), gives=(0, 1), joined=True),),
+    sizes=kandinsky_sizes,
     grid=frames_before_reference,
     rope=Rope(
         owner="visual_rope_embeddings",

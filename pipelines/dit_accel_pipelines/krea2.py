@@ -1,6 +1,7 @@
 """Krea 2: text first, then the packed image; padded text is masked."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
@@ -8,6 +9,7 @@ from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_row, read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.sizes import read_sizes
 
 
 def text_then_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -25,6 +27,7 @@ KREA2 = Adapter(
     transformers=("Krea2Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
+    sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),
     grid=text_then_image,
     refused=IMAGE_REFUSED,
     rope=Rope(

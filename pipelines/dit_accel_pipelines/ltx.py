@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import fractions
+from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 
 LTX_2B = Family(
@@ -47,6 +49,7 @@ LTX = Adapter(
     name="ltx",
     transformers=("LTXVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
     rope=Rope(
         owner="rope",

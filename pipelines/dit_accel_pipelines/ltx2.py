@@ -4,10 +4,13 @@ Sound is never thinned out: its attention and both crossings are left alone. Ref
 keyframe pipelines stand behind the video and count as text.
 """
 
+from functools import partial
+
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import fractions
+from dit_accel.adapters.sizes import read_sizes
 
 from .ltx import packed_grid
 
@@ -36,6 +39,7 @@ LTX2 = Adapter(
             pattern="transformer_blocks.*", takes=("hidden_states", "audio_hidden_states"), gives=(0, 1), joined=True
         ),
     ),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
     rope=Rope(
         owner="rope",

@@ -1,6 +1,8 @@
 """Lumina Image 2.0: valid text first, then the image; padded text is cut off before the blocks."""
 
 from collections.abc import Mapping
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
@@ -8,6 +10,7 @@ from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, lengths_of_image
+from dit_accel.adapters.sizes import Sizes, read_sizes
 
 LUMINA_IMAGE_2 = Family(
     name="lumina-image-2.0",
@@ -41,11 +44,19 @@ def valid_text_first(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return 1, latents.shape[-2] // patch, latents.shape[-1] // patch, found[0], 0
 
 
+def lumina_sizes(config: Mapping[str, Any], mlp_ratio: float | Fraction) -> Sizes:
+    """Read the sizes of the Lumina models, whose width of the feed-forward may be multiplied and is rounded up."""
+    multiplier, multiple = config.get("ffn_dim_multiplier") or 1, config.get("multiple_of") or 256
+    hidden = -(-int(multiplier * int(config["hidden_size"] * mlp_ratio)) // multiple) * multiple
+    return read_sizes({**config, "ffn_dim": hidden}, head_dim=None, width="hidden_size", gated=True)
+
+
 LUMINA2 = Adapter(
     name="lumina2",
     transformers=("Lumina2Transformer2DModel",),
     self_attention=("layers.*.attn",),
     blocks=(BlockList(pattern="layers.*", joined=True),),
+    sizes=partial(lumina_sizes, mlp_ratio=4),
     grid=valid_text_first,
     rising_timesteps=True,
     rope=Rope(

@@ -5,6 +5,7 @@ refiner attends over text alone and is left out.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid
@@ -12,6 +13,7 @@ from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_video, read_once
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import even
+from dit_accel.adapters.sizes import read_sizes
 
 
 def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -28,6 +30,7 @@ MINIMAX_H3 = Adapter(
     transformers=("MiniMaxH3Transformer3DModel",),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
+    sizes=partial(read_sizes, width="hidden_size", gated=True),
     grid=packed_video,
     rising_timesteps=True,
     rope=Rope(

@@ -1,10 +1,12 @@
 """Mochi 1: its processor attends row by row, over the video and the valid text behind it."""
 
+from fractions import Fraction
 from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import learned
+from dit_accel.adapters.sizes import read_sizes
 
 MOCHI_1 = Family(
     name="mochi-1",
@@ -27,6 +29,7 @@ MOCHI = Adapter(
     name="mochi",
     transformers=("MochiTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
+    sizes=partial(read_sizes, mlp_ratio=Fraction(8, 3), gated=True),
     grid=partial(latents_grid, text="after"),
     ragged_text=True,
     rising_timesteps=True,

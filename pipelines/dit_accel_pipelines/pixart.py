@@ -1,12 +1,16 @@
 """Images with text in a cross-attention: PixArt, HunyuanDiT and Lumina-Next."""
 
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import even, fixed_lengths
+from dit_accel.adapters.sizes import read_sizes
+
+from .lumina2 import lumina_sizes
 
 PIXART_SIGMA = Family(
     name="pixart-sigma",
@@ -28,6 +32,7 @@ PIXART = Adapter(
     name="pixart",
     transformers=("PixArtTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn1",),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=None),
     rope="PixArt adds sinusoidal positions to the patches",
     families=(PIXART_SIGMA,),
@@ -39,6 +44,7 @@ HUNYUAN_DIT = replace(
     transformers=("HunyuanDiT2DModel",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
+    sizes=read_sizes,
     rope=Rope(
         input="image_rotary_emb",
         form="pairs",
@@ -52,6 +58,7 @@ LUMINA_NEXT = replace(
     transformers=("LuminaNextDiT2DModel",),
     self_attention=("layers.*.attn1",),
     blocks=(BlockList(pattern="layers.*"),),
+    sizes=partial(lumina_sizes, mlp_ratio=Fraction(8, 3)),
     rising_timesteps=True,
     rope=Rope(
         input="image_rotary_emb",

@@ -1,6 +1,7 @@
 """Qwen-Image with Edit and Layered: text first, then the packed image and, behind it, further images."""
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -8,6 +9,7 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, fixed_lengths
+from dit_accel.adapters.sizes import read_sizes
 
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
@@ -42,6 +44,7 @@ QWEN_IMAGE = Adapter(
     name="qwen-image",
     transformers=("QwenImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=first_image,
     rope=Rope(
         owner="pos_embed",
@@ -74,6 +77,7 @@ QWEN_IMAGE_21 = Adapter(
     transformers=("QwenImage21Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
+    sizes=partial(read_sizes, gated=True),
     grid=last_image,
     text_apart=True,
     refused=IMAGE_REFUSED,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
+from dit_accel.adapters.sizes import read_sizes
 
 SD3_MEDIUM = Family(
     name="sd3-medium",
@@ -37,6 +38,7 @@ SD3 = Adapter(
     transformers=("SD3Transformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
     side_attention=("transformer_blocks.*.attn2",),
+    sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=None, text="after"),
     ragged_text=True,
     rope="SD3 adds sinusoidal positions to the patches",

@@ -5,11 +5,13 @@ cross-attention and stay outside the sequence.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
+from dit_accel.adapters.sizes import read_sizes
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
 # steps as a share, the first block dense, everybody sees frame 0). Its published sparsities belong to near="half".
@@ -132,6 +134,7 @@ WAN = Adapter(
         BlockList(pattern="blocks.*"),
         BlockList(pattern="vace_blocks.*", takes=("control_hidden_states",), gives=(None, 0), beside=True),
     ),
+    sizes=partial(read_sizes, layers=("num_layers", "vace_layers")),
     rope=Rope(
         owner="rope",
         form="tables",

@@ -4,12 +4,15 @@ Omni: text, earlier images, the image, SigLIP tokens.
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, lengths_of_image
+from dit_accel.adapters.sizes import read_sizes
 
 MULTIPLE = 32
 """What the model pads text and each image to, in tokens."""
@@ -71,6 +74,16 @@ Z_IMAGE = Adapter(
     transformers=("ZImageTransformer2DModel",),
     self_attention=("layers.*.attention",),
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
+    sizes=partial(
+        read_sizes,
+        layers=("n_layers",),
+        heads="n_heads",
+        head_dim=None,
+        width="dim",
+        mlp_ratio=Fraction(8, 3),
+        gated=True,
+        patch=(1, 2, 2),
+    ),
     grid=list_grid,
     latents="x",
     timestep="t",

@@ -1,13 +1,20 @@
 """Configs: frozen, checked on creation, the same after TOML, and clear about what is wrong."""
 
 import dataclasses
+import math
+import typing
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from wan_tiny import tiny_transformer
 
-from dit_accel import ConfigError, RadialAttention
-from dit_accel.methods.config import from_dict
+import dit_accel
+from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention
+from dit_accel.methods.config import MethodConfig, from_dict
+from dit_accel.methods.registry import methods
 from dit_accel.methods.toml import from_toml, parse_value, to_toml
 
 options = st.fixed_dictionaries(
@@ -22,6 +29,17 @@ options = st.fixed_dictionaries(
         "dense_layers": st.integers(0, 9),
     },
 )
+
+
+def options_of(kind: type) -> list[tuple[type[MethodConfig], str]]:
+    """Every option of every installed method that takes a value of a kind."""
+    found = []
+    for config in methods().values():
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            if kind in (hints[field.name], *typing.get_args(hints[field.name])):
+                found.append((config, field.name))
+    return found
 
 
 @given(options)
@@ -57,6 +75,85 @@ def test_bad_toml_says_what_is_wrong(text, message):
         from_toml(text)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize(("config", "option"), options_of(float), ids=lambda x: getattr(x, "name", x))
+def test_numbers_are_finite(config, option, value):
+    for number in (value, np.float32(value), np.float64(value)):
+        with pytest.raises(
+            ConfigError, match=rf"{config.name}\.{option} must be .*a finite number.*, got .*{value}"
+        ):
+            config(**{option: number})
+    with pytest.raises(ConfigError, match=rf"the file: {config.name}\.{option} must be .*a finite number.*, got {value}"):
+        from_toml(f"[{config.name}]\n{option} = {value}", "the file")
+
+
+def test_there_are_numbers_to_be_finite():
+    assert {config.name for config, _ in options_of(float)} >= {"radial", "sol", "lite", "sparsed", "delta", "ultravico"}
+
+
+def test_numbers_of_numpy_become_python_s_own():
+    config = RadialAttention(
+        block_size=np.int64(64), dense_steps=np.int32(3), decay_factor=np.float32(0.5), dense_layers=np.uint8(2)
+    )
+    assert config == RadialAttention(block_size=64, dense_steps=3, decay_factor=0.5, dense_layers=2)
+    assert {type(config.block_size), type(config.dense_steps), type(config.dense_layers)} == {int}
+    assert type(config.decay_factor) is float
+    assert hash(config) == hash(RadialAttention(block_size=64, dense_steps=3, decay_factor=0.5, dense_layers=2))
+    assert from_toml(to_toml([config])) == [config]
+    ranges = LiteAttention(must_keep=(np.int64(0), 16), threshold=np.float64(-3.0))
+    assert ranges == LiteAttention(must_keep=(0, 16), threshold=-3.0)
+    assert [type(number) for number in ranges.must_keep] == [int, int]
+
+
+@pytest.mark.parametrize("value", [True, "64", 64.0, np.float64(64), torch.tensor(64)], ids=repr)
+def test_what_is_no_integer_is_refused_as_one(value):
+    with pytest.raises(ConfigError, match=r"radial\.block_size must be an integer or unset, got "):
+        RadialAttention(block_size=value)
+
+
+@pytest.mark.parametrize("value", [(0, 1.5), (0, "1"), [0, 16], 16, (True, 16)], ids=repr)
+def test_a_list_s_error_speaks_of_its_items(value):
+    with pytest.raises(ConfigError, match=r"lite\.must_keep must be a list of integers, got "):
+        LiteAttention(must_keep=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (RadialAttention, r"got <class .*RadialAttention'>; give an instance of it, RadialAttention\(\)"),
+        ([RadialAttention(), SolAttention()], r"got \[RadialAttention.*\]; give the configs one by one, attach\(pipe, \*"),
+        ((RadialAttention(),), r"got \(RadialAttention.*\); give the configs one by one"),
+        ("radial", r"got 'radial'; known: .*RadialAttention.*UltraViCo"),
+        (None, r"got None; known: .*DeltaAttention"),
+    ],
+    ids=["class", "list", "tuple", "name", "nothing"],
+)
+def test_what_is_no_config_gets_a_hint(given, hint):
+    transformer = tiny_transformer()
+    with pytest.raises(ConfigError, match=f"attach takes method configs, {hint}"):
+        dit_accel.attach(transformer, given)
+    assert dit_accel.attachment_of(transformer) is None
+
+
+def test_toml_errors_name_their_source():
+    for text, message in (
+        ("[radial", r"^runs/a\.toml is no valid TOML: "),
+        ("version = 7", r"^runs/a\.toml has version 7, this release reads version 1"),
+        ("sink = true", r"^runs/a\.toml: sink = True stands outside a method's table"),
+        ("[radiol]", r"^runs/a\.toml: no method is called 'radiol'; did you mean 'radial'\?"),
+        ("[radial]\nsnik = true", r"^runs/a\.toml: radial has no option 'snik'; did you mean 'sink'\?"),
+        ("[radial]\nblock_size = 17", r"^runs/a\.toml: radial\.block_size must be a power of two"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_toml(text, "runs/a.toml")
+    with pytest.raises(ConfigError, match="^the method config is no valid TOML"):
+        from_toml("[radial")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text():
+    assert from_toml("\ufeff" + to_toml([RadialAttention(sink=False)])) == [RadialAttention(sink=False)]
+
+
 def test_two_configs_of_one_method_have_no_toml():
     with pytest.raises(ConfigError, match="two radial configs were given"):
         to_toml([RadialAttention(), RadialAttention()])
@@ -69,8 +166,15 @@ def test_values_of_the_command_line():
     assert from_dict(RadialAttention, {"near": parse_value("half")}).near == "half"
 
 
+@pytest.mark.parametrize("text", ["1\nradial.near = 2", "1\n2", "'a'\n\n'b'", "[1,\n2]"])
+def test_one_value_of_the_command_line_is_one_line(text):
+    with pytest.raises(ConfigError, match=r"one value was expected, got several lines: .*give each option in a --set of"):
+        parse_value(text)
+    assert parse_value("0.5\n") == 0.5
+
+
 def test_share_of_steps():
-    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1)
+    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).resolve()
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
     with pytest.raises(ConfigError, match="dense_last_steps = 1 needs the number of steps"):
         config.is_dense(0, None, 5)

@@ -1,8 +1,8 @@
 """DeltaAttention: geometry of its groups, what is exact, the error it reports, what it takes back, and its state."""
 
 import dataclasses
+import functools
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from dit_accel_kernels import FrameDecay, Selection, TileLists, block_sparse_attention_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wan_tiny import tiny_transformer
+from one_layer import MODEL, OneLayer
+from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD
-from dit_accel.adapters.adapter import Adapter
-from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.session import AttentionLayer, Session, TransformerState
-from dit_accel.methods.attention.delta import DeltaHandler, dense_rows, groups_of, likeness_of, probe_gaps
-from dit_accel.methods.base import METHODS, Handler, Model
+from dit_accel.methods.attention.delta import DeltaHandler, groups_of, likeness_of
+from dit_accel.methods.attention.radial import RadialHandler
+from dit_accel.plan import call as calls_of
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext
+from dit_accel.plan.exact_rows import dense_rows
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan, Call, CallContext
-from dit_accel.report.report import step_reports
+from dit_accel.plan.plan import AttentionPlan
+from dit_accel.plan.probes import probe_gaps
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=7)
 RADIAL = RadialAttention(
@@ -37,37 +39,58 @@ def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
     return CallContext(**{**values, **changes})
 
 
-def call_of(
-    layout: TokenLayout = LAYOUT, form: str = "bshd", dtype=torch.float64, **changes
-) -> tuple[Call, torch.Tensor]:
+def call_of(layout: TokenLayout = LAYOUT, form: str = "bshd", dtype=torch.float64, **changes) -> Call:
     """Random queries, keys and values, 2 rows of 2 heads."""
     shape = (2, layout.tokens, 2, 8) if form == "bshd" else (2, 2, layout.tokens, 8)
     q, k, v = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(3))
-    values = dict(q=2 * q, k=k, mask=None, layout=form, scale=None, backend="reference")
-    return Call(**{**values, **changes}), v
+    made = calls_of.call_of(2 * q, k, v, None, None, "reference", form == "bshd")
+    return dataclasses.replace(made, **changes)
 
 
 def plan_of(layout: TokenLayout = LAYOUT, config: RadialAttention = RADIAL) -> AttentionPlan:
-    return AttentionPlan(tiles=config.tiles(layout), token_order=config.token_order(layout))
+    settings = config.resolve()
+    return AttentionPlan().with_tiles(settings.tiles(layout), settings.token_order(layout))
 
 
-def sparse(plan: AttentionPlan, call: Call, v: torch.Tensor) -> torch.Tensor:
-    return block_sparse_attention_eager(
-        call.q, call.k, v, plan.tiles or TileLists.full(LAYOUT.tokens, LAYOUT.tokens, block_q=16, block_k=16),
-        layout=call.layout, scale=call.scale, head_scale=plan.head_scale, key_mask=call.key_mask(),
+def sparse(plan: AttentionPlan, call: Call) -> torch.Tensor:
+    """What a plan computes, [B, H, S, D], lying as the call's tensors do."""
+    out = block_sparse_attention_eager(
+        *call.as_held(call.q, call.k, call.v),
+        plan.tiles or TileLists.full(LAYOUT.tokens, LAYOUT.tokens, block_q=16, block_k=16),
+        **call.kernel_layout, scale=call.scale, head_scale=plan.head_scale, key_mask=call.key_mask(),
         frame_decay=plan.frame_decay, token_order=plan.token_order, identity_mix=plan.identity_mix, backend="reference",
     )  # fmt: skip
+    return call.heads_first(out)
 
 
-def dense(call: Call, v: torch.Tensor) -> torch.Tensor:
+def dense(call: Call) -> torch.Tensor:
     """Dense attention by torch, [B, H, S, D] in float64."""
-    q, k, v = (call.heads_first(x).double() for x in (call.q, call.k, v))
+    q, k, v = (x.double() for x in (call.q, call.k, call.v))
     mask = None if call.key_mask() is None else call.key_mask()[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=call.scale)
 
 
 def handler(**options) -> DeltaHandler:
-    return DeltaHandler(DeltaAttention(**options), Model(adapter=None, family=None, heads=2, layers=1))
+    return DeltaHandler(DeltaAttention(**options), MODEL)
+
+
+def measured(delta: DeltaHandler) -> list[dict]:
+    """The errors that it tells of in the report."""
+    section = delta.report()
+    return [] if section is None else section.data["measured"]
+
+
+def corrected(
+    delta: DeltaHandler, plan: AttentionPlan, call: Call, planned: torch.Tensor | None = None, **when
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The corrected output of a call, and the error by head where it was probed.
+
+    ``planned`` is what the plan computed, which is left as it is; None: it is computed.
+    """
+    known = len(measured(delta))
+    out = delta.correct(plan, call, context(**when), (sparse(plan, call) if planned is None else planned).clone())
+    probed = measured(delta)[known:]
+    return out, torch.tensor(probed[0]["by_head"], dtype=torch.float64) if probed else None
 
 
 # Groups
@@ -104,16 +127,14 @@ def test_representatives_move_and_every_row_has_its_turn():
     rows = [groups_of(layout, 16, "cpu", turn).rows[0].item() for turn in range(26)]
     assert set(rows) == set(range(16))
     assert all(abs(a - b) > 2 for a, b in itertools.pairwise(rows))
-    call, v = call_of()
+    call = call_of()
     for step, turn in ((3, 3), (4, 4)):
-        out, _ = handler(stride=5).correct(plan_of(), context(step_index=step), call, v, sparse(plan_of(), call, v))
+        out, _ = corrected(handler(stride=5), plan_of(), call, step_index=step)
         exact = groups_of(LAYOUT, 5, "cpu", turn).rows
-        torch.testing.assert_close(call.heads_first(out)[:, :, exact], dense(call, v)[:, :, exact])
-    still, _ = handler(stride=5, rotate=False).correct(
-        plan_of(), context(step_index=3), call, v, sparse(plan_of(), call, v)
-    )
+        torch.testing.assert_close(out[:, :, exact], dense(call)[:, :, exact])
+    still, _ = corrected(handler(stride=5, rotate=False), plan_of(), call, step_index=3)
     centres = groups_of(LAYOUT, 5, "cpu").rows
-    torch.testing.assert_close(call.heads_first(still)[:, :, centres], dense(call, v)[:, :, centres])
+    torch.testing.assert_close(still[:, :, centres], dense(call)[:, :, centres])
 
 
 def test_groups_made_in_inference_mode_serve_elsewhere():
@@ -129,66 +150,64 @@ def test_groups_made_in_inference_mode_serve_elsewhere():
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_representative_rows_are_exact_and_text_is_left_alone(form, masked):
-    call, v = call_of(form=form)
+    call = call_of(form=form)
     if masked:
         mask = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
         mask[1, ..., -4:] = False
         call = dataclasses.replace(call, mask=mask)
     plan = plan_of()
-    before = sparse(plan, call, v)
-    out, error = handler(stride=5).correct(plan, context(), call, v, before.clone())
-    rows, truth = groups_of(LAYOUT, 5, "cpu").rows, dense(call, v)
-    torch.testing.assert_close(call.heads_first(out)[:, :, rows], truth[:, :, rows])
+    before = sparse(plan, call)
+    out, error = corrected(handler(stride=5), plan, call, before)
+    rows, truth = groups_of(LAYOUT, 5, "cpu").rows, dense(call)
+    torch.testing.assert_close(out[:, :, rows], truth[:, :, rows])
     text = [*range(3), *range(LAYOUT.tokens - 7, LAYOUT.tokens)]
-    assert torch.equal(call.heads_first(out)[:, :, text], call.heads_first(before)[:, :, text])
-    off = (call.heads_first(before) - truth)[:, :, rows]
+    assert torch.equal(out[:, :, text], before[:, :, text])
+    off = (before - truth)[:, :, rows]
     expected = off.square().sum((0, 2, 3)).sqrt() / truth[:, :, rows].square().sum((0, 2, 3)).sqrt()
     torch.testing.assert_close(error, expected)
     assert (expected > 0.01).all()
 
 
 def test_every_row_a_group_is_dense_attention():
-    call, v = call_of()
+    call = call_of()
     plan = plan_of()
-    out, _ = handler(stride=1).correct(plan, context(), call, v, sparse(plan, call, v))
-    truth, visual = dense(call, v), slice(3, 3 + LAYOUT.visual_tokens)
-    torch.testing.assert_close(call.heads_first(out)[:, :, visual], truth[:, :, visual])
+    out, _ = corrected(handler(stride=1), plan, call)
+    truth, visual = dense(call), slice(3, 3 + LAYOUT.visual_tokens)
+    torch.testing.assert_close(out[:, :, visual], truth[:, :, visual])
 
 
 def test_the_correction_is_exact_where_the_loss_is_constant_in_a_group():
     """Queries of a group are equal and lie in one block row: eps (o_S - o_K) is the same for all of them."""
     layout = TokenLayout(frames=5, height=4, width=8)
-    call, v = call_of(layout)
-    q = call.q[:, ::8].repeat_interleave(8, 1)
-    call = dataclasses.replace(call, q=q)
+    call = call_of(layout)
+    call = dataclasses.replace(call, q=call.q[:, :, ::8].repeat_interleave(8, 2))
     plan = plan_of(layout, dataclasses.replace(RADIAL, order="raster"))
-    out, error = handler(stride=8, shrink=False).correct(plan, context(layout), call, v, sparse(plan, call, v))
-    torch.testing.assert_close(call.heads_first(out), dense(call, v))
+    out, error = corrected(handler(stride=8, shrink=False), plan, call, layout=layout)
+    torch.testing.assert_close(out, dense(call))
     assert (error > 0.01).all()
 
 
 def test_a_group_gets_its_representatives_difference():
-    call, v = call_of()
+    call = call_of()
     plan = plan_of()
-    before = sparse(plan, call, v)
-    out, _ = handler(stride=5, shrink=False).correct(plan, context(), call, v, before.clone())
+    before = sparse(plan, call)
+    out, _ = corrected(handler(stride=5, shrink=False), plan, call, before)
     groups = groups_of(LAYOUT, 5, "cpu")
-    difference = dense(call, v).transpose(1, 2)[:, groups.rows] - before[:, groups.rows]
+    difference = (dense(call) - before)[:, :, groups.rows]
     visual = slice(3, 3 + LAYOUT.visual_tokens)
-    torch.testing.assert_close(out[:, visual] - before[:, visual], difference[:, groups.of])
+    torch.testing.assert_close((out - before)[:, :, visual], difference[:, :, groups.of])
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 def test_corrections_shrink_to_how_alike_neighbours_are(form):
     """Scaled by the root of the correlation of neighbouring groups, by row and head; the representatives stay exact."""
-    call, v = call_of(form=form)
-    plan, now = plan_of(), context()
-    before = sparse(plan, call, v)
-    full, _ = handler(stride=5, shrink=False).correct(plan, now, call, v, before.clone())
-    shrunk, _ = handler(stride=5).correct(plan, now, call, v, before.clone())
+    call = call_of(form=form)
+    plan = plan_of()
+    before = sparse(plan, call)
+    full, _ = corrected(handler(stride=5, shrink=False), plan, call, before)
+    shrunk, _ = corrected(handler(stride=5), plan, call, before)
     rows, others = groups_of(LAYOUT, 5, "cpu").rows, [6, 7, 41, 78]
     assert not set(others) & set(rows.tolist())
-    before, full, shrunk = (call.heads_first(x) for x in (before, full, shrunk))
     assert torch.equal(shrunk[:, :, rows], full[:, :, rows])
     d = (full - before)[:, :, rows].unflatten(2, (5, -1))
     for row, h in itertools.product(range(len(d)), range(2)):
@@ -219,26 +238,26 @@ def test_likeness_is_a_share_and_one_for_equal_corrections(shape, same):
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 def test_the_exact_rows_follow_the_plans_other_parts(form):
     """Head scales, frame decay and identity mix stay; only what is left out comes back."""
-    call, v = call_of(form=form)
+    call = call_of(form=form)
     frames = torch.full((LAYOUT.tokens,), -1, dtype=torch.int32)
     frames[3 : 3 + LAYOUT.visual_tokens] = torch.arange(5, dtype=torch.int32).repeat_interleave(24)
     decay = FrameDecay(table=torch.tensor([1.0, 0.9, 0.5]), q_frames=frames, k_frames=frames)
     parts = dict(head_scale=torch.tensor([0.7, 1.3]), frame_decay=decay, identity_mix=torch.tensor([0.0, 0.4]))
     rows = groups_of(LAYOUT, 5, "cpu").rows
-    found = dense_rows(dataclasses.replace(plan_of(), **parts), call, v, rows)
-    whole = sparse(AttentionPlan(**parts), call, v)
-    torch.testing.assert_close(found, whole.index_select(1 if form == "bshd" else 2, rows))
+    found = dense_rows(dataclasses.replace(plan_of(), **parts), call, rows)
+    torch.testing.assert_close(found, sparse(AttentionPlan(**parts), call)[:, :, rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_dtypes_are_corrected_to_their_rounding(dtype):
-    call, v = call_of(dtype=dtype)
+    call = call_of(dtype=dtype)
     plan = plan_of()
-    out, error = handler(stride=5).correct(plan, context(), call, v, sparse(plan, call, v))
+    delta = handler(stride=5)
+    out, _ = corrected(delta, plan, call)
     rows = groups_of(LAYOUT, 5, "cpu").rows
     assert out.dtype == dtype
-    assert error.dtype == torch.float32
-    assert torch.equal(out[:, rows], dense_rows(plan, call, v, rows))
+    assert delta._measured[0][1].dtype == torch.float32
+    assert torch.equal(out[:, :, rows], dense_rows(plan, call, rows))
 
 
 @pytest.mark.parametrize(
@@ -251,9 +270,12 @@ def test_low_dtypes_are_corrected_to_their_rounding(dtype):
     ],
 )
 def test_a_plan_that_leaves_nothing_out_is_left_alone(plan):
-    call, v = call_of()
+    call = call_of()
     out = torch.full_like(call.q, torch.nan)
-    assert handler().correct(plan, context(), call, v, out) == (out, None)
+    delta = handler()
+    assert delta.correct(plan, call, context(), out) is out
+    assert out.isnan().all()
+    assert delta.report() is None
 
 
 # Reuse and state
@@ -263,25 +285,24 @@ def test_a_correction_serves_as_many_calls_as_asked_by_layer_and_branch():
     delta, plan = handler(stride=5, reuse=3), plan_of()
     probed = []
     for number in range(7):
-        call, v = call_of()
-        _, error = delta.correct(plan, context(), call, v, sparse(plan, call, v))
-        probed.append(error is not None)
+        call = call_of()
+        probed.append(corrected(delta, plan, call)[1] is not None)
         if number == 1:
             for other in (dict(layer=1), dict(branch="uncond"), dict(transformer="transformer_2")):
-                assert delta.correct(plan, context(**other), call, v, sparse(plan, call, v))[1] is not None
+                assert corrected(delta, plan, call, **other)[1] is not None
     assert probed == [True, False, False, True, False, False, True]
     delta.reset()
-    assert delta.correct(plan, context(), call, v, sparse(plan, call, v))[1] is not None
+    assert corrected(delta, plan, call)[1] is not None
 
 
 def test_a_reused_correction_is_the_one_that_was_measured():
     delta, plan = handler(stride=5, reuse=2, shrink=False), plan_of()
-    call, v = call_of()
-    before = sparse(plan, call, v)
-    first, _ = delta.correct(plan, context(), call, v, before.clone())
-    other, w = call_of()
-    after = sparse(plan, other, w)
-    second, error = delta.correct(plan, context(), other, w, after.clone())
+    call = call_of()
+    before = sparse(plan, call)
+    first, _ = corrected(delta, plan, call, before)
+    other = call_of()
+    after = sparse(plan, other)
+    second, error = corrected(delta, plan, other, after)
     assert error is None
     torch.testing.assert_close(second - after, first - before)
 
@@ -289,27 +310,27 @@ def test_a_reused_correction_is_the_one_that_was_measured():
 # Re-activation
 
 
-class Taker(Handler):
+class Taker(RadialHandler):
     """Notes what it is given."""
 
     def __init__(self, wants: bool = True) -> None:
-        super().__init__(RADIAL, None)
+        super().__init__(RADIAL, MODEL)
         self.wants, self.seen = wants, []
 
     def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
         return self.wants
 
-    def reactivate(self, plan, context, gaps, shares, margin) -> None:
+    def take_back(self, plan, context, gaps, shares, margin) -> None:
         self.seen.append((gaps, shares, margin))
 
 
 def test_probes_go_to_the_handlers_that_want_them():
-    call, v = call_of()
+    call = call_of()
     plan, takers = plan_of(), (Taker(), Taker(wants=False))
     for reactivate in (True, False):
         delta = handler(stride=5, margin=2.5, reactivate=reactivate)
         delta.check_with(takers)
-        delta.correct(plan, context(), call, v, sparse(plan, call, v))
+        corrected(delta, plan, call)
     assert [len(taker.seen) for taker in takers] == [1, 0]
     assert takers[0].seen[0][2] == 2.5
 
@@ -317,17 +338,17 @@ def test_probes_go_to_the_handlers_that_want_them():
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
 @pytest.mark.parametrize("chunk", [2**26, 4 * LAYOUT.tokens])
 def test_gaps_and_shares_are_those_of_the_probe_rows(form, chunk, monkeypatch):
-    monkeypatch.setattr("dit_accel.methods.attention.delta.PROBE_SCORES", chunk)
+    monkeypatch.setattr("dit_accel.plan.probes.PROBE_SCORES", chunk)
     mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
     mask[0, 20:60] = False
-    call, _ = call_of(form=form, mask=mask, scale=0.5)
+    call = call_of(form=form, mask=mask, scale=0.5)
     frames = (torch.arange(LAYOUT.tokens) // 30 - 1).int()
     decay = FrameDecay(table=torch.tensor([1.0, 0.9, 0.5]), q_frames=frames, k_frames=frames)
     plan = dataclasses.replace(plan_of(), head_scale=torch.tensor([0.7, 1.3]), frame_decay=decay)
     rows = groups_of(LAYOUT, 5, "cpu").rows
     gaps, shares = probe_gaps(plan, call, rows)
     order = plan.token_order
-    q, k = (call.heads_first(x) for x in (call.q, call.k))
+    q, k = call.q, call.k
     x = (q @ k.mT) * 0.5 * torch.tensor([0.7, 1.3]).double()[:, None, None]
     t = torch.tensor([1.0, 0.9, 0.5])[(frames[:, None] - frames).abs().clamp(max=2).long()].double()
     t[(frames[:, None] < 0) | (frames < 0)] = 1
@@ -347,49 +368,26 @@ def test_gaps_and_shares_are_those_of_the_probe_rows(form, chunk, monkeypatch):
             torch.testing.assert_close(shares[:, :, i, j], p[:, :, probes][..., keys].sum(-1).amax(-1))
 
 
-class Stage:
-    """A session of one attention module, told its step by hand."""
-
-    def __init__(self, *methods) -> None:
-        model = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=1, layers=1)
-        handlers = [METHODS[type(method)](method, model) for method in methods]
-        for one in handlers:
-            one.check_with([other for other in handlers if other is not one])
-        self.session = Session(handlers, "reference")
-        self.target = TransformerState("transformer", model.adapter)
-        place = AttentionLayer(self.target, 0, 0)
-        place.processor = SimpleNamespace()
-        self.target.places.append(place)
-        self.session.targets.append(self.target)
-        self.session.places.append(place)
-
-    def call(self, step: int, q, k, v) -> torch.Tensor:
-        self.session.enter(self.target, "cond", dict(step_index=step, num_inference_steps=8))
-        grid = (2, 4, q.shape[1] // 8, 0, 0)
-        layer = torch.tensor(0)
-        return planned_attention(q, k, v, None, layer, self.session.number, grid, "bshd", 1.0, False)[0]
-
-
 def dropping_and_returning(*methods, back: float = 6.0) -> tuple[list[float], list[float]]:
     """Three quarters of the keys matter to nobody for two calls, then one tile of them does; error and density by call.
 
     Log2 gaps of the others are -20, that of the returning tile in the end is ``back`` above the best.
     """
     torch.manual_seed(0)
-    stage, tokens = Stage(*methods), 128
-    q = torch.zeros(1, tokens, 1, 8, dtype=torch.float64)
+    layer, layout = OneLayer(*methods), TokenLayout(frames=2, height=4, width=16)
+    q = torch.zeros(1, 2, layout.tokens, 8, dtype=torch.float64)
     q[..., 0] = 1
-    v = torch.randn(1, tokens, 1, 8, dtype=torch.float64)
+    v = torch.randn(1, 2, layout.tokens, 8, dtype=torch.float64)
     errors = []
     for step in range(5):
-        k = torch.zeros(1, tokens, 1, 8, dtype=torch.float64)
-        k[:, 32:, :, 0] = -20 / 1.4426950408889634
+        k = torch.zeros_like(q)
+        k[:, :, 32:, 0] = -20 / 1.4426950408889634
         if step >= 2:
-            k[:, 64:80, :, 0] = back / 1.4426950408889634
-        truth = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=1.0).transpose(1, 2)
-        found = stage.call(step, q, k, v)
+            k[:, :, 64:80, 0] = back / 1.4426950408889634
+        truth = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        found = layer.call(q, k, v, layout, step=step, scale=1.0)
         errors.append(float((found - truth).norm() / truth.norm()))
-    return errors, [step.density for step in step_reports(stage.session.recorder)]
+    return errors, [step.density for step in layer.reports()]
 
 
 LITE = LiteAttention(block_size=16, dense_steps=0, dense_layers=0, threshold=-8.0)
@@ -431,21 +429,7 @@ def test_what_must_be_skipped_stays_out():
 # Attached
 
 
-def run(
-    transformer, steps: int = 3, seed: int = 0, frames: int = 5, branches=("cond", "uncond"), **context
-) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 12, frames, 8, 8, generator=generator)
-    texts = {name: torch.randn(1, 6, 64, generator=generator) for name in ("cond", "uncond")}
-    with torch.no_grad():
-        for step in range(steps):
-            found = []
-            for branch in branches:
-                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
-                    time = torch.tensor([1000.0 - 100 * step])
-                    found.append(transformer(x, time, texts[branch], return_dict=False)[0])
-            x = x - 0.3 * sum(found)
-    return x
+run = functools.partial(denoise, steps=3)
 
 
 def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_error():
@@ -453,22 +437,27 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
     plain = run(transformer)
     with dit_accel.attach(transformer, RADIAL) as attachment:
         without = run(transformer)
-        assert attachment.report().measured == ()
+        assert attachment.report().section("delta") is None
     for methods in ((RADIAL, DeltaAttention(stride=4)), (DeltaAttention(stride=4), RADIAL)):
         with dit_accel.attach(transformer, *methods) as attachment:
             corrected = run(transformer)
             report = attachment.report()
         assert (corrected - plain).norm() < (without - plain).norm()
-        assert len(report.measured) == 3 * 2 * 3
-        one = report.measured[0]
-        assert (one.transformer, one.step_index, one.branch, one.layer) == ("transformer", 0, "cond", 0)
-        assert len(one.by_head) == 2
-        assert all(0 < error < 1 for error in one.by_head)
+        data = report.section("delta").data
+        assert len(data["measured"]) == 3 * 2 * 3
+        one, errors = dict(data["measured"][0]), [error for call in data["measured"] for error in call["by_head"]]
+        by_head, rows = one.pop("by_head"), one.pop("rows")
+        assert one == dict(transformer="transformer", step_index=0, branch="cond", layer=0)
+        assert len(by_head) == 2
+        assert all(0 < error < 1 for error in errors)
+        assert data["worst"] == max(errors)
+        assert data["mean"] == pytest.approx(sum(errors) / len(errors))
         assert "error at probe rows, before correction: 0." in str(report)
-        assert report.to_dict()["measured"][0]["by_head"] == one.by_head
+        assert report.to_dict()["sections"]["delta"]["measured"][0]["by_head"] == by_head
         assert report.sparse_density < 1
-        assert one.rows == report.probe_density == report.to_dict()["probe_density"] == 0.25  # every fourth row, dense
-        assert "pooled, 0.250 more in dense probe rows" in str(report)
+        assert rows == 0.25  # every fourth row, dense
+        assert data["probed_rows"] == report.to_dict()["sections"]["delta"]["probed_rows"] == 18 * 0.25
+        assert "18 calls probed; their rows are computed densely, beside the tiles: 0.250 of a call" in str(report)
     with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=1)):
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
 
@@ -494,7 +483,7 @@ def test_every_sparse_method_can_be_corrected(method):
     assert not torch.equal(without, plain)
     with dit_accel.attach(transformer, method, DeltaAttention(stride=1, reactivate=False)) as attachment:
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
-        assert attachment.report().measured
+        assert attachment.report().section("delta").data["measured"]
     assert density < 1
 
 
@@ -504,7 +493,7 @@ def test_dense_steps_and_layers_stay_bit_equal():
     with dit_accel.attach(transformer, dataclasses.replace(RADIAL, dense_steps=99), DeltaAttention()) as attachment:
         assert torch.equal(run(transformer), plain)
         assert attachment.report().density == 1.0
-        assert attachment.report().measured == ()
+        assert attachment.report().section("delta") is None
 
 
 @pytest.mark.parametrize("reuse", [1, 2])
@@ -548,8 +537,8 @@ def test_compiled_full_graph_gives_the_same():
         ({"stride": 0}, r"delta\.stride must be >= 1, got 0; 64 computes 1\.6 % of the rows exactly"),
         ({"stride": 2.0}, r"delta\.stride must be an integer, got 2\.0"),
         ({"reuse": 0}, r"delta\.reuse must be >= 1, got 0; 1 probes every call"),
-        ({"margin": -1}, r"delta\.margin must be a finite number >= 0, got -1; 1 is usual"),
-        ({"margin": float("nan")}, r"delta\.margin must be a finite number >= 0, got nan"),
+        ({"margin": -1}, r"delta\.margin must be >= 0, got -1; 1 is usual"),
+        ({"margin": float("nan")}, r"delta\.margin must be a finite number, got nan"),
         ({"shrink": "no"}, r"delta\.shrink must be true or false, got 'no'"),
         ({"rotate": 2}, r"delta\.rotate must be true or false, got 2"),
         ({"reactivate": 1}, r"delta\.reactivate must be true or false, got 1"),
@@ -564,7 +553,7 @@ def test_alone_it_is_refused_with_what_to_add():
     transformer = tiny_transformer()
     with pytest.raises(ConfigError, match=r"delta corrects what a sparse method leaves out.*add one.*--radial"):
         dit_accel.attach(transformer, DeltaAttention())
-    assert not transformer._forward_pre_hooks
+    assert dit_accel.attachment_of(transformer) is None
 
 
 def test_a_call_that_needs_gradients_is_refused():
@@ -599,12 +588,12 @@ def test_probe_rows_count_in_the_calls_that_are_probed(reuse, expected):
     with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=4, reuse=reuse)) as attachment:
         run(transformer)
         report = attachment.report()
-    assert report.probe_density == pytest.approx(expected)
+    assert report.section("delta").data["probed_rows"] == pytest.approx(expected * 18)  # planned calls
     with dit_accel.attach(transformer, RADIAL) as attachment:
         run(transformer)
         assert attachment.report().sparse_density == report.sparse_density  # tiles alone
-        assert attachment.report().probe_density == 0
-        assert "probe rows" not in str(attachment.report())
+        assert attachment.report().section("delta") is None
+        assert "probe" not in str(attachment.report())
 
 
 def test_rows_of_a_batch_are_corrected_apart():

@@ -1,22 +1,17 @@
 """The estimates against the figures of the Radial Attention paper and of our note on it."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 
-from dit_accel import RadialAttention
+from dit_accel import DeltaAttention, RadialAttention, SolAttention, SparseD
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.registry import adapters, family
 from dit_accel.errors import ConfigError
-from dit_accel.estimate.estimate import (
-    Estimate,
-    check_multiple,
-    estimate,
-    predicted_speedup,
-    rounded_frames,
-    token_layout,
-)
+from dit_accel.estimate.estimate import Estimate, estimate, predicted_speedup
+from dit_accel.estimate.sizes import check_multiple, rounded_frames, token_layout
 
 PETA = 1e15
 
@@ -105,8 +100,7 @@ def test_state_memory_is_that_of_the_lists():
     radial = RadialAttention(block_size=128)
     layout = plan("wan2.1-1.3b").layout
     found = plan("wan2.1-1.3b", methods=[radial])
-    resolved = found.sparsity.methods[0]
-    lists = resolved.tiles(layout)
+    lists = RadialAttention(**found.methods["radial"]).resolve().tiles(layout)
     held = [value for value in vars_of(lists) if hasattr(value, "numel")]
     assert found.pooled_bytes == 0
     assert found.tile_list_bytes == pytest.approx(sum(value.numel() * value.element_size() for value in held), rel=0.1)
@@ -121,7 +115,7 @@ def vars_of(instance: Any) -> list[Any]:
 
 def test_text_is_always_computed():
     found = plan("hunyuan-video", methods=[RadialAttention()])
-    assert found.pair_density > found.sparsity.density
+    assert found.pair_density > found.tiles.density
     assert found.to_dict()["tokens"] == 118_800
     assert found.to_dict()["text_tokens"] == 256
 
@@ -145,8 +139,9 @@ def test_refused_sizes():
         rounded_frames(flux, 5)
     with pytest.raises(ConfigError, match="num_inference_steps must be >= 1, got 0"):
         plan("wan2.1-14b", num_inference_steps=0)
-    with pytest.raises(ConfigError, match="kernel_cost must be > 0, got 0; 1 is a sparse kernel as efficient as dense"):
-        plan("wan2.1-14b", kernel_cost=0)
+    for cost in (0, -1, 1000, 1e308, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=r"kernel_cost must be above 0 and below 1000, got .*; 1 is a sparse kernel as"):
+            plan("wan2.1-14b", kernel_cost=cost)
 
 
 @pytest.mark.parametrize(("value", "nearest"), [(8, 16), (23, 16), (24, 32), (719, 720), (721, 720)])
@@ -157,19 +152,51 @@ def test_nearest_legal_size(value, nearest):
 
 def test_refused_methods():
     radial = RadialAttention()
-    with pytest.raises(ConfigError, match=r"radial makes no sense on flux.1-dev: an image is one frame"):
+    with pytest.raises(ConfigError, match=r"radial makes no sense on flux: an image is one frame"):
         plan("flux.1-dev", methods=[radial])
-    with pytest.raises(ConfigError, match="plan can't tell what radial and radial save together, got both"):
+    with pytest.raises(ConfigError, match="two RadialAttention configs were given; attach one of each method"):
         plan("wan2.1-14b", methods=[radial, radial])
     with pytest.raises(ConfigError, match="radial needs at least 2 latent frames, got 1"):
         plan("wan2.1-14b", num_frames=1, methods=[radial])
 
 
+def test_what_attach_refuses_plan_refuses_too():
+    with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, and none is attached"):
+        plan("wan2.1-14b", methods=[DeltaAttention()])
+    with pytest.raises(ConfigError, match=r"radial\.block_size = 128 and sol\.block_size = 64 can't be attached together"):
+        plan("wan2.1-14b", methods=[SolAttention(block_size=64), RadialAttention(block_size=128)])
+
+
+def test_probe_rows_cost_as_much_as_dense_rows_do():
+    radial, layout = RadialAttention(), plan("wan2.1-14b").layout
+    alone = plan("wan2.1-14b", methods=[radial])
+    for reuse in (1, 4):
+        found = plan("wan2.1-14b", methods=[DeltaAttention(stride=64, reuse=reuse), radial])
+        rows = layout.frames * -(-layout.tokens_per_frame // 64) / layout.tokens / reuse
+        assert found.tiles == alone.tiles
+        assert found.pair_density == pytest.approx(alone.pair_density + rows)
+        assert found.planned_attention_flops > alone.planned_attention_flops
+        assert found.speedup < alone.speedup
+
+
+def test_a_pattern_and_routing_leave_less_together_than_each_alone():
+    methods = SparseD(density=0.3, block_size=64), SolAttention(block_size=64)
+    pattern, routed = (plan("wan2.1-14b", methods=[method]).tiles for method in methods)
+    for order in (methods, methods[::-1]):
+        both = plan("wan2.1-14b", methods=order).tiles
+        assert both.methods == ("sparsed", "sol")
+        assert 0 < both.kept < min(pattern.kept, routed.kept)
+        assert both.pools
+
+
 def test_family_recipes_fill_what_is_unset():
-    assert plan("wan2.1-14b", methods=[RadialAttention()]).sparsity.methods[0].decay_factor == 0.2
-    assert plan("wan2.2-a14b", methods=[RadialAttention()]).sparsity.methods[0].block_size == 64
-    assert plan("hunyuan-video", methods=[RadialAttention()]).sparsity.methods[0].sink is False
-    assert plan("wan2.1-14b", methods=[RadialAttention(decay_factor=1.0)]).sparsity.methods[0].decay_factor == 1.0
+    def options(name: str, **asked: Any) -> Any:
+        return plan(name, methods=[RadialAttention(**asked)]).methods["radial"]
+
+    assert options("wan2.1-14b")["decay_factor"] == 0.2
+    assert options("wan2.2-a14b")["block_size"] == 64
+    assert options("hunyuan-video")["sink"] is False
+    assert options("wan2.1-14b", decay_factor=1.0)["decay_factor"] == 1.0
 
 
 def test_a_strangers_family_can_be_planned():

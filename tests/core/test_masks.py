@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dit_accel import ConfigError
 from dit_accel.attachment.processor import Slot, _planned
-from dit_accel.plan.masks import HIDDEN, key_validity, visible_row
+from dit_accel.plan.masks import HIDDEN, is_key_padding, key_padding, key_validity, visible_row
 
 KEYS = torch.tensor([[True, False, True, True, False, True], [True, True, True, False, True, False]])
 QUERIES = torch.tensor([[True, True, False, True], [True, False, True, True]])
@@ -76,7 +76,15 @@ def test_other_masks_are_refused(mask, message):
         key_validity(mask, 2, 4, 6)
 
 
+def test_sizes_are_read_off_tensors_with_heads_first():
+    q, k = torch.zeros(2, 3, 4, 8), torch.zeros(2, 1, 6, 8)
+    assert torch.equal(key_padding(PAIRS, q, k), KEYS)
+    assert is_key_padding(PAIRS, q, k)
+    assert not is_key_padding(PAIRS.float(), q, k)
+    assert not is_key_padding(PAIRS, q.transpose(1, 2), k.transpose(1, 2))
+
+
 def test_a_block_mask_is_refused():
     q = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ConfigError, match="can't follow a mask of type SimpleNamespace, which the model passes as its"):
-        _planned(q, q, q, types.SimpleNamespace(), Slot(), 0, "bshd", None)
+        _planned(q, q, q, types.SimpleNamespace(), Slot(), 0, True, None)

@@ -1,5 +1,6 @@
 """The processor's replaced call, on diffusers' own processors of both kinds, and the masks it takes."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -8,32 +9,36 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_kernels import TileLists, block_sparse_attention
+from one_layer import MODEL, OneLayer
 
 from dit_accel import ConfigError
-from dit_accel.adapters.adapter import Adapter
+from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import Slot, wrap_processor
-from dit_accel.attachment.session import AttentionLayer, Session, TransformerState
+from dit_accel.attachment.processor import Slot, dense_attention_of, wrap_processor
 from dit_accel.methods.attention.radial import RadialAttention
-from dit_accel.methods.base import Handler
+from dit_accel.methods.base import AttentionHandler
+from dit_accel.plan.tiling import Tiling
+
+GRID = (3, 2, 2, 0, 0)
 
 
-class Everything(Handler):
-    """A method that leaves the plan at its default: every tile exact."""
+class Everything(AttentionHandler):
+    """A method that plans every tile as exact, so that our kernels run what dense attention computes."""
+
+    config_type = RadialAttention
+
+    def plan(self, plan, call, context):
+        return plan.with_tiles(*self.model.tiling.full(context.layout, context.device))
 
 
 @pytest.fixture
-def session() -> Session:
-    session = Session([Everything(RadialAttention(), None)], "reference")
-    target = TransformerState("transformer", Adapter(name="any", transformers=(), self_attention=()))
-    session.targets.append(target)
-    session.places.append(AttentionLayer(target, 0, 0))
-    return session
+def execution() -> Execution:
+    return OneLayer(Everything(RadialAttention(), dataclasses.replace(MODEL, tiling=Tiling(4)))).execution
 
 
-def test_a_legacy_processor_keeps_its_face_and_its_result(session):
+def test_a_legacy_processor_keeps_its_face_and_its_result(execution):
     slot, processor = Slot(), CogVideoXAttnProcessor2_0()
-    wrapped = wrap_processor(processor, 0, {}, slot, session.number)
+    wrapped = wrap_processor(processor, 0, {}, slot, execution.number)
     assert isinstance(wrapped, CogVideoXAttnProcessor2_0)
     assert inspect.signature(wrapped.__call__) == inspect.signature(processor.__call__)
     torch.manual_seed(0)
@@ -44,10 +49,10 @@ def test_a_legacy_processor_keeps_its_face_and_its_result(session):
         attn.set_processor(wrapped)
         assert all(torch.equal(a, b) for a, b in zip(attn(hidden, encoder_hidden_states=text), plain, strict=True))
         wrapped._dit_accel_sparse = True
-        slot.grid = (3, 2, 2, 3, 0)
-        session.places[0].processor = wrapped
+        slot.grid = torch.tensor((3, 2, 2, 3, 0))
         planned = attn(hidden, encoder_hidden_states=text)
-        assert session.recorder.forwards
+        assert execution.recorder.planned
+        assert execution.recorder.backends == {"reference"}
     for ours, theirs in zip(planned, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -62,33 +67,48 @@ def test_attributes_set_later_are_shared_back():
     assert vars(original) == {"_attention_backend": "native"}
 
 
+def test_the_model_s_own_attention_is_at_hand_for_plans_that_need_no_kernel():
+    q, k, v = torch.randn(3, 2, 12, 2, 8)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=0.3)
+    for processor, tokens_first in ((WanAttnProcessor(), True), (CogVideoXAttnProcessor2_0(), False)):
+        dense, found = dense_attention_of(wrap_processor(processor, 0, {}, Slot(), 0))
+        assert found == tokens_first
+        held = (q, k, v) if tokens_first else (x.transpose(1, 2) for x in (q, k, v))
+        out = dense(*held, None, 0.3)
+        assert torch.equal(out.transpose(1, 2) if tokens_first else out, expected)
+
+
 def tensors(dtype=torch.float32):
     torch.manual_seed(0)
     return [torch.randn(2, 12, 2, 8, dtype=dtype) for _ in range(3)]
 
 
-def call(session, q, k, v, mask=None, grid=(3, 2, 2, 0, 0)):
-    return planned_attention(q, k, v, mask, torch.tensor(0), session.number, grid, "bshd", None, False)[0]
+def arguments(number, q, k, v, mask=None, grid=GRID, differentiate=False):
+    return q, k, v, mask, torch.tensor(0), torch.tensor(grid), number, True, None, differentiate
+
+
+def call(execution, q, k, v, mask=None, grid=GRID):
+    return planned_attention(*arguments(execution.number, q, k, v, mask, grid))[0]
 
 
 @pytest.mark.parametrize("shape", [(2, 12), (2, 1, 1, 12), (1, 1, 1, 12)])
-def test_key_padding_is_followed(session, shape):
+def test_key_padding_is_followed(execution, shape):
     q, k, v = tensors()
     mask = torch.ones(shape, dtype=torch.bool)
     mask[..., 9:] = False
     wide = mask.reshape(-1, 1, 1, 12)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), wide).transpose(1, 2)
-    torch.testing.assert_close(call(session, q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(call(execution, q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_other_masks_and_lengths_are_refused(session):
+def test_other_masks_and_lengths_are_refused(execution):
     q, k, v = tensors()
     with pytest.raises(ConfigError, match=r"the model passes torch.bool \[1, 1, 12, 12\] that pairs"):
-        call(session, q, k, v, torch.ones(1, 1, 12, 12, dtype=torch.bool).tril())
+        call(execution, q, k, v, torch.ones(1, 1, 12, 12, dtype=torch.bool).tril())
     with pytest.raises(
         ConfigError, match=r"attends over 12 tokens, the adapter 'any' reads 16.* check the adapter's grid"
     ):
-        call(session, q, k, v, grid=(4, 2, 2, 0, 0))
+        call(execution, q, k, v, grid=(4, 2, 2, 0, 0))
 
 
 def test_what_a_plan_cannot_do_is_refused():
@@ -103,10 +123,10 @@ def test_what_a_plan_cannot_do_is_refused():
             _refuse(*arguments)
 
 
-def test_the_operator_passes_opcheck(session):
+def test_the_operator_passes_opcheck(execution):
     q, k, v = (x.requires_grad_() for x in tensors())
-    arguments = (q, k, v, None, torch.tensor(0), session.number, (3, 2, 2, 0, 0), "bshd", None, True)
-    torch.library.opcheck(planned_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+    given = arguments(execution.number, q, k, v, differentiate=True)
+    torch.library.opcheck(planned_attention, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_planned_calls_stay_out_of_cuda_graphs_and_the_kernels_own_operators_do_not():
@@ -115,7 +135,7 @@ def test_planned_calls_stay_out_of_cuda_graphs_and_the_kernels_own_operators_do_
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def planned(q):
-        return planned_attention(q, q, q, None, torch.tensor(0), 0, (3, 2, 2, 0, 0), "bshd", None, False)[0]
+        return planned_attention(*arguments(0, q, q, q))[0]
 
     tiles = TileLists.full(12, 12, block_q=4, block_k=4)
 
@@ -138,7 +158,7 @@ def test_planned_calls_stay_out_of_cuda_graphs_and_the_kernels_own_operators_do_
         assert (torch.Tag.cudagraph_unsafe in tags) == is_tagged, name
 
 
-def test_a_session_that_is_gone_says_so():
+def test_an_attachment_that_is_gone_says_so():
     q, k, v = tensors()
     with pytest.raises(RuntimeError, match="attachment 999999 is detached"):
-        planned_attention(q, k, v, None, torch.tensor(0), 999999, (3, 2, 2, 0, 0), "bshd", None, False)
+        planned_attention(*arguments(999999, q, k, v))

@@ -10,20 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.errors import ConfigError
-from dit_accel.methods import radial, tiling
-from dit_accel.methods.attention.radial import DEFAULTS, RadialAttention
+from dit_accel.methods.attention import radial
+from dit_accel.methods.attention.radial import DEFAULTS, RadialAttention, RadialSettings
+from dit_accel.plan import tiling
 from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.tiling import Tiling
 
 WAN_720P = TokenLayout(frames=21, height=45, width=80)
+
+
+def counts(radial: RadialSettings, layout: TokenLayout) -> tuple[int, int]:
+    """Kept visual tiles, and all of them."""
+    kept = radial.kept(layout)
+    return int(kept.sum()), kept.size
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"decay_factor": 0.0}, r"decay_factor must be a finite number > 0, got 0\.0; 1 is the paper's"),
-        ({"decay_factor": -1}, r"decay_factor must be a finite number > 0, got -1"),
-        ({"decay_factor": float("nan")}, r"decay_factor must be a finite number > 0, got nan"),
-        ({"decay_factor": float("inf")}, r"decay_factor must be a finite number > 0, got inf"),
+        ({"decay_factor": 0.0}, r"radial\.decay_factor must be > 0, got 0\.0; 1 is the paper's"),
+        ({"decay_factor": -1}, r"radial\.decay_factor must be > 0, got -1"),
+        ({"decay_factor": float("nan")}, r"radial\.decay_factor must be a finite number or unset, got nan"),
+        ({"decay_factor": float("inf")}, r"radial\.decay_factor must be a finite number or unset, got inf"),
         ({"decay_factor": "1"}, r"radial\.decay_factor must be .*, got '1'"),
         ({"block_size": 100}, r"block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
         ({"block_size": 8}, r"block_size must be a power of two from 16 to 512, got 8"),
@@ -55,19 +63,19 @@ def test_the_config_is_frozen_keyword_only_and_hashable():
     assert hash(config) == hash(RadialAttention(decay_factor=0.5))
 
 
-def test_unset_options_take_the_recipe_then_the_generic_value():
+def test_unset_options_take_the_recipe_then_the_method_s_value():
     recipe = {"decay_factor": 0.8, "block_size": 64, "sink": False}
-    resolved = RadialAttention(decay_factor=0.3, rest="pooled").resolved(recipe)
-    assert resolved == RadialAttention(
-        decay_factor=0.3, block_size=64, near="full", sink=False, rest="pooled", dense_steps=0.24, dense_last_steps=0,
-        dense_layers=1,
+    resolved = RadialAttention(decay_factor=0.3, rest="pooled").resolve(recipe)
+    assert resolved == RadialSettings(
+        tiling=Tiling(64), decay_factor=0.3, near="full", sink=False, rest="pooled", boundary="any", order="raster",
+        dense_steps=0.24, dense_last_steps=0, dense_layers=1, dense_above_sigma=None,
     )  # fmt: skip
-    assert resolved.resolved({}) == resolved
-    assert RadialAttention().resolved({}).to_dict().items() >= dict(DEFAULTS).items()
+    assert RadialAttention(**resolved.to_dict()).resolve({}) == resolved
+    assert RadialAttention().resolve({}).to_dict().items() >= dict(DEFAULTS).items()
 
 
 def test_a_false_or_zero_set_by_the_user_beats_the_recipe():
-    resolved = RadialAttention(sink=False, dense_steps=0).resolved({"sink": True, "dense_steps": 12})
+    resolved = RadialAttention(sink=False, dense_steps=0).resolve({"sink": True, "dense_steps": 12})
     assert (resolved.sink, resolved.dense_steps) == (False, 0)
 
 
@@ -76,18 +84,18 @@ def test_a_false_or_zero_set_by_the_user_beats_the_recipe():
     [
         ({"order": "tiles"}, r"a recipe of radial sets 'order', which it can't; .*known: block_size"),
         ({"decay": 0.5}, r"a recipe of radial sets 'decay', which it can't; did you mean 'decay_factor'\?"),
-        ({"decay_factor": -0.5}, r"decay_factor must be a finite number > 0, got -0\.5"),
+        ({"decay_factor": -0.5}, r"radial\.decay_factor must be > 0, got -0\.5"),
     ],
 )
 def test_a_wrong_recipe_is_refused(recipe, text):
     with pytest.raises(ConfigError, match=text):
-        RadialAttention().resolved(recipe)
+        RadialAttention().resolve(recipe)
 
 
-@pytest.mark.parametrize("call", ["tiles", "density", "tile_counts", "advice"])
+@pytest.mark.parametrize("call", ["tiles", "density", "kept", "advice"])
 def test_one_frame_is_refused(call):
     with pytest.raises(ConfigError, match=r"radial needs at least 2 latent frames, got 1 \(64 x 64 tokens\).*images"):
-        getattr(RadialAttention(), call)(TokenLayout(frames=1, height=64, width=64))
+        getattr(RadialAttention().resolve(), call)(TokenLayout(frames=1, height=64, width=64))
 
 
 @given(
@@ -102,8 +110,8 @@ def test_one_frame_is_refused(call):
 def test_text_is_exact_and_the_rest_is_as_asked(grid, text, block_size, options):
     frames, height, width = grid
     layout = TokenLayout(frames=frames, height=height, width=width, text_before=text[0], text_after=text[1])
-    config = RadialAttention(block_size=block_size, sink=False, decay_factor=0.2, near="half", **options)
-    lists = config.tiles(layout).validate()
+    radial = RadialAttention(block_size=block_size, sink=False, decay_factor=0.2, near="half", **options).resolve()
+    lists = radial.tiles(layout).validate()
     states = lists.states()[0].numpy()
     assert (lists.num_q, lists.num_k, lists.block_q, lists.block_k) == (
         layout.tokens,
@@ -116,55 +124,57 @@ def test_text_is_exact_and_the_rest_is_as_asked(grid, text, block_size, options)
     if sum(text):
         assert (states[whole:] == EXACT).all()
     else:
-        assert config.tile_counts(layout) == (lists.tiles_exact, lists.tiles_total)
-        assert config.density(layout) == lists.density
+        assert counts(radial, layout) == (lists.tiles_exact, lists.tiles_total)
+        assert radial.density(layout) == lists.density
     other = POOLED if options["rest"] == "pooled" else SKIPPED
     assert set(np.unique(states)) <= {EXACT, other}
     alone = TokenLayout(frames=frames, height=height, width=width)
-    np.testing.assert_array_equal(states[:whole, :whole], config.tiles(alone).states()[0].numpy()[:whole, :whole])
-    assert config.tile_counts(layout) == config.tile_counts(alone)
+    np.testing.assert_array_equal(states[:whole, :whole], radial.tiles(alone).states()[0].numpy()[:whole, :whole])
+    assert counts(radial, layout) == counts(radial, alone)
 
 
 @pytest.mark.parametrize(
-    ("layout", "options", "counts"),
+    ("layout", "options", "expected"),
     [
         (TokenLayout(frames=18, height=48, width=80), {"decay_factor": 0.2, "near": "half"}, (76_798, 540**2)),
         (TokenLayout(frames=64, height=45, width=80, text_after=256), {"sink": False}, (575_360, 1800**2)),
         (TokenLayout(frames=8, height=16, width=16), {"sink": False}, (224, 256)),
     ],
 )
-def test_published_counts_through_the_config(layout, options, counts):
+def test_published_counts_through_the_config(layout, options, expected):
     config = RadialAttention(boundary="published", **{"decay_factor": 1.0, "near": "full", "sink": True, **options})
-    assert config.tile_counts(layout) == counts
+    assert counts(config.resolve(), layout) == expected
 
 
 def test_published_counts_whole_tiles_only_and_its_list_holds_the_tail():
-    config = RadialAttention(boundary="published", decay_factor=0.2, near="full", sink=True)
-    kept, total = config.tile_counts(WAN_720P)
+    published = RadialAttention(boundary="published", decay_factor=0.2, near="full", sink=True).resolve()
+    kept, total = counts(published, WAN_720P)
     assert total == 590**2
     assert f"{1 - kept / total:.4f}" == "0.7378"
-    states = config.tiles(WAN_720P).states()[0]
+    states = published.tiles(WAN_720P).states()[0]
     assert states.shape == (591, 591)
     assert (states[590] == EXACT).all()
     assert (states[:, 590] == EXACT).all()
-    assert RadialAttention(boundary="published").tile_counts(TokenLayout(frames=2, height=5, width=5)) == (1, 1)
+    few = TokenLayout(frames=2, height=5, width=5)
+    assert counts(RadialAttention(boundary="published").resolve(), few) == (1, 1)
 
 
 def test_lists_are_cached_by_what_decides_them():
     layout = TokenLayout(frames=5, height=12, width=20)
-    first = RadialAttention(dense_steps=3).tiles(layout)
-    assert RadialAttention(dense_steps=7, sink=True).tiles(TokenLayout(frames=5, height=12, width=20)) is first
-    assert RadialAttention(sink=False).tiles(layout) is not first
-    assert RadialAttention(rest="pooled").tiles(layout) is not first
-    assert RadialAttention().tiles(TokenLayout(frames=5, height=20, width=12)) is not first
+    first = RadialAttention(dense_steps=3).resolve().tiles(layout)
+    again = RadialAttention(dense_steps=7, sink=True).resolve()
+    assert again.tiles(TokenLayout(frames=5, height=12, width=20)) is first
+    assert RadialAttention(sink=False).resolve().tiles(layout) is not first
+    assert RadialAttention(rest="pooled").resolve().tiles(layout) is not first
+    assert again.tiles(TokenLayout(frames=5, height=20, width=12)) is not first
     assert radial._tiles.cache_info().maxsize < 64
-    order = RadialAttention(order="tiles")
+    order = RadialAttention(order="tiles").resolve()
     assert order.token_order(layout) is order.token_order(layout)
 
 
 def test_lists_made_in_inference_mode_serve_training():
     layout = TokenLayout(frames=3, height=9, width=31)
-    config = RadialAttention(order="tiles", block_size=32)
+    config = RadialAttention(order="tiles", block_size=32).resolve()
     with torch.inference_mode():
         lists, order = config.tiles(layout), config.token_order(layout)
     assert order is not None
@@ -192,28 +202,28 @@ def test_lists_made_in_inference_mode_serve_training():
     ],
 )
 def test_advice_names_what_does_not_fit(options, layout, text):
-    advice = RadialAttention(**options).advice(layout)
+    advice = RadialAttention(**options).resolve().advice(layout)
     assert advice is not None
     with pytest.raises(ConfigError, match=text):
         raise ConfigError(advice)
 
 
 def test_no_advice_where_radial_fits():
-    assert RadialAttention().advice(WAN_720P) is None
+    assert RadialAttention().resolve().advice(WAN_720P) is None
 
 
 def test_dense_steps_and_layers():
-    config = RadialAttention(dense_steps=2, dense_last_steps=1, dense_layers=1)
+    config = RadialAttention(dense_steps=2, dense_last_steps=1, dense_layers=1).resolve()
     assert [config.is_dense(step, 6, 3) for step in range(6)] == [True, True, False, False, False, True]
     assert [config.is_dense(3, 6, layer) for layer in range(3)] == [True, False, False]
-    assert not RadialAttention(dense_steps=0, dense_layers=0).is_dense(0, None, 0)
+    assert not RadialAttention(dense_steps=0, dense_layers=0).resolve().is_dense(0, None, 0)
     with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1 needs the number of steps.*last_steps to 0"):
         config.is_dense(3, None, 3)
 
 
 @pytest.mark.parametrize("options", [{}, {"boundary": "published"}, {"order": "tiles"}, {"rest": "pooled"}])
 def test_wan_720p_is_built_in_milliseconds(options):
-    config, spent = RadialAttention(**options), []
+    config, spent = RadialAttention(**options).resolve(), []
     for _ in range(5):
         for cached in (radial._tiles, tiling._visual_first, radial.kept_tiles, tiling.patch_walk):
             cached.cache_clear()
@@ -228,7 +238,8 @@ def test_wan_720p_is_built_in_milliseconds(options):
 def test_the_lists_mean_what_the_order_says(options):
     """Attention by list and order equals masked attention in the sequence's own order."""
     layout = TokenLayout(frames=6, height=7, width=11, text_before=5, text_after=8)
-    config = RadialAttention(**{"block_size": 16, "decay_factor": 0.2, "near": "half", "sink": False, **options})
+    options = {"block_size": 16, "decay_factor": 0.2, "near": "half", "sink": False, **options}
+    config = RadialAttention(**options).resolve()
     lists, order = config.tiles(layout), config.token_order(layout)
     assert order is not None
     torch.manual_seed(0)

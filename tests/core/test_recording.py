@@ -10,8 +10,9 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import RadialAttention, SolAttention
+from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
-from dit_accel.testing.recording import require_as_planned, require_same, require_text_exact, watched
+from dit_accel.testing.recording import recorded, require_as_planned, require_same, require_text_exact
 from dit_accel.testing.reference import attention, tile_states
 
 
@@ -54,7 +55,7 @@ def calls():
     sparse = dict(dense_steps=0, dense_layers=0)
     methods = RadialAttention(block_size=16, rest="pooled", **sparse), SolAttention(**sparse)
     transformer = tiny_transformer()
-    with dit_accel.attach(transformer, *methods) as attachment, watched(attachment) as calls, torch.no_grad():
+    with dit_accel.attach(transformer, *methods) as attachment, recorded(attachment) as calls, torch.no_grad():
         transformer(*inputs)
     return calls
 
@@ -81,5 +82,7 @@ def test_a_tile_selected_otherwise_is_found(calls):
 
 def test_text_that_is_thinned_out_is_found(calls):
     require_text_exact(calls[0])
+    layout = TokenLayout(frames=4, height=4, width=4, text_after=16)
+    other = dataclasses.replace(calls[0].context, layout=layout)
     with pytest.raises(AssertionError, match="text tokens are not exact"):
-        require_text_exact(dataclasses.replace(calls[0], grid=(4, 4, 4, 0, 16)))
+        require_text_exact(dataclasses.replace(calls[0], context=other))

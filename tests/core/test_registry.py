@@ -1,15 +1,17 @@
 """Registries: open to strangers by entry point, and clear about unknown and doubled names."""
 
+from decimal import Decimal
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 
 from dit_accel import ConfigError, UnsupportedModel
 from dit_accel.adapters import registry
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.cli import registry as command_registry
 from dit_accel.methods import registry as method_registry
-from dit_accel.methods.base import Handler, handles
+from dit_accel.methods.base import Handler, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.layout import TokenLayout
 
@@ -83,12 +85,81 @@ def test_unknown_names_get_the_nearest():
         method_registry.method("radail")
 
 
-def test_methods_of_one_name_are_refused():
-    class Radial2(MethodConfig):
-        name = "radial"
+class Mine(MethodConfig):
+    """A stranger's config."""
 
-    with pytest.raises(ConfigError, match="a method called 'radial' is registered already"):
-        handles(Radial2)(Handler)
+    name = "mine"
+
+
+class MyHandler(Handler):
+    """A stranger's method."""
+
+    config_type = Mine
+    phase = Phase.LISTS
+
+
+@pytest.fixture
+def install_methods(monkeypatch):
+    """Return a function that adds entry points of methods, name -> value or what it gives."""
+
+    def install(**entries: object) -> None:
+        class Fake:
+            def __init__(self, name, given):
+                self.name, self.value, self.given = name, f"stranger:{given!r}", given
+
+            def load(self):
+                return self.given
+
+        real, group = method_registry.entry_points, method_registry.METHOD_GROUP
+        added = [EntryPoint(n, v, group) if isinstance(v, str) else Fake(n, v) for n, v in entries.items()]
+        monkeypatch.setattr(method_registry, "entry_points", lambda group: [*real(group=group), *added])
+        method_registry.handlers.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    method_registry.handlers.cache_clear()
+
+
+def test_a_stranger_adds_a_method(install_methods):
+    install_methods(mine=MyHandler)
+    assert method_registry.method("mine") is Mine
+    assert method_registry.handler_of(Mine()) is MyHandler
+    names = list(method_registry.handlers())
+    assert names.index("mine") < names.index("sparsed")  # by phase, then by name
+    phases = [handler.phase for handler in method_registry.handlers().values()]
+    assert phases == sorted(phases)
+
+
+def test_methods_of_one_name_are_refused(install_methods):
+    install_methods(radial="dit_accel.methods.attention.radial:RadialHandler")
+    with pytest.raises(
+        ConfigError, match=r"a method 'radial' is registered twice, last by dit_accel\.methods.*:RadialHandler; uninstall"
+    ):
+        method_registry.handlers()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("dit_accel.methods.attention.radial:Nothing", r"mine = '.*' of dit_accel\.methods can't be loaded: .*'Nothing'"),
+        ("dit_accel_nowhere:Mine", r"can't be loaded: No module named 'dit_accel_nowhere'; name a handler type in py"),
+        (Mine, r"mine = .* must give a handler type, got <class .*Mine'>; derive it from dit_accel\.methods\.Handler"),
+        (Handler, r"gives Handler, whose config_type must be a config with name = 'mine'"),
+        (
+            "dit_accel.methods.attention.radial:RadialHandler",
+            r"gives RadialHandler, whose config_type must be a config with name = 'mine'",
+        ),
+    ],
+)
+def test_an_entry_point_that_gives_no_method_is_named(install_methods, given, message):
+    install_methods(mine=given)
+    with pytest.raises(ConfigError, match=message):
+        method_registry.handlers()
+
+
+def test_a_config_that_no_package_registers_says_so():
+    with pytest.raises(ConfigError, match=r"Mine is registered by no installed package's entry point of dit_accel\.m"):
+        method_registry.handler_of(Mine())
 
 
 def test_entry_points_are_installed():
@@ -99,7 +170,15 @@ def test_entry_points_are_installed():
 def test_layout_counts_and_refuses():
     layout = TokenLayout(frames=21, height=45, width=80, text_after=256)
     assert (layout.tokens_per_frame, layout.visual_tokens, layout.tokens) == (3600, 75600, 75856)
-    with pytest.raises(ConfigError, match="a token layout needs frames >= 1, got 0"):
+    with pytest.raises(ConfigError, match="a token layout needs frames to be a whole number >= 1, got 0"):
         TokenLayout(frames=0, height=1, width=1)
-    with pytest.raises(ConfigError, match="needs text_after >= 0, got -1"):
+    with pytest.raises(ConfigError, match="needs text_after to be a whole number >= 0, got -1"):
         TokenLayout(frames=1, height=1, width=1, text_after=-1)
+
+
+@pytest.mark.parametrize("name", ["frames", "height", "width", "text_before", "text_after"])
+@pytest.mark.parametrize("value", [0.5, 1.0, Decimal(2), torch.tensor(2), True, "2", None], ids=repr)
+def test_sizes_of_a_layout_are_whole_numbers(name, value):
+    sizes = {"frames": 1, "height": 1, "width": 1, name: value}
+    with pytest.raises(ConfigError, match=rf"a token layout needs {name} to be a whole number >= \d, got .*; check the"):
+        TokenLayout(**sizes)

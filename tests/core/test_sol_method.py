@@ -1,6 +1,7 @@
 """SolAttention: its checks, density and recipes, its plans alone and in Radial's list, and a tiny Wan under it."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -9,24 +10,26 @@ from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_backend
 from dit_accel_pipelines.wan import WAN, WAN_TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_layer import ADAPTER, Fixed, OneLayer
 from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, SolAttention
-from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.registry import family
-from dit_accel.attachment.session import Session
 from dit_accel.estimate.estimate import estimate
-from dit_accel.methods.attention.sol import DEFAULTS, SolHandler
-from dit_accel.methods.base import METHODS, Handler, Model
+from dit_accel.methods.attention.sol import DEFAULTS
+from dit_accel.methods.base import Handler, Model
+from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan, CallContext
+from dit_accel.plan.plan import AttentionPlan
 from dit_accel.plan.tiling import pinned_bits
-from dit_accel.testing.recording import require_as_planned, require_same, watched
+from dit_accel.testing.recording import recorded, require_as_planned, require_same
 from dit_accel.testing.reference import tile_states
 
-MODEL = Model(adapter=Adapter(name="any", transformers=(), self_attention=()), family=None, heads=4, layers=3)
+MODEL = Model(adapter=ADAPTER, family=None, heads=4, layers=3)
 WAN_720P = TokenLayout(frames=21, height=45, width=80)
 SPARSE = dict(dense_steps=0, dense_layers=0)
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, **SPARSE)
@@ -40,24 +43,22 @@ def context(layout: TokenLayout, step: int = 0, steps: int | None = 4, batch: in
 
 
 def handlers(*configs) -> list[Handler]:
-    made = [METHODS[type(config)](config, MODEL) for config in configs]
-    for handler in made:
-        handler.check_with([other for other in made if other is not handler])
-    return sorted(made, key=lambda handler: handler.rank)
+    return make_handlers(configs, MODEL)
 
 
-def planned(layout: TokenLayout, *configs, **when) -> AttentionPlan:
-    plan = AttentionPlan()
+def planned(layout: TokenLayout, *configs, plan: AttentionPlan | None = None, **when) -> AttentionPlan:
+    """What methods plan, whatever the queries and keys are."""
+    plan, nothing = plan or AttentionPlan(), torch.empty(1, 4, layout.tokens, 0)
     for handler in handlers(*configs):
-        plan = handler.contribute(plan, context(layout, **when))
+        plan = handler.plan(plan, Call(q=nothing, k=nothing, v=nothing), context(layout, **when))
     return plan
 
 
 def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "reference"):
-    """Execute a plan in a session of its own; output and report shares (exact, pooled, by head)."""
-    session = Session([], backend)
-    out = session.execute(plan, context(layout, batch=len(q)), q, k, v, None, "bhsd", None)
-    ((entry,),) = [forward.calls for forward in session.recorder.forwards.values()]
+    """Execute a plan; output and report shares (exact, pooled, by head)."""
+    layer = OneLayer(Fixed(plan), backend=backend)
+    out = layer.call(q, k, v, layout)
+    ((entry,),) = [forward.calls for forward in layer.execution.recorder.forwards.values()]
     return out, entry
 
 
@@ -66,12 +67,12 @@ def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "refer
     [
         (
             {"beta": float("nan")},
-            r"sol\.beta must be a finite number, got nan; 1 keeps 16 % of the tiles, -8 all, 8 no",
+            r"sol\.beta must be a finite number or unset, got nan",
         ),
-        ({"beta": float("inf")}, r"sol\.beta must be a finite number, got inf"),
-        ({"beta_last": float("-inf")}, r"sol\.beta_last must be a finite number, got -inf"),
-        ({"beta": "1"}, r"sol\.beta must be a number or unset, got '1'"),
-        ({"block_size": 96}, r"sol\.block_size must be a power of two from 16 to 512, got 96; 64 is the paper's"),
+        ({"beta": float("inf")}, r"sol\.beta must be a finite number or unset, got inf"),
+        ({"beta_last": float("-inf")}, r"sol\.beta_last must be a finite number or unset, got -inf"),
+        ({"beta": "1"}, r"sol\.beta must be a finite number or unset, got '1'"),
+        ({"block_size": 96}, r"sol\.block_size must be a power of two from 16 to 512, got 96; 64 is usual"),
         ({"block_size": 8}, r"sol\.block_size must be a power of two from 16 to 512, got 8"),
         ({"threshold": "full"}, r"sol\.threshold must be 'diag' or 'exact', got 'full'"),
         ({"sink": "none"}, r"sol\.sink must be 'text' or 'first_frame', got 'none'"),
@@ -86,21 +87,21 @@ def test_bad_options_are_refused_with_the_value(options, text):
 def test_toml_and_recipes():
     config = SolAttention(beta=-0.5, beta_last=1, threshold="exact", sink="first_frame", dense_above_sigma=0.9)
     assert from_toml(to_toml([config])) == [config]
-    assert SolAttention().resolved({}).to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
-    assert SolAttention(beta=0.0).resolved({"beta": 2.0, "dense_layers": 2}).beta == 0.0
-    assert SolAttention().resolved(WAN.recipe("sol", WAN_TINY)).block_size == 16
+    assert SolAttention().resolve({}).to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
+    assert SolAttention(beta=0.0).resolve({"beta": 2.0, "dense_layers": 2}).beta == 0.0
+    assert SolAttention().resolve(WAN.recipe("sol", WAN_TINY)).block_size == 16
     with pytest.raises(ConfigError, match="a recipe of sol sets 'sink', which it can't"):
-        SolAttention().resolved({"sink": "first_frame"})
+        SolAttention().resolve({"sink": "first_frame"})
 
 
 def test_beta_moves_linearly_over_the_sparse_steps():
     config = SolAttention(beta=1.3, beta_last=0.8, dense_steps=2, dense_last_steps=1)
-    betas = [config.beta_at(step, 9) for step in range(2, 8)]
+    betas = [config.resolve().beta_at(step, 9) for step in range(2, 8)]
     assert betas == pytest.approx([1.3, 1.2, 1.1, 1.0, 0.9, 0.8])
-    assert SolAttention(beta_last=0.5, dense_steps=3).beta_at(3, 4) == 1.0  # one sparse step
-    assert SolAttention(beta=2.0).beta_at(5, None) == 2.0
+    assert SolAttention(beta_last=0.5, dense_steps=3).resolve().beta_at(3, 4) == 1.0  # one sparse step
+    assert SolAttention(beta=2.0).resolve().beta_at(5, None) == 2.0
     with pytest.raises(ConfigError, match=r"sol\.beta_last = 0\.8 needs the number of steps.*leave beta_last unset"):
-        SolAttention(beta_last=0.8).beta_at(3, None)
+        SolAttention(beta_last=0.8).resolve().beta_at(3, None)
     plan = planned(WAN_720P, dataclasses.replace(config, block_size=512), step=4, steps=9)
     assert plan.selection.routing.beta == pytest.approx(1.1)
 
@@ -121,7 +122,7 @@ def test_gaussian_data_keeps_the_normal_tail_and_the_report_says_so(threshold, b
     assert abs(float(call.exact) - (pinned + (1 - pinned) * share)) < 4 * math.sqrt(share / (batch * 4 * 64))
     assert float(call.exact) == pytest.approx(float(call.by_head.mean()))
     assert float(call.exact) + float(call.pooled) == pytest.approx(1.0)
-    assert config.density(layout) == pytest.approx(pinned + (1 - pinned) * share, abs=1e-3)
+    assert config.resolve().density(layout) == pytest.approx(pinned + (1 - pinned) * share, abs=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -137,11 +138,10 @@ def test_text_diagonal_and_sink_stay_exact_and_the_rest_is_pooled(grid, text, si
     plan = planned(layout, SolAttention(beta=beta, sink=sink, block_size=16))
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, layout.tokens, 8, dtype=torch.float64)
-    session = Session([], "reference")
-    seen = []
-    session.recorder.selected_call = lambda context, plan, exact: seen.append(exact)
-    session.execute(plan, context(layout), q, k, v, None, "bhsd", None)
-    states = tile_states(plan, 2, layout.tokens, seen[0])
+    layer, seen = OneLayer(Fixed(plan)), []
+    layer.observe(seen.append)
+    layer.call(q, k, v, layout)
+    states = tile_states(plan, 2, layout.tokens, seen[0].exact)
     assert set(states.unique().tolist()) <= {EXACT, POOLED}
     order = torch.arange(layout.tokens) if plan.token_order is None else plan.token_order
     exact = (states == EXACT).repeat_interleave(16, -1)[..., : layout.tokens].repeat_interleave(16, -2)
@@ -200,17 +200,23 @@ class TestWithRadial:
         assert torch.equal(one.selection.pinned, two.selection.pinned)
         assert one.selection.routing == two.selection.routing
 
-    def test_tile_sizes_are_radials(self):
-        sol = next(h for h in handlers(RadialAttention(), SolAttention()) if isinstance(h, SolHandler))
-        assert sol.config.block_size == 128
-        handlers(RadialAttention(block_size=32), SolAttention(block_size=32))
+    @pytest.mark.parametrize(
+        ("radial", "sol", "size"), [(None, None, 128), (32, None, 32), (None, 64, 64), (32, 32, 32)]
+    )
+    def test_tiles_are_of_one_size_and_what_is_unset_follows_what_is_set(self, radial, sol, size):
+        for configs in itertools.permutations((RadialAttention(block_size=radial), SolAttention(block_size=sol))):
+            assert [handler.settings.block_size for handler in handlers(*configs)] == [size, size]
+
+    def test_two_sizes_are_refused(self):
         text = (
-            r"sol\.block_size = 64 can't route tiles of radial\.block_size = 128; set both alike, or leave sol's unset"
+            r"radial\.block_size = 128 and sol\.block_size = 64 can't be attached together: .*into the same tiles; set "
+            "them alike, or leave all but one unset"
         )
-        with pytest.raises(ConfigError, match=text):
-            dit_accel.attach(tiny_transformer(), SolAttention(block_size=64), RadialAttention())
-        with pytest.raises(ConfigError, match=text):
-            estimate(WAN, family("wan2.1-14b"), methods=[RadialAttention(), SolAttention(block_size=64)])
+        for configs in itertools.permutations((SolAttention(block_size=64), RadialAttention(block_size=128))):
+            with pytest.raises(ConfigError, match=text):
+                dit_accel.attach(tiny_transformer(), *configs)
+            with pytest.raises(ConfigError, match=text):
+                estimate(WAN, family("wan2.1-14b"), methods=configs)
 
     def test_another_selection_is_kept(self):
         plan = planned(self.LAYOUT, RADIAL)
@@ -218,7 +224,7 @@ class TestWithRadial:
         pinned, keep = torch.zeros(tiles, tiles, dtype=torch.bool), torch.ones(1, 2, tiles, tiles, dtype=torch.bool)
         pinned[0, -1] = True
         plan = dataclasses.replace(plan, selection=Selection(keep=pack_bits(keep), pinned=pack_bits(pinned)))
-        found = handlers(SolAttention(block_size=16))[0].contribute(plan, context(self.LAYOUT)).selection
+        found = planned(self.LAYOUT, SolAttention(block_size=16), plan=plan).selection
         assert found.keep is plan.selection.keep
         assert unpack_bits(found.pinned, tiles)[0, -1]
         ours = unpack_bits(pinned_bits(self.LAYOUT, 16, 1, "text", "cpu"), tiles)
@@ -238,14 +244,14 @@ class TestWithRadial:
     ],
 )
 def test_advice_names_what_does_not_fit(layout, options, text):
-    advice = SolAttention(**options).advice(layout)
+    advice = SolAttention(**options).resolve().advice(layout)
     assert advice is not None
     with pytest.raises(ConfigError, match=text):
         raise ConfigError(advice)
 
 
 def test_no_advice_where_it_fits():
-    assert SolAttention().advice(WAN_720P) is None
+    assert SolAttention().resolve().advice(WAN_720P) is None
 
 
 class TestEstimate:
@@ -253,39 +259,37 @@ class TestEstimate:
         found = estimate(WAN, family("wan2.1-14b"), methods=[SolAttention()])
         tiles = 1182
         pinned = 3 * tiles - 2
-        assert found.sparsity.total == tiles**2
-        assert found.sparsity.kept == pytest.approx(pinned + 0.158655 * (tiles**2 - pinned), abs=2)
+        assert found.tiles.total == tiles**2
+        assert found.tiles.kept == pytest.approx(pinned + 0.158655 * (tiles**2 - pinned), abs=2)
         assert found.dense_share == pytest.approx(1 - 0.8 * 39 / 40)
-        assert found.pair_density == pytest.approx(found.sparsity.density + (1 - found.sparsity.density) / 64, abs=1e-4)
+        assert found.pair_density == pytest.approx(found.tiles.density + (1 - found.tiles.density) / 64, abs=1e-4)
         assert found.tile_list_bytes > 4 * tiles**2
 
     def test_a_falling_beta_keeps_a_mean(self):
         first, last, both = (
-            SolAttention(**options).density(WAN_720P)
+            SolAttention(**options).resolve().density(WAN_720P)
             for options in ({"beta": 1.3}, {"beta": 0.8}, {"beta": 1.3, "beta_last": 0.8})
         )
         assert first < both < last
 
     def test_in_radials_list_by_layer_and_step(self):
         radial, sol = RadialAttention(dense_steps=12, dense_layers=1), SolAttention(dense_steps=10, dense_layers=1)
-        alone = estimate(WAN, family("wan2.1-14b"), methods=[radial]).sparsity
+        alone = estimate(WAN, family("wan2.1-14b"), methods=[radial]).tiles
         both = estimate(WAN, family("wan2.1-14b"), methods=[sol, radial])
-        assert both.sparsity.total == alone.total
-        routed, listed = sol.in_tiles_of(both.sparsity.methods[1]), alone.kept
-        in_list = 3 * 591 - 2 + 0.158655 * (listed - (3 * 591 - 2))
-        expected = (2 * routed.tile_counts(WAN_720P)[0] + 38 * in_list) / 40
-        assert both.sparsity.kept == pytest.approx(expected, rel=1e-3)
+        assert both.tiles.total == alone.total == 591**2
+        routed = dataclasses.replace(sol, block_size=128).resolve().density(WAN_720P) * alone.total
+        in_list = 3 * 591 - 2 + 0.158655 * (alone.kept - (3 * 591 - 2))
+        assert both.tiles.kept == pytest.approx((2 * routed + 38 * in_list) / 40, rel=1e-3)
         assert both.dense_share == pytest.approx(1 - 0.8 * 39 / 40)
         assert set(both.to_dict()["methods"]) == {"radial", "sol"}
 
     def test_two_of_a_kind_are_refused(self):
-        with pytest.raises(ConfigError, match="plan can't tell what sol and sol save together, got both"):
+        with pytest.raises(ConfigError, match="two SolAttention configs were given; attach one of each method"):
             estimate(WAN, family("wan2.1-14b"), methods=[SolAttention(), SolAttention()])
 
     def test_noise_levels_are_not_known(self):
         found = estimate(WAN, family("wan2.1-14b"), methods=[SolAttention(dense_above_sigma=0.9)])
-        with pytest.raises(ConfigError, match=r"takes the steps above sol\.dense_above_sigma = 0\.9 for sparse"):
-            raise ConfigError(found.sparsity.advice)
+        assert any("takes the steps above sol.dense_above_sigma = 0.9 for sparse" in note for note in found.notes)
 
 
 def inputs(batch: int = 1) -> dict:
@@ -313,13 +317,13 @@ class TestOnWan:
     def test_runs_again_counts_right_and_detaches(self):
         transformer = tiny_transformer()
         plain = steps(transformer)
-        with dit_accel.attach(transformer, self.SOL) as attachment, watched(attachment) as calls:
+        with dit_accel.attach(transformer, self.SOL) as attachment, recorded(attachment) as calls:
             first = steps(transformer)
             report = attachment.report()
             assert [(s.dense_layers, s.sparse_layers) for s in report.steps[:4]] == [(3, 0), (3, 0), (1, 2), (1, 2)]
             counted = [float(count_bits(call.exact).sum()) / (2 * 5 * 5) for call in calls]
             assert report.sparse_density == pytest.approx(sum(counted) / len(counted))
-            assert report.to_dict()["methods"]["sol"] == {**self.SOL.resolved({}).to_dict()}
+            assert report.to_dict()["methods"]["sol"] == {**self.SOL.resolve({}).to_dict()}
             assert "sol seldom pays below 40000 visual tokens" in str(report)
             assert torch.equal(steps(transformer), first)
         require_as_planned(calls)
@@ -332,7 +336,7 @@ class TestOnWan:
         transformer, counted = tiny_transformer(), []
         for others in ((), (dataclasses.replace(RADIAL, dense_steps=1, dense_layers=1),)):
             with dit_accel.attach(transformer, self.SOL, *others, backend="flex") as attachment:
-                with watched(attachment) as calls:
+                with recorded(attachment) as calls:
                     steps(transformer, count=2)
                 report = attachment.report()
             assert report.backend == "flex"
@@ -363,20 +367,24 @@ class TestOnWan:
         assert call["hidden_states"].grad.isfinite().all()
         assert all(p.grad is not None for p in transformer.blocks[0].attn1.parameters())
 
-    def test_the_backward_follows_what_the_forward_routed(self, monkeypatch):
+    def test_the_backward_follows_what_the_forward_routed(self):
         """It routes nothing itself: given other bits, it follows these."""
         found = []
         for everything in (False, True):
             transformer, call = tiny_transformer(), inputs()
             with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)) as attachment:
-                session = attachment._session
+                store = attachment._execution.backward
                 out = transformer(**call)[0].square().sum()
-                assert {plan.selection.routing for _, plan in session._plans} == {None}
-                assert not any((plan.selection.routed == 0).all() for _, plan in session._plans)
+                plans = [plan for _, plan in store._plans.values()]
+                assert len(plans) == len(store) == 3
+                assert {plan.selection.routing for plan in plans} == {None}
+                assert not any((plan.selection.routed == 0).all() for plan in plans)
                 if everything:
-                    for _, plan in session._plans:
+                    for plan in plans:
                         plan.selection.routed.fill_(-1)
                 out.backward()
+                del out
+                assert len(store) == 0  # autograd is done with them
             found.append(transformer.blocks[0].attn1.to_q.weight.grad)
         assert not torch.equal(*found)
 

@@ -3,27 +3,30 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from dit_accel_kernels import EXACT, Selection, TileLists, count_bits, pack_bits, unpack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wan_tiny import tiny_transformer
+from one_layer import MODEL
+from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
-from dit_accel.adapters.adapter import Adapter
 from dit_accel.methods.attention.sparsed import DEFAULTS, SparseDHandler, heaviest
-from dit_accel.methods.base import Handler, Model
+from dit_accel.methods.compose import make_handlers
+from dit_accel.plan import call as calls_of
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan, Call, CallContext
+from dit_accel.plan.plan import AttentionPlan
 from dit_accel.plan.tiling import full_tiles, visual_first
-from dit_accel.testing.recording import watched
+from dit_accel.testing.recording import recorded
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=20)
-ADAPTER = Adapter(name="any", transformers=(), self_attention=())
-FROZEN = SparseD(density=0.4, block_size=16, dense_steps=1, dense_layers=0)
+SPARSED = SparseD(density=0.4, block_size=16, dense_steps=1, dense_layers=0)
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 
 
@@ -37,20 +40,17 @@ def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
 
 def call_of(layout: TokenLayout = LAYOUT, form: str = "bshd", **changes) -> Call:
     shape = (2, layout.tokens, 2, 8) if form == "bshd" else (2, 2, layout.tokens, 8)
-    values = dict(q=3 * torch.randn(shape), k=torch.randn(shape), mask=None, layout=form, scale=None, backend="torch")
-    return Call(**{**values, **changes})
+    q, k, v = 3 * torch.randn(shape), torch.randn(shape), torch.randn(shape)
+    return dataclasses.replace(calls_of.call_of(q, k, v, None, None, "torch", form == "bshd"), **changes)
 
 
-def handler(config: SparseD = FROZEN, others=()) -> SparseDHandler:
-    made = SparseDHandler(config, Model(adapter=ADAPTER, family=None, heads=2, layers=1))
-    made.check_with(others)
+def handler(config: SparseD = SPARSED) -> SparseDHandler:
+    (made,) = make_handlers([config], MODEL)
     return made
 
 
 def planned(made: SparseDHandler, call: Call, plan: AttentionPlan | None = None, **changes) -> AttentionPlan:
-    now, plan = context(**changes), plan or AttentionPlan()
-    made.look(plan, now, call)
-    return made.contribute(plan, now)
+    return made.plan(plan or AttentionPlan(), call, context(**changes))
 
 
 def chosen_of(plan: AttentionPlan) -> torch.Tensor:
@@ -61,7 +61,7 @@ def chosen_of(plan: AttentionPlan) -> torch.Tensor:
 def probabilities(call: Call, layout: TokenLayout = LAYOUT) -> torch.Tensor:
     """Softmax over the visual keys alone in the tiles' order, [B, H, S, S] in float64."""
     order = visual_first(layout, None)
-    q, k = (call.heads_first(x).double() for x in (call.q, call.k))
+    q, k = call.q.double(), call.k.double()
     if order is not None:
         q, k = q[:, :, order], k[:, :, order]
     x = q @ k.mT * (8**-0.5 if call.scale is None else call.scale)
@@ -104,9 +104,9 @@ def test_text_never_crowds_visual_tiles_out():
     call = call_of()
     calm = chosen_of(planned(handler(), call))
     k = call.k.clone()
-    k[:, : LAYOUT.text_before] *= 30
-    k[:, LAYOUT.text_before + LAYOUT.visual_tokens :] *= 30
-    assert torch.equal(chosen_of(planned(handler(), dataclasses.replace(call, k=k))), calm)
+    k[:, :, : LAYOUT.text_before] *= 30
+    k[:, :, LAYOUT.text_before + LAYOUT.visual_tokens :] *= 30
+    assert torch.equal(chosen_of(planned(handler(), call.with_keys(k))), calm)
 
 
 def test_mass_keeps_the_fewest_tiles_that_reach_it():
@@ -153,11 +153,12 @@ def test_the_choice_is_of_candidates_as_many_as_asked_and_heaviest_first(shape, 
     ("density", "tiles", "kept"), [(0.3, 10, 3), (0.1, 30, 3), (0.31, 10, 4), (1, 7, 7), (1e-9, 7, 1)]
 )
 def test_the_number_of_tiles_is_the_share_rounded_up(density, tiles, kept):
-    assert SparseD(density=density).kept_tiles(tiles) == kept
-    layout = TokenLayout(frames=tiles, height=4, width=4)
-    config = SparseD(density=density, block_size=16)
-    assert config.tile_counts(layout) == (kept * tiles, tiles * tiles)
-    plan = planned(handler(config), call_of(layout), layout=layout)
+    assert SparseD(density=density).resolve().kept_tiles(tiles) == kept
+    layout, made = TokenLayout(frames=tiles, height=4, width=4), handler(SparseD(density=density, block_size=16))
+    saving = made.estimate(layout, 8).tiles
+    assert saving.tiles == tiles
+    assert saving.keep(np.ones((tiles, tiles))).sum() == pytest.approx(kept * tiles)
+    plan = planned(made, call_of(layout), layout=layout)
     assert torch.equal(count_bits(plan.selection.keep), torch.full((2, 2, tiles), kept))
 
 
@@ -167,8 +168,8 @@ def test_the_number_of_tiles_is_the_share_rounded_up(density, tiles, kept):
 def test_it_chooses_among_the_tiles_that_a_list_keeps():
     layout = TokenLayout(frames=6, height=4, width=8)
     call = call_of(layout)
-    listed = AttentionPlan(tiles=RADIAL.tiles(layout), token_order=RADIAL.token_order(layout))
-    plan = planned(handler(dataclasses.replace(FROZEN, density=0.25)), call, listed, layout=layout)
+    listed = AttentionPlan().with_tiles(RADIAL.resolve().tiles(layout), RADIAL.resolve().token_order(layout))
+    plan = planned(handler(dataclasses.replace(SPARSED, density=0.25)), call, listed, layout=layout)
     kept, exact = chosen_of(plan), listed.tiles.states()[0] == EXACT
     assert plan.tiles is listed.tiles
     assert not (kept & ~exact).any()
@@ -190,7 +191,7 @@ def test_lists_of_each_head_are_followed():
 
 
 def test_bits_and_pins_of_others_are_kept():
-    tiles = full_tiles(LAYOUT, 16, "cpu")
+    tiles = full_tiles(LAYOUT.tokens, LAYOUT.tokens, 16, "cpu")
     theirs = pack_bits(torch.rand(2, 2, 9, 9) < 0.5)
     pins = pack_bits(torch.eye(9, dtype=torch.bool))
     before = AttentionPlan(
@@ -204,76 +205,68 @@ def test_bits_and_pins_of_others_are_kept():
     assert both.selection.reverse
 
 
-def test_it_takes_the_tile_size_of_a_list_and_refuses_contradictions():
-    class Lister(Handler):
-        rank = 0
+@pytest.mark.parametrize(("radial", "pattern", "size"), [(64, None, 64), (64, 64, 64), (None, 32, 32), (None, None, 128)])
+def test_tiles_are_of_one_size_and_what_is_unset_follows_what_is_set(radial, pattern, size):
+    for configs in itertools.permutations((RadialAttention(block_size=radial), SparseD(block_size=pattern))):
+        assert [made.settings.block_size for made in make_handlers(configs, MODEL)] == [size, size]
 
-    class Selecting(Handler):
-        rank = 1
 
-    adapter = Model(adapter=ADAPTER, family=None, heads=2, layers=1)
-    radial, pooled = Lister(RadialAttention(block_size=64), adapter), Selecting(RadialAttention(rest="pooled"), adapter)
-    assert handler(SparseD(), [radial]).config.block_size == 64
-    assert handler(SparseD(block_size=64), [radial]).config.block_size == 64
-    assert handler(SparseD(rest="pooled"), [pooled]).config.block_size == 128
-    with pytest.raises(ConfigError, match=r"sparsed\.block_size = 32 can't choose among radial's tiles of 64"):
-        handler(SparseD(block_size=32), [radial])
-    with pytest.raises(ConfigError, match=r"sparsed\.rest = 'skip' and radial\.rest = 'pooled' contradict"):
-        handler(SparseD(), [pooled])
+def test_two_tile_sizes_are_refused_whatever_the_order():
+    for configs in itertools.permutations((RadialAttention(block_size=64), SparseD(block_size=32))):
+        with pytest.raises(
+            ConfigError, match=r"radial\.block_size = 64 and sparsed\.block_size = 32 can't be attached together"
+        ):
+            make_handlers(configs, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "both"),
+    [("skip", "skip", "skip"), ("skip", "pooled", "pooled"), ("pooled", "skip", "pooled"), ("pooled", "pooled", "pooled")],
+)
+def test_what_either_method_pools_is_pooled(ours, theirs, both):
+    tiles, order = full_tiles(LAYOUT.tokens, LAYOUT.tokens, 16, "cpu"), visual_first(LAYOUT, None)
+    before = AttentionPlan().with_tiles(tiles, order).narrow(keep=pack_bits(torch.rand(2, 2, 9, 9) < 0.5), rest=theirs)
+    plan = planned(handler(dataclasses.replace(SPARSED, rest=ours)), call_of(), before)
+    assert plan.selection.rest == both
 
 
 # Attached
 
 
-def run(transformer, steps: int = 4, seed: int = 0, frames: int = 5, branches=("cond", "uncond")) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 12, frames, 8, 8, generator=generator)
-    texts = {name: torch.randn(1, 6, 64, generator=generator) for name in ("cond", "uncond")}
-    with torch.no_grad():
-        for step in range(steps):
-            found = []
-            for branch in branches:
-                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
-                    time = torch.tensor([1000.0 - 100 * step])
-                    found.append(transformer(x, time, texts[branch], return_dict=False)[0])
-            x = x - 0.3 * sum(found)
-    return x
-
-
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
 def test_the_density_is_the_one_asked_for_and_the_first_steps_are_dense(rest):
     transformer = tiny_transformer()
-    plain = run(transformer)
-    with dit_accel.attach(transformer, dataclasses.replace(FROZEN, rest=rest)) as attachment:
-        sparse = run(transformer)
+    plain = denoise(transformer)
+    with dit_accel.attach(transformer, dataclasses.replace(SPARSED, rest=rest)) as attachment:
+        sparse = denoise(transformer)
         report = attachment.report()
     assert not torch.equal(sparse, plain)
     assert [step.density for step in report.steps] == [1.0] * 2 + [pytest.approx(2 / 5)] * 6
     assert [step.pooled for step in report.steps] == [0.0] * 2 + [pytest.approx(3 / 5 if rest == "pooled" else 0)] * 6
-    assert torch.equal(run(transformer), plain)
+    assert torch.equal(denoise(transformer), plain)
 
 
 def test_the_pattern_is_found_once_by_layer_and_branch_and_freed(monkeypatch):
-    from dit_accel.methods.attention import sparsed as frozen
+    from dit_accel.methods.attention import sparsed
 
     passes = []
-    original = frozen.tile_masses
+    original = sparsed.tile_masses
 
     def counted(*args, **options):
         passes.append(1)
         return original(*args, **options)
 
-    monkeypatch.setattr(frozen, "tile_masses", counted)
+    monkeypatch.setattr(sparsed, "tile_masses", counted)
     transformer = tiny_transformer()
-    attachment = dit_accel.attach(transformer, FROZEN)
-    run(transformer)
+    attachment = dit_accel.attach(transformer, SPARSED)
+    denoise(transformer)
     assert len(passes) == 3 * 2
-    made = attachment._session.handlers[0]
+    made = attachment._execution.handlers[0]
     found = {("transformer", layer, branch, 0, 1) for layer in range(3) for branch in ("cond", "uncond")}
     assert set(made.bits) == found
     bits = {key: value.clone() for key, value in made.bits.items()}
     assert not torch.equal(bits["transformer", 0, "cond", 0, 1], bits["transformer", 2, "cond", 0, 1])
-    run(transformer)
+    denoise(transformer)
     assert len(passes) == 2 * 3 * 2
     assert all(torch.equal(value, bits[key]) for key, value in made.bits.items())
     attachment.detach()
@@ -282,25 +275,25 @@ def test_the_pattern_is_found_once_by_layer_and_branch_and_freed(monkeypatch):
 
 def test_everything_kept_is_dense_to_rounding_and_a_neutral_run_is_bit_equal():
     transformer = tiny_transformer()
-    plain = run(transformer)
-    with dit_accel.attach(transformer, dataclasses.replace(FROZEN, density=1.0)):
-        torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
-    with dit_accel.attach(transformer, dataclasses.replace(FROZEN, dense_steps=99)):
-        assert torch.equal(run(transformer), plain)
+    plain = denoise(transformer)
+    with dit_accel.attach(transformer, dataclasses.replace(SPARSED, density=1.0)):
+        torch.testing.assert_close(denoise(transformer), plain, rtol=1e-4, atol=1e-4)
+    with dit_accel.attach(transformer, dataclasses.replace(SPARSED, dense_steps=99)):
+        assert torch.equal(denoise(transformer), plain)
 
 
 def test_second_generation_equals_the_first_and_branches_and_pipelines_do_not_meet():
     transformer, other = tiny_transformer(), tiny_transformer(1)
-    with dit_accel.attach(transformer, FROZEN), dit_accel.attach(other, FROZEN):
-        first = run(transformer)
-        run(other, seed=1)
-        run(transformer, frames=7)
-        run(transformer, steps=2, branches=("cond",))
-        assert torch.equal(run(transformer), first)
-        alone = run(transformer, branches=("cond",))
+    with dit_accel.attach(transformer, SPARSED), dit_accel.attach(other, SPARSED):
+        first = denoise(transformer)
+        denoise(other, seed=1)
+        denoise(transformer, frames=7)
+        denoise(transformer, steps=2, branches=("cond",))
+        assert torch.equal(denoise(transformer), first)
+        alone = denoise(transformer, branches=("cond",))
     torch.manual_seed(5)
     noise, text = torch.randn(1, 12, 5, 8, 8), torch.randn(1, 6, 64)
-    with dit_accel.attach(transformer, FROZEN), torch.no_grad():
+    with dit_accel.attach(transformer, SPARSED), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 12, 5, 8, 8, generator=generator)
         prompt = torch.randn(1, 6, 64, generator=generator)
@@ -316,12 +309,12 @@ def test_second_generation_equals_the_first_and_branches_and_pipelines_do_not_me
 
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
 def test_it_runs_inside_radial_whatever_the_order(rest):
-    transformer, frozen = tiny_transformer(), dataclasses.replace(FROZEN, rest=rest, block_size=None)
+    transformer, config = tiny_transformer(), dataclasses.replace(SPARSED, rest=rest, block_size=None)
     layout, results = TokenLayout(frames=5, height=4, width=4), []
-    listed = RADIAL.tiles(layout).states().eq(EXACT).sum(-1)
-    for methods in ((RADIAL, frozen), (frozen, RADIAL)):
+    listed = RADIAL.resolve().tiles(layout).states().eq(EXACT).sum(-1)
+    for methods in ((RADIAL, config), (config, RADIAL)):
         with dit_accel.attach(transformer, *methods) as attachment:
-            results.append(run(transformer))
+            results.append(denoise(transformer))
             steps = attachment.report().steps
             assert steps[0].density == pytest.approx(float(listed.sum()) / 25)
             assert steps[-1].density == pytest.approx(float(listed.clamp(max=2).sum()) / 25)
@@ -329,16 +322,16 @@ def test_it_runs_inside_radial_whatever_the_order(rest):
 
 
 def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
-    transformer, frozen = tiny_transformer(), dataclasses.replace(FROZEN, density=0.6)
+    transformer, config = tiny_transformer(), dataclasses.replace(SPARSED, density=0.6)
     lite = LiteAttention(dense_steps=0, dense_layers=0, threshold=1.0, allow_positive_threshold=True)
     results, densities = [], []
-    for methods in ((frozen, lite), (lite, frozen)):
-        with dit_accel.attach(transformer, *methods) as attachment, watched(attachment) as calls:
-            results.append(run(transformer, steps=6, branches=("cond",)))
+    for methods in ((config, lite), (lite, config)):
+        with dit_accel.attach(transformer, *methods) as attachment, recorded(attachment) as calls:
+            results.append(denoise(transformer, steps=6, branches=("cond",)))
             densities.append([step.density for step in attachment.report().steps])
-            pattern, voted = attachment._session.handlers
-            assert (pattern.config.name, voted.config.name) == ("sparsed", "lite")
-            assert voted.config.block_size == 16
+            pattern, voted = attachment._execution.handlers
+            assert (pattern.name, voted.name) == ("sparsed", "lite")
+            assert voted.settings.block_size == 16
             bits = [pattern.bits["transformer", layer, "cond", 0, 1] for layer in range(3)]
         planned = [call.plan.selection for call in calls]
         assert all(selection.vote is not None for selection in planned[: 3 * 5])
@@ -355,12 +348,12 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
 
 
 def test_sol_routes_in_the_pattern_whatever_the_order():
-    transformer, frozen = tiny_transformer(), dataclasses.replace(FROZEN, density=0.6)
+    transformer, config = tiny_transformer(), dataclasses.replace(SPARSED, density=0.6)
     sol = SolAttention(beta=0.5, dense_steps=1, dense_layers=0)
     results = []
-    for methods in ((frozen, sol), (sol, frozen)):
-        with dit_accel.attach(transformer, *methods) as attachment, watched(attachment) as calls:
-            results.append(run(transformer, branches=("cond",)))
+    for methods in ((config, sol), (sol, config)):
+        with dit_accel.attach(transformer, *methods) as attachment, recorded(attachment) as calls:
+            results.append(denoise(transformer, branches=("cond",)))
             assert attachment.report().steps[-1].density < 1
         for call in calls:
             selection = call.plan.selection
@@ -372,7 +365,7 @@ def test_sol_routes_in_the_pattern_whatever_the_order():
 
 def test_gradients_follow_the_pattern():
     transformer = tiny_transformer()
-    with dit_accel.attach(transformer, dataclasses.replace(FROZEN, dense_steps=0)):
+    with dit_accel.attach(transformer, dataclasses.replace(SPARSED, dense_steps=0)):
         transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([9.0]), torch.randn(1, 6, 64))[
             0
         ].square().sum().backward()
@@ -383,13 +376,13 @@ def test_compiled_full_graph_gives_the_same():
     from torch._dynamo.utils import counters
 
     transformer = tiny_transformer()
-    with dit_accel.attach(transformer, FROZEN):
-        eager = run(transformer)
+    with dit_accel.attach(transformer, SPARSED):
+        eager = denoise(transformer)
     torch._dynamo.reset()
     transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     counters.clear()
-    with dit_accel.attach(transformer, FROZEN):
-        torch.testing.assert_close(run(transformer), eager, rtol=1e-5, atol=1e-5)
+    with dit_accel.attach(transformer, SPARSED):
+        torch.testing.assert_close(denoise(transformer), eager, rtol=1e-5, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
 
@@ -406,7 +399,7 @@ def test_compiled_full_graph_gives_the_same():
         ),
         ({"density": 0.0}, r"sparsed\.density must be above 0 and at most 1, got 0\.0; 0\.3 is usual"),
         ({"density": 1.5}, r"sparsed\.density must be above 0 and at most 1, got 1\.5"),
-        ({"density": float("nan")}, r"sparsed\.density must be above 0 and at most 1, got nan"),
+        ({"density": float("nan")}, r"sparsed\.density must be a finite number or unset, got nan"),
         ({"mass": 1.0}, r"sparsed\.mass must be between 0 and 1, got 1\.0; 0\.95 is usual"),
         ({"mass": 0}, r"sparsed\.mass must be between 0 and 1, got 0"),
         ({"block_size": 100}, r"sparsed\.block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
@@ -419,13 +412,17 @@ def test_bad_options_are_refused_with_the_value(options, text):
         SparseD(**options)
 
 
-def test_unset_options_take_the_recipe_then_the_generic_value_but_density_gives_way_to_mass():
-    assert SparseD().resolved({}).to_dict().items() >= dict(DEFAULTS).items()
-    assert SparseD().resolved({"density": 0.5}).density == 0.5
-    by_mass = SparseD(mass=0.9).resolved({"density": 0.5, "block_size": 64})
+def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives_way_to_mass():
+    assert SparseD().resolve({}).to_dict().items() >= dict(DEFAULTS).items()
+    assert SparseD().resolve({"density": 0.5}).density == 0.5
+    recipe = {"density": 0.5, "block_size": 64}
+    by_mass = SparseD(mass=0.9).filled(recipe)
     assert (by_mass.density, by_mass.mass, by_mass.block_size) == (None, 0.9, 64)
+    settings = SparseD(mass=0.9).resolve(recipe)
+    assert (settings.mass, settings.block_size) == (0.9, 64)
+    assert "density" not in settings.to_dict()
     with pytest.raises(ConfigError, match=r"a recipe of sparsed sets 'mass', which it can't"):
-        SparseD().resolved({"mass": 0.9})
+        SparseD().resolve({"mass": 0.9})
 
 
 @pytest.mark.parametrize(
@@ -440,16 +437,16 @@ def test_unset_options_take_the_recipe_then_the_generic_value_but_density_gives_
     ],
 )
 def test_advice_names_what_does_not_fit(options, layout, text):
-    advice = SparseD(**options).advice(layout)
+    advice = SparseD(**options).resolve().advice(layout)
     assert advice is not None
     with pytest.raises(ConfigError, match=text):
         raise ConfigError(advice)
-    assert SparseD().advice(TokenLayout(frames=21, height=45, width=80)) is None
+    assert SparseD().resolve().advice(TokenLayout(frames=21, height=45, width=80)) is None
 
 
 def test_what_the_data_decide_is_not_planned():
     with pytest.raises(ConfigError, match=r"sparsed\.mass = 0\.9 keeps what the data say.*give sparsed\.density"):
-        SparseD(mass=0.9).tile_counts(LAYOUT)
+        handler(SparseD(mass=0.9)).estimate(LAYOUT, 8)
 
 
 def test_it_is_found_by_name_on_the_command_line_and_in_toml():

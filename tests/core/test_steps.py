@@ -5,9 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
-from dit_accel.attachment.steps import noise_level, noisiest, step_count
+from dit_accel.attachment.steps import Pipeline, Timeline, noise_level, noisiest, timeline_of
+
+
+def after(scheduler, steps: int = 4, **found):
+    """A pipeline that has laid out a run of so many steps."""
+    scheduler.set_timesteps(steps)
+    return SimpleNamespace(scheduler=scheduler, **found)
 
 
 def test_the_noisiest_frame_tells_the_step():
@@ -20,7 +32,6 @@ def test_the_noisiest_frame_tells_the_step():
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(shift=3.0), HeunDiscreteScheduler()])
 def test_the_noise_level_is_that_of_the_coming_step(scheduler):
     scheduler.set_timesteps(4)
-    assert step_count(scheduler) == len(scheduler.timesteps)
     sample = torch.ones(1, 1, 2, 2)
     for index, timestep in enumerate(scheduler.timesteps):
         assert noise_level(scheduler) == float(scheduler.sigmas[index])
@@ -36,8 +47,57 @@ def test_a_later_start_begins_at_its_own_noise():
     assert noise_level(scheduler) == float(scheduler.sigmas[2])
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "timeline"),
+    [
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), Timeline(steps=4)),
+        (DDIMScheduler(), Timeline(steps=4)),
+        (UniPCMultistepScheduler(), Timeline(steps=4)),
+        (HeunDiscreteScheduler(), Timeline(steps=4, repeats=True)),
+        (KDPM2DiscreteScheduler(), Timeline(steps=4, halves=True)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_run_has_the_steps_that_were_asked_for(scheduler, timeline):
+    """Schedulers of second order evaluate the model more often: twice at a timestep, or between two of them."""
+    pipe = after(scheduler)
+    assert timeline_of(pipe) == timeline
+    different = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    steps = [timeline.step_of(number) for number in range(len(different))]
+    assert steps[0] == 0
+    assert steps[-1] == 3
+    assert sorted(set(steps)) == [0, 1, 2, 3]
+
+
+def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
+    assert timeline_of(after(FlowMatchEulerDiscreteScheduler(), 10, _num_timesteps=6)).steps == 6
+    later = after(FlowMatchEulerDiscreteScheduler(), 10)
+    later.scheduler.set_begin_index(3)
+    assert timeline_of(later).steps == 7
+    assert timeline_of(after(FlowMatchEulerDiscreteScheduler(), 10, _num_timesteps=11)).steps == 10  # another run's
+    heun = after(HeunDiscreteScheduler(), 10)
+    heun._num_timesteps = 7  # of 19
+    assert timeline_of(heun) == Timeline(steps=4, repeats=True)
+
+
+def test_a_run_begins_where_timesteps_are_made_anew_whoever_makes_them():
+    first = after(FlowMatchEulerDiscreteScheduler())
+    pipeline = Pipeline(first)
+    assert [pipeline.begins_run() for _ in range(3)] == [True, False, False]
+    first.scheduler.set_timesteps(4)  # the same steps
+    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
+    first.scheduler = after(DDIMScheduler(), 7).scheduler
+    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
+    assert pipeline.timeline().steps == 7
+    first.scheduler = SimpleNamespace(timesteps=[3, 2, 1])  # no tensor
+    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
+    assert pipeline.timeline().steps == 3
+
+
 def test_what_nothing_tells_is_unknown():
     assert noise_level(None) is None
-    assert step_count(None) is None
     assert noise_level(DDIMScheduler()) is None
     assert noise_level(SimpleNamespace(sigmas=torch.ones(2), step_index=2)) is None
+    for parts in ({}, {"scheduler": None}, {"scheduler": SimpleNamespace(timesteps=torch.zeros(0))}):
+        assert timeline_of(SimpleNamespace(**parts)) == Timeline()
+    assert not Pipeline(SimpleNamespace()).begins_run()

@@ -1,12 +1,14 @@
 """UltraViCo: its config, what it puts into the plan, what that computes, and how it meets models and other methods."""
 
 import dataclasses
+import functools
 
 import pytest
 import tiny_models
 import torch
 from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention, pack_bits
-from wan_tiny import tiny_transformer
+from one_layer import ADAPTER, MODEL, Fixed, OneLayer
+from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import (
@@ -18,18 +20,23 @@ from dit_accel import (
     SparseD,
     UltraViCo,
 )
-from dit_accel.adapters.adapter import Adapter, Family
-from dit_accel.attachment.session import Session
-from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_apart, frame_decay, mean_key
-from dit_accel.methods.base import Handler, Model
+from dit_accel.adapters.adapter import Family
+from dit_accel.adapters.registry import adapters
+from dit_accel.methods import registry
+from dit_accel.methods.attention.delta import DeltaHandler
+from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_override, frame_decay, mean_key
+from dit_accel.methods.base import AttentionHandler, Phase
+from dit_accel.methods.config import MethodConfig
+from dit_accel.plan import call as calls_of
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan, Call, CallContext
+from dit_accel.plan.plan import AttentionPlan
 from dit_accel.rules.ultravico import DecayRule
-from dit_accel.testing.recording import require_as_planned, watched
+from dit_accel.testing.recording import recorded, require_as_planned
 from dit_accel.testing.reference import attention, tile_states
 
 LAYOUT = TokenLayout(frames=7, height=3, width=5, text_before=4, text_after=9)
-ADAPTER = Adapter(name="any", transformers=(), self_attention=())
 FAMILY = Family(
     name="some", repo="", layers=1, heads=2, head_dim=8, ffn_dim=8, patch=(1, 2, 2), vae=(4, 8), height=16, width=16,
     num_frames=9, trained_frames=3,
@@ -47,15 +54,12 @@ def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
 
 def call_of(form: str = "bshd", dtype: torch.dtype = torch.float64, **changes) -> Call:
     shape = (2, LAYOUT.tokens, 2, 8) if form == "bshd" else (2, 2, LAYOUT.tokens, 8)
-    values = dict(
-        q=2 * torch.randn(shape, dtype=dtype), k=torch.randn(shape, dtype=dtype), mask=None, layout=form, scale=None,
-        backend="torch",
-    )  # fmt: skip
-    return Call(**{**values, **changes})
+    q, k, v = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    return dataclasses.replace(calls_of.call_of(2 * q, k, v, None, None, "torch", form == "bshd"), **changes)
 
 
 def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> UltraViCoHandler:
-    return UltraViCoHandler(config, Model(adapter=ADAPTER, family=family, heads=2, layers=1))
+    return UltraViCoHandler(config, dataclasses.replace(MODEL, family=family))
 
 
 # Config
@@ -69,7 +73,7 @@ def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> Ultra
         (dict(beta=-0.5, period=9), r"ultravico\.beta must be above 0 and at most 1, got -0\.5"),
         (dict(alpha=0.8, beta=0.9), r"ultravico\.beta must be at most alpha.*got beta = 0\.9 and alpha = 0\.8"),
         (dict(period=1), r"ultravico\.period must be a number of frames above 1, got 1"),
-        (dict(period=float("inf")), r"ultravico\.period must be a number of frames above 1, got inf"),
+        (dict(period=float("inf")), r"ultravico\.period must be a finite number or unset, got inf"),
         (dict(gamma=-1), r"ultravico\.gamma must be a number of frames, 0 or more, got -1"),
         (dict(trained_frames=0), r"ultravico\.trained_frames must be >= 1, got 0; Wan 2\.1's is 21"),
         (dict(trained_frames=2.5), r"ultravico\.trained_frames must be an integer or unset, got 2\.5"),
@@ -82,41 +86,41 @@ def test_bad_options_are_refused(options, message):
 
 def test_what_the_model_must_tell_is_asked_for():
     with pytest.raises(ConfigError, match=r"the model was trained on, which any, in sizes of no released model, does"):
-        UltraViCo().resolved(ADAPTER, None)
+        UltraViCo().resolve(ADAPTER, None)
     unknown = dataclasses.replace(FAMILY, trained_frames=None)
     with pytest.raises(ConfigError, match=r"which some does not tell; set ultravico\.trained_frames to its latent"):
-        UltraViCo().resolved(ADAPTER, unknown)
-    assert UltraViCo(trained_frames=5).resolved(ADAPTER, unknown).trained_frames == 5
+        UltraViCo().resolve(ADAPTER, unknown)
+    assert UltraViCo(trained_frames=5).resolve(ADAPTER, unknown).trained_frames == 5
     with pytest.raises(ConfigError, match=r"ultravico\.gamma = 4 describes bands .* set ultravico\.period too"):
-        UltraViCo(gamma=4).resolved(ADAPTER, FAMILY)
+        UltraViCo(gamma=4).resolve(ADAPTER, FAMILY)
     with pytest.raises(ConfigError, match=r"ultravico\.beta = 0\.6 describes bands .* neither set nor known"):
-        UltraViCo(beta=0.6).resolved(ADAPTER, FAMILY)
+        UltraViCo(beta=0.6).resolve(ADAPTER, FAMILY)
     with pytest.raises(ConfigError, match=r"ultravico\.period = 9 needs the width of its bands; set ultravico\.gamma"):
-        UltraViCo(period=9).resolved(ADAPTER, FAMILY)
+        UltraViCo(period=9).resolve(ADAPTER, FAMILY)
 
 
 def test_recipes_fill_what_is_unset():
     recipe = {"period": 6.0, "gamma": 1.0, "first_frame": True, "by_ratio": ((2.0, 0.95, 0.7), (4.0, 0.9, None))}
     family = dataclasses.replace(FAMILY, recipes={"ultravico": recipe})
-    assert UltraViCo().rule(ADAPTER, family, 6) == DecayRule(
+    assert UltraViCo().resolve(ADAPTER, family).rule(6) == DecayRule(
         trained_frames=3, alpha=0.95, beta=0.7, period=6.0, gamma=1.0
     )
-    assert UltraViCo().rule(ADAPTER, family, 12).beta == 0.6  # none is published: the safe one
-    assert UltraViCo(alpha=0.5).rule(ADAPTER, family, 6).beta == 0.5  # never above alpha
-    assert UltraViCo(beta=0.3).rule(ADAPTER, family, 6).beta == 0.3
+    assert UltraViCo().resolve(ADAPTER, family).rule(12).beta == 0.6  # none is published: the safe one
+    assert UltraViCo(alpha=0.5).resolve(ADAPTER, family).rule(6).beta == 0.5  # never above alpha
+    assert UltraViCo(beta=0.3).resolve(ADAPTER, family).rule(6).beta == 0.3
     with pytest.raises(ConfigError, match=r"beta must be at most alpha.*beta = 0\.99 and alpha = 0\.95"):
-        UltraViCo(beta=0.99).rule(ADAPTER, family, 6)
-    assert UltraViCo().resolved(ADAPTER, family).first_frame
-    assert UltraViCo(first_frame=False).resolved(ADAPTER, family).first_frame is False
-    assert UltraViCo().rule(ADAPTER, FAMILY, 6) == DecayRule(trained_frames=3, alpha=0.9)
+        UltraViCo(beta=0.99).resolve(ADAPTER, family).rule(6)
+    assert UltraViCo().resolve(ADAPTER, family).first_frame
+    assert UltraViCo(first_frame=False).resolve(ADAPTER, family).first_frame is False
+    assert UltraViCo().resolve(ADAPTER, FAMILY).rule(6) == DecayRule(trained_frames=3, alpha=0.9)
     wrong = dataclasses.replace(FAMILY, recipes={"ultravico": {"alhpa": 0.5}})
     with pytest.raises(ConfigError, match=r"a recipe of ultravico sets 'alhpa', which it can't"):
-        UltraViCo().resolved(ADAPTER, wrong)
+        UltraViCo().resolve(ADAPTER, wrong)
 
 
 def test_it_says_what_it_does_to_a_length():
     def said(frames: int, config: UltraViCo = ACTIVE) -> str:
-        return config.remark(ADAPTER, FAMILY, dataclasses.replace(LAYOUT, frames=frames))
+        return config.resolve(ADAPTER, FAMILY).remark(dataclasses.replace(LAYOUT, frames=frames))
 
     plain = UltraViCo()
     assert said(3, plain) == "ultravico changes nothing: 3 latent frames, trained on 3 (9 output frames)"
@@ -138,15 +142,13 @@ def test_only_visual_tokens_have_a_frame():
 
 
 def test_the_first_frame_sees_text_and_the_trained_length():
-    apart = first_frame_apart(2, LAYOUT, "cpu")
+    apart = first_frame_override(2, LAYOUT, "cpu")
     assert apart.rows.tolist() == list(range(4, 19))
     assert apart.keys.tolist() == [True] * (4 + 2 * 15) + [False] * (5 * 15) + [True] * 9
 
 
 def planned(call: Call, config: UltraViCo = ACTIVE) -> AttentionPlan:
-    made = handler(config)
-    made.look(AttentionPlan(), context(), call)
-    return made.contribute(AttentionPlan(), context())
+    return handler(config).plan(AttentionPlan(), call, context())
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
@@ -154,10 +156,10 @@ def test_keys_are_centred_over_the_valid_ones(form):
     mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
     mask[1, -20:] = False
     call = call_of(form, mask=mask)
-    call.k.masked_fill_(~(mask[:, None, :, None] if form == "bhsd" else mask[:, :, None, None]), torch.nan)
-    found = call.heads_first(mean_key(call))
+    call.k.masked_fill_(~mask[:, None, :, None], torch.nan)
+    found = mean_key(call)
     for row in range(2):
-        expected = call.heads_first(call.k)[row][:, mask[row]].mean(1)
+        expected = call.k[row][:, mask[row]].mean(1)
         torch.testing.assert_close(found[row, :, 0], expected)
     low = dataclasses.replace(call, k=call.k.bfloat16())
     assert mean_key(low).dtype == torch.float32
@@ -174,20 +176,20 @@ def test_centring_has_its_gradient():
             mean = mean_key(call)
             centred = call.k - mean
             if mask is not None:
-                centred = centred * (mask[:, None, :, None] if form == "bhsd" else mask[:, :, None, None])
+                centred = centred * mask[:, None, :, None]
             grad = torch.randn_like(centred)
             (expected,) = torch.autograd.grad(centred, call.k, grad)
             if mask is not None:  # the kernels give masked keys none
-                grad = grad * (mask[:, None, :, None] if form == "bhsd" else mask[:, :, None, None])
-            found = AttentionPlan(key_mean=mean.detach()).gradient_before_centring(grad, call)
+                grad = grad * mask[:, None, :, None]
+            found = AttentionPlan(key_mean=mean.detach()).gradient_before_centring(grad, call.key_mask())
             torch.testing.assert_close(found, expected)
 
 
 def test_a_second_decay_is_refused():
-    made, call = handler(), call_of()
-    made.look(AttentionPlan(), context(), call)
-    with pytest.raises(ConfigError, match="ultravico found a frame decay in the plan that another method set"):
-        made.contribute(AttentionPlan(frame_decay=frame_decay(made._rule(LAYOUT), LAYOUT, "cpu")), context())
+    made = handler()
+    decaying = AttentionPlan().decay(frame_decay(made._rule(LAYOUT), LAYOUT, "cpu"))
+    with pytest.raises(ConfigError, match="the plan has a frame decay already, and one attention call takes one"):
+        made.plan(decaying, call_of(), context())
 
 
 def test_it_applies_beyond_the_trained_length_and_where_anything_changes():
@@ -226,22 +228,7 @@ def by_hand(plan: AttentionPlan, q, k, v, layout: TokenLayout, config: UltraViCo
     return x.softmax(-1) @ v
 
 
-def videos(frames: int = 5, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(batch, 12, frames, 8, 8, generator=generator, dtype=dtype)
-    text = torch.randn(batch, 6, 64, generator=generator, dtype=dtype)
-    return dict(hidden_states=latents, timestep=torch.full((batch,), 900.0), encoder_hidden_states=text)
-
-
-def run(transformer, steps: int = 3, branches=("cond", "uncond"), **changes) -> torch.Tensor:
-    inputs = videos(**changes)
-    with torch.no_grad():
-        for step in range(steps):
-            for branch in branches:
-                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
-                    out = transformer(**inputs, return_dict=False)[0]
-                inputs["hidden_states"] = inputs["hidden_states"] - 0.3 * out
-    return inputs["hidden_states"]
+run = functools.partial(denoise, steps=3)
 
 
 @pytest.mark.parametrize(
@@ -258,13 +245,11 @@ def test_every_call_is_the_formula(name, changes):
     inputs = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in model.inputs(1).items()}
     inputs.pop("encoder_attention_mask", None) if name == "wan" else inputs["encoder_attention_mask"].fill_(1)
     context = transformer.cache_context("cond", step_index=0, num_inference_steps=4)
-    with dit_accel.attach(transformer, config) as attachment, watched(attachment) as calls, torch.no_grad(), context:
+    with dit_accel.attach(transformer, config) as attachment, recorded(attachment) as calls, torch.no_grad(), context:
         transformer(**inputs, return_dict=False)
-    call = calls[-1]
-    frames, height, width, before, after = call.grid
-    layout = TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
-    rule = config.rule(dit_accel.registry.adapters()[name], None, frames)
-    assert frames > rule.trained_frames
+    call, layout = calls[-1], calls[-1].context.layout
+    rule = config.resolve(adapters()[name], None).rule(layout.frames)
+    assert layout.frames > rule.trained_frames
     expected = by_hand(call.plan, call.q, call.k, call.v, layout, config, rule)  # centring twice changes nothing
     torch.testing.assert_close(call.out, expected)
 
@@ -301,7 +286,7 @@ def test_length_after_length_generation_after_generation_and_none_after_detach()
         assert torch.equal(run(transformer, frames=6), first)
         assert torch.equal(run(transformer, frames=7), other)
     assert torch.equal(run(transformer, frames=6), long)
-    assert not transformer._forward_pre_hooks
+    assert dit_accel.attachment_of(transformer) is None
 
 
 def decayed(q, k, v, frames: torch.Tensor, alpha: float, **arguments) -> torch.Tensor:
@@ -352,20 +337,21 @@ def test_gradients_are_autograds_of_the_plan_written_out(form, masked):
     mask = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
     mask[1, -5:] = False
     call = call_of(form, mask=mask if masked else None)
-    v, grad = torch.randn_like(call.k), torch.randn_like(call.q)
-    tiles = RADIAL.tiles(LAYOUT)
-    listed = AttentionPlan(tiles=tiles, token_order=RADIAL.token_order(LAYOUT), identity_mix=torch.tensor([0.0, 0.3]))
-    made = handler()
-    made.look(listed, context(), call)
-    plan = made.contribute(listed, context())
-    found = Session([made], "torch").gradients(plan, grad, call.q, call.k, v, call.mask, form, None)
-    q, k, v = (x.detach().clone().requires_grad_() for x in (call.q, call.k, v))
-    centred = k - mean_key(dataclasses.replace(call, k=k))
+    q, k, v = (x.requires_grad_() for x in (call.q, call.k, call.v))
+    grad, radial = torch.randn_like(q), RADIAL.resolve()
+    listed = AttentionPlan().with_tiles(radial.tiles(LAYOUT), radial.token_order(LAYOUT)).mix(torch.tensor([0.0, 0.3]))
+    layer, seen = OneLayer(Fixed(listed), handler(), backend="torch", tokens_first=call.tokens_first), []
+    layer.observe(seen.append)
+    made = layer.call(*call.as_held(q, k, v), LAYOUT, mask=call.mask)
+    found = torch.autograd.grad(call.heads_first(made), (q, k, v), grad)
+    plan = seen[0].plan
+    assert None not in (plan.tiles, plan.frame_decay, plan.row_override, plan.key_mean, plan.identity_mix)
     states = tile_states(plan, 2, LAYOUT.tokens, None)
-    out = attention(plan, states, *(call.heads_first(x) for x in (q, centred, v)), call.mask, None)
+    out = attention(plan, states, q, k - mean_key(call), v, call.mask, None)
     mix = plan.identity_mix[:, None, None].double()
-    mixed = (1 - mix) * out + mix * call.heads_first(v)
-    expected = torch.autograd.grad(mixed, (q, k, v), call.heads_first(grad))
+    mixed = (1 - mix) * out + mix * v
+    torch.testing.assert_close(call.heads_first(made), mixed)
+    expected = torch.autograd.grad(mixed, (q, k, v), grad)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -401,7 +387,7 @@ def test_lists_and_selections_drop_and_what_is_left_decays(others):
     with dit_accel.attach(transformer, *others) as attachment:
         alone = run(transformer)
         density = attachment.report().density
-    with dit_accel.attach(transformer, *others, ACTIVE) as attachment, watched(attachment) as calls:
+    with dit_accel.attach(transformer, *others, ACTIVE) as attachment, recorded(attachment) as calls:
         both = run(transformer)
         assert attachment.report().density < 1
         plans = [call.plan for call in calls]
@@ -418,14 +404,15 @@ def test_lists_and_selections_drop_and_what_is_left_decays(others):
 def test_the_first_frame_keeps_its_rule_under_correction():
     transformer = tiny_transformer()
     with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=4), ACTIVE) as attachment:
-        with watched(attachment) as calls:
+        with recorded(attachment) as calls:
             run(transformer, steps=1)
-        call, (frames, height, width, *_) = calls[0], calls[0].grid
-        size, layout = height * width, TokenLayout(frames=frames, height=height, width=width)
-        v = call.v.clone()
-        v[:, :, 2 * size :] += 100.0  # frames that the first one must not see
-        plan = dataclasses.replace(call.plan, key_mean=None)  # the call's keys are centred
-        out = attachment._session.execute(plan, context(layout, batch=1), call.q, call.k, v, None, "bhsd", None)
+    call, layout = calls[0], calls[0].context.layout
+    size, v = layout.tokens_per_frame, call.v.clone()
+    v[:, :, 2 * size :] += 100.0  # frames that the first one must not see
+    plan = dataclasses.replace(call.plan, key_mean=None)  # the call's keys are centred
+    layer = OneLayer(Fixed(plan), DeltaHandler(DeltaAttention(stride=4), MODEL), backend="torch")
+    torch.testing.assert_close(layer.call(call.q, call.k, call.v, layout), call.out)
+    out = layer.call(call.q, call.k, v, layout)
     torch.testing.assert_close(out[:, :, :size], call.out[:, :, :size])
     assert (out[:, :, size:] - call.out[:, :, size:]).abs().max() > 1
 
@@ -433,15 +420,20 @@ def test_the_first_frame_keeps_its_rule_under_correction():
 def test_methods_that_look_at_keys_see_the_centred_ones(monkeypatch):
     from dit_accel.methods.attention.lite.handler import LiteHandler
 
-    seen = []
-    monkeypatch.setattr(LiteHandler, "look", lambda self, plan, context, call: seen.append((plan, call)))
+    seen, plan_of = [], LiteHandler.plan
+
+    def looking(self, plan, call, context):
+        seen.append((plan, call))
+        return plan_of(self, plan, call, context)
+
+    monkeypatch.setattr(LiteHandler, "plan", looking)
     transformer = tiny_transformer()
     with dit_accel.attach(transformer, LITE, ACTIVE):
         run(transformer, steps=1, branches=("cond",))
     assert len(seen) == 3
     for plan, call in seen:
         assert plan.frame_decay is not None
-        assert call.k.mean(1).abs().max() < 1e-6
+        assert call.k.mean(2).abs().max() < 1e-6
 
 
 def test_votes_are_on_decayed_logits():
@@ -478,21 +470,37 @@ def test_models_without_frames_or_a_known_length_refuse_it():
     assert "set ultravico.trained_frames" in described.refused["ultravico"]
 
 
-class _Decaying(Handler):
+class _Decays(MethodConfig):
+    name = "decays"
+
+
+class _Decaying(AttentionHandler):
     """Another method with a decay of its own."""
 
-    rank = -1
+    config_type = _Decays
+    phase = Phase.LISTS
 
-    def contribute(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
-        rule = DecayRule(trained_frames=1, alpha=0.5)
-        return dataclasses.replace(plan, frame_decay=frame_decay(rule, context.layout, "cpu"))
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        return plan.decay(frame_decay(DecayRule(trained_frames=1, alpha=0.5), context.layout, "cpu"))
 
 
-def test_two_methods_that_decay_are_refused_at_the_first_call():
+def test_two_methods_that_decay_are_refused_at_the_first_call(monkeypatch):
     transformer = tiny_transformer()
-    with dit_accel.attach(transformer, ACTIVE) as attachment:
-        session = attachment._session
-        model = Model(adapter=ADAPTER, family=None, heads=2, layers=3)
-        session.handlers = (_Decaying(RADIAL, model), *session.handlers)
-        with pytest.raises(ConfigError, match="a call takes one; detach one"):
-            run(transformer)
+    monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
+    with (
+        dit_accel.attach(transformer, ACTIVE, _Decays()),
+        pytest.raises(ConfigError, match="^ultravico beside decays: the plan has a frame decay already"),
+    ):
+        run(transformer)
+
+
+def test_two_methods_that_say_so_are_refused_before(monkeypatch):
+    transformer = tiny_transformer()
+    monkeypatch.setattr(_Decaying, "exclusive", frozenset({"frame decay"}))
+    monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
+    for methods in ((ACTIVE, _Decays()), (_Decays(), ACTIVE)):
+        with pytest.raises(
+            ConfigError, match="^decays and ultravico both set the frame decay of an attention call, which takes one"
+        ):
+            dit_accel.attach(transformer, *methods)
+    assert dit_accel.attachment_of(transformer) is None

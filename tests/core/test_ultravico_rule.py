@@ -60,11 +60,11 @@ def test_published_defaults(name, trained, by_ratio, period, gamma):
     family = registry.family(name)
     adapter = next(adapter for adapter in registry.adapters().values() if family in adapter.families)
     for ratio, (alpha, beta) in by_ratio.items():
-        rule = UltraViCo().rule(adapter, family, trained * ratio)
+        rule = UltraViCo().resolve(adapter, family).rule(trained * ratio)
         assert (rule.trained_frames, rule.alpha, rule.beta, rule.period, rule.gamma) == (
             trained, alpha, beta, period, gamma,
         )  # fmt: skip
-    assert UltraViCo().resolved(adapter, family).first_frame == (name == "wan2.1-1.3b")
+    assert UltraViCo().resolve(adapter, family).first_frame == (name == "wan2.1-1.3b")
 
 
 @pytest.mark.parametrize(

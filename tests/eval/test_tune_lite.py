@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import dit_accel
-from dit_accel import ConfigError, LiteAttention, RadialAttention, SparseD
-from dit_accel.adapters import registry
+from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SparseD
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
+from dit_accel.cli import registry
 from dit_accel.cli.app import app
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
 from dit_accel.methods.base import Model
@@ -196,6 +196,16 @@ def test_it_tunes_inside_another_methods_tiles(tmp_path: Path):
     asked = request(radial, LiteAttention(dense_steps=0), num_inference_steps=3)
     tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
     assert max(row.kept for row in tuned.by_step()) < 0.9
+
+
+def test_who_works_with_lite_works_with_the_tuner():
+    asked = request(LITE, DeltaAttention())
+    pipe = load_pipeline(asked)
+    with tuning._tuning(pipe, asked, 0.05, METRICS["l1"]) as (attachment, tuner):
+        handlers = attachment._execution.handlers
+        assert [handler.name for handler in handlers] == ["lite", "delta"]
+        assert handlers[0] is tuner
+        assert handlers[1].takers == (tuner,)
 
 
 # Bad input

@@ -99,7 +99,7 @@ def test_a_wrong_adapter_fails_by_name(only, change, message):
     adapter = only(dataclasses.replace(WAN, transformers=("WanTransformer3DModel",), side_attention=(), **change))
     if message is None:
         found = check_adapter(adapter, tiny_models.WAN[0], only=FAST)["WanTransformer3DModel 0"]
-        assert found["active"] == "every method with a trial is refused"
+        assert found["active"] == "every method with a case is refused"
         assert found["refused"] == "passed"
         return
     with pytest.raises(AssertionError, match=rf"WanTransformer3DModel 0: check {message}"):
@@ -107,12 +107,14 @@ def test_a_wrong_adapter_fails_by_name(only, change, message):
 
 
 def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch):
-    contribute = SolHandler.contribute
-    monkeypatch.setattr("dit_accel.attachment.attachment.sorted", lambda handlers, key: list(handlers), raising=False)
+    route = SolHandler.plan
+    monkeypatch.setattr("dit_accel.methods.compose.sorted", lambda given, key=None: list(given), raising=False)
     monkeypatch.setattr(
-        SolHandler, "contribute", lambda self, plan, context: (plan.tiles and contribute(self, plan, context)) or plan
+        SolHandler,
+        "plan",
+        lambda self, plan, call, context: route(self, plan, call, context) if plan.tiles is not None else plan,
     )
-    text = r"check 'pairs' failed: .* attached in the other order give another output"
+    text = r"check 'pairs' failed: .*SolAttention.* attached in the other order give another output"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0], only=["pairs"])
 

@@ -14,10 +14,12 @@ import dit_accel
 from dit_accel import ConfigError, RadialAttention, UnsupportedModel
 from dit_accel.adapters.adapter import IMAGE_REFUSED
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
-from dit_accel.attachment.attachment import attention_modules
+from dit_accel.adapters.registry import adapters
+from dit_accel.attachment.find import attention_modules
+from dit_accel.attachment.op import planned_attention
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.testing.adapter_checks import METHOD_CASES, planned
-from dit_accel.testing.recording import watched
+from dit_accel.testing.recording import recorded
 
 ACTIVE = METHOD_CASES["radial"].active
 
@@ -35,7 +37,7 @@ def run(transformer, inputs) -> torch.Tensor:
 def test_mochi_plans_each_row_with_its_own_valid_text():
     (model,) = tiny_models.MOCHI
     transformer, inputs = build(model), model.inputs(2)
-    with dit_accel.attach(transformer, ACTIVE) as attachment, watched(attachment) as calls:
+    with dit_accel.attach(transformer, ACTIVE) as attachment, recorded(attachment) as calls:
         run(transformer, inputs)
         report = attachment.report()
     valid = [224 + int(row) for row in inputs["encoder_attention_mask"].sum(1)]
@@ -45,7 +47,7 @@ def test_mochi_plans_each_row_with_its_own_valid_text():
         inputs["encoder_attention_mask"][:] = True
         run(transformer, inputs)
         assert attachment.report().sparse_density == pytest.approx(
-            ACTIVE.tiles(TokenLayout(frames=7, height=4, width=8, text_after=6)).density
+            ACTIVE.resolve().tiles(TokenLayout(frames=7, height=4, width=8, text_after=6)).density
         )
 
 
@@ -63,16 +65,15 @@ def test_a_sequence_of_another_length_is_refused_where_text_is_ragged():
     (model,) = tiny_models.MOCHI
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
-        attachment._slot.grid = (7, 4, 8, 0, 6)
-        q = torch.zeros(1, 2, 223, 16)
+        layer, grid, q = torch.tensor(0), torch.tensor((7, 4, 8, 0, 6)), torch.zeros(1, 2, 223, 16)
         with pytest.raises(ConfigError, match="layer 0 attends over 223 tokens, the adapter 'mochi' reads"):
-            attachment._session.plan(0, q, q, attachment._slot.grid, "bhsd", False)
+            planned_attention(q, q, q, None, layer, grid, attachment._execution.number, False, None, False)
 
 
 def test_hunyuan_video_hides_padded_text_from_every_key():
     model = tiny_models.HUNYUAN[0]
     transformer, inputs = build(model), model.inputs(2)
-    with dit_accel.attach(transformer, ACTIVE) as attachment, watched(attachment) as calls:
+    with dit_accel.attach(transformer, ACTIVE) as attachment, recorded(attachment) as calls:
         run(transformer, inputs)
     assert len(calls) == 4
     for call in calls:
@@ -120,7 +121,7 @@ def test_describe_tells_the_layers_of_every_list():
 
 def test_the_classes_of_a_family_are_diffusers_own():
     for name, models in tiny_models.MODELS.items():
-        adapter = dit_accel.registry.adapters()[name]
+        adapter = adapters()[name]
         assert {model.transformer for model in models} == {getattr(diffusers, cls) for cls in adapter.transformers}
 
 
@@ -143,7 +144,7 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     with dit_accel.attach(transformer) as attachment:
         assert torch.equal(run(transformer, inputs), plain)
         assert attachment.report().density == 1.0
-        frames, height, width, before, after = attachment._slot.grid
+        frames, height, width, before, after = attachment._slot.grid.tolist()
     assert frames * height * width == 80
     assert (before, after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
     described = dit_accel.describe(transformer).transformers[0]
@@ -159,7 +160,7 @@ def test_the_second_attention_of_sd3_sees_the_image_alone():
         *((f"transformer_blocks.{block}.attn", block) for block in range(3)),
         *((f"transformer_blocks.{block}.attn2", block) for block in range(2)),
     ]
-    with planned(transformer, SD3) as attachment, watched(attachment) as calls:
+    with planned(transformer, SD3) as attachment, recorded(attachment) as calls:
         run(transformer, model.inputs(1))
     assert [call.q.shape[2] for call in calls] == [86, 80, 86, 80, 86]
 

@@ -40,7 +40,7 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
     assert torch.equal(generate(pipe, call, output_type="latent"), latents)
 
     branches = BRANCHES.get(name, ["cond_uncond"])
-    layers = len(attachment._session.places)
+    layers = len(attachment._execution.layers)
     assert [(s.step_index, s.branch, s.dense_layers, s.sparse_layers) for s in report.steps] == [
         (step, branch, 1 if step else layers, layers - 1 if step else 0) for step in range(4) for branch in branches
     ]

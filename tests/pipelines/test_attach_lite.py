@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 
 import pytest
 import tiny_models
@@ -12,7 +11,8 @@ from wan_tiny import generate, tiny_transformer
 
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention, SolAttention
-from dit_accel.testing.recording import watched
+from dit_accel.attachment.op import planned_attention
+from dit_accel.testing.recording import recorded
 
 # Random weights make flat attention: a threshold this near to 0 drops what is new to no row of a tile.
 OPTIONS = dict(block_size=16, threshold=-0.01, dense_steps=0)
@@ -24,17 +24,10 @@ BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 def exact_by_branch(pipe, config, backend="torch", **call):
     """Exact bits of every planned call of a run, by branch, in the order of the calls."""
     found: dict[str, list[torch.Tensor]] = {}
-    with dit_accel.attach(pipe, config, backend=backend) as attachment, watched(attachment) as calls:
-        session, branches = attachment._session, []
-        original = session.execute
-        session.execute = lambda plan, context, *rest: (
-            branches.append(context.branch),
-            original(plan, context, *rest),
-        )[1]
+    with dit_accel.attach(pipe, config, backend=backend) as attachment, recorded(attachment) as calls:
         latents = generate(pipe, **call)
-        session.execute = original
-    for branch, call_ in zip(branches, calls, strict=True):
-        found.setdefault(branch, []).append(call_.exact)
+    for made in calls:
+        found.setdefault(made.context.branch, []).append(made.exact)
     return found, latents
 
 
@@ -43,7 +36,7 @@ def test_it_drops_tiles_after_the_first_call_and_frees_everything_at_the_end(pip
     dense = generate(pipe)
     with dit_accel.attach(pipe, ACTIVE, backend=backend) as attachment:
         sparse = generate(pipe)
-        states = attachment._session.handlers[0]._states
+        states = attachment._execution.handlers[0]._states
         assert not states.by_key
         report = attachment.report()
         assert report.state_bytes == {"lite": 3 * 2 * 4 * 2 * 5}  # layers, branches, bytes, heads, tiles
@@ -69,7 +62,7 @@ def test_neutral_is_bit_equal_and_the_first_call_is_the_dense_plan(pipe):
     with dit_accel.attach(pipe, ACTIVE, backend="reference") as attachment:
         first = generate(pipe, num_inference_steps=1)
         assert attachment.report().density == 1.0
-    with dit_accel.attach(pipe, LiteAttention(**{**OPTIONS, "threshold": -math.inf}), backend="reference"):
+    with dit_accel.attach(pipe, LiteAttention(**{**OPTIONS, "threshold": -1e3}), backend="reference"):
         assert torch.equal(generate(pipe, num_inference_steps=1), first)
 
 
@@ -91,22 +84,15 @@ def test_sequential_branches_never_share_their_state(pipe, backend):
 
 def _exact_of_one_branch(pipe, backend, kept, latents):
     """Exact bits of one branch where another attachment's state serves the other branch."""
-    found = []
-    with dit_accel.attach(pipe, ACTIVE, backend=backend) as attachment, watched(attachment) as calls:
-        session = attachment._session
-        (handler,) = session.handlers
+    with dit_accel.attach(pipe, ACTIVE, backend=backend) as attachment, recorded(attachment) as calls:
+        (handler,) = attachment._execution.handlers
         other = type(handler)(ACTIVE, handler.model)
-        contribute, learn, order = handler.contribute, handler.learn, []
-        handler.contribute = lambda plan, context: (
-            order.append(context.branch),
-            contribute(plan, context) if context.branch == kept else other.contribute(plan, context),
-        )[1]
+        plan, learn = handler.plan, handler.learn
+        handler.plan = lambda made, call, context: (plan if context.branch == kept else other.plan)(made, call, context)
         handler.learn = lambda context, bits: (learn if context.branch == kept else other.learn)(context, bits)
         assert torch.equal(generate(pipe), latents)
-    for branch, call in zip(order, calls, strict=True):
-        if branch == kept:
-            found.append(call.exact)
-    return found
+    assert {call.context.branch for call in calls} == {"cond", "uncond"}
+    return [call.exact for call in calls if call.context.branch == kept]
 
 
 @pytest.mark.parametrize("extra", [{}, {"rest": "pooled"}, {"criterion": "mass", "threshold": 0.3}, {"target": 0.6}])
@@ -132,15 +118,15 @@ def test_second_generation_equals_the_first_whatever_ran_between(pipe, extra):
 
         with pytest.raises(RuntimeError, match="stopped"):
             generate(pipe, callback_on_step_end=stop)
-        assert attachment._session.handlers[0]._states.by_key
+        assert attachment._execution.handlers[0]._states.by_key
         assert torch.equal(generate(pipe), first)
         assert attachment.report().density == density
         with pytest.raises(RuntimeError, match="stopped"):
             generate(pipe, callback_on_step_end=stop)
         attachment.reset()
-        assert not attachment._session.handlers[0]._states.by_key
+        assert not attachment._execution.handlers[0]._states.by_key
         assert attachment.report().steps
-    assert attachment._session.handlers[0]._states.held == 0
+    assert attachment._execution.handlers[0]._states.held == 0
 
 
 def test_a_target_density_holds_within_two_points(pipe):
@@ -179,7 +165,7 @@ def test_the_experts_of_wan_2_2_begin_anew(make_pipe):
     with dit_accel.attach(pipe, RUTHLESS) as attachment:
         first = generate(pipe, num_inference_steps=20)
         assert torch.equal(generate(pipe, num_inference_steps=20), first)
-        assert not attachment._session.handlers[0]._states.by_key
+        assert not attachment._execution.handlers[0]._states.by_key
         report = attachment.report()
     for name in ("transformer", "transformer_2"):
         densities = [s.density for s in report.steps if (s.transformer, s.branch) == (name, "cond")]
@@ -234,7 +220,7 @@ def test_radial_s_list_is_the_universe_in_radial_s_tiles(pipe, backend):
     lite = LiteAttention(threshold=-0.01, dense_steps=0)
     results = []
     for methods in ((radial, lite), (lite, radial)):
-        with dit_accel.attach(pipe, *methods, backend=backend) as attachment, watched(attachment) as calls:
+        with dit_accel.attach(pipe, *methods, backend=backend) as attachment, recorded(attachment) as calls:
             results.append(generate(pipe, height=64, num_inference_steps=5))
             report = attachment.report()
         assert report.methods["lite"]["block_size"] == 16
@@ -265,11 +251,11 @@ def test_mochi_keeps_a_state_for_each_row():
     torch.manual_seed(0)
     transformer = model.transformer(**model.config).eval()
     inputs = model.inputs(2)
-    with dit_accel.attach(transformer, ACTIVE, backend="reference") as attachment, watched(attachment) as calls:
+    with dit_accel.attach(transformer, ACTIVE, backend="reference") as attachment, recorded(attachment) as calls:
         for step in range(3):
             with torch.no_grad(), transformer.cache_context("cond_uncond", step_index=step, num_inference_steps=5):
                 transformer(**inputs, return_dict=False)
-        keys = attachment._session.handlers[0]._states.by_key
+        keys = attachment._execution.handlers[0]._states.by_key
         assert sorted(keys) == [("transformer", layer, "cond_uncond", row, 1) for layer in range(3) for row in range(2)]
         assert [s.sparse_layers for s in attachment.report().steps] == [3, 3, 3]
     for call in calls[6:]:
@@ -311,16 +297,18 @@ def test_gradients_follow_the_bits_of_their_own_call_and_checkpointing_repeats_t
 def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_so():
     transformer = tiny_transformer().double()
     inputs = (torch.randn(1, 12, 5, 8, 8).double(), torch.tensor([500.0]), torch.randn(1, 6, 64).double())
-    q, k, v = torch.randn(3, 1, 80, 2, 16, dtype=torch.float64)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 80, 2, 16, dtype=torch.float64))
     mask = torch.randn(1, 1, 80, 80, dtype=torch.float64)
-    with dit_accel.attach(transformer, ACTIVE) as attachment, torch.no_grad():
-        session = attachment._session
-        session.enter(session.targets[0], "cond", dict(step_index=0, num_inference_steps=4))
-        plan, context, _ = session.plan(0, q, k, (5, 4, 4, 0, 0), "bshd", False, mask)
-        out = session.execute(plan, context, q, k, v, mask, "bshd", None)
-        grads = session.gradients(plan, torch.ones_like(q), q, k, v, mask, "bshd", None)
+    layer, grid = torch.tensor(0), torch.tensor((5, 4, 4, 0, 0))
+    told = dict(step_index=0, num_inference_steps=4)
+    with dit_accel.attach(transformer, ACTIVE) as attachment:
+        number = attachment._execution.number
+        with transformer.cache_context("cond", **told):
+            out, _ = planned_attention(q, k, v, mask, layer, grid, number, True, None, True)
+            grads = torch.autograd.grad(out.sum(), (q, k, v))
         report = attachment.report()
-        assert transformer(*inputs, return_dict=False)[0].isfinite().all()
+        with torch.no_grad():
+            assert transformer(*inputs, return_dict=False)[0].isfinite().all()
     leaves = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*leaves, mask)
     torch.testing.assert_close(out, expected.transpose(1, 2))
@@ -331,18 +319,19 @@ def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_
     assert report.steps[0].dense_layers == 1
     radial = RadialAttention(block_size=16, dense_steps=0, dense_layers=0)
     with dit_accel.attach(transformer, radial, ACTIVE) as attachment:
-        session = attachment._session
-        session.enter(session.targets[0], "cond", dict(step_index=0, num_inference_steps=4))
-        plan, context, _ = session.plan(0, q, k, (5, 4, 4, 0, 0), "bshd", False, mask)
-        with pytest.raises(dit_accel.ConfigError, match="sparse attention follows masks that hide keys"):
-            session.execute(plan, context, q, k, v, mask, "bshd", None)
+        number = attachment._execution.number
+        with (
+            transformer.cache_context("cond", **told),
+            pytest.raises(dit_accel.ConfigError, match="sparse attention follows masks that hide keys"),
+        ):
+            planned_attention(q, k, v, mask, layer, grid, number, True, None, False)
 
 
 def test_a_budget_bounds_the_mean_mass_of_every_call(pipe):
     """Measured in float64 against dense probabilities of the same call; single rows may drift beyond it."""
     for budget in (0.3, 0.9):
         config = LiteAttention(block_size=16, criterion="budget", threshold=budget, dense_steps=0)
-        with dit_accel.attach(pipe, config) as attachment, watched(attachment) as calls:
+        with dit_accel.attach(pipe, config) as attachment, recorded(attachment) as calls:
             generate(pipe, height=48, width=48, num_inference_steps=6)
             density = attachment.report().density
         for call in calls:
@@ -378,7 +367,7 @@ def test_bits_take_a_bit_a_tile(pipe):
 
         def look(pipe, step, timestep, tensors):
             if step < 3:
-                states = attachment._session.handlers[0]._states
+                states = attachment._execution.handlers[0]._states
                 assert states.held == sum(state.bits.nbytes for state in states.by_key.values())
                 assert all(int(count_bits(state.bits).max()) <= 5 for state in states.by_key.values())
                 assert len(states.by_key) == 6

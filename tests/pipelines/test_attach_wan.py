@@ -1,6 +1,7 @@
 """Attaching to Wan: bit-exact where nothing changes, isolated where it does, and the same under every wrapping."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from wan_tiny import TINY, generate, tiny_transformer
 
 import dit_accel
 from dit_accel import RadialAttention
+from dit_accel.attachment.diagnosis import UnplannedRun
 
 SPARSE = dict(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=1, dense_layers=1)
 NEUTRAL = dict(SPARSE, dense_steps=1000)
@@ -23,7 +25,11 @@ def test_neutral_is_bit_equal_and_detach_leaves_no_trace(pipe):
     processors = transformer.attn_processors
     for methods in ((), (RadialAttention(**NEUTRAL),)):
         attachment = dit_accel.attach(pipe, *methods)
-        assert torch.equal(generate(pipe), before)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UnplannedRun)
+            assert torch.equal(generate(pipe), before)
+            assert torch.equal(generate(pipe), before)
+        assert len([one for one in said if issubclass(one.category, UnplannedRun)]) == len(methods)  # once, not twice
         report = attachment.report()
         assert report.density == 1.0
         assert sum(step.dense_layers for step in report.steps) == 4 * 2 * 3
@@ -47,8 +53,8 @@ def test_sparse_changes_the_output_then_detach_restores_it(pipe):
         (1, "cond", 1, 2),
         (1, "uncond", 1, 2),
     ]
-    layout = dit_accel.layout.TokenLayout(frames=5, height=4, width=4)
-    assert report.sparse_density == pytest.approx(RadialAttention(**SPARSE).density(layout))
+    layout = dit_accel.TokenLayout(frames=5, height=4, width=4)
+    assert report.sparse_density == pytest.approx(RadialAttention(**SPARSE).resolve().density(layout))
     assert report.to_dict()["methods"]["radial"]["block_size"] == 16
     assert "radial seldom pays below 20000 visual tokens" in str(report)
 

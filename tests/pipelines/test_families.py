@@ -10,10 +10,13 @@ from accelerate import init_empty_weights
 from dit_accel_pipelines import ADAPTERS
 from dit_accel_pipelines.wan import WAN, WAN_TINY
 
+from dit_accel import ConfigError, DeltaAttention, SparseD
 from dit_accel.cli.method_options import select_methods
-from dit_accel.estimate.estimate import estimate, rounded_frames, token_layout
-from dit_accel.methods import registry as method_registry
+from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.sizes import rounded_frames, token_layout
+from dit_accel.methods.registry import methods
 
+THINNING = {"radial", "sol", "sparsed", "delta"}  # delta beside sparsed
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines/recipes").glob("*.toml"))
 FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
 
@@ -61,11 +64,23 @@ def test_every_family_is_consistent(name):
     layout = token_layout(family, height=family.height, width=family.width, num_frames=family.num_frames)
     assert layout.frames == 1 or family.vae[0] > 1
     assert bool(family.text_tokens) != bool(family.cross_tokens)
-    for method in method_registry.methods():
-        if method not in adapter.refused:
-            found = estimate(adapter, family, methods=[method_registry.method(method)()])
-            assert 0 < found.pair_density <= 1
-            assert (found.pair_density < 1) != (method in found.uncounted)
+    for name, config_type in methods().items():
+        if name in adapter.refused:
+            continue
+        if name == "ultravico" and family.trained_frames is None:
+            with pytest.raises(ConfigError, match=f"ultravico needs the length .*, which {family.name} does not tell"):
+                estimate(adapter, family, methods=[config_type()])
+            continue
+        partner = [SparseD()] if name == "delta" else []
+        found = estimate(adapter, family, methods=[config_type(), *partner])
+        saving = found.savings[name]
+        assert 0 < found.pair_density <= 1
+        assert (found.pair_density < 1) == (name in THINNING)
+        assert saving.counted == (name in THINNING | {"ultravico"})  # whose decay saves nothing, and that is known
+        assert (saving.exact_rows > 0) == (name == "delta")
+    if "delta" not in adapter.refused:
+        with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, and none is attached"):
+            estimate(adapter, family, methods=[DeltaAttention()])
 
 
 def test_names_are_unique():

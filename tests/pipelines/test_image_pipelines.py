@@ -21,16 +21,16 @@ def test_an_image_pipeline_generates_with_every_method_and_reports_it(name):
     pipe, call = PIPELINES[name]()
     plain = generate(pipe, call)
     with dit_accel.attach(pipe) as attachment:
-        targets = attachment._session.targets
-        adapter, layers = targets[0].adapter, [len(target.places) for target in targets]
+        states = list(dict.fromkeys(layer.state for layer in attachment._execution.layers))
+        adapter = states[0].adapter
         assert name.startswith(adapter.name)
-    applying = {method: trial for method, trial in METHOD_CASES.items() if method not in adapter.refused}
+    applying = {method: case for method, case in METHOD_CASES.items() if method not in adapter.refused}
     assert applying
-    for method, trial in applying.items():
-        with dit_accel.attach(pipe, *configs_of(trial.neutral)) as attachment:
+    for method, case in applying.items():
+        with dit_accel.attach(pipe, *configs_of(case.neutral)) as attachment:
             assert torch.equal(generate(pipe, call), plain)
             assert attachment.report().density == 1.0
-        with dit_accel.attach(pipe, *configs_of(trial.active)) as attachment:
+        with dit_accel.attach(pipe, *configs_of(case.active)) as attachment:
             image = generate(pipe, call)
             report = attachment.report()
             print(f"{name}\n{report}")
@@ -41,9 +41,9 @@ def test_an_image_pipeline_generates_with_every_method_and_reports_it(name):
         assert 0 < (report.sparse_density or 0) < 1, method
         assert [step.step_index for step in report.steps] == sorted(step.step_index for step in report.steps)
         assert {step.step_index for step in report.steps} == set(range(call["num_inference_steps"]))
-        for target, places in zip(targets, layers, strict=True):
-            steps = [step for step in report.steps if step.transformer == target.name]
-            assert {(step.dense_layers, step.sparse_layers) for step in steps} == {(0, places)}
+        for state in states:
+            steps = [step for step in report.steps if step.transformer == state.name]
+            assert {(step.dense_layers, step.sparse_layers) for step in steps} == {(0, len(state.layers))}
             branches = [step.branch for step in steps if step.step_index == 0]
             assert [step.branch for step in steps] == branches * call["num_inference_steps"]
             if name in BRANCHES:

@@ -1,5 +1,6 @@
 """Where image tokens lie in calls that the checks do not make: reference images, caches, padding, ragged batches."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +16,12 @@ from dit_accel_pipelines.not_supported import NOT_SUPPORTED
 from torch import Tensor
 
 import dit_accel
-from dit_accel import ConfigError, positions
+from dit_accel import ConfigError
+from dit_accel.adapters import position_ids as positions
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.plan.masks import key_validity
 from dit_accel.testing.adapter_checks import METHOD_CASES, planned
-from dit_accel.testing.recording import require_same, require_text_exact, watched
+from dit_accel.testing.recording import RecordedCall, recorded, require_same, require_text_exact
 
 SOL = METHOD_CASES["sol"]
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
@@ -46,16 +48,21 @@ def assert_planned_is_dense(name: str, transformer: Any, run: Callable[[Any], li
     """All tiles kept gives what the untouched model gives; thinned out, text stays exact. Returns the calls' grids."""
     transformer = transformer.double()
     expected = run(transformer)
-    with planned(transformer, ADAPTERS[name]) as attachment, watched(attachment) as calls:
+    with planned(transformer, ADAPTERS[name]) as attachment, recorded(attachment) as calls:
         for found, plain in zip(run(transformer), expected, strict=True):
             require_same(found, plain, name)
-    with dit_accel.attach(transformer, SOL.active) as attachment, watched(attachment) as thinned:
+    with dit_accel.attach(transformer, SOL.active) as attachment, recorded(attachment) as thinned:
         assert not torch.equal(run(transformer)[-1], expected[-1])
     assert len(thinned) == len(calls) > 0
     for call in thinned:
         require_text_exact(call)
     assert torch.equal(run(transformer)[-1], expected[-1])
-    return [call.grid for call in calls]
+    return [grid_of(call) for call in calls]
+
+
+def grid_of(call: RecordedCall) -> tuple[int, ...]:
+    """Frames, height, width, text before and text after."""
+    return dataclasses.astuple(call.context.layout)
 
 
 def test_a_raster_is_read_off_either_end():

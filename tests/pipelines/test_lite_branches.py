@@ -13,9 +13,9 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import LiteAttention
-from dit_accel.methods.base import Handler
+from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
-from dit_accel.testing.recording import watched
+from dit_accel.testing.recording import recorded
 from dit_accel.testing.reference import attention
 
 BRANCHES = ("cond", "uncond", "perturbed")
@@ -29,26 +29,27 @@ class MixingConfig(MethodConfig):
     name = "mixing"
 
 
-class Mixing(Handler):
-    """Replaces half of every head's output by V in one branch, and does nothing else."""
+class Mixing(AttentionHandler):
+    """Replaces a share of each head's output by V in one branch, and does nothing else."""
 
-    rank = 2
+    config_type = MixingConfig
+    phase = Phase.TRANSFORMS
 
-    def __init__(self, branch: str) -> None:
+    def __init__(self, branch: str, model: Model) -> None:
+        super().__init__(MixingConfig(), model)
         self.branch = branch
-        self.config = MixingConfig()
 
-    def contribute(self, plan, context):
-        mix = torch.tensor([0.25, 0.75])
-        return dataclasses.replace(plan, identity_mix=mix) if context.branch == self.branch else plan
+    def plan(self, plan, call, context):
+        return plan.mix(torch.tensor([0.25, 0.75])) if context.branch == self.branch else plan
 
 
 def run_branches(transformer, latents, text, branches=BRANCHES, told=True, mixing="perturbed"):
     """Run steps of sequential branches; return (branch, layer) -> planned calls, branch -> outputs, and the report."""
     calls_of, outs = {}, {branch: [] for branch in branches}
-    with dit_accel.attach(transformer, LITE, backend="reference") as attachment, watched(attachment) as calls:
-        session = attachment._session
-        session.handlers = (*session.handlers, Mixing(mixing))
+    with dit_accel.attach(transformer, LITE, backend="reference") as attachment, recorded(attachment) as calls:
+        execution = attachment._execution
+        (lite,) = execution.handlers
+        execution.use((Mixing(mixing, lite.model), lite))
         for step in range(STEPS):
             where = dict(step_index=step, num_inference_steps=STEPS) if told else {}
             for branch in branches:
@@ -58,7 +59,7 @@ def run_branches(transformer, latents, text, branches=BRANCHES, told=True, mixin
                 for layer, call in enumerate(calls[-3:]):
                     calls_of.setdefault((branch, layer), []).append(call)
         report = attachment.report()
-        held = len(session.handlers[0]._states.by_key)
+        held = len(lite._states.by_key)
     assert len(calls) == STEPS * len(branches) * 3
     return calls_of, outs, report, held
 
@@ -148,7 +149,7 @@ def test_perturbed_attention_guidance_perturbs_though_methods_are_attached():
     with dit_accel.attach(transformer, LiteAttention(dense_steps=1000)):
         neutral = guided(transformer, guider(), inputs)
     assert all(torch.equal(a, b) for name in plain for a, b in zip(plain[name], neutral[name], strict=True))
-    everything = LiteAttention(block_size=16, threshold=-float("inf"), dense_steps=0)
+    everything = LiteAttention(block_size=16, threshold=-1e3, dense_steps=0)
     with dit_accel.attach(transformer, everything) as attachment:
         kept = guided(transformer, guider(), inputs)
         report = attachment.report()
@@ -183,7 +184,7 @@ def test_guiders_that_skip_blocks_or_smooth_queries_keep_their_branch_apart(kind
     assert dense == {("pred_cond", 2), ("pred_uncond", 2), (third, 1 if skipped else 2)}
     with dit_accel.attach(transformer, RUTHLESS) as attachment:
         first = guided(transformer, guider(), inputs)
-        keys = attachment._session.handlers[0]._states.by_key
+        keys = attachment._execution.handlers[0]._states.by_key
         assert {(key[1], key[2]) for key in keys} == {
             (layer, name) for layer in (0, 1) for name in plain if not (skipped and layer == 1 and name == third)
         }

@@ -14,12 +14,12 @@ from diffusers.hooks import (
     SeaCacheConfig,
     TaylorSeerCacheConfig,
 )
-from dit_accel_kernels import unpack_bits
+from dit_accel_kernels import block_sparse_attention_eager, unpack_bits
 from wan_tiny import generate
 
 import dit_accel
 from dit_accel import DeltaAttention, LiteAttention, SparseD
-from dit_accel.testing.recording import watched
+from dit_accel.testing.recording import recorded
 
 STEPS, TILES = 10, 5
 LITE = LiteAttention(block_size=16, threshold=-0.01, dense_steps=0)
@@ -52,16 +52,13 @@ def run(pipe, **options):
 
 def states_after_each_step(pipe, attachment):
     """Run; return latents, states by key after each step as (calls, votes, bits), and keys that ran in each step."""
-    session, ran, after = attachment._session, [set()], []
-    (handler,) = session.handlers
-    original = session.execute
+    ran, after = [set()], []
+    (handler,) = attachment._execution.handlers
 
-    def execute(plan, context, *rest):
-        key = context.transformer, context.layer, context.branch, context.row, context.batch
-        assert context.step_index == len(after)
-        assert key not in ran[-1]
-        ran[-1].add(key)
-        return original(plan, context, *rest)
+    def note(planned):
+        assert planned.context.step_index == len(after)
+        assert planned.context.key not in ran[-1]
+        ran[-1].add(planned.context.key)
 
     def look(pipe, step, timestep, tensors):
         states = handler._states.by_key.items()
@@ -69,9 +66,8 @@ def states_after_each_step(pipe, attachment):
         ran.append(set())
         return tensors
 
-    session.execute = execute
-    latents = run(pipe, callback_on_step_end=look)
-    del session.execute
+    with attachment.observe(note):
+        latents = run(pipe, callback_on_step_end=look)
     return latents, after, ran[:-1]
 
 
@@ -98,29 +94,24 @@ def test_skipped_calls_leave_the_state_and_the_report_alone(make_pipe, cache, or
         keys = [key for key in ran[step.step_index] if key[2] == step.branch]
         assert (step.dense_layers, step.sparse_layers) == (0, len(keys))
     assert torch.equal(run(pipe), latents)
-    assert not attachment._session.handlers[0]._states.by_key
+    assert not attachment._execution.handlers[0]._states.by_key
     attachment.detach()
     assert torch.equal(run(pipe), run(cached(make_pipe(), cache)))
 
 
 @ALL
 def test_later_calls_read_what_the_last_computed_one_left_and_turn_round_each_time(pipe, cache):
-    with dit_accel.attach(cached(pipe, cache), LITE, backend="reference") as attachment:
-        session, moments = attachment._session, []
-        with watched(attachment) as calls:
-            inner = session.execute
-            session.execute = lambda plan, context, *rest: (moments.append(context), inner(plan, context, *rest))[1]
-            run(pipe)
-            session.execute = inner
+    with dit_accel.attach(cached(pipe, cache), LITE, backend="reference") as attachment, recorded(attachment) as calls:
+        run(pipe)
     by_key = {}
-    for context, call in zip(moments, calls, strict=True):
-        by_key.setdefault((context.layer, context.branch), []).append(call)
+    for call in calls:
+        by_key.setdefault((call.context.layer, call.context.branch), []).append(call)
     assert max(map(len, by_key.values())) > 2
     for called in by_key.values():
         assert unpack_bits(called[0].exact, TILES).all()
         assert [call.plan.selection.reverse for call in called] == [n % 2 == 1 for n in range(len(called))]
         for before, now in itertools.pairwise(called):
-            again = dit_accel.session.block_sparse_attention_eager(
+            again = block_sparse_attention_eager(
                 before.q, before.k, before.v, before.plan.tiles, layout="bhsd", scale=before.scale,
                 selection=before.plan.selection, backend="reference",
             )  # fmt: skip
@@ -155,7 +146,7 @@ def test_other_options_beside_a_cache(pipe, cache, options):
         first = run(pipe, height=48, width=48)
         report = attachment.report()
         assert torch.equal(run(pipe, height=48, width=48), first)
-        assert not attachment._session.handlers[0]._states.by_key
+        assert not attachment._execution.handlers[0]._states.by_key
     counts = [(step.dense_layers, step.sparse_layers) for step in report.steps]
     assert sum(map(sum, counts)) < STEPS * 2 * 3
     assert report.sparse_density < 1
@@ -187,7 +178,7 @@ def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(
     call = dict(call, num_inference_steps=8, output_type="latent")
     diffusers.utils.logging.set_verbosity_error()
     pipe.transformer.enable_cache(FasterCacheConfig(**FASTER, current_timestep_callback=lambda: pipe.current_timestep))
-    with dit_accel.attach(pipe, *methods) as attachment, watched(attachment) as calls:
+    with dit_accel.attach(pipe, *methods) as attachment, recorded(attachment) as calls:
         first = tiny_pipelines.generate(pipe, call)
         report = attachment.report()
         again = tiny_pipelines.generate(pipe, call)

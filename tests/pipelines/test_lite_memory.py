@@ -12,7 +12,8 @@ import dit_accel
 from dit_accel import LiteAttention, RadialAttention, SparseD
 from dit_accel.adapters import registry
 from dit_accel.cli.app import app
-from dit_accel.estimate.estimate import estimate, token_layout
+from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.sizes import token_layout
 
 SIZE = dict(height=48, width=32, num_frames=9, num_inference_steps=4)
 LITE = LiteAttention(block_size=16, dense_steps=0)

@@ -1,5 +1,6 @@
 """What is particular to the later video families: sound, history, references, pairs, noise levels, sizes."""
 
+import contextlib
 import inspect
 
 import diffusers
@@ -15,9 +16,10 @@ from tiny_video_pipelines import generate, helios, kandinsky5, minimax_h3
 import dit_accel
 from dit_accel import ConfigError, RadialAttention
 from dit_accel.adapters.position_ids import COMPILED
-from dit_accel.attachment.attachment import attention_modules
+from dit_accel.adapters.registry import adapter_for
+from dit_accel.attachment.find import attention_modules
 from dit_accel.testing.adapter_checks import METHOD_CASES
-from dit_accel.testing.recording import watched
+from dit_accel.testing.recording import recorded
 
 ACTIVE = METHOD_CASES["radial"].active
 
@@ -34,9 +36,9 @@ def run(transformer, inputs) -> torch.Tensor:
 
 def planned_calls(model, **changes):
     transformer = build(model)
-    with dit_accel.attach(transformer, ACTIVE) as attachment, watched(attachment) as calls:
+    with dit_accel.attach(transformer, ACTIVE) as attachment, recorded(attachment) as calls:
         run(transformer, {**model.inputs(1), **changes})
-        return calls, attachment._slot.grid
+        return calls, tuple(attachment._slot.grid.tolist())
 
 
 @pytest.mark.parametrize(
@@ -120,45 +122,36 @@ def test_minimax_h3_in_a_whole_compiled_graph_has_no_grid(monkeypatch):
     model = models.MINIMAX[0]
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
-        grid_of = attachment._session.targets[0].adapter.grid
+        grid_of = attachment._execution.layers[0].state.adapter.grid
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert grid_of(transformer.config, model.inputs(1)) == COMPILED
 
 
-class Levels:
-    """Records the noise level of every planned call."""
-
-    def __init__(self, attachment) -> None:
-        self.found = []
-        plan = attachment._session.plan
-
-        def told(*arguments):
-            result = plan(*arguments)
-            self.found.append((result[1].step_index, result[1].sigma))
-            return result
-
-        attachment._session.plan = told
+@contextlib.contextmanager
+def levels(attachment):
+    """Give (step, noise level) of every planned call."""
+    found = []
+    with attachment.observe(lambda planned: found.append((planned.context.step_index, planned.context.sigma))):
+        yield found
 
 
 def test_every_chunk_is_a_run_of_its_own():
     pipe, call = helios()
     config = RadialAttention(block_size=16, dense_steps=1, dense_layers=0, decay_factor=0.2, near="half", sink=False)
-    with dit_accel.attach(pipe, config) as attachment:
-        levels = Levels(attachment)
+    with dit_accel.attach(pipe, config) as attachment, levels(attachment) as found:
         video = generate(pipe, {**call, "num_frames": 50, "guidance_scale": 1.0, "num_inference_steps": 2})
         steps = [(step.step_index, step.sparse_layers) for step in attachment.report().steps]
     assert video.isfinite().all()
     assert steps == [(0, 0), (1, 3)]
-    assert [step for step, _ in levels.found] == [1] * 3 * 2  # both chunks begin dense
+    assert [step for step, _ in found] == [1] * 3 * 2  # both chunks begin dense
 
 
 @pytest.mark.parametrize("make", [kandinsky5, minimax_h3])
 def test_the_noise_level_comes_from_the_scheduler_where_no_pipeline_tells_it(make):
     pipe, call = make()
-    with dit_accel.attach(pipe, ACTIVE) as attachment:
-        levels = Levels(attachment)
+    with dit_accel.attach(pipe, ACTIVE) as attachment, levels(attachment) as found:
         generate(pipe, call)
-    assert set(levels.found) == set(enumerate(pipe.scheduler.sigmas[:-1].tolist()))
+    assert set(found) == set(enumerate(pipe.scheduler.sigmas[:-1].tolist()))
 
 
 def test_warm_up_may_be_counted_in_noise_on_a_schedule_with_a_large_shift():
@@ -204,4 +197,4 @@ def test_released_sizes_are_those_of_diffusers_defaults():
     }
     for cls, name in defaults.items():
         config = {key: value.default for key, value in inspect.signature(cls.__init__).parameters.items()}
-        assert dit_accel.registry.adapter_for(cls.__name__).family(config).name == name
+        assert adapter_for(cls.__name__).family(config).name == name

@@ -30,7 +30,7 @@ def test_a_video_pipeline_generates_and_reports_it(name):
         assert torch.equal(generate(pipe, call), plain)
         assert attachment.report().density == 1.0
     with dit_accel.attach(pipe, CONFIG) as attachment:
-        sparse, report, layers = generate(pipe, call), attachment.report(), len(attachment._session.places)
+        sparse, report, layers = generate(pipe, call), attachment.report(), len(attachment._execution.layers)
     print(f"{name}\n{report}")
     assert sparse.isfinite().all()
     assert not torch.equal(sparse, plain)

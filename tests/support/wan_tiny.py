@@ -24,3 +24,22 @@ def generate(pipe: WanPipeline, **changes: object) -> torch.Tensor:
     if "generator" not in call:
         call["generator"] = torch.Generator().manual_seed(0)
     return pipe(**call).frames
+
+
+def denoise(
+    transformer: WanTransformer3DModel, steps: int = 4, *, seed: int = 0, frames: int = 5,
+    branches: tuple[str, ...] = ("cond", "uncond"),
+) -> torch.Tensor:  # fmt: skip
+    """Return the latents after some told steps without a pipeline, [1, 12, F, 8, 8]: F x 4 x 4 tokens, no text."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 12, frames, 8, 8, generator=generator)
+    texts = {name: torch.randn(1, 6, 64, generator=generator) for name in ("cond", "uncond")}
+    with torch.no_grad():
+        for step in range(steps):
+            found = []
+            for branch in branches:
+                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
+                    time = torch.tensor([1000.0 - 100 * step])
+                    found.append(transformer(x, time, texts[branch], return_dict=False)[0])
+            x = x - 0.3 * sum(found)
+    return x

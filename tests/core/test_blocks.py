@@ -1,0 +1,200 @@
+"""Block lists as data, and the streams in the calls and results of a block."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+from torch import nn
+
+from dit_accel import ConfigError, UnsupportedModel
+from dit_accel.adapters import blocks as blocks_module
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters.blocks import JOINT, BlockList, block_lists, block_signature, registered_blocks
+
+H, E, OTHER = torch.zeros(1, 4, 2), torch.ones(1, 3, 2), torch.full((1, 5, 2), 2.0)
+
+
+class Joint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Linear(2, 2)
+        self.attn.processor = object()
+
+    def forward(self, hidden_states, encoder_hidden_states=None, temb=None, *, extra=None):
+        return encoder_hidden_states, hidden_states
+
+
+class Toy(nn.Module):
+    def __init__(self, **config):
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+        self.blocks = nn.ModuleList([Joint() for _ in range(12)])
+        self.inner = nn.ModuleList([nn.ModuleList([Joint()])])
+
+
+FLUX_LIKE = BlockList(pattern="blocks.*", takes=JOINT, gives=(1, 0))
+SIGNATURE = block_signature(FLUX_LIKE, Joint)
+
+
+def adapter(**changes):
+    return Adapter(**{"name": "mine", "transformers": ("Toy",), "self_attention": ("blocks.*.attn",), **changes})
+
+
+def same(found, expected):
+    return all(one is two for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(pattern="blocks"), r"a block list needs a pattern such as 'transformer_blocks\.\*', got 'blocks'"),
+        (dict(pattern=None), "needs a pattern such as .*, got None"),
+        (dict(takes="hidden_states"), "takes must be a tuple of different argument names, .* got 'hidden_states'"),
+        (dict(takes=()), r"takes must be a tuple of different argument names, the visual stream's first, got \(\)"),
+        (dict(takes=("x", "x"), gives=(0, 1)), r"different argument names, .* got \('x', 'x'\)"),
+        (dict(gives=(0, 1)), r"gives must name each of the 1 streams once by its index in takes, .* got \(0, 1\)"),
+        (dict(takes=JOINT, gives=(0,)), r"gives must name each of the 2 streams once .* got \(0,\)"),
+        (dict(takes=JOINT, gives=(0, 0)), r"once by its index in takes, and None for what is no stream, got \(0, 0\)"),
+        (dict(gives=[0]), r"gives must name .* got \[0\]"),
+    ],
+)
+def test_what_is_no_block_list_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        BlockList(**{"pattern": "blocks.*", **changes})
+
+
+def test_an_adapter_takes_a_tuple_of_lists_or_none():
+    assert adapter().blocks is None
+    with pytest.raises(ConfigError, match="blocks must be a tuple of BlockList objects, got BlockList"):
+        adapter(blocks=FLUX_LIKE)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "expected"),
+    [
+        ((H, E), {}, (H, E)),
+        ((H,), dict(encoder_hidden_states=E), (H, E)),
+        ((), dict(temb=OTHER, encoder_hidden_states=E, hidden_states=H), (H, E)),
+        ((H,), dict(temb=OTHER), (H, None)),
+    ],
+)
+def test_streams_are_read_and_written_however_they_are_given(args, kwargs, expected):
+    assert same(SIGNATURE.read_call(args, kwargs), expected)
+    before = (tuple(args), dict(kwargs))
+    new_args, new_kwargs = SIGNATURE.write_call((OTHER, expected[1]), args, kwargs)
+    assert same(SIGNATURE.read_call(new_args, new_kwargs), (OTHER, expected[1]))
+    assert same((*args, *kwargs.values()), (*before[0], *before[1].values()))
+    assert len(new_args) == len(args)
+    assert set(new_kwargs) == set(kwargs)
+
+
+def test_a_stream_that_the_call_lacks_can_be_given():
+    assert SIGNATURE.write_call((H, E), (H,), {}) == ((H,), {"encoder_hidden_states": E})
+    by_keyword = block_signature(BlockList(pattern="blocks.*", takes=("extra",)), Joint)
+    assert by_keyword.read_call((H, E, OTHER), {}) == (None,)
+    assert by_keyword.write_call((H,), (OTHER, E, E), {"extra": E})[1]["extra"] is H
+
+
+def test_results_are_read_and_built_in_the_blocks_order():
+    assert same(SIGNATURE.read_result((E, H)), (H, E))
+    assert same(SIGNATURE.write_result((H, E)), (E, H))
+    assert same(SIGNATURE.write_result((H, None), like=(None, OTHER)), (None, H))
+    alone = block_signature(BlockList(pattern="blocks.*"), Joint)
+    assert alone.read_result(H) == (H,)
+    assert alone.write_result((H,)) is H
+    assert alone.write_result((H,), like=E) is H
+
+
+def test_what_is_no_stream_is_kept_and_cannot_be_made_up():
+    listed = BlockList(pattern="blocks.*", gives=(None, 0))
+    signature = block_signature(listed, Joint)
+    assert not listed.gives_streams_only
+    assert FLUX_LIKE.gives_streams_only
+    assert same(signature.read_result((E, H)), (H,))
+    assert same(signature.write_result((OTHER,), like=(E, H)), (E, OTHER))
+    with pytest.raises(ConfigError, match="Joint gives more than its streams, which can't be made up; let it run once"):
+        signature.write_result((OTHER,))
+
+
+@pytest.mark.parametrize(
+    ("gives", "result", "message"),
+    [
+        ((1, 0), H, "Joint gave one Tensor, the adapter's blocks tell of a tuple of 2; correct the adapter's blocks"),
+        ((1, 0), (H, E, H), "Joint gave a tuple of 3, the adapter's blocks tell of a tuple of 2"),
+        ((0,), (H,), "Joint gave a tuple of 1, the adapter's blocks tell of one tensor"),
+    ],
+)
+def test_a_result_of_another_form_is_refused(gives, result, message):
+    signature = block_signature(BlockList(pattern="blocks.*", takes=JOINT[: len(gives)], gives=gives), Joint)
+    with pytest.raises(UnsupportedModel, match=message):
+        signature.read_result(result)
+    with pytest.raises(UnsupportedModel, match=message):
+        signature.write_result((H, E), like=result)
+
+
+def test_a_signature_is_bound_once_a_class(monkeypatch):
+    class Fresh(Joint):
+        pass
+
+    asked = []
+    monkeypatch.setattr(
+        blocks_module.inspect, "signature", lambda f: asked.append(f) or inspect.Signature.from_callable(f)
+    )
+    signatures = {id(block_signature(FLUX_LIKE, Fresh)) for _ in range(5)}
+    assert (len(signatures), len(asked)) == (1, 1)
+
+
+def test_a_stream_of_another_name_is_refused():
+    with pytest.raises(
+        UnsupportedModel, match=r"Joint has no argument 'x', .* 'blocks\.\*' should take; it has hidden_st"
+    ):
+        block_signature(BlockList(pattern="blocks.*", takes=("x",)), Joint)
+
+
+def test_the_lists_of_an_adapter_are_those_that_the_model_has():
+    other = BlockList(pattern="vace_blocks.*")
+    assert block_lists(adapter(blocks=(other, FLUX_LIKE)), Toy()) == (FLUX_LIKE,)
+    names = [name for name, _ in FLUX_LIKE.modules(adapter(), Toy())]
+    assert names == [f"blocks.{i}" for i in range(12)]  # and not blocks.0.attn, nor in the order of their letters
+    deep = BlockList(pattern="inner.*.*", takes=JOINT, gives=(1, 0))
+    assert [name for name, _ in deep.modules(adapter(), Toy())] == ["inner.0.0"]
+
+
+def test_blocks_whose_attention_is_left_dense_are_left_out():
+    half = adapter(left_dense=lambda config: tuple(f"blocks.{i}.attn" for i in range(config.encoder, 12)))
+    names = [name for name, _ in FLUX_LIKE.modules(half, Toy(encoder=3))]
+    assert names == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(blocks=()),
+            "'mine' describes no blocks, so that none of Toy can be skipped or cached; use a method that",
+        ),
+        (dict(blocks=(BlockList(pattern="layers.*"),)), r"looks for blocks layers\.\* in Toy and finds none; correct"),
+        ({}, r"registry does not know Joint \(blocks\.\*\), .* 'mine' describes no blocks; give it blocks=\(BlockList"),
+        (
+            dict(self_attention=("layers.*.attn",)),
+            r"finds no blocks around layers\.\*\.attn in Toy; give the adapter bl",
+        ),
+    ],
+)
+def test_a_model_without_blocks_is_refused(changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        block_lists(adapter(**changes), Toy())
+
+
+def test_diffusers_registry_is_read_where_an_adapter_tells_nothing():
+    found = registered_blocks("transformer_blocks.*", FluxTransformerBlock, "flux")
+    assert found == BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0))
+    TransformerBlockRegistry.get(FluxTransformerBlock)  # private to diffusers: what is read of it is still there
+    fields = set(TransformerBlockRegistry._registry[FluxTransformerBlock].__dataclass_fields__)
+    assert fields >= {
+        "return_hidden_states_index", "return_encoder_hidden_states_index",
+        "hidden_states_argument_name", "encoder_hidden_states_argument_name",
+    }  # fmt: skip

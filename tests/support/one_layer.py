@@ -1,0 +1,87 @@
+"""One attention module under an execution of its own, without a model, told its steps by hand."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel import RadialAttention
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.attachment.execution import Execution, Observer
+from dit_accel.attachment.layers import AttentionLayer, TransformerState
+from dit_accel.attachment.op import planned_attention
+from dit_accel.methods.base import AttentionHandler, Handler, Model, Phase
+from dit_accel.methods.compose import make_handlers
+from dit_accel.methods.config import MethodConfig
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan
+from dit_accel.report.report import StepReport, step_reports
+
+ADAPTER = Adapter(name="any", transformers=(), self_attention=())
+MODEL = Model(adapter=ADAPTER, family=None, heads=2, layers=1)
+
+
+class Fixed(AttentionHandler):
+    """A method whose plan is given: it replaces whatever others planned."""
+
+    config_type = RadialAttention
+    phase = Phase.LISTS
+
+    def __init__(self, plan: AttentionPlan, model: Model = MODEL) -> None:
+        super().__init__(RadialAttention(), model)
+        self.given = plan
+
+    def plan(self, plan, call, context):
+        """Return the plan."""
+        return self.given
+
+
+class OneLayer:
+    """An attention module that methods act on.
+
+    Args:
+        methods: configs, which are made into handlers on `MODEL`, or handlers.
+        backend: the kernel backend.
+        steps: steps of the run; None: nothing tells.
+        tokens_first: its tensors lie as [B, S, H, D], else [B, H, S, D].
+    """
+
+    def __init__(
+        self, *methods: MethodConfig | Handler, backend: str = "reference", steps: int | None = 8,
+        tokens_first: bool = False,
+    ) -> None:  # fmt: skip
+        configs = [method for method in methods if isinstance(method, MethodConfig)]
+        made = [method for method in methods if isinstance(method, Handler)]
+        self.execution = Execution([*made, *make_handlers(configs, MODEL)], backend)
+        self.state = TransformerState("transformer", nn.Module(), ADAPTER)
+        layer = AttentionLayer(self.state, nn.Module(), 0, 0)
+        self.execution.layers.append(layer)
+        self.state.layers.append(layer)
+        self.steps, self.tokens_first = steps, tokens_first
+
+    def observe(self, callback: Observer) -> None:
+        """Call ``callback`` with every planned call from now on."""
+        self.execution.observers.append(callback)
+
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, *, step: int = 0, branch: str = "cond",
+        mask: Tensor | None = None, scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the output of one call at a step; a backward may follow where q, k or v require gradients."""
+        told = {"step_index": step, "num_inference_steps": self.steps}
+        self.execution.state.enter(self.state, branch, told)
+        self.state.begin_forward(len(q))
+        differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        grid = (layout.frames, layout.height, layout.width, layout.text_before, layout.text_after)
+        try:
+            return planned_attention(
+                q, k, v, mask, torch.tensor(0), torch.tensor(grid), self.execution.number, self.tokens_first, scale,
+                differentiate,
+            )[0]  # fmt: skip
+        finally:
+            self.execution.state.leave(self.state)
+
+    def reports(self) -> Sequence[StepReport]:
+        """What ran so far, by step and branch."""
+        self.execution.recorder.settle()
+        return step_reports(self.execution.recorder)
