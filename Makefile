@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo test bench bench-gpu types lint format setup clean
+.PHONY: demo test test-slow test-all bench bench-gpu types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_pipelines.demo --out demo
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --durations=15 --durations-min=1
+
+test-slow: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow --durations=15 --durations-min=1
+
+test-all: test test-slow
 
 bench: $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py

@@ -1,13 +1,13 @@
 """dit-accel: sparse attention, longer generation, caching and guidance for diffusers' diffusion transformers."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .public import HOMES
+from .public import HOMES, public_name
 
 if TYPE_CHECKING:
     from .attachment.attachment import Attachment as Attachment
     from .attachment.attachment import attach as attach
+    from .attachment.attachment import attachment_of as attachment_of
     from .errors import AttachError as AttachError
     from .errors import ConfigError as ConfigError
     from .errors import DitAccelError as DitAccelError
@@ -16,17 +16,20 @@ if TYPE_CHECKING:
     from .estimate.describe import Description as Description
     from .estimate.describe import describe as describe
     from .methods.attention.delta import DeltaAttention as DeltaAttention
-    from .methods.attention.lite.handler import LiteAttention as LiteAttention
+    from .methods.attention.lite.config import LiteAttention as LiteAttention
     from .methods.attention.radial import RadialAttention as RadialAttention
     from .methods.attention.sol import SolAttention as SolAttention
     from .methods.attention.sparsed import SparseD as SparseD
     from .methods.attention.ultravico import UltraViCo as UltraViCo
+    from .plan.layout import TokenLayout as TokenLayout
     from .report.report import Report as Report
 
-__all__ = list(HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+    __version__: str
+else:  # `import dit_accel` loads no torch, and --help stays quick; type checkers still see a misspelt name
+    __getattr__ = public_name
+
+__all__ = [*HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:  # so that `import dit_accel` loads no torch, and --help stays quick
-    if name not in HOMES:
-        raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES, "__version__"})

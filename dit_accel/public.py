@@ -1,5 +1,9 @@
 """The public names of `dit_accel` and the modules they live in, so that `import dit_accel` loads none of them."""
 
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
 HOMES: dict[str, str] = {
     "Attachment": "attachment.attachment",
     "attach": "attachment.attachment",
@@ -21,3 +25,16 @@ HOMES: dict[str, str] = {
     "TokenLayout": "plan.layout",
 }
 """Name -> its module, below `dit_accel`."""
+
+
+def public_name(name: str) -> Any:
+    """Return what `dit_accel` gives by a public name; the package's ``__getattr__``.
+
+    Raises:
+        AttributeError: for another name.
+    """
+    if name == "__version__":
+        return version("dit-accel")
+    if name not in HOMES:
+        raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
+    return getattr(import_module(f"dit_accel.{HOMES[name]}"), name)

@@ -17,7 +17,7 @@ from ..report.report import Report, call_reports, step_reports
 from .diagnosis import replaced_processors, unplanned_reason, warn_if_unplanned
 from .execution import Execution, Observer
 from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
-from .forward import Forward, begin_call
+from .forward import Forward, count_dense, switch
 from .layers import AttentionLayer, TransformerState
 from .processor import Slot, dense_attention_of, unwrap_processor, wrap_processor
 from .seam import owner_of, shadow, wrap_call
@@ -261,12 +261,15 @@ def _followed_context(
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
         forward.note_weights()
         execution.state.enter(state, name, kwargs)
-        if state.branches[-1].told and not state.nested:
-            begin_call(execution, state)
-            state.begun = True
+        state.begun = state.branches[-1].told and not state.nested
+        if state.begun:  # the forward may lie inside a graph, where nothing can be switched
+            state.begin_forward(None)
+            switch(execution, state)
         try:
             with original(name, **kwargs):
                 yield
+            if state.begun and forward.traceable:
+                count_dense(execution, state)
         finally:
             state.begun = False
             execution.state.leave(state)

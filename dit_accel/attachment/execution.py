@@ -195,10 +195,10 @@ class Execution:
         if plan.needs_kernel:
             dq, dk, dv = self._kernel_gradients(plan, call, grad)
         else:
-            with torch.enable_grad():
-                q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
-                out = self._run_dense(plan, replace(call, q=q, k=k, v=v), layer)
-                dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+            _, pull_back = torch.func.vjp(  # inside an operator autograd records nothing
+                lambda q, k, v: self._run_dense(plan, replace(call, q=q, k=k, v=v), layer), call.q, call.k, call.v
+            )
+            dq, dk, dv = pull_back(grad)
         dq, dk, dv = call.as_held(dq[:, :, asked], dk, dv)
         return dq, dk, dv
 

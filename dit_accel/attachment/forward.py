@@ -16,7 +16,7 @@ from ..plan.layout import layout_of
 from .execution import NO_GRID, Execution
 from .layers import TransformerState
 from .lora import lora_state
-from .processor import Slot
+from .processor import Slot, as_tensors
 
 _STEP_FIELDS = tuple(field.name for field in fields(StepContext))
 
@@ -44,8 +44,10 @@ class Forward:
         self._slot = slot
         self._state = state
         self._functions = tuple(functions)
-        self._untraceable = bool(functions) or on_blocks
+        self.traceable = not functions and not on_blocks
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
+        self._last: Grid | None = None
+        self._grid = slot.grid
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
 
     def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -92,8 +94,9 @@ class Forward:
         slot.idle = plain == NO_STEP
         if slot.idle:
             return grid
-        if tuple(slot.grid.tolist()) != plain:
-            slot.grid = torch.tensor(plain)
+        if plain != self._last:
+            self._last, self._grid = plain, as_tensors(plain)
+        slot.grid = self._grid
         slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
         state.layout = None if isinstance(grid, str) else layout_of(grid)
         state.batch = len(inputs[state.adapter.latents])
@@ -109,17 +112,15 @@ class Forward:
     ) -> Any:
         """Run the model's own forward, its layers switched, and count what ran."""
         execution, slot, state = self._execution, self._slot, self._state
-        if state.begun:
-            state.begun = False
-        else:
-            begin_call(execution, state)
+        state.begun = False
         batch = len(inputs[state.adapter.latents])
         if not isinstance(grid, str):
-            if execution.note_layout(state.layers[0], layout_of(grid), batch):
-                switch(execution, state)
-        elif any(layer.processor._dit_accel_sparse for layer in state.layers):
+            execution.note_layout(state.layers[0], layout_of(grid), batch)
+        switch(execution, state)
+        if isinstance(grid, str) and any(layer.processor._dit_accel_sparse for layer in state.layers):
             raise ConfigError(f"{state.name} ({state.adapter.name}) can't be thinned out in this call: {grid}")
         state.begin_forward(batch)
+        count_dense(execution, state)
         _leave_perturbed_dense(execution, state)
         slot.reached.clear()
         execution.recorder.forwards_run += 1
@@ -132,7 +133,7 @@ class Forward:
     ) -> Any:
         """Run inside a graph of the whole transformer: only the grid can be told there."""
         slot, state = self._slot, self._state
-        if self._untraceable:
+        if not self.traceable:
             raise ConfigError(
                 "a method that runs around the forward or its blocks can't run inside torch.compile(transformer); for "
                 "one around the forward compile before attaching or use transformer.compile(), for one around blocks "
@@ -140,21 +141,14 @@ class Forward:
             )
         grid = state.adapter.grid(self._config, inputs)
         plain = NO_GRID if isinstance(grid, str) else grid
-        slot.grid = torch.tensor(plain)
+        slot.grid = as_tensors(plain)
         slot.idle = plain == NO_STEP
         slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
         return run(*args, **kwargs)
 
 
-def begin_call(execution: Execution, state: TransformerState) -> None:
-    """Note that a denoising call begins, and switch its layers."""
-    state.begin_forward(None)
-    state.dense = 0
-    switch(execution, state)
-
-
 def switch(execution: Execution, state: TransformerState) -> None:
-    """Switch each layer of a forward between dense and the plan, and count the dense ones.
+    """Switch each layer of a forward between dense and the plan.
 
     Where the forward's shape is not known yet, every method is taken to act on it.
     """
@@ -164,13 +158,14 @@ def switch(execution: Execution, state: TransformerState) -> None:
         step = _with_layout(step, known)
     elif known is None:
         step = _with_layout(step, (None, None))
-    dense = 0
     for layer in state.layers:
-        sparse = bool(execution.acting(step, layer.depth))
-        layer.processor._dit_accel_sparse = sparse
-        dense += not sparse
-    execution.recorder.forward(state.name, state.branch, step.step_index, dense - state.dense)
-    state.dense = dense
+        layer.processor._dit_accel_sparse = bool(execution.acting(step, layer.depth))
+
+
+def count_dense(execution: Execution, state: TransformerState) -> None:
+    """Count a forward and the layers of it that stay dense."""
+    dense = sum(not layer.processor._dit_accel_sparse for layer in state.layers)
+    execution.recorder.forward(state.name, state.branch, execution.state.step_index, dense)
 
 
 def _with_layout(step: StepContext, known: tuple[Any, Any]) -> StepContext:

@@ -76,8 +76,7 @@ class TransformerState:
         timestep: the timestep of the last forward.
         calls: forwards at that timestep, beside the first.
         branches_a_step: forwards after which the same branch comes again at that timestep; None: it does not.
-        begun: a context began the denoising call and switched its layers; its first forward need not.
-        dense: layers of the running forward that were counted as dense.
+        begun: a context told a step, and no forward was seen in it yet.
         weights: what acted on the transformer's weights in the last forward.
     """
 
@@ -95,7 +94,6 @@ class TransformerState:
         self.calls = 0
         self.branches_a_step: int | None = None
         self.begun = False
-        self.dense = 0
         self.weights: Hashable = None
 
     @property

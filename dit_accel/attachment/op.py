@@ -8,6 +8,8 @@ captured call would follow one step's plan for good. Under ``mode="reduce-overhe
 tagged operator, or makes no CUDA graph where it can't split; what lies between is captured as ever.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def planned_attention(
     v: Tensor,
     mask: Tensor | None,
     layer: Tensor,
-    grid: Tensor,
+    grid: Sequence[Tensor],
     attachment: int,
     tokens_first: bool,
     scale: float | None,
@@ -38,7 +40,8 @@ def planned_attention(
         v: values, the same layout.
         mask: None, or the model's attention mask.
         layer: 0-d int64 CPU tensor, the attention layer's number in the attachment.
-        grid: int64 CPU tensor (frames, height, width, text before, text after) of the sequence.
+        grid: (frames, height, width, text before, text after) of the sequence, 0-d int64 CPU tensors: a length of their
+            own could be taken for a size of the latents.
         attachment: number of the attachment.
         tokens_first: how q, k and v lie.
         scale: factor on the logits; None: 1 / sqrt(D).
@@ -48,7 +51,7 @@ def planned_attention(
         The output in q's layout and dtype, contiguous, and the plan's ticket (0-d int64 CPU tensor) for the backward.
     """
     out, ticket = execution.get(attachment).attend(
-        int(layer), q, k, v, mask, grid.tolist(), tokens_first, scale, differentiate
+        int(layer), q, k, v, mask, [int(size) for size in grid], tokens_first, scale, differentiate
     )
     return out.contiguous(), ticket
 
@@ -67,14 +70,14 @@ def planned_attention_backward(
     mask: Tensor | None,
     ticket: Tensor,
     layer: Tensor,
-    grid: Tensor,
+    grid: Sequence[Tensor],
     attachment: int,
     tokens_first: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v under the plan that the forward followed."""
     dq, dk, dv = execution.get(attachment).gradients(
-        int(layer), grad, q, k, v, mask, ticket, grid.tolist(), tokens_first, scale
+        int(layer), grad, q, k, v, mask, ticket, [int(size) for size in grid], tokens_first, scale
     )
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -86,15 +89,15 @@ def _(grad, q, k, v, mask, ticket, layer, grid, attachment, tokens_first, scale)
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, mask, layer, grid, ctx.attachment, ctx.tokens_first, ctx.scale, _ = inputs
-    ctx.save_for_backward(q, k, v, mask, output[1], layer, grid)
+    ctx.save_for_backward(q, k, v, mask, output[1], layer, *grid)
 
 
 def _backward(ctx, grad, _):
-    q, k, v, mask, ticket, layer, grid = ctx.saved_tensors
+    q, k, v, mask, ticket, layer, *grid = ctx.saved_tensors
     grads = planned_attention_backward(
         grad, q, k, v, mask, ticket, layer, grid, ctx.attachment, ctx.tokens_first, ctx.scale
     )
-    return *grads, *[None] * 7
+    return *grads, None, None, [None] * len(grid), None, None, None, None
 
 
 planned_attention.register_autograd(_backward, setup_context=_save)

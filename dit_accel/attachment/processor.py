@@ -7,7 +7,7 @@ its globals replaced: ``dispatch_attention_fn``, or ``F`` in processors that cal
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Slot:
     Attributes:
         layer: the running layer's number, a 0-d int64 CPU tensor, so that all layers share one compiled graph.
         sparse: whether the running layer follows a plan; False: the user's own dense attention.
-        grid: the running forward's (frames, height, width, text before, text after), an int64 CPU tensor, so that all
+        grid: the running forward's (frames, height, width, text before, text after), 0-d int64 CPU tensors, so that all
             latent grids share one compiled graph.
         idle: the running forward is no denoising step; it stays dense.
         apart: attention calls over fewer keys than this stay dense (`Adapter.text_apart`); 0: none do.
@@ -38,7 +38,7 @@ class Slot:
     def __init__(self) -> None:
         self.layer: Tensor = torch.zeros((), dtype=torch.int64)
         self.sparse = False
-        self.grid: Tensor = torch.tensor((1, 1, 1, 0, 0))
+        self.grid = as_tensors((1, 1, 1, 0, 0))
         self.idle = False
         self.apart = 0
         self.reached: set[int] = set()
@@ -47,6 +47,11 @@ class Slot:
     def goes_dense(self, keys: int) -> bool:
         """Tell whether an attention call over this many keys goes to the user's own dense attention."""
         return not self.sparse or self.idle or (self.apart > 0 and keys < self.apart)
+
+
+def as_tensors(sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return each size as a 0-d int64 CPU tensor."""
+    return tuple(torch.tensor(size) for size in sizes)
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, attachment: int) -> Any:

@@ -185,7 +185,7 @@ def _check_layout(case: Case) -> None:
 
         latents = case.latents(inputs)
         still = values(latents)
-        frames, height, width, before, after = attachment._slot.grid.tolist()
+        frames, height, width, before, after = [int(size) for size in attachment._slot.grid]
         visual, hit, apart = frames * height * width, set(), 0
 
         def tokens_along(axis: int, base: list[int]) -> Iterator[int]:
@@ -218,7 +218,7 @@ def _check_layout(case: Case) -> None:
             steps = {b - a for a, b in itertools.pairwise(inside)} - {0}
             require(
                 len(steps) < 2 and steps <= {1, width, height * width},
-                f"along axis {axis} the latents lie in the tokens {inside}, not as in {attachment._slot.grid.tolist()}",
+                f"along axis {axis} the latents lie in the tokens {inside}, not as in {(frames, height, width)}",
             )
             hit.update(inside)
         require({width - 1, (height - 1) * width, (frames - 1) * height * width} <= hit, "the grid is larger than that")

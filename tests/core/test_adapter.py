@@ -7,7 +7,7 @@ import torch
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Adapter, latents_grid
-from dit_accel.attachment.attachment import _read_grid
+from dit_accel.attachment.forward import _read_grid
 
 
 def adapter(**changes):

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from dit_accel.adapters.model_files import read_config, read_model_files
 from dit_accel.cli.app import app
 from dit_accel.errors import UnsupportedModel
-from dit_accel.methods import METHODS
+from dit_accel.methods.registry import methods
 
 KEYS = {
     "family", "repo", "height", "width", "num_frames", "num_inference_steps", "forwards", "frames", "tokens_per_frame",
-    "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "attention_share",
+    "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "forward_share", "attention_share",
     "attention_flops", "total_flops", "planned_attention_flops", "planned_total_flops", "tile_list_bytes",
     "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods",
     "uncounted_methods",
@@ -59,11 +59,18 @@ def test_a_dense_plan():
 
 
 def test_every_method_can_be_planned_alone_and_beside_others():
-    methods = sorted(config.name for config in METHODS)
-    apart = {"sparsed", "sol"}  # what these save together with others is not known
-    for chosen in [[name] for name in methods] + [[name for name in methods if name not in apart]]:
-        found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in chosen))
-        assert {*found["methods"], *found["uncounted_methods"]} == {*chosen}
+    together = ["delta", "lite", "radial", "sol", "sparsed", "ultravico"]
+    alone = [[name] for name in methods() if name != "delta"]  # it corrects another
+    for some in [*alone, ["radial", "delta"], ["sparsed", "sol"], together]:
+        found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in some))
+        assert set(found["methods"]) == {*some}
+        assert set(found["uncounted_methods"]) & {*together} == {*some} & {"lite"}
+
+
+def test_a_method_that_corrects_others_is_not_planned_alone():
+    result = run("--family", "wan2.1-1.3b", "--delta")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: delta corrects what a sparse method leaves out, and none is attached; add")
 
 
 def test_a_folders_configs_are_enough(tmp_path: Path):
@@ -148,8 +155,10 @@ def test_nothing_is_wider_than_the_terminal(width, monkeypatch):
         (["--family", "wan-tiny", "--model", "x"], "plan takes --family or --model, got both (wan-tiny and x)"),
         (["--family", "wan2.1-15b"], "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
         (["--family", "wan2.1-14b", "--height", "725"], "height must be a multiple of 16"),
-        (["--family", "flux.1-dev", "--radial"], "radial makes no sense on flux.1-dev"),
+        (["--family", "flux.1-dev", "--radial"], "radial makes no sense on flux: an image is one frame"),
         (["--family", "wan2.1-14b", "--heigth", "720"], "--height"),
+        (["--family", "wan-tiny", "--kernel-cost", "inf"], "kernel_cost must be above 0 and below 1000, got inf"),
+        (["--family", "wan-tiny", "--kernel-cost", "1e308"], "kernel_cost must be above 0 and below 1000, got 1e+308"),
         (["--model", "nope"], "model 'nope' is neither a folder nor a hub id"),
     ],
 )

@@ -1,5 +1,6 @@
 """LiteAttention's config, thresholds files, memory and picture: what is refused, in which words, and round trips."""
 
+import itertools
 import math
 
 import pytest
@@ -10,14 +11,17 @@ from hypothesis import strategies as st
 from lite_calls import MODEL, Calls, drifting
 
 import dit_accel
-from dit_accel import LiteAttention, RadialAttention, heatmap
+from dit_accel import LiteAttention, RadialAttention
 from dit_accel.errors import ConfigError, MissingBackend
-from dit_accel.methods.attention.lite.handler import THRESHOLDS, LiteHandler
+from dit_accel.methods.attention.lite.config import THRESHOLDS
+from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.ranges import check_ranges, range_tiles
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, model_name, read_thresholds, write_thresholds
-from dit_accel.methods.attention.radial import RadialHandler
+from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.tiling import Tiling
+from dit_accel.report import heat_map
 from dit_accel.report.report import CallReport, Report, StepReport
 
 BAD = [
@@ -26,7 +30,7 @@ BAD = [
         r"lite\.threshold must be < 0 \(log2 units\), got 0\.0: .*allow_positive_threshold permits it",
     ),
     ({"threshold": 3}, r"lite\.threshold must be < 0 \(log2 units\), got 3"),
-    ({"threshold": math.nan}, r"lite\.threshold must be < 0 \(log2 units\), got nan"),
+    ({"threshold": math.nan}, r"lite\.threshold must be a finite number or unset, got nan"),
     ({"criterion": "mass", "threshold": -10}, r"share of the softmax mass in \(0, 1\) for 'mass', got -10"),
     ({"criterion": "budget", "threshold": 1.0}, r"share of the softmax mass in \(0, 1\) for 'budget', got 1\.0"),
     ({"criterion": "sum"}, r"lite\.criterion must be 'maxgap' or 'mass' or 'budget', got 'sum'"),
@@ -58,17 +62,17 @@ def test_bad_options_are_refused_with_the_value(options, text):
 
 def test_unset_thresholds_are_the_criterion_s_and_a_recipe_can_t_set_one():
     for criterion, usual in THRESHOLDS.items():
-        assert LiteAttention(criterion=criterion).vote_threshold() == usual
-    assert LiteAttention(threshold=-3).vote_threshold() == -3
+        assert LiteAttention(criterion=criterion).resolve().threshold == usual
+    assert LiteAttention(threshold=-3).resolve().threshold == -3
     assert LiteAttention(threshold=5, allow_positive_threshold=True).threshold == 5
-    assert LiteAttention().resolved({"block_size": 64}).block_size == 64
+    assert LiteAttention().resolve({"block_size": 64}).block_size == 64
     with pytest.raises(ConfigError, match="a recipe of lite sets 'threshold', which it can't"):
-        LiteAttention().resolved({"threshold": -3})
+        LiteAttention().resolve({"threshold": -3})
 
 
 def test_toml_carries_every_option():
     config = LiteAttention(
-        threshold=-math.inf, must_keep=(0, 4, 8, 9), refresh_every=10, rest="pooled", dense_steps=0.2
+        threshold=-12.5, must_keep=(0, 4, 8, 9), refresh_every=10, rest="pooled", dense_steps=0.2
     )
     assert from_toml(to_toml([config])) == [config]
 
@@ -98,24 +102,28 @@ def test_a_range_beyond_the_video_is_refused_when_its_size_is_known():
 
 def test_memory_is_a_small_part_of_the_original_s_lists():
     wan = TokenLayout(frames=21, height=45, width=80)
-    bits = LiteAttention().state_bytes(wan, layers=40, heads=40)
+    bits = LiteAttention().resolve().carried_bytes(wan, layers=40, heads=40)
     queries, keys = -(-wan.tokens // 128), -(-wan.tokens // 176)
     lists = 40 * 2 * 2 * 40 * queries * (keys + 2) * 2
     assert 0.10e9 < bits < 0.16e9
     assert lists / bits > 20  # with tiles as many as ours, 30: tests/pipelines/test_lite_memory.py
-    assert LiteAttention(block_size=64).state_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
+    assert LiteAttention(block_size=64).resolve().carried_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
 
 
-def test_tiles_and_order_are_radial_s_and_two_sizes_are_refused():
-    radial = RadialHandler(RadialAttention(block_size=32), MODEL)
-    for asked in (None, 32):
-        handler = LiteHandler(LiteAttention(block_size=asked), MODEL)
-        handler.check_with([radial])
-        assert handler.config.block_size == 32
-    with pytest.raises(
-        ConfigError, match=r"lite\.block_size = 64 does not fit radial's tiles of 32 \(radial\.block_size"
-    ):
-        LiteHandler(LiteAttention(block_size=64), MODEL).check_with([radial])
+@pytest.mark.parametrize(("radial", "lite", "size"), [(32, None, 32), (32, 32, 32), (None, 64, 64), (None, None, 128)])
+def test_tiles_are_of_one_size_and_order_and_what_is_unset_follows_what_is_set(radial, lite, size):
+    configs = RadialAttention(block_size=radial, order="tiles"), LiteAttention(block_size=lite)
+    for given in itertools.permutations(configs):
+        handlers = make_handlers(given, MODEL)
+        assert [handler.settings.tiling for handler in handlers] == [Tiling(size, "tiles")] * 2
+
+
+def test_two_tile_sizes_are_refused_whatever_the_order():
+    for given in itertools.permutations((RadialAttention(block_size=32), LiteAttention(block_size=64))):
+        with pytest.raises(
+            ConfigError, match=r"radial\.block_size = 32 and lite\.block_size = 64 can't be attached together"
+        ):
+            make_handlers(given, MODEL)
 
 
 class TestThresholdsFile:
@@ -131,7 +139,7 @@ class TestThresholdsFile:
         assert [p.name for p in tmp_path.iterdir()] == ["lite.toml"]
         assert model_name(MODEL) == self.TABLE.model
         calls = Calls(LiteAttention(thresholds_file=str(path)), steps=3)
-        assert calls.handler.is_active(0, 0, 3)
+        assert calls.handler.is_active(calls.context(0), 0)
         votes = [calls.plan(step=step, layer=layer)[0].selection.vote for layer in (0, 1) for step in (0, 1, 2)]
         assert [vote and vote.threshold for vote in votes] == [-10.0, -math.inf, None, -1.0, -2.0, None]
         with pytest.raises(
@@ -142,11 +150,11 @@ class TestThresholdsFile:
     def test_another_model_criterion_or_step_count_is_refused_naming_both(self, tmp_path):
         path = tmp_path / "lite.toml"
         write_thresholds(path, self.TABLE)
-        handler = LiteHandler(LiteAttention(thresholds_file=str(path)), MODEL)
+        calls = Calls(LiteAttention(thresholds_file=str(path)))
         with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has 50; use as many, or tune again"):
-            handler.is_active(0, 0, 50)
+            calls.handler.is_active(calls.context(0, num_inference_steps=50), 0)
         with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has a number that nothing tells"):
-            handler.is_active(0, 0, None)
+            calls.handler.is_active(calls.context(0, num_inference_steps=None), 0)
         with pytest.raises(ConfigError, match=r"holds thresholds of 'maxgap', lite\.criterion is 'mass'; set it to"):
             LiteHandler(LiteAttention(thresholds_file=str(path), criterion="mass"), MODEL)
         text = path.read_text().replace("toy", "other")
@@ -199,7 +207,7 @@ class TestPicture:
     REPORT = Report(methods={"lite": {}}, backend="torch", model={}, steps=STEPS, calls=CALLS)
 
     def test_shares_by_layer_head_and_step(self):
-        shares, dense = heatmap.kept_shares(self.REPORT, "transformer", "cond")
+        shares, dense = heat_map.kept_shares(self.REPORT, "transformer", "cond")
         assert shares.shape == (6, 4)
         assert shares[2:, [1, 3]].tolist() == [[0.25] * 2, [0.75] * 2] * 2
         assert dense.tolist() == [[True, True, False, True]] * 2 + [[True, False, False, False]] * 4
@@ -222,7 +230,7 @@ class TestPicture:
             self.REPORT.plot(tmp_path / "nowhere" / "map.png")
         with pytest.raises(ConfigError, match="nothing to show: no attention call followed a plan; generate first"):
             Report(methods={}, backend="torch", model={}).plot(tmp_path / "map.png")
-        monkeypatch.setattr(heatmap.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(heat_map.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(MissingBackend, match=r"plot needs matplotlib, found none; pip install 'matplotlib>=3\.8'"):
             self.REPORT.plot(tmp_path / "map.png")
         assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from dit_accel_kernels import Vote, block_sparse_attention_eager, unpack_bits
+from dit_accel_kernels import Routing, Vote, block_sparse_attention_eager, pack_bits, unpack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lite_calls import BLOCK, Calls, drifting
@@ -13,9 +13,11 @@ from dit_accel import LiteAttention
 from dit_accel.errors import ConfigError
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
+from dit_accel.plan.tiling import Tiling
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 WIDE = torch.float64
+NEVER = -1e9
 
 
 def same_as(found: torch.Tensor, dense: torch.Tensor, backend: str) -> None:
@@ -28,8 +30,8 @@ def same_as(found: torch.Tensor, dense: torch.Tensor, backend: str) -> None:
 
 @BACKENDS
 @pytest.mark.parametrize("text", [0, 9])
-def test_a_threshold_of_minus_infinity_is_dense(backend, text):
-    calls = Calls(LiteAttention(threshold=-math.inf), text=text, backend=backend)
+def test_a_threshold_that_nothing_falls_below_is_dense(backend, text):
+    calls = Calls(LiteAttention(threshold=NEVER), text=text, backend=backend)
     dense = Calls(None, text=text, backend=backend)
     for q, k, v in drifting(calls.tokens, 5):
         same_as(calls.run(q, k, v), dense.run(q, k, v), backend)
@@ -179,10 +181,11 @@ def test_refreshing_begins_anew():
 
 def test_dense_steps_and_layers_leave_the_state_alone():
     config = LiteAttention(dense_steps=2, dense_layers=1, dense_last_steps=1)
-    handler = Calls(config).handler
-    assert [handler.is_active(1, step, 6) for step in range(6)] == [False, False, True, True, True, False]
-    assert not handler.is_active(0, 3, 6)
     calls = Calls(config, steps=6)
+    active = [calls.handler.is_active(calls.context(step), 1) for step in range(6)]
+    assert active == [False, False, True, True, True, False]
+    assert not calls.handler.is_active(calls.context(3), 0)
+    assert not calls.handler.is_active(calls.context(3, training=True), 1)
     plans = []
     for step in (2, 3, 4):
         calls.step = step
@@ -334,7 +337,7 @@ def test_a_target_density_treats_batch_rows_alone():
 
 
 def test_what_must_be_skipped_is_gone_from_the_first_call_rounded_inward():
-    calls = Calls(LiteAttention(threshold=-math.inf, must_skip=(10, 50), must_keep=(40, 41)))
+    calls = Calls(LiteAttention(threshold=NEVER, must_skip=(10, 50), must_keep=(40, 41)))
     (x,) = drifting(80, 1)
     calls.run(*x)
     assert calls.exact()[0, 0].all(0).tolist() == [True, False, True, True, True]
@@ -352,7 +355,7 @@ def test_dropped_tiles_may_stay_as_their_mean():
     for x in drifting(80, 4, sharp=1.0, drift=0.0):
         expected = dense.run(*x)
         for calls in (skipped, pooled):
-            errors[calls.handler.config.rest] = float((calls.run(*x) - expected).norm())
+            errors[calls.handler.settings.rest] = float((calls.run(*x) - expected).norm())
     assert torch.equal(skipped.exact(), pooled.exact())
     assert 0 < errors["pooled"] < errors["skip"]
 
@@ -366,7 +369,7 @@ def test_probes_take_back_tiles_that_matter_again():
     gaps = torch.full((1, 2, 5, 5), -5.0)
     gaps[..., 2, 1], gaps[..., 3, 1], gaps[..., 2, 4] = 0.0, -0.9, 0.0
     before = unpack_bits(calls.bits(), 5)
-    calls.handler.reactivate(plan, context, gaps, torch.zeros_like(gaps), 0.5)
+    calls.handler.take_back(plan, context, gaps, torch.zeros_like(gaps), 0.5)
     back = unpack_bits(calls.bits(), 5) & ~before
     expected = torch.zeros_like(back)
     expected[..., 2, 1] = ~before[..., 2, 1]
@@ -375,11 +378,10 @@ def test_probes_take_back_tiles_that_matter_again():
 
 
 def test_another_selection_is_kept_and_added_to():
-    from dit_accel_kernels import Routing, Selection, pack_bits
-
     pinned = torch.zeros(5, 5, dtype=torch.bool)
     pinned[0] = True
-    base = AttentionPlan(selection=Selection(routing=Routing(beta=2.0), pinned=pack_bits(pinned)))
+    base = AttentionPlan().with_tiles(*Tiling(BLOCK).full(Calls(None).layout))
+    base = base.narrow(pinned=pack_bits(pinned)).route(Routing(beta=2.0))
     calls = Calls(LiteAttention(must_keep=(16, 17)))
     plan, _ = calls.plan(base=base)
     assert plan.selection.routing == Routing(beta=2.0)

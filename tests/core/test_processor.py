@@ -14,7 +14,7 @@ from one_layer import MODEL, OneLayer
 from dit_accel import ConfigError
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import Slot, dense_attention_of, wrap_processor
+from dit_accel.attachment.processor import Slot, as_tensors, dense_attention_of, wrap_processor
 from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.methods.base import AttentionHandler
 from dit_accel.plan.tiling import Tiling
@@ -49,7 +49,7 @@ def test_a_legacy_processor_keeps_its_face_and_its_result(execution):
         attn.set_processor(wrapped)
         assert all(torch.equal(a, b) for a, b in zip(attn(hidden, encoder_hidden_states=text), plain, strict=True))
         wrapped._dit_accel_sparse = True
-        slot.grid = torch.tensor((3, 2, 2, 3, 0))
+        slot.grid = as_tensors((3, 2, 2, 3, 0))
         planned = attn(hidden, encoder_hidden_states=text)
         assert execution.recorder.planned
         assert execution.recorder.backends == {"reference"}
@@ -84,7 +84,7 @@ def tensors(dtype=torch.float32):
 
 
 def arguments(number, q, k, v, mask=None, grid=GRID, differentiate=False):
-    return q, k, v, mask, torch.tensor(0), torch.tensor(grid), number, True, None, differentiate
+    return q, k, v, mask, torch.tensor(0), as_tensors(grid), number, True, None, differentiate
 
 
 def call(execution, q, k, v, mask=None, grid=GRID):

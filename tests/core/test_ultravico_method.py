@@ -22,6 +22,7 @@ from dit_accel import (
 )
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.registry import adapters
+from dit_accel.attachment.diagnosis import UnplannedRun
 from dit_accel.methods import registry
 from dit_accel.methods.attention.delta import DeltaHandler
 from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_override, frame_decay, mean_key
@@ -267,7 +268,9 @@ def test_clips_of_the_trained_length_stay_dense_bit_for_bit():
     assert "ultravico: 5 latent frames, 2.50 times the trained 2; alpha 1 beyond 1 frames" in report.notes[0]
     with dit_accel.attach(transformer, UltraViCo(trained_frames=5)) as attachment:
         run(transformer)
-        assert attachment.report().notes == ("ultravico changes nothing: 5 latent frames, trained on 5",)
+        nothing = "ultravico changes nothing: 5 latent frames, trained on 5"
+        unplanned = f"ultravico: attached, and no attention call of the run was planned; {nothing}"
+        assert attachment.report().notes == (nothing, unplanned)
 
 
 def test_length_after_length_generation_after_generation_and_none_after_detach():
@@ -282,7 +285,8 @@ def test_length_after_length_generation_after_generation_and_none_after_detach()
         assert "alpha 0.5 beyond 1 frames, beta 0.2 within 0.5 of multiples of 3" in str(report)
         assert torch.equal(run(transformer, frames=2), short)
         assert [(step.dense_layers, step.sparse_layers) for step in attachment.report().steps] == [(3, 0)] * 6
-        other = run(transformer, frames=7)
+        with pytest.warns(UnplannedRun, match="no attention call of the run was planned; ultravico changes nothing: 2 lat"):
+            other = run(transformer, frames=7)
         assert torch.equal(run(transformer, frames=6), first)
         assert torch.equal(run(transformer, frames=7), other)
     assert torch.equal(run(transformer, frames=6), long)

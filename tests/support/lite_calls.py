@@ -10,12 +10,16 @@ from dit_accel import LiteAttention
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.base import Model
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan, Call, CallContext
-from dit_accel.plan.tiling import full_tiles
+from dit_accel.plan.plan import AttentionPlan
+from dit_accel.plan.tiling import Tiling
 
 BLOCK = 16
-MODEL = Model(adapter=Adapter(name="toy", transformers=(), self_attention=()), family=None, heads=2, layers=3)
+MODEL = Model(
+    adapter=Adapter(name="toy", transformers=(), self_attention=()), family=None, heads=2, layers=3, tiling=Tiling(BLOCK)
+)
 
 
 def drifting(
@@ -48,7 +52,7 @@ class Calls:
         options = {} if config is None else config.to_dict()
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
         options.setdefault("dense_steps", 0)
-        self.handler: Any = LiteHandler(LiteAttention(**{"block_size": BLOCK, **options}), MODEL)
+        self.handler: Any = LiteHandler(LiteAttention(**options), MODEL)
         self.dense, self.steps, self.backend, self.text = config is None, steps, backend, text
         self.step = 0
         self.reversed: list[bool] = []
@@ -66,24 +70,21 @@ class Calls:
         branch: str = "cond", layer: int = 0, row: int = 0, **context: Any,
     ) -> tuple[AttentionPlan, CallContext]:  # fmt: skip
         """Return the plan of the next call and its context."""
-        when = CallContext(
-            transformer="transformer", layer=layer, depth=layer, branch=branch, row=row, batch=batch, sigma=None,
-            step_index=self.step if step is None else step, num_inference_steps=self.steps, layout=self.layout,
-            device=torch.device("cpu"), **context,
-        )  # fmt: skip
+        when = self.context(step, batch, layer=layer, depth=layer, branch=branch, row=row, **context)
         base = base or AttentionPlan()
         if self.dense:
-            return AttentionPlan(tiles=full_tiles(self.layout, BLOCK, "cpu")), when
-        if call is not None:
-            self.handler.look(base, when, call)
-        return self.handler.contribute(base, when), when
+            return base.with_tiles(*Tiling(BLOCK).full(self.layout)), when
+        if call is None:
+            nothing = torch.zeros(batch, MODEL.heads, self.tokens, 8)
+            call = Call(q=nothing, k=nothing, v=nothing, backend=self.backend)
+        return self.handler.plan(base, call, when), when
 
     def finish(self, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, when: CallContext | None = None) -> Tensor:
         """Run a plan and let the handler learn from it."""
         selection = plan.selection
         options = dict(layout="bhsd", selection=selection, return_tiles=selection is not None, backend=self.backend)
         found = block_sparse_attention_eager(q, k, v, plan.tiles, **options)  # type: ignore[arg-type]
-        when = when or self._moment(q)
+        when = when or self.context(batch=len(q))
         self.step += 1
         if isinstance(found, Tensor):
             return found
@@ -96,7 +97,7 @@ class Calls:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, **key: Any) -> Tensor:
         """Make the next call of a key."""
-        call = Call(q=q, k=k, mask=None, layout="bhsd", scale=None, backend=self.backend)
+        call = Call(q=q, k=k, v=v, backend=self.backend)
         plan, when = self.plan(call=call, batch=q.shape[0], **key)
         return self.finish(plan, q, k, v, when)
 
@@ -110,8 +111,11 @@ class Calls:
         found = [s for key, s in self.handler._states.by_key.items() if key[:4] == ("transformer", layer, branch, row)]
         return found[-1].bits if found else None
 
-    def _moment(self, q: Tensor) -> CallContext:
-        return CallContext(
-            transformer="transformer", layer=0, depth=0, branch="cond", batch=q.shape[0], sigma=None,
-            step_index=self.step, num_inference_steps=self.steps, layout=self.layout, device=torch.device("cpu"),
+    def context(self, step: int | None = None, batch: int = 1, **changes: Any) -> CallContext:
+        """Return where a call stands: the next one, or that of ``step``."""
+        values: dict[str, Any] = dict(
+            transformer="transformer", layer=0, depth=0, branch="cond", batch=batch, sigma=None,
+            step_index=self.step if step is None else step, num_inference_steps=self.steps, layout=self.layout,
+            device=torch.device("cpu"),
         )  # fmt: skip
+        return CallContext(**{**values, **changes})

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_accel import RadialAttention
@@ -10,6 +11,7 @@ from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution, Observer
 from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
+from dit_accel.attachment.processor import as_tensors
 from dit_accel.methods.base import AttentionHandler, Handler, Model, Phase
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
@@ -55,9 +57,18 @@ class OneLayer:
         self.execution = Execution([*made, *make_handlers(configs, MODEL)], backend)
         self.state = TransformerState("transformer", nn.Module(), ADAPTER)
         layer = AttentionLayer(self.state, nn.Module(), 0, 0)
+        layer.dense = self.attend
         self.execution.layers.append(layer)
         self.state.layers.append(layer)
-        self.steps, self.tokens_first = steps, tokens_first
+        self.steps, self.tokens_first, self.attended = steps, tokens_first, 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """Return what the model's own attention computes, and count the call."""
+        self.attended += 1
+        if self.tokens_first:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2) if self.tokens_first else out
 
     def observe(self, callback: Observer) -> None:
         """Call ``callback`` with every planned call from now on."""
@@ -75,7 +86,7 @@ class OneLayer:
         grid = (layout.frames, layout.height, layout.width, layout.text_before, layout.text_after)
         try:
             return planned_attention(
-                q, k, v, mask, torch.tensor(0), torch.tensor(grid), self.execution.number, self.tokens_first, scale,
+                q, k, v, mask, torch.tensor(0), as_tensors(grid), self.execution.number, self.tokens_first, scale,
                 differentiate,
             )[0]  # fmt: skip
         finally:

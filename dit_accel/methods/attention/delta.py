@@ -32,7 +32,6 @@ from ...report.sections import Section
 from ..base import AttentionHandler, Handler, Model, Phase, TakesBack
 from ..config import MethodConfig
 from ..saving import Saving
-from .sparse import SparseHandler
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -145,7 +144,7 @@ class DeltaHandler(AttentionHandler):
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse to correct nothing."""
-        if not any(isinstance(other, SparseHandler) for other in others):
+        if not any(other.phase in (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS) for other in others):
             raise ConfigError(
                 "delta corrects what a sparse method leaves out, and none is attached; add one, such as "
                 "RadialAttention() or --radial"

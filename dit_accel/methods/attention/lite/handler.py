@@ -122,9 +122,7 @@ class LiteHandler(SparseHandler):
         state = self._states.by_key.get(context.key)
         return state is not None and state.bits is not None and self.settings.target_density is None
 
-    def reactivate(
-        self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
-    ) -> None:
+    def take_back(self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float) -> None:
         """Take back tiles that probe rows need by ``margin`` log2 units; what must be skipped stays skipped."""
         state, tiles = self._states.by_key.get(context.key), plan.tiles
         if state is None or state.bits is None or tiles is None:
