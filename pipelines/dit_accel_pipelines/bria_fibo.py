@@ -10,12 +10,11 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import read_once
-from dit_accel.adapters.rope import Rope
-from dit_accel.adapters.rope_axes import by_config, lengths_of_image
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .flux import FLUX
 from .lumina2 import lengths
+from .z_image import Z_IMAGE
 
 
 def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -63,13 +62,5 @@ BRIA_FIBO_2 = Adapter(
     sizes=gated_sizes,
     grid=behind_the_gist,
     refused=IMAGE_REFUSED,
-    rope=Rope(
-        owner="rope_embedder",
-        method="precompute_freqs_cis",
-        form="object of tables",
-        values="complex",
-        parts=("freqs_cis",),
-        axes=by_config("axes_dims", ("text", "height", "width"), 256.0, theta_key="rope_theta"),
-        max_positions=lengths_of_image("axes_lens"),
-    ),
+    rope=Z_IMAGE.rope,
 )

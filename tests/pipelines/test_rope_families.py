@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from dataclasses import dataclass
 
 import pytest
 import tiny_image_models
@@ -11,9 +12,11 @@ from diffusers.models import embeddings
 from dit_accel_pipelines import ADAPTERS
 from tiny_inputs import ids, packed
 
+import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.rope import RopeChange, changed, rope_of
 from dit_accel.adapters.rope_axes import even
+from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
 from dit_accel.testing import rope_checks
 from dit_accel.testing.rope_checks import check_rope, replaced
 from dit_accel.testing.tiny_models import Case
@@ -141,6 +144,52 @@ def test_a_change_of_a_class_is_found(monkeypatch):
     monkeypatch.setattr(rope_checks, "changed", on_the_class)
     with pytest.raises(AssertionError, match="a class or a module was changed"):
         check_rope(tiny("flux"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfRope(MethodConfig):
+    name = "half-rope"
+
+
+class HalfRopeHandler(Handler):
+    """Halves the frequencies along height, through the core's site alone."""
+
+    config_type = HalfRope
+    phase = Phase.POSITIONS
+    places = frozenset({Place.POSITIONS})
+
+    def install(self, site):
+        rope = rope_of(site.adapter.name, site.adapter.rope, site.transformer.config)
+        change = changed(rope, site.transformer, {"height": lambda own: own / 2})
+        for owner, name, value in change.attributes:
+            site.replace(owner, name, value)
+        if change.inputs is not None:
+            site.around_forward(lambda context, run: run(**change.inputs(context.inputs)))
+
+
+@pytest.mark.parametrize(
+    "name", ["wan", "flux", "flux-kin", "z-image", "qwen-image", "ideogram4", "hunyuan-dit", "sd3"]
+)
+def test_a_method_changes_positions_through_the_core(monkeypatch, name):
+    monkeypatch.setitem(registry.handlers(), HalfRope.name, HalfRopeHandler)
+    case = tiny(name)
+    inputs = case.inputs(1)
+    if name == "hunyuan-dit":
+        inputs["image_rotary_emb"] = embeddings.get_2d_rotary_pos_embed(16, ((0, 0), (8, 10)), (8, 10))
+    if name == "sd3":
+        with pytest.raises(
+            ConfigError, match=r"sd3 has no rotary positions .* SD3 adds sinusoidal positions to the patch"
+        ):
+            dit_accel.attach(case.transformer, HalfRope())
+        return
+    plain = case.run(inputs)
+    with replaced(case.transformer, changed(case.adapter.rope, case.transformer, {"height": lambda own: own / 2})):
+        expected = case.run(inputs)
+    for _ in range(2):
+        with dit_accel.attach(case.transformer, HalfRope()):
+            assert torch.equal(case.run(inputs), expected)
+        assert torch.equal(case.run(inputs), plain)
+    assert not torch.equal(expected, plain)
 
 
 def rope_outputs(case, frequencies, call):
