@@ -20,16 +20,52 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .rope import GIVEN, Axis, Resolve, Rope, RopeChange
+from .rope import GIVEN, VISUAL_AXES, Axis, Frequencies, Resolve, Rope, RopeChange
 from .rope_inputs import change_input
 
 
-def change(rope: Rope, transformer: Any, axes: tuple[Axis, ...], changes: tuple[Any, ...]) -> RopeChange:
-    """Return what to set; see `dit_accel.adapters.rope.changed`, which has checked the arguments."""
+def changed(rope: Rope, transformer: Any, frequencies: Frequencies) -> RopeChange:
+    """Return what to set on one transformer, so that its positions are made from other frequencies.
+
+    Position ids, offsets and scaling stay the model's; text does not move. Nothing is changed on classes and modules.
+
+    Args:
+        rope: of the transformer's adapter, from `rope_of`.
+        transformer: the transformer; it is left as it is.
+        frequencies: for each axis that changes.
+
+    Raises:
+        ConfigError: for an axis that the model does not have or that can't be changed, and for frequencies of another
+            number; those of a function when they are first used.
+    """
+    axes = rope.axes(transformer.config)
+    names = [axis.name for axis in axes]
+    for name, change in frequencies.items():
+        if name not in names:
+            raise ConfigError(
+                f"{type(transformer).__name__} has positions along {', '.join(names)}, not {name!r}; change one of them"
+            )
+        if name not in VISUAL_AXES:
+            raise ConfigError(
+                f"positions along {name!r} place text or tell images apart; change frames, height or width"
+            )
+        axis = axes[names.index(name)]
+        if not callable(change) and axis.theta is not None and np.shape(change) != (axis.channels // 2,):
+            raise ConfigError(
+                f"{name} has {axis.channels // 2} frequencies in {type(transformer).__name__}, got a shape of "
+                f"{tuple(np.shape(change))}; give one for each, or a function of the model's own"
+            )
+    if not frequencies:
+        return RopeChange([], None)
+    return _change(rope, transformer, axes, tuple(frequencies.get(name) for name in names))
+
+
+def _change(rope: Rope, transformer: Any, axes: tuple[Axis, ...], changes: tuple[Any, ...]) -> RopeChange:
     resolve = _resolver(axes, changes, keep=rope.form not in ("learned", "plane"))
     if rope.form in GIVEN:
         return RopeChange([], change_input(rope, transformer, axes, resolve))
