@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from .blocks import BlockList
+from .rope import Rope
 from .sizes import Sizes, patch_sizes, read_sizes
 
 ONE_FRAME = "an image is one frame, of which the mask keeps everything"
@@ -146,6 +147,7 @@ class Adapter:
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
         rising_timesteps: the timestep rises from step to step.
+        rope: where the model makes its rotary positions, or in words why it has none; None: not described.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
         refused: method name -> why it makes no sense here.
@@ -168,10 +170,10 @@ class Adapter:
     ragged_text: bool = False
     outer_masks: bool = False
     rising_timesteps: bool = False
+    rope: Rope | str | None = None
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    rope: Any = None
 
     def __post_init__(self) -> None:
         for name, entry, what in (
@@ -191,6 +193,11 @@ class Adapter:
         functions: dict[str, Any] = {"grid(config, inputs)": self.grid, "sizes(config)": self.sizes}
         if self.left_dense is not None:
             functions["left_dense(config)"] = self.left_dense
+        if not isinstance(self.rope, (Rope, str, type(None))):
+            raise ConfigError(
+                f"adapter {self.name!r}: rope must be a Rope, or a sentence that says why there is none, got "
+                f"{self.rope!r}; give one of them"
+            )
         for name, value in functions.items():
             if not callable(value):
                 raise ConfigError(

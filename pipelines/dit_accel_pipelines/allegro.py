@@ -4,6 +4,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.sizes import read_sizes
 
 ALLEGRO = Adapter(
@@ -12,4 +14,9 @@ ALLEGRO = Adapter(
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
+    rope=Rope(
+        input="image_rotary_emb",
+        form="tables of axes",
+        axes=lambda config: even(VISUAL_AXES, config["attention_head_dim"] // 3),
+    ),
 )

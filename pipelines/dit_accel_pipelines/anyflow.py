@@ -5,6 +5,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import same_length, thirds
 
 from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN21_14B
 
@@ -24,6 +26,15 @@ ANYFLOW = Adapter(
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
     grid=partial(latents_grid, frames_axis=1),
+    rope=Rope(
+        owner="rope",
+        method="_build_freqs",
+        form="theta",
+        caches=("_freqs_cache",),
+        values="complex",
+        axes=thirds,
+        max_positions=same_length("rope_max_seq_len"),
+    ),
     families=(ANYFLOW_14B,),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
 )

@@ -50,6 +50,7 @@ AURA_FLOW = Adapter(
         gated=True,
     ),
     grid=behind_registers,
+    rope="AuraFlow adds learned positions to the patches",
     families=(AURA_FLOW_03,),
     refused=IMAGE_REFUSED,
 )

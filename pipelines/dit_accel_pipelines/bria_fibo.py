@@ -14,6 +14,7 @@ from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .flux import FLUX
 from .lumina2 import lengths
+from .z_image import Z_IMAGE
 
 
 def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -61,4 +62,5 @@ BRIA_FIBO_2 = Adapter(
     sizes=gated_sizes,
     grid=behind_the_gist,
     refused=IMAGE_REFUSED,
+    rope=Z_IMAGE.rope,
 )

@@ -8,6 +8,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import cogvideox_lengths, eighths
 from dit_accel.adapters.sizes import read_sizes
 
 # UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
@@ -60,5 +62,16 @@ COGVIDEOX = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=1, text="before"),
+    rope=Rope(
+        input="image_rotary_emb",
+        form="pairs",
+        axes=eighths,
+        max_positions=cogvideox_lengths,
+        absent=lambda config: (
+            None
+            if config.get("use_rotary_positional_embeddings")
+            else "this one adds sinusoidal positions to the patches, as CogVideoX-2B does"
+        ),
+    ),
     families=(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B),
 )

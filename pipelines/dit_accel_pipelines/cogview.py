@@ -10,6 +10,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.sizes import read_sizes
 
 text_first = partial(latents_grid, frames_axis=None, text="before")
@@ -57,6 +59,15 @@ COGVIEW = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=text_first,
+    rope=Rope(
+        owner="rope",
+        form="theta",
+        axes=lambda config: even(("height", "width"), config["attention_head_dim"] // 2),
+        absent=lambda config: (
+            None if "rope_axes_dim" in config else "CogView3+ adds sinusoidal positions to the patches"
+        ),
+        note="positions are scaled to the trained grid, so they never leave it",
+    ),
     families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
     refused=IMAGE_REFUSED,
 )
@@ -65,5 +76,10 @@ GLM_IMAGE = replace(
     name="glm-image",
     transformers=("GlmImageTransformer2DModel",),
     grid=with_cached_references,
+    rope=Rope(
+        owner="rope",
+        form="theta",
+        axes=lambda config: even(("height", "width"), config["attention_head_dim"] // 2),
+    ),
     families=(),
 )

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import cosmos_lengths, scaled_thirds
 
 COSMOS_7B = Family(
     name="cosmos-1-7b",
@@ -50,5 +52,13 @@ COSMOS = Adapter(
     transformers=("CosmosTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
+    rope=Rope(
+        owner="rope",
+        form="theta",
+        parts=("t_ntk_factor", "h_ntk_factor", "w_ntk_factor"),
+        axes=scaled_thirds,
+        max_positions=cosmos_lengths,
+        note="Cosmos 1 adds learned positions to the patches, which do not move",
+    ),
     families=(COSMOS_7B, COSMOS_14B, COSMOS_PREDICT2_2B),
 )

@@ -10,6 +10,8 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import interleaved
 from dit_accel.adapters.sizes import read_sizes
 
 
@@ -37,4 +39,12 @@ COSMOS3 = Adapter(
     latents="vision_tokens",
     timestep="vision_timesteps",
     text_apart=True,
+    rope=Rope(
+        owner="rotary_emb",
+        form="frequencies",
+        parts=("inv_freq",),
+        axes=lambda config: interleaved(config["rope_axes_dim"], config["head_dim"], config["rope_theta"]),
+        text=lambda inputs: inputs["und_len"],
+        note="sound and actions share the video's time axis and move with it",
+    ),
 )

@@ -4,6 +4,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import eighths
 from dit_accel.adapters.sizes import read_sizes
 
 EASYANIMATE_12B = Family(
@@ -29,5 +31,6 @@ EASYANIMATE = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, text="before", joined=("encoder_hidden_states", "encoder_hidden_states_t5")),
+    rope=Rope(owner="rope_embedding", form="theta of a function", parts=("get_3d_rotary_pos_embed",), axes=eighths),
     families=(EASYANIMATE_12B,),
 )

@@ -4,6 +4,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import read_sizes
 
 ERNIE_IMAGE = Adapter(
@@ -16,4 +18,10 @@ ERNIE_IMAGE = Adapter(
     ),
     grid=partial(latents_grid, frames_axis=None, text="after", joined=("text_bth",)),
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        values="angles",
+        axes=by_config("rope_axes_dim", ("text", "height", "width"), 256.0, theta_key="rope_theta"),
+    ),
 )

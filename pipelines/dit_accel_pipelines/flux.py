@@ -8,6 +8,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import ids_grid
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
 FLUX_DEV = Family(
@@ -38,6 +40,11 @@ FLUX = Adapter(
     sizes=partial(read_sizes, mlp_ratio=4.0, patch=(1, 2, 2)),
     grid=ids_grid,
     text_apart=True,  # IP-Adapters: image queries over their own keys
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
+    ),
     families=(FLUX_DEV, FLUX_SCHNELL),
     refused=IMAGE_REFUSED,
 )
@@ -58,5 +65,11 @@ FLUX_KIN = replace(
         BlockList(pattern="single_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
     ),
     sizes=kin_sizes,
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
+        text=lambda inputs: inputs["txt_ids"].shape[-2],  # LongCat and Ovis lay text along height and width
+    ),
     families=(),
 )

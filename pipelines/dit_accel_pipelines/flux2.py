@@ -11,6 +11,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import read_sizes
 
 FLUX2_DEV = Family(
@@ -64,6 +66,11 @@ FLUX2 = Adapter(
     sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
     grid=with_cached_references,
     text_apart=True,  # while the cache is filled, references attend to themselves
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 2000.0, theta_key="rope_theta"),
+    ),
     families=(FLUX2_DEV,),
     refused=IMAGE_REFUSED,
 )
@@ -79,4 +86,9 @@ FLUX3 = Adapter(
     grid=with_own_references,
     ragged_text=True,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="pos_embed",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 10000.0, theta_key="rope_theta"),
+    ),
 )

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid, patch_count
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import by_config
 
 FRAMEPACK_13B = Family(
     name="framepack",
@@ -43,5 +45,10 @@ FRAMEPACK = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=history_grid,
     ragged_text=True,
+    rope=Rope(
+        owner="rope",
+        form="theta",
+        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
+    ),
     families=(FRAMEPACK_13B,),
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid, latents_grid, patch_count
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import by_config
 
 from .wan import WAN21_14B
 
@@ -38,5 +40,12 @@ HELIOS = Adapter(
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*", joined=True),),
     grid=history_grid,
+    rope=Rope(
+        owner="rope",
+        form="frequencies",
+        values="halves",
+        parts=("freqs_base_t", "freqs_base_y", "freqs_base_x"),
+        axes=by_config("rope_dim", VISUAL_AXES, 10000.0, theta_key="rope_theta"),
+    ),
     families=(HELIOS_14B,),
 )

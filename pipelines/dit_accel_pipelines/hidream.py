@@ -8,6 +8,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
 HIDREAM_I1 = Family(
@@ -56,6 +58,12 @@ HIDREAM = Adapter(
     sizes=expert_sizes,
     grid=padded_image,
     timestep="timesteps",
+    rope=Rope(
+        owner="pe_embedder",
+        form="theta",
+        values="matrix",
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0),
+    ),
     families=(HIDREAM_I1,),
     refused=IMAGE_REFUSED,
 )

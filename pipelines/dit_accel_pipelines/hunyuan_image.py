@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import by_config
 
 HUNYUAN_IMAGE_21 = Family(
     name="hunyuan-image-2.1",
@@ -36,6 +38,11 @@ HUNYUAN_IMAGE = Adapter(
     transformers=("HunyuanImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=image_then_texts,
+    rope=Rope(
+        owner="rope",
+        form="theta",
+        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(64, 64)),
+    ),
     families=(HUNYUAN_IMAGE_21,),
     refused=IMAGE_REFUSED,
 )

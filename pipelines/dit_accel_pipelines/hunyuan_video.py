@@ -7,6 +7,8 @@ hides padded text from every key. The text refiner attends over text alone and i
 from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import by_config
 
 # Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
 RADIAL_HUNYUAN = {
@@ -48,6 +50,11 @@ HUNYUAN_VIDEO = Adapter(
     transformers=("HunyuanVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=partial(latents_grid, text="after"),
+    rope=Rope(
+        owner="rope",
+        form="theta",
+        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
+    ),
     families=(HUNYUAN_VIDEO_13B,),
     recipes={"radial": RADIAL_HUNYUAN},
 )

@@ -8,6 +8,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import by_config
 
 HUNYUAN_VIDEO15_480P = Family(
     name="hunyuan-video-1.5-480p",
@@ -41,5 +43,10 @@ HUNYUAN_VIDEO15 = Adapter(
         latents_grid, text="after", joined=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
     ),
     outer_masks=True,
+    rope=Rope(
+        owner="rope",
+        form="theta",
+        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
+    ),
     families=(HUNYUAN_VIDEO15_480P, HUNYUAN_VIDEO15_720P),
 )

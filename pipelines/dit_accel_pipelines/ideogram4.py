@@ -7,6 +7,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_image, read_once
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import interleaved
 from dit_accel.adapters.sizes import read_sizes
 
 
@@ -29,4 +31,12 @@ IDEOGRAM4 = Adapter(
     outer_masks=True,  # padding sees padding, which nobody reads
     rising_timesteps=True,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="rotary_emb",
+        form="frequencies",
+        parts=("inv_freq",),
+        axes=lambda config: interleaved(config["mrope_section"], config["attention_head_dim"], config["rope_theta"]),
+        text=lambda inputs: inputs["position_ids"][..., 0] < 65536,  # where the image's positions begin
+        note="the image stands 65,536 positions behind the text, whose angles change with the frequencies",
+    ),
 )

@@ -6,9 +6,11 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
-from .qwen_image import first_image
+from .qwen_image import QWEN_IMAGE, first_image
 
 
 def image_then_text(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -25,6 +27,12 @@ PRX = Adapter(
     sizes=partial(read_sizes, layers=("depth",), heads="num_heads", head_dim=None, width="hidden_size", gated=True),
     grid=partial(latents_grid, frames_axis=None, text="before"),
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="pe_embedder",
+        form="theta",
+        values="matrix",
+        axes=by_config("axes_dim", ("height", "width"), 10000.0, theta_key="theta", default=(32, 32)),
+    ),
 )
 
 
@@ -59,4 +67,5 @@ NUCLEUS_IMAGE = Adapter(
     sizes=expert_sizes,
     grid=image_then_text,
     refused=IMAGE_REFUSED,
+    rope=QWEN_IMAGE.rope,
 )

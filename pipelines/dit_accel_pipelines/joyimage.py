@@ -7,6 +7,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import read_sizes
 
 
@@ -39,6 +41,12 @@ JOY_IMAGE_EDIT = Adapter(
     sizes=joy_sizes,
     grid=items_grid,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        method="get_rotary_pos_embed",
+        form="theta",
+        parts=("theta",),
+        axes=by_config("rope_dim_list", ("image", "height", "width"), 256.0, theta_key="theta"),
+    ),
 )
 JOY_IMAGE_EDIT_PLUS = Adapter(
     name="joyimage-edit-plus",
@@ -48,4 +56,10 @@ JOY_IMAGE_EDIT_PLUS = Adapter(
     sizes=joy_sizes,
     grid=first_of_list,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        method="_get_rotary_pos_embed_for_range",
+        form="theta",
+        parts=("config.theta",),
+        axes=by_config("rope_dim_list", ("image", "height", "width"), 256.0, theta_key="theta"),
+    ),
 )

@@ -12,6 +12,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import by_config, fixed_lengths
 from dit_accel.adapters.sizes import read_sizes
 
 KANDINSKY5_LITE = Family(
@@ -63,6 +65,14 @@ KANDINSKY5 = Adapter(
     self_attention=("visual_transformer_blocks.*.self_attention",),
     sizes=kandinsky_sizes,
     grid=partial(latents_grid, frames_axis=1, channels_last=True),
+    rope=Rope(
+        owner="visual_rope_embeddings",
+        form="angles",
+        values="matrix",
+        parts=("args_0", "args_1", "args_2"),
+        axes=by_config("axes_dims", VISUAL_AXES, 10000.0),
+        max_positions=fixed_lengths(frames=128, height=128, width=128),
+    ),
     families=(KANDINSKY5_LITE, KANDINSKY5_PRO),
 )
 KANDINSKY6 = Adapter(
@@ -72,5 +82,13 @@ KANDINSKY6 = Adapter(
     blocks=(BlockList(pattern="visual_transformer_blocks.*", takes=("vis", "aud"), gives=(0, 1), joined=True),),
     sizes=kandinsky_sizes,
     grid=frames_before_reference,
+    rope=Rope(
+        owner="visual_rope_embeddings",
+        form="angles",
+        values="matrix",
+        parts=("angles_0", "angles_1", "angles_2"),
+        axes=by_config("axes_dims", VISUAL_AXES, 10000.0),
+        max_positions=fixed_lengths(frames=128, height=128, width=128),
+    ),
     families=(KANDINSKY6_PRO,),
 )

@@ -7,6 +7,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_row, read_once
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import read_sizes
 
 
@@ -28,4 +30,9 @@ KREA2 = Adapter(
     sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),
     grid=text_then_image,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="rotary_emb",
+        form="theta",
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 1000.0, theta_key="rope_theta"),
+    ),
 )

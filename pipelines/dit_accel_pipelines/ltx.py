@@ -6,6 +6,8 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import fractions
 from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 
@@ -49,5 +51,12 @@ LTX = Adapter(
     self_attention=("transformer_blocks.*.attn1",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
+    rope=Rope(
+        owner="rope",
+        form="theta of all axes",
+        axes=fractions,
+        note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by "
+        "one number; none of them has a period in frames",
+    ),
     families=(LTX_2B, LTX_13B),
 )

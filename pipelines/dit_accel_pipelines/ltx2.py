@@ -8,6 +8,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import fractions
 from dit_accel.adapters.sizes import read_sizes
 
 from .ltx import packed_grid
@@ -39,5 +41,11 @@ LTX2 = Adapter(
     ),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
+    rope=Rope(
+        owner="rope",
+        form="theta of all axes",
+        axes=fractions,
+        note="as LTX; sound, and attention between video and sound, keep their own positions",
+    ),
     families=(LTX2_19B,),
 )

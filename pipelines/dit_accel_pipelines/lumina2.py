@@ -8,6 +8,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import read_once
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config, lengths_of_image
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
 LUMINA_IMAGE_2 = Family(
@@ -57,6 +59,15 @@ LUMINA2 = Adapter(
     sizes=partial(lumina_sizes, mlp_ratio=4),
     grid=valid_text_first,
     rising_timesteps=True,
+    rope=Rope(
+        owner="rope_embedder",
+        method="_get_freqs_cis",
+        form="tables",
+        values="complex",
+        parts=("freqs_cis",),
+        axes=by_config("axes_dim_rope", ("text", "height", "width"), 10000.0),
+        max_positions=lengths_of_image("axes_lens"),
+    ),
     families=(LUMINA_IMAGE_2,),
     refused=IMAGE_REFUSED,
 )

@@ -11,6 +11,8 @@ from typing import Any
 from dit_accel.adapters.adapter import Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.position_ids import last_video, read_once
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.sizes import read_sizes
 
 
@@ -31,4 +33,12 @@ MINIMAX_H3 = Adapter(
     sizes=partial(read_sizes, width="hidden_size", gated=True),
     grid=packed_video,
     rising_timesteps=True,
+    rope=Rope(
+        owner="rope",
+        form="frequencies of all axes",
+        parts=("inv_freq",),
+        axes=lambda config: even(VISUAL_AXES, 2 * config["rope_freq_dim"], config["rope_theta"]),
+        text=lambda inputs: len(inputs["text_indices"]),
+        note="sound shares the video's time axis and moves with it",
+    ),
 )

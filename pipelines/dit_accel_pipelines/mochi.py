@@ -4,6 +4,8 @@ from fractions import Fraction
 from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import learned
 from dit_accel.adapters.sizes import read_sizes
 
 MOCHI_1 = Family(
@@ -31,5 +33,11 @@ MOCHI = Adapter(
     grid=partial(latents_grid, text="after"),
     ragged_text=True,
     rising_timesteps=True,
+    rope=Rope(
+        owner="rope",
+        form="learned",
+        axes=learned,
+        note="each head has learned frequencies of its own: no index of a dominant period is theirs together",
+    ),
     families=(MOCHI_1,),
 )

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, latents_grid
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import by_config
 
 
 def decoder_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -23,4 +25,9 @@ MOTIF_VIDEO = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     left_dense=decoder_blocks,
     grid=partial(latents_grid, text="after", joined=("image_embeds", "encoder_hidden_states")),
+    rope=Rope(
+        owner="rope",
+        form="theta",
+        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
+    ),
 )

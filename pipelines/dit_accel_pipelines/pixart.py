@@ -6,6 +6,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import even, fixed_lengths
 from dit_accel.adapters.sizes import read_sizes
 
 from .lumina2 import lumina_sizes
@@ -32,6 +34,7 @@ PIXART = Adapter(
     self_attention=("transformer_blocks.*.attn1",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=None),
+    rope="PixArt adds sinusoidal positions to the patches",
     families=(PIXART_SIGMA,),
     refused=IMAGE_REFUSED,
 )
@@ -42,6 +45,11 @@ HUNYUAN_DIT = replace(
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
     sizes=read_sizes,
+    rope=Rope(
+        input="image_rotary_emb",
+        form="pairs",
+        axes=lambda config: even(("width", "height"), config["attention_head_dim"] // 2),
+    ),
     families=(),
 )
 LUMINA_NEXT = replace(
@@ -52,5 +60,13 @@ LUMINA_NEXT = replace(
     blocks=(BlockList(pattern="layers.*"),),
     sizes=partial(lumina_sizes, mlp_ratio=Fraction(8, 3)),
     rising_timesteps=True,
+    rope=Rope(
+        input="image_rotary_emb",
+        form="plane",
+        values="complex",
+        axes=lambda config: even(("height", "width"), config["hidden_size"] // config["num_attention_heads"] // 2),
+        max_positions=fixed_lengths(height=384, width=384),
+        note="the pipeline scales the frequencies itself, other ones early and late; a change comes on top",
+    ),
     families=(),
 )

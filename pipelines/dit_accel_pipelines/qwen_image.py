@@ -7,6 +7,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config, fixed_lengths
 from dit_accel.adapters.sizes import read_sizes
 
 QWEN_IMAGE_20B = Family(
@@ -44,6 +46,15 @@ QWEN_IMAGE = Adapter(
     self_attention=("transformer_blocks.*.attn",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=first_image,
+    rope=Rope(
+        owner="pos_embed",
+        form="tables behind methods",
+        values="complex",
+        parts=("_compute_video_freqs", "_compute_condition_freqs"),
+        asks=(0, 1, 2, 0, 1, 2),  # positions from 0 on, then those below
+        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0),
+        max_positions=fixed_lengths(height=8192, width=8192),
+    ),
     families=(QWEN_IMAGE_20B,),
     refused=IMAGE_REFUSED,
 )
@@ -70,4 +81,14 @@ QWEN_IMAGE_21 = Adapter(
     grid=last_image,
     text_apart=True,
     refused=IMAGE_REFUSED,
+    rope=Rope(
+        owner="pos_embed",
+        form="tables",
+        values="complex",
+        parts=("freqs",),
+        asks=(0, 0, 1, 1, 2, 2),  # positions from 0 on, then those below
+        axes=by_config("axes_dims_rope", ("text", "height", "width"), 10000.0),
+        text=lambda inputs: ~inputs["img_mask"][0].repeat_interleave(1 + 3 * inputs["img_mask"][0]),
+        max_positions=fixed_lengths(height=2048, width=2048),
+    ),
 )

@@ -41,6 +41,7 @@ SD3 = Adapter(
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=None, text="after"),
     ragged_text=True,
+    rope="SD3 adds sinusoidal positions to the patches",
     families=(SD3_MEDIUM, SD35_LARGE),
     refused=IMAGE_REFUSED,
 )

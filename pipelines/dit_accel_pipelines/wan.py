@@ -9,6 +9,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import same_length, thirds
 from dit_accel.adapters.sizes import read_sizes
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
@@ -133,6 +135,13 @@ WAN = Adapter(
         BlockList(pattern="vace_blocks.*", takes=("control_hidden_states",), gives=(None, 0), beside=True),
     ),
     sizes=partial(read_sizes, layers=("num_layers", "vace_layers")),
+    rope=Rope(
+        owner="rope",
+        form="tables",
+        parts=("freqs_cos", "freqs_sin"),
+        axes=thirds,
+        max_positions=same_length("rope_max_seq_len"),
+    ),
     families=(
         WAN21_1B,
         WAN21_14B,

@@ -10,6 +10,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rope_axes import by_config, lengths_of_image
 from dit_accel.adapters.sizes import read_sizes
 
 MULTIPLE = 32
@@ -86,6 +88,15 @@ Z_IMAGE = Adapter(
     latents="x",
     timestep="t",
     rising_timesteps=True,
+    rope=Rope(
+        owner="rope_embedder",
+        method="precompute_freqs_cis",
+        form="object of tables",
+        values="complex",
+        parts=("freqs_cis",),
+        axes=by_config("axes_dims", ("text", "height", "width"), 256.0, theta_key="rope_theta"),
+        max_positions=lengths_of_image("axes_lens"),
+    ),
     families=(Z_IMAGE_TURBO,),
     refused=IMAGE_REFUSED,
 )

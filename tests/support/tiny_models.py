@@ -53,7 +53,7 @@ WAN = (
     ),
     TinyModel(
         transformer=diffusers.ChronoEditTransformer3DModel,
-        config=WAN_TINY,
+        config={**WAN_TINY, "attention_head_dim": 18},  # its positions are whole only for heads of 6 n or 6 n + 2
         inputs=_wan,
         left_alone=("blocks.*.attn2",),
     ),

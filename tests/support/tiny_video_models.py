@@ -55,7 +55,9 @@ def _ltx2(batch: int, reference: int = 0) -> Mapping[str, Any]:
         num_frames=7, height=4, width=8, audio_num_frames=9,
     )  # fmt: skip
     if reference:
-        inputs["video_coords"] = torch.rand(batch, 3, tokens, 2).sort(-1).values * 8
+        axes = torch.meshgrid(*(torch.arange(float(size)) for size in (7, 4, 8)), indexing="ij")
+        places = torch.cat([torch.stack(axes).flatten(1), torch.rand(3, reference) * 8], 1)
+        inputs["video_coords"] = torch.stack([places, places + 1], -1).expand(batch, -1, -1, -1)
     return inputs
 
 
@@ -242,6 +244,15 @@ COSMOS = (
 )  # fmt: skip
 
 
+def _mrope(items: list[tuple[int, int, int]], sound: int) -> torch.Tensor:
+    """Text on all three axes alike, then, from time 20 on, vision by time, row and column, then sound by time."""
+    grids = [
+        torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij") for shape in [*items, (sound, 1, 1)]
+    ]
+    places = [torch.stack([20 + time, row, column]).flatten(1) for time, row, column in grids]
+    return torch.cat([torch.arange(6).expand(3, 6), *places], 1)
+
+
 def _cosmos3(batch: int, more: bool = False) -> Mapping[str, Any]:
     """Six text tokens; an image that is given, and sound behind the video, if there is ``more``."""
     items, sound = ([(1, 3, 5)] if more else []) + [(7, 4, 8)], 9 * more
@@ -250,7 +261,7 @@ def _cosmos3(batch: int, more: bool = False) -> Mapping[str, Any]:
     start = 6 + sum(counts[:-1])
     inputs = dict(
         input_ids=torch.randint(0, 20, (6,)), text_indexes=torch.arange(6), und_len=6, sequence_length=length,
-        position_ids=torch.arange(length).expand(3, length).contiguous(),
+        position_ids=_mrope(items, sound),
         vision_tokens=[torch.randn(1, 4, frames, 2 * height, 2 * width) for frames, height, width in items],
         vision_token_shapes=items, vision_sequence_indexes=torch.arange(6, 6 + sum(counts)),
         vision_mse_loss_indexes=torch.arange(start, start + 224), vision_timesteps=torch.full((224,), 500.0),

@@ -1,0 +1,279 @@
+"""Rotary positions as data: frequencies, axes, what to set on a model, what is refused; no real model."""
+
+import copy
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dit_accel import ConfigError
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters.rope import Axis, Rope, rope_of
+from dit_accel.adapters.rope_axes import by_config, even, interleaved, lengths_of_image, same_length, thirds
+from dit_accel.adapters.rope_forms import changed
+from dit_accel.rules.rope import frequencies
+from dit_accel.testing.rope_checks import replaced
+
+
+def test_frequencies_fall_from_one_by_equal_ratios():
+    found = frequencies("none", 16, 256.0)
+    assert found.dtype == np.float64
+    assert 2 * np.pi / found[:5] == pytest.approx([6.28, 12.57, 25.13, 50.27, 100.53], abs=0.01)  # HunyuanVideo's
+    assert (2 * np.pi / frequencies("none", 56, 10000.0))[9] == pytest.approx(121.3, abs=0.05)  # FLUX.1's
+    assert frequencies("none", 4, 100.0, exponents=(0.0, -1.0)).tolist() == [1.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("yran", 16, 256.0), r"know the kinds none, got kind='yran'; use one of them"),
+        (("none", 15, 256.0), r"come in pairs, got dim=15; give an even number from 2 on"),
+        (("none", 0, 256.0), r"come in pairs, got dim=0"),
+        (("none", 16, 1.0), r"is above 1, got theta=1.0; give the model's own"),
+    ],
+)
+def test_frequencies_refuse(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        frequencies(*arguments)
+
+
+def test_exponents_are_one_for_each_frequency():
+    with pytest.raises(ConfigError, match="dim=8 has 4 frequencies, got 3 exponents; give one for each"):
+        frequencies("none", 8, 256.0, exponents=(0, 0.1, 0.2))
+
+
+def test_axes_share_the_channels_as_the_config_says():
+    axes = by_config("dims", ("text", "height", "width"), 256.0, theta_key="base", default=(8, 8))
+    assert [(a.name, a.channels, a.theta) for a in axes({"dims": (4, 6, 6)})] == [
+        ("text", 4, 256.0), ("height", 6, 256.0), ("width", 6, 256.0),
+    ]  # fmt: skip
+    assert [(a.name, a.channels, a.theta) for a in axes({"base": 16})] == [("height", 8, 16.0), ("width", 8, 16.0)]
+    assert [axis.channels for axis in thirds({"attention_head_dim": 128})] == [44, 42, 42]
+    assert lengths_of_image("lens")({"lens": (300, 512, 256)}) == {"height": 512, "width": 256}
+    assert same_length("most")({"most": 1024})["frames"] == 1024
+
+
+def test_interleaved_axes_share_out_one_axis_frequencies():
+    axes = interleaved((24, 20, 20), 128, 5e6)
+    assert [axis.channels for axis in axes] == [48, 40, 40]
+    assert axes[1].frequencies()[:2] == pytest.approx([5e6 ** (-2 / 128), 5e6 ** (-8 / 128)])
+    whole = np.sort(np.concatenate([axis.frequencies() for axis in axes]))[::-1]
+    assert whole == pytest.approx(frequencies("none", 128, 5e6))
+
+
+class Turns(nn.Module):
+    """A rope as many models have it: (cos, sin) [S, D] of position ids [S, 2], from its base."""
+
+    def __init__(self, theta=100.0):
+        super().__init__()
+        self.theta = theta
+
+    def forward(self, ids):
+        angles = []
+        for axis, dim in enumerate((4, 8)):
+            own = 1.0 / (self.theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))
+            angles.append(torch.outer(ids[:, axis].double(), own).repeat_interleave(2, 1))
+        return torch.cat(angles, 1).cos().float(), torch.cat(angles, 1).sin().float()
+
+
+class Model(nn.Module):
+    config = types.MappingProxyType({"dims": (4, 8)})
+
+    def __init__(self):
+        super().__init__()
+        self.rope = Turns()
+
+    def forward(self, ids, text=0):
+        return self.rope(ids)
+
+
+ROPE = Rope(owner="rope", form="theta", axes=by_config("dims", ("height", "width"), 100.0))
+IDS = torch.stack(torch.meshgrid(torch.arange(5), torch.arange(6), indexing="ij"), -1).flatten(0, 1)
+
+
+def test_positions_follow_the_given_frequencies():
+    model = Model()
+    plain = model(IDS)
+    new = torch.tensor([0.3, 0.7, 1.1, 0.01], dtype=torch.float64)
+    with replaced(model, changed(ROPE, model, {"width": new})):
+        found = model(IDS)
+    angles = torch.outer(IDS[:, 1].double(), new).repeat_interleave(2, 1)
+    for now, before, expected in zip(found, plain, (angles.cos(), angles.sin()), strict=True):
+        assert torch.equal(now[:, :4], before[:, :4])
+        assert torch.equal(now[:, 4:], expected.float())
+    assert all(map(torch.equal, model(IDS), plain))
+    assert "forward" not in vars(model.rope)
+
+
+def test_a_function_is_given_the_own_frequencies_once():
+    seen = []
+    model = Model()
+    change = changed(ROPE, model, {"height": lambda own: seen.append(own) or own / 4})
+    with replaced(model, change):
+        first = model(IDS)
+        model(IDS)
+    assert [own.tolist() for own in seen] == [frequencies("none", 4, 100.0).tolist()]
+    assert seen[0].dtype == torch.float64
+    assert torch.equal(first[0][24, :4], Model()(IDS)[0][6, :4])  # row 4, column 0; row 1, column 0
+
+
+def test_a_copy_of_a_changed_model_is_changed_by_itself():
+    model = Model()
+    plain = model(IDS)
+    with replaced(model, changed(ROPE, model, {"height": lambda own: own / 2})):
+        expected, twin = model(IDS), copy.deepcopy(model)
+    model.rope.theta = 5.0
+    assert all(map(torch.equal, twin(IDS), expected))
+    assert not torch.equal(expected[0], plain[0])
+
+
+def test_nothing_to_change_is_nothing_to_set():
+    assert changed(ROPE, Model(), {}) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": torch.ones(2)}, r"Model has positions along height, width, not 'frames'; change one of them"),
+        ({"width": torch.ones(3)}, r"width has 4 frequencies in Model, got a shape of \(3,\); give one for each, or a"),
+        ({"width": lambda own: own[:2]}, r"width has frequencies of shape \(4,\), got a shape of \(2,\)"),
+        (
+            {"width": lambda own: own / 0},
+            r"got a shape of \(4,\) with values \[inf, inf, inf, inf\] \.\.\.; give a fin",
+        ),
+    ],
+)
+def test_frequencies_that_do_not_fit_are_refused(change, message):
+    model = Model()
+    with pytest.raises(ConfigError, match=message), replaced(model, changed(ROPE, model, change)):
+        model(IDS)
+    assert "forward" not in vars(model.rope)
+
+
+def test_an_axis_of_text_is_not_changed():
+    rope = Rope(owner="rope", form="theta", axes=by_config("dims", ("text", "width"), 100.0))
+    with pytest.raises(ConfigError, match="'text' place text or tell images apart; change frames, height or width"):
+        changed(rope, Model(), {"text": torch.ones(2)})
+
+
+def test_a_model_that_asks_for_fewer_axes_is_not_changed_in_silence():
+    rope = Rope(owner="rope", form="theta", axes=lambda config: even(("frames", "height", "width"), 4, 100.0))
+    model = Model()
+    with (
+        pytest.raises(ConfigError, match=r"Turns.forward did not make every axis from 'theta'; this version of diff"),
+        replaced(model, changed(rope, model, {"frames": lambda own: own})),
+    ):
+        model(IDS)
+
+
+def test_text_rows_keep_their_positions():
+    rope = Rope(owner="rope", form="theta", axes=ROPE.axes, text=lambda inputs: inputs["text"])
+    model = Model()
+    plain = model(IDS, text=7)
+    change = changed(rope, model, {"height": lambda own: own / 2})
+    with replaced(model, change):
+        found = model(IDS, text=7)
+        moved = model(IDS, text=0)
+    for now, before, all_moved in zip(found, plain, moved, strict=True):
+        assert torch.equal(now[:7], before[:7])
+        assert torch.equal(now[7:], all_moved[7:])
+        assert not torch.equal(now[7:], before[7:])
+    lost = changed(rope, model, {"height": lambda own: own / 2})
+    with (
+        pytest.raises(
+            ConfigError, match="Turns ran before the forward's inputs told which rows are text; run the whol"
+        ),
+        replaced(model, lost._replace(inputs=None)),
+    ):
+        model(IDS, text=7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(form="thetta"), r"no form 'thetta'; did you mean 'theta'\? known: angles, "),
+        (dict(form="pairs"), r"form='pairs' with input='': name the forward's input for pairs, tables of axes, plane"),
+        (dict(form="theta", input="emb"), r"form='theta' with input='emb': name the forward's input for"),
+    ],
+)
+def test_what_is_no_rope_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        Rope(axes=ROPE.axes, **arguments)
+
+
+def adapter(rope):
+    return Adapter(name="mine", transformers=("Mine",), self_attention=("blocks.*.attn",), rope=rope)
+
+
+def test_an_adapter_holds_a_rope_or_says_why_not():
+    for rope in (ROPE, "positions are learned", None):
+        assert adapter(rope).rope is rope
+    with pytest.raises(ConfigError, match=r"adapter 'mine': rope must be a Rope, or a sentence .*, got 7; give one of"):
+        adapter(7)
+
+
+def test_a_model_without_rotary_positions_is_refused_with_the_reason():
+    absent = Rope(form="theta", axes=ROPE.axes, absent=lambda config: config.get("why"))
+    text = "mine has no rotary positions that could be changed: {}; leave this method out"
+    for rope, config, why in (
+        ("positions are learned", {}, "positions are learned"),
+        (None, {}, "its adapter describes none"),
+        (absent, {"why": "this one adds them"}, "this one adds them"),
+    ):
+        with pytest.raises(ConfigError, match=text.format(why)):
+            rope_of("mine", rope, config)
+    assert rope_of("mine", absent, {}) is absent
+
+
+class Given(nn.Module):
+    config = types.MappingProxyType({})
+
+    def forward(self, emb=None):
+        return emb
+
+
+PAIRS = Rope(input="emb", form="pairs", axes=lambda config: even(("height", "width"), 16))
+
+
+def pairs(places, turns):
+    angles = torch.cat([torch.outer(p, t) for p, t in zip(places, turns, strict=True)], 1).repeat_interleave(2, 1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def test_given_positions_are_read_off_and_turned():
+    own = torch.from_numpy(frequencies("none", 16, 10000.0))
+    places = torch.rand(2, 300, dtype=torch.float64) * 900 - 300  # neither whole nor from 0 on
+    model = Given()
+    value, new = pairs(places, (own, own)), own * torch.tensor([1, 0.5, 1, 1, 2, 1, 1, 0.3], dtype=torch.float64)
+    with replaced(model, changed(PAIRS, model, {"width": lambda own: own})):
+        assert all(map(torch.equal, model(emb=value), value))
+    with replaced(model, changed(PAIRS, model, {"width": new})):
+        found = model(emb=value)
+        assert model(value)[0] is found[0]  # the pipeline gives the same tensors at every step
+        again = model(emb=pairs(places + 1, (own, own)))
+    for now, where in ((found, places), (again, places + 1)):
+        for part, expected in zip(now, pairs(where, (own, new)), strict=True):
+            assert torch.equal(part[:, :16], expected[:, :16])
+            assert float((part - expected).abs().max()) < 3e-7  # steps of float32: those of the given ones, and ours
+    assert model(emb=value) is value
+
+
+def test_given_values_of_no_positions_are_refused():
+    model, noise = Given(), torch.rand(9, 32)
+    change = changed(PAIRS, model, {"height": lambda own: own})
+    with replaced(model, change):
+        with pytest.raises(
+            ConfigError, match=r"given cos and sin along height are .* with theta 10000.0 over 16 chann"
+        ):
+            model(emb=(noise, noise))
+        with pytest.raises(
+            ConfigError, match="Given was given no emb, whose frequencies are to change; give it, or det"
+        ):
+            model()
+
+
+def test_learned_frequencies_have_no_formula():
+    with pytest.raises(ConfigError, match="along frames are learned, in each head others; give functions of them"):
+        Axis(name="frames", channels=8, theta=None).frequencies()

@@ -1,0 +1,346 @@
+"""Rotary positions of every family under their check, what is particular to some, and adapters that are wrong."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import tiny_image_models
+import tiny_models
+import torch
+from diffusers.models import embeddings
+from dit_accel_pipelines import ADAPTERS
+from tiny_inputs import ids, packed
+
+import dit_accel
+from dit_accel import ConfigError
+from dit_accel.adapters.rope import RopeChange, rope_of
+from dit_accel.adapters.rope_axes import even
+from dit_accel.adapters.rope_forms import changed
+from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
+from dit_accel.testing import rope_checks
+from dit_accel.testing.rope_checks import check_rope, replaced
+from dit_accel.testing.tiny_models import Case
+
+BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
+MODELS = [(name, number) for name, models in tiny_models.MODELS.items() for number in range(len(models))]
+WITHOUT = {("cogvideox", 0), ("cogvideox", 2), ("cogview", 0), ("sd3", 0), ("sd3", 1), ("aura-flow", 0), ("pixart", 0)}
+
+
+def tiny(name, number=0, inputs=None, **config):
+    model = tiny_models.MODELS[name][number]
+    changes = dict(config={**model.config, **config}, inputs=inputs or model.inputs)
+    return Case(BY_NAME[name], dataclasses.replace(model, **changes))
+
+
+@pytest.mark.parametrize(("name", "number"), MODELS)
+def test_positions_move_as_the_adapter_says(name, number):
+    why = check_rope(tiny(name, number))
+    assert (why is not None) == ((name, number) in WITHOUT)
+
+
+@pytest.mark.parametrize(("name", "number"), sorted(WITHOUT))
+def test_a_model_without_rotary_positions_says_what_it_has(name, number):
+    case = tiny(name, number)
+    text = (
+        f"{name} has no rotary positions that could be changed: .* adds (sinusoidal|learned) positions to the patches"
+    )
+    with pytest.raises(ConfigError, match=text):
+        rope_of(name, case.adapter.rope, case.transformer.config)
+
+
+def longcat(batch):
+    """Text along height and width, the image behind it, as its pipeline lays them."""
+    text = torch.arange(6.0)[:, None].expand(-1, 3) * torch.tensor([0, 1, 1])
+    return dict(packed(batch), txt_ids=text, img_ids=ids() + torch.tensor([1, 16, 16]))
+
+
+def ovis(batch):
+    return dict(longcat(batch), img_ids=ids())
+
+
+def layered(batch):
+    return dict(
+        tiny_models.MODELS["qwen-image"][0].inputs(batch), img_shapes=[[(1, 4, 10), (1, 4, 10), (1, 4, 10)]] * batch,
+        hidden_states=torch.randn(batch, 120, 4),
+    )  # fmt: skip
+
+
+def qwen21_with_reference(batch):
+    return tiny_image_models.qwen_image_21(batch, references=True)
+
+
+def padded_ideogram(batch):
+    return tiny_image_models.ideogram4(batch, padding=3)
+
+
+PARTICULAR = {
+    "LongCat's text lies along the image's axes": ("flux-kin", 1, longcat, {}),
+    "Ovis's text lies where the image does": ("flux-kin", 2, ovis, {}),
+    "ConsisID's rotary positions": (
+        "cogvideox", 2, lambda batch: {**tiny_models.MODELS["cogvideox"][2].inputs(batch), "image_rotary_emb": 0},
+        {"use_rotary_positional_embeddings": True},
+    ),
+    "LTX-2's positions, split by head": ("ltx-2", 0, None, {"rope_type": "split"}),
+    "LTX-2's positions in single precision": ("ltx-2", 0, None, {"rope_double_precision": False}),
+    "Qwen-Image-Layered": ("qwen-image", 0, layered, {"use_layer3d_rope": True}),
+    "Qwen-Image 2.1 with an image in its text": ("qwen-image-2.1", 0, qwen21_with_reference, {}),
+    "Ideogram's padding": ("ideogram4", 0, padded_ideogram, {}),
+    "JoyImage's text behind the image": ("joyimage-edit", 0, None, {"rope_type": "mrope"}),
+    "Cosmos's learned positions": ("cosmos", 0, None, {"extra_pos_embed_type": "learnable"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PARTICULAR)
+def test_what_is_particular_to_a_family(what):
+    name, number, inputs, config = PARTICULAR[what]
+    assert check_rope(tiny(name, number, inputs, **config)) is None
+
+
+@pytest.mark.parametrize("text", [None, lambda inputs: 5])
+def test_text_that_the_adapter_does_not_tell_is_found(text):
+    case = tiny("flux-kin", 1, longcat)
+    case.adapter = dataclasses.replace(case.adapter, rope=dataclasses.replace(case.adapter.rope, text=text))
+    with pytest.raises(AssertionError, match="text moves"):
+        check_rope(case)
+
+
+def with_rope(name, number=0, **changes):
+    case = tiny(name, number)
+    case.adapter = dataclasses.replace(case.adapter, rope=dataclasses.replace(case.adapter.rope, **changes))
+    return case
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("wan", dict(axes=lambda c: even(("frames", "height", "width"), 4)), "frames: the model has the frequencies"),
+        ("flux", dict(axes=lambda c: even(("height", "width", "frames"), 4)), "height: two neighbours along it"),
+        (
+            "helios",
+            dict(parts=("freqs_base_t", "freqs_base_x", "freqs_base_y")),
+            "height: its positions differ along width",
+        ),
+        ("kandinsky-5", dict(parts=("args_0", "args_2", "args_1")), "height: its positions differ along width"),
+        ("hunyuan-video", dict(asks=(0, 2, 1)), "height: its positions differ along width"),
+        ("hunyuan-video", dict(asks=(0, 1)), "width: nothing asked for its frequencies"),
+        ("qwen-image", dict(parts=()), "height: halved, its angles are not half|two neighbours along it"),
+        ("qwen-image", dict(asks=(0, 1, 2)), "height: "),
+        ("ideogram4", dict(text=lambda inputs: 7), "frames: its positions differ along height"),
+        ("flux-kin", dict(text=lambda inputs: 7), "the adapter takes tokens of the grid for text"),
+        ("anyflow", dict(caches=()), "did not make every axis from 'theta'"),
+        ("wan", dict(owner="rope.nothing"), "makes positions in 'rope.nothing', which WanTransformer3DModel"),
+    ],
+)
+def test_a_wrong_adapter_is_found(name, changes, message):
+    with pytest.raises((AssertionError, ConfigError), match=message):
+        check_rope(with_rope(name, **changes))
+
+
+def test_a_change_of_a_class_is_found(monkeypatch):
+    def on_the_class(*args):
+        change = changed(*args)
+        return RopeChange([(type(owner), name, value) for owner, name, value in change.attributes], change.inputs)
+
+    monkeypatch.setattr(rope_checks, "changed", on_the_class)
+    with pytest.raises(AssertionError, match="a class or a module was changed"):
+        check_rope(tiny("flux"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfRope(MethodConfig):
+    name = "half-rope"
+
+
+class HalfRopeHandler(Handler):
+    """Halves the frequencies along height, through the core's site alone."""
+
+    config_type = HalfRope
+    phase = Phase.POSITIONS
+    places = frozenset({Place.POSITIONS})
+
+    def install(self, site):
+        rope = rope_of(site.adapter.name, site.adapter.rope, site.transformer.config)
+        change = changed(rope, site.transformer, {"height": lambda own: own / 2})
+        for owner, name, value in change.attributes:
+            site.replace(owner, name, value)
+        if change.inputs is not None:
+            site.around_forward(lambda context, run: run(**change.inputs(context.inputs)))
+
+
+@pytest.mark.parametrize(
+    "name", ["wan", "flux", "flux-kin", "z-image", "qwen-image", "ideogram4", "hunyuan-dit", "sd3"]
+)
+def test_a_method_changes_positions_through_the_core(monkeypatch, name):
+    monkeypatch.setitem(registry.handlers(), HalfRope.name, HalfRopeHandler)
+    case = tiny(name)
+    inputs = case.inputs(1)
+    if name == "hunyuan-dit":
+        inputs["image_rotary_emb"] = embeddings.get_2d_rotary_pos_embed(16, ((0, 0), (8, 10)), (8, 10))
+    if name == "sd3":
+        with pytest.raises(
+            ConfigError, match=r"sd3 has no rotary positions .* SD3 adds sinusoidal positions to the patch"
+        ):
+            dit_accel.attach(case.transformer, HalfRope())
+        return
+    plain = case.run(inputs)
+    with replaced(case.transformer, changed(case.adapter.rope, case.transformer, {"height": lambda own: own / 2})):
+        expected = case.run(inputs)
+    for _ in range(2):
+        with dit_accel.attach(case.transformer, HalfRope()):
+            assert torch.equal(case.run(inputs), expected)
+        assert torch.equal(case.run(inputs), plain)
+    assert not torch.equal(expected, plain)
+
+
+def rope_outputs(case, frequencies, call):
+    rope = rope_of(case.adapter.name, case.adapter.rope, case.transformer.config)
+    with replaced(case.transformer, changed(rope, case.transformer, frequencies)):
+        return call()
+
+
+def test_one_frequency_moves_two_columns_to_the_formula():
+    case = tiny("wan", attention_head_dim=128)
+    latents = torch.zeros(1, 12, 21, 4, 4)
+    plain = case.transformer.rope(latents)
+
+    def slower(own):
+        own[3] = 2 * torch.pi / 63
+        return own
+
+    found = rope_outputs(case, {"frames": slower}, lambda: case.transformer.rope(latents))
+    angles = torch.arange(21).double() * (2 * torch.pi / 63)
+    for now, before, expected in zip(found, plain, (angles.cos(), angles.sin()), strict=True):
+        assert (now != before).flatten(0, 2).any(0).nonzero().flatten().tolist() == [6, 7]
+        frames = now.reshape(21, 4, 128)[:, 0, 6:8]
+        assert torch.equal(frames, expected.float()[:, None].expand(-1, 2))
+
+
+def given(name, value, frequencies, number=0, **config):
+    case = tiny(name, number, **config)
+    rope = rope_of(name, case.adapter.rope, case.transformer.config)
+    inputs = changed(rope, case.transformer, frequencies).inputs
+    return inputs({rope.input: value})[rope.input]
+
+
+def test_cogvideox_positions_between_whole_numbers():
+    crop = ((2, 0), (28, 45))
+    value = embeddings.get_3d_rotary_pos_embed(64, crop, (34, 60), 13)
+    found = given("cogvideox", value, {"height": lambda own: own / 3}, 1, attention_head_dim=64)
+    rows = torch.linspace(2, 28 * 33 / 34, 34, dtype=torch.float64) / 3
+    expected = embeddings.get_1d_rotary_pos_embed(24, rows, use_real=True, freqs_dtype=torch.float64)
+    for now, before, height in zip(found, value, expected, strict=True):
+        assert torch.equal(now[:, :16], before[:, :16])
+        assert torch.equal(now[:, 40:], before[:, 40:])
+        spread = height[None, :, None].expand(13, 34, 60, 24).reshape(-1, 24)
+        assert float((now[:, 16:40] - spread).abs().max()) < 2e-6  # the given ones' float32 frequencies, times 28
+
+
+def test_hunyuan_dit_lays_width_first():
+    value = embeddings.get_2d_rotary_pos_embed(16, ((0, 0), (32, 32)), (8, 10))
+    for axis, columns, still in (("width", slice(0, 8), slice(8, 16)), ("height", slice(8, 16), slice(0, 8))):
+        found = given("hunyuan-dit", value, {axis: lambda own: own / 2})
+        for now, before in zip(found, value, strict=True):
+            assert torch.equal(now[:, still], before[:, still])
+            assert not torch.equal(now[:, columns], before[:, columns])
+
+
+def test_allegro_frames_as_its_own_interpolation():
+    def make(scale):
+        return embeddings.get_3d_rotary_pos_embed_allegro(18, ((0, 0), (4, 8)), (4, 8), 7, (scale, 2.0, 2.0))
+
+    places = [torch.zeros(1, 3, dtype=torch.long)] * 3
+    (*found,), kept = given("allegro", (make(1.5)[:3], places), {"frames": lambda own: own / 2})
+    for now, expected in zip(found, make(3.0)[:3], strict=True):
+        for part, other in zip(now, expected, strict=True):
+            torch.testing.assert_close(part, other, rtol=0, atol=1e-6)
+    assert kept is places
+
+
+def test_lumina_next_changes_what_its_pipeline_scaled_already():
+    def make(**factor):
+        return embeddings.get_2d_rotary_pos_embed_lumina(16, 384, 384, **factor)
+
+    for factor in (dict(linear_factor=2.0), dict(ntk_factor=1.7)):
+        value = make(**factor)
+        assert torch.equal(given("lumina-next", value, {"height": lambda own: own}), value)
+        found = given("lumina-next", value, {"height": lambda own: own / 2, "width": lambda own: own / 2})
+        for at in ((10, 0), (0, 310), (200, 142)):
+            torch.testing.assert_close(found[at], value[at[0] // 2, at[1] // 2], rtol=0, atol=2e-5)
+
+
+def test_a_copied_model_keeps_its_change():
+    for name in ("wan", "z-image", "qwen-image", "ideogram4"):
+        case = tiny(name)
+        rope, inputs = case.adapter.rope, case.inputs(1)
+        change = changed(rope, case.transformer, {"height": lambda own: own / 2})
+        with replaced(case.transformer, change):
+            expected = case.run(inputs)
+            twin = copy.deepcopy(case.transformer)
+        assert torch.equal(case.run(inputs, transformer=_Callable(twin)), expected)
+        assert not torch.equal(case.run(inputs), expected)
+
+
+class _Callable:
+    """A model that has no length, as a pipeline calls it."""
+
+    def __init__(self, model):
+        self.model = model
+        if hasattr(model, "cache_context"):
+            self.cache_context = model.cache_context
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def test_a_model_of_half_precision_keeps_its_own():
+    for name in ("wan", "kandinsky-5", "helios", "minimax-h3"):
+        case = tiny(name)
+        transformer, inputs = case.transformer, case.inputs(1)
+        rope = rope_of(name, case.adapter.rope, transformer.config)
+        calls = rope_checks._recorded(case, rope, inputs)
+        change = changed(rope, transformer, {"frames": lambda own: own})
+        rope.find_owner(transformer).to(torch.bfloat16)
+        plain = [leaf for call in calls for leaf in rope_checks._leaves(call())]
+        if change.inputs:
+            change.inputs(inputs)
+        with replaced(transformer, change):
+            found = [leaf for call in calls for leaf in rope_checks._leaves(call())]
+        assert [leaf.dtype for leaf in found] == [leaf.dtype for leaf in plain]
+        assert all(map(torch.equal, found, plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "config"),
+    [
+        ("wan", "frames", {"rope_max_seq_len": 8}),
+        ("wan-animate", "frames", {"rope_max_seq_len": 9}),
+        ("skyreels-v2", "frames", {"rope_max_seq_len": 8}),
+        ("cosmos", "frames", {"max_size": (8, 8, 8)}),
+    ],
+)
+def test_tables_are_as_long_as_told(name, axis, config):
+    case = tiny(name, **config)
+    most = case.adapter.rope.max_positions(case.transformer.config)[axis]
+    for frames, fits in ((most, True), (most + 1, False)):
+        latents = torch.zeros(1, 4, frames, 4, 4)
+        if fits:
+            assert case.transformer.rope(latents)[0].numel() > 0
+        else:
+            with pytest.raises(RuntimeError):
+                case.transformer.rope(latents)
+
+
+def test_limits_of_the_released_models():
+    def limits(name, **config):
+        return BY_NAME[name].rope.max_positions(config)
+
+    assert limits("wan", rope_max_seq_len=1024) == dict(frames=1024, height=1024, width=1024)
+    assert limits("lumina2", axes_lens=(300, 512, 512)) == dict(height=512, width=512)
+    assert limits("qwen-image-2.1") == dict(height=2048, width=2048)
+    assert limits("cogvideox", patch_size=2, sample_height=60, sample_width=90) == {}
+    cut = limits("cogvideox", patch_size=2, patch_size_t=2, sample_height=96, sample_width=170)
+    assert cut == dict(height=48, width=85)
+    cosmos1 = dict(max_size=(128, 240, 240), patch_size=(1, 2, 2), extra_pos_embed_type="learnable")
+    assert limits("cosmos", **cosmos1) == dict(frames=128, height=120, width=120)
+    assert BY_NAME["hunyuan-video"].rope.max_positions is None
