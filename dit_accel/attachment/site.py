@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.blocks import Streams, block_lists, block_signature
@@ -98,12 +98,14 @@ class TransformerSite:
         place[name] = value
 
         def restore() -> None:
-            if place.get(name) is not value:  # whatever the user set since then is the user's
+            now = place.get(name)
+            moved = isinstance(now, Tensor) and isinstance(value, Tensor) and now.shape == value.shape
+            if now is not value and not moved:  # whatever the user set since then is the user's
                 return
             if old is _MISSING:
                 del place[name]
-            else:
-                place[name] = old
+            else:  # a module that was moved to another device has a copy of what was set there
+                place[name] = old.to(now.device) if moved and isinstance(old, Tensor) else old
 
         self._undo.append(restore)
 

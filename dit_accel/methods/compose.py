@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
+from ..adapters.rope import Rope
 from ..errors import ConfigError
 from ..plan.tiling import TILE, Tiling
 from .base import Handler, Model, Place
@@ -80,8 +81,9 @@ def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) 
             f"{name} acts on transformer blocks, and the adapter {adapter.name!r} describes none; attach it to another "
             "model, or describe the blocks in the adapter (docs/adding-a-model.md)"
         )
-    if Place.POSITIONS in handler_type.places and adapter.rope is None:
+    if Place.POSITIONS in handler_type.places and not isinstance(adapter.rope, Rope):
+        why = adapter.rope or "its adapter describes none"
         raise ConfigError(
-            f"{name} changes rotary positions, and {adapter.name} has none that its adapter describes; attach it to a "
-            "model with rotary positions"
+            f"{name} changes rotary positions, and {adapter.name} has none to change: {why}; attach it to a model with "
+            "rotary positions"
         )

@@ -12,6 +12,7 @@ from .block_checks import check_blocks
 from .everything import planned as planned
 from .method_cases import METHOD_CASES as METHOD_CASES
 from .recording import require
+from .rope_checks import check_rope
 from .tiny_models import Case, TinyModel, require_patterns_match
 
 
@@ -60,6 +61,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "neutral": model_checks.check_neutral,
     "full": model_checks.check_full,
     "blocks": check_blocks,
+    "rope": check_rope,
     "layout": model_checks.check_layout,
     "active": method_checks.check_active,
     "batch": method_checks.check_batch,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..adapters.rope import Rope
 from ..methods.attention.delta import DeltaAttention
 from ..methods.attention.lite.config import LiteAttention
 from ..methods.attention.radial import RadialAttention
@@ -75,7 +76,9 @@ def cases_for(case: Case) -> dict[str, MethodCase]:
     for name, tried in METHOD_CASES.items():
         configs = configs_of(tried.active)
         places = {place for config in configs for place in handler_of(config).places}
-        lacking = (Place.BLOCKS in places and adapter.blocks == ()) or (Place.POSITIONS in places and not adapter.rope)
+        lacking = (Place.BLOCKS in places and adapter.blocks == ()) or (
+            Place.POSITIONS in places and not isinstance(adapter.rope, Rope)
+        )
         if not lacking and not any(config.name in adapter.refused for config in configs):
             possible[name] = tried
     return possible

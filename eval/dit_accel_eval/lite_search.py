@@ -114,11 +114,12 @@ class Rerun:
     def _attend(self, selection: Selection) -> tuple[Tensor, ...]:
         plan, call = self.plan, self.call
         assert plan.tiles is not None
+        q, k, v = call.as_held(call.q, call.k, call.v)
         found = block_sparse_attention_eager(
-            *call.as_held(call.q, call.k, call.v), plan.tiles, **call.kernel_layout, scale=call.scale,
-            head_scale=plan.head_scale, key_mask=call.key_mask(), frame_decay=plan.frame_decay,
-            token_order=plan.token_order, identity_mix=plan.identity_mix, identity_rows=plan.identity_rows,
-            selection=selection, return_tiles=True, backend=call.backend,
+            q, k, v, plan.tiles, **call.kernel_layout, scale=call.scale, head_scale=plan.head_scale,
+            key_mask=call.key_mask(), frame_decay=plan.frame_decay, token_order=plan.token_order,
+            identity_mix=plan.identity_mix, identity_rows=plan.identity_rows, selection=selection, return_tiles=True,
+            backend=call.backend,
         )  # fmt: skip
         assert isinstance(found, tuple)
         return call.heads_first(found[0]), *found[1:]

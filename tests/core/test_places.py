@@ -197,6 +197,10 @@ def test_positions_change_and_come_back(transformer):
         assert "freqs_cos" in dict(transformer.rope.named_buffers())
     assert torch.equal(forward(transformer), plain)
     assert transformer.rope.freqs_cos is old
+    attachment = dit_accel.attach(transformer, Positions())
+    transformer.to(torch.float64).to(torch.float32)  # makes new tensors, as a move to a device does
+    attachment.detach()
+    assert torch.equal(transformer.rope.freqs_cos, old)
     assert "remark" not in transformer.__dict__
 
 
@@ -424,7 +428,7 @@ def test_a_method_without_its_place_is_refused_by_name(transformer, monkeypatch)
         ConfigError, match=r"skip-block acts on transformer blocks, and the adapter 'wan' describes none"
     ):
         make_handlers([SkipBlock()], model)
-    with pytest.raises(ConfigError, match=r"positions changes rotary positions, and wan has none .*; attach it to a"):
+    with pytest.raises(ConfigError, match=r"positions changes rotary positions, and wan has none to change: its"):
         make_handlers([Positions()], model)
 
 
