@@ -6,6 +6,8 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid
+from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.position_ids import last_video, read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import fractions
 from dit_accel.adapters.sizes import read_sizes
@@ -30,25 +32,37 @@ LTX_13B = replace(
 )
 
 
-def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off ``num_frames``, ``height`` and ``width``, which count tokens; those left over stand behind it.
 
-    Raises:
-        ConfigError: for a sequence whose tokens are placed by ``video_coords``.
+    The condition pipeline tells tokens' places by ``video_coords`` instead: what it is conditioned on, then the video.
     """
+    tokens = inputs["hidden_states"].shape[1]
     frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
-    if frames is None or height is None or width is None:
-        raise ConfigError(
-            "LTX places its tokens by video_coords here, as the condition pipeline does, and that is no grid; use the "
-            f"text or image pipeline, or detach (num_frames = {frames}, height = {height}, width = {width})"
-        )
-    return frames, height, width, 0, inputs["hidden_states"].shape[1] - frames * height * width
+    if frames is not None and height is not None and width is not None:
+        return frames, height, width, 0, tokens - frames * height * width
+    if inputs.get("video_coords") is None:
+        return "LTX was given neither num_frames, height and width nor video_coords, so that its tokens have no places"
+    found = read_once(inputs["video_coords"], video_behind_conditions)
+    if isinstance(found, str):
+        return found
+    frames, height, width = found
+    return frames, height, width, tokens - frames * height * width, 0
+
+
+def video_behind_conditions(coords: Any) -> tuple[int, int, int] | str:
+    """Return (frames, height, width) of the video that coordinates [B, 3, S] end with, or in words why it is none."""
+    try:
+        return last_video(coords[0].mT)
+    except ConfigError as error:
+        return f"LTX's video_coords are those of no video: {error}"
 
 
 LTX = Adapter(
     name="ltx",
     transformers=("LTXVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
+    blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
     rope=Rope(

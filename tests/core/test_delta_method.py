@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from dit_accel_kernels import FrameDecay, Selection, TileLists, block_sparse_attention_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_layer import MODEL, OneLayer
+from one_layer import MODEL, OneLayer, context_of, random_call
 from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD
 from dit_accel.methods.attention.delta import DeltaHandler, groups_of, likeness_of
 from dit_accel.methods.attention.radial import RadialHandler
-from dit_accel.plan import call as calls_of
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.exact_rows import dense_rows
@@ -31,20 +30,8 @@ RADIAL = RadialAttention(
 )
 
 
-def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
-    values = dict(
-        transformer="transformer", layer=0, depth=0, branch="cond", step_index=0, num_inference_steps=8, sigma=None,
-        layout=layout, batch=2, device=torch.device("cpu"),
-    )  # fmt: skip
-    return CallContext(**{**values, **changes})
-
-
-def call_of(layout: TokenLayout = LAYOUT, form: str = "bshd", dtype=torch.float64, **changes) -> Call:
-    """Random queries, keys and values, 2 rows of 2 heads."""
-    shape = (2, layout.tokens, 2, 8) if form == "bshd" else (2, 2, layout.tokens, 8)
-    q, k, v = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(3))
-    made = calls_of.call_of(2 * q, k, v, None, None, "reference", form == "bshd")
-    return dataclasses.replace(made, **changes)
+def call_of(layout: TokenLayout = LAYOUT, **changes) -> Call:
+    return random_call(layout, backend="reference", **changes)
 
 
 def plan_of(layout: TokenLayout = LAYOUT, config: RadialAttention = RADIAL) -> AttentionPlan:
@@ -88,7 +75,12 @@ def corrected(
     ``planned`` is what the plan computed, which is left as it is; None: it is computed.
     """
     known = len(measured(delta))
-    out = delta.correct(plan, call, context(**when), (sparse(plan, call) if planned is None else planned).clone())
+    out = delta.correct(
+        plan,
+        call,
+        context_of(**{"layout": LAYOUT, **when}),
+        (sparse(plan, call) if planned is None else planned).clone(),
+    )
     probed = measured(delta)[known:]
     return out, torch.tensor(probed[0]["by_head"], dtype=torch.float64) if probed else None
 
@@ -273,7 +265,7 @@ def test_a_plan_that_leaves_nothing_out_is_left_alone(plan):
     call = call_of()
     out = torch.full_like(call.q, torch.nan)
     delta = handler()
-    assert delta.correct(plan, call, context(), out) is out
+    assert delta.correct(plan, call, context_of(LAYOUT), out) is out
     assert out.isnan().all()
     assert delta.report() is None
 

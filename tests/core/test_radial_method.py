@@ -208,6 +208,18 @@ def test_advice_names_what_does_not_fit(options, layout, text):
         raise ConfigError(advice)
 
 
+def test_a_mask_that_leaves_nothing_is_refused():
+    """The original's rounding can drop every tile of a video within one."""
+    radial = RadialAttention(boundary="published", block_size=16, sink=False, near="half").resolve()
+    layout = TokenLayout(frames=4, height=1, width=5)
+    assert radial.density(layout) == 0
+    with pytest.raises(
+        ConfigError,
+        match=r"radial\.boundary = 'published' leaves none of the 1 tiles of 20 visual tokens; use boundary",
+    ):
+        radial.advice(layout)
+
+
 def test_no_advice_where_radial_fits():
     assert RadialAttention().resolve().advice(WAN_720P) is None
 

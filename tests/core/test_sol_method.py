@@ -10,7 +10,7 @@ from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_backend
 from dit_accel_pipelines.wan import WAN, WAN_TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_layer import ADAPTER, Fixed, OneLayer
+from one_layer import ADAPTER, Fixed, OneLayer, context_of
 from wan_tiny import require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
@@ -22,7 +22,6 @@ from dit_accel.methods.base import Handler, Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.call import Call
-from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.plan.tiling import pinned_bits
@@ -35,13 +34,6 @@ SPARSE = dict(dense_steps=0, dense_layers=0)
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, **SPARSE)
 
 
-def context(layout: TokenLayout, step: int = 0, steps: int | None = 4, batch: int = 1) -> CallContext:
-    return CallContext(
-        transformer="transformer", layer=0, depth=0, branch="cond", step_index=step, num_inference_steps=steps,
-        sigma=None, layout=layout, batch=batch, device=torch.device("cpu"),
-    )  # fmt: skip
-
-
 def handlers(*configs) -> list[Handler]:
     return make_handlers(configs, MODEL)
 
@@ -50,7 +42,7 @@ def planned(layout: TokenLayout, *configs, plan: AttentionPlan | None = None, **
     """What methods plan, whatever the queries and keys are."""
     plan, nothing = plan or AttentionPlan(), torch.empty(1, 4, layout.tokens, 0)
     for handler in handlers(*configs):
-        plan = handler.plan(plan, Call(q=nothing, k=nothing, v=nothing), context(layout, **when))
+        plan = handler.plan(plan, Call(q=nothing, k=nothing, v=nothing), context_of(layout, **when))
     return plan
 
 
@@ -102,8 +94,11 @@ def test_beta_moves_linearly_over_the_sparse_steps():
     assert SolAttention(beta=2.0).resolve().beta_at(5, None) == 2.0
     with pytest.raises(ConfigError, match=r"sol\.beta_last = 0\.8 needs the number of steps.*leave beta_last unset"):
         SolAttention(beta_last=0.8).resolve().beta_at(3, None)
-    plan = planned(WAN_720P, dataclasses.replace(config, block_size=512), step=4, steps=9)
-    assert plan.selection.routing.beta == pytest.approx(1.1)
+    config = dataclasses.replace(config, block_size=512)
+    assert planned(WAN_720P, config, step_index=4, num_inference_steps=9).selection.routing.beta == pytest.approx(1.1)
+    assert (
+        planned(WAN_720P, config, num_inference_steps=None, training=True).selection.routing.beta == 1.3
+    )  # no step is told
 
 
 @pytest.mark.parametrize("threshold", ["diag", "exact"])

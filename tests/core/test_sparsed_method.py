@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from dit_accel_kernels import EXACT, Selection, TileLists, count_bits, pack_bits, unpack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_layer import MODEL
+from one_layer import MODEL, context_of, random_call
 from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
 from dit_accel.methods.attention.sparsed import DEFAULTS, SparseDHandler, heaviest
 from dit_accel.methods.compose import make_handlers
-from dit_accel.plan import call as calls_of
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
@@ -31,17 +30,11 @@ RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=Fals
 
 
 def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
-    values = dict(
-        transformer="transformer", layer=0, depth=0, branch="cond", step_index=2, num_inference_steps=8, sigma=None,
-        layout=layout, batch=2, device=torch.device("cpu"),
-    )  # fmt: skip
-    return CallContext(**{**values, **changes})
+    return context_of(layout, **{"step_index": 2, **changes})
 
 
 def call_of(layout: TokenLayout = LAYOUT, form: str = "bshd", **changes) -> Call:
-    shape = (2, layout.tokens, 2, 8) if form == "bshd" else (2, 2, layout.tokens, 8)
-    q, k, v = 3 * torch.randn(shape), torch.randn(shape), torch.randn(shape)
-    return dataclasses.replace(calls_of.call_of(q, k, v, None, None, "torch", form == "bshd"), **changes)
+    return random_call(layout, form, sharp=3.0, dtype=torch.float32, **changes)
 
 
 def handler(config: SparseD = SPARSED) -> SparseDHandler:
@@ -279,6 +272,15 @@ def test_everything_kept_is_dense_to_rounding_and_a_neutral_run_is_bit_equal():
         torch.testing.assert_close(denoise(transformer), plain, rtol=1e-4, atol=1e-4)
     with dit_accel.attach(transformer, dataclasses.replace(SPARSED, dense_steps=99)):
         assert torch.equal(denoise(transformer), plain)
+
+
+def test_a_training_forward_finds_its_own_pattern_and_keeps_none():
+    made, calls = handler(), [call_of(), call_of()]
+    assert made.is_active(context(training=True, step_index=0), 0)  # no warm-up: no step is told
+    first, second = (chosen_of(planned(made, call, training=True)) for call in calls)
+    assert not made.bits
+    assert not torch.equal(first, second)
+    assert torch.equal(chosen_of(planned(handler(), calls[1])), second)
 
 
 @pytest.mark.parametrize("options", [{}, {"density": None, "mass": 0.7}, {"rest": "pooled"}], ids=str)

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention, pack_bits
-from one_layer import ADAPTER, MODEL, Fixed, OneLayer
+from one_layer import ADAPTER, MODEL, Fixed, OneLayer, context_of, random_call
 from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
@@ -28,7 +28,6 @@ from dit_accel.methods.attention.delta import DeltaHandler
 from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_override, frame_decay, mean_key
 from dit_accel.methods.base import AttentionHandler, Phase
 from dit_accel.methods.config import MethodConfig
-from dit_accel.plan import call as calls_of
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
@@ -45,18 +44,8 @@ FAMILY = Family(
 ACTIVE = UltraViCo(alpha=0.5, beta=0.2, period=3, gamma=0.5, trained_frames=2, first_frame=True)
 
 
-def context(layout: TokenLayout = LAYOUT, **changes) -> CallContext:
-    values = dict(
-        transformer="transformer", layer=0, depth=0, branch="cond", step_index=2, num_inference_steps=8, sigma=None,
-        layout=layout, batch=2, device=torch.device("cpu"),
-    )  # fmt: skip
-    return CallContext(**{**values, **changes})
-
-
-def call_of(form: str = "bshd", dtype: torch.dtype = torch.float64, **changes) -> Call:
-    shape = (2, LAYOUT.tokens, 2, 8) if form == "bshd" else (2, 2, LAYOUT.tokens, 8)
-    q, k, v = (torch.randn(shape, dtype=dtype) for _ in range(3))
-    return dataclasses.replace(calls_of.call_of(2 * q, k, v, None, None, "torch", form == "bshd"), **changes)
+context = functools.partial(context_of, LAYOUT, step_index=2)
+call_of = functools.partial(random_call, LAYOUT)
 
 
 def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> UltraViCoHandler:

@@ -1,6 +1,8 @@
-"""One attention module under an execution of its own, without a model, told its steps by hand."""
+"""Attention calls without a model: random ones, where they stand, and one module that runs them under methods."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,34 @@ from dit_accel.attachment.processor import as_tensors
 from dit_accel.methods.base import AttentionHandler, Handler, Model, Phase
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
+from dit_accel.plan import call as calls
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.report.report import StepReport, step_reports
 
 ADAPTER = Adapter(name="any", transformers=(), self_attention=())
 MODEL = Model(adapter=ADAPTER, family=None, heads=2, layers=1)
+
+
+def context_of(layout: TokenLayout, **changes: Any) -> CallContext:
+    """Return where a call stands: in the first layer at the first of eight steps, or as ``changes`` say."""
+    values: dict[str, Any] = dict(
+        transformer="transformer", layer=0, depth=0, branch="cond", step_index=0, num_inference_steps=8, sigma=None,
+        layout=layout, batch=2, device=torch.device("cpu"),
+    )  # fmt: skip
+    return CallContext(**{**values, **changes})
+
+
+def random_call(
+    layout: TokenLayout, form: str = "bshd", *, sharp: float = 2.0, dtype: torch.dtype = torch.float64, **changes: Any
+) -> Call:
+    """Return a call of 2 rows of 2 heads; ``form`` tells how its tensors lie, ``sharp`` how far logits spread."""
+    shape = (2, layout.tokens, 2, 8) if form == "bshd" else (2, 2, layout.tokens, 8)
+    q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    held = (x.to(dtype) for x in (sharp * q, k, v))
+    return dataclasses.replace(calls.call_of(*held, None, None, "torch", form == "bshd"), **changes)
 
 
 class Fixed(AttentionHandler):

@@ -168,13 +168,30 @@ def _ltx(batch: int) -> Mapping[str, Any]:
     )  # fmt: skip
 
 
+def _ltx_conditioned(batch: int) -> Mapping[str, Any]:
+    """As the condition pipeline passes it: a conditioning frame of other coordinates, then the video."""
+    inputs = {**_ltx(batch), "hidden_states": torch.randn(batch, 8 * 4 * 8, 4)}
+    places = torch.cartesian_prod(torch.arange(7), torch.arange(4), torch.arange(8)).float()
+    times = places * torch.tensor([0.32, 32.0, 32.0])
+    front = times[:32] + torch.tensor([0.96, 0.0, 0.0])
+    sizes = dict(num_frames=None, height=None, width=None)
+    return {**inputs, **sizes, "video_coords": torch.cat([front, times]).mT.expand(batch, -1, -1)}
+
+
+LTX_TINY = dict(
+    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, num_layers=3,
+    caption_channels=16,
+)  # fmt: skip
 LTX = (
     TinyModel(
         transformer=diffusers.LTXVideoTransformer3DModel,
-        config=dict(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
-            num_layers=3, caption_channels=16,
-        ),
+        config=LTX_TINY,
+        inputs=_ltx_conditioned,
+        left_alone=("transformer_blocks.*.attn2",),
+    ),
+    TinyModel(
+        transformer=diffusers.LTXVideoTransformer3DModel,
+        config=LTX_TINY,
         inputs=_ltx,
         left_alone=("transformer_blocks.*.attn2",),
     ),

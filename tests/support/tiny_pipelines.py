@@ -65,21 +65,28 @@ def cogvideox() -> tuple[Any, dict[str, Any]]:
     return pipe, dict(SIZE, num_frames=25, guidance_scale=3.0, max_sequence_length=6, **prompt)
 
 
-def ltx() -> tuple[Any, dict[str, Any]]:
+def ltx(pipeline: type = diffusers.LTXPipeline, **call: Any) -> tuple[Any, dict[str, Any]]:
     vae = dict(
         latent_channels=4, block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4, layers_per_block=(1,) * 5,
         decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False), patch_size=1,
         decoder_spatio_temporal_scaling=(True, True, False, False), patch_size_t=1,
     )  # fmt: skip
-    pipe = diffusers.LTXPipeline(
+    pipe = pipeline(
         text_encoder=None, tokenizer=None,
         transformer=_build(diffusers.LTXVideoTransformer3DModel, dict(LTX[0].config)),
         vae=_build(diffusers.AutoencoderKLLTXVideo, vae), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
-    return pipe, dict(SIZE, height=32, width=32, num_frames=25, guidance_scale=3.0, **_prompt())
+    return pipe, dict(SIZE, height=32, width=32, num_frames=25, guidance_scale=3.0, **_prompt(), **call)
 
 
-PIPELINES = {"hunyuan-video": hunyuan_video, "mochi": mochi, "cogvideox": cogvideox, "ltx": ltx}
+def ltx_condition() -> tuple[Any, dict[str, Any]]:
+    """Places its tokens by coordinates."""
+    return ltx(diffusers.LTXConditionPipeline)
+
+
+PIPELINES = {
+    "hunyuan-video": hunyuan_video, "mochi": mochi, "cogvideox": cogvideox, "ltx": ltx, "ltx-condition": ltx_condition,
+}  # fmt: skip
 """Adapter name -> maker of (pipeline, arguments of a call)."""
 
 
