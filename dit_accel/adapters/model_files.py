@@ -51,10 +51,10 @@ class ModelFiles:
             raise UnsupportedModel(f"{self.name} is of {adapter.name}, whose sizes are not known; plan with --family")
         base = family or adapter.families[0]
         try:
-            found = adapter.sizes(self.transformer)
-            sizes: dict[str, Any] = {"layers": found.layers, "heads": found.heads, "head_dim": found.head_dim}
+            read = adapter.sizes(self.transformer)
+            sizes: dict[str, Any] = {"layers": read.layers, "heads": read.heads, "head_dim": read.head_dim}
             for name, entry in (("ffn_dim", "ffn_dim"), ("patch", "patch_size")):
-                sizes[name] = getattr(found, name) or (family and getattr(family, name))
+                sizes[name] = getattr(read, name) or (family and getattr(family, name))
                 if sizes[name] is None:
                     raise KeyError(entry)
         except KeyError as error:

@@ -94,10 +94,10 @@ def last_video(ids: "Tensor") -> tuple[int, int, int]:
 
 def ids_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off ``img_ids``: text, then the image, then reference images, which count as text behind it."""
-    found = read_once(inputs["img_ids"], first_image)
-    if isinstance(found, str):
-        return found
-    height, width = found
+    image = read_once(inputs["img_ids"], first_image)
+    if isinstance(image, str):
+        return image
+    height, width = image
     after = inputs["hidden_states"].shape[1] - height * width
     return 1, height, width, inputs["encoder_hidden_states"].shape[1], after
 

@@ -18,18 +18,18 @@ def adapters() -> dict[str, Adapter]:
         ConfigError: if two packages register the same adapter name or the same transformer class, or an entry point
             gives something else.
     """
-    found: dict[str, Adapter] = {}
+    by_name: dict[str, Adapter] = {}
     classes: dict[str, str] = {}
     for entry in entry_points(group=ADAPTER_GROUP):
         for adapter in _load(entry):
-            if adapter.name in found:
+            if adapter.name in by_name:
                 raise ConfigError(f"adapter {adapter.name!r} is registered twice, last by {entry.value}; uninstall one")
             for name in adapter.transformers:
                 if name in classes:
                     raise ConfigError(f"{name} is claimed by the adapters {classes[name]!r} and {adapter.name!r}")
                 classes[name] = adapter.name
-            found[adapter.name] = adapter
-    return found
+            by_name[adapter.name] = adapter
+    return by_name
 
 
 def _load(entry: EntryPoint) -> Sequence[Adapter]:

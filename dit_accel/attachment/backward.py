@@ -41,13 +41,13 @@ class BackwardStore:
         Raises:
             AttachError: if it is gone.
         """
-        found = self._plans.get(int(ticket))
-        if found is None:
+        entry = self._plans.get(int(ticket))
+        if entry is None:
             raise AttachError(
                 f"the attention plan {int(ticket)} of a forward is gone before its backward ran; run the backward "
                 "while the output of the forward is alive"
             )
-        return found[1]
+        return entry[1]
 
     def _sweep(self) -> None:
         self._plans = {number: entry for number, entry in self._plans.items() if not entry[0].expired()}

@@ -175,12 +175,12 @@ def find_blocks(adapter: Adapter, transformer: nn.Module) -> tuple[Block, ...]:
     Raises:
         UnsupportedModel: if the adapter describes none.
     """
-    found = [
+    listed = [
         (blocks, name, module)
         for blocks in block_lists(adapter, transformer)
         if not blocks.beside
         for name, module in blocks.modules(adapter, transformer)
     ]
     return tuple(
-        Block(index=index, name=name, module=module, list=blocks) for index, (blocks, name, module) in enumerate(found)
+        Block(index=index, name=name, module=module, list=blocks) for index, (blocks, name, module) in enumerate(listed)
     )

@@ -28,11 +28,11 @@ def methods(json: Json = False) -> None:
 
     dit-accel methods --json
     """
-    found = [_method_data(config_type) for config_type in method_registry.methods().values()]
+    listed = [_method_data(config_type) for config_type in method_registry.methods().values()]
     if json:
-        print_json(found)
+        print_json(listed)
         return
-    for method in found:
+    for method in listed:
         OUT.print(f"[bold]--{method['name']}[/bold]  {method['summary']}", soft_wrap=False)
         table = plain_table("option", "default", "meaning")
         for option in method["options"]:
@@ -109,12 +109,12 @@ def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:
 
 def _attribute_docs(documented: type) -> dict[str, str]:
     """Return attribute -> text of the ``Attributes:`` sections of a class and its bases."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for part in reversed(documented.__mro__):
         section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", inspect.cleandoc(part.__doc__ or ""), re.MULTILINE)
         entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section.group(1), re.MULTILINE) if section else []
-        found |= {name: " ".join(meaning.split()).replace("``", "") for name, meaning in entries}
-    return found
+        docs |= {name: " ".join(meaning.split()).replace("``", "") for name, meaning in entries}
+    return docs
 
 
 def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def plan(
     dit-accel plan --model FOLDER --set radial.decay_factor=0.5 --json
     """
     adapter, sizes = _find(family, model)
-    found = estimate(
+    estimated = estimate(
         adapter,
         sizes,
         height=height,
@@ -57,16 +57,16 @@ def plan(
         methods=methods,
         kernel_cost=kernel_cost,
     )
-    if num_frames is not None and found.num_frames != num_frames:
-        note(f"{num_frames} frames are rounded to {found.num_frames}, as the pipeline does")
-    for text in found.notes:
+    if num_frames is not None and estimated.num_frames != num_frames:
+        note(f"{num_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
+    for text in estimated.notes:
         note(text)
-    for text in found.warnings:
+    for text in estimated.warnings:
         warn(text)
     if json:
-        print_json(found.to_dict())
+        print_json(estimated.to_dict())
     else:
-        _print(found)
+        _print(estimated)
 
 
 def _find(family: str | None, model: str | None) -> tuple[Adapter, Family]:
@@ -81,61 +81,65 @@ def _find(family: str | None, model: str | None) -> tuple[Adapter, Family]:
     return adapter, sizes
 
 
-def _print(found: Estimate) -> None:
-    layout, family, tiles = found.layout, found.family, found.tiles
-    OUT.print(f"[bold]{family.name}[/bold]  {found.width} x {found.height} pixels, {found.num_frames} frames")
+def _print(estimated: Estimate) -> None:
+    layout, family, tiles = estimated.layout, estimated.family, estimated.tiles
+    OUT.print(
+        f"[bold]{family.name}[/bold]  {estimated.width} x {estimated.height} pixels, {estimated.num_frames} frames"
+    )
     table = Table.grid(padding=(0, 2))
     text = f" + {family.text_tokens:,} of text" if family.text_tokens else ""
     grid = f"{layout.frames} frames of {layout.height} x {layout.width}"
     rows: list[tuple[str, str]] = [
         ("tokens", f"{layout.visual_tokens:,}{text}  ({grid})"),
-        ("forwards", f"{found.forwards}  ({found.num_inference_steps} steps x {family.forwards_per_step})"),
+        ("forwards", f"{estimated.forwards}  ({estimated.num_inference_steps} steps x {family.forwards_per_step})"),
     ]
     if tiles:
         rows += [
             ("tiles kept", f"{tiles.kept:,} of {tiles.total:,}  (density {tiles.density:.4f})"),
             ("dense calls", f"{tiles.dense_share:.1%} of steps x layers"),
-            ("method state", f"{_bytes(found.tile_list_bytes + found.pooled_bytes)}"),
+            ("method state", f"{_bytes(estimated.tile_list_bytes + estimated.pooled_bytes)}"),
         ]
-    if found.forward_share != 1:
-        rows.append(("forwards computed", f"{found.forward_share:.1%} of the dense run's"))
-    for name, size in found.carried_bytes.items():
+    if estimated.forward_share != 1:
+        rows.append(("forwards computed", f"{estimated.forward_share:.1%} of the dense run's"))
+    for name, size in estimated.carried_bytes.items():
         rows.append((f"{name} state", f"{_bytes(size)}, held from step to step"))
     for label, value in rows:
         table.add_row(label, value)
     OUT.print(table)
     OUT.print()
-    OUT.print(_flops_table(found))
-    if found.tiles or found.forward_share != 1:
+    OUT.print(_flops_table(estimated))
+    if estimated.tiles or estimated.forward_share != 1:
         OUT.print()
-        OUT.print(_verdict(found))
-        OUT.print(_assumptions(found), style="dim")
+        OUT.print(_verdict(estimated))
+        OUT.print(_assumptions(estimated), style="dim")
 
 
-def _flops_table(found: Estimate) -> Table:
+def _flops_table(estimated: Estimate) -> Table:
     table = plain_table("FLOPs of the run", "attention", "total", right=("attention", "total"))
-    table.add_row("dense", _flops(found.attention_flops), _flops(found.total_flops))
-    if found.tiles or found.forward_share != 1:
+    table.add_row("dense", _flops(estimated.attention_flops), _flops(estimated.total_flops))
+    if estimated.tiles or estimated.forward_share != 1:
         table.add_row(
-            " + ".join(found.methods), _flops(found.planned_attention_flops), _flops(found.planned_total_flops)
+            " + ".join(estimated.methods),
+            _flops(estimated.planned_attention_flops),
+            _flops(estimated.planned_total_flops),
         )
     return table
 
 
-def _verdict(found: Estimate) -> str:
-    if found.speedup <= 1:
-        return f"[bold]predicted speed-up {found.speedup:.2f}x[/bold]: no gain at this size"
-    steps = f"{found.equal_steps:.0f} of {found.num_inference_steps}"
-    return f"[bold]predicted speed-up {found.speedup:.2f}x[/bold]; {steps} dense steps would save as much"
+def _verdict(estimated: Estimate) -> str:
+    if estimated.speedup <= 1:
+        return f"[bold]predicted speed-up {estimated.speedup:.2f}x[/bold]: no gain at this size"
+    steps = f"{estimated.equal_steps:.0f} of {estimated.num_inference_steps}"
+    return f"[bold]predicted speed-up {estimated.speedup:.2f}x[/bold]; {steps} dense steps would save as much"
 
 
-def _assumptions(found: Estimate) -> str:
+def _assumptions(estimated: Estimate) -> str:
     return (
         "1 / ((1 - a) + a (w + (1 - w) rho kappa)) with "
-        f"a = {found.attention_share:.3f} attention's share of the dense FLOPs, taken as its share of the time; "
-        f"w = {found.dense_share:.3f} share of dense calls; "
-        f"rho = {found.pair_density:.4f} share of the pairs in a sparse call; "
-        f"kappa = {found.kernel_cost:g} time per kept FLOP over the dense kernel's (--kernel-cost)."
+        f"a = {estimated.attention_share:.3f} attention's share of the dense FLOPs, taken as its share of the time; "
+        f"w = {estimated.dense_share:.3f} share of dense calls; "
+        f"rho = {estimated.pair_density:.4f} share of the pairs in a sparse call; "
+        f"kappa = {estimated.kernel_cost:g} time per kept FLOP over the dense kernel's (--kernel-cost)."
     )
 
 

@@ -39,13 +39,13 @@ def check_adapter(
         f"{', '.join(sorted(given))}; give one or more of each class that it names, and of no other",
     )
     checks = {name: CHECKS[name] for name in (CHECKS if only is None else only)}
-    found: dict[str, dict[str, str]] = {}
+    verdicts: dict[str, dict[str, str]] = {}
     cases = [Case(adapter, model) for model in models]
     if "places" in checks and given == named:
         require_patterns_match(adapter, cases)
     for number, (model, case) in enumerate(zip(models, cases, strict=True)):
         case.require_own_forward(f"{model.transformer.__name__} {number}")
-        results = found[f"{model.transformer.__name__} {number}"] = {}
+        results = verdicts[f"{model.transformer.__name__} {number}"] = {}
         for name, check in checks.items():
             try:
                 results[name] = check(case) or "passed"
@@ -53,7 +53,7 @@ def check_adapter(
                 raise AssertionError(
                     f"{model.transformer.__name__} {number}: check {name!r} failed: {error}"
                 ) from error
-    return found
+    return verdicts
 
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {

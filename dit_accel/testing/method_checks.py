@@ -106,6 +106,6 @@ def check_padding(case: Case) -> str | None:
     for cases in ((), *((tried,) for tried in cases_for(case).values())):
         methods, warm = configs_of(*(tried.active for tried in cases)), warm_of(*cases)
         with attach(wide, *methods, backend="reference"):
-            found = [case.run_after(warm, x, transformer=wide) for x in (inputs, other)]
-        require(torch.equal(*found), f"{methods}: padded text changes the output")
+            outputs = [case.run_after(warm, x, transformer=wide) for x in (inputs, other)]
+        require(torch.equal(*outputs), f"{methods}: padded text changes the output")
     return None

@@ -115,16 +115,19 @@ def stopped_at(attachment: Attachment, tokens: int) -> Iterator[list[Tensor]]:
         yield seen
 
 
-def require_same(found: Tensor, expected: Tensor, what: str) -> None:
+def require_same(result: Tensor, expected: Tensor, what: str) -> None:
     """Two float64 results differ by less than one rounding step of float32, which some models round to inside."""
-    error, allowed = float((found - expected).abs().max()), torch.finfo(torch.float32).eps * float(expected.abs().max())
+    error, allowed = (
+        float((result - expected).abs().max()),
+        torch.finfo(torch.float32).eps * float(expected.abs().max()),
+    )
     require(error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}")
 
 
-def require_within_rounding(found: Tensor, yardstick: Tensor, truth: Tensor, what: str) -> None:
+def require_within_rounding(result: Tensor, yardstick: Tensor, truth: Tensor, what: str) -> None:
     """Error <= 2 x the yardstick's own, plus one rounding step."""
-    found, wide, step = found.to(WIDE), yardstick.to(WIDE), torch.finfo(yardstick.dtype).eps
-    error = float((found - truth).abs().max())
+    result, wide, step = result.to(WIDE), yardstick.to(WIDE), torch.finfo(yardstick.dtype).eps
+    error = float((result - truth).abs().max())
     allowed = float(2 * (wide - truth).abs().max() + step * truth.abs().max())
     require(error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}")
 
@@ -155,7 +158,7 @@ def require_as_planned(calls: Sequence[RecordedCall]) -> None:
 
     The calls of one forward share a yardstick: the largest error of a single call is a matter of luck.
     """
-    found, low, truth = [], [], []
+    outputs, low, truth = [], [], []
     for call in calls:
         if call.exact is not None:
             _require_selected(call, call.exact)
@@ -163,9 +166,9 @@ def require_as_planned(calls: Sequence[RecordedCall]) -> None:
         q, k, v = (x.to(WIDE) for x in (call.q, call.k, call.v))
         truth.append(attention(call.plan, states, q, k, v, valid, scale).flatten())
         low.append(attention(call.plan, states, call.q, call.k, call.v, valid, scale).flatten())
-        found.append((call.out if call.planned is None else call.planned).flatten())
+        outputs.append((call.out if call.planned is None else call.planned).flatten())
     require_within_rounding(
-        torch.cat(found), torch.cat(low), torch.cat(truth), "a planned call is not what its plan says"
+        torch.cat(outputs), torch.cat(low), torch.cat(truth), "a planned call is not what its plan says"
     )
 
 

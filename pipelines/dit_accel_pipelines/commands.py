@@ -123,11 +123,11 @@ def describe_model(model: Model = None, json: Json = False) -> None:
 
     from .loading import empty_transformers
 
-    found = dit_accel.describe(empty_transformers(model))
+    description = dit_accel.describe(empty_transformers(model))
     if json:
-        print_json(found.to_dict())
+        print_json(description.to_dict())
     else:
-        OUT.print(str(found), soft_wrap=True, markup=False)
+        OUT.print(str(description), soft_wrap=True, markup=False)
 
 
 def _tell(one: "Written") -> None:

@@ -37,10 +37,10 @@ def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid | str
     mode = inputs.get("kv_cache_mode")
     if mode is None:
         return ids_grid(config, inputs)
-    found = read_once(inputs["img_ids"], last_image)
-    if isinstance(found, str):
-        return found
-    height, width = found
+    image = read_once(inputs["img_ids"], last_image)
+    if isinstance(image, str):
+        return image
+    height, width = image
     before = inputs["encoder_hidden_states"].shape[1] + inputs["hidden_states"].shape[1] - height * width
     if mode == "cached":
         before += inputs["kv_cache"].num_ref_tokens

@@ -14,10 +14,10 @@ from dit_accel.adapters.sizes import read_sizes
 
 def image_last(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off ``position_ids``, which the image ends; all in front of it counts as text."""
-    found = read_once(inputs["position_ids"], last_image)
-    if isinstance(found, str):
-        return found
-    height, width = found
+    image = read_once(inputs["position_ids"], last_image)
+    if isinstance(image, str):
+        return image
+    height, width = image
     return 1, height, width, inputs["hidden_states"].shape[1] - height * width, 0
 
 

@@ -43,10 +43,10 @@ def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
         return frames, height, width, 0, tokens - frames * height * width
     if inputs.get("video_coords") is None:
         return "LTX was given neither num_frames, height and width nor video_coords, so that its tokens have no places"
-    found = read_once(inputs["video_coords"], video_behind_conditions)
-    if isinstance(found, str):
-        return found
-    frames, height, width = found
+    video = read_once(inputs["video_coords"], video_behind_conditions)
+    if isinstance(video, str):
+        return video
+    frames, height, width = video
     return frames, height, width, tokens - frames * height * width, 0
 
 

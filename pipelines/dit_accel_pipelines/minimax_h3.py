@@ -18,10 +18,10 @@ from dit_accel.adapters.sizes import read_sizes
 
 def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off ``position_ids``: no shape tells the video's frames, height and width."""
-    found = read_once(inputs["position_ids"], last_video)
-    if isinstance(found, str):
-        return found
-    frames, height, width = found
+    video = read_once(inputs["position_ids"], last_video)
+    if isinstance(video, str):
+        return video
+    frames, height, width = video
     return frames, height, width, inputs["position_ids"].shape[0] - frames * height * width, 0
 
 

@@ -214,7 +214,7 @@ class DeltaHandler(AttentionHandler):
 
     def report(self) -> Section | None:
         """Return the errors at probe rows, before correction, and the work that they cost."""
-        found = tuple(
+        probed_calls = tuple(
             MeasuredError(
                 transformer=context.transformer,
                 step_index=context.step_index,
@@ -225,20 +225,20 @@ class DeltaHandler(AttentionHandler):
             )
             for context, error in self._measured
         )
-        if not found:
+        if not probed_calls:
             return None
-        errors = [(error, one, head) for one in found for head, error in enumerate(one.by_head)]
+        errors = [(error, one, head) for one in probed_calls for head, error in enumerate(one.by_head)]
         worst, one, head = max(errors, key=lambda entry: entry[0])
         mean = sum(error for error, *_ in errors) / len(errors)
         probed: dict[tuple[Any, ...], float] = {}
-        for entry in found:
+        for entry in probed_calls:
             probed[entry.transformer, entry.step_index, entry.branch, entry.layer] = entry.rows
         where = f"step {one.step_index}, layer {one.layer}, head {head}"
         lines = (
             f"error at probe rows, before correction: {mean:.3f} mean, {worst:.3f} worst ({where})",
-            f"{len(found)} calls probed; their rows are computed densely, beside the tiles: {one.rows:.3f} of a call",
+            f"{len(probed_calls)} calls probed; their rows are dense, beside the tiles: {one.rows:.3f} of a call",
         )
-        data = {"mean": mean, "worst": worst, "measured": [asdict(entry) for entry in found]}
+        data = {"mean": mean, "worst": worst, "measured": [asdict(entry) for entry in probed_calls]}
         return Section(method=self.name, title="delta", lines=lines, data={**data, "probed_rows": sum(probed.values())})
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:

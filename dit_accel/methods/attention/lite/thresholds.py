@@ -109,21 +109,21 @@ def read_thresholds(path: str | Path) -> LiteThresholds:
         ConfigError: for a file that can't be read, is no TOML, has another version, or lacks what it needs.
     """
     try:
-        found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"lite.thresholds_file {path} can't be read ({reason}); run dit-accel tune lite") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"lite.thresholds_file {path} is no valid TOML: {error}") from None
-    version = found.pop("version", None)
+    version = table.pop("version", None)
     if version != VERSION:
         raise ConfigError(f"lite.thresholds_file {path} has version {version!r}, this release reads version {VERSION}")
     try:
         tables = {
             str(name): tuple(tuple(float(value) for value in row) for row in layers)
-            for name, layers in found.pop("thresholds").items()
+            for name, layers in table.pop("thresholds").items()
         }
-        return LiteThresholds(thresholds=tables, **found)
+        return LiteThresholds(thresholds=tables, **table)
     except ConfigError as error:
         raise ConfigError(f"{error} ({path})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
