@@ -449,7 +449,7 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         assert report.sparse_density < 1
         assert rows == 0.25  # every fourth row, dense
         assert data["probed_rows"] == report.to_dict()["sections"]["delta"]["probed_rows"] == 18 * 0.25
-        assert "18 calls probed; their rows are computed densely, beside the tiles: 0.250 of a call" in str(report)
+        assert "18 calls probed; their rows are dense, beside the tiles: 0.250 of a call" in str(report)
     with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=1)):
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
 
