@@ -462,3 +462,20 @@ def test_it_is_found_by_name_on_the_command_line_and_in_toml():
     assert select_methods(["sparsed"], None, ["sparsed.mass=0.9"]) == [SparseD(mass=0.9)]
     configs = [SparseD(density=0.25, rest="pooled", dense_steps=0.5)]
     assert from_toml(to_toml(configs)) == configs
+
+
+def test_the_pattern_is_chosen_by_scaled_logits():
+    from one_layer import MODEL as ONE_LAYER
+    from one_layer import context_of, random_call
+
+    from dit_accel.methods.compose import make_handlers
+    from dit_accel.plan.plan import AttentionPlan
+
+    layout = TokenLayout(frames=6, height=4, width=8)
+    call, context = random_call(layout), context_of(layout)
+    (handler,) = make_handlers([SparseD(density=0.3, block_size=16, dense_steps=0)], ONE_LAYER)
+    plan = AttentionPlan().with_tiles(*handler.settings.tiling.full(layout))
+    plain = handler._pattern(plan, call, context)
+    turned = handler._pattern(plan.scale(torch.tensor([-1.0, 1.0])), call, context)
+    assert not torch.equal(turned[:, 0], plain[:, 0])
+    assert torch.equal(turned[:, 1], plain[:, 1])

@@ -225,13 +225,15 @@ class SparseDHandler(SparseHandler):
         return pinned_bits(context.layout, self.settings.block_size, None, "text", str(context.device))
 
     def _pattern(self, plan: AttentionPlan, call: Call, context: CallContext) -> Tensor:
-        """Return the heaviest of the plan's exact tiles, by one mass pass over the queries and keys."""
+        """Return the heaviest of the plan's exact tiles, by one mass pass over the queries and keys; decay left out."""
         settings, layout, tiles = self.settings, context.layout, plan.tiles
         assert tiles is not None
         place = torch.arange(layout.tokens, device=context.device) - layout.text_before
         valid = ((place >= 0) & (place < layout.visual_tokens)).expand(context.batch, -1)
         mask = call.key_mask()
-        q, k = call.as_held(call.q, call.k)
+        scale = plan.head_scale
+        q = call.q if scale is None else call.q * scale.reshape(-1, call.q.shape[1])[:, :, None, None].to(call.q.dtype)
+        q, k = call.as_held(q, call.k)
         masses = tile_masses(
             q, k, block_q=tiles.block_q, block_k=tiles.block_k, **call.kernel_layout, scale=call.scale,
             token_order=plan.token_order, key_mask=valid if mask is None else valid & mask,
