@@ -23,7 +23,8 @@ class Phase(enum.IntEnum):
     """When a method acts, in whatever order the user lists them.
 
     Attention plans are filled from the first phase to the last: transforms stand before what selects by logits, so that
-    a selection may see them. Around forwards and blocks a later phase lies further out: guidance around caches around the model.
+    a selection may see them. Around forwards and blocks a later phase lies further out: guidance around caches around
+    the model.
     """
 
     POSITIONS = enum.auto()
