@@ -7,9 +7,7 @@ A model may change a stream between two blocks, by a control branch or by text o
 something over several blocks asks whether the next one takes the very tensors that the one before it gave.
 """
 
-import fnmatch
 import inspect
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from ..errors import ConfigError, UnsupportedModel
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .adapter import Adapter
 
 Streams = tuple["Tensor | None", ...]
 """The streams of one block, the visual one first; None: a stream that the call lacks, or that the block ends."""
@@ -74,22 +71,6 @@ class BlockList:
     def gives_streams_only(self) -> bool:
         """A result can be built from streams alone, so that a block may be skipped before it ever ran."""
         return None not in self.gives
-
-    def modules(self, adapter: "Adapter", transformer: "nn.Module") -> list[tuple[str, "nn.Module"]]:
-        """Return (name, module) of its blocks, in running order; none where the model has no such list.
-
-        Blocks that hold an attention which the adapter leaves dense in this model are left out: what runs through
-        them is something else, such as the decoder's streams in a list that begins with encoder blocks.
-        """
-        named = re.compile(re.escape(self.pattern).replace(r"\*", r"[^.]+")).fullmatch
-        blocks = [(name, module) for name, module in transformer.named_modules() if named(name)]
-        config: Any = transformer.config
-        dense = adapter.left_dense(config) if adapter.left_dense else ()
-        return [
-            (name, module)
-            for name, module in blocks
-            if not any(fnmatch.fnmatch(f"{name}.{part}", at) for part, _ in module.named_modules() for at in dense)
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,65 +169,3 @@ def block_signature(blocks: BlockList, block: "type[nn.Module]") -> BlockSignatu
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         places.append((name, sys.maxsize if by_name else names.index(name), default))
     return BlockSignature(block.__name__, tuple(places), blocks.gives)
-
-
-def block_lists(adapter: "Adapter", transformer: "nn.Module") -> tuple[BlockList, ...]:
-    """Return the block lists that a model has, in the adapter's order.
-
-    Raises:
-        UnsupportedModel: if the adapter describes no blocks, or others than the model has.
-    """
-    model = type(transformer).__name__
-    if adapter.blocks is None:
-        return _registered(adapter, transformer)
-    if not adapter.blocks:
-        raise UnsupportedModel(
-            f"the adapter {adapter.name!r} describes no blocks, so that none of {model} can be skipped or cached; use "
-            "a method that acts on the attention or on whole forwards"
-        )
-    lists = tuple(blocks for blocks in adapter.blocks if blocks.modules(adapter, transformer))
-    if not lists:
-        raise UnsupportedModel(
-            f"the adapter {adapter.name!r} looks for blocks {', '.join(b.pattern for b in adapter.blocks)} in {model} "
-            "and finds none; correct the adapter's blocks"
-        )
-    return lists
-
-
-def _registered(adapter: "Adapter", transformer: "nn.Module") -> tuple[BlockList, ...]:
-    """Return the lists of blocks that hold the adapter's attention modules, as diffusers' registry knows them."""
-    lists = []
-    for attention in (*adapter.self_attention, *adapter.side_attention):
-        pattern = attention[: attention.rfind("*") + 1] or attention
-        blocks = BlockList(pattern=pattern)
-        modules = blocks.modules(adapter, transformer)
-        if modules and pattern not in [known.pattern for known in lists]:
-            lists.append(registered_blocks(pattern, type(modules[0][1]), adapter.name))
-    if not lists:
-        raise UnsupportedModel(
-            f"the adapter {adapter.name!r} finds no blocks around {', '.join(adapter.self_attention)} in "
-            f"{type(transformer).__name__}; give the adapter blocks of its own"
-        )
-    return tuple(lists)
-
-
-def registered_blocks(pattern: str, block: type, adapter: str) -> BlockList:
-    """Return what diffusers' registry tells of a block class, as a block list.
-
-    Raises:
-        UnsupportedModel: if the registry does not know the class.
-    """
-    from diffusers.hooks._helpers import TransformerBlockRegistry  # private to diffusers: used here and nowhere else
-
-    try:
-        known = TransformerBlockRegistry.get(block)
-    except ValueError:
-        raise UnsupportedModel(
-            f"diffusers' block registry does not know {block.__name__} ({pattern}), and the adapter {adapter!r} "
-            f"describes no blocks; give it blocks=(BlockList(pattern={pattern!r}, ...),)"
-        ) from None
-    visual, other = known.return_hidden_states_index, known.return_encoder_hidden_states_index
-    if other is None:
-        return BlockList(pattern=pattern, takes=(known.hidden_states_argument_name,))
-    takes = known.hidden_states_argument_name, known.encoder_hidden_states_argument_name
-    return BlockList(pattern=pattern, takes=takes, gives=(0, 1) if visual < other else (1, 0))

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.blocks import Streams, block_lists, block_signature
+from ..adapters.block_lists import block_lists, blocks_of
+from ..adapters.blocks import Streams, block_signature
 from ..errors import ConfigError
 from ..methods.site import AroundBlock, AroundForward, Block
 from ..plan.context import StepContext
@@ -179,7 +180,7 @@ def find_blocks(adapter: Adapter, transformer: nn.Module) -> tuple[Block, ...]:
         (blocks, name, module)
         for blocks in block_lists(adapter, transformer)
         if not blocks.beside
-        for name, module in blocks.modules(adapter, transformer)
+        for name, module in blocks_of(blocks, adapter, transformer)
     ]
     return tuple(
         Block(index=index, name=name, module=module, list=blocks) for index, (blocks, name, module) in enumerate(listed)

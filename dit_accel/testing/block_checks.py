@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters.blocks import BlockList, BlockSignature, Streams, block_lists, block_signature
+from ..adapters.block_lists import block_lists, blocks_of
+from ..adapters.blocks import BlockList, BlockSignature, Streams, block_signature
 from ..attachment.find import attention_modules
 from ..attachment.seam import wrap_call
 from .recording import require
@@ -44,7 +45,7 @@ def check_blocks(case: Case) -> str | None:
     blocks = [
         Block(name, module, listed, block_signature(listed, type(module)))
         for listed in block_lists(case.adapter, case.transformer)
-        for name, module in listed.modules(case.adapter, case.transformer)
+        for name, module in blocks_of(listed, case.adapter, case.transformer)
     ]
     _require_covered(case, blocks)
     inputs = case.inputs(2)

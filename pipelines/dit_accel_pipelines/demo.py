@@ -17,7 +17,8 @@ from dit_accel.cli.console import OUT, TALK, plain_table
 from dit_accel.estimate.estimate import estimate
 from dit_accel.files import json_text, written_whole
 
-from .generate import Generation, attached, run
+from .generate import attached, run
+from .generation import Generation
 from .loading import load_pipeline
 from .media import contact_sheet, upscale, write_media
 from .progress import Stages

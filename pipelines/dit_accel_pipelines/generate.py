@@ -14,6 +14,7 @@ import dit_accel
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 
+from .generation import Generation
 from .loading import compile_blocks, load_pipeline
 from .media import Frames, to_uint8, upscale, write_media
 from .pipeline_call import PipelineCall
@@ -21,17 +22,7 @@ from .progress import Stages
 from .quiet import quiet_diffusers
 from .request import Backend, Request, read_pictures, settle, side_car_path
 from .side_car import side_car
-from .timing import Timings, timed_steps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """One generated video: frames uint8 [F, height, width, 3], how long it took, and the attachment's report."""
-
-    prompt: str
-    frames: Frames
-    timings: Timings
-    report: dit_accel.Report | None
+from .timing import timed_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,18 +5,16 @@ import resource
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .generation import Generation
 from .request import EMBEDDED, Request
-
-if TYPE_CHECKING:
-    from .generate import Generation
 
 LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
 
 
 def side_car(
-    request: Request, made: "Generation", output: Path, *, loading: float, command: Sequence[str]
+    request: Request, made: Generation, output: Path, *, loading: float, command: Sequence[str]
 ) -> dict[str, Any]:
     """Return the content of a side-car as plain values.
 

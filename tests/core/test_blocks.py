@@ -12,7 +12,8 @@ from torch import nn
 from dit_accel import ConfigError, UnsupportedModel
 from dit_accel.adapters import blocks as blocks_module
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.adapters.blocks import JOINT, BlockList, block_lists, block_signature, registered_blocks
+from dit_accel.adapters.block_lists import block_lists, blocks_of, registered_blocks
+from dit_accel.adapters.blocks import JOINT, BlockList, block_signature
 
 H, E, OTHER = torch.zeros(1, 4, 2), torch.ones(1, 3, 2), torch.full((1, 5, 2), 2.0)
 
@@ -157,15 +158,15 @@ def test_a_stream_of_another_name_is_refused():
 def test_the_lists_of_an_adapter_are_those_that_the_model_has():
     other = BlockList(pattern="vace_blocks.*")
     assert block_lists(adapter(blocks=(other, FLUX_LIKE)), Toy()) == (FLUX_LIKE,)
-    names = [name for name, _ in FLUX_LIKE.modules(adapter(), Toy())]
+    names = [name for name, _ in blocks_of(FLUX_LIKE, adapter(), Toy())]
     assert names == [f"blocks.{i}" for i in range(12)]  # and not blocks.0.attn, nor in the order of their letters
     deep = BlockList(pattern="inner.*.*", takes=JOINT, gives=(1, 0))
-    assert [name for name, _ in deep.modules(adapter(), Toy())] == ["inner.0.0"]
+    assert [name for name, _ in blocks_of(deep, adapter(), Toy())] == ["inner.0.0"]
 
 
 def test_blocks_whose_attention_is_left_dense_are_left_out():
     half = adapter(left_dense=lambda config: tuple(f"blocks.{i}.attn" for i in range(config.encoder, 12)))
-    names = [name for name, _ in FLUX_LIKE.modules(half, Toy(encoder=3))]
+    names = [name for name, _ in blocks_of(FLUX_LIKE, half, Toy(encoder=3))]
     assert names == ["blocks.0", "blocks.1", "blocks.2"]
 
 

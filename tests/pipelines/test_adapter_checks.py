@@ -15,6 +15,7 @@ from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
+ADDED_POSITIONS = {"CogVideoXTransformer3DModel 0", "ConsisIDTransformer3DModel 2"}  # as CogVideoX-2B adds them
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -23,7 +24,12 @@ def test_an_adapter_passes_every_check(name):
     found = check_adapter(ADAPTERS[name], *models, only=FAST)
     assert len(found) == len(models)
     assert all(list(results) == FAST for results in found.values())
-    assert all(results[check] == "passed" for results in found.values() for check in ("places", "layout"))
+    assert all(results[check] == "passed" for results in found.values() for check in ("places", "layout", "blocks"))
+    for model, results in found.items():
+        if model in ADDED_POSITIONS:
+            assert "this one adds sinusoidal positions to the patches" in results["rope"]
+        else:
+            assert results["rope"] == "passed"
     assert all((results["batch"] == "passed") == (models[0].max_batch > 1) for results in found.values())
     masked = any("encoder" in word and "mask" in word for model in models for word in model.inputs(1))
     assert all((results["padding"] == "passed") == masked for results in found.values())

@@ -12,6 +12,7 @@ from wan_tiny import TINY, generate, tiny_transformer
 
 import dit_accel
 from dit_accel import RadialAttention
+from dit_accel.adapters.registry import adapters
 from dit_accel.attachment.diagnosis import UnplannedRun
 
 SPARSE = dict(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=1, dense_layers=1)
@@ -319,9 +320,14 @@ class TestBadInput:
         with pytest.raises(dit_accel.AttachError, match="detached already"):
             attachment.detach()
 
-    def test_unsupported_transformer_lists_what_is_supported(self):
-        with pytest.raises(dit_accel.UnsupportedModel, match=r"got Linear.*WanTransformer3DModel"):
+    def test_unsupported_transformer_names_near_ones_and_where_all_are_listed(self):
+        count = len({name for adapter in adapters().values() for name in adapter.transformers})
+        rest = f"{count} are known, `dit-accel models` lists them all$"
+        with pytest.raises(dit_accel.UnsupportedModel, match=rf"got Linear; {rest}"):
             dit_accel.attach(torch.nn.Linear(2, 2))
+        near = type("WanTransformer3DModl", (torch.nn.Module,), {})
+        with pytest.raises(dit_accel.UnsupportedModel, match=rf"did you mean 'WanTransformer3DModel' or .*\? {rest}"):
+            dit_accel.attach(near())
         with pytest.raises(dit_accel.UnsupportedModel, match="got int"):
             dit_accel.attach(3)
 

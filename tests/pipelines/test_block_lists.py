@@ -9,7 +9,8 @@ from tiny_models import MODELS
 
 from dit_accel import UnsupportedModel
 from dit_accel.adapters import registry
-from dit_accel.adapters.blocks import JOINT, BlockList, block_lists, block_signature, registered_blocks
+from dit_accel.adapters.block_lists import block_lists, blocks_of, registered_blocks
+from dit_accel.adapters.blocks import JOINT, BlockList, block_signature
 from dit_accel.testing.block_checks import Block, check_blocks
 from dit_accel.testing.tiny_models import Case
 
@@ -23,11 +24,11 @@ def case_of(name, index=0, **changes):
     return Case(replace(registry.adapters()[name], **changes), MODELS[name][index])
 
 
-def blocks_of(case):
+def listed_blocks(case):
     return [
         Block(name, module, listed, block_signature(listed, type(module)))
         for listed in block_lists(case.adapter, case.transformer)
-        for name, module in listed.modules(case.adapter, case.transformer)
+        for name, module in blocks_of(listed, case.adapter, case.transformer)
     ]
 
 
@@ -130,7 +131,7 @@ def test_diffusers_registry_is_right_but_for_two_block_classes():
     wrong, known = set(), set()
     for name, models in MODELS.items():
         for model in models:
-            for block in blocks_of(Case(registry.adapters()[name], model)):
+            for block in listed_blocks(Case(registry.adapters()[name], model)):
                 cls = type(block.module)
                 if cls in TransformerBlockRegistry._registry:
                     known.add(cls.__name__)

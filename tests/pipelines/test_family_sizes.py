@@ -12,7 +12,7 @@ from torch import nn
 
 from dit_accel import UnsupportedModel
 from dit_accel.adapters import registry
-from dit_accel.adapters.blocks import block_lists
+from dit_accel.adapters.block_lists import block_lists, blocks_of
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.estimate.estimate import estimate
 from dit_accel.methods import registry as methods
@@ -78,7 +78,7 @@ def test_sizes_are_those_of_the_model(name):
     for model in MODELS[name]:
         transformer = Case(adapter, model).transformer
         sizes, listed = adapter.sizes(transformer.config), block_lists(adapter, transformer)
-        blocks = [module for blocks in listed for _, module in blocks.modules(adapter, transformer)]
+        blocks = [module for blocks in listed for _, module in blocks_of(blocks, adapter, transformer)]
         assert sizes.layers == len(blocks) + (transformer.config.get("num_decoder_layers") or 0)
         widths = {part.out_features for part in blocks[0].modules() if isinstance(part, nn.Linear)}
         assert widths & {sizes.heads * sizes.head_dim, 3 * sizes.heads * sizes.head_dim}
