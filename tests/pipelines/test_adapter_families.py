@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from dit_accel_pipelines.hunyuan_video import HUNYUAN_VIDEO
+from dit_accel_pipelines.ltx import LTX
 from dit_accel_pipelines.mochi import MOCHI
 from dit_accel_pipelines.sd3 import SD3
 
@@ -84,17 +85,19 @@ def test_hunyuan_video_hides_padded_text_from_every_key():
 
 
 def test_ltx_refuses_tokens_without_a_grid():
-    (model,) = tiny_models.LTX
+    model = next(model for model in tiny_models.LTX if "video_coords" not in model.inputs(1))
     transformer, inputs = build(model), model.inputs(1)
     sizes = dict.fromkeys(("num_frames", "height", "width"))
-    inputs = {**inputs, **sizes, "video_coords": torch.rand(1, 3, 224)}
+    scattered = torch.rand(1, 3, 224)
+    scattered[:, 0] = 0.0  # one frame, by the times
+    inputs = {**inputs, **sizes, "video_coords": scattered}
     plain = run(transformer, inputs)
-    with (
-        dit_accel.attach(transformer, ACTIVE),
-        pytest.raises(ConfigError, match="LTX places its tokens by video_coords here"),
-    ):
+    text = r"\(ltx\) can't be thinned out in this call: LTX's video_coords are those of no video: the last 224 of 224"
+    with dit_accel.attach(transformer, ACTIVE), pytest.raises(ConfigError, match=text):
         run(transformer, inputs)
     assert torch.equal(run(transformer, inputs), plain)
+    told = LTX.grid(transformer.config, {**inputs, "video_coords": None})
+    assert told.startswith("LTX was given neither num_frames, height and width nor video_coords")
 
 
 def test_released_sizes_are_recognised_over_both_block_lists(tmp_path):
