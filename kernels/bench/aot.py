@@ -106,8 +106,8 @@ def _compile(variant: Variant, target: Target) -> Any:
 def fingerprint(variant: Variant, target: Target) -> str:
     """Digest of all that decides a record, but for Triton's version.
 
-    The kernel with everything it calls, as Triton's front end makes it from signature and constants, without locations;
-    options, the target's limits, and how listings are read.
+    The kernel with everything it calls, as Triton's front end makes it from signature and constants, without locations
+    and without the modules that functions lie in; options, the target's limits, and how listings are read.
     """
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
@@ -122,8 +122,8 @@ def fingerprint(variant: Variant, target: Target) -> str:
     backend.load_dialects(context)
     front = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
     rest = (_options(variant), variant.hot_loop, variant.turns, target, listing.READING)
-    text = source.make_ir(gpu, options, *front).str_nodebug() + repr(rest)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = re.sub(rf"\b{PACKAGE}(?:\.[a-z]\w*)*\.(?=_)", "", source.make_ir(gpu, options, *front).str_nodebug())
+    return hashlib.sha256((text + repr(rest)).encode()).hexdigest()[:16]
 
 
 _remembered = lru_cache(variants_of)

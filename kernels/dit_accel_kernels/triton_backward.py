@@ -363,7 +363,7 @@ def _variant(name: str, kernel: Any, size: Sizes, dtype: torch.dtype, dim: int, 
 def _kind(argument: str, dtype: str) -> str:
     """Triton type of a runtime argument, by its name."""
     if argument.endswith("_ptr"):
-        element = {"valid_ptr": "u8", "token_order_ptr": "i64"}.get(argument, "i32")
+        element = {"valid_ptr": "u8", "token_order_ptr": "i64", "bounds_ptr": "i64"}.get(argument, "i32")
         element = dtype if argument in _TENSORS else "fp32" if argument in _FLOATS else element
         return f"*{element}:16"
     if argument.startswith("stride_"):

@@ -36,7 +36,7 @@ _BITS: StorageCache[Tensor] = StorageCache()
 class Lists:
     """What the forward reads: lists of a plan, or those of every batch and head.
 
-    `indices`, `entry_t` and `bounds` are as in a RowPlan; `bounds` is int32 [B*H, NQ, 6] where every batch and head has
+    `indices`, `entry_t` and `bounds` are as in a RowPlan; `bounds` is int64 [B*H, NQ, 6] where every batch and head has
     its own lists, relative to b * strides[0] + h * strides[1] in the exact entries, strides[2] and [3] in the pooled
     ones. `strides` is None where lists are the plan's.
     """
@@ -219,7 +219,7 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
         *(s * entries for s in exact_strides),
         *(s * entries + p * pooled_entries for s, p in zip(exact_strides, pooled_strides, strict=True)),
     )
-    bounds = indices.new_empty(batch * heads, rows, 6)
+    bounds = plan.bounds.new_empty(batch * heads, rows, 6)
     exact = indices.new_empty(batch, heads, rows, words)
     _expand_kernel[(batch * heads * rows,)](
         plan.indices, plan.bounds, plan.entry_t, problem.pooled_indices,
@@ -315,7 +315,7 @@ def variants() -> list[Variant]:
         ("routed-decay", (*decay, "out_pooled_ptr", "route_ptr")),
     ):
         absent = {x for x in (*everything, *decay) if x not in there}
-        kinds = {x: "*fp32:16" if x in decay else "*i32:16" if x.endswith("_ptr") else "i32" for x in _ARGUMENTS}
+        kinds = _kinds(_ARGUMENTS)
         found.append(
             Variant(
                 f"expand-{name}",
@@ -328,14 +328,19 @@ def variants() -> list[Variant]:
             )
         )
     for name, there in (("columns", ()), ("columns-decay", decay)):
-        kinds = {x: "*fp32:16" if x in decay else "*i32:16" if x.endswith("_ptr") else "i32" for x in _OF_COLUMNS}
-        signature = {x: kind for x, kind in kinds.items() if x not in decay or there}
+        signature = {x: kind for x, kind in _kinds(_OF_COLUMNS).items() if x not in decay or there}
         constexprs: dict[str, object] = {x: None for x in decay if not there}
         constexprs["BLOCK"] = BLOCK_COLUMNS
         found.append(
             Variant(f"expand-{name}", _expand_columns_kernel, signature, constexprs, NUM_WARPS, 1, hot_loop=False)
         )
     return found
+
+
+def _kinds(arguments: tuple[str, ...]) -> dict[str, str]:
+    """Triton types of runtime arguments, by their names."""
+    wide = {"entry_t_ptr": "*fp32:16", "out_t_ptr": "*fp32:16", "bounds_ptr": "*i64:16", "out_bounds_ptr": "*i64:16"}
+    return {x: wide.get(x, "*i32:16" if x.endswith("_ptr") else "i32") for x in arguments}
 
 
 _OF_COLUMNS = tuple(x for x in _expand_columns_kernel.arg_names if x != "BLOCK")

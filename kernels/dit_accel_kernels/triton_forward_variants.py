@@ -105,10 +105,10 @@ def _variant(
     pools = {"pooled", "routed"} & set(parts)
     data = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_mean_ptr", "v_mean_ptr"), f"*{name}:16")
     floats = ("entry_t_ptr", "table_ptr", "log_length_ptr", "lse_ptr", "head_scale_ptr", "pooled_t_ptr")
-    integers = ("indices_ptr", "bounds_ptr", "row_order_ptr", "pooled_indices_ptr", "words_ptr")
+    integers = ("indices_ptr", "row_order_ptr", "pooled_indices_ptr", "words_ptr")
     kinds = dict.fromkeys(floats, "*fp32:16")
     kinds |= dict.fromkeys((*integers, "q_frames_ptr", "k_frames_ptr"), "*i32:16")
-    kinds |= {"valid_ptr": "*u8:16", "token_order_ptr": "*i64:16"} | data
+    kinds |= {"valid_ptr": "*u8:16", "token_order_ptr": "*i64:16", "bounds_ptr": "*i64:16"} | data
     kinds |= {f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhs"}
     kinds |= dict.fromkeys(_INTEGERS, "i32") | {"scale": "fp32", "vote_threshold": "fp32"}
     options = {n for n in kinds if n.endswith("_ptr")} | {*_EXACT_STRIDES, *_POOLED_STRIDES}

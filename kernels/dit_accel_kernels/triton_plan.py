@@ -21,7 +21,7 @@ from dit_accel_kernels.sections import decay_of_tiles, sections_of
 class RowPlan:
     """What the kernel needs of lists, masks and frames; G' list sets, or B * G' where masks differ by batch.
 
-    `bounds` int32 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
+    `bounds` int64 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
     `entry_t`, whose first and last entry belong to no row), start and end of the pooled list. `row_order` int32 [G',
     NQ], longest first. `stride_b`, `stride_h`: list set of a batch and head. `entry_t` float32 [nnz + 2] and `pooled_t`
     float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k] with a key mask; `q_frames`, `k_frames` int32: all in tiled
@@ -88,7 +88,7 @@ def _build(problem: Problem) -> RowPlan:
     work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + ends[..., 1] - ends[..., 0]
     return RowPlan(
         indices=_padded(indices[order]),
-        bounds=torch.cat([bounds, ends], -1).int().contiguous(),
+        bounds=torch.cat([bounds, ends], -1).contiguous(),
         row_order=work.argsort(dim=-1, descending=True, stable=True).int(),
         stride_b=stride_b,
         stride_h=stride_h,
