@@ -174,11 +174,19 @@ def mix_weight(
     return w
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one packed call: output in the caller's layout and order, LSE [B, H, S_q], exact tiles and kept bits.
 
-    What was not asked for is empty.
+    What was not asked for is empty. Autocast has no part in it: products are made in the dtype that was given.
     """
+    if q.shape[0] == 0 and rest[-1] != "reference":  # whose gradient is autograd's
+        return _forward_fake(q, *rest)
+    with torch.autocast(q.device.type, enabled=False):
+        return _attend(q, *rest)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_forward` of a batch that is there."""
     heads_first, token_order, identity_mix, identity_rows = rest[6], *rest[14:17]
     return_tiles, return_lse, backend = rest[-3:]
     problem = problem_of(q, k, v, *rest[:15], *rest[17:-3])
@@ -227,6 +235,17 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k and v of one packed call, in their layout; `out` and `lse` of its forward, where at hand."""
+    if q.shape[0] == 0:
+        return _backward_fake(grad_out, grad_lse, out, lse, q, k, v, *rest)
+    with torch.autocast(q.device.type, enabled=False):
+        return _gradients(grad_out, grad_lse, out, lse, q, k, v, *rest)
+
+
+def _gradients(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    """`_backward` of a batch that is there."""
     heads_first, identity_mix, identity_rows, backend = rest[6], rest[15], rest[16], rest[-1]
     problem = _without_vote(problem_of(q, k, v, *rest[:15], *rest[17:-3]))
     w = mix_weight(identity_mix, identity_rows, heads_first, grad_out.dtype)
@@ -296,11 +315,15 @@ def _backward_fake(
     return [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)]
 
 
+# Plans are made on the host at a list's first use, and masks and backends decide there what is launched: a graph that
+# the compiler captures around the op would replay one call's decisions, on memory that is its own.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 _op = torch.library.custom_op(
     "dit_accel_kernels::block_sparse_attention",
     _forward,
     mutates_args=(),
     schema=SCHEMA + " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 _op.register_fake(_forward_fake)
 _backward_op = torch.library.custom_op(
@@ -308,6 +331,7 @@ _backward_op = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse, " + SCHEMA[1:] + " -> Tensor[]",
+    tags=_TAGS,
 )
 _backward_op.register_fake(_backward_fake)
 

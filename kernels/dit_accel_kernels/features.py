@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.cache import StorageCache, capturing, count_writes
+
 if TYPE_CHECKING:
     from dit_accel_kernels.selection import Selection
 
@@ -39,6 +41,7 @@ class FrameDecay:
                 raise ValueError(
                     f"frame_decay.{name} must be int32 with one dimension, found {frames.dtype} {list(frames.shape)}"
                 )
+        count_writes(self, ("table", "q_frames", "k_frames"))  # what is derived from them is remembered
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -103,12 +106,32 @@ class Problem:
         )
 
 
-def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[Tensor, Tensor]:
+_LAST_FRAMES: StorageCache[int] = StorageCache()
+
+
+def last_frame(frames: Tensor) -> int:
+    """The highest frame of these, read from the device once."""
+
+    def read() -> int:
+        if capturing(frames.device):
+            raise RuntimeError(
+                "a call with frame decay reads how many frames there are, once, which a graph can't capture: "
+                "run it once before the capture"
+            )
+        return int(frames.max())
+
+    return _LAST_FRAMES.get([frames], (), read)
+
+
+def decay_by_frame(
+    table: Tensor, q_frames: Tensor, k_frames: Tensor, last: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Decay t as float32 [F + 2, S_k], one row for each query frame -1..F, and each query token's row, int64 [S_q].
 
     Row 0 is for queries outside the video and all ones; the columns of keys outside the video are ones in every row.
+    `last` is F, read from the device where it is not told.
     """
-    frames = torch.arange(-1, int(q_frames.max()) + 1, device=table.device)
+    frames = torch.arange(-1, (int(q_frames.max()) if last is None else last) + 1, device=table.device)
     distance = (frames[:, None] - k_frames[None, :].long()).abs().clamp_(max=table.numel() - 1)
     t = table[distance].masked_fill((frames < 0)[:, None] | (k_frames < 0), 1.0)
     return t, (q_frames.long() + 1).clamp_(min=0)

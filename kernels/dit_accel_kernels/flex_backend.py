@@ -65,7 +65,7 @@ class MadeFor(NamedTuple):
     need_lse: bool
 
 
-_blocks_of_lists: StorageCache[Blocks] = StorageCache(capacity=8)
+_blocks_of_lists: StorageCache[Blocks] = StorageCache()
 
 
 def check(problem: Problem, *, need_lse: bool) -> None:

@@ -29,6 +29,7 @@ from dit_accel_kernels.triton_expand import Lists, expand, expand_columns, may_p
 from dit_accel_kernels.triton_launch import architecture, key_block, query_block
 from dit_accel_kernels.triton_plan import RowPlan, row_plan
 from dit_accel_kernels.triton_pool import pool
+from dit_accel_kernels.triton_slices import joined, key_part, part_of, slices
 from dit_accel_kernels.triton_transpose import WORD, ColumnPlan, column_plan
 from dit_accel_kernels.triton_variants import TARGETS, Variant
 
@@ -115,6 +116,23 @@ def attend_backward(
         BackendUnavailableError: this machine or this call is out of the kernels' reach.
     """
     check(problem)
+    places = slices(problem)
+    if len(places) == 1:
+        return _attend_backward(problem, out, lse, grad_out, grad_lse)
+    given = [[None if x is None else x[place] for x in (out, lse, grad_out, grad_lse)] for place in places]
+    parts = [_attend_backward(part_of(problem, place), *rest) for place, rest in zip(places, given, strict=True)]
+    keys = [key_part(problem, place) for place in places]
+    found = [
+        joined(torch.empty_like(x), [part[i] for part in parts], at)
+        for i, (x, at) in enumerate(((problem.q, places), (problem.k, keys), (problem.v, keys)))
+    ]
+    return found[0], found[1], found[2]
+
+
+def _attend_backward(
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` of batches and heads that are computed together."""
     q, k, v, out, grad_out = (_rows(x) for x in (problem.q, problem.k, problem.v, out, grad_out))
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     masked = problem.key_valid is not None or problem.key_mask is not None or problem.key_length is not None

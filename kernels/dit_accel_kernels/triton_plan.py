@@ -1,8 +1,8 @@
 """Tile lists as the forward kernel reads them: entries of each row sorted into sections, rows ordered longest first.
 
 The sections are those of sections.py; a constant tile's decay t is kept beside its entry, and absent tiles leave the
-list. All of it is torch code on the lists' device without a sync, made once and remembered as long as lists, masks and
-frames live.
+list. All of it is torch code on the lists' device without a sync. What lists and frames give is made once and remembered as
+long as these live; masks, which may differ in every call and change in place, have it made in every call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
+from dit_accel_kernels.features import Problem, decay_by_frame, last_frame, tile_means
 from dit_accel_kernels.sections import decay_of_tiles, sections_of
 
 
@@ -44,19 +44,14 @@ _CACHE: StorageCache[RowPlan] = StorageCache()
 
 
 def row_plan(problem: Problem) -> RowPlan:
-    """The plan of a problem in the caller's token order, from the cache."""
-    parts = (
-        problem.exact_offsets,
-        problem.exact_indices,
-        problem.pooled_offsets,
-        problem.token_order,
-        problem.key_length,
-        problem.key_mask,
-        problem.key_valid,
-        *(problem.decay or (None, None, None)),
-    )
+    """The plan of a problem in the caller's token order."""
+    if any(x is not None for x in (problem.key_length, problem.key_mask, problem.key_valid)):
+        return _build(problem)
+    decay = problem.decay or (None, None, None)
+    parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, *decay)
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
-    return _CACHE.get(parts, shapes, lambda: _build(problem))
+    order = None if problem.decay is None else problem.token_order  # plain lists are in tiled order
+    return _CACHE.get(parts, shapes, lambda: _build(problem), loose=[order])
 
 
 def _build(problem: Problem) -> RowPlan:
@@ -69,7 +64,9 @@ def _build(problem: Problem) -> RowPlan:
     entry_t = pooled_t = None
     if decay is not None:
         entry_t = decay_of_tiles(problem, decay)[tile_row % rows, indices.long()].nan_to_num(1.0)
-        pooled_t = tile_means(decay_by_frame(*decay)[0][..., None], problem.block_k, None)[0][..., 0]
+        assert problem.decay is not None
+        t, _ = decay_by_frame(*decay, last_frame(problem.decay[1]))
+        pooled_t = tile_means(t[..., None], problem.block_k, None)[0][..., 0]
     entry_batch = torch.zeros_like(tile_row)
     if valid is not None:
         if groups != batch * heads:  # one list set for each batch
@@ -94,8 +91,8 @@ def _build(problem: Problem) -> RowPlan:
         stride_h=stride_h,
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
         entry_t=None if entry_t is None else _padded(entry_t[order]),
-        q_frames=None if decay is None else decay[1].contiguous(),
-        k_frames=None if decay is None else decay[2].contiguous(),
+        q_frames=None if decay is None else decay[1].clone(memory_format=torch.contiguous_format),
+        k_frames=None if decay is None else decay[2].clone(memory_format=torch.contiguous_format),
         pooled_t=None if pooled_t is None else pooled_t.contiguous(),
     )
 

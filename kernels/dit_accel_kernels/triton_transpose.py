@@ -48,11 +48,11 @@ def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
         problem.exact_indices,
         problem.pooled_offsets,
         problem.pooled_indices,
-        None if problem.decay is None else problem.token_order,
         *decay,
     )
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
-    return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks))
+    order = None if problem.decay is None else problem.token_order
+    return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks), loose=[order])
 
 
 def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
