@@ -282,7 +282,11 @@ def work(
     args: argparse.Namespace, dtype: torch.dtype, deadline: float, left_out: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Everything there is to find, as it is found."""
-    yield from check(dtype, args.device, 16 if args.tiny else 128, args.selecting)
+    for record in check(dtype, args.device, 16 if args.tiny else 128, args.selecting):
+        yield record
+        if time.monotonic() > deadline:
+            left_out.append("checks after this one")
+            break
     for name in args.shape.split(","):
         shape = SHAPES[name]
         shape = replace(shape, heads=2, tokens=120, dim=16, block=32) if args.tiny else shape

@@ -1,6 +1,6 @@
 """Choose the launches of forward and backward for a card and write them to the package's launch table.
 
-`python kernels/bench/tune.py` on a card takes a key at a time (kind of dtype, head dim, tile, kernel), compiles a grid of
+`python kernels/bench/tune.py` on a card takes a key at a time (dtype's kind, head dim, tile, kernel), compiles a grid of
 launches ahead of time for every feature of the kernel, drops those that spill or ask for too much shared memory, times
 the most promising ones on random inputs, and keeps the one with the lowest median, summed over the features. Rows go
 to the table one by one, so that an interrupted run goes on where it stopped; 540 seconds are the limit (--budget).
@@ -120,7 +120,7 @@ def compile_launch(key: Key, launch: Launch, match: str = "") -> list[dict[str, 
             if not pattern.match(name):
                 continue
             records.append(aot.compile_one(module, name, target))
-            if aot.faults(records[-1]):
+            if aot.faults(records[-1]) or aot.spilled(records[-1]):
                 break
     return records
 
@@ -148,7 +148,7 @@ def clean(key: Key, launches: list[Launch], jobs: int, match: str) -> dict[Launc
         os.environ["TRITON_INTERPRET"] = interpret
     good: dict[Launch, tuple[bool, float]] = {}
     for launch, records in zip(launches, found, strict=True):
-        if records and not any(map(aot.faults, records)):
+        if records and not any(aot.faults(r) or aot.spilled(r) for r in records):
             idle = min(r["blocks"] * r["warps"] for r in records) < 8
             good[launch] = (idle, instructions(records))
     return {launch: good[launch][1] for launch in sorted(good, key=lambda launch: good[launch])}
@@ -290,7 +290,16 @@ def main() -> None:
     torch.manual_seed(0)
     deadline = time.monotonic() + args.budget
     shown = Table(
-        "dtype", "D", "tile", "kernel", "grid", "clean", "launch", "instr/logit", "ms", title=f"{arch}, {setting['card']}"
+        "dtype",
+        "D",
+        "tile",
+        "kernel",
+        "grid",
+        "clean",
+        "launch",
+        "instr/logit",
+        "ms",
+        title=f"{arch}, {setting['card']}",
     )
     late = []
     for key in keys:

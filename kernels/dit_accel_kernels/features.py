@@ -123,9 +123,7 @@ def last_frame(frames: Tensor) -> int:
     return _LAST_FRAMES.get([frames], (), read)
 
 
-def decay_by_frame(
-    table: Tensor, q_frames: Tensor, k_frames: Tensor, last: int | None = None
-) -> tuple[Tensor, Tensor]:
+def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor, last: int | None = None) -> tuple[Tensor, Tensor]:
     """Decay t as float32 [F + 2, S_k], one row for each query frame -1..F, and each query token's row, int64 [S_q].
 
     Row 0 is for queries outside the video and all ones; the columns of keys outside the video are ones in every row.

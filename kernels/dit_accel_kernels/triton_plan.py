@@ -1,8 +1,8 @@
 """Tile lists as the forward kernel reads them: entries of each row sorted into sections, rows ordered longest first.
 
 The sections are those of sections.py; a constant tile's decay t is kept beside its entry, and absent tiles leave the
-list. All of it is torch code on the lists' device without a sync. What lists and frames give is made once and remembered as
-long as these live; masks, which may differ in every call and change in place, have it made in every call.
+list. All of it is torch code on the lists' device without a sync. What lists and frames give is made once and
+remembered as long as these live; masks, which may differ in every call and change in place, have it made in each.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, ma
     return found
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("mask", "decay"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(
     ("shape", "blocks", "groups", "dtype"),

@@ -25,6 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
+@pytest.mark.slow
 def test_checks_times_and_goals(tmp_path):
     out = tmp_path / "gpu.jsonl"
     found = run("--device", "cpu", "--tiny", "--shape", "wan-720p", "--out", str(out))

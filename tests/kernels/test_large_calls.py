@@ -40,6 +40,7 @@ def columns_far_away(plan):
     return replace(plan, rows=rows, bounds=plan.bounds + FAR)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_positions_times_chunks_stay_in_range(monkeypatch, far):
     """268 million entries and more, as 460k tokens have with lists of 40 heads: by block row, and by key tile."""
@@ -81,7 +82,9 @@ def a_call(groups: int, pooled: bool) -> tuple[list[torch.Tensor], TileLists, in
 def test_parts_are_disjoint_and_no_larger_than_the_scratch(monkeypatch, groups, copies):
     leaves, tiles, one = a_call(groups, True)
     packed = packing.pack_call(
-        *leaves, tiles, *{**packing.DEFAULTS, "layout": "bhsd", "selection": Selection(keep=chosen(2, 4, 3, 3))}.values()
+        *leaves,
+        tiles,
+        *{**packing.DEFAULTS, "layout": "bhsd", "selection": Selection(keep=chosen(2, 4, 3, 3))}.values(),
     )
     problem = packing.problem_of(*packed[:18], *packed[20:-3])
     problem = replace(problem, selection=replace(problem.selection, rest="pooled"))
@@ -96,13 +99,16 @@ def test_parts_are_disjoint_and_no_larger_than_the_scratch(monkeypatch, groups, 
     assert bool((seen == 1).all())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("groups", "routes", "copies"), [(1, False, 1), (1, True, 5), (4, True, 1)], ids=["heads", "batches", "lists"]
 )
 def test_lists_of_a_part_of_the_heads_give_the_same(monkeypatch, groups, routes, copies):
     """Scratch for so many copies of the lists at a time: output, LSE, tiles, votes and gradients stay as they are."""
     leaves, tiles, one = a_call(groups, routes)
-    selection = Selection(keep=chosen(2, 4, 3, 3, share=0.8), vote=Vote(), routing=Routing(beta=0.0) if routes else None)
+    selection = Selection(
+        keep=chosen(2, 4, 3, 3, share=0.8), vote=Vote(), routing=Routing(beta=0.0) if routes else None
+    )
     features = dict(key_length=torch.tensor([40, 21]), head_scale=torch.rand(2, 4) + 0.5)
     scratch, real = [], triton_expand.expand
 

@@ -15,12 +15,12 @@ from dit_accel_kernels import (
     block_sparse_attention,
     count_bits,
     pack_bits,
+    packing,
     unpack_bits,
 )
+from dit_accel_kernels.selection import routing_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from dit_accel_kernels import packing
-from dit_accel_kernels.selection import routing_scores
 from kernel_cases import qkv, random_lists
 
 WIDE = torch.float64

@@ -164,6 +164,7 @@ def frames(tokens: int, each: int, before: int = 0) -> Tensor:
     return torch.cat([torch.full((before,), -1), torch.arange(tokens - before) // each]).int()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [63, 100])
 @pytest.mark.parametrize("pooled", [False, True])
@@ -179,6 +180,7 @@ def test_tiles_of_any_size(sizes):
     check(make(q, k, v, random_lists(1, num_q, num_k, block_q, block_k)))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [8, 32, 40, 96, 128, 256])
 def test_head_dims(dtype, dim):
@@ -192,6 +194,7 @@ def test_chunks_of_the_launch_are_smaller_than_tiles():
     check(make(q, k, v, random_lists(1, 300, 400, 256, 192)))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -202,6 +205,7 @@ def test_lists_heads_and_layouts(groups, key_heads, layout):
     assert [x.stride() for x in found] == [x.stride() for x in (q, k, v)]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("features", range(16))
 def test_features_together(dtype, groups, features):
@@ -273,6 +277,7 @@ def of_grid(case: dict) -> tuple[tuple[Tensor, Tensor, Tensor], TileLists, dict]
     return (q, k, v), random_lists(groups, num_q, num_k, *case["blocks"], pooled=case["pooled"]), features
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "case", grid(20), ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case.values())
 )
@@ -285,6 +290,7 @@ def test_everything_together(case):
         assert not any(x[0].any() for x in found)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("case", grid(20)[:10], ids=range(10))
 def test_forward_and_backward_are_the_gradient_of_the_specification(case, bits):
@@ -326,6 +332,7 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", SELECTIONS)
 @pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 0), (torch.bfloat16, 7), (torch.float32, 11)])
 def test_selections(kind, dtype, features):

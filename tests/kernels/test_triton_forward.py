@@ -59,6 +59,7 @@ def make(tiles: TileLists, q, k, v, **features) -> Problem:
     return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [8, 24, 32, 64, 72, 96, 128, 256])
 def test_head_dims(dtype, dim):
@@ -77,6 +78,7 @@ def test_any_tile_size(blocks):
     check(*qkv(1, 1, 1, 70, 130, 16, torch.bfloat16), random_lists(1, 70, 130, *blocks))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -85,6 +87,7 @@ def test_lists_heads_and_layouts(groups, key_heads, layout):
     check(q, k, v, random_lists(groups, 30, 35, 16, 16), layout=layout)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float16, 4)])
 @pytest.mark.parametrize("features", range(8))
 def test_features_together(dtype, groups, features):
@@ -101,6 +104,7 @@ def test_features_together(dtype, groups, features):
     check(q, k, v, random_lists(groups, 40, 40, 16, 16), **arguments)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("frame", [4, 16, 17, 50])
 @pytest.mark.parametrize("table", [(1.0,), (0.7,), (1.0, 1.0, 0.8, 0.8, 0.5), (0.9, 0.5, 1.0)])
 def test_decay_tables(frame, table):

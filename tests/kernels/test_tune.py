@@ -144,6 +144,7 @@ def test_dry_run_writes_one_row_and_goes_on_where_it_stopped(tmp_path):
     assert triton_launch.TABLE.read_bytes() == package
 
 
+@pytest.mark.slow
 def test_without_a_card_the_compilers_choose(tmp_path):
     """A clean row stays; the one that spills is replaced by one that does not, and says that it was compiled."""
     out = tmp_path / "table.json"
