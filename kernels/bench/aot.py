@@ -1,6 +1,6 @@
 """Compile every Triton kernel variant for six GPU targets without a GPU, and tabulate what the compilers made of it.
 
-`python kernels/bench/aot.py --out aot.jsonl` compiles all variants of all `triton_*` modules of the package, in
+`python kernels/bench/aot.py --out aot.jsonl` compiles all variants of all modules of its Triton backend, in
 parallel processes, prints one row each (registers, spills, shared memory, blocks an SM, hot loop) and writes JSON
 lines; with --match and --merge it compiles some of them anew in a file that has all. A record holds the Triton version
 and the fingerprint of what was compiled: the kernel as Triton's front end makes it for that target, without locations,
@@ -34,18 +34,18 @@ import listing
 from cards import TARGETS, Target, occupancy
 
 if TYPE_CHECKING:
-    from dit_accel_kernels.triton_variants import Variant
+    from dit_accel_kernels.backends.triton.variants import Variant
 
 PACKAGE = "dit_accel_kernels"
+KERNELS = f"{PACKAGE}.backends.triton"
 Task = tuple[str, str, str]  # module, variant, target
 Key = tuple[str, str]  # variant, target
 TABLE = Path(__file__).parent / "results" / "aot.jsonl"
 
 
 def modules() -> list[str]:
-    """Dotted names of the package's `triton_*` modules that export `variants()`."""
-    package = importlib.import_module(PACKAGE)
-    names = [f"{PACKAGE}.{m.name}" for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("triton_")]
+    """Dotted names of the package's modules with Triton kernels that export `variants()`."""
+    names = [f"{KERNELS}.{m.name}" for m in pkgutil.iter_modules(importlib.import_module(KERNELS).__path__)]
     return [name for name in names if hasattr(importlib.import_module(name), "variants")]
 
 

@@ -25,7 +25,7 @@ import torch
 import triton
 from cards import CARDS
 from dit_accel_kernels import POOLED, SKIPPED, Routing, Selection, TileLists, Vote, block_sparse_attention_eager
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import count_bits, pack_bits
 from gpu_checks import check
 from inputs import decay, keep_bits, lists
@@ -73,8 +73,8 @@ def calls_of(
         return lambda: block_sparse_attention_eager(q, k, v, tiles, return_tiles=routes, **arguments)
 
     def gradients(density: float) -> Call:
-        from dit_accel_kernels.triton_backend import attend
-        from dit_accel_kernels.triton_backward import attend_backward
+        from dit_accel_kernels.backends.triton.attend import attend
+        from dit_accel_kernels.backends.triton.backward import attend_backward
 
         problem = problem_of(q, k, v, lists(shape.tokens, shape.block, density, SKIPPED, device))
         out, lse, *_ = attend(problem, need_lse=True)

@@ -1,6 +1,6 @@
 """Choose the launches of forward and backward for a card and write them to the package's launch table.
 
-`python kernels/bench/tune.py` on a card takes a key at a time (dtype's kind, head dim, tile, kernel), compiles a grid of
+`python kernels/bench/tune.py` on a card takes a key at a time (dtype, head dim, tile, kernel), compiles a grid of
 launches ahead of time for every feature of the kernel, drops those that spill or ask for too much shared memory, times
 the most promising ones on random inputs, and keeps the one with the lowest median, summed over the features. Rows go
 to the table one by one, so that an interrupted run goes on where it stopped; 540 seconds are the limit (--budget).
@@ -48,10 +48,22 @@ from dit_accel_kernels import (
     block_sparse_attention_backward,
     block_sparse_attention_eager,
 )
-from dit_accel_kernels.triton_launch import TABLE, Key, Launch, architecture, family, key_of_row, launch_of, table
+from dit_accel_kernels.backends.triton.launch import (
+    TABLE,
+    Key,
+    Launch,
+    architecture,
+    family,
+    key_of_row,
+    launch_of,
+    table,
+)
 from inputs import decay, lists
 
-MODULES = {"fwd": "dit_accel_kernels.triton_forward_variants", "bwd": "dit_accel_kernels.triton_backward"}
+MODULES = {
+    "fwd": "dit_accel_kernels.backends.triton.forward_variants",
+    "bwd": "dit_accel_kernels.backends.triton.backward",
+}
 DTYPES = {"half": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"half": "bf16", "fp32": "fp32"}
 KEYS = (  # kind, head dim, tile, kernel: those of the kernels' variants
@@ -190,7 +202,7 @@ def median(call: Any, device: str) -> float:
 
 def fingerprint() -> str:
     """Of the kernels' source: a row measured with another kernel is measured again."""
-    sources = [(TABLE.parent / f"triton_{name}.py").read_bytes() for name in ("forward", "backward_kernels")]
+    sources = [(TABLE.parent / f"{name}.py").read_bytes() for name in ("forward", "backward_kernels")]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 

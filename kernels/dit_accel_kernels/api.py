@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel_kernels import backward, flex_backend, reference, torch_backend, triton_support
+from dit_accel_kernels.backends import flex as flex_backend
+from dit_accel_kernels.backends import reference
+from dit_accel_kernels.backends.torch import attend as torch_backend
+from dit_accel_kernels.backends.torch import backward
+from dit_accel_kernels.backends.triton import support as triton_support
 from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import FrameDecay, Problem
+from dit_accel_kernels.features import FrameDecay
 from dit_accel_kernels.packing import DEFAULTS, PLACES, SCHEMA, pack_call, problem_of
-from dit_accel_kernels.selection import Selection, lists_of, resolved
+from dit_accel_kernels.problem import Problem, lists_of
+from dit_accel_kernels.selection import Selection
+from dit_accel_kernels.states import resolved
 from dit_accel_kernels.tiles import TileLists
 
 
@@ -153,11 +159,11 @@ def resolve_backend(
     return "triton" if fits else "torch"
 
 
-def _triton(module: str = "triton_backend") -> ModuleType:
+def _triton(module: str = "attend") -> ModuleType:
     """A module with kernels, imported on first use: importing this package must not import triton."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
-    return importlib.import_module(f"dit_accel_kernels.{module}")
+    return importlib.import_module(f"dit_accel_kernels.backends.triton.{module}")
 
 
 def mix_weight(
@@ -260,7 +266,7 @@ def _gradients(
         if out is None or lse is None or _routes(problem):
             out, lse, exact, _ = _triton().attend(problem, need_lse=True)
             problem = _after_routing(problem, exact)
-        grads = _triton("triton_backward").attend_backward(problem, out, lse, grad_out, grad_lse)
+        grads = _triton("backward").attend_backward(problem, out, lse, grad_out, grad_lse)
     else:
         grads = _torch_gradients(problem, grad_out, grad_lse)
     if not heads_first:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from dit_accel_kernels.checks import check_arguments
-from dit_accel_kernels.features import FrameDecay, Problem
+from dit_accel_kernels.features import FrameDecay
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import Routing, Selection, Vote
 from dit_accel_kernels.tiles import TileLists
 

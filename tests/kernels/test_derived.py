@@ -9,7 +9,7 @@ import pytest
 import torch
 from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention, cache
 from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.triton_support import interpreted
+from dit_accel_kernels.backends.triton.support import interpreted
 from kernel_cases import qkv, random_lists
 
 TOKENS = 70

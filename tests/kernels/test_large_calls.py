@@ -6,19 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    Routing,
-    Selection,
-    TileLists,
-    Vote,
-    block_sparse_attention,
-    pack_bits,
-    packing,
-    triton_backend,
-    triton_backward,
-    triton_expand,
-    triton_slices,
-)
+from dit_accel_kernels import Routing, Selection, TileLists, Vote, block_sparse_attention, pack_bits, packing
+from dit_accel_kernels.backends.triton import attend as triton_backend
+from dit_accel_kernels.backends.triton import backward as triton_backward
+from dit_accel_kernels.backends.triton import expand as triton_expand
+from dit_accel_kernels.backends.triton import slices as triton_slices
 from kernel_cases import qkv, random_lists
 
 TILE = 1024  # 16 chunks or more

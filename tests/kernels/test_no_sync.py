@@ -18,7 +18,7 @@ from dit_accel_kernels import (
     block_sparse_attention_eager,
     pack_bits,
 )
-from dit_accel_kernels.triton_support import interpreted
+from dit_accel_kernels.backends.triton.support import interpreted
 from kernel_cases import qkv
 from torch import Tensor
 from torch.overrides import TorchFunctionMode

@@ -18,7 +18,7 @@ from dit_accel_kernels import (
     packing,
     unpack_bits,
 )
-from dit_accel_kernels.selection import routing_scores
+from dit_accel_kernels.states import routing_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import qkv, random_lists

@@ -17,10 +17,18 @@ from dit_accel_kernels import (
     block_sparse_attention,
     block_sparse_attention_eager,
     pack_bits,
-    torch_plain,
 )
-from dit_accel_kernels import schedule as schedule_module
-from dit_accel_kernels.schedule import WASTE, GroupSize, Shape, build, build_portions, schedule, schedule_portions
+from dit_accel_kernels.backends.torch import plain as torch_plain
+from dit_accel_kernels.backends.torch import schedule as schedule_module
+from dit_accel_kernels.backends.torch.schedule import (
+    WASTE,
+    GroupSize,
+    Shape,
+    build,
+    build_portions,
+    schedule,
+    schedule_portions,
+)
 from kernel_cases import check_against_reference, qkv, random_lists
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

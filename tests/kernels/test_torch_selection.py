@@ -21,10 +21,10 @@ from dit_accel_kernels import (
     block_sparse_attention,
     pack_bits,
     packing,
-    schedule,
-    torch_plain,
     unpack_bits,
 )
+from dit_accel_kernels.backends.torch import plain as torch_plain
+from dit_accel_kernels.backends.torch import schedule
 from kernel_cases import assert_within_rounding, qkv, random_lists
 from torch import Tensor
 

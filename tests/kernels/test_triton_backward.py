@@ -16,15 +16,17 @@ from dit_accel_kernels import (
     Vote,
     block_sparse_attention,
     pack_bits,
-    reference,
-    triton_backend,
-    triton_backward,
 )
+from dit_accel_kernels.backends import reference
+from dit_accel_kernels.backends.triton import attend as triton_backend
+from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels import selection as selection_module
-from dit_accel_kernels.features import Problem, tile_means
-from dit_accel_kernels.selection import count_bits, selected_states
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.features import tile_means
+from dit_accel_kernels.selection import count_bits
+from dit_accel_kernels.states import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
-from dit_accel_kernels.triton_transpose import bitmap, column_plan, transpose
+from dit_accel_kernels.backends.triton.transpose import bitmap, column_plan, transpose
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
 from torch import Tensor
 

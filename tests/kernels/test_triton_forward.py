@@ -17,15 +17,16 @@ from dit_accel_kernels import (
     block_sparse_attention,
     block_sparse_attention_backward,
     resolve_backend,
-    triton_backend,
-    triton_forward_variants,
-    triton_launch,
-    triton_plan,
-    triton_pool,
-    triton_support,
 )
-from dit_accel_kernels.features import Problem, decay_by_frame
-from dit_accel_kernels.triton_variants import Variant
+from dit_accel_kernels.backends.triton import attend as triton_backend
+from dit_accel_kernels.backends.triton import forward_variants as triton_forward_variants
+from dit_accel_kernels.backends.triton import launch as triton_launch
+from dit_accel_kernels.backends.triton import plan as triton_plan
+from dit_accel_kernels.backends.triton import pool as triton_pool
+from dit_accel_kernels.backends.triton import support as triton_support
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.features import decay_by_frame
+from dit_accel_kernels.backends.triton.variants import Variant
 from kernel_cases import check_against_reference, qkv, random_lists
 
 

@@ -18,14 +18,16 @@ from dit_accel_kernels import (
     block_sparse_attention,
     pack_bits,
     packing,
-    triton_expand,
-    triton_plan,
-    triton_route,
-    triton_votes,
     unpack_bits,
 )
-from dit_accel_kernels.features import Problem, tile_means
-from dit_accel_kernels.selection import LOG2_E, routing_scores, selected_states
+from dit_accel_kernels.backends.triton import expand as triton_expand
+from dit_accel_kernels.backends.triton import plan as triton_plan
+from dit_accel_kernels.backends.triton import route as triton_route
+from dit_accel_kernels.backends.triton import votes as triton_votes
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.features import tile_means
+from dit_accel_kernels.selection import LOG2_E
+from dit_accel_kernels.states import routing_scores, selected_states
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
 from torch import Tensor
 

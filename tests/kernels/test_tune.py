@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_accel_kernels import triton_launch
-from dit_accel_kernels.triton_launch import Key, Launch, key_of, key_of_row, launch_of, table
+from dit_accel_kernels.backends.triton import launch as triton_launch
+from dit_accel_kernels.backends.triton.launch import Key, Launch, key_of, key_of_row, launch_of, table
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "kernels" / "bench"

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.backends.triton.launch import fp32_products
+from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E, Routing, unpack_bits, words_of
-from dit_accel_kernels.triton_launch import fp32_products
-from dit_accel_kernels.triton_variants import TARGETS, Variant
 
 BLOCK_N = 64  # tokens or tiles that are averaged at once
 BLOCK_ROWS = 16  # block rows that one program routes

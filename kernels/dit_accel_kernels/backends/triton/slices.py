@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.backends.triton.expand import may_pool
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import narrows
-from dit_accel_kernels.triton_expand import may_pool
 
 SCRATCH_BYTES = 1 << 30  # of lists that one launch may read; at 460k tokens and 40 heads all of them take 16 GB
 Slice = tuple[slice, slice]  # of batches and of heads

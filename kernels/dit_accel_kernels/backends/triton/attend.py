@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import Problem
-from dit_accel_kernels.selection import LOG2_E, narrows, words_of
-from dit_accel_kernels.triton_expand import Lists, bits_of_lists, expand, may_pool, static_lists
-from dit_accel_kernels.triton_forward import _fwd_kernel
-from dit_accel_kernels.triton_launch import (
+from dit_accel_kernels.backends.triton.expand import Lists, bits_of_lists, expand, may_pool, static_lists
+from dit_accel_kernels.backends.triton.forward import _fwd_kernel
+from dit_accel_kernels.backends.triton.launch import (
     Launch,
     architecture,
     bulk_copies,
@@ -29,12 +26,15 @@ from dit_accel_kernels.triton_launch import (
     warps,
     with_order,
 )
-from dit_accel_kernels.triton_plan import RowPlan, row_plan
-from dit_accel_kernels.triton_pool import pool
-from dit_accel_kernels.triton_route import route
-from dit_accel_kernels.triton_slices import joined, part_of, slices
-from dit_accel_kernels.triton_support import missing_requirement
-from dit_accel_kernels.triton_votes import fold
+from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
+from dit_accel_kernels.backends.triton.pool import pool
+from dit_accel_kernels.backends.triton.route import route
+from dit_accel_kernels.backends.triton.slices import joined, part_of, slices
+from dit_accel_kernels.backends.triton.support import missing_requirement
+from dit_accel_kernels.backends.triton.votes import fold
+from dit_accel_kernels.errors import BackendUnavailableError
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import LOG2_E, narrows, words_of
 
 
 def check(problem: Problem) -> None:

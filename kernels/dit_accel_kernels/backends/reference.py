@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-from dit_accel_kernels.selection import pack_bits, selected_states
+from dit_accel_kernels.features import decay_by_frame, tile_means
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import pack_bits
+from dit_accel_kernels.states import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
 from dit_accel_kernels.votes import kept_after
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.features import Problem, decay_by_frame, last_frame, tile_means
+from dit_accel_kernels.features import decay_by_frame, last_frame, tile_means
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import decay_of_tiles, sections_of
 
 

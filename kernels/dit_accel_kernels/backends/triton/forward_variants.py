@@ -6,8 +6,8 @@ from itertools import product
 
 import torch
 
-from dit_accel_kernels.triton_forward import _INTEGERS, _fwd_kernel
-from dit_accel_kernels.triton_launch import (
+from dit_accel_kernels.backends.triton.forward import _INTEGERS, _fwd_kernel
+from dit_accel_kernels.backends.triton.launch import (
     Launch,
     bulk_copies,
     column_parts,
@@ -18,7 +18,7 @@ from dit_accel_kernels.triton_launch import (
     warps,
     with_order,
 )
-from dit_accel_kernels.triton_variants import TARGETS, Variant
+from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _EXACT_STRIDES, _POOLED_STRIDES = ("stride_ib", "stride_ih"), ("stride_pb", "stride_ph")

@@ -1,6 +1,6 @@
 """Selections on Triton: what keep bits and routing leave of a plan's lists, compacted for every batch and head.
 
-One launch, no sync and no sort: a program reads a block row of the static plan (triton_plan.py), in which the order of
+One launch, no sync and no sort: a program reads a block row of the static plan (plan.py), in which the order of
 the three sections and of the entries stays, and writes what is left to the same places of a scratch that has room for
 the whole plan, once for every batch and head that shares its lists. Tiles that become pooled join the static pooled
 ones. The exact tiles also leave as bits.
@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel_kernels.backends.triton.plan import RowPlan
+from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bitmap
+from dit_accel_kernels.backends.triton.variants import Variant
 from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import words_of
-from dit_accel_kernels.triton_plan import RowPlan
-from dit_accel_kernels.triton_transpose import ColumnPlan, bitmap
-from dit_accel_kernels.triton_variants import Variant
 
 BLOCK = 512  # list entries that are looked at together
 BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere

@@ -1,4 +1,4 @@
-"""Device code of the backward: the kernels that recompute softmax weights from the LSE (see triton_backward.py).
+"""Device code of the backward: the kernels that recompute softmax weights from the LSE (see backward.py).
 
 With p = exp(x - lse) and x = min(s, t s): grad_v = p' grad_out, grad_s = p (grad_out v' - delta), times t where
 s > t s. 16-bit calls keep logits and LSE in base 2, which saves a product for each; in float32 that product's rounding
@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.triton_forward import _load_near, _load_part, _pooled, _store_part
-from dit_accel_kernels.triton_votes import _sections
+from dit_accel_kernels.backends.triton.forward import _load_near, _load_part, _pooled, _store_part
+from dit_accel_kernels.backends.triton.votes import _sections
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.triton_variants import Variant
+from dit_accel_kernels.backends.triton.variants import Variant
 
 BLOCK_V = 256  # visits that the fold looks at together
 NUM_WARPS = 4

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-from dit_accel_kernels.schedule import (
+from dit_accel_kernels.backends.torch.schedule import (
     Csr,
     GroupSize,
     Portion,
@@ -19,6 +18,8 @@ from dit_accel_kernels.schedule import (
     schedule,
     schedule_portions,
 )
+from dit_accel_kernels.features import decay_by_frame, tile_means
+from dit_accel_kernels.problem import Problem
 
 
 @dataclass(slots=True)

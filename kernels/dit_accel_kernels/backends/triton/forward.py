@@ -1,6 +1,6 @@
 """The forward kernel: one program attends one block row (or a part of it) over its exact and pooled key tiles.
 
-Tiles come sorted into three sections of a row's list (triton_plan.py): *plain* ones, whose loop neither masks nor
+Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor
 branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
 Pooled tiles come last: a chunk of them is one product on the full query rows, with log2 of the true length added to
 the logit. All share one running maximum and one row sum. Logits are in base 2; sums are float32; addresses are 64-bit.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.triton_votes import _begin, _sections, _store_rest, _vote
+from dit_accel_kernels.backends.triton.votes import _begin, _sections, _store_rest, _vote
 
 
 @triton.jit

@@ -20,18 +20,18 @@ import torch
 import triton
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.backends.triton.attend import check, on_device
+from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
+from dit_accel_kernels.backends.triton.delta import _delta_kernel
+from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, may_pool, static_lists
+from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
+from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
+from dit_accel_kernels.backends.triton.pool import pool
+from dit_accel_kernels.backends.triton.slices import joined, key_part, part_of, slices
+from dit_accel_kernels.backends.triton.transpose import WORD, ColumnPlan, column_plan
+from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E, narrows
-from dit_accel_kernels.triton_backend import check, on_device
-from dit_accel_kernels.triton_backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
-from dit_accel_kernels.triton_delta import _delta_kernel
-from dit_accel_kernels.triton_expand import Lists, expand, expand_columns, may_pool, static_lists
-from dit_accel_kernels.triton_launch import Launch, architecture, key_block, launch_of, query_block
-from dit_accel_kernels.triton_plan import RowPlan, row_plan
-from dit_accel_kernels.triton_pool import pool
-from dit_accel_kernels.triton_slices import joined, key_part, part_of, slices
-from dit_accel_kernels.triton_transpose import WORD, ColumnPlan, column_plan
-from dit_accel_kernels.triton_variants import TARGETS, Variant
 
 DELTA_ROWS = 32  # query rows of a program of the pre-pass
 
@@ -63,8 +63,12 @@ def attend_backward(
     places = slices(problem)
     if len(places) == 1:
         return _attend_backward(problem, out, lse, grad_out, grad_lse)
-    given = [[None if x is None else x[place] for x in (out, lse, grad_out, grad_lse)] for place in places]
-    parts = [_attend_backward(part_of(problem, place), *rest) for place, rest in zip(places, given, strict=True)]
+    parts = [
+        _attend_backward(
+            part_of(problem, at), out[at], lse[at], grad_out[at], None if grad_lse is None else grad_lse[at]
+        )
+        for at in places
+    ]
     keys = [key_part(problem, place) for place in places]
     found = [
         joined(torch.empty_like(x), [part[i] for part in parts], at)
