@@ -78,7 +78,7 @@ def test_parts_are_disjoint_and_no_larger_than_the_scratch(monkeypatch, groups, 
         tiles,
         *{**packing.DEFAULTS, "layout": "bhsd", "selection": Selection(keep=chosen(2, 4, 3, 3))}.values(),
     )
-    problem = packing.problem_of(*packed[:18], *packed[20:-3])
+    problem = packing.problem_of(packed)
     problem = replace(problem, selection=replace(problem.selection, rest="pooled"))
     monkeypatch.setattr(triton_slices, "SCRATCH_BYTES", copies * one)
     seen, lanes = torch.zeros(2, 4, dtype=torch.int32), {1: 1, 4: 4, 8: 8}[groups]  # that one copy serves

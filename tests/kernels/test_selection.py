@@ -197,7 +197,7 @@ def test_errors_of_the_call():
 def problem(q, k, v, tiles, **arguments):
     """A call as the backends see it."""
     packed = packing.pack_call(q, k, v, tiles, *{**packing.DEFAULTS, "layout": "bhsd", **arguments}.values())
-    return packing.problem_of(*packed[:18], *packed[20:-3]).tiled()
+    return packing.problem_of(packed).tiled()
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0])

@@ -60,7 +60,7 @@ def problem(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, selection: Select
     """The call as backends see it."""
     values = {**packing.DEFAULTS, "layout": "bhsd", "selection": selection, **arguments}
     packed = packing.pack_call(q, k, v, tiles, *values.values())
-    return packing.problem_of(*packed[:18], *packed[20:-3])
+    return packing.problem_of(packed)
 
 
 def routed_within_rounding(call: Problem, found: Tensor) -> None:
