@@ -18,7 +18,7 @@ from dit_accel_kernels.backends.torch import attend as torch_backend
 from dit_accel_kernels.backends.torch import backward
 from dit_accel_kernels.backends.triton import support as triton_support
 from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import FrameDecay
+from dit_accel_kernels.features import FrameDecay, wide_dtype
 from dit_accel_kernels.packing import DEFAULTS, SCHEMA, Packed, pack_call, problem_of
 from dit_accel_kernels.problem import Problem, lists_of
 from dit_accel_kernels.selection import Selection
@@ -223,7 +223,7 @@ def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _forward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Packed(*given)
     q, (heads, tokens) = call.q, (1, 2) if call.heads_first else (2, 1)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q.dtype)
     shape = (q.shape[0], q.shape[heads], q.shape[tokens])
     bits = (*shape[:2], -(-shape[2] // call.block_q), -(-call.k.shape[tokens] // (32 * call.block_k)))
     return (

@@ -78,7 +78,7 @@ def tile_means(x: Tensor, block: int, weight: Tensor | None) -> tuple[Tensor, Te
     """
     tokens = x.shape[-2]
     tiles = -(-tokens // block)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     pad = tiles * block - tokens
     if weight is None:
         count = torch.full((tiles,), float(block), dtype=wide, device=x.device)
@@ -91,3 +91,8 @@ def tile_means(x: Tensor, block: int, weight: Tensor | None) -> tuple[Tensor, Te
         whole = torch.nn.functional.pad(whole, (0, 0, 0, pad))
     total = whole.unflatten(-2, (tiles, block)).sum(-2, dtype=wide)
     return (total / count.clamp(min=1)[..., None]).to(x.dtype), count
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of statistics: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

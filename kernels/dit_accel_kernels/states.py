@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import tile_means
+from dit_accel_kernels.features import tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem, lists_of
 from dit_accel_kernels.sections import sections_of
 from dit_accel_kernels.selection import LOG2_E, Routing, pack_bits, unpack_bits
@@ -47,7 +47,7 @@ def routing_scores(problem: Problem, routing: Routing, pinned: Tensor | None) ->
     The mean keys are those of the pooled tiles, rounded to k's dtype; mean queries are not rounded. `pinned` is bool
     [NQ, NK] or None.
     """
-    wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(problem.q.dtype)
     valid = None if problem.key_valid is None else problem.key_valid[:, None]
     q_mean, _ = tile_means(problem.q.to(wide), problem.block_q, None)
     k_mean, length = tile_means(problem.k, problem.block_k, valid)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dit_accel_kernels.backends.torch.plain import GPU_GROUPS, attend_plain
 from dit_accel_kernels.backends.torch.schedule import Unit
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut, units_of, wide_dtype
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut, units_of
 from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
+from dit_accel_kernels.features import wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.states import resolved

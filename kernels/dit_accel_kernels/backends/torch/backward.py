@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dit_accel_kernels.backends.torch.attend import Operands, chunks, gather, logits_of, raw_logits
 from dit_accel_kernels.backends.torch.schedule import Unit
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut, units_of, wide_dtype
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut, units_of
+from dit_accel_kernels.features import wide_dtype
 from dit_accel_kernels.problem import Problem
 
 

@@ -25,7 +25,7 @@ from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq
 from dit_accel_kernels.backends.triton.delta import _delta_kernel
 from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, may_pool, static_lists
 from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
-from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
+from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides, row_plan
 from dit_accel_kernels.backends.triton.pool import pool
 from dit_accel_kernels.backends.triton.slices import joined, key_part, part_of, slices
 from dit_accel_kernels.backends.triton.transpose import WORD, ColumnPlan, column_plan
@@ -141,16 +141,10 @@ def _scale(problem: Problem) -> float:
     return problem.logit_scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
 
 
-def _list_strides(problem: Problem, heads: int) -> tuple[int, int]:
-    """Strides of batch and head over the list sets, where `heads` make up a batch."""
-    groups = problem.exact_offsets.shape[0]
-    return (0, 0) if groups == 1 else ((heads, 1) if groups == problem.q.shape[0] * problem.q.shape[1] else (0, 1))
-
-
 def _strides_of(problem: Problem, plan: ColumnPlan) -> tuple[int, int]:
     """Strides of batch and head over the sets of lists by key tile."""
     heads = problem.q.shape[1]
-    return (heads, 1) if plan.strides is not None else _list_strides(problem, heads)
+    return (heads, 1) if plan.strides is not None else list_strides(problem, heads)
 
 
 def _query_grad(
@@ -218,7 +212,7 @@ def _key_grads(
         problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grads[0].stride()[:3], *grads[1].stride()[:3],
-        *_strides_of(problem, plan), *_list_strides(problem, key_heads), _scale_stride(problem),
+        *_strides_of(problem, plan), *list_strides(problem, key_heads), _scale_stride(problem),
         *(plan.strides or (None, None)),
         num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),

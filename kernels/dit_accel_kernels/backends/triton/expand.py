@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import RowPlan
+from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides
 from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bitmap
 from dit_accel_kernels.backends.triton.variants import Variant
 from dit_accel_kernels.cache import StorageCache
@@ -203,7 +203,7 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     words = words_of(problem.key_tiles)
     keep = None if selection.keep is None else selection.keep.contiguous()
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
-    own = _list_sets(problem)
+    own = list_strides(problem, heads)
     exact_strides, exact_copies = _copies(plan.stride_b, plan.stride_h, batch, heads)
     pooled_strides, pooled_copies = _copies(*own, batch, heads)
     if plan.stride_b and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
@@ -228,12 +228,6 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
         POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return Lists(indices=indices, entry_t=entry_t, bounds=bounds, pooled_indices=pooled, strides=strides), exact
-
-
-def _list_sets(problem: Problem) -> tuple[int, int]:
-    """Strides of batch and head over the caller's list sets."""
-    groups, (batch, heads) = problem.exact_offsets.shape[0], problem.q.shape[:2]
-    return (heads, 1) if groups == batch * heads and groups > 1 else (0, int(groups > 1))
 
 
 @triton.jit(do_not_specialize=("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "tiles", "words"))
@@ -276,7 +270,7 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
     selection = problem.selection
     assert selection is not None
     batch, heads, rows, words = exact.shape
-    tiles, entries, own = problem.key_tiles, plan.rows.numel(), _list_sets(problem)
+    tiles, entries, own = problem.key_tiles, plan.rows.numel(), list_strides(problem, heads)
     share, copies = _copies(*own, batch, heads)
     strides = (share[0] * entries, share[1] * entries)
     left = plan.rows.new_empty(copies * entries)

@@ -60,7 +60,7 @@ def _build(problem: Problem) -> RowPlan:
     groups, rows = problem.exact_offsets.shape[0], problem.query_tiles
     offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, problem.pooled_offsets
     valid, decay = problem.features_in_tiled_order()
-    stride_b, stride_h = (heads if groups == batch * heads else 0), int(groups > 1)
+    stride_b, stride_h = list_strides(problem, heads)
     tile_row = _row_of_entry(offsets, indices.numel())
     entry_t = pooled_t = None
     if decay is not None:
@@ -96,6 +96,12 @@ def _build(problem: Problem) -> RowPlan:
         k_frames=None if decay is None else decay[2].clone(memory_format=torch.contiguous_format),
         pooled_t=None if pooled_t is None else pooled_t.contiguous(),
     )
+
+
+def list_strides(problem: Problem, heads: int) -> tuple[int, int]:
+    """Strides of batch and head over a call's list sets, where so many heads, of queries or keys, make up a batch."""
+    groups = problem.exact_offsets.shape[0]
+    return heads if groups == problem.q.shape[0] * problem.q.shape[1] else 0, int(groups > 1)
 
 
 def _padded(entries: Tensor) -> Tensor:
