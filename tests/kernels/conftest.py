@@ -11,10 +11,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def covering(cases: list[dict[str, int]], most: int | None) -> list[int]:
+def covering(cases: list[dict[str, str]], most: int | None) -> list[int]:
     """Positions of cases, picked one by one, each the first with the most values that none before it has."""
     chosen: list[int] = []
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[str, str]] = set()
     while most is None or len(chosen) < most:
         new = [len(set(case.items()) - seen) for case in cases]
         if not max(new, default=0):
@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             matrices[item.nodeid.split("[")[0]].append(item)
     for cases in matrices.values():
         mark = cases[0].get_closest_marker("sample")
-        keep = covering([case.callspec.indices for case in cases], *(mark.args or [None]))
+        keep = covering(
+            [{k: repr(v) for k, v in case.callspec.params.items()} for case in cases], *(mark.args or [None])
+        )
         for position, case in enumerate(cases):
             if position not in keep:
                 case.add_marker(pytest.mark.slow)
