@@ -20,7 +20,7 @@ from dit_accel_kernels import (
 from dit_accel_kernels.backends import reference
 from dit_accel_kernels.backends.triton import attend as triton_backend
 from dit_accel_kernels.backends.triton import backward as triton_backward
-from dit_accel_kernels import selection as selection_module
+from dit_accel_kernels import states as states_module
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import tile_means
 from dit_accel_kernels.selection import count_bits
@@ -357,7 +357,7 @@ def test_selections(kind, dtype, features):
 def test_the_backward_follows_what_the_forward_routed(backend, mix, monkeypatch):
     """Routing runs once; its tiles are those of the specification's gradient."""
     calls = []
-    for module, name in ((triton_backend, "route"), (selection_module, "routing_scores")):
+    for module, name in ((triton_backend, "route"), (states_module, "routing_scores")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real: calls.append(0) or real(*args))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)]
