@@ -25,7 +25,7 @@ import torch
 import triton
 from cards import CARDS
 from dit_accel_kernels import POOLED, SKIPPED, Routing, Selection, TileLists, Vote, block_sparse_attention_eager
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import count_bits, pack_bits
 from gpu_checks import check
 from inputs import decay, keep_bits, lists
@@ -73,8 +73,8 @@ def calls_of(
         return lambda: block_sparse_attention_eager(q, k, v, tiles, return_tiles=routes, **arguments)
 
     def gradients(density: float) -> Call:
-        from dit_accel_kernels.triton_backend import attend
-        from dit_accel_kernels.triton_backward import attend_backward
+        from dit_accel_kernels.backends.triton.attend import attend
+        from dit_accel_kernels.backends.triton.backward import attend_backward
 
         problem = problem_of(q, k, v, lists(shape.tokens, shape.block, density, SKIPPED, device))
         out, lse, *_ = attend(problem, need_lse=True)
@@ -282,7 +282,11 @@ def work(
     args: argparse.Namespace, dtype: torch.dtype, deadline: float, left_out: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Everything there is to find, as it is found."""
-    yield from check(dtype, args.device, 16 if args.tiny else 128, args.selecting)
+    for record in check(dtype, args.device, 16 if args.tiny else 128, args.selecting):
+        yield record
+        if time.monotonic() > deadline:
+            left_out.append("checks after this one")
+            break
     for name in args.shape.split(","):
         shape = SHAPES[name]
         shape = replace(shape, heads=2, tokens=120, dim=16, block=32) if args.tiny else shape

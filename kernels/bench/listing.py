@@ -87,6 +87,11 @@ def is_tensor(instruction: Instruction) -> str:
     return "mfma" if head.startswith("v_mfma") else ""
 
 
+def is_spill(instruction: Instruction) -> bool:
+    """Whether an instruction moves a register to or from a thread's own memory."""
+    return instruction.opcode.startswith(("STL", "LDL", "scratch_store", "scratch_load"))
+
+
 def _is_fma(instruction: Instruction) -> bool:
     return instruction.opcode.startswith(("FFMA", "v_fma", "v_pk_fma", "v_fmac", "v_pk_fmac"))
 

@@ -1,6 +1,6 @@
-"""Choose the forward kernel's launches for a card and write them to the package's launch table.
+"""Choose the launches of forward and backward for a card and write them to the package's launch table.
 
-`python kernels/bench/tune.py` on a card takes a key at a time (kind of dtype, head dim, tile), compiles a grid of
+`python kernels/bench/tune.py` on a card takes a key at a time (dtype, head dim, tile, kernel), compiles a grid of
 launches ahead of time for every feature of the kernel, drops those that spill or ask for too much shared memory, times
 the most promising ones on random inputs, and keeps the one with the lowest median, summed over the features. Rows go
 to the table one by one, so that an interrupted run goes on where it stopped; 540 seconds are the limit (--budget).
@@ -11,7 +11,7 @@ How the grid is bounded: 16 or 32 query rows a warp; chunks of 32, 64 or 128 key
 stages (36 launches); a launch whose accumulators or buffers cannot fit a thread's registers or a block's shared memory
 is never compiled; a compile stops at the first feature that fails; the --timed (3) launches with the fewest
 instructions a logit are timed, and the one in the table. With 16 cores that is about half a minute of compiling and as
-much of timing for a key, of which there are eight.
+much of timing for a key, of which there are twelve.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,36 @@ if __name__ == "__main__" and "cpu" in sys.argv:  # before anything imports trit
 import aot
 import torch
 from cards import TARGETS
-from dit_accel_kernels import POOLED, SKIPPED, FrameDecay, TileLists, block_sparse_attention_eager
-from dit_accel_kernels.triton_launch import TABLE, Key, Launch, architecture, key_of_row, launch_of, table
+from dit_accel_kernels import (
+    POOLED,
+    SKIPPED,
+    FrameDecay,
+    TileLists,
+    block_sparse_attention_backward,
+    block_sparse_attention_eager,
+)
+from dit_accel_kernels.backends.triton.launch import (
+    TABLE,
+    Key,
+    Launch,
+    architecture,
+    family,
+    key_of_row,
+    launch_of,
+    table,
+)
 from inputs import decay, lists
 
-MODULE = "dit_accel_kernels.triton_forward_variants"
+MODULES = {
+    "fwd": "dit_accel_kernels.backends.triton.forward_variants",
+    "bwd": "dit_accel_kernels.backends.triton.backward",
+}
 DTYPES = {"half": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"half": "bf16", "fp32": "fp32"}
-KEYS = tuple(itertools.product(DTYPES, (128, 64), (128, 64)))  # kind, head dim, tile: those of the kernel's variants
+KEYS = (  # kind, head dim, tile, kernel: those of the kernels' variants
+    *itertools.product(DTYPES, (128, 64), (128, 64), ("fwd",)),
+    *itertools.product(("half",), (128, 64), (128,), ("dq", "dkdv")),
+)
 ROWS_OF_A_WARP = (16, 32)
 GRID = tuple(
     Launch(block_q=rows, block_k=keys, block_s=slow, num_warps=rows // each, num_stages=stages)
@@ -59,18 +82,20 @@ TIMED = ("plain", "decay", "pooled")
 
 def fits(launch: Launch, key: Key) -> bool:
     """Whether accumulators, logits and buffers can fit the target at all; far cheaper than a compile."""
-    arch, kind, dim, _ = key
-    target = TARGETS[arch]
-    threads, size = launch.num_warps * target.warp, 4 if kind == "fp32" else 2
-    held = launch.block_q * (dim + launch.block_k) / threads  # float32 a thread
-    buffers = 2 * (launch.num_stages - 1) * launch.block_k * dim * size
+    target = TARGETS[key.arch]
+    threads, size = launch.num_warps * target.warp, 4 if key.kind == "fp32" else 2
+    rows, columns = launch.block_q, launch.block_k
+    if key.kernel == "dkdv":  # its rows are keys, of which it holds two gradients
+        rows, columns = columns, rows
+    held = rows * ((2 if key.kernel == "dkdv" else 1) * key.dim + columns) / threads  # float32 a thread
+    buffers = 2 * (launch.num_stages - 1) * columns * key.dim * size
     return held <= (1024 if target.tensor == "tcgen05" else 232) and buffers <= target.shared_block
 
 
 def candidates(key: Key, tiny: bool) -> list[Launch]:
     """Launches of the grid, cut down to the key's tile, that can fit; the one in the table first."""
-    _, kind, _, tile = key
-    current = launch_of(key[0], DTYPES[kind], *key[2:])
+    kind, tile = key.kind, key.tile
+    current = launch_of(key.arch, DTYPES[kind], key.dim, tile, key.kernel)
     if tiny:
         return [current, replace(current, block_k=32, block_s=32)]
     grid = list(GRID)
@@ -97,15 +122,17 @@ def trial(key: Key, launch: Launch) -> Iterator[None]:
 
 def compile_launch(key: Key, launch: Launch, match: str = "") -> list[dict[str, Any]]:
     """Compile table records of the kernel's variants with this launch, up to the first that fails or spills."""
-    arch, kind, dim, tile = key
-    pattern = re.compile(rf"^fwd-{NAMES[kind]}-d{dim}-(?:{FEATURES})-b{tile}-")
+    head, module = f"{NAMES[key.kind]}-d{key.dim}", MODULES.get(key.kernel, MODULES["bwd"])
+    pattern = re.compile(rf"^fwd-{head}-(?:{FEATURES})-b{key.tile}-")
+    if key.kernel != "fwd":
+        pattern = re.compile(rf"^bwd-{key.kernel}-{head}-(?:plain|pool|select|order)-")
     records = []
     with trial(key, launch):
-        for _, name, target in aot.tasks([MODULE], match, [arch]):
+        for _, name, target in aot.tasks([module], match, [key.arch]):
             if not pattern.match(name):
                 continue
-            records.append(aot.compile_one(MODULE, name, target))
-            if aot.faults(records[-1]):
+            records.append(aot.compile_one(module, name, target))
+            if aot.faults(records[-1]) or aot.spilled(records[-1]):
                 break
     return records
 
@@ -115,8 +142,8 @@ def instructions(records: list[dict[str, Any]]) -> float:
     found = []
     for record in records:
         rows, keys = (int(n) for n in re.search(r"-(\d+)x(\d+)x\d+w", record["variant"]).groups())  # pyright: ignore
-        tile = int(re.search(r"-b(\d+)-", record["variant"]).group(1))  # pyright: ignore
-        logits = min(rows, tile) * min(keys, tile)
+        tile = re.search(r"-b(\d+)-", record["variant"])  # the backward's variants have tiles of 128
+        logits = min(rows, tile := int(tile.group(1)) if tile else 128) * min(keys, tile)
         found.append(record["mix"]["instructions"] * record["warps"] * TARGETS[record["target"]].warp / logits)
     return sum(found) / len(found)
 
@@ -133,15 +160,15 @@ def clean(key: Key, launches: list[Launch], jobs: int, match: str) -> dict[Launc
         os.environ["TRITON_INTERPRET"] = interpret
     good: dict[Launch, tuple[bool, float]] = {}
     for launch, records in zip(launches, found, strict=True):
-        if records and not any(map(aot.faults, records)):
+        if records and not any(aot.faults(r) or aot.spilled(r) for r in records):
             idle = min(r["blocks"] * r["warps"] for r in records) < 8
             good[launch] = (idle, instructions(records))
     return {launch: good[launch][1] for launch in sorted(good, key=lambda launch: good[launch])}
 
 
 def seconds(key: Key, launch: Launch, args: argparse.Namespace) -> float:
-    """Median seconds of a call with this launch, summed over the features."""
-    _, kind, dim, tile = key
+    """Median seconds of a call with this launch, or of its backward, summed over the features."""
+    kind, dim, tile = key.kind, key.dim, key.tile
     heads, tokens = (1, 2 * tile) if args.tiny else (args.heads, args.tokens)
     dtype = torch.float16 if args.tiny and kind == "half" else DTYPES[kind]  # the interpreter has no bfloat16 products
     q, k, v = (torch.randn(1, heads, tokens, dim).to(args.device, dtype) for _ in range(3))
@@ -151,13 +178,14 @@ def seconds(key: Key, launch: Launch, args: argparse.Namespace) -> float:
         "pooled": (POOLED, {}),
     }
     total = 0.0
-    with trial((architecture(torch.device(args.device)), *key[1:]), launch):
+    with trial(key._replace(arch=family(architecture(torch.device(args.device)))), launch):
         for rest, arguments in (features[name] for name in TIMED):
+            if key.kernel != "fwd" and "frame_decay" in arguments:
+                continue  # its rows are apart
             tiles: TileLists = lists(tokens, tile, args.density, rest, args.device)
-            call = lambda t=tiles, a=arguments: block_sparse_attention_eager(  # noqa: E731
-                q, k, v, t, layout="bhsd", backend="triton", **a
-            )
-            total += median(call, args.device)
+            options: dict[str, Any] = {"layout": "bhsd", "backend": "triton", **arguments}
+            run = block_sparse_attention_eager if key.kernel == "fwd" else partial(block_sparse_attention_backward, q)
+            total += median(partial(run, q, k, v, tiles, **options), args.device)
     return total
 
 
@@ -173,8 +201,9 @@ def median(call: Any, device: str) -> float:
 
 
 def fingerprint() -> str:
-    """Of the kernel's source: a row measured with another kernel is measured again."""
-    return hashlib.sha256((TABLE.parent / "triton_forward.py").read_bytes()).hexdigest()[:12]
+    """Of the kernels' source: a row measured with another kernel is measured again."""
+    sources = [(TABLE.parent / f"{name}.py").read_bytes() for name in ("forward", "backward_kernels")]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -187,9 +216,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def put(path: Path, key: Key, launch: Launch, source: Any) -> None:
     """Write one row to the table at `path`, in order."""
     rows = {key_of_row(row): row for row in json.loads(path.read_text())}
-    arch, kind, dim, tile = key
-    rows[key] = {"arch": arch, "kind": kind, "dim": dim, "tile": tile, **asdict(launch), "source": source}
-    write(path, [rows[k] for k in sorted(rows, key=lambda k: (k[0], k[1] != "half", *k[2:]))])
+    rows[key] = {**key._asdict(), **asdict(launch), "source": source}
+    kernels = ("fwd", "dq", "dkdv", "pooled")
+    order = sorted(rows, key=lambda k: (kernels.index(k.kernel), k.arch, k.kind != "half", k.dim, k.tile, k.feature))
+    write(path, [rows[k] for k in order])
 
 
 def source_of(path: Path, key: Key) -> Any:
@@ -202,7 +232,7 @@ def tune(key: Key, args: argparse.Namespace, setting: dict[str, Any]) -> list[st
     launches = candidates(key, args.tiny)
     current = launches[0]
     good = clean(key, launches, args.jobs, args.match)
-    head = [*map(str, key[1:]), str(len(launches)), str(len(good))]
+    head = [*map(str, key[1:5]), str(len(launches)), str(len(good))]
     if not good:
         return [*head, "none is clean: row unchanged"]
     if args.device == "none":
@@ -248,13 +278,13 @@ def checked(args: argparse.Namespace) -> tuple[str, list[Key], dict[str, Any]]:
         raise SystemExit(f"--arch is the card's own on --device cuda, found {args.arch!r}: leave it out")
     if args.device == "cpu" and (not args.tiny or args.out == TABLE):
         raise SystemExit("--device cpu tests the script and measures nothing: give --tiny and --out of a copy")
-    arch = architecture(torch.device("cuda")) if args.device == "cuda" else args.arch or "sm_90"
+    arch = family(architecture(torch.device("cuda")) if args.device == "cuda" else args.arch or "sm_90")
     if arch not in TARGETS:
         raise SystemExit(f"launches are tuned for {', '.join(TARGETS)}: found {arch!r}")
-    keys: list[Key] = [(arch, *key) for key in KEYS if re.match(args.key, ",".join(map(str, key)))]
+    keys = [Key(arch, *key) for key in KEYS if re.match(args.key, ",".join(map(str, key)))]
     if not keys:
         known = "; ".join(",".join(map(str, key)) for key in KEYS)
-        raise SystemExit(f"--key matches kind,dim,tile of {known}: found {args.key!r}")
+        raise SystemExit(f"--key matches kind,dim,tile,kernel of {known}: found {args.key!r}")
     if not args.out.exists():
         write(args.out, json.loads(TABLE.read_text()))
     names = {"cpu": "none: interpreted on a CPU", "none": "none: compiled only"}
@@ -272,7 +302,16 @@ def main() -> None:
     torch.manual_seed(0)
     deadline = time.monotonic() + args.budget
     shown = Table(
-        "dtype", "D", "tile", "grid", "clean", "launch", "instr/logit", "ms", title=f"{arch}, {setting['card']}"
+        "dtype",
+        "D",
+        "tile",
+        "kernel",
+        "grid",
+        "clean",
+        "launch",
+        "instr/logit",
+        "ms",
+        title=f"{arch}, {setting['card']}",
     )
     late = []
     for key in keys:
@@ -281,7 +320,7 @@ def main() -> None:
         if done and not args.again and args.device != "none":
             shown.add_row(*map(str, key[1:]), "", "", "measured before")
         elif time.monotonic() > deadline:
-            late.append(",".join(map(str, key[1:])))
+            late.append(",".join(map(str, key[1:5])))
         else:
             shown.add_row(*tune(key, args, setting))
     Console(width=120).print(shown)

@@ -6,14 +6,14 @@ from dit_accel_kernels.api import (
     block_sparse_attention_eager,
     resolve_backend,
 )
+from dit_accel_kernels.backends.flex import missing_requirement as flex_requirement
+from dit_accel_kernels.backends.triton.support import missing_requirement as triton_requirement
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay
-from dit_accel_kernels.flex_backend import missing_requirement as flex_requirement
 from dit_accel_kernels.masses import tile_gaps, tile_masses
 from dit_accel_kernels.packing import BACKENDS
 from dit_accel_kernels.selection import Routing, Selection, Vote, count_bits, pack_bits, unpack_bits
 from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
-from dit_accel_kernels.triton_support import missing_requirement as triton_requirement
 
 __all__ = [
     "BACKENDS",

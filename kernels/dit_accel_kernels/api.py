@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel_kernels import backward, flex_backend, reference, torch_backend, triton_support
+from dit_accel_kernels.backends import flex as flex_backend
+from dit_accel_kernels.backends import reference
+from dit_accel_kernels.backends.torch import attend as torch_backend
+from dit_accel_kernels.backends.torch import backward
+from dit_accel_kernels.backends.triton import support as triton_support
 from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import FrameDecay, Problem
-from dit_accel_kernels.packing import DEFAULTS, PLACES, SCHEMA, pack_call, problem_of
-from dit_accel_kernels.selection import Selection, lists_of, resolved
+from dit_accel_kernels.features import FrameDecay, wide_dtype
+from dit_accel_kernels.packing import DEFAULTS, SCHEMA, Packed, pack_call, problem_of
+from dit_accel_kernels.problem import Problem, lists_of
+from dit_accel_kernels.selection import Selection
+from dit_accel_kernels.states import resolved
 from dit_accel_kernels.tiles import TileLists
 
 
@@ -82,9 +88,7 @@ def block_sparse_attention(
         q, k, v, tiles, layout, scale, head_scale, key_length, key_mask, frame_decay, token_order, identity_mix,
         identity_rows, selection, return_tiles, return_lse, backend,
     )  # fmt: skip
-    if (
-        packed[-1] == "reference"
-    ):  # plain eager code: autograd differentiates it, and that is the gradient's specification
+    if packed.backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
         found = _forward(*packed)
     else:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -131,12 +135,17 @@ def block_sparse_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def _for_gradients(packed: tuple[Any, ...]) -> tuple[Any, ...]:
+def _for_gradients(call: Packed) -> Packed:
     """The same call, with what its gradient will want: the LSE on the triton backend, and what a routing chose."""
-    q, return_tiles, return_lse, backend = packed[0], *packed[-3:]
-    return_tiles = return_tiles or packed[PLACES["beta"]] is not None
-    return_lse = return_lse or resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton"
-    return (*packed[:-3], return_tiles, return_lse, backend)
+    return call._replace(
+        return_tiles=call.return_tiles or call.beta is not None,
+        return_lse=call.return_lse or _backend(call) == "triton",
+    )
+
+
+def _backend(call: Packed) -> str:
+    """The backend that runs a call."""
+    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1])
 
 
 def resolve_backend(
@@ -153,103 +162,115 @@ def resolve_backend(
     return "triton" if fits else "torch"
 
 
-def _triton(module: str = "triton_backend") -> ModuleType:
+def _triton(module: str = "attend") -> ModuleType:
     """A module with kernels, imported on first use: importing this package must not import triton."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
-    return importlib.import_module(f"dit_accel_kernels.{module}")
+    return importlib.import_module(f"dit_accel_kernels.backends.triton.{module}")
 
 
-def mix_weight(
-    identity_mix: Tensor | None, identity_rows: Tensor | None, heads_first: bool, dtype: torch.dtype
-) -> Tensor | None:
+def mix_weight(call: Packed, dtype: torch.dtype) -> Tensor | None:
     """Identity weight w broadcastable to the output in its layout, 0 outside the chosen rows."""
-    if identity_mix is None:
+    if call.identity_mix is None:
         return None
-    w = identity_mix.to(dtype).reshape(-1, identity_mix.shape[-1])
-    w = w[:, :, None, None] if heads_first else w[:, None, :, None]
-    if identity_rows is not None:
-        rows = identity_rows[:, None] if heads_first else identity_rows[:, None, None]
-        w = w * rows
+    w = call.identity_mix.to(dtype).reshape(-1, call.identity_mix.shape[-1])
+    w = w[:, :, None, None] if call.heads_first else w[:, None, :, None]
+    if call.identity_rows is not None:
+        w = w * (call.identity_rows[:, None] if call.heads_first else call.identity_rows[:, None, None])
     return w
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one packed call: output in the caller's layout and order, LSE [B, H, S_q], exact tiles and kept bits.
 
-    What was not asked for is empty.
+    What was not asked for is empty. Autocast has no part in it: products are made in the dtype that was given.
     """
-    heads_first, token_order, identity_mix, identity_rows = rest[6], *rest[14:17]
-    return_tiles, return_lse, backend = rest[-3:]
-    problem = problem_of(q, k, v, *rest[:15], *rest[17:-3])
+    call = Packed(*given)
+    if call.q.shape[0] == 0 and call.backend != "reference":  # whose gradient is autograd's
+        return _forward_fake(*given)
+    with torch.autocast(call.q.device.type, enabled=False):
+        return _attend(call)
+
+
+def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_forward` of a batch that is there."""
+    problem, axis, name = problem_of(call), 1 if call.heads_first else 2, _backend(call)
     if os.environ.get("DIT_ACCEL_VALIDATE") == "1":
         lists_of(problem).validate()
-    name = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     if name == "triton":
-        out, lse, exact, kept = _triton().attend(problem, need_lse=return_lse)  # rows stay in the caller's order
+        out, lse, exact, kept = _triton().attend(problem, need_lse=call.return_lse)  # rows stay in the caller's order
     elif name == "reference":
         out, lse, exact, kept = reference.attend(problem.tiled())
     elif name == "flex":
-        out, lse, exact, kept = flex_backend.attend(problem.tiled(), need_lse=return_lse)
+        out, lse, exact, kept = flex_backend.attend(problem.tiled(), need_lse=call.return_lse)
     else:
-        out, lse, exact, kept = torch_backend.attend(problem.tiled(), need_lse=return_lse)
-    lse = lse if return_lse else q.new_empty(0, dtype=lse.dtype)
-    if token_order is not None and name != "triton":
-        out = torch.empty_like(out).index_copy_(2, token_order, out)
-        lse = torch.empty_like(lse).index_copy_(2, token_order, lse) if return_lse else lse
-    if not heads_first:
+        out, lse, exact, kept = torch_backend.attend(problem.tiled(), need_lse=call.return_lse)
+    lse = lse if call.return_lse else call.q.new_empty(0, dtype=lse.dtype)
+    if call.token_order is not None and name != "triton":
+        out = torch.empty_like(out).index_copy_(2, call.token_order, out)
+        lse = torch.empty_like(lse).index_copy_(2, call.token_order, lse) if call.return_lse else lse
+    if not call.heads_first:
         out = out.transpose(1, 2)
-    w = mix_weight(identity_mix, identity_rows, heads_first, out.dtype)
+    w = mix_weight(call, out.dtype)
     if w is not None:
-        repeat = q.shape[1 if heads_first else 2] // v.shape[1 if heads_first else 2]
-        out = torch.lerp(out, v.repeat_interleave(repeat, 1 if heads_first else 2), w.expand_as(out))
-    none = q.new_empty(0, dtype=torch.int32)
-    exact = exact if return_tiles and exact is not None else none
+        v = call.v.repeat_interleave(call.q.shape[axis] // call.v.shape[axis], axis)
+        out = torch.lerp(out, v, w.expand_as(out))
+    none = call.q.new_empty(0, dtype=torch.int32)
+    exact = exact if call.return_tiles and exact is not None else none
     return out.contiguous(), lse.contiguous(), exact, none.clone() if kept is None else kept
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads, tokens = (1, 2) if rest[6] else (2, 1)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+def _forward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Packed(*given)
+    q, (heads, tokens) = call.q, (1, 2) if call.heads_first else (2, 1)
+    dtype = wide_dtype(q.dtype)
     shape = (q.shape[0], q.shape[heads], q.shape[tokens])
-    bits = (*shape[:2], -(-shape[2] // rest[4]), -(-k.shape[tokens] // (32 * rest[5])))
-    return_tiles, return_lse, votes = rest[-3], rest[-2], rest[23] is not None
+    bits = (*shape[:2], -(-shape[2] // call.block_q), -(-call.k.shape[tokens] // (32 * call.block_k)))
     return (
         q.new_empty(q.shape),
-        q.new_empty(shape if return_lse else (0,), dtype=dtype),
-        q.new_empty(bits if return_tiles else (0,), dtype=torch.int32),
-        q.new_empty(bits if votes else (0,), dtype=torch.int32),
+        q.new_empty(shape if call.return_lse else (0,), dtype=dtype),
+        q.new_empty(bits if call.return_tiles else (0,), dtype=torch.int32),
+        q.new_empty(bits if call.criterion is not None else (0,), dtype=torch.int32),
     )
 
 
 def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, *rest: Any,
-) -> list[Tensor]:  # fmt: skip
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *given: Any
+) -> list[Tensor]:
     """Gradients of q, k and v of one packed call, in their layout; `out` and `lse` of its forward, where at hand."""
-    heads_first, identity_mix, identity_rows, backend = rest[6], rest[15], rest[16], rest[-1]
-    problem = _without_vote(problem_of(q, k, v, *rest[:15], *rest[17:-3]))
-    w = mix_weight(identity_mix, identity_rows, heads_first, grad_out.dtype)
+    call = Packed(*given)
+    if call.q.shape[0] == 0:
+        return _backward_fake(grad_out, grad_lse, out, lse, *given)
+    with torch.autocast(call.q.device.type, enabled=False):
+        return _gradients(grad_out, grad_lse, out, lse, call)
+
+
+def _gradients(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, call: Packed
+) -> list[Tensor]:
+    """`_backward` of a batch that is there."""
+    problem = _without_vote(problem_of(call))
+    w = mix_weight(call, grad_out.dtype)
     grad_mixed = None
     if w is not None:
         grad_mixed = grad_out * w
         grad_out = grad_out - grad_mixed
         out = None  # what is at hand is mixed
-    if not heads_first:
+    if not call.heads_first:
         grad_out, out = grad_out.transpose(1, 2), None if out is None else out.transpose(1, 2)
-    if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton":
+    if _backend(call) == "triton":
         if out is None or lse is None or _routes(problem):
             out, lse, exact, _ = _triton().attend(problem, need_lse=True)
             problem = _after_routing(problem, exact)
-        grads = _triton("triton_backward").attend_backward(problem, out, lse, grad_out, grad_lse)
+        grads = _triton("backward").attend_backward(problem, out, lse, grad_out, grad_lse)
     else:
         grads = _torch_gradients(problem, grad_out, grad_lse)
-    if not heads_first:
+    if not call.heads_first:
         grads = tuple(g.transpose(1, 2) for g in grads)
     grad_q, grad_k, grad_v = grads
     if grad_mixed is not None:
-        axis = 1 if heads_first else 2
-        grad_v = grad_v + grad_mixed.unflatten(axis, (v.shape[axis], -1)).sum(axis + 1)
+        axis = 1 if call.heads_first else 2
+        grad_v = grad_v + grad_mixed.unflatten(axis, (call.v.shape[axis], -1)).sum(axis + 1)
     return [grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()]
 
 
@@ -290,17 +311,20 @@ def _with_lists_of_selection(problem: Problem) -> Problem:
 
 
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, *rest: Any,
-) -> list[Tensor]:  # fmt: skip
-    return [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)]
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *given: Any
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in given[:3]]
 
 
+# Plans are made on the host at a list's first use, and masks and backends decide there what is launched: a graph that
+# the compiler captures around the op would replay one call's decisions, on memory that is its own.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 _op = torch.library.custom_op(
     "dit_accel_kernels::block_sparse_attention",
     _forward,
     mutates_args=(),
     schema=SCHEMA + " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 _op.register_fake(_forward_fake)
 _backward_op = torch.library.custom_op(
@@ -308,32 +332,32 @@ _backward_op = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse, " + SCHEMA[1:] + " -> Tensor[]",
+    tags=_TAGS,
 )
 _backward_op.register_fake(_backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    call = Packed(*inputs)
     ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.return_lse = inputs[-2]
-    q, backend = inputs[0], inputs[-1]
-    ctx.keeps = ctx.return_lse and resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton"
-    ctx.routed = inputs[PLACES["return_tiles"]] and inputs[PLACES["beta"]] is not None
+    ctx.keeps = call.return_lse and _backend(call) == "triton"
+    ctx.routed = call.return_tiles and call.beta is not None
     ctx.mark_non_differentiable(*output[2:])
     kept = (*(output[:2] if ctx.keeps else ()), *(output[2:3] if ctx.routed else ()))
     ctx.save_for_backward(*(inputs[i] for i in ctx.tensors), *kept)
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    inputs = list(ctx.others)
-    saved, count = ctx.saved_tensors, len(ctx.tensors)
+    inputs, saved, count = list(ctx.others), ctx.saved_tensors, len(ctx.tensors)
     out, lse = saved[count : count + 2] if ctx.keeps else (None, None)
     for i, x in zip(ctx.tensors, saved[:count], strict=True):
         inputs[i] = x
+    call = Packed(*inputs)
     if ctx.routed:
-        inputs[PLACES["beta"]], inputs[PLACES["routed"]] = None, saved[-1]
+        call = call._replace(beta=None, routed=saved[-1])
     grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
-        grad_out, grad_lse if ctx.return_lse else None, out, lse, *inputs
+        grad_out, grad_lse if call.return_lse else None, out, lse, *call
     )
     return (*grads, *(None for _ in inputs[3:]))
 

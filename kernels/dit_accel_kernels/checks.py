@@ -83,10 +83,13 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must have four dimensions, found {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, found {tensor.dtype}")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share a dtype, found {q.dtype} and {name} {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"q, k and v must share a device, found {q.device} and {name} on {tensor.device}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"q, k and v must share a dtype, found q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one, such as "
+            "k.to(q.dtype); autocast has no part in this call"
+        )
 
 
 def _check(

@@ -1,15 +1,13 @@
-"""Features of the attention call: frame-distance decay, pooling, and the resolved arguments that backends receive."""
+"""Features of the attention call: frame-distance decay and the means of pooled tiles."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dit_accel_kernels.selection import Selection
+from dit_accel_kernels.cache import StorageCache, capturing, count_writes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -39,76 +37,33 @@ class FrameDecay:
                 raise ValueError(
                     f"frame_decay.{name} must be int32 with one dimension, found {frames.dtype} {list(frames.shape)}"
                 )
+        count_writes(self, ("table", "q_frames", "k_frames"))  # what is derived from them is remembered
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class Problem:
-    """One attention call as the backends see it: q, k, v as [B, H, S, D] and everything resolved but the token order.
-
-    `logit_scale` is the softmax scale; `head_scale` float32 [B or 1, H] or None multiplies it. `decay` is (table,
-    q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length` and `key_mask` are in the caller's
-    order; `tiled()` gives the call in tiled order, where valid keys are the bool [B, S_k] `key_valid` (None: all).
-    A `selection` narrows the lists for this call.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    exact_offsets: Tensor
-    exact_indices: Tensor
-    pooled_offsets: Tensor | None
-    pooled_indices: Tensor | None
-    block_q: int
-    block_k: int
-    logit_scale: float
-    head_scale: Tensor | None
-    key_valid: Tensor | None
-    decay: tuple[Tensor, Tensor, Tensor] | None
-    token_order: Tensor | None = None
-    key_length: Tensor | None = None
-    key_mask: Tensor | None = None
-    selection: Selection | None = None
-
-    @property
-    def query_tiles(self) -> int:
-        """Number of block rows, NQ."""
-        return -(-self.q.shape[2] // self.block_q)
-
-    @property
-    def key_tiles(self) -> int:
-        """Number of key tiles, NK."""
-        return -(-self.k.shape[2] // self.block_k)
-
-    def features_in_tiled_order(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
-        """Valid keys, bool [B, S_k] or None, and decay (table, q_frames, k_frames) or None, in tiled order."""
-        valid, decay, order = self.key_mask, self.decay, self.token_order
-        if self.key_length is not None:
-            prefix = torch.arange(self.k.shape[2], device=self.k.device) < self.key_length[:, None]
-            valid = prefix if valid is None else valid & prefix
-        if order is not None:
-            valid = None if valid is None else valid.index_select(1, order)
-            decay = None if decay is None else (decay[0], decay[1][order], decay[2][order])
-        if self.key_valid is not None:
-            valid = self.key_valid if valid is None else valid & self.key_valid
-        return valid, decay
-
-    def tiled(self) -> Problem:
-        """The same call with tensors, decay and `key_valid` in tiled order and nothing left in the caller's."""
-        q, k, v = self.q, self.k, self.v
-        if self.token_order is not None:
-            q, k, v = (x.index_select(2, self.token_order) for x in (q, k, v))
-        valid, decay = self.features_in_tiled_order()
-        return replace(
-            self, q=q, k=k, v=v, key_valid=valid, decay=decay, token_order=None, key_length=None, key_mask=None
-        )
+_LAST_FRAMES: StorageCache[int] = StorageCache()
 
 
-def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[Tensor, Tensor]:
+def last_frame(frames: Tensor) -> int:
+    """The highest frame of these, read from the device once."""
+
+    def read() -> int:
+        if capturing(frames.device):
+            raise RuntimeError(
+                "a call with frame decay reads how many frames there are, once, which a graph can't capture: "
+                "run it once before the capture"
+            )
+        return int(frames.max())
+
+    return _LAST_FRAMES.get([frames], (), read)
+
+
+def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor, last: int | None = None) -> tuple[Tensor, Tensor]:
     """Decay t as float32 [F + 2, S_k], one row for each query frame -1..F, and each query token's row, int64 [S_q].
 
     Row 0 is for queries outside the video and all ones; the columns of keys outside the video are ones in every row.
+    `last` is F, read from the device where it is not told.
     """
-    frames = torch.arange(-1, int(q_frames.max()) + 1, device=table.device)
+    frames = torch.arange(-1, (int(q_frames.max()) if last is None else last) + 1, device=table.device)
     distance = (frames[:, None] - k_frames[None, :].long()).abs().clamp_(max=table.numel() - 1)
     t = table[distance].masked_fill((frames < 0)[:, None] | (k_frames < 0), 1.0)
     return t, (q_frames.long() + 1).clamp_(min=0)
@@ -123,7 +78,7 @@ def tile_means(x: Tensor, block: int, weight: Tensor | None) -> tuple[Tensor, Te
     """
     tokens = x.shape[-2]
     tiles = -(-tokens // block)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     pad = tiles * block - tokens
     if weight is None:
         count = torch.full((tiles,), float(block), dtype=wide, device=x.device)
@@ -136,3 +91,8 @@ def tile_means(x: Tensor, block: int, weight: Tensor | None) -> tuple[Tensor, Te
         whole = torch.nn.functional.pad(whole, (0, 0, 0, pad))
     total = whole.unflatten(-2, (tiles, block)).sum(-2, dtype=wide)
     return (total / count.clamp(min=1)[..., None]).to(x.dtype), count
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of statistics: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

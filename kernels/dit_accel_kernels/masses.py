@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.features import wide_dtype
 from dit_accel_kernels.selection import LOG2_E
 
 CHUNK = 1 << 24  # logits at a time
@@ -137,7 +138,7 @@ def _logits(
 ) -> Iterator[tuple[int, Tensor]]:
     """Natural logits of some whole block rows at a time, [B, H, rows, S_k] in float32, and their first query."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     size = q.shape[0] * q.shape[1] * k.shape[3] * block_q
     step = block_q * max(1, CHUNK // size)
     for start in range(0, q.shape[2], step):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 from torch import Tensor
 
 from dit_accel_kernels.checks import check_arguments
-from dit_accel_kernels.features import FrameDecay, Problem
+from dit_accel_kernels.features import FrameDecay
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import Routing, Selection, Vote
 from dit_accel_kernels.tiles import TileLists
 
@@ -23,7 +25,8 @@ SCHEMA = (
 )
 
 
-PLACES = {argument.split()[-1]: place for place, argument in enumerate(SCHEMA[1:-1].split(", "))}  # in a packed call
+Packed = namedtuple("Packed", [argument.split()[-1] for argument in SCHEMA[1:-1].split(", ")])
+"""A call flattened to tensors and scalars, by the names of the schema."""
 
 DEFAULTS = dict(
     layout="bshd", scale=None, head_scale=None, key_length=None, key_mask=None, frame_decay=None, token_order=None,
@@ -36,7 +39,7 @@ def pack_call(
     key_length: Tensor | None, key_mask: Tensor | None, frame_decay: FrameDecay | None, token_order: Tensor | None,
     identity_mix: Tensor | None, identity_rows: Tensor | None, selection: Selection | None, return_tiles: bool,
     return_lse: bool, backend: str,
-) -> tuple[Any, ...]:  # fmt: skip
+) -> Packed:  # fmt: skip
     """Check everything and flatten it to what a custom op takes: tensors and scalars."""
     check_arguments(
         q, k, v, tiles, layout=layout, head_scale=head_scale, key_length=key_length, key_mask=key_mask,
@@ -45,7 +48,7 @@ def pack_call(
     )  # fmt: skip
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
-    return (
+    return Packed(
         q, k, v, tiles.exact_offsets, tiles.exact_indices, tiles.pooled_offsets, tiles.pooled_indices,
         tiles.block_q, tiles.block_k, layout == "bhsd", q.shape[-1] ** -0.5 if scale is None else float(scale),
         head_scale, key_length, key_mask,
@@ -69,35 +72,28 @@ def _pack_selection(selection: Selection | None) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _unpack_selection(
-    selects: bool, keep: Tensor | None, pool_rest: bool, pinned: Tensor | None, beta: float | None,
-    exact_variance: bool, criterion: Any, vote_threshold: float, reverse: bool, routed: Tensor | None,
-) -> Selection | None:  # fmt: skip
-    if not selects:
+def _unpack_selection(call: Packed) -> Selection | None:
+    if not call.selects:
         return None
+    routing = None
+    if call.beta is not None:
+        routing = Routing(beta=call.beta, threshold="exact" if call.exact_variance else "diag")
     return Selection(
-        keep=keep, rest="pooled" if pool_rest else "skip", pinned=pinned, reverse=reverse, routed=routed,
-        routing=None if beta is None else Routing(beta=beta, threshold="exact" if exact_variance else "diag"),
-        vote=None if criterion is None else Vote(criterion=criterion, threshold=vote_threshold),
+        keep=call.keep, rest="pooled" if call.pool_rest else "skip", pinned=call.pinned, reverse=call.reverse,
+        routed=call.routed, routing=routing,
+        vote=None if call.criterion is None else Vote(criterion=call.criterion, threshold=call.vote_threshold),
     )  # fmt: skip
 
 
-def problem_of(
-    q: Tensor, k: Tensor, v: Tensor, exact_offsets: Tensor, exact_indices: Tensor, pooled_offsets: Tensor | None,
-    pooled_indices: Tensor | None, block_q: int, block_k: int, heads_first: bool, scale: float,
-    head_scale: Tensor | None, key_length: Tensor | None, key_mask: Tensor | None, decay_table: Tensor | None,
-    q_frames: Tensor | None, k_frames: Tensor | None, token_order: Tensor | None, *selected: Any,
-) -> Problem:  # fmt: skip
+def problem_of(call: Packed) -> Problem:
     """The call in [B, H, S, D] and the caller's token order."""
-    decay = None
-    if decay_table is not None and q_frames is not None and k_frames is not None:
-        decay = (decay_table, q_frames, k_frames)
-    if not heads_first:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = (x if call.heads_first else x.transpose(1, 2) for x in call[:3])
     return Problem(
-        q=q, k=k, v=v, exact_offsets=exact_offsets, exact_indices=exact_indices, pooled_offsets=pooled_offsets,
-        pooled_indices=pooled_indices, block_q=block_q, block_k=block_k, logit_scale=scale,
-        head_scale=None if head_scale is None else head_scale.float().reshape(-1, q.shape[1]),
-        key_valid=None, decay=decay, token_order=token_order, key_length=key_length, key_mask=key_mask,
-        selection=_unpack_selection(*selected),
+        q=q, k=k, v=v, exact_offsets=call.exact_offsets, exact_indices=call.exact_indices,
+        pooled_offsets=call.pooled_offsets, pooled_indices=call.pooled_indices, block_q=call.block_q,
+        block_k=call.block_k, logit_scale=call.scale, key_valid=None,
+        head_scale=None if call.head_scale is None else call.head_scale.float().reshape(-1, q.shape[1]),
+        decay=None if call.decay_table is None else (call.decay_table, call.q_frames, call.k_frames),
+        token_order=call.token_order, key_length=call.key_length, key_mask=call.key_mask,
+        selection=_unpack_selection(call),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.problem import Problem
 
 PLAIN, CONSTANT, SLOW, ABSENT = range(4)
 

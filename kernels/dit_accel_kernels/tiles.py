@@ -7,15 +7,18 @@ each (G = H or B*H).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.cache import StorageCache, count_writes
+
 SKIPPED, POOLED, EXACT = 0, 1, 2
 
 _INT32_MAX = 2**31 - 1
+_PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
 
 
 def _csr(selected: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,8 @@ class TileLists:
     `exact_offsets` and `pooled_offsets` are int32 [G, NQ + 1], absolute positions in `exact_indices` and
     `pooled_indices` (int32 [nnz], ascending within a row). `num_q` and `num_k` count tokens. Creation checks shapes and
     dtypes only and never reads the values (no device sync); `validate` reads them. Raises ValueError or TypeError where
-    the parts don't fit.
+    the parts don't fit. What backends derive from lists lives as long as these tensors do: keep lists that a captured
+    graph reads. Tensors made under `torch.inference_mode` are copied, since nothing could tell that they changed.
     """
 
     block_q: int
@@ -49,6 +53,7 @@ class TileLists:
     pooled_indices: Tensor | None = None
 
     def __post_init__(self) -> None:
+        count_writes(self, _PARTS)
         for name in ("block_q", "block_k", "num_q", "num_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -93,9 +98,11 @@ class TileLists:
         )
 
     @classmethod
-    def full(cls, num_q: int, num_k: int, *, block_q: int, block_k: int) -> TileLists:
-        """Lists in which every tile is exact, on the CPU: dense attention. The same object for the same sizes."""
-        return _full(num_q, num_k, block_q, block_k)
+    def full(
+        cls, num_q: int, num_k: int, *, block_q: int, block_k: int, device: torch.device | str = "cpu"
+    ) -> TileLists:
+        """Lists in which every tile is exact: dense attention. The same object for the same sizes and device."""
+        return _full(num_q, num_k, block_q, block_k).to(device)
 
     @property
     def groups(self) -> int:
@@ -138,21 +145,18 @@ class TileLists:
         return self.exact_indices.device
 
     def to(self, device: torch.device | str) -> TileLists:
-        """The same lists on `device`; the same object if they are there already."""
+        """The same lists on `device`, copied once; the same object if they are there already."""
         device = torch.device(device)
+        if device.index is None and device.type not in ("cpu", "meta"):
+            device = torch.device(device.type, torch.get_device_module(device).current_device())
         if device == self.device:
             return self
-        pooled = self.pooled_offsets is not None and self.pooled_indices is not None
-        return TileLists(
-            block_q=self.block_q,
-            block_k=self.block_k,
-            num_q=self.num_q,
-            num_k=self.num_k,
-            exact_offsets=self.exact_offsets.to(device),
-            exact_indices=self.exact_indices.to(device),
-            pooled_offsets=self.pooled_offsets.to(device) if pooled else None,  # pyright: ignore
-            pooled_indices=self.pooled_indices.to(device) if pooled else None,  # pyright: ignore
-        )
+        parts = {name: getattr(self, name) for name in _PARTS}
+
+        def copy() -> TileLists:
+            return replace(self, **{name: None if x is None else x.to(device) for name, x in parts.items()})
+
+        return _COPIES.get(parts.values(), (device, self.block_q, self.block_k, self.num_q, self.num_k), copy)
 
     def states(self) -> Tensor:
         """Tile states uint8 [G, NQ, NK]: the inverse of `from_states`."""
@@ -177,6 +181,9 @@ class TileLists:
                 row, tile = divmod(int(both[0]), self.key_tiles)
                 raise ValueError(f"a tile is exact or pooled, not both: found tile {tile} twice in block row {row}")
         return self
+
+
+_COPIES: StorageCache[TileLists] = StorageCache()
 
 
 @lru_cache(maxsize=16)

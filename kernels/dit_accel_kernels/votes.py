@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
-from dit_accel_kernels.selection import LOG2_E, Vote, list_states, pack_bits, unpack_bits, visiting_order
+from dit_accel_kernels.selection import LOG2_E, Vote, pack_bits, unpack_bits
+from dit_accel_kernels.states import list_states, visiting_order
 from dit_accel_kernels.tiles import EXACT
 
 

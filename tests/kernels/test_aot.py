@@ -79,6 +79,7 @@ def test_some_variants_are_compiled_anew_in_a_file_that_has_all(tmp_path):
     assert by_name["toy-masked", "sm_90"]["kept"]
 
 
+@pytest.mark.slow
 def test_only_what_differs_from_its_record_is_compiled(tmp_path):
     """The second time nothing, after an edit of a record that one; one of another Triton version doesn't count."""
     arguments = ("--module", "toy_kernels", "--match", "toy-(plain|large)", "--target", "sm_90", "--jobs", "1")
@@ -96,6 +97,7 @@ def test_only_what_differs_from_its_record_is_compiled(tmp_path):
         assert [(r["triton"], r["fingerprint"]) for r in records] == [(r["triton"], r["fingerprint"]) for r in first]
 
 
+@pytest.mark.slow
 def test_a_recorded_fault_stays_one(tmp_path):
     arguments = ("--module", "toy_kernels", "--match", "toy-masked", "--target", "sm_90", "--jobs", "1", "--changed")
     for count in (0, 1):
@@ -105,6 +107,7 @@ def test_a_recorded_fault_stays_one(tmp_path):
         assert found.returncode == 1
 
 
+@pytest.mark.slow
 def test_comments_and_lines_leave_a_fingerprint_alone(tmp_path, monkeypatch):
     text = (ROOT / "tests" / "support" / "toy_kernels.py").read_text()
     old = "    acc = tl.zeros([BLOCK, BLOCK], tl.float32)\n"
@@ -166,7 +169,26 @@ def test_the_committed_table_has_no_fault():
     assert {r["variant"].split("-")[0] for r in records} >= {"fwd", "bwd", "pool"}
     for record in records:
         assert aot.faults(record) + aot.loop_faults(record) == [], (record["variant"], record["target"])
-        assert record["spills"] == record["stack"] == 0
+
+
+def test_one_variant_compiles_for_every_target(tmp_path):
+    """The plain forward, whatever the table says: tensor cores in its hot loop, no mask and no spill there."""
+    found, records = run_aot(tmp_path, "--match", "^fwd-bf16-d64-plain-b128", "--jobs", "1")
+    assert [r["target"] for r in records] == list(dict.fromkeys(r["target"] for r in records))
+    assert {r["target"] for r in records} == set(TARGETS)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    assert all(TARGETS[r["target"]].tensor in r["tensor"] for r in records)
+
+
+def test_spills_count_in_the_hot_loop_and_with_the_table_s_compiler():
+    [known] = aot.table_versions()
+    record = dict(triton=known, spills=3, stack=12, shared=0, shared_limit=1)
+    assert aot.faults(record) == ["3 spills, 12 bytes of stack"]
+    assert aot.faults({**record, "hot_spills": 2}) == ["2 spills, 12 bytes of stack"]
+    assert aot.faults({**record, "hot_spills": 0}) == []
+    assert aot.faults({**record, "triton": "0.0"}) == []
+    assert aot.spilled({**record, "triton": "0.0"}) == "3 spills, 12 bytes of stack"
+    assert aot.spilled({**record, "spills": 0}) is None
 
 
 @pytest.mark.slow

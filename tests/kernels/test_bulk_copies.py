@@ -4,7 +4,8 @@ import triton_interpreter  # noqa: F401, I001 (before everything that may import
 
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, block_sparse_attention_eager, triton_backend
+from dit_accel_kernels import FrameDecay, block_sparse_attention_eager
+from dit_accel_kernels.backends.triton import attend as triton_backend
 from kernel_cases import qkv, random_lists
 
 

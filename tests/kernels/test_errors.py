@@ -29,7 +29,11 @@ CASES = [
     (dict(backend="cudnn"), ValueError, "backend must be one of auto, triton, torch, flex, reference, found 'cudnn'"),
     (dict(q=Q[0]), ValueError, r"q must have four dimensions, found \[4, 20, 8\]"),
     (dict(q=Q.long()), TypeError, r"q must be bfloat16, float16, float32 or float64, found torch\.int64"),
-    (dict(k=K.double()), TypeError, r"must share a dtype, found torch\.float32 and k torch\.float64"),
+    (
+        dict(k=K.double()),
+        TypeError,
+        r"must share a dtype, found q torch\.float32, k torch\.float64, v torch\.float32: cast them to one",
+    ),
     (dict(v=V.to("meta")), ValueError, "must share a device, found cpu and v on meta"),
     (dict(v=V[:, :, :19]), ValueError, r"k and v must have one shape, found \[2, 2, 20, 8\] and \[2, 2, 19, 8\]"),
     (dict(q=Q[:1]), ValueError, r"must share batch and head dim, found \[1, 4, 20, 8\] and \[2, 2, 20, 8\] \(bhsd\)"),

@@ -12,8 +12,8 @@ from dit_accel_kernels import (
     TileLists,
     Vote,
     block_sparse_attention,
-    flex_backend,
 )
+from dit_accel_kernels.backends import flex as flex_backend
 from kernel_cases import assert_within_rounding, check_against_reference, qkv, random_lists
 from torch._dynamo.utils import counters
 
@@ -103,6 +103,7 @@ def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, ma
     return found
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("mask", "decay"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(
     ("shape", "blocks", "groups", "dtype"),

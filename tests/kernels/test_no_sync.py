@@ -18,7 +18,7 @@ from dit_accel_kernels import (
     block_sparse_attention_eager,
     pack_bits,
 )
-from dit_accel_kernels.triton_support import interpreted
+from dit_accel_kernels.backends.triton.support import interpreted
 from kernel_cases import qkv
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -170,6 +170,7 @@ def test_every_kind_of_wait_is_refused(wait, monkeypatch):
     wait(x)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("rest", [0, 1], ids=["skipped", "pooled"])
 @pytest.mark.parametrize(("feature", "call"), CALLS)
 def test_planned_calls_never_wait(feature, call, rest, monkeypatch):
@@ -182,6 +183,7 @@ def test_planned_calls_never_wait(feature, call, rest, monkeypatch):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("rest", [0, 1], ids=["skipped", "pooled"])
 @pytest.mark.parametrize(
     ("feature", "call"), [(feature, call) for feature, call in CALLS if feature not in ("decay", "everything")]

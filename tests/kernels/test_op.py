@@ -4,6 +4,7 @@ import triton_interpreter  # noqa: F401, I001 (before everything that may import
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,7 @@ def test_opcheck(everything, layout, return_lse):
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("return_tiles", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck_with_a_selection(backend, return_tiles):
@@ -126,6 +128,35 @@ def test_compiles_to_one_full_graph_and_serves_other_lists():
         for a, b in zip(grads, torch.autograd.grad((expected + 1).square().sum(), leaves), strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count <= 2  # the second list makes its length dynamic, no more after that
+
+
+@pytest.mark.parametrize("leaf", [None, "q", "v"])
+def test_what_only_a_gradient_wants_is_made_for_one_only(monkeypatch, leaf):
+    """The LSE, the tiles that routing chose and the backward: none without an input that requires a gradient."""
+    asked, ops = [], torch.ops.dit_accel_kernels
+
+    def counted(op, kind, *args):
+        asked.append((kind, args[-2], args[-3]))
+        return op(*args)
+
+    for kind in ("", "_backward"):
+        name = f"block_sparse_attention{kind}"
+        monkeypatch.setattr(ops, name, partial(counted, getattr(ops, name), kind))
+    tensors = dict(zip("qkv", qkv(1, 2, 2, 30, 30, 8, torch.float32), strict=True))
+    if leaf:
+        tensors[leaf].requires_grad_()
+    selection = Selection(routing=Routing(beta=0.0))
+    out = block_sparse_attention(
+        *tensors.values(), random_lists(1, 30, 30, 8, 8), layout="bhsd", selection=selection, backend="triton"
+    )
+    assert asked == [("", leaf is not None, leaf is not None)]  # LSE, chosen tiles
+    with torch.no_grad():
+        block_sparse_attention(*tensors.values(), random_lists(1, 30, 30, 8, 8), layout="bhsd", backend="triton")
+    assert asked[1] == ("", False, False)
+    if leaf:
+        out.sum().backward()
+        assert [kind for kind, *_ in asked] == ["", "", "_backward"]
+        assert [name for name, x in tensors.items() if x.grad is not None] == [leaf]
 
 
 def test_import_loads_neither_triton_nor_a_compiler():

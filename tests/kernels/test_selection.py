@@ -15,8 +15,10 @@ from dit_accel_kernels import (
     block_sparse_attention,
     count_bits,
     pack_bits,
+    packing,
     unpack_bits,
 )
+from dit_accel_kernels.states import routing_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import qkv, random_lists
@@ -190,3 +192,35 @@ def test_errors_of_the_call():
         block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=Selection(pinned=bits[0, 0]))
     with pytest.raises(ValueError, match="return_tiles tells what a selection chose, found no selection"):
         block_sparse_attention(q, k, v, tiles, layout="bhsd", return_tiles=True)
+
+
+def problem(q, k, v, tiles, **arguments):
+    """A call as the backends see it."""
+    packed = packing.pack_call(q, k, v, tiles, *{**packing.DEFAULTS, "layout": "bhsd", **arguments}.values())
+    return packing.problem_of(packed).tiled()
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+@pytest.mark.parametrize("threshold", ["diag", "exact"])
+def test_routing_scores_are_logits_of_means_in_log2_units(threshold, scale):
+    q, k, v = qkv(1, 2, 1, 48, 64, 8, WIDE)
+    routing = Routing(beta=0.7, threshold=threshold)
+    call = problem(q, k, v, full(48, 64, 16), scale=scale, head_scale=torch.tensor([1.0, 0.5]))
+    scores, bar = routing_scores(call, routing, None)
+    q_mean, k_mean = q.unflatten(2, (3, 16)).mean(3), k.unflatten(2, (4, 16)).mean(3)
+    factor = scale * math.log2(math.e) * torch.tensor([1.0, 0.5])[None, :, None, None]
+    torch.testing.assert_close(scores, factor * (q_mean @ k_mean.mT))
+    if threshold == "exact":
+        spread = scores.var(-1, correction=0, keepdim=True)
+        torch.testing.assert_close(bar, scores.mean(-1, keepdim=True) + 0.7 * (spread + 1e-6).sqrt())
+
+
+@pytest.mark.parametrize("threshold", ["diag", "exact"])
+def test_equal_keys_have_equal_scores_just_under_the_threshold(threshold):
+    """No spread but the 1e-6 that is added to the variance: a thousandth, in log2 units, times beta."""
+    q, k, v = qkv(1, 2, 2, 48, 64, 8, WIDE)
+    k[:] = k[:, :, :1]
+    scores, bar = routing_scores(problem(q, k, v, full(48, 64, 16)), Routing(beta=2.0, threshold=threshold), None)
+    expected = (q.unflatten(2, (3, 16)).mean(3) * k[:, :, :1]).sum(-1, keepdim=True) * 8**-0.5 * math.log2(math.e)
+    torch.testing.assert_close(scores, expected.expand_as(scores))
+    torch.testing.assert_close(bar - expected, torch.full_like(bar, 2e-3))

@@ -1,20 +1,34 @@
 """The torch backend against the specification over sizes, dtypes, lists and features, by the one rule of tolerance."""
 
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
+import math
 from functools import partial
 
 import pytest
 import torch
 from dit_accel_kernels import (
+    EXACT,
+    POOLED,
     FrameDecay,
     Selection,
     TileLists,
+    Vote,
     block_sparse_attention,
     block_sparse_attention_eager,
     pack_bits,
-    torch_plain,
 )
-from dit_accel_kernels import schedule as schedule_module
-from dit_accel_kernels.schedule import WASTE, GroupSize, Shape, build, build_portions, schedule, schedule_portions
+from dit_accel_kernels.backends.torch import plain as torch_plain
+from dit_accel_kernels.backends.torch import schedule as schedule_module
+from dit_accel_kernels.backends.torch.schedule import (
+    WASTE,
+    GroupSize,
+    Shape,
+    build,
+    build_portions,
+    schedule,
+    schedule_portions,
+)
 from kernel_cases import check_against_reference, qkv, random_lists
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -205,3 +219,67 @@ def test_runs_in_inference_mode():
         q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
         tiles = random_lists(1, 40, 40, 8, 8)
         assert block_sparse_attention(q, k, v, tiles, layout="bhsd").isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_a_batch_of_none_gives_nothing(backend):
+    leaves = [x.requires_grad_() for x in qkv(0, 2, 1, 40, 40, 16, torch.float32)]
+    selection = Selection(keep=pack_bits(torch.rand(0, 2, 3, 3) < 0.5), vote=Vote())
+    found = block_sparse_attention(
+        *leaves, random_lists(1, 40, 40, 16, 16), layout="bhsd", return_lse=True, return_tiles=True,
+        selection=selection, key_mask=torch.ones(0, 40, dtype=torch.bool), backend=backend,
+    )  # fmt: skip
+    assert [x.shape for x in found] == [(0, 2, 40, 16), (0, 2, 40), (0, 2, 3, 1), (0, 2, 3, 1)]
+    assert [x.shape for x in torch.autograd.grad(found[0].sum(), leaves)] == [x.shape for x in leaves]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_has_no_part_in_it(backend, masked):
+    leaves = [x.requires_grad_() for x in qkv(2, 2, 2, 40, 40, 16, torch.float32)]
+    tiles, mask = random_lists(1, 40, 40, 16, 16), torch.rand(2, 40) > 0.3
+
+    def call(function) -> torch.Tensor:
+        return function(*leaves, tiles, layout="bhsd", backend=backend, key_mask=mask if masked else None)
+
+    expected = call(block_sparse_attention)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, eager = call(block_sparse_attention), call(block_sparse_attention_eager)
+    assert torch.equal(found, expected)
+    assert torch.equal(eager, expected)
+    grads = [torch.autograd.grad(x.sum(), leaves) for x in (found, expected)]
+    if backend != "reference":  # whose gradient is autograd's, which autocast does reach
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            grads += [torch.autograd.grad(call(block_sparse_attention).sum(), leaves)]
+    assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(other, grads[0], strict=True))
+
+
+@pytest.mark.parametrize("vote", [Vote(), Vote(criterion="mass", threshold=0.1)], ids=lambda vote: vote.criterion)
+def test_a_pooled_tile_far_above_every_exact_one_while_tiles_vote(vote):
+    """Its logits, 200 log2 units above all others, must enter the softmax's peak, or its weight is infinite."""
+    q, k, v = qkv(1, 2, 2, 40, 64, 16, torch.float32)
+    q, k = q.abs() + 1, 0.1 * k
+    k[:, :, 48:] = 30.0
+    states = torch.full((3, 4), EXACT, dtype=torch.uint8)
+    states[:, 3] = POOLED
+    tiles = TileLists.from_states(states, block_q=16, block_k=16, num_q=40, num_k=64)
+    logits = (q @ k.mT) * 16**-0.5 * math.log2(math.e)
+    assert (logits[..., 48:].amax(-1) - logits[..., :48].amax(-1)).min() > 150
+    check_against_reference(q, k, v, tiles, layout="bhsd")
+    out = block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=Selection(vote=vote), backend="torch")[0]
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="reference"))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, masked):
+    calls = []
+    for name in ("build", "build_portions"):
+        real = getattr(schedule_module, name)
+        monkeypatch.setattr(schedule_module, name, lambda *args, real=real: calls.append(0) or real(*args))
+    leaves = [x.requires_grad_() for x in qkv(1, 2, 2, 40, 40, 16, torch.float32)]
+    tiles = random_lists(1, 40, 40, 16, 16)
+    for _ in range(3):
+        mask = torch.rand(1, 40) > 0.2 if masked else None
+        block_sparse_attention(*leaves, tiles, layout="bhsd", key_mask=mask, backend="torch").sum().backward()
+    assert len(calls) == (1 if masked else 2)  # units, and portions of calls without masks

@@ -21,10 +21,11 @@ from dit_accel_kernels import (
     block_sparse_attention,
     pack_bits,
     packing,
-    schedule,
-    torch_plain,
     unpack_bits,
 )
+from dit_accel_kernels.backends.torch import plain as torch_plain
+from dit_accel_kernels.backends.torch import schedule
+from dit_accel_kernels.cache import StorageCache
 from kernel_cases import assert_within_rounding, qkv, random_lists
 from torch import Tensor
 
@@ -180,16 +181,20 @@ def test_empty_and_full_bits(kept):
     assert_within_rounding(out, yardstick, truth, torch.float32)
 
 
-def test_lists_of_one_call_leave_the_cache_of_static_lists_alone():
+def test_lists_of_one_call_are_not_remembered(monkeypatch):
     q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
     mask = torch.rand(1, 40) > 0.2
-    tiles = random_lists(1, 40, 40, 8, 8)
-    caches = schedule._UNITS._entries, schedule._PORTIONS._entries
-    before = [len(cache) for cache in caches]
+    tiles, asked = random_lists(1, 40, 40, 8, 8), []
+    real = StorageCache.get
+    monkeypatch.setattr(
+        StorageCache, "get", lambda self, *args, **more: asked.append(self) or real(self, *args, **more)
+    )
     for options in (dict(), dict(key_mask=mask)):
         selection = Selection(keep=pack_bits(torch.rand(1, 2, 5, 5) > 0.5))
         block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=selection, backend="torch", **options)
-    assert all(len(cache) <= count for cache, count in zip(caches, before, strict=True))
+    assert not asked
+    block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    assert asked == [schedule._PORTIONS]
 
 
 SELECTIONS = {

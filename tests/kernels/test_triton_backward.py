@@ -16,15 +16,17 @@ from dit_accel_kernels import (
     Vote,
     block_sparse_attention,
     pack_bits,
-    reference,
-    triton_backend,
-    triton_backward,
 )
-from dit_accel_kernels import selection as selection_module
-from dit_accel_kernels.features import Problem, tile_means
-from dit_accel_kernels.selection import count_bits, selected_states
+from dit_accel_kernels.backends import reference
+from dit_accel_kernels.backends.triton import attend as triton_backend
+from dit_accel_kernels.backends.triton import backward as triton_backward
+from dit_accel_kernels import states as states_module
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.features import tile_means
+from dit_accel_kernels.selection import count_bits
+from dit_accel_kernels.states import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
-from dit_accel_kernels.triton_transpose import bitmap, column_plan, transpose
+from dit_accel_kernels.backends.triton.transpose import bitmap, column_plan, transpose
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
 from torch import Tensor
 
@@ -164,6 +166,7 @@ def frames(tokens: int, each: int, before: int = 0) -> Tensor:
     return torch.cat([torch.full((before,), -1), torch.arange(tokens - before) // each]).int()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [63, 100])
 @pytest.mark.parametrize("pooled", [False, True])
@@ -179,6 +182,7 @@ def test_tiles_of_any_size(sizes):
     check(make(q, k, v, random_lists(1, num_q, num_k, block_q, block_k)))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [8, 32, 40, 96, 128, 256])
 def test_head_dims(dtype, dim):
@@ -192,6 +196,7 @@ def test_chunks_of_the_launch_are_smaller_than_tiles():
     check(make(q, k, v, random_lists(1, 300, 400, 256, 192)))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -202,6 +207,7 @@ def test_lists_heads_and_layouts(groups, key_heads, layout):
     assert [x.stride() for x in found] == [x.stride() for x in (q, k, v)]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("features", range(16))
 def test_features_together(dtype, groups, features):
@@ -273,6 +279,7 @@ def of_grid(case: dict) -> tuple[tuple[Tensor, Tensor, Tensor], TileLists, dict]
     return (q, k, v), random_lists(groups, num_q, num_k, *case["blocks"], pooled=case["pooled"]), features
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "case", grid(20), ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case.values())
 )
@@ -285,6 +292,7 @@ def test_everything_together(case):
         assert not any(x[0].any() for x in found)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("case", grid(20)[:10], ids=range(10))
 def test_forward_and_backward_are_the_gradient_of_the_specification(case, bits):
@@ -326,6 +334,7 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", SELECTIONS)
 @pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 0), (torch.bfloat16, 7), (torch.float32, 11)])
 def test_selections(kind, dtype, features):
@@ -348,7 +357,7 @@ def test_selections(kind, dtype, features):
 def test_the_backward_follows_what_the_forward_routed(backend, mix, monkeypatch):
     """Routing runs once; its tiles are those of the specification's gradient."""
     calls = []
-    for module, name in ((triton_backend, "route"), (selection_module, "routing_scores")):
+    for module, name in ((triton_backend, "route"), (states_module, "routing_scores")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real: calls.append(0) or real(*args))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)]

@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from dit_accel_kernels import workers
-from dit_accel_kernels.workers import buffer, run_all, worker_threads
+from dit_accel_kernels.backends.torch import workers
+from dit_accel_kernels.backends.torch.workers import buffer, run_all, worker_threads
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from dit_accel_kernels.triton_variants import Variant
+from dit_accel_kernels.backends.triton.variants import Variant
 
 
 @triton.jit

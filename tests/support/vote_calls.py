@@ -31,14 +31,14 @@ SEEDS = st.integers(0, 2**31)
 
 
 def property_of(**strategies) -> Callable:
-    """Make a test of every backend from a check of one drawn example; the interpreter, being slow, gets three."""
+    """Make a test of every backend from a check of one drawn example; the interpreter, being slow, gets two."""
 
     def wrap(check):
         @EVERY
         def test(backend):
             few = backend == "triton"
 
-            @settings(max_examples=3 if few else 25, deadline=None, derandomize=few, database=None)
+            @settings(max_examples=2 if few else 25, deadline=None, derandomize=few, database=None)
             @given(**strategies)
             def example(**drawn):
                 check(backend, **drawn)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
-from dit_accel_kernels.schedule import Unit
-from dit_accel_kernels.tiled import Tiled, cut, units_of, wide_dtype
-from dit_accel_kernels.torch_backend import Operands, chunks, gather, logits_of, raw_logits
+from dit_accel_kernels.backends.torch.attend import Operands, chunks, gather, logits_of, raw_logits
+from dit_accel_kernels.backends.torch.schedule import Unit
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut, units_of
+from dit_accel_kernels.features import wide_dtype
+from dit_accel_kernels.problem import Problem
 
 
 def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

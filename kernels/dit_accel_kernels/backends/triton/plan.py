@@ -1,8 +1,8 @@
 """Tile lists as the forward kernel reads them: entries of each row sorted into sections, rows ordered longest first.
 
 The sections are those of sections.py; a constant tile's decay t is kept beside its entry, and absent tiles leave the
-list. All of it is torch code on the lists' device without a sync, made once and remembered as long as lists, masks and
-frames live.
+list. All of it is torch code on the lists' device without a sync. What lists and frames give is made once and
+remembered as long as these live; masks, which may differ in every call and change in place, have it made in each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
+from dit_accel_kernels.features import decay_by_frame, last_frame, tile_means
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import decay_of_tiles, sections_of
 
 
@@ -21,7 +22,7 @@ from dit_accel_kernels.sections import decay_of_tiles, sections_of
 class RowPlan:
     """What the kernel needs of lists, masks and frames; G' list sets, or B * G' where masks differ by batch.
 
-    `bounds` int32 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
+    `bounds` int64 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
     `entry_t`, whose first and last entry belong to no row), start and end of the pooled list. `row_order` int32 [G',
     NQ], longest first. `stride_b`, `stride_h`: list set of a batch and head. `entry_t` float32 [nnz + 2] and `pooled_t`
     float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k] with a key mask; `q_frames`, `k_frames` int32: all in tiled
@@ -44,19 +45,14 @@ _CACHE: StorageCache[RowPlan] = StorageCache()
 
 
 def row_plan(problem: Problem) -> RowPlan:
-    """The plan of a problem in the caller's token order, from the cache."""
-    parts = (
-        problem.exact_offsets,
-        problem.exact_indices,
-        problem.pooled_offsets,
-        problem.token_order,
-        problem.key_length,
-        problem.key_mask,
-        problem.key_valid,
-        *(problem.decay or (None, None, None)),
-    )
+    """The plan of a problem in the caller's token order."""
+    if any(x is not None for x in (problem.key_length, problem.key_mask, problem.key_valid)):
+        return _build(problem)
+    decay = problem.decay or (None, None, None)
+    parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, *decay)
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
-    return _CACHE.get(parts, shapes, lambda: _build(problem))
+    order = None if problem.decay is None else problem.token_order  # plain lists are in tiled order
+    return _CACHE.get(parts, shapes, lambda: _build(problem), loose=[order])
 
 
 def _build(problem: Problem) -> RowPlan:
@@ -64,12 +60,14 @@ def _build(problem: Problem) -> RowPlan:
     groups, rows = problem.exact_offsets.shape[0], problem.query_tiles
     offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, problem.pooled_offsets
     valid, decay = problem.features_in_tiled_order()
-    stride_b, stride_h = (heads if groups == batch * heads else 0), int(groups > 1)
+    stride_b, stride_h = list_strides(problem, heads)
     tile_row = _row_of_entry(offsets, indices.numel())
     entry_t = pooled_t = None
     if decay is not None:
         entry_t = decay_of_tiles(problem, decay)[tile_row % rows, indices.long()].nan_to_num(1.0)
-        pooled_t = tile_means(decay_by_frame(*decay)[0][..., None], problem.block_k, None)[0][..., 0]
+        assert problem.decay is not None
+        t, _ = decay_by_frame(*decay, last_frame(problem.decay[1]))
+        pooled_t = tile_means(t[..., None], problem.block_k, None)[0][..., 0]
     entry_batch = torch.zeros_like(tile_row)
     if valid is not None:
         if groups != batch * heads:  # one list set for each batch
@@ -88,16 +86,22 @@ def _build(problem: Problem) -> RowPlan:
     work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + ends[..., 1] - ends[..., 0]
     return RowPlan(
         indices=_padded(indices[order]),
-        bounds=torch.cat([bounds, ends], -1).int().contiguous(),
+        bounds=torch.cat([bounds, ends], -1).contiguous(),
         row_order=work.argsort(dim=-1, descending=True, stable=True).int(),
         stride_b=stride_b,
         stride_h=stride_h,
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
         entry_t=None if entry_t is None else _padded(entry_t[order]),
-        q_frames=None if decay is None else decay[1].contiguous(),
-        k_frames=None if decay is None else decay[2].contiguous(),
+        q_frames=None if decay is None else decay[1].clone(memory_format=torch.contiguous_format),
+        k_frames=None if decay is None else decay[2].clone(memory_format=torch.contiguous_format),
         pooled_t=None if pooled_t is None else pooled_t.contiguous(),
     )
+
+
+def list_strides(problem: Problem, heads: int) -> tuple[int, int]:
+    """Strides of batch and head over a call's list sets, where so many heads, of queries or keys, make up a batch."""
+    groups = problem.exact_offsets.shape[0]
+    return heads if groups == problem.q.shape[0] * problem.q.shape[1] else 0, int(groups > 1)
 
 
 def _padded(entries: Tensor) -> Tensor:

@@ -1,27 +1,29 @@
-"""Sizes of the forward kernel's launches: launch_table.json and what follows from it.
+"""Sizes of the launches of forward and backward: launch_table.json and what follows from it.
 
-A row of the table is for an architecture ("": any), a kind of dtype, a head dim and a tile up to a size. Its `source`
-says how it was chosen: "compiled" (the compilers' reports: no spills, the card's shared memory, bench/aot.py shows
-both), or the card, date and seconds of a measurement. bench/tune.py writes it.
+A row of the table is for a kernel ("fwd", "dq", "dkdv", "pooled"), an architecture ("": any) and its family, a kind of
+dtype, a head dim and a tile up to a size, and the calls with a feature ("decay", "mask"; "": any). Its `source` says
+how it was chosen: "compiled" (the compilers' reports: no spills, the card's shared memory, bench/aot.py shows both), or
+the card, date and seconds of a measurement. bench/tune.py writes it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """Sizes of one launch: query rows of a program, keys of a chunk in plain and in slow loops, warps, stages.
+    """Sizes of one launch: rows of Q and of K in a chunk, rows of what the loop runs over in loops with masks, warps.
 
-    Rows and keys are cut down to the tile where that is smaller.
+    Chunks are cut down to the tile where that is smaller; `num_stages` are those of the software pipeline.
     """
 
     block_q: int
@@ -31,8 +33,34 @@ class Launch:
     num_stages: int
 
 
-Key = tuple[str, str, int, int]  # architecture, kind of dtype, head dim and tokens of a tile up to
+class Key(NamedTuple):
+    """What a row of the table is for; head dim and tokens of a tile are the most that it serves."""
+
+    arch: str
+    kind: str
+    dim: int
+    tile: int
+    kernel: str = "fwd"
+    feature: str = ""
+
+
 TABLE = Path(__file__).with_name("launch_table.json")
+FAMILY = {  # architectures that run what their family's row was made for, with as much shared memory or more
+    "sm_86": "sm_89",
+    "sm_87": "sm_80",
+    "sm_101": "sm_100",
+    "sm_103": "sm_100",
+    "sm_110": "sm_100",
+    "sm_121": "sm_120",
+    "gfx940": "gfx942",
+    "gfx941": "gfx942",
+    "gfx950": "gfx942",
+}
+
+
+def family(arch: str) -> str:
+    """The architecture whose rows serve this one."""
+    return FAMILY.get(arch, arch)
 
 
 @lru_cache(maxsize=1)
@@ -45,24 +73,26 @@ def table() -> dict[Key, Launch]:
 
 def key_of_row(row: dict[str, Any]) -> Key:
     """The key of a row of launch_table.json."""
-    return row["arch"], row["kind"], row["dim"], row["tile"]
+    return Key(**{name: row[name] for name in Key._fields})
 
 
-def key_of(arch: str, dtype: torch.dtype, dim: int, tile: int) -> Key:
+def key_of(arch: str, dtype: torch.dtype, dim: int, tile: int, kernel: str = "fwd") -> Key:
     """The key of a call; a tile of more than 64 tokens counts as 128."""
-    kind = "fp32" if dtype == torch.float32 else "half"
-    return arch, kind, next(size for size in (32, 64, 128, 256) if dim <= size), 64 if tile <= 64 else 128
+    kind, columns = "fp32" if dtype == torch.float32 else "half", next(n for n in (32, 64, 128, 256) if dim <= n)
+    return Key(family(arch), kind, columns, 64 if tile <= 64 else 128, kernel)
 
 
-def launch_of(arch: str, dtype: torch.dtype, dim: int, tile: int = 128) -> Launch:
-    """Sizes for an architecture ("sm_90", "gfx942" ...), dtype, head dim and tokens of a query tile.
+def launch_of(
+    arch: str, dtype: torch.dtype, dim: int, tile: int = 128, kernel: str = "fwd", features: Iterable[str] = ()
+) -> Launch:
+    """Sizes for an architecture ("sm_90", "gfx942" ...), dtype, head dim, tokens of a tile, kernel and features.
 
-    Where the table has no row for such tiles it is that of tiles of 128, where it has none up to 32 columns that of 64,
-    and where the architecture has none, any's.
+    Where the table has no row for a call's features it is that of any, where it has none for such tiles that of tiles
+    of 128, where it has none up to 32 columns that of 64, and where the architecture's family has none, any's.
     """
-    _, kind, columns, size = key_of(arch, dtype, dim, tile)
-    places = product((arch, ""), (columns, max(columns, 64)), (size, 128))
-    found = (table().get((place, kind, width, tokens)) for place, width, tokens in places)
+    key = key_of(arch, dtype, dim, tile, kernel)
+    places = product((key.arch, ""), (key.dim, max(key.dim, 64)), (key.tile, 128), (*features, ""))
+    found = (table().get(key._replace(arch=a, dim=d, tile=t, feature=f)) for a, d, t, f in places)
     return next(launch for launch in found if launch is not None)
 
 
@@ -120,7 +150,7 @@ def fp32_products(arch: str) -> str:
 
 def bulk_copies(arch: str, dtype: torch.dtype) -> bool:
     """Whether chunks of K and V come by tensor descriptors, which saves the plain loops registers and instructions."""
-    return arch in ("sm_90", "sm_100", "sm_103") and dtype != torch.float32
+    return family(arch) in ("sm_90", "sm_100") and dtype != torch.float32
 
 
 @lru_cache(maxsize=64)

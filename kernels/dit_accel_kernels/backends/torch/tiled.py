@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-from dit_accel_kernels.schedule import (
+from dit_accel_kernels.backends.torch.schedule import (
     Csr,
     GroupSize,
     Portion,
@@ -19,6 +18,8 @@ from dit_accel_kernels.schedule import (
     schedule,
     schedule_portions,
 )
+from dit_accel_kernels.features import decay_by_frame, tile_means, wide_dtype
+from dit_accel_kernels.problem import Problem
 
 
 @dataclass(slots=True)
@@ -131,8 +132,3 @@ def key_heads(problem: Problem) -> tuple[int, ...]:
     """The key head of every batch and head, counted through all batches."""
     batch, heads, key_heads = problem.q.shape[0], problem.q.shape[1], problem.k.shape[1]
     return tuple(b * key_heads + h * key_heads // heads for b in range(batch) for h in range(heads))
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

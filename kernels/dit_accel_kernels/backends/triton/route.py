@@ -20,17 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.backends.triton.launch import fp32_products
+from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E, Routing, unpack_bits, words_of
-from dit_accel_kernels.triton_launch import fp32_products
-from dit_accel_kernels.triton_variants import TARGETS, Variant
 
 BLOCK_N = 64  # tokens or tiles that are averaged at once
 BLOCK_ROWS = 16  # block rows that one program routes
 NUM_WARPS = 4
 NUM_STAGES = 2
-_PINNED: StorageCache[Tensor] = StorageCache()
 
 
 @triton.jit(do_not_specialize=("num_q", "heads", "rows"))
@@ -198,8 +196,8 @@ def route(problem: Problem, routing: Routing, q: Tensor, k_mean: Tensor, length:
 
 
 def pinned_everywhere(pinned: Tensor, tiles: int) -> Tensor:
-    """Which key tiles are pinned in every block row, uint8 [NK] of bits int32 [NQ, W]; remembered while these live."""
-    return _PINNED.get([pinned], (tiles,), lambda: unpack_bits(pinned, tiles).all(0).to(torch.uint8))
+    """Which key tiles are pinned in every block row, uint8 [NK] of bits int32 [NQ, W]."""
+    return unpack_bits(pinned, tiles).all(0).to(torch.uint8)
 
 
 def variants() -> list[Variant]:

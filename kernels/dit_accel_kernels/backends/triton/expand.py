@@ -1,6 +1,6 @@
 """Selections on Triton: what keep bits and routing leave of a plan's lists, compacted for every batch and head.
 
-One launch, no sync and no sort: a program reads a block row of the static plan (triton_plan.py), in which the order of
+One launch, no sync and no sort: a program reads a block row of the static plan (plan.py), in which the order of
 the three sections and of the entries stays, and writes what is left to the same places of a scratch that has room for
 the whole plan, once for every batch and head that shares its lists. Tiles that become pooled join the static pooled
 ones. The exact tiles also leave as bits.
@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides
+from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bitmap
+from dit_accel_kernels.backends.triton.variants import Variant
 from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import words_of
-from dit_accel_kernels.triton_plan import RowPlan
-from dit_accel_kernels.triton_transpose import ColumnPlan, bitmap
-from dit_accel_kernels.triton_variants import Variant
 
 BLOCK = 512  # list entries that are looked at together
 BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere
@@ -36,7 +36,7 @@ _BITS: StorageCache[Tensor] = StorageCache()
 class Lists:
     """What the forward reads: lists of a plan, or those of every batch and head.
 
-    `indices`, `entry_t` and `bounds` are as in a RowPlan; `bounds` is int32 [B*H, NQ, 6] where every batch and head has
+    `indices`, `entry_t` and `bounds` are as in a RowPlan; `bounds` is int64 [B*H, NQ, 6] where every batch and head has
     its own lists, relative to b * strides[0] + h * strides[1] in the exact entries, strides[2] and [3] in the pooled
     ones. `strides` is None where lists are the plan's.
     """
@@ -203,7 +203,7 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     words = words_of(problem.key_tiles)
     keep = None if selection.keep is None else selection.keep.contiguous()
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
-    own = _list_sets(problem)
+    own = list_strides(problem, heads)
     exact_strides, exact_copies = _copies(plan.stride_b, plan.stride_h, batch, heads)
     pooled_strides, pooled_copies = _copies(*own, batch, heads)
     if plan.stride_b and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
@@ -219,7 +219,7 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
         *(s * entries for s in exact_strides),
         *(s * entries + p * pooled_entries for s, p in zip(exact_strides, pooled_strides, strict=True)),
     )
-    bounds = indices.new_empty(batch * heads, rows, 6)
+    bounds = plan.bounds.new_empty(batch * heads, rows, 6)
     exact = indices.new_empty(batch, heads, rows, words)
     _expand_kernel[(batch * heads * rows,)](
         plan.indices, plan.bounds, plan.entry_t, problem.pooled_indices,
@@ -228,12 +228,6 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
         POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return Lists(indices=indices, entry_t=entry_t, bounds=bounds, pooled_indices=pooled, strides=strides), exact
-
-
-def _list_sets(problem: Problem) -> tuple[int, int]:
-    """Strides of batch and head over the caller's list sets."""
-    groups, (batch, heads) = problem.exact_offsets.shape[0], problem.q.shape[:2]
-    return (heads, 1) if groups == batch * heads and groups > 1 else (0, int(groups > 1))
 
 
 @triton.jit(do_not_specialize=("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "tiles", "words"))
@@ -276,7 +270,7 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
     selection = problem.selection
     assert selection is not None
     batch, heads, rows, words = exact.shape
-    tiles, entries, own = problem.key_tiles, plan.rows.numel(), _list_sets(problem)
+    tiles, entries, own = problem.key_tiles, plan.rows.numel(), list_strides(problem, heads)
     share, copies = _copies(*own, batch, heads)
     strides = (share[0] * entries, share[1] * entries)
     left = plan.rows.new_empty(copies * entries)
@@ -315,7 +309,7 @@ def variants() -> list[Variant]:
         ("routed-decay", (*decay, "out_pooled_ptr", "route_ptr")),
     ):
         absent = {x for x in (*everything, *decay) if x not in there}
-        kinds = {x: "*fp32:16" if x in decay else "*i32:16" if x.endswith("_ptr") else "i32" for x in _ARGUMENTS}
+        kinds = _kinds(_ARGUMENTS)
         found.append(
             Variant(
                 f"expand-{name}",
@@ -328,14 +322,19 @@ def variants() -> list[Variant]:
             )
         )
     for name, there in (("columns", ()), ("columns-decay", decay)):
-        kinds = {x: "*fp32:16" if x in decay else "*i32:16" if x.endswith("_ptr") else "i32" for x in _OF_COLUMNS}
-        signature = {x: kind for x, kind in kinds.items() if x not in decay or there}
+        signature = {x: kind for x, kind in _kinds(_OF_COLUMNS).items() if x not in decay or there}
         constexprs: dict[str, object] = {x: None for x in decay if not there}
         constexprs["BLOCK"] = BLOCK_COLUMNS
         found.append(
             Variant(f"expand-{name}", _expand_columns_kernel, signature, constexprs, NUM_WARPS, 1, hot_loop=False)
         )
     return found
+
+
+def _kinds(arguments: tuple[str, ...]) -> dict[str, str]:
+    """Triton types of runtime arguments, by their names."""
+    wide = {"entry_t_ptr": "*fp32:16", "out_t_ptr": "*fp32:16", "bounds_ptr": "*i64:16", "out_bounds_ptr": "*i64:16"}
+    return {x: wide.get(x, "*i32:16" if x.endswith("_ptr") else "i32") for x in arguments}
 
 
 _OF_COLUMNS = tuple(x for x in _expand_columns_kernel.arg_names if x != "BLOCK")

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import Problem
-from dit_accel_kernels.selection import LOG2_E, narrows, words_of
-from dit_accel_kernels.triton_expand import Lists, bits_of_lists, expand, may_pool, static_lists
-from dit_accel_kernels.triton_forward import _fwd_kernel
-from dit_accel_kernels.triton_launch import (
+from dit_accel_kernels.backends.triton.expand import Lists, bits_of_lists, expand, may_pool, static_lists
+from dit_accel_kernels.backends.triton.forward import _fwd_kernel
+from dit_accel_kernels.backends.triton.launch import (
     Launch,
     architecture,
     bulk_copies,
@@ -29,11 +26,15 @@ from dit_accel_kernels.triton_launch import (
     warps,
     with_order,
 )
-from dit_accel_kernels.triton_plan import RowPlan, row_plan
-from dit_accel_kernels.triton_pool import pool
-from dit_accel_kernels.triton_route import route
-from dit_accel_kernels.triton_support import missing_requirement
-from dit_accel_kernels.triton_votes import fold
+from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
+from dit_accel_kernels.backends.triton.pool import pool
+from dit_accel_kernels.backends.triton.route import route
+from dit_accel_kernels.backends.triton.slices import joined, part_of, slices
+from dit_accel_kernels.backends.triton.support import missing_requirement
+from dit_accel_kernels.backends.triton.votes import fold
+from dit_accel_kernels.errors import BackendUnavailableError
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import LOG2_E, narrows, words_of
 
 
 def check(problem: Problem) -> None:
@@ -51,6 +52,23 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     NQ, W], None without a selection and without a vote. Tensors are copied only where the head dim is not contiguous.
     """
     check(problem)
+    places = slices(problem)
+    if len(places) == 1:
+        return _attend(problem, need_lse)
+    batch, heads, num_q, _ = problem.q.shape
+    words = (batch, heads, problem.query_tiles, words_of(problem.key_tiles))
+    parts = [_attend(part_of(problem, place), need_lse) for place in places]
+    out, lse, exact, kept = (list(found) for found in zip(*parts, strict=True))
+    return (
+        joined(_like(problem.q), out, places),
+        joined(lse[0].new_empty(batch, heads, num_q), lse, places) if need_lse else lse[0],
+        joined(exact[0].new_empty(words), exact, places),
+        None if kept[0] is None else joined(kept[0].new_empty(words), kept, places),
+    )
+
+
+def _attend(problem: Problem, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`attend` of batches and heads that are computed together."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
     launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q)

@@ -1,6 +1,6 @@
 """The torch backend: block rows with about equally long lists are gathered and batched; O(S) memory, every feature.
 
-The usual call goes to torch_plain.py, calls with masks or decay take the plainer code here. A selection is turned into
+The usual call goes to plain.py, calls with masks or decay take the plainer code here. A selection is turned into
 lists of every batch and head first, and nothing of one call's lists is remembered. Gathering costs a few per cent of
 the products; bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a
 gather, SDPA on gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
-from dit_accel_kernels.schedule import Unit
-from dit_accel_kernels.selection import LOG2_E, resolved
-from dit_accel_kernels.tiled import Tiled, cut, units_of, wide_dtype
-from dit_accel_kernels.torch_plain import GPU_GROUPS, attend_plain
+from dit_accel_kernels.backends.torch.plain import GPU_GROUPS, attend_plain
+from dit_accel_kernels.backends.torch.schedule import Unit
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut, units_of
+from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
+from dit_accel_kernels.features import wide_dtype
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import LOG2_E
+from dit_accel_kernels.states import resolved
 from dit_accel_kernels.votes import Tally
-from dit_accel_kernels.workers import run_all, worker_threads
 
 SCORES_BYTES = 512 << 10  # logits of one batch with masks or decay, a thread
 

@@ -6,8 +6,8 @@ from itertools import product
 
 import torch
 
-from dit_accel_kernels.triton_forward import _INTEGERS, _fwd_kernel
-from dit_accel_kernels.triton_launch import (
+from dit_accel_kernels.backends.triton.forward import _INTEGERS, _fwd_kernel
+from dit_accel_kernels.backends.triton.launch import (
     Launch,
     bulk_copies,
     column_parts,
@@ -18,7 +18,7 @@ from dit_accel_kernels.triton_launch import (
     warps,
     with_order,
 )
-from dit_accel_kernels.triton_variants import TARGETS, Variant
+from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _EXACT_STRIDES, _POOLED_STRIDES = ("stride_ib", "stride_ih"), ("stride_pb", "stride_ph")
@@ -105,10 +105,10 @@ def _variant(
     pools = {"pooled", "routed"} & set(parts)
     data = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_mean_ptr", "v_mean_ptr"), f"*{name}:16")
     floats = ("entry_t_ptr", "table_ptr", "log_length_ptr", "lse_ptr", "head_scale_ptr", "pooled_t_ptr")
-    integers = ("indices_ptr", "bounds_ptr", "row_order_ptr", "pooled_indices_ptr", "words_ptr")
+    integers = ("indices_ptr", "row_order_ptr", "pooled_indices_ptr", "words_ptr")
     kinds = dict.fromkeys(floats, "*fp32:16")
     kinds |= dict.fromkeys((*integers, "q_frames_ptr", "k_frames_ptr"), "*i32:16")
-    kinds |= {"valid_ptr": "*u8:16", "token_order_ptr": "*i64:16"} | data
+    kinds |= {"valid_ptr": "*u8:16", "token_order_ptr": "*i64:16", "bounds_ptr": "*i64:16"} | data
     kinds |= {f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhs"}
     kinds |= dict.fromkeys(_INTEGERS, "i32") | {"scale": "fp32", "vote_threshold": "fp32"}
     options = {n for n in kinds if n.endswith("_ptr")} | {*_EXACT_STRIDES, *_POOLED_STRIDES}

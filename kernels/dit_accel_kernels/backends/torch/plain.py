@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
-from dit_accel_kernels.schedule import Group, GroupSize, Portion
+from dit_accel_kernels.backends.torch.schedule import Group, GroupSize, Portion
+from dit_accel_kernels.backends.torch.tiled import Tiled, portions_of
+from dit_accel_kernels.backends.torch.workers import buffer, own_buffers, run_all, worker_threads
+from dit_accel_kernels.features import wide_dtype
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
-from dit_accel_kernels.tiled import Tiled, portions_of, wide_dtype
 from dit_accel_kernels.votes import Tally
-from dit_accel_kernels.workers import buffer, own_buffers, run_all, worker_threads
 
 GROUP_BYTES = 2 << 20  # logits of one group, a thread: more would leave the caches
 GPU_GROUPS = 256  # a GPU's groups are this many times larger

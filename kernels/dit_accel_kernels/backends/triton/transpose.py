@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.backends.triton.plan import _row_of_entry
 from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import decay_of_tiles
-from dit_accel_kernels.triton_plan import _row_of_entry
 
 WORD = 32  # key tiles a word of a bitmap
 
@@ -22,7 +22,7 @@ WORD = 32  # key tiles a word of a bitmap
 class ColumnPlan:
     """Exact lists by key tile, and pooled lists as bitmaps by block row.
 
-    `rows` int32 [nnz]: the block rows of every key tile, those that need no mask first. `bounds` int32 [G, NK, 3]:
+    `rows` int32 [nnz]: the block rows of every key tile, those that need no mask first. `bounds` int64 [G, NK, 3]:
     start, end of those, end of all, as positions in `rows`. `order` int32 [G', NK]: key tiles with most work first,
     G' = 1, HK or B * HK. `entry_t` float32 [nnz] is the decay of the entries without a mask, None without decay.
     `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles. With `strides`, every batch and head has its
@@ -48,11 +48,11 @@ def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
         problem.exact_indices,
         problem.pooled_offsets,
         problem.pooled_indices,
-        None if problem.decay is None else problem.token_order,
         *decay,
     )
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
-    return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks))
+    order = None if problem.decay is None else problem.token_order
+    return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks), loose=[order])
 
 
 def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
@@ -95,10 +95,10 @@ def transpose(owner: Tensor, last: Tensor, owners: int) -> tuple[Tensor, Tensor]
         owners: number of owners N.
 
     Returns:
-        The order, int64 [nnz], and int32 [N, 3]: start, start of the `last` ones, end.
+        The order, int64 [nnz], and int64 [N, 3]: start, start of the `last` ones, end.
     """
     by_key, order = torch.sort(owner * 2 + last, stable=True)
-    edges = torch.searchsorted(by_key, torch.arange(2 * owners + 1, device=owner.device), out_int32=True)
+    edges = torch.searchsorted(by_key, torch.arange(2 * owners + 1, device=owner.device))
     return order, torch.stack([edges[:-1:2], edges[1::2], edges[2::2]], -1)
 
 

@@ -1,4 +1,4 @@
-"""Device code of the backward: the kernels that recompute softmax weights from the LSE (see triton_backward.py).
+"""Device code of the backward: the kernels that recompute softmax weights from the LSE (see backward.py).
 
 With p = exp(x - lse) and x = min(s, t s): grad_v = p' grad_out, grad_s = p (grad_out v' - delta), times t where
 s > t s. 16-bit calls keep logits and LSE in base 2, which saves a product for each; in float32 that product's rounding
@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.triton_forward import _load_near, _load_part, _store_part
+from dit_accel_kernels.backends.triton.forward import _load_near, _load_part, _pooled, _store_part
+from dit_accel_kernels.backends.triton.votes import _sections
 
 
 @triton.jit
@@ -137,10 +138,12 @@ def _dq_kernel(
         q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     totals = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)  # a row's sum in as many parts as a chunk has keys
-    start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
-    end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
+    start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
+    indices_ptr += start
+    if entry_t_ptr is not None:
+        entry_t_ptr += start
 
-    for n in tl.range(start * SUBS_K, end_plain * SUBS_K):
+    for n in tl.range(0, end_plain * SUBS_K):
         first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
         _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
         dq, totals = _add_query_grad(dq, totals, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
@@ -175,9 +178,10 @@ def _dq_kernel(
         dq = tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
 
     if pooled_indices_ptr is not None:
-        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
+        pooled_start, pooled_end = _pooled(bounds_ptr)
+        pooled_indices_ptr += pooled_start
         means = (batch * key_heads + hk) * key_tiles * DIM
-        for n in tl.range(pooled_start, pooled_end, BLOCK_S, num_stages=1):
+        for n in tl.range(0, pooled_end, BLOCK_S, num_stages=1):
             entry = n + tl.arange(0, BLOCK_S)
             tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
             length = tl.load(length_ptr + batch * key_tiles + tile, mask=entry < pooled_end, other=0.0)
@@ -266,14 +270,14 @@ def _dkdv_kernel(
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
         lane_rows = (batch * heads + h) * num_q
         list_ptr = bounds_ptr + ((b * stride_gb + h * stride_gh).to(tl.int64) * key_tiles + tile) * 3
-        start, end_plain, end = tl.load(list_ptr), tl.load(list_ptr + 1), tl.load(list_ptr + 2)
-        head_rows_ptr, head_t_ptr = rows_ptr, entry_t_ptr
+        start = tl.load(list_ptr)  # 64-bit; from there on 32 bits hold every position times a tile
+        end_plain, end = (tl.load(list_ptr + 1) - start).to(tl.int32), (tl.load(list_ptr + 2) - start).to(tl.int32)
         if stride_ib is not None:
-            own = batch * stride_ib + tl.cast(h, tl.int64) * stride_ih
-            head_rows_ptr += own
-            if entry_t_ptr is not None:
-                head_t_ptr += own
-        for n in tl.range(start * SUBS_Q, end_plain * SUBS_Q):
+            start += batch * stride_ib + tl.cast(h, tl.int64) * stride_ih
+        head_rows_ptr, head_t_ptr = rows_ptr + start, entry_t_ptr
+        if entry_t_ptr is not None:
+            head_t_ptr += start
+        for n in tl.range(0, end_plain * SUBS_Q):
             first = tl.load(head_rows_ptr + n // SUBS_Q).to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
             q_row, q, grad = _full_chunk(
                 first, head_q_ptr, head_grad_ptr, token_order_ptr, stride_qs, stride_os, BLOCK_Q, DIM, BLOCK_D

@@ -17,11 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.triton_variants import Variant
+from dit_accel_kernels.backends.triton.variants import Variant
 
 BLOCK_V = 256  # visits that the fold looks at together
 NUM_WARPS = 4
 _INTEGERS = ("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "words", "step")
+
+
+@triton.jit
+def _sections(bounds_ptr):
+    """Where a row's list starts, 64-bit, and the ends of its sections from there, which 32 bits hold times a tile."""
+    start = tl.load(bounds_ptr)
+    end_plain, end_constant, end_slow = tl.load(bounds_ptr + 1), tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
+    return start, (end_plain - start).to(tl.int32), (end_constant - start).to(tl.int32), (end_slow - start).to(tl.int32)
 
 
 @triton.jit
@@ -122,22 +130,21 @@ def _fold_kernel(
     b, h = lane // heads, lane % heads
     place = tl.program_id(0).to(tl.int64)
     bounds_ptr += ((b * stride_gb + h * stride_gh).to(tl.int64) * rows + row) * 6
-    start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
-    end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
-    indices_ptr += b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
+    start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
+    indices_ptr += start + b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
     words_ptr += place * PARTS * words
     kept_ptr += place * words
-    for first in range(0, end_slow - start, BLOCK):
+    for first in range(0, end_slow, BLOCK):
         visit = first + tl.arange(0, BLOCK)
-        inside = visit < end_slow - start
+        inside = visit < end_slow
         need = tl.zeros([BLOCK], tl.int32)
         for part in tl.static_range(PARTS):
             need |= tl.load(words_ptr + part * words + visit // 32, mask=inside, other=0) >> 31 - visit % 32
-        position = start + visit
+        position = visit
         if step < 0:  # each section from its end
-            begin = tl.where(position < end_plain, start, tl.where(position < end_constant, end_plain, end_constant))
-            end = tl.where(position < end_plain, end_plain, tl.where(position < end_constant, end_constant, end_slow))
-            position = begin + end - 1 - position
+            begin = tl.where(visit < end_plain, 0, tl.where(visit < end_constant, end_plain, end_constant))
+            end = tl.where(visit < end_plain, end_plain, tl.where(visit < end_constant, end_constant, end_slow))
+            position = begin + end - 1 - visit
         tile = tl.load(indices_ptr + position, mask=inside, other=0)
         down = inside & (visit > 0) & (need % 2 == 0)
         if pinned_ptr is not None:
@@ -170,8 +177,8 @@ def fold(
 
 def variants() -> list[Variant]:
     """The fold of the kept bits, with pinned tiles, in one part and in two; it has no product."""
-    pointers = ("words_ptr", "indices_ptr", "bounds_ptr", "pinned_ptr", "kept_ptr")
-    signature = {**dict.fromkeys(pointers, "*i32:16"), **dict.fromkeys(_INTEGERS, "i32")}
+    pointers = dict.fromkeys(("words_ptr", "indices_ptr", "pinned_ptr", "kept_ptr"), "*i32:16")
+    signature = {**pointers, "bounds_ptr": "*i64:16", **dict.fromkeys(_INTEGERS, "i32")}
     return [
         Variant(
             f"fold-{parts}", _fold_kernel, signature, {"PARTS": parts, "BLOCK": BLOCK_V}, NUM_WARPS, 1, hot_loop=False

@@ -13,90 +13,35 @@ lists; where grad_k and grad_v are written they are spread over the tile's valid
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem
+from dit_accel_kernels.backends.triton.attend import check, on_device
+from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
+from dit_accel_kernels.backends.triton.delta import _delta_kernel
+from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, may_pool, static_lists
+from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
+from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides, row_plan
+from dit_accel_kernels.backends.triton.pool import pool
+from dit_accel_kernels.backends.triton.slices import joined, key_part, part_of, slices
+from dit_accel_kernels.backends.triton.transpose import WORD, ColumnPlan, column_plan
+from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E, narrows
-from dit_accel_kernels.triton_backend import check, on_device
-from dit_accel_kernels.triton_backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
-from dit_accel_kernels.triton_delta import _delta_kernel
-from dit_accel_kernels.triton_expand import Lists, expand, expand_columns, may_pool, static_lists
-from dit_accel_kernels.triton_launch import architecture, key_block, query_block
-from dit_accel_kernels.triton_plan import RowPlan, row_plan
-from dit_accel_kernels.triton_pool import pool
-from dit_accel_kernels.triton_transpose import WORD, ColumnPlan, column_plan
-from dit_accel_kernels.triton_variants import TARGETS, Variant
 
 DELTA_ROWS = 32  # query rows of a program of the pre-pass
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """Sizes of one kernel: rows of Q and of K in a chunk, rows in a chunk of the loops with masks, warps, stages.
+def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool = False, mask: bool = False) -> Launch:
+    """Sizes of "dq", "dkdv" or "pooled" in calls with or without frame decay and invalid keys.
 
-    A chunk is at most a tile.
+    fp32 is full fp32, without tensor cores: splitting its operands would spill.
     """
-
-    block_q: int
-    block_k: int
-    block_s: int = 32
-    num_warps: int
-    num_stages: int
-
-
-def _sizes(block_q: int, block_k: int, block_s: int, num_warps: int, num_stages: int) -> Sizes:
-    return Sizes(block_q=block_q, block_k=block_k, block_s=block_s, num_warps=num_warps, num_stages=num_stages)
-
-
-# (kernel, architecture, feature or kind): sizes for 16-bit types up to head dim 128, "narrow" up to 64, "wide" beyond
-# 128; the first row that fits counts. No card has timed them: they are large ones that compile without spills, within
-# the card's shared memory (bench/aot.py). fp32 is full fp32, without tensor cores: splitting its operands would spill.
-_TABLE = {
-    ("dq", "", ""): _sizes(64, 64, 16, 4, 2),
-    ("dq", "", "mask"): _sizes(64, 32, 32, 4, 2),
-    ("dq", "", "decay"): _sizes(64, 32, 32, 4, 2),
-    ("dq", "", "wide"): _sizes(16, 32, 16, 8, 1),
-    ("dq", "", "fp32"): _sizes(16, 32, 16, 8, 1),
-    ("dq", "sm_89", "narrow decay"): _sizes(64, 32, 16, 4, 2),
-    ("dq", "sm_90", ""): _sizes(128, 64, 16, 8, 2),
-    ("dq", "sm_100", ""): _sizes(64, 64, 32, 4, 2),
-    ("dq", "sm_100", "narrow"): _sizes(128, 64, 16, 8, 2),
-    ("dq", "gfx942", ""): _sizes(128, 64, 32, 4, 1),
-    ("dq", "gfx942", "wide"): _sizes(32, 32, 16, 4, 1),
-    ("dq", "gfx942", "fp32"): _sizes(32, 32, 16, 4, 1),
-    ("dkdv", "", ""): _sizes(64, 64, 16, 8, 2),
-    ("dkdv", "", "narrow"): _sizes(32, 64, 16, 8, 2),
-    ("dkdv", "", "wide"): _sizes(32, 32, 16, 8, 1),
-    ("dkdv", "", "fp32"): _sizes(16, 32, 16, 8, 1),
-    ("dkdv", "sm_90", ""): _sizes(32, 128, 32, 8, 2),
-    ("dkdv", "sm_100", ""): _sizes(64, 64, 32, 8, 2),
-    ("dkdv", "sm_100", "decay"): _sizes(32, 64, 16, 8, 2),
-    ("dkdv", "gfx942", ""): _sizes(32, 64, 32, 4, 1),
-    ("dkdv", "gfx942", "wide"): _sizes(16, 16, 16, 4, 1),
-    ("dkdv", "gfx942", "fp32"): _sizes(16, 32, 16, 4, 1),
-    ("pooled", "", ""): _sizes(32, WORD, 16, 4, 1),
-    ("pooled", "", "wide"): _sizes(16, WORD, 16, 8, 1),
-    ("pooled", "", "fp32"): _sizes(32, WORD, 16, 8, 1),
-    ("pooled", "gfx942", "fp32"): _sizes(16, WORD, 16, 8, 1),
-}
-
-
-def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool = False, mask: bool = False) -> Sizes:
-    """Sizes of "dq", "dkdv" or "pooled" on an architecture such as "sm_90"; generic ones where it has no row.
-
-    `decay` and `mask` tell whether the call has frame decay and invalid keys.
-    """
-    narrow = (["narrow decay"] if decay else []) + ["narrow"] if dim <= 64 else []
-    kinds = [*narrow, *(["decay"] if decay else []), *(["mask"] if mask else []), ""]
-    if dtype == torch.float32 or dim > 128:
-        kinds = ["fp32" if dtype == torch.float32 else "wide"]
-    places = [arch] if any((kernel, arch, kind) in _TABLE for kind in kinds) else [""]
-    return next(_TABLE[kernel, place, kind] for place in places for kind in kinds if (kernel, place, kind) in _TABLE)
+    return launch_of(arch, dtype, dim, kernel=kernel, features=("decay",) * decay + ("mask",) * mask)
 
 
 def attend_backward(
@@ -115,6 +60,27 @@ def attend_backward(
         BackendUnavailableError: this machine or this call is out of the kernels' reach.
     """
     check(problem)
+    places = slices(problem)
+    if len(places) == 1:
+        return _attend_backward(problem, out, lse, grad_out, grad_lse)
+    parts = [
+        _attend_backward(
+            part_of(problem, at), out[at], lse[at], grad_out[at], None if grad_lse is None else grad_lse[at]
+        )
+        for at in places
+    ]
+    keys = [key_part(problem, place) for place in places]
+    found = [
+        joined(torch.empty_like(x), [part[i] for part in parts], at)
+        for i, (x, at) in enumerate(((problem.q, places), (problem.k, keys), (problem.v, keys)))
+    ]
+    return found[0], found[1], found[2]
+
+
+def _attend_backward(
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` of batches and heads that are computed together."""
     q, k, v, out, grad_out = (_rows(x) for x in (problem.q, problem.k, problem.v, out, grad_out))
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     masked = problem.key_valid is not None or problem.key_mask is not None or problem.key_length is not None
@@ -175,21 +141,15 @@ def _scale(problem: Problem) -> float:
     return problem.logit_scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
 
 
-def _list_strides(problem: Problem, heads: int) -> tuple[int, int]:
-    """Strides of batch and head over the list sets, where `heads` make up a batch."""
-    groups = problem.exact_offsets.shape[0]
-    return (0, 0) if groups == 1 else ((heads, 1) if groups == problem.q.shape[0] * problem.q.shape[1] else (0, 1))
-
-
 def _strides_of(problem: Problem, plan: ColumnPlan) -> tuple[int, int]:
     """Strides of batch and head over the sets of lists by key tile."""
     heads = problem.q.shape[1]
-    return (heads, 1) if plan.strides is not None else _list_strides(problem, heads)
+    return (heads, 1) if plan.strides is not None else list_strides(problem, heads)
 
 
 def _query_grad(
     problem: Problem, plan: RowPlan, lists: Lists, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
-    grad_q: Tensor, size: Sizes, block_k: int,
+    grad_q: Tensor, size: Launch, block_k: int,
 ) -> None:  # fmt: skip
     """Write grad_q."""
     q, k, v, grad_out, base, delta, norm = shared
@@ -214,7 +174,7 @@ def _query_grad(
 
 def _pooled_grads(
     problem: Problem, rows: RowPlan, columns: ColumnPlan, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
-    size: Sizes,
+    size: Launch,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the means of K and V, float32 [B, HK, NK, D], and the true lengths; None without pooled tiles."""
     k_mean, v_mean, length = means
@@ -238,7 +198,7 @@ def _pooled_grads(
 
 def _key_grads(
     problem: Problem, rows: RowPlan, plan: ColumnPlan, shared: tuple[Any, ...],
-    mean_grads: tuple[Tensor | None, ...], grads: tuple[Tensor, ...], size: Sizes, block_q: int,
+    mean_grads: tuple[Tensor | None, ...], grads: tuple[Tensor, ...], size: Launch, block_q: int,
 ) -> None:  # fmt: skip
     """Write grad_k and grad_v."""
     q, k, v, grad_out, base, delta, norm = shared
@@ -252,7 +212,7 @@ def _key_grads(
         problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grads[0].stride()[:3], *grads[1].stride()[:3],
-        *_strides_of(problem, plan), *_list_strides(problem, key_heads), _scale_stride(problem),
+        *_strides_of(problem, plan), *list_strides(problem, key_heads), _scale_stride(problem),
         *(plan.strides or (None, None)),
         num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
@@ -319,20 +279,21 @@ def variants() -> list[Variant]:
     return list(found.values())
 
 
-def _kernels_of(target: str, dtype: torch.dtype, dim: int, method: str) -> list[tuple[str, Any, Sizes]]:
+def _kernels_of(target: str, dtype: torch.dtype, dim: int, method: str) -> list[tuple[str, Any, Launch]]:
     """Kind, kernel and sizes of what one method launches."""
     features = _METHODS[method]
     kernels = {"dq": _dq_kernel, "dkdv": _dkdv_kernel} | ({"pooled": _pooled_dkdv_kernel} if "pool" in features else {})
-    found: list[tuple[str, Any, Sizes]] = [
+    found: list[tuple[str, Any, Launch]] = [
         (kind, kernel, sizes(kind, target, dtype, dim, decay="decay" in features, mask="mask" in features))
         for kind, kernel in kernels.items()
     ]
     if method in ("plain", "mask"):
-        found.append(("delta", _delta_kernel, _sizes(DELTA_ROWS, DELTA_ROWS, 0, 4, 1)))
+        delta = Launch(block_q=DELTA_ROWS, block_k=DELTA_ROWS, block_s=0, num_warps=4, num_stages=1)
+        found.append(("delta", _delta_kernel, delta))
     return found
 
 
-def _variant(name: str, kernel: Any, size: Sizes, dtype: torch.dtype, dim: int, method: str, target: str) -> Variant:
+def _variant(name: str, kernel: Any, size: Launch, dtype: torch.dtype, dim: int, method: str, target: str) -> Variant:
     """One kernel with the arguments that a method gives it; those of other features are None."""
     absent = {x for feature, names in _OPTIONAL.items() if feature not in _METHODS[method] for x in names}
     if dtype != torch.float32:
@@ -363,7 +324,7 @@ def _variant(name: str, kernel: Any, size: Sizes, dtype: torch.dtype, dim: int, 
 def _kind(argument: str, dtype: str) -> str:
     """Triton type of a runtime argument, by its name."""
     if argument.endswith("_ptr"):
-        element = {"valid_ptr": "u8", "token_order_ptr": "i64"}.get(argument, "i32")
+        element = {"valid_ptr": "u8", "token_order_ptr": "i64", "bounds_ptr": "i64"}.get(argument, "i32")
         element = dtype if argument in _TENSORS else "fp32" if argument in _FLOATS else element
         return f"*{element}:16"
     if argument.startswith("stride_"):

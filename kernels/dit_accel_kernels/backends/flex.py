@@ -21,8 +21,9 @@ from torch.nn.functional import pad
 
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-from dit_accel_kernels.selection import list_states, resolved
+from dit_accel_kernels.features import decay_by_frame, tile_means
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.states import list_states, resolved
 from dit_accel_kernels.tiles import EXACT, POOLED
 
 
@@ -65,7 +66,7 @@ class MadeFor(NamedTuple):
     need_lse: bool
 
 
-_blocks_of_lists: StorageCache[Blocks] = StorageCache(capacity=8)
+_blocks_of_lists: StorageCache[Blocks] = StorageCache()
 
 
 def check(problem: Problem, *, need_lse: bool) -> None:

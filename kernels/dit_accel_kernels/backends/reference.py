@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import Problem, decay_by_frame, tile_means
-from dit_accel_kernels.selection import pack_bits, selected_states
+from dit_accel_kernels.features import decay_by_frame, tile_means, wide_dtype
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import pack_bits
+from dit_accel_kernels.states import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
 from dit_accel_kernels.votes import kept_after
 
@@ -24,7 +26,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     [B, H, NQ, W] (selection.py), None without a selection and without a vote.
     """
     q, k, v = problem.q, problem.k, problem.v
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     weight = None if problem.key_valid is None else problem.key_valid[:, None]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.triton_variants import Variant
+from dit_accel_kernels.backends.triton.variants import Variant
 
 BLOCK_N = 64  # tokens read at once
 NUM_WARPS = 4

@@ -1,6 +1,6 @@
 """The forward kernel: one program attends one block row (or a part of it) over its exact and pooled key tiles.
 
-Tiles come sorted into three sections of a row's list (triton_plan.py): *plain* ones, whose loop neither masks nor
+Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor
 branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
 Pooled tiles come last: a chunk of them is one product on the full query rows, with log2 of the true length added to
 the logit. All share one running maximum and one row sum. Logits are in base 2; sums are float32; addresses are 64-bit.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.triton_votes import _begin, _store_rest, _vote
+from dit_accel_kernels.backends.triton.votes import _begin, _sections, _store_rest, _vote
 
 
 @triton.jit
@@ -150,6 +150,13 @@ def _full_chunk(
     return k1, k2, v1, v2
 
 
+@triton.jit
+def _pooled(bounds_ptr):
+    """Where a row's pooled list starts, 64-bit, and its end from there."""
+    start = tl.load(bounds_ptr + 4)
+    return start, (tl.load(bounds_ptr + 5) - start).to(tl.int32)
+
+
 # Sizes of the problem, not worth a kernel for each value that is 1 or a multiple of 16.
 _INTEGERS = (
     "stride_gb", "stride_gh", "stride_hb", "num_q", "num_k", "heads", "key_heads", "rows", "key_tiles", "table_last",
@@ -198,8 +205,10 @@ def _fwd_kernel(
         if pooled_indices_ptr is not None:
             pooled_indices_ptr += b.to(tl.int64) * stride_pb + h.to(tl.int64) * stride_ph
     bounds_ptr += (group + row) * 6
-    start, end_plain = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
-    end_constant, end_slow = tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
+    start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
+    indices_ptr += start
+    if entry_t_ptr is not None:
+        entry_t_ptr += start
     batch = b.to(tl.int64)
     if stride_vs is None:  # K and V share the offsets of their rows, which saves the hot loop's registers
         stride_vs = stride_ks
@@ -229,9 +238,9 @@ def _fwd_kernel(
         word, left = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
         state, left = _begin(left, m, vote_threshold, VOTE)
 
-    origin = start * SUBS_K if step > 0 else end_plain * SUBS_K - 1
+    origin = 0 if step > 0 else end_plain * SUBS_K - 1
     ahead = tl.load(indices_ptr + origin // SUBS_K)
-    for n in tl.range(0, (end_plain - start) * SUBS_K):
+    for n in tl.range(0, end_plain * SUBS_K):
         k1, k2, v1, v2 = _full_chunk(
             ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
             BLOCK_K, TILE_K, DIM, D1, D2,
@@ -267,7 +276,7 @@ def _fwd_kernel(
             total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
             if VOTE is not None:
                 word, state, left = _vote(
-                    word, state, left, end_plain - start, n, top, m, m_new, alpha, mass, total, vote_threshold,
+                    word, state, left, end_plain, n, top, m, m_new, alpha, mass, total, vote_threshold,
                     words_ptr, live, VOTE, SUBS_K, False,
                 )  # fmt: skip
             m = m_new
@@ -298,17 +307,18 @@ def _fwd_kernel(
         m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
         if VOTE is not None:
             word, state, left = _vote(
-                word, state, left, end_constant - start, n, top, m, m_new, alpha, mass, total, vote_threshold,
+                word, state, left, end_constant, n, top, m, m_new, alpha, mass, total, vote_threshold,
                 words_ptr, live, VOTE, SUBS_S, True,
             )  # fmt: skip
         m = m_new
     if VOTE is not None:
-        _store_rest(words_ptr, end_slow - start, word, live)
+        _store_rest(words_ptr, end_slow, word, live)
 
     if pooled_indices_ptr is not None:
-        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
+        pooled_start, pooled_end = _pooled(bounds_ptr)
+        pooled_indices_ptr += pooled_start
         means = (batch * key_heads + hk) * key_tiles * DIM
-        for n in tl.range(pooled_start, pooled_end, BLOCK_S, num_stages=2):
+        for n in tl.range(0, pooled_end, BLOCK_S, num_stages=2):
             entry = n + tl.arange(0, BLOCK_S)
             tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
             weight = tl.load(log_length_ptr + b * key_tiles + tile, mask=entry < pooled_end, other=float("-inf"))

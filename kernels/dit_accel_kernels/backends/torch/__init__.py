@@ -1,0 +1,1 @@
+"""The torch backend: any device, any dtype, memory linear in the tokens."""

@@ -1,0 +1,1 @@
+"""The triton backend: CUDA, ROCm and XPU; importing this folder does not import triton."""

@@ -1,0 +1,68 @@
+"""Calls with a selection, cut by batch and head where lists of their own for all of them would fill the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from dit_accel_kernels.backends.triton.expand import may_pool
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import narrows
+
+SCRATCH_BYTES = 1 << 30  # of lists that one launch may read; at 460k tokens and 40 heads all of them take 16 GB
+Slice = tuple[slice, slice]  # of batches and of heads
+
+
+def slices(problem: Problem) -> list[Slice]:
+    """Batches and heads to be computed together, query heads that share a key head among them always."""
+    (batch, heads), key_heads = problem.q.shape[:2], problem.k.shape[1]
+    groups = problem.exact_offsets.shape[0]
+    entries = problem.exact_indices.numel() * (2 if may_pool(problem) else 1)
+    entries += 0 if problem.pooled_indices is None else problem.pooled_indices.numel()
+    room = max(1, SCRATCH_BYTES // max(1, 4 * entries))
+    copies = 1 if groups == 1 else heads if groups == heads else batch * heads  # of a head's lists, in one copy
+    if not narrows(problem.selection) or room * copies >= batch * heads:
+        return [(slice(0, batch), slice(0, heads))]
+    if room * copies >= heads:
+        return [(part, slice(0, heads)) for part in _cut(batch, room * copies // heads)]
+    repeat = heads // key_heads
+    parts = list(_cut(heads, max(repeat, room // repeat * repeat)))
+    return [(slice(b, b + 1), part) for b in range(batch) for part in parts]
+
+
+def _cut(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def part_of(problem: Problem, part: Slice) -> Problem:
+    """The call for some batches and heads; lists that heads share stay as they are."""
+    batches, heads = part
+    selection, scale = problem.selection, problem.head_scale
+    if selection is not None:
+        keep, routed = (None if x is None else x[part] for x in (selection.keep, selection.routed))
+        selection = replace(selection, keep=keep, routed=routed)
+    of_batch = {name: getattr(problem, name) for name in ("key_valid", "key_length", "key_mask")}
+    return replace(
+        problem,
+        q=problem.q[part],
+        k=problem.k[key_part(problem, part)],
+        v=problem.v[key_part(problem, part)],
+        head_scale=None if scale is None else scale[batches if scale.shape[0] > 1 else slice(None), heads],
+        selection=selection,
+        **{name: None if x is None else x[batches] for name, x in of_batch.items()},
+    )
+
+
+def key_part(problem: Problem, part: Slice) -> Slice:
+    """The batches and key heads of a part."""
+    repeat = problem.q.shape[1] // problem.k.shape[1]
+    return part[0], slice(part[1].start // repeat, part[1].stop // repeat)
+
+
+def joined(whole: Tensor, parts: list[Tensor], places: list[Slice]) -> Tensor:
+    """The whole [B, H, ...], written with its parts."""
+    for part, place in zip(parts, places, strict=True):
+        whole[place] = part
+    return whole

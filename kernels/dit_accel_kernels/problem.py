@@ -1,0 +1,87 @@
+"""One attention call as the backends receive it: everything resolved but the token order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dit_accel_kernels.selection import Selection
+from dit_accel_kernels.tiles import TileLists
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Problem:
+    """One attention call as the backends see it: q, k, v as [B, H, S, D] and everything resolved but the token order.
+
+    `logit_scale` is the softmax scale; `head_scale` float32 [B or 1, H] or None multiplies it. `decay` is (table,
+    q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length` and `key_mask` are in the caller's
+    order; `tiled()` gives the call in tiled order, where valid keys are the bool [B, S_k] `key_valid` (None: all).
+    A `selection` narrows the lists for this call.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    exact_offsets: Tensor
+    exact_indices: Tensor
+    pooled_offsets: Tensor | None
+    pooled_indices: Tensor | None
+    block_q: int
+    block_k: int
+    logit_scale: float
+    head_scale: Tensor | None
+    key_valid: Tensor | None
+    decay: tuple[Tensor, Tensor, Tensor] | None
+    token_order: Tensor | None = None
+    key_length: Tensor | None = None
+    key_mask: Tensor | None = None
+    selection: Selection | None = None
+
+    @property
+    def query_tiles(self) -> int:
+        """Number of block rows, NQ."""
+        return -(-self.q.shape[2] // self.block_q)
+
+    @property
+    def key_tiles(self) -> int:
+        """Number of key tiles, NK."""
+        return -(-self.k.shape[2] // self.block_k)
+
+    def features_in_tiled_order(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+        """Valid keys, bool [B, S_k] or None, and decay (table, q_frames, k_frames) or None, in tiled order."""
+        valid, decay, order = self.key_mask, self.decay, self.token_order
+        if self.key_length is not None:
+            prefix = torch.arange(self.k.shape[2], device=self.k.device) < self.key_length[:, None]
+            valid = prefix if valid is None else valid & prefix
+        if order is not None:
+            valid = None if valid is None else valid.index_select(1, order)
+            decay = None if decay is None else (decay[0], decay[1][order], decay[2][order])
+        if self.key_valid is not None:
+            valid = self.key_valid if valid is None else valid & self.key_valid
+        return valid, decay
+
+    def tiled(self) -> Problem:
+        """The same call with tensors, decay and `key_valid` in tiled order and nothing left in the caller's."""
+        q, k, v = self.q, self.k, self.v
+        if self.token_order is not None:
+            q, k, v = (x.index_select(2, self.token_order) for x in (q, k, v))
+        valid, decay = self.features_in_tiled_order()
+        return replace(
+            self, q=q, k=k, v=v, key_valid=valid, decay=decay, token_order=None, key_length=None, key_mask=None
+        )
+
+
+def lists_of(problem: Problem) -> TileLists:
+    """The lists of a call, selection left out."""
+    return TileLists(
+        block_q=problem.block_q,
+        block_k=problem.block_k,
+        num_q=problem.q.shape[2],
+        num_k=problem.k.shape[2],
+        exact_offsets=problem.exact_offsets,
+        exact_indices=problem.exact_indices,
+        pooled_offsets=problem.pooled_offsets,
+        pooled_indices=problem.pooled_indices,
+    )
