@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_backend, pack_bits, unpack_bits
+from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_requirement, pack_bits, unpack_bits
 from dit_accel_pipelines.wan import WAN, WAN_TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -326,7 +326,7 @@ class TestOnWan:
         assert torch.equal(steps(transformer), plain)
 
     @pytest.mark.slow
-    @pytest.mark.skipif(flex_backend.missing_requirement("cpu") is not None, reason="FlexAttention cannot compile here")
+    @pytest.mark.skipif(flex_requirement("cpu") is not None, reason="FlexAttention cannot compile here")
     def test_runs_in_compiled_flexattention_as_planned(self):
         transformer, counted = tiny_transformer(), []
         for others in ((), (dataclasses.replace(RADIAL, dense_steps=1, dense_layers=1),)):
