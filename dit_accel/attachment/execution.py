@@ -195,10 +195,7 @@ class Execution:
         if plan.needs_kernel:
             dq, dk, dv = self._kernel_gradients(plan, call, grad)
         else:
-            _, pull_back = torch.func.vjp(  # inside an operator autograd records nothing
-                lambda q, k, v: self._run_dense(plan, replace(call, q=q, k=k, v=v), layer), call.q, call.k, call.v
-            )
-            dq, dk, dv = pull_back(grad)
+            dq, dk, dv = self._dense_gradients(plan, call, layer, grad)
         dq, dk, dv = call.as_held(dq[:, :, asked], dk, dv)
         return dq, dk, dv
 
@@ -330,6 +327,25 @@ class Execution:
         if plan.identity_rows is not None:
             weight = weight * plan.identity_rows[:, None]
         return torch.lerp(out, call.v.repeat_interleave(out.shape[1] // call.v.shape[1], 1), weight.expand_as(out))
+
+    def _dense_gradients(
+        self, plan: AttentionPlan, call: Call, layer: AttentionLayer, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v through the user's own attention.
+
+        Raises:
+            ConfigError: if its backend can't be differentiated inside an operator, where autograd records nothing.
+        """
+        try:
+            _, pull_back = torch.func.vjp(
+                lambda q, k, v: self._run_dense(plan, replace(call, q=q, k=k, v=v), layer), call.q, call.k, call.v
+            )
+            return pull_back(grad)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the attention backend set on {layer.state.name} has no gradient that a planned call could use "
+                f"({error}); set another one, such as 'native', to train with these methods"
+            ) from error
 
     def _kernel_gradients(self, plan: AttentionPlan, call: Call, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         call = call.with_keys(plan.centred(call.k))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dit_accel_kernels import EXACT, SKIPPED, TileLists
 from one_layer import Fixed, OneLayer
 
-from dit_accel import AttachError
+from dit_accel import AttachError, ConfigError
 from dit_accel.attachment.backward import BackwardStore
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
@@ -117,3 +117,21 @@ def test_a_plan_that_is_gone_is_an_error():
     assert isinstance(store.get(ticket), AttentionPlan)
     with pytest.raises(AttachError, match="the attention plan 7 of a forward is gone before its backward ran"):
         store.get(torch.tensor(7))
+
+
+def test_a_backend_without_a_gradient_for_operators_is_named():
+    class Old(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return q + k + v
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, grad, grad
+
+    layer = OneLayer(Fixed(AttentionPlan().scale(torch.ones(2))))
+    layer.state.layers[0].dense = lambda q, k, v, mask, scale: Old.apply(q, k, v)
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out = layer.call(q, k, v, LAYOUT)
+    with pytest.raises(ConfigError, match=r"has no gradient that a planned call could use .*set another one, such as"):
+        out.sum().backward()
