@@ -121,7 +121,7 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
         raise ConnectionError("no route to host\nsecond line")
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
-    with pytest.raises(UnsupportedModel, match=r"is no local folder, and the hub gave no .*: no route to host\);"):
+    with pytest.raises(UnsupportedModel, match=r"is not a local folder, and the hub gave no .*: no route to host\);"):
         read_model_files("owner/no-such-model")
 
 

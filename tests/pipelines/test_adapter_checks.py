@@ -98,7 +98,7 @@ def with_text(before, after):
         (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
         (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
         (dict(refused=dict.fromkeys(METHOD_CASES, "no reason")), None),
-        (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is no method"),
+        (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is not a method"),
     ],
 )
 def test_a_wrong_adapter_fails_by_name(only, change, message):
