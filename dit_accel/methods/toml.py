@@ -48,7 +48,10 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
         raise ConfigError(f"{source} is not valid TOML: {error}") from None
     version = tables.pop("version", VERSION)
     if version != VERSION:
-        raise ConfigError(f"{source} has version {version!r}, this release reads version {VERSION}")
+        raise ConfigError(
+            f"{source} has version {version!r}, this release reads version {VERSION}; update dit-accel, or write the "
+            "file for that version"
+        )
     configs = []
     for name, values in tables.items():
         if not isinstance(values, dict):

@@ -225,7 +225,9 @@ class AttentionPlan:
 
     def _require_free(self, what: str, known: object) -> None:
         if known is not None:
-            raise ConfigError(f"the plan has a {what} already, and one attention call takes only one")
+            raise ConfigError(
+                f"the plan has a {what} already, and one attention call takes only one; attach one such method"
+            )
 
 
 def is_full(tiles: TileLists) -> bool:

@@ -72,7 +72,7 @@ def read_suite(path: Path) -> Suite:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     if data.pop("version", None) != SUITE_VERSION:
-        raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads")
+        raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads; rewrite it for that")
     arms = data.pop("arm", [])
     known = [field for field in Suite.__slots__ if field != "arms"]
     for key in data:

@@ -228,7 +228,9 @@ def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]
         if value is not None:
             raise ConfigError(f"tune lite finds the thresholds itself, got lite.{name} = {value!r}; leave it out")
     if config.criterion == "budget":
-        raise ConfigError("tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error")
+        raise ConfigError(
+            "tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error; use one"
+        )
     return config, others
 
 

@@ -51,7 +51,7 @@ def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def video_behind_conditions(coords: Any) -> tuple[int, int, int] | str:
-    """Return (frames, height, width) of the video that coordinates [B, 3, S] end with, or in words why it is none."""
+    """Return (frames, height, width) of the video that coordinates [B, 3, S] end with, or why there is none."""
     try:
         return last_video(coords[0].mT)
     except ConfigError as error:

@@ -70,7 +70,7 @@ def test_every_method_can_be_planned_alone_and_beside_others():
 def test_a_method_that_corrects_others_is_not_planned_alone():
     result = run("--family", "wan2.1-1.3b", "--delta")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: delta corrects what a sparse method leaves out, and none is attached; add")
+    assert result.stderr.startswith("error: delta corrects what a sparse method leaves out, but none is attached; add")
 
 
 def test_a_folders_configs_are_enough(tmp_path: Path):

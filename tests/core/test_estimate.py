@@ -163,7 +163,7 @@ def test_refused_methods():
 
 
 def test_what_attach_refuses_plan_refuses_too():
-    with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, and none is attached"):
+    with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, but none is attached"):
         plan("wan2.1-14b", methods=[DeltaAttention()])
     with pytest.raises(
         ConfigError, match=r"radial\.block_size = 128 and sol\.block_size = 64 can't be attached together"

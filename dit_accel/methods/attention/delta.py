@@ -146,7 +146,7 @@ class DeltaHandler(AttentionHandler):
         """Refuse to correct nothing."""
         if not any(other.phase in (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS) for other in others):
             raise ConfigError(
-                "delta corrects what a sparse method leaves out, and none is attached; add one, such as "
+                "delta corrects what a sparse method leaves out, but none is attached; add one, such as "
                 "RadialAttention() or --radial"
             )
         self.takers = tuple(other for other in others if isinstance(other, TakesBack))

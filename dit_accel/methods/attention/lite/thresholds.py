@@ -120,7 +120,9 @@ def read_thresholds(path: str | Path) -> LiteThresholds:
         raise ConfigError(f"lite.thresholds_file {path} is not valid TOML: {error}") from None
     version = table.pop("version", None)
     if version != VERSION:
-        raise ConfigError(f"lite.thresholds_file {path} has version {version!r}, this release reads version {VERSION}")
+        raise ConfigError(
+            f"lite.thresholds_file {path} has version {version!r}, this release reads version {VERSION}; tune again"
+        )
     try:
         tables = {
             str(name): tuple(tuple(float(value) for value in row) for row in layers)
@@ -130,7 +132,7 @@ def read_thresholds(path: str | Path) -> LiteThresholds:
     except ConfigError as error:
         raise ConfigError(f"{error} ({path})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"lite.thresholds_file {path} is not what tune lite writes: {error!r}") from None
+        raise ConfigError(f"lite.thresholds_file {path} is not what tune lite writes: {error!r}; tune again") from None
 
 
 def write_thresholds(path: str | Path, thresholds: LiteThresholds) -> None:
