@@ -91,7 +91,7 @@ def with_text(before, after):
             dict(grid=lambda config, inputs: (7, 4, 8)),
             r"'neutral' failed: the grid of the adapter 'wan' gave \(7, 4, 8\);",
         ),
-        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: the grid .* asks for the input 'x', the"),
+        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: the grid .* asks for the input 'x', but"),
         (dict(grid=transposed), r"'layout' failed: along axis 3 the latents lie in the tokens"),
         (dict(grid=framed_last), r"'layout' failed: along axis"),
         (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),

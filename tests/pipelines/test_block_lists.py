@@ -53,7 +53,7 @@ def test_block_lists_describe_the_model(name):
         ),
         ("flux", FLUX[::-1], "blocks run in the order transformer_blocks.0, .* the lists say single_transformer_blo"),
         ("flux", (*FLUX, FLUX[0]), "block lists overlap"),
-        ("flux", (replace(FLUX[0], joined=True), FLUX[1]), "has 80 of the sequence's 86 tokens, and joined=True tells"),
+        ("flux", (replace(FLUX[0], joined=True), FLUX[1]), "has 80 of the sequence's 86 tokens, and joined=True says"),
         (
             "z-image",
             (BlockList(pattern="layers.*", takes=("x",)),),

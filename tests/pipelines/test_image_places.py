@@ -335,6 +335,6 @@ def test_the_mask_of_omnigen_is_no_key_padding():
     assert not visible[0, 0, 2, 3]
     assert not visible[0, 0, :7, 7:].any()
     assert visible[0, 0, 7:].all()
-    with pytest.raises(ConfigError, match="pairs queries with keys otherwise"):
+    with pytest.raises(ConfigError, match="pairs queries with keys in another way"):
         key_validity(visible, 1, 87, 87)
     assert "its mask pairs queries with keys" in NOT_SUPPORTED["OmniGenTransformer2DModel"]

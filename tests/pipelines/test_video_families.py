@@ -101,7 +101,7 @@ def test_causal_blocks_of_skyreels_are_refused():
     transformer._set_ar_attention(3)
     with (
         dit_accel.attach(transformer, ACTIVE),
-        pytest.raises(ConfigError, match=r"bool \[1, 1, 192, 192\] that pairs queries with keys otherwise"),
+        pytest.raises(ConfigError, match=r"bool \[1, 1, 192, 192\] that pairs queries with keys in another"),
     ):
         run(transformer, inputs)
 
