@@ -25,13 +25,13 @@ class MissingBackend(DitAccelError, RuntimeError):  # noqa: N818 - reads as what
 
 
 LONG_LIST = 24
-"""Names beyond which an error gives only the near ones; the models are that many, and a command lists them."""
+"""The most names that an error lists. Of more (the models) it gives the near ones, and the command that lists all."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"did you mean 'x'? known: a, b, x"`` for a name that is not among ``known``.
 
-    Of more than `LONG_LIST` names only up to three near ones are given, and where to find the others.
+    Of more than `LONG_LIST` names it gives at most three near ones, and where all are listed.
     """
     names = sorted(known)
     short = len(names) <= LONG_LIST

@@ -23,7 +23,7 @@ Grid = tuple[int, int, int, int, int]
 """(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
 
 NO_STEP: Grid = (0, 0, 0, 0, 0)
-"""The grid of a forward that is no denoising step, such as one that fills a cache: it stays dense."""
+"""The grid of a forward that is not a denoising step, such as one that fills a cache: it stays dense."""
 
 
 def latents_grid(
@@ -45,13 +45,13 @@ def latents_grid(
         channels_last: the latents are [..., H, W, C].
         text: where text joins the sequence; ``none`` for cross-attention.
         joined: the inputs [B, tokens, C] that join the sequence as text; one that is not given counts 0.
-        reference_frames: first frames of the latents that are no video; they count as text before it.
+        reference_frames: first frames of the latents that are not video; they count as text before it.
 
     Raises:
         ConfigError: for another ``text``.
     """
     if text not in ("none", "before", "after"):
-        raise ConfigError(f"latents_grid knows text='none', 'before' and 'after', got text={text!r}; use one of them")
+        raise ConfigError(f"latents_grid takes text='none', 'before' or 'after', got text={text!r}; use one of them")
     shape = inputs["hidden_states"].shape[:-1] if channels_last else inputs["hidden_states"].shape
     patch_frames, patch_height, patch_width = patch_sizes(config.patch_size, getattr(config, "patch_size_t", None))
     frames = 1 if frames_axis is None else shape[frames_axis] // patch_frames
@@ -86,7 +86,7 @@ class Family:
         head_dim: channels of a head, D.
         ffn_dim: hidden width of the feed-forward.
         patch: (t, h, w) latents a token covers.
-        vae: (t, s): pixels a latent covers in time (first frame apart) and in each spatial direction.
+        vae: (t, s): pixels a latent covers in time (except for the first frame) and in each spatial direction.
         size_multiple: what the pipeline asks height and width to be multiples of, in pixels, whatever the patches need.
         text_tokens: text tokens inside the self-attention sequence (joint attention); 0 for cross-attention models.
         cross_tokens: text (and image) tokens of the cross-attention; 0 where there is none.
@@ -130,18 +130,18 @@ class Adapter:
         name: the family's short name, such as ``wan``.
         transformers: names of the diffusers transformer classes this adapter covers.
         self_attention: module-name patterns (``blocks.*.attn1``) of the attention modules that methods may change, one
-            pattern a block list, in the order in which the lists run.
+            pattern per block list, in the order in which the lists run.
         side_attention: the same for block lists that run beside the main ones (control branches), counted from 0.
         blocks: the block lists, in the order in which they run; None: those that hold ``self_attention``, as diffusers'
             `TransformerBlockRegistry` describes them; (): they can't be described, so that no method may act on them.
         grid: (transformer config, forward inputs by name) -> `Grid`, or in words why this forward has none; then no
             method may thin it out. It runs inside compiled graphs too: plain arithmetic on shapes only; values of
             tensors are read by `dit_accel.adapters.position_ids`.
-        latents: name of the input that holds the latents, a tensor [B, ...] or a list of one a row.
+        latents: name of the input that holds the latents, a tensor [B, ...] or a list with one per row.
         timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
         sizes: transformer config -> `Sizes`; raises KeyError for one that lacks an entry.
         left_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in this model.
-        text_apart: beside the call over all keys there are others over fewer (text over itself); they stay dense.
+        text_apart: besides the call over all keys there are others over fewer (text over itself); they stay dense.
         ragged_text: an attention call may leave out text that the grid counts: padded text behind the visual tokens,
             row by row, or all text.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
@@ -153,7 +153,7 @@ class Adapter:
         refused: method name -> why it makes no sense here.
 
     Raises:
-        ConfigError: for names, families or functions that are something else.
+        ConfigError: for names, families or functions of another type.
     """
 
     name: str

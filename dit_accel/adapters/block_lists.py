@@ -70,7 +70,7 @@ def _registered(adapter: Adapter, transformer: "nn.Module") -> tuple[BlockList, 
 
 
 def registered_blocks(pattern: str, block: type, adapter: str) -> BlockList:
-    """Return what diffusers' registry tells of a block class, as a block list.
+    """Return what diffusers' registry knows about a block class, as a block list.
 
     Raises:
         UnsupportedModel: if the registry does not know the class.

@@ -34,7 +34,7 @@ class BlockList:
     Attributes:
         pattern: module names of its blocks, such as ``transformer_blocks.*``; ``*`` stands for one part of a name.
         takes: the arguments that hold the streams, the visual stream first.
-        gives: which stream each element of a block's result is, or None for one that is no stream. A lone tensor is
+        gives: which stream each element of a block's result is, or None for one that is not a stream. A lone tensor is
             one element: ``(0,)``; several elements are a tuple.
         joined: the visual stream is the whole attention sequence: what the adapter's grid counts as text, references
             included, stands in it before and after the visual tokens.
@@ -64,7 +64,7 @@ class BlockList:
         if not isinstance(self.gives, tuple) or streams != list(range(len(self.takes))):
             raise ConfigError(
                 f"blocks {self.pattern!r}: gives must name each of the {len(self.takes)} streams once by its index in "
-                f"takes, and None for what is no stream, got {self.gives!r}"
+                f"takes, and None for what is not a stream, got {self.gives!r}"
             )
 
     @property
@@ -112,7 +112,7 @@ class BlockSignature:
         """Return the streams of a block's result.
 
         Raises:
-            UnsupportedModel: for a result of another form than the adapter tells.
+            UnsupportedModel: for a result of another form than the adapter describes.
         """
         elements = self._elements(result)
         return tuple(elements[self.gives.index(stream)] for stream in range(len(self.places)))
@@ -126,7 +126,7 @@ class BlockSignature:
 
         Raises:
             ConfigError: if the block gives more than streams and there is no earlier result to take that from.
-            UnsupportedModel: for an earlier result of another form than the adapter tells.
+            UnsupportedModel: for an earlier result of another form than the adapter describes.
         """
         if like is None and None in self.gives:
             raise ConfigError(
@@ -140,17 +140,17 @@ class BlockSignature:
         several = isinstance(result, (tuple, list))
         elements = result if several else (result,)
         if len(elements) != len(self.gives) or several != (len(self.gives) > 1):
-            found = f"a {type(result).__name__} of {len(elements)}" if several else f"one {type(result).__name__}"
+            returned = f"a {type(result).__name__} of {len(elements)}" if several else f"one {type(result).__name__}"
             told = "one tensor" if len(self.gives) == 1 else f"a tuple of {len(self.gives)}"
             raise UnsupportedModel(
-                f"{self.block} gave {found}, the adapter's blocks tell of {told}; correct the adapter's blocks"
+                f"{self.block} gave {returned}, the adapter's blocks describe {told}; correct the adapter's blocks"
             )
         return elements
 
 
 @cache
 def block_signature(blocks: BlockList, block: "type[nn.Module]") -> BlockSignature:
-    """Return where the streams of a list stand in the calls of one block class; bound once a class.
+    """Return where the streams of a list stand in the calls of one block class; bound once per class.
 
     Raises:
         UnsupportedModel: if the class's forward has no argument of a stream's name.

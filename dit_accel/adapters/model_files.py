@@ -121,6 +121,6 @@ def _download(model: str, file: str) -> Path:
     except Exception as error:  # the errors of the hub client's transport change from release to release
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(
-            f"model {model!r} is no local folder, and the hub gave no {file} ({type(error).__name__}: {reason}); "
+            f"model {model!r} is not a local folder, and the hub gave no {file} ({type(error).__name__}: {reason}); "
             "check the name, the connection, or `hf auth login` for a gated model"
         ) from None

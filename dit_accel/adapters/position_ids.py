@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-COMPILED = "its tokens' places are values of a tensor, which a transformer that is compiled whole does not give"
+COMPILED = "its tokens' positions are tensor values, which can't be read in a transformer that is compiled whole"
 """Why there is no grid inside a compiled graph."""
 
 
@@ -77,14 +77,14 @@ def last_video(ids: "Tensor") -> tuple[int, int, int]:
             time rises from frame to frame, and all frames have the same rows and columns.
 
     Raises:
-        ConfigError: if the last tokens are no frame.
+        ConfigError: if the last tokens don't form a frame.
     """
     size = _run(ids[:, 0].flip(0))
     height, width = _raster(ids[-size:, 1:])
     if height == 1 and size > 1 and bool((ids[-size:, 1] != ids[-1, 1]).any()):
         raise ConfigError(
-            f"the last {size} of {len(ids)} tokens share their time and are no rows and columns; detach the methods, "
-            "or report this layout to the adapter's author"
+            f"the last {size} of {len(ids)} tokens share their time but don't form rows and columns; detach the "
+            "methods, or report this layout to the adapter's author"
         )
     frames = ids[len(ids) % size :].unflatten(0, (-1, size)).flip(0)  # the last one first
     alike = (frames[..., 1:] == frames[0, :, 1:]).all(-1).all(-1) & (frames[..., 0] == frames[:, :1, 0]).all(-1)

@@ -26,7 +26,9 @@ def adapters() -> dict[str, Adapter]:
                 raise ConfigError(f"adapter {adapter.name!r} is registered twice, last by {entry.value}; uninstall one")
             for name in adapter.transformers:
                 if name in classes:
-                    raise ConfigError(f"{name} is claimed by the adapters {classes[name]!r} and {adapter.name!r}")
+                    raise ConfigError(
+                        f"{name} is claimed by the adapters {classes[name]!r} and {adapter.name!r}; uninstall one"
+                    )
                 classes[name] = adapter.name
             by_name[adapter.name] = adapter
     return by_name

@@ -31,7 +31,7 @@ GIVEN = ("pairs", "tables of axes", "plane")
 """Forms of positions that the pipeline makes and the forward is given."""
 
 Frequencies = Mapping[str, "Callable[[Tensor], Any] | Tensor | np.ndarray"]
-"""Axis -> new frequencies in radians a position, float64 [channels / 2]; or a function of the model's own, float64."""
+"""Axis -> frequencies in radians per position, float64 [channels / 2], or a function of the model's own, float64."""
 
 Resolve = Callable[[int, "Tensor"], "Tensor"]
 """(axis, its own frequencies) -> its frequencies from now on, of the same shape, dtype and device."""
@@ -43,9 +43,9 @@ class Axis:
 
     Attributes:
         name: one of `VISUAL_AXES`, or another word: such an axis can't be changed.
-        channels: channels of a head that it rotates, two a frequency; of all heads, where positions are laid over them
-            together.
-        theta: frequency j is theta^(-exponent j), in radians a position; None: the frequencies are learned.
+        channels: channels of a head that it rotates, two per frequency; of all heads, where positions are laid over
+            them together.
+        theta: frequency j is theta^(-exponent j), in radians per position; None: the frequencies are learned.
         exponents: None: 2 j / channels.
     """
 
@@ -62,7 +62,7 @@ class Axis:
         """
         if self.theta is None:
             raise ConfigError(
-                f"the frequencies along {self.name} are learned, in each head others; give functions of them"
+                f"the frequencies along {self.name} are learned, different in each head; give functions of them"
             )
         return spectrum("none", self.channels, self.theta, exponents=self.exponents)
 

@@ -2,9 +2,9 @@
 
 - ``theta``: a method asks ``theta`` (`Rope.parts`) for powers, axis by axis: it runs with a stand-in that answers.
 - ``theta of all axes``: asked once, one set of frequencies for all axes, laid over coordinates [..., axes, 1].
-- ``theta of a function``: a function beside the class takes ``theta``; the method runs with that global replaced.
-- ``tables``: the constructor makes tables from ``theta``: they are made anew, with a stand-in, and a method reads them.
-- ``object of tables``: the same of an object that is no module; another one takes its place.
+- ``theta of a function``: a function in the class's module takes ``theta``; the method runs with that global replaced.
+- ``tables``: the constructor makes tables from ``theta``: they are made again with a stand-in, and a method reads them.
+- ``object of tables``: the same of an object that is not a module; another one takes its place.
 - ``tables behind methods``: the same, read by cached methods; text reads the tables themselves, which stay.
 - ``angles``: a table [positions, frequencies] of angles for each axis.
 - ``frequencies``: a tensor for each axis, or one in which `rope_axes.interleaved` takes turns.

@@ -25,7 +25,10 @@ UNREADABLE = 1e-3
 def change_input(
     rope: Rope, transformer: Any, axes: tuple[Axis, ...], resolve: Resolve
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Return a function of a forward's inputs by name that changes the positions among them."""
+    """Return a function of a forward's inputs by name that changes the positions among them.
+
+    The function raises `ConfigError` where the positions are missing or can't be read.
+    """
     make = {"pairs": _pairs, "tables of axes": _tables_of_axes, "plane": _plane}[rope.form]
     last: list[Any] = []  # pipelines give the same tensors at every step
 

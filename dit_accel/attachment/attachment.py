@@ -50,7 +50,7 @@ class Attachment:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AttachError(
-            "an attachment can't be copied or pickled; copy the pipeline, which leaves it out, and attach"
+            "an attachment can't be copied or pickled; copy the pipeline, whose copy has none, and attach to that"
         )
 
     def __repr__(self) -> str:

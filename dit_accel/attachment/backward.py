@@ -10,11 +10,11 @@ from ..errors import AttachError
 from ..plan.plan import AttentionPlan
 
 NO_TICKET = -1
-"""What a forward gives out that no backward follows."""
+"""The ticket of a forward that no backward follows."""
 
 
 class BackwardStore:
-    """Plans by number. The number is a tensor that autograd saves, eager or compiled; freed with it, the plan goes."""
+    """Plans by number. The number is a tensor that autograd saves, eager or compiled; the plan is freed with it."""
 
     def __init__(self) -> None:
         self._plans: dict[int, tuple[StorageWeakRef, AttentionPlan]] = {}
@@ -44,7 +44,7 @@ class BackwardStore:
         entry = self._plans.get(int(ticket))
         if entry is None:
             raise AttachError(
-                f"the attention plan {int(ticket)} of a forward is gone before its backward ran; run the backward "
+                f"the attention plan {int(ticket)} of a forward was freed before its backward ran; run the backward "
                 "while the output of the forward is alive"
             )
         return entry[1]

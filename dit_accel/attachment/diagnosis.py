@@ -26,13 +26,13 @@ def unplanned_reason(execution: Execution) -> str | None:
     if not execution.attention or not recorder.forwards_run or recorder.planned:
         return None
     names = ", ".join(handler.name for handler in execution.attention)
-    begin = f"{names}: attached, and no attention call of the run was planned"
+    begin = f"{names}: attached, but no attention call of the run was planned"
     if (replaced := replaced_processors(execution)) is not None:
         return f"{begin}; {replaced}"
     steps = execution.state.num_inference_steps
     layouts = {entry for state in {layer.state for layer in execution.layers} for entry in state.layouts.values()}
     if layouts and not any(handler.applies(layout) for handler in execution.attention for layout, _ in layouts):
-        return f"{begin}; " + ("; ".join(recorder.notes) or "nothing is to be changed over this layout")
+        return f"{begin}; " + ("; ".join(recorder.notes) or "none of them changes anything over this layout")
     if recorder.notes:
         begin = f"{begin} ({'; '.join(recorder.notes)})"
     dense = [
@@ -42,7 +42,9 @@ def unplanned_reason(execution: Execution) -> str | None:
         if (value := getattr(handler.settings, option, None))
     ]
     told = f"the run had {steps} steps" if steps else "the number of steps is not known"
-    return f"{begin}; {told}, {', '.join(dense) or 'no step was counted as dense'}: lower these, or detach"
+    if not dense:
+        return f"{begin}; {told}, and no option keeps one dense; detach, or report this"
+    return f"{begin}; {told}, {', '.join(dense)}: lower these, or detach"
 
 
 def warn_if_unplanned(execution: Execution) -> bool:

@@ -1,6 +1,6 @@
 """Plans and runs the attention calls of one attachment: what its methods say together, in one kernel call.
 
-It is read by the attention operator, which names it by number. Two attachments never share one.
+The attention operator finds it by its number. Two attachments never share one.
 """
 
 import itertools
@@ -130,7 +130,7 @@ class Execution:
         ]
 
     def note_layout(self, layer: AttentionLayer, layout: TokenLayout, batch: int) -> bool:
-        """Let the methods see a new shape, and tell if it was one; drop their state if the branch had another one."""
+        """Let the methods see a new shape, and tell whether it was one; drop their state if the branch had another."""
         state = layer.state
         known = state.layouts.get(state.branch)
         if known == (layout, batch):
@@ -210,9 +210,9 @@ class Execution:
         tokens_first: bool,
         scale: float | None,
     ) -> tuple[Call, slice]:
-        """Return the call with a query for every token, and which of them the model asks.
+        """Return the call with a query for every token, and which of them are the model's own.
 
-        Where only a part of the tokens ask (the image, or all behind text and cached keys), the others' are made up.
+        Where only some tokens have queries (the image, or all behind text and cached keys), the others get zeros.
         """
         if mask is not None and layer.state.adapter.outer_masks:
             mask = visible_row(mask, grid[3])
@@ -228,8 +228,8 @@ class Execution:
         state, adapter = layer.state, layer.state.adapter
         if tuple(grid) == NO_GRID:
             raise ConfigError(
-                f"{state.name} ({adapter.name}) tells its tokens' places by values, which a transformer that is "
-                "compiled whole does not give; compile its blocks (compile_repeated_blocks), or detach"
+                f"{state.name} ({adapter.name}) reads its tokens' positions off tensor values, which can't be done in "
+                "a transformer that is compiled whole; compile its blocks (compile_repeated_blocks), or detach"
             )
         whole = layout_of(grid)
         layout, batch = whole, state.batch or len(call.q)  # rows may be packed into one
@@ -238,7 +238,7 @@ class Execution:
             _, batch = state.layouts.get(state.branch, (None, batch))
         if call.tokens != layout.tokens:
             raise ConfigError(
-                f"{state.name} layer {layer.index} attends over {call.tokens} tokens, the adapter {adapter.name!r} "
+                f"{state.name} layer {layer.index} attends over {call.tokens} tokens, but the adapter {adapter.name!r} "
                 f"reads {layout.tokens} off the latents ({layout}); check the adapter's grid: frames_axis, text, "
                 "joined, the patch size"
             )
@@ -267,7 +267,7 @@ class Execution:
             except ConfigError as error:
                 if not by:
                     raise
-                raise ConfigError(f"{handler.name} beside {', '.join(by)}: {error}") from None
+                raise ConfigError(f"{handler.name} together with {', '.join(by)}: {error}") from None
             by.append(handler.name)
         return plan
 
@@ -360,7 +360,7 @@ class Execution:
         return grads[0], plan.gradient_before_centring(grads[1], call.key_mask()), grads[2]
 
     def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:
-        """Tell whether a mask that is no key padding keeps a call dense; the report says so."""
+        """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
         mask = call.mask
         if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
             return False
@@ -368,7 +368,7 @@ class Execution:
             return False
         self.recorder.forward(context.transformer, context.branch, context.step_index, 1)
         self.recorder.note(
-            f"{context.transformer} passes masks {mask.dtype} {list(mask.shape)} that are no key padding; such calls "
+            f"{context.transformer} passes masks {mask.dtype} {list(mask.shape)} that are not key padding; such calls "
             "stayed dense"
         )
         return True
@@ -393,7 +393,7 @@ def _kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[
 
 
 def _followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:
-    """Return the plan whose backward follows the tiles that its forward found, without another routing or vote."""
+    """Return the plan as its backward follows it: the tiles that the forward chose, without routing or voting again."""
     selection = plan.selection
     assert selection is not None
     routed = None if selection.routing is None else exact

@@ -19,10 +19,10 @@ LayerFilter = str | Callable[[str, nn.Module], bool]
 def find_transformers(model: Any) -> dict[str, Any]:
     """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
 
-    Of a compiled one (``torch.compile``), the module inside.
+    For a compiled one (``torch.compile``) it is the module inside.
 
     Raises:
-        UnsupportedModel: if there is none, with near supported classes.
+        UnsupportedModel: if there is none; names the nearest supported classes.
     """
     supported = {name for adapter in adapters().values() for name in adapter.transformers}
     parts = components_of(model)
@@ -115,7 +115,7 @@ def _indices(text: str, count: int) -> set[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last >= count:
             raise ConfigError(
-                f"layers = {text!r} asks for {part.strip()}, the model has the attention layers 0-{count - 1}; stay in "
+                f"layers = {text!r} asks for {part.strip()}, but the model has attention layers 0-{count - 1}; stay in "
                 "that range"
             )
         wanted.update(range(first, last + 1))

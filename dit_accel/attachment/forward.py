@@ -131,7 +131,7 @@ class Forward:
     def _traced(
         self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
     ) -> Any:
-        """Run inside a graph of the whole transformer: only the grid can be told there."""
+        """Run inside a graph of the whole transformer, where only the grid can be passed on."""
         slot, state = self._slot, self._state
         if not self.traceable:
             raise ConfigError(
@@ -174,7 +174,7 @@ def _with_layout(step: StepContext, known: tuple[Any, Any]) -> StepContext:
 
 
 def _wrapped(function: AroundForward, context: ForwardContext, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` around ``run``; inputs that one outside it changed are those it sees."""
+    """Return ``function`` around ``run``; it sees the inputs as the functions outside it changed them."""
 
     def around(**changed: Any) -> Any:
         if not changed:
@@ -197,11 +197,12 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
         grid = adapter.grid(config, inputs)
     except KeyError as error:
         raise ConfigError(
-            f"{asked} asks for the input {error}, the forward was given {', '.join(inputs)}; correct the adapter's grid"
+            f"{asked} asks for the input {error}, but the forward was given {', '.join(inputs)}; correct the adapter's "
+            "grid"
         ) from error
     if adapter.latents not in inputs:
         raise ConfigError(
-            f"the adapter {adapter.name!r} asks for the input {adapter.latents!r}, the forward was given "
+            f"the adapter {adapter.name!r} asks for the input {adapter.latents!r}, but the forward was given "
             f"{', '.join(inputs)}; correct the adapter's latents"
         )
     if isinstance(grid, str) or (
@@ -215,7 +216,7 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
 
 
 def _leave_perturbed_dense(execution: Execution, state: TransformerState) -> None:
-    """Leave to diffusers what its perturbed attention guidance perturbs: it knows but its own attention calls."""
+    """Leave to diffusers what its perturbed attention guidance perturbs: it knows only its own attention calls."""
     for layer in state.layers:
         hooks = getattr(getattr(layer.module, "_diffusers_hook", None), "hooks", {})
         perturbed = any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())

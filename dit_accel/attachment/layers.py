@@ -52,7 +52,7 @@ class Branch:
     Attributes:
         name: such as ``cond``; a nested one's is ``cond/name``.
         told: the pipeline told the step.
-        reopened: diffusers' own context of this branch, opened anew after a nested one ended.
+        reopened: diffusers' own context of this branch, opened again after a nested one ended.
     """
 
     name: str
@@ -74,9 +74,9 @@ class TransformerState:
         layouts: branch -> (layout, batch) of its last forward.
         batch: rows of the running forward, where it is observed.
         timestep: the timestep of the last forward.
-        calls: forwards at that timestep, beside the first.
+        calls: forwards at that timestep, besides the first.
         branches_a_step: forwards after which the same branch comes again at that timestep; None: it does not.
-        begun: a context told a step, and no forward was seen in it yet.
+        begun: a context told a step, but no forward was seen in it yet.
         weights: what acted on the transformer's weights in the last forward.
     """
 

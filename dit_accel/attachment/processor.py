@@ -22,14 +22,14 @@ _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
 
 
 class Slot:
-    """Where a forward and a processor leave what the replaced attention call reads; one an attachment.
+    """Where a forward and a processor leave what the replaced attention call reads; one per attachment.
 
     Attributes:
         layer: the running layer's number, a 0-d int64 CPU tensor, so that all layers share one compiled graph.
         sparse: whether the running layer follows a plan; False: the user's own dense attention.
         grid: the running forward's (frames, height, width, text before, text after), 0-d int64 CPU tensors, so that all
             latent grids share one compiled graph.
-        idle: the running forward is no denoising step; it stays dense.
+        idle: the running forward is not a denoising step; it stays dense.
         apart: attention calls over fewer keys than this stay dense (`Adapter.text_apart`); 0: none do.
         reached: numbers of the layers that ran in this forward, but for those of compiled blocks.
         owner: whatever must live as long as the processors do.
@@ -120,7 +120,7 @@ def _subclass(cls: type, slot: Slot, attachment: int) -> type:
         )
     scope = {key: value for key, value in function.__globals__.items() if key != "__name__"}
     scope[name] = replacement
-    for used in names:  # helpers beside the class call attention too
+    for used in names:  # helpers in the class's module call attention too
         helper = scope.get(used)
         if isinstance(helper, types.FunctionType) and helper.__globals__ is function.__globals__:
             scope[used] = _recreated(helper, scope) if name in _names(helper.__code__) else helper
@@ -222,7 +222,7 @@ def _planned(
     """Hand the call to the operator, with what the running forward and processor left in the slot."""
     if mask is not None and not isinstance(mask, Tensor):
         raise ConfigError(
-            f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes as its own "
+            f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes for its own "
             "sparse attention; set the model to dense attention, or detach"
         )
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -231,8 +231,8 @@ def _planned(
 
 def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:
     if is_causal:
-        raise ConfigError("sparse attention was asked for in a causal attention call; detach it from this model")
+        raise ConfigError("sparse attention can't follow a causal attention call; detach it from this model")
     if dropout_p:
-        raise ConfigError(f"sparse attention has no dropout, the call asks for dropout_p={dropout_p}; set it to 0")
+        raise ConfigError(f"sparse attention has no dropout, but the call asks for dropout_p={dropout_p}; set it to 0")
     if parallel_config is not None:
         raise ConfigError("sparse attention does not run under context parallelism yet; disable parallelism or detach")

@@ -23,7 +23,7 @@ def wrap_call(module: nn.Module, around: Around, owner: Any = None) -> Callable[
     Args:
         module: the module; it may be compiled already.
         around: what runs instead.
-        owner: what `owner_of` tells of the module.
+        owner: what `owner_of` returns for the module.
     """
     inner, module_compile = module.__dict__.get(_NAME), module.compile
 

@@ -20,7 +20,7 @@ _MISSING = object()
 
 COMPILED_WHOLE = (
     "A method that acts on transformer blocks can't act inside a graph of the whole transformer; compile the blocks "
-    "instead, transformer.compile_repeated_blocks(), or detach first"
+    "instead (transformer.compile_repeated_blocks()), or detach first"
 )
 """Why a transformer that is compiled whole and a method on blocks exclude each other."""
 
@@ -112,7 +112,7 @@ class TransformerSite:
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:
-        """Let a forward inside the block be a nested branch, with state of its own, that moves no step."""
+        """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
         state = self._state
         with self._execution.state.nested(state, name) as full:
             if self._context is None:
@@ -145,7 +145,7 @@ class TransformerSite:
     def _around_block(self, block: Block, functions: list[AroundBlock]) -> Callable[..., Any]:
         """Return what runs in place of a block: its streams taken out of the call, changed, and put into the result."""
         signature = block_signature(block.list, type(block.module))
-        last: list[Any] = [None]  # what such a block gives beside its streams, while it is skipped
+        last: list[Any] = [None]  # what a block gave besides its streams, for when it is skipped
 
         def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             def innermost(streams: Streams) -> Streams:

@@ -21,7 +21,7 @@ class DenoisingState:
 
     Args:
         pipe: the pipeline, or None where methods are attached to a transformer alone.
-        begin_run: called when a run begins: another generation, or one forward of a training.
+        begin_run: called when a run begins: another generation, or a single forward in training.
     """
 
     def __init__(self, pipe: Any, begin_run: Callable[[], None]) -> None:
@@ -54,7 +54,7 @@ class DenoisingState:
 
     @contextlib.contextmanager
     def nested(self, state: TransformerState, name: str) -> Iterator[str]:
-        """Let what runs inside be a branch of its own within the running one, that moves no step; give its name."""
+        """Let what runs inside be a branch of its own within the running one, that advances no step; give its name."""
         outer, batch, layout = state.branch, state.batch, state.layout
         calls = [layer.calls for layer in state.layers]
         state.branches.append(Branch(f"{outer}/{name}"))
@@ -69,7 +69,7 @@ class DenoisingState:
                 layer.calls = count
 
     def forward(self, state: TransformerState, timestep: Tensor | None, training: bool) -> None:
-        """Note that a forward begins: which step it is of, where no context told that."""
+        """Note that a forward begins, and infer its step where no context told it."""
         if state.nested or (state.branches and state.branches[-1].told):
             return
         if training:

@@ -1,4 +1,4 @@
-"""Where a denoising stands, as far as timesteps and schedulers tell; for pipelines that don't tell it themselves."""
+"""Where the denoising stands, as far as timesteps and schedulers show it; for pipelines that don't tell it."""
 
 import math
 import weakref
@@ -13,7 +13,7 @@ def noisiest(timestep: Tensor | None, rising: bool) -> float:
     """Return the timestep of what is still noisiest among frames and rows, falling from step to step; inf for None.
 
     Args:
-        timestep: one a row, a frame, a token, or one of each kind.
+        timestep: one per row, frame or token, or per several of these.
         rising: the model's timesteps rise; the result is negative.
     """
     if timestep is None:
@@ -22,7 +22,7 @@ def noisiest(timestep: Tensor | None, rising: bool) -> float:
 
 
 def noise_level(scheduler: Any) -> float | None:
-    """Return the sigma of the step that a scheduler is about to take, or None without one that tells."""
+    """Return the sigma of the step that a scheduler is about to take, or None where it does not tell."""
     sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
     if index is None:
         index = getattr(scheduler, "begin_index", None) or 0
@@ -34,9 +34,9 @@ class Timeline:
     """The steps of one run, as its scheduler lays them out.
 
     Attributes:
-        steps: how many there are; None where nothing tells.
+        steps: how many there are; None where it is not known.
         halves: the scheduler evaluates the model at a point between two steps too (DPM2), so that two timesteps make
-            one step, the first one apart.
+            one step, except for the first.
         repeats: it evaluates the model twice at a timestep (Heun), which is one step.
     """
 
@@ -45,7 +45,7 @@ class Timeline:
     repeats: bool = False
 
     def step_of(self, number: int) -> int:
-        """Return the step of the timestep that comes ``number``-th, from 0, among the different ones of the run."""
+        """Return the step of the ``number``-th different timestep of the run, from 0."""
         return (number + 1) // 2 if self.halves else number
 
 
@@ -69,7 +69,7 @@ def timeline_of(pipe: Any) -> Timeline:
 
 
 class Pipeline:
-    """The pipeline that methods are attached to, held weakly and asked anew at each run: its parts may be replaced."""
+    """The pipeline that methods are attached to, held weakly and asked again at each run: its parts may be replaced."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe: Callable[[], Any]

@@ -21,7 +21,7 @@ def print_json(data: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Say something that the user may want to know and need not act on."""
+    """Say something that the user may want to know but need not act on."""
     TALK.print(Text("note: ", style="bold cyan") + Text(text), soft_wrap=True)
 
 

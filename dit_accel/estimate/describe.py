@@ -37,7 +37,7 @@ class TransformerDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What `describe` found, one entry a transformer."""
+    """What `describe` found, one entry per transformer."""
 
     transformers: Sequence[TransformerDescription]
 

@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def forwards(self) -> int:
-        """Transformer forwards of the dense run, one a batch row."""
+        """Transformer forwards of the dense run, one per batch row."""
         return self.num_inference_steps * self.family.forwards_per_step
 
     @property
@@ -98,7 +98,7 @@ class Estimate:
 
     @property
     def forward_share(self) -> float:
-        """Computed forwards over the dense run's; further ones count, blocks that are left out count as parts."""
+        """Computed forwards over the dense run's; extra forwards count, and skipped blocks as parts of a forward."""
         forwards = sum(saving.extra_forwards - saving.forwards for saving in self.savings.values())
         blocks = sum(saving.blocks for saving in self.savings.values()) / (self.forwards * self.family.layers)
         return max(0.0, 1 + forwards / self.forwards) * max(0.0, 1 - blocks)
@@ -151,17 +151,17 @@ class Estimate:
 
     @property
     def state_bytes(self) -> int:
-        """Memory that the methods hold beside the model."""
+        """Memory that the methods hold besides the model."""
         return self.tile_list_bytes + self.pooled_bytes + sum(self.carried_bytes.values())
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of the estimate."""
+        """What a user should know about the estimate."""
         return [note for saving in self.savings.values() for note in saving.notes]
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know of the methods on this layout."""
+        """What a user should know about the methods on this layout."""
         return [text for saving in self.savings.values() for text in saving.warnings]
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def attention_flops(family: Family, tokens: int) -> int:
 
 
 def other_flops(family: Family, layout: TokenLayout) -> int:
-    """Return the FLOPs of one block beside `attention_flops`: projections, cross-attention and feed-forward."""
+    """Return the FLOPs of one block besides `attention_flops`: projections, cross-attention and feed-forward."""
     width, tokens = family.heads * family.head_dim, layout.tokens
     self_projections = 8 * tokens * width**2
     feed_forward = 4 * tokens * width * family.ffn_dim
@@ -254,7 +254,7 @@ def estimate(
         raise ConfigError(f"num_inference_steps must be >= 1, got {steps}")
     if not 0 < kernel_cost < 1000:
         raise ConfigError(
-            f"kernel_cost must be above 0 and below 1000, got {kernel_cost}; 1 is a sparse kernel as efficient as dense"
+            f"kernel_cost must be above 0 and below 1000, got {kernel_cost}; 1 is as efficient as the dense kernel"
         )
     frames = rounded_frames(family, family.num_frames if num_frames is None else num_frames)
     layout = token_layout(family, height=height, width=width, num_frames=frames)

@@ -48,7 +48,7 @@ def token_layout(family: Family, *, height: int, width: int, num_frames: int) ->
 
 
 def check_multiple(name: str, value: int, multiple: int, model: str) -> None:
-    """Refuse a size in pixels that is no positive multiple of ``multiple``.
+    """Refuse a size in pixels that is not a positive multiple of ``multiple``.
 
     Raises:
         ConfigError: with the nearest legal size.

@@ -43,7 +43,7 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int) -> TilesL
         layers: attention layers.
 
     Raises:
-        ConfigError: for methods that count other tiles.
+        ConfigError: for methods that count different tiles.
     """
     parts = {name: saving.tiles for name, saving in savings.items() if saving.tiles is not None}
     if not parts:

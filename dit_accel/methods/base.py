@@ -54,7 +54,7 @@ class Model:
         adapter: the model's adapter.
         family: the released model it has the sizes of, or None.
         heads: attention heads, H.
-        layers: attention modules the adapter names, over one transformer.
+        layers: attention modules that the adapter names in one transformer.
         tiling: how all methods of the attachment cut a sequence into tiles.
     """
 
@@ -100,24 +100,24 @@ class Handler:
         """Put the method onto one transformer, through the site alone."""
 
     def check_with(self, others: Sequence["Handler"]) -> None:
-        """Refuse what the other attached methods make impossible by raising `ConfigError`."""
+        """Raise `ConfigError` if the other attached methods make this one impossible."""
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        """Refuse a layout by raising `ConfigError`, or return a note for the report, or None."""
+        """Return a note on a layout for the report, or None; raise `ConfigError` to refuse the layout."""
         return None
 
     def reset(self) -> None:
         """Forget what is carried from step to step: a generation begins or has ended, or its shape changed."""
 
     def begin_run(self) -> None:
-        """Forget what `report` tells of the last generation: another one begins."""
+        """Forget what `report` says about the last generation: another one begins."""
 
     def state_bytes(self) -> int:
         """Return the most memory that was held from step to step since attach, in bytes."""
         return 0
 
     def report(self) -> Section | None:
-        """Return what the method did in the last generation, beside what the core counts; None: nothing to tell."""
+        """Return what the method did in the last generation, besides what the core counts; None: nothing to tell."""
         return None
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
@@ -135,7 +135,7 @@ class AttentionHandler(Handler):
     places = frozenset({Place.ATTENTION})
 
     dense_under_masks: ClassVar[bool] = False
-    """Whether a call whose mask is no key padding runs dense, as the report says, instead of being refused."""
+    """Whether a call whose mask is not key padding runs dense, as the report says, instead of being refused."""
 
     votes: ClassVar[bool] = False
     """Whether its plans ask for votes, which not every kernel backend has."""

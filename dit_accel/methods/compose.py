@@ -21,7 +21,7 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
         alone: these are all the methods; False: others may follow, so that one which needs a partner is not refused.
 
     Raises:
-        ConfigError: for what is no config, for two of one method, for a method that the model can't take, or for
+        ConfigError: for anything but a config, for two of one method, for a method that the model can't take, or for
             methods that can't be attached together.
     """
     types = [handler_of(config) for config in configs]
@@ -32,7 +32,7 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
         if shared := one.exclusive & other.exclusive:
             raise ConfigError(
                 f"{one.config_type.name} and {other.config_type.name} both set the {' and '.join(sorted(shared))} of "
-                "an attention call, which takes one; attach one of them"
+                "an attention call, which takes only one; attach one of them"
             )
     for handler_type, config in paired:
         _refuse_on(model, handler_type, config)

@@ -71,7 +71,7 @@ def handler_of(config: Any) -> type[Handler]:
     """Return the handler type of a config.
 
     Raises:
-        ConfigError: for what is no config of an installed method, with what was probably meant.
+        ConfigError: for anything but a config of an installed method, with what was probably meant.
     """
     for handler in handlers().values():
         if type(config) is handler.config_type:

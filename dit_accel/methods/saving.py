@@ -27,19 +27,19 @@ class TileSaving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """What one method saves and costs over a whole run; forwards are counted one a batch row.
+    """What one method saves and costs over a whole run; forwards are counted one per batch row.
 
     Attributes:
-        tiles: what it leaves of the self-attention; None: it drops nothing there, or nothing that can be told.
-        exact_rows: share of the query rows that it computes densely beside each planned call.
+        tiles: what it leaves of the self-attention; None: it drops nothing there, or nothing that can be counted.
+        exact_rows: share of the query rows that it computes densely besides each planned call.
         blocks: blocks that are not computed, of steps x layers x rows.
         forwards: forwards that are not computed, of steps x rows.
         extra_forwards: forwards that are computed besides.
         list_bytes: tile lists and bitmaps on the device, shared by all layers and steps.
         carried_bytes: what is held from step to step, one batch row.
         counted: False where what it saves is known only while it runs, so that nothing is counted.
-        notes: what a user should know of the estimate.
-        warnings: what a user should know of the method on this layout.
+        notes: what a user should know about the estimate.
+        warnings: what a user should know about the method on this layout.
     """
 
     tiles: TileSaving | None = None

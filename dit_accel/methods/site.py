@@ -1,7 +1,7 @@
-"""Where a method may act on a transformer beside its attention: around forwards, around blocks, and on attributes.
+"""Where a method may act on a transformer besides its attention: around forwards, around blocks, and on attributes.
 
-The core gives every handler a site of each transformer; all that a method changes goes through it, so that the core can
-undo it.
+The core gives every handler a site for each transformer; all that a method changes goes through it, so that the core
+can undo it.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ class Block:
         index: its place among all blocks that the adapter lists, in running order.
         name: its name in the transformer.
         module: the block.
-        list: what the adapter tells of its kind: which of its arguments and results are streams.
+        list: what the adapter says about its kind: which of its arguments and results are streams.
     """
 
     index: int
@@ -87,7 +87,7 @@ class Site(Protocol):
         ...
 
     def branch(self, name: str) -> AbstractContextManager[None]:
-        """Let a forward inside the block be a nested branch, with state of its own, that moves no step."""
+        """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Method configs as TOML, one table a method: read, written, and single values of the command line."""
+"""Method configs as TOML, one table per method; and single values of the command line."""
 
 import sys
 from collections.abc import Iterable
@@ -17,7 +17,11 @@ VERSION = 1
 
 
 def to_toml(configs: Iterable[MethodConfig]) -> str:
-    """Write configs as TOML, one table a method, with the format's version."""
+    """Write configs as TOML, one table per method, with the format's version.
+
+    Raises:
+        ConfigError: for two configs of one method.
+    """
     import tomli_w
 
     tables: dict[str, Any] = {"version": VERSION}
@@ -36,20 +40,23 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
         source: what errors call it, such as the file's name.
 
     Raises:
-        ConfigError: for text that is no TOML, another version, an unknown method or option, or a refused value.
+        ConfigError: for text that is not TOML, another version, an unknown method or option, or a refused value.
     """
     try:
         tables = tomllib.loads(text.removeprefix("\ufeff"))
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is no valid TOML: {error}") from None
+        raise ConfigError(f"{source} is not valid TOML: {error}") from None
     version = tables.pop("version", VERSION)
     if version != VERSION:
-        raise ConfigError(f"{source} has version {version!r}, this release reads version {VERSION}")
+        raise ConfigError(
+            f"{source} has version {version!r}, this release reads version {VERSION}; update dit-accel, or write the "
+            "file for that version"
+        )
     configs = []
     for name, values in tables.items():
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{source}: {name} = {values!r} stands outside a method's table; write [radial] above it, say"
+                f"{source}: {name} = {values!r} stands outside a method's table; write, say, [radial] above it"
             )
         try:
             configs.append(from_dict(method(name), values))
@@ -59,7 +66,7 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
 
 
 def parse_value(text: str) -> Any:
-    """Read one option value as TOML reads it; text that is no TOML value is taken as a string.
+    """Read one option value as TOML reads it; text that is not a TOML value is taken as a string.
 
     Raises:
         ConfigError: for more than one line, of which only the first would count.

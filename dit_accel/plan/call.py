@@ -14,12 +14,12 @@ class Call:
 
     Attributes:
         q: queries after norm and RoPE, [B, H, S, D].
-        k: keys, the same, of any number of heads that divides H.
+        k: keys, likewise; their number of heads divides H.
         v: values, like the keys.
         mask: None, or the model's attention mask.
         scale: factor on the logits; None: 1 / sqrt(D).
         backend: the kernel backend's name.
-        tokens_first: the model holds its tensors as [B, S, H, D] in memory, and wants its output so.
+        tokens_first: the model holds its tensors as [B, S, H, D] in memory, and expects its output so.
     """
 
     q: Tensor
@@ -39,7 +39,7 @@ class Call:
         """Return key validity [B, S] of the mask, True where a key is valid; None without a mask.
 
         Raises:
-            ConfigError: for any other mask than key padding, which our kernels can't follow.
+            ConfigError: for a mask that is not key padding, which our kernels can't follow.
         """
         return None if self.mask is None else key_padding(self.mask, self.q, self.k)
 
@@ -52,7 +52,7 @@ class Call:
         return tuple(x.transpose(1, 2) for x in tensors) if self.tokens_first else tensors
 
     def heads_first(self, x: Tensor) -> Tensor:
-        """Return a tensor that lies as the model holds its own as [B, H, S, D]: a view."""
+        """Return as [B, H, S, D] a tensor that lies as the model holds its own: a view."""
         return x.transpose(1, 2) if self.tokens_first else x
 
     @property

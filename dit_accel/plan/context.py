@@ -1,4 +1,4 @@
-"""Where a denoising stands: at a forward of the transformer, and at one attention call inside it."""
+"""Where the denoising stands: at a forward of the transformer, and at one attention call inside it."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from .layout import TokenLayout
 Key = tuple[str, int, str, int, int]
 """(transformer, layer, branch, row, batch): the attention calls that follow each other from step to step.
 
-A cache may compute a part of the batch alone at some steps (FasterCache does); what the whole learned is left as it is.
+A cache may compute only a part of the batch at some steps (FasterCache does); what the whole batch learned stays.
 """
 
 
@@ -21,12 +21,12 @@ class StepContext:
         transformer: component name, ``transformer`` or ``transformer_2``.
         branch: name of the denoising call, such as ``cond``; that of a nested one is ``cond/name``.
         step_index: 0-based step of this run, over all experts.
-        num_inference_steps: steps of this run; None where nothing tells.
-        sigma: noise level of the step; None where nothing tells.
+        num_inference_steps: steps of this run; None where it is not known.
+        sigma: noise level of the step; None where it is not known.
         layout: the sequence's token layout; None where it is not known yet, in a transformer that is compiled whole.
         batch: rows of the forward; None where they are not known yet.
-        training: the forward belongs to no generation, so that its step says nothing: gradients are recorded in
-            training mode, and no pipeline tells a step.
+        training: the forward belongs to no generation, so its step means nothing: gradients are recorded in training
+            mode, and no pipeline tells a step.
         told: the pipeline told the step; else it is inferred from the timesteps.
     """
 
@@ -49,8 +49,8 @@ class CallContext(StepContext):
         layer: index of the attention module among all that the adapter names, unique in its transformer.
         depth: index of its block, counted from the input; what ``dense_layers`` counts.
         device: where q, k and v lie.
-        row: which of the calls that the module makes in one forward; models that attend row by row make one a row.
-        repeated: the forward ran this call before; gradient checkpointing does so, and wants the same again.
+        row: which of the calls that the module makes in one forward; models that attend row by row make one per row.
+        repeated: the forward ran this call before; gradient checkpointing does so, and must get the same again.
         differentiate: a backward may follow, so that what the plan holds must not be written to.
     """
 

@@ -19,7 +19,7 @@ from .tiling import TILE, full_tiles
 def dense_rows(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | None = None) -> Tensor:
     """Return what the plan would compute for some query rows if it left nothing out, [B, H, G, D].
 
-    Logit transforms, key validity and identity mix stay the plan's; pooling, skipping and routing are gone.
+    Logit transforms, key validity and identity mix stay the plan's; pooling, skipping and routing do not apply.
 
     Args:
         plan: the call's plan.

@@ -20,7 +20,7 @@ class TokenLayout:
         text_after: the same, behind them.
 
     Raises:
-        ConfigError: for a size that is no whole number, or too small.
+        ConfigError: for a size that is not a whole number, or too small.
     """
 
     frames: int
@@ -66,7 +66,7 @@ def layout_of(grid: Sequence[int]) -> TokenLayout:
 
 
 def with_valid_text(layout: TokenLayout, length: int) -> TokenLayout:
-    """Return the layout of a sequence that left out padded text, or all text; or ``layout`` if that can't be."""
+    """Return ``layout`` less the text that a sequence of this length left out, padded or all; itself if none fits."""
     if length == layout.visual_tokens:
         return replace(layout, text_before=0, text_after=0)
     dropped = layout.tokens - length

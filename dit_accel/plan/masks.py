@@ -23,8 +23,8 @@ def visible_row(mask: Tensor | None, query: int) -> Tensor | None:
 def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     """Return key validity, bool [B, K], of a mask that hides keys: from all queries, or from all that it doesn't hide.
 
-    A query that the mask hides altogether has no defined result (zero or NaN, as the dense backend likes); the kernels
-    let it see the valid keys.
+    A query that the mask hides altogether has no defined result (zero or NaN, depending on the dense backend); the
+    kernels let it see the valid keys.
 
     Args:
         mask: [B, K] or [B, H, Q, K], sizes of 1 broadcast: bool, True for a valid pair; or an additive bias of 0 and
@@ -54,8 +54,8 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     valid = mask[:, :1].any(2, keepdim=True)
     if not bool((mask == (mask[:, :1].any(3, keepdim=True) & valid)).all()):
         raise ConfigError(
-            f"{asked}; {found} that pairs queries with keys otherwise (it is no outer product of valid queries and "
-            "valid keys); detach the sparse methods from this model"
+            f"{asked}; {found} that pairs queries with keys in another way (it is not an outer product of valid "
+            "queries and valid keys); detach the sparse methods from this model"
         )
     return valid.reshape(-1, keys).expand(batch, keys)
 

@@ -189,12 +189,12 @@ class AttentionPlan:
         return replace(self, key_mean=key_mean)
 
     def override_rows(self, rows: RowOverride) -> "AttentionPlan":
-        """Return the plan with some query rows under a rule of their own.
+        """Return the plan with a rule of their own for some query rows.
 
         Raises:
-            ConfigError: if it has such rows.
+            ConfigError: if it has such a rule.
         """
-        self._require_free("rule for rows of its own", self.row_override)
+        self._require_free("row override", self.row_override)
         return replace(self, row_override=rows)
 
     def centred(self, k: Tensor) -> Tensor:
@@ -225,7 +225,9 @@ class AttentionPlan:
 
     def _require_free(self, what: str, known: object) -> None:
         if known is not None:
-            raise ConfigError(f"the plan has a {what} already, and one attention call takes one")
+            raise ConfigError(
+                f"the plan has a {what} already, and one attention call takes only one; attach one such method"
+            )
 
 
 def is_full(tiles: TileLists) -> bool:
@@ -235,12 +237,16 @@ def is_full(tiles: TileLists) -> bool:
 
 @lru_cache(maxsize=16)
 def intersection(one: TileLists, other: TileLists) -> TileLists:
-    """Return lists that are exact where both are, pooled where either pools, and skip the rest; kept for next time."""
+    """Return lists that are exact where both are, pooled where either pools, and skip the rest; kept for next time.
+
+    Raises:
+        ConfigError: for lists of different numbers of heads.
+    """
     heads = max(one.groups, other.groups)
     if {one.groups, other.groups} - {1, heads}:
         raise ConfigError(
             f"lists of {one.groups} and {other.groups} groups can't be merged; share them between heads, or give one "
-            "list a head"
+            "list per head"
         )
     a, b = one.states(), other.states()
     pooled = (a == POOLED) | (b == POOLED)

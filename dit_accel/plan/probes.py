@@ -14,7 +14,7 @@ PROBE_SCORES = 2**26
 
 
 def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what some query rows see in every key tile of a plan, the most of each block row's.
+    """Return what some query rows see in every key tile of a plan, the largest of each block row.
 
     Args:
         plan: the call's plan; its tile lists give the tiles.
@@ -22,7 +22,7 @@ def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, T
         rows: int64 [G], token indices of the probes.
 
     Returns:
-        Gaps and shares, float32 (float64 for float64) [B, H, NQ, NK], as `dit_accel.methods.base.TakesBack` has them.
+        Gaps and shares, float32 (float64 for float64) [B, H, NQ, NK], as `dit_accel.methods.base.TakesBack` takes them.
     """
     tiles, order = plan.tiles, plan.token_order
     assert tiles is not None

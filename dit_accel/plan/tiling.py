@@ -45,7 +45,7 @@ class Tiling:
         return full_tiles(layout.tokens, layout.tokens, self.block_size, str(device)), self.token_order(layout, device)
 
     def tiles(self, tokens: int) -> int:
-        """Return how many tiles so many tokens take."""
+        """Return how many tiles a number of tokens takes."""
         return -(-tokens // self.block_size)
 
 
@@ -100,7 +100,7 @@ def exact_bits(tiles: TileLists, heads: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def pinned_bits(layout: TokenLayout, block: int, diagonal: int | None, sink: Sink, device: str) -> Tensor:
-    r"""Return int32 [NQ, W]: the tiles that stay exact whatever the data says, in `visual_first`'s order.
+    r"""Return int32 [NQ, W]: the tiles that stay exact whatever the data say, in `visual_first`'s order.
 
     Rows and columns of tiles that hold text always do; text columns are what ``sink="text"`` names.
 

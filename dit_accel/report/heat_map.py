@@ -18,16 +18,16 @@ DENSE, NOT_RUN = "0.82", "1.0"
 
 
 def write_heat_map(report: Any, path: Path) -> None:
-    """Write the heat map of a report as a PNG, whole or not at all: one panel a transformer and branch.
+    """Write the heat map of a report as a PNG, whole or not at all: one panel per transformer and branch.
 
     Raises:
-        ConfigError: if nothing followed a plan, or the path is no .png in an existing folder.
+        ConfigError: if nothing followed a plan, or the path is not a .png in an existing folder.
         MissingBackend: without matplotlib.
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"report().plot writes a PNG, got {path}; end the name in .png")
     if not path.parent.is_dir():
-        raise ConfigError(f"report().plot can't write {path}: {path.parent} is no folder; create it first")
+        raise ConfigError(f"report().plot can't write {path}: {path.parent} is not a folder; create it first")
     if not report.calls:
         raise ConfigError("report().plot has nothing to show: no attention call followed a plan; generate first")
     if importlib.util.find_spec("matplotlib") is None:

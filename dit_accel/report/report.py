@@ -65,11 +65,12 @@ class Report:
         methods: method name -> its options, every recipe value filled in.
         backend: the kernel backend asked for, and what ``auto`` chose.
         model: component name -> adapter and family.
-        steps: one entry a denoising call, in the order of the run.
+        steps: one entry per denoising call, in the order of the run.
         notes: remarks of the methods, such as a sequence too short to gain.
-        calls: one entry a planned attention call, by layer and head.
-        state_bytes: method name -> the most memory that it held from step to step since attach; without those of none.
-        sections: what single methods tell of themselves.
+        calls: one entry per planned attention call, by layer and head.
+        state_bytes: method name -> the most memory that it held from step to step since attach; methods that held none
+            are left out.
+        sections: what individual methods report.
     """
 
     methods: Mapping[str, Mapping[str, Any]]
@@ -95,14 +96,14 @@ class Report:
         return sum(step.sparse_layers * step.density for step in self.steps) / calls if calls else None
 
     def section(self, method: str) -> Section | None:
-        """Return what one method tells of itself, by its name; None where it tells nothing."""
+        """Return one method's section, by the method's name; None where it has none."""
         return next((section for section in self.sections if section.method == method), None)
 
     def plot(self, path: str | Path) -> None:
         """Write a heat map of what was kept, by step, layer and head, as a PNG; needs matplotlib.
 
         Raises:
-            ConfigError: if nothing followed a plan, or the path is no .png in an existing folder.
+            ConfigError: if nothing followed a plan, or the path is not a .png in an existing folder.
             MissingBackend: without matplotlib.
         """
         from .heat_map import write_heat_map
@@ -152,7 +153,7 @@ class Report:
 
 
 def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
-    """Turn what the recorder counted into one `StepReport` a denoising call."""
+    """Turn what the recorder counted into one `StepReport` per denoising call."""
     return tuple(
         StepReport(
             transformer=transformer,
@@ -168,7 +169,7 @@ def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
 
 
 def call_reports(recorder: Recorder) -> tuple[CallReport, ...]:
-    """Turn what the recorder counted into one `CallReport` a layer of a denoising call."""
+    """Turn what the recorder counted into one `CallReport` per layer of a denoising call."""
     reports = []
     for (transformer, step_index, branch), entry in recorder.forwards.items():
         by_layer: dict[int, list[CallShares]] = {}

@@ -1,4 +1,4 @@
-"""A section of the report: what one method tells of itself."""
+"""A section of the report: what one method says about its run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -47,7 +47,7 @@ class RadialRule:
 
 
 class Pieces(NamedTuple):
-    """The tiles of a sequence cut at the frame borders, in sequence order; all arrays have one entry a piece."""
+    """The tiles of a sequence cut at the frame borders, in sequence order; all arrays have one entry per piece."""
 
     frame: Ints
     """Frame the piece lies in."""
@@ -62,7 +62,7 @@ class Pieces(NamedTuple):
 
 
 def half_width(rule: RadialRule, distance: int, tokens_per_frame: int) -> int:
-    """Return w: tokens k and l of frames ``distance`` apart see each other if |k - l| <= w, were the pair not thinned.
+    """Return w: tokens k, l of frames ``distance`` apart see each other if |k - l| <= w, unless it is thinned out.
 
     w(0) = s; w(1) = s or s // 2; w(d) = max(B, decay_factor * P / 2^L(d)), with L the number of binary digits and
     P = 2^L(s).

@@ -1,4 +1,4 @@
-"""Frequencies of rotary positions, in radians a position, as pure functions."""
+"""Frequencies of rotary positions, in radians per position, as pure functions."""
 
 from collections.abc import Sequence
 
@@ -15,19 +15,19 @@ def frequencies(kind: str, dim: int, theta: float, *, exponents: Sequence[float]
 
     Args:
         kind: one of `KINDS`.
-        dim: channels that the axis rotates, two a frequency.
+        dim: channels that the axis rotates, two per frequency.
         theta: the base.
         exponents: e with theta^(-e) for each frequency, where a model has others than 2 j / dim.
 
     Raises:
-        ConfigError: for an unknown kind, an odd or empty ``dim``, a base below 1, exponents of another number.
+        ConfigError: for an unknown kind, an odd or empty ``dim``, a base of 1 or less, exponents of another number.
     """
     if kind not in KINDS:
-        raise ConfigError(f"rotary frequencies know the kinds {', '.join(KINDS)}, got kind={kind!r}; use one of them")
+        raise ConfigError(f"rotary frequencies are of kind {' or '.join(KINDS)}, got kind={kind!r}; use one of them")
     if dim < 2 or dim % 2:
         raise ConfigError(f"rotary channels come in pairs, got dim={dim!r}; give an even number from 2 on")
     if not theta > 1:
-        raise ConfigError(f"the base of rotary frequencies is above 1, got theta={theta!r}; give the model's own")
+        raise ConfigError(f"the base of rotary frequencies must be above 1, got theta={theta!r}; give the model's own")
     powers = np.arange(0, dim, 2, dtype=np.float64) / dim if exponents is None else np.asarray(exponents, np.float64)
     if powers.shape != (dim // 2,):
         raise ConfigError(f"dim={dim} has {dim // 2} frequencies, got {powers.size} exponents; give one for each")

@@ -64,7 +64,7 @@ def check_blocks(case: Case) -> str | None:
 
 @contextlib.contextmanager
 def replaced(blocks: Sequence[Block], call: Call) -> Iterator[None]:
-    """Answer the calls of blocks in their stead."""
+    """Let ``call`` run in place of blocks."""
     with contextlib.ExitStack() as stack:
         for block in blocks:
             stack.callback(wrap_call(block.module, partial(call, block)))
@@ -104,7 +104,7 @@ def _require_streams(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
         require(block.name not in results, f"{block.name} runs more than once in a forward")
         streams = block.signature.read_call(args, kwargs)
         for name, stream in zip(block.blocks.takes, streams, strict=True):
-            require(isinstance(stream, Tensor), f"{block.name}: {name} is no stream, it holds {stream!r:.60}")
+            require(isinstance(stream, Tensor), f"{block.name}: {name} is not a stream, it holds {stream!r:.60}")
         versions = [stream._version for stream in streams if stream is not None]
         results[block.name] = result = run(*args, **kwargs)
         left = block.signature.read_result(result)
@@ -121,11 +121,11 @@ def _require_streams(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
         return result
 
     with replaced(blocks, recorded):
-        require(torch.equal(case.run(inputs), plain), "watching the blocks changes the output")
+        require(torch.equal(case.run(inputs), plain), "recording the blocks changes the output")
     for beside in (False, True):
         listed = [block.name for block in blocks if block.blocks.beside == beside]
         ran = [name for name in results if name in listed]
-        require(ran == listed, f"blocks run in the order {', '.join(ran)}, the lists tell {', '.join(listed)}")
+        require(ran == listed, f"blocks run in the order {', '.join(ran)}, the lists say {', '.join(listed)}")
     _require_lengths(case, inputs, blocks, lengths)
     return results
 
@@ -143,7 +143,7 @@ def _require_lengths(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
         require(
             joined == block.blocks.joined,
             f"{block.name}: its visual stream has {lengths[block.name]} of the sequence's {whole} tokens, and "
-            f"joined={block.blocks.joined} tells {told}",
+            f"joined={block.blocks.joined} says {told}",
         )
 
 

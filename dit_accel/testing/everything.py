@@ -28,7 +28,7 @@ class Everything(AttentionHandler):
     first_step: ClassVar[int] = 0
 
     def is_active(self, step: StepContext, depth: int) -> bool:
-        """Active from the first step on that it is for."""
+        """Active from ``first_step`` on."""
         return step.step_index >= self.first_step
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:

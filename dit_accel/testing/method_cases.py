@@ -17,11 +17,11 @@ from .tiny_models import Case
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodCase:
-    """Two settings of one method, each a config or, where the method works on another's calls, that one's as well.
+    """Two settings of one method, each a config or, where the method works on another's calls, both configs.
 
     Attributes:
         neutral: attached, changes nothing.
-        active: changes every layer at every step of a `TinyModel`, but for the first ``warm`` ones.
+        active: changes every layer at every step of a `TinyModel`, except the first ``warm`` ones.
         warm: steps after which the method changes something: those of a method that learns what to leave out.
         thins: the method leaves tiles out; one that does not changes what is computed of them.
     """

@@ -32,7 +32,7 @@ def check_active(case: Case) -> str | None:
             again = case.run_after(warm, inputs)
             require(torch.equal(again, changed), "a run differs from the first after another batch")
         for call in calls:
-            require(call.q.shape[2] == call.k.shape[2], "a call is no self-attention")
+            require(call.q.shape[2] == call.k.shape[2], "a call is not self-attention")
             require_text_exact(call)
         require_as_planned(calls)
     return None

@@ -26,9 +26,9 @@ def check_places(case: Case) -> None:
     """The adapter names self-attention modules and all of them; every other attention module is left alone."""
     name = type(case.transformer).__name__
     known = {name: adapter for adapter in adapters().values() for name in adapter.transformers}
-    found = f"{name} is registered for another adapter object" if name in known else f"no adapter covers {name}"
+    problem = f"{name} is registered for another adapter object" if name in known else f"no adapter covers {name}"
     install = "install the package whose entry point gives this adapter"
-    require(known.get(name) is case.adapter, f"{found}; {install}, and import the adapter from there")
+    require(known.get(name) is case.adapter, f"{problem}; {install}, and import the adapter from there")
     forward = list(inspect.signature(type(case.transformer).forward).parameters)[1:]
     for asked in (case.adapter.latents, case.adapter.timestep):
         require(asked in forward, f"forward has no input {asked!r}; it has {', '.join(forward)}")
@@ -43,7 +43,8 @@ def check_places(case: Case) -> None:
         touched = {
             n for n, processor in attended.items() if case.transformer.get_submodule(n).processor is not processor
         }
-        require(touched == set(places), f"attach touched {sorted(touched ^ set(places))} besides or not")
+        wrong = sorted(touched ^ set(places))
+        require(not wrong, f"attach touched {wrong} beyond the adapter's modules, or missed them")
 
 
 def check_neutral(case: Case) -> None:
@@ -114,7 +115,7 @@ def check_layout(case: Case) -> None:
             inside = [token for token in tokens if 0 <= token < visual]
             outside = [token for token in tokens if token not in inside]
             if packed:  # further images may stand beside the first, as tokens that the grid counts as text
-                require(max(tokens) < visual + after, f"latents lie in token {max(tokens)}, behind all the grid counts")
+                require(max(tokens) < visual + after, f"latents lie in token {max(tokens)}, beyond all the grid counts")
             else:
                 apart += len(outside)
             first = tokens[base[axis]]
@@ -141,7 +142,7 @@ def check_refused(case: Case) -> str | None:
     for name, reason in case.adapter.refused.items():
         config = registry.methods().get(name)
         if config is None:
-            raise AssertionError(f"the adapter refuses {name!r}, which is no method")
+            raise AssertionError(f"the adapter refuses {name!r}, which is not a method")
         try:
             attach(case.transformer, config())
         except ConfigError as error:

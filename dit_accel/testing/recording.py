@@ -1,4 +1,4 @@
-"""What planned attention calls computed, held against their plan written out in float64."""
+"""Records planned attention calls, and checks what they computed against their plan's reference in float64."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ WIDE = torch.float64
 
 @contextlib.contextmanager
 def silenced(transformer: nn.Module) -> Iterator[None]:
-    """Let every attention module give zeros, so that a token's value tells of nothing but the token."""
+    """Let every attention module give zeros, so that a token's value depends on nothing but the token."""
 
     def zeros(module: nn.Module, inputs: Any, out: Any) -> Any:
         return torch.zeros_like(out) if isinstance(out, Tensor) else type(out)(torch.zeros_like(x) for x in out)

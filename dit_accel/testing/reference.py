@@ -1,4 +1,4 @@
-"""What an attention plan means, written out over pairs of tokens without the kernels."""
+"""The reference of an attention plan: what it means, computed over pairs of tokens without the kernels."""
 
 import torch
 import torch.nn.functional as F

@@ -62,8 +62,8 @@ def check_rope(case: Case) -> str | None:
         other = case.run(samples.inputs)
         require(bool(other.isfinite().all()) and not torch.equal(other, output), "other frequencies change no output")
         require(_snapshot(transformer, rope) == untouched, "a class or a module was changed")
-    require(torch.equal(case.run(samples.inputs), output), "undone, the output is another")
-    require(all(map(torch.equal, samples.take(), plain)), "undone, the positions are others")
+    require(torch.equal(case.run(samples.inputs), output), "after undoing, the output differs")
+    require(all(map(torch.equal, samples.take(), plain)), "after undoing, the positions differ")
     return None
 
 
@@ -125,7 +125,7 @@ def _wrong_along(grid: Tensor, axis: Axis) -> str:
         if name != axis.name and float(step.max()) > ROUNDING:
             return f"{axis.name}: its positions differ along {name}"
     if axis.name in steps and float(steps[axis.name].amax(-1).min()) <= ROUNDING:
-        return f"{axis.name}: two neighbours along it are at one position"
+        return f"{axis.name}: two neighbours along it have the same position"
     return ""
 
 
@@ -321,10 +321,10 @@ def replaced(transformer: Any, change: RopeChange) -> Iterator[None]:
 
 def _snapshot(transformer: Any, rope: Rope) -> dict[str, dict[str, int]]:
     """Identities of all that the classes of the transformer and of its positions hold, and the modules around them."""
-    found = {}
+    identities = {}
     for cls in (type(transformer), type(rope.find_owner(transformer))):
-        found[cls.__name__] = {name: id(value) for name, value in vars(cls).items()}
+        identities[cls.__name__] = {name: id(value) for name, value in vars(cls).items()}
         for value in vars(cls).values():
             if isinstance(value, types.FunctionType):
-                found[value.__module__] = {name: id(item) for name, item in value.__globals__.items()}
-    return found
+                identities[value.__module__] = {name: id(item) for name, item in value.__globals__.items()}
+    return identities

@@ -22,7 +22,7 @@ class TinyModel:
 
     Attributes:
         transformer: the class; the adapter must cover it.
-        config: its arguments: two or three blocks of each kind, 16 to 32 channels a head.
+        config: its arguments: two or three blocks of each kind, 16 to 32 channels per head.
         inputs: batch -> the forward's keyword arguments, tensors random and of ``batch`` rows. 100 to 300 tokens in
             five frames or more, frames, height and width all different; masks with rows of different lengths.
         left_alone: module-name patterns of the attention modules that no method may touch: cross-attention, refiners.
@@ -98,7 +98,7 @@ class Case:
         return {**inputs, "encoder_hidden_states": torch.where(visible.reshape(shape), text, 3.0)}
 
     def wide(self) -> Any:
-        """The transformer in float64, in which a difference is more than rounding; what it rounds inside, it rounds."""
+        """The transformer in float64, so that a difference is more than rounding, but for what it rounds itself."""
         wide = copy.deepcopy(self.transformer).double()
         for module in wide.modules():
             if isinstance(module, nn.Linear):
@@ -126,7 +126,7 @@ class Case:
         out = out if isinstance(out, Tensor) else out[0]
         if isinstance(out, Tensor):
             return out
-        return torch.stack(out) if self.model.max_batch > 1 else out[-1]  # one a row, or the last is the one made
+        return torch.stack(out) if self.model.max_batch > 1 else out[-1]  # one per row, or the last is the one made
 
 
 def require_patterns_match(adapter: Adapter, cases: Sequence[Case]) -> None:
@@ -140,7 +140,7 @@ def require_patterns_match(adapter: Adapter, cases: Sequence[Case]) -> None:
 
 
 def rows_of(value: Any, row: int, batch: int) -> Any:
-    """Take one row of tensors, and of lists that have one entry a row."""
+    """Take one row of tensors, and of lists that have one entry per row."""
     if isinstance(value, Tensor):
         return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
     if isinstance(value, dict):

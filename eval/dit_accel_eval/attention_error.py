@@ -63,7 +63,9 @@ def call_errors(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, order: Tensor
     """Return masses and relative errors of one call, over all heads and queries.
 
     Args:
-        q: [B, S, H, D]; so are k and v.
+        q: queries, [B, S, H, D].
+        k: keys, the same shape.
+        v: values, the same shape.
         tiles: lists with pooled tiles in the tiled order.
         order: position in the tiled order -> token, or None.
 
@@ -110,7 +112,7 @@ def measure(suite: Suite, clips: int) -> list[dict[str, str | float]]:
         for method in arm.methods
         if isinstance(method, RadialAttention) and method.rest == "pooled"
     }
-    found: dict[tuple[str, int, str], list[dict[str, float]]] = {}
+    by_setting: dict[tuple[str, int, str], list[dict[str, float]]] = {}
     layout = TokenLayout(frames=(suite.num_frames - 1) // 2 + 1, height=8, width=8)
     layers, steps = pipe.transformer.config.num_layers, suite.num_inference_steps
     for clip in range(clips):
@@ -124,7 +126,7 @@ def measure(suite: Suite, clips: int) -> list[dict[str, str | float]]:
                     continue
                 half = "early" if step < steps // 2 else "late"
                 errors = call_errors(q, k, v, method.tiles(layout), method.token_order(layout))
-                found.setdefault((name, layer, half), []).append(errors)
+                by_setting.setdefault((name, layer, half), []).append(errors)
 
         with observed(observe):
             pipe(
@@ -140,7 +142,7 @@ def measure(suite: Suite, clips: int) -> list[dict[str, str | float]]:
     return [
         {"arm": name, "layer": layer, "steps": half}
         | {key: float(np.mean([one[key] for one in all_calls])) for key in COLUMNS}
-        for (name, layer, half), all_calls in sorted(found.items())
+        for (name, layer, half), all_calls in sorted(by_setting.items())
     ]
 
 

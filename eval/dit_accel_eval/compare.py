@@ -70,7 +70,7 @@ def suite_command(
 
 
 def run(suite: Suite, out: Path) -> None:
-    """Generate what ``out`` does not hold yet, and append one JSON line a clip.
+    """Generate what ``out`` does not hold yet, and append one JSON line per clip.
 
     Raises:
         ConfigError: if ``out`` holds results of another model.
@@ -89,16 +89,16 @@ def run(suite: Suite, out: Path) -> None:
         reference, dense_seconds, _ = generate(pipe, suite, dense_arm, prompt, clip)
         for arm in todo:
             video, seconds, report = generate(pipe, suite, arm, prompt, clip)
-            found = check(video)
+            verdict = check(video)
             line = {
                 "arm": arm.name,
                 "clip": clip,
                 "prompt": prompt,
                 "psnr": psnr(video, reference),
                 "ssim": ssim(video, reference),
-                "color": found.color == scene.color,
-                "shape": found.shape == scene.shape,
-                "direction": found.direction == scene.direction,
+                "color": verdict.color == scene.color,
+                "shape": verdict.shape == scene.shape,
+                "direction": verdict.direction == scene.direction,
                 "density": report.density,
                 "sparse_density": report.sparse_density,
                 "seconds": seconds,
@@ -132,7 +132,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table(suite: Suite, lines: Sequence[dict[str, Any]]) -> str:
-    """Return the suite's Markdown table: one row an arm, means over clips, intervals by paired bootstrap."""
+    """Return the suite's Markdown table: one row per arm, means over clips, intervals by paired bootstrap."""
     return "\n".join(_rows(suite, lines))
 
 

@@ -32,7 +32,7 @@ OUT = Path(__file__).parents[1] / "results" / "denoising-time.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write one JSON line an arm and print the table; returns the exit code."""
+    """Measure, write one JSON line per arm and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--num-frames", type=int, default=129)
     parser.add_argument("--steps", type=int, default=10)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return one row an arm: its density over the whole run, its time and its result against the dense run's."""
+    """Return one row per arm: its density over the whole run, its time and its result against the dense run's."""
     torch.set_num_threads(options.threads)
     pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -62,12 +62,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         lite = dit_accel.LiteAttention(threshold=value, block_size=options.block_size, dense_steps=1)
         arms[f"threshold {value:g}"] = lite, options.steps
     _run(pipe, (None, 2), options)  # warm-up
-    found: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in arms}
+    runs_of: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in arms}
     for _ in range(options.rounds):
         for name, arm in arms.items():
-            found[name].append(_run(pipe, arm, options))
-    dense = np.array([seconds for seconds, *_ in found["dense"]])
-    latents = found["dense"][0][2]
+            runs_of[name].append(_run(pipe, arm, options))
+    dense = np.array([seconds for seconds, *_ in runs_of["dense"]])
+    latents = runs_of["dense"][0][2]
     about = {
         "num_frames": options.num_frames,
         "tokens": (options.num_frames // 2 + 1) * 64,
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "distance": float((runs[0][2] - latents).norm() / latents.norm()),
             **about,
         }
-        for name, runs in found.items()
+        for name, runs in runs_of.items()
     ]
 
 

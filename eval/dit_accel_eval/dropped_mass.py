@@ -30,7 +30,7 @@ SETTING: dict[str, Any] = {"block_size": 16, "dense_steps": 2}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what ``--out`` does not hold yet, one JSON line a clip, and print the table; returns the exit code."""
+    """Measure what ``--out`` does not hold yet, one JSON line per clip, and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--clips", type=int, default=16)
@@ -113,10 +113,10 @@ def _measured(pipe: WanPipeline, options: argparse.Namespace, budget: float, cli
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return one row a budget under a line that says how they were made, as Markdown."""
+    """Return one row per budget under a line that says how they were made, as Markdown."""
     first = lines[0]
     clips = len({line["clip"] for line in lines})
-    found = [
+    rendered = [
         f"the embedded model, {clips} held-out clips of {first['num_frames']} frames, {first['steps']} steps, tiles of "
         f"{first['block_size']}.",
         "",
@@ -133,8 +133,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         largest, row = (max(line[key] for line in of) for key in ("largest_mean", "largest_row"))
         share = sum(line["calls_within"] for line in of) / calls
         cells = (f"{budget:g}", calls, f"{share:.1%}", f"{mean:.4f}", f"{largest:.4f}", f"{rows:.2%}", f"{row:.3f}")
-        found.append(f"| {' | '.join(map(str, cells))} | {density:.3f} |")
-    return "\n".join(found)
+        rendered.append(f"| {' | '.join(map(str, cells))} | {density:.3f} |")
+    return "\n".join(rendered)
 
 
 if __name__ == "__main__":

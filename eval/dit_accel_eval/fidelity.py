@@ -13,7 +13,7 @@ def psnr(clip: Clip, reference: Clip) -> float:
     """Return the peak signal-to-noise ratio in dB over all frames; 100 for identical clips, so that means stay finite.
 
     Raises:
-        ValueError: for clips of other shapes.
+        ValueError: for clips of different shapes.
     """
     return min(100.0, float(peak_signal_noise_ratio(*_pair(clip, reference), data_range=1.0)))
 
@@ -22,7 +22,7 @@ def ssim(clip: Clip, reference: Clip) -> float:
     """Return the structural similarity (Gaussian window, 11 pixels), mean over frames, 1 for identical clips.
 
     Raises:
-        ValueError: for clips of other shapes.
+        ValueError: for clips of different shapes.
     """
     return float(structural_similarity_index_measure(*_pair(clip, reference), data_range=1.0))  # type: ignore[arg-type]
 
@@ -30,7 +30,7 @@ def ssim(clip: Clip, reference: Clip) -> float:
 def _pair(clip: Clip, reference: Clip) -> tuple[torch.Tensor, torch.Tensor]:
     if clip.shape != reference.shape or clip.ndim != 4:
         raise ValueError(
-            f"two clips [F, height, width, 3] of one shape are compared, got {clip.shape}, {reference.shape}"
+            f"only clips [F, height, width, 3] of one shape can be compared, got {clip.shape}, {reference.shape}"
         )
     one, two = (torch.from_numpy(np.ascontiguousarray(x, np.float32)).permute(0, 3, 1, 2) for x in (clip, reference))
     return one, two

@@ -1,8 +1,8 @@
 """Searches LiteAttention's threshold at every attention call, on its own queries, keys and values.
 
 Source: the calibration of LiteAttention (arXiv 2511.11062): a threshold's votes, used on the same inputs, may change
-the output by a target error. Where we depart from it: of all thresholds within the target the highest found is taken,
-and where none between the limits is, nothing is dropped.
+the output by a target error. Where we depart from it: the highest threshold found within the target is taken,
+and if there is none between the limits, nothing is dropped.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ LOWEST, HIGHEST = -20.0, -(2.0**-6)
 """Log2 levels between which thresholds are searched."""
 
 START = -10.0
-"""Where a search begins that knows nothing: the published threshold."""
+"""Where a search begins without a hint: the published threshold."""
 
 FIRST_STRIDE = 0.5
 NEAR = 0.9
@@ -41,16 +41,16 @@ FAINTEST = -40.0
 Metric = Callable[[Tensor, Tensor], float]
 
 
-def _l1(found: Tensor, reference: Tensor) -> float:
-    return float((found - reference).abs().sum() / reference.abs().sum().clamp(min=1e-30))
+def _l1(out: Tensor, reference: Tensor) -> float:
+    return float((out - reference).abs().sum() / reference.abs().sum().clamp(min=1e-30))
 
 
-def _l2(found: Tensor, reference: Tensor) -> float:
-    return float((found - reference).norm() / reference.norm().clamp(min=1e-30))
+def _l2(out: Tensor, reference: Tensor) -> float:
+    return float((out - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
-def _cosine(found: Tensor, reference: Tensor) -> float:
-    return 1 - float(torch.nn.functional.cosine_similarity(found.flatten(), reference.flatten(), dim=0))
+def _cosine(out: Tensor, reference: Tensor) -> float:
+    return 1 - float(torch.nn.functional.cosine_similarity(out.flatten(), reference.flatten(), dim=0))
 
 
 METRICS: dict[str, Metric] = {"l1": _l1, "l2": _l2, "cosine": _cosine}
@@ -115,14 +115,14 @@ class Rerun:
         plan, call = self.plan, self.call
         assert plan.tiles is not None
         q, k, v = call.as_held(call.q, call.k, call.v)
-        found = block_sparse_attention_eager(
+        result = block_sparse_attention_eager(
             q, k, v, plan.tiles, **call.kernel_layout, scale=call.scale, head_scale=plan.head_scale,
             key_mask=call.key_mask(), frame_decay=plan.frame_decay, token_order=plan.token_order,
             identity_mix=plan.identity_mix, identity_rows=plan.identity_rows, selection=selection, return_tiles=True,
             backend=call.backend,
         )  # fmt: skip
-        assert isinstance(found, tuple)
-        return call.heads_first(found[0]), *found[1:]
+        assert isinstance(result, tuple)
+        return call.heads_first(result[0]), *result[1:]
 
 
 def threshold_of(criterion: str, level: float) -> float:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(suite: Suite, out: Path) -> None:
-    """Generate what ``out`` does not hold yet, and append one JSON line a clip.
+    """Generate what ``out`` does not hold yet, and append one JSON line per clip.
 
     Raises:
         ConfigError: if ``out`` holds results of another model.
@@ -98,8 +98,8 @@ def judged(video: Clip, scene: Scene) -> dict[str, Any]:
 
 
 def _is_right(frame: np.ndarray, scene: Scene) -> bool:
-    found = check(frame[None])
-    return (found.color, found.shape, found.background) == (scene.color, scene.shape, scene.background)
+    verdict = check(frame[None])
+    return (verdict.color, verdict.shape, verdict.background) == (scene.color, scene.shape, scene.background)
 
 
 def motion(video: Clip) -> float:
@@ -127,7 +127,7 @@ def repetition(video: Clip) -> float:
 
 
 def table(suite: Suite, lines: Sequence[dict[str, Any]]) -> str:
-    """Return the suite's Markdown table: one row an arm, means over clips, intervals by paired bootstrap."""
+    """Return the suite's Markdown table: one row per arm, means over clips, intervals by paired bootstrap."""
     return "\n".join(_rows(suite, lines))
 
 

@@ -19,7 +19,7 @@ import dit_accel
 
 
 def main() -> None:
-    """Print one JSON line: seconds a step of both arms, median over the pairs, and the overhead with its quartiles."""
+    """Print one JSON line: seconds per step of both arms, median over the pairs, and the overhead and its quartiles."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=4)

@@ -28,7 +28,7 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 10_0
     """Return the mean of per-clip values with a percentile bootstrap interval (Efron 1979), seeded.
 
     Args:
-        values: one value a clip; for a paired comparison the difference of the two arms on that clip.
+        values: one value per clip; for a paired comparison the difference of the two arms on that clip.
         level: confidence level, in (0, 1).
         draws: resamples.
         seed: of the resampling.

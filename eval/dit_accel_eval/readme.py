@@ -109,8 +109,8 @@ def _speed(root: Path) -> str:
 
 
 def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) -> str:
-    found = [r for r in records if (r["candidate"], r["dtype"], r["density"]) == (name, dtype, density)]
-    return f"{found[-1]['speedup']:.2f}x ({found[-1]['of_ideal']:.2f})" if found else ""
+    matching = [r for r in records if (r["candidate"], r["dtype"], r["density"]) == (name, dtype, density)]
+    return f"{matching[-1]['speedup']:.2f}x ({matching[-1]['of_ideal']:.2f})" if matching else ""
 
 
 def _time(root: Path) -> str:

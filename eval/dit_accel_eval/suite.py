@@ -70,9 +70,9 @@ def read_suite(path: Path) -> Suite:
     try:
         data = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from None
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
     if data.pop("version", None) != SUITE_VERSION:
-        raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads")
+        raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads; rewrite it for that")
     arms = data.pop("arm", [])
     known = [field for field in Suite.__slots__ if field != "arms"]
     for key in data:
@@ -80,12 +80,12 @@ def read_suite(path: Path) -> Suite:
             raise ConfigError(f"{path} has an unknown key {key!r}; {did_you_mean(key, known)}")
     missing = [key for key in known if key not in data]
     if missing or not arms:
-        raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}")
+        raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}; add what is missing")
     made = tuple(_arm(arm, data["num_inference_steps"], path) for arm in arms)
     names = [arm.name for arm in made]
     for arm in made:
         if names.count(arm.name) > 1:
-            raise ConfigError(f"{path} has two arms called {arm.name!r}")
+            raise ConfigError(f"{path} has two arms called {arm.name!r}; rename one")
         if arm.against is not None and arm.against not in names:
             raise ConfigError(f"{path}: {arm.name!r} is against {arm.against!r}; {did_you_mean(arm.against, names)}")
     return Suite(**data, arms=made)
@@ -93,7 +93,7 @@ def read_suite(path: Path) -> Suite:
 
 def _arm(values: Mapping[str, Any], steps: int, path: Path) -> Arm:
     if "name" not in values:
-        raise ConfigError(f"{path} has an arm without a name: {dict(values)}")
+        raise ConfigError(f"{path} has an arm without a name: {dict(values)}; give it one")
     methods = [from_dict(method(key), value) for key, value in values.items() if isinstance(value, dict)]
     known = ("name", "num_inference_steps", "against", "num_frames")
     for key, value in values.items():

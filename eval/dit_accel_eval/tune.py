@@ -69,7 +69,7 @@ def tune_method(
     prompts = tuple(prompt or ()) or (read_prompts(prompt_file) if prompt_file is not None else ())
     if not prompts:
         if model is not None:
-            raise ConfigError(f"tune has no prompts of its own for {model}; give some by --prompt or --prompt-file")
+            raise ConfigError(f"tune has no prompts of its own for {model}; give some with --prompt or --prompt-file")
         prompts = embedded_prompts()
     request = tuning_request(
         prompts=prompts, model=model, height=height, width=width, num_frames=num_frames,

@@ -39,7 +39,7 @@ PROGRESS_VERSION = 1
 
 NOTHING_VOTES = (
     "tune lite has nothing to tune, got num_inference_steps = {steps}: each step is dense by lite's dense_ options, or "
-    "the last, whose votes no other step follows; ask for more steps, or fewer dense ones: --set lite.dense_steps=0"
+    "is the last, whose votes no later step follows; ask for more steps, or fewer dense ones: --set lite.dense_steps=0"
 )
 
 
@@ -117,7 +117,7 @@ def tune_lite(
     What is done lies beside ``output`` until the file is whole, and a run with the same settings goes on from there.
 
     Args:
-        request: what to generate; its methods may hold a `LiteAttention` without thresholds, and others beside it.
+        request: what to generate; its methods may hold a `LiteAttention` without thresholds, and others as well.
         output: TOML file of the thresholds.
         target_error: error that one vote may add to the next call, in the metric's units.
         metric: a name of `METRICS`.
@@ -156,8 +156,8 @@ def tune_lite(
         steps = len(tuned.timings.steps)
         if not tuner.found:
             raise ConfigError(NOTHING_VOTES.format(steps=steps))
-        found, reference = (np.divide(made.frames, 255, dtype=np.float32) for made in (tuned, dense))
-        done.append(TunedPrompt(prompt=prompt, psnr=psnr(found, reference), calls=tuple(tuner.found)))
+        frames, reference = (np.divide(made.frames, 255, dtype=np.float32) for made in (tuned, dense))
+        done.append(TunedPrompt(prompt=prompt, psnr=psnr(frames, reference), calls=tuple(tuner.found)))
         _write_progress(progress, settings, done)
     assert steps is not None
     thresholds = combine(done, layers, steps, model_name(lite.model), config.criterion, target_error)
@@ -228,7 +228,9 @@ def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]
         if value is not None:
             raise ConfigError(f"tune lite finds the thresholds itself, got lite.{name} = {value!r}; leave it out")
     if config.criterion == "budget":
-        raise ConfigError("tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error")
+        raise ConfigError(
+            "tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error; use one"
+        )
     return config, others
 
 
@@ -245,18 +247,18 @@ def _read_progress(path: Path, settings: dict[str, Any]) -> list[TunedPrompt]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        known, prompts = found["settings"], found["prompts"]
-        if found["version"] != PROGRESS_VERSION:
-            raise ValueError(f"version {found['version']}")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        known, prompts = saved["settings"], saved["prompts"]
+        if saved["version"] != PROGRESS_VERSION:
+            raise ValueError(f"version {saved['version']}")
         done = [TunedPrompt(**{**one, "calls": tuple(Found(**call) for call in one["calls"])}) for one in prompts]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no progress of tune that this release reads ({error}); delete it") from None
+        raise ConfigError(f"{path} is not tuning progress that this release can read ({error}); delete it") from None
     for name, value in settings.items():
         if known.get(name) != value:
             raise ConfigError(
                 f"{path} holds progress of a run with {name} = {known.get(name)!r}, this one has {value!r}; finish "
-                "that run, or delete the file to begin anew"
+                "that run, or delete the file to start again"
             )
     return done
 

@@ -1,6 +1,6 @@
 """Bria Fibo 1 and 2. Fibo 1: FLUX.1's sequence. Fibo 2: gist tokens, the image, images to edit.
 
-Where a batch has gist tokens of different numbers, they stand last.
+Where the rows of a batch have different numbers of gist tokens, these stand last.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ def behind_the_gist(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
 
     text, mask = inputs["encoder_hidden_states"], inputs.get("encoder_attention_mask")
-    found: Any = (text.shape[2],) if mask is None else read_once(mask, lengths)
-    if isinstance(found, str):
-        return found
+    tokens: Any = (text.shape[2],) if mask is None else read_once(mask, lengths)
+    if isinstance(tokens, str):
+        return tokens
     counts = compute_gist_count(
-        list(found), config.min_num_gist_tokens, config.max_num_gist_tokens, config.gist_step,
+        list(tokens), config.min_num_gist_tokens, config.max_num_gist_tokens, config.gist_step,
         config.gist_min_text_len, config.gist_max_text_len,
     )  # fmt: skip
     gist, patch = max(counts), config.patch_size

@@ -1,7 +1,7 @@
 """HunyuanVideo FramePack: the history stands before the frames that are made, at three resolutions, coarsest first.
 
-Behind them stand the image's tokens and the prompt's; of one row, the valid ones alone. History and text stay exact.
-Each section of frames is a run of its own, in methods' warm-up as in the report, which tells of the last one.
+Behind them stand the image's tokens and the prompt's; with one row, only the valid ones. History and text stay exact.
+Each section of frames is a run of its own, for the methods' warm-up and in the report, which shows the last one.
 """
 
 from collections.abc import Mapping

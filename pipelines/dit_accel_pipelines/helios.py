@@ -1,6 +1,6 @@
 """Helios: the history stands before the frames that are made, at three resolutions, coarsest first, and stays exact.
 
-Each chunk of frames is a run of its own, in methods' warm-up as in the report, which tells of the last one.
+Each chunk of frames is a run of its own, for the methods' warm-up and in the report, which shows the last one.
 """
 
 from collections.abc import Mapping

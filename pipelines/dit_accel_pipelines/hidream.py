@@ -1,6 +1,6 @@
 """HiDream-I1: the image first, then the tokens of T5 and twice those of Llama.
 
-An image that is no square is padded to ``max_resolution`` with tokens that are not hidden: they count as text.
+An image that is not square is padded to ``max_resolution`` with tokens that are not hidden: they count as text.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def padded_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off latents [B, C, H, W]."""
     latents, patch = inputs["hidden_states"], config.patch_size
     if latents.ndim != 4:
-        return "its latents are patches already, whose places are not told; pass them as [B, C, H, W]"
+        return "its latents are patches already, whose positions are not given; pass them as [B, C, H, W]"
     rows, columns = latents.shape[-2:]
     height, width = rows // patch, columns // patch
     padding = 0 if rows == columns else config.max_resolution[0] * config.max_resolution[1] // patch**2 - height * width

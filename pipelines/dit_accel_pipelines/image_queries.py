@@ -1,4 +1,4 @@
-"""PRX and Nucleus-Image: only the image asks; its keys are joined by the text's, in front (PRX) or behind (Nucleus)."""
+"""PRX and Nucleus-Image: only the image has queries; text joins its keys, in front (PRX) or behind (Nucleus)."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -24,7 +24,7 @@ def first_of_list(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off ``shape_list``: the first image of a row; all behind it counts as text."""
     shapes = {tuple(row[0]) for row in inputs["shape_list"]}
     if len(shapes) > 1:
-        return f"the rows of the batch make images of different sizes, {sorted(shapes)} tokens; make one image a call"
+        return f"the rows of the batch make images of different sizes, {sorted(shapes)} tokens; make one image per call"
     (shape,) = shapes
     after = inputs["hidden_states"].shape[1] - prod(shape) + inputs["encoder_hidden_states"].shape[1]
     return *shape, 0, after

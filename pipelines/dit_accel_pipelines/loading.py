@@ -86,8 +86,8 @@ def pick_device(asked: str | None) -> Any:
     import torch
 
     if asked is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(asked)
         torch.empty(1, device=device)

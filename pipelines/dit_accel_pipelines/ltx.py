@@ -35,14 +35,14 @@ LTX_13B = replace(
 def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off ``num_frames``, ``height`` and ``width``, which count tokens; those left over stand behind it.
 
-    The condition pipeline tells tokens' places by ``video_coords`` instead: what it is conditioned on, then the video.
+    The condition pipeline gives positions as ``video_coords`` instead: what it is conditioned on, then the video.
     """
     tokens = inputs["hidden_states"].shape[1]
     frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
     if frames is not None and height is not None and width is not None:
         return frames, height, width, 0, tokens - frames * height * width
     if inputs.get("video_coords") is None:
-        return "LTX was given neither num_frames, height and width nor video_coords, so that its tokens have no places"
+        return "LTX was given neither num_frames, height and width nor video_coords, so its tokens have no positions"
     video = read_once(inputs["video_coords"], video_behind_conditions)
     if isinstance(video, str):
         return video
@@ -51,7 +51,7 @@ def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def video_behind_conditions(coords: Any) -> tuple[int, int, int] | str:
-    """Return (frames, height, width) of the video that coordinates [B, 3, S] end with, or in words why it is none."""
+    """Return (frames, height, width) of the video that coordinates [B, 3, S] end with, or why there is none."""
     try:
         return last_video(coords[0].mT)
     except ConfigError as error:

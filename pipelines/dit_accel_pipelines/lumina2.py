@@ -35,13 +35,13 @@ def lengths(mask: Any) -> tuple[int, ...]:
 
 def valid_text_first(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off latents [B, C, H, W] and the prompts' lengths, which must be equal."""
-    found = read_once(inputs["encoder_attention_mask"], lengths)
-    if isinstance(found, str):
-        return found
-    if len(set(found)) > 1:
-        return f"each image of a batch begins behind its own prompt ({found} tokens); make one image a call"
+    counts = read_once(inputs["encoder_attention_mask"], lengths)
+    if isinstance(counts, str):
+        return counts
+    if len(set(counts)) > 1:
+        return f"each image of a batch begins behind its own prompt ({counts} tokens); make one image per call"
     latents, patch = inputs["hidden_states"], config.patch_size
-    return 1, latents.shape[-2] // patch, latents.shape[-1] // patch, found[0], 0
+    return 1, latents.shape[-2] // patch, latents.shape[-1] // patch, counts[0], 0
 
 
 def lumina_sizes(config: Mapping[str, Any], mlp_ratio: float | Fraction) -> Sizes:

@@ -72,7 +72,12 @@ def read_video(path: Path) -> list["Image"]:
 
 
 def write_media(path: Path, frames: Frames, *, fps: float) -> None:
-    """Write frames by the path's suffix: .mp4 (H.264), .gif, or .png (one frame, or a contact sheet of several)."""
+    """Write frames by the path's suffix: .mp4 (H.264), .gif, or .png (one frame, or a contact sheet of several).
+
+    Raises:
+        ConfigError: for an unknown suffix, or odd sizes in an .mp4.
+        RuntimeError: if ffmpeg fails.
+    """
     suffix = path.suffix.lower()
     if suffix == ".mp4":
         _write_mp4(path, frames, fps)

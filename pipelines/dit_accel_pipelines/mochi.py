@@ -37,7 +37,7 @@ MOCHI = Adapter(
         owner="rope",
         form="learned",
         axes=learned,
-        note="each head has learned frequencies of its own: no index of a dominant period is theirs together",
+        note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
     families=(MOCHI_1,),
 )

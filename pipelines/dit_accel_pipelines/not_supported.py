@@ -3,8 +3,8 @@
 AUDIO = "it makes sound: there is no grid of frames, rows and columns"
 LINEAR = "its self-attention is linear: there is no softmax over tiles"
 UNET = "it is a part of U-Nets, not a whole transformer"
-TINY = "its images have few hundred tokens: attention is no cost there"
-APART = "its spatial and its temporal attention are apart: no call sees a video's grid"
+TINY = "its images have a few hundred tokens: attention costs next to nothing there"
+APART = "its spatial and its temporal attention are separate: no call sees a video's grid"
 
 NOT_SUPPORTED: dict[str, str] = {
     "AceStepTransformer1DModel": AUDIO,

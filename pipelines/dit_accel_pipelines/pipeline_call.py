@@ -90,13 +90,13 @@ def pipeline_class(files: ModelFiles) -> type:
 
     name = files.index.get("_class_name")
     with quiet_diffusers():
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(found, type):
+        cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(cls, type):
         raise UnsupportedModel(
             f"{files.name} is made for the pipeline class {name!r}, which diffusers {diffusers.__version__} does not "
             "have; update diffusers, or load the model in Python"
         )
-    return found
+    return cls
 
 
 def _shown(value: Any) -> str:

@@ -66,7 +66,7 @@ LUMINA_NEXT = replace(
         values="complex",
         axes=lambda config: even(("height", "width"), config["hidden_size"] // config["num_attention_heads"] // 2),
         max_positions=fixed_lengths(height=384, width=384),
-        note="the pipeline scales the frequencies itself, other ones early and late; a change comes on top",
+        note="the pipeline scales the frequencies itself, differently early and late; a change comes on top",
     ),
     families=(),
 )

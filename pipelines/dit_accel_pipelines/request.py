@@ -109,7 +109,7 @@ class Request:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.backend != "auto" and not self.methods:
             raise ConfigError(
-                f"backend {self.backend!r} was asked for and no method would use it; switch one on, such as --radial"
+                f"backend {self.backend!r} was asked for, but no method would use it; switch one on, such as --radial"
             )
         for output in self.outputs():
             check_output(output)
@@ -139,7 +139,7 @@ class Request:
         return [self.output.with_name(name) for name in names]
 
     def asked(self) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call that are set, but for the prompt."""
+        """Return the arguments of the pipeline's call that are set, except the prompt."""
         names = ("negative_prompt", *PICTURES, *SIZES, "guidance_scale")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -158,7 +158,7 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
 
     Raises:
         ConfigError: for words the embedded model does not know, sizes the model can't make (with the nearest), or
-            what its pipeline does not take or needs beside.
+            what its pipeline does not take or needs besides.
         UnsupportedModel: if the model is not found, or no adapter can take the methods asked for.
     """
     if request.is_embedded:

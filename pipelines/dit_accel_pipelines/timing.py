@@ -1,4 +1,4 @@
-"""Takes the time of a pipeline's steps by standing in for its progress bar, which every pipeline moves step by step."""
+"""Times a pipeline's steps by standing in for its progress bar, which every pipeline moves step by step."""
 
 import contextlib
 import time

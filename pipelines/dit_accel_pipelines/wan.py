@@ -14,7 +14,7 @@ from dit_accel.adapters.rope_axes import same_length, thirds
 from dit_accel.adapters.sizes import read_sizes
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
-# steps as a share, the first block dense, everybody sees frame 0). Its published sparsities belong to near="half".
+# steps as a share, the first block dense, every token sees frame 0). Its published sparsities belong to near="half".
 RADIAL_WAN = {
     "decay_factor": 0.2,
     "block_size": 128,
@@ -57,7 +57,7 @@ WAN21_14B = replace(
     height=720,
     width=1280,
 )
-# The image models add 257 CLIP tokens an image to the cross-attention.
+# The image models add 257 CLIP tokens per image to the cross-attention.
 WAN21_I2V_480P = replace(
     WAN21_14B,
     name="wan2.1-i2v-14b-480p",

@@ -1,7 +1,7 @@
 """Wan 2.2 Animate: Wan 2.1's blocks; the character's image stands before the video as a frame of its own.
 
 That frame counts as text: exact in rows and columns. The face adapters are cross-attention and left out. Each segment
-is a run of its own, in methods' warm-up as in the report, which tells of the last one.
+is a run of its own, for the methods' warm-up and in the report, which shows the last one.
 """
 
 from dataclasses import replace

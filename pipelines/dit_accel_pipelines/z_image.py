@@ -41,9 +41,9 @@ def padded(tokens: int) -> int:
 
 
 def list_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
-    """Read the grid off the list of images [C, F, H, W], one a row of the batch.
+    """Read the grid off the list of images [C, F, H, W], one per row of the batch.
 
-    Omni: one list a row, of which the last image is made.
+    Omni: one list per row, of which the last image is made.
     """
     patch, frame_patch = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
 
@@ -65,7 +65,7 @@ def list_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
         after += sum(MULTIPLE if x is None else padded(x.shape[0] * x.shape[1]) for x in extra or ())
         grids.append((*size(images[-1]), before, after))
     if len({grid[:4] for grid in grids}) > 1:
-        return "the rows of the batch have prompts or reference images of different lengths; make one image a call"
+        return "the rows of the batch have prompts or reference images of different lengths; make one image per call"
     return max(grids)
 
 

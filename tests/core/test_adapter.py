@@ -37,7 +37,7 @@ CONFIG = SimpleNamespace(patch_size=2)
 
 def test_latents_grid_knows_three_places_of_text():
     assert latents_grid(CONFIG, LATENTS) == (7, 4, 8, 0, 0)
-    with pytest.raises(ConfigError, match="text='none', 'before' and 'after', got text='behind'; use one of them"):
+    with pytest.raises(ConfigError, match="text='none', 'before' or 'after', got text='behind'; use one of them"):
         latents_grid(CONFIG, LATENTS, text="behind")
 
 
@@ -57,9 +57,12 @@ def test_a_grid_or_a_sentence_is_read_as_it_is():
         (dict(grid=lambda c, x: None), "gave None; it must give five whole numbers"),
         (
             dict(grid=lambda c, x: x["txt"]),
-            "asks for the input 'txt', the forward was given hidden_states, timestep; cor",
+            "asks for the input 'txt', but the forward was given hidden_states, timestep; cor",
         ),
-        (dict(latents="x"), "'mine' asks for the input 'x', the forward was given hidden_states, .* adapter's latents"),
+        (
+            dict(latents="x"),
+            "'mine' asks for the input 'x', but the forward was given hidden_states, .* adapter's latents",
+        ),
     ],
 )
 def test_what_is_no_grid_is_refused(changes, message):

@@ -58,7 +58,10 @@ def same(found, expected):
         (dict(takes=("x", "x"), gives=(0, 1)), r"different argument names, .* got \('x', 'x'\)"),
         (dict(gives=(0, 1)), r"gives must name each of the 1 streams once by its index in takes, .* got \(0, 1\)"),
         (dict(takes=JOINT, gives=(0,)), r"gives must name each of the 2 streams once .* got \(0,\)"),
-        (dict(takes=JOINT, gives=(0, 0)), r"once by its index in takes, and None for what is no stream, got \(0, 0\)"),
+        (
+            dict(takes=JOINT, gives=(0, 0)),
+            r"once by its index in takes, and None for what is not a stream, got \(0, 0\)",
+        ),
         (dict(gives=[0]), r"gives must name .* got \[0\]"),
     ],
 )
@@ -123,9 +126,9 @@ def test_what_is_no_stream_is_kept_and_cannot_be_made_up():
 @pytest.mark.parametrize(
     ("gives", "result", "message"),
     [
-        ((1, 0), H, "Joint gave one Tensor, the adapter's blocks tell of a tuple of 2; correct the adapter's blocks"),
-        ((1, 0), (H, E, H), "Joint gave a tuple of 3, the adapter's blocks tell of a tuple of 2"),
-        ((0,), (H,), "Joint gave a tuple of 1, the adapter's blocks tell of one tensor"),
+        ((1, 0), H, "Joint gave one Tensor, the adapter's blocks describe a tuple of 2; correct the adapter's blocks"),
+        ((1, 0), (H, E, H), "Joint gave a tuple of 3, the adapter's blocks describe a tuple of 2"),
+        ((0,), (H,), "Joint gave a tuple of 1, the adapter's blocks describe one tensor"),
     ],
 )
 def test_a_result_of_another_form_is_refused(gives, result, message):

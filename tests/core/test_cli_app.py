@@ -90,7 +90,7 @@ def test_bad_config_files(tmp_path: Path):
     ):
         select_methods([], tmp_path / "typo.toml", [])
     (tmp_path / "broken.toml").write_text("[radial\n")
-    with pytest.raises(ConfigError, match=r"--config .*broken\.toml is no valid TOML: "):
+    with pytest.raises(ConfigError, match=r"--config .*broken\.toml is not valid TOML: "):
         select_methods([], tmp_path / "broken.toml", [])
 
 

@@ -70,7 +70,7 @@ def test_every_method_can_be_planned_alone_and_beside_others():
 def test_a_method_that_corrects_others_is_not_planned_alone():
     result = run("--family", "wan2.1-1.3b", "--delta")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: delta corrects what a sparse method leaves out, and none is attached; add")
+    assert result.stderr.startswith("error: delta corrects what a sparse method leaves out, but none is attached; add")
 
 
 def test_a_folders_configs_are_enough(tmp_path: Path):
@@ -121,7 +121,7 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
         raise ConnectionError("no route to host\nsecond line")
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
-    with pytest.raises(UnsupportedModel, match=r"is no local folder, and the hub gave no .*: no route to host\);"):
+    with pytest.raises(UnsupportedModel, match=r"is not a local folder, and the hub gave no .*: no route to host\);"):
         read_model_files("owner/no-such-model")
 
 

@@ -64,7 +64,7 @@ def test_configs_are_frozen_slotted_and_keyword_only():
         ("[radiol]\n", r"no method is called 'radiol'; did you mean 'radial'\?"),
         ("decay_factor = 1", r"decay_factor = 1 stands outside a method's table"),
         ("version = 7", "has version 7, this release reads version 1"),
-        ("[radial", "is no valid TOML"),
+        ("[radial", "is not valid TOML"),
         ("[radial]\nsink = 3", "radial.sink must be true or false or unset, got 3"),
         ("[radial]\nblock_size = 1.5", r"radial.block_size must be an integer or unset, got 1.5"),
         ("[radial]\nnear = 'nowhere'", "radial.near must be 'full' or 'half' or unset, got 'nowhere'"),
@@ -141,7 +141,7 @@ def test_what_is_no_config_gets_a_hint(given, hint):
 
 def test_toml_errors_name_their_source():
     for text, message in (
-        ("[radial", r"^runs/a\.toml is no valid TOML: "),
+        ("[radial", r"^runs/a\.toml is not valid TOML: "),
         ("version = 7", r"^runs/a\.toml has version 7, this release reads version 1"),
         ("sink = true", r"^runs/a\.toml: sink = True stands outside a method's table"),
         ("[radiol]", r"^runs/a\.toml: no method is called 'radiol'; did you mean 'radial'\?"),
@@ -150,7 +150,7 @@ def test_toml_errors_name_their_source():
     ):
         with pytest.raises(ConfigError, match=message):
             from_toml(text, "runs/a.toml")
-    with pytest.raises(ConfigError, match=r"^the method config is no valid TOML"):
+    with pytest.raises(ConfigError, match=r"^the method config is not valid TOML"):
         from_toml("[radial")
 
 

@@ -449,7 +449,7 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         assert report.sparse_density < 1
         assert rows == 0.25  # every fourth row, dense
         assert data["probed_rows"] == report.to_dict()["sections"]["delta"]["probed_rows"] == 18 * 0.25
-        assert "18 calls probed; their rows are dense, beside the tiles: 0.250 of a call" in str(report)
+        assert "18 calls probed; their rows are dense, besides the tiles: 0.250 of a call" in str(report)
     with dit_accel.attach(transformer, RADIAL, DeltaAttention(stride=1)):
         torch.testing.assert_close(run(transformer), plain, rtol=1e-4, atol=1e-4)
 
@@ -565,7 +565,7 @@ def test_a_call_that_needs_gradients_is_refused():
 def test_a_stride_beyond_a_frame_is_remarked():
     note = handler(stride=64).check_layout(LAYOUT)
     assert note is not None
-    with pytest.raises(ConfigError, match=r"delta\.stride = 64 exceeds the 24 tokens of a frame: one row a frame"):
+    with pytest.raises(ConfigError, match=r"delta\.stride = 64 exceeds the 24 tokens of a frame: one row per frame"):
         raise ConfigError(note)
     assert handler(stride=24).check_layout(LAYOUT) is None
 

@@ -141,7 +141,7 @@ def test_refused_sizes():
         plan("wan2.1-14b", num_inference_steps=0)
     for cost in (0, -1, 1000, 1e308, math.inf, math.nan):
         with pytest.raises(
-            ConfigError, match=r"kernel_cost must be above 0 and below 1000, got .*; 1 is a sparse kernel as"
+            ConfigError, match=r"kernel_cost must be above 0 and below 1000, got .*; 1 is as efficient as"
         ):
             plan("wan2.1-14b", kernel_cost=cost)
 
@@ -163,7 +163,7 @@ def test_refused_methods():
 
 
 def test_what_attach_refuses_plan_refuses_too():
-    with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, and none is attached"):
+    with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, but none is attached"):
         plan("wan2.1-14b", methods=[DeltaAttention()])
     with pytest.raises(
         ConfigError, match=r"radial\.block_size = 128 and sol\.block_size = 64 can't be attached together"

@@ -115,7 +115,7 @@ def test_a_plan_that_is_gone_is_an_error():
     store = BackwardStore()
     ticket = store.put(AttentionPlan())
     assert isinstance(store.get(ticket), AttentionPlan)
-    with pytest.raises(AttachError, match="the attention plan 7 of a forward is gone before its backward ran"):
+    with pytest.raises(AttachError, match="the attention plan 7 of a forward was freed before its backward ran"):
         store.get(torch.tensor(7))
 
 

@@ -43,7 +43,7 @@ BAD = [
     ({"target_density": 0.5, "criterion": "mass"}, r"target_density = 0\.5 ranks tiles instead of voting, .*'mass'"),
     ({"thresholds_file": "a.toml", "criterion": "budget"}, r"'budget' bounds the mass .*thresholds_file = 'a\.toml'"),
     ({"detect_every": 0}, r"lite\.detect_every must be >= 1, got 0; 1 votes in every call"),
-    ({"refresh_every": 1}, r"lite\.refresh_every must be >= 2, got 1: a call that begins anew is dense"),
+    ({"refresh_every": 1}, r"lite\.refresh_every must be >= 2, got 1: the call that starts afresh is dense"),
     ({"block_size": 100}, r"lite\.block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
     ({"rest": "drop"}, r"lite\.rest must be 'skip' or 'pooled', got 'drop'"),
     ({"must_keep": (1, 2, 3)}, r"lite\.must_keep must be start, end, start, end .*, got 3 numbers"),
@@ -66,7 +66,7 @@ def test_unset_thresholds_are_the_criterion_s_and_a_recipe_can_t_set_one():
     assert LiteAttention(threshold=-3).resolve().threshold == -3
     assert LiteAttention(threshold=5, allow_positive_threshold=True).threshold == 5
     assert LiteAttention().resolve({"block_size": 64}).block_size == 64
-    with pytest.raises(ConfigError, match="a recipe of lite sets 'threshold', which it can't"):
+    with pytest.raises(ConfigError, match="a recipe of lite sets 'threshold', which no recipe may set"):
         LiteAttention().resolve({"threshold": -3})
 
 
@@ -141,7 +141,7 @@ class TestThresholdsFile:
         votes = [calls.plan(step=step, layer=layer)[0].selection.vote for layer in (0, 1) for step in (0, 1, 2)]
         assert [vote and vote.threshold for vote in votes] == [-10.0, -math.inf, None, -1.0, -2.0, None]
         with pytest.raises(
-            ConfigError, match=r"transformer layer 7, the file has 4 layers of transformer; tune on this"
+            ConfigError, match=r"transformer layer 7, but the file has 4 layers of transformer; tune on this"
         ):
             calls.plan(layer=7)
 
@@ -151,7 +151,7 @@ class TestThresholdsFile:
         calls = Calls(LiteAttention(thresholds_file=str(path)))
         with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has 50; use as many, or tune again"):
             calls.handler.is_active(calls.context(0, num_inference_steps=50), 0)
-        with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has a number that nothing tells"):
+        with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has an unknown number"):
             calls.handler.is_active(calls.context(0, num_inference_steps=None), 0)
         with pytest.raises(ConfigError, match=r"holds thresholds of 'maxgap', lite\.criterion is 'mass'; set it to"):
             LiteHandler(LiteAttention(thresholds_file=str(path), criterion="mass"), MODEL)
@@ -166,11 +166,11 @@ class TestThresholdsFile:
         ("text", "error"),
         [
             (None, r"thresholds_file .* can't be read \(No such file or directory\); run dit-accel tune lite"),
-            ("a = = b", r"is no valid TOML"),
+            ("a = = b", r"is not valid TOML"),
             ("version = 2", r"has version 2, this release reads version 1"),
             ("version = 1\nmodel = 'm'", r"is not what tune lite writes: KeyError\('thresholds'\)"),
             ("version = 1\nmodel='m'\ncriterion='maxgap'\nnum_inference_steps=2\n[thresholds]\ntransformer=[[-1.0]]",
-             r"of transformer, layer 0, must be one a step, 2 in all, got 1; tune again"),
+             r"of transformer, layer 0, must be one per step, 2 in all, got 1; tune again"),
             ("version = 1\nmodel='m'\ncriterion='maxgap'\nnum_inference_steps=1\n[thresholds]\ntransformer=[[1.0]]",
              r"lite thresholds of transformer, layer 0 must be < 0 \(log2 units\), got 1\.0"),
             ("version = 1\nmodel='m'\ncriterion='sum'\nnum_inference_steps=1\n[thresholds]\ntransformer=[[-1.0]]",
@@ -224,7 +224,7 @@ class TestPicture:
     def test_what_can_t_be_drawn(self, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"plot writes a PNG, got .*map\.pdf; end the name in \.png"):
             self.REPORT.plot(tmp_path / "map.pdf")
-        with pytest.raises(ConfigError, match=r"can't write .*: .*nowhere is no folder; create it first"):
+        with pytest.raises(ConfigError, match=r"can't write .*: .*nowhere is not a folder; create it first"):
             self.REPORT.plot(tmp_path / "nowhere" / "map.png")
         with pytest.raises(ConfigError, match="nothing to show: no attention call followed a plan; generate first"):
             Report(methods={}, backend="torch", model={}).plot(tmp_path / "map.png")

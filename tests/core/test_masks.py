@@ -64,7 +64,7 @@ def test_valid_queries_see_what_dense_attention_lets_them_see():
     ("mask", "message"),
     [
         (torch.ones(4, 6, dtype=torch.bool).tril()[None, None], r"bool \[1, 1, 4, 6\] that pairs queries with keys"),
-        (torch.stack([PAIRS, ~PAIRS], 1)[:, :, 0], r"bool \[2, 2, 4, 6\] that pairs queries with keys otherwise"),
+        (torch.stack([PAIRS, ~PAIRS], 1)[:, :, 0], r"bool \[2, 2, 4, 6\] that pairs queries with keys in another way"),
         (PAIRS.float(), r"torch.float32 \[2, 1, 4, 6\] with biases other than 0 and -10000 or less"),
         (KEYS.long(), r"boolean or additive; the model passes torch.int64 \[2, 6\]"),
         (PAIRS[:, 0], r"the model passes torch.bool \[2, 4, 6\]; detach"),
@@ -86,5 +86,5 @@ def test_sizes_are_read_off_tensors_with_heads_first():
 
 def test_a_block_mask_is_refused():
     q = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(ConfigError, match="can't follow a mask of type SimpleNamespace, which the model passes as its"):
+    with pytest.raises(ConfigError, match="can't follow a mask of type SimpleNamespace, which the model passes for"):
         _planned(q, q, q, types.SimpleNamespace(), Slot(), 0, True, None)

@@ -405,7 +405,7 @@ def test_only_chosen_layers_change(transformer):
         forward(transformer)
         assert {call.layer for call in attachment.report().calls} == {1}
     for layers, text in (
-        ("1-3", r"asks for 1-3, the model has the attention layers 0-2; stay in that range"),
+        ("1-3", r"asks for 1-3, but the model has attention layers 0-2; stay in that range"),
         ("one", r"can't be read at 'one'; write indices and ranges such as '0, 3-20'"),
         ("2-1", r"asks for 2-1"),
         (7, r"must be indices such as '0, 3-20' or a function .*, got 7"),

@@ -198,13 +198,13 @@ def test_what_selects_tiles_needs_them(verb, what):
         (lambda plan: plan.vote(Vote(threshold=-3.0)), "vote"),
         (lambda plan: plan.decay(DECAY), "frame decay"),
         (lambda plan: plan.centre_keys(torch.zeros(1, HEADS, 1, 8)), "mean of the keys"),
-        (lambda plan: plan.override_rows(ROWS), "rule for rows of its own"),
+        (lambda plan: plan.override_rows(ROWS), "row override"),
     ],
     ids=["route", "vote", "decay", "centre", "rows"],
 )
 def test_what_a_call_takes_once_is_refused_twice(verb, what):
     once = verb(AttentionPlan().with_tiles(FULL))
-    with pytest.raises(ConfigError, match=f"the plan has a {what} already, and one attention call takes one"):
+    with pytest.raises(ConfigError, match=f"the plan has a {what} already, and one attention call takes only one"):
         verb(once)
 
 

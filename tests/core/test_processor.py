@@ -106,7 +106,7 @@ def test_other_masks_and_lengths_are_refused(execution):
     with pytest.raises(ConfigError, match=r"the model passes torch.bool \[1, 1, 12, 12\] that pairs"):
         call(execution, q, k, v, torch.ones(1, 1, 12, 12, dtype=torch.bool).tril())
     with pytest.raises(
-        ConfigError, match=r"attends over 12 tokens, the adapter 'any' reads 16.* check the adapter's grid"
+        ConfigError, match=r"attends over 12 tokens, but the adapter 'any' reads 16.* check the adapter's grid"
     ):
         call(execution, q, k, v, grid=(4, 2, 2, 0, 0))
 
@@ -115,8 +115,8 @@ def test_what_a_plan_cannot_do_is_refused():
     from dit_accel.attachment.processor import _refuse
 
     for arguments, message in (
-        ((0.1, False, None), "has no dropout, the call asks for dropout_p=0.1"),
-        ((0.0, True, None), "in a causal attention call"),
+        ((0.1, False, None), "has no dropout, but the call asks for dropout_p=0.1"),
+        ((0.0, True, None), "can't follow a causal attention call"),
         ((0.0, False, object()), "does not run under context parallelism yet"),
     ):
         with pytest.raises(ConfigError, match=message):

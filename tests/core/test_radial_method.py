@@ -82,8 +82,8 @@ def test_a_false_or_zero_set_by_the_user_beats_the_recipe():
 @pytest.mark.parametrize(
     ("recipe", "text"),
     [
-        ({"order": "tiles"}, r"a recipe of radial sets 'order', which it can't; .*known: block_size"),
-        ({"decay": 0.5}, r"a recipe of radial sets 'decay', which it can't; did you mean 'decay_factor'\?"),
+        ({"order": "tiles"}, r"a recipe of radial sets 'order', which no recipe may set; .*known: block_size"),
+        ({"decay": 0.5}, r"a recipe of radial sets 'decay', which no recipe may set; did you mean 'decay_factor'\?"),
         ({"decay_factor": -0.5}, r"radial\.decay_factor must be > 0, got -0\.5"),
     ],
 )

@@ -28,10 +28,10 @@ def test_frequencies_fall_from_one_by_equal_ratios():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("yran", 16, 256.0), r"know the kinds none, got kind='yran'; use one of them"),
+        (("yran", 16, 256.0), r"are of kind none, got kind='yran'; use one of them"),
         (("none", 15, 256.0), r"come in pairs, got dim=15; give an even number from 2 on"),
         (("none", 0, 256.0), r"come in pairs, got dim=0"),
-        (("none", 16, 1.0), r"is above 1, got theta=1.0; give the model's own"),
+        (("none", 16, 1.0), r"must be above 1, got theta=1.0; give the model's own"),
     ],
 )
 def test_frequencies_refuse(arguments, message):
@@ -275,5 +275,5 @@ def test_given_values_of_no_positions_are_refused():
 
 
 def test_learned_frequencies_have_no_formula():
-    with pytest.raises(ConfigError, match="along frames are learned, in each head others; give functions of them"):
+    with pytest.raises(ConfigError, match="along frames are learned, different in each head; give functions of them"):
         Axis(name="frames", channels=8, theta=None).frequencies()

@@ -82,7 +82,7 @@ def test_toml_and_recipes():
     assert SolAttention().resolve({}).to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
     assert SolAttention(beta=0.0).resolve({"beta": 2.0, "dense_layers": 2}).beta == 0.0
     assert SolAttention().resolve(WAN.recipe("sol", WAN_TINY)).block_size == 16
-    with pytest.raises(ConfigError, match="a recipe of sol sets 'sink', which it can't"):
+    with pytest.raises(ConfigError, match="a recipe of sol sets 'sink', which no recipe may set"):
         SolAttention().resolve({"sink": "first_frame"})
 
 
@@ -234,7 +234,7 @@ class TestWithRadial:
         (
             TokenLayout(frames=1, height=64, width=64),
             {},
-            r"sol seldom pays below 40000 visual tokens, and here are 4096",
+            r"sol seldom pays below 40000 visual tokens, and there are 4096 here",
         ),
     ],
 )
@@ -284,7 +284,7 @@ class TestEstimate:
 
     def test_noise_levels_are_not_known(self):
         found = estimate(WAN, family("wan2.1-14b"), methods=[SolAttention(dense_above_sigma=0.9)])
-        assert any("takes the steps above sol.dense_above_sigma = 0.9 for sparse" in note for note in found.notes)
+        assert any("counts the steps above sol.dense_above_sigma = 0.9 as sparse" in note for note in found.notes)
 
 
 def inputs(batch: int = 1) -> dict:

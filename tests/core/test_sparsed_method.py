@@ -427,7 +427,7 @@ def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives
     settings = SparseD(mass=0.9).resolve(recipe)
     assert (settings.mass, settings.block_size) == (0.9, 64)
     assert "density" not in settings.to_dict()
-    with pytest.raises(ConfigError, match=r"a recipe of sparsed sets 'mass', which it can't"):
+    with pytest.raises(ConfigError, match=r"a recipe of sparsed sets 'mass', which no recipe may set"):
         SparseD().resolve({"mass": 0.9})
 
 

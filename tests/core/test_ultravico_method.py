@@ -75,7 +75,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_what_the_model_must_tell_is_asked_for():
-    with pytest.raises(ConfigError, match=r"the model was trained on, which any, in sizes of no released model, does"):
+    with pytest.raises(ConfigError, match=r"model was trained on, which any, with sizes of no released model, does"):
         UltraViCo().resolve(ADAPTER, None)
     unknown = dataclasses.replace(FAMILY, trained_frames=None)
     with pytest.raises(ConfigError, match=r"which some does not tell; set ultravico\.trained_frames to its latent"):
@@ -104,7 +104,7 @@ def test_recipes_fill_what_is_unset():
     assert UltraViCo(first_frame=False).resolve(ADAPTER, family).first_frame is False
     assert UltraViCo().resolve(ADAPTER, FAMILY).rule(6) == DecayRule(trained_frames=3, alpha=0.9)
     wrong = dataclasses.replace(FAMILY, recipes={"ultravico": {"alhpa": 0.5}})
-    with pytest.raises(ConfigError, match=r"a recipe of ultravico sets 'alhpa', which it can't"):
+    with pytest.raises(ConfigError, match=r"a recipe of ultravico sets 'alhpa', which no recipe may set"):
         UltraViCo().resolve(ADAPTER, wrong)
 
 
@@ -178,7 +178,7 @@ def test_centring_has_its_gradient():
 def test_a_second_decay_is_refused():
     made = handler()
     decaying = AttentionPlan().decay(frame_decay(made._rule(LAYOUT), LAYOUT, "cpu"))
-    with pytest.raises(ConfigError, match="the plan has a frame decay already, and one attention call takes one"):
+    with pytest.raises(ConfigError, match="the plan has a frame decay already, and one attention call takes only one"):
         made.plan(decaying, call_of(), context())
 
 
@@ -258,7 +258,7 @@ def test_clips_of_the_trained_length_stay_dense_bit_for_bit():
     with dit_accel.attach(transformer, UltraViCo(trained_frames=5)) as attachment:
         run(transformer)
         nothing = "ultravico changes nothing: 5 latent frames, trained on 5"
-        unplanned = f"ultravico: attached, and no attention call of the run was planned; {nothing}"
+        unplanned = f"ultravico: attached, but no attention call of the run was planned; {nothing}"
         assert attachment.report().notes == (nothing, unplanned)
 
 
@@ -465,7 +465,7 @@ def test_models_without_frames_or_a_known_length_refuse_it():
     with pytest.raises(ConfigError, match="ultravico makes no sense on flux: an image has no frames of which"):
         dit_accel.attach(flux, UltraViCo(trained_frames=2))
     transformer = tiny_transformer()
-    with pytest.raises(ConfigError, match=r"which wan, in sizes of no released model, does not tell"):
+    with pytest.raises(ConfigError, match=r"which wan, with sizes of no released model, does not tell"):
         dit_accel.attach(transformer, UltraViCo())
     (described,) = dit_accel.describe(transformer).transformers
     assert "set ultravico.trained_frames" in described.refused["ultravico"]
@@ -490,7 +490,7 @@ def test_two_methods_that_decay_are_refused_at_the_first_call(monkeypatch):
     monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
     with (
         dit_accel.attach(transformer, ACTIVE, _Decays()),
-        pytest.raises(ConfigError, match=r"^ultravico beside decays: the plan has a frame decay already"),
+        pytest.raises(ConfigError, match=r"^ultravico together with decays: the plan has a frame decay already"),
     ):
         run(transformer)
 
@@ -501,7 +501,7 @@ def test_two_methods_that_say_so_are_refused_before(monkeypatch):
     monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
     for methods in ((ACTIVE, _Decays()), (_Decays(), ACTIVE)):
         with pytest.raises(
-            ConfigError, match=r"^decays and ultravico both set the frame decay of an attention call, which takes one"
+            ConfigError, match=r"^decays and ultravico both set the frame decay of an attention call, which takes only"
         ):
             dit_accel.attach(transformer, *methods)
     assert dit_accel.attachment_of(transformer) is None

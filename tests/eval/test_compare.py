@@ -27,7 +27,7 @@ def test_metrics_of_identity_and_of_a_known_error():
     half = np.full_like(one, 0.5)
     assert psnr(half + 0.1, half) == pytest.approx(20.0, abs=1e-3)
     assert ssim(one, clip(1)) < 0.5
-    with pytest.raises(ValueError, match="of one shape are compared"):
+    with pytest.raises(ValueError, match="of one shape can be compared"):
         psnr(one, one[:2])
 
 
@@ -64,7 +64,7 @@ def test_committed_suites_read_and_match_their_results(path):
         (HEAD + '[[arm]]\nname = "a"\nstep = 3', "has an unknown key 'step'"),
         (HEAD + '[[arm]]\nname = "a"\n[arm.radial]\ndecay = 1', "radial has no option 'decay'"),
         (HEAD + "[[arm]]\nstep = 3", "an arm without a name"),
-        ("version", "is no valid TOML"),
+        ("version", "is not valid TOML"),
     ],
 )
 def test_bad_suites_say_what_is_wrong(tmp_path, text, message):

@@ -248,7 +248,7 @@ def test_progress_of_another_run_or_none_at_all_is_refused(tmp_path):
         tune_lite(asked, tmp_path / "lite.toml")
     for text in ("{", '{"version": 9, "settings": {}, "prompts": []}', "[]", json.dumps({"version": 1})):
         progress.write_text(text)
-        with pytest.raises(ConfigError, match=r"is no progress of tune that this release reads .*delete it"):
+        with pytest.raises(ConfigError, match=r"is not tuning progress that this release can read .*delete it"):
             tune_lite(asked, tmp_path / "lite.toml")
 
 
@@ -281,7 +281,7 @@ def test_the_command_tunes_and_tells(tmp_path, cli):
     [
         (["radial"], "tune can't tune 'radial'; known: lite"),
         (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
-        (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some by --prompt"),
+        (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some with --prompt"),
         (["lite", "--prompt", "an ostrich"], "ostrich"),
         (["lite", "--set", "lite.threshold=-3"], "tune lite finds the thresholds itself, got lite.threshold = -3"),
         (["lite", "--dtype", "int4"], "there is no dtype 'int4'"),

@@ -91,14 +91,14 @@ def with_text(before, after):
             dict(grid=lambda config, inputs: (7, 4, 8)),
             r"'neutral' failed: the grid of the adapter 'wan' gave \(7, 4, 8\);",
         ),
-        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: the grid .* asks for the input 'x', the"),
+        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: the grid .* asks for the input 'x', but"),
         (dict(grid=transposed), r"'layout' failed: along axis 3 the latents lie in the tokens"),
         (dict(grid=framed_last), r"'layout' failed: along axis"),
         (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),
         (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
         (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
         (dict(refused=dict.fromkeys(METHOD_CASES, "no reason")), None),
-        (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is no method"),
+        (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is not a method"),
     ],
 )
 def test_a_wrong_adapter_fails_by_name(only, change, message):

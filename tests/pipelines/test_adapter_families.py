@@ -69,7 +69,7 @@ def test_a_sequence_of_another_length_is_refused_where_text_is_ragged():
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
         layer, grid, q = torch.tensor(0), as_tensors((7, 4, 8, 0, 6)), torch.zeros(1, 2, 223, 16)
-        with pytest.raises(ConfigError, match="layer 0 attends over 223 tokens, the adapter 'mochi' reads"):
+        with pytest.raises(ConfigError, match="layer 0 attends over 223 tokens, but the adapter 'mochi' reads"):
             planned_attention(q, q, q, None, layer, grid, attachment._execution.number, False, None, False)
 
 

@@ -53,7 +53,7 @@ def test_it_drops_tiles_after_the_first_call_and_frees_everything_at_the_end(pip
     assert sum(last.by_head) / 2 == pytest.approx(last.density)
     assert json.loads(json.dumps(report.to_dict()))["calls"][0]["by_head"] == [1.0, 1.0]
     assert "lite held" in str(report)
-    assert "lite seldom pays below 30000 visual tokens, and here are 80" in str(report)
+    assert "lite seldom pays below 30000 visual tokens, and there are 80 here" in str(report)
 
 
 def test_neutral_is_bit_equal_and_the_first_call_is_the_dense_plan(pipe):
@@ -316,7 +316,7 @@ def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_
     wanted = torch.autograd.grad(expected.sum(), leaves)
     for found, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(found, want.transpose(1, 2))
-    assert r"passes masks torch.float64 [1, 1, 80, 80] that are no key padding; such calls stayed dense" in str(report)
+    assert r"passes masks torch.float64 [1, 1, 80, 80] that are not key padding; such calls stayed dense" in str(report)
     assert report.steps[0].dense_layers == 1
     radial = RadialAttention(block_size=16, dense_steps=0, dense_layers=0)
     with dit_accel.attach(transformer, radial, ACTIVE) as attachment:

@@ -51,9 +51,9 @@ def test_block_lists_describe_the_model(name):
             FLUX[:1],
             r"single_transformer_blocks.0.attn lies in no block of the lists transformer_blocks.0, tran",
         ),
-        ("flux", FLUX[::-1], "blocks run in the order transformer_blocks.0, .* the lists tell single_transformer_blo"),
+        ("flux", FLUX[::-1], "blocks run in the order transformer_blocks.0, .* the lists say single_transformer_blo"),
         ("flux", (*FLUX, FLUX[0]), "block lists overlap"),
-        ("flux", (replace(FLUX[0], joined=True), FLUX[1]), "has 80 of the sequence's 86 tokens, and joined=True tells"),
+        ("flux", (replace(FLUX[0], joined=True), FLUX[1]), "has 80 of the sequence's 86 tokens, and joined=True says"),
         (
             "z-image",
             (BlockList(pattern="layers.*", takes=("x",)),),
@@ -65,7 +65,7 @@ def test_block_lists_describe_the_model(name):
             (BlockList(pattern="transformer_blocks.*", takes=("attention_mask",)),),
             r"takes attention_mask \[2, 1, 1, 86\], gives",
         ),
-        ("wan", (BlockList(pattern="blocks.*", takes=("rotary_emb",)),), "rotary_emb is no stream, it holds"),
+        ("wan", (BlockList(pattern="blocks.*", takes=("rotary_emb",)),), "rotary_emb is not a stream, it holds"),
         ("ernie-image", (BlockList(pattern="layers.*", takes=("x",), joined=True),), "has 2 of the sequence's 86 tok"),
     ],
 )
@@ -76,7 +76,7 @@ def test_wrong_lists_are_found(name, blocks, message):
 
 def test_results_of_another_form_are_found():
     with pytest.raises(
-        UnsupportedModel, match="FluxTransformerBlock gave a tuple of 2, the adapter's blocks tell of one"
+        UnsupportedModel, match="FluxTransformerBlock gave a tuple of 2, the adapter's blocks describe one"
     ):
         check_blocks(case_of("flux", blocks=(BlockList(pattern="transformer_blocks.*"), FLUX[1])))
 

@@ -79,7 +79,7 @@ def test_every_family_is_consistent(name):
         assert saving.counted == (name in THINNING | {"ultravico"})  # whose decay saves nothing, and that is known
         assert (saving.exact_rows > 0) == (name == "delta")
     if "delta" not in adapter.refused:
-        with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, and none is attached"):
+        with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, but none is attached"):
             estimate(adapter, family, methods=[DeltaAttention()])
 
 

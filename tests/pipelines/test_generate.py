@@ -137,7 +137,7 @@ def test_defaults_are_the_familys(tmp_path: Path):
         (["a circle", "--seed", "-1"], "seed must be from 0 to 2**63 - 1, got -1"),
         (
             ["a circle", "--backend", "torch"],
-            "backend 'torch' was asked for and no method would use it; switch one",
+            "backend 'torch' was asked for, but no method would use it; switch one",
         ),
         (["a circle", "--model", "none"], "model 'none' is neither a folder nor a hub id (owner/name)"),
         (["a circle", "--set", "radial.naer=1"], "radial has no option 'naer'; did you mean 'near'"),

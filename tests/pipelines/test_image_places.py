@@ -226,7 +226,7 @@ def test_hidream_needs_latents_that_tell_their_size():
         model.inputs(1), hidden_states=torch.randn(1, 80, 16), img_ids=tiny.ids()[None], img_sizes=[(8, 10)],
         hidden_states_masks=torch.ones(1, 80),
     )  # fmt: skip
-    refused("hidream", build(model), inputs, "its latents are patches already, whose places are not told")
+    refused("hidream", build(model), inputs, "its latents are patches already, whose positions are not given")
 
 
 def test_joyimage_items_stand_behind_the_last_one():
@@ -297,7 +297,9 @@ def test_a_transformer_compiled_whole_stays_dense_or_says_why():
     with (
         dit_accel.attach(transformer, SOL.active),
         transformer.cache_context("cond", step_index=0, num_inference_steps=2),
-        pytest.raises(ConfigError, match=r"flux\) tells its tokens' places by values, which a transformer that is"),
+        pytest.raises(
+            ConfigError, match=r"flux\) reads its tokens' positions off tensor values, which can't be done in a"
+        ),
     ):
         forward(compiled, inputs)
     torch._dynamo.reset()
@@ -333,6 +335,6 @@ def test_the_mask_of_omnigen_is_no_key_padding():
     assert not visible[0, 0, 2, 3]
     assert not visible[0, 0, :7, 7:].any()
     assert visible[0, 0, 7:].all()
-    with pytest.raises(ConfigError, match="pairs queries with keys otherwise"):
+    with pytest.raises(ConfigError, match="pairs queries with keys in another way"):
         key_validity(visible, 1, 87, 87)
     assert "its mask pairs queries with keys" in NOT_SUPPORTED["OmniGenTransformer2DModel"]

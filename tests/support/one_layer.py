@@ -68,7 +68,7 @@ class OneLayer:
     Args:
         methods: configs, which are made into handlers on `MODEL`, or handlers.
         backend: the kernel backend.
-        steps: steps of the run; None: nothing tells.
+        steps: steps of the run; None: not known.
         tokens_first: its tensors lie as [B, S, H, D], else [B, H, S, D].
     """
 

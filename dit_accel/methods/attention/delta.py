@@ -1,4 +1,4 @@
-"""DeltaAttention: exact attention for every stride-th query row, and what it differs by added to the row's neighbours.
+"""DeltaAttention: exact attention for every stride-th query row; what the plan lost there is added to its neighbours.
 
 Source: Delta Attention (arXiv 2505.11254); what a sparse call loses is o - o_K = eps (o_S - o_K), so the correction is
 exact where that is the same for a whole group of neighbouring queries. Where we depart from it: groups are raster runs
@@ -6,8 +6,8 @@ inside a frame, never across a frame's border or into text, and nothing is recom
 corrections are scaled by how far they hold for a row's neighbours, representatives move from step to step, the exact
 rows measure the error, and since they see every key tile they can take back tiles that a method dropped for good.
 
-What it gains depends on the method (docs/quality.md): on the embedded model it lifts LiteAttention and SparseD,
-and not Radial, whose calls it corrects as well. Probably what it leaves there differs between neighbours and between
+What it gains depends on the method (docs/quality.md): on the embedded model it lifts LiteAttention and SparseD, but not
+Radial, though it corrects Radial's calls as well. Probably what it leaves there differs between neighbours and between
 branches, where Radial's own loss is smooth and much the same in both, so that guidance, which amplifies the branches'
 difference, cancels it.
 """
@@ -117,7 +117,7 @@ class MeasuredError:
         step_index: 0-based step.
         branch: name of the denoising call.
         layer: the attention module's index in its transformer.
-        rows: share of the call's query rows that were probed, each by dense attention beside what the plan computes.
+        rows: share of the call's query rows that were probed, each by dense attention besides what the plan computes.
         by_head: norm of (planned - dense) over the norm of dense, of each head, over probe rows and batch.
     """
 
@@ -146,7 +146,7 @@ class DeltaHandler(AttentionHandler):
         """Refuse to correct nothing."""
         if not any(other.phase in (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS) for other in others):
             raise ConfigError(
-                "delta corrects what a sparse method leaves out, and none is attached; add one, such as "
+                "delta corrects what a sparse method leaves out, but none is attached; add one, such as "
                 "RadialAttention() or --radial"
             )
         self.takers = tuple(other for other in others if isinstance(other, TakesBack))
@@ -157,7 +157,7 @@ class DeltaHandler(AttentionHandler):
             return None
         return (
             f"delta.stride = {self.settings.stride} exceeds the {layout.tokens_per_frame} tokens of a frame: "
-            "one row a frame is computed exactly"
+            "one row per frame is computed exactly"
         )
 
     def is_active(self, step: StepContext, depth: int) -> bool:
@@ -168,7 +168,7 @@ class DeltaHandler(AttentionHandler):
         """Add each group's correction; on probed calls measure the error and let tiles be taken back.
 
         Raises:
-            ConfigError: if a backward may follow, of which the correction would be no part.
+            ConfigError: if a backward may follow: the correction would be left out of it.
         """
         if plan.is_dense:
             return out
@@ -236,14 +236,14 @@ class DeltaHandler(AttentionHandler):
         where = f"step {one.step_index}, layer {one.layer}, head {head}"
         lines = (
             f"error at probe rows, before correction: {mean:.3f} mean, {worst:.3f} worst ({where})",
-            f"{len(probed_calls)} calls probed; their rows are dense, beside the tiles: {one.rows:.3f} of a call",
+            f"{len(probed_calls)} calls probed; their rows are dense, besides the tiles: {one.rows:.3f} of a call",
         )
         data = {"mean": mean, "worst": worst, "measured": [asdict(entry) for entry in probed_calls]}
         return Section(method=self.name, title="delta", lines=lines, data={**data, "probed_rows": sum(probed.values())})
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return what the probe rows cost."""
-        note = f"delta computes {self.probe_share(layout):.3f} of the query rows densely, beside the tiles"
+        note = f"delta computes {self.probe_share(layout):.3f} of the query rows densely, besides the tiles"
         return Saving(exact_rows=self.probe_share(layout) / self.settings.reuse, notes=(note,))
 
     def _take_back(self, plan: AttentionPlan, call: Call, context: CallContext, rows: Tensor) -> None:

@@ -99,7 +99,7 @@ class RadialSettings(SparseSettings):
         return float(self.kept(layout).mean())
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know of radial on this layout, or None where it fits well.
+        """Return what the user should know about radial on this layout, or None where it fits well.
 
         Raises:
             ConfigError: for a layout of one frame, or one in which it keeps no visual tile at all.
@@ -115,7 +115,7 @@ class RadialSettings(SparseSettings):
         if kept.all():
             parts.append(f"radial keeps all {kept.size} tiles of {tokens} visual tokens, so it can't be faster here")
         elif tokens < WORTHWHILE_TOKENS:
-            parts.append(f"radial seldom pays below {WORTHWHILE_TOKENS} visual tokens, and here are {tokens}")
+            parts.append(f"radial seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here")
         if empty:
             parts.append(f"boundary = 'published' leaves {empty} of {len(kept)} block rows no visual tile; use 'any'")
         return "; ".join(parts) or None
@@ -130,7 +130,7 @@ class RadialAttention(SparseConfig):
 
     Attributes:
         decay_factor: > 0; scales the width of the bands at frame distance 2 and more; 1 is the paper's, smaller is
-            sparser. No band gets narrower than a tile, so very small values change nothing more.
+            sparser. No band gets narrower than a tile, so very small values make no further difference.
         near: the neighbouring frame: ``full``, or ``half`` a frame's tokens to either side.
         sink: let every token see all of the first frame.
         boundary: ``any`` keeps each tile with an allowed pair of tokens, so that every token sees 100 % of its own

@@ -1,4 +1,4 @@
-"""SolAttention: tiles that stand out of their row by a pooled score stay exact, all others enter as one key each.
+"""SolAttention: tiles whose pooled score stands out in their row stay exact, all others enter as one key each.
 
 Source: Sol-Attn (arXiv 2607.24027), by its published kernels; the routing itself is `dit_accel_kernels.Routing`. Beyond
 the original: any token count and head dim, grouped heads, masked keys, every backend, images, routing in the lists of
@@ -61,13 +61,13 @@ class SolSettings(SparseSettings):
         """Return beta at a step (0-based) of the run.
 
         Raises:
-            ConfigError: if beta changes over steps whose number nothing tells.
+            ConfigError: if beta changes over steps whose number is not known.
         """
         if self.beta_last == self.beta:
             return self.beta
         if num_inference_steps is None:
             raise ConfigError(
-                f"sol.beta_last = {self.beta_last} needs the number of steps, which nothing tells here; attach to the "
+                f"sol.beta_last = {self.beta_last} needs the number of steps, which is not known here; attach to the "
                 "pipeline, or leave beta_last unset"
             )
         first, last = _sparse_steps(self, num_inference_steps)
@@ -75,13 +75,13 @@ class SolSettings(SparseSettings):
         return self.beta + (self.beta_last - self.beta) * share
 
     def pinned(self, layout: TokenLayout) -> np.ndarray:
-        """Return the visual tiles that stay exact whatever the data says, bool [N, N]; text apart."""
+        """Return the visual tiles that stay exact whatever the data say, bool [N, N]; text not counted."""
         alone = replace(layout, text_before=0, text_after=0)
         bits = pinned_bits(alone, self.block_size, DIAGONAL, self.sink, "cpu")
         return unpack_bits(bits, self.tiling.tiles(alone.tokens)).numpy()
 
     def keep(self, share: np.ndarray, layout: TokenLayout) -> np.ndarray:
-        """Return the expected exact share of visual tiles, given that before routing; on Gaussian scores."""
+        """Return the expected exact share of visual tiles from the share before routing, on Gaussian scores."""
         betas = [self.beta + (self.beta_last - self.beta) * part / 32 for part in range(33)]
         routed = sum(0.5 * math.erfc(beta / math.sqrt(2)) for beta in betas) / len(betas)
         return np.where(self.pinned(layout), share, share * routed)
@@ -92,12 +92,12 @@ class SolSettings(SparseSettings):
         return float(self.keep(np.ones((tiles, tiles)), layout).mean())
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know of sol on this layout, or None where it fits well."""
+        """Return what the user should know about sol on this layout, or None where it fits well."""
         pinned, tokens = self.pinned(layout), layout.visual_tokens
         if pinned.all():
             return f"sol keeps all {pinned.size} tiles of {tokens} visual tokens, so it can't be faster here"
         if tokens < WORTHWHILE_TOKENS:
-            return f"sol seldom pays below {WORTHWHILE_TOKENS} visual tokens, and here are {tokens}"
+            return f"sol seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here"
         return None
 
 
@@ -116,7 +116,7 @@ class SolAttention(SparseConfig):
         beta_last: beta at the last step that is not dense; beta changes towards it linearly. Unset: it stays.
         threshold: how a row's deviation is found: ``diag`` from the variances of the mean keys' channels, ``exact``
             from their covariances too.
-        sink: what every query sees exactly beside its own and the neighbouring tiles: ``text`` tokens, where text is
+        sink: what every query sees exactly besides its own and the neighbouring tiles: ``text`` tokens, where text is
             part of the sequence (as queries they see all exactly, too), or ``first_frame``, text and the first frame.
         dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. What TensorRT-LLM calls
             disabled_until_timestep.
@@ -178,7 +178,7 @@ class SolHandler(SparseHandler):
             expected=True,
         )
         entries = count + 1 + count * count + count * -(-count // 32)
-        counted = "which tiles are routed is known only while it runs; counted is what Gaussian scores would keep"
+        counted = "which tiles are routed is known only while it runs; the count is what Gaussian scores would keep"
         return Saving(
             tiles=tiles,
             list_bytes=4 * entries,

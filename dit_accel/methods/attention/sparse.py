@@ -47,13 +47,13 @@ class SparseSettings:
         """Tell whether a layer stays dense at a step (0-based, of this run) of noise level ``sigma``.
 
         Raises:
-            ConfigError: if the options count what nothing tells: the run's steps, or the noise level.
+            ConfigError: if the options need what is not known here: the run's steps, or the noise level.
         """
         first, last, level = self.dense_steps, self.dense_last_steps, self.dense_above_sigma
         if num_inference_steps is None and (last or 0 < first < 1):
             what = f"dense_last_steps = {last}" if last else f"dense_steps = {first}"
             raise ConfigError(
-                f"{self.name}.{what} needs the number of steps, which nothing tells here; attach to the pipeline, or "
+                f"{self.name}.{what} needs the number of steps, which is not known here; attach to the pipeline, or "
                 "set dense_steps to a whole number and dense_last_steps to 0"
             )
         if level is not None and sigma is None:
@@ -68,7 +68,7 @@ class SparseSettings:
         return num_inference_steps is not None and step_index >= num_inference_steps - last
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know of the method on this layout, or None where it fits well.
+        """Return what the user should know about the method on this layout, or None where it fits well.
 
         Raises:
             ConfigError: if the method makes no sense on it.
@@ -80,7 +80,7 @@ class SparseSettings:
         if self.dense_above_sigma is None:
             return ()
         return (
-            f"plan takes the steps above {self.name}.dense_above_sigma = {self.dense_above_sigma} for sparse: noise "
+            f"plan counts the steps above {self.name}.dense_above_sigma = {self.dense_above_sigma} as sparse: noise "
             "levels are known only while it runs",
         )
 
@@ -145,7 +145,7 @@ class SparseConfig(MethodConfig):
         for key in recipe:
             if key not in known:
                 raise ConfigError(
-                    f"a recipe of {self.name} sets {key!r}, which it can't; {did_you_mean(key, sorted(known))}"
+                    f"a recipe of {self.name} sets {key!r}, which no recipe may set; {did_you_mean(key, sorted(known))}"
                 )
         values = {**self.defaults, **recipe}
         return dataclasses.replace(self, **{key: values[key] for key in values if getattr(self, key) is None})

@@ -65,12 +65,12 @@ class SparseDSettings(SparseSettings):
         return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know of the pattern on this layout, or None where it fits well."""
+        """Return what the user should know about the pattern on this layout, or None where it fits well."""
         tiles, tokens = self.tiling.tiles(layout.visual_tokens), layout.visual_tokens
         if self.mass is None and self.kept_tiles(tiles) == tiles:
             return f"sparsed keeps all {tiles} tiles of {tokens} visual tokens, so it can't be faster here"
         if tokens < WORTHWHILE_TOKENS:
-            return f"sparsed seldom pays below {WORTHWHILE_TOKENS} visual tokens, and here are {tokens}"
+            return f"sparsed seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here"
         return None
 
 
@@ -161,7 +161,7 @@ class SparseDHandler(SparseHandler):
         self._peak = 0
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Narrow what is kept to the pattern, which is found where there is none yet, or none to be trusted."""
+        """Narrow what is kept to the pattern, which is made where there is none yet, or none that can be trusted."""
         settings = self.settings
         plan = plan.with_tiles(*settings.tiling.full(context.layout, context.device))
         keep = None if context.training else self.bits.get(context.key)
@@ -189,7 +189,7 @@ class SparseDHandler(SparseHandler):
         settings, model = self.settings, self.model
         if settings.mass is not None:
             raise ConfigError(
-                f"sparsed.mass = {settings.mass} keeps what the data say, so nothing can be counted before; give "
+                f"sparsed.mass = {settings.mass} keeps what the data say, so nothing can be counted beforehand; give "
                 "sparsed.density to plan with"
             )
         count = settings.tiling.tiles(layout.visual_tokens)

@@ -34,8 +34,8 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What holds where neither the user nor the model's recipe says otherwise: the paper's safe strengths, no bands.
 
-``by_ratio`` is no option but a recipe's table of (extension ratio, alpha, beta): what is unset is taken from the row of
-the nearest ratio.
+``by_ratio`` is not an option but a recipe's table of (extension ratio, alpha, beta): what is unset is taken from the
+row of the nearest ratio.
 """
 
 SAFE_BETA = 0.6
@@ -122,7 +122,7 @@ class UltraViCo(MethodConfig):
         gamma: half the width of a band, in frames.
         trained_frames: latent frames, as the transformer's tokens count them, of the clips that the model was trained
             on; unset: the released model's.
-        first_frame: let the tokens of the first frame see only the first ``trained_frames`` frames, beside text, and
+        first_frame: let the tokens of the first frame see only the first ``trained_frames`` frames, besides text, and
             all of these exactly, whatever a sparse method drops; for models that code the first frame by itself.
         center_keys: subtract the mean key from all keys first, so that a positive logit is one above its row's mean.
             The released kernels do; without decay it changes nothing.
@@ -169,7 +169,7 @@ class UltraViCo(MethodConfig):
         if options["trained_frames"] is None:
             options["trained_frames"] = family.trained_frames if family else None
         if options["trained_frames"] is None:
-            model = family.name if family else f"{adapter.name}, in sizes of no released model,"
+            model = family.name if family else f"{adapter.name}, with sizes of no released model,"
             raise ConfigError(
                 f"ultravico needs the length that the model was trained on, which {model} does not tell; set "
                 "ultravico.trained_frames to its latent frames"
@@ -179,7 +179,7 @@ class UltraViCo(MethodConfig):
             name, value = ("gamma", gamma) if gamma is not None else ("beta", self.beta)
             raise ConfigError(
                 f"ultravico.{name} = {value} describes bands around multiples of a period, which is "
-                "neither set nor known of this model; set ultravico.period too, or leave it out"
+                "neither set nor known for this model; set ultravico.period too, or leave it out"
             )
         if period is not None and gamma is None:
             raise ConfigError(
@@ -202,7 +202,7 @@ def _recipe(adapter: Adapter, family: Family | None) -> dict[str, Any]:
     for key in recipe:
         if key not in DEFAULTS:
             hint = did_you_mean(key, sorted(DEFAULTS))
-            raise ConfigError(f"a recipe of ultravico sets {key!r}, which it can't; {hint}")
+            raise ConfigError(f"a recipe of ultravico sets {key!r}, which no recipe may set; {hint}")
     return {**DEFAULTS, **recipe}
 
 
@@ -218,7 +218,7 @@ def mean_key(call: Call) -> Tensor:
 
 @lru_cache(maxsize=16)
 def frame_decay(rule: DecayRule, layout: TokenLayout, device: str) -> FrameDecay:
-    """Return a rule as the kernels take it; what is no visual token has no frame."""
+    """Return a rule as the kernels take it; tokens that are not visual have no frame."""
     visual = torch.arange(layout.frames, dtype=torch.int32).repeat_interleave(layout.tokens_per_frame)
     frames = torch.nn.functional.pad(visual, (layout.text_before, layout.text_after), value=-1)
     with torch.inference_mode(False):  # made in inference mode it could not serve a training run later

@@ -55,10 +55,10 @@ class LiteSettings(SparseSettings):
         return values
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know of lite on this layout, or None where it fits well."""
+        """Return what the user should know about lite on this layout, or None where it fits well."""
         parts, visual = [], layout.visual_tokens
         if visual < WORTHWHILE_TOKENS:
-            parts.append(f"lite seldom pays below {WORTHWHILE_TOKENS} visual tokens, and here are {visual}")
+            parts.append(f"lite seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {visual} here")
         if not self.protect_text and layout.tokens > visual:
             text = layout.tokens - visual
             parts.append(f"lite.protect_text = False lets the {text} text tokens be dropped too")
@@ -67,7 +67,7 @@ class LiteSettings(SparseSettings):
     def carried_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
         """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
 
-        The original's two lists of int16 an attention module take 31 times that with equal tiles, 23 times with its
+        The original's two lists of int16 per attention module take 31 times that with equal tiles, 23 times with its
         own of 128 x 176.
         """
         return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)
@@ -91,17 +91,18 @@ class LiteAttention(SparseConfig):
         target_density: share of all tiles, in (0, 1), that a branch keeps over its layers, instead of votes: its first
             calls record what share of its softmax mass each tile holds at most, at 16 rows of each block row, and the
             second ones drop what lies under the threshold at which that share is kept.
-        thresholds_file: TOML of thresholds by layer and step, as ``dit-accel tune lite`` writes it, instead.
-        detect_every: every how many calls tiles vote; the others run as the last vote says.
+        thresholds_file: instead of ``threshold``, a TOML file of thresholds by layer and step, as ``dit-accel tune
+            lite`` writes it.
+        detect_every: tiles vote in one of so many calls; the others follow the last vote.
         refresh_every: calls after which everything is computed and voted on again; unset: never within a generation.
         bidirectional: visit tiles from the first to the last and from the last to the first by turns, so that those
             which came early meet a nearly final maximum at the next vote.
         protect_text: text tokens see all and are seen by all. False lets them vote and be dropped as others are.
         must_keep: visual tokens that are never dropped as keys, start, end, start, end ...; rounded outward to tiles.
         must_skip: visual tokens that are dropped as keys from the first call on; rounded inward; must_keep and
-            protected text go first.
+            protected text take precedence.
         rest: what becomes of dropped tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
-        allow_positive_threshold: take a ``maxgap`` threshold of 0 or more, which drops what matters; to debug.
+        allow_positive_threshold: take a ``maxgap`` threshold of 0 or more, which drops what matters; for debugging.
 
     Raises:
         ConfigError: for an option out of range, or two that exclude each other.
@@ -138,7 +139,7 @@ class LiteAttention(SparseConfig):
         if self.criterion != "maxgap" and self.target_density is not None:
             raise ConfigError(
                 f"lite.target_density = {self.target_density} ranks tiles instead of voting, got lite.criterion = "
-                f"{self.criterion!r}; leave it out"
+                f"{self.criterion!r}; leave the criterion out"
             )
         if self.threshold is not None:
             check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
@@ -148,8 +149,8 @@ class LiteAttention(SparseConfig):
             raise ConfigError(f"lite.detect_every must be >= 1, got {self.detect_every}; 1 votes in every call")
         if self.refresh_every is not None and self.refresh_every < 2:
             raise ConfigError(
-                f"lite.refresh_every must be >= 2, got {self.refresh_every}: a call that begins anew is dense; leave "
-                "it unset to begin anew with each generation alone"
+                f"lite.refresh_every must be >= 2, got {self.refresh_every}: the call that starts afresh is dense; "
+                "leave it unset to start afresh only with each generation"
             )
         check_ranges("lite.must_keep", self.must_keep)
         check_ranges("lite.must_skip", self.must_skip)

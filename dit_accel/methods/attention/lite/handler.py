@@ -64,14 +64,18 @@ class LiteHandler(SparseHandler):
         return super().check_layout(layout)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
-        """Active outside the dense steps and layers; not in training, where one forward tells nothing of the next."""
+        """Active outside the dense steps and layers; not in training, where one forward says nothing about the next.
+
+        Raises:
+            ConfigError: if the thresholds file is for another number of steps, or the options need what is not known.
+        """
         if step.training:
             return False
         table, path = self._table, self.settings.thresholds_file
         if table is not None and table.num_inference_steps != step.num_inference_steps:
             raise ConfigError(
                 f"lite.thresholds_file {path} was tuned for {table.num_inference_steps} steps, "
-                f"this run has {step.num_inference_steps or 'a number that nothing tells'}; use as many, or tune again"
+                f"this run has {step.num_inference_steps or 'an unknown number'}; use as many, or tune again"
             )
         return super().is_active(step, depth)
 
@@ -214,7 +218,7 @@ class LiteHandler(SparseHandler):
         return None if steps is None else steps - self.settings.dense_last_steps - 1
 
     def _calls_left(self, state: CallState, context: CallContext) -> int | None:
-        """Return for how many calls, the running one included, the state serves at most; None: nothing tells."""
+        """Return for how many calls, the running one included, the state serves at most; None: it is not known."""
         last, refresh = self._last_step(context), self.settings.refresh_every
         counts = [] if last is None else [last - context.step_index + 1]
         if refresh is not None:
@@ -225,7 +229,7 @@ class LiteHandler(SparseHandler):
         return context.step_index == self._last_step(context)
 
     def _free(self, context: CallContext) -> None:
-        """Forget what no later call of this generation reads: this key, and transformers that had their steps."""
+        """Forget what no later call of this generation reads: this key, and transformers whose steps are over."""
         self._states.drop(context.key)
         for key in [key for key in self._states.by_key if key[0] != context.transformer]:
             self._states.drop(key)

@@ -17,7 +17,7 @@ from ....plan.tiling import exact_bits, pinned_bits
 class FixedBits(NamedTuple):
     """Bits int32 [NQ, W]: ``pinned`` tiles stay exact; only those of ``first`` may, from the first call on. None: all.
 
-    A pinned tile stays exact though ``first`` lacks it.
+    A pinned tile stays exact even if ``first`` lacks it.
     """
 
     pinned: Tensor | None
@@ -25,7 +25,7 @@ class FixedBits(NamedTuple):
 
 
 def check_ranges(name: str, ranges: Sequence[int], tokens: int | None = None) -> None:
-    """Refuse what is no list of ranges (start, end, start, end ...), ends exclusive and none overlapping.
+    """Refuse what is not a list of ranges (start, end, start, end ...), ends exclusive and none overlapping.
 
     Args:
         name: the option's name.

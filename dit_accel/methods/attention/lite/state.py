@@ -23,10 +23,10 @@ class CallState:
         order: the order of its tokens.
         bits: int32 [B, H, NQ, W], tiles of the next call; None: all of them.
         calls: calls made since it began.
-        votes: calls of them that voted.
+        votes: how many of them voted.
         spent: share of the budget that votes were given.
         dial: what finds the threshold for a target density; None: it is given.
-        counts: the first call's scores in bins, for the dial; None once it was asked.
+        counts: the first call's scores in bins, for the dial; None once the dial was asked.
         given: the running call's selection, where it may be repeated.
     """
 

@@ -1,11 +1,13 @@
-"""Files of LiteAttention's thresholds by layer and step, as `dit-accel tune lite` writes them: the format's one place.
+"""Files of LiteAttention's thresholds by layer and step; only this module knows their format.
+
+`dit-accel tune lite` writes them:
 
 version = 1
 model = "wan2.1-1.3b"         # `model_name` of what they were tuned on
 criterion = "maxgap"          # "maxgap": log2 units; "mass": shares of a row's softmax mass
 num_inference_steps = 50
 target_error = 0.05           # what the tuner aimed at; for readers alone
-[thresholds]                  # component name -> one list a layer, one threshold a step; -inf drops nothing
+[thresholds]                  # component name -> one list per layer, one threshold per step; -inf drops nothing
 transformer = [[-10.0, -9.5], [-8.0, -8.25]]
 """
 
@@ -57,7 +59,7 @@ class LiteThresholds:
                 where = f"lite thresholds of {name}, layer {layer}"
                 if len(row) != self.num_inference_steps:
                     raise ConfigError(
-                        f"{where}, must be one a step, {self.num_inference_steps} in all, got {len(row)}; tune again"
+                        f"{where}, must be one per step, {self.num_inference_steps} in all, got {len(row)}; tune again"
                     )
                 for value in row:
                     check_threshold(where, self.criterion, value)
@@ -74,7 +76,8 @@ class LiteThresholds:
         if layer >= len(layers):
             known = ", ".join(f"{len(rows)} layers of {name}" for name, rows in self.thresholds.items())
             raise ConfigError(
-                f"lite thresholds were asked for {transformer} layer {layer}, the file has {known}; tune on this model"
+                f"lite thresholds were asked for {transformer} layer {layer}, but the file has {known}; tune on this "
+                "model"
             )
         return layers[layer][step_index]
 
@@ -88,7 +91,7 @@ def check_threshold(where: str, criterion: str, value: float, allow_positive: bo
     if criterion == "maxgap":
         if math.isnan(value) or (value >= 0 and not allow_positive):
             raise ConfigError(
-                f"{where} must be < 0 (log2 units), got {value}: at 0 and above a tile is dropped though it holds a "
+                f"{where} must be < 0 (log2 units), got {value}: at 0 and above a tile is dropped even if it holds a "
                 "row's largest weight; -10 is usual, lite.allow_positive_threshold permits it for debugging"
             )
     elif not 0 < value < 1:
@@ -106,7 +109,7 @@ def read_thresholds(path: str | Path) -> LiteThresholds:
     """Read a thresholds file.
 
     Raises:
-        ConfigError: for a file that can't be read, is no TOML, has another version, or lacks what it needs.
+        ConfigError: for a file that can't be read, is not TOML, has another version, or lacks what it needs.
     """
     try:
         table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -114,10 +117,12 @@ def read_thresholds(path: str | Path) -> LiteThresholds:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"lite.thresholds_file {path} can't be read ({reason}); run dit-accel tune lite") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"lite.thresholds_file {path} is no valid TOML: {error}") from None
+        raise ConfigError(f"lite.thresholds_file {path} is not valid TOML: {error}") from None
     version = table.pop("version", None)
     if version != VERSION:
-        raise ConfigError(f"lite.thresholds_file {path} has version {version!r}, this release reads version {VERSION}")
+        raise ConfigError(
+            f"lite.thresholds_file {path} has version {version!r}, this release reads version {VERSION}; tune again"
+        )
     try:
         tables = {
             str(name): tuple(tuple(float(value) for value in row) for row in layers)
@@ -127,7 +132,7 @@ def read_thresholds(path: str | Path) -> LiteThresholds:
     except ConfigError as error:
         raise ConfigError(f"{error} ({path})") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"lite.thresholds_file {path} is not what tune lite writes: {error!r}") from None
+        raise ConfigError(f"lite.thresholds_file {path} is not what tune lite writes: {error!r}; tune again") from None
 
 
 def write_thresholds(path: str | Path, thresholds: LiteThresholds) -> None:
