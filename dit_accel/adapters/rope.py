@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from ..errors import ConfigError, did_you_mean
-from ..rules.rope import frequencies as spectrum
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 VISUAL_AXES = ("frames", "height", "width")
@@ -64,6 +62,8 @@ class Axis:
             raise ConfigError(
                 f"the frequencies along {self.name} are learned, different in each head; give functions of them"
             )
+        from ..rules.rope import frequencies as spectrum  # numpy, which a help text does without
+
         return spectrum("none", self.channels, self.theta, exponents=self.exponents)
 
 

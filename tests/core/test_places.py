@@ -328,6 +328,7 @@ def test_what_torch_compile_comes_after(transformer):
             forward(caller)
 
 
+@pytest.mark.slow
 def test_latent_grids_share_the_graphs(transformer):
     """Neutral or planned, a further size of latents is no further graph than the untouched model makes."""
 

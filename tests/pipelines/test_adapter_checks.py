@@ -15,24 +15,47 @@ from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
+ADAPTER_ALONE = [name for name in FAST if name not in ("active", "batch", "padding", "pairs")]  # no method is tried
+OTHERS = [name for name in ADAPTERS if name != "wan"]
+MUST = ("places", "layout", "blocks")
 ADDED_POSITIONS = {"CogVideoXTransformer3DModel 0", "ConsisIDTransformer3DModel 2"}  # as CogVideoX-2B adds them
+
+
+def check(name, models, only):
+    """Check some models of an adapter, and that what passes is what applies."""
+    verdicts = check_adapter(ADAPTERS[name], *models, only=only)
+    assert len(verdicts) == len(models)
+    assert all(list(results) == only for results in verdicts.values())
+    assert all(results[one] == "passed" for results in verdicts.values() for one in MUST if one in only)
+    for model, results in verdicts.items():
+        if model in ADDED_POSITIONS:
+            assert "rope" not in only or "this one adds sinusoidal positions to the patches" in results["rope"]
+        else:
+            assert results.get("rope", "passed") == "passed"
+    if "batch" in only:
+        assert all((results["batch"] == "passed") == (models[0].max_batch > 1) for results in verdicts.values())
+    if "padding" in only:
+        masked = any("encoder" in word and "mask" in word for model in models for word in model.inputs(1))
+        assert all((results["padding"] == "passed") == masked for results in verdicts.values())
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_passes_every_check(name):
-    models = tiny_models.MODELS[name]
-    found = check_adapter(ADAPTERS[name], *models, only=FAST)
-    assert len(found) == len(models)
-    assert all(list(results) == FAST for results in found.values())
-    assert all(results[check] == "passed" for results in found.values() for check in ("places", "layout", "blocks"))
-    for model, results in found.items():
-        if model in ADDED_POSITIONS:
-            assert "this one adds sinusoidal positions to the patches" in results["rope"]
-        else:
-            assert results["rope"] == "passed"
-    assert all((results["batch"] == "passed") == (models[0].max_batch > 1) for results in found.values())
-    masked = any("encoder" in word and "mask" in word for model in models for word in model.inputs(1))
-    assert all((results["padding"] == "passed") == masked for results in found.values())
+    """Its first model under every check but pairs of methods, the others under those of the adapter alone."""
+    first, *others = tiny_models.MODELS[name]
+    check(name, [first], [one for one in FAST if one != "pairs"])
+    if others:
+        check(name, others, ADAPTER_ALONE)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "wan" else pytest.mark.slow) for name in ADAPTERS]
+)
+def test_pairs_of_methods_and_every_model_pass(name):
+    first, *others = tiny_models.MODELS[name]
+    check(name, [first], ["pairs"])
+    if others and name != "wan":
+        check(name, others, [one for one in FAST if one not in ADAPTER_ALONE])
 
 
 @pytest.mark.slow

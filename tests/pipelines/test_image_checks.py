@@ -8,6 +8,8 @@ from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
 FAST = [name for name in CHECKS if name != "compile"]
+ADAPTER_ALONE = [name for name in FAST if name not in ("active", "batch", "padding", "pairs")]  # no method is tried
+OTHERS = [name for name in ADAPTERS if name != "flux"]
 MASKED = {
     "qwen-image", "chroma", "krea2", "hunyuan-image", "lumina2", "bria-fibo-2", "nucleus-image", "prx",
     "joyimage-edit-plus", "pixart",
@@ -19,21 +21,46 @@ ADDED_POSITIONS = {  # sinusoidal or learned ones are added to the patches
 BLOCKS = [name for name in ADAPTERS if name not in {"flux-kin", "bria-fibo", "joyimage-edit", "hidream"}]
 
 
+def check(name, models, only):
+    """Check some models of an adapter, and that what passes is what applies."""
+    verdicts = check_adapter(ADAPTERS[name], *models, only=only)
+    assert len(verdicts) == len(models)
+    assert all(list(results) == only for results in verdicts.values())
+    applying = set(METHOD_CASES) - set(ADAPTERS[name].refused)
+    must = [one for one in only if one not in ("padding", "rope") and (one != "pairs" or len(applying) > 1)]
+    assert all(results[one] == "passed" for results in verdicts.values() for one in must)
+    for model, results in verdicts.items():
+        if model.partition(" ")[0] in ADDED_POSITIONS:
+            assert "rope" not in only or "positions to the patches; leave this method out" in results["rope"]
+        else:
+            assert results.get("rope", "passed") == "passed"
+    return verdicts
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_image_adapter_passes_every_check(name):
+    """Its first model under every check but pairs of methods, the others under those of the adapter alone."""
+    first, *others = tiny_models.MODELS[name]
+    check(name, [first], [one for one in FAST if one not in ("pairs", "padding")])
+    if others:
+        check(name, others, ADAPTER_ALONE)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_padding_has_no_influence(name):
     models = tiny_models.MODELS[name]
-    found = check_adapter(ADAPTERS[name], *models, only=FAST)
-    assert len(found) == len(models)
-    assert all(list(results) == FAST for results in found.values())
-    applying = set(METHOD_CASES) - set(ADAPTERS[name].refused)
-    checks = [check for check in FAST if check not in ("padding", "rope") and (check != "pairs" or len(applying) > 1)]
-    assert all(results[check] == "passed" for results in found.values() for check in checks)
-    for model, results in found.items():
-        if model.partition(" ")[0] in ADDED_POSITIONS:
-            assert "positions to the patches; leave this method out" in results["rope"]
-        else:
-            assert results["rope"] == "passed"
-    assert any(results["padding"] == "passed" for results in found.values()) == (name in MASKED)
+    verdicts = check(name, models, ["padding"])
+    assert any(results["padding"] == "passed" for results in verdicts.values()) == (name in MASKED)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "flux" else pytest.mark.slow) for name in ADAPTERS]
+)
+def test_pairs_of_methods_and_every_image_model_pass(name):
+    first, *others = tiny_models.MODELS[name]
+    check(name, [first], ["pairs"])
+    if others and name != "flux":
+        check(name, others, [one for one in FAST if one not in (*ADAPTER_ALONE, "padding")])
 
 
 @pytest.mark.slow

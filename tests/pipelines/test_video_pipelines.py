@@ -19,10 +19,13 @@ BRANCHES = {
     **{name: ["call 0"] for name in ("minimax-h3", "easyanimate", "allegro", "anyflow")}, "wan-animate": ["cond"],
 }  # fmt: skip
 STEPS = {"minimax-h3": 3}  # its schedule of four points
+QUICK = ("kandinsky-5", "motif-video")  # run by whoever tries the tests; the others are marked slow
 LATENTS_ALONE = {"minimax-h3", "ltx-2", "allegro"}  # assembled without what decodes, or it decodes large tiles alone
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in PIPELINES if n not in QUICK)]
+)
 def test_a_video_pipeline_generates_and_reports_it(name):
     pipe, call = PIPELINES[name]()
     plain = generate(pipe, call)
@@ -55,4 +58,5 @@ def test_a_video_pipeline_generates_and_reports_it(name):
 
 
 def test_every_video_family_has_a_pipeline():
-    assert {adapter.name for adapter in VIDEO} == {"wan", *EARLIER, *(name.partition(" ")[0] for name in PIPELINES)}
+    named = {name.partition(" ")[0] for name in (*EARLIER, *PIPELINES)}
+    assert {adapter.name for adapter in VIDEO} == {"wan", *named}

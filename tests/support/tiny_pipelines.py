@@ -85,7 +85,7 @@ def ltx_condition() -> tuple[Any, dict[str, Any]]:
 
 
 PIPELINES = {
-    "hunyuan-video": hunyuan_video, "mochi": mochi, "cogvideox": cogvideox, "ltx": ltx, "ltx-condition": ltx_condition,
+    "hunyuan-video": hunyuan_video, "mochi": mochi, "cogvideox": cogvideox, "ltx": ltx, "ltx condition": ltx_condition,
 }  # fmt: skip
 """Adapter name -> maker of (pipeline, arguments of a call)."""
 

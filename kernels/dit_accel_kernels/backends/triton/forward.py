@@ -151,10 +151,11 @@ def _full_chunk(
 
 
 @triton.jit
-def _pooled(bounds_ptr):
-    """Where a row's pooled list starts, 64-bit, and its end from there."""
+def _pooled(bounds_ptr, indices_ptr):
+    """A row's pooled list, from its start on, which is a 64-bit place, and its length."""
     start = tl.load(bounds_ptr + 4)
-    return start, (tl.load(bounds_ptr + 5) - start).to(tl.int32)
+    length = (tl.load(bounds_ptr + 5) - start).to(tl.int32)
+    return indices_ptr + start, length
 
 
 # Sizes of the problem, not worth a kernel for each value that is 1 or a multiple of 16.
@@ -217,8 +218,7 @@ def _fwd_kernel(
 
     place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     token = row * TILE_Q + place
-    live = (place < TILE_Q) & (token < num_q)
-    q_row = token
+    live, q_row = (place < TILE_Q) & (token < num_q), token
     if token_order_ptr is not None:
         q_row = tl.load(token_order_ptr + token, mask=live, other=0)
     q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
@@ -315,8 +315,7 @@ def _fwd_kernel(
         _store_rest(words_ptr, end_slow, word, live)
 
     if pooled_indices_ptr is not None:
-        pooled_start, pooled_end = _pooled(bounds_ptr)
-        pooled_indices_ptr += pooled_start
+        pooled_indices_ptr, pooled_end = _pooled(bounds_ptr, pooled_indices_ptr)
         means = (batch * key_heads + hk) * key_tiles * DIM
         for n in tl.range(0, pooled_end, BLOCK_S, num_stages=2):
             entry = n + tl.arange(0, BLOCK_S)
