@@ -52,7 +52,7 @@ class Axis:
     theta: float | None
     exponents: tuple[float, ...] | None = None
 
-    def frequencies(self) -> np.ndarray:
+    def frequencies(self) -> "np.ndarray":
         """Return the model's own frequencies by their formula, float64 [channels / 2].
 
         Raises:
