@@ -24,7 +24,7 @@ METHODS: Mapping[str, tuple[MethodConfig, ...]] = {
 }
 """Mode -> what is attached: nothing; all that plans every call and drops nothing; what changes every call."""
 
-ROUNDING = 1e-3
+ROUNDING = 1e-5
 """By how much of its own size a forward in float32 may move when every call is planned and no tile dropped."""
 
 
@@ -145,6 +145,8 @@ class Watch:
         ours, theirs = tensors_of(found), tensors_of(expected)
         if [(x.shape, x.dtype) for x in ours] != [(x.shape, x.dtype) for x in theirs]:
             return "the attached forward gives other shapes or dtypes than the plain one"
+        if not theirs:
+            return f"{type(expected).__name__} holds no tensor to compare; let tensors_of look into it"
         for x, y in zip(ours, theirs, strict=True):
             if self.mode == "neutral" and not same_bits(x, y):
                 return "the attached forward differs from the plain one in its bits"
@@ -157,9 +159,8 @@ class Watch:
 
 def _compared(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(model: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return watch.run(
-            model, lambda: original(model, *args, **kwargs), lambda: model._call_impl(*args, **kwargs)
-        )  # _call_impl is what runs where nothing stands before a module's call
+        # _call_impl is what runs where nothing stands before a module's call
+        return watch.run(model, lambda: original(model, *args, **kwargs), lambda: model._call_impl(*args, **kwargs))
 
     return __call__
 

@@ -29,6 +29,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -126,6 +127,14 @@ def summary(mode: str, run: Mapping[str, Any]) -> str:
     return f"{mode}: {len(outcomes)} tests: {', '.join([*parts, *counts])}"
 
 
+def untold(plain: Mapping[str, Any]) -> list[str]:
+    """Return what tells little, since it fails without us too: files that can't be imported, tests by their reason."""
+    lines = [f"  not run: {file}: {why}" for file, why in plain["not_collected"].items()]
+    fails = [message for outcome, message in plain["tests"].values() if outcome in ("failed", "error")]
+    reasons = Counter((message.strip().splitlines() or ["no message"])[-1][:160] for message in fails)
+    return [*lines, *(f"  fail plain: {count} tests: {why}" for why, count in reasons.most_common())]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the modes and print what is wrong; 0 if nothing is, or the tests are not to be had."""
     if arguments[:1] == ["--worker"]:
@@ -149,8 +158,8 @@ def main(arguments: Sequence[str]) -> int:
     found: list[str] = []
     plain = run_tests("plain", root, picked)
     print(summary("plain", plain), flush=True)
-    for file, why in plain["not_collected"].items():
-        print(f"  not run: {file}: {why}")
+    for line in untold(plain):
+        print(line, flush=True)
     for mode in modes:
         attached = run_tests(mode, root, picked)
         print(summary(mode, attached), flush=True)
