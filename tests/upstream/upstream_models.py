@@ -206,7 +206,8 @@ def footprint(model: nn.Module) -> dict[str, Any]:
     """Return every attribute of a model's modules and their processors by identity, entries of dicts each."""
     marks: dict[str, Any] = {}
     for path, module in model.named_modules():
-        holders = {path: module, f"{path}.processor": getattr(module, "processor", None)}
+        place = path or type(model).__name__
+        holders = {place: module, f"{place}.processor": getattr(module, "processor", None)}
         for holder, owner in holders.items():
             for name, value in getattr(owner, "__dict__", {}).items():
                 inner = {key: id(one) for key, one in value.items()} if isinstance(value, dict) else None
