@@ -20,7 +20,8 @@ one that ends as it does plain.
     make test-diffusers ARGS="-k Wan"          # all else goes to pytest; paths are the checkout's
 
 Forwards are not compared where a hook carries state from one to the next (diffusers' caches), and in tests that compile
-models. A log and the outcomes of each mode lie in ``.diffusers/``.
+models. What upstream's tests need beyond ours is not installed (torchvision for Cosmos): such tests fail plain as well,
+which says nothing of us, and the run lists them. A log and the outcomes of each mode lie in ``.diffusers/``.
 """
 
 import argparse
