@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo test test-slow test-all bench bench-gpu types lint format setup clean
+.PHONY: demo test test-slow test-all test-diffusers bench bench-gpu types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_pipelines.demo --out demo
@@ -16,6 +16,10 @@ test-slow: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow --durations=15 --durations-min=1
 
 test-all: test test-slow
+
+# diffusers' own tests with dit-accel attached to every model they build; CI leaves it out, offline it skips
+test-diffusers: $(VENV)/.ready-test
+	$(BIN)/python tests/upstream/upstream_run.py $(ARGS)
 
 bench: $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py
@@ -39,7 +43,7 @@ format: $(VENV)/.ready-dev
 setup: $(VENV)/.ready-dev
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info
+	rm -rf $(VENV) .diffusers build dist demo *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
