@@ -19,7 +19,7 @@ from .execution import Execution, Observer
 from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
 from .forward import Forward, count_dense, switch
 from .layers import AttentionLayer, TransformerState
-from .processor import Slot, dense_attention_of, unwrap_processor, wrap_processor
+from .processor import Slot, dense_attention_of, retire_processor, unwrap_processor, wrap_processor
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
 
@@ -218,6 +218,7 @@ def _install_processors(
         def restore(module: Any = module, ours: Any = layer.processor, original: Any = original) -> None:
             if module.processor is ours:  # whatever the user set since then is the user's
                 module.processor = unwrap_processor(ours, original)
+            retire_processor(ours)  # diffusers keeps processors that fused ones replace, and puts them back
 
         attachment._undo.append(restore)
 

@@ -84,6 +84,14 @@ def unwrap_processor(wrapped: Any, original: Any) -> Any:
     return original
 
 
+def retire_processor(wrapped: Any) -> None:
+    """Make a wrapped processor a plain one of its original class: whoever kept it may put it back after detach."""
+    original = type(wrapped).__mro__[1]
+    for name in _OURS:
+        wrapped.__dict__.pop(name, None)
+    object.__dict__["__class__"].__set__(wrapped, original)  # the subclass hides its own class
+
+
 def dense_attention_of(wrapped: Any) -> tuple[DenseAttention, bool]:
     """Return the attention call that a wrapped processor would make, on the backend set on it now, and how tensors lie.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,3 +161,32 @@ def test_an_attachment_that_is_gone_says_so():
     q, k, v = tensors()
     with pytest.raises(RuntimeError, match="attachment 999999 is detached"):
         planned_attention(*arguments(999999, q, k, v))
+
+
+def test_a_processor_kept_by_others_is_a_plain_one_after_detach():
+    """diffusers keeps the processors that fused ones replace, and puts them back when told to."""
+    import dit_accel
+    from dit_accel import RadialAttention
+
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=16, num_layers=2, sample_width=16, sample_height=16, sample_frames=17,
+        use_rotary_positional_embeddings=True,
+    ).eval()  # fmt: skip
+    inputs = dict(
+        hidden_states=torch.randn(1, 5, 4, 8, 8), encoder_hidden_states=torch.randn(1, 6, 16),
+        timestep=torch.tensor([5]), return_dict=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        method = RadialAttention(
+            block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0
+        )
+        attachment = dit_accel.attach(model, method)
+        assert not torch.equal(model(**inputs)[0], plain)
+        model.fuse_qkv_projections()
+        attachment.detach()
+        model.unfuse_qkv_projections()
+        assert torch.equal(model(**inputs)[0], plain)
+    assert {type(processor).__name__ for processor in model.attn_processors.values()} == {"CogVideoXAttnProcessor2_0"}
+    assert all(type(one) is CogVideoXAttnProcessor2_0 for one in model.attn_processors.values())

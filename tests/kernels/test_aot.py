@@ -188,6 +188,8 @@ def test_spills_count_in_the_hot_loop_and_with_the_table_s_compiler():
     assert aot.faults({**record, "triton": "0.0"}) == []
     assert aot.spilled({**record, "triton": "0.0"}) == "3 spills, 12 bytes of stack"
     assert aot.spilled({**record, "spills": 0}) is None
+    assert aot.spilled({**record, "hot_loop": False}) is None  # a few words, where no product waits for them
+    assert aot.spilled({**record, "hot_loop": False, "spills": 9}) == "9 spills, 12 bytes of stack"
 
 
 @pytest.mark.slow
