@@ -100,13 +100,15 @@ class TransformerSite:
 
         def restore() -> None:
             now = place.get(name)
-            moved = isinstance(now, Tensor) and isinstance(value, Tensor) and now.shape == value.shape
-            if now is not value and not moved:  # whatever the user set since then is the user's
-                return
+            tensors = isinstance(now, Tensor) and isinstance(value, Tensor)
+            if now is not value and not (tensors and now.shape == value.shape):
+                return  # whatever the user set since then is the user's
             if old is _MISSING:
                 del place[name]
-            else:  # a module that was moved to another device has a copy of what was set there
-                place[name] = old.to(now.device) if moved and isinstance(old, Tensor) else old
+            elif isinstance(now, Tensor) and isinstance(old, Tensor):
+                place[name] = old.to(now.device)  # the module may have been moved to another device
+            else:
+                place[name] = old
 
         self._undo.append(restore)
 

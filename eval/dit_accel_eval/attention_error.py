@@ -74,7 +74,7 @@ def call_errors(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, order: Tensor
         ``skip`` and ``pooled`` against dense attention, relative to the dense output's norm; and that of pooling with
         the true weight or the true value in place of its own.
     """
-    blocks = {"block_q": tiles.block_q, "block_k": tiles.block_k}
+    blocks: dict[str, Any] = {"block_q": tiles.block_q, "block_k": tiles.block_k}
     states = tiles.states()
     skipping = TileLists.from_states(
         states.masked_fill(states == POOLED, SKIPPED), num_q=tiles.num_q, num_k=tiles.num_k, **blocks

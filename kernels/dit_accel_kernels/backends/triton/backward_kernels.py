@@ -178,8 +178,7 @@ def _dq_kernel(
         dq = tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
 
     if pooled_indices_ptr is not None:
-        pooled_start, pooled_end = _pooled(bounds_ptr)
-        pooled_indices_ptr += pooled_start
+        pooled_indices_ptr, pooled_end = _pooled(bounds_ptr, pooled_indices_ptr)
         means = (batch * key_heads + hk) * key_tiles * DIM
         for n in tl.range(0, pooled_end, BLOCK_S, num_stages=1):
             entry = n + tl.arange(0, BLOCK_S)
