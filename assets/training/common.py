@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RUNS = Path(__file__).parent / "runs"
+RUNS = Path(os.environ.get("DIT_ACCEL_RUNS", Path(__file__).parent / "runs"))
 """Where checkpoints, latent pools and running logs live; not in version control."""
 
 
@@ -111,22 +111,36 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
 
 
-def store(path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer], step: int, log: Log) -> None:
-    """Save everything a training needs to go on."""
+def store(
+    path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer], step: int, log: Log, recipe: dict[str, Any]
+) -> None:
+    """Save everything a training needs to go on, and the recipe that it must go on with."""
     state = {key: module.state_dict() for key, module in averages.modules.items()}
     state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "clock": log.clocks()}
-    save_atomic(state | {"averages": averages.values, "updates": averages.updates}, path)
+    save_atomic(state | {"averages": averages.values, "updates": averages.updates, "recipe": recipe}, path)
 
 
-def restore(path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer]) -> tuple[int, dict[str, float]]:
-    """Load what `store` saved, where there is a file; returns the steps done and the clocks."""
+def restore(
+    path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer], recipe: dict[str, Any], change: bool
+) -> tuple[int, dict[str, float]]:
+    """Load what `store` saved, where there is a file; returns the steps done and the clocks.
+
+    A checkpoint of another recipe is refused (ValueError naming what differs) unless `change` says to go on with this.
+    """
     if not path.exists():
         return 0, {}
     state = torch.load(path, weights_only=False)
+    saved = state["recipe"]
+    differs = [f"{k}: {saved.get(k)!r} there, {recipe.get(k)!r} asked" for k in recipe if saved.get(k) != recipe[k]]
+    if differs and not change:
+        raise ValueError(
+            f"{path} was made by another recipe ({'; '.join(differs)}); "
+            "train with its recipe, into another --run, or go on with the new one by --change"
+        )
     for key, module in averages.modules.items():
         module.load_state_dict(state[key])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        load_optimizer(optimizer, saved)
+    for optimizer, memory in zip(optimizers, state["optimizers"], strict=True):
+        load_optimizer(optimizer, memory)
     averages.values, averages.updates = state["averages"], state["updates"]
     return state["step"], state["clock"]
 
@@ -135,6 +149,25 @@ def set_rates(optimizers: list[torch.optim.Optimizer], rates: tuple[float, ...],
     """Set every optimizer's learning rate to its own rate times a common factor."""
     for optimizer, rate in zip(optimizers, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate * factor
+
+
+class Budget:
+    """The minutes one start of a training may take, and when its next checkpoint is due."""
+
+    def __init__(self, minutes: float, every: float = 120.0) -> None:
+        self.end, self.every = time.perf_counter() + 60 * minutes, every
+        self.saved = time.perf_counter()
+
+    def left(self) -> bool:
+        """Say whether there is time for another step."""
+        return time.perf_counter() < self.end
+
+    def due(self) -> bool:
+        """Say, once every `every` seconds, that a checkpoint is due."""
+        if time.perf_counter() - self.saved < self.every:
+            return False
+        self.saved = time.perf_counter()
+        return True
 
 
 class Log:

@@ -47,15 +47,16 @@ class TrainingSelfAttention:
         """Attend over all tokens of hidden_states [B, S, heads * D]."""
         batch, tokens, _ = hidden_states.shape
         cos, sin = rotary_emb
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
         turn = torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float())  # [1, S, 1, D / 2]
 
         def prepare(x: Tensor, scale: float) -> Tensor:
             pairs = torch.view_as_complex(x.float().view(batch, tokens, attn.heads, -1, 2))
             turned = torch.view_as_real(pairs * (turn * scale)).flatten(-2)
-            return turned.to(torch.bfloat16).transpose(1, 2).reshape(batch * attn.heads, tokens, -1)
+            return turned.to(low).transpose(1, 2).reshape(batch * attn.heads, tokens, -1)
 
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-        value = attn.to_v(hidden_states).to(torch.bfloat16).view(batch, tokens, attn.heads, -1)
+        value = attn.to_v(hidden_states).to(low).view(batch, tokens, attn.heads, -1)
         value = value.transpose(1, 2).reshape(batch * attn.heads, tokens, -1)
         out = HeadwiseAttention.apply(prepare(query, value.shape[-1] ** -0.5), prepare(key, 1.0), value)
         out = out.view(batch, attn.heads, tokens, -1).transpose(1, 2).reshape(batch, tokens, -1)
