@@ -1,7 +1,7 @@
 """Judges a clip by the scene it was asked to show: continuous answers, each with the pass mark that drawn clips meet.
 
-Where an object starts, how large it is and at what phase its texture lies are left open by the prompt, and are free here
-too: only what the words say is held against the clip, at any length.
+Where an object starts, how large it is and at what phase its texture lies are left open by the prompt, and are free
+here too: only what the words say is held against the clip, at any length.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def judge(video: np.ndarray, scene: Scene) -> Verdict:
     tracks = [tracking.track(parts.masks[thing.color]) for thing in things]
     for index, (thing, found) in enumerate(zip(things, tracks, strict=True)):
         values |= {f"{name}.{index}": value for name, value in _thing(parts, scene, thing, found).items()}
-    values["count"] = abs(_count(parts) - len(scene.things))
+    values["count"] = _count_error(parts, len(scene.things))
     if scene.relation:
         values["relation"] = _relation(tracks[0], tracks[1], scene.relation)
     named = parts.ground == scene.ground
@@ -98,8 +98,8 @@ def _thing(parts: Parts, scene: Scene, thing: Thing, found: tracking.Track) -> d
     kind, _, direction = thing.motion.partition(" ")
     step = np.asarray(DIRECTIONS[direction], dtype=np.float64) if direction else np.zeros(2)
     paces = {"moving": world.SPEEDS[thing.speed], "crossing": (world.CROSSING_SPEED,) * 2}.get(kind, (0.0, 0.0))
-    unit = step / max(1.0, float(np.hypot(*step)))
-    values["path"] = tracking.path_error(found, paces, unit, -scene.pan_velocity)
+    unit = step / max(1.0, float(np.linalg.norm(step)))
+    values["path"] = tracking.path_error(found, paces, unit, tracking.drift(thing, found, scene.pan_velocity))
     growth = {"growing": world.GROWTH, "shrinking": -world.GROWTH}.get(kind, 0.0)
     values["size"] = tracking.growth_error(found, growth, count, thing.shape)
     best = np.nonzero(found.whole)[0] if found.whole.any() else seen
@@ -155,7 +155,7 @@ def _color_distance(frame: np.ndarray, mask: np.ndarray, color: str) -> float:
 
 
 def _turn(parts: Parts, thing: Thing, picks: np.ndarray) -> float:
-    """Return by how much templates that turn as asked overlap better than ones that stand still (best start of each)."""
+    """Return by how much templates that turn as asked overlap better than still ones (best start of each)."""
     mask, gains = parts.masks[thing.color], []
     starts = np.radians(np.arange(0, {"square": 90, "cross": 90}.get(thing.shape, 120), 10))
     for rate in (world.TURN, 0.0, -world.TURN):
@@ -170,14 +170,16 @@ def _turn(parts: Parts, thing: Thing, picks: np.ndarray) -> float:
     return float(gains[0] - max(gains[1:]))
 
 
-def _count(parts: Parts) -> int:
-    """Return how many objects show at most times: the parts of every colour, in frames spread over the clip."""
-    frames = np.unique(np.linspace(0, len(parts.video) - 1, 9).round().astype(int))
-    counts = []
+def _count_error(parts: Parts, count: int) -> int:
+    """Return how many objects are too many or missing in the trained length, or too many after it (some may leave)."""
+    frames = np.arange(0, len(parts.video), 2)
+    shown = []
     for frame in frames:
         sizes = [p.sum() for m in parts.masks.values() for p in components(firm(m[frame]), tracking.LEAST)]
-        counts.append(sum(size >= 0.12 * max(sizes) for size in sizes))
-    return int(np.median(counts))
+        shown.append(sum(size >= 0.12 * max(sizes) for size in sizes))
+    early, late = np.asarray(shown)[frames < world.FRAMES], np.asarray(shown)[frames >= world.FRAMES]
+    later = max(0, int(np.median(late)) - count) if late.size else 0
+    return max(abs(int(np.median(early)) - count), later)
 
 
 def _relation(one: tracking.Track, other: tracking.Track, relation: str) -> float:

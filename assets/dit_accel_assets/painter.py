@@ -1,11 +1,11 @@
-"""Draws scenes of `world` at any length: frames, and what is visible of every thing; numpy alone, vectorised over time."""
+"""Draws scenes of `world` at any length: frames, and what is visible of every thing; vectorised over time."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from dit_accel_assets import clips, world
-from dit_accel_assets.world import Scene, Thing
+from dit_accel_assets.world import Scene
 
 TINT = 0.6
 """How far an object's second colour lies from its colour on the way to white."""
@@ -77,7 +77,12 @@ def distance(shape: str, u: np.ndarray, v: np.ndarray, size: np.ndarray | float)
 
 
 def texture(
-    kind: str, u: np.ndarray, v: np.ndarray, period: np.ndarray | float, phase: tuple[float, float], extent: np.ndarray | float
+    kind: str,
+    u: np.ndarray,
+    v: np.ndarray,
+    period: np.ndarray | float,
+    phase: tuple[float, float],
+    extent: np.ndarray | float,
 ) -> np.ndarray:
     """Return a texture's lightness in 0..1 at pixel coordinates (u, v); `extent` is the length of a gradient."""
     turn = 2 * np.pi / period

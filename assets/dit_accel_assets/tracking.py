@@ -8,6 +8,7 @@ import numpy as np
 
 from dit_accel_assets import painter, world
 from dit_accel_assets.unmix import Parts, components, firm
+from dit_accel_assets.world import Thing
 
 LEAST = 10
 """Firm pixels below which there is no object."""
@@ -46,34 +47,46 @@ def track(mask: np.ndarray) -> Track:
 def path_error(found: Track, paces: tuple[float, float], direction: np.ndarray, drift: np.ndarray) -> float:
     """Return the root mean square distance in pixels from the nearest straight path that the words allow.
 
-    The start is free; the velocity is `direction` (unit) times a pace in the range, plus `drift`, pixels a frame.
-    Infinite where the object shows in fewer than two frames.
+    The start is free; the velocity is `direction` (unit) times a pace in the range, plus `drift`, pixels a frame; drift
+    may also be [F, 2], what the object's centre does besides. Infinite where it shows in fewer than two frames.
     """
     use = found.whole if found.whole.sum() >= 3 else ~np.isnan(found.areas)
     if use.sum() < 2:
         return float("inf")
-    time, points = np.nonzero(use)[0].astype(np.float64), found.centers[use]
+    time = np.nonzero(use)[0].astype(np.float64)[:, None]
+    points = found.centers[use] - drift[use]
     errors = []
     for pace in np.linspace(*paces, 5):
-        rest = points - time[:, None] * (direction * pace + drift)
+        rest = points - time * direction * pace
         errors.append(np.sqrt(np.square(rest - rest.mean(0)).sum(1).mean()))
     return float(min(errors))
 
 
-def presence(found: Track, expected: np.ndarray) -> float:
-    """Return in what share of the frames the object is there or not as `expected` (bool [F])."""
-    return float((~np.isnan(found.areas) == expected).mean())
+def drift(thing: Thing, found: Track, camera: np.ndarray) -> np.ndarray:
+    """Return what moves a thing's centroid besides its own velocity, [F, 2]: the camera, and turning off its centre."""
+    time = np.arange(len(found.areas))
+    moved = -time[:, None] * camera
+    if thing.motion == "turning" and thing.shape == "triangle":
+        area = found.areas[found.whole] if found.whole.any() else found.areas
+        reach = np.sqrt(np.nanmedian(area) / _FILL["triangle"]) / 6 if not np.isnan(area).all() else 0.0
+        angle = time * world.TURN
+        moved = moved + reach * np.stack([-np.sin(angle), np.cos(angle)], axis=1)
+    return moved
 
 
 def growth_error(found: Track, growth: float, count: int, shape: str) -> float:
-    """Return the root mean square error in pixels of the object's side over time, its first size free."""
+    """Return the root mean square error in pixels of the object's side over time, its first size free.
+
+    It grows by `growth` pixels a frame, negative if it shrinks, but never below the world's smallest side.
+    """
     use = found.whole if found.whole.sum() >= 3 else ~np.isnan(found.areas)
     if use.sum() < 2:
         return float("inf")
-    time = np.nonzero(use)[0].astype(np.float64)
+    change = np.nonzero(use)[0] * growth
     side = np.sqrt(found.areas[use] / (_FILL[shape] * count))
-    rest = np.clip(side - time * growth, 0.0 if growth >= 0 else world.SMALLEST, None) if growth else side
-    return float(np.sqrt(np.square(rest - np.median(rest)).mean()))
+    first = np.linspace(side.min() - abs(change).max(), side.max() + abs(change).max(), 81)[:, None]
+    errors = side - np.maximum(first + change, world.SMALLEST if growth < 0 else 0.0)
+    return float(np.sqrt(np.square(errors).mean(1)).min())
 
 
 def overlaps(mask: np.ndarray, parts: list[np.ndarray], turns: tuple[float, ...]) -> dict[str, float]:
@@ -109,6 +122,12 @@ def _fit(shape: str, soft: np.ndarray, x: np.ndarray, y: np.ndarray, side: float
     return best
 
 
+def _blur(video: np.ndarray) -> np.ndarray:
+    for axis in (1, 2):
+        video = (np.roll(video, 1, axis) + 2 * video + np.roll(video, -1, axis)) / 4
+    return video
+
+
 def _around(part: np.ndarray) -> np.ndarray:
     padded = np.pad(part, 2)
     height, width = part.shape
@@ -121,12 +140,13 @@ def camera_error(parts: Parts, velocity: np.ndarray) -> float:
     Least squares over Lucas and Kanade's equation at every pixel that is free of objects in two following frames; where
     the background varies in one direction alone (stripes), that component alone. Infinite where it does not vary.
     """
-    gray = parts.video.mean(-1)
+    gray = _blur(parts.video.mean(-1))  # noise would make every motion look slower
     gray = gray - (gray * parts.free).sum() / max(1, parts.free.sum())
     between = (gray[1:] + gray[:-1]) / 2
     dx, dy = (np.gradient(between, axis=axis) for axis in (2, 1))
     dt = gray[1:] - gray[:-1]
     use = parts.free[1:] & parts.free[:-1]
+    use[:, [0, -1]] = use[:, :, [0, -1]] = False  # blurred across the picture's edge
     dx, dy, dt = dx[use], dy[use], dt[use]
     system = np.array([[dx @ dx, dx @ dy], [dx @ dy, dy @ dy]]) / max(1, use.sum())
     strengths, axes = np.linalg.eigh(system)

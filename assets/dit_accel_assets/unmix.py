@@ -52,9 +52,7 @@ def unmix(video: np.ndarray) -> Parts:
     covered = np.max(list(masks.values()), axis=0) > 0.1
     free = ~_grow(_grow(covered | (share > 0.3)))
     distance = float(np.median(away[free])) if free.any() else ground_distance
-    return Parts(
-        video=pixels, brightness=brightness, ground=ground, ground_distance=distance, masks=masks, free=free
-    )
+    return Parts(video=pixels, brightness=brightness, ground=ground, ground_distance=distance, masks=masks, free=free)
 
 
 def firm(mask: np.ndarray) -> np.ndarray:
@@ -63,7 +61,7 @@ def firm(mask: np.ndarray) -> np.ndarray:
 
 
 def components(mask: np.ndarray, least: int) -> list[np.ndarray]:
-    """Return the connected parts (four neighbours) of a bool mask [H, W] with at least `least` pixels, largest first."""
+    """Return the connected parts (four neighbours) of a bool mask [H, W] of at least `least` pixels, largest first."""
     rest, parts = mask.copy(), []
     while rest.any():
         seed = np.zeros_like(rest)

@@ -1,7 +1,7 @@
 """The richer world of the second embedded model: up to three textured objects, events, a camera and a style.
 
 A `Scene` holds everything that decides a clip of any length: speeds are pixels a frame, and events (grow, turn, cross)
-go one way, so that the first 17 frames of a clip of 49 are the clip of 17. `painter` draws scenes, `judge` judges clips.
+go one way, so that the first 17 frames of a clip of 49 are the clip of 17. `painter` draws, `judge` judges.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring")
 TEXTURES: tuple[str, ...] = ("plain", "striped", "checked", "dotted", "shaded", "grainy")
 EVENTS: tuple[str, ...] = ("growing", "shrinking", "turning")
 CROSSINGS: tuple[str, ...] = ("right", "left", "up", "down")
-MOTIONS: tuple[str, ...] = ("still", *EVENTS, *(f"moving {d}" for d in DIRECTIONS), *(f"crossing {d}" for d in CROSSINGS))
+MOTIONS: tuple[str, ...] = (
+    "still",
+    *EVENTS,
+    *(f"moving {d}" for d in DIRECTIONS),
+    *(f"crossing {d}" for d in CROSSINGS),
+)
 SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.35, 0.45), "": (0.8, 1.0), "quickly": (1.5, 1.8)}
 """Speed word -> range in pixels a frame."""
 CROSSING_SPEED = 2.4

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 TEXT_WIDTH = 96
 TRANSFORMER_CONFIG = {
     "patch_size": (1, 2, 2),
-    "num_attention_heads": 3,
+    "num_attention_heads": 2,
     "attention_head_dim": 64,
     "in_channels": 12,
     "out_channels": 12,
     "text_dim": TEXT_WIDTH,
     "freq_dim": 128,
-    "ffn_dim": 768,
+    "ffn_dim": 512,
     "num_layers": 12,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -33,7 +33,7 @@ FLOW_SHIFT = 5.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a word-level tokenizer over the world's vocabulary: lower case, hyphenated words whole, </s> at the end."""
+    """Return a word-level tokenizer of the world's vocabulary: lower case, hyphenated words whole, </s> at the end."""
     words = ["<pad>", "</s>", "<unk>", *prompts.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

@@ -1,6 +1,6 @@
 """Trains the judge's classifiers of texture and style on drawn clips: `python assets/training/train_checker.py`.
 
-Half of the clips are blurred and noisy, about what decoding latents does. Two minutes on one core; prints held-out accuracy.
+Most clips are blurred and noisy, about what decoding latents does. Two minutes on one core; prints held-out accuracy.
 """
 
 from __future__ import annotations

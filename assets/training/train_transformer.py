@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from build import build_pipeline
-from common import RUNS, Averages, Budget, Log, Muon, restore, save_atomic, set_rates, split_parameters, store, trapezoid
+from common import (
+    RUNS,
+    Averages,
+    Budget,
+    Log,
+    Muon,
+    restore,
+    save_atomic,
+    set_rates,
+    split_parameters,
+    store,
+    trapezoid,
+)
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_assets import painter, prompts, world
@@ -47,8 +59,8 @@ class TransformerTraining:
         (40, 40, 4000), (48, 48, 6000), (64, 64, 3000), (64, 96, 1000), (96, 96, 1000)
     )  # fmt: skip
     stages: tuple[tuple[int, tuple[tuple[float, int, int, int], ...]], ...] = (
-        (450, ((1.0, 40, 40, 20),)),
-        (1100, ((1.0, 48, 48, 16),)),
+        (800, ((1.0, 40, 40, 20),)),
+        (2400, ((1.0, 48, 48, 16),)),
         (40_000, ((0.4, 48, 48, 16), (0.4, 64, 64, 9), (0.1, 64, 96, 6), (0.1, 96, 96, 4))),
     )
 
@@ -132,7 +144,9 @@ def use_training_attention(pipe: WanPipeline, training: bool) -> None:
         block.attn2.set_processor(TrainingCrossAttention() if training else WanAttnProcessor())
 
 
-def prepare(config: TransformerTraining, vae: AutoencoderKLWan) -> tuple[WanPipeline, Averages, list[torch.optim.Optimizer]]:
+def prepare(
+    config: TransformerTraining, vae: AutoencoderKLWan
+) -> tuple[WanPipeline, Averages, list[torch.optim.Optimizer]]:
     """Return an untrained pipeline with training's attention, its averages and the two optimizers."""
     torch.manual_seed(config.seed)
     pipe = build_pipeline(vae)

@@ -1,0 +1,109 @@
+"""The training scripts: they resume bit for bit, refuse another recipe, and measure attention's mass rightly."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "assets" / "training"))
+
+import common
+import concentration
+import train_transformer
+import train_vae
+
+VAE = train_vae.VaeTraining(steps=6, freeze_encoder_at=4, stages=((1.0, ((1.0, 1, 32, 32, 1),)),))
+TRANSFORMER = train_transformer.TransformerTraining(
+    steps=4, pools=((32, 32, 4),), stages=((4, ((1.0, 32, 32, 2),)),), warmup=1
+)
+
+
+class Steps(common.Budget):
+    """A budget that ends after a number of steps."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(60.0)
+        self.count = count
+
+    def left(self) -> bool:
+        self.count -= 1
+        return self.count >= 0
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(train_vae, "latent_statistics", lambda vae: ([0.5] * 12, [2.0] * 12))
+    monkeypatch.setattr(train_vae, "held_out_psnr", lambda *args: [0.0])
+    monkeypatch.setattr(train_transformer, "SHARD", 2)
+    # two blocks resume as twelve do
+    monkeypatch.setitem(train_transformer.build_pipeline.__globals__["TRANSFORMER_CONFIG"], "num_layers", 2)
+
+
+def same(one: Path, other: Path) -> None:
+    """Compare all of two checkpoints but their clocks."""
+    left, right = (torch.load(path, weights_only=False) for path in (one, other))
+    for state in (left, right):
+        del state["clock"]
+    flat_left, flat_right = (torch.utils._pytree.tree_flatten(state) for state in (left, right))
+    assert flat_left[1] == flat_right[1]
+    tensors = 0
+    for a, b in zip(flat_left[0], flat_right[0], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        tensors += isinstance(a, torch.Tensor)
+    assert tensors > 50
+
+
+def test_the_autoencoders_training_resumes_bit_for_bit(tmp_path):
+    train_vae.train(VAE, tmp_path / "whole", None, Steps(6))
+    for part in (3, 2, 1):  # before, at and after the step that fixes the encoder
+        train_vae.train(VAE, tmp_path / "parts", None, Steps(part))
+    same(tmp_path / "whole" / "checkpoint.pt", tmp_path / "parts" / "checkpoint.pt")
+    assert (tmp_path / "parts" / "vae" / "config.json").exists()
+    fixed, last = (train_vae.first_autoencoder(tmp_path / "parts" / name) for name in ("frozen", "vae"))
+    assert torch.equal(fixed.encoder.conv_in.weight, last.encoder.conv_in.weight)
+    assert not torch.equal(fixed.decoder.conv_in.weight, last.decoder.conv_in.weight)
+
+
+def test_the_transformers_training_resumes_bit_for_bit_and_refuses_another_recipe(tmp_path):
+    torch.manual_seed(0)
+    train_vae.first_autoencoder(None).save_pretrained(tmp_path / "vae")
+    train = train_transformer.train
+    train(TRANSFORMER, tmp_path / "whole", tmp_path / "vae", Steps(4))
+    for part in (1, 3):
+        train(TRANSFORMER, tmp_path / "parts", tmp_path / "vae", Steps(part))
+    same(tmp_path / "whole" / "checkpoint.pt", tmp_path / "parts" / "checkpoint.pt")
+    events = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("pause", 1), ("start", 1), ("end", 4)]
+    assert events[2]["config"]["seed"] == TRANSFORMER.seed
+    other = train_transformer.TransformerTraining(steps=5, pools=((32, 32, 4),), warmup=1, shift=3.0)
+    with pytest.raises(ValueError, match=r"another recipe \(.*steps: 4 there, 5 asked; .*shift: 5.0 there, 3.0 asked"):
+        train(other, tmp_path / "parts", tmp_path / "vae", Steps(1))
+
+
+def test_a_pool_holds_whole_shards(tmp_path):
+    with pytest.raises(ValueError, match="a pool of 3 clips is not a whole number of shards; use a multiple of 2"):
+        train_transformer.Pool(tmp_path, None, 0, 32, 32, 3)
+
+
+def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
+    assert not common.Budget(0.0).left()
+    assert common.Budget(1.0).left()
+    assert common.Budget(1.0, every=0.0).due()
+    assert not common.Budget(1.0).due()
+    assert common.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
+
+
+def test_the_mass_of_the_heaviest_tiles():
+    tokens, width = 256, 8
+    even = concentration.tile_mass(torch.zeros(tokens, width), torch.zeros(tokens, width))
+    assert torch.allclose(even, torch.full((4, 4), 0.25))
+    assert concentration.heaviest(even, 0.25) == pytest.approx(0.25)
+    key = torch.zeros(tokens, width)
+    key[64:128] = 20.0  # one tile draws all
+    single = concentration.tile_mass(torch.ones(tokens, width), key)
+    assert concentration.heaviest(single, 0.25) == pytest.approx(1.0)
+    ragged = concentration.tile_mass(torch.zeros(100, width), torch.zeros(100, width))
+    assert torch.allclose(ragged, torch.tensor([[0.64, 0.36], [0.64, 0.36]]))
