@@ -1,10 +1,8 @@
-"""What both trainings share: optimizer, schedule, averaged weights, checkpoints and the JSON-lines log."""
+"""What all trainings optimise with: Muon beside AdamW, the schedule and averaged weights."""
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -103,95 +101,3 @@ class Averages:
                 held = param.detach().clone()
                 param.copy_(self.values[key][name])
                 self.values[key][name] = held
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's memory and keep its present settings."""
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
-
-
-def store(
-    path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer], step: int, log: Log, recipe: dict[str, Any]
-) -> None:
-    """Save everything a training needs to go on, and the recipe that it must go on with."""
-    state = {key: module.state_dict() for key, module in averages.modules.items()}
-    state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "clock": log.clocks()}
-    save_atomic(state | {"averages": averages.values, "updates": averages.updates, "recipe": recipe}, path)
-
-
-def restore(
-    path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer], recipe: dict[str, Any], change: bool
-) -> tuple[int, dict[str, float]]:
-    """Load what `store` saved, where there is a file; returns the steps done and the clocks.
-
-    A checkpoint of another recipe is refused (ValueError naming what differs) unless `change` says to go on with this.
-    """
-    if not path.exists():
-        return 0, {}
-    state = torch.load(path, weights_only=False)
-    saved = state["recipe"]
-    differs = [f"{k}: {saved.get(k)!r} there, {recipe.get(k)!r} asked" for k in recipe if saved.get(k) != recipe[k]]
-    if differs and not change:
-        raise ValueError(
-            f"{path} was made by another recipe ({'; '.join(differs)}); "
-            "train with its recipe, into another --run, or go on with the new one by --change"
-        )
-    for key, module in averages.modules.items():
-        module.load_state_dict(state[key])
-    for optimizer, memory in zip(optimizers, state["optimizers"], strict=True):
-        load_optimizer(optimizer, memory)
-    averages.values, averages.updates = state["averages"], state["updates"]
-    return state["step"], state["clock"]
-
-
-def set_rates(optimizers: list[torch.optim.Optimizer], rates: tuple[float, ...], factor: float) -> None:
-    """Set every optimizer's learning rate to its own rate times a common factor."""
-    for optimizer, rate in zip(optimizers, rates, strict=True):
-        optimizer.param_groups[0]["lr"] = rate * factor
-
-
-class Budget:
-    """The minutes one start of a training may take, and when its next checkpoint is due."""
-
-    def __init__(self, minutes: float, every: float = 120.0) -> None:
-        self.end, self.every = time.perf_counter() + 60 * minutes, every
-        self.saved = time.perf_counter()
-
-    def left(self) -> bool:
-        """Say whether there is time for another step."""
-        return time.perf_counter() < self.end
-
-    def due(self) -> bool:
-        """Say, once every `every` seconds, that a checkpoint is due."""
-        if time.perf_counter() - self.saved < self.every:
-            return False
-        self.saved = time.perf_counter()
-        return True
-
-
-class Log:
-    """A JSON-lines log that keeps wall and CPU seconds across restarts."""
-
-    def __init__(self, path: Path, *, wall: float = 0.0, cpu: float = 0.0) -> None:
-        self.path = path
-        self.wall, self.cpu = wall - time.perf_counter(), cpu - time.process_time()
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def clocks(self) -> dict[str, float]:
-        """Return the seconds spent so far in all runs of this training."""
-        return {"wall": round(self.wall + time.perf_counter(), 1), "cpu": round(self.cpu + time.process_time(), 1)}
-
-    def write(self, **values: Any) -> None:
-        """Append one line."""
-        entry = {**{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}, **self.clocks()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def save_atomic(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that a crash leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)

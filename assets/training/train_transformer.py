@@ -6,35 +6,24 @@ size are encoded once into a pool on disk, when a stage first asks for them.
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from build import build_pipeline
-from common import (
-    RUNS,
-    Averages,
-    Budget,
-    Log,
-    Muon,
-    restore,
-    save_atomic,
-    set_rates,
-    split_parameters,
-    store,
-    trapezoid,
-)
+from common import RUNS, Averages
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_assets import painter, prompts, world
 from fast_attention import TrainingCrossAttention, TrainingSelfAttention
+from loop import Budget, Loss, read_arguments, run_training, save_atomic
 from torch import Tensor
 from train_vae import to_tensor
 
 SHARD = 250
+PLAIN = ("shared", "embed_tokens", "relative_attention_bias", "proj_out", "patch_embedding", "scale_shift_table")
+"""Weights that AdamW takes: embeddings, the output layer and what is no matrix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,78 +133,37 @@ def use_training_attention(pipe: WanPipeline, training: bool) -> None:
         block.attn2.set_processor(TrainingCrossAttention() if training else WanAttnProcessor())
 
 
-def prepare(
-    config: TransformerTraining, vae: AutoencoderKLWan
-) -> tuple[WanPipeline, Averages, list[torch.optim.Optimizer]]:
-    """Return an untrained pipeline with training's attention, its averages and the two optimizers."""
+def prepare(config: TransformerTraining, vae: AutoencoderKLWan) -> WanPipeline:
+    """Return an untrained pipeline with training's attention."""
     torch.manual_seed(config.seed)
     pipe = build_pipeline(vae)
     torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
     use_training_attention(pipe, True)
-    modules = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
-    plain = ("shared", "embed_tokens", "relative_attention_bias", "proj_out", "patch_embedding", "scale_shift_table")
-    matrices, rest = split_parameters(modules.values(), plain_names=plain)
-    optimizers = [
-        Muon(matrices, lr=config.lr, dtype=torch.bfloat16),
-        torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0),
-    ]
-    return pipe, Averages(modules, config.ema), optimizers
+    return pipe
 
 
 def train(config: TransformerTraining, run: Path, vae_folder: Path, budget: Budget, change: bool = False) -> None:
     """Train, resuming exactly from the run's checkpoint where there is one."""
     vae = AutoencoderKLWan.from_pretrained(vae_folder)
-    pipe, averages, optimizers = prepare(config, vae)
-    recipe = asdict(config)
-    step, clock = restore(run / "checkpoint.pt", averages, optimizers, recipe, change)
-    log, window = Log(run / "log.jsonl", **clock), []
-    log.write(event="start", step=step, threads=torch.get_num_threads(), config=recipe)
+    pipe = prepare(config, vae)
     counts = {(height, width): count for height, width, count in config.pools}
     pools: dict[tuple[int, int], Pool] = {}
-    while step < config.steps and budget.left():
-        rng = np.random.default_rng([config.seed, step])
-        torch.manual_seed(config.seed * 1_000_003 + step)
+
+    def loss_at(step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
         mix = next(mix for end, mix in config.stages if step < end)
         _, height, width, count = mix[rng.choice(len(mix), p=[m[0] for m in mix])]
         if (height, width) not in pools:
             pools[height, width] = Pool(run / "pool", vae, config.seed, height, width, counts[height, width])
         latents, texts = pools[height, width].batch(rng, count, config.prompt_dropout)
-        factor = trapezoid(step, config.steps, warmup=config.warmup, decay=config.decay)
-        set_rates(optimizers, (config.lr, config.adam_lr), factor)
         loss = flow_loss(pipe, latents, texts, rng, config)
-        loss.backward()
-        for module in averages.modules.values():
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        averages.update()
-        step += 1
-        window.append((height, width, loss.item()))
-        if step % 25 == 0:
-            sizes = sorted({(h, w) for h, w, _ in window})
-            losses = {f"loss_{h}x{w}": float(np.mean([v for *size, v in window if size == [h, w]])) for h, w in sizes}
-            log.write(step=step, **losses)
-            window = []
-        if budget.due():
-            store(run / "checkpoint.pt", averages, optimizers, step, log, recipe)
-    store(run / "checkpoint.pt", averages, optimizers, step, log, recipe)
-    log.write(event="end" if step == config.steps else "pause", step=step)
+        return loss, {f"loss_{height}x{width}": loss.item()}
 
-
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=RUNS / "transformer")
-    parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "frozen")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, with a checkpoint, after this time")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--set", type=json.loads, default={}, help='changes to the recipe as JSON, e.g. {"steps": 100}')
-    parser.add_argument("--change", action="store_true", help="go on from a checkpoint of another recipe")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(TransformerTraining(**args.set), args.run, args.vae, Budget(args.minutes), args.change)
+    run_training(
+        config, {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}, loss_at,
+        run=run, budget=budget, change=change, log_every=25, muon_dtype=torch.bfloat16, plain_names=PLAIN,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    args = read_arguments(__doc__, TransformerTraining, RUNS / "transformer", vae=RUNS / "vae" / "frozen")
+    train(args.config, args.run, args.vae, args.budget, args.change)

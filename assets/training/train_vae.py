@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import RUNS, Averages, Budget, Log, Muon, restore, set_rates, split_parameters, store, trapezoid
+from common import RUNS, Averages
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from dit_accel_assets import model_path, painter, world
+from loop import Budget, Loss, read_arguments, run_training
 from torch import Tensor
 
 VAE_CONFIG = {
@@ -163,73 +162,38 @@ def first_autoencoder(start: Path | None) -> AutoencoderKLWan:
     return vae
 
 
-def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> tuple[Tensor, tuple[float, float, float]]:
+def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> Loss:
     """Return the loss of reconstructing a batch, and its parts: absolute error, squared error, KL a value."""
     with torch.autocast("cpu", torch.bfloat16):
         posterior = encode(vae, video)
         output = decode(vae, posterior.sample()).float()
     kl = posterior.kl().mean() / posterior.mean[0].numel()
     l1, mse = (output - video).abs().mean(), (output - video).pow(2).mean()
-    return l1 + 2 * mse + kl_weight * kl, (l1.item(), mse.item(), kl.item())
+    return l1 + 2 * mse + kl_weight * kl, {"l1": l1.item(), "mse": mse.item(), "kl": kl.item()}
 
 
 def train(config: VaeTraining, run: Path, start: Path | None, budget: Budget, change: bool = False) -> None:
     """Train, resuming exactly from the run's checkpoint where there is one; leaves `run/vae` at the end."""
     torch.manual_seed(config.seed)
     vae = first_autoencoder(start)
-    matrices, rest = split_parameters([vae], plain_names=("encoder.conv_in", "decoder.conv_out", "quant_conv"))
-    optimizers = [
-        Muon(matrices, lr=config.lr, dtype=torch.float32),
-        torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0),
-    ]
-    averages, recipe = Averages({"vae": vae}, config.ema), asdict(config)
-    step, clock = restore(run / "checkpoint.pt", averages, optimizers, recipe, change)
-    log, window = Log(run / "log.jsonl", **clock), []
-    log.write(event="start", step=step, threads=torch.get_num_threads(), config=recipe)
-    while step < config.steps and budget.left():
+
+    def loss_at(step: int, rng: np.random.Generator, averages: Averages) -> Loss:
         if step >= config.freeze_encoder_at and vae.quant_conv.weight.requires_grad:
             freeze_encoder(vae, averages, run / "frozen", step == config.freeze_encoder_at)
-        rng = np.random.default_rng([config.seed, step])
-        torch.manual_seed(config.seed * 1_000_003 + step)
         mix = next(mix for end, mix in config.stages if step < end * config.steps)
         video = draw_batch(rng, *mix[rng.choice(len(mix), p=[m[0] for m in mix])][1:])
-        factor = trapezoid(step, config.steps, warmup=config.warmup, decay=config.decay)
-        set_rates(optimizers, (config.lr, config.adam_lr), factor)
-        loss, parts = vae_loss(vae, video, config.kl_weight)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        vae.zero_grad()
-        averages.update()
-        step += 1
-        window.append(parts)
-        if step % 100 == 0:
-            l1, mse, kl = (float(value) for value in np.mean(window, axis=0))
-            log.write(step=step, l1=l1, train_psnr=float(10 * np.log10(4 / mse)), kl=kl)
-            window = []
-        if budget.due():
-            store(run / "checkpoint.pt", averages, optimizers, step, log, recipe)
-    store(run / "checkpoint.pt", averages, optimizers, step, log, recipe)
+        return vae_loss(vae, video, config.kl_weight)
+
+    step, averages, log = run_training(
+        config, {"vae": vae}, loss_at, run=run, budget=budget, change=change, log_every=100, muon_dtype=torch.float32,
+        plain_names=("encoder.conv_in", "decoder.conv_out", "quant_conv"),
+    )  # fmt: skip
     if step == config.steps:
         averages.swap()
         export(vae, run / "vae")
-        log.write(event="end", step=step, psnr=float(np.mean(held_out_psnr(vae, world.FRAMES, 64, 16))))
-
-
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=RUNS / "vae")
-    parser.add_argument("--start", type=Path, default=model_path() / "vae", help="packed autoencoder to begin with")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, with a checkpoint, after this time")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--set", type=json.loads, default={}, help='changes to the recipe as JSON, e.g. {"steps": 100}')
-    parser.add_argument("--change", action="store_true", help="go on from a checkpoint of another recipe")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(VaeTraining(**args.set), args.run, args.start, Budget(args.minutes), args.change)
+        log.write(event="held-out", step=step, psnr=float(np.mean(held_out_psnr(vae, world.FRAMES, 64, 16))))
 
 
 if __name__ == "__main__":
-    main()
+    args = read_arguments(__doc__, VaeTraining, RUNS / "vae", start=model_path() / "vae")
+    train(args.config, args.run, args.start, args.budget, args.change)

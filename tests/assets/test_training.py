@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "assets" / "training"))
 
-import common
 import concentration
+import loop
 import train_transformer
 import train_vae
 
@@ -20,7 +20,7 @@ TRANSFORMER = train_transformer.TransformerTraining(
 )
 
 
-class Steps(common.Budget):
+class Steps(loop.Budget):
     """A budget that ends after a number of steps."""
 
     def __init__(self, count: int) -> None:
@@ -89,11 +89,14 @@ def test_a_pool_holds_whole_shards(tmp_path):
 
 
 def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
-    assert not common.Budget(0.0).left()
-    assert common.Budget(1.0).left()
-    assert common.Budget(1.0, every=0.0).due()
-    assert not common.Budget(1.0).due()
-    assert common.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
+    assert not loop.Budget(0.0).left()
+    budget = loop.Budget(1.0)
+    assert budget.left()
+    budget.stop()
+    assert not budget.left()
+    assert loop.Budget(1.0, every=0.0).due()
+    assert not loop.Budget(1.0).due()
+    assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
 
 
 def test_the_mass_of_the_heaviest_tiles():
@@ -107,3 +110,21 @@ def test_the_mass_of_the_heaviest_tiles():
     assert concentration.heaviest(single, 0.25) == pytest.approx(1.0)
     ragged = concentration.tile_mass(torch.zeros(100, width), torch.zeros(100, width))
     assert torch.allclose(ragged, torch.tensor([[0.64, 0.36], [0.64, 0.36]]))
+
+
+def test_the_attention_of_training_computes_what_the_pipelines_does():
+    torch.manual_seed(0)
+    pipe = train_transformer.prepare(TRANSFORMER, train_vae.first_autoencoder(None))
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight)
+    latents, level = torch.randn(2, 12, 3, 8, 8), torch.tensor([500.0, 900.0])
+    text = torch.zeros(2, 64, 96)
+    text[:, :5] = torch.randn(2, 5, 96)
+    for block in pipe.transformer.blocks:  # five words, and 59 pads in one key
+        block.attn2.processor.bias = torch.tensor([0.0] * 5 + [59.0]).add(1e-9).log().clamp(min=0)[None, None, None]
+    with torch.no_grad():
+        fast = pipe.transformer(latents, level, text[:, :6], return_dict=False)[0]
+        train_transformer.use_training_attention(pipe, False)
+        plain = pipe.transformer(latents, level, text, return_dict=False)[0]
+        other = pipe.transformer(latents, level, text[:, :6], return_dict=False)[0]
+    assert torch.allclose(fast, plain, atol=2e-5)
+    assert not torch.allclose(other, plain, atol=1e-3)
