@@ -61,7 +61,10 @@ objects too many or few, share of frames, RGB distance, probability, pixels a fr
 
 
 def judge(video: np.ndarray, scene: Scene) -> Verdict:
-    """Judge a clip [F, H, W, 3], uint8 or float in 0..1, by the words of `scene`; ValueError for another form."""
+    """Judge a clip [F, H, W, 3], uint8 or float in 0..1, by the words of `scene`; ValueError for another form.
+
+    A picture is a clip of one frame, of which nothing is asked that takes time.
+    """
     parts = unmix(video)
     values: dict[str, float] = {}
     things = scene.things[:1] if scene.grouped else scene.things
@@ -74,7 +77,7 @@ def judge(video: np.ndarray, scene: Scene) -> Verdict:
     named = parts.ground == scene.ground
     values["ground"] = parts.ground_distance if named else float("inf")
     values["ground_texture"] = _ground_texture(parts, scene.ground_texture)
-    if scene.ground_texture not in ("plain", "shaded"):
+    if scene.ground_texture not in ("plain", "shaded") and len(video) > 1:
         values["camera"] = tracking.camera_error(parts, -scene.pan_velocity)
     style = _style(parts, things, scene.style)
     if style is not None:
@@ -89,25 +92,32 @@ def _passes(name: str, value: float) -> bool:
 
 def _thing(parts: Parts, scene: Scene, thing: Thing, found: tracking.Track) -> dict[str, float]:
     """Return the answers about one thing (or one group of things that share their words)."""
-    frames, count = len(found.areas), len(scene.things) if scene.grouped else 1
     seen = np.nonzero(~np.isnan(found.areas))[0]
     values = {"present": _presence(scene, thing, found)}
+    if len(found.areas) > 1:
+        values |= _moves(scene, thing, found)
     if not seen.size:
-        missing = {"color": np.inf, "shape": 0.0, "texture": 0.0, "path": np.inf, "size": np.inf}
-        return values | missing
+        return values | {"color": float("inf"), "shape": 0.0, "texture": 0.0}
+    best = np.nonzero(found.whole)[0] if found.whole.any() else seen
+    picks = best[np.unique(np.linspace(0, len(best) - 1, 6).round().astype(int))]
+    values |= _looks(parts, thing, picks)
+    if thing.motion == "turning" and thing.shape not in ("circle", "ring") and len(found.areas) > 4:
+        values["turn"] = _turn(parts, thing, picks)
+    return values
+
+
+def _moves(scene: Scene, thing: Thing, found: tracking.Track) -> dict[str, float]:
+    """Return the errors of a thing's path and of its size over time."""
     kind, _, direction = thing.motion.partition(" ")
     step = np.asarray(DIRECTIONS[direction], dtype=np.float64) if direction else np.zeros(2)
     paces = {"moving": world.SPEEDS[thing.speed], "crossing": (world.CROSSING_SPEED,) * 2}.get(kind, (0.0, 0.0))
     unit = step / max(1.0, float(np.linalg.norm(step)))
-    values["path"] = tracking.path_error(found, paces, unit, tracking.drift(thing, found, scene.pan_velocity))
     growth = {"growing": world.GROWTH, "shrinking": -world.GROWTH}.get(kind, 0.0)
-    values["size"] = tracking.growth_error(found, growth, count, thing.shape)
-    best = np.nonzero(found.whole)[0] if found.whole.any() else seen
-    picks = best[np.unique(np.linspace(0, len(best) - 1, 6).round().astype(int))]
-    values |= _looks(parts, thing, picks)
-    if kind == "turning" and thing.shape not in ("circle", "ring") and frames > 4:
-        values["turn"] = _turn(parts, thing, picks)
-    return values
+    count = len(scene.things) if scene.grouped else 1
+    return {
+        "path": tracking.path_error(found, paces, unit, tracking.drift(thing, found, scene.pan_velocity)),
+        "size": tracking.growth_error(found, growth, count, thing.shape),
+    }
 
 
 def _presence(scene: Scene, thing: Thing, found: tracking.Track) -> float:

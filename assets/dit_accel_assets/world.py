@@ -139,29 +139,34 @@ def is_held_out(color: str, shape: str, texture: str, motion: str) -> bool:
     return sum(place * weight for place, weight in zip(places, (1, 3, 5, 7), strict=True)) % 11 == 0
 
 
-def scene_of(seed: int, index: int, *, height: int = 64, width: int = 64, held_out: bool = False) -> Scene:
-    """Return the scene of (seed, index) for a picture size; a held-out one names at least one untrained combination."""
+def scene_of(
+    seed: int, index: int, *, height: int = 64, width: int = 64, held_out: bool = False, still: bool = False
+) -> Scene:
+    """Return the scene of (seed, index) for a picture size; a held-out one names at least one untrained combination.
+
+    In a `still` one, for pictures, neither things nor the camera move.
+    """
     if min(height, width) < 32:
         raise ValueError(f"a picture of {height}x{width} pixels is too small for this world; use at least 32x32")
     rng = np.random.default_rng([seed, index, int(held_out)])
     while True:
-        scene = _sample(rng, height, width, held_out)
+        scene = _sample(rng, height, width, held_out, still)
         if scene is not None:
             return scene
 
 
-def _sample(rng: np.random.Generator, height: int, width: int, held_out: bool) -> Scene | None:
+def _sample(rng: np.random.Generator, height: int, width: int, held_out: bool, still: bool) -> Scene | None:
     """Draw a scene, or None where the things drawn do not fit the picture or the wanted kind of combination."""
     count = int(rng.choice([1, 2, 3], p=[0.42, 0.4, 0.18]))
     grouped = count > 1 and rng.random() < 0.35
     words: list[tuple[str, ...]] = []
     while len(words) < count:
-        words.append(words[0] if grouped and words else _words(rng, crossing=count == 1))
+        words.append(words[0] if grouped and words else _words(rng, crossing=count == 1, still=still))
     if len({w[0] for w in words}) < count and not grouped:
         return None
     if [is_held_out(*w[:4]) for w in words] != [held_out] + [held_out and grouped] * (count - 1):
         return None
-    pan = str(rng.choice(PANS)) if rng.random() < 0.2 else ""
+    pan = str(rng.choice(PANS)) if rng.random() < 0.2 and not still else ""
     ground_texture = str(rng.choice(TEXTURES, p=[0.4, 0.12, 0.12, 0.12, 0.12, 0.12]))
     scene = Scene(
         things=tuple(_thing(rng, w, count, height, width) for w in words),
@@ -179,12 +184,12 @@ def _sample(rng: np.random.Generator, height: int, width: int, held_out: bool) -
     return _place(rng, scene)
 
 
-def _words(rng: np.random.Generator, *, crossing: bool) -> tuple[str, str, str, str, str]:
+def _words(rng: np.random.Generator, *, crossing: bool, still: bool) -> tuple[str, str, str, str, str]:
     """Draw colour, shape, texture, motion and speed word; a plain disc does not turn, which could not be seen."""
     color, shape = str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))
     texture = str(rng.choice(TEXTURES, p=[0.3, 0.14, 0.14, 0.14, 0.14, 0.14]))
     kind = str(rng.choice(["still", "moving", "crossing", *EVENTS], p=[0.14, 0.48, 0.08, 0.1, 0.1, 0.1]))
-    kind = "moving" if kind == "crossing" and not crossing else kind
+    kind = "still" if still else "moving" if kind == "crossing" and not crossing else kind
     if kind == "turning" and shape in ("circle", "ring") and texture in ("plain", "grainy"):
         shape = "square"
     choices = {"moving": tuple(DIRECTIONS), "crossing": CROSSINGS}.get(kind)

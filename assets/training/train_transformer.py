@@ -103,6 +103,14 @@ def encode_text(pipe: WanPipeline, texts: list[str], rng: np.random.Generator) -
     return torch.nn.functional.pad(states, (0, 0, 0, 1)), bias
 
 
+def noise_levels(rng: np.random.Generator, count: int, shift: float, high_noise: float) -> Tensor:
+    """Return noise levels [B] in 0..1: logit-normal and shifted, a share `high_noise` of them even in 0.9 to 1."""
+    level = torch.from_numpy(1 / (1 + np.exp(-rng.standard_normal(count)))).float()
+    level = shift * level / (1 + (shift - 1) * level)
+    high = torch.from_numpy(rng.random(count) < high_noise)
+    return torch.where(high, torch.from_numpy(rng.uniform(0.9, 1.0, count)).float(), level)
+
+
 def flow_loss(
     pipe: WanPipeline, latents: Tensor, texts: list[str], rng: np.random.Generator, config: TransformerTraining
 ) -> Tensor:
@@ -110,10 +118,7 @@ def flow_loss(
     states, bias = encode_text(pipe, texts, rng)
     for block in pipe.transformer.blocks:
         block.attn2.processor.bias = bias
-    level = torch.from_numpy(1 / (1 + np.exp(-rng.standard_normal(len(texts))))).float()
-    level = config.shift * level / (1 + (config.shift - 1) * level)
-    high = torch.from_numpy(rng.random(len(texts)) < config.high_noise)
-    level = torch.where(high, torch.from_numpy(rng.uniform(0.9, 1.0, len(texts))).float(), level)
+    level = noise_levels(rng, len(texts), config.shift, config.high_noise)
     noise, frames = torch.randn_like(latents), latents.shape[2]
     levels, time = level[:, None].repeat(1, frames), level * 1000
     if rng.random() < config.hint:

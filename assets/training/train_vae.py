@@ -162,13 +162,12 @@ def first_autoencoder(start: Path | None) -> AutoencoderKLWan:
     return vae
 
 
-def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> Loss:
-    """Return the loss of reconstructing a batch, and its parts: absolute error, squared error, KL a value."""
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = encode(vae, video)
-        output = decode(vae, posterior.sample()).float()
+def reconstruction_loss(
+    output: Tensor, target: Tensor, posterior: DiagonalGaussianDistribution, kl_weight: float
+) -> Loss:
+    """Return the loss of a reconstruction, and its parts: absolute error, squared error, KL a value."""
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    l1, mse = (output - video).abs().mean(), (output - video).pow(2).mean()
+    l1, mse = (output - target).abs().mean(), (output - target).pow(2).mean()
     return l1 + 2 * mse + kl_weight * kl, {"l1": l1.item(), "mse": mse.item(), "kl": kl.item()}
 
 
@@ -182,7 +181,10 @@ def train(config: VaeTraining, run: Path, start: Path | None, budget: Budget, ch
             freeze_encoder(vae, averages, run / "frozen", step == config.freeze_encoder_at)
         mix = next(mix for end, mix in config.stages if step < end * config.steps)
         video = draw_batch(rng, *mix[rng.choice(len(mix), p=[m[0] for m in mix])][1:])
-        return vae_loss(vae, video, config.kl_weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = encode(vae, video)
+            output = decode(vae, posterior.sample()).float()
+        return reconstruction_loss(output, video, posterior, config.kl_weight)
 
     step, averages, log = run_training(
         config, {"vae": vae}, loss_at, run=run, budget=budget, change=change, log_every=100, muon_dtype=torch.float32,

@@ -54,6 +54,13 @@ def test_drawn_clips_pass_at_any_length(frames):
     assert min(scores) >= 0.85
 
 
+def test_drawn_pictures_pass_and_are_asked_nothing_that_takes_time():
+    scenes = [world.scene_of(31, index, height=96, width=96, still=True) for index in range(16)]
+    verdicts = [judge.judge(painter.draw(scene, 1), scene) for scene in scenes]
+    assert np.mean([verdict.score for verdict in verdicts]) >= 0.98
+    assert not {"path", "size", "turn", "camera"} & {n.partition(".")[0] for v in verdicts for n in v.answers}
+
+
 def test_the_more_a_clip_is_hurt_the_lower_it_scores():
     means = []
     for amount in (0.0, 0.4, 0.6, 0.8):

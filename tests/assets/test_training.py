@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "assets" / "training"))
 
 import concentration
 import loop
+import numpy as np
+import train_image
 import train_transformer
 import train_vae
 
@@ -128,3 +130,25 @@ def test_the_attention_of_training_computes_what_the_pipelines_does():
         other = pipe.transformer(latents, level, text[:, :6], return_dict=False)[0]
     assert torch.allclose(fast, plain, atol=2e-5)
     assert not torch.allclose(other, plain, atol=1e-3)
+
+
+def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_path, monkeypatch):
+    monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_layers", 1)
+    monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_single_layers", 1)
+    vae = train_image.ImageVaeTraining(steps=2, picture=48, crop=32, batch=1)
+    flux = train_image.FluxTraining(steps=3, picture=48, batch=2)
+    for name, parts in (("whole", (3,)), ("parts", (1, 2))):
+        for part in parts:
+            train_image.train_autoencoder(vae, tmp_path / name / "image-vae", Steps(part))
+        for part in parts:
+            train_image.train_flux(flux, tmp_path / name / "flux", tmp_path / name / "image-vae" / "vae", Steps(part))
+    for run in ("image-vae", "flux"):
+        same(tmp_path / "whole" / run / "checkpoint.pt", tmp_path / "parts" / run / "checkpoint.pt")
+    pipe, step = train_image.trained_flux(tmp_path / "whole")
+    pictures = pipe(
+        "a red circle", height=48, width=64, num_inference_steps=2, true_cfg_scale=2.0, negative_prompt="",
+        max_sequence_length=64, output_type="np", generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    assert step == 3
+    assert pictures.shape == (1, 48, 64, 3)
+    assert np.isfinite(pictures).all()

@@ -8,6 +8,11 @@ import pytest
 from dit_accel_assets import check_prompt, painter, prompts, world
 from dit_accel_assets.clips import DIRECTIONS
 
+PINNED = (
+    "a blue triangle above a green striped square on a dotted gray background, the camera pans right",
+    "a red checked square moving up on a shaded maroon background, in outlined style",
+)
+PINNED_MEAN = 73.6731
 SCENES = [world.scene_of(1, index) for index in range(250)]
 
 
@@ -15,6 +20,20 @@ def test_seed_and_index_decide_the_scene_and_the_clip():
     assert world.scene_of(4, 2) == world.scene_of(4, 2)
     assert len({world.scene_of(4, 2), world.scene_of(4, 3), world.scene_of(5, 2)}) == 3
     assert np.array_equal(painter.draw(SCENES[0]), painter.draw(world.scene_of(1, 0)))
+
+
+def test_the_scenes_that_were_trained_on_and_are_judged_on_stay_what_they_were():
+    assert prompts.prompt_of(world.scene_of(5, 0, height=40, width=40)) == PINNED[0]
+    assert prompts.prompt_of(world.scene_of(0, 3, held_out=True)) == PINNED[1]
+    mean = np.mean([painter.draw(world.scene_of(5, index, height=40, width=40), 5).mean() for index in range(20)])
+    assert mean == pytest.approx(PINNED_MEAN, abs=1e-3)
+
+
+def test_in_a_still_scene_nothing_moves():
+    for index in range(40):
+        scene = world.scene_of(3, index, still=True)
+        assert {thing.motion for thing in scene.things} == {"still"}
+        assert np.array_equal(*painter.draw(scene, 5)[[0, 4]])
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (64, 96), (96, 64)])
