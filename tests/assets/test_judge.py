@@ -49,7 +49,7 @@ def hurt(video: np.ndarray, amount: float) -> np.ndarray:
 
 @pytest.mark.parametrize("frames", [17, 49])
 def test_drawn_clips_pass_at_any_length(frames):
-    scores = [judge.judge(painter.draw(scene, frames), scene).score for scene in SCENES[: 24 if frames == 17 else 8]]
+    scores = [judge.judge(painter.draw(scene, frames), scene).score for scene in SCENES[: 14 if frames == 17 else 5]]
     assert np.mean(scores) >= 0.98
     assert min(scores) >= 0.85
 
@@ -64,7 +64,7 @@ def test_drawn_pictures_pass_and_are_asked_nothing_that_takes_time():
 def test_the_more_a_clip_is_hurt_the_lower_it_scores():
     means = []
     for amount in (0.0, 0.4, 0.6, 0.8):
-        means.append(np.mean([judge.judge(hurt(painter.draw(s, 9), amount), s).score for s in SCENES[:8]]))
+        means.append(np.mean([judge.judge(hurt(painter.draw(s, 9), amount), s).score for s in SCENES[:5]]))
     assert all(high > low + 0.02 for high, low in pairwise(means)), means
 
 
