@@ -210,9 +210,8 @@ def _ground_texture(parts: Parts, texture: str) -> float:
 
 def _style(parts: Parts, things: tuple[Thing, ...], style: str) -> float | None:
     """Return the probability of the asked style; None where no object shows that could tell."""
-    dim = parts.brightness < 0.5 * (1 + painter.DIM) * 226
-    if dim or style == "dim":
-        return float(dim and style == "dim")
+    if parts.dim or style == "dim":
+        return float(parts.dim and style == "dim")
     features = []
     for thing in things:
         mask = parts.masks[thing.color]

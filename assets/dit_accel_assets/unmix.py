@@ -14,6 +14,8 @@ from dit_accel_assets import painter, world
 
 _FIRM = 0.5
 """Share above which a pixel counts as the object's."""
+_BRIGHTEST = 226.0
+"""Brightest channel of an object's colour, about: 208 to 255."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +24,8 @@ class Parts:
 
     video: np.ndarray
     """Float32 [F, H, W, 3] in 0..255, brightened where the clip is dim."""
-    brightness: float
-    """Mean over time of the brightest channel of the brightest pixels, 0..255, as the clip came."""
+    dim: bool
+    """Whether the clip came dim: its brightest pixels were nearer to a dim object's than to a bright one's."""
     ground: str
     ground_distance: float
     """Distance in RGB (0..255) between the background's pixels and the nearest named background's range."""
@@ -41,7 +43,8 @@ def unmix(video: np.ndarray) -> Parts:
     brightest = np.sort(pixels.max(-1).reshape(len(pixels), -1), axis=1)
     few = max(4, brightest.shape[1] // 200)
     brightness = float(brightest[:, -few:].mean())
-    if brightness < 0.5 * (1 + painter.DIM) * 226:
+    dim = brightness < (1 + painter.DIM) / 2 * _BRIGHTEST
+    if dim:
         pixels = np.minimum(pixels / painter.DIM, 255.0)
     ground, ground_distance, away = _ground(pixels)
     near = np.stack([_to_segment(pixels, np.asarray(c, np.float32), _tint(c)) for c in world.COLORS.values()])
@@ -52,7 +55,7 @@ def unmix(video: np.ndarray) -> Parts:
     covered = np.max(list(masks.values()), axis=0) > 0.1
     free = ~_grow(_grow(covered | (share > 0.3)))
     distance = float(np.median(away[free])) if free.any() else ground_distance
-    return Parts(video=pixels, brightness=brightness, ground=ground, ground_distance=distance, masks=masks, free=free)
+    return Parts(video=pixels, dim=dim, ground=ground, ground_distance=distance, masks=masks, free=free)
 
 
 def firm(mask: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ def mass_gate(pipe: WanPipeline, scene: world.Scene, frames: int, guidance: floa
     """Return which share of the attention's mass the heaviest tiles hold, over heads, at 4,000 tokens and more."""
     masses, tokens = heaviest_mass(pipe, scene, frames, share=SHARE, guidance=guidance)
     return {
-        "tokens": tokens, "heaviest_share": SHARE, "heads": int(masses.size),
+        "tokens": tokens, "heaviest_share": SHARE, "heads": int(masses[0].size), "steps": len(masses),
         "mass_quantiles": np.quantile(masses, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1]).round(3).tolist(),
         "mass_by_layer": masses.mean(axis=(0, 2)).round(3).tolist(), "at_least": MASS,
         "passed": bool(np.median(masses) >= MASS),
