@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -44,26 +45,26 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
-    """Return an untrained two-layer UMT5 encoder."""
-    config = UMT5Config(
-        vocab_size=vocabulary_size,
-        d_model=TEXT_WIDTH,
-        d_kv=24,
-        d_ff=192,
-        num_layers=2,
-        num_heads=4,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=32,
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-        is_encoder_decoder=False,
-        use_cache=False,
-        tie_word_embeddings=True,
-    )
-    return UMT5EncoderModel(config)
+def small_t5(vocabulary_size: int) -> dict[str, Any]:
+    """Return the configuration of an encoder of two layers, T5's or UMT5's."""
+    return {
+        "vocab_size": vocabulary_size,
+        "d_model": TEXT_WIDTH,
+        "d_kv": 24,
+        "d_ff": 192,
+        "num_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 16,
+        "relative_attention_max_distance": 32,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+    }
 
 
 def build_scheduler() -> UniPCMultistepScheduler:
@@ -76,7 +77,7 @@ def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
     tokenizer = build_tokenizer()
     return WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=build_text_encoder(len(tokenizer)),
+        text_encoder=UMT5EncoderModel(UMT5Config(**small_t5(len(tokenizer)))),
         vae=vae,
         scheduler=build_scheduler(),
         transformer=WanTransformer3DModel(**TRANSFORMER_CONFIG),

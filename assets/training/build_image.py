@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from build import TEXT_WIDTH, build_tokenizer
+from build import TEXT_WIDTH, build_tokenizer, small_t5
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -54,28 +54,6 @@ def build_clip(vocabulary_size: int) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def build_t5(vocabulary_size: int) -> T5EncoderModel:
-    """Return an untrained two-layer T5 encoder."""
-    config = T5Config(
-        vocab_size=vocabulary_size,
-        d_model=TEXT_WIDTH,
-        d_kv=24,
-        d_ff=192,
-        num_layers=2,
-        num_heads=4,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=32,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-        is_encoder_decoder=False,
-        use_cache=False,
-    )
-    return T5EncoderModel(config)
-
-
 def build_flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Return the scheduler that Flux's guidance-free pipelines sample with: a shift that grows with the tokens."""
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -90,7 +68,7 @@ def build_flux_pipeline(vae: AutoencoderKL) -> FluxPipeline:
         vae=vae,
         text_encoder=build_clip(len(tokenizer)),
         tokenizer=tokenizer,
-        text_encoder_2=build_t5(len(tokenizer)),
+        text_encoder_2=T5EncoderModel(T5Config(**small_t5(len(tokenizer)))),
         tokenizer_2=tokenizer_2,
         transformer=FluxTransformer2DModel(**FLUX_CONFIG),
     )

@@ -9,7 +9,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,29 @@ import torch
 from common import Averages, Muon, split_parameters, trapezoid
 from torch import Tensor, nn
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What every training's recipe says; each adds its own. A checkpoint goes on with its own recipe alone."""
+
+    seed: int
+    steps: int
+    lr: float
+    """Muon's learning rate; AdamW's is `adam_lr`."""
+    adam_lr: float
+    warmup: int
+    decay: float
+    """Share of the steps, at the end, over which the rates fall to zero."""
+    ema: float
+    """How much of the averaged weights stays at each step."""
+
+
 Loss = tuple[Tensor, dict[str, float]]
 """A step's loss, and what of it to log, by name."""
 
 
 def run_training(
-    config: Any,
+    config: Recipe,
     modules: dict[str, nn.Module],
     loss_at: Callable[[int, np.random.Generator, Averages], Loss],
     *,
@@ -37,7 +54,7 @@ def run_training(
     """Train until the recipe's steps are done or the budget ends, from the run's checkpoint where there is one.
 
     Args:
-        config: the recipe, a dataclass with seed, steps, lr, adam_lr, warmup, decay and ema besides its own fields.
+        config: the recipe.
         modules: name -> module whose weights are trained.
         loss_at: step, random numbers of that step, averages -> loss; torch's generator is seeded for the step too.
         run: folder of checkpoint and log.

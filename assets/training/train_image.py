@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL, FluxPipeline
 from dit_accel_assets import painter, prompts, world
 from loop import Budget, Loss, read_arguments, run_training
 from torch import Tensor
-from train_transformer import noise_levels
-from train_vae import reconstruction_loss
+from train_transformer import FlowRecipe, noise_levels
+from train_vae import AutoencoderRecipe, reconstruction_loss
 
 PLAIN = (
     "shared",
@@ -33,36 +33,24 @@ VAE_PLAIN = ("encoder.conv_in", "decoder.conv_out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageVaeTraining:
-    """The autoencoder's recipe."""
+class ImageVaeTraining(AutoencoderRecipe):
+    """The autoencoder's recipe; sizes in pixels."""
 
     seed: int = 7
     steps: int = 3000
-    lr: float = 2e-3
-    adam_lr: float = 1e-3
-    warmup: int = 50
-    decay: float = 0.35
-    ema: float = 0.997
-    kl_weight: float = 5e-5
     picture: int = 96
     crop: int = 48
     batch: int = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FluxTraining:
+class FluxTraining(FlowRecipe):
     """The transformer's and text encoders' recipe."""
 
     seed: int = 8
     steps: int = 20_000
-    lr: float = 2.5e-3
-    adam_lr: float = 2e-3
-    warmup: int = 60
-    decay: float = 0.1
-    ema: float = 0.997
     shift: float = 3.0
     high_noise: float = 0.15
-    prompt_dropout: float = 0.1
     picture: int = 96
     batch: int = 20
 

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_assets import painter, prompts, world
 from fast_attention import TrainingCrossAttention, TrainingSelfAttention
-from loop import Budget, Loss, read_arguments, run_training, save_atomic
+from loop import Budget, Loss, Recipe, read_arguments, run_training, save_atomic
 from torch import Tensor
 from train_vae import to_tensor
 
@@ -27,23 +27,32 @@ PLAIN = ("shared", "embed_tokens", "relative_attention_bias", "proj_out", "patch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TransformerTraining:
-    """The recipe. A stage is (the step it ends at, ((weight, height, width, batch), ...)); pools are (h, w, clips)."""
+class FlowRecipe(Recipe):
+    """What the recipes of both transformers share."""
 
-    seed: int = 5
-    steps: int = 40_000
     lr: float = 2.5e-3
     adam_lr: float = 2e-3
     warmup: int = 60
     decay: float = 0.1
     ema: float = 0.997
+    shift: float
+    """Shift of the noise levels towards high noise."""
+    high_noise: float
+    """Share of the clips trained at noise levels of 0.9 to 1, where motion is decided."""
+    prompt_dropout: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerTraining(FlowRecipe):
+    """The recipe. A stage is (the step it ends at, ((weight, height, width, batch), ...)); pools are (h, w, clips)."""
+
+    seed: int = 5
+    steps: int = 40_000
     shift: float = 5.0
     high_noise: float = 0.3
-    """Share of the clips trained at noise levels of 0.9 to 1, where motion is decided."""
     hint: float = 0.4
     """Share of the batches in which one latent frame is less noisy than the rest: from one position on, the motion
     words decide all others, which teaches what they mean long before a path can be seen in the noise."""
-    prompt_dropout: float = 0.1
     pools: tuple[tuple[int, int, int], ...] = (
         (40, 40, 4000), (48, 48, 6000), (64, 64, 3000), (64, 96, 1000), (96, 96, 1000)
     )  # fmt: skip

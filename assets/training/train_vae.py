@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from dit_accel_assets import model_path, painter, world
-from loop import Budget, Loss, read_arguments, run_training
+from loop import Budget, Loss, Recipe, read_arguments, run_training
 from torch import Tensor
 
 VAE_CONFIG = {
@@ -32,17 +32,23 @@ VAE_CONFIG = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VaeTraining:
-    """The recipe. A stage is (share of the steps it ends at, ((weight, frames, picture, crop, batch), ...))."""
+class AutoencoderRecipe(Recipe):
+    """What the recipes of both autoencoders share."""
 
-    seed: int = 3
-    steps: int = 2000
     lr: float = 2e-3
     adam_lr: float = 1e-3
     warmup: int = 50
     decay: float = 0.35
     ema: float = 0.997
     kl_weight: float = 5e-5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeTraining(AutoencoderRecipe):
+    """The recipe. A stage is (share of the steps it ends at, ((weight, frames, picture, crop, batch), ...))."""
+
+    seed: int = 3
+    steps: int = 2000
     freeze_encoder_at: int = 900
     stages: tuple[tuple[float, tuple[tuple[float, int, int, int, int], ...]], ...] = (
         (0.4, ((0.6, 5, 64, 32, 8), (0.4, 9, 48, 32, 4))),
