@@ -7,6 +7,7 @@ attend to few places, and (4) fail where its length is plainly extrapolated. Wit
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,21 @@ def reconstruction(pipe: WanPipeline, scenes: list[world.Scene], frames: int) ->
     return figures | {"worst_db": round(min(values), 2), **score(verdicts)}
 
 
+def digest(pipe: WanPipeline) -> str:
+    """Return the first 16 hex digits of the hash of all weights, fp16."""
+    found = hashlib.sha256()
+    for part in (pipe.text_encoder, pipe.vae, pipe.transformer):
+        for weight in part.state_dict().values():
+            found.update(weight.to(torch.float16).contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def kept_figures(path: Path, subject: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file holds on the same subject, or the subject alone: other weights' figures say nothing here."""
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    return figures if {key: figures.get(key) for key in subject} == subject else subject
+
+
 def main() -> None:
     """Run the gates asked for, print each, and keep the figures of the others."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -107,9 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pipe, name = load(args.model, args.runs)
-    figures = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if figures.get("model") != name:  # figures of another model or step say nothing about this one
-        figures = {"model": name}
+    setting = {"size": args.size, "steps": args.steps, "guidance": args.guidance}
+    figures = kept_figures(args.out, {"model": name, "weights": digest(pipe), **setting})
     scenes = held_out(args.count, args.size, args.size)
 
     def note(gate: str, values: dict[str, Any]) -> None:

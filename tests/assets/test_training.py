@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "assets" / "training"))
 
+import accept
 import concentration
 import loop
 import numpy as np
@@ -99,6 +100,16 @@ def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
     assert loop.Budget(1.0, every=0.0).due()
     assert not loop.Budget(1.0).due()
     assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
+
+
+def test_figures_are_kept_for_the_same_weights_and_setting_alone(tmp_path):
+    subject = {"model": "step 3", "weights": "ab", "size": 64}
+    path = tmp_path / "acceptance.json"
+    assert accept.kept_figures(path, subject) == subject
+    path.write_text(json.dumps({**subject, "judge": {"score": 0.5}}))
+    assert accept.kept_figures(path, subject)["judge"] == {"score": 0.5}
+    assert accept.kept_figures(path, {**subject, "weights": "cd"}) == {**subject, "weights": "cd"}
+    assert accept.kept_figures(path, {**subject, "size": 48}) == {**subject, "size": 48}
 
 
 def test_the_mass_of_the_heaviest_tiles():
