@@ -124,6 +124,16 @@ def test_a_missing_thing_and_one_too_many_are_told():
     assert failed(judge.judge(painter.draw(one), pair)) >= {"count"}
 
 
+def test_a_thing_that_appears_or_leaves_after_the_trained_length():
+    one = one_thing(motion="still")
+    alone, pair = painter.draw(one, 49), painter.draw(beside(one, color="green"), 49)
+    more = judge.judge(np.concatenate([alone[:17], pair[17:]]), one)
+    assert more.answers["count"].value == 1
+    assert failed(more) == {"count"}
+    quick = one_thing(speed="quickly")
+    assert not failed(judge.judge(painter.draw(quick, 61), quick))  # it left the picture, as drawn
+
+
 def test_a_relation_the_other_way_round_is_told():
     right = replace(beside(one_thing(motion="still"), color="green"), relation="left of")
     wrong = replace(right, things=(right.things[1], right.things[0]))
