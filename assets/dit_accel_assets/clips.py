@@ -5,7 +5,6 @@ Pure numpy and deterministic: a `Scene` holds everything, `draw` turns it into f
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,19 +69,6 @@ def vocabulary() -> tuple[str, ...]:
     """Return every word a prompt may use, sorted."""
     speeds = tuple(word for word in TRAVEL if word)
     return tuple(sorted({*COLORS, *BACKGROUNDS, *SHAPES, *DIRECTIONS, *speeds, *_FILLERS}))
-
-
-def check_prompt(prompt: str) -> tuple[str, ...]:
-    """Return the words of `prompt`; raise ValueError naming the words the embedded model has never seen."""
-    words = tuple(re.findall(r"[^\s,.;:!?\"()]+", prompt.lower()))
-    known = vocabulary()
-    unknown = [word for word in dict.fromkeys(words) if word not in known]
-    if unknown:
-        raise ValueError(
-            f"prompt {prompt!r}: unknown word(s) {', '.join(unknown)}; "
-            f"the embedded model knows only: {', '.join(known)}"
-        )
-    return words
 
 
 def is_held_out(color: str, shape: str, direction: str, background: str) -> bool:
@@ -157,7 +143,7 @@ def draw(scene: Scene, frames: int = 17) -> np.ndarray:
     return np.rint(background + cover * (color - background)).astype(np.uint8)
 
 
-def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, size: np.ndarray | float) -> np.ndarray:
     """Return the distance to a shape's edge in pixels, negative inside; `size` is the side of its bounding box."""
     half = size / 2
     if shape == "circle":

@@ -5,36 +5,37 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from dit_accel_assets import clips
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from dit_accel_assets import prompts
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 TEXT_WIDTH = 96
 TRANSFORMER_CONFIG = {
     "patch_size": (1, 2, 2),
-    "num_attention_heads": 5,
-    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
     "in_channels": 12,
     "out_channels": 12,
     "text_dim": TEXT_WIDTH,
     "freq_dim": 128,
-    "ffn_dim": 480,
-    "num_layers": 6,
+    "ffn_dim": 512,
+    "num_layers": 12,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "eps": 1e-6,
     "rope_max_seq_len": 256,
 }
-SHIFT = 12.0
-"""Shift of the sampling schedule towards high noise, where colour, shape and direction are decided."""
+FLOW_SHIFT = 5.0
+"""Shift of the sampling schedule towards high noise, as Wan's at 720p."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a word-level tokenizer over the clips' vocabulary: lower case, hyphenated words whole, </s> at the end."""
-    words = ["<pad>", "</s>", "<unk>", *clips.vocabulary()]
+    """Return a word-level tokenizer of the world's vocabulary: lower case, hyphenated words whole, </s> at the end."""
+    words = ["<pad>", "</s>", "<unk>", *prompts.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s,.;:!?\"()]+"), behavior="removed")
@@ -44,31 +45,31 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
-    """Return an untrained two-layer UMT5 encoder."""
-    config = UMT5Config(
-        vocab_size=vocabulary_size,
-        d_model=TEXT_WIDTH,
-        d_kv=24,
-        d_ff=192,
-        num_layers=2,
-        num_heads=4,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=32,
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-        is_encoder_decoder=False,
-        use_cache=False,
-        tie_word_embeddings=True,
-    )
-    return UMT5EncoderModel(config)
+def small_t5(vocabulary_size: int) -> dict[str, Any]:
+    """Return the configuration of an encoder of two layers, T5's or UMT5's."""
+    return {
+        "vocab_size": vocabulary_size,
+        "d_model": TEXT_WIDTH,
+        "d_kv": 24,
+        "d_ff": 192,
+        "num_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 16,
+        "relative_attention_max_distance": 32,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+    }
 
 
-def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Return the scheduler the pipeline samples with."""
-    return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+def build_scheduler() -> UniPCMultistepScheduler:
+    """Return the scheduler that Wan's pipelines ship with."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
 
 
 def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
@@ -76,7 +77,7 @@ def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
     tokenizer = build_tokenizer()
     return WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=build_text_encoder(len(tokenizer)),
+        text_encoder=UMT5EncoderModel(UMT5Config(**small_t5(len(tokenizer)))),
         vae=vae,
         scheduler=build_scheduler(),
         transformer=WanTransformer3DModel(**TRANSFORMER_CONFIG),

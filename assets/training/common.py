@@ -1,10 +1,8 @@
-"""What both trainings share: optimizer, schedule, averaged weights, checkpoints and the JSON-lines log."""
+"""What all trainings optimise with: Muon beside AdamW, the schedule and averaged weights."""
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RUNS = Path(__file__).parent / "runs"
+RUNS = Path(os.environ.get("DIT_ACCEL_RUNS", Path(__file__).parent / "runs"))
 """Where checkpoints, latent pools and running logs live; not in version control."""
 
 
@@ -103,62 +101,3 @@ class Averages:
                 held = param.detach().clone()
                 param.copy_(self.values[key][name])
                 self.values[key][name] = held
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's memory and keep its present settings."""
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
-
-
-def store(path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer], step: int, log: Log) -> None:
-    """Save everything a training needs to go on."""
-    state = {key: module.state_dict() for key, module in averages.modules.items()}
-    state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "clock": log.clocks()}
-    save_atomic(state | {"averages": averages.values, "updates": averages.updates}, path)
-
-
-def restore(path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer]) -> tuple[int, dict[str, float]]:
-    """Load what `store` saved, where there is a file; returns the steps done and the clocks."""
-    if not path.exists():
-        return 0, {}
-    state = torch.load(path, weights_only=False)
-    for key, module in averages.modules.items():
-        module.load_state_dict(state[key])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        load_optimizer(optimizer, saved)
-    averages.values, averages.updates = state["averages"], state["updates"]
-    return state["step"], state["clock"]
-
-
-def set_rates(optimizers: list[torch.optim.Optimizer], rates: tuple[float, ...], factor: float) -> None:
-    """Set every optimizer's learning rate to its own rate times a common factor."""
-    for optimizer, rate in zip(optimizers, rates, strict=True):
-        optimizer.param_groups[0]["lr"] = rate * factor
-
-
-class Log:
-    """A JSON-lines log that keeps wall and CPU seconds across restarts."""
-
-    def __init__(self, path: Path, *, wall: float = 0.0, cpu: float = 0.0) -> None:
-        self.path = path
-        self.wall, self.cpu = wall - time.perf_counter(), cpu - time.process_time()
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def clocks(self) -> dict[str, float]:
-        """Return the seconds spent so far in all runs of this training."""
-        return {"wall": round(self.wall + time.perf_counter(), 1), "cpu": round(self.cpu + time.process_time(), 1)}
-
-    def write(self, **values: Any) -> None:
-        """Append one line."""
-        entry = {**{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}, **self.clocks()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def save_atomic(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that a crash leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Packs the averaged weights of both trainings into the packaged model: `python assets/training/export.py`."""
+"""Packs the averaged weights of both trainings into a folder: `python assets/training/export.py --out FOLDER`."""
 
 from __future__ import annotations
 
@@ -10,30 +10,42 @@ from pathlib import Path
 import torch
 from build import build_pipeline, save_pipeline
 from common import RUNS
-from diffusers import AutoencoderKLWan
-from dit_accel_assets import model_path
+from diffusers import AutoencoderKLWan, WanPipeline
+
+
+def trained_autoencoder(run: Path) -> AutoencoderKLWan:
+    """Return the autoencoder of a run: its fixed encoder and the latest averages of its decoder."""
+    vae = AutoencoderKLWan.from_pretrained(run / "frozen")
+    statistics = json.loads((run / "frozen" / "config.json").read_text())
+    state = torch.load(run / "checkpoint.pt", weights_only=False)
+    vae.load_state_dict(state["averages"]["vae"])
+    vae.register_to_config(latents_mean=statistics["latents_mean"], latents_std=statistics["latents_std"])
+    return vae
+
+
+def trained_pipeline(runs: Path) -> tuple[WanPipeline, int]:
+    """Return the pipeline with the averaged weights of the trainings in `runs`, fp32, and the transformer's step."""
+    pipe = build_pipeline(trained_autoencoder(runs / "vae"))
+    state = torch.load(runs / "transformer" / "checkpoint.pt", weights_only=False)
+    for name in ("transformer", "text_encoder"):
+        missing = getattr(pipe, name).load_state_dict(state["averages"][name], strict=False).missing_keys
+        if any("embed_tokens" not in key and "rope" not in key for key in missing):
+            raise RuntimeError(f"{name}: the checkpoint lacks {missing}; train again")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, state["step"]
 
 
 def main() -> None:
     """Read both runs, save the pipeline in fp16 and keep the trainings' logs beside the scripts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=model_path())
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder with both runs (default %(default)s)")
+    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    statistics = json.loads((RUNS / "vae" / "frozen" / "config.json").read_text())
-    vae = AutoencoderKLWan.from_pretrained(RUNS / "vae" / "frozen")
-    state = torch.load(RUNS / "vae" / "checkpoint.pt", weights_only=False)
-    vae.load_state_dict(state["averages"]["vae"])
-    vae.register_to_config(latents_mean=statistics["latents_mean"], latents_std=statistics["latents_std"])
-    pipe = build_pipeline(vae)
-    state = torch.load(RUNS / "transformer" / "checkpoint.pt", weights_only=False)
-    for name in ("transformer", "text_encoder"):
-        missing = getattr(pipe, name).load_state_dict(state["averages"][name], strict=False).missing_keys
-        if any("embed_tokens" not in key and "rope" not in key for key in missing):
-            raise RuntimeError(f"{name}: the checkpoint lacks {missing}; train again")
+    pipe, step = trained_pipeline(args.runs)
     save_pipeline(pipe, args.out)
     for name in ("vae", "transformer"):
-        shutil.copy(RUNS / name / "log.jsonl", Path(__file__).parent / f"{name}.log.jsonl")
-    print(f"step {state['step']} -> {args.out}")
+        shutil.copy(args.runs / name / "log.jsonl", Path(__file__).parent / f"{args.out.name}.{name}.log.jsonl")
+    print(f"step {step} -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import RUNS, Averages, Log, Muon, restore, set_rates, split_parameters, store, trapezoid
+from common import RUNS, Averages
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from dit_accel_assets import clips
+from dit_accel_assets import model_path, painter, world
+from loop import Budget, Loss, Recipe, read_arguments, run_training
 from torch import Tensor
 
 VAE_CONFIG = {
@@ -34,43 +32,58 @@ VAE_CONFIG = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VaeTraining:
-    """The recipe. A stage is (share of the steps it ends at, ((weight, frames, crop, batch), ...))."""
+class AutoencoderRecipe(Recipe):
+    """What the recipes of both autoencoders share."""
 
-    seed: int = 1
-    steps: int = 3300
-    lr: float = 3e-3
-    adam_lr: float = 1.5e-3
-    warmup: int = 100
+    lr: float = 2e-3
+    adam_lr: float = 1e-3
+    warmup: int = 50
     decay: float = 0.35
-    ema: float = 0.998
-    kl_weight: float = 3e-4
-    bf16_until: float = 0.9
-    freeze_encoder_at: int = 1930
-    stages: tuple[tuple[float, tuple[tuple[float, int, int, int], ...]], ...] = (
-        (0.3, ((1.0, 5, 32, 8),)),
-        (0.55, ((0.5, 5, 32, 8), (0.4, 9, 32, 4), (0.1, 17, 64, 1))),
-        (1.0, ((0.2, 5, 32, 8), (0.3, 9, 32, 4), (0.15, 17, 32, 3), (0.25, 17, 64, 1), (0.1, 33, 64, 1))),
+    ema: float = 0.997
+    kl_weight: float = 5e-5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeTraining(AutoencoderRecipe):
+    """The recipe. A stage is (share of the steps it ends at, ((weight, frames, picture, crop, batch), ...))."""
+
+    seed: int = 3
+    steps: int = 2000
+    freeze_encoder_at: int = 900
+    stages: tuple[tuple[float, tuple[tuple[float, int, int, int, int], ...]], ...] = (
+        (0.4, ((0.6, 5, 64, 32, 8), (0.4, 9, 48, 32, 4))),
+        (
+            1.0,
+            (
+                (0.3, 5, 64, 32, 8),
+                (0.2, 9, 48, 32, 4),
+                (0.2, 17, 64, 32, 3),
+                (0.2, 17, 48, 48, 1),
+                (0.1, 17, 64, 64, 1),
+            ),
+        ),
     )
 
 
-def draw_batch(rng: np.random.Generator, frames: int, crop: int, batch: int) -> Tensor:
-    """Draw windows of `frames` frames, cut to `crop` pixels around the object, [B, 3, F, crop, crop] in [-1, 1]."""
+def draw_batch(rng: np.random.Generator, frames: int, picture: int, crop: int, batch: int) -> Tensor:
+    """Draw windows of `frames` frames of clips of 17, cut to `crop` pixels around an object, [B, 3, F, crop, crop].
+
+    Values are in [-1, 1]; corners are even.
+    """
     out = []
     for _ in range(batch):
-        scene = clips.sample_scene(rng)
-        whole = max(frames, int(rng.choice([17, 33])))
-        first = int(rng.integers(0, whole - frames + 1))
-        path = clips.centers(scene, whole)
-        start = (float(path[first][0]), float(path[first][1]))
-        window = replace(scene, start=start, travel=scene.travel * (frames - 1) / (whole - 1))
-        video = clips.draw(window, frames)
-        if crop < clips.SIZE:
-            middle = clips.centers(window, frames)[frames // 2]
-            corner = np.clip(middle - crop / 2 + rng.uniform(-12, 12, 2), 0, clips.SIZE - crop).astype(int) // 2 * 2
-            video = video[:, corner[1] : corner[1] + crop, corner[0] : corner[0] + crop]
-        out.append(video)
-    return torch.from_numpy(np.stack(out)).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1).contiguous()
+        scene = world.scene_of(int(rng.integers(2**40)), 0, height=picture, width=picture)
+        first = int(rng.integers(0, world.FRAMES - frames + 1))
+        video = painter.draw(scene, world.FRAMES)[first : first + frames]
+        middle = world.centers(scene, world.FRAMES)[rng.integers(len(scene.things)), first + frames // 2]
+        corner = np.clip(middle - crop / 2 + rng.uniform(-12, 12, 2), 0, picture - crop).astype(int) // 2 * 2
+        out.append(video[:, corner[1] : corner[1] + crop, corner[0] : corner[0] + crop])
+    return to_tensor(np.stack(out))
+
+
+def to_tensor(videos: np.ndarray) -> Tensor:
+    """Return uint8 clips [B, F, H, W, 3] as the autoencoder takes them, float [B, 3, F, H, W] in [-1, 1]."""
+    return torch.from_numpy(videos).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1).contiguous()
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -105,23 +118,23 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_psnr(vae: AutoencoderKLWan, frames: int, count: int) -> list[float]:
+def held_out_psnr(vae: AutoencoderKLWan, frames: int, picture: int, count: int) -> list[float]:
     """Return the PSNR of `count` held-out clips, reconstructed through the public encode and decode."""
     values = []
-    for seed in range(count):
-        _, _, video = clips.clip_of(seed, frames=frames, held_out=True)
-        x = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)
+    for index in range(count):
+        scene = world.scene_of(0, index, height=picture, width=picture, held_out=True)
+        x = to_tensor(painter.draw(scene, frames)[None])
         values.append(psnr(vae.decode(vae.encode(x).latent_dist.mode()).sample, x).item())
     return values
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, count: int = 48) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of every latent channel over training clips of 17 and 33 frames."""
-    rng = np.random.default_rng(77)
-    batches = [draw_batch(rng, 17 if index % 3 else 33, clips.SIZE, 1) for index in range(count)]
-    latents = torch.cat([vae.encode(x).latent_dist.mode().transpose(0, 1).flatten(1) for x in batches], dim=1)
-    return latents.mean(1).tolist(), latents.std(1).tolist()
+def latent_statistics(vae: AutoencoderKLWan, count: int = 64) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of every latent channel over training clips."""
+    videos = [painter.draw(world.scene_of(77, index, height=48, width=48)) for index in range(count)]
+    latents = [vae.encode(to_tensor(video[None])).latent_dist.mode().transpose(0, 1).flatten(1) for video in videos]
+    joined = torch.cat(latents, dim=1)
+    return joined.mean(1).tolist(), joined.std(1).tolist()
 
 
 def export(vae: AutoencoderKLWan, folder: Path) -> None:
@@ -132,12 +145,13 @@ def export(vae: AutoencoderKLWan, folder: Path) -> None:
 
 
 @torch.no_grad()
-def freeze_encoder(vae: AutoencoderKLWan, averages: Averages, folder: Path) -> None:
-    """Fix the encoder at its averaged weights, so that latents no longer change while the decoder trains on.
+def freeze_encoder(vae: AutoencoderKLWan, averages: Averages, folder: Path, first: bool) -> None:
+    """Fix the encoder, so that latents no longer change while the decoder trains on.
 
-    The first time it leaves that state in `folder`, for the transformer's training to start from.
+    The `first` time the averaged weights become the present ones and are left in `folder`, for the transformer's
+    training to start from.
     """
-    if not folder.exists():
+    if first:
         averages.swap()
         averages.values["vae"] = {name: param.detach().clone() for name, param in vae.named_parameters()}
         export(vae, folder)
@@ -145,75 +159,49 @@ def freeze_encoder(vae: AutoencoderKLWan, averages: Averages, folder: Path) -> N
     vae.quant_conv.requires_grad_(False)
 
 
-def train(config: VaeTraining, run: Path) -> None:
-    """Train, resuming from the run's checkpoint where there is one; leaves `run/vae` at the end."""
-    torch.manual_seed(config.seed)
-    vae = AutoencoderKLWan(**VAE_CONFIG)
+def first_autoencoder(start: Path | None) -> AutoencoderKLWan:
+    """Return the autoencoder that training begins with: the packed one in `start`, or random weights if it is None."""
+    vae = AutoencoderKLWan(**VAE_CONFIG) if start is None else AutoencoderKLWan.from_pretrained(start).float()
     for module in vae.modules():  # a fifth faster on a CPU
         if isinstance(module, torch.nn.Conv3d):
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
-    matrices, rest = split_parameters([vae], plain_names=("encoder.conv_in", "decoder.conv_out", "quant_conv"))
-    optimizers = [
-        Muon(matrices, lr=config.lr, dtype=torch.float32),
-        torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0),
-    ]
-    averages = Averages({"vae": vae}, config.ema)
-    step, clock = restore(run / "checkpoint.pt", averages, optimizers)
-    log = Log(run / "log.jsonl", **clock)
-    log.write(event="start", step=step, threads=torch.get_num_threads(), config=asdict(config))
-    saved_at, window = time.perf_counter(), []
-    while step < config.steps:
+    return vae
+
+
+def reconstruction_loss(
+    output: Tensor, target: Tensor, posterior: DiagonalGaussianDistribution, kl_weight: float
+) -> Loss:
+    """Return the loss of a reconstruction, and its parts: absolute error, squared error, KL a value."""
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    l1, mse = (output - target).abs().mean(), (output - target).pow(2).mean()
+    return l1 + 2 * mse + kl_weight * kl, {"l1": l1.item(), "mse": mse.item(), "kl": kl.item()}
+
+
+def train(config: VaeTraining, run: Path, start: Path | None, budget: Budget, change: bool = False) -> None:
+    """Train, resuming exactly from the run's checkpoint where there is one; leaves `run/vae` at the end."""
+    torch.manual_seed(config.seed)
+    vae = first_autoencoder(start)
+
+    def loss_at(step: int, rng: np.random.Generator, averages: Averages) -> Loss:
         if step >= config.freeze_encoder_at and vae.quant_conv.weight.requires_grad:
-            freeze_encoder(vae, averages, run / "frozen")
-        rng = np.random.default_rng([config.seed, step])
-        torch.manual_seed(config.seed * 1_000_003 + step)
+            freeze_encoder(vae, averages, run / "frozen", step == config.freeze_encoder_at)
         mix = next(mix for end, mix in config.stages if step < end * config.steps)
-        _, frames, crop, batch = mix[rng.choice(len(mix), p=[m[0] for m in mix])]
-        video = draw_batch(rng, frames, crop, batch)
-        factor = trapezoid(step, config.steps, warmup=config.warmup, decay=config.decay)
-        set_rates(optimizers, (config.lr, config.adam_lr), factor)
-        with torch.autocast("cpu", torch.bfloat16, enabled=step < config.bf16_until * config.steps):
+        video = draw_batch(rng, *mix[rng.choice(len(mix), p=[m[0] for m in mix])][1:])
+        with torch.autocast("cpu", torch.bfloat16):
             posterior = encode(vae, video)
             output = decode(vae, posterior.sample()).float()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        l1, mse = (output - video).abs().mean(), (output - video).pow(2).mean()
-        (l1 + 2 * mse + config.kl_weight * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        vae.zero_grad()
-        averages.update()
-        step += 1
-        window.append((l1.item(), mse.item(), kl.item()))
-        if step % 100 == 0:
-            means = np.mean(window, axis=0)
-            log.write(step=step, l1=float(means[0]), train_psnr=float(10 * np.log10(4 / means[1])), kl=float(means[2]))
-            window = []
-        if step % 1000 == 0:
-            averages.swap()
-            figures = {f"psnr_{n}": float(np.mean(held_out_psnr(vae, n, 4))) for n in (17, 33)}
-            averages.swap()
-            log.write(event="held-out", step=step, **figures)
-        if time.perf_counter() - saved_at > 120:
-            store(run / "checkpoint.pt", averages, optimizers, step, log)
-            saved_at = time.perf_counter()
-    store(run / "checkpoint.pt", averages, optimizers, step, log)
-    averages.swap()
-    export(vae, run / "vae")
-    figures = {f"psnr_{n}": float(np.mean(held_out_psnr(vae, n, 16))) for n in (17, 33)}
-    log.write(event="end", step=step, **figures)
+        return reconstruction_loss(output, video, posterior, config.kl_weight)
 
-
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=RUNS / "vae")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--set", type=json.loads, default={}, help='changes to the recipe as JSON, e.g. {"steps": 100}')
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(VaeTraining(**args.set), args.run)
+    step, averages, log = run_training(
+        config, {"vae": vae}, loss_at, run=run, budget=budget, change=change, log_every=100, muon_dtype=torch.float32,
+        plain_names=("encoder.conv_in", "decoder.conv_out", "quant_conv"),
+    )  # fmt: skip
+    if step == config.steps:
+        averages.swap()
+        export(vae, run / "vae")
+        log.write(event="held-out", step=step, psnr=float(np.mean(held_out_psnr(vae, world.FRAMES, 64, 16))))
 
 
 if __name__ == "__main__":
-    main()
+    args = read_arguments(__doc__, VaeTraining, RUNS / "vae", start=model_path() / "vae")
+    train(args.config, args.run, args.start, args.budget, args.change)

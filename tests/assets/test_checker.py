@@ -13,13 +13,13 @@ def soften(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def test_at_least_98_percent_right_on_drawn_clips():
     rng, wrong = np.random.default_rng(0), []
-    for seed in range(300):
+    for seed in range(100):
         _, scene, video = clips.clip_of(seed, frames=17 if seed % 4 else 33, held_out=seed % 3 == 0)
         found = checker.check(soften(video, rng) if seed % 2 else video)
         if (found.color, found.shape, found.direction, found.background) != scene.words:
             wrong.append((seed, scene.words, found))
         assert abs(found.travel - scene.travel) < 3.0
-    assert len(wrong) <= 6, wrong
+    assert len(wrong) <= 2, wrong
 
 
 def test_an_empty_clip_shows_nothing():

@@ -1,0 +1,98 @@
+"""The embedded models by name: where each one's files are, what it was trained on and how it samples by default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit_accel_assets import clips, prompts, world
+
+MODELS = Path(__file__).parent / "models"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """What there is to know about an embedded model besides its files."""
+
+    pipeline: str
+    """Name of the diffusers pipeline class that loads it."""
+    words: Callable[[], tuple[str, ...]]
+    held_out: Callable[[int], str]
+    """Number -> prompt of a combination that training never saw."""
+    defaults: dict[str, float | int]
+    """The call arguments it is meant to be sampled with: size and length in pixels and frames, steps, guidance."""
+
+
+def _clip_prompt(index: int) -> str:
+    return clips.clip_of(index, frames=1, held_out=True)[0]
+
+
+def _world_prompt(index: int) -> str:
+    return prompts.prompt_of(world.scene_of(0, index, held_out=True))
+
+
+KNOWN: dict[str, Model] = {
+    "wan-tiny": Model(
+        pipeline="WanPipeline",
+        words=clips.vocabulary,
+        held_out=_clip_prompt,
+        defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
+    ),
+    "wan-tiny-2": Model(
+        pipeline="WanPipeline",
+        words=prompts.vocabulary,
+        held_out=_world_prompt,
+        defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
+    ),
+}
+
+
+def model_names() -> tuple[str, ...]:
+    """Return the names of the embedded models whose files are here."""
+    return tuple(name for name in KNOWN if (MODELS / name / "model_index.json").is_file())
+
+
+def model_path(name: str = "wan-tiny") -> Path:
+    """Return the folder of an embedded model, which its diffusers pipeline loads; ValueError for an unknown name."""
+    _known(name)
+    return MODELS / name
+
+
+def model_defaults(name: str = "wan-tiny") -> dict[str, float | int]:
+    """Return the call arguments (size, frames, steps, guidance) that an embedded model is meant to be sampled with."""
+    return dict(_known(name).defaults)
+
+
+def held_out_prompts(name: str, count: int) -> list[str]:
+    """Return the first `count` prompts, always the same, of word combinations that a model's training never saw."""
+    if count < 0:
+        raise ValueError(f"count={count}: ask for 0 or more prompts")
+    model = _known(name)
+    return [model.held_out(index) for index in range(count)]
+
+
+def vocabulary(name: str = "wan-tiny") -> tuple[str, ...]:
+    """Return every word that a prompt for this model may use, sorted."""
+    return _known(name).words()
+
+
+def check_prompt(prompt: str, name: str = "wan-tiny") -> tuple[str, ...]:
+    """Return the words of `prompt`; raise ValueError naming the words that the embedded model has never seen."""
+    words = tuple(re.findall(r"[^\s,.;:!?\"()]+", prompt.lower()))
+    known = vocabulary(name)
+    unknown = [word for word in dict.fromkeys(words) if word not in known]
+    if unknown:
+        raise ValueError(
+            f"prompt {prompt!r}: unknown word(s) {', '.join(unknown)}; "
+            f"the embedded model knows only: {', '.join(known)}"
+        )
+    return words
+
+
+def _known(name: str) -> Model:
+    here = model_names()
+    if name not in here:
+        raise ValueError(f"{name!r} is no embedded model; choose one of {', '.join(here)}")
+    return KNOWN[name]

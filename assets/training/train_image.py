@@ -1,0 +1,164 @@
+"""Trains the image model on still scenes: `python assets/training/train_image.py`; first its autoencoder, then Flux.
+
+One picture size alone, so that twice the size is plain extrapolation. Pictures are drawn and encoded when needed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from build_image import IMAGE_VAE_CONFIG, TEXT_LENGTH, build_flux_pipeline
+from common import RUNS, Averages
+from diffusers import AutoencoderKL, FluxPipeline
+from dit_accel_assets import painter, prompts, world
+from loop import Budget, Loss, read_arguments, run_training
+from torch import Tensor
+from train_transformer import FlowRecipe, noise_levels
+from train_vae import AutoencoderRecipe, reconstruction_loss
+
+PLAIN = (
+    "shared",
+    "embed_tokens",
+    "token_embedding",
+    "position_embedding",
+    "relative_attention_bias",
+    "proj_out",
+    "x_embedder",
+)
+VAE_PLAIN = ("encoder.conv_in", "decoder.conv_out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageVaeTraining(AutoencoderRecipe):
+    """The autoencoder's recipe; sizes in pixels."""
+
+    seed: int = 7
+    steps: int = 3000
+    picture: int = 96
+    crop: int = 48
+    batch: int = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FluxTraining(FlowRecipe):
+    """The transformer's and text encoders' recipe."""
+
+    seed: int = 8
+    steps: int = 20_000
+    shift: float = 3.0
+    high_noise: float = 0.15
+    picture: int = 96
+    batch: int = 20
+
+
+def draw_pictures(rng: np.random.Generator, picture: int, crop: int, batch: int) -> tuple[Tensor, list[world.Scene]]:
+    """Draw still scenes and cut `crop` pixels at even places, [B, 3, crop, crop] in [-1, 1]."""
+    out, scenes = [], []
+    for _ in range(batch):
+        scene = world.scene_of(int(rng.integers(2**40)), 1, height=picture, width=picture, still=True)
+        top, left = rng.integers(0, (picture - crop) // 2 + 1, 2) * 2
+        out.append(painter.draw(scene, 1)[0, top : top + crop, left : left + crop])
+        scenes.append(scene)
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(), scenes
+
+
+def train_autoencoder(config: ImageVaeTraining, run: Path, budget: Budget, change: bool = False) -> bool:
+    """Train the autoencoder, resuming exactly; leaves `run/vae` and returns True once its steps are done."""
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL(**IMAGE_VAE_CONFIG)
+
+    def loss_at(_step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
+        pictures, _ = draw_pictures(rng, config.picture, config.crop, config.batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pictures).latent_dist
+            output = vae.decode(posterior.sample()).sample.float()
+        return reconstruction_loss(output, pictures, posterior, config.kl_weight)
+
+    step, averages, _ = run_training(
+        config, {"vae": vae}, loss_at, run=run, budget=budget, change=change, log_every=100, muon_dtype=torch.float32,
+        plain_names=VAE_PLAIN,
+    )  # fmt: skip
+    if step == config.steps:
+        averages.swap()
+        with torch.no_grad():
+            pictures, _ = draw_pictures(np.random.default_rng(77), config.picture, config.picture, 64)
+            latents = vae.encode(pictures).latent_dist.mode()
+        vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+        vae.save_pretrained(run / "vae")
+    return step == config.steps
+
+
+def flux_loss(
+    pipe: FluxPipeline, latents: Tensor, texts: list[str], rng: np.random.Generator, config: FluxTraining
+) -> Loss:
+    """Return the squared error of the velocity, noise - picture, of packed latents at random noise levels."""
+    clip = pipe.tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    t5 = pipe.tokenizer_2(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    pooled, states = pipe.text_encoder(clip).pooler_output, pipe.text_encoder_2(t5)[0]
+    batch, channels, height, width = latents.shape
+    level = noise_levels(rng, batch, config.shift, config.high_noise)
+    noise = torch.randn_like(latents)
+    mixed = torch.lerp(latents, noise, level[:, None, None, None])
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = pipe.transformer(
+            hidden_states=pipe._pack_latents(mixed, batch, channels, height, width),
+            timestep=level,
+            pooled_projections=pooled,
+            encoder_hidden_states=states,
+            txt_ids=torch.zeros(TEXT_LENGTH, 3),
+            img_ids=pipe._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, torch.float32),
+            return_dict=False,
+        )[0]
+    loss = (velocity.float() - pipe._pack_latents(noise - latents, batch, channels, height, width)).pow(2).mean()
+    return loss, {"loss": loss.item()}
+
+
+def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget, change: bool = False) -> None:
+    """Train transformer and text encoders, resuming exactly from the run's checkpoint where there is one."""
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    pipe = build_flux_pipeline(vae)
+    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+
+    def loss_at(_step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
+        pictures, scenes = draw_pictures(rng, config.picture, config.picture, config.batch)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(pictures).latent_dist.mode().float()
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        texts = [prompts.prompt_of(scene, rng) for scene in scenes]
+        texts = ["" if rng.random() < config.prompt_dropout else text for text in texts]
+        return flux_loss(pipe, latents, texts, rng, config)
+
+    modules = {name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
+    run_training(
+        config, modules, loss_at, run=run, budget=budget, change=change, log_every=25, muon_dtype=torch.bfloat16,
+        plain_names=PLAIN,
+    )  # fmt: skip
+
+
+def trained_flux(runs: Path) -> tuple[FluxPipeline, int]:
+    """Return the pipeline with the averaged weights of the training in `runs`, fp32, and its step."""
+    pipe = build_flux_pipeline(AutoencoderKL.from_pretrained(runs / "image-vae" / "vae"))
+    state = torch.load(runs / "flux" / "checkpoint.pt", weights_only=False)
+    for name, weights in state["averages"].items():
+        getattr(pipe, name).load_state_dict(weights, strict=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, state["step"]
+
+
+def main() -> None:
+    """Read the command line; train the autoencoder as far as it is not, then the rest."""
+    args = read_arguments(__doc__, FluxTraining, RUNS / "flux", vae=RUNS / "image-vae")
+    if not (args.vae / "vae" / "config.json").exists():
+        print(json.dumps({"training": "autoencoder", "run": str(args.vae)}), flush=True)
+        if not train_autoencoder(ImageVaeTraining(), args.vae, args.budget, args.change):
+            return
+    train_flux(args.config, args.run, args.vae / "vae", args.budget, args.change)
+
+
+if __name__ == "__main__":
+    main()

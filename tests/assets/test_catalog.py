@@ -1,0 +1,38 @@
+"""The embedded models by name: files, words, prompts and defaults."""
+
+import json
+
+import pytest
+from dit_accel_assets import catalog, check_prompt, held_out_prompts, model_defaults, model_names, model_path
+
+
+def test_the_first_model_is_the_default_and_has_its_files():
+    assert model_path() == model_path("wan-tiny")
+    assert "wan-tiny" in model_names()
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_each_model_is_what_the_catalog_says(name):
+    index = json.loads((model_path(name) / "model_index.json").read_text())
+    assert index["_class_name"] == catalog.KNOWN[name].pipeline
+    known = json.loads((model_path(name) / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert set(known) - {"<pad>", "</s>", "<unk>"} == set(catalog.vocabulary(name))
+    assert {"height", "width", "num_frames", "num_inference_steps", "guidance_scale"} == set(model_defaults(name))
+
+
+@pytest.mark.parametrize("name", catalog.KNOWN)
+def test_held_out_prompts_are_many_always_the_same_and_in_known_words(name, monkeypatch):
+    monkeypatch.setattr(catalog, "model_names", lambda: tuple(catalog.KNOWN))
+    texts = held_out_prompts(name, 40)
+    assert texts[:7] == held_out_prompts(name, 7)
+    assert len(set(texts)) > 30
+    for text in texts:
+        check_prompt(text, name)
+
+
+def test_unknown_names_and_counts_are_refused():
+    for ask in (model_path, model_defaults, catalog.vocabulary):
+        with pytest.raises(ValueError, match="'wan-huge' is no embedded model; choose one of wan-tiny"):
+            ask("wan-huge")
+    with pytest.raises(ValueError, match="count=-1: ask for 0 or more prompts"):
+        held_out_prompts("wan-tiny", -1)

@@ -1,0 +1,185 @@
+"""The judge: drawn clips of any length pass, degraded ones pass less and less, and every wrong thing is told."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from dit_accel_assets import judge, painter, unmix, world
+from dit_accel_assets.world import Scene
+
+SCENES = [world.scene_of(30, index) for index in range(24)]
+
+
+def failed(verdict: judge.Verdict) -> set[str]:
+    return {name.partition(".")[0] for name, answer in verdict.answers.items() if not answer.passed}
+
+
+def one_thing(**words: str) -> Scene:
+    """Return a scene of one red plain square that moves right over checked navy, with some words exchanged."""
+    thing = world.Thing(
+        color="red", shape="square", texture="plain", motion="moving right", speed="", pace=0.9, size=18.0,
+        start=(18.0, 30.0), phase=(1.0, 2.0),
+    )  # fmt: skip
+    scene = Scene(
+        things=(thing,), grouped=False, relation="", ground="navy", ground_texture="checked", ground_phase=(3.0, 4.0),
+        pan="", style="", height=64, width=64,
+    )  # fmt: skip
+    own = {key: value for key, value in words.items() if hasattr(thing, key) and key != "ground"}
+    pace = {"quickly": 1.6, "slowly": 0.4}.get(words.get("speed", ""), 0.9)
+    rest = {key: value for key, value in words.items() if key not in own}
+    return replace(scene, things=(replace(thing, pace=pace, **own),), **rest)
+
+
+def beside(scene: Scene, **words: str) -> Scene:
+    """Return the scene with a second thing right of the first, of the same words but for those given."""
+    first = scene.things[0]
+    return replace(scene, things=(first, replace(first, start=(first.start[0] + 24, first.start[1]), **words)))
+
+
+def hurt(video: np.ndarray, amount: float) -> np.ndarray:
+    """Return the clip in 0..1, mixed with strong noise and with its own blurred frames."""
+    clip = video / 255
+    blurred = clip
+    for axis in (1, 2):
+        blurred = sum(np.roll(blurred, step, axis) for step in range(-6, 7)) / 13
+    noise = np.random.default_rng(0).normal(0, 0.35, clip.shape)
+    return np.clip((1 - amount) * clip + amount * (blurred + noise), 0, 1)
+
+
+@pytest.mark.parametrize("frames", [17, 49])
+def test_drawn_clips_pass_at_any_length(frames):
+    scores = [judge.judge(painter.draw(scene, frames), scene).score for scene in SCENES[: 14 if frames == 17 else 5]]
+    assert np.mean(scores) >= 0.98
+    assert min(scores) >= 0.85
+
+
+def test_drawn_pictures_pass_and_are_asked_nothing_that_takes_time():
+    scenes = [world.scene_of(31, index, height=96, width=96, still=True) for index in range(16)]
+    verdicts = [judge.judge(painter.draw(scene, 1), scene) for scene in scenes]
+    assert np.mean([verdict.score for verdict in verdicts]) >= 0.98
+    assert not {"path", "size", "turn", "camera"} & {n.partition(".")[0] for v in verdicts for n in v.answers}
+
+
+def test_the_more_a_clip_is_hurt_the_lower_it_scores():
+    means = []
+    for amount in (0.0, 0.4, 0.6, 0.8):
+        means.append(np.mean([judge.judge(hurt(painter.draw(s, 9), amount), s).score for s in SCENES[:5]]))
+    assert all(high > low + 0.02 for high, low in pairwise(means)), means
+
+
+@pytest.mark.parametrize(
+    ("words", "question"),
+    [
+        ({"color": "green"}, "present"),
+        ({"shape": "circle"}, "shape"),
+        ({"shape": "triangle"}, "shape"),
+        ({"texture": "striped"}, "texture"),
+        ({"motion": "moving left"}, "path"),
+        ({"motion": "moving up-right"}, "path"),
+        ({"speed": "quickly"}, "path"),
+        ({"speed": "slowly"}, "path"),
+        ({"ground": "maroon"}, "ground"),
+        ({"ground_texture": "dotted"}, "ground_texture"),
+        ({"pan": "up"}, "camera"),
+        ({"style": "outlined"}, "style"),
+        ({"style": "dim"}, "style"),
+        ({"style": "soft"}, "style"),
+    ],
+)
+def test_a_wrong_word_is_told_by_its_question(words, question):
+    asked, shown = one_thing(), one_thing(**words)
+    assert not failed(judge.judge(painter.draw(asked), asked))
+    assert question in failed(judge.judge(painter.draw(shown), asked))
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("growing", "still"), ("still", "growing"), ("shrinking", "growing")])
+def test_a_wrong_event_is_told_by_the_size(asked, shown):
+    asked, shown = one_thing(motion=asked), one_thing(motion=shown)
+    assert failed(judge.judge(painter.draw(shown), asked)) == {"size"}
+
+
+def test_turning_is_told_from_standing_still():
+    turning, still = one_thing(motion="turning"), one_thing(motion="still")
+    assert not failed(judge.judge(painter.draw(turning), turning))
+    assert "turn" in failed(judge.judge(painter.draw(still), turning))
+
+
+def test_half_the_speed_fails_by_a_path_error_that_grows_with_the_length():
+    asked, shown = one_thing(), one_thing(speed="slowly")
+    errors = [judge.judge(painter.draw(shown, n), asked).answers["path.0"].value for n in (17, 33, 49)]
+    assert 1.5 < errors[0] < errors[1] < errors[2]
+
+
+def test_a_missing_thing_and_one_too_many_are_told():
+    two = beside(one_thing(motion="still"), color="green")
+    one = replace(two, things=two.things[:1])
+    verdict = judge.judge(painter.draw(one), two)
+    assert {"present", "count"} <= failed(verdict)
+    assert verdict.answers["present.0"].passed
+    assert not verdict.answers["present.1"].passed
+    assert failed(judge.judge(painter.draw(two), one)) == {"count"}
+    pair = replace(beside(one_thing(motion="still")), grouped=True)
+    assert not failed(judge.judge(painter.draw(pair), pair))
+    assert failed(judge.judge(painter.draw(one), pair)) >= {"count"}
+
+
+def test_a_thing_that_appears_or_leaves_after_the_trained_length():
+    one = one_thing(motion="still")
+    alone, pair = painter.draw(one, 49), painter.draw(beside(one, color="green"), 49)
+    more = judge.judge(np.concatenate([alone[:17], pair[17:]]), one)
+    assert more.answers["count"].value == 1
+    assert failed(more) == {"count"}
+    quick = one_thing(speed="quickly")
+    assert not failed(judge.judge(painter.draw(quick, 61), quick))  # it left the picture, as drawn
+
+
+def test_a_relation_the_other_way_round_is_told():
+    right = replace(beside(one_thing(motion="still"), color="green"), relation="left of")
+    wrong = replace(right, things=(right.things[1], right.things[0]))
+    wrong = replace(wrong, relation="left of")
+    assert not failed(judge.judge(painter.draw(right), right))
+    assert "relation" in failed(judge.judge(painter.draw(right), wrong))
+
+
+def test_a_wrong_shade_has_a_distance_that_grows():
+    scene, video = one_thing(), painter.draw(one_thing())
+    mask = painter.masks(scene, 17)[0][..., None]
+    distances = [
+        judge.judge((video * (1 - mask) + mask * np.array([232 - by, 36 + by, 36])).astype(np.uint8), scene)
+        .answers["color.0"]
+        .value
+        for by in (0, 25, 50)
+    ]
+    assert distances[0] < 2 < distances[1] < distances[2]
+
+
+def test_an_empty_clip_fails_all_that_is_asked_of_its_object():
+    scene = one_thing()
+    empty = painter.draw(replace(scene, things=(replace(scene.things[0], start=(-200.0, 0.0)),)))
+    assert failed(judge.judge(empty, scene)) >= {"present", "color", "shape", "texture", "path", "size", "count"}
+    noise = np.random.default_rng(0).random((17, 64, 64, 3))
+    assert judge.judge(noise, scene).score < 0.4
+
+
+def test_shares_are_means_over_the_things_and_none_where_nothing_was_asked():
+    scene = one_thing()
+    verdict = judge.judge(painter.draw(scene), scene)
+    assert verdict.share("path") == 1.0
+    assert verdict.share("relation") is None
+
+
+def test_masks_fit_what_was_drawn():
+    for scene in SCENES[:8]:
+        parts, truth = unmix.unmix(painter.draw(scene, 5)), painter.masks(scene, 5)
+        assert parts.ground == scene.ground
+        for color in {thing.color for thing in scene.things}:
+            drawn = sum(m for m, thing in zip(truth, scene.things, strict=True) if thing.color == color)
+            found = parts.masks[color]
+            least = 0.8 if scene.style in ("", "dim") else 0.4  # outlines are black, soft edges mixed
+            assert np.minimum(found, drawn).sum() >= least * np.maximum(found, drawn).sum()
+
+
+def test_a_clip_of_another_form_is_refused():
+    with pytest.raises(ValueError, match=r"a clip is \[frames, height, width, 3\]; found \(3, 64, 64\)"):
+        judge.judge(np.zeros((3, 64, 64)), one_thing())

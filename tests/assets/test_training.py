@@ -1,0 +1,165 @@
+"""The training scripts: they resume bit for bit, refuse another recipe, and measure attention's mass rightly."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "assets" / "training"))
+
+import accept
+import concentration
+import loop
+import numpy as np
+import train_image
+import train_transformer
+import train_vae
+
+VAE = train_vae.VaeTraining(steps=6, freeze_encoder_at=4, stages=((1.0, ((1.0, 1, 32, 32, 1),)),))
+TRANSFORMER = train_transformer.TransformerTraining(
+    steps=4, pools=((32, 32, 4),), stages=((4, ((1.0, 32, 32, 2),)),), warmup=1
+)
+
+
+class Steps(loop.Budget):
+    """A budget that ends after a number of steps."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(60.0)
+        self.count = count
+
+    def left(self) -> bool:
+        self.count -= 1
+        return self.count >= 0
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(train_vae, "latent_statistics", lambda vae: ([0.5] * 12, [2.0] * 12))
+    monkeypatch.setattr(train_vae, "held_out_psnr", lambda *args: [0.0])
+    monkeypatch.setattr(train_transformer, "SHARD", 2)
+    # two blocks resume as twelve do
+    monkeypatch.setitem(train_transformer.build_pipeline.__globals__["TRANSFORMER_CONFIG"], "num_layers", 2)
+
+
+def same(one: Path, other: Path) -> None:
+    """Compare all of two checkpoints but their clocks."""
+    left, right = (torch.load(path, weights_only=False) for path in (one, other))
+    for state in (left, right):
+        del state["clock"]
+    flat_left, flat_right = (torch.utils._pytree.tree_flatten(state) for state in (left, right))
+    assert flat_left[1] == flat_right[1]
+    tensors = 0
+    for a, b in zip(flat_left[0], flat_right[0], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        tensors += isinstance(a, torch.Tensor)
+    assert tensors > 50
+
+
+def test_the_autoencoders_training_resumes_bit_for_bit(tmp_path):
+    train_vae.train(VAE, tmp_path / "whole", None, Steps(6))
+    for part in (3, 2, 1):  # before, at and after the step that fixes the encoder
+        train_vae.train(VAE, tmp_path / "parts", None, Steps(part))
+    same(tmp_path / "whole" / "checkpoint.pt", tmp_path / "parts" / "checkpoint.pt")
+    assert (tmp_path / "parts" / "vae" / "config.json").exists()
+    fixed, last = (train_vae.first_autoencoder(tmp_path / "parts" / name) for name in ("frozen", "vae"))
+    assert torch.equal(fixed.encoder.conv_in.weight, last.encoder.conv_in.weight)
+    assert not torch.equal(fixed.decoder.conv_in.weight, last.decoder.conv_in.weight)
+
+
+def test_the_transformers_training_resumes_bit_for_bit_and_refuses_another_recipe(tmp_path):
+    torch.manual_seed(0)
+    train_vae.first_autoencoder(None).save_pretrained(tmp_path / "vae")
+    train = train_transformer.train
+    train(TRANSFORMER, tmp_path / "whole", tmp_path / "vae", Steps(4))
+    for part in (1, 3):
+        train(TRANSFORMER, tmp_path / "parts", tmp_path / "vae", Steps(part))
+    same(tmp_path / "whole" / "checkpoint.pt", tmp_path / "parts" / "checkpoint.pt")
+    events = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("pause", 1), ("start", 1), ("end", 4)]
+    assert events[2]["config"]["seed"] == TRANSFORMER.seed
+    other = train_transformer.TransformerTraining(steps=5, pools=((32, 32, 4),), warmup=1, shift=3.0)
+    with pytest.raises(ValueError, match=r"another recipe \(.*steps: 4 there, 5 asked; .*shift: 5.0 there, 3.0 asked"):
+        train(other, tmp_path / "parts", tmp_path / "vae", Steps(1))
+
+
+def test_a_pool_holds_whole_shards(tmp_path):
+    with pytest.raises(ValueError, match="a pool of 3 clips is not a whole number of shards; use a multiple of 2"):
+        train_transformer.Pool(tmp_path, None, 0, 32, 32, 3)
+
+
+def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
+    assert not loop.Budget(0.0).left()
+    budget = loop.Budget(1.0)
+    assert budget.left()
+    budget.stop()
+    assert not budget.left()
+    assert loop.Budget(1.0, every=0.0).due()
+    assert not loop.Budget(1.0).due()
+    assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
+
+
+def test_figures_are_kept_for_the_same_weights_and_setting_alone(tmp_path):
+    subject = {"model": "step 3", "weights": "ab", "size": 64}
+    path = tmp_path / "acceptance.json"
+    assert accept.kept_figures(path, subject) == subject
+    path.write_text(json.dumps({**subject, "judge": {"score": 0.5}}))
+    assert accept.kept_figures(path, subject)["judge"] == {"score": 0.5}
+    assert accept.kept_figures(path, {**subject, "weights": "cd"}) == {**subject, "weights": "cd"}
+    assert accept.kept_figures(path, {**subject, "size": 48}) == {**subject, "size": 48}
+
+
+def test_the_mass_of_the_heaviest_tiles():
+    tokens, width = 256, 8
+    even = concentration.tile_mass(torch.zeros(tokens, width), torch.zeros(tokens, width))
+    assert torch.allclose(even, torch.full((4, 4), 0.25))
+    assert concentration.heaviest(even, 0.25) == pytest.approx(0.25)
+    key = torch.zeros(tokens, width)
+    key[64:128] = 20.0  # one tile draws all
+    single = concentration.tile_mass(torch.ones(tokens, width), key)
+    assert concentration.heaviest(single, 0.25) == pytest.approx(1.0)
+    ragged = concentration.tile_mass(torch.zeros(100, width), torch.zeros(100, width))
+    assert torch.allclose(ragged, torch.tensor([[0.64, 0.36], [0.64, 0.36]]))
+
+
+def test_the_attention_of_training_computes_what_the_pipelines_does():
+    torch.manual_seed(0)
+    pipe = train_transformer.prepare(TRANSFORMER, train_vae.first_autoencoder(None))
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight)
+    latents, level = torch.randn(2, 12, 3, 8, 8), torch.tensor([500.0, 900.0])
+    text = torch.zeros(2, 64, 96)
+    text[:, :5] = torch.randn(2, 5, 96)
+    for block in pipe.transformer.blocks:  # five words, and 59 pads in one key
+        block.attn2.processor.bias = torch.tensor([0.0] * 5 + [59.0]).add(1e-9).log().clamp(min=0)[None, None, None]
+    with torch.no_grad():
+        fast = pipe.transformer(latents, level, text[:, :6], return_dict=False)[0]
+        train_transformer.use_training_attention(pipe, False)
+        plain = pipe.transformer(latents, level, text, return_dict=False)[0]
+        other = pipe.transformer(latents, level, text[:, :6], return_dict=False)[0]
+    assert torch.allclose(fast, plain, atol=2e-5)
+    assert not torch.allclose(other, plain, atol=1e-3)
+
+
+def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_path, monkeypatch):
+    monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_layers", 1)
+    monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_single_layers", 1)
+    vae = train_image.ImageVaeTraining(steps=2, picture=48, crop=32, batch=1)
+    flux = train_image.FluxTraining(steps=3, picture=48, batch=2)
+    for name, parts in (("whole", (3,)), ("parts", (1, 2))):
+        for part in parts:
+            train_image.train_autoencoder(vae, tmp_path / name / "image-vae", Steps(part))
+        for part in parts:
+            train_image.train_flux(flux, tmp_path / name / "flux", tmp_path / name / "image-vae" / "vae", Steps(part))
+    for run in ("image-vae", "flux"):
+        same(tmp_path / "whole" / run / "checkpoint.pt", tmp_path / "parts" / run / "checkpoint.pt")
+    pipe, step = train_image.trained_flux(tmp_path / "whole")
+    pictures = pipe(
+        "a red circle", height=48, width=64, num_inference_steps=2, true_cfg_scale=2.0, negative_prompt="",
+        max_sequence_length=64, output_type="np", generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    assert step == 3
+    assert pictures.shape == (1, 48, 64, 3)
+    assert np.isfinite(pictures).all()

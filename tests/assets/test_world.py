@@ -1,0 +1,163 @@
+"""The richer world: deterministic, true to its words, and with a drawn truth at every length."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from dit_accel_assets import check_prompt, painter, prompts, world
+from dit_accel_assets.clips import DIRECTIONS
+
+PINNED = (
+    "a blue triangle above a green striped square on a dotted gray background, the camera pans right",
+    "a red checked square moving up on a shaded maroon background, in outlined style",
+)
+PINNED_MEAN = 73.6731
+SCENES = [world.scene_of(1, index) for index in range(250)]
+
+
+def test_seed_and_index_decide_the_scene_and_the_clip():
+    assert world.scene_of(4, 2) == world.scene_of(4, 2)
+    assert len({world.scene_of(4, 2), world.scene_of(4, 3), world.scene_of(5, 2)}) == 3
+    assert np.array_equal(painter.draw(SCENES[0]), painter.draw(world.scene_of(1, 0)))
+
+
+def test_the_scenes_that_were_trained_on_and_are_judged_on_stay_what_they_were():
+    assert prompts.prompt_of(world.scene_of(5, 0, height=40, width=40)) == PINNED[0]
+    assert prompts.prompt_of(world.scene_of(0, 3, held_out=True)) == PINNED[1]
+    mean = np.mean([painter.draw(world.scene_of(5, index, height=40, width=40), 5).mean() for index in range(20)])
+    assert mean == pytest.approx(PINNED_MEAN, abs=1e-3)
+
+
+def test_in_a_still_scene_nothing_moves():
+    for index in range(40):
+        scene = world.scene_of(3, index, still=True)
+        assert {thing.motion for thing in scene.things} == {"still"}
+        assert np.array_equal(*painter.draw(scene, 5)[[0, 4]])
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (64, 96), (96, 64)])
+def test_a_longer_clip_begins_with_the_shorter_one(height, width):
+    for index in range(12):
+        scene = world.scene_of(2, index, height=height, width=width)
+        long = painter.draw(scene, 49)
+        assert long.shape == (49, height, width, 3)
+        assert np.array_equal(long[:17], painter.draw(scene, 17))
+        assert np.array_equal(painter.masks(scene, 49)[:, :17], painter.masks(scene, 17))
+
+
+def test_things_stay_inside_for_the_trained_length_but_for_those_that_cross():
+    for scene in SCENES:
+        reach = world.sizes(scene, world.FRAMES) / 2
+        for thing, path, half in zip(scene.things, world.centers(scene, world.FRAMES), reach, strict=True):
+            inside = ((path - half[:, None] >= 0) & (path + half[:, None] <= (scene.width, scene.height))).all(1)
+            assert inside.all() or thing.motion.startswith("crossing")
+
+
+def test_a_crossing_thing_enters_on_one_side_and_leaves_on_the_other_once():
+    scenes = [s for s in SCENES if s.things[0].motion.startswith("crossing") and not s.pan]
+    assert len(scenes) >= 3
+    for scene in scenes:
+        shows = painter.masks(scene, 61)[0].sum((1, 2)) > 0
+        assert not shows[0]
+        assert not shows[-1]
+        assert np.count_nonzero(np.diff(shows.astype(int))) == 2
+
+
+def test_speeds_are_pixels_a_frame_and_the_camera_moves_all():
+    for scene in SCENES:
+        steps = np.diff(world.centers(scene, 49), axis=1)
+        for thing, step in zip(scene.things, steps, strict=True):
+            own = step + scene.pan_velocity
+            assert np.allclose(own, own[0])
+            low, high = world.SPEEDS[thing.speed] if thing.motion.startswith("moving") else (0.0, 0.0)
+            if thing.motion.startswith("crossing"):
+                low = high = world.CROSSING_SPEED
+            assert low - 1e-9 <= np.hypot(*own[0]) <= high + 1e-9
+            if thing.motion.startswith("moving"):
+                x, y = DIRECTIONS[thing.motion.split()[1]]
+                assert own[0] @ np.array([x, y]) == pytest.approx(np.hypot(*own[0]) * np.hypot(x, y))
+
+
+def test_growing_and_shrinking_go_one_way_and_stop_at_the_smallest_side():
+    for scene in SCENES:
+        for thing, sides in zip(scene.things, world.sizes(scene, 97), strict=True):
+            change = np.diff(sides)
+            sign = {"growing": 1, "shrinking": -1}.get(thing.motion, 0)
+            assert (change * sign >= 0).all()
+            assert (change[:10] * sign > 0).all() == bool(sign)
+            assert sides.min() >= world.SMALLEST
+
+
+def test_relations_hold_through_the_trained_length():
+    related = [scene for scene in SCENES if scene.relation]
+    assert len(related) > 15
+    for scene in related:
+        one, other = world.centers(scene, world.FRAMES)
+        x, y = world.RELATIONS[scene.relation]
+        assert ((one - other) @ np.array([x, y]) > 0).all()
+
+
+def test_training_never_sees_a_held_out_combination():
+    trained = {thing.words for scene in SCENES for thing in scene.things}
+    held_out = {world.scene_of(0, index, held_out=True).things[0].words for index in range(100)}
+    assert not trained & held_out
+    assert all(world.is_held_out(*words) for words in held_out)
+    assert not any(world.is_held_out(*words) for words in trained)
+
+
+def test_prompts_name_what_is_drawn_in_known_words():
+    rng = np.random.default_rng(0)
+    known = set(prompts.vocabulary())
+    for scene in SCENES:
+        for text in (prompts.prompt_of(scene), prompts.prompt_of(scene, rng)):
+            words = set(re.findall(r"[^\s,]+", text))
+            assert words <= known
+            for thing in scene.things:
+                assert thing.color in words
+                assert thing.texture in words or thing.texture == "plain"
+                assert {thing.shape, f"{thing.shape}s", f"{thing.shape}es"} & words
+        assert scene.ground in prompts.prompt_of(scene)
+        assert not scene.style or f"{scene.style} style" in prompts.prompt_of(scene)
+        assert not scene.pan or f"pans {scene.pan}" in prompts.prompt_of(scene)
+
+
+def test_every_word_is_used():
+    used = {word for index in range(1500) for word in prompts.prompt_of(world.scene_of(9, index)).split()}
+    assert set(prompts.vocabulary()) - {word.strip(",") for word in used} == {"going"}  # in paraphrases alone
+
+
+def test_what_is_in_front_hides_what_is_behind():
+    scene = next(s for s in SCENES if len(s.things) == 2)
+    front, back = scene.things
+    scene = replace(scene, things=(front, replace(back, start=front.start)))
+    seen = painter.masks(scene, 1)
+    assert (seen.sum(0) <= 1 + 1e-6).all()
+    assert seen[1].sum() < 0.9 * painter.masks(replace(scene, things=(scene.things[1],)), 1)[0].sum()
+
+
+def test_the_worlds_of_all_words_are_drawn_differently():
+    scene = replace(SCENES[0], things=SCENES[0].things[:1], grouped=False, relation="", style="", pan="")
+    for field, names in (("shape", world.SHAPES), ("texture", world.TEXTURES), ("color", world.COLORS)):
+        pictures = {
+            painter.draw(replace(scene, things=(replace(scene.things[0], **{field: n}),)), 5).tobytes() for n in names
+        }
+        assert len(pictures) == len(names)
+    for field, names in (("style", world.STYLES), ("pan", ("", *world.PANS)), ("ground", world.GROUNDS)):
+        pictures = {painter.draw(replace(scene, ground_texture="checked", **{field: n}), 5).tobytes() for n in names}
+        assert len(pictures) == len(names)
+
+
+@pytest.mark.parametrize("frames", [0, 4, 16, -3])
+def test_frames_must_be_of_the_form_4k_plus_1(frames):
+    with pytest.raises(ValueError, match=re.escape(f"frames={frames}: a clip has 4k+1 frames")):
+        painter.draw(SCENES[0], frames)
+
+
+def test_too_small_a_picture_and_an_unknown_texture_are_refused():
+    with pytest.raises(ValueError, match="16x64 pixels is too small for this world; use at least 32x32"):
+        world.scene_of(0, 0, height=16)
+    with pytest.raises(ValueError, match="texture 'furry' is not known; use one of plain, striped"):
+        painter.texture("furry", np.zeros(1), np.zeros(1), 4.0, (0.0, 0.0), 1.0)
+    with pytest.raises(ValueError, match="unknown word"):
+        check_prompt("a furry circle")
