@@ -79,8 +79,9 @@ def test_classes_that_derive_from_a_followed_one_are_left_alone():
 def test_what_is_left_after_detach_is_found():
     model = toy_class()(**TINY)
     assert leftovers(model) == []
+    other = toy_class()(**TINY)
+    attach(other)
     with attach(model):
-        ours = model.blocks[0].attn1.processor
         call = vars(model)["_compiled_call_impl"]
         found = leftovers(model)
     top = type(model).__name__
@@ -88,7 +89,10 @@ def test_what_is_left_after_detach_is_found():
     assert "blocks.0.attn1.processor" in found
     assert leftovers(model) == []
     for plant, place in (
-        (lambda: setattr(model.blocks[1].attn2, "processor", ours), "blocks.1.attn2.processor"),
+        (
+            lambda: setattr(model.blocks[1].attn2, "processor", other.blocks[0].attn1.processor),
+            "blocks.1.attn2.processor",
+        ),
         (lambda: model.blocks[0].register_forward_hook(call), "blocks.0._forward_hooks"),
         (lambda: setattr(model.blocks[1], "_dit_accel_layer", 1), "blocks.1._dit_accel_layer"),
         (lambda: setattr(model.blocks[0].attn2.processor, "_dit_accel_layer", 1), "blocks.0.attn2.processor"),
