@@ -337,10 +337,10 @@ class Execution:
             ConfigError: if its backend can't be differentiated inside an operator, where autograd records nothing.
         """
         try:
-            _, pull_back = torch.func.vjp(
+            of_call = torch.func.vjp(
                 lambda q, k, v: self._run_dense(plan, replace(call, q=q, k=k, v=v), layer), call.q, call.k, call.v
             )
-            return pull_back(grad)
+            return of_call[1](grad)
         except RuntimeError as error:
             raise ConfigError(
                 f"the attention backend set on {layer.state.name} has no gradient that a planned call could use "

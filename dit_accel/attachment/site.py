@@ -100,8 +100,8 @@ class TransformerSite:
 
         def restore() -> None:
             now = place.get(name)
-            tensors = isinstance(now, Tensor) and isinstance(value, Tensor)
-            if now is not value and not (tensors and now.shape == value.shape):
+            moved = isinstance(now, Tensor) and isinstance(value, Tensor) and now.shape == value.shape
+            if now is not value and not moved:
                 return  # whatever the user set since then is the user's
             if old is _MISSING:
                 del place[name]
