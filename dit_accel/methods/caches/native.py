@@ -121,7 +121,9 @@ class NativeHandler(Handler):
         """Run a forward in a context of diffusers that names its branch, and count what of it ran."""
         key = context.transformer, context.branch, context.step_index
         transformer, adapter = enabled.transformer, self.model.adapter
-        check_call(self._kind, self.settings.config, context, transformer, adapter, repeated=key in self._ran)
+        first = not any(other[:2] == key[:2] for other in self._ran)
+        repeated = key in self._ran
+        check_call(self._kind, self.settings.config, context, transformer, adapter, repeated=repeated, first=first)
         with enabled.entered(context):
             out = run()
         self._ran[key] = self._ran.get(key, 0) + site.reached()

@@ -145,7 +145,14 @@ def _attention_patterns(transformer: nn.Module, adapter: Adapter) -> list[str]:
 
 
 def check_call(
-    kind: str, config: Any, context: ForwardContext, transformer: nn.Module, adapter: Adapter, repeated: bool
+    kind: str,
+    config: Any,
+    context: ForwardContext,
+    transformer: nn.Module,
+    adapter: Adapter,
+    *,
+    repeated: bool,
+    first: bool,
 ) -> None:
     """Raise `ConfigError` for a forward in which a cache would go wrong without a word.
 
@@ -156,6 +163,7 @@ def check_call(
         transformer: the transformer.
         adapter: its adapter.
         repeated: this branch ran at this step before.
+        first: this branch has not run before.
     """
     if kind in (FIRST_BLOCK, MAG, SEA):
         control = [name for name, value in context.inputs.items() if "controlnet" in name and _holds(value)]
@@ -181,7 +189,7 @@ def check_call(
             "transformer.cache_context(name, step_index=..., sigma=..., num_inference_steps=...)"
         )
     if kind == FASTER:
-        _check_faster(config, context, transformer, adapter)
+        _check_faster(config, context, transformer, adapter, first)
 
 
 def _holds(value: Any) -> bool:
@@ -193,9 +201,15 @@ def _sea_can_tell(context: ForwardContext) -> bool:
     return context.num_inference_steps is not None and sigma is not None and 0 <= sigma <= 1 and math.isfinite(sigma)
 
 
-def _check_faster(config: Any, context: ForwardContext, transformer: Any, adapter: Adapter) -> None:
+def _check_faster(config: Any, context: ForwardContext, transformer: Any, adapter: Adapter, first: bool) -> None:
     """Raise `ConfigError` for a call in which FasterCache would not find two halves, or takes an axis for another."""
     if config.is_guidance_distilled:
+        now, (low, high) = config.current_timestep_callback(), config.spatial_attention_timestep_skip_range
+        if first and low < now < high:
+            raise ConfigError(
+                f"FasterCacheConfig has nothing to reuse in the first step, at timestep {now}: end "
+                f"spatial_attention_timestep_skip_range = {(low, high)} below that"
+            )
         return
     latents, layout = context.inputs[adapter.latents], config.tensor_format
     shape = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
