@@ -78,7 +78,8 @@ class NativeHandler(Handler):
         Raises:
             ConfigError: if another cache is active, or this one can't work on the model.
         """
-        name, transformer, config = site.name, site.transformer, self.settings.config
+        name, config = site.name, self.settings.config
+        transformer: Any = site.transformer
         check_model(self._kind, config, name, transformer, further=bool(self._enabled))
         require_no_cache(name, transformer, self._kind)
         untouched = _Untouched(transformer)
