@@ -21,7 +21,7 @@ class Model:
     words: Callable[[], tuple[str, ...]]
     held_out: Callable[[int], str]
     """Number -> prompt of a combination that training never saw."""
-    defaults: dict[str, float | int]
+    defaults: dict[str, float | int | str]
     """The call arguments it is meant to be sampled with: size and length in pixels and frames, steps, guidance."""
 
 
@@ -31,6 +31,10 @@ def _clip_prompt(index: int) -> str:
 
 def _world_prompt(index: int) -> str:
     return prompts.prompt_of(world.scene_of(0, index, held_out=True))
+
+
+def _still_prompt(index: int) -> str:
+    return prompts.prompt_of(world.scene_of(0, index, height=96, width=96, held_out=True, still=True))
 
 
 KNOWN: dict[str, Model] = {
@@ -46,6 +50,19 @@ KNOWN: dict[str, Model] = {
         held_out=_world_prompt,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
+    "flux-tiny": Model(
+        pipeline="FluxPipeline",
+        words=prompts.vocabulary,
+        held_out=_still_prompt,
+        defaults={
+            "height": 96,
+            "width": 96,
+            "num_inference_steps": 20,
+            "true_cfg_scale": 4.0,
+            "negative_prompt": "",
+            "max_sequence_length": 64,
+        },
+    ),
 }
 
 
@@ -60,7 +77,7 @@ def model_path(name: str = "wan-tiny") -> Path:
     return MODELS / name
 
 
-def model_defaults(name: str = "wan-tiny") -> dict[str, float | int]:
+def model_defaults(name: str = "wan-tiny") -> dict[str, float | int | str]:
     """Return the call arguments (size, frames, steps, guidance) that an embedded model is meant to be sampled with."""
     return dict(_known(name).defaults)
 
