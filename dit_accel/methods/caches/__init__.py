@@ -1,0 +1,1 @@
+"""Step caches: a forecast in place of a forward, where two steps hardly differ; one file each."""
