@@ -21,6 +21,8 @@ HOMES: dict[str, str] = {
     "SolAttention": "methods.attention.sol",
     "SparseD": "methods.attention.sparsed",
     "UltraViCo": "methods.attention.ultravico",
+    "EasyCache": "methods.caches.easy",
+    "StaticCache": "methods.caches.static",
     "Report": "report.report",
     "TokenLayout": "plan.layout",
 }

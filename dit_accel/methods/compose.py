@@ -35,9 +35,10 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
         if one is other:
             raise ConfigError(f"two {one.config_type.__name__} configs were given; attach one of each method")
         if shared := one.exclusive & other.exclusive:
+            of = "an attention call" if Place.ATTENTION in one.places else "a forward"
             raise ConfigError(
                 f"{one.config_type.name} and {other.config_type.name} both set the {' and '.join(sorted(shared))} of "
-                "an attention call, which takes only one; attach one of them"
+                f"{of}, which takes only one; attach one of them"
             )
     for handler_type, config in paired:
         _refuse_on(model, handler_type, config)

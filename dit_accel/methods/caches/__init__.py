@@ -1,1 +1,1 @@
-"""Methods that reuse what an earlier step computed."""
+"""Caches: what an earlier step computed in place of a forward or block, where two steps hardly differ."""
