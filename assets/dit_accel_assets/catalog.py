@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dit_accel_assets import clips, prompts, world
 
 MODELS = Path(__file__).parent / "models"
+_CHECKED = ("color", "shape", "direction", "background")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,10 +26,25 @@ class Model:
     """Number -> prompt of a combination that training never saw."""
     defaults: dict[str, float | int]
     """The call arguments it is meant to be sampled with: size and length in pixels and frames, steps, guidance."""
+    score: Callable[[np.ndarray, int], float]
+    """(clip, number) -> the share of the prompt's questions that a clip answers rightly."""
 
 
 def _clip_prompt(index: int) -> str:
     return clips.clip_of(index, frames=1, held_out=True)[0]
+
+
+def _clip_score(video: np.ndarray, index: int) -> float:
+    from dit_accel_assets.checker import check
+
+    found, (_, scene, _) = check(video), clips.clip_of(index, frames=1, held_out=True)
+    return float(np.mean([getattr(found, name) == getattr(scene, name) for name in _CHECKED]))
+
+
+def _world_score(video: np.ndarray, index: int) -> float:
+    from dit_accel_assets.judge import judge
+
+    return judge(video, world.scene_of(0, index, held_out=True)).score
 
 
 def _world_prompt(index: int) -> str:
@@ -38,12 +56,14 @@ KNOWN: dict[str, Model] = {
         pipeline="WanPipeline",
         words=clips.vocabulary,
         held_out=_clip_prompt,
+        score=_clip_score,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
     "wan-tiny-2": Model(
         pipeline="WanPipeline",
         words=prompts.vocabulary,
         held_out=_world_prompt,
+        score=_world_score,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
 }
@@ -71,6 +91,11 @@ def held_out_prompts(name: str, count: int) -> list[str]:
         raise ValueError(f"count={count}: ask for 0 or more prompts")
     model = _known(name)
     return [model.held_out(index) for index in range(count)]
+
+
+def model_score(name: str, index: int, video: np.ndarray) -> float:
+    """Return in [0, 1] how much of the held-out prompt of a number a clip [F, H, W, 3] shows, by the model's judge."""
+    return _known(name).score(video, index)
 
 
 def vocabulary(name: str = "wan-tiny") -> tuple[str, ...]:
