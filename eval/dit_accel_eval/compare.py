@@ -147,11 +147,11 @@ def measured(model: EmbeddedModel, arm: Arm, clip: int, reference: Reference, jo
     A timed one has the seconds of its denoising loop, those of the dense run of as many steps right after it, and
     ``steps_in_time``, how many dense steps take as long.
     """
-    dense = {"steps": arm.num_inference_steps, "solver": BEST}
+    steps = arm.num_inference_steps
     if arm.is_dense:
-        made = dense_run(model, clip, arm.num_inference_steps, job.cache)
+        made = dense_run(model, clip, steps, job.cache)
     else:
-        made = model.run(clip, **(dense | {"solver": arm.solver}), flow_shift=arm.flow_shift, methods=arm.methods)
+        made = model.run(clip, steps=steps, solver=arm.solver, flow_shift=arm.flow_shift, methods=arm.methods)
     shares = {"work": model.own_share, "work_real": REAL_SHARE}
     line: Line = {
         "arm": arm.name,
@@ -170,9 +170,9 @@ def measured(model: EmbeddedModel, arm: Arm, clip: int, reference: Reference, jo
         "torch": torch.__version__,
     }
     if job.timed and not arm.is_dense:
-        seconds = made.seconds, model.run(clip, **dense).seconds
-        line |= dict(zip(("seconds", "dense_seconds"), seconds, strict=True))
-        line |= {"steps_in_time": arm.num_inference_steps * seconds[0] / seconds[1], "threads": job.threads}
+        dense_seconds = model.run(clip, steps=steps, solver=BEST).seconds
+        line |= {"seconds": made.seconds, "dense_seconds": dense_seconds, "threads": job.threads}
+        line["steps_in_time"] = steps * made.seconds / dense_seconds
     return line
 
 

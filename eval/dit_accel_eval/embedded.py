@@ -60,7 +60,7 @@ class EmbeddedModel:
         self.name = name
         self.weights = weights_hash(name)
         with quiet_diffusers():
-            self.pipe = DiffusionPipeline.from_pretrained(model_path(name), dtype=torch.float32)
+            self.pipe: Any = DiffusionPipeline.from_pretrained(model_path(name), dtype=torch.float32)
         self.call = settled_call(name, call)
         self.adapter, self.family = read_model_files(str(model_path(name))).identify()
         self.own_share = own_share(self.adapter, self.family, self.call)
