@@ -24,7 +24,7 @@ class Model:
     words: Callable[[], tuple[str, ...]]
     held_out: Callable[[int], str]
     """Number -> prompt of a combination that training never saw."""
-    defaults: dict[str, float | int]
+    defaults: dict[str, float | int | str]
     """The call arguments it is meant to be sampled with: size and length in pixels and frames, steps, guidance."""
     score: Callable[[np.ndarray, int], float]
     """(clip, number) -> the share of the prompt's questions that a clip answers rightly."""
@@ -41,14 +41,34 @@ def _clip_score(video: np.ndarray, index: int) -> float:
     return float(np.mean([getattr(found, name) == getattr(scene, name) for name in _CHECKED]))
 
 
-def _world_score(video: np.ndarray, index: int) -> float:
-    from dit_accel_assets.judge import judge
-
-    return judge(video, world.scene_of(0, index, held_out=True)).score
+def _world_scene(index: int) -> world.Scene:
+    return world.scene_of(0, index, held_out=True)
 
 
 def _world_prompt(index: int) -> str:
-    return prompts.prompt_of(world.scene_of(0, index, held_out=True))
+    return prompts.prompt_of(_world_scene(index))
+
+
+def _world_score(video: np.ndarray, index: int) -> float:
+    return _judged(video, _world_scene(index))
+
+
+def _still_scene(index: int) -> world.Scene:
+    return world.scene_of(0, index, height=96, width=96, held_out=True, still=True)
+
+
+def _still_prompt(index: int) -> str:
+    return prompts.prompt_of(_still_scene(index))
+
+
+def _still_score(video: np.ndarray, index: int) -> float:
+    return _judged(video, _still_scene(index))
+
+
+def _judged(video: np.ndarray, scene: world.Scene) -> float:
+    from dit_accel_assets.judge import judge
+
+    return judge(video, scene).score
 
 
 KNOWN: dict[str, Model] = {
@@ -66,6 +86,20 @@ KNOWN: dict[str, Model] = {
         score=_world_score,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
+    "flux-tiny": Model(
+        pipeline="FluxPipeline",
+        words=prompts.vocabulary,
+        held_out=_still_prompt,
+        score=_still_score,
+        defaults={
+            "height": 96,
+            "width": 96,
+            "num_inference_steps": 20,
+            "true_cfg_scale": 4.0,
+            "negative_prompt": "",
+            "max_sequence_length": 64,
+        },
+    ),
 }
 
 
@@ -80,7 +114,7 @@ def model_path(name: str = "wan-tiny") -> Path:
     return MODELS / name
 
 
-def model_defaults(name: str = "wan-tiny") -> dict[str, float | int]:
+def model_defaults(name: str = "wan-tiny") -> dict[str, float | int | str]:
     """Return the call arguments (size, frames, steps, guidance) that an embedded model is meant to be sampled with."""
     return dict(_known(name).defaults)
 

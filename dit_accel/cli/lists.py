@@ -46,6 +46,8 @@ def methods(json: Json = False) -> None:
         "'recipe' means: what the model's family uses, see `dit-accel describe`.",
         style="dim",
     )
+    objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
+    OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
 
 
 def models(json: Json = False) -> None:

@@ -1,0 +1,1 @@
+"""Methods that reuse what an earlier step computed."""
