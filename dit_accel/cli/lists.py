@@ -6,6 +6,7 @@ import re
 import typing
 from typing import Annotated, Any
 
+import dit_accel_assets
 import typer
 
 from ..adapters import registry as adapter_registry
@@ -45,10 +46,14 @@ def methods(json: Json = False) -> None:
         "'recipe' means: what the model's family uses, see `dit-accel describe`.",
         style="dim",
     )
+    objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
+    OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
 
 
 def models(json: Json = False) -> None:
     """List the models that are known by name, then which methods each family takes, and why not.
+
+    Embedded models ship with the project: generate's --model takes their names.
 
     Examples:
 
@@ -69,6 +74,10 @@ def models(json: Json = False) -> None:
         sizes = [str(row[name]) for name in ("layers", "heads", "head_dim")]
         table.add_row(row["name"], row["adapter"], *sizes, size, f"{row['tokens']:,}")
     OUT.print(table)
+    OUT.print()
+    for name in dit_accel_assets.model_names():
+        call = ", ".join(f"{key} {value}" for key, value in dit_accel_assets.model_defaults(name).items())
+        OUT.print(f"embedded: --model {name}  ({call})", soft_wrap=True, highlight=False)
     OUT.print()
     _print_verdicts()
 
@@ -140,6 +149,7 @@ def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
         "num_inference_steps": family.num_inference_steps,
         "tokens": layout.visual_tokens,
         "text_tokens": family.text_tokens,
+        "embedded": family.name in dit_accel_assets.model_names(),
         "attachable": attachable,
         "methods": [name for name in method_registry.methods() if attachable and name not in adapter.refused],
         "refused": dict(adapter.refused),

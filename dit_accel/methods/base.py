@@ -85,11 +85,22 @@ class Handler:
     """Where it acts; a model that has no such place refuses it."""
 
     exclusive: ClassVar[frozenset[str]] = frozenset()
-    """Parts of a plan or forward that it sets alone; two methods that set the same one can't be attached together."""
+    """Parts of a plan or forward that it sets alone; two methods that set the same one can't be attached together.
+
+    ``cache`` stands for the outputs of earlier steps, of which one method alone makes later ones.
+    """
+
+    objects: ClassVar[tuple[str, ...]] = ()
+    """Config types of another library that ask for it; it has no switch and no TOML table then."""
 
     def __init__(self, config: Any, model: Model) -> None:
         self.settings: Any = config
         self.model = model
+
+    @classmethod
+    def config_for(cls, given: Any) -> MethodConfig | None:
+        """Return the config that ``given`` asks for the method with: itself, or what wraps it; None: it does not."""
+        return given if type(given) is cls.config_type else None
 
     @property
     def name(self) -> str:

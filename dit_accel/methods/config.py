@@ -39,6 +39,11 @@ class MethodConfig:
             if plain is not value:
                 object.__setattr__(self, field.name, plain)
 
+    @property
+    def asked(self) -> str:
+        """The name of what the user gave to ask for the method."""
+        return type(self).__name__
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as plain values: tuples become lists, None is left out."""
         return plain_fields(self)

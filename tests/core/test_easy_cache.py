@@ -94,7 +94,8 @@ def test_negative_thresholds_are_refused():
     with pytest.raises(ConfigError, match=r"^easycache\.threshold must be >= 0, got -0\.1; 0\.05 is usual, 0 skips"):
         EasyCache(threshold=-0.1)
     with pytest.raises(
-        ConfigError, match=r"^easycache and staticcache both set the forecast of a forward, which takes"
+        ConfigError,
+        match=r"^EasyCache and StaticCache both cache, and a transformer takes one cache; attach one of them",
     ):
         dit_accel.attach(tiny_transformer(), EasyCache(), StaticCache(every=2))
 

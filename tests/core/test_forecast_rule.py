@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.rules.forecast import chebyshev, heun, taylor
@@ -22,6 +22,7 @@ def polynomial(coefficients, times):
     return np.polynomial.polynomial.polyval(np.array(times), coefficients)
 
 
+@settings(deadline=None)
 @given(moments(), st.integers(0, 3), st.lists(st.integers(-3, 3), min_size=4, max_size=4))
 def test_taylor_is_exact_on_polynomials_of_its_order(times, order, coefficients):
     *known, at = times
@@ -45,6 +46,7 @@ def test_taylor_at_equal_distances_is_taylorseers():
     assert taylor([3.0], 4.0, 2) == [1.0]  # with one value it holds it
 
 
+@settings(deadline=None)
 @given(moments(least=3, most=3), st.integers(1, 3), st.floats(-2, 2), st.floats(-2, 2), st.booleans())
 def test_heun_is_taylor_on_lines(times, count, slope, value, forecast_before):
     older, before, anchor, _ = times
@@ -66,6 +68,7 @@ def test_heun_halves_the_slopes_and_is_drawn_back():
     assert heun([2.0], [], 3.0, None) == [1.0]
 
 
+@settings(deadline=None)
 @given(moments(least=4, most=8), st.integers(1, 3), st.lists(st.integers(-3, 3), min_size=4, max_size=4))
 def test_chebyshev_is_exact_on_polynomials_without_a_ridge(times, order, coefficients):
     *known, at = times
@@ -79,6 +82,7 @@ def test_chebyshev_is_exact_on_polynomials_without_a_ridge(times, order, coeffic
     )
 
 
+@settings(deadline=None)
 @given(moments(), st.integers(1, 4), st.floats(0, 10))
 def test_chebyshev_holds_constants_whatever_the_ridge(times, order, ridge):
     *known, at = times

@@ -1,1 +1,1 @@
-"""Step caches: a forecast in place of a forward, where two steps hardly differ; one file each."""
+"""Caches: what an earlier step computed in place of a forward or block, where two steps hardly differ."""

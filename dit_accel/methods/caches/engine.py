@@ -19,6 +19,7 @@ from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site
+from .active import require_no_cache
 from .config import StepCacheConfig
 from .history import History, shapes_of
 from .log import CachedForward, section_of
@@ -51,7 +52,7 @@ class StepCacheHandler(Handler):
 
     phase = Phase.CACHES
     places = frozenset({Place.FORWARD})
-    exclusive = frozenset({"forecast"})
+    exclusive = frozenset({"cache"})
     decider_type: ClassVar[type[Decider]] = Decider
     settings: StepCacheConfig
 
@@ -93,7 +94,12 @@ class StepCacheHandler(Handler):
         return agreed(list(values), groups_of(self._transformers[context.transformer]))
 
     def install(self, site: Site) -> None:
-        """Run around every forward of the transformer."""
+        """Run around every forward of the transformer.
+
+        Raises:
+            ConfigError: if another cache is active on it.
+        """
+        require_no_cache(site.name, site.transformer, self.settings.asked)
         latents, name = site.adapter.latents, site.name
         self._transformers[name] = site.transformer
         site.around_forward(lambda context, run: self._around(context, run, latents, name))
