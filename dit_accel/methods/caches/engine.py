@@ -198,8 +198,12 @@ class StepCacheHandler(Handler):
             return "nothing stored"
         if (why := settings.most_skipped(decider.in_a_row, self._skips)) is not None:
             return why
-        needing = next((other.name for other in self._others if other.needs_step(context)), None)
+        needing = self._needing(context)
         return needing and f"{needing} needs it"
+
+    def _needing(self, context: ForwardContext) -> str | None:
+        """Return the name of a method that needs the step; asked before any of it runs."""
+        return next((other.name for other in self._others if other.needs_step(context)), None)
 
     def _stored(self, context: ForwardContext) -> bool:
         history = self._histories.get((context.transformer, context.branch))
