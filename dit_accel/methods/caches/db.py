@@ -6,6 +6,7 @@ model may change its streams between two blocks, and what it adds there, such as
 this step's own.
 """
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -227,6 +228,12 @@ class DBHandler(StepCacheHandler):
                 f"{self.name} runs {first} first and {last} last blocks at every step, and {site.name} has {count}: "
                 "none is left to skip; ask for fewer"
             )
+        for block in site.blocks[count - last :] if last else ():
+            if "skip" in inspect.signature(type(block.module).forward).parameters:
+                raise ConfigError(
+                    f"{self.name}.last_blocks = {last} can't run {block.name} of {site.name}, which takes what earlier "
+                    "blocks gave besides its streams, and those are skipped; use last_blocks = 0"
+                )
         self._transformers[site.name], self._counts[site.name] = site.transformer, count
         site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
         site.around_blocks(self._run_first, site.blocks[:first])
