@@ -83,8 +83,12 @@ def models(json: Json = False) -> None:
 
 
 def _print_verdicts() -> None:
-    """Print family x method: yes (supported), degenerate, refused or plan only, then every reason once."""
-    names = list(method_registry.methods())
+    """Print family x method: yes (supported), degenerate, refused or plan only, then every reason once.
+
+    A method that no family refuses has no column.
+    """
+    refused = {name for adapter in adapter_registry.adapters().values() for name in adapter.refused}
+    names = [name for name in method_registry.methods() if name in refused]
     reasons: dict[str, list[str]] = {}
     table = plain_table("family", *names)
     for adapter in adapter_registry.adapters().values():
@@ -94,6 +98,7 @@ def _print_verdicts() -> None:
             if why:
                 reasons.setdefault(f"{name} is {word}: {why}", []).append(adapter.name)
     OUT.print(table)
+    OUT.print(f"refused by none: {', '.join(name for name in method_registry.methods() if name not in refused)}")
     for reason, adapters in reasons.items():
         OUT.print(f"{', '.join(adapters)}: {reason}", style="dim")
 

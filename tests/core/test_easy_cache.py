@@ -128,7 +128,7 @@ def test_runs_do_not_meet(predictor):
 def test_beside_a_sparse_method_both_act():
     transformer = sharp_transformer()
     sparse = dit_accel.SparseD(block_size=16, density=0.5, dense_steps=2, dense_layers=0)
-    with dit_accel.attach(transformer, sparse, StaticCache(every=100)) as attachment:
+    with dit_accel.attach(transformer, sparse, StaticCache(every=100, warmup_steps=0, last_steps=0)) as attachment:
         denoise(transformer, 6)
         steps = attachment.report().steps
     ran = [(step.step_index, step.branch, step.sparse_layers) for step in steps]

@@ -14,7 +14,7 @@ EVERY = dict(warmup_steps=0, last_steps=0)
 
 
 def cache(**options):
-    return StaticCache(every=100, **options)
+    return StaticCache(**{"every": 100, **EVERY, **options})
 
 
 def test_a_list_decides_which_steps_are_computed():
@@ -46,9 +46,16 @@ def test_guards(options, drawn, measured):
     assert forever.drawn() == measured  # a rate takes two computed steps
 
 
+def test_the_usual_schedule():
+    driven = Driven(StaticCache(), line)
+    run_through(driven, still, 11)
+    assert driven.drawn(steps=11) == "##.#.#.#.##"
+    assert driven.handler.settings.every == 2
+
+
 @pytest.mark.parametrize(("warmup", "drawn"), [(0, "#....#...."), (3, "###....#..")])
 def test_one_step_in_so_many(warmup, drawn):
-    driven = Driven(StaticCache(every=5, warmup_steps=warmup), line)
+    driven = Driven(StaticCache(every=5, warmup_steps=warmup, last_steps=0), line)
     run_through(driven, still)
     assert driven.drawn() == drawn
 
@@ -80,7 +87,7 @@ def test_the_residual_is_added_to_the_latents_of_the_step():
 
 
 def test_sigma_as_the_variable():
-    driven = Driven(StaticCache(every=100, warmup_steps=2, predictor="taylor", variable="sigma"), line)
+    driven = Driven(cache(warmup_steps=2, predictor="taylor", variable="sigma"), line)
     for step, sigma in enumerate((1.0, 0.75, 0.25)):
         out = driven.forward(step, still(step), sigma=sigma)[0]
     assert float(out.mean()) == pytest.approx(3.0)  # 0 at 1, 1 at .75: 3 at .25
@@ -269,8 +276,7 @@ def test_memory_is_counted_and_freed():
         (dict(order=0), r"staticcache\.order must be from 1 to 4, got 0"),
         (dict(predictor="dmd"), r"staticcache\.predictor must be 'hold' or 'taylor' or 'heun' or 'chebyshev', got"),
         (dict(every=0), r"staticcache\.every must be >= 1, got 0"),
-        (dict(steps=(1, 0)), r"staticcache takes steps, such as .*, or every, such as 2; got both"),
-        (dict(every=None), r"staticcache takes steps, such as .*, or every, such as 2; got neither"),
+        (dict(steps=(1, 0)), r"staticcache\.steps = \(1, 0\) and staticcache\.every = 2 both say what is computed"),
         (dict(every=None, steps=(1, 2)), r"staticcache\.steps must hold 1 \(computed\) and 0 .* got 2"),
         (dict(every=None, steps=(0, 1)), r"staticcache\.steps must begin with 1, got \[0, 1\]"),
     ],

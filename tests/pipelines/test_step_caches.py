@@ -14,7 +14,7 @@ from wan_tiny import tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, EasyCache, StaticCache
 
-ALTERNATE = StaticCache(every=2, warmup_steps=2, predictor="taylor")
+ALTERNATE = StaticCache(every=2, warmup_steps=2, last_steps=0, predictor="taylor")
 
 
 def drawn(attachment, method="staticcache"):
@@ -104,7 +104,7 @@ def test_an_expert_that_takes_over_begins_with_nothing(make_pipe):
     pipe = WanImageToVideoPipeline(**parts, boundary_ratio=0.9)
     pipe.set_progress_bar_config(disable=True)
     picture = tiny_image_pipelines.pil(32, 32)
-    with dit_accel.attach(pipe, StaticCache(every=100)) as attachment:
+    with dit_accel.attach(pipe, StaticCache(every=100, warmup_steps=0, last_steps=0)) as attachment:
         latents = generate_video(pipe, image=picture, num_inference_steps=6)
         entries = attachment.report().section("staticcache").data["forwards"]
     for name in ("transformer", "transformer_2"):
@@ -117,7 +117,7 @@ def test_an_expert_that_takes_over_begins_with_nothing(make_pipe):
 def test_sound_is_forecast_too():
     pipe, call = tiny_video_pipelines.ltx2()
     given = []
-    with dit_accel.attach(pipe, StaticCache(every=100)) as attachment:
+    with dit_accel.attach(pipe, StaticCache(every=100, warmup_steps=0, last_steps=0)) as attachment:
         pipe.transformer.register_forward_hook(lambda module, args, out: given.append(out))
         tiny_pipelines.generate(pipe, call, num_inference_steps=3, output_type="latent")
         assert set("".join(drawn(attachment).values())) == {"#", "."}

@@ -10,8 +10,8 @@ from ..saving import Saving
 from .config import StepCacheConfig
 from .engine import StepCacheHandler
 
-DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0, "last_steps": 0}
-"""What an option is where neither the user nor the model's recipe sets it: the list alone decides."""
+DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
+"""What an option is where neither the user nor the model's recipe sets it; with ``steps`` the list alone decides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class StaticCache(StepCacheConfig):
         every: one step in so many is computed, counted from the warm-up's last; instead of ``steps``.
 
     Raises:
-        ConfigError: for an option out of range, or unless one of ``steps`` and ``every`` is given.
+        ConfigError: for an option out of range, or both ``steps`` and ``every``.
     """
 
     name: ClassVar[str] = "staticcache"
@@ -32,13 +32,21 @@ class StaticCache(StepCacheConfig):
 
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
-        if (self.every is None) == (self.steps is None):
-            given = "neither" if self.every is None else "both"
+        if self.every is not None and self.steps is not None:
             raise ConfigError(
-                f"staticcache takes steps, such as (1, 0, 1, ...), or every, such as 2; got {given}; give one of them"
+                f"staticcache.steps = {self.steps} and staticcache.every = {self.every} both say what is computed; "
+                "give one of them"
             )
         if self.every is not None and self.every < 1:
             raise ConfigError(f"staticcache.every must be >= 1, got {self.every}; 2 skips every second step")
+
+    def filled(self, recipe: Mapping[str, Any]) -> "StaticCache":
+        """Return the config with every unset option filled in; beside ``steps`` nothing else decides unless it is set.
+
+        Raises:
+            ConfigError: for an option that no recipe may fill, or a value out of range.
+        """
+        return self if self.steps is not None else StepCacheConfig.filled(self, recipe)
 
     def always_computed(self, index: int, count: int | None) -> str | None:
         """Return why a step is computed, or None: it is skipped."""
