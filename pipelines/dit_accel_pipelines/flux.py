@@ -35,7 +35,7 @@ FLUX_SCHNELL = replace(
 FLUX_TINY = replace(
     FLUX_DEV,
     name="flux-tiny",
-    repo="embedded",
+    repo="embedded/flux-tiny",
     layers=4 + 8,
     heads=2,
     head_dim=64,

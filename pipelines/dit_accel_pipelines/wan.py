@@ -128,6 +128,7 @@ WAN_TINY = Family(
 WAN_TINY_2 = replace(
     WAN_TINY,
     name="wan-tiny-2",
+    repo="embedded/wan-tiny-2",
     layers=12,
     heads=2,
     head_dim=64,
