@@ -22,7 +22,9 @@ HOMES: dict[str, str] = {
     "SparseD": "methods.attention.sparsed",
     "UltraViCo": "methods.attention.ultravico",
     "EasyCache": "methods.caches.easy",
+    "MagCache": "methods.caches.mag",
     "StaticCache": "methods.caches.static",
+    "TeaCache": "methods.caches.tea",
     "Report": "report.report",
     "TokenLayout": "plan.layout",
 }
