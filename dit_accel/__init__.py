@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .methods.caches.db import DBCache as DBCache
     from .methods.caches.db import FirstBlockCache as FirstBlockCache
     from .methods.caches.easy import EasyCache as EasyCache
+    from .methods.caches.mag import MagCache as MagCache
     from .methods.caches.static import StaticCache as StaticCache
+    from .methods.caches.tea import TeaCache as TeaCache
     from .plan.layout import TokenLayout as TokenLayout
     from .report.report import Report as Report
 

@@ -24,7 +24,9 @@ HOMES: dict[str, str] = {
     "DBCache": "methods.caches.db",
     "EasyCache": "methods.caches.easy",
     "FirstBlockCache": "methods.caches.db",
+    "MagCache": "methods.caches.mag",
     "StaticCache": "methods.caches.static",
+    "TeaCache": "methods.caches.tea",
     "Report": "report.report",
     "TokenLayout": "plan.layout",
 }

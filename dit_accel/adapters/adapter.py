@@ -96,6 +96,8 @@ class Family:
         num_inference_steps: default number of denoising steps.
         forwards_per_step: transformer rows per step, 2 with classifier-free guidance.
         experts: transformers that share the steps, 2 for Wan 2.2 A14B.
+        in_channels: channels of the transformer's input, where that tells it from a model of the same sizes, such as 36
+            for image to video; None: any.
         trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
             several lengths, or an image model.
         recipes: method name -> option -> value: what the papers and their code use on this model.
@@ -118,6 +120,7 @@ class Family:
     num_inference_steps: int = 50
     forwards_per_step: int = 2
     experts: int = 1
+    in_channels: int | None = None
     trained_frames: int | None = None
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -147,6 +150,9 @@ class Adapter:
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
         rising_timesteps: the timestep rises from step to step.
+        signal: (transformer, forward inputs by name) -> what tells how much the first block's input changed since the
+            last step, made by the transformer's own embeddings: the modulated input of its first block's attention, or
+            an embedding of the timestep; None: not described.
         rope: where the model makes its rotary positions, or in words why it has none; None: not described.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
@@ -170,6 +176,7 @@ class Adapter:
     ragged_text: bool = False
     outer_masks: bool = False
     rising_timesteps: bool = False
+    signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
     rope: Rope | str | None = None
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -193,6 +200,8 @@ class Adapter:
         functions: dict[str, Any] = {"grid(config, inputs)": self.grid, "sizes(config)": self.sizes}
         if self.left_dense is not None:
             functions["left_dense(config)"] = self.left_dense
+        if self.signal is not None:
+            functions["signal(transformer, inputs)"] = self.signal
         if not isinstance(self.rope, (Rope, str, type(None))):
             raise ConfigError(
                 f"adapter {self.name!r}: rope must be a Rope, or a sentence that says why there is none, got "
@@ -207,7 +216,7 @@ class Adapter:
     def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
         """Return the released model that a transformer config has the sizes of, or None.
 
-        Of several, the one whose patches are the config's, where one is.
+        Of several, the first whose patches and input channels are the config's, where one is.
 
         Args:
             config: the transformer's config, with diffusers' names.
@@ -223,7 +232,10 @@ class Adapter:
             if (family.layers, family.heads, family.head_dim) == (sizes.layers, sizes.heads, sizes.head_dim)
             and family.experts == experts
         ]
-        return next((family for family in alike if family.patch == sizes.patch), alike[0] if alike else None)
+        given = config.get("in_channels")
+        return max(
+            alike, key=lambda known: (known.patch == sizes.patch, known.in_channels in (None, given)), default=None
+        )
 
     def verdict(self, method: str) -> tuple[str, str]:
         """Return ``supported``, ``degenerate`` or ``refused``, and why."""

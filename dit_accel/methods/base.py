@@ -64,6 +64,13 @@ class Model:
     layers: int
     tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
 
+    @property
+    def name(self) -> str:
+        """How files of numbers measured on a model name it: the released family, or adapter and sizes."""
+        if self.family is not None:
+            return self.family.name
+        return f"{self.adapter.name}, {self.layers} layers, {self.heads} heads"
+
 
 class Handler:
     """One attached method: its settings on one model and, where the method needs any, its state.

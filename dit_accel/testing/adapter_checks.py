@@ -63,6 +63,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "layout": model_checks.check_layout,
     "blocks": check_blocks,
     "rope": check_rope,
+    "signal": model_checks.check_signal,
     "active": method_checks.check_active,
     "batch": method_checks.check_batch,
     "padding": method_checks.check_padding,

@@ -135,6 +135,33 @@ def check_layout(case: Case) -> None:
         require(len(still) <= before + visual + after, "the sequence is longer than the grid and its text")
 
 
+def check_signal(case: Case) -> str | None:
+    """The signal is a tensor of the forward: what its first attention gets, or what an embedding gives, bit for bit."""
+    if case.adapter.signal is None:
+        return "the adapter describes no signal"
+    inputs, seen = case.inputs(2), []
+    (_, first, _), *_ = attention_modules(case.transformer, case.adapter)
+
+    def see_input(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    hooks = [first.register_forward_pre_hook(see_input, with_kwargs=True)]
+    hooks += [
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+        for module in case.transformer.modules()
+    ]
+    try:
+        case.run(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        signal = case.adapter.signal(case.transformer, inputs)
+    same = any(isinstance(one, Tensor) and one.shape == signal.shape and torch.equal(one, signal) for one in seen)
+    require(same, f"the signal {list(signal.shape)} is nothing that the forward makes")
+    return None
+
+
 def check_refused(case: Case) -> str | None:
     """A method that makes no sense here is refused with the reason, and nothing stays."""
     if not case.adapter.refused:

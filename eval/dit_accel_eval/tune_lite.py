@@ -28,7 +28,7 @@ from dit_accel import ConfigError, LiteAttention
 from dit_accel.errors import did_you_mean
 from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.attention.lite.handler import LiteHandler
-from dit_accel.methods.attention.lite.thresholds import LiteThresholds, model_name, write_thresholds
+from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_thresholds
 from dit_accel.methods.attention.sparse import SparseSettings
 from dit_accel.methods.config import MethodConfig
 
@@ -160,7 +160,7 @@ def tune_lite(
         done.append(TunedPrompt(prompt=prompt, psnr=psnr(frames, reference), calls=tuple(tuner.found)))
         _write_progress(progress, settings, done)
     assert steps is not None
-    thresholds = combine(done, layers, steps, model_name(lite.model), config.criterion, target_error)
+    thresholds = combine(done, layers, steps, lite.model.name, config.criterion, target_error)
     write_thresholds(output, thresholds)
     progress.unlink(missing_ok=True)
     return Tuned(output=output, thresholds=thresholds, prompts=tuple(done))

@@ -52,6 +52,7 @@ BRIA_FIBO = replace(
         BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
         BlockList(pattern="single_transformer_blocks.*", joined=True),
     ),
+    signal=None,
     families=(),
 )
 BRIA_FIBO_2 = Adapter(

@@ -20,6 +20,7 @@ CHROMA = replace(
         BlockList(pattern="single_transformer_blocks.*", joined=True),
     ),
     outer_masks=True,
+    signal=None,
     families=(
         replace(
             FLUX_DEV,

@@ -3,14 +3,18 @@
 The latents are [B, T, C, H, W]; version 1.5 takes two frames into a token. ConsisID adds attention to a face, left out.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import cogvideox_lengths, eighths
 from dit_accel.adapters.sizes import read_sizes
+
+from .step_caches import with_step_caches
 
 # UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
 ULTRAVICO_COGVIDEOX = {
@@ -51,9 +55,27 @@ COGVIDEOX_15_5B = replace(
     height=768,
     width=1360,
     num_frames=81,
+    in_channels=16,
     trained_frames=None,  # 5 and 10 seconds
     recipes={},
 )
+COGVIDEOX_15_5B_I2V = replace(
+    COGVIDEOX_15_5B, name="cogvideox1.5-5b-i2v", repo="THUDM/CogVideoX1.5-5B-I2V", in_channels=32
+)
+
+
+def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return what the first block's attention gets of the video."""
+    latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    time = transformer.time_embedding(
+        transformer.time_proj(inputs["timestep"]).to(latents.dtype), inputs.get("timestep_cond")
+    )
+    if getattr(transformer, "ofs_embedding", None) is not None:  # CogVideoX 1.5 image to video
+        time = time + transformer.ofs_embedding(transformer.ofs_proj(inputs["ofs"]).to(latents.dtype))
+    joined = transformer.patch_embed(text, latents)
+    length = text.shape[1]
+    return transformer.transformer_blocks[0].norm1(joined[:, length:], joined[:, :length], time)[0]
+
 
 COGVIDEOX = Adapter(
     name="cogvideox",
@@ -62,6 +84,7 @@ COGVIDEOX = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=1, text="before"),
+    signal=modulated_input,
     rope=Rope(
         input="image_rotary_emb",
         form="pairs",
@@ -73,5 +96,5 @@ COGVIDEOX = Adapter(
             else "this one adds sinusoidal positions to the patches, as CogVideoX-2B does"
         ),
     ),
-    families=(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B),
+    families=with_step_caches(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B, COGVIDEOX_15_5B_I2V),
 )

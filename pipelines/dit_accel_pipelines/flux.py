@@ -12,6 +12,8 @@ from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
+from .step_caches import with_step_caches
+
 FLUX_DEV = Family(
     name="flux.1-dev",
     repo="black-forest-labs/FLUX.1-dev",
@@ -48,6 +50,17 @@ FLUX_TINY = replace(
     forwards_per_step=2,
     recipes={"sol": {"block_size": 16}},
 )
+FLUX_KONTEXT = replace(FLUX_DEV, name="flux.1-kontext-dev", repo="black-forest-labs/FLUX.1-Kontext-dev")
+
+
+def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return what the first block's attention gets of the image."""
+    image = transformer.x_embedder(inputs["hidden_states"])
+    timestep, guidance = inputs["timestep"].to(image.dtype) * 1000, inputs.get("guidance")
+    scales = (timestep,) if guidance is None else (timestep, guidance.to(image.dtype) * 1000)
+    time = transformer.time_text_embed(*scales, inputs["pooled_projections"])
+    return transformer.transformer_blocks[0].norm1(image, emb=time)[0]
+
 
 FLUX = Adapter(
     name="flux",
@@ -56,12 +69,13 @@ FLUX = Adapter(
     sizes=partial(read_sizes, mlp_ratio=4.0, patch=(1, 2, 2)),
     grid=ids_grid,
     text_apart=True,  # IP-Adapters: image queries over their own keys
+    signal=modulated_input,
     rope=Rope(
         owner="pos_embed",
         form="theta",
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
     ),
-    families=(FLUX_DEV, FLUX_SCHNELL, FLUX_TINY),
+    families=with_step_caches(FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX_TINY),
     refused=IMAGE_REFUSED,
 )
 
@@ -81,6 +95,7 @@ FLUX_KIN = replace(
         BlockList(pattern="single_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
     ),
     sizes=kin_sizes,
+    signal=None,
     rope=Rope(
         owner="pos_embed",
         form="theta",

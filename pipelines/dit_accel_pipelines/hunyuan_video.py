@@ -4,11 +4,15 @@ The double blocks join video and text in one attention, the single blocks get th
 hides padded text from every key. The text refiner attends over text alone and is left out.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
+
+from .step_caches import with_step_caches
 
 # Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
 RADIAL_HUNYUAN = {
@@ -45,16 +49,29 @@ HUNYUAN_VIDEO_13B = Family(
     recipes={"radial": RADIAL_HUNYUAN, "ultravico": ULTRAVICO_HUNYUAN},
 )
 
+
+def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return what the first block's attention gets of the video; a given first frame is modulated by itself."""
+    latents, pooled = inputs["hidden_states"], inputs["pooled_projections"]
+    patch, norm = transformer.config.patch_size, transformer.transformer_blocks[0].norm1
+    time, first_frame = transformer.time_text_embed(inputs["timestep"], pooled, inputs.get("guidance"))
+    video = transformer.x_embedder(latents)
+    if first_frame is None:
+        return norm(video, emb=time)[0]
+    return norm(video, time, first_frame, (latents.shape[-2] // patch) * (latents.shape[-1] // patch))[0]
+
+
 HUNYUAN_VIDEO = Adapter(
     name="hunyuan-video",
     transformers=("HunyuanVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=partial(latents_grid, text="after"),
+    signal=modulated_input,
     rope=Rope(
         owner="rope",
         form="theta",
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
     ),
-    families=(HUNYUAN_VIDEO_13B,),
+    families=with_step_caches(HUNYUAN_VIDEO_13B),
     recipes={"radial": RADIAL_HUNYUAN},
 )

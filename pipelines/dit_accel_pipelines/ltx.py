@@ -13,6 +13,8 @@ from dit_accel.adapters.rope_axes import fractions
 from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 
+from .step_caches import with_step_caches
+
 LTX_2B = Family(
     name="ltx-video-2b",
     repo="Lightricks/LTX-Video",
@@ -58,6 +60,15 @@ def video_behind_conditions(coords: Any) -> tuple[int, int, int] | str:
         return f"LTX's video_coords are those of no video: {error}"
 
 
+def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return what the first block's attention gets."""
+    video, block = transformer.proj_in(inputs["hidden_states"]), transformer.transformer_blocks[0]
+    time, _ = transformer.time_embed(inputs["timestep"].flatten(), batch_size=len(video), hidden_dtype=video.dtype)
+    time = time.view(len(video), -1, len(block.scale_shift_table), video.shape[-1])
+    shift, scale = (block.scale_shift_table + time).unbind(2)[:2]
+    return block.norm1(video) * (1 + scale) + shift
+
+
 LTX = Adapter(
     name="ltx",
     transformers=("LTXVideoTransformer3DModel",),
@@ -65,6 +76,7 @@ LTX = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
+    signal=modulated_input,
     rope=Rope(
         owner="rope",
         form="theta of all axes",
@@ -72,5 +84,5 @@ LTX = Adapter(
         note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by "
         "one number; none of them has a period in frames",
     ),
-    families=(LTX_2B, LTX_13B),
+    families=with_step_caches(LTX_2B, LTX_13B),
 )

@@ -1,12 +1,16 @@
 """Mochi 1: its processor attends row by row, over the video and the valid text behind it."""
 
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import learned
 from dit_accel.adapters.sizes import read_sizes
+
+from .step_caches import with_step_caches
 
 MOCHI_1 = Family(
     name="mochi-1",
@@ -25,6 +29,16 @@ MOCHI_1 = Family(
     num_inference_steps=64,
 )
 
+
+def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return what the first block's attention gets of the video."""
+    latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    mask = inputs["encoder_attention_mask"]
+    time, _ = transformer.time_embed(inputs["timestep"], text, mask, hidden_dtype=latents.dtype)
+    frames = transformer.patch_embed(latents.transpose(1, 2).flatten(0, 1))
+    return transformer.transformer_blocks[0].norm1(frames.unflatten(0, (len(latents), -1)).flatten(1, 2), time)[0]
+
+
 MOCHI = Adapter(
     name="mochi",
     transformers=("MochiTransformer3DModel",),
@@ -32,6 +46,7 @@ MOCHI = Adapter(
     sizes=partial(read_sizes, mlp_ratio=Fraction(8, 3), gated=True),
     grid=partial(latents_grid, text="after"),
     ragged_text=True,
+    signal=modulated_input,
     rising_timesteps=True,
     rope=Rope(
         owner="rope",
@@ -39,5 +54,5 @@ MOCHI = Adapter(
         axes=learned,
         note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
-    families=(MOCHI_1,),
+    families=with_step_caches(MOCHI_1),
 )

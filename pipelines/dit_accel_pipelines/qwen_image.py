@@ -11,6 +11,8 @@ from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, fixed_lengths
 from dit_accel.adapters.sizes import read_sizes
 
+from .step_caches import with_step_caches
+
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
     repo="Qwen/Qwen-Image",
@@ -55,7 +57,7 @@ QWEN_IMAGE = Adapter(
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0),
         max_positions=fixed_lengths(height=8192, width=8192),
     ),
-    families=(QWEN_IMAGE_20B,),
+    families=with_step_caches(QWEN_IMAGE_20B),
     refused=IMAGE_REFUSED,
 )
 

@@ -4,14 +4,18 @@ Sizes are those of the released diffusers configs. Only the self-attention is ch
 cross-attention and stay outside the sequence.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
 from dit_accel.adapters.sizes import read_sizes
+
+from .step_caches import with_step_caches
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
 # steps as a share, the first block dense, every token sees frame 0). Its published sparsities belong to near="half".
@@ -44,6 +48,7 @@ WAN21_1B = Family(
     height=480,
     width=832,
     num_frames=81,
+    in_channels=16,
     trained_frames=21,
     recipes={"radial": RADIAL_WAN},
 )
@@ -65,18 +70,21 @@ WAN21_I2V_480P = replace(
     cross_tokens=512 + 257,
     height=480,
     width=832,
+    in_channels=36,  # noise, mask and image
 )
 WAN21_I2V_720P = replace(
     WAN21_14B,
     name="wan2.1-i2v-14b-720p",
     repo="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
     cross_tokens=512 + 257,
+    in_channels=36,
 )
 WAN21_FLF2V = replace(
     WAN21_14B,
     name="wan2.1-flf2v-14b",
     repo="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
     cross_tokens=512 + 2 * 257,
+    in_channels=36,
 )
 # VACE runs control blocks beside the main ones: every 2nd of 30 in the small model, every 5th of 40 in the large one.
 WAN21_VACE_1B = replace(WAN21_1B, name="wan2.1-vace-1.3b", repo="Wan-AI/Wan2.1-VACE-1.3B-diffusers", layers=30 + 15)
@@ -89,6 +97,7 @@ WAN22_A14B = replace(
     experts=2,
     recipes={"radial": RADIAL_WAN22},
 )
+WAN22_I2V_A14B = replace(WAN22_A14B, name="wan2.2-i2v-a14b", repo="Wan-AI/Wan2.2-I2V-A14B-Diffusers", in_channels=36)
 WAN22_TI2V_5B = replace(
     WAN21_1B,
     name="wan2.2-ti2v-5b",
@@ -99,6 +108,7 @@ WAN22_TI2V_5B = replace(
     height=704,
     width=1280,
     num_frames=121,
+    in_channels=48,
     trained_frames=31,
 )
 
@@ -137,6 +147,14 @@ WAN_TINY_2 = replace(
     recipes={"radial": WAN_TINY.recipes["radial"], "sol": {"block_size": 16}},
 )
 
+
+def timestep_embedding(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return the timestep's embedding, in the type that it is computed in."""
+    embed = transformer.condition_embedder
+    projected = embed.timesteps_proj(inputs["timestep"].flatten())
+    return embed.time_embedder(projected.to(next(embed.time_embedder.parameters()).dtype))
+
+
 WAN = Adapter(
     name="wan",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
@@ -147,6 +165,7 @@ WAN = Adapter(
         BlockList(pattern="vace_blocks.*", takes=("control_hidden_states",), gives=(None, 0), beside=True),
     ),
     sizes=partial(read_sizes, layers=("num_layers", "vace_layers")),
+    signal=timestep_embedding,
     rope=Rope(
         owner="rope",
         form="tables",
@@ -154,7 +173,7 @@ WAN = Adapter(
         axes=thirds,
         max_positions=same_length("rope_max_seq_len"),
     ),
-    families=(
+    families=with_step_caches(
         WAN21_1B,
         WAN21_14B,
         WAN21_I2V_480P,
@@ -163,6 +182,7 @@ WAN = Adapter(
         WAN21_VACE_1B,
         WAN21_VACE_14B,
         WAN22_A14B,
+        WAN22_I2V_A14B,
         WAN22_TI2V_5B,
         WAN_TINY,
         WAN_TINY_2,

@@ -16,7 +16,7 @@ from dit_accel.errors import ConfigError, MissingBackend
 from dit_accel.methods.attention.lite.config import THRESHOLDS
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.ranges import check_ranges, range_tiles
-from dit_accel.methods.attention.lite.thresholds import LiteThresholds, model_name, read_thresholds, write_thresholds
+from dit_accel.methods.attention.lite.thresholds import LiteThresholds, read_thresholds, write_thresholds
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
@@ -135,7 +135,7 @@ class TestThresholdsFile:
         write_thresholds(path, self.TABLE)
         assert read_thresholds(path) == self.TABLE
         assert [p.name for p in tmp_path.iterdir()] == ["lite.toml"]
-        assert model_name(MODEL) == self.TABLE.model
+        assert MODEL.name == self.TABLE.model
         calls = Calls(LiteAttention(thresholds_file=str(path)), steps=3)
         assert calls.handler.is_active(calls.context(0), 0)
         votes = [calls.plan(step=step, layer=layer)[0].selection.vote for layer in (0, 1) for step in (0, 1, 2)]

@@ -18,6 +18,8 @@ from dit_accel.estimate.sizes import rounded_frames, token_layout
 from dit_accel.methods.registry import methods
 
 THINNING = {"radial", "sol", "sparsed", "delta"}  # delta beside sparsed
+STATIC = {"magcache", "staticcache"}
+CALIBRATED = {"magcache", "teacache"}
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines/recipes").glob("*.toml"))
 FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
 
@@ -73,12 +75,17 @@ def test_every_family_is_consistent(name):
             with pytest.raises(ConfigError, match=f"ultravico needs the length .*, which {family.name} does not tell"):
                 estimate(adapter, family, methods=[config_type()])
             continue
+        if name in CALIBRATED and name not in family.recipes:
+            with pytest.raises(ConfigError, match=f"{name} has no {config_type.numbers} for '{family.name}', only"):
+                estimate(adapter, family, methods=[config_type()])
+            continue
         partner = [SparseD()] if name == "delta" else []
         found = estimate(adapter, family, methods=[config_type(), *partner])
         saving = found.savings[name]
         assert 0 < found.pair_density <= 1
         assert (found.pair_density < 1) == (name in THINNING)
-        assert saving.counted == (name in THINNING | {"ultravico"})  # whose decay saves nothing, and that is known
+        assert saving.counted == (name in THINNING | STATIC | {"ultravico"})  # whose decay saves nothing, as is known
+        assert (saving.forwards > 0) == (name in STATIC)
         assert (saving.exact_rows > 0) == (name == "delta")
     if "delta" not in adapter.refused:
         with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, but none is attached"):

@@ -1,6 +1,7 @@
 """StepCacheConfig: what all step caches share, the steps that are always computed and how a skipped one is forecast."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,7 +106,21 @@ class StepCacheConfig(MethodConfig):
     def first_steps(self, count: int | None) -> int:
         """Return how many first steps of a run of ``count`` are computed."""
         warmup = self.warmup_steps or 0
-        return math.ceil(warmup * (count or 0)) if 0 < warmup < 1 else int(warmup)
+        return math.ceil(round(warmup * (count or 0), 9)) if 0 < warmup < 1 else int(warmup)  # .07 of 100 is 7
+
+    def skipped_steps(self, count: int, skips: Callable[[int, int], bool] = lambda index, in_a_row: True) -> int:
+        """Return how many steps of a run are skipped where no data decide.
+
+        Args:
+            count: steps of the run.
+            skips: (step, steps skipped right before it) -> whether one that may be skipped is.
+        """
+        in_a_row = skipped = 0
+        for index in range(count):
+            must = index == 0 or self.always_computed(index, count) or self.most_skipped(in_a_row, skipped)
+            skip = not must and skips(index, in_a_row)
+            in_a_row, skipped = (in_a_row + 1, skipped + 1) if skip else (0, skipped)
+        return skipped
 
     def most_skipped(self, in_a_row: int, skips: int) -> str | None:
         """Return why a step is computed after so many that were skipped, in a row and in all, or None."""

@@ -5,7 +5,7 @@ steps that are always computed, branches, transformers that take over, shapes th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,7 +57,7 @@ class StepCacheHandler(Handler):
     settings: StepCacheConfig
 
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
-        super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
+        super().__init__(config.filled(self.recipe(config, model)), model)
         self._others: Sequence[Handler] = ()
         self._histories: dict[tuple[Any, ...], History] = {}  # by transformer, branch and, where it is one, part
         self._deciders: dict[tuple[str, str], Decider] = {}
@@ -69,6 +69,11 @@ class StepCacheHandler(Handler):
         self._log: list[CachedForward] = []
 
     # What a cache says.
+
+    @classmethod
+    def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
+        """Return what fills the unset options of the config on a model."""
+        return model.adapter.recipe(config.name, model.family)
 
     def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
         """Return how much a step that may be skipped changed; it is skipped below the threshold.
@@ -259,6 +264,11 @@ class StepCacheHandler(Handler):
             counted=False,
             notes=(f"what {self.name} skips is known only while it runs; no skipped step is counted",),
         )
+
+    def counted(self, steps: int, notes: tuple[str, ...] = ()) -> Saving:
+        """Return the saving of so many skipped steps."""
+        rows = self.model.family.forwards_per_step if self.model.family and self.settings.branches == "all" else 1
+        return Saving(forwards=rows * steps, notes=notes)
 
 
 def is_unconditional(branch: str, method: str) -> bool:

@@ -55,14 +55,6 @@ class StaticCache(StepCacheConfig):
             why = None if (index - max(self.first_steps(count) - 1, 0)) % self.every else "listed"
         return why
 
-    def skipped_steps(self, count: int) -> int:
-        """Return how many steps of a run of ``count`` are skipped."""
-        in_a_row = skips = 0
-        for index in range(count):
-            must = index == 0 or self.always_computed(index, count) or self.most_skipped(in_a_row, skips)
-            in_a_row, skips = (0, skips) if must else (in_a_row + 1, skips + 1)
-        return skips
-
 
 class StaticHandler(StepCacheHandler):
     """StaticCache on one model."""
@@ -72,5 +64,4 @@ class StaticHandler(StepCacheHandler):
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the forwards that the list skips."""
-        rows = self.model.family.forwards_per_step if self.model.family and self.settings.branches == "all" else 1
-        return Saving(forwards=rows * self.settings.skipped_steps(steps))
+        return self.counted(self.settings.skipped_steps(steps))

@@ -23,7 +23,7 @@ from .config import LiteAttention, LiteSettings
 from .ranges import FixedBits, check_ranges, fixed_bits, split_list
 from .scores import Dial, recorded_scores
 from .state import CallState, States
-from .thresholds import LiteThresholds, model_name, read_thresholds
+from .thresholds import LiteThresholds, read_thresholds
 
 
 class LiteHandler(SparseHandler):
@@ -45,7 +45,7 @@ class LiteHandler(SparseHandler):
             self._table = self._read(config.thresholds_file)
 
     def _read(self, path: str) -> LiteThresholds:
-        table, name = read_thresholds(path), model_name(self.model)
+        table, name = read_thresholds(path), self.model.name
         if table.model != name:
             raise ConfigError(
                 f"lite.thresholds_file {path} was tuned on {table.model!r}, this model is {name!r}; tune on this model"

@@ -3,7 +3,7 @@
 `dit-accel tune lite` writes them:
 
 version = 1
-model = "wan2.1-1.3b"         # `model_name` of what they were tuned on
+model = "wan2.1-1.3b"         # `Model.name` of what they were tuned on
 criterion = "maxgap"          # "maxgap": log2 units; "mass": shares of a row's softmax mass
 num_inference_steps = 50
 target_error = 0.05           # what the tuner aimed at; for readers alone
@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from ....errors import ConfigError
 from ....files import written_whole
-from ...base import Model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,7 +34,7 @@ class LiteThresholds:
     """Thresholds of one model and one number of steps.
 
     Attributes:
-        model: `model_name` of the model that they were tuned on.
+        model: `Model.name` of the model that they were tuned on.
         criterion: what they are thresholds of: ``maxgap`` (log2 units) or ``mass`` (shares of a row's softmax mass).
         num_inference_steps: steps of the run.
         thresholds: component name -> [layers][steps]; -inf drops nothing.
@@ -96,13 +95,6 @@ def check_threshold(where: str, criterion: str, value: float, allow_positive: bo
             )
     elif not 0 < value < 1:
         raise ConfigError(f"{where} must be a share of the softmax mass in (0, 1) for {criterion!r}, got {value}")
-
-
-def model_name(model: Model) -> str:
-    """Return how a thresholds file names a model: the released family, or adapter and sizes."""
-    if model.family is not None:
-        return model.family.name
-    return f"{model.adapter.name}, {model.layers} layers, {model.heads} heads"
 
 
 def read_thresholds(path: str | Path) -> LiteThresholds:

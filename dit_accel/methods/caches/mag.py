@@ -1,0 +1,105 @@
+"""MagCache: steps are skipped by a curve measured once, of how the size of what is stored changes from step to step.
+
+Source: MagCache (arXiv 2506.09045). Where we depart from it: a forward is skipped whole, and what is continued is its
+output or residual, not the last block's; a curve for another number of steps is interpolated in the cumulative
+logarithm, not by the nearest step; of two experts, the second computes its first step and has no warm-up of its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ...errors import ConfigError
+from ...plan.layout import TokenLayout
+from ...report.sections import Section
+from ...rules.caching import drift, resampled
+from ..saving import Saving
+from ..site import ForwardContext
+from .calibrated import CalibratedConfig, CalibratedHandler
+from .engine import Decider
+
+DEFAULTS: Mapping[str, Any] = {"threshold": 0.12, "max_consecutive": 4, "warmup_steps": 0.2, "ratios": None}
+"""What an option is where neither the user nor the model's recipe sets it: the paper's for video."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MagCache(CalibratedConfig):
+    """Skips steps in which what is stored hardly changes its size, by a measured curve (MagCache, arXiv 2506.09045).
+
+    What is skipped is known before the run: nothing is measured in it, and the device is never waited for. A skipped
+    step adds |1 - product of the ratios since the last computed one|, and steps are skipped while the sum stays below
+    the threshold. ``max_consecutive`` is the paper's K, ``warmup_steps`` its retention ratio.
+
+    Attributes:
+        threshold: share of the size; 0 skips nothing.
+        ratios: size of what is stored over that of the step before, one for each step of a run; the first is 1. A run
+            of other length takes them interpolated. Unset: those published for the model.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    name: ClassVar[str] = "magcache"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    numbers: ClassVar[str] = "ratios"
+
+    threshold: float | None = None
+    ratios: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        CalibratedConfig.__post_init__(self)
+        if self.threshold is not None and self.threshold < 0:
+            raise ConfigError(f"magcache.threshold must be >= 0, got {self.threshold}; 0.12 is usual, 0 skips nothing")
+        if self.ratios is not None and (not self.ratios or self.ratios[0] != 1):
+            raise ConfigError(
+                f"magcache.ratios must begin with 1, the first step's, got {list(self.ratios[:3])}; give one for each "
+                "step of the run that was measured"
+            )
+        if self.ratios is not None and min(self.ratios) <= 0:
+            raise ConfigError(f"magcache.ratios must be above 0, got {min(self.ratios)}; measure them again")
+
+
+class MagHandler(CalibratedHandler):
+    """MagCache on one model."""
+
+    config_type = MagCache
+    settings: MagCache
+    _steps: int | None = None
+    """Steps of the last run."""
+
+    def threshold(self) -> float | None:
+        """Return the threshold."""
+        return self.settings.threshold
+
+    def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
+        """Return what the steps since the last computed one add up to, this one included.
+
+        Raises:
+            ConfigError: if the run's number of steps is not known.
+        """
+        count = self._steps = context.num_inference_steps
+        if count is None:
+            raise ConfigError(
+                "magcache needs the number of steps, which is not known here; attach to the pipeline, or use easycache"
+            )
+        return drift(self._ratios(count), context.step_index, decider.in_a_row)
+
+    def report(self) -> Section | None:
+        """Return what was computed and reused, and whether the curve was interpolated."""
+        section = super().report()
+        notes = self._notes(self._steps) if self._steps else ()
+        return section and replace(section, lines=(*section.lines, *notes))
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return the forwards that the curve skips."""
+        ratios, threshold = self._ratios(steps), self.settings.threshold or 0.0
+        skipped = self.settings.skipped_steps(steps, lambda index, row: drift(ratios, index, row) < threshold)
+        return self.counted(skipped, self._notes(steps))
+
+    def _ratios(self, steps: int) -> Sequence[float]:
+        assert self.settings.ratios is not None
+        return resampled(self.settings.ratios, steps)
+
+    def _notes(self, steps: int) -> tuple[str, ...]:
+        measured = len(self.settings.ratios or ())
+        return () if steps == measured else (f"magcache: ratios of {measured} steps, interpolated to {steps}",)

@@ -1,0 +1,141 @@
+"""TeaCache: steps are skipped while the first block's input hardly changes, rescaled to the change of the output.
+
+Source: TeaCache (arXiv 2411.19108). Where we depart from it: a forward is skipped whole, and what is continued is its
+output or residual, not the last block's; a polynomial that falls below 0 counts as 0; the first branch of a step
+decides for all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...rules.caching import rescaled
+from ..base import Model
+from ..site import ForwardContext, Site
+from .calibrated import CalibratedConfig, CalibratedHandler
+from .easy import mean_change
+from .engine import Decider
+from .ranks import ratio
+
+DEFAULTS: Mapping[str, Any] = {
+    "threshold": 0.1, "warmup_steps": 1, "last_steps": 1, "polynomial": None, "polynomial_2": None,
+}  # fmt: skip
+"""What an option is where neither the user nor the model's recipe sets it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeaCache(CalibratedConfig):
+    """Skips steps whose input to the first block hardly changed, by a fitted polynomial (TeaCache, arXiv 2411.19108).
+
+    The signal is the first block's input after it was modulated by the timestep; Wan's is the timestep's embedding.
+    Each step adds f(mean|s - s'| / mean|s'|) of the signals of this step and the one before; steps are skipped while
+    the sum stays below the threshold.
+
+    Attributes:
+        threshold: share of the output's size; 0 skips nothing.
+        polynomial: coefficients of f, the highest power first. Unset: those published for the model.
+        polynomial_2: the same of a second transformer, such as Wan 2.2's for low noise.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    name: ClassVar[str] = "teacache"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    numbers: ClassVar[str] = "polynomial"
+
+    threshold: float | None = None
+    polynomial: tuple[float, ...] | None = None
+    polynomial_2: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        CalibratedConfig.__post_init__(self)
+        if self.threshold is not None and self.threshold < 0:
+            raise ConfigError(f"teacache.threshold must be >= 0, got {self.threshold}; 0.1 is usual, 0 skips nothing")
+        for option in ("polynomial", "polynomial_2"):
+            if getattr(self, option) == ():
+                raise ConfigError(f"teacache.{option} must have a coefficient or more, got none")
+        if self.polynomial is None and self.polynomial_2 is not None:
+            raise ConfigError("teacache.polynomial_2 is set and polynomial is not; give one for each transformer")
+
+
+@dataclass(slots=True)
+class TeaDecider(Decider):
+    """What TeaCache measures of a branch.
+
+    Attributes:
+        signal: of the last step; on the device.
+        now: of this step, where it was taken to decide.
+        total: what the steps since the last computed one add up to.
+    """
+
+    signal: Tensor | None = None
+    now: Tensor | None = None
+    total: float = 0.0
+
+
+class TeaHandler(CalibratedHandler):
+    """TeaCache on one model."""
+
+    config_type = TeaCache
+    decider_type = TeaDecider
+    settings: TeaCache
+
+    def __init__(self, config: TeaCache, model: Model) -> None:
+        super().__init__(config, model)
+        if model.adapter.signal is None:
+            raise ConfigError(
+                f"teacache needs the input of the first block, and the adapter {model.adapter.name!r} does not say how "
+                "to get it; use easycache, or give the adapter a signal"
+            )
+        self._signal_of = model.adapter.signal
+
+    def install(self, site: Site) -> None:
+        """Run around every forward of the transformer.
+
+        Raises:
+            ConfigError: if another cache is active on it, or there is no polynomial for it.
+        """
+        if self._polynomial(site.name) is None:
+            raise ConfigError(
+                f"teacache has one polynomial, and the model has a second transformer, {site.name}; set "
+                "teacache.polynomial_2, or measure both with dit-accel tune teacache"
+            )
+        super().install(site)
+
+    def threshold(self) -> float | None:
+        """Return the threshold."""
+        return self.settings.threshold
+
+    def indicator(self, context: ForwardContext, decider: TeaDecider) -> float | None:
+        """Return what the steps since the last computed one add up to, this one included; waits for the device."""
+        if decider.signal is None:
+            return None
+        decider.now, before = self._signal(context), decider.signal
+        change, size = self.numbers(context, mean_change(decider.now, before), before.float().abs().mean())
+        polynomial = self._polynomial(context.transformer)
+        assert polynomial is not None
+        decider.total += rescaled(polynomial, ratio(change, size))
+        return decider.total
+
+    def seen(self, context: ForwardContext, decider: TeaDecider) -> None:
+        """Keep the signal, where it was taken."""
+        decider.signal, decider.now = decider.now, None
+        if not decider.reuse:
+            decider.total = 0.0
+
+    def computed(self, context: ForwardContext, decider: TeaDecider, output: Any) -> None:
+        """Take the signal of a step that had to be computed, now that its weights are on the device."""
+        if decider.signal is None:
+            decider.signal = self._signal(context)
+
+    def _signal(self, context: ForwardContext) -> Tensor:
+        with torch.no_grad():
+            return self._signal_of(self._transformers[context.transformer], context.inputs).detach()
+
+    def _polynomial(self, transformer: str) -> tuple[float, ...] | None:
+        return self.settings.polynomial_2 if transformer.endswith("_2") else self.settings.polynomial

@@ -1,0 +1,133 @@
+"""MagCache: the rule, what it knows before the run, curves of other lengths, and whose curve it takes."""
+
+import pytest
+import torch
+from cache_calls import Driven, line, run_through, still
+
+from dit_accel import ConfigError, MagCache
+from dit_accel.methods.caches.mag import MagHandler
+
+RATIOS = (1.0, 1.1, 0.98, 0.99, 0.97, 1.02, 0.95, 0.9, 0.85, 0.7)
+FREE = dict(warmup_steps=0, max_consecutive=None, ratios=RATIOS)
+
+
+def written_out(threshold, most, warmup, ratios):
+    """The published rule."""
+    drawn, ratio, count, error = "", 1.0, 0, 0.0
+    for step in range(len(ratios)):
+        skip = False
+        if step >= max(warmup, 1):
+            ratio, count = ratio * ratios[step], count + 1
+            error += abs(1 - ratio)
+            skip = error < threshold and count <= most
+        if not skip:
+            ratio, count, error = 1.0, 0, 0.0
+        drawn += "." if skip else "#"
+    return drawn
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.02, 0.05, 0.12, 0.3, 1.0])
+@pytest.mark.parametrize(("most", "warmup"), [(1, 0), (2, 2), (4, 3), (100, 0)])
+def test_the_rule(threshold, most, warmup):
+    driven = Driven(MagCache(threshold=threshold, max_consecutive=most, warmup_steps=warmup, ratios=RATIOS), line)
+    run_through(driven, still)
+    assert driven.drawn() == written_out(threshold, most, warmup, RATIOS)
+    assert driven.handler.estimate(None, 10).forwards == driven.drawn().count(".")
+
+
+def test_the_usual_options():
+    settings = Driven(MagCache(ratios=RATIOS), line).handler.settings
+    assert (settings.threshold, settings.max_consecutive, settings.warmup_steps) == (0.12, 4, 0.2)
+
+
+def test_it_never_waits_for_the_device(monkeypatch):
+    for name in ("item", "tolist", "__bool__", "__float__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+    driven = Driven(MagCache(**FREE, predictor="taylor"), line)
+    run_through(driven, still)
+    assert "." in driven.drawn()
+
+
+def test_a_run_of_other_length_takes_the_curve_interpolated_and_says_so():
+    driven = Driven(MagCache(threshold=0.2, **FREE), line)
+    run_through(driven, still, steps=20)
+    assert driven.drawn(steps=20).count(".") > 10
+    note = "magcache: ratios of 10 steps, interpolated to 20"
+    assert driven.handler.report().lines[-1] == note
+    assert driven.handler.estimate(None, 20).notes == (note,)
+    assert driven.handler.estimate(None, 20).forwards == driven.drawn(steps=20).count(".")
+    driven = Driven(MagCache(threshold=0.2, **FREE), line)
+    run_through(driven, still)
+    assert not any("interpolated" in text for text in driven.handler.report().lines)
+    assert driven.handler.estimate(None, 10).notes == ()
+
+
+def test_a_recipe_gives_what_is_unset():
+    recipe = {"threshold": 0.06, "max_consecutive": 2, "ratios": RATIOS}
+    settings = Driven(MagCache(threshold=0.3), line, recipe=recipe).handler.settings
+    assert (settings.threshold, settings.max_consecutive, settings.ratios) == (0.3, 2, RATIOS)
+    own = Driven(MagCache(ratios=(1.0, 0.9)), line, recipe=recipe).handler.settings
+    assert (own.threshold, own.ratios) == (0.06, (1.0, 0.9))
+
+
+def test_the_curve_of_a_released_model_by_name():
+    settings = Driven(MagCache(family="wan2.1-i2v-14b-720p"), line).handler.settings
+    assert settings.ratios is not None
+    assert len(settings.ratios) == 40
+    assert settings.ratios[1] == 0.99428
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(threshold=-0.1), r"^magcache\.threshold must be >= 0, got -0\.1; 0\.12 is usual, 0 skips nothing$"),
+        (dict(ratios=(0.9, 1.0)), r"^magcache\.ratios must begin with 1, the first step's, got \[0\.9, 1\.0\]; give"),
+        (dict(ratios=()), r"^magcache\.ratios must begin with 1, the first step's, got \[\]; give"),
+        (dict(ratios=(1.0, -0.1)), r"^magcache\.ratios must be above 0, got -0\.1; measure them again$"),
+        (
+            dict(measured_on="wan2.1-14b"),
+            r"^magcache\.measured_on = 'wan2\.1-14b' says what ratios were measured on, and none are given; set "
+            r"magcache\.family to use those of a released model$",
+        ),
+    ],
+)
+def test_options_out_of_range(options, text):
+    with pytest.raises(ConfigError, match=text):
+        MagCache(**options)
+
+
+def test_a_model_without_a_curve():
+    with pytest.raises(
+        ConfigError,
+        match=r"^magcache has no ratios for 'made-up, 1 layers, 1 heads', only for .*hunyuan-video.*, wan2\.1-14b.*; "
+        r"measure them with dit-accel tune magcache, or take those of a model that is like it: magcache\.family$",
+    ):
+        Driven(MagCache(), line)
+    with pytest.raises(
+        ConfigError, match=r"^magcache\.family = 'wan2\.1-41b' has no published ratios; .*'wan2\.1-14b'"
+    ):
+        Driven(MagCache(family="wan2.1-41b"), line)
+    with pytest.raises(
+        ConfigError,
+        match=r"^magcache\.ratios were measured on 'wan2\.1-14b', this model is 'made-up, 1 layers, 1 heads'; measure "
+        r"them on it: dit-accel tune magcache$",
+    ):
+        Driven(MagCache(ratios=RATIOS, measured_on="wan2.1-14b"), line)
+    assert isinstance(
+        Driven(MagCache(ratios=RATIOS, measured_on="made-up, 1 layers, 1 heads"), line).handler, MagHandler
+    )
+
+
+def test_two_sources_of_a_curve():
+    with pytest.raises(
+        ConfigError,
+        match=r"^magcache\.ratios and magcache\.family = 'wan2\.1-14b' both say what numbers are used; give one",
+    ):
+        Driven(MagCache(ratios=RATIOS, family="wan2.1-14b"), line)
+
+
+def test_a_run_of_unknown_length():
+    driven = Driven(MagCache(threshold=0.2, **FREE), line)
+    driven.forward(0, still(0), steps=None)
+    with pytest.raises(ConfigError, match=r"^magcache needs the number of steps, which is not known here; attach to"):
+        driven.forward(1, still(1), steps=None)
