@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo test test-slow test-all test-diffusers bench bench-gpu types lint format setup clean
+.PHONY: demo test test-slow test-all test-diffusers bench bench-gpu tables types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.demo --out demo
@@ -27,6 +27,26 @@ bench: $(VENV)/.ready
 bench-gpu: $(VENV)/.ready-test
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/kernels
 	$(BIN)/python kernels/bench/gpu.py --out kernels/bench/results/gpu.jsonl
+
+# every table and picture of README.md and docs/quality.md; what has run is kept, so it goes on where it stopped
+SUITES := knee-wan-tiny sparse-wan-tiny caches-wan-tiny
+RESULTS := eval/results
+WORKERS ?= 2
+
+tables: $(VENV)/.ready $(SUITES:%=suite-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
+	$(BIN)/python -m dit_accel_eval.longer eval/suites/longer-wan-tiny.toml
+	$(BIN)/python -m dit_accel_eval.dropped_mass
+	$(BIN)/python -m dit_accel_eval.readme
+
+suite-%: $(VENV)/.ready
+	$(BIN)/python -m dit_accel_eval.compare eval/suites/$*.toml --workers $(WORKERS)
+	$(BIN)/python -m dit_accel_eval.plots eval/suites/$*.toml
+
+kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
+	$(BIN)/python kernels/bench/block_sparse.py --out $@
+
+$(RESULTS)/denoising-time.jsonl: | $(VENV)/.ready
+	$(BIN)/python -m dit_accel_eval.denoising_time --out $@
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

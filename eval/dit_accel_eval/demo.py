@@ -45,7 +45,7 @@ SCALE, AMPLIFIED = 3, 5
 LINE = 16
 """Height of a line of text, in pixels of the picture."""
 
-SHADES = 8
+SHADES = 4
 """Steps in brightness that the animated picture tells apart: finer noise would make up most of its bytes."""
 
 

@@ -22,7 +22,14 @@ TIMES = Path("eval/results/denoising-time.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
-    "docs/quality.md": ("knee-wan-tiny", "sparse-wan-tiny", "dropped-mass", "longer-wan-tiny", "time"),
+    "docs/quality.md": (
+        "knee-wan-tiny",
+        "sparse-wan-tiny",
+        "caches-wan-tiny",
+        "dropped-mass",
+        "longer-wan-tiny",
+        "time",
+    ),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -76,7 +83,9 @@ def _suite(root: Path, name: str) -> str:
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
     clips, call = len({line["clip"] for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0]["call"].items())
-    return f"`{command}`: {suite.model}, {clips} held-out clips ({call}); 95 % intervals.\n\n{table(suite, lines)}"
+    head = f"`{command}`: {suite.model}, {clips} held-out clips ({call}); 95 % intervals."
+    picture = f"![PSNR over work]({name}.png)\n\n" if (root / f"docs/{name}.png").is_file() else ""
+    return f"{head}\n\n{picture}{table(suite, lines)}"
 
 
 def _speed(root: Path) -> str:
