@@ -13,6 +13,7 @@ from dit_accel_pipelines.generate import attached
 from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.progress import Stages
 from dit_accel_pipelines.quiet import quiet_diffusers
+from dit_accel_pipelines.request import check_words
 from dit_accel_pipelines.timing import timed_steps
 
 from dit_accel import ConfigError
@@ -48,16 +49,20 @@ class EmbeddedModel:
     Args:
         name: a name of the catalog.
         call: arguments of the pipeline's call besides the model's defaults, such as ``num_frames``.
+        prompt: of all clips, whose number is then only the seed; None: each number's held-out prompt.
 
     Raises:
-        ConfigError: for an unknown model, or arguments that its pipeline does not take.
+        ConfigError: for an unknown model, arguments that its pipeline does not take, or words that it never saw.
     """
 
-    def __init__(self, name: str, call: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, call: Mapping[str, Any], prompt: str | None = None) -> None:
         from diffusers import DiffusionPipeline
 
         check_name(name)
+        if prompt is not None:
+            check_words(prompt, name)
         self.name = name
+        self._prompt = prompt
         self.weights = weights_hash(name)
         with quiet_diffusers():
             self.pipe: Any = DiffusionPipeline.from_pretrained(model_path(name), dtype=torch.float32)
@@ -68,8 +73,8 @@ class EmbeddedModel:
         self._counter = Counter(self.pipe.transformer, self.adapter)
 
     def prompt(self, clip: int) -> str:
-        """Return the held-out prompt of a clip, whose number is its seed."""
-        return held_out_prompts(self.name, clip + 1)[clip]
+        """Return the prompt of a clip, whose number is its seed."""
+        return held_out_prompts(self.name, clip + 1)[clip] if self._prompt is None else self._prompt
 
     def run(
         self,

@@ -1,5 +1,6 @@
 """Suites: which arms are compared on which held-out clips of an embedded model, read from versioned TOML files."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import Any
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
+from dit_accel.methods.caches.native import DiffusersCache
+from dit_accel.methods.caches.native_limits import CONFIGS
 from dit_accel.methods.config import MethodConfig, from_dict
 from dit_accel.methods.registry import method
 
@@ -19,6 +22,9 @@ else:
     import tomli as tomllib
 
 SUITE_VERSION = 2
+
+NATIVE = "diffusers"
+"""Key of an arm under which diffusers' own caches stand, which have no method's table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +132,10 @@ def _arms(values: dict[str, Any], path: Path) -> list[Arm]:
     if plain.get("solver", BEST) not in SOLVERS:
         raise ConfigError(f"{where} has no solver {plain['solver']!r}; {did_you_mean(plain['solver'], SOLVERS)}")
     try:
-        methods = tuple(from_dict(method(key), value) for key, value in tables.items())
+        methods = tuple(
+            one for key, value in tables.items()
+            for one in (_natives(value) if key == NATIVE else [from_dict(method(key), value)])
+        )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     name = plain.pop("name")
@@ -141,6 +150,24 @@ def _arms(values: dict[str, Any], path: Path) -> list[Arm]:
             )
         arms.append(arm)
     return arms
+
+
+def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
+    """Return diffusers' own caches, given as ``diffusers = { FirstBlockCacheConfig = { threshold = 0.05 } }``."""
+    import diffusers
+
+    made = []
+    for name, options in tables.items():
+        if name not in CONFIGS:
+            raise ConfigError(f"diffusers has no cache {name!r}; {did_you_mean(name, CONFIGS)}")
+        if not isinstance(options, dict):
+            raise ConfigError(f"{name} = {options!r} is no table; write {name} = {{}} or options in the braces")
+        known = [one.name for one in dataclasses.fields(getattr(diffusers, name))]
+        for option in options:
+            if option not in known:
+                raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, known)}")
+        made.append(DiffusersCache(config=getattr(diffusers, name)(**options)))
+    return made
 
 
 def _is_dense_name(name: str) -> bool:

@@ -33,6 +33,23 @@ FLUX_DEV = Family(
 FLUX_SCHNELL = replace(
     FLUX_DEV, name="flux.1-schnell", repo="black-forest-labs/FLUX.1-schnell", text_tokens=256, num_inference_steps=4
 )
+# The embedded image model: 144 tokens of 8 x 8 pixels, so the tiles are small; guided by a negative prompt.
+FLUX_TINY = replace(
+    FLUX_DEV,
+    name="flux-tiny",
+    repo="embedded/flux-tiny",
+    layers=4 + 8,
+    heads=2,
+    head_dim=64,
+    ffn_dim=512,
+    vae=(1, 4),
+    text_tokens=64,
+    height=96,
+    width=96,
+    num_inference_steps=20,
+    forwards_per_step=2,
+    recipes={"sol": {"block_size": 16}},
+)
 FLUX_KONTEXT = replace(FLUX_DEV, name="flux.1-kontext-dev", repo="black-forest-labs/FLUX.1-Kontext-dev")
 
 
@@ -58,7 +75,7 @@ FLUX = Adapter(
         form="theta",
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
     ),
-    families=with_step_caches(FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT),
+    families=with_step_caches(FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX_TINY),
     refused=IMAGE_REFUSED,
 )
 

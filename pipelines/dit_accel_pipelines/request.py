@@ -180,7 +180,8 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
     """
     embedded = request.embedded
     if embedded:
-        _check_words(embedded, request)
+        for prompt in (*request.prompts, request.negative_prompt or ""):
+            check_words(prompt, embedded)
     files = read_model_files(request.source)
     call = PipelineCall.of(pipeline_class(files))
     call.check(request.asked())
@@ -240,12 +241,16 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def _check_words(embedded: str, request: Request) -> None:
-    for prompt in (*request.prompts, request.negative_prompt or ""):
-        try:
-            dit_accel_assets.check_prompt(prompt, embedded)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+def check_words(prompt: str, embedded: str) -> None:
+    """Refuse words that an embedded model never saw.
+
+    Raises:
+        ConfigError: with the words, and those that it knows.
+    """
+    try:
+        dit_accel_assets.check_prompt(prompt, embedded)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _family_of(files: ModelFiles, request: Request) -> Family | None:

@@ -134,6 +134,18 @@ WAN_TINY = Family(
         "sol": {"beta": 0.5, "block_size": 16},  # beta 1 costs another 5 dB
     },
 )
+# The second embedded model, trained on 17 output frames of a richer world.
+WAN_TINY_2 = replace(
+    WAN_TINY,
+    name="wan-tiny-2",
+    repo="embedded/wan-tiny-2",
+    layers=12,
+    heads=2,
+    head_dim=64,
+    ffn_dim=512,
+    trained_frames=9,
+    recipes={"radial": WAN_TINY.recipes["radial"], "sol": {"block_size": 16}},
+)
 
 
 def timestep_embedding(transformer: Any, inputs: Mapping[str, Any]) -> Any:
@@ -173,6 +185,7 @@ WAN = Adapter(
         WAN22_I2V_A14B,
         WAN22_TI2V_5B,
         WAN_TINY,
+        WAN_TINY_2,
     ),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
 )

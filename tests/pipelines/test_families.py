@@ -1,6 +1,6 @@
 """The families' sizes against real transformers, and their recipes against the methods."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -8,9 +8,10 @@ import dit_accel_assets
 import pytest
 from accelerate import init_empty_weights
 from dit_accel_pipelines import ADAPTERS
-from dit_accel_pipelines.wan import WAN, WAN_TINY
+from dit_accel_pipelines.wan import WAN
 
 from dit_accel import ConfigError, DeltaAttention, SparseD
+from dit_accel.adapters.model_files import read_model_files
 from dit_accel.cli.method_options import select_methods
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.sizes import rounded_frames, token_layout
@@ -48,15 +49,16 @@ def test_released_configs_are_recognised():
     assert WAN.family(transformer_of("wan2.1-14b").config, experts=2).name == "wan2.2-a14b"
 
 
-def test_the_tiny_family_is_the_embedded_model():
-    folder = dit_accel_assets.model_path()
-    transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
-    assert WAN_TINY.layers == transformer["num_layers"]
-    assert WAN_TINY.heads == transformer["num_attention_heads"]
-    assert WAN_TINY.head_dim == transformer["attention_head_dim"]
-    assert WAN_TINY.ffn_dim == transformer["ffn_dim"]
-    assert list(WAN_TINY.patch) == transformer["patch_size"]
-    assert WAN_TINY.vae == (vae["scale_factor_temporal"], vae["scale_factor_spatial"])
+@pytest.mark.parametrize("name", dit_accel_assets.model_names())
+def test_embedded_models_are_their_families(name):
+    files = read_model_files(str(dit_accel_assets.model_path(name)))
+    _, found = files.identify()
+    family, defaults = FAMILIES[name][1], dit_accel_assets.model_defaults(name)
+    assert found == replace(family, repo=found.repo)
+    assert (family.height, family.width) == (defaults["height"], defaults["width"])
+    assert (family.num_frames, family.num_inference_steps) == (
+        defaults.get("num_frames", 1), defaults["num_inference_steps"],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)

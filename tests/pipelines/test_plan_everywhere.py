@@ -15,7 +15,7 @@ from dit_accel.methods.registry import handlers, methods
 
 FAMILIES = [(adapter, family) for adapter in ADAPTERS for family in adapter.families]
 SMALL = {"ultravico": {"trained_frames": 3}}
-REFUSALS = r"makes no sense on|delta corrects what a sparse method leaves out|both set the"
+REFUSALS = r"makes no sense on|delta corrects what a sparse method leaves out|both set the|both cache"
 SPARSE = {"radial", "sol", "lite", "sparsed"}
 
 

@@ -59,7 +59,7 @@ class StepCacheHandler(Handler):
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
         super().__init__(config.filled(self.recipe(config, model)), model)
         self._others: Sequence[Handler] = ()
-        self._histories: dict[tuple[str, str], History] = {}
+        self._histories: dict[tuple[Any, ...], History] = {}  # by transformer, branch and, where it is one, part
         self._deciders: dict[tuple[str, str], Decider] = {}
         self._transformers: dict[str, Any] = {}
         self._transformer = ""
@@ -124,39 +124,62 @@ class StepCacheHandler(Handler):
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
         latents = context.inputs[name]
-        if context.training or _is_recorded(latents):
+        if context.training or is_recorded(latents):
             return run()
-        if transformer != self._transformer:  # another expert took over: what the last one gave says nothing of it
-            self._histories.clear()
-            self._deciders.clear()
-            self._transformer = transformer
-        time = self._time(context)
-        self._start = time if self._start is None else self._start
+        time = self._begin(context)
         key = transformer, context.branch
         history = self._histories.get(key)
         if history is None or history.shapes != shapes_of(latents):
-            history = self._histories[key] = History(self.settings, shapes_of(latents), self._start)
-        decider, leads = self._decide(context)
-        reuse, reason = decider.reuse, decider.reason
-        if reuse and not history.points:
-            reuse, reason = False, "nothing stored"
-        self._log.append(
-            CachedForward(
-                transformer=transformer, step_index=context.step_index, branch=context.branch, reused=reuse,
-                reason=reason, value=decider.value if leads else None,
-            )
-        )  # fmt: skip
+            history = self._histories[key] = self._new_history(shapes_of(latents))
+        decider, leads, reuse = self._settle(context, bool(history.points))
         if reuse:
             return history.forecast(latents, context.step_index, time, self._end(context))
         output = run()
-        if any(_is_recorded(leaf) or _requires_grad(leaf) for leaf in tree_leaves(output)):
+        if any(requires_grad(leaf) for leaf in tree_leaves(output)):
             self._histories.pop(key)
             return output
         history.take(output, latents, context.step_index, time)
-        self._peak = max(self._peak, sum(one.nbytes for one in self._histories.values()))
+        self._peak = max(self._peak, self._held())
         if leads:
             self.computed(context, decider, output)
         return output
+
+    def _begin(self, context: ForwardContext) -> float:
+        """Drop what another expert left, of which what it gave says nothing, and return the time of the step."""
+        if context.transformer != self._transformer:
+            self._histories.clear()
+            self._deciders.clear()
+            self._transformer = context.transformer
+        time = self._time(context)
+        self._start = time if self._start is None else self._start
+        return time
+
+    def _new_history(self, shapes: Any) -> History:
+        assert self._start is not None
+        return History(self.settings, shapes, self._start)
+
+    def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
+        """Return who decides, whether this forward is the one that is measured, and whether it is skipped; log that.
+
+        Args:
+            context: the forward.
+            stored: there is something to forecast it from.
+        """
+        decider, leads = self._decide(context)
+        reuse, reason = decider.reuse, decider.reason
+        if reuse and not stored:
+            reuse, reason = False, "nothing stored"
+        self._log.append(
+            CachedForward(
+                transformer=context.transformer, step_index=context.step_index, branch=context.branch, reused=reuse,
+                reason=reason, value=decider.value if leads else None,
+            )
+        )  # fmt: skip
+        return decider, leads, reuse
+
+    def _held(self) -> int:
+        """Return how many bytes are held from step to step now."""
+        return sum(history.nbytes for history in self._histories.values())
 
     def _decide(self, context: ForwardContext) -> tuple[Decider, bool]:
         """Return who decides for a forward, and whether this one is the first of its step, which is measured."""
@@ -189,8 +212,12 @@ class StepCacheHandler(Handler):
             return "nothing stored"
         if (why := settings.most_skipped(decider.in_a_row, self._skips)) is not None:
             return why
-        needing = next((other.name for other in self._others if other.needs_step(context)), None)
+        needing = self._needing(context)
         return needing and f"{needing} needs it"
+
+    def _needing(self, context: ForwardContext) -> str | None:
+        """Return the name of a method that needs the step; asked before any of it runs."""
+        return next((other.name for other in self._others if other.needs_step(context)), None)
 
     def _stored(self, context: ForwardContext) -> bool:
         history = self._histories.get((context.transformer, context.branch))
@@ -273,10 +300,11 @@ def is_unconditional(branch: str, method: str) -> bool:
     return own.startswith(("uncond", "pred_uncond"))  # the latter is what diffusers' guiders say
 
 
-def _is_recorded(value: Any) -> bool:
+def is_recorded(value: Any) -> bool:
     """Tell whether something lies in a graph of gradients, whose forward can't be skipped."""
-    return torch.is_grad_enabled() and any(_requires_grad(leaf) for leaf in tree_leaves(value))
+    return torch.is_grad_enabled() and any(requires_grad(leaf) for leaf in tree_leaves(value))
 
 
-def _requires_grad(value: Any) -> bool:
+def requires_grad(value: Any) -> bool:
+    """Tell whether something is a tensor that asks for gradients."""
     return isinstance(value, Tensor) and value.requires_grad
