@@ -6,10 +6,8 @@ apart, several prompts count, the error to dense attention that has built up is 
 
 import contextlib
 import dataclasses
-import json
 import math
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_assets import held_out_prompts
 from dit_accel_pipelines.generate import run
 from dit_accel_pipelines.loading import load_pipeline
 from dit_accel_pipelines.progress import Stages
-from dit_accel_pipelines.request import EMBEDDED, Request, settle
+from dit_accel_pipelines.request import Request, settle
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention
 from dit_accel.errors import did_you_mean
-from dit_accel.files import check_writable, written_whole
+from dit_accel.files import check_writable
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_thresholds
 from dit_accel.methods.attention.sparse import SparseSettings
@@ -34,8 +31,7 @@ from dit_accel.methods.config import MethodConfig
 
 from .fidelity import psnr
 from .lite_search import METRICS, Found, Metric, Tuner, threshold_of
-
-PROGRESS_VERSION = 1
+from .tuning import Progress, Table, run_settings
 
 NOTHING_VOTES = (
     "tune lite has nothing to tune, got num_inference_steps = {steps}: each step is dense by lite's dense_ options, or "
@@ -82,6 +78,15 @@ class Tuned:
             rows.append(StepRow(step=step, threshold=statistics.median(written.values()), **means))
         return rows
 
+    def table(self) -> Table:
+        """Return what was found by step, and the clips' PSNR."""
+        columns = ("step", "threshold", "tiles kept", "error added", "error to dense")
+        rows = [
+            (str(row.step), f"{row.threshold:.2f}", f"{row.kept:.3f}", f"{row.added:.4f}", f"{row.dense:.4f}")
+            for row in self.by_step()
+        ]
+        return columns, rows, [f"{one.psnr:.1f} dB to the dense run: {one.prompt}" for one in self.prompts]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the single calls as plain values, for JSON."""
         return {
@@ -93,20 +98,6 @@ class Tuned:
             "steps": [dataclasses.asdict(row) for row in self.by_step()],
             "prompts": [{"prompt": one.prompt, "psnr": one.psnr} for one in self.prompts],
         }
-
-
-def embedded_prompts(name: str) -> tuple[str, ...]:
-    """Return two prompts that an embedded model knows."""
-    return tuple(held_out_prompts(name, 2))
-
-
-def tuning_request(**options: Any) -> Request:
-    """Return a generation request that writes nothing; the options are `Request`'s.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
-    return Request(output=Path(tempfile.gettempdir()) / "unused.mp4", **options)
 
 
 def tune_lite(
@@ -134,11 +125,8 @@ def tune_lite(
     if output.suffix != ".toml" or not output.parent.is_dir():
         raise ConfigError(f"the thresholds file must be a .toml in a folder that exists, got {output}")
     check_writable(output, "the thresholds file")
-    check_writable(_progress_path(output), "tune's progress file")
     request, _, _ = settle(dataclasses.replace(request, methods=(config, *others)))
-    progress = _progress_path(output)
-    settings = _settings(request, target_error, metric)
-    done = _read_progress(progress, settings)
+    progress = lite_progress(request, output, target_error, metric)
     stages = stages or Stages(quiet=True)
     stages.stage("loading")
     pipe = load_pipeline(request)
@@ -148,7 +136,7 @@ def tune_lite(
         (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
         layers = dict(Counter(layer.state.name for layer in execution.layers))
     _check_something_votes(lite.settings, steps, max(layers.values()))
-    for number, prompt in enumerate(request.prompts[len(done) :], len(done) + 1):
+    for number, prompt in enumerate(request.prompts[len(progress.done) :], len(progress.done) + 1):
         stages.stage(f"prompt {number} of {len(request.prompts)}: dense, then tuned")
         dense = run(pipe, prompt, request, stages=stages)
         with _tuning(pipe, request, target_error, METRICS[metric]) as (attachment, tuner):
@@ -157,13 +145,12 @@ def tune_lite(
         if not tuner.found:
             raise ConfigError(NOTHING_VOTES.format(steps=steps))
         frames, reference = (np.divide(made.frames, 255, dtype=np.float32) for made in (tuned, dense))
-        done.append(TunedPrompt(prompt=prompt, psnr=psnr(frames, reference), calls=tuple(tuner.found)))
-        _write_progress(progress, settings, done)
+        progress.add(TunedPrompt(prompt=prompt, psnr=psnr(frames, reference), calls=tuple(tuner.found)))
     assert steps is not None
-    thresholds = combine(done, layers, steps, lite.model.name, config.criterion, target_error)
+    thresholds = combine(progress.done, layers, steps, lite.model.name, config.criterion, target_error)
     write_thresholds(output, thresholds)
-    progress.unlink(missing_ok=True)
-    return Tuned(output=output, thresholds=thresholds, prompts=tuple(done))
+    progress.finish()
+    return Tuned(output=output, thresholds=thresholds, prompts=tuple(progress.done))
 
 
 def combine(
@@ -198,8 +185,18 @@ def _tuning(pipe: Any, request: Request, target_error: float, metric: Metric) ->
         yield attachment, tuner
 
 
-def _progress_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.progress.json")
+def lite_progress(request: Request, output: Path, target_error: float, metric: str) -> Progress[TunedPrompt]:
+    """Return what a tuning run has done so far.
+
+    Raises:
+        ConfigError: for progress of other settings beside ``output``.
+    """
+    settings = run_settings(request, target_error=target_error, metric=metric)
+    return Progress(output, settings, dataclasses.asdict, _read_prompt)
+
+
+def _read_prompt(saved: dict[str, Any]) -> TunedPrompt:
+    return TunedPrompt(**{**saved, "calls": tuple(Found(**call) for call in saved["calls"])})
 
 
 def _check_something_votes(settings: SparseSettings, steps: int | None, layers: int) -> None:
@@ -232,38 +229,3 @@ def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]
             "tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error; use one"
         )
     return config, others
-
-
-def _settings(request: Request, target_error: float, metric: str) -> dict[str, Any]:
-    """Return what must be the same for two runs to be one, as JSON knows it."""
-    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "seed", "dtype", "backend")
-    settings = {name: getattr(request, name) for name in names}
-    settings |= {"model": request.model or EMBEDDED, "target_error": target_error, "metric": metric}
-    settings |= {"prompts": request.prompts, "methods": {one.name: one.to_dict() for one in request.methods}}
-    return json.loads(json.dumps(settings))
-
-
-def _read_progress(path: Path, settings: dict[str, Any]) -> list[TunedPrompt]:
-    if not path.exists():
-        return []
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        known, prompts = saved["settings"], saved["prompts"]
-        if saved["version"] != PROGRESS_VERSION:
-            raise ValueError(f"version {saved['version']}")
-        done = [TunedPrompt(**{**one, "calls": tuple(Found(**call) for call in one["calls"])}) for one in prompts]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not tuning progress that this release can read ({error}); delete it") from None
-    for name, value in settings.items():
-        if known.get(name) != value:
-            raise ConfigError(
-                f"{path} holds progress of a run with {name} = {known.get(name)!r}, this one has {value!r}; finish "
-                "that run, or delete the file to start again"
-            )
-    return done
-
-
-def _write_progress(path: Path, settings: dict[str, Any], done: Sequence[TunedPrompt]) -> None:
-    content = {"version": PROGRESS_VERSION, "settings": settings, "prompts": [dataclasses.asdict(one) for one in done]}
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")

@@ -154,6 +154,16 @@ MAGCACHE: Mapping[str, Recipe] = {
         0.92578 0.90625 0.85938 0.80469 0.87891 0.75 0.60938 0.55078
         """,
     ),
+    # dit-accel tune magcache -o magcache.toml: what is stored is the output minus the latents, in 20 steps.
+    "wan-tiny": _magcache(
+        0.12,
+        4,
+        0.2,
+        """
+        1.0402 1.02055 1.05165 1.03166 1.02833 1.01929 1.02566 1.02939 1.0215 1.01773 1.02205 1.02548 1.03022 1.0326
+        1.04143 1.05057 1.06363 1.1025 1.14175
+        """,
+    ),
 }
 
 
@@ -179,4 +189,6 @@ TEACACHE: Mapping[str, Recipe] = {
     "cogvideox1.5-5b": _teacache(0.1, 250.210439, -165.061612, 35.7804877, -0.781551492, 0.0358559703),
     "cogvideox1.5-5b-i2v": _teacache(0.1, 122.842302, -104.088754, 26.2981677, -0.306009921, 0.037121322),
     "flux.1-dev": _teacache(0.25, 498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
+    # dit-accel tune teacache -o teacache.toml: of the timestep embedding, in 20 steps.
+    "wan-tiny": _teacache(0.1, 855.864716, -489.814851, 98.1080102, -7.69469712, 0.238101971),
 }

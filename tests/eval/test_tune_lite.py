@@ -9,7 +9,8 @@ import dit_accel_eval.tune_lite as tuning
 import pytest
 import torch
 from dit_accel_eval.lite_search import CLOSE, HIGHEST, LOWEST, METRICS, NEAR, Found, Tuner, search_level, threshold_of
-from dit_accel_eval.tune_lite import TunedPrompt, combine, tune_lite, tuning_request
+from dit_accel_eval.tune_lite import TunedPrompt, combine, tune_lite
+from dit_accel_eval.tuning import tuning_request
 from dit_accel_pipelines.generate import run
 from dit_accel_pipelines.loading import load_pipeline
 from hypothesis import given, settings
@@ -243,7 +244,7 @@ def test_a_file_that_can_not_be_written(tmp_path):
 def test_progress_of_another_run_or_none_at_all_is_refused(tmp_path):
     asked = tuning.settle(request(LITE))[0]
     progress = tmp_path / "lite.toml.progress.json"
-    tuning._write_progress(progress, tuning._settings(asked, 0.05, "l1"), [])
+    tuning.lite_progress(asked, tmp_path / "lite.toml", 0.05, "l1").add(TunedPrompt(prompt="p", psnr=1.0, calls=()))
     with pytest.raises(ConfigError, match=r"progress of a run with target_error = 0\.05, this one has 0\.01"):
         tune_lite(asked, tmp_path / "lite.toml")
     for text in ("{", '{"version": 9, "settings": {}, "prompts": []}', "[]", json.dumps({"version": 1})):

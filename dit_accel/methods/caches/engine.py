@@ -94,9 +94,18 @@ class StepCacheHandler(Handler):
 
     # What all of them share.
 
+    def transformer_of(self, context: ForwardContext) -> Any:
+        """Return the transformer that a forward is of."""
+        return self._transformers[context.transformer]
+
+    def stored(self, context: ForwardContext) -> Tensor:
+        """Return what was stored of the sample that the branch's last computed forward gave."""
+        values = self._histories[context.transformer, context.branch].points[-1].values
+        return next(value for value in values if isinstance(value, Tensor))
+
     def numbers(self, context: ForwardContext, *values: Tensor) -> list[float]:
         """Return scalars as numbers, summed over the ranks that must decide alike; waits for the device once."""
-        return agreed(list(values), groups_of(self._transformers[context.transformer]))
+        return agreed(list(values), groups_of(self.transformer_of(context)))
 
     def install(self, site: Site) -> None:
         """Run around every forward of the transformer.

@@ -135,7 +135,7 @@ class TeaHandler(CalibratedHandler):
 
     def _signal(self, context: ForwardContext) -> Tensor:
         with torch.no_grad():
-            return self._signal_of(self._transformers[context.transformer], context.inputs).detach()
+            return self._signal_of(self.transformer_of(context), context.inputs).detach()
 
     def _polynomial(self, transformer: str) -> tuple[float, ...] | None:
         return self.settings.polynomial_2 if transformer.endswith("_2") else self.settings.polynomial
