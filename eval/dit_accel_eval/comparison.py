@@ -89,8 +89,11 @@ def equal_psnr(known: Mapping[tuple[str, int], Line], clip: int, steps: float) -
 
 
 def verdict(difference: Interval, clips: int) -> str:
-    """Return ``ahead`` or ``behind`` where the interval excludes 0, else ``open``, as it is below `FEWEST` clips."""
-    if clips < FEWEST or difference.low <= 0 <= difference.high:
+    """Return ``ahead`` or ``behind`` where the interval excludes 0, else ``open``, as it is below `FEWEST` clips.
+
+    What is 0 as the table prints it is 0: a cache that skips nothing differs from dense by rounding alone.
+    """
+    if clips < FEWEST or round(difference.low, 2) <= 0 <= round(difference.high, 2):
         return "open"
     return "ahead" if difference.low > 0 else "behind"
 

@@ -60,6 +60,11 @@ def test_verdicts_need_an_interval_without_0_and_enough_clips():
     assert verdict(good, 5) == "open"
 
 
+def test_a_difference_of_rounding_alone_decides_nothing():
+    assert verdict(Interval(mean=1e-6, low=1e-7, high=2e-6), 6) == "open"
+    assert verdict(Interval(mean=-1e-6, low=-2e-6, high=-1e-7), 6) == "open"
+
+
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_committed_suites_read_and_match_their_results(path):
     suite = read_suite(path)
