@@ -55,7 +55,7 @@ def same(found, expected):
 def test_every_family(name):
     for case in cases(name):
         blocks = find_blocks(case.adapter, case.transformer)
-        last = 1 if len(blocks) > 2 else 0
+        last = 1 if len(blocks) > 2 and name != "hunyuan-dit" else 0  # whose late blocks need early ones
         ran: list[int] = []
         for block in blocks:
             block.module.register_forward_hook(partial(note, ran, block.index))
