@@ -77,7 +77,7 @@ def models(json: Json = False) -> None:
     OUT.print()
     for name in dit_accel_assets.model_names():
         call = ", ".join(f"{key} {value}" for key, value in dit_accel_assets.model_defaults(name).items())
-        OUT.print(f"embedded: --model {name}  ({call})", soft_wrap=True, highlight=False)
+        OUT.print(f"embedded: --model {name}  ({call})", highlight=False)
     OUT.print()
     _print_verdicts()
 
