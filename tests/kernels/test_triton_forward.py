@@ -19,14 +19,12 @@ from dit_accel_kernels import (
     resolve_backend,
 )
 from dit_accel_kernels.backends.triton import attend as triton_backend
-from dit_accel_kernels.backends.triton import forward_variants as triton_forward_variants
 from dit_accel_kernels.backends.triton import launch as triton_launch
 from dit_accel_kernels.backends.triton import plan as triton_plan
 from dit_accel_kernels.backends.triton import pool as triton_pool
 from dit_accel_kernels.backends.triton import support as triton_support
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import decay_by_frame
-from dit_accel_kernels.backends.triton.variants import Variant
 from kernel_cases import check_against_reference, qkv, random_lists
 
 
@@ -331,25 +329,6 @@ def test_a_token_order_takes_smaller_launches():
     assert triton_launch.with_order(launch, decay=True) == replace(launch, block_q=64, block_s=16)
     small = replace(launch, block_q=64, num_warps=4)
     assert triton_launch.with_order(small, decay=False) == replace(small, block_k=32, block_s=16)
-
-
-@pytest.mark.parametrize("module", [triton_forward_variants, triton_pool])
-def test_variants_fit_their_kernels(module):
-    variants = module.variants()
-    assert len({variant.name for variant in variants}) == len(variants)
-    for variant in variants:
-        arguments = variant.source_arguments()
-        assert list(arguments["signature"]) == list(variant.kernel.arg_names)
-        assert not any(":" in kind for kind in arguments["signature"].values())
-
-
-def test_a_variant_that_does_not_fit_says_so():
-    good = triton_pool.variants()[0]
-    bad = Variant("pool", good.kernel, {"keys": "i32"}, good.constexprs, 4, 1)
-    with pytest.raises(
-        ValueError, match=r"variant 'pool' must fit its kernel: missing \['k_ptr', .*unknown \['keys'\]"
-    ):
-        bad.source_arguments()
 
 
 @pytest.mark.parametrize("mixed", [False, True])

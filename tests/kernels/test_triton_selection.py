@@ -22,8 +22,6 @@ from dit_accel_kernels import (
 )
 from dit_accel_kernels.backends.triton import expand as triton_expand
 from dit_accel_kernels.backends.triton import plan as triton_plan
-from dit_accel_kernels.backends.triton import route as triton_route
-from dit_accel_kernels.backends.triton import votes as triton_votes
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import tile_means
 from dit_accel_kernels.selection import LOG2_E
@@ -347,11 +345,3 @@ def test_compiles_to_one_full_graph():
             assert torch.equal(a, b)
         keep = found[2]
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("module", [triton_route, triton_expand, triton_votes])
-def test_variants_fit_their_kernels(module):
-    variants = module.variants()
-    assert len({variant.name for variant in variants}) == len(variants)
-    for variant in variants:
-        assert list(variant.source_arguments()["signature"]) == list(variant.kernel.arg_names)

@@ -206,9 +206,7 @@ def absent_of(tiled: Tiled, portion: Portion, group: Group, columns: int) -> tup
     return masked, 0
 
 
-def decay_of(
-    tiled: Tiled, portion: Portion, group: Group, columns: int, buffers: dict[str, Tensor]
-) -> Tensor | None:
+def decay_of(tiled: Tiled, portion: Portion, group: Group, columns: int, buffers: dict[str, Tensor]) -> Tensor | None:
     """Decay of a group's logits, float32 [R, block_q, columns + pooled], or [R, 1, ...] where each tile has one frame.
 
     None in calls without decay.

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides
 from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bitmap
-from dit_accel_kernels.backends.triton.variants import Variant
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import words_of
@@ -296,46 +295,3 @@ def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple
     share_b, share_h = not stride_b, not stride_h
     of_head = heads if share_h else 1
     return (of_head if share_b else 0, int(share_h)), (batch if share_b else 1) * of_head
-
-
-def variants() -> list[Variant]:
-    """The expansion by keep bits alone, with everything, and with routing in a plan with decay; it has no product."""
-    everything = ("pooled_indices_ptr", "out_pooled_ptr", "keep_ptr", "pinned_ptr", "route_ptr")
-    decay = ("entry_t_ptr", "out_t_ptr")
-    found = []
-    for name, there in (
-        ("keep", ("keep_ptr",)),
-        ("everything", everything),
-        ("routed-decay", (*decay, "out_pooled_ptr", "route_ptr")),
-    ):
-        absent = {x for x in (*everything, *decay) if x not in there}
-        kinds = _kinds(_ARGUMENTS)
-        found.append(
-            Variant(
-                f"expand-{name}",
-                _expand_kernel,
-                {x: kind for x, kind in kinds.items() if x not in absent},
-                {**dict.fromkeys(sorted(absent)), "POOL_REST": name == "everything", "BLOCK": BLOCK},
-                NUM_WARPS,
-                1,
-                hot_loop=False,
-            )
-        )
-    for name, there in (("columns", ()), ("columns-decay", decay)):
-        signature = {x: kind for x, kind in _kinds(_OF_COLUMNS).items() if x not in decay or there}
-        constexprs: dict[str, object] = {x: None for x in decay if not there}
-        constexprs["BLOCK"] = BLOCK_COLUMNS
-        found.append(
-            Variant(f"expand-{name}", _expand_columns_kernel, signature, constexprs, NUM_WARPS, 1, hot_loop=False)
-        )
-    return found
-
-
-def _kinds(arguments: tuple[str, ...]) -> dict[str, str]:
-    """Triton types of runtime arguments, by their names."""
-    wide = {"entry_t_ptr": "*fp32:16", "out_t_ptr": "*fp32:16", "bounds_ptr": "*i64:16", "out_bounds_ptr": "*i64:16"}
-    return {x: wide.get(x, "*i32:16" if x.endswith("_ptr") else "i32") for x in arguments}
-
-
-_OF_COLUMNS = tuple(x for x in _expand_columns_kernel.arg_names if x != "BLOCK")
-_ARGUMENTS = tuple(x for x in _expand_kernel.arg_names if x not in ("POOL_REST", "BLOCK"))

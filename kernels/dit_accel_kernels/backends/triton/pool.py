@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.variants import Variant
-
 BLOCK_N = 64  # tokens read at once
 NUM_WARPS = 4
 
@@ -79,33 +77,3 @@ def pool(
         TILE_K=block_k, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), num_warps=NUM_WARPS,
     )  # fmt: skip
     return k_mean, v_mean, length
-
-
-def variants() -> list[Variant]:
-    """The pre-pass in the dtypes and head dims of the methods, for ahead-of-time compilation; it has no product."""
-    found = []
-    for name, kind in (("bf16", "*bf16:16"), ("fp16", "*fp16:16"), ("fp32", "*fp32:16")):
-        for dim in (64, 128):
-            for masked in (False, True):
-                pointers: dict[str, str] = dict.fromkeys(("k_ptr", "v_ptr", "k_mean_ptr", "v_mean_ptr"), kind)
-                strides = {f"stride_{x}{axis}": "i64:16" for x in "kv" for axis in "bhs"}
-                absent: dict[str, object] = {"token_order_ptr": None}
-                if masked:
-                    pointers["valid_ptr"] = "*u8:16"
-                else:
-                    absent["valid_ptr"] = None
-                found.append(
-                    Variant(
-                        f"pool-{name}-d{dim}-{'mask' if masked else 'plain'}",
-                        _pool_kernel,
-                        {**pointers, "length_ptr": "*fp32:16", **strides, **dict.fromkeys(_SIZES, "i32")},
-                        {**absent, "TILE_K": 128, "BLOCK_N": BLOCK_N, "DIM": dim, "BLOCK_D": dim},
-                        NUM_WARPS,
-                        1,
-                        hot_loop=False,
-                    )
-                )
-    return found
-
-
-_SIZES = ("num_k", "key_heads", "key_tiles")

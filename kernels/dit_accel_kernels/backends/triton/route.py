@@ -13,15 +13,11 @@ selection.py is the specification; sums are float32.
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.launch import fp32_products
-from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E, Routing, unpack_bits, words_of
 
@@ -198,43 +194,3 @@ def route(problem: Problem, routing: Routing, q: Tensor, k_mean: Tensor, length:
 def pinned_everywhere(pinned: Tensor, tiles: int) -> Tensor:
     """Which key tiles are pinned in every block row, uint8 [NK] of bits int32 [NQ, W]."""
     return unpack_bits(pinned, tiles).all(0).to(torch.uint8)
-
-
-def variants() -> list[Variant]:
-    """Routing in bf16 and fp32 with head dims 64 and 128 and both thresholds, for ahead-of-time compilation."""
-    found = []
-    for (name, dim), target_precision in product(
-        product(("bf16", "fp32"), (64, 128)), sorted({fp32_products(target) for target in TARGETS})
-    ):
-        targets = tuple(target for target in TARGETS if fp32_products(target) == target_precision)
-        sizes: dict[str, object] = {"DIM": dim, "BLOCK_D": dim}
-        for kind, kernel, constexprs in (
-            ("mean", _query_mean_kernel, {"TILE_Q": 128, "BLOCK_N": BLOCK_N, "token_order_ptr": None}),
-            ("statistics", _key_statistics_kernel, {"BLOCK_N": BLOCK_N}),
-            ("diag", _route_kernel, {"BLOCK_R": BLOCK_ROWS, "EXACT": False, "PRECISION": target_precision}),
-            ("exact", _route_kernel, {"BLOCK_R": BLOCK_ROWS, "EXACT": True, "PRECISION": target_precision}),
-        ):
-            signature = {x: _kind(x, name) for x in kernel.arg_names if x not in constexprs and x not in sizes}
-            found.append(
-                Variant(
-                    f"route-{kind}-{name}-d{dim}-{target_precision}",
-                    kernel,
-                    signature,
-                    {**constexprs, **sizes},
-                    NUM_WARPS,
-                    NUM_STAGES,
-                    hot_loop=False,
-                    targets=targets,
-                )
-            )
-    return found
-
-
-def _kind(argument: str, dtype: str) -> str:
-    """Triton type of a runtime argument, by its name."""
-    if argument.endswith("_ptr"):
-        kinds = {"q_ptr": dtype, "k_mean_ptr": dtype, "pinned_ptr": "u8", "bits_ptr": "i32"}
-        return f"*{kinds.get(argument, 'fp32')}:16"
-    if argument.startswith("stride_q"):
-        return "i64:16"
-    return "fp32" if argument in ("scale", "beta") else "i32"

@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.variants import Variant
-
 BLOCK_V = 256  # visits that the fold looks at together
 NUM_WARPS = 4
 _INTEGERS = ("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "words", "step")
@@ -173,15 +171,3 @@ def fold(
         words, indices, bounds, pinned, kept, *strides, heads, rows, width, -1 if reverse else 1,
         PARTS=parts, BLOCK=BLOCK_V, num_warps=NUM_WARPS,
     )  # fmt: skip
-
-
-def variants() -> list[Variant]:
-    """The fold of the kept bits, with pinned tiles, in one part and in two; it has no product."""
-    pointers = dict.fromkeys(("words_ptr", "indices_ptr", "pinned_ptr", "kept_ptr"), "*i32:16")
-    signature = {**pointers, "bounds_ptr": "*i64:16", **dict.fromkeys(_INTEGERS, "i32")}
-    return [
-        Variant(
-            f"fold-{parts}", _fold_kernel, signature, {"PARTS": parts, "BLOCK": BLOCK_V}, NUM_WARPS, 1, hot_loop=False
-        )
-        for parts in (1, 2)
-    ]
