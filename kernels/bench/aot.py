@@ -121,7 +121,7 @@ def compile_one(launch: Recorded) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         record |= {"triton": triton_version(), "fingerprint": fingerprint(launch)}
-        compiled = compiled_of(launch)
+        compiled = launch.compiled()
     except Exception as error:  # whatever a compiler raises is the finding
         return {**record, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
     record["seconds"] = round(time.perf_counter() - start, 2)
@@ -136,14 +136,9 @@ def triton_version() -> str:
 
 
 def _options(launch: Recorded) -> dict[str, Any]:
-    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options}
-
-
-def compiled_of(launch: Recorded) -> Any:
-    """What Triton makes of it, from its cache on disk if it is there."""
-    import triton
-
-    return triton.compile(launch.source(), target=gpu_target(launch.target), options=_options(launch))
+    """The options that we set ourselves: the others are Triton's version's and this machine's."""
+    chosen = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return {**chosen, "enable_fp_fusion": launch.options["enable_fp_fusion"]}
 
 
 def fingerprint(launch: Recorded) -> str:

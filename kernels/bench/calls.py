@@ -19,6 +19,7 @@ from dit_accel_kernels import (
     Selection,
     TileLists,
     Vote,
+    block_sparse_attention,
     block_sparse_attention_backward,
     block_sparse_attention_eager,
     pack_bits,
@@ -70,7 +71,14 @@ class Call:
     grad_out: Tensor | None = None
 
     def run(self, backend: str) -> tuple[Tensor, ...]:
-        """What the call gives: output and what else was asked for, or gradients of q, k and v."""
+        """What the call gives: output and what else was asked for, or gradients of q, k and v.
+
+        The gradient of "reference", the specification, is autograd's.
+        """
+        if self.grad_out is not None and backend == "reference":
+            leaves = [x.detach().requires_grad_() for x in self.inputs]
+            out = block_sparse_attention(*leaves, self.tiles, **self.arguments, backend=backend)
+            return torch.autograd.grad(out, leaves, self.grad_out)
         if self.grad_out is not None:
             return block_sparse_attention_backward(
                 self.grad_out, *self.inputs, self.tiles, **self.arguments, backend=backend
@@ -109,7 +117,7 @@ def make(kind: str, at: Setting, device: str) -> Call:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     layout = "bshd" if "fused" in words else at.layout
     rest = POOLED if "pooled" in words else SKIPPED
-    selects = bool(words & {"keep", "pinned", "route", "route-exact", "routed", *VOTES})
+    selects = bool(words & {"keep", "pinned", "route", "route-exact", "routed", "reverse", *VOTES})
     tiles = lists(tokens, at.tile, 1.0 if selects and rest == SKIPPED else 0.5, rest, device, groups=at.groups)
     arguments: dict[str, Any] = {"layout": layout, "return_lse": "backward" not in words}
     if "mask" in words:
@@ -143,10 +151,11 @@ def _selection(words: set[str], at: Setting, q_tiles: int, k_tiles: int, device:
         routing=Routing(beta=0.5, threshold="exact" if "route-exact" in words else "diag") if routes else None,
         routed=kept if "routed" in words else None,
         vote=VOTES[vote.pop()] if vote else None,
+        reverse="reverse" in words,
     )
 
 
 WORDS = (
     "fused", "pooled", "mask", "decay", "scale", "order", "keep", "rest", "pinned", "route", "route-exact", "routed",
-    *VOTES, "backward",
+    *VOTES, "reverse", "backward",
 )  # fmt: skip

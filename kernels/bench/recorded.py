@@ -7,9 +7,10 @@ The calls themselves run on the CPU, on whatever memory holds.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -21,20 +22,22 @@ BACKEND = "dit_accel_kernels.backends.triton"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recorded:
-    """One launch of a kernel, as its JIT compiles it: everything that may go to another process and to a disk.
+    """One launch of a kernel, as its JIT compiles it: everything that may go to another process.
 
-    `kernel` is "module:function"; `signature`, `constexprs` and `attrs` are those of `triton.compiler.ASTSource`.
+    `kernel` is "module:function", `gpu` the arguments of Triton's GPUTarget; `signature`, `constexprs` and `attrs` are
+    those of `triton.compiler.ASTSource`, `options` all of the backend's.
     """
 
     name: str
     kernel: str
     target: str
+    gpu: tuple[str, int | str, int]
     signature: dict[str, str]
     constexprs: dict[tuple[int, ...], Any]
     attrs: dict[tuple[int, ...], Any]
     num_warps: int
     num_stages: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
 
     @property
     def function(self) -> Any:
@@ -59,6 +62,13 @@ class Recorded:
 
         return ASTSource(fn=self.function, signature=self.signature, constexprs=self.constexprs, attrs=self.attrs)
 
+    def compiled(self) -> Any:
+        """What Triton makes of it, from its cache on disk if it is there; a launch then finds it there too."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        return triton.compile(self.source(), target=GPUTarget(*self.gpu), options=self.options)
+
 
 class _Pretended:
     """A driver for a device that isn't there."""
@@ -77,9 +87,12 @@ class _Pretended:
 
 
 def gpu_target(target: str) -> Any:
-    """Triton's description of a target."""
+    """Triton's description of a target; of the GPU at hand, where it is none of the six."""
     from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
+    if target not in TARGETS:
+        return driver.active.get_current_target()
     of = TARGETS[target]
     return GPUTarget(of.backend, of.arch, of.warp)
 
@@ -90,18 +103,22 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
     from triton import knobs
     from triton.runtime import driver
 
+    gpu = gpu_target(target)
+
     def launched(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        options = json.loads(compile["specialization_data"])["options"]
         short = fn.name.strip("_").removesuffix("_kernel")
         found = Recorded(
             name=f"{short}-{name}",
             kernel=f"{fn.jit_function.__module__}:{fn.name}",
             target=target,
+            gpu=(gpu.backend, gpu.arch, gpu.warp_size),
             signature=dict(compile["signature"]),
             constexprs={tuple(path): value for path, value in compile["constants"].items()},
             attrs={tuple(path): value for path, value in compile["configs"][0].items()},
             num_warps=compile["num_warps"],
             num_stages=compile["num_stages"],
-            options={"enable_fp_fusion": compile["enable_fp_fusion"]},
+            options={name: tuple(x) if isinstance(x, list) else x for name, x in options.items()},
         )
         into.setdefault(found.identity, found)
         return True  # known already, says this to the JIT: it neither compiles nor launches
@@ -113,7 +130,7 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
         stack.enter_context(mock.patch.object(modules[0], "missing_requirement", return_value=None))
         stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", launched))
         stack.callback(driver.set_active, getattr(driver, "_active", None))
-        driver.set_active(_Pretended(gpu_target(target)))
+        driver.set_active(_Pretended(gpu))
         yield
 
 

@@ -147,6 +147,11 @@ def backward(forward: dict[str, Any]) -> dict[str, Any]:
     return _limits({name: forward[name] * factor for name, factor in factors.items()})
 
 
+def card_of(device: str) -> Card | None:
+    """The card that a device's name holds, if it is one of those known."""
+    return next((card for name, card in CARDS.items() if name in device), None)
+
+
 CANDIDATES = ("triton", "triton-pooled", "triton-routed", "triton-votes", "triton-backward")
 
 

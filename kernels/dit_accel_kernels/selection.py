@@ -99,10 +99,9 @@ def words_of(key_tiles: int) -> int:
 
 def pack_bits(chosen: Tensor) -> Tensor:
     """Bool [..., NK] as bits, int32 [..., W]."""
-    chosen = torch.nn.functional.pad(chosen, (0, -chosen.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    weight = torch.ones(32, dtype=torch.int64, device=chosen.device) << torch.arange(32, device=chosen.device)
-    words = (chosen * weight).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    chosen = torch.nn.functional.pad(chosen, (0, -chosen.shape[-1] % 32)).to(torch.uint8).unflatten(-1, (-1, 8))
+    weight = (1 << torch.arange(8, device=chosen.device)).to(torch.uint8)
+    return (chosen * weight).sum(-1, dtype=torch.uint8).view(torch.int32)  # the first byte is the lowest
 
 
 def unpack_bits(bits: Tensor, key_tiles: int) -> Tensor:

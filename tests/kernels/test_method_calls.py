@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
+BENCH = Path(__file__).parents[2] / "kernels" / "bench"
+sys.path.insert(0, str(BENCH))
 
 import aot  # noqa: E402
 import calls  # noqa: E402
@@ -15,7 +16,7 @@ import tune  # noqa: E402
 
 @pytest.mark.slow
 def test_methods_make_the_calls_that_are_listed():
-    """After a change of a method or a new one: python tests/support/method_calls.py."""
+    """After a change of a method: python tests/support/method_calls.py."""
     assert method_calls.recorded() == calls.kinds()
 
 

@@ -203,7 +203,7 @@ def test_sections_hold_what_they_promise():
     for b in range(2):
         for h in range(2):
             for i in range(7):
-                start, *ends = plan.bounds[b * plan.stride_b + h * plan.stride_h, i, :4].tolist()
+                start, *ends = plan.bounds[b * plan.strides[0] + h * plan.strides[1], i, :4].tolist()
                 listed = tiles.exact_indices[tiles.exact_offsets[h, i] : tiles.exact_offsets[h, i + 1]].tolist()
                 assert sorted(plan.indices[start : ends[2]].tolist()) == [j for j in listed if j * 16 < length[b]]
                 for place in range(start, ends[2]):

@@ -177,7 +177,7 @@ def test_expanded_lists_are_the_plan_filtered(groups, masked):
     for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(5)).tolist():
         place, pooled_place = b * lists.strides[0] + h * lists.strides[1], b * lists.strides[2] + h * lists.strides[3]
         begin, *ends, pooled_start, pooled_end = lists.bounds[2 * b + h, i].tolist()
-        start, *plan_ends = plan.bounds[b * plan.stride_b + h * plan.stride_h, i, :4].tolist()
+        start, *plan_ends = plan.bounds[b * plan.strides[0] + h * plan.strides[1], i, :4].tolist()
         assert begin == start
         listed = []
         for end, plan_end in zip(ends, plan_ends, strict=True):

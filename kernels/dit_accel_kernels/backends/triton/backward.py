@@ -23,7 +23,7 @@ from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq
 from dit_accel_kernels.backends.triton.delta import _delta_kernel
 from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, may_pool, static_lists
 from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
-from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides, row_plan
+from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
 from dit_accel_kernels.backends.triton.pool import pool
 from dit_accel_kernels.backends.triton.slices import joined, key_part, part_of, slices
 from dit_accel_kernels.backends.triton.transpose import WORD, ColumnPlan, column_plan
@@ -138,12 +138,6 @@ def _scale(problem: Problem) -> float:
     return problem.logit_scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
 
 
-def _strides_of(problem: Problem, plan: ColumnPlan) -> tuple[int, int]:
-    """Strides of batch and head over the sets of lists by key tile."""
-    heads = problem.q.shape[1]
-    return (heads, 1) if plan.strides is not None else list_strides(problem, heads)
-
-
 def _query_grad(
     problem: Problem, plan: RowPlan, lists: Lists, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
     grad_q: Tensor, size: Launch, block_k: int,
@@ -159,7 +153,7 @@ def _query_grad(
         problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames,
         None if means[0] is None else plan.pooled_t, lists.pooled_indices, *means,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
-        plan.stride_b, plan.stride_h, _scale_stride(problem), *(lists.strides or (None,) * 4),
+        *plan.strides, _scale_stride(problem), *(lists.strides or (None,) * 4),
         num_q, k.shape[2], heads, k.shape[1],
         problem.query_tiles, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
@@ -184,7 +178,7 @@ def _pooled_grads(
     _pooled_dkdv_kernel[(batch * key_heads * words,)](
         q, grad_out, base, delta, norm, k_mean, v_mean, length, dk_mean, dv_mean, columns.pooled_bits,
         problem.token_order, problem.head_scale, rows.q_frames, rows.pooled_t,
-        *q.stride()[:3], *grad_out.stride()[:3], *_strides_of(problem, columns), _scale_stride(problem),
+        *q.stride()[:3], *grad_out.stride()[:3], *columns.strides, _scale_stride(problem),
         num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
         TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), WORD=WORD, DIM=dim,
         BLOCK_D=column_block(dim), PRECISION="ieee",
@@ -209,8 +203,7 @@ def _key_grads(
         problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grads[0].stride()[:3], *grads[1].stride()[:3],
-        *_strides_of(problem, plan), *list_strides(problem, key_heads), _scale_stride(problem),
-        *(plan.strides or (None, None)),
+        *plan.strides, *plan.order_strides, _scale_stride(problem), *(plan.entry_strides or (None, None)),
         num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,

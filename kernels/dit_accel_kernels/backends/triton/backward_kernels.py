@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.backends.triton.forward import _load_near, _load_part, _pooled, _store_part
+from dit_accel_kernels.backends.triton.forward import _full_chunk, _load_part, _pooled, _store_part
 from dit_accel_kernels.backends.triton.votes import _sections
 
 
@@ -49,23 +49,6 @@ def _mass(base, length, NATURAL: tl.constexpr):
 def _token_rows(token, live, token_order_ptr):
     """Rows of the tensors that hold these tokens, which are in tiled order; row 0 where there is none."""
     return token if token_order_ptr is None else tl.load(token_order_ptr + token, mask=live, other=0)
-
-
-@triton.jit
-def _full_chunk(
-    first, a_ptr, b_ptr, token_order_ptr, stride_as, stride_bs, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """BLOCK tokens of two tensors from token `first` on, and the rows that hold them; every token is there."""
-    row = first + tl.arange(0, BLOCK)
-    if token_order_ptr is None:
-        a = _load_near(a_ptr + first * stride_as, stride_as, BLOCK, 0, BLOCK_D, DIM)
-        b = _load_near(b_ptr + first * stride_bs, stride_bs, BLOCK, 0, BLOCK_D, DIM)
-    else:
-        row = tl.load(token_order_ptr + row)
-        a = _load_part(a_ptr, row, row, stride_as, False, 0, BLOCK_D, DIM)
-        b = _load_part(b_ptr, row, row, stride_bs, False, 0, BLOCK_D, DIM)
-    return row, a, b
 
 
 @triton.jit
@@ -145,13 +128,17 @@ def _dq_kernel(
 
     for n in tl.range(0, end_plain * SUBS_K):
         first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
-        _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
+        _, k, _, v, _ = _full_chunk(
+            first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D, 0
+        )
         dq, totals = _add_query_grad(dq, totals, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
 
     if entry_t_ptr is not None:
         for n in tl.range(end_plain * SUBS_K, end_constant * SUBS_K):
             first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
-            _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
+            _, k, _, v, _ = _full_chunk(
+                first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D, 0
+            )
             t = tl.load(entry_t_ptr + n // SUBS_K)
             dq, totals = _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, True, PRECISION)
 
@@ -278,8 +265,8 @@ def _dkdv_kernel(
             head_t_ptr += start
         for n in tl.range(0, end_plain * SUBS_Q):
             first = tl.load(head_rows_ptr + n // SUBS_Q).to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
-            q_row, q, grad = _full_chunk(
-                first, head_q_ptr, head_grad_ptr, token_order_ptr, stride_qs, stride_os, BLOCK_Q, DIM, BLOCK_D
+            q_row, q, _, grad, _ = _full_chunk(
+                first, head_q_ptr, head_grad_ptr, token_order_ptr, stride_qs, stride_os, BLOCK_Q, DIM, BLOCK_D, 0
             )
             base, delta = tl.load(base_ptr + lane_rows + q_row), tl.load(delta_ptr + lane_rows + q_row)
             t, norm = 1.0, 1.0

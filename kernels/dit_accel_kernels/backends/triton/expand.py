@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides
-from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bitmap
+from dit_accel_kernels.backends.triton.plan import RowPlan
+from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bits_of
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import words_of
@@ -167,7 +167,7 @@ def static_lists(problem: Problem, plan: RowPlan) -> Lists:
 def static_bits(problem: Problem) -> Tensor:
     """The exact lists as bits int32 [G, NQ, W], remembered as long as they live; not to be written to."""
     offsets, indices, tiles = problem.exact_offsets, problem.exact_indices, problem.key_tiles
-    return _BITS.get([offsets, indices], (tiles,), lambda: bitmap(offsets, indices, tiles))
+    return _BITS.get([offsets, indices], (tiles,), lambda: bits_of(offsets, indices, tiles))
 
 
 def bits_of_lists(problem: Problem) -> Tensor:
@@ -202,10 +202,10 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     words = words_of(problem.key_tiles)
     keep = None if selection.keep is None else selection.keep.contiguous()
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
-    own = list_strides(problem, heads)
-    exact_strides, exact_copies = _copies(plan.stride_b, plan.stride_h, batch, heads)
+    own = plan.list_strides
+    exact_strides, exact_copies = _copies(*plan.strides, batch, heads)
     pooled_strides, pooled_copies = _copies(*own, batch, heads)
-    if plan.stride_b and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
+    if plan.strides[0] and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
         pooled_strides = (1, batch)
     entries = plan.indices.numel() - 2
     pooled_entries = 0 if problem.pooled_indices is None else problem.pooled_indices.numel()
@@ -223,7 +223,7 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     _expand_kernel[(batch * heads * rows,)](
         plan.indices, plan.bounds, plan.entry_t, problem.pooled_indices,
         static_bits(problem), keep, pinned, routed, indices, bounds, entry_t, pooled, exact,
-        plan.stride_b, plan.stride_h, *own, *strides, heads, rows, words,
+        *plan.strides, *own, *strides, heads, rows, words,
         POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return Lists(indices=indices, entry_t=entry_t, bounds=bounds, pooled_indices=pooled, strides=strides), exact
@@ -269,7 +269,7 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
     selection = problem.selection
     assert selection is not None
     batch, heads, rows, words = exact.shape
-    tiles, entries, own = problem.key_tiles, plan.rows.numel(), list_strides(problem, heads)
+    tiles, entries, own = problem.key_tiles, plan.rows.numel(), plan.strides
     share, copies = _copies(*own, batch, heads)
     strides = (share[0] * entries, share[1] * entries)
     left = plan.rows.new_empty(copies * entries)
@@ -287,7 +287,9 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
         if plan.pooled_bits is not None:
             bits = bits | _of_every_head(problem, plan.pooled_bits)
         bits = bits.flatten(0, 1).contiguous()
-    return replace(plan, rows=left, bounds=bounds, entry_t=entry_t, pooled_bits=bits, strides=strides)
+    return replace(
+        plan, rows=left, bounds=bounds, entry_t=entry_t, pooled_bits=bits, strides=(heads, 1), entry_strides=strides
+    )
 
 
 def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple[int, int], int]:

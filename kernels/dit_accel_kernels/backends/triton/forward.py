@@ -123,6 +123,26 @@ def _store_rows(
 
 @triton.jit
 def _full_chunk(
+    first, a_ptr, b_ptr, token_order_ptr, stride_as, stride_bs,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Two tensors' tokens from `first` on, in two column parts each, and the rows that hold them; all are there."""
+    row = first + tl.arange(0, BLOCK)
+    if token_order_ptr is None:
+        a_ptr += first * stride_as
+        b_ptr += first * stride_bs
+        a1, b1 = _load_near(a_ptr, stride_as, BLOCK, 0, D1, DIM), _load_near(b_ptr, stride_bs, BLOCK, 0, D1, DIM)
+        a2 = _load_near(a_ptr, stride_as, BLOCK, D1, D2, DIM) if D2 > 0 else 0.0
+        b2 = _load_near(b_ptr, stride_bs, BLOCK, D1, D2, DIM) if D2 > 0 else 0.0
+    else:
+        row = tl.load(token_order_ptr + row)
+        a1, a2 = _load(a_ptr, row, row, stride_as, False, DIM, D1, D2)
+        b1, b2 = _load(b_ptr, row, row, stride_bs, False, DIM, D1, D2)
+    return row, a1, a2, b1, b2
+
+
+@triton.jit
+def _keys_and_values(
     tile, position, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
@@ -137,16 +157,9 @@ def _full_chunk(
         k1 = k_desc.load([b, hk, row, 0]).reshape(BLOCK_K, D1)
         return k1, 0.0, v_desc.load([b, hk, row, 0]).reshape(BLOCK_K, D1), 0.0
     first = tile.to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
-    if token_order_ptr is None:
-        k_ptr += first * stride_ks
-        v_ptr += first * stride_vs
-        k1, v1 = _load_near(k_ptr, stride_ks, BLOCK_K, 0, D1, DIM), _load_near(v_ptr, stride_vs, BLOCK_K, 0, D1, DIM)
-        k2 = _load_near(k_ptr, stride_ks, BLOCK_K, D1, D2, DIM) if D2 > 0 else 0.0
-        v2 = _load_near(v_ptr, stride_vs, BLOCK_K, D1, D2, DIM) if D2 > 0 else 0.0
-    else:
-        row = tl.load(token_order_ptr + first + tl.arange(0, BLOCK_K))
-        k1, k2 = _load(k_ptr, row, row, stride_ks, False, DIM, D1, D2)
-        v1, v2 = _load(v_ptr, row, row, stride_vs, False, DIM, D1, D2)
+    _, k1, k2, v1, v2 = _full_chunk(
+        first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, D1, D2
+    )  # fmt: skip
     return k1, k2, v1, v2
 
 
@@ -241,7 +254,7 @@ def _fwd_kernel(
     origin = 0 if step > 0 else end_plain * SUBS_K - 1
     ahead = tl.load(indices_ptr + origin // SUBS_K)
     for n in tl.range(0, end_plain * SUBS_K):
-        k1, k2, v1, v2 = _full_chunk(
+        k1, k2, v1, v2 = _keys_and_values(
             ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
             BLOCK_K, TILE_K, DIM, D1, D2,
         )  # fmt: skip
@@ -262,7 +275,7 @@ def _fwd_kernel(
         origin = end_plain * SUBS_K if step > 0 else end_constant * SUBS_K - 1
         ahead = tl.load(indices_ptr + origin // SUBS_K)
         for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
-            k1, k2, v1, v2 = _full_chunk(
+            k1, k2, v1, v2 = _keys_and_values(
                 ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
                 BLOCK_K, TILE_K, DIM, D1, D2,
             )  # fmt: skip

@@ -24,16 +24,16 @@ class RowPlan:
 
     `bounds` int64 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
     `entry_t`, whose first and last entry belong to no row), start and end of the pooled list. `row_order` int32 [G',
-    NQ], longest first. `stride_b`, `stride_h`: list set of a batch and head. `entry_t` float32 [nnz + 2] and `pooled_t`
-    float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k] with a key mask; `q_frames`, `k_frames` int32: all in tiled
-    order.
+    NQ], longest first. `strides` of batch and head over these list sets, `list_strides` over the call's own, which
+    masks don't split. `entry_t` float32 [nnz + 2] and `pooled_t` float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k]
+    with a key mask; `q_frames`, `k_frames` int32: all in tiled order.
     """
 
     indices: Tensor
     bounds: Tensor
     row_order: Tensor
-    stride_b: int
-    stride_h: int
+    strides: tuple[int, int]
+    list_strides: tuple[int, int]
     valid: Tensor | None
     entry_t: Tensor | None
     q_frames: Tensor | None
@@ -60,8 +60,8 @@ def _build(problem: Problem) -> RowPlan:
     groups, rows = problem.exact_offsets.shape[0], problem.query_tiles
     offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, problem.pooled_offsets
     valid, decay = problem.features_in_tiled_order()
-    stride_b, stride_h = list_strides(problem, heads)
-    tile_row = _row_of_entry(offsets, indices.numel())
+    strides = own = list_strides(problem, heads)
+    tile_row = row_of_entry(offsets, indices.numel())
     entry_t = pooled_t = None
     if decay is not None:
         entry_t = decay_of_tiles(problem, decay)[tile_row % rows, indices.long()].nan_to_num(1.0)
@@ -76,7 +76,7 @@ def _build(problem: Problem) -> RowPlan:
             entry_t = None if entry_t is None else entry_t.repeat(batch)
             offsets = torch.cat([offsets + b * problem.exact_indices.numel() for b in range(batch)])
             pooled = None if pooled is None else pooled.repeat(batch, 1)
-            stride_b, groups = groups, groups * batch
+            strides, groups = (groups, own[1]), groups * batch
         entry_batch = tile_row // rows * batch // groups
     section = sections_of(problem)[entry_batch, tile_row % rows, indices.long()].long()
     bounds, order = _sort(section, tile_row, groups * rows)
@@ -88,8 +88,8 @@ def _build(problem: Problem) -> RowPlan:
         indices=_padded(indices[order]),
         bounds=torch.cat([bounds, ends], -1).contiguous(),
         row_order=work.argsort(dim=-1, descending=True, stable=True).int(),
-        stride_b=stride_b,
-        stride_h=stride_h,
+        strides=strides,
+        list_strides=own,
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
         entry_t=None if entry_t is None else _padded(entry_t[order]),
         q_frames=None if decay is None else decay[1].clone(memory_format=torch.contiguous_format),
@@ -109,7 +109,7 @@ def _padded(entries: Tensor) -> Tensor:
     return torch.nn.functional.pad(entries, (1, 1))
 
 
-def _row_of_entry(offsets: Tensor, entries: int) -> Tensor:
+def row_of_entry(offsets: Tensor, entries: int) -> Tensor:
     """Row g * NQ + i of every entry, int64 [nnz], without asking the device how many there are."""
     counts = (offsets[:, 1:] - offsets[:, :-1]).flatten()
     rows = torch.arange(counts.numel(), device=offsets.device)

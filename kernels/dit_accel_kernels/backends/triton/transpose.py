@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import _row_of_entry
+from dit_accel_kernels.backends.triton.plan import list_strides, row_of_entry
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import decay_of_tiles
+from dit_accel_kernels.selection import pack_bits
 
 WORD = 32  # key tiles a word of a bitmap
 
@@ -25,8 +26,9 @@ class ColumnPlan:
     `rows` int32 [nnz]: the block rows of every key tile, those that need no mask first. `bounds` int64 [G, NK, 3]:
     start, end of those, end of all, as positions in `rows`. `order` int32 [G', NK]: key tiles with most work first,
     G' = 1, HK or B * HK. `entry_t` float32 [nnz] is the decay of the entries without a mask, None without decay.
-    `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles. With `strides`, every batch and head has its
-    own lists and pooled bits, and bounds are relative to b * strides[0] + h * strides[1].
+    `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles. `strides` of batch and head over the list
+    sets, `order_strides` of batch and key head over those of `order`. With `entry_strides` every batch and head has its
+    own lists, whose bounds are relative to b * entry_strides[0] + h * entry_strides[1].
     """
 
     rows: Tensor
@@ -34,7 +36,9 @@ class ColumnPlan:
     order: Tensor
     entry_t: Tensor | None
     pooled_bits: Tensor | None
-    strides: tuple[int, int] | None = None
+    strides: tuple[int, int]
+    order_strides: tuple[int, int]
+    entry_strides: tuple[int, int] | None = None
 
 
 _CACHE: StorageCache[ColumnPlan] = StorageCache()
@@ -59,7 +63,7 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     rows, tiles = problem.query_tiles, problem.key_tiles
     groups = problem.exact_offsets.shape[0]
     indices = problem.exact_indices.long()
-    flat = _row_of_entry(problem.exact_offsets.long(), indices.numel())
+    flat = row_of_entry(problem.exact_offsets.long(), indices.numel())
     group, row = flat // rows, flat % rows
     masked = torch.full_like(row, not whole_chunks, dtype=torch.bool)
     if problem.q.shape[2] % problem.block_q:
@@ -76,13 +80,15 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     work = (bounds[..., 2] - bounds[..., 0]).view(groups // repeat, repeat, tiles).sum(1)
     bits = None
     if problem.pooled_offsets is not None and problem.pooled_indices is not None:
-        bits = bitmap(problem.pooled_offsets, problem.pooled_indices, tiles)
+        bits = bits_of(problem.pooled_offsets, problem.pooled_indices, tiles)
     return ColumnPlan(
         rows=row[order].int().contiguous(),
         bounds=bounds.contiguous(),
         order=work.argsort(dim=-1, descending=True, stable=True).int(),
         entry_t=None if t is None else t[order].nan_to_num(1.0),
         pooled_bits=bits,
+        strides=list_strides(problem, problem.q.shape[1]),
+        order_strides=list_strides(problem, problem.k.shape[1]),
     )
 
 
@@ -102,12 +108,9 @@ def transpose(owner: Tensor, last: Tensor, owners: int) -> tuple[Tensor, Tensor]
     return order, torch.stack([edges[:-1:2], edges[1::2], edges[2::2]], -1)
 
 
-def bitmap(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
-    """Lists as bits: bit j % 32 of word [g, i, j // 32] is set where row i of group g holds tile j; int32."""
-    groups, rows = offsets.shape[0], offsets.shape[1] - 1
-    words = -(-tiles // WORD)
-    tile = indices.long()
-    at = _row_of_entry(offsets.long(), tile.numel()) * words + tile // WORD
-    table = torch.zeros(groups * rows * words, dtype=torch.int64, device=tile.device)
-    table.index_add_(0, at, torch.ones_like(tile) << tile % WORD)
-    return torch.where(table >= 1 << 31, table - (1 << 32), table).int().view(groups, rows, words)
+def bits_of(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
+    """Lists as bits int32 [G, NQ, W]: bit j % 32 of word [g, i, j // 32] is set where row i of set g holds tile j."""
+    sets, rows = offsets.shape[0], offsets.shape[1] - 1
+    chosen = torch.zeros(sets * rows, tiles, dtype=torch.bool, device=indices.device)
+    chosen[row_of_entry(offsets.long(), indices.numel()), indices.long()] = True
+    return pack_bits(chosen).view(sets, rows, -1)
