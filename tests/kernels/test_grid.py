@@ -15,7 +15,7 @@ from dit_accel_kernels.backends.triton.support import interpreted
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
 
-import grid  # noqa: E402
+import grid
 
 CASES = grid.cases()
 QUICK = range(5, len(CASES), 29)

@@ -478,7 +478,7 @@ def test_lists_are_transposed():
     for group in range(3):
         for tile in range(5):
             start, middle, end = plan.bounds[group, tile].tolist()
-            rows = plan.rows[start:end].tolist()
+            rows = plan.q_tiles[start:end].tolist()
             assert rows == sorted(rows)
             assert rows[middle - start :] == [row for row in rows if row == 6]  # the ragged last row needs a mask
             states[group, rows, tile] = 2

@@ -224,8 +224,8 @@ def test_longest_rows_come_first():
     plan = triton_plan.row_plan(make(tiles, q, k, v))
     exact = (tiles.states() == EXACT).sum(-1)
     work = exact * 16 + (tiles.states() == POOLED).sum(-1)
-    assert (work.gather(1, plan.row_order.long()).diff(dim=1) <= 0).all()
-    assert torch.equal(plan.row_order.sort(-1).values, torch.arange(7, dtype=torch.int32).expand(2, 7))
+    assert (work.gather(1, plan.q_order.long()).diff(dim=1) <= 0).all()
+    assert torch.equal(plan.q_order.sort(-1).values, torch.arange(7, dtype=torch.int32).expand(2, 7))
 
 
 def test_a_plan_is_made_once_and_in_every_call_with_a_mask():

@@ -120,14 +120,15 @@ def build(exact: Csr, pooled: Csr, shape: Shape, size: GroupSize) -> list[Portio
     order = (kind * most + tokens) * (shape.key_tiles + 1) + lists.pooled_counts
     order = order.argsort(descending=True, stable=True)
     own = lists.exact_counts[order], lists.pooled_counts[order], tokens[order]
-    groups = _groups(*torch.stack(own).tolist(), size, shape.block)
+    exact_counts, pooled_counts, held = torch.stack(own).tolist()
+    groups = _groups(exact_counts, pooled_counts, held, size, shape.block)
     found = []
     for some in _runs(groups, size.tiles):
         part = slice(some[0].start, some[-1].stop)
         chosen = order[part]
         tiles = lists.tiles_of(chosen, max(group.exact for group in some), max(group.pooled for group in some))
         here = [replace(group, start=group.start - part.start, stop=group.stop - part.start) for group in some]
-        found.append(Portion(chosen, *tiles, *(x[part] for x in own), here))
+        found.append(Portion(chosen, *tiles, own[0][part], own[1][part], own[2][part], here))
     return found
 
 

@@ -139,7 +139,7 @@ def _launch(
     vote = None if selection is None else selection.vote
     programs = batch * heads * problem.query_tiles * -(-problem.block_q // block_q)
     _fwd_kernel[(programs,)](
-        q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.row_order, lists.entry_t,
+        q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
         None if means is None else plan.pooled_t, lists.pooled_indices, *pooled, words,
         *_descriptors(problem, block_k),

@@ -1,4 +1,4 @@
-"""Gradients through tile lists on Triton: of Q along block rows, of K and V along key tiles, without atomics.
+"""Gradients through tile lists on Triton: of Q along query tiles, of K and V along key tiles, without atomics.
 
 Four launches. A pre-pass forms delta = sum(out * grad_out) - grad_lse for every query row. One program then owns a
 block of rows of grad_q, and another a block of rows of grad_k and grad_v, summing over the query heads that share its
@@ -149,7 +149,7 @@ def _query_grad(
     table = None if problem.decay is None else problem.decay[0]
     programs = batch * heads * problem.query_tiles * triton.cdiv(problem.block_q, block_q)
     _dq_kernel[(programs,)](
-        q, k, v, grad_out, grad_q, base, delta, norm, lists.indices, lists.bounds, plan.row_order, lists.entry_t,
+        q, k, v, grad_out, grad_q, base, delta, norm, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames,
         None if means[0] is None else plan.pooled_t, lists.pooled_indices, *means,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
@@ -199,7 +199,7 @@ def _key_grads(
     table = None if problem.decay is None else problem.decay[0]
     programs = batch * key_heads * problem.key_tiles * triton.cdiv(problem.block_k, block_k)
     _dkdv_kernel[(programs,)](
-        q, k, v, grad_out, *grads, base, delta, norm, plan.rows, plan.bounds, plan.order, plan.entry_t,
+        q, k, v, grad_out, *grads, base, delta, norm, plan.q_tiles, plan.bounds, plan.order, plan.entry_t,
         problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grads[0].stride()[:3], *grads[1].stride()[:3],
