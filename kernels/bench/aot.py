@@ -102,11 +102,6 @@ def turns(launch: Recorded) -> tuple[int, ...]:
     return (chunks, 32 * chunks) if chunks > 1 else (32,)
 
 
-def logits(launch: Recorded) -> int:
-    """Logits of one block in one turn of its hot loop; 0 where it makes none."""
-    return launch.constants.get("BLOCK_Q", 0) * launch.constants.get("BLOCK_K", 0)
-
-
 def compile_one(launch: Recorded) -> dict[str, Any]:
     """One launch, as a JSON-ready record; a compiler's failure becomes its `error`."""
     target = TARGETS[launch.target]
@@ -115,7 +110,7 @@ def compile_one(launch: Recorded) -> dict[str, Any]:
         "target": launch.target,
         "warps": launch.num_warps,
         "stages": launch.num_stages,
-        "logits": logits(launch),
+        "logits": launch.constants.get("BLOCK_Q", 0) * launch.constants.get("BLOCK_K", 0),  # of a turn of a hot loop
         "hot_loop": has_hot_loop(launch),
     }
     start = time.perf_counter()
