@@ -224,7 +224,6 @@ def run(todo: list[Recorded], jobs: int) -> Iterator[dict[str, Any]]:
 
 
 def key_of(launch: Recorded) -> Key:
-    """What records are kept by."""
     return launch.name, launch.target
 
 
