@@ -223,7 +223,7 @@ def run(todo: list[Recorded], jobs: int) -> Iterator[dict[str, Any]]:
             yield future.result()
 
 
-def key_of(launch: Recorded) -> Key:
+def _key_of(launch: Recorded) -> Key:
     return launch.name, launch.target
 
 
@@ -231,7 +231,7 @@ def changed(todo: list[Recorded], records: dict[Key, dict[str, Any]], jobs: int)
     """What has no record of this Triton version and of what it is now."""
     with workers(jobs) as pool:
         prints = list(pool.map(_fingerprint_of, todo, chunksize=8))
-    found = [records.get(key_of(launch), {}) for launch in todo]
+    found = [records.get(_key_of(launch), {}) for launch in todo]
     now = [(triton_version(), text) for text in prints]
     known = [(record.get("triton"), record.get("fingerprint")) for record in found]
     return [launch for launch, a, b in zip(todo, known, now, strict=True) if a != b]
@@ -360,7 +360,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"--target takes {', '.join(TARGETS)}: found {', '.join(unknown)}")
     everything = tasks("", list(TARGETS), args.module)
-    order = {key_of(launch): i for i, launch in enumerate(everything)}
+    order = {_key_of(launch): i for i, launch in enumerate(everything)}
     todo = asked = [x for x in everything if x.target in targets and re.search(args.match, x.name)]
     if not todo:
         raise SystemExit(f"no launch matches --match {args.match!r}: try --match ''")
@@ -370,7 +370,7 @@ def main() -> None:
         print(f"{len(asked) - len(todo)} of {len(asked)} are as {args.out} records them, {len(todo)} to be compiled")
     if args.sample is not None:
         todo = asked = spread(todo, args.sample)
-    records = {key: record for key, record in records.items() if key not in set(map(key_of, todo))}
+    records = {key: record for key, record in records.items() if key not in set(map(_key_of, todo))}
     compiled = []
     for record in run(todo, args.jobs):
         compiled.append(record)
@@ -385,7 +385,7 @@ def main() -> None:
     for record in compiled:
         table.add_row(*row(record))
     Console(width=200).print(table)
-    scope = [records[key_of(launch)] for launch in asked]
+    scope = [records[_key_of(launch)] for launch in asked]
     bad = [f"{r['launch']} on {r['target']}: {'; '.join(faults(r) + loop_faults(r))}" for r in scope]
     bad = [line for line in bad if not line.endswith(": ")]
     print("\n".join(bad))
