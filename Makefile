@@ -7,7 +7,7 @@ PACKAGES := dit_accel kernels pipelines eval assets tests
 .PHONY: demo test test-slow test-all test-diffusers bench bench-gpu types lint format setup clean
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m dit_accel_pipelines.demo --out demo
+	$(BIN)/python -m dit_accel_eval.demo --out demo
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --durations=15 --durations-min=1

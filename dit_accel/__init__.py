@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .methods.attention.sol import SolAttention as SolAttention
     from .methods.attention.sparsed import SparseD as SparseD
     from .methods.attention.ultravico import UltraViCo as UltraViCo
+    from .methods.caches.db import DBCache as DBCache
+    from .methods.caches.db import FirstBlockCache as FirstBlockCache
+    from .methods.caches.easy import EasyCache as EasyCache
+    from .methods.caches.static import StaticCache as StaticCache
     from .plan.layout import TokenLayout as TokenLayout
     from .report.report import Report as Report
 

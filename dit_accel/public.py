@@ -21,6 +21,10 @@ HOMES: dict[str, str] = {
     "SolAttention": "methods.attention.sol",
     "SparseD": "methods.attention.sparsed",
     "UltraViCo": "methods.attention.ultravico",
+    "DBCache": "methods.caches.db",
+    "EasyCache": "methods.caches.easy",
+    "FirstBlockCache": "methods.caches.db",
+    "StaticCache": "methods.caches.static",
     "Report": "report.report",
     "TokenLayout": "plan.layout",
 }

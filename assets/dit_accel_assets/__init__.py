@@ -6,7 +6,16 @@ from dit_accel_assets.catalog import (
     model_defaults,
     model_names,
     model_path,
+    model_score,
     vocabulary,
 )
 
-__all__ = ["check_prompt", "held_out_prompts", "model_defaults", "model_names", "model_path", "vocabulary"]
+__all__ = [
+    "check_prompt",
+    "held_out_prompts",
+    "model_defaults",
+    "model_names",
+    "model_path",
+    "model_score",
+    "vocabulary",
+]

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dit_accel_assets import clips, prompts, world
 
 MODELS = Path(__file__).parent / "models"
+_CHECKED = ("color", "shape", "direction", "background")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,16 +24,51 @@ class Model:
     words: Callable[[], tuple[str, ...]]
     held_out: Callable[[int], str]
     """Number -> prompt of a combination that training never saw."""
-    defaults: dict[str, float | int]
+    defaults: dict[str, float | int | str]
     """The call arguments it is meant to be sampled with: size and length in pixels and frames, steps, guidance."""
+    score: Callable[[np.ndarray, int], float]
+    """(clip, number) -> the share of the prompt's questions that a clip answers rightly."""
 
 
 def _clip_prompt(index: int) -> str:
     return clips.clip_of(index, frames=1, held_out=True)[0]
 
 
+def _clip_score(video: np.ndarray, index: int) -> float:
+    from dit_accel_assets.checker import check
+
+    found, (_, scene, _) = check(video), clips.clip_of(index, frames=1, held_out=True)
+    return float(np.mean([getattr(found, name) == getattr(scene, name) for name in _CHECKED]))
+
+
+def _world_scene(index: int) -> world.Scene:
+    return world.scene_of(0, index, held_out=True)
+
+
 def _world_prompt(index: int) -> str:
-    return prompts.prompt_of(world.scene_of(0, index, held_out=True))
+    return prompts.prompt_of(_world_scene(index))
+
+
+def _world_score(video: np.ndarray, index: int) -> float:
+    return _judged(video, _world_scene(index))
+
+
+def _still_scene(index: int) -> world.Scene:
+    return world.scene_of(0, index, height=96, width=96, held_out=True, still=True)
+
+
+def _still_prompt(index: int) -> str:
+    return prompts.prompt_of(_still_scene(index))
+
+
+def _still_score(video: np.ndarray, index: int) -> float:
+    return _judged(video, _still_scene(index))
+
+
+def _judged(video: np.ndarray, scene: world.Scene) -> float:
+    from dit_accel_assets.judge import judge
+
+    return judge(video, scene).score
 
 
 KNOWN: dict[str, Model] = {
@@ -38,13 +76,29 @@ KNOWN: dict[str, Model] = {
         pipeline="WanPipeline",
         words=clips.vocabulary,
         held_out=_clip_prompt,
+        score=_clip_score,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
     "wan-tiny-2": Model(
         pipeline="WanPipeline",
         words=prompts.vocabulary,
         held_out=_world_prompt,
+        score=_world_score,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
+    ),
+    "flux-tiny": Model(
+        pipeline="FluxPipeline",
+        words=prompts.vocabulary,
+        held_out=_still_prompt,
+        score=_still_score,
+        defaults={
+            "height": 96,
+            "width": 96,
+            "num_inference_steps": 20,
+            "true_cfg_scale": 4.0,
+            "negative_prompt": "",
+            "max_sequence_length": 64,
+        },
     ),
 }
 
@@ -60,7 +114,7 @@ def model_path(name: str = "wan-tiny") -> Path:
     return MODELS / name
 
 
-def model_defaults(name: str = "wan-tiny") -> dict[str, float | int]:
+def model_defaults(name: str = "wan-tiny") -> dict[str, float | int | str]:
     """Return the call arguments (size, frames, steps, guidance) that an embedded model is meant to be sampled with."""
     return dict(_known(name).defaults)
 
@@ -71,6 +125,11 @@ def held_out_prompts(name: str, count: int) -> list[str]:
         raise ValueError(f"count={count}: ask for 0 or more prompts")
     model = _known(name)
     return [model.held_out(index) for index in range(count)]
+
+
+def model_score(name: str, index: int, video: np.ndarray) -> float:
+    """Return in [0, 1] how much of the held-out prompt of a number a clip [F, H, W, 3] shows, by the model's judge."""
+    return _known(name).score(video, index)
 
 
 def vocabulary(name: str = "wan-tiny") -> tuple[str, ...]:

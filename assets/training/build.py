@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from dit_accel_assets import prompts
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -84,12 +84,13 @@ def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
     )
 
 
-def save_pipeline(pipe: WanPipeline, folder: Path) -> None:
+def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline in fp16 safetensors; `pipe` itself keeps its precision (weights are cast in a copy)."""
     shutil.rmtree(folder, ignore_errors=True)
     pipe.save_pretrained(folder)
-    for name in ("text_encoder", "vae", "transformer"):
-        part = type(getattr(pipe, name)).from_pretrained(folder / name).to(torch.float16)
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    for name, part in parts.items():
+        part = type(part).from_pretrained(folder / name).to(torch.float16)
         part.save_pretrained(folder / name)
     for file in folder.rglob("*.json"):
         values = json.loads(file.read_text())

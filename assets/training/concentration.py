@@ -1,16 +1,15 @@
-"""Measures how concentrated a Wan pipeline's self-attention is, from queries and keys as its processor sees them."""
+"""Measures how concentrated a pipeline's self-attention is, from queries and keys as its processor sees them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
-from diffusers.models.transformers import transformer_wan
-from dit_accel_assets import prompts, world
+from subjects import Subject
 from torch import Tensor
 
 TILE = 64
@@ -33,47 +32,48 @@ def heaviest(mass: Tensor, share: float) -> float:
 
 
 @contextmanager
-def recorded(record: Any) -> Iterator[None]:
-    """Call `record(query, key)` ([B, S, H, D]) at every self-attention of a Wan transformer while inside."""
-    plain = transformer_wan.dispatch_attention_fn
+def recorded(module: Any, record: Any) -> Iterator[None]:
+    """Call `record(query, key)` ([B, S, H, D]) at every self-attention of a diffusers model's module while inside."""
+    plain = module.dispatch_attention_fn
 
     def spy(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.shape[1] == key.shape[1]:
             record(query, key)
         return plain(query, key, value, *args, **kwargs)
 
-    transformer_wan.dispatch_attention_fn = spy
+    module.dispatch_attention_fn = spy
     try:
         yield
     finally:
-        transformer_wan.dispatch_attention_fn = plain
+        module.dispatch_attention_fn = plain
 
 
-@torch.no_grad()
 def heaviest_mass(
-    pipe: WanPipeline, scene: world.Scene, frames: int, *, share: float, guidance: float, steps: int = 4
+    subject: Subject, pipe: Any, *, share: float, guidance: float, steps: int = 4
 ) -> tuple[np.ndarray, int]:
     """Return the mass of the heaviest tiles, [steps, layers, heads], in the prompt's branch, and the token count."""
-    layers = pipe.transformer.config.num_layers
-    found: list[list[float]] = []
-    tokens, calls = 0, 0
+    size, frames = subject.crowded
+    found: list[list[list[float]]] = []
+    tokens = 0
 
     def record(query: Tensor, key: Tensor) -> None:
-        nonlocal tokens, calls
-        tokens, calls = query.shape[1], calls + 1
-        if (calls - 1) // layers % 2 == 0:  # the prompt's branch runs first, the empty prompt's after it
+        nonlocal tokens
+        tokens = query.shape[1]
+        if not branch:  # the prompt's branch runs first, the empty prompt's after it
             heads = range(query.shape[2])
-            found.append([heaviest(tile_mass(query[0, :, head], key[0, :, head]), share) for head in heads])
+            found[-1].append([heaviest(tile_mass(query[0, :, head], key[0, :, head]), share) for head in heads])
 
-    with recorded(record):
-        pipe(
-            prompts.prompt_of(scene),
-            height=scene.height,
-            width=scene.width,
-            num_frames=frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-        )
-    return np.asarray(found).reshape(steps, layers, -1), tokens
+    def count(*_: Any) -> None:
+        nonlocal branch
+        branch = not branch
+        if not branch:
+            found.append([])
+
+    branch = True
+    hook = pipe.transformer.register_forward_pre_hook(count)
+    try:
+        with recorded(import_module(subject.dispatch), record):
+            list(subject.generate(pipe, subject.scenes(1, size), frames, steps, guidance, output_type="latent"))
+    finally:
+        hook.remove()
+    return np.asarray(found), tokens

@@ -1,4 +1,4 @@
-"""Packs the averaged weights of both trainings into a folder: `python assets/training/export.py --out FOLDER`."""
+"""Packs the averaged weights of trainings: `python assets/training/export.py [--image] --out FOLDER`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import torch
 from build import build_pipeline, save_pipeline
 from common import RUNS
 from diffusers import AutoencoderKLWan, WanPipeline
+from train_image import trained_flux
+
+LOGS = Path(__file__).parent
+"""Where the logs of packed trainings stay."""
 
 
 def trained_autoencoder(run: Path) -> AutoencoderKLWan:
@@ -36,15 +40,16 @@ def trained_pipeline(runs: Path) -> tuple[WanPipeline, int]:
 
 
 def main() -> None:
-    """Read both runs, save the pipeline in fp16 and keep the trainings' logs beside the scripts."""
+    """Read the runs, save the pipeline in fp16 and keep the trainings' logs beside the scripts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder with both runs (default %(default)s)")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder with the runs (default %(default)s)")
+    parser.add_argument("--image", action="store_true", help="the image model instead of the video model")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    pipe, step = trained_pipeline(args.runs)
+    pipe, step = (trained_flux if args.image else trained_pipeline)(args.runs)
     save_pipeline(pipe, args.out)
-    for name in ("vae", "transformer"):
-        shutil.copy(args.runs / name / "log.jsonl", Path(__file__).parent / f"{args.out.name}.{name}.log.jsonl")
+    for name in ("image-vae", "flux") if args.image else ("vae", "transformer"):
+        shutil.copy(args.runs / name / "log.jsonl", LOGS / f"{args.out.name}.{name}.log.jsonl")
     print(f"step {step} -> {args.out}")
 
 

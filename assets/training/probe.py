@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from common import RUNS
 from dit_accel_assets import clips, prompts, world
-from samples import load
+from subjects import Video
 from train_transformer import encode_clips
 
 PARTS = ("", "color", "shape", "texture", "motion", "ground")
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=48)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pipe, name = load(args.model, args.runs)
+    pipe, name = Video().load(args.model, args.runs)
     drawn = (world.scene_of(91, index, height=args.size, width=args.size) for index in range(100 * args.count))
     scenes = [scene for scene in drawn if scene.things[0].motion.startswith("moving")][: args.count]
     shape = (1, -1, 1, 1, 1)

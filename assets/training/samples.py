@@ -1,51 +1,15 @@
-"""Generates held-out prompts, judges the clips and draws a contact sheet: `python assets/training/samples.py`."""
+"""Generates held-out prompts, judges the results and draws a contact sheet: `python assets/training/samples.py`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
+import subjects
 from common import RUNS
-from diffusers import WanPipeline
-from dit_accel_assets import judge, prompts, world
-from export import trained_pipeline
+from dit_accel_assets import judge, prompts
 from PIL import Image
-
-
-def load(model: Path | None, runs: Path) -> tuple[WanPipeline, str]:
-    """Return a packed model's pipeline in fp32, or that of the trainings in `runs` if none is given, and a name."""
-    if model is not None:
-        pipe = WanPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe, model.name
-    pipe, step = trained_pipeline(runs)
-    return pipe, f"step {step}"
-
-
-def held_out(count: int, height: int, width: int, first: int = 0) -> list[world.Scene]:
-    """Return the first held-out scenes at a picture size; their prompts at 64 x 64 are the catalog's."""
-    return [world.scene_of(0, first + index, height=height, width=width, held_out=True) for index in range(count)]
-
-
-def generate(
-    pipe: WanPipeline, scenes: list[world.Scene], frames: int, steps: int, guidance: float
-) -> Iterator[np.ndarray]:
-    """Yield a clip float32 [F, H, W, 3] for each scene's prompt, its number being the seed, four at a time."""
-    for first in range(0, len(scenes), 4):
-        part = scenes[first : first + 4]
-        generators = [torch.Generator().manual_seed(first + index) for index in range(len(part))]
-        yield from pipe(
-            [prompts.prompt_of(scene) for scene in part],
-            height=part[0].height,
-            width=part[0].width,
-            num_frames=frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-        ).frames
 
 
 def score(verdicts: list[judge.Verdict]) -> dict[str, float]:
@@ -58,28 +22,38 @@ def score(verdicts: list[judge.Verdict]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in figures.items()}
 
 
+def sheet(videos: list[np.ndarray]) -> Image.Image:
+    """Return seven frames of each clip as rows, or pictures as a square, twice as large."""
+    if len(videos[0]) == 1:
+        wide = round(len(videos) ** 0.5)
+        rows = [np.concatenate([v[0] for v in videos[k : k + wide]], axis=1) for k in range(0, len(videos), wide)]
+        rows = [row for row in rows if row.shape == rows[0].shape]
+    else:
+        picks = np.linspace(0, len(videos[0]) - 1, 7).round().astype(int)
+        rows = [np.concatenate([video[pick] for pick in picks], axis=1) for video in videos]
+    picture = Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8))
+    return picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
+
+
 def main() -> None:
-    """Generate, print prompts with their scores, and save seven frames of every clip as one picture."""
+    """Generate, print prompts with their scores, and save the sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="packed model; without it the checkpoints in --runs")
-    parser.add_argument("--runs", type=Path, default=RUNS)
+    subjects.add_arguments(parser)
     parser.add_argument("--count", type=int, default=8)
-    parser.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--frames", type=int, default=world.FRAMES)
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: the judged size")
+    parser.add_argument("--frames", type=int, help="default: the trained length")
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=subjects.Subject.guidance)
     parser.add_argument("--sheet", type=Path, default=RUNS / "sheet.png")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    pipe, name = load(args.model, args.runs)
-    scenes, rows, verdicts = held_out(args.count, *args.size), [], []
-    for scene, video in zip(scenes, generate(pipe, scenes, args.frames, args.steps, args.guidance), strict=True):
+    subject, pipe, name = subjects.chosen(args)
+    scenes, videos, verdicts = subject.scenes(args.count, args.size or subject.size), [], []
+    frames = args.frames or subject.frames
+    for scene, video in zip(scenes, subject.generate(pipe, scenes, frames, args.steps, args.guidance), strict=True):
         verdicts.append(judge.judge(video, scene))
-        picks = np.linspace(0, args.frames - 1, 7).round().astype(int)
-        rows.append(np.concatenate([video[pick] for pick in picks], axis=1))
+        videos.append(video)
         print(f"{verdicts[-1].score:.2f}  {prompts.prompt_of(scene)}", flush=True)
-    sheet = Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(args.sheet)
+    sheet(videos).save(args.sheet)
     print(name, score(verdicts), "->", args.sheet)
 
 

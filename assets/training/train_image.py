@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from dit_accel_assets import painter, prompts, world
 from loop import Budget, Loss, read_arguments, run_training
 from torch import Tensor
-from train_transformer import FlowRecipe, noise_levels
+from train_transformer import FlowRecipe, begin, noise_levels
 from train_vae import AutoencoderRecipe, reconstruction_loss
 
 PLAIN = (
@@ -123,6 +123,7 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
     vae = AutoencoderKL.from_pretrained(vae_folder)
     pipe = build_flux_pipeline(vae)
     torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    begin(pipe, config.start, ("transformer", "text_encoder", "text_encoder_2"))
 
     def loss_at(_step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
         pictures, scenes = draw_pictures(rng, config.picture, config.picture, config.batch)

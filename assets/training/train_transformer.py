@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from build import build_pipeline
 from common import RUNS, Averages
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from dit_accel_assets import painter, prompts, world
+from dit_accel_assets import model_path, painter, prompts, world
 from fast_attention import TrainingCrossAttention, TrainingSelfAttention
 from loop import Budget, Loss, Recipe, read_arguments, run_training, save_atomic
 from torch import Tensor
@@ -40,6 +41,8 @@ class FlowRecipe(Recipe):
     high_noise: float
     """Share of the clips trained at noise levels of 0.9 to 1, where motion is decided."""
     prompt_dropout: float = 0.1
+    start: str = ""
+    """Embedded model whose weights the training goes on from, without its optimizer's memory; "" begins anew."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,8 +155,16 @@ def prepare(config: TransformerTraining, vae: AutoencoderKLWan) -> WanPipeline:
     torch.manual_seed(config.seed)
     pipe = build_pipeline(vae)
     torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    begin(pipe, config.start, ("transformer", "text_encoder"))
     use_training_attention(pipe, True)
     return pipe
+
+
+def begin(pipe: Any, start: str, parts: tuple[str, ...]) -> None:
+    """Load the weights of an embedded model's parts into an untrained pipeline; nothing for ""."""
+    for name in parts if start else ():
+        part = getattr(pipe, name)
+        part.load_state_dict(type(part).from_pretrained(model_path(start) / name, dtype=torch.float32).state_dict())
 
 
 def train(config: TransformerTraining, run: Path, vae_folder: Path, budget: Budget, change: bool = False) -> None:

@@ -233,7 +233,9 @@ def _install_calls(attachment: Attachment, state: TransformerState, part: Any) -
     """
     execution, undo, transformer = attachment._execution, attachment._undo, state.transformer
     original = getattr(transformer, "cache_context", None)
-    site = TransformerSite(execution, state, undo, original, compiled_whole=part is not transformer)
+    site = TransformerSite(
+        execution, state, undo, original, compiled_whole=part is not transformer, slot=attachment._slot
+    )
     for handler in execution.handlers:
         handler.install(site)
     site.install_blocks()

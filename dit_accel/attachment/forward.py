@@ -72,12 +72,24 @@ class Forward:
 
         if not self._functions:
             return innermost()
-        step = execution.state.context(state)
-        context = ForwardContext(inputs=inputs, **{name: getattr(step, name) for name in _STEP_FIELDS})
         around = innermost
         for function in self._functions:
-            around = _wrapped(function, context, around)
+            around = self._wrapped(function, inputs, around)
         return around()
+
+    def _wrapped(
+        self, function: AroundForward, inputs: Mapping[str, Any], run: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Return ``function`` around ``run``; it sees the inputs and branch as functions further out changed them."""
+        execution, state = self._execution, self._state
+
+        def around(**changed: Any) -> Any:
+            step = execution.state.context(state)  # a function further out may have opened a nested branch
+            values = {name: getattr(step, name) for name in _STEP_FIELDS}
+            context = ForwardContext(inputs={**inputs, **changed}, **values)
+            return function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
+
+        return around
 
     def note_weights(self) -> None:
         """Have the methods forget what they learned if something else acts on the transformer's weights now."""
@@ -171,19 +183,6 @@ def count_dense(execution: Execution, state: TransformerState) -> None:
 def _with_layout(step: StepContext, known: tuple[Any, Any]) -> StepContext:
     values = {name: getattr(step, name) for name in _STEP_FIELDS}
     return StepContext(**{**values, "layout": known[0], "batch": known[1]})
-
-
-def _wrapped(function: AroundForward, context: ForwardContext, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` around ``run``; it sees the inputs as the functions outside it changed them."""
-
-    def around(**changed: Any) -> Any:
-        if not changed:
-            return function(context, run)
-        values = {name: getattr(context, name) for name in _STEP_FIELDS}
-        seen = ForwardContext(inputs={**context.inputs, **changed}, **values)
-        return function(seen, lambda **further: run(**{**changed, **further}))
-
-    return around
 
 
 def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:

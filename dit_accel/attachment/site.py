@@ -14,6 +14,7 @@ from ..methods.site import AroundBlock, AroundForward, Block
 from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
+from .processor import Slot
 from .seam import is_compiled, shadow, wrap_call
 
 _MISSING = object()
@@ -40,12 +41,14 @@ class TransformerSite:
         undo: list[Callable[[], None]],
         context: Callable[[str], Any] | None,
         compiled_whole: bool,
+        slot: Slot,
     ) -> None:
         self._execution = execution
         self._state = state
         self._undo = undo
         self._context = context
         self._compiled_whole = compiled_whole
+        self._slot = slot
         self._blocks: tuple[Block, ...] | None = None
         self.forwards: list[AroundForward] = []
         self.around: dict[int, list[AroundBlock]] = {}
@@ -111,6 +114,15 @@ class TransformerSite:
                 place[name] = old
 
         self._undo.append(restore)
+
+    def on_detach(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` when the methods are detached."""
+        self._undo.append(undo)
+
+    def reached(self) -> int:
+        """Return how many attention layers ran in the forward that ended last; those of compiled blocks unseen."""
+        layers = self._execution.layers
+        return sum(layers[number].state is self._state for number in self._slot.reached)
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ import re
 import typing
 from typing import Annotated, Any
 
+import dit_accel_assets
 import typer
 
 from ..adapters import registry as adapter_registry
@@ -45,10 +46,14 @@ def methods(json: Json = False) -> None:
         "'recipe' means: what the model's family uses, see `dit-accel describe`.",
         style="dim",
     )
+    objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
+    OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
 
 
 def models(json: Json = False) -> None:
     """List the models that are known by name, then which methods each family takes, and why not.
+
+    Embedded models ship with the project: generate's --model takes their names.
 
     Examples:
 
@@ -70,12 +75,20 @@ def models(json: Json = False) -> None:
         table.add_row(row["name"], row["adapter"], *sizes, size, f"{row['tokens']:,}")
     OUT.print(table)
     OUT.print()
+    for name in dit_accel_assets.model_names():
+        call = ", ".join(f"{key} {value}" for key, value in dit_accel_assets.model_defaults(name).items())
+        OUT.print(f"embedded: --model {name}  ({call})", soft_wrap=True, highlight=False)
+    OUT.print()
     _print_verdicts()
 
 
 def _print_verdicts() -> None:
-    """Print family x method: yes (supported), degenerate, refused or plan only, then every reason once."""
-    names = list(method_registry.methods())
+    """Print family x method: yes (supported), degenerate, refused or plan only, then every reason once.
+
+    A method that no family refuses has no column.
+    """
+    refused = {name for adapter in adapter_registry.adapters().values() for name in adapter.refused}
+    names = [name for name in method_registry.methods() if name in refused]
     reasons: dict[str, list[str]] = {}
     table = plain_table("family", *names)
     for adapter in adapter_registry.adapters().values():
@@ -85,6 +98,7 @@ def _print_verdicts() -> None:
             if why:
                 reasons.setdefault(f"{name} is {word}: {why}", []).append(adapter.name)
     OUT.print(table)
+    OUT.print(f"refused by none: {', '.join(name for name in method_registry.methods() if name not in refused)}")
     for reason, adapters in reasons.items():
         OUT.print(f"{', '.join(adapters)}: {reason}", style="dim")
 
@@ -135,6 +149,7 @@ def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
         "num_inference_steps": family.num_inference_steps,
         "tokens": layout.visual_tokens,
         "text_tokens": family.text_tokens,
+        "embedded": family.name in dit_accel_assets.model_names(),
         "attachable": attachable,
         "methods": [name for name in method_registry.methods() if attachable and name not in adapter.refused],
         "refused": dict(adapter.refused),

@@ -85,11 +85,22 @@ class Handler:
     """Where it acts; a model that has no such place refuses it."""
 
     exclusive: ClassVar[frozenset[str]] = frozenset()
-    """Parts of an attention plan that it sets alone; two methods that set the same one can't be attached together."""
+    """Parts of a plan or forward that it sets alone; two methods that set the same one can't be attached together.
+
+    ``cache`` stands for the outputs of earlier steps, of which one method alone makes later ones.
+    """
+
+    objects: ClassVar[tuple[str, ...]] = ()
+    """Config types of another library that ask for it; it has no switch and no TOML table then."""
 
     def __init__(self, config: Any, model: Model) -> None:
         self.settings: Any = config
         self.model = model
+
+    @classmethod
+    def config_for(cls, given: Any) -> MethodConfig | None:
+        """Return the config that ``given`` asks for the method with: itself, or what wraps it; None: it does not."""
+        return given if type(given) is cls.config_type else None
 
     @property
     def name(self) -> str:
@@ -105,6 +116,13 @@ class Handler:
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Return a note on a layout for the report, or None; raise `ConfigError` to refuse the layout."""
         return None
+
+    def needs_step(self, step: StepContext) -> bool:
+        """Tell whether this branch's forward of a step must run, because the method learns or measures in it.
+
+        Step caches ask before they skip one.
+        """
+        return False
 
     def reset(self) -> None:
         """Forget what is carried from step to step: a generation begins or has ended, or its shape changed."""
@@ -150,6 +168,10 @@ class AttentionHandler(Handler):
         Asked before each forward, but not before the first one of a transformer that is compiled whole.
         """
         return True
+
+    def is_active_somewhere(self, step: StepContext) -> bool:
+        """Tell whether the method changes attention in any layer at this step."""
+        return any(self.is_active(step, depth) for depth in range(max(1, self.model.layers)))
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Return ``plan`` with the method's part added by the plan's verbs.

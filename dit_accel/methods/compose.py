@@ -16,7 +16,7 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
     """Return the handlers of some methods on a model in the order in which they act, however they were given.
 
     Args:
-        configs: one of each method.
+        configs: one of each method; another library's objects where a handler wraps them.
         model: the model; its tiling is replaced by the one that the methods agree on.
         alone: these are all the methods; False: others may follow, so that one which needs a partner is not refused.
 
@@ -25,14 +25,20 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
             methods that can't be attached together.
     """
     types = [handler_of(config) for config in configs]
+    configs = [handler.config_for(config) or config for handler, config in zip(types, configs, strict=True)]
     paired = sorted(zip(types, configs, strict=True), key=lambda pair: (pair[0].phase, pair[1].name))
-    for (one, _), (other, _) in combinations(paired, 2):
+    for (one, asked), (other, also) in combinations(paired, 2):
+        if "cache" in one.exclusive & other.exclusive:
+            raise ConfigError(
+                f"{asked.asked} and {also.asked} both cache, and a transformer takes one cache; attach one of them"
+            )
         if one is other:
             raise ConfigError(f"two {one.config_type.__name__} configs were given; attach one of each method")
         if shared := one.exclusive & other.exclusive:
+            of = "an attention call" if Place.ATTENTION in one.places else "a forward"
             raise ConfigError(
                 f"{one.config_type.name} and {other.config_type.name} both set the {' and '.join(sorted(shared))} of "
-                "an attention call, which takes only one; attach one of them"
+                f"{of}, which takes only one; attach one of them"
             )
     for handler_type, config in paired:
         _refuse_on(model, handler_type, config)

@@ -39,9 +39,33 @@ class MethodConfig:
             if plain is not value:
                 object.__setattr__(self, field.name, plain)
 
+    @property
+    def asked(self) -> str:
+        """The name of what the user gave to ask for the method."""
+        return type(self).__name__
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as plain values: tuples become lists, None is left out."""
         return plain_fields(self)
+
+    def recipe_options(self) -> set[str]:
+        """Return the options that a model's recipe may set."""
+        return set(self.defaults)
+
+    def filled(self, recipe: Mapping[str, Any]) -> Any:
+        """Return the config with every unset option filled in from ``recipe``, then from `defaults`.
+
+        Raises:
+            ConfigError: for an option that no recipe may fill, or a value out of range.
+        """
+        known = self.recipe_options()
+        for key in recipe:
+            if key not in known:
+                raise ConfigError(
+                    f"a recipe of {self.name} sets {key!r}, which no recipe may set; {did_you_mean(key, sorted(known))}"
+                )
+        values = {**self.defaults, **recipe}
+        return dataclasses.replace(self, **{key: values[key] for key in values if getattr(self, key) is None})
 
     def tile_size(self, recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
         """Return the tile size that the user asks for, and the one that the method takes on this model otherwise.

@@ -51,8 +51,8 @@ def _load(entry: EntryPoint) -> type[Handler]:
 
 
 def methods() -> dict[str, type[MethodConfig]]:
-    """Return the config type of every method by its name."""
-    return {name: handler.config_type for name, handler in handlers().items()}
+    """Return the config type of every method by its name, but for those that objects of other libraries ask for."""
+    return {name: handler.config_type for name, handler in handlers().items() if not handler.objects}
 
 
 def method(name: str) -> type[MethodConfig]:
@@ -68,16 +68,17 @@ def method(name: str) -> type[MethodConfig]:
 
 
 def handler_of(config: Any) -> type[Handler]:
-    """Return the handler type of a config.
+    """Return the handler type of a config, or of another library's object that asks for a method.
 
     Raises:
-        ConfigError: for anything but a config of an installed method, with what was probably meant.
+        ConfigError: for anything else, with what was probably meant.
     """
     for handler in handlers().values():
-        if type(config) is handler.config_type:
+        if handler.config_for(config) is not None:
             return handler
-    known = ", ".join(sorted(handler.config_type.__name__ for handler in handlers().values()))
-    hint = f"known: {known}"
+    known = [config_type.__name__ for config_type in methods().values()]
+    objects = [name for handler in handlers().values() for name in handler.objects]
+    hint = f"known: {', '.join(sorted(known))}; of diffusers: {', '.join(sorted(objects))}"
     if isinstance(config, type) and issubclass(config, MethodConfig):
         hint = f"give an instance of it, {config.__name__}()"
     elif isinstance(config, Sequence) and not isinstance(config, str):

@@ -86,8 +86,19 @@ class Site(Protocol):
         """Set an attribute, buffer or parameter of an object until the methods are detached."""
         ...
 
+    def on_detach(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` when the methods are detached: for what only another library can take back."""
+        ...
+
     def branch(self, name: str) -> AbstractContextManager[None]:
         """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
+        ...
+
+    def reached(self) -> int:
+        """Return how many of the attention layers that methods may change ran in the forward that ended last.
+
+        Those of compiled blocks are not seen.
+        """
         ...
 
 

@@ -26,6 +26,8 @@ def to_toml(configs: Iterable[MethodConfig]) -> str:
 
     tables: dict[str, Any] = {"version": VERSION}
     for config in configs:
+        if not isinstance(config, MethodConfig):
+            raise ConfigError(f"{type(config).__name__} has no TOML table; give the object itself to attach")
         if config.name in tables:
             raise ConfigError(f"two {config.name} configs were given; TOML holds one of each method")
         tables[config.name] = config.to_dict()

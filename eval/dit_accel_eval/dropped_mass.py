@@ -5,7 +5,6 @@ and keys and against dense attention: mean and largest over the call's rows, bes
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,8 @@ from torch import Tensor
 import dit_accel
 from dit_accel.attachment.execution import PlannedCall
 
-from .compare import WEIGHTS, read_lines
+from .embedded import weights_hash
+from .results import read_lines
 
 BUDGETS = (0.1,)
 OUT = Path(__file__).parents[1] / "results" / "dropped-mass.jsonl"
@@ -108,7 +108,7 @@ def _measured(pipe: WanPipeline, options: argparse.Namespace, budget: float, cli
         "steps": options.steps,
         **SETTING,
         "torch": torch.__version__,
-        "model": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12],
+        "model": weights_hash("wan-tiny"),
     }
 
 

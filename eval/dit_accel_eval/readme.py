@@ -10,25 +10,19 @@ from typing import Any
 from dit_accel.adapters.registry import adapters
 from dit_accel.methods.registry import methods
 
-from .compare import read_lines, table
+from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
 from .longer import table as longer_table
+from .results import read_lines
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
-    "README.md": ("models", "sol-tiny", "speed"),
-    "docs/quality.md": (
-        "radial-tiny",
-        "lite-tiny",
-        "dropped-mass",
-        "delta-tiny",
-        "longer-tiny",
-        "time",
-    ),
+    "README.md": ("models", "speed"),
+    "docs/quality.md": ("knee-wan-tiny", "sparse-wan-tiny", "dropped-mass", "longer-wan-tiny", "time"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -77,16 +71,12 @@ def _models(root: Path) -> str:
 
 def _suite(root: Path, name: str) -> str:
     path = Path(f"eval/suites/{name}.toml")
-    lines = read_lines(root / f"eval/results/{name}.jsonl")
-    if not lines:
-        return f"Not measured yet; `python -m dit_accel_eval.compare {path}` measures it on the embedded model."
-    clips = len({line["clip"] for line in lines})
+    command, lines = f"python -m dit_accel_eval.compare {path}", read_lines(root / f"eval/results/{name}.jsonl")
     suite = read_suite(root / path)
-    head = (
-        f"`python -m dit_accel_eval.compare {path}`: the embedded model, {clips} held-out clips of {suite.num_frames} "
-        f"frames, {suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}; 95 % intervals."
-    )
-    return f"{head}\n\n{table(suite, lines)}"
+    if not lines:
+        return f"Not measured yet; `{command}` measures it on {suite.model}."
+    clips, call = len({line["clip"] for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0]["call"].items())
+    return f"`{command}`: {suite.model}, {clips} held-out clips ({call}); 95 % intervals.\n\n{table(suite, lines)}"
 
 
 def _speed(root: Path) -> str:
@@ -122,11 +112,10 @@ def _time(root: Path) -> str:
 def _longer(root: Path, name: str) -> str:
     path = Path(f"eval/suites/{name}.toml")
     command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / f"eval/results/{name}.jsonl")
-    if not lines:
-        return f"Not measured yet; `{command}` measures it on the embedded model."
     suite = read_suite(root / path)
-    head = f"`{command}`: the embedded model, {suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}"
-    return f"{head}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
+    if not lines:
+        return f"Not measured yet; `{command}` measures it on {suite.model}."
+    return f"`{command}`: {suite.model}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
 
 
 def _mass(root: Path) -> str:
@@ -140,7 +129,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "speed": _speed,
     "time": _time,
     "dropped-mass": _mass,
-    "longer-tiny": partial(_longer, name="longer-tiny"),
+    "longer-wan-tiny": partial(_longer, name="longer-wan-tiny"),
 }
 
 

@@ -16,7 +16,7 @@ TUNABLE = ("lite",)
 def tune_method(
     method: Annotated[str, typer.Argument(help="What to tune: lite.", metavar="METHOD")],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="What to show; may be repeated; default: two the embedded model knows.")
+        list[str] | None, typer.Option(help="What to show; may be repeated; default: two that an embedded model knows.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None,
     output: Annotated[
@@ -58,7 +58,7 @@ def tune_method(
     dit-accel generate "a red circle" --set lite.thresholds_file=lite.toml
     """
     from dit_accel_pipelines.progress import Stages
-    from dit_accel_pipelines.request import read_prompts
+    from dit_accel_pipelines.request import embedded_name, read_prompts
 
     from .tune_lite import embedded_prompts, tune_lite, tuning_request
 
@@ -68,9 +68,10 @@ def tune_method(
         raise ConfigError("tune takes --prompt or --prompt-file, got both; give one of them")
     prompts = tuple(prompt or ()) or (read_prompts(prompt_file) if prompt_file is not None else ())
     if not prompts:
-        if model is not None:
+        name = embedded_name(model)
+        if name is None:
             raise ConfigError(f"tune has no prompts of its own for {model}; give some with --prompt or --prompt-file")
-        prompts = embedded_prompts()
+        prompts = embedded_prompts(name)
     request = tuning_request(
         prompts=prompts, model=model, height=height, width=width, num_frames=num_frames,
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed, dtype=cast(Any, dtype),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_assets.clips import clip_of
+from dit_accel_assets import held_out_prompts
 from dit_accel_pipelines.generate import run
 from dit_accel_pipelines.loading import load_pipeline
 from dit_accel_pipelines.progress import Stages
@@ -95,9 +95,9 @@ class Tuned:
         }
 
 
-def embedded_prompts() -> tuple[str, ...]:
-    """Return two prompts that the embedded model knows."""
-    return tuple(clip_of(seed)[0] for seed in range(2))
+def embedded_prompts(name: str) -> tuple[str, ...]:
+    """Return two prompts that an embedded model knows."""
+    return tuple(held_out_prompts(name, 2))
 
 
 def tuning_request(**options: Any) -> Request:

@@ -35,7 +35,7 @@ def generate_video(
     guidance_scale: Guidance = None,
     seed: Seed = 0,
     fps: Annotated[
-        float | None, typer.Option(help="Frames per second of the file; default: 8 for the embedded model, else 16.")
+        float | None, typer.Option(help="Frames per second of the file; default: 8 for embedded models, else 16.")
     ] = None,
     scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1,
     dtype: Dtype = None,

@@ -105,8 +105,9 @@ def run(
 
     stages = stages or Stages(quiet=True)
     pictures = read_pictures(request) if pictures is None else pictures
-    arguments = {**request.asked(), "prompt": prompt, **pictures}
-    PipelineCall.of(type(pipe)).check(arguments)
+    call = PipelineCall.of(type(pipe))
+    arguments = {**request.beside(call), **request.asked(), "prompt": prompt, **pictures}
+    call.check(arguments)
     stages.stage("encoding the prompt")
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:

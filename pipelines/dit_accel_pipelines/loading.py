@@ -3,14 +3,12 @@
 from types import SimpleNamespace
 from typing import Any
 
-import dit_accel_assets
-
 from dit_accel.adapters.model_files import read_config, read_model_files
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.errors import ConfigError, UnsupportedModel
 
 from .quiet import quiet_diffusers
-from .request import EMBEDDED, Request
+from .request import Request, model_source
 
 
 def load_pipeline(request: Request) -> Any:
@@ -45,12 +43,12 @@ def empty_transformers(model: str | None) -> Any:
     """Return an object with a pipeline's ``components``: its transformers, without memory for their weights.
 
     Args:
-        model: hub id or folder; None is the embedded model.
+        model: hub id, folder or an embedded model's name; None is the default one of these.
 
     Raises:
         UnsupportedModel: if the model is not found, or no adapter covers it.
     """
-    source = str(dit_accel_assets.model_path()) if model in (None, EMBEDDED) else str(model)
+    source = model_source(model)
     files = read_model_files(source)
     components = {}
     for name in ("transformer", "transformer_2"):

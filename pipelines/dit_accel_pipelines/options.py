@@ -6,7 +6,11 @@ import typer
 
 RUN = "Running"
 Model = Annotated[
-    str | None, typer.Option(help="A hub id or a folder; default: the embedded tiny model.", metavar="ID|FOLDER")
+    str | None,
+    typer.Option(
+        help="A hub id, a folder, or an embedded model that `dit-accel models` lists; default: wan-tiny.",
+        metavar="ID|FOLDER|NAME",
+    ),
 ]
 Pixels = Annotated[int | None, typer.Option(help="In pixels; default: the model's.", metavar="PIXELS")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 switches guidance off.")]
@@ -14,7 +18,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or float16; default: float32 on a CPU and for the embedded model, else bfloat16.",
+        help="float32, bfloat16 or float16; default: float32 on a CPU and for embedded models, else bfloat16.",
         rich_help_panel=RUN,
         metavar="DTYPE",
     ),

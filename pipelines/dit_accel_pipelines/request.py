@@ -22,17 +22,18 @@ from .media import check_output, read_image, read_video
 from .pipeline_call import PICTURES, PipelineCall, pipeline_class
 
 EMBEDDED = "wan-tiny"
-"""Name of the model that ships with the project."""
+"""The embedded model that is taken where none is named."""
 
 EMBEDDED_FPS, OTHER_FPS = 8, 16
-EMBEDDED_GUIDANCE = 4.0
-"""The guidance that the embedded model was trained to be judged at."""
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential", "group")
 MAX_SCALE = 64
 
 SIZES = ("height", "width", "num_frames", "num_inference_steps")
 """What a family knows a default for."""
+
+ASKED = ("negative_prompt", *PICTURES, *SIZES, "guidance_scale")
+"""Arguments of the pipeline's call that a request holds."""
 
 Offload = Literal["none", "model", "sequential", "group"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -48,7 +49,7 @@ class Request:
         negative_prompt: what guidance leads away from.
         image: image file to start from.
         video: video file to start from.
-        model: hub id or folder; None is the embedded model.
+        model: hub id, folder or an embedded model's name; None is `EMBEDDED`.
         height: output height in pixels.
         width: output width in pixels.
         num_frames: output frames.
@@ -116,19 +117,19 @@ class Request:
             check_writable(side_car_path(output))
 
     @property
-    def is_embedded(self) -> bool:
-        """Tell whether the model is the one that ships with the project."""
-        return self.model in (None, EMBEDDED)
+    def embedded(self) -> str | None:
+        """Return the name of the model if it is one that ships with the project."""
+        return embedded_name(self.model)
 
     @property
     def source(self) -> str:
         """Return what diffusers loads: a folder or a hub id."""
-        return str(dit_accel_assets.model_path()) if self.model in (None, EMBEDDED) else str(self.model)
+        return model_source(self.model)
 
     @property
     def output_fps(self) -> float:
         """Return the frame rate of the file."""
-        return self.fps or (EMBEDDED_FPS if self.is_embedded else OTHER_FPS)
+        return self.fps or (EMBEDDED_FPS if self.embedded else OTHER_FPS)
 
     def outputs(self) -> list[Path]:
         """Return one path per prompt: the output itself, or with a number before its suffix."""
@@ -140,8 +141,24 @@ class Request:
 
     def asked(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that are set, except the prompt."""
-        names = ("negative_prompt", *PICTURES, *SIZES, "guidance_scale")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in ASKED if getattr(self, name) is not None}
+
+    def beside(self, call: PipelineCall) -> dict[str, Any]:
+        """Return what an embedded model's call is made with besides, which a request has no field for."""
+        own = dit_accel_assets.model_defaults(self.embedded) if self.embedded else {}
+        return {name: value for name, value in own.items() if name not in ASKED and call.takes(name)}
+
+
+def embedded_name(model: str | None) -> str | None:
+    """Return the name of an embedded model, `EMBEDDED` for None; None for a hub id or a folder."""
+    name = model or EMBEDDED
+    return name if name in dit_accel_assets.model_names() else None
+
+
+def model_source(model: str | None) -> str:
+    """Return what diffusers loads for a model's name: a folder or a hub id."""
+    name = embedded_name(model)
+    return str(dit_accel_assets.model_path(name)) if name else str(model)
 
 
 def side_car_path(output: Path) -> Path:
@@ -161,11 +178,18 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
             what its pipeline does not take or needs besides.
         UnsupportedModel: if the model is not found, or no adapter can take the methods asked for.
     """
-    if request.is_embedded:
-        _check_words(request)
+    embedded = request.embedded
+    if embedded:
+        for prompt in (*request.prompts, request.negative_prompt or ""):
+            check_words(prompt, embedded)
     files = read_model_files(request.source)
     call = PipelineCall.of(pipeline_class(files))
     call.check(request.asked())
+    if embedded:
+        own = dit_accel_assets.model_defaults(embedded)
+        fills = {name: own[name] for name in ASKED if name in own and call.takes(name)}
+        fills = {name: value for name, value in fills.items() if getattr(request, name) is None}
+        request = dataclasses.replace(request, dtype=request.dtype or "float32", **fills)
     family = _family_of(files, request)
     if family is None:
         return request, None, []
@@ -181,9 +205,6 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
         if frames != request.num_frames:
             notes.append(f"{request.num_frames} frames are rounded to {frames}, as the pipeline does")
         request = dataclasses.replace(request, num_frames=frames)
-    if request.is_embedded:
-        guidance = EMBEDDED_GUIDANCE if request.guidance_scale is None else request.guidance_scale
-        request = dataclasses.replace(request, dtype=request.dtype or "float32", guidance_scale=guidance)
     return request, family, notes
 
 
@@ -220,12 +241,16 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def _check_words(request: Request) -> None:
-    for prompt in (*request.prompts, request.negative_prompt or ""):
-        try:
-            dit_accel_assets.check_prompt(prompt)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+def check_words(prompt: str, embedded: str) -> None:
+    """Refuse words that an embedded model never saw.
+
+    Raises:
+        ConfigError: with the words, and those that it knows.
+    """
+    try:
+        dit_accel_assets.check_prompt(prompt, embedded)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _family_of(files: ModelFiles, request: Request) -> Family | None:

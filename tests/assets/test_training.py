@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "assets" / "training"))
 
 import accept
 import concentration
+import export
 import loop
 import numpy as np
+import samples
+import subjects
 import train_image
 import train_transformer
 import train_vae
@@ -86,6 +90,19 @@ def test_the_transformers_training_resumes_bit_for_bit_and_refuses_another_recip
         train(other, tmp_path / "parts", tmp_path / "vae", Steps(1))
 
 
+def test_a_training_goes_on_from_an_embedded_models_weights(tmp_path, monkeypatch):
+    torch.manual_seed(3)
+    packed = train_transformer.build_pipeline(train_vae.first_autoencoder(None))
+    packed.save_pretrained(tmp_path / "packed")
+    monkeypatch.setattr(train_transformer, "model_path", lambda name: tmp_path / name)
+    pipe = train_transformer.prepare(replace(TRANSFORMER, start="packed"), packed.vae)
+    fresh = train_transformer.prepare(TRANSFORMER, packed.vae)
+    for name in ("transformer", "text_encoder"):
+        wanted, found, other = (getattr(p, name).state_dict() for p in (packed, pipe, fresh))
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+        assert not all(torch.equal(other[key], value) for key, value in wanted.items())
+
+
 def test_a_pool_holds_whole_shards(tmp_path):
     with pytest.raises(ValueError, match="a pool of 3 clips is not a whole number of shards; use a multiple of 2"):
         train_transformer.Pool(tmp_path, None, 0, 32, 32, 3)
@@ -155,11 +172,43 @@ def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_p
             train_image.train_flux(flux, tmp_path / name / "flux", tmp_path / name / "image-vae" / "vae", Steps(part))
     for run in ("image-vae", "flux"):
         same(tmp_path / "whole" / run / "checkpoint.pt", tmp_path / "parts" / run / "checkpoint.pt")
-    pipe, step = train_image.trained_flux(tmp_path / "whole")
-    pictures = pipe(
-        "a red circle", height=48, width=64, num_inference_steps=2, true_cfg_scale=2.0, negative_prompt="",
-        max_sequence_length=64, output_type="np", generator=torch.Generator().manual_seed(0),
-    ).images  # fmt: skip
-    assert step == 3
-    assert pictures.shape == (1, 48, 64, 3)
-    assert np.isfinite(pictures).all()
+    monkeypatch.setattr(
+        sys, "argv", ["export.py", "--image", "--runs", str(tmp_path / "whole"), "--out", str(tmp_path / "flux-tiny")]
+    )
+    monkeypatch.setattr(export, "LOGS", tmp_path)
+    export.main()
+    judged(subjects.Image(), tmp_path / "flux-tiny", tmp_path / "whole", (48, 64))
+
+
+def test_the_video_model_is_judged_from_its_trainings_as_packed(tmp_path):
+    train_vae.train(VAE, tmp_path / "vae", None, Steps(6))
+    train_transformer.train(TRANSFORMER, tmp_path / "transformer", tmp_path / "vae" / "frozen", Steps(4))
+    judged(subjects.Video(), None, tmp_path, (32, 48))
+
+
+def judged(subject: subjects.Subject, model: Path | None, runs: Path, size: tuple[int, int]) -> None:
+    """Run what the gates run on a model that knows nothing yet."""
+    subject.frames = min(subject.frames, 5)
+    subject.crowded = (48, subject.frames)
+    pipe, name = subject.load(model, runs)
+    assert name == ("step 4" if model is None else model.name)
+    scenes = subject.scenes(5, size)
+    videos = list(subject.generate(pipe, scenes, subject.frames, 2, 4.0))
+    assert [video.shape for video in videos] == [(subject.frames, *size, 3)] * 5
+    assert all(np.isfinite(video).all() for video in videos)
+    again = next(subject.generate(pipe, scenes[:1], subject.frames, 2, 4.0))
+    assert np.abs(again - videos[0]).max() < 1e-3
+    unguided = next(subject.generate(pipe, scenes[:1], subject.frames, 2, 1.0))
+    assert not np.array_equal(unguided, again)
+    rows = (2 if subject.frames == 1 else 5) * size[0]
+    assert samples.sheet(videos).height == 2 * rows
+    figures = accept.steps_gate(subject, pipe, scenes[:1], 4.0, 32)
+    assert figures["reference_steps"] == 32
+    assert 0 <= accept.judged(subject, pipe, scenes[:2], subject.frames, 2, 4.0)["score"] <= 1
+    assert np.isfinite(accept.reconstruction(subject, pipe, scenes[:2])["mean_db"])
+    masses, tokens = concentration.heaviest_mass(subject, pipe, share=0.25, guidance=4.0, steps=2)
+    grid = (48 // 8) ** 2
+    blocks = 2
+    assert masses.shape == (2, blocks, 2)
+    assert tokens == (grid + 64 if subject.frames == 1 else 3 * grid)
+    assert ((masses > 0) & (masses <= 1 + 1e-6)).all()

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import pytest
 import typer
+from dit_accel_assets import model_names
 from typer.testing import CliRunner
 
 from dit_accel import RadialAttention
@@ -151,7 +152,9 @@ def test_models_lists_families():
         "ultravico": "an image has no frames of which there could be more than the model was trained on",
     }
     assert set(rows) == set(registry.families())
+    assert [name for name, row in rows.items() if row["embedded"]] == list(model_names())
     text = run("models").stdout
+    assert all(f"embedded: --model {name}  (height " in text for name in model_names())
     told = " ".join(text.split())
     for adapter in registry.adapters().values():
         word, why = adapter.verdict("radial")

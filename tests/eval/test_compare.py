@@ -1,19 +1,28 @@
-"""The comparison: metrics that know identity, honest intervals, suites that say what is wrong, a table that adds up."""
+"""The comparison: honest intervals, suites and results that say what is wrong, rivals, runs that go on."""
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
-from dit_accel_eval.compare import main, read_lines, table
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
+from dit_accel_assets.catalog import KNOWN
+from dit_accel_eval import compare, reference
+from dit_accel_eval.compare import Job, main, run, setting_of
+from dit_accel_eval.comparison import equal_psnr, figures, rival_steps, table, verdict
+from dit_accel_eval.counting import Counts
+from dit_accel_eval.embedded import Run
 from dit_accel_eval.fidelity import psnr, ssim
-from dit_accel_eval.paired import bootstrap
+from dit_accel_eval.paired import Interval, bootstrap
+from dit_accel_eval.results import check_lines, read_lines
 from dit_accel_eval.suite import read_suite
 
 from dit_accel import ConfigError
 
 SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
-HEAD = 'version = 1\nname = "s"\nnum_frames = 5\nnum_inference_steps = 2\nguidance_scale = 1.0\nclips = 1\n'
+HEAD = 'version = 2\nname = "s"\nmodel = "wan-tiny"\nclips = 1\n'
+ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
 
 
 def clip(seed: int = 0) -> np.ndarray:
@@ -40,30 +49,51 @@ def test_interval_covers_its_level_of_the_time():
     assert 175 <= hits <= 199
     constant = bootstrap([2.0, 2.0])
     assert (constant.mean, constant.low, constant.high) == (2.0, 2.0, 2.0)
+    assert (str(constant), f"{constant:+}") == ("2.00 [2.00, 2.00]", "+2.00 [+2.00, +2.00]")
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap([])
+
+
+def test_verdicts_need_an_interval_without_0_and_enough_clips():
+    good, bad, open_ = (Interval(mean=0, low=low, high=high) for low, high in ((0.1, 1), (-1, -0.1), (-1, 1)))
+    assert [verdict(one, 6) for one in (good, bad, open_)] == ["ahead", "behind", "open"]
+    assert verdict(good, 5) == "open"
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_committed_suites_read_and_match_their_results(path):
     suite = read_suite(path)
     assert suite.name == path.stem
-    lines = read_lines(path.parent.parent / "results" / f"{suite.name}.jsonl")
-    assert {line["arm"] for line in lines} <= {arm.name for arm in suite.arms}
+    assert suite.model in KNOWN
+    results = path.parent.parent / "results" / f"{suite.name}.jsonl"
+    lines = read_lines(results)
+    listed = {arm.name: arm.to_dict() for arm in suite.arms}
+    assert {line["arm"] for line in lines if not line["arm"].startswith("unipc ")} <= set(listed)
+    if lines and not path.stem.startswith("longer"):
+        check_lines(results, lines, setting_of(suite), listed)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (HEAD, r"lacks an \[\[arm\]\]"),
-        (HEAD.replace("clips = 1\n", "") + '[[arm]]\nname = "a"', "lacks clips"),
-        (HEAD + 'clip = 3\n[[arm]]\nname = "a"', r"unknown key 'clip'; did you mean 'clips'\?"),
-        (HEAD.replace("version = 1", "version = 2"), "is not of version 1"),
-        (HEAD + '[[arm]]\nname = "a"\n[[arm]]\nname = "a"', "two arms called 'a'"),
-        (HEAD + '[[arm]]\nname = "abc"\nagainst = "abd"', r"is against 'abd'; did you mean 'abc'\?"),
-        (HEAD + '[[arm]]\nname = "a"\nstep = 3', "has an unknown key 'step'"),
-        (HEAD + '[[arm]]\nname = "a"\n[arm.radial]\ndecay = 1', "radial has no option 'decay'"),
+        (HEAD.replace("clips = 1\n", "") + ARM, "lacks clips"),
+        (HEAD.replace("clips = 1", "clips = 0") + ARM, "has clips = 0; ask for 1 or more"),
+        (HEAD + "clip = 3\n" + ARM, r"unknown key 'clip'; did you mean 'clips'\?"),
+        (HEAD.replace('"s"', "3") + ARM, "has name = 3, which is of the wrong kind"),
+        (HEAD.replace("version = 2", "version = 1") + ARM, "is not of version 2"),
+        (HEAD + ARM + ARM, "two arms called 'a'"),
+        (HEAD + ARM + "step = 3", "has an unknown key 'step'"),
+        (HEAD + ARM + "[arm.radial]\ndecay = 1", "arm 'a': radial has no option 'decay'"),
         (HEAD + "[[arm]]\nstep = 3", "an arm without a name"),
+        (HEAD + '[[arm]]\nname = "a"', "has num_inference_steps = None; give one or several whole numbers from 1"),
+        (HEAD + ARM.replace("= 2", "= [2, 0]"), r"has num_inference_steps = \[2, 0\]; give one"),
+        (HEAD + ARM.replace("euler", "heun"), "has no solver 'heun'; known: dpm"),
+        (HEAD + ARM.replace('solver = "euler"\n', ""), "is called 'a', but dense runs of unipc, and they alone, are"),
+        (HEAD + ARM.replace('"a"', '"unipc 2"'), "is called 'unipc 2', but dense runs"),
+        (HEAD + ARM + "diffusers = { BlockCacheConfig = {} }", "has no cache 'BlockCacheConfig'; did you mean 'First"),
+        (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = 0.1 }", "FirstBlockCacheConfig = 0.1 is no table; write"),
+        (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { thresh = 0.1 } }", "has no option 'thresh'; did you"),
         ("version", "is not valid TOML"),
     ],
 )
@@ -73,54 +103,203 @@ def test_bad_suites_say_what_is_wrong(tmp_path, text, message):
         read_suite(tmp_path / "s.toml")
 
 
-def test_a_missing_suite_exits_with_2(tmp_path, capsys):
-    assert main([str(tmp_path / "none.toml")]) == 2
-    assert "no suite at" in capsys.readouterr().err
+def test_an_arm_may_hold_one_of_diffusers_own_caches(tmp_path):
+    (tmp_path / "s.toml").write_text(HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { threshold = 0.1 } }")
+    (arm,) = read_suite(tmp_path / "s.toml").arms
+    assert isinstance(arm.methods[0].config, FirstBlockCacheConfig)
+    assert arm.to_dict()["methods"] == {"diffusers-cache": {"config": "FirstBlockCacheConfig", "threshold": 0.1}}
 
 
-def test_what_a_selection_kept_is_measured(tmp_path, capsys):
-    sol = "[arm.sol]\nblock_size = 16\ndense_steps = 0\nbeta = 0.5"
-    path = tmp_path / "s.toml"
-    path.write_text(HEAD + f'[[arm]]\nname = "sol"\n{sol}')
-    out = tmp_path / "s.jsonl"
-    assert main([str(path), "--threads", "1", "--out", str(out)]) == 0
-    (line,) = read_lines(out)
-    assert 0.3 < line["sparse_density"] < 0.6  # 12 tiles of 16: 24 % pinned, 31 % of the others on Gaussian scores
-    assert line["density"] == pytest.approx((1 + 5 * line["sparse_density"]) / 6)
-    captured = capsys.readouterr()
-    assert f"{line['sparse_density']:.3f} of the sparse calls exact" in captured.err
-    assert f"| sol | {line['density']:.3f} | {line['sparse_density']:.3f} |" in captured.out
+def test_a_list_of_steps_makes_an_arm_each(tmp_path):
+    (tmp_path / "s.toml").write_text(HEAD + '[[arm]]\nname = "unipc"\nnum_inference_steps = [4, 5]\n' + ARM)
+    arms = read_suite(tmp_path / "s.toml").arms
+    assert [(arm.name, arm.num_inference_steps, arm.is_dense) for arm in arms] == [
+        ("unipc 4", 4, True), ("unipc 5", 5, True), ("a", 2, False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("", "no suite at"),
+        (HEAD.replace("wan-tiny", "wan-tinny") + ARM, "'wan-tinny' is no embedded model; did you mean 'wan-tiny'"),
+        (HEAD + "[call]\nframes = 3\n" + ARM, "a suite's call of wan-tiny takes no 'frames'; did you mean 'num_frames"),
+        (HEAD + ARM + "call = { num_frames = 5 }", "compare runs all arms at one size, got {'num_frames': 5} for 'a'"),
+    ],
+)
+def test_what_can_not_run_exits_with_2(tmp_path, capsys, change, message):
+    if change:
+        (tmp_path / "s.toml").write_text(change)
+    assert main([str(tmp_path / "s.toml"), "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_timed_runs_have_the_machine_to_themselves(capsys):
+    assert main(["s.toml", "--time", "--workers", "2"]) == 2
+    assert "timed runs need the machine to themselves, got --workers 2" in capsys.readouterr().err
+
+
+class FakeModel:
+    """Stands in for an embedded model: its dense runs of n steps are 100 / n grey levels off, methods half of that."""
+
+    name, own_share, weights = "wan-tiny", 0.5, "w"
+    call: ClassVar = {"num_frames": 3}
+    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    made: ClassVar[list] = []
+
+    def __init__(self, name, call):
+        pass
+
+    def prompt(self, clip):
+        return f"prompt {clip}"
+
+    def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
+        self.made.append((clip, steps, solver, len(methods)))
+        base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
+        error = (2.0 if solver == "euler" else 1.0) / steps**2 / (2 if methods else 1)
+        frames = np.clip(base + error, 0, 1)
+        return Run(frames=frames, counts=Counts(blocks=12 * steps, attention=12 * steps),
+                   attended=0.5 if methods else 1.0, seconds=steps * (0.75 if methods else 1.0))  # fmt: skip
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(FakeModel, "made", [])
+    compare._loaded.cache_clear()
+    yield FakeModel
+    compare._loaded.cache_clear()
+
+
+@pytest.fixture
+def job(tmp_path, fake):
+    (tmp_path / "s.toml").write_text(
+        HEAD.replace("clips = 1", "clips = 2") + '[[arm]]\nname = "thin"\nnum_inference_steps = 10\nsol = {}\n' + ARM
+    )
+    suite = read_suite(tmp_path / "s.toml")
+    return Job(suite=suite, out=tmp_path / "s.jsonl", cache=tmp_path / "cache", timed=False, threads=1)
+
+
+def test_arms_are_held_against_dense_runs_of_their_work(job):
+    run(job, range(2))
+    lines = read_lines(job.out)
+    dense = ["unipc 2", "unipc 6", "unipc 7", "unipc 8"]
+    assert [(line["clip"], line["arm"]) for line in lines] == [(c, a) for c in (0, 1) for a in ("thin", "a", *dense)]
+    thin = lines[0]
+    assert (thin["work"], thin["work_real"], thin["attended"], thin["forwards"]) == (7.5, 6.4, 0.5, 10.0)
+    assert rival_steps(thin) == {6, 7, 8}
+    known = {(line["arm"], line["clip"]): line for line in lines}
+    seven, eight = (known[f"unipc {steps}", 0]["psnr"] for steps in (7, 8))
+    assert equal_psnr(known, 0, 7.25) == pytest.approx(0.75 * seven + 0.25 * eight)
+    assert equal_psnr(known, 0, 7.0) == seven
+    assert equal_psnr(known, 0, 9.5) is None
+    found = {arm.name: arm for arm in figures(job.suite, lines)}
+    assert list(found) == [*dense, "thin", "a"]
+    assert found["thin"].ahead["work"].mean == pytest.approx(
+        np.mean([known["thin", c]["psnr"] - equal_psnr(known, c, 7.5) for c in (0, 1)])
+    )
+    assert found["a"].ahead["work"].mean == pytest.approx(20 * np.log10(0.5), abs=0.1)  # its error is twice as large
+    assert not found["unipc 7"].ahead
+    printed = table(job.suite, lines)
+    assert "| thin | 7.50 | 6.40 |" in printed
+    assert "equal time" not in printed
+
+
+def test_a_suite_goes_on_where_it_stopped_and_makes_no_dense_run_twice(job, fake):
+    run(job, range(1))
+    first = job.out.read_text()
+    made = len(fake.made)
+    run(job, range(1))
+    assert (job.out.read_text(), len(fake.made)) == (first, made)
+    lines = first.splitlines(keepends=True)
+    job.out.write_text("".join(lines[:3]) + lines[3][:20])  # stopped while it wrote
+    run(job, range(1))
+    assert (job.out.read_text(), len(fake.made)) == (first, made)  # dense runs are found again
+    job.out.write_text("".join(lines[1:]))
+    run(job, range(1))
+    assert (job.out.read_text(), len(fake.made)) == (first, made + 1)
+
+
+def test_timed_arms_are_held_against_dense_runs_of_their_time(job, fake):
+    run(job, range(1))
+    timed = Job(suite=job.suite, out=job.out, cache=job.cache, timed=True, threads=2)
+    run(timed, range(1))
+    thin, euler, *dense = read_lines(job.out)
+    assert (thin["seconds"], thin["dense_seconds"], thin["steps_in_time"], thin["threads"]) == (7.5, 10.0, 7.5, 2)
+    assert euler["steps_in_time"] == 2
+    assert all("seconds" not in line for line in dense)
+    assert "| against UniPC at equal time, dB |" in table(job.suite, read_lines(job.out))
+    made = len(fake.made)
+    run(timed, range(1))
+    assert len(fake.made) == made
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("weights", "other", "holds results of weights 'other', this suite has"),
+        ("reference", "euler, agreeing to 45 dB", "holds results of reference 'euler, agreeing to 45 dB', this suite"),
+        ("call", {"num_frames": 5}, "holds results of call {'num_frames': 5}, this suite has"),
+        ("num_inference_steps", 7, "holds results of arm 'thin' with num_inference_steps 7, this suite has 10; rename"),
+        ("methods", {}, r"holds results of arm 'thin' with methods \{\}, this suite has"),
+    ],
+)
+def test_results_of_something_else_are_refused(job, key, value, message):
+    run(job, range(1))
+    lines = read_lines(job.out)
+    lines[0][key] = value
+    job.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match=message):
+        run(job, range(1))
+    job.out.write_text("{\n")
+    with pytest.raises(ConfigError, match="has a line that is not JSON"):
+        run(job, range(1))
+
+
+def test_the_search_for_the_converged_run_doubles_and_ends(tmp_path, fake, monkeypatch, job, capsys):
+    model = FakeModel("", {})
+    found = reference.converged(model, 0, tmp_path)
+    # 1 / 16^2 - 1 / 32^2 is 50.7 dB
+    assert (found.steps, [steps for _, steps, *_ in model.made]) == (32, [16, 32])
+    assert found.agreement == pytest.approx(-20 * np.log10(1 / 256 - 1 / 1024), abs=0.5)
+    assert found.step == Counts(blocks=12, attention=12)
+    monkeypatch.setattr(reference, "AGREE", 70.0)
+    capped = reference.converged(model, 0, tmp_path, most=64)
+    assert (capped.steps, capped.agreement < 70) == (64, True)
+    monkeypatch.setattr(compare, "AGREE", 90.0)
+    run(job, range(1))
+    assert "agree with half as many to" in capsys.readouterr().err
+
+
+def test_a_dense_run_of_something_else_is_refused(tmp_path, fake):
+    model = FakeModel("", {})
+    reference.dense_run(model, 0, 4, tmp_path)
+    (path,) = tmp_path.iterdir()
+    reference.dense_run(model, 0, 5, tmp_path)
+    (other,) = set(tmp_path.iterdir()) - {path}
+    path.replace(other)
+    with pytest.raises(ConfigError, match="is a dense run of steps 4, not 5; delete it"):
+        reference.dense_run(model, 0, 5, tmp_path)
+    other.write_bytes(b"PK")
+    with pytest.raises(ConfigError, match="is not a dense run that this release can read"):
+        reference.dense_run(model, 0, 5, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_tiny_suite_runs_resumes_and_pairs(tmp_path, capsys):
-    radial = "[arm.radial]\nblock_size = 16\ndense_steps = 0\ndecay_factor = 0.2"
-    (tmp_path / "suites").mkdir()
+def test_a_real_suite_runs_in_two_processes(tmp_path, capsys):
+    call = "[call]\nnum_frames = 5\nheight = 32\nwidth = 32\n"
     path = tmp_path / "suites" / "s.toml"
-    path.write_text(HEAD + f'[[arm]]\nname = "dense"\n[[arm]]\nname = "radial"\nagainst = "dense"\n{radial}')
-    assert main([str(path), "--threads", "1"]) == 0
+    path.parent.mkdir()
+    thin = '[[arm]]\nname = "thin"\nnum_inference_steps = 3\nsol = { block_size = 16, dense_steps = 0, beta = 0.5 }\n'
+    path.write_text(HEAD.replace("clips = 1", "clips = 2") + call + thin + ARM)
+    assert main([str(path), "--workers", "2", "--cache", str(tmp_path / "cache")]) == 0
     printed = capsys.readouterr().out
-    results = tmp_path / "results" / "s.jsonl"
-    lines = read_lines(results)
-    assert [line["arm"] for line in lines] == ["dense", "radial"]
-    assert lines[0]["psnr"] == 100.0
-    assert lines[0]["density"] == 1.0
-    assert lines[1]["psnr"] < 100.0
-    assert lines[1]["density"] < 1.0
-    assert main([str(path), "--threads", "1"]) == 0
-    assert read_lines(results) == lines
+    lines = read_lines(tmp_path / "results" / "s.jsonl")
+    thin = next(line for line in lines if line["arm"] == "thin")
+    assert 0.3 < thin["attended"] < 0.9
+    assert thin["work"] < 3 > thin["work_real"]
+    assert {line["forwards"] for line in lines if line["arm"] in ("thin", "unipc 3")} == {3.0}
+    assert "| thin |" in printed
+    assert main([str(path), "--cache", str(tmp_path / "cache")]) == 0
     assert capsys.readouterr().out == printed
-    results.write_text(results.read_text().replace(lines[0]["model"], "another"))
-    assert main([str(path), "--threads", "1"]) == 2
-    assert "holds results of model another" in capsys.readouterr().err
-    difference = f"{lines[1]['psnr'] - 100:.2f}"
-    assert f"| radial | {lines[1]['density']:.3f} | {lines[1]['sparse_density']:.3f} |" in printed
-    assert f"| dense | {difference} [{difference}, {difference}] |" in printed
-
-
-def test_fewer_steps_count_as_less_work():
-    suite = read_suite(next(path for path in SUITES if path.stem == "radial-tiny"))
-    line = dict(arm="12 steps", clip=0, psnr=20.0, ssim=0.5, color=True, shape=True, direction=False, density=1.0)
-    line["sparse_density"] = None
-    assert "| 12 steps | 0.600 |  | 20.00 [20.00, 20.00] | 0.500 | 100% / 100% / 0% |" in table(suite, [line])
-    assert json.dumps(line)

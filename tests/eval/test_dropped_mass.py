@@ -4,7 +4,7 @@ import json
 
 import torch
 from dit_accel_eval import dropped_mass
-from dit_accel_eval.compare import read_lines
+from dit_accel_eval.results import read_lines
 from dit_accel_kernels import Selection, TileLists, pack_bits
 
 from dit_accel.attachment.execution import PlannedCall

@@ -1,80 +1,78 @@
-"""Long clips are judged frame by frame, by motion, sharpness and repetition."""
+"""Long clips are judged by themselves: score, motion, sharpness and repetition."""
 
-import dataclasses
 import json
+from typing import ClassVar
 
 import numpy as np
-import pytest
 from dit_accel_assets.clips import clip_of, draw
 from dit_accel_eval import longer
-from dit_accel_eval.longer import TRAINED, judged, main, motion, repetition, sharpness, table
+from dit_accel_eval.counting import Counts
+from dit_accel_eval.embedded import Run
+from dit_accel_eval.longer import main, motion, repetition, sharpness, table
 from dit_accel_eval.suite import read_suite
 
 
-def drawn(seed: int = 3, frames: int = 65) -> tuple:
+def drawn(seed: int = 3, frames: int = 65) -> np.ndarray:
     _, scene, _ = clip_of(seed, held_out=True)
-    return scene, draw(scene, frames).astype(np.float32) / 255
-
-
-def test_a_drawn_clip_is_right_and_its_faults_show():
-    scene, clip = drawn()
-    assert TRAINED == 33
-    found = judged(clip, scene)
-    assert found["right"] == 1.0
-    assert found["first"]
-    assert found["direction"]
-    wrong = clip.copy()
-    wrong[0] = clip[0][..., ::-1]  # another colour
-    other = judged(wrong, scene)
-    assert not other["first"]
-    assert other["right"] == pytest.approx(16 / 17)
-    assert not judged(clip[::-1], scene)["direction"]
+    return draw(scene, frames).astype(np.float32) / 255
 
 
 def test_motion_and_sharpness():
-    _, clip = drawn()
+    clip = drawn()
     assert motion(clip) > 0 == motion(np.repeat(clip[:1], 9, 0))
     assert motion(clip[::4]) > motion(clip)
     assert sharpness(clip) > sharpness((clip[:, :-1, :-1] + clip[:, 1:, 1:]) / 2)
 
 
 def test_repetition_finds_the_opening_again():
-    _, clip = drawn(frames=33)
-    looped = np.concatenate([clip, clip])
-    assert repetition(looped) == 0
-    assert repetition(clip) > 0.02
-    assert repetition(np.repeat(clip[:1], 40, 0)) == 0
+    clip = drawn(frames=33)
+    assert repetition(np.concatenate([clip, clip]), 33) == 0
+    assert repetition(clip, 33) > 0.02
+    assert repetition(np.repeat(clip[:1], 40, 0), 33) == 0
+
+
+class FakeModel:
+    """Stands in for an embedded model: it draws what was asked for, and plain long clips backwards."""
+
+    name = "wan-tiny"
+    made: ClassVar[list] = []
+
+    def __init__(self, name, call):
+        pass
+
+    def prompt(self, clip):
+        return clip_of(clip, frames=1, held_out=True)[0]
+
+    def run(self, clip, *, steps, solver, flow_shift, methods, call):
+        self.made.append((clip, steps, call["num_frames"], len(methods)))
+        frames = drawn(clip, call["num_frames"])
+        plain = call["num_frames"] > 33 and not methods
+        return Run(frames=frames[::-1] if plain else frames, counts=Counts(blocks=1, attention=1),
+                   attended=1.0, seconds=1.0)  # fmt: skip
 
 
 def test_the_suite_runs_goes_on_and_prints(tmp_path, monkeypatch, capsys):
     suite = tmp_path / "suites" / "some.toml"
     suite.parent.mkdir()
+    arm = '[[arm]]\nname = "{}"\nnum_inference_steps = 2\ncall = {{ num_frames = {} }}\n'
     suite.write_text(
-        'version = 1\nname = "some"\nnum_frames = 67\nnum_inference_steps = 2\nguidance_scale = 4.0\nclips = 2\n'
-        '[[arm]]\nname = "1x"\nnum_frames = 33\n'
-        '[[arm]]\nname = "2x"\n'
-        '[[arm]]\nname = "2x, decayed"\nultravico = { alpha = 0.8 }\nagainst = "2x"\n'
-    )
-    made = []
-
-    @dataclasses.dataclass
-    class Report:
-        density: float = 1.0
-
-    def generate(pipe, suite, arm, prompt, seed):
-        made.append((arm.name, seed, arm.num_frames or suite.num_frames))
-        return drawn(seed, 65)[1], 1.0, Report()
-
-    monkeypatch.setattr(longer, "generate", generate)
+        'version = 2\nname = "some"\nmodel = "wan-tiny"\nclips = 2\n'
+        + arm.format("1x", 33) + arm.format("2x", 65) + arm.format("2x, decayed", 65) + "ultravico = { alpha = 0.8 }\n"
+    )  # fmt: skip
+    monkeypatch.setattr(longer, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(FakeModel, "made", [])
     assert main([str(suite), "--threads", "1"]) == 0
-    assert made == [(name, clip, size) for clip in (0, 1) for name, size in
-                    (("1x", 33), ("2x", 67), ("2x, decayed", 67))]  # fmt: skip
+    assert FakeModel.made == [(clip, 2, size, many) for clip in (0, 1) for size, many in ((33, 0), (65, 0), (65, 1))]
     assert main([str(suite), "--threads", "1"]) == 0
-    assert len(made) == 6
-    lines = [json.loads(line) for line in (tmp_path / "results" / "some.jsonl").read_text().splitlines()]
-    assert [line["right"] for line in lines] == [1.0] * 6
+    assert len(FakeModel.made) == 6
+    out = tmp_path / "results" / "some.jsonl"
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["score"] for line in lines] == [1.0, 0.75, 1.0] * 2  # backwards is another direction
     printed = capsys.readouterr().out
     assert table(read_suite(suite), lines) in printed
-    assert "| 2x, decayed | 2 | 100% | 100% | 100% |" in printed
-    assert "| 2x | 0.00 [0.00, 0.00] |" in printed
+    assert "| 1x | 2 | 33 | 100% |" in printed
+    assert "| 2x | 25.00 [25.00, 25.00] |" in printed
     assert main([str(tmp_path / "none.toml")]) == 2
+    out.write_text(out.read_text().replace('"num_frames": 33', '"num_frames": 35'))
+    assert main([str(suite)]) == 2
+    assert "holds results of arm '1x' with call {" in capsys.readouterr().err

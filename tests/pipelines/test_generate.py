@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generate import generate, run
 from dit_accel_pipelines.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
+from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.quiet import quiet_diffusers
 from dit_accel_pipelines.request import Request, read_prompts, settle
 from model_folders import model_folder
@@ -24,6 +26,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dit_accel import RadialAttention
+from dit_accel.adapters import registry
+from dit_accel.adapters.model_files import read_model_files
 from dit_accel.cli.app import app
 from dit_accel.errors import ConfigError, UnsupportedModel
 
@@ -106,6 +110,29 @@ def test_frames_are_rounded_with_a_note(tmp_path: Path):
 def test_defaults_are_the_familys(tmp_path: Path):
     asked, family, notes = settle(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
     assert (asked.height, asked.num_frames, asked.dtype, notes) == (64, family.num_frames, "float32", [])
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, name: str):
+    (prompt,) = held_out_prompts(name, 1)
+    asked, _, _ = settle(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
+    own, call = model_defaults(name), PipelineCall.of(pipeline_class(read_model_files(asked.source)))
+    made_with = {**asked.beside(call), **asked.asked()}
+    assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
+    assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
+    with pytest.raises(ConfigError, match=r"unknown word\(s\) xylophone; the embedded model knows only"):
+        settle(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
+    assert name in registry.families()
+
+
+def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, monkeypatch):
+    own = {**model_defaults("wan-tiny"), "max_sequence_length": 7, "true_cfg_scale": 3.0}
+    monkeypatch.setattr("dit_accel_assets.model_defaults", lambda name: own)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda self, **given: seen.update(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(pipe, PROMPT, request(tmp_path))
+    assert seen["max_sequence_length"] == 7  # and no true_cfg_scale, which the pipeline does not take
 
 
 @pytest.mark.parametrize(

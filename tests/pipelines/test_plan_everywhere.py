@@ -11,10 +11,11 @@ from dit_accel_pipelines import ADAPTERS
 from dit_accel import ConfigError
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.sizes import pixel_multiples
-from dit_accel.methods.registry import methods
+from dit_accel.methods.registry import handlers, methods
 
 FAMILIES = [(adapter, family) for adapter in ADAPTERS for family in adapter.families]
 SMALL = {"ultravico": {"trained_frames": 3}}
+REFUSALS = r"makes no sense on|delta corrects what a sparse method leaves out|both set the"
 SPARSE = {"radial", "sol", "lite", "sparsed"}
 
 
@@ -27,8 +28,10 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(adapter, family)
     for names in [*((name,) for name in configs), *itertools.combinations(configs, 2)]:
         chosen = [configs[name] for name in names]
         plan = partial(estimate, adapter, family, height=height, width=width, num_frames=frames)
-        if any(name in adapter.refused for name in names) or ("delta" in names and not SPARSE & set(names)):
-            with pytest.raises(ConfigError, match=r"makes no sense on|delta corrects what a sparse method leaves out"):
+        exclusive = [handlers()[name].exclusive for name in names]
+        alike = len(exclusive) == 2 and exclusive[0] & exclusive[1]
+        if any(name in adapter.refused for name in names) or alike or ("delta" in names and not SPARSE & set(names)):
+            with pytest.raises(ConfigError, match=REFUSALS):
                 plan(methods=chosen)
             continue
         found = plan(methods=chosen)

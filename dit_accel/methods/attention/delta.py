@@ -204,6 +204,11 @@ class DeltaHandler(AttentionHandler):
         """Return the share of a call's query rows that are computed densely: one row in each group."""
         return layout.frames * math.ceil(layout.tokens_per_frame / self.settings.stride) / layout.tokens
 
+    def needs_step(self, step: StepContext) -> bool:
+        """Tell whether a correction that served its ``reuse`` calls is due; with 1 every call is as good as any."""
+        held = [calls for key, (_, calls) in self.held.items() if (key[0], key[2]) == (step.transformer, step.branch)]
+        return any(calls % self.settings.reuse == 0 for calls in held)
+
     def reset(self) -> None:
         """Forget the corrections of earlier calls."""
         self.held.clear()

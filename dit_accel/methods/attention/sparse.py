@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...plan.layout import TokenLayout
 from ...plan.tiling import Tiling
@@ -135,20 +135,9 @@ class SparseConfig(MethodConfig):
         """Return the tile size that is set, and the recipe's or the method's usual one."""
         return self.block_size, recipe.get("block_size", self.defaults["block_size"])
 
-    def filled(self, recipe: Mapping[str, Any]) -> "SparseConfig":
-        """Return the config with every unset option filled in from ``recipe``, then from `defaults`.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
-        known = {*self.defaults, "dense_above_sigma"}
-        for key in recipe:
-            if key not in known:
-                raise ConfigError(
-                    f"a recipe of {self.name} sets {key!r}, which no recipe may set; {did_you_mean(key, sorted(known))}"
-                )
-        values = {**self.defaults, **recipe}
-        return dataclasses.replace(self, **{key: values[key] for key in values if getattr(self, key) is None})
+    def recipe_options(self) -> set[str]:
+        """Return the options that a model's recipe may set."""
+        return {*self.defaults, "dense_above_sigma"}
 
     def resolve(self, recipe: Mapping[str, Any] | None = None, tiling: Tiling | None = None) -> Any:
         """Return the settings that the config comes to, of the method's own settings type.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...plan.call import Call
-from ...plan.context import CallContext, Key
+from ...plan.context import CallContext, Key, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...plan.tiling import bitmap_bytes, exact_bits, pinned_bits
@@ -126,7 +126,7 @@ class SparseD(SparseConfig):
             ConfigError: for an option that no recipe may fill, or a value out of range.
         """
         full = SparseConfig.filled(replace(self, mass=None), recipe)
-        return replace(full, density=None, mass=self.mass) if self.mass is not None else full  # type: ignore[return-value]
+        return replace(full, density=None, mass=self.mass) if self.mass is not None else full
 
 
 def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float | None) -> Tensor:
@@ -171,6 +171,11 @@ class SparseDHandler(SparseHandler):
                 self.bits[context.key] = keep
                 self._peak = max(self._peak, sum(bits.nbytes for bits in self.bits.values()))
         return plan.narrow(keep=keep, pinned=self._text(context), rest=settings.rest)
+
+    def needs_step(self, step: StepContext) -> bool:
+        """Tell whether the branch's pattern is found in this step."""
+        found = any((key[0], key[2]) == (step.transformer, step.branch) for key in self.bits)
+        return not found and self.is_active_somewhere(step)
 
     def reset(self) -> None:
         """Forget the patterns."""

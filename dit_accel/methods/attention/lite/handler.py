@@ -115,6 +115,16 @@ class LiteHandler(SparseHandler):
         if state is not None:
             self._states.keep(state, kept)
 
+    def needs_step(self, step: StepContext) -> bool:
+        """Tell whether the branch's first votes are due in this step, or those after ``refresh_every`` calls."""
+        if not self.is_active_somewhere(step):
+            return False
+        first = 1 if self.settings.target_density is None else 2
+        states = [
+            one for key, one in self._states.by_key.items() if (key[0], key[2]) == (step.transformer, step.branch)
+        ]
+        return not states or any(one.calls < first or one.calls == self.settings.refresh_every for one in states)
+
     def reset(self) -> None:
         """Free all bits."""
         self._states.clear()

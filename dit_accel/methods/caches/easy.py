@@ -1,0 +1,112 @@
+"""EasyCache: steps are skipped while the output is expected to change little, by the rate at which it did before.
+
+Source: EasyCache (arXiv 2507.02860). It needs no coefficients and knows nothing of the model. Where we depart from it:
+any predictor in place of holding the last residual, and the first branch of a step decides whichever it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ...errors import ConfigError
+from ..site import ForwardContext
+from .config import StepCacheConfig
+from .engine import Decider, StepCacheHandler
+from .ranks import ratio
+
+DEFAULTS: Mapping[str, Any] = {"threshold": 0.05, "warmup_steps": 0.2, "last_steps": 1}
+"""What an option is where neither the user nor the model's recipe sets it: the paper's for Wan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EasyCache(StepCacheConfig):
+    """Skips steps whose output is expected to change little (EasyCache, arXiv 2507.02860); needs no calibration.
+
+    With x the latents that go in and v the output, k = |dv| / |dx| over the last two computed steps; each further step
+    adds k |dx| / |v|, and is skipped while the sum stays below the threshold. |.| is the mean of the absolute values.
+
+    Attributes:
+        threshold: share of the output's size, tau; 0 skips nothing. Twice as much skips about twice as many in a row.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    name: ClassVar[str] = "easycache"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        StepCacheConfig.__post_init__(self)
+        if self.threshold is not None and self.threshold < 0:
+            raise ConfigError(f"easycache.threshold must be >= 0, got {self.threshold}; 0.05 is usual, 0 skips nothing")
+
+
+@dataclass(slots=True)
+class EasyDecider(Decider):
+    """What EasyCache measures of a branch; tensors on the device.
+
+    Attributes:
+        x: latents of the last step.
+        x_computed: of the last computed step.
+        v: output of the last computed step.
+        changes: mean of |dv| and of |dx| between the last two computed steps; None before there were two.
+        total: what the steps since the last computed one add up to.
+    """
+
+    x: Tensor | None = None
+    x_computed: Tensor | None = None
+    v: Tensor | None = None
+    changes: tuple[Tensor, Tensor] | None = None
+    total: float = 0.0
+
+
+class EasyHandler(StepCacheHandler):
+    """EasyCache on one model."""
+
+    config_type = EasyCache
+    decider_type = EasyDecider
+    settings: EasyCache
+
+    def threshold(self) -> float | None:
+        """Return tau."""
+        return self.settings.threshold
+
+    def indicator(self, context: ForwardContext, decider: EasyDecider) -> float | None:
+        """Return what the steps since the last computed one add up to, this one included; waits for the device."""
+        if decider.changes is None or decider.v is None or decider.x is None:
+            return None
+        moved = mean_change(self._latents(context), decider.x)
+        change, by, now, size = self.numbers(context, *decider.changes, moved, decider.v.float().abs().mean())
+        decider.total += ratio(change, by) * ratio(now, size)
+        return decider.total
+
+    def seen(self, context: ForwardContext, decider: EasyDecider) -> None:
+        """Keep the latents."""
+        decider.x = self._latents(context)
+        if not decider.reuse:
+            decider.total = 0.0
+
+    def computed(self, context: ForwardContext, decider: EasyDecider, output: Any) -> None:
+        """Take the changes between the last two computed steps."""
+        x, v = self._latents(context), first_tensor(output)
+        if decider.v is not None and decider.x_computed is not None:
+            decider.changes = mean_change(v, decider.v), mean_change(x, decider.x_computed)
+        decider.x_computed, decider.v = x, v
+
+    def _latents(self, context: ForwardContext) -> Tensor:
+        return first_tensor(context.inputs[self.model.adapter.latents])
+
+
+def first_tensor(of: Any) -> Tensor:
+    """Return the first tensor of latents or an output: the sample, of a model that gives sound too."""
+    return next(leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)).detach()
+
+
+def mean_change(one: Tensor, other: Tensor) -> Tensor:
+    """Return the mean of |one - other|, in float32."""
+    return (one.float() - other.float()).abs().mean()

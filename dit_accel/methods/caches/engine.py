@@ -1,0 +1,291 @@
+"""The engine of all step caches: whose state a forward reads, whether it is computed or forecast, and what is told.
+
+A cache is a `StepCacheConfig` and a handler that says whether a step may be skipped. Everything else is here, once:
+steps that are always computed, branches, transformers that take over, shapes that change, forecasts, the report.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ...errors import ConfigError
+from ...plan.layout import TokenLayout
+from ...report.sections import Section
+from ..base import Handler, Model, Phase, Place
+from ..saving import Saving
+from ..site import ForwardContext, Site
+from .active import require_no_cache
+from .config import StepCacheConfig
+from .history import History, shapes_of
+from .log import CachedForward, section_of
+from .ranks import agreed, groups_of
+
+
+@dataclass(slots=True)
+class Decider:
+    """Who decides for a step: all branches of a transformer together, or one branch by itself.
+
+    Attributes:
+        branch: the branch that is measured: the first one of a step.
+        step: the last step that was decided.
+        reuse: the step is skipped.
+        reason: why.
+        value: the indicator, where it was asked for.
+        in_a_row: steps skipped since the last computed one.
+    """
+
+    branch: str
+    step: int = -1
+    reuse: bool = False
+    reason: str = ""
+    value: float | None = None
+    in_a_row: int = 0
+
+
+class StepCacheHandler(Handler):
+    """A step cache on one model: it skips forwards, and gives forecasts in their place."""
+
+    phase = Phase.CACHES
+    places = frozenset({Place.FORWARD})
+    exclusive = frozenset({"cache"})
+    decider_type: ClassVar[type[Decider]] = Decider
+    settings: StepCacheConfig
+
+    def __init__(self, config: StepCacheConfig, model: Model) -> None:
+        super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
+        self._others: Sequence[Handler] = ()
+        self._histories: dict[tuple[Any, ...], History] = {}  # by transformer, branch and, where it is one, part
+        self._deciders: dict[tuple[str, str], Decider] = {}
+        self._transformers: dict[str, Any] = {}
+        self._transformer = ""
+        self._skips = 0
+        self._start: float | None = None
+        self._peak = 0
+        self._log: list[CachedForward] = []
+
+    # What a cache says.
+
+    def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
+        """Return how much a step that may be skipped changed; it is skipped below the threshold.
+
+        None: nothing is measured, and every step that may be skipped is.
+        """
+        return None
+
+    def threshold(self) -> float | None:
+        """Return what the indicator is compared with."""
+        return None
+
+    def seen(self, context: ForwardContext, decider: Decider) -> None:
+        """Note the input of a step, computed or not, after it was decided."""
+
+    def computed(self, context: ForwardContext, decider: Decider, output: Any) -> None:
+        """Note what a step that was computed gave."""
+
+    # What all of them share.
+
+    def numbers(self, context: ForwardContext, *values: Tensor) -> list[float]:
+        """Return scalars as numbers, summed over the ranks that must decide alike; waits for the device once."""
+        return agreed(list(values), groups_of(self._transformers[context.transformer]))
+
+    def install(self, site: Site) -> None:
+        """Run around every forward of the transformer.
+
+        Raises:
+            ConfigError: if another cache is active on it.
+        """
+        require_no_cache(site.name, site.transformer, self.settings.asked)
+        latents, name = site.adapter.latents, site.name
+        self._transformers[name] = site.transformer
+        site.around_forward(lambda context, run: self._around(context, run, latents, name))
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Note the other methods, which are asked what steps they need."""
+        self._others = tuple(others)
+
+    def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
+        latents = context.inputs[name]
+        if context.training or is_recorded(latents):
+            return run()
+        time = self._begin(context)
+        key = transformer, context.branch
+        history = self._histories.get(key)
+        if history is None or history.shapes != shapes_of(latents):
+            history = self._histories[key] = self._new_history(shapes_of(latents))
+        decider, leads, reuse = self._settle(context, bool(history.points))
+        if reuse:
+            return history.forecast(latents, context.step_index, time, self._end(context))
+        output = run()
+        if any(requires_grad(leaf) for leaf in tree_leaves(output)):
+            self._histories.pop(key)
+            return output
+        history.take(output, latents, context.step_index, time)
+        self._peak = max(self._peak, self._held())
+        if leads:
+            self.computed(context, decider, output)
+        return output
+
+    def _begin(self, context: ForwardContext) -> float:
+        """Drop what another expert left, of which what it gave says nothing, and return the time of the step."""
+        if context.transformer != self._transformer:
+            self._histories.clear()
+            self._deciders.clear()
+            self._transformer = context.transformer
+        time = self._time(context)
+        self._start = time if self._start is None else self._start
+        return time
+
+    def _new_history(self, shapes: Any) -> History:
+        assert self._start is not None
+        return History(self.settings, shapes, self._start)
+
+    def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
+        """Return who decides, whether this forward is the one that is measured, and whether it is skipped; log that.
+
+        Args:
+            context: the forward.
+            stored: there is something to forecast it from.
+        """
+        decider, leads = self._decide(context)
+        reuse, reason = decider.reuse, decider.reason
+        if reuse and not stored:
+            reuse, reason = False, "nothing stored"
+        self._log.append(
+            CachedForward(
+                transformer=context.transformer, step_index=context.step_index, branch=context.branch, reused=reuse,
+                reason=reason, value=decider.value if leads else None,
+            )
+        )  # fmt: skip
+        return decider, leads, reuse
+
+    def _held(self) -> int:
+        """Return how many bytes are held from step to step now."""
+        return sum(history.nbytes for history in self._histories.values())
+
+    def _decide(self, context: ForwardContext) -> tuple[Decider, bool]:
+        """Return who decides for a forward, and whether this one is the first of its step, which is measured."""
+        alone = self.settings.branches == "uncond"
+        key = context.transformer, context.branch if alone else ""
+        decider = self._deciders.get(key)
+        if decider is None:
+            decider = self._deciders[key] = self.decider_type(context.branch)
+        if decider.step == context.step_index:
+            return decider, False
+        decider.branch, decider.value = context.branch, None
+        decider.reason = self._must_compute(context, decider) or ""
+        decider.reuse = not decider.reason
+        if decider.reuse:
+            decider.reuse, decider.reason = self._measured(context, decider)
+        decider.step = context.step_index
+        decider.in_a_row = decider.in_a_row + 1 if decider.reuse else 0
+        self._skips += decider.reuse
+        self.seen(context, decider)
+        return decider, True
+
+    def _must_compute(self, context: ForwardContext, decider: Decider) -> str | None:
+        """Return why a step is computed whatever is measured, or None."""
+        settings = self.settings
+        if settings.branches == "uncond" and not is_unconditional(context.branch, settings.name):
+            return "conditional"
+        if (why := settings.always_computed(context.step_index, context.num_inference_steps)) is not None:
+            return why
+        if not self._stored(context):
+            return "nothing stored"
+        if (why := settings.most_skipped(decider.in_a_row, self._skips)) is not None:
+            return why
+        needing = self._needing(context)
+        return needing and f"{needing} needs it"
+
+    def _needing(self, context: ForwardContext) -> str | None:
+        """Return the name of a method that needs the step; asked before any of it runs."""
+        return next((other.name for other in self._others if other.needs_step(context)), None)
+
+    def _stored(self, context: ForwardContext) -> bool:
+        history = self._histories.get((context.transformer, context.branch))
+        return history is not None and bool(history.points)
+
+    def _measured(self, context: ForwardContext, decider: Decider) -> tuple[bool, str]:
+        """Return whether a step is skipped, and why, by what is measured; anything but a number below computes it."""
+        threshold = self.threshold()
+        if threshold is not None and not threshold > 0:
+            return False, "threshold 0"
+        value = decider.value = self.indicator(context, decider)
+        if threshold is None:
+            return True, "listed"
+        if value is None:
+            return False, "nothing measured yet"
+        return value < threshold, "not a number" if math.isnan(value) else "measured"
+
+    def _time(self, context: ForwardContext) -> float:
+        if self.settings.variable == "step":
+            return float(context.step_index)
+        if context.sigma is None:
+            raise ConfigError(
+                f"{self.name}.variable = 'sigma' needs the noise level, which the pipeline does not tell; use 'step'"
+            )
+        return context.sigma
+
+    def _end(self, context: ForwardContext) -> float:
+        if self.settings.variable == "sigma":
+            return 0.0
+        return float((context.num_inference_steps or context.step_index + 1) - 1)
+
+    def reset(self) -> None:
+        """Free what is stored."""
+        self._histories.clear()
+        self._deciders.clear()
+        self._transformer, self._skips, self._start = "", 0, None
+
+    def begin_run(self) -> None:
+        """Forget what was done."""
+        self._log.clear()
+
+    def state_bytes(self) -> int:
+        """Return the most memory that was stored at once since attach."""
+        return self._peak
+
+    def report(self) -> Section | None:
+        """Return what was computed and reused in the last generation, by step and branch."""
+        return section_of(self.name, self._log, self.threshold())
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return nothing that is counted: what is skipped depends on the data."""
+        return Saving(
+            counted=False,
+            notes=(f"what {self.name} skips is known only while it runs; no skipped step is counted",),
+        )
+
+
+def is_unconditional(branch: str, method: str) -> bool:
+    """Tell whether a branch is the unconditional one by the name that the pipeline gave it.
+
+    Raises:
+        ConfigError: where the names don't tell the branches apart.
+    """
+    own = branch.rsplit("/", 1)[-1]
+    if own == "cond_uncond":
+        raise ConfigError(
+            f"{method}.branches = 'uncond' needs a forward of its own for the unconditional branch; this pipeline "
+            "calls both in one; use branches = 'all'"
+        )
+    if own.startswith("call "):
+        raise ConfigError(
+            f"{method}.branches = 'uncond' needs to know the unconditional branch, and this pipeline does not tell "
+            "its branches (it opens no cache_context); use branches = 'all'"
+        )
+    return own.startswith(("uncond", "pred_uncond"))  # the latter is what diffusers' guiders say
+
+
+def is_recorded(value: Any) -> bool:
+    """Tell whether something lies in a graph of gradients, whose forward can't be skipped."""
+    return torch.is_grad_enabled() and any(requires_grad(leaf) for leaf in tree_leaves(value))
+
+
+def requires_grad(value: Any) -> bool:
+    """Tell whether something is a tensor that asks for gradients."""
+    return isinstance(value, Tensor) and value.requires_grad

@@ -1,0 +1,163 @@
+"""What the forwards of one branch gave, and the forecast of the next, weighted as `dit_accel.rules.forecast` says."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from ...rules import forecast
+from .config import StepCacheConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Point:
+    """What one step gave.
+
+    Attributes:
+        step: the step's index.
+        time: that, or its noise level.
+        values: a tensor for each of the output's: what is stored of it; anything else is stored as it is.
+        computed: by a forward; else it is a forecast.
+    """
+
+    step: int
+    time: float
+    values: list[Any]
+    computed: bool = True
+
+
+class History:
+    """What the forwards of one branch gave, as far as forecasts read it.
+
+    Args:
+        settings: how is forecast.
+        shapes: of the latents that went in.
+        start: the time at which the run began.
+    """
+
+    def __init__(self, settings: StepCacheConfig, shapes: Any, start: float) -> None:
+        self._settings = settings
+        self._start = start
+        self.shapes = shapes
+        self.points: list[Point] = []
+        self.skipped: list[float] = []
+        self._given: Point | None = None  # what the last step gave, where it is a forecast that Heun's reads
+        self._spec: TreeSpec | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are held."""
+        points = [*self.points, *([self._given] if self._given else [])]
+        return sum(value.nbytes for point in points for value in point.values if isinstance(value, Tensor))
+
+    def take(self, output: Any, latents: Any, step: int, time: float) -> None:
+        """Store what a forward gave; one that the same step gave before is replaced, since a scheduler calls twice.
+
+        Args:
+            output: of the forward, in whatever form it came.
+            latents: the input it belongs to.
+            step: the step's index.
+            time: the time of the step.
+        """
+        leaves, self._spec = tree_flatten(output)
+        values = [
+            _minus(leaf, near) if isinstance(leaf, Tensor) else leaf
+            for leaf, near in zip(leaves, self._bases(leaves, latents), strict=True)
+        ]
+        points = [point for point in self.points if point.computed and point.step != step and point.time != time]
+        points = points[-(self._settings.kept_points - 1) :] if self._settings.kept_points > 1 else []
+        if self._given is not None and points:
+            points.append(self._given)
+        self.points = [*points, Point(step, time, values)]
+        self.skipped, self._given = [], None
+
+    def forecast(self, latents: Any, step: int, time: float, end: float) -> Any:
+        """Return an output in the form of the last one, forecast for a step.
+
+        Args:
+            latents: the step's input.
+            step: the step's index.
+            time: the time of the step.
+            end: the time at which the run ends.
+        """
+        weights = self._weights(time, end)
+        last, count = self.points[-1], len(self.points)
+        values = [
+            _weighted([self.points[i].values[leaf] for i in range(count)], weights)
+            if isinstance(value, Tensor)
+            else value
+            for leaf, value in enumerate(last.values)
+        ]
+        if self._settings.predictor == "heun":
+            self._given = Point(step, time, values, computed=False)
+        if not self.skipped or self.skipped[-1] != time:
+            self.skipped.append(time)
+        assert self._spec is not None
+        outputs = [
+            _plus(value, near) if isinstance(value, Tensor) else value
+            for value, near in zip(values, self._bases(values, latents), strict=True)
+        ]
+        return tree_unflatten(outputs, self._spec)
+
+    def _weights(self, time: float, end: float) -> list[float]:
+        settings, times = self._settings, [point.time for point in self.points]
+        if settings.predictor == "taylor":
+            return forecast.taylor(times, time, settings.order)
+        if settings.predictor == "chebyshev":
+            return forecast.chebyshev(times, time, settings.order, (self._start, end))
+        if settings.predictor == "heun":
+            before = next((point.time for point in self.points if not point.computed), None)
+            return forecast.heun(times, [moment for moment in self.skipped if moment != time], time, before)
+        return [1.0]
+
+    def _bases(self, leaves: list[Any], latents: Any) -> list[Tensor | None]:
+        """Return for each output the part of the latents that is taken off it, None where it is stored whole."""
+        given = tree_leaves(latents) if self._settings.stored == "residual" else []
+        return [_covering(leaf, given[i]) if i < len(given) else None for i, leaf in enumerate(leaves)]
+
+
+def shapes_of(latents: Any) -> Any:
+    """Return what must stay the same for a forecast: shapes, types and devices of the latents."""
+    return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in tree_leaves(latents)]
+
+
+def _covering(output: Any, latents: Any) -> Tensor | None:
+    """Return the first part of the latents, of an output's shape: what is denoised stands before its conditions."""
+    if not (isinstance(output, Tensor) and isinstance(latents, Tensor)) or output.ndim != latents.ndim:
+        return None
+    if any(have < need for have, need in zip(latents.shape, output.shape, strict=True)):
+        return None
+    return latents[tuple(slice(size) for size in output.shape)]
+
+
+def _minus(output: Tensor, base: Tensor | None) -> Tensor:
+    """Return what is stored of an output, a tensor of its own."""
+    if base is None or not output.is_floating_point():
+        return output.detach().clone()
+    return (output.detach().to(_wide(output)) - base.detach().to(_wide(output))).to(output.dtype)
+
+
+def _plus(value: Tensor, base: Tensor | None) -> Tensor:
+    """Return the output of what was stored, a tensor of its own."""
+    if base is None or not value.is_floating_point():
+        return value.clone()
+    return (value.to(_wide(value)) + base.to(_wide(value))).to(value.dtype)
+
+
+def _weighted(values: list[Tensor], weights: list[float]) -> Tensor:
+    """Return the weighted sum of tensors."""
+    last = values[-1]
+    if len(values) == 1 or not last.is_floating_point():
+        return last
+    total = torch.zeros_like(last, dtype=_wide(last))
+    for value, weight in zip(values, weights, strict=True):
+        if weight:
+            total.add_(value.to(total.dtype), alpha=weight)
+    return total.to(last.dtype)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the type in which is summed: float32 or wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)

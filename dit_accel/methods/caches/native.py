@@ -1,0 +1,273 @@
+"""diffusers' own caches as a method: enabled and undone exactly, their branches kept apart, each run begun anew.
+
+`attach` takes diffusers' config itself. What fails or goes wrong in diffusers is refused by `native_limits`; what can
+be put right from outside is put right here.
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...report.sections import Section
+from ..base import Handler, Model, Phase, Place
+from ..config import MethodConfig
+from ..site import ForwardContext, Site
+from .active import require_no_cache
+from .native_limits import CONFIGS, FIRST_BLOCK, MAG, check_call, check_config, check_hooked, check_model
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusersCache(MethodConfig):
+    """One of diffusers' own caches; `attach` takes diffusers' config and wraps it in this.
+
+    Attributes:
+        config: diffusers' config, such as ``FirstBlockCacheConfig(threshold=0.08)``; it is not written to.
+    """
+
+    name = "diffusers-cache"
+    config: object
+
+    @property
+    def asked(self) -> str:
+        """The name of diffusers' config."""
+        return type(self.config).__name__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config's name and its fields, as plain values."""
+        of: Any = self.config
+        fields = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+        return {"config": self.asked, **{key: _plain(value) for key, value in fields.items() if value is not None}}
+
+
+class NativeHandler(Handler):
+    """One of diffusers' caches on the transformers of one attachment.
+
+    Departures from diffusers: branches are kept apart whatever the pipeline tells and whichever cache it is; state is
+    dropped when a run begins, also after one that was stopped; a threshold of 0 computes every step, and so does a
+    first block whose difference is NaN; `detach` leaves no hook, registry or attribute behind.
+    """
+
+    config_type = DiffusersCache
+    phase = Phase.CACHES
+    places = frozenset({Place.FORWARD})
+    exclusive = frozenset({"cache"})
+    objects = CONFIGS
+
+    def __init__(self, config: DiffusersCache, model: Model) -> None:
+        super().__init__(config, model)
+        self._kind = next(name for name in _names(config.config) if name in CONFIGS)
+        self._enabled: dict[str, _Enabled] = {}
+        self._ran: dict[tuple[str, str, int], int] = {}
+        check_config(self._kind, config.config)
+
+    @classmethod
+    def config_for(cls, given: Any) -> MethodConfig | None:
+        """Wrap one of diffusers' cache configs, or a subclass of one."""
+        if not isinstance(given, type) and any(name in CONFIGS for name in _names(given)):
+            return DiffusersCache(config=given)
+        return super().config_for(given)
+
+    def install(self, site: Site) -> None:
+        """Enable the cache on one transformer.
+
+        Raises:
+            ConfigError: if another cache is active, or this one can't work on the model.
+        """
+        name, config = site.name, self.settings.config
+        transformer: Any = site.transformer
+        check_model(self._kind, config, name, transformer, further=bool(self._enabled))
+        require_no_cache(name, transformer, self._kind)
+        untouched = _Untouched(transformer)
+        try:
+            hooks = self._enable(transformer)
+            check_hooked(self._kind, config, transformer, self.model.adapter, hooks)
+        except BaseException:
+            untouched.remove_new_hooks()
+            untouched.tidy()
+            raise
+        enabled, ours = _Enabled(transformer, hooks), transformer._cache_config
+        self._enabled[name] = enabled
+
+        def disable() -> None:
+            self._enabled.pop(name, None)
+            if transformer._cache_config is ours:  # else the user disabled it, and may have enabled another
+                transformer.disable_cache()
+            untouched.tidy()
+
+        site.on_detach(disable)
+        site.around_forward(lambda context, run: self._around(site, enabled, context, run))
+
+    def _enable(self, transformer: Any) -> dict[str, list[Any]]:
+        """Enable the cache, and return module name -> the hooks that it put there, but for the transformer's own."""
+        before = {name: set(_hooks(module)) for name, module in transformer.named_modules()}
+        try:
+            transformer.enable_cache(_made_safe(self._kind, self.settings.config))
+        except Exception as error:
+            raise ConfigError(
+                f"diffusers can't enable {self._kind} on {type(transformer).__name__}: {error}; use another cache"
+            ) from error
+        hooks = {
+            name: [hook for key, hook in _hooks(module).items() if key not in before[name]]
+            for name, module in transformer.named_modules()
+            if name
+        }
+        return {name: found for name, found in hooks.items() if found}
+
+    def _around(self, site: Site, enabled: "_Enabled", context: ForwardContext, run: Callable[..., Any]) -> Any:
+        """Run a forward in a context of diffusers that names its branch, and count what of it ran."""
+        key = context.transformer, context.branch, context.step_index
+        transformer, adapter = enabled.transformer, self.model.adapter
+        first = not any(other[:2] == key[:2] for other in self._ran)
+        repeated = key in self._ran
+        check_call(self._kind, self.settings.config, context, transformer, adapter, repeated=repeated, first=first)
+        with enabled.entered(context):
+            out = run()
+        self._ran[key] = self._ran.get(key, 0) + site.reached()
+        return out
+
+    def reset(self) -> None:
+        """Drop what diffusers carries from step to step."""
+        for enabled in self._enabled.values():
+            enabled.reset()
+
+    def begin_run(self) -> None:
+        """Forget what ran in the last generation."""
+        self._ran.clear()
+
+    def report(self) -> Section:
+        """Tell, by branch, which steps were computed whole and which were reused, in part or wholly."""
+        lines = [f"on {name}: {len(enabled.hooks)} modules hooked" for name, enabled in self._enabled.items()]
+        whole = {name: max(ran for key, ran in self._ran.items() if key[0] == name) for name, _, _ in self._ran}
+        for name, branch in dict.fromkeys(key[:2] for key in self._ran):
+            steps = {key[2]: ran for key, ran in self._ran.items() if key[:2] == (name, branch)}
+            if not whole[name]:
+                lines.append(f"{name} {branch}: what ran in its compiled blocks can't be seen")
+                continue
+            reused = [step for step, ran in steps.items() if ran < whole[name]]
+            lines.append(
+                f"{name} {branch}: {len(steps) - len(reused)} of {len(steps)} steps computed; attention ran in "
+                f"{sum(steps.values())} of {len(steps) * whole[name]} layers"
+            )
+        calls = [
+            {"transformer": name, "branch": branch, "step_index": step, "layers_run": ran, "layers": whole[name]}
+            for (name, branch, step), ran in self._ran.items()
+        ]
+        data = {**self.settings.to_dict(), "calls": calls}
+        return Section(method=self.name, title=f"diffusers' {self._kind}", lines=tuple(lines), data=data)
+
+
+class _Enabled:
+    """A cache that is enabled on one transformer.
+
+    Attributes:
+        transformer: the transformer.
+        hooks: module name -> the cache's hooks there.
+    """
+
+    def __init__(self, transformer: Any, hooks: dict[str, list[Any]]) -> None:
+        self.transformer = transformer
+        self.hooks = hooks
+        keepers = [hook for found in hooks.values() for hook in found]
+        keepers += [hook for hook in _hooks(transformer).values() if hook not in keepers]
+        self._keepers = [hook for hook in keepers if hasattr(hook, "state")]  # those that know no contexts
+        self._states: dict[str, list[Any]] = {}
+        self._context: Callable[[], Any] | None = None
+        self._open = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def entered(self, context: ForwardContext) -> Any:
+        """Let diffusers' hooks see the branch, step and noise level of a forward, as far as the core knows them."""
+        told = {"sigma": context.sigma, "num_inference_steps": context.num_inference_steps}
+        enter = type(self.transformer).cache_context
+        if context.branch not in self._states:
+            self._states[context.branch] = [type(hook.state)() for hook in self._keepers]
+        for hook, state in zip(self._keepers, self._states[context.branch], strict=True):
+            hook.state = state
+        self._context = lambda: enter(self.transformer, context.branch, step_index=context.step_index, **told)
+        try:
+            with self._open:
+                self._open.enter_context(self._context())
+                yield
+        finally:
+            self._context = None
+
+    def reset(self) -> None:
+        """Have all hooks forget what they carry."""
+        type(self.transformer)._reset_stateful_cache(self.transformer)
+        for state in (state for states in self._states.values() for state in states):
+            state.reset()
+        if self._context is not None:  # a forward is under way, and diffusers forgets its context with the rest
+            self._open.enter_context(self._context())
+
+
+class Threshold(float):
+    """A threshold that a NaN exceeds, and that everything exceeds where it is 0.
+
+    Python asks the more derived operand first, so that ``difference > threshold`` asks this one.
+    """
+
+    def __lt__(self, difference: float) -> bool:
+        """Tell whether a difference exceeds the threshold."""
+        return float(self) <= 0 or not difference <= float(self)
+
+
+def _made_safe(kind: str, config: Any) -> Any:
+    """Return a copy of a config for diffusers to keep and to fill in, with which it computes where it should."""
+    config = copy.copy(config)
+    if kind == FIRST_BLOCK:
+        config.threshold = Threshold(config.threshold)
+    if kind == MAG and config.threshold == 0:
+        config.threshold = -1.0  # it reuses where its error is 0 too
+    return config
+
+
+class _Untouched:
+    """What a transformer's modules hold before a cache is enabled, to leave nothing behind that it brought."""
+
+    def __init__(self, transformer: Any) -> None:
+        self._transformer = transformer
+        self._modules = [(module, set(module.__dict__), set(_hooks(module))) for module in transformer.modules()]
+
+    def remove_new_hooks(self) -> None:
+        """Remove the hooks that are there now and were not before, where enabling failed midway."""
+        for module, _, hooks in self._modules:
+            for key in [key for key in _hooks(module) if key not in hooks]:
+                module._diffusers_hook.remove_hook(key, recurse=False)
+        self._transformer._cache_config = None
+
+    def tidy(self) -> None:
+        """Delete what diffusers leaves on a module when its hooks are gone."""
+        for module, names, _ in self._modules:
+            forward = module.__dict__.get("forward")
+            if "forward" not in names and getattr(forward, "__func__", None) is type(module).forward:
+                del module.__dict__["forward"]
+            if "_diffusers_hook" not in names and not _hooks(module):
+                module.__dict__.pop("_diffusers_hook", None)
+            if "_cache_config" not in names and module.__dict__.get("_cache_config", 0) is None:
+                del module._cache_config
+
+
+def _hooks(module: nn.Module) -> dict[str, Any]:
+    """Return diffusers' hooks on a module by name."""
+    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def _names(given: Any) -> list[str]:
+    """Return the names of an object's types, as far as they are diffusers'."""
+    return [cls.__name__ for cls in type(given).__mro__ if cls.__module__.startswith("diffusers.")]
+
+
+def _plain(value: Any) -> Any:
+    """Return a config's value as JSON can hold it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__qualname__", str(value))

@@ -1,0 +1,237 @@
+"""Where diffusers' own caches fail or go wrong, as seen by running them: models, options and calls that are refused.
+
+Seen with diffusers 0.42.1 on tiny models of every family that an adapter covers; a test runs them all again.
+"""
+
+import math
+import re
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...adapters.adapter import Adapter
+from ...errors import ConfigError
+from ..site import ForwardContext
+
+FIRST_BLOCK, MAG, SEA = "FirstBlockCacheConfig", "MagCacheConfig", "SeaCacheConfig"
+TAYLOR, TEXT = "TaylorSeerCacheConfig", "TextKVCacheConfig"
+PYRAMID, FASTER = "PyramidAttentionBroadcastConfig", "FasterCacheConfig"
+CONFIGS = (FASTER, FIRST_BLOCK, MAG, PYRAMID, SEA, TAYLOR, TEXT)
+"""Names of the configs that diffusers' ``enable_cache`` takes."""
+
+_ADDS = "its control branch adds to the stream between blocks, and a reused step would add that twice"
+_NAMES = "it calls its blocks' streams by other names than this cache asks for"
+_UNLIKE = "its first and its last block give different streams, which this cache takes for alike"
+_WRONG: dict[str, dict[str, str]] = {
+    FIRST_BLOCK: {
+        "WanVACETransformer3DModel": _ADDS,
+        "Kandinsky5Transformer3DModel": _NAMES,
+        "Cosmos3OmniTransformer": _NAMES,
+        "Flux2Transformer2DModel": _UNLIKE,
+        "MotifVideoTransformer3DModel": _UNLIKE,
+    },
+    MAG: {
+        "WanVACETransformer3DModel": _ADDS,
+        "Cosmos3OmniTransformer": _NAMES,
+        "MotifVideoTransformer3DModel": _UNLIKE,
+    },
+    SEA: {
+        "WanVACETransformer3DModel": _ADDS,
+        "Flux2Transformer2DModel": _UNLIKE,
+        "MotifVideoTransformer3DModel": _UNLIKE,
+    },
+}
+"""Config -> transformer class -> why it would fail in the run, or quietly give wrong results or none."""
+
+
+def check_config(kind: str, config: Any) -> None:
+    """Raise `ConfigError` for an option with which a cache would fail in the run."""
+    whole = {"cache_interval": 1, "disable_cache_before_step": 1, "max_order": 0} if kind == TAYLOR else {}
+    for option, least in whole.items():
+        value = getattr(config, option)
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{kind}.{option} must be a whole number >= {least}, got {value!r}")
+    if kind in (FIRST_BLOCK, MAG) and not config.threshold >= 0:
+        raise ConfigError(f"{kind}.threshold must be >= 0, got {config.threshold!r}; 0 computes every step")
+    if kind in (FASTER, PYRAMID) and config.current_timestep_callback is None:
+        raise ConfigError(
+            f"{kind}.current_timestep_callback is not set, and diffusers can't tell the timestep without it; set "
+            "current_timestep_callback=lambda: pipe.current_timestep"
+        )
+
+
+def check_model(kind: str, config: Any, name: str, transformer: nn.Module, further: bool) -> None:
+    """Raise `ConfigError` for a model on which a cache fails, gives wrong results, or never reuses anything.
+
+    Args:
+        kind: the config's name.
+        config: the config.
+        name: the transformer's component name.
+        transformer: the transformer.
+        further: the config was given to another transformer of the pipeline already.
+    """
+    model = type(transformer).__name__
+    if not hasattr(transformer, "enable_cache"):
+        raise ConfigError(
+            f"{kind} can't be attached to {model}: diffusers has no enable_cache for it; use a cache of dit-accel's own"
+        )
+    if why := _WRONG.get(kind, {}).get(model):
+        raise ConfigError(f"{kind} does not work on {model}: {why}; use another cache")
+    if kind == MAG and further:
+        raise ConfigError(
+            f"{kind} counts the steps of each transformer from 0, so that {name} would follow the curve's first steps; "
+            f"attach to each with its own steps and mag_ratios: attach(pipe.{name}, MagCacheConfig(...))"
+        )
+    if kind == SEA and config.raw_vision_callback is None and not _has_vision(transformer):
+        raise ConfigError(
+            f"{kind} knows no latents of {model} and would compute every step; set raw_vision_callback, a function of "
+            "(module, args, kwargs) that returns one [C, F, H, W] tensor a row"
+        )
+
+
+def _has_vision(transformer: nn.Module) -> bool:
+    """Tell whether diffusers knows by itself where SeaCache finds a model's latents."""
+    options: Any = transformer.config
+    if type(transformer).__name__ == "WanTransformer3DModel":
+        return options.in_channels == options.out_channels
+    return type(transformer).__name__ == "Cosmos3OmniTransformer"
+
+
+def check_hooked(kind: str, config: Any, transformer: nn.Module, adapter: Adapter, hooked: Collection[str]) -> None:
+    """Raise `ConfigError` if a cache was enabled and hooked nothing that could be reused.
+
+    Args:
+        kind: the config's name.
+        config: the config.
+        transformer: the transformer.
+        adapter: its adapter.
+        hooked: names of the modules that the cache hooked; the transformer itself has none.
+    """
+    model, attention = type(transformer).__name__, _attention_patterns(transformer, adapter)
+    if kind == TAYLOR and config.use_lite_mode:
+        blocks = [name for name in hooked if name != "proj_out"]
+        if "proj_out" in hooked and blocks:
+            return
+        lacks = "no blocks that its pattern matches" if "proj_out" in hooked else "no proj_out to predict"
+        raise ConfigError(
+            f"{kind}(use_lite_mode=True) finds in {model} {lacks}; leave it off and set cache_identifiers={attention}"
+        )
+    if kind == TAYLOR:
+        skipped = config.skip_predict_identifiers or ()
+        predicted = [name for name in hooked if not _matches(skipped, name)]
+        if config.cache_identifiers is None:  # diffusers' own match the whole name, and some match a side path alone
+            predicted = [name for name in predicted if _matches(attention, name)]
+        if not predicted:
+            raise ConfigError(
+                f"{kind} predicts no self-attention of {model}: its cache_identifiers match whole names, and none of "
+                f"these; set cache_identifiers={attention}, or use_lite_mode=True"
+            )
+    elif kind == TEXT and not hooked:
+        raise ConfigError(f"{kind} does nothing on {model}: diffusers knows the text keys of NucleusMoE-Image alone")
+    elif kind in (PYRAMID, MAG) and not hooked:
+        raise ConfigError(f"{kind} hooks no module of {model}; set its identifiers, or use another cache")
+
+
+def _matches(patterns: Collection[str], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _attention_patterns(transformer: nn.Module, adapter: Adapter) -> list[str]:
+    """Return regular expressions that match the attention modules an adapter names, and nothing more."""
+    names = [name for name, _ in transformer.named_modules()]
+    patterns = [re.escape(at).replace(r"\*", r"\d+") for at in (*adapter.self_attention, *adapter.side_attention)]
+    return [pattern for pattern in patterns if any(_matches([pattern], name) for name in names)]
+
+
+def check_call(
+    kind: str,
+    config: Any,
+    context: ForwardContext,
+    transformer: nn.Module,
+    adapter: Adapter,
+    *,
+    repeated: bool,
+    first: bool,
+) -> None:
+    """Raise `ConfigError` for a forward in which a cache would go wrong without a word.
+
+    Args:
+        kind: the config's name.
+        config: the config.
+        context: the forward.
+        transformer: the transformer.
+        adapter: its adapter.
+        repeated: this branch ran at this step before.
+        first: this branch has not run before.
+    """
+    if kind in (FIRST_BLOCK, MAG, SEA):
+        control = [name for name, value in context.inputs.items() if "controlnet" in name and _holds(value)]
+        if control:
+            raise ConfigError(
+                f"{kind} can't reuse a step with {control[0]}, which the model adds between its blocks: a reused step "
+                "would add it twice; use a cache of whole forwards"
+            )
+    if kind == MAG and context.num_inference_steps not in (None, config.num_inference_steps):
+        raise ConfigError(
+            f"MagCacheConfig.num_inference_steps = {config.num_inference_steps}, but the run has "
+            f"{context.num_inference_steps} steps; set it to {context.num_inference_steps}, with mag_ratios for these"
+        )
+    if kind == MAG and repeated:
+        raise ConfigError(
+            "MagCacheConfig counts forwards as steps, and this scheduler runs the model twice a step; use another "
+            "scheduler or another cache"
+        )
+    if kind == SEA and not _sea_can_tell(context):
+        raise ConfigError(
+            f"SeaCacheConfig needs the step's sigma in [0, 1] and the number of steps, and found sigma = "
+            f"{context.sigma}, steps = {context.num_inference_steps}; use a flow-matching scheduler, or tell them by "
+            "transformer.cache_context(name, step_index=..., sigma=..., num_inference_steps=...)"
+        )
+    if kind == FASTER:
+        _check_faster(config, context, transformer, adapter, first)
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (Tensor, list, tuple)) and len(value) > 0
+
+
+def _sea_can_tell(context: ForwardContext) -> bool:
+    sigma = context.sigma
+    return context.num_inference_steps is not None and sigma is not None and 0 <= sigma <= 1 and math.isfinite(sigma)
+
+
+def _check_faster(config: Any, context: ForwardContext, transformer: Any, adapter: Adapter, first: bool) -> None:
+    """Raise `ConfigError` for a call in which FasterCache would not find two halves, or takes an axis for another."""
+    if config.is_guidance_distilled:
+        now, (low, high) = config.current_timestep_callback(), config.spatial_attention_timestep_skip_range
+        if first and low < now < high:
+            raise ConfigError(
+                f"FasterCacheConfig has nothing to reuse in the first step, at timestep {now}: end "
+                f"spatial_attention_timestep_skip_range = {(low, high)} below that"
+            )
+        return
+    latents, layout = context.inputs[adapter.latents], config.tensor_format
+    shape = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+    channels = getattr(transformer.config, "in_channels", None)
+    if not isinstance(latents, Tensor) or len(shape) != len(layout) or shape[layout.index("C")] != channels:
+        raise ConfigError(
+            f"FasterCacheConfig.tensor_format = {layout!r} is not how the latents lie: {shape}; set the format they "
+            "have (BCFHW, BFCHW or BCHW), or use another cache"
+        )
+    if len(latents) % 2 or context.branch.split("/")[0] in ("cond", "uncond", "call 1"):
+        raise ConfigError(
+            "FasterCacheConfig needs guidance in one batched call, unconditional rows first, and "
+            f"{context.branch!r} is a call of {shape}; set is_guidance_distilled=True, or use another cache"
+        )
+    split = config._unconditional_conditional_input_kwargs_identifiers
+    whole = [
+        name
+        for name, value in context.inputs.items()
+        if name not in split and isinstance(value, Tensor) and value.ndim and len(value) == len(latents)
+    ]
+    if whole:
+        raise ConfigError(
+            f"FasterCacheConfig would not split {', '.join(whole)} between the branches; add them to "
+            "_unconditional_conditional_input_kwargs_identifiers, or use another cache"
+        )

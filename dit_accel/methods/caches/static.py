@@ -1,0 +1,76 @@
+"""StaticCache: steps are skipped by a list, or all but every n-th, whatever the data are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ...errors import ConfigError
+from ...plan.layout import TokenLayout
+from ..saving import Saving
+from .config import StepCacheConfig
+from .engine import StepCacheHandler
+
+DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
+"""What an option is where neither the user nor the model's recipe sets it; with ``steps`` the list alone decides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticCache(StepCacheConfig):
+    """Skips the steps that a list names, or all but every n-th: searched schedules, and those of TaylorSeer and FORA.
+
+    Attributes:
+        every: one step in so many is computed, counted from the warm-up's last; instead of ``steps``.
+
+    Raises:
+        ConfigError: for an option out of range, or both ``steps`` and ``every``.
+    """
+
+    name: ClassVar[str] = "staticcache"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        StepCacheConfig.__post_init__(self)
+        if self.every is not None and self.steps is not None:
+            raise ConfigError(
+                f"staticcache.steps = {self.steps} and staticcache.every = {self.every} both say what is computed; "
+                "give one of them"
+            )
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"staticcache.every must be >= 1, got {self.every}; 2 skips every second step")
+
+    def filled(self, recipe: Mapping[str, Any]) -> "StaticCache":
+        """Return the config with every unset option filled in; beside ``steps`` nothing else decides unless it is set.
+
+        Raises:
+            ConfigError: for an option that no recipe may fill, or a value out of range.
+        """
+        return self if self.steps is not None else StepCacheConfig.filled(self, recipe)
+
+    def always_computed(self, index: int, count: int | None) -> str | None:
+        """Return why a step is computed, or None: it is skipped."""
+        why = StepCacheConfig.always_computed(self, index, count)
+        if why is None and self.every is not None:
+            why = None if (index - max(self.first_steps(count) - 1, 0)) % self.every else "listed"
+        return why
+
+    def skipped_steps(self, count: int) -> int:
+        """Return how many steps of a run of ``count`` are skipped."""
+        in_a_row = skips = 0
+        for index in range(count):
+            must = index == 0 or self.always_computed(index, count) or self.most_skipped(in_a_row, skips)
+            in_a_row, skips = (0, skips) if must else (in_a_row + 1, skips + 1)
+        return skips
+
+
+class StaticHandler(StepCacheHandler):
+    """StaticCache on one model."""
+
+    config_type = StaticCache
+    settings: StaticCache
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return the forwards that the list skips."""
+        rows = self.model.family.forwards_per_step if self.model.family and self.settings.branches == "all" else 1
+        return Saving(forwards=rows * self.settings.skipped_steps(steps))

@@ -1,0 +1,87 @@
+"""How a step cache forecasts: as a weighted sum of what was computed before, with weights that only times decide.
+
+A time is a step's index or its noise level. Every forecast is linear in the computed values, so that the weights say
+all: on polynomials of the order in time Taylor and, without a ridge, Chebyshev are exact.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RIDGE = 1e-3
+"""Weight of the squared Chebyshev coefficients above degree 0, per value that is fitted."""
+
+DAMPED_AFTER = 3
+"""Steps after the last computed one from which Heun's forecast is drawn back to it (FoCa)."""
+
+
+def taylor(times: Sequence[float], at: float, order: int) -> list[float]:
+    """Return the weights of the polynomial through the last values, of degree ``order`` or as many as there are.
+
+    Source: TaylorSeer (arXiv 2503.06923). Where we depart from it: divided differences, exact at unequal distances too.
+
+    Args:
+        times: of the values, all different.
+        at: the time that is forecast.
+        order: the degree; 0 holds the last value.
+    """
+    used = times[-(order + 1) :]
+    weights = [
+        float(np.prod([(at - other) / (own - other) for other in used if other != own], initial=1.0)) for own in used
+    ]
+    return [0.0] * (len(times) - len(used)) + weights
+
+
+def heun(times: Sequence[float], skipped: Sequence[float], at: float, before: float | None) -> list[float]:
+    """Return the weights of a step along the mean of two slopes: of the last computed values, and of the last given.
+
+    Source: FoCa (arXiv 2508.16211), its calibrator as cache-dit publishes it.
+
+    Args:
+        times: of the computed values. With ``before`` the second last one is no computed value but the forecast that
+            was given right before the last computed one.
+        skipped: times forecast since the last computed value, before ``at``.
+        at: the time that is forecast.
+        before: None: all values are computed. Otherwise the time of that forecast.
+    """
+    count = len(times)
+    computed = [index for index in range(count) if before is None or index != count - 2]
+    anchor = np.eye(count)[-1]
+    if len(computed) < 2:
+        return anchor.tolist()
+    older = computed[-2]
+    full = (anchor - np.eye(count)[older]) / (times[-1] - times[older])
+    slope = (anchor - np.eye(count)[-2]) / (times[-1] - times[-2])
+    given, time = anchor, times[-1]
+    for index, moment in enumerate([*skipped, at], start=1):
+        value = anchor + (moment - times[-1]) * (full + slope) / 2
+        if index > DAMPED_AFTER:
+            share = DAMPED_AFTER / index
+            value = share * value + (1 - share) * anchor
+        slope, given, time = (value - given) / (moment - time), value, moment
+    return given.tolist()
+
+
+def chebyshev(
+    times: Sequence[float], at: float, order: int, span: tuple[float, float], ridge: float = RIDGE
+) -> list[float]:
+    """Return the weights of a Chebyshev polynomial fitted to all values by ridge regression, read at a time.
+
+    Source: Spectrum (arXiv 2603.01623). Where we depart from it: the mean (degree 0) is not shrunk, and the degree is
+    at most what the values determine.
+
+    Args:
+        times: of the values.
+        at: the time that is forecast.
+        order: the degree.
+        span: the times of the run's two ends, which become -1 and 1.
+        ridge: weight of the squared coefficients, per value.
+    """
+    first, last = span
+    scaled = [2 * (time - first) / (last - first) - 1 if last != first else 0.0 for time in (*times, at)]
+    degree = min(order, len(times) - 1)
+    basis = np.polynomial.chebyshev.chebvander(np.array(scaled), degree)
+    fitted, read = basis[:-1], basis[-1]
+    penalty = ridge * len(times) * np.eye(degree + 1)
+    penalty[0, 0] = 0.0
+    return (read @ np.linalg.solve(fitted.T @ fitted + penalty, fitted.T)).tolist()

@@ -1,0 +1,119 @@
+"""The table of a suite: every arm against dense runs of the best solver that cost as much, clip by clip."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .paired import Interval, bootstrap
+from .results import Line, latest
+from .suite import Suite, dense_arm
+
+WORKS = {"work": "own work", "work_real": "work at a = .72"}
+"""Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
+TIMED = {"steps_in_time": "time"}
+
+
+FEWEST = 6
+"""Clips with which a verdict begins: all of fewer have one sign in more than 5 % of the draws by chance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmFigures:
+    """What the clips of one arm say.
+
+    Attributes:
+        name: the arm's.
+        clips: how many clips there are.
+        means: mean of ``work``, ``work_real``, ``ssim``, ``score`` and, where timed, ``steps_in_time``.
+        psnr: PSNR to the reference in dB.
+        ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB.
+    """
+
+    name: str
+    clips: int
+    means: Mapping[str, float]
+    psnr: Interval
+    ahead: Mapping[str, Interval]
+
+
+def rival_steps(line: Line) -> set[int]:
+    """Return the steps of the dense runs between which an arm's line is held: below and above its work and time."""
+    amounts = [line[key] for key in (*WORKS, *TIMED) if line.get(key) is not None]
+    return {max(1, round_(amount)) for amount in amounts for round_ in (math.floor, math.ceil)}
+
+
+def figures(suite: Suite, lines: Sequence[Line]) -> list[ArmFigures]:
+    """Return the figures of every arm that ran: dense runs of the best solver by steps, then the suite's others."""
+    known = latest(lines)
+    clips = sorted({clip for _, clip in known})
+    listed = {arm.name for arm in suite.arms if not arm.is_dense}
+    dense = {line["num_inference_steps"] for line in known.values() if line["arm"] not in listed}
+    names = [dense_arm(steps).name for steps in sorted(dense)]
+    names += [arm.name for arm in suite.arms if not arm.is_dense]
+    found = []
+    for name in names:
+        own = [known[name, clip] for clip in clips if (name, clip) in known]
+        if own:
+            found.append(_figures(name, own, known))
+    return found
+
+
+def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], Line]) -> ArmFigures:
+    is_rival = name == dense_arm(lines[0]["num_inference_steps"]).name
+    keys = [key for key in (*WORKS, *TIMED) if all(line.get(key) is not None for line in lines)]
+    ahead = {}
+    for key in () if is_rival else keys:
+        rivals = [(line["psnr"], equal_psnr(known, line["clip"], line[key])) for line in lines]
+        differences = [own - rival for own, rival in rivals if rival is not None]
+        if differences:
+            ahead[key] = bootstrap(differences)
+    return ArmFigures(
+        name=name,
+        clips=len(lines),
+        means={key: float(np.mean([line[key] for line in lines])) for key in (*keys, "ssim", "score")},
+        psnr=bootstrap([line["psnr"] for line in lines]),
+        ahead=ahead,
+    )
+
+
+def equal_psnr(known: Mapping[tuple[str, int], Line], clip: int, steps: float) -> float | None:
+    """Return a clip's PSNR of a dense run of so many steps, linear between whole numbers; None where one is missing."""
+    low, high = max(1, math.floor(steps)), max(1, math.ceil(steps))
+    ends = [known.get((dense_arm(count).name, clip)) for count in (low, high)]
+    if None in ends:
+        return None
+    below, above = (line["psnr"] for line in ends if line is not None)
+    return below + (above - below) * (steps - low) if high > low else below
+
+
+def verdict(difference: Interval, clips: int) -> str:
+    """Return ``ahead`` or ``behind`` where the interval excludes 0, else ``open``, as it is below `FEWEST` clips."""
+    if clips < FEWEST or difference.low <= 0 <= difference.high:
+        return "open"
+    return "ahead" if difference.low > 0 else "behind"
+
+
+def table(suite: Suite, lines: Sequence[Line]) -> str:
+    """Return the suite's Markdown table: a row an arm, means over clips, intervals by paired bootstrap."""
+    return "\n".join(_rows(suite, lines))
+
+
+def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
+    found = figures(suite, lines)
+    works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in found) else {})
+    against = [f"against UniPC at equal {words}, dB" for words in works.values()]
+    heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", "score", *against]
+    if any(arm.clips < suite.clips for arm in found):
+        heads.insert(1, "clips")
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for arm in found:
+        cells = [arm.name, *([str(arm.clips)] if "clips" in heads else [])]
+        cells += [f"{arm.means[key]:.2f}" if key in arm.means else "" for key in works]
+        cells += [str(arm.psnr), f"{arm.means['ssim']:.3f}", f"{arm.means['score']:.0%}"]
+        cells += [
+            f"{arm.ahead[key]:+} {verdict(arm.ahead[key], arm.clips)}" if key in arm.ahead else "" for key in works
+        ]
+        yield f"| {' | '.join(cells)} |"

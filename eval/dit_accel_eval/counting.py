@@ -1,0 +1,120 @@
+"""Counts the work of a run: the blocks and attention calls that really ran, in steps of the dense model.
+
+The counters lie inside everything that may skip a call (step caches, diffusers' hooks), so that what is skipped is not
+counted, whoever skips it.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel import Report
+from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.block_lists import block_lists, blocks_of
+from dit_accel.attachment.find import attention_modules
+from dit_accel.estimate.estimate import estimate
+from dit_accel.methods.config import MethodConfig
+
+REAL_SHARE = 0.72
+"""Self-attention's share of the FLOPs of a real model: Wan 2.1 14B at 720 x 1280 and 81 frames."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Calls of blocks and of their self-attention that ran, one per batch row."""
+
+    blocks: float
+    attention: float
+
+    def __truediv__(self, steps: int) -> "Counts":
+        return Counts(blocks=self.blocks / steps, attention=self.attention / steps)
+
+
+class Counter:
+    """Counts the calls of a transformer's blocks and self-attention from now on, in place of their ``forward``.
+
+    Made before anything else wraps the transformer, and never taken off.
+    """
+
+    def __init__(self, transformer: nn.Module, adapter: Adapter) -> None:
+        self._blocks = self._attention = 0
+        for listed in block_lists(adapter, transformer):
+            for _, block in blocks_of(listed, adapter, transformer):
+                self._watch(block, self._count_block)
+        for _, module, _ in attention_modules(transformer, adapter):
+            self._watch(module, self._count_attention)
+
+    def take(self) -> Counts:
+        """Return what ran since the last call of this, and begin anew."""
+        counts = Counts(blocks=self._blocks, attention=self._attention)
+        self._blocks = self._attention = 0
+        return counts
+
+    def _count_block(self, rows: int) -> None:
+        self._blocks += rows
+
+    def _count_attention(self, rows: int) -> None:
+        self._attention += rows
+
+    def _watch(self, module: nn.Module, count: Callable[[int], None]) -> None:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            count(next(len(value) for value in given if isinstance(value, torch.Tensor)))
+            return forward(*args, **kwargs)
+
+        module.forward = counted
+
+
+def own_share(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> float:
+    """Return self-attention's share of a model's FLOPs at the size of a call, as `dit-accel plan` counts them."""
+    return estimate(adapter, family, **_sizes(call)).attention_share
+
+
+def attended(
+    report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
+) -> float:
+    """Return the share of the query-key pairs that the attention calls of a run computed; 1 is dense.
+
+    A pooled tile is one key. Probe rows are computed besides. Voting, choosing tiles and pooling are not counted.
+
+    Args:
+        report: what ran; None: nothing was attached.
+        adapter: the model's adapter.
+        family: its sizes.
+        call: height, width and frames of the run.
+        methods: what was attached.
+    """
+    if report is None or report.sparse_density is None:
+        return 1.0
+    tile = min(options["block_size"] for options in report.methods.values() if options.get("block_size"))
+    savings = estimate(adapter, family, methods=methods, **_sizes(call)).savings
+    probes = sum(saving.exact_rows for saving in savings.values())
+    calls = sum(step.dense_layers + step.sparse_layers for step in report.steps)
+    pairs = sum(
+        step.dense_layers + step.sparse_layers * (step.density + step.pooled / tile + probes) for step in report.steps
+    )
+    return pairs / calls
+
+
+def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> float:
+    """Return a run's work in steps of the dense model.
+
+    Args:
+        counts: what ran.
+        dense_step: what one dense step runs.
+        attended: `attended` of the run.
+        share: self-attention's share of a dense step's work.
+    """
+    attention = attended * counts.attention / dense_step.attention
+    return share * attention + (1 - share) * counts.blocks / dense_step.blocks
+
+
+def _sizes(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: call[name] for name in ("height", "width", "num_frames") if name in call}

@@ -1,0 +1,74 @@
+"""Result lines: one JSON line a clip and arm, appended whole by any process, sorted when a run ends."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_accel import ConfigError
+from dit_accel.files import written_whole
+
+Line = dict[str, Any]
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Return the JSON lines of a file, [] if there is none; a last line without an end was cut off, and is left out.
+
+    Raises:
+        ConfigError: for a line that is not JSON.
+    """
+    if not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ConfigError(f"{path} has a line that is not JSON ({error}); delete that line") from None
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Append one line, whole, so that several processes may write to one file."""
+    handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o666)
+    try:
+        os.write(handle, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+def write_lines(path: Path, lines: Iterable[Line]) -> None:
+    """Replace a file by these lines, atomically."""
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def latest(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
+    """Return (arm, clip) -> its last line."""
+    return {(line["arm"], line["clip"]): line for line in lines}
+
+
+def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: dict[str, Line]) -> None:
+    """Refuse lines of another model, call, reference or arm than the suite's, by name.
+
+    Args:
+        path: the lines' file.
+        lines: what it holds.
+        expected: key -> what every line must say.
+        arms: arm -> what it runs; lines of other arms are not looked at.
+
+    Raises:
+        ConfigError: for the first line that differs.
+    """
+    for line in lines:
+        for name, value in expected.items():
+            if line.get(name) != value:
+                raise ConfigError(
+                    f"{path} holds results of {name} {line.get(name)!r}, this suite has {value!r}; delete it and run "
+                    "again"
+                )
+        for name, value in arms.get(line["arm"], {}).items():
+            if line.get(name) != value:
+                raise ConfigError(
+                    f"{path} holds results of arm {line['arm']!r} with {name} {line.get(name)!r}, this suite has "
+                    f"{value!r}; rename the arm, or delete its lines"
+                )

@@ -1,0 +1,90 @@
+"""Step caches beside sparse methods: these count computed steps, and the steps they need are not skipped."""
+
+import pytest
+import torch
+from wan_tiny import denoise, sharp_transformer
+
+import dit_accel
+from dit_accel import DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD, StaticCache, UltraViCo
+
+TILES = dict(block_size=16, dense_steps=0, dense_layers=0)
+SPARSED = SparseD(density=0.5, **TILES)
+LITE = LiteAttention(threshold=-0.5, **TILES)
+SPARSE = {
+    "radial": (RadialAttention(decay_factor=0.2, near="half", sink=False, **TILES),),
+    "sparsed": (SPARSED,),
+    "lite": (LITE,),
+    "sol": (SolAttention(beta=0.0, **TILES),),
+    "delta": (SPARSED, DeltaAttention(stride=8)),
+    "ultravico": (UltraViCo(trained_frames=2, alpha=0.5),),
+}
+CACHE = StaticCache(every=2, warmup_steps=2, last_steps=0)
+
+
+def drawn(attachment):
+    forwards = attachment.report().section("staticcache").data["forwards"]
+    return "".join("." if entry["reused"] else "#" for entry in forwards if entry["branch"] == "cond")
+
+
+def handler(attachment, name):
+    return next(one for one in attachment._execution.handlers if one.name == name)
+
+
+@pytest.mark.parametrize("sparse", SPARSE.values(), ids=SPARSE)
+def test_each_plans_in_computed_steps_alone(sparse):
+    transformer = sharp_transformer()
+    plain = denoise(transformer, 6)
+    with dit_accel.attach(transformer, *sparse) as attachment:
+        alone = denoise(transformer, 6)
+        planned = {step.step_index: step.sparse_layers for step in attachment.report().steps}
+    with dit_accel.attach(transformer, *sparse, StaticCache(steps=(1,) * 6)):
+        assert torch.equal(denoise(transformer, 6), alone)
+    with dit_accel.attach(transformer, *sparse, CACHE) as attachment:
+        both = denoise(transformer, 6)
+        report = attachment.report()
+        assert drawn(attachment) == "##.#.#"
+        assert {step.step_index for step in report.steps} == {0, 1, 3, 5}
+        assert all(step.sparse_layers == planned[step.step_index] for step in report.steps)
+        assert torch.equal(denoise(transformer, 6), both)
+    with dit_accel.attach(transformer, CACHE, *reversed(sparse)):
+        assert torch.equal(denoise(transformer, 6), both)
+    assert not torch.equal(both, alone)
+    assert torch.equal(denoise(transformer, 6), plain)
+
+
+def test_a_pattern_is_found_when_it_is_due():
+    transformer = sharp_transformer()
+    late = SparseD(block_size=16, density=0.5, dense_steps=4, dense_layers=0)
+    with dit_accel.attach(transformer, late, CACHE) as attachment:
+        denoise(transformer, 8)
+        assert drawn(attachment) == "##.###.#"  # step 4, where the pattern is found, is not skipped
+
+
+def test_lite_counts_computed_steps():
+    transformer = sharp_transformer()
+    lite = LiteAttention(threshold=-0.5, refresh_every=3, **TILES)
+    seen = []
+    with dit_accel.attach(transformer, lite, CACHE) as attachment, attachment.observe(seen.append):
+        denoise(transformer, 9)
+        computed = [step for step, mark in enumerate(drawn(attachment)) if mark == "#"]
+    afresh = sorted({call.context.step_index for call in seen if call.plan.selection.keep is None})
+    assert afresh == computed[::3]
+
+
+def test_a_refresh_is_not_put_off():
+    transformer = sharp_transformer()
+    cache = StaticCache(every=100, warmup_steps=3, last_steps=0)
+    lite = LiteAttention(threshold=-0.5, refresh_every=3, **TILES)
+    with dit_accel.attach(transformer, lite, cache) as attachment:
+        denoise(transformer, 8)
+        assert drawn(attachment) == "####...."  # step 3 is the refresh, and after one call more are kept
+
+
+def test_delta_measures_when_a_correction_has_served():
+    transformer = sharp_transformer()
+    cache = StaticCache(every=100, warmup_steps=2, last_steps=0)
+    with dit_accel.attach(transformer, SPARSED, DeltaAttention(stride=8, reuse=2), cache) as attachment:
+        denoise(transformer, 6)
+        assert drawn(attachment) == "###..."  # steps 0 and 1 share one correction, 2 is probed
+        measured = attachment.report().section("delta").data["measured"]
+        assert {entry["step_index"] for entry in measured} == {0, 2}

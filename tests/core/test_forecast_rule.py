@@ -1,0 +1,94 @@
+"""The weights of forecasts: exact on polynomials, as published at equal distances, and never more than they say."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_accel.rules.forecast import chebyshev, heun, taylor
+
+
+@st.composite
+def moments(draw, least=2, most=5):
+    """Different times in order, and a later one."""
+    gaps = draw(st.lists(st.integers(1, 6), min_size=least, max_size=most))
+    start = draw(st.integers(0, 10))
+    times = [float(start + sum(gaps[:index])) for index in range(len(gaps) + 1)]
+    falling = draw(st.booleans())
+    return [1 - time / 64 for time in times] if falling else times
+
+
+def polynomial(coefficients, times):
+    return np.polynomial.polynomial.polyval(np.array(times), coefficients)
+
+
+@settings(deadline=None)
+@given(moments(), st.integers(0, 3), st.lists(st.integers(-3, 3), min_size=4, max_size=4))
+def test_taylor_is_exact_on_polynomials_of_its_order(times, order, coefficients):
+    *known, at = times
+    degree = min(order, len(known) - 1)
+    weights = taylor(known, at, order)
+    values = polynomial(coefficients[: degree + 1], known)
+    np.testing.assert_allclose(
+        np.dot(weights, values), polynomial(coefficients[: degree + 1], at), rtol=1e-6, atol=1e-5
+    )
+    assert sum(weights) == pytest.approx(1.0, abs=1e-6)
+    assert not any(weights[: -(order + 1)])  # older values are not read
+
+
+def test_taylor_at_equal_distances_is_taylorseers():
+    assert taylor([0, 5], 7, 1) == pytest.approx([-0.4, 1.4])  # y + (y - y_old) / 5 * 2
+    first, second = 2 / 5, 4 / 25 / 2  # x / d, (x / d)^2 / 2: backward differences, of which Newton's has x (x + d)
+    published = [second, -first - 2 * second, 1 + first + second]
+    newton = [second + 1 / 5, -first - 2 * second - 2 / 5, 1 + first + second + 1 / 5]
+    assert taylor([0, 5, 10], 12, 2) == pytest.approx(newton)
+    assert taylor([0, 5, 10], 12, 2) != pytest.approx(published)
+    assert taylor([3.0], 4.0, 2) == [1.0]  # with one value it holds it
+
+
+@settings(deadline=None)
+@given(moments(least=3, most=3), st.integers(1, 3), st.floats(-2, 2), st.floats(-2, 2), st.booleans())
+def test_heun_is_taylor_on_lines(times, count, slope, value, forecast_before):
+    older, before, anchor, _ = times
+    known = [older, before, anchor] if forecast_before else [older, anchor]
+    line = np.array([value + slope * time for time in known])
+    step = anchor - before
+    later = [anchor + step * (index + 1) for index in range(count)]
+    weights = heun(known, later[:-1], later[-1], before if forecast_before else None)
+    assert np.dot(weights, line) == pytest.approx(value + slope * later[-1], rel=1e-6, abs=1e-5)
+
+
+def test_heun_halves_the_slopes_and_is_drawn_back():
+    # computed 0 at time 0 and 4 at time 4, forecast 2 at time 3: slopes 1 and 2
+    values = np.array([0.0, 2.0, 4.0])
+    assert np.dot(heun([0, 3, 4], [], 5, 3), values) == pytest.approx(4 + 1.5)
+    assert np.dot(heun([0, 3, 4], [5], 6, 3), values) == pytest.approx(4 + 2 * (1 + 1.5) / 2)
+    plain = heun([0, 4], [5, 6, 7], 8, None)
+    assert np.dot(plain, [0.0, 4.0]) == pytest.approx(0.75 * 8 + 0.25 * 4)
+    assert heun([2.0], [], 3.0, None) == [1.0]
+
+
+@settings(deadline=None)
+@given(moments(least=4, most=8), st.integers(1, 3), st.lists(st.integers(-3, 3), min_size=4, max_size=4))
+def test_chebyshev_is_exact_on_polynomials_without_a_ridge(times, order, coefficients):
+    *known, at = times
+    span = (times[0], times[-1])
+    degree = min(order, len(known) - 1)
+    weights = chebyshev(known, at, order, span, ridge=0.0)
+    values = polynomial(coefficients[: degree + 1], known)
+    scale = max(1.0, np.abs(values).max())
+    np.testing.assert_allclose(
+        np.dot(weights, values) / scale, polynomial(coefficients[: degree + 1], at) / scale, atol=1e-6
+    )
+
+
+@settings(deadline=None)
+@given(moments(), st.integers(1, 4), st.floats(0, 10))
+def test_chebyshev_holds_constants_whatever_the_ridge(times, order, ridge):
+    *known, at = times
+    assert sum(chebyshev(known, at, order, (times[0], at), ridge=ridge)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_large_ridge_makes_it_the_mean():
+    assert chebyshev([0, 1, 2, 3], 5, 2, (0, 9), ridge=1e9) == pytest.approx([0.25] * 4, abs=1e-6)
+    assert chebyshev([4.0], 4.0, 2, (4, 4)) == [1.0]

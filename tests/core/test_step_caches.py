@@ -1,0 +1,307 @@
+"""The engine of step caches, on made-up forwards: which are computed, whose state is read, what a forecast gives."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cache_calls import Driven, line, run_through, still
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from dit_accel import ConfigError, EasyCache, StaticCache
+from dit_accel.methods.caches.engine import is_unconditional
+
+EVERY = dict(warmup_steps=0, last_steps=0)
+
+
+def cache(**options):
+    return StaticCache(**{"every": 100, **EVERY, **options})
+
+
+def test_a_list_decides_which_steps_are_computed():
+    driven = Driven(StaticCache(steps=(1, 0, 0, 1, 0)), line)
+    given = run_through(driven, still, steps=5)
+    assert driven.drawn(steps=5) == "#..#."
+    assert [float(out["cond"].mean()) for out in given] == [0, 0, 0, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn", "measured"),
+    [
+        (dict(), "#.........", "##........"),
+        (dict(warmup_steps=3), "###.......", "###......."),
+        (dict(warmup_steps=0.25), "###.......", "###......."),
+        (dict(last_steps=2), "#.......##", "##......##"),
+        (dict(max_consecutive=2), "#..#..#..#", "##..#..#.."),
+        (dict(max_skips=4), "#....#####", "##....####"),
+        (dict(warmup_steps=2, max_consecutive=3, last_steps=1), "##...#...#", "##...#...#"),
+    ],
+)
+def test_guards(options, drawn, measured):
+    driven = Driven(cache(**options), line)
+    run_through(driven, still)
+    assert driven.drawn() == drawn
+    assert driven.handler.settings.skipped_steps(10) == drawn.count(".")
+    forever = Driven(EasyCache(threshold=1e9, **{**EVERY, **options}), line)
+    run_through(forever, lambda step: torch.full((1, 2, 3), float(step)))
+    assert forever.drawn() == measured  # a rate takes two computed steps
+
+
+def test_the_usual_schedule():
+    driven = Driven(StaticCache(), line)
+    run_through(driven, still, 11)
+    assert driven.drawn(steps=11) == "##.#.#.#.##"
+    assert driven.handler.settings.every == 2
+
+
+@pytest.mark.parametrize(("warmup", "drawn"), [(0, "#....#...."), (3, "###....#..")])
+def test_one_step_in_so_many(warmup, drawn):
+    driven = Driven(StaticCache(every=5, warmup_steps=warmup, last_steps=0), line)
+    run_through(driven, still)
+    assert driven.drawn() == drawn
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (dict(), [0, 1, 1, 1, 1]),
+        (dict(predictor="taylor"), [0, 1, 2, 3, 4]),
+        (dict(predictor="heun"), [0, 1, 2, 3, 4]),
+        (dict(predictor="chebyshev"), [0, 1, 2, 3, 4]),
+    ],
+)
+@pytest.mark.parametrize("stored", ["residual", "output"])
+def test_what_is_stored_goes_on_in_time(options, given, stored):
+    driven = Driven(StaticCache(steps=(1, 1, 0, 0, 0), stored=stored, **options), line)
+    out = run_through(driven, still, steps=5)
+    rough = dict(abs=0.1) if options.get("predictor") == "chebyshev" else {}  # its ridge
+    assert [float(one["cond"].mean()) for one in out] == pytest.approx(given, **rough)
+
+
+def test_the_residual_is_added_to_the_latents_of_the_step():
+    moving = lambda step: torch.full((1, 2, 3), 10.0 * step)  # noqa: E731
+    held = {}
+    for stored in ("residual", "output"):
+        driven = Driven(StaticCache(steps=(1, 0), stored=stored), line)
+        held[stored] = float(run_through(driven, moving, steps=2)[1]["cond"].mean())
+    assert held == {"residual": 10.0, "output": 0.0}
+
+
+def test_sigma_as_the_variable():
+    driven = Driven(cache(warmup_steps=2, predictor="taylor", variable="sigma"), line)
+    for step, sigma in enumerate((1.0, 0.75, 0.25)):
+        out = driven.forward(step, still(step), sigma=sigma)[0]
+    assert float(out.mean()) == pytest.approx(3.0)  # 0 at 1, 1 at .75: 3 at .25
+    with pytest.raises(ConfigError, match=r"^staticcache\.variable = 'sigma' needs the noise level"):
+        driven.forward(3, still(3))
+
+
+def test_only_the_latent_part_of_a_wider_input_is_taken_off():
+    wide = torch.arange(30.0).reshape(1, 5, 6)
+    driven = Driven(StaticCache(steps=(1, 0)), lambda step, branch: (torch.ones(1, 2, 6),))
+    driven.forward(0, wide, steps=2)
+    assert torch.equal(driven.forward(1, wide + 1, steps=2)[0], torch.full((1, 2, 6), 2.0))
+    for shape in ((1, 2, 7), (1, 2, 1, 6)):  # not covered by the latents: the output is held
+        driven = Driven(StaticCache(steps=(1, 0)), lambda step, branch, shape=shape: (torch.ones(shape),))
+        driven.forward(0, wide, steps=2)
+        assert torch.equal(driven.forward(1, wide + 1, steps=2)[0], torch.ones(shape))
+
+
+def test_outputs_of_every_form():
+    sample, sound = torch.ones(1, 2, 3), torch.full((1, 4), 2.0)
+    forms = {
+        "object": Transformer2DModelOutput(sample=sample),
+        "tuple": (sample, sound),
+        "list": ([sample, sample + 1],),
+        "none": (sample, None),
+    }
+    for name, output in forms.items():
+        driven = Driven(StaticCache(steps=(1, 0)), lambda step, branch, output=output: output)
+        first, second = (driven.forward(step, still(step), steps=2) for step in range(2))
+        assert first is output
+        assert type(second) is type(output), name
+        if name == "object":
+            assert torch.equal(second.sample, sample)
+        elif name == "tuple":
+            assert torch.equal(second[0], sample)
+            assert torch.equal(second[1], sound)
+        elif name == "list":
+            assert torch.equal(second[0][1], sample + 1)
+        else:
+            assert second[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_types_stay(dtype):
+    driven = Driven(StaticCache(steps=(1, 1, 0), predictor="taylor"), lambda *_: (torch.ones(1, 2, 3, dtype=dtype),))
+    out = [driven.forward(step, torch.zeros(1, 2, 3, dtype=dtype), steps=3)[0] for step in range(3)]
+    assert out[2].dtype == dtype
+    torch.testing.assert_close(out[2], out[0])
+
+
+def test_what_a_pipeline_writes_into_stays_its_own():
+    output = torch.ones(1, 2, 3)
+    driven = Driven(StaticCache(steps=(1, 0, 0)), lambda step, branch: (output,))
+    driven.forward(0, still(0), steps=3)[0].zero_()
+    driven.forward(1, still(1), steps=3)[0].zero_()
+    assert torch.equal(driven.forward(2, still(2), steps=3)[0], torch.ones(1, 2, 3))
+
+
+def test_branches_have_state_of_their_own():
+    both = Driven(StaticCache(steps=(1, 1, 0, 0), predictor="taylor"), line)
+    together = run_through(both, still, 4, ("cond", "uncond"))
+    for branch in ("cond", "uncond"):
+        driven = Driven(StaticCache(steps=(1, 1, 0, 0), predictor="taylor"), line)
+        alone = run_through(driven, still, 4, (branch,))
+        assert all(torch.equal(one[branch], two[branch]) for one, two in zip(together, alone, strict=True))
+
+
+def test_the_first_branch_of_a_step_decides_for_all():
+    def output(step, branch):
+        grows = 1.0 if branch == "cond" else float("inf")
+        return (torch.full((1, 2, 3), 1 + 0.001 * grows * step),)
+
+    driven = Driven(EasyCache(threshold=0.05, warmup_steps=2, last_steps=1), output)
+    run_through(driven, lambda step: torch.full((1, 2, 3), float(step)), branches=("cond", "uncond"))
+    assert driven.drawn() == driven.drawn("uncond") == "##.......#"
+    values = [entry["value"] for entry in driven.handler.report().data["forwards"] if entry["branch"] == "uncond"]
+    assert values == [None] * 10
+
+
+def test_only_the_unconditional_branch_is_skipped():
+    driven = Driven(cache(branches="uncond", warmup_steps=2, last_steps=1), line)
+    run_through(driven, still, branches=("cond", "uncond"))
+    assert (driven.drawn(), driven.drawn("uncond")) == ("##########", "##.......#")
+    assert all(is_unconditional(branch, "x") for branch in ("uncond", "cond/uncond", "pred_uncond"))
+    assert not any(is_unconditional(branch, "x") for branch in ("cond", "pred_cond", "uncond/perturbed"))
+
+
+def test_branches_that_can_not_be_told_apart_are_refused():
+    for branch, why in (("call 1", "does not tell its branches"), ("cond_uncond", "calls both in one")):
+        driven = Driven(cache(branches="uncond"), line)
+        with pytest.raises(ConfigError, match=rf"^staticcache\.branches = 'uncond' needs .*{why}"):
+            driven.forward(0, still(0), branch)
+
+
+def test_a_branch_that_comes_or_goes_midway():
+    driven = Driven(cache(warmup_steps=2), line)
+    for step in range(5):
+        for branch in ("cond",) if step in (2, 3) else ("cond", "uncond"):
+            driven.forward(step, still(step), branch)
+    assert driven.drawn(steps=5) == driven.drawn("uncond", 5) == "##..."
+    late = Driven(cache(), line)
+    for step in range(4):
+        for branch in ("cond",) if step < 2 else ("cond", "uncond"):
+            late.forward(step, still(step), branch)
+    assert late.drawn(steps=4) == "#..."
+    assert late.drawn("uncond", 4) == "..#."  # nothing was stored before
+
+
+def test_another_expert_drops_what_was_stored():
+    driven = Driven(cache(predictor="taylor"), line)
+    for step in range(6):
+        driven.forward(step, still(step), transformer="transformer" if step < 3 else "transformer_2")
+    assert driven.drawn(steps=6) == "#..#.."
+    assert len(driven.handler._histories) == 1
+
+
+def test_two_calls_a_step_follow_one_decision():
+    driven = Driven(cache(warmup_steps=2, predictor="taylor"), line)
+    for step in range(4):
+        for _ in range(2):
+            out = driven.forward(step, still(step))[0]
+            assert float(out.mean()) == step
+    assert driven.ran == [(0, "cond")] * 2 + [(1, "cond")] * 2
+
+
+def test_another_shape_or_type_is_computed_afresh():
+    driven = Driven(cache(predictor="taylor"), lambda step, branch: (torch.ones(1, 2, 3),))
+    for step, latents in enumerate((still(0), still(0), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4).double())):
+        driven.forward(step, latents)
+    assert driven.drawn(steps=4) == "#.##"
+
+
+def test_nothing_is_reused_between_runs():
+    driven = Driven(cache(), line)
+    driven.forward(0, still(0))
+    driven.handler.reset(), driven.handler.begin_run()
+    driven.forward(1, still(1))
+    assert driven.ran == [(0, "cond"), (1, "cond")]
+    assert driven.handler.report().data["computed"] == 1
+
+
+def test_gradients_and_training_are_computed():
+    driven = Driven(cache(), line)
+    driven.forward(0, still(0))
+    driven.forward(1, still(1), training=True)
+    leaf = still(2).requires_grad_()
+    driven.forward(2, leaf)
+    with torch.no_grad():
+        driven.forward(3, leaf)
+    assert driven.drawn(steps=4) == "###."
+    weight = torch.ones(1, requires_grad=True)
+    learning = Driven(cache(), lambda step, branch: (weight * torch.ones(1, 2, 3),))
+    run_through(learning, still, 3)
+    assert learning.drawn(steps=3) == "###"
+
+
+def test_a_step_that_another_method_needs_is_computed():
+    other = SimpleNamespace(name="other", needs_step=lambda step: step.step_index in (2, 5))
+    driven = Driven(cache(), line, others=(other,))
+    run_through(driven, still)
+    assert driven.drawn() == "#.#..#...."
+    reasons = [entry["reason"] for entry in driven.handler.report().data["forwards"]]
+    assert reasons[2] == "other needs it"
+
+
+def test_memory_is_counted_and_freed():
+    for options, tensors in (
+        (dict(), 1), (dict(predictor="taylor", order=2), 3), (dict(predictor="heun"), 3),
+        (dict(predictor="chebyshev", order=2), 6),
+    ):  # fmt: skip
+        driven = Driven(StaticCache(every=3, warmup_steps=6, **options), line)
+        run_through(driven, still, branches=("cond", "uncond"))
+        assert driven.handler.state_bytes() == tensors * 2 * 24, options
+        driven.handler.reset()
+        assert not driven.handler._histories
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(warmup_steps=-1), r"staticcache\.warmup_steps must be >= 0, got -1"),
+        (dict(warmup_steps=1.5), r"staticcache\.warmup_steps must be a whole number of steps or a share below 1, got"),
+        (dict(last_steps=-2), r"staticcache\.last_steps must be >= 0, got -2"),
+        (dict(max_consecutive=0), r"staticcache\.max_consecutive must be >= 1, got 0"),
+        (dict(max_skips=-1), r"staticcache\.max_skips must be >= 0, got -1"),
+        (dict(order=0), r"staticcache\.order must be from 1 to 4, got 0"),
+        (dict(predictor="dmd"), r"staticcache\.predictor must be 'hold' or 'taylor' or 'heun' or 'chebyshev', got"),
+        (dict(every=0), r"staticcache\.every must be >= 1, got 0"),
+        (dict(steps=(1, 0)), r"staticcache\.steps = \(1, 0\) and staticcache\.every = 2 both say what is computed"),
+        (dict(every=None, steps=(1, 2)), r"staticcache\.steps must hold 1 \(computed\) and 0 .* got 2"),
+        (dict(every=None, steps=(0, 1)), r"staticcache\.steps must begin with 1, got \[0, 1\]"),
+    ],
+)
+def test_options_out_of_range(options, text):
+    with pytest.raises(ConfigError, match=text):
+        StaticCache(**{"every": 2, **options})
+
+
+def test_a_run_of_unknown_or_other_length():
+    driven = Driven(StaticCache(steps=(1, 0, 1)), line)
+    with pytest.raises(
+        ConfigError, match=r"^staticcache\.steps has 3 entries, this run has 4 steps; give one for each"
+    ):
+        driven.forward(0, still(0), steps=4)
+    with pytest.raises(ConfigError, match="this run has an unknown number of steps"):
+        driven.forward(0, still(0), steps=None)
+    for options, what in ((dict(last_steps=1), "last_steps = 1"), (dict(warmup_steps=0.5), "warmup_steps = 0.5")):
+        driven = Driven(cache(**options), line)
+        with pytest.raises(ConfigError, match=rf"^staticcache\.{what} needs the number of steps"):
+            driven.forward(0, still(0), steps=None)
+
+
+def test_a_recipe_fills_what_is_unset():
+    assert Driven(EasyCache(), line, recipe={"threshold": 0.2}).handler.settings.threshold == 0.2
+    assert Driven(EasyCache(threshold=0.1), line, recipe={"threshold": 0.2}).handler.settings.threshold == 0.1
+    with pytest.raises(ConfigError, match=r"^a recipe of easycache sets 'order', which no recipe may set"):
+        Driven(EasyCache(), line, recipe={"order": 2})

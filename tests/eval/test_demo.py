@@ -1,0 +1,54 @@
+"""The demo that `make demo` runs, on few and small frames."""
+
+import json
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import typer
+from dit_accel_eval import demo
+from PIL import Image
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+
+
+def test_the_demo_compares_and_writes(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(demo, "MOST", 32)
+    app = typer.Typer()
+    app.command()(demo.main)
+    out = tmp_path / "demo"
+    result = CliRunner().invoke(app, ["--out", str(out), "--num-frames", "1", "--seeds", "2"])
+    assert result.exit_code == 0, result.output
+    assert {entry.name for entry in out.iterdir()} == {
+        "comparison.mp4", "comparison.gif", "comparison.json", "references",
+    }  # fmt: skip
+    written = json.loads((out / "comparison.json").read_text())
+    dense, fewer, ours = written["arms"]
+    assert (dense["num_inference_steps"], dense["work"]) == (20, [20.0, 20.0])
+    assert fewer["num_inference_steps"] == np.ceil(20 * np.mean(ours["seconds"]) / np.mean(dense["seconds"]))
+    assert 5 <= np.mean(ours["work"]) < 20
+    assert list(ours["methods"]) == ["easycache"]
+    assert min(dense["psnr"] + ours["psnr"]) > 15
+    assert {one["steps"] for one in written["references"]} == {32}
+    for text in ("against fewer steps", "dense", "fewer steps", "easycache", "2 seeds", "32 steps"):
+        assert text in result.stdout
+    width, height = 3 * 64 * demo.SCALE, 2 * 64 * demo.SCALE + 2 * demo.LINE + demo.LINE // 2 + demo.LINE * 3 // 2
+    assert next(imageio_ffmpeg.read_frames(str(out / "comparison.mp4")))["size"] == (width, height)
+    assert Image.open(out / "comparison.gif").size == (width, height)
+
+
+def test_the_strip_shows_differences_five_times_as_large():
+    reference = np.full((2, 8, 8, 3), 0.5, np.float32)
+    frames = demo.side_by_side([("same", reference), ("off", reference + 0.1)], reference)
+    assert frames.shape[2] == 2 * 8 * demo.SCALE
+    assert frames[:, -1, 0].tolist() == [[0, 0, 0]] * 2
+    assert frames[:, -1, -1].tolist() == [[128, 128, 128]] * 2
+
+
+def test_a_prompt_of_unknown_words_and_an_unknown_model_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"unknown word\(s\) kite"):
+        demo.main(out=tmp_path, model="wan-tiny", prompt="a kite", seeds=1, num_frames=None)
+    with pytest.raises(ConfigError, match="'wan-tinny' is no embedded model"):
+        demo.main(out=tmp_path, model="wan-tinny", prompt=None, seeds=1, num_frames=None)
