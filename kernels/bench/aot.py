@@ -1,13 +1,13 @@
-"""Compile every Triton kernel variant for six GPU targets without a GPU, and tabulate what the compilers made of it.
+"""Compile the Triton kernels for six GPU targets without a GPU, and tabulate what the compilers made of them.
 
-`python kernels/bench/aot.py --out aot.jsonl` compiles all variants of all modules of its Triton backend, in
-parallel processes, prints one row each (registers, spills, shared memory, blocks an SM, hot loop) and writes JSON
-lines; with --match and --merge it compiles some of them anew in a file that has all. A record holds the Triton version
-and the fingerprint of what was compiled: the kernel as Triton's front end makes it for that target, without locations,
-so that comments and lines don't count. With --changed only what differs from its record in --out, or has none, is
-compiled. Exits with 1 if a variant fails to compile, spills in its hot loop (under the Triton of the committed table;
-else that is told), asks for more shared memory than its target has, or has in the hot loop of full tiles what should
-not be there.
+`python kernels/bench/aot.py --out aot.jsonl` compiles what real calls launch (recorded.py) in CASES: every kind of call
+is one that the methods make (calls.json). It prints one row each (registers, spills, shared memory, blocks an SM, hot
+loop) and writes JSON lines; with --match and --merge it compiles some of them anew in a file that has all. A record
+holds the Triton version and the fingerprint of what was compiled: the kernel as Triton's front end makes it for that
+target, without locations, so that comments and lines don't count. With --changed only what differs from its record in
+--out, or has none, is compiled. Exits with 1 if a kernel fails to compile, spills in its hot loop (under the Triton of
+the committed table; else that is told), asks for more shared memory than its target has, or has in the hot loop of full
+tiles what should not be there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -28,62 +27,100 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import listing
+from calls import Setting
 from cards import TARGETS, Target, occupancy
-
-if TYPE_CHECKING:
-    from dit_accel_kernels.backends.triton.variants import Variant
+from recorded import Recorded, gpu_target, launches_of
 
 PACKAGE = "dit_accel_kernels"
-KERNELS = f"{PACKAGE}.backends.triton"
-Task = tuple[str, str, str]  # module, variant, target
-Key = tuple[str, str]  # variant, target
+Key = tuple[str, str]  # launch, target
 COLD_SPILLS = 8  # words that a kernel without a loop of products may spill: it waits for memory
 TABLE = Path(__file__).parent / "results" / "aot.jsonl"
+CASES: tuple[tuple[Setting, tuple[str, ...]], ...] = (  # few enough that all of them compile in a quarter of an hour
+    (
+        Setting(),
+        (
+            "plain", "fused", "decay", "pooled", "mask", "order", "keep+maxgap", "keep+mass", "keep+budget",
+            "pinned+route", "decay+keep+maxgap", "mask+keep+pinned+maxgap", "order+keep+maxgap", "backward",
+        ),
+    ),
+    (Setting(dim=64), ("plain", "pooled")),
+    (Setting(dim=96), ("plain",)),
+    (Setting(tile=64), ("plain", "keep+maxgap", "pinned+route")),
+    (Setting(dtype="fp32"), ("plain",)),
+)  # fmt: skip
+QUICK = ("sm_80", "sm_90", "gfx942")  # where these compile too; Blackwell's compiler takes minutes for a backward
+QUICK_CASES = ((Setting(), ("decay+backward", "pooled+backward", "mask+backward", "pinned+routed+backward")),)
 
 
-def modules() -> list[str]:
-    """Dotted names of the package's modules with Triton kernels that export `variants()`."""
-    names = [f"{KERNELS}.{m.name}" for m in pkgutil.iter_modules(importlib.import_module(KERNELS).__path__)]
-    return [name for name in names if hasattr(importlib.import_module(name), "variants")]
+COLD = ("expand", "expand_columns", "fold", "pool", "pooled_dkdv", "query_mean", "key_statistics", "route", "delta")
 
 
-def variants_of(module: str) -> dict[str, Variant]:
-    """A module's variants by name, as the launch table has them now."""
-    return {variant.name: variant for variant in importlib.import_module(module).variants()}
+def record_cases(target: str, into: dict[str, Recorded]) -> None:
+    """Record what CASES launch on a target."""
+    for at, kinds in (*CASES, *(QUICK_CASES if target in QUICK else ())):
+        for kind in kinds:
+            launches_of(kind, at, target, into)
 
 
-def tasks(names: list[str], match: str, targets: list[str]) -> list[Task]:
-    """(module, variant, target) of everything to compile; `match` is a regular expression searched in variant names."""
-    found = []
-    for name in names:
-        for variant in variants_of(name).values():
-            if re.search(match, variant.name):
-                found += [(name, variant.name, target) for target in targets if target in variant.targets]
+def tasks(match: str, targets: list[str], module: str | None = None) -> list[Recorded]:
+    """The launches to compile, each once a target: those of CASES, or what a module's `record_cases` records.
+
+    `match` is a regular expression searched in their names.
+    """
+    record = importlib.import_module(module).record_cases if module else record_cases
+    found: list[Recorded] = []
+    for target in targets:
+        into: dict[str, Recorded] = {}
+        record(target, into)
+        found += [x for x in into.values() if re.search(match, x.name)]
     return found
 
 
-def compile_one(module: str, name: str, target_name: str) -> dict[str, Any]:
-    """One variant on one target, as a JSON-ready record; a compiler's failure becomes its `error`."""
-    variant, target = variants_of(module)[name], TARGETS[target_name]
+def has_hot_loop(launch: Recorded) -> bool:
+    """Whether its first loop must show tensor-core instructions and neither a predicated load nor a select.
+
+    Gradients of wider heads take blocks too small for wgmma and tcgen05; decay selects between two factors by element.
+    """
+    kernel = launch.name.split("-")[0]
+    if kernel in ("dq", "dkdv"):
+        return launch.constants.get("entry_t_ptr", 0) is None and launch.constants["DIM"] <= 128
+    return kernel not in COLD
+
+
+def turns(launch: Recorded) -> tuple[int, ...]:
+    """Turns of the hot loop from one run of what lies behind a branch in it to the next, then behind two.
+
+    A vote settles a tile, and stores a word, that often; empty where everything runs in every turn.
+    """
+    constants = launch.constants
+    if constants.get("VOTE") is None:
+        return ()
+    chunks = constants["TILE_K"] // constants["BLOCK_K"]
+    return (chunks, 32 * chunks) if chunks > 1 else (32,)
+
+
+def compile_one(launch: Recorded) -> dict[str, Any]:
+    """One launch, as a JSON-ready record; a compiler's failure becomes its `error`."""
+    target = TARGETS[launch.target]
     record: dict[str, Any] = {
-        "module": module.rpartition(".")[2],
-        "variant": name,
-        "target": target_name,
-        "warps": variant.num_warps,
-        "stages": variant.num_stages,
-        "hot_loop": variant.hot_loop,
+        "launch": launch.name,
+        "target": launch.target,
+        "warps": launch.num_warps,
+        "stages": launch.num_stages,
+        "logits": launch.constants.get("BLOCK_Q", 0) * launch.constants.get("BLOCK_K", 0),  # of a turn of a hot loop
+        "hot_loop": has_hot_loop(launch),
     }
     start = time.perf_counter()
     try:
-        record |= {"triton": triton_version(), "fingerprint": fingerprint(variant, target)}
-        compiled = _compile(variant, target)
+        record |= {"triton": triton_version(), "fingerprint": fingerprint(launch)}
+        compiled = launch.compiled()
     except Exception as error:  # whatever a compiler raises is the finding
         return {**record, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
     record["seconds"] = round(time.perf_counter() - start, 2)
-    return {**record, **describe(compiled.asm, compiled.metadata.shared, variant, target)}
+    return {**record, **describe(compiled.asm, compiled.metadata.shared, launch, target)}
 
 
 def triton_version() -> str:
@@ -93,53 +130,41 @@ def triton_version() -> str:
     return triton.__version__
 
 
-def _options(variant: Variant) -> dict[str, Any]:
-    return {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+def _options(launch: Recorded) -> dict[str, Any]:
+    """The options that we set ourselves: the others are Triton's version's and this machine's."""
+    chosen = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return {**chosen, "enable_fp_fusion": launch.options["enable_fp_fusion"]}
 
 
-def _compile(variant: Variant, target: Target) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    gpu = GPUTarget(target.backend, target.arch, target.warp)
-    return triton.compile(ASTSource(**variant.source_arguments()), target=gpu, options=_options(variant))
-
-
-def fingerprint(variant: Variant, target: Target) -> str:
+def fingerprint(launch: Recorded) -> str:
     """Digest of all that decides a record, but for Triton's version.
 
     The kernel with everything it calls, as Triton's front end makes it from signature and constants, without locations
     and without the modules that functions lie in; options, the target's limits, and how listings are read.
     """
     from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    gpu, source = GPUTarget(target.backend, target.arch, target.warp), ASTSource(**variant.source_arguments())
+    gpu, source = gpu_target(launch.target), launch.source()
     backend = make_backend(gpu)
-    options = backend.parse_options({**_options(variant), **source.parse_options()})
+    options = backend.parse_options({**_options(launch), **source.parse_options()})
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     front = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
-    rest = (_options(variant), variant.hot_loop, variant.turns, target, listing.READING)
+    rest = (_options(launch), has_hot_loop(launch), turns(launch), TARGETS[launch.target], listing.READING)
     text = re.sub(rf"\b{PACKAGE}(?:\.[a-z]\w*)*\.(?=_)", "", source.make_ir(gpu, options, *front).str_nodebug())
     return hashlib.sha256((text + repr(rest)).encode()).hexdigest()[:16]
 
 
-_remembered = lru_cache(variants_of)
-
-
-def _fingerprint_of(task: Task) -> str:
+def _fingerprint_of(launch: Recorded) -> str:
     try:
-        return fingerprint(_remembered(task[0])[task[1]], TARGETS[task[2]])
+        return fingerprint(launch)
     except Exception:  # whatever a compiler raises becomes a finding where it is compiled
         return ""
 
 
-def describe(asm: dict[str, Any], shared: int, variant: Variant, target: Target) -> dict[str, Any]:
+def describe(asm: dict[str, Any], shared: int, launch: Recorded, target: Target) -> dict[str, Any]:
     """Resources, occupancy and hot loop of one compiled kernel, from its texts; `shared` in bytes."""
     ir = listing.read_ir(asm["ttir"])
     chosen = listing.hot(ir)
@@ -153,11 +178,11 @@ def describe(asm: dict[str, Any], shared: int, variant: Variant, target: Target)
     bodies = listing.loops(code)
     at = listing.machine_hot(bodies, ir, chosen)
     hot_spills = resources["spills"] if at < 0 else sum(map(listing.is_spill, bodies[at]))
-    blocks, bound = occupancy(target, resources["registers"], shared, variant.num_warps)
+    blocks, bound = occupancy(target, resources["registers"], shared, launch.num_warps)
     mix = None if at < 0 else listing.mix(bodies[at], rules)
-    if mix and variant.turns:
+    if mix and turns(launch):
         depths = listing.by_depth(bodies[at], code)
-        mix |= {"rare": depths[1:], "every": round(listing.every_turn(depths, variant.turns), 1)}
+        mix |= {"rare": depths[1:], "every": round(listing.every_turn(depths, turns(launch)), 1)}
     return {
         **resources,
         **({"hot_spills": hot_spills} if resources["spills"] else {}),
@@ -190,22 +215,26 @@ def workers(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
-def run(todo: list[Task], jobs: int) -> Iterator[dict[str, Any]]:
+def run(todo: list[Recorded], jobs: int) -> Iterator[dict[str, Any]]:
     """Records as they come, from `jobs` processes."""
     with workers(jobs) as pool:
-        futures = [pool.submit(compile_one, *task) for task in todo]
+        futures = [pool.submit(compile_one, launch) for launch in todo]
         for future in as_completed(futures):
             yield future.result()
 
 
-def changed(todo: list[Task], records: dict[Key, dict[str, Any]], jobs: int) -> list[Task]:
+def _key_of(launch: Recorded) -> Key:
+    return launch.name, launch.target
+
+
+def changed(todo: list[Recorded], records: dict[Key, dict[str, Any]], jobs: int) -> list[Recorded]:
     """What has no record of this Triton version and of what it is now."""
     with workers(jobs) as pool:
         prints = list(pool.map(_fingerprint_of, todo, chunksize=8))
-    found = [records.get(task[1:], {}) for task in todo]
+    found = [records.get(_key_of(launch), {}) for launch in todo]
     now = [(triton_version(), text) for text in prints]
     known = [(record.get("triton"), record.get("fingerprint")) for record in found]
-    return [task for task, a, b in zip(todo, known, now, strict=True) if a != b]
+    return [launch for launch, a, b in zip(todo, known, now, strict=True) if a != b]
 
 
 def faults(record: dict[str, Any]) -> list[str]:
@@ -256,14 +285,14 @@ def loop_faults(record: dict[str, Any]) -> list[str]:
 
 
 COLUMNS = (
-    "variant", "target", "w/s", "regs", "spill", "shared KB", "blocks", "bound", "tensor", "loads", "masked", "select",
+    "launch", "target", "w/s", "regs", "spill", "shared KB", "blocks", "bound", "tensor", "loads", "masked", "select",
     "exp2", "cvt", "instr", "s",
 )  # fmt: skip
 
 
 def row(record: dict[str, Any]) -> list[str]:
     """One record under COLUMNS: tensor to instr count machine instructions of one warp in one turn of the hot loop."""
-    head = [record["variant"], record["target"], f"{record['warps']}/{record['stages']}"]
+    head = [record["launch"], record["target"], f"{record['warps']}/{record['stages']}"]
     if "error" in record:
         return [*head, record["error"][:60]]
     mix, ir = record["mix"] or {}, record["ir"] or {}
@@ -285,21 +314,21 @@ def row(record: dict[str, Any]) -> list[str]:
 
 
 def read(path: Path | None, order: dict[Key, int]) -> dict[Key, dict[str, Any]]:
-    """Records of a file, if there is one, whose variant and target still exist."""
+    """Records of a file, if there is one, whose launch and target still exist."""
     if path is None or not path.exists():
         return {}
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {(r["variant"], r["target"]): r for r in records if (r["variant"], r["target"]) in order}
+    return {(r["launch"], r["target"]): r for r in records if (r["launch"], r["target"]) in order}
 
 
-def spread(todo: list[Task], count: int) -> list[Task]:
+def spread(todo: list[Any], count: int) -> list[Any]:
     """So many of the tasks, evenly over their order, always the same; all of them if there are no more."""
     return todo if count >= len(todo) else [todo[i * len(todo) // count] for i in range(count)]
 
 
 def write(path: Path, records: list[dict[str, Any]], order: dict[Key, int]) -> None:
-    """Replace a file by these records, in the order of the variants, all or nothing."""
-    lines = [json.dumps(r) + "\n" for r in sorted(records, key=lambda r: order[r["variant"], r["target"]])]
+    """Replace a file by these records, in the order of the launches, all or nothing."""
+    lines = [json.dumps(r) + "\n" for r in sorted(records, key=lambda r: order[r["launch"], r["target"]])]
     new = path.with_suffix(".new")
     new.write_text("".join(lines))
     os.replace(new, path)
@@ -308,12 +337,12 @@ def write(path: Path, records: list[dict[str, Any]], order: dict[Key, int]) -> N
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--module", action="append", help="dotted module with variants(); default: all of the package")
-    parser.add_argument("--match", default="", help="only variants whose name matches this regular expression")
+    parser.add_argument("--module", help="record other calls: a module with record_cases(target, into)")
+    parser.add_argument("--match", default="", help="only launches whose name matches this regular expression")
     parser.add_argument("--target", default=",".join(TARGETS), help="comma list (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="write one JSON line a variant and target to this file")
-    parser.add_argument("--merge", action="store_true", help="keep the other lines of --out whose variants still exist")
+    parser.add_argument("--out", type=Path, help="write one JSON line a launch and target to this file")
+    parser.add_argument("--merge", action="store_true", help="keep the other lines of --out whose launches still exist")
     parser.add_argument("--changed", action="store_true", help="like --merge, and compile only what differs from --out")
     parser.add_argument("--sample", type=int, help="compile only so many of them, spread evenly")
     return parser.parse_args()
@@ -330,40 +359,40 @@ def main() -> None:
     unknown = [t for t in targets if t not in TARGETS]
     if unknown:
         raise SystemExit(f"--target takes {', '.join(TARGETS)}: found {', '.join(unknown)}")
-    todo = asked = tasks(args.module or modules(), args.match, targets)
+    everything = tasks("", list(TARGETS), args.module)
+    order = {_key_of(launch): i for i, launch in enumerate(everything)}
+    todo = asked = [x for x in everything if x.target in targets and re.search(args.match, x.name)]
     if not todo:
-        raise SystemExit(f"no variant matches --match {args.match!r}: try --match ''")
-    known = list(dict.fromkeys([*modules(), *(args.module or [])]))
-    order = {task[1:]: i for i, task in enumerate(tasks(known, "", list(TARGETS)))}
+        raise SystemExit(f"no launch matches --match {args.match!r}: try --match ''")
     records = read(args.out, order) if args.merge or args.changed else {}
     if args.changed:
         todo = changed(todo, records, args.jobs)
         print(f"{len(asked) - len(todo)} of {len(asked)} are as {args.out} records them, {len(todo)} to be compiled")
     if args.sample is not None:
         todo = asked = spread(todo, args.sample)
-    records = {key: record for key, record in records.items() if key not in {task[1:] for task in todo}}
+    records = {key: record for key, record in records.items() if key not in set(map(_key_of, todo))}
     compiled = []
     for record in run(todo, args.jobs):
         compiled.append(record)
-        records[record["variant"], record["target"]] = record
+        records[record["launch"], record["target"]] = record
         if args.out:  # what is compiled is not lost if the run is cut short
             write(args.out, list(records.values()), order)
         print(f"\r{len(compiled)} of {len(todo)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    compiled.sort(key=lambda r: order[r["variant"], r["target"]])
+    compiled.sort(key=lambda r: order[r["launch"], r["target"]])
     title = "masked: IR; select: IR/machine; tensor ... instr: instructions of one warp in one turn of the hot loop"
     table = Table(*COLUMNS, title=title)
     for record in compiled:
         table.add_row(*row(record))
     Console(width=200).print(table)
-    scope = [records[task[1:]] for task in asked]
-    bad = [f"{r['variant']} on {r['target']}: {'; '.join(faults(r) + loop_faults(r))}" for r in scope]
+    scope = [records[_key_of(launch)] for launch in asked]
+    bad = [f"{r['launch']} on {r['target']}: {'; '.join(faults(r) + loop_faults(r))}" for r in scope]
     bad = [line for line in bad if not line.endswith(": ")]
     print("\n".join(bad))
     known = ", ".join(table_versions())
     for r in scope:
         if spilled(r) and r["triton"] not in table_versions():
-            print(f"warning, the table is of Triton {known}: {r['variant']} on {r['target']}: {spilled(r)}")
+            print(f"warning, the table is of Triton {known}: {r['launch']} on {r['target']}: {spilled(r)}")
     sys.exit(bool(bad))
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import torch
-from dit_accel_kernels import EXACT, FrameDecay, TileLists
-from dit_accel_kernels.selection import pack_bits
+from dit_accel_kernels import EXACT, FrameDecay, TileLists, pack_bits
 from torch import Tensor
 
 FRAMES = 21  # into which a decayed call's tokens are cut: those of 81 frames of video
 
 
-def lists(tokens: int, block: int, density: float, rest: int, device: str) -> TileLists:
-    """Shared lists: in every block row the diagonal and random others, `density` of all; the rest skipped or pooled."""
+def lists(tokens: int, block: int, density: float, rest: int, device: str, *, groups: int = 1) -> TileLists:
+    """Lists: for every query tile the diagonal and random others, `density` of all; the rest skipped or pooled."""
     count = -(-tokens // block)
     kept = max(1, round(density * count))
-    scores = torch.rand(count, count, generator=torch.Generator().manual_seed(0))
-    scores.fill_diagonal_(2.0)
-    states = torch.full((count, count), rest, dtype=torch.uint8)
-    states.scatter_(1, scores.topk(kept, 1).indices, EXACT)
+    scores = torch.rand(groups, count, count, generator=torch.Generator().manual_seed(0))
+    scores.diagonal(dim1=1, dim2=2).fill_(2.0)
+    states = torch.full((groups, count, count), rest, dtype=torch.uint8)
+    states.scatter_(2, scores.topk(kept, 2).indices, EXACT)
     return TileLists.from_states(states, block_q=block, block_k=block, num_q=tokens, num_k=tokens).to(device)
 
 

@@ -67,8 +67,8 @@ class Mix:
     exp2: float = 1.0
 
 
-def read_mix(path: Path, variant: str, target: str, logits: int) -> Mix:
-    """The mix of a variant's hot loop, from the compile table's JSON lines; `logits` of one block in one turn.
+def read_mix(path: Path, launch: str, target: str) -> Mix:
+    """The mix of a launch's hot loop, from the compile table's JSON lines.
 
     What doesn't run in every turn, such as the store of a word of votes, counts as often as it runs.
 
@@ -76,11 +76,11 @@ def read_mix(path: Path, variant: str, target: str, logits: int) -> Mix:
     """
     for line in path.read_text().splitlines():
         record = json.loads(line)
-        if record["variant"] == variant and record["target"] == target and record.get("mix"):
+        if record["launch"] == launch and record["target"] == target and record.get("mix"):
             mix, lanes = record["mix"], record["warps"] * TARGETS[target].warp
             plain = mix.get("every", mix["instructions"]) - mix["tensor"] - mix["exp2"]
-            return Mix(plain=plain * lanes / logits, exp2=mix["exp2"] * lanes / logits)
-    raise ValueError(f"{path} must hold variant {variant!r} on {target} with a hot loop, found none: run aot.py first")
+            return Mix(plain=plain * lanes / record["logits"], exp2=mix["exp2"] * lanes / record["logits"])
+    raise ValueError(f"{path} must hold launch {launch!r} on {target} with a hot loop, found none: run aot.py first")
 
 
 def predict(
@@ -118,14 +118,14 @@ def predict(
     return _limits(seconds)
 
 
-def features_of(candidate: str, density: float, variant: str | None = None) -> dict[str, Any]:
+def features_of(candidate: str, density: float, launch: str | None = None) -> dict[str, Any]:
     """Arguments of `predict` for a candidate of gpu.py ("triton-routed" ...) at the density it ran at.
 
-    Where the mix is of a variant that votes, its votes are in the mix.
+    Where the mix is of a launch that votes, its votes are in the mix.
     """
     routed = candidate == "triton-routed"
     rest = 1 - density if routed or candidate == "triton-pooled" else 0.0
-    counted = variant is not None and re.search("maxgap|mass|budget", variant) is not None
+    counted = launch is not None and re.search("maxgap|mass|budget", launch) is not None
     return {"pooled": rest, "routed": routed, "votes": candidate == "triton-votes" and not counted}
 
 
@@ -145,6 +145,11 @@ def backward(forward: dict[str, Any]) -> dict[str, Any]:
     """
     factors = {"tensor": 3.5, "exp2": 2.0, "plain": 2.0, "hbm": 3.0, "l2": 2.0}
     return _limits({name: forward[name] * factor for name, factor in factors.items()})
+
+
+def card_of(device: str) -> Card | None:
+    """The card that a device's name holds, if it is one of those known."""
+    return next((card for name, card in CARDS.items() if name in device), None)
 
 
 CANDIDATES = ("triton", "triton-pooled", "triton-routed", "triton-votes", "triton-backward")
@@ -173,11 +178,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--density", default="0.1,0.27,0.5,1.0", help="comma list of kept shares (default %(default)s)")
     parser.add_argument("--candidate", default="triton", choices=CANDIDATES, help="as in gpu.py (default %(default)s)")
     parser.add_argument("--measured", type=Path, help="JSON lines of gpu.py, to be shown beside the prediction")
-    parser.add_argument("--table", type=Path, help="JSON lines of aot.py, for the instruction mix of --variant")
-    parser.add_argument("--variant", help="name in --table")
-    parser.add_argument(
-        "--chunk", default="128,64", help="query rows and keys a turn of its loop (default %(default)s)"
-    )
+    parser.add_argument("--table", type=Path, help="JSON lines of aot.py, for the instruction mix of --launch")
+    parser.add_argument("--launch", help="name in --table")
     parser.add_argument("--out", type=Path, help="write one JSON line a row to this file")
     return parser.parse_args()
 
@@ -200,12 +202,11 @@ def main() -> None:
     columns = ("shape", "card", "density", *times, "limit", "x dense", "measured")
     table = Table(*columns, title=f"{args.candidate}: milliseconds; x dense: bound at density 1 over this bound")
     records = []
-    rows, keys = (int(n) for n in args.chunk.split(","))
     for shape in pick(args.shape, SHAPES, "shape"):
         for card in pick(args.card, CARDS, "card"):
-            mix = read_mix(args.table, args.variant, card.target, rows * keys) if args.table else Mix()
+            mix = read_mix(args.table, args.launch, card.target) if args.table else Mix()
             for density in (float(d) for d in args.density.split(",")):
-                found = predict(shape, density, card, mix, **features_of(args.candidate, density, args.variant))
+                found = predict(shape, density, card, mix, **features_of(args.candidate, density, args.launch))
                 dense = predict(shape, 1.0, card, mix)
                 if args.candidate == "triton-backward":
                     found, dense = backward(found), backward(dense)

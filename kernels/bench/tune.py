@@ -39,6 +39,7 @@ if __name__ == "__main__" and "cpu" in sys.argv:  # before anything imports trit
 
 import aot
 import torch
+from calls import Setting
 from cards import TARGETS
 from dit_accel_kernels import (
     POOLED,
@@ -59,14 +60,11 @@ from dit_accel_kernels.backends.triton.launch import (
     table,
 )
 from inputs import decay, lists
+from recorded import launches_of
 
-MODULES = {
-    "fwd": "dit_accel_kernels.backends.triton.forward_variants",
-    "bwd": "dit_accel_kernels.backends.triton.backward",
-}
 DTYPES = {"half": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"half": "bf16", "fp32": "fp32"}
-KEYS = (  # kind, head dim, tile, kernel: those of the kernels' variants
+KEYS = (  # kind, head dim, tile, kernel
     *itertools.product(DTYPES, (128, 64), (128, 64), ("fwd",)),
     *itertools.product(("half",), (128, 64), (128,), ("dq", "dkdv")),
 )
@@ -76,7 +74,11 @@ GRID = tuple(
     for rows, each, keys, slow, stages in itertools.product((128, 64), ROWS_OF_A_WARP, (128, 64, 32), (32, 16), (3, 2))
     if rows // each >= 4
 )
-FEATURES = r"plain|decay|pooled|mask|routed|keep\+(?:maxgap|mass|budget)"  # what launches are judged by
+FEATURES = {  # kinds of calls that launches are judged by
+    "fwd": ("plain", "decay", "pooled", "mask", "pinned+route", "keep+maxgap", "keep+mass", "keep+budget"),
+    "dq": ("backward", "pooled+backward", "pinned+routed+backward", "order+backward"),
+    "dkdv": ("backward", "pooled+backward", "pinned+routed+backward", "order+backward"),
+}
 TIMED = ("plain", "decay", "pooled")
 
 
@@ -121,17 +123,16 @@ def trial(key: Key, launch: Launch) -> Iterator[None]:
 
 
 def compile_launch(key: Key, launch: Launch, match: str = "") -> list[dict[str, Any]]:
-    """Compile table records of the kernel's variants with this launch, up to the first that fails or spills."""
-    head, module = f"{NAMES[key.kind]}-d{key.dim}", MODULES.get(key.kernel, MODULES["bwd"])
-    pattern = re.compile(rf"^fwd-{head}-(?:{FEATURES})-b{key.tile}-")
-    if key.kernel != "fwd":
-        pattern = re.compile(rf"^bwd-{key.kernel}-{head}-(?:plain|pool|select|order)-")
-    records = []
+    """Compile table records of the kernel's calls with this launch, up to the first that fails or spills."""
+    at, into = Setting(dtype=NAMES[key.kind], dim=key.dim, tile=key.tile), {}
     with trial(key, launch):
-        for _, name, target in aot.tasks([module], match, [key.arch]):
-            if not pattern.match(name):
-                continue
-            records.append(aot.compile_one(module, name, target))
+        for kind in FEATURES[key.kernel]:
+            if re.search(match, kind):
+                launches_of(kind, at, key.arch, into)
+    records = []
+    for recorded in into.values():
+        if recorded.name.startswith(f"{key.kernel}-"):
+            records.append(aot.compile_one(recorded))
             if aot.faults(records[-1]) or aot.spilled(records[-1]):
                 break
     return records
@@ -139,13 +140,8 @@ def compile_launch(key: Key, launch: Launch, match: str = "") -> list[dict[str, 
 
 def instructions(records: list[dict[str, Any]]) -> float:
     """Instructions of a lane for a logit in the plain loop, the mean over features: less is better."""
-    found = []
-    for record in records:
-        rows, keys = (int(n) for n in re.search(r"-(\d+)x(\d+)x\d+w", record["variant"]).groups())  # pyright: ignore
-        tile = re.search(r"-b(\d+)-", record["variant"])  # the backward's variants have tiles of 128
-        logits = min(rows, tile := int(tile.group(1)) if tile else 128) * min(keys, tile)
-        found.append(record["mix"]["instructions"] * record["warps"] * TARGETS[record["target"]].warp / logits)
-    return sum(found) / len(found)
+    lanes = [r["warps"] * TARGETS[r["target"]].warp / r["logits"] for r in records]
+    return sum(r["mix"]["instructions"] * n for r, n in zip(records, lanes, strict=True)) / len(records)
 
 
 def clean(key: Key, launches: list[Launch], jobs: int, match: str) -> dict[Launch, float]:
@@ -255,7 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu", "none"), help="none: compile only")
     parser.add_argument("--arch", help="architecture, with --device none or cpu (default sm_90)")
     parser.add_argument("--key", default="", help="only keys that match this, such as half,128,64 (default: all)")
-    parser.add_argument("--match", default="", help="only variants (features) that match this regular expression")
+    parser.add_argument("--match", default="", help="only kinds of calls that match this regular expression")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of the timed calls (default %(default)s)")
     parser.add_argument("--heads", type=int, default=16, help="heads of the timed calls (default %(default)s)")
     parser.add_argument("--density", type=float, default=0.25, help="kept share of tiles (default %(default)s)")

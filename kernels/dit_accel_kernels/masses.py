@@ -1,6 +1,6 @@
 """How dense attention spreads over tiles, in memory linear in S: what frozen patterns and calibration choose by.
 
-Both functions compute every logit once more, some block rows at a time, on any device and without gradients.
+Both functions compute every logit once more, some query tiles at a time, on any device and without gradients.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def tile_masses(
     key_mask: Tensor | None = None,
     row_lse: Tensor | None = None,
 ) -> Tensor:
-    """Softmax mass of each key tile under dense attention, mean over the queries of a block row, [B, H, NQ, NK].
+    """Softmax mass of each key tile under dense attention, mean over the queries of a query tile, [B, H, NQ, NK].
 
-    A block row's masses sum to 1; queries without a valid key count as 0. Source: SparseD (arXiv 2509.24014), which
+    A query tile's masses sum to 1; queries without a valid key count as 0. Source: SparseD (arXiv 2509.24014), which
     averages over the cells of the last tiles whether or not they are full.
 
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), after positions.
         k: like q with S_k tokens and any number of heads that divides H.
-        block_q: queries a block row.
+        block_q: queries a query tile.
         block_k: keys a tile.
         layout: "bshd" or "bhsd".
         scale: logit scale; 1 / sqrt(D) by default.
@@ -77,7 +77,7 @@ def tile_gaps(
     token_order: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Largest logit of each key tile less its query's largest, largest over a block row, log2 units, [B, H, NQ, NK].
+    """Largest logit of each key tile less its query's largest, largest over a query tile, log2 units, [B, H, NQ, NK].
 
     At most 0, which each query's best tile has; -inf for tiles without a valid key. It is the least gap that a "maxgap"
     vote can see: a running maximum is at most the final one. What a vote drops has a gap at or under its threshold.
@@ -85,7 +85,7 @@ def tile_gaps(
     Args:
         q: as in `tile_masses`; so is the rest.
         k: like q.
-        block_q: queries a block row.
+        block_q: queries a query tile.
         block_k: keys a tile.
         layout: "bshd" or "bhsd".
         scale: logit scale; 1 / sqrt(D) by default.
@@ -136,7 +136,7 @@ def _tiled(
 def _logits(
     q: Tensor, k: Tensor, scale: float | None, block_q: int, key_mask: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Natural logits of some whole block rows at a time, [B, H, rows, S_k] in float32, and their first query."""
+    """Natural logits of some whole query tiles at a time, [B, H, rows, S_k] in float32, and their first query."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     wide = wide_dtype(q.dtype)
     size = q.shape[0] * q.shape[1] * k.shape[3] * block_q

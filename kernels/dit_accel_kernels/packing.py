@@ -48,27 +48,30 @@ def pack_call(
     )  # fmt: skip
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
+    decay = dict(decay_table=None, q_frames=None, k_frames=None)
+    if frame_decay is not None:
+        decay = dict(decay_table=frame_decay.table, q_frames=frame_decay.q_frames, k_frames=frame_decay.k_frames)
     return Packed(
-        q, k, v, tiles.exact_offsets, tiles.exact_indices, tiles.pooled_offsets, tiles.pooled_indices,
-        tiles.block_q, tiles.block_k, layout == "bhsd", q.shape[-1] ** -0.5 if scale is None else float(scale),
-        head_scale, key_length, key_mask,
-        None if frame_decay is None else frame_decay.table,
-        None if frame_decay is None else frame_decay.q_frames,
-        None if frame_decay is None else frame_decay.k_frames,
-        token_order, identity_mix, identity_rows, *_pack_selection(selection), return_tiles, return_lse, backend,
+        q=q, k=k, v=v, exact_offsets=tiles.exact_offsets, exact_indices=tiles.exact_indices,
+        pooled_offsets=tiles.pooled_offsets, pooled_indices=tiles.pooled_indices, block_q=tiles.block_q,
+        block_k=tiles.block_k, heads_first=layout == "bhsd",
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale), head_scale=head_scale,
+        key_length=key_length, key_mask=key_mask, **decay, token_order=token_order,
+        identity_mix=identity_mix, identity_rows=identity_rows, **_pack_selection(selection),
+        return_tiles=return_tiles, return_lse=return_lse, backend=backend,
     )  # fmt: skip
 
 
-def _pack_selection(selection: Selection | None) -> tuple[Any, ...]:
-    """A selection as scalars and tensors."""
-    if selection is None:
-        return False, None, False, None, None, False, None, 0.0, False, None
-    routing, vote = selection.routing, selection.vote
-    return (
-        True, selection.keep, selection.rest == "pooled", selection.pinned,
-        None if routing is None else float(routing.beta), routing is not None and routing.threshold == "exact",
-        None if vote is None else vote.criterion, 0.0 if vote is None else float(vote.threshold), selection.reverse,
-        selection.routed,
+def _pack_selection(selection: Selection | None) -> dict[str, Any]:
+    """A selection as scalars and tensors; what stands for none is not read."""
+    chosen = Selection() if selection is None else selection
+    routing, vote = chosen.routing, chosen.vote
+    return dict(
+        selects=selection is not None, keep=chosen.keep, pool_rest=chosen.rest == "pooled", pinned=chosen.pinned,
+        beta=None if routing is None else float(routing.beta),
+        exact_variance=routing is not None and routing.threshold == "exact",
+        criterion=None if vote is None else vote.criterion,
+        vote_threshold=0.0 if vote is None else float(vote.threshold), reverse=chosen.reverse, routed=chosen.routed,
     )  # fmt: skip
 
 

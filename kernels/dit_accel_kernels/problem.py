@@ -41,7 +41,7 @@ class Problem:
 
     @property
     def query_tiles(self) -> int:
-        """Number of block rows, NQ."""
+        """Number of query tiles, NQ."""
         return -(-self.q.shape[2] // self.block_q)
 
     @property

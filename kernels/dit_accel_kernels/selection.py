@@ -20,7 +20,7 @@ LOG2_E = 1.4426950408889634
 class Routing:
     """A row's threshold on pooled logits decides tile by tile: exact above it, pooled below (Sol-Attn, 2607.24027).
 
-    Score of (block row i, tile j): c * mean(Q_i) . mean(K_j), c = logit scale * log2(e); it is the column mean of the
+    Score of (query tile i, tile j): c * mean(Q_i) . mean(K_j), c = logit scale * log2(e); it is the column mean of the
     products of all rows of i with mean(K_j). Tile j stays exact where its score exceeds mu_i + beta * sigma_i, mu and
     sigma^2 being mean and variance of the scores over the key tiles that have a valid key and are not pinned in every
     row. "diag" leaves the covariances of the mean keys' channels out of sigma^2, "exact" has them; 1e-6 is added to
@@ -57,7 +57,7 @@ class Vote:
 class Selection:
     """Which tiles of the exact list stay exact in this call.
 
-    Bitmaps are int32 with W = ceil(NK / 32) words a block row: bit j % 32 of word j // 32 is key tile j. `keep` [B, H,
+    Bitmaps are int32 with W = ceil(NK / 32) words a query tile: bit j % 32 of word j // 32 is key tile j. `keep` [B, H,
     NQ, W]; `rest` is what becomes of a tile whose bit is 0. `pinned` [NQ, W]: tiles that no bit, routing or vote drops.
     `routed` [B, H, NQ, W] stands in for `routing`: the tiles that an earlier call left exact, as a gradient needs them.
     `vote` asks for the bits of the next call. `reverse` visits tiles from the last to the first.
@@ -99,10 +99,9 @@ def words_of(key_tiles: int) -> int:
 
 def pack_bits(chosen: Tensor) -> Tensor:
     """Bool [..., NK] as bits, int32 [..., W]."""
-    chosen = torch.nn.functional.pad(chosen, (0, -chosen.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    weight = torch.ones(32, dtype=torch.int64, device=chosen.device) << torch.arange(32, device=chosen.device)
-    words = (chosen * weight).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    chosen = torch.nn.functional.pad(chosen, (0, -chosen.shape[-1] % 32)).to(torch.uint8).unflatten(-1, (-1, 8))
+    weight = (1 << torch.arange(8, device=chosen.device)).to(torch.uint8)
+    return (chosen * weight).sum(-1, dtype=torch.uint8).view(torch.int32)  # the first byte is the lowest
 
 
 def unpack_bits(bits: Tensor, key_tiles: int) -> Tensor:

@@ -94,7 +94,7 @@ def resolved(problem: Problem) -> tuple[Problem, Tensor]:
 
 
 def visiting_order(problem: Problem, reverse: bool) -> Tensor:
-    """Key tiles of every block row in the order of visits, int64 [B or 1, NQ, NK]: section by section, each ascending.
+    """Key tiles of every query tile in the order of visits, int64 [B or 1, NQ, NK]: section by section, each ascending.
 
     `reverse` descends in each section. The problem is in tiled order.
     """

@@ -1,7 +1,7 @@
-"""Tile lists: which key tiles every block row of queries visits exactly, visits as one pooled key, or skips.
+"""Tile lists: which key tiles every query tile of queries visits exactly, visits as one pooled key, or skips.
 
 Tokens are cut into tiles of `block_q` queries and `block_k` keys; the last tile of each side may be ragged. The lists
-are CSR: one row of ascending key-tile indices for each block row, shared by all batches and heads (G = 1) or one set
+are CSR: one row of ascending key-tile indices for each query tile, shared by all batches and heads (G = 1) or one set
 each (G = H or B*H).
 """
 
@@ -34,7 +34,7 @@ def _csr(selected: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class TileLists:
-    """Exact and pooled key tiles of every block row; what is in neither list is skipped.
+    """Exact and pooled key tiles of every query tile; what is in neither list is skipped.
 
     `exact_offsets` and `pooled_offsets` are int32 [G, NQ + 1], absolute positions in `exact_indices` and
     `pooled_indices` (int32 [nnz], ascending within a row). `num_q` and `num_k` count tokens. Creation checks shapes and
@@ -111,7 +111,7 @@ class TileLists:
 
     @property
     def query_tiles(self) -> int:
-        """Number of block rows, NQ."""
+        """Number of query tiles, NQ."""
         return -(-self.num_q // self.block_q)
 
     @property
@@ -179,7 +179,7 @@ class TileLists:
             both = exact[torch.isin(exact, pooled)]
             if both.numel():
                 row, tile = divmod(int(both[0]), self.key_tiles)
-                raise ValueError(f"a tile is exact or pooled, not both: found tile {tile} twice in block row {row}")
+                raise ValueError(f"a tile is exact or pooled, not both: found tile {tile} twice in query tile {row}")
         return self
 
 
@@ -206,7 +206,7 @@ def _check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:
         if tensor.dtype != torch.int32:
             raise TypeError(f"{name}_{part} must be torch.int32, found {tensor.dtype}")
     if offsets.dim() != 2 or offsets.shape[1] != rows + 1:
-        raise ValueError(f"{name}_offsets must be [G, {rows + 1}] for {rows} block rows, found {list(offsets.shape)}")
+        raise ValueError(f"{name}_offsets must be [G, {rows + 1}] for {rows} query tiles, found {list(offsets.shape)}")
     if indices.dim() != 1:
         raise ValueError(f"{name}_indices must have one dimension, found {list(indices.shape)}")
     if offsets.device != indices.device:
@@ -229,4 +229,4 @@ def _check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> No
         raise ValueError(f"{name}_indices must lie in 0..{tiles - 1}, found {low if low < 0 else high}")
     keys = _flat_rows(offsets) * tiles + indices
     if bool((keys[1:] <= keys[:-1]).any()):
-        raise ValueError(f"{name}_indices must ascend strictly in every block row: sort them and remove repeats")
+        raise ValueError(f"{name}_indices must ascend strictly in every query tile: sort them and remove repeats")

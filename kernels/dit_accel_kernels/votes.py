@@ -1,6 +1,6 @@
 """The specification of votes: which visited tiles a call keeps for the next one (LiteAttention, arXiv 2511.11062).
 
-Tiles of a block row are visited in the order of `visiting_order`; for a query row r, M_j is the tile's largest logit
+Tiles of a query tile are visited in the order of `visiting_order`; for a query row r, M_j is the tile's largest logit
 and l_j its sum of exponentials, m and l those of everything visited before it (l with the tile), pooled tiles left
 out. Row r needs tile j
 
@@ -82,7 +82,7 @@ def margins(vote: Vote, found: Tensor) -> Tensor:
 
 
 def voted_down(visited: Tensor, needs: Tensor) -> Tensor:
-    """Which tiles of a block row lose their bit, bool [..., n] in the order of visits, `needs` being any row's."""
+    """Which tiles of a query tile lose their bit, bool [..., n] in the order of visits, `needs` being any row's."""
     return visited & ~needs & (visited.cumsum(-1) > 1)
 
 
@@ -100,9 +100,9 @@ def bits_after(problem: Problem, down: Tensor) -> Tensor:
 
 
 class Tally:
-    """The votes of a call whose block rows b * H * NQ + h * NQ + i are computed in any order, settled some at a time.
+    """The votes of a call whose query tiles b * H * NQ + h * NQ + i are computed in any order, settled some at a time.
 
-    The problem is in tiled order, with its selection. Threads may settle different block rows at once.
+    The problem is in tiled order, with its selection. Threads may settle different query tiles at once.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -125,7 +125,7 @@ class Tally:
             absent = ~valid_tiles(valid, problem.block_k)[1]
             absent = torch.nn.functional.pad(absent, (0, 1), value=True)
             self.absent = absent.repeat_interleave(heads * rows, 0)
-        self.rows, self.last = rows, queries - (rows - 1) * problem.block_q  # queries of the last block row
+        self.rows, self.last = rows, queries - (rows - 1) * problem.block_q  # queries of the last query tile
         self.down = torch.zeros(batch * heads * rows, tiles + 1, dtype=torch.bool, device=problem.q.device)
 
     @property
@@ -137,7 +137,7 @@ class Tally:
         return self.vote.criterion != "maxgap"
 
     def settle(self, rows: Tensor, tiles: Tensor, found: Tensor) -> None:
-        """Vote of block rows [R] on their exact key tiles [R, n], ascending, padded with `none`.
+        """Vote of query tiles [R] on their exact key tiles [R, n], ascending, padded with `none`.
 
         `found` [n, R, block_q] as `by_mass` tells, -inf or 0 in padding; it may be written to.
         """

@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 import pytest
+import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,3 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for position, case in enumerate(cases):
             if position not in keep:
                 case.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: compiled on a card (TRITON_INTERPRET=0), else in Triton's interpreter on the CPU."""
+    from dit_accel_kernels.backends.triton.support import interpreted
+
+    return "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"

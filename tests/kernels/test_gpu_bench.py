@@ -1,9 +1,10 @@
-"""The GPU bench runs from end to end in the interpreter, on toy shapes, and judges goals from what it timed."""
+"""The GPU bench's two commands run from end to end in the interpreter, on toy shapes, and need little else."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,41 +14,87 @@ ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
 
+import goals  # noqa: E402
 import gpu  # noqa: E402
-import gpu_checks  # noqa: E402
-from inputs import keep_bits  # noqa: E402
+import timed  # noqa: E402
+from inputs import keep_bits, lists  # noqa: E402
 from roofline import SHAPES  # noqa: E402
+
+TINY = ("--device", "cpu", "--tiny")
+BARE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Refuse(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("rich", "typer", "diffusers", "transformers", "dit_accel", "safetensors", "scipy"):
+            raise ModuleNotFoundError(f"a bare machine has no {name}")
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(BENCH / "gpu.py"), *arguments]
+    """The script on a machine that has torch, triton and numpy and little else."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    command = [sys.executable, "-c", BARE, str(BENCH / "gpu.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
-@pytest.mark.slow
-def test_checks_times_and_goals(tmp_path):
+@pytest.mark.parametrize("match", ["g6-", pytest.param("", marks=pytest.mark.slow)])
+def test_check(tmp_path, match):
     out = tmp_path / "gpu.jsonl"
-    found = run("--device", "cpu", "--tiny", "--shape", "wan-720p", "--out", str(out))
-    assert found.returncode == 0, found.stderr
+    found = run("check", *TINY, "--match", match, "--out", str(out))
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    checks = [r for r in records if r["kind"] == "check"]
-    assert {r["part"] for r in checks} == {"out", "lse", "grad_q", "grad_k", "grad_v", "tiles", "votes"}
-    features = {r["feature"] for r in checks}
-    assert {f"{name}, {rest}" for name in ("plain", "decay") for rest in ("skipped", "pooled")} <= features
-    assert {"routing", "votes", "kept tiles, skipped", "kept tiles, pooled"} <= features
-    assert all(r["ok"] and 0 <= r["error"] <= r["allowed"] for r in checks)
-    assert f"{len(checks)} of {len(checks)} checks within the rule" in found.stdout
-    timed = {(r["candidate"], r["density"]) for r in records if r["kind"] == "time"}
-    ours = {("triton", d) for d in (0.1, 0.25, 0.27, 0.5, 1.0)}
-    assert ours | {("triton-backward", 0.27), ("triton-decay", 0.27), ("triton-pooled", 0.1), ("flex", 0.27)} <= timed
-    assert {("triton-routed", 0.1), ("triton-kept", 0.27), ("triton-votes", 0.27)} <= timed
-    failed = {r["candidate"] for r in records if "error" in r and r["kind"] == "time"}
-    assert failed <= {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex"}
+    assert {r["kind"] for r in records} == {"check"}
+    assert all(r["ok"] and 0 <= r["error"] <= r["allowed"] for r in records)
+    parts = {r["part"].split(",")[0] for r in records}
+    assert parts >= {"out", "lse", "grad_q", "grad_k", "grad_v", "tiles", "votes"}
     assert {r["device"] for r in records} == {"CPU, interpreted"}
-    assert "backward over forward" in found.stdout
+    assert f"{len(records)} of {len(records)} comparisons within the rule" in found.stdout
+
+
+@pytest.mark.slow
+def test_time(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    found = run("time", *TINY, "--shape", "wan-720p", "--out", str(out))
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    seen = {(r["candidate"], r["density"]) for r in records}
+    ours = {("triton", d) for d in (0.1, 0.25, 0.27, 0.5, 1.0)}
+    assert ours | {("triton-backward", 0.27), ("triton-decay", 0.27), ("triton-pooled", 0.1), ("flex", 0.27)} <= seen
+    assert {("triton-routed", 0.1), ("triton-kept", 0.27), ("triton-votes", 0.27)} <= seen
+    failed = {r["candidate"] for r in records if "error" in r}
+    assert failed <= {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex"}
+    assert all(r["ok"] and 0 <= r["rows_error"] <= r["rows_allowed"] for r in records if "error" not in r)
     assert "interpreted: times and goals mean nothing" in found.stdout
     assert "not measured best SDPA over ours, 128k at 0.1" in found.stdout
+
+
+def test_rows_of_a_timed_call_are_compared():
+    """A wrong row, key gradient or decay shows in the sampled tiles; what is right does not."""
+    shape = replace(SHAPES["wan-720p"], heads=2, tokens=120, dim=16, block=32)
+    for name, density in (("triton", 0.27), ("triton-decay", 0.27), ("triton-pooled", 0.1), ("triton-routed", 0.1)):
+        call = timed.calls_of(shape, torch.float32, "cpu")[name, density]()
+        out, *rest = call.run()
+        error, allowed = call.check((out, *rest))
+        assert error <= allowed
+        out[:, -1, -1] += 0.01
+        error, allowed = call.check((out, *rest))
+        assert error > allowed
+    inputs = tuple(torch.randn(1, 2, 120, 16) for _ in range(3))
+    call = timed.gradients(inputs, lists(120, 32, 0.5, 0, "cpu"), 0.5)
+    grads = [x.clone() for x in call.run()]
+    error, allowed = call.check(tuple(grads))
+    assert error <= allowed
+    grads[2][:, -1, 64:96] *= 1.01
+    error, allowed = call.check(tuple(grads))
+    assert error > allowed
 
 
 def test_goals_are_judged_by_the_worst_shape():
@@ -69,7 +116,7 @@ def test_goals_are_judged_by_the_worst_shape():
         {"kind": "time", "shape": "wan-480p", "candidate": "triton-routed", "density": 0.1, "error": "no"},
         {"kind": "check", "ok": True},
     ]
-    found = {name: value for name, value, _, _ in gpu.goals(records)}
+    found = {name: value for name, value, _, _ in goals.goals(records)}
     assert found["time over density x all-tiles time"] == pytest.approx(1.0)
     assert found["best SDPA over ours, wan-720p at 0.27"] == pytest.approx(2.0)
     assert found["best SDPA over ours, 128k at 0.1"] == pytest.approx(4.0)
@@ -78,23 +125,10 @@ def test_goals_are_judged_by_the_worst_shape():
     assert found["FlexAttention over ours"] is None
 
 
-def test_a_check_fails_where_it_must():
-    truth = [torch.ones(8, dtype=torch.float64)]
-    good, bad = torch.ones(8) + 1e-4, torch.ones(8) + 1e-2
-    [record] = gpu_checks._compared("x", [bad], [good], truth, torch.float32)
-    assert not record["ok"]
-    [record] = gpu_checks._compared("x", [good], [good], truth, torch.float32)
-    assert record["ok"]
-    bits = torch.arange(64) % 3 > 0
-    flipped = bits ^ (torch.arange(64) < 2)
-    assert gpu_checks._disagreement(flipped, bits, bits) == (2 / 64, 1 / 64)
-    assert gpu_checks._disagreement(flipped, flipped, bits) == (2 / 64, 5 / 64)
-
-
 def test_kept_tiles_have_the_diagonal_and_the_density():
-    chosen = gpu.count_bits(keep_bits(1, 3, 40, 0.25, "cpu"))
+    chosen = timed.count_bits(keep_bits(1, 3, 40, 0.25, "cpu"))
     assert chosen.unique().tolist() == [10]
-    bits = gpu_checks.unpack_bits(keep_bits(1, 3, 40, 0.25, "cpu"), 40)
+    bits = timed.unpack_bits(keep_bits(1, 3, 40, 0.25, "cpu"), 40)
     assert bits.diagonal(dim1=-2, dim2=-1).all()
 
 
@@ -103,16 +137,19 @@ def test_shapes_are_those_of_the_models():
 
 
 def test_what_the_budget_does_not_reach_is_named():
-    found = run("--device", "cpu", "--tiny", "--shape", "mochi", "--budget", "0")
-    assert "left out for time: checks after this one, mochi triton 0.27, mochi sdpa-flash 1" in found.stdout
+    found = run("time", *TINY, "--shape", "mochi", "--budget", "0")
+    assert "left out for time: mochi triton 0.27, mochi sdpa-flash 1" in found.stdout
+    found = run("check", *TINY, "--match", "g6-pooled+backward", "--budget", "0")
+    assert "left out for time: fp32-d16-b16-" in found.stdout
+    assert "0 of 0 comparisons" in found.stdout
 
 
 def test_bad_arguments_are_named():
-    found = run("--device", "cpu", "--shape", "wan")
+    found = run("time", "--device", "cpu", "--shape", "wan")
     assert "--shape takes wan-480p, wan-720p" in found.stderr
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0") or os.path.exists("/dev/kfd"), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so():
-    found = run()
+    found = run("check")
     assert "--device cuda needs a CUDA or ROCm GPU, found none: --device cpu --tiny tests the script" in found.stderr

@@ -27,9 +27,9 @@ def far_away(plan):
 
 
 def columns_far_away(plan):
-    rows = torch.zeros(FAR + plan.rows.numel(), dtype=torch.int32)
-    rows[FAR:] = plan.rows
-    return replace(plan, rows=rows, bounds=plan.bounds + FAR)
+    rows = torch.zeros(FAR + plan.q_tiles.numel(), dtype=torch.int32)
+    rows[FAR:] = plan.q_tiles
+    return replace(plan, q_tiles=rows, bounds=plan.bounds + FAR)
 
 
 @pytest.mark.sample(1)

@@ -57,10 +57,10 @@ def test_votes_cost_a_few_instructions_a_row_of_a_tile():
     }
 
 
-def test_votes_of_a_variant_that_votes_are_in_its_mix():
-    assert features_of("triton-votes", 0.25, "fwd-bf16-d128-plain-b128")["votes"]
+def test_votes_of_a_launch_that_votes_are_in_its_mix():
+    assert features_of("triton-votes", 0.25, "fwd-bf16-d128-b128-plain")["votes"]
     for criterion in ("maxgap", "mass", "budget"):
-        assert not features_of("triton-votes", 0.25, f"fwd-bf16-d128-keep+{criterion}-b128")["votes"]
+        assert not features_of("triton-votes", 0.25, f"fwd-bf16-d128-b128-keep+{criterion}")["votes"]
 
 
 def test_the_busiest_engine_limits():
@@ -87,13 +87,13 @@ def test_shares_must_be_shares(density, pooled):
 def test_mix_comes_from_the_compile_table(tmp_path):
     table = tmp_path / "aot.jsonl"
     mix = dict(tensor=64, exp2=32, instructions=160)
-    record = dict(variant="fwd", target="sm_80", warps=4, mix=mix)
-    table.write_text(json.dumps(dict(variant="fwd", target="sm_90", error="no")) + "\n" + json.dumps(record) + "\n")
-    assert read_mix(table, "fwd", "sm_80", 64 * 64) == Mix(plain=64 * 128 / 4096, exp2=1.0)
+    record = dict(launch="fwd", target="sm_80", warps=4, logits=64 * 64, mix=mix)
+    table.write_text(json.dumps(dict(launch="fwd", target="sm_90", error="no")) + "\n" + json.dumps(record) + "\n")
+    assert read_mix(table, "fwd", "sm_80") == Mix(plain=64 * 128 / 4096, exp2=1.0)
     table.write_text(json.dumps({**record, "mix": {**mix, "rare": [32], "every": 129.0}}) + "\n")
-    assert read_mix(table, "fwd", "sm_80", 64 * 64) == Mix(plain=33 * 128 / 4096, exp2=1.0)
-    with pytest.raises(ValueError, match="must hold variant 'fwd' on sm_90 with a hot loop, found none"):
-        read_mix(table, "fwd", "sm_90", 64 * 64)
+    assert read_mix(table, "fwd", "sm_80") == Mix(plain=33 * 128 / 4096, exp2=1.0)
+    with pytest.raises(ValueError, match="must hold launch 'fwd' on sm_90 with a hot loop, found none"):
+        read_mix(table, "fwd", "sm_90")
 
 
 def test_shapes_and_cards_are_what_the_issue_names():

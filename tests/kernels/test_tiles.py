@@ -101,7 +101,7 @@ def _int32(*values):
         (
             dict(exact_offsets=_int32([0, 3])),
             ValueError,
-            r"exact_offsets must be \[G, 3\] for 2 block rows, found \[1, 2\]",
+            r"exact_offsets must be \[G, 3\] for 2 query tiles, found \[1, 2\]",
         ),
         (dict(exact_indices=_int32([0, 2, 1])), ValueError, r"exact_indices must have one dimension, found \[1, 3\]"),
         (dict(exact_indices=torch.zeros(3)), TypeError, r"exact_indices must be torch\.int32, found torch\.float32"),
@@ -128,7 +128,7 @@ def test_creation_refuses(changes, error, text):
     [
         (dict(exact_indices=_int32(0, 3, 1)), r"exact_indices must lie in 0\.\.2, found 3"),
         (dict(exact_indices=_int32(-1, 2, 1)), r"exact_indices must lie in 0\.\.2, found -1"),
-        (dict(exact_indices=_int32(2, 0, 1)), "exact_indices must ascend strictly in every block row: sort them"),
+        (dict(exact_indices=_int32(2, 0, 1)), "exact_indices must ascend strictly in every query tile: sort them"),
         (dict(exact_indices=_int32(2, 2, 1)), "exact_indices must ascend strictly"),
         (dict(exact_offsets=_int32([0, 2, 2])), r"exact_offsets must rise from 0 to 3, found \[0, 2, 2\]"),
         (dict(exact_offsets=_int32([0, 4, 3])), r"exact_offsets must rise from 0 to 3, found \[0, 4, 3\]"),
@@ -138,7 +138,7 @@ def test_creation_refuses(changes, error, text):
         ),
         (
             dict(pooled_offsets=_int32([0, 0, 1]), pooled_indices=_int32(1)),
-            "a tile is exact or pooled, not both: found tile 1 twice in block row 1",
+            "a tile is exact or pooled, not both: found tile 1 twice in query tile 1",
         ),
     ],
 )

@@ -3,7 +3,6 @@
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -18,17 +17,9 @@ from dit_accel_kernels import (
     block_sparse_attention_eager,
     pack_bits,
 )
-from dit_accel_kernels.backends.torch import plain as torch_plain
+from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import schedule as schedule_module
-from dit_accel_kernels.backends.torch.schedule import (
-    WASTE,
-    GroupSize,
-    Shape,
-    build,
-    build_portions,
-    schedule,
-    schedule_portions,
-)
+from dit_accel_kernels.backends.torch.schedule import WASTE, GroupSize, Shape, build, schedule
 from kernel_cases import check_against_reference, qkv, random_lists
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -98,8 +89,8 @@ def test_strided_inputs_need_no_copy_by_the_caller():
 @pytest.mark.parametrize(("group", "tiles"), [(1, 1), (1, 1 << 20), (40_000, 1), (40_000, 2000), (1 << 20, 2000)])
 def test_small_groups_and_portions(monkeypatch, dtype, group, tiles):
     """Cutting block rows finer loses and repeats nothing."""
-    monkeypatch.setattr(torch_plain, "GROUP_BYTES", group)
-    monkeypatch.setattr(torch_plain, "FOUND_BYTES", tiles)
+    monkeypatch.setattr(torch_attend, "GROUP_BYTES", group)
+    monkeypatch.setattr(torch_attend, "FOUND_BYTES", tiles)
     q, k, v = qkv(1, 3, 3, 200, 200, 16, dtype)
     check_against_reference(q, k, v, random_lists(1, 200, 200, 16, 16), layout="bhsd")
 
@@ -126,57 +117,43 @@ def csr(tiles):
     return (tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices)
 
 
-@pytest.mark.parametrize("made", [schedule, partial(schedule_portions, size=GroupSize(40, 1, 20))])
-def test_schedule_is_made_once_for_a_list(made):
-    tiles = random_lists(1, 100, 100, 16, 16)
+def test_schedule_is_made_once_for_a_list():
+    tiles, size = random_lists(1, 100, 100, 16, 16), GroupSize(40, 1, 20)
     exact, pooled = csr(tiles)
-    found = made(exact, pooled, SHAPE)
-    assert made(exact, pooled, SHAPE) is found
-    assert made((exact[0].view(1, -1), exact[1].detach()), pooled, SHAPE) is found
+    found = schedule(exact, pooled, SHAPE, size)
+    assert schedule(exact, pooled, SHAPE, size) is found
+    assert schedule((exact[0].view(1, -1), exact[1].detach()), pooled, SHAPE, size) is found
     exact[1][-1] = exact[1][-1]
-    assert made(exact, pooled, SHAPE) is not found
-
-
-def test_schedule_covers_every_block_row_once():
-    tiles = random_lists(3, 100, 100, 16, 16)
-    units = build(*csr(tiles), SHAPE)
-    seen = torch.zeros(3, 7, 7, dtype=torch.uint8)
-    for unit in units:
-        for row, exact, pooled in zip(unit.rows, unit.exact, unit.pooled, strict=True):
-            lane, head = divmod(int(row), 7)[0], (0, 1, 0)[int(row) // 7]
-            seen[lane, row % 7, exact - 7 * head] = 2
-            seen[lane, row % 7, pooled - 7 * head] = 1
-    assert torch.equal(seen, tiles.states())
-    rows = torch.cat([unit.rows for unit in units])
-    assert rows.unique().numel() == rows.numel()
+    assert schedule(exact, pooled, SHAPE, size) is not found
 
 
 @pytest.mark.parametrize("columns", [1, 150, 10_000])
 @pytest.mark.parametrize("limit", [1, 60, 10_000])
 @pytest.mark.parametrize("multiple", [1, 2])
-def test_portions_cover_every_block_row_once_with_little_padding(columns, limit, multiple):
+def test_portions_cover_every_query_tile_once_with_little_padding(columns, limit, multiple):
     tiles = random_lists(3, 100, 100, 16, 16)
     seen, sizes, odd = torch.zeros(3, 7, 7, dtype=torch.uint8), [], 0
-    for portion in build_portions(*csr(tiles), SHAPE, GroupSize(columns, multiple, limit)):
+    for portion in build(*csr(tiles), SHAPE, GroupSize(columns, multiple, limit)):
         sizes += [portion.exact.numel() + portion.pooled.numel()]
         assert sizes[-1] <= limit or len(portion.groups) == 1
         assert [group.start for group in portion.groups] == [0, *(group.stop for group in portion.groups)][:-1]
-        assert portion.groups[-1].stop == len(portion.rows)
+        assert portion.groups[-1].stop == len(portion.q_tiles)
         for group in portion.groups:
             rows = range(group.start, group.stop)
             width, used = group.exact * 16 + group.pooled, 0
             assert width * len(rows) <= columns or len(rows) == 1
             for i in rows:
-                row, near, far = int(portion.rows[i]), int(portion.counts[i]), int(portion.far[i])
-                lane, head = row // 7, (0, 1, 0)[row // 7]
+                near, far = int(portion.exact_counts[i]), int(portion.pooled_counts[i])
+                bh, q_tile = divmod(int(portion.q_tiles[i]), 7)
+                head = (0, 1, 0)[bh]
                 exact, pooled = portion.exact[i] - 7 * head, portion.pooled[i] - 7 * head
                 assert (near > 0, far > 0) == (group.exact > 0, group.pooled > 0)
                 if near:
                     assert exact[near:].eq(exact[near - 1]).all()
                 assert portion.tokens[i] == 16 * near - 12 * bool(near and exact[near - 1] == 6)
                 assert group.least <= portion.tokens[i] <= group.most <= 16 * group.exact
-                seen[lane, row % 7, exact[:near]] += 2
-                seen[lane, row % 7, pooled[:far]] += 1
+                seen[bh, q_tile, exact[:near]] += 2
+                seen[bh, q_tile, pooled[:far]] += 1
                 used += near * 16 + far
             assert width * len(rows) - used <= WASTE * width * len(rows)
             odd += len(rows) > 2 and len(rows) % 2
@@ -273,13 +250,11 @@ def test_a_pooled_tile_far_above_every_exact_one_while_tiles_vote(vote):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, masked):
-    calls = []
-    for name in ("build", "build_portions"):
-        real = getattr(schedule_module, name)
-        monkeypatch.setattr(schedule_module, name, lambda *args, real=real: calls.append(0) or real(*args))
+    calls, real = [], schedule_module.build
+    monkeypatch.setattr(schedule_module, "build", lambda *args: calls.append(0) or real(*args))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 2, 40, 40, 16, torch.float32)]
     tiles = random_lists(1, 40, 40, 16, 16)
     for _ in range(3):
         mask = torch.rand(1, 40) > 0.2 if masked else None
         block_sparse_attention(*leaves, tiles, layout="bhsd", key_mask=mask, backend="torch").sum().backward()
-    assert len(calls) == (1 if masked else 2)  # units, and portions of calls without masks
+    assert len(calls) == 2  # in smaller groups for gradients

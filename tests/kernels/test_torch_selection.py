@@ -23,7 +23,7 @@ from dit_accel_kernels import (
     packing,
     unpack_bits,
 )
-from dit_accel_kernels.backends.torch import plain as torch_plain
+from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import schedule
 from dit_accel_kernels.cache import StorageCache
 from kernel_cases import assert_within_rounding, qkv, random_lists
@@ -74,7 +74,7 @@ def votes_of(q, k, v, tiles, backend, **arguments):
 @pytest.mark.parametrize(("block", "part"), [(16, 1 << 20), (24, 1 << 20), (16, 1)])
 def test_votes_equal_the_specification_in_float64(monkeypatch, vote, reverse, features, block, part):
     """Both paths, whole and split rows, key heads shared, lists per head, pinned and pooled tiles, ragged tiles."""
-    monkeypatch.setattr(torch_plain, "GROUP_BYTES", part)
+    monkeypatch.setattr(torch_attend, "GROUP_BYTES", part)
     q, k, v = drifting(2, 4, 2, 100, 110, block, WIDE)
     for groups in (1, 4, 8):
         tiles = random_lists(groups, 100, 110, 16, block)
@@ -133,7 +133,7 @@ def test_low_dtypes_vote_alike_but_at_the_threshold(dtype, vote, features):
 @pytest.mark.parametrize("part", [1 << 20, 9000])
 @pytest.mark.parametrize("vote", [None, *VOTES], ids=["none", *NAMES])
 def test_outputs_beside_votes_stay_within_rounding(monkeypatch, dtype, part, vote):
-    monkeypatch.setattr(torch_plain, "GROUP_BYTES", part)
+    monkeypatch.setattr(torch_attend, "GROUP_BYTES", part)
     q, k, v = qkv(1, 4, 2, 100, 210, 16, dtype)
     tiles = random_lists(4, 100, 210, 16, 16)
     options = dict(layout="bhsd", return_lse=True, selection=Selection(vote=vote, reverse=True))
@@ -147,7 +147,7 @@ def test_outputs_beside_votes_stay_within_rounding(monkeypatch, dtype, part, vot
 @pytest.mark.parametrize("flops", [0, 1e12])
 def test_several_threads_vote_alike(monkeypatch, flops):
     """As workers, or within operations."""
-    monkeypatch.setattr(torch_plain, "WORKERS_FLOPS", flops)
+    monkeypatch.setattr(torch_attend, "WORKERS_FLOPS", flops)
     q, k, v = drifting(2, 4, 2, 100, 110, 16, torch.float32)
     tiles = TileLists.full(100, 110, block_q=16, block_k=16)
     options = dict(layout="bhsd", selection=Selection(vote=VOTES[0]), backend="torch")

@@ -26,7 +26,7 @@ from dit_accel_kernels.features import tile_means
 from dit_accel_kernels.selection import count_bits
 from dit_accel_kernels.states import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
-from dit_accel_kernels.backends.triton.transpose import bitmap, column_plan, transpose
+from dit_accel_kernels.backends.triton.transpose import bits_of, column_plan, transpose
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
 from torch import Tensor
 
@@ -478,14 +478,14 @@ def test_lists_are_transposed():
     for group in range(3):
         for tile in range(5):
             start, middle, end = plan.bounds[group, tile].tolist()
-            rows = plan.rows[start:end].tolist()
+            rows = plan.q_tiles[start:end].tolist()
             assert rows == sorted(rows)
             assert rows[middle - start :] == [row for row in rows if row == 6]  # the ragged last row needs a mask
             states[group, rows, tile] = 2
     assert torch.equal(states, tiles.states() // 2 * 2)
     counts = (plan.bounds[..., 2] - plan.bounds[..., 0]).gather(1, plan.order.long())
     assert bool((counts[:, 1:] <= counts[:, :-1]).all())
-    words = bitmap(tiles.pooled_offsets, tiles.pooled_indices, 5)
+    words = bits_of(tiles.pooled_offsets, tiles.pooled_indices, 5)
     assert torch.equal(
         words[..., 0] >> torch.arange(5)[:, None, None] & 1, (tiles.states() == 1).int().permute(2, 0, 1)
     )

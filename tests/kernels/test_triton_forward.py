@@ -19,14 +19,12 @@ from dit_accel_kernels import (
     resolve_backend,
 )
 from dit_accel_kernels.backends.triton import attend as triton_backend
-from dit_accel_kernels.backends.triton import forward_variants as triton_forward_variants
 from dit_accel_kernels.backends.triton import launch as triton_launch
 from dit_accel_kernels.backends.triton import plan as triton_plan
 from dit_accel_kernels.backends.triton import pool as triton_pool
 from dit_accel_kernels.backends.triton import support as triton_support
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import decay_by_frame
-from dit_accel_kernels.backends.triton.variants import Variant
 from kernel_cases import check_against_reference, qkv, random_lists
 
 
@@ -205,7 +203,7 @@ def test_sections_hold_what_they_promise():
     for b in range(2):
         for h in range(2):
             for i in range(7):
-                start, *ends = plan.bounds[b * plan.stride_b + h * plan.stride_h, i, :4].tolist()
+                start, *ends = plan.bounds[b * plan.strides[0] + h * plan.strides[1], i, :4].tolist()
                 listed = tiles.exact_indices[tiles.exact_offsets[h, i] : tiles.exact_offsets[h, i + 1]].tolist()
                 assert sorted(plan.indices[start : ends[2]].tolist()) == [j for j in listed if j * 16 < length[b]]
                 for place in range(start, ends[2]):
@@ -226,8 +224,8 @@ def test_longest_rows_come_first():
     plan = triton_plan.row_plan(make(tiles, q, k, v))
     exact = (tiles.states() == EXACT).sum(-1)
     work = exact * 16 + (tiles.states() == POOLED).sum(-1)
-    assert (work.gather(1, plan.row_order.long()).diff(dim=1) <= 0).all()
-    assert torch.equal(plan.row_order.sort(-1).values, torch.arange(7, dtype=torch.int32).expand(2, 7))
+    assert (work.gather(1, plan.q_order.long()).diff(dim=1) <= 0).all()
+    assert torch.equal(plan.q_order.sort(-1).values, torch.arange(7, dtype=torch.int32).expand(2, 7))
 
 
 def test_a_plan_is_made_once_and_in_every_call_with_a_mask():
@@ -331,25 +329,6 @@ def test_a_token_order_takes_smaller_launches():
     assert triton_launch.with_order(launch, decay=True) == replace(launch, block_q=64, block_s=16)
     small = replace(launch, block_q=64, num_warps=4)
     assert triton_launch.with_order(small, decay=False) == replace(small, block_k=32, block_s=16)
-
-
-@pytest.mark.parametrize("module", [triton_forward_variants, triton_pool])
-def test_variants_fit_their_kernels(module):
-    variants = module.variants()
-    assert len({variant.name for variant in variants}) == len(variants)
-    for variant in variants:
-        arguments = variant.source_arguments()
-        assert list(arguments["signature"]) == list(variant.kernel.arg_names)
-        assert not any(":" in kind for kind in arguments["signature"].values())
-
-
-def test_a_variant_that_does_not_fit_says_so():
-    good = triton_pool.variants()[0]
-    bad = Variant("pool", good.kernel, {"keys": "i32"}, good.constexprs, 4, 1)
-    with pytest.raises(
-        ValueError, match=r"variant 'pool' must fit its kernel: missing \['k_ptr', .*unknown \['keys'\]"
-    ):
-        bad.source_arguments()
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -116,12 +116,7 @@ def test_a_trial_leaves_the_table_as_it_was():
 
 
 def test_instructions_are_counted_by_logit():
-    record = {
-        "variant": "fwd-bf16-d128-plain-b64-128x32x32w4s3-ieee",
-        "target": "sm_80",
-        "warps": 4,
-        "mix": {"instructions": 512},
-    }
+    record = {"target": "sm_80", "warps": 4, "logits": 64 * 32, "mix": {"instructions": 512}}
     assert tune.instructions([record]) == 512 * 4 * 32 / (64 * 32)
 
 

@@ -1,12 +1,13 @@
 """A small attention-like loop with and without masks: what the compile table must tell apart."""
 
+import torch
 import triton
 import triton.language as tl
-from dit_accel_kernels.backends.triton.variants import Variant
+from recorded import Recorded, recording
 
 
 @triton.jit
-def toy_fwd_kernel(a_ptr, b_ptr, c_ptr, n, BLOCK: tl.constexpr, MASK: tl.constexpr):
+def toy_kernel(a_ptr, b_ptr, c_ptr, n, BLOCK: tl.constexpr, MASK: tl.constexpr):
     """C = sum over tiles of exp2(A B) B, with the rows beyond n masked or not."""
     i = tl.arange(0, BLOCK)
     a = tl.load(a_ptr + i[:, None] * BLOCK + i[None, :])
@@ -24,14 +25,13 @@ def toy_fwd_kernel(a_ptr, b_ptr, c_ptr, n, BLOCK: tl.constexpr, MASK: tl.constex
     tl.store(c_ptr + i[:, None] * BLOCK + i[None, :], acc)
 
 
-def variants() -> list[Variant]:
+def record_cases(target: str, into: dict[str, Recorded]) -> None:
     """Plain, masked, and one that needs more shared memory than the small cards have."""
-    signature = {"a_ptr": "*bf16:16", "b_ptr": "*bf16:16", "c_ptr": "*fp32:16", "n": "i32"}
-    return [
-        Variant(name, toy_fwd_kernel, signature, {"BLOCK": block, "MASK": mask}, warps, stages)
-        for name, block, mask, warps, stages in (
-            ("toy-plain", 64, False, 4, 2),
-            ("toy-masked", 64, True, 4, 2),
-            ("toy-large", 128, False, 8, 5),
-        )
-    ]
+    for name, block, mask, warps, stages in (
+        ("plain", 64, False, 4, 2),
+        ("masked", 64, True, 4, 2),
+        ("large", 128, False, 8, 5),
+    ):
+        a, b, c = torch.empty(3, block, block, dtype=torch.bfloat16)
+        with recording(target, into, name):
+            toy_kernel[(1,)](a, b, c.float(), 17, BLOCK=block, MASK=mask, num_warps=warps, num_stages=stages)

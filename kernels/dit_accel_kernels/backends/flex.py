@@ -1,7 +1,7 @@
 """The flex backend: torch's compiled FlexAttention over the same tiles, a rival and an independent check.
 
 Exact tiles are FlexAttention's blocks. The means of all key tiles stand before the keys as columns of their own, padded
-to whole blocks; `mask_mod` says which of them a block row sees and `score_mod` adds the log of their true lengths.
+to whole blocks; `mask_mod` says which of them a query tile sees and `score_mod` adds the log of their true lengths.
 Tiles whose keys are all valid are listed as full blocks, which no mask touches. Decay is in `score_mod`. Tensors reach
 both functions as arguments of one compiled function, so that new lists and masks compile nothing anew; a new shape, or
 another set of features, does. Votes are refused, since a named backend never falls back.
@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
     """Tile lists as FlexAttention's padded rows: counts int32 [B or 1, H or 1, NQ], indices int32 [.., NQ, P + NK].
 
     P blocks of pooled columns come before the key tiles. `seen` is bool [.., NQ, P * block_k + NK]: every pooled column
-    and key tile that a block row sees, or None where all blocks are full.
+    and key tile that a query tile sees, or None where all blocks are full.
     """
 
     partial_counts: Tensor

@@ -1,45 +1,33 @@
-"""The torch backend: block rows with about equally long lists are gathered and batched; O(S) memory, every feature.
+"""The torch backend: query tiles that see about equally much are gathered and batched; O(S) memory, every feature.
 
-The usual call goes to plain.py, calls with masks or decay take the plainer code here. A selection is turned into
-lists of every batch and head first, and nothing of one call's lists is remembered. Gathering costs a few per cent of
-the products; bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a
-gather, SDPA on gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
+A group of query tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks,
+decay and votes are applied while the logits are there, and votes are settled for many query tiles at once. Long calls
+are shared by workers, group by group. Short ones leave the cores to torch, which waits for its threads for milliseconds
+at every call that wants them otherwise, and are all the shorter the fewer operations they take. A selection is turned
+into lists of every batch and head first, and nothing of one call's lists is remembered.
+
+bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
+gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.plain import GPU_GROUPS, attend_plain
-from dit_accel_kernels.backends.torch.schedule import Unit
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut, units_of
-from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
+from dit_accel_kernels.backends.torch.schedule import Group, GroupSize, Portion
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut, portions_of
+from dit_accel_kernels.backends.torch.workers import buffer, own_buffers, run_all, worker_threads
 from dit_accel_kernels.features import wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.states import resolved
 from dit_accel_kernels.votes import Tally
 
-SCORES_BYTES = 512 << 10  # logits of one batch with masks or decay, a thread
-
-
-@dataclass(slots=True)
-class Operands:
-    """What one batched product needs: q [N, R, block_q, D]; k, v [N, R, C, D] of exact columns, then pooled ones.
-
-    `bias` float32 [N or 1, R, 1, C] and `t` float32 [R, block_q, C] or None.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    t: Tensor | None
-    scale: float
+GROUP_BYTES = 2 << 20  # logits of one group, a thread: more would leave the caches
+GPU_GROUPS = 256  # a GPU's groups are this many times larger
+WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
+FOUND_BYTES = 16 << 20  # what votes are kept in until they are settled
 
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -50,132 +38,200 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         tally = None if problem.selection.vote is None else Tally(problem)
         problem, exact = resolved(problem)
     tiled = cut(problem)
-    out = torch.zeros_like(tiled.q)  # block rows without a tile give 0
+    out = torch.zeros_like(tiled.q)  # query tiles that see nothing give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    if tiled.bias is None and tiled.t is None:
-        attend_plain(problem, tiled, out, lse if need_lse else None, tally, remember=not selects)
-    else:
-        workers, threads = worker_threads(tiled.q.device)
-
-        def work(piece: tuple[Unit, slice], _: dict[str, Tensor]) -> None:
-            unit, lanes = piece
-            part, part_lse = attend_operands(
-                gather(tiled, unit, lanes), need_lse=need_lse, settle=settling(tiled, unit, tally)
-            )
-            out[lanes].index_copy_(1, unit.rows, part)
-            if part_lse is not None:
-                lse[lanes].index_copy_(1, unit.rows, part_lse)
-
-        run_all(work, chunks(tiled, units_of(problem, remember=not selects), threads), workers)
-    shape = (*problem.q.shape[:2], -1)
-    tokens = problem.q.shape[2]
-    out = out.view(*shape, out.shape[-1])[:, :, :tokens]
-    kept = None if tally is None else tally.kept()
-    return out, lse.view(*shape)[:, :, :tokens] if need_lse else lse, exact, kept
+    workers, size = shares(problem)
+    for portion in portions_of(problem, size, remember=not selects):
+        work = _Work(tiled, portion, tally, need_lse=need_lse)
+        run_all(work.attend, portion.groups, workers)
+        out.index_copy_(0, portion.q_tiles, work.out)
+        if work.lse is not None:
+            lse.index_copy_(0, portion.q_tiles, work.lse)
+        if tally is not None and work.found is not None:
+            work.settle(tally)
+    (batch, heads, tokens, dim), kept = problem.q.shape, None if tally is None else tally.kept()
+    out = out.view(batch, heads, -1, dim)[:, :, :tokens]
+    return out, lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse, exact, kept
 
 
-def chunks(tiled: Tiled, units: list[Unit], threads: int) -> Iterator[tuple[Unit, slice]]:
-    """Units cut into batches for so many torch threads: SCORES_BYTES of logits for each, or a block row of a lane."""
-    lanes, _, block_q, _ = tiled.q.shape
-    batches = threads if tiled.q.device.type == "cpu" else GPU_GROUPS
-    for unit in units:
-        columns = unit.exact.shape[1] * tiled.k.shape[2] + unit.pooled.shape[1]
-        room = batches * max(1, SCORES_BYTES // (tiled.q.element_size() * block_q * columns))
-        lane_step = min(lanes, room)
-        row_step = max(1, room // lane_step)
-        for start in range(0, unit.rows.numel(), row_step):
-            part = slice(start, start + row_step)
-            piece = Unit(unit.rows[part], unit.exact[part], unit.pooled[part], unit.tail)
-            for lane in range(0, lanes, lane_step):
-                yield piece, slice(lane, min(lane + lane_step, lanes))
+def shares(problem: Problem) -> tuple[int, GroupSize]:
+    """How many workers a call is shared by, and how large groups and portions are."""
+    block_q, threads = problem.block_q, torch.get_num_threads()
+    columns, tiles = GROUP_BYTES // (block_q * problem.q.element_size()), FOUND_BYTES // (block_q * 4)
+    if problem.q.device.type != "cpu":
+        return 1, GroupSize(columns * GPU_GROUPS, 1, tiles)
+    repeats = problem.q.shape[0] * problem.q.shape[1] // problem.exact_offsets.shape[0]
+    logits = problem.exact_indices.numel() * problem.block_k * block_q * repeats
+    if 4 * problem.q.shape[3] * logits >= WORKERS_FLOPS * threads:
+        workers, each = worker_threads(problem.q.device)
+        return workers, GroupSize(columns * each, each, tiles)
+    return 1, GroupSize(columns * threads, threads, tiles)  # as many rows for each thread stay in its own cache
 
 
-def gather(tiled: Tiled, unit: Unit, lanes: slice) -> Operands:
-    """Copy the tiles one unit needs next to each other; the ragged tail is cut off, never masked."""
-    rows, exact = unit.exact.shape
-    pooled = unit.pooled.shape[1]
-    columns = exact * tiled.k.shape[2] - (tiled.tail if unit.tail else 0)
+class _Work:
+    """One portion: its queries and what is found for them in its order, `out` [P, block_q, D] and `lse` [P, block_q].
 
-    def pick(x: Tensor, mean: Tensor | None) -> Tensor:
-        tokens = x[lanes].index_select(1, unit.exact.flatten()).unflatten(1, (rows, exact)).flatten(2, 3)
-        tokens = tokens[:, :, :columns]
-        if pooled == 0 or mean is None:
-            return tokens
-        means = mean[lanes].index_select(1, unit.pooled.flatten()).unflatten(1, (rows, pooled))
-        return torch.cat([tokens, means], 2)
-
-    bias = t = None
-    if tiled.bias is not None or pooled:
-        none = tiled.q.new_zeros(1, 1, 1, dtype=torch.float32).expand(
-            lanes.stop - lanes.start, tiled.k.shape[1], tiled.k.shape[2]
-        )
-        bias = none if tiled.bias is None else tiled.bias[lanes]
-        length = None if tiled.log_length is None else tiled.log_length[lanes]
-        bias = bias.index_select(1, unit.exact.flatten()).unflatten(1, (rows, exact)).flatten(2, 3)[:, :, :columns]
-        if pooled and length is not None:
-            bias = torch.cat([bias, length.index_select(1, unit.pooled.flatten()).unflatten(1, (rows, pooled))], 2)
-        bias = bias[:, :, None]
-    if tiled.t is not None and tiled.t_mean is not None and tiled.t_rows is not None:
-        by_frame = tiled.t.index_select(1, unit.exact.flatten() % tiled.key_tiles).unflatten(1, (rows, exact))
-        by_frame = by_frame.flatten(2, 3)[:, :, :columns]
-        means = tiled.t_mean.index_select(1, unit.pooled.flatten() % tiled.key_tiles).unflatten(1, (rows, pooled))
-        frames = tiled.t_rows[unit.rows % tiled.t_rows.shape[0]]
-        t = torch.cat([by_frame, means], 2)[frames, torch.arange(rows, device=frames.device)[:, None]]
-    return Operands(
-        tiled.q[lanes].index_select(1, unit.rows),
-        pick(tiled.k, tiled.k_mean),
-        pick(tiled.v, tiled.v_mean),
-        bias,
-        t,
-        tiled.scale,
-    )
-
-
-def raw_logits(x: Operands) -> Tensor:
-    """Scaled products of queries and keys, in the wide dtype."""
-    return (x.q @ x.k.mT).to(wide_dtype(x.q.dtype)) * x.scale
-
-
-def logits_of(raw: Tensor, x: Operands) -> tuple[Tensor, Tensor | None]:
-    """Final logits from raw ones, decayed, masked and weighed, and which rows have no key (bool [..., 1], or None)."""
-    logits = raw if x.t is None else torch.minimum(raw, raw * x.t)
-    if x.bias is None:
-        return logits, None
-    logits = logits + x.bias
-    dead = (logits == -torch.inf).all(-1, keepdim=True)
-    return logits.masked_fill(dead, 0.0), dead
-
-
-def attend_operands(
-    x: Operands, *, need_lse: bool, settle: Callable[[Tensor, Tensor], None] | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of gathered operands: output [N, R, block_q, D] and LSE [N, R, block_q] or None.
-
-    `settle` is called with the logits and the softmax, [N, R, block_q, C].
+    `found` [n, P, block_q]: what votes want of every exact tile, -inf or 0 in padding.
     """
-    logits, dead = logits_of(raw_logits(x), x)
-    p = torch.softmax(logits, -1)
-    if settle is not None:
-        settle(logits, p)
-    out = p.to(x.q.dtype) @ x.v
-    lse = torch.logsumexp(logits, -1) if need_lse else None
-    if dead is not None:
-        out = out.masked_fill(dead, 0.0)
-        lse = None if lse is None else lse.masked_fill(dead[..., 0], -torch.inf)
-    return out, lse
+
+    def __init__(self, tiled: Tiled, portion: Portion, tally: Tally | None, *, need_lse: bool) -> None:
+        self.tiled, self.portion, self.tally = tiled, portion, tally
+        self.wide = wide_dtype(tiled.q.dtype)
+        buffers = own_buffers()
+        self.q = taken(tiled.q, portion.q_tiles, buffers, "queries")
+        self.out = buffer(buffers, "outputs", self.q, tuple(self.q.shape), self.q.dtype)
+        self.lse = self.q.new_empty(self.q.shape[:2], dtype=self.wide) if need_lse else None
+        self.weights = weights_of(tiled, portion)
+        if self.weights is not None and tally is not None:
+            self.weights *= LOG2_E
+        self.found = None
+        if tally is not None and portion.exact.shape[1]:
+            shape = (portion.exact.shape[1], *self.q.shape[:2])
+            self.found = buffer(buffers, "found", self.q, shape, self.wide).fill_(0.0 if tally.by_mass else -torch.inf)
+
+    def settle(self, tally: Tally) -> None:
+        """Settle the votes."""
+        assert self.found is not None
+        tiles = self.portion.exact % self.tiled.key_tiles
+        tiles.masked_fill_(beyond(self.portion.exact_counts, tiles.shape[1]), tally.none)
+        tally.settle(self.portion.q_tiles, tiles, self.found)
+
+    def attend(self, group: Group, buffers: dict[str, Tensor]) -> None:
+        """One group."""
+        tiled, part, block, portion = self.tiled, slice(group.start, group.stop), self.tiled.k.shape[1], self.portion
+        q, out = self.q[part], self.out[part]
+        columns, exact = group.exact * block, portion.exact[part, : group.exact].flatten()
+        if self.tally is None and group.least == group.most:
+            columns = group.most  # all end with the ragged tile
+        x = buffer(buffers, "products", q, (*q.shape[:2], columns + group.pooled), q.dtype)
+        near, far = x[:, :, :columns], x[:, :, columns:]
+        scale = tiled.scale if self.tally is None else tiled.scale * LOG2_E
+        if group.exact:
+            k = taken(tiled.k, exact, buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
+            torch.baddbmm(near, q, k.mT, beta=0, alpha=scale, out=near)
+        if group.pooled and tiled.k_mean is not None:
+            pooled = portion.pooled[part, : group.pooled].flatten()
+            means = taken(tiled.k_mean, pooled, buffers, "means").view(len(q), -1, q.shape[2])
+            torch.baddbmm(far, q, means.mT, beta=0, alpha=scale, out=far)
+        p = x
+        if x.dtype != self.wide and (group.pooled or self.tally is not None or tiled.t is not None):
+            x = buffer(buffers, "wide", q, tuple(x.shape), self.wide).copy_(x)
+        self._transform(x, group, columns, buffers)
+        total = self._softmax(x, part) if self.tally is None else self._exponentials(x, columns, part)
+        if p is not x:
+            p.copy_(x if total is None else x.div_(total[:, :, None]))
+        if group.exact:
+            v = taken(tiled.v, exact, buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
+            torch.bmm(p[:, :, :columns], v, out=out)
+        else:
+            out.zero_()
+        if group.pooled and tiled.v_mean is not None:
+            means = taken(tiled.v_mean, pooled, buffers, "means").view(len(q), -1, q.shape[2])
+            out.baddbmm_(p[:, :, columns:], means)
+        if total is not None and p is x:
+            out.div_(total[:, :, None])
+        if tiled.absent is not None:
+            self._empty(p[:, :, 0].isnan() if total is None else total == 0, part)
+
+    def _transform(self, x: Tensor, group: Group, columns: int, buffers: dict[str, Tensor]) -> None:
+        """Decay logits, mask what is absent and add a pooled tile's length, in place."""
+        part = slice(group.start, group.stop)
+        t = decay_of(self.tiled, self.portion, group, columns, buffers)
+        if t is not None:
+            torch.minimum(x, torch.mul(x, t, out=buffer(buffers, "decayed", x, tuple(x.shape), x.dtype)), out=x)
+        absent, start = absent_of(self.tiled, self.portion, group, columns)
+        if absent is not None:
+            x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
+        if self.weights is not None and group.pooled:
+            x[:, :, columns:].add_(self.weights[part, None, : group.pooled])
+
+    def _empty(self, dead: Tensor, part: slice) -> None:
+        """Rows without a valid key, bool [R, block_q], whose weights are not numbers, give 0."""
+        self.out[part].masked_fill_(dead[:, :, None], 0.0)
+        if self.lse is not None:
+            self.lse[part].masked_fill_(dead, -torch.inf)
+
+    def _softmax(self, x: Tensor, part: slice) -> None:
+        """Logits to weights, in place."""
+        peak = None if self.lse is None else x.amax(-1)
+        torch.softmax(x, -1, out=x)
+        if self.lse is not None and peak is not None:
+            # log sum e^x = max x - log max p: two cheap passes where a logsumexp would repeat the softmax
+            self.lse[part] = peak.to(self.wide) - x.amax(-1).to(self.wide).log()
+
+    def _exponentials(self, x: Tensor, columns: int, part: slice) -> Tensor:
+        """Logits in log2 units to exponentials, in place, with their sums returned, and what votes want of them."""
+        tally, found = self.tally, None
+        assert tally is not None
+        near, far = x[:, :, :columns].unflatten(2, (-1, self.tiled.k.shape[1])), x[:, :, columns:]
+        if columns and not tally.by_mass:
+            found = near.amax(-1)
+            peak = found.amax(-1, keepdim=True)
+            if far.shape[2]:
+                peak = torch.maximum(peak, far.amax(-1, keepdim=True))
+        else:
+            peak = x.amax(-1, keepdim=True)
+        if self.tiled.absent is not None:
+            peak.masked_fill_(peak == -torch.inf, 0.0)
+        x.sub_(peak).exp2_()
+        if columns and tally.by_mass:
+            found = near.sum(-1)
+            total = found.sum(-1) + far.sum(-1)
+        else:
+            total = x.sum(-1)
+        if found is not None and self.found is not None:
+            self.found[: found.shape[2], part] = found.permute(2, 0, 1)
+        if self.lse is not None:
+            torch.add(peak[:, :, 0] / LOG2_E, total.log(), out=self.lse[part])
+        return total
 
 
-def settling(tiled: Tiled, unit: Unit, tally: Tally | None) -> Callable[[Tensor, Tensor], None] | None:
-    """What settles the votes of a unit's block rows, from their logits and softmax."""
-    if tally is None or not unit.exact.shape[1]:
+def weights_of(tiled: Tiled, portion: Portion) -> Tensor | None:
+    """What a portion's pooled tiles add to their logits, log of their lengths, [P, p]; -inf in padding."""
+    if tiled.log_length is None or not portion.pooled.shape[1]:
         return None
+    weights = tiled.log_length[portion.pooled]
+    return weights.masked_fill_(beyond(portion.pooled_counts, weights.shape[1]), -torch.inf)
 
-    def settle(logits: Tensor, p: Tensor) -> None:
-        count, block = unit.exact.shape[1], tiled.k.shape[2]
-        x = (p if tally.by_mass else logits)[0, :, :, : count * block - (tiled.tail if unit.tail else 0)]
-        x = torch.nn.functional.pad(x, (0, count * block - x.shape[-1]), value=0.0 if tally.by_mass else -torch.inf)
-        x = x.unflatten(-1, (count, block))
-        found = x.sum(-1) if tally.by_mass else x.amax(-1) * LOG2_E
-        tally.settle(unit.rows, unit.exact % tiled.key_tiles, found.permute(2, 0, 1))
 
-    return settle
+def absent_of(tiled: Tiled, portion: Portion, group: Group, columns: int) -> tuple[Tensor | None, int]:
+    """Which exact columns of a group are padding or masked, bool [R, columns - start] or None, and the start."""
+    part = slice(group.start, group.stop)
+    padded = beyond(portion.tokens[part], columns, group.least) if group.least < columns else None
+    if tiled.absent is None or not group.exact:
+        return padded, group.least
+    masked = tiled.absent[portion.exact[part, : group.exact]].flatten(1)[:, :columns]
+    if padded is not None:
+        masked[:, group.least :] |= padded
+    return masked, 0
+
+
+def decay_of(tiled: Tiled, portion: Portion, group: Group, columns: int, buffers: dict[str, Tensor]) -> Tensor | None:
+    """Decay of a group's logits, float32 [R, block_q, columns + pooled], or [R, 1, ...] where each tile has one frame.
+
+    None in calls without decay.
+    """
+    if tiled.t is None or tiled.t_mean is None or tiled.frames is None or tiled.one_frame is None:
+        return None
+    part, count = slice(group.start, group.stop), tiled.key_tiles
+    q_tiles = portion.q_tiles[part] % len(tiled.frames)
+    frames = tiled.frames[q_tiles]
+    if bool(tiled.one_frame[q_tiles].all()):
+        frames = frames[:, :1]
+    first = frames[:, :, None] * count
+    exact, pooled = portion.exact[part, None, : group.exact], portion.pooled[part, None, : group.pooled]
+    by_token = taken(tiled.t, (first + exact % count).flatten(), buffers, "decay")
+    by_token = by_token.view(*frames.shape, -1)[:, :, :columns]
+    if not group.pooled:
+        return by_token
+    return torch.cat([by_token, tiled.t_mean[first + pooled % count]], 2)
+
+
+def beyond(counts: Tensor, columns: int, start: int = 0) -> Tensor:
+    """Where columns, from `start` on, lie behind the `counts` [R] of their rows, bool [R, columns - start]."""
+    return torch.arange(start, columns, device=counts.device) >= counts[:, None]
+
+
+def taken(x: Tensor, index: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
+    """x[index] for a flat index, in a reused buffer."""
+    return torch.index_select(x, 0, index, out=buffer(buffers, name, x, (len(index), *x.shape[1:]), x.dtype))

@@ -1,17 +1,23 @@
-"""Gradient of the torch backend: every batch of block rows is recomputed, and gradients of shared tiles add up."""
+"""Gradient of the torch backend: every group of query tiles is recomputed, and gradients of shared tiles add up."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.attend import Operands, chunks, gather, logits_of, raw_logits
-from dit_accel_kernels.backends.torch.schedule import Unit
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut, units_of
+from dit_accel_kernels.backends.torch.attend import absent_of, decay_of, shares, taken, weights_of
+from dit_accel_kernels.backends.torch.schedule import Group, Portion
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut, portions_of
+from dit_accel_kernels.backends.torch.workers import buffer, own_buffers
 from dit_accel_kernels.features import wide_dtype
 from dit_accel_kernels.problem import Problem
 
+TEMPORARIES = 4  # as large as a group's logits: the memory of larger ones goes back to the system each time
 
+
+@torch.no_grad()
 def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output [B, H, S_q, D] and of the LSE [B, H, S_q] (None: not used)."""
     tiled = cut(problem)
@@ -21,55 +27,75 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
         for name in ("q", "k", "v", "k_mean", "v_mean")
         if (x := getattr(tiled, name)) is not None
     }
-    grad_out = _rows(grad_out, tiled, problem.block_q)
-    if grad_lse is not None:
-        grad_lse = _rows(grad_lse[..., None], tiled, problem.block_q)
-    for unit, lanes in chunks(tiled, units_of(problem), torch.get_num_threads()):
-        go = grad_out[lanes].index_select(1, unit.rows)
-        gl = None if grad_lse is None else grad_lse[lanes].index_select(1, unit.rows)
-        x = gather(tiled, unit, lanes)
-        _scatter(tiled, unit, lanes, _softmax_backward(x, go, gl), sums)
+    grad_out = _by_tile(grad_out, problem.block_q)
+    grad_lse = None if grad_lse is None else _by_tile(grad_lse[..., None], problem.block_q)
+    _, size = shares(problem)
+    for portion in portions_of(problem, replace(size, columns=size.columns // TEMPORARIES)):
+        weights = weights_of(tiled, portion)
+        for group in portion.groups:
+            q_tiles = portion.q_tiles[group.start : group.stop]
+            of_lse = None if grad_lse is None else grad_lse[q_tiles]
+            _add_group(tiled, portion, group, weights, grad_out[q_tiles], of_lse, sums)
     return _uncut(problem, tiled, sums)
 
 
-def _rows(x: Tensor, tiled: Tiled, block: int) -> Tensor:
-    """[B, H, S_q, D] laid out like the tiled queries, [N, R, block_q, D], zero in padded rows."""
-    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block))
-    return x.reshape(*tiled.q.shape[:3], x.shape[-1])
+def _by_tile(x: Tensor, block: int) -> Tensor:
+    """[B, H, S_q, D] laid out like the tiled queries, [B * H * NQ, block_q, D], zero in padding."""
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block)).reshape(-1, block, x.shape[-1])
 
 
-def _softmax_backward(x: Operands, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the gathered q, k and v, in the wide dtype where sums over many rows follow."""
-    wide = wide_dtype(x.q.dtype)
-    raw = raw_logits(x)
-    logits, dead = logits_of(raw, x)
-    p = torch.softmax(logits, -1)
-    if dead is not None:
-        p = p.masked_fill(dead, 0.0)
-    grad_v = p.to(x.q.dtype).mT @ grad_out
-    grad_p = (grad_out @ x.v.mT).to(wide)
-    delta = (grad_p * p).sum(-1, keepdim=True)
-    grad_s = p * (grad_p - (delta if grad_lse is None else delta - grad_lse))
-    if x.t is not None:
-        grad_s = torch.where(raw > raw * x.t, grad_s * x.t, grad_s)
-    grad_s = (grad_s * x.scale).to(x.q.dtype)
-    return (grad_s @ x.k).to(wide), (grad_s.mT @ x.q).to(wide), grad_v.to(wide)
+def _add_group(
+    tiled: Tiled, portion: Portion, group: Group, weights: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+    sums: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """Add the gradients of one group into `sums`, in the wide dtype; what is as large as its logits is in buffers."""
+    part, columns, buffers = slice(group.start, group.stop), group.exact * tiled.k.shape[1], own_buffers()
+    exact, pooled = portion.exact[part, : group.exact].flatten(), portion.pooled[part, : group.pooled].flatten()
+    q_tiles = portion.q_tiles[part]
+    q = tiled.q[q_tiles]
+    k, v = (
+        _columns(getattr(tiled, name), getattr(tiled, f"{name}_mean"), exact, pooled, len(q), buffers, name)
+        for name in "kv"
+    )
+    wide, shape = wide_dtype(q.dtype), (*q.shape[:2], columns + group.pooled)
+
+    def product(a: Tensor, b: Tensor, name: str) -> Tensor:
+        x = torch.bmm(a, b.mT, out=buffer(buffers, f"{name} product", q, shape, q.dtype))
+        return x if x.dtype == wide else buffer(buffers, name, q, shape, wide).copy_(x)
+
+    raw = product(q, k, "logits").mul_(tiled.scale)
+    t = decay_of(tiled, portion, group, columns, buffers)
+    x = buffer(buffers, "weights", q, shape, wide)
+    torch.minimum(raw, torch.mul(raw, t, out=x), out=x) if t is not None else x.copy_(raw)
+    absent, start = absent_of(tiled, portion, group, columns)
+    if absent is not None:
+        x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
+    if weights is not None and group.pooled:
+        x[:, :, columns:].add_(weights[part, None, : group.pooled])
+    p = torch.softmax(x, -1, out=x)
+    if tiled.absent is not None:
+        p.nan_to_num_(0.0)  # rows without a valid key
+    grad_v = p.to(q.dtype).mT @ grad_out
+    grad_p = product(grad_out, v, "gradient")
+    delta = torch.mul(grad_p, p, out=buffer(buffers, "delta", q, shape, wide)).sum(-1, keepdim=True)
+    grad_x = grad_p.sub_(delta if grad_lse is None else delta - grad_lse).mul_(p)
+    if t is not None:
+        grad_x = torch.where(raw > raw * t, grad_x * t, grad_x)
+    grad_x = grad_x.mul_(tiled.scale).to(q.dtype)
+    sums["q"].index_add_(0, q_tiles, (grad_x @ k).to(wide))
+    for name, grad in (("k", (grad_x.mT @ q).to(wide)), ("v", grad_v.to(wide))):
+        sums[name].index_add_(0, exact, grad[:, :columns].reshape(-1, *tiled.k.shape[1:]))
+        if group.pooled:
+            sums[f"{name}_mean"].index_add_(0, pooled, grad[:, columns:].flatten(0, 1))
 
 
-def _scatter(
-    tiled: Tiled, unit: Unit, lanes: slice, grads: tuple[Tensor, Tensor, Tensor], sums: dict[str, Tensor]
-) -> None:
-    """Add the gradients of one batch into `sums`."""
-    sums["q"][lanes].index_add_(1, unit.rows, grads[0])
-    rows, exact = unit.exact.shape
-    pooled = unit.pooled.shape[1]
-    block, dim = tiled.k.shape[2:]
-    for name, grad in (("k", grads[1]), ("v", grads[2])):
-        columns = grad.shape[2] - pooled
-        tokens = torch.nn.functional.pad(grad[:, :, :columns], (0, 0, 0, exact * block - columns))
-        sums[name][lanes].index_add_(1, unit.exact.flatten(), tokens.reshape(grad.shape[0], rows * exact, block, dim))
-        if pooled:
-            sums[f"{name}_mean"][lanes].index_add_(1, unit.pooled.flatten(), grad[:, :, columns:].flatten(1, 2))
+def _columns(
+    tokens: Tensor, means: Tensor | None, exact: Tensor, pooled: Tensor, count: int, buffers: dict[str, Tensor],
+    name: str,
+) -> Tensor:  # fmt: skip
+    """Keys or values of `count` query tiles, exact ones and then pooled ones, [count, C, D]."""
+    near = taken(tokens, exact, buffers, name).view(count, -1, tokens.shape[-1])
+    return near if means is None else torch.cat([near, means[pooled].view(count, -1, tokens.shape[-1])], 1)
 
 
 def _uncut(problem: Problem, tiled: Tiled, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,11 +108,9 @@ def _uncut(problem: Problem, tiled: Tiled, sums: dict[str, Tensor]) -> tuple[Ten
     for name in ("k", "v"):
         grad = sums[name]
         if f"{name}_mean" in sums and tiled.log_length is not None:
-            share = sums[f"{name}_mean"] * (-tiled.log_length.clamp(min=0)).exp()[..., None]
-            grad = grad + share[..., None, :]
-        grad = grad.reshape(k.shape[0], -1, problem.key_tiles * problem.block_k, k.shape[3])[:, :, : k.shape[2]]
-        if grad.shape[1] != k.shape[1]:
-            grad = grad.unflatten(1, (k.shape[1], -1)).sum(2)
+            share = sums[f"{name}_mean"] * (-tiled.log_length.clamp(min=0)).exp()[:, None]
+            grad = grad + share[:, None]
+        grad = grad.reshape(*k.shape[:2], -1, k.shape[3])[:, :, : k.shape[2]]
         if valid is not None:
             grad = grad.masked_fill(~valid[:, None, :, None], 0)
         grads.append(grad.to(k.dtype))

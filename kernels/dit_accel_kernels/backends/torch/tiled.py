@@ -1,4 +1,4 @@
-"""Cuts a problem into tiles for the torch backend: queries, keys and values by lane, pooled means, masks and decay."""
+"""Cuts a problem into tiles for the torch backend: queries, keys and values, pooled means, masks and decay."""
 
 from __future__ import annotations
 
@@ -7,91 +7,70 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.schedule import (
-    Csr,
-    GroupSize,
-    Portion,
-    Shape,
-    Unit,
-    build,
-    build_portions,
-    schedule,
-    schedule_portions,
-)
+from dit_accel_kernels.backends.torch.schedule import GroupSize, Portion, Shape, build, schedule
 from dit_accel_kernels.features import decay_by_frame, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
 
 
 @dataclass(slots=True)
 class Tiled:
-    """The problem cut into tiles for batched products: N lanes of R block rows that all read the same lists.
+    """The problem cut into tiles, those of all batches and heads one after the other.
 
-    Shared lists: N = B*H lanes, R = NQ. Per-head lists: one lane, R = B*H*NQ, tile numbers shifted by head. Queries
-    hold the per-head scale, `scale` is still to be applied. `bias` is float32 [N, tiles, block_k], 0 or -inf, or None;
-    `log_length` float32 [N or 1, tiles]; `t` [F + 2, NK, block_k].
+    NQ query tiles for each of B * H batches and heads, NK key tiles for each of B * HK. Queries hold the per-head
+    scale, `scale` is still to be applied.
     """
 
-    q: Tensor  # [N, R, block_q, D]
-    k: Tensor  # [N, tiles, block_k, D]
+    q: Tensor  # [B * H * NQ, block_q, D]
+    k: Tensor  # [B * HK * NK, block_k, D]
     v: Tensor
-    bias: Tensor | None
-    k_mean: Tensor | None  # [N, tiles, D]
+    absent: Tensor | None  # bool [B * HK * NK, block_k], the keys that a mask leaves out
+    k_mean: Tensor | None  # [B * HK * NK, D]
     v_mean: Tensor | None
-    log_length: Tensor | None
-    length: Tensor | None  # [NK], where every lane has the same
-    t: Tensor | None
-    t_mean: Tensor | None  # [F + 2, NK]
-    t_rows: Tensor | None  # int64 [NQ, block_q]
+    log_length: Tensor | None  # [B * HK * NK], natural log of a pooled tile's length
+    t: Tensor | None  # [(F + 2) * NK, block_k], decay by frame of the queries
+    t_mean: Tensor | None  # [(F + 2) * NK]
+    frames: Tensor | None  # int64 [NQ, block_q], each query's frame in `t`
+    one_frame: Tensor | None  # bool [NQ], whether it is that of all queries of the tile
     scale: float
     key_tiles: int
     tail: int  # padded tokens in the last key tile
 
 
 def cut(problem: Problem) -> Tiled:
-    """Pad to whole tiles, apply the head scale, lay lanes out as the lists are shared, pool if a list asks for it."""
+    """Pad to whole tiles, apply the head scale, pool if a list asks for it."""
     q, k, v, valid = problem.q, problem.k, problem.v, problem.key_valid
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
+    absent = weight = None
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
-    weight = None if valid is None else valid[:, None].expand(-1, k.shape[1], -1)
-    shared = problem.exact_offsets.shape[0] == 1
-    repeat = q.shape[1] // k.shape[1]
-
-    def lanes(x: Tensor) -> Tensor:
-        x = x.repeat_interleave(repeat, 1) if shared and repeat > 1 else x
-        return x.flatten(0, 1) if shared else x.flatten(0, 2)[None]
-
-    k_mean = v_mean = log_length = same_length = None
+        weight = valid[:, None].expand(-1, k.shape[1], -1)
+        absent = _tiles(~weight[..., None], problem.block_k)[..., 0].flatten(0, 2)
+    k_mean = v_mean = log_length = None
     if problem.pooled_indices is not None:
         k_mean, length = tile_means(k, problem.block_k, weight)
         v_mean, _ = tile_means(v, problem.block_k, weight)
-        same_length = length if weight is None else None
-        log_length = lanes(length.expand(k_mean.shape[:-1]).log().to(wide_dtype(q.dtype)))
-        k_mean, v_mean = lanes(k_mean), lanes(v_mean)
-    bias = None
-    if weight is not None:
-        bias = torch.zeros(weight.shape, device=q.device).masked_fill(~weight, -torch.inf)
-        bias = lanes(_tiles(bias[..., None], problem.block_k)[..., 0])
-    t = t_mean = t_rows = None
+        log_length = length.log().to(wide_dtype(q.dtype)).expand(k_mean.shape[:-1]).flatten()
+        k_mean, v_mean = k_mean.flatten(0, 2), v_mean.flatten(0, 2)
+    t = t_mean = frames = one_frame = None
     if problem.decay is not None:
-        flat, rows = decay_by_frame(*problem.decay)
-        t_mean = tile_means(flat[..., None], problem.block_k, None)[0][..., 0]
-        t = _tiles(flat[..., None], problem.block_k)[..., 0]
-        t_rows = _tiles(rows[:, None], problem.block_q)[..., 0]
-    tiled_q, tiled_k, tiled_v = _tiles(q, problem.block_q), _tiles(k, problem.block_k), _tiles(v, problem.block_k)
+        by_frame, frames = decay_by_frame(*problem.decay)
+        t_mean = tile_means(by_frame[..., None], problem.block_k, None)[0].flatten()
+        t = _tiles(by_frame[..., None], problem.block_k)[..., 0].flatten(0, 1)
+        frames = torch.cat([frames, frames[-1:].expand(-len(frames) % problem.block_q)]).view(-1, problem.block_q)
+        one_frame = (frames == frames[:, :1]).all(1)
     return Tiled(
-        q=tiled_q.flatten(0, 1) if shared else tiled_q.flatten(0, 2)[None],
-        k=lanes(tiled_k),
-        v=lanes(tiled_v),
-        bias=bias,
+        q=_tiles(q, problem.block_q).flatten(0, 2),
+        k=_tiles(k, problem.block_k).flatten(0, 2),
+        v=_tiles(v, problem.block_k).flatten(0, 2),
+        absent=absent,
         k_mean=k_mean,
         v_mean=v_mean,
         log_length=log_length,
-        length=same_length,
         t=t,
         t_mean=t_mean,
-        t_rows=t_rows,
+        frames=frames,
+        one_frame=one_frame,
         scale=problem.logit_scale,
         key_tiles=problem.key_tiles,
         tail=problem.key_tiles * problem.block_k - k.shape[2],
@@ -106,26 +85,16 @@ def _tiles(x: Tensor, block: int) -> Tensor:
     return x.contiguous().unflatten(-2, (-1, block))
 
 
-def units_of(problem: Problem, *, remember: bool = True) -> list[Unit]:
-    """Units of this problem's lists, from the cache; lists of one call only are not worth to `remember`."""
-    heads = (0,) if problem.exact_offsets.shape[0] == 1 else key_heads(problem)
-    return (schedule if remember else build)(*_lists(problem, heads))
-
-
 def portions_of(problem: Problem, size: GroupSize, *, remember: bool = True) -> list[Portion]:
-    """Portions of this problem's lists in all lanes, the lanes' rows and tiles one after the other, likewise."""
-    shared = problem.exact_offsets.shape[0] == 1
-    heads = tuple(range(problem.q.shape[0] * problem.q.shape[1])) if shared else key_heads(problem)
-    return (schedule_portions if remember else build_portions)(*_lists(problem, heads), size)
-
-
-def _lists(problem: Problem, heads: tuple[int, ...]) -> tuple[Csr, Csr, Shape]:
-    tail = problem.key_tiles * problem.block_k - problem.k.shape[2]
-    return (
-        (problem.exact_offsets, problem.exact_indices),
-        (problem.pooled_offsets, problem.pooled_indices),
-        Shape(key_tiles=problem.key_tiles, block=problem.block_k, tail=tail, heads=heads),
+    """Portions of this problem's lists, from the cache; lists of one call only are not worth to `remember`."""
+    shape = Shape(
+        key_tiles=problem.key_tiles,
+        block=problem.block_k,
+        tail=problem.key_tiles * problem.block_k - problem.k.shape[2],
+        heads=key_heads(problem),
     )
+    exact, pooled = (problem.exact_offsets, problem.exact_indices), (problem.pooled_offsets, problem.pooled_indices)
+    return (schedule if remember else build)(exact, pooled, shape, size)
 
 
 def key_heads(problem: Problem) -> tuple[int, ...]:

@@ -117,7 +117,7 @@ def _kept(problem: Problem, plan: RowPlan, lists: Lists, words: Tensor) -> Tenso
     else:
         kept = selection.keep.clone(memory_format=torch.contiguous_format)
     own = lists.strides
-    strides = (plan.stride_b, plan.stride_h, 0, 0) if own is None else (problem.q.shape[1], 1, *own[:2])
+    strides = (*plan.strides, 0, 0) if own is None else (problem.q.shape[1], 1, *own[:2])
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
     fold(kept, words, lists.indices, lists.bounds, pinned, strides, reverse=selection.reverse)
     return kept
@@ -139,12 +139,12 @@ def _launch(
     vote = None if selection is None else selection.vote
     programs = batch * heads * problem.query_tiles * -(-problem.block_q // block_q)
     _fwd_kernel[(programs,)](
-        q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.row_order, lists.entry_t,
+        q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
         None if means is None else plan.pooled_t, lists.pooled_indices, *pooled, words,
         *_descriptors(problem, block_k),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
-        *out.stride()[:3], plan.stride_b, plan.stride_h,
+        *out.stride()[:3], *plan.strides,
         0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None,) * 4),
         num_q, k.shape[2], heads, k.shape[1], problem.query_tiles, problem.key_tiles,
         0 if table is None else table.numel() - 1, problem.logit_scale * LOG2_E,

@@ -1,4 +1,4 @@
-"""Gradients through tile lists on Triton: of Q along block rows, of K and V along key tiles, without atomics.
+"""Gradients through tile lists on Triton: of Q along query tiles, of K and V along key tiles, without atomics.
 
 Four launches. A pre-pass forms delta = sum(out * grad_out) - grad_lse for every query row. One program then owns a
 block of rows of grad_q, and another a block of rows of grad_k and grad_v, summing over the query heads that share its
@@ -12,8 +12,6 @@ lists; where grad_k and grad_v are written they are spread over the tile's valid
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,11 +23,10 @@ from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq
 from dit_accel_kernels.backends.triton.delta import _delta_kernel
 from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, may_pool, static_lists
 from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
-from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides, row_plan
+from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
 from dit_accel_kernels.backends.triton.pool import pool
 from dit_accel_kernels.backends.triton.slices import joined, key_part, part_of, slices
 from dit_accel_kernels.backends.triton.transpose import WORD, ColumnPlan, column_plan
-from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E, narrows
 
@@ -141,12 +138,6 @@ def _scale(problem: Problem) -> float:
     return problem.logit_scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
 
 
-def _strides_of(problem: Problem, plan: ColumnPlan) -> tuple[int, int]:
-    """Strides of batch and head over the sets of lists by key tile."""
-    heads = problem.q.shape[1]
-    return (heads, 1) if plan.strides is not None else list_strides(problem, heads)
-
-
 def _query_grad(
     problem: Problem, plan: RowPlan, lists: Lists, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
     grad_q: Tensor, size: Launch, block_k: int,
@@ -158,11 +149,11 @@ def _query_grad(
     table = None if problem.decay is None else problem.decay[0]
     programs = batch * heads * problem.query_tiles * triton.cdiv(problem.block_q, block_q)
     _dq_kernel[(programs,)](
-        q, k, v, grad_out, grad_q, base, delta, norm, lists.indices, lists.bounds, plan.row_order, lists.entry_t,
+        q, k, v, grad_out, grad_q, base, delta, norm, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames,
         None if means[0] is None else plan.pooled_t, lists.pooled_indices, *means,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
-        plan.stride_b, plan.stride_h, _scale_stride(problem), *(lists.strides or (None,) * 4),
+        *plan.strides, _scale_stride(problem), *(lists.strides or (None,) * 4),
         num_q, k.shape[2], heads, k.shape[1],
         problem.query_tiles, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
@@ -187,7 +178,7 @@ def _pooled_grads(
     _pooled_dkdv_kernel[(batch * key_heads * words,)](
         q, grad_out, base, delta, norm, k_mean, v_mean, length, dk_mean, dv_mean, columns.pooled_bits,
         problem.token_order, problem.head_scale, rows.q_frames, rows.pooled_t,
-        *q.stride()[:3], *grad_out.stride()[:3], *_strides_of(problem, columns), _scale_stride(problem),
+        *q.stride()[:3], *grad_out.stride()[:3], *columns.strides, _scale_stride(problem),
         num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
         TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), WORD=WORD, DIM=dim,
         BLOCK_D=column_block(dim), PRECISION="ieee",
@@ -208,125 +199,14 @@ def _key_grads(
     table = None if problem.decay is None else problem.decay[0]
     programs = batch * key_heads * problem.key_tiles * triton.cdiv(problem.block_k, block_k)
     _dkdv_kernel[(programs,)](
-        q, k, v, grad_out, *grads, base, delta, norm, plan.rows, plan.bounds, plan.order, plan.entry_t,
+        q, k, v, grad_out, *grads, base, delta, norm, plan.q_tiles, plan.bounds, plan.order, plan.entry_t,
         problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grads[0].stride()[:3], *grads[1].stride()[:3],
-        *_strides_of(problem, plan), *list_strides(problem, key_heads), _scale_stride(problem),
-        *(plan.strides or (None, None)),
+        *plan.strides, *plan.order_strides, _scale_stride(problem), *(plan.entry_strides or (None, None)),
         num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
         num_warps=size.num_warps, num_stages=size.num_stages,
     )  # fmt: skip
-
-
-_TENSORS = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "out_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "k_mean_ptr", "v_mean_ptr")
-_FLOATS = (
-    "base_ptr", "delta_ptr", "norm_ptr", "lse_ptr", "grad_lse_ptr", "entry_t_ptr", "head_scale_ptr", "table_ptr",
-    "pooled_t_ptr", "length_ptr", "dk_mean_ptr", "dv_mean_ptr",
-)  # fmt: skip
-_LIST_STRIDES = (
-    "stride_gb",
-    "stride_gh",
-    "stride_nb",
-    "stride_nh",
-    "stride_hb",
-    "stride_ib",
-    "stride_ih",
-    "stride_pb",
-    "stride_ph",
-)
-_OPTIONAL = {
-    "decay": ("entry_t_ptr", "table_ptr", "q_frames_ptr", "k_frames_ptr"),
-    "mask": ("valid_ptr",),
-    "pool": ("pooled_indices_ptr", "k_mean_ptr", "v_mean_ptr", "length_ptr", "dk_mean_ptr", "dv_mean_ptr"),
-    "scale": ("head_scale_ptr",),
-    "order": ("token_order_ptr",),
-    "lse": ("grad_lse_ptr",),
-    "select": ("stride_ib", "stride_ih", "stride_pb", "stride_ph"),
-}
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_METHODS = {
-    "plain": (),
-    "decay": ("decay", "scale"),
-    "pool": ("pool",),
-    "select": ("pool", "select"),
-    "mask": ("mask", "lse"),
-    "order": ("order",),
-}
-
-
-def variants() -> list[Variant]:
-    """The kernels as the methods launch them in tiles of 128 x 128, for ahead-of-time compilation.
-
-    All methods in bfloat16 at head dims 64 and 128. fp16 makes the same code but for the conversions, fp32 and wider
-    heads have one size for all methods: of those a plain call, and the pooled one in fp32.
-    """
-    cases = [(torch.bfloat16, dim, method) for dim in (64, 128) for method in _METHODS]
-    cases += [(torch.float16, 128, "plain"), (torch.bfloat16, 256, "plain")]
-    cases += [(torch.float32, 128, "plain"), (torch.float32, 128, "pool")]
-    found: dict[str, Variant] = {}
-    for target, (dtype, dim, method) in itertools.product(TARGETS, cases):
-        for kind, kernel, size in _kernels_of(target, dtype, dim, method):
-            numbers = f"{size.block_q}x{size.block_k}x{size.block_s}w{size.num_warps}s{size.num_stages}"
-            name = f"bwd-{kind}-{_NAMES[dtype]}-d{dim}-{method}-{numbers}"
-            if name not in found:
-                found[name] = _variant(name, kernel, size, dtype, dim, method, target)
-            else:
-                found[name] = replace(found[name], targets=(*found[name].targets, target))
-    return list(found.values())
-
-
-def _kernels_of(target: str, dtype: torch.dtype, dim: int, method: str) -> list[tuple[str, Any, Launch]]:
-    """Kind, kernel and sizes of what one method launches."""
-    features = _METHODS[method]
-    kernels = {"dq": _dq_kernel, "dkdv": _dkdv_kernel} | ({"pooled": _pooled_dkdv_kernel} if "pool" in features else {})
-    found: list[tuple[str, Any, Launch]] = [
-        (kind, kernel, sizes(kind, target, dtype, dim, decay="decay" in features, mask="mask" in features))
-        for kind, kernel in kernels.items()
-    ]
-    if method in ("plain", "mask"):
-        delta = Launch(block_q=DELTA_ROWS, block_k=DELTA_ROWS, block_s=0, num_warps=4, num_stages=1)
-        found.append(("delta", _delta_kernel, delta))
-    return found
-
-
-def _variant(name: str, kernel: Any, size: Launch, dtype: torch.dtype, dim: int, method: str, target: str) -> Variant:
-    """One kernel with the arguments that a method gives it; those of other features are None."""
-    absent = {x for feature, names in _OPTIONAL.items() if feature not in _METHODS[method] for x in names}
-    if dtype != torch.float32:
-        absent.add("norm_ptr")
-    if not {"decay", "pool"} <= set(_METHODS[method]):
-        absent.add("pooled_t_ptr")
-    values = {
-        "TILE_Q": 128, "TILE_K": 128, "BLOCK_Q": size.block_q, "BLOCK_K": size.block_k, "BLOCK_S": size.block_s,
-        "DIM": dim, "BLOCK_D": column_block(dim), "BLOCK": DELTA_ROWS, "WORD": WORD,
-        "PRECISION": "ieee",
-    }  # fmt: skip
-    signature: dict[str, str] = {}
-    constexprs: dict[str, object] = {}
-    for argument in kernel.arg_names:
-        if argument in absent:
-            constexprs[argument] = None
-        elif argument in values:
-            constexprs[argument] = values[argument]
-        else:
-            signature[argument] = _kind(argument, _NAMES[dtype])
-    # wider heads take blocks too small for wgmma and tcgen05; decay selects between two factors by element
-    plain = kernel in (_dq_kernel, _dkdv_kernel) and "decay" not in _METHODS[method] and dim <= 128
-    return Variant(
-        name, kernel, signature, constexprs, size.num_warps, size.num_stages, hot_loop=plain, targets=(target,)
-    )
-
-
-def _kind(argument: str, dtype: str) -> str:
-    """Triton type of a runtime argument, by its name."""
-    if argument.endswith("_ptr"):
-        element = {"valid_ptr": "u8", "token_order_ptr": "i64", "bounds_ptr": "i64"}.get(argument, "i32")
-        element = dtype if argument in _TENSORS else "fp32" if argument in _FLOATS else element
-        return f"*{element}:16"
-    if argument.startswith("stride_"):
-        return "i32" if argument in _LIST_STRIDES else "i64:16"
-    return "fp32" if argument == "scale" else "i32"

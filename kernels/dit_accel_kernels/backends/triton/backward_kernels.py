@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.backends.triton.forward import _load_near, _load_part, _pooled, _store_part
+from dit_accel_kernels.backends.triton.forward import _full_chunk, _load_part, _pooled, _store_part
 from dit_accel_kernels.backends.triton.votes import _sections
 
 
@@ -52,23 +52,6 @@ def _token_rows(token, live, token_order_ptr):
 
 
 @triton.jit
-def _full_chunk(
-    first, a_ptr, b_ptr, token_order_ptr, stride_as, stride_bs, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """BLOCK tokens of two tensors from token `first` on, and the rows that hold them; every token is there."""
-    row = first + tl.arange(0, BLOCK)
-    if token_order_ptr is None:
-        a = _load_near(a_ptr + first * stride_as, stride_as, BLOCK, 0, BLOCK_D, DIM)
-        b = _load_near(b_ptr + first * stride_bs, stride_bs, BLOCK, 0, BLOCK_D, DIM)
-    else:
-        row = tl.load(token_order_ptr + row)
-        a = _load_part(a_ptr, row, row, stride_as, False, 0, BLOCK_D, DIM)
-        b = _load_part(b_ptr, row, row, stride_bs, False, 0, BLOCK_D, DIM)
-    return row, a, b
-
-
-@triton.jit
 def _pair_decay(q_frame, k_frame, table_ptr, table_last):
     """Decay t of frames that broadcast against each other; 1 outside the video (frame -1)."""
     distance = tl.minimum(tl.abs(q_frame - k_frame), table_last)
@@ -91,47 +74,47 @@ def _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, DECAY: tl.
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr,  # [B, H, S, D] by strides
     base_ptr, delta_ptr, norm_ptr,  # [B, H, S_q]; norm is written in float32, else None
-    indices_ptr, bounds_ptr, row_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
+    indices_ptr, bounds_ptr, q_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
     pooled_indices_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK], or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_dqb, stride_dqh, stride_dqs, stride_gb, stride_gh, stride_hb,
     stride_ib, stride_ih, stride_pb, stride_ph,  # as in the forward kernel
-    num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale,
+    num_q, num_k, heads, key_heads, q_tiles, k_tiles, table_last, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_q of one part of one block row; lists as the forward kernel reads them."""
+    """grad_q of one part of one query tile; lists as the forward kernel reads them."""
     NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
     SUBS_K: tl.constexpr = TILE_K // BLOCK_K
     SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S  # chunks of the loops with masks are smaller
-    lane, part = tl.program_id(0) // (rows * SUBS_Q), tl.program_id(0) % (rows * SUBS_Q)
-    b, h = lane // heads, lane % heads
+    bh, part = tl.program_id(0) // (q_tiles * SUBS_Q), tl.program_id(0) % (q_tiles * SUBS_Q)
+    b, h = bh // heads, bh % heads
     hk = (h // (heads // key_heads)).to(tl.int64)
-    group = (b * stride_gb + h * stride_gh).to(tl.int64) * rows
-    row = tl.load(row_order_ptr + group + part // SUBS_Q)
+    lists = (b * stride_gb + h * stride_gh).to(tl.int64) * q_tiles
+    q_tile = tl.load(q_order_ptr + lists + part // SUBS_Q)
     if stride_ib is not None:
-        group = lane.to(tl.int64) * rows
+        lists = bh.to(tl.int64) * q_tiles
         own = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
         indices_ptr += own
         if entry_t_ptr is not None:
             entry_t_ptr += own
         if pooled_indices_ptr is not None:
             pooled_indices_ptr += b.to(tl.int64) * stride_pb + h.to(tl.int64) * stride_ph
-    bounds_ptr += (group + row) * 6
+    bounds_ptr += (lists + q_tile) * 6
     batch, head = b.to(tl.int64), h.to(tl.int64)
     k_ptr += batch * stride_kb + hk * stride_kh
     v_ptr += batch * stride_vb + hk * stride_vh
     place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    token = row * TILE_Q + place
+    token = q_tile * TILE_Q + place
     live = (place < TILE_Q) & (token < num_q)
     q_row = _token_rows(token, live, token_order_ptr)
     q = _load_part(q_ptr + batch * stride_qb + head * stride_qh, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
     grad = _load_part(grad_ptr + batch * stride_ob + head * stride_oh, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
-    base = tl.load(base_ptr + lane.to(tl.int64) * num_q + q_row, mask=live, other=float("inf"))
-    delta = tl.load(delta_ptr + lane.to(tl.int64) * num_q + q_row, mask=live, other=0.0)
+    base = tl.load(base_ptr + bh.to(tl.int64) * num_q + q_row, mask=live, other=float("inf"))
+    delta = tl.load(delta_ptr + bh.to(tl.int64) * num_q + q_row, mask=live, other=0.0)
     if head_scale_ptr is not None:
         scale *= tl.load(head_scale_ptr + b * stride_hb + h)
     if table_ptr is not None:
@@ -145,13 +128,17 @@ def _dq_kernel(
 
     for n in tl.range(0, end_plain * SUBS_K):
         first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
-        _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
+        _, k, _, v, _ = _full_chunk(
+            first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D, 0
+        )
         dq, totals = _add_query_grad(dq, totals, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
 
     if entry_t_ptr is not None:
         for n in tl.range(end_plain * SUBS_K, end_constant * SUBS_K):
             first = tl.load(indices_ptr + n // SUBS_K).to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
-            _, k, v = _full_chunk(first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D)
+            _, k, _, v, _ = _full_chunk(
+                first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D, 0
+            )
             t = tl.load(entry_t_ptr + n // SUBS_K)
             dq, totals = _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, True, PRECISION)
 
@@ -179,18 +166,18 @@ def _dq_kernel(
 
     if pooled_indices_ptr is not None:
         pooled_indices_ptr, pooled_end = _pooled(bounds_ptr, pooled_indices_ptr)
-        means = (batch * key_heads + hk) * key_tiles * DIM
+        means = (batch * key_heads + hk) * k_tiles * DIM
         for n in tl.range(0, pooled_end, BLOCK_S, num_stages=1):
             entry = n + tl.arange(0, BLOCK_S)
-            tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
-            length = tl.load(length_ptr + batch * key_tiles + tile, mask=entry < pooled_end, other=0.0)
-            k = _load_part(k_mean_ptr + means, tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
-            v = _load_part(v_mean_ptr + means, tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
+            k_tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
+            length = tl.load(length_ptr + batch * k_tiles + k_tile, mask=entry < pooled_end, other=0.0)
+            k = _load_part(k_mean_ptr + means, k_tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
+            v = _load_part(v_mean_ptr + means, k_tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
             x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             t = 1.0
             if pooled_t_ptr is not None:
-                t = tl.load(pooled_t_ptr + (q_frame[:, None] + 1) * key_tiles + tile[None, :])
+                t = tl.load(pooled_t_ptr + (q_frame[:, None] + 1) * k_tiles + k_tile[None, :])
             mass = _mass(base[:, None], length[None, :], NATURAL)
             p, grad_s = _weights(x, t, mass, 1.0, grad_p, delta[:, None], pooled_t_ptr is not None, NATURAL)
             if NATURAL:
@@ -200,7 +187,7 @@ def _dq_kernel(
     if NATURAL:
         norm = 1.0 / tl.where(total > 0, total, 1.0)  # 0 in rows without a key
         dq *= norm[:, None]
-        tl.store(norm_ptr + lane.to(tl.int64) * num_q + q_row, norm, mask=live)
+        tl.store(norm_ptr + bh.to(tl.int64) * num_q + q_row, norm, mask=live)
     dq_ptr += batch * stride_dqb + head * stride_dqh
     _store_part(dq_ptr, q_row, live, stride_dqs, dq * (scale * _unit(NATURAL)), 0, BLOCK_D, DIM)
 
@@ -226,14 +213,14 @@ def _add_key_grads(
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr,  # [B, H, S, D] by strides
     base_ptr, delta_ptr, norm_ptr,  # [B, H, S_q]; the last in float32 only
-    rows_ptr, bounds_ptr, order_ptr, entry_t_ptr,  # [nnz], [G, NK, 3], [G', NK], [nnz] or None
+    q_tiles_ptr, bounds_ptr, order_ptr, entry_t_ptr,  # [nnz], [G, NK, 3], [G', NK], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr,  # [L], [S_q], [S_k], or None
     dk_mean_ptr, dv_mean_ptr, length_ptr,  # float32 [B, HK, NK, D] twice, [B, NK], or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_gb, stride_gh, stride_nb, stride_nh, stride_hb, stride_ib, stride_ih,  # the last two as in ColumnPlan
-    num_q, num_k, heads, key_heads, key_tiles, table_last, scale,
+    num_q, num_k, heads, key_heads, k_tiles, table_last, scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -241,12 +228,12 @@ def _dkdv_kernel(
     SUBS_Q: tl.constexpr = TILE_Q // BLOCK_Q
     SUBS_S: tl.constexpr = (TILE_Q + BLOCK_S - 1) // BLOCK_S  # chunks of the loop with masks are smaller
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
-    lane, part = tl.program_id(0) // (key_tiles * SUBS_K), tl.program_id(0) % (key_tiles * SUBS_K)
-    b, hk = lane // key_heads, lane % key_heads
+    bh, part = tl.program_id(0) // (k_tiles * SUBS_K), tl.program_id(0) % (k_tiles * SUBS_K)
+    b, hk = bh // key_heads, bh % key_heads
     batch = b.to(tl.int64)
-    tile = tl.load(order_ptr + (b * stride_nb + hk * stride_nh).to(tl.int64) * key_tiles + part // SUBS_K)
+    k_tile = tl.load(order_ptr + (b * stride_nb + hk * stride_nh).to(tl.int64) * k_tiles + part // SUBS_K)
     place = part % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-    key = tile * TILE_K + place
+    key = k_tile * TILE_K + place
     here = (place < TILE_K) & (key < num_k)
     k_row = _token_rows(key, here, token_order_ptr)
     valid = here
@@ -267,24 +254,24 @@ def _dkdv_kernel(
             share = tl.load(head_scale_ptr + b * stride_hb + h)
         head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
-        lane_rows = (batch * heads + h) * num_q
-        list_ptr = bounds_ptr + ((b * stride_gb + h * stride_gh).to(tl.int64) * key_tiles + tile) * 3
+        bh_rows = (batch * heads + h) * num_q
+        list_ptr = bounds_ptr + ((b * stride_gb + h * stride_gh).to(tl.int64) * k_tiles + k_tile) * 3
         start = tl.load(list_ptr)  # 64-bit; from there on 32 bits hold every position times a tile
         end_plain, end = (tl.load(list_ptr + 1) - start).to(tl.int32), (tl.load(list_ptr + 2) - start).to(tl.int32)
         if stride_ib is not None:
             start += batch * stride_ib + tl.cast(h, tl.int64) * stride_ih
-        head_rows_ptr, head_t_ptr = rows_ptr + start, entry_t_ptr
+        head_q_tiles_ptr, head_t_ptr = q_tiles_ptr + start, entry_t_ptr
         if entry_t_ptr is not None:
             head_t_ptr += start
         for n in tl.range(0, end_plain * SUBS_Q):
-            first = tl.load(head_rows_ptr + n // SUBS_Q).to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
-            q_row, q, grad = _full_chunk(
-                first, head_q_ptr, head_grad_ptr, token_order_ptr, stride_qs, stride_os, BLOCK_Q, DIM, BLOCK_D
+            first = tl.load(head_q_tiles_ptr + n // SUBS_Q).to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
+            q_row, q, _, grad, _ = _full_chunk(
+                first, head_q_ptr, head_grad_ptr, token_order_ptr, stride_qs, stride_os, BLOCK_Q, DIM, BLOCK_D, 0
             )
-            base, delta = tl.load(base_ptr + lane_rows + q_row), tl.load(delta_ptr + lane_rows + q_row)
+            base, delta = tl.load(base_ptr + bh_rows + q_row), tl.load(delta_ptr + bh_rows + q_row)
             t, norm = 1.0, 1.0
             if norm_ptr is not None:
-                norm = tl.load(norm_ptr + lane_rows + q_row)[None, :]
+                norm = tl.load(norm_ptr + bh_rows + q_row)[None, :]
             if entry_t_ptr is not None:
                 t = tl.load(head_t_ptr + n // SUBS_Q)
             dk, dv = _add_key_grads(
@@ -293,16 +280,16 @@ def _dkdv_kernel(
             )  # fmt: skip
         for n in tl.range(end_plain * SUBS_S, end * SUBS_S, num_stages=1):
             q_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-            token = tl.load(head_rows_ptr + n // SUBS_S) * TILE_Q + q_place
+            token = tl.load(head_q_tiles_ptr + n // SUBS_S) * TILE_Q + q_place
             live = (q_place < TILE_Q) & (token < num_q)
             q_row = _token_rows(token, live, token_order_ptr)
             q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
             grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
-            base = tl.load(base_ptr + lane_rows + q_row, mask=live, other=float("inf"))
-            delta = tl.load(delta_ptr + lane_rows + q_row, mask=live, other=0.0)
+            base = tl.load(base_ptr + bh_rows + q_row, mask=live, other=float("inf"))
+            delta = tl.load(delta_ptr + bh_rows + q_row, mask=live, other=0.0)
             t, norm = 1.0, 1.0
             if norm_ptr is not None:
-                norm = tl.load(norm_ptr + lane_rows + q_row, mask=live, other=1.0)[None, :]
+                norm = tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
             if table_ptr is not None:
                 q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                 t = _pair_decay(q_frame[None, :], k_frame[:, None], table_ptr, table_last)
@@ -314,8 +301,8 @@ def _dkdv_kernel(
     dk *= scale * _unit(q_ptr.dtype.element_ty == tl.float32)
     if dk_mean_ptr is not None:
         columns = tl.arange(0, BLOCK_D)
-        mean = (lane.to(tl.int64) * key_tiles + tile) * DIM + columns
-        spread = 1.0 / tl.maximum(tl.load(length_ptr + batch * key_tiles + tile), 1.0)
+        mean = (bh.to(tl.int64) * k_tiles + k_tile) * DIM + columns
+        spread = 1.0 / tl.maximum(tl.load(length_ptr + batch * k_tiles + k_tile), 1.0)
         dk += tl.load(dk_mean_ptr + mean, mask=columns < DIM, other=0.0)[None, :] * spread
         dv += tl.load(dv_mean_ptr + mean, mask=columns < DIM, other=0.0)[None, :] * spread
     dk, dv = tl.where(valid[:, None], dk, 0.0), tl.where(valid[:, None], dv, 0.0)
@@ -329,23 +316,23 @@ def _pooled_dkdv_kernel(
     dk_mean_ptr, dv_mean_ptr, bits_ptr,  # float32 [B, HK, NK, D] twice, int32 [G, NQ, words]
     token_order_ptr, head_scale_ptr, q_frames_ptr, pooled_t_ptr,  # [S], [B or 1, H], [S_q], [F + 2, NK], or None
     stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
-    num_q, heads, key_heads, rows, key_tiles, words, scale,
+    num_q, heads, key_heads, q_tiles, k_tiles, words, scale,
     TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, WORD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the means of 32 key tiles of one key head, over all block rows that pool any of them."""
+    """Gradients of the means of 32 key tiles of one key head, over all query tiles that pool any of them."""
     NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
-    lane, word = tl.program_id(0) // words, tl.program_id(0) % words
-    b, hk = lane // key_heads, lane % key_heads
+    bh, word = tl.program_id(0) // words, tl.program_id(0) % words
+    b, hk = bh // key_heads, bh % key_heads
     batch = b.to(tl.int64)
     bit = tl.arange(0, WORD)
-    tile = word * WORD + bit
-    inside = tile < key_tiles
-    length = tl.load(length_ptr + batch * key_tiles + tile, mask=inside, other=0.0)
-    means = lane.to(tl.int64) * key_tiles * DIM
-    k = _load_part(k_mean_ptr + means, tile, inside, DIM, True, 0, BLOCK_D, DIM)
-    v = _load_part(v_mean_ptr + means, tile, inside, DIM, True, 0, BLOCK_D, DIM)
+    k_tile = word * WORD + bit
+    inside = k_tile < k_tiles
+    length = tl.load(length_ptr + batch * k_tiles + k_tile, mask=inside, other=0.0)
+    means = bh.to(tl.int64) * k_tiles * DIM
+    k = _load_part(k_mean_ptr + means, k_tile, inside, DIM, True, 0, BLOCK_D, DIM)
+    v = _load_part(v_mean_ptr + means, k_tile, inside, DIM, True, 0, BLOCK_D, DIM)
     dk = tl.zeros([WORD, BLOCK_D], tl.float32)
     dv = tl.zeros([WORD, BLOCK_D], tl.float32)
 
@@ -356,9 +343,9 @@ def _pooled_dkdv_kernel(
             share = tl.load(head_scale_ptr + b * stride_hb + h)
         head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
-        lane_rows = (batch * heads + h) * num_q
-        group_ptr = bits_ptr + (b * stride_gb + h * stride_gh).to(tl.int64) * rows * words + word
-        for n in tl.range(0, rows * SUBS_Q, num_stages=1):
+        bh_rows = (batch * heads + h) * num_q
+        group_ptr = bits_ptr + (b * stride_gb + h * stride_gh).to(tl.int64) * q_tiles * words + word
+        for n in tl.range(0, q_tiles * SUBS_Q, num_stages=1):
             bits = tl.load(group_ptr + n // SUBS_Q * words)
             if bits != 0:
                 place = n % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -367,16 +354,16 @@ def _pooled_dkdv_kernel(
                 q_row = _token_rows(token, live, token_order_ptr)
                 q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
                 grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
-                base = tl.load(base_ptr + lane_rows + q_row, mask=live, other=float("inf"))
-                delta = tl.load(delta_ptr + lane_rows + q_row, mask=live, other=0.0)
+                base = tl.load(base_ptr + bh_rows + q_row, mask=live, other=float("inf"))
+                delta = tl.load(delta_ptr + bh_rows + q_row, mask=live, other=0.0)
                 pooled = ((bits >> bit) & 1) > 0
                 mass = _mass(base[None, :], tl.where(pooled, length, 0.0)[:, None], NATURAL)
                 t, norm = 1.0, 1.0
                 if norm_ptr is not None:
-                    norm = tl.load(norm_ptr + lane_rows + q_row, mask=live, other=1.0)[None, :]
+                    norm = tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
                 if pooled_t_ptr is not None:
                     q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
-                    at = (q_frame[None, :] + 1) * key_tiles + tile[:, None]
+                    at = (q_frame[None, :] + 1) * k_tiles + k_tile[:, None]
                     t = tl.load(pooled_t_ptr + at, mask=inside[:, None], other=1.0)
                 x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * share)
                 grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
@@ -384,5 +371,5 @@ def _pooled_dkdv_kernel(
                 dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
                 dk = tl.dot((grad_s * share).to(q.dtype), q, dk, input_precision=PRECISION)
 
-    _store_part(dk_mean_ptr + means, tile, inside, DIM, dk * (scale * _unit(NATURAL)), 0, BLOCK_D, DIM)
-    _store_part(dv_mean_ptr + means, tile, inside, DIM, dv, 0, BLOCK_D, DIM)
+    _store_part(dk_mean_ptr + means, k_tile, inside, DIM, dk * (scale * _unit(NATURAL)), 0, BLOCK_D, DIM)
+    _store_part(dv_mean_ptr + means, k_tile, inside, DIM, dv, 0, BLOCK_D, DIM)

@@ -40,13 +40,13 @@ def _delta_kernel(
 ):  # fmt: skip
     """Delta of every row, and its LSE as `_weights` takes it: +inf for rows without a key, for weights of 0."""
     blocks = tl.cdiv(num_q, BLOCK)
-    lane, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
-    b, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
+    bh, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     row = first + tl.arange(0, BLOCK)
     live = row < num_q
     out = _load_part(out_ptr + b * stride_ob + h * stride_oh, row, live, stride_os, True, 0, BLOCK_D, DIM)
     grad = _load_part(grad_ptr + b * stride_gb + h * stride_gh, row, live, stride_gs, True, 0, BLOCK_D, DIM)
-    at = lane.to(tl.int64) * num_q + row
+    at = bh.to(tl.int64) * num_q + row
     if out_ptr.dtype.element_ty == tl.float32:
         delta = _dot_exactly(out, grad)
     else:

@@ -1,6 +1,6 @@
 """Selections on Triton: what keep bits and routing leave of a plan's lists, compacted for every batch and head.
 
-One launch, no sync and no sort: a program reads a block row of the static plan (plan.py), in which the order of
+One launch, no sync and no sort: a program reads a query tile of the static plan (plan.py), in which the order of
 the three sections and of the entries stays, and writes what is left to the same places of a scratch that has room for
 the whole plan, once for every batch and head that shares its lists. Tiles that become pooled join the static pooled
 ones. The exact tiles also leave as bits.
@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import RowPlan, list_strides
-from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bitmap
-from dit_accel_kernels.backends.triton.variants import Variant
+from dit_accel_kernels.backends.triton.plan import RowPlan
+from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bits_of
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import words_of
@@ -49,21 +48,21 @@ class Lists:
 
 
 @triton.jit
-def _fate(tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST: tl.constexpr):
-    """Which tiles of a block row stay exact and which become pooled, of those inside."""
+def _fate(k_tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST: tl.constexpr):
+    """Which tiles of a query tile stay exact and which become pooled, of those inside."""
     stays = inside
-    pools = inside & (tile < 0)
+    pools = inside & (k_tile < 0)
     free = inside
     if pinned_ptr is not None:
-        free &= (tl.load(pinned_ptr + tile // 32, mask=inside, other=0) >> tile % 32) & 1 == 0
+        free &= (tl.load(pinned_ptr + k_tile // 32, mask=inside, other=0) >> k_tile % 32) & 1 == 0
     if keep_ptr is not None:
-        dropped = free & ((tl.load(keep_ptr + tile // 32, mask=inside, other=0) >> tile % 32) & 1 == 0)
+        dropped = free & ((tl.load(keep_ptr + k_tile // 32, mask=inside, other=0) >> k_tile % 32) & 1 == 0)
         stays &= ~dropped
         free &= ~dropped
         if POOL_REST:
             pools |= dropped
     if route_ptr is not None:
-        under = free & ((tl.load(route_ptr + tile // 32, mask=inside, other=0) >> tile % 32) & 1 == 0)
+        under = free & ((tl.load(route_ptr + k_tile // 32, mask=inside, other=0) >> k_tile % 32) & 1 == 0)
         stays &= ~under
         pools |= under
     return stays, pools
@@ -80,7 +79,7 @@ def _append(out_ptr, end, value, chosen):
 
 _INTEGERS = (
     "stride_gb", "stride_gh", "stride_sb", "stride_sh", "stride_ib", "stride_ih", "stride_pb", "stride_ph", "heads",
-    "rows", "words",
+    "q_tiles", "words",
 )  # fmt: skip
 
 
@@ -89,21 +88,21 @@ def _expand_kernel(
     indices_ptr, bounds_ptr, entry_t_ptr, pooled_indices_ptr,  # the plan's; the last two or None
     static_ptr, keep_ptr, pinned_ptr, route_ptr,  # bits [G, NQ, W], [B, H, NQ, W], [NQ, W], [B, H, NQ, W], or None
     out_ptr, out_bounds_ptr, out_t_ptr, out_pooled_ptr, exact_ptr,
-    stride_gb, stride_gh, stride_sb, stride_sh, stride_ib, stride_ih, stride_pb, stride_ph, heads, rows, words,
+    stride_gb, stride_gh, stride_sb, stride_sh, stride_ib, stride_ih, stride_pb, stride_ph, heads, q_tiles, words,
     POOL_REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Lists and exact bits of one block row of one head; strides are those of Lists, and of list sets before them."""
-    lane, row = tl.program_id(0) // rows, tl.program_id(0) % rows
-    b, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
+    """Lists and exact bits of one query tile of one head; strides are those of Lists, and of list sets before them."""
+    bh, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     place = tl.program_id(0).to(tl.int64)
-    bounds_ptr += ((b * stride_gb + h * stride_gh) * rows + row) * 6
-    static_ptr += ((b * stride_sb + h * stride_sh) * rows + row) * words
+    bounds_ptr += ((b * stride_gb + h * stride_gh) * q_tiles + q_tile) * 6
+    static_ptr += ((b * stride_sb + h * stride_sh) * q_tiles + q_tile) * words
     out_bounds_ptr += place * 6
     exact_ptr += place * words
     if keep_ptr is not None:
         keep_ptr += place * words
     if pinned_ptr is not None:
-        pinned_ptr += row.to(tl.int64) * words
+        pinned_ptr += q_tile.to(tl.int64) * words
     if route_ptr is not None:
         route_ptr += place * words
     for first in range(0, words, 32):
@@ -125,7 +124,7 @@ def _expand_kernel(
         out_t_ptr += b * stride_ib + h * stride_ih
     end = begin
     tl.store(out_bounds_ptr, begin)
-    if out_pooled_ptr is not None:  # room for the plan's pooled entries of this row and its exact ones
+    if out_pooled_ptr is not None:  # room for the plan's pooled entries of this query tile and its exact ones
         out_pooled_ptr += b * stride_pb + h * stride_ph
         pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
         pooled = begin - 1 + pooled_start
@@ -134,20 +133,20 @@ def _expand_kernel(
             for first in range(pooled_start, pooled_end, BLOCK):
                 entry = first + tl.arange(0, BLOCK)
                 inside = entry < pooled_end
-                tile = tl.load(pooled_indices_ptr + entry, mask=inside, other=0)
-                pooled, _ = _append(out_pooled_ptr, pooled, tile, inside)
+                k_tile = tl.load(pooled_indices_ptr + entry, mask=inside, other=0)
+                pooled, _ = _append(out_pooled_ptr, pooled, k_tile, inside)
     for section in tl.static_range(3):
         section_end = tl.load(bounds_ptr + 1 + section)
         for first in range(begin, section_end, BLOCK):
             entry = first + tl.arange(0, BLOCK)
             inside = entry < section_end
-            tile = tl.load(indices_ptr + entry, mask=inside, other=0)
-            stays, pools = _fate(tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST)
-            end, to = _append(out_ptr, end, tile, stays)
+            k_tile = tl.load(indices_ptr + entry, mask=inside, other=0)
+            stays, pools = _fate(k_tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST)
+            end, to = _append(out_ptr, end, k_tile, stays)
             if entry_t_ptr is not None:
                 tl.store(out_t_ptr + to, tl.load(entry_t_ptr + entry, mask=inside, other=1.0), mask=stays)
             if out_pooled_ptr is not None:
-                pooled, _ = _append(out_pooled_ptr, pooled, tile, pools)
+                pooled, _ = _append(out_pooled_ptr, pooled, k_tile, pools)
         tl.store(out_bounds_ptr + 1 + section, end)
         begin = section_end
     if out_pooled_ptr is not None:
@@ -168,7 +167,7 @@ def static_lists(problem: Problem, plan: RowPlan) -> Lists:
 def static_bits(problem: Problem) -> Tensor:
     """The exact lists as bits int32 [G, NQ, W], remembered as long as they live; not to be written to."""
     offsets, indices, tiles = problem.exact_offsets, problem.exact_indices, problem.key_tiles
-    return _BITS.get([offsets, indices], (tiles,), lambda: bitmap(offsets, indices, tiles))
+    return _BITS.get([offsets, indices], (tiles,), lambda: bits_of(offsets, indices, tiles))
 
 
 def bits_of_lists(problem: Problem) -> Tensor:
@@ -199,14 +198,14 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     """
     selection = problem.selection
     assert selection is not None
-    batch, heads, rows = *problem.q.shape[:2], problem.query_tiles
+    batch, heads, q_tiles = *problem.q.shape[:2], problem.query_tiles
     words = words_of(problem.key_tiles)
     keep = None if selection.keep is None else selection.keep.contiguous()
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
-    own = list_strides(problem, heads)
-    exact_strides, exact_copies = _copies(plan.stride_b, plan.stride_h, batch, heads)
+    own = plan.list_strides
+    exact_strides, exact_copies = _copies(*plan.strides, batch, heads)
     pooled_strides, pooled_copies = _copies(*own, batch, heads)
-    if plan.stride_b and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
+    if plan.strides[0] and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
         pooled_strides = (1, batch)
     entries = plan.indices.numel() - 2
     pooled_entries = 0 if problem.pooled_indices is None else problem.pooled_indices.numel()
@@ -219,30 +218,32 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
         *(s * entries for s in exact_strides),
         *(s * entries + p * pooled_entries for s, p in zip(exact_strides, pooled_strides, strict=True)),
     )
-    bounds = plan.bounds.new_empty(batch * heads, rows, 6)
-    exact = indices.new_empty(batch, heads, rows, words)
-    _expand_kernel[(batch * heads * rows,)](
+    bounds = plan.bounds.new_empty(batch * heads, q_tiles, 6)
+    exact = indices.new_empty(batch, heads, q_tiles, words)
+    _expand_kernel[(batch * heads * q_tiles,)](
         plan.indices, plan.bounds, plan.entry_t, problem.pooled_indices,
         static_bits(problem), keep, pinned, routed, indices, bounds, entry_t, pooled, exact,
-        plan.stride_b, plan.stride_h, *own, *strides, heads, rows, words,
+        *plan.strides, *own, *strides, heads, q_tiles, words,
         POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return Lists(indices=indices, entry_t=entry_t, bounds=bounds, pooled_indices=pooled, strides=strides), exact
 
 
-@triton.jit(do_not_specialize=("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "tiles", "words"))
+@triton.jit(
+    do_not_specialize=("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "q_tiles", "k_tiles", "words")
+)
 def _expand_columns_kernel(
-    rows_ptr, bounds_ptr, entry_t_ptr, exact_ptr,  # as in ColumnPlan, the third or None; bits [B, H, NQ, W]
-    out_rows_ptr, out_bounds_ptr, out_t_ptr, stride_gb, stride_gh, stride_ib, stride_ih, heads, rows, tiles, words,
-    BLOCK: tl.constexpr,
+    q_tiles_ptr, bounds_ptr, entry_t_ptr, exact_ptr,  # as in ColumnPlan, the third or None; bits [B, H, NQ, W]
+    out_q_tiles_ptr, out_bounds_ptr, out_t_ptr, stride_gb, stride_gh, stride_ib, stride_ih,
+    heads, q_tiles, k_tiles, words, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The block rows of one key tile of one head in which it is exact."""
-    lane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    b, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
-    bounds_ptr += ((b * stride_gb + h * stride_gh) * tiles + tile) * 3
+    """The query tiles of one key tile of one head in which it is exact."""
+    bh, k_tile = tl.program_id(0) // k_tiles, tl.program_id(0) % k_tiles
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    bounds_ptr += ((b * stride_gb + h * stride_gh) * k_tiles + k_tile) * 3
     out_bounds_ptr += tl.program_id(0).to(tl.int64) * 3
-    exact_ptr += lane.to(tl.int64) * rows * words + tile // 32
-    out_rows_ptr += b * stride_ib + h * stride_ih
+    exact_ptr += bh.to(tl.int64) * q_tiles * words + k_tile // 32
+    out_q_tiles_ptr += b * stride_ib + h * stride_ih
     if entry_t_ptr is not None:
         out_t_ptr += b * stride_ib + h * stride_ih
     begin = tl.load(bounds_ptr)
@@ -253,9 +254,9 @@ def _expand_columns_kernel(
         for first in range(begin, section_end, BLOCK):
             entry = first + tl.arange(0, BLOCK)
             inside = entry < section_end
-            row = tl.load(rows_ptr + entry, mask=inside, other=0)
-            stays = inside & ((tl.load(exact_ptr + row * words, mask=inside, other=0) >> tile % 32) & 1 != 0)
-            end, to = _append(out_rows_ptr, end, row, stays)
+            q_tile = tl.load(q_tiles_ptr + entry, mask=inside, other=0)
+            stays = inside & ((tl.load(exact_ptr + q_tile * words, mask=inside, other=0) >> k_tile % 32) & 1 != 0)
+            end, to = _append(out_q_tiles_ptr, end, q_tile, stays)
             if entry_t_ptr is not None:
                 tl.store(out_t_ptr + to, tl.load(entry_t_ptr + entry, mask=inside, other=1.0), mask=stays)
         tl.store(out_bounds_ptr + 1 + section, end)
@@ -269,16 +270,16 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
     """
     selection = problem.selection
     assert selection is not None
-    batch, heads, rows, words = exact.shape
-    tiles, entries, own = problem.key_tiles, plan.rows.numel(), list_strides(problem, heads)
+    batch, heads, q_tiles, words = exact.shape
+    k_tiles, entries, own = problem.key_tiles, plan.q_tiles.numel(), plan.strides
     share, copies = _copies(*own, batch, heads)
     strides = (share[0] * entries, share[1] * entries)
-    left = plan.rows.new_empty(copies * entries)
+    left = plan.q_tiles.new_empty(copies * entries)
     entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(copies * entries)
-    bounds = plan.bounds.new_empty(batch * heads, tiles, 3)
-    _expand_columns_kernel[(batch * heads * tiles,)](
-        plan.rows, plan.bounds, plan.entry_t, exact, left, bounds, entry_t, *own, *strides, heads, rows, tiles, words,
-        BLOCK=BLOCK_COLUMNS, num_warps=NUM_WARPS,
+    bounds = plan.bounds.new_empty(batch * heads, k_tiles, 3)
+    _expand_columns_kernel[(batch * heads * k_tiles,)](
+        plan.q_tiles, plan.bounds, plan.entry_t, exact, left, bounds, entry_t, *own, *strides,
+        heads, q_tiles, k_tiles, words, BLOCK=BLOCK_COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip
     bits = None
     if may_pool(problem):
@@ -288,7 +289,9 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
         if plan.pooled_bits is not None:
             bits = bits | _of_every_head(problem, plan.pooled_bits)
         bits = bits.flatten(0, 1).contiguous()
-    return replace(plan, rows=left, bounds=bounds, entry_t=entry_t, pooled_bits=bits, strides=strides)
+    return replace(
+        plan, q_tiles=left, bounds=bounds, entry_t=entry_t, pooled_bits=bits, strides=(heads, 1), entry_strides=strides
+    )
 
 
 def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple[int, int], int]:
@@ -296,46 +299,3 @@ def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple
     share_b, share_h = not stride_b, not stride_h
     of_head = heads if share_h else 1
     return (of_head if share_b else 0, int(share_h)), (batch if share_b else 1) * of_head
-
-
-def variants() -> list[Variant]:
-    """The expansion by keep bits alone, with everything, and with routing in a plan with decay; it has no product."""
-    everything = ("pooled_indices_ptr", "out_pooled_ptr", "keep_ptr", "pinned_ptr", "route_ptr")
-    decay = ("entry_t_ptr", "out_t_ptr")
-    found = []
-    for name, there in (
-        ("keep", ("keep_ptr",)),
-        ("everything", everything),
-        ("routed-decay", (*decay, "out_pooled_ptr", "route_ptr")),
-    ):
-        absent = {x for x in (*everything, *decay) if x not in there}
-        kinds = _kinds(_ARGUMENTS)
-        found.append(
-            Variant(
-                f"expand-{name}",
-                _expand_kernel,
-                {x: kind for x, kind in kinds.items() if x not in absent},
-                {**dict.fromkeys(sorted(absent)), "POOL_REST": name == "everything", "BLOCK": BLOCK},
-                NUM_WARPS,
-                1,
-                hot_loop=False,
-            )
-        )
-    for name, there in (("columns", ()), ("columns-decay", decay)):
-        signature = {x: kind for x, kind in _kinds(_OF_COLUMNS).items() if x not in decay or there}
-        constexprs: dict[str, object] = {x: None for x in decay if not there}
-        constexprs["BLOCK"] = BLOCK_COLUMNS
-        found.append(
-            Variant(f"expand-{name}", _expand_columns_kernel, signature, constexprs, NUM_WARPS, 1, hot_loop=False)
-        )
-    return found
-
-
-def _kinds(arguments: tuple[str, ...]) -> dict[str, str]:
-    """Triton types of runtime arguments, by their names."""
-    wide = {"entry_t_ptr": "*fp32:16", "out_t_ptr": "*fp32:16", "bounds_ptr": "*i64:16", "out_bounds_ptr": "*i64:16"}
-    return {x: wide.get(x, "*i32:16" if x.endswith("_ptr") else "i32") for x in arguments}
-
-
-_OF_COLUMNS = tuple(x for x in _expand_columns_kernel.arg_names if x != "BLOCK")
-_ARGUMENTS = tuple(x for x in _expand_kernel.arg_names if x not in ("POOL_REST", "BLOCK"))

@@ -1,4 +1,4 @@
-"""The forward kernel: one program attends one block row (or a part of it) over its exact and pooled key tiles.
+"""The forward kernel: one program attends one query tile (or a part of it) over its exact and pooled key tiles.
 
 Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor
 branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
@@ -123,7 +123,27 @@ def _store_rows(
 
 @triton.jit
 def _full_chunk(
-    tile, position, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
+    first, a_ptr, b_ptr, token_order_ptr, stride_as, stride_bs,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Two tensors' tokens from `first` on, in two column parts each, and the rows that hold them; all are there."""
+    row = first + tl.arange(0, BLOCK)
+    if token_order_ptr is None:
+        a_ptr += first * stride_as
+        b_ptr += first * stride_bs
+        a1, b1 = _load_near(a_ptr, stride_as, BLOCK, 0, D1, DIM), _load_near(b_ptr, stride_bs, BLOCK, 0, D1, DIM)
+        a2 = _load_near(a_ptr, stride_as, BLOCK, D1, D2, DIM) if D2 > 0 else 0.0
+        b2 = _load_near(b_ptr, stride_bs, BLOCK, D1, D2, DIM) if D2 > 0 else 0.0
+    else:
+        row = tl.load(token_order_ptr + row)
+        a1, a2 = _load(a_ptr, row, row, stride_as, False, DIM, D1, D2)
+        b1, b2 = _load(b_ptr, row, row, stride_bs, False, DIM, D1, D2)
+    return row, a1, a2, b1, b2
+
+
+@triton.jit
+def _keys_and_values(
+    k_tile, position, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """K and V of one chunk of a tile, in two column parts each; every key is there.
@@ -133,20 +153,13 @@ def _full_chunk(
     """
     SUBS_K: tl.constexpr = TILE_K // BLOCK_K
     if k_desc is not None:
-        row = tile * TILE_K + position % SUBS_K * BLOCK_K
-        k1 = k_desc.load([b, hk, row, 0]).reshape(BLOCK_K, D1)
-        return k1, 0.0, v_desc.load([b, hk, row, 0]).reshape(BLOCK_K, D1), 0.0
-    first = tile.to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
-    if token_order_ptr is None:
-        k_ptr += first * stride_ks
-        v_ptr += first * stride_vs
-        k1, v1 = _load_near(k_ptr, stride_ks, BLOCK_K, 0, D1, DIM), _load_near(v_ptr, stride_vs, BLOCK_K, 0, D1, DIM)
-        k2 = _load_near(k_ptr, stride_ks, BLOCK_K, D1, D2, DIM) if D2 > 0 else 0.0
-        v2 = _load_near(v_ptr, stride_vs, BLOCK_K, D1, D2, DIM) if D2 > 0 else 0.0
-    else:
-        row = tl.load(token_order_ptr + first + tl.arange(0, BLOCK_K))
-        k1, k2 = _load(k_ptr, row, row, stride_ks, False, DIM, D1, D2)
-        v1, v2 = _load(v_ptr, row, row, stride_vs, False, DIM, D1, D2)
+        key = k_tile * TILE_K + position % SUBS_K * BLOCK_K
+        k1 = k_desc.load([b, hk, key, 0]).reshape(BLOCK_K, D1)
+        return k1, 0.0, v_desc.load([b, hk, key, 0]).reshape(BLOCK_K, D1), 0.0
+    first = k_tile.to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
+    _, k1, k2, v1, v2 = _full_chunk(
+        first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, D1, D2
+    )  # fmt: skip
     return k1, k2, v1, v2
 
 
@@ -160,7 +173,7 @@ def _pooled(bounds_ptr, indices_ptr):
 
 # Sizes of the problem, not worth a kernel for each value that is 1 or a multiple of 16.
 _INTEGERS = (
-    "stride_gb", "stride_gh", "stride_hb", "num_q", "num_k", "heads", "key_heads", "rows", "key_tiles", "table_last",
+    "stride_gb", "stride_gh", "stride_hb", "num_q", "num_k", "heads", "key_heads", "q_tiles", "k_tiles", "table_last",
     "step", "stride_ib", "stride_ih", "stride_pb", "stride_ph",
 )  # fmt: skip
 
@@ -168,7 +181,7 @@ _INTEGERS = (
 @triton.jit(do_not_specialize=_INTEGERS)
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # [B, H, S, D] by strides; lse [B, H, S_q] or None
-    indices_ptr, bounds_ptr, row_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
+    indices_ptr, bounds_ptr, q_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
     pooled_indices_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK]; or None
@@ -177,12 +190,12 @@ def _fwd_kernel(
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
     stride_ib, stride_ih, stride_pb, stride_ph,
-    num_q, num_k, heads, key_heads, rows, key_tiles, table_last, scale, step, vote_threshold,
+    num_q, num_k, heads, key_heads, q_tiles, k_tiles, table_last, scale, step, vote_threshold,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
     VOTE: tl.constexpr,
 ):  # fmt: skip
-    """Output and LSE of one part of one block row.
+    """Output and LSE of one part of one query tile.
 
     `step` is 1 or -1, the direction in which each section is visited. A chunk has BLOCK_K keys, and BLOCK_S in the
     pooled and slow loops, which hold more for each key. With `stride_ib` and the three after it, strides of batch and
@@ -192,20 +205,20 @@ def _fwd_kernel(
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
     SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S
-    lane, part = tl.program_id(0) // (rows * SUBS_Q), tl.program_id(0) % (rows * SUBS_Q)
-    b, h = lane // heads, lane % heads
+    bh, part = tl.program_id(0) // (q_tiles * SUBS_Q), tl.program_id(0) % (q_tiles * SUBS_Q)
+    b, h = bh // heads, bh % heads
     hk = h // (heads // key_heads)
-    group = (b * stride_gb + h * stride_gh).to(tl.int64) * rows
-    row = tl.load(row_order_ptr + group + part // SUBS_Q)
+    lists = (b * stride_gb + h * stride_gh).to(tl.int64) * q_tiles
+    q_tile = tl.load(q_order_ptr + lists + part // SUBS_Q)
     if stride_ib is not None:
-        group = lane.to(tl.int64) * rows
+        lists = bh.to(tl.int64) * q_tiles
         base = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
         indices_ptr += base
         if entry_t_ptr is not None:
             entry_t_ptr += base
         if pooled_indices_ptr is not None:
             pooled_indices_ptr += b.to(tl.int64) * stride_pb + h.to(tl.int64) * stride_ph
-    bounds_ptr += (group + row) * 6
+    bounds_ptr += (lists + q_tile) * 6
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
     indices_ptr += start
     if entry_t_ptr is not None:
@@ -217,7 +230,7 @@ def _fwd_kernel(
     v_ptr += batch * stride_vb + hk.to(tl.int64) * stride_vh
 
     place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    token = row * TILE_Q + place
+    token = q_tile * TILE_Q + place
     live, q_row = (place < TILE_Q) & (token < num_q), token
     if token_order_ptr is not None:
         q_row = tl.load(token_order_ptr + token, mask=live, other=0)
@@ -234,14 +247,14 @@ def _fwd_kernel(
     acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
     acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
     if VOTE is not None:
-        words_ptr += ((lane.to(tl.int64) * rows + row) * SUBS_Q + part % SUBS_Q) * ((key_tiles + 31) // 32)
+        words_ptr += ((bh.to(tl.int64) * q_tiles + q_tile) * SUBS_Q + part % SUBS_Q) * ((k_tiles + 31) // 32)
         word, left = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
         state, left = _begin(left, m, vote_threshold, VOTE)
 
     origin = 0 if step > 0 else end_plain * SUBS_K - 1
     ahead = tl.load(indices_ptr + origin // SUBS_K)
     for n in tl.range(0, end_plain * SUBS_K):
-        k1, k2, v1, v2 = _full_chunk(
+        k1, k2, v1, v2 = _keys_and_values(
             ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
             BLOCK_K, TILE_K, DIM, D1, D2,
         )  # fmt: skip
@@ -262,7 +275,7 @@ def _fwd_kernel(
         origin = end_plain * SUBS_K if step > 0 else end_constant * SUBS_K - 1
         ahead = tl.load(indices_ptr + origin // SUBS_K)
         for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
-            k1, k2, v1, v2 = _full_chunk(
+            k1, k2, v1, v2 = _keys_and_values(
                 ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
                 BLOCK_K, TILE_K, DIM, D1, D2,
             )  # fmt: skip
@@ -316,18 +329,18 @@ def _fwd_kernel(
 
     if pooled_indices_ptr is not None:
         pooled_indices_ptr, pooled_end = _pooled(bounds_ptr, pooled_indices_ptr)
-        means = (batch * key_heads + hk) * key_tiles * DIM
+        means = (batch * key_heads + hk) * k_tiles * DIM
         for n in tl.range(0, pooled_end, BLOCK_S, num_stages=2):
             entry = n + tl.arange(0, BLOCK_S)
-            tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
-            weight = tl.load(log_length_ptr + b * key_tiles + tile, mask=entry < pooled_end, other=float("-inf"))
+            k_tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
+            weight = tl.load(log_length_ptr + b * k_tiles + k_tile, mask=entry < pooled_end, other=float("-inf"))
             here = weight > float("-inf")
-            k1, k2 = _load(k_mean_ptr + means, tile, here, DIM, True, DIM, D1, D2)
-            v1, v2 = _load(v_mean_ptr + means, tile, here, DIM, True, DIM, D1, D2)
+            k1, k2 = _load(k_mean_ptr + means, k_tile, here, DIM, True, DIM, D1, D2)
+            v1, v2 = _load(v_mean_ptr + means, k_tile, here, DIM, True, DIM, D1, D2)
             x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
             if pooled_t_ptr is not None:
                 for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
-                    t = tl.load(pooled_t_ptr + (frame + 1) * key_tiles + tile)
+                    t = tl.load(pooled_t_ptr + (frame + 1) * k_tiles + k_tile)
                     x = _decay_rows(x, t, q_frame == frame)
             x = tl.where(here[None, :], x + weight[None, :], float("-inf"))
             m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
@@ -338,4 +351,4 @@ def _fwd_kernel(
     _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM, D1, D2)
     if lse_ptr is not None:
         lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
-        tl.store(lse_ptr + lane.to(tl.int64) * num_q + q_row, lse, mask=live)
+        tl.store(lse_ptr + bh.to(tl.int64) * num_q + q_row, lse, mask=live)

@@ -23,17 +23,17 @@ class RowPlan:
     """What the kernel needs of lists, masks and frames; G' list sets, or B * G' where masks differ by batch.
 
     `bounds` int64 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
-    `entry_t`, whose first and last entry belong to no row), start and end of the pooled list. `row_order` int32 [G',
-    NQ], longest first. `stride_b`, `stride_h`: list set of a batch and head. `entry_t` float32 [nnz + 2] and `pooled_t`
-    float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k] with a key mask; `q_frames`, `k_frames` int32: all in tiled
-    order.
+    `entry_t`, whose first and last entry belong to no row), start and end of the pooled list. `q_order` int32 [G',
+    NQ], longest first. `strides` of batch and head over these list sets, `list_strides` over the call's own, which
+    masks don't split. `entry_t` float32 [nnz + 2] and `pooled_t` float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k]
+    with a key mask; `q_frames`, `k_frames` int32: all in tiled order.
     """
 
     indices: Tensor
     bounds: Tensor
-    row_order: Tensor
-    stride_b: int
-    stride_h: int
+    q_order: Tensor
+    strides: tuple[int, int]
+    list_strides: tuple[int, int]
     valid: Tensor | None
     entry_t: Tensor | None
     q_frames: Tensor | None
@@ -57,39 +57,39 @@ def row_plan(problem: Problem) -> RowPlan:
 
 def _build(problem: Problem) -> RowPlan:
     batch, heads = problem.q.shape[:2]
-    groups, rows = problem.exact_offsets.shape[0], problem.query_tiles
+    sets, q_tiles = problem.exact_offsets.shape[0], problem.query_tiles
     offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, problem.pooled_offsets
     valid, decay = problem.features_in_tiled_order()
-    stride_b, stride_h = list_strides(problem, heads)
-    tile_row = _row_of_entry(offsets, indices.numel())
+    strides = own = list_strides(problem, heads)
+    entry_row = row_of_entry(offsets, indices.numel())
     entry_t = pooled_t = None
     if decay is not None:
-        entry_t = decay_of_tiles(problem, decay)[tile_row % rows, indices.long()].nan_to_num(1.0)
+        entry_t = decay_of_tiles(problem, decay)[entry_row % q_tiles, indices.long()].nan_to_num(1.0)
         assert problem.decay is not None
         t, _ = decay_by_frame(*decay, last_frame(problem.decay[1]))
         pooled_t = tile_means(t[..., None], problem.block_k, None)[0][..., 0]
-    entry_batch = torch.zeros_like(tile_row)
+    entry_batch = torch.zeros_like(entry_row)
     if valid is not None:
-        if groups != batch * heads:  # one list set for each batch
-            tile_row = (tile_row + groups * rows * torch.arange(batch, device=indices.device)[:, None]).flatten()
+        if sets != batch * heads:  # one list set for each batch
+            entry_row = (entry_row + sets * q_tiles * torch.arange(batch, device=indices.device)[:, None]).flatten()
             indices = indices.repeat(batch)
             entry_t = None if entry_t is None else entry_t.repeat(batch)
             offsets = torch.cat([offsets + b * problem.exact_indices.numel() for b in range(batch)])
             pooled = None if pooled is None else pooled.repeat(batch, 1)
-            stride_b, groups = groups, groups * batch
-        entry_batch = tile_row // rows * batch // groups
-    section = sections_of(problem)[entry_batch, tile_row % rows, indices.long()].long()
-    bounds, order = _sort(section, tile_row, groups * rows)
+            strides, sets = (sets, own[1]), sets * batch
+        entry_batch = entry_row // q_tiles * batch // sets
+    section = sections_of(problem)[entry_batch, entry_row % q_tiles, indices.long()].long()
+    bounds, order = _sort(section, entry_row, sets * q_tiles)
     begin = offsets[:, :-1].reshape(-1, 1) + 1
-    bounds = torch.cat([begin, begin + bounds], 1).unflatten(0, (groups, rows))
+    bounds = torch.cat([begin, begin + bounds], 1).unflatten(0, (sets, q_tiles))
     ends = torch.zeros_like(bounds[..., :2]) if pooled is None else torch.stack([pooled[:, :-1], pooled[:, 1:]], -1)
     work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + ends[..., 1] - ends[..., 0]
     return RowPlan(
         indices=_padded(indices[order]),
         bounds=torch.cat([bounds, ends], -1).contiguous(),
-        row_order=work.argsort(dim=-1, descending=True, stable=True).int(),
-        stride_b=stride_b,
-        stride_h=stride_h,
+        q_order=work.argsort(dim=-1, descending=True, stable=True).int(),
+        strides=strides,
+        list_strides=own,
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
         entry_t=None if entry_t is None else _padded(entry_t[order]),
         q_frames=None if decay is None else decay[1].clone(memory_format=torch.contiguous_format),
@@ -109,7 +109,7 @@ def _padded(entries: Tensor) -> Tensor:
     return torch.nn.functional.pad(entries, (1, 1))
 
 
-def _row_of_entry(offsets: Tensor, entries: int) -> Tensor:
+def row_of_entry(offsets: Tensor, entries: int) -> Tensor:
     """Row g * NQ + i of every entry, int64 [nnz], without asking the device how many there are."""
     counts = (offsets[:, 1:] - offsets[:, :-1]).flatten()
     rows = torch.arange(counts.numel(), device=offsets.device)

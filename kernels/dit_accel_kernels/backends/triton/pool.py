@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.variants import Variant
-
 BLOCK_N = 64  # tokens read at once
 NUM_WARPS = 4
 
@@ -23,13 +21,13 @@ NUM_WARPS = 4
 @triton.jit
 def _pool_kernel(
     k_ptr, v_ptr, token_order_ptr, valid_ptr, k_mean_ptr, v_mean_ptr, length_ptr,
-    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, num_k, key_heads, key_tiles,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, num_k, key_heads, k_tiles,
     TILE_K: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Means of one tile of one key head; [B, HK, NK, D] twice, and length float32 [B, NK]."""
     program = tl.program_id(0)
-    tile, lane = program % key_tiles, program // key_tiles
-    b, h = (lane // key_heads).to(tl.int64), (lane % key_heads).to(tl.int64)
+    k_tile, bh = program % k_tiles, program // k_tiles
+    b, h = (bh // key_heads).to(tl.int64), (bh % key_heads).to(tl.int64)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     columns = tl.arange(0, BLOCK_D)
@@ -38,7 +36,7 @@ def _pool_kernel(
     length = 0.0
     for first in range(0, TILE_K, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
-        token = tile * TILE_K + place
+        token = k_tile * TILE_K + place
         live = (place < TILE_K) & (token < num_k)
         if valid_ptr is not None:
             live &= tl.load(valid_ptr + b * num_k + token, mask=live, other=0) > 0
@@ -55,7 +53,7 @@ def _pool_kernel(
     tl.store(k_mean_ptr + out, (k_sum / counted).to(k_mean_ptr.dtype.element_ty), mask=columns < DIM)
     tl.store(v_mean_ptr + out, (v_sum / counted).to(v_mean_ptr.dtype.element_ty), mask=columns < DIM)
     if h == 0:
-        tl.store(length_ptr + b * key_tiles + tile, length)
+        tl.store(length_ptr + b * k_tiles + k_tile, length)
 
 
 def pool(
@@ -79,33 +77,3 @@ def pool(
         TILE_K=block_k, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), num_warps=NUM_WARPS,
     )  # fmt: skip
     return k_mean, v_mean, length
-
-
-def variants() -> list[Variant]:
-    """The pre-pass in the dtypes and head dims of the methods, for ahead-of-time compilation; it has no product."""
-    found = []
-    for name, kind in (("bf16", "*bf16:16"), ("fp16", "*fp16:16"), ("fp32", "*fp32:16")):
-        for dim in (64, 128):
-            for masked in (False, True):
-                pointers: dict[str, str] = dict.fromkeys(("k_ptr", "v_ptr", "k_mean_ptr", "v_mean_ptr"), kind)
-                strides = {f"stride_{x}{axis}": "i64:16" for x in "kv" for axis in "bhs"}
-                absent: dict[str, object] = {"token_order_ptr": None}
-                if masked:
-                    pointers["valid_ptr"] = "*u8:16"
-                else:
-                    absent["valid_ptr"] = None
-                found.append(
-                    Variant(
-                        f"pool-{name}-d{dim}-{'mask' if masked else 'plain'}",
-                        _pool_kernel,
-                        {**pointers, "length_ptr": "*fp32:16", **strides, **dict.fromkeys(_SIZES, "i32")},
-                        {**absent, "TILE_K": 128, "BLOCK_N": BLOCK_N, "DIM": dim, "BLOCK_D": dim},
-                        NUM_WARPS,
-                        1,
-                        hot_loop=False,
-                    )
-                )
-    return found
-
-
-_SIZES = ("num_k", "key_heads", "key_tiles")

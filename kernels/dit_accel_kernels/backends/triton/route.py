@@ -1,4 +1,4 @@
-"""Routing on Triton: block rows' thresholds on pooled logits, as bits of the tiles above them (Sol-Attn, 2607.24027).
+"""Routing on Triton: query tiles' thresholds on pooled logits, as bits of the tiles above them (Sol-Attn, 2607.24027).
 
 The released kernels route inside the attention loop: a chunk's products of all query rows with pooled keys serve as the
 approximation, and their column means as scores. The column mean of Q mean(K)^T over a tile's rows is
@@ -13,146 +13,142 @@ selection.py is the specification; sums are float32.
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.launch import fp32_products
-from dit_accel_kernels.backends.triton.variants import TARGETS, Variant
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E, Routing, unpack_bits, words_of
 
 BLOCK_N = 64  # tokens or tiles that are averaged at once
-BLOCK_ROWS = 16  # block rows that one program routes
+BLOCK_ROWS = 16  # query tiles that one program routes
 NUM_WARPS = 4
 NUM_STAGES = 2
 
 
-@triton.jit(do_not_specialize=("num_q", "heads", "rows"))
+@triton.jit(do_not_specialize=("num_q", "heads", "q_tiles"))
 def _query_mean_kernel(
     q_ptr, token_order_ptr, mean_ptr,  # [B, H, S_q, D] by strides, [S] or None, fp32 [B, H, NQ, D]
-    stride_qb, stride_qh, stride_qs, num_q, heads, rows,
+    stride_qb, stride_qh, stride_qs, num_q, heads, q_tiles,
     TILE_Q: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Mean query of one block row of one head."""
+    """Mean query of one query tile of one head."""
     program = tl.program_id(0)
-    lane, row = program // rows, program % rows
-    q_ptr += (lane // heads).to(tl.int64) * stride_qb + (lane % heads).to(tl.int64) * stride_qh
+    bh, q_tile = program // q_tiles, program % q_tiles
+    q_ptr += (bh // heads).to(tl.int64) * stride_qb + (bh % heads).to(tl.int64) * stride_qh
     columns = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, TILE_Q, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
-        token = row * TILE_Q + place
+        token = q_tile * TILE_Q + place
         live = (place < TILE_Q) & (token < num_q)
         q_row = token
         if token_order_ptr is not None:
             q_row = tl.load(token_order_ptr + token, mask=live, other=0)
         ptrs = q_ptr + q_row.to(tl.int64)[:, None] * stride_qs + columns[None, :]
         total += tl.sum(tl.load(ptrs, mask=live[:, None] & (columns < DIM)[None, :], other=0.0).to(tl.float32), 0)
-    length = tl.minimum(num_q - row * TILE_Q, TILE_Q).to(tl.float32)
+    length = tl.minimum(num_q - q_tile * TILE_Q, TILE_Q).to(tl.float32)
     tl.store(mean_ptr + program.to(tl.int64) * DIM + columns, total / length, mask=columns < DIM)
 
 
 @triton.jit
-def _weights(length_ptr, pinned_ptr, tile, inside):
+def _weights(length_ptr, pinned_ptr, k_tile, inside):
     """1 for the tiles that count in a row's mean and variance: those that have a valid key, pinned ones aside."""
-    counts = tl.load(length_ptr + tile, mask=inside, other=0.0) > 0
+    counts = tl.load(length_ptr + k_tile, mask=inside, other=0.0) > 0
     if pinned_ptr is not None:
-        counts &= tl.load(pinned_ptr + tile, mask=inside, other=1) == 0
+        counts &= tl.load(pinned_ptr + k_tile, mask=inside, other=1) == 0
     return counts.to(tl.float32)
 
 
 @triton.jit
-def _mean_keys(k_mean_ptr, tile, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _mean_keys(k_mean_ptr, k_tile, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Some mean keys in float32, zero beyond the last."""
     columns = tl.arange(0, BLOCK_D)
-    ptrs = k_mean_ptr + tile[:, None] * DIM + columns[None, :]
+    ptrs = k_mean_ptr + k_tile[:, None] * DIM + columns[None, :]
     return tl.load(ptrs, mask=inside[:, None] & (columns < DIM)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=("key_heads", "key_tiles"))
+@triton.jit(do_not_specialize=("key_heads", "k_tiles"))
 def _key_statistics_kernel(
     k_mean_ptr, length_ptr, pinned_ptr,  # [B, HK, NK, D], [B, NK], uint8 [NK] or None
     centre_ptr, variance_ptr,  # fp32 [B, HK, D]
-    key_heads, key_tiles, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    key_heads, k_tiles, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of every channel of one key head's mean keys."""
-    lane = tl.program_id(0).to(tl.int64)
-    length_ptr += lane // key_heads * key_tiles
-    k_mean_ptr += lane * key_tiles * DIM
+    bh = tl.program_id(0).to(tl.int64)
+    length_ptr += bh // key_heads * k_tiles
+    k_mean_ptr += bh * k_tiles * DIM
     columns = tl.arange(0, BLOCK_D)
     number = 0.0
     total = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, key_tiles, BLOCK_N):
-        tile = first + tl.arange(0, BLOCK_N)
-        weight = _weights(length_ptr, pinned_ptr, tile, tile < key_tiles)
+    for first in range(0, k_tiles, BLOCK_N):
+        k_tile = first + tl.arange(0, BLOCK_N)
+        weight = _weights(length_ptr, pinned_ptr, k_tile, k_tile < k_tiles)
         number += tl.sum(weight, 0)
-        total += tl.sum(_mean_keys(k_mean_ptr, tile, tile < key_tiles, DIM, BLOCK_D) * weight[:, None], 0)
+        total += tl.sum(_mean_keys(k_mean_ptr, k_tile, k_tile < k_tiles, DIM, BLOCK_D) * weight[:, None], 0)
     number = tl.maximum(number, 1.0)
     centre = total / number
     total = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, key_tiles, BLOCK_N):
-        tile = first + tl.arange(0, BLOCK_N)
-        weight = _weights(length_ptr, pinned_ptr, tile, tile < key_tiles)
-        gap = _mean_keys(k_mean_ptr, tile, tile < key_tiles, DIM, BLOCK_D) - centre[None, :]
+    for first in range(0, k_tiles, BLOCK_N):
+        k_tile = first + tl.arange(0, BLOCK_N)
+        weight = _weights(length_ptr, pinned_ptr, k_tile, k_tile < k_tiles)
+        gap = _mean_keys(k_mean_ptr, k_tile, k_tile < k_tiles, DIM, BLOCK_D) - centre[None, :]
         total += tl.sum(gap * gap * weight[:, None], 0)
-    tl.store(centre_ptr + lane * DIM + columns, centre, mask=columns < DIM)
-    tl.store(variance_ptr + lane * DIM + columns, total / number, mask=columns < DIM)
+    tl.store(centre_ptr + bh * DIM + columns, centre, mask=columns < DIM)
+    tl.store(variance_ptr + bh * DIM + columns, total / number, mask=columns < DIM)
 
 
-@triton.jit(do_not_specialize=("stride_hb", "heads", "key_heads", "rows", "key_tiles"))
+@triton.jit(do_not_specialize=("stride_hb", "heads", "key_heads", "q_tiles", "k_tiles"))
 def _route_kernel(
     q_mean_ptr, k_mean_ptr, length_ptr, pinned_ptr, centre_ptr, variance_ptr, head_scale_ptr, bits_ptr,
-    stride_hb, heads, key_heads, rows, key_tiles, scale, beta,
+    stride_hb, heads, key_heads, q_tiles, k_tiles, scale, beta,
     BLOCK_R: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Bits int32 [B, H, NQ, W] of the tiles above their row's threshold, for BLOCK_R block rows of one head.
+    """Bits int32 [B, H, NQ, W] of the tiles above their query tile's threshold, for BLOCK_R query tiles of one head.
 
     EXACT takes the variance from the scores themselves, in a pass of its own, instead of the mean keys' channels.
     """
-    blocks = (rows + BLOCK_R - 1) // BLOCK_R
-    lane = tl.program_id(0) // blocks
-    b, h = lane // heads, lane % heads
-    key_lane = (b * key_heads + h // (heads // key_heads)).to(tl.int64)
-    length_ptr += b.to(tl.int64) * key_tiles
-    k_mean_ptr += key_lane * key_tiles * DIM
-    words = (key_tiles + 31) // 32
+    blocks = (q_tiles + BLOCK_R - 1) // BLOCK_R
+    bh = tl.program_id(0) // blocks
+    b, h = bh // heads, bh % heads
+    key_bh = (b * key_heads + h // (heads // key_heads)).to(tl.int64)
+    length_ptr += b.to(tl.int64) * k_tiles
+    k_mean_ptr += key_bh * k_tiles * DIM
+    words = (k_tiles + 31) // 32
     columns = tl.arange(0, BLOCK_D)
-    row = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    place = lane.to(tl.int64) * rows + row
-    live = row < rows
+    q_tile = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    place = bh.to(tl.int64) * q_tiles + q_tile
+    live = q_tile < q_tiles
     q = tl.load(
         q_mean_ptr + place[:, None] * DIM + columns[None, :], mask=live[:, None] & (columns < DIM)[None, :], other=0.0
     )
     if head_scale_ptr is not None:
         q *= tl.load(head_scale_ptr + b * stride_hb + h)
     q *= scale
-    centre = tl.load(centre_ptr + key_lane * DIM + columns, mask=columns < DIM, other=0.0)
+    centre = tl.load(centre_ptr + key_bh * DIM + columns, mask=columns < DIM, other=0.0)
     mean = tl.sum(q * centre[None, :], 1)
     bit = tl.arange(0, 32)
     if EXACT:
         variance = tl.zeros([BLOCK_R], tl.float32)
         number = 0.0
         for word in range(0, words):
-            tile = word * 32 + bit
-            k = _mean_keys(k_mean_ptr, tile, tile < key_tiles, DIM, BLOCK_D)
+            k_tile = word * 32 + bit
+            k = _mean_keys(k_mean_ptr, k_tile, k_tile < k_tiles, DIM, BLOCK_D)
             gap = tl.dot(q, tl.trans(k), input_precision=PRECISION) - mean[:, None]
-            weight = _weights(length_ptr, pinned_ptr, tile, tile < key_tiles)
+            weight = _weights(length_ptr, pinned_ptr, k_tile, k_tile < k_tiles)
             variance += tl.sum(gap * gap * weight[None, :], 1)
             number += tl.sum(weight, 0)
         variance /= tl.maximum(number, 1.0)
     else:
-        spread = tl.load(variance_ptr + key_lane * DIM + columns, mask=columns < DIM, other=0.0)
+        spread = tl.load(variance_ptr + key_bh * DIM + columns, mask=columns < DIM, other=0.0)
         variance = tl.sum(q * q * spread[None, :], 1)
     threshold = mean + beta * tl.sqrt(variance + 1e-6)
     for word in range(0, words):
-        tile = word * 32 + bit
-        k = _mean_keys(k_mean_ptr, tile, tile < key_tiles, DIM, BLOCK_D)
+        k_tile = word * 32 + bit
+        k = _mean_keys(k_mean_ptr, k_tile, k_tile < k_tiles, DIM, BLOCK_D)
         above = tl.dot(q, tl.trans(k), input_precision=PRECISION) > threshold[:, None]
-        above &= (tile < key_tiles)[None, :]
+        above &= (k_tile < k_tiles)[None, :]
         chosen = tl.sum(above.to(tl.int32) << bit[None, :], 1)
         tl.store(bits_ptr + place * words + word, chosen, mask=live)
 
@@ -170,24 +166,24 @@ def route(problem: Problem, routing: Routing, q: Tensor, k_mean: Tensor, length:
     """
     assert problem.selection is not None
     batch, heads, num_q, dim = q.shape
-    key_heads, rows, tiles = k_mean.shape[1], problem.query_tiles, problem.key_tiles
+    key_heads, q_tiles, k_tiles = k_mean.shape[1], problem.query_tiles, problem.key_tiles
     block_d = max(16, triton.next_power_of_2(dim))
-    pinned = None if problem.selection.pinned is None else pinned_everywhere(problem.selection.pinned, tiles)
-    q_mean = q.new_empty(batch, heads, rows, dim, dtype=torch.float32)
+    pinned = None if problem.selection.pinned is None else pinned_everywhere(problem.selection.pinned, k_tiles)
+    q_mean = q.new_empty(batch, heads, q_tiles, dim, dtype=torch.float32)
     centre, variance = (q.new_empty(batch, key_heads, dim, dtype=torch.float32) for _ in range(2))
-    bits = torch.empty(batch, heads, rows, words_of(tiles), dtype=torch.int32, device=q.device)
-    _query_mean_kernel[(batch * heads * rows,)](
-        q, problem.token_order, q_mean, *q.stride()[:3], num_q, heads, rows,
+    bits = torch.empty(batch, heads, q_tiles, words_of(k_tiles), dtype=torch.int32, device=q.device)
+    _query_mean_kernel[(batch * heads * q_tiles,)](
+        q, problem.token_order, q_mean, *q.stride()[:3], num_q, heads, q_tiles,
         TILE_Q=problem.block_q, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=block_d, num_warps=NUM_WARPS,
     )  # fmt: skip
     _key_statistics_kernel[(batch * key_heads,)](
-        k_mean, length, pinned, centre, variance, key_heads, tiles,
+        k_mean, length, pinned, centre, variance, key_heads, k_tiles,
         BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=block_d, num_warps=NUM_WARPS,
     )  # fmt: skip
     head_scale = problem.head_scale
-    _route_kernel[(batch * heads * triton.cdiv(rows, BLOCK_ROWS),)](
+    _route_kernel[(batch * heads * triton.cdiv(q_tiles, BLOCK_ROWS),)](
         q_mean, k_mean, length, pinned, centre, variance, head_scale, bits,
-        0 if head_scale is None or head_scale.shape[0] == 1 else heads, heads, key_heads, rows, tiles,
+        0 if head_scale is None or head_scale.shape[0] == 1 else heads, heads, key_heads, q_tiles, k_tiles,
         problem.logit_scale * LOG2_E, float(routing.beta),
         BLOCK_R=BLOCK_ROWS, DIM=dim, BLOCK_D=block_d, EXACT=routing.threshold == "exact", PRECISION=precision,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
@@ -196,45 +192,5 @@ def route(problem: Problem, routing: Routing, q: Tensor, k_mean: Tensor, length:
 
 
 def pinned_everywhere(pinned: Tensor, tiles: int) -> Tensor:
-    """Which key tiles are pinned in every block row, uint8 [NK] of bits int32 [NQ, W]."""
+    """Which key tiles are pinned in every query tile, uint8 [NK] of bits int32 [NQ, W]."""
     return unpack_bits(pinned, tiles).all(0).to(torch.uint8)
-
-
-def variants() -> list[Variant]:
-    """Routing in bf16 and fp32 with head dims 64 and 128 and both thresholds, for ahead-of-time compilation."""
-    found = []
-    for (name, dim), target_precision in product(
-        product(("bf16", "fp32"), (64, 128)), sorted({fp32_products(target) for target in TARGETS})
-    ):
-        targets = tuple(target for target in TARGETS if fp32_products(target) == target_precision)
-        sizes: dict[str, object] = {"DIM": dim, "BLOCK_D": dim}
-        for kind, kernel, constexprs in (
-            ("mean", _query_mean_kernel, {"TILE_Q": 128, "BLOCK_N": BLOCK_N, "token_order_ptr": None}),
-            ("statistics", _key_statistics_kernel, {"BLOCK_N": BLOCK_N}),
-            ("diag", _route_kernel, {"BLOCK_R": BLOCK_ROWS, "EXACT": False, "PRECISION": target_precision}),
-            ("exact", _route_kernel, {"BLOCK_R": BLOCK_ROWS, "EXACT": True, "PRECISION": target_precision}),
-        ):
-            signature = {x: _kind(x, name) for x in kernel.arg_names if x not in constexprs and x not in sizes}
-            found.append(
-                Variant(
-                    f"route-{kind}-{name}-d{dim}-{target_precision}",
-                    kernel,
-                    signature,
-                    {**constexprs, **sizes},
-                    NUM_WARPS,
-                    NUM_STAGES,
-                    hot_loop=False,
-                    targets=targets,
-                )
-            )
-    return found
-
-
-def _kind(argument: str, dtype: str) -> str:
-    """Triton type of a runtime argument, by its name."""
-    if argument.endswith("_ptr"):
-        kinds = {"q_ptr": dtype, "k_mean_ptr": dtype, "pinned_ptr": "u8", "bits_ptr": "i32"}
-        return f"*{kinds.get(argument, 'fp32')}:16"
-    if argument.startswith("stride_q"):
-        return "i64:16"
-    return "fp32" if argument in ("scale", "beta") else "i32"

@@ -1,4 +1,4 @@
-"""Tile lists as the backward kernels of K and V read them: the block rows of every key tile.
+"""Tile lists as the backward kernels of K and V read them: the query tiles of every key tile.
 
 Pure torch code on the lists' device without a sync, made once and remembered as long as lists and frames live.
 """
@@ -10,31 +10,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import _row_of_entry
+from dit_accel_kernels.backends.triton.plan import list_strides, row_of_entry
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import decay_of_tiles
+from dit_accel_kernels.selection import pack_bits
 
 WORD = 32  # key tiles a word of a bitmap
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class ColumnPlan:
-    """Exact lists by key tile, and pooled lists as bitmaps by block row.
+    """Exact lists by key tile, and pooled lists as bitmaps by query tile.
 
-    `rows` int32 [nnz]: the block rows of every key tile, those that need no mask first. `bounds` int64 [G, NK, 3]:
-    start, end of those, end of all, as positions in `rows`. `order` int32 [G', NK]: key tiles with most work first,
+    `q_tiles` int32 [nnz]: the query tiles of every key tile, those that need no mask first. `bounds` int64 [G, NK, 3]:
+    start, end of those, end of all, as positions in `q_tiles`. `order` int32 [G', NK]: key tiles with most work first,
     G' = 1, HK or B * HK. `entry_t` float32 [nnz] is the decay of the entries without a mask, None without decay.
-    `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles. With `strides`, every batch and head has its
-    own lists and pooled bits, and bounds are relative to b * strides[0] + h * strides[1].
+    `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles. `strides` of batch and head over the list
+    sets, `order_strides` of batch and key head over those of `order`. With `entry_strides` every batch and head has its
+    own lists, whose bounds are relative to b * entry_strides[0] + h * entry_strides[1].
     """
 
-    rows: Tensor
+    q_tiles: Tensor
     bounds: Tensor
     order: Tensor
     entry_t: Tensor | None
     pooled_bits: Tensor | None
-    strides: tuple[int, int] | None = None
+    strides: tuple[int, int]
+    order_strides: tuple[int, int]
+    entry_strides: tuple[int, int] | None = None
 
 
 _CACHE: StorageCache[ColumnPlan] = StorageCache()
@@ -56,33 +60,35 @@ def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
 
 
 def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
-    rows, tiles = problem.query_tiles, problem.key_tiles
-    groups = problem.exact_offsets.shape[0]
+    q_tiles, k_tiles = problem.query_tiles, problem.key_tiles
+    sets = problem.exact_offsets.shape[0]
     indices = problem.exact_indices.long()
-    flat = _row_of_entry(problem.exact_offsets.long(), indices.numel())
-    group, row = flat // rows, flat % rows
-    masked = torch.full_like(row, not whole_chunks, dtype=torch.bool)
+    flat = row_of_entry(problem.exact_offsets.long(), indices.numel())
+    list_set, q_tile = flat // q_tiles, flat % q_tiles
+    masked = torch.full_like(q_tile, not whole_chunks, dtype=torch.bool)
     if problem.q.shape[2] % problem.block_q:
-        masked |= row == rows - 1
+        masked |= q_tile == q_tiles - 1
     t = None
     if problem.decay is not None:
         _, decay = problem.features_in_tiled_order()
         assert decay is not None
-        t = decay_of_tiles(problem, decay)[row, indices]
+        t = decay_of_tiles(problem, decay)[q_tile, indices]
         masked |= t.isnan()
-    order, bounds = transpose(group * tiles + indices, masked, groups * tiles)
-    bounds = bounds.view(groups, tiles, 3)
-    repeat = 1 if groups == 1 else problem.q.shape[1] // problem.k.shape[1]
-    work = (bounds[..., 2] - bounds[..., 0]).view(groups // repeat, repeat, tiles).sum(1)
+    order, bounds = transpose(list_set * k_tiles + indices, masked, sets * k_tiles)
+    bounds = bounds.view(sets, k_tiles, 3)
+    repeat = 1 if sets == 1 else problem.q.shape[1] // problem.k.shape[1]
+    work = (bounds[..., 2] - bounds[..., 0]).view(sets // repeat, repeat, k_tiles).sum(1)
     bits = None
     if problem.pooled_offsets is not None and problem.pooled_indices is not None:
-        bits = bitmap(problem.pooled_offsets, problem.pooled_indices, tiles)
+        bits = bits_of(problem.pooled_offsets, problem.pooled_indices, k_tiles)
     return ColumnPlan(
-        rows=row[order].int().contiguous(),
+        q_tiles=q_tile[order].int().contiguous(),
         bounds=bounds.contiguous(),
         order=work.argsort(dim=-1, descending=True, stable=True).int(),
         entry_t=None if t is None else t[order].nan_to_num(1.0),
         pooled_bits=bits,
+        strides=list_strides(problem, problem.q.shape[1]),
+        order_strides=list_strides(problem, problem.k.shape[1]),
     )
 
 
@@ -102,12 +108,9 @@ def transpose(owner: Tensor, last: Tensor, owners: int) -> tuple[Tensor, Tensor]
     return order, torch.stack([edges[:-1:2], edges[1::2], edges[2::2]], -1)
 
 
-def bitmap(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
-    """Lists as bits: bit j % 32 of word [g, i, j // 32] is set where row i of group g holds tile j; int32."""
-    groups, rows = offsets.shape[0], offsets.shape[1] - 1
-    words = -(-tiles // WORD)
-    tile = indices.long()
-    at = _row_of_entry(offsets.long(), tile.numel()) * words + tile // WORD
-    table = torch.zeros(groups * rows * words, dtype=torch.int64, device=tile.device)
-    table.index_add_(0, at, torch.ones_like(tile) << tile % WORD)
-    return torch.where(table >= 1 << 31, table - (1 << 32), table).int().view(groups, rows, words)
+def bits_of(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
+    """Lists as bits int32 [G, NQ, W]: bit j % 32 of word [g, i, j // 32] is set where row i of set g holds tile j."""
+    sets, rows = offsets.shape[0], offsets.shape[1] - 1
+    chosen = torch.zeros(sets * rows, tiles, dtype=torch.bool, device=indices.device)
+    chosen[row_of_entry(offsets.long(), indices.numel()), indices.long()] = True
+    return pack_bits(chosen).view(sets, rows, -1)

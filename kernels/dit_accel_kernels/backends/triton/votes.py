@@ -3,7 +3,7 @@
 The specification is votes.py. A vote decides about the next call only, so the forward's loops need no scalar of it: a
 row keeps one bit for each visited tile, the sign of a difference shifted in from the right (one instruction), and every
 32 tiles the bits of a program's rows are OR-reduced and stored as one word, whose highest bit is the first visit. The
-fold then ORs the parts of a block row, looks up which tile each bit is about, and clears the bits of those that no row
+fold then ORs the parts of a query tile, looks up which tile each bit is about, and clears the bits of those that no row
 needs. LiteAttention (arXiv 2511.11062) decides at every tile, with a reduction over warps each time.
 """
 
@@ -17,11 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.variants import Variant
-
 BLOCK_V = 256  # visits that the fold looks at together
 NUM_WARPS = 4
-_INTEGERS = ("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "rows", "words", "step")
+_INTEGERS = ("stride_gb", "stride_gh", "stride_ib", "stride_ih", "heads", "q_tiles", "words", "step")
 
 
 @triton.jit
@@ -122,14 +120,14 @@ def _vote(
 @triton.jit(do_not_specialize=_INTEGERS)
 def _fold_kernel(
     words_ptr, indices_ptr, bounds_ptr, pinned_ptr, kept_ptr,  # int32; pinned [NQ, W] or None, kept [B, H, NQ, W]
-    stride_gb, stride_gh, stride_ib, stride_ih, heads, rows, words, step,
+    stride_gb, stride_gh, stride_ib, stride_ih, heads, q_tiles, words, step,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Clear the kept bits of the tiles of one block row that no part needs, the first visited and pinned ones aside."""
-    lane, row = tl.program_id(0) // rows, tl.program_id(0) % rows
-    b, h = lane // heads, lane % heads
+    """Clear the kept bits of what no part of one query tile needs, the first visited and pinned key tiles aside."""
+    bh, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
+    b, h = bh // heads, bh % heads
     place = tl.program_id(0).to(tl.int64)
-    bounds_ptr += ((b * stride_gb + h * stride_gh).to(tl.int64) * rows + row) * 6
+    bounds_ptr += ((b * stride_gb + h * stride_gh).to(tl.int64) * q_tiles + q_tile) * 6
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
     indices_ptr += start + b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
     words_ptr += place * PARTS * words
@@ -145,12 +143,12 @@ def _fold_kernel(
             begin = tl.where(visit < end_plain, 0, tl.where(visit < end_constant, end_plain, end_constant))
             end = tl.where(visit < end_plain, end_plain, tl.where(visit < end_constant, end_constant, end_slow))
             position = begin + end - 1 - visit
-        tile = tl.load(indices_ptr + position, mask=inside, other=0)
+        k_tile = tl.load(indices_ptr + position, mask=inside, other=0)
         down = inside & (visit > 0) & (need % 2 == 0)
         if pinned_ptr is not None:
-            pinned = tl.load(pinned_ptr + row.to(tl.int64) * words + tile // 32, mask=down, other=0)
-            down &= (pinned >> tile % 32) % 2 == 0
-        tl.atomic_and(kept_ptr + tile // 32, ~(1 << tile % 32), mask=down, sem="relaxed")
+            pinned = tl.load(pinned_ptr + q_tile.to(tl.int64) * words + k_tile // 32, mask=down, other=0)
+            down &= (pinned >> k_tile % 32) % 2 == 0
+        tl.atomic_and(kept_ptr + k_tile // 32, ~(1 << k_tile % 32), mask=down, sem="relaxed")
 
 
 def fold(
@@ -168,20 +166,8 @@ def fold(
         strides: of batch and head in the list sets of `bounds`, then in `indices`.
         reverse: the call visited each section from its end.
     """
-    batch, heads, rows, parts, width = words.shape
-    _fold_kernel[(batch * heads * rows,)](
-        words, indices, bounds, pinned, kept, *strides, heads, rows, width, -1 if reverse else 1,
+    batch, heads, q_tiles, parts, width = words.shape
+    _fold_kernel[(batch * heads * q_tiles,)](
+        words, indices, bounds, pinned, kept, *strides, heads, q_tiles, width, -1 if reverse else 1,
         PARTS=parts, BLOCK=BLOCK_V, num_warps=NUM_WARPS,
     )  # fmt: skip
-
-
-def variants() -> list[Variant]:
-    """The fold of the kept bits, with pinned tiles, in one part and in two; it has no product."""
-    pointers = dict.fromkeys(("words_ptr", "indices_ptr", "pinned_ptr", "kept_ptr"), "*i32:16")
-    signature = {**pointers, "bounds_ptr": "*i64:16", **dict.fromkeys(_INTEGERS, "i32")}
-    return [
-        Variant(
-            f"fold-{parts}", _fold_kernel, signature, {"PARTS": parts, "BLOCK": BLOCK_V}, NUM_WARPS, 1, hot_loop=False
-        )
-        for parts in (1, 2)
-    ]

@@ -1,0 +1,141 @@
+"""Records the kernel launches of real calls for a GPU that need not be there: what they are compiled from.
+
+Triton believes that its device is the target's, and its launcher hands over what it would compile, instead of doing so.
+The calls themselves run on the CPU, on whatever memory holds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import calls
+from cards import TARGETS
+
+BACKEND = "dit_accel_kernels.backends.triton"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recorded:
+    """One launch of a kernel, as its JIT compiles it: everything that may go to another process.
+
+    `kernel` is "module:function", `gpu` the arguments of Triton's GPUTarget; `signature`, `constexprs` and `attrs` are
+    those of `triton.compiler.ASTSource`, `options` all of the backend's.
+    """
+
+    name: str
+    kernel: str
+    target: str
+    gpu: tuple[str, int | str, int]
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+    options: dict[str, Any]
+
+    @property
+    def function(self) -> Any:
+        """The kernel."""
+        module, _, name = self.kernel.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Constexprs by name."""
+        names = list(self.signature)
+        return {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+
+    @property
+    def identity(self) -> str:
+        """The same text for launches that compile to the same."""
+        return repr((self.kernel, self.signature, self.constexprs, self.attrs, self.num_warps, self.num_stages))
+
+    def source(self) -> Any:
+        """What `triton.compile` takes."""
+        from triton.compiler import ASTSource
+
+        return ASTSource(fn=self.function, signature=self.signature, constexprs=self.constexprs, attrs=self.attrs)
+
+    def compiled(self) -> Any:
+        """What Triton makes of it, from its cache on disk if it is there; a launch then finds it there too."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        return triton.compile(self.source(), target=GPUTarget(*self.gpu), options=self.options)
+
+
+class _Pretended:
+    """A driver for a device that isn't there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:  # the key of Triton's caches
+        return repr(self.target)
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def gpu_target(target: str) -> Any:
+    """Triton's description of a target; of the GPU at hand, where it is none of the six."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    if target not in TARGETS:
+        return driver.active.get_current_target()
+    of = TARGETS[target]
+    return GPUTarget(of.backend, of.arch, of.warp)
+
+
+@contextmanager
+def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[None]:
+    """Put what is launched within `into`, by identity, as launches of the call `name` on this target."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    gpu = gpu_target(target)
+
+    def launched(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        options = json.loads(compile["specialization_data"])["options"]
+        short = fn.name.strip("_").removesuffix("_kernel")
+        found = Recorded(
+            name=f"{short}-{name}",
+            kernel=f"{fn.jit_function.__module__}:{fn.name}",
+            target=target,
+            gpu=(gpu.backend, gpu.arch, gpu.warp_size),
+            signature=dict(compile["signature"]),
+            constexprs={tuple(path): value for path, value in compile["constants"].items()},
+            attrs={tuple(path): value for path, value in compile["configs"][0].items()},
+            num_warps=compile["num_warps"],
+            num_stages=compile["num_stages"],
+            options={name: tuple(x) if isinstance(x, list) else x for name, x in options.items()},
+        )
+        into.setdefault(found.identity, found)
+        return True  # known already, says this to the JIT: it neither compiles nor launches
+
+    modules = [importlib.import_module(f"{BACKEND}.{module}") for module in ("attend", "backward")]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "architecture", return_value=target))
+        stack.enter_context(mock.patch.object(modules[0], "missing_requirement", return_value=None))
+        stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", launched))
+        stack.callback(driver.set_active, getattr(driver, "_active", None))
+        driver.set_active(_Pretended(gpu))
+        yield
+
+
+def launches_of(kind: str, at: calls.Setting, target: str, into: dict[str, Recorded]) -> None:
+    """Record what one call of a kind launches on a target."""
+    call = calls.make(kind, at, "cpu")
+    with recording(target, into, f"{at.name}-{kind}"):
+        call.run("triton")

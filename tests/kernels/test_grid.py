@@ -1,0 +1,81 @@
+"""The grid of kernel calls against the float64 specification: interpreted here, compiled on a card where there is one.
+
+`make bench-gpu` runs the same grid without pytest. A few cases of every feature are part of `make test`.
+"""
+
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dit_accel_kernels.backends.triton.support import interpreted
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
+
+import grid
+
+CASES = grid.cases()
+QUICK = range(5, len(CASES), 29)
+
+
+def runs_here(case: grid.Case) -> bool:
+    """Whether it runs in the interpreter too: of the usual kinds over sizes, half do, in a checkerboard."""
+    at = case.at
+    if case.bulk or at.dtype == "fp32" or at == grid.SHAPE:
+        return True
+    return (at.dim // 32 + at.tile // 64 + (at.dtype == "fp16") + grid.USUAL.index(case.kind)) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if i in QUICK else pytest.mark.slow, id=case.name)
+        for i, case in enumerate(CASES)
+        if i in QUICK or not interpreted() or runs_here(case)
+    ],
+)
+def test_grid(case, device):
+    if interpreted():  # fewer tokens, still ragged
+        case = replace(case, at=replace(case.at, tokens=case.at.tile * 3 // 2 - 5))
+    torch.use_deterministic_algorithms(True)  # fills what is not initialised
+    try:
+        records = grid.check(case, device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert records
+    for record in records:
+        assert record["ok"], record
+
+
+def test_the_grid_has_what_it_must():
+    for cases in (CASES, list(filter(runs_here, CASES))):
+        assert_has_all(cases)
+
+
+def assert_has_all(cases):
+    settings = [case.at for case in cases]
+    assert {(at.dim, at.dtype, at.tile) for at in settings} >= {
+        (dim, dtype, tile) for dim in (64, 96, 128) for dtype in ("bf16", "fp16") for tile in (64, 128)
+    }
+    assert {at.batch for at in settings} == {3}
+    assert {(at.layout, at.groups) for at in settings} == {(x, g) for x in ("bshd", "bhsd") for g in (1, 2, 6)}
+    assert set(grid.kinds()) <= {case.kind for case in cases}
+    assert any(case.bulk for case in cases)
+    assert len({case.name for case in cases}) == len(cases)
+
+
+def test_a_check_fails_where_it_must():
+    truth = torch.ones(8, dtype=torch.float64)
+    good, bad = torch.ones(8) + 1e-4, torch.ones(8) + 1e-2
+    assert all(error > allowed for error, allowed in grid.errors(bad, good, truth, torch.float32).values())
+    assert all(error <= allowed for error, allowed in grid.errors(good, good, truth, torch.float32).values())
+    assert all(error > allowed for error, allowed in grid.errors(bad * torch.nan, good, truth, torch.float32).values())
+    endless = torch.full((8,), torch.inf)
+    assert all(error > allowed for error, allowed in grid.errors(endless, good, truth, torch.float32).values())
+    bits = torch.arange(64) % 3 > 0
+    flipped = bits ^ (torch.arange(64) < 2)
+    assert grid.disagreement(flipped, bits, bits) == (2 / 64, 1 / 64)
+    assert grid.disagreement(flipped, flipped, bits) == (2 / 64, 5 / 64)

@@ -1,0 +1,126 @@
+"""Records which kinds of attention calls the methods make on tiny models.
+
+`python tests/support/method_calls.py` writes kernels/bench/calls.json: each kind of call, as `kernels/bench/calls.py`
+names it, with the methods that make it. What the compile table and the GPU checks cover follows from that file.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import tiny_models
+import torch
+from dit_accel_kernels import api
+from dit_accel_kernels.packing import Packed
+from dit_accel_pipelines import ADAPTERS
+
+from dit_accel import DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD, UltraViCo, attach
+from dit_accel.testing.tiny_models import Case, TinyModel
+
+CALLS = Path(__file__).parents[2] / "kernels" / "bench" / "calls.json"
+ALWAYS = dict(dense_steps=0, dense_last_steps=0, dense_layers=0)
+SETTINGS = {
+    "radial": (RadialAttention(block_size=16, decay_factor=0.2, sink=False, **ALWAYS),),
+    "radial, pooled rest": (RadialAttention(block_size=16, decay_factor=0.2, sink=False, rest="pooled", **ALWAYS),),
+    "radial, tiles": (RadialAttention(block_size=16, decay_factor=0.2, sink=False, order="tiles", **ALWAYS),),
+    "lite": (LiteAttention(block_size=16, dense_steps=0),),
+    "lite, by mass": (LiteAttention(block_size=16, dense_steps=0, criterion="mass"),),
+    "lite, by budget": (LiteAttention(block_size=16, dense_steps=0, criterion="budget"),),
+    "lite, pooled rest": (LiteAttention(block_size=16, dense_steps=0, rest="pooled"),),
+    "sparsed": (SparseD(block_size=16, density=0.5, **ALWAYS),),
+    "sparsed, pooled rest": (SparseD(block_size=16, density=0.5, rest="pooled", **ALWAYS),),
+    "delta": (DeltaAttention(stride=8), SparseD(block_size=16, density=0.5, **ALWAYS)),
+    "sol": (SolAttention(block_size=16, **ALWAYS),),
+    "ultravico": (UltraViCo(trained_frames=2, alpha=0.5),),
+}
+TOGETHER = (
+    ("radial", "lite"), ("radial", "ultravico"), ("lite", "ultravico"), ("sol", "ultravico"), ("radial, tiles", "lite"),
+    ("radial, tiles", "ultravico"),
+)  # fmt: skip
+TRAINED = ("radial", "radial, pooled rest", "radial, tiles", "sparsed", "sol", "ultravico")
+
+
+def kind_of(call: Packed, *, backward: bool) -> str:
+    """A call's features that launches depend on, joined by +; "plain" for none."""
+    k, v = call.k, call.v
+    masked = call.key_length is not None or call.key_mask is not None
+    words = {
+        "fused": k.shape == v.shape and k.stride() != v.stride(),
+        "pooled": call.pooled_indices is not None,
+        "mask": masked,
+        "decay": call.decay_table is not None,
+        "scale": call.head_scale is not None,
+        "order": call.token_order is not None,
+        "keep": call.keep is not None,
+        "rest": call.keep is not None and call.pool_rest,
+        "pinned": call.pinned is not None,
+        "route": call.beta is not None and not call.exact_variance,
+        "route-exact": call.beta is not None and call.exact_variance,
+        "routed": call.routed is not None,
+        **{name: call.criterion == name for name in ("maxgap", "mass", "budget")},
+        "backward": backward,
+    }
+    return "+".join(word for word, there in words.items() if there) or "plain"
+
+
+@contextmanager
+def recording(found: dict[str, set[str]], name: str) -> Iterator[None]:
+    """Add the kinds of all calls within to `found`, as calls of `name`."""
+    forward, backward = api._forward, api._backward
+
+    def run_forward(*given):
+        found[kind_of(Packed(*given), backward=False)].add(name)
+        return forward(*given)
+
+    def run_backward(*given):
+        found[kind_of(Packed(*given[4:]), backward=True)].add(name)
+        return backward(*given)
+
+    with mock.patch.object(api, "_forward", run_forward), mock.patch.object(api, "_backward", run_backward):
+        yield
+
+
+def models() -> Iterator[tuple[Case, dict[str, tuple]]]:
+    """Tiny models and what to attach: without text among its tokens, with padded text, with fused projections."""
+    everything = {name: SETTINGS[name] for name in SETTINGS}
+    everything |= {" + ".join(names): sum((SETTINGS[name] for name in names), ()) for names in TOGETHER}
+    for model, runs in ((tiny_models.WAN[0], everything), (tiny_models.HUNYUAN[0], everything)):
+        yield case_of(model), runs
+    case = case_of(tiny_models.WAN[0])
+    for module in case.transformer.modules():
+        if hasattr(module, "fuse_projections"):
+            module.fuse_projections()
+    yield case, {"radial": SETTINGS["radial"]}
+
+
+def case_of(model: TinyModel) -> Case:
+    """A tiny model with the adapter that covers it."""
+    return Case(next(one for one in ADAPTERS if model.transformer.__name__ in one.transformers), model)
+
+
+def recorded() -> dict[str, list[str]]:
+    """Kinds of calls -> the settings that make them, by running all of them on tiny models."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for case, runs in models():
+        inputs = case.inputs(1)
+        for name, configs in runs.items():
+            with attach(case.transformer, *configs, backend="torch"), recording(found, name):
+                for step in range(3):
+                    case.run(inputs, step)
+                if name in TRAINED:
+                    train(case, inputs)
+    return {kind: sorted(names) for kind, names in sorted(found.items())}
+
+
+def train(case: Case, inputs: dict) -> None:
+    """One forward and backward, as fine-tuning makes it."""
+    with torch.enable_grad():
+        out = case.transformer(**inputs, return_dict=False)[0]
+        out.float().square().mean().backward()
+
+
+if __name__ == "__main__":
+    CALLS.write_text(json.dumps(recorded(), indent=1) + "\n")
