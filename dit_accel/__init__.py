@@ -29,12 +29,11 @@ if TYPE_CHECKING:
     from .methods.caches.tea import TeaCache as TeaCache
     from .plan.layout import TokenLayout as TokenLayout
     from .report.report import Report as Report
-
-    __version__: str
 else:  # `import dit_accel` loads no torch, and --help stays quick; type checkers still see a misspelt name
     __getattr__ = public_name
 
 __all__ = [*HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__version__: str
 
 
 def __dir__() -> list[str]:

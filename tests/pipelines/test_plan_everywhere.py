@@ -14,8 +14,14 @@ from dit_accel.estimate.sizes import pixel_multiples
 from dit_accel.methods.registry import handlers, methods
 
 FAMILIES = [(adapter, family) for adapter in ADAPTERS for family in adapter.families]
-SMALL = {"ultravico": {"trained_frames": 3}}
-REFUSALS = r"makes no sense on|delta corrects what a sparse method leaves out|both set the|both cache"
+SMALL = {
+    "ultravico": {"trained_frames": 3},
+    "magcache": {"ratios": (1.0, 0.99, 0.98)},
+    "teacache": {"polynomial": (1.0, 0.0)},
+}
+REFUSALS = (
+    r"makes no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of"
+)
 SPARSE = {"radial", "sol", "lite", "sparsed"}
 
 
@@ -30,7 +36,13 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(adapter, family)
         plan = partial(estimate, adapter, family, height=height, width=width, num_frames=frames)
         exclusive = [handlers()[name].exclusive for name in names]
         alike = len(exclusive) == 2 and exclusive[0] & exclusive[1]
-        if any(name in adapter.refused for name in names) or alike or ("delta" in names and not SPARSE & set(names)):
+        unsaid = "teacache" in names and adapter.signal is None
+        if (
+            any(name in adapter.refused for name in names)
+            or alike
+            or unsaid
+            or ("delta" in names and not SPARSE & set(names))
+        ):
             with pytest.raises(ConfigError, match=REFUSALS):
                 plan(methods=chosen)
             continue
