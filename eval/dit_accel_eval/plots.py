@@ -14,6 +14,9 @@ from .results import read_lines
 from .solvers import BEST
 from .suite import Suite, read_suite
 
+MARKS = "osv^"
+"""Marks of groups beyond the ten colours."""
+
 DOTS = 80
 """Dots an inch; the pictures are committed, and stay small."""
 
@@ -62,14 +65,14 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
     whole = max(arm.clips for arm in arms)
     arms = [arm for arm in arms if arm.clips == whole]  # dense runs that only some clips needed as rivals are left out
     works = [key for key in WORKS if key == "work_real" or any(not _same_work(arm) for arm in arms)]
-    figure = Figure(figsize=(1.5 + 5.5 * len(works), 5.5), layout="constrained")
+    figure = Figure(figsize=(3.5 + 5.5 * len(works), 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     panels = figure.subplots(1, len(works), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, works, strict=True):
         _draw_panel(panel, arms, key)
     panels[0].set_ylabel("PSNR to the converged run, dB")
-    panels[0].legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="lower right")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DOTS)
 
@@ -79,7 +82,8 @@ def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
     for arm in arms:
         series = _series(arm)
         groups.setdefault(series.partition(",")[0], {}).setdefault(series, []).append(arm)
-    colours = {group: f"C{number % 10}" for number, group in enumerate(one for one in groups if one != BEST)}
+    others = [group for group in groups if group != BEST]
+    looks = {group: (f"C{number % 10}", MARKS[number // 10 % len(MARKS)]) for number, group in enumerate(others)}
     for group, members in groups.items():
         for number, points in enumerate(members.values()):
             points.sort(key=lambda arm: arm.means[key])
@@ -90,7 +94,8 @@ def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
                 low, high = [arm.psnr.low for arm in points], [arm.psnr.high for arm in points]
                 panel.fill_between(across, low, high, color="k", alpha=0.1, linewidth=0)
             else:
-                panel.plot(across, up, "o-", color=colours[group], label=label, markersize=4, linewidth=0.7)
+                colour, mark = looks[group]
+                panel.plot(across, up, f"{mark}-", color=colour, label=label, markersize=4, linewidth=0.7)
     best = [arm for arm in _frontier(arms, key) if _series(arm) != BEST]
     panel.plot([arm.means[key] for arm in best], [arm.psnr.mean for arm in best], "ko", markersize=8, fillstyle="none")
     panel.set_xlabel(f"{WORKS[key]}, in dense steps")
