@@ -102,6 +102,11 @@ def digest(pipe: Any) -> str:
     return found.hexdigest()[:16]
 
 
+def subject_of(name: str, pipe: Any, size: int, steps: int, guidance: float) -> dict[str, Any]:
+    """Return what the figures are of; no gate has the name of one of these."""
+    return {"model": name, "weights": digest(pipe), "size": size, "sampling_steps": steps, "guidance": guidance}
+
+
 def kept_figures(path: Path, subject: dict[str, Any]) -> dict[str, Any]:
     """Return what a file holds on the same subject, or the subject alone: other weights' figures say nothing here."""
     figures = json.loads(path.read_text()) if path.exists() else {}
@@ -121,8 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RUNS / "acceptance.json")
     args = parser.parse_args()
     subject, pipe, name = subjects.chosen(args)
-    setting = {"size": subject.size, "steps": args.steps, "guidance": args.guidance}
-    figures = kept_figures(args.out, {"model": name, "weights": digest(pipe), **setting})
+    figures = kept_figures(args.out, subject_of(name, pipe, subject.size, args.steps, args.guidance))
     scenes, sampling = subject.scenes(args.count, subject.size), (args.steps, args.guidance)
     for gate in args.gates:
         if gate == "reconstruction":

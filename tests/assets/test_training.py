@@ -202,6 +202,7 @@ def judged(subject: subjects.Subject, model: Path | None, runs: Path, size: tupl
     assert not np.array_equal(unguided, again)
     rows = (2 if subject.frames == 1 else 5) * size[0]
     assert samples.sheet(videos).height == 2 * rows
+    assert not set(accept.subject_of(name, pipe, 48, 20, 4.0)) & set(accept.GATES)
     figures = accept.steps_gate(subject, pipe, scenes[:1], 4.0, 32)
     assert figures["reference_steps"] == 32
     assert 0 <= accept.judged(subject, pipe, scenes[:2], subject.frames, 2, 4.0)["score"] <= 1
