@@ -427,7 +427,7 @@ def test_it_has_no_switch_and_no_table(transformer, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "attach() also takes diffusers' own FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig," in printed
     with pytest.raises(
-        ConfigError, match=r"got <class .*FirstBlockCacheConfig'>; known: Delta.*; of diffusers: Faster"
+        ConfigError, match=r"got <class .*FirstBlockCacheConfig'>; known: DBCache, .*; of diffusers: Faster"
     ):
         dit_accel.attach(transformer, FirstBlockCacheConfig)
 
