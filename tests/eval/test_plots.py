@@ -30,7 +30,7 @@ def test_the_frontier_is_what_none_surpasses_at_as_little_work():
 def test_a_picture_has_a_panel_for_each_work_that_differs_and_is_small(tmp_path, real, panels):
     arms = [*DENSE, *(figure(f"group {n}, {s} 12", 25 + n, 6 + s, real) for n in range(9) for s in range(6))]
     plots.draw(arms, "a suite", tmp_path / "s.png")
-    assert Image.open(tmp_path / "s.png").width == pytest.approx((1.5 + 5.5 * panels) * plots.DOTS, abs=1)
+    assert Image.open(tmp_path / "s.png").width == pytest.approx((3.5 + 5.5 * panels) * plots.DOTS, abs=1)
     assert (tmp_path / "s.png").stat().st_size < 150_000
 
 
