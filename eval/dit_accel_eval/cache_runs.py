@@ -9,7 +9,6 @@ from dit_accel_pipelines.generate import run
 from dit_accel_pipelines.loading import load_pipeline
 from dit_accel_pipelines.progress import Stages
 from dit_accel_pipelines.request import Request, settle
-from torch import Tensor
 
 import dit_accel
 from dit_accel import ConfigError
@@ -116,8 +115,3 @@ def write_config(output: Path, config: MethodConfig, about: Sequence[str]) -> No
     with written_whole(output) as temporary:
         remarks = "".join(f"# {line}\n" for line in about)
         temporary.write_text(remarks + to_toml([config]), encoding="utf-8")
-
-
-def mean_size(tensor: Tensor) -> float:
-    """Return the mean of the absolute values."""
-    return float(tensor.float().abs().mean())

@@ -16,9 +16,10 @@ from dit_accel_pipelines.request import Request
 
 from dit_accel import ConfigError, MagCache
 from dit_accel.methods.caches.calibrated import CalibratedHandler
+from dit_accel.methods.caches.easy import mean_size
 from dit_accel.methods.site import ForwardContext
 
-from .cache_runs import Note, config_of, mean_size, watched_runs, write_config
+from .cache_runs import Note, config_of, watched_runs, write_config
 from .tuning import Table
 
 
@@ -82,7 +83,7 @@ def tune_magcache(request: Request, output: Path, *, stages: Stages | None = Non
 
 
 def _note_size(handler: CalibratedHandler, context: ForwardContext, output: Any) -> Note:
-    size = mean_size(handler.stored(context))
+    size = float(mean_size(handler.stored(context)))
     return {"transformer": context.transformer, "step": context.step_index, "size": size}
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dit_accel import ConfigError, TeaCache
 from dit_accel.methods.caches.calibrated import CalibratedHandler
-from dit_accel.methods.caches.easy import first_tensor
+from dit_accel.methods.caches.easy import first_tensor, mean_change, mean_size
 from dit_accel.methods.site import ForwardContext
 from dit_accel.rules.caching import rescaled
 
-from .cache_runs import Note, config_of, mean_size, watched_runs, write_config
+from .cache_runs import Note, config_of, watched_runs, write_config
 from .tuning import Table
 
 DEGREE = 4
@@ -131,8 +131,8 @@ class _Changes:
         stored, given = handler.stored(context), first_tensor(output)
         if self._last is not None and self._last[:2] == (context.transformer, context.step_index - 1):
             _, _, signal_before, stored_before, given_before = self._last
-            note["signal"] = mean_size(signal.float() - signal_before.float()) / mean_size(signal_before)
-            note["output"] = mean_size(stored.float() - stored_before.float()) / mean_size(given_before)
+            note["signal"] = float(mean_change(signal, signal_before) / mean_size(signal_before))
+            note["output"] = float(mean_change(stored, stored_before) / mean_size(given_before))
         self._last = context.transformer, context.step_index, signal, stored, given
         return note
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 from ...adapters.registry import families
 from ...errors import ConfigError, did_you_mean
 from ..base import Model
-from .config import StepCacheConfig
+from .config import MeasuredCacheConfig
 from .engine import StepCacheHandler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibratedConfig(StepCacheConfig):
+class CalibratedConfig(MeasuredCacheConfig):
     """What caches share that need numbers measured on the model.
 
     Attributes:
@@ -32,7 +32,7 @@ class CalibratedConfig(StepCacheConfig):
     measured_on: str | None = None
 
     def __post_init__(self) -> None:
-        StepCacheConfig.__post_init__(self)
+        MeasuredCacheConfig.__post_init__(self)
         if self.measured_on is not None and getattr(self, self.numbers) is None:
             raise ConfigError(
                 f"{self.name}.measured_on = {self.measured_on!r} says what {self.numbers} were measured on, and none "

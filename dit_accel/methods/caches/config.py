@@ -129,3 +129,25 @@ class StepCacheConfig(MethodConfig):
         if self.max_skips is not None and skips >= self.max_skips:
             return f"{skips} skipped in all"
         return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredCacheConfig(StepCacheConfig):
+    """What step caches share that skip a step while something stays below a threshold.
+
+    Attributes:
+        threshold: 0 skips nothing.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        StepCacheConfig.__post_init__(self)
+        if self.threshold is not None and self.threshold < 0:
+            usual = self.defaults["threshold"]
+            raise ConfigError(
+                f"{self.name}.threshold must be >= 0, got {self.threshold}; {usual:g} is usual, 0 skips nothing"
+            )

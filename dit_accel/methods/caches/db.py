@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +25,8 @@ from ..base import Model, Place
 from ..config import MethodConfig
 from ..site import Block, ForwardContext, Site
 from .active import require_no_cache
-from .config import StepCacheConfig
+from .config import MeasuredCacheConfig, StepCacheConfig
+from .easy import mean_size
 from .engine import Decider, StepCacheHandler, is_recorded, requires_grad
 from .history import History, shapes_of
 from .ranks import ratio
@@ -36,7 +36,7 @@ DEFAULTS: Mapping[str, Any] = {"threshold": 0.08, "warmup_steps": 0.2, "last_ste
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FirstBlockCache(StepCacheConfig):
+class FirstBlockCache(MeasuredCacheConfig):
     """Skips all blocks but the first while what that one adds hardly changes (First Block Cache of ParaAttention).
 
     With r what the first block adds to the visual stream, a step is skipped while |r - r'| / |r'| is below the
@@ -55,15 +55,10 @@ class FirstBlockCache(StepCacheConfig):
 
     first_blocks: ClassVar[int] = 1
     last_blocks: ClassVar[int] = 0
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        StepCacheConfig.__post_init__(self)
-        _check_threshold(self.name, self.threshold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DBCache(StepCacheConfig):
+class DBCache(MeasuredCacheConfig):
     """Skips the blocks in the middle while what the first ones add hardly changes (DBCache of cache-dit).
 
     As `FirstBlockCache`, with more blocks that always run.
@@ -82,11 +77,9 @@ class DBCache(StepCacheConfig):
 
     first_blocks: int | None = None
     last_blocks: int | None = None
-    threshold: float | None = None
 
     def __post_init__(self) -> None:
-        StepCacheConfig.__post_init__(self)
-        _check_threshold(self.name, self.threshold)
+        MeasuredCacheConfig.__post_init__(self)
         for field, least in (("first_blocks", 1), ("last_blocks", 0)):
             value = getattr(self, field)
             if value is not None and value < least:
@@ -198,10 +191,6 @@ class DBHandler(StepCacheHandler):
         self._first_blocks, self._last_blocks = self.settings.first_blocks or 0, self.settings.last_blocks or 0
         self._passes: dict[str, Pass] = {}
         self._counts: dict[str, int] = {}
-
-    def threshold(self) -> float | None:
-        """Return what the change is compared with."""
-        return self.settings.threshold
 
     def indicator(self, context: ForwardContext, decider: BlockDecider) -> float | None:
         """Return how much of what the first blocks add changed since the last computed step; waits for the device."""
@@ -330,10 +319,6 @@ class DBHandler(StepCacheHandler):
     def _needing(self, context: ForwardContext) -> str | None:
         return self._passes[context.transformer].needing
 
-    def _held(self) -> int:
-        added = [decider.added for decider in self._deciders.values() if isinstance(decider, BlockDecider)]
-        return super()._held() + sum(tensor.nbytes for tensor in added if tensor is not None)
-
     def _require_same_blocks(self, now: Pass) -> None:
         """Raise `ConfigError` if other blocks were called than those whose additions were forecast."""
         stored = sorted(index for span in self._spans(now.context) for index in span)
@@ -361,16 +346,6 @@ class FirstBlockHandler(DBHandler):
     config_type = FirstBlockCache
 
 
-def mean_size(of: Tensor) -> Tensor:
-    """Return the mean of the absolute values, summed in float32 or wider."""
-    return torch.linalg.vector_norm(of, 1, dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
-
-
 def _versions_of(streams: Streams) -> list[int]:
     """Return how often each stream was written to; 0 in inference mode, where torch does not count that."""
     return [0 if stream is None or stream.is_inference() else stream._version for stream in streams]
-
-
-def _check_threshold(method: str, threshold: float | None) -> None:
-    if threshold is not None and threshold < 0:
-        raise ConfigError(f"{method}.threshold must be >= 0, got {threshold}; 0.08 is usual, 0 skips nothing")

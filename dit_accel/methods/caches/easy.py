@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ...errors import ConfigError
 from ..site import ForwardContext
-from .config import StepCacheConfig
+from .config import MeasuredCacheConfig
 from .engine import Decider, StepCacheHandler
 from .ranks import ratio
 
@@ -22,7 +22,7 @@ DEFAULTS: Mapping[str, Any] = {"threshold": 0.05, "warmup_steps": 0.2, "last_ste
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EasyCache(StepCacheConfig):
+class EasyCache(MeasuredCacheConfig):
     """Skips steps whose output is expected to change little (EasyCache, arXiv 2507.02860); needs no calibration.
 
     With x the latents that go in and v the output, k = |dv| / |dx| over the last two computed steps; each further step
@@ -37,13 +37,6 @@ class EasyCache(StepCacheConfig):
 
     name: ClassVar[str] = "easycache"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
-
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        StepCacheConfig.__post_init__(self)
-        if self.threshold is not None and self.threshold < 0:
-            raise ConfigError(f"easycache.threshold must be >= 0, got {self.threshold}; 0.05 is usual, 0 skips nothing")
 
 
 @dataclass(slots=True)
@@ -72,10 +65,6 @@ class EasyHandler(StepCacheHandler):
     decider_type = EasyDecider
     settings: EasyCache
 
-    def threshold(self) -> float | None:
-        """Return tau."""
-        return self.settings.threshold
-
     def indicator(self, context: ForwardContext, decider: EasyDecider) -> float | None:
         """Return what the steps since the last computed one add up to, this one included; waits for the device."""
         if decider.changes is None or decider.v is None or decider.x is None:
@@ -93,7 +82,8 @@ class EasyHandler(StepCacheHandler):
 
     def computed(self, context: ForwardContext, decider: EasyDecider, output: Any) -> None:
         """Take the changes between the last two computed steps."""
-        x, v = self._latents(context), first_tensor(output)
+        x, v = decider.x, first_tensor(output)
+        assert x is not None
         if decider.v is not None and decider.x_computed is not None:
             decider.changes = mean_change(v, decider.v), mean_change(x, decider.x_computed)
         decider.x_computed, decider.v = x, v
@@ -107,6 +97,11 @@ def first_tensor(of: Any) -> Tensor:
     return next(leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)).detach()
 
 
+def mean_size(of: Tensor) -> Tensor:
+    """Return the mean of the absolute values, summed in float32 or wider."""
+    return torch.linalg.vector_norm(of, 1, dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
+
+
 def mean_change(one: Tensor, other: Tensor) -> Tensor:
     """Return the mean of |one - other|, in float32."""
-    return (one.float() - other.float()).abs().mean()
+    return mean_size(one.float() - other.float())

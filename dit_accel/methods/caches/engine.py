@@ -6,7 +6,7 @@ steps that are always computed, branches, transformers that take over, shapes th
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .active import require_no_cache
-from .config import StepCacheConfig
+from .config import MeasuredCacheConfig, StepCacheConfig
 from .history import History, shapes_of
 from .log import CachedForward, section_of
 from .ranks import agreed, groups_of
@@ -45,6 +45,12 @@ class Decider:
     reason: str = ""
     value: float | None = None
     in_a_row: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that the indicator needs; one that two fields hold counts once."""
+        values = tree_leaves([getattr(self, field.name) for field in fields(self)])
+        return sum({id(one): one.nbytes for one in values if isinstance(one, Tensor)}.values())
 
 
 class StepCacheHandler(Handler):
@@ -84,7 +90,7 @@ class StepCacheHandler(Handler):
 
     def threshold(self) -> float | None:
         """Return what the indicator is compared with."""
-        return None
+        return self.settings.threshold if isinstance(self.settings, MeasuredCacheConfig) else None
 
     def seen(self, context: ForwardContext, decider: Decider) -> None:
         """Note the input of a step, computed or not, after it was decided."""
@@ -133,15 +139,17 @@ class StepCacheHandler(Handler):
             history = self._histories[key] = self._new_history(shapes_of(latents))
         decider, leads, reuse = self._settle(context, bool(history.points))
         if reuse:
-            return history.forecast(latents, context.step_index, time, self._end(context))
+            given = history.forecast(latents, context.step_index, time, self._end(context))
+            self._peak = max(self._peak, self._held())
+            return given
         output = run()
         if any(requires_grad(leaf) for leaf in tree_leaves(output)):
             self._histories.pop(key)
             return output
         history.take(output, latents, context.step_index, time)
-        self._peak = max(self._peak, self._held())
         if leads:
             self.computed(context, decider, output)
+        self._peak = max(self._peak, self._held())
         return output
 
     def _begin(self, context: ForwardContext) -> float:
@@ -179,7 +187,7 @@ class StepCacheHandler(Handler):
 
     def _held(self) -> int:
         """Return how many bytes are held from step to step now."""
-        return sum(history.nbytes for history in self._histories.values())
+        return sum(one.nbytes for one in (*self._histories.values(), *self._deciders.values()))
 
     def _decide(self, context: ForwardContext) -> tuple[Decider, bool]:
         """Return who decides for a forward, and whether this one is the first of its step, which is measured."""

@@ -43,13 +43,10 @@ class MagCache(CalibratedConfig):
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
     numbers: ClassVar[str] = "ratios"
 
-    threshold: float | None = None
     ratios: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         CalibratedConfig.__post_init__(self)
-        if self.threshold is not None and self.threshold < 0:
-            raise ConfigError(f"magcache.threshold must be >= 0, got {self.threshold}; 0.12 is usual, 0 skips nothing")
         if self.ratios is not None and (not self.ratios or self.ratios[0] != 1):
             raise ConfigError(
                 f"magcache.ratios must begin with 1, the first step's, got {list(self.ratios[:3])}; give one for each "
@@ -66,10 +63,6 @@ class MagHandler(CalibratedHandler):
     settings: MagCache
     _steps: int | None = None
     """Steps of the last run."""
-
-    def threshold(self) -> float | None:
-        """Return the threshold."""
-        return self.settings.threshold
 
     def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
         """Return what the steps since the last computed one add up to, this one included.

@@ -17,7 +17,7 @@ from ...rules.caching import rescaled
 from ..base import Model
 from ..site import ForwardContext, Site
 from .calibrated import CalibratedConfig, CalibratedHandler
-from .easy import mean_change
+from .easy import mean_change, mean_size
 from .engine import Decider
 from .ranks import ratio
 
@@ -48,14 +48,11 @@ class TeaCache(CalibratedConfig):
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
     numbers: ClassVar[str] = "polynomial"
 
-    threshold: float | None = None
     polynomial: tuple[float, ...] | None = None
     polynomial_2: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         CalibratedConfig.__post_init__(self)
-        if self.threshold is not None and self.threshold < 0:
-            raise ConfigError(f"teacache.threshold must be >= 0, got {self.threshold}; 0.1 is usual, 0 skips nothing")
         for option in ("polynomial", "polynomial_2"):
             if getattr(self, option) == ():
                 raise ConfigError(f"teacache.{option} must have a coefficient or more, got none")
@@ -107,16 +104,12 @@ class TeaHandler(CalibratedHandler):
             )
         super().install(site)
 
-    def threshold(self) -> float | None:
-        """Return the threshold."""
-        return self.settings.threshold
-
     def indicator(self, context: ForwardContext, decider: TeaDecider) -> float | None:
         """Return what the steps since the last computed one add up to, this one included; waits for the device."""
         if decider.signal is None:
             return None
         decider.now, before = self._signal(context), decider.signal
-        change, size = self.numbers(context, mean_change(decider.now, before), before.float().abs().mean())
+        change, size = self.numbers(context, mean_change(decider.now, before), mean_size(before))
         polynomial = self._polynomial(context.transformer)
         assert polynomial is not None
         decider.total += rescaled(polynomial, ratio(change, size))
