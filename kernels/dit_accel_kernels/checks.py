@@ -65,16 +65,17 @@ def check_arguments(
     _check("identity_rows", identity_rows, (num_q,), torch.bool, q.device)
     if identity_rows is not None and identity_mix is None:
         raise ValueError("identity_rows chooses rows for identity_mix, found no identity_mix: give both")
-    if selection is None:
-        if return_tiles:
-            raise ValueError(
-                "return_tiles tells what a selection chose, found no selection: give one, or read the lists"
-            )
-        return
+    if selection is not None:
+        _check_selection(selection, tiles, batch, heads, q.device)
+    elif return_tiles:
+        raise ValueError("return_tiles tells what a selection chose, found no selection: give one, or read the lists")
+
+
+def _check_selection(selection: Selection, tiles: TileLists, batch: int, heads: int, device: torch.device) -> None:
     bits = (tiles.query_tiles, words_of(tiles.key_tiles))
-    _check("selection.keep", selection.keep, (batch, heads, *bits), torch.int32, q.device)
-    _check("selection.routed", selection.routed, (batch, heads, *bits), torch.int32, q.device)
-    _check("selection.pinned", selection.pinned, bits, torch.int32, q.device)
+    _check("selection.keep", selection.keep, (batch, heads, *bits), torch.int32, device)
+    _check("selection.routed", selection.routed, (batch, heads, *bits), torch.int32, device)
+    _check("selection.pinned", selection.pinned, bits, torch.int32, device)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
