@@ -236,6 +236,14 @@ def test_a_plan_that_needs_no_kernel_runs_on_the_users_own_backend(transformer):
     assert guided.isfinite().all()
 
 
+def test_what_lies_inside_a_nested_branch_is_told_its_name(transformer):
+    with dit_accel.attach(transformer, Guide(), SkipForwards(every=2)) as attachment:
+        forward(transformer, 0)
+        cached = handler_of(attachment, SkipForwardsHandler).last
+        assert set(cached) == {"cond", "cond/perturbed"}
+        assert not torch.equal(*(sample_of(out) for out in cached.values()))
+
+
 def test_guidance_lies_around_caches_around_the_model(transformer):
     with dit_accel.attach(transformer, SkipForwards(), Guide(), SkipBlock(), RADIAL) as one:
         first = [forward(transformer, step) for step in range(3)]
