@@ -7,11 +7,13 @@ protocol is in eval/README.md.
 import argparse
 import functools
 import json
+import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -89,10 +91,18 @@ def run(job: Job, clips: Sequence[int], *, workers: int = 1) -> None:
         for clip in clips:
             run_clip(job, clip)
     else:
-        with ProcessPoolExecutor(min(workers, len(clips)), mp_context=get_context("spawn")) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(clips)), mp_context=context, initializer=end_with_parent) as pool:
             for done in as_completed([pool.submit(run_clip, job, clip) for clip in clips]):
                 done.result()
     write_lines(job.out, _sorted(job.suite, latest(read_lines(job.out)).values()))
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it ends, however that does; else it would go on with its clip."""
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def setting_of(suite: Suite) -> Line:

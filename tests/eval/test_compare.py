@@ -1,6 +1,10 @@
 """The comparison: honest intervals, suites and results that say what is wrong, rivals, runs that go on."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -308,3 +312,49 @@ def test_a_real_suite_runs_in_two_processes(tmp_path, capsys):
     assert "| thin |" in printed
     assert main([str(path), "--cache", str(tmp_path / "cache")]) == 0
     assert capsys.readouterr().out == printed
+
+
+KILLED = """
+import os, time
+from multiprocessing import get_context
+from dit_accel_eval.compare import end_with_parent
+
+def work(path):
+    end_with_parent()
+    open(path, "w").write(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    import sys
+    get_context("spawn").Process(target=work, args=sys.argv[1:]).start()
+    time.sleep(120)
+"""
+
+
+def test_workers_end_with_a_suite_that_is_killed(tmp_path):
+    script, noted = tmp_path / "killed.py", tmp_path / "pid"
+    script.write_text(KILLED)
+    parent = subprocess.Popen([sys.executable, script, noted])
+    try:
+        wait_for(lambda: noted.exists() and noted.read_text())
+        worker = int(noted.read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not is_running(worker))
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
