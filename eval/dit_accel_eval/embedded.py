@@ -1,5 +1,6 @@
 """An embedded model as the suites run it: its pipeline, the call of a clip, and what a run made and cost."""
 
+import copy
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from dit_accel_pipelines.timing import timed_steps
 from dit_accel import ConfigError
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.errors import did_you_mean
+from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from .counting import Counter, Counts, attended, own_share
@@ -101,7 +103,7 @@ class EmbeddedModel:
         self._counter.take()
         generator = torch.Generator().manual_seed(clip)
         with (
-            attached(self.pipe, methods, "auto") as attachment,
+            attached(self.pipe, [_told_timestep(method, self.pipe) for method in methods], "auto") as attachment,
             quiet_diffusers(),
             timed_steps(self.pipe, Stages(quiet=True)) as timings,
         ):
@@ -148,6 +150,15 @@ def settled_call(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"a suite's call of {name} takes no {key!r}; {did_you_mean(key, known)}")
     defaults = {key: value for key, value in model_defaults(name).items() if key in known}
     return {**defaults, **given}
+
+
+def _told_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:
+    """Return one of diffusers' caches with the callback that tells it the timestep, which a file can't hold."""
+    if not isinstance(method, DiffusersCache) or getattr(method.config, "current_timestep_callback", ()) is not None:
+        return method
+    config: Any = copy.copy(method.config)
+    config.current_timestep_callback = lambda: pipe.current_timestep
+    return DiffusersCache(config=config)
 
 
 def _frames(out: Any) -> Clip:

@@ -164,6 +164,16 @@ MAGCACHE: Mapping[str, Recipe] = {
         1.04143 1.05057 1.06363 1.1025 1.14175
         """,
     ),
+    # the same with --model flux-tiny
+    "flux-tiny": _magcache(
+        0.12,
+        4,
+        0.2,
+        """
+        1.10986 1.11277 1.12805 1.09262 1.06692 1.05984 1.05705 1.05284 1.04908 1.04646 1.04844 1.05121 1.04213 1.0522
+        1.05063 1.04114 1.04343 1.01767 1.02109
+        """,
+    ),
 }
 
 
@@ -191,4 +201,6 @@ TEACACHE: Mapping[str, Recipe] = {
     "flux.1-dev": _teacache(0.25, 498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     # dit-accel tune teacache -o teacache.toml: of the timestep embedding, in 20 steps.
     "wan-tiny": _teacache(0.1, 855.864716, -489.814851, 98.1080102, -7.69469712, 0.238101971),
+    # the same with --model flux-tiny: it tells little (off by .033 where the changes spread by .035)
+    "flux-tiny": _teacache(0.1, -4669.23407, 1942.87142, -277.158544, 16.4048986, -0.267593638),
 }
