@@ -11,11 +11,15 @@ from dit_accel_pipelines.wan import WAN
 
 from dit_accel.adapters import registry
 from dit_accel.methods.attention.sol import SolHandler
+from dit_accel.methods.caches.engine import StepCacheHandler
+from dit_accel.methods.caches.history import History
+from dit_accel.methods.caches.static import StaticCache
 from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
+from dit_accel.testing.cache_checks import CACHE_CASES
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
-ADAPTER_ALONE = [name for name in FAST if name not in ("active", "batch", "padding", "pairs")]  # no method is tried
+ADAPTER_ALONE = [name for name in FAST if name not in ("caches", "active", "batch", "padding", "pairs")]  # no method
 OTHERS = [name for name in ADAPTERS if name != "wan"]
 MUST = ("places", "layout", "blocks")
 ADDED_POSITIONS = {"CogVideoXTransformer3DModel 0", "ConsisIDTransformer3DModel 2"}  # as CogVideoX-2B adds them
@@ -43,7 +47,7 @@ def check(name, models, only):
 def test_an_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
-    check(name, tiny_models.MODELS[name][:1], ["active", "batch", "padding"])
+    check(name, tiny_models.MODELS[name][:1], ["caches", "active", "batch", "padding"])
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,26 @@ def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch
     text = r"check 'pairs' failed: .*SolAttention.* attached in the other order give another output"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0], only=["pairs"])
+
+
+def shared_history(self, shapes, kept=[]):  # noqa: B006 - one for all branches is what is wrong
+    kept[:] = kept or [History(self.settings, shapes, self._start)]
+    return kept[0]
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "wrong", "message"),
+    [
+        (StaticCache, "always_computed", lambda *_: None, "staticcache that skips nothing changed step 1"),
+        (StepCacheHandler, "_stored", lambda *_: False, "staticcache did not skip step 1"),
+        (StepCacheHandler, "_new_history", shared_history, "the cond branch's held output is not its last"),
+    ],
+)
+def test_a_cache_that_does_not_what_it_says_is_found(monkeypatch, owner, method, wrong, message):
+    monkeypatch.setattr(owner, method, wrong)
+    monkeypatch.setattr("dit_accel.testing.cache_checks.CACHE_CASES", {"staticcache": CACHE_CASES["staticcache"]})
+    with pytest.raises(AssertionError, match=f"check 'caches' failed: {message}"):
+        check_adapter(WAN, tiny_models.MODELS["wan"][0], only=["caches"])
 
 
 def test_a_model_too_small_to_be_thinned_out_is_told_so():

@@ -1,0 +1,163 @@
+"""Check step and block caches on a model: what never skips changes nothing; a skipped step runs what the cache says."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attachment.attachment import attach
+from ..attachment.find import attention_modules
+from ..attachment.site import find_blocks
+from ..methods.caches.config import StepCacheConfig
+from ..methods.caches.db import FirstBlockCache
+from ..methods.caches.easy import EasyCache
+from ..methods.caches.mag import MagCache
+from ..methods.caches.static import StaticCache
+from ..methods.caches.tea import TeaCache
+from .recording import require, require_same
+from .tiny_models import STEPS, Case, rows_of, wide_inputs
+
+ALWAYS = 1e9
+"""A threshold below which everything lies."""
+
+BRANCHES = ("cond", "uncond")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheCase:
+    """One cache on a tiny model.
+
+    Attributes:
+        active: skips every step that it can.
+        first: steps that it must compute before the first it skips.
+        runs_first: blocks at the front that a skipped step still runs.
+        counted: it needs the number of steps.
+    """
+
+    active: StepCacheConfig
+    first: int = 1
+    runs_first: int = 0
+    counted: bool = False
+
+    @property
+    def neutral(self) -> StepCacheConfig:
+        """The same cache, skipping nothing."""
+        return replace(self.active, **({"every": 1} if isinstance(self.active, StaticCache) else {"threshold": 0.0}))
+
+
+_ALL = {"warmup_steps": 0, "last_steps": 0}
+
+CACHE_CASES: dict[str, CacheCase] = {
+    "staticcache": CacheCase(active=StaticCache(every=2, **_ALL)),
+    "easycache": CacheCase(active=EasyCache(threshold=ALWAYS, **_ALL), first=2),
+    "teacache": CacheCase(active=TeaCache(threshold=ALWAYS, polynomial=(1.0, 0.0), polynomial_2=(1.0, 0.0), **_ALL)),
+    "magcache": CacheCase(active=MagCache(threshold=ALWAYS, ratios=(1.0,) * STEPS, **_ALL), counted=True),
+    "firstblockcache": CacheCase(active=FirstBlockCache(threshold=ALWAYS, **_ALL), runs_first=1),
+}
+"""Method name -> how it is tried; open to every package."""
+
+
+def caches_for(case: Case) -> dict[str, CacheCase]:
+    """Return the caches that a model can take."""
+    adapter, possible = case.adapter, {}
+    for name, tried in CACHE_CASES.items():
+        lacking = (
+            name in adapter.refused
+            or (tried.runs_first and adapter.blocks == ())
+            or (isinstance(tried.active, TeaCache) and adapter.signal is None)
+            or (tried.counted and not hasattr(case.transformer, "cache_context"))
+        )
+        if not lacking:
+            possible[name] = tried
+    return possible
+
+
+def check_caches(case: Case) -> None:
+    """Each cache computes all with a threshold of 0, and where it skips, what it must and nothing else.
+
+    Computed steps before the first skipped one are the plain ones, bit for bit; a second generation is the first one;
+    branches and what is detached keep nothing of it.
+    """
+    inputs = case.inputs(1)
+    plain = [case.run(_at(case, inputs, step), step) for step in range(3)]
+    places = [name for name, _, _ in attention_modules(case.transformer, case.adapter)]
+    for name, tried in caches_for(case).items():
+        with _counted(case, places) as ran, attach(case.transformer, tried.neutral):
+            for step in range(tried.first + 1):
+                out = case.run(_at(case, inputs, step), step)
+                require(torch.equal(out, plain[step]), f"{name} that skips nothing changed step {step}")
+            require(len(ran) == (tried.first + 1) * len(places), f"{name} that skips nothing skipped attention calls")
+        with _counted(case, places) as ran, attach(case.transformer, tried.active):
+            first = _generation(case, inputs, tried, plain, name)
+            expected = tried.first * len(places) + _still_run(case, places, tried)
+            require(len(ran) == expected, f"{name}: {len(ran)} attention calls ran, the cache says {expected}")
+            again = _generation(case, inputs, tried, plain, name)
+            require(torch.equal(first, again), f"{name}: a second generation differs from the first")
+        require(torch.equal(case.run(inputs), plain[0]), f"{name} left the output changed")
+    _check_held(case, inputs)
+    _check_rows(case)
+
+
+def _at(case: Case, inputs: dict[str, Any], step: int) -> dict[str, Any]:
+    """Return the inputs of a step: latents move from step to step, or nothing would tell how fast."""
+    return case.with_latents(inputs, case.latents(inputs) * (1 - 0.05 * step))
+
+
+def _generation(case: Case, inputs: dict[str, Any], tried: CacheCase, plain: list[Tensor], name: str) -> Tensor:
+    """Run a generation whose last step is skipped, and return what that one gave."""
+    for step in range(tried.first):
+        out = case.run(_at(case, inputs, step), step)
+        require(torch.equal(out, plain[step]), f"{name} changed step {step}, before it skipped any")
+    out = case.run(_at(case, inputs, tried.first), tried.first)
+    require(bool(out.isfinite().all()), f"{name} forecasts values that are not finite")
+    require(not torch.equal(out, plain[tried.first]), f"{name} did not skip step {tried.first}")
+    return out
+
+
+def _check_held(case: Case, inputs: dict[str, Any]) -> None:
+    """With the same latents, a skipped step that holds the residual gives its own branch's last output.
+
+    But for the rounding of the residual and of the sum: half a unit in the last place of what the latents and output
+    come to together, each.
+    """
+    other = case.with_latents(inputs, case.latents(inputs) * 0.5)
+    with attach(case.transformer, StaticCache(every=2, warmup_steps=0, last_steps=0)):
+        computed = [case.run(given, 0, branch) for branch, given in zip(BRANCHES, (inputs, other), strict=True)]
+        skipped = [case.run(given, 1, branch) for branch, given in zip(BRANCHES, (inputs, other), strict=True)]
+    for branch, one, two in zip(BRANCHES, computed, skipped, strict=True):
+        allowed = torch.finfo(one.dtype).eps * (case.latents(inputs).abs().max() + one.abs().max())
+        require(bool((two - one).abs().max() <= allowed), f"the {branch} branch's held output is not its last")
+
+
+def _check_rows(case: Case) -> None:
+    """What a skipped step gives each row of a batched call is what the row gets by itself."""
+    if case.model.max_batch < 2:
+        return
+    wide, both = case.wide(), wide_inputs(case.inputs(2))
+    with attach(wide, StaticCache(every=2, warmup_steps=0, last_steps=0)):
+        batched = case.run_after(1, both, branch="cond_uncond", transformer=wide)
+        for row, branch in enumerate(("uncond", "cond")):
+            alone = case.run_after(1, rows_of(both, row, 2), branch=branch, transformer=wide)
+            require_same(batched[row : row + 1], alone, f"row {row} of a batch's forecast differs from its own")
+
+
+def _still_run(case: Case, places: list[str], tried: CacheCase) -> int:
+    """Return how many attention modules a skipped step runs."""
+    if not tried.runs_first:
+        return 0
+    names = [block.name for block in find_blocks(case.adapter, case.transformer)]
+    return sum(any(place.startswith(f"{name}.") for name in names[: tried.runs_first]) for place in places)
+
+
+@contextlib.contextmanager
+def _counted(case: Case, places: list[str]) -> Iterator[list[str]]:
+    """Give the attention modules that ran, by name, each time they did."""
+    ran: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name in places:
+            module = case.transformer.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)).remove)
+        yield ran
