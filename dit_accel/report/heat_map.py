@@ -1,4 +1,4 @@
-"""The report's picture: kept share of every step, layer and head as a heat map. Loads matplotlib when called.
+"""The report's picture: kept share of every step, layer and head, and which steps ran. Loads matplotlib when called.
 
 Reports are read by their fields alone, so that the report may import this file.
 """
@@ -16,20 +16,29 @@ from ..files import written_whole
 DENSE, NOT_RUN = "0.82", "1.0"
 """Greys of attention calls that stayed dense and of steps that did not run."""
 
+RAN, VALUE = "#3b528b", "#d95f02"
+"""Colours of steps that a cache computed, and of what decided."""
+
 
 def write_heat_map(report: Any, path: Path) -> None:
     """Write the heat map of a report as a PNG, whole or not at all: one panel per transformer and branch.
 
+    Below it, or alone where all attention was dense, the steps that a cache computed and those it skipped.
+
     Raises:
-        ConfigError: if nothing followed a plan, or the path is not a .png in an existing folder.
+        ConfigError: if nothing followed a plan and no step was a cache's to skip, or the path is not a .png in
+            an existing folder.
         MissingBackend: without matplotlib.
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"report().plot writes a PNG, got {path}; end the name in .png")
     if not path.parent.is_dir():
         raise ConfigError(f"report().plot can't write {path}: {path.parent} is not a folder; create it first")
-    if not report.calls:
-        raise ConfigError("report().plot has nothing to show: no attention call followed a plan; generate first")
+    if not _has_content(report):
+        raise ConfigError(
+            "report().plot has nothing to show: no attention call followed a plan, and no cache decided on a step; "
+            "generate first"
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingBackend("report().plot needs matplotlib, found none; pip install 'matplotlib>=3.8'")
     figure = _draw(report)
@@ -39,11 +48,15 @@ def write_heat_map(report: Any, path: Path) -> None:
 
 def heat_map_png(report: Any, dpi: int = 80) -> bytes | None:
     """Return the heat map as the bytes of a PNG; None where there is nothing to show, or no matplotlib."""
-    if not report.calls or importlib.util.find_spec("matplotlib") is None:
+    if not _has_content(report) or importlib.util.find_spec("matplotlib") is None:
         return None
     image = io.BytesIO()
     _draw(report).savefig(image, dpi=dpi, format="png")
     return image.getvalue()
+
+
+def _has_content(report: Any) -> bool:
+    return bool(report.calls) or any(section.strips for section in report.sections)
 
 
 def kept_shares(report: Any, transformer: str, branch: str) -> tuple[np.ndarray, np.ndarray]:
@@ -55,8 +68,8 @@ def kept_shares(report: Any, transformer: str, branch: str) -> tuple[np.ndarray,
     forwards = [step for step in report.steps if (step.transformer, step.branch) == (transformer, branch)]
     calls = [call for call in report.calls if (call.transformer, call.branch) == (transformer, branch)]
     heads = max((len(call.by_head) for call in calls), default=0) or 1
-    layers = max(step.dense_layers + step.sparse_layers for step in forwards)
-    steps = max(step.step_index for step in report.steps) + 1
+    layers = max((step.dense_layers + step.sparse_layers for step in forwards), default=1)
+    steps = _steps(report)
     shares = np.full((layers, heads, steps), np.nan)
     for call in calls:
         shares[call.layer, :, call.step_index] = call.by_head or call.density
@@ -66,26 +79,74 @@ def kept_shares(report: Any, transformer: str, branch: str) -> tuple[np.ndarray,
     return shares.reshape(layers * heads, steps), dense.reshape(layers * heads, steps)
 
 
+def _steps(report: Any) -> int:
+    """Return the steps of the run, skipped ones included."""
+    skipped = [step for section in report.sections for strip in section.strips for step in strip.steps]
+    return max([*skipped, *(step.step_index for step in report.steps)]) + 1
+
+
 def _draw(report: Any) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((step.transformer, step.branch) for step in report.steps))
-    data = [kept_shares(report, *panel) for panel in panels]
-    height = min(14.0, max(3.2, 1.4 + max(len(shares) for shares, _ in data) * 0.06))
-    figure = Figure(figsize=(1.6 + 4.2 * len(panels), height), layout="constrained")
+    drawn = [section for section in report.sections if section.strips]
+    panels = list(dict.fromkeys((one.transformer, one.branch) for one in _forwards(report, drawn)))
+    maps = [kept_shares(report, *panel) for panel in panels] if report.calls else []
+    tall = [min(12.8, max(2.0, 0.2 + max(len(shares) for shares, _ in maps) * 0.06))] if maps else []
+    heights = [*tall, *(0.9 for _ in drawn)]
+    figure = Figure(figsize=(1.6 + 4.2 * len(panels), 1.2 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes = figure.subplots(len(heights), len(panels), squeeze=False, sharex=True, height_ratios=heights)
+    if maps:
+        _draw_maps(figure, axes[0], report, panels, maps)
+    for row, section in zip(axes[len(tall) :], drawn, strict=True):
+        for axis, panel in zip(row, panels, strict=True):
+            for strip in (strip for strip in section.strips if (strip.transformer, strip.branch) == panel):
+                _strip(axis, strip)
+        row[0].set_ylabel(section.method)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        axis.set_title(", ".join(panel))
+    for axis in axes[-1]:
+        axis.set_xlabel(axis.get_xlabel() or "step")
+        axis.set_xlim(-0.5, _steps(report) - 0.5)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    told = f": density {report.density:.3f} over the run" if maps else ""
+    figure.suptitle(f"{', '.join(report.methods)}{told}")
+    return figure
+
+
+def _forwards(report: Any, sections: list[Any]) -> list[Any]:
+    """Return all that has a transformer and a branch of its own."""
+    return [*report.steps, *(strip for section in sections for strip in section.strips)]
+
+
+def _draw_maps(figure: Any, axes: Any, report: Any, panels: list[Any], maps: list[Any]) -> None:
     images, by_head = [], False
-    for axis, panel, (shares, dense) in zip(axes, panels, data, strict=True):
-        layers = max(s.dense_layers + s.sparse_layers for s in report.steps if (s.transformer, s.branch) == panel)
+    for axis, panel, (shares, dense) in zip(axes, panels, maps, strict=True):
+        own = [s.dense_layers + s.sparse_layers for s in report.steps if (s.transformer, s.branch) == panel]
+        layers = max(own, default=1)
         images.append(_panel(axis, shares, dense, layers))
         by_head |= len(shares) > layers
-        axis.set_title(", ".join(panel))
     axes[0].set_ylabel("layer (a line in it is a head)" if by_head else "layer")
     figure.colorbar(images[-1], ax=list(axes), label="kept share of the tiles (grey: dense)")
-    figure.suptitle(f"{', '.join(report.methods)}: density {report.density:.3f} over the run")
-    return figure
+
+
+def _strip(axis: Any, strip: Any) -> None:
+    """Draw the steps that ran as bars, and what decided over its threshold as a line."""
+    ran = [step for step, reused in zip(strip.steps, strip.reused, strict=True) if not reused]
+    axis.set_facecolor(NOT_RUN)
+    axis.bar(ran, 1.0, width=0.9, color=RAN, label="computed")
+    axis.set_ylim(0, 1)
+    axis.set_yticks([])
+    told = ""
+    measured = [(step, value) for step, value in zip(strip.steps, strip.values, strict=True) if value is not None]
+    if measured and strip.threshold:
+        steps, values = zip(*measured, strict=True)
+        shares = np.clip(np.nan_to_num(np.array(values) / (2 * strip.threshold), nan=1.0, posinf=1.0), 0, 1)
+        axis.plot(steps, shares, "o-", color=VALUE, markersize=2.5, linewidth=0.8)
+        axis.axhline(0.5, color=VALUE, linewidth=0.6, linestyle="--")
+        told = "; line: what decided, dashed: its threshold"
+    axis.set_xlabel(f"step; bars: computed {len(ran)} of {len(strip.steps)}{told}", fontsize=8)
 
 
 def _panel(axis: Any, shares: np.ndarray, dense: np.ndarray, layers: int) -> Any:
@@ -101,7 +162,5 @@ def _panel(axis: Any, shares: np.ndarray, dense: np.ndarray, layers: int) -> Any
     if heads > 1 and layers <= 60:
         for layer in range(1, layers):
             axis.axhline(layer - 0.5, color="white", linewidth=0.6)
-    axis.set_xlabel("step")
-    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.get_major_locator().set_params(integer=True)
     return image

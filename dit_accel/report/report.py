@@ -100,10 +100,11 @@ class Report:
         return next((section for section in self.sections if section.method == method), None)
 
     def plot(self, path: str | Path) -> None:
-        """Write a heat map of what was kept, by step, layer and head, as a PNG; needs matplotlib.
+        """Write what was kept, by step, layer and head, and which steps were skipped, as a PNG; needs matplotlib.
 
         Raises:
-            ConfigError: if nothing followed a plan, or the path is not a .png in an existing folder.
+            ConfigError: if nothing followed a plan and no step was a cache's to skip, or the path is not a .png in
+            an existing folder.
             MissingBackend: without matplotlib.
         """
         from .heat_map import write_heat_map
@@ -196,4 +197,11 @@ def _mean(shares: Sequence[float | Tensor], otherwise: float) -> float:
 
 
 def _spell(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in options.items())
+    return ", ".join(f"{key}={_short(value)}" for key, value in options.items())
+
+
+def _short(value: Any) -> str:
+    """Return an option as a line can hold it: of more than eight values the first and the last, and how many."""
+    if isinstance(value, (tuple, list)) and len(value) > 8:
+        return f"[{value[0]}, {value[1]}, ... {value[-1]}; {len(value)} values]"
+    return str(value)

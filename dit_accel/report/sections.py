@@ -6,6 +6,27 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Strip:
+    """Which forwards of one transformer and branch ran, in the order of the run; `Report.plot` draws it.
+
+    Attributes:
+        transformer: component name.
+        branch: name of the denoising call.
+        steps: 0-based steps.
+        reused: for each step, whether it was skipped, and a forecast given.
+        values: for each step, what decided; None where nothing was measured.
+        threshold: what that was compared with; None: with nothing.
+    """
+
+    transformer: str
+    branch: str
+    steps: tuple[int, ...]
+    reused: tuple[bool, ...]
+    values: tuple[float | None, ...]
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
     """What one method did in the last generation.
 
@@ -14,12 +35,14 @@ class Section:
         title: one line.
         lines: what a reader should know, a line each.
         data: the same as plain values, for JSON and for tools.
+        strips: what to draw of it.
     """
 
     method: str
     title: str
     lines: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+    strips: tuple[Strip, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join([self.title, *(f"  {line}" for line in self.lines)])

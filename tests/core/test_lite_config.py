@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from dit_accel_kernels import unpack_bits
@@ -17,6 +19,7 @@ from dit_accel.methods.attention.lite.config import THRESHOLDS
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.ranges import check_ranges, range_tiles
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, read_thresholds, write_thresholds
+from dit_accel.methods.caches.log import CachedForward, section_of
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
@@ -221,12 +224,39 @@ class TestPicture:
         assert (209, 209, 209) in colours  # dense calls, grey
         assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
 
+    def test_skipped_steps_stand_below_and_alone(self, tmp_path):
+        from PIL import Image
+
+        forwards = [
+            CachedForward(
+                transformer="transformer", step_index=step, branch="cond", reused=step == 2, reason="", value=value
+            )
+            for step, value in enumerate([None, 0.3, 0.05, math.nan])
+        ]
+        section = section_of("easycache", forwards, 0.1)
+        (strip,) = section.strips
+        assert (strip.steps, strip.reused, strip.threshold) == ((0, 1, 2, 3), (False, False, True, False), 0.1)
+        for name, report in (
+            ("alone.png", replace(self.REPORT, calls=(), sections=(section,))),
+            ("below.png", replace(self.REPORT, sections=(section,))),
+        ):
+            report.plot(tmp_path / name)
+            with Image.open(tmp_path / name) as image:
+                drawn = np.asarray(image.convert("RGB"))
+            assert (drawn == (0xD9, 0x5F, 0x02)).all(-1).any()  # what decided
+            # three steps ran, the third did not: the bars along the bottom of the strip
+            bars = (drawn == (0x3B, 0x52, 0x8B)).all(-1)
+            line = bars[bars.any(1)][-1]
+            starts = np.flatnonzero(line[1:] & ~line[:-1])
+            assert len(starts) == 3
+            assert starts[2] - starts[1] == pytest.approx(2 * (starts[1] - starts[0]), abs=2)
+
     def test_what_can_t_be_drawn(self, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"plot writes a PNG, got .*map\.pdf; end the name in \.png"):
             self.REPORT.plot(tmp_path / "map.pdf")
         with pytest.raises(ConfigError, match=r"can't write .*: .*nowhere is not a folder; create it first"):
             self.REPORT.plot(tmp_path / "nowhere" / "map.png")
-        with pytest.raises(ConfigError, match="nothing to show: no attention call followed a plan; generate first"):
+        with pytest.raises(ConfigError, match="nothing to show: no attention call .*, and no cache decided on a step; gen"):
             Report(methods={}, backend="torch", model={}).plot(tmp_path / "map.png")
         monkeypatch.setattr(heat_map.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(MissingBackend, match=r"plot needs matplotlib, found none; pip install 'matplotlib>=3\.8'"):

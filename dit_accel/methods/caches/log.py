@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ...report.sections import Section
+from ...report.sections import Section, Strip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +38,18 @@ def section_of(method: str, forwards: list[CachedForward], threshold: float | No
     if not forwards:
         return None
     reused = sum(entry.reused for entry in forwards)
-    lines = []
+    lines, strips = [], []
     for transformer, branch in dict.fromkeys((entry.transformer, entry.branch) for entry in forwards):
         own = [entry for entry in forwards if (entry.transformer, entry.branch) == (transformer, branch)]
         drawn = "".join("." if entry.reused else "#" for entry in own)
         lines.append(f"{transformer}, {branch}: {drawn}")
+        strips.append(
+            Strip(
+                transformer=transformer, branch=branch, steps=tuple(entry.step_index for entry in own),
+                reused=tuple(entry.reused for entry in own), values=tuple(entry.value for entry in own),
+                threshold=threshold,
+            )
+        )  # fmt: skip
     if any(entry.value is not None for entry in forwards):
         values = [entry.value for entry in forwards if entry.value is not None and entry.value == entry.value]
         spread = f"{min(values):.3g} to {max(values):.3g}" if values else "not a number"
@@ -54,4 +61,4 @@ def section_of(method: str, forwards: list[CachedForward], threshold: float | No
         "threshold": threshold,
     }
     title = f"{method}: {reused} of {len(forwards)} forwards reused (# computed, . reused)"
-    return Section(method=method, title=title, lines=tuple(lines), data=data)
+    return Section(method=method, title=title, lines=tuple(lines), data=data, strips=tuple(strips))
