@@ -1,11 +1,26 @@
 """Step caches beside sparse methods: these count computed steps, and the steps they need are not skipped."""
 
+import dataclasses
+
 import pytest
 import torch
 from wan_tiny import denoise, sharp_transformer
 
 import dit_accel
-from dit_accel import DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD, StaticCache, UltraViCo
+from dit_accel import (
+    DBCache,
+    DeltaAttention,
+    EasyCache,
+    FirstBlockCache,
+    LiteAttention,
+    MagCache,
+    RadialAttention,
+    SolAttention,
+    SparseD,
+    StaticCache,
+    TeaCache,
+    UltraViCo,
+)  # fmt: skip
 
 TILES = dict(block_size=16, dense_steps=0, dense_layers=0)
 SPARSED = SparseD(density=0.5, **TILES)
@@ -21,8 +36,19 @@ SPARSE = {
 CACHE = StaticCache(every=2, warmup_steps=2, last_steps=0)
 
 
-def drawn(attachment):
-    forwards = attachment.report().section("staticcache").data["forwards"]
+ALL = dict(threshold=1e9, warmup_steps=3, last_steps=0, max_consecutive=1)
+CACHES = {
+    "easycache": (EasyCache(**ALL), 0),
+    "teacache": (TeaCache(polynomial=(1.0, 0.0), **ALL), 0),
+    "magcache": (MagCache(ratios=(1.0,) * 6, **ALL), 0),
+    "firstblockcache": (FirstBlockCache(**ALL), 1),
+    "dbcache": (DBCache(first_blocks=1, last_blocks=1, **ALL), 2),
+}
+"""Cache, and the blocks that a skipped step still runs."""
+
+
+def drawn(attachment, cache="staticcache"):
+    forwards = attachment.report().section(cache).data["forwards"]
     return "".join("." if entry["reused"] else "#" for entry in forwards if entry["branch"] == "cond")
 
 
@@ -50,6 +76,32 @@ def test_each_plans_in_computed_steps_alone(sparse):
         assert torch.equal(denoise(transformer, 6), both)
     assert not torch.equal(both, alone)
     assert torch.equal(denoise(transformer, 6), plain)
+
+
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("sparse", SPARSE.values(), ids=SPARSE)
+def test_each_cache_beside_each_method(sparse, cache):
+    config, kept = cache
+    transformer = sharp_transformer()
+    with dit_accel.attach(transformer, *sparse) as attachment:
+        alone = denoise(transformer, 6)
+        planned = {step.step_index: step.sparse_layers for step in attachment.report().steps}
+    with dit_accel.attach(transformer, *sparse, dataclasses.replace(config, threshold=0.0)):
+        assert torch.equal(denoise(transformer, 6), alone)
+    with dit_accel.attach(transformer, *sparse, config) as attachment:
+        both = denoise(transformer, 6)
+        assert drawn(attachment, config.name) == "###.#."
+        ran = {step.step_index: step.sparse_layers + step.dense_layers for step in attachment.report().steps}
+        layers = ran[0]
+        assert ran == {0: layers, 1: layers, 2: layers, 4: layers} | ({3: kept, 5: kept} if kept else {})
+        assert all(
+            step.sparse_layers == min(planned[step.step_index], ran[step.step_index])
+            for step in attachment.report().steps
+        )
+        assert torch.equal(denoise(transformer, 6), both)
+    with dit_accel.attach(transformer, config, *reversed(sparse)):
+        assert torch.equal(denoise(transformer, 6), both)
+    assert not torch.equal(both, alone)
 
 
 def test_a_pattern_is_found_when_it_is_due():

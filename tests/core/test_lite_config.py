@@ -256,7 +256,7 @@ class TestPicture:
             self.REPORT.plot(tmp_path / "map.pdf")
         with pytest.raises(ConfigError, match=r"can't write .*: .*nowhere is not a folder; create it first"):
             self.REPORT.plot(tmp_path / "nowhere" / "map.png")
-        with pytest.raises(ConfigError, match="nothing to show: no attention call .*, and no cache decided on a step; gen"):
+        with pytest.raises(ConfigError, match=r"nothing to show: .*, and no cache decided on a step; generate first"):
             Report(methods={}, backend="torch", model={}).plot(tmp_path / "map.png")
         monkeypatch.setattr(heat_map.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(MissingBackend, match=r"plot needs matplotlib, found none; pip install 'matplotlib>=3\.8'"):
