@@ -1,0 +1,170 @@
+"""Caches under everything that users do to a transformer: compiled in four ways, offloaded, with LoRA, quantised."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from wan_tiny import generate
+
+import dit_accel
+from dit_accel import DBCache, EasyCache, FirstBlockCache, RadialAttention, StaticCache
+
+ALWAYS = dict(threshold=1e9, warmup_steps=3, last_steps=1, max_consecutive=1, predictor="taylor")
+RADIAL = RadialAttention(decay_factor=0.2, near="half", sink=False, block_size=16, dense_steps=1, dense_layers=0)
+STEP_CACHES = {
+    "easycache": EasyCache(**ALWAYS),
+    "staticcache": StaticCache(every=2, warmup_steps=3, last_steps=1, predictor="taylor"),
+}
+BLOCK_CACHES = {
+    "firstblockcache": FirstBlockCache(**ALWAYS),
+    "dbcache": DBCache(first_blocks=1, last_blocks=1, **ALWAYS),
+}
+CACHES = {**STEP_CACHES, **BLOCK_CACHES}
+STEPS = 8
+DRAWN = "###.#.##"
+
+
+def made(pipe, *methods):
+    """Return the latents of a run, and which of its steps the cache computed."""
+    with dit_accel.attach(pipe, *methods) as attachment:
+        out = generate(pipe, num_inference_steps=STEPS)
+        return out, drawn(attachment, methods[-1].name)
+
+
+def drawn(attachment, name):
+    forwards = attachment.report().section(name).data["forwards"]
+    return "".join("." if entry["reused"] else "#" for entry in forwards if entry["branch"] == "cond")
+
+
+@pytest.fixture
+def fresh_graphs():
+    torch._dynamo.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "when"),
+    [  # others are refused with the reason: tests/core/test_places.py
+        pytest.param(name, how, when, marks=() if name in ("easycache", "firstblockcache") else pytest.mark.slow)
+        for name in CACHES
+        for how in (("blocks",) if name in BLOCK_CACHES else ("blocks", "compile", "torch.compile"))
+        for when in (("before",) if how == "torch.compile" else ("before", "after"))
+    ],
+)
+def test_a_cache_adds_no_graph(make_pipe, fresh_graphs, name, how, when):
+    """With a cache the graphs are those of the sparse method alone: one of dense calls, one of planned ones."""
+    cache = CACHES[name]
+    expected, steps = made(make_pipe(), RADIAL, cache)
+    assert steps == DRAWN
+    pipe = make_pipe()
+    if when == "before":
+        compile_as(pipe, how)
+    with dit_accel.attach(pipe, RADIAL, cache) as attachment:
+        if when == "after":
+            compile_as(pipe, how)
+        torch.testing.assert_close(generate(pipe, num_inference_steps=STEPS), expected, rtol=1e-4, atol=1e-4)
+        assert fresh_graphs() == 2
+        generate(pipe, num_inference_steps=STEPS)
+        assert fresh_graphs() == 2
+        assert drawn(attachment, name) == DRAWN
+
+
+def compile_as(pipe, how):
+    options = dict(fullgraph=True, backend="aot_eager")
+    if how == "blocks":
+        pipe.transformer.compile_repeated_blocks(**options)
+    elif how == "compile":
+        pipe.transformer.compile(**options)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, **options)
+
+
+@pytest.mark.parametrize("first", ["cache", "offload"])
+@pytest.mark.parametrize("how", ["model", "sequential", "group of leaves", "group of blocks"])
+@pytest.mark.parametrize("name", CACHES)
+def test_an_offloaded_model_gives_the_same(make_pipe, name, how, first):
+    expected, steps = made(make_pipe(), CACHES[name])
+    assert steps == DRAWN
+    pipe = make_pipe()
+    if first == "offload":
+        offload(pipe, how)
+    with dit_accel.attach(pipe, CACHES[name]) as attachment:
+        if first == "cache":
+            offload(pipe, how)
+        assert torch.equal(generate(pipe, num_inference_steps=STEPS), expected)
+        assert drawn(attachment, name) == DRAWN
+        assert torch.equal(generate(pipe, num_inference_steps=STEPS), expected)
+
+
+def offload(pipe, how):
+    """Offload to and from the CPU itself: the hooks are diffusers' and accelerate's own, only nothing moves."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+    from diffusers.hooks import apply_group_offloading
+
+    cpu = torch.device("cpu")
+    if how == "model":
+        add_hook_to_module(pipe.transformer, CpuOffload(cpu))
+    elif how == "sequential":
+        cpu_offload(pipe.transformer, execution_device=cpu, offload_buffers=False)
+    elif how == "group of leaves":
+        apply_group_offloading(pipe.transformer, cpu, cpu, offload_type="leaf_level")
+    else:
+        apply_group_offloading(pipe.transformer, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_lora_before_or_after_and_another_scale(make_pipe, name):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    results = []
+    for lora_first in (True, False):
+        pipe = make_pipe()
+        torch.manual_seed(3)
+        if lora_first:
+            pipe.transformer.add_adapter(lora)
+        with dit_accel.attach(pipe, CACHES[name]):
+            if not lora_first:
+                bare = generate(pipe, num_inference_steps=STEPS)
+                torch.manual_seed(3)
+                pipe.transformer.add_adapter(lora)
+            results.append(generate(pipe, num_inference_steps=STEPS))
+    assert torch.equal(*results)
+    assert not torch.equal(results[1], bare)
+
+
+class Quantised(nn.Linear):
+    """A linear layer whose weights are whole numbers of 8 bits, as quantising backends keep them."""
+
+    @classmethod
+    def of(cls, linear):
+        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        made.scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        made.weight = nn.Parameter((linear.weight / made.scale).round().to(torch.int8), requires_grad=False)
+        made.bias = linear.bias
+        return made
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_quantised_weights(make_pipe, name):
+    pipe = make_pipe()
+    for block in pipe.transformer.blocks:
+        for owner in (block.attn1, block.attn2):
+            for part in ("to_q", "to_k", "to_v"):
+                setattr(owner, part, Quantised.of(getattr(owner, part)))
+    plain = generate(pipe, num_inference_steps=STEPS)
+    neutral = {"every": 1} if name == "staticcache" else {"threshold": 0.0}
+    assert torch.equal(made(pipe, dataclasses.replace(CACHES[name], **neutral))[0], plain)
+    out, steps = made(pipe, CACHES[name])
+    assert steps == DRAWN
+    assert out.isfinite().all()
+    assert not torch.equal(out, plain)
+    assert torch.equal(generate(pipe, num_inference_steps=STEPS), plain)
