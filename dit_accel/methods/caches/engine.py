@@ -71,6 +71,7 @@ class StepCacheHandler(Handler):
         self._transformer = ""
         self._skips = 0
         self._start: float | None = None
+        self._untold: dict[int, set[str]] = {}  # step -> branches, of a pipeline that does not tell them
         self._peak = 0
         self._log: list[CachedForward] = []
 
@@ -158,9 +159,20 @@ class StepCacheHandler(Handler):
             self._histories.clear()
             self._deciders.clear()
             self._transformer = context.transformer
+        if context.branch.startswith("call "):
+            self._note_untold(context)
         time = self._time(context)
         self._start = time if self._start is None else self._start
         return time
+
+    def _note_untold(self, context: ForwardContext) -> None:
+        """Drop all where the last step had more or fewer forwards: the n-th is another branch then, without a word."""
+        if context.step_index not in self._untold:
+            before = list(self._untold.values())[-2:]
+            if len(before) > 1 and before[0] != before[1]:
+                self._histories.clear()
+                self._deciders.clear()
+        self._untold.setdefault(context.step_index, set()).add(context.branch)
 
     def _new_history(self, shapes: Any) -> History:
         assert self._start is not None
@@ -261,6 +273,7 @@ class StepCacheHandler(Handler):
         """Free what is stored."""
         self._histories.clear()
         self._deciders.clear()
+        self._untold.clear()
         self._transformer, self._skips, self._start = "", 0, None
 
     def begin_run(self) -> None:

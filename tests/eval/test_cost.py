@@ -1,0 +1,69 @@
+"""What attached methods cost and save in time: the two small benchmarks, on models small enough to run at once."""
+
+import json
+
+import pytest
+from diffusers import WanTransformer3DModel
+from dit_accel_eval import overhead, product_time
+from wan_tiny import TINY
+
+
+def test_product_of_a_sparse_method_and_a_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(product_time, "LATENTS", (1, 12, 21, 8, 8))
+    monkeypatch.setattr(
+        product_time, "make_transformer", lambda layers: WanTransformer3DModel(**{**TINY, "text_dim": 4096}).eval()
+    )
+    out = tmp_path / "product.jsonl"
+    assert product_time.main(["--steps", "6", "--rounds", "2", "--out", str(out)]) == 0
+    line = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == line
+    assert 0 < line["density"] < 1
+    assert line["cache_share"] < 1
+    low, high = line["both_over_product_range"]
+    assert low <= line["both_over_product"] <= high
+
+
+def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["overhead", "--pairs", "1", "--steps", "2", "--out", str(tmp_path / "o.jsonl")])
+    reports = []
+    attach = overhead.dit_accel.attach
+
+    class Seen:
+        def __init__(self, *given):
+            self.attachment = attach(*given)
+
+        def __enter__(self):
+            return self.attachment.__enter__()
+
+        def __exit__(self, *what):
+            reports.append(self.attachment.report())
+            return self.attachment.__exit__(*what)
+
+    monkeypatch.setattr(overhead.dit_accel, "attach", Seen)
+    overhead.main()
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [line["arm"] for line in lines] == list(overhead.METHODS)
+    assert capsys.readouterr().out.count("\n") == len(lines)
+    caches = [section.data for report in reports for section in report.sections if "forwards" in section.data]
+    assert len(caches) == 2 * 4  # a warm-up and a pair, four caches
+    assert all(data["reused"] == 0 for data in caches)
+    assert any(entry["value"] is not None for data in caches for entry in data["forwards"])
+
+
+@pytest.mark.parametrize("given", ["PyramidAttentionBroadcastConfig", "FirstBlockCacheConfig"])
+def test_a_suite_tells_native_caches_the_timestep(given):
+    import diffusers
+    from dit_accel_eval.embedded import _told_timestep
+
+    from dit_accel.methods.caches.native import DiffusersCache
+
+    class Pipe:
+        current_timestep = 17
+
+    config = getattr(diffusers, given)()
+    told = _told_timestep(DiffusersCache(config=config), Pipe)
+    if given.startswith("Pyramid"):
+        assert told.config.current_timestep_callback() == 17
+        assert config.current_timestep_callback is None
+    else:
+        assert told.config is config
