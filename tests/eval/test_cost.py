@@ -23,6 +23,7 @@ def test_product_of_a_sparse_method_and_a_cache(tmp_path, monkeypatch, capsys):
     assert low <= line["both_over_product"] <= high
 
 
+@pytest.mark.slow
 def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["overhead", "--pairs", "1", "--steps", "2", "--out", str(tmp_path / "o.jsonl")])
     reports = []
