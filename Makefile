@@ -30,7 +30,7 @@ bench-gpu:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py time --out kernels/bench/results/gpu.jsonl
 
 # every table and picture of README.md and docs/quality.md; what has run is kept, so it goes on where it stopped
-SUITES := knee-wan-tiny sparse-wan-tiny caches-wan-tiny
+SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny
 RESULTS := eval/results
 WORKERS ?= 2
 

@@ -24,8 +24,10 @@ PAGES = {
     "README.md": ("models", "speed"),
     "docs/quality.md": (
         "knee-wan-tiny",
+        "knee-flux-tiny",
         "sparse-wan-tiny",
         "caches-wan-tiny",
+        "caches-flux-tiny",
         "dropped-mass",
         "longer-wan-tiny",
         "time",
