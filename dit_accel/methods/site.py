@@ -70,6 +70,21 @@ class Site(Protocol):
         ...
 
     @property
+    def pipe(self) -> Any:
+        """The pipeline that holds it, or None."""
+        ...
+
+    @property
+    def attention(self) -> Mapping[int, str]:
+        """Index -> name of the attention modules that methods may change."""
+        ...
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is compiled whole, so that nothing can run around its blocks."""
+        ...
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """The transformer's blocks, in running order."""
         ...
