@@ -15,7 +15,7 @@ from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
-ADAPTER_ALONE = [name for name in FAST if name not in ("active", "batch", "padding", "pairs")]  # no method is tried
+ADAPTER_ALONE = [name for name in FAST if name not in ("active", "batch", "padding", "pairs", "guidance")]  # no method
 OTHERS = [name for name in ADAPTERS if name != "wan"]
 MUST = ("places", "layout", "blocks")
 ADDED_POSITIONS = {"CogVideoXTransformer3DModel 0", "ConsisIDTransformer3DModel 2"}  # as CogVideoX-2B adds them
@@ -43,7 +43,7 @@ def check(name, models, only):
 def test_an_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
-    check(name, tiny_models.MODELS[name][:1], ["active", "batch", "padding"])
+    check(name, tiny_models.MODELS[name][:1], ["active", "batch", "padding", "guidance"])
 
 
 @pytest.mark.parametrize(

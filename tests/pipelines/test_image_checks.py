@@ -8,7 +8,7 @@ from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
 FAST = [name for name in CHECKS if name != "compile"]
-ADAPTER_ALONE = [name for name in FAST if name not in ("active", "batch", "padding", "pairs")]  # no method is tried
+ADAPTER_ALONE = [name for name in FAST if name not in ("active", "batch", "padding", "pairs", "guidance")]  # no method
 OTHERS = [name for name in ADAPTERS if name != "flux"]
 MASKED = {
     "qwen-image", "chroma", "krea2", "hunyuan-image", "lumina2", "bria-fibo-2", "nucleus-image", "prx",
@@ -42,7 +42,7 @@ def check(name, models, only):
 def test_an_image_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
-    check(name, tiny_models.MODELS[name][:1], ["active", "batch"])
+    check(name, tiny_models.MODELS[name][:1], ["active", "batch", "guidance"])
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -113,7 +113,9 @@ def test_two_prompts_in_one_call_are_not_taken_for_guidance():
         together = run("sd3", pipe, two, guidance_scale=1.0, latents=torch.randn(2, 4, 16, 20, generator=seeded()))
         noise = torch.randn(2, 4, 16, 20, generator=seeded())
         for row in range(2):
-            one = {key: value[row : row + 1] if isinstance(value, torch.Tensor) else value for key, value in two.items()}
+            one = {
+                key: value[row : row + 1] if isinstance(value, torch.Tensor) else value for key, value in two.items()
+            }
             alone = run("sd3", pipe, one, guidance_scale=1.0, latents=noise[row : row + 1])
             torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
@@ -127,7 +129,9 @@ def test_pipelines_that_rescale_by_the_conditional_prediction_are_refused_with_t
     pipe, call = IMAGES["qwen-image"]()
     with (
         dit_accel.attach(pipe, method),
-        pytest.raises(ConfigError, match=r"can't be folded into this pipeline's guidance: it rescales the guided .*norm"),
+        pytest.raises(
+            ConfigError, match=r"can't be folded into this pipeline's guidance: it rescales the guided .*norm"
+        ),
     ):
         run("qwen-image", pipe, call)
     pipe, call = VIDEOS["ltx"]()

@@ -3,17 +3,43 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ...report.sections import Section
+from ..base import Model
 from ..site import ForwardContext
-from .rows import Sample
+from .rows import Sample, as_rows
 
-if TYPE_CHECKING:
-    from .branch import PerturbedHandler
+
+class Told(Protocol):
+    """What is told of a handler."""
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        ...
+
+    @property
+    def settings(self) -> Any:
+        """Its settings, a `PerturbedConfig`."""
+        ...
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        ...
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the settings change nothing."""
+        ...
+
+    def told(self) -> str:
+        """Return in words what is perturbed."""
+        ...
 
 
 class UnperturbedRun(UserWarning):
@@ -43,13 +69,13 @@ class PerturbedForward:
 
 def note_of(context: ForwardContext, cond: Sample, perturbed: Sample, first: int | None) -> PerturbedForward:
     """Return what is noted of a perturbed forward; reads nothing back from the device."""
-    pairs = [(cond, perturbed)] if isinstance(cond, Tensor) else list(zip(cond, perturbed, strict=True))
+    pairs = list(zip(as_rows(cond), as_rows(perturbed), strict=True))
     apart = torch.stack([torch.linalg.vector_norm(one.float() - other.float()) for one, other in pairs]).norm()
     size = torch.stack([torch.linalg.vector_norm(one.float()) for one, _ in pairs]).norm()
     return PerturbedForward(context.transformer, context.step_index, context.branch, apart / size, first or 0)
 
 
-def section_of(handler: "PerturbedHandler", log: Sequence[PerturbedForward], seen: int) -> Section | None:
+def section_of(handler: Told, log: Sequence[PerturbedForward], seen: int) -> Section | None:
     """Return the report's section; None where nothing ran yet."""
     if not seen:
         return None
@@ -82,7 +108,7 @@ def section_of(handler: "PerturbedHandler", log: Sequence[PerturbedForward], see
 
 
 def nothing_ran(
-    handler: "PerturbedHandler", seen: int, log: Sequence[PerturbedForward], distances: Sequence[float] = ()
+    handler: Told, seen: int, log: Sequence[PerturbedForward], distances: Sequence[float] = ()
 ) -> str | None:
     """Tell why nothing was perturbed in a run of so many forwards, or None."""
     if not seen or handler.neutral:
@@ -102,7 +128,7 @@ def nothing_ran(
     )
 
 
-def warn_if_nothing_ran(handler: "PerturbedHandler", seen: int, log: Sequence[PerturbedForward]) -> bool:
+def warn_if_nothing_ran(handler: Told, seen: int, log: Sequence[PerturbedForward]) -> bool:
     """Warn if nothing was perturbed in a run; tell whether it warned."""
     reason = nothing_ran(handler, seen, log)
     if reason is not None:

@@ -53,6 +53,11 @@ def mapped(function: Callable[..., Tensor], *samples: Sample) -> Sample:
     return [function(*(row[None] for row in rows))[0] for rows in zip(*samples, strict=True)]
 
 
+def as_rows(sample: Sample) -> list[Tensor]:
+    """Return a prediction as a list of tensors."""
+    return [sample] if isinstance(sample, Tensor) else sample
+
+
 def repeated(sample: Sample) -> Sample:
     """Return a prediction twice, one behind the other."""
     return torch.cat([sample, sample]) if isinstance(sample, Tensor) else [*sample, *sample]
