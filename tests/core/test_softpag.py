@@ -31,8 +31,8 @@ def guided(transformer, *methods, **run):
 def test_neutral_settings_change_nothing_and_run_nothing(transformer):
     plain = denoise(transformer)
     for config in (
-        SoftPAG(heads="L1", u=0.0), SoftPAG(heads=(), u=0.5), SoftPAG(heads="L1", scale=0.0), PAG(layers="L1", scale=0.0),
-        PAG(layers=""), SLG(layers="", scale=1.0), SLG(layers="L1", scale=0.0),
+        SoftPAG(heads="L1", u=0.0), SoftPAG(heads=(), u=0.5), SoftPAG(heads="L1", scale=0.0),
+        PAG(layers="L1", scale=0.0), PAG(layers=""), SLG(layers="", scale=1.0), SLG(layers="L1", scale=0.0),
     ):  # fmt: skip
         out, _, forwards = guided(transformer, config)
         assert torch.equal(out, plain), config
@@ -282,7 +282,19 @@ def test_two_perturbations_and_a_choice_of_layers_are_refused(transformer):
 
 
 def test_a_window_needs_the_number_of_steps(transformer):
-    with dit_accel.attach(transformer, dataclasses.replace(HALF, stop=0.5)):
-        with pytest.raises(ConfigError, match=r"acts from 0\.0 to 0\.5 of the run, whose number of steps is not known"):
-            with torch.no_grad():
-                transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64))
+    text = r"acts from 0\.0 to 0\.5 of the run, whose number of steps is not known"
+    with (
+        dit_accel.attach(transformer, dataclasses.replace(HALF, stop=0.5)),
+        pytest.raises(ConfigError, match=text),
+        torch.no_grad(),
+    ):
+        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64))
+
+
+def test_a_window_shorter_than_a_step_is_told(transformer):
+    config = dataclasses.replace(HALF, start=0.01, stop=0.2)
+    with pytest.warns(UserWarning, match="shorter than one of 4 steps"):
+        _, report, _ = guided(transformer, config)
+    assert "'s window from 0.01 to 0.2 is shorter than one of 4 steps; it acts in step 0 alone" in str(report)
+    _, report, _ = guided(transformer, config, steps=8)
+    assert "shorter" not in str(report)

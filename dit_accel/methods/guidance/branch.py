@@ -5,13 +5,14 @@ to each prediction of a step alike, is added to the result: unc + s (cond - unc)
 whatever s is in that step, in two calls or one, with guidance embedded or off.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 from ...errors import ConfigError, UnsupportedModel
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
-from ...rules.guidance import added, is_short
+from ...rules.guidance import added
 from ..base import Handler, Model, Phase, Place
 from ..caches.engine import is_recorded
 from ..saving import Saving
@@ -41,7 +42,8 @@ class PerturbedHandler(Handler):
         self._added: tuple[int, Sample] | None = None
         self._log: list[PerturbedForward] = []
         self._seen = 0
-        self._warned = False
+        self._steps: int | None = None
+        self._warned = self._warned_of_window = False
 
     # What is perturbed.
 
@@ -104,7 +106,10 @@ class PerturbedHandler(Handler):
         latents = context.inputs[site.adapter.latents]
         if self.neutral or context.training or is_recorded(latents):
             return run()
-        self._seen += 1
+        self._seen, self._steps = self._seen + 1, context.num_inference_steps
+        if not self._warned_of_window and (short := self.settings.too_short(self._steps)):
+            self._warned_of_window = True
+            warnings.warn(short, UserWarning, stacklevel=2)
         if not self.settings.acts(context.step_index, context.num_inference_steps):
             return run()
         part = self._part(site, context, latents)
@@ -199,16 +204,15 @@ class PerturbedHandler(Handler):
     def report(self) -> Section | None:
         """Return which forwards were perturbed, and how far they lay from the conditional ones."""
         self._warned = self._warned or warn_if_nothing_ran(self, self._seen, self._log)
-        return section_of(self, self._log, self._seen)
+        return section_of(self, self._log, self._seen, self._steps)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the third forwards, less what begins at the first perturbed block."""
         window = self.settings.steps(steps)
         notes = (self.told(),)
-        if is_short(self.settings.start or 0.0, 1.0 if self.settings.stop is None else self.settings.stop, steps):
-            notes += (f"{self.name}'s window is shorter than one of {steps} steps; it acts in step {window[0]} alone",)
+        told = (short,) if (short := self.settings.too_short(steps)) else ()
         if self.settings.mode == "free" or self.neutral:
-            return Saving(notes=notes)
+            return Saving(notes=notes, warnings=told)
         if self.model.family is not None and self.model.family.forwards_per_step == 1:
             notes += (
                 f"guidance is distilled into {self.model.family.name}: {self.name} doubles the forwards it acts in",
@@ -217,10 +221,8 @@ class PerturbedHandler(Handler):
         shared = self.settings.share_prefix and self.model.adapter.guidance.share_prefix and first is not None
         part = 1 - (first or 0) / layers if shared else 1.0
         if shared and first:
-            notes += (
-                f"{self.name}'s third forward begins at block {first} of {layers}, which saves {1 - part:.0%} of it",
-            )
-        return Saving(extra_forwards=len(window) * part, notes=notes)
+            notes += (f"{self.name}'s third forward begins at block {first} of {layers}, saving {1 - part:.0%} of it",)
+        return Saving(extra_forwards=len(window) * part, notes=notes, warnings=told)
 
     def first_layer(self) -> int | None:
         """Return the first perturbed layer, without a model; None where that is not known."""

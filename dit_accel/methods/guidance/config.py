@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...errors import ConfigError
-from ...rules.guidance import window
+from ...rules.guidance import is_short, window
 from ..config import MethodConfig
 
 
@@ -76,6 +76,16 @@ class PerturbedConfig(MethodConfig):
                 "here; attach to the pipeline, or set start to 0 and stop to 1"
             )
         return index in self.steps(count)
+
+    def too_short(self, count: int | None) -> str | None:
+        """Tell that the window is shorter than one of so many steps, or None."""
+        start, stop = self.start or 0.0, 1.0 if self.stop is None else self.stop
+        if count is None or not is_short(start, stop, count):
+            return None
+        return (
+            f"{self.name}'s window from {start:g} to {stop:g} is shorter than one of {count} steps; it acts in step "
+            f"{self.steps(count)[0]} alone"
+        )
 
     def filled(self, recipe: Mapping[str, Any]) -> Any:
         """Return the config with every unset option filled in; with ``mode = 'free'`` no scale is.

@@ -75,7 +75,7 @@ def note_of(context: ForwardContext, cond: Sample, perturbed: Sample, first: int
     return PerturbedForward(context.transformer, context.step_index, context.branch, apart / size, first or 0)
 
 
-def section_of(handler: Told, log: Sequence[PerturbedForward], seen: int) -> Section | None:
+def section_of(handler: Told, log: Sequence[PerturbedForward], seen: int, steps_of_run: int | None) -> Section | None:
     """Return the report's section; None where nothing ran yet."""
     if not seen:
         return None
@@ -102,8 +102,8 @@ def section_of(handler: Told, log: Sequence[PerturbedForward], seen: int) -> Sec
     family = handler.model.family
     if extra and family is not None and family.forwards_per_step == 1:
         lines.append(f"guidance is distilled into {family.name}, so that each forward added doubles its step")
-    if reason := nothing_ran(handler, seen, log, distances):
-        lines.append(reason)
+    told = nothing_ran(handler, seen, log, distances), handler.settings.too_short(steps_of_run)
+    lines += [line for line in told if line]
     return Section(method=handler.name, title=title, lines=tuple(lines), data=data)
 
 
