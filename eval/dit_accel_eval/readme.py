@@ -22,6 +22,7 @@ TIMES = Path("eval/results/denoising-time.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
+    "docs/guidance.md": ("guidance-wan-tiny",),
     "docs/quality.md": (
         "knee-wan-tiny",
         "sparse-wan-tiny",

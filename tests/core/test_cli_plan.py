@@ -81,7 +81,7 @@ def test_a_third_forward_is_counted_less_what_its_prefix_saves():
     assert planned(*wan, "--slg")["forward_share"] == pytest.approx(1 + (1 - 8 / 30) / 2)
     said = run(*wan, "--set", "softpag.heads=L15", "--set", "softpag.stop=0.1", "--num-inference-steps", "4").stderr
     assert "begins at block 15 of 30, saving 50% of it" in said
-    assert "window is shorter than one of 4 steps; it acts in step 0 alone" in said
+    assert "is shorter than one of 4 steps; it acts in step 0 alone" in said
     assert "guidance is distilled into flux.1-dev" in run("--family", "flux.1-dev", "--set", "pag.layers=L9").stderr
 
 

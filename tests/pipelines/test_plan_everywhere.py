@@ -22,7 +22,10 @@ SMALL = {
     "pag": {"layers": "L1"},
     "slg": {"layers": "L1"},
 }
-REFUSALS = r"makes no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of|would mix"
+REFUSALS = (
+    r"makes no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of|"
+    r"would mix"
+)
 SPARSE = {"radial", "sol", "lite", "sparsed"}
 
 
