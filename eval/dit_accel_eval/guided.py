@@ -1,8 +1,8 @@
 """Compares guidance at equal forwards: `python -m dit_accel_eval.guided eval/suites/guidance-wan-tiny.toml`.
 
-Guidance changes what is sought, so no converged run is the measure: each clip is judged by itself, by how near it comes
-to its prompt and by its sharpness. An arm is held, clip by clip, against the plain arm that `rival` names. Every clip of
-every arm is one JSON line; a run that was stopped goes on.
+Guidance changes what is sought, so no converged run is the measure: each clip is judged by itself, by how near it
+comes to its prompt and by its sharpness. An arm is held, clip by clip, against the plain arm that `rival_of` names.
+Every clip of every arm is one JSON line; a run that was stopped goes on.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def _about(suite: Suite, arm: Arm) -> Line:
 
 
 def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
-    """Return the plain arm that an arm is held against: of those with at least its forwards, the one nearest its prompts.
+    """Return the plain arm that an arm is held against: of those with its forwards or more, the nearest its prompts.
 
     So an arm is held against guidance by a negative prompt at that one's own best scale, at equal cost or more. Plain
     arms have none.

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 from dit_accel_assets import held_out_prompts, model_closeness, model_names
@@ -50,7 +51,7 @@ def objective_of(name: str, model: str | None) -> Objective:
         raise ConfigError(f"the objective {name} can't be imported: {error}; give module:function") from None
     if not callable(found):
         raise ConfigError(f"the objective {name} is {found!r}; it must be a function of a clip and its prompt")
-    return found
+    return cast(Objective, found)
 
 
 def _checker(model: str) -> Objective:
