@@ -155,6 +155,23 @@ def test_beside_a_cache_of_blocks_the_whole_branch_runs_and_skipping_blocks_is_r
         dit_accel.attach(transformer, SLG(layers="L1"), cache)
 
 
+def test_another_size_within_a_run_is_not_taken_for_the_last(transformer):
+    """The branch's own state is dropped with the layout, but not what the conditional pass just left for it."""
+
+    def two_sizes(config):
+        made = []
+        with dit_accel.attach(transformer, config), torch.no_grad():
+            for step, frames in enumerate((5, 3, 5)):
+                torch.manual_seed(step)
+                latents, text = torch.randn(1, 12, frames, 8, 8), torch.randn(1, 6, 64)
+                with transformer.cache_context("cond", step_index=step, num_inference_steps=4):
+                    made.append(transformer(latents, torch.tensor([500.0]), text, return_dict=False)[0])
+        return made
+
+    for one, other in zip(two_sizes(HALF), two_sizes(dataclasses.replace(HALF, share_prefix=False)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_temperature_at_its_end_weighs_all_tokens_alike(transformer):
     config = SoftPAG(heads="L1H0", u=1.0, target="temperature")
     with dit_accel.attach(transformer, config) as attachment, recorded(attachment) as calls:

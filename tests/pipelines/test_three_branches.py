@@ -142,16 +142,49 @@ def test_pipelines_that_rescale_by_the_conditional_prediction_are_refused_with_t
         run("ltx", pipe, call, guidance_rescale=0.7)
     with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0, mode="free")):
         assert run("ltx", pipe, call, guidance_rescale=0.7).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "guider",
+    [
+        diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0, enabled=True),
+        diffusers.ClassifierFreeGuidance(guidance_scale=2.0, guidance_rescale=0.7),
+        diffusers.ClassifierFreeGuidance(guidance_scale=2.0),
+        diffusers.ClassifierFreeZeroStarGuidance(guidance_scale=2.0),
+        diffusers.ClassifierFreeGuidance(guidance_scale=1.0),
+    ],
+    ids=["apg", "rescaled", "cfg", "zero star", "off"],
+)
+def test_behind_any_guider_the_branch_is_added_to_its_result(guider):
     pipe, call = IMAGES["hunyuan-image"]()
-    with (
-        dit_accel.attach(pipe, method),
-        pytest.raises(ConfigError, match="its guider AdaptiveProjectedMixGuidance does more with the conditional"),
-    ):
-        run("hunyuan-image", pipe, call)
-    pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=2.0)
-    with dit_accel.attach(pipe, method) as attachment:
-        assert run("hunyuan-image", pipe, call).isfinite().all()
+    pipe.guider = guider
+
+    def perturbed(transformer):
+        return perturbed_heads(transformer.get_submodule("transformer_blocks.1.attn"), (1,), 0.6)
+
+    plain = run("hunyuan-image", pipe, call)
+    with three_branches(pipe, perturbed, 3.0, batched=False):
+        expected = run("hunyuan-image", pipe, call)
+    with dit_accel.attach(pipe, SoftPAG(heads="L1H1", u=0.6)) as attachment:
+        made = run("hunyuan-image", pipe, call)
         assert attachment.report().section("softpag").data["forwards_added"] == 3
+        pipe.guider = diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0, enabled=True)
+        with pytest.raises(ConfigError, match="its guider AdaptiveProjectedMixGuidance does more with the conditional"):
+            run("hunyuan-image", pipe, call)
+    pipe.guider = guider
+    assert "forward" not in vars(guider)
+    assert torch.equal(run("hunyuan-image", pipe, call), plain)
+    assert float((expected - plain).norm() / plain.norm()) > 1e-4
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_a_modular_pipeline_is_guided_behind_its_guider():
+    pipe, call = IMAGES["flux3"]()
+    plain = generate_image(pipe, call)
+    with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0)) as attachment:
+        made = generate_image(pipe, call)
+        assert attachment.report().section("softpag").data["forwards_added"] == 3
+    assert not torch.equal(made, plain)
 
 
 @pytest.mark.parametrize(("name", "changes"), [("ltx", {}), ("hunyuan-video", {})])

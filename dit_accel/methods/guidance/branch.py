@@ -18,6 +18,7 @@ from ..caches.engine import is_recorded
 from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .config import PerturbedConfig
+from .guiders import GUIDERS, guided_by
 from .log import PerturbedForward, note_of, section_of, warn_if_nothing_ran
 from .passes import Passes, Rows
 from .rows import Sample, halves_alike, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
@@ -40,6 +41,7 @@ class PerturbedHandler(Handler):
         self._passes: dict[str, Passes] = {}
         self._both: dict[tuple[str, str, int], bool] = {}
         self._added: tuple[int, Sample] | None = None
+        self._guiders: tuple[Any, ...] = ()
         self._log: list[PerturbedForward] = []
         self._seen = 0
         self._steps: int | None = None
@@ -80,6 +82,8 @@ class PerturbedHandler(Handler):
         layers = self.perturbed_layers(site)
         skip = self.skipped_blocks(site)
         passes = self._passes[site.name] = Passes(self._first_block(site, layers), skip)
+        if self.settings.mode == "branch":
+            self._guiders = self._guiders or guided_by(site, self._take_added)
         site.around_forward(lambda context, run: self._around(site, passes, context, run))
         if passes.first is not None or skip:
             site.around_blocks(passes.around, passes.blocks(site.blocks))
@@ -121,6 +125,15 @@ class PerturbedHandler(Handler):
             else self._third(site, passes, context, run, rows_in(site, part, len(latents), "cond"))
         )
 
+    def _take_added(self) -> Sample | None:
+        """Return what a guider adds to the result of the step, once."""
+        taken, self._added = self._added, None
+        return None if taken is None else taken[1]
+
+    def _left_to_guider(self, site: Site) -> bool:
+        """Tell whether the pipeline's guider adds what guidance adds, to its result."""
+        return any(guider is getattr(site.pipe, name, None) for guider in self._guiders for name in GUIDERS)
+
     def _part(self, site: Site, context: ForwardContext, latents: Any) -> Part:
         """Return which prompts a forward holds, by the branch's name and, where that leaves it open, its latents."""
         own = context.branch.rsplit("/", 1)[-1]
@@ -136,7 +149,8 @@ class PerturbedHandler(Handler):
 
     def _third(self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], rows: Rows) -> Any:
         """Run a forward and the perturbed one of its conditional rows, and add to all rows what guidance adds."""
-        if rows is not None:
+        left = self._left_to_guider(site)
+        if rows is not None and not left:
             self._require_folded(site)
         with passes.recording():
             output = run()
@@ -150,12 +164,14 @@ class PerturbedHandler(Handler):
         )
         self._log.append(note_of(context, cond, perturbed, passes.first if shared else 0))
         self._added = context.step_index, further
+        if left:
+            return output
         return with_sample(output, plus(sample, further if rows is None else repeated(further)))
 
     def _told_apart(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
         """Run a forward that is not conditional, and add what the conditional one of the step got."""
         output = run()
-        if self._added is None or self._added[0] != context.step_index:
+        if self._added is None or self._added[0] != context.step_index or self._left_to_guider(site):
             return output
         self._require_folded(site)
         sample, further = require_sample(sample_of(output), site.name), self._added[1]

@@ -31,6 +31,7 @@ class Passes:
         self._mode: Mode = "plain"
         self.rows: Rows = None
         self._saved: Streams | None = None
+        self._begun: Streams | None = None
         self.held = 0
 
     @property
@@ -61,23 +62,23 @@ class Passes:
             taken: which rows of the recorded forward this one has.
         """
         begun = self._taken(taken)
-        self._saved, self.rows = begun, rows
+        self._begun, self._saved, self.rows = begun, None, rows  # a reset inside the pass must not take it away
         self._mode = "full" if begun is None else "replay"
         try:
             yield begun is not None
         finally:
-            self._mode, self.rows, self._saved = "plain", None, None
+            self._mode, self.rows, self._begun = "plain", None, None
 
     def around(self, context: StepContext, block: Block, run, streams: Streams) -> Streams:  # type: ignore[no-untyped-def]
         """Run a block, or leave it out."""
         if self._mode == "record" and block.index == self.first:
             self._saved = tuple(None if stream is None else stream.clone() for stream in streams)
             self.held = sum(stream.nbytes for stream in self._saved if stream is not None)
-        if self._mode == "replay" and self.first is not None:
+        if self._begun is not None and self.first is not None:
             if block.index < self.first:
                 return streams
-            if block.index == self.first and self._saved is not None:
-                streams = self._saved
+            if block.index == self.first:
+                streams = self._begun
         if self.perturbs and block.index in self._skip:
             return streams if self.rows is None else self._mixed(run(streams), streams)
         return run(streams)
