@@ -20,8 +20,10 @@ def guided_by(site: Site, further: Callable[[], Sample | None]) -> tuple[Any, ..
         site: a transformer of the pipeline.
         further: what is added to the next result; None: nothing.
     """
-    found = [getattr(site.pipe, name, None) for name in GUIDERS]
-    guiders = tuple({id(one): one for one in found if callable(getattr(one, "forward", None))}.values())
+    found: list[Any] = [getattr(site.pipe, name, None) for name in GUIDERS]
+    guiders: tuple[Any, ...] = tuple(
+        {id(one): one for one in found if callable(getattr(one, "forward", None))}.values()
+    )
     for guider in guiders:
         site.replace(guider, "forward", _adding(guider.forward, further))
     return guiders
