@@ -27,6 +27,9 @@ HOMES: dict[str, str] = {
     "MagCache": "methods.caches.mag",
     "StaticCache": "methods.caches.static",
     "TeaCache": "methods.caches.tea",
+    "PAG": "methods.guidance.softpag",
+    "SLG": "methods.guidance.slg",
+    "SoftPAG": "methods.guidance.softpag",
     "Report": "report.report",
     "TokenLayout": "plan.layout",
 }

@@ -3,6 +3,7 @@
 from dit_accel_assets.catalog import (
     check_prompt,
     held_out_prompts,
+    model_closeness,
     model_defaults,
     model_names,
     model_path,
@@ -13,6 +14,7 @@ from dit_accel_assets.catalog import (
 __all__ = [
     "check_prompt",
     "held_out_prompts",
+    "model_closeness",
     "model_defaults",
     "model_names",
     "model_path",

@@ -28,6 +28,8 @@ class Model:
     """The call arguments it is meant to be sampled with: size and length in pixels and frames, steps, guidance."""
     score: Callable[[np.ndarray, int], float]
     """(clip, number) -> the share of the prompt's questions that a clip answers rightly."""
+    closeness: Callable[[np.ndarray, int], float]
+    """(clip, number) -> how near the clip comes to the prompt, 0 to 1: with no pass marks, where the judge has none."""
 
 
 def _clip_prompt(index: int) -> str:
@@ -39,6 +41,12 @@ def _clip_score(video: np.ndarray, index: int) -> float:
 
     found, (_, scene, _) = check(video), clips.clip_of(index, frames=1, held_out=True)
     return float(np.mean([getattr(found, name) == getattr(scene, name) for name in _CHECKED]))
+
+
+def _clip_closeness(video: np.ndarray, index: int) -> float:
+    from dit_accel_assets.checker import closeness
+
+    return float(np.mean(list(closeness(video, clips.clip_of(index, frames=1, held_out=True)[1]).values())))
 
 
 def _world_scene(index: int) -> world.Scene:
@@ -77,6 +85,7 @@ KNOWN: dict[str, Model] = {
         words=clips.vocabulary,
         held_out=_clip_prompt,
         score=_clip_score,
+        closeness=_clip_closeness,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
     "wan-tiny-2": Model(
@@ -84,6 +93,7 @@ KNOWN: dict[str, Model] = {
         words=prompts.vocabulary,
         held_out=_world_prompt,
         score=_world_score,
+        closeness=_world_score,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
     "flux-tiny": Model(
@@ -91,6 +101,7 @@ KNOWN: dict[str, Model] = {
         words=prompts.vocabulary,
         held_out=_still_prompt,
         score=_still_score,
+        closeness=_still_score,
         defaults={
             "height": 96,
             "width": 96,
@@ -130,6 +141,11 @@ def held_out_prompts(name: str, count: int) -> list[str]:
 def model_score(name: str, index: int, video: np.ndarray) -> float:
     """Return in [0, 1] how much of the held-out prompt of a number a clip [F, H, W, 3] shows, by the model's judge."""
     return _known(name).score(video, index)
+
+
+def model_closeness(name: str, index: int, video: np.ndarray) -> float:
+    """Say how near a clip comes to the prompt of that number, 0 to 1; KeyError for an unknown model."""
+    return _known(name).closeness(video, index)
 
 
 def vocabulary(name: str = "wan-tiny") -> tuple[str, ...]:

@@ -40,6 +40,41 @@ def check(video: np.ndarray) -> Finding:
     return Finding(color=color, shape=shape, direction=direction, background=background, travel=travel)
 
 
+def closeness(video: np.ndarray, scene: clips.Scene) -> dict[str, float]:
+    """Say how near a clip comes to each of a scene's words, 0 to 1, where `check` says yes or no.
+
+    Colour and background by RGB distance (0 at 128), the shape by its template's overlap, the direction by the cosine
+    of the fitted path, less under 5 pixels; 0 where no object is found.
+    """
+    frames = video.astype(np.float64) if video.dtype == np.uint8 else video.astype(np.float64) * 255.0
+    ground = _background(frames)
+    near = {"background": _nearness(ground, clips.BACKGROUNDS[scene.background])}
+    cover = _cover(frames, ground)
+    found = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
+    solid = cover > 0.8
+    if not found or not solid.any():
+        return {**near, "color": 0.0, "shape": 0.0, "direction": 0.0}
+    overlaps = [_overlaps(cover[index]).get(scene.shape, 0.0) for index in found[:: max(1, len(found) // 8)]]
+    return {
+        **near,
+        "color": _nearness(np.median(frames[solid], axis=0), clips.COLORS[scene.color]),
+        "shape": float(np.mean(overlaps)),
+        "direction": max(0.0, _along(cover, found, scene.direction)),
+    }
+
+
+def _nearness(color: np.ndarray, named: tuple[int, int, int]) -> float:
+    return max(0.0, 1.0 - float(np.linalg.norm(color - np.asarray(named))) / 128.0)
+
+
+def _along(cover: np.ndarray, found: list[int], direction: str) -> float:
+    """Return the cosine of the fitted path with a direction, times its length up to 5 pixels."""
+    shift = _shift(cover, found)
+    length, step = float(np.hypot(*shift)), clips.DIRECTIONS[direction]
+    cosine = float(np.dot(shift, step)) / max(length * float(np.hypot(*step)), 1e-9)
+    return cosine * min(1.0, length / 5.0)
+
+
 def _background(frames: np.ndarray) -> np.ndarray:
     """Return the colour [3] of the background: the median over time of every pixel, then over the frame."""
     return np.median(np.median(frames, axis=0).reshape(-1, 3), axis=0)
@@ -81,10 +116,7 @@ def _direction(cover: np.ndarray, found: list[int]) -> tuple[str | None, float]:
     """Return the direction of the straight line fitted to the tracked centroid, and its length; None under 5 pixels."""
     if len(found) < 2:
         return None, 0.0
-    track = np.stack([_centroid(cover[index]) for index in found])
-    time = np.asarray(found, dtype=np.float64)
-    slope = np.polyfit(time, track, 1)[0]
-    shift = slope * (time[-1] - time[0])
+    shift = _shift(cover, found)
     travel = float(np.hypot(*shift))
     if travel < 5.0:
         return None, travel
@@ -92,19 +124,33 @@ def _direction(cover: np.ndarray, found: list[int]) -> tuple[str | None, float]:
     return max(cosines, key=lambda name: cosines[name]), travel
 
 
+def _shift(cover: np.ndarray, found: list[int]) -> np.ndarray:
+    """Return from where to where the straight line goes that is fitted to the tracked centroid, (x, y) pixels."""
+    if len(found) < 2:
+        return np.zeros(2)
+    track = np.stack([_centroid(cover[index]) for index in found])
+    time = np.asarray(found, dtype=np.float64)
+    return np.polyfit(time, track, 1)[0] * (time[-1] - time[0])
+
+
 def _shape(cover: np.ndarray) -> str:
     """Return the shape whose drawn template, moved and sized to fit, overlaps the covered pixels best (soft IoU)."""
+    overlaps = _overlaps(cover)
+    return max(clips.SHAPES, key=lambda shape: overlaps.get(shape, 0.0))
+
+
+def _overlaps(cover: np.ndarray) -> dict[str, float]:
+    """Return the soft IoU of each shape's drawn template, moved and sized to fit the covered pixels; {} without any."""
     rows, columns = np.nonzero(cover.max(1) > 0.5)[0], np.nonzero(cover.max(0) > 0.5)[0]
     if not rows.size or not columns.size:
-        return clips.SHAPES[0]
+        return {}
     box = (rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2
     extent = (rows[-1] - rows[0] + columns[-1] - columns[0]) / 2 + 1
     y, x = np.mgrid[: cover.shape[0], : cover.shape[1]] + 0.5
-    best, best_overlap = clips.SHAPES[0], -1.0
+    best: dict[str, float] = {}
     for shape in clips.SHAPES:
         for size in (extent - 1.5, extent, extent + 1.5):
             template = np.clip(0.5 - clips.signed_distance(shape, x - box[1], y - box[0], size), 0.0, 1.0)
             overlap = np.minimum(template, cover).sum() / np.maximum(template, cover).sum()
-            if overlap > best_overlap:
-                best, best_overlap = shape, float(overlap)
+            best[shape] = max(best.get(shape, -1.0), float(overlap))
     return best

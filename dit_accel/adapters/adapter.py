@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from .blocks import BlockList
+from .guidance import Guidance
 from .rope import Rope
 from .sizes import Sizes, patch_sizes, read_sizes
 
@@ -101,6 +102,7 @@ class Family:
         trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
             several lengths, or an image model.
         recipes: method name -> option -> value: what the papers and their code use on this model.
+        head_sets: name -> heads such as ``L3H1``: published sets for methods that perturb some heads.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Family:
     in_channels: int | None = None
     trained_frames: int | None = None
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    head_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +157,7 @@ class Adapter:
             last step, made by the transformer's own embeddings: the modulated input of its first block's attention, or
             an embedding of the timestep; None: not described.
         rope: where the model makes its rotary positions, or in words why it has none; None: not described.
+        guidance: how the family's pipelines guide.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
         refused: method name -> why it makes no sense here.
@@ -178,6 +182,7 @@ class Adapter:
     rising_timesteps: bool = False
     signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
     rope: Rope | str | None = None
+    guidance: Guidance = Guidance()  # noqa: RUF009 - frozen
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)

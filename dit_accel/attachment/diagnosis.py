@@ -2,6 +2,7 @@
 
 import warnings
 
+from ..methods.base import Phase
 from .execution import Execution
 
 
@@ -23,21 +24,22 @@ def replaced_processors(execution: Execution) -> str | None:
 def unplanned_reason(execution: Execution) -> str | None:
     """Tell why the run so far planned no attention call, or None where it did, or where there was nothing to plan."""
     recorder = execution.recorder
-    if not execution.attention or not recorder.forwards_run or recorder.planned:
+    attention = [one for one in execution.attention if one.phase is not Phase.GUIDANCE]  # which speaks for itself
+    if not attention or not recorder.forwards_run or recorder.planned:
         return None
-    names = ", ".join(handler.name for handler in execution.attention)
+    names = ", ".join(handler.name for handler in attention)
     begin = f"{names}: attached, but no attention call of the run was planned"
     if (replaced := replaced_processors(execution)) is not None:
         return f"{begin}; {replaced}"
     steps = execution.state.num_inference_steps
     layouts = {entry for state in {layer.state for layer in execution.layers} for entry in state.layouts.values()}
-    if layouts and not any(handler.applies(layout) for handler in execution.attention for layout, _ in layouts):
+    if layouts and not any(handler.applies(layout) for handler in attention for layout, _ in layouts):
         return f"{begin}; " + ("; ".join(recorder.notes) or "none of them changes anything over this layout")
     if recorder.notes:
         begin = f"{begin} ({'; '.join(recorder.notes)})"
     dense = [
         f"{handler.name}.{option} = {value}"
-        for handler in execution.attention
+        for handler in attention
         for option in ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma")
         if (value := getattr(handler.settings, option, None))
     ]

@@ -276,7 +276,7 @@ class Execution:
     ) -> tuple[Tensor, AttentionPlan]:
         """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
         given, exact, planned = call, None, None
-        if not plan.needs_kernel:
+        if plan.skips_logits or not plan.needs_kernel:
             out = self._run_dense(plan, call, layer)
             self.recorder.sparse_call(context, plan)
         else:
@@ -315,18 +315,16 @@ class Execution:
 
     def _run_dense(self, plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
         """Return the output of a plan that needs no kernel of ours, by the user's own dense attention."""
+        if plan.skips_logits:
+            return call.values()
         assert layer.dense is not None
         q = call.q
         if plan.head_scale is not None:
             q = (q * plan.head_scale.reshape(-1, q.shape[1])[:, :, None, None]).to(q.dtype)
         q, k, v = call.as_held(q, call.k, call.v)
         out = call.heads_first(layer.dense(q, k, v, call.mask, call.scale))
-        if plan.identity_mix is None:
-            return out
-        weight = plan.identity_mix.reshape(-1, out.shape[1])[:, :, None, None].to(out.dtype)
-        if plan.identity_rows is not None:
-            weight = weight * plan.identity_rows[:, None]
-        return torch.lerp(out, call.v.repeat_interleave(out.shape[1] // call.v.shape[1], 1), weight.expand_as(out))
+        weight = plan.value_share(out.shape[1], out.dtype)
+        return out if weight is None else torch.lerp(out, call.values(), weight.expand_as(out))
 
     def _dense_gradients(
         self, plan: AttentionPlan, call: Call, layer: AttentionLayer, grad: Tensor

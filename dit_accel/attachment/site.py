@@ -69,6 +69,23 @@ class TransformerSite:
         return self._state.adapter
 
     @property
+    def pipe(self) -> Any:
+        """The pipeline that holds it, or None."""
+        pipeline = self._execution.state.pipeline
+        return None if pipeline is None else pipeline.pipe
+
+    @property
+    def attention(self) -> Mapping[int, str]:
+        """Index -> name of the attention modules that methods may change."""
+        names = {id(module): name for name, module in self.transformer.named_modules()}
+        return {layer.index: names[id(layer.module)] for layer in self._state.layers}
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is compiled whole, so that nothing can run around its blocks."""
+        return is_compiled(self.transformer) or self._compiled_whole
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """The transformer's blocks, in running order.
 
@@ -145,7 +162,7 @@ class TransformerSite:
         """
         if not self.around:
             return
-        if is_compiled(self.transformer) or self._compiled_whole:
+        if self.compiled:
             raise ConfigError(f"{self.name} is compiled whole. {COMPILED_WHOLE}")
 
         def refuse(*args: Any, **kwargs: Any) -> None:

@@ -80,6 +80,11 @@ class Pipeline:
         self._timesteps: Callable[[], Any] = lambda: None
 
     @property
+    def pipe(self) -> Any:
+        """The pipeline itself; None where it is gone."""
+        return self._pipe()
+
+    @property
     def scheduler(self) -> Any:
         """The scheduler that the pipeline has now, or None."""
         return getattr(self._pipe(), "scheduler", None)

@@ -70,6 +70,21 @@ class Site(Protocol):
         ...
 
     @property
+    def pipe(self) -> Any:
+        """The pipeline that holds it, or None."""
+        ...
+
+    @property
+    def attention(self) -> Mapping[int, str]:
+        """Index -> name of the attention modules that methods may change."""
+        ...
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is compiled whole, so that nothing can run around its blocks."""
+        ...
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """The transformer's blocks, in running order."""
         ...
@@ -103,12 +118,16 @@ class Site(Protocol):
 
 
 def sample_of(output: Any) -> Tensor:
-    """Return the prediction in a forward's output, whether it is a tuple or an output object."""
+    """Return the prediction in a forward's output, whether it is that alone, a tuple or an output object."""
+    if isinstance(output, Tensor):
+        return output
     return output[0] if isinstance(output, (tuple, list)) else output.sample
 
 
-def with_sample(output: Any, sample: Tensor) -> Any:
+def with_sample(output: Any, sample: Tensor | list[Tensor]) -> Any:
     """Return a forward's output with another prediction; the rest, and the kind of output, stay."""
+    if isinstance(output, Tensor):
+        return sample
     if isinstance(output, tuple):
         return (sample, *output[1:])
     return type(output)(**{**dict(output), "sample": sample})

@@ -35,6 +35,10 @@ class Call:
         """Length S of the sequence."""
         return self.k.shape[2]
 
+    def values(self) -> Tensor:
+        """Return V with a head for every query head, [B, H, S, D]: a copy."""
+        return self.v.repeat_interleave(self.q.shape[1] // self.v.shape[1], 1)
+
     def key_mask(self) -> Tensor | None:
         """Return key validity [B, S] of the mask, True where a key is valid; None without a mask.
 

@@ -31,7 +31,7 @@ def dense_rows(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | Non
     q, k, v = call.as_held(call.q.index_select(2, rows), call.k, call.v)
     out = block_sparse_attention_eager(q, k, v, tiles, **arguments)
     assert isinstance(out, Tensor)
-    out, weight = call.heads_first(out), _weight(plan, call, rows)
+    out, weight = call.heads_first(out), plan.value_share(call.q.shape[1], call.q.dtype, rows)
     if weight is None:
         return out
     own = call.v.index_select(2, rows).repeat_interleave(out.shape[1] // call.v.shape[1], 1)
@@ -51,7 +51,7 @@ def gradients_of_rows(
         keys: bool [S].
     """
     grad = grad.index_select(2, rows)
-    weight, mixed = _weight(plan, call, rows), None
+    weight, mixed = plan.value_share(call.q.shape[1], call.q.dtype, rows), None
     if weight is not None:
         mixed = grad * weight
         grad = grad - mixed
@@ -77,11 +77,3 @@ def _arguments(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | Non
         "frame_decay": decay,
         "backend": call.backend,
     }
-
-
-def _weight(plan: AttentionPlan, call: Call, rows: Tensor) -> Tensor | None:
-    """Return the share of V in the rows' output, broadcastable to it; None where it has none."""
-    if plan.identity_mix is None:
-        return None
-    weight = plan.identity_mix.to(call.q.dtype).reshape(-1, call.q.shape[1])[:, :, None, None]
-    return weight if plan.identity_rows is None else weight * plan.identity_rows[rows][:, None]

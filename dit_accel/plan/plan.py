@@ -42,6 +42,7 @@ class AttentionPlan:
         frame_decay: factor on logits by frame distance.
         identity_mix: float32 [H] or [B, H] in [0, 1], share of each head's output replaced by V.
         identity_rows: bool [S], the tokens that ``identity_mix`` touches; None: all.
+        only_values: every head's output is V throughout, as ``identity_mix`` says too: no logit need be computed.
         selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
         row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
     """
@@ -53,6 +54,7 @@ class AttentionPlan:
     frame_decay: FrameDecay | None = None
     identity_mix: Tensor | None = None
     identity_rows: Tensor | None = None
+    only_values: bool = False
     selection: Selection | None = None
     row_override: RowOverride | None = None
 
@@ -154,21 +156,41 @@ class AttentionPlan:
         """Return the plan with each head's logits multiplied by ``head_scale``, [H] or [B, H], besides what it has."""
         return replace(self, head_scale=head_scale if self.head_scale is None else self.head_scale * head_scale)
 
-    def mix(self, identity_mix: Tensor, rows: Tensor | None = None) -> "AttentionPlan":
+    @property
+    def skips_logits(self) -> bool:
+        """Whether the output is V alone, and nothing that is learnt or replaced needs the attention itself."""
+        return self.only_values and self.selection is None and self.row_override is None
+
+    def mix(self, identity_mix: Tensor, rows: Tensor | None = None, *, only_values: bool = False) -> "AttentionPlan":
         """Return the plan with a share of each head's output replaced by V, of what other mixes left.
 
         Args:
             identity_mix: [H] or [B, H] in [0, 1].
             rows: bool [S], the tokens that are mixed; None: all.
+            only_values: the share is 1 for every head and token.
 
         Raises:
             ConfigError: if the plan mixes other tokens already.
         """
         if self.identity_mix is None:
-            return replace(self, identity_mix=identity_mix, identity_rows=rows)
+            return replace(self, identity_mix=identity_mix, identity_rows=rows, only_values=only_values)
         if self.identity_rows is not rows and not _same_order(self.identity_rows, rows):
             raise ConfigError("the plan mixes V into other tokens already; let both methods mix the same tokens")
-        return replace(self, identity_mix=1 - (1 - self.identity_mix) * (1 - identity_mix))
+        mixed = 1 - (1 - self.identity_mix) * (1 - identity_mix)
+        return replace(self, identity_mix=mixed, only_values=only_values or self.only_values)
+
+    def value_share(self, heads: int, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor | None:
+        """Return the share of V in the output, [1 or B, H, 1 or S, 1]; None where it has none.
+
+        Args:
+            heads: H.
+            dtype: the output's.
+            rows: int64 [G], the tokens that it is wanted for, G in place of S; None: all.
+        """
+        if self.identity_mix is None:
+            return None
+        share, mixed = self.identity_mix.to(dtype).reshape(-1, heads)[:, :, None, None], self.identity_rows
+        return share if mixed is None else share * (mixed if rows is None else mixed[rows])[:, None]
 
     def decay(self, frame_decay: FrameDecay) -> "AttentionPlan":
         """Return the plan with a decay of logits by frame distance.

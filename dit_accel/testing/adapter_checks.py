@@ -11,6 +11,7 @@ from . import method_checks, model_checks
 from .block_checks import check_blocks
 from .cache_checks import check_caches
 from .everything import planned as planned
+from .guidance_checks import check_guidance
 from .method_cases import METHOD_CASES as METHOD_CASES
 from .recording import require
 from .rope_checks import check_rope
@@ -70,6 +71,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "batch": method_checks.check_batch,
     "padding": method_checks.check_padding,
     "pairs": method_checks.check_pairs,
+    "guidance": check_guidance,
     "refused": model_checks.check_refused,
     "compile": model_checks.check_compile,
 }

@@ -13,6 +13,7 @@ from dit_accel.methods.registry import methods
 from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
+from .guided import table as guided_table
 from .longer import table as longer_table
 from .results import read_lines
 from .suite import read_suite
@@ -22,6 +23,7 @@ TIMES = Path("eval/results/denoising-time.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
+    "docs/guidance.md": ("guidance-wan-tiny",),
     "docs/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
@@ -34,6 +36,9 @@ PAGES = {
     ),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
+
+JUDGED: dict[str, Callable[..., str]] = {"guided": guided_table, "longer": longer_table}
+"""Module of a suite whose clips are judged by themselves -> its table."""
 
 
 def filled(root: Path, page: str) -> str:
@@ -120,13 +125,13 @@ def _time(root: Path) -> str:
     return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
 
 
-def _longer(root: Path, name: str) -> str:
+def _judged(root: Path, module: str, name: str) -> str:
     path = Path(f"eval/suites/{name}.toml")
-    command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / f"eval/results/{name}.jsonl")
+    command, lines = f"python -m dit_accel_eval.{module} {path}", read_lines(root / f"eval/results/{name}.jsonl")
     suite = read_suite(root / path)
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
-    return f"`{command}`: {suite.model}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
+    return f"`{command}`: {suite.model}, held-out clips; 95 % intervals.\n\n{JUDGED[module](suite, lines)}"
 
 
 def _mass(root: Path) -> str:
@@ -140,7 +145,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "speed": _speed,
     "time": _time,
     "dropped-mass": _mass,
-    "longer-wan-tiny": partial(_longer, name="longer-wan-tiny"),
+    "guidance-wan-tiny": partial(_judged, module="guided", name="guidance-wan-tiny"),
+    "longer-wan-tiny": partial(_judged, module="longer", name="longer-wan-tiny"),
 }
 
 

@@ -11,24 +11,37 @@ from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
 from dit_accel.errors import ConfigError, did_you_mean
 
-TUNABLE = ("lite", "magcache", "teacache")
+OPTIONS = {"lite": ("target_error", "metric"), "heads": ("objective", "rounds", "per_round", "halvings")}
+"""Method -> the options that are its alone."""
+
+TUNABLE = ("heads", "lite", "magcache", "teacache")
 
 
 def tune_method(
-    method: Annotated[str, typer.Argument(help="What to tune: lite, magcache or teacache.", metavar="METHOD")],
+    method: Annotated[str, typer.Argument(help="What to tune: heads, lite, magcache or teacache.", metavar="METHOD")],
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="What to show; may be repeated; default: some that an embedded model knows."),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; default: METHOD.toml.", metavar="FILE")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; default: METHOD.toml, heads.json.", metavar="FILE"),
     ] = None,
     target_error: Annotated[
         float | None, typer.Option(help="lite: error that one vote may add to the next call; default: 0.01.")
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="lite: how that error is measured, l1, l2 or cosine; default: l1.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="heads: checker, sharpness or module:function of a clip and its prompt; default: checker."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="heads: greedy rounds; default: 1.")] = None,
+    per_round: Annotated[int | None, typer.Option(help="heads: heads that a round adds; default: 3.")] = None,
+    halvings: Annotated[
+        int | None, typer.Option(help="heads: earlier judgements on fewer prompts and steps; default: 1.")
     ] = None,
     model: Model = None,
     height: Pixels = None,
@@ -54,7 +67,8 @@ def tune_method(
 
     lite: thresholds by layer and step for a target error, searched at every
     attention call. magcache: how the size of what is stored changes from
-    step to step. teacache: the polynomial from the change of the first
+    step to step. heads: which attention heads to perturb for SoftPAG, by
+    greedy rounds with an objective. teacache: the polynomial from the change of the first
     block's input to that of the output. A run that was stopped goes on after
     the last whole prompt.
 
@@ -63,6 +77,10 @@ def tune_method(
     dit-accel tune lite --target-error 0.02 -o lite.toml
 
     dit-accel generate "a red circle" --set lite.thresholds_file=lite.toml
+
+    dit-accel tune heads --rounds 2 -o heads.json
+
+    dit-accel generate "a red circle" --set softpag.heads=heads.json
 
     dit-accel tune magcache -o mag.toml
 
@@ -74,23 +92,36 @@ def tune_method(
 
     if method not in TUNABLE:
         raise ConfigError(f"tune can't tune {method!r}; {did_you_mean(method, TUNABLE)}")
-    options: dict[str, Any] = {"target_error": target_error, "metric": metric}
+    options: dict[str, Any] = {
+        "target_error": target_error, "metric": metric, "objective": objective, "rounds": rounds,
+        "per_round": per_round, "halvings": halvings,
+    }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
-    if options and method != "lite":
-        raise ConfigError(f"tune {method} takes no {' and no '.join(options)}, which are for tune lite; leave them out")
+    for owner, names in OPTIONS.items():
+        if owner != method and (others := [name for name in options if name in names]):
+            told = " and no ".join(others)
+            raise ConfigError(f"tune {method} takes no {told}, which are for tune {owner}; leave them out")
     request = tuning_request(
         prompts=_prompts(method, prompt, prompt_file, model), model=model, height=height, width=width,
         num_frames=num_frames, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
         dtype=cast(Any, dtype), device=device, offload=cast(Any, offload), methods=tuple(methods), backend=backend,
     )  # fmt: skip
     with Stages(quiet=quiet) as stages:
-        tuned = TUNERS[method](request, output or Path(f"{method}.toml"), stages=stages, **options)
+        tuned = TUNERS[method](
+            request, output or Path("heads.json" if method == "heads" else f"{method}.toml"), stages=stages, **options
+        )
     if json:
         print_json(tuned.to_dict())
         return
     print(tuned.output)
     if not quiet:
         _show(tuned)
+
+
+def _heads(*arguments: Any, **options: Any) -> Any:
+    from .tune_heads import tune_heads
+
+    return tune_heads(*arguments, **options)
 
 
 def _lite(*arguments: Any, **options: Any) -> Any:
@@ -111,10 +142,10 @@ def _teacache(*arguments: Any, **options: Any) -> Any:
     return tune_teacache(*arguments, **options)
 
 
-TUNERS: dict[str, Callable[..., Any]] = {"lite": _lite, "magcache": _magcache, "teacache": _teacache}
+TUNERS: dict[str, Callable[..., Any]] = {"heads": _heads, "lite": _lite, "magcache": _magcache, "teacache": _teacache}
 """Method -> what tunes it, loaded when it is asked for."""
 
-USUAL_PROMPTS = {"lite": 2, "magcache": 4, "teacache": 4}
+USUAL_PROMPTS = {"heads": 4, "lite": 2, "magcache": 4, "teacache": 4}
 
 
 def _prompts(method: str, prompt: list[str] | None, prompt_file: Path | None, model: str | None) -> tuple[str, ...]:

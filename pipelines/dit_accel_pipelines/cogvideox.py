@@ -14,6 +14,7 @@ from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import cogvideox_lengths, eighths
 from dit_accel.adapters.sizes import read_sizes
 
+from .perturbation import with_perturbation
 from .step_caches import with_step_caches
 
 # UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
@@ -96,5 +97,5 @@ COGVIDEOX = Adapter(
             else "this one adds sinusoidal positions to the patches, as CogVideoX-2B does"
         ),
     ),
-    families=with_step_caches(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B, COGVIDEOX_15_5B_I2V),
+    families=with_perturbation(*with_step_caches(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B, COGVIDEOX_15_5B_I2V)),
 )

@@ -7,11 +7,13 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import ids_grid
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
+from .perturbation import with_perturbation
 from .step_caches import with_step_caches
 
 FLUX_DEV = Family(
@@ -75,7 +77,7 @@ FLUX = Adapter(
         form="theta",
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
     ),
-    families=with_step_caches(FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX_TINY),
+    families=with_perturbation(*with_step_caches(FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX_TINY)),
     refused=IMAGE_REFUSED,
 )
 
@@ -96,6 +98,7 @@ FLUX_KIN = replace(
     ),
     sizes=kin_sizes,
     signal=None,
+    guidance=Guidance(rescales={"LongCat*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         owner="pos_embed",
         form="theta",

@@ -12,6 +12,7 @@ from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
 
+from .perturbation import with_perturbation
 from .step_caches import with_step_caches
 
 # Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
@@ -72,6 +73,6 @@ HUNYUAN_VIDEO = Adapter(
         form="theta",
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
     ),
-    families=with_step_caches(HUNYUAN_VIDEO_13B),
+    families=with_perturbation(*with_step_caches(HUNYUAN_VIDEO_13B)),
     recipes={"radial": RADIAL_HUNYUAN},
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import Sizes, read_sizes
@@ -67,5 +68,6 @@ NUCLEUS_IMAGE = Adapter(
     sizes=expert_sizes,
     grid=image_then_text,
     refused=IMAGE_REFUSED,
+    guidance=Guidance(rescales={"NucleusMoE*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=QWEN_IMAGE.rope,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import read_sizes
@@ -41,6 +42,7 @@ JOY_IMAGE_EDIT = Adapter(
     sizes=joy_sizes,
     grid=items_grid,
     refused=IMAGE_REFUSED,
+    guidance=Guidance(rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         method="get_rotary_pos_embed",
         form="theta",
@@ -56,6 +58,7 @@ JOY_IMAGE_EDIT_PLUS = Adapter(
     sizes=joy_sizes,
     grid=first_of_list,
     refused=IMAGE_REFUSED,
+    guidance=Guidance(rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         method="_get_rotary_pos_embed_for_range",
         form="theta",

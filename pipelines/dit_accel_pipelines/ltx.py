@@ -13,6 +13,7 @@ from dit_accel.adapters.rope_axes import fractions
 from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 
+from .perturbation import with_perturbation
 from .step_caches import with_step_caches
 
 LTX_2B = Family(
@@ -84,5 +85,5 @@ LTX = Adapter(
         note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by "
         "one number; none of them has a period in frames",
     ),
-    families=with_step_caches(LTX_2B, LTX_13B),
+    families=with_perturbation(*with_step_caches(LTX_2B, LTX_13B)),
 )

@@ -13,6 +13,7 @@ from dit_accel.adapters.rope_axes import fractions
 from dit_accel.adapters.sizes import read_sizes
 
 from .ltx import packed_grid
+from .perturbation import with_perturbation
 
 LTX2_19B = Family(
     name="ltx-2-19b",
@@ -47,5 +48,5 @@ LTX2 = Adapter(
         axes=fractions,
         note="as LTX; sound, and attention between video and sound, keep their own positions",
     ),
-    families=(LTX2_19B,),
+    families=with_perturbation(LTX2_19B),
 )

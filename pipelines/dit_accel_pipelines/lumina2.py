@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, lengths_of_image
@@ -59,6 +60,7 @@ LUMINA2 = Adapter(
     sizes=partial(lumina_sizes, mlp_ratio=4),
     grid=valid_text_first,
     rising_timesteps=True,
+    guidance=Guidance(rescales={"Lumina2*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         owner="rope_embedder",
         method="_get_freqs_cis",

@@ -10,6 +10,7 @@ from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import learned
 from dit_accel.adapters.sizes import read_sizes
 
+from .perturbation import with_perturbation
 from .step_caches import with_step_caches
 
 MOCHI_1 = Family(
@@ -54,5 +55,5 @@ MOCHI = Adapter(
         axes=learned,
         note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
-    families=with_step_caches(MOCHI_1),
+    families=with_perturbation(*with_step_caches(MOCHI_1)),
 )

@@ -6,11 +6,13 @@ from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import even, fixed_lengths
 from dit_accel.adapters.sizes import read_sizes
 
 from .lumina2 import lumina_sizes
+from .perturbation import with_perturbation
 
 PIXART_SIGMA = Family(
     name="pixart-sigma",
@@ -35,7 +37,7 @@ PIXART = Adapter(
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=None),
     rope="PixArt adds sinusoidal positions to the patches",
-    families=(PIXART_SIGMA,),
+    families=with_perturbation(PIXART_SIGMA),
     refused=IMAGE_REFUSED,
 )
 HUNYUAN_DIT = replace(
@@ -44,6 +46,8 @@ HUNYUAN_DIT = replace(
     transformers=("HunyuanDiT2DModel",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
+    guidance=Guidance(share_prefix=False),  # its second half takes what the first gave, besides its stream
+    recipes={"pag": {"layers": ("L1",)}},
     sizes=read_sizes,
     rope=Rope(
         input="image_rotary_emb",
@@ -58,6 +62,7 @@ LUMINA_NEXT = replace(
     transformers=("LuminaNextDiT2DModel",),
     self_attention=("layers.*.attn1",),
     blocks=(BlockList(pattern="layers.*"),),
+    guidance=Guidance(first_rows="cond"),
     sizes=partial(lumina_sizes, mlp_ratio=Fraction(8, 3)),
     rising_timesteps=True,
     rope=Rope(

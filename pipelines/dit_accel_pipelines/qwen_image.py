@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, fixed_lengths
 from dit_accel.adapters.sizes import read_sizes
@@ -48,6 +49,7 @@ QWEN_IMAGE = Adapter(
     self_attention=("transformer_blocks.*.attn",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=first_image,
+    guidance=Guidance(rescales={"QwenImage*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         owner="pos_embed",
         form="tables behind methods",

@@ -9,6 +9,8 @@ from functools import partial
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 from dit_accel.adapters.sizes import read_sizes
 
+from .perturbation import with_perturbation
+
 SD3_MEDIUM = Family(
     name="sd3-medium",
     repo="stabilityai/stable-diffusion-3-medium-diffusers",
@@ -42,6 +44,6 @@ SD3 = Adapter(
     grid=partial(latents_grid, frames_axis=None, text="after"),
     ragged_text=True,
     rope="SD3 adds sinusoidal positions to the patches",
-    families=(SD3_MEDIUM, SD35_LARGE),
+    families=with_perturbation(SD3_MEDIUM, SD35_LARGE),
     refused=IMAGE_REFUSED,
 )

@@ -15,6 +15,7 @@ from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
 from dit_accel.adapters.sizes import read_sizes
 
+from .perturbation import with_perturbation
 from .step_caches import with_step_caches
 
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
@@ -173,19 +174,21 @@ WAN = Adapter(
         axes=thirds,
         max_positions=same_length("rope_max_seq_len"),
     ),
-    families=with_step_caches(
-        WAN21_1B,
-        WAN21_14B,
-        WAN21_I2V_480P,
-        WAN21_I2V_720P,
-        WAN21_FLF2V,
-        WAN21_VACE_1B,
-        WAN21_VACE_14B,
-        WAN22_A14B,
-        WAN22_I2V_A14B,
-        WAN22_TI2V_5B,
-        WAN_TINY,
-        WAN_TINY_2,
+    families=with_perturbation(
+        *with_step_caches(
+            WAN21_1B,
+            WAN21_14B,
+            WAN21_I2V_480P,
+            WAN21_I2V_720P,
+            WAN21_FLF2V,
+            WAN21_VACE_1B,
+            WAN21_VACE_14B,
+            WAN22_A14B,
+            WAN22_I2V_A14B,
+            WAN22_TI2V_5B,
+            WAN_TINY,
+            WAN_TINY_2,
+        )
     ),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
 )

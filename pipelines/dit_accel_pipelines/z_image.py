@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, lengths_of_image
 from dit_accel.adapters.sizes import read_sizes
@@ -74,6 +75,7 @@ Z_IMAGE = Adapter(
     transformers=("ZImageTransformer2DModel",),
     self_attention=("layers.*.attention",),
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
+    guidance=Guidance(first_rows="cond"),
     sizes=partial(
         read_sizes,
         layers=("n_layers",),

@@ -20,6 +20,8 @@ KEYS = {
     "uncounted_methods",
 }  # fmt: skip
 WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
+NAMED = {"softpag": "heads", "pag": "layers"}
+"""Methods for which nothing is published on Wan."""
 PUBLISHED = ["--radial", "--set", "radial.boundary=published"]
 
 
@@ -62,9 +64,25 @@ def test_every_method_can_be_planned_alone_and_beside_others():
     together = ["delta", "lite", "radial", "sol", "sparsed", "ultravico"]
     alone = [[name] for name in methods() if name != "delta"]  # it corrects another
     for some in [*alone, ["radial", "delta"], ["sparsed", "sol"], together]:
-        found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in some))
+        named = [f"--set={name}.{option}=L8" for name, option in NAMED.items() if name in some]
+        found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in some), *named)
         assert set(found["methods"]) == {*some}
         assert set(found["uncounted_methods"]) & {*together} == {*some} & {"lite"}
+
+
+def test_a_third_forward_is_counted_less_what_its_prefix_saves():
+    wan = ("--family", "wan2.1-1.3b")
+    whole = planned(*wan, "--set", "softpag.heads=L15H1", "--set", "softpag.share_prefix=false")
+    shared = planned(*wan, "--set", "softpag.heads=L15H1", "--set", "softpag.stop=0.5")
+    free = planned(*wan, "--set", "softpag.heads=L15H1", "--set", "softpag.mode=free")
+    assert whole["forward_share"] == pytest.approx(3 / 2)
+    assert shared["forward_share"] == pytest.approx(1 + 0.5 * 0.5 / 2)  # half of the steps, half of the blocks
+    assert free["forward_share"] == 1
+    assert planned(*wan, "--slg")["forward_share"] == pytest.approx(1 + (1 - 8 / 30) / 2)
+    said = run(*wan, "--set", "softpag.heads=L15", "--set", "softpag.stop=0.1", "--num-inference-steps", "4").stderr
+    assert "begins at block 15 of 30, saving 50% of it" in said
+    assert "is shorter than one of 4 steps; it acts in step 0 alone" in said
+    assert "guidance is distilled into flux.1-dev" in run("--family", "flux.1-dev", "--set", "pag.layers=L9").stderr
 
 
 def test_a_method_that_corrects_others_is_not_planned_alone():

@@ -19,7 +19,9 @@ from dit_accel.testing.cache_checks import CACHE_CASES
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
-ADAPTER_ALONE = [name for name in FAST if name not in ("caches", "active", "batch", "padding", "pairs")]  # no method
+WITH_METHODS = ("caches", "active", "batch", "padding", "pairs", "guidance")
+ADAPTER_ALONE = [name for name in FAST if name not in WITH_METHODS]
+OF_CALLS = ["caches", "guidance"]  # methods around forwards and blocks
 OTHERS = [name for name in ADAPTERS if name != "wan"]
 MUST = ("places", "layout", "blocks")
 ADDED_POSITIONS = {"CogVideoXTransformer3DModel 0", "ConsisIDTransformer3DModel 2"}  # as CogVideoX-2B adds them
@@ -47,7 +49,15 @@ def check(name, models, only):
 def test_an_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
-    check(name, tiny_models.MODELS[name][:1], ["caches", "active", "batch", "padding"])
+    check(name, tiny_models.MODELS[name][:1], ["active", "batch", "padding"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("wan", "hunyuan-video") else pytest.mark.slow) for name in ADAPTERS],
+)
+def test_caches_and_guidance_pass(name):
+    check(name, tiny_models.MODELS[name][:1], OF_CALLS)
 
 
 @pytest.mark.parametrize(

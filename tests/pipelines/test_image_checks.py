@@ -8,7 +8,9 @@ from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
 FAST = [name for name in CHECKS if name != "compile"]
-ADAPTER_ALONE = [name for name in FAST if name not in ("caches", "active", "batch", "padding", "pairs")]  # no method
+WITH_METHODS = ("caches", "active", "batch", "padding", "pairs", "guidance")
+ADAPTER_ALONE = [name for name in FAST if name not in WITH_METHODS]
+OF_CALLS = ["caches", "guidance"]  # methods around forwards and blocks
 OTHERS = [name for name in ADAPTERS if name != "flux"]
 MASKED = {
     "qwen-image", "chroma", "krea2", "hunyuan-image", "lumina2", "bria-fibo-2", "nucleus-image", "prx",
@@ -42,7 +44,14 @@ def check(name, models, only):
 def test_an_image_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
-    check(name, tiny_models.MODELS[name][:1], ["caches", "active", "batch"])
+    check(name, tiny_models.MODELS[name][:1], ["active", "batch"])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("flux", "sd3") else pytest.mark.slow) for name in ADAPTERS]
+)
+def test_image_caches_and_guidance_pass(name):
+    check(name, tiny_models.MODELS[name][:1], OF_CALLS)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

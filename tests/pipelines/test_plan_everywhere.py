@@ -18,9 +18,13 @@ SMALL = {
     "ultravico": {"trained_frames": 3},
     "magcache": {"ratios": (1.0, 0.99, 0.98)},
     "teacache": {"polynomial": (1.0, 0.0)},
+    "softpag": {"heads": "L1H0"},
+    "pag": {"layers": "L1"},
+    "slg": {"layers": "L1"},
 }
 REFUSALS = (
-    r"makes no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of"
+    r"makes no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of|"
+    r"would mix"
 )
 SPARSE = {"radial", "sol", "lite", "sparsed"}
 
@@ -41,6 +45,7 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(adapter, family)
             any(name in adapter.refused for name in names)
             or alike
             or unsaid
+            or ("slg" in names and {"dbcache", "firstblockcache"} & set(names))
             or ("delta" in names and not SPARSE & set(names))
         ):
             with pytest.raises(ConfigError, match=REFUSALS):

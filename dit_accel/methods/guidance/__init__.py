@@ -1,0 +1,1 @@
+"""Guidance by perturbed predictions, folded into what the pipeline gets."""

@@ -1,0 +1,259 @@
+"""The third branch: a perturbed forward beside the conditional one, folded into what the pipeline gets.
+
+A pipeline mixes its predictions by weights that sum to 1, cond + (s - 1) (cond - unc). So w (cond - perturbed), added
+to each prediction of a step alike, is added to the result: unc + s (cond - unc) + w (cond - perturbed), exactly,
+whatever s is in that step, in two calls or one, with guidance embedded or off.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+from ...errors import ConfigError, UnsupportedModel
+from ...plan.layout import TokenLayout
+from ...report.sections import Section
+from ...rules.guidance import added
+from ..base import Handler, Model, Phase, Place
+from ..caches.engine import is_recorded
+from ..saving import Saving
+from ..site import ForwardContext, Site, sample_of, with_sample
+from .config import PerturbedConfig
+from .guiders import GUIDERS, guided_by
+from .log import PerturbedForward, note_of, section_of, warn_if_nothing_ran
+from .passes import Passes, Rows
+from .rows import Sample, halves_alike, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
+
+Part = Literal["cond", "uncond", "both"]
+
+
+class PerturbedHandler(Handler):
+    """Guidance away from a perturbed prediction on one model; what is perturbed is a subclass's affair."""
+
+    phase = Phase.GUIDANCE
+    places = frozenset({Place.FORWARD})
+    exclusive = frozenset({"perturbed prediction"})
+    acts_on_blocks: ClassVar[bool] = False
+    settings: PerturbedConfig
+
+    def __init__(self, config: PerturbedConfig, model: Model) -> None:
+        super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
+        self._others: Sequence[Handler] = ()
+        self._passes: dict[str, Passes] = {}
+        self._both: dict[tuple[str, str, int], bool] = {}
+        self._added: tuple[int, Sample] | None = None
+        self._guiders: tuple[Any, ...] = ()
+        self._log: list[PerturbedForward] = []
+        self._seen = 0
+        self._steps: int | None = None
+        self._warned = self._warned_of_window = False
+
+    # What is perturbed.
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the settings change nothing."""
+        return self.settings.scale == 0
+
+    def perturbed_layers(self, site: Site) -> Sequence[int]:
+        """Return the attention layers that are perturbed; raise `ConfigError` for those that can't be."""
+        raise NotImplementedError
+
+    def skipped_blocks(self, site: Site) -> frozenset[int]:
+        """Return the blocks that a perturbed pass leaves out."""
+        return frozenset()
+
+    def told(self) -> str:
+        """Return in words what is perturbed."""
+        raise NotImplementedError
+
+    # What all of them share.
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Refuse caches of blocks where blocks are skipped: they count on each block of the branch they follow."""
+        self._others = tuple(others)
+        if self.acts_on_blocks and (cache := self._block_cache()) is not None:
+            raise ConfigError(
+                f"{self.name} skips blocks in its branch, and {cache} carries over what blocks give: the branches "
+                "would mix; attach a cache of whole forwards, such as EasyCache, or perturb heads with SoftPAG"
+            )
+
+    def install(self, site: Site) -> None:
+        """Run around every forward of the transformer, and around the blocks that a perturbed pass leaves out."""
+        layers = self.perturbed_layers(site)
+        skip = self.skipped_blocks(site)
+        passes = self._passes[site.name] = Passes(self._first_block(site, layers), skip)
+        if self.settings.mode == "branch":
+            self._guiders = self._guiders or guided_by(site, self._take_added)
+        site.around_forward(lambda context, run: self._around(site, passes, context, run))
+        if passes.first is not None or skip:
+            site.around_blocks(passes.around, passes.blocks(site.blocks))
+
+    def _block_cache(self) -> str | None:
+        """Return the name of a cache of blocks among the other methods, or None; diffusers' own may be one."""
+        caches = (other for other in self._others if "cache" in other.exclusive)
+        return next((one.name for one in caches if Place.BLOCKS in one.places or one.objects), None)
+
+    def _first_block(self, site: Site, layers: Sequence[int]) -> int | None:
+        """Return the block at which a perturbed pass may begin, or None: it runs whole."""
+        if not self.settings.share_prefix or self.settings.mode == "free" or self._block_cache() is not None:
+            return None
+        if site.compiled or not site.adapter.guidance.share_prefix or not layers:
+            return None
+        try:
+            found = [block_of(site, layer) for layer in layers]
+        except UnsupportedModel:
+            return None
+        blocks = [index for index in found if index is not None]
+        return min(blocks) if len(blocks) == len(found) and min(blocks) > 0 else None
+
+    def _around(self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any]) -> Any:
+        latents = context.inputs[site.adapter.latents]
+        if self.neutral or context.training or is_recorded(latents):
+            return run()
+        self._seen, self._steps = self._seen + 1, context.num_inference_steps
+        if not self._warned_of_window and (short := self.settings.too_short(self._steps)):
+            self._warned_of_window = True
+            warnings.warn(short, UserWarning, stacklevel=2)
+        if not self.settings.acts(context.step_index, context.num_inference_steps):
+            return run()
+        part = self._part(site, context, latents)
+        if self.settings.mode == "free":
+            return self._perturbed(site, passes, context, run, part, len(latents))
+        return (
+            self._told_apart(site, context, run)
+            if part == "uncond"
+            else self._third(site, passes, context, run, rows_in(site, part, len(latents), "cond"))
+        )
+
+    def _take_added(self) -> Sample | None:
+        """Return what a guider adds to the result of the step, once."""
+        taken, self._added = self._added, None
+        return None if taken is None else taken[1]
+
+    def _left_to_guider(self, site: Site) -> bool:
+        """Tell whether the pipeline's guider adds what guidance adds, to its result."""
+        return any(guider is getattr(site.pipe, name, None) for guider in self._guiders for name in GUIDERS)
+
+    def _part(self, site: Site, context: ForwardContext, latents: Any) -> Part:
+        """Return which prompts a forward holds, by the branch's name and, where that leaves it open, its latents."""
+        own = context.branch.rsplit("/", 1)[-1]
+        if own in ("cond", "pred_cond"):
+            return "cond"
+        if own not in ("cond_uncond", "call 0"):
+            return "uncond"
+        key = context.transformer, context.branch, len(latents)
+        if key not in self._both:
+            off = getattr(site.pipe, "do_classifier_free_guidance", True) is False
+            self._both[key] = not off and halves_alike(latents)
+        return "both" if self._both[key] else "cond"
+
+    def _third(self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], rows: Rows) -> Any:
+        """Run a forward and the perturbed one of its conditional rows, and add to all rows what guidance adds."""
+        left = self._left_to_guider(site)
+        if rows is not None and not left:
+            self._require_folded(site)
+        with passes.recording():
+            output = run()
+        sample = require_sample(sample_of(output), site.name)
+        given = {} if rows is None else {name: rows_of(value, *rows) for name, value in context.inputs.items()}
+        with passes.perturbing(taken=rows) as shared, site.branch(self.name):
+            perturbed = require_sample(sample_of(run(**given)), site.name)
+        cond = sample_rows(sample, None if rows is None else rows[0])
+        further = mapped(
+            lambda one, other: added(one, other, self.settings.scale or 0.0, self.settings.rescale), cond, perturbed
+        )
+        self._log.append(note_of(context, cond, perturbed, passes.first if shared else 0))
+        self._added = context.step_index, further
+        if left:
+            return output
+        return with_sample(output, plus(sample, further if rows is None else repeated(further)))
+
+    def _told_apart(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
+        """Run a forward that is not conditional, and add what the conditional one of the step got."""
+        output = run()
+        if self._added is None or self._added[0] != context.step_index or self._left_to_guider(site):
+            return output
+        self._require_folded(site)
+        sample, further = require_sample(sample_of(output), site.name), self._added[1]
+        if shapes(sample) != shapes(further):
+            raise ConfigError(
+                f"{self.name} can't be folded into {site.name}'s guidance: its branch {context.branch} gives "
+                f"{shapes(sample)}, the conditional one {shapes(further)}; use mode = 'free'"
+            )
+        return with_sample(output, plus(sample, further))
+
+    def _perturbed(
+        self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], part: Part, batch: int
+    ) -> Any:
+        """Run a forward, its unconditional rows perturbed."""
+        if part == "cond":
+            return run()
+        with passes.perturbing(rows=rows_in(site, part, batch, "uncond")):
+            output = run()
+        self._log.append(PerturbedForward(context.transformer, context.step_index, context.branch, extra=False))
+        return output
+
+    def _require_folded(self, site: Site) -> None:
+        why = site.adapter.guidance.why_not_folded(site.pipe)
+        if why is not None:
+            raise ConfigError(
+                f"{self.name} can't be folded into this pipeline's guidance: {why}, which {self.name} changes; switch "
+                f"that off, guide without a negative prompt, or use {self.name}.mode = 'free'"
+            )
+
+    def reset(self) -> None:
+        """Forget the last step."""
+        self._added = None
+        for passes in self._passes.values():
+            passes.forget()
+
+    def begin_run(self) -> None:
+        """Say once if nothing was perturbed in the run that ended, and forget it."""
+        self._warned = self._warned or warn_if_nothing_ran(self, self._seen, self._log)
+        self._log, self._seen = [], 0
+        self._both.clear()
+
+    def state_bytes(self) -> int:
+        """Return the most memory that was held from the conditional to the perturbed pass since attach."""
+        return sum(passes.held for passes in self._passes.values())
+
+    def report(self) -> Section | None:
+        """Return which forwards were perturbed, and how far they lay from the conditional ones."""
+        self._warned = self._warned or warn_if_nothing_ran(self, self._seen, self._log)
+        return section_of(self, self._log, self._seen, self._steps)
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return the third forwards, less what begins at the first perturbed block."""
+        window = self.settings.steps(steps)
+        notes = (self.told(),)
+        told = (short,) if (short := self.settings.too_short(steps)) else ()
+        if self.settings.mode == "free" or self.neutral:
+            return Saving(notes=notes, warnings=told)
+        if self.model.family is not None and self.model.family.forwards_per_step == 1:
+            notes += (
+                f"guidance is distilled into {self.model.family.name}: {self.name} doubles the forwards it acts in",
+            )
+        first, layers = self.first_layer(), max(1, self.model.layers)
+        shared = self.settings.share_prefix and self.model.adapter.guidance.share_prefix and first is not None
+        part = 1 - (first or 0) / layers if shared else 1.0
+        if shared and first:
+            notes += (f"{self.name}'s third forward begins at block {first} of {layers}, saving {1 - part:.0%} of it",)
+        return Saving(extra_forwards=len(window) * part, notes=notes, warnings=told)
+
+    def first_layer(self) -> int | None:
+        """Return the first perturbed layer, without a model; None where that is not known."""
+        raise NotImplementedError
+
+
+def block_of(site: Site, layer: int) -> int | None:
+    """Return the main block that holds an attention layer; None: it lies beside them."""
+    name = site.attention[layer]
+    return next((block.index for block in site.blocks if name.startswith(f"{block.name}.")), None)
+
+
+def rows_in(site: Site, part: Part, batch: int, wanted: Literal["cond", "uncond"]) -> Rows:
+    """Return the rows of one prompt in a forward; None: it holds no other."""
+    if part != "both":
+        return None
+    half = batch // 2
+    return (slice(0, half) if site.adapter.guidance.first_rows == wanted else slice(half, batch)), batch

@@ -1,0 +1,97 @@
+"""PerturbedConfig: what all methods share that guide away from a perturbed prediction."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ...errors import ConfigError
+from ...rules.guidance import is_short, window
+from ..config import MethodConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerturbedConfig(MethodConfig):
+    """What such methods share; a model's recipe may fill what is unset.
+
+    The result is unc + s (cond - unc) + w (cond - perturbed), or cond + w (cond - perturbed) without guidance by a
+    negative prompt.
+
+    Attributes:
+        scale: w; 0 changes nothing.
+        start: share of the run at which it begins; the step that holds it is in.
+        stop: share of the run at which it ends.
+        rescale: phi in [0, 1]: how far cond + w (cond - perturbed) is scaled back to cond's standard deviation.
+        mode: ``branch`` runs a third forward; ``free`` perturbs the unconditional one instead, at no cost, and then w
+            plays no part: unc is perturbed in unc + s (cond - unc).
+        share_prefix: the third forward begins at the first perturbed block, from what the conditional one had there.
+
+    Raises:
+        ConfigError: for an option out of range, or an empty window.
+    """
+
+    scale: float | None = None
+    start: float | None = None
+    stop: float | None = None
+    rescale: float = 0.0
+    mode: Literal["branch", "free"] = "branch"
+    share_prefix: bool = True
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        if self.scale is not None and self.scale < 0:
+            raise ConfigError(f"{self.name}.scale must be >= 0, got {self.scale}; 1 to 4 is usual, 0 changes nothing")
+        if not 0 <= self.rescale <= 1:
+            raise ConfigError(f"{self.name}.rescale must be from 0 to 1, got {self.rescale}; 0.7 is usual")
+        for option in ("start", "stop"):
+            value = getattr(self, option)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{self.name}.{option} must be a share of the run from 0 to 1, got {value}")
+        if self.start is not None and self.stop is not None and self.start >= self.stop:
+            raise ConfigError(
+                f"{self.name} acts from start = {self.start} to stop = {self.stop} of the run, which is no step; let "
+                "stop lie above start"
+            )
+        if self.mode == "free" and (self.rescale or self.scale):
+            what = f"scale = {self.scale}" if self.scale else f"rescale = {self.rescale}"
+            raise ConfigError(
+                f"{self.name}.{what} says how far to go from a third forward, and with mode = 'free' there is none; "
+                "leave it out, guidance_scale decides"
+            )
+
+    def steps(self, count: int) -> range:
+        """Return the steps of a run in which it acts."""
+        return window(self.start or 0.0, 1.0 if self.stop is None else self.stop, count)
+
+    def acts(self, index: int, count: int | None) -> bool:
+        """Tell whether it acts in a step.
+
+        Raises:
+            ConfigError: if the window needs the run's steps, which are not known.
+        """
+        if not self.start and self.stop in (None, 1.0):
+            return True
+        if count is None:
+            raise ConfigError(
+                f"{self.name} acts from {self.start} to {self.stop} of the run, whose number of steps is not known "
+                "here; attach to the pipeline, or set start to 0 and stop to 1"
+            )
+        return index in self.steps(count)
+
+    def too_short(self, count: int | None) -> str | None:
+        """Tell that the window is shorter than one of so many steps, or None."""
+        start, stop = self.start or 0.0, 1.0 if self.stop is None else self.stop
+        if count is None or not is_short(start, stop, count):
+            return None
+        return (
+            f"{self.name}'s window from {start:g} to {stop:g} is shorter than one of {count} steps; it acts in step "
+            f"{self.steps(count)[0]} alone"
+        )
+
+    def filled(self, recipe: Mapping[str, Any]) -> Any:
+        """Return the config with every unset option filled in; with ``mode = 'free'`` no scale is.
+
+        Raises:
+            ConfigError: for an option that no recipe may fill, or a value out of range.
+        """
+        full = MethodConfig.filled(replace(self, mode="branch"), recipe)
+        return full if self.mode == "branch" else replace(full, mode="free", scale=None)

@@ -1,0 +1,154 @@
+"""Which heads a user means: ``L3H1``, ranges, whole layers, stacks, published sets, and files of these."""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import ConfigError, did_you_mean
+
+Heads = Mapping[int, tuple[int, ...]]
+"""Index of an attention layer -> its heads, in rising order."""
+
+_SPEC = re.compile(r"(?:(?P<stack>[\w.]+)\.)?L(?P<layers>\d+(?:-L?\d+)?)(?:H(?P<heads>\d+(?:-H?\d+)?))?")
+_FORM = "write L3H1 (a head), L3H0-5, L3 or L3-5 (whole layers), a stack's name, a published set or a .json file"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stacks:
+    """The attention layers of a model, as specs name them.
+
+    Attributes:
+        names: attention module names, by their index; of a model that is not at hand, empty strings.
+        heads: heads of each.
+        others: names of attention modules that can't be perturbed: cross-attention and refiners.
+    """
+
+    names: Sequence[str]
+    heads: int
+    others: Collection[str] = ()
+
+    def stack(self, name: str) -> list[int]:
+        """Return the layers of a stack; none where there is no such stack."""
+        return [index for index, of in enumerate(self.names) if stack_of(of) == name]
+
+    @property
+    def stacks(self) -> list[str]:
+        """The stacks' names, in running order."""
+        return list(dict.fromkeys(stack_of(name) for name in self.names if name))
+
+
+def stack_of(name: str) -> str:
+    """Return the stack of an attention module: what stands before its number."""
+    return re.split(r"\.\d+(?:\.|$)", name)[0]
+
+
+def split_specs(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the single specs of a text with commas, or of several."""
+    texts = [given] if isinstance(given, str) else list(given)
+    return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+
+
+def read_heads(
+    specs: str | Iterable[str], stacks: Stacks, asked: str, published: Mapping[str, Sequence[str]] | None = None
+) -> Heads:
+    """Return the heads that specs name.
+
+    Args:
+        specs: see `split_specs`; layers count over all stacks, behind a stack's name within it.
+        stacks: the model's layers.
+        asked: what asks for them, for errors.
+        published: name -> specs.
+
+    Raises:
+        ConfigError: for a spec that can't be read, or that names what the model does not have.
+    """
+    found: dict[int, set[int]] = {}
+    for spec in split_specs(specs):
+        for layer, heads in _one(spec, stacks, asked, published or {}).items():
+            found.setdefault(layer, set()).update(heads)
+    return {layer: tuple(sorted(found[layer])) for layer in sorted(found)}
+
+
+def first_layer(specs: str | Iterable[str], layers: int, heads: int) -> int | None:
+    """Return the first layer that specs name, without a model; None where that takes one."""
+    try:
+        found = read_heads(specs, Stacks(names=("",) * layers, heads=heads), "")
+    except ConfigError:
+        return None
+    return min(found, default=None)
+
+
+def spell(heads: Heads, count: int) -> list[str]:
+    """Return heads as specs, one a head; a layer of which all are named is one spec."""
+    return [
+        text
+        for layer, named in heads.items()
+        for text in ([f"L{layer}"] if len(named) == count else [f"L{layer}H{head}" for head in named])
+    ]
+
+
+def _one(spec: str, stacks: Stacks, asked: str, published: Mapping[str, Sequence[str]]) -> Heads:
+    whole = tuple(range(stacks.heads))
+    if spec in published:
+        return read_heads(published[spec], stacks, f"{asked} {spec!r}")
+    if spec.endswith(".json"):
+        return read_heads(read_file(Path(spec), asked), stacks, f"{spec}:")
+    if spec in stacks.names:
+        return {list(stacks.names).index(spec): whole}
+    if spec in stacks.others:
+        raise ConfigError(
+            f"{asked} names {spec}, which is cross-attention or a side path: queries and keys are of different tokens "
+            f"there, so that no head can see itself alone; name self-attention, L0 to L{len(stacks.names) - 1}"
+        )
+    if layers := stacks.stack(spec):
+        return dict.fromkeys(layers, whole)
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        known = [*published, *stacks.stacks]
+        raise ConfigError(f"{asked} can't read {spec!r}; {_FORM}" + (f"; {did_you_mean(spec, known)}" if known else ""))
+    return _numbered(spec, match, stacks, asked)
+
+
+def _numbered(spec: str, match: "re.Match[str]", stacks: Stacks, asked: str) -> Heads:
+    layers = list(range(len(stacks.names))) if match["stack"] is None else stacks.stack(match["stack"])
+    within = "the model" if match["stack"] is None else match["stack"]
+    if not layers:
+        raise ConfigError(f"{asked} {spec!r}: no stack is called {match['stack']!r}; known: {', '.join(stacks.stacks)}")
+    first, last = _range(match["layers"])
+    if last < first or last >= len(layers):
+        raise ConfigError(f"{asked} {spec!r}: {within} has attention layers 0 to {len(layers) - 1}; stay in that range")
+    heads = tuple(range(stacks.heads))
+    if match["heads"] is not None:
+        least, most = _range(match["heads"])
+        if most < least or most >= stacks.heads:
+            raise ConfigError(
+                f"{asked} {spec!r}: each of the {len(layers)} attention layers of {within} has heads 0 to "
+                f"{stacks.heads - 1}; stay in that range"
+            )
+        heads = tuple(range(least, most + 1))
+    return dict.fromkeys(layers[first : last + 1], heads)
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, _, last = re.sub("[LH]", "", text).partition("-")
+    return int(first), int(last or first)
+
+
+def read_file(path: Path, asked: str) -> tuple[str, ...]:
+    """Return the specs in a JSON file: a list of them, or a list under ``heads``.
+
+    Raises:
+        ConfigError: if there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{asked} can't read {path}: {error.strerror}; give an existing file") from None
+    except ValueError as error:
+        raise ConfigError(f'{asked}: {path} is not valid JSON ({error}); write a list such as ["L3H1"]') from None
+    specs = content.get("heads") if isinstance(content, dict) else content
+    if not isinstance(specs, list) or not all(isinstance(spec, str) and not spec.endswith(".json") for spec in specs):
+        raise ConfigError(f'{asked}: {path} must hold a list such as ["L3H1"], alone or under "heads"; got {specs!r}')
+    return tuple(specs)

@@ -1,0 +1,251 @@
+"""SoftPAG and PAG: guidance away from a forward whose chosen heads see themselves alone, wholly or in part."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...plan.call import Call
+from ...plan.context import CallContext, StepContext
+from ...plan.layout import TokenLayout
+from ...plan.plan import AttentionPlan
+from ..base import AttentionHandler, Model, Place
+from ..site import Site
+from .branch import PerturbedHandler
+from .config import PerturbedConfig
+from .heads import Heads, Stacks, first_layer, read_heads, split_specs
+
+Target = Literal["identity", "temperature"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftPAG(PerturbedConfig):
+    """Guidance away from attention in which chosen heads are perturbed: A' = (1 - u) A + u I, so O' = (1 - u) O + u V.
+
+    Source: HeadHunter and SoftPAG (arXiv 2506.10978). Where we depart from it: the scale of the negative prompt's
+    guidance stays what it is, text rows may be left out, and windows are shares of the run.
+
+    Attributes:
+        heads: the heads, such as ``L3H1``, ``L3H0-5``, ``L3`` or ``L3-5`` (whole layers), a stack such as
+            ``single_transformer_blocks`` or ``single_transformer_blocks.L3H1``, a set published for the model, a JSON
+            file; several in a list or with commas. None: what is published for the model.
+        u: how far, in [0, 1]. At 1 on a whole layer no logit is computed.
+        rows: ``all`` tokens are perturbed, or those of the ``image`` (or video) alone, text left out.
+        target: ``identity``, or ``temperature``: the heads' logits are multiplied by 1 - u, at u = 1 all tokens count
+            alike.
+
+    Raises:
+        ConfigError: for an option out of range, or ``rows`` with ``target = 'temperature'``.
+    """
+
+    name: ClassVar[str] = "softpag"
+    defaults: ClassVar[Mapping[str, Any]] = {"u": 0.5, "scale": 3.0, "start": 0.0, "stop": 1.0, "heads": None}
+
+    heads: str | tuple[str, ...] | None = None
+    u: float | None = None
+    rows: Literal["all", "image"] = "all"
+    target: Target = "identity"
+
+    def __post_init__(self) -> None:
+        PerturbedConfig.__post_init__(self)
+        if self.u is not None and not 0 <= self.u <= 1:
+            raise ConfigError(f"softpag.u must be from 0 to 1, got {self.u}; 0 leaves attention as it is, 1 is PAG")
+        if self.target == "temperature" and self.rows == "image":
+            raise ConfigError(
+                "softpag.rows = 'image' can't be had with target = 'temperature', which changes whole heads; use "
+                "rows = 'all', or target = 'identity'"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PAG(PerturbedConfig):
+    """Guidance away from attention in which every token of chosen layers sees itself alone.
+
+    Source: PAG (arXiv 2403.17377). Where we depart from it: the text rows of joint attention are perturbed as well,
+    unless ``rows = 'image'``.
+
+    Attributes:
+        layers: the layers, such as ``L13`` or ``L3-5``, or a stack's name. None: what is published for the model.
+        rows: as in `SoftPAG`.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    name: ClassVar[str] = "pag"
+    defaults: ClassVar[Mapping[str, Any]] = {"scale": 3.0, "start": 0.0, "stop": 1.0, "layers": None}
+
+    layers: str | tuple[str, ...] | None = None
+    rows: Literal["all", "image"] = "all"
+
+
+class HeadsHandler(PerturbedHandler, AttentionHandler):
+    """Guidance away from perturbed heads on one model."""
+
+    places = frozenset({Place.ATTENTION, Place.FORWARD})
+    option: ClassVar[str] = "heads"
+    target: Target = "identity"
+    u: float
+
+    def __init__(self, config: PerturbedConfig, model: Model) -> None:
+        super().__init__(config, model)
+        self._heads: dict[str, Heads] = {}
+        self._depths: dict[str, frozenset[int]] = {}
+        self._mixes: dict[tuple[Any, ...], Tensor] = {}
+        if self.specs is None:
+            known = model.family.name if model.family is not None else f"a {model.adapter.name} of these sizes"
+            raise ConfigError(
+                f"{self.name}.{self.option} is not set, and nothing is published for {known}; name some, such as "
+                f"L{max(1, model.layers // 3)}, or search with `dit-accel tune heads`"
+            )
+
+    @property
+    def specs(self) -> tuple[str, ...] | None:
+        """What the settings name; None: nothing was set or published."""
+        given = getattr(self.settings, self.option)
+        return None if given is None else split_specs(given)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the settings change nothing."""
+        return self.settings.scale == 0 or self.u == 0 or not self.specs
+
+    def perturbed_layers(self, site: Site) -> Sequence[int]:
+        """Return the attention layers that hold a perturbed head."""
+        heads = self._heads[site.name] = read_heads(
+            self.specs or (), stacks_of(site, self.model), f"{self.name}.{self.option}", self.published
+        )
+        sides = [
+            at for at, name in site.attention.items() if any(fnmatch(name, of) for of in site.adapter.side_attention)
+        ]
+        main = min(sides, default=len(site.attention))
+        self._depths[site.name] = frozenset(layer if layer < main else layer - main for layer in heads)
+        return list(heads)
+
+    @property
+    def published(self) -> Mapping[str, Sequence[str]]:
+        """The sets of heads that are published for the model."""
+        return {} if self.model.family is None else self.model.family.head_sets
+
+    def is_active(self, step: StepContext, depth: int) -> bool:
+        """Whether a perturbed pass runs and the block has a perturbed head."""
+        passes = self._passes.get(step.transformer)
+        return passes is not None and passes.perturbs and depth in self._depths[step.transformer]
+
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        """Mix V into the output of the layer's perturbed heads, or scale their logits."""
+        named = self._heads[context.transformer].get(context.layer)
+        rows = self._passes[context.transformer].rows
+        if named is None:
+            return plan
+        count = call.q.shape[1]
+        if named[-1] >= count:
+            raise ConfigError(
+                f"{self.name}.{self.option} names head {named[-1]} of attention layer {context.layer}, which has heads "
+                f"0 to {count - 1}; stay in that range"
+            )
+        if self.target == "temperature":
+            return plan.scale(1 - self._share(named, count, context, rows))
+        image = image_rows(context.layout, str(context.device)) if self._image_alone(context.layout) else None
+        whole = self.u == 1 and len(named) == count and rows is None and image is None
+        return plan.mix(self._share(named, count, context, rows), image, only_values=whole)
+
+    def _image_alone(self, layout: TokenLayout) -> bool:
+        return getattr(self.settings, "rows", "all") == "image" and layout.tokens > layout.visual_tokens
+
+    def _share(self, named: tuple[int, ...], heads: int, context: CallContext, rows: Any) -> Tensor:
+        """Return u for the named heads and 0 for the others, [H], or [B, H] where some rows alone are perturbed."""
+        key = named, heads, context.device, rows and (rows[0].start, rows[0].stop), context.batch, context.row
+        if key not in self._mixes:
+            with torch.inference_mode(False):
+                share = torch.zeros(heads)
+                share[list(named)] = self.u
+                if rows is not None:
+                    share = torch.stack([share * _within(rows, row) for row in _rows_of_call(context, rows[1])])
+                self._mixes[key] = share.to(context.device)
+        return self._mixes[key]
+
+    def reset(self) -> None:
+        """Forget the last step."""
+        super().reset()
+        self._mixes.clear()
+
+    def first_layer(self) -> int | None:
+        """Return the first perturbed layer, without a model; None where that is not known."""
+        specs = [one for spec in self.specs or () for one in self.published.get(spec, (spec,))]
+        return first_layer(specs, self.model.layers, max(1, self.model.heads))
+
+
+class SoftPAGHandler(HeadsHandler):
+    """SoftPAG on one model."""
+
+    config_type = SoftPAG
+    settings: SoftPAG
+
+    def __init__(self, config: SoftPAG, model: Model) -> None:
+        super().__init__(config, model)
+        self.target = self.settings.target
+
+    @property
+    def u(self) -> float:  # type: ignore[override]
+        """How far heads are perturbed."""
+        return self.settings.u or 0.0
+
+    def told(self) -> str:
+        """Return in words what is perturbed."""
+        return f"{', '.join(self.specs or ()) or 'no head'} with u = {self.u:g}, scale {self.settings.scale}"
+
+
+class PAGHandler(HeadsHandler):
+    """PAG on one model."""
+
+    config_type = PAG
+    option = "layers"
+    settings: PAG
+    u = 1.0
+
+    def told(self) -> str:
+        """Return in words what is perturbed."""
+        return f"{', '.join(self.specs or ()) or 'no layer'}, scale {self.settings.scale}"
+
+
+def stacks_of(site: Site, model: Model) -> Stacks:
+    """Return the attention layers of a transformer, as specs name them.
+
+    Raises:
+        ConfigError: if an ``attach(layers=...)`` leaves some of them out.
+    """
+    names = site.attention
+    if sorted(names) != list(range(len(names))):
+        missing = next(index for index in range(max(names) + 1) if index not in names)
+        raise ConfigError(
+            f"layers leaves out attention layer {missing}, by whose numbers heads are named; leave layers unset and "
+            "name the heads alone"
+        )
+    attended = {name for name, module in site.transformer.named_modules() if hasattr(module, "processor")}
+    return Stacks(
+        names=[names[index] for index in range(len(names))], heads=model.heads, others=attended - set(names.values())
+    )
+
+
+@lru_cache(maxsize=16)
+def image_rows(layout: TokenLayout, device: str) -> Tensor:
+    """Return which tokens are the image's, bool [S]."""
+    with torch.inference_mode(False):
+        rows = torch.zeros(layout.tokens, dtype=torch.bool, device=device)
+        rows[layout.visual] = True
+        return rows
+
+
+def _within(rows: tuple[slice, int], row: int) -> bool:
+    return rows[0].start <= row < rows[0].stop
+
+
+def _rows_of_call(context: CallContext, batch: int) -> range:
+    """Return the rows of the forward that an attention call has: all, or one of those that are attended by itself."""
+    return range(batch) if context.batch == batch else range(context.row, context.row + context.batch)

@@ -1,0 +1,49 @@
+"""Guidance away from a perturbed prediction: when it acts, and what it adds to the conditional prediction."""
+
+import math
+
+from torch import Tensor
+
+_SLACK = 1e-9
+"""So that .07 x 100 is 7."""
+
+
+def window(start: float, stop: float, steps: int) -> range:
+    """Return the steps of a run that lie in a window, never none.
+
+    Args:
+        start: share of the run at which the window begins; the step that holds it is in.
+        stop: share at which it ends, above ``start``.
+        steps: steps of the run.
+    """
+    first = min(math.floor(start * steps + _SLACK), steps - 1)
+    return range(first, max(math.ceil(stop * steps - _SLACK), first + 1))
+
+
+def is_short(start: float, stop: float, steps: int) -> bool:
+    """Tell whether a window is shorter than one step of the run, so that it acts for longer than was asked."""
+    return (stop - start) * steps < 1 - _SLACK
+
+
+def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Return what guidance adds to the conditional prediction, float32 or wider: w (cond - perturbed).
+
+    With ``rescale`` the sum of both is scaled towards the conditional prediction's standard deviation per row first,
+    by phi std(cond) / std(sum) + 1 - phi; the conditional part keeps its weight in the rest of the guidance.
+
+    Source: PAG (arXiv 2403.17377); guidance rescale (arXiv 2305.08891), here on the perturbation's term alone.
+
+    Args:
+        cond: the conditional prediction, [B, ...].
+        perturbed: the perturbed one of the same rows.
+        scale: w.
+        rescale: phi in [0, 1].
+    """
+    wide = cond if cond.element_size() > 4 else cond.float()
+    difference = scale * (wide - perturbed.to(wide.dtype))
+    if not rescale:
+        return difference
+    whole = wide + difference
+    dims = tuple(range(1, whole.ndim))
+    ratio = wide.std(dim=dims, keepdim=True) / whole.std(dim=dims, keepdim=True).clamp(min=1e-12)
+    return whole * (rescale * ratio + 1 - rescale) - wide

@@ -1,0 +1,144 @@
+"""Checks of guidance by a perturbed branch: what is perturbed, what is not, and what is added to the prediction."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.block_lists import block_lists, blocks_of
+from ..adapters.blocks import block_signature
+from ..attachment.attachment import attach
+from ..attachment.find import attention_modules
+from ..methods.guidance.config import PerturbedConfig
+from ..methods.guidance.slg import SLG
+from ..methods.guidance.softpag import SoftPAG
+from .block_checks import Block, replaced
+from .recording import WIDE, RecordedCall, recorded, require, require_same, require_within_rounding
+from .reference import attention
+from .tiny_models import Case, rows_of, wide_inputs
+
+LAYER = 1
+
+
+def check_guidance(case: Case) -> str | None:
+    """A perturbed branch changes what it names and nothing else, and is added as cond + w (cond - perturbed).
+
+    Neutral settings run no further forward. Heads that are not named, and text where the image alone is perturbed, keep
+    their attention; named ones are lerped with V exactly. A branch that begins at the first perturbed block gives the
+    same, bit for bit. A skipped block hands its streams on. Guidance in one call gives what two calls give.
+    """
+    layers = [name for name, _, _ in attention_modules(case.transformer, case.adapter)]
+    if len(layers) < 2:
+        return "it has one attention layer"
+    inputs = case.inputs(1)
+    plain = case.run(inputs)
+    neutral = SoftPAG(heads=f"L{LAYER}", u=0.0)
+    require(torch.equal(_run(case, inputs, neutral, forwards=1)[0], plain), f"{neutral} changes the output")
+    _require_heads(case, inputs, plain)
+    _require_blocks(case, inputs, plain, layers[LAYER])
+    _require_batches(case)
+    return None
+
+
+def _run(
+    case: Case, inputs: Mapping[str, Any], config: PerturbedConfig, forwards: int, transformer: Any = None
+) -> tuple[Tensor, list[RecordedCall]]:
+    """Return a guided conditional forward and its planned calls; it must take so many forwards."""
+    with attach(transformer or case.transformer, config, backend="reference") as attachment:
+        with recorded(attachment) as calls:
+            out = case.run(inputs, transformer=transformer)
+        ran = attachment._execution.recorder.forwards_run
+        require(ran == forwards, f"{config} ran {ran} forwards, not {forwards}")
+    return out, calls
+
+
+def _require_heads(case: Case, inputs: Mapping[str, Any], plain: Tensor) -> None:
+    half = SoftPAG(heads=f"L{LAYER}H0", u=0.5, scale=2.0, rows="image")
+    moved, calls = _run(case, inputs, half, forwards=2)
+    require(
+        not torch.equal(moved, plain) and bool(moved.isfinite().all()), f"{half} changes nothing, or gives no number"
+    )
+    whole, calls_of_whole = _run(case, inputs, SoftPAG(heads=f"L{LAYER}", u=1.0, share_prefix=False), forwards=2)
+    for call in calls:
+        _require_mixed(call)
+    for call in calls_of_whole:
+        if call.plan.identity_mix is not None:
+            values = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+            require(torch.equal(call.out, values), "perturbed whole, a layer gives something else than its values")
+    require(any(call.plan.skips_logits for call in calls_of_whole), "perturbed whole, a layer still computes logits")
+    shared, _ = _run(case, inputs, SoftPAG(heads=f"L{LAYER}", u=1.0), forwards=2)
+    require(torch.equal(shared, whole), "a branch that begins at its first perturbed block gives something else")
+
+
+def _require_mixed(call: RecordedCall) -> None:
+    """The named head is (1 - u) O + u V in the image's rows; all else is the attention itself."""
+    if call.plan.identity_mix is None:
+        return
+    share = torch.zeros(call.q.shape[1], call.q.shape[2])
+    share[0, call.context.layout.visual] = 0.5
+
+    def expected(dtype: torch.dtype) -> Tensor:
+        q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
+        out = attention(call.plan, call.states(), q, k, v, call.valid(), call.scale)
+        values = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return torch.lerp(out, values, share[..., None].to(dtype).expand_as(out))
+
+    seen = torch.ones(call.q.shape[2], dtype=torch.bool)
+    valid = call.valid()
+    if valid is not None:  # what padded queries see is not defined
+        seen = valid.all(0)
+    made, low, truth = (part[:, :, seen] for part in (call.out, expected(call.q.dtype), expected(WIDE)))
+    require_within_rounding(made, low, truth, "a head is not mixed with V as it should be")
+
+
+def _require_blocks(case: Case, inputs: Mapping[str, Any], plain: Tensor, layer: str) -> None:
+    if case.adapter.blocks == ():
+        return
+    main = [listed for listed in block_lists(case.adapter, case.transformer) if not listed.beside]
+    found = [
+        Block(name, module, listed, block_signature(listed, type(module)))
+        for listed in main
+        for name, module in blocks_of(listed, case.adapter, case.transformer)
+        if layer.startswith(f"{name}.")
+    ]
+    results: dict[str, Any] = {}
+
+    def kept(block: Block, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        results[block.name] = run(*args, **kwargs)
+        return results[block.name]
+
+    def skip(block: Block, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        like = None if block.blocks.gives_streams_only else results[block.name]
+        return block.signature.write_result(block.signature.read_call(args, kwargs), like=like)
+
+    if not all(block.blocks.gives_streams_only for block in found):
+        with replaced(found, kept):
+            case.run(inputs)
+    with replaced(found, skip):
+        without = case.run(inputs)
+    guided, _ = _run(case, inputs, SLG(layers=f"L{LAYER}", scale=2.0, start=0.0, stop=1.0), forwards=2)
+    expected = (plain.double() + 2.0 * (plain.double() - without.double())).to(plain.dtype)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
+
+
+def _require_batches(case: Case) -> None:
+    """The rows of one call that holds both prompts get what the conditional row alone gets."""
+    if case.model.max_batch < 2:
+        return
+    both = wide_inputs(case.inputs(2))
+    latents = both[case.adapter.latents]
+    if isinstance(latents, Tensor):
+        both[case.adapter.latents] = torch.cat([latents[:1], latents[:1]])
+    else:
+        both[case.adapter.latents] = [latents[0], latents[0]]
+    wide, at = case.wide(), 0 if case.adapter.guidance.first_rows == "cond" else 1
+    config = SoftPAG(heads=f"L{LAYER}", u=0.5, scale=2.0, share_prefix=False)
+    plain = case.run(both, branch="cond_uncond", transformer=wide)
+    with attach(wide, config, backend="reference"):
+        together = case.run(both, branch="cond_uncond", transformer=wide)
+    with attach(wide, config, backend="reference"):
+        alone = case.run(rows_of(both, at, 2), transformer=wide)
+    require_same(together[at : at + 1], alone, "guidance in one call and in two differ")
+    other = together[1 - at : 2 - at] - plain[1 - at : 2 - at]
+    require_same(plain[at : at + 1] + other, alone, "the unconditional rows get something else than the conditional")

@@ -1,0 +1,236 @@
+"""Tunes SoftPAG: searches the heads to perturb on a model's own generations, and shows what they do.
+
+Every clip that was judged is one JSON line beside the output, so that a search that was stopped goes on, and nothing is
+generated twice.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dit_accel_pipelines.generate import attached, run
+from dit_accel_pipelines.loading import load_pipeline
+from dit_accel_pipelines.media import contact_sheet, upscale
+from dit_accel_pipelines.progress import Stages
+from dit_accel_pipelines.request import Request, embedded_name, settle
+
+from dit_accel import ConfigError
+from dit_accel.attachment.find import find_transformers, resolve_model
+from dit_accel.files import check_writable, json_text, written_whole
+from dit_accel.methods.guidance.softpag import SoftPAG
+
+from .fidelity import Clip
+from .head_search import Round, Rung, cost, rungs_of, search
+from .objectives import objective_of
+from .results import append_line, read_lines, write_lines
+from .tuning import FIRST_PROMPT, Table, embedded_prompts, run_settings
+
+NO_GUIDANCE = {"guidance_scale": 1.0}
+"""The search guides by the perturbed branch alone, as the paper's does."""
+
+SHOWN = 3
+"""Prompts on the contact sheet; of an embedded model, others than those of the search."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundHeads:
+    """What `tune_heads` found and wrote.
+
+    Attributes:
+        output: the file, for ``softpag.heads``.
+        sheet: the contact sheet: each prompt without and with the heads.
+        model: what was searched.
+        objective: by what.
+        rounds: what each round selected.
+        clips: clips that were generated for it, all runs of the search together.
+        steps: their denoising steps.
+    """
+
+    output: Path
+    sheet: Path
+    model: str
+    objective: str
+    rounds: tuple[Round, ...]
+    clips: int
+    steps: int
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """All heads, in the order of their selection."""
+        return tuple(head for one in self.rounds for head in one.heads)
+
+    def table(self) -> Table:
+        """Return the heads by round."""
+        rows = [
+            (str(number), head, f"{score:.4f}")
+            for number, one in enumerate(self.rounds, 1)
+            for head, score in zip(one.heads, one.scores, strict=True)
+        ]
+        remarks = [f"{self.clips} clips of {self.steps} steps in all were judged", f"before and after: {self.sheet}"]
+        return ("round", "head", self.objective), rows, remarks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "output": str(self.output),
+            "sheet": str(self.sheet),
+            "heads": list(self.heads),
+        }
+
+
+def tune_heads(
+    request: Request,
+    output: Path,
+    *,
+    objective: str = "checker",
+    rounds: int = 1,
+    per_round: int = 3,
+    halvings: int = 1,
+    stages: Stages | None = None,
+) -> FoundHeads:
+    """Search heads on the prompts of a request, write them, and return them.
+
+    Args:
+        request: what to generate; its methods may hold a `SoftPAG` with u and a scale, and others as well. Without a
+            guidance scale of its own it is guided by the perturbed branch alone.
+        output: JSON file for ``softpag.heads``.
+        objective: see `objective_of`.
+        rounds: greedy rounds.
+        per_round: heads that a round adds.
+        halvings: earlier judgements of a round, each on half of the prompts and steps of the next.
+        stages: progress bars; None shows none.
+
+    Raises:
+        ConfigError: for options out of range, or clips of another search beside ``output``.
+    """
+    for name, value, least in (("rounds", rounds, 1), ("per_round", per_round, 1), ("halvings", halvings, 0)):
+        if value < least:
+            raise ConfigError(f"tune heads needs {name} >= {least}, got {value}")
+    if output.suffix != ".json" or not output.parent.is_dir():
+        raise ConfigError(f"tune heads writes a .json in a folder that exists, got {output}")
+    check_writable(output, "tune's output")
+    model = embedded_name(request.model)
+    judge = objective_of(objective, model)
+    config, others = _softpag_of(request)
+    request = dataclasses.replace(request, methods=tuple(others))
+    if request.guidance_scale is None:
+        request = dataclasses.replace(request, **NO_GUIDANCE)
+    request, _, _ = settle(request)
+    stages = stages or Stages(quiet=True)
+    stages.stage("loading")
+    pipe = load_pipeline(request)
+    transformers = find_transformers(pipe)
+    known = resolve_model(next(iter(transformers)), transformers)
+    heads = [f"L{layer}H{head}" for layer in range(known.layers) for head in range(known.heads)]
+    rungs = rungs_of(len(request.prompts), request.num_inference_steps or 20, halvings)
+    most, steps = cost(len(heads), rounds, per_round, rungs)
+    stages.note(f"{len(heads)} heads: at most {most} clips, {steps} steps, each of two forwards or less")
+    generator = _Generator(pipe, request, config, stages)
+    memory = _Memory(
+        output.with_name(f"{output.name}l"),
+        {**run_settings(request, objective=objective), "softpag": {**config.to_dict(), "heads": None}},
+    )
+
+    def evaluate(chosen: tuple[str, ...], prompt: int, steps: int) -> float:
+        found = memory.find(chosen, prompt, steps)
+        if found is None:
+            stages.stage(f"{'+'.join(chosen)}, prompt {prompt + 1}, {steps} steps")
+            clip = generator.clip(request.prompts[prompt], request.seed + prompt, chosen, steps)
+            found = float(judge(clip, request.prompts[prompt]))
+            if not np.isfinite(found):
+                raise ConfigError(f"the objective {objective} gave {found} for {chosen}; it must give a finite number")
+            memory.add(chosen, prompt, steps, found)
+        return found
+
+    selected = search(heads, evaluate, rungs, rounds=rounds, per_round=per_round)
+    found = FoundHeads(
+        output=output, sheet=output.with_suffix(".png"), model=known.name, objective=objective, rounds=tuple(selected),
+        clips=len(memory.lines) - 1, steps=sum(line["steps"] for line in memory.lines[1:]),
+    )  # fmt: skip
+    with written_whole(output) as temporary:
+        about = {"heads": list(found.heads), "objective": objective, "model": known.name}
+        scores = [score for one in selected for score in one.scores]
+        temporary.write_text(json_text({**about, "scores": scores}) + "\n", encoding="utf-8")
+    _show(found, generator, request, model, rungs[-1])
+    return found
+
+
+def _softpag_of(request: Request) -> tuple[SoftPAG, list[Any]]:
+    """Return the request's SoftPAG, which names no heads, and its other methods."""
+    config = next((one for one in request.methods if isinstance(one, SoftPAG)), SoftPAG(u=1.0))
+    if config.heads is not None:
+        raise ConfigError(f"tune heads finds the heads itself, got softpag.heads = {config.heads!r}; leave them out")
+    return config, [one for one in request.methods if not isinstance(one, SoftPAG)]
+
+
+class _Generator:
+    """Generates clips of a loaded pipeline with some heads perturbed."""
+
+    def __init__(self, pipe: Any, request: Request, config: SoftPAG, stages: Stages) -> None:
+        self._pipe, self._request, self._config, self._stages = pipe, request, config, stages
+
+    def clip(self, prompt: str, seed: int, heads: Sequence[str], steps: int) -> Clip:
+        """Return a clip [F, height, width, 3] in [0, 1]."""
+        request = dataclasses.replace(self._request, seed=seed, num_inference_steps=steps)
+        softpag = (dataclasses.replace(self._config, heads=tuple(heads)),) if heads else ()
+        with attached(self._pipe, (*request.methods, *softpag), request.backend):
+            made = run(self._pipe, prompt, request, stages=self._stages)
+        return made.frames.astype(np.float32) / 255.0
+
+
+class _Memory:
+    """What was judged: one JSON line a clip, behind one with the search's settings.
+
+    Raises:
+        ConfigError: for lines of another search.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        check_writable(path, "tune's lines")
+        self._path, settings = path, json.loads(json.dumps(settings))
+        self.lines = read_lines(path) or [settings]
+        for name, value in settings.items():
+            if self.lines[0].get(name) != value:
+                raise ConfigError(
+                    f"{path} holds clips of a search with {name} = {self.lines[0].get(name)!r}, this one has "
+                    f"{value!r}; finish that search, or delete the file to start again"
+                )
+        write_lines(path, self.lines)  # without a last line that was cut off
+        self._known = {
+            self._key(line["heads"], line["prompt"], line["steps"]): line["score"] for line in self.lines[1:]
+        }
+
+    def find(self, heads: Sequence[str], prompt: int, steps: int) -> float | None:
+        """Return what a set was worth, in whatever order it was judged, or None."""
+        return self._known.get(self._key(heads, prompt, steps))
+
+    def add(self, heads: Sequence[str], prompt: int, steps: int, score: float) -> None:
+        """Keep what a set is worth."""
+        self._known[self._key(heads, prompt, steps)] = score
+        self.lines.append({"heads": list(heads), "prompt": prompt, "steps": steps, "score": score})
+        append_line(self._path, self.lines[-1])
+
+    def _key(self, heads: Sequence[str], prompt: int, steps: int) -> tuple[frozenset[str], int, int]:
+        return frozenset(heads), prompt, steps
+
+
+def _show(found: FoundHeads, generator: _Generator, request: Request, model: str | None, rung: Rung) -> None:
+    """Write the contact sheet: prompts that the search did not use, where the model has some, without and with."""
+    prompts = request.prompts[:SHOWN]
+    if model is not None:
+        known = embedded_prompts(model, len(request.prompts) + SHOWN + FIRST_PROMPT)
+        prompts = tuple(prompt for prompt in known if prompt not in request.prompts)[:SHOWN]
+    videos, labels = [], []
+    for number, prompt in enumerate(prompts):
+        for heads in ((), found.heads):
+            clip = generator.clip(prompt, request.seed + FIRST_PROMPT + number, heads, rung.steps)
+            frames = (clip * 255).round().astype(np.uint8)
+            videos.append(upscale(frames, max(1, 128 // frames.shape[1])))
+            labels.append(f"{'with' if heads else 'without'}: {prompt}")
+    with written_whole(found.sheet) as temporary:
+        contact_sheet(videos, labels).save(temporary)

@@ -1,0 +1,317 @@
+"""SoftPAG, PAG and SLG on a tiny model: what is perturbed, beside what it may run, what it costs, what is refused."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer, tiny_transformer
+
+import dit_accel
+from dit_accel import PAG, SLG, ConfigError, EasyCache, LiteAttention, RadialAttention, SoftPAG, SparseD, StaticCache
+from dit_accel.methods.guidance.log import UnperturbedRun
+from dit_accel.testing.recording import recorded
+
+HALF = SoftPAG(heads="L1H0", u=0.5)
+SPARSE = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
+
+
+@pytest.fixture
+def transformer():
+    return tiny_transformer()
+
+
+def guided(transformer, *methods, **run):
+    with dit_accel.attach(transformer, *methods) as attachment:
+        out = denoise(transformer, **run)
+        return out, attachment.report(), attachment._execution.recorder.forwards_run
+
+
+def test_neutral_settings_change_nothing_and_run_nothing(transformer):
+    plain = denoise(transformer)
+    for config in (
+        SoftPAG(heads="L1", u=0.0), SoftPAG(heads=(), u=0.5), SoftPAG(heads="L1", scale=0.0),
+        PAG(layers="L1", scale=0.0), PAG(layers=""), SLG(layers="", scale=1.0), SLG(layers="L1", scale=0.0),
+    ):  # fmt: skip
+        out, _, forwards = guided(transformer, config)
+        assert torch.equal(out, plain), config
+        assert forwards == 8, config
+    assert torch.equal(denoise(transformer), plain)
+
+
+@pytest.mark.parametrize("config", [HALF, PAG(layers="L1"), SLG(layers="L1-2", stop=1.0, scale=1.0)])
+def test_a_branch_from_the_first_perturbed_block_is_the_whole_branch(transformer, config):
+    shared, report, forwards = guided(transformer, config)
+    whole, full, _ = guided(transformer, dataclasses.replace(config, share_prefix=False))
+    assert torch.equal(shared, whole)
+    assert not torch.equal(shared, denoise(transformer))
+    assert forwards == 4 + 8
+    assert report.section(config.name).data["first_block"] == 1
+    assert full.section(config.name).data["first_block"] == 0
+    assert "each began at block 1, from the conditional pass" in str(report)
+
+
+def test_the_window_decides_by_steps(transformer):
+    for start, stop, steps in ((0.0, 0.5, [0, 1]), (0.5, 1.0, [2, 3]), (0.01, 0.2, [0])):
+        _, report, forwards = guided(transformer, dataclasses.replace(HALF, start=start, stop=stop))
+        assert report.section("softpag").data["steps"] == steps
+        assert forwards == 8 + len(steps)
+
+
+def test_the_conditional_embeddings_are_what_is_perturbed_without_guidance(transformer):
+    """diffusers' guiders feed the unconditional ones there; so does a branch that is not told apart."""
+    with dit_accel.attach(transformer, HALF) as attachment, recorded(attachment) as calls:
+        denoise(transformer, branches=("cond",))
+    assert {call.context.branch for call in calls} == {"cond/softpag"}
+    assert attachment.report().section("softpag").data["branches"] == ["cond"]
+
+
+def test_heads_permuted_with_their_weights_perturb_alike(transformer):
+    twin = tiny_transformer()
+    size = 16
+    order = torch.cat([torch.arange(size, 2 * size), torch.arange(size)])
+    attention = twin.blocks[1].attn1
+    with torch.no_grad():
+        for layer in (attention.to_q, attention.to_k, attention.to_v):
+            layer.weight.copy_(layer.weight[order])
+            layer.bias.copy_(layer.bias[order])
+        for norm in (attention.norm_q, attention.norm_k):
+            norm.weight.copy_(norm.weight[order])
+        attention.to_out[0].weight.copy_(attention.to_out[0].weight[:, order])
+    one, _, _ = guided(transformer, SoftPAG(heads="L1H0", u=0.7))
+    other, _, _ = guided(twin, SoftPAG(heads="L1H1", u=0.7))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_every_dense_backend_is_perturbed(transformer):
+    """A backend other than SDPA makes diffusers' own a silent no-op."""
+    expected, _, _ = guided(transformer, HALF)
+    with sdpa_kernel(SDPBackend.MATH):
+        made, _, _ = guided(transformer, HALF)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    transformer.set_attention_backend("_native_math")
+    made, _, _ = guided(transformer, HALF)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    transformer.fuse_qkv_projections()
+    made, _, _ = guided(transformer, HALF)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_with_a_sparse_method_the_mix_is_in_the_kernel(transformer, backend):
+    heads = SoftPAG(heads="L1H1", u=0.4)
+    with dit_accel.attach(transformer, heads, SPARSE, backend=backend) as attachment, recorded(attachment) as calls:
+        denoise(transformer, steps=1)
+    mixed = [call for call in calls if call.plan.identity_mix is not None]
+    assert [(call.context.branch, call.context.layer) for call in mixed] == [("cond/softpag", 1)]
+    (call,) = mixed
+    assert call.plan.tiles is not None
+    beside = next(one for one in calls if one.context.branch == "cond" and one.context.layer == 1)
+    assert torch.equal(call.q, beside.q)  # the first perturbed block takes what the conditional one took
+    torch.testing.assert_close(call.out[:, 1], torch.lerp(beside.out[:, 1], call.v[:, 1], 0.4))
+    torch.testing.assert_close(call.out[:, 0], beside.out[:, 0])
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_methods_with_state_keep_the_branches_apart(share):
+    transformer = sharp_transformer()
+    config = dataclasses.replace(HALF, share_prefix=share)
+    lite = LiteAttention(block_size=16, dense_steps=0, threshold=2.0, allow_positive_threshold=True)
+    sparsed = SparseD(block_size=16, density=0.5, dense_steps=1, dense_last_steps=0, dense_layers=0)
+    for method in (lite, sparsed):
+        plain, _, _ = guided(transformer, method)
+        made, report, _ = guided(transformer, config, method)
+        assert not torch.equal(made, plain)
+        assert made.isfinite().all()
+        quiet, _, _ = guided(transformer, dataclasses.replace(config, scale=0.0), method)
+        assert torch.equal(quiet, plain)  # nor does a branch that adds nothing leave a trace in the method
+        branches = {step.branch for step in report.steps}
+        assert branches == {"cond", "uncond", "cond/softpag"}
+    require_runs_do_not_meet(config, lite)
+
+
+def test_beside_a_step_cache_each_branch_has_a_past_of_its_own(transformer):
+    cache = StaticCache(every=2, warmup_steps=1, last_steps=0)
+    with dit_accel.attach(transformer, HALF, cache) as attachment:
+        made = denoise(transformer, steps=6)
+        section = attachment.report().section("softpag")
+        forwards = attachment._execution.recorder.forwards_run
+    assert section.data["forwards_added"] == 6
+    assert min(section.data["distance"].values()) > 0
+    assert forwards == 3 * 3
+    alone, _, _ = guided(transformer, cache, steps=6)
+    assert not torch.equal(made, alone)
+    never, _, _ = guided(transformer, HALF, EasyCache(threshold=0.0), steps=6)
+    assert torch.equal(never, guided(transformer, HALF, steps=6)[0])
+
+
+def test_beside_a_cache_of_blocks_the_whole_branch_runs_and_skipping_blocks_is_refused(transformer):
+    cache = dit_accel.FirstBlockCache(threshold=0.0)
+    made, report, _ = guided(transformer, HALF, cache)
+    assert torch.equal(made, guided(transformer, HALF)[0])
+    assert report.section("softpag").data["first_block"] == 0
+    with pytest.raises(ConfigError, match=r"slg skips blocks in its branch, and firstblockcache carries .*would mix"):
+        dit_accel.attach(transformer, SLG(layers="L1"), cache)
+
+
+def test_another_size_within_a_run_is_not_taken_for_the_last(transformer):
+    """The branch's own state is dropped with the layout, but not what the conditional pass just left for it."""
+
+    def two_sizes(config):
+        made = []
+        with dit_accel.attach(transformer, config), torch.no_grad():
+            for step, frames in enumerate((5, 3, 5)):
+                torch.manual_seed(step)
+                latents, text = torch.randn(1, 12, frames, 8, 8), torch.randn(1, 6, 64)
+                with transformer.cache_context("cond", step_index=step, num_inference_steps=4):
+                    made.append(transformer(latents, torch.tensor([500.0]), text, return_dict=False)[0])
+        return made
+
+    for one, other in zip(two_sizes(HALF), two_sizes(dataclasses.replace(HALF, share_prefix=False)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_temperature_at_its_end_weighs_all_tokens_alike(transformer):
+    config = SoftPAG(heads="L1H0", u=1.0, target="temperature")
+    with dit_accel.attach(transformer, config) as attachment, recorded(attachment) as calls:
+        denoise(transformer, steps=1)
+    (call,) = [call for call in calls if call.plan.head_scale is not None]
+    torch.testing.assert_close(call.out[:, 0], call.v[:, 0].mean(1, keepdim=True).expand_as(call.v[:, 0]))
+
+
+def test_free_mode_costs_no_forward_and_perturbs_the_unconditional_one(transformer):
+    plain = denoise(transformer)
+    for config in (SoftPAG(heads="L1", u=1.0, mode="free"), SLG(layers="L1", stop=1.0, mode="free")):
+        made, report, forwards = guided(transformer, config)
+        assert forwards == 8
+        assert not torch.equal(made, plain)
+        assert report.section(config.name).data["branches"] == ["uncond"]
+        assert "the unconditional forward was perturbed in 4 steps" in str(report)
+
+
+def test_training_and_gradients_are_left_alone(transformer):
+    """A forward in which gradients are recorded is the model's own: no branch runs in it."""
+    inputs = torch.randn(1, 12, 5, 8, 8, requires_grad=True), torch.tensor([500.0]), torch.randn(1, 6, 64)
+    expected = transformer(*inputs, return_dict=False)[0]
+    with dit_accel.attach(transformer, HALF) as attachment:
+        assert torch.equal(transformer(*inputs, return_dict=False)[0], expected)
+        assert attachment._execution.recorder.forwards_run == 1
+
+
+def test_compiled_blocks_and_whole_transformers_are_perturbed_alike(transformer):
+    expected, _, _ = guided(transformer, HALF)
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(guided(transformer, HALF)[0], expected, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+    whole = tiny_transformer()
+    whole.compile(backend="aot_eager")
+    made, report, _ = guided(whole, HALF)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    assert report.section("softpag").data["first_block"] == 0
+
+
+def test_an_error_in_the_branch_leaves_all_as_it_was(transformer):
+    plain = denoise(transformer)
+    expected, _, _ = guided(transformer, HALF)
+    with dit_accel.attach(transformer, HALF) as attachment:
+
+        def stop(call):
+            raise RuntimeError("enough")
+
+        with pytest.raises(RuntimeError, match="enough"), attachment.observe(stop):
+            denoise(transformer)
+        assert torch.equal(denoise(transformer), expected)
+    assert torch.equal(denoise(transformer), plain)
+
+
+def test_a_run_that_perturbs_nothing_warns_once_and_says_why(transformer):
+    config = SoftPAG(heads="L1", mode="free")
+    with dit_accel.attach(transformer, config) as attachment:
+        denoise(transformer, branches=("cond",))
+        with pytest.warns(UnperturbedRun, match="perturbs the unconditional forward, and none ran"):
+            attachment.report()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert "perturbed nothing" in str(attachment.report())
+
+
+def test_the_report_tells_what_was_added(transformer):
+    _, report, _ = guided(transformer, SoftPAG(heads=("L1H0", "L2"), u=0.5, scale=2.0))
+    data = report.to_dict()["sections"]["softpag"]
+    assert data["perturbed"] == "L1H0, L2 with u = 0.5, scale 2.0"
+    assert data["steps"] == [0, 1, 2, 3]
+    assert data["branches"] == ["cond"]
+    assert data["forwards_added"] == 4
+    assert sorted(data["distance"]) == [0, 1, 2, 3]
+    assert all(0 < value < 1 for value in data["distance"].values())
+    assert "4 forwards added in 4 steps" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: SoftPAG(u=1.5), r"softpag\.u must be from 0 to 1, got 1\.5; 0 leaves attention as it is, 1 is PAG"),
+        (lambda: SoftPAG(u=-0.1), r"softpag\.u must be from 0 to 1, got -0\.1"),
+        (lambda: SoftPAG(scale=-1.0), r"softpag\.scale must be >= 0, got -1\.0"),
+        (lambda: PAG(rescale=2.0), r"pag\.rescale must be from 0 to 1, got 2\.0; 0\.7 is usual"),
+        (lambda: SLG(start=-0.1), r"slg\.start must be a share of the run from 0 to 1, got -0\.1"),
+        (lambda: SLG(start=0.5, stop=0.5), r"from start = 0\.5 to stop = 0\.5 of the run, which is no step; let stop"),
+        (lambda: SoftPAG(mode="free", scale=2.0), r"softpag\.scale = 2\.0 .*mode = 'free' there is none; leave it out"),
+        (
+            lambda: SoftPAG(target="temperature", rows="image"),
+            r"rows = 'image' can't be had with target = 'temperature'",
+        ),
+        (lambda: SoftPAG(target="uniform"), r"softpag\.target must be 'identity' or 'temperature', got 'uniform'"),
+    ],
+)
+def test_options_out_of_range_are_refused(make, text):
+    with pytest.raises(ConfigError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (
+            SoftPAG(),
+            r"softpag\.heads is not set, and nothing is published for a wan of these sizes; name some, such as",
+        ),
+        (PAG(), r"pag\.layers is not set, and nothing is published"),
+        (SLG(), r"slg\.layers is not set, and nothing is published"),
+        (SoftPAG(heads="L3H0"), r"softpag\.heads 'L3H0': the model has attention layers 0 to 2; stay in that range"),
+        (SoftPAG(heads="L1H2"), r"each of the 3 attention layers of the model has heads 0 to 1; stay in that range"),
+        (SoftPAG(heads="blocks.1.attn2"), r"names blocks\.1\.attn2, which is cross-attention or a side path"),
+        (SLG(layers="L1H0"), r"slg\.layers names heads \[0\] of layer 1, and slg skips whole blocks; name layers"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(transformer, config, text):
+    with pytest.raises(ConfigError, match=text):
+        dit_accel.attach(transformer, config)
+    assert dit_accel.attachment_of(transformer) is None
+
+
+def test_two_perturbations_and_a_choice_of_layers_are_refused(transformer):
+    with pytest.raises(ConfigError, match=r"pag and softpag both set the perturbed prediction of"):
+        dit_accel.attach(transformer, HALF, PAG(layers="L1"))
+    with pytest.raises(ConfigError, match=r"layers leaves out attention layer 0, by whose numbers heads are named"):
+        dit_accel.attach(transformer, HALF, layers="1-2")
+
+
+def test_a_window_needs_the_number_of_steps(transformer):
+    text = r"acts from 0\.0 to 0\.5 of the run, whose number of steps is not known"
+    with (
+        dit_accel.attach(transformer, dataclasses.replace(HALF, stop=0.5)),
+        pytest.raises(ConfigError, match=text),
+        torch.no_grad(),
+    ):
+        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64))
+
+
+def test_a_window_shorter_than_a_step_is_told(transformer):
+    config = dataclasses.replace(HALF, start=0.01, stop=0.2)
+    with pytest.warns(UserWarning, match="shorter than one of 4 steps"):
+        _, report, _ = guided(transformer, config)
+    assert "'s window from 0.01 to 0.2 is shorter than one of 4 steps; it acts in step 0 alone" in str(report)
+    _, report, _ = guided(transformer, config, steps=8)
+    assert "shorter" not in str(report)

@@ -1,0 +1,68 @@
+"""Guidance at equal forwards: what is run and counted, what an arm is held against, and the continuous score."""
+
+import dit_accel_eval.guided as guided
+import numpy as np
+import pytest
+from dit_accel_assets import clips, model_closeness
+from dit_accel_assets.checker import closeness
+from dit_accel_eval.results import read_lines
+from dit_accel_eval.suite import read_suite
+
+SUITE = """
+version = 2
+name = "small"
+model = "wan-tiny"
+clips = 1
+call = { height = 32, width = 32, num_frames = 5 }
+[[arm]]
+name = "off"
+num_inference_steps = 2
+call = { guidance_scale = 1.0 }
+[[arm]]
+name = "three"
+num_inference_steps = 3
+call = { guidance_scale = 3.0 }
+[[arm]]
+name = "pag"
+num_inference_steps = 2
+call = { guidance_scale = 3.0 }
+pag = { layers = ["L3"] }
+"""
+
+
+def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path, capsys):
+    path, out = tmp_path / "small.toml", tmp_path / "out.jsonl"
+    path.write_text(SUITE)
+    assert guided.main([str(path), "--out", str(out)]) == 0
+    lines = {line["arm"]: line for line in read_lines(out)}
+    assert {name: line["forwards"] for name, line in lines.items()} == {"off": 2, "three": 6, "pag": 2 * (2 + 3 / 6)}
+    told = capsys.readouterr().out
+    before = out.read_text()
+    assert guided.main([str(path), "--out", str(out)]) == 0
+    assert out.read_text() == before
+    suite = read_suite(path)
+    arms = {arm.name: arm for arm in suite.arms}
+    assert guided.rival_of(suite, arms["pag"], list(lines.values())) is arms["three"]  # off has too few forwards
+    assert guided.rival_of(suite, arms["three"], list(lines.values())) is None
+    gained = 100 * (lines["pag"]["closeness"] - lines["three"]["closeness"])
+    assert f"| pag | 3.0 | 2 | 5.0 | {lines['pag']['score']:.0%} |" in told
+    assert f"| three | {gained:+.2f} [" in told
+    path.write_text(SUITE.replace('layers = ["L3"]', 'layers = ["L4"]'))
+    assert guided.main([str(path), "--out", str(out)]) == 2
+    assert "holds results of arm 'pag' with methods" in capsys.readouterr().err
+
+
+def test_closeness_is_high_for_what_is_drawn_and_falls_where_a_word_is_wrong():
+    _, scene, _ = clips.clip_of(0, frames=1, held_out=True)
+    video = clips.draw(scene)
+    right = closeness(video, scene)
+    assert min(right.values()) > 0.85
+    other = {"color": clips.COLORS, "background": clips.BACKGROUNDS, "direction": clips.DIRECTIONS}
+    for word, names in other.items():
+        for name in names:
+            if name != getattr(scene, word):
+                wrong = clips.Scene(**{**{at: getattr(scene, at) for at in scene.__slots__}, word: name})
+                assert closeness(video, wrong)[word] < right[word], (word, name)
+    blank = np.full((5, 64, 64, 3), clips.BACKGROUNDS[scene.background], np.uint8)
+    assert closeness(blank, scene) == {"background": pytest.approx(1.0), "color": 0.0, "shape": 0.0, "direction": 0.0}
+    assert model_closeness("wan-tiny", 0, video) == pytest.approx(np.mean(list(right.values())))

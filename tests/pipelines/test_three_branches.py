@@ -1,0 +1,211 @@
+"""The third branch, folded into stock pipelines, gives the three-branch formula: written down in `three_branches`."""
+
+import warnings
+
+import diffusers
+import pytest
+import torch
+import wan_tiny
+from three_branches import perturbed_heads, three_branches
+from tiny_image_pipelines import generate as generate_image
+from tiny_other_pipelines import PIPELINES as IMAGES
+from tiny_pipelines import PIPELINES as VIDEOS
+from tiny_pipelines import generate as generate_video
+
+import dit_accel
+from dit_accel import SLG, ConfigError, SoftPAG
+
+NEGATIVE = dict(negative_prompt_embeds=torch.ones(1, 6, 16), negative_pooled_prompt_embeds=torch.ones(1, 8))
+CASES = {
+    "flux, guidance embedded": ("flux", {}, "transformer_blocks.1.attn", "L1", False),
+    "flux, two calls": ("flux", dict(true_cfg_scale=2.0, **NEGATIVE), "transformer_blocks.1.attn", "L1", False),
+    "sd3, one call": ("sd3", dict(guidance_scale=3.0), "transformer_blocks.1.attn", "L1", True),
+    "sd3, guidance off": ("sd3", dict(guidance_scale=1.0), "transformer_blocks.1.attn", "L1", False),
+    "hunyuan-video, two calls": ("hunyuan-video", {}, "transformer_blocks.1.attn", "L1", False),
+    "hunyuan-video, embedded": ("hunyuan-video", dict(true_cfg_scale=1.0), "transformer_blocks.1.attn", "L1", False),
+    "cogvideox, one call": ("cogvideox", {}, "transformer_blocks.1.attn1", "L1", True),
+    "cogvideox, a scale that moves": (
+        "cogvideox", dict(use_dynamic_cfg=True, guidance_scale=6.0), "transformer_blocks.1.attn1", "L1", True,
+    ),
+    "ltx, one call": ("ltx", {}, "transformer_blocks.1.attn1", "L1", True),
+    "qwen-image, guidance off": ("qwen-image", dict(true_cfg_scale=1.0), "transformer_blocks.1.attn", "L1", False),
+}  # fmt: skip
+
+
+def run(name, pipe, call, **changes):
+    if name in VIDEOS:
+        return generate_video(pipe, call, output_type="latent", **changes)
+    return generate_image(pipe, call, output_type="latent", **changes)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("heads", "u"), [((1,), 0.6), ((0, 1), 1.0)])
+def test_the_fold_is_the_formula(case, heads, u):
+    name, changes, module, layer, batched = CASES[case]
+    pipe, call = (VIDEOS | IMAGES)[name]()
+    plain = run(name, pipe, call, **changes)
+
+    def perturbed(transformer):
+        return perturbed_heads(transformer.get_submodule(module), heads, u)
+
+    with three_branches(pipe, perturbed, 3.0, batched=batched) as sizes:
+        expected = run(name, pipe, call, **changes)
+    assert min(sizes) > 0
+    spec = layer if len(heads) == 2 else f"{layer}H{heads[0]}"
+    with dit_accel.attach(pipe, SoftPAG(heads=spec, u=u, scale=3.0)) as attachment:
+        made = run(name, pipe, call, **changes)
+        section = attachment.report().section("softpag")
+    moved = float((expected - plain).norm() / plain.norm())
+    assert moved > 1e-4
+    error = float((made - expected).norm() / expected.norm())
+    assert error <= 1e-5, f"{error:.2g}, the branch moved the result by {moved:.2g}"
+    assert section.data["forwards_added"] == len(sizes)
+    assert torch.equal(run(name, pipe, call, **changes), plain)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_wan_in_two_calls_with_one_expert_and_with_two(make_pipe, scale, experts):
+    extra = {}
+    if experts == 2:
+        second = wan_tiny.tiny_transformer(1, text_dim=make_pipe().transformer.config.text_dim)
+        extra = dict(transformer_2=second, boundary_ratio=0.9)
+    pipe = make_pipe(**extra)
+    changes = dict(guidance_scale=scale, **(dict(guidance_scale_2=scale + 2.0) if experts == 2 else {}))
+
+    def perturbed(transformer):
+        return perturbed_heads(transformer.blocks[1].attn1, (0,), 0.7)
+
+    plain = wan_tiny.generate(pipe, **changes)
+    with three_branches(pipe, perturbed, 2.0, batched=False):
+        expected = wan_tiny.generate(pipe, **changes)
+    with dit_accel.attach(pipe, SoftPAG(heads="L1H0", u=0.7, scale=2.0)) as attachment:
+        made = wan_tiny.generate(pipe, **changes)
+        ran = {step.transformer for step in attachment.report().steps if step.branch == "cond/softpag"}
+    assert len(ran) == experts
+    assert float((expected - plain).norm() / plain.norm()) > 1e-4
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_slg_is_the_formula_with_a_block_left_out(make_pipe):
+    pipe = make_pipe()
+
+    def skipped(transformer):
+        from unittest import mock
+
+        return mock.patch.object(transformer.blocks[1], "forward", lambda hidden_states, *_, **__: hidden_states)
+
+    with three_branches(pipe, skipped, 2.8, batched=False):
+        expected = wan_tiny.generate(pipe)
+    with dit_accel.attach(pipe, SLG(layers="L1", start=0.0, stop=1.0, scale=2.8)):
+        made = wan_tiny.generate(pipe)
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_two_prompts_in_one_call_are_not_taken_for_guidance():
+    """SD3 without guidance on two prompts: an even number of rows, each conditional."""
+    pipe, call = IMAGES["sd3"]()
+    two = {
+        key: torch.cat([value, value.flip(-1)]) if isinstance(value, torch.Tensor) else value
+        for key, value in call.items()
+    }
+    with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0)):
+        together = run("sd3", pipe, two, guidance_scale=1.0, latents=torch.randn(2, 4, 16, 20, generator=seeded()))
+        noise = torch.randn(2, 4, 16, 20, generator=seeded())
+        for row in range(2):
+            one = {
+                key: value[row : row + 1] if isinstance(value, torch.Tensor) else value for key, value in two.items()
+            }
+            alone = run("sd3", pipe, one, guidance_scale=1.0, latents=noise[row : row + 1])
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def seeded():
+    return torch.Generator().manual_seed(5)
+
+
+def test_pipelines_that_rescale_by_the_conditional_prediction_are_refused_with_the_reason():
+    method = SoftPAG(heads="L1", u=1.0)
+    pipe, call = IMAGES["qwen-image"]()
+    with (
+        dit_accel.attach(pipe, method),
+        pytest.raises(
+            ConfigError, match=r"can't be folded into this pipeline's guidance: it rescales the guided .*norm"
+        ),
+    ):
+        run("qwen-image", pipe, call)
+    pipe, call = VIDEOS["ltx"]()
+    with (
+        dit_accel.attach(pipe, method),
+        pytest.raises(ConfigError, match=r"guidance_rescale = 0\.7 scales the guided .*or use softpag\.mode = 'free'"),
+    ):
+        run("ltx", pipe, call, guidance_rescale=0.7)
+    with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0, mode="free")):
+        assert run("ltx", pipe, call, guidance_rescale=0.7).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "guider",
+    [
+        diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0, enabled=True),
+        diffusers.ClassifierFreeGuidance(guidance_scale=2.0, guidance_rescale=0.7),
+        diffusers.ClassifierFreeGuidance(guidance_scale=2.0),
+        diffusers.ClassifierFreeZeroStarGuidance(guidance_scale=2.0),
+        diffusers.ClassifierFreeGuidance(guidance_scale=1.0),
+    ],
+    ids=["apg", "rescaled", "cfg", "zero star", "off"],
+)
+def test_behind_any_guider_the_branch_is_added_to_its_result(guider):
+    pipe, call = IMAGES["hunyuan-image"]()
+    pipe.guider = guider
+
+    def perturbed(transformer):
+        return perturbed_heads(transformer.get_submodule("transformer_blocks.1.attn"), (1,), 0.6)
+
+    plain = run("hunyuan-image", pipe, call)
+    with three_branches(pipe, perturbed, 3.0, batched=False):
+        expected = run("hunyuan-image", pipe, call)
+    with dit_accel.attach(pipe, SoftPAG(heads="L1H1", u=0.6)) as attachment:
+        made = run("hunyuan-image", pipe, call)
+        assert attachment.report().section("softpag").data["forwards_added"] == 3
+        pipe.guider = diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0, enabled=True)
+        with pytest.raises(ConfigError, match="its guider AdaptiveProjectedMixGuidance does more with the conditional"):
+            run("hunyuan-image", pipe, call)
+    pipe.guider = guider
+    assert "forward" not in vars(guider)
+    assert torch.equal(run("hunyuan-image", pipe, call), plain)
+    assert float((expected - plain).norm() / plain.norm()) > 1e-4
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_a_modular_pipeline_is_guided_behind_its_guider():
+    pipe, call = IMAGES["flux3"]()
+    plain = generate_image(pipe, call)
+    with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0)) as attachment:
+        made = generate_image(pipe, call)
+        assert attachment.report().section("softpag").data["forwards_added"] == 3
+    assert not torch.equal(made, plain)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("ltx", {}), ("hunyuan-video", {})])
+def test_free_mode_perturbs_the_unconditional_rows_alone(name, changes):
+    """unc is perturbed in unc + s (cond - unc): the guided prediction moves by (1 - s) (unc - perturbed)."""
+    pipe, call = VIDEOS[name]()
+    with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0, mode="free")) as attachment:
+        made = run(name, pipe, call)
+        section = attachment.report().section("softpag")
+    assert section.data["forwards_added"] == 0
+    assert section.data["steps"] == [0, 1, 2, 3]
+    assert not torch.equal(made, run(name, pipe, call))
+
+
+def test_a_run_that_perturbs_nothing_is_told():
+    pipe, call = IMAGES["flux"]()
+    with dit_accel.attach(pipe, SoftPAG(heads="L1", mode="free")) as attachment:
+        run("flux", pipe, call)
+        with pytest.warns(UserWarning, match="mode = 'free' perturbs the unconditional forward, and none ran"):
+            text = str(attachment.report())
+        assert "perturbed nothing" in text
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run("flux", pipe, call)  # said once
