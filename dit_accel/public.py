@@ -25,6 +25,7 @@ HOMES: dict[str, str] = {
     "EasyCache": "methods.caches.easy",
     "FirstBlockCache": "methods.caches.db",
     "MagCache": "methods.caches.mag",
+    "ProfilingCache": "methods.caches.profiling",
     "StaticCache": "methods.caches.static",
     "TeaCache": "methods.caches.tea",
     "Report": "report.report",
