@@ -153,9 +153,7 @@ class DBHandler(SpanHandler):
             return None
         always = self._first_blocks + self._last_blocks
         lines = [f"{name}: a reused forward runs {always} of {count} blocks" for name, count in self._counts.items()]
-        return replace(
-            section, lines=(*section.lines, *lines), data={**section.data, "blocks_always_run": always}
-        )
+        return replace(section, lines=(*section.lines, *lines), data={**section.data, "blocks_always_run": always})
 
 
 class FirstBlockHandler(DBHandler):

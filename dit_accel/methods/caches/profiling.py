@@ -92,8 +92,8 @@ class ProfilingCache(StepCacheConfig):
             self._check_listed(option, getattr(self, option))
         if (self.blocks_2 is None) != (self.refresh_2 is None) or (self.blocks_2 and self.blocks is None):
             raise ConfigError(
-                "profilingcache.blocks_2 and profilingcache.refresh_2 are a second list of blocks and its steps, beside "
-                "profilingcache.blocks; give all of them, or neither"
+                "profilingcache.blocks_2 and profilingcache.refresh_2 are a second list of blocks and its steps, "
+                "beside profilingcache.blocks; give all of them, or neither"
             )
         if not self._from_file and self.blocks is not None:
             known = self.groups()
