@@ -22,6 +22,7 @@ HOMES: dict[str, str] = {
     "SparseD": "methods.attention.sparsed",
     "UltraViCo": "methods.attention.ultravico",
     "DBCache": "methods.caches.db",
+    "DBPrune": "methods.caches.prune",
     "EasyCache": "methods.caches.easy",
     "FirstBlockCache": "methods.caches.db",
     "MagCache": "methods.caches.mag",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from ..adapters.adapter import Adapter
 from . import method_checks, model_checks
 from .block_checks import check_blocks
+from .cache_checks import check_block_caches
 from .everything import planned as planned
 from .method_cases import METHOD_CASES as METHOD_CASES
 from .recording import require
@@ -64,6 +65,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "blocks": check_blocks,
     "rope": check_rope,
     "signal": model_checks.check_signal,
+    "block caches": check_block_caches,
     "active": method_checks.check_active,
     "batch": method_checks.check_batch,
     "padding": method_checks.check_padding,

@@ -131,6 +131,9 @@ class SpanHandler(StepCacheHandler):
         """Tell whether a block may be of one span with the one that was called before it."""
         return True
 
+    def ran(self, now: Pass, block: Block, taken: Streams) -> None:
+        """Note what a block took that is computed."""
+
     def due(self, now: Pass) -> list[Span]:
         """Return the stored spans that had to be skipped whole in this forward."""
         return [*self._spans(now.context)] if now.reuse else []
@@ -190,6 +193,7 @@ class SpanHandler(StepCacheHandler):
         now.called = block.index
         now.spans[-1].append(block.index)
         given = run(streams)
+        self.ran(now, block, streams)
         now.note(given)
         if now.apart:
             self._take(now)
