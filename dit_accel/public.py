@@ -15,6 +15,7 @@ HOMES: dict[str, str] = {
     "DitAccelError": "errors",
     "MissingBackend": "errors",
     "UnsupportedModel": "errors",
+    "DFA": "methods.attention.dfa",
     "DeltaAttention": "methods.attention.delta",
     "LiteAttention": "methods.attention.lite.config",
     "RadialAttention": "methods.attention.radial",
