@@ -48,10 +48,10 @@ def cached_blocks(
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Return Spearman's rank correlation of two lists, ties by their mean; not a number for a constant one."""
-    ranks = [_ranks(np.asarray(values, float)) for values in (one, other)]
-    if any(np.ptp(rank) == 0 for rank in ranks):
+    ranks = np.stack([_ranks(np.asarray(values, float)) for values in (one, other)])
+    if not np.ptp(ranks, axis=1).all():
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

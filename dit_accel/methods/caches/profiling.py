@@ -291,8 +291,9 @@ class ProfilingHandler(SpanHandler):
         """Return the blocks that the lists skip, and what is stored of a model of known sizes."""
         settings, family = self.settings, self.model.family
         groups = settings.groups()
-        for blocks in groups if family else ():
-            require_there(blocks, "profilingcache.blocks", family.name, family.layers)
+        if family is not None:
+            for blocks in groups:
+                require_there(blocks, "profilingcache.blocks", family.name, family.layers)
         skipped = in_a_row = skips = 0
         for index in range(steps):
             must = index == 0 or settings.always_computed(index, steps) or settings.most_skipped(in_a_row, skips)
