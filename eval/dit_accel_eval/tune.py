@@ -31,9 +31,7 @@ def tune_method(
     metric: Annotated[
         str | None, typer.Option(help="lite: how that error is measured, l1, l2 or cosine; default: l1.")
     ] = None,
-    criterion: Annotated[
-        str | None, typer.Option(help="profile: attention, delta or error; default: attention.")
-    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="profile: attention, delta or error; default: error.")] = None,
     threshold: Annotated[
         float | None, typer.Option(help="profile: cache blocks that score below it; default: the largest gap.")
     ] = None,
@@ -86,7 +84,7 @@ def tune_method(
 
     dit-accel generate "a red circle" --config mag.toml
 
-    dit-accel tune profile --criterion delta --cached 3 -o profile.json
+    dit-accel tune profile --cached 3 -o profile.json
 
     dit-accel generate "a red circle" --set profilingcache.blocks=profile.json
     """

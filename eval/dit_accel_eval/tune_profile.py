@@ -59,7 +59,7 @@ class ProfileOptions:
         ConfigError: for a value out of range, or two ways of splitting the blocks.
     """
 
-    criterion: str = "attention"
+    criterion: str = "error"
     threshold: float | None = None
     cached: int | None = None
     queries: int | None = None

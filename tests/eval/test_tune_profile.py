@@ -169,7 +169,7 @@ def test_classes_are_made_again_without_a_new_measurement(tmp_path, monkeypatch)
     ):
         found = tune_profile(request(), tmp_path / "own.json", **options)
         assert len(found.content["transformers"]["transformer"]["cached"]) == count
-        assert found.content["criterion"] == options.get("criterion", "attention")
+        assert found.content["criterion"] == options.get("criterion", "error")
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, profiled):
