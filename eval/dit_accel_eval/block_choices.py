@@ -36,7 +36,7 @@ def table(lines: Sequence[Line], entry: Mapping[str, Any]) -> Iterator[str]:
     known = choices(lines)
     means = {blocks: float(np.mean([*values.values()])) for blocks, values in known.items()}
     count = len(next(iter(known)))
-    yield "| criterion | blocks | place by mean PSNR | places by clip | against the mean choice, dB | rank correlation |"
+    yield "| criterion | blocks | place by mean PSNR | places by clip | against the mean choice, dB | Spearman |"
     yield "|---|---|---|---|---|---|"
     for criterion in CRITERIA:
         scores = entry["scores"][criterion]
