@@ -45,7 +45,7 @@ def table(lines: Sequence[Line], entry: Mapping[str, Any]) -> Iterator[str]:
         clips = sorted(known[chosen])
         by_clip = [1 + sum(values[clip] > known[chosen][clip] for values in known.values()) for clip in clips]
         ahead = bootstrap(
-            [known[chosen][clip] - np.mean([values[clip] for values in known.values()]) for clip in clips]
+            [known[chosen][clip] - float(np.mean([values[clip] for values in known.values()])) for clip in clips]
         )
         told = rank_correlation([-sum(scores[block] for block in blocks) for blocks in means], [*means.values()])
         yield (
