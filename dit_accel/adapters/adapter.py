@@ -15,6 +15,7 @@ ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 """Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
 
 IMAGE_REFUSED: Mapping[str, str] = {
+    "dfa": "an image does not move, which is how the foreground is told",
     "radial": ONE_FRAME,
     "ultravico": "an image has no frames of which there could be more than the model was trained on",
 }

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from dit_accel_kernels import (
-    TileLists,
     block_sparse_attention_backward,
     block_sparse_attention_eager,
     resolve_backend,
@@ -20,16 +19,16 @@ from dit_accel_kernels import (
 from torch import Tensor
 
 from ..errors import AttachError, ConfigError
-from ..methods.base import AttentionHandler, Corrects, Handler, Learns
+from ..methods.base import AttentionHandler, Corrects, Handler, Keeps, Learns
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
 from ..plan.exact_rows import dense_rows, gradients_of_rows
 from ..plan.layout import TokenLayout, layout_of, with_valid_text
 from ..plan.masks import is_key_padding, visible_row
 from ..plan.plan import AttentionPlan
-from ..plan.tiling import TILE, full_tiles
 from ..report.recorder import Recorder
 from .backward import NO_TICKET, BackwardStore
+from .kernel_call import computed_rows, followed, kernel_arguments
 from .layers import AttentionLayer
 from .state import DenoisingState
 
@@ -103,6 +102,7 @@ class Execution:
         self.handlers = tuple(handlers)
         self.attention = tuple(one for one in handlers if isinstance(one, AttentionHandler))
         self._learners = tuple(one for one in handlers if isinstance(one, Learns))
+        self._keepers = tuple(one for one in handlers if isinstance(one, Keeps))
         self._correctors = tuple(one for one in handlers if isinstance(one, Corrects))
 
     def begin_run(self) -> None:
@@ -276,7 +276,9 @@ class Execution:
     ) -> tuple[Tensor, AttentionPlan]:
         """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
         given, exact, planned = call, None, None
-        if plan.skips_logits or not plan.needs_kernel:
+        if plan.reused is not None:
+            out = self._run_rows(plan, call, context, layer)
+        elif plan.skips_logits or not plan.needs_kernel:
             out = self._run_dense(plan, call, layer)
             self.recorder.sparse_call(context, plan)
         else:
@@ -298,14 +300,36 @@ class Execution:
                 for x in (out, planned):
                     if x is not None:
                         x.index_copy_(2, plan.row_override.rows, own)
+        for keeper in self._keepers:
+            keeper.keep(context, out)
         for observer in tuple(self.observers):
             observer(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact))
-        return out, plan if exact is None or not context.differentiate else _followed(plan, exact)
+        return out, plan if exact is None or not context.differentiate else followed(plan, exact)
+
+    def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> Tensor:
+        """Return the output of a plan that reuses rows: the others are one smaller call."""
+        assert plan.reused is not None
+        out = plan.reused.out.clone()
+        if not len(plan.reused.rows):
+            self.recorder.sparse_call(context, plan, 0.0)
+            return out
+        cut, small, rows = computed_rows(plan, call)
+        share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
+        if not cut.needs_kernel:
+            found, exact = self._run_dense(cut, small, layer), None
+        else:
+            small = small.with_keys(cut.centred(small.k))
+            found, exact, _ = self._run_kernel(cut, small)
+        if exact is None:
+            self.recorder.sparse_call(context, cut, share)
+        else:
+            self.recorder.selected_call(context, cut, exact, share)
+        return out.index_copy_(2, rows, found.to(out.dtype))
 
     def _run_kernel(self, plan: AttentionPlan, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
         self.recorder.backends.add(resolve_backend(self.backend, call.q.device, call.q.dtype, call.q.shape[-1]))
-        tiles, arguments = _kernel_arguments(plan, call)
+        tiles, arguments = kernel_arguments(plan, call)
         q, k, v = call.as_held(call.q, call.k, call.v)
         result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)
         if isinstance(result, Tensor):
@@ -347,7 +371,7 @@ class Execution:
 
     def _kernel_gradients(self, plan: AttentionPlan, call: Call, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         call = call.with_keys(plan.centred(call.k))
-        tiles, arguments = _kernel_arguments(plan, call)
+        tiles, arguments = kernel_arguments(plan, call)
         rows = plan.row_override
         others = grad if rows is None else grad.index_fill(2, rows.rows, 0)
         others, q, k, v = call.as_held(others, call.q, call.k, call.v)
@@ -370,29 +394,3 @@ class Execution:
             "stayed dense"
         )
         return True
-
-
-def _kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[str, Any]]:
-    tiles = plan.tiles
-    if tiles is None:
-        tiles = full_tiles(call.q.shape[2], call.tokens, TILE, str(call.q.device))
-    return tiles, {
-        **call.kernel_layout,
-        "scale": call.scale,
-        "head_scale": plan.head_scale,
-        "key_mask": call.key_mask(),
-        "frame_decay": plan.frame_decay,
-        "token_order": plan.token_order,
-        "identity_mix": plan.identity_mix,
-        "identity_rows": plan.identity_rows,
-        "selection": plan.selection,
-        "backend": call.backend,
-    }
-
-
-def _followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:
-    """Return the plan as its backward follows it: the tiles that the forward chose, without routing or voting again."""
-    selection = plan.selection
-    assert selection is not None
-    routed = None if selection.routing is None else exact
-    return replace(plan, selection=replace(selection, routing=None, vote=None, routed=routed))

@@ -99,7 +99,9 @@ def _print(estimated: Estimate) -> None:
             ("dense calls", f"{tiles.dense_share:.1%} of steps x layers"),
             ("method state", f"{_bytes(estimated.tile_list_bytes + estimated.pooled_bytes)}"),
         ]
-    if estimated.forward_share != 1:
+    if any(saving.blocks for saving in estimated.savings.values()):
+        rows.append(("blocks computed", f"{estimated.computed_blocks:.1%} of the dense run's"))
+    elif estimated.forward_share != 1:
         rows.append(("forwards computed", f"{estimated.forward_share:.1%} of the dense run's"))
     for name, size in estimated.carried_bytes.items():
         rows.append((f"{name} state", f"{_bytes(size)}, held from step to step"))

@@ -104,6 +104,13 @@ class Estimate:
         return max(0.0, 1 + forwards / self.forwards) * max(0.0, 1 - blocks)
 
     @property
+    def computed_blocks(self) -> float:
+        """Share of the dense run's blocks that are computed; those of extra forwards are not counted."""
+        forwards = sum(saving.forwards for saving in self.savings.values()) / self.forwards
+        blocks = sum(saving.blocks for saving in self.savings.values()) / (self.forwards * self.family.layers)
+        return max(0.0, 1 - forwards) * max(0.0, 1 - blocks)
+
+    @property
     def planned_attention_flops(self) -> int:
         """Q K^T and P V with the methods attached, dense steps and layers included."""
         kept = self.dense_share + (1 - self.dense_share) * self.pair_density
@@ -185,6 +192,7 @@ class Estimate:
             "density": tiles.density if tiles else 1.0,
             "dense_share": self.dense_share,
             "forward_share": self.forward_share,
+            "computed_blocks": self.computed_blocks,
             "attention_share": self.attention_share,
             "attention_flops": self.attention_flops,
             "total_flops": self.total_flops,

@@ -201,6 +201,18 @@ class Learns(Protocol):
 
 
 @runtime_checkable
+class Keeps(Protocol):
+    """A method that keeps what attention calls give."""
+
+    def keep(self, context: CallContext, out: Tensor) -> None:
+        """Note the output of a planned call, [B, H, S, D]; it is the model's, and must not be written to.
+
+        Called after every planned call, whether the method is active in it or not.
+        """
+        ...
+
+
+@runtime_checkable
 class Corrects(Protocol):
     """A method that corrects what a planned call computed."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..adapters.adapter import Adapter
 from ..adapters.blocks import BlockList, Streams
@@ -115,6 +116,11 @@ class Site(Protocol):
         Those of compiled blocks are not seen.
         """
         ...
+
+
+def first_tensor(of: Any) -> Tensor:
+    """Return the first tensor of latents or an output: the sample, of a model that gives sound too."""
+    return next(leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)).detach()
 
 
 def sample_of(output: Any) -> Tensor:

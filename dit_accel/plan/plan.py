@@ -28,6 +28,22 @@ class RowOverride:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReusedRows:
+    """Query rows that are not computed: they keep what an earlier call gave.
+
+    Attributes:
+        rows: int64 [G], rising: the token indices that are computed. Where the plan has tiles, every row of a tile that
+            holds one of them is.
+        out: [B, H, S, D], the output that the others keep.
+        keys: bool [S], the keys that computed rows see; None: all.
+    """
+
+    rows: Tensor
+    out: Tensor
+    keys: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionPlan:
     """What one attention call computes; the default is plain dense attention. Methods fill it by its verbs alone.
 
@@ -45,6 +61,7 @@ class AttentionPlan:
         only_values: every head's output is V throughout, as ``identity_mix`` says too: no logit need be computed.
         selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
         row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
+        reused: rows that are not computed.
     """
 
     key_mean: Tensor | None = None
@@ -57,6 +74,7 @@ class AttentionPlan:
     only_values: bool = False
     selection: Selection | None = None
     row_override: RowOverride | None = None
+    reused: ReusedRows | None = None
 
     @property
     def needs_kernel(self) -> bool:
@@ -218,6 +236,22 @@ class AttentionPlan:
         """
         self._require_free("row override", self.row_override)
         return replace(self, row_override=rows)
+
+    def reuse_rows(self, reused: ReusedRows) -> "AttentionPlan":
+        """Return the plan with rows that are not computed.
+
+        Raises:
+            ConfigError: if it has such rows, or asks for what is made of all of them: votes, probes, a mix of V.
+        """
+        self._require_free("set of reused rows", self.reused)
+        vote = None if self.selection is None else self.selection.vote
+        parts = {"votes": vote, "rows of their own": self.row_override, "a mix of V": self.identity_mix}
+        for what, part in parts.items():
+            if part is not None:
+                raise ConfigError(
+                    f"the plan asks for {what}, which takes all rows, and some are to be left out; attach one method"
+                )
+        return replace(self, reused=reused)
 
     def centred(self, k: Tensor) -> Tensor:
         """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""

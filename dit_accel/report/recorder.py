@@ -67,14 +67,14 @@ class Recorder:
         entry = self.forwards.setdefault((transformer, step_index, branch), Forward())
         entry.dense_layers += dense_layers
 
-    def sparse_call(self, context: CallContext, plan: AttentionPlan) -> None:
-        """Count one attention call that follows a plan's lists."""
+    def sparse_call(self, context: CallContext, plan: AttentionPlan, rows: float = 1.0) -> None:
+        """Count one attention call that follows a plan's lists, over a share ``rows`` of the pairs."""
         tiles = plan.tiles
         exact, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
-        self._calls(context).append(CallShares(context.layer, exact, pooled))
+        self._calls(context).append(CallShares(context.layer, rows * exact, rows * pooled))
 
-    def selected_call(self, context: CallContext, plan: AttentionPlan, exact: Tensor) -> None:
-        """Count one attention call whose selection left ``exact``, bits int32 [B, H, NQ, W]."""
+    def selected_call(self, context: CallContext, plan: AttentionPlan, exact: Tensor, rows: float = 1.0) -> None:
+        """Count one attention call whose selection left ``exact``, bits int32 [B, H, NQ, W]; see `sparse_call`."""
         tiles, selection = plan.tiles, plan.selection
         assert tiles is not None
         assert selection is not None
@@ -85,7 +85,8 @@ class Recorder:
             free = selection.keep if selection.pinned is None else selection.keep | selection.pinned
             left = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
         pooled = tiles.tiles_pooled / tiles.tiles_total + (left - by_head.mean()).clamp(min=0)  # rounding may leave -0
-        self._calls(context).append(CallShares(context.layer, by_head.mean(), pooled, by_head))
+        shares = CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head)
+        self._calls(context).append(shares)
 
     def settle(self) -> None:
         """Turn the shares that are still tensors into numbers, in one transfer a device."""

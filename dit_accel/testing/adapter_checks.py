@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 
 from ..adapters.adapter import Adapter
 from . import method_checks, model_checks
+from .block_cache_checks import check_block_caches
 from .block_checks import check_blocks
 from .cache_checks import check_caches
 from .everything import planned as planned
@@ -67,6 +68,7 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "rope": check_rope,
     "signal": model_checks.check_signal,
     "caches": check_caches,
+    "block caches": check_block_caches,
     "active": method_checks.check_active,
     "batch": method_checks.check_batch,
     "padding": method_checks.check_padding,

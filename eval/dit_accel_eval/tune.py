@@ -1,6 +1,6 @@
 """The command `tune` of the command line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -11,14 +11,20 @@ from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
 from dit_accel.errors import ConfigError, did_you_mean
 
-OPTIONS = {"lite": ("target_error", "metric"), "heads": ("objective", "rounds", "per_round", "halvings")}
-"""Method -> the options that are its alone."""
+OPTIONS = {
+    "heads": ("objective", "rounds", "per_round", "halvings"),
+    "lite": ("target_error", "metric"),
+    "profile": ("criterion", "threshold", "cached", "queries", "seeds", "mask"),
+}
+"""Method -> the options that it alone takes."""
 
-TUNABLE = ("heads", "lite", "magcache", "teacache")
+TUNABLE = ("heads", "lite", "magcache", "profile", "teacache")
 
 
 def tune_method(
-    method: Annotated[str, typer.Argument(help="What to tune: heads, lite, magcache or teacache.", metavar="METHOD")],
+    method: Annotated[
+        str, typer.Argument(help="What to tune: heads, lite, magcache, profile or teacache.", metavar="METHOD")
+    ],
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="What to show; may be repeated; default: some that an embedded model knows."),
@@ -26,7 +32,9 @@ def tune_method(
     prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write; default: METHOD.toml, heads.json.", metavar="FILE"),
+        typer.Option(
+            "--output", "-o", help="File to write; default: METHOD.toml, heads and profile .json.", metavar="FILE"
+        ),
     ] = None,
     target_error: Annotated[
         float | None, typer.Option(help="lite: error that one vote may add to the next call; default: 0.01.")
@@ -42,6 +50,20 @@ def tune_method(
     per_round: Annotated[int | None, typer.Option(help="heads: heads that a round adds; default: 3.")] = None,
     halvings: Annotated[
         int | None, typer.Option(help="heads: earlier judgements on fewer prompts and steps; default: 1.")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="profile: attention, delta or error; default: error.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="profile: cache blocks that score below it; default: the largest gap.")
+    ] = None,
+    cached: Annotated[
+        int | None, typer.Option(help="profile: cache so many blocks, those of the lowest scores.")
+    ] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="profile: queries a call that are looked at; default: all.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="profile: runs of each prompt; default: 1.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="profile: the foreground, white in a picture or video.", metavar="FILE")
     ] = None,
     model: Model = None,
     height: Pixels = None,
@@ -68,9 +90,10 @@ def tune_method(
     lite: thresholds by layer and step for a target error, searched at every
     attention call. magcache: how the size of what is stored changes from
     step to step. heads: which attention heads to perturb for SoftPAG, by
-    greedy rounds with an objective. teacache: the polynomial from the change of the first
-    block's input to that of the output. A run that was stopped goes on after
-    the last whole prompt.
+    greedy rounds with an objective. teacache: the polynomial from the change
+    of the first block's input to that of the output. profile: which blocks
+    profilingcache may cache, with a heat map and the masks beside the file. A
+    run that was stopped goes on after the last whole prompt.
 
     Examples:
 
@@ -85,6 +108,10 @@ def tune_method(
     dit-accel tune magcache -o mag.toml
 
     dit-accel generate "a red circle" --config mag.toml
+
+    dit-accel tune profile --cached 3 -o profile.json
+
+    dit-accel generate "a red circle" --set profilingcache.blocks=profile.json
     """
     from dit_accel_pipelines.progress import Stages
 
@@ -92,24 +119,21 @@ def tune_method(
 
     if method not in TUNABLE:
         raise ConfigError(f"tune can't tune {method!r}; {did_you_mean(method, TUNABLE)}")
-    options: dict[str, Any] = {
-        "target_error": target_error, "metric": metric, "objective": objective, "rounds": rounds,
-        "per_round": per_round, "halvings": halvings,
-    }  # fmt: skip
-    options = {name: value for name, value in options.items() if value is not None}
-    for owner, names in OPTIONS.items():
-        if owner != method and (others := [name for name in options if name in names]):
-            told = " and no ".join(others)
-            raise ConfigError(f"tune {method} takes no {told}, which are for tune {owner}; leave them out")
+    asked = dict(
+        target_error=target_error, metric=metric, objective=objective, rounds=rounds, per_round=per_round,
+        halvings=halvings, criterion=criterion, threshold=threshold, cached=cached, queries=queries, seeds=seeds,
+        mask=mask,
+    )  # fmt: skip
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    _refuse_foreign(method, options)
     request = tuning_request(
         prompts=_prompts(method, prompt, prompt_file, model), model=model, height=height, width=width,
         num_frames=num_frames, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
         dtype=cast(Any, dtype), device=device, offload=cast(Any, offload), methods=tuple(methods), backend=backend,
     )  # fmt: skip
     with Stages(quiet=quiet) as stages:
-        tuned = TUNERS[method](
-            request, output or Path("heads.json" if method == "heads" else f"{method}.toml"), stages=stages, **options
-        )
+        file = output or Path(f"{method}.{'json' if method in ('heads', 'profile') else 'toml'}")
+        tuned = TUNERS[method](request, file, stages=stages, **options)
     if json:
         print_json(tuned.to_dict())
         return
@@ -124,6 +148,16 @@ def _heads(*arguments: Any, **options: Any) -> Any:
     return tune_heads(*arguments, **options)
 
 
+def _refuse_foreign(method: str, options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for options that are for another method."""
+    for owner, names in OPTIONS.items():
+        given = [name for name in options if name in names]
+        if given and method != owner:
+            raise ConfigError(
+                f"tune {method} takes no {' and no '.join(given)}, which are for tune {owner}; leave them out"
+            )
+
+
 def _lite(*arguments: Any, **options: Any) -> Any:
     from .tune_lite import tune_lite
 
@@ -136,16 +170,24 @@ def _magcache(*arguments: Any, **options: Any) -> Any:
     return tune_magcache(*arguments, **options)
 
 
+def _profile(*arguments: Any, **options: Any) -> Any:
+    from .tune_profile import tune_profile
+
+    return tune_profile(*arguments, **options)
+
+
 def _teacache(*arguments: Any, **options: Any) -> Any:
     from .tune_teacache import tune_teacache
 
     return tune_teacache(*arguments, **options)
 
 
-TUNERS: dict[str, Callable[..., Any]] = {"heads": _heads, "lite": _lite, "magcache": _magcache, "teacache": _teacache}
+TUNERS: dict[str, Callable[..., Any]] = {
+    "heads": _heads, "lite": _lite, "magcache": _magcache, "profile": _profile, "teacache": _teacache,
+}  # fmt: skip
 """Method -> what tunes it, loaded when it is asked for."""
 
-USUAL_PROMPTS = {"heads": 4, "lite": 2, "magcache": 4, "teacache": 4}
+USUAL_PROMPTS = {"heads": 4, "lite": 2, "magcache": 4, "profile": 4, "teacache": 4}
 
 
 def _prompts(method: str, prompt: list[str] | None, prompt_file: Path | None, model: str | None) -> tuple[str, ...]:

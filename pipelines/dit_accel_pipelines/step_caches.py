@@ -1,4 +1,4 @@
-"""Published numbers of calibrated step caches by model: MagCache's ratios, TeaCache's polynomials; all measured.
+"""Published numbers of caches by model: MagCache's ratios, TeaCache's polynomials, ProfilingDiT's blocks; all measured.
 
 They are facts about weights: those of a fine-tune differ, `dit-accel tune magcache` and `tune teacache` measure them.
 """
@@ -14,7 +14,7 @@ Recipe = Mapping[str, Any]
 
 def with_step_caches(*families: Family) -> tuple[Family, ...]:
     """Return families with the recipes of step caches that are published for a model of their name."""
-    tables = {"magcache": MAGCACHE, "teacache": TEACACHE}
+    tables = {"magcache": MAGCACHE, "teacache": TEACACHE, "profilingcache": PROFILINGCACHE}
     return tuple(
         replace(
             family,
@@ -203,4 +203,24 @@ TEACACHE: Mapping[str, Recipe] = {
     "wan-tiny": _teacache(0.1, 855.864716, -489.814851, 98.1080102, -7.69469712, 0.238101971),
     # the same with --model flux-tiny: it tells little (off by .033 where the changes spread by .035)
     "flux-tiny": _teacache(0.1, -4669.23407, 1942.87142, -277.158544, 16.4048986, -0.267593638),
+}
+
+# ProfilingDiT, arXiv 2504.03140: the blocks that its released code caches (two of its names for them are swapped), and
+# the steps at which they run, of 50. Wan's are published for text to video; HunyuanVideo's two kinds of blocks have
+# schedules of their own, and its single blocks are numbered on from the 20 double ones.
+PROFILINGCACHE: Mapping[str, Recipe] = {
+    "wan2.1-14b": {
+        "blocks": "0, 2-7, 10-20, 25-32, 37-38",
+        "every": 6,
+        "measured_steps": 50,
+        "warmup_steps": 0.12,
+    },
+    "hunyuan-video": {
+        "blocks": "20, 22, 24-27, 30-41, 43, 45-47, 51, 53",
+        "refresh": (6, 18, 26, 32, 38, 42, 46, 48),
+        "blocks_2": "6-19",
+        "refresh_2": (6, 12, 18, 24, 30, 36, 42, 48),
+        "measured_steps": 50,
+        "warmup_steps": 0.12,
+    },
 }

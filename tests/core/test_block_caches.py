@@ -1,10 +1,10 @@
 """DBCache and FirstBlockCache on a tiny model: which blocks run, what a reused step gives, what is refused."""
 
-import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
+from block_calls import LAYERS, Counted, forward, run_inputs
 from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer, tiny_transformer
 
 import dit_accel
@@ -12,39 +12,11 @@ from dit_accel import ConfigError, DBCache, EasyCache, FirstBlockCache
 from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
 
 FOREVER = dict(threshold=1e9, warmup_steps=0, last_steps=0)
-LAYERS = 6
 
 
 @pytest.fixture
 def transformer():
     return tiny_transformer(num_layers=LAYERS)
-
-
-class Counted:
-    """Counts the calls of a transformer's blocks by forward, inside of all that is attached."""
-
-    def __init__(self, transformer):
-        self.calls = []
-        for index, block in enumerate(transformer.blocks):
-            block.register_forward_hook(lambda *_, index=index: self.calls.append(index))
-
-    def by_forward(self):
-        """The blocks of each forward so far; every one begins with block 0."""
-        starts = [at for at, index in enumerate(self.calls) if index == 0] + [len(self.calls)]
-        return [self.calls[one:two] for one, two in itertools.pairwise(starts)]
-
-
-def run_inputs(scale=1.0):
-    noise = torch.Generator().manual_seed(3)
-    return dict(
-        hidden_states=scale * torch.randn(1, 12, 5, 8, 8, generator=noise), timestep=torch.tensor([500]),
-        encoder_hidden_states=torch.randn(1, 6, 64, generator=noise),
-    )  # fmt: skip
-
-
-def forward(model, step=0, branch="cond", scale=1.0, **options):
-    with torch.no_grad(), model.cache_context(branch, step_index=step, num_inference_steps=10):
-        return model(**run_inputs(scale), return_dict=False, **options)[0]
 
 
 @pytest.mark.parametrize(

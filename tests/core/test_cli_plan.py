@@ -17,7 +17,7 @@ KEYS = {
     "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "forward_share", "attention_share",
     "attention_flops", "total_flops", "planned_attention_flops", "planned_total_flops", "tile_list_bytes",
     "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods",
-    "uncounted_methods",
+    "uncounted_methods", "computed_blocks",
 }  # fmt: skip
 WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
 NAMED = {"softpag": "heads", "pag": "layers"}
@@ -62,7 +62,7 @@ def test_a_dense_plan():
 
 def test_every_method_can_be_planned_alone_and_beside_others():
     together = ["delta", "lite", "radial", "sol", "sparsed", "ultravico"]
-    alone = [[name] for name in methods() if name != "delta"]  # it corrects another
+    alone = [[name] for name in methods() if name not in ("delta", "profilingcache")]  # it corrects another; no list
     for some in [*alone, ["radial", "delta"], ["sparsed", "sol"], together]:
         named = [f"--set={name}.{option}=L8" for name, option in NAMED.items() if name in some]
         found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in some), *named)
@@ -83,6 +83,19 @@ def test_a_third_forward_is_counted_less_what_its_prefix_saves():
     assert "begins at block 15 of 30, saving 50% of it" in said
     assert "is shorter than one of 4 steps; it acts in step 0 alone" in said
     assert "guidance is distilled into flux.1-dev" in run("--family", "flux.1-dev", "--set", "pag.layers=L9").stderr
+
+
+def test_blocks_that_a_list_skips():
+    found = planned("--family", "wan2.1-14b", "--profilingcache")
+    assert found["computed_blocks"] == found["forward_share"] == pytest.approx(0.496, abs=1e-12)
+    assert found["predicted_speedup"] == pytest.approx(1 / 0.496)
+    table = " ".join(run("--family", "wan2.1-14b", "--profilingcache").stdout.split())
+    assert "blocks computed 49.6% of the dense run's" in table
+    skipped = planned("--family", "wan2.1-14b", "--staticcache", "--set", "staticcache.every=2")
+    assert skipped["computed_blocks"] == skipped["forward_share"] < 1
+    result = run("--family", "wan2.1-14b", "--set", "profilingcache.blocks=38-44")
+    assert result.exit_code == 2
+    assert "names 7 blocks, of which wan2.1-14b lacks 40-44: it has 40, numbered from 0 to 39" in result.stderr
 
 
 def test_a_method_that_corrects_others_is_not_planned_alone():

@@ -79,7 +79,7 @@ def test_what_is_no_config_is_told_apart():
     for given, text in (
         (RadialAttention, r"give an instance of it, RadialAttention\(\)"),
         ([RADIAL], r"give the configs one by one, attach\(pipe, \*configs\)"),
-        ("radial", r"got 'radial'; known: DBCache, DeltaAttention, EasyCache, FirstBlockCache"),
+        ("radial", r"got 'radial'; known: DBCache, DBPrune, DFA, DeltaAttention, EasyCache, FirstBlockCache"),
     ):
         with pytest.raises(ConfigError, match=text):
             dit_accel.attach(transformer, given)

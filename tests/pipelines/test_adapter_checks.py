@@ -19,9 +19,9 @@ from dit_accel.testing.cache_checks import CACHE_CASES
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
-WITH_METHODS = ("caches", "active", "batch", "padding", "pairs", "guidance")
+WITH_METHODS = ("caches", "block caches", "active", "batch", "padding", "pairs", "guidance")
 ADAPTER_ALONE = [name for name in FAST if name not in WITH_METHODS]
-OF_CALLS = ["caches", "guidance"]  # methods around forwards and blocks
+OF_CALLS = ["caches", "block caches", "guidance"]  # methods around forwards and blocks
 OTHERS = [name for name in ADAPTERS if name != "wan"]
 MUST = ("places", "layout", "blocks")
 ADDED_POSITIONS = {"CogVideoXTransformer3DModel 0", "ConsisIDTransformer3DModel 2"}  # as CogVideoX-2B adds them

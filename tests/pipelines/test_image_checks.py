@@ -8,9 +8,9 @@ from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
 ADAPTERS = {adapter.name: adapter for adapter in IMAGE_ADAPTERS}
 FAST = [name for name in CHECKS if name != "compile"]
-WITH_METHODS = ("caches", "active", "batch", "padding", "pairs", "guidance")
+WITH_METHODS = ("caches", "block caches", "active", "batch", "padding", "pairs", "guidance")
 ADAPTER_ALONE = [name for name in FAST if name not in WITH_METHODS]
-OF_CALLS = ["caches", "guidance"]  # methods around forwards and blocks
+OF_CALLS = ["caches", "block caches", "guidance"]  # methods around forwards and blocks
 OTHERS = [name for name in ADAPTERS if name != "flux"]
 MASKED = {
     "qwen-image", "chroma", "krea2", "hunyuan-image", "lumina2", "bria-fibo-2", "nucleus-image", "prx",

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from ..site import ForwardContext
+from ..site import ForwardContext, first_tensor
 from .config import MeasuredCacheConfig
 from .engine import Decider, StepCacheHandler
 from .ranks import ratio
@@ -90,11 +89,6 @@ class EasyHandler(StepCacheHandler):
 
     def _latents(self, context: ForwardContext) -> Tensor:
         return first_tensor(context.inputs[self.model.adapter.latents])
-
-
-def first_tensor(of: Any) -> Tensor:
-    """Return the first tensor of latents or an output: the sample, of a model that gives sound too."""
-    return next(leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)).detach()
 
 
 def mean_size(of: Tensor) -> Tensor:

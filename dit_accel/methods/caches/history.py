@@ -35,11 +35,15 @@ class History:
         settings: how is forecast.
         shapes: of the latents that went in.
         start: the time at which the run began.
+        held_on: where what is stored waits; None: where it was made.
     """
 
-    def __init__(self, settings: StepCacheConfig, shapes: Any, start: float) -> None:
+    def __init__(
+        self, settings: StepCacheConfig, shapes: Any, start: float, held_on: torch.device | None = None
+    ) -> None:
         self._settings = settings
         self._start = start
+        self._held_on = held_on
         self.shapes = shapes
         self.points: list[Point] = []
         self.skipped: list[float] = []
@@ -63,7 +67,7 @@ class History:
         """
         leaves, self._spec = tree_flatten(output)
         values = [
-            _minus(leaf, near) if isinstance(leaf, Tensor) else leaf
+            _minus(leaf, near).to(self._held_on or leaf.device) if isinstance(leaf, Tensor) else leaf
             for leaf, near in zip(leaves, self._bases(leaves, latents), strict=True)
         ]
         points = [point for point in self.points if point.computed and point.step != step and point.time != time]
@@ -95,6 +99,9 @@ class History:
         if not self.skipped or self.skipped[-1] != time:
             self.skipped.append(time)
         assert self._spec is not None
+        if self._held_on is not None:
+            device = next(leaf.device for leaf in tree_leaves(latents) if isinstance(leaf, Tensor))
+            values = [value.to(device) if isinstance(value, Tensor) else value for value in values]
         outputs = [
             _plus(value, near) if isinstance(value, Tensor) else value
             for value, near in zip(values, self._bases(values, latents), strict=True)

@@ -1,0 +1,252 @@
+"""DFA: between full steps only the foreground's queries attend; the background keeps its last attention output.
+
+Source: the foreground-only attention of LightningCP's paper (arXiv 2509.00052), of which no code exists. Where we
+depart from it: the foreground is what moves in the model's own prediction, found anew at every full step; queries see
+all keys, which the paper's own rule (``strict``) does not let them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...plan.call import Call
+from ...plan.context import CallContext, Key
+from ...plan.layout import TokenLayout
+from ...plan.plan import AttentionPlan, ReusedRows
+from ...report.sections import Section
+from ...rules.foreground import motion, otsu, predicted
+from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
+from ..config import MethodConfig
+from ..saving import Saving
+from ..site import ForwardContext, Site, first_tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DFA(MethodConfig):
+    """Attends from the foreground alone between full steps (foreground-only attention, arXiv 2509.00052).
+
+    Without any foreground it is Pyramid Attention Broadcast (arXiv 2408.12588) on self-attention: outputs are repeated.
+    Text attends at every step. A layer's last output is held for every branch.
+
+    Attributes:
+        every: every n-th computed step is full; 1: all are, which changes nothing.
+        share: share of the visual tokens that are foreground, those that move most; unset: Otsu's threshold splits
+            them, clip by clip.
+        strict: the foreground sees the foreground and text alone.
+        warmup_steps: first steps that are full; below 1 a share of the run's steps, rounded up.
+        last_steps: last steps that are full.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    name: ClassVar[str] = "dfa"
+
+    every: int = 2
+    share: float | None = None
+    strict: bool = False
+    warmup_steps: int | float = 0.2
+    last_steps: int = 1
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        if self.every < 1:
+            raise ConfigError(f"dfa.every must be >= 1, got {self.every}; 2 makes every second step full")
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise ConfigError(f"dfa.share must be from 0 to 1, got {self.share}; leave it unset for Otsu's threshold")
+        for option in ("warmup_steps", "last_steps"):
+            if getattr(self, option) < 0:
+                raise ConfigError(f"dfa.{option} must be >= 0, got {getattr(self, option)}")
+        if isinstance(self.warmup_steps, float) and not self.warmup_steps < 1 and not self.warmup_steps.is_integer():
+            raise ConfigError(
+                f"dfa.warmup_steps must be a whole number of steps or a share below 1, got {self.warmup_steps}"
+            )
+
+    def first_steps(self, count: int | None) -> int:
+        """Return how many first steps of a run of ``count`` are full.
+
+        Raises:
+            ConfigError: if that needs the number of steps, which is not known.
+        """
+        share = 0 < self.warmup_steps < 1
+        if count is None and (share or self.last_steps):
+            raise ConfigError(
+                "dfa needs the number of steps, which is not known here; attach to the pipeline, or set "
+                "dfa.warmup_steps to a whole number and dfa.last_steps to 0"
+            )
+        return math.ceil(round(self.warmup_steps * (count or 0), 9)) if share else int(self.warmup_steps)
+
+
+class DFAHandler(AttentionHandler):
+    """DFA on one model: it measures what moves around forwards, and plans which rows attend."""
+
+    config_type = DFA
+    phase = Phase.CACHES  # plans last: it leaves rows out of what the others planned
+    places = frozenset({Place.ATTENTION, Place.FORWARD})
+    exclusive = frozenset({"reused rows"})
+    settings: DFA
+
+    def __init__(self, config: DFA, model: Model) -> None:
+        super().__init__(config, model)
+        self._outputs: dict[Key, Tensor] = {}
+        self._masks: dict[str, tuple[TokenLayout, Tensor]] = {}  # transformer -> grid and what moves, bool [F, Y, X]
+        self._rows: dict[tuple[str, TokenLayout], tuple[Tensor, Tensor]] = {}  # computed rows, as numbers and as bool
+        self._step = (-1, "")  # the step that is settled, and the branch that leads it
+        self._reuse = False
+        self._since = 0
+        self._peak = 0
+        self._shares: list[dict[str, Any]] = []
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Refuse methods that learn from all rows, or correct them."""
+        for other in others:
+            if getattr(other, "votes", False) or isinstance(other, Corrects):
+                raise ConfigError(
+                    f"dfa leaves rows of attention calls out, and {other.name} takes all of them; attach one of the two"
+                )
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Refuse an image, in which nothing moves."""
+        if layout.frames == 1 and self.settings.every > 1 and self.settings.share not in (0, 1):
+            raise ConfigError(
+                "dfa tells the foreground by what moves, and an image does not; attach it to a video model"
+            )
+        return None
+
+    def install(self, site: Site) -> None:
+        """Run around every forward of the transformer."""
+        name, latents = site.name, site.adapter.latents
+        site.around_forward(lambda context, run: self._around(context, run, name, latents))
+
+    def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, latents: str) -> Any:
+        if context.training:
+            self._reuse = False
+            return run()
+        leads = self._settle(context)
+        output = run()
+        if leads and not self._reuse and self._held_from(context):
+            self._measure(context, name, first_tensor(context.inputs[latents]), first_tensor(output))
+        return output
+
+    def _settle(self, context: ForwardContext) -> bool:
+        """Decide whether a step is full, at its first branch; return whether this is that one."""
+        if self._step[0] == context.step_index:
+            return self._step[1] == context.branch
+        settings, count, index = self.settings, context.num_inference_steps, context.step_index
+        full = index < settings.first_steps(count) or (count is not None and index >= count - settings.last_steps)
+        full = full or self._since >= settings.every - 1 or context.transformer not in self._masks
+        self._reuse, self._since = not full, 0 if full else self._since + 1
+        self._step = index, context.branch
+        return True
+
+    def _held_from(self, context: Any) -> bool:
+        """Tell whether a full step's outputs may be reused in the next."""
+        settings, count, after = self.settings, context.num_inference_steps, context.step_index + 1
+        last = count is not None and after >= count - settings.last_steps
+        return settings.every > 1 and after >= settings.first_steps(count) and not last
+
+    def _measure(self, context: ForwardContext, name: str, x: Tensor, v: Tensor) -> None:
+        """Find the foreground of a step."""
+        layout, share = context.layout, self.settings.share
+        if layout is None:
+            return
+        grid = layout.frames, layout.height, layout.width
+        if share in (0, 1):
+            mask = torch.full(grid, bool(share), device=x.device)
+        else:
+            moved = self._moved(context, x.detach(), v.detach(), grid)
+            edge = otsu(moved) if share is None else moved.flatten().quantile(1 - share)
+            mask = moved > edge
+        self._masks[name] = layout, mask
+        self._rows.clear()
+        self._shares.append({"step_index": context.step_index, "transformer": name, "foreground": mask.float().mean()})
+
+    def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        if context.sigma is None or not 0 <= context.sigma <= 1:
+            raise ConfigError(
+                f"dfa reads the foreground off a flow model's prediction, and the scheduler tells the noise level "
+                f"{context.sigma}; use a flow-matching scheduler, or a method on whole steps such as EasyCache"
+            )
+        clean = predicted(x, v, context.sigma, grid)
+        if clean is None:
+            raise ConfigError(
+                f"dfa can't lay what {context.transformer} predicts, {list(v.shape)} of {list(x.shape)}, on its "
+                f"{grid[0]} x {grid[1]} x {grid[2]} tokens; use a method on whole steps such as EasyCache"
+            )
+        return motion(clean)
+
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        """Let only the foreground's rows and text be computed, in steps that are not full."""
+        held = self._outputs.get(context.key)
+        if not self._reuse or held is None or context.differentiate or context.transformer not in self._masks:
+            return plan
+        if held.shape != call.q.shape[:3] + held.shape[3:] or held.dtype != call.q.dtype:
+            return plan
+        found = self._rows_of(context)
+        if found is None or len(found[0]) == call.tokens:
+            return plan
+        rows, seen = found
+        return plan.reuse_rows(ReusedRows(rows=rows, out=held, keys=seen if self.settings.strict else None))
+
+    def _rows_of(self, context: CallContext) -> tuple[Tensor, Tensor] | None:
+        """Return the rows that are computed over a layout; None where it is another grid than the one measured."""
+        key = context.transformer, context.layout
+        if key not in self._rows:
+            known, mask = self._masks[context.transformer]
+            layout = context.layout
+            if (known.frames, known.height, known.width) != (layout.frames, layout.height, layout.width):
+                return None
+            seen = torch.ones(layout.tokens, dtype=torch.bool, device=mask.device)
+            seen[layout.visual] = mask.flatten()
+            self._rows[key] = seen.nonzero()[:, 0], seen
+        return self._rows[key]
+
+    def keep(self, context: CallContext, out: Tensor) -> None:
+        """Hold what a full step's call gave."""
+        if self._reuse or context.differentiate or context.training or not self._held_from(context):
+            return
+        self._outputs[context.key] = out.detach().clone()
+        self._peak = max(self._peak, sum(one.nbytes for one in self._outputs.values()))
+
+    def reset(self) -> None:
+        """Free what is held."""
+        self._outputs.clear()
+        self._masks.clear()
+        self._rows.clear()
+        self._step, self._reuse, self._since = (-1, ""), False, 0
+
+    def begin_run(self) -> None:
+        """Forget what was done."""
+        self._shares.clear()
+
+    def state_bytes(self) -> int:
+        """Return the most memory that was held at once since attach."""
+        return self._peak
+
+    def report(self) -> Section | None:
+        """Return the foreground's share at the full steps that others followed."""
+        if not self._shares:
+            return None
+        found = [{**entry, "foreground": float(entry["foreground"])} for entry in self._shares]
+        values = [entry["foreground"] for entry in found]
+        title = (
+            f"dfa: foreground {min(values):.3f} to {max(values):.3f} of the visual tokens, at {len(values)} full steps"
+        )
+        return Section(method="dfa", title=title, data={"foreground": found})
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return nothing that is counted, and what is held of a model of known sizes."""
+        family = self.model.family
+        if self.settings.every == 1 or family is None:
+            return Saving(counted=self.settings.every == 1)
+        width = family.heads * family.head_dim * family.layers * family.forwards_per_step
+        return Saving(
+            counted=False,
+            carried_bytes=2 * layout.tokens * width,
+            notes=("what moves is known only while dfa runs; no row that it leaves out is counted",),
+        )

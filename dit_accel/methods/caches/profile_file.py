@@ -1,0 +1,96 @@
+"""The file that `dit-accel tune profile` writes: which blocks of which weights may be cached."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+
+VERSION = 1
+SAMPLED = 8
+"""Values of each parameter that go into `weights_of`."""
+
+
+def read_profile(path: str, option: str) -> dict[str, Any]:
+    """Return the profile's content.
+
+    Args:
+        path: the JSON file.
+        option: whose value the path is, for errors.
+
+    Raises:
+        ConfigError: for a file that is missing or no profile.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{option} = {path!r} can't be read ({error.strerror}); write it with dit-accel tune profile -o {path}"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{option} = {path!r} is not JSON ({error}); write it with dit-accel tune profile") from None
+    try:
+        right = found["profile"] == VERSION
+        for entry in found["transformers"].values():
+            right &= isinstance(entry["weights"], str) and isinstance(entry["blocks"], int)
+            right &= all(isinstance(block, int) and 0 <= block < entry["blocks"] for block in entry["cached"])
+    except (KeyError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise ConfigError(
+            f"{option} = {path!r} is no profile that this release reads (version {VERSION}); write it with dit-accel "
+            "tune profile"
+        )
+    return found
+
+
+def cached_in(profile: dict[str, Any], path: str, option: str, name: str) -> tuple[int, ...]:
+    """Return the blocks that a profile says may be cached in a transformer.
+
+    Raises:
+        ConfigError: if the profile knows no such transformer, or lets none of its blocks be cached.
+    """
+    entries = profile["transformers"]
+    if name not in entries:
+        raise ConfigError(
+            f"{option} = {path!r} was measured on {', '.join(entries)}, and this pipeline has {name}; measure it with "
+            "dit-accel tune profile"
+        )
+    if not entries[name]["cached"]:
+        raise ConfigError(
+            f"{option} = {path!r} names 0 blocks of {name} that may be cached; measure it with another threshold"
+        )
+    return tuple(sorted(entries[name]["cached"]))
+
+
+def require_weights(profile: dict[str, Any], path: str, option: str, name: str, transformer: nn.Module) -> None:
+    """Raise `ConfigError` if a profile was measured on other weights than a transformer's."""
+    known, here = profile["transformers"][name]["weights"], weights_of(transformer)
+    if here and known != here:
+        raise ConfigError(
+            f"{option} = {path!r} was measured on {profile.get('model')!r} with weights {known}, {name} has {here}; "
+            "measure it with dit-accel tune profile, or copy the block numbers if you want them all the same"
+        )
+
+
+def weights_of(transformer: nn.Module) -> str:
+    """Return 12 hexadecimal digits that tell a transformer's weights from others'; empty where some are not loaded.
+
+    They are made of the parameters' names and shapes and of a few values of each, as bfloat16, so that the type in
+    which a model is loaded does not matter.
+    """
+    found, values = hashlib.sha256(), {}
+    for name, parameter in sorted(transformer.named_parameters()):
+        if parameter.is_meta:
+            return ""
+        found.update(f"{name} {tuple(parameter.shape)};".encode())
+        if parameter.is_floating_point():
+            first = parameter.detach().reshape(-1)[:SAMPLED].to(torch.bfloat16)
+            values.setdefault(parameter.device, []).append(first)
+    for parts in values.values():
+        found.update(torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]

@@ -1,0 +1,308 @@
+"""ProfilingCache: listed blocks are cached over listed steps, the others always run.
+
+Source: ProfilingDiT (arXiv 2504.03140), which lists the blocks that attend to the background. Where we depart from it:
+a run of cached blocks may begin at block 0, which its code stores at a wrong place; any predictor in place of holding;
+schedules are rescaled to the run's steps; what a model adds between two blocks is always this step's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ...adapters.blocks import Streams
+from ...adapters.registry import families
+from ...errors import ConfigError
+from ...plan.layout import TokenLayout
+from ...report.sections import Section
+from ...rules import block_schedule
+from ..base import Model
+from ..saving import Saving
+from ..site import Block, Site
+from .block_numbers import kinds_of, read_numbers, require_there, spell_numbers
+from .config import StepCacheConfig
+from .db import takes_skips
+from .history import History
+from .profile_file import cached_in, read_profile, require_weights
+from .spans import Pass, Span, SpanHandler
+
+BLOCKS = ("blocks", "blocks_2", "refresh_2")
+SCHEDULE = ("every", "every_last", "refresh", "refresh_2", "measured_steps")
+DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.12, "last_steps": 0, **dict.fromkeys((*BLOCKS, *SCHEDULE))}
+"""What an option is where neither the user nor the model's recipe sets it."""
+USUAL = {"every": 6, "measured_steps": 50}
+"""The schedule where neither sets any: what the paper runs Wan 2.1 14B with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfilingCache(StepCacheConfig):
+    """Runs some blocks at every step and forecasts what the others add (ProfilingDiT, arXiv 2504.03140).
+
+    Blocks are numbered from 0 over all lists of the model, in running order. Consecutive cached blocks share one stored
+    tensor a stream. What is skipped is known before the run: nothing is measured, the device is never waited for.
+
+    Attributes:
+        blocks: the blocks that are cached, such as ``"0, 2-7"``; or the ``.json`` file of ``dit-accel tune profile``.
+            Unset: those published for the model.
+        every: the cached blocks run at every n-th step after the first ones.
+        every_last: the distance shrinks from ``every`` to this over the run; unset: it stays.
+        refresh: the steps at which they run, instead of ``every``.
+        blocks_2: further cached blocks, which run at the steps ``refresh_2``.
+        refresh_2: those steps.
+        measured_steps: ``every``, ``every_last`` and both lists are those of a run of so many steps, and are rescaled
+            to others; unset: they are taken as they are.
+        offload: where what is stored waits between the steps: ``cpu`` frees the accelerator's memory and copies it
+            there and back.
+
+    Raises:
+        ConfigError: for an option out of range, or options that say the same thing twice.
+    """
+
+    name: ClassVar[str] = "profilingcache"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+
+    blocks: str | tuple[int, ...] | None = None
+    every: int | None = None
+    every_last: int | None = None
+    refresh: tuple[int, ...] | None = None
+    blocks_2: str | tuple[int, ...] | None = None
+    refresh_2: tuple[int, ...] | None = None
+    measured_steps: int | None = None
+    offload: Literal["none", "cpu"] = "none"
+
+    def __post_init__(self) -> None:
+        StepCacheConfig.__post_init__(self)
+        for option in ("every", "every_last", "measured_steps"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ConfigError(f"profilingcache.{option} must be >= 1, got {value}; leave it unset for the usual")
+        if self.every is not None and self.refresh is not None:
+            raise ConfigError(
+                f"profilingcache.every = {self.every} and profilingcache.refresh = {list(self.refresh)} both say when "
+                "the cached blocks run; give one of them"
+            )
+        if self.every_last is not None and not self.every_last <= (self.every or 0):
+            raise ConfigError(
+                f"profilingcache.every_last = {self.every_last} must be at most profilingcache.every, which is "
+                f"{self.every or 'unset'}; the distance shrinks from that to this"
+            )
+        for option in ("refresh", "refresh_2"):
+            self._check_listed(option, getattr(self, option))
+        if (self.blocks_2 is None) != (self.refresh_2 is None) or (self.blocks_2 and self.blocks is None):
+            raise ConfigError(
+                "profilingcache.blocks_2 and profilingcache.refresh_2 are a second list of blocks and its steps, "
+                "beside profilingcache.blocks; give all of them, or neither"
+            )
+        if not self._from_file and self.blocks is not None:
+            known = self.groups()
+            if both := sorted({*known[0]} & {*known[-1]} if len(known) > 1 else ()):
+                raise ConfigError(f"profilingcache.blocks and blocks_2 both name block {both[0]}; name it once")
+        elif self._from_file and self.blocks_2 is not None:
+            raise ConfigError("profilingcache.blocks_2 can't be given beside a profile, which names all blocks")
+
+    def _check_listed(self, option: str, listed: tuple[int, ...] | None) -> None:
+        if listed is None:
+            return
+        if [*listed] != sorted({*listed}) or not listed or listed[0] < 0:
+            raise ConfigError(f"profilingcache.{option} must be steps from 0 on, rising, got {list(listed)}")
+        if self.measured_steps is not None and listed[-1] >= self.measured_steps:
+            raise ConfigError(
+                f"profilingcache.{option} lists step {listed[-1]}, and the run that it was measured in has "
+                f"profilingcache.measured_steps = {self.measured_steps}, numbered from 0; correct one of them"
+            )
+
+    @property
+    def _from_file(self) -> bool:
+        return isinstance(self.blocks, str) and self.blocks.endswith(".json")
+
+    def filled(self, recipe: Mapping[str, Any]) -> "ProfilingCache":
+        """Return the config with every unset option filled in; a recipe's blocks or schedule go together.
+
+        Raises:
+            ConfigError: for an option that no recipe may fill, or a value out of range.
+        """
+        left = dict(recipe)
+        for part in (BLOCKS, SCHEDULE):
+            if any(getattr(self, option) is not None for option in part):
+                left = {option: value for option, value in left.items() if option not in part}
+        if "refresh_2" not in left and "blocks_2" in left:  # one schedule for all the blocks of the recipe
+            numbers = [read_numbers(left.pop(option), f"profilingcache.{option}") for option in ("blocks", "blocks_2")]
+            left["blocks"] = spell_numbers([*numbers[0], *numbers[1]])
+        if self.every is None and self.refresh is None and not {"every", "refresh"} & {*left}:
+            own = any(getattr(self, option) is not None for option in SCHEDULE)
+            left |= {"every": USUAL["every"]} if own else USUAL
+        return StepCacheConfig.filled(self, left)
+
+    def groups(self, transformer: str = "transformer") -> tuple[tuple[int, ...], ...]:
+        """Return the cached blocks of a transformer, by schedule.
+
+        Raises:
+            ConfigError: for blocks that can't be read, or a profile that does not know the transformer.
+        """
+        option = "profilingcache.blocks"
+        if self._from_file:
+            assert isinstance(self.blocks, str)
+            return (cached_in(read_profile(self.blocks, option), self.blocks, option, transformer),)
+        lists = {option: self.blocks, "profilingcache.blocks_2": self.blocks_2}
+        return tuple(read_numbers(blocks, name) for name, blocks in lists.items() if blocks is not None)
+
+    def refreshes(self, group: int, index: int, count: int | None) -> bool:
+        """Tell whether the blocks of a group run at a step.
+
+        Args:
+            group: of `groups`.
+            index: the step's, from 0.
+            count: steps of the run; None: not known.
+
+        Raises:
+            ConfigError: if that needs the run's steps, which are not known, or a list goes beyond them.
+        """
+        listed = self.refresh_2 if group else self.refresh
+        if count is None and (self.measured_steps is not None or self.every_last is not None):
+            what = "measured_steps" if self.measured_steps is not None else "every_last"
+            raise ConfigError(
+                f"profilingcache.{what} = {getattr(self, what)} needs the number of steps, which is not known here; "
+                "attach to the pipeline, or set profilingcache.every alone"
+            )
+        measured = self.measured_steps or count
+        first = self.first_steps(measured)
+        if listed is None and self.every_last is None:
+            if self.measured_steps is None:
+                return index >= first and (index - first) % (self.every or 1) == 0
+            listed = block_schedule.fixed(first, self.every or 1, self.measured_steps)
+        elif listed is None:
+            assert measured is not None
+            listed = block_schedule.shrinking(first, self.every or 1, self.every_last or 1, measured)
+        if self.measured_steps is None and count is not None and listed[-1:] >= (count,):
+            option = "refresh_2" if group else "refresh"
+            raise ConfigError(
+                f"profilingcache.{option} lists step {listed[-1]}, and this run has {count} steps, numbered from 0; "
+                f"list steps of this run, or set profilingcache.measured_steps to rescale them"
+            )
+        return index in _steps_at(listed, self.measured_steps, count)
+
+
+@lru_cache(maxsize=64)
+def _steps_at(listed: tuple[int, ...], measured: int | None, count: int | None) -> frozenset[int]:
+    if measured is None or count is None or measured == count:
+        return frozenset(listed)
+    return frozenset(block_schedule.rescaled(listed, measured, count))
+
+
+class ProfilingHandler(SpanHandler):
+    """ProfilingCache on one model."""
+
+    config_type = ProfilingCache
+    settings: ProfilingCache
+
+    def __init__(self, config: ProfilingCache, model: Model) -> None:
+        super().__init__(config, model)
+        self._groups: dict[str, dict[int, int]] = {}  # transformer -> cached block -> its group
+
+    @classmethod
+    def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
+        """Return what fills the unset options of the config on a model.
+
+        Raises:
+            ConfigError: where neither the user nor a publication names blocks.
+        """
+        found = super().recipe(config, model)
+        if config.blocks is None and "blocks" not in found:
+            known = sorted(name for name, family in families().items() if config.name in family.recipes)
+            raise ConfigError(
+                f"profilingcache has no blocks for {model.name!r}, only for {', '.join(known)}; measure them with "
+                "dit-accel tune profile and set profilingcache.blocks to its file, or name them, such as '0, 2-7'"
+            )
+        return found
+
+    def install(self, site: Site) -> None:
+        """Run around the forward and the cached blocks.
+
+        Raises:
+            ConfigError: if another cache is active on the transformer, a block is not there, or a profile is of other
+                weights.
+        """
+        self.require_free(site)
+        settings, option = self.settings, "profilingcache.blocks"
+        if settings._from_file:
+            assert isinstance(settings.blocks, str)
+            profile = read_profile(settings.blocks, option)
+            cached_in(profile, settings.blocks, option, site.name)
+            require_weights(profile, settings.blocks, option, site.name, site.transformer)
+        groups = settings.groups(site.name)
+        for number, blocks in enumerate(groups):
+            require_there(blocks, option + ("_2" if number else ""), site.name, len(site.blocks), kinds_of(site.blocks))
+        self._groups[site.name] = {block: number for number, blocks in enumerate(groups) for block in blocks}
+        chosen = tuple(block for block in site.blocks if block.index in self._groups[site.name])
+        alone = [block for block in site.blocks if block not in chosen or len(groups) > 1]
+        if stuck := [block.name for block in alone if takes_skips(block)]:
+            raise ConfigError(
+                f"{option} may let {stuck[0]} of {site.name} run where earlier blocks, whose results it takes besides "
+                "its streams, are skipped; cache all such blocks together, or use a cache of whole forwards, such as "
+                "EasyCache"
+            )
+        self.cover(site, chosen)
+
+    def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
+        """Tell whether a block's group does not run at this step."""
+        return self._reused(now, self._groups[now.context.transformer][block.index])
+
+    def joins(self, now: Pass, block: Block) -> bool:
+        """Tell whether a block has the schedule of the one before it."""
+        groups = self._groups[now.context.transformer]
+        return groups[block.index] == groups[now.called]
+
+    def due(self, now: Pass) -> list[Span]:
+        """Return the stored spans of groups that don't run at this step."""
+        groups = self._groups[now.context.transformer]
+        return [span for span in super().due(now) if self._reused(now, groups[span[0]])]
+
+    def _reused(self, now: Pass, group: int) -> bool:
+        groups, step = self._groups[now.context.transformer], now.context
+        stored = any(groups[last] == group for last in now.stored)
+        return stored and not self.settings.refreshes(group, step.step_index, step.num_inference_steps)
+
+    def _must_compute(self, context: Any, decider: Any) -> str | None:
+        why = super()._must_compute(context, decider)
+        groups = {*self._groups[context.transformer].values()}
+        if why is None and all(
+            self.settings.refreshes(group, context.step_index, context.num_inference_steps) for group in groups
+        ):
+            why = "refreshed"
+        return why
+
+    def _new_history(self, shapes: Any) -> History:
+        assert self._start is not None
+        held_on = torch.device("cpu") if self.settings.offload == "cpu" else None
+        return History(self.settings, shapes, self._start, held_on)
+
+    def report(self) -> Section | None:
+        """Return what was computed and reused in the last generation, and which blocks are cached."""
+        section = super().report()
+        if section is None:
+            return None
+        cached = {name: spell_numbers(groups) for name, groups in self._groups.items()}
+        lines = [f"{name}: blocks {blocks} of {self._counts[name]} are cached" for name, blocks in cached.items()]
+        return replace(section, lines=(*section.lines, *lines), data={**section.data, "cached": cached})
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return the blocks that the lists skip, and what is stored of a model of known sizes."""
+        settings, family = self.settings, self.model.family
+        groups = settings.groups()
+        if family is not None:
+            for blocks in groups:
+                require_there(blocks, "profilingcache.blocks", family.name, family.layers)
+        skipped = in_a_row = skips = 0
+        for index in range(steps):
+            must = index == 0 or settings.always_computed(index, steps) or settings.most_skipped(in_a_row, skips)
+            blocks = sum(len(one) for at, one in enumerate(groups) if not settings.refreshes(at, index, steps))
+            reused = not must and blocks > 0
+            skipped += blocks if reused else 0
+            in_a_row, skips = (in_a_row + 1, skips + 1) if reused else (0, skips)
+        rows = family.forwards_per_step if family and settings.branches == "all" else 1
+        spans = sum(len(block_schedule.runs_of(blocks)) for blocks in groups)
+        width = family.heads * family.head_dim if family else 0
+        held = 2 * rows * spans * settings.kept_points * layout.tokens * width  # bytes of bfloat16
+        return Saving(blocks=rows * skipped, carried_bytes=0 if settings.offload == "cpu" else held)

@@ -1,0 +1,269 @@
+"""What all caches of blocks share: what spans of blocks add is stored, and forecast in their place.
+
+A span is a run of blocks that hand on the very tensors that they give. A model may change its streams between two
+blocks, and what it adds there, such as a control branch's hints, is always this step's own.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ...adapters.blocks import Streams
+from ...errors import ConfigError
+from ...plan.context import StepContext
+from ...report.sections import Section
+from ..base import Model, Place
+from ..site import Block, ForwardContext, Site
+from .active import require_no_cache
+from .config import StepCacheConfig
+from .engine import StepCacheHandler, is_recorded, requires_grad
+from .history import History, shapes_of
+
+Span = tuple[int, ...]
+"""The blocks of a span, in the order in which they were called."""
+
+
+class Pass:
+    """One forward that is under way.
+
+    Attributes:
+        context: the forward.
+        needing: the method that needs the step.
+        time: the time of its step.
+        shapes: of its inputs.
+        apart: every block is a span of its own.
+        reuse: blocks are skipped; None: that is not decided yet.
+        stored: last block of a span -> what such a span added at the steps before.
+        skipped: the blocks that were skipped so far.
+        called: the last block that was called.
+        spans: the blocks that were computed so far. The blocks of a span hand on the very tensors that they give;
+            where the model changes a stream between two blocks, another span begins.
+        taken: the streams that the first block of the last span took.
+        given: the streams that the last block gave.
+    """
+
+    def __init__(self, context: ForwardContext, needing: str | None) -> None:
+        self.context = context
+        self.needing = needing
+        self.time = math.nan
+        self.shapes = shapes_of(dict(context.inputs))
+        # some models write what a control network gives into a stream, which then can't be told from the block's own
+        self.apart = any("controlnet" in name and value is not None for name, value in context.inputs.items())
+        self.reuse: bool | None = None
+        self.stored: dict[int, History] = {}
+        self.skipped: list[int] = []
+        self.called = -1
+        self.spans: list[list[int]] = []
+        self.taken: Streams = ()
+        self.given: Streams = ()
+        self._versions: list[int] = []
+        self._start: Tensor | None = None
+        self._end: Tensor | None = None
+
+    def note_first(self, taken: Streams, given: Streams) -> None:
+        """Note what one of the first blocks took and gave."""
+        if self._start is None or taken[0] is None or self._start.shape != taken[0].shape:
+            self._start = taken[0]  # another list of blocks may join text and video
+        self._end = given[0]
+
+    @cached_property
+    def added(self) -> Tensor | None:
+        """What the first blocks added to the visual stream.
+
+        Raises:
+            ConfigError: if what they took and gave differs in shape.
+        """
+        if self._start is None or self._end is None:
+            return None
+        if self._start.shape != self._end.shape:
+            raise ConfigError(
+                f"what the first block adds can't be told: {self.context.transformer} gives it "
+                f"{list(self._start.shape)}, of which it makes {list(self._end.shape)}, as context parallelism does "
+                "inside it; use DBCache with first_blocks = 2 or more"
+            )
+        return (self._end - self._start).detach()
+
+    def begins_span(self, streams: Streams) -> bool:
+        """Tell whether a block takes other tensors than the last one gave.
+
+        Raises:
+            ConfigError: if the model wrote into those that the last one gave.
+        """
+        alike = len(self.given) == len(streams) and all(map(operator.is_, self.given, streams))
+        if self.apart or not alike:
+            return True
+        if self._versions != _versions_of(streams):
+            raise ConfigError(
+                f"{self.context.transformer} writes into the streams that its block {self.called} gave, so that "
+                "what the block adds can't be told; use a cache of whole forwards, such as EasyCache"
+            )
+        return False
+
+    def note(self, given: Streams) -> None:
+        """Note what a block gave."""
+        self.given, self._versions = given, _versions_of(given)
+
+
+class SpanHandler(StepCacheHandler):
+    """A cache of blocks on one model."""
+
+    places = frozenset({Place.FORWARD, Place.BLOCKS})
+
+    def __init__(self, config: StepCacheConfig, model: Model) -> None:
+        super().__init__(config, model)
+        self._passes: dict[str, Pass] = {}
+        self._counts: dict[str, int] = {}
+        self._ran: list[tuple[int, int]] = []  # blocks computed and blocks in all, of each forward
+
+    # What a cache says.
+
+    def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
+        """Tell whether a block is skipped in a forward in which some are; asked once, in running order."""
+        return True
+
+    def joins(self, now: Pass, block: Block) -> bool:
+        """Tell whether a block may be of one span with the one that was called before it."""
+        return True
+
+    def ran(self, now: Pass, block: Block, taken: Streams) -> None:
+        """Note what a block took that is computed."""
+
+    def due(self, now: Pass) -> list[Span]:
+        """Return the stored spans that had to be skipped whole in this forward."""
+        return [*self._spans(now.context)] if now.reuse else []
+
+    # What all of them share.
+
+    def cover(self, site: Site, blocks: tuple[Block, ...]) -> None:
+        """Run around the forwards of a transformer, and around the blocks that may be skipped."""
+        self._transformers[site.name], self._counts[site.name] = site.transformer, len(site.blocks)
+        site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
+        site.around_blocks(self._run_cached, blocks)
+
+    def require_free(self, site: Site) -> None:
+        """Raise `ConfigError` if another cache is active on a transformer."""
+        require_no_cache(site.name, site.transformer, self.settings.asked)
+
+    def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
+        if context.training or is_recorded(context.inputs[name]):
+            return run()
+        now = self._passes[transformer] = Pass(context, super()._needing(context))
+        try:
+            output = run()
+        finally:
+            del self._passes[transformer]
+        if not now.reuse and any(requires_grad(leaf) for leaf in tree_leaves(output)):
+            self._keep(context, ())
+        elif now.reuse is not None:
+            self._require_whole_spans(now)
+            self._take(now)
+            skipped = [span for span in self._spans(context) if now.skipped and {*span} <= {*now.skipped}]
+            self._keep(context, [*now.spans, *skipped])
+        count = self._counts[transformer]
+        self._ran.append((count - len(now.skipped), count))
+        self._peak = max(self._peak, self._held())
+        return output
+
+    def _run_cached(
+        self, step: StepContext, block: Block, run: Callable[[Streams], Streams], streams: Streams
+    ) -> Streams:
+        """Run a block, or skip it; the last one of a span that is skipped gives what the span would have added."""
+        now = self._passes.get(step.transformer)
+        if now is None:
+            return run(streams)
+        if now.reuse is None:
+            self._open(now)
+        if now.reuse and self.skips(now, block, streams):
+            now.skipped.append(block.index)
+            now.called = block.index
+            history = now.stored.get(block.index)
+            if history is None:
+                return streams
+            return history.forecast(streams, now.context.step_index, now.time, self._end(now.context))
+        if now.begins_span(streams) or not self.joins(now, block):
+            self._take(now)
+            now.spans.append([])
+            now.taken = streams
+        now.called = block.index
+        now.spans[-1].append(block.index)
+        given = run(streams)
+        self.ran(now, block, streams)
+        now.note(given)
+        if now.apart:
+            self._take(now)
+        return given
+
+    def _open(self, now: Pass) -> None:
+        """Decide for a forward whose first block that may be skipped is called."""
+        context = now.context
+        now.time = self._begin(context)
+        if any(history.shapes != now.shapes for history in self._spans(context).values()):
+            self._keep(context, ())
+        spans = self._spans(context)
+        now.stored = {span[-1]: history for span, history in spans.items()}
+        *_, now.reuse = self._settle(context, bool(spans))
+
+    def _take(self, now: Pass) -> None:
+        """Store what the last span of a forward added, unless that was done."""
+        if not now.given:
+            return
+        key = now.context.transformer, now.context.branch, tuple(now.spans[-1])
+        if key not in self._histories:
+            self._histories[key] = self._new_history(now.shapes)
+        self._histories[key].take(now.given, now.taken, now.context.step_index, now.time)
+        now.taken = now.given = ()
+
+    def _keep(self, context: ForwardContext, spans: Sequence[Sequence[int]]) -> None:
+        """Drop what other spans of a branch added."""
+        kept = {tuple(span) for span in spans}
+        for span in self._spans(context):
+            if span not in kept:
+                del self._histories[context.transformer, context.branch, span]
+
+    def _spans(self, context: ForwardContext) -> dict[Span, History]:
+        """Return a branch's spans, and what they added."""
+        key = context.transformer, context.branch
+        return {span: history for (*of, span), history in self._histories.items() if tuple(of) == key}
+
+    def _stored(self, context: ForwardContext) -> bool:
+        return bool(self._spans(context))
+
+    def _needing(self, context: ForwardContext) -> str | None:
+        return self._passes[context.transformer].needing
+
+    def _require_whole_spans(self, now: Pass) -> None:
+        """Raise `ConfigError` if other blocks were skipped than those whose additions were forecast."""
+        stored = sorted(index for span in self.due(now) for index in span)
+        if stored != now.skipped:
+            raise ConfigError(
+                f"{self.name} stored what the blocks {stored} of {now.context.transformer} add, and in step "
+                f"{now.context.step_index} the blocks {now.skipped} were called: another method skips some in this "
+                "step alone; attach one of the two"
+            )
+
+    def begin_run(self) -> None:
+        """Forget what was done."""
+        super().begin_run()
+        self._ran.clear()
+
+    def report(self) -> Section | None:
+        """Return what was computed and reused in the last generation, by forwards and by blocks."""
+        section = super().report()
+        if section is None:
+            return None
+        ran, count = (sum(numbers) for numbers in zip(*self._ran, strict=True)) if self._ran else (0, 0)
+        share = ran / count if count else 1.0
+        line = f"blocks computed: {share:.3f} of the run's ({ran} of {count})"
+        data = {**section.data, "blocks": dict(self._counts), "computed_blocks": share}
+        return replace(section, lines=(*section.lines, line), data=data)
+
+
+def _versions_of(streams: Streams) -> list[int]:
+    """Return how often each stream was written to; 0 in inference mode, where torch does not count that."""
+    return [0 if stream is None or stream.is_inference() else stream._version for stream in streams]

@@ -1,0 +1,76 @@
+"""Which tokens are foreground: those whose predicted picture moves, split off by Otsu's threshold; no segmenter."""
+
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+
+def predicted(x: Tensor, v: Tensor, sigma: float, grid: tuple[int, int, int]) -> Tensor | None:
+    """Return a flow model's prediction of the clean latents by token, x - sigma v, [B, F, Y, X, C].
+
+    Args:
+        x: the latents that went in, [B, ...] with a channel axis and the sizes of the patch grid, patches whole; or
+            [B, tokens, C]. Channels beyond the output's are conditions.
+        v: the output.
+        sigma: noise level, from 0 to 1.
+        grid: (frames, height, width) in tokens.
+
+    Returns:
+        None where the shapes are no such grid.
+    """
+    frames, height, width = grid
+    if x.ndim != v.ndim or any(have < need for have, need in zip(x.shape, v.shape, strict=True)):
+        return None
+    x = x[tuple(slice(size) for size in v.shape)]
+    clean = x.float() - sigma * v.float()
+    if clean.ndim == 3:
+        fits = clean.shape[1] == frames * height * width
+        return clean.reshape(len(clean), frames, height, width, -1) if fits else None
+    if clean.ndim == 4 and frames == 1:
+        clean = clean[:, :, None]
+    if clean.ndim != 5:
+        return None
+    for axes in sorted(permutations(range(1, 5), 3), key=lambda axes: axes != (2, 3, 4)):
+        sizes = [clean.shape[axis] for axis in axes]
+        whole = all(size % count == 0 for size, count in zip(sizes, grid, strict=True))
+        if axes == tuple(sorted(axes)) and whole and sizes[1] // height == sizes[2] // width:
+            (channels,) = {1, 2, 3, 4} - {*axes}
+            tokens = clean.permute(0, channels, *axes)
+            tokens = tokens.unflatten(4, (width, -1)).unflatten(3, (height, -1)).unflatten(2, (frames, -1))
+            return tokens.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+    return None
+
+
+def motion(clean: Tensor) -> Tensor:
+    """Return how far each token is from its place's median over the frames, [F, Y, X], mean over the batch.
+
+    Args:
+        clean: `predicted`, [B, F, Y, X, C]. Where something passes for less than half of the frames, the median is what
+            lies behind it.
+    """
+    return (clean - clean.median(1, keepdim=True).values).square().mean(-1).sqrt().mean(0)
+
+
+def otsu(values: Tensor) -> Tensor:
+    """Return the threshold that splits values into the two classes of largest variance between them, 0-d.
+
+    Source: Otsu 1979. Exact, over all splits and not a histogram's; where all are alike it is that value, which is
+    above none of them.
+    """
+    x = values.flatten().sort().values.double()
+    count, below = x.numel(), torch.arange(1, x.numel(), device=x.device)
+    if count < 2:
+        return values.flatten().max()
+    sums = x.cumsum(0)
+    low = sums[:-1] / below
+    high = (sums[-1] - sums[:-1]) / (count - below)
+    between = below * (count - below) * (high - low).square()
+    at = between.argmax()
+    return torch.where(x[-1] > x[0], (x[at] + x[at + 1]) / 2, x[-1]).to(values.dtype)
+
+
+def foreground(clean: Tensor) -> Tensor:
+    """Return the tokens that move, bool [F, Y, X], of a prediction [B, F, Y, X, C] of several frames."""
+    moved = motion(clean)
+    return moved > otsu(moved)

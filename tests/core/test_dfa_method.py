@@ -1,0 +1,257 @@
+"""DFA on tiny models: full steps, what the background keeps, what the foreground sees, beside sparse lists."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import MODELS
+from wan_tiny import denoise, sharp_transformer, tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
+from dit_accel.adapters import registry
+from dit_accel.methods.attention.delta import DeltaAttention
+from dit_accel.methods.attention.dfa import DFA
+from dit_accel.rules.foreground import foreground, predicted
+from dit_accel.testing.tiny_models import Case
+
+SPARSE = dict(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0)
+EVERY_2 = dict(every=2, warmup_steps=0, last_steps=0)
+
+
+@pytest.fixture
+def transformer():
+    return tiny_transformer()
+
+
+def steps_of(transformer, *methods, steps=4, seed=0, told=True, branches=("cond",)):
+    """The planned calls of some steps on moving latents, and the outputs."""
+    calls, outputs = [], []
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, 6, 64, generator=generator)
+    still = torch.randn(1, 12, 1, 8, 8, generator=generator).expand(1, 12, 5, 8, 8).clone()
+    for frame in range(5):
+        still[:, :, frame, 2:4, frame : frame + 3] += 8  # something passes
+    with dit_accel.attach(transformer, *methods) as attachment, attachment.observe(calls.append), torch.no_grad():
+        for step in range(steps):
+            sigma = 1 - step / steps
+            for branch in branches:
+                named = dict(step_index=step, num_inference_steps=steps)
+                with transformer.cache_context(branch, **named, **(dict(sigma=sigma) if told else {})):
+                    time = torch.tensor([1000.0 * sigma])
+                    noisy = still + 0.1 * sigma * torch.randn(still.shape, generator=generator)
+                    outputs.append(transformer(noisy, time, text, return_dict=False)[0])
+        return calls, outputs, attachment.report()
+
+
+@pytest.mark.parametrize("config", [DFA(every=1), DFA(share=1.0, **EVERY_2), DFA(share=0.0, warmup_steps=1000)])
+def test_full_steps_and_a_foreground_of_everything_keep_every_bit(transformer, config):
+    plain = denoise(transformer)
+    with dit_accel.attach(transformer, config):
+        assert torch.equal(denoise(transformer), plain)
+    assert torch.equal(denoise(transformer), plain)
+
+
+def test_no_foreground_is_pyramid_attention_broadcast(transformer):
+    model, held, calls = tiny_transformer(), {}, [0]
+
+    def count(*_):
+        calls[0] += 1
+
+    def hook(index):
+        def broadcast(attention, args, output):
+            step, branch = divmod(calls[0] - 1, 2)
+            if step % 3 == 0:
+                held[index, branch] = output
+            return held[index, branch]
+
+        return broadcast
+
+    model.register_forward_pre_hook(count)
+    for index, block in enumerate(model.blocks):
+        block.attn1.register_forward_hook(hook(index))
+    expected = denoise(model, 7)
+    with dit_accel.attach(transformer, DFA(share=0.0, every=3, warmup_steps=0, last_steps=0)) as attachment:
+        torch.testing.assert_close(denoise(transformer, 7), expected)
+        report = attachment.report()
+    assert [step.density for step in report.steps] == [1.0, 1.0, *[0.0] * 4] * 2 + [1.0, 1.0]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("share", [None, 0.25])
+def test_the_foreground_attends_and_the_background_keeps_its_output(transformer, share, strict):
+    calls, _, report = steps_of(transformer, DFA(share=share, strict=strict, **EVERY_2))
+    by_step = [calls[step * 3 : step * 3 + 3] for step in range(4)]
+    for step in (1, 3):
+        for now, before in zip(by_step[step], by_step[step - 1], strict=True):
+            rows, call = now.plan.reused.rows, now.call
+            k, v = (x[:, :, rows] if strict else x for x in (call.k, call.v))
+            own = torch.nn.functional.scaled_dot_product_attention(call.q[:, :, rows], k, v)
+            torch.testing.assert_close(now.out[:, :, rows], own)
+            rest = torch.ones(80, dtype=torch.bool).index_fill(0, rows, False)
+            assert torch.equal(now.out[:, :, rest], before.out[:, :, rest])
+            assert 0 < len(rows) < 80
+            assert len(rows) == 20 or share is None
+    shares = [step.density for step in report.steps]
+    rows = len(by_step[1][0].plan.reused.rows) / 80
+    assert shares[1] == pytest.approx(rows**2 if strict else rows)
+    assert shares[0] == shares[2] == 1
+
+
+def test_the_mask_is_what_moves_in_the_models_own_prediction(transformer):
+    seen, model = [], tiny_transformer()
+    model.register_forward_hook(lambda m, args, output: seen.append((args[0].clone(), output[0].clone())))
+    steps_of(model, steps=4)
+    calls, _, report = steps_of(transformer, DFA(**EVERY_2))
+    expected = foreground(predicted(*seen[0], 1.0, (5, 4, 4)))
+    assert calls[3].plan.reused.rows.tolist() == expected.flatten().nonzero()[:, 0].tolist()
+    entries = report.section("dfa").data["foreground"]
+    assert [entry["step_index"] for entry in entries] == [0, 2]
+    assert entries[0]["foreground"] == pytest.approx(float(expected.float().mean()))
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn"),
+    [
+        (dict(every=3, warmup_steps=0, last_steps=0), "#..#..#."),
+        (dict(every=2, warmup_steps=3, last_steps=1), "###.#.##"),
+        (dict(every=100, warmup_steps=0.25, last_steps=2), "##....##"),
+    ],
+)
+def test_schedules(transformer, options, drawn):
+    calls, _, _ = steps_of(transformer, DFA(share=0.5, **options), steps=8)
+    assert "".join("#" if call.plan.reused is None else "." for call in calls[::3]) == drawn
+
+
+@pytest.mark.parametrize(
+    "sparse",
+    [
+        RadialAttention(decay_factor=0.2, near="half", sink=False, **SPARSE),
+        RadialAttention(decay_factor=0.2, near="half", sink=False, rest="pooled", **SPARSE),
+        SolAttention(**SPARSE),
+        SparseD(block_size=16, density=0.5, dense_steps=0, dense_last_steps=0, dense_layers=0),
+    ],
+    ids=["radial", "pooled", "sol", "sparsed"],
+)
+def test_the_foreground_follows_the_sparse_methods_lists(sparse):
+    transformer, found = sharp_transformer(), []
+    calls, outputs, report = steps_of(transformer, sparse, DFA(share=0.03, **EVERY_2))
+    with dit_accel.attach(transformer, sparse) as attachment:
+        for now in calls[3:6]:
+            whole = attachment._execution._run_kernel(replace(now.plan, reused=None), now.call)[0]
+            changed = (now.out != now.plan.reused.out).any(-1)[0].any(0)
+            rows = now.plan.reused.rows
+            torch.testing.assert_close(now.out[:, :, rows], whole[:, :, rows], rtol=1e-4, atol=1e-5)
+            found.append(int(changed.sum()))
+    assert all(len(calls[3].plan.reused.rows) <= count < 80 for count in found)
+    assert report.steps[1].density < report.steps[0].density
+    assert all(out.isfinite().all() for out in outputs)
+
+
+def test_text_attends_at_every_step():
+    (case, *_) = (Case(registry.adapters()["hunyuan-video"], model) for model in MODELS["hunyuan-video"])
+    calls = []
+    with dit_accel.attach(case.transformer, DFA(share=0.0, **EVERY_2)) as attachment, attachment.observe(calls.append):
+        for step in range(2):
+            case.run(case.inputs(2), step)
+    count = len(calls) // 2
+    for before, now in zip(calls[:count], calls[count:], strict=True):
+        layout = now.context.layout
+        text = [*range(layout.text_before), *range(layout.visual.stop, layout.tokens)]
+        assert text
+        assert now.plan.reused.rows.tolist() == text
+        assert torch.equal(now.out[:, :, layout.visual], before.out[:, :, layout.visual])
+
+
+def test_a_run_does_not_meet_the_next_and_memory_is_counted(transformer):
+    held = 80 * 32 * 4 * 3
+    with dit_accel.attach(transformer, DFA(share=0.0, every=2, warmup_steps=1, last_steps=1)) as attachment:
+        fresh = denoise(transformer, 5, seed=1)
+        assert attachment.report().state_bytes["dfa"] == 2 * held
+        denoise(transformer, 5, seed=0, until=2)
+        assert torch.equal(denoise(transformer, 5, seed=1), fresh)
+        attachment.reset()
+        assert not attachment._execution.handlers[0]._outputs
+    assert not torch.equal(denoise(transformer, 5, seed=1), fresh)
+
+
+def test_branches_keep_their_own(transformer):
+    calls, _, _ = steps_of(transformer, DFA(share=0.25, **EVERY_2), branches=("cond", "uncond"))
+    assert torch.equal(calls[6].plan.reused.rows, calls[9].plan.reused.rows)
+    assert calls[6].plan.reused.out is not calls[9].plan.reused.out
+
+
+def test_beside_a_step_cache_it_counts_the_steps_that_run(transformer):
+    config = dit_accel.StaticCache(steps=(1, 0, 1, 0, 1, 0, 1, 0))
+    calls, _, _ = steps_of(transformer, DFA(share=0.25, **EVERY_2), config, steps=8)
+    drawn = {call.context.step_index: "." if call.plan.reused else "#" for call in calls}
+    assert drawn == {0: "#", 2: ".", 4: "#", 6: "."}
+
+
+def test_gradients_run_whole(transformer):
+    calls = []
+    inputs = dict(
+        hidden_states=torch.randn(1, 12, 5, 8, 8, requires_grad=True), timestep=torch.tensor([500]),
+        encoder_hidden_states=torch.randn(1, 6, 64),
+    )  # fmt: skip
+    with dit_accel.attach(transformer, DFA(share=0.25, **EVERY_2)) as attachment, attachment.observe(calls.append):
+        for step in range(2):
+            with transformer.cache_context("cond", step_index=step, num_inference_steps=4, sigma=0.5):
+                transformer(**inputs).sample.sum().backward()
+    assert all(call.plan.reused is None for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(every=0), r"^dfa\.every must be >= 1, got 0; 2 makes"),
+        (dict(share=1.5), r"^dfa\.share must be from 0 to 1, got 1\.5; leave it unset for Otsu's"),
+        (dict(warmup_steps=-1), r"^dfa\.warmup_steps must be >= 0, got -1"),
+        (dict(warmup_steps=2.5), r"^dfa\.warmup_steps must be a whole number of steps or a share below 1, got 2\.5"),
+        (dict(last_steps=-1), r"^dfa\.last_steps must be >= 0, got -1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=message):
+        DFA(**options)
+
+
+def test_what_is_refused(transformer):
+    lite, delta = LiteAttention(block_size=16), DeltaAttention(stride=8)
+    for others, name in (((lite,), "lite"), ((SparseD(block_size=16), delta), "delta")):
+        with pytest.raises(
+            ConfigError, match=rf"^dfa leaves rows of attention calls out, and {name} takes all of them"
+        ):
+            dit_accel.attach(transformer, DFA(), *others)
+    with pytest.raises(ConfigError, match=r"the scheduler tells the noise level None; use a flow-matching scheduler"):
+        steps_of(transformer, DFA(**EVERY_2), told=False)
+    case = Case(registry.adapters()["flux"], MODELS["flux"][0])
+    with pytest.raises(ConfigError, match=r"^dfa makes no sense on flux: an image does not move"):
+        dit_accel.attach(case.transformer, DFA())
+    with dit_accel.attach(transformer, DFA()), pytest.raises(ConfigError, match=r"^dfa needs the number of steps"):
+        transformer(torch.zeros(1, 12, 5, 8, 8), torch.tensor([500]), torch.zeros(1, 6, 64))
+
+
+def test_in_a_pipeline_the_scheduler_tells_the_noise_level():
+    from dit_accel_pipelines.loading import load_pipeline
+    from dit_accel_pipelines.request import Request, settle
+
+    request = Request(
+        prompts=("a red circle moving right",), output=Path("unused.mp4"), num_frames=9, height=32, width=32
+    )
+    pipe = load_pipeline(settle(request)[0])
+    call = dict(num_frames=9, height=32, width=32, num_inference_steps=6, output_type="latent")
+    with dit_accel.attach(pipe, DFA(every=2, warmup_steps=2)) as attachment:
+        pipe("a red circle moving right", **call)
+        report = attachment.report()
+    values = [entry["foreground"] for entry in report.section("dfa").data["foreground"]]
+    assert all(0 < value < 1 for value in values)
+    assert [step.density < 1 for step in report.steps if step.branch == "cond"] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]

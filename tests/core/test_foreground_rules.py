@@ -1,0 +1,124 @@
+"""Rules of profiles: foreground by motion, attention received, classes of blocks; against figures written out."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_accel.rules.foreground import foreground, motion, otsu, predicted
+from dit_accel.rules.ranking import cached_blocks, foreground_ratio, rank_correlation
+from dit_accel.rules.received import attention_received
+
+GRID = (5, 3, 4)
+
+
+@pytest.mark.parametrize("layout", ["bcthw", "bthwc", "btchw", "tokens"])
+def test_predictions_by_token(layout):
+    """x = x0 (1 - s) + s eps and v = eps - x0: x - s v is x0; a token holds its own patch and no other's."""
+    torch.manual_seed(0)
+    clean, noise, sigma = torch.randn(2, 7, 5, 6, 8), torch.randn(2, 7, 5, 6, 8), 0.7
+    places = torch.arange(5 * 3 * 4.0).reshape(5, 3, 4).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    clean[:, 0] = places
+    orders = {"bcthw": (0, 1, 2, 3, 4), "bthwc": (0, 2, 3, 4, 1), "btchw": (0, 2, 1, 3, 4)}
+    x, v = (1 - sigma) * clean + sigma * noise, noise - clean
+    if layout == "tokens":
+        x, v = (z[:, :, :, ::2, ::2].flatten(2).mT for z in (x, v))
+    else:
+        x, v = (z.permute(orders[layout]) for z in (x, v))
+    found = predicted(x, v, sigma, GRID)
+    assert found.shape[:4] == (2, *GRID)
+    own = found[..., :4] if layout != "tokens" else found[..., :1]
+    expected = torch.arange(60.0).reshape(1, *GRID, 1).expand_as(own)
+    torch.testing.assert_close(own, expected)
+
+
+def test_conditions_beside_the_latents_are_left_out_and_other_shapes_are_none():
+    x, v = torch.randn(1, 36, 5, 6, 8), torch.randn(1, 16, 5, 6, 8)
+    torch.testing.assert_close(predicted(x, v, 0.5, GRID), predicted(x[:, :16], v, 0.5, GRID))
+    assert predicted(v, x, 0.5, GRID) is None
+    assert predicted(x, v, 0.5, (7, 3, 4)) is None
+    assert predicted(torch.randn(1, 59, 4), torch.randn(1, 59, 4), 0.5, GRID) is None
+
+
+def test_what_moves_is_foreground_and_what_it_uncovers_is_not():
+    clean = torch.zeros(1, 9, 8, 8, 3) + torch.rand(8, 8, 3) * 5
+    truth = torch.zeros(9, 8, 8, dtype=torch.bool)
+    for frame in range(9):
+        truth[frame, 3:5, frame % 8 : frame % 8 + 2] = True
+    clean[0, truth] = 9.0
+    clean += 0.05 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(foreground(clean), truth)
+    assert not foreground(torch.ones(1, 5, 4, 4, 2)).any()
+    assert motion(clean).shape == (9, 8, 8)
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=40))
+def test_otsu_is_the_best_of_all_splits(values):
+    x = torch.tensor(values, dtype=torch.float64)
+
+    def between(threshold):
+        low, high = x[x <= threshold], x[x > threshold]
+        return 0.0 if not len(high) or not len(low) else float(len(low) * len(high) * (low.mean() - high.mean()) ** 2)
+
+    best = max(between(value) for value in values)
+    assert between(otsu(x)) >= best * (1 - 1e-9) - 1e-9
+
+
+def test_otsu_splits_two_heaps():
+    values = torch.cat([torch.linspace(0, 1, 50), torch.linspace(9, 10, 20)])
+    assert 1 < otsu(values) < 9
+    assert otsu(torch.ones(4)) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_received_is_the_mean_of_the_columns(masked, monkeypatch):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 37, 8), torch.randn(2, 2, 37, 8)
+    mask = torch.rand(2, 37) > 0.3 if masked else None
+    monkeypatch.setattr("dit_accel.rules.received.SCORES", 4 * 37 * 5)  # chunks of five queries
+    logits = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+    found, error = attention_received(q, k, key_mask=mask)
+    torch.testing.assert_close(found, logits.softmax(-1).mean((0, 1, 2)))
+    assert not error.any()
+    assert found.sum() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(attention_received(q, k, key_mask=mask, rows=torch.arange(37))[0], found)
+
+
+def test_the_error_of_a_sample_is_what_it_says():
+    generator = torch.Generator().manual_seed(1)
+    q, k = 2 * torch.randn(1, 2, 400, 8, generator=generator), 2 * torch.randn(1, 2, 400, 8, generator=generator)
+    exact, _ = attention_received(q, k)
+    off, told = [], []
+    for _ in range(40):
+        rows = torch.randperm(400, generator=generator)[:50]
+        found, error = attention_received(q, k, rows=rows)
+        off.append((found - exact).square())
+        told.append(error.square())
+    assert torch.stack(off).mean().sqrt() == pytest.approx(float(torch.stack(told).mean().sqrt()), rel=0.1)
+
+
+def test_the_ratio_is_of_the_foreground_and_by_frame():
+    received = np.array([[4.0, 0.0, 0.0, 0.0], [4.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    foreground = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    assert foreground_ratio(received, foreground) == pytest.approx((0.5 + 1.0) / 2)
+    assert np.isnan(foreground_ratio(received, np.zeros_like(foreground)))
+
+
+def test_classes():
+    scores = [0.5, 0.1, 0.9, 0.2, float("nan"), 0.85]
+    assert cached_blocks(scores, threshold=0.5) == ([1, 3], 0.5)
+    assert cached_blocks(scores) == ([0, 1, 3], pytest.approx((0.5 + 0.85) / 2))
+    assert cached_blocks(scores, count=1) == ([1], pytest.approx(0.15))
+    assert cached_blocks(scores, count=5)[0] == [0, 1, 2, 3, 5]
+    assert cached_blocks([0.3])[0] == []
+
+
+def test_rank_correlation():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert np.isnan(rank_correlation([1, 1], [1, 2]))

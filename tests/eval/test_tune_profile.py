@@ -1,0 +1,283 @@
+"""`tune profile` on the embedded model: what it measures, writes and refuses; ProfilingCache reads what it writes."""
+
+import json
+
+import dit_accel_eval
+import numpy as np
+import pytest
+import torch
+from dit_accel_eval import tune_profile as module
+from dit_accel_eval.profile_watch import CRITERIA, on_grid
+from dit_accel_eval.tune_profile import tune_profile
+from dit_accel_eval.tuning import tuning_request
+from dit_accel_pipelines.generate import run
+from dit_accel_pipelines.loading import load_pipeline
+from dit_accel_pipelines.request import settle
+from PIL import Image
+from typer.testing import CliRunner
+
+import dit_accel
+from dit_accel import ConfigError, EasyCache, LiteAttention, RadialAttention
+from dit_accel.adapters.registry import adapter_for
+from dit_accel.cli import registry
+from dit_accel.cli.app import app
+from dit_accel.methods.caches.profiling import ProfilingCache
+from dit_accel.rules.foreground import foreground, predicted
+from dit_accel.rules.ranking import foreground_ratio
+from dit_accel.testing.everything import planned
+
+PROMPTS = ("a red circle moving right", "a blue square moving up")
+STEPS = 5
+
+
+def request(*methods, prompts=PROMPTS[:1], **changes):
+    values = dict(num_inference_steps=STEPS, num_frames=9, height=32, width=32, methods=methods)
+    return tuning_request(prompts=prompts, **{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    found = tune_profile(request(prompts=PROMPTS), folder / "profile.json", seeds=2)
+    return found, folder
+
+
+def untouched():
+    """What an untouched run's blocks add, its attention and its predictions, written out; the conditional branch's."""
+    asked = settle(request())[0]
+    pipe, seen, calls = load_pipeline(asked), [], [0]
+    transformer = pipe.transformer
+
+    def block_hook(index):
+        def hook(block, args, kwargs, output):
+            if calls[0] % 2 == 0:
+                seen[-1]["added"][index] = output - args[0]
+                seen[-1]["last"] = output
+
+        return hook
+
+    def before(model, args, kwargs):
+        if calls[0] % 2 == 0:
+            seen.append({"added": {}, "x": kwargs["hidden_states"].clone(), "sigma": None})
+            seen[-1]["sigma"] = float(pipe.scheduler.sigmas[pipe.scheduler.step_index or 0])
+
+    def after(model, args, kwargs, output):
+        if calls[0] % 2 == 0:
+            seen[-1]["v"] = output[0].clone()
+        calls[0] += 1
+
+    for index, block in enumerate(transformer.blocks):
+        block.register_forward_hook(block_hook(index), with_kwargs=True)
+    transformer.register_forward_pre_hook(before, with_kwargs=True)
+    transformer.register_forward_hook(after, with_kwargs=True)
+    run(pipe, PROMPTS[0], asked)
+    return seen
+
+
+def test_deltas_and_masks_are_those_of_an_untouched_run(profiled, tmp_path):
+    found = tune_profile(request(), tmp_path / "own.json")
+    seen = untouched()
+    entry = found.content["transformers"]["transformer"]
+    assert entry["names"] == [f"blocks.{index}" for index in range(6)]
+    for index in range(6):
+        for step in range(1, STEPS):
+            now, then = seen[step]["added"][index], seen[step - 1]["added"][index]
+            change = (now - then).abs().mean()
+            assert entry["by_step"]["delta"][index][step] == pytest.approx(float(change / now.abs().mean()), rel=1e-3)
+            whole = seen[step]["last"].abs().mean()
+            assert entry["by_step"]["error"][index][step] == pytest.approx(float(change / whole), rel=1e-3)
+    shares = [float(foreground(predicted(one["x"], one["v"], one["sigma"], (5, 4, 4))).float().mean()) for one in seen]
+    assert found.content["runs"][0]["foreground"] == pytest.approx(shares, abs=0.03)  # a token at the threshold
+    assert entry["scores"]["delta"] == pytest.approx([np.mean(row[1:]) for row in entry["by_step"]["delta"]])
+
+
+def test_attention_is_that_of_the_calls(tmp_path):
+    """The ratio of one layer and step, off the tensors that an observer of planned calls gets."""
+    found = tune_profile(request(), tmp_path / "own.json")
+    asked = settle(request())[0]
+    pipe, taken = load_pipeline(asked), {}
+
+    def note(seen):
+        if seen.context.branch == "cond" and (seen.context.step_index, seen.context.layer) == (0, 3):
+            logits = seen.call.q @ seen.call.k.mT * seen.call.q.shape[-1] ** -0.5
+            taken["received"] = logits.softmax(-1).mean((0, 1, 2)).numpy().reshape(5, 4, 4)
+
+    def after(model, args, kwargs, output):
+        taken.setdefault(
+            "clean", predicted(kwargs["hidden_states"], output[0], float(pipe.scheduler.sigmas[0]), (5, 4, 4))
+        )
+
+    pipe.transformer.register_forward_hook(after, with_kwargs=True)
+    with planned(pipe.transformer, adapter_for("WanTransformer3DModel")) as attachment, attachment.observe(note):
+        run(pipe, PROMPTS[0], asked)
+    expected = foreground_ratio(taken["received"], foreground(taken["clean"]).numpy())
+    assert found.content["transformers"]["transformer"]["by_step"]["attention"][3][0] == pytest.approx(
+        expected, abs=0.05
+    )
+
+
+def test_what_is_written(profiled):
+    _, folder = profiled
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "profile-heat-map.png",
+        "profile-masks.png",
+        "profile.json",
+    ]
+    content = json.loads((folder / "profile.json").read_text())
+    entry = content["transformers"]["transformer"]
+    assert content["model"] == "wan-tiny"
+    assert (content["settings"]["seeds"], content["settings"]["prompts"]) == (2, [*PROMPTS])
+    assert {"torch", "diffusers", "dit-accel"} == {*content["versions"]}
+    assert len(content["runs"]) == 4
+    for criterion in CRITERIA:
+        assert np.shape(entry["by_step"][criterion]) == (6, STEPS)
+    assert all(0 <= x <= 1 for row in entry["by_step"]["attention"] for x in row if x is not None)
+    assert all(-1 <= value <= 1 for value in entry["stability"].values())
+    assert entry["sample_error"] is None
+    for name in ("heat-map", "masks"):
+        assert Image.open(folder / f"profile-{name}.png").size[0] > 200
+
+
+def test_profiling_cache_reads_it(profiled):
+    found, _ = profiled
+    cached = found.content["transformers"]["transformer"]["cached"]
+    pipe = load_pipeline(settle(request())[0])
+    with dit_accel.attach(pipe, ProfilingCache(blocks=str(found.output), every=2)) as attachment:
+        run(pipe, PROMPTS[0], settle(request())[0])
+        section = attachment.report().section("profilingcache")
+    assert dit_accel.methods.caches.block_numbers.read_numbers(section.data["cached"]["transformer"], "x") == tuple(
+        cached
+    )
+    assert section.data["computed_blocks"] < 1
+
+
+def test_a_sample_of_the_queries_tells_its_error(profiled, tmp_path):
+    exact = tune_profile(request(), tmp_path / "exact.json").content["transformers"]["transformer"]
+    sample = tune_profile(request(), tmp_path / "sample.json", queries=40).content["transformers"]["transformer"]
+    again = tune_profile(request(), tmp_path / "again.json", queries=40).content["transformers"]["transformer"]
+    assert sample == again
+    assert 0 < sample["sample_error"] < 0.5
+    assert sample["scores"]["delta"] == pytest.approx(exact["scores"]["delta"])
+    assert sample["scores"]["attention"] == pytest.approx(exact["scores"]["attention"], abs=0.25)
+
+
+def test_classes_are_made_again_without_a_new_measurement(tmp_path, monkeypatch):
+    for options, count in (
+        (dict(cached=2), 2),
+        (dict(criterion="delta", threshold=1e9), 6),
+        (dict(criterion="error", cached=1), 1),
+    ):
+        found = tune_profile(request(), tmp_path / "own.json", **options)
+        assert len(found.content["transformers"]["transformer"]["cached"]) == count
+        assert found.content["criterion"] == options.get("criterion", "error")
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, profiled):
+    ran, real = [], module.run
+
+    def stopped(pipe, prompt, asked, **options):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append((prompt, asked.seed))
+        return real(pipe, prompt, asked, **options)
+
+    monkeypatch.setattr(module, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tune_profile(request(prompts=PROMPTS), tmp_path / "own.json", seeds=2)
+    assert not (tmp_path / "own.json").exists()
+    with pytest.raises(ConfigError, match=r"holds progress of a run with seeds = 2, this one has 1; finish that run"):
+        tune_profile(request(prompts=PROMPTS), tmp_path / "own.json")
+    monkeypatch.setattr(
+        module,
+        "run",
+        lambda pipe, prompt, asked, **o: ran.append((prompt, asked.seed)) or real(pipe, prompt, asked, **o),
+    )
+    found = tune_profile(request(prompts=PROMPTS), tmp_path / "own.json", seeds=2)
+    assert ran == [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
+    assert found.content == profiled[0].content
+    assert not list(tmp_path.glob("*.progress.json"))
+
+
+@pytest.mark.parametrize("methods", [
+    (RadialAttention(block_size=16, dense_steps=0),), (LiteAttention(block_size=16, dense_steps=0, threshold=-1.0),),
+])  # fmt: skip
+def test_sparse_methods_may_be_attached(methods, tmp_path):
+    found = tune_profile(request(*methods), tmp_path / "own.json").content["transformers"]["transformer"]
+    assert all(score is not None for score in found["scores"]["attention"])
+    dense = tune_profile(request(), tmp_path / "two.json").content["transformers"]["transformer"]
+    assert found["scores"]["delta"] != pytest.approx(dense["scores"]["delta"], rel=1e-6)
+
+
+def test_a_mask_of_the_users(tmp_path):
+    picture = np.zeros((32, 32), np.uint8)
+    picture[8:24, 8:16] = 255
+    Image.fromarray(picture).save(tmp_path / "mask.png")
+    found = tune_profile(request(), tmp_path / "own.json", mask=tmp_path / "mask.png").content
+    assert found["runs"][0]["foreground"] == [2 / 16] * STEPS
+    Image.fromarray(picture[:, :24]).save(tmp_path / "narrow.png")
+    with pytest.raises(
+        ConfigError, match=r"^the mask has 32 x 24 pixels, and the run 4 x 4 tokens a frame; give one of"
+    ):
+        tune_profile(request(), tmp_path / "two.json", mask=tmp_path / "narrow.png")
+    Image.fromarray(np.zeros_like(picture)).save(tmp_path / "black.png")
+    with pytest.raises(ConfigError, match=r"^the mask .*black\.png is black all over; draw the foreground in white"):
+        tune_profile(request(), tmp_path / "three.json", mask=tmp_path / "black.png")
+
+
+def test_masks_on_the_tokens_grid():
+    mask = np.zeros((9, 8, 8), bool)
+    mask[4:, :4, 4:] = True
+    found = on_grid(mask, (5, 2, 2))
+    assert found.shape == (5, 2, 2)
+    assert found.sum(0).tolist() == [[0, 3], [0, 0]]
+    with pytest.raises(ConfigError, match=r"^the mask has 8 frames, and the run 5 of tokens"):
+        on_grid(mask[:8], (5, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(criterion="delt"), r"^there is no criterion 'delt'; did you mean 'delta'\?"),
+        (dict(threshold=0.1, cached=2), r"^tune profile takes --threshold or --cached, got both"),
+        (dict(cached=0), r"^tune profile's cached must be >= 1, got 0"),
+        (dict(queries=1), r"^tune profile's queries must be >= 2, got 1"),
+    ],
+)
+def test_options_that_make_no_sense(options, text, tmp_path):
+    with pytest.raises(ConfigError, match=text):
+        tune_profile(request(), tmp_path / "own.json", **options)
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^tune profile's output must be a \.json in a folder that exists, got"):
+        tune_profile(request(), tmp_path / "own.toml")
+    with pytest.raises(ConfigError, match=r"^tune profile watches every block at every step, and easycache skips some"):
+        tune_profile(request(EasyCache()), tmp_path / "own.json")
+    with pytest.raises(ConfigError, match=r"^tune profile's cached = 7, and transformer has 6 blocks; ask for fewer"):
+        tune_profile(request(num_inference_steps=2), tmp_path / "own.json", cached=7)
+
+
+def test_the_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "commands", lambda: dict(dit_accel_eval.COMMANDS))
+    small = [
+        "--prompt",
+        PROMPTS[0],
+        "--num-inference-steps",
+        "3",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--num-frames",
+        "9",
+    ]
+    result = CliRunner().invoke(app, ["tune", "profile", *small, "--criterion", "delta", "--cached", "2"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("profile.json\n")
+    assert "1 runs of 3 steps: " in result.stderr
+    assert "watching attention adds" in result.stderr
+    result = CliRunner().invoke(app, ["tune", "profile", "--metric", "l1"])
+    assert isinstance(result.exception, SystemExit | ConfigError)
+    assert "tune profile takes no metric, which are for tune lite" in (result.output + str(result.exception))
+    assert torch.get_num_threads() >= 1
