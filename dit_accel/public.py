@@ -18,6 +18,7 @@ HOMES: dict[str, str] = {
     "DeltaAttention": "methods.attention.delta",
     "LiteAttention": "methods.attention.lite.config",
     "RadialAttention": "methods.attention.radial",
+    "RoPE": "methods.positions.rope",
     "SolAttention": "methods.attention.sol",
     "SparseD": "methods.attention.sparsed",
     "UltraViCo": "methods.attention.ultravico",

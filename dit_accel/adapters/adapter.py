@@ -100,6 +100,7 @@ class Family:
             for image to video; None: any.
         trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
             several lengths, or an image model.
+        trained_size: rows and columns of tokens of the largest pictures that it was trained on; None: not known.
         recipes: method name -> option -> value: what the papers and their code use on this model.
     """
 
@@ -122,7 +123,15 @@ class Family:
     experts: int = 1
     in_channels: int | None = None
     trained_frames: int | None = None
+    trained_size: tuple[int, int] | None = None
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Axis -> tokens along it that the model was trained on, where that is known."""
+        height, width = self.trained_size or (None, None)
+        known = {"frames": self.trained_frames, "height": height, "width": width}
+        return {axis: tokens for axis, tokens in known.items() if tokens is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..adapters.rope import Rope
+from ..adapters.rope import changeable_axes
+from ..errors import ConfigError
 from ..methods.attention.delta import DeltaAttention
 from ..methods.attention.lite.config import LiteAttention
 from ..methods.attention.radial import RadialAttention
@@ -11,6 +12,7 @@ from ..methods.attention.sparsed import SparseD
 from ..methods.attention.ultravico import UltraViCo
 from ..methods.base import Place
 from ..methods.config import MethodConfig
+from ..methods.positions.rope import RoPE
 from ..methods.registry import handler_of
 from .tiny_models import Case
 
@@ -61,6 +63,11 @@ METHOD_CASES: dict[str, MethodCase] = {
         neutral=SolAttention(block_size=16, dense_steps=1000),
         active=SolAttention(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0),
     ),
+    "rope": MethodCase(
+        neutral=RoPE(kind="pi", trained_frames=1000, trained_height=1000, trained_width=1000),
+        active=RoPE(kind="pi", trained_frames=2, trained_height=2, trained_width=2),
+        thins=False,
+    ),
     "ultravico": MethodCase(
         neutral=UltraViCo(trained_frames=1000),
         active=UltraViCo(trained_frames=2, alpha=0.5, beta=0.2, period=3, gamma=0.5, first_frame=True),
@@ -77,11 +84,31 @@ def cases_for(case: Case) -> dict[str, MethodCase]:
         configs = configs_of(tried.active)
         places = {place for config in configs for place in handler_of(config).places}
         lacking = (Place.BLOCKS in places and adapter.blocks == ()) or (
-            Place.POSITIONS in places and not isinstance(adapter.rope, Rope)
+            Place.POSITIONS in places and not _has_positions(case)
         )
         if not lacking and not any(config.name in adapter.refused for config in configs):
             possible[name] = tried
     return possible
+
+
+def _has_positions(case: Case) -> bool:
+    """Tell whether a model has rotary positions along an axis that can be too long."""
+    rope = case.rope
+    if rope is None:
+        return False
+    try:
+        return bool(changeable_axes(case.adapter.name, rope, case.transformer.config))
+    except ConfigError:
+        return False
+
+
+def apart(one: MethodCase, other: MethodCase) -> bool:
+    """Tell whether two cases are of methods that can't be attached together."""
+    parts = [
+        frozenset[str]().union(*(handler_of(config).exclusive for config in configs_of(tried.active)))
+        for tried in (one, other)
+    ]
+    return bool(parts[0] & parts[1])
 
 
 def warm_of(*cases: MethodCase) -> int:
