@@ -16,6 +16,7 @@ HOMES: dict[str, str] = {
     "MissingBackend": "errors",
     "UnsupportedModel": "errors",
     "DeltaAttention": "methods.attention.delta",
+    "LVSA": "methods.attention.lvsa",
     "LiteAttention": "methods.attention.lite.config",
     "RadialAttention": "methods.attention.radial",
     "RoPE": "methods.positions.rope",

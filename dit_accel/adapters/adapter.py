@@ -13,9 +13,13 @@ from .sizes import Sizes, patch_sizes, read_sizes
 ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 """Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
 
+NO_LONGER = "an image has no frames of which there could be more than the model was trained on"
+"""Why a method for longer clips is refused for image models."""
+
 IMAGE_REFUSED: Mapping[str, str] = {
     "radial": ONE_FRAME,
-    "ultravico": "an image has no frames of which there could be more than the model was trained on",
+    "lvsa": NO_LONGER,
+    "ultravico": NO_LONGER,
 }
 """Method name -> why it makes no sense on a model that makes single images; what image adapters refuse."""
 

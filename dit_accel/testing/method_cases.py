@@ -6,6 +6,7 @@ from ..adapters.rope import changeable_axes
 from ..errors import ConfigError
 from ..methods.attention.delta import DeltaAttention
 from ..methods.attention.lite.config import LiteAttention
+from ..methods.attention.lvsa import LVSA
 from ..methods.attention.radial import RadialAttention
 from ..methods.attention.sol import SolAttention
 from ..methods.attention.sparsed import SparseD
@@ -49,6 +50,7 @@ METHOD_CASES: dict[str, MethodCase] = {
         active=LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True),
         warm=1,
     ),
+    "lvsa": MethodCase(neutral=LVSA(trained_frames=1000), active=LVSA(block_size=16, trained_frames=2, window=0)),
     "radial": MethodCase(
         neutral=RadialAttention(block_size=16, dense_steps=1000),
         active=RadialAttention(
