@@ -22,6 +22,7 @@ HOMES: dict[str, str] = {
     "RoPE": "methods.positions.rope",
     "SolAttention": "methods.attention.sol",
     "SparseD": "methods.attention.sparsed",
+    "UltraImage": "methods.positions.ultraimage",
     "UltraViCo": "methods.attention.ultravico",
     "DBCache": "methods.caches.db",
     "EasyCache": "methods.caches.easy",

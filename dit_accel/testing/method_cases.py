@@ -14,6 +14,7 @@ from ..methods.attention.ultravico import UltraViCo
 from ..methods.base import Place
 from ..methods.config import MethodConfig
 from ..methods.positions.rope import RoPE
+from ..methods.positions.ultraimage import UltraImage
 from ..methods.registry import handler_of
 from .tiny_models import Case
 
@@ -68,6 +69,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     "rope": MethodCase(
         neutral=RoPE(kind="pi", trained_frames=1000, trained_height=1000, trained_width=1000),
         active=RoPE(kind="pi", trained_frames=2, trained_height=2, trained_width=2),
+        thins=False,
+    ),
+    "ultraimage": MethodCase(
+        neutral=UltraImage(correct=False, trained_height=1000, trained_width=1000),
+        active=UltraImage(correct=False, trained_height=2, trained_width=2, focus_max=2.0, rows=16),
+        warm=1,
         thins=False,
     ),
     "ultravico": MethodCase(

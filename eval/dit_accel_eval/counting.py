@@ -93,7 +93,8 @@ def attended(
     """
     if report is None or report.sparse_density is None:
         return 1.0
-    tile = min(options["block_size"] for options in report.methods.values() if options.get("block_size"))
+    sizes = [options["block_size"] for options in report.methods.values() if options.get("block_size")]
+    tile = min(sizes, default=1)  # methods without tiles pool none
     savings = estimate(adapter, family, methods=methods, **_sizes(call)).savings
     probes = sum(saving.exact_rows for saving in savings.values())
     calls = sum(step.dense_layers + step.sparse_layers for step in report.steps)
