@@ -17,7 +17,7 @@ WHAT_HAPPENS["width"] = WHAT_HAPPENS["height"]
 
 def beyond_trained(family: Family, layout: TokenLayout) -> dict[str, tuple[int, int]]:
     """Return axis -> (tokens, trained tokens) of the axes along which a layout is longer than trained, as is known."""
-    lengths = dict(zip(VISUAL_AXES, (layout.frames, layout.height, layout.width), strict=True))
+    lengths: dict[str, int] = dict(zip(VISUAL_AXES, (layout.frames, layout.height, layout.width), strict=True))
     return {axis: (lengths[axis], most) for axis, most in family.trained.items() if lengths[axis] > most}
 
 

@@ -11,11 +11,11 @@ from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
 from dit_accel.errors import ConfigError, did_you_mean
 
-TUNABLE = ("lite", "magcache", "teacache")
+TUNABLE = ("lite", "magcache", "period", "teacache")
 
 
 def tune_method(
-    method: Annotated[str, typer.Argument(help="What to tune: lite, magcache or teacache.", metavar="METHOD")],
+    method: Annotated[str, typer.Argument(help="What to tune: lite, magcache, period or teacache.", metavar="METHOD")],
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="What to show; may be repeated; default: some that an embedded model knows."),
@@ -55,7 +55,8 @@ def tune_method(
     lite: thresholds by layer and step for a target error, searched at every
     attention call. magcache: how the size of what is stored changes from
     step to step. teacache: the polynomial from the change of the first
-    block's input to that of the output. A run that was stopped goes on after
+    block's input to that of the output. period: whether attention over
+    frames repeats, for UltraViCo, with a picture beside the file. A run that was stopped goes on after
     the last whole prompt.
 
     Examples:
@@ -111,10 +112,16 @@ def _teacache(*arguments: Any, **options: Any) -> Any:
     return tune_teacache(*arguments, **options)
 
 
-TUNERS: dict[str, Callable[..., Any]] = {"lite": _lite, "magcache": _magcache, "teacache": _teacache}
+def _period(*arguments: Any, **options: Any) -> Any:
+    from .tune_period import tune_period
+
+    return tune_period(*arguments, **options)
+
+
+TUNERS: dict[str, Callable[..., Any]] = {"lite": _lite, "magcache": _magcache, "period": _period, "teacache": _teacache}
 """Method -> what tunes it, loaded when it is asked for."""
 
-USUAL_PROMPTS = {"lite": 2, "magcache": 4, "teacache": 4}
+USUAL_PROMPTS = {"lite": 2, "magcache": 4, "period": 2, "teacache": 4}
 
 
 def _prompts(method: str, prompt: list[str] | None, prompt_file: Path | None, model: str | None) -> tuple[str, ...]:
