@@ -4,6 +4,8 @@ The published claims are about attention, so they are tested there: it spreads o
 brings it back; harmonic frequencies repeat themselves; the released rule is no bias.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -77,7 +79,7 @@ def test_attention_spreads_out_beyond_the_trained_length_and_decay_brings_it_bac
         table = torch.from_numpy(DecayRule(trained_frames=TRAINED, alpha=alpha).table(3 * TRAINED)).double()
         t = table[distance]
         shares.append(np.mean([in_window(torch.minimum(x := logits_of(call), t * x), distance) for call in wan[3]]))
-    assert all(b > a for a, b in zip(shares, shares[1:], strict=False))
+    assert all(b > a for a, b in itertools.pairwise(shares))
     assert shares[1] <= found[1]
 
 
@@ -168,7 +170,7 @@ def test_a_factor_of_a_head_is_a_factor_of_its_queries(wan):
         run_kernel(q, k, v, head_scale=torch.zeros(q.shape[1])), v.mean(2, keepdim=True).expand_as(v)
     )
     entropies = [token_entropy(factor * q[:, :, ::7], k) for factor in (0.5, 1.0, 1.3, 2.0, 4.0)]
-    assert all(bool((b <= a + 1e-9).all()) for a, b in zip(entropies, entropies[1:], strict=False))
+    assert all(bool((b <= a + 1e-9).all()) for a, b in itertools.pairwise(entropies))
 
 
 def test_a_shift_of_all_keys_matters_to_decay_alone(wan):
