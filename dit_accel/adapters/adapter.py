@@ -105,6 +105,7 @@ class Family:
         trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
             several lengths, or an image model.
         trained_size: rows and columns of tokens of the largest pictures that it was trained on; None: not known.
+        beyond: what ``generate`` does for pictures larger than trained: ``tiled_vae``, ``pinned_shift``.
         recipes: method name -> option -> value: what the papers and their code use on this model.
     """
 
@@ -128,6 +129,7 @@ class Family:
     in_channels: int | None = None
     trained_frames: int | None = None
     trained_size: tuple[int, int] | None = None
+    beyond: tuple[str, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property

@@ -33,6 +33,7 @@ FLUX_DEV = Family(
     num_inference_steps=28,
     forwards_per_step=1,  # guidance is distilled into the model
     trained_size=(128, 128),  # up to 2048 x 2048 pixels
+    beyond=("tiled_vae", "pinned_shift"),
     recipes={"ultraimage": ULTRAIMAGE_FLUX},
 )
 FLUX_SCHNELL = replace(
@@ -54,6 +55,7 @@ FLUX_TINY = replace(
     num_inference_steps=20,
     forwards_per_step=2,
     trained_size=(12, 12),
+    beyond=(),
     recipes={"sol": {"block_size": 16}},
 )
 FLUX_KONTEXT = replace(FLUX_DEV, name="flux.1-kontext-dev", repo="black-forest-labs/FLUX.1-Kontext-dev")

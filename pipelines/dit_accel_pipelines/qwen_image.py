@@ -30,6 +30,7 @@ QWEN_IMAGE_20B = Family(
     width=1328,
     num_frames=1,
     trained_size=(83, 83),
+    beyond=("tiled_vae", "pinned_shift"),
     recipes={"ultraimage": ULTRAIMAGE_QWEN},
 )
 
