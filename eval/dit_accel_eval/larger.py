@@ -105,8 +105,11 @@ def repetition(picture: np.ndarray, trained: int) -> float:
     away = picture.astype(np.float64) - picture.mean((0, 1))
     height, width, _ = away.shape
     best = 0.0
-    for step in range(trained // 2, min(height, width) - min(height, width) // 2 + 1):
+    most = {"down": height - height // 2, "right": width - width // 2}
+    for step in range(trained // 2, max(most.values()) + 1):
         for down, right in ((step, 0), (0, step), (step, step)):
+            if down > most["down"] or right > most["right"]:
+                continue
             one, other = away[: height - down, : width - right], away[down:, right:]
             size = np.sqrt((one**2).sum() * (other**2).sum())
             best = max(best, float((one * other).sum() / size) if size > 0 else 1.0)

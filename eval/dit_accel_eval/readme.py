@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/quality.md from adapters and results: `python -m dit_accel_eval.readme`."""
+"""Writes the tables of README.md and docs/ from adapters and results: `python -m dit_accel_eval.readme`."""
 
 import argparse
 import re
@@ -13,6 +13,7 @@ from dit_accel.methods.registry import methods
 from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
+from .larger import table as larger_table
 from .longer import table as longer_table
 from .results import read_lines
 from .suite import read_suite
@@ -27,9 +28,9 @@ PAGES = {
         "sparse-wan-tiny",
         "caches-wan-tiny",
         "dropped-mass",
-        "longer-wan-tiny",
         "time",
     ),
+    "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -118,13 +119,16 @@ def _time(root: Path) -> str:
     return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
 
 
-def _longer(root: Path, name: str) -> str:
+def _longer(root: Path, name: str, module: str, write: Callable[..., str]) -> str:
     path = Path(f"eval/suites/{name}.toml")
-    command, lines = f"python -m dit_accel_eval.longer {path}", read_lines(root / f"eval/results/{name}.jsonl")
+    command, lines = f"python -m dit_accel_eval.{module} {path}", read_lines(root / f"eval/results/{name}.jsonl")
     suite = read_suite(root / path)
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
-    return f"`{command}`: {suite.model}, held-out clips; 95 % intervals.\n\n{longer_table(suite, lines)}"
+    seeds = sorted({line["clip"] for line in lines})
+    steps = suite.arms[0].num_inference_steps
+    head = f"`{command}`: {suite.model}, held-out prompts and seeds {seeds[0]} to {seeds[-1]}, {steps} UniPC steps"
+    return f"{head}; 95 % intervals.\n\n{write(suite, lines)}"
 
 
 def _mass(root: Path) -> str:
@@ -138,7 +142,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "speed": _speed,
     "time": _time,
     "dropped-mass": _mass,
-    "longer-wan-tiny": partial(_longer, name="longer-wan-tiny"),
+    "longer-wan-tiny": partial(_longer, name="longer-wan-tiny", module="longer", write=longer_table),
+    "larger-flux-tiny": partial(_longer, name="larger-flux-tiny", module="larger", write=larger_table),
 }
 
 
