@@ -14,10 +14,14 @@ from .sizes import Sizes, patch_sizes, read_sizes
 ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 """Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
 
+NO_LONGER = "an image has no frames of which there could be more than the model was trained on"
+"""Why a method for longer clips is refused for image models."""
+
 IMAGE_REFUSED: Mapping[str, str] = {
     "dfa": "an image does not move, which is how the foreground is told",
     "radial": ONE_FRAME,
-    "ultravico": "an image has no frames of which there could be more than the model was trained on",
+    "lvsa": NO_LONGER,
+    "ultravico": NO_LONGER,
 }
 """Method name -> why it makes no sense on a model that makes single images; what image adapters refuse."""
 
@@ -102,6 +106,8 @@ class Family:
             for image to video; None: any.
         trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
             several lengths, or an image model.
+        trained_size: rows and columns of tokens of the largest pictures that it was trained on; None: not known.
+        beyond: what ``generate`` does for pictures larger than trained: ``tiled_vae``, ``pinned_shift``.
         recipes: method name -> option -> value: what the papers and their code use on this model.
         head_sets: name -> heads such as ``L3H1``: published sets for methods that perturb some heads.
     """
@@ -125,8 +131,17 @@ class Family:
     experts: int = 1
     in_channels: int | None = None
     trained_frames: int | None = None
+    trained_size: tuple[int, int] | None = None
+    beyond: tuple[str, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     head_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Axis -> tokens along it that the model was trained on, where that is known."""
+        height, width = self.trained_size or (None, None)
+        known = {"frames": self.trained_frames, "height": height, "width": width}
+        return {axis: tokens for axis, tokens in known.items() if tokens is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,6 +65,7 @@ class ModelFiles:
         vae = self.vae.get("scale_factor_temporal") or time, self.vae.get("scale_factor_spatial") or space
         if family is None:
             sizes |= {"name": adapter.name, "recipes": adapter.recipes, "experts": experts}
+            sizes |= {"trained_frames": None, "trained_size": None}
         return replace(base, repo=self.name, vae=vae, **sizes)
 
 

@@ -6,7 +6,7 @@ stand-in answers (`dit_accel.adapters.rope_forms`); where it keeps tables or fre
 Adapters are loaded for a help text too, so torch is not imported here before a model is changed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,6 +87,8 @@ class Rope:
         max_positions: transformer config -> axis -> tokens that the model's tables hold; axes without a limit are left
             out. None: no limits.
         absent: transformer config -> why this model has no rotary positions, or None.
+        kinds: kinds of `dit_accel.rules.rope` that make sense here; None: all. ``note`` says why not the others.
+        fitted: axes along which the model scales every size to the trained one, so that none is too long.
         note: what a change does not do here.
 
     Raises:
@@ -105,6 +107,8 @@ class Rope:
     text: "Callable[[Mapping[str, Any]], int | Tensor] | None" = None
     max_positions: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
     absent: Callable[[Mapping[str, Any]], str | None] | None = None
+    kinds: tuple[str, ...] | None = None
+    fitted: tuple[str, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -165,3 +169,55 @@ def rope_of(name: str, rope: "Rope | str | None", config: Mapping[str, Any]) -> 
         if why is None:
             return rope
     raise ConfigError(f"{name} has no rotary positions that could be changed: {why}; leave this method out")
+
+
+def changeable_axes(name: str, rope: Rope, config: Mapping[str, Any], asked: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of the axes whose frequencies may be changed: those asked for, or all.
+
+    Args:
+        name: the adapter's name, for the error.
+        rope: the model's rotary positions.
+        config: the transformer's config.
+        asked: names of axes; empty: all that can be changed.
+
+    Raises:
+        ConfigError: for an axis that the model does not have, or fits to the trained size; if there is none.
+    """
+    has = [axis.name for axis in rope.axes(config) if axis.name in VISUAL_AXES]
+    for axis in asked:
+        if axis not in has:
+            raise ConfigError(f"{name} has rotary positions along {', '.join(has)}, not {axis!r}; name one of them")
+        if axis in rope.fitted:
+            raise ConfigError(
+                f"{name} scales its positions along {axis} to the trained size, so that none is too long; leave "
+                f"{axis!r} out"
+            )
+    left = tuple(axis for axis in has if axis not in rope.fitted and (not asked or axis in asked))
+    if not left:
+        raise ConfigError(
+            f"{name} scales its positions along {', '.join(has)} to the trained size, so that none is too long; leave "
+            "this method out"
+        )
+    return left
+
+
+def check_lengths(name: str, rope: "Rope | str | None", config: Mapping[str, Any], lengths: Mapping[str, int]) -> None:
+    """Refuse a grid that is longer than the model's tables of positions.
+
+    Args:
+        name: the adapter's name, for the error.
+        rope: `Adapter.rope`.
+        config: the transformer's config.
+        lengths: tokens along each axis.
+
+    Raises:
+        ConfigError: with the axis, its tokens and the most that fit.
+    """
+    if not isinstance(rope, Rope) or rope.max_positions is None:
+        return
+    for axis, most in rope.max_positions(config).items():
+        if lengths.get(axis, 0) > most:
+            raise ConfigError(
+                f"{name} has rotary positions for {most} tokens along {axis}, got {lengths[axis]}; make the output "
+                "smaller along it"
+            )

@@ -9,6 +9,7 @@ from ..adapters import registry
 from ..adapters.adapter import Adapter, Family
 from ..adapters.model_files import read_model_files
 from ..errors import ConfigError
+from ..estimate.beyond import advice, beyond_trained
 from ..estimate.estimate import KERNEL_COST, Estimate, estimate
 from .console import OUT, note, plain_table, print_json, warn
 from .method_options import MethodList
@@ -61,7 +62,7 @@ def plan(
         note(f"{num_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
     for text in estimated.notes:
         note(text)
-    for text in estimated.warnings:
+    for text in [*estimated.warnings, *advice(adapter, sizes, estimated.layout, methods)]:
         warn(text)
     if json:
         print_json(estimated.to_dict())
@@ -93,6 +94,11 @@ def _print(estimated: Estimate) -> None:
         ("tokens", f"{layout.visual_tokens:,}{text}  ({grid})"),
         ("forwards", f"{estimated.forwards}  ({estimated.num_inference_steps} steps x {family.forwards_per_step})"),
     ]
+    for axis, (tokens, trained) in beyond_trained(family, layout).items():
+        rows.append((f"{axis} beyond", f"{tokens / trained:.2f} times the trained {trained}"))
+    if estimated.times_trained > 1:
+        methods = f", {estimated.times_trained / estimated.speedup:.2f} with the methods" if estimated.methods else ""
+        rows.append(("time", f"{estimated.times_trained:.2f} times that of the trained size, dense{methods}"))
     if tiles:
         rows += [
             ("tiles kept", f"{tiles.kept:,} of {tiles.total:,}  (density {tiles.density:.4f})"),

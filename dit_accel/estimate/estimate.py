@@ -8,7 +8,7 @@ together a few percent at most. What a method saves it declares itself, by `Hand
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters.adapter import Adapter, Family
@@ -19,6 +19,7 @@ from ..methods.config import MethodConfig
 from ..methods.saving import Saving
 from ..plan.layout import TokenLayout
 from ..plan.tiling import TILE
+from .beyond import beyond_trained
 from .sizes import rounded_frames, token_layout
 from .tiles import TilesLeft, tiles_left
 
@@ -71,6 +72,17 @@ class Estimate:
     def total_flops(self) -> int:
         """Everything that is counted, dense."""
         return self.attention_flops + self.forwards * self.family.layers * other_flops(self.family, self.layout)
+
+    @property
+    def times_trained(self) -> float:
+        """FLOPs of the dense run over those of one of the trained size; 1 where it is no larger, or not known."""
+        sizes = {axis: trained for axis, (_, trained) in beyond_trained(self.family, self.layout).items()}
+        if not sizes:
+            return 1.0
+        layout = replace(self.layout, **sizes)
+        layers = self.forwards * self.family.layers
+        trained = attention_flops(self.family, layout.tokens) + other_flops(self.family, layout)
+        return self.total_flops / (layers * trained)
 
     @property
     def attention_share(self) -> float:
@@ -196,6 +208,7 @@ class Estimate:
             "attention_share": self.attention_share,
             "attention_flops": self.attention_flops,
             "total_flops": self.total_flops,
+            "times_trained": self.times_trained,
             "planned_attention_flops": self.planned_attention_flops,
             "planned_total_flops": self.planned_total_flops,
             "tile_list_bytes": self.tile_list_bytes,

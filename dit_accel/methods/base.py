@@ -97,6 +97,9 @@ class Handler:
     ``cache`` stands for the outputs of earlier steps, of which one method alone makes later ones.
     """
 
+    extends: ClassVar[frozenset[str]] = frozenset()
+    """Axes (frames, height, width) along which it helps outputs that are longer than the model was trained on."""
+
     objects: ClassVar[tuple[str, ...]] = ()
     """Config types of another library that ask for it; it has no switch and no TOML table then."""
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from dit_accel_kernels import EXACT, TileLists, pack_bits
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists, pack_bits
 from torch import Tensor
 
 from ..rules.patches import patch_walk
@@ -83,6 +83,31 @@ def full_tiles(queries: int, keys: int, block: int, device: str) -> TileLists:
     """Return lists in which every tile is exact, on a device; the same object for the same arguments."""
     with torch.inference_mode(False):
         return TileLists.full(queries, keys, block_q=block, block_k=block).to(device)
+
+
+def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int, device: str) -> TileLists:
+    """Return lists of the kept tiles over the visual tokens; rows and columns of tiles that hold text are exact.
+
+    Args:
+        kept: bool [N, N], N tiles over the visual tokens alone.
+        pooled: the others enter as one key each, instead of being left out.
+        layout: the sequence.
+        block: tokens of a tile.
+        device: where the lists are wanted.
+    """
+    count = -(-layout.tokens // block)
+    states = np.full((count, count), EXACT, np.uint8)
+    states[: len(kept), : len(kept)] = np.where(kept, EXACT, POOLED if pooled else SKIPPED)
+    if layout.tokens > layout.visual_tokens:
+        text = layout.visual_tokens // block
+        states[text:] = EXACT
+        states[:, text:] = EXACT
+    # Lists made in inference mode could not serve a training run later.
+    with torch.inference_mode(False):
+        lists = TileLists.from_states(
+            torch.from_numpy(states), block_q=block, block_k=block, num_q=layout.tokens, num_k=layout.tokens
+        )
+        return lists.to(device)
 
 
 def bitmap_bytes(tiles: int, heads: int, batch: int) -> int:

@@ -1,29 +1,70 @@
-"""Frequencies of rotary positions, in radians per position, as pure functions."""
+"""Frequencies of rotary positions, in radians per position, as pure functions.
+
+The period of a frequency f is 2 pi / f positions. Where a sequence is longer than trained, each kind lowers some or all
+frequencies of an axis, s = length / trained times at most:
+
+- ``none``: the model's own.
+- ``pi``: all by s (position interpolation, arXiv 2306.15595).
+- ``ntk``: base b becomes b s^(d / (d - 2)): the fastest stays, the slowest falls by s.
+- ``yarn``: those that turn 32 times and more within the trained length stay, those that turn once or less fall by s, a
+  ramp between (arXiv 2309.00071, without its temperature on the logits).
+- ``riflex``: the one whose period is the trained length's turns ``turn`` times over the new length (arXiv 2502.15894).
+- ``ultraimage``: the same for one after the other, until no period fits in twice (arXiv 2512.04504).
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
-KINDS = ("none",)
-"""Kinds of frequencies: ``none`` is the model's own."""
+KINDS = ("none", "pi", "ntk", "yarn", "riflex", "ultraimage")
+"""Kinds of frequencies."""
+
+BY_PERIOD = ("riflex", "ultraimage")
+"""Kinds that change single frequencies, found by their period."""
+
+NEAR = 0.9
+"""The dominant frequency is the one of the smallest period that is at least this share of the trained length.
+
+Ours; it finds every published one. The nearest period would miss HunyuanVideo's and CogVideoX's.
+"""
+
+TURN = {"riflex": 0.9, "ultraimage": 1.0}
+"""Turns that a changed frequency makes over the new length: RIFLEx' released code; UltraImage's formula."""
+
+RAMP = (1.0, 32.0)
+"""Turns within the trained length between which YaRN's ramp lies."""
 
 
-def frequencies(kind: str, dim: int, theta: float, *, exponents: Sequence[float] | None = None) -> np.ndarray:
-    """Return the frequencies of one axis, float64 [dim / 2]: theta^(-2 j / dim) for j = 0 .. dim / 2 - 1.
+def frequencies(
+    kind: str,
+    dim: int,
+    theta: float,
+    *,
+    trained: float | None = None,
+    length: float | None = None,
+    period: float | None = None,
+    turn: float | None = None,
+    indices: Sequence[int] | None = None,
+    exponents: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Return the frequencies of one axis, float64 [dim / 2]; the model's own are theta^(-2 j / dim).
 
     Args:
         kind: one of `KINDS`.
         dim: channels that the axis rotates, two per frequency.
         theta: the base.
+        trained: positions that the model was trained on; as the next five, as `edited` takes it.
+        length: positions that are wanted.
+        period: as `edited`.
+        turn: as `edited`.
+        indices: as `edited`.
         exponents: e with theta^(-e) for each frequency, where a model has others than 2 j / dim.
 
     Raises:
-        ConfigError: for an unknown kind, an odd or empty ``dim``, a base of 1 or less, exponents of another number.
+        ConfigError: for an odd or empty ``dim``, a base of 1 or less, exponents of another number; as `edited`.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"rotary frequencies are of kind {' or '.join(KINDS)}, got kind={kind!r}; use one of them")
     if dim < 2 or dim % 2:
         raise ConfigError(f"rotary channels come in pairs, got dim={dim!r}; give an even number from 2 on")
     if not theta > 1:
@@ -31,4 +72,140 @@ def frequencies(kind: str, dim: int, theta: float, *, exponents: Sequence[float]
     powers = np.arange(0, dim, 2, dtype=np.float64) / dim if exponents is None else np.asarray(exponents, np.float64)
     if powers.shape != (dim // 2,):
         raise ConfigError(f"dim={dim} has {dim // 2} frequencies, got {powers.size} exponents; give one for each")
-    return theta**-powers
+    own = theta**-powers
+    check_kind(kind, period=period, turn=turn, indices=indices)
+    if kind == "none":
+        return own
+    for name, value in (("trained", trained), ("length", length)):
+        if value is None or not value > 0:
+            raise ConfigError(f"rotary frequencies of kind {kind!r} need {name} > 0, got {name}={value!r}; give it")
+    return edited(kind, own, trained=trained or 0, length=length or 0, period=period, turn=turn, indices=indices)
+
+
+def check_kind(
+    kind: str,
+    *,
+    period: float | None = None,
+    turn: float | None = None,
+    indices: Sequence[int] | None = None,
+) -> None:
+    """Check what is asked for, whatever the frequencies.
+
+    Raises:
+        ConfigError: for an unknown kind (with the nearest), what the kind does not take, or a value out of range.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"rotary frequencies have no kind {kind!r}; {did_you_mean(str(kind), KINDS)}")
+    for name, value, takes in (
+        ("period", period, ("riflex",)),
+        ("turn", turn, BY_PERIOD),
+        ("indices", indices, ("ultraimage",)),
+    ):
+        if value is not None and kind not in takes:
+            raise ConfigError(
+                f"rotary frequencies of kind {kind!r} take no {name}, got {name}={value!r}; it is {' and '.join(takes)}"
+                "'s"
+            )
+    if period is not None and not period > 0:
+        raise ConfigError(f"period must be a number of positions above 0, got {period!r}; leave it out to find it")
+    if turn is not None and not 0 < turn <= 1:
+        raise ConfigError(f"turn must be above 0 and at most 1, got {turn!r}; RIFLEx' code has 0.9")
+    if indices is not None and (len(indices) == 0 or min(indices) < 0):
+        raise ConfigError(f"indices must be places among the frequencies, from 0 on, got {tuple(indices)!r}")
+
+
+def edited(
+    kind: str,
+    own: np.ndarray,
+    *,
+    trained: float,
+    length: float,
+    period: float | None = None,
+    turn: float | None = None,
+    indices: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Return an axis's frequencies for a length, float64 of the shape of ``own``; ``own`` where it is no longer.
+
+    Args:
+        kind: one of `KINDS`.
+        own: the model's frequencies, float64 [n], in any order; for ``pi`` and ``yarn`` of any shape and sign.
+        trained: positions that the model was trained on.
+        length: positions that are wanted.
+        period: of kind ``riflex``: change the frequency whose period is nearest to this; None: the `dominant` one.
+        turn: of kinds ``riflex`` and ``ultraimage``: turns that a changed frequency makes over the length; None:
+            `TURN`.
+        indices: of kind ``ultraimage``: the frequencies that change, by place, fastest first; None: `corrections`.
+
+    Raises:
+        ConfigError: as `check_kind`, and for a model that has no such frequency.
+    """
+    check_kind(kind, period=period, turn=turn, indices=indices)
+    own = np.asarray(own, np.float64)
+    s = length / trained
+    if kind == "none" or s <= 1:
+        return own.copy()
+    if kind == "pi":
+        return own / s
+    if kind == "yarn":
+        turns = trained * np.abs(own) / (2 * np.pi)
+        kept = np.clip((turns - RAMP[0]) / (RAMP[1] - RAMP[0]), 0.0, 1.0)
+        return kept * own + (1 - kept) * own / s
+    if own.ndim != 1:
+        raise ConfigError(
+            f"rotary frequencies of kind {kind!r} are of one axis [n], got a shape of {own.shape}; use 'pi' or 'yarn'"
+        )
+    if kind == "ntk":
+        fastest, slowest = own.max(), own.min()
+        return own if fastest == slowest else own * s ** (-np.log(fastest / own) / np.log(fastest / slowest))
+    changed = TURN[kind] if turn is None else turn
+    new, periods = own.copy(), 2 * np.pi / own
+    if kind == "riflex":
+        places = (dominant(own, trained) if period is None else int(np.abs(periods - period).argmin()),)
+    else:
+        places = corrections(own, trained, length) if indices is None else _by_rank(own, indices)
+    for place in places:
+        if length > periods[place]:
+            new[place] = min(own[place], changed * 2 * np.pi / length)
+    return new
+
+
+def dominant(own: np.ndarray, extent: float) -> int:
+    """Return the place of the frequency that makes an extent repeat: of the smallest period of `NEAR` x it and more.
+
+    Raises:
+        ConfigError: if every period is shorter.
+    """
+    periods = 2 * np.pi / np.asarray(own, np.float64)
+    fits = np.flatnonzero(periods >= NEAR * extent)
+    if fits.size == 0:
+        raise ConfigError(
+            f"none of the axis's periods, {periods.min():.4g} to {periods.max():.4g} positions, is near the trained "
+            f"{extent:g}; say which one repeats (period or indices), or use kind 'ntk'"
+        )
+    return int(fits[periods[fits].argmin()])
+
+
+def corrections(own: np.ndarray, trained: float, length: float) -> tuple[int, ...]:
+    """Return the places that UltraImage's recursion corrects, in its order: the dominant one, then those after it.
+
+    The paper looks at a picture after each correction for the period that still repeats. Ours goes on to the next
+    longer period while it fits twice into the length, which gives the published lists of FLUX.1 and Qwen-Image.
+
+    Raises:
+        ConfigError: as `dominant`.
+    """
+    periods = 2 * np.pi / np.asarray(own, np.float64)
+    order = np.argsort(periods, kind="stable")
+    first = int(np.flatnonzero(order == dominant(own, trained))[0])
+    later = [int(place) for place in order[first + 1 :] if 2 * periods[place] <= length]
+    return int(order[first]), *later
+
+
+def _by_rank(own: np.ndarray, indices: Sequence[int]) -> tuple[int, ...]:
+    if max(indices) >= own.size:
+        raise ConfigError(
+            f"the axis has {own.size} frequencies, 0 to {own.size - 1}, got indices={tuple(indices)!r}; stay in that "
+            "range"
+        )
+    order = np.argsort(-own, kind="stable")
+    return tuple(int(order[index]) for index in indices)

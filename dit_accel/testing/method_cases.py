@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 
-from ..adapters.rope import Rope
+from ..adapters.rope import changeable_axes
+from ..errors import ConfigError
 from ..methods.attention.delta import DeltaAttention
 from ..methods.attention.lite.config import LiteAttention
+from ..methods.attention.lvsa import LVSA
 from ..methods.attention.radial import RadialAttention
 from ..methods.attention.sol import SolAttention
 from ..methods.attention.sparsed import SparseD
 from ..methods.attention.ultravico import UltraViCo
 from ..methods.base import Place
 from ..methods.config import MethodConfig
+from ..methods.positions.rope import RoPE
+from ..methods.positions.ultraimage import UltraImage
 from ..methods.registry import handler_of
 from .tiny_models import Case
 
@@ -47,6 +51,7 @@ METHOD_CASES: dict[str, MethodCase] = {
         active=LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True),
         warm=1,
     ),
+    "lvsa": MethodCase(neutral=LVSA(trained_frames=1000), active=LVSA(block_size=16, trained_frames=2, window=0)),
     "radial": MethodCase(
         neutral=RadialAttention(block_size=16, dense_steps=1000),
         active=RadialAttention(
@@ -60,6 +65,17 @@ METHOD_CASES: dict[str, MethodCase] = {
     "sol": MethodCase(
         neutral=SolAttention(block_size=16, dense_steps=1000),
         active=SolAttention(block_size=16, dense_steps=0, dense_last_steps=0, dense_layers=0),
+    ),
+    "rope": MethodCase(
+        neutral=RoPE(kind="pi", trained_frames=1000, trained_height=1000, trained_width=1000),
+        active=RoPE(kind="pi", trained_frames=2, trained_height=2, trained_width=2),
+        thins=False,
+    ),
+    "ultraimage": MethodCase(
+        neutral=UltraImage(correct=False, trained_height=1000, trained_width=1000),
+        active=UltraImage(correct=False, trained_height=2, trained_width=2, focus_max=2.0, rows=16),
+        warm=1,
+        thins=False,
     ),
     "ultravico": MethodCase(
         neutral=UltraViCo(trained_frames=1000),
@@ -77,11 +93,31 @@ def cases_for(case: Case) -> dict[str, MethodCase]:
         configs = configs_of(tried.active)
         places = {place for config in configs for place in handler_of(config).places}
         lacking = (Place.BLOCKS in places and adapter.blocks == ()) or (
-            Place.POSITIONS in places and not isinstance(adapter.rope, Rope)
+            Place.POSITIONS in places and not _has_positions(case)
         )
         if not lacking and not any(config.name in adapter.refused for config in configs):
             possible[name] = tried
     return possible
+
+
+def _has_positions(case: Case) -> bool:
+    """Tell whether a model has rotary positions along an axis that can be too long."""
+    rope = case.rope
+    if rope is None:
+        return False
+    try:
+        return bool(changeable_axes(case.adapter.name, rope, case.transformer.config))
+    except ConfigError:
+        return False
+
+
+def apart(one: MethodCase, other: MethodCase) -> bool:
+    """Tell whether two cases are of methods that can't be attached together."""
+    parts = [
+        frozenset[str]().union(*(handler_of(config).exclusive for config in configs_of(tried.active)))
+        for tried in (one, other)
+    ]
+    return bool(parts[0] & parts[1])
 
 
 def warm_of(*cases: MethodCase) -> int:

@@ -51,6 +51,8 @@ def attention(
     """
     tokens, order, tiles = q.shape[2], plan.token_order, tiles_of(plan, q.shape[2])
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if plan.head_scale is not None:
+        q = (q * plan.head_scale.reshape(-1, q.shape[1])[:, :, None, None]).to(q.dtype)
     valid = torch.ones(q.shape[0], tokens, dtype=torch.bool) if valid is None else valid
     if order is not None:
         q, k, v, valid = q[:, :, order], k[:, :, order], v[:, :, order], valid[:, order]

@@ -163,7 +163,6 @@ class _Samples:
         self.grid: Grid = grid
         self._hook: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
         if rope.form in GIVEN:
-            self.inputs[rope.input] = _given(rope, self.axes, grid, self.inputs[rope.input])
             self._calls: list[Callable[[], Any]] = [self._given_value]
         else:
             self._calls = _recorded(case, rope, self.inputs)
@@ -260,31 +259,6 @@ def _recorded(case: Case, rope: Rope, inputs: Mapping[str, Any]) -> list[Callabl
     with replaced(transformer, RopeChange([(transformer, name, Recorder())], None)):
         case.run(inputs)
     return calls
-
-
-def _given(rope: Rope, axes: tuple[Axis, ...], grid: Grid, value: Any) -> Any:
-    """Return an input as a pipeline makes it at the trained size: positions from 0 on, in float32."""
-    sizes: dict[str, int] = dict(zip(VISUAL_AXES, grid[:3], strict=True))
-    if rope.form == "plane":
-        sizes.update(height=value.shape[0], width=value.shape[1])
-    tables = {}
-    for axis in axes:
-        angles = torch.outer(torch.arange(float(sizes[axis.name])), torch.from_numpy(axis.frequencies()).float())
-        tables[axis.name] = torch.polar(torch.ones_like(angles), angles)
-    if rope.form == "tables of axes":
-        whole = [torch.cat([table, table], -1) for table in tables.values()]
-        return [(z.real.clone(), z.imag.clone()) for z in whole], value[1]
-    if rope.form == "plane":
-        height, width = (tables[axis.name] for axis in axes)
-        pair = (height[:, None].expand(-1, len(width), -1), width[None].expand(len(height), -1, -1))
-        return torch.stack(pair, -1).flatten(-2)
-    shapes = {name: [size if name == other else 1 for other in VISUAL_AXES] for name, size in sizes.items()}
-    spread = [
-        tables[axis.name].reshape(*shapes[axis.name], -1).expand(*grid[:3], -1).repeat_interleave(2, -1)
-        for axis in axes
-    ]
-    z = torch.cat(spread, -1).flatten(0, 2)
-    return z.real.clone(), z.imag.clone()
 
 
 def _spread(tables: list[Tensor], grid: Grid) -> Tensor:

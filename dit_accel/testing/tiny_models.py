@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, Grid
+from ..adapters.rope import GIVEN, VISUAL_AXES, Axis, Rope, rope_of
+from ..errors import ConfigError
 from .recording import WIDE, require
 
 STEPS = 8
@@ -58,7 +60,24 @@ class Case:
     def inputs(self, batch: int = 1) -> dict[str, Any]:
         """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
         torch.manual_seed(1)
-        return dict(self.model.inputs(min(batch, self.model.max_batch)))
+        inputs, rope, config = (
+            dict(self.model.inputs(min(batch, self.model.max_batch))),
+            self.rope,
+            self.transformer.config,
+        )
+        if rope is not None and rope.form in GIVEN:
+            grid = self.adapter.grid(config, inputs)
+            require(not isinstance(grid, str), f"the tiny model's inputs have no grid: {grid}")
+            inputs[rope.input] = given_positions(rope, rope.axes(config), grid, inputs[rope.input])  # type: ignore[arg-type]
+        return inputs
+
+    @property
+    def rope(self) -> Rope | None:
+        """Its rotary positions, or None where it has none that the adapter describes."""
+        try:
+            return rope_of(self.adapter.name, self.adapter.rope, self.transformer.config)
+        except ConfigError:
+            return None
 
     def require_own_forward(self, name: str) -> None:
         """Raise `AssertionError` if the untouched model does not run on its own inputs."""
@@ -159,3 +178,28 @@ def _widened(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(WIDE) if value.is_floating_point() else value
     return type(value)(_widened(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def given_positions(rope: Rope, axes: tuple[Axis, ...], grid: Grid, value: Any) -> Any:
+    """Return a forward's input of positions as a pipeline makes it at the trained size: from 0 on, in float32."""
+    sizes: dict[str, int] = dict(zip(VISUAL_AXES, grid[:3], strict=True))
+    if rope.form == "plane":
+        sizes.update(height=value.shape[0], width=value.shape[1])
+    tables = {}
+    for axis in axes:
+        angles = torch.outer(torch.arange(float(sizes[axis.name])), torch.from_numpy(axis.frequencies()).float())
+        tables[axis.name] = torch.polar(torch.ones_like(angles), angles)
+    if rope.form == "tables of axes":
+        whole = [torch.cat([table, table], -1) for table in tables.values()]
+        return [(z.real.clone(), z.imag.clone()) for z in whole], value[1]
+    if rope.form == "plane":
+        height, width = (tables[axis.name] for axis in axes)
+        pair = (height[:, None].expand(-1, len(width), -1), width[None].expand(len(height), -1, -1))
+        return torch.stack(pair, -1).flatten(-2)
+    shapes = {name: [size if name == other else 1 for other in VISUAL_AXES] for name, size in sizes.items()}
+    spread = [
+        tables[axis.name].reshape(*shapes[axis.name], -1).expand(*grid[:3], -1).repeat_interleave(2, -1)
+        for axis in axes
+    ]
+    z = torch.cat(spread, -1).flatten(0, 2)
+    return z.real.clone(), z.imag.clone()

@@ -1,7 +1,8 @@
 """Compares clips longer than trained: `python -m dit_accel_eval.longer eval/suites/longer-wan-tiny.toml`.
 
-No clip has a reference, so each is judged by itself: the judge's score for its prompt, motion, sharpness, and how near
-a later stretch comes to the opening one. Every clip of every arm is one JSON line; a run that was stopped goes on.
+No clip has a reference, so each is judged by itself: the judge's score for its prompt, motion, sharpness, how near a
+later stretch comes to the opening one, and how much of a loop it is. Every clip of every arm is one JSON line; a run
+that was stopped goes on.
 """
 
 import argparse
@@ -23,6 +24,9 @@ from .suite import Arm, Suite, read_suite
 
 STRETCH = 8
 """Frames of the opening that is looked for again."""
+
+STILL = 0.01
+"""RMS difference of a clip's frames from their mean, in [0, 1], below which it stands still."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +81,7 @@ def run(suite: Suite, out: Path) -> None:
             "motion": motion(made.frames),
             "sharpness": sharpness(made.frames),
             "repetition": repetition(made.frames, trained),
+            "loop": loop(made.frames, trained),
             "attended": made.attended,
             "torch": torch.__version__,
         }
@@ -112,6 +117,25 @@ def repetition(video: Clip, trained: int) -> float:
     return float(min(differences))
 
 
+def loop(video: Clip, trained: int) -> float:
+    """Return how far the clip's autocorrelation rises again at a distance of half the trained length or more.
+
+    A(d) is the mean correlation of frames d apart, of their differences from the mean frame; the rise is measured from
+    its lowest point before, at most 2. Drawn clips that go one way score 0.2 to 0.6, those that come round above 1.4,
+    wherever they begin. One that stands still counts as 2.
+    """
+    frames = video.reshape(len(video), -1).astype(np.float64)
+    away = frames - frames.mean(0)
+    norms = np.linalg.norm(away, axis=1)
+    if norms.mean() < STILL * np.sqrt(frames.shape[1]):
+        return 2.0
+    unit = away / np.maximum(norms, 1e-12)[:, None]
+    alike = unit @ unit.T
+    curve = np.array([np.diagonal(alike, d).mean() for d in range(len(video) - STRETCH // 2 + 1)])
+    rises = curve - np.minimum.accumulate(curve)
+    return float(max(0.0, rises[trained // 2 :].max(initial=0.0)))
+
+
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: one row per arm, each against the plain arm of its length and steps."""
     return "\n".join(_rows(suite, lines))
@@ -119,20 +143,22 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
     yield (
-        "| arm | clips | frames | score | motion x 1000 | sharpness x 1000 | repetition RMS | against "
-        "| paired difference, points of the score |"
+        "| arm | clips | frames | score | motion x 1000 | sharpness x 1000 | repetition RMS | loop | pairs computed "
+        "| against | paired difference, points of the score | of the loop |"
     )
-    yield "|---" * 9 + "|"
+    yield "|---" * 12 + "|"
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     for arm in suite.arms:
         clips = by_arm[arm.name]
         if not clips:
             continue
-        names = ("frames", "score", "motion", "sharpness", "repetition")
+        names = ("frames", "score", "motion", "sharpness", "repetition", "loop", "attended")
         frames, score, *rest = (float(np.mean([line[name] for line in clips.values()])) for name in names)
         plain = _plain(suite, arm)
         others = by_arm[plain.name] if plain else {}
-        paired = [100 * (clips[clip]["score"] - others[clip]["score"]) for clip in sorted(set(clips) & set(others))]
+        both = sorted(set(clips) & set(others))
+        paired = [100 * (clips[clip]["score"] - others[clip]["score"]) for clip in both]
+        loops = [clips[clip]["loop"] - others[clip]["loop"] for clip in both]
         cells = (
             arm.name,
             len(clips),
@@ -141,8 +167,11 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
             f"{1000 * rest[0]:.2f}",
             f"{1000 * rest[1]:.2f}",
             f"{rest[2]:.3f}",
+            f"{rest[3]:.2f}",
+            f"{rest[4]:.0%}",
             plain.name if plain else "",
             bootstrap(paired) if paired else "",
+            bootstrap(loops) if loops else "",
         )
         yield f"| {' | '.join(map(str, cells))} |"
 

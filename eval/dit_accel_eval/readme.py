@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/quality.md from adapters and results: `python -m dit_accel_eval.readme`."""
+"""Writes the tables of README.md and docs/ from adapters and results: `python -m dit_accel_eval.readme`."""
 
 import argparse
 import re
@@ -14,6 +14,7 @@ from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
 from .guided import table as guided_table
+from .larger import table as larger_table
 from .longer import table as longer_table
 from .results import read_lines
 from .suite import read_suite
@@ -31,14 +32,11 @@ PAGES = {
         "caches-wan-tiny",
         "caches-flux-tiny",
         "dropped-mass",
-        "longer-wan-tiny",
         "time",
     ),
+    "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
-
-JUDGED: dict[str, Callable[..., str]] = {"guided": guided_table, "longer": longer_table}
-"""Module of a suite whose clips are judged by themselves -> its table."""
 
 
 def filled(root: Path, page: str) -> str:
@@ -125,13 +123,16 @@ def _time(root: Path) -> str:
     return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
 
 
-def _judged(root: Path, module: str, name: str) -> str:
+def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> str:
     path = Path(f"eval/suites/{name}.toml")
     command, lines = f"python -m dit_accel_eval.{module} {path}", read_lines(root / f"eval/results/{name}.jsonl")
     suite = read_suite(root / path)
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
-    return f"`{command}`: {suite.model}, held-out clips; 95 % intervals.\n\n{JUDGED[module](suite, lines)}"
+    seeds, steps = sorted({line["clip"] for line in lines}), {arm.num_inference_steps for arm in suite.arms}
+    told = f", {min(steps)} UniPC steps" if len(steps) == 1 else ""
+    head = f"`{command}`: {suite.model}, held-out prompts and seeds {seeds[0]} to {seeds[-1]}{told}"
+    return f"{head}; 95 % intervals.\n\n{write(suite, lines)}"
 
 
 def _mass(root: Path) -> str:
@@ -145,8 +146,9 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "speed": _speed,
     "time": _time,
     "dropped-mass": _mass,
-    "guidance-wan-tiny": partial(_judged, module="guided", name="guidance-wan-tiny"),
-    "longer-wan-tiny": partial(_judged, module="longer", name="longer-wan-tiny"),
+    "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
+    "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
+    "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),
 }
 
 

@@ -18,12 +18,12 @@ OPTIONS = {
 }
 """Method -> the options that it alone takes."""
 
-TUNABLE = ("heads", "lite", "magcache", "profile", "teacache")
+TUNABLE = ("heads", "lite", "magcache", "period", "profile", "teacache")
 
 
 def tune_method(
     method: Annotated[
-        str, typer.Argument(help="What to tune: heads, lite, magcache, profile or teacache.", metavar="METHOD")
+        str, typer.Argument(help="What to tune: heads, lite, magcache, period, profile or teacache.", metavar="METHOD")
     ],
     prompt: Annotated[
         list[str] | None,
@@ -91,9 +91,11 @@ def tune_method(
     attention call. magcache: how the size of what is stored changes from
     step to step. heads: which attention heads to perturb for SoftPAG, by
     greedy rounds with an objective. teacache: the polynomial from the change
-    of the first block's input to that of the output. profile: which blocks
-    profilingcache may cache, with a heat map and the masks beside the file. A
-    run that was stopped goes on after the last whole prompt.
+    of the first block's input to that of the output. period: whether attention
+    over frames repeats, for UltraViCo, with a picture beside the file.
+    profile: which blocks profilingcache may cache, with a heat map and the
+    masks beside the file. A run that was stopped goes on after the last whole
+    prompt.
 
     Examples:
 
@@ -182,12 +184,19 @@ def _teacache(*arguments: Any, **options: Any) -> Any:
     return tune_teacache(*arguments, **options)
 
 
+def _period(*arguments: Any, **options: Any) -> Any:
+    from .tune_period import tune_period
+
+    return tune_period(*arguments, **options)
+
+
 TUNERS: dict[str, Callable[..., Any]] = {
-    "heads": _heads, "lite": _lite, "magcache": _magcache, "profile": _profile, "teacache": _teacache,
+    "heads": _heads, "lite": _lite, "magcache": _magcache, "period": _period,
+    "profile": _profile, "teacache": _teacache,
 }  # fmt: skip
 """Method -> what tunes it, loaded when it is asked for."""
 
-USUAL_PROMPTS = {"heads": 4, "lite": 2, "magcache": 4, "profile": 4, "teacache": 4}
+USUAL_PROMPTS = {"heads": 4, "lite": 2, "magcache": 4, "period": 2, "profile": 4, "teacache": 4}
 
 
 def _prompts(method: str, prompt: list[str] | None, prompt_file: Path | None, model: str | None) -> tuple[str, ...]:

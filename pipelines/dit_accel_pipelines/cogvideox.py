@@ -91,6 +91,7 @@ COGVIDEOX = Adapter(
         form="pairs",
         axes=eighths,
         max_positions=cogvideox_lengths,
+        fitted=("height", "width"),
         absent=lambda config: (
             None
             if config.get("use_rotary_positional_embeddings")

@@ -66,7 +66,7 @@ COGVIEW = Adapter(
         absent=lambda config: (
             None if "rope_axes_dim" in config else "CogView3+ adds sinusoidal positions to the patches"
         ),
-        note="positions are scaled to the trained grid, so they never leave it",
+        fitted=("height", "width"),
     ),
     families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
     refused=IMAGE_REFUSED,

@@ -16,6 +16,9 @@ from dit_accel.adapters.sizes import Sizes, read_sizes
 from .perturbation import with_perturbation
 from .step_caches import with_step_caches
 
+# UltraImage, arXiv 2512.04504, at 3600 x 3600 pixels: its final settings and the turn of its code.
+ULTRAIMAGE_FLUX = {"indices": (9,), "turn": 0.85, "focus_min": 1.1, "focus_max": 1.3}
+
 FLUX_DEV = Family(
     name="flux.1-dev",
     repo="black-forest-labs/FLUX.1-dev",
@@ -31,6 +34,9 @@ FLUX_DEV = Family(
     num_frames=1,
     num_inference_steps=28,
     forwards_per_step=1,  # guidance is distilled into the model
+    trained_size=(128, 128),  # up to 2048 x 2048 pixels
+    beyond=("tiled_vae", "pinned_shift"),
+    recipes={"ultraimage": ULTRAIMAGE_FLUX},
 )
 FLUX_SCHNELL = replace(
     FLUX_DEV, name="flux.1-schnell", repo="black-forest-labs/FLUX.1-schnell", text_tokens=256, num_inference_steps=4
@@ -50,6 +56,8 @@ FLUX_TINY = replace(
     width=96,
     num_inference_steps=20,
     forwards_per_step=2,
+    trained_size=(12, 12),
+    beyond=(),
     recipes={"sol": {"block_size": 16}},
 )
 FLUX_KONTEXT = replace(FLUX_DEV, name="flux.1-kontext-dev", repo="black-forest-labs/FLUX.1-Kontext-dev")

@@ -15,6 +15,7 @@ from dit_accel.files import json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 
 from .generation import Generation
+from .larger import prepare_larger
 from .loading import compile_blocks, load_pipeline
 from .media import Frames, to_uint8, upscale, write_media
 from .pipeline_call import PipelineCall
@@ -48,7 +49,7 @@ def generate(request: Request, *, stages: Stages | None = None, command: Sequenc
         DitAccelError: for a request that can't be met; nothing is written then.
     """
     stages = stages or Stages(quiet=True)
-    request, _, notes = settle(request)
+    request, family, notes = settle(request)
     for text in notes:
         stages.note(text)
     pictures = read_pictures(request)
@@ -56,6 +57,8 @@ def generate(request: Request, *, stages: Stages | None = None, command: Sequenc
     started = time.perf_counter()
     pipe = load_pipeline(request)
     loading = time.perf_counter() - started
+    for text in prepare_larger(pipe, request, family):
+        stages.note(text)
     request = _resolved(request, pipe)
     written = []
     with attached(pipe, request.methods, request.backend) as attachment:

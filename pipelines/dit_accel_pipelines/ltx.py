@@ -82,6 +82,7 @@ LTX = Adapter(
         owner="rope",
         form="theta of all axes",
         axes=fractions,
+        kinds=("none", "pi"),
         note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by "
         "one number; none of them has a period in frames",
     ),

@@ -46,6 +46,7 @@ LTX2 = Adapter(
         owner="rope",
         form="theta of all axes",
         axes=fractions,
+        kinds=("none", "pi"),
         note="as LTX; sound, and attention between video and sound, keep their own positions",
     ),
     families=with_perturbation(LTX2_19B),

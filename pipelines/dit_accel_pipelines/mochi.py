@@ -53,6 +53,8 @@ MOCHI = Adapter(
         owner="rope",
         form="learned",
         axes=learned,
+        kinds=("none", "pi", "yarn"),
+        fitted=("height", "width"),
         note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
     families=with_perturbation(*with_step_caches(MOCHI_1)),

@@ -53,6 +53,7 @@ HUNYUAN_DIT = replace(
         input="image_rotary_emb",
         form="pairs",
         axes=lambda config: even(("width", "height"), config["attention_head_dim"] // 2),
+        fitted=("height", "width"),
     ),
     families=(),
 )

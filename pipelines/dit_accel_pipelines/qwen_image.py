@@ -14,6 +14,9 @@ from dit_accel.adapters.sizes import read_sizes
 
 from .step_caches import with_step_caches
 
+# UltraImage, arXiv 2512.04504, at 4096 x 4096 pixels and more.
+ULTRAIMAGE_QWEN = {"indices": (8, 9), "focus_min": 1.0, "focus_max": 1.3}
+
 QWEN_IMAGE_20B = Family(
     name="qwen-image",
     repo="Qwen/Qwen-Image",
@@ -27,6 +30,9 @@ QWEN_IMAGE_20B = Family(
     height=1328,
     width=1328,
     num_frames=1,
+    trained_size=(83, 83),
+    beyond=("tiled_vae", "pinned_shift"),
+    recipes={"ultraimage": ULTRAIMAGE_QWEN},
 )
 
 

@@ -1,5 +1,6 @@
 """What `generate` is asked for, and every check that can be made before weights are loaded."""
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from dit_accel_kernels import BACKENDS
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.rope import check_lengths
 from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
-from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames
+from dit_accel.estimate.beyond import advice
+from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
 from dit_accel.methods.config import MethodConfig
 
@@ -205,7 +208,7 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
         if frames != request.num_frames:
             notes.append(f"{request.num_frames} frames are rounded to {frames}, as the pipeline does")
         request = dataclasses.replace(request, num_frames=frames)
-    return request, family, notes
+    return request, family, [*notes, *_beyond(files, family, request)]
 
 
 def read_pictures(request: Request) -> dict[str, Any]:
@@ -251,6 +254,23 @@ def check_words(prompt: str, embedded: str) -> None:
         dit_accel_assets.check_prompt(prompt, embedded)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _beyond(files: ModelFiles, family: Family, request: Request) -> list[str]:
+    """Return notes on a size beyond the trained one.
+
+    Raises:
+        ConfigError: for a size beyond the model's tables of positions.
+    """
+    frames = family.num_frames if request.num_frames is None else request.num_frames
+    layout = token_layout(
+        family, height=request.height or family.height, width=request.width or family.width, num_frames=frames
+    )
+    adapter = adapter_for(str(files.transformer.get("_class_name")))
+    lengths = {"frames": layout.frames, "height": layout.height, "width": layout.width}
+    with contextlib.suppress(KeyError):  # a config of an older release may lack what tells the tables' length
+        check_lengths(adapter.name, adapter.rope, files.transformer, lengths)
+    return advice(adapter, family, layout, request.methods)
 
 
 def _family_of(files: ModelFiles, request: Request) -> Family | None:

@@ -133,6 +133,7 @@ WAN_TINY = Family(
     recipes={
         "radial": {**RADIAL_WAN, "decay_factor": 1.0, "block_size": 16, "near": "full"},
         "sol": {"beta": 0.5, "block_size": 16},  # beta 1 costs another 5 dB
+        "lvsa": {"block_size": 64},  # a frame
     },
 )
 # The second embedded model, trained on 17 output frames of a richer world.
@@ -145,7 +146,7 @@ WAN_TINY_2 = replace(
     head_dim=64,
     ffn_dim=512,
     trained_frames=9,
-    recipes={"radial": WAN_TINY.recipes["radial"], "sol": {"block_size": 16}},
+    recipes={"radial": WAN_TINY.recipes["radial"], "sol": {"block_size": 16}, "lvsa": {"block_size": 64}},
 )
 
 

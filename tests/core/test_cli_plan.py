@@ -17,7 +17,7 @@ KEYS = {
     "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "forward_share", "attention_share",
     "attention_flops", "total_flops", "planned_attention_flops", "planned_total_flops", "tile_list_bytes",
     "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods",
-    "uncounted_methods", "computed_blocks",
+    "uncounted_methods", "computed_blocks", "times_trained",
 }  # fmt: skip
 WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
 NAMED = {"softpag": "heads", "pag": "layers"}
@@ -62,7 +62,8 @@ def test_a_dense_plan():
 
 def test_every_method_can_be_planned_alone_and_beside_others():
     together = ["delta", "lite", "radial", "sol", "sparsed", "ultravico"]
-    alone = [[name] for name in methods() if name not in ("delta", "profilingcache")]  # it corrects another; no list
+    left = ("delta", "profilingcache", "ultraimage")  # it corrects another; has no list; is for images
+    alone = [[name] for name in methods() if name not in left]
     for some in [*alone, ["radial", "delta"], ["sparsed", "sol"], together]:
         named = [f"--set={name}.{option}=L8" for name, option in NAMED.items() if name in some]
         found = planned("--family", "wan2.1-1.3b", "--num-frames", "161", *(f"--{name}" for name in some), *named)
@@ -200,3 +201,33 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_longer_clip_is_held_against_the_trained_length():
+    found = planned("--family", "wan2.1-1.3b", "--num-frames", "321", "--lvsa")
+    assert found["times_trained"] > found["predicted_speedup"] > 1
+    assert 0 < found["density"] < 0.3
+    assert planned("--family", "wan2.1-1.3b", "--num-frames", "81")["times_trained"] == 1.0
+    shown = run("--family", "wan2.1-1.3b", "--num-frames", "321", "--lvsa")
+    text = " ".join(shown.stdout.split())
+    assert "3.86 times the trained 21" in text
+    times, speedup = found["times_trained"], found["predicted_speedup"]
+    assert f"{times:.2f} times that of the trained size, dense, {times / speedup:.2f} with the methods" in text
+    assert "beyond which" not in shown.stderr
+    alone = " ".join(run("--family", "wan2.1-1.3b", "--num-frames", "321").stderr.split())
+    assert "81 latent frames are 3.86 times the 21 that wan2.1-1.3b was trained on, beyond which clips repeat" in alone
+    assert "attach --rope or --lvsa or --ultravico" in alone
+    radial = run("--family", "wan2.1-1.3b", "--num-frames", "321", "--radial")
+    assert "beyond which" in " ".join(radial.stderr.split())
+
+
+def test_a_larger_picture_is_held_against_the_trained_size():
+    flux = " ".join(run("--family", "flux.1-dev", "--height", "4096", "--width", "4096").stderr.split())
+    assert "256 rows of tokens are 2.00 times the 128 that flux.1-dev was trained on, beyond which pictures" in flux
+    assert "attach --rope or --ultraimage" in flux
+    assert "columns" not in flux
+    wide = " ".join(run("--family", "flux.1-dev", "--width", "4096").stderr.split())
+    assert "256 columns of tokens" in wide
+    served = run("--family", "flux.1-dev", "--height", "4096", "--width", "4096", "--ultraimage")
+    assert "beyond which" not in served.stderr
+    assert "256 x 256 tokens, trained on 128 x 128; positions corrected" in " ".join(served.stderr.split())

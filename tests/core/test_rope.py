@@ -28,7 +28,7 @@ def test_frequencies_fall_from_one_by_equal_ratios():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("yran", 16, 256.0), r"are of kind none, got kind='yran'; use one of them"),
+        (("yran", 16, 256.0), r"have no kind 'yran'; did you mean 'yarn'\?"),
         (("none", 15, 256.0), r"come in pairs, got dim=15; give an even number from 2 on"),
         (("none", 0, 256.0), r"come in pairs, got dim=0"),
         (("none", 16, 1.0), r"must be above 1, got theta=1.0; give the model's own"),

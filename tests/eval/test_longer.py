@@ -8,7 +8,7 @@ from dit_accel_assets.clips import clip_of, draw
 from dit_accel_eval import longer
 from dit_accel_eval.counting import Counts
 from dit_accel_eval.embedded import Run
-from dit_accel_eval.longer import main, motion, repetition, sharpness, table
+from dit_accel_eval.longer import loop, main, motion, repetition, sharpness, table
 from dit_accel_eval.suite import read_suite
 
 
@@ -29,6 +29,15 @@ def test_repetition_finds_the_opening_again():
     assert repetition(np.concatenate([clip, clip]), 33) == 0
     assert repetition(clip, 33) > 0.02
     assert repetition(np.repeat(clip[:1], 40, 0), 33) == 0
+
+
+def test_a_loop_is_told_from_a_way_and_from_standing_still():
+    for seed in range(6):
+        clip = drawn(seed, frames=65)  # one way, across the whole clip
+        assert loop(clip, 17) < 0.6
+        assert loop(np.concatenate([clip[30:47]] * 4), 17) > 1.4
+        assert loop(np.roll(np.concatenate([clip[::2]] * 2), 5, axis=0), 17) > 1.4  # whatever its opening frames
+    assert loop(np.repeat(clip[:1], 40, 0), 17) == 2.0
 
 
 class FakeModel:

@@ -12,12 +12,14 @@ from dit_accel_pipelines.wan import WAN
 
 from dit_accel import ConfigError, DeltaAttention, SparseD
 from dit_accel.adapters.model_files import read_model_files
+from dit_accel.adapters.rope import Rope
 from dit_accel.cli.method_options import select_methods
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.sizes import rounded_frames, token_layout
 from dit_accel.methods.registry import methods
 
 THINNING = {"radial", "sol", "sparsed", "delta"}  # delta beside sparsed
+LONGER = {"ultravico", "lvsa", "rope", "ultraimage"}
 STATIC = {"magcache", "staticcache"}
 CALIBRATED = {"magcache", "teacache"}
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines/recipes").glob("*.toml"))
@@ -61,6 +63,17 @@ def test_embedded_models_are_their_families(name):
     )  # fmt: skip
 
 
+def refusal(adapter, family, name: str) -> str | None:
+    """Why a method on positions can't be planned with its defaults, or None."""
+    rope = adapter.rope
+    if name == "rope" and not isinstance(rope, Rope):
+        return "rope changes rotary positions, and .* has none to change"
+    if isinstance(rope, Rope) and rope.kinds is not None:
+        return "kind '(riflex|ultraimage)' make no sense on|needs the size"
+    known = family.trained if name == "rope" else family.trained_size
+    return None if known else f"{name} needs the size "
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_consistent(name):
     adapter, family = FAMILIES[name]
@@ -71,8 +84,12 @@ def test_every_family_is_consistent(name):
     for name, config_type in methods().items():
         if name in adapter.refused:
             continue
-        if name == "ultravico" and family.trained_frames is None:
-            with pytest.raises(ConfigError, match=f"ultravico needs the length .*, which {family.name} does not tell"):
+        if name in ("ultravico", "lvsa") and family.trained_frames is None:
+            with pytest.raises(ConfigError, match=f"{name} needs the length .*, which {family.name} does not tell"):
+                estimate(adapter, family, methods=[config_type()])
+            continue
+        if name in ("rope", "ultraimage") and (why := refusal(adapter, family, name)):
+            with pytest.raises(ConfigError, match=why):
                 estimate(adapter, family, methods=[config_type()])
             continue
         if name in CALIBRATED and name not in family.recipes:
@@ -84,7 +101,9 @@ def test_every_family_is_consistent(name):
         saving = found.savings[name]
         assert 0 < found.pair_density <= 1
         assert (found.pair_density < 1) == (name in THINNING)
-        assert saving.counted == (name in THINNING | STATIC | {"ultravico"})  # whose decay saves nothing, as is known
+        assert saving.counted == (
+            name in THINNING | STATIC | LONGER
+        )  # which save nothing at the trained size, as is known
         assert (saving.forwards > 0) == (name in STATIC)
         assert (saving.exact_rows > 0) == (name == "delta")
     if "delta" not in adapter.refused:
@@ -101,7 +120,8 @@ def test_names_are_unique():
 def test_recipes_can_be_planned(path):
     methods = select_methods([], path, [])
     assert methods
-    found = estimate(*FAMILIES["wan2.1-14b"], methods=methods)
+    family = "hunyuan-video" if path.stem.startswith("hunyuan") else "wan2.1-14b"
+    found = estimate(*FAMILIES[family], methods=methods, num_frames=161)  # some are for longer clips alone
     assert found.speedup > 1
 
 

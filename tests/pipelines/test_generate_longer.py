@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from dit_accel_pipelines.request import Request, settle
 from typer.testing import CliRunner
 
+from dit_accel import ConfigError
 from dit_accel.cli.app import app
+from dit_accel.cli.method_options import select_methods
 
 SMALL = ["--num-inference-steps", "1", "--height", "32", "--width", "32", "--seed", "3"]
 
@@ -27,3 +30,56 @@ def test_clips_longer_than_trained_decay_and_the_report_says_so(tmp_path: Path, 
     assert said in " ".join(result.stderr.split())
     record = json.loads((tmp_path / "a.mp4.json").read_text())
     assert "trained_frames" in json.dumps(record)
+
+
+def notes(tmp_path, *flags: str, **options):
+    methods = tuple(select_methods(flags, None, ()))
+    request = Request(prompts=("a red circle",), output=tmp_path / "a.mp4", methods=methods, **options)
+    return settle(request)[2]
+
+
+def test_sizes_beyond_the_trained_one_are_told(tmp_path: Path):
+    (said,) = notes(tmp_path, num_frames=67)
+    assert said == (
+        "34 latent frames are 2.00 times the 17 that wan-tiny was trained on, beyond which clips repeat themselves or "
+        "fall apart; attach --rope or --lvsa or --ultravico"
+    )
+    assert len(notes(tmp_path, "radial", num_frames=67)) == 1
+    for flag in ("rope", "lvsa", "ultravico"):
+        assert not notes(tmp_path, flag, num_frames=67)
+    assert not notes(tmp_path, num_frames=33)
+    (large,) = notes(tmp_path, model="flux-tiny", height=144, width=144)
+    assert large.startswith("18 rows of tokens are 1.50 times the 12 that flux-tiny was trained on, beyond which pict")
+    assert large.endswith("attach --rope or --ultraimage")
+    assert not notes(tmp_path, "ultraimage", model="flux-tiny", height=144, width=144)
+
+
+def test_lengths_beyond_the_tables_are_refused(tmp_path: Path):
+    assert notes(tmp_path, num_frames=511)
+    with pytest.raises(ConfigError, match=r"wan has rotary positions for 256 tokens along frames, got 257; make the"):
+        notes(tmp_path, num_frames=513)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rope", "--set", "rope.kind=riflex"], "rope, kind riflex: 19 tokens along frames, trained on 17"),
+        (["--lvsa", "--set", "lvsa.window=2"], "lvsa: 19 latent frames, trained on 17; each sees 5 around it"),
+    ],
+)
+def test_the_switches_of_longer_clips(tmp_path: Path, flags, said):
+    out = tmp_path / "a.mp4"
+    arguments = ["generate", "a red circle moving right", *SMALL, "--num-frames", "37", *flags, "-o", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert said in " ".join(result.stderr.split())
+    assert "beyond which" not in result.stderr
+
+
+def test_the_switch_of_larger_pictures(tmp_path: Path):
+    size = ["--height", "112", "--width", "128", "--num-inference-steps", "2"]
+    model = ["--model", "flux-tiny", "--ultraimage", "-o", str(tmp_path / "a.png")]
+    result = CliRunner().invoke(app, ["generate", "a red circle", *size, *model])
+    assert result.exit_code == 0, result.stderr
+    assert "ultraimage: 14 x 16 tokens, trained on 12 x 12; positions corrected" in " ".join(result.stderr.split())
+    assert "heads as measured in the first step" in result.stderr

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists
+from dit_accel_kernels import TileLists
 from torch import Tensor
 
 from ...errors import ConfigError
@@ -20,7 +20,7 @@ from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import Order
+from ...plan.tiling import Order, visual_lists
 from ...rules.radial import RadialRule, kept_tiles
 from ..base import Phase
 from ..saving import Saving, TileSaving
@@ -180,18 +180,7 @@ def _refuse_one_frame(layout: TokenLayout) -> None:
 @lru_cache(maxsize=16)
 def _tiles(rule: RadialRule, rest: str, layout: TokenLayout, device: str) -> TileLists:
     kept = kept_tiles(rule, layout.frames, layout.height, layout.width)
-    count = -(-layout.tokens // rule.block_size)
-    states = np.full((count, count), EXACT, np.uint8)
-    states[: len(kept), : len(kept)] = np.where(kept, EXACT, POOLED if rest == "pooled" else SKIPPED)
-    if layout.tokens > layout.visual_tokens:
-        text = layout.visual_tokens // rule.block_size
-        states[text:] = EXACT
-        states[:, text:] = EXACT
-    size, tokens = rule.block_size, layout.tokens
-    # Lists made in inference mode could not serve a training run later.
-    with torch.inference_mode(False):
-        lists = TileLists.from_states(torch.from_numpy(states), block_q=size, block_k=size, num_q=tokens, num_k=tokens)
-        return lists.to(device)
+    return visual_lists(kept, rest == "pooled", layout, rule.block_size, device)
 
 
 class RadialHandler(SparseHandler):

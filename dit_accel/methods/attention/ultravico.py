@@ -244,6 +244,7 @@ class UltraViCoHandler(AttentionHandler):
     config_type = UltraViCo
     phase = Phase.TRANSFORMS
     exclusive = frozenset({"frame decay", "rule for single rows"})
+    extends = frozenset({"frames"})
     settings: UltraViCoSettings
 
     def __init__(self, config: UltraViCo, model: Model) -> None:

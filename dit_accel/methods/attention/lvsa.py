@@ -1,0 +1,170 @@
+"""LVSA: sparse self-attention for clips longer than trained, over a window and anchor frames that move step by step.
+
+Source: LVSA (arXiv 2605.31057); the rule is the released code's, see `dit_accel.rules.lvsa`. Where we depart from it:
+any tile size, where a tile is exact if any two of its frames see each other; text is exact; the rest may be pooled; it
+stands in one attention call with decay (`UltraViCo`) and with other lists and selections.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from dit_accel_kernels import TileLists
+
+from ...errors import ConfigError
+from ...plan.call import Call
+from ...plan.context import CallContext
+from ...plan.layout import TokenLayout
+from ...plan.plan import AttentionPlan
+from ...plan.tiling import visual_lists
+from ...rules.lvsa import AnchorRule
+from ..base import Model, Phase
+from ..saving import Saving, TileSaving
+from .sparse import SparseConfig, SparseHandler, SparseSettings
+
+DEFAULTS: Mapping[str, Any] = {"block_size": 128, "dense_steps": 0, "dense_last_steps": 0, "dense_layers": 0}
+"""What an option is where neither the user nor the model's recipe sets it: as released, sparse from the start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LVSASettings(SparseSettings):
+    """What `LVSA` came to on one model."""
+
+    name: ClassVar[str] = "lvsa"
+
+    window: int
+    first: int
+    rotate: bool
+    rest: Literal["skip", "pooled"]
+    trained_frames: int
+
+    @property
+    def rule(self) -> AnchorRule:
+        """What decides which frames see which."""
+        return AnchorRule(trained_frames=self.trained_frames, window=self.window, first=self.first)
+
+    def offsets(self, layout: TokenLayout) -> range:
+        """Return the anchors' offsets that steps have in turn."""
+        return range(self.rule.stride(layout.frames) if self.rotate else 1)
+
+    def kept(self, layout: TokenLayout, offset: int) -> np.ndarray:
+        """Return which visual tiles are exact, bool [N, N]: those in which any two frames see each other."""
+        size, tokens = self.block_size, layout.visual_tokens
+        holds = np.zeros((self.tiling.tiles(tokens), layout.frames), np.float32)
+        token = np.arange(tokens)
+        holds[token // size, token // layout.tokens_per_frame] = 1
+        return holds @ self.rule.visible(layout.frames, offset).astype(np.float32) @ holds.T > 0
+
+    def tiles(self, layout: TokenLayout, step: int, device: torch.device | str = "cpu") -> TileLists:
+        """Return the tile lists of a step, shared by all heads; the same object for the same arguments."""
+        offsets = self.offsets(layout)
+        return _tiles(self, layout, offsets[step % len(offsets)], str(torch.device(device)))
+
+    def remark(self, layout: TokenLayout) -> str:
+        """Return in words what happens to a clip of a layout."""
+        stride, length = self.rule.stride(layout.frames), f"{layout.frames} latent frames"
+        if stride == 1:
+            return f"lvsa leaves nothing out: {length}, trained on {self.trained_frames}"
+        turns = f"moving by one a step, {stride} steps a round" if self.rotate else "at the same places in every step"
+        return (
+            f"lvsa: {length}, trained on {self.trained_frames}; each sees {2 * self.window + 1} around it, the first "
+            f"{self.first} and every {stride}th, {turns}; {self.rule.density(layout.frames):.1%} of the frame pairs"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LVSA(SparseConfig):
+    """Sparse attention for clips longer than trained: a window, and anchor frames that move on (arXiv 2605.31057).
+
+    A latent frame sees about as many frames as the trained clips have, whatever the length: the first ones, every n-th
+    (the anchors) and those around it. A clip that is no longer than the trained ones is left as it is. For
+    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`; tiles of a whole frame leave out most.
+
+    Attributes:
+        window: latent frames to either side that a frame sees.
+        first: first latent frames that every frame sees.
+        rotate: anchors move on by one frame a step, so that every two frames meet in some step.
+        rest: ``skip`` leaves the other tiles out, ``pooled`` lets each enter as one key, its tokens' mean.
+        trained_frames: latent frames of the clips that the model was trained on; unset: the released model's.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    name: ClassVar[str] = "lvsa"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    settings_type: ClassVar[type[SparseSettings]] = LVSASettings
+
+    window: int = 4
+    first: int = 1
+    rotate: bool = True
+    rest: Literal["skip", "pooled"] = "skip"
+    trained_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        SparseConfig.__post_init__(self)
+        for name, least in (("window", 0), ("first", 0), ("trained_frames", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"lvsa.{name} must be >= {least}, got {value}; it counts latent frames")
+
+
+@lru_cache(maxsize=64)  # a round of steps is as many lists as the stride
+def _tiles(settings: LVSASettings, layout: TokenLayout, offset: int, device: str) -> TileLists:
+    return visual_lists(settings.kept(layout, offset), settings.rest == "pooled", layout, settings.block_size, device)
+
+
+class LVSAHandler(SparseHandler):
+    """LVSA on one model: the step's lists put into the plan of clips that are long enough."""
+
+    config_type = LVSA
+    phase = Phase.LISTS
+    extends = frozenset({"frames"})
+    settings: LVSASettings
+
+    def __init__(self, config: LVSA, model: Model) -> None:
+        if config.trained_frames is None:
+            trained = model.family.trained_frames if model.family else None
+            if trained is None:
+                name = model.family.name if model.family else f"{model.adapter.name}, with sizes of no released model,"
+                raise ConfigError(
+                    f"lvsa needs the length that the model was trained on, which {name} does not tell; set "
+                    "lvsa.trained_frames to its latent frames"
+                )
+            config = dataclasses.replace(config, trained_frames=trained)
+        super().__init__(config, model)
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Tell how much longer the clip is, and what each frame sees."""
+        return self.settings.remark(layout)
+
+    def applies(self, layout: TokenLayout) -> bool:
+        """Whether the clip is so long that anything is left out."""
+        return self.settings.rule.stride(layout.frames) > 1
+
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        """Put the step's tile lists and token order into the plan."""
+        settings, layout, device = self.settings, context.layout, context.device
+        step = 0 if context.training else context.step_index
+        return plan.with_tiles(settings.tiles(layout, step, device), settings.tiling.token_order(layout, device))
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return the tiles that the lists leave, mean over the anchors' offsets, and the lists' size."""
+        settings, note = self.settings, self.settings.remark(layout)
+        if not self.applies(layout):
+            return Saving(notes=(note,))
+        offsets = settings.offsets(layout)
+        kept = np.mean([settings.kept(layout, offset) for offset in offsets], axis=0)
+        pools = settings.rest == "pooled"
+        entries = len(offsets) * (len(kept) + 1 + (kept.size if pools else round(float(kept.sum()))))
+        tiles = TileSaving(
+            tiles=len(kept),
+            active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
+            keep=lambda share: share * kept,
+            pools=pools,
+        )
+        return Saving(tiles=tiles, list_bytes=4 * entries, notes=(note, *settings.notes()))

@@ -1,0 +1,1 @@
+"""Methods that change positions, for videos longer and pictures larger than a model was trained on."""

@@ -1,0 +1,127 @@
+"""RoPE: rotary frequencies for videos longer and pictures larger than the model was trained on.
+
+Sources: RIFLEx (arXiv 2502.15894), UltraImage's correction (2512.04504), NTK and YaRN (2309.00071), position
+interpolation (2306.15595). Where we depart from them: each axis by its own length, never text; any size, model and
+number of sizes in a row; the frequency that repeats is found by rule (`dit_accel.rules.rope`); no temperature.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ...adapters.rope import VISUAL_AXES
+from ...errors import ConfigError, did_you_mean
+from ...plan.layout import TokenLayout
+from ...rules.rope import KINDS, check_kind, edited
+from ..base import Handler, Model, Phase, Place
+from ..config import MethodConfig
+from ..saving import Saving
+from ..site import Site
+from .placing import Placing, lengths_of, require_kind, trained_lengths
+
+Kind = Literal["none", "pi", "ntk", "yarn", "riflex", "ultraimage"]
+
+
+def check_axes(method: str, axes: tuple[str, ...] | None) -> None:
+    """Check the names of axes.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest, or none.
+    """
+    if axes is not None and not axes:
+        raise ConfigError(f"{method}.axes names no axis; leave it out for all of {', '.join(VISUAL_AXES)}")
+    for axis in axes or ():
+        if axis not in VISUAL_AXES:
+            raise ConfigError(f"{method}.axes: no positions lie along {axis!r}; {did_you_mean(axis, VISUAL_AXES)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoPE(MethodConfig):
+    """Lower rotary frequencies for sizes beyond the trained one (RIFLEx, NTK, YaRN, PI, UltraImage's correction).
+
+    Attributes:
+        kind: ``riflex`` slows down the one frequency that makes a clip repeat itself; ``ultraimage`` one after the
+            other; ``ntk`` falls from none at the fastest to s at the slowest, s = wanted / trained length; ``yarn`` by
+            how often each turns; ``pi`` all by s; ``none`` leaves all as they are.
+        axes: of frames, height and width; unset: all whose trained length is known. What is no longer than trained
+            stays as it is.
+        factor: s, for fine-tuned models that want one whatever the length; unset: the output's own.
+        period: of ``riflex``: the period, in tokens, after which the model repeats; unset: the smallest that is at
+            least 0.9 times the trained length.
+        turn: of ``riflex`` and ``ultraimage``: turns that a changed frequency makes over the wanted length, in (0, 1];
+            unset: 0.9, as RIFLEx' code, and 1.
+        indices: of ``ultraimage``: the frequencies that change, 0 the fastest; unset: found by their periods.
+        trained_frames: token frames that the model was trained on; unset: the released model's.
+        trained_height: the same of token rows.
+        trained_width: the same of token columns.
+
+    Raises:
+        ConfigError: for an option out of range, or one that the kind does not take.
+    """
+
+    name: ClassVar[str] = "rope"
+
+    kind: Kind = "riflex"
+    axes: tuple[str, ...] | None = None
+    factor: float | None = None
+    period: float | None = None
+    turn: float | None = None
+    indices: tuple[int, ...] | None = None
+    trained_frames: int | None = None
+    trained_height: int | None = None
+    trained_width: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kind, str) and self.kind not in KINDS:
+            raise ConfigError(f"rope.kind: there is no {self.kind!r}; {did_you_mean(self.kind, KINDS)}")
+        MethodConfig.__post_init__(self)
+        check_axes(self.name, self.axes)
+        check_kind(self.kind, period=self.period, turn=self.turn, indices=self.indices)
+        if self.factor is not None and not self.factor >= 1:
+            raise ConfigError(f"rope.factor must be 1 or more, got {self.factor}; 2 is twice the trained length")
+        for axis in VISUAL_AXES:
+            tokens = getattr(self, f"trained_{axis}")
+            if tokens is not None and tokens < 1:
+                raise ConfigError(f"rope.trained_{axis} must be >= 1, got {tokens}; it counts tokens")
+
+
+class RoPEHandler(Handler):
+    """RoPE on one model: its frequencies, as the size of each forward wants them."""
+
+    config_type = RoPE
+    phase = Phase.POSITIONS
+    places = frozenset({Place.POSITIONS, Place.FORWARD})
+    exclusive = frozenset({"rotary frequencies"})
+    extends = frozenset(VISUAL_AXES)
+    settings: RoPE
+
+    def __init__(self, config: RoPE, model: Model) -> None:
+        super().__init__(config, model)
+        require_kind(model, config.kind)
+        given = {axis: getattr(config, f"trained_{axis}") for axis in VISUAL_AXES}
+        self._trained = trained_lengths(config.name, given, model.family)
+
+    def install(self, site: Site) -> None:
+        """Let the transformer's positions follow the size of each forward."""
+        Placing(site, self.settings.axes or (), self._trained, self._edit, self.settings.factor)
+
+    def _edit(self, own: Any, trained: float, length: float) -> Any:
+        config = self.settings
+        return edited(
+            config.kind, own, trained=trained, length=length, period=config.period, turn=config.turn,
+            indices=config.indices,
+        )  # fmt: skip
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Tell how much longer the output is than trained."""
+        config = self.settings
+        parts = [
+            f"{tokens} tokens along {axis}, trained on {self._trained[axis]}"
+            for axis, tokens in lengths_of(layout).items()
+            if axis in self._trained and (config.axes is None or axis in config.axes)
+        ]
+        fixed = "" if config.factor is None else f" for {config.factor:g} times the trained length"
+        return f"rope, kind {config.kind}{fixed}: {', '.join(parts)}"
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return that other positions save nothing, and what they are for."""
+        return Saving(notes=(f"{self.check_layout(layout)}; positions save no work and are counted as none",))

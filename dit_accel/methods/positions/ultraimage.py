@@ -1,0 +1,257 @@
+"""UltraImage: pictures larger than the model was trained on, by corrected positions and more concentrated heads.
+
+Source: UltraImage (arXiv 2512.04504). Where we depart from it: heads are measured inside the run's first step, which
+stays as it is, not in two steps before it; by the entropy over tokens of some rows, not over tiles of 128 x 128 (whose
+constants do not carry over), between the extremes that are measured; what is kept is one number a head. The factor goes
+onto the queries, so that attention stays the one that the user set in diffusers. Which frequencies are corrected is
+found by `dit_accel.rules.rope`, or published for the model. The paper's guided mode (a small picture leads a large one)
+and view mode (a small picture inside a large one) are not here: both change the pipeline, not the transformer.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...plan.call import Call
+from ...plan.context import CallContext, StepContext
+from ...plan.layout import TokenLayout
+from ...plan.plan import AttentionPlan
+from ...report.sections import Section
+from ...rules.rope import check_kind, edited
+from ..base import AttentionHandler, Handler, Model, Phase, Place
+from ..config import MethodConfig
+from ..saving import Saving
+from ..site import Site
+from .entropy import focus, token_entropy
+from .placing import Placing, lengths_of, require_kind, trained_lengths
+
+AXES = ("height", "width")
+
+DEFAULTS: Mapping[str, Any] = {"focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None}
+"""What an option is where neither the user nor the model's recipe sets it: the paper's."""
+
+Calls = tuple[str, str, int, int]
+"""(transformer, branch, row, batch): the calls whose heads are compared with each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UltraImage(MethodConfig):
+    """Pictures larger than trained: corrected positions, and heads that concentrate by their entropy (2512.04504).
+
+    The frequency along height and along width that would repeat the picture is slowed down, and the logits of each head
+    are multiplied by a factor that is the larger, the more local the head is in the first step. A picture that is no
+    larger than trained is left as it is. An option left unset takes the recipe of the model's family. The paper's
+    guided and view modes are out of scope.
+
+    Attributes:
+        correct: correct the positions; without, heads alone are changed, on models without rotary positions too.
+        focus_min: factor of the head of the highest entropy, at least 1; unset: published, else 1.
+        focus_max: factor of the head of the lowest; unset: published, else 1.3. 1.6 is too sharp on Qwen-Image.
+        power: exponent between them; smaller concentrates more heads. Unset: 2.
+        rows: query rows of the picture that are measured in each call.
+        indices: the frequencies that are corrected, 0 the fastest; unset: published, else found by their periods.
+        turn: turns that a corrected frequency makes over the wanted length, in (0, 1]; unset: published, else 1.
+        trained_height: token rows of the largest pictures that the model was trained on; unset: the released model's.
+        trained_width: the same of token columns.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    name: ClassVar[str] = "ultraimage"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+
+    correct: bool = True
+    focus_min: float | None = None
+    focus_max: float | None = None
+    power: float | None = None
+    rows: int = 256
+    indices: tuple[int, ...] | None = None
+    turn: float | None = None
+    trained_height: int | None = None
+    trained_width: int | None = None
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        for name, least in (("focus_min", 1.0), ("focus_max", 1.0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"ultraimage.{name} must be >= {least:g}, got {value}; 1 leaves a head as it is")
+        if self.power is not None and not self.power > 0:
+            raise ConfigError(f"ultraimage.power must be above 0, got {self.power}; 2 is the paper's")
+        for name in ("rows", "trained_height", "trained_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"ultraimage.{name} must be >= 1, got {value}; it counts tokens")
+        check_kind("ultraimage", turn=self.turn, indices=self.indices)
+        if self.focus_min is not None and self.focus_max is not None:
+            _check_order(self.focus_min, self.focus_max)
+
+
+def _check_order(least: float, most: float) -> None:
+    if least > most:
+        raise ConfigError(
+            f"ultraimage.focus_min must be at most focus_max, since local heads are what must concentrate more, got "
+            f"focus_min = {least:g} and focus_max = {most:g}; 1 and 1.3 are usual"
+        )
+
+
+@dataclass(eq=False)
+class _Heads:
+    """The heads of the calls that are compared: measured in one step, made sharper from the next on."""
+
+    step: int
+    entropy: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    factors: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+
+class UltraImageHandler(AttentionHandler):
+    """UltraImage on one model: positions through the site, factors of heads through the plan."""
+
+    config_type = UltraImage
+    phase = Phase.TRANSFORMS
+    places = frozenset({Place.ATTENTION, Place.FORWARD})
+    extends = frozenset(AXES)
+    settings: UltraImage
+
+    def __init__(self, config: UltraImage, model: Model) -> None:
+        settings = config.filled(model.adapter.recipe(config.name, model.family))
+        _check_order(settings.focus_min, settings.focus_max)
+        super().__init__(settings, model)
+        given = {axis: getattr(config, f"trained_{axis}") for axis in AXES}
+        known = trained_lengths(config.name, given, model.family)
+        missing = [axis for axis in AXES if axis not in known]
+        if missing:
+            raise ConfigError(
+                f"ultraimage needs the size of the pictures that the model was trained on; set ultraimage.trained_"
+                f"{missing[0]} to its tokens"
+            )
+        if config.correct:
+            require_kind(model, "ultraimage")
+        self._trained = {axis: known[axis] for axis in AXES}
+        self._heads: dict[Calls, _Heads] = {}
+        self._told: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._most_bytes = 0
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Refuse another method that changes the positions, unless this one leaves them."""
+        for other in others:
+            if self.settings.correct and "rotary frequencies" in other.exclusive:
+                raise ConfigError(
+                    f"ultraimage and {other.name} both change the rotary frequencies of a forward, which takes only "
+                    "one; attach one of them, or set ultraimage.correct = false"
+                )
+
+    def install(self, site: Site) -> None:
+        """Let the transformer's positions follow the size of each forward, if they are to be corrected."""
+        if not self.settings.correct:
+            return
+        try:
+            Placing(site, AXES, self._trained, self._edit)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; ultraimage.correct = false changes heads alone") from None
+
+    def _edit(self, own: Any, trained: float, length: float) -> Any:
+        settings = self.settings
+        return edited(
+            "ultraimage", own, trained=trained, length=length, turn=settings.turn, indices=settings.indices
+        )  # fmt: skip
+
+    def check_layout(self, layout: TokenLayout) -> str | None:
+        """Tell how much larger the picture is, and what is done about it."""
+        size = f"{layout.height} x {layout.width} tokens"
+        trained = " x ".join(str(self._trained[axis]) for axis in AXES)
+        if not self.applies(layout):
+            return f"ultraimage changes nothing: {size}, trained on {trained}"
+        what = "positions corrected, " if self.settings.correct else ""
+        return (
+            f"ultraimage: {size}, trained on {trained}; {what}heads concentrated by {self.settings.focus_min:g} to "
+            f"{self.settings.focus_max:g} from the second step on"
+        )
+
+    def applies(self, layout: TokenLayout) -> bool:
+        """Whether the picture is larger than the trained ones along any side."""
+        lengths = lengths_of(layout)
+        return any(lengths[axis] > self._trained[axis] for axis in AXES)
+
+    def is_active(self, step: StepContext, depth: int) -> bool:
+        """Active but in training, whose forwards have no step before them in which heads could be measured."""
+        return not step.training
+
+    def needs_step(self, step: StepContext) -> bool:
+        """Whether this branch's heads are still to be measured."""
+        if step.layout is not None and not self.applies(step.layout):
+            return False
+        known = [heads for key, heads in self._heads.items() if key[:2] == (step.transformer, step.branch)]
+        return not known or any(heads.step == step.step_index for heads in known)
+
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        """Measure the heads in the branch's first step; from the next on put their factors into the plan."""
+        key = context.transformer, context.branch, context.row, context.batch
+        heads = self._heads.get(key)
+        if heads is None:
+            heads = self._heads[key] = _Heads(step=context.step_index)
+        if heads.step == context.step_index:
+            rows = _rows(context.layout, self.settings.rows, str(context.device))
+            q = call.q.index_select(2, rows)
+            heads.entropy[context.layer] = token_entropy(q, call.k, scale=call.scale, mask=call.key_mask())
+            return plan
+        if not heads.factors:
+            self._compare(key, heads)
+        factors = heads.factors.get(context.layer)
+        return plan if factors is None else plan.scale(factors)
+
+    def _compare(self, key: Calls, heads: _Heads) -> None:
+        """Set the factors of all heads, by their entropies against those of all layers, each batch row by itself."""
+        entropy = torch.stack(list(heads.entropy.values()))
+        lowest, highest = (f(entropy, dim=(0, 2), keepdim=True) for f in (torch.amin, torch.amax))
+        settings = self.settings
+        factors = focus(entropy, lowest, highest, settings.focus_min or 1, settings.focus_max or 1, settings.power or 1)
+        heads.factors = dict(zip(heads.entropy, factors.float(), strict=True))
+        self._told[key[:2]] = entropy, factors
+        held = [x for one in self._heads.values() for part in (one.entropy, one.factors) for x in part.values()]
+        self._most_bytes = max(self._most_bytes, sum(x.numel() * x.element_size() for x in held))
+
+    def reset(self) -> None:
+        """Forget the heads: another generation has other ones."""
+        self._heads.clear()
+
+    def begin_run(self) -> None:
+        """Forget what the report tells."""
+        self._told.clear()
+
+    def state_bytes(self) -> int:
+        """Return the bytes of entropies and factors: two numbers a head, layer and batch row."""
+        return self._most_bytes
+
+    def report(self) -> Section | None:
+        """Return the range of the entropies and of the factors, by transformer and branch."""
+        if not self._told:
+            return None
+        lines, data = [], {}
+        for (transformer, branch), (entropy, factors) in self._told.items():
+            low, high = float(entropy.min()), float(entropy.max())
+            mean = float(factors.mean())
+            lines.append(f"{transformer}, {branch}: entropy {low:.2f} to {high:.2f}, mean factor {mean:.3f}")
+            data[f"{transformer} {branch}"] = {"entropy": [low, high], "mean_factor": mean}
+        return Section(method=self.name, title="heads as measured in the first step", lines=tuple(lines), data=data)
+
+    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
+        """Return that nothing is saved, and what is done."""
+        sizes = self.model.layers * self.model.heads * 8
+        return Saving(notes=(f"{self.check_layout(layout)}; it saves no work",), carried_bytes=sizes)
+
+
+@lru_cache(maxsize=16)
+def _rows(layout: TokenLayout, count: int, device: str) -> Tensor:
+    """Return the rows that are measured: visual tokens at even distances, int64 [at most ``count`` of them]."""
+    visual = layout.visual_tokens
+    places = torch.linspace(0, visual - 1, min(count, visual), dtype=torch.float64).round().long()
+    with torch.inference_mode(False):  # made in inference mode it could not serve a training run later
+        return (places + layout.text_before).to(device)

@@ -1,0 +1,161 @@
+"""Compares pictures larger than trained: `python -m dit_accel_eval.larger eval/suites/larger-flux-tiny.toml`.
+
+No picture has a reference, so each is judged by itself: objects too many or missing, the judge's score for its prompt
+(whether the ground's texture is the asked one by itself), how much of it comes again at a distance, and sharpness.
+Every picture of every arm is one JSON line; a run that was stopped goes on.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from dit_accel_assets import model_defaults
+from dit_accel_assets.judge import judge
+from dit_accel_assets.world import scene_of
+
+from dit_accel import DitAccelError
+
+from .embedded import EmbeddedModel, settled_call, weights_hash
+from .fidelity import Clip
+from .longer import sharpness
+from .paired import bootstrap
+from .results import Line, append_line, check_lines, latest, read_lines, write_lines
+from .suite import Arm, Suite, read_suite
+
+NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite, or only print the table of what has run; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suite's folder")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
+    options = parser.parse_args(arguments)
+    try:
+        suite = read_suite(options.suite)
+        out = options.out or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
+        if not options.table:
+            torch.set_num_threads(options.threads)
+            run(suite, out)
+        print(table(suite, read_lines(out)))
+    except DitAccelError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(suite: Suite, out: Path) -> None:
+    """Generate what ``out`` does not hold yet, and append one JSON line per picture.
+
+    Raises:
+        ConfigError: if ``out`` holds results of another model or arm.
+    """
+    setting = {"model": suite.model, "weights": weights_hash(suite.model)}
+    lines = read_lines(out)
+    check_lines(out, lines, setting, {arm.name: _about(suite, arm) for arm in suite.arms})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(out, lines)  # without a last line that was cut off
+    done, trained = latest(lines), int(model_defaults(suite.model)["height"])
+    todo = [(clip, arm) for clip in range(suite.clips) for arm in suite.arms if (arm.name, clip) not in done]
+    model = EmbeddedModel(suite.model, suite.call) if todo else None
+    for clip, arm in todo:
+        assert model is not None
+        made = model.run(
+            clip, steps=arm.num_inference_steps, solver=arm.solver, flow_shift=arm.flow_shift, methods=arm.methods,
+            call=arm.call,
+        )  # fmt: skip
+        line: Line = {
+            "arm": arm.name, "clip": clip, "prompt": model.prompt(clip), **setting, **_about(suite, arm),
+            **judged(made.frames, clip, trained), "torch": torch.__version__,
+        }  # fmt: skip
+        append_line(out, line)
+        print(f"picture {clip} {arm.name}: score {line['score']:.0%}", file=sys.stderr)
+
+
+def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
+    """Return what is measured of a picture [1, height, width, 3] for the prompt of a number.
+
+    Args:
+        picture: in [0, 1].
+        number: of the held-out prompt.
+        trained: the trained side in pixels.
+    """
+    scene = scene_of(0, number, height=96, width=96, held_out=True, still=True)
+    verdict = judge(picture, scene)
+    return {
+        "objects_wrong": float(verdict.answers["count"].value),
+        "score": verdict.score,
+        "ground_texture": float(verdict.answers["ground_texture"].passed),
+        "repetition": repetition(picture[0], trained),
+        "sharpness": sharpness(picture),
+    }
+
+
+def repetition(picture: np.ndarray, trained: int) -> float:
+    """Return the highest correlation of a picture [height, width, 3] with itself, half the trained side and more apart.
+
+    Of what differs from the picture's mean colour, over the part in which both lie, at least half of each side; shifts
+    along rows, along columns, and along both alike. 1: all of it comes again.
+    """
+    away = picture.astype(np.float64) - picture.mean((0, 1))
+    height, width, _ = away.shape
+    best = 0.0
+    most = {"down": height - height // 2, "right": width - width // 2}
+    for step in range(trained // 2, max(most.values()) + 1):
+        for down, right in ((step, 0), (0, step), (step, step)):
+            if down > most["down"] or right > most["right"]:
+                continue
+            one, other = away[: height - down, : width - right], away[down:, right:]
+            size = np.sqrt((one**2).sum() * (other**2).sum())
+            best = max(best, float((one * other).sum() / size) if size > 0 else 1.0)
+    return best
+
+
+def _about(suite: Suite, arm: Arm) -> Line:
+    return {**arm.to_dict(), "call": settled_call(suite.model, {**suite.call, **arm.call})}
+
+
+def table(suite: Suite, lines: Sequence[Line]) -> str:
+    """Return the suite's Markdown table: one row per arm, each against the plain arm of its size and steps."""
+    return "\n".join(_rows(suite, lines))
+
+
+def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
+    yield (
+        "| arm | pictures | objects too many or few | score | ground texture right | repetition | sharpness x 1000 "
+        "| against | paired difference of the objects | of the repetition |"
+    )
+    yield "|---" * 10 + "|"
+    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    for arm in suite.arms:
+        clips = by_arm[arm.name]
+        if not clips:
+            continue
+        wrong, score, ground, again, sharp = (float(np.mean([x[name] for x in clips.values()])) for name in NAMES)
+        plain = _plain(suite, arm)
+        others = by_arm[plain.name] if plain else {}
+        both = sorted(set(clips) & set(others))
+        paired = [
+            bootstrap([clips[c][name] - others[c][name] for c in both]) if both else ""
+            for name in ("objects_wrong", "repetition")
+        ]
+        cells = (
+            arm.name, len(clips), f"{wrong:.2f}", f"{score:.0%}", f"{ground:.0%}", f"{again:.3f}",
+            f"{1000 * sharp:.2f}", plain.name if plain else "", *paired,
+        )  # fmt: skip
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _plain(suite: Suite, arm: Arm) -> Arm | None:
+    """Return the arm that differs from another only in having no methods."""
+    plain = {**arm.to_dict(), "methods": {}}
+    return next((other for other in suite.arms if other is not arm and other.to_dict() == plain), None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

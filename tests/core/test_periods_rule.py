@@ -1,0 +1,63 @@
+"""Periodic attention: the published models' spectra, and curves whose make is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_accel.rules.periods import harmonics, spectrum
+from dit_accel.rules.rope import frequencies
+
+HUNYUAN, COGVIDEOX, WAN = ((16, 256.0), 33), ((16, 1e4), 13), ((44, 1e4), 21)
+
+
+def curve_of(own, amplitudes, frames):
+    return 0.3 + np.cos(np.outer(np.arange(frames), own)) @ amplitudes
+
+
+def test_families_of_the_published_models():
+    assert harmonics(frequencies("none", *HUNYUAN[0]), 3) == (0, 1, 2, 3)  # 50.3 and its halves
+    assert harmonics(frequencies("none", *COGVIDEOX[0]), 1) == (0, 1)  # 3.16 counts as 3
+    assert harmonics(frequencies("none", *WAN[0]), 3) == (3,)  # 22.1 alone
+
+
+def test_a_harmonic_model_repeats_and_an_inharmonic_one_does_not():
+    own = frequencies("none", *HUNYUAN[0])
+    found = spectrum(curve_of(own, np.array([0.2, 0.2, 0.3, 0.5, 0.1, 0.1, 0.0, 0.0]), 100), own)
+    assert (found.period, found.gamma) == (pytest.approx(50.27, abs=0.01), 4.0)
+    assert found.share > 0.75
+    cog = frequencies("none", *COGVIDEOX[0])
+    found = spectrum(curve_of(cog, np.array([0.3, 0.5, 0.1, 0.1, 0, 0, 0, 0]), 52), cog)
+    assert (found.period, found.gamma) == (pytest.approx(19.87, abs=0.01), 1.0)
+    wan = frequencies("none", *WAN[0])
+    found = spectrum(curve_of(wan, np.array([0.3, 0.25, 0.25, 0.32, 0.2] + [0.0] * 17), 63), wan)
+    assert found.period is None
+    assert found.gamma is None
+
+
+@given(
+    amplitudes=st.lists(st.floats(0.05, 1), min_size=4, max_size=4), constant=st.floats(-5, 5),
+    frames=st.integers(60, 120),
+)  # fmt: skip
+def test_the_fit_finds_what_a_curve_is_made_of(amplitudes, constant, frames):
+    own = frequencies("none", 16, 256.0)[:4]
+    found = spectrum(constant + curve_of(own, np.array(amplitudes), frames), own)
+    assert np.array(found.amplitudes) == pytest.approx(np.array(amplitudes) / sum(amplitudes), abs=1e-3)
+    assert found.error < 1e-2
+    assert sum(found.amplitudes) == pytest.approx(1)
+
+
+def test_a_constant_curve_has_no_period():
+    found = spectrum(np.full(30, 0.7), frequencies("none", 16, 256.0))
+    assert found.period is None
+    assert set(found.amplitudes) == {0.0}
+
+
+def test_the_maximum_comes_back_only_if_all_are_multiples():
+    """UltraViCo's proposition: a sum of cosines reaches its value at 0 again only at a common period."""
+    for axis, returns in ((HUNYUAN[0], True), (WAN[0], False)):
+        own = frequencies("none", *axis)[:4]
+        period = 2 * np.pi / own[3]
+        distance = np.arange(0.5 * period, 3 * period, 0.01)
+        highest = np.cos(np.outer(distance, own)).sum(1).max()
+        assert (highest > 4 - 1e-3) == returns

@@ -1,0 +1,228 @@
+"""RoPE: its config, what it does to models' positions, where it is refused, and that it leaves no trace."""
+
+import copy
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from dit_accel_pipelines import ADAPTERS
+from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, EasyCache, RoPE, UltraViCo
+from dit_accel.adapters.adapter import Family
+from dit_accel.methods.base import Model
+from dit_accel.methods.positions.placing import KEPT_SIZES
+from dit_accel.methods.positions.rope import RoPEHandler
+from dit_accel.rules.rope import frequencies
+from dit_accel.testing.tiny_models import Case
+
+BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
+EVERY = dict(trained_frames=2, trained_height=2, trained_width=2)
+WAN = RoPE(trained_frames=3)
+
+
+def tiny(name, number=0, **config):
+    model = tiny_models.MODELS[name][number]
+    return Case(BY_NAME[name], dataclasses.replace(model, config={**model.config, **config}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(kind="rilfex"), r"rope\.kind: there is no 'rilfex'; did you mean 'riflex'\?"),
+        (dict(axes=()), r"rope\.axes names no axis; leave it out for all of frames, height, width"),
+        (dict(axes=("frames", "hieght")), r"rope\.axes: no positions lie along 'hieght'; did you mean 'height'\?"),
+        (dict(axes=("text",)), r"rope\.axes: no positions lie along 'text'; known: frames, height, width"),
+        (dict(factor=0.5), r"rope\.factor must be 1 or more, got 0\.5; 2 is twice the trained length"),
+        (dict(kind="pi", period=3.0), r"kind 'pi' take no period, got period=3\.0"),
+        (dict(turn=2.0), r"turn must be above 0 and at most 1, got 2\.0"),
+        (dict(trained_frames=0), r"rope\.trained_frames must be >= 1, got 0; it counts tokens"),
+        (dict(trained_width=1.5), r"rope\.trained_width must be an integer or unset, got 1\.5"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        RoPE(**options)
+
+
+def test_a_model_of_unknown_size_is_asked_for_it():
+    transformer = tiny_transformer()
+    with pytest.raises(ConfigError, match=r"rope needs the size that the model was trained on, which is not known"):
+        dit_accel.attach(transformer, RoPE())
+    with pytest.raises(ConfigError, match=r"the tokens along height that wan was trained on are not known; set tr"):
+        dit_accel.attach(transformer, RoPE(axes=("height",), trained_frames=3))
+    assert dit_accel.attachment_of(transformer) is None
+    assert not [module for module in transformer.modules() if "forward" in vars(module)]
+
+
+def test_a_released_model_tells_its_sizes():
+    family = Family(
+        name="some", repo="", layers=1, heads=2, head_dim=8, ffn_dim=8, patch=(1, 2, 2), vae=(4, 8), height=16,
+        width=16, num_frames=9, trained_frames=3, trained_size=(4, 6),
+    )  # fmt: skip
+    handler = RoPEHandler(RoPE(), Model(adapter=BY_NAME["wan"], family=family, heads=2, layers=1))
+    assert handler._trained == {"frames": 3, "height": 4, "width": 6}
+    given = RoPEHandler(RoPE(trained_frames=5), Model(adapter=BY_NAME["wan"], family=family, heads=2, layers=1))
+    assert given._trained["frames"] == 5
+
+
+def wan_angles(transformer, frames):
+    """Frames' angles of position 1 in the tables that a forward of so many frames reads."""
+    cos, sin = transformer.rope(torch.zeros(1, 12, frames, 4, 4))
+    at = slice(4, 5)  # 2 x 2 tokens a frame
+    return torch.atan2(sin[0, at, 0, :8:2].double(), cos[0, at, 0, :8:2].double()).flatten()
+
+
+@pytest.mark.parametrize("kind", ["pi", "ntk", "yarn", "riflex", "ultraimage"])
+def test_positions_are_those_of_the_rule_at_every_length(kind):
+    transformer, dim = tiny_transformer(rope_max_seq_len=64, attention_head_dim=24), 8
+    own = frequencies("none", dim, 10000.0)
+    assert wan_angles(transformer, 7).numpy() == pytest.approx(own, rel=1e-5)
+    with dit_accel.attach(transformer, RoPE(kind=kind, trained_frames=4)):
+        for frames in (9, 4, 33, 9, 3):
+            denoise(transformer, 1, frames=frames)
+            expected = frequencies(kind, dim, 10000.0, trained=4, length=frames)
+            assert wan_angles(transformer, 7).numpy() == pytest.approx(expected, rel=1e-4)
+            assert (frames <= 4) == bool(np.array_equal(expected, own))
+    assert wan_angles(transformer, 7).numpy() == pytest.approx(own, rel=1e-5)
+
+
+def test_what_is_no_longer_than_trained_is_bit_equal():
+    transformer = tiny_transformer()
+    plain = denoise(transformer, frames=5)
+    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=5)):
+        assert torch.equal(denoise(transformer, frames=5), plain)
+    with dit_accel.attach(transformer, RoPE(kind="none", trained_frames=2)):
+        assert torch.equal(denoise(transformer, frames=5), plain)
+
+
+def test_runs_do_not_meet_and_leave_no_trace():
+    require_runs_do_not_meet(RoPE(kind="ntk", trained_frames=2))
+    transformer = tiny_transformer()
+    sizes = [5, 7, 4, 8, 6, 9]
+    assert len(sizes) > KEPT_SIZES
+    plain = [denoise(transformer, 2, frames=frames) for frames in sizes]
+    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=2)):
+        first = [denoise(transformer, 2, frames=frames) for frames in sizes]
+        again = [denoise(transformer, 2, frames=frames) for frames in sizes]
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, plain))
+    assert all(map(torch.equal, [denoise(transformer, 2, frames=frames) for frames in sizes], plain))
+
+
+def test_a_factor_holds_at_every_length():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=10)):
+        expected = denoise(transformer, 2, frames=5)
+    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=10, factor=2.0)):
+        halved = denoise(transformer, 2, frames=5)
+    assert not torch.equal(halved, expected)
+    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=7, factor=2.0)):
+        assert torch.equal(denoise(transformer, 2, frames=5), halved)
+
+
+def test_axes_change_alone():
+    case = tiny("wan")
+    inputs = case.inputs(1)
+    found = {}
+    for axes in (("frames",), ("height",), ("width",), ("frames", "height", "width"), None):
+        with dit_accel.attach(case.transformer, RoPE(kind="pi", axes=axes, **EVERY)):
+            found[axes] = case.run(inputs)
+    assert torch.equal(found[None], found["frames", "height", "width"])
+    several = list(found.values())[:4]
+    assert not any(torch.equal(a, b) for i, a in enumerate(several) for b in several[:i])
+
+
+def test_copies_and_pickles_of_an_attached_model_are_plain():
+    for name in ("wan", "z-image", "flux", "qwen-image"):
+        case = tiny(name)
+        inputs, run = case.inputs(1), case.run
+        plain = run(inputs)
+        with dit_accel.attach(case.transformer, RoPE(kind="pi", **EVERY)):
+            assert not torch.equal(run(inputs), plain)
+            twin, file = copy.deepcopy(case.transformer), io.BytesIO()
+            torch.save(case.transformer, file)
+        file.seek(0)
+        for other in (twin, torch.load(file, weights_only=False)):
+            assert torch.equal(run(inputs, transformer=_Whole(other)), plain)
+
+
+class _Whole:
+    """A model that has no length, as a pipeline calls it."""
+
+    def __init__(self, model):
+        self.model = model
+        if hasattr(model, "cache_context"):
+            self.cache_context = model.cache_context
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "options", "message"),
+    [
+        ("sd3", 0, {}, r"rope changes rotary positions, and sd3 has none to change: SD3 adds sinusoidal positions"),
+        ("cogvideox", 0, {}, r"cogvideox has no rotary positions .* this one adds sinusoidal .* as CogVideoX-2B does"),
+        ("cogvideox", 1, dict(axes=("height",)), r"cogvideox scales its positions along height to the trained size"),
+        (
+            "cogview",
+            1,
+            {},
+            r"cogview4? scales its positions along height, width to .* leave this",
+        ),
+        (
+            "mochi",
+            0,
+            {},
+            r"kind 'riflex' make no sense on mochi: each head has learned .*; use 'pi' or 'yarn'",
+        ),
+        ("mochi", 0, dict(kind="ntk"), r"kind 'ntk' make no sense on mochi"),
+        ("ltx", 0, {}, r"kind 'riflex' make no sense on ltx: positions are coordinates.*none of them has a period"),
+        ("ltx", 0, dict(kind="yarn"), r"kind 'yarn' make no sense on ltx.*; use 'pi'$"),
+        (
+            "flux",
+            0,
+            dict(axes=("frames",)),
+            r"flux has rotary positions along height, width, not 'frames'; na",
+        ),
+    ],
+)
+def test_honest_limits(name, number, options, message):
+    case = tiny(name, number)
+    with pytest.raises(ConfigError, match=message):
+        dit_accel.attach(case.transformer, RoPE(**{**EVERY, **options}))
+    assert dit_accel.attachment_of(case.transformer) is None
+
+
+def test_tables_have_an_end():
+    transformer = tiny_transformer(rope_max_seq_len=8)
+    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=2)):
+        denoise(transformer, 1, frames=8)
+        with pytest.raises(ConfigError, match=r"wan has rotary positions for 8 tokens along frames, got 9; make"):
+            denoise(transformer, 1, frames=9)
+
+
+def test_methods_beside_it():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, WAN, UltraViCo(trained_frames=3), EasyCache(threshold=0.5)) as attachment:
+        denoise(transformer, 4, frames=7)
+        report = str(attachment.report())
+    assert "rope, kind riflex: 7 tokens along frames, trained on 3" in report
+    with pytest.raises(ConfigError, match="two RoPE configs were given"):
+        dit_accel.attach(transformer, WAN, RoPE(kind="pi", trained_frames=3))
+
+
+def test_compiled_blocks_follow():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=2)):
+        expected = denoise(transformer, 2, frames=5)
+    for block in transformer.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=2)):
+        torch.testing.assert_close(denoise(transformer, 2, frames=5), expected)
+    torch._dynamo.reset()

@@ -1,0 +1,153 @@
+"""The rules of rotary frequencies: published numbers, what each kind does, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_accel import ConfigError
+from dit_accel.rules.rope import KINDS, corrections, dominant, edited, frequencies
+
+HUNYUAN, COGVIDEOX, WAN, FLUX = (16, 256.0), (16, 1e4), (44, 1e4), (56, 1e4)  # channels and base of an axis
+
+lengths = st.floats(1, 4096)
+axes = st.tuples(st.integers(2, 64).map(lambda n: 2 * n), st.floats(2, 1e6))
+bounded_kinds = st.sampled_from([kind for kind in KINDS if kind not in ("riflex", "ultraimage")])
+
+
+def periods(*arguments, **options):
+    return 2 * np.pi / frequencies(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("axis", "trained", "place", "period"),
+    [
+        (HUNYUAN, 33, 3, 50.3),
+        (COGVIDEOX, 13, 1, 19.9),
+        (WAN, 21, 3, 22.1),  # LVSA's
+        (FLUX, 128, 9, 121.3),  # FLUX.1, 2048 pixels
+        (FLUX, 83, 8, 87.3),  # Qwen-Image, 1328 pixels
+    ],
+)
+def test_the_dominant_frequency_is_the_published_one(axis, trained, place, period):
+    own = frequencies("none", *axis)
+    assert dominant(own, trained) == place
+    assert 2 * np.pi / own[place] == pytest.approx(period, abs=0.05)
+
+
+def test_the_nearest_period_would_miss_two_published_ones():
+    for axis, trained in ((HUNYUAN, 33), (COGVIDEOX, 13)):
+        own = frequencies("none", *axis)
+        assert np.abs(2 * np.pi / own - trained).argmin() < dominant(own, trained)
+
+
+def test_riflex_is_its_code():
+    found = periods("riflex", *HUNYUAN, trained=33, length=66)
+    own = periods("none", *HUNYUAN)
+    assert (found != own).nonzero()[0].tolist() == [3]
+    assert found[3] == pytest.approx(66 / 0.9)
+    named = frequencies("riflex", *HUNYUAN, trained=33, length=99, period=25.0)
+    assert (named != frequencies("none", *HUNYUAN)).nonzero()[0].tolist() == [2]
+    assert math.cos(66 * frequencies("riflex", *HUNYUAN, trained=33, length=66, turn=1.0)[3]) == pytest.approx(1.0)
+
+
+def test_riflex_leaves_what_does_not_repeat():
+    own = frequencies("none", *HUNYUAN)
+    assert frequencies("riflex", *HUNYUAN, trained=33, length=50).tolist() == own.tolist()
+    assert frequencies("riflex", *HUNYUAN, trained=33, length=51).tolist() != own.tolist()
+
+
+def test_ultraimage_corrects_the_published_lists():
+    own = frequencies("none", *FLUX)
+    assert corrections(own, 128, 225) == (9,)  # FLUX.1 at 3600 pixels
+    assert corrections(own, 83, 256) == (8, 9)  # Qwen-Image at 4096
+    flux = periods("ultraimage", *FLUX, trained=128, length=225, turn=0.85)
+    assert flux[9] == pytest.approx(264.7, abs=0.05)
+    assert (flux != periods("none", *FLUX)).nonzero()[0].tolist() == [9]
+    qwen = periods("ultraimage", *FLUX, trained=83, length=256)
+    assert qwen[[8, 9]].tolist() == pytest.approx([256, 256])
+    listed = frequencies("ultraimage", *FLUX, trained=83, length=384, indices=(8, 9))
+    assert (listed != own).nonzero()[0].tolist() == [8, 9]
+    shuffled = own[::-1].copy()
+    assert edited("ultraimage", shuffled, trained=83, length=256).tolist() == edited(
+        "ultraimage", own, trained=83, length=256
+    )[::-1].tolist()  # fmt: skip
+
+
+@given(axis=axes, trained=lengths, ratio=st.floats(1.01, 16))
+def test_the_formulas(axis, trained, ratio):
+    own, length = frequencies("none", *axis), trained * ratio
+    dim, theta = axis
+    s = length / trained
+    assert frequencies("pi", *axis, trained=trained, length=length) == pytest.approx(own / s)
+    base = theta * s ** (dim / (dim - 2))
+    assert frequencies("ntk", *axis, trained=trained, length=length) == pytest.approx(frequencies("none", dim, base))
+    ramp = np.clip((trained * own / (2 * np.pi) - 1) / 31, 0, 1)
+    yarn = frequencies("yarn", *axis, trained=trained, length=length)
+    assert yarn == pytest.approx(ramp * own + (1 - ramp) * own / s)
+
+
+@given(axis=axes, kind=st.sampled_from(KINDS), trained=lengths, ratio=st.floats(0.01, 1))
+def test_nothing_changes_up_to_the_trained_length(axis, kind, trained, ratio):
+    own = frequencies("none", *axis)
+    assert frequencies(kind, *axis, trained=trained, length=trained * ratio).tolist() == own.tolist()
+
+
+@given(axis=axes, kind=st.sampled_from(KINDS), trained=st.floats(1, 200), ratio=st.floats(1, 16))
+def test_frequencies_fall_by_s_at_most_and_the_others_stay(axis, kind, trained, ratio):
+    own = frequencies("none", *axis)
+    try:
+        found = frequencies(kind, *axis, trained=trained, length=trained * ratio)
+    except ConfigError:
+        assert kind in ("riflex", "ultraimage")
+        assert (2 * np.pi / own).max() < 0.9 * trained
+        return
+    assert np.isfinite(found).all()
+    assert (found <= own * (1 + 1e-12)).all()
+    assert (found > 0).all()
+    changed = (found != own).nonzero()[0]
+    if kind == "riflex":
+        assert len(changed) <= 1
+        assert changed.size == 0 or found[changed[0]] == pytest.approx(0.9 * 2 * np.pi / (trained * ratio))
+    elif kind == "ultraimage":
+        assert found[changed] == pytest.approx(np.full(changed.size, 2 * np.pi / (trained * ratio)))
+    else:
+        assert (found >= own / ratio * (1 - 1e-9)).all()
+
+
+def test_learned_frequencies_have_no_place_of_their_own():
+    own = np.array([[0.5, -0.1], [0.2, 0.3]])
+    assert edited("pi", own, trained=4, length=8).tolist() == (own / 2).tolist()
+    assert edited("yarn", own, trained=4, length=8).shape == own.shape
+    for kind in ("ntk", "riflex", "ultraimage"):
+        with pytest.raises(ConfigError, match=rf"kind '{kind}' are of one axis .* a shape of \(2, 2\); use 'pi'"):
+            edited(kind, own, trained=4, length=8)
+
+
+def test_an_axis_of_one_frequency():
+    for kind in ("ntk", "yarn", "riflex", "ultraimage"):
+        assert np.isfinite(frequencies(kind, 2, 100.0, trained=4, length=8)).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("rifelx", {}, r"have no kind 'rifelx'; did you mean 'riflex'\?"),
+        ("pi", {}, r"of kind 'pi' need trained > 0, got trained=None; give it"),
+        ("pi", dict(trained=4), r"of kind 'pi' need length > 0, got length=None"),
+        ("pi", dict(trained=4, length=-1), r"got length=-1"),
+        ("pi", dict(trained=4, length=8, period=3), r"kind 'pi' take no period, got period=3; it is riflex's"),
+        ("ntk", dict(trained=4, length=8, turn=0.9), r"kind 'ntk' take no turn.*it is riflex and ultraimage's"),
+        ("riflex", dict(trained=4, length=8, indices=(1,)), r"take no indices, got indices=\(1,\); it is ultraimage's"),
+        ("riflex", dict(trained=4, length=8, period=0), r"period must be a number of positions above 0, got 0"),
+        ("riflex", dict(trained=4, length=8, turn=1.5), r"turn must be above 0 and at most 1, got 1.5; RIFLEx' code"),
+        ("ultraimage", dict(trained=4, length=8, indices=(-1,)), r"from 0 on, got \(-1,\)"),
+        ("ultraimage", dict(trained=4, length=8, indices=(8,)), r"8 frequencies, 0 to 7, got indices=\(8,\); stay in"),
+        ("riflex", dict(trained=4000, length=8000), r"none of the axis's periods, 6.283 to 804.2 positions, is near"),
+    ],
+)
+def test_bad_options_are_refused(kind, options, message):
+    with pytest.raises(ConfigError, match=message):
+        frequencies(kind, 16, 256.0, **options)

@@ -1,0 +1,230 @@
+"""UltraImage: entropy in one pass, the factors of heads, its config, and what it does to models and runs."""
+
+import dataclasses
+
+import pytest
+import tiny_models
+import torch
+from dit_accel_pipelines import ADAPTERS
+from hypothesis import given
+from hypothesis import strategies as st
+from one_layer import MODEL, OneLayer, random_call
+from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, EasyCache, RoPE, UltraImage
+from dit_accel.methods.positions.entropy import focus, token_entropy
+from dit_accel.methods.positions.ultraimage import UltraImageHandler, _rows
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.testing.tiny_models import Case
+
+BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
+LAYOUT = TokenLayout(frames=1, height=6, width=5, text_before=4, text_after=3)
+SIZE = dict(trained_height=2, trained_width=2)
+HEADS = UltraImage(correct=False, rows=16, **SIZE)
+
+
+def direct(q, k, scale, mask=None):
+    logits = (q @ k.mT) * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+    p = logits.softmax(-1)
+    return -torch.special.xlogy(p, p).sum(-1).mean(-1)
+
+
+@given(
+    seed=st.integers(0, 99), keys=st.integers(1, 70), at_once=st.integers(1, 80), sharp=st.floats(0.0, 30.0),
+    masked=st.booleans(),
+)  # fmt: skip
+def test_one_pass_is_the_definition(seed, keys, at_once, sharp, masked):
+    torch.manual_seed(seed)
+    q, k = sharp * torch.randn(2, 4, 5, 8, dtype=torch.float64), torch.randn(2, 2, keys, 8, dtype=torch.float64)
+    mask = None
+    if masked:
+        mask = torch.rand(2, keys) < 0.5
+        mask[:, -1] = True  # the first keys of a chunk may all be hidden
+    found = token_entropy(q, k, mask=mask, keys_at_once=at_once)
+    assert found.shape == (2, 4)
+    torch.testing.assert_close(found, direct(q, k.repeat_interleave(2, 1), 8**-0.5, mask), atol=1e-10, rtol=1e-10)
+
+
+def test_known_entropies():
+    q, k = torch.zeros(1, 1, 3, 4), torch.randn(1, 1, 50, 4)
+    assert float(token_entropy(q, k)) == pytest.approx(torch.tensor(50.0).log().item(), abs=1e-5)  # uniform: ln N
+    one = torch.eye(4, dtype=torch.float64)[None, None]
+    assert float(token_entropy(one, one, scale=1e4)) == pytest.approx(0, abs=1e-12)
+    half = token_entropy(q.bfloat16(), k.bfloat16())
+    assert half.dtype == torch.float32
+
+
+@given(
+    values=st.lists(st.floats(0, 12), min_size=1, max_size=20), least=st.floats(1, 1.5), more=st.floats(0, 1),
+    power=st.floats(0.2, 5),
+)  # fmt: skip
+def test_factors_fall_with_entropy_between_their_bounds(values, least, more, power):
+    entropy = torch.tensor(sorted(values), dtype=torch.float64)
+    found = focus(entropy, entropy.min(), entropy.max(), least, least + more, power)
+    assert bool(found.isfinite().all())
+    assert bool((found >= least - 1e-9).all() & (found <= least + more + 1e-9).all())
+    assert bool((found.diff() <= 1e-12).all())
+    if entropy.min() == entropy.max():
+        assert found.tolist() == [least] * len(values)
+    else:
+        assert float(found[0]) == pytest.approx(least + more)
+        assert float(found[-1]) == pytest.approx(least)
+
+
+def test_what_lies_outside_the_extremes_is_bounded():
+    entropy, low, high = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor(1.0), torch.tensor(2.0)
+    assert focus(entropy, low, high, 1.0, 1.3, 2.0).tolist() == pytest.approx([1.3, 1.3, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(focus_max=0.9), r"ultraimage\.focus_max must be >= 1, got 0\.9; 1 leaves a head as it is"),
+        (dict(focus_min=0.0), r"ultraimage\.focus_min must be >= 1, got 0\.0"),
+        (
+            dict(focus_min=1.4, focus_max=1.2),
+            r"at most focus_max.*focus_min = 1\.4 and focus_max = 1\.2",
+        ),
+        (dict(power=0.0), r"ultraimage\.power must be above 0, got 0\.0; 2 is the paper's"),
+        (dict(rows=0), r"ultraimage\.rows must be >= 1, got 0; it counts tokens"),
+        (dict(trained_width=0), r"ultraimage\.trained_width must be >= 1, got 0"),
+        (dict(turn=1.5), r"turn must be above 0 and at most 1, got 1\.5"),
+        (dict(indices=()), r"indices must be places among the frequencies, from 0 on, got \(\)"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        UltraImage(**options)
+
+
+def test_recipes_and_sizes_of_models():
+    flux = BY_NAME["flux"]
+    by_name = {family.name: family for family in flux.families}
+
+    def settings(config, name):
+        return UltraImageHandler(config, dataclasses.replace(MODEL, adapter=flux, family=by_name[name])).settings
+
+    assert settings(UltraImage(), "flux.1-dev").indices == (9,)
+    assert (settings(UltraImage(), "flux.1-dev").focus_min, settings(UltraImage(), "flux.1-dev").turn) == (1.1, 0.85)
+    assert settings(UltraImage(), "flux-tiny").focus_min == 1.0
+    with pytest.raises(ConfigError, match=r"focus_min = 1\.1 and focus_max = 1\.05"):
+        settings(UltraImage(focus_max=1.05), "flux.1-dev")
+    with pytest.raises(ConfigError, match=r"ultraimage needs the size that the model was.*trained_height, ult"):
+        UltraImageHandler(UltraImage(), MODEL)
+    with pytest.raises(ConfigError, match=r"set ultraimage\.trained_width to its tokens"):
+        UltraImageHandler(UltraImage(trained_height=3), MODEL)
+
+
+def run_heads(layer, call, steps, branch="cond"):
+    return [layer.call(call.q, call.k, call.v, LAYOUT, step=step, branch=branch) for step in steps]
+
+
+def test_the_first_step_measures_and_later_ones_concentrate():
+    torch.manual_seed(0)
+    call = random_call(LAYOUT)
+    layer = OneLayer(HEADS)
+    out = run_heads(layer, call, [0, 1, 1, 2])
+    plain = torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v)
+    torch.testing.assert_close(out[0].transpose(1, 2) if out[0].shape != plain.shape else out[0], plain)
+    assert torch.equal(out[1], out[2])
+    assert torch.equal(out[1], out[3])
+    assert not torch.equal(out[0], out[1])
+    assert layer.attended == 4  # all of them the model's own attention
+    rows = _rows(LAYOUT, 16, "cpu")
+    entropy = direct(call.q[:, :, rows], call.k, 8**-0.5)
+    factors = focus(entropy, *(f(entropy, 1, keepdim=True) for f in (torch.amin, torch.amax)), 1.0, 1.3, 2.0).float()
+    expected = torch.nn.functional.scaled_dot_product_attention(call.q * factors[..., None, None], call.k, call.v)
+    torch.testing.assert_close(out[1], expected)
+
+
+def test_branches_are_measured_apart():
+    torch.manual_seed(0)
+    one, other = random_call(LAYOUT, sharp=1.0), random_call(LAYOUT, sharp=5.0)
+    layer = OneLayer(HEADS)
+    alone = OneLayer(HEADS)
+    expected = run_heads(alone, other, [0, 1], "uncond")
+    for step in (0, 1):
+        run_heads(layer, one, [step], "cond")
+        found = run_heads(layer, other, [step], "uncond")[0]
+    assert torch.equal(found, expected[1])
+    (handler,) = layer.execution.handlers
+    held = {key[1]: heads.factors[0] for key, heads in handler._heads.items()}
+    assert set(held) == {"cond", "uncond"}
+    assert handler.state_bytes() <= 2 * 2 * 2 * (8 + 4)  # branches x rows x heads x (entropy, factor)
+    assert len(handler.report().lines) == 2
+
+
+def test_rows_lie_in_the_picture_at_even_distances():
+    rows = _rows(LAYOUT, 4, "cpu").tolist()
+    assert rows[0] == 4
+    assert rows[-1] == 4 + 29
+    assert len(_rows(LAYOUT, 1000, "cpu")) == 30
+
+
+def test_runs_do_not_meet():
+    require_runs_do_not_meet(dataclasses.replace(HEADS, focus_max=2.0))
+
+
+def test_what_is_no_larger_than_trained_is_bit_equal():
+    transformer = tiny_transformer()
+    plain = denoise(transformer, 3)
+    with dit_accel.attach(transformer, UltraImage(trained_height=4, trained_width=4)) as attachment:
+        assert torch.equal(denoise(transformer, 3), plain)
+        text = str(attachment.report())
+    assert "ultraimage changes nothing: 4 x 4 tokens, trained on 4 x 4" in text
+
+
+def test_caches_wait_until_heads_are_measured():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, HEADS, EasyCache(threshold=100.0, warmup_steps=0)) as attachment:
+        denoise(transformer, 4)
+        assert {key[1] for key in attachment._execution.handlers[0]._heads} == {"cond", "uncond"}
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen-image", "z-image", "wan"])
+def test_the_correction_is_that_of_rope(name):
+    model = tiny_models.MODELS[name][0]
+    case = Case(BY_NAME[name], model)
+    inputs = case.inputs(1)
+    plain = case.run(inputs)
+    with dit_accel.attach(case.transformer, UltraImage(indices=(0,), **SIZE)):
+        first = case.run(inputs)  # heads are not changed yet
+        case.run(inputs, 1)
+    axes = ("height", "width")
+    with dit_accel.attach(case.transformer, RoPE(kind="ultraimage", axes=axes, indices=(0,), **SIZE)):
+        expected = case.run(inputs)
+    assert torch.equal(first, expected)
+    assert not torch.equal(first, plain)
+    assert torch.equal(case.run(inputs), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sd3", {}, r"sd3 has no rotary positions .*; ultraimage\.correct = false changes heads alone"),
+        ("mochi", {}, r"kind 'ultraimage' make no sense on mochi"),
+        ("hunyuan-dit", {}, r"scales its positions along height to .*; ultraimage\.correct = false changes heads"),
+    ],
+)
+def test_honest_limits(name, options, message):
+    case = Case(BY_NAME[name], tiny_models.MODELS[name][0])
+    with pytest.raises(ConfigError, match=message):
+        dit_accel.attach(case.transformer, UltraImage(**SIZE, **options))
+    assert dit_accel.attachment_of(case.transformer) is None
+    inputs, config = case.inputs(1), dataclasses.replace(HEADS, focus_max=2.0)
+    plain = case.run(inputs, 1)
+    with dit_accel.attach(case.transformer, config):
+        assert not torch.equal(case.run_after(1, inputs), plain)
+    assert torch.equal(case.run(inputs, 1), plain)
+
+
+def test_positions_are_changed_by_one_method():
+    transformer = tiny_transformer()
+    positions = RoPE(kind="pi", **SIZE)
+    with pytest.raises(ConfigError, match=r"ultraimage and rope both change the rotary frequencies .*correct = false"):
+        dit_accel.attach(transformer, UltraImage(**SIZE), positions)
+    with dit_accel.attach(transformer, HEADS, positions):
+        denoise(transformer, 2)

@@ -1,0 +1,64 @@
+"""`dit-accel tune period` on the embedded model, and what it refuses."""
+
+import json
+
+import pytest
+import tomllib
+import torch
+from dit_accel_eval.tune_period import Watch, Watcher, tune_period
+from dit_accel_eval.tuning import tuning_request
+from one_layer import MODEL, context_of, random_call
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError, RadialAttention, UltraViCo
+from dit_accel.cli.app import app
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan
+
+LAYOUT = TokenLayout(frames=6, height=2, width=3, text_before=2, text_after=1)
+SMALL = dict(height=32, width=32, num_inference_steps=1)
+
+
+def test_logits_and_attention_are_summed_by_distance():
+    torch.manual_seed(0)
+    call, watcher = random_call(LAYOUT), Watcher(Watch(), MODEL)
+    plan = AttentionPlan()
+    assert watcher.plan(plan, call, context_of(LAYOUT)) is plan
+    q, k = (x[:, :, 2:38].reshape(2, 2, 6, 6, 8) for x in (call.q, call.k))
+    expected = torch.stack([(q[:, :, f] * k[:, :, g]).sum(-1).mean() for f in range(6) for g in range(6)]) * 8**-0.5
+    torch.testing.assert_close(watcher.logits.flatten(), expected, atol=1e-5, rtol=1e-5)
+    assert watcher.masses.sum(1).tolist() == pytest.approx([1, 1])
+    near, far = watcher.masses[:, :4].sum(1), watcher.masses[:, 4:].sum(1)
+    assert near[1] > near[0]  # decay leaves more to the window
+    assert far[1] < far[0]
+
+
+def test_it_writes_prints_and_draws(tmp_path):
+    out = tmp_path / "wan.toml"
+    flags = ["--height", "32", "--width", "32", "--num-inference-steps", "1", "-o", str(out)]
+    result = CliRunner().invoke(app, ["tune", "period", "--prompt", "a red circle", *flags, "--json"])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["frames"] == 34  # twice the trained length
+    assert len(found["found"]["periods"]) == 6
+    assert sum(found["found"]["amplitudes"]) == pytest.approx(1)
+    assert (tmp_path / "wan.png").stat().st_size > 1000
+    table = tomllib.loads(out.read_text())["ultravico"]
+    assert table["trained_frames"] == 17
+    assert ("period" in table) == (found["found"]["share"] > 0.5)
+    UltraViCo(**{name: value for name, value in table.items() if name != "name"})
+    assert "attention" in out.read_text().splitlines()[1]
+    assert not list(tmp_path.glob("*.progress.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "message"),
+    [
+        (dict(methods=(RadialAttention(),)), "a.toml", r"measures the model as it is, got --radial; leave the methods"),
+        ({}, "a.txt", r"tune's output must be a \.toml in a folder that exists, got .*a\.txt"),
+        (dict(model="flux-tiny"), "a.toml", r"reads the periods of rotary positions along frames, and flux has none"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(tmp_path, options, name, message):
+    with pytest.raises(ConfigError, match=message):
+        tune_period(tuning_request(prompts=("a red circle",), **SMALL, **options), tmp_path / name)
