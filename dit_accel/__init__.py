@@ -4,10 +4,10 @@ Names are loaded when they are asked for, so that `import dit_accel` loads no to
 checkers read ``__init__.pyi``.
 """
 
-from .public import HOMES
-from .public import public_name as __getattr__
+from .public import HOMES, public_name
 
-__all__ = [*HOMES, "__version__"]
+__getattr__ = public_name
+__all__ = [*HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __dir__() -> list[str]:

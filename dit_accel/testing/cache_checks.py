@@ -48,7 +48,7 @@ class CacheCase:
         return replace(self.active, **({"every": 1} if isinstance(self.active, StaticCache) else {"threshold": 0.0}))
 
 
-_ALL = {"warmup_steps": 0, "last_steps": 0}
+_ALL: dict[str, Any] = {"warmup_steps": 0, "last_steps": 0}
 
 CACHE_CASES: dict[str, CacheCase] = {
     "staticcache": CacheCase(active=StaticCache(every=2, **_ALL)),

@@ -1,7 +1,9 @@
 """The public face: what names there are, how things show themselves, and what is refused before anything is touched."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, MissingBackend, RadialAttention
+from dit_accel.public import HOMES
 from dit_accel.report.report import Report
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
@@ -29,6 +32,12 @@ def test_public_names_are_listed_and_typos_are_not_swallowed():
     assert dit_accel.__version__.count(".") >= 1
     with pytest.raises(AttributeError, match="no attribute 'atach'"):
         dit_accel.atach  # noqa: B018
+
+
+def test_the_stub_names_what_is_public():
+    stub = Path(dit_accel.__file__).with_suffix(".pyi").read_text()
+    named = {name: module for module, name, _ in re.findall(r"from \.([\w.]+) import (\w+) as (\w+)", stub)}
+    assert named == HOMES
 
 
 def test_a_type_checker_sees_a_misspelt_name(tmp_path):
