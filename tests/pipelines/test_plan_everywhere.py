@@ -9,6 +9,7 @@ import pytest
 from dit_accel_pipelines import ADAPTERS
 
 from dit_accel import ConfigError
+from dit_accel.adapters.rope import Rope
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.sizes import pixel_multiples
 from dit_accel.methods.registry import handlers, methods
@@ -21,12 +22,28 @@ SMALL = {
     "softpag": {"heads": "L1H0"},
     "pag": {"layers": "L1"},
     "slg": {"layers": "L1"},
+    "profilingcache": {"blocks": (0,)},
+    "lvsa": {"trained_frames": 3},
+    "rope": {"kind": "ntk", "trained_frames": 3, "trained_height": 3, "trained_width": 3},
+    "ultraimage": {"trained_height": 3, "trained_width": 3},
 }
 REFUSALS = (
-    r"makes no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of|"
-    r"would mix"
+    r"makes? no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of|"
+    r"would mix|has none to change|both change the rotary frequencies|and lite takes all of them"
 )
-SPARSE = {"radial", "sol", "lite", "sparsed"}
+SPARSE = {"radial", "sol", "lite", "sparsed", "lvsa"}
+BLOCK_CACHES = ("dbcache", "dbprune", "firstblockcache", "profilingcache")
+APART = ({"rope", "ultraimage"}, {"lite", "dfa"}, *({"slg", name} for name in BLOCK_CACHES))
+"""Methods that refuse each other, besides those that set the same thing."""
+
+
+def without_positions(adapter) -> set[str]:
+    """Return the methods that the rotary positions of a family, or that it has none, exclude."""
+    rope = adapter.rope
+    if not isinstance(rope, Rope):
+        return {"rope"}
+    kinds = rope.kinds or ("ntk", "ultraimage")
+    return {name for name, kind in (("rope", "ntk"), ("ultraimage", "ultraimage")) if kind not in kinds}
 
 
 @pytest.mark.parametrize(("adapter", "family"), FAMILIES, ids=[family.name for _, family in FAMILIES])
@@ -45,7 +62,8 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(adapter, family)
             any(name in adapter.refused for name in names)
             or alike
             or unsaid
-            or ("slg" in names and {"dbcache", "firstblockcache"} & set(names))
+            or any(pair <= set(names) for pair in APART)
+            or without_positions(adapter) & set(names)
             or ("delta" in names and not SPARSE & set(names))
         ):
             with pytest.raises(ConfigError, match=REFUSALS):
