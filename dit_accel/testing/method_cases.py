@@ -1,8 +1,10 @@
 """The configs of every method that `dit_accel.testing.adapter_checks` tries on a tiny model."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..adapters.rope import changeable_axes
+from ..adapters.adapter import Adapter
+from ..adapters.rope import changeable_axes, rope_of
 from ..errors import ConfigError
 from ..methods.attention.delta import DeltaAttention
 from ..methods.attention.lite.config import LiteAttention
@@ -34,6 +36,11 @@ class MethodCase:
     active: MethodConfig | tuple[MethodConfig, ...]
     warm: int = 0
     thins: bool = True
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """Where its methods act; those that act on attention plan every call of the model."""
+        return frozenset().union(*(handler_of(config).places for config in configs_of(self.active)))
 
 
 def configs_of(*settings: MethodConfig | tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
@@ -87,26 +94,27 @@ METHOD_CASES: dict[str, MethodCase] = {
 
 
 def cases_for(case: Case) -> dict[str, MethodCase]:
-    """Return the cases of the methods that a model can take."""
-    adapter, possible = case.adapter, {}
+    """Return the cases of the methods that a tiny model can take."""
+    return cases_of(case.adapter, case.transformer)
+
+
+def cases_of(adapter: Adapter, transformer: Any) -> dict[str, MethodCase]:
+    """Return the cases of the methods that a transformer can take."""
+    possible = {}
     for name, tried in METHOD_CASES.items():
-        configs = configs_of(tried.active)
-        places = {place for config in configs for place in handler_of(config).places}
-        lacking = (Place.BLOCKS in places and adapter.blocks == ()) or (
-            Place.POSITIONS in places and not _has_positions(case)
+        lacking = (Place.BLOCKS in tried.places and adapter.blocks == ()) or (
+            Place.POSITIONS in tried.places and not _has_positions(adapter, transformer)
         )
-        if not lacking and not any(config.name in adapter.refused for config in configs):
+        if not lacking and not any(config.name in adapter.refused for config in configs_of(tried.active)):
             possible[name] = tried
     return possible
 
 
-def _has_positions(case: Case) -> bool:
+def _has_positions(adapter: Adapter, transformer: Any) -> bool:
     """Tell whether a model has rotary positions along an axis that can be too long."""
-    rope = case.rope
-    if rope is None:
-        return False
     try:
-        return bool(changeable_axes(case.adapter.name, rope, case.transformer.config))
+        rope = rope_of(adapter.name, adapter.rope, transformer.config)
+        return bool(changeable_axes(adapter.name, rope, transformer.config))
     except ConfigError:
         return False
 

@@ -8,7 +8,6 @@ import torch
 
 from ..attachment.attachment import Attachment, attach
 from ..methods.base import Place
-from ..methods.registry import handler_of
 from .method_cases import MethodCase, apart, cases_for, configs_of, warm_of
 from .recording import recorded, require, require_as_planned, require_same, require_text_exact
 from .tiny_models import Case, rows_of, wide_inputs
@@ -25,8 +24,7 @@ def check_active(case: Case) -> str | None:
             changed = case.run_after(warm, inputs)
             require(not torch.equal(changed, plain), f"{tried.active} changes nothing")
             require(bool(changed.isfinite().all()), f"{tried.active} makes values that are not finite")
-            on_attention = any(Place.ATTENTION in handler_of(config).places for config in configs_of(tried.active))
-            if on_attention:
+            if Place.ATTENTION in tried.places:
                 _require_planned_once(tried, attachment)
             case.run(inputs, step=warm + 1)
             case.run(case.inputs(1), step=warm + 2)
@@ -35,7 +33,7 @@ def check_active(case: Case) -> str | None:
         for call in calls:
             require(call.q.shape[2] == call.k.shape[2], "a call is not self-attention")
             require_text_exact(call)
-        if on_attention:
+        if Place.ATTENTION in tried.places:
             require_as_planned(calls)
     return None
 

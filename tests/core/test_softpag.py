@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer, tiny_transformer
 
@@ -84,6 +85,7 @@ def test_heads_permuted_with_their_weights_perturb_alike(transformer):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@attention_backend("native")  # diffusers keeps the last choice for the whole process: this puts it back
 def test_every_dense_backend_is_perturbed(transformer):
     """A backend other than SDPA makes diffusers' own a silent no-op."""
     expected, _, _ = guided(transformer, HALF)

@@ -10,7 +10,8 @@ import torch
 from tiny_pipelines import PIPELINES, generate
 
 import dit_accel
-from dit_accel.testing.method_cases import METHOD_CASES, configs_of
+from dit_accel.methods.base import Place
+from dit_accel.testing.method_cases import METHOD_CASES, cases_of, configs_of
 
 CONFIG = dataclasses.replace(METHOD_CASES["radial"].active, dense_steps=1, dense_layers=1)
 BRANCHES = {"hunyuan-video": ["cond", "uncond"], "mochi": ["cond_uncond"], "cogvideox": ["cond_uncond"]}
@@ -33,10 +34,11 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
         assert attachment.report() == report
     assert sparse.isfinite().all()
     assert not torch.equal(sparse, plain)
-    for method in METHOD_CASES.keys() - {"radial"}:
-        with dit_accel.attach(pipe, *configs_of(METHOD_CASES[method].active)) as attachment:
+    state = attachment._execution.layers[0].state
+    for method, case in cases_of(state.adapter, state.transformer).items():
+        with dit_accel.attach(pipe, *configs_of(case.active)) as attachment:
             assert generate(pipe, call, output_type="latent").isfinite().all()
-            assert (attachment.report().sparse_density < 1) == METHOD_CASES[method].thins, method
+            assert Place.ATTENTION not in case.places or (attachment.report().sparse_density < 1) == case.thins, method
     assert torch.equal(generate(pipe, call, output_type="latent"), latents)
 
     branches = BRANCHES.get(name, ["cond_uncond"])

@@ -21,7 +21,8 @@ from dit_accel.methods.registry import methods
 THINNING = {"radial", "sol", "sparsed", "delta"}  # delta beside sparsed
 LONGER = {"ultravico", "lvsa", "rope", "ultraimage"}
 STATIC = {"magcache", "staticcache"}
-CALIBRATED = {"magcache", "teacache"}
+CALIBRATED = {"magcache", "teacache", "profilingcache"}
+GUIDED = {"softpag": "heads", "pag": "layers", "slg": "layers"}
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines/recipes").glob("*.toml"))
 FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
 
@@ -93,7 +94,14 @@ def test_every_family_is_consistent(name):
                 estimate(adapter, family, methods=[config_type()])
             continue
         if name in CALIBRATED and name not in family.recipes:
-            with pytest.raises(ConfigError, match=f"{name} has no {config_type.numbers} for '{family.name}', only"):
+            with pytest.raises(
+                ConfigError,
+                match=f"{name} has no {getattr(config_type, 'numbers', 'blocks')} for '{family.name}', only",
+            ):
+                estimate(adapter, family, methods=[config_type()])
+            continue
+        if name in GUIDED and name not in {**adapter.recipes, **family.recipes}:
+            with pytest.raises(ConfigError, match=f"{name}.{GUIDED[name]} is not set, and nothing is published for"):
                 estimate(adapter, family, methods=[config_type()])
             continue
         partner = [SparseD()] if name == "delta" else []
@@ -102,7 +110,7 @@ def test_every_family_is_consistent(name):
         assert 0 < found.pair_density <= 1
         assert (found.pair_density < 1) == (name in THINNING)
         assert saving.counted == (
-            name in THINNING | STATIC | LONGER
+            name in THINNING | STATIC | LONGER | {*GUIDED, "profilingcache"}
         )  # which save nothing at the trained size, as is known
         assert (saving.forwards > 0) == (name in STATIC)
         assert (saving.exact_rows > 0) == (name == "delta")
