@@ -121,7 +121,11 @@ class Placing:
         values = [value for _, _, value in change.attributes] if change else [None] * len(self._switches)
         for switch, value in zip(self._switches, values, strict=True):
             switch.now = switch.own if value is None else value
-        return run(**change.inputs(context.inputs)) if change and change.inputs else run()
+        try:
+            return run(**change.inputs(context.inputs)) if change and change.inputs else run()
+        finally:  # a forward that is no step, such as one that fills a cache, has the model's own
+            for switch in self._switches:
+                switch.now = switch.own
 
     def _change(self, layout: TokenLayout | None) -> RopeChange | None:
         """Return what changes for a layout; None: nothing does."""
