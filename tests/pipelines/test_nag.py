@@ -1,7 +1,8 @@
 """NAG in stock pipelines agrees with its formula, written down here apart; and what it refuses."""
 
 import contextlib
-import dataclasses
+import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,9 +12,11 @@ from tiny_image_pipelines import generate as generate_image
 from tiny_other_pipelines import PIPELINES as IMAGES
 from tiny_pipelines import PIPELINES as VIDEOS
 from tiny_pipelines import generate as generate_video
+from typer.testing import CliRunner
 
 import dit_accel
 from dit_accel import NAG, ConfigError
+from dit_accel.cli.app import app
 
 NEGATIVE = "blurry, low quality"
 
@@ -80,3 +83,62 @@ def test_wan_is_the_formula_in_the_conditional_call_alone(make_pipe, guidance, t
     assert torch.equal(wan_tiny.generate(pipe, **run), plain)
     assert section.data == {"steps": [0, 1, 2, 3], "branches": ["cond"], "forwards": 4, "calls": 12}
     assert forwards == (4 if guidance == 1.0 else 8)
+
+
+def test_a_prompt_is_encoded_as_the_pipeline_encodes_its_own(make_pipe):
+    pipe = make_pipe()
+    with dit_accel.attach(pipe, NAG(scale=8.0, negative_prompt=NEGATIVE)):
+        told = wan_tiny.generate(pipe, guidance_scale=1.0)
+    with dit_accel.attach(pipe, NAG(scale=8.0, negative_embeds=embeds_of(pipe))):
+        given = wan_tiny.generate(pipe, guidance_scale=1.0)
+    assert torch.equal(told, given)
+    pipe.text_encoder = None
+    with pytest.raises(ConfigError, match="WanPipeline can't encode nag.negative_prompt = 'blurry, low quality'"):
+        dit_accel.attach(pipe, NAG(negative_prompt=NEGATIVE))
+    assert dit_accel.attachment_of(pipe) is None
+
+
+@pytest.mark.parametrize("name", ["ltx", "pixart"])
+def test_guidance_in_one_call_guides_the_conditional_rows_alone(name):
+    """The negative text as the prompt itself moves nothing, so that padded text and rows are told rightly."""
+    pipe, call = (VIDEOS | IMAGES)[name]()
+    generate = generate_video if name in VIDEOS else generate_image
+    plain = generate(pipe, call)
+    valid = call["prompt_attention_mask"][0].bool()
+    own = call["prompt_embeds"][:, valid]
+    with dit_accel.attach(pipe, NAG(negative_embeds=own)) as attachment:
+        torch.testing.assert_close(generate(pipe, call), plain, rtol=1e-4, atol=1e-5)
+        assert attachment.report().section("nag").data["forwards"] > 0
+    with dit_accel.attach(pipe, NAG(negative_embeds=own.flip(-1), scale=11.0)):
+        assert not torch.allclose(generate(pipe, call), plain, rtol=1e-4, atol=1e-5)
+    assert torch.equal(generate(pipe, call), plain)
+
+
+def test_generate_takes_a_negative_prompt_at_guidance_1(tmp_path):
+    def made(name, *options):
+        output = tmp_path / f"{name}.mp4"
+        quick = ["--num-inference-steps", "2", "--num-frames", "9", "--height", "32", "--width", "48"]
+        result = CliRunner().invoke(
+            app, ["generate", "a red circle moving right", *quick, "--guidance-scale", "1", *options, "-o", str(output)]
+        )
+        assert result.exit_code == 0, result.stderr
+        return output.read_bytes(), json.loads(Path(f"{output}.json").read_text())
+
+    plain, _ = made("plain")
+    away, record = made("away", "--nag", "--set", "nag.negative_prompt=a blue square, moving left")
+    again, _ = made("again", "--nag", "--set", "nag.negative_prompt=a blue square, moving left")
+    assert away == again
+    assert away != plain
+    assert record["methods"]["nag"]["negative_prompt"] == "a blue square, moving left"
+    assert record["report"]["sections"][0]["data"]["forwards"] == 2
+
+
+def test_a_plan_says_what_it_costs():
+    result = CliRunner().invoke(app, ["plan", "--family", "wan2.1-1.3b", "--nag"])
+    assert result.exit_code == 0, result.stderr
+    assert "nag computes the cross-attention of the conditional forward twice in 50 steps" in " ".join(
+        result.stdout.split()
+    )
+    result = CliRunner().invoke(app, ["plan", "--family", "flux.1-dev", "--nag"])
+    assert result.exit_code != 0
+    assert "its text joins the self-attention" in " ".join(result.stderr.split())

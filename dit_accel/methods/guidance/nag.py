@@ -124,7 +124,7 @@ class NAGHandler(Handler):
         self._parts = Parts()
         self._embeds: Tensor | None = self.settings.negative_embeds
         self._guided: list[_Guided] = []
-        self._log: list[ForwardContext] = []
+        self._log: list[tuple[int, str]] = []
         self._seen = 0
         self._steps: int | None = None
         self._warned = self._warned_of_window = False
@@ -180,22 +180,24 @@ class NAGHandler(Handler):
             return run()
         prompt = context.inputs.get(where.text)
         guided.text.require_like(prompt)
-        self._log.append(context)
+        calls = guided.calls
         with guided.guiding(rows_in(site, part, len(latents), "cond"), prompt.shape[1]):
-            return run()
+            out = run()
+        if guided.calls > calls:  # else a cache skipped it
+            self._log.append((context.step_index, context.branch))
+        return out
 
     def _around_attention(self, site: Site, guided: _Guided, name: str, module: Any) -> Callable[..., Any]:
         """Return what runs in place of a cross-attention: itself with the negative text, then with the prompt."""
-        signature = inspect.signature(type(module).forward)
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
 
         def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             if not guided.on:
                 return run(*args, **kwargs)
             _require_uncached(name, module)
-            bound = signature.bind(module, *args, **kwargs)
-            given, rows = bound.arguments, guided.rows
+            given, rows = {**dict(zip(names, args, strict=False)), **kwargs}, guided.rows
             if rows is not None:
-                given.update({key: rows_of(value, *rows) for key, value in list(given.items())[1:]})
+                given = rows_of(given, *rows)
             given["encoder_hidden_states"] = guided.text.beside(given["encoder_hidden_states"], guided.tokens)
             if "attention_mask" in given:  # it is the prompt's; the negative text has no padding
                 given["attention_mask"] = None
@@ -217,7 +219,7 @@ class NAGHandler(Handler):
                 return run(self._led(args[0], outputs[0], rows), *args[1:], **kwargs)
 
             with site.stand_in(module.to_q, keep), site.stand_in(module.to_out[0], catch):
-                run(*bound.args[1:], **bound.kwargs)
+                run(**given)
             if len(outputs) != 1:
                 raise ConfigError(
                     f"{name} ran its output projection {len(outputs)} times in one call, so that nag can't tell its "
@@ -252,7 +254,7 @@ class NAGHandler(Handler):
         self._warn()
         if not self._seen:
             return None
-        steps, calls = sorted({one.step_index for one in self._log}), sum(guided.calls for guided in self._guided)
+        steps, calls = sorted({step for step, _ in self._log}), sum(guided.calls for guided in self._guided)
         settings = self.settings
         title = (
             f"nag: scale {settings.scale:g}, tau {settings.tau:g}, alpha {settings.alpha:g}; {len(self._log)} forwards "
@@ -261,7 +263,7 @@ class NAGHandler(Handler):
         lines = [line for line in (self._nothing(), settings.too_short(self._steps)) if line]
         data = {
             "steps": steps,
-            "branches": sorted({one.branch for one in self._log}),
+            "branches": sorted({branch for _, branch in self._log}),
             "forwards": len(self._log),
             "calls": calls,
         }
