@@ -33,7 +33,7 @@ def encoded(site: Site, prompt: str) -> Tensor:
     try:
         with torch.no_grad():
             made = encode(**call)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{type(pipe).__name__} can't encode nag.negative_prompt = {prompt!r} ({error}); {instead}"
         ) from error
