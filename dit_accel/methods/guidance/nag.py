@@ -178,8 +178,7 @@ class NAGHandler(Handler):
         part = "cond" if "/" in context.branch else self._parts.of(site, context, latents)
         if part == "uncond":
             return run()
-        prompt = context.inputs.get(where.text)
-        guided.text.require_like(prompt)
+        prompt = guided.text.require_like(context.inputs.get(where.text))
         calls = guided.calls
         with guided.guiding(rows_in(site, part, len(latents), "cond"), prompt.shape[1]):
             out = run()

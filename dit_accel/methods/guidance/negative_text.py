@@ -65,8 +65,8 @@ class NegativeText:
         """Forget the projected text: a forward begins or has ended."""
         self._ready = None
 
-    def require_like(self, text: Any) -> None:
-        """Raise `ConfigError` if the prompt that a forward gets is of another kind or width."""
+    def require_like(self, text: Any) -> Tensor:
+        """Return the prompt that a forward gets; raise `ConfigError` if it is of another kind or width."""
         if not isinstance(text, Tensor):
             raise ConfigError(
                 f"{self._where} gets its text as {type(text).__name__} here, beside which nag can't lay a "
@@ -77,6 +77,7 @@ class NegativeText:
                 f"nag's negative text has {self.embeds.shape[-1]} channels, and {self._where} gets a prompt of "
                 f"{text.shape[-1]}; encode it with this model's text encoder"
             )
+        return text
 
     def project(self, run: Any, args: Any, kwargs: Any) -> Any:
         """Run the transformer's projection on the prompt, and on the negative text as well."""
