@@ -26,6 +26,7 @@ from .methods.caches.profiling import ProfilingCache as ProfilingCache
 from .methods.caches.prune import DBPrune as DBPrune
 from .methods.caches.static import StaticCache as StaticCache
 from .methods.caches.tea import TeaCache as TeaCache
+from .methods.guidance.nag import NAG as NAG
 from .methods.guidance.slg import SLG as SLG
 from .methods.guidance.softpag import PAG as PAG
 from .methods.guidance.softpag import SoftPAG as SoftPAG

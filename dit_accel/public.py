@@ -33,6 +33,7 @@ HOMES: dict[str, str] = {
     "ProfilingCache": "methods.caches.profiling",
     "StaticCache": "methods.caches.static",
     "TeaCache": "methods.caches.tea",
+    "NAG": "methods.guidance.nag",
     "PAG": "methods.guidance.softpag",
     "SLG": "methods.guidance.slg",
     "SoftPAG": "methods.guidance.softpag",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from .blocks import BlockList
+from .cross_attention import CrossAttention
 from .guidance import Guidance
 from .rope import Rope
 from .sizes import Sizes, patch_sizes, read_sizes
@@ -174,6 +175,7 @@ class Adapter:
             an embedding of the timestep; None: not described.
         rope: where the model makes its rotary positions, or in words why it has none; None: not described.
         guidance: how the family's pipelines guide.
+        cross_attention: where text comes in by cross-attention, or in words why it does not; None: not described.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
         refused: method name -> why it makes no sense here.
@@ -199,6 +201,7 @@ class Adapter:
     signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
     rope: Rope | str | None = None
     guidance: Guidance = Guidance()  # noqa: RUF009 - frozen
+    cross_attention: CrossAttention | str | None = None
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -227,6 +230,11 @@ class Adapter:
             raise ConfigError(
                 f"adapter {self.name!r}: rope must be a Rope, or a sentence that says why there is none, got "
                 f"{self.rope!r}; give one of them"
+            )
+        if not isinstance(self.cross_attention, (CrossAttention, str, type(None))):
+            raise ConfigError(
+                f"adapter {self.name!r}: cross_attention must be a CrossAttention, or a sentence that says why there "
+                f"is none, got {self.cross_attention!r}; give one of them"
             )
         for name, value in functions.items():
             if not callable(value):

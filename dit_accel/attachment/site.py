@@ -10,7 +10,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import Streams, block_signature
 from ..errors import ConfigError
-from ..methods.site import AroundBlock, AroundForward, Block
+from ..methods.site import AroundBlock, AroundCall, AroundForward, Block
 from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
@@ -18,6 +18,12 @@ from .processor import Slot
 from .seam import is_compiled, shadow, wrap_call
 
 _MISSING = object()
+
+COMPILED_MODULE = (
+    "A method that acts on modules inside transformer blocks can't act inside a compiled graph; detach it, or do not "
+    "compile what holds them"
+)
+"""Why compiled code and a method on the modules inside exclude each other."""
 
 COMPILED_WHOLE = (
     "A method that acts on transformer blocks can't act inside a graph of the whole transformer; compile the blocks "
@@ -50,6 +56,7 @@ class TransformerSite:
         self._compiled_whole = compiled_whole
         self._slot = slot
         self._blocks: tuple[Block, ...] | None = None
+        self._uncompiled: set[int] = set()
         self.forwards: list[AroundForward] = []
         self.around: dict[int, list[AroundBlock]] = {}
 
@@ -104,6 +111,33 @@ class TransformerSite:
         """Run ``function`` in place of blocks; None: all."""
         for block in self.blocks if blocks is None else blocks:
             self.around.setdefault(block.index, []).append(function)
+
+    def around_module(self, module: nn.Module, function: AroundCall) -> None:
+        """Run ``function`` in place of a submodule's calls; it and what holds it can't be compiled then.
+
+        Raises:
+            ConfigError: if what holds it is compiled.
+        """
+        own = next(name for name, inner in self.transformer.named_modules() if inner is module).split(".")
+        for depth in range(len(own) + 1):
+            name = ".".join(own[:depth])
+            holder = self.transformer.get_submodule(name)
+            if id(holder) in self._uncompiled:
+                continue
+            if is_compiled(holder) or self._compiled_whole:
+                raise ConfigError(f"{'.'.join(filter(None, (self.name, name)))} is compiled. {COMPILED_MODULE}")
+            self._uncompiled.add(id(holder))
+            self._undo.append(shadow(holder, "compile", _refuse_compiled))
+        self._undo.append(wrap_call(module, function))
+
+    @contextlib.contextmanager
+    def stand_in(self, module: nn.Module, function: AroundCall) -> Iterator[None]:
+        """Run ``function`` in place of a submodule's calls inside the block."""
+        undo = wrap_call(module, function)
+        try:
+            yield
+        finally:
+            undo()
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, buffer or parameter of an object until the methods are detached."""
@@ -193,6 +227,10 @@ class TransformerSite:
             return signature.write_result(inner(signature.read_call(args, kwargs)), like=last[0])
 
         return around
+
+
+def _refuse_compiled(*args: Any, **kwargs: Any) -> None:
+    raise ConfigError(COMPILED_MODULE)
 
 
 def _wrapped(

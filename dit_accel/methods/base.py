@@ -44,6 +44,7 @@ class Place(enum.Enum):
     FORWARD = "forward"
     BLOCKS = "blocks"
     POSITIONS = "positions"
+    CROSS_ATTENTION = "cross-attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

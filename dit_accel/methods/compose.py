@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
+from ..adapters.cross_attention import CrossAttention
 from ..adapters.rope import Rope
 from ..errors import ConfigError
 from ..plan.tiling import TILE, Tiling
@@ -92,4 +93,13 @@ def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) 
         raise ConfigError(
             f"{name} changes rotary positions, and {adapter.name} has none to change: {why}; attach it to a model with "
             "rotary positions"
+        )
+    if Place.CROSS_ATTENTION in handler_type.places and not isinstance(adapter.cross_attention, CrossAttention):
+        joined = any(family.text_tokens for family in adapter.families)
+        why = adapter.cross_attention or (
+            "its text joins the self-attention" if joined else "its adapter describes none"
+        )
+        raise ConfigError(
+            f"{name} acts on the cross-attention to text, and {adapter.name} has none to change: {why}; attach it to a "
+            "model with cross-attention, such as Wan"
         )

@@ -52,6 +52,10 @@ AroundBlock = Callable[[StepContext, Block, Callable[[Streams], Streams], Stream
 """(context, block, run, streams) -> streams. ``run(streams)`` runs what lies further in; else the block is skipped."""
 
 
+AroundCall = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""(run, args, kwargs) -> output. ``run(*args, **kwargs)`` is the module's own call."""
+
+
 class Site(Protocol):
     """One transformer as one handler sees it while it installs itself."""
 
@@ -96,6 +100,14 @@ class Site(Protocol):
 
     def around_blocks(self, function: AroundBlock, blocks: tuple[Block, ...] | None = None) -> None:
         """Run ``function`` in place of blocks (None: all); it may skip a block or change its streams."""
+        ...
+
+    def around_module(self, module: nn.Module, function: AroundCall) -> None:
+        """Run ``function`` in place of a submodule's calls; it and what holds it can't be compiled then."""
+        ...
+
+    def stand_in(self, module: nn.Module, function: AroundCall) -> AbstractContextManager[None]:
+        """Run ``function`` in place of a submodule's calls inside the block."""
         ...
 
     def replace(self, owner: Any, name: str, value: Any) -> None:

@@ -1,7 +1,8 @@
-"""Guidance away from a perturbed prediction: when it acts, and what it adds to the conditional prediction."""
+"""Guidance: when it acts, what a perturbed prediction adds to the conditional one, and NAG's mix in attention."""
 
 import math
 
+import torch
 from torch import Tensor
 
 _SLACK = 1e-9
@@ -47,3 +48,25 @@ def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -
     dims = tuple(range(1, whole.ndim))
     ratio = wide.std(dim=dims, keepdim=True) / whole.std(dim=dims, keepdim=True).clamp(min=1e-12)
     return whole * (rescale * ratio + 1 - rescale) - wide
+
+
+def normalized(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+    """Return attention's output led away from what a negative text gives, in float32 or wider.
+
+    G = s Z+ - (s - 1) Z-, cut down to tau times Z+'s length in L1 per token, then alpha G + (1 - alpha) Z+. A token
+    whose Z+ is zero stays zero.
+
+    Source: NAG (arXiv 2505.21179).
+
+    Args:
+        positive: Z+, [..., C].
+        negative: Z-, the same shape.
+        scale: s >= 1; at 1 nothing changes.
+        tau: longest G in lengths of Z+, >= 1.
+        alpha: weight of G in [0, 1].
+    """
+    wide = positive if positive.element_size() > 4 else positive.float()
+    led = scale * wide - (scale - 1) * negative.to(wide.dtype)
+    longest = tau * wide.abs().sum(dim=-1, keepdim=True)
+    length = led.abs().sum(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
+    return wide + alpha * (led * (longest / length).clamp(max=1) - wide)

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import block_signature
+from ..adapters.cross_attention import CrossAttention
 from ..attachment.attachment import attach
 from ..attachment.find import attention_modules
 from ..methods.guidance.config import PerturbedConfig
+from ..methods.guidance.nag import NAG
 from ..methods.guidance.slg import SLG
 from ..methods.guidance.softpag import SoftPAG
 from .block_checks import Block, replaced
@@ -26,9 +28,11 @@ def check_guidance(case: Case) -> str | None:
 
     Neutral settings run no further forward. Heads that are not named, and text where the image alone is perturbed, keep
     their attention; named ones are lerped with V exactly. A branch that begins at the first perturbed block gives the
-    same, bit for bit. A skipped block hands its streams on. Guidance in one call gives what two calls give.
+    same, bit for bit. A skipped block hands its streams on. Guidance in one call gives what two calls give. Where text
+    comes in by cross-attention, a negative one moves the conditional rows alone, and the prompt itself none.
     """
     layers = [name for name, _, _ in attention_modules(case.transformer, case.adapter)]
+    _require_negative_text(case)
     if len(layers) < 2:
         return "it has one attention layer"
     inputs = case.inputs(1)
@@ -39,6 +43,38 @@ def check_guidance(case: Case) -> str | None:
     _require_blocks(case, inputs, plain, layers[LAYER])
     _require_batches(case)
     return None
+
+
+def _require_negative_text(case: Case) -> None:
+    """The prompt as its own negative changes nothing, another does, and only conditional rows see it."""
+    where = case.adapter.cross_attention
+    if not isinstance(where, CrossAttention):
+        return
+    inputs, wide = wide_inputs(case.inputs(1)), case.wide()
+    plain = case.run(inputs, transformer=wide)
+    prompt, mask = inputs[where.text], inputs.get("encoder_attention_mask")
+    own = prompt if mask is None else prompt[:, mask[0].bool()]
+    with attach(wide, NAG(negative_embeds=own), backend="reference"):
+        require_same(case.run(inputs, transformer=wide), plain, "the prompt as its own negative text moves the output")
+    away = NAG(negative_embeds=own.flip(-1), scale=11.0, tau=2.0, alpha=0.7)
+    with attach(wide, away, backend="reference"):
+        moved = case.run(inputs, transformer=wide)
+        require(torch.equal(case.run(inputs, branch="uncond", transformer=wide), plain), "a negative text moves uncond")
+    require(not torch.allclose(moved, plain, rtol=1e-6) and bool(moved.isfinite().all()), f"{away} changes nothing")
+    require(torch.equal(case.run(inputs, transformer=wide), plain), "a negative text is left behind")
+    if case.model.max_batch < 2:
+        return
+    both = wide_inputs(case.inputs(2))
+    latents = both[case.adapter.latents]
+    both[case.adapter.latents] = torch.cat([latents[:1], latents[:1]])
+    at = 0 if case.adapter.guidance.first_rows == "cond" else 1
+    untouched = case.run(both, branch="cond_uncond", transformer=wide)
+    with attach(wide, away, backend="reference"):
+        together = case.run(both, branch="cond_uncond", transformer=wide)
+    with attach(wide, away, backend="reference"):
+        alone = case.run(rows_of(both, at, 2), transformer=wide)
+    require_same(together[at : at + 1], alone, "a negative text in one call and in two differ")
+    require_same(together[1 - at : 2 - at], untouched[1 - at : 2 - at], "a negative text moves unconditional rows")
 
 
 def _run(

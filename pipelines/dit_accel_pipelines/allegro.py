@@ -4,6 +4,7 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.sizes import read_sizes
@@ -14,6 +15,7 @@ ALLEGRO = Adapter(
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
+    cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="caption_projection"),
     rope=Rope(
         input="image_rotary_emb",
         form="tables of axes",

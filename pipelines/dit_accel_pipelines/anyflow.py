@@ -8,7 +8,7 @@ from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
 
-from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN21_14B
+from .wan import NAG_WAN, RADIAL_WAN, TEXT_WAN, ULTRAVICO_WAN, WAN21_14B
 
 ANYFLOW_14B = replace(
     WAN21_14B,
@@ -25,6 +25,7 @@ ANYFLOW = Adapter(
     transformers=("AnyFlowTransformer3DModel",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
+    cross_attention=TEXT_WAN,
     grid=partial(latents_grid, frames_axis=1),
     rope=Rope(
         owner="rope",
@@ -36,5 +37,5 @@ ANYFLOW = Adapter(
         max_positions=same_length("rope_max_seq_len"),
     ),
     families=(ANYFLOW_14B,),
-    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
+    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN, "nag": NAG_WAN},
 )

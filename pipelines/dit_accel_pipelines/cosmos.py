@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import cosmos_lengths, scaled_thirds
 
@@ -52,6 +53,7 @@ COSMOS = Adapter(
     transformers=("CosmosTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
+    cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="crossattn_proj"),
     rope=Rope(
         owner="rope",
         form="theta",

@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.position_ids import last_video, read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import fractions
@@ -78,6 +79,7 @@ LTX = Adapter(
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
     signal=modulated_input,
+    cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="caption_projection"),
     rope=Rope(
         owner="rope",
         form="theta of all axes",

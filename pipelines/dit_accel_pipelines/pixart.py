@@ -6,6 +6,7 @@ from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import even, fixed_lengths
@@ -36,6 +37,7 @@ PIXART = Adapter(
     self_attention=("transformer_blocks.*.attn1",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=None),
+    cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="caption_projection"),
     rope="PixArt adds sinusoidal positions to the patches",
     families=with_perturbation(PIXART_SIGMA),
     refused=IMAGE_REFUSED,
@@ -49,6 +51,7 @@ HUNYUAN_DIT = replace(
     guidance=Guidance(share_prefix=False),  # its second half takes what the first gave, besides its stream
     recipes={"pag": {"layers": ("L1",)}},
     sizes=read_sizes,
+    cross_attention="it attends to the texts of two encoders at once, of which nag makes no negative one",
     rope=Rope(
         input="image_rotary_emb",
         form="pairs",
@@ -65,6 +68,7 @@ LUMINA_NEXT = replace(
     blocks=(BlockList(pattern="layers.*"),),
     guidance=Guidance(first_rows="cond"),
     sizes=partial(lumina_sizes, mlp_ratio=Fraction(8, 3)),
+    cross_attention="its attention to text is gated in the block, which nag does not know",
     rising_timesteps=True,
     rope=Rope(
         input="image_rotary_emb",

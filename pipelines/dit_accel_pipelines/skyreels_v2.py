@@ -9,7 +9,7 @@ from dataclasses import replace
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.blocks import BlockList
 
-from .wan import RADIAL_WAN, ULTRAVICO_WAN, WAN, WAN21_1B, WAN21_14B
+from .wan import NAG_WAN, RADIAL_WAN, TEXT_WAN, ULTRAVICO_WAN, WAN, WAN21_1B, WAN21_14B
 
 # The large models are of one size, and of clips of 25 and of 31 latent frames.
 _540P = {"height": 544, "width": 960, "num_frames": 97, "trained_frames": None}
@@ -35,7 +35,8 @@ SKYREELS_V2 = Adapter(
     transformers=("SkyReelsV2Transformer3DModel",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
+    cross_attention=TEXT_WAN,
     rope=WAN.rope,
     families=(SKYREELS_V2_1B, SKYREELS_V2_14B, SKYREELS_V2_14B_720P),
-    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
+    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN, "nag": NAG_WAN},
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
 from dit_accel.adapters.sizes import read_sizes
@@ -157,6 +158,13 @@ def timestep_embedding(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     return embed.time_embedder(projected.to(next(embed.time_embedder.parameters()).dtype))
 
 
+# The text's cross-attention; in image-to-video models it takes the picture's tokens too, which stand in front.
+TEXT_WAN = CrossAttention(
+    modules=("blocks.*.attn2", "vace_blocks.*.attn2"), projection="condition_embedder.text_embedder"
+)
+# Normalized Attention Guidance, arXiv 2505.21179: what its users settled on for models of Wan's kind.
+NAG_WAN = {"tau": 3.5, "alpha": 0.5}
+
 WAN = Adapter(
     name="wan",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
@@ -168,6 +176,7 @@ WAN = Adapter(
     ),
     sizes=partial(read_sizes, layers=("num_layers", "vace_layers")),
     signal=timestep_embedding,
+    cross_attention=TEXT_WAN,
     rope=Rope(
         owner="rope",
         form="tables",
@@ -191,5 +200,5 @@ WAN = Adapter(
             WAN_TINY_2,
         )
     ),
-    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN},
+    recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN, "nag": NAG_WAN},
 )

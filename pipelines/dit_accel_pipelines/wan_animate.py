@@ -10,7 +10,7 @@ from functools import partial
 from dit_accel.adapters.adapter import Adapter, latents_grid
 from dit_accel.adapters.blocks import BlockList
 
-from .wan import RADIAL_WAN, WAN, WAN21_I2V_720P
+from .wan import NAG_WAN, RADIAL_WAN, TEXT_WAN, WAN, WAN21_I2V_720P
 
 WAN_ANIMATE_14B = replace(
     WAN21_I2V_720P,
@@ -27,8 +27,9 @@ WAN_ANIMATE = Adapter(
     transformers=("WanAnimateTransformer3DModel",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*", joined=True),),
+    cross_attention=TEXT_WAN,
     grid=partial(latents_grid, reference_frames=1),
     rope=WAN.rope,
     families=(WAN_ANIMATE_14B,),
-    recipes={"radial": RADIAL_WAN},
+    recipes={"radial": RADIAL_WAN, "nag": NAG_WAN},
 )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_accel.rules.guidance import added, is_short, window
+from dit_accel.rules.guidance import added, is_short, normalized, window
 
 SHARES = st.floats(0, 1)
 
@@ -59,3 +59,18 @@ def test_rescaling_gives_the_conditional_deviation_back():
         expected = phi * whole * (cond.std(1, keepdim=True) / whole.std(1, keepdim=True)) + (1 - phi) * whole
         torch.testing.assert_close(made, expected)
     torch.testing.assert_close(made.std(1), cond.std(1))
+
+
+def test_normalized_is_bounded_and_leaves_zeros_alone():
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = (torch.randn(3, 5, 8, generator=generator) for _ in range(2))
+    positive[0, 0] = 0
+    led = normalized(positive, negative, 11.0, 1.5, 1.0)
+    assert led.isfinite().all()
+    assert not led[0, 0].any()
+    assert (led.abs().sum(-1) <= 1.5 * positive.abs().sum(-1) * (1 + 1e-6)).all()
+    torch.testing.assert_close(normalized(positive, negative, 1.0, 1.0, 0.7), positive)
+    torch.testing.assert_close(normalized(positive, positive, 11.0, 1.5, 0.7), positive)
+    assert torch.equal(normalized(positive, negative, 11.0, 1.5, 0.0), positive)
+    free = normalized(positive[1:], negative[1:], 1.2, 1e9, 0.25)
+    torch.testing.assert_close(free, positive[1:] + 0.25 * 0.2 * (positive[1:] - negative[1:]))

@@ -7,7 +7,7 @@ whatever s is in that step, in two calls or one, with guidance embedded or off.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from ...errors import ConfigError, UnsupportedModel
 from ...plan.layout import TokenLayout
@@ -20,10 +20,9 @@ from ..site import ForwardContext, Site, sample_of, with_sample
 from .config import PerturbedConfig
 from .guiders import GUIDERS, guided_by
 from .log import PerturbedForward, note_of, section_of, warn_if_nothing_ran
+from .parts import Part, Parts, rows_in
 from .passes import Passes, Rows
-from .rows import Sample, halves_alike, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
-
-Part = Literal["cond", "uncond", "both"]
+from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
 
 
 class PerturbedHandler(Handler):
@@ -39,7 +38,7 @@ class PerturbedHandler(Handler):
         super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
         self._others: Sequence[Handler] = ()
         self._passes: dict[str, Passes] = {}
-        self._both: dict[tuple[str, str, int], bool] = {}
+        self._parts = Parts()
         self._added: tuple[int, Sample] | None = None
         self._guiders: tuple[Any, ...] = ()
         self._log: list[PerturbedForward] = []
@@ -116,7 +115,7 @@ class PerturbedHandler(Handler):
             warnings.warn(short, UserWarning, stacklevel=2)
         if not self.settings.acts(context.step_index, context.num_inference_steps):
             return run()
-        part = self._part(site, context, latents)
+        part = self._parts.of(site, context, latents)
         if self.settings.mode == "free":
             return self._perturbed(site, passes, context, run, part, len(latents))
         return (
@@ -133,19 +132,6 @@ class PerturbedHandler(Handler):
     def _left_to_guider(self, site: Site) -> bool:
         """Tell whether the pipeline's guider adds what guidance adds, to its result."""
         return any(guider is getattr(site.pipe, name, None) for guider in self._guiders for name in GUIDERS)
-
-    def _part(self, site: Site, context: ForwardContext, latents: Any) -> Part:
-        """Return which prompts a forward holds, by the branch's name and, where that leaves it open, its latents."""
-        own = context.branch.rsplit("/", 1)[-1]
-        if own in ("cond", "pred_cond"):
-            return "cond"
-        if own not in ("cond_uncond", "call 0"):
-            return "uncond"
-        key = context.transformer, context.branch, len(latents)
-        if key not in self._both:
-            off = getattr(site.pipe, "do_classifier_free_guidance", True) is False
-            self._both[key] = not off and halves_alike(latents)
-        return "both" if self._both[key] else "cond"
 
     def _third(self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], rows: Rows) -> Any:
         """Run a forward and the perturbed one of its conditional rows, and add to all rows what guidance adds."""
@@ -211,7 +197,7 @@ class PerturbedHandler(Handler):
         """Say once if nothing was perturbed in the run that ended, and forget it."""
         self._warned = self._warned or warn_if_nothing_ran(self, self._seen, self._log)
         self._log, self._seen = [], 0
-        self._both.clear()
+        self._parts.forget()
 
     def state_bytes(self) -> int:
         """Return the most memory that was held from the conditional to the perturbed pass since attach."""
@@ -249,11 +235,3 @@ def block_of(site: Site, layer: int) -> int | None:
     """Return the main block that holds an attention layer; None: it lies beside them."""
     name = site.attention[layer]
     return next((block.index for block in site.blocks if name.startswith(f"{block.name}.")), None)
-
-
-def rows_in(site: Site, part: Part, batch: int, wanted: Literal["cond", "uncond"]) -> Rows:
-    """Return the rows of one prompt in a forward; None: it holds no other."""
-    if part != "both":
-        return None
-    half = batch // 2
-    return (slice(0, half) if site.adapter.guidance.first_rows == wanted else slice(half, batch)), batch

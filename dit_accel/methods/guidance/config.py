@@ -1,4 +1,4 @@
-"""PerturbedConfig: what all methods share that guide away from a perturbed prediction."""
+"""What methods of guidance share: the part of a run in which they act; and those that guide away from a prediction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,38 +10,22 @@ from ..config import MethodConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PerturbedConfig(MethodConfig):
-    """What such methods share; a model's recipe may fill what is unset.
-
-    The result is unc + s (cond - unc) + w (cond - perturbed), or cond + w (cond - perturbed) without guidance by a
-    negative prompt.
+class WindowedConfig(MethodConfig):
+    """A method that acts in a part of the run.
 
     Attributes:
-        scale: w; 0 changes nothing.
         start: share of the run at which it begins; the step that holds it is in.
         stop: share of the run at which it ends.
-        rescale: phi in [0, 1]: how far cond + w (cond - perturbed) is scaled back to cond's standard deviation.
-        mode: ``branch`` runs a third forward; ``free`` perturbs the unconditional one instead, at no cost, and then w
-            plays no part: unc is perturbed in unc + s (cond - unc).
-        share_prefix: the third forward begins at the first perturbed block, from what the conditional one had there.
 
     Raises:
-        ConfigError: for an option out of range, or an empty window.
+        ConfigError: for a share out of range, or an empty window.
     """
 
-    scale: float | None = None
     start: float | None = None
     stop: float | None = None
-    rescale: float = 0.0
-    mode: Literal["branch", "free"] = "branch"
-    share_prefix: bool = True
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        if self.scale is not None and self.scale < 0:
-            raise ConfigError(f"{self.name}.scale must be >= 0, got {self.scale}; 1 to 4 is usual, 0 changes nothing")
-        if not 0 <= self.rescale <= 1:
-            raise ConfigError(f"{self.name}.rescale must be from 0 to 1, got {self.rescale}; 0.7 is usual")
         for option in ("start", "stop"):
             value = getattr(self, option)
             if value is not None and not 0 <= value <= 1:
@@ -50,12 +34,6 @@ class PerturbedConfig(MethodConfig):
             raise ConfigError(
                 f"{self.name} acts from start = {self.start} to stop = {self.stop} of the run, which is no step; let "
                 "stop lie above start"
-            )
-        if self.mode == "free" and (self.rescale or self.scale):
-            what = f"scale = {self.scale}" if self.scale else f"rescale = {self.rescale}"
-            raise ConfigError(
-                f"{self.name}.{what} says how far to go from a third forward, and with mode = 'free' there is none; "
-                "leave it out, guidance_scale decides"
             )
 
     def steps(self, count: int) -> range:
@@ -86,6 +64,43 @@ class PerturbedConfig(MethodConfig):
             f"{self.name}'s window from {start:g} to {stop:g} is shorter than one of {count} steps; it acts in step "
             f"{self.steps(count)[0]} alone"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerturbedConfig(WindowedConfig):
+    """What such methods share; a model's recipe may fill what is unset.
+
+    The result is unc + s (cond - unc) + w (cond - perturbed), or cond + w (cond - perturbed) without guidance by a
+    negative prompt.
+
+    Attributes:
+        scale: w; 0 changes nothing.
+        rescale: phi in [0, 1]: how far cond + w (cond - perturbed) is scaled back to cond's standard deviation.
+        mode: ``branch`` runs a third forward; ``free`` perturbs the unconditional one instead, at no cost, and then w
+            plays no part: unc is perturbed in unc + s (cond - unc).
+        share_prefix: the third forward begins at the first perturbed block, from what the conditional one had there.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    scale: float | None = None
+    rescale: float = 0.0
+    mode: Literal["branch", "free"] = "branch"
+    share_prefix: bool = True
+
+    def __post_init__(self) -> None:
+        WindowedConfig.__post_init__(self)
+        if self.scale is not None and self.scale < 0:
+            raise ConfigError(f"{self.name}.scale must be >= 0, got {self.scale}; 1 to 4 is usual, 0 changes nothing")
+        if not 0 <= self.rescale <= 1:
+            raise ConfigError(f"{self.name}.rescale must be from 0 to 1, got {self.rescale}; 0.7 is usual")
+        if self.mode == "free" and (self.rescale or self.scale):
+            what = f"scale = {self.scale}" if self.scale else f"rescale = {self.rescale}"
+            raise ConfigError(
+                f"{self.name}.{what} says how far to go from a third forward, and with mode = 'free' there is none; "
+                "leave it out, guidance_scale decides"
+            )
 
     def filled(self, recipe: Mapping[str, Any]) -> Any:
         """Return the config with every unset option filled in; with ``mode = 'free'`` no scale is.

@@ -1,0 +1,113 @@
+"""A negative text: embedded by the pipeline's own encoder, projected with the prompt, laid in the prompt's place."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ..site import Site
+
+
+def encoded(site: Site, prompt: str) -> Tensor:
+    """Return a text's embeddings by the pipeline's own encoder, [1, tokens, C], without what its mask leaves out.
+
+    Raises:
+        ConfigError: without a pipeline, or for one whose encoder can't be called with a text alone.
+    """
+    pipe: Any = site.pipe
+    encode = getattr(pipe, "encode_prompt", None)
+    instead = "give negative_embeds, [1, tokens, C], as the pipeline makes them of a prompt"
+    if encode is None:
+        where = "a transformer alone has" if pipe is None else f"{type(pipe).__name__} has"
+        raise ConfigError(
+            f"nag.negative_prompt = {prompt!r} needs a text encoder, and {where} no encode_prompt; {instead}"
+        )
+    taken = inspect.signature(encode).parameters
+    usual = inspect.signature(type(pipe).__call__).parameters
+    # the encoder's own defaults may be others than the call's
+    shared = {name: usual[name].default for name in ("max_sequence_length", "clean_caption") if name in usual}
+    options = {"do_classifier_free_guidance": False, **shared}
+    call = {"prompt": prompt, **{name: value for name, value in options.items() if name in taken}}
+    try:
+        with torch.no_grad():
+            made = encode(**call)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{type(pipe).__name__} can't encode nag.negative_prompt = {prompt!r} ({error}); {instead}"
+        ) from error
+    embeds, *others = made if isinstance(made, (tuple, list)) else (made,)
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3:
+        raise ConfigError(f"{type(pipe).__name__} gives no embeddings [1, tokens, C] of nag.negative_prompt; {instead}")
+    mask = others[0] if others else None
+    if isinstance(mask, Tensor) and mask.shape == embeds.shape[:2] and bool(mask.any()):
+        embeds = embeds[:, mask[0].bool()]
+    return embeds.detach().clone()
+
+
+class NegativeText:
+    """One transformer's negative text: as it was given, and as its cross-attention takes it while a forward runs.
+
+    Args:
+        embeds: [1, tokens, C].
+        projected: the transformer projects it before its cross-attention.
+        where: the transformer's name.
+    """
+
+    def __init__(self, embeds: Tensor, projected: bool, where: str) -> None:
+        self.embeds = embeds
+        self._projected = projected
+        self._where = where
+        self._ready: Tensor | None = None
+
+    def forget(self) -> None:
+        """Forget the projected text: a forward begins or has ended."""
+        self._ready = None
+
+    def require_like(self, text: Any) -> Tensor:
+        """Return the prompt that a forward gets; raise `ConfigError` if it is of another kind or width."""
+        if not isinstance(text, Tensor):
+            raise ConfigError(
+                f"{self._where} gets its text as {type(text).__name__} here, beside which nag can't lay a "
+                "negative one; detach it"
+            )
+        if text.shape[-1] != self.embeds.shape[-1]:
+            raise ConfigError(
+                f"nag's negative text has {self.embeds.shape[-1]} channels, and {self._where} gets a prompt of "
+                f"{text.shape[-1]}; encode it with this model's text encoder"
+            )
+        return text
+
+    def project(self, run: Any, args: Any, kwargs: Any) -> Any:
+        """Run the transformer's projection on the prompt, and on the negative text as well."""
+        prompt = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        own = self.embeds.to(device=prompt.device, dtype=prompt.dtype)
+        self._ready = run(own, *args[1:], **kwargs) if args else run(**{**kwargs, next(iter(kwargs)): own})
+        return run(*args, **kwargs)
+
+    def beside(self, context: Tensor, prompt_tokens: int) -> Tensor:
+        """Return what a cross-attention attends to, [B, tokens, C], with the negative text in the prompt's place.
+
+        Args:
+            context: what it attends to with the prompt: pictures' tokens, where there are any, come first.
+            prompt_tokens: tokens of the prompt.
+
+        Raises:
+            ConfigError: if the projection did not run, or the length is fixed by tokens in front and another.
+        """
+        text = self._ready if self._projected else self.embeds
+        if text is None:
+            raise ConfigError(
+                f"{self._where} did not project its text in this forward, so that nag has no negative one; detach it"
+            )
+        text = text.to(device=context.device, dtype=context.dtype).expand(len(context), -1, -1)
+        front = context.shape[1] - prompt_tokens
+        if front <= 0:
+            return text
+        if text.shape[1] != prompt_tokens:
+            raise ConfigError(
+                f"nag's negative text has {text.shape[1]} tokens and the prompt {prompt_tokens}; beside pictures they "
+                "must be as long: leave max_sequence_length unset, or pad negative_embeds as the prompt"
+            )
+        return torch.cat([context[:, :front], text], dim=1)

@@ -1,0 +1,241 @@
+"""NAG on a tiny model: when it acts, beside what it may run, what is undone, what is refused."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, LuminaNextDiT2DModel, PyramidAttentionBroadcastConfig
+from torch import nn
+from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
+
+import dit_accel
+from dit_accel import NAG, ConfigError, FirstBlockCache, LiteAttention, RadialAttention, SoftPAG, StaticCache
+from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.methods.guidance.log import UnperturbedRun
+from dit_accel.methods.toml import from_toml, to_toml
+
+EMBEDS = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(7))
+METHOD = NAG(scale=6.0, negative_embeds=EMBEDS)
+SPARSE = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
+
+
+@pytest.fixture
+def transformer():
+    return tiny_transformer()
+
+
+def guided(transformer, *methods, **run):
+    with dit_accel.attach(transformer, *methods) as attachment:
+        out = denoise(transformer, **run)
+        return out, attachment.report(), attachment._execution.recorder.forwards_run
+
+
+def changed(config, **options):
+    return dataclasses.replace(config, **options)
+
+
+def test_neutral_settings_change_nothing(transformer):
+    plain = denoise(transformer)
+    for neutral in (changed(METHOD, scale=1.0), changed(METHOD, alpha=0.0)):
+        out, report, forwards = guided(transformer, neutral)
+        assert torch.equal(out, plain)
+        assert forwards == 8
+        assert report.section("nag") is None
+
+
+def test_it_acts_in_the_conditional_branch_and_its_window_and_leaves_nothing_behind(transformer):
+    plain = denoise(transformer)
+    before = {name: dict(module.__dict__) for name, module in transformer.named_modules()}
+    made, report, forwards = guided(transformer, METHOD)
+    assert not torch.equal(made, plain)
+    assert made.isfinite().all()
+    assert forwards == 8
+    assert report.section("nag").data == {"steps": [0, 1, 2, 3], "branches": ["cond"], "forwards": 4, "calls": 12}
+    early, report, _ = guided(transformer, changed(METHOD, stop=0.5))
+    assert report.section("nag").data["steps"] == [0, 1]
+    assert not torch.equal(early, made)
+    alone, report, _ = guided(transformer, METHOD, branches=("uncond",))
+    assert torch.equal(alone, denoise(transformer, branches=("uncond",)))
+    assert torch.equal(denoise(transformer), plain)
+    after = {name: module.__dict__ for name, module in transformer.named_modules()}
+    assert {name: list(held) for name, held in before.items()} == {name: list(held) for name, held in after.items()}
+    require_runs_do_not_meet(METHOD)
+
+
+def test_the_defaults_are_wan_s_where_a_recipe_has_them(transformer):
+    with dit_accel.attach(transformer, NAG(negative_embeds=EMBEDS)) as attachment:
+        denoise(transformer, steps=1)
+        settings = attachment.report().methods["nag"]
+    assert settings == {"scale": 5.0, "tau": 3.5, "alpha": 0.5, "start": 0.0, "stop": 1.0}
+
+
+def test_projections_replaced_after_attaching_are_seen(transformer):
+    """As by a LoRA that is loaded then."""
+    twin = tiny_transformer()
+    for part in (transformer, twin):
+        torch.manual_seed(3)
+        layers = {name: nn.Linear(32, 32) for name in ("to_q", "to_out")}
+        part.layers_to_come = layers
+    attention = twin.blocks[1].attn2
+    attention.to_q, attention.to_out[0] = twin.layers_to_come["to_q"], twin.layers_to_come["to_out"]
+    expected, _, _ = guided(twin, METHOD)
+    with dit_accel.attach(transformer, METHOD):
+        attention = transformer.blocks[1].attn2
+        layers = transformer.layers_to_come
+        attention.to_q, attention.to_out[0] = layers["to_q"], layers["to_out"]
+        assert torch.equal(denoise(transformer), expected)
+    transformer.fuse_qkv_projections()
+    fused, _, _ = guided(transformer, METHOD)
+    torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_sparse_methods_and_caches(transformer):
+    lite = LiteAttention(block_size=16, dense_steps=0, threshold=100.0, allow_positive_threshold=True)
+    for method in (SPARSE, lite):
+        plain, _, _ = guided(transformer, method)
+        made, report, _ = guided(transformer, method, METHOD)
+        assert not torch.equal(made, plain)
+        assert torch.equal(guided(transformer, method, changed(METHOD, scale=1.0))[0], plain)
+        assert {step.branch for step in report.steps} == {"cond", "uncond"}
+    cache = StaticCache(every=2, warmup_steps=1, last_steps=0)
+    made, report, forwards = guided(transformer, METHOD, cache, steps=6)
+    assert not torch.equal(made, guided(transformer, cache, steps=6)[0])
+    assert forwards == 6
+    assert report.section("nag").data["forwards"] == 3
+    never, _, _ = guided(transformer, METHOD, FirstBlockCache(threshold=0.0))
+    assert torch.equal(never, guided(transformer, METHOD)[0])
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_perturbed_branch_is_guided_as_the_conditional_one(transformer, share):
+    """Else what is added would hold the negative text's part as well."""
+    heads = SoftPAG(heads="L1", u=1e-9, scale=1000.0, share_prefix=share)
+    alone, _, _ = guided(transformer, METHOD)
+    made, report, _ = guided(transformer, METHOD, heads)
+    torch.testing.assert_close(made, alone, rtol=1e-3, atol=1e-3)
+    assert report.section("nag").data["branches"] == ["cond", "cond/softpag"]
+
+
+def test_a_cache_of_attention_outputs_is_refused(transformer):
+    cache = PyramidAttentionBroadcastConfig(
+        cross_attention_block_skip_range=2, cross_attention_timestep_skip_range=(0, 1000),
+        cross_attention_block_identifiers=("blocks",), current_timestep_callback=lambda: 500,
+    )  # fmt: skip
+    transformer.enable_cache(cache)
+    with (
+        dit_accel.attach(transformer, METHOD),
+        pytest.raises(
+            ConfigError, match=r"runs blocks\.0\.attn2 twice.*diffusers' pyramid_attention_broadcast carries"
+        ),
+    ):
+        denoise(transformer)
+
+
+def test_compiled_code_around_cross_attention_is_refused(transformer):
+    with dit_accel.attach(transformer, METHOD):
+        for compiled in (transformer, transformer.blocks[1], transformer.blocks[1].attn2):
+            with pytest.raises(ConfigError, match="inside transformer blocks can't act inside a compiled graph"):
+                compiled.compile()
+        with pytest.raises(ConfigError, match="detach it, or do not compile what holds them"):
+            transformer.compile_repeated_blocks()
+        denoise(transformer, steps=1)
+    transformer.blocks[1].compile(backend="eager")
+    with pytest.raises(ConfigError, match=r"transformer\.blocks\.1 is compiled\. A method that acts on modules inside"):
+        dit_accel.attach(transformer, METHOD)
+    assert dit_accel.attachment_of(transformer) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(scale=0.5), r"nag\.scale must be >= 1, got 0\.5; 3 to 11 is usual"),
+        (dict(tau=0.5), r"nag\.tau must be >= 1, got 0\.5; 2\.5 is usual"),
+        (dict(alpha=1.5), r"nag\.alpha must be from 0 to 1, got 1\.5"),
+        (dict(stop=1.5), r"nag\.stop must be a share of the run from 0 to 1, got 1\.5"),
+        (dict(start=0.5, stop=0.5), r"nag acts from start = 0\.5 to stop = 0\.5 of the run, which is no step"),
+        (dict(negative_prompt="a", negative_embeds=EMBEDS), "takes negative_prompt or negative_embeds, and got both"),
+        (dict(negative_embeds=EMBEDS[0]), r"negative_embeds must be \[1, tokens, C\], got \[9, 64\]"),
+        (dict(negative_embeds=EMBEDS[:, :0]), r"negative_embeds must be \[1, tokens, C\], got \[1, 0, 64\]"),
+        (dict(negative_prompt=3), r"nag\.negative_prompt must be a string or unset, got 3"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=message):
+        NAG(**options)
+
+
+def test_texts_that_are_not_there_or_of_another_model(transformer):
+    with pytest.raises(ConfigError, match=r"leads away from a text, and none is set; set nag\.negative_prompt"):
+        dit_accel.attach(transformer, NAG())
+    with pytest.raises(
+        ConfigError, match="'blurry' needs a text encoder, and a transformer alone has no encode_prompt"
+    ):
+        dit_accel.attach(transformer, NAG(negative_prompt="blurry"))
+    with (
+        dit_accel.attach(transformer, NAG(negative_embeds=EMBEDS[..., :48])),
+        pytest.raises(ConfigError, match="negative text has 48 channels, and transformer gets a prompt of 64"),
+    ):
+        denoise(transformer)
+
+
+def test_beside_a_picture_the_texts_must_be_as_long():
+    transformer = tiny_transformer(added_kv_proj_dim=32, image_dim=24)
+    inputs = dict(
+        hidden_states=torch.randn(1, 12, 5, 8, 8), timestep=torch.tensor([900.0]),
+        encoder_hidden_states=torch.randn(1, 512, 64), encoder_hidden_states_image=torch.randn(1, 7, 24),
+    )  # fmt: skip
+    with (
+        dit_accel.attach(transformer, METHOD),
+        torch.no_grad(),
+        transformer.cache_context("cond"),
+        pytest.raises(ConfigError, match="negative text has 9 tokens and the prompt 512; beside pictures they must"),
+    ):
+        transformer(**inputs)
+
+
+def test_models_without_cross_attention_are_refused_with_the_reason():
+    torch.manual_seed(0)
+    flux = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="to text, and flux has none to change: its text joins the self-attention"):
+        dit_accel.attach(flux, METHOD)
+    lumina = LuminaNextDiT2DModel(
+        sample_size=8, hidden_size=16, num_layers=1, num_attention_heads=2, num_kv_heads=1, cross_attention_dim=16
+    )
+    with pytest.raises(ConfigError, match="lumina-next has none to change: its attention to text is gated"):
+        dit_accel.attach(lumina, METHOD)
+
+
+def test_adapters_that_describe_it_wrongly():
+    with pytest.raises(ConfigError, match=r"modules must be a tuple of names, got 'attn2'; one entry is \(entry,\)"):
+        CrossAttention(modules="attn2")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cross_attention must be a CrossAttention, or a sentence"):
+        Adapter(name="a", transformers=("A",), self_attention=("b",), cross_attention=("attn2",))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"looks for the cross-attention blocks\.\*\.text in WanTransformer3DModel"):
+        CrossAttention(modules=("blocks.*.text",)).found(tiny_transformer())
+
+
+def test_a_run_that_guides_nothing_is_told(transformer):
+    with dit_accel.attach(transformer, METHOD) as attachment:
+        denoise(transformer, branches=("uncond",))
+        with pytest.warns(UnperturbedRun, match="nag guided nothing in 4 forwards: no step from start = 0"):
+            text = str(attachment.report())
+        assert "nag guided nothing" in text
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            denoise(transformer, branches=("uncond",))
+    with (
+        dit_accel.attach(transformer, changed(METHOD, start=0.0, stop=0.01)),
+        pytest.warns(UserWarning, match=r"nag's window from 0 to 0\.01 is shorter than one of 4 steps"),
+    ):
+        denoise(transformer)
+
+
+def test_a_prompt_goes_through_toml_and_embeddings_do_not():
+    config = NAG(scale=7.0, negative_prompt="blurry")
+    assert from_toml(to_toml([config])) == [config]
+    assert "negative_embeds" not in to_toml([METHOD])
