@@ -296,7 +296,7 @@ def test_frames_are_kept_without_loss_and_known_by_what_made_them(tmp_path):
     line = read_lines(WAN)[0]
     keep(tmp_path / "a.png", clip, run_of(line))
     assert np.array_equal(read_kept(tmp_path / "a.png", run_of(line)), np.round(clip * 255))
-    with pytest.raises(ConfigError, match="holds frames of weights '.*', not 'other'"):
+    with pytest.raises(ConfigError, match=r"holds frames of weights '.*', not 'other'"):
         read_kept(tmp_path / "a.png", run_of({**line, "weights": "other"}))
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     for name in ("b.png", "none.png"):
