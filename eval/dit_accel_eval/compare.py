@@ -130,12 +130,12 @@ def run(
     for arm in job.suite.arms:
         if arm.call:
             raise ConfigError(f"compare runs all arms at one size, got {dict(arm.call)} for {arm.name!r}; leave it out")
-    known = read_lines(job.out)
-    check_lines(job.out, known, setting_of(job.suite), {arm.name: arm.to_dict() for arm in job.suite.arms})
     for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
         if folder is not None:
             _make_folder(folder, what)
     check_writable(job.out, "results")
+    known = read_lines(job.out)
+    check_lines(job.out, known, setting_of(job.suite), {arm.name: arm.to_dict() for arm in job.suite.arms})
     write_lines(job.out, known)  # without a last line that was cut off
 
     def look() -> None:
