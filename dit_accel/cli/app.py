@@ -1,6 +1,7 @@
 """The `dit-accel` application: its commands, and how errors become one line and an exit code."""
 
 import contextlib
+import copy
 import functools
 import inspect
 import signal
@@ -70,6 +71,21 @@ def warnings_in_one_line() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = before
+
+
+class SubGroup(TyperGroup):
+    """A group of commands below `dit-accel`, such as `eval`."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        """Return a command of the group.
+
+        Raises:
+            ConfigError: for an unknown command, with the nearest known one.
+        """
+        names = self.list_commands(ctx)  # type: ignore[arg-type]
+        if args[0] not in names:
+            raise ConfigError(f"{ctx.info_name} has no command {args[0]!r}; {did_you_mean(args[0], names)}")
+        return super().resolve_command(ctx, args)  # type: ignore[arg-type]
 
 
 class CommandGroup(TyperGroup):
@@ -148,13 +164,38 @@ def _summary(name: str) -> Callable[..., Any]:
 
 
 def _build(name: str, *, switches: bool) -> Any:
-    """Return a command, or None for an unknown name; without ``switches`` what the list of commands needs of it."""
+    """Return a command or group, None for an unknown name; without ``switches`` what the list of commands needs."""
     if name not in _names():
         return None
     function = _function(name) if switches or name not in BUILT_IN else _summary(name)
+    if isinstance(function, typer.Typer):
+        return typer.main.get_group(_wrapped(name, function, switches))
     single = typer.Typer(add_completion=False)
     single.command(name)(_with_traceback(with_method_options(function, switches)))
     return typer.main.get_command(single)
+
+
+def _wrapped(name: str, group: typer.Typer, switches: bool) -> typer.Typer:
+    """Return a group whose commands, and those of groups inside it, have method options and --traceback as ours do."""
+    made = typer.Typer(cls=SubGroup, name=name, help=group.info.help, no_args_is_help=True, add_completion=False)
+    made.registered_callback = group.registered_callback
+    for command in group.registered_commands:
+        assert command.callback is not None
+        callback = _with_traceback(with_method_options(command.callback, switches))
+        made.registered_commands.append(_changed(command, callback=callback))
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        inner_name = str(inner.name or inner.typer_instance.info.name)
+        made.add_typer(_wrapped(inner_name, inner.typer_instance, switches))
+    return made
+
+
+def _changed(info: Any, **values: Any) -> Any:
+    """Return a copy of one of Typer's records; the original stays as its owner made it."""
+    made = copy.copy(info)
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
 
 
 def _ask_for_traceback(ctx: typer.Context, wanted: bool) -> None:

@@ -9,7 +9,7 @@ COMMAND_GROUP = "dit_accel.commands"
 
 
 def commands() -> dict[str, Any]:
-    """Return every command that an entry point of ``dit_accel.commands`` adds, by name.
+    """Return every command, or group of commands (a `typer.Typer`), that an entry point of ``dit_accel.commands`` adds.
 
     Raises:
         ConfigError: if two packages add a command of the same name.

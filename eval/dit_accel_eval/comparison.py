@@ -46,12 +46,20 @@ def rival_steps(line: Line) -> set[int]:
 
 def figures(suite: Suite, lines: Sequence[Line]) -> list[ArmFigures]:
     """Return the figures of every arm that ran: dense runs of the best solver by steps, then the suite's others."""
+    return figures_of(lines, [arm.name for arm in suite.arms if not arm.is_dense])
+
+
+def is_rival(line: Line) -> bool:
+    """Whether a line is a dense run of the best solver, which suites call by its steps, and no other arm is called."""
+    return line["arm"] == dense_arm(line["num_inference_steps"]).name
+
+
+def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]:
+    """Return the figures of every arm that ran: dense runs of the best solver by steps, then the others as listed."""
     known = latest(lines)
     clips = sorted({clip for _, clip in known})
-    listed = {arm.name for arm in suite.arms if not arm.is_dense}
     dense = {line["num_inference_steps"] for line in known.values() if line["arm"] not in listed}
-    names = [dense_arm(steps).name for steps in sorted(dense)]
-    names += [arm.name for arm in suite.arms if not arm.is_dense]
+    names = [*(dense_arm(steps).name for steps in sorted(dense)), *listed]
     found = []
     for name in names:
         own = [known[name, clip] for clip in clips if (name, clip) in known]
@@ -61,10 +69,9 @@ def figures(suite: Suite, lines: Sequence[Line]) -> list[ArmFigures]:
 
 
 def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], Line]) -> ArmFigures:
-    is_rival = name == dense_arm(lines[0]["num_inference_steps"]).name
     keys = [key for key in (*WORKS, *TIMED) if all(line.get(key) is not None for line in lines)]
     ahead = {}
-    for key in () if is_rival else keys:
+    for key in () if is_rival(lines[0]) else keys:
         rivals = [(line["psnr"], equal_psnr(known, line["clip"], line[key])) for line in lines]
         differences = [own - rival for own, rival in rivals if rival is not None]
         if differences:
@@ -100,15 +107,20 @@ def verdict(difference: Interval, clips: int) -> str:
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: a row an arm, means over clips, intervals by paired bootstrap."""
-    return "\n".join(_rows(suite, lines))
+    return table_of(figures(suite, lines), suite.clips)
 
 
-def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
-    found = figures(suite, lines)
+def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
+    """Return the Markdown table of arms; those of fewer clips than ``clips``, None: than another, say how many."""
+    whole = max((arm.clips for arm in arms), default=0) if clips is None else clips
+    return "\n".join(_rows(arms, whole))
+
+
+def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
     works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in found) else {})
     against = [f"against UniPC at equal {words}, dB" for words in works.values()]
     heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", "score", *against]
-    if any(arm.clips < suite.clips for arm in found):
+    if any(arm.clips < clips for arm in found):
         heads.insert(1, "clips")
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"

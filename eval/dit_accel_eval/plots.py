@@ -57,6 +57,17 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
     Raises:
         ConfigError: if there are no arms.
     """
+    figure = picture(arms, title)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DOTS)
+
+
+def picture(arms: Sequence[ArmFigures], title: str) -> Any:
+    """Return what `draw` writes, as a figure of matplotlib.
+
+    Raises:
+        ConfigError: if there are no arms.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,8 +84,7 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
         _draw_panel(panel, arms, key)
     panels[0].set_ylabel("PSNR to the converged run, dB")
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DOTS)
+    return figure
 
 
 def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
@@ -96,13 +106,13 @@ def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
             else:
                 colour, mark = looks[group]
                 panel.plot(across, up, f"{mark}-", color=colour, label=label, markersize=4, linewidth=0.7)
-    best = [arm for arm in _frontier(arms, key) if _series(arm) != BEST]
+    best = [arm for arm in frontier(arms, key) if _series(arm) != BEST]
     panel.plot([arm.means[key] for arm in best], [arm.psnr.mean for arm in best], "ko", markersize=8, fillstyle="none")
     panel.set_xlabel(f"{WORKS[key]}, in dense steps")
     panel.grid(alpha=0.3)
 
 
-def _frontier(arms: Sequence[ArmFigures], key: str) -> list[ArmFigures]:
+def frontier(arms: Sequence[ArmFigures], key: str) -> list[ArmFigures]:
     """Return the arms that none surpasses at as little work, by work."""
     found: list[ArmFigures] = []
     for arm in sorted(arms, key=lambda one: (one.means[key], -one.psnr.mean)):

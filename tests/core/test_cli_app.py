@@ -307,3 +307,48 @@ def test_exit_codes_of_the_process():
     bad = script("plan", "--family", "nothing")
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
     assert "Traceback" not in bad.stderr
+
+
+def grouped(monkeypatch) -> list[Any]:
+    """Register a stranger's group with a group inside; returns what its commands were given."""
+    seen: list[Any] = []
+    group, inner = typer.Typer(help="Take care of cats."), typer.Typer(name="toys", help="And of toys.")
+
+    @group.command("feed")
+    def feed(times: int = 1, *, methods: MethodList) -> None:
+        """Feed them."""
+        seen.append((times, [type(method) for method in methods]))
+
+    @inner.command("lose")
+    def lose() -> None:
+        """Lose one."""
+        raise ConfigError("it is lost; look below the sofa")
+
+    group.add_typer(inner)
+    monkeypatch.setattr("dit_accel.cli.registry.commands", lambda: {"cats": group})
+    return seen
+
+
+def test_an_entry_may_be_a_group_of_commands(monkeypatch):
+    seen = grouped(monkeypatch)
+    assert "Take care of cats." in run("--help").stdout
+    told = run("cats", "--help").stdout
+    assert "Feed them." in told
+    assert "And of toys." in told
+    assert run("cats", "feed", "--times", "3", "--radial").exit_code == 0
+    assert seen == [(3, [RadialAttention])]
+    lost = run("cats", "toys", "lose")
+    assert (lost.exit_code, lost.stderr) == (2, "error: it is lost; look below the sofa\n")
+    assert "Traceback" in run("cats", "toys", "lose", "--traceback").stderr
+    bad = run("cats", "fed")
+    assert (bad.exit_code, bad.stderr) == (
+        2,
+        "error: cats has no command 'fed'; did you mean 'feed'? known: feed, toys\n",
+    )
+    assert "Feed them." in run("cats").stdout
+
+
+def test_the_command_line_is_a_module():
+    command = [sys.executable, "-m", "dit_accel", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == script("--version").stdout

@@ -1,5 +1,6 @@
 """The comparison: honest intervals, suites and results that say what is wrong, rivals, runs that go on."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,11 +19,15 @@ from dit_accel_eval.comparison import equal_psnr, figures, rival_steps, table, v
 from dit_accel_eval.counting import Counts
 from dit_accel_eval.embedded import Run
 from dit_accel_eval.fidelity import psnr, ssim
+from dit_accel_eval.kept import read_kept, reference_of, run_of
 from dit_accel_eval.paired import Interval, bootstrap
 from dit_accel_eval.results import check_lines, read_lines
+from dit_accel_eval.run_progress import progress_of
 from dit_accel_eval.suite import read_suite
+from typer.testing import CliRunner
 
 from dit_accel import ConfigError
+from dit_accel.cli.app import app
 
 SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
 HEAD = 'version = 2\nname = "s"\nmodel = "wan-tiny"\nclips = 1\n'
@@ -293,6 +298,70 @@ def test_a_dense_run_of_something_else_is_refused(tmp_path, fake):
     other.write_bytes(b"PK")
     with pytest.raises(ConfigError, match="is not a dense run that this release can read"):
         reference.dense_run(model, 0, 5, tmp_path)
+
+
+def test_frames_are_kept_and_missing_ones_made_up_for(job, fake):
+    timed = dataclasses.replace(job, timed=True, threads=2)
+    run(timed, range(1))
+    with_frames = dataclasses.replace(job, frames=job.out.parent / "frames")
+    run(with_frames, range(1))
+    lines = read_lines(job.out)
+    for line in lines:
+        made = fake("", {}).run(0, steps=line["num_inference_steps"], solver=line["solver"], methods=line["methods"])
+        found = read_kept(job.out.parent / line["kept"], run_of(line))
+        assert np.abs(found / 255 - made.frames).max() < 0.5 / 255 + 5e-4  # dense runs are float16 in the cache
+        assert read_kept(job.out.parent / line["kept_reference"], reference_of(line)).shape == found.shape
+    assert lines[0]["seconds"] == 7.5  # what was timed before stays
+    made = len(fake.made)
+    run(with_frames, range(1))
+    assert len(fake.made) == made
+    (job.out.parent / lines[0]["kept"]).unlink()
+    run(with_frames, range(1))
+    assert len(fake.made) == made + 1
+
+
+def test_progress_is_in_steps_and_ends_when_all_is_done(job):
+    seen = []
+    run(job, range(2), watch=lambda lines: seen.append(progress_of(job.suite, range(2), lines)))
+    done = [one for one, _ in seen]
+    assert done[0] == 0 < seen[0][1]
+    assert done == sorted(done)
+    assert seen[-1][0] == seen[-1][1] == 2 * (2 * 32 - 16 + 10 + 2 + 2 + 6 + 7 + 8)
+
+
+def test_the_command_runs_a_suite_goes_on_and_reports(job, fake, tmp_path):
+    def command(*arguments):
+        return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+    arguments = ["run", tmp_path / "s.toml", "--out", job.out, "--cache", job.cache, "--frames", tmp_path / "frames"]
+    first = command(*arguments)
+    assert first.exit_code == 0, first.output
+    assert "| thin | 7.50 | 6.40 |" in first.stdout
+    assert f"written to {job.out}" in " ".join(first.stderr.split())
+    made = len(fake.made)
+    assert command(*arguments, "--quiet").stdout == ""
+    assert len(fake.made) == made
+    assert command("report", job.out, "-o", tmp_path / "s.html").exit_code == 0
+    text = (tmp_path / "s.html").read_text()
+    assert "5 times the difference" in text
+    assert "dit-accel eval run s.toml --out s.jsonl --frames frames" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "{0}/s.toml/r.jsonl"], "results can't be written to "),
+        (["--out", "{0}"], "it is a folder; name a file in it"),
+        (["--frames", "{0}/s.toml"], "frames can't be written to "),
+        (["--time", "--workers", "2"], "timed runs need the machine to themselves, got --workers 2"),
+    ],
+)
+def test_the_command_says_what_it_can_not_do(job, fake, tmp_path, options, message):
+    out = ["--out", str(job.out), *(text.format(tmp_path) for text in options)]
+    result = CliRunner().invoke(app, ["eval", "run", str(tmp_path / "s.toml"), *out])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert fake.made == []
 
 
 @pytest.mark.slow

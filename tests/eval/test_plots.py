@@ -23,7 +23,7 @@ DENSE = [figure(f"unipc {steps}", 20 + steps, steps) for steps in range(6, 12)]
 
 def test_the_frontier_is_what_none_surpasses_at_as_little_work():
     good, bad = figure("a, 0.1 12", 33, 9.5), figure("a, 0.2 12", 27, 9)
-    assert plots._frontier([*DENSE, good, bad], "work") == [*DENSE[:4], good]
+    assert plots.frontier([*DENSE, good, bad], "work") == [*DENSE[:4], good]
 
 
 @pytest.mark.parametrize(("real", "panels"), [(None, 1), (6.0, 2)])

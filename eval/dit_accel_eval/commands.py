@@ -1,0 +1,122 @@
+"""The commands `eval run` and `eval report` of the command line; what they need is loaded when they run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from dit_accel_pipelines.options import RUN
+
+from dit_accel.cli.console import OUT, TALK, print_error, warn
+
+eval_app = typer.Typer(name="eval", help="Compare settings with converged runs on an embedded model, and report.")
+
+
+@eval_app.command("run")
+def run_suite(
+    suite: Annotated[Path, typer.Argument(help="Suite of arms, such as eval/suites/smoke.toml.", metavar="SUITE.toml")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines; default: results/SUITE.jsonl beside the suite's folder.", metavar="FILE"),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = 1,
+    clips: Annotated[int | None, typer.Option(help="Run only the first so many clips.", min=1)] = None,
+    timed: Annotated[bool, typer.Option("--time", help="Time each arm beside the dense run of as many steps.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of a timed run.", min=1)] = 2,
+    frames: Annotated[
+        Path | None, typer.Option(help="Folder that keeps every run's frames, for the report.", metavar="DIR")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of dense runs; default: in the user's cache folder.", metavar="DIR")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, notes or table.", rich_help_panel=RUN)
+    ] = False,
+) -> None:
+    """Run a suite: every arm on every clip, held against a converged run and against fewer steps.
+
+    Each run is a JSON line, written as it ends. A suite that was stopped goes
+    on where it stopped; one that is whole only prints its table.
+
+    Examples:
+
+    dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
+
+    dit-accel eval report smoke.jsonl -o smoke.html
+    """
+    from .compare import Job, check_timing, clips_of, default_out, run
+    from .comparison import table
+    from .reference import AGREE, default_cache
+    from .results import read_lines
+    from .run_progress import SuiteProgress
+    from .suite import read_suite
+
+    check_timing(timed, workers)
+    read = read_suite(suite)
+    file, wanted = out or default_out(suite, read), clips_of(read, clips)
+    talk = not quiet and not TALK.is_terminal
+    job = Job(
+        suite=read, out=file, cache=cache or default_cache(), timed=timed, threads=threads if timed else 1,
+        frames=frames, talk=talk,
+    )  # fmt: skip
+    with SuiteProgress(read, wanted, quiet=quiet) as watch:
+        run(job, wanted, workers=workers, watch=watch)
+    lines = read_lines(file)
+    if quiet:
+        return
+    print(table(read, lines))
+    apart = {line["clip"]: line for line in lines if line["reference_agreement"] < AGREE}
+    for clip, line in sorted(apart.items()):
+        found = f"{line['reference_steps']} steps agree with half as many to {line['reference_agreement']:.1f} dB only"
+        warn(f"the reference of clip {clip} did not converge: {found}")
+    TALK.print(f"written to {file}; for a page: dit-accel eval report {file} -o report.html", markup=False)
+
+
+@eval_app.command("report")
+def report_results(
+    results: Annotated[Path, typer.Argument(help="JSON lines of eval run.", metavar="RESULTS.jsonl")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Page to write, .html; opens offline.", metavar="FILE")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="One row an arm.", metavar="FILE")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="All figures, by a versioned schema.", metavar="FILE")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="The table and what it warns of.", metavar="FILE")
+    ] = None,
+    minimum: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--min", help="What every arm's mean must reach, such as psnr=28; may be repeated.", metavar="METRIC=VALUE"
+        ),
+    ] = None,
+    players: Annotated[int, typer.Option(help="Clips shown where frames were kept, worst first.", min=0)] = 8,
+) -> None:
+    """Report a suite's results: a page that opens offline, or tables; without a file to write, a table to stdout.
+
+    With --min, exit code 1 where an arm misses what is asked; dense runs of
+    fewer steps, which the arms are held against, are not judged.
+
+    Examples:
+
+    dit-accel eval report smoke.jsonl -o smoke.html
+
+    dit-accel eval report smoke.jsonl --min psnr=28 --csv smoke.csv
+    """
+    from .report.figures import misses, report_of
+    from .report.lines import read_minimums, read_results
+    from .report.writing import markdown_text, write_reports
+
+    asked = read_minimums(minimum or ())
+    report = report_of(read_results(results), asked)
+    wanted = {"html": output, "csv": csv, "json": json, "markdown": markdown}
+    written = write_reports(report, {kind: path for kind, path in wanted.items() if path is not None}, players=players)
+    for path in written:
+        OUT.print(str(path), markup=False, soft_wrap=True)
+    if not written:
+        print(markdown_text(report))
+    missed = misses(report)
+    for text in missed:
+        print_error(text)
+    if missed:
+        raise typer.Exit(1)

@@ -1,0 +1,115 @@
+"""Reads result lines for a report, and refuses what no report could be true of."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+
+from ..results import Line, latest
+
+METRICS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
+"""Metric of a result line -> in words; of each, more is better."""
+
+NUMBERS = ("psnr", "ssim", "score", "work", "work_real", "attended", "reference_agreement", "reference_steps")
+TEXTS = ("arm", "prompt", "model", "weights", "solver")
+ONE = ("model", "weights", "call", "reference")
+"""What all lines of one report must share."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """What a file of result lines holds.
+
+    Attributes:
+        path: the file.
+        lines: the last line of each clip and arm.
+        cut: whether the file ended in a line that was cut off.
+    """
+
+    path: Path
+    lines: tuple[Line, ...]
+    cut: bool
+
+
+def read_results(path: Path) -> Results:
+    """Read the results of `eval run`.
+
+    Raises:
+        ConfigError: for a file that is missing or empty, a line that is broken or of another kind, or lines of two
+            models, weights, calls or references.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"results {path} can't be read ({reason}); name the file that eval run wrote") from None
+    whole, _, rest = text.rpartition("\n")
+    lines = [_line(f"{path}, line {number}", one) for number, one in enumerate(whole.splitlines(), 1) if one.strip()]
+    if not lines:
+        raise ConfigError(f"{path} holds no results; fill it with dit-accel eval run SUITE.toml --out {path}")
+    _check_one(path, lines)
+    return Results(path=path, lines=tuple(latest(lines).values()), cut=bool(rest.strip()))
+
+
+def _line(where: str, text: str) -> Line:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON ({error}); delete that line, and run the suite again") from None
+    if not isinstance(line, dict):
+        raise ConfigError(f"{where} is no result but {text[:40]!r}; delete that line")
+    needed = ("clip", "num_inference_steps", "call", "methods", "reference", "flow_shift", *NUMBERS, *TEXTS)
+    missing = [key for key in needed if key not in line]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}; a report takes the results of eval run")
+    for key in (*NUMBERS, "clip", "num_inference_steps"):
+        if isinstance(line[key], bool) or not isinstance(line[key], int | float) or not math.isfinite(line[key]):
+            raise ConfigError(f"{where} has {key} {line[key]!r}, which is no finite number; delete it and run again")
+    for key in TEXTS:
+        if not isinstance(line[key], str):
+            raise ConfigError(f"{where} has {key} {line[key]!r}, which is no text; delete it and run again")
+    for key in ("call", "methods"):
+        if not isinstance(line[key], dict):
+            raise ConfigError(f"{where} has {key} {line[key]!r}, which is no table; delete it and run again")
+    return line
+
+
+def _check_one(path: Path, lines: Sequence[Line]) -> None:
+    for key in ONE:
+        counts = Counter(json.dumps(line[key], sort_keys=True) for line in lines)
+        if len(counts) > 1:
+            told = " and ".join(f"{value} ({count} lines)" for value, count in counts.most_common(3))
+            raise ConfigError(f"{path} mixes results of several {key}: {told}; report each from a file of its own")
+    settings: dict[str, str] = {}
+    for line in latest(lines).values():
+        keys = ("num_inference_steps", "solver", "flow_shift", "methods")
+        setting = json.dumps([line[key] for key in keys], sort_keys=True)
+        if settings.setdefault(line["arm"], setting) != setting:
+            raise ConfigError(f"{path} has arm {line['arm']!r} with two settings; rename one, or delete its lines")
+
+
+def read_minimums(texts: Sequence[str]) -> Mapping[str, float]:
+    """Read what is asked of every arm, each as ``metric=value``.
+
+    Raises:
+        ConfigError: for another form, an unknown metric, with the nearest, or a value that is no finite number.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--min {text!r} is not METRIC=VALUE; write, say, --min psnr=28")
+        if name not in METRICS:
+            raise ConfigError(f"--min {text!r} names no metric; {did_you_mean(name, METRICS)}")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise ConfigError(f"--min {text!r} has no number behind the sign; write, say, --min {name}=28")
+    return found

@@ -1,0 +1,143 @@
+"""The page of a report: one HTML file that opens offline, its pictures inside."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from dit_accel_pipelines.request import EMBEDDED_FPS
+
+from ..comparison import ArmFigures, verdict
+from ..plots import frontier, picture
+from .figures import Report, judged, misses, worst_first
+from .lines import METRICS
+from .players import AMPLIFIED, players_of
+from .reproduce import commands_of, name_of, suite_text, versions_of
+
+LIGHTEST, DARKEST = 96, 62
+"""Lightness in percent of the lowest and the highest cell of the heat map; black text stays readable on both."""
+
+
+def page(report: Report, *, players: int = 8) -> str:
+    """Return the HTML of a report.
+
+    Args:
+        report: what it says.
+        players: how many clips are shown at most, where their frames were kept.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("dit_accel_eval.report", "")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    shown, references, failed = players_of(report, players)
+    first = report.results.lines[0]
+    return environment.get_template("page.html.jinja").render(
+        title=f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
+        report=report,
+        first=first,
+        summary=_summary(report),
+        warnings=[*report.warnings, *failed],
+        misses=misses(report),
+        asked=", ".join(f"{metric} of at least {least:g}" for metric, least in report.minimums.items()),
+        groups=_groups(report),
+        metrics=METRICS,
+        verdict=verdict,
+        reached=lambda arm: _reached(report, arm),
+        plot=_plot(report),
+        frontiers=_frontiers(report),
+        heat=_heat(report),
+        players=shown,
+        references=references,
+        amplified=AMPLIFIED,
+        fps=EMBEDDED_FPS,
+        options=_options,
+        commands=commands_of(report),
+        suite=suite_text(report),
+        suite_name=name_of(report),
+        versions=versions_of(report.results.lines),
+    )
+
+
+def _summary(report: Report) -> str:
+    """Return in a sentence how the arms stand against fewer steps."""
+    key = next(iter(report.works))
+    found = [(arm, verdict(arm.ahead[key], arm.clips)) for arm in judged(report) if key in arm.ahead]
+    if not found:
+        return "No arm is held against fewer steps here."
+    counts = {word: sum(one == word for _, one in found) for word in ("ahead", "behind", "open")}
+    best, _ = max(found, key=lambda one: one[0].ahead[key].mean)
+    return (
+        f"At equal {report.works[key]}, {counts['ahead']} of {len(found)} arms come nearer to the converged run than "
+        f"fewer steps do, {counts['behind']} less near, {counts['open']} are open. Furthest ahead: {best.name}, "
+        f"{best.ahead[key]:+} dB."
+    )
+
+
+def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
+    """Return the rows of the first table under their heads."""
+    dense = [arm for arm in report.arms if report.is_dense(arm)]
+    others = [arm for arm in report.arms if not report.is_dense(arm)]
+    groups = [("Arms", others), ("Dense runs of fewer steps, UniPC", dense)]
+    return [(head, arms) for head, arms in groups if arms]
+
+
+def _reached(report: Report, arm: ArmFigures) -> str:
+    if arm not in judged(report):
+        return "not judged"
+    low = [metric for metric, least in report.minimums.items() if report.mean(arm, metric) < least]
+    return f"misses {', '.join(low)}" if low else "reached"
+
+
+def _plot(report: Report) -> str:
+    """Return the plot of PSNR over work as a data URI; the same figures give the same bytes."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dit-accel"}):
+        picture(report.arms, "").savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue().encode()).decode()
+
+
+def _frontiers(report: Report) -> list[str]:
+    """Return in words what the plot's rings and line show, by kind of work."""
+    whole = max(arm.clips for arm in report.arms)
+    arms = [arm for arm in report.arms if arm.clips == whole]
+    found = []
+    for key in ("work", "work_real"):
+        told = [f"{arm.name} ({arm.means[key]:.1f} steps, {arm.psnr.mean:.1f} dB)" for arm in frontier(arms, key)]
+        found.append(f"Not surpassed at as little {report.works[key]}: {', '.join(told)}.")
+    return found
+
+
+def _heat(report: Report) -> dict[str, Any]:
+    """Return the heat map's clips, worst first, and its rows of (arm, cells); a cell is its PSNR and lightness."""
+    clips = worst_first(report)
+    values = {(line["arm"], line["clip"]): line["psnr"] for line in report.results.lines}
+    low, high = min(values.values()), max(values.values())
+
+    def lightness(value: float) -> int:
+        return round(float(np.interp(value, [low, high], [LIGHTEST, DARKEST])) if high > low else LIGHTEST)
+
+    rows = []
+    for _, arms in _groups(report):
+        for arm in arms:
+            cells = [values.get((arm.name, clip)) for clip in clips]
+            rows.append((arm.name, [None if cell is None else (cell, lightness(cell)) for cell in cells]))
+    return {"clips": clips, "rows": rows, "low": low, "high": high}
+
+
+def _options(line: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (method, its options in words) of what a line ran."""
+    found = []
+    for method, options in line["methods"].items():
+        told = [f"{key} = {_short(value)}" for key, value in options.items() if value is not None]
+        found.append((method, ", ".join(told)))
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{', '.join(map(_short, value[:3]))}, ... {len(value)} values]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

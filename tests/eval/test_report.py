@@ -1,0 +1,348 @@
+"""The report: figures as the table's, a page that stands alone, every error by name, nothing half written."""
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dit_accel_eval.comparison import figures, table
+from dit_accel_eval.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
+from dit_accel_eval.report import writing
+from dit_accel_eval.report.figures import misses, report_of, worst_first
+from dit_accel_eval.report.lines import read_minimums, read_results
+from dit_accel_eval.report.page import page
+from dit_accel_eval.report.players import difference, players_of
+from dit_accel_eval.report.reproduce import suite_text
+from dit_accel_eval.results import read_lines
+from dit_accel_eval.suite import read_suite
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.cli.app import app
+
+EVAL = Path(__file__).parents[2] / "eval"
+WAN, FLUX = (EVAL / "results" / f"{name}.jsonl" for name in ("profiling-wan-tiny", "knee-flux-tiny"))
+TAGS_WITHOUT_END = {"meta", "img", "input", "br", "link", "hr"}
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(app, ["eval", "report", *map(str, arguments)])
+
+
+def lines_in(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@functools.cache
+def committed():
+    return report_of(read_results(WAN), {})
+
+
+def report(path: Path = WAN, **minimums: float):
+    if path == WAN:
+        return dataclasses.replace(committed(), minimums=minimums)
+    return report_of(read_results(path), minimums)
+
+
+def few(tmp_path: Path, name: str, clips: int) -> Path:
+    lines = read_lines(EVAL / "results" / f"{name}.jsonl")
+    return lines_in(tmp_path / f"{name}.jsonl", [line for line in lines if line["clip"] < clips])
+
+
+class Page(HTMLParser):
+    """Reads a page: elements with attributes, texts, and whether every element is closed in turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in TAGS_WITHOUT_END:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("li", "dt", "dd"):
+            assert self._open[-1] == tag, (self._open, tag)
+        self._open.pop()
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def test_figures_are_those_of_the_suite_table():
+    suite = read_suite(EVAL / "suites" / "profiling-wan-tiny.toml")
+    lines = read_lines(WAN)
+    assert {arm.name: arm for arm in report().arms} == {arm.name: arm for arm in figures(suite, lines)}
+    rows = set(table(suite, lines).splitlines())
+    assert len(rows & set(writing.markdown_text(report()).splitlines())) >= len(report().arms)
+
+
+def test_json_csv_and_markdown_agree():
+    data = writing.data_of(report(psnr=20.0))
+    assert (data["schema"], data["version"]) == ("dit-accel/eval-report", 1)
+    rows = {row["arm"]: row for row in csv.DictReader(io.StringIO(writing.csv_text(report())))}
+    assert set(rows) == {arm["name"] for arm in data["arms"]}
+    for arm in data["arms"]:
+        row = rows[arm["name"]]
+        assert float(row["psnr"]) == arm["psnr"]["mean"] == pytest.approx(np.mean([one["psnr"] for one in arm["runs"]]))
+        assert (row["dense"] == "true") == arm["dense"] == (not arm["against_fewer_steps"])
+        for key, found in arm["against_fewer_steps"].items():
+            assert float(row[f"ahead_{key}_low"]) == found["low"] <= found["mean"] <= found["high"]
+            assert row[f"ahead_{key}_verdict"] == found["verdict"]
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+
+
+def test_the_page_stands_alone_and_can_be_read_by_all():
+    text = page(report())
+    assert len(text.encode()) < 3_000_000
+    found = Page(text)
+    links = [one.get("href", one.get("src", "")) for one in (element for _, element in found.elements)]
+    assert all(link.startswith(("#", "data:")) for link in links if link)
+    assert "http" not in text.replace("http://www.w3.org", "")
+    ids = [element["id"] for _, element in found.elements if "id" in element]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    assert {element["aria-labelledby"] for _, element in found.elements if "aria-labelledby" in element} <= set(ids)
+    assert len(found.all("caption")) == len(found.all("table")) == 3
+    assert all(head.get("scope") in ("col", "row", "rowgroup") for head in found.all("th"))
+    assert all(len(picture["alt"]) > 40 for picture in found.all("img"))
+    assert found.all("html") == [{"lang": "en"}]
+    assert [tag for tag, _ in found.elements if tag in ("h1", "h2")][:2] == ["h1", "h2"]
+    for arm in report().arms:
+        assert found.texts.count(arm.name) >= 3  # the table, the heat map, what ran
+    assert text == page(report())
+
+
+def test_what_a_page_shows_is_escaped(tmp_path):
+    lines = [{**line, "prompt": "<script>alert(1)</script>"} for line in read_lines(WAN)]
+    text = page(report(lines_in(tmp_path / "r.jsonl", lines)))
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+@pytest.mark.parametrize("name", ["profiling-wan-tiny", "caches-wan-tiny"])
+def test_the_suite_of_a_page_runs_the_same_arms(tmp_path, name):
+    path = few(tmp_path, name, 1)
+    (tmp_path / "s.toml").write_text(suite_text(report(path)))
+    suite = read_suite(tmp_path / "s.toml")
+    lines = {line["arm"]: line for line in read_lines(path)}
+    assert {arm.name for arm in suite.arms} == set(lines)
+    for arm in suite.arms:
+        told = json.loads(json.dumps(arm.to_dict()))
+        assert told == {key: lines[arm.name][key] for key in told}
+
+
+def test_warnings_say_what_not_to_believe(tmp_path):
+    lines = read_lines(WAN)
+    arms = list(dict.fromkeys(line["arm"] for line in lines if line["methods"]))
+    lines = [line for line in lines if (line["arm"], line["clip"]) != (arms[0], 1)]
+    for line in lines:
+        if line["clip"] == 0:
+            line |= {"reference_agreement": 41.26, "reference_steps": 256}
+        if line["clip"] == 2:
+            line["torch"] = "9.9"
+    path = lines_in(tmp_path / "r.jsonl", lines)
+    path.write_text(path.read_text() + '{"arm": "cut')
+    found = report(path)
+    told = "\n".join(found.warnings)
+    clips = len(found.prompts)
+    for text in (
+        "The last line of the results was cut off",
+        f"Clips are missing, so means are not over the same prompts: {arms[0]} ({clips - 1} of {clips}).",
+        "clip 0 (256 steps, 41.3 dB)",
+        f"With {clips} clips there is no verdict; it takes 6.",
+        "The runs are of several versions of torch: 2.",
+    ):
+        assert text in told
+    assert all(text in page(found).replace("&#39;", "'") for text in found.warnings)
+
+
+def test_open_intervals_and_many_verdicts_are_told(tmp_path):
+    told = "\n".join(report(few(tmp_path, "caches-flux-tiny", 6)).warnings)
+    assert "Intervals that include zero at equal own work, so neither better nor worse than fewer steps: " in told
+    assert "of such verdicts come by chance" in told
+
+
+def test_minimums_judge_the_arms_and_not_their_rivals():
+    arms = {arm.name: arm for arm in report().arms}
+    ours = {name: arm.psnr.mean for name, arm in arms.items() if not name.startswith("unipc")}
+    least = sorted(ours.values())[1]
+    missed = misses(report(psnr=least))
+    worst = min(ours, key=lambda name: ours[name])
+    assert missed == [f"{worst} has a mean psnr of {ours[worst]:.4g}, asked were {least:g}"]
+    assert min(arm.psnr.mean for arm in arms.values()) < least  # a dense run of few steps
+    assert "misses psnr" in page(report(psnr=least))
+    assert misses(report(psnr=0.0, ssim=0.0, score=0.0)) == []
+
+
+def test_exit_codes(tmp_path):
+    good = run(WAN, "--min", "psnr=1", "-o", tmp_path / "r.html")
+    assert (good.exit_code, good.stdout) == (0, f"{tmp_path / 'r.html'}\n")
+    bad = run(WAN, "--min", "psnr=99", "--json", tmp_path / "r.json")
+    assert bad.exit_code == 1
+    assert "has a mean psnr of" in bad.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["misses"]
+    table_only = run(WAN)
+    assert table_only.exit_code == 0
+    assert table_only.stdout == writing.markdown_text(report()) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [], "holds no results; fill it with dit-accel eval run"),
+        (lambda lines: lines + read_lines(FLUX)[:1], "mixes results of several model: "),
+        (lambda lines: [*lines, {**lines[0], "weights": "other"}], "mixes results of several weights: "),
+        (lambda lines: [*lines, {**lines[0], "clip": 1, "solver": "euler"}], "with two settings; rename one"),
+        (lambda lines: [lines[0], {**lines[1], "psnr": math.nan}], "line 2 has psnr nan, which is no finite number"),
+        (lambda lines: [{**lines[0], "clip": "0"}], "line 1 has clip '0', which is no finite number"),
+        (lambda lines: [{**lines[0], "arm": 3}], "line 1 has arm 3, which is no text"),
+        (lambda lines: [{**lines[0], "methods": []}], "line 1 has methods [], which is no table"),
+        (lambda lines: [lines[0], [1]], "line 2 is no result but '[1]'"),
+        (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks reference, psnr, ssim,"),
+    ],
+)
+def test_results_that_no_report_can_be_true_of(tmp_path, change, message):
+    path = lines_in(tmp_path / "r.jsonl", change(read_lines(WAN)))
+    result = run(path, "-o", tmp_path / "r.html")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_files_that_are_no_results(tmp_path):
+    assert "can't be read (No such file or directory); name the file" in run(tmp_path / "none.jsonl").stderr
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\n")
+    assert "can't be read ('utf-8' codec" in run(tmp_path / "b.jsonl").stderr
+    (tmp_path / "c.jsonl").write_text(WAN.read_text().splitlines()[0] + "\n{broken\n")
+    result = run(tmp_path / "c.jsonl")
+    assert result.exit_code == 2
+    assert "c.jsonl, line 2 is not JSON (" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("psrn=28", "--min 'psrn=28' names no metric; did you mean 'psnr'? known: psnr, score, ssim"),
+        ("psnr", "--min 'psnr' is not METRIC=VALUE; write, say, --min psnr=28"),
+        ("psnr=high", "--min 'psnr=high' has no number behind the sign; write, say, --min psnr=28"),
+        ("psnr=nan", "--min 'psnr=nan' has no number behind the sign"),
+    ],
+)
+def test_bad_minimums(text, message):
+    with pytest.raises(ConfigError) as caught:
+        read_minimums([text])
+    assert message in str(caught.value)
+
+
+def test_outputs_that_can_not_be_written_leave_nothing(tmp_path, monkeypatch):
+    results = tmp_path / "r.jsonl"
+    results.write_bytes(WAN.read_bytes())
+    good = tmp_path / "r.html"
+    for options, message in (
+        (["--csv", tmp_path / "none" / "r.csv"], "is not a folder; create it first"),
+        (["--csv", good], "csv would overwrite"),
+        (["--json", results], "the results that are read; choose another name"),
+        (["--markdown", tmp_path], "it is a folder; name a file in it"),
+    ):
+        result = run(results, "-o", good, *options)
+        assert (result.exit_code, good.exists()) == (2, False)
+        assert message in result.stderr
+    assert results.read_bytes() == WAN.read_bytes()
+    good.write_text("before")
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run(results, "-o", good).exit_code == 1
+    assert good.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.jsonl"]
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Result lines of which the frames of every run are kept, drawn at random."""
+    rng = np.random.default_rng(0)
+    lines = read_lines(WAN)
+    for line in lines:
+        reference = np.random.default_rng(line["clip"]).random((3, 8, 6, 3), dtype=np.float32)
+        own = np.clip(reference + rng.normal(0, 0.02, reference.shape), 0, 1).astype(np.float32)
+        paths = {key: kept_path(Path("frames"), name, line["clip"])
+                 for key, name in (("kept", line["arm"]), ("kept_reference", REFERENCE))}  # fmt: skip
+        keep(tmp_path / paths["kept"], own, run_of(line))
+        keep(tmp_path / paths["kept_reference"], reference, reference_of(line))
+        line |= {key: path.as_posix() for key, path in paths.items()}
+    return lines_in(tmp_path / "r.jsonl", lines)
+
+
+def test_frames_are_kept_without_loss_and_known_by_what_made_them(tmp_path):
+    clip = (np.arange(5 * 4 * 6 * 3) % 256).reshape(5, 4, 6, 3).astype(np.float32) / 255
+    line = read_lines(WAN)[0]
+    keep(tmp_path / "a.png", clip, run_of(line))
+    assert np.array_equal(read_kept(tmp_path / "a.png", run_of(line)), np.round(clip * 255))
+    with pytest.raises(ConfigError, match=r"holds frames of weights '.*', not 'other'"):
+        read_kept(tmp_path / "a.png", run_of({**line, "weights": "other"}))
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for name in ("b.png", "none.png"):
+        with pytest.raises(ConfigError, match="holds no frames that can be read"):
+            read_kept(tmp_path / name, run_of(line))
+    assert kept_path(tmp_path, "a, 1", 0) != kept_path(tmp_path, "a 1", 0)
+
+
+def test_differences_are_amplified_and_symmetric():
+    one, two = np.full((1, 2, 2, 3), 10, np.uint8), np.full((1, 2, 2, 3), 17, np.uint8)
+    assert difference(one, two).max() == difference(two, one).min() == 35
+    assert difference(one, np.full_like(one, 255)).max() == 255
+
+
+def test_players_show_every_arm_at_its_worst(kept):
+    found = report(kept)
+    ours = [arm.name for arm in found.arms if not arm.name.startswith("unipc")]
+    players, references, failed = players_of(found, len(ours))
+    assert failed == []
+    assert {player.line["arm"] for player in players} == set(ours)
+    for player in players:
+        own = [line["psnr"] for line in found.results.lines if line["arm"] == player.line["arm"]]
+        assert (player.rank, player.line["psnr"]) == ("worst", min(own))
+    psnrs = [player.line["psnr"] for player in players]
+    assert psnrs == sorted(psnrs)
+    assert set(references) == {player.line["clip"] for player in players}
+    assert worst_first(found)[0] in found.prompts
+    text = page(found, players=2)
+    shown = Page(text)
+    assert len([one for one in shown.all("figure") if one.get("class") == "player"]) == 2
+    panes = [one for one in shown.all("div") if one.get("role") == "img"]
+    assert len(panes) == 6
+    assert all(pane["aria-label"] for pane in panes)
+    bars = shown.all("input")
+    assert [bar["max"] for bar in bars] == ["2", "2"]
+    assert all(bar["aria-label"] for bar in (*bars, *shown.all("button")))
+    assert not [one for one in Page(page(found, players=0)).all("figure") if one.get("class") == "player"]
+
+
+def test_kept_frames_of_another_run_are_not_shown_but_told(kept):
+    lines = read_lines(kept)
+    arm = next(line["arm"] for line in lines if line["methods"])
+    for line in lines:
+        if line["arm"] == arm:
+            (kept.parent / line["kept"]).unlink()
+    players, _, failed = players_of(report(kept), 99)
+    assert arm not in {player.line["arm"] for player in players}
+    assert all(f"of {arm} is not shown: " in text for text in failed)
+    assert "holds no frames that can be read" in page(report(kept), players=99)
