@@ -243,7 +243,7 @@ def test_wan_720p_is_built_in_milliseconds(options):
         config.tiles(WAN_720P)
         config.token_order(WAN_720P)
         spent.append(time.process_time() - start)
-    assert min(spent) < 0.020
+    assert min(spent) < 0.06  # 0.02 on a 2 GHz Xeon with nothing else to do
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "tiles"}, {"sink": True, "order": "tiles"}])
