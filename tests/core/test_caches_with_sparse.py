@@ -79,7 +79,13 @@ def test_each_plans_in_computed_steps_alone(sparse):
 
 
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
-@pytest.mark.parametrize("sparse", SPARSE.values(), ids=SPARSE)
+@pytest.mark.parametrize(
+    "sparse",
+    [
+        pytest.param(methods, id=name, marks=() if name == "lite" else pytest.mark.slow)
+        for name, methods in SPARSE.items()
+    ],
+)
 def test_each_cache_beside_each_method(sparse, cache):
     config, kept = cache
     transformer = sharp_transformer()

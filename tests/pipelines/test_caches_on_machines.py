@@ -85,7 +85,10 @@ def compile_as(pipe, how):
 
 @pytest.mark.parametrize("first", ["cache", "offload"])
 @pytest.mark.parametrize("how", ["model", "sequential", "group of leaves", "group of blocks"])
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("easycache", "dbcache") else pytest.mark.slow) for name in CACHES],
+)
 def test_an_offloaded_model_gives_the_same(make_pipe, name, how, first):
     expected, steps = made(make_pipe(), CACHES[name])
     assert steps == DRAWN
