@@ -103,7 +103,9 @@ def check_caches(case: Case) -> None:
 
 def _at(case: Case, inputs: dict[str, Any], step: int) -> dict[str, Any]:
     """Return the inputs of a step: latents move from step to step, or nothing would tell how fast."""
-    return case.with_latents(inputs, case.latents(inputs) * (1 - 0.05 * step))
+    name, scale = case.adapter.latents, 1 - 0.05 * step
+    latents = inputs[name]
+    return {**inputs, name: latents * scale if isinstance(latents, Tensor) else [one * scale for one in latents]}
 
 
 def _generation(case: Case, inputs: dict[str, Any], tried: CacheCase, plain: list[Tensor], name: str) -> Tensor:
@@ -145,11 +147,12 @@ def _check_rows(case: Case) -> None:
 
 
 def _still_run(case: Case, places: list[str], tried: CacheCase) -> int:
-    """Return how many attention modules a skipped step runs."""
+    """Return how many attention modules a skipped step runs: of the first blocks, and of those beside the main ones."""
     if not tried.runs_first:
         return 0
     names = [block.name for block in find_blocks(case.adapter, case.transformer)]
-    return sum(any(place.startswith(f"{name}.") for name in names[: tried.runs_first]) for place in places)
+    skipped = names[tried.runs_first :]
+    return sum(not any(place.startswith(f"{name}.") for name in skipped) for place in places)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def test_pairs_of_methods_and_every_image_model_pass(name):
     first, *others = tiny_models.MODELS[name]
     check(name, [first], ["pairs"])
     if others and name != "flux":
-        check(name, others, [one for one in FAST if one not in (*ADAPTER_ALONE, "padding")])
+        check(name, others, [one for one in FAST if one not in (*ADAPTER_ALONE, *OF_CALLS, "padding")])
 
 
 @pytest.mark.slow
