@@ -5,7 +5,6 @@ No picture has a reference, so each is judged by itself: objects too many or mis
 Every picture of every arm is one JSON line; a run that was stopped goes on.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,37 +15,20 @@ from dit_accel_assets import model_defaults
 from dit_accel_assets.judge import judge
 from dit_accel_assets.world import scene_of
 
-from dit_accel import DitAccelError
-
 from .embedded import EmbeddedModel, settled_call, weights_hash
 from .fidelity import Clip
 from .longer import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
-from .suite import Arm, Suite, read_suite
+from .suite import Arm, Suite
+from .suite_command import suite_command
 
 NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite, or only print the table of what has run; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("suite", type=Path)
-    parser.add_argument("--out", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suite's folder")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
-    options = parser.parse_args(arguments)
-    try:
-        suite = read_suite(options.suite)
-        out = options.out or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
-        if not options.table:
-            torch.set_num_threads(options.threads)
-            run(suite, out)
-        print(table(suite, read_lines(out)))
-    except DitAccelError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return suite_command(__doc__, arguments, run, table)
 
 
 def run(suite: Suite, out: Path) -> None:

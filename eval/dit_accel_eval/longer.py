@@ -5,7 +5,6 @@ later stretch comes to the opening one, and how much of a loop it is. Every clip
 that was stopped goes on.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,13 +13,12 @@ import numpy as np
 import torch
 from dit_accel_assets import model_defaults, model_score
 
-from dit_accel import DitAccelError
-
 from .embedded import EmbeddedModel, settled_call, weights_hash
 from .fidelity import Clip
 from .paired import bootstrap
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
-from .suite import Arm, Suite, read_suite
+from .suite import Arm, Suite
+from .suite_command import suite_command
 
 STRETCH = 8
 """Frames of the opening that is looked for again."""
@@ -31,23 +29,7 @@ STILL = 0.01
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite, or only print the table of what has run; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("suite", type=Path)
-    parser.add_argument("--out", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suite's folder")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
-    options = parser.parse_args(arguments)
-    try:
-        suite = read_suite(options.suite)
-        out = options.out or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
-        if not options.table:
-            torch.set_num_threads(options.threads)
-            run(suite, out)
-        print(table(suite, read_lines(out)))
-    except DitAccelError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return suite_command(__doc__, arguments, run, table)
 
 
 def run(suite: Suite, out: Path) -> None:
