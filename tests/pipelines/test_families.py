@@ -12,6 +12,7 @@ from dit_accel_pipelines.wan import WAN
 
 from dit_accel import ConfigError, DeltaAttention, SparseD
 from dit_accel.adapters.model_files import read_model_files
+from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.rope import Rope
 from dit_accel.cli.method_options import select_methods
 from dit_accel.estimate.estimate import estimate
@@ -98,6 +99,10 @@ def test_every_family_is_consistent(name):
                 ConfigError,
                 match=f"{name} has no {getattr(config_type, 'numbers', 'blocks')} for '{family.name}', only",
             ):
+                estimate(adapter, family, methods=[config_type()])
+            continue
+        if name == "nag" and not isinstance(adapter.cross_attention, CrossAttention):
+            with pytest.raises(ConfigError, match="nag acts on the cross-attention to text, and .* has none to change"):
                 estimate(adapter, family, methods=[config_type()])
             continue
         if name in GUIDED and name not in {**adapter.recipes, **family.recipes}:
