@@ -111,7 +111,7 @@ class Request:
             raise ConfigError(f"fps must be above 0 and at most 240, got {self.fps:g}")
         if not 1 <= self.scale <= MAX_SCALE:
             raise ConfigError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
-        if not (0 <= self.seed and self.seeds()[-1] < 2**63):
+        if not (self.seed >= 0 and self.seeds()[-1] < 2**63):
             raise ConfigError(
                 f"seeds must be from 0 to 2**63 - 1, got {self.seed} for the first of {len(self.prompts)} prompts"
             )
