@@ -94,6 +94,7 @@ class Execution:
         self.backward = BackwardStore()
         self.observers: list[Observer] = []
         self.on_run: list[Callable[[], None]] = []
+        self.runs = 0
         self.use(handlers)
         _EXECUTIONS[self.number] = self
 
@@ -107,6 +108,7 @@ class Execution:
 
     def begin_run(self) -> None:
         """Forget everything that belongs to the last generation."""
+        self.runs += 1
         for call in self.on_run:
             call()
         self.recorder = Recorder()
@@ -256,6 +258,7 @@ class Execution:
             row=row,
             repeated=repeated,
             differentiate=differentiate,
+            heads=state.ulysses.share(layer.heads) if state.ulysses else None,
         )
 
     def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:

@@ -14,6 +14,7 @@ from ..methods.site import AroundBlock, AroundCall, AroundForward, Block
 from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
+from .parallel import split_before
 from .processor import Slot
 from .seam import is_compiled, shadow, wrap_call
 
@@ -213,6 +214,8 @@ class TransformerSite:
         last: list[Any] = [None]  # what a block gave besides its streams, for when it is skipped
 
         def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            args, kwargs, run = split_before(block.module, run, args, kwargs)
+
             def innermost(streams: Streams) -> Streams:
                 given, named = signature.write_call(streams, args, kwargs)
                 result = run(*given, **named)
