@@ -125,9 +125,8 @@ class Forward:
         slot.grid = self._grid
         slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
         slot.ulysses = state.ulysses = None
-        if self._parallel is not None and self._parallel.ulysses_degree > 1 and self._parallel.ring_degree == 1:
-            if plain != NO_GRID:
-                self._spread(plain, made_tensor(inputs[state.adapter.latents]).device)
+        if self._parallel is not None and self._parallel.ring_degree == 1 and plain != NO_GRID:
+            self._spread(plain, made_tensor(inputs[state.adapter.latents]).device)
         state.layout = None if isinstance(grid, str) else layout_of(grid)
         state.batch = len(inputs[state.adapter.latents])
         return grid

@@ -34,7 +34,7 @@ class AttentionLayer:
         self.module: Any = module
         self.index = index
         self.depth = depth
-        self.heads = heads_of(module, state.transformer.config)
+        self.heads = heads_of(module, getattr(state.transformer, "config", None))
         self.processor: Any = None
         self.dense: DenseAttention | None = None
         self.calls = 0

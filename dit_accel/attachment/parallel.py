@@ -100,7 +100,7 @@ def require_agreement(execution: Execution, state: TransformerState, config: Any
 def split_before(
     module: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any], Callable[..., Any]]:
-    """Return a block's arguments as diffusers' context parallelism splits them, and what runs it without a further split.
+    """Return a block's arguments as diffusers' context parallelism splits them, and what runs it on these.
 
     So a method sees of every block what this process has of its streams, and may leave out the one that splits them.
     """

@@ -255,6 +255,6 @@ def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:
         raise ConfigError(f"sparse attention has no dropout, but the call asks for dropout_p={dropout_p}; set it to 0")
     if parallel_config is not None:
         raise ConfigError(
-            "methods on attention do not run under context parallelism in a transformer that is compiled whole; compile "
-            "its blocks (compile_repeated_blocks), disable parallelism, or detach"
+            "methods on attention do not run under context parallelism in a transformer that is compiled whole; "
+            "compile its blocks (compile_repeated_blocks), disable parallelism, or detach"
         )

@@ -4,7 +4,9 @@ import contextlib
 import copy
 import datetime
 import os
+import signal
 import socket
+import time
 import traceback
 from typing import Any
 from unittest import mock
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from dit_accel_pipelines.parallel import enable_ulysses
-from tiny_models import FLUX, HUNYUAN_TINY
+from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY
 from wan_tiny import TINY as WAN_TINY
 
 import dit_accel
@@ -45,22 +47,11 @@ def hunyuan() -> tuple[Any, dict[str, Any]]:
     )  # fmt: skip
 
 
-def ltx() -> tuple[Any, dict[str, Any]]:
-    from tiny_models import LTX_TINY
-
-    return diffusers.LTXVideoTransformer3DModel(**{**LTX_TINY, "num_attention_heads": 4, "cross_attention_dim": 64}), (
-        dict(
-            hidden_states=torch.randn(1, 80, 4), encoder_hidden_states=torch.randn(1, TEXT, 16),
-            encoder_attention_mask=(torch.arange(TEXT)[None] < TEXT - 3).long(), num_frames=5, height=4, width=4,
-        )
-    )  # fmt: skip
+MODELS = {"wan": wan, "flux": flux, "hunyuan-video": hunyuan}
 
 
-MODELS = {"wan": wan, "flux": flux, "hunyuan-video": hunyuan, "ltx": ltx}
-
-
-def build(name: str, longer: int = 0) -> tuple[Any, dict[str, Any]]:
-    """A tiny model of four heads that attends sharply, and what it is given; with so many further text tokens."""
+def build(name: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny model of four heads that attends sharply, and what it is given."""
     torch.manual_seed(0)
     transformer, inputs = MODELS[name]()
     for path, weight in transformer.named_parameters():
@@ -100,9 +91,7 @@ def start(rank: int, world: int, port: int, work: Any, found: Any, seconds: floa
     try:
         found[rank] = work(rank, world, *given)
     except Exception as error:
-        found[rank] = f"{type(error).__name__}: {error}"
-        if os.environ.get("PARALLEL_TRACE"):
-            traceback.print_exc()
+        found[rank] = told(error)
     with contextlib.suppress(Exception):
         dist.barrier()
         dist.destroy_process_group()
@@ -136,12 +125,117 @@ def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]]
         try:
             with dit_accel.attach(transformer, *methods):
                 alone = denoise(transformer, inputs)
-            with dit_accel.attach(spread, *methods) as attachment:
+            with dit_accel.attach(spread, *methods):
                 together = denoise(spread, inputs)
-                report = attachment.report()
-            found[name] = (together - alone).abs().max().item(), (alone - plain).abs().max().item(), str(report)
+            found[name] = apart(together, alone), apart(alone, plain)
         except Exception as error:
-            if os.environ.get("PARALLEL_TRACE"):
-                traceback.print_exc()
-            found[name] = f"{type(error).__name__}: {error}"
+            found[name] = told(error)
     return found
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def told(error: Exception) -> str:
+    if os.environ.get("PARALLEL_TRACE"):
+        traceback.print_exc()
+    return f"{type(error).__name__}: {error}"
+
+
+def attach_first(rank: int, world: int, nag: Any, methods: tuple[Any, ...]) -> Any:
+    """Return how far processes and one lie apart: with a negative text, attached before, detached, in gradients."""
+    transformer, inputs = build("wan")
+    text, spread = torch.randn(1, 6, 64), copy.deepcopy(transformer)
+    plain = denoise(transformer, inputs)
+    with dit_accel.attach(transformer, *methods):
+        alone = denoise(transformer, inputs)
+    gradient = gradient_of(transformer, inputs, methods[:1])
+    attachment = dit_accel.attach(spread, *methods)
+    enable(spread, world)
+    together = denoise(spread, inputs)
+    attachment.detach()
+    dense = denoise(spread, inputs)
+    far = []
+    for one in (transformer, spread):
+        with dit_accel.attach(one, nag(negative_embeds=text)):
+            far.append(denoise(one, inputs))
+    shared = gradient_of(spread, inputs, methods[:1])
+    dist.all_reduce(shared)
+    return apart(*far), apart(together, alone), apart(dense, plain), apart(shared, gradient)
+
+
+def gradient_of(transformer: Any, inputs: dict[str, Any], methods: tuple[Any, ...]) -> torch.Tensor:
+    """The gradient of a layer's queries' weights; of processes, what each of them adds to it."""
+    with dit_accel.attach(transformer, *methods):
+        out = transformer(**inputs, timestep=torch.full((1,), 500.0), return_dict=False)[0]
+        weight = transformer.blocks[1].attn1.to_q.weight
+        return torch.autograd.grad(out.square().mean(), weight)[0]
+
+
+def refused(rank: int, world: int) -> dict[str, str]:
+    """Return case -> the error that this process raises."""
+    from diffusers import ContextParallelConfig, FirstBlockCacheConfig
+
+    lite = dit_accel.LiteAttention(block_size=16, dense_steps=0)
+
+    def error_of(methods: tuple[Any, ...], model: str = "wan", heads: int = 4, **call: Any) -> str:
+        transformer, inputs = build(model)
+        if heads != 4:
+            transformer = diffusers.WanTransformer3DModel(**{**WAN_TINY, "num_attention_heads": heads})
+        inputs = {**inputs, **call.pop("inputs", {})}
+        enable(transformer, world)
+        try:
+            with dit_accel.attach(transformer, *methods):
+                denoise(transformer, inputs, **call)
+        except Exception as error:
+            return told(error)
+        return "no error"
+
+    def ring(config: Any) -> str:
+        transformer, _ = build("wan")
+        with mock.patch.object(torch.accelerator, "device_count", return_value=world):
+            transformer.enable_parallelism(config=config)
+        try:
+            dit_accel.attach(transformer, lite)
+        except Exception as error:
+            return told(error)
+        return "no error"
+
+    def undescribed() -> str:
+        transformer = diffusers.LTXVideoTransformer3DModel(**LTX_TINY)
+        enable(transformer, world)
+        try:
+            dit_accel.attach(transformer, lite)
+        except Exception as error:
+            return told(error)
+        return "no error"
+
+    other = dit_accel.LiteAttention(block_size=16, dense_steps=0, threshold=-3.0)
+    return {
+        "heads": error_of((lite,), heads=3),
+        "ring": ring(ContextParallelConfig(ring_degree=world)),
+        "undescribed": undescribed(),
+        "native": error_of((FirstBlockCacheConfig(),)),
+        "settings": error_of((other if rank else lite,)),
+        "methods": error_of((lite if rank else dit_accel.EasyCache(),)),
+        "steps": error_of((lite,), steps=4 + rank),
+        "seeds": error_of((lite,), inputs=dict(hidden_states=torch.randn(1, 12, 5, 8, 8) + rank)),
+    }
+
+
+def lose_one(rank: int, world: int, fault: str) -> None:
+    """Run on, while another process is killed or stops answering in the middle of a forward."""
+    transformer, inputs = build("wan")
+    enable(transformer, world)
+
+    def fail(module: Any, given: Any) -> None:
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(25)
+        os._exit(1)
+
+    if rank == 1:
+        transformer.blocks[1].register_forward_pre_hook(fail)
+    with dit_accel.attach(transformer, dit_accel.LiteAttention(block_size=16, dense_steps=0)):
+        denoise(transformer, inputs)
