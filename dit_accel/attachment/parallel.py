@@ -58,6 +58,11 @@ def require_parallel(execution: Execution, state: TransformerState, config: Any)
                 f"ulysses_degree = {config.ulysses_degree} does not divide the {layer.heads} heads of {state.name}; "
                 "choose a degree that does, or ulysses_anything=True"
             )
+        if (config.ulysses_degree - 1) * -(-layer.heads // config.ulysses_degree) >= layer.heads:
+            raise ConfigError(
+                f"ulysses_degree = {config.ulysses_degree} leaves a process none of the {layer.heads} heads of "
+                f"{state.name}; choose a smaller degree"
+            )
 
 
 def require_agreement(execution: Execution, state: TransformerState, config: Any, latents: Tensor) -> None:

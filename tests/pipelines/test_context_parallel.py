@@ -89,18 +89,18 @@ FEW = ("lite, target density", "lite, ranges", "delta", "ultraimage", "softpag",
 
 
 @pytest.mark.parametrize(
-    ("model", "world", "cases", "options"),
+    ("model", "world", "cases", "heads", "options"),
     [
-        ("wan", 2, WAN, {}),
-        ("hunyuan-video", 2, VIDEOS, {}),
-        ("flux", 2, IMAGES, {}),
-        ("wan", 4, {name: WAN[name] for name in (*FEW, "radial + ultravico + softpag")}, {}),
-        ("flux", 3, {name: IMAGES[name] for name in FEW}, {"ulysses_anything": True}),
+        ("wan", 2, WAN, 4, {}),
+        ("hunyuan-video", 2, VIDEOS, 4, {}),
+        ("flux", 2, IMAGES, 4, {}),
+        ("wan", 4, {name: WAN[name] for name in (*FEW, "radial + ultravico + softpag")}, 4, {}),
+        ("flux", 3, {name: IMAGES[name] for name in FEW}, 5, {"ulysses_anything": True}),
     ],
     ids=["wan", "hunyuan-video", "flux", "wan on 4", "flux on 3, which divide neither tokens nor heads"],
 )
-def test_processes_give_what_one_gives(model, world, cases, options):
-    found = processes(world, compare, model, cases, options)
+def test_processes_give_what_one_gives(model, world, cases, heads, options):
+    found = processes(world, compare, model, cases, heads, options)
     assert sorted(found) == list(range(world))
     for name in cases:
         for rank in range(world):
@@ -127,6 +127,7 @@ def test_what_cannot_be_right_is_refused_on_every_process_alike():
     assert found[0] == found[1]
     for what, words in {
         "heads": "ConfigError: ulysses_degree = 2 does not divide the 3 heads of transformer",
+        "too few heads": "ConfigError: ulysses_degree = 2 leaves a process none of the 1 heads of transformer",
         "ring": "ConfigError: lite: ring_degree = 2 gives no process a whole row of attention",
         "native": "is diffusers' own cache, whose processes would decide each by its own tokens",
         "undescribed": "ConfigError: lite: the adapter 'ltx' does not say how context parallelism splits its tokens",

@@ -1,6 +1,5 @@
 """What one of several processes runs to test context parallelism; here, so that a process that is started finds it."""
 
-import contextlib
 import copy
 import datetime
 import os
@@ -24,24 +23,24 @@ import dit_accel
 TEXT = 8
 
 
-def wan() -> tuple[Any, dict[str, Any]]:
-    return diffusers.WanTransformer3DModel(**{**WAN_TINY, "num_attention_heads": 4}), dict(
+def wan(heads: int) -> tuple[Any, dict[str, Any]]:
+    return diffusers.WanTransformer3DModel(**{**WAN_TINY, "num_attention_heads": heads}), dict(
         hidden_states=torch.randn(1, 12, 5, 8, 8), encoder_hidden_states=torch.randn(1, 6, 64)
     )
 
 
-def flux() -> tuple[Any, dict[str, Any]]:
+def flux(heads: int) -> tuple[Any, dict[str, Any]]:
     rows, columns = torch.meshgrid(torch.arange(8), torch.arange(10), indexing="ij")
-    return diffusers.FluxTransformer2DModel(**{**FLUX[0].config, "num_attention_heads": 4}), dict(
+    return diffusers.FluxTransformer2DModel(**{**FLUX[0].config, "num_attention_heads": heads}), dict(
         hidden_states=torch.randn(1, 80, 4), encoder_hidden_states=torch.randn(1, TEXT, 16),
         pooled_projections=torch.randn(1, 8), txt_ids=torch.zeros(TEXT, 3), guidance=torch.full((1,), 3.5),
         img_ids=torch.stack([rows * 0, rows, columns], -1).flatten(0, 1).float(),
     )  # fmt: skip
 
 
-def hunyuan() -> tuple[Any, dict[str, Any]]:
+def hunyuan(heads: int) -> tuple[Any, dict[str, Any]]:
     mask = (torch.arange(TEXT)[None] < TEXT - 3).long()
-    return diffusers.HunyuanVideoTransformer3DModel(**{**HUNYUAN_TINY, "num_attention_heads": 4}), dict(
+    return diffusers.HunyuanVideoTransformer3DModel(**{**HUNYUAN_TINY, "num_attention_heads": heads}), dict(
         hidden_states=torch.randn(1, 4, 5, 8, 8), encoder_hidden_states=torch.randn(1, TEXT, 16),
         encoder_attention_mask=mask, pooled_projections=torch.randn(1, 8), guidance=torch.full((1,), 6000.0),
     )  # fmt: skip
@@ -50,10 +49,10 @@ def hunyuan() -> tuple[Any, dict[str, Any]]:
 MODELS = {"wan": wan, "flux": flux, "hunyuan-video": hunyuan}
 
 
-def build(name: str) -> tuple[Any, dict[str, Any]]:
-    """A tiny model of four heads that attends sharply, and what it is given."""
+def build(name: str, heads: int = 4) -> tuple[Any, dict[str, Any]]:
+    """A tiny model that attends sharply, and what it is given."""
     torch.manual_seed(0)
-    transformer, inputs = MODELS[name]()
+    transformer, inputs = MODELS[name](heads)
     for path, weight in transformer.named_parameters():
         if path.endswith(("norm_q.weight", "norm_k.weight")):
             weight.data.mul_(3.0)
@@ -92,9 +91,9 @@ def start(rank: int, world: int, port: int, work: Any, found: Any, seconds: floa
         found[rank] = work(rank, world, *given)
     except Exception as error:
         found[rank] = told(error)
-    with contextlib.suppress(Exception):
+    else:
         dist.barrier()
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[int, Any]:
@@ -106,7 +105,7 @@ def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[i
         found = manager.dict()
         spawned = mp.spawn(start, (world, port, work, found, seconds, given), nprocs=world, join=False)
         for process in spawned.processes:
-            process.join(seconds * 3)
+            process.join(seconds + 120)  # to start takes its time beside other work
         alive = [rank for rank, process in enumerate(spawned.processes) if process.is_alive()]
         for rank in alive:
             spawned.processes[rank].kill()
@@ -114,9 +113,9 @@ def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[i
         return dict(found)
 
 
-def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]], options: dict[str, Any]) -> Any:
+def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]], heads: int, options: Any) -> Any:
     """Return case -> (how far the processes' output lies from one process's, how far that lies from dense)."""
-    transformer, inputs = build(model)
+    transformer, inputs = build(model, heads)
     spread = copy.deepcopy(transformer)
     enable(spread, world, **options)
     plain = denoise(transformer, inputs)
@@ -179,12 +178,10 @@ def refused(rank: int, world: int) -> dict[str, str]:
 
     lite = dit_accel.LiteAttention(block_size=16, dense_steps=0)
 
-    def error_of(methods: tuple[Any, ...], model: str = "wan", heads: int = 4, **call: Any) -> str:
-        transformer, inputs = build(model)
-        if heads != 4:
-            transformer = diffusers.WanTransformer3DModel(**{**WAN_TINY, "num_attention_heads": heads})
+    def error_of(methods: tuple[Any, ...], heads: int = 4, options: Any = None, **call: Any) -> str:
+        transformer, inputs = build("wan", heads)
         inputs = {**inputs, **call.pop("inputs", {})}
-        enable(transformer, world)
+        enable(transformer, world, **(options or {}))
         try:
             with dit_accel.attach(transformer, *methods):
                 denoise(transformer, inputs, **call)
@@ -214,6 +211,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
     other = dit_accel.LiteAttention(block_size=16, dense_steps=0, threshold=-3.0)
     return {
         "heads": error_of((lite,), heads=3),
+        "too few heads": error_of((lite,), heads=1, options=dict(ulysses_anything=True)),
         "ring": ring(ContextParallelConfig(ring_degree=world)),
         "undescribed": undescribed(),
         "native": error_of((FirstBlockCacheConfig(),)),
