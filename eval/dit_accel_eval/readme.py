@@ -17,6 +17,7 @@ from .guided import table as guided_table
 from .larger import table as larger_table
 from .longer import table as longer_table
 from .results import read_lines
+from .scaling import table as scaling_table
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
@@ -34,6 +35,7 @@ PAGES = {
         "dropped-mass",
         "time",
     ),
+    "docs/scaling.md": ("scaling",),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
@@ -146,6 +148,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "speed": _speed,
     "time": _time,
     "dropped-mass": _mass,
+    "scaling": lambda _: scaling_table(),
     "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
     "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
     "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),
