@@ -1,12 +1,12 @@
-"""The commands `eval run` and `eval report` of the command line; what they need is loaded when they run."""
+"""The commands of `dit-accel eval`; what they need is loaded when they run."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from dit_accel_pipelines.options import RUN
+from dit_accel_pipelines.options import RUN, Json
 
-from dit_accel.cli.console import OUT, TALK, print_error, warn
+from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
 eval_app = typer.Typer(name="eval", help="Compare settings with converged runs on an embedded model, and report.")
 
@@ -120,3 +120,30 @@ def report_results(
         print_error(text)
     if missed:
         raise typer.Exit(1)
+
+
+@eval_app.command("metrics")
+def list_metrics(json: Json = False) -> None:
+    """List the metrics: what each is, which way is better, and whether it can be measured here.
+
+    Examples:
+
+    dit-accel eval metrics
+    """
+    from .metrics import metrics
+
+    known = metrics().values()
+    if json:
+        print_json([
+            {
+                "name": one.name, "words": one.words, "better": one.better, "bounds": one.bounds,
+                "reference": one.reference, "source": one.source, "missing": one.missing(),
+            }
+            for one in known
+        ])  # fmt: skip
+        return
+    table = plain_table("metric", "what it is", "better", "against", "here")
+    for one in known:
+        against = "a reference" if one.reference else "nothing"
+        table.add_row(one.name, one.words, one.better, against, one.missing() or "yes")
+    OUT.print(table)
