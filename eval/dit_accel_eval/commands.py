@@ -87,7 +87,9 @@ def report_results(
     minimum: Annotated[
         list[str] | None,
         typer.Option(
-            "--min", help="What every arm's mean must reach, such as psnr=28; may be repeated.", metavar="METRIC=VALUE"
+            "--min",
+            help="What every arm's mean must reach, such as psnr=28, or at most where less is better; may be repeated.",
+            metavar="METRIC=VALUE",
         ),
     ] = None,
     players: Annotated[int, typer.Option(help="Clips shown where frames were kept, worst first.", min=0)] = 8,
@@ -101,7 +103,7 @@ def report_results(
 
     dit-accel eval report smoke.jsonl -o smoke.html
 
-    dit-accel eval report smoke.jsonl --min psnr=28 --csv smoke.csv
+    dit-accel eval report smoke.jsonl --min psnr=28 --min lpips@alex=0.2
     """
     from .report.figures import misses, report_of
     from .report.lines import read_minimums, read_results

@@ -26,8 +26,9 @@ from dit_accel.files import check_writable
 from .comparison import rival_steps, table
 from .counting import REAL_SHARE, work
 from .embedded import EmbeddedModel, check_name, settled_call, weights_hash
-from .fidelity import Clip, psnr, ssim
+from .fidelity import Clip
 from .kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
+from .measuring import lacks_metrics, measures
 from .reference import AGREE, Reference, converged, default_cache, dense_run
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
 from .solvers import BEST
@@ -222,8 +223,12 @@ def _lacking(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
     rivals = sorted(set().union(*map(rival_steps, known.values())))
     for arm in (*job.suite.arms, *map(dense_arm, rivals)):
         line = known.get(arm.name)
-        untimed = line is not None and job.timed and not arm.is_dense and "seconds" not in line
-        if line is None or untimed or (job.frames is not None and not _has_frames(job, line)):
+        if (
+            line is None
+            or lacks_metrics(job.suite, line)
+            or (job.timed and not arm.is_dense and "seconds" not in line)
+            or (job.frames is not None and not _has_frames(job, line))
+        ):
             yield arm
 
 
@@ -258,8 +263,7 @@ def measured(model: EmbeddedModel, arm: Arm, clip: int, reference: Reference, jo
         "reference_steps": reference.steps,
         "reference_agreement": reference.agreement,
         **arm.to_dict(),
-        "psnr": psnr(made.frames, reference.frames),
-        "ssim": ssim(made.frames, reference.frames),
+        **measures(job.suite, arm.name, clip, made.frames, reference.frames, model.prompt(clip)),
         "score": model_score(model.name, clip, made.frames),
         **{key: round(work(made.counts, reference.step, made.attended, share), 6) for key, share in shares.items()},
         "attended": made.attended,

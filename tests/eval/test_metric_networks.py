@@ -180,7 +180,7 @@ def test_without_weights_every_network_is_skipped_with_the_command_that_gets_the
              "brisque", "niqe", "psnr"]  # fmt: skip
     found = scores(names, Sample(frames=noisy(cat(64)), reference=cat(64)))
     assert set(found.measured) == {"psnr"}
-    assert all(reason.endswith("run dit-accel eval setup") for reason in found.skipped.values())
+    assert all(reason.endswith("run dit-accel eval setup") for reason in found.unavailable.values())
 
 
 def archive(folder: Path, **members: bytes) -> Archive:

@@ -188,7 +188,7 @@ def test_every_metric_says_what_it_is_and_takes_a_still_picture(name):
     assert one.name == name
     assert all((one.words, one.source))
     found = scores([name], Sample(frames=drawn(1), reference=drawn(1) if one.reference else None))
-    assert len(found.measured) + len(found.skipped) == 1
+    assert len(found.measured) + len(found.skipped) + len(found.unavailable) == 1
     if one.reference:
         with pytest.raises(NotMeasured, match=r"compares with a reference|not|pixels"):
             one(Sample(frames=drawn(2)))
@@ -308,7 +308,7 @@ def test_an_ffmpeg_without_a_filter_is_a_reason_to_skip(monkeypatch):
     monkeypatch.setattr(ffmpeg, "_filters", lambda: frozenset({"psnr"}))
     found = scores(["vmaf@v0.6.1", "xpsnr"], Sample(frames=drawn(), reference=drawn()))
     assert not found.measured
-    assert found.skipped["xpsnr"] == "the ffmpeg of imageio-ffmpeg has no filter xpsnr; update imageio-ffmpeg"
+    assert found.unavailable["xpsnr"] == "the ffmpeg of imageio-ffmpeg has no filter xpsnr; update imageio-ffmpeg"
 
 
 def test_an_ffmpeg_that_fails_tells_why():

@@ -69,11 +69,13 @@ class Scores:
 
     Attributes:
         measured: metric -> its value.
-        skipped: metric -> why it has none.
+        skipped: metric -> why it says nothing about this sample.
+        unavailable: metric -> why it can't be measured here.
     """
 
     measured: dict[str, Measured] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
         """Return metric -> its value."""
@@ -81,9 +83,13 @@ class Scores:
 
 
 def scores(names: Iterable[str], sample: Sample) -> Scores:
-    """Measure a sample; a metric that can't be measured is skipped, with its reason."""
+    """Measure a sample; a metric that can't be measured is left out, with its reason."""
     found = Scores()
     for name in names:
+        reason = metric(name).missing()
+        if reason is not None:
+            found.unavailable[name] = reason
+            continue
         try:
             found.measured[name] = metric(name)(sample)
         except NotMeasured as reason:
