@@ -182,3 +182,62 @@ def set_up_weights(
         print_error(f"no weights of {net}: {reason}")
     if failed:
         raise typer.Exit(1)
+
+
+@eval_app.command("score")
+def score_clips(
+    clips: Annotated[Path, typer.Argument(help="A clip, or a folder of clips: videos or pictures.", metavar="CLIPS")],
+    reference: Annotated[
+        Path | None, typer.Option(help="What they should be: a clip, or a folder with the same names.", metavar="CLIPS")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            "-m",
+            help="A metric, or fid@efflite0, kid@efflite0; may be repeated. Default: psnr and ssim, or motion.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON lines, one a clip.", metavar="FILE")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of the clips.")] = 8.0,
+    trained_frames: Annotated[
+        int | None, typer.Option(help="Frames the model was trained on, for loop and norepeat.", min=1)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure clips that lie in files, each against the reference of its name.
+
+    Frames that `eval run --frames` kept are read as clips. Lossy files such as
+    .mp4 are compared with a warning: what they lost is in the figures.
+
+    Examples:
+
+    dit-accel eval score out/ --reference dense/ -m psnr -m lpips@alex
+
+    dit-accel eval score kite.mp4 -m dynamic@dis -m flickering --json
+    """
+    from dit_accel.files import check_writable
+
+    from .results import write_lines
+    from .scoring import score_files
+
+    if output is not None:
+        check_writable(output, "scores")
+    names = metric or (["motion"] if reference is None else ["psnr", "ssim"])
+    lines = list(score_files(clips, reference, names, fps=fps, trained_frames=trained_frames, warn=warn))
+    if output is not None:
+        write_lines(output, lines)
+    if json:
+        print_json(lines)
+        return
+    table = plain_table("clip", *names, right=tuple(names))
+    for line in lines:
+        cells = [f"{line['metrics'][name]:.4f}" if name in line["metrics"] else "" for name in names]
+        table.add_row(line["clip"] or f"all {line['frames']} frames", *cells)
+    OUT.print(table)
+    told = {(name, reason) for line in lines for key in ("skipped", "unavailable")
+            for name, reason in line.get(key, {}).items()}  # fmt: skip
+    for name, reason in sorted(told):
+        warn(f"{name} was skipped: {reason}")
