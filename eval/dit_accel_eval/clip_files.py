@@ -65,10 +65,9 @@ def _kept_frames(path: Path) -> int | None:
 
 
 def _codec(path: Path) -> str:
-    import imageio.v2 as imageio
+    from imageio_ffmpeg import read_frames
 
-    with imageio.get_reader(path) as reader:
-        return str(reader.get_meta_data().get("codec", ""))
+    return str(next(iter(read_frames(path)))["codec"])  # the first thing that it gives is what the file says of itself
 
 
 def clips_in(path: Path) -> list[ClipFile]:

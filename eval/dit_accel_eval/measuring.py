@@ -29,10 +29,11 @@ def measures(suite: Suite, arm: str, clip: int, frames: Clip, reference: Clip, p
     Raises:
         ConfigError: for frames that are not finite, with the arm and clip that made them.
     """
-    trained = model_defaults(suite.model).get("num_frames")
+    defaults = model_defaults(suite.model)
+    trained = int(defaults["num_frames"]) if "num_frames" in defaults else None
     try:
         sample = Sample(
-            frames=frames, reference=reference, prompt=prompt, fps=EMBEDDED_FPS, trained_frames=trained and int(trained)
+            frames=frames, reference=reference, prompt=prompt, fps=EMBEDDED_FPS, trained_frames=trained
         )
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {arm!r}: {error}") from None

@@ -70,7 +70,7 @@ def score_files(
         line |= {key: told for key in ("skipped", "unavailable") if (told := getattr(found, key))}
         yield line
     if sets:
-        yield _sets(sets, *map(torch.cat, both), warn)
+        yield _sets(sets, torch.cat(both[0]), torch.cat(both[1]), warn)
 
 
 def _sample(clip: ClipFile, reference: ClipFile | None, fps: float, trained_frames: int | None) -> Sample:

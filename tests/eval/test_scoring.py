@@ -63,6 +63,27 @@ def test_lossy_files_are_warned_of_and_measured_alone_without_a_word(folders, tm
     assert json.loads(alone.stdout)[0]["metrics"]["motion"] > 0
 
 
+def test_lossless_videos_are_exact(folders, tmp_path):
+    import imageio_ffmpeg
+
+    for codec, pixels in (("ffv1", "bgr0"), ("libx264", "yuv420p")):
+        writer = imageio_ffmpeg.write_frames(
+            tmp_path / f"{codec}.mkv", (64, 64), codec=codec, pix_fmt_out=pixels, macro_block_size=1
+        )
+        writer.send(None)
+        for frame in drawn(0):
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+    exact, lossy = (
+        score(tmp_path / f"{codec}.mkv", "--reference", folders[1] / "more" / "0.png", "--json")
+        for codec in ("ffv1", "libx264")
+    )
+    assert json.loads(exact.stdout)[0]["metrics"]["psnr"] == 100
+    assert exact.stderr == ""
+    assert json.loads(lossy.stdout)[0]["metrics"]["psnr"] < 60
+    assert "compressed with loss" in lossy.stderr
+
+
 def bad(tmp_path: Path) -> Path:
     (tmp_path / "bad").mkdir()
     return tmp_path / "bad"
@@ -119,17 +140,16 @@ def test_distances_are_those_of_closed_forms():
     assert abs(kernel(*halves)) < 0.05 < kernel(halves[0], halves[1] + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing("efflite0") is not None, reason=str(missing("efflite0")))
 def test_distances_of_folders_are_small_for_alike_ones(folders):
     own, dense = folders
-    found = json.loads(score(own, "--reference", dense, "-m", "kid@efflite0", "-m", "fid@efflite0", "--json").stdout)
+    result = score(own, "--reference", dense, "-m", "kid@efflite0", "-m", "fid@efflite0", "--json")
+    found = json.loads(result.stdout)
     assert (found[-1]["clip"], found[-1]["frames"]) == (None, 18)
+    assert "fid@efflite0 of 18 frames is above that of many" in result.stderr
     same = json.loads(score(dense, "--reference", dense, "-m", "fid@efflite0", "--json").stdout)
     assert same[-1]["metrics"]["fid@efflite0"] < found[-1]["metrics"]["fid@efflite0"]
-    assert (
-        "fid@efflite0 of 18 frames is above that of many"
-        in score(own, "--reference", dense, "-m", "fid@efflite0").stderr
-    )
 
 
 def test_distances_need_weights_and_references(folders, tmp_path, monkeypatch):
