@@ -248,7 +248,7 @@ def _denoise(bench: Bench, steps: int) -> Iterator[float]:
 
 
 def _told_step(transformer: Any, step: int, steps: int) -> Any:
-    """Return the context in which a pipeline makes a step; a few transformers have none, and are followed by timesteps."""
+    """Return the context in which a pipeline makes a step; a few transformers have none, and timesteps tell."""
     context = getattr(transformer, "cache_context", None)
     return context("cond", step_index=step, num_inference_steps=steps) if context else contextlib.nullcontext()
 
