@@ -14,7 +14,7 @@ import torch
 from dit_accel_assets import model_closeness, model_score
 
 from .embedded import EmbeddedModel, settled_call, weights_hash
-from .longer import sharpness
+from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
 from .suite import Arm, Suite
