@@ -107,10 +107,10 @@ def test_guidance_in_one_call_guides_the_conditional_rows_alone(name):
     valid = call["prompt_attention_mask"][0].bool()
     own = call["prompt_embeds"][:, valid]
     with dit_accel.attach(pipe, NAG(negative_embeds=own)) as attachment:
-        torch.testing.assert_close(generate(pipe, call), plain, rtol=1e-4, atol=1e-5)
+        assert float((generate(pipe, call) - plain).norm() / plain.norm()) <= 1e-4
         assert attachment.report().section("nag").data["forwards"] > 0
     with dit_accel.attach(pipe, NAG(negative_embeds=own.flip(-1), scale=11.0)):
-        assert not torch.allclose(generate(pipe, call), plain, rtol=1e-4, atol=1e-5)
+        assert float((generate(pipe, call) - plain).norm() / plain.norm()) > 1e-3
     assert torch.equal(generate(pipe, call), plain)
 
 
@@ -139,5 +139,9 @@ def test_a_plan_says_what_it_costs():
     told = " ".join((result.stdout + result.stderr).split())
     assert "nag computes the cross-attention of the conditional forward twice in 50 steps" in told
     result = CliRunner().invoke(app, ["plan", "--family", "flux.1-dev", "--nag"])
+    assert result.exit_code == 0, result.stderr
+    told = " ".join((result.stdout + result.stderr).split())
+    assert "nag runs the conditional forward for two texts in 28 steps, as dear as a forward more in each" in told
+    result = CliRunner().invoke(app, ["plan", "--family", "mochi-1", "--nag"])
     assert result.exit_code != 0
-    assert "its text joins the self-attention" in " ".join(result.stderr.split())
+    assert "on mochi it can't: its processor attends row by row" in " ".join(result.stderr.split())

@@ -10,8 +10,13 @@ from ...errors import ConfigError
 from ..site import Site
 
 
-def encoded(site: Site, prompt: str) -> Tensor:
+def encoded(site: Site, prompt: str, padded: bool = False) -> Tensor:
     """Return a text's embeddings by the pipeline's own encoder, [1, tokens, C], without what its mask leaves out.
+
+    Args:
+        site: the transformer.
+        prompt: the text.
+        padded: keep what a mask leaves out: the model attends to it.
 
     Raises:
         ConfigError: without a pipeline, or for one whose encoder can't be called with a text alone.
@@ -30,6 +35,7 @@ def encoded(site: Site, prompt: str) -> Tensor:
     shared = {name: usual[name].default for name in ("max_sequence_length", "clean_caption") if name in usual}
     options = {"do_classifier_free_guidance": False, **shared}
     call = {"prompt": prompt, **{name: value for name, value in options.items() if name in taken}}
+    call.update({name: None for name in ("prompt_2", "prompt_3") if name in taken})  # as the prompt
     try:
         with torch.no_grad():
             made = encode(**call)
@@ -40,10 +46,31 @@ def encoded(site: Site, prompt: str) -> Tensor:
     embeds, *others = made if isinstance(made, (tuple, list)) else (made,)
     if not isinstance(embeds, Tensor) or embeds.ndim != 3:
         raise ConfigError(f"{type(pipe).__name__} gives no embeddings [1, tokens, C] of nag.negative_prompt; {instead}")
-    mask = others[0] if others else None
-    if isinstance(mask, Tensor) and mask.shape == embeds.shape[:2] and bool(mask.any()):
+    mask = next((other for other in others if _is_mask(other, embeds)), None)
+    if mask is not None and not padded:
         embeds = embeds[:, mask[0].bool()]
     return embeds.detach().clone()
+
+
+def _is_mask(value: Any, embeds: Tensor) -> bool:
+    """Tell whether one of an encoder's results is the mask of its embeddings, and leaves something."""
+    if not isinstance(value, Tensor) or value.shape != embeds.shape[:2]:
+        return False
+    return bool(((value == 0) | (value == 1)).all()) and bool(value.any())
+
+
+def require_width(text: Any, embeds: Tensor, where: str) -> Tensor:
+    """Return the prompt that a transformer gets; raise `ConfigError` if it is of another kind or width than a text."""
+    if not isinstance(text, Tensor):
+        raise ConfigError(
+            f"{where} gets its text as {type(text).__name__} here, beside which nag can't lay a negative one; detach it"
+        )
+    if text.shape[-1] != embeds.shape[-1]:
+        raise ConfigError(
+            f"nag's negative text has {embeds.shape[-1]} channels, and {where} gets a prompt of {text.shape[-1]}; "
+            "encode it with this model's text encoder"
+        )
+    return text
 
 
 class NegativeText:
@@ -67,17 +94,7 @@ class NegativeText:
 
     def require_like(self, text: Any) -> Tensor:
         """Return the prompt that a forward gets; raise `ConfigError` if it is of another kind or width."""
-        if not isinstance(text, Tensor):
-            raise ConfigError(
-                f"{self._where} gets its text as {type(text).__name__} here, beside which nag can't lay a "
-                "negative one; detach it"
-            )
-        if text.shape[-1] != self.embeds.shape[-1]:
-            raise ConfigError(
-                f"nag's negative text has {self.embeds.shape[-1]} channels, and {self._where} gets a prompt of "
-                f"{text.shape[-1]}; encode it with this model's text encoder"
-            )
-        return text
+        return require_width(text, self.embeds, self._where)
 
     def project(self, run: Any, args: Any, kwargs: Any) -> Any:
         """Run the transformer's projection on the prompt, and on the negative text as well."""
