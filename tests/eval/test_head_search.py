@@ -145,10 +145,10 @@ def test_a_search_writes_heads_goes_on_and_generates_nothing_twice(request_of, t
     [
         (dict(rounds=0), r"tune heads needs rounds >= 1, got 0"),
         (dict(halvings=-1), r"tune heads needs halvings >= 0, got -1"),
-        (dict(objective="pikscore"), r"no objective 'pikscore'; did you mean pickscore.* or give module:function"),
+        (dict(objective="pikscore"), r"no objective 'pikscore'; did you mean 'pickscore'.* or give module:function"),
         (
-            dict(objective="clip=nowhere"),
-            r"objective 'clip' can't be loaded from 'nowhere': .*; give a folder",
+            dict(objective="clip=/nowhere"),
+            r"objective 'clip' can't be loaded from '/nowhere': .*; give a folder",
         ),
         (
             dict(objective="clip="),
