@@ -62,13 +62,14 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(adapter, family)
         exclusive = [handlers()[name].exclusive for name in names]
         alike = len(exclusive) == 2 and exclusive[0] & exclusive[1]
         unsaid = "teacache" in names and adapter.signal is None
+        untold = "nag" in names and not isinstance(adapter.cross_attention or adapter.joined_text, TOLD)
         if (
             any(name in adapter.refused for name in names)
             or alike
             or unsaid
+            or untold
             or any(pair <= set(names) for pair in APART)
             or without_positions(adapter) & set(names)
-            or ("nag" in names and not isinstance(adapter.cross_attention or adapter.joined_text, TOLD))
             or ("delta" in names and not SPARSE & set(names))
         ):
             with pytest.raises(ConfigError, match=REFUSALS):
