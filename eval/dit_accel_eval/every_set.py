@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dit_accel_assets import model_closeness
+from dit_accel_assets import model_closeness, model_path
 
 from dit_accel import PAG, SLG, ConfigError, SoftPAG
+from dit_accel.adapters.model_files import read_model_files
 from dit_accel.methods.config import MethodConfig
 
 from .embedded import EmbeddedModel, weights_hash
@@ -48,28 +49,32 @@ class Setting:
         held_out: held-out prompts.
     """
 
-    model: str
-    prompts: int
-    steps: int
-    held_out: int
+    model: str = "flux-tiny"
+    prompts: int = 2
+    steps: int = 6
+    held_out: int = 16
+
+    @property
+    def out(self) -> Path:
+        """The file of the lines, below the project's root."""
+        return Path(f"eval/results/every-set-{self.model}.jsonl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge what the file lacks, then print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="flux-tiny", choices=sorted(PLAIN))
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--held-out", type=int, default=16)
+    usual = Setting()
+    parser.add_argument("--model", default=usual.model, choices=sorted(PLAIN))
+    parser.add_argument("--prompts", type=int, default=usual.prompts)
+    parser.add_argument("--steps", type=int, default=usual.steps)
+    parser.add_argument("--held-out", type=int, default=usual.held_out)
     parser.add_argument("--out", type=Path, help="JSON lines; default: eval/results/every-set-MODEL.jsonl")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    out = options.out or Path(f"eval/results/every-set-{options.model}.jsonl")
-    setting = Setting(
-        model=options.model, prompts=options.prompts, steps=options.steps, held_out=options.held_out
-    )  # fmt: skip
+    setting = Setting(model=options.model, prompts=options.prompts, steps=options.steps, held_out=options.held_out)
+    out = options.out or setting.out
     judged = Judged(setting, out, generate=not options.table)
     try:
         if not options.table:
@@ -141,7 +146,7 @@ def method_of(name: str) -> MethodConfig | None:
 
 def heads_of(setting: Setting) -> list[Head]:
     """Return all heads of the model."""
-    family = EmbeddedModel(setting.model, {}).family
+    _, family = read_model_files(str(model_path(setting.model))).identify()
     return [f"L{layer}H{head}" for layer in range(family.layers) for head in range(family.heads)]
 
 

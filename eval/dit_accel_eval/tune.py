@@ -108,7 +108,7 @@ def tune_method(
 
     dit-accel tune heads --rounds 2 -o heads.json
 
-    accelerate launch --multi_gpu --num_processes 8 -m dit_accel tune heads --objective pickscore --model MODEL --prompt-file p.txt
+    accelerate launch --multi_gpu --num_processes 8 -m dit_accel tune heads --objective pickscore --model MODEL ...
 
     dit-accel generate "a red circle" --set softpag.heads=heads.json
 

@@ -1,5 +1,7 @@
 """NAG where text joins the self-attention: stock pipelines agree with `negative_pairs`; what is refused, and why."""
 
+import diffusers
+import dit_accel_assets
 import pytest
 import torch
 from negative_pairs import Meeting, negative_pairs
@@ -131,6 +133,25 @@ def test_texts_that_can_t_be_laid_beside_the_prompt_are_refused_with_the_reason(
     with pytest.raises(ConfigError, match="on mochi it can't: its processor attends row by row"):
         dit_accel.attach(pipe, NAG(negative_embeds=text_of(6)))
     assert dit_accel.attachment_of(pipe) is None
+
+
+def test_a_negative_prompt_is_encoded_to_the_prompt_s_own_length():
+    """By both text encoders of the embedded image model, whose prompts are shorter than the pipeline's usual ones."""
+    pipe = diffusers.FluxPipeline.from_pretrained(dit_accel_assets.model_path("flux-tiny"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def made(length, *methods):
+        call = dict(height=32, width=32, num_inference_steps=2, max_sequence_length=length, output_type="latent")
+        with dit_accel.attach(pipe, *methods):
+            return pipe("a red circle", **call, generator=torch.Generator().manual_seed(0)).images
+
+    for length in (64, 32):
+        with torch.no_grad():
+            embeds = pipe.encode_prompt("a blue square", None, max_sequence_length=length)[0]
+        assert embeds.shape[1] == length
+        told = made(length, NAG(negative_prompt="a blue square", scale=8.0))
+        assert torch.equal(told, made(length, NAG(negative_embeds=embeds, scale=8.0)))
+        assert not torch.equal(told, made(length, NAG(negative_prompt="a red circle", scale=8.0)))
 
 
 def test_gradients_through_led_attention_are_refused():

@@ -124,16 +124,21 @@ class NAGHandler(AttentionHandler):
         """
         where = self._joined or site.adapter.cross_attention
         assert not isinstance(where, (str, type(None)))
+        prompt = self.settings.negative_prompt
         if self._embeds is None:
-            if self.settings.negative_prompt is None:
+            if prompt is None:
                 raise ConfigError(
                     "nag leads away from a text, and none is set; set nag.negative_prompt, such as 'blurry, low "
                     "quality', or nag.negative_embeds"
                 )
             padded = isinstance(where, JoinedText) and where.mask is None
-            self._embeds = encoded(site, self.settings.negative_prompt, padded=padded)
-        kind = BesideText if isinstance(where, JoinedText) else CrossText
-        text = self._texts[site.name] = kind(site, where, self._embeds, self.settings)  # type: ignore[arg-type]
+            self._embeds = encoded(site, prompt, padded=padded)
+        if isinstance(where, JoinedText):
+            again = None if prompt is None else lambda tokens: encoded(site, prompt, padded=True, tokens=tokens)
+            text = BesideText(site, where, self._embeds, self.settings, again)
+        else:
+            text = CrossText(site, where, self._embeds, self.settings)
+        self._texts[site.name] = text
         site.around_forward(lambda context, run: self._around(site, text, context, run))
 
     def is_active(self, step: StepContext, depth: int) -> bool:

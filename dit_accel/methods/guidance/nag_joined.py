@@ -29,6 +29,7 @@ class BesideText:
         where: its text.
         embeds: the negative text, [1, tokens, C], without padding where the model masks padded text.
         settings: the `NAG` config, filled in.
+        encode: makes the negative text of another length; None: it is as it was given.
 
     Attributes:
         on: a guided forward runs.
@@ -37,8 +38,11 @@ class BesideText:
 
     told = "joined attention"
 
-    def __init__(self, site: Site, where: JoinedText, embeds: Tensor, settings: Any) -> None:
+    def __init__(
+        self, site: Site, where: JoinedText, embeds: Tensor, settings: Any, encode: Callable[[int], Tensor] | None
+    ) -> None:
         self._site, self._where, self._embeds, self._settings = site, where, embeds, settings
+        self._encode = encode
         self._pairs: tuple[slice, slice] = slice(0, 0), slice(0, 0)
         self._tokens = 0
         self.on = False
@@ -107,13 +111,15 @@ class BesideText:
                 "beside them; generate without it, or detach nag"
             )
         prompt = require_width(inputs.get(where.text), self._embeds, name)
+        if where.mask is None and self._encode is not None and self._embeds.shape[1] != prompt.shape[1]:
+            self._embeds = self._encode(prompt.shape[1])
         text = self._embeds.to(device=prompt.device, dtype=prompt.dtype).expand(own.stop - own.start, -1, -1)
         lengths = prompt.shape[1], text.shape[1]
         if where.mask is None:
             if lengths[0] != lengths[1]:
                 raise ConfigError(
                     f"nag's negative text has {lengths[1]} tokens and {name} gets a prompt of {lengths[0]}; without a "
-                    "mask they must be as long: leave max_sequence_length unset, or pad negative_embeds as the prompt"
+                    "mask they must be as long; make negative_embeds as the prompt's embeddings are made"
                 )
             return {where.text: torch.cat([prompt, text])}
         both = torch.cat([_padded(one, max(lengths)) for one in (prompt, text)])

@@ -9,25 +9,27 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..site import Site
 
+_INSTEAD = "give negative_embeds, [1, tokens, C], as the pipeline makes them of a prompt"
 
-def encoded(site: Site, prompt: str, padded: bool = False) -> Tensor:
+
+def encoded(site: Site, prompt: str, padded: bool = False, tokens: int | None = None) -> Tensor:
     """Return a text's embeddings by the pipeline's own encoder, [1, tokens, C], without what its mask leaves out.
 
     Args:
         site: the transformer.
         prompt: the text.
         padded: keep what a mask leaves out: the model attends to it.
+        tokens: how long the text should be, where ``max_sequence_length`` can make it so; None: as by default.
 
     Raises:
         ConfigError: without a pipeline, or for one whose encoder can't be called with a text alone.
     """
     pipe: Any = site.pipe
     encode = getattr(pipe, "encode_prompt", None)
-    instead = "give negative_embeds, [1, tokens, C], as the pipeline makes them of a prompt"
     if encode is None:
         where = "a transformer alone has" if pipe is None else f"{type(pipe).__name__} has"
         raise ConfigError(
-            f"nag.negative_prompt = {prompt!r} needs a text encoder, and {where} no encode_prompt; {instead}"
+            f"nag.negative_prompt = {prompt!r} needs a text encoder, and {where} no encode_prompt; {_INSTEAD}"
         )
     taken = inspect.signature(encode).parameters
     usual = inspect.signature(type(pipe).__call__).parameters
@@ -36,16 +38,28 @@ def encoded(site: Site, prompt: str, padded: bool = False) -> Tensor:
     options = {"do_classifier_free_guidance": False, **shared}
     call = {"prompt": prompt, **{name: value for name, value in options.items() if name in taken}}
     call.update({name: None for name in ("prompt_2", "prompt_3") if name in taken})  # as the prompt
+    made = _embeds(pipe, encode, call, padded)
+    if tokens is not None and made.shape[1] != tokens and "max_sequence_length" in call:
+        # an encoder may put tokens of its own in front, so that the length is not what it is called with
+        call["max_sequence_length"] += tokens - made.shape[1]
+        made = _embeds(pipe, encode, call, padded)
+    return made
+
+
+def _embeds(pipe: Any, encode: Any, call: dict[str, Any], padded: bool) -> Tensor:
+    """Return what a pipeline's encoder makes of a call."""
     try:
         with torch.no_grad():
             made = encode(**call)
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{type(pipe).__name__} can't encode nag.negative_prompt = {prompt!r} ({error}); {instead}"
+            f"{type(pipe).__name__} can't encode nag.negative_prompt = {call['prompt']!r} ({error}); {_INSTEAD}"
         ) from error
     embeds, *others = made if isinstance(made, (tuple, list)) else (made,)
     if not isinstance(embeds, Tensor) or embeds.ndim != 3:
-        raise ConfigError(f"{type(pipe).__name__} gives no embeddings [1, tokens, C] of nag.negative_prompt; {instead}")
+        raise ConfigError(
+            f"{type(pipe).__name__} gives no embeddings [1, tokens, C] of nag.negative_prompt; {_INSTEAD}"
+        )
     mask = next((other for other in others if _is_mask(other, embeds)), None)
     if mask is not None and not padded:
         embeds = embeds[:, mask[0].bool()]
