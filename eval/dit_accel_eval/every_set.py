@@ -32,8 +32,8 @@ NONE = "none"
 PLAIN = {"wan-tiny": {"guidance_scale": 1.0}, "flux-tiny": {"true_cfg_scale": 1.0}}
 """Embedded model -> the call without a negative prompt: the perturbed branch alone guides, as in the paper's search."""
 
-SCALES = (1.0, 3.0)
-"""Scales at which layers are judged."""
+SCALES = {"pag": 3.0, "slg": 1.0}
+"""Method -> the scale at which its layers are judged: PAG's own, and that of spatio-temporal skip guidance."""
 
 ROUNDS = 2
 
@@ -51,8 +51,8 @@ class Setting:
 
     model: str = "flux-tiny"
     prompts: int = 2
-    steps: int = 6
-    held_out: int = 16
+    steps: int = 4
+    held_out: int = 12
 
     @property
     def out(self) -> Path:
@@ -156,9 +156,9 @@ def layers_of(heads: Sequence[Head]) -> list[str]:
 
 
 def sets_of(heads: Sequence[Head]) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of all single heads, all pairs, and all layers with both methods and each scale."""
+    """Return the names of all single heads, all pairs, and all layers with either method."""
     pairs = ["+".join(pair) for pair in combinations(heads, 2)]
-    layers = [f"{kind} {layer} {scale}" for kind in ("pag", "slg") for layer in layers_of(heads) for scale in SCALES]
+    layers = [f"{kind} {layer} {scale}" for kind, scale in SCALES.items() for layer in layers_of(heads)]
     return list(heads), pairs, layers
 
 
