@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ class Model:
     """(clip, number) -> how near the clip comes to the prompt, 0 to 1, with no pass marks."""
 
 
+@lru_cache(maxsize=1024)
 def _clip_prompt(index: int) -> str:
     return clips.clip_of(index, frames=1, held_out=True)[0]
 
@@ -53,6 +55,7 @@ def _clip_closeness(video: np.ndarray, index: int) -> float:
     return float(np.mean(list(closeness(video, clips.clip_of(index, frames=1, held_out=True)[1]).values())))
 
 
+@lru_cache(maxsize=1024)
 def _world_scene(index: int) -> world.Scene:
     return world.scene_of(0, index, held_out=True)
 
@@ -69,6 +72,7 @@ def _world_closeness(video: np.ndarray, index: int) -> float:
     return _judged(video, _world_scene(index)).closeness
 
 
+@lru_cache(maxsize=1024)
 def _still_scene(index: int) -> world.Scene:
     return world.scene_of(0, index, height=96, width=96, held_out=True, still=True)
 

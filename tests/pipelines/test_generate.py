@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_
     asked, _, _ = settle(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
     call = PipelineCall.of(pipeline_class(read_model_files(asked.source)))
     assert asked.beside(call)["true_cfg_scale"] == model_defaults("flux-tiny")["true_cfg_scale"]
-    off = replace(asked, guidance_scale=1.0)
+    off = dataclasses.replace(asked, guidance_scale=1.0)
     assert off.beside(call)["true_cfg_scale"] == 1.0
 
 
