@@ -115,6 +115,18 @@ def test_it_goes_beside_sparse_methods_caches_and_perturbed_branches():
     assert torch.equal(run("flux", pipe, call), plain)
 
 
+def test_compiled_blocks_are_led_as_well():
+    pipe, call = IMAGES["flux"]()
+    nag = NAG(scale=8.0, stop=0.5, negative_embeds=text_of(6))
+    with dit_accel.attach(pipe, nag):
+        expected = run("flux", pipe, call)
+    torch.compiler.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with dit_accel.attach(pipe, nag) as attachment:
+        torch.testing.assert_close(run("flux", pipe, call), expected, rtol=1e-4, atol=1e-5)
+        assert attachment.report().section("nag").data["calls"] == 2 * 4
+
+
 def test_texts_that_can_t_be_laid_beside_the_prompt_are_refused_with_the_reason():
     pipe, call = IMAGES["flux"]()
     for embeds, why in (
