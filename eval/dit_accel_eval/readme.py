@@ -13,6 +13,9 @@ from dit_accel.methods.registry import methods
 from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
+from .every_set import Judged, Setting
+from .every_set import table as every_table
+from .guidance_cost import table as costs_table
 from .guided import table as guided_table
 from .larger import table as larger_table
 from .longer import table as longer_table
@@ -25,10 +28,11 @@ SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
 OVERHEAD = Path("eval/results/overhead.jsonl")
 PRODUCT = Path("eval/results/product-time.jsonl")
+COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
-    "docs/guidance.md": ("guidance-wan-tiny",),
+    "docs/guidance.md": ("every-set", "guidance-wan-tiny", "guidance-flux-tiny", "guidance-cost"),
     "docs/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
@@ -141,6 +145,17 @@ def _run(root: Path, results: Path, module: str, write: Callable[[list[dict[str,
     return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
 
 
+def _every(root: Path) -> str:
+    setting, command = Setting(), "python -m dit_accel_eval.every_set"
+    if not (root / setting.out).is_file():
+        return f"Not measured yet; `{command}` does."
+    head = (
+        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps, {setting.prompts} "
+        f"prompts of tuning, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
+    )
+    return f"{head}\n\n{every_table(Judged(setting, root / setting.out, generate=False))}"
+
+
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
@@ -148,6 +163,9 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
+    "every-set": _every,
+    "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
+    "guidance-flux-tiny": partial(_judged, name="guidance-flux-tiny", module="guided", write=guided_table),
     "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
     "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
     "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),
