@@ -22,7 +22,7 @@ from ...report.sections import Section
 from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
-from ..saving import Saving
+from ..saving import Saving, TileSaving
 from ..site import ForwardContext, Site, first_tensor
 
 
@@ -81,6 +81,29 @@ class DFA(MethodConfig):
             )
         return math.ceil(round(self.warmup_steps * (count or 0), 9)) if share else int(self.warmup_steps)
 
+    def is_full(self, index: int, count: int | None, since: int) -> bool:
+        """Tell whether a step is full by the schedule alone.
+
+        Args:
+            index: the step's, from 0.
+            count: steps of the run; None: not known.
+            since: computed steps since the last full one.
+
+        Raises:
+            ConfigError: if that needs the number of steps, which is not known.
+        """
+        last = count is not None and index >= count - self.last_steps
+        return index < self.first_steps(count) or last or since >= self.every - 1
+
+    def reusing(self, count: int) -> frozenset[int]:
+        """Return the steps of a run of ``count`` that are not full, where every step is computed."""
+        found, since = set(), self.every
+        for index in range(count):
+            full = self.is_full(index, count, since)
+            since = 0 if full else since + 1
+            found |= set() if full else {index}
+        return frozenset(found)
+
 
 class DFAHandler(AttentionHandler):
     """DFA on one model: it measures what moves around forwards, and plans which rows attend."""
@@ -137,9 +160,9 @@ class DFAHandler(AttentionHandler):
         """Decide whether a step is full, at its first branch; return whether this is that one."""
         if self._step[0] == context.step_index:
             return self._step[1] == context.branch
-        settings, count, index = self.settings, context.num_inference_steps, context.step_index
-        full = index < settings.first_steps(count) or (count is not None and index >= count - settings.last_steps)
-        full = full or self._since >= settings.every - 1 or context.transformer not in self._masks
+        index = context.step_index
+        full = self.settings.is_full(index, context.num_inference_steps, self._since)
+        full = full or context.transformer not in self._masks
         self._reuse, self._since = not full, 0 if full else self._since + 1
         self._step = index, context.branch
         return True
@@ -240,13 +263,20 @@ class DFAHandler(AttentionHandler):
         return Section(method="dfa", title=title, data={"foreground": found})
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return nothing that is counted, and what is held of a model of known sizes."""
-        family = self.model.family
-        if self.settings.every == 1 or family is None:
-            return Saving(counted=self.settings.every == 1)
-        width = family.heads * family.head_dim * family.layers * family.forwards_per_step
-        return Saving(
-            counted=False,
-            carried_bytes=2 * layout.tokens * width,
-            notes=("what moves is known only while dfa runs; no row that it leaves out is counted",),
+        """Return the rows that are left out where their share is set, and what is held of a model of known sizes."""
+        settings, family = self.settings, self.model.family
+        reusing = settings.reusing(steps)
+        if not reusing or settings.share == 1:
+            return Saving()
+        held = family.heads * family.head_dim * family.layers * family.forwards_per_step if family else 0
+        carried = 2 * layout.tokens * held
+        if settings.share is None:
+            note = "what moves is known only while dfa runs; without dfa.share no row that it leaves out is counted"
+            return Saving(counted=False, carried_bytes=carried, notes=(note,))
+        left = settings.share**2 if settings.strict else settings.share
+        rows = TileSaving(tiles=None, active=lambda step, layer: step in reusing, keep=lambda share: share * left)
+        note = (
+            f"dfa is counted with {settings.share:g} of the visual rows in {len(reusing)} of {steps} steps; beside "
+            "tile lists more rows are computed, since a tile is computed whole"
         )
+        return Saving(tiles=rows, carried_bytes=carried, notes=(note,))
