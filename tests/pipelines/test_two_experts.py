@@ -140,26 +140,3 @@ def test_the_plan_takes_the_mean_of_both_lists(pipe, tmp_path):
     assert saving.notes == (
         "profilingcache.blocks has 2 lists, and how long each runs is not known: their mean is counted",
     )
-
-
-def test_tune_profile_measures_both(pipe, tmp_path):
-    """What is measured of the second expert begins at its second step; ProfilingCache reads both lists."""
-    from dit_accel_eval.tune_profile import tune_profile
-    from dit_accel_eval.tuning import tuning_request
-
-    pipe.save_pretrained(tmp_path / "model")
-    request = tuning_request(
-        prompts=("a red circle moving right",), model=str(tmp_path / "model"), num_inference_steps=STEPS, num_frames=9,
-        height=32, width=32,
-    )  # fmt: skip
-    content = tune_profile(request, tmp_path / "profile.json", cached=2).content
-    assert [*content["transformers"]] == [*EXPERTS]
-    for name, first in zip(EXPERTS, (0, SWITCH), strict=True):
-        entry = content["transformers"][name]
-        assert entry["weights"] == weights_of(getattr(pipe, name))
-        for row in entry["by_step"]["error"]:
-            known = [step for step, value in enumerate(row) if value is not None]
-            assert known == [*range(first + 1, STEPS if first else SWITCH)]
-    with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "profile.json"), every=2)) as attachment:
-        generate(pipe, num_inference_steps=STEPS)
-        assert {*attachment.report().section("profilingcache").data["cached"]} == {*EXPERTS}

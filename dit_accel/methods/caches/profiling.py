@@ -276,13 +276,12 @@ class ProfilingHandler(SpanHandler):
         return stored and not self.settings.refreshes(group, step.step_index, step.num_inference_steps)
 
     def _must_compute(self, context: Any, decider: Any) -> str | None:
-        why = super()._must_compute(context, decider)
         groups = {*self._groups[context.transformer].values()}
-        if why is None and all(
+        refreshed = [  # asked first, so that a list that is too long is refused at the first step
             self.settings.refreshes(group, context.step_index, context.num_inference_steps) for group in groups
-        ):
-            why = "refreshed"
-        return why
+        ]
+        why = super()._must_compute(context, decider)
+        return "refreshed" if why is None and all(refreshed) else why
 
     def _new_history(self, shapes: Any) -> History:
         assert self._start is not None
