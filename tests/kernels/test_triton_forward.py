@@ -139,8 +139,9 @@ def test_any_scale(scale):
     """Large logits, none and negative ones, by the scale and by a head's."""
     q, k, v = qkv(1, 2, 2, 40, 40, 16, torch.float32)
     tiles = random_lists(1, 40, 40, 16, 16)
-    check(q, k, v, tiles, scale=scale)
-    check(q, k, v, tiles, head_scale=torch.tensor([scale, 1.0]), frame_decay=decay(40, 16))
+    logits = max(1.0, abs(scale) * float((q @ k.mT).abs().max()))
+    check(q, k, v, tiles, scale=scale, logits=logits)
+    check(q, k, v, tiles, head_scale=torch.tensor([scale, 1.0]), frame_decay=decay(40, 16), logits=logits)
 
 
 def test_strided_inputs_and_layout_of_the_output():

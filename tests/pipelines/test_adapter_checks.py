@@ -76,6 +76,10 @@ def test_its_blocks_compile_full_graph(name):
     check_adapter(ADAPTERS[name], tiny_models.MODELS[name][0], only=["compile"])
 
 
+def test_caches_measure_what_is_made_beside_an_image_that_is_given():
+    check("cosmos-3", tiny_models.MODELS["cosmos-3"][1:], ["caches"])
+
+
 @pytest.fixture
 def only(monkeypatch):
     """Return a function that makes one adapter the only registered one."""
