@@ -211,7 +211,8 @@ class Profiler:
                 f"tune profile reads the foreground off a flow model's prediction, and the scheduler tells the noise "
                 f"level {sigma}; give --mask"
             )
-        clean = predicted(made_tensor(inputs[state.adapter.latents]), made_tensor(output), sigma, grid)
+        x, v = made_tensor(inputs[state.adapter.latents]), made_tensor(output)
+        clean = predicted(x, v, sigma, grid, layout.text_before, layout.text_after)
         if clean is None:
             raise ConfigError(
                 f"tune profile can't lay what {state.name} predicts on its {grid[0]} x {grid[1]} x {grid[2]} tokens; "

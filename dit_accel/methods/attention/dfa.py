@@ -182,20 +182,21 @@ class DFAHandler(AttentionHandler):
         if share in (0, 1):
             mask = torch.full(grid, bool(share), device=x.device)
         else:
-            moved = self._moved(context, x.detach(), v.detach(), grid)
+            moved = self._moved(context, x.detach(), v.detach(), layout)
             edge = otsu(moved) if share is None else moved.flatten().quantile(1 - share)
             mask = moved > edge
         self._masks[name] = layout, mask
         self._rows.clear()
         self._shares.append({"step_index": context.step_index, "transformer": name, "foreground": mask.float().mean()})
 
-    def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        grid = layout.frames, layout.height, layout.width
         if context.sigma is None or not 0 <= context.sigma <= 1:
             raise ConfigError(
                 f"dfa reads the foreground off a flow model's prediction, and the scheduler tells the noise level "
                 f"{context.sigma}; use a flow-matching scheduler, or a method on whole steps such as EasyCache"
             )
-        clean = predicted(x, v, context.sigma, grid)
+        clean = predicted(x, v, context.sigma, grid, layout.text_before, layout.text_after)
         if clean is None:
             raise ConfigError(
                 f"dfa can't lay what {context.transformer} predicts, {list(v.shape)} of {list(x.shape)}, on its "
