@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from wan_tiny import generate, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, DBPrune, ProfilingCache
+from dit_accel import DFA, ConfigError, DBPrune, ProfilingCache
 from dit_accel.attachment.find import find_transformers, resolve_model
 from dit_accel.methods.caches.profile_file import weights_of
 from dit_accel.methods.registry import handler_of
@@ -99,6 +99,24 @@ def test_blocks_by_their_own_inputs(pipe):
     with dit_accel.attach(pipe, DBPrune(threshold=1e9, warmup_steps=0, last_steps=0, first_blocks=1)):
         generate(pipe, num_inference_steps=STEPS)
     assert read() == expected([1, 2], [1, 2])
+
+
+def test_the_foreground_is_told_anew_by_the_second_expert(pipe):
+    held = []
+
+    def look(pipe, step, timestep, tensors):
+        (handler,) = attachment._execution.handlers
+        held.append({transformer for transformer, *_ in handler._outputs})
+        return tensors
+
+    with dit_accel.attach(pipe, DFA(share=0.25, every=2, warmup_steps=1, last_steps=1)) as attachment:
+        latents = generate(pipe, num_inference_steps=STEPS, callback_on_step_end=look)
+        full = [step.density == 1 for step in attachment.report().steps if step.branch == "cond"]
+        assert full == [True, False, True, False, True, False, True, False, True, True]  # 6 and 9: taken over, and last
+        assert held == [{EXPERTS[step >= SWITCH]} for step in range(STEPS)]
+        one_expert = 2 * 3 * 80 * 32 * 4  # branches, layers, tokens, channels, bytes
+        assert attachment.report().state_bytes["dfa"] == one_expert
+        assert torch.equal(generate(pipe, num_inference_steps=STEPS), latents)
 
 
 def write_profile(path, pipe, **cached):

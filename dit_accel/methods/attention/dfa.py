@@ -120,6 +120,7 @@ class DFAHandler(AttentionHandler):
         self._masks: dict[str, tuple[TokenLayout, Tensor]] = {}  # transformer -> grid and what moves, bool [F, Y, X]
         self._rows: dict[tuple[str, TokenLayout], tuple[Tensor, Tensor]] = {}  # computed rows, as numbers and as bool
         self._step = (-1, "")  # the step that is settled, and the branch that leads it
+        self._transformer = ""
         self._reuse = False
         self._since = 0
         self._peak = 0
@@ -158,6 +159,9 @@ class DFAHandler(AttentionHandler):
 
     def _settle(self, context: ForwardContext) -> bool:
         """Decide whether a step is full, at its first branch; return whether this is that one."""
+        if context.transformer != self._transformer:
+            self.reset()  # what another expert gave says nothing of this one
+            self._transformer = context.transformer
         if self._step[0] == context.step_index:
             return self._step[1] == context.branch
         index = context.step_index
@@ -242,7 +246,7 @@ class DFAHandler(AttentionHandler):
         self._outputs.clear()
         self._masks.clear()
         self._rows.clear()
-        self._step, self._reuse, self._since = (-1, ""), False, 0
+        self._transformer, self._step, self._reuse, self._since = "", (-1, ""), False, 0
 
     def begin_run(self) -> None:
         """Forget what was done."""
