@@ -102,9 +102,7 @@ def test_every_family_is_consistent(name):
                 estimate(adapter, family, methods=[config_type()])
             continue
         if name == "nag" and not isinstance(adapter.cross_attention, CrossAttention):
-            with pytest.raises(
-                ConfigError, match=r"nag acts on the cross-attention to text, and .* has none"
-            ):
+            with pytest.raises(ConfigError, match=r"nag acts on the cross-attention to text, and .* has none"):
                 estimate(adapter, family, methods=[config_type()])
             continue
         if name in GUIDED and name not in {**adapter.recipes, **family.recipes}:

@@ -33,7 +33,7 @@ def assert_within_rounding(
     """Error <= 2 x the specification's own in `dtype`, plus one rounding step; in maximum and mean square.
 
     The specification's largest error counts as at least four times its mean square one: with few elements it may be
-    small by luck. Where logits are as large as `logits`, so many steps: one rounding of a logit changes its weight by them.
+    small by luck. With logits as large as `logits` it is so many steps: a logit's rounding changes its weight by them.
     """
     assert found.shape == truth.shape
     endless = truth.isinf()
