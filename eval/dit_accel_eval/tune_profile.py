@@ -6,6 +6,7 @@ queries; other criteria, since which blocks attend to what need not tell which c
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 from collections.abc import Mapping, Sequence
@@ -128,13 +129,16 @@ def tune_profile(request: Request, output: Path, *, stages: Stages | None = None
     for path in (output, *pictures.values()):
         check_writable(path, "tune's output")
     request, family, _ = settle(request)
+    mask = None if how.mask is None else read_mask(how.mask)
     settings = run_settings(request, **{**dataclasses.asdict(how), "mask": how.mask and str(how.mask)})
+    if mask is not None:  # which a file of the same name may not be tomorrow
+        settings["mask_pixels"] = hashlib.sha256(repr(mask.shape).encode() + mask.tobytes()).hexdigest()[:12]
     for name in ("threshold", "cached", "criterion"):  # all criteria are measured, and the split is made at the end
         settings.pop(name)
     progress: Progress[Part] = Progress(output, settings, dict, dict)
     stages = stages or Stages(quiet=True)
     stages.note(_cost(request, family, how))
-    described = _watch_all(request, how, progress, stages)
+    described = _watch_all(request, how, mask, progress, stages)
     content = _content(progress.done, how, settings, described)
     with written_whole(output) as temporary:
         temporary.write_text(json_text(content) + "\n", encoding="utf-8")
@@ -146,9 +150,10 @@ def tune_profile(request: Request, output: Path, *, stages: Stages | None = None
     return Profile(output=output, content=content)
 
 
-def _watch_all(request: Request, how: ProfileOptions, progress: Progress[Part], stages: Stages) -> dict[str, Any]:
+def _watch_all(
+    request: Request, how: ProfileOptions, mask: np.ndarray | None, progress: Progress[Part], stages: Stages
+) -> dict[str, Any]:
     """Run what is not done yet, and return what the transformers are: weights, and the names of their blocks."""
-    mask = None if how.mask is None else read_mask(how.mask)
     stages.stage("loading")
     pipe = load_pipeline(request)
     runs = [(prompt, request.seed + number) for prompt in request.prompts for number in range(how.seeds)]

@@ -238,6 +238,14 @@ def test_a_mask_of_the_users(tmp_path):
     Image.fromarray(picture).save(tmp_path / "mask.png")
     found = tune_profile(request(), tmp_path / "own.json", mask=tmp_path / "mask.png").content
     assert found["runs"][0]["foreground"] == [2 / 16] * STEPS
+    told = found["settings"]["mask_pixels"]
+    asked, output = request(num_inference_steps=2), tmp_path / "four.json"
+    Image.fromarray(picture.T.copy()).save(tmp_path / "mask.png")
+    output.with_name("four.json.progress.json").write_text(
+        json.dumps({"version": 1, "settings": {**found["settings"], "num_inference_steps": 2}, "prompts": []})
+    )
+    with pytest.raises(ConfigError, match=rf"holds progress of a run with mask_pixels = '{told}', this one has"):
+        tune_profile(asked, output, mask=tmp_path / "mask.png")
     Image.fromarray(picture[:, :24]).save(tmp_path / "narrow.png")
     with pytest.raises(
         ConfigError, match=r"^the mask has 32 x 24 pixels, and the run 4 x 4 tokens a frame; give one of"
