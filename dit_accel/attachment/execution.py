@@ -190,6 +190,7 @@ class Execution:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v under the plan of a ticket, as they lie."""
         layer, plan = self.layers[number], self.backward.get(ticket)
+        plan.require_gradient()
         call, asked = self._call(layer, q, k, v, mask, grid, tokens_first, scale)
         grad = call.heads_first(grad)
         if grad.shape[2] != call.tokens:
@@ -249,17 +250,10 @@ class Execution:
         step = self.state.context(state)
         told = {name: getattr(step, name) for name in _STEP_FIELDS if name not in ("layout", "batch")}
         return CallContext(
-            **told,
-            layout=layout,
-            batch=len(call.q),
-            layer=layer.index,
-            depth=layer.depth,
-            device=call.q.device,
-            row=row,
-            repeated=repeated,
-            differentiate=differentiate,
+            **told, layout=layout, batch=len(call.q), layer=layer.index, depth=layer.depth, device=call.q.device,
+            row=row, repeated=repeated, differentiate=differentiate,
             heads=state.ulysses.share(layer.heads) if state.ulysses else None,
-        )
+        )  # fmt: skip
 
     def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:
         """Return what the methods say together, each given what those before it said."""
@@ -305,6 +299,9 @@ class Execution:
                         x.index_copy_(2, plan.row_override.rows, own)
         for keeper in self._keepers:
             keeper.keep(context, out)
+        if plan.led is not None:
+            planned = out if planned is None else planned
+            out = plan.led.applied(out)
         for observer in tuple(self.observers):
             observer(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact))
         return out, plan if exact is None or not context.differentiate else followed(plan, exact)
