@@ -1,7 +1,7 @@
 """Several processes that share the prompts of one request, as `accelerate launch` and `torchrun` start them.
 
-Unlike those of `dit_accel_pipelines.ranks` they never talk to each other: each takes every n-th prompt, on a device of its own, and one that ends early leaves the
-others' outputs whole.
+Each takes every n-th prompt, on a device of its own, and one that ends early leaves the others' outputs whole: unlike
+those of `dit_accel_pipelines.ranks` they never talk to each other.
 """
 
 import os
