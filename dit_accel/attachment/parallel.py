@@ -14,7 +14,8 @@ from .layers import TransformerState
 SAMPLES = 16
 """Numbers of the first latents by which processes tell whether they began with the same noise."""
 
-_LOST = ("gloo", "connection closed by peer", "timed out", "nccl")
+_LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out")
+"""What gloo says, in errors of no class of their own, where a process is gone."""
 
 
 def context_parallel(transformer: Any) -> Any:

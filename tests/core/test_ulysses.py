@@ -85,5 +85,5 @@ def test_errors_of_the_communication_are_named_and_others_left():
     with pytest.raises(RuntimeError, match="mat1 and mat2"), naming_lost(state, config):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="gloo") as raised, naming_lost(state, None):
-        raise RuntimeError("gloo")
+        raise RuntimeError("gloo: Connection closed by peer")
     assert type(raised.value) is RuntimeError

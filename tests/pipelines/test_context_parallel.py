@@ -85,22 +85,23 @@ WAN = {
         RadialAttention(**RADIAL), UltraViCo(trained_frames=2, alpha=0.5), SoftPAG(heads="L1H2", scale=1.0),
     ),
 }  # fmt: skip
+TOGETHER = "radial + lite + easycache"
 FEW = ("lite, target density", "lite, ranges", "delta", "ultraimage", "softpag", "firstblockcache")
 
 
 @pytest.mark.parametrize(
-    ("model", "world", "cases", "heads", "options"),
+    ("model", "world", "cases", "sizes", "options"),
     [
-        ("wan", 2, WAN, 4, {}),
-        ("hunyuan-video", 2, VIDEOS, 4, {}),
-        ("flux", 2, IMAGES, 4, {}),
-        ("wan", 4, {name: WAN[name] for name in (*FEW, "radial + ultravico + softpag")}, 4, {}),
-        ("flux", 3, {name: IMAGES[name] for name in FEW}, 5, {"ulysses_anything": True}),
+        ("wan", 2, WAN, {}, {}),
+        ("hunyuan-video", 2, {name: VIDEOS[name] for name in (*FEW, "rope", "ultravico", TOGETHER)}, {}, {}),
+        ("flux", 2, {name: IMAGES[name] for name in (*FEW, "sparsed, mass", "sol", "rope", "slg")}, {}, {}),
+        ("wan", 4, {name: WAN[name] for name in (*FEW, "radial + ultravico + softpag")}, {}, {}),
+        ("flux", 2, {name: IMAGES[name] for name in FEW}, dict(heads=5, text=7), {"ulysses_anything": True}),
     ],
-    ids=["wan", "hunyuan-video", "flux", "wan on 4", "flux on 3, which divide neither tokens nor heads"],
+    ids=["wan", "hunyuan-video", "flux", "wan on 4", "flux of odd text and heads"],
 )
-def test_processes_give_what_one_gives(model, world, cases, heads, options):
-    found = processes(world, compare, model, cases, heads, options)
+def test_processes_give_what_one_gives(model, world, cases, sizes, options):
+    found = processes(world, compare, model, cases, sizes, options)
     assert sorted(found) == list(range(world))
     for name in cases:
         for rank in range(world):

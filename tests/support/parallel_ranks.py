@@ -29,11 +29,11 @@ def wan(heads: int) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def flux(heads: int) -> tuple[Any, dict[str, Any]]:
+def flux(heads: int, text: int = TEXT) -> tuple[Any, dict[str, Any]]:
     rows, columns = torch.meshgrid(torch.arange(8), torch.arange(10), indexing="ij")
     return diffusers.FluxTransformer2DModel(**{**FLUX[0].config, "num_attention_heads": heads}), dict(
-        hidden_states=torch.randn(1, 80, 4), encoder_hidden_states=torch.randn(1, TEXT, 16),
-        pooled_projections=torch.randn(1, 8), txt_ids=torch.zeros(TEXT, 3), guidance=torch.full((1,), 3.5),
+        hidden_states=torch.randn(1, 80, 4), encoder_hidden_states=torch.randn(1, text, 16),
+        pooled_projections=torch.randn(1, 8), txt_ids=torch.zeros(text, 3), guidance=torch.full((1,), 3.5),
         img_ids=torch.stack([rows * 0, rows, columns], -1).flatten(0, 1).float(),
     )  # fmt: skip
 
@@ -49,10 +49,10 @@ def hunyuan(heads: int) -> tuple[Any, dict[str, Any]]:
 MODELS = {"wan": wan, "flux": flux, "hunyuan-video": hunyuan}
 
 
-def build(name: str, heads: int = 4) -> tuple[Any, dict[str, Any]]:
+def build(name: str, heads: int = 4, **sizes: int) -> tuple[Any, dict[str, Any]]:
     """A tiny model that attends sharply, and what it is given."""
     torch.manual_seed(0)
-    transformer, inputs = MODELS[name](heads)
+    transformer, inputs = MODELS[name](heads, **sizes)
     for path, weight in transformer.named_parameters():
         if path.endswith(("norm_q.weight", "norm_k.weight")):
             weight.data.mul_(3.0)
@@ -104,8 +104,9 @@ def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[i
     with mp.Manager() as manager:
         found = manager.dict()
         spawned = mp.spawn(start, (world, port, work, found, seconds, given), nprocs=world, join=False)
+        deadline = time.monotonic() + 900  # to start takes its time beside other work
         for process in spawned.processes:
-            process.join(seconds + 120)  # to start takes its time beside other work
+            process.join(max(0, deadline - time.monotonic()))
         alive = [rank for rank, process in enumerate(spawned.processes) if process.is_alive()]
         for rank in alive:
             spawned.processes[rank].kill()
@@ -113,9 +114,9 @@ def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[i
         return dict(found)
 
 
-def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]], heads: int, options: Any) -> Any:
+def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]], sizes: Any, options: Any) -> Any:
     """Return case -> (how far the processes' output lies from one process's, how far that lies from dense)."""
-    transformer, inputs = build(model, heads)
+    transformer, inputs = build(model, **sizes)
     spread = copy.deepcopy(transformer)
     enable(spread, world, **options)
     plain = denoise(transformer, inputs)
