@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo test test-slow test-all test-diffusers bench bench-gpu tables types lint format setup clean
+.PHONY: demo test test-slow test-all test-diffusers bench bench-gpu tables weights types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.demo --out demo
@@ -52,6 +52,10 @@ kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 
 $(RESULTS)/denoising-time.jsonl: | $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.denoising_time --out $@
+
+# what metrics that rest on networks need; they are skipped without it
+weights: $(VENV)/.ready-test
+	$(BIN)/dit-accel eval setup
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

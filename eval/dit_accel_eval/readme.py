@@ -16,26 +16,37 @@ from .budgets import table as budgets_table
 from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
+from .every_set import Judged, Setting
+from .every_set import table as every_table
+from .guidance_cost import table as costs_table
 from .guided import table as guided_table
 from .larger import table as larger_table
 from .longer import table as longer_table
+from .overhead import table as overhead_table
+from .product_time import told as product_told
 from .results import read_lines
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
+OVERHEAD = Path("eval/results/overhead.jsonl")
+PRODUCT = Path("eval/results/product-time.jsonl")
+COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
-    "docs/guidance.md": ("guidance-wan-tiny",),
+    "docs/guidance.md": ("every-set", "guidance-wan-tiny", "guidance-flux-tiny", "guidance-cost"),
     "docs/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
         "sparse-wan-tiny",
         "caches-wan-tiny",
+        "caches-time-wan-tiny",
         "caches-flux-tiny",
         "dropped-mass",
         "time",
+        "overhead",
+        "product-time",
     ),
     "docs/caching.md": ("budgets",),
     "docs/block-caches.md": ("profiling-wan-tiny", "profiling-flux-tiny", "blocks-wan-tiny", "blocks-flux-tiny"),
@@ -122,12 +133,6 @@ def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) 
     return f"{matching[-1]['speedup']:.2f}x ({matching[-1]['of_ideal']:.2f})" if matching else ""
 
 
-def _time(root: Path) -> str:
-    records = read_lines(root / TIMES)
-    command = "python -m dit_accel_eval.denoising_time"
-    return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
-
-
 def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> str:
     path = Path(f"eval/suites/{name}.toml")
     command, lines = f"python -m dit_accel_eval.{module} {path}", read_lines(root / f"eval/results/{name}.jsonl")
@@ -140,10 +145,20 @@ def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> st
     return f"{head}; 95 % intervals.\n\n{write(suite, lines)}"
 
 
-def _mass(root: Path) -> str:
-    records = read_lines(root / MASSES)
-    command = "python -m dit_accel_eval.dropped_mass"
-    return f"`{command}`: {masses_table(records)}" if records else f"Not measured yet; `{command}` does."
+def _run(root: Path, results: Path, module: str, write: Callable[[list[dict[str, Any]]], str]) -> str:
+    records, command = read_lines(root / results), f"python -m dit_accel_eval.{module}"
+    return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
+
+
+def _every(root: Path) -> str:
+    setting, command = Setting(), "python -m dit_accel_eval.every_set"
+    if not (root / setting.out).is_file():
+        return f"Not measured yet; `{command}` does."
+    head = (
+        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps, {setting.prompts} "
+        f"prompts of tuning, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
+    )
+    return f"{head}\n\n{every_table(Judged(setting, root / setting.out, generate=False))}"
 
 
 def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
@@ -171,8 +186,13 @@ def _budgets(root: Path) -> str:
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
-    "time": _time,
-    "dropped-mass": _mass,
+    "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
+    "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
+    "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
+    "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
+    "every-set": _every,
+    "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
+    "guidance-flux-tiny": partial(_judged, name="guidance-flux-tiny", module="guided", write=guided_table),
     "budgets": _budgets,
     "profiling-wan-tiny": partial(_choices, name="profiling-wan-tiny", profiles=("profile-wan-tiny",)),
     "profiling-flux-tiny": partial(
