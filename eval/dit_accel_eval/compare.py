@@ -26,12 +26,14 @@ from dit_accel.files import check_writable
 from .comparison import rival_steps, table
 from .counting import REAL_SHARE, work
 from .embedded import EmbeddedModel, check_name, settled_call, weights_hash
-from .fidelity import Clip, psnr, ssim
+from .fidelity import Clip
 from .kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
+from .measuring import lacks_metrics, measures
 from .reference import AGREE, Reference, converged, default_cache, dense_run
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
 from .solvers import BEST
 from .suite import Arm, Suite, dense_arm, read_suite
+from .team import team
 
 LOOK = 1.0
 """Seconds between two looks at what the processes have made."""
@@ -117,6 +119,9 @@ def run(
 ) -> None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
+    Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
+    a disk where appending a line is atomic, and the first checks it before and sorts it after.
+
     Args:
         job: what runs.
         clips: their numbers.
@@ -126,6 +131,32 @@ def run(
     Raises:
         ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
     """
+    members = team()
+    if members.size > 1 and (workers > 1 or job.timed):
+        asked = "--time" if job.timed else f"--workers {workers}"
+        raise ConfigError(f"accelerate launch started {members.size} processes, got {asked} besides; leave one out")
+    if members.first:
+        _prepare(job)
+    members.wait()
+
+    def look() -> None:
+        if watch is not None:
+            watch(read_lines(job.out))
+
+    look()
+    own = members.own(clips)
+    if workers <= 1 or len(own) <= 1:
+        for clip in own:
+            run_clip(job, clip, look)
+    else:
+        _run_beside(job, own, min(workers, len(own)), look)
+    members.wait()
+    if members.first:
+        write_lines(job.out, _sorted(job.suite, latest(read_lines(job.out)).values()))
+
+
+def _prepare(job: Job) -> None:
+    """Check what can be checked beforehand, and leave the file without a last line that was cut off."""
     check_name(job.suite.model)
     for arm in job.suite.arms:
         if arm.call:
@@ -136,19 +167,7 @@ def run(
     check_writable(job.out, "results")
     known = read_lines(job.out)
     check_lines(job.out, known, setting_of(job.suite), {arm.name: arm.to_dict() for arm in job.suite.arms})
-    write_lines(job.out, known)  # without a last line that was cut off
-
-    def look() -> None:
-        if watch is not None:
-            watch(read_lines(job.out))
-
-    look()
-    if workers <= 1 or len(clips) <= 1:
-        for clip in clips:
-            run_clip(job, clip, look)
-    else:
-        _run_beside(job, clips, min(workers, len(clips)), look)
-    write_lines(job.out, _sorted(job.suite, latest(read_lines(job.out)).values()))
+    write_lines(job.out, known)
 
 
 def _make_folder(folder: Path, what: str) -> None:
@@ -222,8 +241,12 @@ def _lacking(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
     rivals = sorted(set().union(*map(rival_steps, known.values())))
     for arm in (*job.suite.arms, *map(dense_arm, rivals)):
         line = known.get(arm.name)
-        untimed = line is not None and job.timed and not arm.is_dense and "seconds" not in line
-        if line is None or untimed or (job.frames is not None and not _has_frames(job, line)):
+        if (
+            line is None
+            or lacks_metrics(job.suite, line)
+            or (job.timed and not arm.is_dense and "seconds" not in line)
+            or (job.frames is not None and not _has_frames(job, line))
+        ):
             yield arm
 
 
@@ -258,8 +281,7 @@ def measured(model: EmbeddedModel, arm: Arm, clip: int, reference: Reference, jo
         "reference_steps": reference.steps,
         "reference_agreement": reference.agreement,
         **arm.to_dict(),
-        "psnr": psnr(made.frames, reference.frames),
-        "ssim": ssim(made.frames, reference.frames),
+        **measures(job.suite, arm.name, clip, made.frames, reference.frames, model.prompt(clip)),
         "score": model_score(model.name, clip, made.frames),
         **{key: round(work(made.counts, reference.step, made.attended, share), 6) for key, share in shares.items()},
         "attended": made.attended,

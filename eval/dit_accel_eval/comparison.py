@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .paired import Interval, bootstrap
+from .metrics.registry import metrics
+from .paired import Interval, bootstrap, sign_flips
 from .results import Line, latest
 from .suite import Suite, dense_arm
 
@@ -29,6 +30,9 @@ class ArmFigures:
         means: mean of ``work``, ``work_real``, ``ssim``, ``score`` and, where timed, ``steps_in_time``.
         psnr: PSNR to the reference in dB.
         ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB.
+        p: the same key -> the p-value of that difference by `sign_flips`, not corrected for other arms.
+        metrics: metric besides those -> its mean over the clips that have it.
+        differences: metric besides those -> its difference to the dense run of equal own work, clip by clip.
     """
 
     name: str
@@ -36,6 +40,9 @@ class ArmFigures:
     means: Mapping[str, float]
     psnr: Interval
     ahead: Mapping[str, Interval]
+    p: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Interval] = field(default_factory=dict)
+    differences: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def rival_steps(line: Line) -> set[int]:
@@ -70,28 +77,53 @@ def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]
 
 def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], Line]) -> ArmFigures:
     keys = [key for key in (*WORKS, *TIMED) if all(line.get(key) is not None for line in lines)]
-    ahead = {}
+    ahead, p = {}, {}
     for key in () if is_rival(lines[0]) else keys:
-        rivals = [(line["psnr"], equal_psnr(known, line["clip"], line[key])) for line in lines]
-        differences = [own - rival for own, rival in rivals if rival is not None]
+        differences = _differences(lines, known, key, "psnr")
         if differences:
-            ahead[key] = bootstrap(differences)
+            ahead[key], p[key] = bootstrap(differences), sign_flips(differences)
+    names = dict.fromkeys(metric for line in lines for metric in line.get("metrics", ()))
+    held = {} if is_rival(lines[0]) else {metric: _differences(lines, known, keys[0], metric) for metric in names}
     return ArmFigures(
         name=name,
         clips=len(lines),
         means={key: float(np.mean([line[key] for line in lines])) for key in (*keys, "ssim", "score")},
         psnr=bootstrap([line["psnr"] for line in lines]),
         ahead=ahead,
+        p=p,
+        metrics={name: bootstrap(found) for name in names if (found := _values(lines, name))},
+        differences={name: bootstrap(found) for name, found in held.items() if found},
     )
+
+
+def value_of(line: Line, metric: str) -> float | None:
+    """Return a line's value of a metric, None where it has none."""
+    return line[metric] if metric in ("psnr", "ssim", "score") else line.get("metrics", {}).get(metric)
+
+
+def _values(lines: Sequence[Line], metric: str) -> list[float]:
+    return [value for line in lines if (value := value_of(line, metric)) is not None]
+
+
+def _differences(lines: Sequence[Line], known: Mapping[tuple[str, int], Line], key: str, metric: str) -> list[float]:
+    """Return an arm's values less those of the dense run of equal work, of the clips that have both."""
+    found = [(value_of(line, metric), equal_value(known, line["clip"], line[key], metric)) for line in lines]
+    return [own - rival for own, rival in found if own is not None and rival is not None]
 
 
 def equal_psnr(known: Mapping[tuple[str, int], Line], clip: int, steps: float) -> float | None:
     """Return a clip's PSNR of a dense run of so many steps, linear between whole numbers; None where one is missing."""
+    return equal_value(known, clip, steps, "psnr")
+
+
+def equal_value(known: Mapping[tuple[str, int], Line], clip: int, steps: float, metric: str) -> float | None:
+    """Return the same of any metric."""
     low, high = max(1, math.floor(steps)), max(1, math.ceil(steps))
     ends = [known.get((dense_arm(count).name, clip)) for count in (low, high)]
-    if None in ends:
+    values = [value_of(line, metric) for line in ends if line is not None]
+    if len(values) < len(ends) or None in values:
         return None
-    below, above = (line["psnr"] for line in ends if line is not None)
+    below, above = (value for value in values if value is not None)
     return below + (above - below) * (steps - low) if high > low else below
 
 
@@ -103,6 +135,17 @@ def verdict(difference: Interval, clips: int) -> str:
     if clips < FEWEST or round(difference.low, 2) <= 0 <= round(difference.high, 2):
         return "open"
     return "ahead" if difference.low > 0 else "behind"
+
+
+def told(metric: str, interval: Interval, sign: str = "") -> str:
+    """Return a metric's mean with its interval, with as many digits as the metric has."""
+    digits = f"{sign}.{decimals_of(metric)}f"
+    return f"{interval.mean:{digits}} [{interval.low:{digits}}, {interval.high:{digits}}]"
+
+
+def decimals_of(metric: str) -> int:
+    """Return how many digits behind the point a metric is told with; 3 for one that is not installed."""
+    return metrics()[metric].decimals if metric in metrics() else 3
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
@@ -120,6 +163,8 @@ def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
     works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in found) else {})
     against = [f"against UniPC at equal {words}, dB" for words in works.values()]
     heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", "score", *against]
+    named = list(dict.fromkeys(name for arm in found for name in arm.metrics))
+    heads += named
     if any(arm.clips < clips for arm in found):
         heads.insert(1, "clips")
     yield f"| {' | '.join(heads)} |"
@@ -131,4 +176,5 @@ def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
         cells += [
             f"{arm.ahead[key]:+} {verdict(arm.ahead[key], arm.clips)}" if key in arm.ahead else "" for key in works
         ]
+        cells += [told(name, arm.metrics[name]) if name in arm.metrics else "" for name in named]
         yield f"| {' | '.join(cells)} |"

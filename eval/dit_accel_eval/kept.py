@@ -52,6 +52,11 @@ def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:
         Image.fromarray(strip).save(temporary, format="png", pnginfo=info, optimize=True)
 
 
+def strip_frames(strip: Frames, count: int) -> Frames:
+    """Return the frames [F, height, width, 3] of a picture in which so many lie one below the other."""
+    return strip.reshape(count, -1, *strip.shape[1:])
+
+
 def read_kept(path: Path, made_by: Mapping[str, Any]) -> Frames:
     """Return kept frames, uint8 [F, height, width, 3].
 
@@ -65,7 +70,7 @@ def read_kept(path: Path, made_by: Mapping[str, Any]) -> Frames:
             image.load()
             told = json.loads(getattr(image, "text", {})[_KEY])
             strip, count, found = np.asarray(image.convert("RGB")), told["frames"], told["made_by"]
-        frames = strip.reshape(count, -1, *strip.shape[1:])
+        frames = strip_frames(strip, count)
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
         raise ConfigError(f"{path} holds no frames that can be read ({type(error).__name__}: {error})") from None
     for name, value in json.loads(json.dumps(dict(made_by))).items():

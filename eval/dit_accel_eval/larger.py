@@ -17,7 +17,7 @@ from dit_accel_assets.world import scene_of
 
 from .embedded import EmbeddedModel, settled_call, weights_hash
 from .fidelity import Clip
-from .longer import sharpness
+from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
 from .suite import Arm, Suite

@@ -14,17 +14,13 @@ import torch
 from dit_accel_assets import model_defaults, model_score
 
 from .embedded import EmbeddedModel, settled_call, weights_hash
-from .fidelity import Clip
+from .metrics.loops import loop, repetition
+from .metrics.motion import motion
+from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
 from .suite import Arm, Suite
 from .suite_command import suite_command
-
-STRETCH = 8
-"""Frames of the opening that is looked for again."""
-
-STILL = 0.01
-"""RMS difference of a clip's frames from their mean, in [0, 1], below which it stands still."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,49 +69,6 @@ def run(suite: Suite, out: Path) -> None:
 
 def _about(suite: Suite, arm: Arm) -> Line:
     return {**arm.to_dict(), "call": settled_call(suite.model, {**suite.call, **arm.call})}
-
-
-def motion(video: Clip) -> float:
-    """Return the mean absolute difference of neighbouring frames, in [0, 1]."""
-    return float(np.abs(np.diff(video, axis=0)).mean())
-
-
-def sharpness(video: Clip) -> float:
-    """Return the variance of the Laplacian of the frames' mean channel."""
-    x = video.mean(-1)
-    inner = x[:, 1:-1, 1:-1]
-    laplacian = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:] - 4 * inner
-    return float(laplacian.var())
-
-
-def repetition(video: Clip, trained: int) -> float:
-    """Return the least RMS difference between the opening frames and a later stretch as long; small: it repeats.
-
-    Later stretches begin half the trained length on. The idea is that of RIFLEx' NoRepeat (arXiv 2502.15894), without
-    a theoretical period; a clip that stands still scores as one that repeats.
-    """
-    starts = range(min(trained // 2, len(video) - STRETCH), len(video) - STRETCH + 1)
-    differences = [np.sqrt(np.mean((video[:STRETCH] - video[start : start + STRETCH]) ** 2)) for start in starts]
-    return float(min(differences))
-
-
-def loop(video: Clip, trained: int) -> float:
-    """Return how far the clip's autocorrelation rises again at a distance of half the trained length or more.
-
-    A(d) is the mean correlation of frames d apart, of their differences from the mean frame; the rise is measured from
-    its lowest point before, at most 2. Drawn clips that go one way score 0.2 to 0.6, those that come round above 1.4,
-    wherever they begin. One that stands still counts as 2.
-    """
-    frames = video.reshape(len(video), -1).astype(np.float64)
-    away = frames - frames.mean(0)
-    norms = np.linalg.norm(away, axis=1)
-    if norms.mean() < STILL * np.sqrt(frames.shape[1]):
-        return 2.0
-    unit = away / np.maximum(norms, 1e-12)[:, None]
-    alike = unit @ unit.T
-    curve = np.array([np.diagonal(alike, d).mean() for d in range(len(video) - STRETCH // 2 + 1)])
-    rises = curve - np.minimum.accumulate(curve)
-    return float(max(0.0, rises[trained // 2 :].max(initial=0.0)))
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:

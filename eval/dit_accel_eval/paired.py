@@ -1,9 +1,15 @@
-"""Paired statistics: the mean difference of two arms over the same clips, with a bootstrap interval."""
+"""Paired statistics: the mean difference of two arms over the same clips, its interval, and a test of many at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+EXACT = 12
+"""Clips up to which all signs are tried, 4096 of them."""
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +52,38 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 10_0
     means = data[rng.integers(0, len(data), (draws, len(data)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(data.mean()), low=float(low), high=float(high))
+
+
+def sign_flips(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:
+    """Return the two-sided p-value of a mean difference being 0, by flipping signs (Fisher 1935); in (0, 1].
+
+    Up to `EXACT` clips every choice of signs is tried, else ``draws`` of them and the one at hand.
+
+    Args:
+        differences: of the two arms, one per clip.
+        draws: choices of signs.
+        seed: of the draws.
+
+    Raises:
+        ValueError: for no differences.
+    """
+    if not len(differences):
+        raise ValueError("a test needs at least one difference, got none")
+    data = np.asarray(differences, dtype=np.float64)
+    if len(data) <= EXACT:
+        signs = 1 - 2 * ((np.arange(2 ** len(data))[:, None] >> np.arange(len(data))) & 1)
+        more = 0
+    else:
+        signs = np.random.default_rng(seed).choice([-1, 1], (draws, len(data)))
+        more = 1
+    found, least = np.abs(signs @ data), abs(data.sum()) * (1 - 1e-12)
+    return float((np.sum(found >= least) + more) / (len(signs) + more))
+
+
+def holm(values: Mapping[Key, float]) -> dict[Key, float]:
+    """Return p-values corrected for their number by Holm's step-down rule (1979), each at most 1."""
+    corrected, most = {}, 0.0
+    for place, key in enumerate(sorted(values, key=lambda one: values[one])):
+        most = max(most, min(1.0, (len(values) - place) * values[key]))
+        corrected[key] = most
+    return {key: corrected[key] for key in values}

@@ -10,6 +10,9 @@ from typing import Any
 from dit_accel.adapters.registry import adapters
 from dit_accel.methods.registry import methods
 
+from .block_choices import choices, scores_of, whole
+from .block_choices import table as choices_table
+from .budgets import table as budgets_table
 from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
@@ -19,11 +22,15 @@ from .guidance_cost import table as costs_table
 from .guided import table as guided_table
 from .larger import table as larger_table
 from .longer import table as longer_table
+from .overhead import table as overhead_table
+from .product_time import told as product_told
 from .results import read_lines
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
+OVERHEAD = Path("eval/results/overhead.jsonl")
+PRODUCT = Path("eval/results/product-time.jsonl")
 COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
@@ -34,10 +41,15 @@ PAGES = {
         "knee-flux-tiny",
         "sparse-wan-tiny",
         "caches-wan-tiny",
+        "caches-time-wan-tiny",
         "caches-flux-tiny",
         "dropped-mass",
         "time",
+        "overhead",
+        "product-time",
     ),
+    "docs/caching.md": ("budgets",),
+    "docs/block-caches.md": ("profiling-wan-tiny", "profiling-flux-tiny", "blocks-wan-tiny", "blocks-flux-tiny"),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
@@ -121,12 +133,6 @@ def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) 
     return f"{matching[-1]['speedup']:.2f}x ({matching[-1]['of_ideal']:.2f})" if matching else ""
 
 
-def _time(root: Path) -> str:
-    records = read_lines(root / TIMES)
-    command = "python -m dit_accel_eval.denoising_time"
-    return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
-
-
 def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> str:
     path = Path(f"eval/suites/{name}.toml")
     command, lines = f"python -m dit_accel_eval.{module} {path}", read_lines(root / f"eval/results/{name}.jsonl")
@@ -139,10 +145,9 @@ def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> st
     return f"{head}; 95 % intervals.\n\n{write(suite, lines)}"
 
 
-def _mass(root: Path) -> str:
-    records = read_lines(root / MASSES)
-    command = "python -m dit_accel_eval.dropped_mass"
-    return f"`{command}`: {masses_table(records)}" if records else f"Not measured yet; `{command}` does."
+def _run(root: Path, results: Path, module: str, write: Callable[[list[dict[str, Any]]], str]) -> str:
+    records, command = read_lines(root / results), f"python -m dit_accel_eval.{module}"
+    return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
 
 
 def _every(root: Path) -> str:
@@ -156,19 +161,43 @@ def _every(root: Path) -> str:
     return f"{head}\n\n{every_table(Judged(setting, root / setting.out, generate=False))}"
 
 
-def _cost(root: Path) -> str:
-    records, command = read_lines(root / COSTS), "python -m dit_accel_eval.guidance_cost"
-    return f"`{command}`: {costs_table(records)}" if records else f"Not measured yet; `{command}` does."
+def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
+    results, suite = Path(f"eval/results/{name}.jsonl"), read_suite(root / f"eval/suites/{name}.toml")
+    paths = [Path(f"eval/results/{profile}.json") for profile in profiles]
+    command, lines = f"python -m dit_accel_eval.block_choices {results}", read_lines(root / results)
+    if not lines:
+        return f"Not measured yet; `python -m dit_accel_eval.compare eval/suites/{name}.toml` measures it."
+    known = whole(choices(lines))
+    clips, steps = len(next(iter(known.values()))), suite.arms[0].num_inference_steps
+    head = f"`{' '.join([command, *map(str, paths)])}`: {suite.model}, {len(known)} choices, {clips} held-out clips"
+    head += f", {steps} UniPC steps."
+    return "\n".join([head, "", *choices_table(lines, scores_of([root / path for path in paths]))])
+
+
+def _budgets(root: Path) -> str:
+    measured = [
+        (read_suite(root / f"eval/suites/{kind}-{model}.toml"), read_lines(root / f"eval/results/{kind}-{model}.jsonl"))
+        for model in ("wan-tiny", "flux-tiny")
+        for kind in ("caches", "blocks")
+    ]
+    return "\n".join(budgets_table(measured))
 
 
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
-    "time": _time,
-    "dropped-mass": _mass,
+    "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
+    "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
+    "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
+    "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
     "every-set": _every,
-    "guidance-cost": _cost,
+    "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
     "guidance-flux-tiny": partial(_judged, name="guidance-flux-tiny", module="guided", write=guided_table),
+    "budgets": _budgets,
+    "profiling-wan-tiny": partial(_choices, name="profiling-wan-tiny", profiles=("profile-wan-tiny",)),
+    "profiling-flux-tiny": partial(
+        _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
+    ),
     "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
     "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
     "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),

@@ -14,6 +14,7 @@ from dit_accel.methods.caches.native_limits import CONFIGS
 from dit_accel.methods.config import MethodConfig, from_dict
 from dit_accel.methods.registry import method
 
+from .metrics.registry import check_names
 from .solvers import BEST, SOLVERS
 
 if sys.version_info >= (3, 11):
@@ -73,6 +74,8 @@ class Suite:
         clips: held-out clips, seeds 0 .. clips - 1.
         arms: what is compared.
         call: arguments of the pipeline's call that differ from the model's defaults.
+        metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
+            by frame.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Suite:
     clips: int
     arms: tuple[Arm, ...]
     call: Mapping[str, Any] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
 
 
 def dense_arm(steps: int) -> Arm:
@@ -102,7 +106,7 @@ def read_suite(path: Path) -> Suite:
     if data.pop("version", None) != SUITE_VERSION:
         raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads; rewrite it for that")
     arms = data.pop("arm", [])
-    _check(data, {"name": str, "model": str, "clips": int, "call": dict}, str(path))
+    _check(data, {"name": str, "model": str, "clips": int, "call": dict, "metrics": list}, str(path))
     missing = [key for key in ("name", "model", "clips") if key not in data]
     if missing or not arms:
         raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}; add what is missing")
@@ -113,7 +117,15 @@ def read_suite(path: Path) -> Suite:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{path} has two arms called {name!r}; rename one")
-    return Suite(**data, arms=made)
+    return Suite(**{**data, "metrics": _metrics(data.get("metrics", []), path)}, arms=made)
+
+
+def _metrics(names: list[Any], path: Path) -> tuple[str, ...]:
+    """Return a suite's metrics, by name."""
+    try:
+        return check_names([str(name) for name in names])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _arms(values: dict[str, Any], path: Path) -> list[Arm]:

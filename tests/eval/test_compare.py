@@ -20,10 +20,12 @@ from dit_accel_eval.counting import Counts
 from dit_accel_eval.embedded import Run
 from dit_accel_eval.fidelity import psnr, ssim
 from dit_accel_eval.kept import read_kept, reference_of, run_of
-from dit_accel_eval.paired import Interval, bootstrap
+from dit_accel_eval.metrics import metrics
+from dit_accel_eval.paired import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.results import check_lines, read_lines
 from dit_accel_eval.run_progress import progress_of
 from dit_accel_eval.suite import read_suite
+from dit_accel_eval.team import Team
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -61,6 +63,21 @@ def test_interval_covers_its_level_of_the_time():
     assert (str(constant), f"{constant:+}") == ("2.00 [2.00, 2.00]", "+2.00 [+2.00, +2.00]")
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap([])
+
+
+def test_sign_flips_are_exact_for_few_clips_and_holm_steps_down():
+    assert sign_flips([1.0, 2.0, 3.0]) == 2 / 8  # of eight choices of signs two give a sum as far from 0
+    assert sign_flips([1.0, -1.0]) == 1
+    assert sign_flips([0.0, 0.0, 0.0]) == 1
+    rng = np.random.default_rng(0)
+    assert sign_flips(rng.normal(1, 1, 30)) < 0.001
+    chance = [sign_flips(rng.normal(0, 1, 8)) for _ in range(200)]
+    assert 0.0 <= np.mean(np.array(chance) < 0.05) <= 0.1
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
+    assert holm({}) == {}
+    with pytest.raises(ValueError, match="at least one difference"):
+        sign_flips([])
 
 
 def test_verdicts_need_an_interval_without_0_and_enough_clips():
@@ -109,6 +126,8 @@ def test_committed_suites_read_and_match_their_results(path):
         (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = 0.1 }", "FirstBlockCacheConfig = 0.1 is no table; write"),
         (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { thresh = 0.1 } }", "has no option 'thresh'; did you"),
         ("version", "is not valid TOML"),
+        (HEAD + 'metrics = ["pnsr"]\n' + ARM, "s.toml: there is no metric 'pnsr'; did you mean 'psnr'"),
+        (HEAD + 'metrics = ["psnr", "psnr"]\n' + ARM, "metric 'psnr' is named twice"),
     ],
 )
 def test_bad_suites_say_what_is_wrong(tmp_path, text, message):
@@ -218,6 +237,55 @@ def test_arms_are_held_against_dense_runs_of_their_work(job):
     printed = table(job.suite, lines)
     assert "| thin | 7.50 | 6.40 |" in printed
     assert "equal time" not in printed
+
+
+@pytest.fixture
+def measuring(job):
+    """A job whose suite names metrics: one kept by frame, one of the library, one that small frames have none of."""
+    return dataclasses.replace(job, suite=dataclasses.replace(job.suite, metrics=("psnr", "psnr-change", "ms-ssim")))
+
+
+def test_a_suite_s_metrics_are_measured_and_those_added_later_made_up_for(job, measuring, fake):
+    run(job, range(1))
+    assert "metrics" not in read_lines(job.out)[0]
+    made = len(fake.made)
+    run(measuring, range(1))
+    assert len(fake.made) == made + 2  # the dense runs are found again
+    thin, *_ = lines = read_lines(job.out)
+    assert set(thin["metrics"]) == {"psnr-change"}
+    assert len(thin["by_frame"]["psnr"]) == 3
+    assert len(thin["by_frame"]["psnr-change"]) == 2
+    assert all("short side of 161 pixels, and there are 16" in line["skipped"]["ms-ssim"] for line in lines)
+    run(measuring, range(1))
+    assert len(fake.made) == made + 2
+    assert "| psnr-change |" in table(measuring.suite, lines)
+
+
+def test_metrics_that_were_missing_are_measured_once_they_are_there(measuring, fake, monkeypatch):
+    absent = dataclasses.replace(metrics()["psnr-change"], missing=lambda: "it is not installed")
+    with monkeypatch.context() as patch:
+        patch.setitem(metrics(), "psnr-change", absent)
+        run(measuring, range(1))
+        made = len(fake.made)
+        run(measuring, range(1))
+    assert read_lines(measuring.out)[0]["unavailable"] == {"psnr-change": "it is not installed"}
+    assert len(fake.made) == made
+    run(measuring, range(1))
+    assert len(fake.made) == made + 2
+    assert "psnr-change" in read_lines(measuring.out)[0]["metrics"]
+
+
+def test_frames_that_are_not_finite_stop_the_run_with_their_arm(measuring, fake, monkeypatch):
+    right = fake.run
+
+    def broken(self, clip, *, steps, solver, **options):
+        made = right(self, clip, steps=steps, solver=solver, **options)
+        return dataclasses.replace(made, frames=made.frames * np.nan) if options.get("methods") else made
+
+    monkeypatch.setattr(fake, "run", broken)
+    with pytest.raises(ConfigError, match="clip 0 of arm 'thin': a clip has values that are not finite in 3"):
+        run(measuring, range(1))
+    assert read_lines(measuring.out) == []
 
 
 def test_a_suite_goes_on_where_it_stopped_and_makes_no_dense_run_twice(job, fake):
@@ -362,6 +430,51 @@ def test_the_command_says_what_it_can_not_do(job, fake, tmp_path, options, messa
     assert result.exit_code == 2
     assert message in result.stderr
     assert fake.made == []
+
+
+def test_a_team_shares_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
+    parts = [Team(rank=rank, size=3, wait=lambda: None).own(range(8)) for rank in range(3)]
+    assert sorted(clip for part in parts for clip in part) == list(range(8))
+    clips, waited = range(2), []
+    for rank in (1, 0):  # the first prepares the file that the others append to, and sorts what they wrote
+        member = Team(rank=rank, size=2, wait=lambda: waited.append(1))
+        monkeypatch.setattr(compare, "team", lambda member=member: member)
+        run(job, clips)
+    assert len(waited) == 4
+    lines = read_lines(job.out)
+    pairs = [(line["clip"], line["arm"]) for line in lines]
+    assert len(pairs) == len(set(pairs))
+    assert {line["clip"] for line in lines} == {0, 1}
+    for asked in (dict(workers=2), {}):
+        other = job if asked else dataclasses.replace(job, timed=True)
+        with pytest.raises(ConfigError, match="accelerate launch started 2 processes, got --"):
+            run(other, clips, **asked)
+
+
+LAUNCHED = """
+import importlib.util, sys
+from dit_accel_eval import compare
+from dit_accel.cli import main
+
+spec = importlib.util.spec_from_file_location("fakes", sys.argv.pop(1))
+fakes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fakes)
+compare.EmbeddedModel = fakes.FakeModel
+main()
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_runs_a_suite_in_two_processes(tmp_path):
+    (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 3") + ARM)
+    (tmp_path / "run.py").write_text(LAUNCHED)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "run.py", __file__]
+    run_it = ["eval", "run", "s.toml", "--out", "s.jsonl", "--cache", "cache"]
+    done = subprocess.run([*launch, *run_it], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "s.jsonl")
+    assert [(line["clip"], line["arm"]) for line in lines] == [(c, a) for c in range(3) for a in ("a", "unipc 2")]
+    assert done.stdout.count("| arm |") == 1
 
 
 @pytest.mark.slow

@@ -175,7 +175,8 @@ def test_warnings_say_what_not_to_believe(tmp_path):
 def test_open_intervals_and_many_verdicts_are_told(tmp_path):
     told = "\n".join(report(few(tmp_path, "caches-flux-tiny", 6)).warnings)
     assert "Intervals that include zero at equal own work, so neither better nor worse than fewer steps: " in told
-    assert "of such verdicts come by chance" in told
+    assert "arms are judged at 95 % each. Of" in told
+    assert "do not stand after Holm's correction for that number: " in told  # 6 clips have p-values from 1 / 32 on
 
 
 def test_minimums_judge_the_arms_and_not_their_rivals():
@@ -188,6 +189,64 @@ def test_minimums_judge_the_arms_and_not_their_rivals():
     assert min(arm.psnr.mean for arm in arms.values()) < least  # a dense run of few steps
     assert "misses psnr" in page(report(psnr=least))
     assert misses(report(psnr=0.0, ssim=0.0, score=0.0)) == []
+
+
+def measured(tmp_path: Path) -> Path:
+    """Return results in which the warp error is the PSNR's tenth of the clip and arm, and one clip has no LPIPS."""
+    lines = read_lines(WAN)
+    for line in lines:
+        line["metrics"] = {"warp-error@dis": line["psnr"] / 100, "mine": 1.0}
+        line["by_frame"] = {"psnr": [line["psnr"] + one for one in range(5)]}
+        line["skipped" if line["clip"] else "unavailable"] = {"lpips@alex": "there are no weights"}
+    return lines_in(tmp_path / "m.jsonl", lines)
+
+
+def test_further_metrics_have_intervals_paired_differences_and_curves(tmp_path):
+    found = report(measured(tmp_path))
+    assert found.further == ["warp-error@dis", "mine"]
+    arms = [arm for arm in found.arms if not found.is_dense(arm)]
+    for arm in arms:
+        assert arm.metrics["warp-error@dis"].mean == pytest.approx(arm.psnr.mean / 100)
+        assert arm.differences["warp-error@dis"].low == pytest.approx(arm.ahead["work"].low / 100)
+        assert arm.differences["mine"].high == 0
+    clips = len(found.prompts)
+    skipped = [text for text in found.warnings if text.startswith("lpips@alex was skipped on ")]
+    assert skipped == [f"lpips@alex was skipped on {clips} clips: there are no weights."]
+    data = writing.data_of(found)
+    best = data["arms"][-1]["metrics"]["warp-error@dis"]
+    assert (best["better"], best["against_fewer_steps"]["mean"]) == (
+        "less",
+        arms[-1].differences["warp-error@dis"].mean,
+    )
+    rows = list(csv.DictReader(io.StringIO(writing.csv_text(found))))
+    assert float(rows[-1]["warp-error@dis_low"]) == arms[-1].metrics["warp-error@dis"].low
+    text = page(found)
+    shown = Page(text)
+    assert "warp error, RMS, DIS, less is better" in shown.texts
+    assert len(shown.all("img")) == 2
+    assert "Frame by frame" in text
+    assert "warp-error@dis" in writing.markdown_text(found)
+    assert 'metrics = [\n    "psnr",\n    "warp-error@dis",' in suite_text(found)
+
+
+def test_minimums_of_what_is_better_less_are_the_most_allowed(tmp_path):
+    path = measured(tmp_path)
+    assert run(path, "--min", "warp-error@dis=0.9").exit_code == 0
+    missed = run(path, "--min", "warp-error@dis=0.1")
+    assert missed.exit_code == 1
+    assert "has a mean warp-error@dis of 0.2" in missed.stderr
+    assert "asked were at most 0.1" in missed.stderr
+    lacking = run(path, "--min", "dists@vgg=0.1")
+    assert lacking.exit_code == 2
+    assert "has no dists@vgg; name it among the suite's metrics and run again" in lacking.stderr
+
+
+def test_p_values_are_corrected_for_the_number_of_arms():
+    found = report()
+    arms = [arm for arm in found.arms if "work" in arm.p]
+    least = min(arms, key=lambda arm: arm.p["work"])
+    assert found.holm[least.name, "work"] == min(1.0, len(arms) * least.p["work"])
+    assert all(found.holm[arm.name, "work"] >= arm.p["work"] for arm in arms)
 
 
 def test_exit_codes(tmp_path):
@@ -213,6 +272,8 @@ def test_exit_codes(tmp_path):
         (lambda lines: [{**lines[0], "clip": "0"}], "line 1 has clip '0', which is no finite number"),
         (lambda lines: [{**lines[0], "arm": 3}], "line 1 has arm 3, which is no text"),
         (lambda lines: [{**lines[0], "methods": []}], "line 1 has methods [], which is no table"),
+        (lambda lines: [{**lines[0], "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
+        (lambda lines: [{**lines[0], "metrics": 3}], "line 1 has metrics 3, which is no table"),
         (lambda lines: [lines[0], [1]], "line 2 is no result but '[1]'"),
         (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks reference, psnr, ssim,"),
     ],
@@ -238,7 +299,8 @@ def test_files_that_are_no_results(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("psrn=28", "--min 'psrn=28' names no metric; did you mean 'psnr'? known: psnr, score, ssim"),
+        ("psrn=28", "--min 'psrn=28' names no metric; did you mean 'psnr' or "),
+        ("motion=1", "--min 'motion=1': of motion neither more nor less is better by itself; leave it out"),
         ("psnr", "--min 'psnr' is not METRIC=VALUE; write, say, --min psnr=28"),
         ("psnr=high", "--min 'psnr=high' has no number behind the sign; write, say, --min psnr=28"),
         ("psnr=nan", "--min 'psnr=nan' has no number behind the sign"),

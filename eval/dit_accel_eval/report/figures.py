@@ -1,17 +1,21 @@
 """What a report says: the figures of every arm, what it warns of, and which arms miss what was asked of them."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from dit_accel import ConfigError
+
 from ..comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
+from ..paired import holm
 from ..reference import AGREE
 from ..results import Line
-from .lines import Results
+from .lines import ALWAYS, Results, better_of, further_metrics
 
-MANY = 10
-"""Verdicts from which on some are to be expected by chance alone."""
+LEVEL = 0.05
+"""Share of wrong verdicts that all arms together may have."""
 
 LISTED = 8
 """Names that a warning lists, before it counts the rest."""
@@ -28,6 +32,7 @@ class Report:
         prompts: clip -> its prompt, clips in order.
         minimums: metric -> what every arm's mean must reach.
         warnings: what a reader should know before believing the figures.
+        holm: (arm, kind of work) -> the p-value of its difference to fewer steps, corrected for the number of arms.
     """
 
     results: Results
@@ -36,6 +41,12 @@ class Report:
     prompts: Mapping[int, str]
     minimums: Mapping[str, float]
     warnings: tuple[str, ...]
+    holm: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    @property
+    def further(self) -> list[str]:
+        """The metrics besides PSNR, SSIM and the score."""
+        return further_metrics(self.results.lines)
 
     @property
     def works(self) -> dict[str, str]:
@@ -43,8 +54,15 @@ class Report:
         return {key: words for key, words in (WORKS | TIMED).items() if any(key in arm.means for arm in self.arms)}
 
     def mean(self, arm: ArmFigures, metric: str) -> float:
-        """Return an arm's mean of one of `METRICS`."""
-        return arm.psnr.mean if metric == "psnr" else arm.means[metric]
+        """Return an arm's mean of a metric; nan where it has none."""
+        if metric in arm.metrics:
+            return arm.metrics[metric].mean
+        return arm.psnr.mean if metric == "psnr" else arm.means.get(metric, math.nan)
+
+    def reaches(self, arm: ArmFigures, metric: str) -> bool:
+        """Whether an arm's mean is as good as what is asked: at least that, or at most where less is better."""
+        mean, asked = self.mean(arm, metric), self.minimums[metric]
+        return mean <= asked if better_of(metric) == "less" else mean >= asked
 
     def is_dense(self, arm: ArmFigures) -> bool:
         """Whether an arm is a dense run of the best solver, which others are held against."""
@@ -58,8 +76,25 @@ def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
     listed = list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))
     arms = tuple(figures_of(lines, listed))
     prompts = {line["clip"]: line["prompt"] for line in sorted(lines, key=lambda line: line["clip"])}
-    warnings = tuple(_warnings(results, arms, prompts))
-    return Report(results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings)
+    lacking = [metric for metric in minimums if metric not in (*ALWAYS, *further_metrics(lines))]
+    if lacking:
+        told = " and no ".join(lacking)
+        raise ConfigError(f"{results.path} has no {told}; name it among the suite's metrics and run again")
+    corrected = _corrected(arms)
+    warnings = tuple(_warnings(results, arms, prompts, corrected))
+    return Report(
+        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings,
+        holm=corrected,
+    )  # fmt: skip
+
+
+def _corrected(arms: Sequence[ArmFigures]) -> dict[tuple[str, str], float]:
+    """Return the p-values of all arms by Holm's rule, by kind of work: each kind asks one question of every arm."""
+    found = {}
+    for key in (*WORKS, *TIMED):
+        values = holm({arm.name: arm.p[key] for arm in arms if key in arm.p})
+        found |= {(name, key): p for name, p in values.items()}
+    return found
 
 
 def judged(report: Report) -> list[ArmFigures]:
@@ -72,9 +107,9 @@ def misses(report: Report) -> list[str]:
     found = []
     for metric, least in report.minimums.items():
         for arm in judged(report):
-            mean = report.mean(arm, metric)
-            if mean < least:
-                found.append(f"{arm.name} has a mean {metric} of {mean:.4g}, asked were {least:g}")
+            if not report.reaches(arm, metric):
+                asked = f"at most {least:g}" if better_of(metric) == "less" else f"{least:g}"
+                found.append(f"{arm.name} has a mean {metric} of {report.mean(arm, metric):.4g}, asked were {asked}")
     return found
 
 
@@ -84,7 +119,12 @@ def quantile_clips(lines: Sequence[Line]) -> tuple[Line, Line]:
     return ranked[0], ranked[len(ranked) // 2]
 
 
-def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int, str]) -> Iterator[str]:
+def _warnings(
+    results: Results,
+    arms: Sequence[ArmFigures],
+    prompts: Mapping[int, str],
+    corrected: Mapping[tuple[str, str], float],
+) -> Iterator[str]:
     lines = results.lines
     if results.cut:
         yield "The last line of the results was cut off and is left out; the run may have been stopped."
@@ -108,13 +148,38 @@ def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int
         if open_:
             yield f"Intervals that include zero at equal {words}, so neither better nor worse than fewer steps: " \
                   f"{_some(open_)}."  # fmt: skip
-    verdicts = sum(arm.clips >= FEWEST for arm in arms if arm.ahead)
-    if verdicts >= MANY:
-        yield f"{verdicts} arms are judged at 95 % each; about {verdicts * 0.05:.0f} of such verdicts come by chance."
+    yield from _after_holm(arms, corrected)
+    yield from _unmeasured(lines)
     for key in ("torch", "diffusers", "dit_accel"):
         versions = sorted({str(line[key]) for line in lines if key in line})
         if len(versions) > 1:
             yield f"The runs are of several versions of {key}: {', '.join(versions)}."
+
+
+def _after_holm(arms: Sequence[ArmFigures], corrected: Mapping[tuple[str, str], float]) -> Iterator[str]:
+    """Say which verdicts are left when all arms together may be wrong in 5 % of the cases."""
+    judged = [arm for arm in arms if arm.ahead and arm.clips >= FEWEST]
+    if len(judged) < 2:
+        return
+    for key, words in (WORKS | TIMED).items():
+        held = [arm for arm in judged if key in arm.ahead]
+        decided = [arm.name for arm in held if verdict(arm.ahead[key], arm.clips) != "open"]
+        lost = [name for name in decided if corrected[name, key] >= LEVEL]
+        if decided:
+            left = f"do not stand after Holm's correction for that number: {_some(lost)}." if lost else \
+                "all stand after Holm's correction for that number."  # fmt: skip
+            yield f"{len(held)} arms are judged at 95 % each. Of {len(decided)} verdicts at equal {words} {left}"
+
+
+def _unmeasured(lines: Sequence[Line]) -> Iterator[str]:
+    """Say which metrics are missing, and why."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for line in lines:
+        for key in ("skipped", "unavailable"):
+            for name, reason in line.get(key, {}).items():
+                found.setdefault((name, reason), set()).add(line["clip"])
+    for (name, reason), clips in found.items():
+        yield f"{name} was skipped on {len(clips)} clips: {reason}."
 
 
 def _some(names: Sequence[str]) -> str:

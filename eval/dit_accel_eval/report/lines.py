@@ -10,10 +10,11 @@ from pathlib import Path
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
+from ..metrics.registry import metrics
 from ..results import Line, latest
 
-METRICS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
-"""Metric of a result line -> in words; of each, more is better."""
+ALWAYS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
+"""Metric that every line has -> in words; of each, more is better."""
 
 NUMBERS = ("psnr", "ssim", "score", "work", "work_real", "attended", "reference_agreement", "reference_steps")
 TEXTS = ("arm", "prompt", "model", "weights", "solver")
@@ -73,10 +74,39 @@ def _line(where: str, text: str) -> Line:
     for key in TEXTS:
         if not isinstance(line[key], str):
             raise ConfigError(f"{where} has {key} {line[key]!r}, which is no text; delete it and run again")
+    _check_metrics(where, line)
     for key in ("call", "methods"):
         if not isinstance(line[key], dict):
             raise ConfigError(f"{where} has {key} {line[key]!r}, which is no table; delete it and run again")
     return line
+
+
+def _check_metrics(where: str, line: Line) -> None:
+    found = line.get("metrics", {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} has metrics {found!r}, which is no table; delete it and run again")
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{where} has {name} {value!r}, which is no finite number; delete it and run again")
+
+
+def further_metrics(lines: Sequence[Line]) -> list[str]:
+    """Return the metrics that lines have besides `ALWAYS`, as they first appear."""
+    return list(dict.fromkeys(name for line in lines for name in line.get("metrics", ())))
+
+
+def words_of(metric: str) -> str:
+    """Return a metric in words; its name alone where it is not installed."""
+    if metric in ALWAYS:
+        return ALWAYS[metric]
+    return metrics()[metric].words if metric in metrics() else metric
+
+
+def better_of(metric: str) -> str:
+    """Return which way a metric is better: ``more``, ``less`` or ``neither``."""
+    if metric in ALWAYS:
+        return "more"
+    return metrics()[metric].better if metric in metrics() else "neither"
 
 
 def _check_one(path: Path, lines: Sequence[Line]) -> None:
@@ -97,15 +127,19 @@ def read_minimums(texts: Sequence[str]) -> Mapping[str, float]:
     """Read what is asked of every arm, each as ``metric=value``.
 
     Raises:
-        ConfigError: for another form, an unknown metric, with the nearest, or a value that is no finite number.
+        ConfigError: for another form, an unknown metric, with the nearest, one that is neither better nor worse by
+            itself, or a value that is no finite number.
     """
-    found = {}
+    known, found = {*ALWAYS, *metrics()}, {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--min {text!r} is not METRIC=VALUE; write, say, --min psnr=28")
-        if name not in METRICS:
-            raise ConfigError(f"--min {text!r} names no metric; {did_you_mean(name, METRICS)}")
+        if name not in known:
+            hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
+            raise ConfigError(f"--min {text!r} names no metric; {hint}")
+        if better_of(name) == "neither":
+            raise ConfigError(f"--min {text!r}: of {name} neither more nor less is better by itself; leave it out")
         try:
             found[name] = float(value)
         except ValueError:

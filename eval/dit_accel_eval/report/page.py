@@ -1,16 +1,15 @@
 """The page of a report: one HTML file that opens offline, its pictures inside."""
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.request import EMBEDDED_FPS
 
-from ..comparison import ArmFigures, verdict
+from ..comparison import ArmFigures, decimals_of, verdict
 from ..plots import frontier, picture
+from .curves import curves, svg_uri
 from .figures import Report, judged, misses, worst_first
-from .lines import METRICS
+from .lines import ALWAYS, better_of, words_of
 from .players import AMPLIFIED, players_of
 from .reproduce import commands_of, name_of, suite_text, versions_of
 
@@ -40,9 +39,17 @@ def page(report: Report, *, players: int = 8) -> str:
         summary=_summary(report),
         warnings=[*report.warnings, *failed],
         misses=misses(report),
-        asked=", ".join(f"{metric} of at least {least:g}" for metric, least in report.minimums.items()),
+        asked=", ".join(
+            f"{metric} of at {'most' if better_of(metric) == 'less' else 'least'} {least:g}"
+            for metric, least in report.minimums.items()
+        ),
         groups=_groups(report),
-        metrics=METRICS,
+        metrics=ALWAYS,
+        further=report.further,
+        words_of=words_of,
+        better_of=better_of,
+        digits=lambda name, sign="": f"%{sign}.{decimals_of(name)}f",
+        curves=curves(report),
         verdict=verdict,
         reached=lambda arm: _reached(report, arm),
         plot=_plot(report),
@@ -86,18 +93,13 @@ def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
 def _reached(report: Report, arm: ArmFigures) -> str:
     if arm not in judged(report):
         return "not judged"
-    low = [metric for metric, least in report.minimums.items() if report.mean(arm, metric) < least]
+    low = [metric for metric in report.minimums if not report.reaches(arm, metric)]
     return f"misses {', '.join(low)}" if low else "reached"
 
 
 def _plot(report: Report) -> str:
-    """Return the plot of PSNR over work as a data URI; the same figures give the same bytes."""
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dit-accel"}):
-        picture(report.arms, "").savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue().encode()).decode()
+    """Return the plot of PSNR over work as a data URI."""
+    return svg_uri(lambda: picture(report.arms, ""))
 
 
 def _frontiers(report: Report) -> list[str]:

@@ -30,7 +30,10 @@ def suite_text(report: Report) -> str:
     arms = [_arm(report.settings[arm.name]) for arm in report.arms]
     call = {key: value for key, value in report.results.lines[0]["call"].items() if value is not None}
     head = {"version": SUITE_VERSION, "name": name_of(report), "model": report.results.lines[0]["model"]}
-    return tomli_w.dumps({**head, "clips": max(report.prompts) + 1, "call": call, "arm": arms})
+    keys = ("by_frame", "metrics", "skipped", "unavailable")
+    names = dict.fromkeys(name for line in report.results.lines for key in keys for name in line.get(key, ()))
+    listed = {"metrics": list(names)} if names else {}
+    return tomli_w.dumps({**head, "clips": max(report.prompts) + 1, **listed, "call": call, "arm": arms})
 
 
 def _arm(line: Line) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 from ..comparison import ArmFigures, table_of, verdict
 from ..paired import Interval
 from .figures import Report, misses
+from .lines import better_of
 from .page import page
 from .reproduce import versions_of
 
@@ -67,7 +68,7 @@ def data_of(report: Report) -> dict[str, Any]:
 
 def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
     runs = sorted((line for line in report.results.lines if line["arm"] == arm.name), key=lambda line: line["clip"])
-    keys = ("clip", "psnr", "ssim", "score", *report.works, "seconds", "dense_seconds")
+    keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
     return {
         "name": arm.name,
         "dense": report.is_dense(arm),
@@ -76,10 +77,21 @@ def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
         "psnr": _interval(arm.psnr),
         "means": dict(arm.means),
         "against_fewer_steps": {
-            key: {**_interval(found), "verdict": verdict(found, arm.clips)} for key, found in arm.ahead.items()
+            key: {
+                **_interval(found), "verdict": verdict(found, arm.clips), "p": arm.p[key],
+                "p_holm": report.holm[arm.name, key],
+            }
+            for key, found in arm.ahead.items()
+        },
+        "metrics": {
+            name: {
+                **_interval(found), "better": better_of(name),
+                "against_fewer_steps": _interval(arm.differences[name]) if name in arm.differences else None,
+            }
+            for name, found in arm.metrics.items()
         },
         "runs": [{key: line[key] for key in keys if key in line} for line in runs],
-    }
+    }  # fmt: skip
 
 
 def _interval(interval: Interval) -> dict[str, float]:
@@ -91,7 +103,8 @@ def csv_text(report: Report) -> str:
     works = report.works
     heads = ["arm", "dense", "clips", "num_inference_steps", "solver", *works]
     heads += ["psnr", "psnr_low", "psnr_high", "ssim", "score"]
-    heads += [f"ahead_{key}{end}" for key in works for end in ("", "_low", "_high", "_verdict")]
+    heads += [f"ahead_{key}{end}" for key in works for end in ("", "_low", "_high", "_verdict", "_p_holm")]
+    heads += [f"{name}{end}" for name in report.further for end in ("", "_low", "_high")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heads)
@@ -102,7 +115,10 @@ def csv_text(report: Report) -> str:
         cells += [*_interval(arm.psnr).values(), arm.means["ssim"], arm.means["score"]]
         for key in works:
             found = arm.ahead.get(key)
-            cells += [*_interval(found).values(), verdict(found, arm.clips)] if found else [""] * 4
+            told = [verdict(found, arm.clips), report.holm[arm.name, key]] if found else []
+            cells += [*_interval(found).values(), *told] if found else [""] * 5
+        for name in report.further:
+            cells += [*_interval(arm.metrics[name]).values()] if name in arm.metrics else [""] * 3
         writer.writerow(cells)
     return out.getvalue()
 

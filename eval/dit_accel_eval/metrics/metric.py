@@ -1,0 +1,190 @@
+"""What a metric is, and the sample that it measures."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dit_accel import ConfigError
+
+Clip = npt.NDArray[np.float32]
+"""Frames [F, height, width, 3] in [0, 1]; a picture is one frame."""
+
+Better = Literal["more", "less", "neither"]
+
+ROUNDING = 1e-3
+"""How far a value may lie outside [0, 1]: resampling and number formats go past it a little."""
+
+
+class NotMeasured(ConfigError):  # noqa: N818 - reads as what it is
+    """A sample that a metric can't say anything about; its text is the reason, and the run goes on without it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One clip to be measured.
+
+    Attributes:
+        frames: [F, height, width, 3] in [0, 1].
+        reference: the clip that it should be, of the same shape; None: there is none.
+        prompt: what it should show.
+        fps: frames per second.
+        trained_frames: frames that the model was trained on; None: as many as there are.
+
+    Raises:
+        ConfigError: for frames of another form, values that are not finite or outside [0, 1], or shapes that differ.
+    """
+
+    frames: Clip
+    reference: Clip | None = None
+    prompt: str = ""
+    fps: float = 8.0
+    trained_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        check_clip(self.frames, "a clip")
+        if self.reference is not None:
+            check_clip(self.reference, "a reference")
+            if self.frames.shape != self.reference.shape:
+                raise ConfigError(
+                    f"only clips [F, height, width, 3] of one shape can be compared, got {self.frames.shape} and a "
+                    f"reference of {self.reference.shape}; generate both at one size and length"
+                )
+        if not 0 < self.fps < math.inf:
+            raise ConfigError(f"fps must be above 0, got {self.fps}")
+
+    def pair(self) -> tuple[Clip, Clip]:
+        """Return the frames and the reference, for a metric that needs one.
+
+        Raises:
+            NotMeasured: if there is none.
+        """
+        if self.reference is None:
+            raise NotMeasured("it compares with a reference, and there is none")
+        return self.frames, self.reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A metric's value of one sample.
+
+    Attributes:
+        value: the value.
+        by_frame: values of single frames, or of neighbouring pairs, where the metric has some.
+    """
+
+    value: float
+    by_frame: tuple[float, ...] | None = None
+
+
+def _always() -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A number that tells something about a clip.
+
+    Attributes:
+        name: its id; a metric that rests on a network or a library's model says which behind an @, as ``lpips@alex``.
+        words: what it is, with its unit, for tables.
+        better: whether ``more`` or ``less`` is better, or ``neither`` by itself.
+        bounds: least and greatest value; may be infinite.
+        reference: whether it compares with a reference.
+        source: paper or definition, and where it is departed from.
+        measure: the value of a sample.
+        missing: why it can't be measured here, None if it can; asked before anything is computed.
+        decimals: digits behind the point in tables.
+    """
+
+    name: str
+    words: str
+    better: Better
+    bounds: tuple[float, float]
+    reference: bool
+    source: str
+    measure: Callable[[Sample], Measured | float]
+    missing: Callable[[], str | None] = _always
+    decimals: int = 3
+
+    def __post_init__(self) -> None:
+        if self.better not in ("more", "less", "neither"):
+            raise ConfigError(f"metric {self.name!r} has better = {self.better!r}; say 'more', 'less' or 'neither'")
+        if not self.name or any(sign.isspace() or sign in "=," for sign in self.name):
+            raise ConfigError(f"a metric can't be called {self.name!r}; leave out blanks, commas and equals signs")
+        if not self.bounds[0] < self.bounds[1]:
+            raise ConfigError(f"metric {self.name!r} has bounds {self.bounds}; give the least value first")
+
+    def __call__(self, sample: Sample) -> Measured:
+        """Measure a sample.
+
+        Raises:
+            NotMeasured: with the reason, where the metric says nothing about this sample, or can't be measured here.
+            ConfigError: for a value that is no number, or outside the bounds: the metric is at fault.
+        """
+        reason = self.missing()
+        if reason is not None:
+            raise NotMeasured(reason)
+        found = self.measure(sample)
+        made = found if isinstance(found, Measured) else Measured(value=float(found))
+        low, high = self.bounds
+        if not low - ROUNDING <= made.value <= high + ROUNDING:  # false for nan
+            raise ConfigError(f"metric {self.name} gave {made.value}, outside its bounds {low:g} to {high:g}")
+        return Measured(value=min(max(made.value, low), high), by_frame=made.by_frame)
+
+
+def check_clip(clip: object, what: str) -> None:
+    """Refuse what is no clip.
+
+    Args:
+        clip: frames.
+        what: what errors call it.
+
+    Raises:
+        ConfigError: for another shape, no frames, values that are not finite, or values outside [0, 1].
+    """
+    if not isinstance(clip, np.ndarray) or clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape:
+        found = getattr(clip, "shape", type(clip).__name__)
+        raise ConfigError(f"{what} must be frames [F, height, width, 3], F of at least 1, got {found}")
+    if not np.issubdtype(clip.dtype, np.floating):
+        raise ConfigError(f"{what} must hold floats in [0, 1], got {clip.dtype}; divide 8-bit frames by 255")
+    finite = np.isfinite(clip).reshape(len(clip), -1).all(1)
+    if not finite.all():
+        bad = np.flatnonzero(~finite)
+        raise ConfigError(
+            f"{what} has values that are not finite in {len(bad)} of {len(clip)} frames, first in frame {bad[0]}; the "
+            "run that made it went wrong: try dtype float32 or bfloat16"
+        )
+    low, high = float(clip.min()), float(clip.max())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise ConfigError(f"{what} must hold values in [0, 1], got {low:.4g} to {high:.4g}; divide 8-bit frames by 255")
+
+
+def frames_first(clip: Clip) -> torch.Tensor:
+    """Return frames as a tensor [F, 3, height, width], as torchmetrics and networks take them."""
+    return torch.from_numpy(np.ascontiguousarray(clip, np.float32)).permute(0, 3, 1, 2)
+
+
+def mean_of(values: Sequence[float]) -> Measured:
+    """Return the mean of values by frame, which are kept."""
+    return Measured(value=float(np.mean(values)), by_frame=tuple(map(float, values)))
+
+
+def neighbours(sample: Sample, least: int = 2) -> Clip:
+    """Return a sample's frames, at least so many.
+
+    Raises:
+        NotMeasured: for fewer.
+    """
+    if len(sample.frames) < least:
+        raise NotMeasured(f"it takes {least} frames, and there are {len(sample.frames)}")
+    return sample.frames
+
+
+def luma(clip: Clip) -> npt.NDArray[np.float64]:
+    """Return the luma of frames [F, height, width] in [0, 1], by Rec. 709's weights."""
+    return clip.astype(np.float64) @ np.array([0.2126, 0.7152, 0.0722])

@@ -1,0 +1,97 @@
+"""The registry of metrics, which installed packages give by entry point, and the measuring of a sample by names."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+
+from .metric import Measured, Metric, NotMeasured, Sample
+
+METRIC_GROUP = "dit_accel.metrics"
+
+
+@cache
+def metrics() -> dict[str, Metric]:
+    """Return every metric by its name; an entry point of ``dit_accel.metrics`` gives one, or several.
+
+    Raises:
+        ConfigError: if two packages register one name, or an entry point gives something else.
+    """
+    known: dict[str, Metric] = {}
+    for entry in entry_points(group=METRIC_GROUP):
+        try:
+            given = entry.load()
+        except (AttributeError, ImportError) as error:
+            raise ConfigError(
+                f"the entry point {entry.name} = {entry.value!r} of {METRIC_GROUP} can't be loaded: {error}"
+            ) from error
+        for one in (given,) if isinstance(given, Metric) else given:
+            if not isinstance(one, Metric):
+                raise ConfigError(f"the entry point {entry.name} of {METRIC_GROUP} must give metrics, got {one!r}")
+            if one.name in known:
+                raise ConfigError(f"a metric {one.name!r} is registered twice, last by {entry.value}; uninstall one")
+            known[one.name] = one
+    return known
+
+
+def metric(name: str) -> Metric:
+    """Return one metric.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest known ones.
+    """
+    known = metrics()
+    if name not in known:
+        hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
+        raise ConfigError(f"there is no metric {name!r}; {hint}")
+    return known[name]
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names of metrics as given.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest, or one given twice.
+    """
+    for name in names:
+        metric(name)
+        if names.count(name) > 1:
+            raise ConfigError(f"metric {name!r} is named twice; leave one out")
+    return tuple(names)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the metrics said of a sample.
+
+    Attributes:
+        measured: metric -> its value.
+        skipped: metric -> why it says nothing about this sample.
+        unavailable: metric -> why it can't be measured here.
+    """
+
+    measured: dict[str, Measured] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """Return metric -> its value."""
+        return {name: one.value for name, one in self.measured.items()}
+
+
+def scores(names: Iterable[str], sample: Sample) -> Scores:
+    """Measure a sample; a metric that can't be measured is left out, with its reason."""
+    found = Scores()
+    for name in names:
+        reason = metric(name).missing()
+        if reason is not None:
+            found.unavailable[name] = reason
+            continue
+        try:
+            found.measured[name] = metric(name)(sample)
+        except NotMeasured as reason:
+            found.skipped[name] = str(reason)
+    return found

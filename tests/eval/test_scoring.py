@@ -1,0 +1,160 @@
+"""Clips in files: paired by name, measured, and every bad file or folder told by name."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dit_accel_assets.clips import clip_of, draw
+from dit_accel_eval.kept import keep
+from dit_accel_eval.metrics.distances import frechet, kernel
+from dit_accel_eval.metrics.weights import missing
+from dit_accel_eval.results import read_lines
+from dit_accel_pipelines.media import write_media
+from PIL import Image
+from typer.testing import CliRunner
+
+from dit_accel.cli.app import app
+
+
+def drawn(seed: int = 3, frames: int = 9) -> np.ndarray:
+    _, scene, _ = clip_of(seed, frames=1, held_out=True)
+    return draw(scene, frames)
+
+
+def score(*arguments: str | Path):
+    return CliRunner().invoke(app, ["eval", "score", *map(str, arguments)])
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    """Two folders of two clips each, kept without loss; the first's are 5 levels off where they can be."""
+    for seed in (0, 1):
+        clip = drawn(seed)
+        for name, frames in (("own", np.clip(clip.astype(int) + 5, 0, 255)), ("dense", clip)):
+            keep(tmp_path / name / "more" / f"{seed}.png", frames.astype(np.float32) / 255, {"seed": seed})
+    return tmp_path / "own", tmp_path / "dense"
+
+
+def test_folders_are_paired_by_name_and_measured(folders, tmp_path):
+    own, dense = folders
+    found = score(own, "--reference", dense, "-m", "psnr", "-m", "motion", "-o", tmp_path / "s.jsonl")
+    assert (found.exit_code, found.stderr) == (0, "")
+    lines = read_lines(tmp_path / "s.jsonl")
+    assert [line["clip"] for line in lines] == ["more/0", "more/1"]
+    for seed, line in enumerate(lines):
+        off = np.clip(drawn(seed).astype(float) + 5, 0, 255) - drawn(seed)
+        assert line["metrics"]["psnr"] == pytest.approx(-10 * math.log10((off**2).mean() / 255**2), abs=1e-2)
+        assert len(line["by_frame"]["psnr"]) == 9
+    assert "more/0" in found.stdout
+    same = json.loads(score(dense / "more" / "0.png", "--reference", dense / "more" / "0.png", "--json").stdout)
+    assert same[0]["metrics"] == {"psnr": 100, "ssim": pytest.approx(1)}
+
+
+def test_lossy_files_are_warned_of_and_measured_alone_without_a_word(folders, tmp_path):
+    write_media(tmp_path / "a.mp4", drawn(0), fps=8)
+    compared = score(tmp_path / "a.mp4", "--reference", folders[1] / "more" / "0.png")
+    assert compared.exit_code == 0
+    assert "1 of the files are compressed with loss (a.mp4), which caps PSNR" in compared.stderr
+    alone = score(tmp_path / "a.mp4", "--json")
+    assert (alone.exit_code, alone.stderr) == (0, "")
+    assert json.loads(alone.stdout)[0]["metrics"]["motion"] > 0
+
+
+def test_lossless_videos_are_exact(folders, tmp_path):
+    import imageio_ffmpeg
+
+    for codec, pixels in (("ffv1", "bgr0"), ("libx264", "yuv420p")):
+        writer = imageio_ffmpeg.write_frames(
+            tmp_path / f"{codec}.mkv", (64, 64), codec=codec, pix_fmt_out=pixels, macro_block_size=1
+        )
+        writer.send(None)
+        for frame in drawn(0):
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+    exact, lossy = (
+        score(tmp_path / f"{codec}.mkv", "--reference", folders[1] / "more" / "0.png", "--json")
+        for codec in ("ffv1", "libx264")
+    )
+    assert json.loads(exact.stdout)[0]["metrics"]["psnr"] == 100
+    assert exact.stderr == ""
+    assert json.loads(lossy.stdout)[0]["metrics"]["psnr"] < 60
+    assert "compressed with loss" in lossy.stderr
+
+
+def bad(tmp_path: Path) -> Path:
+    (tmp_path / "bad").mkdir()
+    return tmp_path / "bad"
+
+
+def test_what_can_not_be_measured_is_told(folders, tmp_path):
+    own, dense = folders
+    (dense / "more" / "1.png").unlink()
+    (tmp_path / "text.txt").write_text("x")
+    broken, short = bad(tmp_path) / "broken.mp4", tmp_path / "short.png"
+    broken.write_bytes(b"no video")
+    keep(short, drawn(0)[:5].astype(np.float32) / 255, {})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for suffix in ("png", "jpg"):
+        Image.fromarray(drawn(0)[0]).save(tmp_path / "two" / f"a.{suffix}")
+    for arguments, message in (
+        ([own, "--reference", dense], "has no reference called 'more/1'; did you mean 'more/0'"),
+        ([tmp_path / "none"], "there is no file or folder"),
+        ([tmp_path / "empty"], "holds no clips: no file that ends in .mp4"),
+        ([tmp_path / "text.txt"], "is no clip: its name must end in"),
+        ([tmp_path / "two"], "several clips called a, which differ in the suffix; rename one"),
+        ([broken], "broken.mp4 can't be read ("),
+        ([own, "-m", "psnr"], "psnr compares with a reference; name clips with --reference"),
+        ([own, "-m", "pnsr"], "no metric 'pnsr'; did you mean 'psnr'"),
+        ([short, "--reference", own / "more" / "0.png"], "of one shape can be compared, got (5, 64, 64, 3) and a ref"),
+        ([own, "-o", tmp_path / "none" / "s.jsonl"], "is not a folder; create it first"),
+        ([own, "--fps", "0"], "fps must be above 0, got 0"),
+    ):
+        found = score(*arguments)
+        assert found.exit_code == 2, arguments
+        assert message in found.stderr
+
+
+def test_skipped_metrics_are_told_below_the_table(folders):
+    found = score(folders[0], "--reference", folders[1], "-m", "ms-ssim", "-m", "ssim")
+    assert found.exit_code == 0
+    assert (
+        found.stderr.count("ms-ssim was skipped: its five scales take a short side of 161 pixels, and there are 64")
+        == 1
+    )
+
+
+def test_distances_are_those_of_closed_forms():
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    one, two = signs * torch.tensor([1.0, 2.0]), signs * torch.tensor([3.0, 2.0]) + torch.tensor([5.0, 0.0])
+    spread = (4 / 3) ** 0.5  # of a sign, by n - 1
+    assert frechet(one, two) == pytest.approx(25 + (3 * spread - spread) ** 2)
+    assert frechet(one, one) == pytest.approx(0, abs=1e-6)
+    x, y = torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)
+    assert kernel(x, y) == pytest.approx(2 * 1.5**3 - 2)
+    rng = torch.Generator().manual_seed(0)
+    halves = [torch.randn(400, 8, generator=rng) for _ in range(2)]
+    assert abs(kernel(*halves)) < 0.05 < kernel(halves[0], halves[1] + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing("efflite0") is not None, reason=str(missing("efflite0")))
+def test_distances_of_folders_are_small_for_alike_ones(folders):
+    own, dense = folders
+    result = score(own, "--reference", dense, "-m", "kid@efflite0", "-m", "fid@efflite0", "--json")
+    found = json.loads(result.stdout)
+    assert (found[-1]["clip"], found[-1]["frames"]) == (None, 18)
+    assert "fid@efflite0 of 18 frames is above that of many" in result.stderr
+    same = json.loads(score(dense, "--reference", dense, "-m", "fid@efflite0", "--json").stdout)
+    assert same[-1]["metrics"]["fid@efflite0"] < found[-1]["metrics"]["fid@efflite0"]
+
+
+def test_distances_need_weights_and_references(folders, tmp_path, monkeypatch):
+    assert "kid@efflite0 compares with a reference" in score(folders[0], "-m", "kid@efflite0").stderr
+    monkeypatch.setenv("DIT_ACCEL_METRIC_WEIGHTS", str(tmp_path))
+    found = score(folders[0], "--reference", folders[1], "-m", "kid@efflite0")
+    assert found.exit_code == 2
+    assert "kid@efflite0 can't be measured: the weights of efflite0 are not in" in found.stderr
