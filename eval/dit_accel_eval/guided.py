@@ -103,14 +103,15 @@ def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
     """Return the plain arm that an arm is held against: of those with its forwards, the one nearest its prompts.
 
     So an arm is held against guidance by a negative prompt at that one's own best scale and equal cost: its forwards or
-    up to `EQUAL` times as many; where no plain arm has so many, any with more. Plain arms have none.
+    up to `EQUAL` times as many; where no plain arm has, those with the fewest beyond. Plain arms have none.
     """
     if not arm.methods:
         return None
     means = {other.name: _mean(lines, other, "forwards") or 0.0 for other in suite.arms}
     own = means[arm.name]
     plain = [other for other in suite.arms if not other.methods and means[other.name] >= own]
-    plain = [other for other in plain if means[other.name] <= EQUAL * own] or plain
+    most = max(EQUAL * own, min((means[other.name] for other in plain), default=0.0))
+    plain = [other for other in plain if means[other.name] <= most]
     return max(plain, key=lambda other: _mean(lines, other, "closeness") or 0.0, default=None)
 
 
@@ -137,7 +138,8 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
         rival = rival_of(suite, arm, lines)
         others = by_arm[rival.name] if rival else {}
         paired = [100 * (clips[clip]["closeness"] - others[clip]["closeness"]) for clip in sorted({*clips} & {*others})]
-        scale = next(iter(clips.values()))["call"].get("guidance_scale", "")
+        call = next(iter(clips.values()))["call"]
+        scale = call.get("guidance_scale", call.get("true_cfg_scale", ""))
         cells = (
             arm.name, scale, arm.num_inference_steps, f"{forwards:.1f}", f"{score:.0%}", f"{close:.3f}",
             f"{1000 * sharp:.2f}", rival.name if rival else "", f"{bootstrap(paired):+}" if paired else "",
