@@ -160,7 +160,7 @@ def _ranks(method: str) -> Any:
     Raises:
         ConfigError: if there are several and the method is not searched by several.
     """
-    from .ranks import Ranks, launched
+    from dit_accel_pipelines.ranks import Ranks, launched
 
     if launched() > 1 and method != "heads":
         raise ConfigError(f"tune {method} runs in one process, and {launched()} were launched; start it without them")

@@ -16,6 +16,7 @@ from dit_accel_pipelines.generate import attached, run
 from dit_accel_pipelines.loading import load_pipeline, pick_device
 from dit_accel_pipelines.media import contact_sheet, upscale
 from dit_accel_pipelines.progress import Stages
+from dit_accel_pipelines.ranks import Ranks
 from dit_accel_pipelines.request import Request, embedded_name, settle
 
 from dit_accel import ConfigError
@@ -26,7 +27,6 @@ from dit_accel.methods.guidance.softpag import SoftPAG
 from .fidelity import Clip
 from .head_search import Job, Round, Rung, cost, rungs_of, search
 from .objectives import objective_of
-from .ranks import Ranks
 from .results import Line, append_line, read_lines, write_lines
 from .tuning import FIRST_PROMPT, Table, embedded_prompts, run_settings
 

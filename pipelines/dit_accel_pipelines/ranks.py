@@ -9,8 +9,8 @@ from dit_accel.errors import ConfigError
 
 Value = TypeVar("Value")
 
-PATIENCE = datetime.timedelta(days=2)
-"""How long a process waits for the others: one part may be a long generation."""
+PATIENCE = datetime.timedelta(days=14)
+"""How long a process waits for the others, which may have longer clips."""
 
 
 class Ranks:
@@ -34,6 +34,15 @@ class Ranks:
     def first(self) -> bool:
         """Whether this one writes and prints."""
         return self.rank == 0
+
+    def own(self, items: Sequence[Value]) -> Sequence[Value]:
+        """Return this process's part of a list: every process's part is another, and together they are all."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Return when all processes have called this; if one fails, the launcher ends the others."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
 
     def shared(self, work: Callable[[], Value]) -> Value:
         """Return what the first process makes of some work, to all of them.
