@@ -22,7 +22,7 @@ from dit_accel.methods.config import MethodConfig
 
 from .embedded import EmbeddedModel, weights_hash
 from .head_search import Head, Job, rungs_of, search
-from .longer import sharpness
+from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, read_lines, write_lines
 from .solvers import BEST
