@@ -50,9 +50,9 @@ class Setting:
     """
 
     model: str = "flux-tiny"
-    prompts: int = 2
+    prompts: int = 1
     steps: int = 4
-    held_out: int = 12
+    held_out: int = 8
 
     @property
     def out(self) -> Path:
