@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..adapters.adapter import Adapter
 from ..adapters.blocks import BlockList, Streams
@@ -130,9 +129,13 @@ class Site(Protocol):
         ...
 
 
-def first_tensor(of: Any) -> Tensor:
-    """Return the first tensor of latents or an output: the sample, of a model that gives sound too."""
-    return next(leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)).detach()
+def made_tensor(of: Any) -> Tensor:
+    """Return latents, or an output's prediction, as one tensor; of a list the last, before which images may be given.
+
+    An image that is given does not change, and its prediction is 0: nothing can be measured by it.
+    """
+    sample = of if isinstance(of, (Tensor, list)) else sample_of(of)
+    return (sample if isinstance(sample, Tensor) else sample[-1]).detach()
 
 
 def sample_of(output: Any) -> Tensor:

@@ -69,6 +69,8 @@ def spectrum(curve: np.ndarray, frequencies: np.ndarray) -> Spectrum:
     weight = count / count.sum()
     waves = waves - weight @ waves  # the constant takes the means
     values = curve - weight @ curve
+    if np.abs(values).max() <= 1e-12 * np.abs(curve).max():
+        values = np.zeros_like(values)  # what is left of a constant is rounding
     fit = _non_negative(waves * np.sqrt(weight)[:, None], values * np.sqrt(weight))
     total, size = float(fit.sum()), float(np.sqrt(weight @ values**2))
     shares = fit / total if total > 0 else fit

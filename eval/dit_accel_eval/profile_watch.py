@@ -18,9 +18,9 @@ from dit_accel.attachment.execution import PlannedCall
 from dit_accel.attachment.layers import TransformerState
 from dit_accel.attachment.site import find_blocks
 from dit_accel.methods.base import AttentionHandler, Model, Phase
-from dit_accel.methods.caches.easy import first_tensor, mean_size
+from dit_accel.methods.caches.easy import mean_size
 from dit_accel.methods.config import MethodConfig
-from dit_accel.methods.site import Block
+from dit_accel.methods.site import Block, made_tensor
 from dit_accel.rules.foreground import foreground, predicted
 from dit_accel.rules.ranking import foreground_ratio
 from dit_accel.rules.received import attention_received
@@ -195,7 +195,7 @@ class Profiler:
                 f"tune profile reads the foreground off a flow model's prediction, and the scheduler tells the noise "
                 f"level {sigma}; give --mask"
             )
-        clean = predicted(first_tensor(inputs[state.adapter.latents]), first_tensor(output), sigma, grid)
+        clean = predicted(made_tensor(inputs[state.adapter.latents]), made_tensor(output), sigma, grid)
         if clean is None:
             raise ConfigError(
                 f"tune profile can't lay what {state.name} predicts on its {grid[0]} x {grid[1]} x {grid[2]} tokens; "

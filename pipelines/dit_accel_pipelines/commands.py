@@ -34,6 +34,7 @@ def generate_video(
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
+    same_seed: Annotated[bool, typer.Option("--same-seed", help="One seed for all prompts of a file.")] = False,
     fps: Annotated[
         float | None, typer.Option(help="Frames per second of the file; default: 8 for embedded models, else 16.")
     ] = None,
@@ -58,7 +59,8 @@ def generate_video(
     the run, and the report of what ran. Both appear whole or not at all;
     Ctrl-C (exit code 130) and SIGTERM (143) leave nothing half-written. A
     .png holds one frame, or evenly spaced ones of a video. Several prompts
-    give FILE-01, FILE-02 and so on, all from the same seed.
+    give FILE-01, FILE-02 and so on, from the seed, the next one and so on;
+    --same-seed takes one for all, to compare prompts.
 
     --image and --video are for pipelines that start from them. What a
     pipeline does not take, or needs and was not given, is refused before
@@ -90,6 +92,7 @@ def generate_video(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         seed=seed,
+        same_seed=same_seed,
         dtype=cast(Any, dtype),
         device=device,
         offload=cast(Any, offload),

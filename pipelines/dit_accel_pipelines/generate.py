@@ -64,10 +64,11 @@ def generate(request: Request, *, stages: Stages | None = None, command: Sequenc
     with attached(pipe, request.methods, request.backend) as attachment:
         if request.compile:
             compile_blocks(pipe)
-        for prompt, output in zip(request.prompts, request.outputs(), strict=True):
-            made = run(pipe, prompt, request, pictures=pictures, attachment=attachment, stages=stages)
-            record = side_car(request, made, output, loading=loading, command=command)
-            _write(output, made.frames, record, request)
+        for prompt, output, seed in zip(request.prompts, request.outputs(), request.seeds(), strict=True):
+            one = dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
+            made = run(pipe, prompt, one, pictures=pictures, attachment=attachment, stages=stages)
+            record = side_car(one, made, output, loading=loading, command=command)
+            _write(output, made.frames, record, one)
             written.append(Written(record=record, report=made.report))
     return written
 

@@ -58,7 +58,8 @@ class Request:
         num_frames: output frames.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 switches it off.
-        seed: seed of the noise, the same for every prompt.
+        seed: seed of the first prompt's noise; each prompt after it has the next.
+        same_seed: all prompts have the first one's, to be compared.
         dtype: number format of the weights; None: float32 on a CPU, else bfloat16.
         device: torch device; None: the accelerator if there is one.
         offload: which weights wait in main memory until they are needed: ``none``; a component at a time (``model``);
@@ -85,6 +86,7 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
+    same_seed: bool = False
     dtype: Dtype | None = None
     device: str | None = None
     offload: Offload = "none"
@@ -109,8 +111,10 @@ class Request:
             raise ConfigError(f"fps must be above 0 and at most 240, got {self.fps:g}")
         if not 1 <= self.scale <= MAX_SCALE:
             raise ConfigError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if not (self.seed >= 0 and self.seeds()[-1] < 2**63):
+            raise ConfigError(
+                f"seeds must be from 0 to 2**63 - 1, got {self.seed} for the first of {len(self.prompts)} prompts"
+            )
         if self.backend != "auto" and not self.methods:
             raise ConfigError(
                 f"backend {self.backend!r} was asked for, but no method would use it; switch one on, such as --radial"
@@ -141,6 +145,10 @@ class Request:
         digits = max(2, len(str(len(self.prompts))))
         names = [f"{self.output.stem}-{n:0{digits}d}{self.output.suffix}" for n in range(1, len(self.prompts) + 1)]
         return [self.output.with_name(name) for name in names]
+
+    def seeds(self) -> list[int]:
+        """Return one seed per prompt."""
+        return [self.seed + (0 if self.same_seed else place) for place in range(len(self.prompts))]
 
     def asked(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that are set, except the prompt."""

@@ -201,6 +201,7 @@ def test_training_and_gradients_are_left_alone(transformer):
         assert attachment._execution.recorder.forwards_run == 1
 
 
+@pytest.mark.slow
 def test_compiled_blocks_and_whole_transformers_are_perturbed_alike(transformer):
     expected, _, _ = guided(transformer, HALF)
     transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")

@@ -47,6 +47,7 @@ def run_aot(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProces
     return found, records
 
 
+@pytest.mark.slow
 def test_masks_spills_and_shared_memory_are_found(tmp_path):
     """On a toy loop: the plain one passes everywhere, the masked one and the large one don't."""
     found, records = run_aot(tmp_path, "--module", "toy_kernels", "--target", "sm_80,sm_90,gfx942", "--jobs", "2")

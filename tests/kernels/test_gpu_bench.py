@@ -45,7 +45,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
-@pytest.mark.parametrize("match", ["g6-", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("match", ["g6-", ""])
 def test_check(tmp_path, match):
     out = tmp_path / "gpu.jsonl"
     found = run("check", *TINY, "--match", match, "--out", str(out))

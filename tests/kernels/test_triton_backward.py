@@ -110,7 +110,7 @@ def recomputed(
     return list(torch.autograd.grad(loss, leaves))
 
 
-def check(problem: Problem, *, with_lse: bool = True) -> list[Tensor]:
+def check(problem: Problem, *, with_lse: bool = True, logits: float = 1.0) -> list[Tensor]:
     """Found gradients against float64 truth on the same inputs, by the house's rule of rounding.
 
     Output and LSE are inputs of the backward, as the specification made them in the problem's dtype. What their
@@ -128,7 +128,7 @@ def check(problem: Problem, *, with_lse: bool = True) -> list[Tensor]:
     found = triton_backward.attend_backward(problem, out, lse, grad_out, grad_lse)
     for x, like, a, b in zip(found, (problem.q, problem.k, problem.v), yardstick, truth, strict=True):
         assert x.dtype == like.dtype
-        assert_within_rounding(in_order(x, problem.token_order), a, b, problem.q.dtype)
+        assert_within_rounding(in_order(x, problem.token_order), a, b, problem.q.dtype, logits)
     return list(found)
 
 
@@ -207,7 +207,7 @@ def test_lists_heads_and_layouts(groups, key_heads, layout):
     assert [x.stride() for x in found] == [x.stride() for x in (q, k, v)]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("features", range(16))
 def test_features_together(dtype, groups, features):
@@ -334,7 +334,7 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", SELECTIONS)
 @pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 0), (torch.bfloat16, 7), (torch.float32, 11)])
 def test_selections(kind, dtype, features):
@@ -352,6 +352,7 @@ def test_selections(kind, dtype, features):
     check(make(q, k, v, random_lists(groups, 93, 77, 16, 16, pooled=features != 7), **arguments))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mix", [False, True], ids=["plain", "mixed"])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_the_backward_follows_what_the_forward_routed(backend, mix, monkeypatch):
@@ -408,6 +409,7 @@ def test_one_tile(value, num_k):
     assert value or not any(x.any() for x in found)
 
 
+@pytest.mark.slow
 def test_more_than_a_word_of_pooled_tiles():
     q, k, v = qkv(1, 2, 1, 64, 16 * 40 - 3, 8, torch.float32)
     check(make(q, k, v, random_lists(2, 64, 16 * 40 - 3, 32, 16)))
@@ -421,7 +423,9 @@ def test_without_gradient_of_the_lse():
 def test_large_logits_give_no_nan():
     """Logits of thousands: garbage in masked keys would overflow the exponential."""
     q, k, v = qkv(1, 1, 1, 40, 40, 16, torch.float32)
-    check(make(q * 300, k - 2 * q, v, random_lists(1, 40, 40, 16, 16), key_mask=torch.rand(1, 40) > 0.3))
+    q, k = q * 300, k - 2 * q
+    problem = make(q, k, v, random_lists(1, 40, 40, 16, 16), key_mask=torch.rand(1, 40) > 0.3)
+    check(problem, logits=float((q @ k.mT).abs().max()) / 4)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -439,6 +443,7 @@ def test_an_inexact_lse_has_no_part_in_float32(pooled):
         assert_within_rounding(x, a, b, torch.float32)
 
 
+@pytest.mark.slow
 def test_same_bits_every_time():
     q, k, v = qkv(1, 4, 2, 80, 80, 16, torch.bfloat16)
     problem = make(q, k, v, random_lists(1, 80, 80, 16, 16))

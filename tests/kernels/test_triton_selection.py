@@ -114,7 +114,7 @@ def test_routing_of_head_dims(routing, dtype, dim):
     check(*qkv(1, 2, 1, 70, 300, dim, dtype), tiles, Selection(routing=routing))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("features", "groups"), [*enumerate([1, 2, 4, 1, 2, 4, 1, 2]), (7, 4), (7, 1)])
 def test_features_together(features, groups):
     """Keep bits that skip and pool, both routings, pins, GQA, key masks, decay, head scale and token order."""
@@ -135,6 +135,7 @@ def test_features_together(features, groups):
     check(q, k, v, tiles, Selection(routing=ROUTINGS[1], keep=keep, rest=["skip", "pooled"][groups % 2]), **arguments)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("sizes", [(40, 24, 24, 24), (17, 40, 9, 11), (130, 130, 64, 128), (20, 1100, 16, 16)])
 def test_any_tile_size_and_more_than_a_word_of_tiles(sizes):
     num_q, num_k, block_q, block_k = sizes
@@ -262,7 +263,7 @@ def test_votes_fill_several_words(vote, block_k, count):
     assert 2 < found.sum() < found.numel() / 2
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("vote", VOTES, ids=lambda x: x.criterion)
 def test_votes_of_all_sections_share_words(vote):
     """Plain tiles, then those of one decay, then masked ones, all in several chunks; no section fills its last word."""
@@ -315,7 +316,7 @@ def test_gradients_through_a_selected_call(selection):
 EVERYTHING = Selection(routing=ROUTINGS[0], keep=bits(1, 2, 5, 5), rest="pooled", vote=VOTES[1], reverse=True)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", [Selection(vote=VOTES[0]), EVERYTHING])
 def test_opcheck(selection):
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)]
@@ -325,6 +326,7 @@ def test_opcheck(selection):
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_full_graph():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -120,6 +120,7 @@ def test_instructions_are_counted_by_logit():
     assert tune.instructions([record]) == 512 * 4 * 32 / (64 * 32)
 
 
+@pytest.mark.slow
 def test_dry_run_writes_one_row_and_goes_on_where_it_stopped(tmp_path):
     out, package = tmp_path / "table.json", triton_launch.TABLE.read_bytes()
     command = ("--device", "cpu", "--tiny", "--arch", "sm_80", "--key", "half,64,128,fwd", "--match", "plain")

@@ -8,6 +8,7 @@ import torch
 from dit_accel_pipelines import ADAPTERS as PACKAGED
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
 from dit_accel_pipelines.wan import WAN
+from some_cases import some
 
 from dit_accel.adapters import registry
 from dit_accel.methods.attention.sol import SolHandler
@@ -45,24 +46,19 @@ def check(name, models, only):
         assert all((results["padding"] == "passed") == masked for results in verdicts.values())
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", some(ADAPTERS, "wan", "hunyuan-video", "cogvideox"))
 def test_an_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
     check(name, tiny_models.MODELS[name][:1], ["active", "batch", "padding"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in ("wan", "hunyuan-video") else pytest.mark.slow) for name in ADAPTERS],
-)
+@pytest.mark.parametrize("name", some(ADAPTERS, "wan", "hunyuan-video"))
 def test_caches_and_guidance_pass(name):
     check(name, tiny_models.MODELS[name][:1], OF_CALLS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "wan" else pytest.mark.slow) for name in ADAPTERS]
-)
+@pytest.mark.parametrize("name", some(ADAPTERS, "wan"))
 def test_pairs_of_methods_and_every_model_pass(name):
     first, *others = tiny_models.MODELS[name]
     check(name, [first], ["pairs"])
@@ -74,6 +70,10 @@ def test_pairs_of_methods_and_every_model_pass(name):
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "framepack"])  # its blocks are HunyuanVideo's
 def test_its_blocks_compile_full_graph(name):
     check_adapter(ADAPTERS[name], tiny_models.MODELS[name][0], only=["compile"])
+
+
+def test_caches_measure_what_is_made_beside_an_image_that_is_given():
+    check("cosmos-3", tiny_models.MODELS["cosmos-3"][1:], ["caches"])
 
 
 @pytest.fixture
@@ -133,7 +133,6 @@ def with_text(before, after):
         (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
         (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
         (dict(refused=dict.fromkeys(METHOD_CASES, "no reason")), None),
-        (dict(refused={"none": "no reason"}), r"'refused' failed: the adapter refuses 'none', which is not a method"),
     ],
 )
 def test_a_wrong_adapter_fails_by_name(only, change, message):
@@ -145,6 +144,12 @@ def test_a_wrong_adapter_fails_by_name(only, change, message):
         return
     with pytest.raises(AssertionError, match=rf"WanTransformer3DModel 0: check {message}"):
         check_adapter(adapter, tiny_models.WAN[0], only=FAST)
+
+
+def test_a_refused_method_that_is_none_is_named(only):
+    adapter = only(dataclasses.replace(WAN, refused={"none": "no reason"}))
+    with pytest.raises(AssertionError, match="'refused' failed: the adapter refuses 'none', which"):
+        check_adapter(adapter, *tiny_models.MODELS["wan"], only=["refused"])
 
 
 def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch):

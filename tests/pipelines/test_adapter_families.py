@@ -157,7 +157,7 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     assert described.refused == {**unmeasured, **IMAGE_REFUSED}
     told = set(unmeasured)
     assert {"magcache", "teacache", "profilingcache"} <= told  # no numbers are published for a model of such sizes
-    assert told <= {"magcache", "teacache", "profilingcache", "pag", "slg", "softpag", "rope", "ultraimage"}
+    assert told <= {"magcache", "teacache", "profilingcache", "nag", "pag", "slg", "softpag", "rope", "ultraimage"}
     assert all("dit-accel tune" in unmeasured[name] for name in ("magcache", "teacache", "profilingcache"))
     assert described.methods["sol"]["beta"] == 1.0
 

@@ -252,7 +252,7 @@ def test_gradients_flow_through_the_plan():
     torch.testing.assert_close((latents.grad * direction).sum(), (up - down) / (2 * step), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("how", ["blocks", "whole"])
+@pytest.mark.parametrize("how", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_compiled_full_graph_makes_two_graphs_and_the_same_video(make_pipe, how):
     from torch._dynamo.utils import counters
 

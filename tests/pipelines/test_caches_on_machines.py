@@ -24,6 +24,7 @@ BLOCK_CACHES = {
 CACHES = {**STEP_CACHES, **BLOCK_CACHES}
 STEPS = 8
 DRAWN = "###.#.##"
+QUICK = [(name, "blocks", "before") for name in ("easycache", "firstblockcache")]
 
 
 def made(pipe, *methods):
@@ -49,7 +50,7 @@ def fresh_graphs():
 @pytest.mark.parametrize(
     ("name", "how", "when"),
     [  # others are refused with the reason: tests/core/test_places.py
-        pytest.param(name, how, when, marks=() if name in ("easycache", "firstblockcache") else pytest.mark.slow)
+        pytest.param(name, how, when, marks=() if (name, how, when) in QUICK else pytest.mark.slow)
         for name in CACHES
         for how in (("blocks",) if name in BLOCK_CACHES else ("blocks", "compile", "torch.compile"))
         for when in (("before",) if how == "torch.compile" else ("before", "after"))

@@ -83,6 +83,16 @@ def test_the_same_request_gives_the_same_video(tmp_path: Path, pipe):
     assert not np.array_equal(first, other)
 
 
+def test_prompts_have_seeds_of_their_own_unless_they_are_to_be_compared(tmp_path: Path):
+    asked = dataclasses.replace(request(tmp_path), prompts=("a", "b", "c"), seed=7)
+    assert asked.seeds() == [7, 8, 9]
+    assert dataclasses.replace(asked, same_seed=True).seeds() == [7, 7, 7]
+    with pytest.raises(
+        ConfigError, match=r"seeds must be from 0 to 2\*\*63 - 1, got 9223372036854775806 for the first of 3"
+    ):
+        dataclasses.replace(asked, seed=2**63 - 2)
+
+
 def test_many_prompts_give_many_files(tmp_path: Path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue square going up  \n")
     output = tmp_path / "a.gif"
@@ -92,6 +102,7 @@ def test_many_prompts_give_many_files(tmp_path: Path):
     records = json.loads(result.stdout)
     assert [record["prompt"] for record in records] == [PROMPT, "a blue square going up"]
     assert (records[0]["report"], records[0]["methods"]) == (None, {})
+    assert [record["seed"] for record in records] == [0, 1]
     assert Image.open(tmp_path / "a-02.gif").size == (96, 64)
 
 
@@ -161,7 +172,7 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
         (["a circle", "--device", "gpu"], "device 'gpu' can't be used here ("),
         (["a circle", "--fps", "0"], "fps must be above 0 and at most 240, got 0"),
         (["a circle", "--scale", "0"], "scale must be a whole number from 1 to 64, got 0"),
-        (["a circle", "--seed", "-1"], "seed must be from 0 to 2**63 - 1, got -1"),
+        (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
         (
             ["a circle", "--backend", "torch"],
             "backend 'torch' was asked for, but no method would use it; switch one",

@@ -3,6 +3,7 @@
 import pytest
 import tiny_models
 from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
+from some_cases import some
 
 from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 
@@ -40,16 +41,14 @@ def check(name, models, only):
     return verdicts
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", some(ADAPTERS, "flux", "sd3", "qwen-image"))
 def test_an_image_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
     check(name, tiny_models.MODELS[name][:1], ["active", "batch"])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("flux", "sd3") else pytest.mark.slow) for name in ADAPTERS]
-)
+@pytest.mark.parametrize("name", some(ADAPTERS, "flux", "sd3"))
 def test_image_caches_and_guidance_pass(name):
     check(name, tiny_models.MODELS[name][:1], OF_CALLS)
 
@@ -61,9 +60,7 @@ def test_padding_has_no_influence(name):
     assert any(results["padding"] == "passed" for results in verdicts.values()) == (name in MASKED)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "flux" else pytest.mark.slow) for name in ADAPTERS]
-)
+@pytest.mark.parametrize("name", some(ADAPTERS, "flux"))
 def test_pairs_of_methods_and_every_image_model_pass(name):
     first, *others = tiny_models.MODELS[name]
     check(name, [first], ["pairs"])

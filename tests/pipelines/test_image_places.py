@@ -286,6 +286,7 @@ def test_an_ip_adapter_keeps_its_own_attention():
     assert grids == [(1, 8, 10, 6, 0)] * 4
 
 
+@pytest.mark.slow
 def test_a_transformer_compiled_whole_stays_dense_or_says_why():
     model = tiny_models.FLUX[0]
     transformer, inputs = build(model), model.inputs(1)

@@ -107,10 +107,10 @@ def test_guidance_in_one_call_guides_the_conditional_rows_alone(name):
     valid = call["prompt_attention_mask"][0].bool()
     own = call["prompt_embeds"][:, valid]
     with dit_accel.attach(pipe, NAG(negative_embeds=own)) as attachment:
-        torch.testing.assert_close(generate(pipe, call), plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(generate(pipe, call), plain, rtol=1e-3, atol=1e-3)
         assert attachment.report().section("nag").data["forwards"] > 0
     with dit_accel.attach(pipe, NAG(negative_embeds=own.flip(-1), scale=11.0)):
-        assert not torch.allclose(generate(pipe, call), plain, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(generate(pipe, call), plain, rtol=1e-2, atol=1e-2)
     assert torch.equal(generate(pipe, call), plain)
 
 

@@ -9,6 +9,7 @@ import pytest
 from dit_accel_pipelines import ADAPTERS
 
 from dit_accel import ConfigError
+from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.rope import Rope
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.sizes import pixel_multiples
@@ -58,10 +59,12 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(adapter, family)
         exclusive = [handlers()[name].exclusive for name in names]
         alike = len(exclusive) == 2 and exclusive[0] & exclusive[1]
         unsaid = "teacache" in names and adapter.signal is None
+        joint = "nag" in names and not isinstance(adapter.cross_attention, CrossAttention)
         if (
             any(name in adapter.refused for name in names)
             or alike
             or unsaid
+            or joint
             or any(pair <= set(names) for pair in APART)
             or without_positions(adapter) & set(names)
             or ("delta" in names and not SPARSE & set(names))

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from dit_accel_pipelines import VIDEO
+from some_cases import some
 from tiny_pipelines import PIPELINES as EARLIER
 from tiny_video_pipelines import PIPELINES, generate
 
@@ -20,13 +21,10 @@ BRANCHES = {
     **{name: ["call 0"] for name in ("minimax-h3", "easyanimate", "allegro", "anyflow")}, "wan-animate": ["cond"],
 }  # fmt: skip
 STEPS = {"minimax-h3": 3}  # its schedule of four points
-QUICK = ("kandinsky-5", "motif-video")  # run by whoever tries the tests; the others are marked slow
 LATENTS_ALONE = {"minimax-h3", "ltx-2", "allegro"}  # assembled without what decodes, or it decodes large tiles alone
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in PIPELINES if n not in QUICK)]
-)
+@pytest.mark.parametrize("name", some(PIPELINES, "motif-video"))
 def test_a_video_pipeline_generates_and_reports_it(name):
     pipe, call = PIPELINES[name]()
     plain = generate(pipe, call)

@@ -23,7 +23,7 @@ from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..saving import Saving
-from ..site import ForwardContext, Site, first_tensor
+from ..site import ForwardContext, Site, made_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class DFAHandler(AttentionHandler):
         leads = self._settle(context)
         output = run()
         if leads and not self._reuse and self._held_from(context):
-            self._measure(context, name, first_tensor(context.inputs[latents]), first_tensor(output))
+            self._measure(context, name, made_tensor(context.inputs[latents]), made_tensor(output))
         return output
 
     def _settle(self, context: ForwardContext) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..site import ForwardContext, first_tensor
+from ..site import ForwardContext, made_tensor
 from .config import MeasuredCacheConfig
 from .engine import Decider, StepCacheHandler
 from .ranks import ratio
@@ -81,14 +81,14 @@ class EasyHandler(StepCacheHandler):
 
     def computed(self, context: ForwardContext, decider: EasyDecider, output: Any) -> None:
         """Take the changes between the last two computed steps."""
-        x, v = decider.x, first_tensor(output)
+        x, v = decider.x, made_tensor(output)
         assert x is not None
         if decider.v is not None and decider.x_computed is not None:
             decider.changes = mean_change(v, decider.v), mean_change(x, decider.x_computed)
         decider.x_computed, decider.v = x, v
 
     def _latents(self, context: ForwardContext) -> Tensor:
-        return first_tensor(context.inputs[self.model.adapter.latents])
+        return made_tensor(context.inputs[self.model.adapter.latents])
 
 
 def mean_size(of: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
-from ..site import ForwardContext, Site
+from ..site import ForwardContext, Site, made_tensor
 from .active import require_no_cache
 from .config import MeasuredCacheConfig, StepCacheConfig
 from .history import History, shapes_of
@@ -107,8 +107,7 @@ class StepCacheHandler(Handler):
 
     def stored(self, context: ForwardContext) -> Tensor:
         """Return what was stored of the sample that the branch's last computed forward gave."""
-        values = self._histories[context.transformer, context.branch].points[-1].values
-        return next(value for value in values if isinstance(value, Tensor))
+        return made_tensor(self._histories[context.transformer, context.branch].last())
 
     def numbers(self, context: ForwardContext, *values: Tensor) -> list[float]:
         """Return scalars as numbers, summed over the ranks that must decide alike; waits for the device once."""

@@ -56,6 +56,11 @@ class History:
         points = [*self.points, *([self._given] if self._given else [])]
         return sum(value.nbytes for point in points for value in point.values if isinstance(value, Tensor))
 
+    def last(self) -> Any:
+        """Return what is stored of the last point, in the form of an output."""
+        assert self._spec is not None
+        return tree_unflatten(self.points[-1].values, self._spec)
+
     def take(self, output: Any, latents: Any, step: int, time: float) -> None:
         """Store what a forward gave; one that the same step gave before is replaced, since a scheduler calls twice.
 
