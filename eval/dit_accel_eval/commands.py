@@ -8,7 +8,10 @@ from dit_accel_pipelines.options import RUN, Json
 
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
+from .vbench.command import evaluate
+
 eval_app = typer.Typer(name="eval", help="Compare settings with converged runs on an embedded model, and report.")
+eval_app.command("vbench")(evaluate)
 
 
 @eval_app.command("run")
