@@ -32,9 +32,7 @@ def measures(suite: Suite, arm: str, clip: int, frames: Clip, reference: Clip, p
     defaults = model_defaults(suite.model)
     trained = int(defaults["num_frames"]) if "num_frames" in defaults else None
     try:
-        sample = Sample(
-            frames=frames, reference=reference, prompt=prompt, fps=EMBEDDED_FPS, trained_frames=trained
-        )
+        sample = Sample(frames=frames, reference=reference, prompt=prompt, fps=EMBEDDED_FPS, trained_frames=trained)
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {arm!r}: {error}") from None
     found = scores(dict.fromkeys((*ALWAYS, *suite.metrics)), sample)

@@ -33,7 +33,7 @@ class Totals:
     normalized: dict[str, float]
 
 
-def totals(raw: Mapping[str, float]) -> Totals:
+def totals(raw: Mapping[str, Any]) -> Totals:
     """Return the totals of raw scores, dimension -> score, of which all must be there.
 
     Raises:
@@ -60,7 +60,7 @@ def _mean(values: Iterable[tuple[Dimension, float]]) -> float:
     return sum(one.weight * value for one, value in pairs) / sum(one.weight for one, _ in pairs)
 
 
-def _checked(raw: Mapping[str, float]) -> dict[str, float]:
+def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
     """Return dimension -> score by official names.
 
     Raises:
@@ -80,7 +80,7 @@ def _checked(raw: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def read_scores(path: Path) -> dict[str, float]:
+def read_scores(path: Path) -> dict[str, Any]:
     """Return dimension -> raw score of a JSON file: an object of numbers, or of an official result's lists.
 
     Official results are {dimension: [score, [one entry a video]]}.
