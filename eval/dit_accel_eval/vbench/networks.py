@@ -24,8 +24,8 @@ CONTEXT, SHORT = 77, 32
 
 RAFT_ROUNDS = 20
 
-RAFT_LEAST = 128
-"""Pixels of the short side, padded to eighths, from which RAFT gives numbers."""
+LEAST = 128
+"""Pixels of the padded short side from which RAFT and AMT give numbers: their coarsest level has 2 cells then."""
 
 
 class Networks:
@@ -133,11 +133,7 @@ class Networks:
         Raises:
             ConfigError: for frames so small that RAFT's coarsest level is one cell, of which it makes nan.
         """
-        if min(one.shape[1:]) <= RAFT_LEAST - 8:
-            raise ConfigError(
-                f"RAFT takes frames of {RAFT_LEAST} pixels and more, and the short side has {min(one.shape[1:])}"
-            )
-        pair = [_padded(frame[None].to(self.device), 8)[0] for frame in (one, two)]
+        pair = [_large("RAFT", _padded(frame[None].to(self.device), 8)[0]) for frame in (one, two)]
         with torch.inference_mode(), _quiet():
             return self._raft(*pair, iters=RAFT_ROUNDS, test_mode=True)[1][0].cpu()
 
@@ -147,8 +143,13 @@ class Networks:
         return self._filled("amt", network)
 
     def amt(self, one: Tensor, two: Tensor) -> Tensor:
-        """Return the frame [3, height, width] in the middle of two in [0, 1]."""
+        """Return the frame [3, height, width] in the middle of two in [0, 1].
+
+        Raises:
+            ConfigError: for frames that are too small, as of RAFT.
+        """
         (first, (left, top)), (second, _) = (_padded(frame[None].to(self.device), 16) for frame in (one, two))
+        _large("AMT", first)
         half = first.new_full((1, 1, 1, 1), 0.5)
         with torch.inference_mode():
             drawn = self._amt(first, second, half, scale_factor=1.0, eval=True)["imgt_pred"][0]
@@ -215,6 +216,17 @@ def _no_library(module: str, package: str) -> str | None:
     from importlib.util import find_spec
 
     return None if find_spec(module) is not None else f"{package} is not installed; pip install {package}"
+
+
+def _large(name: str, frames: Tensor) -> Tensor:
+    """Return padded frames as given, if they are large enough.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if min(frames.shape[2:]) < LEAST:
+        raise ConfigError(f"{name} takes frames of {LEAST} pixels and more, padded these have {min(frames.shape[2:])}")
+    return frames
 
 
 def _padded(frames: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
