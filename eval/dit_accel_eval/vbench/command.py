@@ -124,13 +124,15 @@ def _names(asked: Sequence[str], custom: bool, job: "Job") -> list[str]:
     """
     from .dimensions import DIMENSIONS
     from .dimensions import dimension as known
-    from .prompts import ASKED
+    from .prompts import ASKED, check_custom
     from .run import check_job, measurable
 
     names = [known(name).name for name in asked] or [name for name in DIMENSIONS if not (custom and name in ASKED)]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise ConfigError(f"dimension {double} is given twice; leave one out")
+    if custom:
+        check_custom(names)
     here, reasons = measurable(names, job.means)
     if reasons and (asked or not here):
         raise ConfigError("; ".join(f"{name} can't be measured: {reason}" for name, reason in reasons.items()))

@@ -192,11 +192,11 @@ def _hint(stem: str, files: Mapping[str, Path]) -> str:
     return f"the nearest is {files[near[0]].name!r}" if near else "generate those, or leave the dimension out"
 
 
-def custom_videos(folder: Path, told: Path | None, names: Sequence[str]) -> list[Wanted]:
-    """Return all videos of a folder, with prompts from a JSON {file name: prompt} or from their names.
+def check_custom(names: Sequence[str]) -> None:
+    """Refuse dimensions that can't be measured of videos of one's own.
 
     Raises:
-        ConfigError: for dimensions that ask for more than a prompt, and videos that the JSON lacks.
+        ConfigError: for those that ask for more than a prompt.
     """
     blocked = [name for name in names if name in ASKED]
     if blocked:
@@ -205,6 +205,14 @@ def custom_videos(folder: Path, told: Path | None, names: Sequence[str]) -> list
             f"{', '.join(blocked)} can't be measured of videos of one's own, since VBench's own prompts tell what they "
             f"ask for; use {', '.join(free)}"
         )
+
+
+def custom_videos(folder: Path, told: Path | None, names: Sequence[str]) -> list[Wanted]:
+    """Return all videos of a folder, with prompts from a JSON {file name: prompt} or from their names.
+
+    Raises:
+        ConfigError: for videos that the JSON lacks.
+    """
     files = _files(folder)
     prompts = {path.name: prompt_of(path) for path in files.values()}
     if told is not None:

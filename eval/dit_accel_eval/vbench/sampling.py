@@ -44,25 +44,43 @@ class Video:
 
 
 def read_video(path: Path) -> Video:
-    """Read a video file.
+    """Read a video file, .gif by Pillow and any other by ffmpeg.
 
     Raises:
-        ConfigError: if it can't be read.
+        ConfigError: if it can't be read, or has no frames.
     """
-    from dit_accel_pipelines.media import read_video as read_pictures
+    try:
+        frames, fps = _gif(path) if path.suffix.lower() == ".gif" else _video(path)
+    except (OSError, RuntimeError, KeyError, StopIteration) as error:
+        told = getattr(error, "strerror", None) or str(error).strip()
+        reason = (told.splitlines() or ["it is no video"])[-1]
+        raise ConfigError(f"video {path} can't be read ({reason}); give a video file, such as .mp4") from None
+    if not len(frames) or not fps > 0:
+        raise ConfigError(f"video {path} has {len(frames)} frames at {fps:g} a second; give a video file, such as .mp4")
+    return Video(name=path.name, frames=frames, fps=fps)
 
-    frames = np.stack([np.asarray(frame) for frame in read_pictures(path)])
-    return Video(name=path.name, frames=frames, fps=_rate(path))
 
-
-def _rate(path: Path) -> float:
+def _video(path: Path) -> tuple[Frames, float]:
     from imageio_ffmpeg import read_frames
 
-    try:
-        told = next(iter(read_frames(path)))  # what the file says of itself comes first
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"video {path} tells no rate ({error}); give a video file, such as .mp4") from None
-    return float(told["fps"])
+    with path.open("rb"):
+        pass  # ffmpeg has no clear error for a file that is missing
+    reader = read_frames(path)
+    about = next(reader)  # what the file says of itself comes first
+    width, height = about["size"]
+    held = [np.frombuffer(frame, np.uint8) for frame in reader]
+    return np.stack(held).reshape(-1, height, width, 3) if held else np.zeros((0, 1, 1, 3), np.uint8), about["fps"]
+
+
+def _gif(path: Path) -> tuple[Frames, float]:
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        pictures = [
+            (np.asarray(one.convert("RGB")), one.info.get("duration", 0)) for one in ImageSequence.Iterator(image)
+        ]
+    lasts = float(np.mean([duration for _, duration in pictures]))
+    return np.stack([picture for picture, _ in pictures]), 1000 / lasts if lasts > 0 else 0.0
 
 
 def middle(total: int, count: int) -> list[int]:
