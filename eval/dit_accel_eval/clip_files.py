@@ -46,7 +46,7 @@ class ClipFile:
         else:
             read = [np.asarray(frame) for frame in read_video(self.path)]
             frames = np.stack(read)
-        return frames.astype(np.float32) / 255
+        return np.divide(frames, 255, dtype=np.float32)
 
     def is_exact(self) -> bool:
         """Whether the file holds frames as they were made, up to 8 bits."""

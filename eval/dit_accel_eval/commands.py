@@ -45,6 +45,8 @@ def run_suite(
 
     dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
 
+    accelerate launch --num_processes 4 -m dit_accel eval run SUITE.toml
+
     dit-accel eval report smoke.jsonl -o smoke.html
     """
     from .compare import Job, check_timing, clips_of, default_out, run
@@ -53,8 +55,10 @@ def run_suite(
     from .results import read_lines
     from .run_progress import SuiteProgress
     from .suite import read_suite
+    from .team import team
 
     check_timing(timed, workers)
+    quiet = quiet or not team().first
     read = read_suite(suite)
     file, wanted = out or default_out(suite, read), clips_of(read, clips)
     talk = not quiet and not TALK.is_terminal

@@ -33,6 +33,7 @@ from .reference import AGREE, Reference, converged, default_cache, dense_run
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
 from .solvers import BEST
 from .suite import Arm, Suite, dense_arm, read_suite
+from .team import team
 
 LOOK = 1.0
 """Seconds between two looks at what the processes have made."""
@@ -118,6 +119,9 @@ def run(
 ) -> None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
+    Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
+    a disk where appending a line is atomic, and the first checks it before and sorts it after.
+
     Args:
         job: what runs.
         clips: their numbers.
@@ -127,6 +131,32 @@ def run(
     Raises:
         ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
     """
+    members = team()
+    if members.size > 1 and (workers > 1 or job.timed):
+        asked = "--time" if job.timed else f"--workers {workers}"
+        raise ConfigError(f"accelerate launch started {members.size} processes, got {asked} besides; leave one out")
+    if members.first:
+        _prepare(job)
+    members.wait()
+
+    def look() -> None:
+        if watch is not None:
+            watch(read_lines(job.out))
+
+    look()
+    own = members.own(clips)
+    if workers <= 1 or len(own) <= 1:
+        for clip in own:
+            run_clip(job, clip, look)
+    else:
+        _run_beside(job, own, min(workers, len(own)), look)
+    members.wait()
+    if members.first:
+        write_lines(job.out, _sorted(job.suite, latest(read_lines(job.out)).values()))
+
+
+def _prepare(job: Job) -> None:
+    """Check what can be checked beforehand, and leave the file without a last line that was cut off."""
     check_name(job.suite.model)
     for arm in job.suite.arms:
         if arm.call:
@@ -137,19 +167,7 @@ def run(
     check_writable(job.out, "results")
     known = read_lines(job.out)
     check_lines(job.out, known, setting_of(job.suite), {arm.name: arm.to_dict() for arm in job.suite.arms})
-    write_lines(job.out, known)  # without a last line that was cut off
-
-    def look() -> None:
-        if watch is not None:
-            watch(read_lines(job.out))
-
-    look()
-    if workers <= 1 or len(clips) <= 1:
-        for clip in clips:
-            run_clip(job, clip, look)
-    else:
-        _run_beside(job, clips, min(workers, len(clips)), look)
-    write_lines(job.out, _sorted(job.suite, latest(read_lines(job.out)).values()))
+    write_lines(job.out, known)
 
 
 def _make_folder(folder: Path, what: str) -> None:

@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +40,22 @@ METHODS: dict[str, MethodConfig | None] = {
 
 LATENTS = (1, 12, 9, 16, 16)
 """[B, C, T, H, W] of the model's default clip."""
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Return the lines of a run as a Markdown table under a sentence on how they were measured."""
+    first = records[0]
+    head = (
+        f"{first['pairs']} steps on each of two copies in turn, {first['threads']} thread of processor time, torch "
+        f"{first['torch']}, {first['processor']}; medians and their 95 % intervals. Plain steps take "
+        f"{1000 * first['plain_seconds_a_step']:.0f} ms."
+    )
+    rows = ["| attached, never skipping | more than a plain step | in ms |", "|---|---|---|"]
+    for line in records:
+        share, (low, high) = line["overhead"], line["overhead_interval"]
+        more = 1000 * share * line["plain_seconds_a_step"]
+        rows.append(f"| {line['arm']} | {share:+.1%} [{low:+.1%}, {high:+.1%}] | {more:+.1f} |")
+    return f"{head}\n\n" + "\n".join(rows)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,18 @@ ARMS: dict[str, tuple[MethodConfig, ...]] = {
     "cache": (CACHE,),
     "both": (RADIAL, CACHE),
 }
+
+
+def told(line: dict[str, Any]) -> str:
+    """Return a run's line as a sentence."""
+    low, high = line["both_over_product_range"]
+    return (
+        f"{line['layers']} block of Wan 2.1 1.3B's shape with random weights, {line['tokens']} tokens, "
+        f"{line['steps']} steps, {line['rounds']} rounds, {line['threads']} thread of processor time, torch "
+        f"{line['torch']}, {line['processor']}: Radial at density {line['density']:.2f} takes "
+        f"{line['sparse_share']:.2f} of the dense time, a cache that computes every second step {line['cache_share']:.2f}, both "
+        f"{line['both_share']:.2f}: {line['both_over_product']:+.1%} [{low:+.1%}, {high:+.1%}] from the product."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,11 +16,15 @@ from .dropped_mass import table as masses_table
 from .guided import table as guided_table
 from .larger import table as larger_table
 from .longer import table as longer_table
+from .overhead import table as overhead_table
+from .product_time import told as product_told
 from .results import read_lines
 from .suite import read_suite
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
+OVERHEAD = Path("eval/results/overhead.jsonl")
+PRODUCT = Path("eval/results/product-time.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
@@ -30,9 +34,12 @@ PAGES = {
         "knee-flux-tiny",
         "sparse-wan-tiny",
         "caches-wan-tiny",
+        "caches-time-wan-tiny",
         "caches-flux-tiny",
         "dropped-mass",
         "time",
+        "overhead",
+        "product-time",
     ),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
 }
@@ -117,12 +124,6 @@ def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) 
     return f"{matching[-1]['speedup']:.2f}x ({matching[-1]['of_ideal']:.2f})" if matching else ""
 
 
-def _time(root: Path) -> str:
-    records = read_lines(root / TIMES)
-    command = "python -m dit_accel_eval.denoising_time"
-    return f"`{command}`: {times_table(records)}" if records else f"Not measured yet; `{command}` does."
-
-
 def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> str:
     path = Path(f"eval/suites/{name}.toml")
     command, lines = f"python -m dit_accel_eval.{module} {path}", read_lines(root / f"eval/results/{name}.jsonl")
@@ -135,17 +136,18 @@ def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> st
     return f"{head}; 95 % intervals.\n\n{write(suite, lines)}"
 
 
-def _mass(root: Path) -> str:
-    records = read_lines(root / MASSES)
-    command = "python -m dit_accel_eval.dropped_mass"
-    return f"`{command}`: {masses_table(records)}" if records else f"Not measured yet; `{command}` does."
+def _run(root: Path, results: Path, module: str, write: Callable[[list[dict[str, Any]]], str]) -> str:
+    records, command = read_lines(root / results), f"python -m dit_accel_eval.{module}"
+    return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
 
 
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
-    "time": _time,
-    "dropped-mass": _mass,
+    "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
+    "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
+    "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
+    "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
     "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
     "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
     "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),

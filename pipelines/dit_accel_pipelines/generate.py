@@ -23,6 +23,7 @@ from .progress import Stages
 from .quiet import quiet_diffusers
 from .request import Backend, Request, read_pictures, settle, side_car_path
 from .side_car import side_car
+from .solvers import make_scheduler
 from .timing import timed_steps
 
 
@@ -56,6 +57,8 @@ def generate(request: Request, *, stages: Stages | None = None, command: Sequenc
     stages.stage("loading")
     started = time.perf_counter()
     pipe = load_pipeline(request)
+    if request.solver is not None:
+        pipe.scheduler = make_scheduler(pipe.scheduler, request.solver, request.flow_shift)
     loading = time.perf_counter() - started
     for text in prepare_larger(pipe, request, family):
         stages.note(text)

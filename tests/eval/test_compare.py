@@ -25,6 +25,7 @@ from dit_accel_eval.paired import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.results import check_lines, read_lines
 from dit_accel_eval.run_progress import progress_of
 from dit_accel_eval.suite import read_suite
+from dit_accel_eval.team import Team
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -429,6 +430,51 @@ def test_the_command_says_what_it_can_not_do(job, fake, tmp_path, options, messa
     assert result.exit_code == 2
     assert message in result.stderr
     assert fake.made == []
+
+
+def test_a_team_shares_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
+    parts = [Team(rank=rank, size=3, wait=lambda: None).own(range(8)) for rank in range(3)]
+    assert sorted(clip for part in parts for clip in part) == list(range(8))
+    clips, waited = range(2), []
+    for rank in (1, 0):  # the first prepares the file that the others append to, and sorts what they wrote
+        member = Team(rank=rank, size=2, wait=lambda: waited.append(1))
+        monkeypatch.setattr(compare, "team", lambda member=member: member)
+        run(job, clips)
+    assert len(waited) == 4
+    lines = read_lines(job.out)
+    pairs = [(line["clip"], line["arm"]) for line in lines]
+    assert len(pairs) == len(set(pairs))
+    assert {line["clip"] for line in lines} == {0, 1}
+    for asked in (dict(workers=2), {}):
+        other = job if asked else dataclasses.replace(job, timed=True)
+        with pytest.raises(ConfigError, match="accelerate launch started 2 processes, got --"):
+            run(other, clips, **asked)
+
+
+LAUNCHED = """
+import importlib.util, sys
+from dit_accel_eval import compare
+from dit_accel.cli import main
+
+spec = importlib.util.spec_from_file_location("fakes", sys.argv.pop(1))
+fakes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fakes)
+compare.EmbeddedModel = fakes.FakeModel
+main()
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_runs_a_suite_in_two_processes(tmp_path):
+    (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 3") + ARM)
+    (tmp_path / "run.py").write_text(LAUNCHED)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "run.py", __file__]
+    run_it = ["eval", "run", "s.toml", "--out", "s.jsonl", "--cache", "cache"]
+    done = subprocess.run([*launch, *run_it], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "s.jsonl")
+    assert [(line["clip"], line["arm"]) for line in lines] == [(c, a) for c in range(3) for a in ("a", "unipc 2")]
+    assert done.stdout.count("| arm |") == 1
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def test_product_of_a_sparse_method_and_a_cache(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("sys.argv", ["overhead", "--pairs", "1", "--steps", "2", "--out", str(tmp_path / "o.jsonl")])
+    monkeypatch.setattr("sys.argv", ["overhead", "--pairs", "2", "--steps", "4", "--out", str(tmp_path / "o.jsonl")])
     reports = []
     attach = overhead.dit_accel.attach
 
@@ -46,7 +46,7 @@ def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
     assert [line["arm"] for line in lines] == list(overhead.METHODS)
     assert capsys.readouterr().out.count("\n") == len(lines)
     caches = [section.data for report in reports for section in report.sections if "forwards" in section.data]
-    assert len(caches) == 2 * 4  # a warm-up and a pair, four caches
+    assert [data["computed"] for data in caches] == [4] * 4  # two warm-ups and two pairs, four caches
     assert all(data["reused"] == 0 for data in caches)
     assert any(entry["value"] is not None for data in caches for entry in data["forwards"])
 
