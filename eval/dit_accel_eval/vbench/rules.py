@@ -192,17 +192,20 @@ def is_action(actions: Iterable[tuple[str, float]], file_name: str) -> VideoScor
     return VideoScore(value=found, more={"cor_num_per_video": int(found)})
 
 
-def is_colored(captions: Sequence[Sequence[tuple[str, str]]], prompt: str, color: str) -> VideoScore | None:
+def is_colored(
+    captions: Sequence[Sequence[tuple[str, str]]], prompt: str, color: str, words: Sequence[str] = COLORS
+) -> VideoScore | None:
     """Return the frames that call an object by a colour, over those that call it by any; None where none does.
 
     Args:
         captions: by frame, (caption, object) of what is there.
         prompt: such as ``a red umbrella``; less articles and colour, it is the object.
         color: the one that is asked for.
+        words: the colours that there are.
     """
     thing = prompt.replace("a ", "").replace("an ", "").replace(color, "").strip()
     mine = [[text for text, name in frame if name == thing] for frame in captions]
-    of_any = sum(any(word in text for text in frame for word in COLORS) for frame in mine)
+    of_any = sum(any(word in text for text in frame for word in words) for frame in mine)
     if of_any == 0:
         return None
     right = sum(any(color in text for text in frame) for frame in mine)
