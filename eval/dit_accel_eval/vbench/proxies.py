@@ -159,7 +159,7 @@ def measured(scenes: int, lines: Sequence[Line]) -> Iterator[Line]:
             if (number, name) in there:
                 continue
             clip = damage(scene, np.random.default_rng([SEED, number, place]))
-            found = scores(NAMES, Sample(frames=clip.frames.astype(np.float32) / 255, fps=FPS))
+            found = scores(NAMES, Sample(frames=np.divide(clip.frames, 255, dtype=np.float32), fps=FPS))
             yield {
                 "scene": number, "damage": name, "frames": FRAMES, "size": [scene.height, scene.width],
                 "world": world_scores(clip.frames, scene, clip.drawn), "metrics": found.values(),
