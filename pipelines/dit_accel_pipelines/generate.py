@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,26 @@ def generate(request: Request, *, stages: Stages | None = None, command: Sequenc
     Raises:
         DitAccelError: for a request that can't be met; nothing is written then.
     """
+    with opened(request, stages=stages, command=command) as make:
+        return [make(*one) for one in zip(request.prompts, request.outputs(), request.seeds(), strict=True)]
+
+
+Make = Callable[[str, Path, int], Written]
+"""Generates one prompt into a file, from a seed."""
+
+
+@contextlib.contextmanager
+def opened(request: Request, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Iterator[Make]:
+    """Load what a request asks for, once, for as many files as wanted; yields the function that makes them.
+
+    Args:
+        request: what to generate; all its prompts are checked, none is made by itself.
+        stages: progress bars and notes; None shows none.
+        command: the command line, for the side-cars.
+
+    Raises:
+        DitAccelError: for a request that can't be met.
+    """
     stages = stages or Stages(quiet=True)
     request, family, notes = settle(request)
     for text in notes:
@@ -63,17 +83,18 @@ def generate(request: Request, *, stages: Stages | None = None, command: Sequenc
     for text in prepare_larger(pipe, request, family):
         stages.note(text)
     request = _resolved(request, pipe)
-    written = []
     with attached(pipe, request.methods, request.backend) as attachment:
         if request.compile:
             compile_blocks(pipe)
-        for prompt, output, seed in zip(request.prompts, request.outputs(), request.seeds(), strict=True):
+
+        def make(prompt: str, output: Path, seed: int) -> Written:
             one = dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
             made = run(pipe, prompt, one, pictures=pictures, attachment=attachment, stages=stages)
             record = side_car(one, made, output, loading=loading, command=command)
             _write(output, made.frames, record, one)
-            written.append(Written(record=record, report=made.report))
-    return written
+            return Written(record=record, report=made.report)
+
+        yield make
 
 
 @contextlib.contextmanager

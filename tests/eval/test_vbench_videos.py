@@ -172,7 +172,11 @@ def test_without_names_what_can_be_measured_is_and_the_rest_is_told(work):
     found = start("--filtered", "--json")
     assert found.exit_code == 0, found.stderr
     assert list(results(at)) == ["temporal_flickering"]
-    assert "imaging_quality is left out: musiq is missing: put https://github.com" in told(found)
+    assert "subject_consistency is left out: dino is missing: put https://dl.fbai" in told(found)
+    assert "imaging_quality" not in told(found)  # no prompt of the file serves it
+    nothing = start()
+    assert nothing.exit_code == 2
+    assert "temporal_flickering is measured of videos that stand still, which RAFT tells: raft is" in told(nothing)
     assert json.loads(found.stdout)["totals"] is None
 
 

@@ -171,6 +171,16 @@ def served(prompts: Sequence[Prompt], name: str) -> Iterable[Prompt]:
     return found.values()
 
 
+def first_of(prompts: Sequence[Prompt], names: Sequence[str], count: int | None) -> list[Prompt]:
+    """Return the prompts of dimensions in the file's order: the first ``count`` of each, all for None.
+
+    Raises:
+        ConfigError: if a dimension has none.
+    """
+    wanted = {one.text for name in names for one in list(served(prompts, name))[:count]}
+    return [one for one in prompts if one.text in wanted]
+
+
 def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}; name one that holds videos {{prompt}}-{{i}}.mp4")

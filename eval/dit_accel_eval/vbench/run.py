@@ -15,7 +15,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 from ..results import Line, append_line, read_lines
 from . import rules
-from .measures import WAYS, Means, flow_by, lacking
+from .measures import WAYS, Means, flow_by
 from .observations import KINDS
 from .prompts import FLICKERING, SAMPLES, Prompt, Wanted, for_filter, served
 from .rules import VideoScore
@@ -158,18 +158,23 @@ def _measured(job: Job, name: str, prompt: Prompt, video: Video) -> VideoScore |
     return WAYS[name].measure(video, prompt, job.means)
 
 
+def no_filter(job: Job) -> str | None:
+    """Return why the static filter of temporal flickering can't run, None if it can."""
+    reason = job.means.networks.missing(("raft",))
+    if reason is None:
+        return None
+    return (
+        f"{FLICKERING} is measured of videos that stand still, which RAFT tells: {reason}; or say with --filtered that "
+        "the videos have passed the filter"
+    )
+
+
 def filtered(job: Job, prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
     """Return the first 5 still videos of each prompt of temporal flickering, by the official static filter with RAFT.
 
     Raises:
-        ConfigError: without RAFT, or where no video stands still.
+        ConfigError: where no video stands still.
     """
-    reason = job.means.networks.missing(("raft",))
-    if reason is not None:
-        raise ConfigError(
-            f"{FLICKERING} is measured of videos that stand still, which RAFT tells: {reason}; or say with --filtered "
-            "that the videos have passed the filter"
-        )
     flow = flow_by(job.means.networks)
     scorer = _Scorer(job, FILTER, job.means.networks.hashes(("raft",)))
 
@@ -233,11 +238,3 @@ def _write(
     for path, held in ((job.full_info, entries), (job.about, about), (job.results, found)):
         with written_whole(path) as temporary:
             temporary.write_text(json_text(held) + "\n", encoding="utf-8")
-
-
-def measurable(names: Sequence[str], means: Means) -> tuple[list[str], dict[str, str]]:
-    """Return the dimensions that can be measured here, and dimension -> why not, with what to put where."""
-    reasons = {name: lacking(name, means) for name in names}
-    return [name for name in names if reasons[name] is None], {
-        name: reason for name, reason in reasons.items() if reason is not None
-    }
