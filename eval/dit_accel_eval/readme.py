@@ -20,12 +20,14 @@ from .overhead import table as overhead_table
 from .product_time import told as product_told
 from .results import read_lines
 from .suite import read_suite
+from .vbench.proxies import told as proxies_told
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
 OVERHEAD = Path("eval/results/overhead.jsonl")
 PRODUCT = Path("eval/results/product-time.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
+PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
     "docs/guidance.md": ("guidance-wan-tiny",),
@@ -42,6 +44,7 @@ PAGES = {
         "product-time",
     ),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
+    "docs/vbench.md": ("vbench-proxies",),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -148,6 +151,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
+    "vbench-proxies": partial(_run, results=PROXIES, module="vbench.proxies", write=proxies_told),
     "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
     "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
     "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),

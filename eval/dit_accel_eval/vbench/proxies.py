@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in measured(options.scenes, read_lines(options.out)):
             append_line(options.out, line)
             print(f"scene {line['scene']}, {line['damage']}", file=sys.stderr)
-    print(table(read_lines(options.out)))
+    print(told(read_lines(options.out)))
     return 0
 
 
@@ -189,6 +189,18 @@ def by_scene(lines: Iterable[Line], dimension: str, name: str) -> list[float]:
             kept.setdefault(line["scene"], []).append((line["world"][dimension], sign * line["metrics"][name]))
     found = (spearman(*zip(*pairs, strict=True)) for pairs in kept.values() if len(pairs) > 2)
     return [one for one in found if one is not None]
+
+
+def told(lines: Sequence[Line]) -> str:
+    """Return the tables with what was measured, for a page; scenes of which damages are missing are left out."""
+    counts = {line["scene"]: sum(other["scene"] == line["scene"] for other in lines) for line in lines}
+    whole = [line for line in lines if counts[line["scene"]] == len(DAMAGES)]
+    scenes = len({line["scene"] for line in whole})
+    return (
+        f"{scenes} scenes drawn with {FRAMES} frames of 64 x 64 pixels, {len(DAMAGES)} damages each. Spearman's rank "
+        "correlation of a metric with the world's score over one scene's clips, turned where less is better: mean over "
+        f"scenes, 95 % interval over scenes; scenes in which either is constant say nothing.\n\n{table(whole)}"
+    )
 
 
 def table(lines: Sequence[Line]) -> str:
