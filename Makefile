@@ -29,12 +29,13 @@ bench-gpu:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py check --out kernels/bench/results/gpu-checks.jsonl
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py time --out kernels/bench/results/gpu.jsonl
 
-# every table and picture of README.md and docs/quality.md; what has run is kept, so it goes on where it stopped
-SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny
+# every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped
+SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny blocks-wan-tiny blocks-flux-tiny
+CHOICES := profiling-wan-tiny profiling-flux-tiny
 RESULTS := eval/results
 WORKERS ?= 2
 
-tables: $(VENV)/.ready $(SUITES:%=suite-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
+tables: $(VENV)/.ready $(SUITES:%=suite-%) $(CHOICES:%=choices-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
 	$(BIN)/python -m dit_accel_eval.longer eval/suites/longer-wan-tiny.toml
 	$(BIN)/python -m dit_accel_eval.dropped_mass
 	$(BIN)/python -m dit_accel_eval.readme
@@ -42,6 +43,9 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) kernels/bench/results/cpu.jsonl $(RES
 suite-%: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.compare eval/suites/$*.toml --workers $(WORKERS)
 	$(BIN)/python -m dit_accel_eval.plots eval/suites/$*.toml
+
+choices-%: $(VENV)/.ready
+	$(BIN)/python -m dit_accel_eval.compare eval/suites/$*.toml --workers $(WORKERS)
 
 kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py --out $@

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dit_accel_assets import clips, prompts, world
+
+if TYPE_CHECKING:
+    from dit_accel_assets.judge import Verdict
 
 MODELS = Path(__file__).parent / "models"
 _CHECKED = ("color", "shape", "direction", "background")
@@ -29,9 +34,10 @@ class Model:
     score: Callable[[np.ndarray, int], float]
     """(clip, number) -> the share of the prompt's questions that a clip answers rightly."""
     closeness: Callable[[np.ndarray, int], float]
-    """(clip, number) -> how near the clip comes to the prompt, 0 to 1: with no pass marks, where the judge has none."""
+    """(clip, number) -> how near the clip comes to the prompt, 0 to 1, with no pass marks."""
 
 
+@lru_cache(maxsize=1024)
 def _clip_prompt(index: int) -> str:
     return clips.clip_of(index, frames=1, held_out=True)[0]
 
@@ -49,6 +55,7 @@ def _clip_closeness(video: np.ndarray, index: int) -> float:
     return float(np.mean(list(closeness(video, clips.clip_of(index, frames=1, held_out=True)[1]).values())))
 
 
+@lru_cache(maxsize=1024)
 def _world_scene(index: int) -> world.Scene:
     return world.scene_of(0, index, held_out=True)
 
@@ -58,9 +65,14 @@ def _world_prompt(index: int) -> str:
 
 
 def _world_score(video: np.ndarray, index: int) -> float:
-    return _judged(video, _world_scene(index))
+    return _judged(video, _world_scene(index)).score
 
 
+def _world_closeness(video: np.ndarray, index: int) -> float:
+    return _judged(video, _world_scene(index)).closeness
+
+
+@lru_cache(maxsize=1024)
 def _still_scene(index: int) -> world.Scene:
     return world.scene_of(0, index, height=96, width=96, held_out=True, still=True)
 
@@ -70,13 +82,17 @@ def _still_prompt(index: int) -> str:
 
 
 def _still_score(video: np.ndarray, index: int) -> float:
-    return _judged(video, _still_scene(index))
+    return _judged(video, _still_scene(index)).score
 
 
-def _judged(video: np.ndarray, scene: world.Scene) -> float:
+def _still_closeness(video: np.ndarray, index: int) -> float:
+    return _judged(video, _still_scene(index)).closeness
+
+
+def _judged(video: np.ndarray, scene: world.Scene) -> Verdict:
     from dit_accel_assets.judge import judge
 
-    return judge(video, scene).score
+    return judge(video, scene)
 
 
 KNOWN: dict[str, Model] = {
@@ -93,7 +109,7 @@ KNOWN: dict[str, Model] = {
         words=prompts.vocabulary,
         held_out=_world_prompt,
         score=_world_score,
-        closeness=_world_score,
+        closeness=_world_closeness,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
     "flux-tiny": Model(
@@ -101,7 +117,7 @@ KNOWN: dict[str, Model] = {
         words=prompts.vocabulary,
         held_out=_still_prompt,
         score=_still_score,
-        closeness=_still_score,
+        closeness=_still_closeness,
         defaults={
             "height": 96,
             "width": 96,

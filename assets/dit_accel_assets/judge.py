@@ -35,6 +35,11 @@ class Verdict:
         """Share of the questions that the clip passes."""
         return float(np.mean([answer.passed for answer in self.answers.values()]))
 
+    @property
+    def closeness(self) -> float:
+        """Mean over the questions of how near the clip comes to each, 0 to 1, with no pass marks; see `_nearness`."""
+        return float(np.mean([_nearness(name, answer.value) for name, answer in self.answers.items()]))
+
     def share(self, question: str) -> float | None:
         """Return the share passed of one question over the clip's things; None where it was not asked."""
         marks = [answer.passed for name, answer in self.answers.items() if name.partition(".")[0] == question]
@@ -83,6 +88,20 @@ def judge(video: np.ndarray, scene: Scene) -> Verdict:
     if style is not None:
         values["style"] = style
     return Verdict(answers={name: Answer(value=v, passed=_passes(name, v)) for name, v in values.items()})
+
+
+def _nearness(name: str, value: float) -> float:
+    """Return an answer as a number from 0 to 1.
+
+    An error halves it with every pass mark that it is long, one object too many or missing as well; a share, an overlap
+    or a probability is itself, and an overlap gained by turning counts in twice its mark.
+    """
+    sign, mark = MARKS[name.partition(".")[0]]
+    if np.isnan(value):
+        return 0.0
+    if sign == "<=":
+        return float(0.5 ** (value / (mark or 1.0)))
+    return float(np.clip(value / (2 * mark) if name.startswith("turn") else value, 0.0, 1.0))
 
 
 def _passes(name: str, value: float) -> bool:

@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from .blocks import BlockList
 from .cross_attention import CrossAttention
 from .guidance import Guidance
+from .joined_text import JoinedText
 from .rope import Rope
 from .sizes import Sizes, patch_sizes, read_sizes
 
@@ -176,6 +177,8 @@ class Adapter:
         rope: where the model makes its rotary positions, or in words why it has none; None: not described.
         guidance: how the family's pipelines guide.
         cross_attention: where text comes in by cross-attention, or in words why it does not; None: not described.
+        joined_text: where text joins the self-attention, or in words why no negative text can be laid beside it; None:
+            not described.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
         refused: method name -> why it makes no sense here.
@@ -202,6 +205,7 @@ class Adapter:
     rope: Rope | str | None = None
     guidance: Guidance = Guidance()  # noqa: RUF009 - frozen
     cross_attention: CrossAttention | str | None = None
+    joined_text: JoinedText | str | None = None
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -235,6 +239,11 @@ class Adapter:
             raise ConfigError(
                 f"adapter {self.name!r}: cross_attention must be a CrossAttention, or a sentence that says why there "
                 f"is none, got {self.cross_attention!r}; give one of them"
+            )
+        if not isinstance(self.joined_text, (JoinedText, str, type(None))):
+            raise ConfigError(
+                f"adapter {self.name!r}: joined_text must be a JoinedText, or a sentence that says why there is none, "
+                f"got {self.joined_text!r}; give one of them"
             )
         for name, value in functions.items():
             if not callable(value):

@@ -188,6 +188,7 @@ class Execution:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v under the plan of a ticket, as they lie."""
         layer, plan = self.layers[number], self.backward.get(ticket)
+        plan.require_gradient()
         call, asked = self._call(layer, q, k, v, mask, grid, tokens_first, scale)
         grad = call.heads_first(grad)
         if grad.shape[2] != call.tokens:
@@ -302,6 +303,9 @@ class Execution:
                         x.index_copy_(2, plan.row_override.rows, own)
         for keeper in self._keepers:
             keeper.keep(context, out)
+        if plan.led is not None:
+            planned = out if planned is None else planned
+            out = plan.led.applied(out)
         for observer in tuple(self.observers):
             observer(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact))
         return out, plan if exact is None or not context.differentiate else followed(plan, exact)

@@ -14,6 +14,7 @@ from ..methods.site import AroundBlock, AroundCall, AroundForward, Block
 from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
+from .offloaded import fetch, send_away
 from .processor import Slot
 from .seam import is_compiled, shadow, wrap_call
 
@@ -204,8 +205,9 @@ class TransformerSite:
 
         self._undo.append(shadow(self.transformer, "compile", refuse))
         for block in self.blocks:
-            if functions := self.around.get(block.index):
-                self._undo.append(wrap_call(block.module, self._around_block(block, functions)))
+            functions = self.around.get(block.index)
+            around = self._around_block(block, functions) if functions else _fetched(block.module)
+            self._undo.append(wrap_call(block.module, around))
 
     def _around_block(self, block: Block, functions: list[AroundBlock]) -> Callable[..., Any]:
         """Return what runs in place of a block: its streams taken out of the call, changed, and put into the result."""
@@ -213,7 +215,12 @@ class TransformerSite:
         last: list[Any] = [None]  # what a block gave besides its streams, for when it is skipped
 
         def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            skipped = True
+
             def innermost(streams: Streams) -> Streams:
+                nonlocal skipped
+                skipped = False
+                fetch(block.module)
                 given, named = signature.write_call(streams, args, kwargs)
                 result = run(*given, **named)
                 if not block.list.gives_streams_only:
@@ -224,13 +231,26 @@ class TransformerSite:
             context = self._execution.state.context(self._state)
             for function in functions:
                 inner = _wrapped(function, context, block, inner)
-            return signature.write_result(inner(signature.read_call(args, kwargs)), like=last[0])
+            result = signature.write_result(inner(signature.read_call(args, kwargs)), like=last[0])
+            if skipped:
+                send_away(block.module)
+            return result
 
         return around
 
 
 def _refuse_compiled(*args: Any, **kwargs: Any) -> None:
     raise ConfigError(COMPILED_MODULE)
+
+
+def _fetched(module: nn.Module) -> AroundCall:
+    """Return what runs in place of a block that no method acts on, where others of its group may be skipped."""
+
+    def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        fetch(module)
+        return run(*args, **kwargs)
+
+    return around
 
 
 def _wrapped(

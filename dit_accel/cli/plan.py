@@ -147,7 +147,8 @@ def _assumptions(estimated: Estimate) -> str:
         f"a = {estimated.attention_share:.3f} attention's share of the dense FLOPs, taken as its share of the time; "
         f"w = {estimated.dense_share:.3f} share of dense calls; "
         f"rho = {estimated.pair_density:.4f} share of the pairs in a sparse call; "
-        f"kappa = {estimated.kernel_cost:g} time per kept FLOP over the dense kernel's (--kernel-cost)."
+        f"kappa = {estimated.cost_of_pairs:g} time per kept FLOP over the dense kernel's "
+        f"({'whole rows are left out of the dense call' if estimated.cost_of_pairs == 1 else '--kernel-cost'})."
     )
 
 

@@ -104,6 +104,11 @@ class Estimate:
         return (computed + tokens - visual) / tokens + exact_rows
 
     @property
+    def cost_of_pairs(self) -> float:
+        """Time per kept FLOP over the dense kernel's: 1 where whole rows are left out, and the kernel is dense."""
+        return 1.0 if self.tiles is not None and self.tiles.rows_alone else self.kernel_cost
+
+    @property
     def dense_share(self) -> float:
         """Share of the attention calls that stay dense, w."""
         return self.tiles.dense_share if self.tiles else 1.0
@@ -141,7 +146,7 @@ class Estimate:
             attention_share=self.attention_share,
             dense_share=self.dense_share,
             density=self.pair_density,
-            kernel_cost=self.kernel_cost,
+            kernel_cost=self.cost_of_pairs,
         )
         return attention / self.forward_share if self.forward_share else math.inf
 
@@ -185,7 +190,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as plain numbers, for JSON; sizes in pixels, tokens, FLOPs and bytes."""
-        whole = math.ceil(self.layout.visual_tokens / TILE) ** 2
+        whole = usual_tiles(self.layout) ** 2
         tiles = self.tiles
         return {
             "family": self.family.name,
@@ -221,6 +226,11 @@ class Estimate:
             "methods": {name: dict(options) for name, options in self.methods.items()},
             "uncounted_methods": [name for name, saving in self.savings.items() if not saving.counted],
         }
+
+
+def usual_tiles(layout: TokenLayout) -> int:
+    """Return how many tiles of the usual size are along each side of the visual attention."""
+    return math.ceil(layout.visual_tokens / TILE)
 
 
 def attention_flops(family: Family, tokens: int) -> int:
@@ -291,7 +301,7 @@ def estimate(
         num_inference_steps=steps,
         methods=_options(handlers),
         savings=savings,
-        tiles=tiles_left(savings, steps, family.layers),
+        tiles=tiles_left(savings, steps, family.layers, usual_tiles(layout)),
         kernel_cost=kernel_cost,
     )
 

@@ -20,6 +20,7 @@ class TilesLeft:
         dense_share: share of the attention calls (steps x layers) that stay dense, w.
         pools: tiles that are not exact enter as one key each.
         methods: the methods that thin out, in the order in which they act.
+        rows_alone: all that is left out are whole rows, which needs no sparse kernel.
     """
 
     kept: int
@@ -27,6 +28,7 @@ class TilesLeft:
     dense_share: float
     pools: bool
     methods: tuple[str, ...]
+    rows_alone: bool = False
 
     @property
     def density(self) -> float:
@@ -34,13 +36,14 @@ class TilesLeft:
         return self.kept / self.total
 
 
-def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int) -> TilesLeft | None:
+def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: int) -> TilesLeft | None:
     """Return what methods together leave of the tiles over a run; None where none thins attention out.
 
     Args:
         savings: method name -> what it declares, in the order in which they act.
         steps: denoising steps.
         layers: attention layers.
+        usual: tiles along each side where no method cuts any.
 
     Raises:
         ConfigError: for methods that count different tiles.
@@ -48,14 +51,14 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int) -> TilesL
     parts = {name: saving.tiles for name, saving in savings.items() if saving.tiles is not None}
     if not parts:
         return None
-    sizes = {name: part.tiles for name, part in parts.items()}
+    sizes = {name: part.tiles for name, part in parts.items() if part.tiles is not None}
     if len(set(sizes.values())) > 1:
         counted = " and ".join(f"{name} {size} a side" for name, size in sizes.items())
         raise ConfigError(f"these methods count different tiles, {counted}; plan them one at a time")
     calls = Counter(
         tuple(part.active(step, layer) for part in parts.values()) for step in range(steps) for layer in range(layers)
     )
-    size = next(iter(sizes.values()))
+    size = next(iter(sizes.values()), usual)
     kept, planned = 0.0, 0
     for active, count in calls.items():
         if not any(active):
@@ -70,4 +73,5 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int) -> TilesL
         dense_share=1 - planned / (steps * layers),
         pools=any(part.pools for part in parts.values()),
         methods=tuple(parts),
+        rows_alone=not sizes,
     )

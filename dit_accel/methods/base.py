@@ -44,7 +44,7 @@ class Place(enum.Enum):
     FORWARD = "forward"
     BLOCKS = "blocks"
     POSITIONS = "positions"
-    CROSS_ATTENTION = "cross-attention"
+    TEXT = "text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

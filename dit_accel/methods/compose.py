@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from ..adapters.cross_attention import CrossAttention
+from ..adapters.joined_text import JoinedText
 from ..adapters.rope import Rope
 from ..errors import ConfigError
 from ..plan.tiling import TILE, Tiling
@@ -94,12 +95,16 @@ def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) 
             f"{name} changes rotary positions, and {adapter.name} has none to change: {why}; attach it to a model with "
             "rotary positions"
         )
-    if Place.CROSS_ATTENTION in handler_type.places and not isinstance(adapter.cross_attention, CrossAttention):
-        joined = any(family.text_tokens for family in adapter.families)
-        why = adapter.cross_attention or (
-            "its text joins the self-attention" if joined else "its adapter describes none"
-        )
+    if Place.TEXT in handler_type.places and not _tells_text(model):
+        cross = adapter.cross_attention if isinstance(adapter.cross_attention, str) else None
+        why = adapter.joined_text or cross or "its adapter describes neither"
         raise ConfigError(
-            f"{name} acts on the cross-attention to text, and {adapter.name} has none to change: {why}; attach it to a "
-            "model with cross-attention, such as Wan"
+            f"{name} lays a negative text beside the prompt, in cross-attention or in joined attention, and on "
+            f"{adapter.name} it can't: {why}; attach it to another model, such as Wan or FLUX.1"
         )
+
+
+def _tells_text(model: Model) -> bool:
+    """Tell whether the adapter describes where the model's attention gets its text."""
+    adapter = model.adapter
+    return isinstance(adapter.cross_attention, CrossAttention) or isinstance(adapter.joined_text, JoinedText)

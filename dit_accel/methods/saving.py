@@ -11,14 +11,15 @@ class TileSaving:
     """What a method leaves of the visual tiles of each attention call.
 
     Attributes:
-        tiles: N, tiles along each side over the visual tokens alone.
+        tiles: N, tiles along each side over the visual tokens alone; None: whole rows, which no tile cuts, so that the
+            call stays the user's own dense attention unless another method thins it out.
         active: (step, layer) -> whether the method thins that call out.
         keep: expected exact share of every tile, float [N, N], -> the same with the method's part taken off.
         pools: tiles that are not exact enter as one key each.
         expected: what stays depends on the data, and ``keep`` gives an expectation.
     """
 
-    tiles: int
+    tiles: int | None
     active: Callable[[int, int], bool]
     keep: Callable[[np.ndarray], np.ndarray]
     pools: bool = False

@@ -9,6 +9,7 @@ from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selec
 from torch import Tensor
 
 from ..errors import ConfigError
+from .led import LedRows
 
 Rest = Literal["skip", "pooled"]
 """What becomes of a tile that is not exact: left out, or entered as one key, its tokens' mean."""
@@ -62,6 +63,7 @@ class AttentionPlan:
         selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
         row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
         reused: rows that are not computed.
+        led: rows of the batch that are led away from others, last of all.
     """
 
     key_mean: Tensor | None = None
@@ -75,6 +77,7 @@ class AttentionPlan:
     selection: Selection | None = None
     row_override: RowOverride | None = None
     reused: ReusedRows | None = None
+    led: LedRows | None = None
 
     @property
     def needs_kernel(self) -> bool:
@@ -252,6 +255,20 @@ class AttentionPlan:
                     f"the plan asks for {what}, which takes all rows, and some are to be left out; attach one method"
                 )
         return replace(self, reused=reused)
+
+    def lead(self, led: LedRows) -> "AttentionPlan":
+        """Return the plan with rows of the batch led away from others.
+
+        Raises:
+            ConfigError: if it leads some already.
+        """
+        self._require_free("set of led rows", self.led)
+        return replace(self, led=led)
+
+    def require_gradient(self) -> None:
+        """Raise `ConfigError` if the plan's output has no gradient: if it leads rows away from others."""
+        if self.led is not None:
+            raise ConfigError("attention that is led away from a negative text has no gradient; detach nag to train")
 
     def centred(self, k: Tensor) -> Tensor:
         """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""

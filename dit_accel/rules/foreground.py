@@ -1,12 +1,15 @@
 """Which tokens are foreground: those whose predicted picture moves, split off by Otsu's threshold; no segmenter."""
 
+import math
 from itertools import permutations
 
 import torch
 from torch import Tensor
 
 
-def predicted(x: Tensor, v: Tensor, sigma: float, grid: tuple[int, int, int]) -> Tensor | None:
+def predicted(
+    x: Tensor, v: Tensor, sigma: float, grid: tuple[int, int, int], before: int = 0, after: int = 0
+) -> Tensor | None:
     """Return a flow model's prediction of the clean latents by token, x - sigma v, [B, F, Y, X, C].
 
     Args:
@@ -15,6 +18,8 @@ def predicted(x: Tensor, v: Tensor, sigma: float, grid: tuple[int, int, int]) ->
         v: the output.
         sigma: noise level, from 0 to 1.
         grid: (frames, height, width) in tokens.
+        before: tokens before those of the grid; where the latents have them too, as conditions, they are left out.
+        after: tokens after those of the grid, likewise.
 
     Returns:
         None where the shapes are no such grid.
@@ -25,12 +30,41 @@ def predicted(x: Tensor, v: Tensor, sigma: float, grid: tuple[int, int, int]) ->
     x = x[tuple(slice(size) for size in v.shape)]
     clean = x.float() - sigma * v.float()
     if clean.ndim == 3:
-        fits = clean.shape[1] == frames * height * width
-        return clean.reshape(len(clean), frames, height, width, -1) if fits else None
+        return _of_tokens(clean, grid, before, after)
     if clean.ndim == 4 and frames == 1:
         clean = clean[:, :, None]
     if clean.ndim != 5:
         return None
+    each = height * width
+    around = (before // each, after // each) if before % each == after % each == 0 else (0, 0)
+    for cut in ((0, 0), around):
+        tokens = _of_patches(clean, (frames + sum(cut), height, width))
+        if tokens is not None:
+            return tokens[:, cut[0] : cut[0] + frames]
+    return None
+
+
+def _of_tokens(clean: Tensor, grid: tuple[int, int, int], before: int, after: int) -> Tensor | None:
+    """Return [B, tokens, C] on the grid, without the tokens around it; None where it can't be told which those are.
+
+    Text is among ``before`` or ``after``, but not among the latents.
+    """
+    visual = math.prod(grid)
+    extra = clean.shape[1] - visual
+    if extra == before + after:
+        start = before
+    elif 0 <= extra <= before and after == 0:
+        start = extra
+    elif extra == 0 or (before == 0 and 0 <= extra <= after):
+        start = 0
+    else:
+        return None
+    return clean[:, start : start + visual].reshape(len(clean), *grid, -1)
+
+
+def _of_patches(clean: Tensor, grid: tuple[int, int, int]) -> Tensor | None:
+    """Return latents of five axes on a grid, the channels of a token's patch together; None where they don't fit."""
+    frames, height, width = grid
     for axes in sorted(permutations(range(1, 5), 3), key=lambda axes: axes != (2, 3, 4)):
         sizes = [clean.shape[axis] for axis in axes]
         whole = all(size % count == 0 for size, count in zip(sizes, grid, strict=True))

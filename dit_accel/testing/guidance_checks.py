@@ -9,6 +9,7 @@ from torch import Tensor
 from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import block_signature
 from ..adapters.cross_attention import CrossAttention
+from ..adapters.joined_text import JoinedText
 from ..attachment.attachment import attach
 from ..attachment.find import attention_modules
 from ..methods.guidance.config import PerturbedConfig
@@ -28,8 +29,8 @@ def check_guidance(case: Case) -> str | None:
 
     Neutral settings run no further forward. Heads that are not named, and text where the image alone is perturbed, keep
     their attention; named ones are lerped with V exactly. A branch that begins at the first perturbed block gives the
-    same, bit for bit. A skipped block hands its streams on. Guidance in one call gives what two calls give. Where text
-    comes in by cross-attention, a negative one moves the conditional rows alone, and the prompt itself none.
+    same, bit for bit. A skipped block hands its streams on. Guidance in one call gives what two calls give. Where the
+    adapter tells the text, a negative one moves the conditional rows alone, and the prompt itself none.
     """
     layers = [name for name, _, _ in attention_modules(case.transformer, case.adapter)]
     _require_negative_text(case)
@@ -49,10 +50,14 @@ def _require_negative_text(case: Case) -> None:
     """The prompt as its own negative changes nothing, another does, and only conditional rows see it."""
     where = case.adapter.cross_attention
     if not isinstance(where, CrossAttention):
+        where = case.adapter.joined_text  # type: ignore[assignment]
+    if not isinstance(where, CrossAttention | JoinedText):
         return
     inputs, wide = wide_inputs(case.inputs(1)), case.wide()
+    if any(inputs.get(name) is not None for name in getattr(where, "alone", ())):
+        return
     plain = case.run(inputs, transformer=wide)
-    prompt, mask = inputs[where.text], inputs.get("encoder_attention_mask")
+    prompt, mask = inputs[where.text], inputs.get(getattr(where, "mask", None) or "encoder_attention_mask")
     own = prompt if mask is None else prompt[:, mask[0].bool()]
     with attach(wide, NAG(negative_embeds=own), backend="reference"):
         require_same(case.run(inputs, transformer=wide), plain, "the prompt as its own negative text moves the output")

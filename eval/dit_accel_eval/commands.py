@@ -49,16 +49,17 @@ def run_suite(
 
     dit-accel eval report smoke.jsonl -o smoke.html
     """
+    from dit_accel_pipelines.ranks import Ranks
+
     from .compare import Job, check_timing, clips_of, default_out, run
     from .comparison import table
     from .reference import AGREE, default_cache
     from .results import read_lines
     from .run_progress import SuiteProgress
     from .suite import read_suite
-    from .team import team
 
     check_timing(timed, workers)
-    quiet = quiet or not team().first
+    quiet = quiet or not Ranks().first
     read = read_suite(suite)
     file, wanted = out or default_out(suite, read), clips_of(read, clips)
     talk = not quiet and not TALK.is_terminal

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from dit_accel_assets import model_score
+from dit_accel_pipelines.ranks import Ranks
 
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.files import check_writable
@@ -33,7 +34,6 @@ from .reference import AGREE, Reference, converged, default_cache, dense_run
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
 from .solvers import BEST
 from .suite import Arm, Suite, dense_arm, read_suite
-from .team import team
 
 LOOK = 1.0
 """Seconds between two looks at what the processes have made."""
@@ -131,27 +131,27 @@ def run(
     Raises:
         ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
     """
-    members = team()
-    if members.size > 1 and (workers > 1 or job.timed):
+    ranks = Ranks()
+    if ranks.count > 1 and (workers > 1 or job.timed):
         asked = "--time" if job.timed else f"--workers {workers}"
-        raise ConfigError(f"accelerate launch started {members.size} processes, got {asked} besides; leave one out")
-    if members.first:
+        raise ConfigError(f"accelerate launch started {ranks.count} processes, got {asked} besides; leave one out")
+    if ranks.first:
         _prepare(job)
-    members.wait()
+    ranks.wait()
 
     def look() -> None:
         if watch is not None:
             watch(read_lines(job.out))
 
     look()
-    own = members.own(clips)
+    own = ranks.own(clips)
     if workers <= 1 or len(own) <= 1:
         for clip in own:
             run_clip(job, clip, look)
     else:
         _run_beside(job, own, min(workers, len(own)), look)
-    members.wait()
-    if members.first:
+    ranks.wait()
+    if ranks.first:
         write_lines(job.out, _sorted(job.suite, latest(read_lines(job.out)).values()))
 
 

@@ -2,7 +2,8 @@
 
 Guidance changes what is sought, so no converged run is the measure: each clip is judged by itself, by how near it
 comes to its prompt and by its sharpness. An arm is held, clip by clip, against the plain arm that `rival_of` names.
-Every clip of every arm is one JSON line; a run that was stopped goes on.
+Every clip of every arm is one JSON line; a run that was stopped goes on. `python -m dit_accel_eval.guided SUITE sheet
+FILE.png` draws some clips of each arm.
 """
 
 import sys
@@ -12,18 +13,50 @@ from pathlib import Path
 import numpy as np
 import torch
 from dit_accel_assets import model_closeness, model_score
+from dit_accel_pipelines.media import contact_sheet
+
+from dit_accel.files import check_writable, written_whole
 
 from .embedded import EmbeddedModel, settled_call, weights_hash
+from .fidelity import Clip
 from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
-from .suite import Arm, Suite
+from .suite import Arm, Suite, read_suite
 from .suite_command import suite_command
+
+EQUAL = 1.25
+"""Forwards up to which plain arms count as equal: whole steps seldom give the very same number."""
+
+SHOWN = 4
+"""Clips on a contact sheet."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite, or only print the table of what has run; returns the exit code."""
+    """Run the suite, only print the table of what has run, or draw a contact sheet; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if len(arguments) == 3 and arguments[1] == "sheet":
+        sheet(read_suite(Path(arguments[0])), Path(arguments[2]))
+        return 0
     return suite_command(__doc__, arguments, run, table)
+
+
+def sheet(suite: Suite, out: Path) -> None:
+    """Draw the middle frame of the first clips, one column each, of every arm, one row each."""
+    check_writable(out, "the contact sheet")
+    model, rows = EmbeddedModel(suite.model, suite.call), []
+    for arm in suite.arms:
+        made = [_frames(model, arm, clip) for clip in range(min(SHOWN, suite.clips))]
+        rows.append(np.stack([(255 * frames[len(frames) // 2]).round().astype(np.uint8) for frames in made]))
+    with written_whole(out) as temporary:
+        contact_sheet(rows, [arm.name for arm in suite.arms], columns=SHOWN).save(temporary)
+
+
+def _frames(model: EmbeddedModel, arm: Arm, clip: int) -> Clip:
+    return model.run(
+        clip, steps=arm.num_inference_steps, solver=arm.solver, flow_shift=arm.flow_shift, methods=arm.methods,
+        call=arm.call,
+    ).frames  # fmt: skip
 
 
 def run(suite: Suite, out: Path) -> None:
@@ -67,17 +100,17 @@ def _about(suite: Suite, arm: Arm) -> Line:
 
 
 def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
-    """Return the plain arm that an arm is held against: of those with its forwards or more, the nearest its prompts.
+    """Return the plain arm that an arm is held against: of those with its forwards, the one nearest its prompts.
 
-    So an arm is held against guidance by a negative prompt at that one's own best scale, at equal cost or more. Plain
-    arms have none.
+    So an arm is held against guidance by a negative prompt at that one's own best scale and equal cost: its forwards or
+    up to `EQUAL` times as many; where no plain arm has so many, any with more. Plain arms have none.
     """
     if not arm.methods:
         return None
-    means = {other.name: _mean(lines, other, "forwards") for other in suite.arms}
-    plain = [
-        other for other in suite.arms if not other.methods and (means[other.name] or 0.0) >= (means[arm.name] or 0.0)
-    ]
+    means = {other.name: _mean(lines, other, "forwards") or 0.0 for other in suite.arms}
+    own = means[arm.name]
+    plain = [other for other in suite.arms if not other.methods and means[other.name] >= own]
+    plain = [other for other in plain if means[other.name] <= EQUAL * own] or plain
     return max(plain, key=lambda other: _mean(lines, other, "closeness") or 0.0, default=None)
 
 

@@ -15,6 +15,10 @@ Evaluate = Callable[[tuple[Head, ...], int, int], float]
 """(heads, number of the prompt, steps) -> what the objective gives of that clip; higher is better."""
 
 
+Job = tuple[tuple[Head, ...], int, int]
+"""What `Evaluate` is asked."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
     """One judgement of all heads that are left.
@@ -71,7 +75,13 @@ def cost(heads: int, rounds: int, per_round: int, rungs: Sequence[Rung]) -> tupl
 
 
 def search(
-    heads: Sequence[Head], evaluate: Evaluate, rungs: Sequence[Rung], *, rounds: int, per_round: int
+    heads: Sequence[Head],
+    evaluate: Evaluate,
+    rungs: Sequence[Rung],
+    *,
+    rounds: int,
+    per_round: int,
+    prepare: Callable[[Sequence[Job]], None] | None = None,
 ) -> list[Round]:
     """Select heads round by round, and return what each round selected; it ends early where no head is left.
 
@@ -81,19 +91,9 @@ def search(
         rungs: the judgements of a round.
         rounds: how many rounds.
         per_round: heads that a round adds.
+        prepare: is told all that a rung will ask, before it does, so that several processes may share it.
     """
-    known: dict[tuple[frozenset[Head], int, int], float] = {}
-    order = {head: at for at, head in enumerate(heads)}
-
-    def mean(chosen: tuple[Head, ...], rung: Rung) -> float:
-        values = []
-        for prompt in range(rung.prompts):
-            key = frozenset(chosen), prompt, rung.steps
-            if key not in known:
-                known[key] = evaluate(tuple(sorted(chosen, key=order.__getitem__)), prompt, rung.steps)
-            values.append(known[key])
-        return sum(values) / len(values)
-
+    judged = _Judged(evaluate, prepare, {head: at for at, head in enumerate(heads)})
     found: list[Round] = []
     selected: tuple[Head, ...] = ()
     for _ in range(rounds):
@@ -102,9 +102,32 @@ def search(
             break
         scores: dict[Head, float] = {}
         for number, rung in enumerate(rungs):
-            scores = {head: mean((*selected, head), rung) for head in left}
-            ranked = sorted(left, key=lambda head: (-scores[head], order[head]))
+            means = judged.means([(*selected, head) for head in left], rung)
+            scores = dict(zip(left, means, strict=True))
+            ranked = sorted(left, key=lambda head: (-scores[head], judged.order[head]))
             left = ranked[: left_after(len(left), number, len(rungs), per_round)]
         found.append(Round(heads=tuple(left), scores=tuple(scores[head] for head in left)))
         selected = (*selected, *left)
     return found
+
+
+class _Judged:
+    """What sets are worth, each asked once."""
+
+    def __init__(
+        self, evaluate: Evaluate, prepare: Callable[[Sequence[Job]], None] | None, order: dict[Head, int]
+    ) -> None:
+        self._evaluate, self._prepare, self.order = evaluate, prepare, order
+        self._known: dict[Job, float] = {}
+
+    def means(self, sets: Sequence[tuple[Head, ...]], rung: Rung) -> list[float]:
+        """Return the objective's mean over a rung's prompts for each set."""
+        jobs = [[(self._sorted(one), prompt, rung.steps) for prompt in range(rung.prompts)] for one in sets]
+        asked = list(dict.fromkeys(job for of_set in jobs for job in of_set if job not in self._known))
+        if self._prepare is not None and asked:
+            self._prepare(asked)
+        self._known.update((job, self._evaluate(*job)) for job in asked)
+        return [sum(self._known[job] for job in of_set) / len(of_set) for of_set in jobs]
+
+    def _sorted(self, chosen: tuple[Head, ...]) -> tuple[Head, ...]:
+        return tuple(sorted(chosen, key=self.order.__getitem__))

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from dit_accel_assets import held_out_prompts, model_closeness, model_names
@@ -19,27 +19,39 @@ Objective = Callable[[Clip, str], float]
 SEARCHED = 256
 """Held-out prompts of an embedded model among which one is looked for."""
 
-NAMES = ("checker", "sharpness")
+SCORER_NAMES = ("aesthetic", "clip", "pickscore")
+
+NAMES = ("checker", "sharpness", *SCORER_NAMES)
 
 
-def objective_of(name: str, model: str | None) -> Objective:
+def objective_of(name: str, model: str | None, device: Any = "cpu") -> Objective:
     """Return an objective.
 
     Args:
-        name: ``checker``, how near a clip of an embedded model comes to its prompt; ``sharpness``; or
-            ``module:function``, a function of a clip and its prompt.
+        name: ``checker``, how near a clip of an embedded model comes to its prompt; ``sharpness``; ``clip``,
+            ``aesthetic`` or ``pickscore``, published models (`dit_accel_eval.scorers`), with ``=FOLDER`` or ``=HUB/ID``
+            behind for other weights; or ``module:function``, a function of a clip and its prompt.
         model: the embedded model's name; None: another model.
+        device: where a published model computes.
 
     Raises:
-        ConfigError: for an unknown name, a function that can't be imported, or a checker without an embedded model.
+        ConfigError: for an unknown name, a function that can't be imported, weights that can't be loaded, or a checker
+            without an embedded model.
     """
+    kind, equals, place = name.partition("=")
+    if kind in SCORER_NAMES:
+        from .scorers import scorer
+
+        if equals and not place:
+            raise ConfigError(f"the objective {name!r} names no folder or hub id behind =; give one, or leave = out")
+        return scorer(kind, place or None, device)
     if name == "sharpness":
         return lambda clip, prompt: sharpness(clip)
     if name == "checker":
         if model is None:
             raise ConfigError(
-                "the objective 'checker' knows the embedded models alone; give module:function, such as one that asks "
-                "PickScore"
+                "the objective 'checker' knows the embedded models alone; take pickscore, clip, aesthetic "
+                "or sharpness, or give module:function"
             )
         return _checker(model)
     module, colon, function = name.partition(":")

@@ -43,8 +43,9 @@ def told(line: dict[str, Any]) -> str:
         f"{line['layers']} block of Wan 2.1 1.3B's shape with random weights, {line['tokens']} tokens, "
         f"{line['steps']} steps, {line['rounds']} rounds, {line['threads']} thread of processor time, torch "
         f"{line['torch']}, {line['processor']}: Radial at density {line['density']:.2f} takes "
-        f"{line['sparse_share']:.2f} of the dense time, a cache that computes every second step {line['cache_share']:.2f}, both "
-        f"{line['both_share']:.2f}: {line['both_over_product']:+.1%} [{low:+.1%}, {high:+.1%}] from the product."
+        f"{line['sparse_share']:.2f} of the dense time, a cache that computes every second step "
+        f"{line['cache_share']:.2f}, both {line['both_share']:.2f}: {line['both_over_product']:+.1%} "
+        f"[{low:+.1%}, {high:+.1%}] from the product."
     )
 
 

@@ -10,7 +10,7 @@ from dit_accel.files import written_whole
 
 
 def write_heat_map(content: Mapping[str, Any], path: Path) -> None:
-    """Write a profile's heat map as a PNG, whole or not at all: a row a transformer, a panel a criterion.
+    """Write a profile's heat map as a PNG, whole or not at all: a row a transformer, a panel a criterion it knows.
 
     Args:
         content: the profile's.
@@ -20,7 +20,7 @@ def write_heat_map(content: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     entries = content["transformers"]
-    criteria = list(next(iter(entries.values()))["by_step"])
+    criteria = [name for name, rows in next(iter(entries.values()))["by_step"].items() if any(rows)]
     tallest = max(entry["blocks"] for entry in entries.values())
     size = 4.2 * len(criteria), max(2.6, 0.9 + 0.12 * tallest) * len(entries)
     figure = Figure(figsize=size, layout="constrained")

@@ -21,6 +21,7 @@ from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.caches.easy import mean_size
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.site import Block, made_tensor
+from dit_accel.plan.layout import TokenLayout
 from dit_accel.rules.foreground import foreground, predicted
 from dit_accel.rules.ranking import foreground_ratio
 from dit_accel.rules.received import attention_received
@@ -66,10 +67,14 @@ class Profiler:
         queries: how many queries of each call are looked at; None: all.
         seed: of the choice of queries.
         mask: the foreground, bool [frames or 1, height, width] in pixels; None: what moves.
+        attention: attention must be told; else an image without a mask, in which nothing moves, goes without.
     """
 
-    def __init__(self, attachment: Any, queries: int | None, seed: int, mask: np.ndarray | None) -> None:
+    def __init__(
+        self, attachment: Any, queries: int | None, seed: int, mask: np.ndarray | None, attention: bool
+    ) -> None:
         self._attachment = attachment
+        self._attention = attention
         self._execution = attachment._execution
         self._queries, self._mask = queries, mask
         self._generator = torch.Generator().manual_seed(seed)
@@ -126,7 +131,7 @@ class Profiler:
     def _attended(self, planned: PlannedCall) -> None:
         call, context = planned.call, planned.context
         block = self._of_layer[context.transformer].get(context.layer)
-        if block is None or not self._leads(context.transformer):
+        if block is None or not self._leads(context.transformer) or not self._has_foreground(context.layout):
             return
         rows = None
         visual = context.layout.visual
@@ -167,6 +172,8 @@ class Profiler:
         state, step = self._states[name], self._execution.state.step_index
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = self._foreground(state, inputs, output)
+        if mask is None:
+            return
         self.masks[step] = mask
         for block, received in self._received.items():
             values = torch.stack(received).mean(0).cpu().numpy().reshape(mask.shape)
@@ -175,11 +182,15 @@ class Profiler:
                 self.scores[name].values["attention"][block, step] = ratio
         self._received.clear()
 
-    def _foreground(self, state: TransformerState, inputs: Any, output: Any) -> np.ndarray:
-        """Return the foreground of a step, bool [F, Y, X].
+    def _has_foreground(self, layout: TokenLayout) -> bool:
+        """Tell whether something may move, or a mask was given."""
+        return layout.frames > 1 or self._mask is not None
+
+    def _foreground(self, state: TransformerState, inputs: Any, output: Any) -> np.ndarray | None:
+        """Return the foreground of a step, bool [F, Y, X]; None for an image without a mask.
 
         Raises:
-            ConfigError: where it can't be told from what the model predicts.
+            ConfigError: where it is needed and can't be told from what the model predicts.
         """
         layout = state.layout
         if layout is None:
@@ -187,15 +198,21 @@ class Profiler:
         grid = layout.frames, layout.height, layout.width
         if self._mask is not None:
             return on_grid(self._mask, grid)
-        if layout.frames == 1:
-            raise ConfigError("tune profile finds the foreground by what moves, and an image does not; give --mask")
+        if not self._has_foreground(layout):
+            if self._attention:
+                raise ConfigError(
+                    "tune profile finds the foreground by what moves, and an image does not; give --mask, or use "
+                    "--criterion error or delta"
+                )
+            return None
         sigma = self._execution.state.context(state).sigma
         if sigma is None or not 0 <= sigma <= 1:
             raise ConfigError(
                 f"tune profile reads the foreground off a flow model's prediction, and the scheduler tells the noise "
                 f"level {sigma}; give --mask"
             )
-        clean = predicted(made_tensor(inputs[state.adapter.latents]), made_tensor(output), sigma, grid)
+        x, v = made_tensor(inputs[state.adapter.latents]), made_tensor(output)
+        clean = predicted(x, v, sigma, grid, layout.text_before, layout.text_after)
         if clean is None:
             raise ConfigError(
                 f"tune profile can't lay what {state.name} predicts on its {grid[0]} x {grid[1]} x {grid[2]} tokens; "

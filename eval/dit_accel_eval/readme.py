@@ -10,9 +10,15 @@ from typing import Any
 from dit_accel.adapters.registry import adapters
 from dit_accel.methods.registry import methods
 
+from .block_choices import choices, scores_of, whole
+from .block_choices import table as choices_table
+from .budgets import table as budgets_table
 from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
+from .every_set import Judged, Setting
+from .every_set import table as every_table
+from .guidance_cost import table as costs_table
 from .guided import table as guided_table
 from .larger import table as larger_table
 from .longer import table as longer_table
@@ -26,11 +32,12 @@ SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
 OVERHEAD = Path("eval/results/overhead.jsonl")
 PRODUCT = Path("eval/results/product-time.jsonl")
+COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
-    "docs/guidance.md": ("guidance-wan-tiny",),
+    "docs/guidance.md": ("every-set", "guidance-wan-tiny", "guidance-flux-tiny", "guidance-cost"),
     "docs/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
@@ -43,6 +50,8 @@ PAGES = {
         "overhead",
         "product-time",
     ),
+    "docs/caching.md": ("budgets",),
+    "docs/block-caches.md": ("profiling-wan-tiny", "profiling-flux-tiny", "blocks-wan-tiny", "blocks-flux-tiny"),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
     "docs/vbench.md": ("vbench-proxies",),
 }
@@ -144,6 +153,39 @@ def _run(root: Path, results: Path, module: str, write: Callable[[list[dict[str,
     return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
 
 
+def _every(root: Path) -> str:
+    setting, command = Setting(), "python -m dit_accel_eval.every_set"
+    if not (root / setting.out).is_file():
+        return f"Not measured yet; `{command}` does."
+    head = (
+        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps, {setting.prompts} "
+        f"prompts of tuning, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
+    )
+    return f"{head}\n\n{every_table(Judged(setting, root / setting.out, generate=False))}"
+
+
+def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
+    results, suite = Path(f"eval/results/{name}.jsonl"), read_suite(root / f"eval/suites/{name}.toml")
+    paths = [Path(f"eval/results/{profile}.json") for profile in profiles]
+    command, lines = f"python -m dit_accel_eval.block_choices {results}", read_lines(root / results)
+    if not lines:
+        return f"Not measured yet; `python -m dit_accel_eval.compare eval/suites/{name}.toml` measures it."
+    known = whole(choices(lines))
+    clips, steps = len(next(iter(known.values()))), suite.arms[0].num_inference_steps
+    head = f"`{' '.join([command, *map(str, paths)])}`: {suite.model}, {len(known)} choices, {clips} held-out clips"
+    head += f", {steps} UniPC steps."
+    return "\n".join([head, "", *choices_table(lines, scores_of([root / path for path in paths]))])
+
+
+def _budgets(root: Path) -> str:
+    measured = [
+        (read_suite(root / f"eval/suites/{kind}-{model}.toml"), read_lines(root / f"eval/results/{kind}-{model}.jsonl"))
+        for model in ("wan-tiny", "flux-tiny")
+        for kind in ("caches", "blocks")
+    ]
+    return "\n".join(budgets_table(measured))
+
+
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
@@ -152,6 +194,14 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, results=PROXIES, module="vbench.proxies", write=proxies_told),
+    "every-set": _every,
+    "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
+    "guidance-flux-tiny": partial(_judged, name="guidance-flux-tiny", module="guided", write=guided_table),
+    "budgets": _budgets,
+    "profiling-wan-tiny": partial(_choices, name="profiling-wan-tiny", profiles=("profile-wan-tiny",)),
+    "profiling-flux-tiny": partial(
+        _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
+    ),
     "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
     "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
     "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),

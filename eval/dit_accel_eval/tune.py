@@ -55,7 +55,10 @@ def tune_method(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="heads: checker, sharpness or module:function of a clip and its prompt; default: checker."),
+        typer.Option(
+            help="heads: checker, sharpness, clip, aesthetic or pickscore (=FOLDER or hub id for other weights), or "
+            "module:function of a clip and its prompt; default: checker."
+        ),
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="heads: greedy rounds; default: 1.")] = None,
     per_round: Annotated[int | None, typer.Option(help="heads: heads that a round adds; default: 3.")] = None,
@@ -118,6 +121,8 @@ def tune_method(
 
     dit-accel tune heads --rounds 2 -o heads.json
 
+    accelerate launch --multi_gpu --num_processes 8 -m dit_accel tune heads --objective pickscore --model MODEL ...
+
     dit-accel generate "a red circle" --set softpag.heads=heads.json
 
     dit-accel tune pipeline --target psnr=30 -o fast.toml
@@ -145,20 +150,38 @@ def tune_method(
     )  # fmt: skip
     options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     _refuse_foreign(method, options)
+    ranks = _ranks(method)
+    if method == "heads":
+        options["ranks"] = ranks
     request = tuning_request(
         prompts=_prompts(method, prompt, prompt_file, model), model=model, height=height, width=width,
         num_frames=num_frames, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
         dtype=cast(Any, dtype), device=device, offload=cast(Any, offload), methods=tuple(methods), backend=backend,
     )  # fmt: skip
-    with Stages(quiet=quiet) as stages:
+    with Stages(quiet=quiet or not ranks.first) as stages:
         file = output or Path(f"{method}.{'json' if method in ('heads', 'profile') else 'toml'}")
         tuned = TUNERS[method](request, file, stages=stages, **options)
+    if not ranks.first:
+        return
     if json:
         print_json(tuned.to_dict())
         return
     print(tuned.output)
     if not quiet:
         _show(tuned)
+
+
+def _ranks(method: str) -> Any:
+    """Return the processes that share the run.
+
+    Raises:
+        ConfigError: if there are several and the method is not searched by several.
+    """
+    from dit_accel_pipelines.ranks import Ranks, launched
+
+    if launched() > 1 and method != "heads":
+        raise ConfigError(f"tune {method} runs in one process, and {launched()} were launched; start it without them")
+    return Ranks()
 
 
 def _heads(*arguments: Any, **options: Any) -> Any:

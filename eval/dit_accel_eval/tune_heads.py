@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generate import attached, run
-from dit_accel_pipelines.loading import load_pipeline
+from dit_accel_pipelines.loading import load_pipeline, pick_device
 from dit_accel_pipelines.media import contact_sheet, upscale
 from dit_accel_pipelines.progress import Stages
+from dit_accel_pipelines.ranks import Ranks
 from dit_accel_pipelines.request import Request, embedded_name, settle
 
 from dit_accel import ConfigError
@@ -24,9 +25,9 @@ from dit_accel.files import check_writable, json_text, written_whole
 from dit_accel.methods.guidance.softpag import SoftPAG
 
 from .fidelity import Clip
-from .head_search import Round, Rung, cost, rungs_of, search
+from .head_search import Job, Round, Rung, cost, rungs_of, search
 from .objectives import objective_of
-from .results import append_line, read_lines, write_lines
+from .results import Line, append_line, read_lines, write_lines
 from .tuning import FIRST_PROMPT, Table, embedded_prompts, run_settings
 
 NO_GUIDANCE = {"guidance_scale": 1.0}
@@ -92,6 +93,7 @@ def tune_heads(
     per_round: int = 3,
     halvings: int = 1,
     stages: Stages | None = None,
+    ranks: Ranks | None = None,
 ) -> FoundHeads:
     """Search heads on the prompts of a request, write them, and return them.
 
@@ -104,6 +106,7 @@ def tune_heads(
         per_round: heads that a round adds.
         halvings: earlier judgements of a round, each on half of the prompts and steps of the next.
         stages: progress bars; None shows none.
+        ranks: the processes that share the clips; the first writes. None: this one alone.
 
     Raises:
         ConfigError: for options out of range, or clips of another search beside ``output``.
@@ -115,7 +118,7 @@ def tune_heads(
         raise ConfigError(f"tune heads writes a .json in a folder that exists, got {output}")
     check_writable(output, "tune's output")
     model = embedded_name(request.model)
-    judge = objective_of(objective, model)
+    judge = objective_of(objective, model, pick_device(request.device))
     config, others = _softpag_of(request)
     request = dataclasses.replace(request, methods=tuple(others))
     if request.guidance_scale is None:
@@ -131,33 +134,40 @@ def tune_heads(
     most, steps = cost(len(heads), rounds, per_round, rungs)
     stages.note(f"{len(heads)} heads: at most {most} clips, {steps} steps, each of two forwards or less")
     generator = _Generator(pipe, request, config, stages)
-    memory = _Memory(
-        output.with_name(f"{output.name}l"),
-        {**run_settings(request, objective=objective), "softpag": {**config.to_dict(), "heads": None}},
-    )
+    ranks = ranks or Ranks()
+    settings = {**run_settings(request, objective=objective), "softpag": {**config.to_dict(), "heads": None}}
+    memory = _Memory(output.with_name(f"{output.name}l"), settings, ranks)
 
-    def evaluate(chosen: tuple[str, ...], prompt: int, steps: int) -> float:
-        found = memory.find(chosen, prompt, steps)
-        if found is None:
-            stages.stage(f"{'+'.join(chosen)}, prompt {prompt + 1}, {steps} steps")
-            clip = generator.clip(request.prompts[prompt], request.seed + prompt, chosen, steps)
-            found = float(judge(clip, request.prompts[prompt]))
-            if not np.isfinite(found):
-                raise ConfigError(f"the objective {objective} gave {found} for {chosen}; it must give a finite number")
-            memory.add(chosen, prompt, steps, found)
+    def judged(job: Job) -> float:
+        chosen, prompt, steps = job
+        stages.stage(f"{'+'.join(chosen)}, prompt {prompt + 1}, {steps} steps")
+        clip = generator.clip(request.prompts[prompt], request.seed + prompt, chosen, steps)
+        found = float(judge(clip, request.prompts[prompt]))
+        if not np.isfinite(found):
+            raise ConfigError(f"the objective {objective} gave {found} for {chosen}; it must give a finite number")
         return found
 
-    selected = search(heads, evaluate, rungs, rounds=rounds, per_round=per_round)
+    def prepare(jobs: Sequence[Job]) -> None:
+        ranks.spread([job for job in jobs if job not in memory], judged, memory.add)
+
+    selected = search(heads, lambda *job: memory.find(job), rungs, rounds=rounds, per_round=per_round, prepare=prepare)
+    ranks.close()
     found = FoundHeads(
         output=output, sheet=output.with_suffix(".png"), model=known.name, objective=objective, rounds=tuple(selected),
         clips=len(memory.lines) - 1, steps=sum(line["steps"] for line in memory.lines[1:]),
     )  # fmt: skip
-    with written_whole(output) as temporary:
-        about = {"heads": list(found.heads), "objective": objective, "model": known.name}
+    if ranks.first:
+        _write(found, selected)
+        _show(found, generator, request, model, rungs[-1])
+    return found
+
+
+def _write(found: FoundHeads, selected: Sequence[Round]) -> None:
+    """Write the file for ``softpag.heads``."""
+    with written_whole(found.output) as temporary:
+        about = {"heads": list(found.heads), "objective": found.objective, "model": found.model}
         scores = [score for one in selected for score in one.scores]
         temporary.write_text(json_text({**about, "scores": scores}) + "\n", encoding="utf-8")
-    _show(found, generator, request, model, rungs[-1])
-    return found
 
 
 def _softpag_of(request: Request) -> tuple[SoftPAG, list[Any]]:
@@ -184,39 +194,50 @@ class _Generator:
 
 
 class _Memory:
-    """What was judged: one JSON line a clip, behind one with the search's settings.
+    """What was judged: one JSON line a clip, behind one with the search's settings; the first process writes them.
 
     Raises:
         ConfigError: for lines of another search.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        check_writable(path, "tune's lines")
-        self._path, settings = path, json.loads(json.dumps(settings))
-        self.lines = read_lines(path) or [settings]
-        for name, value in settings.items():
-            if self.lines[0].get(name) != value:
-                raise ConfigError(
-                    f"{path} holds clips of a search with {name} = {self.lines[0].get(name)!r}, this one has "
-                    f"{value!r}; finish that search, or delete the file to start again"
-                )
-        write_lines(path, self.lines)  # without a last line that was cut off
+    def __init__(self, path: Path, settings: dict[str, Any], ranks: Ranks) -> None:
+        self._path, self._first = path, ranks.first
+        self.lines = ranks.shared(lambda: _lines(path, json.loads(json.dumps(settings))))
         self._known = {
-            self._key(line["heads"], line["prompt"], line["steps"]): line["score"] for line in self.lines[1:]
+            self._key((line["heads"], line["prompt"], line["steps"])): line["score"] for line in self.lines[1:]
         }
 
-    def find(self, heads: Sequence[str], prompt: int, steps: int) -> float | None:
-        """Return what a set was worth, in whatever order it was judged, or None."""
-        return self._known.get(self._key(heads, prompt, steps))
+    def __contains__(self, job: Job) -> bool:
+        return self._key(job) in self._known
 
-    def add(self, heads: Sequence[str], prompt: int, steps: int, score: float) -> None:
+    def find(self, job: Job) -> float:
+        """Return what a set was worth, in whatever order its heads were judged."""
+        return self._known[self._key(job)]
+
+    def add(self, job: Job, score: float) -> None:
         """Keep what a set is worth."""
-        self._known[self._key(heads, prompt, steps)] = score
-        self.lines.append({"heads": list(heads), "prompt": prompt, "steps": steps, "score": score})
-        append_line(self._path, self.lines[-1])
+        chosen, prompt, steps = job
+        self._known[self._key(job)] = score
+        self.lines.append({"heads": list(chosen), "prompt": prompt, "steps": steps, "score": score})
+        if self._first:
+            append_line(self._path, self.lines[-1])
 
-    def _key(self, heads: Sequence[str], prompt: int, steps: int) -> tuple[frozenset[str], int, int]:
-        return frozenset(heads), prompt, steps
+    def _key(self, job: Job) -> tuple[frozenset[str], int, int]:
+        return frozenset(job[0]), job[1], job[2]
+
+
+def _lines(path: Path, settings: dict[str, Any]) -> list[Line]:
+    """Return the lines of a search that goes on, or begins; a last line that was cut off is taken out of the file."""
+    check_writable(path, "tune's lines")
+    lines = read_lines(path) or [settings]
+    for name, value in settings.items():
+        if lines[0].get(name) != value:
+            raise ConfigError(
+                f"{path} holds clips of a search with {name} = {lines[0].get(name)!r}, this one has {value!r}; finish "
+                "that search, or delete the file to start again"
+            )
+    write_lines(path, lines)
+    return lines
 
 
 def _show(found: FoundHeads, generator: _Generator, request: Request, model: str | None, rung: Rung) -> None:

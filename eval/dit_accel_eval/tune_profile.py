@@ -6,6 +6,7 @@ queries; other criteria, since which blocks attend to what need not tell which c
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,7 @@ def tune_profile(request: Request, output: Path, *, stages: Stages | None = None
     """Profile the blocks on every prompt and seed, write what was found, and return it.
 
     Beside ``output`` lie a heat map and a contact sheet of the masks. A run that was stopped goes on after the last
-    whole generation.
+    whole generation. Of an image without a mask, in which nothing moves, attention is not told.
 
     Args:
         request: what to generate; its methods are attached, step caches excepted.
@@ -128,26 +129,31 @@ def tune_profile(request: Request, output: Path, *, stages: Stages | None = None
     for path in (output, *pictures.values()):
         check_writable(path, "tune's output")
     request, family, _ = settle(request)
+    mask = None if how.mask is None else read_mask(how.mask)
     settings = run_settings(request, **{**dataclasses.asdict(how), "mask": how.mask and str(how.mask)})
+    if mask is not None:  # which a file of the same name may not be tomorrow
+        settings["mask_pixels"] = hashlib.sha256(repr(mask.shape).encode() + mask.tobytes()).hexdigest()[:12]
     for name in ("threshold", "cached", "criterion"):  # all criteria are measured, and the split is made at the end
         settings.pop(name)
     progress: Progress[Part] = Progress(output, settings, dict, dict)
     stages = stages or Stages(quiet=True)
     stages.note(_cost(request, family, how))
-    described = _watch_all(request, how, progress, stages)
+    described = _watch_all(request, how, mask, progress, stages)
     content = _content(progress.done, how, settings, described)
     with written_whole(output) as temporary:
         temporary.write_text(json_text(content) + "\n", encoding="utf-8")
     write_heat_map(content, pictures["heat-map"])
-    with written_whole(pictures["masks"]) as temporary:
-        _sheet(progress.done).save(temporary)
+    if any(part["masks"] for part in progress.done):
+        with written_whole(pictures["masks"]) as temporary:
+            _sheet(progress.done).save(temporary)
     progress.finish()
     return Profile(output=output, content=content)
 
 
-def _watch_all(request: Request, how: ProfileOptions, progress: Progress[Part], stages: Stages) -> dict[str, Any]:
+def _watch_all(
+    request: Request, how: ProfileOptions, mask: np.ndarray | None, progress: Progress[Part], stages: Stages
+) -> dict[str, Any]:
     """Run what is not done yet, and return what the transformers are: weights, and the names of their blocks."""
-    mask = None if how.mask is None else read_mask(how.mask)
     stages.stage("loading")
     pipe = load_pipeline(request)
     runs = [(prompt, request.seed + number) for prompt in request.prompts for number in range(how.seeds)]
@@ -157,25 +163,35 @@ def _watch_all(request: Request, how: ProfileOptions, progress: Progress[Part], 
                 raise ConfigError(
                     f"tune profile watches every block at every step, and {handler.name} skips some; leave it out"
                 )
+        entries = _described(attachment, find_transformers(pipe))
+        for name, entry in entries.items():
+            if how.cached is not None and how.cached > len(entry["names"]):
+                raise ConfigError(
+                    f"tune profile's cached = {how.cached}, and {name} has {len(entry['names'])} blocks; ask for fewer"
+                )
         for number, (prompt, seed) in enumerate(runs[len(progress.done) :], len(progress.done) + 1):
             stages.stage(f"run {number} of {len(runs)}")
-            profiler = Profiler(attachment, how.queries, seed, mask)
+            profiler = Profiler(attachment, how.queries, seed, mask, how.criterion == "attention")
             with profiler.watching():
                 run(pipe, prompt, dataclasses.replace(request, seed=seed), stages=stages)
             progress.add(_part(prompt, seed, profiler))
         transformers = find_transformers(pipe)
-        found = Profiler(attachment, None, 0, None)
-        entries = {
-            name: {"weights": weights_of(one), "names": [block.name for block in found.blocks(name)]}
-            for name, one in transformers.items()
-        }
-        first = next(iter(transformers))
-        return {"model": resolve_model(first, transformers).name, "transformers": entries}
+        return {"model": resolve_model(next(iter(entries)), transformers).name, "transformers": entries}
+
+
+def _described(attachment: Any, transformers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return each transformer's weights, and the names of its blocks."""
+    found = Profiler(attachment, None, 0, None, False)
+    return {
+        name: {"weights": weights_of(one), "names": [block.name for block in found.blocks(name)]}
+        for name, one in transformers.items()
+    }
 
 
 def _part(prompt: str, seed: int, profiler: Profiler) -> Part:
-    shown = sorted(profiler.masks)
-    shown = [shown[at] for at in sorted({*np.linspace(0, len(shown) - 1, SHOWN_STEPS).round().astype(int).tolist()})]
+    steps = sorted(profiler.masks)
+    places = np.linspace(0, len(steps) - 1, SHOWN_STEPS).round().astype(int).tolist() if steps else []
+    shown = [steps[at] for at in sorted({*places})]
     return {
         "prompt": prompt,
         "seed": seed,
@@ -227,8 +243,6 @@ def _entry(name: str, blocks: int, parts: Sequence[Part], how: ProfileOptions) -
             f"tune profile found nothing to tell {name}'s blocks apart by {how.criterion!r}: no foreground, or too few "
             "steps; show something that moves, or use another criterion"
         )
-    if how.cached is not None and how.cached > blocks:
-        raise ConfigError(f"tune profile's cached = {how.cached}, and {name} has {blocks} blocks; ask for fewer")
     cached, edge = cached_blocks(means[how.criterion].tolist(), how.threshold, how.cached)
     own = {
         (part["prompt"], part["seed"]): _mean(list(_array(found[how.criterion], blocks).T)).tolist()
@@ -283,6 +297,8 @@ def _cost(request: Request, family: Family | None, how: ProfileOptions) -> str:
     sizes = {name: getattr(request, name) for name in ("height", "width", "num_frames", "num_inference_steps")}
     whole = estimate(adapter, family, **sizes)
     tokens = whole.layout.visual_tokens
+    if whole.layout.frames == 1 and how.mask is None:
+        return f"{begin}: {runs * whole.total_flops / 1e12:.3g} TFLOP; attention is not watched, which needs --mask"
     share = 1.0 if how.queries is None else min(1.0, how.queries / tokens)
     added = share * whole.attention_flops / 2 / family.forwards_per_step  # scores alone, and of one branch
     looked = "every query" if share == 1 else f"{how.queries} queries"

@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.sizes import read_sizes
 
 REGISTERS = 8
@@ -51,6 +52,7 @@ AURA_FLOW = Adapter(
     ),
     grid=behind_registers,
     rope="AuraFlow adds learned positions to the patches",
+    joined_text=JoinedText(place="before", registers=REGISTERS),
     families=(AURA_FLOW_03,),
     refused=IMAGE_REFUSED,
 )

@@ -53,6 +53,7 @@ BRIA_FIBO = replace(
         BlockList(pattern="single_transformer_blocks.*", joined=True),
     ),
     signal=None,
+    joined_text="its blocks take text of all layers of the encoder",
     families=(),
 )
 BRIA_FIBO_2 = Adapter(
@@ -62,6 +63,7 @@ BRIA_FIBO_2 = Adapter(
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
     sizes=gated_sizes,
     grid=behind_the_gist,
+    joined_text="its blocks take text of all layers of the encoder",
     refused=IMAGE_REFUSED,
     rope=Z_IMAGE.rope,
 )

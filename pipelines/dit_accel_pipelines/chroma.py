@@ -21,6 +21,7 @@ CHROMA = replace(
     ),
     outer_masks=True,
     signal=None,
+    joined_text="its mask of pairs is made for the prompt",
     families=(
         replace(
             FLUX_DEV,

@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import cogvideox_lengths, eighths
 from dit_accel.adapters.sizes import read_sizes
@@ -98,5 +99,6 @@ COGVIDEOX = Adapter(
             else "this one adds sinusoidal positions to the patches, as CogVideoX-2B does"
         ),
     ),
+    joined_text=JoinedText(place="before"),
     families=with_perturbation(*with_step_caches(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B, COGVIDEOX_15_5B_I2V)),
 )

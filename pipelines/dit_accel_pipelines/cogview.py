@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.sizes import read_sizes
@@ -68,6 +69,7 @@ COGVIEW = Adapter(
         ),
         fitted=("height", "width"),
     ),
+    joined_text=JoinedText(place="before"),
     families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
     refused=IMAGE_REFUSED,
 )
@@ -81,5 +83,6 @@ GLM_IMAGE = replace(
         form="theta",
         axes=lambda config: even(("height", "width"), config["attention_head_dim"] // 2),
     ),
+    joined_text="cached keys of its reference images are those of the prompt alone",
     families=(),
 )

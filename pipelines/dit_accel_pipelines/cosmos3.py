@@ -47,4 +47,5 @@ COSMOS3 = Adapter(
         text=lambda inputs: inputs["und_len"],
         note="sound and actions share the video's time axis and move with it",
     ),
+    joined_text="text, vision and sound are packed into one sequence for the prompt",
 )

@@ -32,5 +32,6 @@ EASYANIMATE = Adapter(
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, text="before", joined=("encoder_hidden_states", "encoder_hidden_states_t5")),
     rope=Rope(owner="rope_embedding", form="theta of a function", parts=("get_3d_rotary_pos_embed",), axes=eighths),
+    joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=(EASYANIMATE_12B,),
 )

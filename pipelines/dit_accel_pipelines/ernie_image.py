@@ -17,6 +17,7 @@ ERNIE_IMAGE = Adapter(
         read_sizes, head_dim=None, width="hidden_size", ffn_dim="ffn_hidden_size", gated=True, patch=(1, 2, 2)
     ),
     grid=partial(latents_grid, frames_axis=None, text="after", joined=("text_bth",)),
+    joined_text="the lengths of its texts come as an input of their own",
     refused=IMAGE_REFUSED,
     rope=Rope(
         owner="pos_embed",

@@ -8,6 +8,7 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.position_ids import ids_grid
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
@@ -85,6 +86,7 @@ FLUX = Adapter(
         form="theta",
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
     ),
+    joined_text=JoinedText(place="before"),
     families=with_perturbation(*with_step_caches(FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX_TINY)),
     refused=IMAGE_REFUSED,
 )

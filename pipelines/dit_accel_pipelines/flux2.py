@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
@@ -71,6 +72,7 @@ FLUX2 = Adapter(
         form="theta",
         axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 2000.0, theta_key="rope_theta"),
     ),
+    joined_text=JoinedText(place="before", alone=("kv_cache",)),
     families=(FLUX2_DEV,),
     refused=IMAGE_REFUSED,
 )
@@ -85,6 +87,7 @@ FLUX3 = Adapter(
     sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
     grid=with_own_references,
     ragged_text=True,
+    joined_text=JoinedText(place="before"),
     refused=IMAGE_REFUSED,
     rope=Rope(
         owner="pos_embed",

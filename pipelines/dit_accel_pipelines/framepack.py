@@ -50,5 +50,6 @@ FRAMEPACK = Adapter(
         form="theta",
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
     ),
+    joined_text="it cuts padded text off, so that rows of two texts would attend apart",
     families=(FRAMEPACK_13B,),
 )

@@ -64,6 +64,7 @@ HIDREAM = Adapter(
         values="matrix",
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0),
     ),
+    joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=(HIDREAM_I1,),
     refused=IMAGE_REFUSED,
 )

@@ -43,6 +43,7 @@ HUNYUAN_IMAGE = Adapter(
         form="theta",
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(64, 64)),
     ),
+    joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=(HUNYUAN_IMAGE_21,),
     refused=IMAGE_REFUSED,
 )

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
 
@@ -73,6 +74,7 @@ HUNYUAN_VIDEO = Adapter(
         form="theta",
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
     ),
+    joined_text=JoinedText(place="after", mask="encoder_attention_mask"),
     families=with_perturbation(*with_step_caches(HUNYUAN_VIDEO_13B)),
     recipes={"radial": RADIAL_HUNYUAN},
 )

@@ -48,5 +48,6 @@ HUNYUAN_VIDEO15 = Adapter(
         form="theta",
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
     ),
+    joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=(HUNYUAN_VIDEO15_480P, HUNYUAN_VIDEO15_720P),
 )

@@ -30,6 +30,7 @@ IDEOGRAM4 = Adapter(
     grid=image_last,
     outer_masks=True,  # padding sees padding, which nobody reads
     rising_timesteps=True,
+    joined_text="text and image are packed into one sequence for the prompt",
     refused=IMAGE_REFUSED,
     rope=Rope(
         owner="rotary_emb",

@@ -27,6 +27,7 @@ PRX = Adapter(
     blocks=(BlockList(pattern="blocks.*"),),
     sizes=partial(read_sizes, layers=("depth",), heads="num_heads", head_dim=None, width="hidden_size", gated=True),
     grid=partial(latents_grid, frames_axis=None, text="before"),
+    joined_text="its text has keys alone, and no stream to lay another beside",
     refused=IMAGE_REFUSED,
     rope=Rope(
         owner="pe_embedder",
@@ -67,6 +68,7 @@ NUCLEUS_IMAGE = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     sizes=expert_sizes,
     grid=image_then_text,
+    joined_text="its text has keys alone, and no stream to lay another beside",
     refused=IMAGE_REFUSED,
     guidance=Guidance(rescales={"NucleusMoE*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=QWEN_IMAGE.rope,

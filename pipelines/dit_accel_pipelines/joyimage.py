@@ -41,6 +41,7 @@ JOY_IMAGE_EDIT = Adapter(
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=joy_sizes,
     grid=items_grid,
+    joined_text="text is packed behind references and padding for the prompt",
     refused=IMAGE_REFUSED,
     guidance=Guidance(rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
@@ -57,6 +58,7 @@ JOY_IMAGE_EDIT_PLUS = Adapter(
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=joy_sizes,
     grid=first_of_list,
+    joined_text="text is packed behind references and padding for the prompt",
     refused=IMAGE_REFUSED,
     guidance=Guidance(rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(

@@ -29,6 +29,7 @@ KREA2 = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),
     grid=text_then_image,
+    joined_text="its blocks take text of several layers of the encoder",
     refused=IMAGE_REFUSED,
     rope=Rope(
         owner="rotary_emb",

@@ -70,6 +70,7 @@ LUMINA2 = Adapter(
         axes=by_config("axes_dim_rope", ("text", "height", "width"), 10000.0),
         max_positions=lengths_of_image("axes_lens"),
     ),
+    joined_text="it cuts padded text off before the blocks, row by row",
     families=(LUMINA_IMAGE_2,),
     refused=IMAGE_REFUSED,
 )

@@ -41,4 +41,5 @@ MINIMAX_H3 = Adapter(
         text=lambda inputs: len(inputs["text_indices"]),
         note="sound shares the video's time axis and moves with it",
     ),
+    joined_text="text, sound and video are packed into one sequence for the prompt",
 )

@@ -57,5 +57,6 @@ MOCHI = Adapter(
         fitted=("height", "width"),
         note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
+    joined_text="its processor attends row by row, and never sees both texts at once",
     families=with_perturbation(*with_step_caches(MOCHI_1)),
 )

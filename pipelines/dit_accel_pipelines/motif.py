@@ -30,4 +30,5 @@ MOTIF_VIDEO = Adapter(
         form="theta",
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
     ),
+    joined_text="text comes in beside the joined attention too, by cross-attention",
 )

@@ -8,6 +8,7 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, fixed_lengths
 from dit_accel.adapters.sizes import read_sizes
@@ -65,6 +66,7 @@ QWEN_IMAGE = Adapter(
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0),
         max_positions=fixed_lengths(height=8192, width=8192),
     ),
+    joined_text=JoinedText(place="before", mask="encoder_hidden_states_mask"),
     families=with_step_caches(QWEN_IMAGE_20B),
     refused=IMAGE_REFUSED,
 )
@@ -90,6 +92,7 @@ QWEN_IMAGE_21 = Adapter(
     sizes=partial(read_sizes, gated=True),
     grid=last_image,
     text_apart=True,
+    joined_text="it attends piece by piece, and caches keys of the prompt alone",
     refused=IMAGE_REFUSED,
     rope=Rope(
         owner="pos_embed",

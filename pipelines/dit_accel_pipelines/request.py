@@ -168,7 +168,10 @@ class Request:
     def beside(self, call: PipelineCall) -> dict[str, Any]:
         """Return what an embedded model's call is made with besides, which a request has no field for."""
         own = dit_accel_assets.model_defaults(self.embedded) if self.embedded else {}
-        return {name: value for name, value in own.items() if name not in ASKED and call.takes(name)}
+        beside = {name: value for name, value in own.items() if name not in ASKED and call.takes(name)}
+        if "true_cfg_scale" in beside and self.guidance_scale is not None:
+            beside["true_cfg_scale"] = self.guidance_scale  # what guides this model by a negative prompt
+        return beside
 
 
 def embedded_name(model: str | None) -> str | None:

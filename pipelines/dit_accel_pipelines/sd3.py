@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.sizes import read_sizes
 
 from .perturbation import with_perturbation
@@ -44,6 +45,7 @@ SD3 = Adapter(
     grid=partial(latents_grid, frames_axis=None, text="after"),
     ragged_text=True,
     rope="SD3 adds sinusoidal positions to the patches",
+    joined_text=JoinedText(place="after"),
     families=with_perturbation(SD3_MEDIUM, SD35_LARGE),
     refused=IMAGE_REFUSED,
 )

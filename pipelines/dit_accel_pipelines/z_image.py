@@ -99,6 +99,7 @@ Z_IMAGE = Adapter(
         axes=by_config("axes_dims", ("text", "height", "width"), 256.0, theta_key="rope_theta"),
         max_positions=lengths_of_image("axes_lens"),
     ),
+    joined_text="it takes texts as a list and packs them with the image",
     families=(Z_IMAGE_TURBO,),
     refused=IMAGE_REFUSED,
 )

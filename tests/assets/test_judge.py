@@ -54,6 +54,25 @@ def test_drawn_clips_pass_at_any_length(frames):
     assert min(scores) >= 0.85
 
 
+def test_closeness_is_continuous_high_for_what_is_drawn_and_falls_where_a_word_is_wrong():
+    asked = world.scene_of(31, 0, height=96, width=96, still=True)
+    drawn = painter.draw(asked, 1)
+    right = judge.judge(drawn, asked)
+    assert right.closeness > 0.85
+    near = [judge.judge(hurt(drawn, amount), asked).closeness for amount in (0.0, 0.1, 0.2, 0.4, 0.8)]
+    assert near == sorted(near, reverse=True)
+    assert len(set(near)) == len(near)  # where the share of passes may stand still
+    thing = asked.things[0]
+    wrong = {
+        "color": next(color for color in world.COLORS if color not in {one.color for one in asked.things}),
+        "texture": next(one for one in world.TEXTURES if one != thing.texture),
+    }
+    for word, value in wrong.items():
+        shown = replace(asked, things=(replace(thing, **{word: value}), *asked.things[1:]))
+        assert judge.judge(painter.draw(shown, 1), asked).closeness < right.closeness - 0.02, word
+    assert judge.judge(np.zeros_like(drawn), asked).closeness < 0.6
+
+
 def test_drawn_pictures_pass_and_are_asked_nothing_that_takes_time():
     scenes = [world.scene_of(31, index, height=96, width=96, still=True) for index in range(16)]
     verdicts = [judge.judge(painter.draw(scene, 1), scene) for scene in scenes]

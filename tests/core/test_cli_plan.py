@@ -99,6 +99,31 @@ def test_blocks_that_a_list_skips():
     assert "names 7 blocks, of which wan2.1-14b lacks 40-44: it has 40, numbered from 0 to 39" in result.stderr
 
 
+def test_rows_that_only_the_foreground_computes():
+    wan = ("--family", "wan2.1-14b", "--set", "dfa.warmup_steps=10", "--set", "dfa.last_steps=0")
+    found = planned(*wan, "--set", "dfa.share=0.25")
+    assert found["dense_share"] == pytest.approx(30 / 50)  # 10, and every second of 40
+    assert found["density"] == pytest.approx(0.25, abs=1e-3)
+    attention = 0.6 + 0.4 * 0.25
+    assert found["planned_attention_flops"] == pytest.approx(attention * found["attention_flops"], rel=1e-3)
+    a = found["attention_share"]
+    assert found["predicted_speedup"] == pytest.approx(1 / (1 - a + a * attention), rel=1e-3)  # the dense kernel's cost
+    assert found["uncounted_methods"] == []
+    strict = planned(*wan, "--set", "dfa.share=0.5", "--set", "dfa.strict=true")
+    assert strict["density"] == pytest.approx(0.25, abs=1e-3)
+    beside = planned(
+        *wan, "--set", "dfa.share=0.5", "--radial", "--set", "radial.dense_steps=0", "--set", "radial.dense_layers=0"
+    )
+    alone = planned(*wan[:2], "--radial", "--set", "radial.dense_steps=0", "--set", "radial.dense_layers=0")
+    assert beside["density"] == pytest.approx(alone["density"] * (0.6 + 0.4 * 0.5), rel=1e-3)
+    assert (
+        "dfa is counted with 0.25 of the visual rows in 20 of 50 steps" in run(*wan, "--set", "dfa.share=0.25").stderr
+    )
+    unset = planned(*wan)
+    assert (unset["uncounted_methods"], unset["predicted_speedup"]) == (["dfa"], 1.0)
+    assert "without dfa.share no row that it leaves out is counted" in run(*wan).stderr
+
+
 def test_a_method_that_corrects_others_is_not_planned_alone():
     result = run("--family", "wan2.1-1.3b", "--delta")
     assert result.exit_code == 2

@@ -9,10 +9,13 @@ from tiny_models import MODELS
 from wan_tiny import denoise, sharp_transformer, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
+from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD, TokenLayout
 from dit_accel.adapters import registry
+from dit_accel.attachment.find import resolve_model
+from dit_accel.estimate.tiles import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
 from dit_accel.methods.attention.dfa import DFA
+from dit_accel.methods.registry import handler_of
 from dit_accel.rules.foreground import foreground, predicted
 from dit_accel.testing.tiny_models import Case
 
@@ -120,8 +123,25 @@ def test_the_mask_is_what_moves_in_the_models_own_prediction(transformer):
     ],
 )
 def test_schedules(transformer, options, drawn):
-    calls, _, _ = steps_of(transformer, DFA(share=0.5, **options), steps=8)
+    config = DFA(share=0.5, **options)
+    calls, _, _ = steps_of(transformer, config, steps=8)
     assert "".join("#" if call.plan.reused is None else "." for call in calls[::3]) == drawn
+    assert config.reusing(8) == {step for step, mark in enumerate(drawn) if mark == "."}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_plan_counts_what_runs_where_the_share_is_set(transformer, strict):
+    """On a model of no released size, whose handler is asked directly."""
+    config = DFA(share=0.25, strict=strict, every=3, warmup_steps=2, last_steps=1)
+    _, _, report = steps_of(transformer, config, steps=9)
+    handler = handler_of(config)(config, resolve_model("transformer", {"transformer": transformer}))
+    saving = handler.estimate(TokenLayout(frames=5, height=4, width=4), 9)
+    found = tiles_left({"dfa": saving}, 9, 3, 80)
+    assert found.rows_alone
+    counted = found.dense_share + (1 - found.dense_share) * found.density
+    assert counted == pytest.approx(sum(step.density for step in report.steps) / 9, abs=0.001)
+    assert saving.counted
+    assert not handler_of(config)(DFA(), handler.model).estimate(TokenLayout(frames=5, height=4, width=4), 9).counted
 
 
 @pytest.mark.parametrize(

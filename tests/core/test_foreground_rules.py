@@ -41,6 +41,19 @@ def test_conditions_beside_the_latents_are_left_out_and_other_shapes_are_none():
     assert predicted(torch.randn(1, 59, 4), torch.randn(1, 59, 4), 0.5, GRID) is None
 
 
+@pytest.mark.parametrize(("before", "after", "text"), [(12, 0, 0), (0, 24, 0), (12, 24, 0), (17, 0, 5), (0, 7, 7)])
+def test_conditions_around_the_grid_are_left_out(before, after, text):
+    """Reference frames and keyframes stand among the latents; text is counted with them and does not."""
+    torch.manual_seed(0)
+    first, last = (before - text if before >= text else 0), (after if before else after - text)
+    x, v = torch.randn(2, 1, first + 60 + last, 3), torch.randn(2, 1, first + 60 + last, 3)
+    own = predicted(*(z[:, 0, first : first + 60] for z in (x, v)), 0.5, GRID)
+    torch.testing.assert_close(predicted(x[:, 0], v[:, 0], 0.5, GRID, before, after), own)
+    if not text:
+        x, v = (z[:, 0].unflatten(1, (-1, 3, 4)) for z in (x, v))
+        torch.testing.assert_close(predicted(x, v, 0.5, GRID, before, after), own)
+
+
 def test_what_moves_is_foreground_and_what_it_uncovers_is_not():
     clean = torch.zeros(1, 9, 8, 8, 3) + torch.rand(8, 8, 3) * 5
     truth = torch.zeros(9, 8, 8, dtype=torch.bool)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, LuminaNextDiT2DModel, PyramidAttentionBroadcastConfig
+from diffusers import LuminaNextDiT2DModel, PyramidAttentionBroadcastConfig
 from torch import nn
 from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
@@ -13,6 +13,9 @@ import dit_accel
 from dit_accel import NAG, ConfigError, FirstBlockCache, LiteAttention, RadialAttention, SoftPAG, StaticCache
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters.joined_text import JoinedText
+from dit_accel.adapters.registry import adapter_for
+from dit_accel.estimate.estimate import estimate
 from dit_accel.methods.guidance.log import UnperturbedRun
 from dit_accel.methods.toml import from_toml, to_toml
 
@@ -195,19 +198,15 @@ def test_beside_a_picture_the_texts_must_be_as_long():
         transformer(**inputs)
 
 
-def test_models_without_cross_attention_are_refused_with_the_reason():
-    torch.manual_seed(0)
-    flux = FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match="to text, and flux has none to change: its text joins the self-attention"):
-        dit_accel.attach(flux, METHOD)
+def test_models_whose_text_can_t_be_told_are_refused_with_the_reason():
     lumina = LuminaNextDiT2DModel(
         sample_size=8, hidden_size=16, num_layers=1, num_attention_heads=2, num_kv_heads=1, cross_attention_dim=16
     )
-    with pytest.raises(ConfigError, match="lumina-next has none to change: its attention to text is gated"):
+    with pytest.raises(ConfigError, match="on lumina-next it can't: its attention to text is gated in the block"):
         dit_accel.attach(lumina, METHOD)
+    wan = adapter_for("WanTransformer3DModel")
+    with pytest.raises(ConfigError, match="on wan it can't: its adapter describes neither; attach it to another"):
+        estimate(dataclasses.replace(wan, cross_attention=None), wan.families[0], methods=[NAG()])
 
 
 def test_adapters_that_describe_it_wrongly():
@@ -215,6 +214,10 @@ def test_adapters_that_describe_it_wrongly():
         CrossAttention(modules="attn2")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cross_attention must be a CrossAttention, or a sentence"):
         Adapter(name="a", transformers=("A",), self_attention=("b",), cross_attention=("attn2",))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="place must be 'before' or 'after', got 'in front'; use one of them"):
+        JoinedText(place="in front")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="joined_text must be a JoinedText, or a sentence"):
+        Adapter(name="a", transformers=("A",), self_attention=("b",), joined_text=3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"looks for the cross-attention blocks\.\*\.text in WanTransformer3DModel"):
         CrossAttention(modules=("blocks.*.text",)).found(tiny_transformer())
 

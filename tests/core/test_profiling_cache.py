@@ -390,14 +390,16 @@ def test_blocks_that_are_not_there(transformer):
         dit_accel.attach(transformer, ProfilingCache(blocks="1"), EasyCache())
 
 
-def test_schedules_longer_than_the_run(transformer):
+def test_schedules_longer_than_the_run_are_refused_before_its_first_block(transformer):
+    counted = Counted(transformer)
     with (
-        dit_accel.attach(transformer, ProfilingCache(blocks="1", refresh=(2, 10), warmup_steps=1)),
+        dit_accel.attach(transformer, ProfilingCache(blocks="0", refresh=(6, 10), warmup_steps=6)),
         pytest.raises(
             ConfigError, match=r"^profilingcache\.refresh lists step 10, and this run has 10 steps, numbered"
         ),
     ):
         denoise(transformer, 10)
+    assert counted.calls == []
 
 
 def test_a_run_whose_length_is_not_known():

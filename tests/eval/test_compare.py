@@ -25,7 +25,7 @@ from dit_accel_eval.paired import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.results import check_lines, read_lines
 from dit_accel_eval.run_progress import progress_of
 from dit_accel_eval.suite import read_suite
-from dit_accel_eval.team import Team
+from dit_accel_pipelines.ranks import Ranks
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -432,13 +432,20 @@ def test_the_command_says_what_it_can_not_do(job, fake, tmp_path, options, messa
     assert fake.made == []
 
 
-def test_a_team_shares_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
-    parts = [Team(rank=rank, size=3, wait=lambda: None).own(range(8)) for rank in range(3)]
+def ranked(rank, count):
+    ranks = Ranks()
+    ranks.rank, ranks.count = rank, count
+    return ranks
+
+
+def test_processes_share_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
+    parts = [ranked(rank, 3).own(range(8)) for rank in range(3)]
     assert sorted(clip for part in parts for clip in part) == list(range(8))
     clips, waited = range(2), []
     for rank in (1, 0):  # the first prepares the file that the others append to, and sorts what they wrote
-        member = Team(rank=rank, size=2, wait=lambda: waited.append(1))
-        monkeypatch.setattr(compare, "team", lambda member=member: member)
+        member = ranked(rank, 2)
+        monkeypatch.setattr(member, "wait", lambda: waited.append(1))
+        monkeypatch.setattr(compare, "Ranks", lambda member=member: member)
         run(job, clips)
     assert len(waited) == 4
     lines = read_lines(job.out)

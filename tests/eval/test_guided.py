@@ -6,7 +6,9 @@ import pytest
 from dit_accel_assets import clips, model_closeness
 from dit_accel_assets.checker import closeness
 from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import read_suite
+from dit_accel_eval.suite import Arm, Suite, read_suite
+
+from dit_accel import PAG
 
 SUITE = """
 version = 2
@@ -47,9 +49,22 @@ def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path, capsys):
     gained = 100 * (lines["pag"]["closeness"] - lines["three"]["closeness"])
     assert f"| pag | 3.0 | 2 | 5.0 | {lines['pag']['score']:.0%} |" in told
     assert f"| three | {gained:+.2f} [" in told
+    assert guided.main([str(path), "sheet", str(tmp_path / "sheet.png")]) == 0
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
     path.write_text(SUITE.replace('layers = ["L3"]', 'layers = ["L4"]'))
     assert guided.main([str(path), "--out", str(out)]) == 2
     assert "holds results of arm 'pag' with methods" in capsys.readouterr().err
+
+
+def test_an_arm_is_held_against_plain_ones_of_its_own_forwards():
+    arms = {name: Arm(name=name, num_inference_steps=1) for name in ("few", "equal", "also", "many")}
+    arms["pag"] = Arm(name="pag", num_inference_steps=1, methods=(PAG(layers="L3"),))
+    suite = Suite(name="s", model="wan-tiny", clips=1, arms=tuple(arms.values()))
+    values = {"few": (5, 0.99), "equal": (10, 0.8), "also": (12, 0.9), "many": (20, 0.95), "pag": (10, 0.7)}
+    lines = [{"arm": name, "forwards": many, "closeness": close} for name, (many, close) in values.items()]
+    assert guided.rival_of(suite, arms["pag"], lines) is arms["also"]
+    dear = [line | {"forwards": 15} if line["arm"] == "pag" else line for line in lines]
+    assert guided.rival_of(suite, arms["pag"], dear) is arms["many"]  # the only one with as many
 
 
 def test_closeness_is_high_for_what_is_drawn_and_falls_where_a_word_is_wrong():

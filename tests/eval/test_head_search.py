@@ -145,7 +145,15 @@ def test_a_search_writes_heads_goes_on_and_generates_nothing_twice(request_of, t
     [
         (dict(rounds=0), r"tune heads needs rounds >= 1, got 0"),
         (dict(halvings=-1), r"tune heads needs halvings >= 0, got -1"),
-        (dict(objective="pickscore"), r"no objective 'pickscore'; known: checker, sharpness, or give module:function"),
+        (dict(objective="pikscore"), r"no objective 'pikscore'; did you mean 'pickscore'.* or give module:function"),
+        (
+            dict(objective="clip=/nowhere"),
+            r"objective 'clip' can't be loaded from '/nowhere': .*; give a folder",
+        ),
+        (
+            dict(objective="clip="),
+            r"the objective 'clip=' names no folder or hub id behind =; give one",
+        ),
         (dict(objective="nowhere:f"), r"the objective nowhere:f can't be imported: No module named 'nowhere'"),
         (dict(objective="objective:f"), r"the objective objective:f can't be imported"),
         (dict(objective="objective:broken"), r"gave nan for \('L0H0',\); it must give a finite number"),

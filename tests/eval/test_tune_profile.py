@@ -6,21 +6,25 @@ import dit_accel_eval
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from dit_accel_eval import tune_profile as module
 from dit_accel_eval.profile_watch import CRITERIA, on_grid
 from dit_accel_eval.tune_profile import tune_profile
 from dit_accel_eval.tuning import tuning_request
 from dit_accel_pipelines.generate import run
 from dit_accel_pipelines.loading import load_pipeline
+from dit_accel_pipelines.progress import Stages
 from dit_accel_pipelines.request import settle
 from PIL import Image
 from typer.testing import CliRunner
+from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, LiteAttention, RadialAttention
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.cli import registry
 from dit_accel.cli.app import app
+from dit_accel.methods.caches.profile_file import weights_of
 from dit_accel.methods.caches.profiling import ProfilingCache
 from dit_accel.rules.foreground import foreground, predicted
 from dit_accel.rules.ranking import foreground_ratio
@@ -28,6 +32,7 @@ from dit_accel.testing.everything import planned
 
 PROMPTS = ("a red circle moving right", "a blue square moving up")
 STEPS = 5
+SMALL = dict(height=48, width=48, num_inference_steps=4)
 
 
 def request(*methods, prompts=PROMPTS[:1], **changes):
@@ -198,6 +203,25 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, profiled):
     assert not list(tmp_path.glob("*.progress.json"))
 
 
+def test_both_experts_of_wan_2_2_are_measured(tmp_path):
+    """What is measured of the second expert begins at its second step; ProfilingCache reads both lists."""
+    parts = dict(load_pipeline(settle(request())[0]).components)
+    models = [tiny_transformer(seed, text_dim=parts["transformer"].config.text_dim) for seed in (0, 5)]
+    parts |= dict(zip(("transformer", "transformer_2"), models, strict=True))
+    pipe = WanPipeline(**{**parts, "scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0)}, boundary_ratio=0.6)
+    pipe.save_pretrained(tmp_path / "model")
+    asked = request(model=str(tmp_path / "model"), num_inference_steps=10)
+    content = tune_profile(asked, tmp_path / "profile.json", cached=2).content
+    assert [*content["transformers"]] == ["transformer", "transformer_2"]
+    for model, entry, known in zip(models, content["transformers"].values(), (range(1, 6), range(7, 10)), strict=True):
+        assert entry["weights"] == weights_of(model)
+        for row in entry["by_step"]["error"]:
+            assert [step for step, value in enumerate(row) if value is not None] == [*known]
+    with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "profile.json"), every=2)) as attachment:
+        run(pipe, PROMPTS[0], settle(asked)[0])
+        assert [*attachment.report().section("profilingcache").data["cached"]] == ["transformer", "transformer_2"]
+
+
 @pytest.mark.parametrize("methods", [
     (RadialAttention(block_size=16, dense_steps=0),), (LiteAttention(block_size=16, dense_steps=0, threshold=-1.0),),
 ])  # fmt: skip
@@ -214,6 +238,14 @@ def test_a_mask_of_the_users(tmp_path):
     Image.fromarray(picture).save(tmp_path / "mask.png")
     found = tune_profile(request(), tmp_path / "own.json", mask=tmp_path / "mask.png").content
     assert found["runs"][0]["foreground"] == [2 / 16] * STEPS
+    told = found["settings"]["mask_pixels"]
+    asked, output = request(num_inference_steps=2), tmp_path / "four.json"
+    Image.fromarray(picture.T.copy()).save(tmp_path / "mask.png")
+    output.with_name("four.json.progress.json").write_text(
+        json.dumps({"version": 1, "settings": {**found["settings"], "num_inference_steps": 2}, "prompts": []})
+    )
+    with pytest.raises(ConfigError, match=rf"holds progress of a run with mask_pixels = '{told}', this one has"):
+        tune_profile(asked, output, mask=tmp_path / "mask.png")
     Image.fromarray(picture[:, :24]).save(tmp_path / "narrow.png")
     with pytest.raises(
         ConfigError, match=r"^the mask has 32 x 24 pixels, and the run 4 x 4 tokens a frame; give one of"
@@ -222,6 +254,35 @@ def test_a_mask_of_the_users(tmp_path):
     Image.fromarray(np.zeros_like(picture)).save(tmp_path / "black.png")
     with pytest.raises(ConfigError, match=r"^the mask .*black\.png is black all over; draw the foreground in white"):
         tune_profile(request(), tmp_path / "three.json", mask=tmp_path / "black.png")
+
+
+def test_an_image_without_a_mask_goes_without_attention(tmp_path, monkeypatch):
+    said: list[str] = []
+    asked = request(model="flux-tiny", prompts=("a green ring on a navy background",), num_frames=None, **SMALL)
+    stages = Stages(quiet=True)
+    monkeypatch.setattr(stages, "note", said.append)
+    found = tune_profile(asked, tmp_path / "own.json", cached=4, stages=stages).content
+    assert said[0].endswith("TFLOP; attention is not watched, which needs --mask")
+    entry = found["transformers"]["transformer"]
+    assert entry["names"] == [f"transformer_blocks.{i}" for i in range(4)] + [
+        f"single_transformer_blocks.{i}" for i in range(8)
+    ]
+    assert entry["scores"]["attention"] == [None] * 12
+    assert all(score > 0 for name in ("delta", "error") for score in entry["scores"][name])
+    assert len(entry["cached"]) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own-heat-map.png", "own.json"]
+    pipe = load_pipeline(settle(asked)[0])
+    with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "own.json"), every=2, warmup_steps=1)) as attached:
+        run(pipe, asked.prompts[0], settle(asked)[0])
+        assert attached.report().section("profilingcache").data["computed_blocks"] < 1
+    with pytest.raises(ConfigError, match=r"by what moves, and an image does not; give --mask, or use --criterion"):
+        tune_profile(asked, tmp_path / "two.json", criterion="attention")
+    picture = np.zeros((48, 48), np.uint8)
+    picture[16:32, :16] = 255
+    Image.fromarray(picture).save(tmp_path / "mask.png")
+    found = tune_profile(asked, tmp_path / "two.json", criterion="attention", mask=tmp_path / "mask.png").content
+    assert found["runs"][0]["foreground"] == pytest.approx([1 / 9] * 4)
+    assert all(0 <= score <= 1 for score in found["transformers"]["transformer"]["scores"]["attention"])
 
 
 def test_masks_on_the_tokens_grid():
@@ -254,7 +315,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^tune profile watches every block at every step, and easycache skips some"):
         tune_profile(request(EasyCache()), tmp_path / "own.json")
     with pytest.raises(ConfigError, match=r"^tune profile's cached = 7, and transformer has 6 blocks; ask for fewer"):
-        tune_profile(request(num_inference_steps=2), tmp_path / "own.json", cached=7)
+        tune_profile(request(), tmp_path / "own.json", cached=7)
+    assert not list(tmp_path.glob("*.progress.json"))  # before anything ran
 
 
 def test_the_command(monkeypatch, tmp_path):

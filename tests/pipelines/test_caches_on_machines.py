@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from wan_tiny import generate
 
 import dit_accel
-from dit_accel import DBCache, EasyCache, FirstBlockCache, RadialAttention, StaticCache
+from dit_accel import DFA, DBCache, DBPrune, EasyCache, FirstBlockCache, ProfilingCache, RadialAttention, StaticCache
 
 ALWAYS = dict(threshold=1e9, warmup_steps=3, last_steps=1, max_consecutive=1, predictor="taylor")
 RADIAL = RadialAttention(decay_factor=0.2, near="half", sink=False, block_size=16, dense_steps=1, dense_layers=0)
@@ -20,6 +20,8 @@ STEP_CACHES = {
 BLOCK_CACHES = {
     "firstblockcache": FirstBlockCache(**ALWAYS),
     "dbcache": DBCache(first_blocks=1, last_blocks=1, **ALWAYS),
+    "profilingcache": ProfilingCache(blocks="0, 2", every=2, warmup_steps=2, last_steps=1, predictor="taylor"),
+    "dbprune": DBPrune(first_blocks=1, **ALWAYS),
 }
 CACHES = {**STEP_CACHES, **BLOCK_CACHES}
 STEPS = 8
@@ -72,6 +74,40 @@ def test_a_cache_adds_no_graph(make_pipe, fresh_graphs, name, how, when):
         generate(pipe, num_inference_steps=STEPS)
         assert fresh_graphs() == 2
         assert drawn(attachment, name) == DRAWN
+
+
+FOREGROUND = DFA(every=2, warmup_steps=3, last_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("how", "when", "methods"),
+    [
+        ("blocks", "before", (FOREGROUND,)),
+        ("compile", "after", (RADIAL, FOREGROUND)),
+        pytest.param("blocks", "after", (RADIAL, FOREGROUND), marks=pytest.mark.slow),
+        pytest.param("compile", "before", (FOREGROUND,), marks=pytest.mark.slow),
+        pytest.param("torch.compile", "before", (RADIAL, FOREGROUND), marks=pytest.mark.slow),
+    ],
+)
+def test_the_foreground_alone_adds_no_graph(make_pipe, fresh_graphs, how, when, methods):
+    """Full steps, and those in which some rows attend, run the one graph of planned calls, whatever the rows."""
+    with dit_accel.attach(pipe := make_pipe(), *methods) as attachment:
+        expected = generate(pipe, num_inference_steps=STEPS)
+        eager = attachment.report()
+    pipe = make_pipe()
+    if when == "before":
+        compile_as(pipe, how)
+    with dit_accel.attach(pipe, *methods) as attachment:
+        if when == "after":
+            compile_as(pipe, how)
+        for _ in range(2):
+            torch.testing.assert_close(generate(pipe, num_inference_steps=STEPS), expected, rtol=1e-4, atol=1e-4)
+            assert fresh_graphs() == 1
+        report = attachment.report()
+    assert [step.density for step in report.steps] == pytest.approx([step.density for step in eager.steps])
+    shares = [entry["foreground"] for entry in report.section("dfa").data["foreground"]]
+    assert len({*shares}) > 1
+    assert all(0 < share < 1 for share in shares)
 
 
 def compile_as(pipe, how):
@@ -165,7 +201,7 @@ def test_quantised_weights(make_pipe, name):
             for part in ("to_q", "to_k", "to_v"):
                 setattr(owner, part, Quantised.of(getattr(owner, part)))
     plain = generate(pipe, num_inference_steps=STEPS)
-    neutral = {"every": 1} if name == "staticcache" else {"threshold": 0.0}
+    neutral = {"every": 1} if name in ("staticcache", "profilingcache") else {"threshold": 0.0}
     assert torch.equal(made(pipe, dataclasses.replace(CACHES[name], **neutral))[0], plain)
     out, steps = made(pipe, CACHES[name])
     assert steps == DRAWN

@@ -12,6 +12,7 @@ from dit_accel_pipelines.wan import WAN
 
 from dit_accel import ConfigError, DeltaAttention, SparseD
 from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.adapters.rope import Rope
 from dit_accel.cli.method_options import select_methods
@@ -101,8 +102,9 @@ def test_every_family_is_consistent(name):
             ):
                 estimate(adapter, family, methods=[config_type()])
             continue
-        if name == "nag" and not isinstance(adapter.cross_attention, CrossAttention):
-            with pytest.raises(ConfigError, match=r"nag acts on the cross-attention to text, and .* has none"):
+        text = adapter.cross_attention or adapter.joined_text
+        if name == "nag" and not isinstance(text, CrossAttention | JoinedText):
+            with pytest.raises(ConfigError, match=r"nag lays a negative text beside the prompt, .* it can't: "):
                 estimate(adapter, family, methods=[config_type()])
             continue
         if name in GUIDED and name not in {**adapter.recipes, **family.recipes}:
@@ -115,7 +117,7 @@ def test_every_family_is_consistent(name):
         assert 0 < found.pair_density <= 1
         assert (found.pair_density < 1) == (name in THINNING)
         assert saving.counted == (
-            name in THINNING | STATIC | LONGER | {*GUIDED, "nag", "profilingcache"}
+            name in THINNING | STATIC | LONGER | {*GUIDED, "profilingcache", "nag"}
         )  # which save nothing at the trained size, as is known
         assert (saving.forwards > 0) == (name in STATIC)
         assert (saving.exact_rows > 0) == (name == "delta")

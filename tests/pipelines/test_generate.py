@@ -136,6 +136,14 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
     assert name in registry.families()
 
 
+def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_has_no_other(tmp_path: Path):
+    asked, _, _ = settle(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
+    call = PipelineCall.of(pipeline_class(read_model_files(asked.source)))
+    assert asked.beside(call)["true_cfg_scale"] == model_defaults("flux-tiny")["true_cfg_scale"]
+    off = dataclasses.replace(asked, guidance_scale=1.0)
+    assert off.beside(call)["true_cfg_scale"] == 1.0
+
+
 def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, monkeypatch):
     own = {**model_defaults("wan-tiny"), "max_sequence_length": 7, "true_cfg_scale": 3.0}
     monkeypatch.setattr("dit_accel_assets.model_defaults", lambda name: own)

@@ -139,5 +139,9 @@ def test_a_plan_says_what_it_costs():
     told = " ".join((result.stdout + result.stderr).split())
     assert "nag computes the cross-attention of the conditional forward twice in 50 steps" in told
     result = CliRunner().invoke(app, ["plan", "--family", "flux.1-dev", "--nag"])
+    assert result.exit_code == 0, result.stderr
+    told = " ".join((result.stdout + result.stderr).split())
+    assert "nag runs the conditional forward for two texts in 28 steps, as dear as a forward more in each" in told
+    result = CliRunner().invoke(app, ["plan", "--family", "mochi-1", "--nag"])
     assert result.exit_code != 0
-    assert "its text joins the self-attention" in " ".join(result.stderr.split())
+    assert "on mochi it can't: its processor attends row by row" in " ".join(result.stderr.split())

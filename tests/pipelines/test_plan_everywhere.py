@@ -10,6 +10,7 @@ from dit_accel_pipelines import ADAPTERS
 
 from dit_accel import ConfigError
 from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rope import Rope
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.sizes import pixel_multiples
@@ -30,8 +31,10 @@ SMALL = {
 }
 REFUSALS = (
     r"makes? no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of|"
-    r"would mix|has none to change|both change the rotary frequencies|and lite takes all of them"
+    r"would mix|has none to change|lays a negative text beside the prompt, .* it can't|"
+    r"both change the rotary frequencies|and lite takes all of them"
 )
+TOLD = CrossAttention | JoinedText
 SPARSE = {"radial", "sol", "lite", "sparsed", "lvsa"}
 BLOCK_CACHES = ("dbcache", "dbprune", "firstblockcache", "profilingcache")
 APART = ({"rope", "ultraimage"}, {"lite", "dfa"}, *({"slg", name} for name in BLOCK_CACHES))
@@ -59,12 +62,12 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(adapter, family)
         exclusive = [handlers()[name].exclusive for name in names]
         alike = len(exclusive) == 2 and exclusive[0] & exclusive[1]
         unsaid = "teacache" in names and adapter.signal is None
-        joint = "nag" in names and not isinstance(adapter.cross_attention, CrossAttention)
+        untold = "nag" in names and not isinstance(adapter.cross_attention or adapter.joined_text, TOLD)
         if (
             any(name in adapter.refused for name in names)
             or alike
             or unsaid
-            or joint
+            or untold
             or any(pair <= set(names) for pair in APART)
             or without_positions(adapter) & set(names)
             or ("delta" in names and not SPARSE & set(names))

@@ -22,7 +22,7 @@ from ...report.sections import Section
 from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
-from ..saving import Saving
+from ..saving import Saving, TileSaving
 from ..site import ForwardContext, Site, made_tensor
 
 
@@ -81,6 +81,29 @@ class DFA(MethodConfig):
             )
         return math.ceil(round(self.warmup_steps * (count or 0), 9)) if share else int(self.warmup_steps)
 
+    def is_full(self, index: int, count: int | None, since: int) -> bool:
+        """Tell whether a step is full by the schedule alone.
+
+        Args:
+            index: the step's, from 0.
+            count: steps of the run; None: not known.
+            since: computed steps since the last full one.
+
+        Raises:
+            ConfigError: if that needs the number of steps, which is not known.
+        """
+        last = count is not None and index >= count - self.last_steps
+        return index < self.first_steps(count) or last or since >= self.every - 1
+
+    def reusing(self, count: int) -> frozenset[int]:
+        """Return the steps of a run of ``count`` that are not full, where every step is computed."""
+        found, since = set(), self.every
+        for index in range(count):
+            full = self.is_full(index, count, since)
+            since = 0 if full else since + 1
+            found |= set() if full else {index}
+        return frozenset(found)
+
 
 class DFAHandler(AttentionHandler):
     """DFA on one model: it measures what moves around forwards, and plans which rows attend."""
@@ -97,6 +120,7 @@ class DFAHandler(AttentionHandler):
         self._masks: dict[str, tuple[TokenLayout, Tensor]] = {}  # transformer -> grid and what moves, bool [F, Y, X]
         self._rows: dict[tuple[str, TokenLayout], tuple[Tensor, Tensor]] = {}  # computed rows, as numbers and as bool
         self._step = (-1, "")  # the step that is settled, and the branch that leads it
+        self._transformer = ""
         self._reuse = False
         self._since = 0
         self._peak = 0
@@ -135,11 +159,14 @@ class DFAHandler(AttentionHandler):
 
     def _settle(self, context: ForwardContext) -> bool:
         """Decide whether a step is full, at its first branch; return whether this is that one."""
+        if context.transformer != self._transformer:
+            self.reset()  # what another expert gave says nothing of this one
+            self._transformer = context.transformer
         if self._step[0] == context.step_index:
             return self._step[1] == context.branch
-        settings, count, index = self.settings, context.num_inference_steps, context.step_index
-        full = index < settings.first_steps(count) or (count is not None and index >= count - settings.last_steps)
-        full = full or self._since >= settings.every - 1 or context.transformer not in self._masks
+        index = context.step_index
+        full = self.settings.is_full(index, context.num_inference_steps, self._since)
+        full = full or context.transformer not in self._masks
         self._reuse, self._since = not full, 0 if full else self._since + 1
         self._step = index, context.branch
         return True
@@ -159,20 +186,21 @@ class DFAHandler(AttentionHandler):
         if share in (0, 1):
             mask = torch.full(grid, bool(share), device=x.device)
         else:
-            moved = self._moved(context, x.detach(), v.detach(), grid)
+            moved = self._moved(context, x.detach(), v.detach(), layout)
             edge = otsu(moved) if share is None else moved.flatten().quantile(1 - share)
             mask = moved > edge
         self._masks[name] = layout, mask
         self._rows.clear()
         self._shares.append({"step_index": context.step_index, "transformer": name, "foreground": mask.float().mean()})
 
-    def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        grid = layout.frames, layout.height, layout.width
         if context.sigma is None or not 0 <= context.sigma <= 1:
             raise ConfigError(
                 f"dfa reads the foreground off a flow model's prediction, and the scheduler tells the noise level "
                 f"{context.sigma}; use a flow-matching scheduler, or a method on whole steps such as EasyCache"
             )
-        clean = predicted(x, v, context.sigma, grid)
+        clean = predicted(x, v, context.sigma, grid, layout.text_before, layout.text_after)
         if clean is None:
             raise ConfigError(
                 f"dfa can't lay what {context.transformer} predicts, {list(v.shape)} of {list(x.shape)}, on its "
@@ -218,7 +246,7 @@ class DFAHandler(AttentionHandler):
         self._outputs.clear()
         self._masks.clear()
         self._rows.clear()
-        self._step, self._reuse, self._since = (-1, ""), False, 0
+        self._transformer, self._step, self._reuse, self._since = "", (-1, ""), False, 0
 
     def begin_run(self) -> None:
         """Forget what was done."""
@@ -240,13 +268,20 @@ class DFAHandler(AttentionHandler):
         return Section(method="dfa", title=title, data={"foreground": found})
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return nothing that is counted, and what is held of a model of known sizes."""
-        family = self.model.family
-        if self.settings.every == 1 or family is None:
-            return Saving(counted=self.settings.every == 1)
-        width = family.heads * family.head_dim * family.layers * family.forwards_per_step
-        return Saving(
-            counted=False,
-            carried_bytes=2 * layout.tokens * width,
-            notes=("what moves is known only while dfa runs; no row that it leaves out is counted",),
+        """Return the rows that are left out where their share is set, and what is held of a model of known sizes."""
+        settings, family = self.settings, self.model.family
+        reusing = settings.reusing(steps)
+        if not reusing or settings.share == 1:
+            return Saving()
+        held = family.heads * family.head_dim * family.layers * family.forwards_per_step if family else 0
+        carried = 2 * layout.tokens * held
+        if settings.share is None:
+            note = "what moves is known only while dfa runs; without dfa.share no row that it leaves out is counted"
+            return Saving(counted=False, carried_bytes=carried, notes=(note,))
+        left = settings.share**2 if settings.strict else settings.share
+        rows = TileSaving(tiles=None, active=lambda step, layer: step in reusing, keep=lambda share: share * left)
+        note = (
+            f"dfa is counted with {settings.share:g} of the visual rows in {len(reusing)} of {steps} steps; beside "
+            "tile lists more rows are computed, since a tile is computed whole"
         )
+        return Saving(tiles=rows, carried_bytes=carried, notes=(note,))

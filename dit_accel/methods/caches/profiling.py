@@ -148,6 +148,17 @@ class ProfilingCache(StepCacheConfig):
         lists = {option: self.blocks, "profilingcache.blocks_2": self.blocks_2}
         return tuple(read_numbers(blocks, name) for name, blocks in lists.items() if blocks is not None)
 
+    def transformers(self) -> tuple[str, ...]:
+        """Return the transformers that have lists of their own; any one where all have the same.
+
+        Raises:
+            ConfigError: for a profile that can't be read.
+        """
+        if not self._from_file:
+            return ("transformer",)
+        assert isinstance(self.blocks, str)
+        return tuple(read_profile(self.blocks, "profilingcache.blocks")["transformers"])
+
     def refreshes(self, group: int, index: int, count: int | None) -> bool:
         """Tell whether the blocks of a group run at a step.
 
@@ -265,13 +276,12 @@ class ProfilingHandler(SpanHandler):
         return stored and not self.settings.refreshes(group, step.step_index, step.num_inference_steps)
 
     def _must_compute(self, context: Any, decider: Any) -> str | None:
-        why = super()._must_compute(context, decider)
         groups = {*self._groups[context.transformer].values()}
-        if why is None and all(
+        refreshed = [  # asked first, so that a list that is too long is refused at the first step
             self.settings.refreshes(group, context.step_index, context.num_inference_steps) for group in groups
-        ):
-            why = "refreshed"
-        return why
+        ]
+        why = super()._must_compute(context, decider)
+        return "refreshed" if why is None and all(refreshed) else why
 
     def _new_history(self, shapes: Any) -> History:
         assert self._start is not None
@@ -290,10 +300,26 @@ class ProfilingHandler(SpanHandler):
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the blocks that the lists skip, and what is stored of a model of known sizes."""
         settings, family = self.settings, self.model.family
-        groups = settings.groups()
+        lists = [settings.groups(name) for name in settings.transformers()]
         if family is not None:
-            for blocks in groups:
+            for blocks in (blocks for groups in lists for blocks in groups):
                 require_there(blocks, "profilingcache.blocks", family.name, family.layers)
+        rows = family.forwards_per_step if family and settings.branches == "all" else 1
+        width = family.heads * family.head_dim if family else 0
+        spans = max(sum(len(block_schedule.runs_of(blocks)) for blocks in groups) for groups in lists)
+        held = 2 * rows * spans * settings.kept_points * layout.tokens * width  # bytes of bfloat16
+        note = (
+            f"profilingcache.blocks has {len(lists)} lists, and how long each runs is not known: their mean is counted"
+        )
+        return Saving(
+            blocks=rows * sum(self._skipped(groups, steps) for groups in lists) / len(lists),
+            carried_bytes=0 if settings.offload == "cpu" else held,
+            notes=(note,) if len(lists) > 1 else (),
+        )
+
+    def _skipped(self, groups: tuple[tuple[int, ...], ...], steps: int) -> int:
+        """Return how many blocks the lists of one transformer skip over a run."""
+        settings = self.settings
         skipped = in_a_row = skips = 0
         for index in range(steps):
             must = index == 0 or settings.always_computed(index, steps) or settings.most_skipped(in_a_row, skips)
@@ -301,8 +327,4 @@ class ProfilingHandler(SpanHandler):
             reused = not must and blocks > 0
             skipped += blocks if reused else 0
             in_a_row, skips = (in_a_row + 1, skips + 1) if reused else (0, skips)
-        rows = family.forwards_per_step if family and settings.branches == "all" else 1
-        spans = sum(len(block_schedule.runs_of(blocks)) for blocks in groups)
-        width = family.heads * family.head_dim if family else 0
-        held = 2 * rows * spans * settings.kept_points * layout.tokens * width  # bytes of bfloat16
-        return Saving(blocks=rows * skipped, carried_bytes=0 if settings.offload == "cpu" else held)
+        return skipped

@@ -1,42 +1,46 @@
-"""NAG: cross-attention led away from what a negative text gives, within the one conditional forward."""
+"""NAG: attention led away from what a negative text gives, within the one conditional forward."""
 
-import contextlib
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor, cat, nn
+from torch import Tensor
 
 from ...adapters.cross_attention import CrossAttention
+from ...adapters.joined_text import JoinedText
 from ...errors import ConfigError
+from ...plan.call import Call
+from ...plan.context import CallContext, StepContext
 from ...plan.layout import TokenLayout
+from ...plan.plan import AttentionPlan
 from ...report.sections import Section
-from ...rules.guidance import normalized
-from ..base import Handler, Model, Phase, Place
+from ..base import AttentionHandler, Model, Phase, Place
 from ..caches.engine import is_recorded
 from ..config import MethodConfig
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .config import WindowedConfig
 from .log import UnperturbedRun
-from .negative_text import NegativeText, encoded
+from .nag_cross import CrossText
+from .nag_joined import BesideText
+from .negative_text import encoded
 from .parts import Parts, rows_in
-from .passes import Rows
-from .rows import rows_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NAG(WindowedConfig):
-    """Leads cross-attention away from what a negative text gives, without a forward of its own; also at guidance 1.
+    """Leads attention away from what a negative text gives, also at guidance 1.
 
-    Z+ is the output of a cross-attention, before its output projection, with the prompt and Z- with the negative text.
+    Z+ is the output of an attention, before its output projection, with the prompt and Z- with the negative text.
     G = s Z+ - (s - 1) Z- is cut down to at most tau times Z+'s length in L1, token by token; Z+ becomes
-    alpha G + (1 - alpha) Z+.
+    alpha G + (1 - alpha) Z+. Cross-attention runs on both texts, without a forward of its own. Where text joins the
+    self-attention, the negative text is a stream beside the prompt's and all other tokens are led: a row more for each
+    conditional one, as dear as a further forward.
 
     Source: NAG (arXiv 2505.21179). Where we depart from it: in image-to-video models, whose cross-attention adds what
-    it takes from pictures, that part is in Z+ and Z- alike, and in their lengths.
+    it takes from pictures, that part is in Z+ and Z- alike, and in their lengths; in joined attention both texts are
+    modulated by the prompt's pooled embedding, as its code for SD3 does, on FLUX.1 too.
 
     Attributes:
         scale: s >= 1; 1 changes nothing.
@@ -82,48 +86,19 @@ class NAG(WindowedConfig):
         return values
 
 
-class _Guided:
-    """What one transformer's cross-attention is led away from while a forward runs.
-
-    Attributes:
-        text: the negative text.
-        on: a guided forward runs.
-        rows: its conditional rows; None: all.
-        tokens: tokens of its prompt.
-        calls: guided calls of cross-attention since the run began.
-    """
-
-    def __init__(self, text: NegativeText) -> None:
-        self.text = text
-        self.on = False
-        self.rows: Rows = None
-        self.tokens = 0
-        self.calls = 0
-
-    @contextlib.contextmanager
-    def guiding(self, rows: Rows, tokens: int) -> Iterator[None]:
-        """Lead what runs inside away from the negative text."""
-        self.on, self.rows, self.tokens = True, rows, tokens
-        try:
-            yield
-        finally:
-            self.on = False
-            self.text.forget()
-
-
-class NAGHandler(Handler):
+class NAGHandler(AttentionHandler):
     """NAG on one model."""
 
     config_type = NAG
     phase = Phase.GUIDANCE
-    places = frozenset({Place.FORWARD, Place.CROSS_ATTENTION})
+    places = frozenset({Place.FORWARD, Place.TEXT})
     settings: NAG
 
     def __init__(self, config: NAG, model: Model) -> None:
         super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
         self._parts = Parts()
         self._embeds: Tensor | None = self.settings.negative_embeds
-        self._guided: list[_Guided] = []
+        self._texts: dict[str, CrossText | BesideText] = {}
         self._log: list[tuple[int, str]] = []
         self._seen = 0
         self._steps: int | None = None
@@ -134,35 +109,51 @@ class NAGHandler(Handler):
         """Whether the settings change nothing."""
         return self.settings.scale == 1 or self.settings.alpha == 0
 
+    @property
+    def _joined(self) -> JoinedText | None:
+        """Where the model's text joins the self-attention; None: it comes in by cross-attention."""
+        where = self.model.adapter.joined_text
+        crossed = isinstance(self.model.adapter.cross_attention, CrossAttention)
+        return where if isinstance(where, JoinedText) and not crossed else None
+
     def install(self, site: Site) -> None:
-        """Run around every forward, around what projects the text, and around the cross-attention.
+        """Run around every forward, and around what attends to the text.
 
         Raises:
             ConfigError: without a negative text, or if something is compiled around the cross-attention.
         """
+        where = self._joined or site.adapter.cross_attention
+        assert not isinstance(where, (str, type(None)))
+        prompt = self.settings.negative_prompt
         if self._embeds is None:
-            if self.settings.negative_prompt is None:
+            if prompt is None:
                 raise ConfigError(
                     "nag leads away from a text, and none is set; set nag.negative_prompt, such as 'blurry, low "
                     "quality', or nag.negative_embeds"
                 )
-            self._embeds = encoded(site, self.settings.negative_prompt)
-        where = site.adapter.cross_attention
-        assert isinstance(where, CrossAttention)
-        projection = where.projecting(site.transformer)
-        guided = _Guided(NegativeText(self._embeds, projection is not None, site.name))
-        self._guided.append(guided)
-        if projection is not None:
-            site.around_module(
-                projection,
-                lambda run, args, kwargs: guided.text.project(run, args, kwargs) if guided.on else run(*args, **kwargs),
-            )
-        for name, module in where.found(site.transformer).items():
-            site.around_module(module, self._around_attention(site, guided, name, module))
-        site.around_forward(lambda context, run: self._around(site, where, guided, context, run))
+            padded = isinstance(where, JoinedText) and where.mask is None
+            self._embeds = encoded(site, prompt, padded=padded)
+        if isinstance(where, JoinedText):
+            again = None if prompt is None else lambda tokens: encoded(site, prompt, padded=True, tokens=tokens)
+            text = BesideText(site, where, self._embeds, self.settings, again)
+        else:
+            text = CrossText(site, where, self._embeds, self.settings)
+        self._texts[site.name] = text
+        site.around_forward(lambda context, run: self._around(site, text, context, run))
+
+    def is_active(self, step: StepContext, depth: int) -> bool:
+        """Whether a guided forward runs whose text joins the self-attention."""
+        text = self._texts.get(step.transformer)
+        return isinstance(text, BesideText) and text.on
+
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        """Lead the prompt's rows away from those of the negative text."""
+        text = self._texts[context.transformer]
+        assert isinstance(text, BesideText)
+        return text.plan(plan, context)
 
     def _around(
-        self, site: Site, where: CrossAttention, guided: _Guided, context: ForwardContext, run: Callable[..., Any]
+        self, site: Site, text: CrossText | BesideText, context: ForwardContext, run: Callable[..., Any]
     ) -> Any:
         """Run a forward; guided, if it is conditional."""
         latents = context.inputs[site.adapter.latents]
@@ -178,74 +169,18 @@ class NAGHandler(Handler):
         part = "cond" if "/" in context.branch else self._parts.of(site, context, latents)
         if part == "uncond":
             return run()
-        prompt = guided.text.require_like(context.inputs.get(where.text))
-        calls = guided.calls
-        with guided.guiding(rows_in(site, part, len(latents), "cond"), prompt.shape[1]):
-            out = run()
-        if guided.calls > calls:  # else a cache skipped it
+        calls = text.calls
+        out = text.guided(context, rows_in(site, part, len(latents), "cond"), run)
+        if text.calls > calls:  # else a cache skipped it
             self._log.append((context.step_index, context.branch))
         return out
-
-    def _around_attention(self, site: Site, guided: _Guided, name: str, module: Any) -> Callable[..., Any]:
-        """Return what runs in place of a cross-attention: itself with the negative text, then with the prompt."""
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-
-        def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            if not guided.on:
-                return run(*args, **kwargs)
-            _require_uncached(name, module)
-            given, rows = {**dict(zip(names, args, strict=False)), **kwargs}, guided.rows
-            if rows is not None:
-                given = rows_of(given, *rows)
-            given["encoder_hidden_states"] = guided.text.beside(given["encoder_hidden_states"], guided.tokens)
-            if "attention_mask" in given:  # it is the prompt's; the negative text has no padding
-                given["attention_mask"] = None
-            queries: list[Any] = []
-            outputs: list[Tensor] = []
-
-            def keep(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                queries.append(run(*args, **kwargs))
-                return queries[0]
-
-            def reuse(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                return queries[0] if rows is None and queries else run(*args, **kwargs)
-
-            def catch(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                outputs.append(args[0])
-                return args[0]
-
-            def lead(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                return run(self._led(args[0], outputs[0], rows), *args[1:], **kwargs)
-
-            with site.stand_in(module.to_q, keep), site.stand_in(module.to_out[0], catch):
-                run(**given)
-            if len(outputs) != 1:
-                raise ConfigError(
-                    f"{name} ran its output projection {len(outputs)} times in one call, so that nag can't tell its "
-                    "output; detach it, or take the model's own attention processor"
-                )
-            guided.calls += 1
-            with site.stand_in(module.to_q, reuse), site.stand_in(module.to_out[0], lead):
-                return run(*args, **kwargs)
-
-        return around
-
-    def _led(self, positive: Tensor, negative: Tensor, rows: Rows) -> Tensor:
-        """Return the output of a cross-attention, its conditional rows led away from the negative one."""
-        own = positive if rows is None else positive[rows[0]]
-        settings = self.settings
-        led = normalized(own, negative, settings.scale or 1.0, settings.tau or 1.0, settings.alpha or 0.0)
-        led = led.to(positive.dtype)
-        if rows is None:
-            return led
-        return cat([positive[: rows[0].start], led, positive[rows[0].stop :]])
 
     def begin_run(self) -> None:
         """Say once if nothing was guided in the run that ended, and forget it."""
         self._warn()
         self._log, self._seen = [], 0
-        for guided in self._guided:
-            guided.calls = 0
+        for text in self._texts.values():
+            text.calls = 0
         self._parts.forget()
 
     def report(self) -> Section | None:
@@ -253,11 +188,11 @@ class NAGHandler(Handler):
         self._warn()
         if not self._seen:
             return None
-        steps, calls = sorted({step for step, _ in self._log}), sum(guided.calls for guided in self._guided)
-        settings = self.settings
+        steps, calls = sorted({step for step, _ in self._log}), sum(text.calls for text in self._texts.values())
+        settings, told = self.settings, next(iter(self._texts.values())).told
         title = (
             f"nag: scale {settings.scale:g}, tau {settings.tau:g}, alpha {settings.alpha:g}; {len(self._log)} forwards "
-            f"guided in {len(steps)} steps, {calls} calls of cross-attention"
+            f"guided in {len(steps)} steps, {calls} calls of {told}"
         )
         lines = [line for line in (self._nothing(), settings.too_short(self._steps)) if line]
         data = {
@@ -283,20 +218,13 @@ class NAGHandler(Handler):
             warnings.warn(reason, UnperturbedRun, stacklevel=3)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return what it costs, in words: cross-attention is no part of what is counted."""
+        """Return what it costs: in words where that is cross-attention, which is no part of what is counted."""
         told = (short,) if (short := self.settings.too_short(steps)) else ()
         if self.neutral:
             return Saving(warnings=told)
         acts = len(self.settings.steps(steps))
+        if self._joined is not None:
+            note = f"nag runs the conditional forward for two texts in {acts} steps, as dear as a forward more in each"
+            return Saving(extra_forwards=float(acts), notes=(note,), warnings=told)
         note = f"nag computes the cross-attention of the conditional forward twice in {acts} steps; no forward is added"
         return Saving(notes=(note,), warnings=told)
-
-
-def _require_uncached(name: str, module: nn.Module) -> None:
-    """Refuse a cross-attention whose output one of diffusers' caches carries on: it would mix up both texts."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    if cache := next((hook for hook in hooks if "cache" in hook or "broadcast" in hook), None):
-        raise ConfigError(
-            f"nag runs {name} twice in a forward, and diffusers' {cache} carries over what it gives: the texts would "
-            "mix; take a cache of whole forwards or blocks, or leave cross-attention out of it"
-        )

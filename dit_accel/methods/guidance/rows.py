@@ -37,6 +37,19 @@ def rows_of(value: Any, rows: slice, batch: int) -> Any:
     return value
 
 
+def with_rows_again(value: Any, rows: slice, batch: int) -> Any:
+    """Return an input with some of its rows once more behind all; what `rows_of` finds no rows in stays."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value[rows]]) if value.ndim and len(value) == batch else value
+    if isinstance(value, Mapping):
+        return {name: with_rows_again(one, rows, batch) for name, one in value.items()}
+    if isinstance(value, list) and len(value) == batch and not any(_has_rows(one, batch) for one in value):
+        return [*value, *value[rows]]
+    if type(value) in (list, tuple):
+        return type(value)(with_rows_again(one, rows, batch) for one in value)
+    return value
+
+
 def _has_rows(value: Any, batch: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
 

@@ -1,0 +1,130 @@
+"""NAG where text comes in by cross-attention: it runs on the negative text as well, and is led away from that."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, cat, nn
+
+from ...adapters.cross_attention import CrossAttention
+from ...errors import ConfigError
+from ...rules.guidance import normalized
+from ..site import ForwardContext, Site
+from .negative_text import NegativeText
+from .passes import Rows
+from .rows import rows_of
+
+
+class CrossText:
+    """One transformer whose cross-attention is led away from a negative text while a guided forward runs.
+
+    Args:
+        site: the transformer.
+        where: its cross-attention.
+        embeds: the negative text, [1, tokens, C].
+        settings: the `NAG` config, filled in.
+
+    Attributes:
+        calls: guided calls of cross-attention since the run began.
+
+    Raises:
+        ConfigError: if something is compiled around the cross-attention.
+    """
+
+    told = "cross-attention"
+
+    def __init__(self, site: Site, where: CrossAttention, embeds: Tensor, settings: Any) -> None:
+        projection = where.projecting(site.transformer)
+        self._site, self._where, self._settings = site, where, settings
+        self._text = NegativeText(embeds, projection is not None, site.name)
+        self._on = False
+        self._rows: Rows = None
+        self._tokens = 0
+        self.calls = 0
+        if projection is not None:
+            site.around_module(
+                projection,
+                lambda run, args, kwargs: self._text.project(run, args, kwargs) if self._on else run(*args, **kwargs),
+            )
+        for name, module in where.found(site.transformer).items():
+            site.around_module(module, self._around(name, module))
+
+    def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
+        """Run a forward whose conditional rows (None: all) are led away from the negative text."""
+        prompt = self._text.require_like(context.inputs.get(self._where.text))
+        with self._guiding(rows, prompt.shape[1]):
+            return run()
+
+    @contextlib.contextmanager
+    def _guiding(self, rows: Rows, tokens: int) -> Iterator[None]:
+        self._on, self._rows, self._tokens = True, rows, tokens
+        try:
+            yield
+        finally:
+            self._on = False
+            self._text.forget()
+
+    def _around(self, name: str, module: Any) -> Callable[..., Any]:
+        """Return what runs in place of a cross-attention: itself with the negative text, then with the prompt."""
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+
+        def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            if not self._on:
+                return run(*args, **kwargs)
+            _require_uncached(name, module)
+            given, rows = {**dict(zip(names, args, strict=False)), **kwargs}, self._rows
+            if rows is not None:
+                given = rows_of(given, *rows)
+            given["encoder_hidden_states"] = self._text.beside(given["encoder_hidden_states"], self._tokens)
+            if "attention_mask" in given:  # it is the prompt's; the negative text has no padding
+                given["attention_mask"] = None
+            queries: list[Any] = []
+            outputs: list[Tensor] = []
+
+            def keep(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                queries.append(run(*args, **kwargs))
+                return queries[0]
+
+            def reuse(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                return queries[0] if rows is None and queries else run(*args, **kwargs)
+
+            def catch(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                outputs.append(args[0])
+                return args[0]
+
+            def lead(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                return run(self._led(args[0], outputs[0], rows), *args[1:], **kwargs)
+
+            site = self._site
+            with site.stand_in(module.to_q, keep), site.stand_in(module.to_out[0], catch):
+                run(**given)
+            if len(outputs) != 1:
+                raise ConfigError(
+                    f"{name} ran its output projection {len(outputs)} times in one call, so that nag can't tell its "
+                    "output; detach it, or take the model's own attention processor"
+                )
+            self.calls += 1
+            with site.stand_in(module.to_q, reuse), site.stand_in(module.to_out[0], lead):
+                return run(*args, **kwargs)
+
+        return around
+
+    def _led(self, positive: Tensor, negative: Tensor, rows: Rows) -> Tensor:
+        """Return the output of a cross-attention, its conditional rows led away from the negative one."""
+        own = positive if rows is None else positive[rows[0]]
+        settings = self._settings
+        led = normalized(own, negative, settings.scale, settings.tau, settings.alpha).to(positive.dtype)
+        if rows is None:
+            return led
+        return cat([positive[: rows[0].start], led, positive[rows[0].stop :]])
+
+
+def _require_uncached(name: str, module: nn.Module) -> None:
+    """Refuse a cross-attention whose output one of diffusers' caches carries on: it would mix up both texts."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    if cache := next((hook for hook in hooks if "cache" in hook or "broadcast" in hook), None):
+        raise ConfigError(
+            f"nag runs {name} twice in a forward, and diffusers' {cache} carries over what it gives: the texts would "
+            "mix; take a cache of whole forwards or blocks, or leave cross-attention out of it"
+        )

@@ -1,0 +1,137 @@
+"""NAG where text joins the self-attention: a row more for each conditional one, which holds the negative text."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...adapters.joined_text import JoinedText
+from ...errors import ConfigError
+from ...plan.context import CallContext
+from ...plan.led import LedRows
+from ...plan.plan import AttentionPlan
+from ..site import ForwardContext, Site, sample_of, with_sample
+from .negative_text import require_width
+from .passes import Rows
+from .rows import require_sample, with_rows_again
+
+
+class BesideText:
+    """One transformer that gets a negative text beside the prompt while a guided forward runs.
+
+    The rows that hold it come last. What is no text stands the same in both rows of a pair, as each attention call
+    leads it; so the negative row differs in its text alone, and its prediction is the prompt's.
+
+    Args:
+        site: the transformer.
+        where: its text.
+        embeds: the negative text, [1, tokens, C], without padding where the model masks padded text.
+        settings: the `NAG` config, filled in.
+        encode: makes the negative text of another length; None: it is as it was given.
+
+    Attributes:
+        on: a guided forward runs.
+        calls: attention calls that were led since the run began.
+    """
+
+    told = "joined attention"
+
+    def __init__(
+        self, site: Site, where: JoinedText, embeds: Tensor, settings: Any, encode: Callable[[int], Tensor] | None
+    ) -> None:
+        self._site, self._where, self._embeds, self._settings = site, where, embeds, settings
+        self._encode = encode
+        self._pairs: tuple[slice, slice] = slice(0, 0), slice(0, 0)
+        self._tokens = 0
+        self.on = False
+        self.calls = 0
+
+    def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
+        """Run a forward whose conditional rows (None: all) are led away from the negative text.
+
+        Raises:
+            ConfigError: for a prompt beside which the negative text can't be laid.
+        """
+        batch = len(context.inputs[self._site.adapter.latents])
+        own = slice(0, batch) if rows is None else rows[0]
+        given = {name: with_rows_again(value, own, batch) for name, value in context.inputs.items()}
+        given.update(self._texts(context.inputs, own))
+        self._pairs = own, slice(batch, batch + own.stop - own.start)
+        self._tokens = given[self._where.text].shape[1]
+        self.on = True
+        try:
+            with self._site.branch("nag"):
+                output = run(**given)
+        finally:
+            self.on = False
+        return with_sample(output, require_sample(sample_of(output), self._site.name)[:batch])
+
+    def plan(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
+        """Return a call's plan with the prompt's rows led away from those of the negative text.
+
+        Raises:
+            ConfigError: for a call that has not all rows, or less text than was given.
+        """
+        positive, negative = self._pairs
+        layout = context.layout
+        text = layout.text_before if self._where.place == "before" else layout.text_after
+        if not text:
+            return plan  # an attention over the picture alone, which is the same in both rows
+        if context.batch != negative.stop:
+            raise ConfigError(
+                f"nag compares the rows of {context.transformer}'s attention, {negative.stop} in this forward, and "
+                f"layer {context.layer} attends over {context.batch}; detach it"
+            )
+        if text < self._tokens + self._where.registers:
+            raise ConfigError(
+                f"nag gave {context.transformer} a text of {self._tokens} tokens, and layer {context.layer} attends "
+                f"over {text}; correct the adapter's joined_text, or detach nag"
+            )
+        self.calls += 1
+        settings = self._settings
+        return plan.lead(
+            LedRows(
+                positive=positive,
+                negative=negative,
+                tokens=self._where.others(self._tokens, layout.tokens),
+                scale=settings.scale,
+                tau=settings.tau,
+                alpha=settings.alpha,
+            )
+        )
+
+    def _texts(self, inputs: Any, own: slice) -> dict[str, Tensor]:
+        """Return the forward's text with the negative one in further rows, and the mask of both where there is one."""
+        where, name = self._where, self._site.name
+        if held := next((one for one in where.alone if inputs.get(one) is not None), None):
+            raise ConfigError(
+                f"{name} is given {held}, which holds the prompt's rows alone, so that nag can't lay a negative text "
+                "beside them; generate without it, or detach nag"
+            )
+        prompt = require_width(inputs.get(where.text), self._embeds, name)
+        if where.mask is None and self._encode is not None and self._embeds.shape[1] != prompt.shape[1]:
+            self._embeds = self._encode(prompt.shape[1])
+        text = self._embeds.to(device=prompt.device, dtype=prompt.dtype).expand(own.stop - own.start, -1, -1)
+        lengths = prompt.shape[1], text.shape[1]
+        if where.mask is None:
+            if lengths[0] != lengths[1]:
+                raise ConfigError(
+                    f"nag's negative text has {lengths[1]} tokens and {name} gets a prompt of {lengths[0]}; without a "
+                    "mask they must be as long; make negative_embeds as the prompt's embeddings are made"
+                )
+            return {where.text: torch.cat([prompt, text])}
+        both = torch.cat([_padded(one, max(lengths)) for one in (prompt, text)])
+        mask = inputs.get(where.mask)
+        if mask is None and lengths[0] == lengths[1]:
+            return {where.text: both}
+        if mask is None:
+            mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+        valid = torch.ones(text.shape[:2], dtype=mask.dtype, device=mask.device)
+        return {where.text: both, where.mask: torch.cat([_padded(one, max(lengths)) for one in (mask, valid)])}
+
+
+def _padded(tensor: Tensor, tokens: int) -> Tensor:
+    """Return [B, T, ...] with zeros behind, [B, tokens, ...]."""
+    return pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, tokens - tensor.shape[1]))

@@ -1,0 +1,110 @@
+"""The processes that `accelerate launch` started, which share the parts of one run; or the one there is."""
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from dit_accel.errors import ConfigError
+
+Value = TypeVar("Value")
+
+PATIENCE = datetime.timedelta(days=14)
+"""How long a process waits for the others, which may have longer clips."""
+
+
+class Ranks:
+    """The processes of one run.
+
+    Attributes:
+        rank: this one's number; the first is 0, and alone writes and prints.
+        count: how many there are.
+    """
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self.rank, self.count = 0, 1
+        if launched() > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(timeout=PATIENCE)
+            self.rank, self.count = self._state.process_index, self._state.num_processes
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and prints."""
+        return self.rank == 0
+
+    def own(self, items: Sequence[Value]) -> Sequence[Value]:
+        """Return this process's part of a list: every process's part is another, and together they are all."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Return when all processes have called this; if one fails, the launcher ends the others."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+    def shared(self, work: Callable[[], Value]) -> Value:
+        """Return what the first process makes of some work, to all of them.
+
+        Raises:
+            ConfigError: in all of them, where it does in the first.
+        """
+        made = self._gathered(_tried(work) if self.first else (None, None))[0]
+        return _require(made)
+
+    def spread(self, jobs: Sequence[Any], work: Callable[[Any], Value], done: Callable[[Any, Value], None]) -> None:
+        """Do some jobs, each in one process, and hand every result to all of them.
+
+        After as many jobs as there are processes they wait for one another, so that a run which is stopped loses no
+        more than these.
+
+        Args:
+            jobs: the jobs, the same in all processes.
+            work: does one.
+            done: takes a job and its result, in every process and in the same order.
+
+        Raises:
+            ConfigError: in all processes, where it does in one.
+        """
+        for begin in range(0, len(jobs), self.count):
+            part = jobs[begin : begin + self.count]
+            mine = part[self.rank] if self.rank < len(part) else None
+            made = self._gathered((None, None) if mine is None else _tried(lambda one=mine: work(one)))
+            for job, result in zip(part, made, strict=False):
+                done(job, _require(result))
+
+    def close(self) -> None:
+        """Part: nothing is shared any more."""
+        if self._state is not None:
+            self._state.destroy_process_group()
+            self._state = None
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """Return every process's value, in their order."""
+        if self.count == 1:
+            return [value]
+        from torch.distributed import all_gather_object
+
+        values: list[Any] = [None] * self.count
+        all_gather_object(values, value)
+        return values
+
+
+def launched() -> int:
+    """Return how many processes a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Return what some work makes, or how it fails: the other processes must hear of it, or they would wait."""
+    try:
+        return work(), None
+    except ConfigError as error:
+        return None, str(error)
+
+
+def _require(made: tuple[Any, str | None]) -> Any:
+    if made[1] is not None:
+        raise ConfigError(made[1])
+    return made[0]

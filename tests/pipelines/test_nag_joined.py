@@ -1,0 +1,178 @@
+"""NAG where text joins the self-attention: stock pipelines agree with `negative_pairs`; what is refused, and why."""
+
+import diffusers
+import dit_accel_assets
+import pytest
+import torch
+from negative_pairs import Meeting, negative_pairs
+from tiny_image_pipelines import generate as generate_image
+from tiny_other_pipelines import PIPELINES as IMAGES
+from tiny_pipelines import PIPELINES as VIDEOS
+from tiny_pipelines import generate as generate_video
+
+import dit_accel
+from dit_accel import NAG, ConfigError, EasyCache, LiteAttention, SoftPAG
+
+NEGATIVE = dict(negative_prompt_embeds=torch.ones(1, 6, 16), negative_pooled_prompt_embeds=torch.ones(1, 8))
+ALL, LAST = slice(0, 1), slice(1, 2)
+CASES = {
+    "flux, guidance embedded": ("flux", {}, "before", None, lambda n: ALL),
+    "flux, two calls": ("flux", dict(true_cfg_scale=2.0, **NEGATIVE), "before", None, lambda n: None if n % 2 else ALL),
+    "flux kontext, a reference": ("flux-kontext", {}, "before", None, lambda n: ALL),
+    "sd3, one call": ("sd3", dict(guidance_scale=3.0), "after", None, lambda n: LAST),
+    "sd3, guidance off": ("sd3", dict(guidance_scale=1.0), "after", None, lambda n: ALL),
+    "hunyuan-video, two calls": (
+        "hunyuan-video", {}, "after", "encoder_attention_mask", lambda n: None if n % 2 else ALL,
+    ),
+    "hunyuan-video, embedded": (
+        "hunyuan-video", dict(true_cfg_scale=1.0), "after", "encoder_attention_mask", lambda n: ALL,
+    ),
+    "qwen-image, two calls": (
+        "qwen-image", {}, "before", "encoder_hidden_states_mask", lambda n: None if n % 2 else ALL,
+    ),
+    "qwen-image, guidance off": (
+        "qwen-image", dict(true_cfg_scale=1.0), "before", "encoder_hidden_states_mask", lambda n: ALL,
+    ),
+    "cogvideox, one call": ("cogvideox", {}, "before", None, lambda n: LAST),
+}  # fmt: skip
+
+
+PLACES = {name: place for name, _, place, _, _ in CASES.values()}
+
+
+def run(name, pipe, call, **changes):
+    generate = generate_video if name in VIDEOS else generate_image
+    return generate(pipe, call, output_type="latent", **changes)
+
+
+def text_of(tokens):
+    return torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(7))
+
+
+def picture_of(pipe, name, call, changes):
+    """The tokens of its pictures, as attention has them besides text."""
+    with dit_accel.attach(pipe, NAG(negative_embeds=text_of(6))) as attachment:
+        layouts = []
+        attachment._execution.observers.append(lambda one: layouts.append((one.context.layout, one.call.tokens)))
+        run(name, pipe, call, **changes)
+    layout, tokens = max(layouts, key=lambda one: one[1])
+    return tokens - (layout.text_before if PLACES[name] == "before" else layout.text_after)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tau", [1.02, 2.5])
+def test_stock_pipelines_are_the_formula(case, tau):
+    name, changes, place, mask, conditional = CASES[case]
+    pipe, call = (VIDEOS | IMAGES)[name]()
+    plain = run(name, pipe, call, **changes)
+    embeds = text_of(6 if mask is None else 4)  # a mask tells texts of another length
+    meeting = Meeting(picture_of(pipe, name, call, changes), place == "before", 8.0, tau, 0.5)
+    with negative_pairs(pipe.transformer, embeds, meeting, mask=mask, conditional=conditional):
+        expected = run(name, pipe, call, **changes)
+    with dit_accel.attach(pipe, NAG(scale=8.0, tau=tau, alpha=0.5, negative_embeds=embeds)) as attachment:
+        made = run(name, pipe, call, **changes)
+        section = attachment.report().section("nag")
+        again = run(name, pipe, call, **changes)
+    assert 2 * section.data["calls"] == meeting.met > 0
+    assert float((expected - plain).norm() / plain.norm()) > 1e-4
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+    assert torch.equal(made, again)
+    assert torch.equal(run(name, pipe, call, **changes), plain)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "hunyuan-video", "qwen-image"])
+def test_neutral_settings_change_no_bit(name):
+    pipe, call = (VIDEOS | IMAGES)[name]()
+    plain = run(name, pipe, call)
+    for neutral in (dict(scale=1.0), dict(alpha=0.0)):
+        with dit_accel.attach(pipe, NAG(negative_embeds=text_of(6), **neutral)):
+            assert torch.equal(run(name, pipe, call), plain)
+
+
+def test_it_goes_beside_sparse_methods_caches_and_perturbed_branches():
+    pipe, call = IMAGES["flux"]()
+    nag = NAG(scale=8.0, negative_embeds=text_of(6))
+    plain = run("flux", pipe, call)
+
+    def made(*methods):
+        with dit_accel.attach(pipe, *methods) as attachment:
+            return run("flux", pipe, call), attachment.report()
+
+    alone, _ = made(nag)
+    lite = LiteAttention(block_size=16, dense_steps=0, threshold=-1e4)
+    together, report = made(nag, lite)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # nothing is skipped at that threshold
+    assert {step.branch for step in report.steps} == {"cond/nag"}
+    cached, _ = made(nag, EasyCache(threshold=0.0))
+    assert torch.equal(cached, alone)
+    heads = SoftPAG(heads="L1", u=1e-9, scale=1000.0)  # a branch that is all but the conditional one
+    for share in (True, False):
+        both, report = made(nag, SoftPAG(heads="L1", u=1e-9, scale=1000.0, share_prefix=share))
+        torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-3)
+        assert report.section("nag").data["branches"] == ["cond", "cond/softpag"]
+    _, report = made(NAG(scale=8.0, stop=0.5, negative_embeds=text_of(6)), heads)
+    assert report.section("nag").data["steps"] == [0, 1]
+    assert torch.equal(run("flux", pipe, call), plain)
+
+
+def test_compiled_blocks_are_led_as_well():
+    pipe, call = IMAGES["flux"]()
+    nag = NAG(scale=8.0, stop=0.5, negative_embeds=text_of(6))
+    with dit_accel.attach(pipe, nag):
+        expected = run("flux", pipe, call)
+    torch.compiler.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with dit_accel.attach(pipe, nag) as attachment:
+        torch.testing.assert_close(run("flux", pipe, call), expected, rtol=1e-4, atol=1e-5)
+        assert attachment.report().section("nag").data["calls"] == 2 * 4
+
+
+def test_texts_that_can_t_be_laid_beside_the_prompt_are_refused_with_the_reason():
+    pipe, call = IMAGES["flux"]()
+    for embeds, why in (
+        (text_of(4), r"nag's negative text has 4 tokens and transformer gets a prompt of 6; without a mask they must"),
+        (text_of(6)[..., :8], r"nag's negative text has 8 channels, and transformer gets a prompt of 16"),
+    ):
+        with dit_accel.attach(pipe, NAG(negative_embeds=embeds)), pytest.raises(ConfigError, match=why):
+            run("flux", pipe, call)
+    pipe, call = IMAGES["flux2-klein-kv"]()
+    with (
+        dit_accel.attach(pipe, NAG(negative_embeds=text_of(6))),
+        pytest.raises(ConfigError, match="is given kv_cache, which holds the prompt's rows alone"),
+    ):
+        generate_image(pipe, call)
+    pipe, call = VIDEOS["mochi"]()
+    with pytest.raises(ConfigError, match="on mochi it can't: its processor attends row by row"):
+        dit_accel.attach(pipe, NAG(negative_embeds=text_of(6)))
+    assert dit_accel.attachment_of(pipe) is None
+
+
+def test_a_negative_prompt_is_encoded_to_the_prompt_s_own_length():
+    """By both text encoders of the embedded image model, whose prompts are shorter than the pipeline's usual ones."""
+    pipe = diffusers.FluxPipeline.from_pretrained(dit_accel_assets.model_path("flux-tiny"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def made(length, *methods):
+        call = dict(height=32, width=32, num_inference_steps=2, max_sequence_length=length, output_type="latent")
+        with dit_accel.attach(pipe, *methods):
+            return pipe("a red circle", **call, generator=torch.Generator().manual_seed(0)).images
+
+    for length in (64, 32):
+        with torch.no_grad():
+            embeds = pipe.encode_prompt("a blue square", None, max_sequence_length=length)[0]
+        assert embeds.shape[1] == length
+        told = made(length, NAG(negative_prompt="a blue square", scale=8.0))
+        assert torch.equal(told, made(length, NAG(negative_embeds=embeds, scale=8.0)))
+        assert not torch.equal(told, made(length, NAG(negative_prompt="a red circle", scale=8.0)))
+
+
+def test_gradients_through_led_attention_are_refused():
+    pipe, call = IMAGES["flux"]()
+    inputs = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *call: inputs.append(call[2]), with_kwargs=True)
+    run("flux", pipe, call)
+    hook.remove()
+    with dit_accel.attach(pipe.transformer, NAG(negative_embeds=text_of(6))), torch.enable_grad():
+        out = pipe.transformer(**inputs[0])[0]
+        with pytest.raises(ConfigError, match="led away from a negative text has no gradient; detach nag to train"):
+            out.sum().backward()

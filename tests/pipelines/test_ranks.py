@@ -1,0 +1,84 @@
+"""A search for heads over two processes: the clips are shared out, none twice, and the first process writes alone."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from dit_accel_pipelines.ranks import Ranks
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.cli.app import app
+
+SEARCH = [
+    "tune", "heads", "--objective", "objective:brightness", "--halvings", "0", "--per-round", "2",
+    "--num-inference-steps", "2", "--num-frames", "5", "--height", "32", "--width", "32", "--prompt", "a red circle",
+]  # fmt: skip
+
+
+def test_one_process_does_all_jobs_in_order():
+    ranks, seen = Ranks(), []
+    ranks.spread([3, 1, 2], lambda job: 10 * job, lambda job, made: seen.append((job, made)))
+    assert seen == [(3, 30), (1, 10), (2, 20)]
+    assert ranks.shared(lambda: "lines") == "lines"
+    assert (ranks.rank, ranks.count, ranks.first) == (0, 1, True)
+
+
+def test_a_failure_in_one_process_is_raised_in_all(monkeypatch):
+    """The others wait for its result, so it must reach them."""
+    ranks = Ranks()
+    ranks.rank, ranks.count = 1, 2
+    monkeypatch.setattr(ranks, "_gathered", lambda value: [(None, "no number"), value])
+    with pytest.raises(ConfigError, match="no number"):
+        ranks.spread(["a", "b"], lambda job: job, lambda job, made: None)
+    with pytest.raises(ConfigError, match="no number"):
+        ranks.shared(lambda: "unused")
+
+
+def test_other_methods_are_tuned_in_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = CliRunner().invoke(app, ["tune", "lite"])
+    assert told.exit_code == 2
+    assert "tune lite runs in one process, and 2 were launched" in told.stderr
+
+
+@pytest.mark.slow
+def test_accelerate_launch_shares_a_search(tmp_path):
+    if not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    alone = CliRunner().invoke(app, [*SEARCH, "-o", str(tmp_path / "alone.json"), "--json"])
+    assert alone.exit_code == 0, alone.stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    output = tmp_path / "heads.json"
+    support = Path(__file__).parents[1] / "support"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launched = subprocess.run(
+        [*launch, "--main_process_port", str(port), "-m", "dit_accel", *SEARCH, "-o", str(output), "--json"],
+        env={**os.environ, "PYTHONPATH": str(support), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    found = json.loads(launched.stdout)  # of one process alone
+    lines = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    once = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
+    judged = [(tuple(line["heads"]), line["prompt"], line["steps"]) for line in lines[1:]]
+    assert len(judged) == len(set(judged)) == found["clips"] == 30
+    assert [line | {"score": pytest.approx(line["score"], rel=1e-4)} for line in once[1:]] == lines[1:]
+    assert json.loads(output.read_text())["heads"] == json.loads(alone.stdout)["heads"]
+    assert output.with_suffix(".png").stat().st_size > 1000
