@@ -158,8 +158,8 @@ def _every(root: Path) -> str:
     if not (root / setting.out).is_file():
         return f"Not measured yet; `{command}` does."
     head = (
-        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps, {setting.prompts} "
-        f"prompts of tuning, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
+        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps; prompts of "
+        f"tuning: {setting.prompts}, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
     )
     return f"{head}\n\n{every_table(Judged(setting, root / setting.out, generate=False))}"
 
