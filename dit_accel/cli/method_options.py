@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, did_you_mean
+from .console import note
 
 if TYPE_CHECKING:
     from ..methods.config import MethodConfig
@@ -23,8 +24,11 @@ else:  # the methods load torch, and a list of commands need not wait for it
     MethodList = Annotated[list, "from the method switches"]
 """Annotation of the parameter through which a command receives its method configs."""
 
+RunTable = Annotated[dict, "from the config's [run] table"]
+"""Annotation of the parameter through which a command receives what the config file says of the run."""
+
 PANEL = "Methods"
-CONFIG_HELP = "TOML file with one table per method, such as \\[radial]."
+CONFIG_HELP = "TOML file with one table per method, such as \\[radial]; \\[run] may set steps and solver."
 SET_HELP = "One option of a method, such as radial.decay_factor=0.5; may be repeated; switches the method on."
 
 
@@ -44,15 +48,20 @@ def with_method_options(command: Callable[..., Any], switches: bool = True) -> C
     taking = [name for name, parameter in signature.parameters.items() if parameter.annotation is MethodList]
     if not taking:
         return command
+    asking = [name for name, parameter in signature.parameters.items() if parameter.annotation is RunTable]
     names = _switch_names() if switches else []
 
     @functools.wraps(command)
     def run(**arguments: Any) -> Any:
         switched = [name for name in names if arguments.pop(name)]
-        methods = select_methods(switched, arguments.pop("method_config"), arguments.pop("method_set") or ())
-        return command(**arguments, **{taking[0]: methods})
+        config = arguments.pop("method_config")
+        methods = select_methods(switched, config, arguments.pop("method_set") or ())
+        table = _read_run(config) if config else {}
+        if table and not asking:
+            note(f"the [run] table of {config} is for generate, and is left out here")
+        return command(**arguments, **{taking[0]: methods}, **dict.fromkeys(asking, table))
 
-    kept = [parameter for name, parameter in signature.parameters.items() if name not in taking]
+    kept = [parameter for name, parameter in signature.parameters.items() if name not in (*taking, *asking)]
     options = _parameters(names) if switches else []
     run.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
     return run
@@ -87,12 +96,21 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
 def _read_config(path: Path) -> "list[MethodConfig]":
     from ..methods.toml import from_toml
 
+    return from_toml(_text(path), f"--config {path}")
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    from ..methods.toml import run_table
+
+    return run_table(_text(path), f"--config {path}")
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {path} can't be read ({reason}); give a TOML file") from None
-    return from_toml(text, f"--config {path}")
 
 
 def _parse_setting(setting: str) -> tuple[str, str, Any]:

@@ -1,10 +1,10 @@
-"""Method configs as TOML, one table per method; and single values of the command line."""
+"""Method configs as TOML, one table per method, with what a run may set besides; and single values of commands."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from .config import MethodConfig, from_dict
 from .registry import method
 
@@ -15,16 +15,21 @@ else:
 
 VERSION = 1
 
+RUN = "run"
+"""Table of what a run may set besides its methods."""
 
-def to_toml(configs: Iterable[MethodConfig]) -> str:
-    """Write configs as TOML, one table per method, with the format's version.
+RUN_KEYS: Mapping[str, Any] = {"num_inference_steps": int, "solver": str, "flow_shift": (int, float)}
+
+
+def to_toml(configs: Iterable[MethodConfig], run: Mapping[str, Any] | None = None) -> str:
+    """Write configs as TOML, one table per method, with the format's version, and ``run`` as `run_table` reads it.
 
     Raises:
         ConfigError: for two configs of one method.
     """
     import tomli_w
 
-    tables: dict[str, Any] = {"version": VERSION}
+    tables: dict[str, Any] = {"version": VERSION, **({RUN: dict(run)} if run else {})}
     for config in configs:
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"{type(config).__name__} has no TOML table; give the object itself to attach")
@@ -44,10 +49,8 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
     Raises:
         ConfigError: for text that is not TOML, another version, an unknown method or option, or a refused value.
     """
-    try:
-        tables = tomllib.loads(text.removeprefix("\ufeff"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}") from None
+    tables = _tables(text, source)
+    tables.pop(RUN, None)
     version = tables.pop("version", VERSION)
     if version != VERSION:
         raise ConfigError(
@@ -65,6 +68,30 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
     return configs
+
+
+def run_table(text: str, source: str = "the method config") -> dict[str, Any]:
+    """Read what a run may set besides its methods: ``[run]`` with num_inference_steps, solver and flow_shift.
+
+    Raises:
+        ConfigError: for text that is not TOML, an unknown key, with the nearest, or a value of another kind.
+    """
+    found = _tables(text, source).get(RUN, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{source}: {RUN} = {found!r} is no table; write [{RUN}]")
+    for key, value in found.items():
+        if key not in RUN_KEYS:
+            raise ConfigError(f"{source}: [{RUN}] has no {key!r}; {did_you_mean(key, RUN_KEYS)}")
+        if isinstance(value, bool) or not isinstance(value, RUN_KEYS[key]):
+            raise ConfigError(f"{source}: [{RUN}] has {key} = {value!r}, which is of the wrong kind")
+    return found
+
+
+def _tables(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text.removeprefix("\ufeff"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from None
 
 
 def parse_value(text: str) -> Any:

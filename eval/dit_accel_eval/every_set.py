@@ -22,7 +22,7 @@ from dit_accel.methods.config import MethodConfig
 
 from .embedded import EmbeddedModel, weights_hash
 from .head_search import Head, Job, rungs_of, search
-from .longer import sharpness
+from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, read_lines, write_lines
 from .solvers import BEST
@@ -50,9 +50,9 @@ class Setting:
     """
 
     model: str = "flux-tiny"
-    prompts: int = 2
+    prompts: int = 1
     steps: int = 4
-    held_out: int = 12
+    held_out: int = 8
 
     @property
     def out(self) -> Path:

@@ -3,7 +3,7 @@
 Guidance changes what is sought, so no converged run is the measure: each clip is judged by itself, by how near it
 comes to its prompt and by its sharpness. An arm is held, clip by clip, against the plain arm that `rival_of` names.
 Every clip of every arm is one JSON line; a run that was stopped goes on. `python -m dit_accel_eval.guided SUITE sheet
-FILE.png` draws some clips of each arm.
+FILE.png [ARM ...]` draws some clips of each arm.
 """
 
 import sys
@@ -15,6 +15,7 @@ import torch
 from dit_accel_assets import model_closeness, model_score
 from dit_accel_pipelines.media import contact_sheet
 
+from dit_accel.errors import ConfigError, did_you_mean
 from dit_accel.files import check_writable, written_whole
 
 from .embedded import EmbeddedModel, settled_call, weights_hash
@@ -35,21 +36,30 @@ SHOWN = 4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite, only print the table of what has run, or draw a contact sheet; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if len(arguments) == 3 and arguments[1] == "sheet":
-        sheet(read_suite(Path(arguments[0])), Path(arguments[2]))
+    if len(arguments) > 2 and arguments[1] == "sheet":
+        sheet(read_suite(Path(arguments[0])), Path(arguments[2]), arguments[3:])
         return 0
     return suite_command(__doc__, arguments, run, table)
 
 
-def sheet(suite: Suite, out: Path) -> None:
-    """Draw the middle frame of the first clips, one column each, of every arm, one row each."""
+def sheet(suite: Suite, out: Path, names: Sequence[str] = ()) -> None:
+    """Draw the middle frame of the first clips, one column each, of some arms (none named: all), one row each.
+
+    Raises:
+        ConfigError: for a name that is no arm's, or a file that can't be written.
+    """
     check_writable(out, "the contact sheet")
+    known = {arm.name: arm for arm in suite.arms}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{suite.name} has no arm {name!r}; {did_you_mean(name, known)}")
+    arms = [known[name] for name in names] or list(suite.arms)
     model, rows = EmbeddedModel(suite.model, suite.call), []
-    for arm in suite.arms:
+    for arm in arms:
         made = [_frames(model, arm, clip) for clip in range(min(SHOWN, suite.clips))]
         rows.append(np.stack([(255 * frames[len(frames) // 2]).round().astype(np.uint8) for frames in made]))
     with written_whole(out) as temporary:
-        contact_sheet(rows, [arm.name for arm in suite.arms], columns=SHOWN).save(temporary)
+        contact_sheet(rows, [arm.name for arm in arms], columns=SHOWN).quantize(128).save(temporary)
 
 
 def _frames(model: EmbeddedModel, arm: Arm, clip: int) -> Clip:
@@ -103,14 +113,15 @@ def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
     """Return the plain arm that an arm is held against: of those with its forwards, the one nearest its prompts.
 
     So an arm is held against guidance by a negative prompt at that one's own best scale and equal cost: its forwards or
-    up to `EQUAL` times as many; where no plain arm has so many, any with more. Plain arms have none.
+    up to `EQUAL` times as many; where no plain arm has, those with the fewest beyond. Plain arms have none.
     """
     if not arm.methods:
         return None
     means = {other.name: _mean(lines, other, "forwards") or 0.0 for other in suite.arms}
     own = means[arm.name]
     plain = [other for other in suite.arms if not other.methods and means[other.name] >= own]
-    plain = [other for other in plain if means[other.name] <= EQUAL * own] or plain
+    most = max(EQUAL * own, min((means[other.name] for other in plain), default=0.0))
+    plain = [other for other in plain if means[other.name] <= most]
     return max(plain, key=lambda other: _mean(lines, other, "closeness") or 0.0, default=None)
 
 
@@ -137,7 +148,8 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
         rival = rival_of(suite, arm, lines)
         others = by_arm[rival.name] if rival else {}
         paired = [100 * (clips[clip]["closeness"] - others[clip]["closeness"]) for clip in sorted({*clips} & {*others})]
-        scale = next(iter(clips.values()))["call"].get("guidance_scale", "")
+        call = next(iter(clips.values()))["call"]
+        scale = call.get("guidance_scale", call.get("true_cfg_scale", ""))
         cells = (
             arm.name, scale, arm.num_inference_steps, f"{forwards:.1f}", f"{score:.0%}", f"{close:.3f}",
             f"{1000 * sharp:.2f}", rival.name if rival else "", f"{bootstrap(paired):+}" if paired else "",

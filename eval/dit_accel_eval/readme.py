@@ -27,6 +27,7 @@ from .product_time import told as product_told
 from .results import read_lines
 from .scaling import table as scaling_table
 from .suite import read_suite
+from .vbench.proxies import told as proxies_told
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
@@ -34,6 +35,7 @@ OVERHEAD = Path("eval/results/overhead.jsonl")
 PRODUCT = Path("eval/results/product-time.jsonl")
 COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
+PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
     "docs/guidance.md": ("every-set", "guidance-wan-tiny", "guidance-flux-tiny", "guidance-cost"),
@@ -53,6 +55,7 @@ PAGES = {
     "docs/caching.md": ("budgets",),
     "docs/block-caches.md": ("profiling-wan-tiny", "profiling-flux-tiny", "blocks-wan-tiny", "blocks-flux-tiny"),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
+    "docs/vbench.md": ("vbench-proxies",),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -157,8 +160,8 @@ def _every(root: Path) -> str:
     if not (root / setting.out).is_file():
         return f"Not measured yet; `{command}` does."
     head = (
-        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps, {setting.prompts} "
-        f"prompts of tuning, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
+        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps; prompts of "
+        f"tuning: {setting.prompts}, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
     )
     return f"{head}\n\n{every_table(Judged(setting, root / setting.out, generate=False))}"
 
@@ -193,6 +196,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
+    "vbench-proxies": partial(_run, results=PROXIES, module="vbench.proxies", write=proxies_told),
     "every-set": _every,
     "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
     "guidance-flux-tiny": partial(_judged, name="guidance-flux-tiny", module="guided", write=guided_table),

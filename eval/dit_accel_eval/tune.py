@@ -14,16 +14,20 @@ from dit_accel.errors import ConfigError, did_you_mean
 OPTIONS = {
     "heads": ("objective", "rounds", "per_round", "halvings"),
     "lite": ("target_error", "metric"),
+    "pipeline": ("target", "space"),
     "profile": ("criterion", "threshold", "cached", "queries", "seeds", "mask"),
 }
 """Method -> the options that it alone takes."""
 
-TUNABLE = ("heads", "lite", "magcache", "period", "profile", "teacache")
+TUNABLE = ("heads", "lite", "magcache", "period", "pipeline", "profile", "teacache")
 
 
 def tune_method(
     method: Annotated[
-        str, typer.Argument(help="What to tune: heads, lite, magcache, period, profile or teacache.", metavar="METHOD")
+        str,
+        typer.Argument(
+            help="What to tune: heads, lite, magcache, period, pipeline, profile or teacache.", metavar="METHOD"
+        ),
     ],
     prompt: Annotated[
         list[str] | None,
@@ -35,6 +39,13 @@ def tune_method(
         typer.Option(
             "--output", "-o", help="File to write; default: METHOD.toml, heads and profile .json.", metavar="FILE"
         ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="pipeline: what to meet, such as psnr=30, lpips=0.1 or speedup=2.", metavar="NAME=VALUE"),
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(help="pipeline: suite whose arms are tried; default: some 90.", metavar="SUITE.toml")
     ] = None,
     target_error: Annotated[
         float | None, typer.Option(help="lite: error that one vote may add to the next call; default: 0.01.")
@@ -97,7 +108,9 @@ def tune_method(
     of the first block's input to that of the output. period: whether attention
     over frames repeats, for UltraViCo, with a picture beside the file.
     profile: which blocks profilingcache may cache, with a heat map and the
-    masks beside the file. A run that was stopped goes on after the last whole
+    masks beside the file. pipeline: solver, steps, caches and sparse attention
+    together, the cheapest that meets a target on held-out prompts, with a
+    plot of the Pareto set beside the file; on an embedded model. A run that was stopped goes on after the last whole
     prompt.
 
     Examples:
@@ -111,6 +124,10 @@ def tune_method(
     accelerate launch --multi_gpu --num_processes 8 -m dit_accel tune heads --objective pickscore --model MODEL ...
 
     dit-accel generate "a red circle" --set softpag.heads=heads.json
+
+    dit-accel tune pipeline --target psnr=30 -o fast.toml
+
+    dit-accel generate "a red circle" --config fast.toml
 
     dit-accel tune magcache -o mag.toml
 
@@ -127,9 +144,9 @@ def tune_method(
     if method not in TUNABLE:
         raise ConfigError(f"tune can't tune {method!r}; {did_you_mean(method, TUNABLE)}")
     asked = dict(
-        target_error=target_error, metric=metric, objective=objective, rounds=rounds, per_round=per_round,
-        halvings=halvings, criterion=criterion, threshold=threshold, cached=cached, queries=queries, seeds=seeds,
-        mask=mask,
+        target=target, space=space, target_error=target_error, metric=metric, objective=objective, rounds=rounds,
+        per_round=per_round, halvings=halvings, criterion=criterion, threshold=threshold, cached=cached,
+        queries=queries, seeds=seeds, mask=mask,
     )  # fmt: skip
     options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     _refuse_foreign(method, options)
@@ -195,6 +212,12 @@ def _magcache(*arguments: Any, **options: Any) -> Any:
     return tune_magcache(*arguments, **options)
 
 
+def _pipeline(*arguments: Any, **options: Any) -> Any:
+    from .tune_pipeline import tune_pipeline
+
+    return tune_pipeline(*arguments, **options)
+
+
 def _profile(*arguments: Any, **options: Any) -> Any:
     from .tune_profile import tune_profile
 
@@ -215,11 +238,11 @@ def _period(*arguments: Any, **options: Any) -> Any:
 
 TUNERS: dict[str, Callable[..., Any]] = {
     "heads": _heads, "lite": _lite, "magcache": _magcache, "period": _period,
-    "profile": _profile, "teacache": _teacache,
+    "pipeline": _pipeline, "profile": _profile, "teacache": _teacache,
 }  # fmt: skip
 """Method -> what tunes it, loaded when it is asked for."""
 
-USUAL_PROMPTS = {"heads": 4, "lite": 2, "magcache": 4, "period": 2, "profile": 4, "teacache": 4}
+USUAL_PROMPTS = {"heads": 4, "lite": 2, "magcache": 4, "period": 2, "pipeline": 1, "profile": 4, "teacache": 4}
 
 
 def _prompts(method: str, prompt: list[str] | None, prompt_file: Path | None, model: str | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from dit_accel.cli import MethodList
+from dit_accel.cli import MethodList, RunTable
 from dit_accel.cli.console import OUT, TALK, print_json
 from dit_accel.errors import ConfigError
 
@@ -32,6 +32,9 @@ def generate_video(
     width: Pixels = None,
     num_frames: Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="unipc, euler or dpm++ in place of the model's own.", metavar="NAME")
+    ] = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
     same_seed: Annotated[bool, typer.Option("--same-seed", help="One seed for all prompts of a file.")] = False,
@@ -55,6 +58,7 @@ def generate_video(
     json: Json = False,
     *,
     methods: MethodList,
+    run: RunTable,
 ) -> None:
     """Generate a video (or image), with methods attached.
 
@@ -106,7 +110,9 @@ def generate_video(
         height=height,
         width=width,
         num_frames=num_frames,
-        num_inference_steps=num_inference_steps,
+        num_inference_steps=run.get("num_inference_steps") if num_inference_steps is None else num_inference_steps,
+        solver=solver or run.get("solver"),
+        flow_shift=None if solver else run.get("flow_shift"),
         guidance_scale=guidance_scale,
         seed=seed,
         same_seed=same_seed,

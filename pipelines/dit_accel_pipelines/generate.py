@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import dit_accel
+from dit_accel.adapters.adapter import Family
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 
@@ -25,6 +26,7 @@ from .quiet import quiet_diffusers
 from .request import Backend, Request, read_pictures, settle, side_car_path
 from .resume import kept_record, request_digest
 from .side_car import side_car
+from .solvers import make_scheduler
 from .timing import timed_steps
 
 
@@ -69,36 +71,80 @@ def generate(
         DitAccelError: for a request that can't be met; nothing is written then.
     """
     stages, process = stages or Stages(quiet=True), process or Process()
-    request, family, notes = settle(dataclasses.replace(request, device=process.device(request.device)))
-    for text in notes:
-        stages.note(text)
+    request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages)
     asked = process.own(_single(request))
     written = {one.output: Written(record=record, report=None, kept=True) for one, record in _kept(asked, resume)}
     for one in written.values():
         told(one)
     if len(written) == len(asked):
         return list(written.values())
+    with _loaded(request, family, stages, command) as make:
+        for one in asked:
+            if one.output not in written:
+                written[one.output] = make(one)
+                told(written[one.output])
+    return [written[one.output] for one in asked]
+
+
+Make = Callable[[str, Path, int], Written]
+"""Generates one prompt into a file, from a seed."""
+
+
+@contextlib.contextmanager
+def opened(request: Request, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Iterator[Make]:
+    """Load what a request asks for, once, for as many files as wanted; yields the function that makes them.
+
+    Args:
+        request: what to generate; all its prompts are checked, none is made by itself.
+        stages: progress bars and notes; None shows none.
+        command: the command line, for the side-cars.
+
+    Raises:
+        DitAccelError: for a request that can't be met.
+    """
+    stages = stages or Stages(quiet=True)
+    request, family = _settled(request, stages)
+    with _loaded(request, family, stages, command) as make:
+        yield lambda prompt, output, seed: make(
+            dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
+        )
+
+
+def _settled(request: Request, stages: Stages) -> tuple[Request, Family | None]:
+    """Return the settled request and its family, and show what was noted."""
+    request, family, notes = settle(request)
+    for text in notes:
+        stages.note(text)
+    return request, family
+
+
+@contextlib.contextmanager
+def _loaded(
+    request: Request, family: Family | None, stages: Stages, command: Sequence[str]
+) -> Iterator[Callable[[Request], Written]]:
+    """Load a settled request's pipeline with its methods; yields what makes a request of one prompt."""
     pictures = read_pictures(request)
     stages.stage("loading")
     started = time.perf_counter()
     pipe = load_pipeline(request)
+    if request.solver is not None:
+        pipe.scheduler = make_scheduler(pipe.scheduler, request.solver, request.flow_shift)
     loading = time.perf_counter() - started
     for text in prepare_larger(pipe, request, family):
         stages.note(text)
     with attached(pipe, request.methods, request.backend) as attachment:
         if request.compile:
             compile_blocks(pipe)
-        for one in asked:
-            if one.output in written:
-                continue
+
+        def make(one: Request) -> Written:
             resolved = _resolved(one, pipe)
             made = run(pipe, one.prompts[0], resolved, pictures=pictures, attachment=attachment, stages=stages)
             record = side_car(resolved, made, one.output, loading=loading, command=command)
             record["request_digest"] = request_digest(one)
             _write(one.output, made.frames, record, resolved)
-            written[one.output] = Written(record=record, report=made.report)
-            told(written[one.output])
-    return [written[one.output] for one in asked]
+            return Written(record=record, report=made.report)
+
+        yield make
 
 
 def _single(request: Request) -> list[Request]:

@@ -23,6 +23,7 @@ from dit_accel.methods.config import MethodConfig
 
 from .media import check_output, read_image, read_video
 from .pipeline_call import PICTURES, PipelineCall, pipeline_class
+from .solvers import check_solver
 
 EMBEDDED = "wan-tiny"
 """The embedded model that is taken where none is named."""
@@ -67,6 +68,8 @@ class Request:
         compile: compile the transformer's repeated blocks.
         fps: frames per second of the file.
         scale: whole number by which every pixel is enlarged.
+        solver: a name of `solvers.SOLVERS` that takes the place of the model's own; None: that.
+        flow_shift: noise shift of that solver; None: the model's own.
         methods: method configs to attach.
         backend: kernel backend of the methods.
 
@@ -93,6 +96,8 @@ class Request:
     compile: bool = False
     fps: float | None = None
     scale: int = 1
+    solver: str | None = None
+    flow_shift: float | None = None
     methods: tuple[MethodConfig, ...] = ()
     backend: Backend = "auto"
 
@@ -109,6 +114,12 @@ class Request:
             raise ConfigError(f"num_inference_steps must be >= 1, got {self.num_inference_steps}")
         if self.fps is not None and not 0 < self.fps <= 240:
             raise ConfigError(f"fps must be above 0 and at most 240, got {self.fps:g}")
+        if self.solver is not None:
+            check_solver(self.solver)
+        if self.flow_shift is not None and (self.solver is None or not 0 < self.flow_shift < math.inf):
+            raise ConfigError(
+                f"flow_shift must be above 0, and goes with a solver, got {self.flow_shift}, {self.solver}"
+            )
         if not 1 <= self.scale <= MAX_SCALE:
             raise ConfigError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
         if not (self.seed >= 0 and self.seeds()[-1] < 2**63):

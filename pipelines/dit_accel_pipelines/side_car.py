@@ -38,6 +38,8 @@ def side_car(
         "width": width,
         "num_frames": frames,
         "num_inference_steps": len(timings.steps),
+        "solver": request.solver,
+        "flow_shift": request.flow_shift,
         "guidance_scale": request.guidance_scale,
         "seed": request.seed,
         "dtype": request.dtype,

@@ -1,4 +1,4 @@
-"""The caches nearest to the converged run within a budget: on made-up results."""
+"""The caches that lead furthest within a budget: on made-up results."""
 
 from dit_accel_eval.budgets import table
 from dit_accel_eval.paired import bootstrap
@@ -24,18 +24,18 @@ def arm(name, *methods, steps=12):
 
 
 def test_the_best_arm_of_each_cache_within_the_budget():
-    near, far, over = arm("easy, 1", EasyCache()), arm("easy, 2", EasyCache()), arm("easy, 3", EasyCache())
+    far, near, over = arm("easy, 1", EasyCache()), arm("easy, 2", EasyCache()), arm("easy, 3", EasyCache())
     mag, beside = arm("mag", MagCache(ratios=(1.0, 1.0))), arm("both", EasyCache(), RadialAttention())
     rare, below = arm("rare", MagCache(ratios=(1.0, 1.0))), arm("below", MagCache(ratios=(1.0, 1.0)))
     dense = [arm(f"unipc {steps}", steps=steps) for steps in (7, 8)]
     one = [
-        *lines(near, 7.5, 30.0), *lines(far, 8.0, 29.0), *lines(over, 8.5, 60.0), *lines(beside, 8.0, 60.0),
+        *lines(far, 7.5, 30.0), *lines(near, 8.0, 29.0), *lines(over, 8.5, 60.0), *lines(beside, 8.0, 60.0),
         *lines(dense[0], 7.0, 20.0), *lines(dense[1], 8.0, 22.0),
     ]  # fmt: skip
-    other = [*lines(mag, 8.0, 25.0, clips=9), *lines(rare, 8.0, 60.0, clips=3), *lines(below, 6.0, 60.0)]
-    rows = [*table([(suite("a", near, far, over, beside, *dense), one), (suite("b", mag, rare, below), other)])]
-    own, unipc = (bootstrap([first + clip for clip in range(8)]) for first in (30.0, 22.0))
-    assert rows[2] == f"| wan-tiny | 8 | easy, 1 | 7.50 | {own} | {unipc} | +9.00 [+9.00, +9.00] ahead |"
-    assert rows[3].startswith("| wan-tiny | 8 | mag | 8.00 | 28.50 [")  # of the eight clips that both suites have
+    other = [*lines(mag, 8.0, 25.0, clips=6), *lines(rare, 8.0, 60.0, clips=3), *lines(below, 6.0, 60.0)]
+    rows = [*table([(suite("a", far, near, over, beside, *dense), one), (suite("b", mag, rare, below), other)])]
+    own = bootstrap([30.0 + clip for clip in range(8)])
+    assert rows[2] == f"| wan-tiny | 8 | easy, 1 | 8 | 7.50 | {own} | +9.00 [+9.00, +9.00] ahead |"
+    assert rows[3].startswith("| wan-tiny | 8 | mag | 6 | 8.00 | 27.50 [")
     assert rows[3].endswith("| +3.00 [+3.00, +3.00] ahead |")
-    assert [row.split(" | ")[1] for row in rows[4:]] == []  # no dense run beside what costs more
+    assert len(rows) == 4  # no dense run beside what costs more

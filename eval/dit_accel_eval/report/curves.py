@@ -43,7 +43,7 @@ def _figure(words: str, lines: dict[str, list[float]]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(11, 3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, (arm, values) in enumerate(lines.items()):

@@ -1,0 +1,1 @@
+"""VBench: its sixteen dimensions, its files and its totals, `dit-accel eval vbench`."""

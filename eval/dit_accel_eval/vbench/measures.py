@@ -1,0 +1,172 @@
+"""How each of VBench's dimensions is measured: which frames, by which networks, by which rule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import official, rules, sampling
+from .networks import Networks
+from .observations import BY, KINDS, SEEN, Observations
+from .prompts import Prompt
+from .rules import Numbers, VideoScore
+from .sampling import Frames, Video
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What measures need besides the video.
+
+    Attributes:
+        networks: of the folder of weights.
+        observations: by networks that ran elsewhere.
+    """
+
+    networks: Networks
+    observations: Observations = field(default_factory=Observations)
+
+
+Measure = Callable[[Video, Prompt, Means], VideoScore | None]
+
+
+def _subject(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    return rules.consistency(means.networks.dino(sampling.for_dino(video.frames)))
+
+
+def _background(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    return rules.consistency(means.networks.clip("clip-b32", sampling.for_clip(video.frames)))
+
+
+def _flickering(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    return rules.flickering(video.frames)
+
+
+def _smoothness(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    def between(one: Frames, two: Frames) -> Frames:
+        first, second = (sampling.tensor(frame[None])[0] / 255 for frame in (one, two))
+        drawn = (means.networks.amt(first, second) * 255).clamp(0, 255)
+        return drawn.permute(1, 2, 0).numpy().astype(np.uint8)  # cut off, not rounded, as the official code does
+
+    return rules.smoothness(video.frames, between)
+
+
+def flow_by(networks: Networks) -> Callable[[Frames, Frames], Numbers]:
+    """Return RAFT's flow between two frames [height, width, 3]: [2, height, width] in pixels."""
+
+    def flow(one: Frames, two: Frames) -> Numbers:
+        first, second = (sampling.tensor(frame[None])[0] for frame in (one, two))
+        return networks.raft(first, second).double().numpy()
+
+    return flow
+
+
+def _dynamic(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    return rules.is_dynamic(sampling.eighths(video), flow_by(means.networks))
+
+
+def _aesthetic(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    seen = means.networks.clip("clip-l14", sampling.for_clip(video.frames))
+    return VideoScore(value=float((means.networks.aesthetic(seen) / 10).mean()))
+
+
+def _imaging(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    return VideoScore(value=float(means.networks.musiq(sampling.for_musiq(video.frames)).mean()))
+
+
+def _names(video: Video, name: str, means: Means) -> list[list[str]]:
+    return [[thing for thing, _ in frame] for frame in means.observations.of(name, video.name)]
+
+
+def _object(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    seen = _names(video, "object_class", means)
+    return rules.share(prompt.asked["object_class"] in frame for frame in seen)
+
+
+def _objects(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    return rules.shows(_names(video, "multiple_objects", means), prompt.asked["multiple_objects"])
+
+
+def _action(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    if means.observations.has("human_action"):
+        return rules.is_action(means.observations.of("human_action", video.name), video.name)
+    chosen = video.frames[sampling.middle(len(video.frames), SEEN)]
+    likely = torch.sigmoid(means.networks.umt(sampling.for_umt(chosen))).tolist()
+    return rules.is_action(zip(official.actions(), likely, strict=True), video.name)
+
+
+def _color(video: Video, prompt: Prompt, means: Means) -> VideoScore | None:
+    return rules.is_colored(means.observations.of("color", video.name), prompt.text, prompt.asked["color"])
+
+
+def _relation(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    asked = prompt.asked["spatial_relationship"]
+    seen = means.observations.of("spatial_relationship", video.name)
+    return rules.stands(seen, asked["object_a"], asked["object_b"], asked["relationship"])
+
+
+def _scene(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    return rules.is_scene(means.observations.of("scene", video.name), prompt.asked["scene"])
+
+
+def _style(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    words = means.networks.clip_words("clip-b32", prompt.asked["appearance_style"])
+    return rules.likeness(words, means.networks.clip("clip-b32", sampling.for_clip_pictures(video.frames)))
+
+
+def _prompted(video: Video, prompt: Prompt, means: Means) -> VideoScore:
+    chosen = video.frames[sampling.middle(len(video.frames), 8)]
+    seen: Tensor = means.networks.viclip(sampling.for_clip(chosen, rounded=True))
+    return VideoScore(value=float((seen @ means.networks.viclip_words(prompt.text).T).item()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a dimension is measured.
+
+    Attributes:
+        measure: of one video; None where it says nothing about it.
+        networks: files of weights that it takes; none where its networks don't run here.
+        observed: whether it takes observations by networks that run elsewhere, if there are any.
+        scale: what the mean over videos is divided by.
+    """
+
+    measure: Measure
+    networks: tuple[str, ...] = ()
+    observed: bool = False
+    scale: float = 1.0
+
+
+WAYS: dict[str, Way] = {
+    "subject_consistency": Way(measure=_subject, networks=("dino",)),
+    "background_consistency": Way(measure=_background, networks=("clip-b32",)),
+    "temporal_flickering": Way(measure=_flickering),
+    "motion_smoothness": Way(measure=_smoothness, networks=("amt",)),
+    "dynamic_degree": Way(measure=_dynamic, networks=("raft",)),
+    "aesthetic_quality": Way(measure=_aesthetic, networks=("clip-l14", "aesthetic")),
+    "imaging_quality": Way(measure=_imaging, networks=("musiq",), scale=100.0),
+    "object_class": Way(measure=_object, observed=True),
+    "multiple_objects": Way(measure=_objects, observed=True),
+    "human_action": Way(measure=_action, networks=("umt",), observed=True),
+    "color": Way(measure=_color, observed=True),
+    "spatial_relationship": Way(measure=_relation, observed=True),
+    "scene": Way(measure=_scene, observed=True),
+    "appearance_style": Way(measure=_style, networks=("clip-b32", "clip-words")),
+    "temporal_style": Way(measure=_prompted, networks=("viclip", "clip-words")),
+    "overall_consistency": Way(measure=_prompted, networks=("viclip", "clip-words")),
+}  # fmt: skip
+"""Dimension -> how."""
+
+
+def lacking(name: str, means: Means) -> str | None:
+    """Return why a dimension can't be measured, with what to put where; None if it can."""
+    way = WAYS[name]
+    if way.observed and means.observations.has(name):
+        return None
+    if way.networks:
+        return means.networks.missing(way.networks)
+    if way.observed:
+        kind = KINDS[name]
+        return f"{BY[kind]}, which can't run beside a current torch, sees its {kind}; bring them with --observations"
+    return None

@@ -1,0 +1,248 @@
+"""VBench's prompts, which dimensions each serves, and the videos of a folder that belong to them."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+
+from .dimensions import DIMENSIONS, dimension
+
+SAMPLES = 5
+"""Videos of each prompt that a dimension scores."""
+
+FLICKERING = "temporal_flickering"
+
+FILTERED_SAMPLES = 25
+"""Videos of each prompt of temporal flickering from which the static filter keeps up to five."""
+
+SUFFIXES = (".mp4", ".gif")
+
+ASKED = {"object_class": "object", "multiple_objects": "object", "color": "color", "scene": "scene",
+         "spatial_relationship": "spatial_relationship", "appearance_style": "appearance_style"}  # fmt: skip
+"""Dimensions that need more than the prompt -> what the prompts' file calls it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        text: the prompt.
+        dimensions: which it serves.
+        asked: dimension -> what it asks for besides, as the prompts' file tells it.
+    """
+
+    text: str
+    dimensions: tuple[str, ...]
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Videos of one prompt that are to be scored.
+
+    Attributes:
+        prompt: the prompt.
+        paths: its videos.
+    """
+
+    prompt: Prompt
+    paths: tuple[Path, ...]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts of an official full-info JSON.
+
+    Raises:
+        ConfigError: for a file that is missing or of another form, by the entry at fault.
+    """
+    held = _json(path, "prompts")
+    if not isinstance(held, list) or not held:
+        raise ConfigError(f"prompts {path} must be a JSON list of entries, got {type(held).__name__}")
+    return [_prompt(entry, f"entry {number} of {path}") for number, entry in enumerate(held)]
+
+
+def _prompt(entry: Any, where: str) -> Prompt:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt_en"), str):
+        raise ConfigError(f"{where} must be an object with prompt_en and dimension, got {entry!r:.80}")
+    names = entry.get("dimension")
+    if not isinstance(names, list) or not names:
+        raise ConfigError(f"{where} must have a list of dimensions, got {names!r:.80}")
+    served = tuple(dimension(str(name)).name for name in names)
+    told = entry.get("auxiliary_info", {})
+    asked = {}
+    for name in served:
+        if name in ASKED:
+            try:
+                asked[name] = _asked(name, told[name])
+            except (KeyError, TypeError):
+                raise ConfigError(
+                    f"{where} serves {name}, but its auxiliary_info does not tell what is asked"
+                ) from None
+    return Prompt(text=entry["prompt_en"], dimensions=served, asked=asked)
+
+
+def _asked(name: str, told: Any) -> Any:
+    found = told[ASKED[name]]
+    if name == "scene":
+        return found["scene"]
+    if name == "spatial_relationship":
+        return {key: found[key] for key in ("object_a", "object_b", "relationship")}
+    return found
+
+
+def prompt_of(path: Path) -> str:
+    """Return the prompt that a file's name tells: what stands before ``-digits``."""
+    return re.sub(r"-\d+$", "", path.stem)
+
+
+def videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: int = SAMPLES) -> list[Wanted]:
+    """Return the videos ``{prompt}-{i}.mp4`` of a dimension's prompts, i from 0.
+
+    Args:
+        prompts: all.
+        folder: of the videos.
+        name: the dimension.
+        samples: videos of each prompt.
+
+    Raises:
+        ConfigError: for prompts of which videos are missing, by name.
+    """
+    files = _files(folder)
+    wanted, lacking = [], []
+    for prompt in served(prompts, name):
+        own = [files.get(f"{prompt.text}-{number}") for number in range(samples)]
+        lacking += [f"{prompt.text}-{number}" for number, path in enumerate(own) if path is None]
+        wanted.append(Wanted(prompt=prompt, paths=tuple(path for path in own if path is not None)))
+    if lacking:
+        total = samples * len(wanted)
+        shown = ", ".join(f"'{one}.mp4'" for one in lacking[:3])
+        raise ConfigError(
+            f"{name} takes {samples} videos of each of {len(wanted)} prompts, and {folder} lacks {len(lacking)} of "
+            f"{total}: {shown}{' ...' if len(lacking) > 3 else ''}; {_hint(lacking[0], files)}"
+        )
+    return wanted
+
+
+def for_filter(prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
+    """Return the videos of temporal flickering's prompts among which the static filter chooses, up to 25 of each.
+
+    Raises:
+        ConfigError: for prompts of which there are fewer than 5.
+    """
+    files = _files(folder)
+    wanted = []
+    for prompt in served(prompts, FLICKERING):
+        own = [files.get(f"{prompt.text}-{number}") for number in range(FILTERED_SAMPLES)]
+        wanted.append(Wanted(prompt=prompt, paths=tuple(path for path in own if path is not None)))
+    few = [one.prompt.text for one in wanted if len(one.paths) < SAMPLES]
+    if few:
+        raise ConfigError(
+            f"the static filter chooses {SAMPLES} of {FILTERED_SAMPLES} videos of each prompt, and {folder} has fewer "
+            f"than {SAMPLES} of {len(few)} prompts, such as {few[0]!r}; generate '{few[0]}-0.mp4' and further"
+        )
+    return wanted
+
+
+def unused(prompts: Sequence[Prompt], folder: Path, samples: int = SAMPLES) -> list[str]:
+    """Return the names of videos that no dimension scores: of other prompts, or beyond the samples."""
+    known = {f"{one.text}-{number}" for one in prompts for number in range(_most(one, samples))}
+    return sorted(path.name for stem, path in _files(folder).items() if stem not in known)
+
+
+def _most(prompt: Prompt, samples: int) -> int:
+    return FILTERED_SAMPLES if FLICKERING in prompt.dimensions else samples
+
+
+def served(prompts: Sequence[Prompt], name: str) -> Iterable[Prompt]:
+    """Return a dimension's prompts, each text once.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found = {one.text: one for one in prompts if name in one.dimensions}
+    if not found:
+        raise ConfigError(f"no prompt of the file serves {name}; name another with --full-info")
+    return found.values()
+
+
+def first_of(prompts: Sequence[Prompt], names: Sequence[str], count: int | None) -> list[Prompt]:
+    """Return the prompts of dimensions in the file's order: the first ``count`` of each, all for None.
+
+    Raises:
+        ConfigError: if a dimension has none.
+    """
+    wanted = {one.text for name in names for one in list(served(prompts, name))[:count]}
+    return [one for one in prompts if one.text in wanted]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}; name one that holds videos {{prompt}}-{{i}}.mp4")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            if path.stem in found:
+                raise ConfigError(f"{folder} holds {path.stem!r} twice, as .mp4 and .gif; remove one")
+            found[path.stem] = path
+    if not found:
+        raise ConfigError(f"the folder {folder} holds no videos: no file that ends in {' or '.join(SUFFIXES)}")
+    return found
+
+
+def _hint(stem: str, files: Mapping[str, Path]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(stem, files, n=1, cutoff=0.9)
+    return f"the nearest is {files[near[0]].name!r}" if near else "generate those, or leave the dimension out"
+
+
+def check_custom(names: Sequence[str]) -> None:
+    """Refuse dimensions that can't be measured of videos of one's own.
+
+    Raises:
+        ConfigError: for those that ask for more than a prompt.
+    """
+    blocked = [name for name in names if name in ASKED]
+    if blocked:
+        free = [name for name in DIMENSIONS if name not in ASKED]
+        raise ConfigError(
+            f"{', '.join(blocked)} can't be measured of videos of one's own, since VBench's own prompts tell what they "
+            f"ask for; use {', '.join(free)}"
+        )
+
+
+def custom_videos(folder: Path, told: Path | None, names: Sequence[str]) -> list[Wanted]:
+    """Return all videos of a folder, with prompts from a JSON {file name: prompt} or from their names.
+
+    Raises:
+        ConfigError: for videos that the JSON lacks.
+    """
+    files = _files(folder)
+    prompts = {path.name: prompt_of(path) for path in files.values()}
+    if told is not None:
+        held = _json(told, "prompts")
+        if not isinstance(held, dict) or not all(isinstance(text, str) for text in held.values()):
+            raise ConfigError(f"prompts {told} must be a JSON object {{file name: prompt}}")
+        for path in files.values():
+            if path.name not in held:
+                raise ConfigError(f"prompts {told} has no {path.name!r}; {did_you_mean(path.name, held)}")
+        prompts = {path.name: held[path.name] for path in files.values()}
+    return [
+        Wanted(prompt=Prompt(text=prompts[path.name], dimensions=tuple(names)), paths=(path,))
+        for path in files.values()
+    ]
+
+
+def _json(path: Path, what: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{what} {path} can't be read: {error.strerror}; name a JSON file") from None
+    except ValueError as error:
+        raise ConfigError(f"{what} {path} are not JSON ({error})") from None

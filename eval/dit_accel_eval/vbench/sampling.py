@@ -1,0 +1,172 @@
+"""Which frames VBench's dimensions look at, and how those are sized for each network.
+
+Where the official code resizes tensors it does so without antialiasing, 8-bit ones with rounding; where it resizes
+pictures, Pillow's filters hold. Source: vbench 0.1.5, utils.py and the dimensions' files.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dit_accel import ConfigError
+
+Frames = npt.NDArray[np.uint8]
+"""[F, height, width, 3]."""
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""Mean and deviation by colour."""
+
+SIDE = 224
+"""Pixels of the short side that the networks of features and actions take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Video:
+    """A video in memory.
+
+    Attributes:
+        name: its file's name.
+        frames: uint8 [F, height, width, 3].
+        fps: frames per second that its file tells.
+    """
+
+    name: str
+    frames: Frames
+    fps: float
+
+
+def read_video(path: Path) -> Video:
+    """Read a video file, .gif by Pillow and any other by ffmpeg.
+
+    Raises:
+        ConfigError: if it can't be read, or has no frames.
+    """
+    try:
+        frames, fps = _gif(path) if path.suffix.lower() == ".gif" else _video(path)
+    except (OSError, RuntimeError, KeyError, StopIteration) as error:
+        told = getattr(error, "strerror", None) or str(error).strip()
+        reason = (told.splitlines() or ["it is no video"])[-1]
+        raise ConfigError(f"video {path} can't be read ({reason}); give a video file, such as .mp4") from None
+    if not len(frames) or not fps > 0:
+        raise ConfigError(f"video {path} has {len(frames)} frames at {fps:g} a second; give a video file, such as .mp4")
+    return Video(name=path.name, frames=frames, fps=fps)
+
+
+def _video(path: Path) -> tuple[Frames, float]:
+    from imageio_ffmpeg import read_frames
+
+    with path.open("rb"):
+        pass  # ffmpeg has no clear error for a file that is missing
+    reader = read_frames(path)
+    about = next(reader)  # what the file says of itself comes first
+    width, height = about["size"]
+    held = [np.frombuffer(frame, np.uint8) for frame in reader]
+    return np.stack(held).reshape(-1, height, width, 3) if held else np.zeros((0, 1, 1, 3), np.uint8), about["fps"]
+
+
+def _gif(path: Path) -> tuple[Frames, float]:
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        pictures = [
+            (np.asarray(one.convert("RGB")), one.info.get("duration", 0)) for one in ImageSequence.Iterator(image)
+        ]
+    lasts = float(np.mean([duration for _, duration in pictures]))
+    return np.stack([picture for picture, _ in pictures]), 1000 / lasts if lasts > 0 else 0.0
+
+
+def middle(total: int, count: int) -> list[int]:
+    """Return the places of ``count`` frames of ``total``: the middles of as many equal stretches.
+
+    Of fewer frames all are taken, and the last one again and again.
+    """
+    edges = np.linspace(0, total, min(count, total) + 1).astype(int)
+    places = [int(first + end - 1) // 2 for first, end in itertools.pairwise(edges)]
+    return places + [places[-1]] * (count - len(places))
+
+
+def eighths(video: Video) -> Frames:
+    """Return about 8 frames a second: every n-th, n the rate over 8, rounded to even, at least 1."""
+    return video.frames[:: max(1, round(video.fps / 8))]
+
+
+def tensor(frames: Frames) -> Tensor:
+    """Return frames as float [F, 3, height, width] in 0..255."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+
+
+def short_side(frames: Frames, side: int) -> tuple[int, int]:
+    """Return the height and width with a short side of ``side`` pixels, the long one cut off to a whole number."""
+    height, width = frames.shape[1:3]
+    if height <= width:
+        return side, int(side * width / height)
+    return int(side * height / width), side
+
+
+def resized(frames: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Return frames [F, 3, height, width] in another size, without antialiasing; bicubic ones go beyond 0..255."""
+    return F.interpolate(frames, size=list(size), mode=mode, align_corners=False)
+
+
+def centre(frames: Tensor, side: int = SIDE) -> Tensor:
+    """Return the middle square of frames, its upper left corner rounded to even."""
+    top, left = (round((length - side) / 2) for length in frames.shape[2:])
+    return frames[:, :, top : top + side, left : left + side]
+
+
+def scaled(frames: Tensor, by: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    """Return frames in 0..255 as a network takes them: over 255, less its mean, over its deviation."""
+    mean, deviation = (frames.new_tensor(one)[:, None, None] for one in by)
+    return (frames / 255 - mean) / deviation
+
+
+def for_dino(frames: Frames) -> Tensor:
+    """Return frames with a short side of 224 pixels, bilinear, whole: [F, 3, height, width]."""
+    sized = resized(tensor(frames), short_side(frames, SIDE), "bilinear")
+    return scaled(sized, IMAGENET)
+
+
+def for_clip(frames: Frames, *, rounded: bool = False) -> Tensor:
+    """Return the middle 224 x 224 pixels of frames, bicubic: [F, 3, 224, 224].
+
+    Args:
+        frames: uint8.
+        rounded: whether to resize as 8-bit tensors are, rounded and cut off to 0..255.
+    """
+    sized = resized(tensor(frames), short_side(frames, SIDE), "bicubic")
+    return scaled(centre(sized.clamp(0, 255).round() if rounded else sized), CLIP)
+
+
+def for_clip_pictures(frames: Frames) -> Tensor:
+    """Return the middle 224 x 224 pixels of frames as Pillow resizes them, bicubic with antialiasing."""
+    from PIL import Image
+
+    height, width = short_side(frames, SIDE)
+    pictures = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
+    return scaled(centre(tensor(np.stack([np.asarray(picture) for picture in pictures]))), CLIP)
+
+
+def for_musiq(frames: Frames) -> Tensor:
+    """Return frames in [0, 1] whose long side is at most 512 pixels, bilinear: [F, 3, height, width]."""
+    height, width = frames.shape[1:3]
+    if max(height, width) <= 512:
+        return tensor(frames) / 255
+    scale = 512 / max(height, width)
+    return resized(tensor(frames), (int(scale * height), int(scale * width)), "bilinear") / 255
+
+
+def for_umt(frames: Frames) -> Tensor:
+    """Return the middle 224 x 224 pixels of frames with a short side of 256, by OpenCV's bilinear filter."""
+    import cv2
+
+    height, width = short_side(frames, 256)
+    sized = np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR) for frame in frames])
+    return scaled(centre(tensor(sized)), IMAGENET)

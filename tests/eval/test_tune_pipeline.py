@@ -1,0 +1,256 @@
+"""Tuning a pipeline: the cheapest setting that meets a target, verified, resumed, written for generate, or refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+from dit_accel_assets import model_names
+from dit_accel_eval import compare, tune_pipeline
+from dit_accel_eval.counting import Counts
+from dit_accel_eval.embedded import Run
+from dit_accel_eval.results import read_lines
+from dit_accel_eval.suite import Arm
+from dit_accel_eval.tune_pipeline import Point, Target, pareto, read_target
+from dit_accel_eval.tune_space import default_space
+from dit_accel_eval.tuning import tuning_request
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError, EasyCache
+from dit_accel.cli.app import app
+from dit_accel.methods.toml import from_toml, run_table, to_toml
+
+
+class FakeModel:
+    """Stands in for an embedded model: n steps are 4 / n^2 off, twice that by Euler; caches halve the work."""
+
+    name, own_share, weights = "wan-tiny", 0.5, "w"
+    call = {"num_frames": 3}  # noqa: RUF012
+    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    made: list = []  # noqa: RUF012
+    spoil = 1.0
+
+    def __init__(self, name, call):
+        pass
+
+    def prompt(self, clip):
+        return f"prompt {clip}"
+
+    def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
+        self.made.append((clip, steps, solver, tuple(method.name for method in methods)))
+        base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
+        held_out = clip >= tune_pipeline.HELD_OUT_FIRST
+        error = (
+            (8.0 if solver == "euler" else 4.0) / steps**2 * (1.1 if methods else 1) * (self.spoil if held_out else 1)
+        )
+        forwards = steps / 2 if any(isinstance(one, EasyCache) for one in methods) else steps
+        counts = Counts(blocks=12 * forwards, attention=12 * forwards)
+        return Run(frames=np.clip(base + error, 0, 1), counts=counts, attended=1.0, seconds=1.0)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(FakeModel, "made", [])
+    monkeypatch.setattr(FakeModel, "spoil", 1.0)
+    compare._loaded.cache_clear()
+    yield FakeModel
+    compare._loaded.cache_clear()
+
+
+SPACE = """
+version = 2
+name = "space"
+model = "wan-tiny"
+clips = 1
+
+[[arm]]
+name = "unipc"
+num_inference_steps = [6, 10, 12, 16, 20, 24, 30]
+
+[[arm]]
+name = "euler"
+solver = "euler"
+num_inference_steps = [6, 10, 16]
+
+[[arm]]
+name = "cached"
+num_inference_steps = [10, 12, 14, 16]
+easycache = { threshold = 0.05 }
+"""
+
+
+@pytest.fixture
+def tune(tmp_path, fake):
+    (tmp_path / "space.toml").write_text(SPACE)
+
+    def run(target: str, name: str = "fast.toml"):
+        request = tuning_request(prompts=("a red circle",))
+        options = dict(target=target, space=tmp_path / "space.toml", cache=tmp_path / "cache")
+        return tune_pipeline.tune_pipeline(request, tmp_path / name, **options)
+
+    return run
+
+
+def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune, tmp_path):
+    """32 dB are an error of .025: 4 x 1.1 / n^2 is that at 13.3 steps, so a cache of 14, which cost 7, is cheapest."""
+    found = tune("psnr=32")
+    assert found.chosen.arm.name == "cached 14"
+    assert (found.chosen.work, found.chosen.prompts) == (7.0, tune_pipeline.HELD_OUT)
+    assert found.chosen.quality >= 32
+    text = (tmp_path / "fast.toml").read_text()
+    (method,) = from_toml(text)
+    assert method == EasyCache(threshold=0.05)
+    assert run_table(text) == {"num_inference_steps": 14, "solver": "unipc"}
+    assert (tmp_path / "fast.png").stat().st_size > 1000
+    works = [point.work for point in found.frontier]
+    assert works == sorted(works)
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["chosen"]["arm"] == "cached 14"
+    assert any("cached 14" in row for row in found.table()[1])
+
+
+def test_settings_that_can_not_be_cheaper_are_never_run(tune, fake):
+    tune("psnr=20")
+    steps = {steps for _, steps, solver, methods in fake.made if solver == "unipc" and not methods}
+    assert not {20, 24, 30} & steps  # the search for the converged run takes 16 and 32
+
+
+def test_a_speed_up_is_met_by_the_best_quality_at_that_cost(tune):
+    found = tune("speedup=2.5")
+    assert found.chosen.speedup >= 2.5  # of 20 dense steps
+    assert found.chosen.arm.name == "cached 16"
+
+
+def test_what_only_the_searched_prompts_like_is_not_written(tune, tmp_path, fake):
+    fake.spoil = 3.0  # 9.5 dB less on the prompts that the search never saw
+    with pytest.raises(ConfigError, match=r"reached psnr 32 on 6 held-out prompts; nearest came .* ask for less"):
+        tune("psnr=32")
+    assert not (tmp_path / "fast.toml").exists()
+    assert read_lines(tmp_path / "fast.runs.jsonl")  # nothing of what was measured is lost
+
+
+def test_a_search_goes_on_where_it_stopped_and_can_be_reported(tune, tmp_path, fake, monkeypatch):
+    whole = tune("psnr=32")
+    made = len(fake.made)
+    again = tune("psnr=32")
+    assert (dataclasses.replace(again), len(fake.made)) == (whole, made)
+    lines = (tmp_path / "fast.runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fast.runs.jsonl").write_text("".join(lines[:-3]) + lines[-1][:20])  # stopped while it wrote
+    assert tune("psnr=32").chosen == whole.chosen
+    report = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "fast.runs.jsonl"), "--min", "psnr=1"])
+    assert report.exit_code == 0, report.output
+
+
+@pytest.mark.slow
+def test_less_is_better_for_some_metrics(tune):
+    with pytest.raises(ConfigError, match=r"no setting reached warp-error@dis 0\.001"):
+        tune("warp-error@dis=0.001")
+    found = tune("warp-error@dis=0.5", "other.toml")
+    assert found.chosen.quality <= 0.5
+
+
+def test_a_pareto_set_holds_what_none_surpasses():
+    arm = Arm(name="a", num_inference_steps=1)
+    points = [
+        Point(arm=arm, prompts=1, quality=q, work=w, speedup=1) for q, w in ((3, 3), (2, 1), (2, 2), (5, 4), (1, 1))
+    ]
+    assert [(p.quality, p.work) for p in pareto(points, 1)] == [(2, 1), (3, 3), (5, 4)]
+    assert [(p.quality, p.work) for p in pareto(points, -1)] == [(1, 1)]
+
+
+def test_targets_and_their_slack():
+    assert read_target("checker=0.9") == Target(name="score", value=0.9)
+    point = Point(arm=Arm(name="a", num_inference_steps=1), prompts=1, quality=29.0, work=5.0, speedup=4.0)
+    assert Target(name="psnr", value=30.0).missed(point) == 1
+    assert Target(name="psnr", value=30.0).missed(point, 0.05) == 0
+    assert Target(name="speedup", value=3.0).missed(point) == 0
+    assert Target(name="warp-error@dis", value=28.0).missed(point) == 1
+    assert Target(name="warp-error@dis", value=28.0).missed(point, 0.05) == 0
+
+
+@pytest.mark.parametrize("model", model_names())
+def test_the_default_space_has_every_kind_of_setting(model):
+    space = default_space(model)
+    assert len({arm.name for arm in space}) == len(space)
+    assert {arm.solver for arm in space} == {"unipc", "dpm++", "euler"}
+    assert {1, 2} <= {len(arm.methods) for arm in space}
+    for arm in space:
+        assert from_toml(to_toml(arm.methods)) == list(arm.methods)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2"),
+        (["--target", "psnr"], "--target 'psnr' is not NAME=VALUE"),
+        (["--target", "pnsr=3"], "--target 'pnsr=3' names no metric; did you mean 'psnr'"),
+        (["--target", "psnr=high"], "has no number that psnr could be"),
+        (["--target", "speedup=0"], "has no number that speedup could be"),
+        (["--target", "motion=1"], "of motion neither more nor less is better; name another"),
+        (["--target", "psnr=30", "--radial"], "tune pipeline chooses the methods itself, got radial; leave them out"),
+        (["--target", "psnr=30", "-o", "x.json"], "the config must be a .toml, got x.json"),
+        (["--target", "psnr=30", "--model", "no-tiny", "--prompt", "a"], "'no-tiny' is no embedded model"),
+        (["--target", "psnr=30", "--space", "none.toml"], "no suite at none.toml"),
+        (["--target", "psnr=30", "--metric", "l1"], "tune pipeline takes no metric, which are for tune lite"),
+    ],
+)
+def test_what_can_not_be_tuned_is_told(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, ["tune", "pipeline", *arguments])
+    assert found.exit_code == 2
+    assert message in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_arms_that_no_config_can_hold_are_refused(tune, tmp_path):
+    native = SPACE + '[[arm]]\nname = "n"\nnum_inference_steps = 9\ndiffusers = { FirstBlockCacheConfig = {} }\n'
+    (tmp_path / "space.toml").write_text(native)
+    with pytest.raises(ConfigError, match="arm 'n' can't be written as a config; leave out its call and diffusers"):
+        tune("psnr=30")
+    (tmp_path / "space.toml").write_text(SPACE.replace("wan-tiny", "flux-tiny"))
+    with pytest.raises(ConfigError, match="is a suite of flux-tiny, and wan-tiny is tuned"):
+        tune("psnr=30")
+
+
+RUN = '[run]\nnum_inference_steps = 2\nsolver = "euler"\n'
+
+
+def test_generate_takes_the_run_of_a_config(tmp_path):
+    (tmp_path / "c.toml").write_text(RUN + "[easycache]\nthreshold = 0.0\n")
+    arguments = ["generate", "a red circle moving right on a navy background", "--config", str(tmp_path / "c.toml")]
+    size = ["--num-frames", "5", "--height", "32", "--width", "32", "--json"]
+    found = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "a.gif"), *size])
+    assert found.exit_code == 0, found.output
+    (record,) = json.loads(found.stdout)
+    assert (record["num_inference_steps"], record["solver"], list(record["methods"])) == (2, "euler", ["easycache"])
+    over = ["--num-inference-steps", "3", "--solver", "unipc"]
+    (other,) = json.loads(CliRunner().invoke(app, [*arguments, *over, "-o", str(tmp_path / "b.gif"), *size]).stdout)
+    assert (other["num_inference_steps"], other["solver"]) == (3, "unipc")
+    assert Path(tmp_path / "a.gif").read_bytes() != Path(tmp_path / "b.gif").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\nsteps = 3\n", "[run] has no 'steps'; known: flow_shift, num_inference_steps, solver"),
+        ("[run]\nnum_inference_steps = 2.5\n", "[run] has num_inference_steps = 2.5, which is of the wrong kind"),
+        ("run = 3\n", "run = 3 is no table; write [run]"),
+        ('[run]\nsolver = "heun"\n', "there is no solver 'heun'"),
+        ("[run]\nflow_shift = 3.0\n", "flow_shift must be above 0, and goes with a solver, got 3.0, None"),
+    ],
+)
+def test_bad_runs_of_a_config_are_told(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    found = CliRunner().invoke(app, ["generate", "a red circle", "--config", str(tmp_path / "c.toml")])
+    assert found.exit_code == 2
+    assert message in found.stderr
+
+
+def test_other_commands_say_that_they_leave_the_run_out(tmp_path):
+    (tmp_path / "c.toml").write_text(RUN + "[radial]\n")
+    found = CliRunner().invoke(app, ["plan", "--family", "wan2.1-1.3b", "--config", str(tmp_path / "c.toml")])
+    assert found.exit_code == 0
+    assert "the [run] table of" in found.stderr

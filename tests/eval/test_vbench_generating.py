@@ -1,0 +1,132 @@
+"""`dit-accel eval vbench --generate`: each video of another seed, the cost first, going on, shares, and refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dit_accel_eval.vbench.generating import pieces, share
+from dit_accel_eval.vbench.prompts import first_of, read_prompts
+from dit_accel_eval.vbench.sampling import read_video
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.cli.app import app
+
+PROMPTS = [
+    "a red circle moving right on a navy background",
+    "a green square moving left on a gray background",
+    "a blue cross moving up on a black background",
+]
+FULL_INFO = [
+    {"prompt_en": PROMPTS[0], "dimension": ["subject_consistency", "dynamic_degree"]},
+    {"prompt_en": PROMPTS[1], "dimension": ["temporal_flickering"]},
+    {"prompt_en": PROMPTS[2], "dimension": ["subject_consistency"]},
+]
+
+
+@pytest.fixture
+def info(tmp_path) -> Path:
+    (tmp_path / "info.json").write_text(json.dumps(FULL_INFO))
+    return tmp_path / "info.json"
+
+
+def making(info: Path, *arguments: str | Path):
+    videos = info.parent / "videos"
+    small = ("--num-frames", "5", "--num-inference-steps", "1")
+    made = ("eval", "vbench", "--videos", videos, "--generate", "--full-info", info, *small, *arguments)
+    found = CliRunner().invoke(app, [str(one) for one in made])
+    return found, videos, " ".join(found.stderr.split())
+
+
+def test_every_video_has_a_seed_of_its_own_whatever_is_asked_for(info, tmp_path):
+    every = read_prompts(info)
+    names = ["subject_consistency", "temporal_flickering"]
+    whole = pieces(every, every, names, tmp_path, None, 100)
+    assert [len([one for one in whole if one.prompt == text]) for text in PROMPTS] == [5, 25, 5]
+    assert len({one.seed for one in whole}) == len(whole)
+    assert whole[0].path == tmp_path / f"{PROMPTS[0]}-0.mp4"
+    part = pieces(every, first_of(every, ["subject_consistency"], 1), ["subject_consistency"], tmp_path, 2, 100)
+    assert part == whole[:2]
+    last = pieces(every, [every[2]], ["subject_consistency"], tmp_path, None, 100)
+    assert last == whole[-5:]
+
+
+def test_a_subset_is_the_first_prompts_of_each_dimension(info):
+    every = read_prompts(info)
+    assert first_of(every, ["subject_consistency"], 1) == every[:1]
+    assert first_of(every, ["subject_consistency", "temporal_flickering"], 1) == every[:2]
+    assert first_of(every, ["subject_consistency"], None) == [every[0], every[2]]
+
+
+def test_shares_are_the_whole_work_once(info, tmp_path):
+    every = read_prompts(info)
+    work = pieces(every, every, ["subject_consistency"], tmp_path, None, 0)
+    shares = [share(work, f"{number}/4") for number in range(4)]
+    assert sorted(one.path for part in shares for one in part) == sorted(one.path for one in work)
+    for wrong in ("4/4", "1", "a/b", "-1/4"):
+        with pytest.raises(ConfigError, match="--shard must be i/n"):
+            share(work, wrong)
+    with pytest.raises(ConfigError, match="has nothing to do: there are 2 videos"):
+        share(work[:2], "3/4")
+
+
+def test_videos_are_made_once_with_the_cost_told_first(info):
+    arguments = ("-d", "subject_consistency", "--samples", 2, "--subset", 1, "--radial")
+    found, videos, text = making(info, *arguments)
+    assert found.exit_code == 0, found.stderr
+    told = "2 of 2 videos to make, 0 are there; num_frames 5, height 64, width 64, num_inference_steps 1"
+    assert text.index(told) < text.index("video 1 of 2") < text.index("to go")
+    paths = [videos / f"{PROMPTS[0]}-{number}.mp4" for number in range(2)]
+    one, two = (read_video(path).frames for path in paths)
+    assert one.shape == (5, 64, 64, 3)
+    assert not np.array_equal(one, two)
+    record = json.loads((videos / f"{PROMPTS[0]}-1.mp4.json").read_text())
+    assert (record["seed"], list(record["methods"])) == (1, ["radial"])
+    paths[1].unlink()
+    before = paths[0].stat().st_mtime_ns
+    found, _, text = making(info, *arguments)
+    assert "1 of 2 videos to make, 1 are there" in text
+    assert paths[0].stat().st_mtime_ns == before
+    assert np.array_equal(read_video(paths[1]).frames, two)
+    found, _, text = making(info, *arguments)
+    assert (found.exit_code, "0 of 2 videos to make, 2 are there" in text) == (0, True)
+    found, _, text = making(info, *arguments[:-1])
+    assert found.exit_code == 2
+    assert f"{PROMPTS[0]}-0.mp4 was made with methods" in text
+    (videos / f"{PROMPTS[0]}-0.mp4.json").unlink()
+    assert "has no side-car that tells how it was made; move it away" in making(info, *arguments)[2]
+
+
+def test_words_that_an_embedded_model_does_not_know_are_refused_before_anything_is_made(info):
+    entries = [*FULL_INFO, {"prompt_en": "a photo of a zebra", "dimension": ["subject_consistency"]}]
+    info.write_text(json.dumps(entries))
+    found, videos, text = making(info, "-d", "subject_consistency", "--samples", 1)
+    assert found.exit_code == 2
+    assert "zebra" in text
+    assert list(videos.iterdir()) == []
+
+
+def test_a_model_is_for_making_videos(info):
+    found = CliRunner().invoke(app, ["eval", "vbench", "--videos", str(info.parent), "--radial"])
+    assert found.exit_code == 2
+    assert "a model, its methods and shards are for making videos; add --generate" in " ".join(found.stderr.split())
+
+
+def test_the_cost_of_a_known_family_is_told_in_flops(monkeypatch, tmp_path):
+    from dit_accel_eval.vbench import generating
+    from dit_accel_pipelines.request import Request
+
+    from dit_accel.adapters import registry
+    from dit_accel.estimate.estimate import estimate
+
+    adapter = registry.adapters()["wan"]
+    family = adapter.families[0]
+    request = Request(prompts=("a kite",), output=tmp_path / "a.mp4", height=480, width=832, num_frames=81,
+                      num_inference_steps=50)  # fmt: skip
+    monkeypatch.setattr(generating, "settle", lambda request: (request, family, []))
+    whole = estimate(adapter, family, height=480, width=832, num_frames=81, num_inference_steps=50).total_flops
+    told = generating.cost(request, 2, 5)
+    assert told.startswith("3 of 5 videos to make, 2 are there; num_frames 81, height 480, width 832,")
+    assert f"; {3 * whole:.3g} FLOPs dense" in told
+    assert [generating._time(seconds) for seconds in (5, 600, 7200)] == ["5 s", "10 min", "2.0 h"]

@@ -1,0 +1,292 @@
+"""VBench's networks: against other code of the same ones, by random weights, and wrong or missing files by name."""
+
+import gzip
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import tiny_vbench as tiny
+import torch
+from dit_accel_eval.vbench import official, rules, sampling, vit, weight_files, words
+from dit_accel_eval.vbench.measures import WAYS, Means, lacking
+from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench.prompts import Prompt
+from dit_accel_eval.vbench.sampling import Video
+from torch.nn import functional as F
+
+from dit_accel import ConfigError
+
+needs_package = pytest.mark.skipif(official.missing() is not None, reason=str(official.missing()))
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_dino_is_that_of_transformers_where_the_grid_is_the_trained_one():
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=256,
+                       image_size=64, layer_norm_eps=1e-6)  # fmt: skip
+    other = ViTModel(config, add_pooling_layer=False).eval()
+    weights = tiny.dino(side=4)
+    held = other.state_dict()
+    held["embeddings.cls_token"], held["embeddings.position_embeddings"] = weights["cls_token"], weights["pos_embed"]
+    names = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj",
+             "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}  # fmt: skip
+    for kind in ("weight", "bias"):
+        held[f"embeddings.patch_embeddings.projection.{kind}"] = weights[f"patch_embed.proj.{kind}"]
+        held[f"layernorm.{kind}"] = weights[f"norm.{kind}"]
+        for block in (0, 1):
+            for mine, theirs in names.items():
+                held[f"layers.{block}.{theirs}.{kind}"] = weights[f"blocks.{block}.{mine}.{kind}"]
+            parts = weights[f"blocks.{block}.attn.qkv.{kind}"].chunk(3)
+            for part, value in zip("qkv", parts, strict=True):
+                held[f"layers.{block}.attention.{part}_proj.{kind}"] = value
+    other.load_state_dict(held)
+    frames = tiny.random(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.allclose(vit.dino(frames, weights), other(frames).last_hidden_state[:, 0], atol=1e-5)
+
+
+def test_dino_lays_its_positions_over_other_grids_with_a_tenth_to_be_safe():
+    weights = tiny.dino(side=4)
+    found = vit._positions(weights["pos_embed"], 4, 6)
+    assert found.shape == (1, 1 + 24, 64)
+    square = weights["pos_embed"][0, 1:].reshape(4, 4, 64)
+
+    def cubic(distance: float) -> float:  # Keys' kernel, a = -0.75
+        d, a = abs(distance), -0.75
+        if d <= 1:
+            return (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    def along(place: int, scale: float) -> list[tuple[int, float]]:
+        at = (place + 0.5) / scale - 0.5
+        low = int(np.floor(at))
+        return [(min(max(low + step, 0), 3), cubic(at - low - step)) for step in (-1, 0, 1, 2)]
+
+    for down, right in ((0, 0), (2, 3), (3, 5)):
+        expected = sum(
+            one * two * square[row, column]
+            for row, one in along(down, 4.1 / 4)
+            for column, two in along(right, 6.1 / 4)
+        )
+        assert torch.allclose(found[0, 1 + 6 * down + right], expected, atol=1e-5)
+
+
+def test_clip_is_that_of_transformers():
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 256,
+             "hidden_act": "quick_gelu"}  # fmt: skip
+    config = CLIPConfig(projection_dim=32, vision_config=tower | {"patch_size": 56, "image_size": 224},
+                        text_config=tower | {"vocab_size": 600, "eos_token_id": 599})  # fmt: skip
+    other = CLIPModel(config).eval()
+    weights, held = tiny.clip(56), other.state_dict()
+    for at, inner in (("visual.", "vision_model"), ("", "text_model")):
+        names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+                 "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+        block, theirs = f"{at}transformer.resblocks.0", f"{inner}.encoder.layers.0"
+        for kind in ("weight", "bias"):
+            for mine, name in names.items():
+                held[f"{theirs}.{name}.{kind}"] = weights[f"{block}.{mine}.{kind}"]
+            parts = weights[f"{block}.attn.in_proj_{kind}"].chunk(3)
+            for part, value in zip("qkv", parts, strict=True):
+                held[f"{theirs}.self_attn.{part}_proj.{kind}"] = value
+    for kind in ("weight", "bias"):
+        held[f"vision_model.pre_layrnorm.{kind}"] = weights[f"visual.ln_pre.{kind}"]
+        held[f"vision_model.post_layernorm.{kind}"] = weights[f"visual.ln_post.{kind}"]
+        held[f"text_model.final_layer_norm.{kind}"] = weights[f"ln_final.{kind}"]
+    held["vision_model.embeddings.class_embedding"] = weights["visual.class_embedding"]
+    held["vision_model.embeddings.patch_embedding.weight"] = weights["visual.conv1.weight"]
+    held["vision_model.embeddings.position_embedding.weight"] = weights["visual.positional_embedding"]
+    held["text_model.embeddings.token_embedding.weight"] = weights["token_embedding.weight"]
+    held["text_model.embeddings.position_embedding.weight"] = weights["positional_embedding"]
+    held["visual_projection.weight"], held["text_projection.weight"] = (
+        weights["visual.proj"].T,
+        weights["text_projection"].T,
+    )
+    other.load_state_dict(held)
+    frames, tokens = tiny.random(2, 3, 224, 224), torch.tensor([[5, 9, 599, 0, 0], [7, 8, 9, 10, 599]])
+    with torch.inference_mode():
+        seen, read = other.vision_model(frames).pooler_output, other.text_model(tokens).pooler_output
+        found = vit.clip_video(frames[:, :, None], weights, "visual.")
+        assert torch.allclose(found, seen @ weights["visual.proj"], atol=1e-4)
+        assert torch.allclose(vit.clip_text(tokens, weights, ""), read @ weights["text_projection"], atol=1e-4)
+
+
+def test_viclip_adds_its_times_and_looks_at_all_frames_at_once():
+    weights = tiny.viclip()
+    clips = tiny.random(1, 3, 8, 224, 224)
+    found = vit.clip_video(clips, weights, "vision_encoder.")
+    assert found.shape == (1, 32)
+    assert not torch.allclose(vit.clip_video(clips.flip(2), weights, "vision_encoder."), found, atol=1e-4)
+    timeless = weights | {"vision_encoder.temporal_positional_embedding": torch.zeros(1, 8, 64)}
+    there, back = (vit.clip_video(one, timeless, "vision_encoder.") for one in (clips, clips.flip(2)))
+    assert torch.allclose(there, back, atol=1e-5)
+
+
+def test_umt_stretches_its_sines_over_16_frames_and_looks_at_the_mean():
+    table = vit.sines(8, 2, 6)[0].reshape(8, 4, 6)
+    for place in (0, 5, 31):
+        for at in range(6):
+            angle = place / 10000 ** (2 * (at // 2) / 6)
+            expected = np.cos(angle) if at % 2 else np.sin(angle)
+            assert table[place // 4, place % 4, at] == pytest.approx(expected, abs=1e-6)
+    longer = vit.sines(16, 2, 6)[0].reshape(16, 4, 6)
+    assert torch.allclose(longer[3], 0.75 * table[1] + 0.25 * table[2], atol=1e-6)  # (3 + .5) / 2 - .5 = 1.25
+    assert torch.allclose(longer[0], table[0], atol=1e-6)
+    weights = tiny.umt(classes=7)
+    clips = tiny.random(2, 3, 16, 224, 224)
+    assert vit.umt(clips, weights).shape == (2, 7)
+    learned = weights | {"pos_embed": vit.sines(16, 14, 64)}
+    assert torch.equal(vit.umt(clips, learned), vit.umt(clips, weights))
+
+
+def test_words_are_merged_and_cut_as_clip_does(tmp_path):
+    path = tmp_path / "merges.gz"
+    path.write_bytes(gzip.compress(b"#version: 0.2\nt h\nth e</w>\nr e\nre d</w>"))
+    made = words.tokenizer(path)
+    start, end, the, red = 516, 517, 513, 515
+    assert words.tokens(made, "The  RED &amp;amp; the") == [start, the, red, ord("&") - 33 + 256, the, end]
+    assert words.tokens(made, "5's")[1:-1] == [ord("5") - 33 + 256, ord("'") - 33, ord("s") - 33 + 256]
+    path.write_bytes(b"no gzip")
+    with pytest.raises(ConfigError, match="can't be read as CLIP's merges"):
+        words.tokenizer(path)
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch) -> Networks:
+    tiny.write(tmp_path, monkeypatch, "dino", "umt", "viclip", "clip-b32", "clip-l14", "clip-words", "aesthetic")
+    return Networks(tmp_path)
+
+
+def test_dimensions_of_features_follow_from_the_networks(networks):
+    video = Video(name="a-0.mp4", frames=noise(9, 40, 56, 3), fps=8)
+    asked = Prompt(text="the red", dimensions=(), asked={"appearance_style": "red"})
+    means = Means(networks=networks)
+    found = {}
+    for name in ("subject_consistency", "background_consistency", "aesthetic_quality", "appearance_style",
+                 "overall_consistency"):  # fmt: skip
+        assert lacking(name, means) is None
+        score = WAYS[name].measure(video, asked, means)
+        assert score is not None
+        found[name] = float(score.value)
+    held = weight_files.read("dino", networks.folder)
+    features = F.normalize(vit.dino(sampling.for_dino(video.frames), held).double(), dim=1)
+    alike = features @ features.T
+    pairs = [max(0.0, float(alike[at, at - 1])) / 2 + max(0.0, float(alike[at, 0])) / 2 for at in range(1, 9)]
+    assert found["subject_consistency"] == pytest.approx(np.mean(pairs), abs=1e-6)
+    large = weight_files.read("clip-l14", networks.folder)
+    seen = F.normalize(vit.clip_video(sampling.for_clip(video.frames)[:, :, None], large, "visual."), dim=1)
+    head = weight_files.read("aesthetic", networks.folder)
+    assert found["aesthetic_quality"] == pytest.approx(
+        float((seen @ head["weight"][0] + head["bias"]).mean() / 10), abs=1e-6
+    )
+    small = weight_files.read("clip-b32", networks.folder)
+    look = F.normalize(vit.clip_video(sampling.for_clip_pictures(video.frames)[:, :, None], small, "visual."), dim=1)
+    tokens = torch.tensor([[516, 515, 517] + [0] * 74])
+    text = F.normalize(vit.clip_text(tokens, small, ""), dim=1)
+    assert found["appearance_style"] == pytest.approx(float((look @ text.T).mean()), abs=1e-6)
+    held = weight_files.read("viclip", networks.folder)
+    chosen = sampling.for_clip(video.frames[[0, 1, 2, 3, 4, 5, 6, 7]], rounded=True)  # 9 frames: 8 stretches
+    seen = F.normalize(vit.clip_video(chosen.transpose(0, 1)[None], held, "vision_encoder."), dim=1)
+    tokens = torch.tensor([[516, 513, 515, 517] + [0] * 28])
+    text = F.normalize(vit.clip_text(tokens, held, "text_encoder."), dim=1)
+    assert found["overall_consistency"] == pytest.approx(float(seen @ text.T), abs=1e-6)
+
+
+def test_a_still_video_is_wholly_consistent(networks):
+    video = Video(name="a-0.mp4", frames=noise(1, 40, 56, 3).repeat(4, 0), fps=8)
+    for name in ("subject_consistency", "background_consistency"):
+        score = WAYS[name].measure(video, Prompt(text="", dimensions=()), Means(networks=networks))
+        assert score is not None
+        assert score.value == pytest.approx(1, abs=1e-6)
+
+
+def test_long_texts_are_cut_for_viclip_and_refused_for_clip(networks):
+    long = " ".join(["the"] * 80)
+    assert networks.viclip_words(long).shape == (1, 32)
+    assert torch.equal(networks.viclip_words(long), networks.viclip_words(long + " red"))
+    with pytest.raises(ConfigError, match=r"CLIP reads 77 tokens, and .* has 82; shorten it"):
+        networks.clip_words("clip-b32", long)
+
+
+def test_missing_and_wrong_files_are_told_by_name(networks, monkeypatch):
+    path = networks.folder / weight_files.WEIGHT_FILES["dino"].path
+    frames = sampling.for_dino(noise(2, 224, 224, 3))
+    one = weight_files.WEIGHT_FILES["dino"]
+    monkeypatch.setitem(weight_files.WEIGHT_FILES, "dino", replace(one, sha256="0123"))
+    with pytest.raises(ConfigError, match=r"has SHA-256 \w{64}, expected was 0123\.\.\.; it is not used"):
+        networks.dino(frames)
+    monkeypatch.setitem(weight_files.WEIGHT_FILES, "dino", replace(one, sha256=""))
+    path.write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="can't be read as weights"):
+        networks.dino(frames)
+    torch.save({"cls_token": torch.zeros(1)}, path)
+    with pytest.raises(ConfigError, match=r"lacks 'patch_embed.proj.weight', so it holds another network's weights"):
+        networks.dino(frames)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"dino is missing: put https://dl.fbaipublicfiles.com/.* at .*dino_model"):
+        Networks(networks.folder).dino(frames)
+
+
+def test_what_cannot_be_measured_says_what_to_put_where(tmp_path):
+    means = Means(networks=Networks(tmp_path))
+    for name, way in WAYS.items():
+        reason = lacking(name, means)
+        if name == "temporal_flickering":
+            assert reason is None
+        elif way.networks:
+            assert all(str(tmp_path / weight_files.WEIGHT_FILES[one].path) in str(reason) for one in way.networks)
+        else:
+            assert "bring them with --observations" in str(reason)
+
+
+@needs_package
+@pytest.mark.skipif(find_spec("scipy") is None, reason="RAFT's code imports SciPy, which is not installed")
+def test_raft_and_amt_run_by_the_official_code(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    raft = official.module("RAFT.core.raft")
+    amt = official.module("amt.networks.AMT-S")
+    options = type("Options", (dict,), {"__getattr__": dict.__getitem__, "__setattr__": dict.__setitem__})
+    made = {
+        "raft": {f"module.{key}": value for key, value in raft.RAFT(
+            options(small=False, mixed_precision=False, alternate_corr=False)).state_dict().items()},
+        "amt": {"state_dict": amt.Model(corr_radius=3, corr_lvls=4, num_flows=3).state_dict()},
+    }  # fmt: skip
+    for name, held in made.items():
+        path = tmp_path / weight_files.WEIGHT_FILES[name].path
+        path.parent.mkdir(parents=True)
+        torch.save(held, path)
+    networks = Networks(tmp_path)
+    one, two, three = (sampling.tensor(noise(1, 124, 130, 3, seed=seed))[0] for seed in range(3))
+    monkeypatch.setattr("dit_accel_eval.vbench.networks.RAFT_ROUNDS", 1)
+    flow = networks.raft(one, two)
+    assert flow.shape == (2, 128, 136)  # padded to eighths, and left so
+    assert flow.isfinite().all()
+    drawn = networks.amt(one / 255, two / 255)
+    assert drawn.shape == (3, 124, 130)
+    assert drawn.isfinite().all()
+    for network, name in ((networks.raft, "RAFT"), (networks.amt, "AMT")):
+        with pytest.raises(
+            ConfigError, match=rf"{name} takes frames of 128 pixels and more, padded these have (112|120)"
+        ):
+            network(one[:, :112], two[:, :112])
+    frames = torch.stack([one, three, two]).permute(0, 2, 3, 1).byte().numpy()
+    score = WAYS["motion_smoothness"].measure(
+        Video(name="a-0.mp4", frames=frames, fps=8), Prompt(text="", dimensions=()), Means(networks=networks)
+    )
+    apart = ((drawn * 255).clamp(0, 255).floor() - three).abs().mean()
+    assert score == rules.VideoScore(value=pytest.approx(float(1 - apart / 255), abs=1e-6))
+
+
+@needs_package
+def test_the_official_package_leaves_no_trace_among_the_modules():
+    import sys
+
+    official.module("amt.networks.AMT-S")
+    assert not [name for name in sys.modules if name.partition(".")[0] == "vbench"]
+    assert len(official.actions()) == 400
