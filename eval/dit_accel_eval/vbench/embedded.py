@@ -202,7 +202,7 @@ def _flickering(shown: Shown) -> float | None:
 
 
 def _centers(shown: Shown) -> list[npt.NDArray[np.float64]]:
-    """Return the centres of all colours that show: how things move does not hang on whether they are those asked for."""
+    """Return the centres of all colours that show: how things move does not hang on whether they were asked for."""
     centers = (shown.centers(color) for color in world.COLORS if firm(shown.parts.masks[color]).any())
     return [found for found in centers if not np.isnan(found).all()]
 
