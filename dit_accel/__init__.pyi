@@ -7,6 +7,7 @@ from .errors import AttachError as AttachError
 from .errors import ConfigError as ConfigError
 from .errors import DitAccelError as DitAccelError
 from .errors import MissingBackend as MissingBackend
+from .errors import ProcessLost as ProcessLost
 from .errors import UnsupportedModel as UnsupportedModel
 from .estimate.describe import Description as Description
 from .estimate.describe import describe as describe

@@ -24,6 +24,10 @@ class MissingBackend(DitAccelError, RuntimeError):  # noqa: N818 - reads as what
     """A backend named by the user that cannot run here."""
 
 
+class ProcessLost(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it is
+    """Another process of those that run a transformer together ended, or no longer answers."""
+
+
 LONG_LIST = 24
 """The most names that an error lists. Of more (the models) it gives the near ones, and the command that lists all."""
 

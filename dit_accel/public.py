@@ -14,6 +14,7 @@ HOMES: dict[str, str] = {
     "ConfigError": "errors",
     "DitAccelError": "errors",
     "MissingBackend": "errors",
+    "ProcessLost": "errors",
     "UnsupportedModel": "errors",
     "DFA": "methods.attention.dfa",
     "DeltaAttention": "methods.attention.delta",

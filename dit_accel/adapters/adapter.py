@@ -168,6 +168,8 @@ class Adapter:
         text_apart: besides the call over all keys there are others over fewer (text over itself); they stay dense.
         ragged_text: an attention call may leave out text that the grid counts: padded text behind the visual tokens,
             row by row, or all text.
+        split_text: how diffusers' context parallelism splits the attended sequence: as one stream (``none``), or text
+            ``before`` or ``after`` the visual tokens apart from the rest; None: not described.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
         rising_timesteps: the timestep rises from step to step.
@@ -199,6 +201,7 @@ class Adapter:
     left_dense: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     text_apart: bool = False
     ragged_text: bool = False
+    split_text: Literal["none", "before", "after"] | None = None
     outer_masks: bool = False
     rising_timesteps: bool = False
     signal: Callable[[Any, Mapping[str, Any]], Any] | None = None

@@ -19,6 +19,7 @@ from .execution import Execution, Observer
 from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
 from .forward import Forward, count_dense, switch
 from .layers import AttentionLayer, TransformerState
+from .parallel import context_parallel, require_parallel
 from .processor import Slot, dense_attention_of, retire_processor, unwrap_processor, wrap_processor
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
@@ -151,6 +152,8 @@ def attach(
         for name, transformer in transformers.items():
             state = TransformerState(name, transformer, adapter_for(type(transformer).__name__))
             _install_processors(attachment, state, layers, classes)
+            if (parallel := context_parallel(transformer)) is not None:
+                require_parallel(attachment._execution, state, parallel)
             _install_calls(attachment, state, parts[name])
     except BaseException:
         attachment.detach()

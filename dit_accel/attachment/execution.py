@@ -94,6 +94,7 @@ class Execution:
         self.backward = BackwardStore()
         self.observers: list[Observer] = []
         self.on_run: list[Callable[[], None]] = []
+        self.runs = 0
         self.use(handlers)
         _EXECUTIONS[self.number] = self
 
@@ -107,6 +108,7 @@ class Execution:
 
     def begin_run(self) -> None:
         """Forget everything that belongs to the last generation."""
+        self.runs += 1
         for call in self.on_run:
             call()
         self.recorder = Recorder()
@@ -248,16 +250,10 @@ class Execution:
         step = self.state.context(state)
         told = {name: getattr(step, name) for name in _STEP_FIELDS if name not in ("layout", "batch")}
         return CallContext(
-            **told,
-            layout=layout,
-            batch=len(call.q),
-            layer=layer.index,
-            depth=layer.depth,
-            device=call.q.device,
-            row=row,
-            repeated=repeated,
-            differentiate=differentiate,
-        )
+            **told, layout=layout, batch=len(call.q), layer=layer.index, depth=layer.depth, device=call.q.device,
+            row=row, repeated=repeated, differentiate=differentiate,
+            heads=state.ulysses.share(layer.heads) if state.ulysses else None,
+        )  # fmt: skip
 
     def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:
         """Return what the methods say together, each given what those before it said."""

@@ -73,9 +73,14 @@ def resolve_model(name: str, transformers: dict[str, Any]) -> Model:
     experts = sum(type(other) is type(transformer) for other in transformers.values())
     family: Family | None = adapter.family(transformer.config, experts)
     modules = attention_modules(transformer, adapter)
-    module, names = modules[0][1], ("heads", "num_heads", "num_attention_heads")
-    heads = next((getattr(of, name) for of in (module, transformer.config) for name in names if hasattr(of, name)), 0)
-    return Model(adapter=adapter, family=family, heads=int(heads), layers=len(modules))
+    heads = heads_of(modules[0][1], transformer.config)
+    return Model(adapter=adapter, family=family, heads=heads, layers=len(modules))
+
+
+def heads_of(module: Any, config: Any) -> int:
+    """Return how many heads an attention module has; 0 where neither it nor its transformer's config tells."""
+    names = ("heads", "num_heads", "num_attention_heads")
+    return int(next((getattr(of, name) for of in (module, config) for name in names if hasattr(of, name)), 0))
 
 
 def chosen_layers(

@@ -10,13 +10,15 @@ import torch
 
 from ..adapters.adapter import NO_STEP, Adapter, Grid
 from ..errors import ConfigError
-from ..methods.site import AroundForward, ForwardContext
+from ..methods.site import AroundForward, ForwardContext, made_tensor
 from ..plan.context import StepContext
 from ..plan.layout import layout_of
 from .execution import NO_GRID, Execution
 from .layers import TransformerState
 from .lora import lora_state
+from .parallel import context_parallel, naming_lost, require_agreement, require_parallel
 from .processor import Slot, as_tensors
+from .ulysses import ulysses_of
 
 _STEP_FIELDS = tuple(field.name for field in fields(StepContext))
 
@@ -48,6 +50,10 @@ class Forward:
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
         self._last: Grid | None = None
         self._grid = slot.grid
+        self._parallel: Any = None
+        self._spread_over: Any = None
+        self._ulysses: Any = None
+        self._agreed = -1  # the run in which the processes were last compared
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
 
     def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -56,6 +62,10 @@ class Forward:
         if torch.compiler.is_compiling():
             return self._traced(run, args, kwargs, inputs)
         execution, state = self._execution, self._state
+        parallel = context_parallel(state.transformer)
+        if parallel is not None and parallel is not self._parallel:
+            require_parallel(execution, state, parallel)
+        self._parallel = parallel
         grid = self._look(inputs)
         if grid == NO_STEP:
             return run(*args, **kwargs)
@@ -63,6 +73,10 @@ class Forward:
             self.note_weights()
         training = torch.is_grad_enabled() and state.transformer.training
         execution.state.forward(state, inputs.get(state.adapter.timestep), training)
+        if parallel is not None and self._agreed != execution.runs:
+            self._agreed = execution.runs
+            with naming_lost(state, parallel):
+                require_agreement(execution, state, parallel, made_tensor(inputs[state.adapter.latents]))
 
         def innermost(**changed: Any) -> Any:
             if not changed:
@@ -110,9 +124,21 @@ class Forward:
             self._last, self._grid = plain, as_tensors(plain)
         slot.grid = self._grid
         slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
+        slot.ulysses = state.ulysses = None
+        if self._parallel is not None and self._parallel.ring_degree == 1 and plain != NO_GRID:
+            self._spread(plain, made_tensor(inputs[state.adapter.latents]).device)
         state.layout = None if isinstance(grid, str) else layout_of(grid)
         state.batch = len(inputs[state.adapter.latents])
         return grid
+
+    def _spread(self, grid: Grid, device: torch.device) -> None:
+        """Leave where attention calls find it how the forward is spread over processes."""
+        slot, state = self._slot, self._state
+        if self._spread_over != (grid, device, self._parallel):
+            self._spread_over = grid, device, self._parallel
+            self._ulysses = ulysses_of(self._parallel, state.adapter, grid, device)
+        slot.ulysses = state.ulysses = self._ulysses
+        slot.apart = min(slot.apart, self._ulysses.local)
 
     def _observed(
         self,
@@ -136,7 +162,8 @@ class Forward:
         _leave_perturbed_dense(execution, state)
         slot.reached.clear()
         execution.recorder.forwards_run += 1
-        out = run(*args, **kwargs)
+        with naming_lost(state, self._parallel):
+            out = run(*args, **kwargs)
         _uncount_skipped(execution, state, slot.reached)
         return out
 
@@ -151,6 +178,7 @@ class Forward:
                 "one around the forward compile before attaching or use transformer.compile(), for one around blocks "
                 "use compile_repeated_blocks()"
             )
+        slot.ulysses = state.ulysses = None
         grid = state.adapter.grid(self._config, inputs)
         plain = NO_GRID if isinstance(grid, str) else grid
         slot.grid = as_tensors(plain)

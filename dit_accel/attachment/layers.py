@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..plan.layout import TokenLayout
+from .find import heads_of
+from .ulysses import Ulysses
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 """(q, k, v, mask, scale) -> output: the model's own attention on the user's backend; tensors lie as it holds them."""
@@ -21,6 +23,7 @@ class AttentionLayer:
     Attributes:
         index: its place among all that the adapter names, unique in its transformer.
         depth: index of its block, counted from the input.
+        heads: its heads, H.
         processor: the processor put on it.
         dense: the model's own attention, on the user's own backend.
         calls: calls it made in this forward.
@@ -31,6 +34,7 @@ class AttentionLayer:
         self.module: Any = module
         self.index = index
         self.depth = depth
+        self.heads = heads_of(module, getattr(state.transformer, "config", None))
         self.processor: Any = None
         self.dense: DenseAttention | None = None
         self.calls = 0
@@ -78,6 +82,7 @@ class TransformerState:
         branches_a_step: forwards after which the same branch comes again at that timestep; None: it does not.
         begun: a context told a step, but no forward was seen in it yet.
         weights: what acted on the transformer's weights in the last forward.
+        ulysses: how the running forward is spread over processes; None: it is not.
     """
 
     def __init__(self, name: str, transformer: nn.Module, adapter: Adapter) -> None:
@@ -95,6 +100,7 @@ class TransformerState:
         self.branches_a_step: int | None = None
         self.begun = False
         self.weights: Hashable = None
+        self.ulysses: Ulysses | None = None
 
     @property
     def branch(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedModel
 from .layers import DenseAttention
 from .op import planned_attention
+from .ulysses import Ulysses
 
 _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
 
@@ -32,6 +33,7 @@ class Slot:
         idle: the running forward is not a denoising step; it stays dense.
         apart: attention calls over fewer keys than this stay dense (`Adapter.text_apart`); 0: none do.
         reached: numbers of the layers that ran in this forward, but for those of compiled blocks.
+        ulysses: how the running forward's tokens and heads are spread over processes; None: they are not.
         owner: whatever must live as long as the processors do.
     """
 
@@ -42,6 +44,7 @@ class Slot:
         self.idle = False
         self.apart = 0
         self.reached: set[int] = set()
+        self.ulysses: Ulysses | None = None
         self.owner: Any = None
 
     def goes_dense(self, keys: int) -> bool:
@@ -184,13 +187,21 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, attachment: int) -> Call
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
+        spread = None if parallel_config is None else slot.ulysses
         if slot.goes_dense(key.shape[1]):
+            attn_mask = attn_mask if spread is None else spread.gathered_mask(attn_mask)
             return dense(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
-        _refuse(dropout_p, is_causal, parallel_config)
-        return _planned(query, key, value, attn_mask, slot, attachment, True, scale)
+        _refuse(dropout_p, is_causal, None if spread is not None else parallel_config)
+        if spread is None:
+            return _planned(query, key, value, attn_mask, slot, attachment, True, scale)
+        if spread.anything and torch.is_grad_enabled() and query.requires_grad:
+            raise ConfigError("diffusers' ulysses_anything has no gradient; generate under torch.no_grad()")
+        heads, attn_mask = query.shape[2], spread.whole_mask(attn_mask)
+        query, key, value = (spread.gather(x) for x in (query, key, value))
+        return spread.scatter(_planned(query, key, value, attn_mask, slot, attachment, True, scale), heads)
 
     return dispatch_attention_fn
 
@@ -243,4 +254,7 @@ def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:
     if dropout_p:
         raise ConfigError(f"sparse attention has no dropout, but the call asks for dropout_p={dropout_p}; set it to 0")
     if parallel_config is not None:
-        raise ConfigError("sparse attention does not run under context parallelism yet; disable parallelism or detach")
+        raise ConfigError(
+            "methods on attention do not run under context parallelism in a transformer that is compiled whole; "
+            "compile its blocks (compile_repeated_blocks), disable parallelism, or detach"
+        )

@@ -15,6 +15,7 @@ from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
 from .offloaded import fetch, send_away
+from .parallel import split_before
 from .processor import Slot
 from .seam import is_compiled, shadow, wrap_call
 
@@ -215,6 +216,7 @@ class TransformerSite:
         last: list[Any] = [None]  # what a block gave besides its streams, for when it is skipped
 
         def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            args, kwargs, run = split_before(block.module, run, args, kwargs)
             skipped = True
 
             def innermost(streams: Streams) -> Streams:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .heads import HeadShare
 from .layout import TokenLayout
 
 Key = tuple[str, int, str, int, int]
@@ -52,6 +53,7 @@ class CallContext(StepContext):
         row: which of the calls that the module makes in one forward; models that attend row by row make one per row.
         repeated: the forward ran this call before; gradient checkpointing does so, and must get the same again.
         differentiate: a backward may follow, so that what the plan holds must not be written to.
+        heads: which of the layer's heads q, k and v are of, where processes share them; None: all are here.
     """
 
     layout: TokenLayout
@@ -62,6 +64,7 @@ class CallContext(StepContext):
     row: int = 0
     repeated: bool = False
     differentiate: bool = False
+    heads: HeadShare | None = None
 
     @property
     def key(self) -> Key:

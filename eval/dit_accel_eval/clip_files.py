@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.media import read_image, read_video
@@ -51,7 +52,7 @@ class ClipFile:
     def is_exact(self) -> bool:
         """Whether the file holds frames as they were made, up to 8 bits."""
         suffix = self.path.suffix.lower()
-        return suffix in EXACT or (suffix in (".mkv", ".avi", ".mov") and _codec(self.path) in LOSSLESS)
+        return suffix in EXACT or (suffix in (".mkv", ".avi", ".mov") and _is_lossless(self.path))
 
 
 def _kept_frames(path: Path) -> int | None:
@@ -64,10 +65,12 @@ def _kept_frames(path: Path) -> int | None:
     return int(json.loads(text)["frames"]) if text else None
 
 
-def _codec(path: Path) -> str:
+def _is_lossless(path: Path) -> bool:
+    """Whether a video's codec gives back its frames, and they were not turned from RGB into another space before."""
     from imageio_ffmpeg import read_frames
 
-    return str(next(iter(read_frames(path)))["codec"])  # the first thing that it gives is what the file says of itself
+    told: Any = next(iter(read_frames(path)))  # the first thing that it gives is what the file says of itself
+    return str(told["codec"]).strip(",") in LOSSLESS and str(told["pix_fmt"]).startswith(("rgb", "bgr", "gbr"))
 
 
 def clips_in(path: Path) -> list[ClipFile]:

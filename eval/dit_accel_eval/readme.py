@@ -25,6 +25,7 @@ from .longer import table as longer_table
 from .overhead import table as overhead_table
 from .product_time import told as product_told
 from .results import read_lines
+from .scaling import table as scaling_table
 from .suite import read_suite
 from .vbench.proxies import told as proxies_told
 
@@ -50,6 +51,7 @@ PAGES = {
         "overhead",
         "product-time",
     ),
+    "docs/scaling.md": ("scaling",),
     "docs/caching.md": ("budgets",),
     "docs/block-caches.md": ("profiling-wan-tiny", "profiling-flux-tiny", "blocks-wan-tiny", "blocks-flux-tiny"),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
@@ -189,6 +191,7 @@ def _budgets(root: Path) -> str:
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
+    "scaling": lambda _: scaling_table(),
     "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
     "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),

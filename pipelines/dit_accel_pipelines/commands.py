@@ -38,6 +38,9 @@ def generate_video(
     guidance_scale: Guidance = None,
     seed: Seed = 0,
     same_seed: Annotated[bool, typer.Option("--same-seed", help="One seed for all prompts of a file.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep outputs that an earlier run of the same request wrote.")
+    ] = False,
     fps: Annotated[
         float | None, typer.Option(help="Frames per second of the file; default: 8 for embedded models, else 16.")
     ] = None,
@@ -66,6 +69,10 @@ def generate_video(
     give FILE-01, FILE-02 and so on, from the seed, the next one and so on;
     --same-seed takes one for all, to compare prompts.
 
+    Started by accelerate launch or torchrun, each process makes every n-th
+    prompt on a device of its own, and prints a line for each output. If one
+    was killed, the same command with --resume makes what is missing.
+
     --image and --video are for pipelines that start from them. What a
     pipeline does not take, or needs and was not given, is refused before
     its weights are loaded.
@@ -75,14 +82,24 @@ def generate_video(
     dit-accel generate "a red circle moving right" --radial -o red.mp4
 
     dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+
+    accelerate launch -m dit_accel generate --prompt-file prompts.txt --resume
     """
     from .generate import generate
+    from .processes import started_process
     from .progress import Stages
     from .request import Request, read_prompts
 
     if (prompt is None) == (prompt_file is None):
         got = "neither" if prompt is None else "both"
         raise ConfigError(f"generate takes a prompt in quotes or --prompt-file, got {got}; give one of them")
+    process = started_process()
+    many = process.count > 1
+    if many and json:
+        raise ConfigError(
+            f"--json prints one document, and {process.count} processes would print as many; leave it out, and read "
+            "the side-cars that lie beside the outputs"
+        )
     request = Request(
         prompts=(prompt,) if prompt is not None else read_prompts(cast(Path, prompt_file)),
         output=output,
@@ -108,12 +125,13 @@ def generate_video(
         methods=tuple(methods),
         backend=cast(Any, backend),
     )
-    with Stages(quiet=quiet) as stages:
-        written = generate(request, stages=stages, command=sys.argv)
+    with Stages(quiet=quiet or process.rank > 0) as stages:
+        told = {"told": _line} if many else {}
+        written = generate(request, stages=stages, command=sys.argv, process=process, resume=resume, **told)
     if json:
         print_json([one.record for one in written])
         return
-    for one in written:
+    for one in () if many else written:
         print(one.record["output"])
         if not quiet:
             _tell(one)
@@ -139,7 +157,16 @@ def describe_model(model: Model = None, json: Json = False) -> None:
         OUT.print(str(description), soft_wrap=True, markup=False)
 
 
+def _line(one: "Written") -> None:
+    """Print an output in one write, so that lines of several processes stay whole."""
+    sys.stdout.write(f"{one.record['output']}\n")
+    sys.stdout.flush()
+
+
 def _tell(one: "Written") -> None:
+    if one.kept:
+        TALK.print("kept: its side-car tells the same request", markup=False, soft_wrap=True)
+        return
     steps, seconds = one.record["num_inference_steps"], one.record["seconds"]
     text = f"{steps} steps in {seconds['denoise']:.1f} s, decoded in {seconds['decode']:.1f} s"
     TALK.print(f"{text}\n{one.report}" if one.report else text, markup=False, soft_wrap=True)

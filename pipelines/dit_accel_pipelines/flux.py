@@ -79,6 +79,7 @@ FLUX = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     sizes=partial(read_sizes, mlp_ratio=4.0, patch=(1, 2, 2)),
     grid=ids_grid,
+    split_text="before",
     text_apart=True,  # IP-Adapters: image queries over their own keys
     signal=modulated_input,
     rope=Rope(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import dit_accel
+from dit_accel.adapters.adapter import Family
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 
@@ -19,9 +20,11 @@ from .larger import prepare_larger
 from .loading import compile_blocks, load_pipeline
 from .media import Frames, to_uint8, upscale, write_media
 from .pipeline_call import PipelineCall
+from .processes import Process
 from .progress import Stages
 from .quiet import quiet_diffusers
 from .request import Backend, Request, read_pictures, settle, side_car_path
+from .resume import kept_record, request_digest
 from .side_car import side_car
 from .solvers import make_scheduler
 from .timing import timed_steps
@@ -29,28 +32,58 @@ from .timing import timed_steps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What `generate` wrote: the side-car's content, and the attachment's report (None without methods)."""
+    """What `generate` wrote, or found written.
+
+    Attributes:
+        record: the side-car's content.
+        report: the attachment's report; None without methods.
+        kept: an earlier run wrote it, and it was left as it is.
+    """
 
     record: dict[str, Any]
     report: dit_accel.Report | None
+    kept: bool = False
 
 
-def generate(request: Request, *, stages: Stages | None = None, command: Sequence[str] = ()) -> list[Written]:
+def generate(
+    request: Request,
+    *,
+    stages: Stages | None = None,
+    command: Sequence[str] = (),
+    process: Process | None = None,
+    resume: bool = False,
+    told: Callable[[Written], None] = lambda _: None,
+) -> list[Written]:
     """Generate and write what a request asks for: a file and a JSON side-car per prompt, each whole or not at all.
 
     Args:
         request: what to generate.
         stages: progress bars and notes; None shows none.
         command: the command line, for the side-car.
+        process: which of several processes this is, each of which makes some of the prompts; None: the only one.
+        resume: leave outputs as they are whose side-car tells the same request.
+        told: called with each output as soon as it stands.
 
     Returns:
-        What was written, in the order of the prompts.
+        What this process wrote or kept, in the order of the prompts.
 
     Raises:
         DitAccelError: for a request that can't be met; nothing is written then.
     """
-    with opened(request, stages=stages, command=command) as make:
-        return [make(*one) for one in zip(request.prompts, request.outputs(), request.seeds(), strict=True)]
+    stages, process = stages or Stages(quiet=True), process or Process()
+    request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages)
+    asked = process.own(_single(request))
+    written = {one.output: Written(record=record, report=None, kept=True) for one, record in _kept(asked, resume)}
+    for one in written.values():
+        told(one)
+    if len(written) == len(asked):
+        return list(written.values())
+    with _loaded(request, family, stages, command) as make:
+        for one in asked:
+            if one.output not in written:
+                written[one.output] = make(one)
+                told(written[one.output])
+    return [written[one.output] for one in asked]
 
 
 Make = Callable[[str, Path, int], Written]
@@ -70,9 +103,26 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
         DitAccelError: for a request that can't be met.
     """
     stages = stages or Stages(quiet=True)
+    request, family = _settled(request, stages)
+    with _loaded(request, family, stages, command) as make:
+        yield lambda prompt, output, seed: make(
+            dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
+        )
+
+
+def _settled(request: Request, stages: Stages) -> tuple[Request, Family | None]:
+    """Return the settled request and its family, and show what was noted."""
     request, family, notes = settle(request)
     for text in notes:
         stages.note(text)
+    return request, family
+
+
+@contextlib.contextmanager
+def _loaded(
+    request: Request, family: Family | None, stages: Stages, command: Sequence[str]
+) -> Iterator[Callable[[Request], Written]]:
+    """Load a settled request's pipeline with its methods; yields what makes a request of one prompt."""
     pictures = read_pictures(request)
     stages.stage("loading")
     started = time.perf_counter()
@@ -82,19 +132,34 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
     loading = time.perf_counter() - started
     for text in prepare_larger(pipe, request, family):
         stages.note(text)
-    request = _resolved(request, pipe)
     with attached(pipe, request.methods, request.backend) as attachment:
         if request.compile:
             compile_blocks(pipe)
 
-        def make(prompt: str, output: Path, seed: int) -> Written:
-            one = dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
-            made = run(pipe, prompt, one, pictures=pictures, attachment=attachment, stages=stages)
-            record = side_car(one, made, output, loading=loading, command=command)
-            _write(output, made.frames, record, one)
+        def make(one: Request) -> Written:
+            resolved = _resolved(one, pipe)
+            made = run(pipe, one.prompts[0], resolved, pictures=pictures, attachment=attachment, stages=stages)
+            record = side_car(resolved, made, one.output, loading=loading, command=command)
+            record["request_digest"] = request_digest(one)
+            _write(one.output, made.frames, record, resolved)
             return Written(record=record, report=made.report)
 
         yield make
+
+
+def _single(request: Request) -> list[Request]:
+    """Return a request for each prompt, with its output and seed."""
+    return [
+        dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
+        for prompt, output, seed in zip(request.prompts, request.outputs(), request.seeds(), strict=True)
+    ]
+
+
+def _kept(asked: Sequence[Request], resume: bool) -> Iterator[tuple[Request, dict[str, Any]]]:
+    """Give the requests that are met already, and the side-cars of their outputs."""
+    for one in asked if resume else ():
+        if (record := kept_record(one)) is not None:
+            yield one, record
 
 
 @contextlib.contextmanager
@@ -174,6 +239,6 @@ def frames_of(output: Any) -> Frames:
 
 
 def _write(output: Path, frames: Frames, record: dict[str, Any], request: Request) -> None:
-    with written_whole(output) as media, written_whole(side_car_path(output)) as text:
+    with written_whole(side_car_path(output)) as text, written_whole(output) as media:  # the file first, then its word
         write_media(media, upscale(frames, request.scale), fps=request.output_fps)
         text.write_text(json_text(record) + "\n", encoding="utf-8")

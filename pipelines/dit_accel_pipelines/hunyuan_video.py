@@ -68,6 +68,7 @@ HUNYUAN_VIDEO = Adapter(
     transformers=("HunyuanVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=partial(latents_grid, text="after"),
+    split_text="after",
     signal=modulated_input,
     rope=Rope(
         owner="rope",

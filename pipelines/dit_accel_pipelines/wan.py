@@ -169,6 +169,7 @@ WAN = Adapter(
     name="wan",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
     self_attention=("blocks.*.attn1",),
+    split_text="none",
     side_attention=("vace_blocks.*.attn1",),
     blocks=(
         BlockList(pattern="blocks.*"),

@@ -439,7 +439,7 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         assert len(data["measured"]) == 3 * 2 * 3
         one, errors = dict(data["measured"][0]), [error for call in data["measured"] for error in call["by_head"]]
         by_head, rows = one.pop("by_head"), one.pop("rows")
-        assert one == dict(transformer="transformer", step_index=0, branch="cond", layer=0)
+        assert one == dict(transformer="transformer", step_index=0, branch="cond", layer=0, first_head=0)
         assert len(by_head) == 2
         assert all(0 < error < 1 for error in errors)
         assert data["worst"] == max(errors)

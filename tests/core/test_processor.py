@@ -118,7 +118,7 @@ def test_what_a_plan_cannot_do_is_refused():
     for arguments, message in (
         ((0.1, False, None), "has no dropout, but the call asks for dropout_p=0.1"),
         ((0.0, True, None), "can't follow a causal attention call"),
-        ((0.0, False, object()), "does not run under context parallelism yet"),
+        ((0.0, False, object()), "do not run under context parallelism in a transformer that is compiled whole"),
     ):
         with pytest.raises(ConfigError, match=message):
             _refuse(*arguments)

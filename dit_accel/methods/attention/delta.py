@@ -119,6 +119,7 @@ class MeasuredError:
         layer: the attention module's index in its transformer.
         rows: share of the call's query rows that were probed, each by dense attention besides what the plan computes.
         by_head: norm of (planned - dense) over the norm of dense, of each head, over probe rows and batch.
+        first_head: the first of these heads: those of one process, where several share a layer's.
     """
 
     transformer: str
@@ -127,6 +128,7 @@ class MeasuredError:
     layer: int
     rows: float
     by_head: tuple[float, ...]
+    first_head: int = 0
 
 
 class DeltaHandler(AttentionHandler):
@@ -227,12 +229,13 @@ class DeltaHandler(AttentionHandler):
                 layer=context.layer,
                 rows=self.probe_share(context.layout),
                 by_head=tuple(error.tolist()),
+                first_head=0 if context.heads is None else context.heads.start,
             )
             for context, error in self._measured
         )
         if not probed_calls:
             return None
-        errors = [(error, one, head) for one in probed_calls for head, error in enumerate(one.by_head)]
+        errors = [(error, one, head) for one in probed_calls for head, error in enumerate(one.by_head, one.first_head)]
         worst, one, head = max(errors, key=lambda entry: entry[0])
         mean = sum(error for error, *_ in errors) / len(errors)
         probed: dict[tuple[Any, ...], float] = {}

@@ -143,7 +143,7 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
         rows = self._passes[context.transformer].rows
         if named is None:
             return plan
-        count = call.q.shape[1]
+        count = call.q.shape[1] if context.heads is None else context.heads.total
         if named[-1] >= count:
             raise ConfigError(
                 f"{self.name}.{self.option} names head {named[-1]} of attention layer {context.layer}, which has heads "
@@ -159,7 +159,10 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
         return getattr(self.settings, "rows", "all") == "image" and layout.tokens > layout.visual_tokens
 
     def _share(self, named: tuple[int, ...], heads: int, context: CallContext, rows: Any) -> Tensor:
-        """Return u for the named heads and 0 for the others, [H], or [B, H] where some rows alone are perturbed."""
+        """Return u for the named heads and 0 for the others, [H], or [B, H] where some rows alone are perturbed.
+
+        Where processes share the layer's ``heads``, those of this one.
+        """
         key = named, heads, context.device, rows and (rows[0].start, rows[0].stop), context.batch, context.row
         if key not in self._mixes:
             with torch.inference_mode(False):
@@ -167,6 +170,7 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
                 share[list(named)] = self.u
                 if rows is not None:
                     share = torch.stack([share * _within(rows, row) for row in _rows_of_call(context, rows[1])])
+                share = share if context.heads is None else share[..., context.heads.own]
                 self._mixes[key] = share.to(context.device)
         return self._mixes[key]
 

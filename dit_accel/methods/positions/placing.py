@@ -97,7 +97,7 @@ class Placing:
         self._made: dict[tuple[int, ...], RopeChange] = {}
         identity = {axis: lambda own: own for axis in self._trained}
         places = changed(self._rope, self._transformer, identity).attributes
-        self._switches = [_Switch(owner, name) for owner, name, _ in places]
+        self._switches = [_Switch(*inside_hooks(owner, name)) for owner, name, _ in places]
         if self._rope.form == "object of tables":  # a switch is about to stand in its place
             self._transformer = types.SimpleNamespace(config=self._config, **{self._rope.owner: self._switches[0].own})
         for switch in self._switches:
@@ -148,6 +148,17 @@ class Placing:
 
     def _edited(self, trained: float, length: float) -> Callable[[Any], np.ndarray]:
         return lambda own: self._edit(own.numpy(), trained, length)
+
+
+def inside_hooks(owner: Any, name: str) -> tuple[Any, str]:
+    """Return where a module keeps its own ``forward`` if diffusers' hooks wrap it; else what was given.
+
+    Context parallelism's hooks split what it returns, and must go on to.
+    """
+    hooks = getattr(getattr(owner, "_diffusers_hook", None), "_fn_refs", ())
+    if name != "forward" or not hooks:
+        return owner, name
+    return hooks[0], "forward" if hooks[0].original_forward is None else "original_forward"
 
 
 class _Switch:

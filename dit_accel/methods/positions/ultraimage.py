@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext, StepContext
+from ...plan.heads import HeadShare
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...report.sections import Section
@@ -203,17 +204,19 @@ class UltraImageHandler(AttentionHandler):
             heads.entropy[context.layer] = token_entropy(q, call.k, scale=call.scale, mask=call.key_mask())
             return plan
         if not heads.factors:
-            self._compare(key, heads)
+            self._compare(key, heads, context.heads)
         factors = heads.factors.get(context.layer)
         return plan if factors is None else plan.scale(factors)
 
-    def _compare(self, key: Calls, heads: _Heads) -> None:
+    def _compare(self, key: Calls, heads: _Heads, share: HeadShare | None) -> None:
         """Set the factors of all heads, by their entropies against those of all layers, each batch row by itself."""
         entropy = torch.stack(list(heads.entropy.values()))
+        entropy = entropy if share is None else share.joined(entropy, 2)
         lowest, highest = (f(entropy, dim=(0, 2), keepdim=True) for f in (torch.amin, torch.amax))
         settings = self.settings
         factors = focus(entropy, lowest, highest, settings.focus_min or 1, settings.focus_max or 1, settings.power or 1)
-        heads.factors = dict(zip(heads.entropy, factors.float(), strict=True))
+        own = factors if share is None else factors[..., share.own]
+        heads.factors = dict(zip(heads.entropy, own.float(), strict=True))
         self._told[key[:2]] = entropy, factors
         held = [x for one in self._heads.values() for part in (one.entropy, one.factors) for x in part.values()]
         self._most_bytes = max(self._most_bytes, sum(x.numel() * x.element_size() for x in held))

@@ -102,10 +102,13 @@ class LiteHandler(SparseHandler):
         free, fixed = split_list(tiles, scores, self._fixed_bits(tiles, order, context))
         if plan.selection is not None and plan.selection.keep is not None:
             free = free & unpack_bits(plan.selection.keep, tiles.key_tiles)
+        if context.heads is not None:  # the dial counts the tiles of all heads
+            scores, free, fixed = (context.heads.joined(x, 1) for x in (scores, free, fixed))
         if state.calls == 0:
             state.counts = state.dial.count(scores, free, fixed)
         elif state.counts is not None:
             kept = state.dial.keeps(scores, free, state.counts, settings.target_density)
+            kept = kept if context.heads is None else kept[:, context.heads.own]
             self._states.keep(state, pack_bits(kept))
             state.counts = None
 
@@ -220,7 +223,8 @@ class LiteHandler(SparseHandler):
         self._states.put(key, state)
         first = self._fixed_bits(tiles, order, context).first
         if first is not None:
-            self._states.keep(state, first.expand(context.batch, self.model.heads, -1, -1).contiguous())
+            heads = self.model.heads if context.heads is None else context.heads.count
+            self._states.keep(state, first.expand(context.batch, heads, -1, -1).contiguous())
         return state
 
     def _last_step(self, context: CallContext) -> int | None:

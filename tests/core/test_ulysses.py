@@ -1,0 +1,89 @@
+"""How tokens and heads are spread over processes: the numbers alone; processes run in test_context_parallel."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dit_accel_pipelines import ADAPTERS
+
+from dit_accel.attachment.parallel import naming_lost
+from dit_accel.attachment.ulysses import Ulysses, ulysses_of
+from dit_accel.errors import ConfigError, ProcessLost
+
+CPU = torch.device("cpu")
+
+
+def adapter(name: str):
+    return next(one for one in ADAPTERS if one.name == name)
+
+
+def spread(name: str, grid, degree: int, rank: int = 0) -> Ulysses:
+    config = SimpleNamespace(
+        ulysses_degree=degree, ulysses_anything=True, _ulysses_local_rank=rank,
+        _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
+    )  # fmt: skip
+    return ulysses_of(config, adapter(name), grid, CPU)
+
+
+def test_one_stream_is_gathered_in_its_own_order():
+    found = spread("wan", (5, 2, 2, 0, 0), 4, rank=1)
+    assert (found.counts, found.local, found.gathered, found.places) == ((5, 5, 5, 5), 5, None, None)
+
+
+def test_text_is_split_apart_from_what_follows_it():
+    """Two text tokens, four of the image, two of a reference that joined the image's stream."""
+    found = spread("flux", (1, 2, 2, 2, 2), 2)
+    assert found.gathered.tolist() == [0, 2, 3, 4, 1, 5, 6, 7]
+    assert found.places[found.gathered].tolist() == list(range(8))
+
+
+def test_text_behind_the_video_is_split_apart():
+    assert spread("hunyuan-video", (1, 2, 2, 0, 2), 2).gathered.tolist() == [0, 1, 4, 2, 3, 5]
+
+
+def test_lengths_that_are_not_divisible():
+    found = spread("flux", (1, 2, 2, 4, 0), 3, rank=2)
+    assert found.counts == (4, 2, 2)
+    assert found.gathered.tolist() == [0, 1, 4, 5, 2, 6, 3, 7]
+
+
+@pytest.mark.parametrize(("heads", "degree", "runs"), [(4, 2, [2, 2]), (5, 3, [2, 2, 1]), (7, 4, [2, 2, 2, 1])])
+def test_heads_are_shared_in_runs(heads, degree, runs):
+    shares = [spread("wan", (degree, 1, 1, 0, 0), degree, rank).share(heads) for rank in range(degree)]
+    assert [share.count for share in shares] == runs
+    assert [head for share in shares for head in range(heads)[share.own]] == list(range(heads))
+
+
+def test_masks_over_all_keys_are_brought_into_the_order_of_the_exchange():
+    found = spread("flux", (1, 2, 2, 2, 0), 2)
+    mask = torch.tensor([[True, False, True, True, True, False]])
+    assert found.whole_mask(mask) is mask
+    assert found.gathered_mask(mask).tolist() == [[True, True, True, False, True, False]]
+    assert found.gathered_mask(mask[:, :3]).shape == (1, 3)
+    assert found.whole_mask(None) is None
+
+
+def test_masks_that_pair_queries_with_keys_are_refused():
+    found = spread("flux", (1, 2, 2, 2, 0), 2)
+    with pytest.raises(
+        ConfigError, match=r"a mask \[1, 1, 3, 3\] to attention over 3 of 6 tokens; under context paral"
+    ):
+        found.whole_mask(torch.ones(1, 1, 3, 3, dtype=torch.bool))
+
+
+def test_tokens_that_are_not_split_evenly_are_refused():
+    found = spread("flux", (1, 2, 2, 2, 0), 2)
+    with pytest.raises(ConfigError, match=r"holds 4 tokens on rank 0 of 2, where an even split of all 6 leaves 3"):
+        found.gather(torch.zeros(1, 4, 2, 8))
+
+
+def test_errors_of_the_communication_are_named_and_others_left():
+    state, config = SimpleNamespace(name="transformer"), SimpleNamespace(ulysses_degree=2, ring_degree=1)
+    lost = "another of the 2 processes that run transformer together"
+    with pytest.raises(ProcessLost, match=lost), naming_lost(state, config):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), naming_lost(state, config):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="gloo") as raised, naming_lost(state, None):
+        raise RuntimeError("gloo")
+    assert type(raised.value) is RuntimeError

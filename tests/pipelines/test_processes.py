@@ -1,0 +1,168 @@
+"""Prompts that several processes share: none twice, none left out, and what is there already is kept."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import dit_accel_pipelines.generate as generating
+import numpy as np
+import pytest
+import torch
+from dit_accel_pipelines.generation import Generation
+from dit_accel_pipelines.processes import Process, started_process
+from dit_accel_pipelines.request import Request
+from dit_accel_pipelines.timing import Timings
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.cli.app import app
+
+PROMPTS = ("a red circle moving right", "a blue square going up", "a red circle", "a blue square", "a red square")
+SHORT = ["--num-inference-steps", "2", "--num-frames", "5", "--height", "32", "--width", "32"]
+
+
+def request(tmp_path: Path, **changes: Any) -> Request:
+    values: dict[str, Any] = {
+        "prompts": PROMPTS, "output": tmp_path / "a.gif", "num_inference_steps": 1, "num_frames": 5, "height": 32,
+        "width": 32,
+    }  # fmt: skip
+    return Request(**{**values, **changes})
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[Request]:
+    """The requests for which a pipeline was loaded; what they make is black."""
+    found: list[Request] = []
+    monkeypatch.setattr(generating, "load_pipeline", lambda asked: found.append(asked) or object())
+    monkeypatch.setattr(generating, "_resolved", lambda one, pipe: one)
+    monkeypatch.setattr(generating, "prepare_larger", lambda *_: [])
+
+    def run(pipe, prompt, one, **_):
+        frames = np.zeros((5, 32, 32, 3), np.uint8)
+        return Generation(prompt=prompt, frames=frames, timings=Timings(steps=[0.0]), report=None)
+
+    monkeypatch.setattr(generating, "run", run)
+    return found
+
+
+def made(tmp_path: Path) -> dict[str, tuple[str, int]]:
+    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    return {Path(record["output"]).name: (record["prompt"], record["seed"]) for record in records}
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_every_prompt_is_made_once_with_the_name_and_seed_it_has_alone(count, tmp_path: Path, loads):
+    lines: list[str] = []
+    for rank in range(count):
+        process = Process(rank=rank, count=count)
+        written = generating.generate(
+            request(tmp_path, seed=7), process=process, told=lambda one: lines.append(one.record["output"])
+        )
+        assert len(written) == len(PROMPTS[rank::count])
+    assert made(tmp_path) == {f"a-0{n}.gif": (PROMPTS[n - 1], 6 + n) for n in range(1, 6)}
+    assert sorted(lines) == [str(tmp_path / f"a-0{n}.gif") for n in range(1, 6)]
+    assert len(loads) == min(count, len(PROMPTS))  # one that has no prompt loads nothing
+
+
+def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, loads):
+    asked = request(tmp_path)
+    generating.generate(asked)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    (tmp_path / "a-02.gif").unlink()
+    (tmp_path / "a-03.gif.json").unlink()
+    (tmp_path / "a-04.gif.json").write_text("{")
+    told: list[Any] = []
+    written = generating.generate(asked, resume=True, told=told.append)
+    assert [one.kept for one in written] == [True, False, False, False, True]
+    assert [one.record["prompt"] for one in written] == list(PROMPTS)
+    assert len(told) == 5
+    kept = [tmp_path / f"a-0{n}.gif{end}" for n in (1, 5) for end in ("", ".json")]
+    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+    assert len(loads) == 2
+    assert all(one.kept for one in generating.generate(asked, resume=True))
+    assert len(loads) == 2
+    assert not any(one.kept for one in generating.generate(asked))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"num_inference_steps": 2}, {"guidance_scale": 3.0}, {"scale": 2}, {"negative_prompt": "a blue"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_request_is_made_anew(changes, tmp_path: Path, loads):
+    asked = request(tmp_path, prompts=PROMPTS[:1])
+    generating.generate(asked)
+    assert not generating.generate(dataclasses.replace(asked, **changes), resume=True)[0].kept
+
+
+def test_the_launchers_variables():
+    assert started_process({}) == Process()
+    assert started_process({"RANK": "3"}) == Process()
+    given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert started_process(given) == Process(rank=5, count=8, local_rank=1, local_count=4)
+    with pytest.raises(ConfigError, match="a launcher's variables must be whole numbers, got RANK=x, WORLD_SIZE=8"):
+        started_process({**given, "RANK": "x"})
+    with pytest.raises(ConfigError, match="RANK=8 of WORLD_SIZE=8 and LOCAL_RANK=1 of LOCAL_WORLD_SIZE=4 contradict"):
+        started_process({**given, "RANK": "8"})
+
+
+def test_each_process_takes_a_device_of_its_own():
+    one = Process(rank=5, count=8, local_rank=1, local_count=4)
+    cards = mock.Mock(device_count=lambda: 4)
+    with mock.patch.object(torch, "get_device_module", return_value=cards):
+        assert one.device("cuda") == "cuda:1"
+        with pytest.raises(ConfigError, match="--device cuda:2 puts all 4 processes of this machine on one device"):
+            one.device("cuda:2")
+        cards.device_count = lambda: 3
+        with pytest.raises(ConfigError, match="4 processes were started on this machine, which has 3 cuda devices"):
+            one.device("cuda")
+    assert one.device("cpu") == "cpu"
+    assert Process().device("cuda:2") == "cuda:2"
+
+
+def test_json_of_several_processes_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, ["generate", "a red circle", "--json", "-o", str(tmp_path / "a.gif")])
+    assert result.exit_code != 0
+    assert "--json prints one document, and 2 processes would print as many" in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_whole_files_and_is_resumed(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "shared").mkdir()
+
+    def start(folder: str, rank: int, count: int, *more: str) -> "subprocess.Popen[str]":
+        command = ["generate", "--prompt-file", str(tmp_path / "prompts.txt"), *SHORT, "--radial", *more]
+        return subprocess.Popen(
+            [sys.executable, "-m", "dit_accel", *command, "-o", str(tmp_path / folder / "a.gif")],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def finished(process: "subprocess.Popen[str]") -> list[str]:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        return sorted(Path(line).name for line in out.splitlines())
+
+    first, other = start("shared", 0, 2), start("shared", 1, 2)
+    assert first.stdout is not None
+    assert first.stdout.readline() == f"{tmp_path / 'shared' / 'a-01.gif'}\n"
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert finished(other) == ["a-02.gif"]
+    standing = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("a-*.gif")}
+    assert finished(start("shared", 0, 2, "--resume")) == ["a-01.gif", "a-03.gif"]
+    assert finished(start("alone", 0, 1)) == [f"a-0{n}.gif" for n in range(1, 4)]
+    assert {path.stat().st_mtime_ns == time for path, time in standing.items()} == {True}
+    for n in range(1, 4):
+        assert (tmp_path / "shared" / f"a-0{n}.gif").read_bytes() == (tmp_path / "alone" / f"a-0{n}.gif").read_bytes()

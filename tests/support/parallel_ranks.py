@@ -1,0 +1,239 @@
+"""What one of several processes runs to test context parallelism; here, so that a process that is started finds it."""
+
+import copy
+import datetime
+import os
+import signal
+import socket
+import time
+import traceback
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from dit_accel_pipelines.parallel import enable_ulysses
+from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY
+from wan_tiny import TINY as WAN_TINY
+
+import dit_accel
+
+TEXT = 8
+
+
+def wan(heads: int) -> tuple[Any, dict[str, Any]]:
+    return diffusers.WanTransformer3DModel(**{**WAN_TINY, "num_attention_heads": heads}), dict(
+        hidden_states=torch.randn(1, 12, 5, 8, 8), encoder_hidden_states=torch.randn(1, 6, 64)
+    )
+
+
+def flux(heads: int) -> tuple[Any, dict[str, Any]]:
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(10), indexing="ij")
+    return diffusers.FluxTransformer2DModel(**{**FLUX[0].config, "num_attention_heads": heads}), dict(
+        hidden_states=torch.randn(1, 80, 4), encoder_hidden_states=torch.randn(1, TEXT, 16),
+        pooled_projections=torch.randn(1, 8), txt_ids=torch.zeros(TEXT, 3), guidance=torch.full((1,), 3.5),
+        img_ids=torch.stack([rows * 0, rows, columns], -1).flatten(0, 1).float(),
+    )  # fmt: skip
+
+
+def hunyuan(heads: int) -> tuple[Any, dict[str, Any]]:
+    mask = (torch.arange(TEXT)[None] < TEXT - 3).long()
+    return diffusers.HunyuanVideoTransformer3DModel(**{**HUNYUAN_TINY, "num_attention_heads": heads}), dict(
+        hidden_states=torch.randn(1, 4, 5, 8, 8), encoder_hidden_states=torch.randn(1, TEXT, 16),
+        encoder_attention_mask=mask, pooled_projections=torch.randn(1, 8), guidance=torch.full((1,), 6000.0),
+    )  # fmt: skip
+
+
+MODELS = {"wan": wan, "flux": flux, "hunyuan-video": hunyuan}
+
+
+def build(name: str, heads: int = 4) -> tuple[Any, dict[str, Any]]:
+    """A tiny model that attends sharply, and what it is given."""
+    torch.manual_seed(0)
+    transformer, inputs = MODELS[name](heads)
+    for path, weight in transformer.named_parameters():
+        if path.endswith(("norm_q.weight", "norm_k.weight")):
+            weight.data.mul_(3.0)
+    return transformer.eval(), inputs
+
+
+def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 4) -> torch.Tensor:
+    """Return the latents after some told steps with guidance in two calls."""
+    x, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    with torch.no_grad():
+        for step in range(steps):
+            found = []
+            for branch, prompt in (("cond", text), ("uncond", text.flip(-1))):
+                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps, sigma=1 - step / 8):
+                    given = {**inputs, "hidden_states": x, "encoder_hidden_states": prompt}
+                    time = torch.full((1,), 1000.0 - 100 * step)
+                    found.append(transformer(**given, timestep=time, return_dict=False)[0])
+            x = x - 0.3 * sum(found)
+    return x
+
+
+def enable(transformer: Any, world: int, **options: Any) -> None:
+    """Enable context parallelism as on a machine of which every process has an accelerator."""
+    with mock.patch.object(torch.accelerator, "device_count", return_value=world):
+        enable_ulysses(transformer, world, **options)
+
+
+def start(rank: int, world: int, port: int, work: Any, found: Any, seconds: float, given: tuple[Any, ...]) -> None:
+    """Join the group, and put under the rank what ``work`` gives, or the error that it raises."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=seconds),
+    )  # fmt: skip
+    try:
+        found[rank] = work(rank, world, *given)
+    except Exception as error:
+        found[rank] = told(error)
+    else:
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[int, Any]:
+    """Return rank -> what ``work(rank, world, *given)`` gave on it, or its error in words."""
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        port = asked.getsockname()[1]
+    with mp.Manager() as manager:
+        found = manager.dict()
+        spawned = mp.spawn(start, (world, port, work, found, seconds, given), nprocs=world, join=False)
+        for process in spawned.processes:
+            process.join(seconds + 120)  # to start takes its time beside other work
+        alive = [rank for rank, process in enumerate(spawned.processes) if process.is_alive()]
+        for rank in alive:
+            spawned.processes[rank].kill()
+        assert not alive, f"ranks {alive} hang"
+        return dict(found)
+
+
+def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]], heads: int, options: Any) -> Any:
+    """Return case -> (how far the processes' output lies from one process's, how far that lies from dense)."""
+    transformer, inputs = build(model, heads)
+    spread = copy.deepcopy(transformer)
+    enable(spread, world, **options)
+    plain = denoise(transformer, inputs)
+    found = {}
+    for name, methods in cases.items():
+        try:
+            with dit_accel.attach(transformer, *methods):
+                alone = denoise(transformer, inputs)
+            with dit_accel.attach(spread, *methods):
+                together = denoise(spread, inputs)
+            found[name] = apart(together, alone), apart(alone, plain)
+        except Exception as error:
+            found[name] = told(error)
+    return found
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def told(error: Exception) -> str:
+    if os.environ.get("PARALLEL_TRACE"):
+        traceback.print_exc()
+    return f"{type(error).__name__}: {error}"
+
+
+def attach_first(rank: int, world: int, nag: Any, methods: tuple[Any, ...]) -> Any:
+    """Return how far processes and one lie apart: with a negative text, attached before, detached, in gradients."""
+    transformer, inputs = build("wan")
+    text, spread = torch.randn(1, 6, 64), copy.deepcopy(transformer)
+    plain = denoise(transformer, inputs)
+    with dit_accel.attach(transformer, *methods):
+        alone = denoise(transformer, inputs)
+    gradient = gradient_of(transformer, inputs, methods[:1])
+    attachment = dit_accel.attach(spread, *methods)
+    enable(spread, world)
+    together = denoise(spread, inputs)
+    attachment.detach()
+    dense = denoise(spread, inputs)
+    far = []
+    for one in (transformer, spread):
+        with dit_accel.attach(one, nag(negative_embeds=text)):
+            far.append(denoise(one, inputs))
+    shared = gradient_of(spread, inputs, methods[:1])
+    dist.all_reduce(shared)
+    return apart(*far), apart(together, alone), apart(dense, plain), apart(shared, gradient)
+
+
+def gradient_of(transformer: Any, inputs: dict[str, Any], methods: tuple[Any, ...]) -> torch.Tensor:
+    """The gradient of a layer's queries' weights; of processes, what each of them adds to it."""
+    with dit_accel.attach(transformer, *methods):
+        out = transformer(**inputs, timestep=torch.full((1,), 500.0), return_dict=False)[0]
+        weight = transformer.blocks[1].attn1.to_q.weight
+        return torch.autograd.grad(out.square().mean(), weight)[0]
+
+
+def refused(rank: int, world: int) -> dict[str, str]:
+    """Return case -> the error that this process raises."""
+    from diffusers import ContextParallelConfig, FirstBlockCacheConfig
+
+    lite = dit_accel.LiteAttention(block_size=16, dense_steps=0)
+
+    def error_of(methods: tuple[Any, ...], heads: int = 4, options: Any = None, **call: Any) -> str:
+        transformer, inputs = build("wan", heads)
+        inputs = {**inputs, **call.pop("inputs", {})}
+        enable(transformer, world, **(options or {}))
+        try:
+            with dit_accel.attach(transformer, *methods):
+                denoise(transformer, inputs, **call)
+        except Exception as error:
+            return told(error)
+        return "no error"
+
+    def ring(config: Any) -> str:
+        transformer, _ = build("wan")
+        with mock.patch.object(torch.accelerator, "device_count", return_value=world):
+            transformer.enable_parallelism(config=config)
+        try:
+            dit_accel.attach(transformer, lite)
+        except Exception as error:
+            return told(error)
+        return "no error"
+
+    def undescribed() -> str:
+        transformer = diffusers.LTXVideoTransformer3DModel(**LTX_TINY)
+        enable(transformer, world)
+        try:
+            dit_accel.attach(transformer, lite)
+        except Exception as error:
+            return told(error)
+        return "no error"
+
+    other = dit_accel.LiteAttention(block_size=16, dense_steps=0, threshold=-3.0)
+    return {
+        "heads": error_of((lite,), heads=3),
+        "too few heads": error_of((lite,), heads=1, options=dict(ulysses_anything=True)),
+        "ring": ring(ContextParallelConfig(ring_degree=world)),
+        "undescribed": undescribed(),
+        "native": error_of((FirstBlockCacheConfig(),)),
+        "settings": error_of((other if rank else lite,)),
+        "methods": error_of((lite if rank else dit_accel.EasyCache(),)),
+        "steps": error_of((lite,), steps=4 + rank),
+        "seeds": error_of((lite,), inputs=dict(hidden_states=torch.randn(1, 12, 5, 8, 8) + rank)),
+    }
+
+
+def lose_one(rank: int, world: int, fault: str) -> None:
+    """Run on, while another process is killed or stops answering in the middle of a forward."""
+    transformer, inputs = build("wan")
+    enable(transformer, world)
+
+    def fail(module: Any, given: Any) -> None:
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(25)
+        os._exit(1)
+
+    if rank == 1:
+        transformer.blocks[1].register_forward_pre_hook(fail)
+    with dit_accel.attach(transformer, dit_accel.LiteAttention(block_size=16, dense_steps=0)):
+        denoise(transformer, inputs)
