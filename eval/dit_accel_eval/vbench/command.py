@@ -199,10 +199,13 @@ class Source:
             ConfigError: for unknown dimensions, asked ones that can't be measured, and missing videos, by name.
         """
         from . import official
-        from .prompts import ASKED, FLICKERING, check_custom, custom_videos, first_of, read_prompts, unused, videos_of
+        from .prompts import ASKED, FLICKERING, check_custom, check_folder, custom_videos, first_of
+        from .prompts import read_prompts, unused, videos_of
         from .run import already_filtered, check_job
         from .run import filtered as filter_videos
 
+        _known(asked)
+        check_folder(self.videos)
         if self.custom:
             check_custom(_known(asked))
             names = _measurable(job, asked, lambda name: name not in ASKED, still=True)
