@@ -96,7 +96,7 @@ def _measured(method: MethodConfig | None, pairs: int, steps: int) -> np.ndarray
     """Return processor seconds of each step, [pairs, plain and attached]; the first two steps warm up."""
     plain, other = (WanTransformer3DModel.from_pretrained(model_path() / "transformer") for _ in range(2))
     torch.manual_seed(0)
-    text, seconds = torch.randn(1, 32, plain.config.text_dim), np.zeros((pairs + 2, 2))
+    text, seconds = torch.randn(1, 32, plain.config["text_dim"]), np.zeros((pairs + 2, 2))
     x = torch.randn(LATENTS)
     with dit_accel.attach(other, method) if method else contextlib.nullcontext():
         for pair in range(pairs + 2):
