@@ -108,6 +108,14 @@ def test_dynamic_is_more_than_6_pixels_on_256(pace, dynamic):
     assert one("dynamic_degree", drawn(scene(pace=pace)), scene()) == dynamic
 
 
+def test_motion_is_that_of_whatever_shows():
+    for name in ("motion_smoothness", "dynamic_degree"):
+        asked, other = (one(name, drawn(scene(pace=2.0)), scene(color=color)) for color in ("red", "green"))
+        assert asked == other
+    empty = np.full((17, 64, 64, 3), (14, 20, 80), np.uint8)
+    assert (one("motion_smoothness", empty, scene()), one("dynamic_degree", empty, scene())) == (None, 0)
+
+
 def test_four_moving_pairs_of_17_frames_are_enough():
     frames = drawn(scene(pace=2.0))
     assert one("dynamic_degree", frames[[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4]], scene()) == 1

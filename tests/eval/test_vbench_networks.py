@@ -1,6 +1,8 @@
 """VBench's networks: against other code of the same ones, by random weights, and wrong or missing files by name."""
 
 import gzip
+import sys
+import types
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -245,6 +247,62 @@ def test_what_cannot_be_measured_says_what_to_put_where(tmp_path):
             assert "bring them with --observations" in str(reason)
 
 
+@pytest.mark.skipif(find_spec("cv2") is None, reason="UMT's frames are sized by OpenCV, which is not installed")
+def test_actions_are_umts_by_name(networks, monkeypatch):
+    names = [f"action {number}" for number in range(400)]
+    monkeypatch.setattr(official, "actions", lambda: names)
+    frames = noise(40, 60, 80, 3)
+    held = weight_files.read("umt", networks.folder)
+    chosen = sampling.for_umt(frames[sampling.middle(40, 16)])
+    assert chosen.shape == (16, 3, 224, 224)
+    likely = torch.sigmoid(vit.umt(chosen.transpose(0, 1)[None], held)[0])
+    best, last = int(likely.argmax()), int(likely.argmin())
+    for place, right in ((best, bool(round(float(likely[best]), 4) >= rules.SURE)), (last, False)):
+        video = Video(name=f"A person is action {place}-0.mp4", frames=frames, fps=8)
+        score = WAYS["human_action"].measure(video, Prompt(text="", dimensions=()), Means(networks=networks))
+        assert score == rules.VideoScore(value=right, more={"cor_num_per_video": int(right)})
+    sure = {**held, "head.bias": held["head.bias"].clone()}
+    sure["head.bias"][last] = 50
+    networks._read["umt"] = sure
+    video = Video(name=f"A person is action {last}-0.mp4", frames=frames, fps=8)
+    score = WAYS["human_action"].measure(video, Prompt(text="", dimensions=()), Means(networks=networks))
+    assert score is not None
+    assert score.value is True
+
+
+def test_imaging_quality_is_the_mean_of_what_musiq_says_of_frames(tmp_path, monkeypatch):
+    asked = []
+
+    class MUSIQ(torch.nn.Module):
+        def __init__(self, pretrained_model_path):
+            super().__init__()
+            asked.append(pretrained_model_path)
+
+        def forward(self, frame):
+            asked.append(tuple(frame.shape))
+            return 100 * frame.mean().reshape(1, 1)
+
+    monkeypatch.setitem(sys.modules, "pyiqa", types.ModuleType("pyiqa"))
+    monkeypatch.setitem(sys.modules, "pyiqa.archs", types.ModuleType("pyiqa.archs"))
+    monkeypatch.setitem(sys.modules, "pyiqa.archs.musiq_arch", types.ModuleType("pyiqa.archs.musiq_arch"))
+    monkeypatch.setattr(sys.modules["pyiqa.archs.musiq_arch"], "MUSIQ", MUSIQ, raising=False)
+    one = weight_files.WEIGHT_FILES["musiq"]
+    (tmp_path / one.path).parent.mkdir(parents=True)
+    (tmp_path / one.path).write_bytes(b"weights")
+    monkeypatch.setitem(weight_files.WEIGHT_FILES, "musiq", replace(one, sha256=""))
+    frames = np.stack([np.full((20, 1024, 3), level, np.uint8) for level in (51, 102)])
+    video = Video(name="a-0.mp4", frames=frames, fps=8)
+    means = Means(networks=Networks(tmp_path))
+    score = WAYS["imaging_quality"].measure(video, Prompt(text="", dimensions=()), means)
+    assert score is not None
+    assert score.value == pytest.approx(30)  # of 20 and 40; the mean over videos is divided by 100
+    assert WAYS["imaging_quality"].scale == 100
+    assert asked == [str(tmp_path / one.path), (1, 3, 10, 512), (1, 3, 10, 512)]
+    monkeypatch.setitem(weight_files.WEIGHT_FILES, "musiq", one)
+    with pytest.raises(ConfigError, match=r"expected was 358bb6af\.\.\.; it is not used"):
+        Networks(tmp_path).musiq(sampling.for_musiq(frames))
+
+
 @needs_package
 @pytest.mark.skipif(find_spec("scipy") is None, reason="RAFT's code imports SciPy, which is not installed")
 def test_raft_and_amt_run_by_the_official_code(tmp_path, monkeypatch):
@@ -285,8 +343,6 @@ def test_raft_and_amt_run_by_the_official_code(tmp_path, monkeypatch):
 
 @needs_package
 def test_the_official_package_leaves_no_trace_among_the_modules():
-    import sys
-
     official.module("amt.networks.AMT-S")
     assert not [name for name in sys.modules if name.partition(".")[0] == "vbench"]
     assert len(official.actions()) == 400

@@ -199,27 +199,35 @@ class Source:
             ConfigError: for unknown dimensions, asked ones that can't be measured, and missing videos, by name.
         """
         from . import official
-        from .prompts import ASKED, FLICKERING, check_custom, custom_videos, first_of, read_prompts, unused, videos_of
+        from . import prompts as of_prompts
         from .run import already_filtered, check_job
         from .run import filtered as filter_videos
 
+        _known(asked)
+        of_prompts.check_folder(self.videos)
         if self.custom:
-            check_custom(_known(asked))
-            names = _measurable(job, asked, lambda name: name not in ASKED, still=True)
-            if FLICKERING in names:
-                warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
-            own = custom_videos(self.videos, self.told, names)
+            of_prompts.check_custom(_known(asked))
+            names = _measurable(job, asked, lambda name: name not in of_prompts.ASKED, still=True)
+            if of_prompts.FLICKERING in names:
+                warn(f"{of_prompts.FLICKERING} can't tell flicker from motion; give videos that stand still")
+            own = of_prompts.custom_videos(self.videos, self.told, names)
             check_job(job)
             return dict.fromkeys(names, own)
-        every = read_prompts(official.prompts_path(self.full_info))
+        every = of_prompts.read_prompts(official.prompts_path(self.full_info))
         there = {name for one in every for name in one.dimensions}
         names = _measurable(job, asked, lambda name: name in there, still=self.filtered)
-        prompts = every if self.subset is None else first_of(every, names, self.subset)
-        wanted = {name: videos_of(prompts, self.videos, name, self.samples) for name in names if name != FLICKERING}
+        prompts = every if self.subset is None else of_prompts.first_of(every, names, self.subset)
+        wanted = {
+            name: of_prompts.videos_of(prompts, self.videos, name, self.samples)
+            for name in names
+            if name != of_prompts.FLICKERING
+        }
         check_job(job)
-        if FLICKERING in names:
-            wanted[FLICKERING] = (already_filtered if self.filtered else filter_videos)(job, prompts, self.videos)
-        strays = unused(every, self.videos, self.samples)
+        if of_prompts.FLICKERING in names:
+            wanted[of_prompts.FLICKERING] = (already_filtered if self.filtered else filter_videos)(
+                job, prompts, self.videos
+            )
+        strays = of_prompts.unused(every, self.videos, self.samples)
         if strays:
             warn(f"{len(strays)} videos belong to no prompt, or lie beyond the samples, such as {strays[0]!r}")
         return {name: wanted[name] for name in names}

@@ -202,17 +202,21 @@ def _flickering(shown: Shown) -> float | None:
 
 
 def _centers(shown: Shown) -> list[npt.NDArray[np.float64]]:
-    return [shown.centers(color) for color in dict.fromkeys(thing.color for thing in shown.scene.things)]
+    """Return the centres of all colours that show: how things move does not hang on whether they were asked for."""
+    centers = (shown.centers(color) for color in world.COLORS if firm(shown.parts.masks[color]).any())
+    return [found for found in centers if not np.isnan(found).all()]
 
 
 def _smoothness(shown: Shown) -> float | None:
-    bends = np.concatenate([np.linalg.norm(np.diff(centers, 2, axis=0), axis=1) for centers in _centers(shown)])
+    bends = np.array([np.linalg.norm(np.diff(centers, 2, axis=0), axis=1) for centers in _centers(shown)])
     bends = bends[~np.isnan(bends)]
     return 1 / (1 + float(np.sqrt(np.square(bends).mean()))) if len(bends) else None
 
 
 def _dynamic(shown: Shown) -> float:
-    steps = np.stack([np.linalg.norm(np.diff(centers, axis=0), axis=1) for centers in _centers(shown)])
+    steps = np.array([np.linalg.norm(np.diff(centers, axis=0), axis=1) for centers in _centers(shown)])
+    if not len(steps):
+        return 0.0
     moved = (np.nan_to_num(steps).max(0) > 6 * min(shown.frames.shape[1:3]) / 256).sum()
     return float(moved >= max(1, round(4 * len(shown.frames) / 16)))
 

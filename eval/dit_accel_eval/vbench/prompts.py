@@ -181,9 +181,18 @@ def first_of(prompts: Sequence[Prompt], names: Sequence[str], count: int | None)
     return [one for one in prompts if one.text in wanted]
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is not there.
+
+    Raises:
+        ConfigError: if it is not.
+    """
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}; name one that holds videos {{prompt}}-{{i}}.mp4")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    check_folder(folder)
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES and path.is_file():
