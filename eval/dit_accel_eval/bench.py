@@ -222,7 +222,7 @@ def _run(bench: Bench, arm: BenchArm, steps: int) -> None:
     bench.counter.take()
     bench.clock.blocks.clear()
     bench.clock.attention.clear()
-    with _silent(), _backend(bench.transformer, arm.backend), _attached(bench.transformer, arm.methods) as attachment:
+    with _silent(), _backend(arm.backend), _attached(bench.transformer, arm.methods) as attachment:
         arm.steps += list(_denoise(bench, steps))
         report = attachment.report() if attachment is not None else None
     sizes = dict(height=bench.planned.height, width=bench.planned.width, num_frames=bench.planned.num_frames)
@@ -262,15 +262,14 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _backend(transformer: Any, name: str | None) -> Iterator[None]:
+def _backend(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    transformer.set_attention_backend(name)
-    try:
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend(name):  # set_attention_backend would be the whole process's choice from then on
         yield
-    finally:
-        transformer.reset_attention_backend()
 
 
 @contextlib.contextmanager

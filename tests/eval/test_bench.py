@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from dit_accel_eval import bench as bench_module
 from dit_accel_eval.bench import BenchArm, arms_of, make_bench, run_bench
 from dit_accel_eval.real_shapes import BUILDERS, find_family, make_model
@@ -93,6 +94,14 @@ def test_methods_and_caches_are_timed_beside_dense_with_their_work_and_predictio
     assert {line["against"] for line in lines.values() if "against" in line} == {quickest["arm"]}
     for line in lines.values():
         json.dumps(line, allow_nan=False)
+
+
+def test_a_dense_backend_is_the_process_wide_choice_no_longer_than_its_arm():
+    before = _AttentionBackendRegistry.get_active_backend()
+    arm = BenchArm(name="math", kind="dense", backend="_native_math")
+    (line,) = run_bench(narrow(), [arm], rounds=1)
+    assert "step_seconds" in line
+    assert _AttentionBackendRegistry.get_active_backend() == before
 
 
 def test_an_arm_that_fails_is_told_and_the_others_run():
