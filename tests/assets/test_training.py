@@ -74,6 +74,7 @@ def test_the_autoencoders_training_resumes_bit_for_bit(tmp_path):
     assert not torch.equal(fixed.decoder.conv_in.weight, last.decoder.conv_in.weight)
 
 
+@pytest.mark.slow
 def test_the_transformers_training_resumes_bit_for_bit_and_refuses_another_recipe(tmp_path):
     torch.manual_seed(0)
     train_vae.first_autoencoder(None).save_pretrained(tmp_path / "vae")
@@ -160,6 +161,7 @@ def test_the_attention_of_training_computes_what_the_pipelines_does():
     assert not torch.allclose(other, plain, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_path, monkeypatch):
     monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_layers", 1)
     monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_single_layers", 1)
@@ -180,6 +182,7 @@ def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_p
     judged(subjects.Image(), tmp_path / "flux-tiny", tmp_path / "whole", (48, 64))
 
 
+@pytest.mark.slow
 def test_the_video_model_is_judged_from_its_trainings_as_packed(tmp_path):
     train_vae.train(VAE, tmp_path / "vae", None, Steps(6))
     train_transformer.train(TRANSFORMER, tmp_path / "transformer", tmp_path / "vae" / "frozen", Steps(4))

@@ -520,6 +520,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_suite_that_is_killed(tmp_path):
     script, noted = tmp_path / "killed.py", tmp_path / "pid"
     script.write_text(KILLED)

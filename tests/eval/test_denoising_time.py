@@ -14,6 +14,7 @@ def own_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_arm_is_timed_against_the_dense_one(tmp_path, capsys, own_threads, monkeypatch):
     monkeypatch.setattr(denoising_time, "THRESHOLDS", (-6.0, -0.1))
     out = tmp_path / "results" / "times.jsonl"

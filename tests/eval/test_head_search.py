@@ -107,6 +107,7 @@ def request_of(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_search_writes_heads_goes_on_and_generates_nothing_twice(request_of, tmp_path, monkeypatch):
     output, made = tmp_path / "heads.json", []
     original = module.run

@@ -13,6 +13,7 @@ from dit_accel_eval.tuning import embedded_prompts, tuning_request
 from dit_accel_pipelines.loading import load_pipeline
 from dit_accel_pipelines.request import settle
 from dit_accel_pipelines.step_caches import MAGCACHE, TEACACHE
+from some_cases import some
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, LiteAttention, MagCache, TeaCache
@@ -91,7 +92,7 @@ def test_the_polynomial_fits_what_holding_is_off_by(tmp_path, untouched):
     assert config == TeaCache(polynomial=fit.polynomial, measured_on="wan-tiny")
 
 
-@pytest.mark.parametrize("name", TUNERS)
+@pytest.mark.parametrize("name", some(TUNERS, "magcache"))
 def test_a_run_that_was_stopped_goes_on(name, tmp_path, monkeypatch):
     tune, output, ran = TUNERS[name], tmp_path / "own.toml", []
     whole = tune(request(), tmp_path / "whole.toml")

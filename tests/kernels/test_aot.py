@@ -64,6 +64,7 @@ def test_masks_spills_and_shared_memory_are_found(tmp_path):
     assert by_name["toy-plain", "sm_90"]["tensor"] == "wgmma"
 
 
+@pytest.mark.slow
 def test_some_variants_are_compiled_anew_in_a_file_that_has_all(tmp_path):
     out = tmp_path / "aot.jsonl"
     lines = [

@@ -91,7 +91,7 @@ def test_parts_are_disjoint_and_no_larger_than_the_scratch(monkeypatch, groups, 
     assert bool((seen == 1).all())
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "routes", "copies"), [(1, False, 1), (1, True, 5), (4, True, 1)], ids=["heads", "batches", "lists"]
 )

@@ -182,7 +182,7 @@ def test_tiles_of_any_size(sizes):
     check(make(q, k, v, random_lists(1, num_q, num_k, block_q, block_k)))
 
 
-@pytest.mark.sample
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [8, 32, 40, 96, 128, 256])
 def test_head_dims(dtype, dim):
@@ -196,7 +196,7 @@ def test_chunks_of_the_launch_are_smaller_than_tiles():
     check(make(q, k, v, random_lists(1, 300, 400, 256, 192)))
 
 
-@pytest.mark.sample
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -279,7 +279,7 @@ def of_grid(case: dict) -> tuple[tuple[Tensor, Tensor, Tensor], TileLists, dict]
     return (q, k, v), random_lists(groups, num_q, num_k, *case["blocks"], pooled=case["pooled"]), features
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "case", grid(20), ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case.values())
 )

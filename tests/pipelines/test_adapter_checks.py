@@ -58,7 +58,8 @@ def test_caches_and_guidance_pass(name):
     check(name, tiny_models.MODELS[name][:1], OF_CALLS)
 
 
-@pytest.mark.parametrize("name", some(ADAPTERS, "wan"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_pairs_of_methods_and_every_model_pass(name):
     first, *others = tiny_models.MODELS[name]
     check(name, [first], ["pairs"])

@@ -115,6 +115,7 @@ def test_it_goes_beside_sparse_methods_caches_and_perturbed_branches():
     assert torch.equal(run("flux", pipe, call), plain)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_led_as_well():
     pipe, call = IMAGES["flux"]()
     nag = NAG(scale=8.0, stop=0.5, negative_embeds=text_of(6))
