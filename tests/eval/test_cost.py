@@ -52,8 +52,6 @@ def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
     perturbed = [section.data for report in reports for section in report.sections if section.method == "pag"]
     assert [data["steps"] for data in perturbed] == [[0, 1, 2, 3]]
     assert [(data["branches"], data["forwards_added"]) for data in perturbed] == [(["uncond"], 0)]
-        ([0, 1, 2, 3], ["uncond"], 0)
-    ]
 
 
 @pytest.mark.parametrize("given", ["PyramidAttentionBroadcastConfig", "FirstBlockCacheConfig"])
