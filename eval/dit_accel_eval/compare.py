@@ -26,6 +26,7 @@ from dit_accel.files import check_writable
 
 from .comparison import rival_steps, table
 from .counting import REAL_SHARE, work
+from .denoising_time import processor
 from .embedded import EmbeddedModel, check_name, settled_call, weights_hash
 from .fidelity import Clip
 from .kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
@@ -38,7 +39,7 @@ from .suite import Arm, Suite, dense_arm, read_suite
 LOOK = 1.0
 """Seconds between two looks at what the processes have made."""
 
-EXTRA = ("seconds", "dense_seconds", "threads", "steps_in_time", "kept", "kept_reference")
+EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "kept", "kept_reference")
 """What a line keeps if its run is made anew for something else that it lacked."""
 
 
@@ -294,7 +295,12 @@ def measured(model: EmbeddedModel, arm: Arm, clip: int, reference: Reference, jo
         line |= _kept(job.frames, job.out.parent, line, made.frames, reference)
     if job.timed and not arm.is_dense:
         dense_seconds = model.run(clip, steps=steps, solver=BEST).seconds
-        line |= {"seconds": made.seconds, "dense_seconds": dense_seconds, "threads": job.threads}
+        line |= {
+            "seconds": made.seconds,
+            "dense_seconds": dense_seconds,
+            "threads": job.threads,
+            "processor": processor(),
+        }
         line["steps_in_time"] = steps * made.seconds / dense_seconds
     return line
 

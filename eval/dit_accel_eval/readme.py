@@ -53,7 +53,14 @@ PAGES = {
     ),
     "docs/scaling.md": ("scaling",),
     "docs/caching.md": ("budgets",),
-    "docs/block-caches.md": ("profiling-wan-tiny", "profiling-flux-tiny", "blocks-wan-tiny", "blocks-flux-tiny"),
+    "docs/block-caches.md": (
+        "profiling-wan-tiny",
+        "profiling-flux-tiny",
+        "blocks-wan-tiny",
+        "blocks-flux-tiny",
+        "blocks-time-wan-tiny",
+        "blocks-time-flux-tiny",
+    ),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
     "docs/vbench.md": ("vbench-proxies",),
 }
@@ -109,6 +116,10 @@ def _suite(root: Path, name: str) -> str:
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
     clips, call = len({line["clip"] for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0]["call"].items())
+    timed = next((line for line in lines if "seconds" in line), None)
+    if timed is not None:
+        command += " --time"
+        call += f"; {timed['threads']} threads, {timed['processor']}"
     head = f"`{command}`: {suite.model}, {clips} held-out clips ({call}); 95 % intervals."
     picture = f"![PSNR over work]({name}.png)\n\n" if (root / f"docs/{name}.png").is_file() else ""
     return f"{head}\n\n{picture}{table(suite, lines)}"
