@@ -27,6 +27,7 @@ from .product_time import told as product_told
 from .results import read_lines
 from .scaling import table as scaling_table
 from .suite import read_suite
+from .vbench.judged import table as by_names_table
 from .vbench.proxies import told as proxies_told
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
@@ -62,7 +63,7 @@ PAGES = {
         "blocks-time-flux-tiny",
     ),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
-    "docs/vbench.md": ("vbench-proxies",),
+    "docs/vbench.md": ("vbench-proxies", "vbench-wan-tiny", "vbench-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -208,6 +209,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, results=PROXIES, module="vbench.proxies", write=proxies_told),
+    "vbench-wan-tiny": partial(_judged, name="vbench-wan-tiny", module="vbench.judged", write=by_names_table),
+    "vbench-flux-tiny": partial(_judged, name="vbench-flux-tiny", module="vbench.judged", write=by_names_table),
     "every-set": _every,
     "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
     "guidance-flux-tiny": partial(_judged, name="guidance-flux-tiny", module="guided", write=guided_table),
