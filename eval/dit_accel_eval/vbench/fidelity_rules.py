@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..metrics.networks import alexnet, frozen, normalized, vgg16
+from ..metrics.networks import alexnet, normalized, vgg16
 from ..metrics.perceptual import SCALE, SHIFT, TOGETHER
 from ..metrics.weights import Tensors, tensors
 from .sampling import Frames
@@ -109,7 +109,7 @@ def ssim_skimage(clip: Frames, reference: Frames) -> Values:
     return _ssim(clip, reference, _box(SKIMAGE), sample=True)
 
 
-@frozen
+@torch.inference_mode()
 def lpips_maps(one: Tensor, two: Tensor, weights: Tensors, net: str) -> list[Tensor]:
     """Return LPIPS' five maps [F, 1, height, width], each layer's at its own size, of frames in [-1, 1]."""
     features = alexnet if net == "alex" else vgg16
