@@ -223,6 +223,8 @@ def test_wrong_comparisons_are_refused(tmp_path, nets):
         assert found.exit_code == 2
         assert text in " ".join(found.stderr.split())
     assert "color is measured without a reference" in compare(tmp_path, "svg", "-d", "color")[1]
+    assert "--long is for measuring dimensions" in compare(tmp_path, "svg", "--long")[1]
+    assert "make them first, then compare" in compare(tmp_path, "svg", "--generate")[1]
     Image.fromarray(pair(1, 48, 40)[0][0]).save(tmp_path / "dense" / "img_0.png")
     assert "has frames of 48 x 40 pixels, its reference of 40 x 48" in compare(tmp_path, "svg")[1]
     (tmp_path / "dense" / "img_0.png").unlink()
