@@ -91,6 +91,7 @@ def test_a_run_goes_on_where_it_stopped_and_prints_its_table(suite, capsys):
     lines = read_lines(out)
     assert [line["arm"] for line in lines] == ["unipc 2", "unipc 1", "easycache"]
     assert [line["work"] for line in lines[:2]] == [2, 1]
+    assert all(0 < line["metrics"]["flickering"] <= 1 for line in lines)
     told = capsys.readouterr()
     assert "| name@world | clips | unipc 2 | unipc 1 | easycache |" in told.out
     out.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]) + '{"arm": "easyc')  # stopped
@@ -126,6 +127,19 @@ def test_the_table_tells_what_is_ahead_or_behind_and_what_stands(suite):
     assert rows[-1].startswith("Not told of this model's clips: subject_consistency, background_consistency")
     assert "color" not in rows[-1]
     assert "| color | 11 |" in judged.table(read, lines[:-1])  # a clip of which an arm is missing is left out
+
+
+def test_metrics_are_ranked_with_the_names_over_a_clips_arms(suite):
+    read = read_suite(suite)
+    lines = []
+    for clip in range(2):
+        for place, arm in enumerate(("unipc 2", "unipc 1", "easycache")):
+            turned = place if clip == 0 else -place
+            lines.append(line(arm, clip, motion_smoothness=place / 10) | {"metrics": {"smoothness@rife": turned / 5}})
+    told = judged.table(read, lines)
+    assert "| motion_smoothness | `smoothness@rife` | 0.00 [-1.00, 1.00] | 2 |" in told
+    assert "| dimension | metric | rank correlation within a clip | clips |" in told
+    assert "rank correlation" not in judged.table(read, [one | {"metrics": {}} for one in lines])
 
 
 def test_suites_begin_with_the_dense_run(suite, capsys):

@@ -19,12 +19,14 @@ from dit_accel.files import check_writable
 from ..comparison import WORKS, verdict
 from ..counting import REAL_SHARE, Counts, work
 from ..embedded import EmbeddedModel, check_name, settled_call, weights_hash
+from ..metrics import Sample, scores
 from ..paired import bootstrap, holm, sign_flips
 from ..results import Line, append_line, check_lines, latest, read_lines, write_lines
 from ..solvers import BEST
 from ..suite import Arm, Suite, read_suite
 from .asked import model_scores, numbers
 from .dimensions import DIMENSIONS
+from .proxies import FPS, NAMES, correlations
 
 SUITES = (Path("eval/suites/vbench-wan-tiny.toml"), Path("eval/suites/vbench-flux-tiny.toml"))
 
@@ -124,6 +126,7 @@ def _judged(model: EmbeddedModel, number: int, arm: Arm, step: Counts) -> Line:
         **arm.to_dict(),
         **{key: round(work(made.counts, step, made.attended, share), 6) for key, share in shares.items()},
         "world": model_scores(model.name, number, made.frames),
+        "metrics": {} if len(made.frames) == 1 else scores(NAMES, Sample(frames=made.frames, fps=FPS)).values(),
         "torch": torch.__version__,
     }
 
@@ -154,7 +157,17 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
         if any(cells):
             rows.append(f"| {name} | {len(asked[name])} | {' | '.join(cells)} |")
     never = [name for name in DIMENSIONS if not any(_clips(clips, name) for clips in by_arm.values())]
-    return "\n".join(rows) + (f"\n\nNot told of this model's clips: {', '.join(never)}." if never else "")
+    parts = ["\n".join(rows), f"Not told of this model's clips: {', '.join(never)}." if never else "", _proxies(by_arm)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _proxies(by_arm: Mapping[str, Mapping[int, Line]]) -> str:
+    """Return the table of how metrics order a clip's arms, "" where there are no metrics."""
+    lines = [line | {"scene": clip} for clips in by_arm.values() for clip, line in clips.items() if line.get("metrics")]
+    if not lines:
+        return ""
+    head = "Spearman's rank correlation of a metric with the world's score over one clip's arms, as above over damages."
+    return "\n".join([head, "", *correlations(lines, "clip")])
 
 
 def _whole(suite: Suite, lines: Sequence[Line]) -> dict[str, dict[int, Line]]:
