@@ -273,7 +273,8 @@ def told(root: Path) -> str:
     recipe = ", ".join(f"{name} {value}" for name, value in experiment.training.items())
     return (
         f"`{command}`: {experiment.model}, one thread; each training {recipe}, {experiment.num_frames} frames; judged "
-        f"on {experiment.clips} held-out prompts and seeds, {experiment.num_inference_steps} UniPC steps; 95 % intervals."
+        f"on {experiment.clips} held-out prompts and seeds, {experiment.num_inference_steps} UniPC steps; 95 % "
+        "intervals."
         f"\n\n{table(experiment, lines)}"
     )
 

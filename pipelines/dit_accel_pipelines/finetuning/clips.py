@@ -129,7 +129,7 @@ def _checked(path: Path, caption: str, recipe: FineTuning) -> Clip:
         reader = imageio_ffmpeg.read_frames(str(path))
         width, height = next(reader)["size"]
         reader.close()
-        frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+        frames = imageio_ffmpeg.count_frames_and_secs(str(path))[0] or 0
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"video {path} can't be read ({reason}); replace it, or take it out") from None
