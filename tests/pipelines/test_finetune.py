@@ -1,17 +1,11 @@
 """`dit-accel finetune`: a LoRA through sparse attention, gone on with exactly, loaded by diffusers; bad input."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
-import finetunes
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from dit_accel_assets import model_path
 from dit_accel_pipelines.finetuning.clips import find_clips
@@ -21,7 +15,9 @@ from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import TRAINABLE, Trainable
 from dit_accel_pipelines.lora import FILE, load_lora
-from finetunes import RADIAL, model_folder, recipe, video_folder, weights
+from dit_accel_pipelines.request import Request
+from dit_accel_pipelines.resume import request_digest
+from finetunes import RADIAL, base_folder, model_folder, recipe, trained, video_folder
 from typer.testing import CliRunner
 
 import dit_accel
@@ -33,15 +29,7 @@ from dit_accel.errors import UnsupportedModel
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, videos, and what was encoded of them."""
-    folder = tmp_path_factory.mktemp("finetune")
-    model_folder(folder / "model")
-    video_folder(folder / "videos")
-    return folder
-
-
-def trained(base: Path, output: Path, **changes) -> dict[str, torch.Tensor]:
-    finetune(recipe(base, output=output, **changes))
-    return weights(output)
+    return base_folder(tmp_path_factory.mktemp("finetune"))
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -331,15 +319,8 @@ def test_a_lora_that_does_not_fit_is_refused(base: Path, tmp_path: Path):
     ):
         result = CliRunner().invoke(app, ["generate", "a red circle", "--lora", str(base / name)])
         assert result.exit_code == 2
-        assert " ".join(result.stderr.split())
         with pytest.raises(ConfigError, match=message):
-            dit_accel_request(base / name, tmp_path)
-
-
-def dit_accel_request(lora: Path, tmp_path: Path) -> None:
-    from dit_accel_pipelines.request import Request
-
-    Request(prompts=("a red circle",), output=tmp_path / "a.png", lora=str(lora))
+            Request(prompts=("a red circle",), output=tmp_path / "a.png", lora=str(base / name))
 
 
 def test_a_tracker_is_fed(base: Path, tmp_path: Path):
@@ -369,51 +350,12 @@ def test_the_gradient_is_that_of_the_attached_methods(base: Path):
         assert not torch.allclose(one, third, atol=1e-6)
 
 
-def launch(base: Path, tmp_path: Path, **changes) -> subprocess.CompletedProcess[str]:
-    """Train in two processes of torchrun, which starts them on a CPU too."""
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += [finetunes.__file__, str(base), json.dumps(changes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(finetunes.__file__).parent)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-
-
-def gradients(folder: Path) -> torch.Tensor:
-    """What AdamW has seen after its first step, from the checkpoint; its update alone would tell signs."""
-    saved = torch.load(folder / "checkpoints" / "step-00000001.pt", weights_only=True)
-    return torch.cat([state["exp_avg"].flatten() for state in saved["optimizer"]["state"].values()])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"ulysses": 2}], ids=["clips", "ulysses"])
-def test_two_processes_train_what_one_does(base: Path, tmp_path: Path, changes):
-    same_steps = dict(steps=1)
-    trained(base, tmp_path / "alone", batch_size=2, **same_steps)
-    own = 2 if changes else 1
-    done = launch(base, tmp_path, output=str(tmp_path / "two"), batch_size=own, **same_steps, **changes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    alone, two = gradients(tmp_path / "alone"), gradients(tmp_path / "two")
-    assert alone.abs().max() > 0
-    assert (alone - two).abs().max() < 1e-4 * alone.abs().max()
-    records = [json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("alone", "two")]
-    assert [record["processes"] for record in records] == [1, 2]
-    assert records[0]["clips a step"] == records[1]["clips a step"] == 2
-    assert records[0]["density"] == records[1]["density"] < 1
-    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("alone", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    trained(base, tmp_path / "two", batch_size=2, steps=2, resume=True)  # in one process
-
-
-@pytest.mark.slow
-def test_what_is_wrong_is_told_by_every_process(base: Path, tmp_path: Path):
-    done = launch(base, tmp_path, output=str(tmp_path / "out"), num_frames=17)
-    assert done.returncode != 0
-    assert done.stderr.count("refused: video") == 2
-    assert not (tmp_path / "out" / FILE).exists()
-    trained(base, tmp_path / "lora", batch_size=2, steps=1)
-    done = launch(base, tmp_path, output=str(tmp_path / "lora"), rank=4, resume=True)
-    assert done.stderr.count("refused: the checkpoint") == 2, done.stderr[-2000:]
+def test_another_lora_is_another_request(tmp_path: Path):
+    lora, digests = tmp_path / "a.safetensors", []
+    for content in (None, b"one", b"other", b"one"):
+        if content is not None:
+            lora.write_bytes(content)
+        given = None if content is None else str(lora)
+        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=given)))
+    assert digests[1] == digests[3]
+    assert len(set(digests)) == 3

@@ -1,6 +1,8 @@
 """Small trainings for the tests: folders of videos, a tiny model in a folder, what one of several processes runs."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from dit_accel_assets import model_path
 from dit_accel_assets.clips import clip_of
 from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
+from dit_accel_pipelines.finetuning.trainer import Trainer
 from dit_accel_pipelines.lora import FILE
 from dit_accel_pipelines.media import write_media
 from safetensors.torch import load_file
 from wan_tiny import tiny_transformer
 
-from dit_accel import ConfigError, RadialAttention
+from dit_accel import ConfigError, ProcessLost, RadialAttention
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_layers=1, dense_steps=0)
 
@@ -50,6 +53,19 @@ def recipe(tmp_path: Path, **changes: Any) -> FineTuning:
     return FineTuning(**{**values, **changes})
 
 
+def base_folder(folder: Path) -> Path:
+    """A folder with the model and the videos of `recipe`."""
+    model_folder(folder / "model")
+    video_folder(folder / "videos")
+    return folder
+
+
+def trained(base: Path, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """The LoRA that a training leaves in a folder."""
+    finetune(recipe(base, output=output, **changes))
+    return weights(output)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The LoRA in a folder."""
     return load_file(folder / FILE)
@@ -59,10 +75,13 @@ def main() -> None:
     """Train in one of the processes that a launcher started, as on a machine of which each has an accelerator."""
     folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
     changes = {name: Path(value) if name in ("output", "data") else value for name, value in changes.items()}
+    if changes.pop("lose", None) == int(os.environ["RANK"]):
+        first = Trainer._add_up_gradients
+        Trainer._add_up_gradients = lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step else first(self)
     try:
         with mock.patch.object(torch.accelerator, "device_count", return_value=changes.get("ulysses", 1)):
             finetune(recipe(folder, **changes))
-    except ConfigError as error:
+    except (ConfigError, ProcessLost) as error:
         sys.exit(f"refused: {error}")
 
 

@@ -1,9 +1,10 @@
 """Fine-tunes a video model by LoRA through the attached methods, in one process or in several alike."""
 
+import dataclasses
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from dit_accel.adapters.model_files import read_model_files
-from dit_accel.attachment.parallel import context_parallel
-from dit_accel.errors import ConfigError
+from dit_accel.attachment.parallel import context_parallel, tells_of_loss
+from dit_accel.errors import ConfigError, DitAccelError, ProcessLost
 from dit_accel.files import json_text, written_whole
 
 from ..generate import attached
@@ -61,6 +62,7 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
 
     Raises:
         DitAccelError: for a recipe that can't be met, clips that don't fit it, or a checkpoint of another training.
+        ProcessLost: if another process is gone; checkpoints stay.
     """
     stages, process = stages or Stages(quiet=True), started_process()
     require_peft()
@@ -71,6 +73,14 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
         for text in notes:
             stages.note(text)
         return _trained(recipe, clips, device, ranks, stages, command)
+    except RuntimeError as error:
+        if isinstance(error, DitAccelError) or ranks.count == 1 or not tells_of_loss(error):
+            raise
+        raise ProcessLost(
+            f"another of the {ranks.count} processes that train together ended or no longer answers "
+            f"({str(error).strip().splitlines()[0]}); look for the first error among their outputs, and start all "
+            "again with --resume"
+        ) from error
     finally:
         ranks.close()
 
@@ -122,8 +132,6 @@ def _trained(
 
 def _with_dtype(recipe: FineTuning, pipe: Any) -> FineTuning:
     """Return the recipe with the number format that the weights were loaded in."""
-    import dataclasses
-
     return dataclasses.replace(recipe, dtype=str(pipe.transformer.dtype).removeprefix("torch."))
 
 
@@ -169,7 +177,7 @@ def _accelerator(recipe: FineTuning, device: Any) -> Iterator[Any]:
 
     made = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))
     if recipe.report_to is not None:
-        told = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+        told = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
         plain = {name: value for name, value in told.items() if isinstance(value, (int, float, str))}
         made.init_trackers("dit-accel-finetune", config=plain)
     try:
