@@ -288,6 +288,17 @@ def test_a_checkpoint_of_another_training_is_refused_and_kept(base: Path, tmp_pa
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "log.jsonl").write_text('{"step": 10, "loss": 9.0}\n')
+    trained(base, output, steps=1)
+    assert [json.loads(line)["step"] for line in (output / "log.jsonl").open()] == [1]
+    next((output / "checkpoints").iterdir()).unlink()
+    with pytest.raises(ConfigError, match=r"holds pytorch_lora_weights.safetensors of an earlier training; choose"):
+        finetune(recipe(base, output=output))
+
+
 def test_a_broken_checkpoint_is_told(base: Path, tmp_path: Path):
     trained(base, tmp_path, steps=1)
     next((tmp_path / "checkpoints").iterdir()).write_bytes(b"nothing")

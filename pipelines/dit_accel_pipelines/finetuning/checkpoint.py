@@ -75,14 +75,15 @@ def check_output(recipe: FineTuning) -> None:
     output = recipe.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; name a folder")
-    written = [name for name in (FILE, FOLDER, "log.jsonl") if (output / name).exists()]
-    if recipe.resume and latest(output) is None:
+    found = latest(output)
+    if recipe.resume and found is None:
         raise ConfigError(f"--resume was asked for, but {output} holds no checkpoint; leave it out to begin")
-    if written and not recipe.resume:
+    if not recipe.resume and found is not None:
         raise ConfigError(
-            f"output {output} holds {', '.join(written)} of an earlier training; go on with --resume, or choose "
-            "another folder"
+            f"output {output} holds checkpoints of an earlier training; go on with --resume, or choose another folder"
         )
+    if not recipe.resume and (output / FILE).exists():
+        raise ConfigError(f"output {output} holds {FILE} of an earlier training; choose another folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

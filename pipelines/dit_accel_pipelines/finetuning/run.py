@@ -114,6 +114,10 @@ def _trained(
         trainer = Trainer(pipe, weights, encoded, trainable, recipe, ranks, accelerator)
         if found is not None:
             trainer.go_on_from(found)
+            if found.step >= recipe.steps:
+                stages.note(f"the checkpoint has {found.step} steps done already; no further one is trained")
+        if ranks.first:
+            trainer.cut_log()
         for step in trainer.train(attachment, stages):
             last = step == recipe.steps
             if ranks.first and (last or step % recipe.checkpoint_every == 0):

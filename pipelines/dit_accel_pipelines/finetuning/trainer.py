@@ -102,8 +102,6 @@ class Trainer:
             self._averages.to(self.parameters[0].device)
         self._optimizer.load_state_dict(dict(checkpoint.optimizer))
         self.step = checkpoint.step
-        if self._ranks.first:
-            self._cut_log()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -194,8 +192,8 @@ class Trainer:
             with (self.recipe.output / LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
 
-    def _cut_log(self) -> None:
-        """Leave the lines of the log that the checkpoint knows of."""
+    def cut_log(self) -> None:
+        """Leave in the log what this training has done so far; nothing of one that has no checkpoint."""
         path = self.recipe.output / LOG
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
         kept = [line for line in whole if json.loads(line)["step"] <= self.step]
