@@ -209,7 +209,7 @@ def table(experiment: Experiment, lines: Sequence[Line]) -> str:
 def _trainings(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
     """Give the rows of the trainings; seconds are medians over the log, ratios those of the same turns."""
     by_name = {line["arm"]: line for line in lines if "log" in line}
-    yield "| training | steps | density | loss, first and last tenth | seconds a step | times dense |"
+    yield "| training | steps | density | loss, first and last quarter | seconds a step | times dense |"
     yield "|---" * 6 + "|"
     first: list[float] = []
     for name in experiment.trainings:
@@ -217,10 +217,10 @@ def _trainings(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
         if line is None:
             continue
         log = line["log"]
-        seconds, tenth = [entry["seconds_a_step"] for entry in log], max(1, len(log) // 10)
+        seconds, part = [entry["seconds_a_step"] for entry in log], max(1, len(log) // 4)
         first = first or seconds
         ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
-        losses = [float(np.mean([entry["loss"] for entry in part])) for part in (log[:tenth], log[-tenth:])]
+        losses = [float(np.mean([entry["loss"] for entry in some])) for some in (log[:part], log[-part:])]
         yield (
             f"| {name} | {log[-1]['step']} | {log[-1]['density']:.2f} | {losses[0]:.3f}, {losses[1]:.3f} "
             f"| {statistics.median(seconds):.2f} | {ratio:.2f} |"
