@@ -37,6 +37,7 @@ WORKERS ?= 2
 
 tables: $(VENV)/.ready $(SUITES:%=suite-%) $(CHOICES:%=choices-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
 	$(BIN)/python -m dit_accel_eval.longer eval/suites/longer-wan-tiny.toml
+	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-tiny.toml
 	$(BIN)/python -m dit_accel_eval.dropped_mass
 	$(BIN)/python -m dit_accel_eval.readme
 

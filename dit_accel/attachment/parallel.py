@@ -131,6 +131,12 @@ def split_before(
     return args, kwargs, run_split
 
 
+def tells_of_loss(error: RuntimeError) -> bool:
+    """Tell whether an error says that another process is gone or no longer answers."""
+    known = isinstance(error, getattr(torch.distributed, "DistError", ()))
+    return known or any(word in str(error).lower() for word in _LOST)
+
+
 @contextlib.contextmanager
 def naming_lost(state: TransformerState, config: Any) -> Iterator[None]:
     """Say in plain words if what runs inside fails because another process of the transformer is gone.
@@ -141,8 +147,7 @@ def naming_lost(state: TransformerState, config: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        known = isinstance(error, getattr(torch.distributed, "DistError", ()))
-        if config is None or not (known or any(word in str(error).lower() for word in _LOST)):
+        if config is None or not tells_of_loss(error):
             raise
         count = config.ulysses_degree * config.ring_degree
         raise ProcessLost(

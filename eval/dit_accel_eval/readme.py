@@ -18,6 +18,7 @@ from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
 from .every_set import Judged, Setting
 from .every_set import table as every_table
+from .finetuned import told as finetuned_told
 from .guidance_cost import table as costs_table
 from .guided import table as guided_table
 from .larger import table as larger_table
@@ -62,6 +63,7 @@ PAGES = {
         "blocks-time-wan-tiny",
         "blocks-time-flux-tiny",
     ),
+    "docs/finetuning.md": ("finetuned-wan-tiny",),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
     "docs/vbench.md": ("vbench-proxies", "vbench-wan-tiny", "vbench-flux-tiny"),
 }
@@ -221,6 +223,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     ),
     "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
     "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
+    "finetuned-wan-tiny": finetuned_told,
     "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),
 }
 

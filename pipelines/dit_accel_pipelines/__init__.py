@@ -7,6 +7,7 @@ from .commands import describe_model, generate_video
 from .cosmos import COSMOS
 from .cosmos3 import COSMOS3
 from .easyanimate import EASYANIMATE
+from .finetune_command import finetune_model
 from .framepack import FRAMEPACK
 from .helios import HELIOS
 from .hunyuan_video import HUNYUAN_VIDEO
@@ -25,6 +26,6 @@ from .wan_animate import WAN_ANIMATE
 VIDEO = (WAN, WAN_ANIMATE, SKYREELS_V2, ANYFLOW, HELIOS, HUNYUAN_VIDEO, HUNYUAN_VIDEO15, FRAMEPACK, LTX, LTX2)
 VIDEO += (MINIMAX_H3, KANDINSKY5, KANDINSKY6, COSMOS, COSMOS3, MOTIF_VIDEO, MOCHI, COGVIDEOX, EASYANIMATE, ALLEGRO)
 ADAPTERS = VIDEO + IMAGE_ADAPTERS
-COMMANDS = {"generate": generate_video, "describe": describe_model}
+COMMANDS = {"generate": generate_video, "describe": describe_model, "finetune": finetune_model}
 
 __all__ = ["ADAPTERS", "COMMANDS"]

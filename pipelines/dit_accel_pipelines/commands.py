@@ -45,6 +45,9 @@ def generate_video(
         float | None, typer.Option(help="Frames per second of the file; default: 8 for embedded models, else 16.")
     ] = None,
     scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1,
+    lora: Annotated[
+        str | None, typer.Option(help="A LoRA: a file, its folder, or a hub id.", metavar="FILE|FOLDER|ID")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     offload: Offload = "none",
@@ -122,6 +125,7 @@ def generate_video(
         compile=compile,
         fps=fps,
         scale=scale,
+        lora=lora,
         methods=tuple(methods),
         backend=cast(Any, backend),
     )

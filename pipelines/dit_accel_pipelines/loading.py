@@ -7,35 +7,52 @@ from dit_accel.adapters.model_files import read_config, read_model_files
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.errors import ConfigError, UnsupportedModel
 
+from .lora import load_lora
 from .quiet import quiet_diffusers
 from .request import Request, model_source
 
 
 def load_pipeline(request: Request) -> Any:
-    """Load the request's pipeline, with its dtype, device and offload.
-
-    The autoencoder stays in float32, as Wan's own examples keep it.
+    """Load the request's pipeline, with its LoRA, dtype, device and offload.
 
     Raises:
         UnsupportedModel: if diffusers can't load it.
-        ConfigError: for a device that this machine does not have, or offload without an accelerator.
+        ConfigError: for a device that this machine does not have, offload without an accelerator, or a LoRA that does
+            not fit.
+    """
+    device = pick_device(request.device)
+    if request.offload != "none" and device.type == "cpu":
+        raise ConfigError(f"offload {request.offload!r} needs an accelerator, got device {device}; use none")
+    pipe = open_pipeline(request.source, dtype=request.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    if request.lora is not None:
+        load_lora(pipe, request.lora)
+    _place(pipe, device, request.offload)
+    return pipe
+
+
+def open_pipeline(source: str, *, dtype: str) -> Any:
+    """Load a pipeline into main memory.
+
+    The autoencoder stays in float32, as Wan's own examples keep it.
+
+    Args:
+        source: a folder or a hub id.
+        dtype: number format of the other weights.
+
+    Raises:
+        UnsupportedModel: if diffusers can't load it.
     """
     import torch
     from diffusers import DiffusionPipeline
 
-    device = pick_device(request.device)
-    if request.offload != "none" and device.type == "cpu":
-        raise ConfigError(f"offload {request.offload!r} needs an accelerator, got device {device}; use none")
-    name = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    dtypes = {"default": getattr(torch, name), "vae": torch.float32}
+    dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
     try:
         with quiet_diffusers():
-            pipe = DiffusionPipeline.from_pretrained(request.source, dtype=dtypes)
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtypes)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UnsupportedModel(f"diffusers can't load {request.source!r}: {reason}") from None
+        raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None
     pipe.set_progress_bar_config(disable=True)
-    _place(pipe, device, request.offload)
     return pipe
 
 

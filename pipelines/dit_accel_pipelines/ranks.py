@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from dit_accel.errors import ConfigError
+from dit_accel.errors import DitAccelError
 
 Value = TypeVar("Value")
 
@@ -16,18 +16,21 @@ PATIENCE = datetime.timedelta(days=14)
 class Ranks:
     """The processes of one run.
 
+    Args:
+        cpu: they compute on CPUs, whatever else the machine has.
+
     Attributes:
         rank: this one's number; the first is 0, and alone writes and prints.
         count: how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, cpu: bool = False) -> None:
         self._state: Any = None
         self.rank, self.count = 0, 1
         if launched() > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(timeout=PATIENCE)
+            self._state = PartialState(cpu=cpu, timeout=PATIENCE)
             self.rank, self.count = self._state.process_index, self._state.num_processes
 
     @property
@@ -48,10 +51,21 @@ class Ranks:
         """Return what the first process makes of some work, to all of them.
 
         Raises:
-            ConfigError: in all of them, where it does in the first.
+            DitAccelError: in all of them, where it does in the first.
         """
         made = self._gathered(_tried(work) if self.first else (None, None))[0]
         return _require(made)
+
+    def together(self, work: Callable[[], Value]) -> Value:
+        """Do some work in every process, and return what this one's made; it must not wait for the others inside.
+
+        Raises:
+            DitAccelError: in all processes, the first one's that failed.
+        """
+        own = _tried(work)
+        for _, error in self._gathered((None, own[1])):
+            _require((None, error))
+        return _require(own)
 
     def spread(self, jobs: Sequence[Any], work: Callable[[Any], Value], done: Callable[[Any, Value], None]) -> None:
         """Do some jobs, each in one process, and hand every result to all of them.
@@ -65,7 +79,7 @@ class Ranks:
             done: takes a job and its result, in every process and in the same order.
 
         Raises:
-            ConfigError: in all processes, where it does in one.
+            DitAccelError: in all processes, where it does in one.
         """
         for begin in range(0, len(jobs), self.count):
             part = jobs[begin : begin + self.count]
@@ -96,15 +110,15 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
+def _tried(work: Callable[[], Any]) -> tuple[Any, DitAccelError | None]:
     """Return what some work makes, or how it fails: the other processes must hear of it, or they would wait."""
     try:
         return work(), None
-    except ConfigError as error:
-        return None, str(error)
+    except DitAccelError as error:
+        return None, error
 
 
-def _require(made: tuple[Any, str | None]) -> Any:
+def _require(made: tuple[Any, DitAccelError | None]) -> Any:
     if made[1] is not None:
-        raise ConfigError(made[1])
+        raise made[1]
     return made[0]

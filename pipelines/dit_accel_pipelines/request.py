@@ -21,6 +21,7 @@ from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_fr
 from dit_accel.files import check_writable
 from dit_accel.methods.config import MethodConfig
 
+from .lora import check_lora
 from .media import check_output, read_image, read_video
 from .pipeline_call import PICTURES, PipelineCall, pipeline_class
 from .solvers import check_solver
@@ -70,6 +71,7 @@ class Request:
         scale: whole number by which every pixel is enlarged.
         solver: a name of `solvers.SOLVERS` that takes the place of the model's own; None: that.
         flow_shift: noise shift of that solver; None: the model's own.
+        lora: a LoRA to load: a file, a folder that holds one, or a hub id.
         methods: method configs to attach.
         backend: kernel backend of the methods.
 
@@ -98,6 +100,7 @@ class Request:
     scale: int = 1
     solver: str | None = None
     flow_shift: float | None = None
+    lora: str | None = None
     methods: tuple[MethodConfig, ...] = ()
     backend: Backend = "auto"
 
@@ -130,6 +133,8 @@ class Request:
             raise ConfigError(
                 f"backend {self.backend!r} was asked for, but no method would use it; switch one on, such as --radial"
             )
+        if self.lora is not None:
+            check_lora(self.lora)
         for output in self.outputs():
             check_output(output)
             check_writable(side_car_path(output))
@@ -208,8 +213,11 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
         for prompt in (*request.prompts, request.negative_prompt or ""):
             check_words(prompt, embedded)
     files = read_model_files(request.source)
-    call = PipelineCall.of(pipeline_class(files))
+    cls = pipeline_class(files)
+    call = PipelineCall.of(cls)
     call.check(request.asked())
+    if request.lora is not None and not hasattr(cls, "load_lora_weights"):
+        raise ConfigError(f"{cls.__name__} takes no LoRA, got {request.lora}; leave it out")
     if embedded:
         own = dit_accel_assets.model_defaults(embedded)
         fills = {name: own[name] for name in ASKED if name in own and call.takes(name)}

@@ -8,6 +8,7 @@ from typing import Any
 
 from dit_accel.files import json_text
 
+from .lora import lora_file
 from .request import Request, side_car_path
 
 APART = ("prompts", "output", "device", "same_seed")
@@ -23,6 +24,8 @@ def request_digest(request: Request) -> str:
     told["methods"] = {method.name: method.to_dict() for method in request.methods}
     for name in ("image", "video"):
         told[name] = told[name] and hashlib.sha256(Path(told[name]).read_bytes()).hexdigest()
+    file = lora_file(request.lora) if request.lora else None
+    told["lora"] = hashlib.sha256(file.read_bytes()).hexdigest() if file else request.lora
     return hashlib.sha256(json_text(told).encode()).hexdigest()
 
 

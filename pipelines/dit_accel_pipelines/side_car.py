@@ -48,6 +48,7 @@ def side_car(
         "compile": request.compile,
         "fps": request.output_fps,
         "scale": request.scale,
+        "lora": request.lora,
         "methods": {method.name: method.to_dict() for method in request.methods},
         "backend": request.backend,
         "command": list(command),

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from dit_accel import ConfigError
 from dit_accel.cli.app import app
+from dit_accel.errors import UnsupportedModel
 
 SEARCH = [
     "tune", "heads", "--objective", "objective:brightness", "--halvings", "0", "--per-round", "2",
@@ -33,11 +34,27 @@ def test_a_failure_in_one_process_is_raised_in_all(monkeypatch):
     """The others wait for its result, so it must reach them."""
     ranks = Ranks()
     ranks.rank, ranks.count = 1, 2
-    monkeypatch.setattr(ranks, "_gathered", lambda value: [(None, "no number"), value])
+    monkeypatch.setattr(ranks, "_gathered", lambda value: [(None, ConfigError("no number")), value])
     with pytest.raises(ConfigError, match="no number"):
         ranks.spread(["a", "b"], lambda job: job, lambda job, made: None)
     with pytest.raises(ConfigError, match="no number"):
         ranks.shared(lambda: "unused")
+    with pytest.raises(ConfigError, match="no number"):
+        ranks.together(lambda: "this one's")
+
+
+def test_the_others_hear_of_a_failure_of_this_one(monkeypatch):
+    ranks, told = Ranks(), []
+    monkeypatch.setattr(ranks, "_gathered", lambda value: told.append(value) or [(None, None), value])
+
+    def fail():
+        raise UnsupportedModel("no such model")
+
+    with pytest.raises(UnsupportedModel, match="no such model"):
+        ranks.together(fail)
+    assert [str(error) for _, error in told] == ["no such model"]
+    assert ranks.together(lambda: 3) == 3
+    assert told[1] == (None, None)  # what it made stays here
 
 
 def test_other_methods_are_tuned_in_one_process(monkeypatch):

@@ -1,0 +1,1 @@
+"""LoRA fine-tuning of video models through the attached methods: `dit-accel finetune`."""

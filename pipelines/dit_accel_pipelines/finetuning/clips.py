@@ -1,0 +1,190 @@
+"""The clips to train on: a folder of videos with captions, or drawn ones; all checked before anything is encoded."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_accel.errors import ConfigError
+
+from ..media import Frames
+from ..request import check_words
+from .recipe import FineTuning
+
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+METADATA = "metadata.jsonl"
+DRAWN_MODEL = "wan-tiny"
+"""The embedded model whose world can be drawn at any length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """One clip to train on.
+
+    Attributes:
+        caption: what it shows.
+        path: its file; None: it is drawn.
+        number: of a drawn one.
+        digest: of the file's bytes, or of the drawn frames; hexadecimal.
+        frames: that the file holds, or that are drawn.
+    """
+
+    caption: str
+    path: Path | None = None
+    number: int = 0
+    digest: str
+    frames: int
+
+    def read(self, count: int) -> Frames:
+        """Return its first ``count`` frames, uint8 [F, height, width, 3].
+
+        Raises:
+            ConfigError: if the file can't be decoded so far.
+        """
+        if self.path is None:
+            return _drawn(self.number, count)[1]
+        return _decoded(self.path, count)
+
+
+def find_clips(recipe: FineTuning) -> tuple[list[Clip], list[str]]:
+    """Return the clips of a settled recipe, in an order of their own, and notes on them.
+
+    Raises:
+        ConfigError: for a folder without videos, a video without caption, one of another size or too short, a
+            metadata line that can't be read, or words that an embedded model never saw.
+    """
+    if recipe.data is None:
+        return _drawn_clips(recipe), []
+    captions = list(_captions(recipe.data))
+    if not captions:
+        raise ConfigError(
+            f"{recipe.data} holds no video ({', '.join(SUFFIXES)}); put videos there, each with its caption in a .txt "
+            f"of the same name, or list them in {METADATA}"
+        )
+    if recipe.embedded:
+        for _, caption in captions:
+            check_words(caption, recipe.embedded)
+    clips = [_checked(path, caption, recipe) for path, caption in captions]
+    longer = sum(clip.frames > int(recipe.num_frames or 0) for clip in clips)
+    told = f"{longer} of {len(clips)} clips are longer than {recipe.num_frames} frames; their first ones are taken"
+    return clips, [told] if longer else []
+
+
+def _captions(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Give each video of a folder with its caption."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; give one that holds videos and their captions")
+    listed = folder / METADATA
+    if listed.exists():
+        yield from _listed(listed)
+        return
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        text = path.with_suffix(".txt")
+        if not text.is_file():
+            raise ConfigError(f"the video {path} has no caption; write it into {text.name} beside it")
+        yield path, _caption(text.read_text(encoding="utf-8-sig"), str(text))
+
+
+def _listed(file: Path) -> Iterator[tuple[Path, str]]:
+    """Give the videos that a metadata file lists."""
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {file}"
+        try:
+            entry: Any = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{where} is not JSON: {error}; write one object a line") from None
+        known = entry if isinstance(entry, dict) else {}
+        name, text = known.get("file_name"), known.get("text", known.get("caption"))
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ConfigError(f'{where} lacks a video or its caption; write {{"file_name": "a.mp4", "text": "..."}}')
+        path = file.parent / name
+        if not path.is_file():
+            raise ConfigError(f"{where} names {name}, which is not there; put it beside the list, or strike the line")
+        yield path, _caption(text, where)
+
+
+def _caption(text: str, where: str) -> str:
+    """Return a caption in one line."""
+    caption = " ".join(text.split())
+    if not caption:
+        raise ConfigError(f"{where} has an empty caption; say what the video shows")
+    return caption
+
+
+def _checked(path: Path, caption: str, recipe: FineTuning) -> Clip:
+    """Return the clip of a video file, after a look at its size and length."""
+    import imageio_ffmpeg
+
+    try:
+        digest = _digest(path)
+        reader = imageio_ffmpeg.read_frames(str(path))
+        width, height = next(reader)["size"]
+        reader.close()
+        frames = imageio_ffmpeg.count_frames_and_secs(str(path))[0] or 0
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"video {path} can't be read ({reason}); replace it, or take it out") from None
+    if (height, width) != (recipe.height, recipe.width):
+        raise ConfigError(
+            f"video {path} has {width} x {height} pixels, and clips of {recipe.width} x {recipe.height} are to be "
+            "trained on; scale it, or train with --width and --height of all of them"
+        )
+    if frames < int(recipe.num_frames or 0):
+        raise ConfigError(
+            f"video {path} has {frames} frames, and {recipe.num_frames} are to be trained on; take it out, or train "
+            "with fewer --num-frames"
+        )
+    return Clip(caption=caption, path=path, digest=digest, frames=frames)
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _decoded(path: Path, count: int) -> Frames:
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in itertools.islice(reader, count)]
+    reader.close()
+    if len(frames) < count:
+        raise ConfigError(f"video {path} could be decoded for {len(frames)} of {count} frames; replace it")
+    return np.stack(frames)
+
+
+def _drawn_clips(recipe: FineTuning) -> list[Clip]:
+    if recipe.embedded != DRAWN_MODEL:
+        raise ConfigError(f"clips can be drawn for {DRAWN_MODEL} alone, got model {recipe.model}; give --data FOLDER")
+    frames = int(recipe.num_frames or 0)
+    if (recipe.height, recipe.width) != (64, 64) or frames % 4 != 1:
+        raise ConfigError(
+            f"drawn clips have 64 x 64 pixels and 4 k + 1 frames, got {recipe.width} x {recipe.height} and {frames}; "
+            f"the nearest length is {frames // 4 * 4 + 1}"
+        )
+    made = []
+    for number in range(int(recipe.drawn or 0)):
+        caption, pictures = _drawn(number, frames)
+        digest = hashlib.sha256(pictures.tobytes()).hexdigest()
+        made.append(Clip(caption=caption, number=number, digest=digest, frames=frames))
+    return made
+
+
+def _drawn(number: int, frames: int) -> tuple[str, Frames]:
+    from dit_accel_assets.clips import clip_of
+
+    caption, _, pictures = clip_of(number, frames=frames)
+    return caption, pictures

@@ -1,0 +1,130 @@
+"""Clips and captions encoded once and kept on disk, under names that tell what encoded what."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.errors import ConfigError
+from dit_accel.files import written_whole
+
+from ..progress import Stages
+from ..ranks import Ranks
+from .clips import Clip
+from .recipe import FineTuning
+from .trainable import Trainable
+
+NO_CAPTION = ""
+"""The caption of a clip that is trained without its own."""
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return what tells a module's weights and number formats from others', hexadecimal; every byte counts."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+class Encoded:
+    """The encoded clips of one training, read from disk when they are asked for.
+
+    Attributes:
+        digest: what tells these clips and captions, as encoded, from others; hexadecimal.
+    """
+
+    def __init__(self, folder: Path, latents: Sequence[str], texts: Sequence[str], no_caption: str) -> None:
+        self._folder, self._latents, self._texts, self._no_caption = folder, latents, texts, no_caption
+        self.digest = hashlib.sha256(json.dumps([*latents, *texts]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def latents(self, place: int) -> Tensor:
+        """Return the normalised latents of a clip, float32 [C, F', h, w]."""
+        return _read(self._folder, self._latents[place])
+
+    def text(self, place: int) -> Tensor:
+        """Return a clip's caption as the transformer takes it, [tokens, D]."""
+        return _read(self._folder, self._texts[place])
+
+    def no_caption(self) -> Tensor:
+        """Return the same of a clip that is trained without its caption."""
+        return _read(self._folder, self._no_caption)
+
+
+def encode(
+    pipe: Any, trainable: Trainable, clips: Sequence[Clip], recipe: FineTuning, ranks: Ranks, stages: Stages
+) -> Encoded:
+    """Encode the clips and captions that the cache lacks, each in one of the processes.
+
+    Args:
+        pipe: the pipeline; its autoencoder and text encoder lie where they are to run.
+        trainable: how it encodes.
+        clips: what to encode.
+        recipe: the settled recipe.
+        ranks: the processes that share the work.
+        stages: progress bars.
+
+    Raises:
+        ConfigError: in all processes, if a clip can't be decoded in one.
+    """
+    folder = recipe.cache_folder
+    size = [recipe.num_frames, recipe.height, recipe.width]
+    vae, encoder = weights_hash(pipe.vae), weights_hash(pipe.text_encoder)
+    latents = [_name("latents", vae, clip.digest, *size) for clip in clips]
+    texts = {text: _name("text", encoder, text) for text in (NO_CAPTION, *(clip.caption for clip in clips))}
+    jobs: dict[str, Any] = dict(zip(latents, clips, strict=True))
+    jobs |= {name: text for text, name in texts.items()}
+
+    def missing() -> list[str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [name for name in jobs if not (folder / name).exists()]
+
+    mine = ranks.own(ranks.shared(missing))
+
+    def make() -> None:
+        stages.stage("encoding clips and captions", len(mine))
+        for name in mine:
+            _write(folder, name, _encoded(pipe, trainable, jobs[name], recipe))
+            stages.advance()
+
+    ranks.together(make)
+    return Encoded(folder, latents, [texts[clip.caption] for clip in clips], texts[NO_CAPTION])
+
+
+def _encoded(pipe: Any, trainable: Trainable, job: Clip | str, recipe: FineTuning) -> Tensor:
+    """Return the latents of a clip, or a caption as the transformer takes it."""
+    if isinstance(job, str):
+        return trainable.text(pipe, job)[0]
+    frames = torch.from_numpy(job.read(int(recipe.num_frames or 0)))
+    video = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    return trainable.latents(pipe, video)[0]
+
+
+def _name(kind: str, *told: Any) -> str:
+    return f"{kind}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:40]}.safetensors"
+
+
+def _write(folder: Path, name: str, value: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    with written_whole(folder / name) as temporary:
+        save_file({"value": value.detach().cpu().contiguous()}, temporary)
+
+
+def _read(folder: Path, name: str) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / name)["value"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ConfigError(
+            f"{folder / name} can't be read ({error}); delete it and go on with --resume, which encodes it again"
+        ) from None

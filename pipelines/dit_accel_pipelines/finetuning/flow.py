@@ -1,0 +1,79 @@
+"""Flow matching (arXiv 2210.02747, 2403.03206): what one clip of a training is mixed with, drawn by its number alone.
+
+So a training gives the same whatever number of processes share its steps, and goes on exactly where it stopped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .encoded import Encoded
+from .recipe import FineTuning
+from .trainable import Trainable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Clips of one forward.
+
+    Attributes:
+        latents: [B, C, F, h, w], float32.
+        noise: the same shape, normal.
+        levels: noise levels [B] in 0..1.
+        text: [B, tokens, D].
+    """
+
+    latents: Tensor
+    noise: Tensor
+    levels: Tensor
+    text: Tensor
+
+
+def order(seed: int, clips: int, number: int) -> int:
+    """Return the clip that stands at a place of the training, which goes through all clips again and again."""
+    rounds, place = divmod(number, clips)
+    return int(np.random.default_rng([seed, rounds]).permutation(clips)[place])
+
+
+def batch_of(numbers: Sequence[int], encoded: Encoded, recipe: FineTuning, shift: float) -> Batch:
+    """Return the clips at some places of a training, with noise and noise levels that depend on the place alone.
+
+    Args:
+        numbers: the places, counted from the training's beginning.
+        encoded: the clips.
+        recipe: the recipe.
+        shift: of the noise levels towards noise.
+    """
+    made = [_one(number, encoded, recipe, shift) for number in numbers]
+    latents, noise, levels, text = (torch.stack(part) for part in zip(*made, strict=True))
+    return Batch(latents=latents, noise=noise, levels=levels, text=text)
+
+
+def _one(number: int, encoded: Encoded, recipe: FineTuning, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    place = order(recipe.seed, len(encoded), number)
+    drawn = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+    generator = torch.Generator().manual_seed(drawn)
+    level = shifted(torch.sigmoid(torch.randn((), generator=generator)), shift)
+    dropped = float(torch.rand((), generator=generator)) < recipe.caption_dropout
+    latents = encoded.latents(place)
+    noise = torch.randn(latents.shape, generator=generator)
+    return latents, noise, level, encoded.no_caption() if dropped else encoded.text(place)
+
+
+def shifted(levels: Tensor, shift: float) -> Tensor:
+    """Return noise levels moved towards noise, as flow matching's schedulers shift theirs."""
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def flow_loss(transformer: Any, trainable: Trainable, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the mean squared error of the velocity, noise less clip, in float32."""
+    mixed = torch.lerp(batch.latents, batch.noise, batch.levels.view(-1, 1, 1, 1, 1))
+    found = trainable.velocity(
+        transformer, mixed.to(device, dtype), batch.levels.to(device), batch.text.to(device, dtype)
+    )
+    wanted = (batch.noise - batch.latents).to(device)
+    return (found.float() - wanted).square().mean()

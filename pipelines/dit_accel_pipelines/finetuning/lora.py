@@ -1,0 +1,53 @@
+"""The LoRA that is trained: put onto the attention of a frozen transformer, and written as diffusers loads it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.adapters.registry import adapter_for
+from dit_accel.attachment.find import attention_modules
+from dit_accel.errors import UnsupportedModel
+from dit_accel.files import written_whole
+
+from ..lora import FILE
+from .recipe import FineTuning
+from .trainable import Trainable
+
+
+def add_lora(transformer: Any, trainable: Trainable, recipe: FineTuning) -> dict[str, nn.Parameter]:
+    """Freeze a transformer and put a LoRA onto its self-attention; return what is trained, float32, by name.
+
+    Raises:
+        UnsupportedModel: if the attention modules do not have the projections that a LoRA changes.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    modules = attention_modules(transformer, adapter_for(type(transformer).__name__))
+    names = [f"{name}.{projection}" for name, _, _ in modules for projection in trainable.projections]
+    there = dict(transformer.named_modules())
+    for name in names:
+        if not isinstance(there.get(name), nn.Linear):
+            raise UnsupportedModel(f"{type(transformer).__name__} has no linear layer {name} that a LoRA could change")
+    transformer.requires_grad_(False)
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.scale, target_modules=names)  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # the same on every process
+        transformer.add_adapter(config)
+    cast_training_params(transformer, torch.float32)
+    return {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+
+
+def write_lora(pipe: Any, output: Path) -> None:
+    """Write the LoRA on a pipeline's transformer as diffusers' own file, whole or not at all."""
+    from peft.utils import get_peft_model_state_dict
+
+    with written_whole(output / FILE) as temporary:
+        type(pipe).save_lora_weights(
+            temporary.parent,
+            transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+            weight_name=temporary.name,
+        )

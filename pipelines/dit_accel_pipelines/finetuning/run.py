@@ -1,0 +1,226 @@
+"""Fine-tunes a video model by LoRA through the attached methods, in one process or in several alike."""
+
+import dataclasses
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_accel.adapters.model_files import read_model_files
+from dit_accel.attachment.parallel import context_parallel, tells_of_loss
+from dit_accel.errors import ConfigError, DitAccelError, ProcessLost
+from dit_accel.files import json_text, written_whole
+
+from ..generate import attached
+from ..loading import open_pipeline, pick_device
+from ..lora import FILE, require_peft
+from ..parallel import enable_ulysses
+from ..processes import started_process
+from ..progress import Stages
+from ..ranks import Ranks
+from .checkpoint import check_output, identity_of, latest, read_checkpoint, write_checkpoint
+from .clips import Clip, find_clips
+from .encoded import Encoded, encode, weights_hash
+from .lora import add_lora, write_lora
+from .recipe import FineTuning, settle
+from .samples import FIRST, Sampler
+from .trainable import Trainable, trainable_of
+from .trainer import Trainer
+
+RECORD = "finetune.json"
+LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What `finetune` wrote.
+
+    Attributes:
+        lora: the LoRA's file.
+        record: what was trained, on what and how long; the content of `RECORD`.
+    """
+
+    lora: Path
+    record: dict[str, Any]
+
+
+def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Trained:
+    """Train a LoRA as a recipe asks, and write it with the averaged weights, as diffusers loads it.
+
+    Started by accelerate launch or torchrun, every process calls this alike: each trains on clips of its own, or, with
+    ``ulysses``, on a part of each clip's tokens. What is wrong is raised in all of them.
+
+    Args:
+        recipe: what to train.
+        stages: progress bars and notes; None shows none.
+        command: the command line, for the record.
+
+    Raises:
+        DitAccelError: for a recipe that can't be met, clips that don't fit it, or a checkpoint of another training.
+        ProcessLost: if another process is gone; checkpoints stay.
+    """
+    stages, process = stages or Stages(quiet=True), started_process()
+    require_peft()
+    device = pick_device(process.device(recipe.device))
+    ranks = Ranks(cpu=device.type == "cpu")
+    try:
+        recipe, clips, notes = ranks.shared(lambda: _prepared(recipe, ranks.count))
+        for text in notes:
+            stages.note(text)
+        return _trained(recipe, clips, device, ranks, stages, command)
+    except RuntimeError as error:
+        if isinstance(error, DitAccelError) or ranks.count == 1 or not tells_of_loss(error):
+            raise
+        raise ProcessLost(
+            f"another of the {ranks.count} processes that train together ended or no longer answers "
+            f"({str(error).strip().splitlines()[0]}); look for the first error among their outputs, and start all "
+            "again with --resume"
+        ) from error
+    finally:
+        ranks.close()
+
+
+def _prepared(recipe: FineTuning, processes: int) -> tuple[FineTuning, list[Clip], list[str]]:
+    """Return the settled recipe, its clips and notes, after every check that needs no weights."""
+    recipe = settle(recipe, processes)
+    trainable_of(read_model_files(recipe.source))
+    check_output(recipe)
+    return recipe, *find_clips(recipe)
+
+
+def _trained(
+    recipe: FineTuning, clips: list[Clip], device: Any, ranks: Ranks, stages: Stages, command: Sequence[str]
+) -> Trained:
+    trainable = trainable_of(read_model_files(recipe.source))
+    stages.stage("loading")
+    pipe = open_pipeline(recipe.source, dtype=recipe.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    recipe = _with_dtype(recipe, pipe)
+    base = weights_hash(pipe.transformer)
+    encoded, sampler = _encoded(pipe, trainable, clips, recipe, device, ranks, stages)
+    identity = identity_of(recipe, base, encoded.digest, ranks.count)
+    found = ranks.together(lambda: read_checkpoint(path, identity) if (path := _found(recipe)) else None)
+    pipe.transformer.to(device)
+    weights = ranks.together(lambda: add_lora(pipe.transformer, trainable, recipe))
+    if recipe.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    if recipe.ulysses > 1:
+        ranks.together(lambda: _spread(pipe.transformer, recipe.ulysses))
+    with _accelerator(recipe, device) as accelerator, attached(pipe, recipe.methods, recipe.backend) as attachment:
+        trainer = Trainer(pipe, weights, encoded, trainable, recipe, ranks, accelerator)
+        if found is not None:
+            trainer.go_on_from(found)
+            if found.step >= recipe.steps:
+                stages.note(f"the checkpoint has {found.step} steps done already; no further one is trained")
+        if ranks.first:
+            trainer.cut_log()
+        for step in trainer.train(attachment, stages):
+            last = step == recipe.steps
+            if ranks.first and (last or step % recipe.checkpoint_every == 0):
+                write_checkpoint(trainer.checkpoint(identity), recipe.output, recipe.keep_checkpoints)
+            if sampler is not None and (last or step % recipe.sample_every == 0):
+                _sample(trainer, sampler, recipe, ranks, stages)
+        record = _record(trainer, identity, ranks, device, command)
+        if ranks.first:
+            with trainer.averaged():
+                write_lora(pipe, recipe.output)
+            with written_whole(recipe.output / RECORD) as temporary:
+                temporary.write_text(json_text(record) + "\n", encoding="utf-8")
+        ranks.wait()
+    return Trained(lora=recipe.output / FILE, record=record)
+
+
+def _with_dtype(recipe: FineTuning, pipe: Any) -> FineTuning:
+    """Return the recipe with the number format that the weights were loaded in."""
+    return dataclasses.replace(recipe, dtype=str(pipe.transformer.dtype).removeprefix("torch."))
+
+
+def _encoded(
+    pipe: Any, trainable: Trainable, clips: list[Clip], recipe: FineTuning, device: Any, ranks: Ranks, stages: Stages
+) -> tuple[Encoded, Sampler | None]:
+    """Encode the clips, and make what samples, if asked for; leave the pipeline no more than training needs."""
+    pipe.vae.to(device)
+    pipe.text_encoder.to(device)
+    encoded = encode(pipe, trainable, clips, recipe, ranks, stages)
+    sampler = None
+    if recipe.sample_every:
+        prompts = recipe.sample_prompts or [clip.caption for clip in clips[:FIRST]]
+        sampler = Sampler(pipe, trainable, prompts, recipe)
+    pipe.text_encoder = None
+    if sampler is None:
+        pipe.vae.to("cpu")
+    return encoded, sampler
+
+
+def _found(recipe: FineTuning) -> Path | None:
+    """Return the checkpoint to go on from, if asked for."""
+    return latest(recipe.output) if recipe.resume else None
+
+
+def _spread(transformer: Any, degree: int) -> None:
+    """Let the processes share each clip's tokens and heads.
+
+    Raises:
+        ConfigError: if diffusers can't do that here.
+    """
+    try:
+        enable_ulysses(transformer, degree)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"ulysses = {degree} can't be had: {error}; train without it") from None
+    assert context_parallel(transformer) is not None
+
+
+@contextmanager
+def _accelerator(recipe: FineTuning, device: Any) -> Iterator[Any]:
+    """Give accelerate's accelerator, with the tracker that was asked for."""
+    from accelerate import Accelerator
+
+    made = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))
+    if recipe.report_to is not None:
+        told = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+        plain = {name: value for name, value in told.items() if isinstance(value, (int, float, str))}
+        made.init_trackers("dit-accel-finetune", config=plain)
+    try:
+        yield made
+    finally:
+        for tracker in made.trackers:
+            tracker.finish()
+
+
+def _sample(trainer: Trainer, sampler: Sampler, recipe: FineTuning, ranks: Ranks, stages: Stages) -> None:
+    """Write a sheet of samples; the processes that share a clip's tokens make it together, else the first alone."""
+    if ranks.first or recipe.ulysses > 1:
+        with trainer.averaged():
+            sampler.write(trainer.step, stages, first=ranks.first)
+    ranks.wait()
+    stages.stage("training", recipe.steps)
+    for _ in range(trainer.step):
+        stages.advance()
+
+
+def _record(
+    trainer: Trainer, identity: dict[str, Any], ranks: Ranks, device: Any, command: Sequence[str]
+) -> dict[str, Any]:
+    """Return what was trained, on what and how long."""
+    recipe, seconds = trainer.recipe, trainer.seconds
+    quantiles = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist() if seconds else [None] * 3
+    return {
+        "model": recipe.source if recipe.embedded is None else recipe.embedded,
+        **identity,
+        "steps": trainer.step,
+        "data": str(recipe.data) if recipe.data else f"{recipe.drawn} drawn clips",
+        "clips_there": len(trainer.encoded),
+        "processes": ranks.count,
+        "ulysses": recipe.ulysses,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "trained_numbers": sum(weight.numel() for weight in trainer.parameters),
+        "density": trainer.density,
+        "seconds_a_step": dict(zip(("p20", "median", "p80"), quantiles, strict=True)),
+        "device": str(device),
+        "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
+        "command": list(command),
+    }

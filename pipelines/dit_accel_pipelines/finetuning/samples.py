@@ -1,0 +1,75 @@
+"""Sheets of samples: what the averaged weights make of some prompts, from the same noise each time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_accel.files import written_whole
+
+from ..generate import frames_of
+from ..media import Frames, contact_sheet
+from ..progress import Stages
+from ..quiet import quiet_diffusers
+from .recipe import FineTuning
+from .trainable import Trainable
+
+FOLDER = "samples"
+FIRST = 2
+"""How many of the first captions are shown where no prompt was given."""
+
+
+class Sampler:
+    """Makes the sheets of one training; knows its prompts, so that the text encoder can go.
+
+    Args:
+        pipe: the pipeline, its text encoder still there.
+        trainable: how it takes text.
+        prompts: what to show.
+        recipe: the settled recipe.
+    """
+
+    def __init__(self, pipe: Any, trainable: Trainable, prompts: Sequence[str], recipe: FineTuning) -> None:
+        self._pipe, self._prompts, self._recipe = pipe, list(prompts), recipe
+        self._texts = [trainable.text(pipe, prompt).cpu() for prompt in ("", *self._prompts)]
+
+    def write(self, step: int, stages: Stages, *, first: bool) -> None:
+        """Make the sheet of a step; of several processes that run it together the first one writes.
+
+        Args:
+            step: steps done, the sheet's name.
+            stages: progress bars.
+            first: whether this process writes.
+        """
+        stages.stage(f"samples of step {step}", len(self._prompts))
+        videos = []
+        for number in range(len(self._prompts)):
+            videos.append(self._made(number))
+            stages.advance()
+        if first:
+            folder = self._recipe.output / FOLDER
+            folder.mkdir(exist_ok=True)
+            with written_whole(folder / f"step-{step:08d}.png") as temporary:
+                contact_sheet(videos, self._prompts).save(temporary)
+
+    def _made(self, number: int) -> Frames:
+        import dit_accel_assets
+
+        recipe, pipe = self._recipe, self._pipe
+        own = dit_accel_assets.model_defaults(recipe.embedded) if recipe.embedded else {}
+        steps = recipe.sample_steps or own.get("num_inference_steps")
+        chosen = {"num_inference_steps": steps, "guidance_scale": own.get("guidance_scale")}
+        device = pipe.transformer.device
+        with quiet_diffusers(), torch.no_grad():
+            made = pipe(
+                prompt_embeds=self._texts[1 + number].to(device),
+                negative_prompt_embeds=self._texts[0].to(device),
+                height=recipe.height,
+                width=recipe.width,
+                num_frames=recipe.num_frames,
+                generator=torch.Generator().manual_seed(recipe.seed + number),
+                output_type="np",
+                **{name: value for name, value in chosen.items() if value is not None},
+            )
+        return np.asarray(frames_of(made))

@@ -1,0 +1,206 @@
+"""The loop: loss, backward through the attached methods, AdamW, averaged weights, checkpoints."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dit_accel
+from dit_accel.errors import ConfigError
+from dit_accel.files import written_whole
+from dit_accel.methods.base import Place
+from dit_accel.methods.registry import handler_of
+
+from ..progress import Stages
+from ..ranks import Ranks
+from .checkpoint import Checkpoint
+from .encoded import Encoded
+from .flow import batch_of, flow_loss
+from .recipe import FineTuning
+from .trainable import Trainable, shift_of
+
+LOG = "log.jsonl"
+LOG_EVERY = 10
+"""Steps that a line of the log tells the mean of."""
+
+
+class Trainer:
+    """One process of a training.
+
+    Args:
+        pipe: the pipeline, whose transformer bears the LoRA.
+        weights: what is trained, by name.
+        encoded: the clips.
+        trainable: how the pipeline is trained.
+        recipe: the settled recipe.
+        ranks: the processes that share the training.
+        accelerator: accelerate's, which adds up gradients and feeds trackers.
+    """
+
+    def __init__(
+        self, pipe: Any, weights: Mapping[str, nn.Parameter], encoded: Encoded, trainable: Trainable,
+        recipe: FineTuning, ranks: Ranks, accelerator: Any,
+    ) -> None:  # fmt: skip
+        from diffusers.training_utils import EMAModel
+
+        self.pipe, self.weights, self.encoded = pipe, dict(weights), encoded
+        self.recipe, self._trainable, self._ranks, self._accelerator = recipe, trainable, ranks, accelerator
+        self._optimizer = torch.optim.AdamW(self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self._averages = EMAModel(self.parameters, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self._shift = shift_of(pipe.scheduler) if recipe.flow_shift is None else recipe.flow_shift
+        self._dtype = getattr(torch, str(recipe.dtype))
+        self.step = 0
+        self.seconds: list[float] = []
+        self.density: float | None = None
+        self._lines: list[dict[str, Any]] = []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(self.weights.values())
+
+    def train(self, attachment: Any, stages: Stages) -> Iterator[int]:
+        """Train to the recipe's last step; gives the number of steps done after each."""
+        stages.stage("training", self.recipe.steps)
+        for _ in range(self.step):
+            stages.advance()
+        self.pipe.transformer.train()
+        window: list[Tensor] = []
+        while self.step < self.recipe.steps:
+            began = time.perf_counter()
+            loss, norm = self._one_step(attachment)
+            self.step += 1
+            self.seconds.append(time.perf_counter() - began)
+            window.append(loss)
+            if self.step % LOG_EVERY == 0 or self.step == self.recipe.steps:
+                self._log(window, float(norm))
+                window = []
+            stages.advance()
+            yield self.step
+
+    def checkpoint(self, identity: Mapping[str, Any]) -> Checkpoint:
+        """Return all that a training goes on from."""
+        return Checkpoint(
+            step=self.step,
+            identity=identity,
+            weights={name: weight.detach().cpu() for name, weight in self.weights.items()},
+            averages=self._averages.state_dict() if self._averages else None,
+            optimizer=self._optimizer.state_dict(),
+        )
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Take up a training where a checkpoint left it."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(checkpoint.weights[name])
+        if self._averages is not None:
+            self._averages.load_state_dict(dict(checkpoint.averages or {}))
+            self._averages.to(self.parameters[0].device)
+        self._optimizer.load_state_dict(dict(checkpoint.optimizer))
+        self.step = checkpoint.step
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the transformer have the averaged weights inside the block, and run as in generation."""
+        transformer, averages = self.pipe.transformer, self._averages
+        transformer.eval()
+        if averages is not None:
+            averages.store(self.parameters)
+            averages.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if averages is not None:
+                averages.restore(self.parameters)
+            transformer.train()
+
+    def _one_step(self, attachment: Any) -> tuple[Tensor, Tensor]:
+        """Do one optimizer step; return the mean loss of its clips, and its gradient's length before the cut."""
+        recipe, loss = self.recipe, torch.zeros(())
+        for turn in range(recipe.accumulate):
+            batch = batch_of(self._numbers(turn), self.encoded, recipe, self._shift)
+            found = flow_loss(self.pipe.transformer, self._trainable, batch, self.parameters[0].device, self._dtype)
+            if self.density is None:
+                self._look(attachment)
+            (found / recipe.accumulate).backward()
+            loss = loss + found.detach().cpu() / recipe.accumulate
+        self._add_up_gradients()
+        norm = nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise ConfigError(
+                f"the gradient of step {self.step + 1} is not finite; train with a smaller learning rate, or float32"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate_at(self.step, recipe)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._averages is not None:
+            self._averages.step(self.parameters)
+        return loss, norm
+
+    def _numbers(self, turn: int) -> range:
+        """Return this process's places of the training in one forward of this step."""
+        recipe, ranks = self.recipe, self._ranks
+        rank, count = (0, 1) if recipe.ulysses > 1 else (ranks.rank, ranks.count)
+        first = ((self.step * recipe.accumulate + turn) * count + rank) * recipe.batch_size
+        return range(first, first + recipe.batch_size)
+
+    def _add_up_gradients(self) -> None:
+        """Let every process have the mean of the processes' gradients; of those that share a clip their sum."""
+        if self._ranks.count == 1:
+            return
+        gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = self._accelerator.reduce(flat, "sum" if self.recipe.ulysses > 1 else "mean")
+        for gradient, part in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _look(self, attachment: Any) -> None:
+        """Note how dense attention is in the first forward, and refuse methods that leave it as it is in training.
+
+        Raises:
+            ConfigError: as told.
+        """
+        report: dit_accel.Report | None = attachment.report() if attachment is not None else None
+        self.density = 1.0 if report is None else report.density
+        names = [one.name for one in self.recipe.methods if Place.ATTENTION in handler_of(one).places]
+        if names and report is not None and report.sparse_density is None:
+            raise ConfigError(
+                f"{', '.join(names)} leaves every attention call dense in training, so that nothing would be trained "
+                "for; leave it out here and attach it afterwards"
+            )
+
+    def _log(self, window: list[Tensor], norm: float) -> None:
+        """Append a line to the log, and tell the tracker."""
+        loss = torch.stack(window).mean().to(self.parameters[0].device)
+        if self._ranks.count > 1 and self.recipe.ulysses == 1:
+            loss = self._accelerator.reduce(loss, "mean")
+        line = {
+            "step": self.step,
+            "loss": float(loss),
+            "gradient_norm": norm,
+            "learning_rate": rate_at(self.step - 1, self.recipe),
+            "seconds_a_step": sum(self.seconds[-len(window) :]) / len(window),
+            "density": self.density,
+        }
+        self._accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
+        if self._ranks.first:
+            with (self.recipe.output / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def cut_log(self) -> None:
+        """Leave in the log what this training has done so far; nothing of one that has no checkpoint."""
+        path = self.recipe.output / LOG
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
+        kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def rate_at(step: int, recipe: FineTuning) -> float:
+    """Return the learning rate of a step (0-based): it rises linearly over the warm-up, and is held then."""
+    return recipe.learning_rate * min(1.0, (step + 1) / max(1, recipe.warmup_steps))

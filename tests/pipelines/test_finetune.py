@@ -1,0 +1,372 @@
+"""`dit-accel finetune`: a LoRA through sparse attention, gone on with exactly, loaded by diffusers; bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from dit_accel_assets import model_path
+from dit_accel_pipelines.finetuning.clips import find_clips
+from dit_accel_pipelines.finetuning.encoded import Encoded
+from dit_accel_pipelines.finetuning.flow import batch_of, flow_loss, order, shifted
+from dit_accel_pipelines.finetuning.recipe import FineTuning
+from dit_accel_pipelines.finetuning.run import finetune
+from dit_accel_pipelines.finetuning.trainable import TRAINABLE, Trainable
+from dit_accel_pipelines.lora import FILE, load_lora
+from dit_accel_pipelines.request import Request
+from dit_accel_pipelines.resume import request_digest
+from finetunes import RADIAL, base_folder, model_folder, recipe, trained, video_folder
+from typer.testing import CliRunner
+
+import dit_accel
+from dit_accel import ConfigError, EasyCache, LiteAttention
+from dit_accel.cli.app import app
+from dit_accel.errors import UnsupportedModel
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, videos, and what was encoded of them."""
+    return base_folder(tmp_path_factory.mktemp("finetune"))
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_training_that_was_stopped_goes_on_exactly(base: Path, tmp_path: Path):
+    whole = trained(base, tmp_path / "whole", steps=4, checkpoint_every=2, keep_checkpoints=9)
+    trained(base, tmp_path / "parts", steps=2)
+    (tmp_path / "parts" / FILE).unlink()
+    with (tmp_path / "parts" / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 9.0}\n{"step": 4')  # written after the checkpoint, and cut off
+    assert same(whole, trained(base, tmp_path / "parts", steps=4, resume=True))
+    assert sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()) == [
+        "step-00000002.pt", "step-00000004.pt",
+    ]  # fmt: skip
+    lines = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("whole", "parts")]
+    assert [line["step"] for line in lines[1]] == [2, 4]
+    assert lines[0][-1]["gradient_norm"] == lines[1][-1]["gradient_norm"]
+    assert not same(whole, trained(base, tmp_path / "other", steps=4, seed=1))
+
+
+def test_blocks_computed_again_and_batches_in_parts_give_the_same(base: Path, tmp_path: Path):
+    plain = trained(base, tmp_path / "plain", batch_size=2)
+    again = trained(base, tmp_path / "again", batch_size=2, gradient_checkpointing=True)
+    assert same(plain, again)
+    parts = trained(base, tmp_path / "parts", accumulate=2)
+    assert all((plain[name] - parts[name]).abs().max() < 1e-4 for name in plain)
+    dense = trained(base, tmp_path / "dense", batch_size=2, methods=())
+    assert not same(plain, dense)
+    record = json.loads((tmp_path / "plain" / "finetune.json").read_text())
+    assert 0.3 < record["density"] < 0.9
+    assert json.loads((tmp_path / "dense" / "finetune.json").read_text())["density"] == 1.0
+    assert record["clips a step"] == 2
+
+
+def test_diffusers_loads_what_the_averages_hold(base: Path, tmp_path: Path):
+    found = trained(base, tmp_path / "lora", alpha=6.0, ema_decay=0.5)
+    assert len(found) == 3 * 4 * 2  # blocks, projections, matrices
+    assert {name.split(".")[3] for name in found} == {"attn1"}
+    assert all(value.dtype == torch.float32 for value in found.values())
+    pipe = WanPipeline.from_pretrained(base / "model", dtype=torch.float32)
+    given = dict(
+        hidden_states=torch.randn(1, 12, 3, 8, 8), timestep=torch.tensor([500.0]),
+        encoder_hidden_states=torch.randn(1, 4, 96), return_dict=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        plain = pipe.transformer(**given)[0]
+        pipe.load_lora_weights(tmp_path / "lora")
+        module = pipe.transformer.blocks[1].attn1.to_q
+        assert module.scaling == {"default_0": 3.0}
+        assert torch.equal(module.lora_B["default_0"].weight, found["transformer.blocks.1.attn1.to_q.lora_B.weight"])
+        assert not torch.equal(plain, pipe.transformer(**given)[0])
+    saved = torch.load(sorted((tmp_path / "lora" / "checkpoints").iterdir())[-1], weights_only=True)
+    last = saved["weights"]["blocks.1.attn1.to_q.lora_B.default.weight"]
+    assert not torch.equal(last, found["transformer.blocks.1.attn1.to_q.lora_B.weight"])
+    names = list(saved["weights"])
+    average = saved["averages"]["shadow_params"][names.index("blocks.1.attn1.to_q.lora_B.default.weight")]
+    assert torch.equal(average, found["transformer.blocks.1.attn1.to_q.lora_B.weight"])
+
+
+def test_training_brings_the_loss_down(base: Path, tmp_path: Path):
+    trained(base, tmp_path / "long", steps=60, batch_size=3, rank=8, learning_rate=3e-3, caption_dropout=0.0)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "long" / "log.jsonl").open()]
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_the_command_and_its_lora_in_generate(tmp_path: Path):
+    arguments = ["finetune", "--drawn", "2", "--num-frames", "5", "--steps", "2", "--rank", "2", "--radial"]
+    arguments += ["--learning-rate", "0.5", "--sample-every", "2", "--sample-steps", "1", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "lora")])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'lora' / FILE}\n"
+    assert "s a step, attention's density" in result.stderr
+    assert (tmp_path / "lora" / "samples" / "step-00000002.png").stat().st_size > 1000
+    short = ["a red circle", "--num-inference-steps", "1", "--num-frames", "5", "--device", "cpu"]
+    made = {}
+    for name, more in (("plain", ()), ("lora", ("--lora", str(tmp_path / "lora")))):
+        result = CliRunner().invoke(app, ["generate", *short, *more, "-o", str(tmp_path / f"{name}.png")])
+        assert result.exit_code == 0, result.stderr
+        made[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert made["plain"] != made["lora"]
+    assert json.loads((tmp_path / "lora.png.json").read_text())["lora"] == str(tmp_path / "lora")
+    again = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "lora")])
+    assert again.exit_code == 2
+    assert "of an earlier training; go on with --resume, or choose another folder" in again.stderr
+
+
+def test_bfloat16_trains_a_lora_of_float32(base: Path, tmp_path: Path):
+    found = trained(base, tmp_path / "half", dtype="bfloat16")
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in found.values())
+    assert json.loads((tmp_path / "half" / "finetune.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_clips_and_captions_are_encoded_once(base: Path, tmp_path: Path, monkeypatch):
+    cache = tmp_path / "cache"
+    trained(base, tmp_path / "one", cache=cache)
+    kept = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(kept) == 3 + 4  # clips; their captions and none
+
+    def refuse(*_):
+        raise AssertionError("encoded again")
+
+    plain = TRAINABLE["WanPipeline"]
+    only = Trainable(latents=refuse, text=refuse, velocity=plain.velocity)
+    with monkeypatch.context() as patched:
+        patched.setitem(TRAINABLE, "WanPipeline", only)
+        trained(base, tmp_path / "two", cache=cache, steps=1)
+    trained(base, tmp_path / "three", cache=cache, steps=1, num_frames=5)
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}.items() >= kept.items()
+    assert len(list(cache.iterdir())) == 7 + 3
+
+
+def test_a_place_of_the_training_tells_clip_noise_and_level(base: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.full((2, 3, 4, 4), float(place)))
+    monkeypatch.setattr(Encoded, "text", lambda self, place: torch.full((5, 6), float(place)))
+    monkeypatch.setattr(Encoded, "no_caption", lambda self: torch.full((5, 6), -1.0))
+    encoded, asked = Encoded(tmp_path, list("abcd"), list("abcd"), "e"), recipe(base, caption_dropout=0.25)
+    assert all(sorted(order(0, 4, 4 * turn + place) for place in range(4)) == [0, 1, 2, 3] for turn in range(5))
+    both, later = batch_of([5, 6], encoded, asked, 3.0), batch_of([6], encoded, asked, 3.0)
+    assert torch.equal(both.noise[1], later.noise[0])
+    assert torch.equal(both.latents[1], later.latents[0])
+    assert not torch.equal(both.noise[0], both.noise[1])
+    many = batch_of(range(400), encoded, asked, 3.0)
+    dropped = (many.text[:, 0, 0] == -1).float().mean()
+    assert 0.15 < dropped < 0.35
+    assert torch.equal(
+        many.text[many.text[:, 0, 0] >= 0][:, 0, 0], many.latents[many.text[:, 0, 0] >= 0][:, 0, 0, 0, 0]
+    )
+    assert 0.7 < many.levels.median() < 0.8  # one half, shifted by 3: .75
+    again = batch_of(range(400), encoded, recipe(base, seed=1), 3.0)
+    assert not torch.equal(again.noise, many.noise)
+
+
+def test_levels_are_shifted_as_the_schedulers_do():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    assert torch.allclose(shifted(plain.sigmas, 5.0), scheduler.sigmas, atol=1e-6)
+
+
+def test_the_loss_is_that_of_the_schedulers_velocity(monkeypatch, base: Path, tmp_path: Path):
+    """One whole Euler step by a velocity without error leads from the mixed latents to the clip."""
+    monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.randn(2, 3, 4, 4, generator=torch.Generator()))
+    monkeypatch.setattr(Encoded, "text", lambda self, place: torch.zeros(5, 6))
+    batch = batch_of([7], Encoded(tmp_path, ["a"], ["a"], "b"), recipe(base, caption_dropout=0.0), 2.0)
+    told = {}
+
+    def velocity(transformer, noisy, levels, text):
+        told.update(noisy=noisy, levels=levels)
+        return batch.noise - batch.latents + 2.0
+
+    trainable = Trainable(latents=velocity, text=velocity, velocity=velocity)
+    assert float(flow_loss(None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
+    level = float(told["levels"])
+    assert torch.allclose(told["noisy"] - level * (batch.noise - batch.latents), batch.latents, atol=1e-5)
+
+
+def test_videos_are_listed_by_metadata_too(base: Path, tmp_path: Path):
+    for number in range(2):
+        (tmp_path / f"{number}.mp4").write_bytes((base / "videos" / f"{number}.mp4").read_bytes())
+    listed = tmp_path / "metadata.jsonl"
+    listed.write_text(
+        '{"file_name": "1.mp4", "text": "a  kite\\nflies"}\n\n{"file_name": "0.mp4", "caption": "a sea"}\n'
+    )
+    clips, notes = find_clips(recipe(base, data=tmp_path, num_frames=5))
+    assert [(clip.path.name, clip.caption) for clip in clips] == [("1.mp4", "a kite flies"), ("0.mp4", "a sea")]
+    assert notes == ["2 of 2 clips are longer than 5 frames; their first ones are taken"]
+    assert clips[0].read(5).shape == (5, 32, 32, 3)
+    assert np.array_equal(clips[0].read(9)[:5], clips[0].read(5))
+    for line, message in (
+        ("{", "line 1 of .* is not JSON"),
+        ('{"file_name": "1.mp4"}', "lacks a video or its caption"),
+        ('{"file_name": "9.mp4", "text": "a"}', "names 9.mp4, which is not there"),
+        ('{"file_name": "1.mp4", "text": " "}', "has an empty caption"),
+    ):
+        listed.write_text(line + "\n")
+        with pytest.raises(ConfigError, match=message):
+            find_clips(recipe(base, data=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "none"}, "is no folder; give one that holds videos"),
+        ({"data": "empty"}, "holds no video"),
+        ({"data": "speechless"}, "has no caption; write it into 0.txt beside it"),
+        ({"data": "broken"}, "0.mp4 can't be read"),
+        ({"height": 48}, "has 32 x 32 pixels, and clips of 32 x 48 are to be trained on"),
+        ({"num_frames": 17}, "has 9 frames, and 17 are to be trained on"),
+        ({"num_frames": 8}, "num_frames must be a multiple of 2 and 1 more"),
+        ({"height": 40}, "height must be a multiple of 16"),
+        ({"num_frames": 1001}, "positions"),
+        ({"ulysses": 2}, "ulysses = 2 processes are to share each clip, and 1 were started"),
+        ({"report_to": "tensorbord"}, "accelerate knows no tracker 'tensorbord'; did you mean 'tensorboard'"),
+        ({"report_to": "dvclive"}, "the tracker 'dvclive' is not installed; pip install dvclive"),
+        ({"resume": True}, "holds no checkpoint; leave it out to begin"),
+        ({"methods": (LiteAttention(block_size=16),)}, "lite leaves every attention call dense in training"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_input_is_told_before_anything_is_trained(base: Path, tmp_path: Path, changes, message):
+    for name in ("empty", "speechless", "broken"):
+        (tmp_path / name).mkdir()
+    for name in ("speechless", "broken"):
+        (tmp_path / name / "0.mp4").write_bytes(b"nothing of a video")
+    (tmp_path / "broken" / "0.txt").write_text("a kite")
+    if "data" in changes:
+        changes = {**changes, "data": tmp_path / changes["data"]}
+    with pytest.raises(ConfigError, match=message):
+        finetune(recipe(base, output=tmp_path / "out", **changes))
+    assert not (tmp_path / "out" / FILE).exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "takes a folder of videos or a number of drawn clips, got neither"),
+        ({"drawn": 3}, "got both"),
+        ({"data": None, "drawn": 0}, "drawn must be 1 or more, got 0"),
+        ({"rank": 0}, "rank must be 1 or more, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"caption_dropout": 1.0}, "caption_dropout must be a share from 0 to below 1, got 1.0"),
+        ({"dtype": "float16"}, "there is no dtype 'float16' to train with"),
+        ({"methods": (EasyCache(),)}, "easycache acts on forward, which says nothing to a model in training"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_values_out_of_range(tmp_path: Path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 4}, r"is of another training \(rank: 2 there, 4 asked; .*; train as it was, or into another folder"),
+        ({"methods": ()}, r"the methods: \{'radial'"),
+        ({"num_frames": 5}, "num_frames: 9 there, 5 asked"),
+        ({"batch_size": 2}, "clips a step: 1 there, 2 asked"),
+        ({"model": "other"}, "the base model's weights: "),
+        ({"data": "fewer"}, "the clips and captions: "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_checkpoint_of_another_training_is_refused_and_kept(base: Path, tmp_path: Path, changes, message):
+    if "model" in changes:
+        changes = {"model": str(model_folder(tmp_path / "other", seed=1))}
+    if "data" in changes:
+        changes = {"data": video_folder(tmp_path / "fewer", count=2)}
+    output = tmp_path / "out"
+    trained(base, output, steps=1)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=message):
+        finetune(recipe(base, output=output, steps=3, resume=True, **changes))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "log.jsonl").write_text('{"step": 10, "loss": 9.0}\n')
+    trained(base, output, steps=1)
+    assert [json.loads(line)["step"] for line in (output / "log.jsonl").open()] == [1]
+    next((output / "checkpoints").iterdir()).unlink()
+    with pytest.raises(ConfigError, match=r"holds pytorch_lora_weights.safetensors of an earlier training; choose"):
+        finetune(recipe(base, output=output))
+
+
+def test_a_broken_checkpoint_is_told(base: Path, tmp_path: Path):
+    trained(base, tmp_path, steps=1)
+    next((tmp_path / "checkpoints").iterdir()).write_bytes(b"nothing")
+    with pytest.raises(
+        ConfigError, match=r"the checkpoint .* can't be read .*; delete it to go on from the one before"
+    ):
+        finetune(recipe(base, output=tmp_path, steps=2, resume=True))
+
+
+def test_other_pipelines_are_refused_by_name(tmp_path: Path):
+    with pytest.raises(
+        UnsupportedModel, match="made for FluxPipeline, which finetune can't train; it trains WanPipeline"
+    ):
+        finetune(FineTuning(data=tmp_path, output=tmp_path / "out", model="flux-tiny", num_frames=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_that_does_not_fit_is_refused(base: Path, tmp_path: Path):
+    trained(base, tmp_path / "lora", steps=1)
+    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"the LoRA .* does not fit WanPipeline: .*size mismatch"):
+        load_lora(pipe, str(tmp_path / "lora"))
+    for name, message in (
+        (
+            "none.safetensors",
+            "there is no LoRA at .*none.safetensors; give a .safetensors file, its folder, or a hub id",
+        ),
+        ("videos", "holds no pytorch_lora_weights.safetensors"),
+    ):
+        result = CliRunner().invoke(app, ["generate", "a red circle", "--lora", str(base / name)])
+        assert result.exit_code == 2
+        with pytest.raises(ConfigError, match=message):
+            Request(prompts=("a red circle",), output=tmp_path / "a.png", lora=str(base / name))
+
+
+def test_a_tracker_is_fed(base: Path, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    trained(base, tmp_path, report_to="tensorboard")
+    events = [path for path in tmp_path.rglob("*tfevents*") if b"loss" in path.read_bytes()]
+    assert events
+
+
+def test_the_gradient_is_that_of_the_attached_methods(base: Path):
+    """Of queries, keys, values and output, against the dense gradient under the same tiles as a mask."""
+    pipe = WanPipeline.from_pretrained(base / "model", dtype=torch.float32)
+    pipe.transformer.train()
+    given = dict(
+        hidden_states=torch.randn(1, 12, 5, 8, 8, generator=torch.Generator().manual_seed(0)),
+        timestep=torch.tensor([500.0]), encoder_hidden_states=torch.zeros(1, 4, 96), return_dict=False,
+    )  # fmt: skip
+    wanted = [pipe.transformer.blocks[2].attn1.to_k.weight, pipe.transformer.blocks[1].attn1.to_q.weight]
+    with dit_accel.attach(pipe, RADIAL, backend="reference") as attachment:
+        exact = torch.autograd.grad(pipe.transformer(**given)[0].square().mean(), wanted)
+        assert attachment.report().sparse_density < 1
+    with dit_accel.attach(pipe, RADIAL):
+        found = torch.autograd.grad(pipe.transformer(**given)[0].square().mean(), wanted)
+    dense = torch.autograd.grad(pipe.transformer(**given)[0].square().mean(), wanted)
+    for one, other, third in zip(found, exact, dense, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+        assert not torch.allclose(one, third, atol=1e-6)
+
+
+def test_another_lora_is_another_request(tmp_path: Path):
+    lora, digests = tmp_path / "a.safetensors", []
+    for content in (None, b"one", b"other", b"one"):
+        if content is not None:
+            lora.write_bytes(content)
+        given = None if content is None else str(lora)
+        digests.append(request_digest(Request(prompts=("a",), output=tmp_path / "a.png", lora=given)))
+    assert digests[1] == digests[3]
+    assert len(set(digests)) == 3

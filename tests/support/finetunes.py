@@ -1,0 +1,89 @@
+"""Small trainings for the tests: folders of videos, a tiny model in a folder, what one of several processes runs."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import WanPipeline
+from dit_accel_assets import model_path
+from dit_accel_assets.clips import clip_of
+from dit_accel_pipelines.finetuning.recipe import FineTuning
+from dit_accel_pipelines.finetuning.run import finetune
+from dit_accel_pipelines.finetuning.trainer import Trainer
+from dit_accel_pipelines.lora import FILE
+from dit_accel_pipelines.media import write_media
+from safetensors.torch import load_file
+from wan_tiny import tiny_transformer
+
+from dit_accel import ConfigError, ProcessLost, RadialAttention
+
+RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_layers=1, dense_steps=0)
+
+
+def video_folder(folder: Path, count: int = 3, frames: int = 9, size: int = 32) -> Path:
+    """A folder of lossy videos, each with its caption."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        caption, _, pictures = clip_of(number, frames=frames)
+        write_media(folder / f"{number}.mp4", pictures[:, :size, :size], fps=8)
+        (folder / f"{number}.txt").write_text(caption + "\n")
+    return folder
+
+
+def model_folder(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """The embedded pipeline around a tiny random transformer of two heads, saved."""
+    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipe.transformer = tiny_transformer(seed, text_dim=pipe.text_encoder.config.d_model, **config)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def recipe(tmp_path: Path, **changes: Any) -> FineTuning:
+    """Two steps on three videos of 9 frames of 32 x 32: 5 x 4 x 4 tokens."""
+    values: dict[str, Any] = {
+        "data": tmp_path / "videos", "output": tmp_path / "out", "model": str(tmp_path / "model"), "height": 32,
+        "width": 32, "num_frames": 9, "rank": 2, "steps": 2, "learning_rate": 1e-2, "methods": (RADIAL,),
+        "device": "cpu", "cache": tmp_path / "cache",
+    }  # fmt: skip
+    return FineTuning(**{**values, **changes})
+
+
+def base_folder(folder: Path) -> Path:
+    """A folder with the model and the videos of `recipe`."""
+    model_folder(folder / "model")
+    video_folder(folder / "videos")
+    return folder
+
+
+def trained(base: Path, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """The LoRA that a training leaves in a folder."""
+    finetune(recipe(base, output=output, **changes))
+    return weights(output)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The LoRA in a folder."""
+    return load_file(folder / FILE)
+
+
+def main() -> None:
+    """Train in one of the processes that a launcher started, as on a machine of which each has an accelerator."""
+    folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
+    changes = {name: Path(value) if name in ("output", "data") else value for name, value in changes.items()}
+    if changes.pop("lose", None) == int(os.environ["RANK"]):
+        first = Trainer._add_up_gradients
+        Trainer._add_up_gradients = lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step else first(self)
+    try:
+        with mock.patch.object(torch.accelerator, "device_count", return_value=changes.get("ulysses", 1)):
+            finetune(recipe(folder, **changes))
+    except (ConfigError, ProcessLost) as error:
+        sys.exit(f"refused: {error}")
+
+
+if __name__ == "__main__":
+    main()
