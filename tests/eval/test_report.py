@@ -92,6 +92,27 @@ def test_figures_are_those_of_the_suite_table():
     assert len(rows & set(writing.markdown_text(report()).splitlines())) >= len(report().arms)
 
 
+def test_several_results_make_one_page(tmp_path):
+    text = page(report(), report(FLUX))
+    found = Page(text)
+    assert found.texts.count("profiling-wan-tiny: wan-tiny, 4 clips") == 2  # in the list of suites, and above its part
+    ids = [element["id"] for _, element in found.elements if "id" in element]
+    assert len(ids) == len(set(ids))
+    links = [one["href"][1:] for one in found.all("a")]
+    assert set(links) <= set(ids)
+    assert {element["aria-labelledby"] for _, element in found.elements if "aria-labelledby" in element} <= set(ids)
+    assert {"p1-table", "p2-table"} <= set(ids)
+    out = tmp_path / "both.html"
+    assert run(WAN, FLUX, "-o", out).exit_code == 0
+    assert out.read_text() == text
+    refused = run(WAN, FLUX, "--csv", tmp_path / "both.csv")
+    assert refused.exit_code == 2
+    assert "csv holds one file of results, got 2; report each by itself" in refused.stderr
+    both = run(WAN, FLUX, "--min", "psnr=99")
+    assert both.exit_code == 1
+    assert both.stderr.count("has a mean psnr of") > len(report().arms) - 1
+
+
 def test_json_csv_and_markdown_agree():
     data = writing.data_of(report(psnr=20.0))
     assert (data["schema"], data["version"]) == ("dit-accel/eval-report", 1)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dit_accel import ConfigError
+from dit_accel.methods.base import Phase
+from dit_accel.methods.registry import handlers
 
 from ..comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
 from ..paired import holm
@@ -149,6 +151,7 @@ def _warnings(
             yield f"Intervals that include zero at equal {words}, so neither better nor worse than fewer steps: " \
                   f"{_some(open_)}."  # fmt: skip
     yield from _after_holm(arms, corrected)
+    yield from _guided(lines)
     yield from _unmeasured(lines)
     for key in ("torch", "diffusers", "dit_accel"):
         versions = sorted({str(line[key]) for line in lines if key in line})
@@ -169,6 +172,15 @@ def _after_holm(arms: Sequence[ArmFigures], corrected: Mapping[tuple[str, str], 
             left = f"do not stand after Holm's correction for that number: {_some(lost)}." if lost else \
                 "all stand after Holm's correction for that number."  # fmt: skip
             yield f"{len(held)} arms are judged at 95 % each. Of {len(decided)} verdicts at equal {words} {left}"
+
+
+def _guided(lines: Sequence[Line]) -> Iterator[str]:
+    """Name the arms of which PSNR is no measure."""
+    seeking = {name for name, handler in handlers().items() if handler.phase == Phase.GUIDANCE}
+    arms = dict.fromkeys(line["arm"] for line in lines if seeking & {*line["methods"]})
+    if arms:
+        told = _some([*arms])
+        yield f"Guidance seeks other clips than the converged run; judge these by the score, not by PSNR: {told}."
 
 
 def _unmeasured(lines: Sequence[Line]) -> Iterator[str]:
