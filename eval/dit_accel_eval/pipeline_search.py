@@ -18,14 +18,17 @@ from .results import Line, latest, read_lines
 from .suite import Arm
 from .tuning import FIRST_PROMPT
 
-ROUNDS = (2, 4, 8)
+ROUNDS = (1, 2, 4)
 """Prompts on which each round's settings are measured, those of the round before among them."""
 
-KEPT = (16, 8)
+KEPT = (12, 6)
 """Settings that go on after each round but the last."""
 
 SPARE = 2.0
 """Times the work of the cheapest setting that meets the target on few prompts which others may need."""
+
+BAND = 0.15
+"""Share of a target by which a setting may be off on few prompts without being the further from it."""
 
 CHUNK = 8
 """Settings between two looks at which of the dearer ones can still win."""
@@ -211,7 +214,8 @@ class Search:
 
         def away(point: Point) -> float:
             best = max(sign * other.quality for other in points if other.work <= point.work)
-            return best - sign * point.quality + abs(point.quality - self.target.value)
+            beyond = abs(point.quality - self.target.value) - BAND * abs(self.target.value)
+            return best - sign * point.quality + max(0.0, beyond)
 
         return sorted(points, key=away)[:count]
 
