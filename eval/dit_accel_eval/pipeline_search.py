@@ -174,6 +174,13 @@ class Search:
             points = self.measured([point.arm for point in kept], range(FIRST_PROMPT, FIRST_PROMPT + prompts))
         return pareto(points, self.target.sign)
 
+    def cost(self, arms: Sequence[Arm]) -> tuple[int, int]:
+        """Return the most runs that the search takes, and their denoising steps, besides converged and dense runs."""
+        steps = sorted((arm.num_inference_steps for arm in arms), reverse=True)
+        stages = [(len(arms), ROUNDS[0]), *zip(KEPT, np.diff(ROUNDS).tolist(), strict=True), (KEPT[-1], HELD_OUT)]
+        runs = [(prompts, one) for count, prompts in stages for one in steps[:count]]
+        return sum(prompts for prompts, _ in runs), sum(prompts * one for prompts, one in runs)
+
     def first_round(self, arms: Sequence[Arm]) -> list[Point]:
         """Return all settings that might win, measured on the first prompts, from the cheapest on.
 

@@ -21,7 +21,7 @@ from dit_accel.methods.toml import to_toml
 
 from .comparison import figures_of
 from .job import Job
-from .pipeline_search import Point, Search, Target, read_target
+from .pipeline_search import HELD_OUT, ROUNDS, Point, Search, Target, read_target
 from .plots import draw
 from .reference import default_cache
 from .suite import Arm, Suite, read_suite
@@ -111,6 +111,11 @@ def tune_pipeline(
         talk=False,
     )  # fmt: skip
     search = Search(job=job, target=asked, stages=stages or Stages(quiet=True), own=_own_steps(request, model))
+    runs, steps = search.cost(arms)
+    search.stages.note(
+        f"{len(arms)} settings: at most {runs} runs, {steps} steps, besides converged and dense runs of "
+        f"{ROUNDS[-1]} + {HELD_OUT} prompts"
+    )
     frontier = search.frontier(arms)
     chosen = search.verified(frontier)
     _write(output, chosen.arm)

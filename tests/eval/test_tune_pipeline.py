@@ -186,6 +186,8 @@ def test_what_goes_on_is_near_the_target_and_near_the_best_of_its_work():
     assert [point.arm.name for point in search.nearest(points, 3)] == ["near", "above", "wasteful"]
     assert [point.arm.name for point in search.by_cost(points)][:2] == ["above", "dear"]
     assert search.most_work(points) == 12.0  # twice what met it
+    first, more, last, held = 5, 5 * 1, 5 * 2, 5 * pipeline_search.HELD_OUT  # of fewer settings than a round may keep
+    assert search.cost([arms[name] for name in values])[1] == first + more + last + held
     fast = Search(job=None, target=Target(name="speedup", value=1.0), stages=None, own=20)
     assert fast.nearest(points, 1)[0].arm.name == "dear"
 

@@ -11,7 +11,7 @@ from .curves import curves, svg_uri
 from .figures import Report, judged, misses, worst_first
 from .lines import ALWAYS, better_of, words_of
 from .players import AMPLIFIED, players_of
-from .reproduce import commands_of, machines_of, name_of, suite_text, versions_of
+from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of, versions_of
 from .steps import costs, density_figure, step_curves, step_map, threads_of
 
 LIGHTEST, DARKEST = 96, 62
@@ -96,6 +96,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         suite_name=name_of(report),
         versions=versions_of(report.results.lines),
         machines=machines_of(report.results.lines),
+        tokens=tokens_of(first),
     )
     return {**about, "text": Markup(text)}  # its values were escaped
 

@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_accel_assets import model_names, model_path
+
+from dit_accel.adapters.model_files import read_model_files
+from dit_accel.estimate.estimate import estimate
+
 from ..results import Line
 from ..suite import NATIVE, SUITE_VERSION
 from .figures import Report
@@ -21,6 +26,14 @@ def versions_of(lines: Sequence[Line]) -> dict[str, str]:
 def machines_of(lines: Sequence[Line]) -> str:
     """Return the machines on which lines were made; empty where they do not tell."""
     return "; ".join(sorted({line["device"] for line in lines if "device" in line}))
+
+
+def tokens_of(line: Line) -> int | None:
+    """Return how many tokens a line's forward has; None for a model that is not embedded."""
+    if line["model"] not in model_names():
+        return None
+    sizes = {key: line["call"][key] for key in ("height", "width", "num_frames") if key in line["call"]}
+    return estimate(*read_model_files(str(model_path(line["model"]))).identify(), **sizes).layout.tokens
 
 
 def name_of(report: Report) -> str:
