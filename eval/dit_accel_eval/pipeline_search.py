@@ -18,13 +18,13 @@ from .results import Line, latest, read_lines
 from .suite import Arm
 from .tuning import FIRST_PROMPT
 
-ROUNDS = (1, 2, 4)
+ROUNDS = (2, 4, 6)
 """Prompts on which each round's settings are measured, those of the round before among them."""
 
 KEPT = (12, 6)
 """Settings that go on after each round but the last."""
 
-SPARE = 2.0
+SPARE = 1.5
 """Times the work of the cheapest setting that meets the target on few prompts which others may need."""
 
 BAND = 0.15
@@ -191,7 +191,7 @@ class Search:
         prompts = range(FIRST_PROMPT, FIRST_PROMPT + ROUNDS[0])
         while left:
             most = self.most_work(points)
-            chunk = [arm for arm in left if least_work(arm) <= most][:CHUNK]
+            chunk = [arm for arm in left if max(least_work(arm), known_work(arm, points)) <= most][:CHUNK]
             if not chunk:
                 break
             self.stages.stage(f"round 1 of {len(ROUNDS)}: {len(points) + len(chunk)} of at most {len(arms)} settings")
@@ -260,6 +260,16 @@ class Search:
 def least_work(arm: Arm) -> float:
     """Return the least that a setting can cost, in dense steps: its own, fewer where a method skips."""
     return arm.num_inference_steps * (CACHED_LEAST if arm.methods else 1.0)
+
+
+def known_work(arm: Arm, points: Sequence[Point]) -> float:
+    """Return the most work that the same methods took with fewer steps, which a setting can't well undercut."""
+    same = [
+        point.work
+        for point in points
+        if point.arm.methods == arm.methods and point.arm.num_inference_steps <= arm.num_inference_steps
+    ]
+    return max(same, default=0.0)
 
 
 def pareto(points: Sequence[Point], sign: int) -> list[Point]:

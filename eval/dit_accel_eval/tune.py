@@ -275,7 +275,7 @@ def pipeline(
         typer.Option(help="What to meet, such as psnr=30, lpips=0.1 or speedup=2.", metavar="NAME=VALUE"),
     ] = None,
     space: Annotated[
-        Path | None, typer.Option(help="Suite whose arms are tried; default: some 120.", metavar="SUITE.toml")
+        Path | None, typer.Option(help="Suite whose arms are tried; default: some 80.", metavar="SUITE.toml")
     ] = None,
 ) -> Callable[..., Any]:
     """Search solver, steps, caches and sparse attention together for the cheapest setting that meets a target.

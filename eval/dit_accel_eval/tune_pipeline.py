@@ -1,6 +1,6 @@
 """Tunes a whole pipeline: among solvers, steps, caches and sparse attention the cheapest setting that meets a target.
 
-Settings are tried from the cheapest on, all on one prompt, the best of them on more; what one costs and how near
+Settings are tried from the cheapest on, all on two prompts, the best of them on more; what one costs and how near
 it comes to the converged run is measured as `eval run` does, into result lines from which a run that was stopped goes
 on and of which `eval report` makes a page. What is written met the target on prompts that the search never saw.
 """

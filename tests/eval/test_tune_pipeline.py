@@ -11,7 +11,7 @@ from dit_accel_assets import model_names
 from dit_accel_eval import compare, pipeline_search, tune_pipeline
 from dit_accel_eval.counting import Counts
 from dit_accel_eval.embedded import Run
-from dit_accel_eval.pipeline_search import Point, Search, Target, pareto, read_target
+from dit_accel_eval.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
 from dit_accel_eval.results import read_lines
 from dit_accel_eval.suite import Arm
 from dit_accel_eval.tune_space import default_space
@@ -185,11 +185,33 @@ def test_what_goes_on_is_near_the_target_and_near_the_best_of_its_work():
     search = Search(job=None, target=Target(name="psnr", value=30.0), stages=None, own=20)
     assert [point.arm.name for point in search.nearest(points, 3)] == ["near", "above", "wasteful"]
     assert [point.arm.name for point in search.by_cost(points)][:2] == ["above", "dear"]
-    assert search.most_work(points) == 12.0  # twice what met it
-    first, more, last, held = 5, 5 * 1, 5 * 2, 5 * pipeline_search.HELD_OUT  # of fewer settings than a round may keep
+    assert search.most_work(points) == 9.0  # half as much again as what met it
+    first, more, last, held = (
+        5 * 2,
+        5 * 2,
+        5 * 2,
+        5 * pipeline_search.HELD_OUT,
+    )  # of fewer settings than a round may keep
     assert search.cost([arms[name] for name in values])[1] == first + more + last + held
     fast = Search(job=None, target=Target(name="speedup", value=1.0), stages=None, own=20)
     assert fast.nearest(points, 1)[0].arm.name == "dear"
+
+
+def test_more_steps_of_the_same_methods_take_no_less_work():
+    cache = EasyCache(threshold=0.1)
+    ran = [
+        Point(
+            arm=Arm(name="c 12", num_inference_steps=12, methods=(cache,)),
+            prompts=1,
+            quality=30.0,
+            work=11.0,
+            speedup=1,
+        )
+    ]
+    more = Arm(name="c 20", num_inference_steps=20, methods=(cache,))
+    assert (least_work(more), known_work(more, ran)) == (5.0, 11.0)
+    assert known_work(Arm(name="d", num_inference_steps=20), ran) == 0.0
+    assert known_work(Arm(name="c 8", num_inference_steps=8, methods=(cache,)), ran) == 0.0
 
 
 @pytest.mark.parametrize("model", model_names())
