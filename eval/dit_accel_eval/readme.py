@@ -45,7 +45,6 @@ PAGES = {
         "caches-flux-tiny",
         "report-wan-tiny",
         "report-flux-tiny",
-        "tuned-flux-tiny",
         "dropped-mass",
         "time",
         "overhead",
