@@ -95,11 +95,13 @@ def from_dict(config_type: type[MethodConfig], values: Mapping[str, Any]) -> Met
     for key in values:
         if key not in known:
             raise ConfigError(f"{config_type.name} has no option {key!r}; {did_you_mean(key, known)}")
-    return config_type(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    return config_type(**values)
 
 
 def _plain(value: Any) -> Any:
-    """Return numbers of other libraries as Python's own; everything else as it is."""
+    """Return lists as tuples, which can't change, and numbers of other libraries as Python's own; the rest as it is."""
+    if isinstance(value, list):
+        return tuple(_plain(item) for item in value)
     if isinstance(value, tuple):
         plain = tuple(_plain(item) for item in value)
         return value if all(a is b for a, b in zip(plain, value, strict=True)) else plain

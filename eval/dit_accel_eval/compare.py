@@ -30,7 +30,7 @@ from .suite import Arm, Suite, dense_arm
 LOOK = 1.0
 """Seconds between two looks at what the processes have made."""
 
-EXTRA = ("seconds", "dense_seconds", "threads", "steps_in_time", "kept", "kept_reference")
+EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "kept", "kept_reference")
 """What a line keeps if its run is made anew for something else that it lacked."""
 
 

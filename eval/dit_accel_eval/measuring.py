@@ -59,6 +59,7 @@ def converged_line(model: EmbeddedModel, arm: Arm, clip: int, reference: Referen
     if job.timed and not arm.is_dense:
         dense_seconds = model.run(clip, steps=steps, solver=BEST).seconds
         line |= {"seconds": made.seconds, "dense_seconds": dense_seconds, "threads": job.threads}
+        line["processor"] = processor()
         line["steps_in_time"] = steps * made.seconds / dense_seconds
     return line
 

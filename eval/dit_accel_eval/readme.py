@@ -52,7 +52,14 @@ PAGES = {
     ),
     "docs/scaling.md": ("scaling",),
     "docs/caching.md": ("budgets",),
-    "docs/block-caches.md": ("profiling-wan-tiny", "profiling-flux-tiny", "blocks-wan-tiny", "blocks-flux-tiny"),
+    "docs/block-caches.md": (
+        "profiling-wan-tiny",
+        "profiling-flux-tiny",
+        "blocks-wan-tiny",
+        "blocks-flux-tiny",
+        "blocks-time-wan-tiny",
+        "blocks-time-flux-tiny",
+    ),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
     "docs/vbench.md": ("vbench-proxies",),
 }
@@ -107,6 +114,7 @@ def _suite(root: Path, name: str) -> str:
     suite = read_suite(root / path)
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
+    command += " --time" if any("seconds" in line for line in lines) else ""
     about = _seeds(suite, lines) if suite.judge else _clips(lines)
     picture = f"![PSNR over work]({name}.png)\n\n" if not suite.judge and (root / f"docs/{name}.png").is_file() else ""
     return f"`{command}`: {suite.model}, {about}; 95 % intervals.\n\n{picture}{suite_table(suite, lines)}"
@@ -114,7 +122,9 @@ def _suite(root: Path, name: str) -> str:
 
 def _clips(lines: Sequence[Line]) -> str:
     clips, call = len({line["clip"] for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0]["call"].items())
-    return f"{clips} held-out clips ({call})"
+    timed = next((line for line in lines if "seconds" in line), None)
+    machine = f"; {timed['threads']} threads, {timed['processor']}" if timed else ""
+    return f"{clips} held-out clips ({call}{machine})"
 
 
 def _seeds(suite: Suite, lines: Sequence[Line]) -> str:

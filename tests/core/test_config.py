@@ -106,13 +106,25 @@ def test_numbers_of_numpy_become_python_s_own():
     assert [type(number) for number in ranges.must_keep] == [int, int]
 
 
+def test_lists_are_taken_and_can_t_change_the_config_afterwards():
+    steps = [1, np.int64(0), 1]
+    config = dit_accel.StaticCache(steps=steps)
+    steps[1] = 1
+    assert config.steps == (1, 0, 1)
+    assert config == dit_accel.StaticCache(steps=(1, 0, 1))
+    assert hash(dit_accel.MagCache(ratios=[1.0, 0.9])) == hash(dit_accel.MagCache(ratios=(1.0, 0.9)))
+    assert dit_accel.ProfilingCache(blocks=[0, 2]).to_dict()["blocks"] == [0, 2]
+    with pytest.raises(ConfigError, match=r"staticcache.steps must be a list of integers or unset, got \[1, 'x'\]"):
+        dit_accel.StaticCache(steps=[1, "x"])
+
+
 @pytest.mark.parametrize("value", [True, "64", 64.0, np.float64(64), torch.tensor(64)], ids=repr)
 def test_what_is_no_integer_is_refused_as_one(value):
     with pytest.raises(ConfigError, match=r"radial\.block_size must be an integer or unset, got "):
         RadialAttention(block_size=value)
 
 
-@pytest.mark.parametrize("value", [(0, 1.5), (0, "1"), [0, 16], 16, (True, 16)], ids=repr)
+@pytest.mark.parametrize("value", [(0, 1.5), (0, "1"), [0, 1.5], 16, (True, 16)], ids=repr)
 def test_a_list_s_error_speaks_of_its_items(value):
     with pytest.raises(ConfigError, match=r"lite\.must_keep must be a list of integers, got "):
         LiteAttention(must_keep=value)

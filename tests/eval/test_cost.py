@@ -45,10 +45,13 @@ def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [line["arm"] for line in lines] == list(overhead.METHODS)
     assert capsys.readouterr().out.count("\n") == len(lines)
-    caches = [section.data for report in reports for section in report.sections if "forwards" in section.data]
+    caches = [section.data for report in reports for section in report.sections if "reused" in section.data]
     assert [data["computed"] for data in caches] == [4] * 4  # two warm-ups and two pairs, four caches
     assert all(data["reused"] == 0 for data in caches)
     assert any(entry["value"] is not None for data in caches for entry in data["forwards"])
+    perturbed = [section.data for report in reports for section in report.sections if section.method == "pag"]
+    assert [data["steps"] for data in perturbed] == [[0, 1, 2, 3]]
+    assert [(data["branches"], data["forwards_added"]) for data in perturbed] == [(["uncond"], 0)]
 
 
 @pytest.mark.parametrize("given", ["PyramidAttentionBroadcastConfig", "FirstBlockCacheConfig"])

@@ -69,7 +69,7 @@ class EasyHandler(StepCacheHandler):
         if decider.changes is None or decider.v is None or decider.x is None:
             return None
         moved = mean_change(self._latents(context), decider.x)
-        change, by, now, size = self.numbers(context, *decider.changes, moved, decider.v.float().abs().mean())
+        change, by, now, size = self.numbers(context, *decider.changes, moved, mean_size(decider.v))
         decider.total += ratio(change, by) * ratio(now, size)
         return decider.total
 
@@ -93,7 +93,7 @@ class EasyHandler(StepCacheHandler):
 
 def mean_size(of: Tensor) -> Tensor:
     """Return the mean of the absolute values, summed in float32 or wider."""
-    return torch.linalg.vector_norm(of, 1, dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
+    return of.abs().sum(dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
 
 
 def mean_change(one: Tensor, other: Tensor) -> Tensor:
