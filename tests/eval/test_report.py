@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from dit_accel_eval.comparison import figures, table
 from dit_accel_eval.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
+from dit_accel_eval.paired import holm
 from dit_accel_eval.report import writing
-from dit_accel_eval.report.figures import misses, report_of, worst_first
+from dit_accel_eval.report.figures import _hopeless, misses, report_of, worst_first
 from dit_accel_eval.report.lines import read_minimums, read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.players import difference, players_of
@@ -429,3 +430,12 @@ def test_kept_frames_of_another_run_are_not_shown_but_told(kept):
     assert arm not in {player.line["arm"] for player in players}
     assert all(f"of {arm} is not shown: " in text for text in failed)
     assert "holds no frames that can be read" in page(report(kept), players=99)
+
+
+@pytest.mark.parametrize(("clips", "arms", "told"), [(6, 8, True), (8, 8, True), (9, 8, False), (6, 1, False)])
+def test_it_says_where_no_verdict_can_stand_after_holm(clips, arms, told):
+    held = [dataclasses.replace(committed().arms[-1], name=f"a{number}", clips=clips) for number in range(arms)]
+    found = list(_hopeless(held, "own work"))
+    assert bool(found) == told == (holm({arm.name: 2 / 2**clips for arm in held})["a0"] >= 0.05)
+    if told:
+        assert found[0].endswith("it takes 9 clips.")

@@ -11,7 +11,7 @@ from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
 from ..comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
-from ..paired import holm
+from ..paired import EXACT, holm
 from ..reference import AGREE
 from ..results import Line
 from .lines import ALWAYS, Results, better_of, further_metrics
@@ -166,12 +166,23 @@ def _after_holm(arms: Sequence[ArmFigures], corrected: Mapping[tuple[str, str], 
         return
     for key, words in (WORKS | TIMED).items():
         held = [arm for arm in judged if key in arm.ahead]
+        yield from _hopeless(held, words)
         decided = [arm.name for arm in held if verdict(arm.ahead[key], arm.clips) != "open"]
         lost = [name for name in decided if corrected[name, key] >= LEVEL]
         if decided:
             left = f"do not stand after Holm's correction for that number: {_some(lost)}." if lost else \
                 "all stand after Holm's correction for that number."  # fmt: skip
             yield f"{len(held)} arms are judged at 95 % each. Of {len(decided)} verdicts at equal {words} {left}"
+
+
+def _hopeless(held: Sequence[ArmFigures], words: str) -> Iterator[str]:
+    """Say where so few clips are held against so many arms that no verdict could stand, whatever the figures."""
+    clips = min((arm.clips for arm in held), default=EXACT)
+    least = 2.0 ** (1 - clips)  # all differences of one sign
+    if clips <= EXACT and least * len(held) >= LEVEL:
+        needed = math.ceil(1 + math.log2(len(held) / LEVEL))
+        told = f"With {clips} clips and {len(held)} arms no verdict at equal {words} could stand after Holm's correction"
+        yield f"{told}, since p is {least:.3g} at least; it takes {needed} clips."
 
 
 def _guided(lines: Sequence[Line]) -> Iterator[str]:
