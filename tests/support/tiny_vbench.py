@@ -47,6 +47,13 @@ def dino(side: int = 14) -> dict[str, Tensor]:
     return found | timm_block("blocks.0") | timm_block("blocks.1") | norm("norm")
 
 
+def dinov2(side: int = 37) -> dict[str, Tensor]:
+    """As DINO with patches of 14 pixels, one block, and scales of what that adds."""
+    found = {name: value for name, value in dino(side).items() if not name.startswith("blocks.1.")}
+    found |= {"patch_embed.proj.weight": random(WIDTH, 3, 14, 14), "mask_token": random(1, WIDTH)}
+    return found | {f"blocks.0.ls{number}.gamma": random(WIDTH, seed=number) for number in (1, 2)}
+
+
 def umt(classes: int = 400) -> dict[str, Tensor]:
     found = {"patch_embed.proj.weight": random(WIDTH, 3, 1, 16, 16), "patch_embed.proj.bias": random(WIDTH)}
     return found | timm_block("blocks.0", umt=True) | norm("fc_norm") | linear("head", classes, WIDTH)
@@ -93,7 +100,7 @@ def scripted(tensors: dict[str, Tensor], path: Path) -> None:
 def write(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Write the named files of weights into a folder, and let their hashes be what they are."""
     made = {
-        "dino": dino, "umt": umt, "viclip": lambda: {"model": viclip()}, "clip-b32": lambda: clip(32),
+        "dino": dino, "dinov2": dinov2, "umt": umt, "viclip": lambda: {"model": viclip()}, "clip-b32": lambda: clip(32),
         "clip-l14": lambda: clip(56), "aesthetic": lambda: linear_plain(32),
     }  # fmt: skip
     for name in names:

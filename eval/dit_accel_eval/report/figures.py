@@ -181,7 +181,9 @@ def _hopeless(held: Sequence[ArmFigures], words: str) -> Iterator[str]:
     least = 2.0 ** (1 - clips)  # all differences of one sign
     if clips <= EXACT and least * len(held) >= LEVEL:
         needed = math.ceil(1 + math.log2(len(held) / LEVEL))
-        told = f"With {clips} clips and {len(held)} arms no verdict at equal {words} could stand after Holm's correction"
+        told = (
+            f"With {clips} clips and {len(held)} arms no verdict at equal {words} could stand after Holm's correction"
+        )
         yield f"{told}, since p is {least:.3g} at least; it takes {needed} clips."
 
 

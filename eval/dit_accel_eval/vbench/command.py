@@ -2,10 +2,10 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from dit_accel_pipelines.options import Json
@@ -14,106 +14,30 @@ from dit_accel import ConfigError
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
+from . import options as given
+
 if TYPE_CHECKING:
-    from .prompts import Wanted
+    from .generating import Piece
+    from .prompts import Prompt
+    from .protocols import Protocol
     from .run import Job
 
-VIDEOS = "Videos"
-MAKING = "Making videos"
+_tell = functools.partial(TALK.print, markup=False, soft_wrap=True)
 
 
 def evaluate(
-    totals: Annotated[
-        Path | None,
-        typer.Option(help="JSON of all sixteen raw scores, of which to print the totals.", metavar="SCORES.json"),
-    ] = None,
-    videos: Annotated[
-        Path | None,
-        typer.Option(help="Folder of videos {prompt}-{i}.mp4.", rich_help_panel=VIDEOS, metavar="DIR"),
-    ] = None,
-    dimension: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dimension", "-d", help="May be repeated. Default: all that can be measured here.", rich_help_panel=VIDEOS
-        ),
-    ] = None,
-    full_info: Annotated[
-        Path | None,
-        typer.Option(help="Official prompts; default: the vbench package's.", rich_help_panel=VIDEOS, metavar="JSON"),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Videos of each prompt; default: 5.", rich_help_panel=VIDEOS, min=1)
-    ] = None,
-    subset: Annotated[
-        int | None,
-        typer.Option(help="Only the first so many prompts of each dimension.", rich_help_panel=VIDEOS, min=1),
-    ] = None,
-    filtered: Annotated[
-        bool,
-        typer.Option("--filtered", help="temporal_flickering's videos passed its filter.", rich_help_panel=VIDEOS),
-    ] = False,
-    custom: Annotated[
-        bool, typer.Option("--custom", help="Any videos, of prompts of one's own.", rich_help_panel=VIDEOS)
-    ] = False,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON {file name: prompt}; default: the files' names.", rich_help_panel=VIDEOS, metavar="JSON"
-        ),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Weights, laid out as VBench's cache; default: see eval setup --tier 2.",
-            rich_help_panel=VIDEOS,
-            metavar="DIR",
-        ),
-    ] = None,
-    observations: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON lines of what GRiT, Tag2Text or UMT saw elsewhere.", rich_help_panel=VIDEOS, metavar="FILE"
-        ),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the results.", rich_help_panel=VIDEOS, metavar="DIR")
-    ] = Path("vbench"),
-    name: Annotated[
-        str | None, typer.Option(help="What result files begin with; default: the videos' folder.", metavar="NAME")
-    ] = None,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="Make the videos instead of measuring them.", rich_help_panel=MAKING)
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder or embedded model.", rich_help_panel=MAKING, metavar="ID|FOLDER|NAME"),
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels.", rich_help_panel=MAKING, metavar="PIXELS")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.", rich_help_panel=MAKING, metavar="PIXELS")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of each.", rich_help_panel=MAKING)] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=MAKING)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=MAKING)] = None,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames per second of the files; default: as generate.", rich_help_panel=MAKING)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the model's weights.", rich_help_panel=MAKING, metavar="DTYPE")
-    ] = None,
-    offload: Annotated[
-        str, typer.Option(help="none, model, sequential or group.", rich_help_panel=MAKING, metavar="HOW")
-    ] = "none",
-    seed: Annotated[int, typer.Option(help="Of the first prompt's first video.", rich_help_panel=MAKING)] = 0,
-    shard: Annotated[
-        str | None,
-        typer.Option(help="The i-th of n shares of the work, i from 0.", rich_help_panel=MAKING, metavar="i/n"),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Default: cpu for networks, the accelerator for --generate.", metavar="DEVICE")
-    ] = None,
-    json: Json = False,
-    *,
-    methods: MethodList,
-) -> None:
+    totals: given.Totals = None, videos: given.Videos = None, dimension: given.Dimensions = None,
+    full_info: given.FullInfo = None, samples: given.Samples = None, subset: given.Subset = None,
+    filtered: given.Filtered = False, custom: given.Custom = False, prompts: given.Prompts = None,
+    long: given.Long = False, long_config: given.LongConfig = None, folder: given.Folder = None,
+    observations: given.Observed = None, output: given.Output = Path("vbench"), name: given.Name = None,
+    reference: given.Reference = None, protocol: given.Convention = None,
+    generate: given.Generate = False, model: given.Model = None, height: given.Pixels = None,
+    width: given.Pixels = None, num_frames: given.Frames = None, num_inference_steps: given.Steps = None,
+    guidance_scale: given.Guidance = None, fps: given.Fps = None, dtype: given.Dtype = None,
+    offload: given.Offload = "none", seed: given.Seed = 0, shard: given.Shard = None, device: given.Device = None,
+    json: Json = False, *, methods: MethodList,
+) -> None:  # fmt: skip
     """Measure videos by VBench's sixteen dimensions, and give its totals where all are there.
 
     Scores are VBench's own or none: a dimension whose network is missing is
@@ -121,7 +45,8 @@ def evaluate(
     so a run that was stopped goes on. The result files are laid out as VBench's.
 
     With --generate the videos are made: those of the dimensions' prompts that
-    the folder lacks, each of another seed; what it costs is told first.
+    the folder lacks, each of another seed; what it costs is told first. With
+    --reference they are held against dense ones as published tables were.
 
     Examples:
 
@@ -131,179 +56,198 @@ def evaluate(
 
     dit-accel eval vbench --videos out/ --custom -d temporal_flickering --json
 
+    dit-accel eval vbench --videos out/ --reference dense/ --protocol svg
+
     dit-accel eval vbench --videos out/ --generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --subset 1
     """
     if (totals is None) == (videos is None):
         raise ConfigError("name either raw scores with --totals or a folder of videos with --videos")
-    if totals is not None:
-        _print_totals(totals, json)
-        return
-    assert videos is not None
+    if videos is None:
+        assert totals is not None
+        return _print_totals(totals, json)
+    chosen = Chosen(
+        videos=videos, dimensions=tuple(dimension or ()), full_info=full_info, samples=samples, subset=subset,
+        prompts=prompts, output=output, name=name or videos.resolve().name, folder=folder, device=device, json=json,
+    )  # fmt: skip
+    _check_way(generate, long or long_config is not None, reference, protocol)
     if generate:
         making = {"model": model, "height": height, "width": width, "num_frames": num_frames, "fps": fps,
                   "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "dtype": dtype,
                   "device": device, "offload": offload, "methods": tuple(methods)}  # fmt: skip
-        _generate(videos, dimension or (), full_info, samples, subset, seed, shard, making)
-        return
+        return _generate(chosen, seed, shard, protocol, making)
     if methods or model is not None or shard is not None:
         raise ConfigError("a model, its methods and shards are for making videos; add --generate")
-    if prompts is not None and not custom:
+    if protocol is not None or reference is not None:
+        return _compare(chosen, protocol, reference)
+    return _measure(chosen, custom, filtered, observations, long, long_config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What all ways of the command take; None: the way's own default."""
+
+    videos: Path
+    dimensions: tuple[str, ...]
+    full_info: Path | None
+    samples: int | None
+    subset: int | None
+    prompts: Path | None
+    output: Path
+    name: str
+    folder: Path | None
+    device: str | None
+    json: bool
+
+
+def _check_way(generate: bool, long: bool, reference: Path | None, protocol: str | None) -> None:
+    """Refuse options of two ways at once."""
+    if long and (generate or protocol is not None or reference is not None):
+        raise ConfigError(
+            "--long is for measuring dimensions; leave it out with --generate, --reference and --protocol"
+        )
+    if generate and reference is not None:
+        raise ConfigError("--reference is for videos that are there; make them first, then compare")
+
+
+def _measure(
+    chosen: Chosen, custom: bool, filtered: bool, observations: Path | None, long: bool, long_config: Path | None
+) -> None:
+    """Measure videos by VBench's dimensions."""
+    if chosen.prompts is not None and not custom:
         raise ConfigError("--prompts tells prompts of one's own; add --custom")
+    if long_config is not None and not long:
+        raise ConfigError("--long-config is for clips of long videos; add --long")
+    from .long import Long, read_fast
     from .measures import Means
     from .networks import Networks
     from .observations import read_observations
     from .run import Job
     from .run import evaluate as measured
+    from .source import Source
     from .weight_files import default_folder
 
-    networks = Networks(folder or default_folder(), device or "cpu")
+    networks = Networks(chosen.folder or default_folder(), chosen.device or "cpu")
+    fast = None if long_config is None else read_fast(long_config)
     job = Job(
-        name=name or videos.resolve().name, output=output, warn=warn,
+        name=chosen.name, output=chosen.output, warn=warn, tell=_tell,
         means=Means(networks=networks, observations=read_observations(observations)),
-        tell=lambda text: TALK.print(text, markup=False, soft_wrap=True),
+        long=Long(custom=custom, filtered=filtered, fast=fast) if long else None,
     )  # fmt: skip
     source = Source(
-        videos=videos, custom=custom, told=prompts, full_info=full_info, samples=samples or 5, filtered=filtered,
-        subset=subset,
+        videos=chosen.videos, custom=custom, told=chosen.prompts, full_info=chosen.full_info,
+        samples=chosen.samples or 5, filtered=filtered, subset=chosen.subset,
     )  # fmt: skip
-    found = measured(job, source.wanted(job, dimension or ()))
-    _print_scores(found, job, whole=samples in (None, 5) and subset is None and not custom, json=json)
+    found = measured(job, source.wanted(job, chosen.dimensions))
+    whole = chosen.samples in (None, 5) and chosen.subset is None and not custom and not long
+    _print_scores(found, job, whole=whole, json=chosen.json)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where the videos to be measured come from.
+def _compare(chosen: Chosen, protocol: str | None, reference: Path | None) -> None:
+    """Hold videos against a reference as a published code base does."""
+    from .protocols import PROTOCOLS
+    from .protocols import protocol as protocol_of
 
-    Attributes:
-        videos: their folder.
-        custom: whether they are of prompts of one's own.
-        told: file of those prompts.
-        full_info: file of the official prompts; None: the package's.
-        samples: videos of each prompt.
-        filtered: whether temporal flickering's have passed its filter.
-        subset: how many prompts of each dimension; None: all.
-    """
+    if protocol is None or reference is None:
+        lacking = "--protocol, one of " + ", ".join(PROTOCOLS) if protocol is None else "--reference, the dense clips"
+        raise ConfigError(f"a comparison takes a reference and a protocol; add {lacking}")
+    if chosen.dimensions:
+        raise ConfigError(f"{chosen.dimensions[0]} is measured without a reference; leave --protocol or -d out")
+    from .networks import Networks
+    from .protocol_run import Comparison, compare
+    from .weight_files import default_folder
 
-    videos: Path
-    custom: bool
-    told: Path | None
-    full_info: Path | None
-    samples: int
-    filtered: bool
-    subset: int | None
-
-    def wanted(self, job: "Job", asked: Sequence[str]) -> "dict[str, list[Wanted]]":
-        """Return dimension -> its videos; all that is missing is told before anything is measured.
-
-        Raises:
-            ConfigError: for unknown dimensions, asked ones that can't be measured, and missing videos, by name.
-        """
-        from . import official
-        from . import prompts as of_prompts
-        from .run import already_filtered, check_job
-        from .run import filtered as filter_videos
-
-        _known(asked)
-        of_prompts.check_folder(self.videos)
-        if self.custom:
-            of_prompts.check_custom(_known(asked))
-            names = _measurable(job, asked, lambda name: name not in of_prompts.ASKED, still=True)
-            if of_prompts.FLICKERING in names:
-                warn(f"{of_prompts.FLICKERING} can't tell flicker from motion; give videos that stand still")
-            own = of_prompts.custom_videos(self.videos, self.told, names)
-            check_job(job)
-            return dict.fromkeys(names, own)
-        every = of_prompts.read_prompts(official.prompts_path(self.full_info))
-        there = {name for one in every for name in one.dimensions}
-        names = _measurable(job, asked, lambda name: name in there, still=self.filtered)
-        prompts = every if self.subset is None else of_prompts.first_of(every, names, self.subset)
-        wanted = {
-            name: of_prompts.videos_of(prompts, self.videos, name, self.samples)
-            for name in names
-            if name != of_prompts.FLICKERING
-        }
-        check_job(job)
-        if of_prompts.FLICKERING in names:
-            wanted[of_prompts.FLICKERING] = (already_filtered if self.filtered else filter_videos)(
-                job, prompts, self.videos
-            )
-        strays = of_prompts.unused(every, self.videos, self.samples)
-        if strays:
-            warn(f"{len(strays)} videos belong to no prompt, or lie beyond the samples, such as {strays[0]!r}")
-        return {name: wanted[name] for name in names}
+    job = Comparison(
+        protocol=protocol_of(protocol), videos=chosen.videos, reference=reference, output=chosen.output,
+        name=chosen.name, networks=Networks(chosen.folder or default_folder(), chosen.device or "cpu"), warn=warn,
+        tell=_tell,
+    )  # fmt: skip
+    found = compare(job)
+    if chosen.json:
+        print_json({key: value for key, value in found.items() if key != "by_clip"} | {"result": str(job.result)})
+        return
+    _print_comparison(found)
+    _tell(f"written to {job.result}")
 
 
-def _known(asked: Sequence[str]) -> list[str]:
-    """Return dimensions by their official names.
+def _print_comparison(found: dict[str, Any]) -> None:
+    from .protocol_run import rows
 
-    Raises:
-        ConfigError: for unknown ones, and ones given twice.
-    """
-    from .dimensions import dimension
-
-    names = [dimension(name).name for name in asked]
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise ConfigError(f"dimension {double} is given twice; leave one out")
-    return names
+    by = f"by {found['protocol']}"
+    table = plain_table("", by, "beside it", right=(by, "beside it"))
+    for row in rows(found):
+        table.add_row(*row)
+    OUT.print(table)
+    for flaw in found["flaws"]:
+        OUT.print(f"of {found['protocol']}: {flaw}", markup=False, soft_wrap=True)
 
 
-def _measurable(job: "Job", asked: Sequence[str], usual: Callable[[str], bool], *, still: bool) -> list[str]:
-    """Return the dimensions to measure: those asked for, or all usual ones that can be; tell which can't.
-
-    Args:
-        job: the run.
-        asked: by name.
-        usual: whether a dimension is measured without being asked for.
-        still: whether temporal flickering needs no filter.
-
-    Raises:
-        ConfigError: where one that is asked for, or every one, can't be measured.
-    """
-    from .dimensions import DIMENSIONS
-    from .measures import lacking
-    from .prompts import FLICKERING
-    from .run import no_filter
-
-    names = _known(asked) or [name for name in DIMENSIONS if usual(name)]
-    found = {name: lacking(name, job.means) for name in names}
-    if FLICKERING in found and not still:
-        found[FLICKERING] = no_filter(job)
-    reasons = {name: reason for name, reason in found.items() if reason is not None}
-    if reasons and (asked or len(reasons) == len(names)):
-        raise ConfigError("; ".join(f"{name} can't be measured: {reason}" for name, reason in reasons.items()))
-    for name, reason in reasons.items():
-        warn(f"{name} is left out: {reason}")
-    return [name for name in names if name not in reasons]
-
-
-def _generate(
-    videos: Path, asked: Sequence[str], full_info: Path | None, samples: int | None, subset: int | None, seed: int,
-    shard: str | None, making: dict[str, Any],
-) -> None:  # fmt: skip
+def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None, making: dict[str, Any]) -> None:
     """Make the videos that a folder lacks; the cost is told before the model is loaded."""
     from dit_accel_pipelines.request import Request
 
-    from . import generating, official
-    from .dimensions import DIMENSIONS
-    from .prompts import first_of, read_prompts
+    from . import generating
+    from .protocols import protocol as protocol_of
 
-    every = read_prompts(official.prompts_path(full_info))
-    there = {name for one in every for name in one.dimensions}
-    names = _known(asked) or [name for name in DIMENSIONS if name in there]
+    convention = None if protocol is None else protocol_of(protocol)
+    if convention is not None:
+        making = generating.sized(convention, making, _tell)
     try:
-        videos.mkdir(parents=True, exist_ok=True)
+        chosen.videos.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"the folder {videos} can't be made: {error.strerror}; name another") from None
-    wanted = first_of(every, names, subset)
-    work = generating.share(generating.pieces(every, wanted, names, videos, samples, seed), shard)
+        raise ConfigError(f"the folder {chosen.videos} can't be made: {error.strerror}; name another") from None
+    if convention is None:
+        every = _pieces(chosen, seed)
+    else:
+        every = generating.protocol_pieces(convention, _texts(chosen, convention), chosen.videos, chosen.samples, seed)
+    work = generating.share(every, shard)
     request = Request(prompts=(work[0].prompt,), output=work[0].path, **making)
     left = generating.left(work, request)
-    TALK.print(generating.cost(request, len(work) - len(left), len(work)), markup=False, soft_wrap=True)
+    _tell(generating.cost(request, len(work) - len(left), len(work)))
     if left:
-        tell = functools.partial(TALK.print, markup=False, soft_wrap=True)
-        generating.generate(left, request, tell, sys.argv)
-    TALK.print(f"{videos} is whole; measure it: dit-accel eval vbench --videos {videos}", markup=False, soft_wrap=True)
+        generating.generate(left, request, _tell, sys.argv)
+    then = "" if convention is None else f" --reference DENSE --protocol {convention.name}"
+    _tell(f"{chosen.videos} is whole; measure it: dit-accel eval vbench --videos {chosen.videos}{then}")
+
+
+def _pieces(chosen: Chosen, seed: int) -> "list[Piece]":
+    """Return the videos of VBench's prompts."""
+    from . import generating
+    from .prompts import first_of
+
+    if chosen.prompts is not None:
+        raise ConfigError("--prompts with --generate is for a protocol whose prompts are its own; add --protocol")
+    every, names = _official(chosen)
+    wanted = first_of(every, names, chosen.subset)
+    return generating.pieces(every, wanted, names, chosen.videos, chosen.samples, seed)
+
+
+def _official(chosen: Chosen) -> "tuple[list[Prompt], list[str]]":
+    """Return VBench's prompts, and the dimensions asked for, else all that they serve."""
+    from . import official
+    from .dimensions import DIMENSIONS
+    from .prompts import read_prompts
+    from .source import known_names
+
+    every = read_prompts(official.prompts_path(chosen.full_info))
+    there = {name for one in every for name in one.dimensions}
+    return every, known_names(chosen.dimensions) or [name for name in DIMENSIONS if name in there]
+
+
+def _texts(chosen: Chosen, protocol: "Protocol") -> Sequence[str]:
+    """Return a protocol's prompts: of a file, a line each, or VBench's."""
+    from dit_accel_pipelines.request import read_prompts as read_lines
+
+    from .prompts import first_of
+
+    if chosen.prompts is not None:
+        return read_lines(chosen.prompts)[: chosen.subset]
+    if not protocol.own_prompts:
+        raise ConfigError(
+            f"the prompts of protocol {protocol.name} are {protocol.prompts}, which are not here; give them with "
+            "--prompts FILE, one a line"
+        )
+    every, names = _official(chosen)
+    return [one.text for one in first_of(every, names, chosen.subset)]
 
 
 def _print_scores(found: dict[str, list[Any]], job: "Job", *, whole: bool, json: bool) -> None:

@@ -6,7 +6,7 @@ VBench's. Aesthetics can't be told; imaging quality only of a clip whose undamag
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,6 +38,10 @@ WORDS: dict[str, str] = {
     "overall_consistency": "share of all the judge's questions",
 }
 """Dimension -> what it is here. ``aesthetic_quality`` has no counterpart."""
+
+TAKES_TIME = ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness",
+              "dynamic_degree", "human_action", "temporal_style")  # fmt: skip
+"""What one frame alone can't show."""
 
 LOOKED_AT = 8
 """Middle frames in which objects are looked for."""
@@ -139,16 +143,24 @@ def _median(pixels: np.ndarray) -> npt.NDArray[np.float64]:
     return np.median(pixels, axis=0).astype(np.float64) if len(pixels) >= tracking.LEAST else np.full(3, np.nan)
 
 
-def world_scores(frames: Frames, scene: Scene, drawn: Frames | None = None) -> dict[str, float]:
+def world_scores(
+    frames: Frames, scene: Scene, drawn: Frames | None = None, names: Collection[str] | None = None
+) -> dict[str, float]:
     """Return VBench's names -> scores of a clip on the embedded world, without those that it does not ask for.
+
+    A picture is a clip of one frame, of which nothing is asked that takes time.
 
     Args:
         frames: uint8 [F, height, width, 3].
         scene: what it was asked to show.
         drawn: what each frame shows, drawn without damage, for imaging quality.
+        names: which; None: all.
     """
     shown = Shown(frames, scene)
-    found = {name: measure(shown) for name, measure in MEASURES.items()}
+    chosen = {name: measure for name, measure in MEASURES.items() if names is None or name in names}
+    if len(frames) == 1:
+        chosen = {name: measure for name, measure in chosen.items() if name not in TAKES_TIME}
+    found = {name: measure(shown) for name, measure in chosen.items()}
     if drawn is not None:
         error = np.square(frames.astype(np.float64) - drawn).mean() / 255**2
         found["imaging_quality"] = min(100.0, -10 * float(np.log10(max(error, 1e-10)))) / 100
@@ -241,7 +253,8 @@ def _objects(shown: Shown) -> float | None:
 def _color(shown: Shown) -> float | None:
     thing = shown.scene.things[0]
     captions = [[(f"a {one.color} {one.shape}", one.shape) for one in frame] for frame in shown.objects]
-    score = rules.is_colored(captions, f"a {thing.color} {thing.shape}", thing.color, tuple(world.COLORS))
+    # the shape alone: the rule takes "a " out of a prompt wherever it stands, in "magenta square" as well
+    score = rules.is_colored(captions, thing.shape, thing.color, tuple(world.COLORS))
     return None if score is None else float(score.value)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from dit_accel_pipelines.generate import opened
 from dit_accel_pipelines.progress import Stages
-from dit_accel_pipelines.request import EMBEDDED, Request, check_words, settle, side_car_path
+from dit_accel_pipelines.request import EMBEDDED, Request, check_words, embedded_name, settle, side_car_path
 
 from dit_accel import ConfigError
 from dit_accel.adapters import registry
 from dit_accel.estimate.estimate import estimate
 
 from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
+from .protocols import Protocol
 
 ASKED = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "solver")
 """What of a request an earlier video must have been made with, where it is asked for."""
@@ -66,6 +67,59 @@ def pieces(
         found += [
             Piece(prompt=one.text, path=folder / f"{one.text}-{number}.mp4", seed=first + number)
             for number in range(count)
+        ]
+    return found
+
+
+def sized(protocol: Protocol, making: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """Return what videos are made with, sizes and steps that were not asked for as a protocol's tables have them.
+
+    Args:
+        protocol: whose.
+        making: arguments of the request.
+        tell: is given a line where a model keeps its own.
+
+    Raises:
+        ConfigError: for a model that the protocol's tables don't have, unless all its sizes are asked for.
+    """
+    names = ("height", "width", "num_frames", "num_inference_steps")
+    if embedded_name(making["model"]) is not None:
+        tell(f"an embedded model is in no table of {protocol.name}; it keeps its own sizes")
+        return making
+    if all(making[name] is not None for name in names):
+        return making
+    size = protocol.size_of(making["model"])
+    if size is None:
+        return making
+    return making | {name: getattr(size, name) for name in names if making[name] is None}
+
+
+def protocol_pieces(
+    protocol: Protocol, texts: Sequence[str], folder: Path, samples: int | None, seed: int
+) -> list[Piece]:
+    """Return the videos to be made as a protocol's are called and seeded.
+
+    Args:
+        protocol: whose.
+        texts: its prompts, each once.
+        folder: of the videos.
+        samples: videos of each prompt; None: the protocol's.
+        seed: what is added to the protocol's seeds.
+
+    Raises:
+        ConfigError: for several videos of one prompt and one seed.
+    """
+    count = samples or protocol.samples
+    if protocol.seed == "0" and count > 1:
+        raise ConfigError(
+            f"protocol {protocol.name} has one seed for all its clips, got --samples {count}; leave it out"
+        )
+    found = []
+    for number, text in enumerate(dict.fromkeys(texts)):
+        first = {"0": seed, "i": seed, None: seed + number * count}[protocol.seed]
+        found += [
+            Piece(prompt=text, path=protocol.path(folder, number, text, place), seed=first + place)
+            for place in range(count)
         ]
     return found
 

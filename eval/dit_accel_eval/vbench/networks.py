@@ -1,4 +1,4 @@
-"""The networks that VBench's dimensions ask: each by the official weights, on one device, loaded when first asked."""
+"""The networks that VBench and its like ask: each by the official weights, on one device, loaded when first asked."""
 
 import types
 import warnings
@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from dit_accel import ConfigError
 
-from . import official, vit, weight_files, words
+from . import official, preference, sampling, vit, weight_files, words
+from .inception import inception
+from .sampling import Frames
 
 TOGETHER = 32
 """Frames that go through a network of features at once."""
@@ -23,6 +25,9 @@ CONTEXT, SHORT = 77, 32
 """Tokens of a text that CLIP and ViCLIP read."""
 
 RAFT_ROUNDS = 20
+
+I3D_LEAST = 10
+"""Frames of the shortest clip of which I3D gives something."""
 
 LEAST = 128
 """Pixels of the padded short side from which RAFT and AMT give numbers: their coarsest level has 2 cells then."""
@@ -84,6 +89,10 @@ class Networks:
         """Return DINO's features [F, D] of unit length, of frames as `sampling.for_dino` gives them."""
         return F.normalize(self._ask("dino", frames, lambda x, held: vit.dino(x, held, self.head)), dim=1)
 
+    def dinov2(self, frames: Tensor) -> Tensor:
+        """Return DINOv2's features [F, D] of unit length, of frames as `sampling.for_dinov2` gives them."""
+        return F.normalize(self._ask("dinov2", frames, lambda x, held: vit.dino(x, held, self.head)), dim=1)
+
     def clip(self, name: str, frames: Tensor) -> Tensor:
         """Return CLIP's embeddings [F, D] of unit length, of frames as `sampling.for_clip` gives them."""
         found = self._ask(name, frames, lambda x, held: vit.clip_video(x[:, :, None], held, "visual.", self.head))
@@ -118,6 +127,51 @@ class Networks:
         """Return the logits [classes] of the actions of Kinetics-400, of 16 frames."""
         clips = frames.transpose(0, 1)[None]
         return self._ask("umt", clips, lambda x, held: vit.umt(x, held, self.head))[0]
+
+    def inception(self, frames: Frames) -> Tensor:
+        """Return Inception's features [F, 2048] of uint8 frames, by which FID is measured."""
+        return self._ask("inception", sampling.tensor(frames) / 255, inception)
+
+    @cached_property
+    def _i3d(self) -> Any:
+        weight_files.hash_of("i3d", self.folder)
+        path = self.folder / weight_files.WEIGHT_FILES["i3d"].path
+        try:
+            with _quiet():
+                return torch.jit.load(path, map_location=self.device).eval()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{path} can't be read as TorchScript ({str(error).splitlines()[0]}); download it again"
+            ) from None
+
+    def i3d(self, frames: Frames) -> Tensor:
+        """Return I3D's 400 logits [1, 400] of a clip of uint8 frames, by which FVD is measured.
+
+        Raises:
+            ConfigError: for fewer than 10 frames.
+        """
+        if len(frames) < I3D_LEAST:
+            raise ConfigError(f"I3D takes {I3D_LEAST} frames and more, and there are {len(frames)}")
+        sized = sampling.resized(sampling.tensor(frames) / 127.5 - 1, (sampling.SIDE, sampling.SIDE), "bilinear")
+        clip = sized.transpose(0, 1)[None].to(self.device)
+        with torch.inference_mode():
+            return self._i3d(clip, rescale=False, resize=False, return_features=True).reshape(1, -1).cpu()
+
+    def pickscore(self, frames: Frames, text: str) -> float:
+        """Return PickScore of uint8 frames and a prompt, of which 77 tokens are read: the mean over frames."""
+        tokens = self._tokens(text, CONTEXT, cut=True).to(self.device)
+
+        def score(x: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+            plain = preference.by_openai(held)
+            return plain["logit_scale"].exp() * preference.cosines(x, tokens, plain)
+
+        return float(self._ask("pickscore", sampling.for_pickscore(frames), score).mean())
+
+    def hpsv2(self, frames: Frames, text: str) -> float:
+        """Return HPSv2.1 of uint8 frames and a prompt, of which 77 tokens are read: the mean over frames."""
+        tokens = self._tokens(text, CONTEXT, cut=True).to(self.device)
+        given = sampling.for_hps(frames)
+        return float(self._ask("hpsv2", given, lambda x, held: preference.cosines(x, tokens, held)).mean())
 
     @cached_property
     def _raft(self) -> Any:

@@ -205,18 +205,25 @@ def told(lines: Sequence[Line]) -> str:
 
 def table(lines: Sequence[Line]) -> str:
     """Return two Markdown tables: each proxy's rank correlation, and the world's scores by damage."""
-    rows = ["| dimension | metric | rank correlation within a scene | scenes |", "|---|---|---|---|"]
-    for dimension, names in PROXIES.items():
-        for name in names:
-            found = by_scene(lines, dimension, name)
-            said = str(bootstrap(found)) if found else "not measured"
-            rows.append(f"| {dimension} | `{name}` | {said} | {len(found)} |")
+    rows = correlations(lines, "scene")
     damages = [name for name in DAMAGES if any(line["damage"] == name for line in lines)]
     rows += ["", f"| name@world | {' | '.join(damages)} |", f"|---|{'---|' * len(damages)}"]
     for dimension in WORDS:
         cells = [_mean([line["world"].get(dimension) for line in lines if line["damage"] == name]) for name in damages]
         rows.append(f"| {dimension} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def correlations(lines: Sequence[Line], what: str) -> list[str]:
+    """Return the rows of a table of each proxy's rank correlation, a mean over scenes, which are called ``what``."""
+    rows = [f"| dimension | metric | rank correlation within a {what} | {what}s |", "|---|---|---|---|"]
+    for dimension, names in PROXIES.items():
+        for name in names:
+            found = by_scene(lines, dimension, name)
+            both = any(dimension in line["world"] and name in line["metrics"] for line in lines)
+            said = str(bootstrap(found)) if found else "constant" if both else "not measured"
+            rows.append(f"| {dimension} | `{name}` | {said} | {len(found)} |")
+    return rows
 
 
 def _mean(values: Sequence[float | None]) -> str:

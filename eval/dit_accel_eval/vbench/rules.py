@@ -4,7 +4,7 @@ Source: Huang et al., arXiv 2311.17982, as vbench 0.1.5 computes them.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from dit_accel import ConfigError
 from .sampling import Frames
 
 Numbers = npt.NDArray[np.float64]
+
+Flow = Callable[[Frames, Frames], Numbers]
+"""From one frame to another, [2, height, width] in pixels."""
 
 Box = Sequence[float]
 """Left, top, right, bottom, in pixels."""
@@ -111,7 +114,17 @@ def strongest(flow: Numbers, share: float) -> float:
     return float(lengths[-count:].mean())
 
 
-def is_dynamic(frames: Frames, flow: Callable[[Frames, Frames], Numbers]) -> VideoScore:
+def _on_256(pixels: float, frames: Frames) -> float:
+    """Return a length that is so many pixels on frames whose short side is 256."""
+    return pixels * min(frames.shape[1:3]) / 256
+
+
+def _moved(frames: Frames, flow: Flow, share: float, least: float) -> Iterator[int]:
+    """Give, pair by pair of neighbours, how many moved so far: the longest share of the flow by more than ``least``."""
+    return itertools.accumulate(int(strongest(flow(*pair), share) > least) for pair in itertools.pairwise(frames))
+
+
+def is_dynamic(frames: Frames, flow: Flow) -> VideoScore:
     """Return whether at least round(4 N / 16) of the pairs of N frames move by more than 6 pixels on 256.
 
     The official code calls any 2 frames a moving video, since round(0.5) is 0, and 1 frame a still one; both are
@@ -122,16 +135,11 @@ def is_dynamic(frames: Frames, flow: Callable[[Frames, Frames], Numbers]) -> Vid
         flow: from one frame to the other, [2, height, width] in pixels; its strongest 5 % count.
     """
     enough(len(frames), 3, " at about 8 a second")
-    least, needed = 6 * min(frames.shape[1:3]) / 256, round(4 * len(frames) / 16)
-    moved = 0
-    for one, two in itertools.pairwise(frames):
-        moved += strongest(flow(one, two), 0.05) > least
-        if moved >= needed:
-            return VideoScore(value=True)
-    return VideoScore(value=False)
+    needed = round(4 * len(frames) / 16)
+    return VideoScore(value=any(count >= needed for count in _moved(frames, flow, 0.05, _on_256(6, frames))))
 
 
-def is_static(frames: Frames, flow: Callable[[Frames, Frames], Numbers]) -> bool:
+def is_static(frames: Frames, flow: Flow) -> bool:
     """Return whether a video stands still: at most K = round(2 N / 16) pairs may move by more than T = 3 pixels on 256.
 
     The first frame and the last may lie 2 K T apart, either way. Of up to 4 frames K is 0, and not even a rounding
@@ -142,12 +150,9 @@ def is_static(frames: Frames, flow: Callable[[Frames, Frames], Numbers]) -> bool
         flow: from one frame to the other, [2, height, width] in pixels; its strongest 2 % count.
     """
     enough(len(frames), 5, " for the static filter")
-    least, allowed = 3 * min(frames.shape[1:3]) / 256, round(2 * len(frames) / 16)
-    moved = 0
-    for one, two in itertools.pairwise(frames):
-        moved += strongest(flow(one, two), 0.02) > least
-        if moved > allowed:
-            return False
+    least, allowed = _on_256(3, frames), round(2 * len(frames) / 16)
+    if any(count > allowed for count in _moved(frames, flow, 0.02, least)):
+        return False
     ends = ((frames[0], frames[-1]), (frames[-1], frames[0]))
     return all(strongest(flow(*pair), 0.02) <= 2 * allowed * least for pair in ends)
 

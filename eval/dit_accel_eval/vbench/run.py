@@ -15,6 +15,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 from ..results import Line, append_line, read_lines
 from . import rules
+from .long import SUBJECT, Long
 from .measures import WAYS, Means, flow_by
 from .observations import KINDS
 from .prompts import FLICKERING, SAMPLES, Prompt, Wanted, for_filter, served
@@ -35,6 +36,7 @@ class Job:
         means: networks and observations.
         tell: is given a line of progress.
         warn: is given what should be known of the scores.
+        long: how long videos are cut and scored; None: videos are scored whole.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Job:
     means: Means
     tell: Callable[[str], None]
     warn: Callable[[str], None]
+    long: Long | None = None
 
     @property
     def lines(self) -> Path:
@@ -88,7 +91,7 @@ def evaluate(job: Job, wanted: dict[str, list[Wanted]]) -> dict[str, list[Any]]:
     Raises:
         ConfigError: for a video that can't be read or measured, by name.
     """
-    used = {name: job.means.networks.hashes(_networks(name, job.means)) for name in wanted}
+    used = {name: _used(job, name) for name in wanted}
     found: dict[str, list[Any]] = {}
     for name, videos in wanted.items():
         job.tell(f"{name}: {sum(len(one.paths) for one in videos)} videos")
@@ -106,9 +109,16 @@ def evaluate(job: Job, wanted: dict[str, list[Wanted]]) -> dict[str, list[Any]]:
     return found
 
 
-def _networks(name: str, means: Means) -> tuple[str, ...]:
-    """Return the files of weights that a dimension asks; none where observations take their place."""
-    return () if WAYS[name].observed and means.observations.has(name) else WAYS[name].networks
+def _used(job: Job, name: str) -> dict[str, str]:
+    """Return the hashes of what a dimension's scores rest on; none where observations take the networks' place."""
+    if WAYS[name].observed and job.means.observations.has(name):
+        return {}
+    names = WAYS[name].networks
+    if job.long is None:
+        return job.means.networks.hashes(names)
+    names += ("dinov2",) if name == SUBJECT and job.long.fast is not None else ()
+    names += ("raft",) if name == FLICKERING and not job.long.filtered else ()
+    return job.means.networks.hashes(names) | job.long.told(name)
 
 
 class _Scorer:
@@ -155,7 +165,12 @@ def _scored(
 
 
 def _measured(job: Job, name: str, prompt: Prompt, video: Video) -> VideoScore | None:
-    return WAYS[name].measure(video, prompt, job.means)
+    def measure(one: Video) -> VideoScore | None:
+        return WAYS[name].measure(one, prompt, job.means)
+
+    if job.long is None:
+        return measure(video)
+    return job.long.score(name, video, prompt.dimensions, measure, job.means.networks)
 
 
 def no_filter(job: Job) -> str | None:

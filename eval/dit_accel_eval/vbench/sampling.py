@@ -147,11 +147,7 @@ def for_clip(frames: Frames, *, rounded: bool = False) -> Tensor:
 
 def for_clip_pictures(frames: Frames) -> Tensor:
     """Return the middle 224 x 224 pixels of frames as Pillow resizes them, bicubic with antialiasing."""
-    from PIL import Image
-
-    height, width = short_side(frames, SIDE)
-    pictures = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
-    return scaled(centre(tensor(np.stack([np.asarray(picture) for picture in pictures]))), CLIP)
+    return scaled(centre(_pictures(frames, short_side(frames, SIDE))), CLIP)
 
 
 def for_musiq(frames: Frames) -> Tensor:
@@ -170,3 +166,37 @@ def for_umt(frames: Frames) -> Tensor:
     height, width = short_side(frames, 256)
     sized = np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR) for frame in frames])
     return scaled(centre(tensor(sized)), IMAGENET)
+
+
+def for_dinov2(frames: Frames) -> Tensor:
+    """Return the middle 224 x 224 pixels of frames with a short side of 256, as 8-bit tensors are resized, bicubic."""
+    sized = resized(tensor(frames), short_side(frames, 256), "bicubic")
+    return scaled(centre(sized.clamp(0, 255).round()), IMAGENET)
+
+
+def for_pickscore(frames: Frames) -> Tensor:
+    """Return the middle 224 x 224 pixels of frames as transformers' CLIP prepares pictures, bicubic with antialiasing.
+
+    Its corner is cut off to a whole number, where VBench's is rounded.
+    """
+    sized = _pictures(frames, short_side(frames, SIDE))
+    top, left = ((length - SIDE) // 2 for length in sized.shape[2:])
+    return scaled(sized[:, :, top : top + SIDE, left : left + SIDE], CLIP)
+
+
+def for_hps(frames: Frames) -> Tensor:
+    """Return frames whose long side is 224 pixels on black squares, bicubic with antialiasing: [F, 3, 224, 224]."""
+    scale = SIDE / max(frames.shape[1:3])
+    height, width = (round(length * scale) for length in frames.shape[1:3])
+    down, right = SIDE - height, SIDE - width
+    sized = _pictures(frames, (height, width))
+    return scaled(F.pad(sized, (right // 2, right - right // 2, down // 2, down - down // 2)), CLIP)
+
+
+def _pictures(frames: Frames, size: Sequence[int]) -> Tensor:
+    """Return frames in 0..255 as Pillow resizes them, bicubic with antialiasing: [F, 3, height, width]."""
+    from PIL import Image
+
+    shape = (size[1], size[0])
+    pictures = [Image.fromarray(frame).resize(shape, Image.Resampling.BICUBIC) for frame in frames]
+    return tensor(np.stack([np.asarray(picture) for picture in pictures]))

@@ -1,8 +1,8 @@
-"""The transformers behind VBench, as functions of their published weights: DINO, UMT, CLIP and ViCLIP.
+"""The transformers behind VBench, as functions of their published weights: DINO, UMT, CLIP, OpenCLIP and ViCLIP.
 
-Sources: DINO (Caron et al., arXiv 2104.14294), UMT (Li et al., arXiv 2303.16058), ViCLIP (Wang et al., arXiv
-2307.06942), CLIP (Radford et al., arXiv 2103.00020). Depth and width are those of the weights; heads are 64 wide in
-all of them.
+Sources: DINO (Caron et al., arXiv 2104.14294), DINOv2 (Oquab et al., arXiv 2304.07193), UMT (Li et al., arXiv
+2303.16058), ViCLIP (Wang et al., arXiv 2307.06942), CLIP (Radford et al., arXiv 2103.00020). Depth and width are those
+of the weights; heads are 64 wide in all but OpenCLIP's larger towers.
 """
 
 import re
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Weights = Mapping[str, Tensor]
+Act = Callable[[Tensor], Tensor]
 
 HEAD = 64
 """Width of a head."""
@@ -28,7 +29,7 @@ def dino(frames: Tensor, weights: Weights, head: int = HEAD) -> Tensor:
 
     Args:
         frames: normalized [F, 3, height, width]; what is left of patches at the right and below is not seen.
-        weights: of DINO's own checkpoint.
+        weights: of DINO's or DINOv2's own checkpoint.
         head: width of a head.
     """
     patches = F.conv2d(frames, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], _stride(weights))
@@ -69,7 +70,7 @@ def sines(frames: int, side: int, width: int, trained: int = 8) -> Tensor:
     return between.permute(2, 0, 1).reshape(1, -1, width)
 
 
-def clip_video(clips: Tensor, weights: Weights, at: str, head: int = HEAD) -> Tensor:
+def clip_video(clips: Tensor, weights: Weights, at: str, head: int = HEAD, act: Act = quick_gelu) -> Tensor:
     """Return the embeddings of clips, [B, D], by CLIP's picture tower or ViCLIP's of clips.
 
     Args:
@@ -77,6 +78,7 @@ def clip_video(clips: Tensor, weights: Weights, at: str, head: int = HEAD) -> Te
         weights: of the checkpoint.
         at: what the tower's names begin with: ``visual.`` or ``vision_encoder.``.
         head: width of a head.
+        act: OpenCLIP's towers have GELU itself.
     """
     kernel = weights[f"{at}conv1.weight"]
     kernel = kernel[:, :, None] if kernel.ndim == 4 else kernel
@@ -90,11 +92,11 @@ def clip_video(clips: Tensor, weights: Weights, at: str, head: int = HEAD) -> Te
     x = torch.cat([first, x.flatten(1, 2)], 1)
     x = _norm(x, weights, f"{at}ln_pre", 1e-5)
     for block in _blocks(weights, f"{at}transformer.resblocks"):
-        x = _clip_block(x, weights, block, head)
+        x = _clip_block(x, weights, block, head, act)
     return _norm(x[:, 0], weights, f"{at}ln_post", 1e-5) @ weights[f"{at}proj"]
 
 
-def clip_text(tokens: Tensor, weights: Weights, at: str, head: int = HEAD) -> Tensor:
+def clip_text(tokens: Tensor, weights: Weights, at: str, head: int = HEAD, act: Act = quick_gelu) -> Tensor:
     """Return the embeddings of texts, [B, D], at the last token, by CLIP's or ViCLIP's text tower.
 
     Args:
@@ -102,11 +104,12 @@ def clip_text(tokens: Tensor, weights: Weights, at: str, head: int = HEAD) -> Te
         weights: of the checkpoint.
         at: what the tower's names begin with: nothing or ``text_encoder.``.
         head: width of a head.
+        act: as of pictures.
     """
     x = F.embedding(tokens, weights[f"{at}token_embedding.weight"])
     x = x + weights[f"{at}positional_embedding"][: tokens.shape[1]]
     for block in _blocks(weights, f"{at}transformer.resblocks"):
-        x = _clip_block(x, weights, block, head, causal=True)
+        x = _clip_block(x, weights, block, head, act, causal=True)
     x = _norm(x, weights, f"{at}ln_final", 1e-5)
     return x[torch.arange(len(x)), tokens.argmax(1)] @ weights[f"{at}text_projection"]
 
@@ -124,21 +127,22 @@ def _positions(trained: Tensor, down: int, right: int) -> Tensor:
 
 
 def _timm_block(x: Tensor, weights: Weights, at: str, head: int) -> Tensor:
-    """Return a block of DINO's or UMT's, which has biases of queries and values alone."""
+    """Return a block of DINO's or UMT's, which has biases of queries and values alone; DINOv2 scales what each adds."""
     kernel, bias = weights[f"{at}.attn.qkv.weight"], weights.get(f"{at}.attn.qkv.bias")
     if bias is None:
         query, value = weights[f"{at}.attn.q_bias"], weights[f"{at}.attn.v_bias"]
         bias = torch.cat([query, torch.zeros_like(value), value])
     mixed = F.linear(_norm(x, weights, f"{at}.norm1", 1e-6), kernel, bias)
-    x = x + _linear(_attention(mixed, head), weights, f"{at}.attn.proj")
-    return x + _mlp(_norm(x, weights, f"{at}.norm2", 1e-6), weights, f"{at}.mlp.fc1", f"{at}.mlp.fc2", F.gelu)
+    x = x + weights.get(f"{at}.ls1.gamma", 1.0) * _linear(_attention(mixed, head), weights, f"{at}.attn.proj")
+    more = _mlp(_norm(x, weights, f"{at}.norm2", 1e-6), weights, f"{at}.mlp.fc1", f"{at}.mlp.fc2", F.gelu)
+    return x + weights.get(f"{at}.ls2.gamma", 1.0) * more
 
 
-def _clip_block(x: Tensor, weights: Weights, at: str, head: int, *, causal: bool = False) -> Tensor:
+def _clip_block(x: Tensor, weights: Weights, at: str, head: int, act: Act, *, causal: bool = False) -> Tensor:
     inner = _norm(x, weights, f"{at}.ln_1", 1e-5)
     mixed = F.linear(inner, weights[f"{at}.attn.in_proj_weight"], weights[f"{at}.attn.in_proj_bias"])
     x = x + _linear(_attention(mixed, head, causal=causal), weights, f"{at}.attn.out_proj")
-    return x + _mlp(_norm(x, weights, f"{at}.ln_2", 1e-5), weights, f"{at}.mlp.c_fc", f"{at}.mlp.c_proj", quick_gelu)
+    return x + _mlp(_norm(x, weights, f"{at}.ln_2", 1e-5), weights, f"{at}.mlp.c_fc", f"{at}.mlp.c_proj", act)
 
 
 def _attention(mixed: Tensor, head: int, *, causal: bool = False) -> Tensor:
@@ -147,7 +151,7 @@ def _attention(mixed: Tensor, head: int, *, causal: bool = False) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(2)
 
 
-def _mlp(x: Tensor, weights: Weights, wide: str, narrow: str, act: Callable[[Tensor], Tensor]) -> Tensor:
+def _mlp(x: Tensor, weights: Weights, wide: str, narrow: str, act: Act) -> Tensor:
     return _linear(act(_linear(x, weights, wide)), weights, narrow)
 
 

@@ -1,6 +1,7 @@
-"""The files of weights that VBench's networks need: where each lies, where it comes from, and its hash.
+"""The files of weights of VBench's networks and some others: where each lies, where it comes from, and its hash.
 
-The folder is laid out as the official cache (``~/.cache/vbench`` or ``$VBENCH_CACHE_DIR``), which can be used as it is.
+The folder is laid out as the official cache (``~/.cache/vbench`` or ``$VBENCH_CACHE_DIR``), which can be used as it is;
+Inception, I3D, HPSv2 and PickScore, which VBench does not ask, lie in folders beside.
 """
 
 import hashlib
@@ -39,6 +40,11 @@ class WeightFile:
     source: str
     sha256: str = ""
     hub: tuple[str, str] | None = None
+
+
+def _on_hub(name: str, folder: str, repository: str, file: str) -> WeightFile:
+    source = f"https://huggingface.co/{repository}/resolve/main/{file}"
+    return WeightFile(name=name, path=f"{folder}/{file}", source=source, hub=(repository, file))
 
 
 _ALL = (
@@ -83,6 +89,18 @@ _ALL = (
     WeightFile(
         name="viclip", path=f"ViCLIP/{_VICLIP}", source=f"{_RESOLVED}/{_VICLIP}", hub=(_HUB, _VICLIP),
     ),
+    WeightFile(
+        name="dinov2", path="dinov2_model/dinov2_vitb14_pretrain.pth",
+        source="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    ),
+    WeightFile(
+        name="inception", path="inception_model/pt_inception-2015-12-05-6726825d.pth", sha256="6726825d",
+        source="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
+    ),
+    _on_hub("i3d", "i3d_model", "flateon/FVD-I3D-torchscript", "i3d_torchscript.pt"),
+    _on_hub("hpsv2", "hps_model", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    _on_hub("pickscore", "pickscore_model", "yuvalkirstain/PickScore_v1", "model.safetensors"),
 )  # fmt: skip
 
 WEIGHT_FILES: dict[str, WeightFile] = {one.name: one for one in _ALL}
@@ -170,6 +188,10 @@ def _scripted(path: Path) -> dict[str, Any]:
 
 def _plain(path: Path) -> dict[str, Any]:
     """Return a checkpoint's tensors, out of the one entry that holds them where there is one."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
     held = torch.load(path, map_location="cpu", weights_only=True)
     for entry in ("state_dict", "model", "module"):
         if isinstance(held.get(entry), dict):

@@ -1,0 +1,63 @@
+"""The options of `dit-accel eval vbench`, by panel."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+VIDEOS, MAKING, AGAINST = "Videos", "Making videos", "Against a reference"
+
+
+def _one(panel: str | None, words: str, metavar: str | None = None, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=words, rich_help_panel=panel, metavar=metavar, **more)
+
+
+Totals = Annotated[
+    Path | None, _one(None, "JSON of all sixteen raw scores, of which to print the totals.", "SCORES.json")
+]
+Name = Annotated[str | None, _one(None, "What result files begin with; default: the videos' folder.", "NAME")]
+Device = Annotated[str | None, _one(None, "Default: cpu for networks, the accelerator for --generate.", "DEVICE")]
+
+Videos = Annotated[Path | None, _one(VIDEOS, "Folder of videos {prompt}-{i}.mp4.", "DIR")]
+Dimensions = Annotated[
+    list[str] | None,
+    _one(VIDEOS, "May be repeated. Default: all that can be measured here.", None, "--dimension", "-d"),
+]
+FullInfo = Annotated[Path | None, _one(VIDEOS, "Official prompts; default: the vbench package's.", "JSON")]
+Samples = Annotated[int | None, _one(VIDEOS, "Videos of each prompt; default: 5.", min=1)]
+Subset = Annotated[int | None, _one(VIDEOS, "Only the first so many prompts of each dimension.", min=1)]
+Filtered = Annotated[bool, _one(VIDEOS, "temporal_flickering's videos passed its filter.", None, "--filtered")]
+Custom = Annotated[bool, _one(VIDEOS, "Any videos, of prompts of one's own.", None, "--custom")]
+Prompts = Annotated[
+    Path | None,
+    _one(VIDEOS, "JSON {file name: prompt}; default: the files' names. With --generate: a prompt a line.", "FILE"),
+]
+Long = Annotated[bool, _one(VIDEOS, "VBench-Long: clips of 2 or 10 s, a score each.", None, "--long")]
+LongConfig = Annotated[
+    Path | None,
+    _one(VIDEOS, "Copy of vbench2_beta_long/configs, for subject_consistency between clips.", "DIR"),
+]
+Folder = Annotated[
+    Path | None, _one(VIDEOS, "Weights, laid out as VBench's cache; default: see eval setup --tier 2.", "DIR")
+]
+Observed = Annotated[Path | None, _one(VIDEOS, "JSON lines of what GRiT, Tag2Text or UMT saw elsewhere.", "FILE")]
+Output = Annotated[Path, _one(VIDEOS, "Folder of the results.", "DIR", "--output", "-o")]
+
+Reference = Annotated[Path | None, _one(AGAINST, "Clips of the same names that the videos should be.", "DIR")]
+Convention = Annotated[
+    str | None,
+    _one(AGAINST, "PSNR, SSIM, LPIPS as svg, teacache, cache-dit or fastvideo have them; with --generate their sizes "
+         "and names.", "NAME"),
+]  # fmt: skip
+
+Generate = Annotated[bool, _one(MAKING, "Make the videos instead of measuring them.", None, "--generate")]
+Model = Annotated[str | None, _one(MAKING, "Hub id, folder or embedded model.", "ID|FOLDER|NAME")]
+Pixels = Annotated[int | None, _one(MAKING, "In pixels.", "PIXELS")]
+Frames = Annotated[int | None, _one(MAKING, "Frames of each.")]
+Steps = Annotated[int | None, _one(MAKING, "Denoising steps.")]
+Guidance = Annotated[float | None, _one(MAKING, "Guidance scale.")]
+Fps = Annotated[float | None, _one(MAKING, "Frames per second of the files; default: as generate.")]
+Dtype = Annotated[str | None, _one(MAKING, "Of the model's weights.", "DTYPE")]
+Offload = Annotated[str, _one(MAKING, "none, model, sequential or group.", "HOW")]
+Seed = Annotated[int, _one(MAKING, "Of the first prompt's first video.")]
+Shard = Annotated[str | None, _one(MAKING, "The i-th of n shares of the work, i from 0.", "i/n")]

@@ -1,0 +1,152 @@
+"""Arms judged by VBench's names: what prompts ask for, runs that go on, and the table's verdicts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dit_accel_assets import clips, held_out_prompts, painter
+from dit_accel_eval.results import read_lines
+from dit_accel_eval.suite import read_suite
+from dit_accel_eval.vbench import judged
+from dit_accel_eval.vbench.asked import model_scores, numbers, scene_of
+from dit_accel_eval.vbench.embedded import TAKES_TIME
+
+from dit_accel import ConfigError
+
+SUITES = Path(__file__).parents[2] / "eval" / "suites"
+
+
+def test_scenes_are_those_of_the_models_prompts():
+    for number, prompt in enumerate(held_out_prompts("wan-tiny", 12)):
+        scene = scene_of("wan-tiny", number)
+        if "white" in prompt:
+            assert scene is None
+            continue
+        assert scene is not None
+        thing = scene.things[0]
+        told = f"a {thing.color} {thing.shape} {thing.motion} {thing.speed}".strip()
+        assert prompt == f"{told} on a {scene.ground} background"
+    assert all("white" not in held_out_prompts("wan-tiny", at + 1)[at] for at in numbers("wan-tiny", 8))
+    assert numbers("flux-tiny", 3) == [0, 1, 2]
+    for number, prompt in enumerate(held_out_prompts("flux-tiny", 6)):
+        scene = scene_of("flux-tiny", number)
+        assert scene is not None
+        assert all(thing.color in prompt and thing.motion == "still" for thing in scene.things)
+        assert scene.ground in prompt
+    with pytest.raises(ConfigError, match="the scenes behind 'other''s prompts are not known"):
+        scene_of("other", 0)
+
+
+def test_drawn_clips_score_what_they_were_asked_for():
+    number = numbers("wan-tiny", 1)[0]
+    _, _, frames = clips.clip_of(number, held_out=True)
+    found = model_scores("wan-tiny", number, (frames / 255).astype(np.float32))
+    for name in ("object_class", "color", "scene", "human_action", "overall_consistency"):
+        assert found[name] == 1, name
+    for name in ("subject_consistency", "background_consistency", "motion_smoothness"):
+        assert found[name] > 0.9, name
+    assert not {"appearance_style", "temporal_style", "multiple_objects", "imaging_quality"} & set(found)
+    backwards = model_scores("wan-tiny", number, (frames[::-1] / 255).astype(np.float32))
+    assert (backwards["human_action"], backwards["overall_consistency"]) == (0, 0.75)
+    white = next(at for at in range(50) if "white" in held_out_prompts("wan-tiny", at + 1)[at])
+    with pytest.raises(ConfigError, match="asks for a white object"):
+        model_scores("wan-tiny", white, (frames / 255).astype(np.float32))
+
+
+def test_of_pictures_nothing_is_asked_that_takes_time():
+    scene = scene_of("flux-tiny", 0)
+    assert scene is not None
+    frames = (painter.draw(scene, 1) / 255).astype(np.float32)
+    found = model_scores("flux-tiny", 0, frames)
+    assert not set(TAKES_TIME) & set(found)
+    assert all(
+        found[name] == 1 for name in ("object_class", "multiple_objects", "color", "scene", "overall_consistency")
+    )
+
+
+@pytest.fixture
+def suite(tmp_path) -> Path:
+    (tmp_path / "suites").mkdir()
+    path = tmp_path / "suites" / "s.toml"
+    path.write_text("""version = 2
+name = "s"
+model = "wan-tiny"
+clips = 1
+call = { num_frames = 5 }
+[[arm]]
+name = "unipc"
+num_inference_steps = [2, 1]
+[[arm]]
+name = "easycache"
+num_inference_steps = 2
+easycache = { threshold = 0.1 }
+""")
+    return path
+
+
+def test_a_run_goes_on_where_it_stopped_and_prints_its_table(suite, capsys):
+    out = suite.parent.parent / "results" / "s.jsonl"
+    assert judged.main([str(suite)]) == 0
+    lines = read_lines(out)
+    assert [line["arm"] for line in lines] == ["unipc 2", "unipc 1", "easycache"]
+    assert [line["work"] for line in lines[:2]] == [2, 1]
+    assert all(0 < line["metrics"]["flickering"] <= 1 for line in lines)
+    told = capsys.readouterr()
+    assert "| name@world | clips | unipc 2 | unipc 1 | easycache |" in told.out
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]) + '{"arm": "easyc')  # stopped
+    assert judged.main([str(suite)]) == 0
+    assert [line["arm"] for line in read_lines(out)] == ["unipc 2", "unipc 1", "easycache"]
+    assert capsys.readouterr().err.count("steps' work") == 1
+    lines[0]["num_inference_steps"] = 3
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert judged.main([str(suite)]) == 2
+    assert "holds results of arm 'unipc 2' with num_inference_steps 3" in capsys.readouterr().err
+
+
+def line(arm: str, clip: int, **world: float) -> dict:
+    return {"arm": arm, "clip": clip, "work": 2.0, "work_real": 2.0, "world": world}
+
+
+def test_the_table_tells_what_is_ahead_or_behind_and_what_stands(suite):
+    read = read_suite(suite)
+    lines = []
+    for clip in range(12):
+        few = {"object_class": 1.0} if clip < 6 else {}
+        fewer = {name: 0.9 for name in few}
+        lines += [
+            line("unipc 2", clip, color=0.9, scene=0.5 + clip / 100, **few),
+            line("unipc 1", clip, color=0.4, scene=0.5, **fewer),
+            line("easycache", clip, color=0.9, scene=0.5 + (clip % 3) / 100, **fewer),
+        ]
+    rows = judged.table(read, lines).splitlines()
+    assert "| *own work, steps* | 12 | 2.0 | 2.0 | 2.0 |" in rows
+    assert "| color | 12 | 0.90 | **0.40 behind** | 0.90 |" in rows
+    assert "| scene | 12 | 0.56 | **0.50 behind** | **0.51 behind** |" in rows
+    assert "| object_class | 6 | 1.00 | 0.90 behind | 0.90 behind |" in rows  # of 6 clips nothing stands
+    assert rows[-1].startswith("Not told of this model's clips: subject_consistency, background_consistency")
+    assert "color" not in rows[-1]
+    assert "| color | 11 |" in judged.table(read, lines[:-1])  # a clip of which an arm is missing is left out
+
+
+def test_metrics_are_ranked_with_the_names_over_a_clips_arms(suite):
+    read = read_suite(suite)
+    lines = []
+    for clip in range(2):
+        for place, arm in enumerate(("unipc 2", "unipc 1", "easycache")):
+            turned = place if clip == 0 else -place
+            lines.append(line(arm, clip, motion_smoothness=place / 10) | {"metrics": {"smoothness@rife": turned / 5}})
+    told = judged.table(read, lines)
+    assert "| motion_smoothness | `smoothness@rife` | 0.00 [-1.00, 1.00] | 2 |" in told
+    assert "| dimension | metric | rank correlation within a clip | clips |" in told
+    assert "rank correlation" not in judged.table(read, [one | {"metrics": {}} for one in lines])
+
+
+def test_suites_begin_with_the_dense_run(suite, capsys):
+    for path in judged.SUITES:
+        judged.check_suite(read_suite(SUITES / path.name))
+    steps = "num_inference_steps = [2, 1]"
+    other = suite.read_text().replace('"unipc"', '"other"')
+    suite.write_text(other.replace(steps, f"{steps}\neasycache = {{ threshold = 0.2 }}"))
+    assert judged.main([str(suite)]) == 2
+    assert "put the dense run first" in capsys.readouterr().err
