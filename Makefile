@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo test test-slow test-all test-diffusers bench bench-gpu tables weights types lint format setup clean
+.PHONY: demo report test test-slow test-all test-diffusers bench bench-gpu tables weights types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.demo --out demo
@@ -31,22 +31,33 @@ bench-gpu:
 
 # every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped
 SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny blocks-wan-tiny blocks-flux-tiny
-CHOICES := profiling-wan-tiny profiling-flux-tiny
+JUDGED := profiling-wan-tiny profiling-flux-tiny guidance-wan-tiny guidance-flux-tiny longer-wan-tiny larger-flux-tiny
+TIMED := caches-time-wan-tiny blocks-time-wan-tiny blocks-time-flux-tiny
 RESULTS := eval/results
+REPORTS := report-wan-tiny report-flux-tiny
 WORKERS ?= 2
 
-tables: $(VENV)/.ready $(SUITES:%=suite-%) $(CHOICES:%=choices-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
-	$(BIN)/python -m dit_accel_eval.longer eval/suites/longer-wan-tiny.toml
+tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
 	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-tiny.toml
 	$(BIN)/python -m dit_accel_eval.dropped_mass
+	$(BIN)/python -m dit_accel_eval.every_set
+	$(BIN)/python -m dit_accel_eval.vbench.proxies
+	$(BIN)/python -m dit_accel_eval.vbench.judged
 	$(BIN)/python -m dit_accel_eval.readme
 
 suite-%: $(VENV)/.ready
-	$(BIN)/python -m dit_accel_eval.compare eval/suites/$*.toml --workers $(WORKERS)
+	$(BIN)/dit-accel eval run eval/suites/$*.toml --workers $(WORKERS)
 	$(BIN)/python -m dit_accel_eval.plots eval/suites/$*.toml
 
-choices-%: $(VENV)/.ready
-	$(BIN)/python -m dit_accel_eval.compare eval/suites/$*.toml --workers $(WORKERS)
+run-%: $(VENV)/.ready
+	$(BIN)/dit-accel eval run eval/suites/$*.toml --workers $(WORKERS)
+
+timed-%: $(VENV)/.ready
+	$(BIN)/dit-accel eval run eval/suites/$*.toml --time
+
+# both embedded models over the methods and their main combinations, on one page that opens offline
+report: $(REPORTS:%=run-%)
+	$(BIN)/dit-accel eval report $(REPORTS:%=$(RESULTS)/%.jsonl) -o report.html
 
 kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py --out $@
@@ -74,7 +85,7 @@ format: $(VENV)/.ready-dev
 setup: $(VENV)/.ready-dev
 
 clean:
-	rm -rf $(VENV) .diffusers build dist demo *.egg-info
+	rm -rf $(VENV) .diffusers build dist demo report.html *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

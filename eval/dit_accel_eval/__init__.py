@@ -2,8 +2,8 @@
 
 from .bench_command import bench_model
 from .commands import eval_app
-from .tune import tune_method
+from .tune import tune_app
 
-COMMANDS = {"bench": bench_model, "eval": eval_app, "tune": tune_method}
+COMMANDS = {"bench": bench_model, "eval": eval_app, "tune": tune_app}
 
 __all__ = ["COMMANDS"]

@@ -29,7 +29,7 @@ from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from .counting import Counter, Counts, attended, work
-from .denoising_time import processor
+from .machine import processor
 from .real_shapes import Inputs, make_model, to_device
 from .results import Line
 

@@ -79,7 +79,12 @@ def bench_model(
     _show(lines)
     if not quiet:
         absent = [line["arm"].removeprefix("dense, ") for line in lines if "reason" in line and line["kind"] == "dense"]
-        TALK.print(f"backends that do not run here: {', '.join(absent) or 'none'}", markup=False, soft_wrap=True)
+        told(f"backends that do not run here: {', '.join(absent) or 'none'}")
+    _check_ran(lines)
+
+
+def _check_ran(lines: list[dict[str, Any]]) -> None:
+    """Raise `ConfigError` for methods that were asked for and can't run here."""
     failed = [f"{line['arm']}: {line['reason']}" for line in lines if "reason" in line and line["kind"] == "method"]
     if failed:
         raise ConfigError(f"asked for, but it can't run here: {'; '.join(failed)}")

@@ -12,8 +12,8 @@ from dit_accel_pipelines.media import read_image, read_video
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
-from .fidelity import Clip
 from .kept import strip_frames
+from .metrics.metric import Clip
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")

@@ -1,7 +1,8 @@
 """The commands of `dit-accel eval`; what they need is loaded when they run."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from dit_accel_pipelines.options import RUN, Json
@@ -10,6 +11,10 @@ from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
 from .vbench.command import evaluate
+
+if TYPE_CHECKING:
+    from .job import Job
+    from .results import Line
 
 eval_app = typer.Typer(name="eval", help="Compare settings with converged runs on an embedded model, and report.")
 eval_app.command("vbench")(evaluate)
@@ -32,6 +37,9 @@ def run_suite(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of dense runs; default: in the user's cache folder.", metavar="DIR")
     ] = None,
+    only_table: Annotated[
+        bool, typer.Option("--table", help="Print the table of what has run, and generate nothing.")
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress, notes or table.", rich_help_panel=RUN)
     ] = False,
@@ -39,7 +47,8 @@ def run_suite(
     """Run a suite: every arm on every clip, held against a converged run and against fewer steps.
 
     Each run is a JSON line, written as it ends. A suite that was stopped goes
-    on where it stopped; one that is whole only prints its table.
+    on where it stopped; one that is whole only prints its table. Suites with a
+    judge, such as longer-wan-tiny.toml, judge clips by themselves.
 
     Examples:
 
@@ -49,40 +58,58 @@ def run_suite(
 
     dit-accel eval report smoke.jsonl -o smoke.html
     """
-    from dit_accel_pipelines.ranks import Ranks
-
-    from .compare import Job, check_timing, clips_of, default_out, run
-    from .comparison import table
-    from .reference import AGREE, default_cache
+    from .job import Job, check_timing, default_out
+    from .reference import default_cache
     from .results import read_lines
-    from .run_progress import SuiteProgress
     from .suite import read_suite
 
     check_timing(timed, workers)
-    quiet = quiet or not Ranks().first
     read = read_suite(suite)
-    file, wanted = out or default_out(suite, read), clips_of(read, clips)
-    talk = not quiet and not TALK.is_terminal
     job = Job(
-        suite=read, out=file, cache=cache or default_cache(), timed=timed, threads=threads if timed else 1,
-        frames=frames, talk=talk,
+        suite=read, out=out or default_out(suite, read), cache=cache or default_cache(), timed=timed,
+        threads=threads if timed else 1, frames=frames, talk=not quiet and not TALK.is_terminal,
     )  # fmt: skip
-    with SuiteProgress(read, wanted, quiet=quiet) as watch:
-        run(job, wanted, workers=workers, watch=watch)
-    lines = read_lines(file)
-    if quiet:
-        return
-    print(table(read, lines))
-    apart = {line["clip"]: line for line in lines if line["reference_agreement"] < AGREE}
+    if not only_table:
+        quiet = _run(job, clips, workers, quiet)
+    if not quiet:
+        _show_run(job, read_lines(job.out), written=not only_table)
+
+
+def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> bool:
+    """Run what a job's file does not hold yet; returns whether this process is to print nothing."""
+    from dit_accel_pipelines.ranks import Ranks
+
+    from .compare import run
+    from .job import clips_of
+    from .run_progress import SuiteProgress
+
+    quiet = quiet or not Ranks().first
+    wanted = clips_of(job.suite, clips)
+    with SuiteProgress(job.suite, wanted, quiet=quiet) as watch:
+        run(dataclasses.replace(job, talk=job.talk and not quiet), wanted, workers=workers, watch=watch)
+    return quiet
+
+
+def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:
+    """Print a suite's table, and what to know of it."""
+    from .judges import suite_table
+    from .reference import AGREE
+
+    print(suite_table(job.suite, lines))
+    apart = {line["clip"]: line for line in lines if line.get("reference_agreement", AGREE) < AGREE}
     for clip, line in sorted(apart.items()):
         found = f"{line['reference_steps']} steps agree with half as many to {line['reference_agreement']:.1f} dB only"
         warn(f"the reference of clip {clip} did not converge: {found}")
-    TALK.print(f"written to {file}; for a page: dit-accel eval report {file} -o report.html", markup=False)
+    if written:
+        page = "" if job.suite.judge else f"; for a page: dit-accel eval report {job.out} -o report.html"
+        TALK.print(f"written to {job.out}{page}", markup=False)
 
 
 @eval_app.command("report")
 def report_results(
-    results: Annotated[Path, typer.Argument(help="JSON lines of eval run.", metavar="RESULTS.jsonl")],
+    results: Annotated[
+        list[Path], typer.Argument(help="JSON lines of eval run; several make one page.", metavar="RESULTS.jsonl ...")
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Page to write, .html; opens offline.", metavar="FILE")
     ] = None,
@@ -112,6 +139,8 @@ def report_results(
 
     dit-accel eval report smoke.jsonl -o smoke.html
 
+    dit-accel eval report wan.jsonl flux.jsonl -o both.html
+
     dit-accel eval report smoke.jsonl --min psnr=28 --min lpips@alex=0.2
     """
     from .report.figures import misses, report_of
@@ -119,14 +148,14 @@ def report_results(
     from .report.writing import markdown_text, write_reports
 
     asked = read_minimums(minimum or ())
-    report = report_of(read_results(results), asked)
+    reports = [report_of(read_results(path), asked) for path in results]
     wanted = {"html": output, "csv": csv, "json": json, "markdown": markdown}
-    written = write_reports(report, {kind: path for kind, path in wanted.items() if path is not None}, players=players)
+    written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, players=players)
     for path in written:
         OUT.print(str(path), markup=False, soft_wrap=True)
     if not written:
-        print(markdown_text(report))
-    missed = misses(report)
+        print("\n\n".join(map(markdown_text, reports)))
+    missed = [text for report in reports for text in misses(report)]
     for text in missed:
         print_error(text)
     if missed:

@@ -30,6 +30,9 @@ class Counts:
     blocks: float
     attention: float
 
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(blocks=self.blocks + other.blocks, attention=self.attention + other.attention)
+
     def __truediv__(self, steps: int) -> "Counts":
         return Counts(blocks=self.blocks / steps, attention=self.attention / steps)
 
@@ -93,15 +96,54 @@ def attended(
     """
     if report is None or report.sparse_density is None:
         return 1.0
+    return _share(_pairs(report, adapter, family, call, methods))
+
+
+def attended_by_step(
+    report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
+) -> dict[int, float]:
+    """Return step -> `attended` of that step alone; a step without attention calls, or of a dense run, is left out."""
+    if report is None or report.sparse_density is None:
+        return {}
+    found: dict[int, list[tuple[int, float, float]]] = {}
+    for pairs in _pairs(report, adapter, family, call, methods):
+        found.setdefault(pairs[0], []).append(pairs)
+    return {step: _share(pairs) for step, pairs in found.items()}
+
+
+def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, ...], ...]:
+    """Return by step and layer the exact share of the tiles of planned attention calls, mean over branches.
+
+    None where no call followed a plan: a dense one, or one that a cache skipped. Empty where none did in the whole run.
+    """
+    if report is None or not report.calls:
+        return ()
+    found: dict[tuple[int, int], list[float]] = {}
+    for call in report.calls:
+        found.setdefault((call.step_index, call.layer), []).append(call.density)
+    layers = 1 + max(layer for _, layer in found)
+    means = {key: sum(shares) / len(shares) for key, shares in found.items()}
+    return tuple(tuple(means.get((step, layer)) for layer in range(layers)) for step in range(steps))
+
+
+def _share(pairs: Sequence[tuple[int, float, float]]) -> float:
+    return sum(computed for *_, computed in pairs) / sum(calls for _, calls, _ in pairs)
+
+
+def _pairs(
+    report: Report, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
+) -> list[tuple[int, float, float]]:
+    """Return (step, attention calls, how many dense ones their pairs would make) of every denoising call with some."""
     sizes = [options["block_size"] for options in report.methods.values() if options.get("block_size")]
     tile = min(sizes, default=1)  # without tiles nothing is pooled
     savings = estimate(adapter, family, methods=methods, **_sizes(call)).savings
     probes = sum(saving.exact_rows for saving in savings.values())
-    calls = sum(step.dense_layers + step.sparse_layers for step in report.steps)
-    pairs = sum(
-        step.dense_layers + step.sparse_layers * (step.density + step.pooled / tile + probes) for step in report.steps
-    )
-    return pairs / calls
+    found = []
+    for step in report.steps:
+        computed = step.dense_layers + step.sparse_layers * (step.density + step.pooled / tile + probes)
+        if step.dense_layers + step.sparse_layers:
+            found.append((step.step_index, step.dense_layers + step.sparse_layers, computed))
+    return found
 
 
 def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> float:

@@ -21,7 +21,8 @@ from dit_accel.files import json_text, written_whole
 
 from .counting import work
 from .embedded import EmbeddedModel, Run, check_name
-from .fidelity import Clip, psnr
+from .metrics.metric import Clip
+from .metrics.psnr import psnr
 from .paired import bootstrap
 from .reference import Reference, converged
 from .suite import Arm, dense_arm

@@ -7,8 +7,6 @@ round, text encoding and autoencoder left out. The default settings take about 5
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +21,8 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel.files import written_whole
+
+from .machine import processor
 
 THRESHOLDS = (-6.0, -3.0, -1.0, -0.5, -0.25, -0.1)
 Arm = tuple[dit_accel.LiteAttention | None, int]
@@ -89,14 +89,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for name, runs in runs_of.items()
     ]
-
-
-def processor() -> str:
-    """Return the processor's name and how many cores the system shows, as far as it tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def _run(pipe: WanPipeline, arm: Arm, options: argparse.Namespace) -> tuple[float, float, Tensor]:

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generate import attached
+from dit_accel_pipelines.memory import begin_peak, peak_memory
 from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.progress import Stages
 from dit_accel_pipelines.quiet import quiet_diffusers
 from dit_accel_pipelines.request import check_words
-from dit_accel_pipelines.timing import timed_steps
+from dit_accel_pipelines.solvers import make_scheduler
+from dit_accel_pipelines.timing import Timings, timed_steps
 
 from dit_accel import ConfigError
 from dit_accel.adapters.model_files import read_model_files
@@ -23,9 +25,35 @@ from dit_accel.errors import did_you_mean
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
-from .counting import Counter, Counts, attended, own_share
-from .fidelity import Clip
-from .solvers import make_scheduler
+from .counting import Counter, Counts, attended, attended_by_step, density_map, own_share
+from .metrics.metric import Clip
+
+DIGITS = 4
+"""Digits behind the point of seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Seconds of a run's stages, beside whatever else the machine did.
+
+    Attributes:
+        threads: of torch.
+        text: until the first step begins: encoding the prompt, and what else is prepared.
+        denoise: all steps.
+        decode: from the last step to the frames.
+        steps: of each step.
+    """
+
+    threads: int
+    text: float
+    denoise: float
+    decode: float
+    steps: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, to a tenth of a millisecond."""
+        told = {key: round(getattr(self, key), DIGITS) for key in ("text", "denoise", "decode")}
+        return {"threads": self.threads, **told, "steps": [round(one, DIGITS) for one in self.steps]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +65,21 @@ class Run:
         counts: the blocks and attention calls that ran.
         attended: the share of the pairs that the attention calls computed; 1 is dense.
         seconds: of the denoising loop.
+        times: what its stages took; None where that is not known.
+        by_step: what ran in each step, and the share of the pairs that its attention calls computed; empty where that
+            is not known.
+        density: `density_map` of what ran.
+        memory: the most bytes that were held meanwhile, by `peak_memory`; None where that is not known.
     """
 
     frames: Clip
     counts: Counts
     attended: float
     seconds: float
+    times: Times | None = None
+    by_step: tuple[tuple[Counts, float], ...] = ()
+    density: tuple[tuple[float | None, ...], ...] = ()
+    memory: Mapping[str, int] | None = None
 
 
 class EmbeddedModel:
@@ -101,20 +138,33 @@ class EmbeddedModel:
         call = {**self.call, **(call or {})}
         self.pipe.scheduler = make_scheduler(self.shipped, solver, flow_shift)
         self._counter.take()
-        generator = torch.Generator().manual_seed(clip)
+        generator, counts = torch.Generator().manual_seed(clip), list[Counts]()
+        counted = begin_peak()
         with (
             attached(self.pipe, [_told_timestep(method, self.pipe) for method in methods], "auto") as attachment,
             quiet_diffusers(),
-            timed_steps(self.pipe, Stages(quiet=True)) as timings,
+            timed_steps(self.pipe, Stages(quiet=True), lambda: counts.append(self._counter.take())) as timings,
         ):
             out = self.pipe(self.prompt(clip), **call, num_inference_steps=steps, generator=generator, output_type="np")
             report = attachment.report() if attachment else None
+        shares = attended_by_step(report, self.adapter, self.family, call, methods)
         return Run(
             frames=_frames(out),
-            counts=self._counter.take(),
+            counts=sum(counts, self._counter.take()),
             attended=attended(report, self.adapter, self.family, call, methods),
             seconds=timings.denoise,
+            times=_times(timings),
+            by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),
+            density=density_map(report, len(counts)),
+            memory=peak_memory() if counted else None,
         )
+
+
+def _times(timings: Timings) -> Times:
+    return Times(
+        threads=torch.get_num_threads(), text=timings.text, denoise=timings.denoise, decode=timings.decode,
+        steps=tuple(timings.steps),
+    )  # fmt: skip
 
 
 def check_name(name: str) -> None:

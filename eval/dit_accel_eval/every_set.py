@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from dit_accel_assets import model_closeness, model_path
+from dit_accel_pipelines.solvers import BEST
 
 from dit_accel import PAG, SLG, ConfigError, SoftPAG
 from dit_accel.adapters.model_files import read_model_files
@@ -25,7 +26,6 @@ from .head_search import Head, Job, rungs_of, search
 from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, read_lines, write_lines
-from .solvers import BEST
 from .tuning import FIRST_PROMPT
 
 NONE = "none"

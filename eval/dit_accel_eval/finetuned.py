@@ -21,6 +21,7 @@ from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.lora import load_lora
 from dit_accel_pipelines.media import contact_sheet, to_uint8
+from dit_accel_pipelines.solvers import BEST
 
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.errors import did_you_mean
@@ -34,7 +35,6 @@ from .metrics.motion import motion
 from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
-from .solvers import BEST
 
 if sys.version_info >= (3, 11):
     import tomllib

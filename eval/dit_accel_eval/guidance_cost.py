@@ -19,8 +19,8 @@ import torch
 from dit_accel import NAG, PAG, attach
 from dit_accel.methods.config import MethodConfig
 
-from .denoising_time import processor
 from .embedded import EmbeddedModel
+from .machine import processor
 from .results import Line, append_line, read_lines
 
 GUIDED = {"wan-tiny": {"guidance_scale": 3.0}, "flux-tiny": {"true_cfg_scale": 3.0}}

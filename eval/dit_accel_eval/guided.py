@@ -1,112 +1,32 @@
-"""Compares guidance at equal forwards: `python -m dit_accel_eval.guided eval/suites/guidance-wan-tiny.toml`.
+"""Judges guidance at equal forwards, for suites with ``judge = "guidance"``.
 
 Guidance changes what is sought, so no converged run is the measure: each clip is judged by itself, by how near it
 comes to its prompt and by its sharpness. An arm is held, clip by clip, against the plain arm that `rival_of` names.
-Every clip of every arm is one JSON line; a run that was stopped goes on. `python -m dit_accel_eval.guided SUITE sheet
-FILE.png [ARM ...]` draws some clips of each arm.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
-import torch
 from dit_accel_assets import model_closeness, model_score
-from dit_accel_pipelines.media import contact_sheet
 
-from dit_accel.errors import ConfigError, did_you_mean
-from dit_accel.files import check_writable, written_whole
-
-from .embedded import EmbeddedModel, settled_call, weights_hash
-from .fidelity import Clip
+from .embedded import EmbeddedModel, Run
 from .metrics.sharpness import sharpness
 from .paired import bootstrap
-from .results import Line, append_line, check_lines, latest, read_lines, write_lines
-from .suite import Arm, Suite, read_suite
-from .suite_command import suite_command
+from .results import Line
+from .suite import Arm, Suite
 
 EQUAL = 1.25
 """Forwards up to which plain arms count as equal: whole steps seldom give the very same number."""
 
-SHOWN = 4
-"""Clips on a contact sheet."""
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite, only print the table of what has run, or draw a contact sheet; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if len(arguments) > 2 and arguments[1] == "sheet":
-        sheet(read_suite(Path(arguments[0])), Path(arguments[2]), arguments[3:])
-        return 0
-    return suite_command(__doc__, arguments, run, table)
-
-
-def sheet(suite: Suite, out: Path, names: Sequence[str] = ()) -> None:
-    """Draw the middle frame of the first clips, one column each, of some arms (none named: all), one row each.
-
-    Raises:
-        ConfigError: for a name that is no arm's, or a file that can't be written.
-    """
-    check_writable(out, "the contact sheet")
-    known = {arm.name: arm for arm in suite.arms}
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{suite.name} has no arm {name!r}; {did_you_mean(name, known)}")
-    arms = [known[name] for name in names] or list(suite.arms)
-    model, rows = EmbeddedModel(suite.model, suite.call), []
-    for arm in arms:
-        made = [_frames(model, arm, clip) for clip in range(min(SHOWN, suite.clips))]
-        rows.append(np.stack([(255 * frames[len(frames) // 2]).round().astype(np.uint8) for frames in made]))
-    with written_whole(out) as temporary:
-        contact_sheet(rows, [arm.name for arm in arms], columns=SHOWN).quantize(128).save(temporary)
-
-
-def _frames(model: EmbeddedModel, arm: Arm, clip: int) -> Clip:
-    return model.run(
-        clip, steps=arm.num_inference_steps, solver=arm.solver, flow_shift=arm.flow_shift, methods=arm.methods,
-        call=arm.call,
-    ).frames  # fmt: skip
-
-
-def run(suite: Suite, out: Path) -> None:
-    """Generate what ``out`` does not hold yet, clip by clip, and append one JSON line per clip and arm.
-
-    Raises:
-        ConfigError: if ``out`` holds results of another model or arm.
-    """
-    setting = {"model": suite.model, "weights": weights_hash(suite.model)}
-    lines = read_lines(out)
-    check_lines(out, lines, setting, {arm.name: _about(suite, arm) for arm in suite.arms})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(out, lines)  # without a last line that was cut off
-    done = latest(lines)
-    todo = [(clip, arm) for clip in range(suite.clips) for arm in suite.arms if (arm.name, clip) not in done]
-    model = EmbeddedModel(suite.model, suite.call) if todo else None
-    for clip, arm in todo:
-        assert model is not None
-        made = model.run(
-            clip, steps=arm.num_inference_steps, solver=arm.solver, flow_shift=arm.flow_shift, methods=arm.methods,
-            call=arm.call,
-        )  # fmt: skip
-        line: Line = {
-            "arm": arm.name,
-            "clip": clip,
-            "prompt": model.prompt(clip),
-            **setting,
-            **_about(suite, arm),
-            "forwards": made.counts.blocks / model.family.layers,
-            "score": model_score(model.name, clip, made.frames),
-            "closeness": model_closeness(model.name, clip, made.frames),
-            "sharpness": sharpness(made.frames),
-            "torch": torch.__version__,
-        }
-        append_line(out, line)
-        print(f"clip {clip} {arm.name}: closeness {line['closeness']:.3f}", file=sys.stderr)
-
-
-def _about(suite: Suite, arm: Arm) -> Line:
-    return {**arm.to_dict(), "call": settled_call(suite.model, {**suite.call, **arm.call})}
+def measures(model: EmbeddedModel, clip: int, made: Run) -> Line:
+    """Return what a line says of a clip."""
+    return {
+        "forwards": made.counts.blocks / model.family.layers,
+        "score": model_score(model.name, clip, made.frames),
+        "closeness": model_closeness(model.name, clip, made.frames),
+        "sharpness": sharpness(made.frames),
+    }
 
 
 def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
@@ -160,7 +80,3 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
 def _mean(lines: Sequence[Line], arm: Arm, name: str) -> float | None:
     values = [line[name] for line in lines if line["arm"] == arm.name]
     return float(np.mean(values)) if values else None
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,7 +13,7 @@ from dit_accel_pipelines.media import Frames, to_uint8
 from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
-from .fidelity import Clip
+from .metrics.metric import Clip
 
 REFERENCE = "reference"
 """What stands for the arm's name in the file of a converged run."""

@@ -1,62 +1,29 @@
-"""Compares pictures larger than trained: `python -m dit_accel_eval.larger eval/suites/larger-flux-tiny.toml`.
+"""Judges pictures larger than trained, for suites with ``judge = "larger"``.
 
 No picture has a reference, so each is judged by itself: objects too many or missing, the judge's score for its prompt
 (whether the ground's texture is the asked one by itself), how much of it comes again at a distance, and sharpness.
-Every picture of every arm is one JSON line; a run that was stopped goes on.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
-import torch
 from dit_accel_assets import model_defaults
 from dit_accel_assets.judge import judge
 from dit_accel_assets.world import scene_of
 
-from .embedded import EmbeddedModel, settled_call, weights_hash
-from .fidelity import Clip
+from .embedded import EmbeddedModel, Run
+from .metrics.metric import Clip
 from .metrics.sharpness import sharpness
 from .paired import bootstrap
-from .results import Line, append_line, check_lines, latest, read_lines, write_lines
-from .suite import Arm, Suite
-from .suite_command import suite_command
+from .results import Line
+from .suite import Suite
 
 NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite, or only print the table of what has run; returns the exit code."""
-    return suite_command(__doc__, arguments, run, table)
-
-
-def run(suite: Suite, out: Path) -> None:
-    """Generate what ``out`` does not hold yet, and append one JSON line per picture.
-
-    Raises:
-        ConfigError: if ``out`` holds results of another model or arm.
-    """
-    setting = {"model": suite.model, "weights": weights_hash(suite.model)}
-    lines = read_lines(out)
-    check_lines(out, lines, setting, {arm.name: _about(suite, arm) for arm in suite.arms})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(out, lines)  # without a last line that was cut off
-    done, trained = latest(lines), int(model_defaults(suite.model)["height"])
-    todo = [(clip, arm) for clip in range(suite.clips) for arm in suite.arms if (arm.name, clip) not in done]
-    model = EmbeddedModel(suite.model, suite.call) if todo else None
-    for clip, arm in todo:
-        assert model is not None
-        made = model.run(
-            clip, steps=arm.num_inference_steps, solver=arm.solver, flow_shift=arm.flow_shift, methods=arm.methods,
-            call=arm.call,
-        )  # fmt: skip
-        line: Line = {
-            "arm": arm.name, "clip": clip, "prompt": model.prompt(clip), **setting, **_about(suite, arm),
-            **judged(made.frames, clip, trained), "torch": torch.__version__,
-        }  # fmt: skip
-        append_line(out, line)
-        print(f"picture {clip} {arm.name}: score {line['score']:.0%}", file=sys.stderr)
+def measures(model: EmbeddedModel, clip: int, made: Run) -> Line:
+    """Return what a line says of a picture."""
+    return judged(made.frames, clip, int(model_defaults(model.name)["height"]))
 
 
 def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
@@ -98,10 +65,6 @@ def repetition(picture: np.ndarray, trained: int) -> float:
     return best
 
 
-def _about(suite: Suite, arm: Arm) -> Line:
-    return {**arm.to_dict(), "call": settled_call(suite.model, {**suite.call, **arm.call})}
-
-
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: one row per arm, each against the plain arm of its size and steps."""
     return "\n".join(_rows(suite, lines))
@@ -119,7 +82,7 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
         if not clips:
             continue
         wrong, score, ground, again, sharp = (float(np.mean([x[name] for x in clips.values()])) for name in NAMES)
-        plain = _plain(suite, arm)
+        plain = suite.plain(arm)
         others = by_arm[plain.name] if plain else {}
         both = sorted(set(clips) & set(others))
         paired = [
@@ -131,13 +94,3 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
             f"{1000 * sharp:.2f}", plain.name if plain else "", *paired,
         )  # fmt: skip
         yield f"| {' | '.join(map(str, cells))} |"
-
-
-def _plain(suite: Suite, arm: Arm) -> Arm | None:
-    """Return the arm that differs from another only in having no methods."""
-    plain = {**arm.to_dict(), "methods": {}}
-    return next((other for other in suite.arms if other is not arm and other.to_dict() == plain), None)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -9,7 +9,7 @@ from dit_accel_assets import held_out_prompts, model_closeness, model_names
 
 from dit_accel.errors import ConfigError, did_you_mean
 
-from .fidelity import Clip
+from .metrics.metric import Clip
 from .metrics.sharpness import sharpness
 from .tuning import FIRST_PROMPT
 

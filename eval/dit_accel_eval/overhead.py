@@ -23,7 +23,7 @@ import dit_accel
 from dit_accel.files import written_whole
 from dit_accel.methods.config import MethodConfig
 
-from .denoising_time import processor
+from .machine import processor
 
 NEVER = 1e-12
 """A threshold below which nothing lies; with 0 nothing would be measured."""

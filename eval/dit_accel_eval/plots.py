@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_accel_pipelines.solvers import BEST
+
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.files import written_whole
 
 from .comparison import WORKS, ArmFigures, figures
 from .results import read_lines
-from .solvers import BEST
 from .suite import Suite, read_suite
 
 MARKS = "osv^"
@@ -72,7 +73,7 @@ def picture(arms: Sequence[ArmFigures], title: str) -> Any:
     from matplotlib.figure import Figure
 
     if not arms:
-        raise ConfigError(f"{title} has no results to draw; run python -m dit_accel_eval.compare first")
+        raise ConfigError(f"{title} has no results to draw; run dit-accel eval run first")
     whole = max(arm.clips for arm in arms)
     arms = [arm for arm in arms if arm.clips == whole]  # dense runs that only some clips needed as rivals are left out
     works = [key for key in WORKS if key == "work_real" or any(not _same_work(arm) for arm in arms)]

@@ -21,7 +21,7 @@ import dit_accel
 from dit_accel.files import written_whole
 from dit_accel.methods.config import MethodConfig
 
-from .denoising_time import processor
+from .machine import processor
 
 LATENTS = (1, 16, 21, 20, 40)
 """[B, C, T, H, W]: 21 x 10 x 20 tokens."""

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,18 @@ from dit_accel.methods.registry import methods
 from .block_choices import choices, scores_of, whole
 from .block_choices import table as choices_table
 from .budgets import table as budgets_table
-from .comparison import table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
 from .every_set import Judged, Setting
 from .every_set import table as every_table
 from .finetuned import told as finetuned_told
 from .guidance_cost import table as costs_table
-from .guided import table as guided_table
-from .larger import table as larger_table
-from .longer import table as longer_table
+from .judges import suite_table
 from .overhead import table as overhead_table
 from .product_time import told as product_told
-from .results import read_lines
+from .results import Line, read_lines
 from .scaling import table as scaling_table
-from .suite import read_suite
+from .suite import Suite, read_suite
 from .vbench.judged import table as by_names_table
 from .vbench.proxies import told as proxies_told
 
@@ -48,6 +45,8 @@ PAGES = {
         "caches-wan-tiny",
         "caches-time-wan-tiny",
         "caches-flux-tiny",
+        "report-wan-tiny",
+        "report-flux-tiny",
         "dropped-mass",
         "time",
         "overhead",
@@ -114,18 +113,27 @@ def _models(root: Path) -> str:
 
 def _suite(root: Path, name: str) -> str:
     path = Path(f"eval/suites/{name}.toml")
-    command, lines = f"python -m dit_accel_eval.compare {path}", read_lines(root / f"eval/results/{name}.jsonl")
+    command, lines = f"dit-accel eval run {path}", read_lines(root / f"eval/results/{name}.jsonl")
     suite = read_suite(root / path)
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
+    command += " --time" if any("seconds" in line for line in lines) else ""
+    about = _seeds(suite, lines) if suite.judge else _clips(lines)
+    picture = f"![PSNR over work]({name}.png)\n\n" if not suite.judge and (root / f"docs/{name}.png").is_file() else ""
+    return f"`{command}`: {suite.model}, {about}; 95 % intervals.\n\n{picture}{suite_table(suite, lines)}"
+
+
+def _clips(lines: Sequence[Line]) -> str:
     clips, call = len({line["clip"] for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0]["call"].items())
     timed = next((line for line in lines if "seconds" in line), None)
-    if timed is not None:
-        command += " --time"
-        call += f"; {timed['threads']} threads, {timed['processor']}"
-    head = f"`{command}`: {suite.model}, {clips} held-out clips ({call}); 95 % intervals."
-    picture = f"![PSNR over work]({name}.png)\n\n" if (root / f"docs/{name}.png").is_file() else ""
-    return f"{head}\n\n{picture}{table(suite, lines)}"
+    machine = f"; {timed['threads']} threads, {timed['processor']}" if timed else ""
+    return f"{clips} held-out clips ({call}{machine})"
+
+
+def _seeds(suite: Suite, lines: Sequence[Line]) -> str:
+    seeds, steps = sorted({line["clip"] for line in lines}), {arm.num_inference_steps for arm in suite.arms}
+    told = f", {min(steps)} UniPC steps" if len(steps) == 1 else ""
+    return f"held-out prompts and seeds {seeds[0]} to {seeds[-1]}{told}"
 
 
 def _speed(root: Path) -> str:
@@ -158,10 +166,7 @@ def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> st
     suite = read_suite(root / path)
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
-    seeds, steps = sorted({line["clip"] for line in lines}), {arm.num_inference_steps for arm in suite.arms}
-    told = f", {min(steps)} UniPC steps" if len(steps) == 1 else ""
-    head = f"`{command}`: {suite.model}, held-out prompts and seeds {seeds[0]} to {seeds[-1]}{told}"
-    return f"{head}; 95 % intervals.\n\n{write(suite, lines)}"
+    return f"`{command}`: {suite.model}, {_seeds(suite, lines)}; 95 % intervals.\n\n{write(suite, lines)}"
 
 
 def _run(root: Path, results: Path, module: str, write: Callable[[list[dict[str, Any]]], str]) -> str:
@@ -185,7 +190,7 @@ def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
     paths = [Path(f"eval/results/{profile}.json") for profile in profiles]
     command, lines = f"python -m dit_accel_eval.block_choices {results}", read_lines(root / results)
     if not lines:
-        return f"Not measured yet; `python -m dit_accel_eval.compare eval/suites/{name}.toml` measures it."
+        return f"Not measured yet; `dit-accel eval run eval/suites/{name}.toml` measures it."
     known = whole(choices(lines))
     clips, steps = len(next(iter(known.values()))), suite.arms[0].num_inference_steps
     head = f"`{' '.join([command, *map(str, paths)])}`: {suite.model}, {len(known)} choices, {clips} held-out clips"
@@ -215,16 +220,12 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "vbench-flux-tiny": partial(_judged, name="vbench-flux-tiny", module="vbench.judged", write=by_names_table),
     "every-set": _every,
     "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
-    "guidance-flux-tiny": partial(_judged, name="guidance-flux-tiny", module="guided", write=guided_table),
     "budgets": _budgets,
     "profiling-wan-tiny": partial(_choices, name="profiling-wan-tiny", profiles=("profile-wan-tiny",)),
     "profiling-flux-tiny": partial(
         _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
     ),
-    "guidance-wan-tiny": partial(_judged, name="guidance-wan-tiny", module="guided", write=guided_table),
-    "longer-wan-tiny": partial(_judged, name="longer-wan-tiny", module="longer", write=longer_table),
     "finetuned-wan-tiny": finetuned_told,
-    "larger-flux-tiny": partial(_judged, name="larger-flux-tiny", module="larger", write=larger_table),
 }
 
 

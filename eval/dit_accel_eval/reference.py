@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dit_accel_pipelines.solvers import BEST, shift_of
 
 from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
 from .counting import Counts
-from .embedded import EmbeddedModel, Run
-from .fidelity import Clip, psnr
-from .solvers import BEST, shift_of
+from .embedded import EmbeddedModel, Run, Times
+from .metrics.metric import Clip
+from .metrics.psnr import psnr
 
 AGREE = 45.0
 """PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged."""
@@ -66,7 +67,7 @@ def converged(model: EmbeddedModel, clip: int, cache: Path, *, first: int = FIRS
 
 
 def dense_run(model: EmbeddedModel, clip: int, steps: int, cache: Path) -> Run:
-    """Return a dense run of the best solver with the model's own noise shift, made or found again; it has no seconds.
+    """Return a dense run of the best solver with the model's own noise shift, made or found again, with its times.
 
     Raises:
         ConfigError: if the file that should hold it holds another run.
@@ -76,7 +77,8 @@ def dense_run(model: EmbeddedModel, clip: int, steps: int, cache: Path) -> Run:
     path = cache / f"{name}.npz"
     if not path.exists():
         made = model.run(clip, steps=steps, solver=BEST)
-        meta = {"setting": setting, "counts": dataclasses.asdict(made.counts)}
+        meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
+        meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
         cache.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as temporary:
             np.savez(temporary, frames=made.frames.astype(np.float16), meta=json.dumps(meta))
@@ -102,9 +104,15 @@ def _read(path: Path, setting: dict[str, Any]) -> Run:
         with np.load(path) as saved:
             frames, meta = saved["frames"].astype(np.float32), json.loads(str(saved["meta"]))
         found, counts = meta["setting"], Counts(**meta["counts"])
+        times, memory = meta.get("times"), meta.get("memory")  # earlier releases kept none
+        times = Times(**{**times, "steps": tuple(times["steps"])}) if times else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is not a dense run that this release can read ({error}); delete it") from None
     for name, value in setting.items():
         if found.get(name) != value:
             raise ConfigError(f"{path} is a dense run of {name} {found.get(name)!r}, not {value!r}; delete it")
-    return Run(frames=frames, counts=counts, attended=1.0, seconds=math.nan)
+    steps = setting["steps"]
+    return Run(
+        frames=frames, counts=counts, attended=1.0, seconds=math.nan, times=times, memory=memory,
+        by_step=((counts / steps, 1.0),) * steps,
+    )  # fmt: skip

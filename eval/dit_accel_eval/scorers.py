@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from dit_accel.errors import ConfigError
 
-from .fidelity import Clip
+from .metrics.metric import Clip
 
 Scorer = Callable[[Clip, str], float]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_accel_pipelines.solvers import BEST, SOLVERS
+
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 from dit_accel.methods.caches.native import DiffusersCache
@@ -15,7 +17,6 @@ from dit_accel.methods.config import MethodConfig, from_dict
 from dit_accel.methods.registry import method
 
 from .metrics.registry import check_names
-from .solvers import BEST, SOLVERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +27,9 @@ SUITE_VERSION = 2
 
 NATIVE = "diffusers"
 """Key of an arm under which diffusers' own caches stand, which have no method's table."""
+
+JUDGES = ("longer", "larger", "guidance")
+"""How clips may be judged by themselves; see `judges`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,7 @@ class Arm:
         solver: a name of `SOLVERS`.
         flow_shift: noise shift; None: the model's own.
         methods: what is attached.
-        call: arguments of the pipeline's call that differ from the suite's; for `longer` alone.
+        call: arguments of the pipeline's call that differ from the suite's; only where clips are judged by themselves.
     """
 
     name: str
@@ -71,11 +75,13 @@ class Suite:
     Attributes:
         name: the suite's name.
         model: name of the embedded model.
-        clips: held-out clips, seeds 0 .. clips - 1.
+        clips: how many held-out clips; a clip's number is its seed.
         arms: what is compared.
         call: arguments of the pipeline's call that differ from the model's defaults.
         metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
             by frame.
+        first_clip: number of the first.
+        judge: one of `JUDGES`, by which clips are judged by themselves; empty: they are held against converged runs.
     """
 
     name: str
@@ -84,6 +90,13 @@ class Suite:
     arms: tuple[Arm, ...]
     call: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
+    first_clip: int = 0
+    judge: str = ""
+
+    def plain(self, arm: Arm) -> Arm | None:
+        """Return the arm that differs from another only in having no methods."""
+        without = {**arm.to_dict(), "methods": {}}
+        return next((other for other in self.arms if other is not arm and other.to_dict() == without), None)
 
 
 def dense_arm(steps: int) -> Arm:
@@ -106,12 +119,17 @@ def read_suite(path: Path) -> Suite:
     if data.pop("version", None) != SUITE_VERSION:
         raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads; rewrite it for that")
     arms = data.pop("arm", [])
-    _check(data, {"name": str, "model": str, "clips": int, "call": dict, "metrics": list}, str(path))
+    kinds = {"name": str, "model": str, "clips": int, "call": dict, "metrics": list, "judge": str, "first_clip": int}
+    _check(data, kinds, str(path))
     missing = [key for key in ("name", "model", "clips") if key not in data]
     if missing or not arms:
         raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}; add what is missing")
     if data["clips"] < 1:
         raise ConfigError(f"{path} has clips = {data['clips']}; ask for 1 or more")
+    if data.get("first_clip", 0) < 0:
+        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
+    if data.get("judge", "") not in ("", *JUDGES):
+        raise ConfigError(f"{path} has no judge {data['judge']!r}; {did_you_mean(data['judge'], JUDGES)}")
     made = tuple(arm for values in arms for arm in _arms(values, path))
     names = [arm.name for arm in made]
     for name in names:

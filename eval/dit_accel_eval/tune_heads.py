@@ -6,7 +6,7 @@ generated twice.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from dit_accel.attachment.find import find_transformers, resolve_model
 from dit_accel.files import check_writable, json_text, written_whole
 from dit_accel.methods.guidance.softpag import SoftPAG
 
-from .fidelity import Clip
 from .head_search import Job, Round, Rung, cost, rungs_of, search
+from .metrics.metric import Clip
 from .objectives import objective_of
 from .results import Line, append_line, read_lines, write_lines
 from .tuning import FIRST_PROMPT, Table, embedded_prompts, run_settings
@@ -111,19 +111,10 @@ def tune_heads(
     Raises:
         ConfigError: for options out of range, or clips of another search beside ``output``.
     """
-    for name, value, least in (("rounds", rounds, 1), ("per_round", per_round, 1), ("halvings", halvings, 0)):
-        if value < least:
-            raise ConfigError(f"tune heads needs {name} >= {least}, got {value}")
-    if output.suffix != ".json" or not output.parent.is_dir():
-        raise ConfigError(f"tune heads writes a .json in a folder that exists, got {output}")
-    check_writable(output, "tune's output")
+    _check_options(output, rounds=rounds, per_round=per_round, halvings=halvings)
     model = embedded_name(request.model)
     judge = objective_of(objective, model, pick_device(request.device))
-    config, others = _softpag_of(request)
-    request = dataclasses.replace(request, methods=tuple(others))
-    if request.guidance_scale is None:
-        request = dataclasses.replace(request, **NO_GUIDANCE)
-    request, _, _ = settle(request)
+    request, config = _settled(request)
     stages = stages or Stages(quiet=True)
     stages.stage("loading")
     pipe = load_pipeline(request)
@@ -138,17 +129,9 @@ def tune_heads(
     settings = {**run_settings(request, objective=objective), "softpag": {**config.to_dict(), "heads": None}}
     memory = _Memory(output.with_name(f"{output.name}l"), settings, ranks)
 
-    def judged(job: Job) -> float:
-        chosen, prompt, steps = job
-        stages.stage(f"{'+'.join(chosen)}, prompt {prompt + 1}, {steps} steps")
-        clip = generator.clip(request.prompts[prompt], request.seed + prompt, chosen, steps)
-        found = float(judge(clip, request.prompts[prompt]))
-        if not np.isfinite(found):
-            raise ConfigError(f"the objective {objective} gave {found} for {chosen}; it must give a finite number")
-        return found
-
     def prepare(jobs: Sequence[Job]) -> None:
-        ranks.spread([job for job in jobs if job not in memory], judged, memory.add)
+        missing = [job for job in jobs if job not in memory]
+        ranks.spread(missing, lambda job: generator.judged(job, judge, objective), memory.add)
 
     selected = search(heads, lambda *job: memory.find(job), rungs, rounds=rounds, per_round=per_round, prepare=prepare)
     ranks.close()
@@ -160,6 +143,25 @@ def tune_heads(
         _write(found, selected)
         _show(found, generator, request, model, rungs[-1])
     return found
+
+
+def _check_options(output: Path, **options: int) -> None:
+    """Refuse options out of range, and an output that can't be written."""
+    for name, least in (("rounds", 1), ("per_round", 1), ("halvings", 0)):
+        if options[name] < least:
+            raise ConfigError(f"tune heads needs {name} >= {least}, got {options[name]}")
+    if output.suffix != ".json" or not output.parent.is_dir():
+        raise ConfigError(f"tune heads writes a .json in a folder that exists, got {output}")
+    check_writable(output, "tune's output")
+
+
+def _settled(request: Request) -> tuple[Request, SoftPAG]:
+    """Return the settled request without SoftPAG, and the SoftPAG whose heads are searched."""
+    config, others = _softpag_of(request)
+    request = dataclasses.replace(request, methods=tuple(others))
+    if request.guidance_scale is None:
+        request = dataclasses.replace(request, **NO_GUIDANCE)
+    return settle(request)[0], config
 
 
 def _write(found: FoundHeads, selected: Sequence[Round]) -> None:
@@ -191,6 +193,20 @@ class _Generator:
         with attached(self._pipe, (*request.methods, *softpag), request.backend):
             made = run(self._pipe, prompt, request, stages=self._stages)
         return made.frames.astype(np.float32) / 255.0
+
+    def judged(self, job: Job, judge: Callable[[Clip, str], float], objective: str) -> float:
+        """Return what some heads are worth on one prompt.
+
+        Raises:
+            ConfigError: for what is no finite number.
+        """
+        chosen, prompt, steps = job
+        self._stages.stage(f"{'+'.join(chosen)}, prompt {prompt + 1}, {steps} steps")
+        text = self._request.prompts[prompt]
+        found = float(judge(self.clip(text, self._request.seed + prompt, chosen, steps), text))
+        if not np.isfinite(found):
+            raise ConfigError(f"the objective {objective} gave {found} for {chosen}; it must give a finite number")
+        return found
 
 
 class _Memory:

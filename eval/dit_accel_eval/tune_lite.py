@@ -29,8 +29,8 @@ from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_th
 from dit_accel.methods.attention.sparse import SparseSettings
 from dit_accel.methods.config import MethodConfig
 
-from .fidelity import psnr
 from .lite_search import METRICS, Found, Metric, Tuner, threshold_of
+from .metrics.psnr import psnr
 from .tuning import Progress, Table, run_settings
 
 NOTHING_VOTES = (

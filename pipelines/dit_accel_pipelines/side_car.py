@@ -1,13 +1,13 @@
 """The JSON side-car of a generated file: all that is needed to repeat the run, and what ran."""
 
 import platform
-import resource
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .generation import Generation
+from .memory import peak_memory
 from .request import EMBEDDED, Request
 
 LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
@@ -54,18 +54,9 @@ def side_car(
         "command": list(command),
         "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
         "seconds": {
-            "loading": loading, "denoise": timings.denoise, "decode": timings.decode, "steps": timings.steps,
+            "loading": loading, "text": timings.text, "denoise": timings.denoise, "decode": timings.decode,
+            "steps": timings.steps,
         },
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
         "report": made.report.to_dict() if made.report else None,
     }  # fmt: skip
-
-
-def _peak_memory() -> dict[str, int]:
-    import torch
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        peak["cuda"] = torch.cuda.max_memory_allocated()
-    return peak

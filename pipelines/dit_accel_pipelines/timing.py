@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,30 +14,42 @@ class Timings:
     """Seconds that the stages of one generation took.
 
     Attributes:
-        steps: seconds of each denoising step; the first includes encoding the prompt.
+        steps: seconds of each denoising step.
+        text: until the first step begins: encoding the prompt, and what else is prepared.
         denoise: all steps.
         decode: from the last step to the frames.
     """
 
     steps: list[float] = field(default_factory=list)
+    text: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
 
 
 @contextlib.contextmanager
-def timed_steps(pipe: Any, stages: Stages) -> Iterator[Timings]:
-    """Give the timings of the one call of ``pipe`` inside the block; complete when the block ends."""
+def timed_steps(pipe: Any, stages: Stages, after_step: Callable[[], None] = lambda: None) -> Iterator[Timings]:
+    """Give the timings of the one call of ``pipe`` inside the block; complete when the block ends.
+
+    Args:
+        pipe: the pipeline.
+        stages: is told of the stages and steps.
+        after_step: is called when a step has ended.
+    """
     timings = Timings()
-    clock = [time.perf_counter()]
+    started = time.perf_counter()
+    clock: list[float] = []
 
     def step() -> None:
         now = time.perf_counter()
         timings.steps.append(now - clock[-1])
-        clock.append(now)
+        after_step()
+        clock.append(time.perf_counter())
         stages.advance()
 
     def progress_bar(iterable: Sequence[Any] | None = None, total: int | None = None) -> _StepBar:
         stages.stage("denoising", len(iterable) if iterable is not None else total)
+        if not clock:
+            clock.append(time.perf_counter())
         return _StepBar(iterable or (), step, stages)
 
     pipe.progress_bar = progress_bar  # on the object; its class stays as it is
@@ -45,7 +57,9 @@ def timed_steps(pipe: Any, stages: Stages) -> Iterator[Timings]:
         yield timings
     finally:
         del pipe.progress_bar
-    timings.denoise, timings.decode = clock[-1] - clock[0], time.perf_counter() - clock[-1]
+    begun, ended = (clock[0], clock[-1]) if clock else (started, started)
+    timings.text, timings.denoise = begun - started, sum(timings.steps)
+    timings.decode = time.perf_counter() - ended
 
 
 class _StepBar:

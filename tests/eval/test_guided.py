@@ -1,18 +1,22 @@
 """Guidance at equal forwards: what is run and counted, what an arm is held against, and the continuous score."""
 
 import dit_accel_eval.guided as guided
+import dit_accel_eval.guided_sheet as guided_sheet
 import numpy as np
 import pytest
 from dit_accel_assets import clips, model_closeness
 from dit_accel_assets.checker import closeness
 from dit_accel_eval.results import read_lines
 from dit_accel_eval.suite import Arm, Suite, read_suite
+from typer.testing import CliRunner
 
 from dit_accel import PAG, ConfigError
+from dit_accel.cli.app import app
 
 SUITE = """
 version = 2
 name = "small"
+judge = "guidance"
 model = "wan-tiny"
 clips = 1
 call = { height = 32, width = 32, num_frames = 5 }
@@ -32,30 +36,33 @@ pag = { layers = ["L3"] }
 """
 
 
-def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path, capsys):
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", "run", *map(str, arguments)])
+
+
+def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path):
     path, out = tmp_path / "small.toml", tmp_path / "out.jsonl"
     path.write_text(SUITE)
-    assert guided.main([str(path), "--out", str(out)]) == 0
+    first = run(path, "--out", out)
+    assert first.exit_code == 0, first.output
     lines = {line["arm"]: line for line in read_lines(out)}
     assert {name: line["forwards"] for name, line in lines.items()} == {"off": 2, "three": 6, "pag": 2 * (2 + 3 / 6)}
-    told = capsys.readouterr().out
-    before = out.read_text()
-    assert guided.main([str(path), "--out", str(out)]) == 0
+    told, before = first.stdout, out.read_text()
+    assert run(path, "--out", out).stdout == told
     assert out.read_text() == before
     suite = read_suite(path)
     with pytest.raises(ConfigError, match="small has no arm 'pog'; did you mean 'pag'"):
-        guided.sheet(suite, tmp_path / "sheet.png", ["pog"])
+        guided_sheet.sheet(suite, tmp_path / "sheet.png", ["pog"])
     arms = {arm.name: arm for arm in suite.arms}
     assert guided.rival_of(suite, arms["pag"], list(lines.values())) is arms["three"]  # off has too few forwards
     assert guided.rival_of(suite, arms["three"], list(lines.values())) is None
     gained = 100 * (lines["pag"]["closeness"] - lines["three"]["closeness"])
     assert f"| pag | 3.0 | 2 | 5.0 | {lines['pag']['score']:.0%} |" in told
     assert f"| three | {gained:+.2f} [" in told
-    assert guided.main([str(path), "sheet", str(tmp_path / "sheet.png"), "off", "pag"]) == 0
+    assert guided_sheet.main([str(path), str(tmp_path / "sheet.png"), "off", "pag"]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     path.write_text(SUITE.replace('layers = ["L3"]', 'layers = ["L4"]'))
-    assert guided.main([str(path), "--out", str(out)]) == 2
-    assert "holds results of arm 'pag' with methods" in capsys.readouterr().err
+    assert "holds results of arm 'pag' with methods" in run(path, "--out", out).stderr
 
 
 def test_an_arm_is_held_against_plain_ones_of_its_own_forwards():

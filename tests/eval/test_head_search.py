@@ -176,12 +176,15 @@ def test_heads_that_are_named_and_other_outputs_are_refused(request_of, tmp_path
         objective_of("checker", "wan-tiny")(np.zeros((5, 64, 64, 3), np.float32), "a red circle")
 
 
-def test_the_command_tells_what_belongs_to_another_method():
+def test_each_command_has_options_of_its_own():
     told = CliRunner().invoke(app, ["tune", "lite", "--rounds", "2"])
     assert told.exit_code == 2
-    assert "tune lite takes no rounds, which are for tune heads; leave them out" in told.stderr
-    told = CliRunner().invoke(app, ["tune", "heads", "--metric", "l2"])
-    assert "tune heads takes no metric, which are for tune lite" in told.stderr
+    assert "No such option: --rounds" in told.stderr
+    assert "No such option: --metric" in CliRunner().invoke(app, ["tune", "heads", "--metric", "l2"]).stderr
+    helped = CliRunner().invoke(app, ["tune", "heads", "--help"])
+    assert helped.exit_code == 0
+    assert all(option in helped.stdout for option in ("--rounds", "--num-frames", "--softpag"))
+    assert "--target-error" not in helped.stdout
 
 
 def test_sharpness_is_an_objective():

@@ -4,13 +4,17 @@ import json
 from typing import ClassVar
 
 import numpy as np
+import pytest
 from dit_accel_assets.painter import draw
 from dit_accel_assets.world import scene_of
-from dit_accel_eval import larger
+from dit_accel_eval import compare
 from dit_accel_eval.counting import Counts
 from dit_accel_eval.embedded import Run
-from dit_accel_eval.larger import judged, main, repetition, table
+from dit_accel_eval.larger import judged, repetition, table
 from dit_accel_eval.suite import read_suite
+from typer.testing import CliRunner
+
+from dit_accel.cli.app import app
 
 
 def drawn(number: int) -> np.ndarray:
@@ -57,23 +61,33 @@ class FakeModel:
         return Run(frames=frames, counts=Counts(blocks=1, attention=1), attended=1.0, seconds=1.0)
 
 
-def test_the_suite_runs_goes_on_and_prints(tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(FakeModel, "made", [])
+    compare._loaded.cache_clear()
+    yield
+    compare._loaded.cache_clear()
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", "run", *map(str, arguments)])
+
+
+def test_the_suite_runs_goes_on_and_prints(tmp_path):
     suite = tmp_path / "suites" / "some.toml"
     suite.parent.mkdir()
     arm = '[[arm]]\nname = "{}"\nnum_inference_steps = 2\ncall = {{ height = {}, width = 96 }}\n'
     suite.write_text(
-        'version = 2\nname = "some"\nmodel = "flux-tiny"\nclips = 2\n'
+        'version = 2\nname = "some"\njudge = "larger"\nmodel = "flux-tiny"\nclips = 2\n'
         + arm.format("1x", 96) + arm.format("2x", 192) + arm.format("2x, whole", 192) + "ultraimage = { }\n"
     )  # fmt: skip
-    monkeypatch.setattr(larger, "EmbeddedModel", FakeModel)
-    monkeypatch.setattr(FakeModel, "made", [])
-    assert main([str(suite), "--threads", "1"]) == 0
+    first = run(suite)
+    assert first.exit_code == 0, first.output
     assert FakeModel.made == [(clip, side, many) for clip in (0, 1) for side, many in ((96, 0), (192, 0), (192, 1))]
-    assert main([str(suite), "--threads", "1"]) == 0
+    assert run(suite).stdout == first.stdout
     assert len(FakeModel.made) == 6
     lines = [json.loads(line) for line in (tmp_path / "results" / "some.jsonl").read_text().splitlines()]
     assert [line["objects_wrong"] > 0 for line in lines] == [False, True, False] * 2
-    printed = capsys.readouterr().out
-    assert table(read_suite(suite), lines) in printed
-    assert "| 1x | 2 | 0.00 |" in printed
-    assert main([str(tmp_path / "none.toml")]) == 2
+    assert table(read_suite(suite), lines) in first.stdout
+    assert "| 1x | 2 | 0.00 |" in first.stdout

@@ -4,12 +4,16 @@ import json
 from typing import ClassVar
 
 import numpy as np
+import pytest
 from dit_accel_assets.clips import clip_of, draw
-from dit_accel_eval import longer
+from dit_accel_eval import compare
 from dit_accel_eval.counting import Counts
 from dit_accel_eval.embedded import Run
-from dit_accel_eval.longer import loop, main, motion, repetition, sharpness, table
+from dit_accel_eval.longer import loop, motion, repetition, sharpness, table
 from dit_accel_eval.suite import read_suite
+from typer.testing import CliRunner
+
+from dit_accel.cli.app import app
 
 
 def drawn(seed: int = 3, frames: int = 65) -> np.ndarray:
@@ -60,28 +64,44 @@ class FakeModel:
                    attended=1.0, seconds=1.0)  # fmt: skip
 
 
-def test_the_suite_runs_goes_on_and_prints(tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(FakeModel, "made", [])
+    compare._loaded.cache_clear()
+    yield
+    compare._loaded.cache_clear()
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", "run", *map(str, arguments)])
+
+
+def test_the_suite_runs_goes_on_and_prints(tmp_path):
     suite = tmp_path / "suites" / "some.toml"
     suite.parent.mkdir()
     arm = '[[arm]]\nname = "{}"\nnum_inference_steps = 2\ncall = {{ num_frames = {} }}\n'
     suite.write_text(
-        'version = 2\nname = "some"\nmodel = "wan-tiny"\nclips = 2\n'
+        'version = 2\nname = "some"\njudge = "longer"\nmodel = "wan-tiny"\nclips = 2\n'
         + arm.format("1x", 33) + arm.format("2x", 65) + arm.format("2x, decayed", 65) + "ultravico = { alpha = 0.8 }\n"
     )  # fmt: skip
-    monkeypatch.setattr(longer, "EmbeddedModel", FakeModel)
-    monkeypatch.setattr(FakeModel, "made", [])
-    assert main([str(suite), "--threads", "1"]) == 0
+    first = run(suite)
+    assert first.exit_code == 0, first.output
     assert FakeModel.made == [(clip, 2, size, many) for clip in (0, 1) for size, many in ((33, 0), (65, 0), (65, 1))]
-    assert main([str(suite), "--threads", "1"]) == 0
+    assert run(suite).stdout == first.stdout
     assert len(FakeModel.made) == 6
     out = tmp_path / "results" / "some.jsonl"
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["score"] for line in lines] == [1.0, 0.75, 1.0] * 2  # backwards is another direction
-    printed = capsys.readouterr().out
+    printed = first.stdout
     assert table(read_suite(suite), lines) in printed
     assert "| 1x | 2 | 33 | 100% |" in printed
     assert "| 2x | 25.00 [25.00, 25.00] |" in printed
-    assert main([str(tmp_path / "none.toml")]) == 2
+    assert run(tmp_path / "none.toml").exit_code == 2
+    timed = run(suite, "--time", "--frames", tmp_path)
+    assert (
+        "some judges clips by themselves (longer), without a dense run beside them; leave out --time and --frames"
+        in (timed.stderr)
+    )
     out.write_text(out.read_text().replace('"num_frames": 33', '"num_frames": 35'))
-    assert main([str(suite)]) == 2
-    assert "holds results of arm '1x' with call {" in capsys.readouterr().err
+    assert "holds results of arm '1x' with call {" in run(suite).stderr

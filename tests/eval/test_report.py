@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from dit_accel_eval.comparison import figures, table
 from dit_accel_eval.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
+from dit_accel_eval.paired import holm
 from dit_accel_eval.report import writing
-from dit_accel_eval.report.figures import misses, report_of, worst_first
+from dit_accel_eval.report.figures import _hopeless, misses, report_of, worst_first
 from dit_accel_eval.report.lines import read_minimums, read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.players import difference, players_of
@@ -90,6 +91,27 @@ def test_figures_are_those_of_the_suite_table():
     assert {arm.name: arm for arm in report().arms} == {arm.name: arm for arm in figures(suite, lines)}
     rows = set(table(suite, lines).splitlines())
     assert len(rows & set(writing.markdown_text(report()).splitlines())) >= len(report().arms)
+
+
+def test_several_results_make_one_page(tmp_path):
+    text = page(report(), report(FLUX))
+    found = Page(text)
+    assert found.texts.count("profiling-wan-tiny: wan-tiny, 4 clips") == 2  # in the list of suites, and above its part
+    ids = [element["id"] for _, element in found.elements if "id" in element]
+    assert len(ids) == len(set(ids))
+    links = [one["href"][1:] for one in found.all("a")]
+    assert set(links) <= set(ids)
+    assert {element["aria-labelledby"] for _, element in found.elements if "aria-labelledby" in element} <= set(ids)
+    assert {"p1-table", "p2-table"} <= set(ids)
+    out = tmp_path / "both.html"
+    assert run(WAN, FLUX, "-o", out).exit_code == 0
+    assert out.read_text() == text
+    refused = run(WAN, FLUX, "--csv", tmp_path / "both.csv")
+    assert refused.exit_code == 2
+    assert "csv holds one file of results, got 2; report each by itself" in refused.stderr
+    both = run(WAN, FLUX, "--min", "psnr=99")
+    assert both.exit_code == 1
+    assert both.stderr.count("has a mean psnr of") > len(report().arms) - 1
 
 
 def test_json_csv_and_markdown_agree():
@@ -408,3 +430,12 @@ def test_kept_frames_of_another_run_are_not_shown_but_told(kept):
     assert arm not in {player.line["arm"] for player in players}
     assert all(f"of {arm} is not shown: " in text for text in failed)
     assert "holds no frames that can be read" in page(report(kept), players=99)
+
+
+@pytest.mark.parametrize(("clips", "arms", "told"), [(6, 8, True), (8, 8, True), (9, 8, False), (6, 1, False)])
+def test_it_says_where_no_verdict_can_stand_after_holm(clips, arms, told):
+    held = [dataclasses.replace(committed().arms[-1], name=f"a{number}", clips=clips) for number in range(arms)]
+    found = list(_hopeless(held, "own work"))
+    assert bool(found) == told == (holm({arm.name: 2 / 2**clips for arm in held})["a0"] >= 0.05)
+    if told:
+        assert found[0].endswith("it takes 9 clips.")

@@ -280,7 +280,7 @@ def test_the_command_tunes_and_tells(tmp_path, cli):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["radial"], "tune can't tune 'radial'; known: heads, lite"),
+        (["radial"], "tune has no command 'radial'; known: heads, lite"),
         (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
         (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some with --prompt"),
         (["lite", "--prompt", "an ostrich"], "ostrich"),

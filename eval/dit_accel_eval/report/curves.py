@@ -1,8 +1,8 @@
-"""Curves of a report: a metric from frame to frame, a line an arm; and figures as data in the page."""
+"""Curves of a report, a line an arm: a metric from frame to frame; and figures as data in the page."""
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def curves(report: Report) -> list[tuple[str, str, str]]:
         lines = _means(report, name)
         if any(len(values) > 1 for values in lines.values()):
             told = [f"{arm} {min(values):.4g} at {int(np.argmin(values)) + 1}" for arm, values in lines.items()]
-            uri = svg_uri(lambda name=name, lines=lines: _figure(words_of(name), lines))
+            uri = svg_uri(lambda name=name, lines=lines: figure("frame, or pair of neighbours", words_of(name), lines))
             found.append((words_of(name), uri, f"Lowest value and its place by arm: {', '.join(told)}."))
     return found
 
@@ -39,7 +39,15 @@ def _means(report: Report, name: str) -> dict[str, list[float]]:
     return found
 
 
-def _figure(words: str, lines: dict[str, list[float]]) -> Any:
+def figure(across: str, words: str, lines: Mapping[str, Sequence[float]], *, marked: bool = False) -> Any:
+    """Return a figure of matplotlib: a line an arm.
+
+    Args:
+        across: what is counted from 1.
+        words: what is drawn.
+        lines: arm -> its values.
+        marked: whether every value has a mark.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,8 +55,10 @@ def _figure(words: str, lines: dict[str, list[float]]) -> Any:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, (arm, values) in enumerate(lines.items()):
-        axes.plot(range(1, len(values) + 1), values, color=f"C{number}", label=arm, linewidth=1)
-    axes.set_xlabel("frame, or pair of neighbours")
+        axes.plot(
+            range(1, len(values) + 1), values, ".-" if marked else "-", color=f"C{number}", label=arm, linewidth=1
+        )
+    axes.set_xlabel(across)
     axes.set_ylabel(words)
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right center")

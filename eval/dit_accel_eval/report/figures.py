@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dit_accel import ConfigError
+from dit_accel.methods.base import Phase
+from dit_accel.methods.registry import handlers
 
 from ..comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
-from ..paired import holm
+from ..paired import EXACT, holm
 from ..reference import AGREE
 from ..results import Line
 from .lines import ALWAYS, Results, better_of, further_metrics
@@ -149,6 +151,7 @@ def _warnings(
             yield f"Intervals that include zero at equal {words}, so neither better nor worse than fewer steps: " \
                   f"{_some(open_)}."  # fmt: skip
     yield from _after_holm(arms, corrected)
+    yield from _guided(lines)
     yield from _unmeasured(lines)
     for key in ("torch", "diffusers", "dit_accel"):
         versions = sorted({str(line[key]) for line in lines if key in line})
@@ -163,12 +166,34 @@ def _after_holm(arms: Sequence[ArmFigures], corrected: Mapping[tuple[str, str], 
         return
     for key, words in (WORKS | TIMED).items():
         held = [arm for arm in judged if key in arm.ahead]
+        yield from _hopeless(held, words)
         decided = [arm.name for arm in held if verdict(arm.ahead[key], arm.clips) != "open"]
         lost = [name for name in decided if corrected[name, key] >= LEVEL]
         if decided:
             left = f"do not stand after Holm's correction for that number: {_some(lost)}." if lost else \
                 "all stand after Holm's correction for that number."  # fmt: skip
             yield f"{len(held)} arms are judged at 95 % each. Of {len(decided)} verdicts at equal {words} {left}"
+
+
+def _hopeless(held: Sequence[ArmFigures], words: str) -> Iterator[str]:
+    """Say where so few clips are held against so many arms that no verdict could stand, whatever the figures."""
+    clips = min((arm.clips for arm in held), default=EXACT)
+    least = 2.0 ** (1 - clips)  # all differences of one sign
+    if clips <= EXACT and least * len(held) >= LEVEL:
+        needed = math.ceil(1 + math.log2(len(held) / LEVEL))
+        told = (
+            f"With {clips} clips and {len(held)} arms no verdict at equal {words} could stand after Holm's correction"
+        )
+        yield f"{told}, since p is {least:.3g} at least; it takes {needed} clips."
+
+
+def _guided(lines: Sequence[Line]) -> Iterator[str]:
+    """Name the arms of which PSNR is no measure."""
+    seeking = {name for name, handler in handlers().items() if handler.phase == Phase.GUIDANCE}
+    arms = dict.fromkeys(line["arm"] for line in lines if seeking & {*line["methods"]})
+    if arms:
+        told = _some([*arms])
+        yield f"Guidance seeks other clips than the converged run; judge these by the score, not by PSNR: {told}."
 
 
 def _unmeasured(lines: Sequence[Line]) -> Iterator[str]:

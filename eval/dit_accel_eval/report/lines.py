@@ -67,7 +67,10 @@ def _line(where: str, text: str) -> Line:
     needed = ("clip", "num_inference_steps", "call", "methods", "reference", "flow_shift", *NUMBERS, *TEXTS)
     missing = [key for key in needed if key not in line]
     if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}; a report takes the results of eval run")
+        raise ConfigError(
+            f"{where} lacks {', '.join(missing)}; a report takes results that are held against converged runs, and "
+            "dit-accel eval run SUITE.toml --table prints those of a suite with a judge"
+        )
     for key in (*NUMBERS, "clip", "num_inference_steps"):
         if isinstance(line[key], bool) or not isinstance(line[key], int | float) or not math.isfinite(line[key]):
             raise ConfigError(f"{where} has {key} {line[key]!r}, which is no finite number; delete it and run again")
@@ -75,6 +78,7 @@ def _line(where: str, text: str) -> Line:
         if not isinstance(line[key], str):
             raise ConfigError(f"{where} has {key} {line[key]!r}, which is no text; delete it and run again")
     _check_metrics(where, line)
+    _check_steps(where, line)
     for key in ("call", "methods"):
         if not isinstance(line[key], dict):
             raise ConfigError(f"{where} has {key} {line[key]!r}, which is no table; delete it and run again")
@@ -88,6 +92,22 @@ def _check_metrics(where: str, line: Line) -> None:
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"{where} has {name} {value!r}, which is no finite number; delete it and run again")
+
+
+def _check_steps(where: str, line: Line) -> None:
+    """Refuse times and work by step that are no numbers; lines of earlier releases have none."""
+    times = line.get("times", {"text": 0, "denoise": 0, "decode": 0, "threads": 1, "steps": [0]})
+    try:
+        values = [*(times[key] for key in ("text", "denoise", "decode", "threads")), *times["steps"]]
+        values += [*line.get("step_work", ()), *line.get("peak_memory_bytes", {}).values()]
+        values += [one for step in line.get("density", ()) for one in step if one is not None]
+        right = bool(times["steps"]) and all(math.isfinite(value) for value in values)
+    except (KeyError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise ConfigError(
+            f"{where} has times, work by step, density or memory that are no numbers; delete it and run again"
+        )
 
 
 def further_metrics(lines: Sequence[Line]) -> list[str]:

@@ -11,18 +11,19 @@ from .curves import curves, svg_uri
 from .figures import Report, judged, misses, worst_first
 from .lines import ALWAYS, better_of, words_of
 from .players import AMPLIFIED, players_of
-from .reproduce import commands_of, name_of, suite_text, versions_of
+from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of, versions_of
+from .steps import costs, density_figure, step_curves, step_map, threads_of
 
 LIGHTEST, DARKEST = 96, 62
 """Lightness in percent of the lowest and the highest cell of the heat map; black text stays readable on both."""
 
 
-def page(report: Report, *, players: int = 8) -> str:
-    """Return the HTML of a report.
+def page(*reports: Report, players: int = 8) -> str:
+    """Return the HTML of one report, or of several on one page.
 
     Args:
-        report: what it says.
-        players: how many clips are shown at most, where their frames were kept.
+        reports: what it says.
+        players: how many clips of each are shown at most, where their frames were kept.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -30,13 +31,44 @@ def page(report: Report, *, players: int = 8) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    alone = len(reports) == 1
+    parts = [
+        _part(environment, report, players, prefix="" if alone else f"p{number}-", level=2 if alone else 3)
+        for number, report in enumerate(reports, 1)
+    ]
+    title = parts[0]["title"] if alone else f"{len(parts)} suites: {', '.join(map(name_of, reports))}"
+    return environment.get_template("page.html.jinja").render(title=title, parts=parts, fps=EMBEDDED_FPS)
+
+
+def _part(environment: Any, report: Report, players: int, *, prefix: str, level: int) -> dict[str, Any]:
+    """Return a report's part of the page, and what the page must know of it.
+
+    Args:
+        environment: of jinja2.
+        report: what it says.
+        players: how many clips are shown at most.
+        prefix: of the part's ids.
+        level: of its headings.
+    """
+    from markupsafe import Markup
+
     shown, references, failed = players_of(report, players)
     first = report.results.lines[0]
-    return environment.get_template("page.html.jinja").render(
-        title=f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
+    about = {
+        "prefix": prefix,
+        "title": f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
+        "summary": _summary(report),
+        "curves": curves(report),
+        "step_curves": step_curves(report),
+        "costs": costs(report),
+        "players": shown,
+        "references": references,
+    }
+    text = environment.get_template("part.html.jinja").render(
+        **about,
+        level=level,
         report=report,
         first=first,
-        summary=_summary(report),
         warnings=[*report.warnings, *failed],
         misses=misses(report),
         asked=", ".join(
@@ -49,22 +81,24 @@ def page(report: Report, *, players: int = 8) -> str:
         words_of=words_of,
         better_of=better_of,
         digits=lambda name, sign="": f"%{sign}.{decimals_of(name)}f",
-        curves=curves(report),
+        step_map=_step_map(report),
+        threads=threads_of(report),
+        density=density_figure(report),
         verdict=verdict,
         reached=lambda arm: _reached(report, arm),
         plot=_plot(report),
         frontiers=_frontiers(report),
         heat=_heat(report),
-        players=shown,
-        references=references,
         amplified=AMPLIFIED,
-        fps=EMBEDDED_FPS,
         options=_options,
         commands=commands_of(report),
         suite=suite_text(report),
         suite_name=name_of(report),
         versions=versions_of(report.results.lines),
+        machines=machines_of(report.results.lines),
+        tokens=tokens_of(first),
     )
+    return {**about, "text": Markup(text)}  # its values were escaped
 
 
 def _summary(report: Report) -> str:
@@ -77,7 +111,7 @@ def _summary(report: Report) -> str:
     best, _ = max(found, key=lambda one: one[0].ahead[key].mean)
     return (
         f"At equal {report.works[key]}, {counts['ahead']} of {len(found)} arms come nearer to the converged run than "
-        f"fewer steps do, {counts['behind']} less near, {counts['open']} are open. Furthest ahead: {best.name}, "
+        f"fewer steps do, {counts['behind']} less near, {counts['open']} are open. The best of them: {best.name}, "
         f"{best.ahead[key]:+} dB."
     )
 
@@ -111,6 +145,17 @@ def _frontiers(report: Report) -> list[str]:
         told = [f"{arm.name} ({arm.means[key]:.1f} steps, {arm.psnr.mean:.1f} dB)" for arm in frontier(arms, key)]
         found.append(f"Not surpassed at as little {report.works[key]}: {', '.join(told)}.")
     return found
+
+
+def _step_map(report: Report) -> dict[str, Any]:
+    """Return how many steps there are at most, and the rows of (arm, cells); a cell is its work and lightness."""
+    found = step_map(report)
+    most = max((max(values) for values in found.values()), default=1.0) or 1.0
+    rows = [
+        (arm, [(value, round(LIGHTEST + (DARKEST - LIGHTEST) * value / most)) for value in values])
+        for arm, values in found.items()
+    ]
+    return {"steps": max(map(len, found.values()), default=0), "rows": rows}
 
 
 def _heat(report: Report) -> dict[str, Any]:

@@ -5,17 +5,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_accel_assets import model_names, model_path
+
+from dit_accel.adapters.model_files import read_model_files
+from dit_accel.estimate.estimate import estimate
+
 from ..results import Line
 from ..suite import NATIVE, SUITE_VERSION
 from .figures import Report
 
-VERSIONS = ("dit_accel", "diffusers", "torch")
+VERSIONS = ("dit_accel", "diffusers", "torch", "python")
 
 
 def versions_of(lines: Sequence[Line]) -> dict[str, str]:
     """Return package -> its versions among the lines; lines made before a version was kept tell none."""
     found = {key: sorted({str(line[key]) for line in lines if key in line}) for key in VERSIONS}
     return {key: ", ".join(versions) for key, versions in found.items() if versions}
+
+
+def machines_of(lines: Sequence[Line]) -> str:
+    """Return the machines on which lines were made; empty where they do not tell."""
+    return "; ".join(sorted({line["device"] for line in lines if "device" in line}))
+
+
+def tokens_of(line: Line) -> int | None:
+    """Return how many tokens a line's forward has; None for a model that is not embedded."""
+    if line["model"] not in model_names():
+        return None
+    sizes = {key: line["call"][key] for key in ("height", "width", "num_frames") if key in line["call"]}
+    return estimate(*read_model_files(str(model_path(line["model"]))).identify(), **sizes).layout.tokens
 
 
 def name_of(report: Report) -> str:
@@ -33,7 +51,10 @@ def suite_text(report: Report) -> str:
     keys = ("by_frame", "metrics", "skipped", "unavailable")
     names = dict.fromkeys(name for line in report.results.lines for key in keys for name in line.get(key, ()))
     listed = {"metrics": list(names)} if names else {}
-    return tomli_w.dumps({**head, "clips": max(report.prompts) + 1, **listed, "call": call, "arm": arms})
+    first = min(report.prompts)
+    begin = {"first_clip": first} if first else {}
+    clips = {"clips": max(report.prompts) + 1 - first, **begin}
+    return tomli_w.dumps({**head, **clips, **listed, "call": call, "arm": arms})
 
 
 def _arm(line: Line) -> dict[str, Any]:

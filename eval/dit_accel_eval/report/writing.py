@@ -20,20 +20,27 @@ SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 1
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
 
 
-def write_reports(report: Report, wanted: Mapping[str, Path], *, players: int = 8) -> list[Path]:
+def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, players: int = 8) -> list[Path]:
     """Write files by kind: ``html``, ``csv``, ``json`` or ``markdown``; returns their paths.
 
+    Several reports make one page; the other kinds hold one each.
+
     Raises:
-        ConfigError: for a path that can't be written, is given twice, or is that of the results.
+        ConfigError: for a path that can't be written, is given twice, or is that of the results, and for another kind
+            than a page of several.
     """
-    seen = {report.results.path.resolve(): "the results that are read"}
+    others = [kind for kind in wanted if kind != "html"]
+    if others and len(reports) > 1:
+        raise ConfigError(f"{others[0]} holds one file of results, got {len(reports)}; report each by itself")
+    report = reports[0]
+    seen = {one.results.path.resolve(): "the results that are read" for one in reports}
     for kind, path in wanted.items():
         if path.resolve() in seen:
             raise ConfigError(f"{kind} would overwrite {path}, {seen[path.resolve()]}; choose another name")
         seen[path.resolve()] = f"which is written as {kind}"
         check_writable(path, kind)
     writers: dict[str, Callable[[], str]] = {
-        "html": lambda: page(report, players=players),
+        "html": lambda: page(*reports, players=players),
         "csv": lambda: csv_text(report),
         "json": lambda: json_text(data_of(report)) + "\n",
         "markdown": lambda: markdown_text(report) + "\n",
@@ -69,6 +76,7 @@ def data_of(report: Report) -> dict[str, Any]:
 def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
     runs = sorted((line for line in report.results.lines if line["arm"] == arm.name), key=lambda line: line["clip"])
     keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
+    keys += ("times", "step_work", "peak_memory_bytes")
     return {
         "name": arm.name,
         "dense": report.is_dense(arm),

@@ -7,7 +7,7 @@ from dit_accel_pipelines.media import to_uint8
 
 from dit_accel import ConfigError
 
-from ..fidelity import Clip
+from ..metrics.metric import Clip
 from .embedded import MEASURES, world_scores
 
 SHAPES_MODEL = "wan-tiny"

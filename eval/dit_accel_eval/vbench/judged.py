@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dit_accel_pipelines.solvers import BEST
 
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.files import check_writable
@@ -22,7 +23,6 @@ from ..embedded import EmbeddedModel, check_name, settled_call, weights_hash
 from ..metrics import Sample, scores
 from ..paired import bootstrap, holm, sign_flips
 from ..results import Line, append_line, check_lines, latest, read_lines, write_lines
-from ..solvers import BEST
 from ..suite import Arm, Suite, read_suite
 from .asked import model_scores, numbers
 from .dimensions import DIMENSIONS

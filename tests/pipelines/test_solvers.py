@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from dit_accel_eval.solvers import SOLVERS, make_scheduler, shift_of
+from dit_accel_pipelines.solvers import SOLVERS, make_scheduler, shift_of
 
 from dit_accel import ConfigError
 

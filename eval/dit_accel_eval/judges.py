@@ -1,0 +1,36 @@
+"""The judges of clips that have no reference, by the name that a suite gives in ``judge``; and a suite's table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from . import guided, larger, longer
+from .comparison import table
+from .embedded import EmbeddedModel, Run
+from .results import Line
+from .suite import Suite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """How clips are judged by themselves.
+
+    Attributes:
+        measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
+        table: (suite, lines) -> the Markdown table, a row an arm.
+    """
+
+    measures: Callable[[EmbeddedModel, int, Run], Line]
+    table: Callable[[Suite, Sequence[Line]], str]
+
+
+JUDGES: Mapping[str, Judge] = {
+    "longer": Judge(measures=longer.measures, table=longer.table),
+    "larger": Judge(measures=larger.measures, table=larger.table),
+    "guidance": Judge(measures=guided.measures, table=guided.table),
+}
+"""Name, one of `suite.JUDGES` -> the judge."""
+
+
+def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
+    """Return a suite's Markdown table, by its judge or against converged runs."""
+    return JUDGES[suite.judge].table(suite, lines) if suite.judge else table(suite, lines)

@@ -1,0 +1,13 @@
+"""The machine on which something was measured, in words."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def processor() -> str:
+    """Return the processor's name and how many cores the system shows, as far as it tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores"

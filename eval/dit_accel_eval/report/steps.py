@@ -1,0 +1,161 @@
+"""What a report says of steps and stages: curves and a map of what ran in each step, seconds and memory of each arm."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..comparison import ArmFigures
+from ..results import Line
+from .curves import MOST, figure, svg_uri
+from .figures import Report, judged
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MIB = 2**20
+ACROSS = 4
+"""Panels of the density maps beside each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Means over the clips of an arm that tell of it.
+
+    Attributes:
+        arm: its name.
+        clips: how many clips tell.
+        text: seconds until the first step.
+        denoise: seconds of all steps.
+        decode: seconds from the last step to the frames.
+        step: median seconds of a step.
+        memory: the most MiB that were held, None where that is not known.
+    """
+
+    arm: str
+    clips: int
+    text: float
+    denoise: float
+    decode: float
+    step: float
+    memory: float | None
+
+
+def costs(report: Report) -> list[Cost]:
+    """Return what every arm's stages took, of the arms whose lines tell."""
+    found = []
+    for arm in report.arms:
+        lines = [line for line in _lines(report, arm) if "times" in line]
+        if lines:
+            found.append(_cost(arm, lines))
+    return found
+
+
+def _cost(arm: ArmFigures, lines: Sequence[Line]) -> Cost:
+    means = {key: float(np.mean([line["times"][key] for line in lines])) for key in ("text", "denoise", "decode")}
+    steps = [seconds for line in lines for seconds in line["times"]["steps"]]
+    held = [max(line["peak_memory_bytes"].values()) / MIB for line in lines if line.get("peak_memory_bytes")]
+    return Cost(
+        arm=arm.name, clips=len(lines), **means, step=float(np.median(steps)), memory=max(held) if held else None
+    )
+
+
+def threads_of(report: Report) -> str:
+    """Return in words on how many threads the arms ran."""
+    counts = sorted({line["times"]["threads"] for line in report.results.lines if "times" in line})
+    return " or ".join(map(str, counts)) + (" thread" if counts == [1] else " threads")
+
+
+def step_curves(report: Report) -> list[tuple[str, str, str]]:
+    """Return (what is drawn, figure as a data URI, in words what it shows) of the steps' work and seconds."""
+    kinds: list[tuple[str, Callable[[Line], Sequence[float]], str]] = [
+        (
+            "work of a step, in dense steps",
+            lambda line: line.get("step_work", ()),
+            "Cheapest step and its place by arm",
+        ),
+        (
+            "seconds of a step",
+            lambda line: line.get("times", {}).get("steps", ()),
+            "Quickest step and its place by arm",
+        ),
+    ]
+    found = []
+    for words, values_of, told in kinds:
+        best = sorted(judged(report), key=lambda arm: -arm.psnr.mean)[:MOST]
+        means = {arm.name: mean for arm in best if (mean := _mean(_lines(report, arm), values_of))}
+        if means:
+            uri = svg_uri(lambda words=words, means=means: figure("step", words, means, marked=True))
+            lows = [f"{arm} {min(values):.2g} at {int(np.argmin(values)) + 1}" for arm, values in means.items()]
+            found.append((words, uri, f"{told}: {', '.join(lows)}."))
+    return found
+
+
+def step_map(report: Report) -> Mapping[str, list[float]]:
+    """Return arm -> the mean work of each of its steps, in dense steps, of the arms that are not dense runs."""
+    arms = [arm for arm in report.arms if not report.is_dense(arm)]
+    found = {arm.name: _mean(_lines(report, arm), lambda line: line.get("step_work", ())) for arm in arms}
+    return {arm: values for arm, values in found.items() if values}
+
+
+def _lines(report: Report, arm: ArmFigures) -> list[Line]:
+    return [line for line in report.results.lines if line["arm"] == arm.name]
+
+
+def _mean(lines: Sequence[Line], values_of: Callable[[Line], Sequence[float]]) -> list[float]:
+    """Return the mean over the lines that tell, step by step."""
+    rows = [values_of(line) for line in lines]
+    rows = [row for row in rows if row]
+    return np.mean(rows, axis=0).tolist() if rows and len({len(row) for row in rows}) == 1 else []
+
+
+def density_figure(report: Report) -> tuple[str, str] | None:
+    """Return a map of the exact share of tiles by step and layer, a panel an arm, as a data URI, and in words.
+
+    None where no attention call of any arm followed a plan.
+    """
+    maps = {}
+    for arm in report.arms:
+        rows = [line["density"] for line in _lines(report, arm) if line.get("density")]
+        if rows and len({len(row) for row in rows}) == 1:
+            maps[arm.name] = _mean_map(rows)
+    if not maps:
+        return None
+    told = [f"{arm} {np.nanmean(values):.2f}, from {np.nanmin(values):.2f}" for arm, values in maps.items()]
+    words = f"Mean over its planned calls, and the lowest, by arm: {'; '.join(told)}."
+    return svg_uri(lambda: _panels(maps)), words
+
+
+def _mean_map(rows: Sequence[Sequence[Sequence[float | None]]]) -> np.ndarray:
+    """Return the mean over clips [steps, layers] of the calls that followed a plan; nan where none did."""
+    layers = max(len(step) for row in rows for step in row)
+    values = np.array([[[*step, *[None] * (layers - len(step))] for step in row] for row in rows], dtype=np.float64)
+    known = ~np.isnan(values)
+    counts = known.sum(0)
+    return np.where(counts > 0, np.where(known, values, 0).sum(0) / np.maximum(counts, 1), np.nan)
+
+
+def _panels(maps: Mapping[str, np.ndarray]) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = min(len(maps), ACROSS)
+    down = -(-len(maps) // across)
+    figure = Figure(figsize=(11, 0.6 + 2.4 * down), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for panel in panels[len(maps) :]:
+        panel.axis("off")
+    for panel, (arm, values) in zip(panels, maps.items(), strict=False):
+        panel.set_facecolor("0.85")
+        steps, layers = (range(count) for count in values.shape)
+        drawn = panel.pcolormesh(
+            [step + 1 for step in steps], layers, np.ma.masked_invalid(values.T), vmin=0, vmax=1, cmap="viridis"
+        )
+        panel.set_title(arm, fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.set_ylabel("layer", fontsize=8)
+        panel.tick_params(labelsize=7)
+    figure.colorbar(drawn, ax=panels.tolist(), label="exact share of tiles", fraction=0.03)
+    return figure

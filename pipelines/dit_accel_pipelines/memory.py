@@ -1,0 +1,45 @@
+"""The most memory that a run took, on the host and on the accelerator."""
+
+import platform
+import resource
+from pathlib import Path
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_PEAK = "5"
+"""What resets the peak of resident memory when it is written to `_CLEAR` (Linux, proc(5))."""
+
+
+def begin_peak() -> bool:
+    """Let `peak_memory` count from now on; returns whether the host's can: where it can't, it is the process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        _CLEAR.write_text(_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the most bytes held: ``host``, resident, and ``cuda``, allocated, where there is one."""
+    import torch
+
+    peak = {"host": _resident()}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _resident() -> int:
+    """Return the peak of resident memory: since `begin_peak` on Linux, elsewhere of the process."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

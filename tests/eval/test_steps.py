@@ -1,0 +1,173 @@
+"""What each step and stage of a run took: counted where it ran, kept in its line, shown by the report."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from dit_accel_eval.counting import Counts, work
+from dit_accel_eval.embedded import EmbeddedModel
+from dit_accel_eval.measuring import _cost
+from dit_accel_eval.reference import dense_run
+from dit_accel_eval.report.figures import report_of
+from dit_accel_eval.report.lines import read_results
+from dit_accel_eval.report.page import page
+from dit_accel_eval.report.steps import costs, density_figure, step_curves, step_map
+from dit_accel_eval.report.writing import data_of
+from dit_accel_pipelines.memory import begin_peak, peak_memory
+from dit_accel_pipelines.progress import Stages
+from dit_accel_pipelines.timing import timed_steps
+
+from dit_accel import ConfigError, SolAttention, StaticCache
+
+SMALL = dict(num_frames=5, height=32, width=32)
+CACHE = StaticCache(every=2, warmup_steps=1, last_steps=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return EmbeddedModel("wan-tiny", SMALL)
+
+
+def test_stages_are_timed_apart():
+    class Pipe:
+        def __call__(self):
+            time.sleep(0.03)
+            for _ in self.progress_bar([0, 1]):
+                time.sleep(0.01)
+            time.sleep(0.02)
+
+    pipe, after = Pipe(), []
+    with timed_steps(pipe, Stages(quiet=True), lambda: after.append(time.sleep(0.2))) as timings:
+        pipe()
+    assert len(after) == len(timings.steps) == 2
+    assert 0.03 <= timings.text < 0.2
+    assert timings.denoise == sum(timings.steps) < 0.2  # what is done after a step is none of it
+    assert 0.02 <= timings.decode < 0.2
+
+
+def test_the_peak_is_of_what_was_held_since_it_was_begun():
+    held = np.ones(64 << 20, np.uint8)
+    large = peak_memory()["host"]
+    del held
+    if not begin_peak():
+        pytest.skip("the system does not let a process reset its peak")
+    assert peak_memory()["host"] < large - (32 << 20)
+
+
+def test_every_step_is_counted_where_it_ran(model):
+    whole = model.run(0, steps=5, solver="unipc").counts / 5
+    made = model.run(0, steps=5, solver="unipc", methods=(CACHE,))
+    assert [counts.blocks / whole.blocks for counts, _ in made.by_step] == [1, 0, 1, 0, 1]
+    assert sum((counts for counts, _ in made.by_step), Counts(blocks=0, attention=0)) == made.counts
+    assert made.times.threads == torch.get_num_threads()
+    assert len(made.times.steps) == 5
+    assert min(made.times.text, made.times.decode, *made.times.steps) > 0
+    assert made.times.steps[1] < min(made.times.steps[0], made.times.steps[2])
+    line = _cost(made, whole, model.own_share)
+    assert line["step_work"] == [1, 0, 1, 0, 1]
+    assert set(line["times"]) == {"threads", "text", "denoise", "decode", "steps"}
+
+
+def test_the_steps_work_adds_up_to_the_runs(model):
+    sparse = SolAttention(beta=0.4, block_size=16, dense_steps=2, dense_layers=0)
+    whole = model.run(0, steps=4, solver="unipc").counts / 4
+    made = model.run(0, steps=4, solver="unipc", methods=(sparse,))
+    line = _cost(made, whole, model.own_share)
+    assert line["step_work"][:2] == [1, 1] > line["step_work"][2:]
+    assert sum(line["step_work"]) == pytest.approx(work(made.counts, whole, made.attended, model.own_share), abs=1e-3)
+    density = np.array(line["density"], dtype=float)  # nan where a call was dense
+    assert density.shape == (4, 6)
+    assert np.isnan(density[:2]).all()
+    assert (density[2:] < 1).any()
+    assert (density[2:] > 0).all()
+
+
+def test_dense_runs_keep_their_times_and_earlier_ones_have_none(model, tmp_path):
+    first, again = (dense_run(model, 0, 2, tmp_path) for _ in range(2))
+    assert first.times == again.times is not None
+    assert [share for _, share in first.by_step] == [1.0, 1.0]
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as saved:
+        frames, meta = saved["frames"], json.loads(str(saved["meta"]))
+    np.savez(path, frames=frames, meta=json.dumps({key: meta[key] for key in ("setting", "counts")}))
+    old = dense_run(model, 0, 2, tmp_path)
+    assert (old.times, old.memory, old.counts) == (None, None, first.counts)
+    assert "times" not in _cost(dataclasses.replace(old), old.counts / 2, 0.5)
+
+
+def written(tmp_path, **changed):
+    """Write the lines of two arms on two clips, and of a dense run that tells nothing of its steps."""
+    lines = []
+    for clip in range(2):
+        for arm, work_of in (("whole 4", [1, 1, 1, 1]), ("skips 4", [1, 0, clip, 1])):
+            lines.append(line(arm, clip, sum(work_of)) | {
+                "step_work": work_of, "peak_memory_bytes": {"host": (300 + clip) << 20},
+                "times": {"threads": 1, "text": 0.5, "denoise": 4.0, "decode": 0.25, "steps": [1.0, 1.0, 0.5, 1.5]},
+            })  # fmt: skip
+        lines.append(line("unipc 4", clip, 4))
+    lines[0] |= changed
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return path
+
+
+def line(arm: str, clip: int, amount: float) -> dict:
+    return {
+        "arm": arm, "clip": clip, "prompt": f"prompt {clip}", "model": "wan-tiny", "weights": "w", "call": {},
+        "reference": "r", "reference_steps": 32, "reference_agreement": 50.0, "num_inference_steps": 4,
+        "solver": "unipc" if arm == "unipc 4" else "euler", "flow_shift": None, "methods": {}, "psnr": 30.0 + clip,
+        "ssim": 0.9, "score": 1.0, "work": amount, "work_real": amount, "attended": 1.0,
+    }  # fmt: skip
+
+
+def test_the_report_shows_steps_and_stages(tmp_path):
+    report = report_of(read_results(written(tmp_path)), {})
+    assert step_map(report) == {"whole 4": [1, 1, 1, 1], "skips 4": [1, 0, 0.5, 1]}
+    assert [words for words, *_ in step_curves(report)] == ["work of a step, in dense steps", "seconds of a step"]
+    assert "skips 4 0 at 2" in step_curves(report)[0][2]
+    assert density_figure(report) is None
+    whole, skips = costs(report)
+    assert (whole.text, whole.denoise, whole.decode, whole.step, whole.memory) == (0.5, 4.0, 0.25, 1.0, 301.0)
+    assert skips.clips == 2
+    text = page(report)
+    assert "Step by step" in text
+    assert "on 1 thread, beside whatever" in text
+    (run, *_) = data_of(report)["arms"][1]["runs"]
+    assert (run["step_work"], run["times"]["text"]) == ([1, 1, 1, 1], 0.5)
+
+
+def test_the_density_map_is_the_mean_of_what_followed_a_plan(tmp_path):
+    path = written(tmp_path, density=[[None, 0.5], [1.0, 0.25], [None, None], [1.0, 0.75]])
+    report = report_of(read_results(path), {})
+    uri, words = density_figure(report)
+    assert uri.startswith("data:image/svg")
+    assert words == "Mean over its planned calls, and the lowest, by arm: whole 4 0.70, from 0.25."
+    assert "grey where a call was dense or skipped" in page(report)
+
+
+def test_results_without_steps_are_reported_as_before(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(line(arm, 0, 4)) + "\n" for arm in ("whole 4", "unipc 4")))
+    text = page(report_of(read_results(path), {}))
+    assert "Step by step" not in text
+    assert "Time and memory" not in text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"times": {"text": 1}},
+        {"times": 3},
+        {"times": {"threads": 1, "text": 0, "denoise": 0, "decode": 0, "steps": []}},
+        {"step_work": [1, float("nan")]},
+        {"step_work": "much"},
+        {"density": [["all"]]},
+        {"peak_memory_bytes": {"host": None}},
+    ],
+)
+def test_steps_that_are_no_numbers_are_refused(tmp_path, changed):
+    with pytest.raises(ConfigError, match="line 1 has times, work by step, density or memory that are no numbers"):
+        read_results(written(tmp_path, **changed))
