@@ -133,15 +133,17 @@ def _lpips(net: str, clip: Frames, reference: Frames, *, scaled: bool = True, sp
     """
     weights, found = tensors(f"lpips-{net}"), []
     for start in range(0, len(clip), TOGETHER):
-        pair = []
-        for frames in (clip, reference):
-            part = torch.from_numpy(frames[start : start + TOGETHER]).permute(0, 3, 1, 2).float() / 255
-            pair.append(2 * part - 1 if scaled else part)
-        maps = lpips_maps(*pair, weights, net)
+        own, other = (_images(frames[start : start + TOGETHER], scaled) for frames in (clip, reference))
+        maps = lpips_maps(own, other, weights, net)
         if spread:
             maps = [F.interpolate(one, size=clip.shape[1:3], mode="bilinear", align_corners=False) for one in maps]
         found.append(torch.stack([one.mean((1, 2, 3)) for one in maps]).sum(0))
     return torch.cat(found).double().numpy()
+
+
+def _images(frames: Frames, scaled: bool) -> Tensor:
+    images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+    return 2 * images - 1 if scaled else images
 
 
 lpips_alex: Measure = partial(_lpips, "alex")
