@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -139,6 +140,13 @@ class Search:
     def lines(self) -> list[Line]:
         """Return the result lines so far."""
         return read_lines(self.job.out)
+
+    def last_round(self) -> list[Line]:
+        """Return the lines of the last round's prompts, of the settings that have all of them."""
+        prompts = range(FIRST_PROMPT, FIRST_PROMPT + ROUNDS[-1])
+        known = [line for line in latest(self.lines()).values() if line["clip"] in prompts]
+        counts = Counter(line["arm"] for line in known)
+        return [line for line in known if counts[line["arm"]] == len(prompts)]
 
     def measured(self, arms: Sequence[Arm], prompts: Sequence[int]) -> list[Point]:
         """Return settings as measured on prompts, made or found again."""

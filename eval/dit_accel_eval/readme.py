@@ -47,6 +47,7 @@ PAGES = {
         "caches-flux-tiny",
         "report-wan-tiny",
         "report-flux-tiny",
+        "held-out-flux-tiny",
         "dropped-mass",
         "time",
         "overhead",

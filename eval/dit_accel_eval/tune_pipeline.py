@@ -119,7 +119,7 @@ def tune_pipeline(
     frontier = search.frontier(arms)
     chosen = search.verified(frontier)
     _write(output, chosen.arm)
-    draw(figures_of(search.lines(), [arm.name for arm in arms if not arm.is_dense]), f"{model}: {target}",
+    draw(figures_of(search.last_round(), [arm.name for arm in arms if not arm.is_dense]), f"{model}: {target}",
          output.with_suffix(".png"))  # fmt: skip
     tried = {line["arm"] for line in search.lines()} & {arm.name for arm in arms}
     return TunedPipeline(
