@@ -40,7 +40,8 @@ WORKERS ?= 2
 tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
 	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-tiny.toml
 	$(BIN)/python -m dit_accel_eval.dropped_mass
-	$(BIN)/python -m dit_accel_eval.every_set
+	$(BIN)/python -m dit_accel_eval.every_set --model wan-tiny
+	$(BIN)/python -m dit_accel_eval.every_set --model flux-tiny
 	$(BIN)/python -m dit_accel_eval.vbench.proxies
 	$(BIN)/python -m dit_accel_eval.vbench.judged
 	$(BIN)/python -m dit_accel_eval.readme

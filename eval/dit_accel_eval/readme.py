@@ -37,7 +37,7 @@ MASSES = Path("eval/results/dropped-mass.jsonl")
 PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
-    "docs/guidance.md": ("every-set", "guidance-wan-tiny", "guidance-flux-tiny", "guidance-cost"),
+    "docs/guidance.md": ("every-set-wan-tiny", "every-set-flux-tiny", "guidance-wan-tiny", "guidance-flux-tiny", "guidance-cost"),
     "docs/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
@@ -175,8 +175,8 @@ def _run(root: Path, results: Path, module: str, write: Callable[[list[dict[str,
     return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
 
 
-def _every(root: Path) -> str:
-    setting, command = Setting(), "python -m dit_accel_eval.every_set"
+def _every(root: Path, model: str) -> str:
+    setting, command = Setting(model=model), f"python -m dit_accel_eval.every_set --model {model}"
     if not (root / setting.out).is_file():
         return f"Not measured yet; `{command}` does."
     head = (
@@ -219,7 +219,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "vbench-proxies": partial(_run, results=PROXIES, module="vbench.proxies", write=proxies_told),
     "vbench-wan-tiny": partial(_judged, name="vbench-wan-tiny", module="vbench.judged", write=by_names_table),
     "vbench-flux-tiny": partial(_judged, name="vbench-flux-tiny", module="vbench.judged", write=by_names_table),
-    "every-set": _every,
+    "every-set-wan-tiny": partial(_every, model="wan-tiny"),
+    "every-set-flux-tiny": partial(_every, model="flux-tiny"),
     "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
     "budgets": _budgets,
     "profiling-wan-tiny": partial(_choices, name="profiling-wan-tiny", profiles=("profile-wan-tiny",)),

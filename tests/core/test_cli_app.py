@@ -187,10 +187,14 @@ def test_help_is_quick_and_loads_no_torch():
         return after.children_user + after.children_system - before.children_user - before.children_system
 
     bare = min(seconds("-c", "pass") for _ in range(3))
+    typer_alone = "import typer; app = typer.Typer(); app.command('a')(print); app.command('b')(print); app(['--help'])"
+    least = min(seconds("-c", typer_alone) for _ in range(3))
     helped = min(
-        seconds("-c", "import sys; sys.argv[1:] = ['--help']; import dit_accel.cli as c; c.main()") for _ in "123"
+        seconds("-c", "import sys; sys.argv[1:] = ['--help']; import dit_accel.cli as c; c.main()") for _ in range(3)
     )
-    assert helped - bare < 0.4  # of processor time; 0.17 s where it was written
+    assert helped - bare < 3 * (
+        least - bare
+    )  # of processor time, in which a busy machine slows both; torch takes far more
 
 
 def test_the_list_of_commands_says_what_the_commands_say():

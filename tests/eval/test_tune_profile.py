@@ -156,6 +156,7 @@ def test_profiling_cache_reads_it(profiled):
     assert section.data["computed_blocks"] < 1
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_queries_tells_its_error(profiled, tmp_path):
     exact = tune_profile(request(), tmp_path / "exact.json").content["transformers"]["transformer"]
     sample = tune_profile(request(), tmp_path / "sample.json", queries=40).content["transformers"]["transformer"]
@@ -166,6 +167,7 @@ def test_a_sample_of_the_queries_tells_its_error(profiled, tmp_path):
     assert sample["scores"]["attention"] == pytest.approx(exact["scores"]["attention"], abs=0.25)
 
 
+@pytest.mark.slow
 def test_classes_are_made_again_without_a_new_measurement(tmp_path, monkeypatch):
     for options, count in (
         (dict(cached=2), 2),

@@ -76,6 +76,7 @@ def test_time(tmp_path):
     assert "not measured best SDPA over ours, 128k at 0.1" in found.stdout
 
 
+@pytest.mark.slow
 def test_rows_of_a_timed_call_are_compared():
     """A wrong row, key gradient or decay shows in the sampled tiles; what is right does not."""
     shape = replace(SHAPES["wan-720p"], heads=2, tokens=120, dim=16, block=32)
@@ -136,6 +137,7 @@ def test_shapes_are_those_of_the_models():
     assert set(gpu.ORDER) == set(SHAPES)
 
 
+@pytest.mark.slow
 def test_what_the_budget_does_not_reach_is_named():
     found = run("time", *TINY, "--shape", "mochi", "--budget", "0")
     assert "left out for time: mochi triton 0.27, mochi sdpa-flash 1" in found.stdout

@@ -336,7 +336,7 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", SELECTIONS)
 @pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 0), (torch.bfloat16, 7), (torch.float32, 11)])
 def test_selections(kind, dtype, features):

@@ -114,7 +114,7 @@ def test_routing_of_head_dims(routing, dtype, dim):
     check(*qkv(1, 2, 1, 70, 300, dim, dtype), tiles, Selection(routing=routing))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("features", "groups"), [*enumerate([1, 2, 4, 1, 2, 4, 1, 2]), (7, 4), (7, 1)])
 def test_features_together(features, groups):
     """Keep bits that skip and pool, both routings, pins, GQA, key masks, decay, head scale and token order."""

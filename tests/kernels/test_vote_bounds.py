@@ -6,6 +6,7 @@ tests/core/test_lite_method.py.
 
 import math
 
+import pytest
 import torch
 from dit_accel_kernels import Vote
 from hypothesis import strategies as st
@@ -75,6 +76,7 @@ def test_9a_bound_a_of_one_call(backend, seed, gap, reverse, kept):
     assert below(missing(logits(q, k), dropped, keep), odds(dropped.sum(-1), gap), q.dtype)
 
 
+@pytest.mark.slow
 @property_of(seed=SEEDS, size=st.floats(0, 0.3), spare=st.floats(0, 6))
 def test_9b_bound_b_over_drifting_calls(backend, seed, size, spare):
     calls, x, most = drift(backend, seed, size, 3)

@@ -180,6 +180,7 @@ def test_7_no_row_loses_its_largest_key(backend, reverse, threshold):
     assert by_token(bits).gather(-1, largest).all()
 
 
+@pytest.mark.slow
 @property_of(seed=SEEDS, low=st.floats(-12, 0), high=st.floats(-12, 0))
 def test_8_bits_settle_after_both_directions_and_a_higher_threshold_drops_more(backend, seed, low, high):
     q, k, v = inputs(backend, seed)

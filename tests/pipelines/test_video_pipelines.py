@@ -24,7 +24,7 @@ STEPS = {"minimax-h3": 3}  # its schedule of four points
 LATENTS_ALONE = {"minimax-h3", "ltx-2", "allegro"}  # assembled without what decodes, or it decodes large tiles alone
 
 
-@pytest.mark.parametrize("name", some(PIPELINES, "motif-video"))
+@pytest.mark.parametrize("name", some(PIPELINES))
 def test_a_video_pipeline_generates_and_reports_it(name):
     pipe, call = PIPELINES[name]()
     plain = generate(pipe, call)
