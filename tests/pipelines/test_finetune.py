@@ -219,7 +219,7 @@ def test_videos_are_listed_by_metadata_too(base: Path, tmp_path: Path):
         ({"data": "broken"}, "0.mp4 can't be read"),
         ({"height": 48}, "has 32 x 32 pixels, and clips of 32 x 48 are to be trained on"),
         ({"num_frames": 17}, "has 9 frames, and 17 are to be trained on"),
-        ({"num_frames": 8}, "num_frames must be a multiple of 2 and 1 more"),
+        ({"num_frames": 8}, "num_frames must be a multiple of 2 and 1 more for .*, such as 9, got 8"),
         ({"height": 40}, "height must be a multiple of 16"),
         ({"num_frames": 1001}, "positions"),
         ({"ulysses": 2}, "ulysses = 2 processes are to share each clip, and 1 were started"),

@@ -216,8 +216,8 @@ def _check_sizes(recipe: FineTuning, files: ModelFiles, adapter: Adapter, family
     frames = rounded_frames(family, recipe.num_frames)
     if frames != recipe.num_frames:
         raise ConfigError(
-            f"num_frames must be a multiple of {family.vae[0]} and 1 more for {model}, got {recipe.num_frames}; the "
-            f"nearest below is {frames}"
+            f"num_frames must be a multiple of {family.vae[0]} and 1 more for {model}, such as {frames}, got "
+            f"{recipe.num_frames}"
         )
     layout = token_layout(family, height=recipe.height, width=recipe.width, num_frames=frames)
     lengths = {"frames": layout.frames, "height": layout.height, "width": layout.width}
