@@ -509,6 +509,7 @@ def test_second_generation_equals_the_first_and_branches_do_not_meet(reuse):
         assert torch.equal(run(transformer, branches=("cond",)), alone)
 
 
+@pytest.mark.slow
 def test_compiled_full_graph_gives_the_same():
     from torch._dynamo.utils import counters
 

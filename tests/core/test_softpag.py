@@ -115,6 +115,7 @@ def test_with_a_sparse_method_the_mix_is_in_the_kernel(transformer, backend):
     torch.testing.assert_close(call.out[:, 0], beside.out[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [True, False])
 def test_methods_with_state_keep_the_branches_apart(share):
     transformer = sharp_transformer()

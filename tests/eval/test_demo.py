@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dit_accel import ConfigError
 
 
+@pytest.mark.slow
 def test_the_demo_compares_and_writes(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(demo, "MOST", 32)
     app = typer.Typer()

@@ -96,6 +96,7 @@ def test_deltas_and_masks_are_those_of_an_untouched_run(profiled, tmp_path):
     assert entry["scores"]["delta"] == pytest.approx([np.mean(row[1:]) for row in entry["by_step"]["delta"]])
 
 
+@pytest.mark.slow
 def test_attention_is_that_of_the_calls(tmp_path):
     """The ratio of one layer and step, off the tensors that an observer of planned calls gets."""
     found = tune_profile(request(), tmp_path / "own.json")

@@ -85,6 +85,7 @@ easycache = { threshold = 0.1 }
     return path
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_and_prints_its_table(suite, capsys):
     out = suite.parent.parent / "results" / "s.jsonl"
     assert judged.main([str(suite)]) == 0

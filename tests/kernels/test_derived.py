@@ -97,6 +97,7 @@ def test_a_write_replaces_a_value():
     assert values.get([tensor], (), Value) is not values.get([tensor[1:]], (), Value)
 
 
+@pytest.mark.slow
 def test_nothing_derived_holds_what_it_is_derived_from():
     """It would keep lists alive for good: those of a card are most of what a plan takes."""
     tiles, frames = random_lists(2, TOKENS, TOKENS, 16, 16), decay()

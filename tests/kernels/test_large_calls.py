@@ -32,6 +32,7 @@ def columns_far_away(plan):
     return replace(plan, q_tiles=rows, bounds=plan.bounds + FAR)
 
 
+@pytest.mark.slow
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_positions_times_chunks_stay_in_range(monkeypatch, far):

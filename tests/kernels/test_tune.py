@@ -153,6 +153,7 @@ def test_without_a_card_the_compilers_choose(tmp_path):
     assert "128x128x64 w8 s3" in found.stdout
 
 
+@pytest.mark.slow
 def test_bad_arguments_are_named(tmp_path):
     found = run("--device", "none", "--arch", "sm_70")
     assert "launches are tuned for sm_80, sm_89, sm_90, sm_100, sm_120, gfx942: found 'sm_70'" in found.stderr

@@ -97,6 +97,7 @@ def test_9c_bound_c_of_one_call(backend, seed, criterion, share, reverse):
     assert below(missing(logits(q, k), ~bits, ALL), bound, q.dtype)
 
 
+@pytest.mark.slow
 @property_of(
     seed=SEEDS, size=st.floats(0, 0.3), criterion=st.sampled_from(["mass", "budget"]), share=st.floats(0.001, 0.2)
 )

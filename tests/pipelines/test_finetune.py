@@ -52,6 +52,7 @@ def test_a_training_that_was_stopped_goes_on_exactly(base: Path, tmp_path: Path)
     assert not same(whole, trained(base, tmp_path / "other", steps=4, seed=1))
 
 
+@pytest.mark.slow
 def test_blocks_computed_again_and_batches_in_parts_give_the_same(base: Path, tmp_path: Path):
     plain = trained(base, tmp_path / "plain", batch_size=2)
     again = trained(base, tmp_path / "again", batch_size=2, gradient_checkpointing=True)
@@ -91,6 +92,7 @@ def test_diffusers_loads_what_the_averages_hold(base: Path, tmp_path: Path):
     assert torch.equal(average, found["transformer.blocks.1.attn1.to_q.lora_B.weight"])
 
 
+@pytest.mark.slow
 def test_training_brings_the_loss_down(base: Path, tmp_path: Path):
     trained(base, tmp_path / "long", steps=60, batch_size=3, rank=8, learning_rate=3e-3, caption_dropout=0.0)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "long" / "log.jsonl").open()]
