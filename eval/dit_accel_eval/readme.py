@@ -37,7 +37,13 @@ MASSES = Path("eval/results/dropped-mass.jsonl")
 PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
     "README.md": ("models", "speed"),
-    "docs/guidance.md": ("every-set-wan-tiny", "every-set-flux-tiny", "guidance-wan-tiny", "guidance-flux-tiny", "guidance-cost"),
+    "docs/guidance.md": (
+        "every-set-wan-tiny",
+        "every-set-flux-tiny",
+        "guidance-wan-tiny",
+        "guidance-flux-tiny",
+        "guidance-cost",
+    ),
     "docs/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
