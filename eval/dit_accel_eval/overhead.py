@@ -5,8 +5,9 @@ in free mode perturbs a layer of every unconditional forward. Two copies of a mo
 each step in turn, and processor time is compared pair by pair, so that other work on the machine does not count.
 
 Whole steps of the embedded model differ among themselves by about as much as a cache costs. So caches are measured on
-hollow copies too, whose blocks give stored tensors: what is left of the difference is the cache's own. It is held
-against a whole step of the embedded model, and against one of Wan 2.1 1.3B's shape.
+hollow copies too, whose blocks give stored tensors: what is left of the difference is the cache's own. A whole forward
+runs before each hollow step, untimed, so that the processor's caches are as cold as they are in a real step. The
+difference is held against a whole step of the embedded model, and against one of Wan 2.1 1.3B's shape.
 """
 
 import argparse
@@ -160,6 +161,7 @@ def measured(
     """
     torch.manual_seed(0)
     plain, other = (hollow(subject) if alone else subject.make(None) for _ in range(2))
+    cold = _cold() if alone else None
     text, seconds = torch.randn(1, subject.text, plain.config["text_dim"]), np.zeros((pairs + 2, 2))
     x = torch.randn(subject.latents)
     with dit_accel.attach(other, method) if method else contextlib.nullcontext():
@@ -167,6 +169,8 @@ def measured(
             step = pair % steps
             x = torch.randn(subject.latents) if step == 0 else 0.98 * x
             for place in (0, 1) if pair % 2 else (1, 0):
+                if cold is not None:
+                    cold()
                 seconds[pair, place] = _step((plain, other)[place], x, text, step, steps)
     return seconds[2:]
 
@@ -186,6 +190,13 @@ def hollow(subject: Subject) -> WanTransformer3DModel:
     for block in model.blocks:
         block.forward = partial(_given, torch.randn(size))
     return model
+
+
+def _cold() -> Callable[[], object]:
+    """Return what runs a whole forward of the embedded model."""
+    model, text, x = SMALL.make(None), torch.randn(1, SMALL.text, 1), torch.randn(SMALL.latents)
+    text = text.expand(-1, -1, model.config["text_dim"])
+    return partial(model, x, torch.tensor([500.0]), text, return_dict=False)
 
 
 def _given(kept: Tensor, *args: Any, **kwargs: Any) -> Tensor:
