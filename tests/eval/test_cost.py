@@ -4,6 +4,7 @@ import json
 
 import pytest
 from diffusers import WanTransformer3DModel
+from dit_accel_assets import model_path
 from dit_accel_eval import overhead, product_time
 from wan_tiny import TINY
 
@@ -25,7 +26,12 @@ def test_product_of_a_sparse_method_and_a_cache(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("sys.argv", ["overhead", "--pairs", "2", "--steps", "4", "--out", str(tmp_path / "o.jsonl")])
+    def small(blocks):
+        config = WanTransformer3DModel.load_config(model_path() / "transformer")
+        return WanTransformer3DModel.from_config({**config, "num_layers": blocks}).eval()
+
+    monkeypatch.setattr(overhead, "REAL", overhead.Subject("random weights", small, (1, 12, 3, 8, 8), 8))
+    monkeypatch.setattr(overhead, "BLOCKS", 6)
     reports = []
     attach = overhead.dit_accel.attach
 
@@ -41,12 +47,14 @@ def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
             return self.attachment.__exit__(*what)
 
     monkeypatch.setattr(overhead.dit_accel, "attach", Seen)
-    overhead.main()
+    assert overhead.main(["--pairs", "2", "--steps", "4", "--out", str(tmp_path / "o.jsonl")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
-    assert [line["arm"] for line in lines] == list(overhead.METHODS)
+    assert [line["arm"] for line in lines] == [*overhead.WHOLE, *overhead.CACHES, *overhead.CACHES, *overhead.CACHES]
+    assert [line["alone"] for line in lines] == [False] * 7 + [True] * 8
     assert capsys.readouterr().out.count("\n") == len(lines)
     caches = [section.data for report in reports for section in report.sections if "reused" in section.data]
-    assert [data["computed"] for data in caches] == [4] * 4  # two warm-ups and two pairs, four caches
+    # two warm-ups and two pairs, of two forwards each
+    assert [data["computed"] for data in caches] == [8] * 12
     assert all(data["reused"] == 0 for data in caches)
     assert any(entry["value"] is not None for data in caches for entry in data["forwards"])
     perturbed = [section.data for report in reports for section in report.sections if section.method == "pag"]
