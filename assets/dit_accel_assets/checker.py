@@ -63,6 +63,22 @@ def closeness(video: np.ndarray, scene: clips.Scene) -> dict[str, float]:
     }
 
 
+def path_error(video: np.ndarray) -> float:
+    """Return how far the object of a clip [F, H, W, 3] strays from a straight path of constant speed, RMS in pixels.
+
+    Of all such paths the nearest one: drawn clips of any length follow one. NaN where fewer than two frames show an
+    object.
+    """
+    frames = video.astype(np.float64) if video.dtype == np.uint8 else video.astype(np.float64) * 255.0
+    cover = _cover(frames, _background(frames))
+    found = [index for index, frame in enumerate(cover) if frame.sum() >= 40.0]
+    if len(found) < 2:
+        return float("nan")
+    track, time = np.stack([_centroid(cover[index]) for index in found]), np.asarray(found, dtype=np.float64)
+    slope, start = np.polyfit(time, track, 1)
+    return float(np.sqrt(np.square(track - (np.outer(time, slope) + start)).sum(1).mean()))
+
+
 def _nearness(color: np.ndarray, named: tuple[int, int, int]) -> float:
     return max(0.0, 1.0 - float(np.linalg.norm(color - np.asarray(named))) / 128.0)
 

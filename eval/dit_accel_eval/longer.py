@@ -7,15 +7,20 @@ later stretch comes to the opening one, and how much of a loop it is.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from dit_accel_assets import model_defaults, model_score
+from dit_accel_assets import model_closeness, model_defaults, model_score
+from dit_accel_assets.checker import path_error
 
 from .embedded import EmbeddedModel, Run
 from .metrics.loops import loop, repetition
+from .metrics.metric import Clip
 from .metrics.motion import motion
 from .metrics.sharpness import sharpness
 from .paired import bootstrap
 from .results import Line
 from .suite import Suite
+
+STRETCH = 33
+"""Frames of the longest clips that wan-tiny was trained on."""
 
 
 def measures(model: EmbeddedModel, clip: int, made: Run) -> Line:
@@ -24,11 +29,26 @@ def measures(model: EmbeddedModel, clip: int, made: Run) -> Line:
     return {
         "frames": len(made.frames),
         "score": model_score(model.name, clip, made.frames),
+        "path_error": path_error(made.frames),
+        "closeness_by_stretch": by_stretch(model.name, clip, made.frames),
         "motion": motion(made.frames),
         "sharpness": sharpness(made.frames),
         "repetition": repetition(made.frames, trained),
         "loop": loop(made.frames, trained),
     }
+
+
+def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
+    """Return how near each stretch of a clip comes to the prompt, 0 to 1; the first and the last frames are among them.
+
+    Args:
+        name: of the embedded model.
+        clip: its number.
+        frames: [F, H, W, 3] in [0, 1].
+    """
+    count = max(1, round(len(frames) / STRETCH))
+    starts = np.linspace(0, max(0, len(frames) - STRETCH), count).round().astype(int)
+    return [model_closeness(name, clip, frames[start : start + STRETCH]) for start in starts]
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
@@ -38,34 +58,47 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
     yield (
-        "| arm | clips | frames | score | motion x 1000 | sharpness x 1000 | repetition RMS | loop | pairs computed "
-        "| against | paired difference, points of the score | of the loop |"
+        "| arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
+        "repetition RMS | loop | pairs computed | against | paired difference, points of the score | of the loop | "
+        "of the path error |"
     )
-    yield "|---" * 12 + "|"
+    yield "|---" * 15 + "|"
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     for arm in suite.arms:
         clips = by_arm[arm.name]
         if not clips:
             continue
-        names = ("frames", "score", "motion", "sharpness", "repetition", "loop", "attended")
-        frames, score, *rest = (float(np.mean([line[name] for line in clips.values()])) for name in names)
         plain = suite.plain(arm)
         others = by_arm[plain.name] if plain else {}
         both = sorted(set(clips) & set(others))
-        paired = [100 * (clips[clip]["score"] - others[clip]["score"]) for clip in both]
-        loops = [clips[clip]["loop"] - others[clip]["loop"] for clip in both]
+
+        def mean(name: str, scale: float = 1.0, clips: dict[int, Line] = clips) -> float:
+            return scale * float(np.nanmean([line[name] for line in clips.values()]))
+
+        def against(
+            name: str, scale: float = 1.0, both: list[int] = both, clips: dict[int, Line] = clips,
+            others: dict[int, Line] = others,
+        ) -> str:  # fmt: skip
+            paired = [scale * (clips[clip][name] - others[clip][name]) for clip in both]
+            paired = [value for value in paired if np.isfinite(value)]
+            return str(bootstrap(paired)) if paired else ""
+
+        stretches = np.mean([line["closeness_by_stretch"] for line in clips.values()], 0)
         cells = (
             arm.name,
             len(clips),
-            f"{frames:.0f}",
-            f"{score:.0%}",
-            f"{1000 * rest[0]:.2f}",
-            f"{1000 * rest[1]:.2f}",
-            f"{rest[2]:.3f}",
-            f"{rest[3]:.2f}",
-            f"{rest[4]:.0%}",
+            f"{mean('frames'):.0f}",
+            f"{mean('score'):.0%}",
+            " ".join(f"{value:.2f}" for value in stretches),
+            f"{mean('path_error'):.1f}",
+            f"{mean('motion', 1000):.2f}",
+            f"{mean('sharpness', 1000):.2f}",
+            f"{mean('repetition'):.3f}",
+            f"{mean('loop'):.2f}",
+            f"{mean('attended'):.0%}",
             plain.name if plain else "",
-            bootstrap(paired) if paired else "",
-            bootstrap(loops) if loops else "",
+            against("score", 100),
+            against("loop"),
+            against("path_error"),
         )
         yield f"| {' | '.join(map(str, cells))} |"

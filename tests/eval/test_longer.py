@@ -5,11 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from dit_accel_assets.checker import path_error
 from dit_accel_assets.clips import clip_of, draw
 from dit_accel_eval import compare
 from dit_accel_eval.counting import Counts
 from dit_accel_eval.embedded import Run
-from dit_accel_eval.longer import loop, motion, repetition, sharpness, table
+from dit_accel_eval.longer import by_stretch, loop, motion, repetition, sharpness, table
 from dit_accel_eval.suite import read_suite
 from typer.testing import CliRunner
 
@@ -42,6 +43,24 @@ def test_a_loop_is_told_from_a_way_and_from_standing_still():
         assert loop(np.concatenate([clip[30:47]] * 4), 17) > 1.4
         assert loop(np.roll(np.concatenate([clip[::2]] * 2), 5, axis=0), 17) > 1.4  # whatever its opening frames
     assert loop(np.repeat(clip[:1], 40, 0), 17) == 2.0
+
+
+def test_the_path_error_tells_a_straight_way_from_one_that_begins_again():
+    for seed in range(4):
+        clip = drawn(seed, frames=65)
+        assert path_error(clip) < 1
+        again = np.concatenate([clip[::2], clip[::2]])  # the object jumps back where it began
+        assert path_error(again) > 4
+    assert np.isnan(path_error(np.repeat(clip[:1], 9, 0) * 0))
+
+
+def test_each_stretch_of_a_clip_is_judged():
+    clip = drawn(3, frames=65)
+    first, last = by_stretch("wan-tiny", 3, clip)
+    assert min(first, last) > 0.8
+    gone = np.concatenate([clip[:33], np.repeat(clip[-1:] * 0, 32, 0)])
+    assert by_stretch("wan-tiny", 3, gone)[1] < 0.6
+    assert len(by_stretch("wan-tiny", 3, clip[:33])) == len(by_stretch("wan-tiny", 3, clip[:20])) == 1
 
 
 class FakeModel:
