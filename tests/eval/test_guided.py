@@ -1,13 +1,14 @@
 """Guidance at equal forwards: what is run and counted, what an arm is held against, and the continuous score."""
 
 import dit_accel_eval.guided as guided
-import dit_accel_eval.guided_sheet as guided_sheet
 import numpy as np
 import pytest
 from dit_accel_assets import clips, model_closeness
 from dit_accel_assets.checker import closeness
+from dit_accel_eval import arm_sheet
 from dit_accel_eval.results import read_lines
 from dit_accel_eval.suite import Arm, Suite, read_suite
+from PIL import Image
 from typer.testing import CliRunner
 
 from dit_accel import PAG, ConfigError
@@ -52,15 +53,21 @@ def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path):
     assert out.read_text() == before
     suite = read_suite(path)
     with pytest.raises(ConfigError, match="small has no arm 'pog'; did you mean 'pag'"):
-        guided_sheet.sheet(suite, tmp_path / "sheet.png", ["pog"])
+        arm_sheet.sheet(suite, tmp_path / "sheet.png", ["pog"])
     arms = {arm.name: arm for arm in suite.arms}
     assert guided.rival_of(suite, arms["pag"], list(lines.values())) is arms["three"]  # off has too few forwards
     assert guided.rival_of(suite, arms["three"], list(lines.values())) is None
     gained = 100 * (lines["pag"]["closeness"] - lines["three"]["closeness"])
     assert f"| pag | 3.0 | 2 | 5.0 | {lines['pag']['score']:.0%} |" in told
     assert f"| three | {gained:+.2f} [" in told
-    assert guided_sheet.main([str(path), str(tmp_path / "sheet.png"), "off", "pag"]) == 0
+    assert arm_sheet.main([str(path), str(tmp_path / "sheet.png"), "off", "pag"]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+    assert arm_sheet.main([str(path), str(tmp_path / "along.png"), "off", "--along", "1"]) == 0
+    assert arm_sheet.main([str(path), str(tmp_path / "moving.gif"), "off", "pag", "--every", "4"]) == 0
+    with Image.open(tmp_path / "moving.gif") as moving:
+        assert moving.n_frames > 1
+    for wrong in (["sheet.jpg"], ["moving.gif", "--every", "0"]):
+        assert arm_sheet.main([str(path), str(tmp_path / wrong[0]), *wrong[1:]]) == 2
     path.write_text(SUITE.replace('layers = ["L3"]', 'layers = ["L4"]'))
     assert "holds results of arm 'pag' with methods" in run(path, "--out", out).stderr
 
