@@ -74,7 +74,7 @@ def resolve_model(name: str, transformers: dict[str, Any]) -> Model:
     family: Family | None = adapter.family(transformer.config, experts)
     modules = attention_modules(transformer, adapter)
     heads = heads_of(modules[0][1], transformer.config)
-    return Model(adapter=adapter, family=family, heads=heads, layers=len(modules))
+    return Model(adapter=adapter, family=family, heads=heads, layers=len(modules), config=dict(transformer.config))
 
 
 def heads_of(module: Any, config: Any) -> int:

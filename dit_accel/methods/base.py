@@ -1,7 +1,7 @@
 """What a method is to the core: a handler, found by the type of its config, that acts at one place or several."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -57,6 +57,7 @@ class Model:
         heads: attention heads, H.
         layers: attention modules that the adapter names in one transformer.
         tiling: how all methods of the attachment cut a sequence into tiles.
+        config: the transformer's config; None: there is no transformer yet, only a family's sizes.
     """
 
     adapter: Adapter
@@ -64,6 +65,7 @@ class Model:
     heads: int
     layers: int
     tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
+    config: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:

@@ -86,7 +86,7 @@ REAL = Subject("Wan 2.1 1.3B's shape, 4200 tokens", _released, PRODUCT_LATENTS, 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Return the lines of a run as a Markdown table under a sentence on how they were measured."""
     first = records[0]
-    plain = {line["model"]: line["plain_seconds_a_step"] for line in records}
+    plain = {line["model"]: line["plain_seconds_a_step"] for line in records[::-1]}
     head = (
         f"{first['pairs']} steps of two forwards on each of two copies in turn, {first['threads']} thread of processor "
         f"time, torch {first['torch']}, {first['processor']}; medians and their 95 % intervals. A plain step takes "
@@ -119,27 +119,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     lines: list[str] = []
 
-    def say(arm: str, subject: Subject, alone: bool, plain: float, more: np.ndarray) -> None:
+    def say(arm: str, subject: Subject, alone: bool, plain: np.ndarray, more: np.ndarray) -> None:
         draws = np.random.default_rng(0).choice(more, (2000, len(more)))
-        interval = np.quantile(np.median(draws, 1), (0.025, 0.975)) / plain
+        interval = np.quantile(np.median(draws, 1), (0.025, 0.975))
         line = {
-            "arm": arm, "model": subject.name, "alone": alone, "plain_seconds_a_step": plain,
-            "overhead": float(np.median(more)) / plain, "overhead_interval": interval.tolist(), **shared,
+            "arm": arm, "model": subject.name, "alone": alone, "plain_seconds_a_step": float(np.median(plain)),
+            "overhead": float(np.median(more)), "overhead_interval": interval.tolist(), **shared,
         }  # fmt: skip
         lines.append(json.dumps(line))
         print(lines[-1], flush=True)
 
-    plain = 0.0
     for arm, method in (*WHOLE.items(), *CACHES.items()):
         seconds = measured(SMALL, method, options.pairs, options.steps)
-        plain = plain or float(np.median(seconds[:, 0]))
-        shares = seconds[:, 1] / seconds[:, 0] - 1
-        say(arm, SMALL, False, plain, shares * plain)
+        say(arm, SMALL, False, seconds[:, 2], seconds[:, 1] / seconds[:, 0] - 1)
     for subject in (SMALL, REAL):
-        whole = plain if subject is SMALL else _whole_step(subject)
         for arm, method in CACHES.items():
             seconds = measured(subject, method, options.pairs, options.steps, alone=True)
-            say(arm, subject, True, whole, seconds[:, 1] - seconds[:, 0])
+            plain = seconds[:, 2] if subject is SMALL else np.array(_whole_step(subject))
+            say(arm, subject, True, plain, (seconds[:, 1] - seconds[:, 0]) / np.median(plain))
     if options.out:
         with written_whole(options.out) as path:
             path.write_text("\n".join(lines) + "\n")
@@ -150,19 +147,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measured(
     subject: Subject, method: MethodConfig | None, pairs: int, steps: int, *, alone: bool = False
 ) -> np.ndarray:
-    """Return processor seconds of each step, [pairs, plain and attached]; the first two steps warm up.
+    """Return processor seconds of each step, [pairs, plain, attached and whole]; the first two steps warm up.
+
+    A whole step is a plain one; of hollow copies, one of the embedded model in the same moments.
 
     Args:
         subject: the model.
         method: what is attached to one of its copies.
         pairs: steps that both copies take.
         steps: of one generation.
-        alone: on hollow copies, so that only the difference means anything.
+        alone: on hollow copies.
     """
     torch.manual_seed(0)
     plain, other = (hollow(subject) if alone else subject.make(None) for _ in range(2))
     cold = _cold() if alone else None
-    text, seconds = torch.randn(1, subject.text, plain.config["text_dim"]), np.zeros((pairs + 2, 2))
+    text, seconds = torch.randn(1, subject.text, plain.config["text_dim"]), np.zeros((pairs + 2, 3))
     x = torch.randn(subject.latents)
     with dit_accel.attach(other, method) if method else contextlib.nullcontext():
         for pair in range(pairs + 2):
@@ -170,8 +169,11 @@ def measured(
             x = torch.randn(subject.latents) if step == 0 else 0.98 * x
             for place in (0, 1) if pair % 2 else (1, 0):
                 if cold is not None:
+                    started = time.process_time()
                     cold()
+                    seconds[pair, 2] += time.process_time() - started
                 seconds[pair, place] = _step((plain, other)[place], x, text, step, steps)
+            seconds[pair, 2] = seconds[pair, 2] or seconds[pair, 0]
     return seconds[2:]
 
 

@@ -39,6 +39,7 @@ COGVIDEOX_2B = Family(
     width=720,
     num_frames=49,
     trained_frames=13,
+    config={"attention_head_dim": 64, "use_rotary_positional_embeddings": False},
 )
 COGVIDEOX_5B = replace(
     COGVIDEOX_2B,
@@ -47,6 +48,7 @@ COGVIDEOX_5B = replace(
     layers=42,
     heads=48,
     ffn_dim=12288,
+    config={"attention_head_dim": 64, "use_rotary_positional_embeddings": True},
     recipes={"ultravico": ULTRAVICO_COGVIDEOX},
 )
 COGVIDEOX_15_5B = replace(

@@ -30,6 +30,7 @@ COGVIEW4_6B = Family(
     height=1024,
     width=1024,
     num_frames=1,
+    config={"attention_head_dim": 128, "rope_axes_dim": (256, 256)},
 )
 COGVIEW3_PLUS_3B = replace(
     COGVIEW4_6B,
@@ -39,6 +40,7 @@ COGVIEW3_PLUS_3B = replace(
     heads=64,
     head_dim=40,
     ffn_dim=10240,
+    config={"attention_head_dim": 40},
 )
 
 

@@ -213,6 +213,8 @@ def test_nothing_is_wider_than_the_terminal(width, monkeypatch):
         (["--family", "wan2.1-15b"], "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
         (["--family", "wan2.1-14b", "--height", "725"], "height must be a multiple of 16"),
         (["--family", "flux.1-dev", "--radial"], "radial makes no sense on flux: an image is one frame"),
+        (["--family", "cogvideox-2b", "--rope"], "cogvideox has no rotary positions that could be changed"),
+        (["--family", "cogview4-6b", "--rope"], "cogview scales its positions along height, width to the trained size"),
         (["--family", "wan2.1-14b", "--heigth", "720"], "--height"),
         (["--family", "wan-tiny", "--kernel-cost", "inf"], "kernel_cost must be above 0 and below 1000, got inf"),
         (["--family", "wan-tiny", "--kernel-cost", "1e308"], "kernel_cost must be above 0 and below 1000, got 1e+308"),

@@ -202,6 +202,15 @@ def test_honest_limits(name, number, options, message):
     assert dit_accel.attachment_of(case.transformer) is None
 
 
+@pytest.mark.parametrize(("name", "number"), [("cogvideox", 0), ("cogview", 0), ("cogview", 1), ("sd3", 0)])
+def test_describe_refuses_what_attach_refuses(name, number):
+    case = tiny(name, number)
+    (described,) = dit_accel.describe(case.transformer).transformers
+    for method in ("rope", "ultraimage"):
+        assert method not in described.methods
+    assert "positions" in described.refused["rope"]
+
+
 def test_tables_have_an_end():
     transformer = tiny_transformer(rope_max_seq_len=8)
     with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=2)):

@@ -2,7 +2,7 @@
 
 import copy
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,18 +44,28 @@ def trained_lengths(method: str, given: Mapping[str, int | None], family: Family
     return known
 
 
-def require_kind(model: Model, kind: str) -> None:
-    """Refuse a kind of frequencies that makes no sense on a model.
+def require_kind(model: Model, kind: str, asked: Sequence[str] = ()) -> None:
+    """Refuse a model whose positions can't be changed, and a kind of frequencies that makes no sense on it.
+
+    Of a model that is not there yet this is asked as far as its family's sizes tell.
+
+    Args:
+        model: the model.
+        kind: one of `dit_accel.rules.rope.KINDS`.
+        asked: axes that are to change; empty: all that can.
 
     Raises:
-        ConfigError: with the adapter's reason, and the kinds that do.
+        ConfigError: with the adapter's reason, and the axes or kinds that do.
     """
-    rope = model.adapter.rope
+    name, rope, config = model.adapter.name, model.adapter.rope, model.config
     if isinstance(rope, Rope) and rope.kinds is not None and kind not in rope.kinds:
         others = " or ".join(repr(known) for known in rope.kinds if known != "none")
-        raise ConfigError(
-            f"rotary frequencies of kind {kind!r} make no sense on {model.adapter.name}: {rope.note}; use {others}"
-        )
+        raise ConfigError(f"rotary frequencies of kind {kind!r} make no sense on {name}: {rope.note}; use {others}")
+    if config is None and model.family is not None and model.family.config:
+        config = model.family.config
+    if config is not None or not isinstance(rope, Rope):
+        config = config or {}
+        changeable_axes(name, rope_of(name, rope, config), config, asked)
 
 
 class Placing:

@@ -134,7 +134,10 @@ class UltraImageHandler(AttentionHandler):
                 f"{missing[0]} to its tokens"
             )
         if config.correct:
-            require_kind(model, "ultraimage")
+            try:
+                require_kind(model, "ultraimage", AXES)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; ultraimage.correct = false changes heads alone") from None
         self._trained = {axis: known[axis] for axis in AXES}
         self._heads: dict[Calls, _Heads] = {}
         self._told: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -153,10 +156,7 @@ class UltraImageHandler(AttentionHandler):
         """Let the transformer's positions follow the size of each forward, if they are to be corrected."""
         if not self.settings.correct:
             return
-        try:
-            Placing(site, AXES, self._trained, self._edit)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; ultraimage.correct = false changes heads alone") from None
+        Placing(site, AXES, self._trained, self._edit)
 
     def _edit(self, own: Any, trained: float, length: float) -> Any:
         settings = self.settings
