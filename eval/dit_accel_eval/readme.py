@@ -21,6 +21,7 @@ from .finetuned import told as finetuned_told
 from .guidance_cost import table as costs_table
 from .judges import suite_table
 from .overhead import table as overhead_table
+from .positions_cost import told as additions_told
 from .product_time import told as product_told
 from .results import Line, read_lines
 from .scaling import table as scaling_table
@@ -31,6 +32,7 @@ from .vbench.proxies import told as proxies_told
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
 OVERHEAD = Path("eval/results/overhead.jsonl")
+ADDITIONS = Path("eval/results/positions-cost.jsonl")
 PRODUCT = Path("eval/results/product-time.jsonl")
 COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
@@ -70,7 +72,7 @@ PAGES = {
         "blocks-time-flux-tiny",
     ),
     "docs/finetuning.md": ("finetuned-wan-tiny",),
-    "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
+    "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "positions-cost"),
     "docs/vbench.md": ("vbench-proxies", "vbench-wan-tiny", "vbench-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
@@ -220,6 +222,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "scaling": lambda _: scaling_table(),
     "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
     "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
+    "positions-cost": partial(_run, results=ADDITIONS, module="positions_cost", write=additions_told),
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, results=PROXIES, module="vbench.proxies", write=proxies_told),
