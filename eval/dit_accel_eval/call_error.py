@@ -140,7 +140,7 @@ def of_calls(model: EmbeddedModel, clip: int, arm: str) -> list[Line]:
         for density, numbers in zip(wanted, figures(planned, wanted), strict=True):
             found.setdefault(density, []).append(numbers)
 
-    dense = [copy.deepcopy(module) for module in _modules(model)]
+    dense = [_plain(module) for module in _modules(model)]
     with dit_accel.attach(model.pipe, *methods) as attachment, attachment.observe(note), _flowing(model, dense):
         model.run(clip, steps=STEPS, solver="unipc")
     return [
@@ -313,6 +313,13 @@ def _refusal(model: EmbeddedModel, methods: tuple[MethodConfig, ...]) -> bool:
 
 def _modules(model: EmbeddedModel) -> list[nn.Module]:
     return [module for _, module, _ in attention_modules(model.pipe.transformer, model.adapter)]
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that calls its class's own forward, not the one that counts the original's calls."""
+    plain = copy.deepcopy(module)
+    plain.__dict__.pop("forward", None)
+    return plain
 
 
 @contextlib.contextmanager
