@@ -13,6 +13,7 @@ from dit_accel.methods.registry import methods
 from .block_choices import choices, scores_of, whole
 from .block_choices import table as choices_table
 from .budgets import table as budgets_table
+from .call_error import table as calls_table
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
 from .every_set import Judged, Setting
@@ -31,6 +32,7 @@ from .vbench.proxies import told as proxies_told
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
+CALLS = Path("eval/results/call-error.jsonl")
 OVERHEAD = Path("eval/results/overhead.jsonl")
 ADDITIONS = Path("eval/results/positions-cost.jsonl")
 PRODUCT = Path("eval/results/product-time.jsonl")
@@ -49,6 +51,7 @@ PAGES = {
     "docs/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
+        "call-error",
         "sparse-wan-tiny",
         "caches-wan-tiny",
         "caches-time-wan-tiny",
@@ -221,6 +224,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "speed": _speed,
     "scaling": lambda _: scaling_table(),
     "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
+    "call-error": partial(_run, results=CALLS, module="call_error", write=calls_table),
     "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
     "positions-cost": partial(_run, results=ADDITIONS, module="positions_cost", write=additions_told),
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
