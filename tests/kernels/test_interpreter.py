@@ -1,4 +1,4 @@
-"""What the tests change of Triton's interpreter: reductions give the same bits, and integers that overflow are found."""
+"""What the tests change of Triton's interpreter: reductions give the same bits, integers that overflow are found."""
 
 import triton_interpreter  # noqa: I001 (before everything that may import triton)
 

@@ -58,7 +58,8 @@ def _require_no_overflow(self, lhs, rhs, binary_op):
     if kind.int_bitwidth < 64:
         exact = _EXACTLY[binary_op.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
         if exact.min() < kind.get_int_min_value() or exact.max() > kind.get_int_max_value():
-            raise OverflowError(f"{kind} does not hold a result of {binary_op.__name__}: {exact.min()} to {exact.max()}")
+            found = f"{exact.min()} to {exact.max()}"
+            raise OverflowError(f"{kind} does not hold a result of {binary_op.__name__}: {found}")
 
 
 def _np_dtype(dtype):
