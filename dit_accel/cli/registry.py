@@ -1,5 +1,6 @@
 """The registry of commands that installed packages add to `dit-accel` by entry point."""
 
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -8,6 +9,7 @@ from ..errors import ConfigError
 COMMAND_GROUP = "dit_accel.commands"
 
 
+@cache
 def commands() -> dict[str, Any]:
     """Return every command, or group of commands (a `typer.Typer`), that an entry point of ``dit_accel.commands`` adds.
 

@@ -10,7 +10,7 @@ from dit_accel.cli import MethodList, RunTable
 from dit_accel.cli.console import OUT, TALK, print_json
 from dit_accel.errors import ConfigError
 
-from .options import RUN, Backend, Device, Dtype, Guidance, Json, Model, Offload, Pixels, Seed
+from .options import RUN, Backend, Device, Dtype, Guidance, Json, Model, Offload, Pixels, Quiet, Seed
 
 if TYPE_CHECKING:
     from .generate import Written
@@ -55,9 +55,7 @@ def generate_video(
         bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
     ] = False,
     backend: Backend = "auto",
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress, notes or report.", rich_help_panel=RUN)
-    ] = False,
+    quiet: Quiet = False,
     json: Json = False,
     *,
     methods: MethodList,

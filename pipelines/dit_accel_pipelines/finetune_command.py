@@ -10,7 +10,7 @@ from dit_accel.cli import MethodList
 from dit_accel.cli.console import TALK, print_json
 from dit_accel.errors import ConfigError
 
-from .options import RUN, Backend, Device, Json, Model, Pixels
+from .options import RUN, Backend, Device, Json, Model, Pixels, Quiet
 
 TRAINING, KEEPING = "Training", "Keeping"
 
@@ -74,7 +74,7 @@ def finetune_model(
     ] = None,
     device: Device = None,
     backend: Backend = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress or notes.", rich_help_panel=RUN)] = False,
+    quiet: Quiet = False,
     json: Json = False,
     *,
     methods: MethodList,

@@ -38,4 +38,5 @@ Offload = Annotated[
     ),
 ]
 Backend = Annotated[str, typer.Option(help="Kernel backend of the methods.", rich_help_panel=RUN, metavar="NAME")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or report.", rich_help_panel=RUN)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

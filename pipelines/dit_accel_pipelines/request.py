@@ -44,8 +44,25 @@ Offload = Literal["none", "model", "sequential", "group"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+class NamesModel:
+    """What asks for a model: by a hub id, a folder or an embedded model's name; None is `EMBEDDED`."""
+
+    __slots__ = ()
+    model: str | None
+
+    @property
+    def embedded(self) -> str | None:
+        """Return the name of the model if it is one that ships with the project."""
+        return embedded_name(self.model)
+
+    @property
+    def source(self) -> str:
+        """Return what diffusers loads: a folder or a hub id."""
+        return model_source(self.model)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(NamesModel):
     """What to generate; what is None takes the model's default.
 
     Attributes:
@@ -138,16 +155,6 @@ class Request:
         for output in self.outputs():
             check_output(output)
             check_writable(side_car_path(output))
-
-    @property
-    def embedded(self) -> str | None:
-        """Return the name of the model if it is one that ships with the project."""
-        return embedded_name(self.model)
-
-    @property
-    def source(self) -> str:
-        """Return what diffusers loads: a folder or a hub id."""
-        return model_source(self.model)
 
     @property
     def output_fps(self) -> float:

@@ -178,7 +178,8 @@ def test_help_is_quick_and_loads_no_torch():
     code = "import sys; from dit_accel.cli.app import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(command in result.stdout for command in ("generate", "describe", "plan", "methods", "models"))
-    assert not {"torch", "diffusers", "transformers", "numpy"} & set(result.stdout.splitlines()[-1].split())
+    loaded = set(result.stdout.splitlines()[-1].split())
+    assert not {"torch", "diffusers", "transformers", "numpy", "dit_accel_pipelines.families"} & loaded
 
     def seconds(*command: str) -> float:
         before = os.times()
@@ -192,9 +193,7 @@ def test_help_is_quick_and_loads_no_torch():
     helped = min(
         seconds("-c", "import sys; sys.argv[1:] = ['--help']; import dit_accel.cli as c; c.main()") for _ in range(3)
     )
-    assert helped - bare < 3 * (
-        least - bare
-    )  # of processor time, in which a busy machine slows both; torch takes far more
+    assert helped - bare < 2 * (least - bare)  # of processor time, in which a busy machine slows both; it takes 1.4
 
 
 def test_the_list_of_commands_says_what_the_commands_say():

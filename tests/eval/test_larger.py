@@ -1,20 +1,14 @@
 """Pictures larger than trained are judged by themselves: objects, repetition, sharpness."""
 
 import json
-from typing import ClassVar
 
 import numpy as np
 import pytest
 from dit_accel_assets.painter import draw
 from dit_accel_assets.world import scene_of
-from dit_accel_eval import compare
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
 from dit_accel_eval.larger import judged, repetition, table
 from dit_accel_eval.suite import read_suite
-from typer.testing import CliRunner
-
-from dit_accel.cli.app import app
+from drawn_model import DrawnModel, run_suite, standing_in
 
 
 def drawn(number: int) -> np.ndarray:
@@ -41,37 +35,19 @@ def test_a_drawn_picture_is_right_and_two_of_it_are_not():
         assert twice["repetition"] > one["repetition"]
 
 
-class FakeModel:
-    """Stands in for the embedded model: it draws the picture, and without methods twice beside itself."""
+class FakeModel(DrawnModel):
+    """Draws the picture, and without methods twice beside itself."""
 
     name = "flux-tiny"
-    made: ClassVar[list] = []
 
-    def __init__(self, name, call):
-        pass
-
-    def prompt(self, clip):
-        return f"prompt {clip}"
-
-    def run(self, clip, *, steps, solver, flow_shift, methods, call):
-        self.made.append((clip, call["height"], len(methods)))
+    def draw(self, clip, call, plain):
         frames = drawn(clip)
-        if call["height"] > 96 and not methods:
-            frames = np.concatenate([frames] * 2, axis=2)
-        return Run(frames=frames, counts=Counts(blocks=1, attention=1), attended=1.0, seconds=1.0)
+        return np.concatenate([frames] * 2, axis=2) if call["height"] > 96 and plain else frames
 
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
-    monkeypatch.setattr(FakeModel, "made", [])
-    compare._loaded.cache_clear()
-    yield
-    compare._loaded.cache_clear()
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["eval", "run", *map(str, arguments)])
+    yield from standing_in(monkeypatch, FakeModel)
 
 
 def test_the_suite_runs_goes_on_and_prints(tmp_path):
@@ -82,10 +58,11 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
         'version = 2\nname = "some"\njudge = "larger"\nmodel = "flux-tiny"\nclips = 2\n'
         + arm.format("1x", 96) + arm.format("2x", 192) + arm.format("2x, whole", 192) + "ultraimage = { }\n"
     )  # fmt: skip
-    first = run(suite)
+    first = run_suite(suite)
     assert first.exit_code == 0, first.output
-    assert FakeModel.made == [(clip, side, many) for clip in (0, 1) for side, many in ((96, 0), (192, 0), (192, 1))]
-    assert run(suite).stdout == first.stdout
+    made = [(clip, call["height"], many) for clip, call, many in FakeModel.made]
+    assert made == [(clip, side, many) for clip in (0, 1) for side, many in ((96, 0), (192, 0), (192, 1))]
+    assert run_suite(suite).stdout == first.stdout
     assert len(FakeModel.made) == 6
     lines = [json.loads(line) for line in (tmp_path / "results" / "some.jsonl").read_text().splitlines()]
     assert [line["objects_wrong"] > 0 for line in lines] == [False, True, False] * 2

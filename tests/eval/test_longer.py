@@ -1,20 +1,14 @@
 """Long clips are judged by themselves: score, motion, sharpness and repetition."""
 
 import json
-from typing import ClassVar
 
 import numpy as np
 import pytest
 from dit_accel_assets.checker import path_error
 from dit_accel_assets.clips import clip_of, draw
-from dit_accel_eval import compare
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
 from dit_accel_eval.longer import by_stretch, loop, motion, repetition, sharpness, table
 from dit_accel_eval.suite import read_suite
-from typer.testing import CliRunner
-
-from dit_accel.cli.app import app
+from drawn_model import DrawnModel, run_suite, standing_in
 
 
 def drawn(seed: int = 3, frames: int = 65) -> np.ndarray:
@@ -63,37 +57,19 @@ def test_each_stretch_of_a_clip_is_judged():
     assert len(by_stretch("wan-tiny", 3, clip[:33])) == len(by_stretch("wan-tiny", 3, clip[:20])) == 1
 
 
-class FakeModel:
-    """Stands in for an embedded model: it draws what was asked for, and plain long clips backwards."""
+class FakeModel(DrawnModel):
+    """Draws the clip, and plain long ones backwards."""
 
     name = "wan-tiny"
-    made: ClassVar[list] = []
 
-    def __init__(self, name, call):
-        pass
-
-    def prompt(self, clip):
-        return clip_of(clip, frames=1, held_out=True)[0]
-
-    def run(self, clip, *, steps, solver, flow_shift, methods, call):
-        self.made.append((clip, steps, call["num_frames"], len(methods)))
+    def draw(self, clip, call, plain):
         frames = drawn(clip, call["num_frames"])
-        plain = call["num_frames"] > 33 and not methods
-        return Run(frames=frames[::-1] if plain else frames, counts=Counts(blocks=1, attention=1),
-                   attended=1.0, seconds=1.0)  # fmt: skip
+        return frames[::-1] if call["num_frames"] > 33 and plain else frames
 
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
-    monkeypatch.setattr(FakeModel, "made", [])
-    compare._loaded.cache_clear()
-    yield
-    compare._loaded.cache_clear()
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["eval", "run", *map(str, arguments)])
+    yield from standing_in(monkeypatch, FakeModel)
 
 
 def test_the_suite_runs_goes_on_and_prints(tmp_path):
@@ -104,10 +80,11 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
         'version = 2\nname = "some"\njudge = "longer"\nmodel = "wan-tiny"\nclips = 2\n'
         + arm.format("1x", 33) + arm.format("2x", 65) + arm.format("2x, decayed", 65) + "ultravico = { alpha = 0.8 }\n"
     )  # fmt: skip
-    first = run(suite)
+    first = run_suite(suite)
     assert first.exit_code == 0, first.output
-    assert FakeModel.made == [(clip, 2, size, many) for clip in (0, 1) for size, many in ((33, 0), (65, 0), (65, 1))]
-    assert run(suite).stdout == first.stdout
+    made = [(clip, call["num_frames"], many) for clip, call, many in FakeModel.made]
+    assert made == [(clip, size, many) for clip in (0, 1) for size, many in ((33, 0), (65, 0), (65, 1))]
+    assert run_suite(suite).stdout == first.stdout
     assert len(FakeModel.made) == 6
     out = tmp_path / "results" / "some.jsonl"
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -116,11 +93,11 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
     assert table(read_suite(suite), lines) in printed
     assert "| 1x | 2 | 33 | 100% |" in printed
     assert "| 2x | 25.00 [25.00, 25.00] |" in printed
-    assert run(tmp_path / "none.toml").exit_code == 2
-    timed = run(suite, "--time", "--frames", tmp_path)
+    assert run_suite(tmp_path / "none.toml").exit_code == 2
+    timed = run_suite(suite, "--time", "--frames", tmp_path)
     assert (
         "some judges clips by themselves (longer), without a dense run beside them; leave out --time and --frames"
         in (timed.stderr)
     )
     out.write_text(out.read_text().replace('"num_frames": 33', '"num_frames": 35'))
-    assert "holds results of arm '1x' with call {" in run(suite).stderr
+    assert "holds results of arm '1x' with call {" in run_suite(suite).stderr

@@ -33,6 +33,8 @@ class Refuse(MetaPathFinder):
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+if "cpu" in sys.argv:
+    import triton_interpreter
 import runpy
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -40,7 +42,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The script on a machine that has torch, triton and numpy and little else."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "kernels", ROOT / "tests" / "support")))}
     command = [sys.executable, "-c", BARE, str(BENCH / "gpu.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 

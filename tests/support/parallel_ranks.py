@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import multiprocessing
 import os
 import signal
 import socket
@@ -21,6 +22,8 @@ from wan_tiny import TINY as WAN_TINY
 import dit_accel
 
 TEXT = 8
+PRELOADED = ["torch.multiprocessing", "diffusers.models.transformers", "dit_accel.attachment.attachment"]
+"""What one process imports for all that are started, which are its copies."""
 
 
 def wan(heads: int) -> tuple[Any, dict[str, Any]]:
@@ -101,9 +104,12 @@ def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[i
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         port = asked.getsockname()[1]
-    with mp.Manager() as manager:
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    with multiprocessing.get_context("forkserver").Manager() as manager:
         found = manager.dict()
-        spawned = mp.spawn(start, (world, port, work, found, seconds, given), nprocs=world, join=False)
+        spawned = mp.start_processes(
+            start, (world, port, work, found, seconds, given), nprocs=world, join=False, start_method="forkserver"
+        )
         deadline = time.monotonic() + 900  # to start takes its time beside other work
         for process in spawned.processes:
             process.join(max(0, deadline - time.monotonic()))
@@ -120,14 +126,18 @@ def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]]
     spread = copy.deepcopy(transformer)
     enable(spread, world, **options)
     plain = denoise(transformer, inputs)
+    share, shares = {}, [None] * world  # what one process gives is the same on all: each makes some of it
+    for name in list(cases)[rank::world]:
+        with dit_accel.attach(transformer, *cases[name]):
+            share[name] = denoise(transformer, inputs)
+    dist.all_gather_object(shares, share)
+    alone = {name: one for part in shares for name, one in part.items()}
     found = {}
     for name, methods in cases.items():
         try:
-            with dit_accel.attach(transformer, *methods):
-                alone = denoise(transformer, inputs)
             with dit_accel.attach(spread, *methods):
                 together = denoise(spread, inputs)
-            found[name] = apart(together, alone), apart(alone, plain)
+            found[name] = apart(together, alone[name]), apart(alone[name], plain)
         except Exception as error:
             found[name] = told(error)
     return found

@@ -19,7 +19,7 @@ from dit_accel.methods.base import Place
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import handler_of
 
-from ..request import EMBEDDED, Dtype, embedded_name, model_source
+from ..request import EMBEDDED, Dtype, NamesModel
 
 TRAINED_PLACES = frozenset({Place.ATTENTION, Place.POSITIONS})
 """Where a method may act while a model is trained: others skip forwards or run further ones."""
@@ -29,7 +29,7 @@ SIZES = ("height", "width", "num_frames")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FineTuning:
+class FineTuning(NamesModel):
     """What to train; what is None takes the model's default.
 
     Attributes:
@@ -132,16 +132,6 @@ class FineTuning:
                 raise ConfigError(f"there is no {name} {value!r} to train with; {did_you_mean(value, known)}")
         for method in self.methods:
             _check_place(method)
-
-    @property
-    def embedded(self) -> str | None:
-        """Return the name of the model if it is one that ships with the project."""
-        return embedded_name(self.model)
-
-    @property
-    def source(self) -> str:
-        """Return what diffusers loads: a folder or a hub id."""
-        return model_source(self.model)
 
     @property
     def scale(self) -> float:

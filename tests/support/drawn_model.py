@@ -1,0 +1,49 @@
+"""Stands in for an embedded model where a suite is run: it draws what was asked for, and notes what that was."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from dit_accel_eval import compare
+from dit_accel_eval.counting import Counts
+from dit_accel_eval.embedded import Run
+from typer.testing import CliRunner, Result
+
+from dit_accel.cli.app import app
+
+
+class DrawnModel:
+    """The base of one that tells its ``name`` and how it draws; ``made`` are (clip, call, number of methods)."""
+
+    name: str
+    made: list[tuple[int, dict[str, Any], int]]
+
+    def __init__(self, name: str, call: Any) -> None:
+        pass
+
+    def prompt(self, clip: int) -> str:
+        return f"prompt {clip}"
+
+    def draw(self, clip: int, call: dict[str, Any], plain: bool) -> np.ndarray:
+        raise NotImplementedError
+
+    def run(self, clip: int, *, steps: int, solver: Any, flow_shift: Any, methods: Any, call: Any) -> Run:
+        assert steps == 2
+        self.made.append((clip, call, len(methods)))
+        frames = self.draw(clip, call, not methods)
+        return Run(frames=frames, counts=Counts(blocks=1, attention=1), attended=1.0, seconds=1.0)
+
+
+def standing_in(monkeypatch: pytest.MonkeyPatch, model: type[DrawnModel]) -> Iterator[None]:
+    """Have suites run on it, as a fixture does."""
+    monkeypatch.setattr(compare, "EmbeddedModel", model)
+    monkeypatch.setattr(model, "made", [], raising=False)
+    compare._loaded.cache_clear()
+    yield
+    compare._loaded.cache_clear()
+
+
+def run_suite(*arguments: Any) -> Result:
+    """`dit-accel eval run` with some arguments."""
+    return CliRunner().invoke(app, ["eval", "run", *map(str, arguments)])
