@@ -11,10 +11,11 @@ from dit_accel_pipelines.media import contact_sheet
 from dit_accel.errors import ConfigError, DitAccelError, did_you_mean
 from dit_accel.files import check_writable, written_whole
 
+from .arms import Arm
 from .embedded import EmbeddedModel
 from .job import clips_of
 from .metrics.metric import Clip
-from .suite import Arm, Suite, read_suite
+from .suite import Suite, read_suite
 
 SHOWN = 4
 """Clips on a contact sheet."""

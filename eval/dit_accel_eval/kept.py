@@ -20,6 +20,8 @@ REFERENCE = "reference"
 
 _KEY = "dit-accel"
 _SHAPING = ("model", "weights", "call", "clip", "num_inference_steps", "solver", "flow_shift", "methods")
+_FURTHER = ("seed", "dtype", "scheduler", "guider")
+"""What shapes frames besides, in lines that tell it; a prompt where it has a seed, for held-out ones go by number."""
 
 
 def kept_path(folder: Path, arm: str, clip: int) -> Path:
@@ -30,13 +32,19 @@ def kept_path(folder: Path, arm: str, clip: int) -> Path:
 
 def run_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return what shapes the frames of a result line."""
-    return {"arm": line["arm"], **{key: line[key] for key in _SHAPING}}
+    return {"arm": line["arm"], **{key: line[key] for key in _SHAPING}, **_further(line)}
 
 
 def reference_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return what shapes the frames of the converged run that a result line is held against."""
     plain = {key: line[key] for key in ("model", "weights", "call", "clip", "reference")}
+    plain |= {key: value for key, value in _further(line).items() if key not in ("scheduler", "guider")}
     return {"arm": REFERENCE, "num_inference_steps": line["reference_steps"], **plain}
+
+
+def _further(line: Mapping[str, Any]) -> dict[str, Any]:
+    keys = (*_FURTHER, "prompt") if "seed" in line else _FURTHER
+    return {key: line[key] for key in keys if key in line}
 
 
 def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:

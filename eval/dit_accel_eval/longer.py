@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from dit_accel_assets import model_defaults, model_score
 
-from .embedded import EmbeddedModel, Run
 from .metrics.loops import loop, repetition
 from .metrics.motion import motion
 from .metrics.sharpness import sharpness
+from .model import Run, SuiteModel
 from .paired import bootstrap
 from .results import Line
 from .suite import Suite
 
 
-def measures(model: EmbeddedModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: Run) -> Line:
     """Return what a line says of a clip."""
     trained = int(model_defaults(model.name)["num_frames"])
     return {

@@ -11,12 +11,12 @@ from dit_accel_pipelines.progress import Stages
 
 from dit_accel.errors import ConfigError, did_you_mean
 
+from .arms import Arm
 from .compare import run
 from .comparison import value_of
 from .job import Job
 from .metrics.registry import metric, metrics
 from .results import Line, latest, read_lines
-from .suite import Arm
 from .tuning import FIRST_PROMPT
 
 ROUNDS = (2, 4, 6)

@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_accel import ConfigError
 from dit_accel.files import written_whole
+
+from .clips import OwnClips
 
 Line = dict[str, Any]
 
@@ -47,14 +49,17 @@ def latest(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
     return {(line["arm"], line["clip"]): line for line in lines}
 
 
-def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: dict[str, Line]) -> None:
-    """Refuse lines of another model, call, reference or arm than the suite's, by name.
+def check_lines(
+    path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line], own: OwnClips | None = None
+) -> None:
+    """Refuse lines of another model, call, reference, arm or prompt than the suite's, by name.
 
     Args:
         path: the lines' file.
         lines: what it holds.
         expected: key -> what every line must say.
         arms: arm -> what it runs; lines of other arms are not looked at.
+        own: the suite's own prompts and seeds; None: clips are held-out ones.
 
     Raises:
         ConfigError: for the first line that differs.
@@ -66,9 +71,23 @@ def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: dict[st
                     f"{path} holds results of {name} {line.get(name)!r}, this suite has {value!r}; delete it and run "
                     "again"
                 )
+        _check_clip(path, line, own)
         for name, value in arms.get(line["arm"], {}).items():
             if line.get(name) != value:
                 raise ConfigError(
                     f"{path} holds results of arm {line['arm']!r} with {name} {line.get(name)!r}, this suite has "
                     f"{value!r}; rename the arm, or delete its lines"
                 )
+
+
+def _check_clip(path: Path, line: Line, own: OwnClips | None) -> None:
+    """Refuse a line of another prompt or seed than its clip has in the suite."""
+    clip = line["clip"]
+    here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
+    if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
+        return
+    told = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
+    raise ConfigError(
+        f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
+        f"{told}; write its results to another file"
+    )

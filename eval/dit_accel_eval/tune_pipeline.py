@@ -19,12 +19,13 @@ from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.toml import to_toml
 
+from .arms import Arm
 from .comparison import figures_of
 from .job import Job
 from .pipeline_search import HELD_OUT, ROUNDS, Point, Search, Target, read_target
 from .plots import draw
 from .reference import default_cache
-from .suite import Arm, Suite, read_suite
+from .suite import Suite, read_suite
 from .tune_space import default_space
 from .tuning import Table
 

@@ -9,7 +9,7 @@ from dit_accel import EasyCache, FirstBlockCache, LiteAttention, MagCache, SolAt
 from dit_accel.adapters.registry import family
 from dit_accel.methods.config import MethodConfig
 
-from .suite import Arm, dense_arm
+from .arms import Arm, dense_arm
 
 STEPS = (4, 5, 6, 8, 10, 12, 14, 16, 20)
 """Denoising steps that are tried; a model's own number is added."""

@@ -9,8 +9,8 @@ from dit_accel_assets.painter import draw
 from dit_accel_assets.world import scene_of
 from dit_accel_eval import compare
 from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
 from dit_accel_eval.larger import judged, repetition, table
+from dit_accel_eval.model import Run
 from dit_accel_eval.suite import read_suite
 from typer.testing import CliRunner
 
@@ -52,6 +52,9 @@ class FakeModel:
 
     def prompt(self, clip):
         return f"prompt {clip}"
+
+    def seed(self, clip):
+        return clip
 
     def run(self, clip, *, steps, solver, flow_shift, methods, call):
         self.made.append((clip, call["height"], len(methods)))

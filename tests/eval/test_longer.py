@@ -8,8 +8,8 @@ import pytest
 from dit_accel_assets.clips import clip_of, draw
 from dit_accel_eval import compare
 from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
 from dit_accel_eval.longer import loop, motion, repetition, sharpness, table
+from dit_accel_eval.model import Run
 from dit_accel_eval.suite import read_suite
 from typer.testing import CliRunner
 
@@ -55,6 +55,9 @@ class FakeModel:
 
     def prompt(self, clip):
         return clip_of(clip, frames=1, held_out=True)[0]
+
+    def seed(self, clip):
+        return clip
 
     def run(self, clip, *, steps, solver, flow_shift, methods, call):
         self.made.append((clip, steps, call["num_frames"], len(methods)))

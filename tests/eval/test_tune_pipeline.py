@@ -9,11 +9,11 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_assets import model_names
 from dit_accel_eval import compare, pipeline_search, tune_pipeline
+from dit_accel_eval.arms import Arm
 from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
+from dit_accel_eval.model import Run
 from dit_accel_eval.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
 from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import Arm
 from dit_accel_eval.tune_space import default_space
 from dit_accel_eval.tuning import tuning_request
 from typer.testing import CliRunner
@@ -26,7 +26,7 @@ from dit_accel.methods.toml import from_toml, run_table, to_toml
 class FakeModel:
     """Stands in for an embedded model: n steps are 4 / n^2 off, twice that by Euler; caches halve the work."""
 
-    name, own_share, weights = "wan-tiny", 0.5, "w"
+    name, own_share, weights, dtype = "wan-tiny", 0.5, "w", None
     call = {"num_frames": 3}  # noqa: RUF012
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: list = []  # noqa: RUF012
@@ -37,6 +37,9 @@ class FakeModel:
 
     def prompt(self, clip):
         return f"prompt {clip}"
+
+    def seed(self, clip):
+        return clip
 
     def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
         self.made.append((clip, steps, solver, tuple(method.name for method in methods)))

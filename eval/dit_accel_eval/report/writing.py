@@ -76,7 +76,7 @@ def data_of(report: Report) -> dict[str, Any]:
 def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
     runs = sorted((line for line in report.results.lines if line["arm"] == arm.name), key=lambda line: line["clip"])
     keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
-    keys += ("times", "step_work", "peak_memory_bytes")
+    keys += ("times", "repeated", "step_work", "peak_memory_bytes")
     return {
         "name": arm.name,
         "dense": report.is_dense(arm),
@@ -120,7 +120,7 @@ def csv_text(report: Report) -> str:
         setting = report.settings[arm.name]
         cells: list[Any] = [arm.name, str(report.is_dense(arm)).lower(), arm.clips]
         cells += [setting["num_inference_steps"], setting["solver"], *(arm.means.get(key, "") for key in works)]
-        cells += [*_interval(arm.psnr).values(), arm.means["ssim"], arm.means["score"]]
+        cells += [*_interval(arm.psnr).values(), arm.means["ssim"], arm.means.get("score", "")]
         for key in works:
             found = arm.ahead.get(key)
             told = [verdict(found, arm.clips), report.holm[arm.name, key]] if found else []
