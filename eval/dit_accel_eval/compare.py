@@ -81,7 +81,8 @@ def run(
     if workers == 1:
         runner = _runner(job, budget)
         for clip in own:
-            stopped = run_clip(job, clip, runner, look) or stopped
+            told = run_clip(job, clip, runner, look)
+            stopped = stopped or told
     else:
         stopped = _run_beside(job, own, workers, budget, look)
     ranks.wait()
@@ -102,7 +103,7 @@ def _run_beside(
             while pending:
                 done, pending = wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED)
                 for one in done:
-                    stopped = one.result() or stopped
+                    stopped = stopped or one.result()
                 look()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -12,7 +12,7 @@ from dit_accel_assets import model_names
 from dit_accel_pipelines.loading import load_pipeline, pick_device
 from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.quiet import quiet_diffusers
-from dit_accel_pipelines.request import Dtype, Offload
+from dit_accel_pipelines.request import OFFLOADS, Dtype
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
@@ -37,11 +37,18 @@ class Machine:
 
     Attributes:
         device: torch device; None: the accelerator if there is one.
-        offload: which weights wait in main memory, as `Request` has it.
+        offload: which weights wait in main memory, one of `OFFLOADS`.
+
+    Raises:
+        ConfigError: for another offload.
     """
 
     device: str | None = None
-    offload: Offload = "none"
+    offload: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.offload not in OFFLOADS:
+            raise ConfigError(f"there is no offload {self.offload!r}; {did_you_mean(self.offload, OFFLOADS)}")
 
     def dtype(self, asked: Dtype | None) -> Dtype:
         """Return the number format of the weights: what was asked for, else float32 on a CPU and bfloat16 elsewhere."""

@@ -22,6 +22,9 @@ from .reference import AGREE
 from .results import Line, check_lines, read_lines, write_lines
 from .suite import Suite
 
+SCALES = ("guidance_scale", "true_cfg_scale")
+"""What an arm's call may change where all are held against one converged run, which has the suite's own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -92,9 +95,14 @@ def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arm_setting(suite: Suite, arm: Arm) -> Line:
-    """Return what an arm's lines must say; where clips are judged by themselves, each arm has a call of its own."""
+    """Return what an arm's lines must say; where clips are judged by themselves, each arm has a call of its own.
+
+    Else ``arm_call`` has what little it may change.
+    """
     if not suite.judge:
-        return arm.to_dict()
+        own = arm.to_dict()
+        own |= {"arm_call": own.pop("call")} if arm.call else {}
+        return own
     return {**arm.to_dict(), "call": settled_call(suite.model, {**suite.call, **arm.call})}
 
 
@@ -148,11 +156,13 @@ def _check_kind(job: Job) -> None:
     suite = job.suite
     if not suite.judge:
         for arm in suite.arms:
-            if arm.call:
+            if {*arm.call} - {*SCALES}:
                 raise ConfigError(
                     f"arm {arm.name!r} has a call of its own, {dict(arm.call)}, and all are held against one converged "
-                    'run; leave it out, or judge clips by themselves: judge = "longer"'
+                    f"run, so that it may only set {' and '.join(SCALES)}; leave it out, or judge clips by themselves: "
+                    'judge = "longer"'
                 )
+            call_of(suite, {**suite.call, **arm.call})
         return
     asked = [name for name, given in (("--time", job.timed), ("--frames", job.frames), ("metrics", suite.metrics))
              if given]  # fmt: skip

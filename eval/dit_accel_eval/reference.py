@@ -24,6 +24,7 @@ from .counting import Counts
 from .metrics.metric import Clip
 from .metrics.psnr import psnr
 from .model import Run, SuiteModel, Times
+from .results import told_full
 from .runner import Runner
 
 AGREE = 45.0
@@ -71,7 +72,7 @@ def dense_run(model: SuiteModel | Runner, clip: int, steps: int, cache: Path) ->
     """Return a dense run of the best solver with the model's own noise shift, made or found again, with its times.
 
     Raises:
-        ConfigError: if the file that should hold it holds another run.
+        ConfigError: if the file that should hold it holds another run, or can't be written.
     """
     setting = run_setting(model, clip, steps)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
@@ -80,8 +81,9 @@ def dense_run(model: SuiteModel | Runner, clip: int, steps: int, cache: Path) ->
         made = model.run(clip, steps=steps, solver=BEST)
         meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
         meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
-        cache.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
+        with told_full(path):
+            cache.mkdir(parents=True, exist_ok=True)
+        with told_full(path), written_whole(path) as temporary:
             np.savez(temporary, frames=made.frames.astype(np.float16), meta=json.dumps(meta))
     return _read(path, setting)
 

@@ -1,8 +1,9 @@
 """Result lines: one JSON line a clip and arm, appended whole by any process, sorted when a run ends."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,57 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def append_line(path: Path, line: Line) -> None:
-    """Append one line, whole, so that several processes may write to one file."""
-    handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o666)
+    """Append one line, whole, so that several processes may write to one file.
+
+    Raises:
+        ConfigError: if it can't be written whole, as on a full disk; the part that was is taken off.
+    """
+    data = (json.dumps(line) + "\n").encode()
+    with told_full(path):
+        handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o666)
+        written = 0
+        try:
+            while written < len(data):  # but once, if the disk takes it
+                written += os.write(handle, data[written:])
+        except OSError:
+            _take_off(path, data[:written])
+            raise
+        finally:
+            os.close(handle)
+
+
+def _take_off(path: Path, part: bytes) -> None:
+    """Cut off what was written of a line, if nobody has written behind it; else it is left, and told when read."""
+    size = path.stat().st_size
+    with path.open("rb+") as file:
+        file.seek(size - len(part))
+        if file.read() == part:
+            file.truncate(size - len(part))
+
+
+@contextlib.contextmanager
+def told_full(path: Path) -> Iterator[None]:
+    """Say in one line that a file can't be written.
+
+    Raises:
+        ConfigError: with the system's reason, and what to do.
+    """
     try:
-        os.write(handle, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(handle)
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} can't be written ({error.strerror or error}); free some space, or name another folder, and run "
+            "the same again: what was written before it is whole"
+        ) from None
 
 
 def write_lines(path: Path, lines: Iterable[Line]) -> None:
-    """Replace a file by these lines, atomically."""
-    with written_whole(path) as temporary:
+    """Replace a file by these lines, atomically.
+
+    Raises:
+        ConfigError: if it can't be written, as on a full disk; the file is as it was.
+    """
+    with told_full(path), written_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

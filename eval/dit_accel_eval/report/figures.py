@@ -194,7 +194,9 @@ def _hopeless(held: Sequence[ArmFigures], words: str) -> Iterator[str]:
 def _guided(lines: Sequence[Line]) -> Iterator[str]:
     """Name the arms of which PSNR is no measure."""
     seeking = {name for name, handler in handlers().items() if handler.phase == Phase.GUIDANCE}
-    arms = dict.fromkeys(line["arm"] for line in lines if seeking & {*line["methods"]} or line.get("guider"))
+    arms = dict.fromkeys(
+        line["arm"] for line in lines if seeking & {*line["methods"]} or {"guider", "arm_call"} & {*line}
+    )
     if arms:
         told = _some([*arms])
         yield f"Guidance seeks other clips than the converged run; judge these by their prompts, not by PSNR: {told}."

@@ -137,7 +137,7 @@ def _check_one(path: Path, lines: Sequence[Line]) -> None:
             raise ConfigError(f"{path} mixes results of several {key}: {told}; report each from a file of its own")
     settings: dict[str, str] = {}
     for line in latest(lines).values():
-        keys = ("num_inference_steps", "solver", "flow_shift", "methods", "scheduler", "guider")
+        keys = ("num_inference_steps", "solver", "flow_shift", "methods", "scheduler", "guider", "arm_call")
         setting = json.dumps([line.get(key) for key in keys], sort_keys=True)
         if settings.setdefault(line["arm"], setting) != setting:
             raise ConfigError(f"{path} has arm {line['arm']!r} with two settings; rename one, or delete its lines")

@@ -181,6 +181,7 @@ def _options(line: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (method, its options in words) of what a line ran."""
     found = []
     further = {f"scheduler {line['solver']}": line["scheduler"]} if "scheduler" in line else {}
+    further |= {"call": line["arm_call"]} if "arm_call" in line else {}
     for method, options in {**line["methods"], **further, **line.get("guider", {})}.items():
         told = [f"{key} = {_short(value)}" for key, value in options.items() if value is not None]
         found.append((method, ", ".join(told)))

@@ -80,6 +80,8 @@ def _arm(line: Line) -> dict[str, Any]:
         arm["solver"] = line["solver"]
     if "guider" in line:
         arm["guider"] = line["guider"]
+    if "arm_call" in line:
+        arm["call"] = line["arm_call"]
     if line["flow_shift"] is not None:
         arm["flow_shift"] = line["flow_shift"]
     for name, options in line["methods"].items():
