@@ -22,6 +22,7 @@ from .guidance_cost import table as costs_table
 from .judges import suite_table
 from .overhead import table as overhead_table
 from .product_time import told as product_told
+from .report_told import report_table, tuned_told
 from .results import Line, read_lines
 from .scaling import table as scaling_table
 from .suite import Suite, read_suite
@@ -36,7 +37,7 @@ COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
-    "README.md": ("models", "speed"),
+    "README.md": ("models", "report", "speed"),
     "docs/guidance.md": (
         "every-set-wan-tiny",
         "every-set-flux-tiny",
@@ -53,6 +54,7 @@ PAGES = {
         "caches-flux-tiny",
         "report-wan-tiny",
         "report-flux-tiny",
+        "tuned-flux-tiny",
         "held-out-flux-tiny",
         "dropped-mass",
         "time",
@@ -217,6 +219,8 @@ def _budgets(root: Path) -> str:
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
+    "report": report_table,
+    "tuned-flux-tiny": tuned_told,
     "scaling": lambda _: scaling_table(),
     "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
     "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),

@@ -225,6 +225,7 @@ def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tm
         cached.cache_clear()
 
 
+@pytest.mark.slow
 def test_an_embedded_model_takes_prompts_of_one_s_own_without_a_score(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "converged", functools.partial(reference.converged, first=4, most=8))
     text = HEAD.replace('"tiny"', '"wan-tiny"') + OWN + "seeds = [3, 4]\n" + CALL + ARM
