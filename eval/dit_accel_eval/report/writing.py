@@ -11,6 +11,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 from ..comparison import ArmFigures, table_of, verdict
 from ..paired import Interval
+from ..results import told_full
 from .figures import Report, misses
 from .lines import better_of
 from .page import page
@@ -18,6 +19,8 @@ from .reproduce import versions_of
 
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 1
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
+FURTHER = ("scheduler", "guider", "arm_call")
+"""What only some arms set."""
 
 
 def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, players: int = 8) -> list[Path]:
@@ -26,8 +29,8 @@ def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, play
     Several reports make one page; the other kinds hold one each.
 
     Raises:
-        ConfigError: for a path that can't be written, is given twice, or is that of the results, and for another kind
-            than a page of several.
+        ConfigError: for a path that can't be written, as on a full disk, is given twice, or is that of the results, and
+            for another kind than a page of several.
     """
     others = [kind for kind in wanted if kind != "html"]
     if others and len(reports) > 1:
@@ -47,7 +50,7 @@ def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, play
     }
     texts = {path: writers[kind]() for kind, path in wanted.items()}
     for path, text in texts.items():
-        with written_whole(path) as temporary:
+        with told_full(path), written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return list(texts)
 
@@ -74,6 +77,7 @@ def data_of(report: Report) -> dict[str, Any]:
 
 
 def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
+    setting = report.settings[arm.name]
     runs = sorted((line for line in report.results.lines if line["arm"] == arm.name), key=lambda line: line["clip"])
     keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
     keys += ("times", "repeated", "step_work", "peak_memory_bytes")
@@ -81,7 +85,8 @@ def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
         "name": arm.name,
         "dense": report.is_dense(arm),
         "clips": arm.clips,
-        **{key: report.settings[arm.name][key] for key in SETTING},
+        **{key: setting[key] for key in SETTING},
+        **{key: setting[key] for key in FURTHER if key in setting},
         "psnr": _interval(arm.psnr),
         "means": dict(arm.means),
         "against_fewer_steps": {
