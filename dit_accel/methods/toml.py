@@ -18,7 +18,12 @@ VERSION = 1
 RUN = "run"
 """Table of what a run may set besides its methods."""
 
-RUN_KEYS: Mapping[str, Any] = {"num_inference_steps": int, "solver": str, "flow_shift": (int, float)}
+RUN_KEYS: Mapping[str, Any] = {
+    "num_inference_steps": int,
+    "solver": str,
+    "flow_shift": (int, float),
+    "guidance_scale": (int, float),
+}
 
 
 def to_toml(configs: Iterable[MethodConfig], run: Mapping[str, Any] | None = None) -> str:
@@ -71,7 +76,7 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
 
 
 def run_table(text: str, source: str = "the method config") -> dict[str, Any]:
-    """Read what a run may set besides its methods: ``[run]`` with num_inference_steps, solver and flow_shift.
+    """Read what a run may set besides its methods: ``[run]`` with the keys of `RUN_KEYS`.
 
     Raises:
         ConfigError: for text that is not TOML, an unknown key, with the nearest, or a value of another kind.

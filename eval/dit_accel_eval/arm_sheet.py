@@ -15,9 +15,10 @@ from dit_accel_pipelines.media import Frames, contact_sheet, to_uint8, upscale, 
 from dit_accel.errors import ConfigError, DitAccelError, did_you_mean
 from dit_accel.files import check_writable, written_whole
 
+from .arms import Arm
 from .embedded import EmbeddedModel
 from .job import clips_of
-from .suite import Arm, Suite, read_suite
+from .suite import Suite, read_suite
 
 SHOWN = 4
 """Clips on a contact sheet."""

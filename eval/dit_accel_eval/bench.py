@@ -155,7 +155,7 @@ def make_bench(
     return Bench(
         adapter=adapter, family=family, planned=planned, transformer=transformer, steps=steps, device=device,
         inputs=to_device(inputs, device, dtype), clock=Clock(transformer, adapter, device),
-        counter=Counter(transformer, adapter),
+        counter=Counter([transformer], adapter),
     )  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from .arms import Arm
 from .comparison import FEWEST, ArmFigures, figures_of, verdict
 from .results import Line
-from .suite import Arm, Suite
+from .suite import Suite
 
 BUDGETS = (8, 10, 12)
 """Steps' work, of the dense model's own, that a run may cost."""

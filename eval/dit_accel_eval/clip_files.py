@@ -1,6 +1,8 @@
 """Clips in files: which there are in a folder, which of another folder each is held against, and their frames."""
 
 import json
+import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ class ClipFile:
         """Return the frames, [F, height, width, 3] in [0, 1]; those that `eval run` kept one below the other as many.
 
         Raises:
-            ConfigError: if the file can't be read, or its frames differ in size.
+            ConfigError: if the file can't be read, is cut off or damaged, or its frames differ in size.
         """
         if self.path.suffix.lower() in PICTURES:
             pictures = np.asarray(read_image(self.path))
@@ -46,6 +48,7 @@ class ClipFile:
             frames = strip_frames(pictures, kept) if kept else pictures[None]
         else:
             read = [np.asarray(frame) for frame in read_video(self.path)]
+            _check_whole(self.path)
             frames = np.stack(read)
         return np.divide(frames, 255, dtype=np.float32)
 
@@ -53,6 +56,21 @@ class ClipFile:
         """Whether the file holds frames as they were made, up to 8 bits."""
         suffix = self.path.suffix.lower()
         return suffix in EXACT or (suffix in (".mkv", ".avi", ".mov") and _is_lossless(self.path))
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a video of which some frames could not be read: the others would be measured as if they were all.
+
+    Raises:
+        ConfigError: with what ffmpeg says of it.
+    """
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", str(path), "-f", "null", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode or done.stderr.strip():
+        told = re.sub(r"^\[[^]]*\] ", "", (done.stderr.strip().splitlines() or ["no reason given"])[0])
+        raise ConfigError(f"video {path} is damaged or was cut off ({told}); write it again")
 
 
 def _kept_frames(path: Path) -> int | None:

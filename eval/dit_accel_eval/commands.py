@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from dit_accel_pipelines.options import RUN, Json
+from dit_accel_pipelines.options import RUN, Device, Json, Offload
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
@@ -15,8 +15,9 @@ from .vbench.command import evaluate
 if TYPE_CHECKING:
     from .job import Job
     from .results import Line
+    from .suite import Suite
 
-eval_app = typer.Typer(name="eval", help="Compare settings with converged runs on an embedded model, and report.")
+eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("vbench")(evaluate)
 
 
@@ -30,13 +31,18 @@ def run_suite(
     workers: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = 1,
     clips: Annotated[int | None, typer.Option(help="Run only the first so many clips.", min=1)] = None,
     timed: Annotated[bool, typer.Option("--time", help="Time each arm beside the dense run of as many steps.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads of a timed run.", min=1)] = 2,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Of torch; default: 1, timed 2; for a model that is not embedded torch's own.", min=1),
+    ] = None,
     frames: Annotated[
         Path | None, typer.Option(help="Folder that keeps every run's frames, for the report.", metavar="DIR")
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of dense runs; default: in the user's cache folder.", metavar="DIR")
     ] = None,
+    device: Device = None,
+    offload: Offload = "none",
     only_table: Annotated[
         bool, typer.Option("--table", help="Print the table of what has run, and generate nothing.")
     ] = False,
@@ -48,7 +54,9 @@ def run_suite(
 
     Each run is a JSON line, written as it ends. A suite that was stopped goes
     on where it stopped; one that is whole only prints its table. Suites with a
-    judge, such as longer-wan-tiny.toml, judge clips by themselves.
+    judge, such as longer-wan-tiny.toml, judge clips by themselves. The model is
+    an embedded one, or a folder or hub id that diffusers loads. Exit code 1
+    where the suite's budget did not hold all runs.
 
     Examples:
 
@@ -58,6 +66,9 @@ def run_suite(
 
     dit-accel eval report smoke.jsonl -o smoke.html
     """
+    from dit_accel_pipelines.processes import started_process
+
+    from .given import Machine
     from .job import Job, check_timing, default_out
     from .reference import default_cache
     from .results import read_lines
@@ -67,16 +78,32 @@ def run_suite(
     read = read_suite(suite)
     job = Job(
         suite=read, out=out or default_out(suite, read), cache=cache or default_cache(), timed=timed,
-        threads=threads if timed else 1, frames=frames, talk=not quiet and not TALK.is_terminal,
+        threads=threads or _usual_threads(read, timed, workers), frames=frames, talk=not quiet and not TALK.is_terminal,
+        machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
+    stopped = None
     if not only_table:
-        quiet = _run(job, clips, workers, quiet)
+        quiet, stopped = _run(job, clips, workers, quiet)
     if not quiet:
         _show_run(job, read_lines(job.out), written=not only_table)
+    if stopped:
+        warn(f"stopped at the budget: {stopped}; run the same again to go on, or raise the budget")
+        raise typer.Exit(1)
 
 
-def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> bool:
-    """Run what a job's file does not hold yet; returns whether this process is to print nothing."""
+def _usual_threads(suite: "Suite", timed: bool, workers: int) -> int | None:
+    """Return the threads of torch where none are asked for; None: as many as torch takes."""
+    if suite.embedded or workers > 1:
+        return 2 if timed else 1
+    return None
+
+
+def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> tuple[bool, str | None]:
+    """Run what a job's file does not hold yet.
+
+    Returns:
+        Whether this process is to print nothing, and why it stopped, where the budget did not hold all.
+    """
     from dit_accel_pipelines.ranks import Ranks
 
     from .compare import run
@@ -86,8 +113,9 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> bool:
     quiet = quiet or not Ranks().first
     wanted = clips_of(job.suite, clips)
     with SuiteProgress(job.suite, wanted, quiet=quiet) as watch:
-        run(dataclasses.replace(job, talk=job.talk and not quiet), wanted, workers=workers, watch=watch)
-    return quiet
+        told = dataclasses.replace(job, talk=job.talk and not quiet)
+        stopped = run(told, wanted, workers=workers, watch=watch)
+    return quiet, stopped
 
 
 def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:

@@ -15,28 +15,35 @@ from multiprocessing import active_children, get_context, parent_process
 
 import torch
 from dit_accel_pipelines.ranks import Ranks
+from dit_accel_pipelines.request import Dtype
 from dit_accel_pipelines.solvers import BEST
 
 from dit_accel import ConfigError
 
+from .arms import Arm, dense_arm
+from .budget import Budget, BudgetSpent
+from .clips import OwnClips
 from .comparison import rival_steps
 from .embedded import EmbeddedModel
+from .given import GivenModel, Machine
 from .job import Job, prepare
 from .measuring import converged_line, judged_line, lacks_metrics
+from .model import SuiteModel
 from .reference import AGREE, Reference, converged
 from .results import Line, append_line, latest, read_lines, write_lines
-from .suite import Arm, Suite, dense_arm
+from .runner import Runner
+from .suite import Suite
 
 LOOK = 1.0
 """Seconds between two looks at what the processes have made."""
 
-EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "kept", "kept_reference")
+EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", "kept", "kept_reference")
 """What a line keeps if its run is made anew for something else that it lacked."""
 
 
 def run(
     job: Job, clips: Sequence[int], *, workers: int = 1, watch: Callable[[Sequence[Line]], None] | None = None
-) -> None:
+) -> str | None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
     Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
@@ -47,6 +54,9 @@ def run(
         clips: their numbers.
         workers: processes.
         watch: is given the lines so far, now and then; for progress.
+
+    Returns:
+        Why this process stopped before all was made, where the suite's budget did not hold it; else None.
 
     Raises:
         ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
@@ -65,32 +75,61 @@ def run(
 
     look()
     own = ranks.own(clips)
-    if workers <= 1 or len(own) <= 1:
+    workers = max(1, min(workers, len(own)))
+    budget = job.suite.budget.share(workers * ranks.count) if job.suite.budget else None
+    stopped = None
+    if workers == 1:
+        runner = _runner(job, budget)
         for clip in own:
-            run_clip(job, clip, look)
+            told = run_clip(job, clip, runner, look)
+            stopped = stopped or told
     else:
-        _run_beside(job, own, min(workers, len(own)), look)
+        stopped = _run_beside(job, own, workers, budget, look)
     ranks.wait()
     if ranks.first:
         write_lines(job.out, _sorted(job.suite, latest(read_lines(job.out)).values()))
+    return stopped
 
 
-def _run_beside(job: Job, clips: Sequence[int], workers: int, look: Callable[[], None]) -> None:
+def _run_beside(
+    job: Job, clips: Sequence[int], workers: int, budget: Budget | None, look: Callable[[], None]
+) -> str | None:
     """Run clips in processes; what stops this one, Ctrl-C among it, ends them at once."""
-    others = set(active_children())
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+    others, stopped = set(active_children()), None
+    context, given = get_context("spawn"), (job, budget)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=given) as pool:
         try:
-            pending = {pool.submit(run_clip, job, clip) for clip in clips}
+            pending = {pool.submit(_run_there, clip) for clip in clips}
             while pending:
                 done, pending = wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED)
                 for one in done:
-                    one.result()
+                    stopped = stopped or one.result()
                 look()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(active_children()) - others:
                 process.terminate()
             raise
+    return stopped
+
+
+_there: list[tuple[Job, Runner]] = []
+"""What a process of a pool runs; set when it begins."""
+
+
+def _begin(job: Job, budget: Budget | None) -> None:
+    end_with_parent()
+    _there.append((job, _runner(job, budget)))
+
+
+def _run_there(clip: int) -> str | None:
+    job, runner = _there[-1]
+    return run_clip(job, clip, runner)
+
+
+def _runner(job: Job, budget: Budget | None) -> Runner:
+    suite = job.suite
+    return Runner(lambda: _load(job), budget, warmup=suite.warmup, repeats=suite.repeats)
 
 
 def end_with_parent() -> None:
@@ -100,27 +139,35 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def run_clip(job: Job, clip: int, look: Callable[[], None] = lambda: None) -> None:
-    """Run what one clip lacks: arms first, then the dense runs between which each is held; ``look`` follows each."""
+def run_clip(job: Job, clip: int, model: Runner, look: Callable[[], None] = lambda: None) -> str | None:
+    """Run what one clip lacks: arms first, then the dense runs between which each is held; ``look`` follows each.
+
+    Returns:
+        Why it stopped, where the budget did not hold all; what had been made is written.
+    """
     known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
     if not any(_lacking(job, known)):
-        return
-    torch.set_num_threads(job.threads)
-    model = _loaded(job.suite.model, json.dumps(job.suite.call, sort_keys=True))
-    if job.timed:
-        model.run(clip, steps=1, solver=BEST)  # warms up
-    reference = None if job.suite.judge else _reference(job, model, clip)
-    while arm := next(_lacking(job, known), None):
-        earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
-        line = {**earlier, **_line(job, model, arm, clip, reference)}
-        append_line(job.out, line)
-        known[arm.name] = line
-        look()
-        if job.talk:
-            print(f"clip {clip} {arm.name}: {_told(line)}", file=sys.stderr)
+        return None
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    try:
+        if job.timed:
+            model.run(clip, steps=1, solver=BEST)  # warms up
+        reference = None if job.suite.judge else _reference(job, model, clip)
+        while arm := next(_lacking(job, known), None):
+            earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
+            line = {**earlier, **_line(job, model, arm, clip, reference)}
+            append_line(job.out, line)
+            known[arm.name] = line
+            look()
+            if job.talk:
+                print(f"clip {clip} {arm.name}: {_told(line)}", file=sys.stderr)
+    except BudgetSpent as spent:
+        return str(spent)
+    return None
 
 
-def _reference(job: Job, model: EmbeddedModel, clip: int) -> Reference:
+def _reference(job: Job, model: Runner, clip: int) -> Reference:
     """Return a clip's converged run, and say where the search for it ended before two runs agreed."""
     found = converged(model, clip, job.cache)
     if found.agreement < AGREE and job.talk:
@@ -129,7 +176,7 @@ def _reference(job: Job, model: EmbeddedModel, clip: int) -> Reference:
     return found
 
 
-def _line(job: Job, model: EmbeddedModel, arm: Arm, clip: int, reference: Reference | None) -> Line:
+def _line(job: Job, model: Runner, arm: Arm, clip: int, reference: Reference | None) -> Line:
     return judged_line(model, arm, clip, job) if reference is None else converged_line(model, arm, clip, reference, job)
 
 
@@ -148,6 +195,7 @@ def _lacking(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
             line is None
             or lacks_metrics(job.suite, line)
             or (job.timed and not arm.is_dense and "seconds" not in line)
+            or (job.suite.repeats > 1 and len(line.get("repeated", {}).get("seconds", ())) < job.suite.repeats)
             or (job.frames is not None and not _has_frames(job, line))
         ):
             yield arm
@@ -157,10 +205,26 @@ def _has_frames(job: Job, line: Line) -> bool:
     return all(key in line and (job.out.parent / line[key]).is_file() for key in ("kept", "kept_reference"))
 
 
+def _load(job: Job) -> SuiteModel:
+    """Return a job's model, loaded once a process."""
+    suite = job.suite
+    call = json.dumps(suite.call, sort_keys=True)
+    if suite.embedded:
+        return _loaded(suite.model, call, suite.own)
+    if suite.own is None:
+        raise ConfigError(f"{suite.name} has no prompts for {suite.model}; add prompts = [...]")
+    return _loaded_given(suite.model, suite.source, call, suite.own, job.machine.dtype(suite.dtype), job.machine)
+
+
 @functools.lru_cache(maxsize=1)
-def _loaded(name: str, call: str) -> EmbeddedModel:
-    """Return a model, which a process loads once."""
-    return EmbeddedModel(name, json.loads(call))
+def _loaded(name: str, call: str, own: OwnClips | None) -> SuiteModel:
+    asked = json.loads(call)
+    return EmbeddedModel(name, asked) if own is None else EmbeddedModel(name, asked, own=own)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded_given(name: str, source: str, call: str, own: OwnClips, dtype: Dtype, machine: Machine) -> SuiteModel:
+    return GivenModel(name, source, json.loads(call), own, dtype, machine)
 
 
 def _sorted(suite: Suite, lines: Iterable[Line]) -> list[Line]:

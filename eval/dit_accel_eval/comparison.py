@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .arms import dense_arm
 from .metrics.registry import metrics
 from .paired import Interval, bootstrap, sign_flips
 from .results import Line, latest
-from .suite import Suite, dense_arm
+from .suite import Suite
 
 WORKS = {"work": "own work", "work_real": "work at a = .72"}
 """Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
@@ -27,7 +28,8 @@ class ArmFigures:
     Attributes:
         name: the arm's.
         clips: how many clips there are.
-        means: mean of ``work``, ``work_real``, ``ssim``, ``score`` and, where timed, ``steps_in_time``.
+        means: mean of ``work``, ``work_real``, ``ssim`` and, where clips have one, ``score``; where timed,
+            ``steps_in_time``.
         psnr: PSNR to the reference in dB.
         ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB.
         p: the same key -> the p-value of that difference by `sign_flips`, not corrected for other arms.
@@ -77,6 +79,7 @@ def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]
 
 def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], Line]) -> ArmFigures:
     keys = [key for key in (*WORKS, *TIMED) if all(line.get(key) is not None for line in lines)]
+    scored = ("score",) if all("score" in line for line in lines) else ()
     ahead, p = {}, {}
     for key in () if is_rival(lines[0]) else keys:
         differences = _differences(lines, known, key, "psnr")
@@ -87,7 +90,7 @@ def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], L
     return ArmFigures(
         name=name,
         clips=len(lines),
-        means={key: float(np.mean([line[key] for line in lines])) for key in (*keys, "ssim", "score")},
+        means={key: float(np.mean([line[key] for line in lines])) for key in (*keys, "ssim", *scored)},
         psnr=bootstrap([line["psnr"] for line in lines]),
         ahead=ahead,
         p=p,
@@ -98,7 +101,7 @@ def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], L
 
 def value_of(line: Line, metric: str) -> float | None:
     """Return a line's value of a metric, None where it has none."""
-    return line[metric] if metric in ("psnr", "ssim", "score") else line.get("metrics", {}).get(metric)
+    return line.get(metric) if metric in ("psnr", "ssim", "score") else line.get("metrics", {}).get(metric)
 
 
 def _values(lines: Sequence[Line], metric: str) -> list[float]:
@@ -162,7 +165,8 @@ def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
 def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
     works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in found) else {})
     against = [f"against UniPC at equal {words}, dB" for words in works.values()]
-    heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", "score", *against]
+    scored = ["score"] if any("score" in arm.means for arm in found) else []
+    heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", *scored, *against]
     named = list(dict.fromkeys(name for arm in found for name in arm.metrics))
     heads += named
     if any(arm.clips < clips for arm in found):
@@ -172,7 +176,8 @@ def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
     for arm in found:
         cells = [arm.name, *([str(arm.clips)] if "clips" in heads else [])]
         cells += [f"{arm.means[key]:.2f}" if key in arm.means else "" for key in works]
-        cells += [str(arm.psnr), f"{arm.means['ssim']:.3f}", f"{arm.means['score']:.0%}"]
+        cells += [str(arm.psnr), f"{arm.means['ssim']:.3f}"]
+        cells += [f"{arm.means[key]:.0%}" if key in arm.means else "" for key in scored]
         cells += [
             f"{arm.ahead[key]:+} {verdict(arm.ahead[key], arm.clips)}" if key in arm.ahead else "" for key in works
         ]

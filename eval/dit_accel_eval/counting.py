@@ -38,18 +38,19 @@ class Counts:
 
 
 class Counter:
-    """Counts the calls of a transformer's blocks and self-attention from now on, in place of their ``forward``.
+    """Counts the calls of transformers' blocks and self-attention from now on, in place of their ``forward``.
 
     Made before anything else wraps the transformer, and never taken off.
     """
 
-    def __init__(self, transformer: nn.Module, adapter: Adapter) -> None:
+    def __init__(self, transformers: Sequence[nn.Module], adapter: Adapter) -> None:
         self._blocks = self._attention = 0
-        for listed in block_lists(adapter, transformer):
-            for _, block in blocks_of(listed, adapter, transformer):
-                self._watch(block, self._count_block)
-        for _, module, _ in attention_modules(transformer, adapter):
-            self._watch(module, self._count_attention)
+        for transformer in transformers:
+            for listed in block_lists(adapter, transformer):
+                for _, block in blocks_of(listed, adapter, transformer):
+                    self._watch(block, self._count_block)
+            for _, module, _ in attention_modules(transformer, adapter):
+                self._watch(module, self._count_attention)
 
     def take(self) -> Counts:
         """Return what ran since the last call of this, and begin anew."""

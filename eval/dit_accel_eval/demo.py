@@ -19,13 +19,14 @@ from dit_accel import EasyCache
 from dit_accel.cli.console import OUT, TALK, plain_table
 from dit_accel.files import json_text, written_whole
 
+from .arms import Arm, dense_arm
 from .counting import work
-from .embedded import EmbeddedModel, Run, check_name
+from .embedded import EmbeddedModel, check_name
 from .metrics.metric import Clip
 from .metrics.psnr import psnr
+from .model import Run
 from .paired import bootstrap
 from .reference import Reference, converged
-from .suite import Arm, dense_arm
 
 MODEL = "wan-tiny"
 PROMPT = 19

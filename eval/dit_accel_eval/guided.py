@@ -9,17 +9,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from dit_accel_assets import model_closeness, model_score
 
-from .embedded import EmbeddedModel, Run
+from .arms import Arm
 from .metrics.sharpness import sharpness
+from .model import Run, SuiteModel
 from .paired import bootstrap
 from .results import Line
-from .suite import Arm, Suite
+from .suite import Suite
 
 EQUAL = 1.25
 """Forwards up to which plain arms count as equal: whole steps seldom give the very same number."""
 
 
-def measures(model: EmbeddedModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: Run) -> Line:
     """Return what a line says of a clip."""
     return {
         "forwards": made.counts.blocks / model.family.layers,

@@ -1,17 +1,29 @@
 """A suite to be run: where its lines go, what each of them must say, and what can be refused before anything runs."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from dit_accel_assets import model_path
+from dit_accel_pipelines.pipeline_call import pipeline_class
+from dit_accel_pipelines.request import check_words
 from dit_accel_pipelines.solvers import BEST
 
 from dit_accel import ConfigError
+from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_writable
 
+from .arms import Arm
 from .embedded import check_name, settled_call, weights_hash
+from .given import Machine, check_given, given_call, given_weights
+from .model import check_guided
 from .reference import AGREE
 from .results import Line, check_lines, read_lines, write_lines
-from .suite import Arm, Suite
+from .suite import Suite
+
+SCALES = ("guidance_scale", "true_cfg_scale")
+"""What an arm's call may change where all are held against one converged run, which has the suite's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,18 +35,20 @@ class Job:
         out: the result lines' file.
         cache: folder of dense runs.
         timed: whether each arm is timed beside the dense run of as many steps.
-        threads: of torch.
+        threads: of torch; None: as many as it takes.
         frames: folder in which the frames of every run are kept; None: nowhere.
         talk: whether each run is told on stderr.
+        machine: where a model runs that is not embedded.
     """
 
     suite: Suite
     out: Path
     cache: Path
     timed: bool
-    threads: int
+    threads: int | None
     frames: Path | None = None
     talk: bool = True
+    machine: Machine = field(default_factory=Machine)
 
 
 def check_timing(timed: bool, workers: int) -> None:
@@ -57,19 +71,38 @@ def clips_of(suite: Suite, most: int | None) -> range:
     return range(suite.first_clip, suite.first_clip + (suite.clips if most is None else min(most, suite.clips)))
 
 
-def setting_of(suite: Suite) -> Line:
+def setting_of(suite: Suite, machine: Machine | None = None) -> Line:
     """Return what every line of a suite's results must say: the model, and where there is one, the reference's call."""
-    model = {"model": suite.model, "weights": weights_hash(suite.model)}
+    if suite.embedded:
+        model = {"model": suite.model, "weights": weights_hash(suite.model)}
+    else:
+        dtype = (machine or Machine()).dtype(suite.dtype)
+        model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
     if suite.judge:
         return model
-    call = settled_call(suite.model, suite.call)
-    return {**model, "call": call, "reference": f"{BEST}, agreeing to {AGREE:g} dB"}
+    return {**model, "call": call_of(suite, suite.call), "reference": f"{BEST}, agreeing to {AGREE:g} dB"}
+
+
+def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the call of a suite's model: its defaults, changed by what was given.
+
+    Raises:
+        ConfigError: for an argument that its pipeline does not take.
+    """
+    if suite.embedded:
+        return settled_call(suite.model, given)
+    return given_call(check_given(suite.source)[0], given)
 
 
 def arm_setting(suite: Suite, arm: Arm) -> Line:
-    """Return what an arm's lines must say; where clips are judged by themselves, each arm has a call of its own."""
+    """Return what an arm's lines must say; where clips are judged by themselves, each arm has a call of its own.
+
+    Else ``arm_call`` has what little it may change.
+    """
     if not suite.judge:
-        return arm.to_dict()
+        own = arm.to_dict()
+        own |= {"arm_call": own.pop("call")} if arm.call else {}
+        return own
     return {**arm.to_dict(), "call": settled_call(suite.model, {**suite.call, **arm.call})}
 
 
@@ -79,7 +112,7 @@ def prepare(job: Job) -> None:
     Raises:
         ConfigError: for a suite that can't run so, or a file that can't be written or holds results of another.
     """
-    check_name(job.suite.model)
+    _check_model(job.suite)
     _check_kind(job)
     for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
         if folder is not None:
@@ -87,8 +120,35 @@ def prepare(job: Job) -> None:
     check_writable(job.out, "results")
     known = read_lines(job.out)
     arms = {arm.name: arm_setting(job.suite, arm) for arm in job.suite.arms}
-    check_lines(job.out, known, setting_of(job.suite), arms)
+    check_lines(job.out, known, setting_of(job.suite, job.machine), arms, job.suite.own)
     write_lines(job.out, known)
+
+
+def _check_model(suite: Suite) -> None:
+    """Refuse a model that suites can't run, prompts that it does not know, and guiders that its pipeline does not take.
+
+    Raises:
+        ConfigError: for the first of them.
+        UnsupportedModel: for a model that is not found or that no adapter covers.
+    """
+    if suite.embedded:
+        check_name(suite.model)
+        for prompt in suite.own.prompts if suite.own else ():
+            check_words(prompt, suite.model)
+        files = read_model_files(str(model_path(suite.model)))
+    else:
+        files, _ = check_given(suite.source)
+        if suite.own is None:
+            raise ConfigError(
+                f"{suite.name} has no prompts, and only embedded models have held-out ones; add prompts = [...] or a "
+                f"prompt_file for {suite.model}"
+            )
+    for arm in suite.arms:
+        if arm.guider:
+            try:
+                check_guided(pipeline_class(files))
+            except ConfigError as error:
+                raise ConfigError(f"arm {arm.name!r}: {error}") from None
 
 
 def _check_kind(job: Job) -> None:
@@ -96,11 +156,13 @@ def _check_kind(job: Job) -> None:
     suite = job.suite
     if not suite.judge:
         for arm in suite.arms:
-            if arm.call:
+            if {*arm.call} - {*SCALES}:
                 raise ConfigError(
                     f"arm {arm.name!r} has a call of its own, {dict(arm.call)}, and all are held against one converged "
-                    'run; leave it out, or judge clips by themselves: judge = "longer"'
+                    f"run, so that it may only set {' and '.join(SCALES)}; leave it out, or judge clips by themselves: "
+                    'judge = "longer"'
                 )
+            call_of(suite, {**suite.call, **arm.call})
         return
     asked = [name for name, given in (("--time", job.timed), ("--frames", job.frames), ("metrics", suite.metrics))
              if given]  # fmt: skip

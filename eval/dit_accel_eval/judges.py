@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from . import guided, larger, longer
 from .comparison import table
-from .embedded import EmbeddedModel, Run
+from .model import Run, SuiteModel
 from .results import Line
 from .suite import Suite
 
@@ -19,7 +19,7 @@ class Judge:
         table: (suite, lines) -> the Markdown table, a row an arm.
     """
 
-    measures: Callable[[EmbeddedModel, int, Run], Line]
+    measures: Callable[[SuiteModel, int, Run], Line]
     table: Callable[[Suite, Sequence[Line]], str]
 
 

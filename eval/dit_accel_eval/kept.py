@@ -14,12 +14,15 @@ from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
 from .metrics.metric import Clip
+from .results import told_full
 
 REFERENCE = "reference"
 """What stands for the arm's name in the file of a converged run."""
 
 _KEY = "dit-accel"
 _SHAPING = ("model", "weights", "call", "clip", "num_inference_steps", "solver", "flow_shift", "methods")
+_FURTHER = ("seed", "dtype", "scheduler", "guider", "arm_call")
+"""What shapes frames besides, in lines that tell it; a prompt where it has a seed, for held-out ones go by number."""
 
 
 def kept_path(folder: Path, arm: str, clip: int) -> Path:
@@ -30,24 +33,35 @@ def kept_path(folder: Path, arm: str, clip: int) -> Path:
 
 def run_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return what shapes the frames of a result line."""
-    return {"arm": line["arm"], **{key: line[key] for key in _SHAPING}}
+    return {"arm": line["arm"], **{key: line[key] for key in _SHAPING}, **_further(line)}
 
 
 def reference_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return what shapes the frames of the converged run that a result line is held against."""
     plain = {key: line[key] for key in ("model", "weights", "call", "clip", "reference")}
+    plain |= {key: value for key, value in _further(line).items() if key in ("seed", "dtype", "prompt")}
     return {"arm": REFERENCE, "num_inference_steps": line["reference_steps"], **plain}
 
 
+def _further(line: Mapping[str, Any]) -> dict[str, Any]:
+    keys = (*_FURTHER, "prompt") if "seed" in line else _FURTHER
+    return {key: line[key] for key in keys if key in line}
+
+
 def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:
-    """Write frames [F, height, width, 3] in [0, 1] as 8-bit PNG, whole or not at all."""
+    """Write frames [F, height, width, 3] in [0, 1] as 8-bit PNG, whole or not at all.
+
+    Raises:
+        ConfigError: if they can't be written, as on a full disk.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     frames, info = to_uint8(clip), PngInfo()
     info.add_itxt(_KEY, json.dumps({"frames": len(frames), "made_by": dict(made_by)}, sort_keys=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
+    with told_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with told_full(path), written_whole(path) as temporary:
         strip = frames.reshape(-1, *frames.shape[2:])
         Image.fromarray(strip).save(temporary, format="png", pnginfo=info, optimize=True)
 

@@ -11,9 +11,9 @@ from dit_accel_assets import model_defaults
 from dit_accel_assets.judge import judge
 from dit_accel_assets.world import scene_of
 
-from .embedded import EmbeddedModel, Run
 from .metrics.metric import Clip
 from .metrics.sharpness import sharpness
+from .model import Run, SuiteModel
 from .paired import bootstrap
 from .results import Line
 from .suite import Suite
@@ -21,7 +21,7 @@ from .suite import Suite
 NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
 
 
-def measures(model: EmbeddedModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: Run) -> Line:
     """Return what a line says of a picture."""
     return judged(made.frames, clip, int(model_defaults(model.name)["height"]))
 

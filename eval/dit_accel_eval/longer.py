@@ -10,11 +10,11 @@ import numpy as np
 from dit_accel_assets import model_closeness, model_defaults, model_score
 from dit_accel_assets.checker import path_error
 
-from .embedded import EmbeddedModel, Run
 from .metrics.loops import loop, repetition
 from .metrics.metric import Clip
 from .metrics.motion import motion
 from .metrics.sharpness import sharpness
+from .model import Run, SuiteModel
 from .paired import bootstrap
 from .results import Line
 from .suite import Suite
@@ -23,7 +23,7 @@ STRETCH = 33
 """Frames of the longest clips that wan-tiny was trained on."""
 
 
-def measures(model: EmbeddedModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: Run) -> Line:
     """Return what a line says of a clip."""
     trained = int(model_defaults(model.name)["num_frames"])
     return {

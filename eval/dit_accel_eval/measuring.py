@@ -6,82 +6,93 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from dit_accel_assets import model_defaults, model_score
-from dit_accel_pipelines.request import EMBEDDED_FPS
-from dit_accel_pipelines.solvers import BEST
+from dit_accel_pipelines.request import EMBEDDED_FPS, OTHER_FPS
 
 from dit_accel import ConfigError
 
+from .arms import Arm
 from .counting import REAL_SHARE, Counts, work
-from .embedded import EmbeddedModel, Run
 from .job import Job, arm_setting, setting_of
 from .judges import JUDGES
 from .kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
 from .machine import processor
 from .metrics.metric import Clip, Sample
 from .metrics.registry import metric, scores
+from .model import Run
 from .reference import Reference, dense_run
 from .results import Line
-from .suite import Arm, Suite
+from .runner import Runner, median_run, repeated
+from .suite import Suite
 
 ALWAYS = ("psnr", "ssim")
 """What every line of an arm that is held against a converged run holds by itself."""
+
+UNJUDGED = "the judge knows what held-out prompts ask for, and these are not among them"
+"""Why clips of one's own prompts have no score."""
 
 DIGITS = 4
 """Digits behind the point of values by frame and by step."""
 
 
-def converged_line(model: EmbeddedModel, arm: Arm, clip: int, reference: Reference, job: Job) -> Line:
+def converged_line(model: Runner, arm: Arm, clip: int, reference: Reference, job: Job) -> Line:
     """Return the line of one clip of one arm, held against the converged run.
 
     A timed one has the seconds of its denoising loop, those of the dense run of as many steps right after it, and
-    ``steps_in_time``, how many dense steps take as long.
+    ``steps_in_time``, how many dense steps take as long. Where samples are repeated, seconds are the median's, and
+    ``repeated`` has all with their quartiles.
     """
-    steps = arm.num_inference_steps
-    if arm.is_dense:
-        made = dense_run(model, clip, steps, job.cache)
+    beside: list[Run] = []
+    if job.timed and not arm.is_dense:
+        runs, beside = model.beside(arm, clip)
+    elif arm.is_dense and model.repeats == 1:
+        runs = [dense_run(model, clip, arm.num_inference_steps, job.cache)]
     else:
-        made = model.run(clip, steps=steps, solver=arm.solver, flow_shift=arm.flow_shift, methods=arm.methods)
+        runs = model.sample(arm, clip)
+    made = median_run(runs)
     shares = {"work": model.own_share, "work_real": REAL_SHARE}
     line: Line = {
         **_about(model, arm, clip, job),
         "reference_steps": reference.steps,
         "reference_agreement": reference.agreement,
-        **measures(job.suite, arm.name, clip, made.frames, reference.frames, model.prompt(clip)),
-        "score": model_score(model.name, clip, made.frames),
+        **measures(job.suite, arm.name, clip, made.frames, reference.frames, model),
         **{key: round(work(made.counts, reference.step, made.attended, share), 6) for key, share in shares.items()},
         "forwards": made.counts.blocks / reference.step.blocks,
         **_cost(made, reference.step, model.own_share),
     }
+    if model.repeats > 1:
+        line["repeated"] = repeated(runs)
     if job.frames is not None:
         line |= _kept(job.frames, job.out.parent, line, made.frames, reference)
-    if job.timed and not arm.is_dense:
-        dense_seconds = model.run(clip, steps=steps, solver=BEST).seconds
-        line |= {"seconds": made.seconds, "dense_seconds": dense_seconds, "threads": job.threads}
+    if beside:
+        dense_seconds = float(np.median([run.seconds for run in beside]))
+        seconds = float(np.median([run.seconds for run in runs]))
+        line |= {"seconds": seconds, "dense_seconds": dense_seconds, "threads": torch.get_num_threads()}
         line["processor"] = processor()
-        line["steps_in_time"] = steps * made.seconds / dense_seconds
+        line["steps_in_time"] = arm.num_inference_steps * seconds / dense_seconds
     return line
 
 
-def judged_line(model: EmbeddedModel, arm: Arm, clip: int, job: Job) -> Line:
+def judged_line(model: Runner, arm: Arm, clip: int, job: Job) -> Line:
     """Return the line of one clip of one arm, judged by itself."""
-    made = model.run(
-        clip, steps=arm.num_inference_steps, solver=arm.solver, flow_shift=arm.flow_shift, methods=arm.methods,
-        call=arm.call,
-    )  # fmt: skip
-    found = JUDGES[job.suite.judge].measures(model, clip, made)
-    return {**_about(model, arm, clip, job), **found, **_cost(made, None, 0.0)}
+    runs = model.sample(arm, clip)
+    made = median_run(runs)
+    found = JUDGES[job.suite.judge].measures(model.loaded, clip, made)
+    line = {**_about(model, arm, clip, job), **found, **_cost(made, None, 0.0)}
+    return {**line, "repeated": repeated(runs)} if model.repeats > 1 else line
 
 
-def _about(model: EmbeddedModel, arm: Arm, clip: int, job: Job) -> Line:
+def _about(model: Runner, arm: Arm, clip: int, job: Job) -> Line:
     """Return what shapes a run, and what it was made with."""
     return {
         "arm": arm.name,
         "clip": clip,
         "suite": job.suite.name,
         "prompt": model.prompt(clip),
-        **setting_of(job.suite),
+        **({"seed": model.seed(clip)} if job.suite.own else {}),
+        **setting_of(job.suite, job.machine),
         **arm_setting(job.suite, arm),
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
@@ -109,8 +120,8 @@ def _cost(made: Run, dense_step: Counts | None, share: float) -> Line:
     return line
 
 
-def measures(suite: Suite, arm: str, clip: int, frames: Clip, reference: Clip, prompt: str) -> Line:
-    """Return what is measured against the reference: PSNR and SSIM, and what the suite names besides.
+def measures(suite: Suite, arm: str, clip: int, frames: Clip, reference: Clip, model: Runner) -> Line:
+    """Return what is measured against the reference: PSNR, SSIM and the judge's score, and what the suite names.
 
     ``metrics`` holds values by name, ``by_frame`` those of single frames, ``skipped`` why a metric says nothing about
     this clip, and ``unavailable`` why it could not be measured on this machine.
@@ -118,22 +129,34 @@ def measures(suite: Suite, arm: str, clip: int, frames: Clip, reference: Clip, p
     Raises:
         ConfigError: for frames that are not finite, with the arm and clip that made them.
     """
-    defaults = model_defaults(suite.model)
-    trained = int(defaults["num_frames"]) if "num_frames" in defaults else None
     try:
-        sample = Sample(frames=frames, reference=reference, prompt=prompt, fps=EMBEDDED_FPS, trained_frames=trained)
+        sample = Sample(
+            frames=frames, reference=reference, prompt=model.prompt(clip), trained_frames=_trained(suite, model),
+            fps=EMBEDDED_FPS if suite.embedded else OTHER_FPS,
+        )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {arm!r}: {error}") from None
     found = scores(dict.fromkeys((*ALWAYS, *suite.metrics)), sample)
     values = found.values()
     line: dict[str, Any] = {name: values.pop(name) for name in ALWAYS}
-    if not suite.metrics:
-        return line
-    by_frame = {name: one.by_frame for name, one in found.measured.items() if name in suite.metrics}
-    line["metrics"] = values
-    line["by_frame"] = {name: [round(x, DIGITS) for x in one] for name, one in by_frame.items() if one is not None}
+    if suite.embedded and not suite.own:
+        line["score"] = model_score(suite.model, clip, frames)
+    else:
+        found.skipped["score"] = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
+    if suite.metrics:
+        by_frame = {name: one.by_frame for name, one in found.measured.items() if name in suite.metrics}
+        line["metrics"] = values
+        line["by_frame"] = {name: [round(x, DIGITS) for x in one] for name, one in by_frame.items() if one is not None}
     line |= {key: told for key in ("skipped", "unavailable") if (told := getattr(found, key))}
     return line
+
+
+def _trained(suite: Suite, model: Runner) -> int | None:
+    """Return the frames that a suite's model was trained on, None where that is not known or it makes pictures."""
+    if suite.embedded:
+        defaults = model_defaults(suite.model)
+        return int(defaults["num_frames"]) if "num_frames" in defaults else None
+    return model.family.trained_frames
 
 
 def lacks_metrics(suite: Suite, line: Line) -> bool:

@@ -4,19 +4,19 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from dit_accel_pipelines.progress import Stages
 
 from dit_accel.errors import ConfigError, did_you_mean
 
+from .arms import Arm
 from .compare import run
 from .comparison import value_of
 from .job import Job
 from .metrics.registry import metric, metrics
 from .results import Line, latest, read_lines
-from .suite import Arm
 from .tuning import FIRST_PROMPT
 
 ROUNDS = (2, 4, 6)
@@ -37,8 +37,56 @@ CHUNK = 8
 CACHED_LEAST = 0.25
 """Share of its steps that a setting with a cache computes at least: its cost is not known beforehand."""
 
+UNGUIDED = 0.5
+"""Share of a guided step that one without guidance computes: it leaves the negative prompt out."""
+
 HELD_OUT, HELD_OUT_FIRST = 6, FIRST_PROMPT + 32
 """Prompts on which the choice is verified, and the first of them."""
+
+FEWEST_PROMPTS = 4
+"""Prompts of one's own that a search takes at least: half of them are held out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Which clips a search looks at, by their numbers.
+
+    Attributes:
+        first: the first of those on which settings are searched.
+        rounds: how many each round has.
+        held_first: the first of those on which the choice is verified.
+        held: how many these are.
+    """
+
+    first: int = FIRST_PROMPT
+    rounds: tuple[int, ...] = ROUNDS
+    held_first: int = HELD_OUT_FIRST
+    held: int = HELD_OUT
+
+    def searched(self, place: int) -> range:
+        """Return the clips of a round, counted from 0; the last is -1."""
+        return range(self.first, self.first + self.rounds[place])
+
+    def verified(self) -> range:
+        """Return the held-out clips."""
+        return range(self.held_first, self.held_first + self.held)
+
+
+def split(count: int) -> Prompts:
+    """Return how so many prompts of one's own are shared out: the first half is searched, the second held out.
+
+    Raises:
+        ConfigError: for fewer than `FEWEST_PROMPTS`.
+    """
+    if count < FEWEST_PROMPTS:
+        raise ConfigError(
+            f"tune pipeline takes {FEWEST_PROMPTS} prompts at least, half of them held out, got {count}; give more "
+            "with --prompt or --prompt-file"
+        )
+    half = min(ROUNDS[-1], count // 2)
+    rounds = tuple(dict.fromkeys(min(prompts, half) for prompts in ROUNDS))
+    return Prompts(first=0, rounds=rounds, held_first=half, held=min(HELD_OUT, count - half))
+
 
 SPEEDUP = "speedup"
 NICKNAMES = {"checker": "score", "lpips": "lpips@alex", "dists": "dists@vgg"}
@@ -130,12 +178,14 @@ class Search:
         target: what is asked for.
         stages: is told each round.
         own: steps of the model's own dense run, against which speed-ups count.
+        prompts: which clips are looked at.
     """
 
     job: Job
     target: Target
     stages: Stages
     own: int
+    prompts: Prompts = field(default_factory=Prompts)
 
     def lines(self) -> list[Line]:
         """Return the result lines so far."""
@@ -143,7 +193,7 @@ class Search:
 
     def last_round(self) -> list[Line]:
         """Return the lines of the last round's prompts, of the settings that have all of them."""
-        prompts = range(FIRST_PROMPT, FIRST_PROMPT + ROUNDS[-1])
+        prompts = self.prompts.searched(-1)
         known = [line for line in latest(self.lines()).values() if line["clip"] in prompts]
         counts = Counter(line["arm"] for line in known)
         return [line for line in known if counts[line["arm"]] == len(prompts)]
@@ -176,16 +226,19 @@ class Search:
     def frontier(self, arms: Sequence[Arm]) -> list[Point]:
         """Return the last round's settings that none surpasses at as little work, cheapest first."""
         points = self.first_round(arms)
-        for number, prompts in enumerate(ROUNDS[1:], 1):
+        rounds = self.prompts.rounds
+        for number, prompts in enumerate(rounds[1:], 1):
             kept = self.nearest(points, KEPT[number - 1])
-            self.stages.stage(f"round {number + 1} of {len(ROUNDS)}: {len(kept)} settings on {prompts} prompts")
-            points = self.measured([point.arm for point in kept], range(FIRST_PROMPT, FIRST_PROMPT + prompts))
+            self.stages.stage(f"round {number + 1} of {len(rounds)}: {len(kept)} settings on {prompts} prompts")
+            points = self.measured([point.arm for point in kept], self.prompts.searched(number))
         return pareto(points, self.target.sign)
 
     def cost(self, arms: Sequence[Arm]) -> tuple[int, int]:
         """Return the most runs that the search takes, and their denoising steps, besides converged and dense runs."""
         steps = sorted((arm.num_inference_steps for arm in arms), reverse=True)
-        stages = [(len(arms), ROUNDS[0]), *zip(KEPT, np.diff(ROUNDS).tolist(), strict=True), (KEPT[-1], HELD_OUT)]
+        rounds = self.prompts.rounds
+        later = zip(KEPT, np.diff(rounds).tolist(), strict=False)
+        stages = [(len(arms), rounds[0]), *later, (KEPT[-1], self.prompts.held)]
         runs = [(prompts, one) for count, prompts in stages for one in steps[:count]]
         return sum(prompts for prompts, _ in runs), sum(prompts * one for prompts, one in runs)
 
@@ -196,13 +249,14 @@ class Search:
         harder. Where a speed-up is asked for, those that can't reach it are.
         """
         left, points = sorted(arms, key=least_work), list[Point]()
-        prompts = range(FIRST_PROMPT, FIRST_PROMPT + ROUNDS[0])
+        prompts = self.prompts.searched(0)
         while left:
             most = self.most_work(points)
             chunk = [arm for arm in left if max(least_work(arm), known_work(arm, points)) <= most][:CHUNK]
             if not chunk:
                 break
-            self.stages.stage(f"round 1 of {len(ROUNDS)}: {len(points) + len(chunk)} of at most {len(arms)} settings")
+            rounds = len(self.prompts.rounds)
+            self.stages.stage(f"round 1 of {rounds}: {len(points) + len(chunk)} of at most {len(arms)} settings")
             points += self.measured(chunk, prompts)
             left = [arm for arm in left if arm not in chunk]
         if not points:
@@ -249,10 +303,10 @@ class Search:
         Raises:
             ConfigError: if none does, with what came nearest.
         """
-        prompts = range(HELD_OUT_FIRST, HELD_OUT_FIRST + HELD_OUT)
+        prompts = self.prompts.verified()
         found = []
         for point in self.by_cost(frontier):
-            self.stages.stage(f"verifying {point.arm.name} on {HELD_OUT} held-out prompts")
+            self.stages.stage(f"verifying {point.arm.name} on {self.prompts.held} held-out prompts")
             (held,) = self.measured([point.arm], prompts)
             if not self.target.missed(held):
                 return held
@@ -260,14 +314,14 @@ class Search:
         nearest = min(found, key=self.target.missed)
         told = f"{self.target.quality} {nearest.quality:.4g} and a speed-up of {nearest.speedup:.2f}"
         raise ConfigError(
-            f"no setting reached {self.target.name} {self.target.value:g} on {HELD_OUT} held-out prompts; nearest came "
-            f"{nearest.arm.name} with {told}; ask for less, or give more settings with --space"
+            f"no setting reached {self.target.name} {self.target.value:g} on {self.prompts.held} held-out prompts; "
+            f"nearest came {nearest.arm.name} with {told}; ask for less, or give more settings with --space"
         )
 
 
 def least_work(arm: Arm) -> float:
-    """Return the least that a setting can cost, in dense steps: its own, fewer where a method skips."""
-    return arm.num_inference_steps * (CACHED_LEAST if arm.methods else 1.0)
+    """Return the least that a setting can cost, in dense steps: its own, fewer where a method or guidance skips."""
+    return arm.num_inference_steps * (CACHED_LEAST if arm.methods else 1.0) * (UNGUIDED if arm.call else 1.0)
 
 
 def known_work(arm: Arm, points: Sequence[Point]) -> float:
@@ -275,7 +329,8 @@ def known_work(arm: Arm, points: Sequence[Point]) -> float:
     same = [
         point.work
         for point in points
-        if point.arm.methods == arm.methods and point.arm.num_inference_steps <= arm.num_inference_steps
+        if (point.arm.methods, point.arm.call) == (arm.methods, arm.call)
+        and point.arm.num_inference_steps <= arm.num_inference_steps
     ]
     return max(same, default=0.0)
 

@@ -24,6 +24,7 @@ from .judges import suite_table
 from .overhead import table as overhead_table
 from .positions_cost import told as additions_told
 from .product_time import told as product_told
+from .report_told import report_table, tuned_told
 from .results import Line, read_lines
 from .scaling import table as scaling_table
 from .suite import Suite, read_suite
@@ -40,7 +41,7 @@ COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
-    "README.md": ("models", "speed"),
+    "README.md": ("models", "report", "speed"),
     "docs/guidance.md": (
         "every-set-wan-tiny",
         "every-set-flux-tiny",
@@ -58,6 +59,7 @@ PAGES = {
         "caches-flux-tiny",
         "report-wan-tiny",
         "report-flux-tiny",
+        "tuned-flux-tiny",
         "held-out-flux-tiny",
         "dropped-mass",
         "time",
@@ -222,6 +224,8 @@ def _budgets(root: Path) -> str:
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
+    "report": report_table,
+    "tuned-flux-tiny": tuned_told,
     "scaling": lambda _: scaling_table(),
     "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
     "call-error": partial(_run, results=CALLS, module="call_error", write=calls_table),

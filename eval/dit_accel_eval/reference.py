@@ -21,9 +21,11 @@ from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
 from .counting import Counts
-from .embedded import EmbeddedModel, Run, Times
 from .metrics.metric import Clip
 from .metrics.psnr import psnr
+from .model import Run, SuiteModel, Times
+from .results import told_full
+from .runner import Runner
 
 AGREE = 45.0
 """PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged."""
@@ -54,7 +56,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-accel" / "dense-runs"
 
 
-def converged(model: EmbeddedModel, clip: int, cache: Path, *, first: int = FIRST, most: int = MOST) -> Reference:
+def converged(model: SuiteModel | Runner, clip: int, cache: Path, *, first: int = FIRST, most: int = MOST) -> Reference:
     """Return a clip's reference, made or found again."""
     steps, coarse = first, dense_run(model, clip, first, cache)
     while True:
@@ -66,11 +68,11 @@ def converged(model: EmbeddedModel, clip: int, cache: Path, *, first: int = FIRS
         coarse = fine
 
 
-def dense_run(model: EmbeddedModel, clip: int, steps: int, cache: Path) -> Run:
+def dense_run(model: SuiteModel | Runner, clip: int, steps: int, cache: Path) -> Run:
     """Return a dense run of the best solver with the model's own noise shift, made or found again, with its times.
 
     Raises:
-        ConfigError: if the file that should hold it holds another run.
+        ConfigError: if the file that should hold it holds another run, or can't be written.
     """
     setting = run_setting(model, clip, steps)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
@@ -79,23 +81,25 @@ def dense_run(model: EmbeddedModel, clip: int, steps: int, cache: Path) -> Run:
         made = model.run(clip, steps=steps, solver=BEST)
         meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
         meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
-        cache.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
+        with told_full(path):
+            cache.mkdir(parents=True, exist_ok=True)
+        with told_full(path), written_whole(path) as temporary:
             np.savez(temporary, frames=made.frames.astype(np.float16), meta=json.dumps(meta))
     return _read(path, setting)
 
 
-def run_setting(model: EmbeddedModel, clip: int, steps: int) -> dict[str, Any]:
+def run_setting(model: SuiteModel | Runner, clip: int, steps: int) -> dict[str, Any]:
     """Return all that shapes a dense run, as JSON knows it."""
     return {
         "model": model.name,
         "weights": model.weights,
         "prompt": model.prompt(clip),
-        "seed": clip,
+        "seed": model.seed(clip),
         "call": model.call,
         "solver": BEST,
         "flow_shift": shift_of(model.shipped),
         "steps": steps,
+        **({} if model.dtype is None else {"dtype": model.dtype}),
     }
 
 

@@ -1,21 +1,20 @@
-"""Suites: which arms are compared on which held-out clips of an embedded model, read from versioned TOML files."""
+"""Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_accel_pipelines.solvers import BEST, SOLVERS
+from dit_accel_assets import model_names
+from dit_accel_pipelines.request import DTYPES, Dtype, read_prompts
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
-from dit_accel.methods.caches.native import DiffusersCache
-from dit_accel.methods.caches.native_limits import CONFIGS
-from dit_accel.methods.config import MethodConfig, from_dict
-from dit_accel.methods.registry import method
 
+from .arms import Arm, check_kinds, read_arms
+from .budget import Budget, read_budget
+from .clips import OwnClips
 from .metrics.registry import check_names
 
 if sys.version_info >= (3, 11):
@@ -25,63 +24,49 @@ else:
 
 SUITE_VERSION = 2
 
-NATIVE = "diffusers"
-"""Key of an arm under which diffusers' own caches stand, which have no method's table."""
-
 JUDGES = ("longer", "larger", "guidance")
 """How clips may be judged by themselves; see `judges`."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
-    """One setting under test.
-
-    Attributes:
-        name: unique in the suite; the row's name.
-        num_inference_steps: denoising steps.
-        solver: a name of `SOLVERS`.
-        flow_shift: noise shift; None: the model's own.
-        methods: what is attached.
-        call: arguments of the pipeline's call that differ from the suite's; only where clips are judged by themselves.
-    """
-
-    name: str
-    num_inference_steps: int
-    solver: str = BEST
-    flow_shift: float | None = None
-    methods: tuple[MethodConfig, ...] = ()
-    call: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether this is a plain run of the best solver, of which the references are made too."""
-        return not self.methods and self.solver == BEST and self.flow_shift is None and not self.call
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what the arm runs, without its name, as JSON knows it."""
-        return {
-            "num_inference_steps": self.num_inference_steps,
-            "solver": self.solver,
-            "flow_shift": self.flow_shift,
-            "methods": {one.name: one.to_dict() for one in self.methods},
-            **({"call": dict(self.call)} if self.call else {}),
-        }
+KINDS = {
+    "name": str,
+    "model": str,
+    "clips": int,
+    "first_clip": int,
+    "prompts": list,
+    "prompt_file": str,
+    "seeds": list,
+    "dtype": str,
+    "call": dict,
+    "metrics": list,
+    "judge": str,
+    "warmup": int,
+    "repeats": int,
+    "budget": dict,
+}
+"""Key of a suite -> what it must be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """A comparison on held-out prompts of an embedded model.
+    """A comparison on prompts and seeds of a model.
 
     Attributes:
         name: the suite's name.
-        model: name of the embedded model.
-        clips: how many held-out clips; a clip's number is its seed.
+        model: name of an embedded model, or as the file names it a folder or hub id of a diffusers pipeline.
+        clips: how many; a held-out clip's number is its seed.
         arms: what is compared.
         call: arguments of the pipeline's call that differ from the model's defaults.
         metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
             by frame.
         first_clip: number of the first.
         judge: one of `JUDGES`, by which clips are judged by themselves; empty: they are held against converged runs.
+        folder: of the file, where a model's folder and a file of prompts are looked for first.
+        own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
+        dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
+            former.
+        warmup: runs of every arm in each process that are not counted, before its first.
+        repeats: times that each sample is made, of which seconds are told as median and quartiles.
+        budget: what one call of `eval run` may take; None: all that it needs.
     """
 
     name: str
@@ -92,16 +77,28 @@ class Suite:
     metrics: tuple[str, ...] = ()
     first_clip: int = 0
     judge: str = ""
+    folder: Path = Path()
+    own: OwnClips | None = None
+    dtype: Dtype | None = None
+    warmup: int = 0
+    repeats: int = 1
+    budget: Budget | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model ships with the project."""
+        return self.model in model_names()
+
+    @property
+    def source(self) -> str:
+        """Return what diffusers loads of a model that is not embedded: a folder, beside the file if it is there."""
+        beside = self.folder / Path(self.model).expanduser()
+        return str(beside) if beside.is_dir() else self.model
 
     def plain(self, arm: Arm) -> Arm | None:
         """Return the arm that differs from another only in having no methods."""
         without = {**arm.to_dict(), "methods": {}}
         return next((other for other in self.arms if other is not arm and other.to_dict() == without), None)
-
-
-def dense_arm(steps: int) -> Arm:
-    """Return the dense run of the best solver with so many steps, which others are held against."""
-    return Arm(name=f"{BEST} {steps}", num_inference_steps=steps)
 
 
 def read_suite(path: Path) -> Suite:
@@ -119,23 +116,71 @@ def read_suite(path: Path) -> Suite:
     if data.pop("version", None) != SUITE_VERSION:
         raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads; rewrite it for that")
     arms = data.pop("arm", [])
-    kinds = {"name": str, "model": str, "clips": int, "call": dict, "metrics": list, "judge": str, "first_clip": int}
-    _check(data, kinds, str(path))
+    check_kinds(data, KINDS, str(path))
+    own = _own_clips(data, path)
+    if own is not None:
+        data["clips"] = len(own)
     missing = [key for key in ("name", "model", "clips") if key not in data]
     if missing or not arms:
-        raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}; add what is missing")
-    if data["clips"] < 1:
-        raise ConfigError(f"{path} has clips = {data['clips']}; ask for 1 or more")
-    if data.get("first_clip", 0) < 0:
-        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
+        or_prompts = ", or prompts = [...] of your own" if missing == ["clips"] else ""
+        raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}{or_prompts}; add what is missing")
+    _check_numbers(data, path)
     if data.get("judge", "") not in ("", *JUDGES):
         raise ConfigError(f"{path} has no judge {data['judge']!r}; {did_you_mean(data['judge'], JUDGES)}")
-    made = tuple(arm for values in arms for arm in _arms(values, path))
-    names = [arm.name for arm in made]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{path} has two arms called {name!r}; rename one")
-    return Suite(**{**data, "metrics": _metrics(data.get("metrics", []), path)}, arms=made)
+    budget = read_budget(data.pop("budget"), str(path)) if "budget" in data else None
+    suite = Suite(
+        **{**data, "metrics": _metrics(data.get("metrics", []), path)}, arms=read_arms(arms, path), own=own,
+        budget=budget, folder=path.parent,
+    )  # fmt: skip
+    _check_model(suite, path)
+    return suite
+
+
+def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
+    """Take the prompts and seeds out of a suite's keys; None where there are none of one's own.
+
+    Raises:
+        ConfigError: for two ways of giving prompts, what counts held-out ones beside them, or seeds alone.
+    """
+    file, prompts, seeds = data.pop("prompt_file", None), data.pop("prompts", None), data.pop("seeds", None)
+    if file is None and prompts is None:
+        if seeds is not None:
+            raise ConfigError(f"{path} has seeds but no prompts; add prompts = [...], or leave them out for held-out "
+                              "clips, whose number is their seed")  # fmt: skip
+        return None
+    if file is not None and prompts is not None:
+        raise ConfigError(f"{path} has prompts and a prompt_file; give one of them")
+    counted = [key for key in ("clips", "first_clip") if key in data]
+    if counted:
+        raise ConfigError(
+            f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts of its own; leave them "
+            "out: every prompt is run"
+        )
+    try:
+        listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file)
+        return OwnClips(prompts=listed, seeds=tuple(seeds or ()))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).replace('--prompt-file', 'prompt_file')}") from None
+
+
+def _check_numbers(data: Mapping[str, Any], path: Path) -> None:
+    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0)):
+        if data.get(key, least) < least:
+            raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
+    if data.get("first_clip", 0) < 0:
+        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
+
+
+def _check_model(suite: Suite, path: Path) -> None:
+    """Refuse what only embedded models have, and what they have not."""
+    if suite.dtype is not None and suite.dtype not in DTYPES:
+        raise ConfigError(f"{path} has no dtype {suite.dtype!r}; {did_you_mean(suite.dtype, DTYPES)}")
+    if suite.embedded and suite.dtype not in (None, "float32"):
+        raise ConfigError(f"{path} has dtype {suite.dtype!r}, and {suite.model} runs in float32; leave it out")
+    if suite.judge and (suite.own or not suite.embedded):
+        raise ConfigError(
+            f"{path} has judge = {suite.judge!r}, which knows held-out clips of embedded models alone; leave it out"
+        )
 
 
 def _metrics(names: list[Any], path: Path) -> tuple[str, ...]:
@@ -144,71 +189,3 @@ def _metrics(names: list[Any], path: Path) -> tuple[str, ...]:
         return check_names([str(name) for name in names])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _arms(values: dict[str, Any], path: Path) -> list[Arm]:
-    """Return the arms of one table: one, or with a list of steps one for each, with the steps behind the name."""
-    if "name" not in values:
-        raise ConfigError(f"{path} has an arm without a name: {values}; give it one")
-    where = f"{path}: arm {values['name']!r}"
-    tables = {key: value for key, value in values.items() if isinstance(value, dict) and key != "call"}
-    plain = {key: value for key, value in values.items() if key not in tables}
-    kinds = {"name": str, "num_inference_steps": (int, list), "solver": str, "flow_shift": (int, float), "call": dict}
-    _check(plain, kinds, where)
-    steps = plain.pop("num_inference_steps", None)
-    several = steps if isinstance(steps, list) else [steps]
-    if not several or any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in several):
-        raise ConfigError(f"{where} has num_inference_steps = {steps}; give one or several whole numbers from 1")
-    if plain.get("solver", BEST) not in SOLVERS:
-        raise ConfigError(f"{where} has no solver {plain['solver']!r}; {did_you_mean(plain['solver'], SOLVERS)}")
-    try:
-        methods = tuple(
-            one for key, value in tables.items()
-            for one in (_natives(value) if key == NATIVE else [from_dict(method(key), value)])
-        )  # fmt: skip
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    name = plain.pop("name")
-    arms = []
-    for count in several:
-        full = f"{name} {count}" if isinstance(steps, list) else name
-        arm = Arm(name=full, num_inference_steps=count, methods=methods, **plain)
-        if arm.is_dense != _is_dense_name(full) or (arm.is_dense and full != dense_arm(count).name):
-            raise ConfigError(
-                f"{where} is called {full!r}, but dense runs of {BEST}, and they alone, are called '{BEST} STEPS'; "
-                "rename it"
-            )
-        arms.append(arm)
-    return arms
-
-
-def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
-    """Return diffusers' own caches, given as ``diffusers = { FirstBlockCacheConfig = { threshold = 0.05 } }``."""
-    import diffusers
-
-    made = []
-    for name, options in tables.items():
-        if name not in CONFIGS:
-            raise ConfigError(f"diffusers has no cache {name!r}; {did_you_mean(name, CONFIGS)}")
-        if not isinstance(options, dict):
-            raise ConfigError(f"{name} = {options!r} is no table; write {name} = {{}} or options in the braces")
-        known = [one.name for one in dataclasses.fields(getattr(diffusers, name))]
-        for option in options:
-            if option not in known:
-                raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, known)}")
-        made.append(DiffusersCache(config=getattr(diffusers, name)(**options)))
-    return made
-
-
-def _is_dense_name(name: str) -> bool:
-    solver, _, steps = name.rpartition(" ")
-    return solver == BEST and steps.isdigit()
-
-
-def _check(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    """Refuse keys that are not known, and values of another kind."""
-    for key, value in values.items():
-        if key not in kinds:
-            raise ConfigError(f"{where} has an unknown key {key!r}; {did_you_mean(key, kinds)}")
-        if isinstance(value, bool) or not isinstance(value, kinds[key]):
-            raise ConfigError(f"{where} has {key} = {value!r}, which is of the wrong kind")

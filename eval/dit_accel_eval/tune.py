@@ -277,16 +277,23 @@ def pipeline(
     space: Annotated[
         Path | None, typer.Option(help="Suite whose arms are tried; default: some 80.", metavar="SUITE.toml")
     ] = None,
+    try_guidance: Annotated[
+        list[float] | None,
+        typer.Option(help="A guidance scale to try besides the run's own; may be repeated.", metavar="SCALE"),
+    ] = None,
 ) -> Callable[..., Any]:
     """Search solver, steps, caches and sparse attention together for the cheapest setting that meets a target.
 
     It is verified on held-out prompts before it is written, with a plot of the
-    Pareto set beside the file; on an embedded model. Every run is kept beside
-    the file too, so that a search that was stopped goes on.
+    Pareto set beside the file. Every run is kept beside the file too, so that a
+    search that was stopped goes on. A model that is not embedded takes four
+    prompts or more, of which the second half is held out.
 
     Examples:
 
     dit-accel tune pipeline --target psnr=30 -o fast.toml
+
+    dit-accel tune pipeline --target lpips=0.1 --model MODEL --prompt-file p.txt
 
     dit-accel generate "a red circle" --config fast.toml
     """

@@ -6,11 +6,13 @@ on and of which `eval report` makes a page. What is written met the target on pr
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_accel_assets import model_defaults
+from dit_accel_assets import model_defaults, model_names
 from dit_accel_pipelines.progress import Stages
 from dit_accel_pipelines.request import EMBEDDED, Request
 
@@ -19,14 +21,19 @@ from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.toml import to_toml
 
+from .arms import Arm
+from .clips import OwnClips
 from .comparison import figures_of
-from .job import Job
-from .pipeline_search import HELD_OUT, ROUNDS, Point, Search, Target, read_target
+from .given import Machine, check_given
+from .job import SCALES, Job, call_of
+from .pipeline_search import Point, Prompts, Search, Target, read_target, split
 from .plots import draw
 from .reference import default_cache
-from .suite import Arm, Suite, read_suite
-from .tune_space import default_space
-from .tuning import Table
+from .results import told_full
+from .schedulers import OWN
+from .suite import Suite, read_suite
+from .tune_space import default_space, guided_space, space_of
+from .tuning import Table, embedded_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +89,20 @@ def tune_pipeline(
     *,
     target: str | None = None,
     space: Path | None = None,
+    try_guidance: Sequence[float] = (),
     cache: Path | None = None,
     stages: Stages | None = None,
 ) -> TunedPipeline:
     """Search, verify on held-out prompts, write the config and a plot beside it, and return what was found.
 
     Args:
-        request: the model and the size; prompts are the model's own.
+        request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
+            where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
         output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` and ``.png`` lie beside it.
         target: what to meet, see `read_target`.
         space: suite whose arms are tried; None: `default_space`.
+        try_guidance: guidance scales that every setting is tried with besides the run's own, all held against the
+            converged run of that.
         cache: folder of dense runs; None: the user's.
         stages: progress; None shows none.
 
@@ -102,19 +113,20 @@ def tune_pipeline(
     if target is None:
         raise ConfigError("tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2")
     asked, model = read_target(target), request.model or EMBEDDED
-    _check(request, output, model)
-    arms = _space(space, model)
-    extra = () if asked.quality in ("psnr", "ssim", "score") else (asked.quality,)
-    suite = Suite(name="tune-pipeline", model=model, clips=1, arms=arms, call=_call(request), metrics=extra)
+    _check(request, output)
+    suite, prompts = _suite(request, model, asked)
+    arms = guided_space(_space(space, suite, request), _guidance(suite, try_guidance))
+    suite = dataclasses.replace(suite, arms=arms)
     job = Job(
-        suite=suite, out=output.with_suffix(".runs.jsonl"), cache=cache or default_cache(), timed=False, threads=1,
-        talk=False,
+        suite=suite, out=output.with_suffix(".runs.jsonl"), cache=cache or default_cache(), timed=False, talk=False,
+        threads=1 if suite.embedded else None, machine=Machine(device=request.device, offload=request.offload),
     )  # fmt: skip
-    search = Search(job=job, target=asked, stages=stages or Stages(quiet=True), own=_own_steps(request, model))
+    own = _own_steps(request, suite)
+    search = Search(job=job, target=asked, stages=stages or Stages(quiet=True), own=own, prompts=prompts)
     runs, steps = search.cost(arms)
     search.stages.note(
         f"{len(arms)} settings: at most {runs} runs, {steps} steps, besides converged and dense runs of "
-        f"{ROUNDS[-1]} + {HELD_OUT} prompts"
+        f"{prompts.rounds[-1]} + {prompts.held} prompts"
     )
     frontier = search.frontier(arms)
     chosen = search.verified(frontier)
@@ -127,10 +139,7 @@ def tune_pipeline(
     )
 
 
-def _check(request: Request, output: Path, model: str) -> None:
-    from .embedded import check_name
-
-    check_name(model)
+def _check(request: Request, output: Path) -> None:
     if request.methods:
         named = ", ".join(method.name for method in request.methods)
         raise ConfigError(f"tune pipeline chooses the methods itself, got {named}; leave them out, or give --space")
@@ -140,34 +149,88 @@ def _check(request: Request, output: Path, model: str) -> None:
         check_writable(path, what)
 
 
-def _space(path: Path | None, model: str) -> tuple[Arm, ...]:
+def _suite(request: Request, model: str, target: Target) -> tuple[Suite, Prompts]:
+    """Return what is run, without arms, and which of its clips are searched and held out.
+
+    Raises:
+        ConfigError: for a model that is not found or has no judge, or too few prompts.
+        UnsupportedModel: for one that suites can't run.
+    """
+    extra = () if target.quality in ("psnr", "ssim", "score") else (target.quality,)
+    suite = Suite(
+        name="tune-pipeline", model=model, clips=1, arms=(), call=_call(request), metrics=extra,
+        dtype=None if model in model_names() else request.dtype,
+    )  # fmt: skip
+    if suite.embedded and request.prompts == embedded_prompts(model, len(request.prompts)):
+        return suite, Prompts()
+    if not suite.embedded:
+        check_given(suite.source)
+    if target.quality == "score":
+        raise ConfigError(
+            f"--target {target.name}: the judge knows held-out prompts of embedded models alone; ask for psnr, or name "
+            "a metric"
+        )
+    prompts = split(len(request.prompts))
+    own = OwnClips(prompts=request.prompts, seeds=(request.seed,) if request.seed else ())
+    return dataclasses.replace(suite, own=own, clips=len(own)), prompts
+
+
+def _space(path: Path | None, suite: Suite, request: Request) -> tuple[Arm, ...]:
     if path is None:
-        return default_space(model)
-    suite = read_suite(path)
-    if suite.model != model:
-        raise ConfigError(f"{path} is a suite of {suite.model}, and {model} is tuned; name a suite of its own")
-    for arm in suite.arms:
-        if arm.call or any(isinstance(method, DiffusersCache) for method in arm.methods):
+        if suite.embedded:
+            return default_space(suite.model)
+        measured = "magcache" in check_given(suite.source)[1].recipes
+        return space_of(_own_steps(request, suite), measured=measured)
+    asked = read_suite(path)
+    if asked.model != suite.model:
+        raise ConfigError(f"{path} is a suite of {asked.model}, and {suite.model} is tuned; name a suite of its own")
+    for arm in asked.arms:
+        native = any(isinstance(method, DiffusersCache) for method in arm.methods)
+        if arm.call or arm.guider or arm.scheduler or native:
             raise ConfigError(
-                f"{path}: arm {arm.name!r} can't be written as a config; leave out its call and diffusers"
+                f"{path}: arm {arm.name!r} can't be written as a config; leave out its call, guider, scheduler and "
+                "diffusers"
             )
-    return suite.arms
+    return asked.arms
+
+
+def _guidance(suite: Suite, scales: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Return words for a guidance scale -> the arguments of the call that set it.
+
+    Raises:
+        ConfigError: for a scale that is no finite number, or a pipeline that takes none.
+    """
+    if not scales:
+        return {}
+    if not all(math.isfinite(scale) for scale in scales):
+        raise ConfigError(f"--try-guidance {list(scales)} has no finite number; write, say, --try-guidance 1")
+    taken = call_of(suite, {**suite.call, "guidance_scale": 1.0})
+    keys = [key for key in SCALES if key == "guidance_scale" or (suite.embedded and key in taken)]
+    return {f"guidance {scale:g}": dict.fromkeys(keys, float(scale)) for scale in dict.fromkeys(scales)}
 
 
 def _call(request: Request) -> dict[str, Any]:
-    return {key: value for key in ("height", "width", "num_frames", "guidance_scale")
+    return {key: value for key in ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
             if (value := getattr(request, key)) is not None}  # fmt: skip
 
 
-def _own_steps(request: Request, model: str) -> int:
-    return request.num_inference_steps or int(model_defaults(model)["num_inference_steps"])
+def _own_steps(request: Request, suite: Suite) -> int:
+    if request.num_inference_steps:
+        return request.num_inference_steps
+    if suite.embedded:
+        return int(model_defaults(suite.model)["num_inference_steps"])
+    return check_given(suite.source)[1].num_inference_steps
 
 
 def _write(output: Path, arm: Arm) -> None:
-    run_table: dict[str, Any] = {"num_inference_steps": arm.num_inference_steps, "solver": arm.solver}
+    run_table: dict[str, Any] = {"num_inference_steps": arm.num_inference_steps}
+    if arm.solver != OWN:
+        run_table["solver"] = arm.solver
+    if "guidance_scale" in arm.call:
+        run_table["guidance_scale"] = arm.call["guidance_scale"]
     if arm.flow_shift is not None:
         run_table["flow_shift"] = arm.flow_shift
-    with written_whole(output) as temporary:
+    with told_full(output), written_whole(output) as temporary:
         temporary.write_text(
             f"# {arm.name}, by dit-accel tune pipeline\n{to_toml(arm.methods, run_table)}", encoding="utf-8"
         )

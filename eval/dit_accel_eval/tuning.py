@@ -12,6 +12,8 @@ from dit_accel_pipelines.request import EMBEDDED, Request
 from dit_accel.errors import ConfigError
 from dit_accel.files import check_writable, written_whole
 
+from .results import told_full
+
 VERSION = 1
 FIRST_PROMPT = 64
 
@@ -51,7 +53,7 @@ class Progress(Generic[Part]):
         """Note a part, and write what is done."""
         self.done.append(part)
         parts = [self._to_plain(one) for one in self.done]
-        with written_whole(self._path) as temporary:
+        with told_full(self._path), written_whole(self._path) as temporary:
             content = {"version": VERSION, "settings": self._settings, "prompts": parts}
             temporary.write_text(json.dumps(content), encoding="utf-8")
 

@@ -114,7 +114,7 @@ def generate_video(
         num_inference_steps=run.get("num_inference_steps") if num_inference_steps is None else num_inference_steps,
         solver=solver or run.get("solver"),
         flow_shift=None if solver else run.get("flow_shift"),
-        guidance_scale=guidance_scale,
+        guidance_scale=run.get("guidance_scale") if guidance_scale is None else guidance_scale,
         seed=seed,
         same_seed=same_seed,
         dtype=cast(Any, dtype),

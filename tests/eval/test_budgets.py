@@ -1,8 +1,9 @@
 """The caches that lead furthest within a budget: on made-up results."""
 
+from dit_accel_eval.arms import Arm
 from dit_accel_eval.budgets import table
 from dit_accel_eval.paired import bootstrap
-from dit_accel_eval.suite import Arm, Suite
+from dit_accel_eval.suite import Suite
 
 from dit_accel import EasyCache, MagCache, RadialAttention
 

@@ -17,13 +17,13 @@ from dit_accel_eval import compare, reference
 from dit_accel_eval.compare import run
 from dit_accel_eval.comparison import equal_psnr, figures, rival_steps, table, verdict
 from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
 from dit_accel_eval.job import Job, arm_setting, setting_of
 from dit_accel_eval.judges import JUDGES
 from dit_accel_eval.kept import read_kept, reference_of, run_of
 from dit_accel_eval.metrics import metrics
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.metrics.ssim import ssim
+from dit_accel_eval.model import Run
 from dit_accel_eval.paired import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.results import check_lines, read_lines
 from dit_accel_eval.run_progress import progress_of
@@ -127,7 +127,7 @@ def test_committed_suites_read_and_match_their_results(path):
         (HEAD + "[[arm]]\nstep = 3", "an arm without a name"),
         (HEAD + '[[arm]]\nname = "a"', "has num_inference_steps = None; give one or several whole numbers from 1"),
         (HEAD + ARM.replace("= 2", "= [2, 0]"), r"has num_inference_steps = \[2, 0\]; give one"),
-        (HEAD + ARM.replace("euler", "heun"), "has no solver 'heun'; known: dpm"),
+        (HEAD + ARM.replace("euler", "heun"), r"there is no solver 'heun'; known: dpm\+\+, euler, own"),
         (HEAD + ARM.replace('solver = "euler"\n', ""), "is called 'a', but dense runs of unipc, and they alone, are"),
         (HEAD + ARM.replace('"a"', '"unipc 2"'), "is called 'unipc 2', but dense runs"),
         (HEAD + ARM + "diffusers = { BlockCacheConfig = {} }", "has no cache 'BlockCacheConfig'; did you mean 'First"),
@@ -195,7 +195,7 @@ def test_timed_runs_have_the_machine_to_themselves():
 class FakeModel:
     """Stands in for an embedded model: its dense runs of n steps are 100 / n grey levels off, methods half of that."""
 
-    name, own_share, weights = "wan-tiny", 0.5, "w"
+    name, own_share, weights, dtype = "wan-tiny", 0.5, "w", None
     call: ClassVar = {"num_frames": 3}
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: ClassVar[list] = []
@@ -205,6 +205,9 @@ class FakeModel:
 
     def prompt(self, clip):
         return f"prompt {clip}"
+
+    def seed(self, clip):
+        return clip
 
     def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
         self.made.append((clip, steps, solver, len(methods)))

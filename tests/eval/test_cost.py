@@ -65,7 +65,7 @@ def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("given", ["PyramidAttentionBroadcastConfig", "FirstBlockCacheConfig"])
 def test_a_suite_tells_native_caches_the_timestep(given):
     import diffusers
-    from dit_accel_eval.embedded import _told_timestep
+    from dit_accel_eval.model import _told_timestep
 
     from dit_accel.methods.caches.native import DiffusersCache
 

@@ -18,7 +18,7 @@ def forward(transformer: WanTransformer3DModel, rows: int = 1) -> None:
 
 def test_blocks_and_attention_are_counted_by_rows():
     transformer = tiny_transformer()
-    counter, layers = Counter(transformer, WAN), transformer.config.num_layers
+    counter, layers = Counter([transformer], WAN), transformer.config.num_layers
     forward(transformer)
     forward(transformer, rows=2)
     assert counter.take() == Counts(blocks=3 * layers, attention=3 * layers)
@@ -27,7 +27,7 @@ def test_blocks_and_attention_are_counted_by_rows():
 
 def test_what_diffusers_caches_skip_is_not_counted():
     transformer = tiny_transformer()
-    counter, layers = Counter(transformer, WAN), transformer.config.num_layers
+    counter, layers = Counter([transformer], WAN), transformer.config.num_layers
     transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     forward(transformer)
     forward(transformer)
@@ -37,7 +37,7 @@ def test_what_diffusers_caches_skip_is_not_counted():
 def test_what_runs_inside_of_a_skipped_call_is_not_counted():
     """As a step cache of ours does, which skips the module's call and so never reaches its forward."""
     transformer = tiny_transformer()
-    counter = Counter(transformer, WAN)
+    counter = Counter([transformer], WAN)
     with dit_accel.attach(transformer, RadialAttention(block_size=16, dense_steps=0, dense_layers=0)):
         ours = transformer.__dict__["_compiled_call_impl"]
         transformer.__dict__["_compiled_call_impl"] = lambda *args, **kwargs: None

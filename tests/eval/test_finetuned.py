@@ -10,8 +10,8 @@ import pytest
 from dit_accel_assets.clips import clip_of, draw
 from dit_accel_eval import finetuned
 from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
 from dit_accel_eval.finetuned import main, read_experiment, table
+from dit_accel_eval.model import Run
 
 from dit_accel import ConfigError, RadialAttention
 

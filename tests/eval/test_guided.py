@@ -6,8 +6,9 @@ import pytest
 from dit_accel_assets import clips, model_closeness
 from dit_accel_assets.checker import closeness
 from dit_accel_eval import arm_sheet
+from dit_accel_eval.arms import Arm
 from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import Arm, Suite, read_suite
+from dit_accel_eval.suite import Suite, read_suite
 from PIL import Image
 from typer.testing import CliRunner
 

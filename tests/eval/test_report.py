@@ -354,7 +354,11 @@ def test_outputs_that_can_not_be_written_leave_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert run(results, "-o", good).exit_code == 1
+    found = run(results, "-o", good)
+    assert (found.exit_code, "r.html can't be written (No space left on device); free some" in found.stderr) == (
+        2,
+        True,
+    )
     assert good.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.jsonl"]
 

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -96,6 +97,10 @@ def test_what_can_not_be_measured_is_told(folders, tmp_path):
     broken, short = bad(tmp_path) / "broken.mp4", tmp_path / "short.png"
     broken.write_bytes(b"no video")
     keep(short, drawn(0)[:5].astype(np.float32) / 255, {})
+    cut, cut_kept = broken.with_name("cut.mp4"), broken.with_name("cut.png")  # as a copy that was stopped leaves them
+    write_media(cut, drawn(0), fps=8)
+    for path, whole in ((cut, cut.read_bytes()), (cut_kept, short.read_bytes())):
+        path.write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty").mkdir()
     (tmp_path / "two").mkdir()
     for suffix in ("png", "jpg"):
@@ -107,6 +112,8 @@ def test_what_can_not_be_measured_is_told(folders, tmp_path):
         ([tmp_path / "text.txt"], "is no clip: its name must end in"),
         ([tmp_path / "two"], "several clips called a, which differ in the suffix; rename one"),
         ([broken], "broken.mp4 can't be read ("),
+        ([cut], "cut.mp4 can't be read ("),
+        ([cut_kept], "cut.png can't be read ("),
         ([own, "-m", "psnr"], "psnr compares with a reference; name clips with --reference"),
         ([own, "-m", "pnsr"], "no metric 'pnsr'; did you mean 'psnr'"),
         ([short, "--reference", own / "more" / "0.png"], "of one shape can be compared, got (5, 64, 64, 3) and a ref"),
@@ -116,6 +123,23 @@ def test_what_can_not_be_measured_is_told(folders, tmp_path):
         found = score(*arguments)
         assert found.exit_code == 2, arguments
         assert message in found.stderr
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("mkv", {"codec": "ffv1", "pixelformat": "bgr0"}), ("mp4", {})])
+def test_videos_of_which_frames_are_lost_are_not_measured_as_if_they_were_whole(tmp_path, suffix, options):
+    video = tmp_path / f"a.{suffix}"
+    with imageio.get_writer(video, fps=8, format="FFMPEG", macro_block_size=1, **options) as writer:
+        for frame in drawn(0, frames=41):
+            writer.append_data(frame)
+    whole = video.read_bytes()
+    assert score(video, "-m", "sharpness").exit_code == 0
+    middle = len(whole) // 2
+    damaged = whole[:middle] + bytes(400) + whole[middle + 400 :]
+    for content in (damaged, whole[: int(0.9 * len(whole))]):
+        video.write_bytes(content)
+        found = score(video, "-m", "sharpness")
+        assert (found.exit_code, found.stdout) == (2, "")
+        assert f"a.{suffix} is damaged or was cut off (" in found.stderr or "can't be read (" in found.stderr
 
 
 def test_skipped_metrics_are_told_below_the_table(folders):

@@ -1,6 +1,7 @@
 """Tuning a pipeline: the cheapest setting that meets a target, verified, resumed, written for generate, or refused."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_assets import model_names
-from dit_accel_eval import compare, pipeline_search, tune_pipeline
+from dit_accel_eval import compare, pipeline_search, reference, tune_pipeline
+from dit_accel_eval.arms import Arm
 from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
+from dit_accel_eval.model import Run
 from dit_accel_eval.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
 from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import Arm
 from dit_accel_eval.tune_space import default_space
-from dit_accel_eval.tuning import tuning_request
+from dit_accel_eval.tuning import embedded_prompts, tuning_request
+from model_folders import model_folder
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, EasyCache
@@ -26,7 +28,7 @@ from dit_accel.methods.toml import from_toml, run_table, to_toml
 class FakeModel:
     """Stands in for an embedded model: n steps are 4 / n^2 off, twice that by Euler; caches halve the work."""
 
-    name, own_share, weights = "wan-tiny", 0.5, "w"
+    name, own_share, weights, dtype = "wan-tiny", 0.5, "w", None
     call = {"num_frames": 3}  # noqa: RUF012
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: list = []  # noqa: RUF012
@@ -38,7 +40,10 @@ class FakeModel:
     def prompt(self, clip):
         return f"prompt {clip}"
 
-    def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
+    def seed(self, clip):
+        return clip
+
+    def run(self, clip, *, steps, solver, flow_shift=None, methods=(), call=None):
         self.made.append((clip, steps, solver, tuple(method.name for method in methods)))
         base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
         held_out = clip >= pipeline_search.HELD_OUT_FIRST
@@ -46,6 +51,7 @@ class FakeModel:
             (8.0 if solver == "euler" else 4.0) / steps**2 * (1.1 if methods else 1) * (self.spoil if held_out else 1)
         )
         forwards = steps / 2 if any(isinstance(one, EasyCache) for one in methods) else steps
+        forwards /= 2 if call and call["guidance_scale"] == 1 else 1
         counts = Counts(blocks=12 * forwards, attention=12 * forwards)
         return Run(frames=np.clip(base + error, 0, 1), counts=counts, attended=1.0, seconds=1.0)
 
@@ -86,10 +92,10 @@ easycache = { threshold = 0.05 }
 def tune(tmp_path, fake):
     (tmp_path / "space.toml").write_text(SPACE)
 
-    def run(target: str, name: str = "fast.toml"):
-        request = tuning_request(prompts=("a red circle",))
+    def run(target: str, name: str = "fast.toml", **further):
+        request = tuning_request(prompts=embedded_prompts("wan-tiny", 1))
         options = dict(target=target, space=tmp_path / "space.toml", cache=tmp_path / "cache")
-        return tune_pipeline.tune_pipeline(request, tmp_path / name, **options)
+        return tune_pipeline.tune_pipeline(request, tmp_path / name, **options, **further)
 
     return run
 
@@ -118,6 +124,86 @@ def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune
     data = json.loads(json.dumps(found.to_dict()))
     assert data["chosen"]["arm"] == "cached 14"
     assert any("cached 14" in row for row in found.table()[1])
+
+
+def test_guidance_is_tried_where_it_is_asked_for_and_written(tune, tmp_path):
+    """Without guidance the fake's steps cost half and lose nothing, so the cache of 14 steps costs 3.5."""
+    found = tune("psnr=32", try_guidance=[1.0])
+    assert (found.chosen.arm.name, found.chosen.work) == ("cached 14, guidance 1", 3.5)
+    run = run_table((tmp_path / "fast.toml").read_text())
+    assert run == {"num_inference_steps": 14, "solver": "unipc", "guidance_scale": 1.0}
+    assert {line["arm"] for line in read_lines(tmp_path / "fast.runs.jsonl") if "arm_call" in line}
+    report = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "fast.runs.jsonl")])
+    assert "Guidance seeks other clips" in report.stdout
+    with pytest.raises(ConfigError, match=r"--try-guidance \[nan\] has no finite number"):
+        tune("psnr=32", "other.toml", try_guidance=[float("nan")])
+
+
+@pytest.mark.parametrize(
+    ("count", "rounds", "held_first", "held"),
+    [
+        (4, (2,), 2, 2),
+        (5, (2,), 2, 3),
+        (7, (2, 3), 3, 4),
+        (9, (2, 4), 4, 5),
+        (12, (2, 4, 6), 6, 6),
+        (40, (2, 4, 6), 6, 6),
+    ],
+)
+def test_half_of_one_s_own_prompts_are_held_out(count, rounds, held_first, held):
+    found = pipeline_search.split(count)
+    assert (found.first, found.rounds, found.held_first, found.held) == (0, rounds, held_first, held)
+    assert not {*found.searched(-1)} & {*found.verified()}
+    assert found.verified()[-1] < count
+
+
+def test_too_few_prompts_of_one_s_own_are_told():
+    with pytest.raises(ConfigError, match="takes 4 prompts at least, half of them held out, got 3; give more with"):
+        pipeline_search.split(3)
+
+
+OWN_SPACE = """
+version = 2
+name = "space"
+model = "{model}"
+prompts = ["unused"]
+
+[[arm]]
+name = "unipc"
+num_inference_steps = [3, 4]
+
+[[arm]]
+name = "cached"
+num_inference_steps = [12]
+easycache = {{ threshold = 0.2, predictor = "taylor" }}
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "converged", functools.partial(reference.converged, first=4, most=8))
+    model = model_folder(tmp_path / "tiny")
+    (tmp_path / "space.toml").write_text(OWN_SPACE.format(model=model))
+    prompts = ["a red circle moving right", "a blue square going up", "a green triangle", "a white circle"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--model", str(model), "--device", "cpu"]
+    asked = ["--target", "speedup=2", "--space", str(tmp_path / "space.toml"), "--num-inference-steps", "12"]
+    command = ["tune", "pipeline", *size, *asked, "--prompt-file", str(tmp_path / "p.txt"), "--try-guidance", "1"]
+    found = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fast.toml"), "--json"])
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)
+    assert (told["chosen"]["prompts"], told["chosen"]["speedup"] >= 2) == (2, True)
+    assert {line["prompt"] for line in read_lines(tmp_path / "fast.runs.jsonl")} <= {*prompts}
+    again = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fast.toml"), "--json"])
+    assert json.loads(again.stdout)["chosen"] == told["chosen"]
+    made = CliRunner().invoke(
+        app, ["generate", prompts[0], *size, "--config", str(tmp_path / "fast.toml"), "-o", str(tmp_path / "a.gif")]
+    )
+    assert made.exit_code == 0, made.output
+    few = CliRunner().invoke(app, [*command[:-4], "--prompt", "a", "-o", str(tmp_path / "few.toml")])
+    assert (few.exit_code, "takes 4 prompts at least" in few.stderr) == (2, True)
+    scored = CliRunner().invoke(app, [*command, "--target", "checker=0.9", "-o", str(tmp_path / "s.toml")])
+    assert (scored.exit_code, "the judge knows held-out prompts" in scored.stderr) == (2, True)
 
 
 def test_settings_that_can_not_be_cheaper_are_never_run(tune, fake):
@@ -259,7 +345,7 @@ def test_what_can_not_be_tuned_is_told(arguments, message, tmp_path, monkeypatch
 def test_arms_that_no_config_can_hold_are_refused(tune, tmp_path):
     native = SPACE + '[[arm]]\nname = "n"\nnum_inference_steps = 9\ndiffusers = { FirstBlockCacheConfig = {} }\n'
     (tmp_path / "space.toml").write_text(native)
-    with pytest.raises(ConfigError, match="arm 'n' can't be written as a config; leave out its call and diffusers"):
+    with pytest.raises(ConfigError, match="arm 'n' can't be written as a config; leave out its call, guider"):
         tune("psnr=30")
     (tmp_path / "space.toml").write_text(SPACE.replace("wan-tiny", "flux-tiny"))
     with pytest.raises(ConfigError, match="is a suite of flux-tiny, and wan-tiny is tuned"):
@@ -286,7 +372,7 @@ def test_generate_takes_the_run_of_a_config(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[run]\nsteps = 3\n", "[run] has no 'steps'; known: flow_shift, num_inference_steps, solver"),
+        ("[run]\nsteps = 3\n", "[run] has no 'steps'; known: flow_shift, guidance_scale, num_inference_steps, solver"),
         ("[run]\nnum_inference_steps = 2.5\n", "[run] has num_inference_steps = 2.5, which is of the wrong kind"),
         ("run = 3\n", "run = 3 is no table; write [run]"),
         ('[run]\nsolver = "heun"\n', "there is no solver 'heun'"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from dit_accel_eval import compare
 from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import Run
+from dit_accel_eval.model import Run
 from typer.testing import CliRunner, Result
 
 from dit_accel.cli.app import app
@@ -24,6 +24,9 @@ class DrawnModel:
 
     def prompt(self, clip: int) -> str:
         return f"prompt {clip}"
+
+    def seed(self, clip: int) -> int:
+        return clip
 
     def draw(self, clip: int, call: dict[str, Any], plain: bool) -> np.ndarray:
         raise NotImplementedError

@@ -78,7 +78,11 @@ def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
     listed = list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))
     arms = tuple(figures_of(lines, listed))
     prompts = {line["clip"]: line["prompt"] for line in sorted(lines, key=lambda line: line["clip"])}
-    lacking = [metric for metric in minimums if metric not in (*ALWAYS, *further_metrics(lines))]
+    known = {*ALWAYS, *further_metrics(lines)} - ({"score"} if any("score" not in line for line in lines) else set())
+    if "score" in minimums and "score" not in known:
+        why = next((line.get("skipped", {}).get("score") for line in lines if "score" not in line), None)
+        raise ConfigError(f"{results.path} has no score: {why or 'its lines tell none'}; ask for another metric")
+    lacking = [metric for metric in minimums if metric not in known]
     if lacking:
         told = " and no ".join(lacking)
         raise ConfigError(f"{results.path} has no {told}; name it among the suite's metrics and run again")
@@ -190,10 +194,12 @@ def _hopeless(held: Sequence[ArmFigures], words: str) -> Iterator[str]:
 def _guided(lines: Sequence[Line]) -> Iterator[str]:
     """Name the arms of which PSNR is no measure."""
     seeking = {name for name, handler in handlers().items() if handler.phase == Phase.GUIDANCE}
-    arms = dict.fromkeys(line["arm"] for line in lines if seeking & {*line["methods"]})
+    arms = dict.fromkeys(
+        line["arm"] for line in lines if seeking & {*line["methods"]} or {"guider", "arm_call"} & {*line}
+    )
     if arms:
         told = _some([*arms])
-        yield f"Guidance seeks other clips than the converged run; judge these by the score, not by PSNR: {told}."
+        yield f"Guidance seeks other clips than the converged run; judge these by their prompts, not by PSNR: {told}."
 
 
 def _unmeasured(lines: Sequence[Line]) -> Iterator[str]:

@@ -14,11 +14,11 @@ from ..metrics.registry import metrics
 from ..results import Line, latest
 
 ALWAYS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
-"""Metric that every line has -> in words; of each, more is better."""
+"""Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
-NUMBERS = ("psnr", "ssim", "score", "work", "work_real", "attended", "reference_agreement", "reference_steps")
+NUMBERS = ("psnr", "ssim", "work", "work_real", "attended", "reference_agreement", "reference_steps")
 TEXTS = ("arm", "prompt", "model", "weights", "solver")
-ONE = ("model", "weights", "call", "reference")
+ONE = ("model", "weights", "dtype", "call", "reference")
 """What all lines of one report must share."""
 
 
@@ -71,7 +71,7 @@ def _line(where: str, text: str) -> Line:
             f"{where} lacks {', '.join(missing)}; a report takes results that are held against converged runs, and "
             "dit-accel eval run SUITE.toml --table prints those of a suite with a judge"
         )
-    for key in (*NUMBERS, "clip", "num_inference_steps"):
+    for key in (*NUMBERS, "clip", "num_inference_steps", *(["score"] if "score" in line else [])):
         if isinstance(line[key], bool) or not isinstance(line[key], int | float) or not math.isfinite(line[key]):
             raise ConfigError(f"{where} has {key} {line[key]!r}, which is no finite number; delete it and run again")
     for key in TEXTS:
@@ -131,14 +131,14 @@ def better_of(metric: str) -> str:
 
 def _check_one(path: Path, lines: Sequence[Line]) -> None:
     for key in ONE:
-        counts = Counter(json.dumps(line[key], sort_keys=True) for line in lines)
+        counts = Counter(json.dumps(line.get(key), sort_keys=True) for line in lines)
         if len(counts) > 1:
             told = " and ".join(f"{value} ({count} lines)" for value, count in counts.most_common(3))
             raise ConfigError(f"{path} mixes results of several {key}: {told}; report each from a file of its own")
     settings: dict[str, str] = {}
     for line in latest(lines).values():
-        keys = ("num_inference_steps", "solver", "flow_shift", "methods")
-        setting = json.dumps([line[key] for key in keys], sort_keys=True)
+        keys = ("num_inference_steps", "solver", "flow_shift", "methods", "scheduler", "guider", "arm_call")
+        setting = json.dumps([line.get(key) for key in keys], sort_keys=True)
         if settings.setdefault(line["arm"], setting) != setting:
             raise ConfigError(f"{path} has arm {line['arm']!r} with two settings; rename one, or delete its lines")
 

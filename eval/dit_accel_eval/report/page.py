@@ -54,6 +54,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
 
     shown, references, failed = players_of(report, players)
     first = report.results.lines[0]
+    scored = any("score" in arm.means for arm in report.arms)
     about = {
         "prefix": prefix,
         "title": f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
@@ -76,7 +77,8 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
             for metric, least in report.minimums.items()
         ),
         groups=_groups(report),
-        metrics=ALWAYS,
+        metrics={key: words for key, words in ALWAYS.items() if key != "score" or scored},
+        scored=scored,
         further=report.further,
         words_of=words_of,
         better_of=better_of,
@@ -178,7 +180,9 @@ def _heat(report: Report) -> dict[str, Any]:
 def _options(line: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (method, its options in words) of what a line ran."""
     found = []
-    for method, options in line["methods"].items():
+    further = {f"scheduler {line['solver']}": line["scheduler"]} if "scheduler" in line else {}
+    further |= {"call": line["arm_call"]} if "arm_call" in line else {}
+    for method, options in {**line["methods"], **further, **line.get("guider", {})}.items():
         told = [f"{key} = {_short(value)}" for key, value in options.items() if value is not None]
         found.append((method, ", ".join(told)))
     return found

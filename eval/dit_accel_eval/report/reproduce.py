@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel_assets import model_names, model_path
+from dit_accel_pipelines.solvers import SOLVERS
 
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.estimate.estimate import estimate
 
+from ..arms import NATIVE
 from ..results import Line
-from ..suite import NATIVE, SUITE_VERSION
+from ..schedulers import OWN
+from ..suite import SUITE_VERSION
 from .figures import Report
 
 VERSIONS = ("dit_accel", "diffusers", "torch", "python")
@@ -50,15 +53,35 @@ def suite_text(report: Report) -> str:
     head = {"version": SUITE_VERSION, "name": name_of(report), "model": report.results.lines[0]["model"]}
     keys = ("by_frame", "metrics", "skipped", "unavailable")
     names = dict.fromkeys(name for line in report.results.lines for key in keys for name in line.get(key, ()))
+    names.pop("score", None)  # why a clip has none stands among what was skipped
     listed = {"metrics": list(names)} if names else {}
-    first = min(report.prompts)
-    begin = {"first_clip": first} if first else {}
-    clips = {"clips": max(report.prompts) + 1 - first, **begin}
-    return tomli_w.dumps({**head, **clips, **listed, "call": call, "arm": arms})
+    return tomli_w.dumps({**head, **_clips(report.results.lines), **listed, "call": call, "arm": arms})
+
+
+def _clips(lines: Sequence[Line]) -> dict[str, Any]:
+    """Return the keys of a suite that give its clips: how many held-out ones, or prompts and seeds of one's own."""
+    ordered = sorted(lines, key=lambda line: line["clip"])
+    repeats = max((len(line["repeated"]["seconds"]) for line in ordered if "repeated" in line), default=1)
+    runs = {"repeats": repeats} if repeats > 1 else {}
+    if "seed" not in ordered[0]:
+        first, last = ordered[0]["clip"], ordered[-1]["clip"]
+        return {"clips": last + 1 - first, **({"first_clip": first} if first else {}), **runs}
+    prompts, seeds = (list(dict.fromkeys(line[key] for line in ordered)) for key in ("prompt", "seed"))
+    by_place = all(line["seed"] == line["clip"] for line in ordered) and len(seeds) == len(prompts)
+    dtype = {"dtype": ordered[0]["dtype"]} if "dtype" in ordered[0] else {}
+    return {"prompts": prompts, **({} if by_place else {"seeds": seeds}), **dtype, **runs}
 
 
 def _arm(line: Line) -> dict[str, Any]:
-    arm = {"name": line["arm"], "num_inference_steps": line["num_inference_steps"], "solver": line["solver"]}
+    arm: dict[str, Any] = {"name": line["arm"], "num_inference_steps": line["num_inference_steps"]}
+    if "scheduler" in line or line["solver"] not in (*SOLVERS, OWN):
+        arm["scheduler"] = {line["solver"]: line.get("scheduler", {})}
+    else:
+        arm["solver"] = line["solver"]
+    if "guider" in line:
+        arm["guider"] = line["guider"]
+    if "arm_call" in line:
+        arm["call"] = line["arm_call"]
     if line["flow_shift"] is not None:
         arm["flow_shift"] = line["flow_shift"]
     for name, options in line["methods"].items():

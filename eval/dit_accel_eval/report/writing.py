@@ -11,6 +11,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 from ..comparison import ArmFigures, table_of, verdict
 from ..paired import Interval
+from ..results import told_full
 from .figures import Report, misses
 from .lines import better_of
 from .page import page
@@ -18,6 +19,8 @@ from .reproduce import versions_of
 
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 1
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
+FURTHER = ("scheduler", "guider", "arm_call")
+"""What only some arms set."""
 
 
 def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, players: int = 8) -> list[Path]:
@@ -26,8 +29,8 @@ def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, play
     Several reports make one page; the other kinds hold one each.
 
     Raises:
-        ConfigError: for a path that can't be written, is given twice, or is that of the results, and for another kind
-            than a page of several.
+        ConfigError: for a path that can't be written, as on a full disk, is given twice, or is that of the results, and
+            for another kind than a page of several.
     """
     others = [kind for kind in wanted if kind != "html"]
     if others and len(reports) > 1:
@@ -47,7 +50,7 @@ def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, play
     }
     texts = {path: writers[kind]() for kind, path in wanted.items()}
     for path, text in texts.items():
-        with written_whole(path) as temporary:
+        with told_full(path), written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return list(texts)
 
@@ -74,14 +77,16 @@ def data_of(report: Report) -> dict[str, Any]:
 
 
 def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
+    setting = report.settings[arm.name]
     runs = sorted((line for line in report.results.lines if line["arm"] == arm.name), key=lambda line: line["clip"])
     keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
-    keys += ("times", "step_work", "peak_memory_bytes")
+    keys += ("times", "repeated", "step_work", "peak_memory_bytes")
     return {
         "name": arm.name,
         "dense": report.is_dense(arm),
         "clips": arm.clips,
-        **{key: report.settings[arm.name][key] for key in SETTING},
+        **{key: setting[key] for key in SETTING},
+        **{key: setting[key] for key in FURTHER if key in setting},
         "psnr": _interval(arm.psnr),
         "means": dict(arm.means),
         "against_fewer_steps": {
@@ -120,7 +125,7 @@ def csv_text(report: Report) -> str:
         setting = report.settings[arm.name]
         cells: list[Any] = [arm.name, str(report.is_dense(arm)).lower(), arm.clips]
         cells += [setting["num_inference_steps"], setting["solver"], *(arm.means.get(key, "") for key in works)]
-        cells += [*_interval(arm.psnr).values(), arm.means["ssim"], arm.means["score"]]
+        cells += [*_interval(arm.psnr).values(), arm.means["ssim"], arm.means.get("score", "")]
         for key in works:
             found = arm.ahead.get(key)
             told = [verdict(found, arm.clips), report.holm[arm.name, key]] if found else []

@@ -17,13 +17,14 @@ from dit_accel_pipelines.solvers import BEST
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.files import check_writable
 
+from ..arms import Arm
 from ..comparison import WORKS, verdict
 from ..counting import REAL_SHARE, Counts, work
 from ..embedded import EmbeddedModel, check_name, settled_call, weights_hash
 from ..metrics import Sample, scores
 from ..paired import bootstrap, holm, sign_flips
 from ..results import Line, append_line, check_lines, latest, read_lines, write_lines
-from ..suite import Arm, Suite, read_suite
+from ..suite import Suite, read_suite
 from .asked import model_scores, numbers
 from .dimensions import DIMENSIONS
 from .proxies import FPS, NAMES, correlations

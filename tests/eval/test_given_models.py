@@ -1,0 +1,251 @@
+"""Suites of any model: a folder or hub id with prompts and seeds of one's own, its budget, warm-up and repeats."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from dit_accel_assets import model_path
+from dit_accel_eval import compare, given, reference
+from dit_accel_eval.clips import OwnClips
+from dit_accel_eval.embedded import EmbeddedModel, settled_call
+from dit_accel_eval.given import GivenModel, Machine, check_given, given_weights, local_folder
+from dit_accel_eval.job import Job, setting_of
+from dit_accel_eval.kept import read_kept, run_of
+from dit_accel_eval.results import read_lines
+from dit_accel_eval.suite import read_suite
+from model_folders import model_folder
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.cli.app import app
+from dit_accel.errors import UnsupportedModel
+
+PROMPTS = ("a red circle moving right", "a blue square going up")
+HEAD = 'version = 2\nname = "s"\nmodel = "tiny"\n'
+OWN = f"prompts = {json.dumps(PROMPTS)}\n"
+CALL = "call = { height = 32, width = 32, num_frames = 5, guidance_scale = 2.0 }\n"
+ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
+THIN = '[[arm]]\nname = "thin"\nnum_inference_steps = 3\nsol = { block_size = 16, dense_steps = 0, beta = 0.5 }\n'
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a suite's file and, beside it, a diffusers pipeline that is no embedded model."""
+    root = tmp_path_factory.mktemp("given")
+    model_folder(root / "tiny")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """The folder with the results of a suite that ran."""
+    (folder / "s.toml").write_text(HEAD + OWN + 'metrics = ["psnr", "ms-ssim"]\n' + CALL + ARM + THIN)
+    options = ["--out", folder / "s.jsonl", "--cache", folder / "cache", "--frames", folder / "frames"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "converged", functools.partial(reference.converged, first=4, most=8))
+        found = command("run", folder / "s.toml", *options, "--threads", 1)
+    assert found.exit_code == 0, found.output
+    assert "s: 2 clips, about" in found.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "clips"),
+    [
+        (("a", "b"), (), [("a", 0), ("b", 1)]),
+        (("a", "b"), (7,), [("a", 7), ("b", 7)]),
+        (("a", "b"), (3, 5), [("a", 3), ("a", 5), ("b", 3), ("b", 5)]),
+    ],
+)
+def test_clips_are_every_prompt_with_every_seed(prompts, seeds, clips):
+    own = OwnClips(prompts=prompts, seeds=seeds)
+    assert [(own.prompt(clip), own.seed(clip)) for clip in range(len(own))] == clips
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds = [1]\n", r"has seeds but no prompts; add prompts = \[...\]"),
+        ("prompts = []\n", "prompts is an empty list; name one or more"),
+        ("prompts = [3]\n", "prompts has 3, which is no text"),
+        ('prompts = ["a", "a"]\n', "prompts has 'a' twice; leave one out, or give it several seeds"),
+        ('prompts = ["a"]\nseeds = [-1]\n', "seeds has -1; give whole numbers"),
+        ('prompts = ["a"]\nseeds = [2, 2]\n', "seeds has 2 twice"),
+        ('prompts = ["a"]\nclips = 3\n', "has clips, which count held-out clips, beside prompts of its own"),
+        ('prompts = ["a"]\nprompt_file = "p.txt"\n', "has prompts and a prompt_file; give one of them"),
+        ('prompt_file = "p.txt"\n', "prompt_file .*p.txt can't be read"),
+        ('prompts = ["a"]\njudge = "longer"\n', "has judge = 'longer', which knows held-out clips of embedded models"),
+        ('prompts = ["a"]\ndtype = "float8"\n', "has no dtype 'float8'; did you mean 'float32'"),
+        ('prompts = ["a"]\nrepeats = 0\n', "has repeats = 0; ask for 1 or more"),
+        ('prompts = ["a"]\nwarmup = -1\n', "has warmup = -1; ask for 0 or more"),
+        ('prompts = ["a"]\nbudget = {}\n', "has an empty budget; write budget = "),
+        ('prompts = ["a"]\nbudget = { hours = 1 }\n', "has a budget of 'hours'; known: seconds, steps"),
+        ('prompts = ["a"]\nbudget = { steps = 2.5 }\n', "has a budget of steps = 2.5; give a whole number above 0"),
+        ('prompts = ["a"]\nbudget = { seconds = 0 }\n', "has a budget of seconds = 0; give a number above 0"),
+    ],
+)
+def test_bad_suites_say_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "s.toml").write_text(HEAD + text + ARM)
+    with pytest.raises(ConfigError, match=message):
+        read_suite(tmp_path / "s.toml")
+
+
+def test_prompts_may_stand_in_a_file_beside_the_suite(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    (tmp_path / "s.toml").write_text(HEAD + 'prompt_file = "p.txt"\nseeds = [4, 5]\n' + ARM)
+    suite = read_suite(tmp_path / "s.toml")
+    assert (suite.clips, suite.own) == (4, OwnClips(prompts=("one", "two"), seeds=(4, 5)))
+
+
+def test_a_folder_makes_what_its_embedded_model_makes(folder):
+    call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 4.0, "negative_prompt": ""}
+    call |= {key: value for key, value in settled_call("wan-tiny", call).items() if key == "max_sequence_length"}
+    own = OwnClips(prompts=PROMPTS)
+    ours = EmbeddedModel("wan-tiny", call, own=own)
+    theirs = GivenModel("tiny", str(folder / "tiny"), ours.call, own, "float32", Machine(device="cpu"))
+    first, second = (model.run(1, steps=2, solver="unipc") for model in (ours, theirs))
+    assert np.array_equal(first.frames, second.frames)
+    assert first.counts == second.counts
+    assert (theirs.prompt(1), theirs.seed(1), theirs.dtype) == (PROMPTS[1], 1, "float32")
+
+
+@pytest.mark.slow
+def test_a_suite_of_a_folder_runs_goes_on_and_reports(whole):
+    lines = read_lines(whole / "s.jsonl")
+    assert {(line["clip"], line["prompt"], line["seed"]) for line in lines} == {(0, PROMPTS[0], 0), (1, PROMPTS[1], 1)}
+    assert {line["model"] for line in lines} == {"tiny"}
+    assert {line["weights"] for line in lines} == {given_weights(str(whole / "tiny"))}
+    assert {line["dtype"] for line in lines} == {"float32"}
+    assert all("score" not in line and "tiny has no judge" in line["skipped"]["score"] for line in lines)
+    thin = next(line for line in lines if line["arm"] == "thin")
+    assert 0.3 < thin["attended"] < 0.9
+    assert read_kept(whole / thin["kept"], run_of(thin)).shape == (5, 32, 32, 3)
+    again = command("run", whole / "s.toml", "--out", whole / "s.jsonl", "--cache", whole / "cache")
+    assert (again.exit_code, read_lines(whole / "s.jsonl")) == (0, lines)
+    assert "| score |" not in again.stdout
+    page = command("report", whole / "s.jsonl", "-o", whole / "s.html", "--csv", whole / "s.csv", "--json", whole / "r")
+    assert page.exit_code == 0, page.output
+    assert "score was skipped on 2 clips: tiny has no judge of its own." in (whole / "s.html").read_text()
+    asked = command("report", whole / "s.jsonl", "--min", "score=0.5")
+    assert (asked.exit_code, "has no score: tiny has no judge of its own" in asked.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_report_tells_the_suite_that_made_it(whole):
+    page = command("report", whole / "s.jsonl", "--json", whole / "r.json", "-o", whole / "s.html").exit_code
+    text = (whole / "s.html").read_text().replace("&#34;", '"')
+    begin = text.index("version = 2")
+    (whole / "again.toml").write_text(text[begin : text.index("</code>", begin)])
+    suite, again = read_suite(whole / "s.toml"), read_suite(whole / "again.toml")
+    assert (page, again.own, again.source) == (0, suite.own, suite.source)
+    assert {arm.name: arm.to_dict() for arm in suite.arms}.items() <= {a.name: a.to_dict() for a in again.arms}.items()
+
+
+@pytest.mark.slow
+def test_results_of_another_model_or_prompt_are_refused(whole, tmp_path):
+    model_folder(tmp_path / "tiny", {"eps": 1e-5})
+    (tmp_path / "s.toml").write_text((whole / "s.toml").read_text())
+    found = command("run", tmp_path / "s.toml", "--out", whole / "s.jsonl")
+    assert found.exit_code == 2
+    assert "holds results of weights" in found.stderr
+    (whole / "other.toml").write_text((whole / "s.toml").read_text().replace("blue square", "green square"))
+    found = command("run", whole / "other.toml", "--out", whole / "s.jsonl")
+    assert found.exit_code == 2
+    told = " ".join(found.stderr.split())
+    assert "clip 1 of prompt 'a blue square going up' and seed 1, this suite has 'a green square going up'" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ARM, "s has no prompts, and only embedded models have held-out ones; add prompts = [...]"),
+        (OWN + "call = { frames = 5 }\n" + ARM, "takes no 'frames'; did you mean 'num_frames'"),
+        (
+            OWN + ARM + "guider = { ClassifierFreeGuidance = {} }\n",
+            "arm 'a': WanPipeline takes no guider; ",
+        ),
+    ],
+)
+def test_what_a_model_can_not_run_is_told_before_it_is_loaded(folder, text, message, monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    clips = "" if "prompts" in text else "clips = 1\n"
+    (folder / "bad.toml").write_text(HEAD + clips + text)
+    found = command("run", folder / "bad.toml", "--out", folder / "bad.jsonl", "--device", "cpu")
+    assert found.exit_code == 2
+    assert message in " ".join(found.stderr.split())
+    assert not (folder / "bad.jsonl").exists()
+
+
+def test_a_model_that_is_nowhere_and_one_without_a_flow_are_told(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"'tinny' is no embedded model; .* or name a folder of a diffusers pipeline"):
+        check_given("tinny")
+    model_folder(tmp_path / "m")
+    config = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    config.unlink()
+    config.write_text('{"_class_name": "DDIMScheduler"}')
+    with pytest.raises(UnsupportedModel, match="ships with DDIMScheduler, which has no noise shift"):
+        check_given(str(tmp_path / "m"))
+
+
+def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "transformer"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / ("a" * 64)).write_bytes(b"weights")
+    (snapshot / "model.safetensors").symlink_to(blobs / ("a" * 64))
+    asked = []
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name: asked.append(name) or str(snapshot.parent))
+    monkeypatch.setattr(given, "_chunks", lambda path: pytest.fail("a blob was read"))
+    for cached in (local_folder, given_weights):
+        cached.cache_clear()
+    first = given_weights("owner/name")
+    assert (asked, local_folder("owner/name")) == (["owner/name"], snapshot.parent)
+    (snapshot / "model.safetensors").unlink()
+    (blobs / ("b" * 64)).write_bytes(b"other")
+    (snapshot / "model.safetensors").symlink_to(blobs / ("b" * 64))
+    given_weights.cache_clear()
+    assert given_weights("owner/name") != first
+
+    def gone(name):
+        raise OSError("no route to the hub\nand more")
+
+    local_folder.cache_clear()
+    monkeypatch.setattr(DiffusionPipeline, "download", gone)
+    with pytest.raises(UnsupportedModel, match=r"the weights of 'owner/name' can't be fetched: no route to the hub$"):
+        local_folder("owner/name")
+    for cached in (local_folder, given_weights):
+        cached.cache_clear()
+
+
+@pytest.mark.slow
+def test_an_embedded_model_takes_prompts_of_one_s_own_without_a_score(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "converged", functools.partial(reference.converged, first=4, most=8))
+    text = HEAD.replace('"tiny"', '"wan-tiny"') + OWN + "seeds = [3, 4]\n" + CALL + ARM
+    (tmp_path / "s.toml").write_text(text)
+    out = ["--out", tmp_path / "s.jsonl", "--cache", tmp_path / "cache", "--clips", 2, "--quiet"]
+    assert command("run", tmp_path / "s.toml", *out).exit_code == 0
+    lines = read_lines(tmp_path / "s.jsonl")
+    assert {(line["prompt"], line["seed"]) for line in lines} == {(PROMPTS[0], 3), (PROMPTS[0], 4)}
+    assert "the judge knows what held-out prompts ask for" in lines[0]["skipped"]["score"]
+    (tmp_path / "s.toml").write_text(text.replace("blue", "purplish"))
+    found = command("run", tmp_path / "s.toml", "--out", tmp_path / "t.jsonl")
+    assert (found.exit_code, "purplish" in found.stderr) == (2, True)
+
+
+def test_the_number_format_is_told_and_is_the_machine_s_where_none_is_named(folder):
+    (folder / "d.toml").write_text(HEAD + OWN + ARM)
+    suite = read_suite(folder / "d.toml")
+    assert setting_of(suite, Machine(device="cpu"))["dtype"] == "float32"
+    asked = dataclasses.replace(suite, dtype="bfloat16")
+    assert setting_of(asked, Machine(device="cpu"))["dtype"] == "bfloat16"
+    assert "dtype" not in setting_of(dataclasses.replace(suite, model="wan-tiny"), Machine())
+    assert model_path("wan-tiny") != Path(suite.source)
+    assert Job(suite=suite, out=folder, cache=folder, timed=False, threads=None).machine == Machine()

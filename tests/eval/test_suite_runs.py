@@ -1,0 +1,344 @@
+"""What a suite asks of its runs besides: budgets, warm-up and repeats, schedulers by class, guiders, a full disk."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from dit_accel_eval import compare, reference, results
+from dit_accel_eval.arms import Arm
+from dit_accel_eval.budget import Budget, BudgetSpent, Spending
+from dit_accel_eval.counting import Counts
+from dit_accel_eval.embedded import EmbeddedModel
+from dit_accel_eval.job import arm_setting
+from dit_accel_eval.kept import keep
+from dit_accel_eval.model import Run, SuiteModel, check_guided, guided
+from dit_accel_eval.results import append_line, read_lines, write_lines
+from dit_accel_eval.runner import Runner, median_run, repeated
+from dit_accel_eval.schedulers import OWN, scheduler_of
+from dit_accel_eval.suite import read_suite
+from tiny_other_pipelines import hunyuan_image
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.adapters.registry import adapter_for
+from dit_accel.cli.app import app
+
+HEAD = 'version = 2\nname = "s"\nmodel = "wan-tiny"\nclips = 2\n'
+ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
+SMALL = {"num_frames": 5, "height": 32, "width": 32}
+
+
+class FakeModel:
+    """Stands in for a model: the n-th run of all takes n seconds, and shows its steps."""
+
+    name, own_share, weights, dtype, call = "wan-tiny", 0.5, "w", None, dict(SMALL)
+    shipped = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    made: list = []  # noqa: RUF012
+
+    def __init__(self, name="wan-tiny", call=None):
+        pass
+
+    def prompt(self, clip):
+        return f"prompt {clip}"
+
+    def seed(self, clip):
+        return clip
+
+    def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
+        self.made.append((clip, steps, solver))
+        frames = np.full((3, 16, 16, 3), 0.5 + 1 / steps**2, np.float32)
+        counts = Counts(blocks=12 * steps, attention=12 * steps)
+        return Run(frames=frames, counts=counts, attended=1.0, seconds=float(len(self.made)))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(FakeModel, "made", [])
+    compare._loaded.cache_clear()
+    yield FakeModel
+    compare._loaded.cache_clear()
+
+
+@pytest.fixture
+def ready(tmp_path, fake):
+    """Writes a suite with further keys; returns its command's run."""
+
+    def run(further: str = "", *options: str):
+        (tmp_path / "s.toml").write_text(HEAD + further + ARM)
+        out = ["--out", str(tmp_path / "s.jsonl"), "--cache", str(tmp_path / "cache")]
+        return CliRunner().invoke(app, ["eval", "run", str(tmp_path / "s.toml"), *out, *options])
+
+    return run
+
+
+def test_a_budget_of_steps_stops_before_the_run_that_exceeds_it_and_goes_on(ready, fake, tmp_path):
+    first = ready("budget = { steps = 50 }\n")
+    assert first.exit_code == 1
+    told = " ".join(first.stderr.split())
+    assert "this call may take 50 steps" in told
+    assert "stopped at the budget: the next run takes 2 steps, and 50 of the budget of 50 are spent; run" in told
+    # a clip's converged run takes 16 + 32, the arm and the dense run beside it 2 each
+    assert [steps for _, steps, _ in fake.made] == [16, 32, 2]
+    assert [line["arm"] for line in read_lines(tmp_path / "s.jsonl")] == ["a"]
+    assert ready("budget = { steps = 50 }\n").exit_code == 1
+    assert ready("budget = { steps = 50 }\n").exit_code == 0
+    assert len(fake.made) == 2 * 4  # nothing was made twice
+    assert len(read_lines(tmp_path / "s.jsonl")) == 4
+
+
+def test_a_budget_that_can_not_hold_one_run_says_how_much_it_takes(ready, fake):
+    found = ready("budget = { steps = 10 }\n")
+    assert (found.exit_code, fake.made) == (1, [])
+    assert "the next run takes 16 steps, and 0 of the budget of 10 are spent" in " ".join(found.stderr.split())
+
+
+def test_seconds_are_foretold_from_the_runs_so_far():
+    now = [0.0]
+    spending = Spending(Budget(seconds=10.0), clock=lambda: now[0])
+
+    def lasting(seconds):
+        now[0] += seconds
+        return seconds
+
+    assert spending.run(4, lambda: lasting(4.0)) == 4.0
+    assert spending.run(5, lambda: lasting(5.0)) == 5.0
+    with pytest.raises(BudgetSpent, match="the next run takes about 2 seconds, and 9 of the budget of 10 are spent"):
+        spending.run(2, lambda: pytest.fail("it was begun"))
+    assert spending.run(1, lambda: lasting(1.0)) == 1.0
+    assert Budget(steps=9, seconds=4.0).share(2) == Budget(steps=4, seconds=4.0)
+    assert str(Budget(steps=9, seconds=4.0)) == "9 steps and 4 seconds"
+
+
+def test_repeats_are_told_by_median_and_quartiles_and_warm_up_is_not(ready, fake, tmp_path):
+    assert ready("repeats = 3\nwarmup = 2\n", "--clips", "1").exit_code == 0
+    # 16 and 32 steps, two to warm up, three that count; then the dense run of two steps likewise
+    assert [steps for _, steps, _ in fake.made] == [16, 32, *[2] * 10]
+    arm, dense = read_lines(tmp_path / "s.jsonl")
+    assert arm["repeated"] == {"seconds": [5.0, 6.0, 7.0], "median": 6.0, "quartiles": [5.5, 6.5]}
+    assert dense["repeated"]["seconds"] == [10.0, 11.0, 12.0]
+    assert ready("repeats = 3\nwarmup = 2\n", "--clips", "1").exit_code == 0
+    assert len(fake.made) == 12
+    assert ready("repeats = 4\n", "--clips", "1").exit_code == 0  # what has fewer is made anew
+    assert [len(line["repeated"]["seconds"]) for line in read_lines(tmp_path / "s.jsonl")] == [4, 4]
+
+
+def test_timed_repeats_alternate_with_dense_runs(fake):
+    runner = Runner(FakeModel, repeats=2, warmup=1)
+    arm = Arm(name="a", num_inference_steps=3, solver="euler")
+    runs, dense = runner.beside(arm, 0)
+    assert [solver for *_, solver in fake.made] == ["euler", "euler", "unipc", "euler", "unipc"]
+    assert ([run.seconds for run in runs], [run.seconds for run in dense]) == ([2, 4], [3, 5])
+    assert median_run(runs).seconds == 4
+    assert repeated(runs)["median"] == 3
+    runner.sample(arm, 1)
+    assert len(fake.made) == 7  # it is warm
+
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler", "dpm++"])
+def test_a_scheduler_by_class_follows_the_model_s_own_noise(solver):
+    named = {"unipc": "UniPCMultistepScheduler", "euler": "FlowMatchEulerDiscreteScheduler"}
+    cls = named.get(solver, "DPMSolverMultistepScheduler")
+    ours, theirs = scheduler_of(FLOW, solver, {}, None), scheduler_of(FLOW, cls, {}, None)
+    for one in (ours, theirs):
+        one.set_timesteps(5)
+    assert type(ours) is type(theirs)
+    assert torch.equal(ours.sigmas, theirs.sigmas)
+
+
+def test_a_scheduler_takes_options_and_the_model_s_own_is_fresh():
+    made = scheduler_of(FLOW, "UniPCMultistepScheduler", {"solver_order": 3, "flow_shift": 5.0}, None)
+    assert (made.config.solver_order, made.config.flow_shift) == (3, 5.0)
+    own = scheduler_of(FLOW, OWN, {}, None)
+    assert (own.config.shift, own is FLOW) == (3.0, False)
+    with pytest.raises(ConfigError, match=r"own scheduler has a shift of its own, got flow_shift 2\.0; leave it out"):
+        scheduler_of(FLOW, OWN, {}, 2.0)
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.2)
+    assert scheduler_of(dynamic, "FlowMatchHeunDiscreteScheduler", {}, None).config.max_shift == 1.2
+    with pytest.raises(ConfigError, match="DDIMScheduler has no noise shift, so UniPCMultistepScheduler can't take"):
+        scheduler_of(diffusers.DDIMScheduler(), "UniPCMultistepScheduler", {}, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scheduler = { UniPC = {} }", "diffusers has no scheduler 'UniPC'; "),
+        ("scheduler = { DDIMScheduler = {} }", "DDIMScheduler knows no flow, which these models predict; take, say"),
+        ("scheduler = { UniPCMultistepScheduler = { order = 3 } }", "UniPCMultistepScheduler has no option 'order'; "),
+        ("scheduler = { UniPCMultistepScheduler = 3 }", "does not name one class; write scheduler = "),
+        ("scheduler = { A = {}, B = {} }", "does not name one class; write scheduler = "),
+        ('solver = "euler"\nscheduler = { UniPCMultistepScheduler = {} }', "scheduler stands beside solver; leave one"),
+        ("guider = { Guidance = {} }", "diffusers has no guider 'Guidance'; "),
+        ("guider = { AutoGuidance = { scale = 3 } }", "AutoGuidance has no option 'scale'; did you mean"),
+        ('guider = {}\nsolver = "heun"', "there is no solver 'heun'; known: dpm"),
+    ],
+)
+def test_bad_arms_say_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "s.toml").write_text(HEAD + f'[[arm]]\nname = "a"\nnum_inference_steps = 2\n{text}\n')
+    with pytest.raises(ConfigError) as error:
+        read_suite(tmp_path / "s.toml")
+    assert "arm 'a': " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_an_arm_with_a_scheduler_runs_and_is_told(tmp_path):
+    arm = '[[arm]]\nname = "third"\nnum_inference_steps = 6\nscheduler = { UniPCMultistepScheduler = '
+    (tmp_path / "s.toml").write_text(HEAD + arm + "{ solver_order = 3 } }\n")
+    (read,) = read_suite(tmp_path / "s.toml").arms
+    assert arm_setting(read_suite(tmp_path / "s.toml"), read)["scheduler"] == {"solver_order": 3}
+    model = EmbeddedModel("wan-tiny", SMALL)
+    third = model.run(0, **read.run_options())
+    same = model.run(0, steps=6, solver="UniPCMultistepScheduler", scheduler={"solver_order": 2})
+    usual = model.run(0, steps=6, solver="unipc")
+    assert np.array_equal(same.frames, usual.frames)
+    assert not np.array_equal(third.frames, usual.frames)
+
+
+class Pictures(SuiteModel):
+    """HunyuanImage's pipeline, which guides by a guider, with embeddings for a prompt."""
+
+    def __init__(self):
+        pipe, call = hunyuan_image()
+        adapter = adapter_for("HunyuanImageTransformer2DModel")
+        call = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
+        call["width"] = 96
+        super().__init__(pipe, name="pictures", weights="w", call=call, adapter=adapter, family=adapter.families[0])
+
+    def prompt(self, clip):
+        return None
+
+    def seed(self, clip):
+        return clip
+
+
+def test_a_guider_takes_the_place_of_the_pipeline_s_own_for_its_arm():
+    model = Pictures()
+    own = model.pipe.guider
+    usual = model.run(0, steps=2, solver="unipc")
+    plain = model.run(0, steps=2, solver="unipc", guider={"ClassifierFreeGuidance": {"guidance_scale": 3.0}})
+    off = model.run(0, steps=2, solver="unipc", guider={"ClassifierFreeGuidance": {"enabled": False}})
+    assert model.pipe.guider is own
+    assert np.array_equal(usual.frames, model.run(0, steps=2, solver="unipc").frames)
+    assert not np.array_equal(plain.frames, usual.frames)
+    assert off.counts.blocks * 2 == plain.counts.blocks
+    with (
+        pytest.raises(ConfigError, match="PerturbedAttentionGuidance does not accept"),
+        guided(model.pipe, {"PerturbedAttentionGuidance": {}}),
+    ):
+        pytest.fail("it was taken")
+    with pytest.raises(ConfigError, match=r"WanPipeline takes no guider; HunyuanVideo 1\.5's, HunyuanImage's and"):
+        check_guided(diffusers.WanPipeline)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_while_a_line_is_appended_loses_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "s.jsonl"
+    append_line(path, {"clip": 0})
+    whole = path.read_bytes()
+    write = os.write
+
+    def half(handle, data):
+        return write(handle, data[:5]) if data.startswith(b"{") else full(handle, data)
+
+    def full(handle, data):
+        raise FULL
+
+    for broken in (half, full):
+        monkeypatch.setattr(results.os, "write", broken)
+        with pytest.raises(
+            ConfigError, match=r"s\.jsonl can't be written \(No space left on device\); free some space"
+        ):
+            append_line(path, {"clip": 1})
+        monkeypatch.setattr(results.os, "write", write)
+        assert path.read_bytes() == whole
+    append_line(path, {"clip": 2})
+    assert [line["clip"] for line in read_lines(path)] == [0, 2]
+
+
+def test_a_disk_that_is_full_leaves_what_stood_and_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "s.jsonl"
+    write_lines(path, [{"clip": 0}])
+
+    def full(*_, **__):
+        raise FULL
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match=r"s\.jsonl can't be written \(No space left on device\); free some space"):
+        write_lines(path, [{"clip": 1}])
+    monkeypatch.undo()
+    assert [line["clip"] for line in read_lines(path)] == [0]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s.jsonl"]
+
+
+@pytest.mark.parametrize("what", ["frames", "dense run"])
+def test_frames_and_dense_runs_that_find_no_space_leave_no_piece(tmp_path, monkeypatch, fake, what):
+    def full(*_, **__):
+        raise FULL
+
+    clip = np.zeros((2, 16, 16, 3), np.float32)
+    if what == "frames":
+        monkeypatch.setattr("PIL.Image.Image.save", full)
+        work = lambda: keep(tmp_path / "frames" / "a.png", clip, {})  # noqa: E731
+    else:
+        monkeypatch.setattr(reference.np, "savez", full)
+        work = lambda: reference.dense_run(FakeModel(), 0, 2, tmp_path / "cache")  # noqa: E731
+    with pytest.raises(ConfigError, match=r"can't be written \(No space left on device\); free some space"):
+        work()
+    assert not [entry for entry in tmp_path.rglob("*") if entry.is_file()]
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from dit_accel_eval.results import append_line, write_lines
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+path = Path(sys.argv[1])
+count = 0
+try:
+    while True:
+        append_line(path, {"clip": count, "text": "x" * 300})
+        count += 1
+except ValueError as error:
+    print(count, error)
+"""
+
+
+def test_a_file_that_may_not_grow_holds_all_whole_lines(tmp_path):
+    """By the system's own limit of a file's size, which stands in for a disk's end."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path / "s.jsonl"], capture_output=True, text=True, check=False
+    )
+    count, _, told = done.stdout.partition(" ")
+    assert "can't be written (File too large)" in told
+    assert len(read_lines(tmp_path / "s.jsonl")) == int(count) > 5
+    assert (tmp_path / "s.jsonl").read_bytes().endswith(b"\n")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
+
+
+def test_a_run_that_finds_no_space_goes_on_once_there_is_some(ready, fake, tmp_path, monkeypatch):
+    write = os.write
+
+    def full(handle, data):
+        raise FULL
+
+    monkeypatch.setattr(results.os, "write", full)
+    found = ready("", "--clips", "1")
+    assert (found.exit_code, "free some space" in found.stderr) == (2, True)
+    monkeypatch.setattr(results.os, "write", write)
+    made = len(fake.made)
+    assert ready("", "--clips", "1").exit_code == 0
+    assert len(fake.made) == made + 2  # dense runs are found again, the arm's was lost with its line
+    assert len(read_lines(tmp_path / "s.jsonl")) == 2
