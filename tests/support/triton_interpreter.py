@@ -52,7 +52,7 @@ def _reduce(self, input):
     return [self.to_tensor(x.handle.data.reshape(shape), dtype) for x, dtype in zip(found, dtypes, strict=True)]
 
 
-def _require_no_overflow(self, lhs, rhs, binary_op):
+def _require_no_overflow(lhs, rhs, binary_op):
     """Raise `OverflowError` where integers of less than 64 bits don't hold the sum, difference or product."""
     kind = lhs.type.scalar
     if kind.int_bitwidth < 64:
@@ -77,6 +77,6 @@ def _patch_lang_once(fn):
 
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.ReduceOps.generic_reduce = _reduce
-interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = _require_no_overflow
+interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _require_no_overflow  # compilers have another
 interpreter._get_np_dtype = _np_dtype
 interpreter._patch_lang = _patch_lang_once
