@@ -81,6 +81,11 @@ def own_share(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> floa
     return estimate(adapter, family, **_sizes(call)).attention_share
 
 
+def tokens_of(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> int:
+    """Return how many tokens a forward has at the size of a call, the text's left out."""
+    return estimate(adapter, family, **_sizes(call)).layout.tokens
+
+
 def attended(
     report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
 ) -> float:

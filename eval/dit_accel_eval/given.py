@@ -84,9 +84,9 @@ class GivenModel(SuiteModel):
             prompts=own.prompts, model=str(folder), dtype=dtype, device=machine.device, offload=machine.offload
         )
         pipe = load_pipeline(request)
-        self._own, self.dtype = own, dtype
+        self._own, self.dtype, self.device = own, dtype, pick_device(machine.device)
         super().__init__(pipe, name=name, weights=given_weights(source), call=settled, adapter=adapter, family=family)
-        if pick_device(machine.device).type != "cpu":  # else a step would end before its work has
+        if self.device.type != "cpu":  # else a step would end before its work has
             for part in self.transformers:
                 part.register_forward_hook(lambda *_: torch.accelerator.synchronize())
 

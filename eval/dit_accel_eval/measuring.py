@@ -14,11 +14,11 @@ from dit_accel_pipelines.request import EMBEDDED_FPS, OTHER_FPS
 from dit_accel import ConfigError
 
 from .arms import Arm
-from .counting import REAL_SHARE, Counts, work
+from .counting import REAL_SHARE, Counts, tokens_of, work
 from .job import Job, arm_setting, setting_of
 from .judges import JUDGES
 from .kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
-from .machine import processor
+from .machine import device_name, processor
 from .metrics.metric import Clip, Sample
 from .metrics.registry import metric, scores
 from .model import Run
@@ -92,13 +92,14 @@ def _about(model: Runner, arm: Arm, clip: int, job: Job) -> Line:
         "suite": job.suite.name,
         "prompt": model.prompt(clip),
         **({"seed": model.seed(clip)} if job.suite.own else {}),
+        **({} if job.suite.embedded else {"tokens": tokens_of(model.adapter, model.family, model.call)}),
         **setting_of(job.suite, job.machine),
         **arm_setting(job.suite, arm),
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
         "dit_accel": version("dit-accel"),
         "python": platform.python_version(),
-        "device": processor(),
+        "device": processor() if job.suite.embedded else device_name(model.device),
     }
 
 

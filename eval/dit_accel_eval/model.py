@@ -90,9 +90,11 @@ class SuiteModel:
 
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
+        device: where it runs.
     """
 
     dtype: str | None = None
+    device = torch.device("cpu")
 
     def __init__(
         self, pipe: Any, *, name: str, weights: str, call: Mapping[str, Any], adapter: Adapter, family: Family

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval import compare, given, reference
@@ -15,6 +17,8 @@ from dit_accel_eval.embedded import EmbeddedModel, settled_call
 from dit_accel_eval.given import GivenModel, Machine, check_given, given_weights, local_folder
 from dit_accel_eval.job import Job, setting_of
 from dit_accel_eval.kept import read_kept, run_of
+from dit_accel_eval.machine import device_name, processor
+from dit_accel_eval.report.reproduce import tokens_of
 from dit_accel_eval.results import read_lines
 from dit_accel_eval.suite import read_suite
 from model_folders import model_folder
@@ -125,6 +129,8 @@ def test_a_suite_of_a_folder_runs_goes_on_and_reports(whole):
     assert {line["weights"] for line in lines} == {given_weights(str(whole / "tiny"))}
     assert {line["dtype"] for line in lines} == {"float32"}
     assert all("score" not in line and "tiny has no judge" in line["skipped"]["score"] for line in lines)
+    embedded = {"model": "wan-tiny", "call": lines[0]["call"]}
+    assert {line["tokens"] for line in lines} == {tokens_of(embedded)} == {tokens_of(lines[0])}
     thin = next(line for line in lines if line["arm"] == "thin")
     assert 0.3 < thin["attended"] < 0.9
     assert read_kept(whole / thin["kept"], run_of(thin)).shape == (5, 32, 32, 3)
@@ -238,6 +244,15 @@ def test_an_embedded_model_takes_prompts_of_one_s_own_without_a_score(tmp_path, 
     (tmp_path / "s.toml").write_text(text.replace("blue", "purplish"))
     found = command("run", tmp_path / "s.toml", "--out", tmp_path / "t.jsonl")
     assert (found.exit_code, "purplish" in found.stderr) == (2, True)
+
+
+def test_a_device_is_called_by_its_name(monkeypatch):
+    assert device_name(torch.device("cpu")) == processor()
+    named = SimpleNamespace(get_device_name=lambda device: f"card {device.index}")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: named)
+    assert device_name(torch.device("cuda:1")) == "card 1"
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    assert device_name(torch.device("mps:0")) == "mps:0"
 
 
 def test_the_number_format_is_told_and_is_the_machine_s_where_none_is_named(folder):

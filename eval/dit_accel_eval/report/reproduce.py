@@ -32,7 +32,9 @@ def machines_of(lines: Sequence[Line]) -> str:
 
 
 def tokens_of(line: Line) -> int | None:
-    """Return how many tokens a line's forward has; None for a model that is not embedded."""
+    """Return how many tokens a line's forward has; None where neither it nor the model tells."""
+    if "tokens" in line:
+        return int(line["tokens"])
     if line["model"] not in model_names():
         return None
     sizes = {key: line["call"][key] for key in ("height", "width", "num_frames") if key in line["call"]}
