@@ -1,10 +1,11 @@
 """The kernel backend fa4 where it is named: what attach says when it is missing or a method needs votes."""
 
-import dit_accel
 import fa4_stand_in
 import pytest
 import torch
 from wan_tiny import tiny_transformer
+
+import dit_accel
 
 
 def test_a_machine_that_cannot_run_it_is_told_why(monkeypatch):
