@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from dit_accel_kernels import BACKENDS, flex_requirement, triton_requirement
+from dit_accel_kernels import BACKENDS, fa4_requirement, flex_requirement, triton_requirement
 from torch import nn
 
 from ..adapters.registry import adapter_for
@@ -24,7 +24,7 @@ from .processor import Slot, dense_attention_of, retire_processor, unwrap_proces
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
 
-Backend = Literal["auto", "triton", "torch", "flex", "reference"]
+Backend = Literal["auto", "triton", "fa4", "torch", "flex", "reference"]
 
 
 class Attachment:
@@ -181,13 +181,15 @@ def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
     device, missing = torch.accelerator.current_accelerator() or torch.device("cpu"), None
     if backend == "triton":
         missing = triton_requirement(device)
+    elif backend == "fa4":
+        missing = fa4_requirement(device)
     elif backend == "flex":
         missing = flex_requirement(device.type)
     if missing:
         raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
     voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
-    if backend == "flex" and voting:
-        raise MissingBackend(f"kernel backend 'flex' has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
+    if backend in ("flex", "fa4") and voting:
+        raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
 
 
 def _make_handlers(

@@ -328,8 +328,10 @@ class Execution:
 
     def _run_kernel(self, plan: AttentionPlan, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
-        self.recorder.backends.add(resolve_backend(self.backend, call.q.device, call.q.dtype, call.q.shape[-1]))
         tiles, arguments = kernel_arguments(plan, call)
+        listed = plan.selection is None and plan.frame_decay is None
+        tile = (tiles.block_q, tiles.block_k) if listed else None
+        self.recorder.backends.add(resolve_backend(self.backend, call.q.device, call.q.dtype, call.q.shape[-1], tile))
         q, k, v = call.as_held(call.q, call.k, call.v)
         result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)
         if isinstance(result, Tensor):

@@ -6,6 +6,7 @@ from dit_accel_kernels.api import (
     block_sparse_attention_eager,
     resolve_backend,
 )
+from dit_accel_kernels.backends.fa4.support import missing_requirement as fa4_requirement
 from dit_accel_kernels.backends.flex import missing_requirement as flex_requirement
 from dit_accel_kernels.backends.triton.support import missing_requirement as triton_requirement
 from dit_accel_kernels.errors import BackendUnavailableError
@@ -30,6 +31,7 @@ __all__ = [
     "block_sparse_attention_backward",
     "block_sparse_attention_eager",
     "count_bits",
+    "fa4_requirement",
     "flex_requirement",
     "pack_bits",
     "resolve_backend",

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dit_accel_kernels.backends import flex as flex_backend
 from dit_accel_kernels.backends import reference
+from dit_accel_kernels.backends.fa4 import attend as fa4_backend
+from dit_accel_kernels.backends.fa4 import support as fa4_support
 from dit_accel_kernels.backends.torch import attend as torch_backend
 from dit_accel_kernels.backends.torch import backward
 from dit_accel_kernels.backends.triton import support as triton_support
@@ -24,6 +26,8 @@ from dit_accel_kernels.problem import Problem, lists_of
 from dit_accel_kernels.selection import Selection
 from dit_accel_kernels.states import resolved
 from dit_accel_kernels.tiles import TileLists
+
+TRITON_GRADIENTS = ("triton", "fa4")  # backends whose backward is triton's, from the LSE of their forward
 
 
 def block_sparse_attention(
@@ -72,9 +76,9 @@ def block_sparse_attention(
         return_tiles: also return which tiles were exact, as bits int32 [B, H, NQ, ceil(NK / 32)]; needs a selection.
         return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
             (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
-        backend: "auto", "triton", "torch", "flex" or "reference"; a named one runs or raises. Gradients come
-            from the triton backend's own kernels and else from the torch backend's recomputation, except with
-            "reference", which autograd differentiates.
+        backend: "auto", "triton", "fa4", "torch", "flex" or "reference"; a named one runs or raises. Gradients come
+            from the triton backend's own kernels, for fa4 too, and else from the torch backend's recomputation, except
+            with "reference", which autograd differentiates.
 
     Returns:
         The output, or a tuple of the output and what else was asked for, in this order: LSE, exact tiles, and with a
@@ -139,25 +143,36 @@ def _for_gradients(call: Packed) -> Packed:
     """The same call, with what its gradient will want: the LSE on the triton backend, and what a routing chose."""
     return call._replace(
         return_tiles=call.return_tiles or call.beta is not None,
-        return_lse=call.return_lse or _backend(call) == "triton",
+        return_lse=call.return_lse or _backend(call) in TRITON_GRADIENTS,
     )
 
 
 def _backend(call: Packed) -> str:
     """The backend that runs a call."""
-    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1])
+    listed = not call.selects and call.decay_table is None
+    tile = (call.block_q, call.block_k) if listed else None
+    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], tile)
 
 
 def resolve_backend(
-    backend: str, device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    dim: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> str:
-    """What "auto" means here: triton on CUDA, ROCm and XPU devices that can run it, torch otherwise.
+    """What "auto" means here: fa4 or triton on CUDA, ROCm and XPU devices that can run them, torch otherwise.
 
-    Triton needs its package, bfloat16, float16 or float32, a head dim that is a multiple of 8 up to 256 and, on NVIDIA,
-    compute capability 8.0. `dtype` and `dim` None stand for any that it supports. A named backend is returned as it is.
+    fa4 needs flash-attn-4 on sm_90, bfloat16 or float16, a head dim that is a multiple of 8 up to 128, and a call by
+    lists alone, without selection and frame decay: `tile` gives queries and keys of such a call's tiles, None stands
+    for any other call. Triton needs its package, bfloat16, float16 or float32, a head dim that is a multiple of 8 up to
+    256 and, on NVIDIA, compute capability 8.0. `dtype` and `dim` None stand for any that a backend supports. A named
+    backend is returned as it is.
     """
     if backend != "auto":
         return backend
+    if tile is not None and fa4_support.preferred(device, dtype, dim, tile):
+        return "fa4"
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 
@@ -199,6 +214,8 @@ def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lists_of(problem).validate()
     if name == "triton":
         out, lse, exact, kept = _triton().attend(problem, need_lse=call.return_lse)  # rows stay in the caller's order
+    elif name == "fa4":
+        out, lse, exact, kept = fa4_backend.attend(problem.tiled(), need_lse=call.return_lse)
     elif name == "reference":
         out, lse, exact, kept = reference.attend(problem.tiled())
     elif name == "flex":
@@ -258,7 +275,7 @@ def _gradients(
         out = None  # what is at hand is mixed
     if not call.heads_first:
         grad_out, out = grad_out.transpose(1, 2), None if out is None else out.transpose(1, 2)
-    if _backend(call) == "triton":
+    if _backend(call) in TRITON_GRADIENTS:
         if out is None or lse is None or _routes(problem):
             out, lse, exact, _ = _triton().attend(problem, need_lse=True)
             problem = _after_routing(problem, exact)
@@ -341,7 +358,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     call = Packed(*inputs)
     ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.keeps = call.return_lse and _backend(call) == "triton"
+    ctx.keeps = call.return_lse and _backend(call) in TRITON_GRADIENTS
     ctx.routed = call.return_tiles and call.beta is not None
     ctx.mark_non_differentiable(*output[2:])
     kept = (*(output[:2] if ctx.keeps else ()), *(output[2:3] if ctx.routed else ()))

@@ -13,7 +13,7 @@ from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import Routing, Selection, Vote
 from dit_accel_kernels.tiles import TileLists
 
-BACKENDS = ("auto", "triton", "torch", "flex", "reference")
+BACKENDS = ("auto", "triton", "fa4", "torch", "flex", "reference")
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor exact_offsets, Tensor exact_indices, Tensor? pooled_offsets, "

@@ -166,7 +166,7 @@ class TileLists:
             (EXACT, self.exact_offsets, self.exact_indices),
         ):
             if offsets is not None and indices is not None:
-                states.view(-1)[_flat_rows(offsets) * self.key_tiles + indices] = value
+                states.view(-1)[_flat_rows(offsets, indices.numel()) * self.key_tiles + indices] = value
         return states
 
     def validate(self) -> TileLists:
@@ -174,8 +174,8 @@ class TileLists:
         _check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
             _check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
-            exact = _flat_rows(self.exact_offsets) * self.key_tiles + self.exact_indices
-            pooled = _flat_rows(self.pooled_offsets) * self.key_tiles + self.pooled_indices
+            exact = _flat_rows(self.exact_offsets, self.tiles_exact) * self.key_tiles + self.exact_indices
+            pooled = _flat_rows(self.pooled_offsets, self.tiles_pooled) * self.key_tiles + self.pooled_indices
             both = exact[torch.isin(exact, pooled)]
             if both.numel():
                 row, tile = divmod(int(both[0]), self.key_tiles)
@@ -194,10 +194,10 @@ def _full(num_q: int, num_k: int, block_q: int, block_k: int) -> TileLists:
     return TileLists.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
 
 
-def _flat_rows(offsets: Tensor) -> Tensor:
-    """Row number g * NQ + i of every entry of a CSR with offsets [G, NQ + 1]."""
+def _flat_rows(offsets: Tensor, entries: int) -> Tensor:
+    """Row number g * NQ + i of every entry of a CSR with offsets [G, NQ + 1], without asking how many there are."""
     counts = (offsets[:, 1:] - offsets[:, :-1]).flatten().to(torch.int64)
-    return torch.repeat_interleave(torch.arange(counts.numel(), device=offsets.device), counts)
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=offsets.device), counts, output_size=entries)
 
 
 def _check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:
@@ -227,6 +227,6 @@ def _check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> No
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= tiles:
         raise ValueError(f"{name}_indices must lie in 0..{tiles - 1}, found {low if low < 0 else high}")
-    keys = _flat_rows(offsets) * tiles + indices
+    keys = _flat_rows(offsets, indices.numel()) * tiles + indices
     if bool((keys[1:] <= keys[:-1]).any()):
         raise ValueError(f"{name}_indices must ascend strictly in every query tile: sort them and remove repeats")

@@ -67,8 +67,23 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     )
 
 
-def _attend(problem: Problem, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`attend` of batches and heads that are computed together."""
+def add_pooled(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE with the tiles of a call added to those of other keys, into whose memory they are written.
+
+    Args:
+        problem: a call without a selection, in tiled order.
+        out: [B, H, S_q, D] in q's dtype, last dimension contiguous, 0 in rows without a key.
+        lse: natural logarithm, float32 [B, H, S_q], contiguous, -inf in those rows.
+    """
+    check(problem)
+    found = _attend(problem, True, (out, lse))
+    return found[0], found[1]
+
+
+def _attend(
+    problem: Problem, need_lse: bool, start: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`attend` of batches and heads that are computed together, or `add_pooled` to a start."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
     launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q)
@@ -86,7 +101,7 @@ def _attend(problem: Problem, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | 
             parts = -(-problem.block_q // block_q)
             shape = (*q.shape[:2], problem.query_tiles, parts, words_of(problem.key_tiles))
             words = torch.empty(shape, dtype=torch.int32, device=q.device)
-        out, lse = _launch(problem, plan, lists, means, words, launch, block_q, need_lse)
+        out, lse = _launch(problem, plan, lists, means, words, launch, block_q, need_lse, start)
         kept = None if words is None else _kept(problem, plan, lists, words)
     return out, lse, exact, kept
 
@@ -125,13 +140,15 @@ def _kept(problem: Problem, plan: RowPlan, lists: Lists, words: Tensor) -> Tenso
 
 def _launch(
     problem: Problem, plan: RowPlan, lists: Lists, means: tuple[Tensor, Tensor, Tensor] | None, words: Tensor | None,
-    launch: Launch, block_q: int, need_lse: bool,
+    launch: Launch, block_q: int, need_lse: bool, start: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run the forward kernel: output and LSE."""
+    """Run the forward kernel: output and LSE, written into those of a start where there is one."""
     q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
     batch, heads, num_q, dim = q.shape
-    out = _like(q)
-    lse = q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
+    if start is None:
+        out, lse = _like(q), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
+    else:
+        out, lse = start
     block_k, _ = key_block(problem.block_k, launch.block_k)
     d1, d2 = column_parts(dim)
     head_scale, table = problem.head_scale, None if problem.decay is None else problem.decay[0]
@@ -151,7 +168,7 @@ def _launch(
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision(q.dtype, q.device),
-        VOTE=None if vote is None else vote.criterion,
+        VOTE=None if vote is None else vote.criterion, STARTED=start is not None,
         num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse

@@ -193,14 +193,15 @@ def _fwd_kernel(
     num_q, num_k, heads, key_heads, q_tiles, k_tiles, table_last, scale, step, vote_threshold,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
-    VOTE: tl.constexpr,
+    VOTE: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE of one part of one query tile.
 
     `step` is 1 or -1, the direction in which each section is visited. A chunk has BLOCK_K keys, and BLOCK_S in the
     pooled and slow loops, which hold more for each key. With `stride_ib` and the three after it, strides of batch and
     head in exact and in pooled entries, every batch and head has lists of its own, whose bounds are relative to that.
-    VOTE is None or the criterion by which tiles vote.
+    VOTE is None or the criterion by which tiles vote. Where STARTED, output and LSE hold those of other keys for the
+    same rows, and are written anew with both.
     """
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
@@ -246,6 +247,15 @@ def _fwd_kernel(
     m, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
     acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
+    if STARTED:
+        m = tl.load(lse_ptr + bh.to(tl.int64) * num_q + q_row, mask=live, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(m == float("-inf"), 0.0, 1.0)
+        acc1, acc2 = _load(
+            out_ptr + batch * stride_ob + h.to(tl.int64) * stride_oh, q_row, live, stride_os, True, DIM, D1, D2
+        )  # fmt: skip
+        acc1 = acc1.to(tl.float32)
+        if D2 > 0:
+            acc2 = acc2.to(tl.float32)
     if VOTE is not None:
         words_ptr += ((bh.to(tl.int64) * q_tiles + q_tile) * SUBS_Q + part % SUBS_Q) * ((k_tiles + 31) // 32)
         word, left = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold

@@ -1,0 +1,186 @@
+"""The fa4 backend: exact tiles as FlashAttention-4's block-sparse lists, pooled ones on top by our Triton kernel.
+
+Tiles whose keys are all valid are its full blocks, which no mask touches; the ragged end is masked by its own count of
+keys. Tiles with invalid keys are partial blocks, and so is, where it takes two of our query tiles together, a tile that
+only one of them lists: `mask_mod` reads the lists as bits and the valid keys. It returns output and LSE, from which the
+forward kernel of the triton backend starts with pooled tiles and nothing else to do, so that both parts are one
+softmax. Its loop tells nothing about a tile, hence no votes; frame decay is refused too. Gradients are those of the
+triton backend, from this output and LSE.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_accel_kernels.backends.fa4.support import missing_requirement, rows_joined
+from dit_accel_kernels.cache import StorageCache, capturing
+from dit_accel_kernels.errors import BackendUnavailableError
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.sections import valid_tiles
+from dit_accel_kernels.selection import pack_bits
+from dit_accel_kernels.states import list_states, resolved
+from dit_accel_kernels.tiles import EXACT
+
+
+class Blocks(NamedTuple):
+    """Lists as FlashAttention-4 takes them: counts int32 [B or 1, H or 1, M], indices int32 [.., M, N], ascending.
+
+    M counts its query blocks; N is the longest row's length. `seen` is int32 [B or 1, H or 1, NQ, W], our tiles as
+    bits, or None where no block is partial. `empty` is bool [B or 1, H or 1, NQ], the query tiles without an exact key,
+    or None where each has one.
+    """
+
+    partial_counts: Tensor
+    partial_indices: Tensor
+    full_counts: Tensor
+    full_indices: Tensor
+    seen: Tensor | None
+    empty: Tensor | None
+
+
+_BLOCKS: StorageCache[Blocks] = StorageCache()
+_NOTHING_EXACT: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
+
+
+def check(problem: Problem) -> None:
+    """Raise BackendUnavailableError where this machine or this call is out of the backend's reach, saying why."""
+    asked = {
+        "votes, since its loop tells nothing about a tile": problem.selection is not None
+        and problem.selection.vote is not None,
+        "frame decay": problem.decay is not None,
+    }
+    found = [what for what, is_asked in asked.items() if is_asked]
+    if found:
+        raise BackendUnavailableError(f"backend 'fa4' has no {' and no '.join(found)}: use 'triton' or 'auto'")
+    tile = (problem.block_q, problem.block_k)
+    missing = missing_requirement(problem.q.device, problem.q.dtype, problem.q.shape[-1], tile)
+    if missing:
+        raise BackendUnavailableError(f"backend 'fa4' needs {missing}: use 'triton' or 'auto'")
+
+
+@torch.no_grad()
+def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles; no votes.
+
+    The problem is in tiled order. A selection is turned into lists, which reads their length from the device.
+    """
+    check(problem)
+    exact = None
+    if problem.selection is not None:
+        problem, exact = resolved(problem)
+    q = problem.q
+    if problem.head_scale is not None:
+        q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
+    pools = problem.pooled_indices is not None
+    out, lse = _exact_tiles(problem, q, need_lse=need_lse or pools)
+    if pools:
+        assert lse is not None
+        from dit_accel_kernels.backends.triton import attend as triton
+
+        out, lse = triton.add_pooled(_without_exact(problem), out, lse)
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None or not need_lse else lse, exact, None
+
+
+def _exact_tiles(problem: Problem, q: Tensor, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention to exact tiles alone: output [B, H, S_q, D], LSE or None; 0 and -inf in rows without a key."""
+    blocks, joined = _blocks_of(problem), rows_joined(q.device, problem.block_q)
+    tensors = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch(
+        mask_block_cnt=blocks.partial_counts,
+        mask_block_idx=blocks.partial_indices,
+        full_block_cnt=blocks.full_counts,
+        full_block_idx=blocks.full_indices,
+        block_size=(problem.block_q * joined, problem.block_k),
+    )
+    masks: dict[str, Any] = {}
+    if blocks.seen is not None:
+        mask = importlib.import_module("dit_accel_kernels.backends.fa4.mask").mask_of(problem.block_q)
+        masks = dict(mask_mod=mask, aux_tensors=_mask_tensors(problem, blocks.seen))
+    out, lse = importlib.import_module("flash_attn.cute.interface").flash_attn_func(
+        *(_tokens_first(x) for x in (q, problem.k, problem.v)),
+        softmax_scale=problem.logit_scale,
+        pack_gqa=False,  # it would put several heads into one block of queries
+        block_sparse_tensors=tensors,
+        return_lse=need_lse,
+        **masks,
+    )
+    out = out.transpose(1, 2)
+    if blocks.empty is not None:
+        empty = blocks.empty.repeat_interleave(problem.block_q, -1)[..., : q.shape[2]]
+        out = out.masked_fill(empty[..., None], 0)
+        lse = None if lse is None else lse.masked_fill(empty, -torch.inf)
+    return out, lse
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[B, S, H, D] of [B, H, S, D], copied only where rows can't be moved in pieces of 16 bytes."""
+    x = x.transpose(1, 2)
+    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
+    return x if fits else x.contiguous()
+
+
+def _mask_tensors(problem: Problem, seen: Tensor) -> list[Tensor]:
+    """What `mask_mod` reads: bits of every batch and head, and valid keys uint8 [B, S_k]."""
+    batch, heads = problem.q.shape[:2]
+    valid = problem.key_valid
+    if valid is None:
+        valid = torch.ones(1, 1, dtype=torch.bool, device=seen.device)
+    valid = valid.to(torch.uint8).expand(batch, problem.k.shape[2])
+    return [seen.expand(batch, heads, -1, -1), valid]
+
+
+def _blocks_of(problem: Problem) -> Blocks:
+    """The blocks of a call, remembered with its lists where no mask has a part in them."""
+    if problem.key_valid is not None:
+        return _blocks(problem)
+    parts = (problem.exact_offsets, problem.exact_indices)
+    sizes = (problem.block_q, problem.block_k, *problem.q.shape[1:3], problem.k.shape[2])
+    return _BLOCKS.get(parts, sizes, lambda: _blocks(problem))
+
+
+def _blocks(problem: Problem) -> Blocks:
+    exact = list_states(replace(problem, pooled_offsets=None, pooled_indices=None)) == EXACT
+    whole, joined = exact, rows_joined(problem.q.device, problem.block_q)
+    if problem.key_valid is not None:
+        all_valid, any_valid = valid_tiles(problem.key_valid, problem.block_k)
+        exact = exact & any_valid[:, None, None]
+        whole = exact & all_valid[:, None, None]
+    some, every = exact, whole
+    if joined > 1:
+        lacking = -exact.shape[2] % joined  # rows beyond the end are like the last one
+        some, every = (
+            torch.cat([x, x[:, :, -1:].expand(-1, -1, lacking, -1)], 2).unflatten(2, (-1, joined))
+            for x in (exact, whole)
+        )
+        some, every = some.any(3), every.all(3)
+    empty = ~exact.any(-1)
+    masked = joined > 1 or problem.key_valid is not None
+    read = problem.key_valid is None and not capturing(empty.device)  # once for lists, never for masks
+    return Blocks(
+        *_rows(some & ~every, read),
+        *_rows(every, read),
+        seen=pack_bits(exact) if masked else None,
+        empty=None if read and not bool(empty.any()) else empty,
+    )
+
+
+def _rows(chosen: Tensor, read: bool) -> tuple[Tensor, Tensor]:
+    """Counts int32 [..] and ascending indices int32 [.., N] of bool [.., NK]; N is NK, or the longest row if `read`."""
+    counts = chosen.sum(-1, dtype=torch.int32)
+    width = max(1, int(counts.max())) if read else chosen.shape[-1]
+    indices = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
+    return counts, indices.to(torch.int32).contiguous()
+
+
+def _without_exact(problem: Problem) -> Problem:
+    """The call with its pooled tiles alone."""
+    pooled = problem.pooled_offsets
+    assert pooled is not None
+    offsets, indices = _NOTHING_EXACT.get(
+        [pooled], (), lambda: (torch.zeros_like(pooled), pooled.new_empty(0, dtype=torch.int32))
+    )
+    return replace(problem, exact_offsets=offsets, exact_indices=indices)

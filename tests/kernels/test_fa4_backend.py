@@ -1,0 +1,329 @@
+"""The fa4 backend: its lists and masks by a stand-in of flash-attn-4, what it refuses, and the real one's compiler."""
+
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
+import importlib.metadata
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fa4_stand_in
+import pytest
+import torch
+from dit_accel_kernels import (
+    BackendUnavailableError,
+    FrameDecay,
+    Routing,
+    Selection,
+    TileLists,
+    Vote,
+    block_sparse_attention,
+    fa4_requirement,
+    pack_bits,
+    resolve_backend,
+)
+from dit_accel_kernels.backends.fa4 import support
+from kernel_cases import WIDE, assert_within_rounding, check_against_reference, qkv, random_lists
+
+CPU = torch.device("cpu")
+ORDER = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+
+
+def installed() -> bool:
+    try:
+        importlib.metadata.version(support.PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+NEEDS_PACKAGE = pytest.mark.skipif(not installed(), reason="flash-attn-4 is not installed (the extra fa4)")
+
+
+@pytest.fixture(params=["sm_90", "sm_100"])
+def arch(request, monkeypatch) -> str:
+    """Both ways of cutting queries into blocks; torch fills what it leaves uninitialised, so that it isn't 0."""
+    fa4_stand_in.install(monkeypatch, request.param)
+    torch.use_deterministic_algorithms(True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize(
+    ("shape", "block_q", "groups", "dtype", "pooled", "features"),
+    [
+        ((1, 2, 2, 300, 300, 16), 128, 1, torch.bfloat16, False, ""),
+        ((1, 2, 2, 300, 300, 16), 128, 2, torch.float16, True, "order"),
+        ((2, 2, 1, 140, 400, 24), 128, 4, torch.bfloat16, True, "mask"),
+        ((1, 2, 1, 300, 200, 64), 256, 2, torch.bfloat16, True, "scale"),
+        ((2, 2, 2, 300, 300, 16), 128, 1, torch.bfloat16, False, "mask order scale"),
+        ((1, 1, 1, 20, 5000, 8), 128, 1, torch.bfloat16, False, "mask"),  # more tiles than a word of bits has
+    ],
+)
+def test_agrees_with_the_specification(arch, shape, block_q, groups, dtype, pooled, features):
+    """Lists of one set, of heads and of all; grouped heads; ragged ends; empty and pooled rows; LSE and none."""
+    batch, _, _, num_q, num_k, _ = shape
+    arguments: dict = dict(layout="bhsd")
+    if "mask" in features:
+        valid = torch.rand(batch, num_k) > 0.3
+        valid[0, 128:256] = False
+        arguments |= dict(key_mask=valid, key_length=torch.full((batch,), num_k - 60))
+    if "order" in features:
+        arguments |= dict(token_order=ORDER)
+    if "scale" in features:
+        arguments |= dict(head_scale=torch.tensor([0.5, -1.5]))
+    tiles = random_lists(groups, num_q, num_k, block_q, 128, pooled=pooled)
+    check_against_reference(*qkv(*shape, dtype), tiles, backend="fa4", **arguments)
+    assert fa4_stand_in.calls
+
+
+def test_tokens_first_and_as_slices_of_one_tensor(arch):
+    """Fused q, k, v lie as they are; a head dim that no 16 bytes divide from the start is copied."""
+    tiles = random_lists(1, 300, 300, 128, 128)
+    fused = torch.randn(1, 300, 3, 2, 16).to(torch.bfloat16)
+    for q, k, v in (fused.unbind(2), torch.randn(3, 1, 300, 2, 17).to(torch.bfloat16)[..., 1:].unbind()):
+        check_against_reference(q, k, v, tiles, backend="fa4")
+
+
+@pytest.mark.parametrize("rest", ["skip", "pooled"])
+def test_a_selection_narrows_the_lists(arch, rest):
+    q, k, v = qkv(1, 2, 2, 140, 400, 16, torch.bfloat16)
+    tiles = random_lists(2, 140, 400, 128, 128)
+    selection = Selection(keep=pack_bits(torch.rand(1, 2, 2, 4) > 0.4), rest=rest)
+    arguments = dict(layout="bhsd", selection=selection, return_tiles=True)
+    found, truth = (
+        block_sparse_attention(*(x.to(dtype) for x in (q, k, v)), tiles, backend=backend, **arguments)
+        for backend, dtype in (("fa4", q.dtype), ("reference", WIDE))
+    )
+    assert torch.equal(found[1], truth[1])
+    yardstick = block_sparse_attention(q, k, v, tiles, backend="reference", **arguments)
+    assert_within_rounding(found[0], yardstick[0], truth[0], q.dtype)
+
+
+def test_routing_and_what_it_chose_are_one_call(arch):
+    q, k, v = qkv(1, 1, 1, 140, 400, 16, torch.bfloat16)
+    tiles, routed = TileLists.full(140, 400, block_q=128, block_k=128), Selection(routing=Routing(beta=0.2))
+    given = block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=routed, backend="fa4", return_tiles=True)
+    lists = Selection(routed=given[1])
+    again = block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=lists, backend="fa4")
+    assert torch.equal(given[0], again)
+
+
+def test_full_blocks_hold_what_no_mask_touches(monkeypatch):
+    """Five query tiles of 128; on sm_100 pairs of them: what both list is full, what one lists is partial."""
+    states = torch.tensor([[2, 2, 0], [2, 0, 2], [0, 1, 0], [0, 0, 0], [0, 2, 2]], dtype=torch.uint8)
+    tiles = TileLists.from_states(states, block_q=128, block_k=128, num_q=530, num_k=300)
+    q, k, v = qkv(1, 1, 1, 530, 300, 16, torch.bfloat16)
+
+    def lists(arch: str, **arguments) -> tuple[list, list]:
+        fa4_stand_in.install(monkeypatch, arch)
+        block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="fa4", **arguments)
+        tensors = fa4_stand_in.calls[-1]["tensors"]
+        assert tensors.block_size == ((128, 128) if arch == "sm_90" else (256, 128))
+        found = zip(tensors[:4:2], tensors[1:4:2], strict=True)
+        return tuple(
+            [row[:n].tolist() for n, row in zip(counts[0, 0].tolist(), indices[0, 0], strict=True)]
+            for counts, indices in found
+        )
+
+    assert lists("sm_90") == ([[]] * 5, [[0, 1], [0, 2], [], [], [1, 2]])
+    assert fa4_stand_in.calls[-1]["mask_mod"] is None
+    valid = torch.ones(1, 300, dtype=torch.bool)
+    valid[0, 130] = valid[0, 256:] = False
+    assert lists("sm_90", key_mask=valid) == ([[1], [], [], [], [1]], [[0], [0], [], [], []])
+    fa4_stand_in.install(monkeypatch, "sm_100")
+    tiles = TileLists.from_states(states, block_q=128, block_k=128, num_q=530, num_k=300)
+    assert lists("sm_100") == ([[1, 2], [], []], [[0], [], [1, 2]])
+
+
+def test_blocks_are_remembered_with_their_lists(arch):
+    q, k, v = qkv(1, 1, 1, 300, 300, 16, torch.bfloat16)
+    tiles, mask = random_lists(1, 300, 300, 128, 128), torch.ones(1, 300, dtype=torch.bool)
+    for arguments in ({}, {}, dict(key_mask=mask), dict(key_mask=mask)):
+        block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="fa4", **arguments)
+    first, second, third, fourth = (call["tensors"].full_block_idx for call in fa4_stand_in.calls)
+    assert second is first
+    assert third is not fourth  # masks may change in place
+
+
+def test_gradients_are_those_of_the_triton_backend(arch):
+    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 140, 200, 16, torch.bfloat16)]
+    tiles = random_lists(1, 140, 200, 128, 128)
+    seed = torch.randn_like(leaves[0])
+
+    def gradients(backend: str, dtype: torch.dtype) -> tuple:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out = block_sparse_attention(*inputs, tiles, layout="bhsd", backend=backend)
+        return torch.autograd.grad(out, inputs, seed.to(dtype))
+
+    found, yardstick, truth = (
+        gradients(*x) for x in (("fa4", seed.dtype), ("reference", seed.dtype), ("reference", WIDE))
+    )
+    assert all(call["tensors"].block_size[1] == 128 for call in fa4_stand_in.calls)
+    for a, b, c in zip(found, yardstick, truth, strict=True):
+        assert_within_rounding(a, b, c, seed.dtype)
+
+
+LISTS = random_lists(1, 300, 300, 128, 128)
+FRAMES = torch.zeros(300, dtype=torch.int32)
+DECAY = FrameDecay(table=torch.ones(1), q_frames=FRAMES, k_frames=FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "tiles", "arguments", "text"),
+    [
+        (torch.bfloat16, 16, LISTS, dict(selection=Selection(vote=Vote())), "has no votes, since its loop tells"),
+        (
+            torch.bfloat16, 16, LISTS,
+            dict(frame_decay=DECAY), "has no frame decay:",
+        ),
+        (torch.float32, 16, LISTS, {}, r"needs bfloat16 or float16 \(found torch.float32\): use 'triton' or 'auto'"),
+        (torch.bfloat16, 20, LISTS, {}, r"needs a head dim that is a multiple of 8 up to 128 \(found 20\)"),
+        (torch.bfloat16, 136, LISTS, {}, r"needs a head dim that is a multiple of 8 up to 128 \(found 136\)"),
+        (
+            torch.bfloat16, 16, random_lists(1, 300, 300, 64, 64), {},
+            r"needs tiles of 128 or 256 queries x 128 keys \(found 64 x 64\)",
+        ),
+    ],
+)  # fmt: skip
+def test_refuses_what_it_does_not_execute(arch, dtype, dim, tiles, arguments, text):
+    q, k, v = qkv(1, 2, 2, 300, 300, dim, dtype)
+    with pytest.raises(BackendUnavailableError, match=f"backend 'fa4' {text}"):
+        block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="fa4", **arguments)
+    assert not fa4_stand_in.calls
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sm_80", "found sm_80, where flash-attn-4 drops the lists in silence and is dense"),
+        ("sm_89", "found sm_89, where flash-attn-4 drops the lists in silence"),
+        ("sm_120", "found sm_120, where flash-attn-4 has no block sparsity"),
+        ("sm_121", "found sm_121, where flash-attn-4 has no block sparsity"),
+        ("gfx942", r"a card of sm_90 or sm_100 \(found gfx942\)"),
+        ("cpu", r"a card of sm_90 or sm_100 \(found cpu\)"),
+    ],
+)
+def test_other_cards_are_refused_by_name(monkeypatch, name, text):
+    fa4_stand_in.install(monkeypatch, name)
+    q, k, v = qkv(1, 2, 2, 300, 300, 16, torch.bfloat16)
+    with pytest.raises(BackendUnavailableError, match=text):
+        block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="fa4")
+
+
+def test_a_missing_package_is_told_with_its_extra(monkeypatch):
+    monkeypatch.setattr(support, "architecture", lambda device: "sm_90")
+    support.package_problem.cache_clear()
+
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    assert fa4_requirement(CPU) == "the flash-attn-4 package (found none: pip install 'dit-accel[fa4]')"
+    support.package_problem.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert "a flash-attn-4 that can be imported (found 4.0, and " in str(fa4_requirement(CPU))
+    support.package_problem.cache_clear()
+
+
+def test_auto_takes_it_where_it_is_right_and_was_compiled(monkeypatch):
+    """Calls by lists alone, on sm_90; elsewhere and for other calls what was taken before."""
+    fa4_stand_in.install(monkeypatch, "sm_90")
+    half, tile = torch.bfloat16, (128, 128)
+    assert resolve_backend("auto", CPU, half, 128, tile) == "fa4"
+    assert resolve_backend("auto", CPU, half, 128) == "torch"
+    assert resolve_backend("auto", CPU, half, 192, tile) == "torch"
+    assert resolve_backend("auto", CPU, torch.float32, 128, tile) == "torch"
+    assert resolve_backend("auto", CPU, half, 128, (64, 64)) == "torch"
+    assert resolve_backend("triton", CPU, half, 128, tile) == "triton"
+    q, k, v = qkv(1, 2, 2, 300, 300, 16, half)
+    for arguments in (dict(selection=Selection(vote=Vote())), dict(frame_decay=DECAY)):
+        block_sparse_attention(q, k, v, LISTS, layout="bhsd", **arguments)
+        assert not fa4_stand_in.calls
+    block_sparse_attention(q, k, v, LISTS, layout="bhsd")
+    assert len(fa4_stand_in.calls) == 1
+    fa4_stand_in.install(monkeypatch, "sm_100")
+    assert resolve_backend("auto", CPU, half, 128, tile) == "torch"
+
+
+@NEEDS_PACKAGE
+def test_the_stand_in_has_the_real_ones_signature():
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import flash_attn_func
+
+    assert fa4_stand_in.BlockSparseTensorsTorch._fields == BlockSparseTensorsTorch._fields
+    expected = inspect.signature(flash_attn_func).parameters
+    found = inspect.signature(fa4_stand_in.flash_attn_func).parameters
+    assert {name: x.default for name, x in found.items()} == {name: x.default for name, x in expected.items()}
+
+
+COMPILES = """
+import os, sys, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from dit_accel_kernels import TileLists
+from dit_accel_kernels.backends.fa4 import attend, support
+from dit_accel_kernels.problem import Problem
+from flash_attn.cute.interface import _flash_attn_fwd
+
+dim, block_q, masked = (int(x) for x in sys.argv[1:])
+support.architecture = lambda device: "sm_90"
+support.triton_requirement = lambda *given: None
+states = torch.zeros(-(-1000 // block_q), 8, dtype=torch.uint8)
+states[:, ::3] = 2
+tiles = TileLists.from_states(states, block_q=block_q, block_k=128, num_q=1000, num_k=1000)
+valid = torch.arange(1000)[None] < torch.tensor([[1000], [700]])
+parts = dict(exact_offsets=tiles.exact_offsets, exact_indices=tiles.exact_indices, pooled_offsets=None)
+problem = Problem(
+    q=torch.zeros(2, 4, 1000, dim, dtype=torch.bfloat16), k=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16),
+    v=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16), **parts, pooled_indices=None, block_q=block_q, block_k=128,
+    logit_scale=0.1, head_scale=None, key_valid=valid if masked else None, decay=None,
+)
+blocks = attend._blocks(problem)._replace(empty=None)  # what is done to them after the call is no compiler's work
+with FakeTensorMode(allow_non_fake_inputs=True):
+    there = lambda x: None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+    attend._blocks_of = lambda problem: attend.Blocks(*map(there, blocks))
+    moved = {name: there(getattr(problem, name)) for name in ("q", "k", "v", "key_valid")}
+    from dataclasses import replace
+    out, lse = attend._exact_tiles(replace(problem, **moved), moved["q"], need_lse=True)
+assert out.shape == (2, 4, 1000, dim) and lse.shape == (2, 4, 1000), (out.shape, lse.shape)
+print("compiled", len(_flash_attn_fwd.compile_cache.cache))
+"""
+
+
+@NEEDS_PACKAGE
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "block_q", "masked"), [(128, 128, 0), (128, 128, 1), (96, 256, 1), (64, 128, 0)])
+def test_the_real_calls_compile_for_sm_90(dim, block_q, masked):
+    """Without a card: the lists, strides and mask that a call hands over, through flash-attn-4's own compiler."""
+    environment = dict(
+        FLASH_ATTENTION_ARCH="sm_90", CUTE_DSL_ARCH="sm_90a", FLASH_ATTENTION_NUM_SMS="132",
+        PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2] / "kernels"), *sys.path]),
+    )  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILES, str(dim), str(block_q), str(masked)],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert found.stdout.endswith("compiled 1\n"), found.stderr[-3000:]
+
+
+@NEEDS_PACKAGE
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("features", ["", "pooled", "mask pooled", "heads pooled"])
+def test_agrees_with_the_specification_on_a_card(dim, features):
+    device = torch.device("cuda")
+    missing = fa4_requirement(device)
+    if missing:
+        pytest.skip(f"needs {missing}")
+    groups = 4 if "heads" in features else 1
+    tiles = random_lists(groups, 1000, 1100, 128, 128, pooled="pooled" in features).to(device)
+    q, k, v = (x.to(device) for x in qkv(1, 4, 2, 1000, 1100, dim, torch.bfloat16))
+    arguments = dict(layout="bhsd")
+    if "mask" in features:
+        arguments |= dict(key_mask=torch.rand(1, 1100, device=device) > 0.3)
+    check_against_reference(q, k, v, tiles, backend="fa4", **arguments)
