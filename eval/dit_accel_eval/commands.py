@@ -31,10 +31,7 @@ def run_suite(
     workers: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = 1,
     clips: Annotated[int | None, typer.Option(help="Run only the first so many clips.", min=1)] = None,
     timed: Annotated[bool, typer.Option("--time", help="Time each arm beside the dense run of as many steps.")] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Of torch; default: 1, timed 2; for a model that is not embedded torch's own.", min=1),
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch; default: 1, timed 2; own models: all.", min=1)] = None,
     frames: Annotated[
         Path | None, typer.Option(help="Folder that keeps every run's frames, for the report.", metavar="DIR")
     ] = None,
@@ -81,14 +78,10 @@ def run_suite(
         threads=threads or _usual_threads(read, timed, workers), frames=frames, talk=not quiet and not TALK.is_terminal,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
-    stopped = None
     if not only_table:
-        quiet, stopped = _run(job, clips, workers, quiet)
-    if not quiet:
-        _show_run(job, read_lines(job.out), written=not only_table)
-    if stopped:
-        warn(f"stopped at the budget: {stopped}; run the same again to go on, or raise the budget")
-        raise typer.Exit(1)
+        _run(job, clips, workers, quiet)
+    elif not quiet:
+        _show_run(job, read_lines(job.out), written=False)
 
 
 def _usual_threads(suite: "Suite", timed: bool, workers: int) -> int | None:
@@ -98,16 +91,17 @@ def _usual_threads(suite: "Suite", timed: bool, workers: int) -> int | None:
     return None
 
 
-def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> tuple[bool, str | None]:
-    """Run what a job's file does not hold yet.
+def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
+    """Run what a job's file does not hold yet, and show all.
 
-    Returns:
-        Whether this process is to print nothing, and why it stopped, where the budget did not hold all.
+    Raises:
+        Exit: with code 1, where the budget did not hold all.
     """
     from dit_accel_pipelines.ranks import Ranks
 
     from .compare import run
     from .job import clips_of
+    from .results import read_lines
     from .run_progress import SuiteProgress
 
     quiet = quiet or not Ranks().first
@@ -115,7 +109,11 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> tuple[bool
     with SuiteProgress(job.suite, wanted, quiet=quiet) as watch:
         told = dataclasses.replace(job, talk=job.talk and not quiet)
         stopped = run(told, wanted, workers=workers, watch=watch)
-    return quiet, stopped
+    if not quiet:
+        _show_run(job, read_lines(job.out), written=True)
+    if stopped:
+        warn(f"stopped at the budget: {stopped}; run the same again to go on, or raise the budget")
+        raise typer.Exit(1)
 
 
 def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:

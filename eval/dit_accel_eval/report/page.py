@@ -54,7 +54,6 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
 
     shown, references, failed = players_of(report, players)
     first = report.results.lines[0]
-    scored = any("score" in arm.means for arm in report.arms)
     about = {
         "prefix": prefix,
         "title": f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
@@ -77,8 +76,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
             for metric, least in report.minimums.items()
         ),
         groups=_groups(report),
-        metrics={key: words for key, words in ALWAYS.items() if key != "score" or scored},
-        scored=scored,
+        metrics=_shown(report),
         further=report.further,
         words_of=words_of,
         better_of=better_of,
@@ -101,6 +99,12 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         tokens=tokens_of(first),
     )
     return {**about, "text": Markup(text)}  # its values were escaped
+
+
+def _shown(report: Report) -> dict[str, str]:
+    """Return `ALWAYS`, without the score where no arm has one."""
+    scored = any("score" in arm.means for arm in report.arms)
+    return {key: words for key, words in ALWAYS.items() if key != "score" or scored}
 
 
 def _summary(report: Report) -> str:
