@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from dit_accel_kernels import (
     EXACT,
     POOLED,
+    SKIPPED,
     FrameDecay,
     Routing,
     Selection,
@@ -165,7 +166,7 @@ def test_a_column_pinned_everywhere_leaves_the_threshold_alone():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_expanded_lists_are_the_plan_filtered(groups, masked):
-    """Entries, sections, decays and places of every batch and head; pooled lists hold static and demoted tiles once."""
+    """Entries, sections, decays and places of every batch and head; pooled bits hold static and demoted tiles."""
     q, k, v = qkv(2, 2, 2, 70, 70, 16, torch.float32)
     keep, pinned = bits(2, 2, 5, 5), bits(5, 5, share=0.2)
     arguments: dict = dict(frame_decay=decay(70, 16)) | (dict(key_length=torch.tensor([70, 20])) if masked else {})
@@ -176,25 +177,43 @@ def test_expanded_lists_are_the_plan_filtered(groups, masked):
     states = selected_states(call.tiled()).expand(2, 2, -1, -1)
     places = set()
     for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(5)).tolist():
-        place, pooled_place = b * lists.strides[0] + h * lists.strides[1], b * lists.strides[2] + h * lists.strides[3]
+        place = b * lists.strides[0] + h * lists.strides[1]
         begin, *ends, pooled_start, pooled_end = lists.bounds[2 * b + h, i].tolist()
         start, *plan_ends = plan.bounds[b * plan.strides[0] + h * plan.strides[1], i, :4].tolist()
         assert begin == start
-        listed = []
         for end, plan_end in zip(ends, plan_ends, strict=True):
             expected = [n for n in range(start, plan_end) if states[b, h, i, plan.indices[n]] == EXACT]
             assert lists.indices[place + begin : place + end].tolist() == plan.indices[expected].tolist()
             assert lists.entry_t[place + begin : place + end].tolist() == plan.entry_t[expected].tolist()
             assert places.isdisjoint(range(place + begin, place + end))
             places |= set(range(place + begin, place + end))
-            listed += plan.indices[start:plan_end].tolist()
             start, begin = plan_end, end
-        pooled = lists.pooled_indices[pooled_place + pooled_start : pooled_place + pooled_end].tolist()
-        static = tiles.states().expand(4, -1, -1)[2 * b + h] if groups < 2 else tiles.states()[(2 * b + h) % groups]
-        expected = [j for j in range(5) if states[b, h, i, j] == POOLED and (static[i, j] == POOLED or j in listed)]
-        assert sorted(pooled) == expected
+        set_of_bits = b * lists.pooled_strides[0] + h * lists.pooled_strides[1]
+        pooled = unpack_bits(lists.pooled_bits.flatten(0, 1)[set_of_bits, i], 5)
+        assert torch.equal(pooled, states[b, h, i] == POOLED)
+        assert not pooled.any() or (pooled_start, pooled_end) == (0, 32)  # whole words
+        assert pooled.any() or pooled_start == pooled_end
     assert min(places) > 0
     assert max(places) < lists.indices.numel() - 1
+
+
+@pytest.mark.slow
+def test_pooled_tiles_are_walked_from_the_first_to_the_last():
+    """Chunks of 32 tiles: rows that pool none, few, those in the middle and all; then bits of many words."""
+    states = torch.full((5, 131), SKIPPED, dtype=torch.uint8)
+    states[:, ::20] = EXACT
+    states[1, 100] = states[2, 3] = states[2, 5] = states[3, 40:90] = states[4] = POOLED
+    tiles = TileLists.from_states(states, block_q=16, block_k=16, num_q=70, num_k=2090)
+    q, k, v = qkv(1, 1, 1, 70, 2090, 16, torch.float32)
+    plan = triton_plan.row_plan(problem(q, k, v, tiles, Selection()))
+    assert plan.bounds[0, :, 4:].tolist() == [[0, 0], [100, 101], [3, 6], [40, 90], [0, 131]]
+    check(q, k, v, tiles, Selection())
+    keep = torch.ones(1, 1, 5, 131, dtype=torch.bool)
+    keep[..., 70:] = False
+    check(q, k, v, tiles, Selection(keep=pack_bits(keep), rest="pooled"))
+    call = problem(q, k, v, tiles, Selection(keep=pack_bits(keep), rest="pooled"))
+    lists, _ = triton_expand.expand(call, plan, None)
+    assert lists.bounds[0, :, 4:].tolist() == [[64, 128], [64, 128], [0, 128], [32, 128], [0, 160]]
 
 
 def votes(q, k, v, tiles, selection, backend="triton", **arguments) -> Tensor:

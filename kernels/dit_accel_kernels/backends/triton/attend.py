@@ -132,7 +132,7 @@ def _kept(problem: Problem, plan: RowPlan, lists: Lists, words: Tensor) -> Tenso
     else:
         kept = selection.keep.clone(memory_format=torch.contiguous_format)
     own = lists.strides
-    strides = (*plan.strides, 0, 0) if own is None else (problem.q.shape[1], 1, *own[:2])
+    strides = (*plan.strides, 0, 0) if own is None else (problem.q.shape[1], 1, *own)
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
     fold(kept, words, lists.indices, lists.bounds, pinned, strides, reverse=selection.reverse)
     return kept
@@ -158,20 +158,27 @@ def _launch(
     _fwd_kernel[(programs,)](
         q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
-        None if means is None else plan.pooled_t, lists.pooled_indices, *pooled, words,
-        *_descriptors(problem, block_k),
+        None if means is None else plan.pooled_t, lists.pooled_bits, *pooled, words,
+        *_descriptors(problem, block_k), *_mean_descriptors(problem, means, pooled_block(problem, launch)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
         *out.stride()[:3], *plan.strides,
-        0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None,) * 4),
+        0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None, None)),
+        *(lists.pooled_strides or (None, None)),
         num_q, k.shape[2], heads, k.shape[1], problem.query_tiles, problem.key_tiles,
         0 if table is None else table.numel() - 1, problem.logit_scale * LOG2_E,
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
-        BLOCK_S=min(block_k, launch.block_s), DIM=dim, D1=d1, D2=d2, PRECISION=precision(q.dtype, q.device),
-        VOTE=None if vote is None else vote.criterion, STARTED=start is not None,
+        BLOCK_S=min(block_k, launch.block_s), BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2,
+        PRECISION=precision(q.dtype, q.device), VOTE=None if vote is None else vote.criterion,
+        STARTED=start is not None,
         num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def pooled_block(problem: Problem, launch: Launch) -> int:
+    """Pooled tiles of a chunk: as many as the plain loop has keys in one, or with decay as the slow loop."""
+    return launch.block_k if problem.decay is None else min(launch.block_k, launch.block_s)
 
 
 def _descriptors(problem: Problem, block_k: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
@@ -187,6 +194,17 @@ def _descriptors(problem: Problem, block_k: int) -> tuple[TensorDescriptor | Non
         return None, None
     block = [1, 1, block_k, dim]
     return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (k, v))  # pyright: ignore
+
+
+def _mean_descriptors(
+    problem: Problem, means: tuple[Tensor, Tensor, Tensor] | None, block: int
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """The means for bulk copies of `block` tiles, where the card has them."""
+    dim, device = problem.k.shape[-1], problem.k.device
+    if means is None or not bulk_copies(architecture(device), problem.k.dtype) or dim < 16 or dim & (dim - 1):
+        return None, None
+    shape = [1, 1, block, dim]
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), shape) for x in means[:2])  # pyright: ignore
 
 
 def _like(q: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def _attend_backward(
             lists, exact = expand(problem, rows, problem.selection.routed)
             columns = expand_columns(problem, columns, exact)
         _query_grad(problem, rows, lists, shared, means, grads[0], dq, block_k)
-        mean_grads = _pooled_grads(problem, rows, columns, shared, means, pooled)
+        mean_grads = _pooled_grads(problem, rows, lists, shared, means, pooled)
         _key_grads(problem, rows, columns, shared, mean_grads, grads[1:], dkdv, block_q)
     return grads[0], grads[1], grads[2]
 
@@ -151,9 +151,10 @@ def _query_grad(
     _dq_kernel[(programs,)](
         q, k, v, grad_out, grad_q, base, delta, norm, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames,
-        None if means[0] is None else plan.pooled_t, lists.pooled_indices, *means,
+        None if means[0] is None else plan.pooled_t, lists.pooled_bits, *means,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
-        *plan.strides, _scale_stride(problem), *(lists.strides or (None,) * 4),
+        *plan.strides, _scale_stride(problem), *(lists.strides or (None, None)),
+        *(lists.pooled_strides or (None, None)),
         num_q, k.shape[2], heads, k.shape[1],
         problem.query_tiles, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
@@ -164,21 +165,21 @@ def _query_grad(
 
 
 def _pooled_grads(
-    problem: Problem, rows: RowPlan, columns: ColumnPlan, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
+    problem: Problem, rows: RowPlan, lists: Lists, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
     size: Launch,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the means of K and V, float32 [B, HK, NK, D], and the true lengths; None without pooled tiles."""
     k_mean, v_mean, length = means
-    if k_mean is None or columns.pooled_bits is None:
+    if k_mean is None or lists.pooled_bits is None or lists.pooled_strides is None:
         return None, None, None
     q, _, _, grad_out, base, delta, norm = shared
     batch, heads, num_q, dim = q.shape
-    key_heads, words = k_mean.shape[1], columns.pooled_bits.shape[-1]
+    key_heads, words = k_mean.shape[1], lists.pooled_bits.shape[-1]
     dk_mean, dv_mean = (torch.empty(k_mean.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     _pooled_dkdv_kernel[(batch * key_heads * words,)](
-        q, grad_out, base, delta, norm, k_mean, v_mean, length, dk_mean, dv_mean, columns.pooled_bits,
+        q, grad_out, base, delta, norm, k_mean, v_mean, length, dk_mean, dv_mean, lists.pooled_bits,
         problem.token_order, problem.head_scale, rows.q_frames, rows.pooled_t,
-        *q.stride()[:3], *grad_out.stride()[:3], *columns.strides, _scale_stride(problem),
+        *q.stride()[:3], *grad_out.stride()[:3], *lists.pooled_strides, _scale_stride(problem),
         num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
         TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), WORD=WORD, DIM=dim,
         BLOCK_D=column_block(dim), PRECISION="ieee",

@@ -16,7 +16,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.backends.triton.forward import _full_chunk, _load_part, _pooled, _store_part
+from dit_accel_kernels.backends.triton.forward import (
+    _full_chunk,
+    _load_part,
+    _pooled_bits,
+    _pooled_range,
+    _store_part,
+)
 from dit_accel_kernels.backends.triton.votes import _sections
 
 
@@ -77,7 +83,7 @@ def _dq_kernel(
     indices_ptr, bounds_ptr, q_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
-    pooled_indices_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK], or None
+    pooled_bits_ptr, k_mean_ptr, v_mean_ptr, length_ptr,  # [G, NQ, W], [B, HK, NK, D] twice, [B, NK], or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_dqb, stride_dqh, stride_dqs, stride_gb, stride_gh, stride_hb,
     stride_ib, stride_ih, stride_pb, stride_ph,  # as in the forward kernel
@@ -101,8 +107,6 @@ def _dq_kernel(
         indices_ptr += own
         if entry_t_ptr is not None:
             entry_t_ptr += own
-        if pooled_indices_ptr is not None:
-            pooled_indices_ptr += b.to(tl.int64) * stride_pb + h.to(tl.int64) * stride_ph
     bounds_ptr += (lists + q_tile) * 6
     batch, head = b.to(tl.int64), h.to(tl.int64)
     k_ptr += batch * stride_kb + hk * stride_kh
@@ -164,20 +168,23 @@ def _dq_kernel(
         grad_s = tl.where(here[None, :], grad_s, 0.0)
         dq = tl.dot(grad_s.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    if pooled_indices_ptr is not None:
-        pooled_indices_ptr, pooled_end = _pooled(bounds_ptr, pooled_indices_ptr)
+    if pooled_bits_ptr is not None:
+        pooled, pooled_end = _pooled_range(bounds_ptr, BLOCK_S)
+        bits = pooled_bits_ptr + ((batch * stride_pb + h * stride_ph) * q_tiles + q_tile) * ((k_tiles + 31) // 32)
         means = (batch * key_heads + hk) * k_tiles * DIM
-        for n in tl.range(0, pooled_end, BLOCK_S, num_stages=1):
-            entry = n + tl.arange(0, BLOCK_S)
-            k_tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
-            length = tl.load(length_ptr + batch * k_tiles + k_tile, mask=entry < pooled_end, other=0.0)
-            k = _load_part(k_mean_ptr + means, k_tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
-            v = _load_part(v_mean_ptr + means, k_tile, length > 0, DIM, True, 0, BLOCK_D, DIM)
+        for n in tl.range(pooled, pooled_end, BLOCK_S, num_stages=1):
+            k_tile = n + tl.arange(0, BLOCK_S)
+            inside = k_tile < k_tiles
+            length = tl.load(length_ptr + batch * k_tiles + k_tile, mask=inside, other=0.0)
+            length = tl.where(_pooled_bits(bits, k_tile, k_tiles), length, 0.0)
+            k = _load_part(k_mean_ptr + means, k_tile, inside, DIM, True, 0, BLOCK_D, DIM)
+            v = _load_part(v_mean_ptr + means, k_tile, inside, DIM, True, 0, BLOCK_D, DIM)
             x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             t = 1.0
             if pooled_t_ptr is not None:
-                t = tl.load(pooled_t_ptr + (q_frame[:, None] + 1) * k_tiles + k_tile[None, :])
+                at = (q_frame[:, None] + 1) * k_tiles + k_tile[None, :]
+                t = tl.load(pooled_t_ptr + at, mask=inside[None, :], other=1.0)
             mass = _mass(base[:, None], length[None, :], NATURAL)
             p, grad_s = _weights(x, t, mass, 1.0, grad_p, delta[:, None], pooled_t_ptr is not None, NATURAL)
             if NATURAL:

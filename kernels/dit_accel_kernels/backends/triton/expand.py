@@ -2,8 +2,8 @@
 
 One launch, no sync and no sort: a program reads a query tile of the static plan (plan.py), in which the order of
 the three sections and of the entries stays, and writes what is left to the same places of a scratch that has room for
-the whole plan, once for every batch and head that shares its lists. Tiles that become pooled join the static pooled
-ones. The exact tiles also leave as bits.
+the whole plan, once for every batch and head that shares its lists. The exact tiles also leave as bits, and the pooled
+ones as nothing else: those of the lists and those that a selection adds.
 """
 
 # Device code is typed by Triton's compiler:
@@ -36,36 +36,30 @@ class Lists:
     """What the forward reads: lists of a plan, or those of every batch and head.
 
     `indices`, `entry_t` and `bounds` are as in a RowPlan; `bounds` is int64 [B*H, NQ, 6] where every batch and head has
-    its own lists, relative to b * strides[0] + h * strides[1] in the exact entries, strides[2] and [3] in the pooled
-    ones. `strides` is None where lists are the plan's.
+    its own lists, relative to b * strides[0] + h * strides[1] in the exact entries. `strides` is None where lists are
+    the plan's. `pooled_bits` int32 [*, NQ, W]: the pooled tiles as bits, None where a call has none; `pooled_strides`
+    of batch and head over its sets, None where lists are the plan's and nothing is pooled.
     """
 
     indices: Tensor
     entry_t: Tensor | None
     bounds: Tensor
-    pooled_indices: Tensor | None
-    strides: tuple[int, int, int, int] | None
+    pooled_bits: Tensor | None
+    strides: tuple[int, int] | None
+    pooled_strides: tuple[int, int] | None
 
 
 @triton.jit
-def _fate(k_tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST: tl.constexpr):
-    """Which tiles of a query tile stay exact and which become pooled, of those inside."""
-    stays = inside
-    pools = inside & (k_tile < 0)
-    free = inside
-    if pinned_ptr is not None:
-        free &= (tl.load(pinned_ptr + k_tile // 32, mask=inside, other=0) >> k_tile % 32) & 1 == 0
+def _stays(k_tile, inside, keep_ptr, pinned_ptr, route_ptr):
+    """Which tiles of a query tile stay exact, of those inside."""
+    word = tl.full(k_tile.shape, -1, tl.int32)
     if keep_ptr is not None:
-        dropped = free & ((tl.load(keep_ptr + k_tile // 32, mask=inside, other=0) >> k_tile % 32) & 1 == 0)
-        stays &= ~dropped
-        free &= ~dropped
-        if POOL_REST:
-            pools |= dropped
+        word &= tl.load(keep_ptr + k_tile // 32, mask=inside, other=0)
     if route_ptr is not None:
-        under = free & ((tl.load(route_ptr + k_tile // 32, mask=inside, other=0) >> k_tile % 32) & 1 == 0)
-        stays &= ~under
-        pools |= under
-    return stays, pools
+        word &= tl.load(route_ptr + k_tile // 32, mask=inside, other=0)
+    if pinned_ptr is not None:
+        word |= tl.load(pinned_ptr + k_tile // 32, mask=inside, other=0)
+    return inside & ((word >> k_tile % 32) & 1 != 0)
 
 
 @triton.jit
@@ -78,25 +72,28 @@ def _append(out_ptr, end, value, chosen):
 
 
 _INTEGERS = (
-    "stride_gb", "stride_gh", "stride_sb", "stride_sh", "stride_ib", "stride_ih", "stride_pb", "stride_ph", "heads",
-    "q_tiles", "words",
+    "stride_gb", "stride_gh", "stride_sb", "stride_sh", "stride_ib", "stride_ih", "heads", "q_tiles", "words",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _expand_kernel(
-    indices_ptr, bounds_ptr, entry_t_ptr, pooled_indices_ptr,  # the plan's; the last two or None
-    static_ptr, keep_ptr, pinned_ptr, route_ptr,  # bits [G, NQ, W], [B, H, NQ, W], [NQ, W], [B, H, NQ, W], or None
+    indices_ptr, bounds_ptr, entry_t_ptr,  # the plan's; the last or None
+    static_ptr, pooled_ptr,  # bits [G, NQ, W] of the exact and pooled lists; the last or None
+    keep_ptr, pinned_ptr, route_ptr,  # bits [B, H, NQ, W], [NQ, W], [B, H, NQ, W], or None
     out_ptr, out_bounds_ptr, out_t_ptr, out_pooled_ptr, exact_ptr,
-    stride_gb, stride_gh, stride_sb, stride_sh, stride_ib, stride_ih, stride_pb, stride_ph, heads, q_tiles, words,
+    stride_gb, stride_gh, stride_sb, stride_sh, stride_ib, stride_ih, heads, q_tiles, words,
     POOL_REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Lists and exact bits of one query tile of one head; strides are those of Lists, and of list sets before them."""
+    """Lists and bits of one query tile of one head; strides are those of Lists, and of list sets before them."""
     bh, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     place = tl.program_id(0).to(tl.int64)
     bounds_ptr += ((b * stride_gb + h * stride_gh) * q_tiles + q_tile) * 6
-    static_ptr += ((b * stride_sb + h * stride_sh) * q_tiles + q_tile) * words
+    own = ((b * stride_sb + h * stride_sh) * q_tiles + q_tile) * words
+    static_ptr += own
+    if pooled_ptr is not None:
+        pooled_ptr += own
     out_bounds_ptr += place * 6
     exact_ptr += place * words
     if keep_ptr is not None:
@@ -105,6 +102,9 @@ def _expand_kernel(
         pinned_ptr += q_tile.to(tl.int64) * words
     if route_ptr is not None:
         route_ptr += place * words
+    if out_pooled_ptr is not None:
+        out_pooled_ptr += place * words
+    pooled_first, pooled_end = words, 0
     for first in range(0, words, 32):
         word = first + tl.arange(0, 32)
         inside = word < words
@@ -112,11 +112,21 @@ def _expand_kernel(
         pinned = tl.zeros([32], tl.int32)
         if pinned_ptr is not None:
             pinned = tl.load(pinned_ptr + word, mask=inside, other=0)
+        stays = exact
         if keep_ptr is not None:
-            exact &= tl.load(keep_ptr + word, mask=inside, other=0) | pinned
+            stays &= tl.load(keep_ptr + word, mask=inside, other=0) | pinned
+            if not POOL_REST:
+                exact = stays
         if route_ptr is not None:
-            exact &= tl.load(route_ptr + word, mask=inside, other=0) | pinned
-        tl.store(exact_ptr + word, exact, mask=inside)
+            stays &= tl.load(route_ptr + word, mask=inside, other=0) | pinned
+        tl.store(exact_ptr + word, stays, mask=inside)
+        if out_pooled_ptr is not None:
+            pooled = exact & ~stays
+            if pooled_ptr is not None:
+                pooled |= tl.load(pooled_ptr + word, mask=inside, other=0)
+            tl.store(out_pooled_ptr + word, pooled, mask=inside)
+            pooled_first = tl.minimum(pooled_first, tl.min(tl.where(pooled != 0, word, words), 0))
+            pooled_end = tl.maximum(pooled_end, tl.max(tl.where(pooled != 0, word + 1, 0), 0))
 
     begin = tl.load(bounds_ptr)
     out_ptr += b * stride_ib + h * stride_ih
@@ -124,33 +134,20 @@ def _expand_kernel(
         out_t_ptr += b * stride_ib + h * stride_ih
     end = begin
     tl.store(out_bounds_ptr, begin)
-    if out_pooled_ptr is not None:  # room for the plan's pooled entries of this query tile and its exact ones
-        out_pooled_ptr += b * stride_pb + h * stride_ph
-        pooled_start, pooled_end = tl.load(bounds_ptr + 4), tl.load(bounds_ptr + 5)
-        pooled = begin - 1 + pooled_start
-        tl.store(out_bounds_ptr + 4, pooled)
-        if pooled_indices_ptr is not None:
-            for first in range(pooled_start, pooled_end, BLOCK):
-                entry = first + tl.arange(0, BLOCK)
-                inside = entry < pooled_end
-                k_tile = tl.load(pooled_indices_ptr + entry, mask=inside, other=0)
-                pooled, _ = _append(out_pooled_ptr, pooled, k_tile, inside)
+    tl.store(out_bounds_ptr + 4, tl.minimum(pooled_first, pooled_end).to(tl.int64) * 32)
+    tl.store(out_bounds_ptr + 5, tl.cast(pooled_end, tl.int64) * 32)
     for section in tl.static_range(3):
         section_end = tl.load(bounds_ptr + 1 + section)
         for first in range(begin, section_end, BLOCK):
             entry = first + tl.arange(0, BLOCK)
             inside = entry < section_end
             k_tile = tl.load(indices_ptr + entry, mask=inside, other=0)
-            stays, pools = _fate(k_tile, inside, keep_ptr, pinned_ptr, route_ptr, POOL_REST)
+            stays = _stays(k_tile, inside, keep_ptr, pinned_ptr, route_ptr)
             end, to = _append(out_ptr, end, k_tile, stays)
             if entry_t_ptr is not None:
                 tl.store(out_t_ptr + to, tl.load(entry_t_ptr + entry, mask=inside, other=1.0), mask=stays)
-            if out_pooled_ptr is not None:
-                pooled, _ = _append(out_pooled_ptr, pooled, k_tile, pools)
         tl.store(out_bounds_ptr + 1 + section, end)
         begin = section_end
-    if out_pooled_ptr is not None:
-        tl.store(out_bounds_ptr + 5, pooled)
 
 
 def static_lists(problem: Problem, plan: RowPlan) -> Lists:
@@ -159,14 +156,23 @@ def static_lists(problem: Problem, plan: RowPlan) -> Lists:
         indices=plan.indices,
         entry_t=plan.entry_t,
         bounds=plan.bounds,
-        pooled_indices=problem.pooled_indices,
+        pooled_bits=_pooled_bits(problem),
         strides=None,
+        pooled_strides=None if problem.pooled_indices is None else plan.list_strides,
     )
 
 
 def static_bits(problem: Problem) -> Tensor:
     """The exact lists as bits int32 [G, NQ, W], remembered as long as they live; not to be written to."""
     offsets, indices, tiles = problem.exact_offsets, problem.exact_indices, problem.key_tiles
+    return _BITS.get([offsets, indices], (tiles,), lambda: bits_of(offsets, indices, tiles))
+
+
+def _pooled_bits(problem: Problem) -> Tensor | None:
+    """The pooled lists as bits int32 [G, NQ, W], remembered like the exact ones; None without any."""
+    offsets, indices, tiles = problem.pooled_offsets, problem.pooled_indices, problem.key_tiles
+    if offsets is None or indices is None:
+        return None
     return _BITS.get([offsets, indices], (tiles,), lambda: bits_of(offsets, indices, tiles))
 
 
@@ -203,30 +209,23 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     keep = None if selection.keep is None else selection.keep.contiguous()
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
     own = plan.list_strides
-    exact_strides, exact_copies = _copies(*plan.strides, batch, heads)
-    pooled_strides, pooled_copies = _copies(*own, batch, heads)
-    if plan.strides[0] and not own[0] and not own[1]:  # where masks split the plan by batch: heads outside
-        pooled_strides = (1, batch)
+    (stride_b, stride_h), copies = _copies(*plan.strides, batch, heads)
     entries = plan.indices.numel() - 2
-    pooled_entries = 0 if problem.pooled_indices is None else problem.pooled_indices.numel()
-    indices = plan.indices.new_empty(exact_copies * entries + 2)
-    entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(exact_copies * entries + 2)
-    pooled = None
-    if may_pool(problem):
-        pooled = indices.new_empty(exact_copies * entries + pooled_copies * pooled_entries)
-    strides = (
-        *(s * entries for s in exact_strides),
-        *(s * entries + p * pooled_entries for s, p in zip(exact_strides, pooled_strides, strict=True)),
-    )
+    indices = plan.indices.new_empty(copies * entries + 2)
+    entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(copies * entries + 2)
+    strides = (stride_b * entries, stride_h * entries)
     bounds = plan.bounds.new_empty(batch * heads, q_tiles, 6)
     exact = indices.new_empty(batch, heads, q_tiles, words)
+    pooled = torch.empty_like(exact) if may_pool(problem) else None
     _expand_kernel[(batch * heads * q_tiles,)](
-        plan.indices, plan.bounds, plan.entry_t, problem.pooled_indices,
-        static_bits(problem), keep, pinned, routed, indices, bounds, entry_t, pooled, exact,
-        *plan.strides, *own, *strides, heads, q_tiles, words,
+        plan.indices, plan.bounds, plan.entry_t, static_bits(problem), _pooled_bits(problem), keep, pinned, routed,
+        indices, bounds, entry_t, pooled, exact, *plan.strides, *own, *strides, heads, q_tiles, words,
         POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return Lists(indices=indices, entry_t=entry_t, bounds=bounds, pooled_indices=pooled, strides=strides), exact
+    lists = Lists(
+        indices=indices, entry_t=entry_t, bounds=bounds, pooled_bits=pooled, strides=strides, pooled_strides=(heads, 1)
+    )
+    return lists, exact
 
 
 @triton.jit(
@@ -268,8 +267,6 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
 
     `exact` int32 [B, H, NQ, W], as `expand` returns it.
     """
-    selection = problem.selection
-    assert selection is not None
     batch, heads, q_tiles, words = exact.shape
     k_tiles, entries, own = problem.key_tiles, plan.q_tiles.numel(), plan.strides
     share, copies = _copies(*own, batch, heads)
@@ -281,17 +278,7 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
         plan.q_tiles, plan.bounds, plan.entry_t, exact, left, bounds, entry_t, *own, *strides,
         heads, q_tiles, k_tiles, words, BLOCK=BLOCK_COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip
-    bits = None
-    if may_pool(problem):
-        bits = _of_every_head(problem, static_bits(problem)) & ~exact
-        if selection.rest == "skip" and selection.keep is not None:
-            bits = bits & selection.keep  # the others were skipped, not routed to the pooled ones
-        if plan.pooled_bits is not None:
-            bits = bits | _of_every_head(problem, plan.pooled_bits)
-        bits = bits.flatten(0, 1).contiguous()
-    return replace(
-        plan, q_tiles=left, bounds=bounds, entry_t=entry_t, pooled_bits=bits, strides=(heads, 1), entry_strides=strides
-    )
+    return replace(plan, q_tiles=left, bounds=bounds, entry_t=entry_t, strides=(heads, 1), entry_strides=strides)
 
 
 def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple[int, int], int]:

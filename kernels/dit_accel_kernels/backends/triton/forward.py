@@ -2,9 +2,11 @@
 
 Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor
 branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
-Pooled tiles come last: a chunk of them is one product on the full query rows, with log2 of the true length added to
-the logit. All share one running maximum and one row sum. Logits are in base 2; sums are float32; addresses are 64-bit.
-Head dims that are no power of 2 are cut into two column parts (96 = 64 + 32), the second padded where it must be.
+Pooled tiles come last: the means of all key tiles lie in sequence, and a chunk of them is one product on the full query
+rows, with log2 of the true length added to the logit, -inf for those that the row's bits leave out. At few exact tiles
+nearly all are pooled: a walk that skips none of them needs no list. All share one running maximum and one row sum.
+Logits are in base 2; sums are float32; addresses are 64-bit. Head dims that are no power of 2 are cut into two column
+parts (96 = 64 + 32), the second padded where it must be.
 """
 
 # Device code is typed by Triton's compiler:
@@ -164,11 +166,28 @@ def _keys_and_values(
 
 
 @triton.jit
-def _pooled(bounds_ptr, indices_ptr):
-    """A row's pooled list, from its start on, which is a 64-bit place, and its length."""
-    start = tl.load(bounds_ptr + 4)
-    length = (tl.load(bounds_ptr + 5) - start).to(tl.int32)
-    return indices_ptr + start, length
+def _pooled_range(bounds_ptr, BLOCK: tl.constexpr):
+    """The first pooled key tile of a row, down to a whole chunk, and one past the last."""
+    return tl.load(bounds_ptr + 4).to(tl.int32) // BLOCK * BLOCK, tl.load(bounds_ptr + 5).to(tl.int32)
+
+
+@triton.jit
+def _pooled_bits(bits_ptr, k_tile, k_tiles):
+    """Whether a row's bits hold key tiles; those that are not there they don't."""
+    word = tl.load(bits_ptr + k_tile // 32, mask=k_tile < k_tiles, other=0)
+    return (word >> k_tile % 32) & 1 != 0
+
+
+@triton.jit
+def _pooled_bias(log_length_ptr, bits_ptr, k_tile, k_tiles):
+    """What is added to the logits of key tiles: log2 of the length, -inf for those that a row's bits leave out.
+
+    The sum of two joined columns is there for the compiler: bits tested next to the logits are tested by every thread
+    that holds one, and registers spill; a sum is made once and read by all.
+    """
+    length = tl.load(log_length_ptr + k_tile, mask=k_tile < k_tiles, other=float("-inf"))
+    out = tl.where(_pooled_bits(bits_ptr, k_tile, k_tiles), 0.0, float("-inf"))
+    return tl.sum(tl.join(length, out), 1)
 
 
 # Sizes of the problem, not worth a kernel for each value that is 1 or a multiple of 16.
@@ -184,22 +203,24 @@ def _fwd_kernel(
     indices_ptr, bounds_ptr, q_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
-    pooled_indices_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [nnz], [B, HK, NK, D] twice, [B, NK]; or None
+    pooled_bits_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [G, NQ, W], [B, HK, NK, D] twice, [B, NK]; or None
     words_ptr,  # int32 [B, H, NQ, SUBS_Q, W], need bits of votes by visit, or None
     k_desc, v_desc,  # descriptors of K and V [B, HK, S_k, D] in blocks of [1, 1, BLOCK_K, D], or None
+    k_mean_desc, v_mean_desc,  # of their means, in blocks of BLOCK_P, or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
     stride_ib, stride_ih, stride_pb, stride_ph,
     num_q, num_k, heads, key_heads, q_tiles, k_tiles, table_last, scale, step, vote_threshold,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_S: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
-    VOTE: tl.constexpr, STARTED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    PRECISION: tl.constexpr, VOTE: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE of one part of one query tile.
 
-    `step` is 1 or -1, the direction in which each section is visited. A chunk has BLOCK_K keys, and BLOCK_S in the
-    pooled and slow loops, which hold more for each key. With `stride_ib` and the three after it, strides of batch and
-    head in exact and in pooled entries, every batch and head has lists of its own, whose bounds are relative to that.
+    `step` is 1 or -1, the direction in which each section is visited. A chunk has BLOCK_K keys, BLOCK_S in
+    the slow loop, which holds more for each key, and BLOCK_P in the pooled one. With `stride_ib` and `stride_ih`, of
+    batch and head in exact entries, every batch and head has lists of its own, whose bounds are relative to that;
+    `stride_pb` and `stride_ph` are those of the sets of pooled bits.
     VOTE is None or the criterion by which tiles vote. Where STARTED, output and LSE hold those of other keys for the
     same rows, and are written anew with both.
     """
@@ -217,8 +238,6 @@ def _fwd_kernel(
         indices_ptr += base
         if entry_t_ptr is not None:
             entry_t_ptr += base
-        if pooled_indices_ptr is not None:
-            pooled_indices_ptr += b.to(tl.int64) * stride_pb + h.to(tl.int64) * stride_ph
     bounds_ptr += (lists + q_tile) * 6
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
     indices_ptr += start
@@ -337,22 +356,26 @@ def _fwd_kernel(
     if VOTE is not None:
         _store_rest(words_ptr, end_slow, word, live)
 
-    if pooled_indices_ptr is not None:
-        pooled_indices_ptr, pooled_end = _pooled(bounds_ptr, pooled_indices_ptr)
+    if pooled_bits_ptr is not None:
+        first, end = _pooled_range(bounds_ptr, BLOCK_P)
+        bits = pooled_bits_ptr + ((batch * stride_pb + h * stride_ph) * q_tiles + q_tile) * ((k_tiles + 31) // 32)
         means = (batch * key_heads + hk) * k_tiles * DIM
-        for n in tl.range(0, pooled_end, BLOCK_S, num_stages=2):
-            entry = n + tl.arange(0, BLOCK_S)
-            k_tile = tl.load(pooled_indices_ptr + entry, mask=entry < pooled_end, other=0)
-            weight = tl.load(log_length_ptr + b * k_tiles + k_tile, mask=entry < pooled_end, other=float("-inf"))
-            here = weight > float("-inf")
-            k1, k2 = _load(k_mean_ptr + means, k_tile, here, DIM, True, DIM, D1, D2)
-            v1, v2 = _load(v_mean_ptr + means, k_tile, here, DIM, True, DIM, D1, D2)
+        for n in tl.range(first, end, BLOCK_P, num_stages=2):
+            k_tile = n + tl.arange(0, BLOCK_P)
+            bias = _pooled_bias(log_length_ptr + b * k_tiles, bits, k_tile, k_tiles)
+            if k_mean_desc is not None:  # rows beyond the end come as zeros
+                k1, k2 = k_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
+                v1, v2 = v_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
+            else:
+                row = tl.minimum(k_tile, k_tiles - 1)
+                k1, k2 = _load(k_mean_ptr + means, row, row, DIM, False, DIM, D1, D2)
+                v1, v2 = _load(v_mean_ptr + means, row, row, DIM, False, DIM, D1, D2)
             x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
             if pooled_t_ptr is not None:
                 for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
-                    t = tl.load(pooled_t_ptr + (frame + 1) * k_tiles + k_tile)
+                    t = tl.load(pooled_t_ptr + (frame + 1) * k_tiles + k_tile, mask=k_tile < k_tiles, other=1.0)
                     x = _decay_rows(x, t, q_frame == frame)
-            x = tl.where(here[None, :], x + weight[None, :], float("-inf"))
+            x += bias[None, :]
             m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
 
     empty = total == 0  # rows without a key

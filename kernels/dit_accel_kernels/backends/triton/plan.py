@@ -23,10 +23,10 @@ class RowPlan:
     """What the kernel needs of lists, masks and frames; G' list sets, or B * G' where masks differ by batch.
 
     `bounds` int64 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
-    `entry_t`, whose first and last entry belong to no row), start and end of the pooled list. `q_order` int32 [G',
-    NQ], longest first. `strides` of batch and head over these list sets, `list_strides` over the call's own, which
-    masks don't split. `entry_t` float32 [nnz + 2] and `pooled_t` float32 [F + 2, NK] with decay. `valid` uint8 [B, S_k]
-    with a key mask; `q_frames`, `k_frames` int32: all in tiled order.
+    `entry_t`, whose first and last entry belong to no row), first pooled tile and one past the last. `q_order` int32
+    [G', NQ], longest first. `strides` of batch and head over these list sets, `list_strides` over the call's own,
+    which masks don't split. `entry_t` float32 [nnz + 2] and `pooled_t` float32 [F + 2, NK] with decay. `valid` uint8
+    [B, S_k] with a key mask; `q_frames`, `k_frames` int32: all in tiled order.
     """
 
     indices: Tensor
@@ -49,16 +49,16 @@ def row_plan(problem: Problem) -> RowPlan:
     if any(x is not None for x in (problem.key_length, problem.key_mask, problem.key_valid)):
         return _build(problem)
     decay = problem.decay or (None, None, None)
-    parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, *decay)
+    lists = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
     order = None if problem.decay is None else problem.token_order  # plain lists are in tiled order
-    return _CACHE.get(parts, shapes, lambda: _build(problem), loose=[order])
+    return _CACHE.get((*lists, *decay), shapes, lambda: _build(problem), loose=[order])
 
 
 def _build(problem: Problem) -> RowPlan:
     batch, heads = problem.q.shape[:2]
     sets, q_tiles = problem.exact_offsets.shape[0], problem.query_tiles
-    offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, problem.pooled_offsets
+    offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, _pooled_range(problem)
     valid, decay = problem.features_in_tiled_order()
     strides = own = list_strides(problem, heads)
     entry_row = row_of_entry(offsets, indices.numel())
@@ -75,18 +75,17 @@ def _build(problem: Problem) -> RowPlan:
             indices = indices.repeat(batch)
             entry_t = None if entry_t is None else entry_t.repeat(batch)
             offsets = torch.cat([offsets + b * problem.exact_indices.numel() for b in range(batch)])
-            pooled = None if pooled is None else pooled.repeat(batch, 1)
+            pooled = pooled.repeat(batch, 1, 1)
             strides, sets = (sets, own[1]), sets * batch
         entry_batch = entry_row // q_tiles * batch // sets
     section = sections_of(problem)[entry_batch, entry_row % q_tiles, indices.long()].long()
     bounds, order = _sort(section, entry_row, sets * q_tiles)
     begin = offsets[:, :-1].reshape(-1, 1) + 1
     bounds = torch.cat([begin, begin + bounds], 1).unflatten(0, (sets, q_tiles))
-    ends = torch.zeros_like(bounds[..., :2]) if pooled is None else torch.stack([pooled[:, :-1], pooled[:, 1:]], -1)
-    work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + ends[..., 1] - ends[..., 0]
+    work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + pooled[..., 1] - pooled[..., 0]
     return RowPlan(
         indices=_padded(indices[order]),
-        bounds=torch.cat([bounds, ends], -1).contiguous(),
+        bounds=torch.cat([bounds, pooled], -1).contiguous(),
         q_order=work.argsort(dim=-1, descending=True, stable=True).int(),
         strides=strides,
         list_strides=own,
@@ -96,6 +95,19 @@ def _build(problem: Problem) -> RowPlan:
         k_frames=None if decay is None else decay[2].clone(memory_format=torch.contiguous_format),
         pooled_t=None if pooled_t is None else pooled_t.contiguous(),
     )
+
+
+def _pooled_range(problem: Problem) -> Tensor:
+    """The first pooled key tile of each row of the lists and one past the last, int64 [G, NQ, 2]; 0 where none is."""
+    offsets, indices = problem.pooled_offsets, problem.pooled_indices
+    if offsets is None or indices is None or indices.numel() == 0:
+        return problem.exact_offsets.new_zeros(
+            problem.exact_offsets.shape[0], problem.query_tiles, 2, dtype=torch.int64
+        )
+    start, end = offsets[:, :-1].long(), offsets[:, 1:].long()
+    last = indices.numel() - 1
+    ends = torch.stack([indices[start.clamp(max=last)], indices[(end - 1).clamp(min=0)] + 1], -1).long()
+    return ends.masked_fill_((start == end)[..., None], 0)
 
 
 def list_strides(problem: Problem, heads: int) -> tuple[int, int]:

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.expand import may_pool
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import narrows
 
-SCRATCH_BYTES = 1 << 30  # of lists that one launch may read; at 460k tokens and 40 heads all of them take 16 GB
+SCRATCH_BYTES = 1 << 30  # of lists that one launch may read; at 460k tokens and 40 heads all of them take 8 GB
 Slice = tuple[slice, slice]  # of batches and of heads
 
 
@@ -19,9 +18,7 @@ def slices(problem: Problem) -> list[Slice]:
     """Batches and heads to be computed together, query heads that share a key head among them always."""
     (batch, heads), key_heads = problem.q.shape[:2], problem.k.shape[1]
     groups = problem.exact_offsets.shape[0]
-    entries = problem.exact_indices.numel() * (2 if may_pool(problem) else 1)
-    entries += 0 if problem.pooled_indices is None else problem.pooled_indices.numel()
-    room = max(1, SCRATCH_BYTES // max(1, 4 * entries))
+    room = max(1, SCRATCH_BYTES // max(1, 4 * problem.exact_indices.numel()))
     copies = 1 if groups == 1 else heads if groups == heads else batch * heads  # of a head's lists, in one copy
     if not narrows(problem.selection) or room * copies >= batch * heads:
         return [(slice(0, batch), slice(0, heads))]

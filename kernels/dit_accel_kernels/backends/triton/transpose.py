@@ -21,21 +21,20 @@ WORD = 32  # key tiles a word of a bitmap
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class ColumnPlan:
-    """Exact lists by key tile, and pooled lists as bitmaps by query tile.
+    """Exact lists by key tile.
 
     `q_tiles` int32 [nnz]: the query tiles of every key tile, those that need no mask first. `bounds` int64 [G, NK, 3]:
     start, end of those, end of all, as positions in `q_tiles`. `order` int32 [G', NK]: key tiles with most work first,
     G' = 1, HK or B * HK. `entry_t` float32 [nnz] is the decay of the entries without a mask, None without decay.
-    `pooled_bits` int32 [G, NQ, ceil(NK / 32)], None without pooled tiles. `strides` of batch and head over the list
-    sets, `order_strides` of batch and key head over those of `order`. With `entry_strides` every batch and head has its
-    own lists, whose bounds are relative to b * entry_strides[0] + h * entry_strides[1].
+    `strides` of batch and head over the list sets, `order_strides` of batch and key head over those of `order`. With
+    `entry_strides` every batch and head has its own lists, whose bounds are relative to b * entry_strides[0] + h *
+    entry_strides[1].
     """
 
     q_tiles: Tensor
     bounds: Tensor
     order: Tensor
     entry_t: Tensor | None
-    pooled_bits: Tensor | None
     strides: tuple[int, int]
     order_strides: tuple[int, int]
     entry_strides: tuple[int, int] | None = None
@@ -47,13 +46,7 @@ _CACHE: StorageCache[ColumnPlan] = StorageCache()
 def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
     """The plan of a problem, from the cache; `whole_chunks`: the kernel's chunks of query rows divide a tile."""
     decay = problem.decay or (None, None, None)
-    parts = (
-        problem.exact_offsets,
-        problem.exact_indices,
-        problem.pooled_offsets,
-        problem.pooled_indices,
-        *decay,
-    )
+    parts = (problem.exact_offsets, problem.exact_indices, *decay)
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
     order = None if problem.decay is None else problem.token_order
     return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks), loose=[order])
@@ -78,15 +71,11 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     bounds = bounds.view(sets, k_tiles, 3)
     repeat = 1 if sets == 1 else problem.q.shape[1] // problem.k.shape[1]
     work = (bounds[..., 2] - bounds[..., 0]).view(sets // repeat, repeat, k_tiles).sum(1)
-    bits = None
-    if problem.pooled_offsets is not None and problem.pooled_indices is not None:
-        bits = bits_of(problem.pooled_offsets, problem.pooled_indices, k_tiles)
     return ColumnPlan(
         q_tiles=q_tile[order].int().contiguous(),
         bounds=bounds.contiguous(),
         order=work.argsort(dim=-1, descending=True, stable=True).int(),
         entry_t=None if t is None else t[order].nan_to_num(1.0),
-        pooled_bits=bits,
         strides=list_strides(problem, problem.q.shape[1]),
         order_strides=list_strides(problem, problem.k.shape[1]),
     )
