@@ -19,7 +19,7 @@ from .embedded import check_name, settled_call, weights_hash
 from .given import Machine, check_given, given_call, given_weights
 from .model import check_guided
 from .reference import AGREE
-from .results import Line, check_lines, read_lines, write_lines
+from .results import Line, check_clips, check_lines, read_lines, write_lines
 from .suite import Suite
 
 SCALES = ("guidance_scale", "true_cfg_scale")
@@ -120,7 +120,8 @@ def prepare(job: Job) -> None:
     check_writable(job.out, "results")
     known = read_lines(job.out)
     arms = {arm.name: arm_setting(job.suite, arm) for arm in job.suite.arms}
-    check_lines(job.out, known, setting_of(job.suite, job.machine), arms, job.suite.own)
+    check_lines(job.out, known, setting_of(job.suite, job.machine), arms)
+    check_clips(job.out, known, job.suite.own)
     write_lines(job.out, known)
 
 

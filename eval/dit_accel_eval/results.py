@@ -90,17 +90,14 @@ def latest(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
     return {(line["arm"], line["clip"]): line for line in lines}
 
 
-def check_lines(
-    path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line], own: OwnClips | None = None
-) -> None:
-    """Refuse lines of another model, call, reference, arm or prompt than the suite's, by name.
+def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
+    """Refuse lines of another model, call, reference or arm than the suite's, by name.
 
     Args:
         path: the lines' file.
         lines: what it holds.
         expected: key -> what every line must say.
         arms: arm -> what it runs; lines of other arms are not looked at.
-        own: the suite's own prompts and seeds; None: clips are held-out ones.
 
     Raises:
         ConfigError: for the first line that differs.
@@ -112,7 +109,6 @@ def check_lines(
                     f"{path} holds results of {name} {line.get(name)!r}, this suite has {value!r}; delete it and run "
                     "again"
                 )
-        _check_clip(path, line, own)
         for name, value in arms.get(line["arm"], {}).items():
             if line.get(name) != value:
                 raise ConfigError(
@@ -121,8 +117,22 @@ def check_lines(
                 )
 
 
+def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None:
+    """Refuse lines of another prompt or seed than their clip has in the suite.
+
+    Args:
+        path: the lines' file.
+        lines: what it holds.
+        own: the suite's own prompts and seeds; None: clips are held-out ones.
+
+    Raises:
+        ConfigError: for the first line that differs.
+    """
+    for line in lines:
+        _check_clip(path, line, own)
+
+
 def _check_clip(path: Path, line: Line, own: OwnClips | None) -> None:
-    """Refuse a line of another prompt or seed than its clip has in the suite."""
     clip = line["clip"]
     here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
     if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
