@@ -5,7 +5,14 @@ from dataclasses import replace
 from dit_accel.testing.adapter_checks import TinyModel
 
 DEPTHS = {"num_layers", "num_single_layers", "num_visual_blocks", "num_hidden_layers", "n_layers", "depth"}
-ELSEWHERE = {"vace_layers", "dual_attention_layers", "llama_layers", "injection_layer_ids", "num_decoder_layers"}
+ELSEWHERE = {
+    "vace_layers",
+    "dual_attention_layers",
+    "llama_layers",
+    "injection_layer_ids",
+    "num_decoder_layers",
+    "inject_face_latents_blocks",
+}
 
 
 def shallow(model: TinyModel) -> TinyModel:
