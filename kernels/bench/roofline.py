@@ -2,10 +2,11 @@
 
 Four engines work side by side in every SM: tensor cores, special functions (exp2), the lanes for everything else, and
 memory. A kernel takes at least the time of the busiest one, `bound`, which is reached only where all work overlaps;
-with no overlap in an SM it takes the sum, `serial`. One block an SM overlaps little, many overlap well. Pooled tiles
-add one column each and a pass over K and V for the means; routing adds a pass over Q and the products of means, votes a
-few instructions for every row of a tile. Bytes are counted twice: `hbm` moves every tensor once, `l2` every tile that
-is visited, at four times the card's bandwidth. The table shows both ends, never one number that looks exact.
+with no overlap in an SM it takes the sum, `serial`. One block an SM overlaps little, many overlap well. A call with
+pooled tiles walks all of a row's tiles, one column each, and takes a pass over K and V for the means; routing adds a
+pass over Q and the products of means, votes a few instructions for every row of a tile. Bytes are counted twice: `hbm`
+moves every tensor once, `l2` every tile that is visited, at four times the card's bandwidth. The table shows both ends,
+never one number that looks exact.
 """
 
 from __future__ import annotations
@@ -101,11 +102,12 @@ def predict(
     if not (0 <= density <= 1 and 0 <= pooled <= 1 - density + 1e-9):
         raise ValueError(f"density and pooled are shares of tiles, at most 1 together: found {density} and {pooled}")
     lanes = shape.batch * shape.heads
-    logits = lanes * shape.tokens * (shape.tokens * density + shape.tiles**0.5 * pooled)
+    walked = 1.0 if pooled else 0.0  # share of a row's key tiles whose means the pooled loop reads
+    logits = lanes * shape.tokens * (shape.tokens * density + shape.tiles**0.5 * walked)
     rate = card.cores * card.clock * 1e9
     row = 2 * shape.dim  # bytes of a token of one head
     passes = 4 + (2 if pooled or routed else 0) + (1 if routed else 0)  # q, k, v, out; k, v for means; q for means
-    visits = lanes * shape.tiles * (density * shape.block + pooled) * 2 * row
+    visits = lanes * shape.tiles * (density * shape.block + walked) * 2 * row
     products = 4 * logits * shape.dim + (2 * lanes * shape.tiles * shape.dim if routed else 0)
     voted = lanes * shape.tiles * density * shape.block if votes else 0.0
     seconds = {
