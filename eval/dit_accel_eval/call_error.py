@@ -52,7 +52,7 @@ def _arms() -> dict[str, tuple[MethodConfig, ...]]:
     arms: dict[str, tuple[MethodConfig, ...]] = {}
     for rest in ("skip", "pooled"):
         end = "" if rest == "skip" else ", pooled"
-        for factor in (0.1, 0.2, 0.5):
+        for factor in (0.2, 1.0, 4.0):
             arms[f"radial {factor:g}{end}"] = (_radial(decay_factor=factor, rest=rest),)
         for threshold in (-2.0, -4.0, -6.0):
             lite = dit_accel.LiteAttention(threshold=threshold, block_size=TILE, dense_steps=0, rest=rest)
