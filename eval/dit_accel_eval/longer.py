@@ -22,6 +22,9 @@ from .suite import Suite
 STRETCH = 33
 """Frames of the longest clips that wan-tiny was trained on."""
 
+STRETCHES = "closeness_by_stretch"
+"""What a line calls how near each stretch comes to the prompt."""
+
 
 def measures(model: SuiteModel, clip: int, made: Run) -> Line:
     """Return what a line says of a clip."""
@@ -30,7 +33,7 @@ def measures(model: SuiteModel, clip: int, made: Run) -> Line:
         "frames": len(made.frames),
         "score": model_score(model.name, clip, made.frames),
         "path_error": path_error(made.frames),
-        "closeness_by_stretch": by_stretch(model.name, clip, made.frames),
+        STRETCHES: by_stretch(model.name, clip, made.frames),
         "motion": motion(made.frames),
         "sharpness": sharpness(made.frames),
         "repetition": repetition(made.frames, trained),
@@ -73,24 +76,24 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
         both = sorted(set(clips) & set(others))
 
         def mean(name: str, scale: float = 1.0, clips: dict[int, Line] = clips) -> float:
-            return scale * float(np.nanmean([line[name] for line in clips.values()]))
+            return scale * float(np.nanmean([line.get(name, np.nan) for line in clips.values()]))
 
         def against(
             name: str, scale: float = 1.0, both: list[int] = both, clips: dict[int, Line] = clips,
             others: dict[int, Line] = others,
         ) -> str:  # fmt: skip
-            paired = [scale * (clips[clip][name] - others[clip][name]) for clip in both]
+            paired = [scale * (clips[clip].get(name, np.nan) - others[clip].get(name, np.nan)) for clip in both]
             paired = [value for value in paired if np.isfinite(value)]
             return str(bootstrap(paired)) if paired else ""
 
-        stretches = np.mean([line["closeness_by_stretch"] for line in clips.values()], 0)
+        stretches = [line[STRETCHES] for line in clips.values() if STRETCHES in line]  # runs of before don't say
         cells = (
             arm.name,
             len(clips),
             f"{mean('frames'):.0f}",
             f"{mean('score'):.0%}",
-            " ".join(f"{value:.2f}" for value in stretches),
-            f"{mean('path_error'):.1f}",
+            " ".join(f"{value:.2f}" for value in np.mean(stretches, 0)) if stretches else "",
+            f"{mean('path_error'):.1f}" if stretches else "",
             f"{mean('motion', 1000):.2f}",
             f"{mean('sharpness', 1000):.2f}",
             f"{mean('repetition'):.3f}",
