@@ -59,7 +59,7 @@ def block_sparse_attention(
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
             backends.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
-        v: like k. Valid keys and values are finite: those of skipped tiles weigh nothing, which not even 0 times NaN is.
+        v: like k. Valid keys and values are finite: those of skipped tiles weigh nothing, and 0 times NaN is NaN.
         tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
         layout: "bshd" or "bhsd", of q, k, v and the output.
         scale: logit scale; 1 / sqrt(D) by default.

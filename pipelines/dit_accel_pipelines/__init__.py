@@ -6,17 +6,17 @@ from .commands import describe_model, generate_video
 from .finetune_command import finetune_model
 
 if TYPE_CHECKING:
-    from .families import ADAPTERS
+    from .families import ADAPTERS, VIDEO
 
 COMMANDS = {"generate": generate_video, "describe": describe_model, "finetune": finetune_model}
 
-__all__ = ["ADAPTERS", "COMMANDS"]
+__all__ = ["ADAPTERS", "COMMANDS", "VIDEO"]
 
 
 def __getattr__(name: str) -> Any:
     """Load the families when they are asked for: what only lists commands has no need of them."""
-    if name != "ADAPTERS":
+    if name not in ("ADAPTERS", "VIDEO"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .families import ADAPTERS
+    from . import families
 
-    return ADAPTERS
+    return getattr(families, name)

@@ -71,7 +71,7 @@ def test_reports_and_attachments_show_themselves_in_a_line():
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        (dict(backend=None), MissingBackend, r"attach has no kernel backend None; known: auto, flex,"),
+        (dict(backend=None), MissingBackend, r"attach has no kernel backend None; known: auto, fa4, flex,"),
         (dict(backend="torhc"), MissingBackend, r"no kernel backend 'torhc'; did you mean 'torch'\?"),
         (dict(backend=7), MissingBackend, r"no kernel backend 7"),
     ],

@@ -26,7 +26,11 @@ def decay(table=None, q=20, k=20):
 
 CASES = [
     (dict(layout="sbhd"), ValueError, "layout must be 'bshd' or 'bhsd', found 'sbhd'"),
-    (dict(backend="cudnn"), ValueError, "backend must be one of auto, triton, torch, flex, reference, found 'cudnn'"),
+    (
+        dict(backend="cudnn"),
+        ValueError,
+        "backend must be one of auto, triton, fa4, torch, flex, reference, found 'cudnn'",
+    ),
     (dict(q=Q[0]), ValueError, r"q must have four dimensions, found \[4, 20, 8\]"),
     (dict(q=Q.long()), TypeError, r"q must be bfloat16, float16, float32 or float64, found torch\.int64"),
     (

@@ -66,11 +66,19 @@ def test_embedded_models_are_their_families(name):
     )  # fmt: skip
 
 
+POSITIONS = "has no rotary positions that could be changed|scales its positions along height"
+
+
 def refusal(adapter, family, name: str) -> str | None:
     """Why a method on positions can't be planned with its defaults, or None."""
     rope = adapter.rope
-    if name == "rope" and not isinstance(rope, Rope):
-        return "rope changes rotary positions, and .* has none to change"
+    if not isinstance(rope, Rope):
+        return f"has none to change|{POSITIONS}" + ("" if family.trained_size else f"|{name} needs the size")
+    if family.config:
+        absent = rope.absent is not None and rope.absent(family.config)
+        fitted = {"height", "width"} <= set(rope.fitted) and (name == "ultraimage" or family.num_frames == 1)
+        if absent or fitted:
+            return f"{POSITIONS}|{name} needs the size "
     if isinstance(rope, Rope) and rope.kinds is not None:
         return "kind '(riflex|ultraimage)' make no sense on|needs the size"
     known = family.trained if name == "rope" else family.trained_size

@@ -37,7 +37,8 @@ SMALL = {
 REFUSALS = (
     r"makes? no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of|"
     r"would mix|has none to change|lays a negative text beside the prompt, .* it can't|"
-    r"both change the rotary frequencies|and lite takes all of them"
+    r"both change the rotary frequencies|and lite takes all of them|has no rotary positions that could be changed|"
+    r"scales its positions along height"
 )
 TOLD = CrossAttention | JoinedText
 SPARSE = {"radial", "sol", "lite", "sparsed", "lvsa"}
@@ -46,11 +47,13 @@ APART = ({"rope", "ultraimage"}, {"lite", "dfa"}, *({"slg", name} for name in BL
 """Methods that refuse each other, besides those that set the same thing."""
 
 
-def without_positions(adapter) -> set[str]:
+def without_positions(adapter, family) -> set[str]:
     """Return the methods that the rotary positions of a family, or that it has none, exclude."""
     rope = adapter.rope
-    if not isinstance(rope, Rope):
-        return {"rope"}
+    if not isinstance(rope, Rope) or (family.config and rope.absent and rope.absent(family.config)):
+        return {"rope", "ultraimage"}
+    if family.config and {"height", "width"} <= set(rope.fitted):
+        return {"rope", "ultraimage"} if family.num_frames == 1 else {"ultraimage"}
     kinds = rope.kinds or ("ntk", "ultraimage")
     return {name for name, kind in (("rope", "ntk"), ("ultraimage", "ultraimage")) if kind not in kinds}
 
@@ -75,7 +78,7 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(name):
             or unsaid
             or untold
             or any(pair <= set(names) for pair in APART)
-            or without_positions(adapter) & set(names)
+            or without_positions(adapter, family) & set(names)
             or ("delta" in names and not SPARSE & set(names))
         ):
             with pytest.raises(ConfigError, match=REFUSALS):

@@ -18,11 +18,11 @@ import triton.language as tl
 
 from dit_accel_kernels.backends.triton.forward import (
     _full_chunk,
-    _load_part,
     _pooled_bits,
     _pooled_range,
     _store_part,
 )
+from dit_accel_kernels.backends.triton.loads import _load_part
 from dit_accel_kernels.backends.triton.votes import _sections
 
 

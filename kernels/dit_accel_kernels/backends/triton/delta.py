@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.backends.triton.forward import _load_part
+from dit_accel_kernels.backends.triton.loads import _load_part
 
 
 @triton.jit

@@ -18,50 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dit_accel_kernels.backends.triton.loads import _load, _load_near, _queries
 from dit_accel_kernels.backends.triton.votes import _begin, _sections, _store_rest, _vote
-
-
-@triton.jit
-def _load_part(
-    ptr, rows, live, stride, MASKED: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
-):
-    """Columns START..START + WIDTH of some rows; zero beyond DIM and, if MASKED, in rows that are not live."""
-    columns = START + tl.arange(0, WIDTH)
-    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if MASKED:
-        return tl.load(ptrs, mask=live[:, None] & (columns < DIM)[None, :], other=0.0)
-    if START + WIDTH > DIM:
-        return tl.load(ptrs, mask=(columns < DIM)[None, :], other=0.0)
-    return tl.load(ptrs)
-
-
-@triton.jit
-def _load(ptr, rows, live, stride, MASKED: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Some rows of a [*, DIM] matrix as two column parts; the second is a dummy where D2 = 0."""
-    a = _load_part(ptr, rows, live, stride, MASKED, 0, D1, DIM)
-    return a, _load_part(ptr, rows, live, stride, MASKED, D1, D2, DIM) if D2 > 0 else 0.0
-
-
-@triton.jit
-def _queries(ptr, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Query rows in two column parts, and |scale|: its sign moves into them, for max(scale * x) = scale * max(x)."""
-    q1, q2 = _load(ptr, rows, live, stride, True, DIM, D1, D2)
-    sign = tl.where(scale < 0, -1.0, 1.0)
-    scale *= sign
-    q1 = (q1.to(tl.float32) * sign).to(q1.dtype)
-    if D2 > 0:
-        q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
-    return q1, q2, scale
-
-
-@triton.jit
-def _load_near(ptr, stride, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Columns START..START + WIDTH of ROWS rows in sequence, by 32-bit offsets that a loop keeps in registers."""
-    columns = START + tl.arange(0, WIDTH)
-    ptrs = ptr + (tl.arange(0, ROWS)[:, None] * stride.to(tl.int32) + columns[None, :])
-    if START + WIDTH > DIM:
-        return tl.load(ptrs, mask=(columns < DIM)[None, :], other=0.0)
-    return tl.load(ptrs)
 
 
 @triton.jit
@@ -197,6 +155,38 @@ _INTEGERS = (
 )  # fmt: skip
 
 
+@triton.jit
+def _sums(
+    out_ptr, lse_ptr, q_row, live, stride_os, STARTED: tl.constexpr, BLOCK_Q: tl.constexpr, DIM: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Maximum, sum and output so far: of no key, or of those that an earlier kernel attended to."""
+    m, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    acc1, acc2 = tl.zeros([BLOCK_Q, D1], tl.float32), tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
+    if STARTED:
+        m = tl.load(lse_ptr + q_row, mask=live, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(m == float("-inf"), 0.0, 1.0)
+        acc1, acc2 = _load(out_ptr, q_row, live, stride_os, True, DIM, D1, D2)
+        acc1, acc2 = acc1.to(tl.float32), acc2.to(tl.float32) if D2 > 0 else acc2
+    return m, total, acc1, acc2
+
+
+@triton.jit
+def _means(
+    k_mean_ptr, v_mean_ptr, k_mean_desc, v_mean_desc, b, key_heads, hk, n, k_tile, k_tiles, BLOCK_P: tl.constexpr,
+    DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Mean keys and values of the tiles from ``n`` on; those beyond the end are zeros, or the last tile's."""
+    if k_mean_desc is not None:
+        k1, k2 = k_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
+        v1, v2 = v_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
+    else:
+        start, row = (b.to(tl.int64) * key_heads + hk) * k_tiles * DIM, tl.minimum(k_tile, k_tiles - 1)
+        k1, k2 = _load(k_mean_ptr + start, row, row, DIM, False, DIM, D1, D2)
+        v1, v2 = _load(v_mean_ptr + start, row, row, DIM, False, DIM, D1, D2)
+    return k1, k2, v1, v2
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # [B, H, S, D] by strides; lse [B, H, S_q] or None
@@ -263,18 +253,10 @@ def _fwd_kernel(
         last_frame = tl.max(q_frame, 0)
         first_frame = tl.min(tl.where(q_frame < 0, last_frame, q_frame), 0)
 
-    m, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
-    acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
-    acc2 = tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else 0.0
-    if STARTED:
-        m = tl.load(lse_ptr + bh.to(tl.int64) * num_q + q_row, mask=live, other=float("-inf")) * 1.4426950408889634
-        total = tl.where(m == float("-inf"), 0.0, 1.0)
-        acc1, acc2 = _load(
-            out_ptr + batch * stride_ob + h.to(tl.int64) * stride_oh, q_row, live, stride_os, True, DIM, D1, D2
-        )  # fmt: skip
-        acc1 = acc1.to(tl.float32)
-        if D2 > 0:
-            acc2 = acc2.to(tl.float32)
+    out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
+    if lse_ptr is not None:
+        lse_ptr += bh.to(tl.int64) * num_q
+    m, total, acc1, acc2 = _sums(out_ptr, lse_ptr, q_row, live, stride_os, STARTED, BLOCK_Q, DIM, D1, D2)
     if VOTE is not None:
         words_ptr += ((bh.to(tl.int64) * q_tiles + q_tile) * SUBS_Q + part % SUBS_Q) * ((k_tiles + 31) // 32)
         word, left = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
@@ -359,17 +341,13 @@ def _fwd_kernel(
     if pooled_bits_ptr is not None:
         first, end = _pooled_range(bounds_ptr, BLOCK_P)
         bits = pooled_bits_ptr + ((batch * stride_pb + h * stride_ph) * q_tiles + q_tile) * ((k_tiles + 31) // 32)
-        means = (batch * key_heads + hk) * k_tiles * DIM
         for n in tl.range(first, end, BLOCK_P, num_stages=2):
             k_tile = n + tl.arange(0, BLOCK_P)
             bias = _pooled_bias(log_length_ptr + b * k_tiles, bits, k_tile, k_tiles)
-            if k_mean_desc is not None:  # rows beyond the end come as zeros
-                k1, k2 = k_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
-                v1, v2 = v_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
-            else:
-                row = tl.minimum(k_tile, k_tiles - 1)
-                k1, k2 = _load(k_mean_ptr + means, row, row, DIM, False, DIM, D1, D2)
-                v1, v2 = _load(v_mean_ptr + means, row, row, DIM, False, DIM, D1, D2)
+            k1, k2, v1, v2 = _means(
+                k_mean_ptr, v_mean_ptr, k_mean_desc, v_mean_desc, b, key_heads, hk, n, k_tile, k_tiles, BLOCK_P, DIM,
+                D1, D2,
+            )  # fmt: skip
             x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
             if pooled_t_ptr is not None:
                 for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
@@ -380,8 +358,7 @@ def _fwd_kernel(
 
     empty = total == 0  # rows without a key
     total = tl.where(empty, 1.0, total)
-    out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
     _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM, D1, D2)
     if lse_ptr is not None:
         lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
-        tl.store(lse_ptr + bh.to(tl.int64) * num_q + q_row, lse, mask=live)
+        tl.store(lse_ptr + q_row, lse, mask=live)
