@@ -84,7 +84,9 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
         ) -> str:  # fmt: skip
             paired = [scale * (clips[clip].get(name, np.nan) - others[clip].get(name, np.nan)) for clip in both]
             paired = [value for value in paired if np.isfinite(value)]
-            return str(bootstrap(paired)) if paired else ""
+            if len(paired) < 2:  # one clip has no interval
+                return "".join(f"{value:.2f}" for value in paired)
+            return str(bootstrap(paired))
 
         stretches = [line[STRETCHES] for line in clips.values() if STRETCHES in line]  # runs of before don't say
         cells = (
