@@ -198,7 +198,7 @@ class Choice:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, scale: float | None) -> "Choice":
         """Return the choice of a call of q, k and v, [B, H, S, D]."""
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        factor: float = q.shape[-1] ** -0.5 if scale is None else scale
         short = tiles.key_tiles * tiles.block_k - k.shape[2]
         length = torch.full((tiles.key_tiles,), float(tiles.block_k))
         length[-1] -= short
@@ -206,7 +206,7 @@ class Choice:
             nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (-1, tiles.block_k)).sum(3) / length[:, None]
             for x in (k, v)
         )
-        logits, of_means = q @ k.mT * scale, q @ k_mean.mT * scale + length.log()
+        logits, of_means = q @ k.mT * factor, q @ k_mean.mT * factor + length.log()
         top = torch.maximum(logits.amax(-1, keepdim=True), of_means.amax(-1, keepdim=True))
         weights = (logits - top).exp()
         total = weights.sum(-1, keepdim=True)

@@ -97,23 +97,24 @@ def recorded() -> PlannedCall:
     return found[0]
 
 
-def calls(planned: PlannedCall) -> list[tuple[str, float, dict[str, Callable[[], Tensor]]]]:
+def calls(planned: PlannedCall) -> list[tuple[str, float, dict[str, Callable[[], Any]]]]:
     """Return (kind of call, density, what is added -> the call) of dense and of sparse calls."""
     call, plan = planned.call, planned.plan
     scale = torch.linspace(1.0, 1.3, call.q.shape[1])
     sparse = replace(plan, frame_decay=None)
     whole = replace(sparse, tiles=None, token_order=None)
 
-    def ours(plan: Any) -> Callable[[], Tensor]:
+    def ours(plan: Any) -> Callable[[], Any]:
         tiles, arguments = kernel_arguments(plan, call)
 
-        def run() -> Tensor:
+        def run() -> Any:
             k = plan.centred(call.k) if plan.frame_decay is not None else call.k
-            return block_sparse_attention_eager(*call.as_held(call.q, k, call.v), tiles, **arguments)
+            q, k, v = call.as_held(call.q, k, call.v)
+            return block_sparse_attention_eager(q, k, v, tiles, **arguments)
 
         return torch.no_grad()(run)
 
-    def own(factor: Tensor | None) -> Callable[[], Tensor]:
+    def own(factor: Tensor | None) -> Callable[[], Any]:
         def run() -> Tensor:
             q = call.q if factor is None else call.q * factor[None, :, None, None]
             return torch.nn.functional.scaled_dot_product_attention(q, call.k, call.v, scale=call.scale)
