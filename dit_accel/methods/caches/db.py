@@ -20,7 +20,7 @@ from ..base import Model
 from ..config import MethodConfig
 from ..site import Block, ForwardContext, Site
 from .config import MeasuredCacheConfig, StepCacheConfig
-from .easy import mean_change, mean_size
+from .easy import mean_size
 from .engine import Decider
 from .ranks import ratio
 from .spans import SpanHandler
@@ -109,7 +109,7 @@ class DBHandler(SpanHandler):
         now, before = self._passes[context.transformer].added, decider.added
         if now is None or before is None or now.shape != before.shape:
             return None
-        return ratio(*self.numbers(context, mean_change(now, before), mean_size(before)))
+        return ratio(*self.numbers(context, mean_size(now - before, spent=True), mean_size(before)))
 
     def seen(self, context: ForwardContext, decider: BlockDecider) -> None:
         """Keep what the first blocks added, where the step is computed."""

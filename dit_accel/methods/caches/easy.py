@@ -91,12 +91,12 @@ class EasyHandler(StepCacheHandler):
         return made_tensor(context.inputs[self.model.adapter.latents])
 
 
-def mean_size(of: Tensor) -> Tensor:
-    """Return the mean of the absolute values, summed in float32 or wider."""
-    return of.abs().sum(dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
+def mean_size(of: Tensor, *, spent: bool = False) -> Tensor:
+    """Return the mean of the absolute values, summed in float32 or wider; ``spent``: the tensor may be overwritten."""
+    size = of.abs_() if spent else of.abs()
+    return size.sum(dtype=torch.promote_types(of.dtype, torch.float32)) / of.numel()
 
 
 def mean_change(one: Tensor, other: Tensor) -> Tensor:
-    """Return the mean of |one - other|, in float32; the difference is made once and changed in place."""
-    change = one.float() - other.float()
-    return change.abs_().sum() / change.numel()
+    """Return the mean of |one - other|, in float32."""
+    return mean_size(one.float() - other.float(), spent=True)

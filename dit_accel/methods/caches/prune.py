@@ -16,7 +16,7 @@ from ..base import Model
 from ..site import Block, ForwardContext, Site
 from .block_numbers import kinds_of, read_numbers, require_there
 from .config import MeasuredCacheConfig, StepCacheConfig
-from .easy import mean_change, mean_size
+from .easy import mean_size
 from .engine import Decider
 from .ranks import ratio
 from .spans import Pass, Span, SpanHandler
@@ -152,7 +152,7 @@ class PruneHandler(SpanHandler):
         x, before = streams[0], (decider.inputs or {}).get(block.index)
         if x is None or before is None or x.shape != before.shape:
             return False
-        change = ratio(*self.numbers(now.context, mean_change(x, before), mean_size(before)))
+        change = ratio(*self.numbers(now.context, mean_size(x - before, spent=True), mean_size(before)))
         decider.changes += (change,)
         if not change < decider.limit:  # nor where it is not a number
             return False
