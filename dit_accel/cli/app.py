@@ -98,8 +98,8 @@ class CommandGroup(TyperGroup):
         return _names()
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
-        """Return a command without its method switches, which is enough for the list and loads no method."""
-        return _build(cmd_name, switches=False)
+        """Return a command that has nothing but its line in the list; that loads no method."""
+        return _listed(cmd_name)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         """Return the whole command for a run.
@@ -110,7 +110,7 @@ class CommandGroup(TyperGroup):
         if args[0] not in _names():
             raise ConfigError(f"there is no command {args[0]!r}; {did_you_mean(args[0], _names())}")
         name, _, rest = super().resolve_command(ctx, args)  # type: ignore[misc]
-        return name, _build(str(name), switches=True), rest
+        return name, _build(str(name)), rest
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run the command line; an error becomes one line on stderr and an exit code."""
@@ -154,39 +154,42 @@ def _function(name: str) -> Callable[..., Any]:
     return getattr(import_module(BUILT_IN[name][0], __package__), name)
 
 
-def _summary(name: str) -> Callable[..., Any]:
-    """Return a function with nothing but a built-in command's line in the help."""
-
-    def command() -> None: ...
-
-    command.__doc__ = BUILT_IN[name][1]
-    return command
-
-
-def _build(name: str, *, switches: bool) -> Any:
-    """Return a command or group, None for an unknown name; without ``switches`` what the list of commands needs."""
+def _listed(name: str) -> Any:
+    """Return a command with nothing but its line in the help, None for an unknown name."""
     if name not in _names():
         return None
-    function = _function(name) if switches or name not in BUILT_IN else _summary(name)
+    if name in BUILT_IN:
+        line: Any = BUILT_IN[name][1]
+    else:
+        function = registry.commands()[name]
+        line = function.info.help if isinstance(function, typer.Typer) else inspect.getdoc(function)
+    listed = typer.Typer(add_completion=False)
+    listed.command(name, help=line)(lambda: None)
+    return typer.main.get_command(listed)
+
+
+def _build(name: str) -> Any:
+    """Return a command or group with its method switches."""
+    function = _function(name)
     if isinstance(function, typer.Typer):
-        return typer.main.get_group(_wrapped(name, function, switches))
+        return typer.main.get_group(_wrapped(name, function))
     single = typer.Typer(add_completion=False)
-    single.command(name)(_with_traceback(with_method_options(function, switches)))
+    single.command(name)(_with_traceback(with_method_options(function)))
     return typer.main.get_command(single)
 
 
-def _wrapped(name: str, group: typer.Typer, switches: bool) -> typer.Typer:
+def _wrapped(name: str, group: typer.Typer) -> typer.Typer:
     """Return a group whose commands, and those of groups inside it, have method options and --traceback as ours do."""
     made = typer.Typer(cls=SubGroup, name=name, help=group.info.help, no_args_is_help=True, add_completion=False)
     made.registered_callback = group.registered_callback
     for command in group.registered_commands:
         assert command.callback is not None
-        callback = _with_traceback(with_method_options(command.callback, switches))
+        callback = _with_traceback(with_method_options(command.callback))
         made.registered_commands.append(_changed(command, callback=callback))
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
         inner_name = str(inner.name or inner.typer_instance.info.name)
-        made.add_typer(_wrapped(inner_name, inner.typer_instance, switches))
+        made.add_typer(_wrapped(inner_name, inner.typer_instance))
     return made
 
 

@@ -37,19 +37,14 @@ def first_line(documented: object) -> str:
     return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
-def with_method_options(command: Callable[..., Any], switches: bool = True) -> Callable[..., Any]:
-    """Return ``command`` with its `MethodList` parameter replaced by method options; unchanged if it has none.
-
-    Args:
-        command: a Typer command function.
-        switches: False leaves the parameter out without asking the registry, which is enough to list commands.
-    """
+def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``command`` with its `MethodList` parameter replaced by method options; unchanged if it has none."""
     signature = inspect.signature(command, eval_str=True)
     taking = [name for name, parameter in signature.parameters.items() if parameter.annotation is MethodList]
     if not taking:
         return command
     asking = [name for name, parameter in signature.parameters.items() if parameter.annotation is RunTable]
-    names = _switch_names() if switches else []
+    names = _switch_names()
 
     @functools.wraps(command)
     def run(**arguments: Any) -> Any:
@@ -62,8 +57,7 @@ def with_method_options(command: Callable[..., Any], switches: bool = True) -> C
         return command(**arguments, **{taking[0]: methods}, **dict.fromkeys(asking, table))
 
     kept = [parameter for name, parameter in signature.parameters.items() if name not in (*taking, *asking)]
-    options = _parameters(names) if switches else []
-    run.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    run.__signature__ = signature.replace(parameters=[*kept, *_parameters(names)])  # type: ignore[attr-defined]
     return run
 
 
