@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from build_image import IMAGE_VAE_CONFIG, TEXT_LENGTH, build_flux_pipeline
-from common import RUNS, Averages
+from common import RUNS, Averages, autocast, fast_dtype
 from diffusers import AutoencoderKL, FluxPipeline
 from dit_accel_assets import painter, prompts, world
 from loop import Budget, Loss, read_arguments, run_training
@@ -73,7 +73,7 @@ def train_autoencoder(config: ImageVaeTraining, run: Path, budget: Budget, chang
 
     def loss_at(_step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
         pictures, _ = draw_pictures(rng, config.picture, config.crop, config.batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(pictures).latent_dist
             output = vae.decode(posterior.sample()).sample.float()
         return reconstruction_loss(output, pictures, posterior, config.kl_weight)
@@ -103,7 +103,7 @@ def flux_loss(
     level = noise_levels(rng, batch, config.shift, config.high_noise)
     noise = torch.randn_like(latents)
     mixed = torch.lerp(latents, noise, level[:, None, None, None])
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         velocity = pipe.transformer(
             hidden_states=pipe._pack_latents(mixed, batch, channels, height, width),
             timestep=level,
@@ -127,7 +127,7 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
 
     def loss_at(_step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
         pictures, scenes = draw_pictures(rng, config.picture, config.picture, config.batch)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast():
             latents = vae.encode(pictures).latent_dist.mode().float()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         texts = [prompts.prompt_of(scene, rng) for scene in scenes]
@@ -136,7 +136,7 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
 
     modules = {name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
     run_training(
-        config, modules, loss_at, run=run, budget=budget, change=change, log_every=25, muon_dtype=torch.bfloat16,
+        config, modules, loss_at, run=run, budget=budget, change=change, log_every=25, muon_dtype=fast_dtype(),
         plain_names=PLAIN,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from build import build_pipeline
-from common import RUNS, Averages
+from common import RUNS, Averages, autocast, fast_dtype
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_assets import model_path, painter, prompts, world
@@ -98,7 +98,7 @@ def encode_clips(vae: AutoencoderKLWan, scenes: list[world.Scene]) -> Tensor:
     """Draw scenes and return the means of their latents, float16 [N, C, F, h, w]."""
     out = []
     for scene in scenes:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             out.append(vae.encode(to_tensor(painter.draw(scene)[None])).latent_dist.mode()[0].half())
     return torch.stack(out)
 
@@ -138,7 +138,7 @@ def flow_loss(
         levels.scatter_(1, hinted, level[:, None] * torch.from_numpy(rng.random((len(texts), 1))).float())
         time = (levels * 1000).repeat_interleave(latents[0, 0, 0].numel() // 4, 1)  # one for each token
     mixed = torch.lerp(latents, noise, levels[:, None, :, None, None])
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         velocity = pipe.transformer(mixed, time, states, return_dict=False)[0]
     return (velocity.float() - (noise - latents)).pow(2).mean()
 
@@ -185,7 +185,7 @@ def train(config: TransformerTraining, run: Path, vae_folder: Path, budget: Budg
 
     run_training(
         config, {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}, loss_at,
-        run=run, budget=budget, change=change, log_every=25, muon_dtype=torch.bfloat16, plain_names=PLAIN,
+        run=run, budget=budget, change=change, log_every=25, muon_dtype=fast_dtype(), plain_names=PLAIN,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RUNS, Averages
+from common import RUNS, Averages, autocast
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -187,7 +187,7 @@ def train(config: VaeTraining, run: Path, start: Path | None, budget: Budget, ch
             freeze_encoder(vae, averages, run / "frozen", step == config.freeze_encoder_at)
         mix = next(mix for end, mix in config.stages if step < end * config.steps)
         video = draw_batch(rng, *mix[rng.choice(len(mix), p=[m[0] for m in mix])][1:])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = encode(vae, video)
             output = decode(vae, posterior.sample()).float()
         return reconstruction_loss(output, video, posterior, config.kl_weight)
