@@ -13,14 +13,16 @@ from dit_accel_pipelines.loading import load_pipeline, pick_device
 from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.quiet import quiet_diffusers
 from dit_accel_pipelines.request import OFFLOADS, Dtype
+from dit_accel_pipelines.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
-from dit_accel.adapters.model_files import ModelFiles, read_config, read_model_files
+from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
 from .clips import OwnClips
 from .model import SuiteModel
+from .schedulers import shipped_scheduler
 from .tuning import tuning_request
 
 SIZES = ("height", "width", "num_frames")
@@ -103,8 +105,9 @@ def check_given(source: str) -> tuple[ModelFiles, Family]:
     """Refuse a model that suites can't run, by its configs alone; returns them and its sizes.
 
     Raises:
-        ConfigError: for what is neither an embedded model, a folder nor a hub id, or a scheduler without a noise shift.
-        UnsupportedModel: if it is not found, or no adapter covers its transformer.
+        ConfigError: for what is neither an embedded model, a folder nor a hub id.
+        UnsupportedModel: if it is not found, no adapter covers its transformer, or its scheduler is of neither flow nor
+            betas.
     """
     if "/" not in source and not Path(source).is_dir():
         raise ConfigError(
@@ -114,11 +117,11 @@ def check_given(source: str) -> tuple[ModelFiles, Family]:
     files = read_model_files(source)
     pipeline_class(files)
     _, family = files.identify()
-    scheduler = read_config(source, "scheduler/scheduler_config.json")
-    if not {"shift", "flow_shift"} & {*scheduler}:
+    shipped = shipped_scheduler(source)
+    if not is_flow(shipped.config) and not is_of_betas(shipped.config):
         raise UnsupportedModel(
-            f"{source} ships with {scheduler.get('_class_name')}, which has no noise shift, and so none of the "
-            "converged runs that suites hold arms against; they take models that predict a flow"
+            f"{source} ships with {type(shipped).__name__}, which has neither a noise shift nor betas, and so none "
+            "of the converged runs that suites hold arms against"
         )
     return files, family
 

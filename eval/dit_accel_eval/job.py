@@ -20,6 +20,7 @@ from .given import Machine, check_given, given_call, given_weights
 from .model import check_guided
 from .reference import AGREE
 from .results import Line, check_clips, check_lines, read_lines, write_lines
+from .schedulers import scheduler_of, shipped_scheduler
 from .suite import Suite
 
 SCALES = ("guidance_scale", "true_cfg_scale")
@@ -126,7 +127,7 @@ def prepare(job: Job) -> None:
 
 
 def _check_model(suite: Suite) -> None:
-    """Refuse a model that suites can't run, prompts that it does not know, and guiders that its pipeline does not take.
+    """Refuse a model that suites can't run, and prompts, schedulers and guiders that it does not take.
 
     Raises:
         ConfigError: for the first of them.
@@ -136,20 +137,23 @@ def _check_model(suite: Suite) -> None:
         check_name(suite.model)
         for prompt in suite.own.prompts if suite.own else ():
             check_words(prompt, suite.model)
-        files = read_model_files(str(model_path(suite.model)))
+        source = str(model_path(suite.model))
+        files = read_model_files(source)
     else:
-        files, _ = check_given(suite.source)
+        source, (files, _) = suite.source, check_given(suite.source)
         if suite.own is None:
             raise ConfigError(
                 f"{suite.name} has no prompts, and only embedded models have held-out ones; add prompts = [...] or a "
                 f"prompt_file for {suite.model}"
             )
+    shipped = shipped_scheduler(source)
     for arm in suite.arms:
-        if arm.guider:
-            try:
+        try:
+            scheduler_of(shipped, arm.solver, arm.scheduler, arm.flow_shift)
+            if arm.guider:
                 check_guided(pipeline_class(files))
-            except ConfigError as error:
-                raise ConfigError(f"arm {arm.name!r}: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm.name!r}: {error}") from None
 
 
 def _check_kind(job: Job) -> None:

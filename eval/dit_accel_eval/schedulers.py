@@ -4,20 +4,18 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel_pipelines.solvers import DYNAMIC, SOLVERS, make_scheduler, shift_of
+from dit_accel_pipelines.solvers import SOLVERS, make_scheduler, scheduler_like
 
-from dit_accel import ConfigError
+from dit_accel import ConfigError, UnsupportedModel
+from dit_accel.adapters.model_files import read_config
 from dit_accel.errors import did_you_mean
 
 OWN = "own"
 """The solver that stands for the scheduler which a model ships with."""
 
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-"""What tells a scheduler of another noise schedule that the model predicts a flow."""
-
 
 def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse what is none of diffusers' schedulers of a flow, or an option that it has not.
+    """Refuse what is none of diffusers' schedulers of another's noise schedule, or an option that it has not.
 
     Raises:
         ConfigError: with the nearest that is known.
@@ -26,6 +24,24 @@ def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in taken:
             raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, taken)}")
+
+
+def shipped_scheduler(source: str) -> Any:
+    """Return the scheduler that a model ships with, from its config alone.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        UnsupportedModel: if the config is not found, or diffusers has no such scheduler.
+    """
+    import diffusers
+
+    config = read_config(source, "scheduler/scheduler_config.json")
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if cls is None:
+        raise UnsupportedModel(f"{source} ships with {config.get('_class_name')!r}, which diffusers does not have")
+    return cls.from_config(config)
 
 
 def scheduler_of(shipped: Any, solver: str, options: Mapping[str, Any], flow_shift: float | None) -> Any:
@@ -42,26 +58,17 @@ def scheduler_of(shipped: Any, solver: str, options: Mapping[str, Any], flow_shi
     """
     if solver in SOLVERS:
         return make_scheduler(shipped, solver, flow_shift)
-    if solver == OWN:
-        if flow_shift is not None:
-            raise ConfigError(f"the model's own scheduler has a shift of its own, got flow_shift {flow_shift}; leave "
-                              "it out")  # fmt: skip
-        return type(shipped).from_config(shipped.config)
-    import diffusers
-
-    if not {"flow_shift", "shift"} & {*shipped.config}:
-        raise ConfigError(f"{type(shipped).__name__} has no noise shift, so {solver} can't take its place")
-    taken, shift = _parameters(solver), shift_of(shipped)
-    dynamic = {key: shipped.config[key] for key in ("use_dynamic_shifting", *DYNAMIC) if key in shipped.config}
-    told = {**dynamic, **FLOW, "flow_shift": shift, "shift": shift, **options}
-    made = getattr(diffusers, solver)(**{key: value for key, value in told.items() if key in taken})
-    # where the pipeline reads them, whatever the scheduler knows of them
-    made.register_to_config(**{key: value for key, value in dynamic.items() if key not in taken})
-    return made
+    if solver != OWN:
+        return scheduler_like(shipped, solver, **options)
+    if flow_shift is not None:
+        raise ConfigError(
+            f"the model's own scheduler keeps its noise schedule, got flow_shift {flow_shift}; leave it out"
+        )
+    return type(shipped).from_config(shipped.config)
 
 
 def _parameters(name: str) -> list[str]:
-    """Return the options of one of diffusers' schedulers of a flow."""
+    """Return the options of one of diffusers' schedulers that can take another's noise schedule."""
     import diffusers
 
     known = [one for one in dir(diffusers) if one.endswith("Scheduler")]
@@ -69,9 +76,9 @@ def _parameters(name: str) -> list[str]:
     if cls is None:
         raise ConfigError(f"diffusers has no scheduler {name!r}; {did_you_mean(name, known)}")
     taken = [one for one in inspect.signature(cls).parameters]
-    if not {"use_flow_sigmas", "shift"} & {*taken}:
+    if not {"use_flow_sigmas", "shift", "trained_betas"} & {*taken}:
         raise ConfigError(
-            f"{name} knows no flow, which these models predict; take, say, UniPCMultistepScheduler or "
+            f"{name} takes no noise schedule but its own; take, say, UniPCMultistepScheduler or "
             "FlowMatchHeunDiscreteScheduler"
         )
     return taken

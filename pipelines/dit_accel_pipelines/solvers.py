@@ -1,6 +1,7 @@
 """The solvers that a run may name, as diffusers schedulers of a model's own noise schedule."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from dit_accel import ConfigError
@@ -9,31 +10,21 @@ from dit_accel.errors import did_you_mean
 BEST = "unipc"
 """The solver of references and of the dense runs that every arm is held against."""
 
-_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SOLVERS: dict[str, tuple[str, str]] = {
+    "unipc": ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+    "euler": ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler"),
+    "dpm++": ("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
+}
+"""Name -> diffusers' class for a model that predicts a flow, and for one that was trained on betas."""
 
-
-def _euler(shift: float, **dynamic: Any) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(shift=shift, **dynamic)
-
-
-def _unipc(shift: float, **dynamic: Any) -> Any:
-    from diffusers import UniPCMultistepScheduler
-
-    return UniPCMultistepScheduler(flow_shift=shift, **_FLOW, **dynamic)
-
-
-def _dpm(shift: float, **dynamic: Any) -> Any:
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(flow_shift=shift, **_FLOW, **dynamic)
-
-
-DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+DYNAMIC = ("use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 """What a shift that grows with the tokens is made of."""
 
-SOLVERS: dict[str, Callable[..., Any]] = {"unipc": _unipc, "euler": _euler, "dpm++": _dpm}
+TRAINED = ("num_train_timesteps", "prediction_type", "timestep_spacing", "steps_offset")
+"""What a scheduler of betas tells of how its model was trained and is sampled, besides the betas."""
+
+LEAST_SIGNAL = 2.0**-24
+"""The least share of signal (cumulative alpha), of a schedule that ends in pure noise, as in diffusers' own solvers."""
 
 
 def check_solver(solver: str) -> None:
@@ -46,9 +37,21 @@ def check_solver(solver: str) -> None:
         raise ConfigError(f"there is no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
 
 
-def shift_of(shipped: Any) -> float:
-    """Return the noise shift of the scheduler that a model ships with."""
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Say from the config of the scheduler that a model ships with whether the model predicts a flow."""
+    return "shift" in config or bool(config.get("use_flow_sigmas"))
+
+
+def is_of_betas(config: Mapping[str, Any]) -> bool:
+    """Say from the config of the scheduler that a model ships with whether its noise is a schedule of betas."""
+    return not is_flow(config) and "beta_schedule" in config
+
+
+def shift_of(shipped: Any) -> float | None:
+    """Return the noise shift of the scheduler that a model ships with; None where it has none."""
     config = shipped.config
+    if not is_flow(config):
+        return None
     return float(config.flow_shift if "flow_shift" in config else config.shift)
 
 
@@ -56,23 +59,70 @@ def make_scheduler(shipped: Any, solver: str, flow_shift: float | None = None) -
     """Return a fresh scheduler of a named solver.
 
     Args:
-        shipped: the scheduler that the model ships with, whose noise shift is kept.
+        shipped: the scheduler that the model ships with, whose noise schedule is kept.
         solver: a name of `SOLVERS`.
         flow_shift: another shift; None: the model's own.
 
     Raises:
-        ConfigError: for an unknown solver, a model without a noise shift, or a shift of one that shifts by its tokens.
+        ConfigError: for an unknown solver, a model of neither flow nor betas, or a shift where the model has none or
+            one that grows with its tokens.
     """
     check_solver(solver)
-    if not {"flow_shift", "shift"} & {*shipped.config}:
-        raise ConfigError(
-            f"{type(shipped).__name__} has no noise shift, so {solver} can't take its place; leave it out"
-        )
-    if not shipped.config.get("use_dynamic_shifting"):
-        return SOLVERS[solver](shift_of(shipped) if flow_shift is None else flow_shift)
-    if flow_shift is not None:
+    flow = is_flow(shipped.config)
+    if flow_shift is not None and not flow:
+        raise ConfigError(f"{type(shipped).__name__} has no noise shift, got flow_shift {flow_shift}; leave it out")
+    if flow_shift is not None and shipped.config.get("use_dynamic_shifting"):
         raise ConfigError(f"this model's shift grows with its tokens, got flow_shift {flow_shift}; leave it out")
-    scheduler = SOLVERS[solver](shift_of(shipped), use_dynamic_shifting=True)
-    bounds = {name: shipped.config[name] for name in DYNAMIC if name in shipped.config}
-    scheduler.register_to_config(**bounds)  # where the pipeline reads them, whatever the solver knows of them
-    return scheduler
+    shift = {} if flow_shift is None else {"flow_shift": flow_shift, "shift": flow_shift}
+    return scheduler_like(shipped, SOLVERS[solver][0 if flow else 1], **shift)
+
+
+def scheduler_like(shipped: Any, name: str, **options: Any) -> Any:
+    """Return one of diffusers' schedulers, by class, on the noise schedule of the one that a model ships with.
+
+    Args:
+        shipped: the scheduler that the model ships with.
+        name: the class.
+        options: of that class, ahead of what is known of the schedule.
+
+    Raises:
+        ConfigError: for a class that does not know the schedule, or a shipped scheduler of neither flow nor betas.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    taken, schedule = inspect.signature(cls).parameters, _schedule(shipped, name)
+    if not ({"use_flow_sigmas", "shift"} if is_flow(shipped.config) else {"trained_betas"}) & {*taken}:
+        kind = "flow, which this model predicts" if is_flow(shipped.config) else "betas, which this model has"
+        raise ConfigError(f"{name} knows no {kind}; take, say, UniPCMultistepScheduler")
+    made = cls(**{key: value for key, value in {**schedule, **options}.items() if key in taken})
+    # where the pipeline reads them, whatever the scheduler knows of them
+    dynamic = {key: value for key, value in schedule.items() if key in DYNAMIC and key not in taken}
+    made.register_to_config(**dynamic)
+    return made
+
+
+def _schedule(shipped: Any, name: str) -> dict[str, Any]:
+    """Return what tells a scheduler of the shipped one's noise schedule, by the names of diffusers' options."""
+    config = shipped.config
+    if is_flow(config):
+        shift = shift_of(shipped)
+        kept = {key: config[key] for key in DYNAMIC if key in config}
+        return {
+            **kept,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": shift,
+            "shift": shift,
+        }
+    if not is_of_betas(config):
+        raise ConfigError(
+            f"{type(shipped).__name__} has neither a noise shift nor betas, so {name} can't take its place; leave it "
+            "out"
+        )
+    signal = shipped.alphas_cumprod.double().clamp(min=LEAST_SIGNAL)  # whatever made it: rescaling, a shift of its own
+    betas = 1 - signal[1:] / signal[:-1]
+    return {
+        **{key: config[key] for key in TRAINED if key in config},
+        "trained_betas": [float(1 - signal[0]), *betas.tolist()],
+    }

@@ -22,6 +22,9 @@ from dit_accel_eval.report.reproduce import tokens_of
 from dit_accel_eval.results import read_lines
 from dit_accel_eval.suite import read_suite
 from model_folders import model_folder
+from tiny_models import COGVIDEOX_TINY
+from tiny_pipelines import cogvideox
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -190,14 +193,42 @@ def test_what_a_model_can_not_run_is_told_before_it_is_loaded(folder, text, mess
     assert not (folder / "bad.jsonl").exists()
 
 
-def test_a_model_that_is_nowhere_and_one_without_a_flow_are_told(folder, tmp_path):
+@pytest.mark.slow
+def test_a_model_trained_on_betas_runs_against_its_converged_run(tmp_path):
+    pipe, _ = cogvideox(COGVIDEOX_TINY | {"max_text_seq_length": 226})
+    pipe.register_modules(
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(model_path("wan-tiny") / "tokenizer"),
+        text_encoder=T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)),
+    )
+    pipe.save_pretrained(tmp_path / "tiny")
+    arms = ARM + '[[arm]]\nname = "own"\nsolver = "own"\nnum_inference_steps = 3\n' + THIN
+    (tmp_path / "s.toml").write_text(HEAD + OWN + "call = { height = 64, width = 64, num_frames = 9 }\n" + arms)
+    options = ["--out", tmp_path / "s.jsonl", "--cache", tmp_path / "cache", "--threads", 1]
+    found = command("run", tmp_path / "s.toml", *options)
+    assert found.exit_code == 0, found.output
+    lines = read_lines(tmp_path / "s.jsonl")
+    assert {"a", "own", "thin", "unipc 2"} < {line["arm"] for line in lines}
+    assert all(np.isfinite(line["psnr"]) and line["reference_agreement"] >= 45 for line in lines)
+    shifted = (tmp_path / "s.toml").read_text().replace('solver = "euler"', "flow_shift = 2.0")
+    (tmp_path / "t.toml").write_text(shifted)
+    refused = command("run", tmp_path / "t.toml", "--out", tmp_path / "t.jsonl")
+    assert refused.exit_code == 2
+    assert "arm 'a': CogVideoXDDIMScheduler has no noise shift, got flow_shift 2.0" in " ".join(refused.stderr.split())
+
+
+def test_a_model_that_is_nowhere_and_schedulers_that_can_not_be_matched_are_told(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"'tinny' is no embedded model; .* or name a folder of a diffusers pipeline"):
         check_given("tinny")
     model_folder(tmp_path / "m")
     config = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     config.unlink()
-    config.write_text('{"_class_name": "DDIMScheduler"}')
-    with pytest.raises(UnsupportedModel, match="ships with DDIMScheduler, which has no noise shift"):
+    config.write_text('{"_class_name": "EDMEulerScheduler"}')
+    with pytest.raises(
+        UnsupportedModel, match="ships with EDMEulerScheduler, which has neither a noise shift nor betas"
+    ):
+        check_given(str(tmp_path / "m"))
+    config.write_text('{"_class_name": "SomeScheduler"}')
+    with pytest.raises(UnsupportedModel, match="ships with 'SomeScheduler', which diffusers does not have"):
         check_given(str(tmp_path / "m"))
 
 

@@ -161,19 +161,19 @@ def test_a_scheduler_takes_options_and_the_model_s_own_is_fresh():
     assert (made.config.solver_order, made.config.flow_shift) == (3, 5.0)
     own = scheduler_of(FLOW, OWN, {}, None)
     assert (own.config.shift, own is FLOW) == (3.0, False)
-    with pytest.raises(ConfigError, match=r"own scheduler has a shift of its own, got flow_shift 2\.0; leave it out"):
+    with pytest.raises(ConfigError, match=r"own scheduler keeps its noise schedule, got flow_shift 2\.0; leave it out"):
         scheduler_of(FLOW, OWN, {}, 2.0)
     dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.2)
     assert scheduler_of(dynamic, "FlowMatchHeunDiscreteScheduler", {}, None).config.max_shift == 1.2
-    with pytest.raises(ConfigError, match="DDIMScheduler has no noise shift, so UniPCMultistepScheduler can't take"):
-        scheduler_of(diffusers.DDIMScheduler(), "UniPCMultistepScheduler", {}, None)
+    betas = scheduler_of(diffusers.DDIMScheduler(), "DEISMultistepScheduler", {"solver_order": 3}, None)
+    assert (len(betas.betas), betas.config.solver_order) == (1000, 3)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("scheduler = { UniPC = {} }", "diffusers has no scheduler 'UniPC'; "),
-        ("scheduler = { DDIMScheduler = {} }", "DDIMScheduler knows no flow, which these models predict; take, say"),
+        ("scheduler = { EDMEulerScheduler = {} }", "EDMEulerScheduler takes no noise schedule but its own; take, say"),
         ("scheduler = { UniPCMultistepScheduler = { order = 3 } }", "UniPCMultistepScheduler has no option 'order'; "),
         ("scheduler = { UniPCMultistepScheduler = 3 }", "does not name one class; write scheduler = "),
         ("scheduler = { A = {}, B = {} }", "does not name one class; write scheduler = "),

@@ -2,8 +2,14 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from dit_accel_pipelines.solvers import SOLVERS, make_scheduler, shift_of
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from dit_accel_pipelines.solvers import SOLVERS, is_flow, is_of_betas, make_scheduler, scheduler_like, shift_of
 
 from dit_accel import ConfigError
 
@@ -32,6 +38,55 @@ def test_solvers_converge_to_one_solution_on_the_models_own_schedule(solver, shi
     assert near < 3e-3
     assert near < far
     assert shift_of(make_scheduler(SHIPPED[shipped], solver, 3.0)) == 3.0
+
+
+BETAS = {
+    "cogvideox": CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing"
+    ),
+    "pixart": DPMSolverMultistepScheduler(timestep_spacing="trailing"),  # whose config has a flow_shift it does not use
+}
+SPREAD = 0.5
+
+
+def denoised(shipped, scheduler, steps: int) -> tuple[float, float]:
+    """Where x = 1 goes from the first noise level, for data of spread `SPREAD` around 0, and where it should."""
+    scheduler.set_timesteps(steps)
+    first = float(shipped.alphas_cumprod[int(scheduler.timesteps[0])].clamp(min=2**-24))
+    x = torch.full((1, 1, 2, 2), 1.0, dtype=torch.float64) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, timestep)
+        signal = shipped.alphas_cumprod[round(float(timestep))].double().clamp(min=2**-24)
+        clean = signal.sqrt() * SPREAD**2 / (signal * SPREAD**2 + 1 - signal) * seen
+        noise = (seen - signal.sqrt() * clean) / (1 - signal).sqrt()
+        velocity = signal.sqrt() * noise - (1 - signal).sqrt() * clean
+        told = velocity if shipped.config.prediction_type == "v_prediction" else noise
+        x = scheduler.step(told, timestep, x).prev_sample
+    return float(x.mean()), SPREAD / (first * SPREAD**2 + 1 - first) ** 0.5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shipped", BETAS)
+def test_solvers_converge_on_a_schedule_of_betas(solver, shipped):
+    one = BETAS[shipped]
+    assert (is_flow(one.config), is_of_betas(one.config), shift_of(one)) == (False, True, None)
+    scheduler = make_scheduler(one, solver)
+    kept = one.alphas_cumprod.double().clamp(min=2**-24)
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), kept, rtol=2e-3, atol=1e-7)
+    (far, exact), (near, _) = (denoised(one, make_scheduler(one, solver), steps) for steps in (10, 200))
+    assert abs(near - exact) < 0.025  # the first step, out of pure noise, is of first order with every solver
+    assert abs(near - exact) < abs(far - exact) / 8
+    with pytest.raises(ConfigError, match=r"has no noise shift, got flow_shift 2.0; leave it out"):
+        make_scheduler(one, solver, 2.0)
+
+
+def test_what_knows_neither_schedule_is_refused():
+    with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler knows no betas, which this model has; take"):
+        scheduler_like(BETAS["cogvideox"], "FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ConfigError, match="DDIMScheduler knows no flow, which this model predicts; take, say"):
+        scheduler_like(SHIPPED["euler"], "DDIMScheduler")
+    with pytest.raises(ConfigError, match="EDMEulerScheduler has neither a noise shift nor betas, so UniPCMultistep"):
+        make_scheduler(EDMEulerScheduler(), "unipc")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

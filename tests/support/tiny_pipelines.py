@@ -51,14 +51,14 @@ def mochi() -> tuple[Any, dict[str, Any]]:
     return pipe, dict(SIZE, num_frames=37, guidance_scale=3.0, **_prompt())
 
 
-def cogvideox() -> tuple[Any, dict[str, Any]]:
+def cogvideox(config: dict[str, Any] = COGVIDEOX_TINY) -> tuple[Any, dict[str, Any]]:
     vae = dict(
         latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2,
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
     )  # fmt: skip
     pipe = diffusers.CogVideoXPipeline(
         text_encoder=None, tokenizer=None,
-        transformer=_build(diffusers.CogVideoXTransformer3DModel, COGVIDEOX_TINY),
+        transformer=_build(diffusers.CogVideoXTransformer3DModel, config),
         vae=_build(diffusers.AutoencoderKLCogVideoX, vae), scheduler=diffusers.CogVideoXDDIMScheduler(),
     )  # fmt: skip
     prompt = {name: value for name, value in _prompt().items() if "mask" not in name}
