@@ -179,8 +179,7 @@ def _space(path: Path | None, suite: Suite, request: Request) -> tuple[Arm, ...]
     if path is None:
         if suite.embedded:
             return default_space(suite.model)
-        measured = "magcache" in check_given(suite.source)[1].recipes
-        return space_of(_own_steps(request, suite), measured=measured)
+        return space_of(_own_steps(request, suite), *check_given(suite.source)[0].identify())
     asked = read_suite(path)
     if asked.model != suite.model:
         raise ConfigError(f"{path} is a suite of {asked.model}, and {suite.model} is tuned; name a suite of its own")

@@ -4,11 +4,24 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dit_accel_assets import model_defaults
+from dit_accel_assets import model_defaults, model_path
 from dit_accel_pipelines.solvers import BEST
 
-from dit_accel import EasyCache, FirstBlockCache, LiteAttention, MagCache, SolAttention, StaticCache
-from dit_accel.adapters.registry import family
+from dit_accel import (
+    DBCache,
+    DBPrune,
+    EasyCache,
+    FirstBlockCache,
+    LiteAttention,
+    MagCache,
+    RadialAttention,
+    SolAttention,
+    SparseD,
+    StaticCache,
+    TeaCache,
+)
+from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.model_files import read_model_files
 from dit_accel.methods.config import MethodConfig
 
 from .arms import Arm, dense_arm
@@ -23,8 +36,34 @@ CACHED_FROM = 12
 """Steps from which a cache has some to skip: with fewer, embedded models change too much from one to the next."""
 
 FORECAST = "taylor"
-SOL = SolAttention(beta=0.46)
-LITE = LiteAttention(threshold=-6.0, rest="pooled")
+ALONE: Mapping[str, MethodConfig] = {
+    "sol 0.46": SolAttention(beta=0.46),
+    "sparsed 0.5 pooled": SparseD(density=0.5, rest="pooled"),
+    "radial pooled": RadialAttention(rest="pooled"),
+}
+"""Sparse attention that is tried by itself; what a name says is what is set, the rest is the model's own."""
+
+CACHED: Mapping[str, MethodConfig] = {
+    "sol 0.46": ALONE["sol 0.46"],
+    "lite pooled": LiteAttention(threshold=-6.0, rest="pooled"),
+    "sparsed 0.5 pooled": ALONE["sparsed 0.5 pooled"],
+}
+"""Sparse attention that is tried with a cache."""
+
+CACHES: Mapping[str, MethodConfig] = {
+    **{f"easycache {at}": EasyCache(threshold=at, predictor=FORECAST) for at in (0.05, 0.08, 0.1, 0.15)},
+    "easycache hold 0.08": EasyCache(threshold=0.08, predictor="hold"),
+    **{f"teacache {at}": TeaCache(threshold=at, predictor=FORECAST) for at in (0.1, 0.2)},
+    **{f"magcache {at}": MagCache(threshold=at, predictor=FORECAST) for at in (0.06, 0.12)},
+    **{f"firstblockcache {at}": FirstBlockCache(threshold=at, predictor=FORECAST) for at in (0.1, 0.2)},
+    "dbcache 2 blocks 0.1": DBCache(threshold=0.1, first_blocks=2, predictor=FORECAST),
+    "dbprune 0.1": DBPrune(threshold=0.1, predictor=FORECAST),
+    "staticcache every 2": StaticCache(every=2, predictor=FORECAST),
+}
+"""Caches that are tried by themselves."""
+
+CALIBRATED = (TeaCache, MagCache)
+"""Caches that are tried where their numbers are known for the model."""
 
 EMBEDDED_TILES = 16
 """Tokens of a tile on embedded models; others have what the methods choose by themselves."""
@@ -32,22 +71,35 @@ EMBEDDED_TILES = 16
 
 def default_space(model: str) -> tuple[Arm, ...]:
     """Return the settings that are tried on an embedded model where a user names none."""
+    adapter, family = read_model_files(str(model_path(model))).identify()
     own = int(model_defaults(model)["num_inference_steps"])
-    return space_of(own, measured="magcache" in family(model).recipes, block_size=EMBEDDED_TILES)
+    return space_of(own, adapter, family, block_size=EMBEDDED_TILES)
 
 
-def space_of(own: int, *, measured: bool, block_size: int | None = None) -> tuple[Arm, ...]:
+def space_of(own: int, adapter: Adapter, family: Family, *, block_size: int | None = None) -> tuple[Arm, ...]:
     """Return the settings that are tried on a model.
+
+    Left out is what the model does not take, and what needs a run of its own first: `ProfilingCache` and `DFA`, which
+    take the blocks and the foreground of `tune profile`. Methods beyond the trained size make nothing faster.
 
     Args:
         own: the model's own number of steps.
-        measured: whether MagCache's ratios are known for it.
+        adapter: of its transformer.
+        family: its recipes.
         block_size: tokens of a sparse method's tile; None: what that chooses.
     """
-    tiles = {} if block_size is None else {"block_size": block_size}
-    sparse = dataclasses.replace(SOL, **tiles), dataclasses.replace(LITE, **tiles)
     further = [round(share * own) for share in LARGER] if own > max(STEPS) else []
-    return tuple(arm for steps in sorted({*STEPS, *further, own}) for arm in _arms(steps, *sparse, measured=measured))
+    return tuple(
+        arm
+        for steps in sorted({*STEPS, *further, own})
+        for arm in _arms(steps, {} if block_size is None else {"block_size": block_size})
+        if all(_taken(method, adapter, family) for method in arm.methods)
+    )
+
+
+def _taken(method: MethodConfig, adapter: Adapter, family: Family) -> bool:
+    known = method.name in family.recipes or not isinstance(method, CALIBRATED)
+    return known and adapter.verdict(method.name)[0] == "supported"
 
 
 def guided_space(arms: Iterable[Arm], calls: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
@@ -65,23 +117,19 @@ def guided_space(arms: Iterable[Arm], calls: Mapping[str, Mapping[str, Any]]) ->
     )
 
 
-def _arms(steps: int, sol: SolAttention, lite: LiteAttention, *, measured: bool) -> Iterator[Arm]:
+def _arms(steps: int, tiles: Mapping[str, int]) -> Iterator[Arm]:
     yield dense_arm(steps)
     for solver in ("dpm++", "euler"):
         yield Arm(name=f"{solver} {steps}", num_inference_steps=steps, solver=solver)
-    yield _arm("sol 0.46", steps, sol)
+    for name, sparse in ALONE.items():
+        yield _arm(name, steps, dataclasses.replace(sparse, **tiles))
     if steps < CACHED_FROM:
         return
-    for threshold in (0.05, 0.08, 0.1, 0.15):
-        yield _arm(f"easycache {threshold}", steps, EasyCache(threshold=threshold, predictor=FORECAST))
-    yield _arm("easycache hold 0.08", steps, EasyCache(threshold=0.08, predictor="hold"))
-    for threshold in (0.06, 0.12) if measured else ():
-        yield _arm(f"magcache {threshold}", steps, MagCache(threshold=threshold, predictor=FORECAST))
-    for threshold in (0.1, 0.2):
-        yield _arm(f"firstblockcache {threshold}", steps, FirstBlockCache(threshold=threshold, predictor=FORECAST))
-    yield _arm("staticcache every 2", steps, StaticCache(every=2, predictor=FORECAST))
-    for name, sparse in (("sol 0.46", sol), ("lite pooled", lite)):
-        yield _arm(f"{name} + easycache 0.1", steps, sparse, EasyCache(threshold=0.1, predictor=FORECAST))
+    for name, cache in CACHES.items():
+        yield _arm(name, steps, cache)
+    for name, sparse in CACHED.items():
+        both = dataclasses.replace(sparse, **tiles), EasyCache(threshold=0.1, predictor=FORECAST)
+        yield _arm(f"{name} + easycache 0.1", steps, *both)
 
 
 def _arm(name: str, steps: int, *methods: MethodConfig) -> Arm:

@@ -8,21 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
-from dit_accel_assets import model_names
 from dit_accel_eval import compare, pipeline_search, reference, tune_pipeline
 from dit_accel_eval.arms import Arm
 from dit_accel_eval.counting import Counts
 from dit_accel_eval.model import Run
 from dit_accel_eval.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
 from dit_accel_eval.results import read_lines
-from dit_accel_eval.tune_space import default_space
 from dit_accel_eval.tuning import embedded_prompts, tuning_request
 from model_folders import model_folder
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, EasyCache
 from dit_accel.cli.app import app
-from dit_accel.methods.toml import from_toml, run_table, to_toml
+from dit_accel.methods.toml import from_toml, run_table
 
 
 class FakeModel:
@@ -306,16 +304,6 @@ def test_more_steps_of_the_same_methods_take_no_less_work():
     assert (least_work(more), known_work(more, ran)) == (5.0, 11.0)
     assert known_work(Arm(name="d", num_inference_steps=20), ran) == 0.0
     assert known_work(Arm(name="c 8", num_inference_steps=8, methods=(cache,)), ran) == 0.0
-
-
-@pytest.mark.parametrize("model", model_names())
-def test_the_default_space_has_every_kind_of_setting(model):
-    space = default_space(model)
-    assert len({arm.name for arm in space}) == len(space)
-    assert {arm.solver for arm in space} == {"unipc", "dpm++", "euler"}
-    assert {1, 2} <= {len(arm.methods) for arm in space}
-    for arm in space:
-        assert from_toml(to_toml(arm.methods)) == list(arm.methods)
 
 
 @pytest.mark.parametrize(
