@@ -130,17 +130,18 @@ def measures(suite: Suite, arm: str, clip: int, frames: Clip, reference: Clip, m
     Raises:
         ConfigError: for frames that are not finite, with the arm and clip that made them.
     """
+    held_out = suite.embedded and not suite.own
     try:
         sample = Sample(
             frames=frames, reference=reference, prompt=model.prompt(clip), trained_frames=_trained(suite, model),
-            fps=EMBEDDED_FPS if suite.embedded else OTHER_FPS,
+            fps=EMBEDDED_FPS if suite.embedded else OTHER_FPS, held_out=(suite.model, clip) if held_out else None,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {arm!r}: {error}") from None
     found = scores(dict.fromkeys((*ALWAYS, *suite.metrics)), sample)
     values = found.values()
     line: dict[str, Any] = {name: values.pop(name) for name in ALWAYS}
-    if suite.embedded and not suite.own:
+    if held_out:
         line["score"] = model_score(suite.model, clip, frames)
     else:
         found.skipped["score"] = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_accel_eval.comparison import figures, table
+from dit_accel_eval.comparison import figures, is_rival, table
 from dit_accel_eval.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
 from dit_accel_eval.paired import holm
 from dit_accel_eval.report import writing
@@ -249,6 +249,21 @@ def test_further_metrics_have_intervals_paired_differences_and_curves(tmp_path):
     assert "Frame by frame" in text
     assert "warp-error@dis" in writing.markdown_text(found)
     assert 'metrics = [\n    "psnr",\n    "warp-error@dis",' in suite_text(found)
+
+
+def test_vbench_s_names_have_a_table_of_their_own(tmp_path):
+    lines = read_lines(EVAL / "results" / "report-wan-tiny.jsonl")
+    for line in lines:
+        line["metrics"] = {"color@world": 0.5 if is_rival(line) else 0.75, "mine": 1.0}
+        if line["clip"] < 2:
+            line["metrics"]["scene@world"] = 1.0
+    found = report(lines_in(tmp_path / "w.jsonl", lines))
+    shown = " ".join(" ".join(Page(page(found)).texts).split())
+    arms = [arm for arm in found.arms if not found.is_dense(arm)]
+    assert f"color {len(found.prompts)} 0.50 {' '.join(['0.75 ahead'] * len(arms))}" in shown
+    assert f"scene 2 1.00 {' '.join(['1.00'] * len(arms))}" in shown  # of two clips there is no verdict
+    assert "color on the embedded world" not in shown
+    assert "By VBench's names" not in page(report(measured(tmp_path)))
 
 
 def test_minimums_of_what_is_better_less_are_the_most_allowed(tmp_path):

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_assets import clips, held_out_prompts, painter
+from dit_accel_eval.metrics.metric import Sample
+from dit_accel_eval.metrics.registry import scores
 from dit_accel_eval.results import read_lines
 from dit_accel_eval.suite import read_suite
 from dit_accel_eval.vbench import judged
 from dit_accel_eval.vbench.asked import model_scores, numbers, scene_of
 from dit_accel_eval.vbench.embedded import TAKES_TIME
+from dit_accel_eval.vbench.world_metrics import WORLD_METRICS
 
 from dit_accel import ConfigError
 
@@ -52,6 +55,24 @@ def test_drawn_clips_score_what_they_were_asked_for():
     white = next(at for at in range(50) if "white" in held_out_prompts("wan-tiny", at + 1)[at])
     with pytest.raises(ConfigError, match="asks for a white object"):
         model_scores("wan-tiny", white, (frames / 255).astype(np.float32))
+
+
+def test_suites_and_reports_know_the_names_as_metrics():
+    number = numbers("wan-tiny", 1)[0]
+    _, _, frames = clips.clip_of(number, held_out=True)
+    drawn = (frames / 255).astype(np.float32)
+    names = [metric.name for metric in WORLD_METRICS]
+    told = model_scores("wan-tiny", number, drawn)
+    found = scores(names, Sample(frames=drawn, held_out=("wan-tiny", number)))
+    assert found.values() == {f"{name}@world": value for name, value in told.items()}
+    assert set(found.skipped) == set(names) - set(found.measured)
+    grounds = {at: scene_of("wan-tiny", at).ground for at in numbers("wan-tiny", 8)}
+    apart = next(at for at, ground in grounds.items() if ground != grounds[number])
+    assert scores(["scene@world"], Sample(frames=drawn, held_out=("wan-tiny", apart))).values() == {"scene@world": 0.0}
+    white = next(at for at in range(50) if "white" in held_out_prompts("wan-tiny", at + 1)[at])
+    for held_out, why in (((("wan-tiny", white)), "asks for a white object"), (None, "and the clip is of none")):
+        skipped = scores(["color@world"], Sample(frames=drawn, held_out=held_out)).skipped["color@world"]
+        assert why in skipped
 
 
 def test_of_pictures_nothing_is_asked_that_takes_time():
