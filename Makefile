@@ -45,6 +45,8 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 	$(BIN)/python -m dit_accel_eval.every_set --model flux-tiny
 	$(BIN)/python -m dit_accel_eval.vbench.proxies
 	$(BIN)/python -m dit_accel_eval.vbench.judged
+	$(BIN)/python -m dit_accel_eval.demo --out demo
+	cp demo/comparison.json eval/results/demo.json; cp demo/comparison.gif docs/demo.gif
 	$(BIN)/python -m dit_accel_eval.readme
 
 suite-%: $(VENV)/.ready

@@ -4,12 +4,14 @@ All are held against the converged run of the same seed. The settings were chose
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from dit_accel_assets import held_out_prompts
 from dit_accel_pipelines.media import Frames, to_uint8, upscale, write_media
@@ -22,6 +24,7 @@ from dit_accel.files import json_text, written_whole
 from .arms import Arm, dense_arm
 from .counting import work
 from .embedded import EmbeddedModel, check_name
+from .machine import processor
 from .metrics.metric import Clip
 from .metrics.psnr import psnr
 from .model import Run
@@ -37,6 +40,9 @@ ACCELERATED = Arm(
     name="easycache", num_inference_steps=20, methods=(EasyCache(threshold=0.05, predictor="taylor", order=1),)
 )
 """What is shown; chosen on clips of the suite `caches-wan-tiny`, of which the demo's prompt is none."""
+
+RESULTS = Path("eval/results/demo.json")
+"""The committed run, of which the README tells: a copy of its ``comparison.json``."""
 
 MOST = 128
 """Steps at which the search for the converged run ends here, so that the demo takes minutes."""
@@ -172,7 +178,28 @@ def _data(model: EmbeddedModel, references: Sequence[Reference], outcomes: Seque
         for one in outcomes
     ]  # fmt: skip
     found = [{"steps": one.steps, "agreement": one.agreement} for one in references]
-    return {"model": model.name, "prompt": model.prompt(0), "call": model.call, "references": found, "arms": arms}
+    return {
+        "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor(),
+        "threads": torch.get_num_threads(), "references": found, "arms": arms,
+    }  # fmt: skip
+
+
+def told(root: Path) -> str:
+    """Return in words what the committed run showed.
+
+    Args:
+        root: the project's root folder.
+    """
+    run = json.loads((root / RESULTS).read_text(encoding="utf-8"))
+    _, fewer, ours = run["arms"]
+    against = bootstrap([own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)])
+    threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    seconds, rival = (f"{np.mean(one['seconds']):.1f} s" for one in (ours, fewer))
+    return (
+        f"Over {len(ours['psnr'])} seeds ours came {against.mean:+.1f} dB [{against.low:.1f}, {against.high:.1f}] "
+        f"nearer to the converged run in {seconds} than {fewer['num_inference_steps']} dense steps did in {rival} "
+        f"({threads}, {run['device']}; [the run]({RESULTS}))."
+    )
 
 
 def _print(prompt: str, references: Sequence[Reference], outcomes: Sequence[Outcome]) -> None:

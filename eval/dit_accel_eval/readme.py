@@ -14,6 +14,7 @@ from .block_choices import choices, scores_of, whole
 from .block_choices import table as choices_table
 from .budgets import table as budgets_table
 from .call_error import table as calls_table
+from .demo import told as demo_told
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
 from .every_set import Judged, Setting
@@ -41,7 +42,7 @@ COSTS = Path("eval/results/guidance-cost.jsonl")
 MASSES = Path("eval/results/dropped-mass.jsonl")
 PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
-    "README.md": ("models", "report", "speed"),
+    "README.md": ("demo", "models", "report", "speed"),
     "docs/guidance.md": (
         "every-set-wan-tiny",
         "every-set-flux-tiny",
@@ -224,6 +225,7 @@ def _budgets(root: Path) -> str:
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
+    "demo": demo_told,
     "report": report_table,
     "tuned-flux-tiny": tuned_told,
     "scaling": lambda _: scaling_table(),

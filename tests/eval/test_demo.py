@@ -40,6 +40,18 @@ def test_the_demo_compares_and_writes(tmp_path: Path, monkeypatch):
     assert Image.open(out / "comparison.gif").size == (width, height)
 
 
+def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
+    dense = {"num_inference_steps": 20, "psnr": [9.0, 9.0], "seconds": [4.0, 4.0]}
+    fewer = {"num_inference_steps": 13, "psnr": [30.0, 34.0], "seconds": [2.5, 2.7]}
+    ours = {"num_inference_steps": 20, "psnr": [33.0, 35.0], "seconds": [2.4, 2.4]}
+    run = {"device": "a processor, 2 cores", "threads": 1, "arms": [dense, fewer, ours]}
+    (tmp_path / demo.RESULTS).parent.mkdir(parents=True)
+    (tmp_path / demo.RESULTS).write_text(json.dumps(run))
+    text = demo.told(tmp_path)
+    assert "Over 2 seeds ours came +2.0 dB [1.0, 3.0] nearer to the converged run in 2.4 s" in text
+    assert "than 13 dense steps did in 2.6 s (one thread, a processor, 2 cores;" in text
+
+
 def test_the_strip_shows_differences_five_times_as_large():
     reference = np.full((2, 8, 8, 3), 0.5, np.float32)
     frames = demo.side_by_side([("same", reference), ("off", reference + 0.1)], reference)
