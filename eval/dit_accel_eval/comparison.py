@@ -11,6 +11,7 @@ from .metrics.registry import metrics
 from .paired import Interval, bootstrap, sign_flips
 from .results import Line, latest
 from .suite import Suite
+from .vbench.world_metrics import WORLD
 
 WORKS = {"work": "own work", "work_real": "work at a = .72"}
 """Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
@@ -167,7 +168,8 @@ def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
     against = [f"against UniPC at equal {words}, dB" for words in works.values()]
     scored = ["score"] if any("score" in arm.means for arm in found) else []
     heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", *scored, *against]
-    named = list(dict.fromkeys(name for arm in found for name in arm.metrics))
+    every = dict.fromkeys(name for arm in found for name in arm.metrics)
+    named = [name for name in every if not name.endswith(WORLD)]  # which have a table of their own
     heads += named
     if any(arm.clips < clips for arm in found):
         heads.insert(1, "clips")

@@ -26,6 +26,8 @@ def test_a_missing_mark_is_an_error(tmp_path):
     for part in ("eval/suites", "eval/results", "kernels/bench/results"):
         if (ROOT / part).exists():
             shutil.copytree(ROOT / part, tmp_path / part)
-    (tmp_path / "README.md").write_text("<!-- models -->\n<!-- /models -->\n<!-- report -->\n<!-- /report -->\n")
+    (tmp_path / "README.md").write_text(
+        "<!-- demo -->\n<!-- /demo -->\n<!-- models -->\n<!-- /models -->\n<!-- report -->\n<!-- /report -->\n"
+    )
     with pytest.raises(ValueError, match=r"one pair of marks <!-- speed --> <!-- /speed -->, found 0"):
         filled(tmp_path, "README.md")

@@ -8,6 +8,7 @@ from dit_accel_pipelines.request import EMBEDDED_FPS
 from ..comparison import ArmFigures, decimals_of, verdict
 from ..plots import frontier, picture
 from ..vbench.world_metrics import WORLD
+from .by_names import by_names
 from .curves import curves, svg_uri
 from .figures import Report, judged, misses, worst_first
 from .lines import ALWAYS, better_of, words_of
@@ -59,7 +60,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         "prefix": prefix,
         "title": f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
         "summary": _summary(report),
-        "world": _world(report),
+        "world": by_names(report),
         "curves": curves(report),
         "step_curves": step_curves(report),
         "costs": costs(report),
@@ -153,26 +154,6 @@ def _frontiers(report: Report) -> list[str]:
         told = [f"{arm.name} ({arm.means[key]:.1f} steps, {arm.psnr.mean:.1f} dB)" for arm in frontier(arms, key)]
         found.append(f"Not surpassed at as little {report.works[key]}: {', '.join(told)}.")
     return found
-
-
-def _world(report: Report) -> dict[str, Any]:
-    """Return the table by VBench's names: its arms, and rows of (name, clips that ask for it, cells).
-
-    A cell is an arm's mean and how it stands beside dense UniPC of equal work.
-    """
-    names = [name for name in report.further if name.endswith(WORLD)]
-    dense = [arm for arm in report.arms if report.is_dense(arm)]
-    arms = [*dense[-1:], *(arm for arm in report.arms if not report.is_dense(arm))]
-    rows = []
-    for name in names:
-        asked = {line["clip"] for line in report.results.lines if name in line.get("metrics", {})}
-        cells = []
-        for arm in arms:
-            stands = verdict(arm.differences[name], len(asked)) if name in arm.differences else "open"
-            mean = f"{arm.metrics[name].mean:.{decimals_of(name)}f}" if name in arm.metrics else "–"
-            cells.append((mean, "" if stands == "open" else stands))
-        rows.append((name.removesuffix(WORLD), len(asked), cells))
-    return {"arms": [arm.name for arm in arms], "rows": rows}
 
 
 def _step_map(report: Report) -> dict[str, Any]:

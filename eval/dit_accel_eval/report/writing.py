@@ -12,6 +12,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 from ..comparison import ArmFigures, table_of, verdict
 from ..paired import Interval
 from ..results import told_full
+from .by_names import by_names, markdown
 from .figures import Report, misses
 from .lines import better_of
 from .page import page
@@ -140,6 +141,7 @@ def markdown_text(report: Report) -> str:
     """Return the table of all arms, and below it what to know and what was missed."""
     first = report.results.lines[0]
     parts = [f"{first['model']}, {len(report.prompts)} clips, 95 % intervals.", table_of(report.arms)]
+    parts += [names] if (names := markdown(by_names(report))) else []
     for head, texts in (("Warnings", report.warnings), ("Missed", misses(report))):
         if texts:
             parts.append("\n".join([f"{head}:", "", *_listed(texts)]))
