@@ -155,18 +155,20 @@ def _speed(root: Path) -> str:
     records = read_lines(root / SPEED)
     if not records:
         return f"Not measured yet; `python kernels/bench/block_sparse.py --out {SPEED}` measures it on this machine."
-    first = records[0]
+    first, devices = records[0], list(dict.fromkeys(record["device"] for record in records))
     head = (
-        f"`python kernels/bench/block_sparse.py --out {SPEED}`: {first['device']}, {first['threads']} threads, torch "
-        f"{first['torch']}, B, H, S, D = {', '.join(map(str, first['shape']))}, tiles of {first['block']}, "
-        f"{first['lists']} lists. Times faster than dense SDPA in the same process, and that as a share of 1 / density."
+        f"`python kernels/bench/block_sparse.py --out {SPEED}`: {first['threads']} threads, torch {first['torch']}, "
+        f"B, H, S, D = {', '.join(map(str, first['shape']))}, tiles of {first['block']}, {first['lists']} lists. Times "
+        f"faster than dense SDPA in the same process, and that as a share of 1 / density."
     )
     settings = list(dict.fromkeys((r["dtype"], r["density"]) for r in records if r["candidate"] != "dense"))
-    rows = ["| candidate | " + " | ".join(f"{dtype} {density:.2f}" for dtype, density in settings) + " |"]
-    rows.append("|---" * (len(settings) + 1) + "|")
-    for name in dict.fromkeys(r["candidate"] for r in records if r["candidate"] != "dense"):
-        cells = [_cell(records, name, *setting) for setting in settings]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    rows = ["| processor | candidate | " + " | ".join(f"{dtype} {density:.2f}" for dtype, density in settings) + " |"]
+    rows.append("|---" * (len(settings) + 2) + "|")
+    for device in devices:
+        own = [record for record in records if record["device"] == device]
+        for name in dict.fromkeys(r["candidate"] for r in own if r["candidate"] != "dense"):
+            cells = [_cell(own, name, *setting) for setting in settings]
+            rows.append(f"| {device} | {name} | " + " | ".join(cells) + " |")
     return f"{head}\n\n" + "\n".join(rows)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import wide_dtype
+from dit_accel_kernels.features import product_dtype, wide_dtype
 from dit_accel_kernels.selection import LOG2_E
 
 CHUNK = 1 << 24  # logits at a time
@@ -137,12 +137,12 @@ def _logits(
     q: Tensor, k: Tensor, scale: float | None, block_q: int, key_mask: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
     """Natural logits of some whole query tiles at a time, [B, H, rows, S_k] in float32, and their first query."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    wide = wide_dtype(q.dtype)
+    wide, narrow = wide_dtype(q.dtype), product_dtype(q.dtype, q.device.type)
+    k = k.to(narrow).repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     size = q.shape[0] * q.shape[1] * k.shape[3] * block_q
     step = block_q * max(1, CHUNK // size)
     for start in range(0, q.shape[2], step):
-        rows = q[:, :, start : start + step]
+        rows = q[:, :, start : start + step].to(narrow)
         x = (rows @ k).to(wide) * (q.shape[3] ** -0.5 if scale is None else scale)
         if key_mask is not None:
             x = x.masked_fill(~key_mask[:, None, None], -torch.inf)

@@ -20,6 +20,7 @@ from dit_accel_kernels import (
 from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import schedule as schedule_module
 from dit_accel_kernels.backends.torch.schedule import WASTE, GroupSize, Shape, build, schedule
+from dit_accel_kernels.features import product_dtype
 from kernel_cases import check_against_reference, qkv, random_lists
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,6 +33,29 @@ def test_odd_sizes(dtype, tokens, pooled):
     q, k, v = qkv(1, 2, 2, tokens, tokens, 64, dtype)
     tiles = random_lists(1, tokens, tokens, 64, 64, pooled=pooled)
     check_against_reference(q, k, v, tiles, layout="bhsd")
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_processor_without_narrow_products_computes_in_float32(dtype, native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: native)
+    product_dtype.cache_clear()
+    q, k, v = qkv(1, 2, 2, 200, 200, 64, dtype)
+    tiles = random_lists(1, 200, 200, 32, 32, pooled=True)
+    check_against_reference(q, k, v, tiles, layout="bhsd")
+    wide = [x.float().requires_grad_() for x in (q, k, v)]
+    narrow = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact, out = (block_sparse_attention(*x, tiles, layout="bhsd", backend="torch") for x in (wide, narrow))
+    assert out.dtype == dtype
+    assert torch.equal(out, exact.to(dtype)) is not native  # nothing but the output is rounded
+    exact.sum().backward()
+    out.sum().backward()
+    for one, other in zip(wide, narrow, strict=True):
+        assert other.grad.dtype == dtype
+        assert torch.equal(other.grad, one.grad.to(dtype)) is not native
+    monkeypatch.undo()
+    product_dtype.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

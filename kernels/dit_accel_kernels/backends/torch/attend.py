@@ -18,7 +18,7 @@ from torch import Tensor
 from dit_accel_kernels.backends.torch.schedule import Group, GroupSize, Portion
 from dit_accel_kernels.backends.torch.tiled import Tiled, cut, portions_of
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers, run_all, worker_threads
-from dit_accel_kernels.features import wide_dtype
+from dit_accel_kernels.features import product_dtype, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.states import resolved
@@ -50,14 +50,15 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         if tally is not None and work.found is not None:
             work.settle(tally)
     (batch, heads, tokens, dim), kept = problem.q.shape, None if tally is None else tally.kept()
-    out = out.view(batch, heads, -1, dim)[:, :, :tokens]
+    out = out.view(batch, heads, -1, dim)[:, :, :tokens].to(problem.q.dtype)
     return out, lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse, exact, kept
 
 
 def shares(problem: Problem) -> tuple[int, GroupSize]:
     """How many workers a call is shared by, and how large groups and portions are."""
     block_q, threads = problem.block_q, torch.get_num_threads()
-    columns, tiles = GROUP_BYTES // (block_q * problem.q.element_size()), FOUND_BYTES // (block_q * 4)
+    itemsize = product_dtype(problem.q.dtype, problem.q.device.type).itemsize
+    columns, tiles = GROUP_BYTES // (block_q * itemsize), FOUND_BYTES // (block_q * 4)
     if problem.q.device.type != "cpu":
         return 1, GroupSize(columns * GPU_GROUPS, 1, tiles)
     repeats = problem.q.shape[0] * problem.q.shape[1] // problem.exact_offsets.shape[0]

@@ -27,7 +27,7 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
         for name in ("q", "k", "v", "k_mean", "v_mean")
         if (x := getattr(tiled, name)) is not None
     }
-    grad_out = _by_tile(grad_out, problem.block_q)
+    grad_out = _by_tile(grad_out.to(tiled.q.dtype), problem.block_q)
     grad_lse = None if grad_lse is None else _by_tile(grad_lse[..., None], problem.block_q)
     _, size = shares(problem)
     for portion in portions_of(problem, replace(size, columns=size.columns // TEMPORARIES)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch.schedule import GroupSize, Portion, Shape, build, schedule
-from dit_accel_kernels.features import decay_by_frame, tile_means, wide_dtype
+from dit_accel_kernels.features import decay_by_frame, product_dtype, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
 
 
@@ -37,8 +37,9 @@ class Tiled:
 
 
 def cut(problem: Problem) -> Tiled:
-    """Pad to whole tiles, apply the head scale, pool if a list asks for it."""
-    q, k, v, valid = problem.q, problem.k, problem.v, problem.key_valid
+    """Pad to whole tiles, apply the head scale, pool if a list asks for it; in the dtype that multiplies fastest."""
+    dtype, valid = product_dtype(problem.q.dtype, problem.q.device.type), problem.key_valid
+    q, k, v = (x.to(dtype) for x in (problem.q, problem.k, problem.v))
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
     absent = weight = None
