@@ -259,6 +259,7 @@ def test_a_mask_of_the_users(tmp_path):
         tune_profile(request(), tmp_path / "three.json", mask=tmp_path / "black.png")
 
 
+@pytest.mark.slow
 def test_an_image_without_a_mask_goes_without_attention(tmp_path, monkeypatch):
     said: list[str] = []
     asked = request(model="flux-tiny", prompts=("a green ring on a navy background",), num_frames=None, **SMALL)

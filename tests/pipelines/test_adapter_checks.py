@@ -50,7 +50,7 @@ def check(name, models, only):
         assert all((results["padding"] == "passed") == masked for results in verdicts.values())
 
 
-@pytest.mark.parametrize("name", some(ADAPTERS, "wan", "hunyuan-video"))
+@pytest.mark.parametrize("name", some(ADAPTERS, "wan"))
 def test_an_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)

@@ -83,7 +83,7 @@ FOREGROUND = DFA(every=2, warmup_steps=3, last_steps=1)
     ("how", "when", "methods"),
     [
         ("blocks", "before", (FOREGROUND,)),
-        ("compile", "after", (RADIAL, FOREGROUND)),
+        pytest.param("compile", "after", (RADIAL, FOREGROUND), marks=pytest.mark.slow),
         pytest.param("blocks", "after", (RADIAL, FOREGROUND), marks=pytest.mark.slow),
         pytest.param("compile", "before", (FOREGROUND,), marks=pytest.mark.slow),
         pytest.param("torch.compile", "before", (RADIAL, FOREGROUND), marks=pytest.mark.slow),

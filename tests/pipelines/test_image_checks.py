@@ -42,7 +42,7 @@ def check(name, models, only):
     return verdicts
 
 
-@pytest.mark.parametrize("name", some(ADAPTERS, "flux", "sd3", "qwen-image"))
+@pytest.mark.parametrize("name", some(ADAPTERS, "flux", "sd3"))
 def test_an_image_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
