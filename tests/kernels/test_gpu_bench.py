@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
 
-import goals  # noqa: E402
 import gpu  # noqa: E402
 import timed  # noqa: E402
 from inputs import keep_bits, lists  # noqa: E402
@@ -75,7 +75,7 @@ def test_time(tmp_path):
     assert failed <= {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex"}
     assert all(r["ok"] and 0 <= r["rows_error"] <= r["rows_allowed"] for r in records if "error" not in r)
     assert "interpreted: times and goals mean nothing" in found.stdout
-    assert "not measured best SDPA over ours, 128k at 0.1" in found.stdout
+    assert re.search(r"best SDPA over ours, 128k at 0.1 +>= 5 +not measured", found.stdout)
 
 
 @pytest.mark.slow
@@ -98,34 +98,6 @@ def test_rows_of_a_timed_call_are_compared():
     grads[2][:, -1, 64:96] *= 1.01
     error, allowed = call.check(tuple(grads))
     assert error > allowed
-
-
-def test_goals_are_judged_by_the_worst_shape():
-    """Times that a card might show, in seconds: 10 for all tiles, linear but for what the goals are about."""
-
-    def record(shape: str, candidate: str, density: float, seconds: float, **more) -> dict:
-        return {"kind": "time", "shape": shape, "candidate": candidate, "density": density, "seconds": seconds, **more}
-
-    records = [
-        *(record("wan-720p", "triton", d, 10 * d) for d in (0.1, 0.25, 0.27, 0.5, 1.0)),
-        *(record("128k", "triton", d, 10 * d) for d in (0.1, 0.27, 1.0)),
-        record("wan-720p", "sdpa-flash", 1.0, 8.1),
-        record("wan-720p", "sdpa-cudnn", 1.0, 5.4),
-        record("128k", "sdpa-efficient", 1.0, 4.0),
-        record("wan-720p", "triton-kept", 0.27, 3.0),
-        record("wan-720p", "triton-votes", 0.27, 3.03),
-        record("wan-720p", "triton-routed", 0.1, 1.6, density_found=0.16),
-        record("128k", "triton-routed", 0.1, 1.5, density_found=0.1),
-        {"kind": "time", "shape": "wan-480p", "candidate": "triton-routed", "density": 0.1, "error": "no"},
-        {"kind": "check", "ok": True},
-    ]
-    found = {name: value for name, value, _, _ in goals.goals(records)}
-    assert found["time over density x all-tiles time"] == pytest.approx(1.0)
-    assert found["best SDPA over ours, wan-720p at 0.27"] == pytest.approx(2.0)
-    assert found["best SDPA over ours, 128k at 0.1"] == pytest.approx(4.0)
-    assert found["with votes over without"] == pytest.approx(1.01)
-    assert found["with routing over without"] == pytest.approx(1.5)
-    assert found["FlexAttention over ours"] is None
 
 
 def test_kept_tiles_have_the_diagonal_and_the_density():
