@@ -113,7 +113,7 @@ def goal_table(table: Table) -> str:
                 cells = [
                     "" if goal.predicted is None or goal.best is None
                     else _span(goal.predicted[0], goal.predicted[1])
-                    + (f"; dropped, {goal.best:.2f} at best" if goal.limit is not None and not goal.possible else "")
+                    + (f"; dropped, {goal.best:.3f} at best" if goal.limit is not None and not goal.possible else "")
                     for goal in each
                 ]  # fmt: skip
                 name = each[0].name + (f", tiles of {block}" if block != 128 else "")

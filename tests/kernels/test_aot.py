@@ -162,6 +162,16 @@ def test_the_committed_table_has_the_loops_over_pooled_tiles():
         assert mix["rows"] * mix["columns"] > 0
 
 
+def test_the_forward_of_ampere_takes_long_chunks_but_for_decay_and_pooled_tiles():
+    """64 keys a turn need fewer instructions and bytes for a logit than 32; loops that hold more would spill."""
+    records = [json.loads(line) for line in (BENCH / "results" / "aot.jsonl").read_text().splitlines()]
+    found = {r["launch"].removeprefix("fwd-bf16-d128-b128-"): r for r in records if r["target"] == "sm_80"}
+    assert found["plain"]["mix"]["columns"] == found["pooled"]["mix"]["columns"] == 64
+    assert found["pooled"]["pooled"]["columns"] == found["decay"]["mix"]["columns"] == 32
+    each = {name: found[name]["mix"]["instructions"] / found[name]["mix"]["columns"] for name in ("plain", "decay")}
+    assert each["plain"] < 0.85 * each["decay"]
+
+
 def test_a_sample_is_spread_evenly():
     todo = [("module", str(i), "sm_80") for i in range(10)]
     assert [task[1] for task in aot.spread(todo, 4)] == ["0", "2", "5", "7"]

@@ -36,7 +36,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 Tiles are 64 as in the paper and all its ports, since beta's figures belong to them: a mean key of 128 tokens is a
 coarser score and a coarser stand-in. Tiles of 128 move half the bytes and pool into half the keys: by the roofline
-model tiles of 64 take a tenth longer on A100, and 1.5 to 2.1 times as long on H100 and B200
+model tiles of 64 take a quarter longer on A100, and 1.5 to 2.1 times as long on H100 and B200
 (docs/kernel-predictions.md).
 """
 
