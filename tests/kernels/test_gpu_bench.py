@@ -1,5 +1,6 @@
 """The GPU bench's two commands run from end to end in the interpreter, on toy shapes, and need little else."""
 
+import argparse
 import json
 import os
 import re
@@ -98,6 +99,21 @@ def test_rows_of_a_timed_call_are_compared():
     grads[2][:, -1, 64:96] *= 1.01
     error, allowed = call.check(tuple(grads))
     assert error > allowed
+
+
+def test_a_timed_call_shows_what_was_predicted_for_this_card(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    args, shape = argparse.Namespace(device="cuda"), SHAPES["wan-720p"]
+    found = gpu.prediction(shape, "triton", 0.27, args)
+    assert found["predicted_bound"] < found["predicted_serial"]
+    assert gpu.prediction(shape, "flex", 0.27, args) == {}
+    assert gpu.prediction(shape, "triton", 0.27, argparse.Namespace(device="cpu")) == {}
+    record = dict(kind="time", shape="wan-720p", candidate="triton", density=0.27, seconds=0.05, tflops=600.0, ok=True)
+    assert f"({found['predicted_limit']}) to" in gpu.line({**record, **found})
+    dense = {**record, "candidate": "triton", "density": 1.0, "seconds": 0.2}
+    gpu.summary("time", [record, dense], [], "NVIDIA H100 80GB HBM3", gpu.card_at_hand(args))
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("time over density x all-tiles"))
+    assert re.search(r"<= 1.12 +1\.\d\d - 1\.\d\d +0\.926  met$", row)
 
 
 def test_kept_tiles_have_the_diagonal_and_the_density():
