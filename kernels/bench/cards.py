@@ -99,7 +99,7 @@ class Card:
 
 def _ports(cores: int, clock: float) -> tuple[float, float]:
     """GB/s that SMs can take from their second-level cache, 64 bytes a clock each: no more than that is known."""
-    return (64 * cores * clock,) * 2
+    return 64 * cores * clock, 64 * cores * clock
 
 
 # NVIDIA: A100, L40S, Ada (RTX 4090), H100 SXM, Blackwell (RTX 5090) and B200 (HGX) data sheets and architecture white

@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-SDPA = dict(zip(DENSE, _BACKENDS, strict=True))
+SDPA: dict[str, SDPBackend] = dict(zip(DENSE, _BACKENDS, strict=True))
 BETA = 1.2816  # routes a tenth of the tiles of random inputs to exact ones: 1 - Phi(BETA) = 0.1
 Errors = tuple[float, float]  # found and allowed
 
