@@ -38,6 +38,7 @@ REPORTS := report-wan-tiny report-flux-tiny
 WORKERS ?= 2
 
 tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
+	$(BIN)/python kernels/bench/predictions.py --page docs/kernel-predictions.md
 	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-tiny.toml
 	$(BIN)/python -m dit_accel_eval.call_error --plot docs/call-error.png
 	$(BIN)/python -m dit_accel_eval.dropped_mass

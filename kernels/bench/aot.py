@@ -19,9 +19,7 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,8 +29,9 @@ from typing import Any
 
 import listing
 from calls import Setting
-from cards import TARGETS, Target, occupancy
-from recorded import Recorded, gpu_target, launches_of
+from cards import TARGETS
+from compiled import describe, has_hot_loop, turns
+from recorded import Recorded, gpu_target, launches_of, started_of
 
 PACKAGE = "dit_accel_kernels"
 Key = tuple[str, str]  # launch, target
@@ -48,14 +47,12 @@ CASES: tuple[tuple[Setting, tuple[str, ...]], ...] = (  # few enough that all of
     ),
     (Setting(dim=64), ("plain", "pooled")),
     (Setting(dim=96), ("plain",)),
-    (Setting(tile=64), ("plain", "keep+maxgap", "pinned+route")),
+    (Setting(tile=64), ("plain", "pooled", "keep+maxgap", "pinned+route")),
     (Setting(dtype="fp32"), ("plain",)),
 )  # fmt: skip
 QUICK = ("sm_80", "sm_90", "gfx942")  # where these compile too; Blackwell's compiler takes minutes for a backward
 QUICK_CASES = ((Setting(), ("decay+backward", "pooled+backward", "mask+backward", "pinned+routed+backward")),)
-
-
-COLD = ("expand", "expand_columns", "fold", "pool", "pooled_dkdv", "query_mean", "key_statistics", "route", "delta")
+STARTED = ("sm_90", "sm_100")  # where FlashAttention-4 attends to exact tiles and ours adds pooled ones
 
 
 def record_cases(target: str, into: dict[str, Recorded]) -> None:
@@ -63,6 +60,8 @@ def record_cases(target: str, into: dict[str, Recorded]) -> None:
     for at, kinds in (*CASES, *(QUICK_CASES if target in QUICK else ())):
         for kind in kinds:
             launches_of(kind, at, target, into)
+    if target in STARTED:
+        started_of(Setting(), target, into)
 
 
 def tasks(match: str, targets: list[str], module: str | None = None) -> list[Recorded]:
@@ -77,29 +76,6 @@ def tasks(match: str, targets: list[str], module: str | None = None) -> list[Rec
         record(target, into)
         found += [x for x in into.values() if re.search(match, x.name)]
     return found
-
-
-def has_hot_loop(launch: Recorded) -> bool:
-    """Whether its first loop must show tensor-core instructions and neither a predicated load nor a select.
-
-    Gradients of wider heads take blocks too small for wgmma and tcgen05; decay selects between two factors by element.
-    """
-    kernel = launch.name.split("-")[0]
-    if kernel in ("dq", "dkdv"):
-        return launch.constants.get("entry_t_ptr", 0) is None and launch.constants["DIM"] <= 128
-    return kernel not in COLD
-
-
-def turns(launch: Recorded) -> tuple[int, ...]:
-    """Turns of the hot loop from one run of what lies behind a branch in it to the next, then behind two.
-
-    A vote settles a tile, and stores a word, that often; empty where everything runs in every turn.
-    """
-    constants = launch.constants
-    if constants.get("VOTE") is None:
-        return ()
-    chunks = constants["TILE_K"] // constants["BLOCK_K"]
-    return (chunks, 32 * chunks) if chunks > 1 else (32,)
 
 
 def compile_one(launch: Recorded) -> dict[str, Any]:
@@ -162,50 +138,6 @@ def _fingerprint_of(launch: Recorded) -> str:
         return fingerprint(launch)
     except Exception:  # whatever a compiler raises becomes a finding where it is compiled
         return ""
-
-
-def describe(asm: dict[str, Any], shared: int, launch: Recorded, target: Target) -> dict[str, Any]:
-    """Resources, occupancy and hot loop of one compiled kernel, from its texts; `shared` in bytes."""
-    ir = listing.read_ir(asm["ttir"])
-    chosen = listing.hot(ir)
-    if target.backend == "cuda":
-        text = _disassemble(asm["cubin"])
-        code, rules, resources = listing.read_sass(text), listing.SASS_RULES, listing.read_resources(text)
-        resources["spills"] = sum(map(listing.is_spill, code))
-    else:
-        code, rules, resources = listing.read_amdgcn(asm["amdgcn"]), listing.AMD_RULES, {}
-        resources = listing.read_amd_resources(asm["amdgcn"])
-    bodies = listing.loops(code)
-    at = listing.machine_hot(bodies, ir, chosen)
-    hot_spills = resources["spills"] if at < 0 else sum(map(listing.is_spill, bodies[at]))
-    blocks, bound = occupancy(target, resources["registers"], shared, launch.num_warps)
-    mix = None if at < 0 else listing.mix(bodies[at], rules)
-    if mix and turns(launch):
-        depths = listing.by_depth(bodies[at], code)
-        mix |= {"rare": depths[1:], "every": round(listing.every_turn(depths, turns(launch)), 1)}
-    return {
-        **resources,
-        **({"hot_spills": hot_spills} if resources["spills"] else {}),
-        "shared": shared,
-        "shared_limit": target.shared_block,
-        "blocks": blocks,
-        "bound": bound,
-        "tensor": "" if at < 0 else "+".join(sorted({listing.is_tensor(x) for x in bodies[at]} - {""})),
-        "loops": len(bodies),
-        "ir": chosen,
-        "mix": mix,
-    }
-
-
-def _disassemble(cubin: bytes) -> str:
-    """SASS and resource usage of a cubin, by a tool in Triton's wheel."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def workers(jobs: int) -> ProcessPoolExecutor:
@@ -286,12 +218,15 @@ def loop_faults(record: dict[str, Any]) -> list[str]:
 
 COLUMNS = (
     "launch", "target", "w/s", "regs", "spill", "shared KB", "blocks", "bound", "tensor", "loads", "masked", "select",
-    "exp2", "cvt", "instr", "s",
+    "exp2", "cvt", "instr", "pooled", "s",
 )  # fmt: skip
 
 
 def row(record: dict[str, Any]) -> list[str]:
-    """One record under COLUMNS: tensor to instr count machine instructions of one warp in one turn of the hot loop."""
+    """One record under COLUMNS: tensor to instr count machine instructions of one warp in one turn of the hot loop.
+
+    "pooled" counts those in one turn of the loop over pooled tiles.
+    """
     head = [record["launch"], record["target"], f"{record['warps']}/{record['stages']}"]
     if "error" in record:
         return [*head, record["error"][:60]]
@@ -309,6 +244,7 @@ def row(record: dict[str, Any]) -> list[str]:
         f"{ir.get('selects', 0)}/{mix.get('selects', 0)}",
         *(str(mix.get(name, 0)) for name in ("exp2", "converts")),
         str(mix.get("every", mix.get("instructions", 0))),
+        str(record["pooled"]["instructions"]) if "pooled" in record else "",
         f"{record['seconds']:.1f}",
     ]
 

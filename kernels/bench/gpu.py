@@ -30,9 +30,11 @@ import calls
 import grid
 import torch
 import triton
-from goals import goals
+from cards import Card
+from goals import goals, lines
+from mixes import KINDS, read_table
 from recorded import Recorded, launches_of
-from roofline import SHAPES, Mix, Shape, backward, card_of, features_of, predict
+from roofline import SHAPES, Shape, card_of, predict_call
 from timed import Timed, calls_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -145,13 +147,19 @@ def seconds_of(call: Timed, device: str) -> tuple[float, float, float]:
 
 
 def prediction(shape: Shape, candidate: str, density: float, args: argparse.Namespace) -> Record:
-    """The roofline's bound and serial seconds, if this card is one it knows."""
-    card = None if args.device == "cpu" else card_of(torch.cuda.get_device_name())
-    if card is None or not candidate.startswith("triton"):
+    """The roofline's bound, serial seconds and slowest engine, if it knows this card and what the call compiles to."""
+    card = card_at_hand(args)
+    found = (
+        None if card is None or candidate not in KINDS else predict_call(shape, candidate, density, card, read_table())
+    )
+    if found is None:
         return {}
-    found = predict(shape, density, card, Mix(), **features_of(candidate, density))
-    found = backward(found) if candidate == "triton-backward" else found
-    return {"predicted_bound": found["bound"], "predicted_serial": found["serial"]}
+    return {"predicted_bound": found["bound"], "predicted_serial": found["serial"], "predicted_limit": found["limit"]}
+
+
+def card_at_hand(args: argparse.Namespace) -> Card | None:
+    """This card's figures, if it is one that the roofline knows."""
+    return None if args.device == "cpu" else card_of(torch.cuda.get_device_name())
 
 
 def line(r: Record) -> str:
@@ -160,7 +168,10 @@ def line(r: Record) -> str:
         head = f"{r['shape']:14}{r['candidate']:16}{r['density']:5g} "
         if "error" in r:
             return head + r["error"]
-        bound = f"  bound {r['predicted_bound'] * 1e3:.3f} ms" if "predicted_bound" in r else ""
+        bound = ""
+        if "predicted_bound" in r:
+            low, high = r["predicted_bound"] * 1e3, r["predicted_serial"] * 1e3
+            bound = f"  predicted {low:.3f} ({r['predicted_limit']}) to {high:.3f} ms"
         rows = "" if r["ok"] else f"  WRONG: error {r['rows_error']:.2e}, allowed {r['rows_allowed']:.2e}"
         return f"{head}{r['seconds'] * 1e3:10.3f} ms {r['tflops']:8.2f} TFLOP/s{bound}{rows}"
     if r["kind"] == "check":
@@ -171,19 +182,14 @@ def line(r: Record) -> str:
     return f"DID NOT COMPILE {r['launch']}: {r['error']}"
 
 
-def summary(command: str, records: list[Record], left_out: list[str], title: str) -> None:
-    """Print what all findings come to."""
+def summary(command: str, records: list[Record], left_out: list[str], title: str, card: Card | None) -> None:
+    """Print what all findings come to: of times the goals, predictions and measurements side by side."""
     judged = [r for r in records if "ok" in r]
     print(f"{title}: {sum(r['ok'] for r in judged)} of {len(judged)} comparisons within the rule")
     if command == "time":
         if "interpreted" in title:
             print("interpreted: times and goals mean nothing")
-        for name, value, limit, less in goals(records):
-            if value is None:
-                print(f"not measured {name}")
-            else:
-                met = "met" if (value <= limit if less else value >= limit) else "MISSED"
-                print(f"{met:12} {name}: {value:.3f} ({'<=' if less else '>='} {limit})")
+        print("\n".join(lines(goals(records, card, None if card is None else read_table()))))
     if left_out:
         print(f"left out for time: {', '.join(left_out)}")
 
@@ -227,7 +233,7 @@ def main() -> None:
                 file.write(json.dumps({**setting, "dtype": args.dtype, **record}) + "\n")
         if line(record):
             print(line(record), flush=True)
-    summary(args.command, records, left_out, device)
+    summary(args.command, records, left_out, device, card_at_hand(args))
     sys.stdout.flush()
     sys.exit(any(not r["ok"] for r in records if "ok" in r) or any(r["kind"] == "compile" for r in records))
 

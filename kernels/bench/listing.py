@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-READING = 2  # to be raised when a listing is read in another way: records made before count no more
+READING = 3  # to be raised when a listing is read in another way: records made before count no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     return [code[start:end] for start, end in sorted(inner)]
 
 
-Rule = Callable[[Instruction], bool]
+Rule = Callable[[Instruction], int]
 
 
 def _opcode(*heads: str) -> Rule:
@@ -122,12 +122,16 @@ def _amd(*heads: str) -> Rule:
     return lambda x: x.opcode.startswith(heads)
 
 
+# Operations of a lane by instruction, packed pairs being two; on AMD every vector instruction takes the lanes' turn.
+FP32 = {"FADD": 1, "FMUL": 1, "FFMA": 1, "FADD2": 2, "FMUL2": 2, "FFMA2": 2}
+
 SASS_RULES: dict[str, Rule] = {
     "tensor": lambda x: bool(is_tensor(x)),
     "loads": _opcode("LDG", "LDGSTS", "UTMALDG", "UBLKCP"),
     "shared": _opcode("LDS", "LDSM", "STS", "STSM", "LDTM", "STTM"),
     "selects": _opcode("FSEL"),
     "exp2": lambda x: x.opcode.startswith("MUFU.EX2"),
+    "fp32": lambda x: FP32.get(x.opcode.split(".")[0], 0),
     "converts": _opcode("F2FP", "F2F", "F2I", "I2F", "HADD2"),
     "atomics": _opcode("ATOM", "ATOMG", "RED", "REDG", "ATOMS"),
     "barriers": _opcode("BAR", "WARPSYNC", "SYNCS", "WARPGROUP"),
@@ -139,6 +143,7 @@ AMD_RULES: dict[str, Rule] = {
     "shared": _amd("ds_"),
     "selects": _amd("v_cndmask"),
     "exp2": _amd("v_exp_f32"),
+    "fp32": lambda x: x.opcode.startswith("v_") and not x.opcode.startswith(("v_mfma", "v_exp_f32")),
     "converts": _amd("v_cvt_"),
     "atomics": _amd("global_atomic", "buffer_atomic", "ds_add"),
     "barriers": _amd("s_barrier"),
@@ -146,33 +151,40 @@ AMD_RULES: dict[str, Rule] = {
 
 
 def mix(body: list[Instruction], rules: dict[str, Rule]) -> dict[str, int]:
-    """How often every rule holds in one loop, its instructions in all, and `guards`: distinct predicates on loads."""
+    """How often every rule holds in one loop, its instructions in all, and `guards`: distinct predicates on loads.
+
+    "fp32" counts operations of the fp32 lanes.
+    """
     counts = {name: sum(map(rule, body)) for name, rule in rules.items()}
     return {**counts, "instructions": len(body), "guards": len(_guards(body, rules["loads"]))}
 
 
-def by_depth(body: list[Instruction], code: list[Instruction]) -> list[int]:
+def is_store(instruction: Instruction) -> bool:
+    """Whether an instruction writes to memory."""
+    return instruction.opcode.startswith(("STG", "global_store", "buffer_store"))
+
+
+def by_depth(
+    body: list[Instruction], code: list[Instruction], is_rare: Callable[[Instruction], bool] = is_store
+) -> list[int]:
     """Instructions of a loop that run in every turn, those behind one branch, behind two ...: code that stores.
 
-    What lies between a forward branch and its target is behind it, where it holds a store to memory: Blackwell's
-    products, too, stand behind a branch that one warp doesn't take, in every turn. A compiler may lay such code out
-    after the loop, with a jump back to its head: longer loops around this one, without an exit or a product.
+    What lies between a forward branch and its target is behind it, where it holds a store to memory (what `is_rare`
+    tells): Blackwell's products, too, stand behind a branch that one warp doesn't take, in every turn. A compiler may
+    lay such code out after the loop, with a jump back to its head: longer loops around this one, without an exit or a
+    product.
     """
     found = [0] * len(body)
     index = {x.address: i for i, x in enumerate(body)}
     for i, x in enumerate(body):
         skipped = range(i + 1, 0 if x.target is None else index.get(x.target, 0))
-        if any(_is_store(body[j]) for j in skipped):
+        if any(is_rare(body[j]) for j in skipped):
             for j in skipped:
                 found[j] += 1
     layers = _around(body, code)
-    if layers and any(map(_is_store, layers[-1])):
+    if layers and any(map(is_rare, layers[-1])):
         found += [depth for depth, layer in enumerate(layers, 1) for _ in layer]
     return [found.count(depth) for depth in range(max(found) + 1)]
-
-
-def _is_store(instruction: Instruction) -> bool:
-    return instruction.opcode.startswith(("STG", "global_store", "buffer_store"))
 
 
 def _around(body: list[Instruction], code: list[Instruction]) -> list[list[Instruction]]:
@@ -318,3 +330,8 @@ def machine_hot(bodies: list[list[Instruction]], ir: list[dict[str, int]], chose
     if chosen in inner and len(inner) == len(bodies):
         return inner.index(chosen)
     return max(range(len(bodies)), key=lambda i: sum(bool(is_tensor(x)) or _is_fma(x) for x in bodies[i]))
+
+
+def machine_last(bodies: list[list[Instruction]], ir: list[dict[str, int]]) -> int:
+    """Position of the machine loop that belongs to the last IR loop; -1 where the compiler peeled or merged some."""
+    return len(bodies) - 1 if len(bodies) == sum(not x["nested"] for x in ir) else -1

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import calls
+import torch
 from cards import TARGETS
 
 BACKEND = "dit_accel_kernels.backends.triton"
@@ -50,6 +51,16 @@ class Recorded:
         """Constexprs by name."""
         names = list(self.signature)
         return {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+
+    @property
+    def kernel_name(self) -> str:
+        """The kernel's name, such as "fwd"."""
+        return self.name.split("-")[0]
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of Q."""
+        return 4 if self.signature.get("q_ptr") == "*fp32" else 2
 
     @property
     def identity(self) -> str:
@@ -132,6 +143,20 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
         stack.callback(driver.set_active, getattr(driver, "_active", None))
         driver.set_active(_Pretended(gpu))
         yield
+
+
+def started_of(at: calls.Setting, target: str, into: dict[str, Recorded]) -> None:
+    """Record what adds pooled tiles to the output and LSE of exact ones, as the fa4 backend's calls launch it."""
+    call = calls.make("pooled", at, "cpu")
+    q = call.inputs[0]
+    exact = torch.zeros_like(q).transpose(1, 2), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    fa4 = importlib.import_module("dit_accel_kernels.backends.fa4.attend")
+    with (
+        recording(target, into, f"{at.name}-pooled+started"),
+        mock.patch.object(fa4, "missing_requirement", return_value=None),
+        mock.patch.object(fa4, "_exact_tiles", return_value=exact),
+    ):
+        call.run("fa4")
 
 
 def launches_of(kind: str, at: calls.Setting, target: str, into: dict[str, Recorded]) -> None:

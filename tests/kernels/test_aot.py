@@ -131,6 +131,47 @@ def test_comments_and_lines_leave_a_fingerprint_alone(tmp_path, monkeypatch):
     assert len(set(prints[0])) == 2  # one a target
 
 
+STARTED = """
+from calls import Setting
+from recorded import started_of
+
+into = {}
+started_of(Setting(), "sm_90", into)
+forward = next(x for x in into.values() if x.kernel_name == "fwd")
+print(forward.name, forward.constants["STARTED"], "pooled_bits_ptr" in forward.constants, forward.element_bytes)
+"""
+
+
+def test_what_adds_pooled_tiles_to_flash_attention_is_recorded_from_its_call():
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(BENCH)])}
+    env.pop("TRITON_INTERPRET", None)
+    found = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, check=False, env=env)
+    assert found.stdout == "fwd-bf16-d128-b128-pooled+started True False 2\n", found.stderr[-2000:]
+
+
+def test_the_committed_table_has_the_loops_over_pooled_tiles():
+    """Of every forward that pools, on every target; with what a logit takes of shared memory beside instructions."""
+    records = [json.loads(line) for line in (BENCH / "results" / "aot.jsonl").read_text().splitlines()]
+    pooled = {(r["launch"], r["target"]): r["pooled"] for r in records if "pooled" in r}
+    for kind in ("b128-pooled", "b128-pinned+route", "b64-pooled", "b64-pinned+route"):
+        assert {target for launch, target in pooled if launch.endswith(f"d128-{kind}")} == set(TARGETS)
+    assert {t for launch, t in pooled if launch.endswith("pooled+started")} == set(aot.STARTED)
+    for mix in (*pooled.values(), *(r["mix"] for r in records if r["hot_loop"])):
+        assert mix["instructions"] > 0
+        assert mix["shared_bytes"] > 0
+        assert mix["rows"] * mix["columns"] > 0
+
+
+def test_the_forward_of_ampere_takes_long_chunks_but_for_decay_and_pooled_tiles():
+    """64 keys a turn need fewer instructions and bytes for a logit than 32; loops that hold more would spill."""
+    records = [json.loads(line) for line in (BENCH / "results" / "aot.jsonl").read_text().splitlines()]
+    found = {r["launch"].removeprefix("fwd-bf16-d128-b128-"): r for r in records if r["target"] == "sm_80"}
+    assert found["plain"]["mix"]["columns"] == found["pooled"]["mix"]["columns"] == 64
+    assert found["pooled"]["pooled"]["columns"] == found["decay"]["mix"]["columns"] == 32
+    each = {name: found[name]["mix"]["instructions"] / found[name]["mix"]["columns"] for name in ("plain", "decay")}
+    assert each["plain"] < 0.85 * each["decay"]
+
+
 def test_a_sample_is_spread_evenly():
     todo = [("module", str(i), "sm_80") for i in range(10)]
     assert [task[1] for task in aot.spread(todo, 4)] == ["0", "2", "5", "7"]

@@ -117,8 +117,8 @@ module {
 def test_hot_loop_is_the_innermost_one_with_tensor_cores_and_no_exit():
     bodies = listing.loops(listing.read_sass(SASS.format(last="!P0")))
     assert [(body[0].address, body[-1].address) for body in bodies] == [(0x30, 0x90)]
-    expected = dict(tensor=1, loads=2, shared=1, selects=0, exp2=1, converts=1, atomics=0, barriers=0, instructions=7)
-    assert listing.mix(bodies[0], listing.SASS_RULES) == {**expected, "guards": 1}
+    expected = dict(tensor=1, loads=2, shared=1, selects=0, exp2=1, fp32=0, converts=1, atomics=0, barriers=0)
+    assert listing.mix(bodies[0], listing.SASS_RULES) == {**expected, "instructions": 7, "guards": 1}
 
 
 def test_a_masked_load_shows_as_several_guards():
@@ -144,6 +144,29 @@ def test_what_is_laid_out_after_a_loop_and_leads_back_to_it_is_not_for_every_tur
     assert listing.by_depth(bodies[0], code) == [2, 3, 3]
     code = listing.read_amdgcn(AMD_VOTE.replace("global_store_dword", "global_load_dword"))
     assert listing.by_depth(listing.loops(code)[0], code) == [2]
+
+
+def test_what_is_rare_may_be_told_otherwise():
+    """A branch over multiplications counts as rare where those are asked for."""
+    code = listing.read_sass(VOTE.replace("SHF.L.W.U32.HI", "FMUL"))
+    depths = listing.by_depth(listing.loops(code)[0], code, lambda x: x.opcode == "FMUL")
+    assert depths == [6, 4]
+
+
+def test_operations_of_the_fp32_lanes_are_counted_packed_ones_twice():
+    names = ("FADD", "FFMA.FTZ", "FMUL2", "FMNMX", "HMMA.16816.F32", "IADD3")
+    body = [listing.Instruction(i, "", name, "") for i, name in enumerate(names)]
+    assert listing.mix(body, listing.SASS_RULES)["fp32"] == 4
+    names = ("v_mul_f32_e32", "v_exp_f32_e32", "v_mfma_f32_32x32x8_bf16", "s_add_u32", "v_pk_mul_f32")
+    body = [listing.Instruction(i, "", name, "") for i, name in enumerate(names)]
+    assert listing.mix(body, listing.AMD_RULES)["fp32"] == 2
+
+
+def test_the_loop_over_pooled_tiles_is_the_last_where_no_loop_was_peeled():
+    bodies = listing.loops(listing.read_sass(SASS.format(last="!P0")))
+    inner, outer = dict(nested=0), dict(nested=1)
+    assert listing.machine_last(bodies, [inner, outer]) == 0
+    assert listing.machine_last(bodies, [inner, inner]) == -1
 
 
 def test_fp32_kernels_are_read_by_their_multiply_adds():

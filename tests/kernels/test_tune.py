@@ -60,7 +60,8 @@ def test_lookup_prefers_the_architecture_then_the_tile():
     assert key_of("sm_80", torch.float32, 256, 192) == Key("sm_80", "fp32", 256, 128)
     rows = table()
     assert launch_of("sm_80", torch.bfloat16, 128, 64) == rows[Key("sm_80", "half", 128, 64)]
-    assert launch_of("sm_80", torch.bfloat16, 128) == rows[Key("", "half", 128, 128)]
+    assert launch_of("sm_80", torch.bfloat16, 128) == rows[Key("sm_80", "half", 128, 128)]
+    assert launch_of("sm_89", torch.bfloat16, 128) == rows[Key("", "half", 128, 128)]
     assert launch_of("sm_90", torch.bfloat16, 128, 64) == rows[Key("sm_90", "half", 128, 128)]
     assert launch_of("sm_999", torch.float32, 96, 16) == rows[Key("", "fp32", 128, 128)]
 
@@ -72,6 +73,10 @@ def test_features_have_rows_of_their_own():
     assert launch(features=["mask"]) == rows[Key("", "half", 128, 128, "dq", "mask")]
     assert launch(features=["decay", "mask"]) == rows[Key("", "half", 128, 128, "dq", "decay")]
     assert launch_of("sm_90", torch.bfloat16, 128, kernel="dq", features=["mask"]).block_q == 128  # any feature's
+    assert (
+        launch_of("sm_80", torch.bfloat16, 128, features=["decay"])
+        == rows[Key("sm_80", "half", 128, 128, "fwd", "decay")]
+    )
 
 
 @pytest.mark.parametrize(

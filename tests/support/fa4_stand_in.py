@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 GARBAGE = 50.0
+architecture = "sm_90"
 calls: list[dict] = []  # what the last calls were given, for tests
 
 
@@ -61,6 +62,8 @@ def flash_attn_func(
     batch, num_q, heads, _ = q.shape
     num_k, repeat = k.shape[1], heads // k.shape[2]
     blocks, key_blocks = -(-num_q // block_q), -(-num_k // block_k)
+    own = 256 if architecture == "sm_100" and num_q > 128 else 128  # queries of a block there: two tiles of 128
+    assert block_q % own == 0, f"the sparse block of {block_q} queries must be a multiple of {own}"
     for counts, indices in ((partial_counts, partial), (full_counts, full)):
         assert counts.dtype == indices.dtype == torch.int32
         assert counts.shape == indices.shape[:3]
@@ -103,6 +106,8 @@ def install(monkeypatch, arch: str) -> None:
     """Let `flash_attn.cute` and `cutlass` be the stand-in until the test ends, on a card of this architecture."""
     from dit_accel_kernels.backends.fa4 import support
 
+    global architecture
+    architecture = arch
     names = ("flash_attn", "flash_attn.cute", "cutlass", "cutlass.cute")
     modules = {name: ModuleType(name) for name in names}
     for leaf, content in (

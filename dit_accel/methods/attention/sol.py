@@ -35,8 +35,9 @@ DEFAULTS: Mapping[str, Any] = {
 """What an option is where neither the user nor the model's recipe sets it: the paper's.
 
 Tiles are 64 as in the paper and all its ports, since beta's figures belong to them: a mean key of 128 tokens is a
-coarser score and a coarser stand-in. Tiles of 128 move half the bytes and pool into half the keys; by the roofline
-model that is worth 3 to 17 % of the time where attention is 16 % exact.
+coarser score and a coarser stand-in. Tiles of 128 move half the bytes and pool into half the keys: by the roofline
+model tiles of 64 take a quarter longer on A100, and 1.5 to 2.1 times as long on H100 and B200
+(docs/kernel-predictions.md).
 """
 
 DIAGONAL = 1

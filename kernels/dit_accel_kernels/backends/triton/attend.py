@@ -86,7 +86,8 @@ def _attend(
     """`attend` of batches and heads that are computed together, or `add_pooled` to a start."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
-    launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q)
+    features = ("decay",) if problem.decay is not None else ()
+    launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q, features=features)
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)
     block_q = query_block(problem.block_q, launch.block_q)
@@ -177,8 +178,15 @@ def _launch(
 
 
 def pooled_block(problem: Problem, launch: Launch) -> int:
-    """Pooled tiles of a chunk: as many as the plain loop has keys in one, or with decay as the slow loop."""
-    return launch.block_k if problem.decay is None else min(launch.block_k, launch.block_s)
+    """Pooled tiles of a chunk: as many as the plain loop has keys in one, or with decay as the slow loop.
+
+    On NVIDIA's cards without bulk copies at most 32: the addresses of more spill registers.
+    """
+    arch = architecture(problem.q.device)
+    if problem.decay is not None:
+        return min(launch.block_k, launch.block_s)
+    gathers = arch.startswith("sm_") and not bulk_copies(arch, problem.q.dtype)
+    return min(launch.block_k, 32) if gathers else launch.block_k
 
 
 def _descriptors(problem: Problem, block_k: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
