@@ -356,15 +356,18 @@ def test_the_hub_is_asked_for_what_it_has(tmp_path, monkeypatch):
     (tmp_path / "fetched").write_bytes(b"weights")
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda *which: asked.append(which) or str(tmp_path / "fetched")
+        "huggingface_hub.hf_hub_download",
+        lambda *which, repo_type: asked.append((*which, repo_type)) or str(tmp_path / "fetched"),
     )
     assert weight_files.from_hub("amt", tmp_path / "to") is None
-    assert asked == [("lalala125/AMT", "amt-s.pth")]
+    assert asked == [("lalala125/AMT", "amt-s.pth", "model")]
     assert (tmp_path / "to" / "amt_model" / "amt-s.pth").read_bytes() == b"weights"
     assert weight_files.from_hub("amt", tmp_path / "to") is None
     assert len(asked) == 1
+    assert weight_files.from_hub("tag2text", tmp_path / "to") is None
+    assert asked[1:] == [("xinyu1205/recognize-anything", "tag2text_swin_14m.pth", "space")]
 
-    def fails(*which):
+    def fails(*which, repo_type):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)

@@ -107,7 +107,11 @@ def _relation(video: Video, prompt: Prompt, means: Means) -> VideoScore:
 
 
 def _scene(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return rules.is_scene(means.observations.of("scene", video.name), prompt.asked["scene"])
+    asked = prompt.asked["scene"]
+    if means.observations.has("scene"):
+        return rules.is_scene(means.observations.of("scene", video.name), asked)
+    chosen = video.frames[sampling.middle(len(video.frames), SEEN)]
+    return rules.is_scene(means.networks.scenes(sampling.for_tag2text(chosen)), asked)
 
 
 def _style(video: Video, prompt: Prompt, means: Means) -> VideoScore:
@@ -151,7 +155,7 @@ WAYS: dict[str, Way] = {
     "human_action": Way(measure=_action, networks=("umt",), observed=True),
     "color": Way(measure=_color, observed=True),
     "spatial_relationship": Way(measure=_relation, observed=True),
-    "scene": Way(measure=_scene, observed=True),
+    "scene": Way(measure=_scene, networks=("tag2text", "bert-words"), observed=True),
     "appearance_style": Way(measure=_style, networks=("clip-b32", "clip-words")),
     "temporal_style": Way(measure=_prompted, networks=("viclip", "clip-words")),
     "overall_consistency": Way(measure=_prompted, networks=("viclip", "clip-words")),
@@ -164,9 +168,11 @@ def lacking(name: str, means: Means) -> str | None:
     way = WAYS[name]
     if way.observed and means.observations.has(name):
         return None
-    if way.networks:
-        return means.networks.missing(way.networks)
-    if way.observed:
+    if way.observed and not way.networks:
         kind = KINDS[name]
         return f"{BY[kind]}, which can't run beside a current torch, sees its {kind}; bring them with --observations"
-    return None
+    reason = means.networks.missing(way.networks)
+    if reason is None or not way.observed:
+        return reason
+    kind = KINDS[name]
+    return f"{reason}; or bring the {kind} that {BY[kind]} saw with --observations"

@@ -1,7 +1,7 @@
 """What networks that run elsewhere saw of videos: GRiT's detections and captions, Tag2Text's captions, UMT's actions.
 
-GRiT and Tag2Text want detectron2 and a transformers of 2023, so they can't run here; what they say can be brought, one
-JSON line a video::
+GRiT wants detectron2 and a transformers of 2023, so it can't run here; what it and others say where they run can be
+brought, one JSON line a video::
 
     {"video": "a cat and a dog-0.mp4", "by": "GRiT grit_b_densecap_objectdet.pth",
      "detections": [[["cat", [3, 4, 60, 70]], ...], ...]}     # by frame: object and box
