@@ -234,7 +234,7 @@ def test_what_scene_lacks_is_told_with_what_else_could_be_brought(tmp_path):
     assert "tag2text is missing: put https://huggingface.co/spaces/xinyu1205/recognize-anything/resolve/main/" in reason
     assert f"at {tmp_path / 'caption_model' / 'tag2text_swin_14m.pth'}" in reason
     assert "bert-words is missing: put https://huggingface.co/google-bert/bert-base-uncased" in reason
-    assert reason.endswith("or bring the scenes that Tag2Text saw with --observations")
+    assert reason.endswith("; or bring the scenes by Tag2Text with --observations")
 
 
 def test_tags_are_read_from_the_package_and_not_run(tmp_path, monkeypatch):

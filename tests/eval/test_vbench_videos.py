@@ -164,7 +164,8 @@ def test_what_is_asked_and_cannot_be_measured_is_refused_before_anything_runs(wo
     assert f"dynamic_degree can't be measured: raft is missing: put https://dl.dropboxusercontent.com" in told(found)  # noqa: F541
     assert "raft-things.pth" in told(found)
     assert not (at / "out").exists()
-    assert "GRiT's dense captions, which can't run beside a current torch" in told(start("-d", "color"))
+    assert "grit is missing: put https://datarelease" in told(start("-d", "color"))
+    assert "or bring the captions by GRiT with --observations" in told(start("-d", "color"))
 
 
 def test_without_names_what_can_be_measured_is_and_the_rest_is_told(work):

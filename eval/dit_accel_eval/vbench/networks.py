@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dit_accel import ConfigError
 
-from . import bert, official, preference, sampling, tag2text, vit, weight_files, words
+from . import bert, grit, official, preference, sampling, tag2text, vit, weight_files, words
 from .inception import inception
 from .sampling import Frames
 
@@ -153,6 +153,30 @@ class Networks:
         with self._complete("tag2text") as weights:
             told = tag2text.captions(seen, weights, self._words, official.tags())
         return [told[place] for place in places]
+
+    def detections(self, frames: Tensor) -> list[list[tuple[str, list[int]]]]:
+        """Return the names and boxes of what GRiT finds in each frame, as `sampling.for_grit` gives them."""
+        found = []
+        for frame in frames:
+            with self._complete("grit") as weights:
+                seen = grit.things(frame.to(self.device), weights, self.head)
+                names = self._said(grit.texts(seen.features, grit.NAME, weights))
+            found.append(list(zip(names, seen.boxes.int().tolist(), strict=True)))
+        return found
+
+    def sentences(self, frames: Tensor) -> list[list[tuple[str, str]]]:
+        """Return GRiT's sentences about each frame's things, each with the name of the frame's surest thing."""
+        found = []
+        for frame in frames:
+            with self._complete("grit") as weights:
+                seen = grit.things(frame.to(self.device), weights, self.head)
+                names = self._said(grit.texts(seen.features[:1], grit.NAME, weights))
+                told = self._said(grit.texts(seen.features, grit.SENTENCE, weights))
+            found.append([(one, names[0]) for one in told])
+        return found
+
+    def _said(self, tokens: Tensor) -> list[str]:
+        return [bert.text(one, self._words) for one in tokens.tolist()]
 
     def inception(self, frames: Frames) -> Tensor:
         """Return Inception's features [F, 2048] of uint8 frames, by which FID is measured."""

@@ -205,6 +205,23 @@ def for_tag2text(frames: Frames) -> Tensor:
     return scaled(_pictures(frames, (CAPTIONED, CAPTIONED), "BILINEAR"), IMAGENET)
 
 
+def for_grit(frames: Frames, *, rounded: bool = False) -> Tensor:
+    """Return whole frames, those with a short side of more than 768 pixels with one of 720: [F, 3, height, width].
+
+    Args:
+        frames: uint8.
+        rounded: whether to resize as OpenCV does, rounded and without antialiasing, else as torchvision does now.
+    """
+    given, short = tensor(frames), min(frames.shape[1:3])
+    if short > 768:
+        height, width = (int(720 / short * length) for length in frames.shape[1:3])
+        given = F.interpolate(
+            given, size=[height, width], mode="bilinear", align_corners=False, antialias=not rounded
+        )  # fmt: skip
+        given = given.round() if rounded else given
+    return scaled(given, IMAGENET)
+
+
 def _pictures(frames: Frames, size: Sequence[int], by: str = "BICUBIC") -> Tensor:
     """Return frames in 0..255 as Pillow resizes them, with antialiasing: [F, 3, height, width]."""
     from PIL import Image

@@ -4,7 +4,6 @@ Source: Tag2Text (Huang et al., arXiv 2303.05657), as vbench 0.1.5 asks it: Swin
 captions of 10 to 30 tokens by 3 beams. Depth and width are those of the weights.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def looked_at(count: int) -> list[int]:
     return [place // BEAMS for place in range(count)]
 
 
-def captions(pictures: Tensor, weights: Weights, words: list[str], tags: Sequence[str]) -> list[str]:
+def captions(pictures: Tensor, weights: Weights, words: list[str], tags: list[str]) -> list[str]:
     """Return a caption of each picture.
 
     Args:
@@ -66,7 +65,7 @@ def tag_logits(seen: Tensor, weights: Weights) -> Tensor:
     return (weights["fc.W"] * x).sum(-1) + weights["fc.b"]
 
 
-def _told(logits: Tensor, tags: Sequence[str]) -> list[str]:
+def _told(logits: Tensor, tags: list[str]) -> list[str]:
     """Return the tags that hold, as one text a picture."""
     likely = torch.sigmoid(logits) > SURE
     likely[:, list(DELETED)] = False

@@ -97,6 +97,10 @@ _ALL = (
         source=f"https://huggingface.co/spaces/{_SPACE}/resolve/main/{_TAG2TEXT}",
     ),
     WeightFile(
+        name="grit", path="grit_model/grit_b_densecap_objectdet.pth",
+        source="https://datarelease.blob.core.windows.net/grit/models/grit_b_densecap_objectdet.pth",
+    ),
+    WeightFile(
         name="bert-words", path="bert_model/vocab.txt", hub=("google-bert/bert-base-uncased", "vocab.txt"),
         source="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
         sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
