@@ -1,7 +1,9 @@
-"""Tag2Text: against transformers' Swin and BERT on random weights, its search against all sentences, and `scene`."""
+"""Tag2Text: against transformers' Swin and BERT and the official code on random weights, and `scene`."""
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,27 +208,33 @@ def networks(tmp_path, monkeypatch) -> Networks:
     tiny.write_words(tmp_path / weight_files.WEIGHT_FILES["bert-words"].path)
     torch.save({"model": tiny.tag2text(), "epoch": 3}, tmp_path / weight_files.WEIGHT_FILES["tag2text"].path)
     monkeypatch.setattr(official, "missing", lambda: None)
-    monkeypatch.setattr(official, "tags", lambda: [f"tag {number}" for number in range(tiny.TAGS)])
+    monkeypatch.setattr(official, "tags", lambda: [f"word{number}" for number in range(tiny.TAGS)])
     return Networks(tmp_path)
 
 
-def test_scene_is_measured_of_every_third_frames_caption(networks, monkeypatch):
-    means = Means(networks=networks)
-    assert lacking("scene", means) is None
-    monkeypatch.setattr(tag2text, "MOST", 14)
-    frames = np.stack([noise(40, 60, 3, seed=seed) // (1 + seed) for seed in range(20)])
-    pictures = sampling.for_tag2text(frames[sampling.middle(20, 16)])
-    held = weight_files.read("tag2text", networks.folder)
+def colours() -> np.ndarray:
+    """Return 16 small pictures of noise about a colour each."""
+    rng = np.random.default_rng(0)
+    found = rng.integers(0, 256, (16, 1, 1, 3)) * 0.7 + rng.integers(-90, 90, (16, 6, 6, 3))
+    return np.clip(found, 0, 255).astype(np.uint8)
+
+
+def test_tags_captions_and_scene_are_those_of_the_official_code(networks):
+    told = json.loads((Path(__file__).parent / "vbench_tag2text.json").read_text(encoding="utf-8"))
+    means, frames = Means(networks=networks), colours()
+    weights, pictures = weight_files.read("tag2text", networks.folder), sampling.for_tag2text(frames)
     with torch.inference_mode():
-        alone = [tag2text.captions(one[None], held, WORDS, official.tags())[0] for one in pictures[:2]]
+        logits = tag2text.tag_logits(swin(pictures[:6], weights, "visual_encoder."), weights)
+    assert tag2text._told(logits, official.tags()) == told["tags"]
     assert tag2text.looked_at(16) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5]
-    told = networks.scenes(pictures[:6])
-    assert told == [alone[0]] * 3 + [alone[1]] * 3
-    monkeypatch.setattr(networks, "scenes", lambda given: told if torch.equal(given, pictures) else [])
-    asked = told[0].split()[0]
+    asked = told["captions"][9].split()[-1]
     prompt = Prompt(text="", dimensions=(), asked={"scene": asked})
+    seen = []
+    networks.scenes = lambda given: seen.extend(Networks.scenes(networks, given)) or seen
+    assert lacking("scene", means) is None
     score = WAYS["scene"].measure(Video(name="a-0.mp4", frames=frames, fps=8), prompt, means)
-    assert score == rules.share(asked in caption for caption in told)
+    assert seen == told["captions"]
+    assert score == rules.share(asked in caption for caption in told["captions"])
 
 
 def test_what_scene_lacks_is_told_with_what_else_could_be_brought(tmp_path):

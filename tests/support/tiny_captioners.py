@@ -62,12 +62,15 @@ def swin(at: str, stages: int = 4, window: int = 12) -> dict[str, Tensor]:
 
 
 def tag2text() -> dict[str, Tensor]:
+    """Return weights by which a picture of noise has some tags; what the official code ties is equal, as trained."""
     seen = SWIN << 3
-    found = swin("visual_encoder.") | embeddings("tag_encoder.embeddings")
-    found |= bert_layer("tag_encoder.encoder.layer.0", seen=seen)
-    found |= bert_layer("vision_multi.encoder.layer.0", own=False, seen=seen)
-    found |= {"label_embed.weight": random(TAGS, WIDTH), "fc.W": random(1, TAGS, WIDTH), "fc.b": random(1, TAGS)}
-    return found | decoder("text_decoder")
+    found = swin("visual_encoder.") | embeddings("tag_encoder.embeddings") | decoder("text_decoder")
+    for number in (0, 1):
+        found |= bert_layer(f"tag_encoder.encoder.layer.{number}", seen=seen)
+    tied = [name for name in found if name.startswith("tag_encoder.encoder.layer.0.") and ".attention." not in name]
+    found |= {name.replace("tag_encoder", "vision_multi"): found[name] for name in tied}
+    found |= {"label_embed.weight": 5 * random(TAGS, WIDTH), "fc.W": random(1, TAGS, WIDTH)}
+    return found | {"fc.b": random(1, TAGS) - 2}
 
 
 def decoder(at: str) -> dict[str, Tensor]:
@@ -75,8 +78,10 @@ def decoder(at: str) -> dict[str, Tensor]:
     for number in (0, 1):
         found |= bert_layer(f"{at}.bert.encoder.layer.{number}", seen=WIDTH)
     found |= norm(f"{at}.cls.predictions.transform.LayerNorm", WIDTH)
-    found[f"{at}.cls.predictions.decoder.weight"] = random(bert.WORDS + 2, WIDTH, seed=4)
-    return found | {f"{at}.cls.predictions.bias": torch.zeros(bert.WORDS + 2)}
+    found[f"{at}.cls.predictions.decoder.weight"] = found[f"{at}.bert.embeddings.word_embeddings.weight"]
+    found[f"{at}.cls.predictions.bias"] = random(bert.WORDS + 2, seed=4)
+    found[f"{at}.cls.predictions.bias"][bert.END] += 2
+    return found
 
 
 CHANNELS, FC = 32, 16
