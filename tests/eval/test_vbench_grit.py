@@ -17,6 +17,8 @@ from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
 from torch import Tensor
 
+from dit_accel import ConfigError
+
 WORDS = tiny.words()
 
 
@@ -207,6 +209,17 @@ def test_networks_name_things_and_tell_of_them(networks):
         assert {name for _, name in said} == {name for name, _ in seen[:1]}
     assert len({name for name, _ in found[0]}) > 2
     assert [sentence for sentence, _ in told[0]] != [name for name, _ in found[0]]
+
+
+def test_nothing_is_found_where_no_place_is_likely_and_other_weights_are_refused(networks):
+    path = networks.folder / weight_files.WEIGHT_FILES["grit"].path
+    pictures, held = sampling.for_grit(noise(1, 100, 140, 3)), tiny.grit()
+    held["proposal_generator.centernet_head.agn_hm.bias"] -= 99
+    torch.save({"model": held}, path)
+    assert Networks(networks.folder).detections(pictures) == Networks(networks.folder).sentences(pictures) == [[]]
+    torch.save({"model": {"other": torch.zeros(1)}}, path)
+    with pytest.raises(ConfigError, match=r"lacks 'backbone\..*', so it holds another network's weights"):
+        Networks(networks.folder).detections(pictures)
 
 
 def test_four_dimensions_follow_from_what_grit_finds(networks, monkeypatch):
