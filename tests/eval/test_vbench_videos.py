@@ -164,7 +164,8 @@ def test_what_is_asked_and_cannot_be_measured_is_refused_before_anything_runs(wo
     assert f"dynamic_degree can't be measured: raft is missing: put https://dl.dropboxusercontent.com" in told(found)  # noqa: F541
     assert "raft-things.pth" in told(found)
     assert not (at / "out").exists()
-    assert "GRiT's dense captions, which can't run beside a current torch" in told(start("-d", "color"))
+    assert "grit is missing: put https://datarelease" in told(start("-d", "color"))
+    assert "or bring the captions by GRiT with --observations" in told(start("-d", "color"))
 
 
 def test_without_names_what_can_be_measured_is_and_the_rest_is_told(work):
@@ -356,15 +357,18 @@ def test_the_hub_is_asked_for_what_it_has(tmp_path, monkeypatch):
     (tmp_path / "fetched").write_bytes(b"weights")
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda *which: asked.append(which) or str(tmp_path / "fetched")
+        "huggingface_hub.hf_hub_download",
+        lambda *which, repo_type: asked.append((*which, repo_type)) or str(tmp_path / "fetched"),
     )
     assert weight_files.from_hub("amt", tmp_path / "to") is None
-    assert asked == [("lalala125/AMT", "amt-s.pth")]
+    assert asked == [("lalala125/AMT", "amt-s.pth", "model")]
     assert (tmp_path / "to" / "amt_model" / "amt-s.pth").read_bytes() == b"weights"
     assert weight_files.from_hub("amt", tmp_path / "to") is None
     assert len(asked) == 1
+    assert weight_files.from_hub("tag2text", tmp_path / "to") is None
+    assert asked[1:] == [("xinyu1205/recognize-anything", "tag2text_swin_14m.pth", "space")]
 
-    def fails(*which):
+    def fails(*which, repo_type):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)

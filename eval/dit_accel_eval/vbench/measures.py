@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,8 +76,18 @@ def _imaging(video: Video, prompt: Prompt, means: Means) -> VideoScore:
     return VideoScore(value=float(means.networks.musiq(sampling.for_musiq(video.frames)).mean()))
 
 
+def _chosen(video: Video) -> Frames:
+    return video.frames[sampling.middle(len(video.frames), SEEN)]
+
+
+def _detections(video: Video, name: str, means: Means) -> Any:
+    if means.observations.has(name):
+        return means.observations.of(name, video.name)
+    return means.networks.detections(sampling.for_grit(_chosen(video)))
+
+
 def _names(video: Video, name: str, means: Means) -> list[list[str]]:
-    return [[thing for thing, _ in frame] for frame in means.observations.of(name, video.name)]
+    return [[thing for thing, _ in frame] for frame in _detections(video, name, means)]
 
 
 def _object(video: Video, prompt: Prompt, means: Means) -> VideoScore:
@@ -91,23 +102,29 @@ def _objects(video: Video, prompt: Prompt, means: Means) -> VideoScore:
 def _action(video: Video, prompt: Prompt, means: Means) -> VideoScore:
     if means.observations.has("human_action"):
         return rules.is_action(means.observations.of("human_action", video.name), video.name)
-    chosen = video.frames[sampling.middle(len(video.frames), SEEN)]
-    likely = torch.sigmoid(means.networks.umt(sampling.for_umt(chosen))).tolist()
+    likely = torch.sigmoid(means.networks.umt(sampling.for_umt(_chosen(video)))).tolist()
     return rules.is_action(zip(official.actions(), likely, strict=True), video.name)
 
 
 def _color(video: Video, prompt: Prompt, means: Means) -> VideoScore | None:
-    return rules.is_colored(means.observations.of("color", video.name), prompt.text, prompt.asked["color"])
+    if means.observations.has("color"):
+        captions = means.observations.of("color", video.name)
+    else:
+        captions = means.networks.sentences(sampling.for_grit(_chosen(video), rounded=True))
+    return rules.is_colored(captions, prompt.text, prompt.asked["color"])
 
 
 def _relation(video: Video, prompt: Prompt, means: Means) -> VideoScore:
     asked = prompt.asked["spatial_relationship"]
-    seen = means.observations.of("spatial_relationship", video.name)
+    seen = _detections(video, "spatial_relationship", means)
     return rules.stands(seen, asked["object_a"], asked["object_b"], asked["relationship"])
 
 
 def _scene(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return rules.is_scene(means.observations.of("scene", video.name), prompt.asked["scene"])
+    asked = prompt.asked["scene"]
+    if means.observations.has("scene"):
+        return rules.is_scene(means.observations.of("scene", video.name), asked)
+    return rules.is_scene(means.networks.scenes(sampling.for_tag2text(_chosen(video))), asked)
 
 
 def _style(video: Video, prompt: Prompt, means: Means) -> VideoScore:
@@ -127,8 +144,8 @@ class Way:
 
     Attributes:
         measure: of one video; None where it says nothing about it.
-        networks: files of weights that it takes; none where its networks don't run here.
-        observed: whether it takes observations by networks that run elsewhere, if there are any.
+        networks: files that it takes.
+        observed: whether it takes observations by networks that ran elsewhere, if there are any.
         scale: what the mean over videos is divided by.
     """
 
@@ -138,6 +155,8 @@ class Way:
     scale: float = 1.0
 
 
+GRIT = ("grit", "bert-words")
+
 WAYS: dict[str, Way] = {
     "subject_consistency": Way(measure=_subject, networks=("dino",)),
     "background_consistency": Way(measure=_background, networks=("clip-b32",)),
@@ -146,12 +165,12 @@ WAYS: dict[str, Way] = {
     "dynamic_degree": Way(measure=_dynamic, networks=("raft",)),
     "aesthetic_quality": Way(measure=_aesthetic, networks=("clip-l14", "aesthetic")),
     "imaging_quality": Way(measure=_imaging, networks=("musiq",), scale=100.0),
-    "object_class": Way(measure=_object, observed=True),
-    "multiple_objects": Way(measure=_objects, observed=True),
+    "object_class": Way(measure=_object, networks=GRIT, observed=True),
+    "multiple_objects": Way(measure=_objects, networks=GRIT, observed=True),
     "human_action": Way(measure=_action, networks=("umt",), observed=True),
-    "color": Way(measure=_color, observed=True),
-    "spatial_relationship": Way(measure=_relation, observed=True),
-    "scene": Way(measure=_scene, observed=True),
+    "color": Way(measure=_color, networks=GRIT, observed=True),
+    "spatial_relationship": Way(measure=_relation, networks=GRIT, observed=True),
+    "scene": Way(measure=_scene, networks=("tag2text", "bert-words"), observed=True),
     "appearance_style": Way(measure=_style, networks=("clip-b32", "clip-words")),
     "temporal_style": Way(measure=_prompted, networks=("viclip", "clip-words")),
     "overall_consistency": Way(measure=_prompted, networks=("viclip", "clip-words")),
@@ -164,9 +183,8 @@ def lacking(name: str, means: Means) -> str | None:
     way = WAYS[name]
     if way.observed and means.observations.has(name):
         return None
-    if way.networks:
-        return means.networks.missing(way.networks)
-    if way.observed:
-        kind = KINDS[name]
-        return f"{BY[kind]}, which can't run beside a current torch, sees its {kind}; bring them with --observations"
-    return None
+    reason = means.networks.missing(way.networks)
+    if reason is None or not way.observed:
+        return reason
+    kind = KINDS[name]
+    return f"{reason}; or bring the {kind} by {BY[kind]} with --observations"

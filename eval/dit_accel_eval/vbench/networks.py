@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dit_accel import ConfigError
 
-from . import official, preference, sampling, vit, weight_files, words
+from . import bert, grit, official, preference, sampling, tag2text, vit, weight_files, words
 from .inception import inception
 from .sampling import Frames
 
@@ -49,7 +49,7 @@ class Networks:
     def missing(self, names: tuple[str, ...]) -> str | None:
         """Return why networks can't be had, None if they can; files, libraries and official code alike."""
         reasons = [weight_files.absent(name, self.folder) for name in names]
-        if {"raft", "amt", "umt"} & set(names):
+        if {"raft", "amt", "umt", "tag2text"} & set(names):
             reasons.append(official.missing())
         reasons += [_no_library(*one) for name, one in LIBRARIES.items() if name in names]
         found = [reason for reason in reasons if reason is not None]
@@ -75,10 +75,20 @@ class Networks:
         Raises:
             ConfigError: if the weights lack something that the network has.
         """
+        with self._complete(name) as weights:
+            return torch.cat([function(part.to(self.device), weights).cpu() for part in frames.split(TOGETHER)])
+
+    @contextmanager
+    def _complete(self, name: str) -> Iterator[Mapping[str, Tensor]]:
+        """Give a network's weights for inference.
+
+        Raises:
+            ConfigError: if they lack something that is asked of them.
+        """
         weights = self._weights(name)
         try:
             with torch.inference_mode():
-                return torch.cat([function(part.to(self.device), weights).cpu() for part in frames.split(TOGETHER)])
+                yield weights
         except KeyError as error:
             path = self.folder / weight_files.WEIGHT_FILES[name].path
             raise ConfigError(
@@ -127,6 +137,46 @@ class Networks:
         """Return the logits [classes] of the actions of Kinetics-400, of 16 frames."""
         clips = frames.transpose(0, 1)[None]
         return self._ask("umt", clips, lambda x, held: vit.umt(x, held, self.head))[0]
+
+    @cached_property
+    def _words(self) -> list[str]:
+        weight_files.hash_of("bert-words", self.folder)
+        return bert.read_words(self.folder / weight_files.WEIGHT_FILES["bert-words"].path)
+
+    def scenes(self, frames: Tensor) -> list[str]:
+        """Return Tag2Text's captions of a video's frames, as `sampling.for_tag2text` gives them.
+
+        They are those of the first third of the frames, three times each; see `tag2text.looked_at`.
+        """
+        places = tag2text.looked_at(len(frames))
+        seen = frames[: places[-1] + 1].to(self.device)
+        with self._complete("tag2text") as weights:
+            told = tag2text.captions(seen, weights, self._words, official.tags())
+        return [told[place] for place in places]
+
+    def detections(self, frames: Tensor) -> list[list[tuple[str, list[int]]]]:
+        """Return the names and boxes of what GRiT finds in each frame, as `sampling.for_grit` gives them."""
+        found = []
+        for frame in frames:
+            with self._complete("grit") as weights:
+                seen = grit.things(frame.to(self.device), weights, self.head)
+                names = self._said(grit.texts(seen.features, grit.NAME, weights))
+            found.append(list(zip(names, seen.boxes.int().tolist(), strict=True)))
+        return found
+
+    def sentences(self, frames: Tensor) -> list[list[tuple[str, str]]]:
+        """Return GRiT's sentences about each frame's things, each with the name of the frame's surest thing."""
+        found = []
+        for frame in frames:
+            with self._complete("grit") as weights:
+                seen = grit.things(frame.to(self.device), weights, self.head)
+                names = self._said(grit.texts(seen.features[:1], grit.NAME, weights))
+                told = self._said(grit.texts(seen.features, grit.SENTENCE, weights))
+            found.append([(one, names[0]) for one in told])
+        return found
+
+    def _said(self, tokens: Tensor) -> list[str]:
+        return [bert.text(one, self._words) for one in tokens.tolist()]
 
     def inception(self, frames: Frames) -> Tensor:
         """Return Inception's features [F, 2048] of uint8 frames, by which FID is measured."""

@@ -1,7 +1,7 @@
 """What networks that run elsewhere saw of videos: GRiT's detections and captions, Tag2Text's captions, UMT's actions.
 
-GRiT and Tag2Text want detectron2 and a transformers of 2023, so they can't run here; what they say can be brought, one
-JSON line a video::
+Where the official code has run, with its detectron2 and a transformers of 2023, what it saw can be brought instead of
+the weights, one JSON line a video::
 
     {"video": "a cat and a dog-0.mp4", "by": "GRiT grit_b_densecap_objectdet.pth",
      "detections": [[["cat", [3, 4, 60, 70]], ...], ...]}     # by frame: object and box
@@ -28,8 +28,7 @@ KINDS = {"object_class": "detections", "multiple_objects": "detections", "spatia
          "color": "captions", "scene": "scenes", "human_action": "actions"}  # fmt: skip
 """Dimension -> what it takes."""
 
-BY = {"detections": "GRiT's object detector", "captions": "GRiT's dense captions", "scenes": "Tag2Text",
-      "actions": "UMT"}  # fmt: skip
+BY = {"detections": "GRiT", "captions": "GRiT", "scenes": "Tag2Text", "actions": "UMT"}
 
 
 @dataclass(frozen=True, slots=True)

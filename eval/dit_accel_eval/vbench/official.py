@@ -1,9 +1,10 @@
-"""What is taken from the official package: its prompts, and the network code of RAFT and AMT.
+"""What is taken from the official package: its prompts, names of actions and tags, and the code of RAFT and AMT.
 
 The package can't be installed beside a current torch, and need not be: its wheel is unpacked, by its hash, and nothing
 of it runs but those two networks' modules.
 """
 
+import ast
 import importlib
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from ..metrics.weights import Archive, fetched, folder
 PROMPTS = "vbench/VBench_full_info.json"
 ACTIONS = "vbench/third_party/umt/kinetics_400_categories.txt"
 _THIRD = "vbench/third_party"
+TAGS = f"{_THIRD}/tag2Text/tag_class.py"
+TAG_COUNT = 3429
 _RAFT = ("raft", "update", "extractor", "corr", "utils_core/utils")
 _AMT = ("networks/AMT-S", "utils/flow_utils", *(f"networks/blocks/{one}" for one in
         ("feat_enc", "ifrnet", "multi_flow", "raft")))  # fmt: skip
@@ -33,7 +36,7 @@ PACKAGE = Archive(
     licence="Apache-2.0; RAFT BSD-3-Clause, AMT CC BY-NC 4.0",
     sha256="13266ed4715d91a7669ab58484b9e010bc91bb96e129d414fb512d4937890023", nets={},
     modules=(
-        PROMPTS, ACTIONS,
+        PROMPTS, ACTIONS, TAGS,
         *(f"{_THIRD}/RAFT/core/{one}.py" for one in _RAFT), *(f"{_THIRD}/amt/{one}.py" for one in _AMT),
     ),
 )  # fmt: skip
@@ -62,7 +65,7 @@ def unpack(given: Path | None = None, tell: Callable[[str], None] = lambda text:
     """
     if missing() is None:
         return None
-    tell(f"{PACKAGE.requirement} ({PACKAGE.licence}) for its prompts, RAFT and AMT")
+    tell(f"{PACKAGE.requirement} ({PACKAGE.licence}) for its prompts, tags, RAFT and AMT")
     try:
         with tempfile.TemporaryDirectory() as work:
             path = fetched(PACKAGE, given or Path(work), download=given is None)
@@ -109,6 +112,25 @@ def actions() -> list[str]:
     lines = (unpacked() / ACTIONS).read_text(encoding="utf-8").splitlines()
     found = {int(number): name.lower() for name, _, number in (line.strip().partition("\t") for line in lines)}
     return [found[number] for number in sorted(found)]
+
+
+def tags() -> list[str]:
+    """Return Tag2Text's tags, by class; their file is read, not run.
+
+    Raises:
+        ConfigError: if they are missing, or another list.
+    """
+    reason = missing()
+    if reason is not None:
+        raise ConfigError(reason)
+    path = unpacked() / TAGS
+    lists = [node.value for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)]
+    found = next((ast.literal_eval(one) for one in lists if isinstance(one, ast.List)), [])
+    if len(found) != TAG_COUNT:
+        raise ConfigError(
+            f"{path} has {len(found)} tags, expected were {TAG_COUNT}; delete it, and run dit-accel eval setup --tier 2"
+        )
+    return found
 
 
 @cache

@@ -27,6 +27,9 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 SIDE = 224
 """Pixels of the short side that the networks of features and actions take."""
 
+CAPTIONED = 384
+"""Pixels of the side of what Tag2Text takes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Video:
@@ -193,10 +196,36 @@ def for_hps(frames: Frames) -> Tensor:
     return scaled(F.pad(sized, (right // 2, right - right // 2, down // 2, down - down // 2)), CLIP)
 
 
-def _pictures(frames: Frames, size: Sequence[int]) -> Tensor:
-    """Return frames in 0..255 as Pillow resizes them, bicubic with antialiasing: [F, 3, height, width]."""
+def for_tag2text(frames: Frames) -> Tensor:
+    """Return whole frames squeezed to 384 x 384 pixels, bilinear with antialiasing: [F, 3, 384, 384].
+
+    Pillow's filter stands for ffmpeg's, by which the official reader of .mp4 files sizes frames; of .gif files it is
+    the official one.
+    """
+    return scaled(_pictures(frames, (CAPTIONED, CAPTIONED), "BILINEAR"), IMAGENET)
+
+
+def for_grit(frames: Frames, *, rounded: bool = False) -> Tensor:
+    """Return whole frames, those with a short side of more than 768 pixels with one of 720: [F, 3, height, width].
+
+    Args:
+        frames: uint8.
+        rounded: whether to resize as OpenCV does, rounded and without antialiasing, else as torchvision does now.
+    """
+    given, short = tensor(frames), min(frames.shape[1:3])
+    if short > 768:
+        height, width = (int(720 / short * length) for length in frames.shape[1:3])
+        given = F.interpolate(
+            given, size=[height, width], mode="bilinear", align_corners=False, antialias=not rounded
+        )  # fmt: skip
+        given = given.round() if rounded else given
+    return scaled(given, IMAGENET)
+
+
+def _pictures(frames: Frames, size: Sequence[int], by: str = "BICUBIC") -> Tensor:
+    """Return frames in 0..255 as Pillow resizes them, with antialiasing: [F, 3, height, width]."""
     from PIL import Image
 
     shape = (size[1], size[0])
-    pictures = [Image.fromarray(frame).resize(shape, Image.Resampling.BICUBIC) for frame in frames]
+    pictures = [Image.fromarray(frame).resize(shape, Image.Resampling[by]) for frame in frames]
     return tensor(np.stack([np.asarray(picture) for picture in pictures]))

@@ -1,7 +1,7 @@
 """The files of weights of VBench's networks and some others: where each lies, where it comes from, and its hash.
 
 The folder is laid out as the official cache (``~/.cache/vbench`` or ``$VBENCH_CACHE_DIR``), which can be used as it is;
-Inception, I3D, HPSv2 and PickScore, which VBench does not ask, lie in folders beside.
+Inception, I3D, HPSv2 and PickScore, which VBench does not ask, and BERT's words lie in folders beside.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from ..metrics.weights import folder
 
 _HUB = "OpenGVLab/VBench_Used_Models"
 _UMT, _VICLIP = "l16_ptk710_ftk710_ftk400_f16_res224.pth", "ViClip-InternVid-10M-FLT.pth"
+_SPACE, _TAG2TEXT = "xinyu1205/recognize-anything", "tag2text_swin_14m.pth"
 _RESOLVED = f"https://huggingface.co/{_HUB}/resolve/main"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
 
@@ -33,6 +34,7 @@ class WeightFile:
         source: its address.
         sha256: its hash or the hash's beginning, as its publisher tells it; "" where none is told.
         hub: the hub's repository and file, where it is there.
+        kind: of that repository.
     """
 
     name: str
@@ -40,6 +42,7 @@ class WeightFile:
     source: str
     sha256: str = ""
     hub: tuple[str, str] | None = None
+    kind: str = "model"
 
 
 def _on_hub(name: str, folder: str, repository: str, file: str) -> WeightFile:
@@ -88,6 +91,19 @@ _ALL = (
     ),
     WeightFile(
         name="viclip", path=f"ViCLIP/{_VICLIP}", source=f"{_RESOLVED}/{_VICLIP}", hub=(_HUB, _VICLIP),
+    ),
+    WeightFile(
+        name="tag2text", path=f"caption_model/{_TAG2TEXT}", hub=(_SPACE, _TAG2TEXT), kind="space",
+        source=f"https://huggingface.co/spaces/{_SPACE}/resolve/main/{_TAG2TEXT}",
+    ),
+    WeightFile(
+        name="grit", path="grit_model/grit_b_densecap_objectdet.pth",
+        source="https://datarelease.blob.core.windows.net/grit/models/grit_b_densecap_objectdet.pth",
+    ),
+    WeightFile(
+        name="bert-words", path="bert_model/vocab.txt", hub=("google-bert/bert-base-uncased", "vocab.txt"),
+        source="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
+        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
     ),
     WeightFile(
         name="dinov2", path="dinov2_model/dinov2_vitb14_pretrain.pth",
@@ -217,7 +233,7 @@ def from_hub(name: str, at: Path) -> str | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        found = hf_hub_download(*one.hub)
+        found = hf_hub_download(*one.hub, repo_type=one.kind)
         (at / one.path).parent.mkdir(parents=True, exist_ok=True)
         with written_whole(at / one.path) as temporary:
             copyfile(found, temporary)
