@@ -263,9 +263,12 @@ def test_vbench_s_names_have_a_table_of_their_own(tmp_path):
     assert f"color {len(found.prompts)} 0.50 {' '.join(['0.75 ahead'] * len(arms))}" in shown
     assert f"scene 2 1.00 {' '.join(['1.00'] * len(arms))}" in shown  # of two clips there is no verdict
     assert "color on the embedded world" not in shown
+    lines[0]["skipped"] = {"a@world": "it is white", "b@world": "it is white", "c": "other"}
+    warned = report(lines_in(tmp_path / "s.jsonl", lines)).warnings
+    assert {"a@world, b@world were skipped on 1 clip: it is white.", "c was skipped on 1 clip: other."} <= {*warned}
     told = writing.markdown_text(found)
     assert f"| color | {len(found.prompts)} | 0.50 | {' | '.join(['0.75 ahead'] * len(arms))} |" in told
-    assert "color@world" not in told
+    assert "| color@world" not in told
     assert "By VBench's names" not in page(report(measured(tmp_path)))
 
 

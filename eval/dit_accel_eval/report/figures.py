@@ -209,8 +209,12 @@ def _unmeasured(lines: Sequence[Line]) -> Iterator[str]:
         for key in ("skipped", "unavailable"):
             for name, reason in line.get(key, {}).items():
                 found.setdefault((name, reason), set()).add(line["clip"])
+    together: dict[tuple[str, int], list[str]] = {}
     for (name, reason), clips in found.items():
-        yield f"{name} was skipped on {len(clips)} clips: {reason}."
+        together.setdefault((reason, len(clips)), []).append(name)
+    for (reason, count), names in together.items():
+        was, on = "was" if len(names) == 1 else "were", "1 clip" if count == 1 else f"{count} clips"
+        yield f"{_some(names)} {was} skipped on {on}: {reason}."
 
 
 def _some(names: Sequence[str]) -> str:
