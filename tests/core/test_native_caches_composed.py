@@ -57,6 +57,7 @@ def denoise(transformer, until=STEPS, branches=BRANCHES):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("sparse", SPARSE)
 def test_reused_layers_are_neither_planned_nor_counted(sparse, cache):

@@ -105,6 +105,7 @@ def test_pairs(transformer, names):
         check(transformer, names, *with_tiles)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", combinations(3))
 def test_triples(transformer, names):
     """With a tile size set on the one that acts last."""

@@ -128,6 +128,7 @@ def test_a_neutral_attachment_is_the_cache_alone_bit_for_bit(make_pipe, cache):
     assert 0 < sum(step.dense_layers for step in report.steps) < STEPS * 2 * 3  # what was skipped is not counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
