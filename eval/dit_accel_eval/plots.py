@@ -32,16 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         suite = read_suite(options.suite)
         lines = options.results or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
-        draw(figures(suite, read_lines(lines)), title(suite), options.out or Path("docs") / f"{suite.name}.png")
+        arms = figures(suite, read_lines(lines))
+        clips = max((arm.clips for arm in arms), default=suite.clips)
+        draw(arms, title(suite, clips), options.out or Path("docs") / f"{suite.name}.png")
     except DitAccelError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def title(suite: Suite) -> str:
-    """Return what a suite's picture is called."""
-    return f"{suite.name}: {suite.model}, {suite.clips} held-out clips"
+def title(suite: Suite, clips: int) -> str:
+    """Return what a suite's picture of so many clips is called."""
+    return f"{suite.name}: {suite.model}, {clips} held-out clips"
 
 
 def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
