@@ -8,6 +8,7 @@ from dit_accel_assets import model_defaults, model_path
 from dit_accel_pipelines.solvers import BEST
 
 from dit_accel import (
+    DFA,
     DBCache,
     DBPrune,
     EasyCache,
@@ -59,8 +60,9 @@ CACHES: Mapping[str, MethodConfig] = {
     "dbcache 2 blocks 0.1": DBCache(threshold=0.1, first_blocks=2, predictor=FORECAST),
     "dbprune 0.1": DBPrune(threshold=0.1, predictor=FORECAST),
     "staticcache every 2": StaticCache(every=2, predictor=FORECAST),
+    "dfa every 2": DFA(every=2),
 }
-"""Caches that are tried by themselves."""
+"""Caches that are tried by themselves, DFA among them, whose background keeps its attention output."""
 
 CALIBRATED = (TeaCache, MagCache)
 """Caches that are tried where their numbers are known for the model."""
@@ -79,8 +81,8 @@ def default_space(model: str) -> tuple[Arm, ...]:
 def space_of(own: int, adapter: Adapter, family: Family, *, block_size: int | None = None) -> tuple[Arm, ...]:
     """Return the settings that are tried on a model.
 
-    Left out is what the model does not take, and what needs a run of its own first: `ProfilingCache` and `DFA`, which
-    take the blocks and the foreground of `tune profile`. Methods beyond the trained size make nothing faster.
+    Left out is what the model does not take, and `ProfilingCache`, which takes the blocks that `tune profile` finds.
+    Methods beyond the trained size make nothing faster.
 
     Args:
         own: the model's own number of steps.

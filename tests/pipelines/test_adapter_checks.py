@@ -1,7 +1,6 @@
 """Every adapter under the checks that its users get, and the checks against adapters that are wrong."""
 
 import dataclasses
-import itertools
 
 import pytest
 import tiny_models
@@ -17,10 +16,8 @@ from dit_accel.methods.attention.sol import SolHandler
 from dit_accel.methods.caches.engine import StepCacheHandler
 from dit_accel.methods.caches.history import History
 from dit_accel.methods.caches.static import StaticCache
-from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter, method_checks
+from dit_accel.testing import CHECKS, METHOD_CASES, check_adapter
 from dit_accel.testing.cache_checks import CACHE_CASES
-from dit_accel.testing.method_cases import apart, cases_for, configs_of
-from dit_accel.testing.tiny_models import Case, wide_inputs
 
 ADAPTERS = {adapter.name: adapter for adapter in PACKAGED if adapter not in IMAGE_ADAPTERS}  # test_image_checks
 FAST = [name for name in CHECKS if name != "compile"]
@@ -71,18 +68,6 @@ def test_pairs_of_methods_and_every_model_pass(name):
     check(name, [*map(shallow, (first, *others))], ["pairs"])
     if others:
         check(name, others, ["active", "batch", "padding"])
-
-
-@pytest.mark.slow
-def test_rows_of_a_batch_are_alone_under_every_pair_of_methods():
-    """What `check_pairs` tries on every model with each method once."""
-    case = Case(ADAPTERS["wan"], shallow(tiny_models.MODELS["wan"][0]))
-    wide, both = case.wide(), wide_inputs(case.inputs(2))
-    cases = [tried for tried in cases_for(case).values() if len(configs_of(tried.active)) == 1]
-    pairs = [pair for pair in itertools.combinations(cases, 2) if not apart(*pair)]
-    assert len(pairs) > 20
-    for pair in pairs:
-        method_checks._require_rows_alone(case, wide, both, *pair, backend="torch")
 
 
 @pytest.mark.slow
