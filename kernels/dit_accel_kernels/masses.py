@@ -137,12 +137,12 @@ def _logits(
     q: Tensor, k: Tensor, scale: float | None, block_q: int, key_mask: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
     """Natural logits of some whole query tiles at a time, [B, H, rows, S_k] in float32, and their first query."""
-    wide, narrow = wide_dtype(q.dtype), product_dtype(q.dtype, q.device.type)
-    k = k.to(narrow).repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    wide, multiplied = wide_dtype(q.dtype), product_dtype(q.dtype, q.device.type)
+    k = k.to(multiplied).repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     size = q.shape[0] * q.shape[1] * k.shape[3] * block_q
     step = block_q * max(1, CHUNK // size)
     for start in range(0, q.shape[2], step):
-        rows = q[:, :, start : start + step].to(narrow)
+        rows = q[:, :, start : start + step].to(multiplied)
         x = (rows @ k).to(wide) * (q.shape[3] ** -0.5 if scale is None else scale)
         if key_mask is not None:
             x = x.masked_fill(~key_mask[:, None, None], -torch.inf)

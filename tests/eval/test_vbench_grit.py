@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -186,13 +185,7 @@ def test_large_frames_are_sized_for_grit():
 
 @pytest.fixture
 def networks(tmp_path, monkeypatch) -> Networks:
-    for name in ("grit", "bert-words"):
-        one = weight_files.WEIGHT_FILES[name]
-        monkeypatch.setitem(weight_files.WEIGHT_FILES, name, replace(one, sha256=""))
-        (tmp_path / one.path).parent.mkdir(parents=True)
-    tiny.write_words(tmp_path / weight_files.WEIGHT_FILES["bert-words"].path)
-    torch.save({"model": tiny.grit(), "iteration": 3}, tmp_path / weight_files.WEIGHT_FILES["grit"].path)
-    return Networks(tmp_path)
+    return tiny.networks_of("grit", {"model": tiny.grit(), "iteration": 3}, tmp_path, monkeypatch)
 
 
 def test_networks_name_things_and_tell_of_them(networks):

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,15 +200,9 @@ def test_frames_are_squeezed_whole_for_tag2text():
 
 @pytest.fixture
 def networks(tmp_path, monkeypatch) -> Networks:
-    for name in ("tag2text", "bert-words"):
-        one = weight_files.WEIGHT_FILES[name]
-        monkeypatch.setitem(weight_files.WEIGHT_FILES, name, replace(one, sha256=""))
-        (tmp_path / one.path).parent.mkdir(parents=True)
-    tiny.write_words(tmp_path / weight_files.WEIGHT_FILES["bert-words"].path)
-    torch.save({"model": tiny.tag2text(), "epoch": 3}, tmp_path / weight_files.WEIGHT_FILES["tag2text"].path)
     monkeypatch.setattr(official, "missing", lambda: None)
     monkeypatch.setattr(official, "tags", lambda: [f"word{number}" for number in range(tiny.TAGS)])
-    return Networks(tmp_path)
+    return tiny.networks_of("tag2text", {"model": tiny.tag2text(), "epoch": 3}, tmp_path, monkeypatch)
 
 
 def colours() -> np.ndarray:

@@ -1,14 +1,28 @@
 """Tiny random weights of Tag2Text and GRiT, of the same names and forms as the published ones, and BERT's words."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from dit_accel_eval.vbench import bert
+from dit_accel_eval.vbench import bert, weight_files
+from dit_accel_eval.vbench.networks import Networks
 from tiny_vbench import linear, norm, random
 from torch import Tensor
 
 WIDTH, SWIN, TAGS = 24, 8, 3429
 """Of BERT, which has 12 heads, of Swin's first stage, and how many tags."""
+
+
+def networks_of(name: str, saved: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Networks:
+    """Return the networks of a folder that holds one file of weights, and BERT's words, whose hashes are not asked."""
+    for one in (weight_files.WEIGHT_FILES[file] for file in (name, "bert-words")):
+        monkeypatch.setitem(weight_files.WEIGHT_FILES, one.name, replace(one, sha256=""))
+        (folder / one.path).parent.mkdir(parents=True)
+    write_words(folder / weight_files.WEIGHT_FILES["bert-words"].path)
+    torch.save(saved, folder / weight_files.WEIGHT_FILES[name].path)
+    return Networks(folder)
 
 
 def words() -> list[str]:
