@@ -40,6 +40,7 @@ WORKERS ?= 2
 tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
 	$(BIN)/python kernels/bench/predictions.py --page docs/kernel-predictions.md
 	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-tiny.toml
+	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-4x-wan-tiny.toml --work finetuned-4x
 	$(BIN)/python -m dit_accel_eval.call_error --plot docs/call-error.png
 	$(BIN)/python -m dit_accel_eval.dropped_mass
 	$(BIN)/python -m dit_accel_eval.every_set --model wan-tiny

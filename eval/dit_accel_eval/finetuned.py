@@ -229,22 +229,23 @@ def _trainings(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
 
 def _arms(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
     """Give the rows of the arms."""
+    plain = next(arm.name for arm in experiment.arms if _is_plain(experiment, arm))
     yield (
         "| arm | clips | frames | score | motion x 1000 | sharpness x 1000 | loop | pairs computed | paired difference "
-        "to 2x, points of the score | of the loop |"
+        f"to {plain}, points of the score | of the loop |"
     )
     yield "|---" * 10 + "|"
     by_arm = {
         arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name and "clip" in line}
         for arm in experiment.arms
     }
-    plain = next(arm.name for arm in experiment.arms if _is_plain(experiment, arm))
+    longer = {arm.name for arm in experiment.arms if arm.num_frames == experiment.num_frames}
     for name, clips in by_arm.items():
         if not clips:
             continue
         keys = ("frames", "score", "motion", "sharpness", "loop", "attended")
         mean = {key: float(np.mean([line[key] for line in clips.values()])) for key in keys}
-        both = sorted(set(clips) & set(by_arm[plain])) if name != plain and mean["frames"] != 33 else []
+        both = sorted(set(clips) & set(by_arm[plain])) if name in longer - {plain} else []
         score, loops = (
             [scale * (clips[clip][key] - by_arm[plain][clip][key]) for clip in both]
             for key, scale in (("score", 100), ("loop", 1))
@@ -256,13 +257,14 @@ def _arms(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
         )
 
 
-def told(root: Path) -> str:
-    """Return what the page says of the committed run: how to repeat it, and its tables.
+def told(root: Path, name: str) -> str:
+    """Return what the page says of a committed run: how to repeat it, and its tables.
 
     Args:
         root: the project's root folder.
+        name: the experiment's.
     """
-    path = Path("eval/finetuning/finetuned-wan-tiny.toml")
+    path = Path(f"eval/finetuning/{name}.toml")
     experiment = read_experiment(root / path)
     lines, command = (
         read_lines(root / f"eval/results/{experiment.name}.jsonl"),

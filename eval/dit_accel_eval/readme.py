@@ -77,7 +77,7 @@ PAGES = {
         "blocks-time-wan-tiny",
         "blocks-time-flux-tiny",
     ),
-    "docs/finetuning.md": ("finetuned-wan-tiny",),
+    "docs/finetuning.md": ("finetuned-wan-tiny", "finetuned-4x-wan-tiny"),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "positions-cost"),
     "docs/vbench.md": ("vbench-proxies", "vbench-wan-tiny", "vbench-flux-tiny"),
 }
@@ -248,7 +248,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "profiling-flux-tiny": partial(
         _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
     ),
-    "finetuned-wan-tiny": finetuned_told,
+    "finetuned-wan-tiny": partial(finetuned_told, name="finetuned-wan-tiny"),
+    "finetuned-4x-wan-tiny": partial(finetuned_told, name="finetuned-4x-wan-tiny"),
 }
 
 
