@@ -47,3 +47,23 @@ def device() -> str:
     from dit_accel_kernels.backends.triton.support import interpreted
 
     return "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+
+
+@pytest.fixture(params=["loop", "operations"])
+def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the torch backend computes float32 on a CPU: by its compiled loop, or by torch's own operations."""
+    from dit_accel_kernels.backends.torch import compiled, fused
+
+    if request.param == "operations":
+        monkeypatch.setattr(fused, "library", lambda: None)
+    elif compiled.library() is None:
+        pytest.skip("no C++ compiler is here to build the loop")
+    return request.param
+
+
+@pytest.fixture
+def by_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave float32 on a CPU to torch's own operations."""
+    from dit_accel_kernels.backends.torch import fused
+
+    monkeypatch.setattr(fused, "library", lambda: None)

@@ -26,6 +26,7 @@ from kernel_cases import check_against_reference, qkv, random_lists
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [63, 100, 1025])
 @pytest.mark.parametrize("pooled", [False, True])
@@ -35,6 +36,7 @@ def test_odd_sizes(dtype, tokens, pooled):
     check_against_reference(q, k, v, tiles, layout="bhsd")
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_processor_without_narrow_products_computes_in_float32(dtype, native, monkeypatch):
@@ -58,6 +60,7 @@ def test_a_processor_without_narrow_products_computes_in_float32(dtype, native, 
     product_dtype.cache_clear()
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
@@ -67,6 +70,7 @@ def test_lists_heads_and_layouts(dtype, groups, key_heads, layout):
     check_against_reference(q, k, v, random_lists(groups, 100, 75, 32, 16), layout=layout)
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("features", range(8))
@@ -89,6 +93,7 @@ def test_features_together(dtype, groups, features):
     check_against_reference(q, k, v, random_lists(groups, 100, 100, 16, 24), **arguments)
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("num_k", [1, 63, 64])
 @pytest.mark.parametrize("value", [0, 1, 2])
 def test_one_tile(num_k, value):
@@ -98,6 +103,7 @@ def test_one_tile(num_k, value):
     check_against_reference(q, k, v, tiles, layout="bhsd")
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_large_logits_do_not_overflow():
     q, k, v = qkv(1, 2, 2, 100, 100, 32, torch.float32)
     check_against_reference(q * 200, k, v, random_lists(1, 100, 100, 16, 16), layout="bhsd")
@@ -109,6 +115,7 @@ def test_strided_inputs_need_no_copy_by_the_caller():
     check_against_reference(q, k, v, random_lists(1, 40, 40, 16, 16), layout="bshd")
 
 
+@pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("group", "tiles"), [(1, 1), (1, 1 << 20), (40_000, 1), (40_000, 2000), (1 << 20, 2000)])
 def test_small_groups_and_portions(monkeypatch, dtype, group, tiles):
@@ -119,6 +126,7 @@ def test_small_groups_and_portions(monkeypatch, dtype, group, tiles):
     check_against_reference(q, k, v, random_lists(1, 200, 200, 16, 16), layout="bhsd")
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_memory_is_not_quadratic():
     """A call at S = 8192 must not hold S x S anything: peak of what the profiler sees allocated."""
     q, k, v = qkv(1, 1, 1, 8192, 8192, 8, torch.float32)
@@ -185,6 +193,7 @@ def test_portions_cover_every_query_tile_once_with_little_padding(columns, limit
     assert multiple == 1 or odd <= 1  # the last one takes what is left
 
 
+@pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
 def test_padding_lets_nothing_in_from_tiles_that_a_row_drops(monkeypatch, rest):
     monkeypatch.setattr(schedule_module, "WASTE", 1.0)
@@ -255,6 +264,7 @@ def test_autocast_has_no_part_in_it(backend, masked):
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(other, grads[0], strict=True))
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("vote", [Vote(), Vote(criterion="mass", threshold=0.1)], ids=lambda vote: vote.criterion)
 def test_a_pooled_tile_far_above_every_exact_one_while_tiles_vote(vote):
     """Its logits, 200 log2 units above all others, must enter the softmax's peak, or its weight is infinite."""
@@ -272,6 +282,7 @@ def test_a_pooled_tile_far_above_every_exact_one_while_tiles_vote(vote):
     torch.testing.assert_close(out, block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="reference"))
 
 
+@pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize("masked", [False, True])
 def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, masked):
     calls, real = [], schedule_module.build

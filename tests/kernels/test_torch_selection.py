@@ -106,6 +106,7 @@ def window(vote: Vote, q: Tensor, k: Tensor, scale: float) -> tuple[Vote, Vote]:
     return tuple(Vote(criterion="mass", threshold=vote.threshold * math.exp(sign * 2 * margin)) for sign in (-1, 1))
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vote", VOTES[:2], ids=NAMES[:2])
 @pytest.mark.parametrize("features", [0, 1])
@@ -129,6 +130,7 @@ def test_low_dtypes_vote_alike_but_at_the_threshold(dtype, vote, features):
     assert not truth[3].all()
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", [1 << 20, 9000])
 @pytest.mark.parametrize("vote", [None, *VOTES], ids=["none", *NAMES])
@@ -144,6 +146,7 @@ def test_outputs_beside_votes_stay_within_rounding(monkeypatch, dtype, part, vot
         assert_within_rounding(a, b, c, dtype)
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("flops", [0, 1e12])
 def test_several_threads_vote_alike(monkeypatch, flops):
     """As workers, or within operations."""
@@ -161,6 +164,7 @@ def test_several_threads_vote_alike(monkeypatch, flops):
     assert torch.equal(alone[1], together[1])
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("kept", [0.0, 1.0])
 def test_empty_and_full_bits(kept):
     """Nothing exact gives 0 and leaves the bits; all bits give the static lists' own output."""
@@ -181,6 +185,7 @@ def test_empty_and_full_bits(kept):
     assert_within_rounding(out, yardstick, truth, torch.float32)
 
 
+@pytest.mark.usefixtures("by_operations")
 def test_lists_of_one_call_are_not_remembered(monkeypatch):
     q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
     mask = torch.rand(1, 40) > 0.2

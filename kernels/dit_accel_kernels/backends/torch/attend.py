@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.backends.torch import fused
 from dit_accel_kernels.backends.torch.schedule import Group, GroupSize, Portion
 from dit_accel_kernels.backends.torch.tiled import Tiled, cut, portions_of
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers, run_all, worker_threads
@@ -38,6 +39,9 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         tally = None if problem.selection.vote is None else Tally(problem)
         problem, exact = resolved(problem)
     tiled = cut(problem)
+    if fused.runs(tiled):
+        out, lse = fused.attend(problem, tiled, tally, need_lse=need_lse)
+        return *_whole(problem, out, lse, need_lse=need_lse), exact, None if tally is None else tally.kept()
     out = torch.zeros_like(tiled.q)  # query tiles that see nothing give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
     workers, size = shares(problem)
@@ -49,9 +53,14 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
             lse.index_copy_(0, portion.q_tiles, work.lse)
         if tally is not None and work.found is not None:
             work.settle(tally)
-    (batch, heads, tokens, dim), kept = problem.q.shape, None if tally is None else tally.kept()
+    return *_whole(problem, out, lse, need_lse=need_lse), exact, None if tally is None else tally.kept()
+
+
+def _whole(problem: Problem, out: Tensor, lse: Tensor, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """Output and LSE of all query tiles as the backend returns them."""
+    batch, heads, tokens, dim = problem.q.shape
     out = out.view(batch, heads, -1, dim)[:, :, :tokens].to(problem.q.dtype)
-    return out, lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse, exact, kept
+    return out, lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
 
 
 def shares(problem: Problem) -> tuple[int, GroupSize]:

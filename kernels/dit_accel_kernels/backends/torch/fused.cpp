@@ -1,0 +1,294 @@
+// Block-sparse attention on a CPU in one loop: two products and an online softmax of a query tile, all in its caches.
+//
+// float32. Logits are in log2 units. Keys and values come packed in panels, which a product reads in sequence:
+// keys of a tile [columns / PANEL][D][PANEL], values [D / PANEL][columns][PANEL], zero where padded.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, ROWS = 12;  // of 32 registers 24 hold sums
+#else
+constexpr int WIDTH = 8, ROWS = 6;
+#endif
+constexpr int PANEL = 2 * WIDTH;
+constexpr long CHUNK = 512;  // columns of logits that are kept at a time
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+constexpr float LN_2 = 0.6931471805599453f;
+
+typedef float Vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+
+static inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
+static inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
+static inline Vec all(float x) { return x - Vec{}; }  // adding 0 would be an instruction
+static inline long up(long x, long to) { return (x + to - 1) / to * to; }
+
+extern "C" struct Call {
+  const float *q, *keys, *values;                         // [B * H * NQ, rows, D]; panels of the key tiles
+  const float *key_means, *value_means, *lengths;         // [B * HK * NK, D] twice and log2 of lengths; null: no pooled
+  const float *absent;                                    // [B * HK * NK, columns], 0 or -inf; null: none is masked
+  const float *decay, *mean_decay;                        // [F + 2, NK * columns] and [F + 2, NK]; null: none
+  const int64_t *frames;                                  // [NQ * rows], rows of `decay`
+  const int64_t *exact_starts, *exact_counts, *pooled_starts, *pooled_counts;  // [B * H * NQ]
+  const int32_t *exact, *pooled;                          // key tiles of a head
+  const int64_t *heads;                                   // [B * H], first of its key tiles among all
+  const int64_t *found_starts;                            // [B * H * NQ], where a query tile's rows of `found` begin
+  float *out, *lse, *found;                               // as q; [B * H * NQ, rows]; [exact tiles, rows]; null: unused
+  int64_t query_tiles, key_tiles, rows, columns, dim, last_columns, by_mass;
+  float scale;
+};
+
+// C [R, PANEL] = (C +) A [R, K] B [K, PANEL]
+template <int R>
+static inline void product(const float* a, long lda, const float* b, float* c, long ldc, long K, bool add) {
+  Vec sum[R][2];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < 2; j++) sum[r][j] = add ? load(c + r * ldc + j * WIDTH) : Vec{};
+  for (long k = 0; k < K; k++) {
+    const Vec left = load(b + k * PANEL), right = load(b + k * PANEL + WIDTH);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const Vec x = all(a[r * lda + k]);
+      sum[r][0] += x * left;
+      sum[r][1] += x * right;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < 2; j++) store(c + r * ldc + j * WIDTH, sum[r][j]);
+}
+
+// C [M, N] = (C +) A [M, K] B, with B in N / PANEL panels of `stride` floats
+static void multiply(const float* a, long lda, const float* b, long stride, float* c, long ldc, long M, long N, long K,
+                     bool add) {
+  for (long n = 0; n < N; n += PANEL, b += stride) {
+    long m = 0;
+    for (; m + ROWS <= M; m += ROWS) product<ROWS>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
+    for (; m + 4 <= M; m += 4) product<4>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
+    for (; m < M; m++) product<1>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
+  }
+}
+
+// 2^x for x <= 0, to 2e-7; 0 below the smallest normal number
+static inline Vec exp2_of(Vec x) {
+  const Vec low = all(-126.0f), magic = all(12582912.0f);  // adding 1.5 * 2^23 rounds to whole numbers
+  const Ints kept = x >= low;
+  x = x > low ? x : low;
+  const Vec shifted = x + magic, f = x - (shifted - magic);
+  Vec p = all(1.5403530e-4f);
+  p = p * f + all(1.3333558e-3f);
+  p = p * f + all(9.6181291e-3f);
+  p = p * f + all(5.5504109e-2f);
+  p = p * f + all(2.4022651e-1f);
+  p = p * f + all(6.9314718e-1f);
+  p = p * f + all(1.0f);
+  return reinterpret_cast<Vec>((reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23)) & kept);
+}
+
+static inline float largest(Vec v) {
+  float x = v[0];
+  for (int c = 1; c < WIDTH; c++) x = std::max(x, v[c]);
+  return x;
+}
+
+static inline float total(Vec v) {
+  float x = 0;
+  for (int c = 0; c < WIDTH; c++) x += v[c];
+  return x;
+}
+
+static float span_largest(const float* x, long n) {
+  Vec top = load(x);
+  for (long c = WIDTH; c < n; c += WIDTH) top = top > load(x + c) ? top : load(x + c);
+  return largest(top);
+}
+
+static float span_total(const float* x, long n) {
+  Vec sum = load(x);
+  for (long c = WIDTH; c < n; c += WIDTH) sum += load(x + c);
+  return total(sum);
+}
+
+extern "C" {
+
+int64_t panel() { return PANEL; }
+
+// Keys [tiles, columns, D] to panels, zero in padding; tiles from `first` to `last`
+void pack_keys(const float* keys, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim) {
+  const long wide = up(columns, PANEL);
+  for (long tile = first; tile < last; tile++)
+    for (long n = 0; n < wide; n += PANEL) {
+      float* panel = out + (tile * wide + n) * dim;
+      const float* from = keys + (tile * columns + n) * dim;
+      const long count = std::max(0L, std::min<long>(PANEL, columns - n));
+      for (long k = 0; k < dim; k++) {
+        for (long c = 0; c < count; c++) panel[k * PANEL + c] = from[c * dim + k];
+        for (long c = count; c < PANEL; c++) panel[k * PANEL + c] = 0;
+      }
+    }
+}
+
+// Values [tiles, columns, D] to panels, zero in padding
+void pack_values(const float* values, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim) {
+  const long wide = up(dim, PANEL);
+  for (long tile = first; tile < last; tile++)
+    for (long n = 0; n < wide; n += PANEL) {
+      float* panel = out + (tile * wide + n) * columns;
+      const float* from = values + tile * columns * dim + n;
+      const long count = std::min<long>(PANEL, dim - n);
+      for (long k = 0; k < columns; k++) {
+        memcpy(panel + k * PANEL, from + k * dim, count * sizeof(float));
+        memset(panel + k * PANEL + count, 0, (PANEL - count) * sizeof(float));
+      }
+    }
+}
+
+}  // extern "C"
+
+// What one thread needs for a query tile
+struct Work {
+  const Call& call;
+  const long rows, columns, dim, wide, wide_dim, step;  // `wide`: columns with padding; `step`: of a row of logits
+  std::vector<float> logits, out, peak, sum, bias, decay, gathered, packed_keys, packed_values, peaks;
+
+  explicit Work(const Call& c)
+      : call(c), rows(c.rows), columns(c.columns), dim(c.dim), wide(up(c.columns, PANEL)), wide_dim(up(c.dim, PANEL)),
+        step(std::max(CHUNK / wide * wide, wide)), logits(rows * std::max(step, CHUNK)), out(rows * wide_dim),
+        peak(rows), sum(rows), bias(std::max(step, CHUNK)), decay(std::max(step, CHUNK)) {}
+
+  // Logits [rows, n] to weights: `first` says that nothing came before; `tiles`: the exact ones, 0 for pooled ones
+  void weigh(long query_tile, long n, long ld, bool biased, bool first, long tiles, const int32_t* listed, long slot) {
+    const bool decayed = call.decay != nullptr;
+    const long head_tile = query_tile % call.query_tiles;
+    const Vec scale = all(call.scale);
+    int64_t frame = -1;
+    for (long r = 0; r < rows; r++) {
+      float* x = logits.data() + r * ld;
+      if (decayed) {
+        const int64_t own = call.frames[head_tile * rows + r];
+        if (own != frame) gather_decay(frame = own, n, tiles, listed);
+      }
+      Vec top = all(NONE);
+      for (long c = 0; c < n; c += WIDTH) {
+        Vec value = load(x + c) * scale;
+        if (decayed) {
+          const Vec less = value * load(decay.data() + c);
+          value = value < less ? value : less;
+        }
+        if (biased) value += load(bias.data() + c);
+        store(x + c, value);
+        top = top > value ? top : value;
+      }
+      const float before = first ? NONE : peak[r], now = std::max(before, largest(top));
+      const float base = now == NONE ? 0 : now, factor = before == NONE ? 0 : std::exp2(before - base);
+      float* found = call.found && tiles ? call.found + slot * rows + r : nullptr;
+      if (found && !call.by_mass)
+        for (long j = 0; j < tiles; j++) found[j * rows] = span_largest(x + j * wide, wide);
+      Vec added = Vec{};
+      for (long c = 0; c < n; c += WIDTH) {
+        const Vec p = exp2_of(load(x + c) - all(base));
+        store(x + c, p);
+        added += p;
+      }
+      if (found && call.by_mass) {
+        for (long j = 0; j < tiles; j++) found[j * rows] = span_total(x + j * wide, wide);
+        peaks.push_back(now);
+      }
+      sum[r] = (first ? 0 : sum[r] * factor) + total(added);
+      if (!first && factor != 1)
+        for (long d = 0; d < wide_dim; d += WIDTH) store(&out[r * wide_dim + d], load(&out[r * wide_dim + d]) * all(factor));
+      peak[r] = now;
+    }
+  }
+
+  void gather_decay(int64_t frame, long n, long tiles, const int32_t* listed) {
+    if (tiles == 0) {
+      for (long c = 0; c < n; c++) decay[c] = listed[c] < 0 ? 1 : call.mean_decay[frame * call.key_tiles + listed[c]];
+      return;
+    }
+    for (long j = 0; j < tiles; j++) {
+      memcpy(&decay[j * wide], call.decay + (frame * call.key_tiles + listed[j]) * columns, columns * sizeof(float));
+      std::fill(&decay[j * wide + columns], &decay[j * wide] + wide, 1.0f);
+    }
+  }
+
+  void exact(long query_tile, const float* q, bool& first) {
+    const int32_t* listed = call.exact + call.exact_starts[query_tile];
+    const long count = call.exact_counts[query_tile], group = step / wide;
+    const long head = call.heads[query_tile / call.query_tiles], slot = call.found ? call.found_starts[query_tile] : 0;
+    peaks.clear();
+    for (long at = 0; at < count; at += group) {
+      const long tiles = std::min(group, count - at);
+      bool biased = call.absent != nullptr || wide != columns;
+      for (long j = 0; j < tiles; j++) {
+        const long tile = listed[at + j];
+        multiply(q, dim, call.keys + (head + tile) * wide * dim, dim * PANEL, &logits[j * wide], step, rows, wide, dim, false);
+        biased |= tile == call.key_tiles - 1 && call.last_columns < columns;
+      }
+      for (long j = 0; biased && j < tiles; j++) {
+        const long tile = listed[at + j], valid = tile == call.key_tiles - 1 ? call.last_columns : columns;
+        for (long c = 0; c < wide; c++)
+          bias[j * wide + c] = c >= valid ? NONE : call.absent ? call.absent[(head + tile) * columns + c] : 0;
+      }
+      weigh(query_tile, tiles * wide, step, biased, first, tiles, listed + at, slot + at);
+      for (long j = 0; j < tiles; j++) {
+        multiply(&logits[j * wide], step, call.values + (head + listed[at + j]) * columns * wide_dim, columns * PANEL,
+                 out.data(), wide_dim, rows, wide_dim, columns, !first);
+        first = false;
+      }
+    }
+    if (call.found && call.by_mass)  // sums were relative to the largest logit so far
+      for (long at = 0, part = 0; at < count; at += group, part++)
+        for (long r = 0; r < rows; r++) {
+          const float then = peaks[part * rows + r], factor = then == NONE ? 0 : std::exp2(then - peak[r]);
+          for (long j = at; j < std::min(count, at + group); j++) call.found[(slot + j) * rows + r] *= factor;
+        }
+  }
+
+  void pooled(long query_tile, const float* q, bool& first) {
+    const int32_t* listed = call.pooled + call.pooled_starts[query_tile];
+    const long count = call.pooled_counts[query_tile], head = call.heads[query_tile / call.query_tiles];
+    std::vector<int32_t> own(CHUNK);
+    for (long at = 0; at < count; at += CHUNK) {
+      const long n = std::min(CHUNK, count - at), filled = up(n, PANEL);
+      gathered.assign(filled * dim, 0);
+      packed_keys.resize(filled * dim);
+      packed_values.resize(filled * wide_dim);
+      std::fill(own.begin(), own.end(), -1);
+      std::copy(listed + at, listed + at + n, own.begin());
+      for (long c = 0; c < n; c++) memcpy(&gathered[c * dim], call.key_means + (head + own[c]) * dim, dim * sizeof(float));
+      pack_keys(gathered.data(), packed_keys.data(), 0, 1, filled, dim);
+      for (long c = 0; c < n; c++) memcpy(&gathered[c * dim], call.value_means + (head + own[c]) * dim, dim * sizeof(float));
+      pack_values(gathered.data(), packed_values.data(), 0, 1, filled, dim);
+      for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[head + own[c]] : NONE;
+      multiply(q, dim, packed_keys.data(), dim * PANEL, logits.data(), CHUNK, rows, filled, dim, false);
+      weigh(query_tile, filled, CHUNK, true, first, 0, own.data(), 0);
+      multiply(logits.data(), CHUNK, packed_values.data(), filled * PANEL, out.data(), wide_dim, rows, wide_dim, n, !first);
+      first = false;
+    }
+  }
+
+  void run(long query_tile) {
+    const float* q = call.q + query_tile * rows * dim;
+    bool first = true;
+    // pooled tiles come first, so that what votes ask of exact ones is relative to the largest of all at the end
+    if (call.pooled_counts) pooled(query_tile, q, first);
+    exact(query_tile, q, first);
+    for (long r = 0; r < rows; r++) {
+      float* to = call.out + (query_tile * rows + r) * dim;
+      const bool empty = first || !(peak[r] > NONE);
+      const float share = empty ? 0 : 1 / sum[r];
+      for (long d = 0; d < dim; d++) to[d] = empty ? 0 : out[r * wide_dim + d] * share;
+      if (call.lse) call.lse[query_tile * rows + r] = empty ? NONE : (peak[r] + std::log2(sum[r])) * LN_2;
+    }
+  }
+};
+
+extern "C" void attend(const Call* call, int64_t first, int64_t last) {
+  Work work(*call);
+  for (long query_tile = first; query_tile < last; query_tile++) work.run(query_tile);
+}

@@ -1,0 +1,171 @@
+"""Calls on a CPU by the compiled loop of fused.cpp: a query tile's products and softmax never leave its caches."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel_kernels.backends.torch.compiled import library
+from dit_accel_kernels.backends.torch.tiled import Tiled, key_heads
+from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import LOG2_E
+from dit_accel_kernels.votes import Tally
+
+WORKERS_FLOPS = 1e8  # of a call, a thread, from which on workers pay
+PIECES = 8  # a worker, so that none waits long for the last
+FOUND_BYTES = 16 << 20  # what votes are kept in until they are settled
+
+_POINTERS = (
+    "q", "keys", "values", "key_means", "value_means", "lengths", "absent", "decay", "mean_decay", "frames",
+    "exact_starts", "exact_counts", "pooled_starts", "pooled_counts", "exact", "pooled", "heads", "found_starts",
+    "out", "lse", "found",
+)  # fmt: skip
+_SIZES = ("query_tiles", "key_tiles", "rows", "columns", "dim", "last_columns", "by_mass")
+
+
+class _Call(ctypes.Structure):
+    """`Call` of fused.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("scale", ctypes.c_float),
+    )
+
+
+def runs(tiled: Tiled) -> bool:
+    """Say whether the loop takes a call: products in float32 on a CPU, where it could be compiled."""
+    return tiled.q.device.type == "cpu" and tiled.q.dtype == torch.float32 and library() is not None
+
+
+def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """Output [B * H * NQ, block_q, D] and natural-log LSE, float32 [B * H * NQ, block_q] (empty where not needed)."""
+    out, loop = torch.empty_like(tiled.q), library()
+    assert loop is not None
+    lse = tiled.q.new_empty(tiled.q.shape[:-1] if need_lse else (0,))
+    keys, values = _Lists(problem), _pooled(problem)
+    workers = _workers(problem, keys)
+    shared: dict[str, Any] = {
+        "q": tiled.q.contiguous(),
+        "keys": _packed(loop.pack_keys, tiled.k, workers, (0, loop.panel())),
+        "values": _packed(loop.pack_values, tiled.v, workers, (1, loop.panel())),
+        "exact_starts": keys.starts,
+        "exact_counts": keys.counts,
+        "exact": keys.tiles,
+        "heads": torch.tensor(key_heads(problem)) * problem.key_tiles,
+        "out": out,
+        "lse": lse if need_lse else None,
+        "query_tiles": problem.query_tiles,
+        "key_tiles": problem.key_tiles,
+        "rows": problem.block_q,
+        "columns": problem.block_k,
+        "dim": tiled.q.shape[-1],
+        "last_columns": problem.block_k - tiled.tail,
+        "scale": tiled.scale * LOG2_E,
+        "by_mass": tally is not None and tally.by_mass,
+    }
+    if values is not None and tiled.log_length is not None:
+        shared |= {
+            "key_means": tiled.k_mean, "value_means": tiled.v_mean, "lengths": tiled.log_length * LOG2_E,
+            "pooled_starts": values.starts, "pooled_counts": values.counts, "pooled": values.tiles,
+        }  # fmt: skip
+    if tiled.absent is not None:
+        shared["absent"] = torch.zeros(tiled.absent.shape).masked_fill_(tiled.absent, -torch.inf)
+    if tiled.t is not None and tiled.t_mean is not None and tiled.frames is not None:
+        shared |= {"decay": tiled.t, "mean_decay": tiled.t_mean, "frames": tiled.frames}
+    for first, last, found in _ranges(problem, keys, tally):
+        call = _call(shared | found)
+        step = max(1, -(-(last - first) // (PIECES * workers)))
+
+        def work(start: int, _buffers: Any, call: _Call = call, step: int = step, last: int = last) -> None:
+            loop.attend(ctypes.byref(call), ctypes.c_int64(start), ctypes.c_int64(min(start + step, last)))
+
+        run_all(work, range(first, last, step), workers)
+        if tally is not None:
+            _settle(tally, keys, first, last, found["found"])
+    return out, lse
+
+
+class _Lists:
+    """Lists of the query tiles of all batches and heads: int64 starts and counts [B * H * NQ] in int32 `tiles`."""
+
+    def __init__(self, problem: Problem, *, pooled: bool = False) -> None:
+        offsets = problem.pooled_offsets if pooled else problem.exact_offsets
+        tiles = problem.pooled_indices if pooled else problem.exact_indices
+        assert offsets is not None
+        assert tiles is not None
+        repeats = problem.q.shape[0] * problem.q.shape[1] // offsets.shape[0]
+        bounds = offsets.long().repeat(repeats, 1)
+        self.starts, self.tiles = bounds[:, :-1].reshape(-1).contiguous(), tiles.to(torch.int32).contiguous()
+        self.counts = (bounds[:, 1:] - bounds[:, :-1]).flatten()
+
+
+def _pooled(problem: Problem) -> _Lists | None:
+    return None if problem.pooled_indices is None else _Lists(problem, pooled=True)
+
+
+def _workers(problem: Problem, lists: _Lists) -> int:
+    """Return how many threads share a call."""
+    flops = 4.0 * problem.q.shape[3] * problem.block_q * problem.block_k * int(lists.counts.sum())
+    return worker_threads(problem.q.device)[0] if flops >= WORKERS_FLOPS * torch.get_num_threads() else 1
+
+
+def _packed(pack: Any, x: Tensor, workers: int, padded: tuple[int, int]) -> Tensor:
+    """Return tiles [N, block, D] in panels; `padded`: the axis that is padded to a multiple, and of what."""
+    axis, multiple = padded
+    (tiles, *sizes), x = x.shape, x.contiguous()
+    wide = [size + -size % multiple if place == axis else size for place, size in enumerate(sizes)]
+    out = x.new_empty(tiles, *wide)
+    step = max(1, -(-tiles // workers))
+
+    def work(first: int, _buffers: Any) -> None:
+        places = (first, min(first + step, tiles), *sizes)
+        pack(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int64, places))
+
+    run_all(work, range(0, tiles, step), workers)
+    return out
+
+
+def _call(values: dict[str, Any]) -> _Call:
+    """Return the structure; the tensors must outlive it."""
+    call = _Call()
+    for name, value in values.items():
+        assert not isinstance(value, Tensor) or value.is_contiguous()
+        setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    return call
+
+
+def _ranges(problem: Problem, lists: _Lists, tally: Tally | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """Give runs of query tiles, and what votes find of them: few enough to keep that; without votes one run of all."""
+    count = len(lists.counts)
+    if tally is None:
+        yield 0, count, {}
+        return
+    most, ends = max(1, FOUND_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0)
+    first = 0
+    while first < count:
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(torch.searchsorted(ends, before + most, right=True)))
+        starts = ends - lists.counts - before
+        yield first, last, {"found": torch.empty(int(ends[last - 1]) - before, problem.block_q), "found_starts": starts}
+        first = last
+
+
+def _settle(tally: Tally, lists: _Lists, first: int, last: int, found: Tensor) -> None:
+    """Settle the votes of a run of query tiles, on lists padded to one length."""
+    counts, starts = lists.counts[first:last], lists.starts[first:last]
+    longest = int(counts.max())
+    if longest == 0:
+        return
+    column = torch.arange(longest)
+    beyond = column >= counts[:, None]
+    places = (column + starts[:, None]).clamp_(max=len(lists.tiles) - 1)
+    tiles = lists.tiles[places].long().masked_fill_(beyond, tally.none)
+    own = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(found) - 1)
+    by_tile = found[own.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
+    tally.settle(torch.arange(first, last), tiles, by_tile)

@@ -1,0 +1,134 @@
+"""The compiled loop of the torch backend: sizes that it cuts differently from others, and what builds it."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
+from dit_accel_kernels.backends.torch import compiled, fused
+from kernel_cases import check_against_reference, qkv, random_lists
+
+needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [5, 40, 96])
+@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 100), (64, 33)])
+def test_chunks_panels_and_rows_of_every_length(dim, block_q, block_k, monkeypatch):
+    """More columns than are kept at a time in one tile, in several, and of pooled ones; every feature at once."""
+    taken = []
+    monkeypatch.setattr(fused, "attend", lambda *a, real=fused.attend, **k: taken.append(1) or real(*a, **k))
+    q, k, v = qkv(2, 2, 1, 150, 1400, dim, torch.float32)
+    decay = FrameDecay(
+        table=torch.tensor([1.0, 0.8, 0.5]),
+        q_frames=torch.arange(150, dtype=torch.int32) // 31 - 1,
+        k_frames=torch.arange(1400, dtype=torch.int32) // 290 - 1,
+    )
+    tiles = random_lists(2, 150, 1400, block_q, block_k, pooled=True)
+    mask = torch.rand(2, 1400) > 0.3
+    for options in (dict(), dict(key_mask=mask, frame_decay=decay, head_scale=torch.tensor([0.5, 2.0]))):
+        check_against_reference(q, k, v, tiles, layout="bhsd", **options)
+    assert taken
+
+
+@needs_compiler
+def test_more_pooled_tiles_than_are_kept_at_a_time():
+    q, k, v = qkv(1, 2, 2, 40, 1400, 16, torch.float32)
+    states = torch.ones(3, 700, dtype=torch.uint8)
+    states[1] = 0
+    states[:, ::50] = 2
+    check_against_reference(
+        q, k, v, TileLists.from_states(states, block_q=16, block_k=2, num_q=40, num_k=1400), layout="bhsd"
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "vote", [Vote(), Vote(criterion="mass", threshold=0.02), Vote(criterion="budget", threshold=0.1)]
+)
+def test_votes_over_several_chunks_are_those_of_the_operations(vote, monkeypatch):
+    """Largest logits rise from chunk to chunk, so that sums so far must be brought down; in one run or in many."""
+    q, k, v = qkv(1, 2, 2, 300, 1400, 16, torch.float32)
+    k = k * torch.linspace(0.2, 3, 1400)[:, None]
+    tiles = random_lists(1, 300, 1400, 64, 40, pooled=True)
+    options = dict(layout="bhsd", backend="torch", selection=Selection(vote=vote), return_lse=True)
+    found = [block_sparse_attention(q, k, v, tiles, **options)]
+    monkeypatch.setattr(fused, "FOUND_BYTES", 4 * 64 * 20)
+    found.append(block_sparse_attention(q, k, v, tiles, **options))
+    monkeypatch.setattr(fused, "library", lambda: None)
+    by_operations = block_sparse_attention(q, k, v, tiles, **options)
+    for one in found:
+        torch.testing.assert_close(one[:2], by_operations[:2], rtol=1e-5, atol=1e-6)
+        assert torch.equal(one[2], by_operations[2])
+
+
+@needs_compiler
+def test_threads_share_a_call_and_change_no_bit(monkeypatch):
+    q, k, v = qkv(1, 3, 3, 500, 500, 32, torch.float32)
+    tiles = random_lists(3, 500, 500, 16, 16, pooled=True)
+    alone = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    monkeypatch.setattr(fused, "WORKERS_FLOPS", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, together)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache, for a library that is looked for anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.library.cache_clear()
+    yield tmp_path
+    compiled.library.cache_clear()
+
+
+def attends() -> bool:
+    q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
+    out = block_sparse_attention(q, k, v, random_lists(1, 40, 40, 8, 8), layout="bhsd", backend="torch")
+    return bool(out.isfinite().all())
+
+
+def test_without_a_compiler_or_by_the_switch_torch_computes(fresh, monkeypatch):
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert compiled.library() is None
+    assert attends()
+    monkeypatch.delenv(compiled.SWITCH)
+    compiled.library.cache_clear()
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CXX", raising=False)
+    assert compiled.library() is None
+    assert attends()
+    assert list(fresh.iterdir()) == []
+
+
+def test_a_compiler_that_fails_is_told_once_and_torch_computes(fresh, monkeypatch):
+    broken = fresh / "broken"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "fatal: no such header" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.warns(UserWarning, match="could not build the loop of the torch backend .fatal: no such header.*"):
+        assert compiled.library() is None
+    assert attends()
+    assert list((fresh / "dit-accel" / "kernels").iterdir()) == []
+
+
+@needs_compiler
+def test_it_is_built_once_whoever_asks_at_the_same_time(fresh, monkeypatch):
+    """Several processes find one whole file, named by what it is made of."""
+    code = "from dit_accel_kernels.backends.torch import compiled; print(compiled.library()._name)"
+
+    def ask(_: int) -> str:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    with ThreadPoolExecutor(2) as pool:
+        names = set(pool.map(ask, range(2)))
+    (path,) = (fresh / "dit-accel" / "kernels").iterdir()
+    assert names == {str(path)}
+    monkeypatch.setattr(compiled, "processor", lambda: "another")
+    assert compiled.library()._name != str(path)
