@@ -1,6 +1,7 @@
 """The torch backend: query tiles that see about equally much are gathered and batched; O(S) memory, every feature.
 
-A group of query tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks,
+On a CPU float32 runs in a compiled loop instead (fused.py), where there is a compiler. For all else,
+a group of query tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks,
 decay and votes are applied while the logits are there, and votes are settled for many query tiles at once. Long calls
 are shared by workers, group by group. Short ones leave the cores to torch, which waits for its threads for milliseconds
 at every call that wants them otherwise, and are all the shorter the fewer operations they take. A selection is turned
