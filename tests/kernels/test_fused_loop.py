@@ -118,6 +118,7 @@ def test_a_compiler_that_fails_is_told_once_and_torch_computes(fresh, monkeypatc
     assert list((fresh / "dit-accel" / "kernels").iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_it_is_built_once_whoever_asks_at_the_same_time(fresh, monkeypatch):
     """Several processes find one whole file, named by what it is made of."""
