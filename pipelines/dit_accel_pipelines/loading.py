@@ -33,7 +33,7 @@ def load_pipeline(request: Request) -> Any:
 def open_pipeline(source: str, *, dtype: str) -> Any:
     """Load a pipeline into main memory.
 
-    The autoencoder stays in float32, as Wan's own examples keep it.
+    The autoencoder stays in float32, as Wan's own examples keep it, and takes what pipelines hand it in other formats.
 
     Args:
         source: a folder or a hub id.
@@ -53,7 +53,19 @@ def open_pipeline(source: str, *, dtype: str) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None
     pipe.set_progress_bar_config(disable=True)
+    if dtype != "float32" and getattr(pipe, "vae", None) is not None:
+        _let_take_any_format(pipe.vae)
     return pipe
+
+
+def _let_take_any_format(vae: Any) -> None:
+    """Let an autoencoder take tensors of another number format than its own, as FLUX's and Mochi's pipelines give."""
+    for name in ("encode", "decode"):
+
+        def run(first: Any, *args: Any, inner: Any = getattr(vae, name), **kwargs: Any) -> Any:
+            return inner(first.to(vae.dtype), *args, **kwargs)
+
+        setattr(vae, name, run)
 
 
 def empty_transformers(model: str | None) -> Any:
