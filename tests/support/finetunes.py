@@ -16,7 +16,7 @@ from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainer import Trainer
 from dit_accel_pipelines.lora import FILE
-from dit_accel_pipelines.media import write_media
+from dit_accel_pipelines.media import upscale, write_media
 from safetensors.torch import load_file
 from wan_tiny import tiny_transformer
 
@@ -26,11 +26,11 @@ RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=Fals
 
 
 def video_folder(folder: Path, count: int = 3, frames: int = 9, size: int = 32) -> Path:
-    """A folder of lossy videos, each with its caption."""
+    """A folder of lossy videos, each with its caption; beyond 64 pixels every pixel is repeated."""
     folder.mkdir(exist_ok=True)
     for number in range(count):
         caption, _, pictures = clip_of(number, frames=frames)
-        write_media(folder / f"{number}.mp4", pictures[:, :size, :size], fps=8)
+        write_media(folder / f"{number}.mp4", upscale(pictures, -(-size // 64))[:, :size, :size], fps=8)
         (folder / f"{number}.txt").write_text(caption + "\n")
     return folder
 
