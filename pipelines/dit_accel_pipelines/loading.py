@@ -1,5 +1,6 @@
 """Loads a diffusers pipeline from a folder or the hub onto a device, as a request asks."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,18 +55,18 @@ def open_pipeline(source: str, *, dtype: str) -> Any:
         raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None
     pipe.set_progress_bar_config(disable=True)
     if dtype != "float32" and getattr(pipe, "vae", None) is not None:
-        _let_take_any_format(pipe.vae)
+        for name in ("encode", "decode"):
+            setattr(pipe.vae, name, _of_any_format(pipe.vae, getattr(pipe.vae, name)))
     return pipe
 
 
-def _let_take_any_format(vae: Any) -> None:
-    """Let an autoencoder take tensors of another number format than its own, as FLUX's and Mochi's pipelines give."""
-    for name in ("encode", "decode"):
+def _of_any_format(vae: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an autoencoder's method, for tensors of other number formats than its own, as FLUX's and Mochi's calls."""
 
-        def run(first: Any, *args: Any, inner: Any = getattr(vae, name), **kwargs: Any) -> Any:
-            return inner(first.to(vae.dtype), *args, **kwargs)
+    def taking(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(first.to(vae.dtype), *args, **kwargs)
 
-        setattr(vae, name, run)
+    return taking
 
 
 def empty_transformers(model: str | None) -> Any:

@@ -9,10 +9,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from dit_accel_pipelines.finetuning.encoded import Encoded, part_hash
+from dit_accel_pipelines.finetuning.encoded import part_hash
 from dit_accel_pipelines.finetuning.experts import component_of, span_of
-from dit_accel_pipelines.finetuning.flow import batch_of, shifted
+from dit_accel_pipelines.finetuning.flow import level_within, shifted
+from dit_accel_pipelines.finetuning.lora import add_lora
 from dit_accel_pipelines.finetuning.models import TRAINABLE
+from dit_accel_pipelines.finetuning.recipe import settle
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import shift_of
 from dit_accel_pipelines.lora import FILE, load_lora
@@ -170,7 +172,7 @@ def test_a_lora_is_trained_and_loaded_by_diffusers(bases, tmp_path: Path, name: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
 def test_a_training_goes_on_exactly_and_with_blocks_computed_again(bases, tmp_path: Path, name: str):
     asked = of(name, batch_size=2)
     whole = trained(bases[name], tmp_path / "whole", **asked)
@@ -181,7 +183,7 @@ def test_a_training_goes_on_exactly_and_with_blocks_computed_again(bases, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
 def test_bfloat16_samples_and_averages(bases, tmp_path: Path, name: str):
     asked = of(name, dtype="bfloat16", sample_every=1, sample_steps=4, ema_decay=0.5, report_to="tensorboard")
     found = trained(bases[name], tmp_path, **asked)
@@ -202,6 +204,7 @@ def test_bfloat16_samples_and_averages(bases, tmp_path: Path, name: str):
         ("ltx", {"height": 144}, "height must be a multiple of 32 for .*, got 144"),
         ("mochi", {"num_frames": 31}, "has 29 frames, and 31 are to be trained on"),
         ("wan a14b low", {"expert": None}, "has two transformers for different noise levels; say which one .*--expert"),
+        ("ltx", {"ulysses": 2}, "1 were started; start a multiple of 2"),
         ("mochi", {"expert": "low"}, "has one transformer, got expert 'low'; leave it out"),
     ],
 )
@@ -209,6 +212,13 @@ def test_what_a_model_cannot_make_is_told(bases, tmp_path: Path, name: str, chan
     with pytest.raises(ConfigError, match=message):
         finetune(recipe(bases[name], output=tmp_path / "out", **{**of(name), **changes}))
     assert not (tmp_path / "out" / FILE).exists()
+
+
+def test_tokens_that_cannot_be_split_are_told_before_anything_is_loaded(bases):
+    for name in ("ltx", "mochi"):
+        with pytest.raises(ConfigError, match=f"the adapter '{name}' does not say how the model's tokens are split"):
+            settle(recipe(bases[name], **of(name, ulysses=2)), 4)
+    assert settle(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
 
 
 def test_what_is_not_trained_is_refused_with_its_reason(bases, tmp_path: Path):
@@ -219,6 +229,13 @@ def test_what_is_not_trained_is_refused_with_its_reason(bases, tmp_path: Path):
     changed_index(folder, _class_name="WanPipeline", transformer_2=["diffusers", "WanTransformer3DModel"])
     with pytest.raises(ConfigError, match="has two transformers and boundary_ratio None, which tells none their noise"):
         finetune(recipe(tmp_path, **of("wan ti2v", expert="high")))
+
+
+def test_fused_projections_are_refused(bases):
+    pipe = opened(bases["wan ti2v"])
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(UnsupportedModel, match="attn1 has its queries, keys and values fused; unfuse them to train"):
+        add_lora(pipe.transformer, TRAINABLE["WanPipeline"], recipe(bases["wan ti2v"]))
 
 
 def test_what_was_encoded_is_known_by_all_that_encoded_it(bases):
@@ -242,17 +259,15 @@ def test_the_shift_by_tokens_is_the_schedulers():
         assert torch.allclose(shifted(sigmas, shift_of(scheduler, tokens)), scheduler.sigmas[:-1], atol=1e-6)
 
 
-def test_an_expert_has_its_part_of_the_noise_levels(bases, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.zeros(1, 1, 1, 1))
-    monkeypatch.setattr(Encoded, "text", lambda self, place: {"prompt_embeds": torch.zeros(1, 1)})
-    monkeypatch.setattr(Encoded, "no_caption", lambda self: {"prompt_embeds": torch.zeros(1, 1)})
-    encoded, asked = Encoded(tmp_path, ["a"], ["a"], "b"), recipe(tmp_path)
-    whole = batch_of(range(2000), encoded, asked, 5.0).levels
+def test_an_expert_has_its_part_of_the_noise_levels():
+    def levels(count: int, span: tuple[float, float]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.stack([level_within(generator, 5.0, span) for _ in range(count)])
+
+    whole, places = levels(8000, (0.0, 1.0)), torch.tensor([0.2, 0.5, 0.8])
     for span in ((0.875, 1.0), (0.0, 0.875)):
-        found = batch_of(range(500), encoded, asked, 5.0, span).levels
-        part = whole[(whole >= span[0]) & (whole <= span[1])]
+        found, part = levels(4000, span), whole[(whole >= span[0]) & (whole <= span[1])]
         assert span[0] <= found.min()
         assert found.max() <= span[1]
-        places = torch.tensor([0.2, 0.5, 0.8])
-        assert differs(found.quantile(places), part.quantile(places)) < 0.05
-    assert torch.equal(batch_of([7], encoded, asked, 5.0, span).levels, batch_of([7], encoded, asked, 5.0, span).levels)
+        assert differs(found.quantile(places), part.quantile(places)) < 0.02
+    assert levels(9, (0.999999, 1.0)).isfinite().all()  # where hardly any would fall by chance

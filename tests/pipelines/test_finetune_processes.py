@@ -1,4 +1,4 @@
-"""`dit-accel finetune` in two processes: they train what one does, tell alike what is wrong, and lose no checkpoint."""
+"""`dit-accel finetune` in several processes: they train what one does, tell alike what is wrong, lose no checkpoint."""
 
 import json
 import os
@@ -6,13 +6,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import finetunes
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from dit_accel_pipelines.lora import FILE
-from finetunes import base_folder, trained
+from finetunes import base_folder, trained, video_folder, weights
+from PIL import Image
+from trainable_folders import CASES, pipeline_folder
 
 pytestmark = pytest.mark.slow
 
@@ -35,18 +39,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(finetunes.__file__).parent), **more}
 
 
-def launch(base: Path, **changes) -> subprocess.CompletedProcess[str]:
-    """Train in two processes of torchrun, which starts them on a CPU too."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command += [finetunes.__file__, str(base), json.dumps(changes)]
+def launch(base: Path, processes: int = 2, **changes) -> subprocess.CompletedProcess[str]:
+    """Train in processes of torchrun, which starts several on a CPU too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", str(free_port()), finetunes.__file__, str(base), json.dumps(changes)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
 
 
@@ -56,23 +52,45 @@ def gradients(folder: Path) -> torch.Tensor:
     return torch.cat([state["exp_avg"].flatten() for state in saved["optimizer"]["state"].values()])
 
 
-@pytest.mark.parametrize("changes", [{}, {"ulysses": 2}], ids=["clips", "ulysses"])
-def test_two_processes_train_what_one_does(base: Path, tmp_path: Path, changes):
-    same_steps = dict(steps=1)
-    trained(base, tmp_path / "alone", batch_size=2, **same_steps)
-    own = 2 if changes else 1
-    done = launch(base, output=str(tmp_path / "two"), batch_size=own, **same_steps, **changes)
+@pytest.mark.parametrize(
+    ("processes", "ulysses", "name"),
+    [(2, 1, None), (2, 2, "hunyuan-video"), (4, 2, None)],
+    ids=["clips", "ulysses", "groups"],
+)
+def test_processes_train_what_one_does(base: Path, tmp_path: Path, processes: int, ulysses: int, name: str | None):
+    """Each with clips of its own; all with the same; and two groups of two, each with its clips."""
+    asked: dict[str, Any] = dict(steps=1, learning_rate=1e-3)
+    if name is not None:
+        case, base = CASES[name], tmp_path
+        pipeline_folder(case, base / "model")
+        video_folder(base / "videos", frames=case.frames, size=case.size)
+        asked |= dict(num_frames=case.frames, height=case.size, width=case.size)
+    sampled = dict(sample_every=1, sample_steps=1) if processes == 4 else {}
+    alone_base = trained(base, tmp_path / "alone", batch_size=2, **asked, **sampled)
+    own = 2 * ulysses // processes
+    done = launch(
+        base, processes, output=str(tmp_path / "many"), batch_size=own, ulysses=ulysses, **asked, **sampled
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    alone, two = gradients(tmp_path / "alone"), gradients(tmp_path / "two")
+    alone, many = gradients(tmp_path / "alone"), gradients(tmp_path / "many")
     assert alone.abs().max() > 0
-    assert (alone - two).abs().max() < 1e-4 * alone.abs().max()
-    records = [json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("alone", "two")]
-    assert [record["processes"] for record in records] == [1, 2]
+    assert (alone - many).abs().max() < 1e-4 * alone.abs().max()
+    loras = alone_base, weights(tmp_path / "many")
+    assert loras[0].keys() == loras[1].keys()
+    assert max(float((value - loras[1][key]).abs().max()) for key, value in loras[0].items()) < 1e-5
+    records = [json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("alone", "many")]
+    assert [record["processes"] for record in records] == [1, processes]
     assert records[0]["clips a step"] == records[1]["clips a step"] == 2
     assert records[0]["density"] == records[1]["density"] < 1
-    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("alone", "two")]
+    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("alone", "many")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    trained(base, tmp_path / "two", batch_size=2, steps=2, resume=True)  # in one process
+    if sampled:  # by the first group, while the other waits
+        sheets = [
+            np.asarray(Image.open(tmp_path / name / "samples" / "step-00000001.png")) for name in ("alone", "many")
+        ]
+        assert np.abs(sheets[0].astype(int) - sheets[1]).max() <= 2
+    if name is None:
+        trained(base, tmp_path / "many", batch_size=2, **{**asked, "steps": 2}, resume=True)  # in one process
 
 
 def test_what_is_wrong_is_told_by_every_process(base: Path, tmp_path: Path):

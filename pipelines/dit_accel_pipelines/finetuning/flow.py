@@ -65,14 +65,14 @@ def _one(
     place = order(recipe.seed, len(encoded), number)
     drawn = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1, np.uint64)[0] >> 1)
     generator = torch.Generator().manual_seed(drawn)
-    level = _level(generator, shift, span)
+    level = level_within(generator, shift, span)
     dropped = float(torch.rand((), generator=generator)) < recipe.caption_dropout
     latents = encoded.latents(place)
     noise = torch.randn(latents.shape, generator=generator)
     return latents, noise, level, encoded.no_caption() if dropped else encoded.text(place)
 
 
-def _level(generator: torch.Generator, shift: float, span: tuple[float, float]) -> Tensor:
+def level_within(generator: torch.Generator, shift: float, span: tuple[float, float]) -> Tensor:
     """Return a noise level, logit-normal and shifted, of those within the span."""
     if span == ALL_LEVELS:
         return shifted(torch.sigmoid(torch.randn((), generator=generator)), shift)

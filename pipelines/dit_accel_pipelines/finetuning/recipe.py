@@ -172,11 +172,7 @@ def settle(recipe: FineTuning, processes: int) -> FineTuning:
     recipe = dataclasses.replace(recipe, **fills)
     _check_sizes(recipe, files, adapter, family)
     check_expert(recipe.expert, files)
-    if processes % recipe.ulysses:
-        raise ConfigError(
-            f"ulysses = {recipe.ulysses} processes are to share each clip, and {processes} were started; start a "
-            f"multiple of {recipe.ulysses}, such as torchrun --nproc-per-node {recipe.ulysses}"
-        )
+    _check_processes(recipe, adapter, processes)
     if recipe.report_to is not None:
         check_tracker(recipe.report_to)
     return recipe
@@ -216,6 +212,20 @@ def _check_sizes(recipe: FineTuning, files: ModelFiles, adapter: Adapter, family
     layout = token_layout(family, height=recipe.height, width=recipe.width, num_frames=frames)
     lengths = {"frames": layout.frames, "height": layout.height, "width": layout.width}
     check_lengths(adapter.name, adapter.rope, files.transformer, lengths)
+
+
+def _check_processes(recipe: FineTuning, adapter: Adapter, processes: int) -> None:
+    """Refuse processes that can't share a clip: by their number, or since the model's tokens can't be split."""
+    if processes % recipe.ulysses:
+        raise ConfigError(
+            f"ulysses = {recipe.ulysses} processes are to share each clip, and {processes} were started; start a "
+            f"multiple of {recipe.ulysses}, such as torchrun --nproc-per-node {recipe.ulysses}"
+        )
+    if recipe.ulysses > 1 and adapter.split_text is None:
+        raise ConfigError(
+            f"ulysses = {recipe.ulysses} processes are to share each clip, and the adapter {adapter.name!r} does not "
+            "say how the model's tokens are split between them; leave it out: processes have clips of their own then"
+        )
 
 
 def _check_place(method: MethodConfig) -> None:
