@@ -16,7 +16,7 @@ EMBEDDED_GUIDANCE = 1.0
 
 REASONS = {
     "CogVideoXPipeline": "its model predicts v on a schedule of betas, and flow matching trains a velocity",
-    "AllegroPipeline": "its model predicts noise on a schedule of betas, and flow matching trains a velocity",
+    "AllegroPipeline": "its noise is a schedule of betas, and flow matching trains a velocity",
 }
 """Name of a pipeline class of video -> why it is not trained."""
 
