@@ -25,6 +25,9 @@ def finetune_model(
         Path, typer.Option("--output", "-o", help="Folder of the LoRA and all else.", metavar="FOLDER")
     ] = Path("lora"),
     model: Model = None,
+    expert: Annotated[
+        str | None, typer.Option(help="Of two transformers the one to train, by its noise levels: high or low.")
+    ] = None,
     height: Pixels = None,
     width: Pixels = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames of every clip; default: the model's.")] = None,
@@ -68,7 +71,7 @@ def finetune_model(
     cache: Annotated[
         Path | None, typer.Option(help="Of encoded clips; default: in the output.", rich_help_panel=KEEPING)
     ] = None,
-    ulysses: Annotated[int, typer.Option(help="Processes that share each clip.", rich_help_panel=RUN)] = 1,
+    ulysses: Annotated[int, typer.Option(help="Processes of a group that shares clips.", rich_help_panel=RUN)] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="Of the frozen weights: float32 or bfloat16.", rich_help_panel=RUN)
     ] = None,
@@ -90,8 +93,8 @@ def finetune_model(
     the size asked for, and as many frames or more.
 
     Started by accelerate launch or torchrun, processes share each step's
-    clips; with --ulysses N, N processes share each clip. A run that was stopped
-    goes on with --resume, bit for bit.
+    clips; with --ulysses N, groups of N do, and each group shares its clips'
+    tokens. A run that was stopped goes on with --resume, bit for bit.
 
     Examples:
 
@@ -112,7 +115,8 @@ def finetune_model(
             f"--json prints one document, and {process.count} processes would print as many; leave it out"
         )
     recipe = FineTuning(
-        output=output, data=data, drawn=drawn, model=model, height=height, width=width, num_frames=num_frames,
+        output=output, data=data, drawn=drawn, model=model, expert=cast(Any, expert), height=height, width=width,
+        num_frames=num_frames,
         methods=tuple(methods), backend=cast(Any, backend), rank=rank, alpha=alpha, learning_rate=learning_rate,
         warmup_steps=warmup_steps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, steps=steps,
         batch_size=batch_size, accumulate=accumulate, ema_decay=ema_decay, caption_dropout=caption_dropout,

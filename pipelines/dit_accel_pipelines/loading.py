@@ -1,5 +1,6 @@
 """Loads a diffusers pipeline from a folder or the hub onto a device, as a request asks."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ def load_pipeline(request: Request) -> Any:
 def open_pipeline(source: str, *, dtype: str) -> Any:
     """Load a pipeline into main memory.
 
-    The autoencoder stays in float32, as Wan's own examples keep it.
+    The autoencoder stays in float32, as Wan's own examples keep it, and takes what pipelines hand it in other formats.
 
     Args:
         source: a folder or a hub id.
@@ -53,7 +54,19 @@ def open_pipeline(source: str, *, dtype: str) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None
     pipe.set_progress_bar_config(disable=True)
+    if dtype != "float32" and getattr(pipe, "vae", None) is not None:
+        for name in ("encode", "decode"):
+            setattr(pipe.vae, name, _of_any_format(pipe.vae, getattr(pipe.vae, name)))
     return pipe
+
+
+def _of_any_format(vae: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an autoencoder's method, for tensors of other number formats than its own, as FLUX's and Mochi's calls."""
+
+    def taking(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(first.to(vae.dtype), *args, **kwargs)
+
+    return taking
 
 
 def empty_transformers(model: str | None) -> Any:

@@ -10,6 +10,9 @@ from .quiet import quiet_diffusers
 FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
 
+SECOND = "transformer_2"
+"""The component of a pipeline of two transformers that denoises the low levels; a LoRA of it names it as its base."""
+
 
 def require_peft() -> None:
     """Refuse to go on without peft.
@@ -65,12 +68,15 @@ def load_lora(pipe: Any, name: str) -> None:
     try:
         with quiet_diffusers():
             wanted = pipe.lora_state_dict(str(file or name))
-            pipe.load_lora_weights(str(file or name))
+            second = _is_of_second(pipe, str(file or name))
+            pipe.load_lora_weights(str(file or name), **({"load_into_transformer_2": True} if second else {}))
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the LoRA {name} does not fit {type(pipe).__name__}: {reason}; give another") from None
     keys = wanted[0] if isinstance(wanted, tuple) else wanted
     asked = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
+    if second:
+        asked = {f"{SECOND}.{name.partition('.')[2]}" for name in asked}
     found = set()
     for component, part in pipe.components.items():
         named = part.named_modules() if hasattr(part, "named_modules") else ()
@@ -81,3 +87,11 @@ def load_lora(pipe: Any, name: str) -> None:
             f"{len(lost)} of its {len(asked)} layers, such as {lost[0]}, are not there" if lost else "it has no layer"
         )
         raise ConfigError(f"the LoRA {name} does not fit {type(pipe).__name__}: {what}; give another")
+
+
+def _is_of_second(pipe: Any, name: str) -> bool:
+    """Tell whether a LoRA says that it is of the second of a pipeline's two transformers; diffusers takes the first."""
+    if getattr(pipe, SECOND, None) is None:
+        return False
+    told = pipe.lora_state_dict(name, return_lora_metadata=True)[1] or {}
+    return told.get("transformer.base_model_name_or_path") == SECOND

@@ -11,9 +11,10 @@ from dit_accel_assets import model_path
 from dit_accel_pipelines.finetuning.clips import find_clips
 from dit_accel_pipelines.finetuning.encoded import Encoded
 from dit_accel_pipelines.finetuning.flow import batch_of, flow_loss, order, shifted
-from dit_accel_pipelines.finetuning.recipe import FineTuning
+from dit_accel_pipelines.finetuning.models import TRAINABLE
+from dit_accel_pipelines.finetuning.recipe import FineTuning, settle
 from dit_accel_pipelines.finetuning.run import finetune
-from dit_accel_pipelines.finetuning.trainable import TRAINABLE, Trainable
+from dit_accel_pipelines.finetuning.trainable import Trainable
 from dit_accel_pipelines.lora import FILE, load_lora
 from dit_accel_pipelines.request import Request
 from dit_accel_pipelines.resume import request_digest
@@ -147,8 +148,8 @@ def test_clips_and_captions_are_encoded_once(base: Path, tmp_path: Path, monkeyp
 
 def test_a_place_of_the_training_tells_clip_noise_and_level(base: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.full((2, 3, 4, 4), float(place)))
-    monkeypatch.setattr(Encoded, "text", lambda self, place: torch.full((5, 6), float(place)))
-    monkeypatch.setattr(Encoded, "no_caption", lambda self: torch.full((5, 6), -1.0))
+    monkeypatch.setattr(Encoded, "text", lambda self, place: {"prompt_embeds": torch.full((5, 6), float(place))})
+    monkeypatch.setattr(Encoded, "no_caption", lambda self: {"prompt_embeds": torch.full((5, 6), -1.0)})
     encoded, asked = Encoded(tmp_path, list("abcd"), list("abcd"), "e"), recipe(base, caption_dropout=0.25)
     assert all(sorted(order(0, 4, 4 * turn + place) for place in range(4)) == [0, 1, 2, 3] for turn in range(5))
     both, later = batch_of([5, 6], encoded, asked, 3.0), batch_of([6], encoded, asked, 3.0)
@@ -156,11 +157,10 @@ def test_a_place_of_the_training_tells_clip_noise_and_level(base: Path, tmp_path
     assert torch.equal(both.latents[1], later.latents[0])
     assert not torch.equal(both.noise[0], both.noise[1])
     many = batch_of(range(400), encoded, asked, 3.0)
-    dropped = (many.text[:, 0, 0] == -1).float().mean()
+    text = many.text["prompt_embeds"][:, 0, 0]
+    dropped = (text == -1).float().mean()
     assert 0.15 < dropped < 0.35
-    assert torch.equal(
-        many.text[many.text[:, 0, 0] >= 0][:, 0, 0], many.latents[many.text[:, 0, 0] >= 0][:, 0, 0, 0, 0]
-    )
+    assert torch.equal(text[text >= 0], many.latents[text >= 0][:, 0, 0, 0, 0])
     assert 0.7 < many.levels.median() < 0.8  # one half, shifted by 3: .75
     again = batch_of(range(400), encoded, recipe(base, seed=1), 3.0)
     assert not torch.equal(again.noise, many.noise)
@@ -175,16 +175,16 @@ def test_levels_are_shifted_as_the_schedulers_do():
 def test_the_loss_is_that_of_the_schedulers_velocity(monkeypatch, base: Path, tmp_path: Path):
     """One whole Euler step by a velocity without error leads from the mixed latents to the clip."""
     monkeypatch.setattr(Encoded, "latents", lambda self, place: torch.randn(2, 3, 4, 4, generator=torch.Generator()))
-    monkeypatch.setattr(Encoded, "text", lambda self, place: torch.zeros(5, 6))
+    monkeypatch.setattr(Encoded, "text", lambda self, place: {"prompt_embeds": torch.zeros(5, 6)})
     batch = batch_of([7], Encoded(tmp_path, ["a"], ["a"], "b"), recipe(base, caption_dropout=0.0), 2.0)
     told = {}
 
-    def velocity(transformer, noisy, levels, text):
+    def velocity(transformer, pipe, noisy, levels, text):
         told.update(noisy=noisy, levels=levels)
         return batch.noise - batch.latents + 2.0
 
     trainable = Trainable(latents=velocity, text=velocity, velocity=velocity)
-    assert float(flow_loss(None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
+    assert float(flow_loss(None, None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
     level = float(told["levels"])
     assert torch.allclose(told["noisy"] - level * (batch.noise - batch.latents), batch.latents, atol=1e-5)
 
@@ -308,6 +308,15 @@ def test_a_broken_checkpoint_is_told(base: Path, tmp_path: Path):
         ConfigError, match=r"the checkpoint .* can't be read .*; delete it to go on from the one before"
     ):
         finetune(recipe(base, output=tmp_path, steps=2, resume=True))
+
+
+def test_processes_that_groups_cannot_share_are_told(base: Path):
+    for processes in (1, 3, 5):
+        with pytest.raises(
+            ConfigError, match=f"to share each clip, and {processes} were started; start a multiple of 2"
+        ):
+            settle(recipe(base, ulysses=2), processes)
+    assert settle(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path: Path):

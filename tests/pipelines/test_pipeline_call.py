@@ -8,6 +8,7 @@ from typing import Any
 import dit_accel_pipelines.loading as loading
 import numpy as np
 import pytest
+import torch
 from dit_accel_pipelines.generate import frames_of, run
 from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.progress import Stages
@@ -251,3 +252,12 @@ def test_image_to_video_end_to_end(tmp_path: Path):
             shown[colour] = np.asarray(video.convert("RGB"), dtype=float).mean((0, 1))
     assert shown["red"][0] > shown["red"][2] + 60
     assert shown["blue"][2] > shown["blue"][0] + 60
+
+
+def test_a_pipeline_whose_latents_have_the_formats_of_its_text_runs_in_half_precision(tmp_path):
+    """FLUX's latents are bfloat16 as its text is, and the autoencoder stays float32."""
+    pipe = loading.load_pipeline(request(tmp_path, model="flux-tiny", dtype="bfloat16", device="cpu"))
+    assert pipe.transformer.dtype is torch.bfloat16
+    assert pipe.vae.dtype is torch.float32
+    made = run(pipe, PROMPT, request(tmp_path, model="flux-tiny", num_inference_steps=1))
+    assert made.frames.std() > 1

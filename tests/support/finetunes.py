@@ -1,9 +1,11 @@
 """Small trainings for the tests: folders of videos, a tiny model in a folder, what one of several processes runs."""
 
-import json
+import multiprocessing
 import os
 import signal
-import sys
+import socket
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +18,7 @@ from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainer import Trainer
 from dit_accel_pipelines.lora import FILE
-from dit_accel_pipelines.media import write_media
+from dit_accel_pipelines.media import upscale, write_media
 from safetensors.torch import load_file
 from wan_tiny import tiny_transformer
 
@@ -24,13 +26,20 @@ from dit_accel import ConfigError, ProcessLost, RadialAttention
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_layers=1, dense_steps=0)
 
+PRELOADED = [
+    "dit_accel_pipelines.finetuning.trainer", "dit_accel_pipelines.finetuning.run", "dit_accel_assets.clips",
+    "diffusers.pipelines.wan.pipeline_wan", "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video",
+    "diffusers.training_utils", "accelerate", "peft", "torch.distributed.device_mesh",
+]  # fmt: skip
+"""What one process imports for all that are started, which are its copies."""
+
 
 def video_folder(folder: Path, count: int = 3, frames: int = 9, size: int = 32) -> Path:
-    """A folder of lossy videos, each with its caption."""
+    """A folder of lossy videos, each with its caption; beyond 64 pixels every pixel is repeated."""
     folder.mkdir(exist_ok=True)
     for number in range(count):
         caption, _, pictures = clip_of(number, frames=frames)
-        write_media(folder / f"{number}.mp4", pictures[:, :size, :size], fps=8)
+        write_media(folder / f"{number}.mp4", upscale(pictures, -(-size // 64))[:, :size, :size], fps=8)
         (folder / f"{number}.txt").write_text(caption + "\n")
     return folder
 
@@ -71,19 +80,50 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / FILE)
 
 
-def main() -> None:
+def processes(count: int, folder: Path, **changes: Any) -> list[str]:
+    """Train in several processes, as a launcher starts them.
+
+    Returns:
+        What each was refused with, or broke on; empty where it was not, "killed" where it told nothing.
+    """
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        port = asked.getsockname()[1]
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    context = multiprocessing.get_context("forkserver")
+    with context.Manager() as manager:
+        told = manager.dict()
+        started: list[Any] = [
+            context.Process(target=train_in_process, args=(rank, count, port, folder, changes, told))
+            for rank in range(count)
+        ]
+        for process in started:
+            process.start()
+        deadline = time.monotonic() + 280
+        for process in started:
+            process.join(max(0, deadline - time.monotonic()))
+        alive = [rank for rank, process in enumerate(started) if process.is_alive()]
+        for rank in alive:
+            started[rank].kill()
+        assert not alive, f"ranks {alive} hang"
+        return [told.get(rank, "killed") for rank in range(count)]
+
+
+def train_in_process(rank: int, count: int, port: int, folder: Path, changes: dict[str, Any], told: Any) -> None:
     """Train in one of the processes that a launcher started, as on a machine of which each has an accelerator."""
-    folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
-    changes = {name: Path(value) if name in ("output", "data") else value for name, value in changes.items()}
-    if changes.pop("lose", None) == int(os.environ["RANK"]):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    if changes.pop("lose", None) == rank:
         first = Trainer._add_up_gradients
         Trainer._add_up_gradients = lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step else first(self)
     try:
-        with mock.patch.object(torch.accelerator, "device_count", return_value=changes.get("ulysses", 1)):
+        with mock.patch.object(torch.accelerator, "device_count", return_value=count):
             finetune(recipe(folder, **changes))
+        told[rank] = ""
     except (ConfigError, ProcessLost) as error:
-        sys.exit(f"refused: {error}")
-
-
-if __name__ == "__main__":
-    main()
+        told[rank] = f"refused: {error}"
+    except Exception:
+        told[rank] = traceback.format_exc()

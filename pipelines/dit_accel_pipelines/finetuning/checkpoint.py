@@ -61,6 +61,7 @@ def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> di
         "clips": clips,
         **{name: getattr(recipe, name) for name in names},
         "alpha": recipe.scale,
+        "expert": recipe.expert,
         "methods": {method.name: method.to_dict() for method in recipe.methods},
         "clips a step": recipe.clips_a_step(processes),
     }

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from ..progress import Stages
 from ..ranks import Ranks
 from .clips import Clip
 from .recipe import FineTuning
-from .trainable import Trainable
+from .trainable import Text, Trainable, text_parts
 
 NO_CAPTION = ""
 """The caption of a clip that is trained without its own."""
+
+FORMAT = 2
+"""Of the files, which is part of their names: one of another format is not read."""
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -28,6 +32,23 @@ def weights_hash(module: nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()):
         found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def part_hash(part: Any) -> str:
+    """Return what tells an encoder (weights and config) or a tokenizer (its files) from others, hexadecimal."""
+    found = hashlib.sha256()
+    if isinstance(part, nn.Module):
+        config: Any = part.config
+        told = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        plain = {name: value for name, value in told.items() if not name.startswith("_")}  # but releases and paths
+        plain.pop("transformers_version", None)
+        found.update(f"{weights_hash(part)} {json.dumps(plain, sort_keys=True, default=str)}".encode())
+        return found.hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        part.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*.*")):
+            found.update(f"{path.name} ".encode() + path.read_bytes())
     return found.hexdigest()
 
 
@@ -47,13 +68,13 @@ class Encoded:
 
     def latents(self, place: int) -> Tensor:
         """Return the normalised latents of a clip, float32 [C, F', h, w]."""
-        return _read(self._folder, self._latents[place])
+        return _read(self._folder, self._latents[place])["latents"]
 
-    def text(self, place: int) -> Tensor:
-        """Return a clip's caption as the transformer takes it, [tokens, D]."""
+    def text(self, place: int) -> Text:
+        """Return a clip's caption, encoded, without the batch's dimension."""
         return _read(self._folder, self._texts[place])
 
-    def no_caption(self) -> Tensor:
+    def no_caption(self) -> Text:
         """Return the same of a clip that is trained without its caption."""
         return _read(self._folder, self._no_caption)
 
@@ -64,7 +85,7 @@ def encode(
     """Encode the clips and captions that the cache lacks, each in one of the processes.
 
     Args:
-        pipe: the pipeline; its autoencoder and text encoder lie where they are to run.
+        pipe: the pipeline; its autoencoder and text encoders lie where they are to run.
         trainable: how it encodes.
         clips: what to encode.
         recipe: the settled recipe.
@@ -76,9 +97,10 @@ def encode(
     """
     folder = recipe.cache_folder
     size = [recipe.num_frames, recipe.height, recipe.width]
-    vae, encoder = weights_hash(pipe.vae), weights_hash(pipe.text_encoder)
-    latents = [_name("latents", vae, clip.digest, *size) for clip in clips]
-    texts = {text: _name("text", encoder, text) for text in (NO_CAPTION, *(clip.caption for clip in clips))}
+    kind, vae = type(pipe).__name__, part_hash(pipe.vae)
+    encoders = {name: part_hash(part) for name, part in text_parts(pipe).items()}
+    latents = [_name("latents", kind, vae, clip.digest, *size) for clip in clips]
+    texts = {text: _name("text", kind, encoders, text) for text in (NO_CAPTION, *(clip.caption for clip in clips))}
     jobs: dict[str, Any] = dict(zip(latents, clips, strict=True))
     jobs |= {name: text for text, name in texts.items()}
 
@@ -98,33 +120,33 @@ def encode(
     return Encoded(folder, latents, [texts[clip.caption] for clip in clips], texts[NO_CAPTION])
 
 
-def _encoded(pipe: Any, trainable: Trainable, job: Clip | str, recipe: FineTuning) -> Tensor:
-    """Return the latents of a clip, or a caption as the transformer takes it."""
+def _encoded(pipe: Any, trainable: Trainable, job: Clip | str, recipe: FineTuning) -> Text:
+    """Return the latents of a clip, or a caption, encoded."""
     if isinstance(job, str):
-        return trainable.text(pipe, job)[0]
+        return {name: value[0] for name, value in trainable.text(pipe, job).items()}
     frames = torch.from_numpy(job.read(int(recipe.num_frames or 0)))
     video = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    return trainable.latents(pipe, video)[0]
+    return {"latents": trainable.latents(pipe, video)[0]}
 
 
 def _name(kind: str, *told: Any) -> str:
-    return f"{kind}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:40]}.safetensors"
+    return f"{kind}-{hashlib.sha256(json.dumps([FORMAT, *told]).encode()).hexdigest()[:40]}.safetensors"
 
 
-def _write(folder: Path, name: str, value: Tensor) -> None:
+def _write(folder: Path, name: str, values: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     with written_whole(folder / name) as temporary:
-        save_file({"value": value.detach().cpu().contiguous()}, temporary)
+        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, temporary)
 
 
-def _read(folder: Path, name: str) -> Tensor:
+def _read(folder: Path, name: str) -> Text:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / name)["value"]
-    except (OSError, SafetensorError, KeyError) as error:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"{folder / name} can't be read ({error}); delete it and go on with --resume, which encodes it again"
         ) from None

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .encoded import Encoded
+from .experts import ALL_LEVELS
 from .recipe import FineTuning
-from .trainable import Trainable
+from .trainable import Text, Trainable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +25,13 @@ class Batch:
         latents: [B, C, F, h, w], float32.
         noise: the same shape, normal.
         levels: noise levels [B] in 0..1.
-        text: [B, tokens, D].
+        text: the captions, encoded.
     """
 
     latents: Tensor
     noise: Tensor
     levels: Tensor
-    text: Tensor
+    text: Text
 
 
 def order(seed: int, clips: int, number: int) -> int:
@@ -39,7 +40,9 @@ def order(seed: int, clips: int, number: int) -> int:
     return int(np.random.default_rng([seed, rounds]).permutation(clips)[place])
 
 
-def batch_of(numbers: Sequence[int], encoded: Encoded, recipe: FineTuning, shift: float) -> Batch:
+def batch_of(
+    numbers: Sequence[int], encoded: Encoded, recipe: FineTuning, shift: float, span: tuple[float, float] = ALL_LEVELS
+) -> Batch:
     """Return the clips at some places of a training, with noise and noise levels that depend on the place alone.
 
     Args:
@@ -47,21 +50,36 @@ def batch_of(numbers: Sequence[int], encoded: Encoded, recipe: FineTuning, shift
         encoded: the clips.
         recipe: the recipe.
         shift: of the noise levels towards noise.
+        span: the least and the highest noise level.
     """
-    made = [_one(number, encoded, recipe, shift) for number in numbers]
-    latents, noise, levels, text = (torch.stack(part) for part in zip(*made, strict=True))
+    made = [_one(number, encoded, recipe, shift, span) for number in numbers]
+    *parts, texts = zip(*made, strict=True)
+    latents, noise, levels = (torch.stack(part) for part in parts)
+    text = {name: torch.stack([one[name] for one in texts]) for name in texts[0]}
     return Batch(latents=latents, noise=noise, levels=levels, text=text)
 
 
-def _one(number: int, encoded: Encoded, recipe: FineTuning, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _one(
+    number: int, encoded: Encoded, recipe: FineTuning, shift: float, span: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor, Text]:
     place = order(recipe.seed, len(encoded), number)
     drawn = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1, np.uint64)[0] >> 1)
     generator = torch.Generator().manual_seed(drawn)
-    level = shifted(torch.sigmoid(torch.randn((), generator=generator)), shift)
+    level = level_within(generator, shift, span)
     dropped = float(torch.rand((), generator=generator)) < recipe.caption_dropout
     latents = encoded.latents(place)
     noise = torch.randn(latents.shape, generator=generator)
     return latents, noise, level, encoded.no_caption() if dropped else encoded.text(place)
+
+
+def level_within(generator: torch.Generator, shift: float, span: tuple[float, float]) -> Tensor:
+    """Return a noise level, logit-normal and shifted, of those within the span."""
+    if span == ALL_LEVELS:
+        return shifted(torch.sigmoid(torch.randn((), generator=generator)), shift)
+    ends = torch.special.ndtr(torch.logit(shifted(torch.tensor(span, dtype=torch.float64), 1 / shift), eps=1e-12))
+    share = torch.rand((), generator=generator, dtype=torch.float64)
+    level = shifted(torch.sigmoid(torch.special.ndtri(torch.lerp(ends[0], ends[1], share))), shift)
+    return level.clamp(*span).float()
 
 
 def shifted(levels: Tensor, shift: float) -> Tensor:
@@ -69,11 +87,15 @@ def shifted(levels: Tensor, shift: float) -> Tensor:
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def flow_loss(transformer: Any, trainable: Trainable, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
+def flow_loss(
+    transformer: Any, pipe: Any, trainable: Trainable, batch: Batch, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Return the mean squared error of the velocity, noise less clip, in float32."""
     mixed = torch.lerp(batch.latents, batch.noise, batch.levels.view(-1, 1, 1, 1, 1))
-    found = trainable.velocity(
-        transformer, mixed.to(device, dtype), batch.levels.to(device), batch.text.to(device, dtype)
-    )
+    text = {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)  # masks stay what they are
+        for name, value in batch.text.items()
+    }
+    found = trainable.velocity(transformer, pipe, mixed.to(device, dtype), batch.levels.to(device), text)
     wanted = (batch.noise - batch.latents).to(device)
     return (found.float() - wanted).square().mean()

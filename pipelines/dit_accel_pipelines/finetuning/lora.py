@@ -20,14 +20,17 @@ def add_lora(transformer: Any, trainable: Trainable, recipe: FineTuning) -> dict
     """Freeze a transformer and put a LoRA onto its self-attention; return what is trained, float32, by name.
 
     Raises:
-        UnsupportedModel: if the attention modules do not have the projections that a LoRA changes.
+        UnsupportedModel: if the attention modules do not have the projections that a LoRA changes, or have them fused.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
     modules = attention_modules(transformer, adapter_for(type(transformer).__name__))
-    names = [f"{name}.{projection}" for name, _, _ in modules for projection in trainable.projections]
+    names = [one for name, module, _ in modules for one in _projections(name, module, trainable)]
     there = dict(transformer.named_modules())
+    fused = next((name for name, module, _ in modules if getattr(module, "fused_projections", False)), None)
+    if fused is not None:
+        raise UnsupportedModel(f"{fused} has its queries, keys and values fused; unfuse them to train a LoRA")
     for name in names:
         if not isinstance(there.get(name), nn.Linear):
             raise UnsupportedModel(f"{type(transformer).__name__} has no linear layer {name} that a LoRA could change")
@@ -40,14 +43,31 @@ def add_lora(transformer: Any, trainable: Trainable, recipe: FineTuning) -> dict
     return {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
 
 
-def write_lora(pipe: Any, output: Path) -> None:
-    """Write the LoRA on a pipeline's transformer as diffusers' own file, whole or not at all."""
+def _projections(name: str, module: nn.Module, trainable: Trainable) -> list[str]:
+    """Return the layers around an attention module that a LoRA changes."""
+    own = trainable.projections
+    if trainable.joined_output is None or getattr(module, "to_out", None) is not None:
+        return [f"{name}.{projection}" for projection in own]
+    block = name.rpartition(".")[0]
+    return [*(f"{name}.{one}" for one in own if not one.startswith("to_out")), f"{block}.{trainable.joined_output}"]
+
+
+def write_lora(pipe: Any, component: str, output: Path) -> None:
+    """Write the LoRA on one of a pipeline's transformers as diffusers' own file, whole or not at all.
+
+    Args:
+        pipe: the pipeline.
+        component: the transformer's name there, by which `load_lora` finds it again.
+        output: the folder.
+    """
     from peft.utils import get_peft_model_state_dict
 
+    transformer = getattr(pipe, component)
+    told = {**transformer.peft_config["default"].to_dict(), "base_model_name_or_path": component}
     with written_whole(output / FILE) as temporary:
         type(pipe).save_lora_weights(
             temporary.parent,
-            transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            transformer_lora_adapter_metadata=told,
             weight_name=temporary.name,
         )

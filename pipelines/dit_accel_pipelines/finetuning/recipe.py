@@ -20,6 +20,7 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import handler_of
 
 from ..request import EMBEDDED, Dtype, NamesModel
+from .experts import EXPERTS, Expert, check_expert
 
 TRAINED_PLACES = frozenset({Place.ATTENTION, Place.POSITIONS})
 """Where a method may act while a model is trained: others skip forwards or run further ones."""
@@ -37,6 +38,7 @@ class FineTuning(NamesModel):
         data: folder of videos with their captions; None: `drawn` says how many clips to draw.
         drawn: clips of the embedded model's own world, drawn by seed 0, 1 and so on.
         model: hub id, folder or an embedded model's name.
+        expert: which of two transformers is trained, by its noise levels: ``high`` or ``low``; None: there is one.
         height: of every clip, in pixels.
         width: of every clip, in pixels.
         num_frames: frames taken of every clip, its first ones.
@@ -58,7 +60,7 @@ class FineTuning(NamesModel):
         gradient_checkpointing: compute the blocks again in the backward instead of keeping what is inside.
         dtype: number format of the frozen weights; the LoRA is float32 always.
         device: torch device; None: the accelerator if there is one.
-        ulysses: processes that share each clip's tokens and heads; 1: none do.
+        ulysses: processes of a group that shares each clip's tokens and heads; 1: none do.
         cache: folder of encoded clips and captions, by hash; None: ``cache`` in the output.
         checkpoint_every: steps from one checkpoint to the next; the last step has one always.
         keep_checkpoints: how many of the latest are kept.
@@ -76,6 +78,7 @@ class FineTuning(NamesModel):
     data: Path | None = None
     drawn: int | None = None
     model: str | None = None
+    expert: Expert | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -126,7 +129,7 @@ class FineTuning(NamesModel):
         for name in ("ema_decay", "caption_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a share from 0 to below 1, got {getattr(self, name)}")
-        for name, known in (("dtype", DTYPES), ("backend", BACKENDS)):
+        for name, known in (("dtype", DTYPES), ("backend", BACKENDS), ("expert", EXPERTS)):
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ConfigError(f"there is no {name} {value!r} to train with; {did_you_mean(value, known)}")
@@ -168,11 +171,8 @@ def settle(recipe: FineTuning, processes: int) -> FineTuning:
         fills["dtype"] = "float32"
     recipe = dataclasses.replace(recipe, **fills)
     _check_sizes(recipe, files, adapter, family)
-    if recipe.ulysses not in (1, processes):
-        raise ConfigError(
-            f"ulysses = {recipe.ulysses} processes are to share each clip, and {processes} were started; start as many "
-            "as share one, since context parallelism beside data parallelism is not supported here"
-        )
+    check_expert(recipe.expert, files)
+    _check_processes(recipe, adapter, processes)
     if recipe.report_to is not None:
         check_tracker(recipe.report_to)
     return recipe
@@ -212,6 +212,20 @@ def _check_sizes(recipe: FineTuning, files: ModelFiles, adapter: Adapter, family
     layout = token_layout(family, height=recipe.height, width=recipe.width, num_frames=frames)
     lengths = {"frames": layout.frames, "height": layout.height, "width": layout.width}
     check_lengths(adapter.name, adapter.rope, files.transformer, lengths)
+
+
+def _check_processes(recipe: FineTuning, adapter: Adapter, processes: int) -> None:
+    """Refuse processes that can't share a clip: by their number, or since the model's tokens can't be split."""
+    if processes % recipe.ulysses:
+        raise ConfigError(
+            f"ulysses = {recipe.ulysses} processes are to share each clip, and {processes} were started; start a "
+            f"multiple of {recipe.ulysses}, such as torchrun --nproc-per-node {recipe.ulysses}"
+        )
+    if recipe.ulysses > 1 and adapter.split_text is None:
+        raise ConfigError(
+            f"ulysses = {recipe.ulysses} processes are to share each clip, and the adapter {adapter.name!r} does not "
+            "say how the model's tokens are split between them; leave it out: processes have clips of their own then"
+        )
 
 
 def _check_place(method: MethodConfig) -> None:

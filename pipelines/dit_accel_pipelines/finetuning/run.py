@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.attachment.parallel import context_parallel, tells_of_loss
@@ -26,10 +27,12 @@ from ..ranks import Ranks
 from .checkpoint import check_output, identity_of, latest, read_checkpoint, write_checkpoint
 from .clips import Clip, find_clips
 from .encoded import Encoded, encode, weights_hash
+from .experts import component_of
 from .lora import add_lora, write_lora
+from .models import trainable_of
 from .recipe import FineTuning, settle
 from .samples import FIRST, Sampler
-from .trainable import Trainable, trainable_of
+from .trainable import Trainable, text_parts
 from .trainer import Trainer
 
 RECORD = "finetune.json"
@@ -53,7 +56,7 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
     """Train a LoRA as a recipe asks, and write it with the averaged weights, as diffusers loads it.
 
     Started by accelerate launch or torchrun, every process calls this alike: each trains on clips of its own, or, with
-    ``ulysses``, on a part of each clip's tokens. What is wrong is raised in all of them.
+    ``ulysses``, each group of so many, on a part of their tokens each. What is wrong is raised in all of them.
 
     Args:
         recipe: what to train.
@@ -87,8 +90,8 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
 
 def _prepared(recipe: FineTuning, processes: int) -> tuple[FineTuning, list[Clip], list[str]]:
     """Return the settled recipe, its clips and notes, after every check that needs no weights."""
-    recipe = settle(recipe, processes)
     trainable_of(read_model_files(recipe.source))
+    recipe = settle(recipe, processes)
     check_output(recipe)
     return recipe, *find_clips(recipe)
 
@@ -100,18 +103,19 @@ def _trained(
     stages.stage("loading")
     pipe = open_pipeline(recipe.source, dtype=recipe.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     recipe = _with_dtype(recipe, pipe)
-    base = weights_hash(pipe.transformer)
+    transformer = getattr(pipe, component_of(recipe.expert))
+    base = weights_hash(transformer)
     encoded, sampler = _encoded(pipe, trainable, clips, recipe, device, ranks, stages)
     identity = identity_of(recipe, base, encoded.digest, ranks.count)
     found = ranks.together(lambda: read_checkpoint(path, identity) if (path := _found(recipe)) else None)
-    pipe.transformer.to(device)
-    weights = ranks.together(lambda: add_lora(pipe.transformer, trainable, recipe))
+    transformer.to(device)
+    weights = ranks.together(lambda: add_lora(transformer, trainable, recipe))
     if recipe.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing()
     if recipe.ulysses > 1:
-        ranks.together(lambda: _spread(pipe.transformer, recipe.ulysses))
+        ranks.together(lambda: _spread(transformer, recipe.ulysses, ranks, device))
     with _accelerator(recipe, device) as accelerator, attached(pipe, recipe.methods, recipe.backend) as attachment:
-        trainer = Trainer(pipe, weights, encoded, trainable, recipe, ranks, accelerator)
+        trainer = Trainer(pipe, transformer, weights, encoded, trainable, recipe, ranks, accelerator)
         if found is not None:
             trainer.go_on_from(found)
             if found.step >= recipe.steps:
@@ -127,7 +131,7 @@ def _trained(
         record = _record(trainer, identity, ranks, device, command)
         if ranks.first:
             with trainer.averaged():
-                write_lora(pipe, recipe.output)
+                write_lora(pipe, component_of(recipe.expert), recipe.output)
             with written_whole(recipe.output / RECORD) as temporary:
                 temporary.write_text(json_text(record) + "\n", encoding="utf-8")
         ranks.wait()
@@ -143,16 +147,21 @@ def _encoded(
     pipe: Any, trainable: Trainable, clips: list[Clip], recipe: FineTuning, device: Any, ranks: Ranks, stages: Stages
 ) -> tuple[Encoded, Sampler | None]:
     """Encode the clips, and make what samples, if asked for; leave the pipeline no more than training needs."""
-    pipe.vae.to(device)
-    pipe.text_encoder.to(device)
+    encoders = {name: part for name, part in text_parts(pipe).items() if isinstance(part, nn.Module)}
+    for part in (pipe.vae, *encoders.values()):
+        part.to(device)
     encoded = encode(pipe, trainable, clips, recipe, ranks, stages)
     sampler = None
     if recipe.sample_every:
         prompts = recipe.sample_prompts or [clip.caption for clip in clips[:FIRST]]
         sampler = Sampler(pipe, trainable, prompts, recipe)
-    pipe.text_encoder = None
+    for name in encoders:
+        setattr(pipe, name, None)
     if sampler is None:
         pipe.vae.to("cpu")
+    elif recipe.expert is not None:  # samples take both
+        pipe.transformer.to(device)
+        pipe.transformer_2.to(device)
     return encoded, sampler
 
 
@@ -161,15 +170,21 @@ def _found(recipe: FineTuning) -> Path | None:
     return latest(recipe.output) if recipe.resume else None
 
 
-def _spread(transformer: Any, degree: int) -> None:
-    """Let the processes share each clip's tokens and heads.
+def _spread(transformer: Any, degree: int, ranks: Ranks, device: Any) -> None:
+    """Let each group of processes, which are neighbours, share its clips' tokens and heads.
 
     Raises:
         ConfigError: if diffusers can't do that here.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = (ranks.count // degree, 1, degree)
     try:
-        enable_ulysses(transformer, degree)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("groups", "ring", "ulysses"))
+        enable_ulysses(transformer, degree, mesh=mesh)
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, DitAccelError):
+            raise
         raise ConfigError(f"ulysses = {degree} can't be had: {error}; train without it") from None
     assert context_parallel(transformer) is not None
 
@@ -192,8 +207,8 @@ def _accelerator(recipe: FineTuning, device: Any) -> Iterator[Any]:
 
 
 def _sample(trainer: Trainer, sampler: Sampler, recipe: FineTuning, ranks: Ranks, stages: Stages) -> None:
-    """Write a sheet of samples; the processes that share a clip's tokens make it together, else the first alone."""
-    if ranks.first or recipe.ulysses > 1:
+    """Write a sheet of samples, which the first group of processes makes together."""
+    if ranks.rank < recipe.ulysses:
         with trainer.averaged():
             sampler.write(trainer.step, stages, first=ranks.first)
     ranks.wait()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dit_accel.files import written_whole
 
@@ -12,8 +13,9 @@ from ..generate import frames_of
 from ..media import Frames, contact_sheet
 from ..progress import Stages
 from ..quiet import quiet_diffusers
+from .encoded import NO_CAPTION
 from .recipe import FineTuning
-from .trainable import Trainable
+from .trainable import Text, Trainable
 
 FOLDER = "samples"
 FIRST = 2
@@ -24,7 +26,7 @@ class Sampler:
     """Makes the sheets of one training; knows its prompts, so that the text encoder can go.
 
     Args:
-        pipe: the pipeline, its text encoder still there.
+        pipe: the pipeline, its text encoders still there.
         trainable: how it takes text.
         prompts: what to show.
         recipe: the settled recipe.
@@ -32,7 +34,7 @@ class Sampler:
 
     def __init__(self, pipe: Any, trainable: Trainable, prompts: Sequence[str], recipe: FineTuning) -> None:
         self._pipe, self._prompts, self._recipe = pipe, list(prompts), recipe
-        self._texts = [trainable.text(pipe, prompt).cpu() for prompt in ("", *self._prompts)]
+        self._texts = [trainable.text(pipe, prompt) for prompt in (NO_CAPTION, *self._prompts)]
 
     def write(self, step: int, stages: Stages, *, first: bool) -> None:
         """Make the sheet of a step; of several processes that run it together the first one writes.
@@ -60,11 +62,11 @@ class Sampler:
         own = dit_accel_assets.model_defaults(recipe.embedded) if recipe.embedded else {}
         steps = recipe.sample_steps or own.get("num_inference_steps")
         chosen = {"num_inference_steps": steps, "guidance_scale": own.get("guidance_scale")}
-        device = pipe.transformer.device
+        text = _placed(self._texts[1 + number], device := pipe.transformer.device)
+        text |= {f"negative_{name}": value for name, value in _placed(self._texts[0], device).items()}
         with quiet_diffusers(), torch.no_grad():
             made = pipe(
-                prompt_embeds=self._texts[1 + number].to(device),
-                negative_prompt_embeds=self._texts[0].to(device),
+                **text,
                 height=recipe.height,
                 width=recipe.width,
                 num_frames=recipe.num_frames,
@@ -73,3 +75,7 @@ class Sampler:
                 **{name: value for name, value in chosen.items() if value is not None},
             )
         return np.asarray(frames_of(made))
+
+
+def _placed(text: Text, device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in text.items()}

@@ -19,6 +19,7 @@ from ..progress import Stages
 from ..ranks import Ranks
 from .checkpoint import Checkpoint
 from .encoded import Encoded
+from .experts import span_of
 from .flow import batch_of, flow_loss
 from .recipe import FineTuning
 from .trainable import Trainable, shift_of
@@ -32,7 +33,8 @@ class Trainer:
     """One process of a training.
 
     Args:
-        pipe: the pipeline, whose transformer bears the LoRA.
+        pipe: the pipeline.
+        transformer: the one of its components that bears the LoRA.
         weights: what is trained, by name.
         encoded: the clips.
         trainable: how the pipeline is trained.
@@ -42,16 +44,19 @@ class Trainer:
     """
 
     def __init__(
-        self, pipe: Any, weights: Mapping[str, nn.Parameter], encoded: Encoded, trainable: Trainable,
-        recipe: FineTuning, ranks: Ranks, accelerator: Any,
+        self, pipe: Any, transformer: Any, weights: Mapping[str, nn.Parameter], encoded: Encoded,
+        trainable: Trainable, recipe: FineTuning, ranks: Ranks, accelerator: Any,
     ) -> None:  # fmt: skip
         from diffusers.training_utils import EMAModel
 
-        self.pipe, self.weights, self.encoded = pipe, dict(weights), encoded
+        self.pipe, self.transformer, self.weights, self.encoded = pipe, transformer, dict(weights), encoded
         self.recipe, self._trainable, self._ranks, self._accelerator = recipe, trainable, ranks, accelerator
         self._optimizer = torch.optim.AdamW(self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self._averages = EMAModel(self.parameters, decay=recipe.ema_decay) if recipe.ema_decay else None
-        self._shift = shift_of(pipe.scheduler) if recipe.flow_shift is None else recipe.flow_shift
+        tokens = encoded.latents(0)[0].numel()
+        self._shift = shift_of(pipe.scheduler, tokens) if recipe.flow_shift is None else recipe.flow_shift
+        self._span = span_of(pipe, recipe.expert)
+        self._group, self._groups = ranks.rank // recipe.ulysses, ranks.count // recipe.ulysses
         self._dtype = getattr(torch, str(recipe.dtype))
         self.step = 0
         self.seconds: list[float] = []
@@ -68,7 +73,7 @@ class Trainer:
         stages.stage("training", self.recipe.steps)
         for _ in range(self.step):
             stages.advance()
-        self.pipe.transformer.train()
+        self.transformer.train()
         window: list[Tensor] = []
         while self.step < self.recipe.steps:
             began = time.perf_counter()
@@ -106,7 +111,7 @@ class Trainer:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Let the transformer have the averaged weights inside the block, and run as in generation."""
-        transformer, averages = self.pipe.transformer, self._averages
+        transformer, averages = self.transformer, self._averages
         transformer.eval()
         if averages is not None:
             averages.store(self.parameters)
@@ -122,8 +127,9 @@ class Trainer:
         """Do one optimizer step; return the mean loss of its clips, and its gradient's length before the cut."""
         recipe, loss = self.recipe, torch.zeros(())
         for turn in range(recipe.accumulate):
-            batch = batch_of(self._numbers(turn), self.encoded, recipe, self._shift)
-            found = flow_loss(self.pipe.transformer, self._trainable, batch, self.parameters[0].device, self._dtype)
+            batch = batch_of(self._numbers(turn), self.encoded, recipe, self._shift, self._span)
+            place = self.parameters[0].device
+            found = flow_loss(self.transformer, self.pipe, self._trainable, batch, place, self._dtype)
             if self.density is None:
                 self._look(attachment)
             (found / recipe.accumulate).backward()
@@ -143,19 +149,18 @@ class Trainer:
         return loss, norm
 
     def _numbers(self, turn: int) -> range:
-        """Return this process's places of the training in one forward of this step."""
-        recipe, ranks = self.recipe, self._ranks
-        rank, count = (0, 1) if recipe.ulysses > 1 else (ranks.rank, ranks.count)
-        first = ((self.step * recipe.accumulate + turn) * count + rank) * recipe.batch_size
+        """Return the places of the training that this process's group has in one forward of this step."""
+        recipe = self.recipe
+        first = ((self.step * recipe.accumulate + turn) * self._groups + self._group) * recipe.batch_size
         return range(first, first + recipe.batch_size)
 
     def _add_up_gradients(self) -> None:
-        """Let every process have the mean of the processes' gradients; of those that share a clip their sum."""
+        """Let every process have the mean of the groups' gradients; within a group, which shares a clip, their sum."""
         if self._ranks.count == 1:
             return
         gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        flat = self._accelerator.reduce(flat, "sum" if self.recipe.ulysses > 1 else "mean")
+        flat = self._accelerator.reduce(flat, "sum") / self._groups
         for gradient, part in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -177,7 +182,7 @@ class Trainer:
     def _log(self, window: list[Tensor], norm: float) -> None:
         """Append a line to the log, and tell the tracker."""
         loss = torch.stack(window).mean().to(self.parameters[0].device)
-        if self._ranks.count > 1 and self.recipe.ulysses == 1:
+        if self._ranks.count > 1:  # of a group all have the same
             loss = self._accelerator.reduce(loss, "mean")
         line = {
             "step": self.step,

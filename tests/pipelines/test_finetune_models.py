@@ -1,0 +1,273 @@
+"""`dit-accel finetune` on each pipeline class that it trains: what the pipeline's own call does is what is trained."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from dit_accel_pipelines.finetuning.encoded import part_hash
+from dit_accel_pipelines.finetuning.experts import component_of, span_of
+from dit_accel_pipelines.finetuning.flow import level_within, shifted
+from dit_accel_pipelines.finetuning.lora import add_lora
+from dit_accel_pipelines.finetuning.models import TRAINABLE
+from dit_accel_pipelines.finetuning.recipe import settle
+from dit_accel_pipelines.finetuning.run import finetune
+from dit_accel_pipelines.finetuning.trainable import shift_of
+from dit_accel_pipelines.lora import FILE, load_lora
+from finetunes import recipe, trained, video_folder
+from trainable_folders import CASES, Case, changed_index, pipeline_folder
+
+from dit_accel import ConfigError
+from dit_accel.errors import UnsupportedModel
+
+PROMPT = "a red circle moving right"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each model with it, its videos, and what was encoded of them; made when first asked for."""
+    root = tmp_path_factory.mktemp("models")
+
+    class Made(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            case, folder = CASES[name], root / name.replace(" ", "-")
+            folder.mkdir()
+            pipeline_folder(case, folder / "model")
+            video_folder(folder / "videos", count=2, frames=-(-case.frames // 4) * 4 + 1, size=case.size)
+            self[name] = folder
+            return folder
+
+    return Made()
+
+
+def of(name: str, **changes: Any) -> dict[str, Any]:
+    """Changes of the recipe that a model asks for."""
+    case = CASES[name]
+    return {"num_frames": case.frames, "height": case.size, "width": case.size, **(case.changes or {}), **changes}
+
+
+def opened(base: Path) -> Any:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base / "model", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextlib.contextmanager
+def standing_in(transformer: Any, forward: Any) -> Iterator[None]:
+    """Let something else be the transformer's forward."""
+    transformer.forward = forward
+    try:
+        yield
+    finally:
+        del transformer.forward
+
+
+def asked_by_training(trainable: Any, transformer: Any, pipe: Any, *given: Any) -> tuple[dict[str, Any], Any]:
+    """The arguments that a velocity calls the transformer with, and what it reads off the output, zeros but one."""
+    told: dict[str, Any] = {}
+
+    def forward(**arguments: Any) -> Any:
+        told.update(arguments)
+        return (torch.ones_like(arguments["hidden_states"]),)
+
+    with standing_in(transformer, forward):
+        return told, trainable.velocity(transformer, pipe, *given)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b low"])
+def test_the_pipelines_own_loop_leads_to_the_clip_by_the_velocity_that_is_trained(bases, name: str):
+    """From noise to what the autoencoder makes of a clip, by a transformer without error, asked as in training."""
+    case: Case = CASES[name]
+    pipe = opened(bases[name])
+    trainable, calls = TRAINABLE[type(pipe).__name__], []
+    generator = torch.Generator().manual_seed(0)
+    video = torch.rand(1, 3, case.frames, case.size, case.size, generator=generator) * 2 - 1
+    clip, text = trainable.latents(pipe, video), trainable.text(pipe, PROMPT)
+    noise = torch.randn(clip.shape, generator=generator)
+    pack = getattr(pipe, "_pack_latents", lambda x: x)
+    _, read = asked_by_training(trainable, pipe.transformer, pipe, noise, torch.tensor([0.5]), text)
+    sign = read.flatten()[0]
+    assert torch.equal(read, sign * torch.ones_like(clip))
+
+    def exact(component: str) -> Any:
+        def forward(**arguments: Any) -> Any:
+            calls.append((component, arguments))
+            return (sign * pack(noise - clip),)
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for component in ("transformer", "transformer_2")[: 1 + ("a14b" in name)]:
+            stack.enter_context(standing_in(getattr(pipe, component), exact(component)))
+        made = pipe(
+            PROMPT, height=case.size, width=case.size, num_frames=case.frames, num_inference_steps=6,
+            guidance_scale=1.0, latents=pack(noise), output_type="pt",
+        ).frames  # fmt: skip
+    with torch.no_grad():
+        wanted = pipe.vae.decode(pipe.vae.encode(video).latent_dist.mode()).sample
+    wanted = pipe.video_processor.postprocess_video(wanted, output_type="pt")
+    assert made.std() > 1e-3
+    assert torch.allclose(made, wanted, atol=2e-3)
+
+    # every call: names, shapes and values as training gives them at that place of the way
+    ends = [
+        asked_by_training(trainable, pipe.transformer, pipe, noise, torch.tensor([level]), text)[0]["timestep"]
+        for level in (0.0, 1.0)
+    ]
+    assert len(calls) == 6
+    for component, arguments in calls:
+        level = ((arguments["timestep"].float() - ends[0]) / (ends[1] - ends[0])).flatten()[:1]
+        noisy = torch.lerp(clip, noise, level)
+        ours, _ = asked_by_training(trainable, getattr(pipe, component), pipe, noisy, level, text)
+        theirs = {key: value for key, value in arguments.items() if key != "attention_kwargs"}
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if not isinstance(value, torch.Tensor):
+                assert ours[key] == value, key
+                continue
+            assert ours[key].shape == value.shape, key
+            assert key == "timestep" or ours[key].dtype == value.dtype, key  # Wan's solver has whole ones
+            rounded = 1e-3 * (noise - clip).abs().max() if name.startswith("wan") else 1e-5
+            away = rounded if key == "hidden_states" else 1e-3
+            assert torch.allclose(ours[key].float(), value.float(), atol=float(away)), key
+    if "a14b" in name:
+        for expert in ("high", "low"):
+            least, most = span_of(pipe, expert)
+            levels = [float(told["timestep"]) / 1000 for component, told in calls if component == component_of(expert)]
+            assert levels
+            assert all(least <= level <= most for level in levels)
+
+
+def differs(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("name", ["hunyuan-video", "mochi", "ltx", "wan a14b low"])
+def test_a_lora_is_trained_and_loaded_by_diffusers(bases, tmp_path: Path, name: str):
+    """Each layer's update is another after the second step, and the transformer's output another with them."""
+    found = trained(bases[name], tmp_path, **of(name))
+    assert len(found) == CASES[name].modules * 4 * 2
+    assert all(bool(value.any()) for value in found.values())
+    assert json.loads((tmp_path / "finetune.json").read_text())["density"] < 1
+    pipe = opened(bases[name])
+    trainable, low = TRAINABLE[type(pipe).__name__], name == "wan a14b low"
+    transformer = pipe.transformer_2 if low else pipe.transformer
+    shape = (1, transformer.config.in_channels, 2, 4, 4)
+    given = torch.randn(shape), torch.tensor([0.5]), trainable.text(pipe, PROMPT)
+    with torch.no_grad():
+        plain = trainable.velocity(transformer, pipe, *given)
+        pipe.load_lora_weights(tmp_path, **({"load_into_transformer_2": True} if low else {}))
+        assert differs(plain, trainable.velocity(transformer, pipe, *given)) > 1e-4
+    layers = {module for module, layer in transformer.named_modules() if getattr(layer, "lora_A", None)}
+    assert len(layers) == CASES[name].modules * 4
+    assert all(bool(layer.lora_B["default_0"].weight.any()) for layer in map(transformer.get_submodule, layers))
+    alone = opened(bases[name])
+    load_lora(alone, str(tmp_path))
+    there = alone.transformer_2 if low else alone.transformer
+    assert torch.equal(trainable.velocity(there, pipe, *given), trainable.velocity(transformer, pipe, *given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
+def test_a_training_goes_on_exactly_and_with_blocks_computed_again(bases, tmp_path: Path, name: str):
+    asked = of(name, batch_size=2)
+    whole = trained(bases[name], tmp_path / "whole", **asked)
+    trained(bases[name], tmp_path / "parts", **asked, steps=1)
+    parts = trained(bases[name], tmp_path / "parts", **asked, resume=True, gradient_checkpointing=True)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
+def test_bfloat16_samples_and_averages(bases, tmp_path: Path, name: str):
+    asked = of(name, dtype="bfloat16", sample_every=1, sample_steps=4, ema_decay=0.5, report_to="tensorboard")
+    found = trained(bases[name], tmp_path, **asked)
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in found.values())
+    sheets = sorted((tmp_path / "samples").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step-00000001.png", "step-00000002.png"]
+    assert sheets[0].read_bytes() != sheets[1].read_bytes()
+    assert [path for path in tmp_path.rglob("*tfevents*") if b"loss" in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("hunyuan-video", {"num_frames": 16}, "num_frames must be a multiple of 4 and 1 more .*, such as 17, got 16"),
+        ("mochi", {"num_frames": 27}, "num_frames must be a multiple of 6 and 1 more for .*, such as 25, got 27"),
+        ("ltx", {"num_frames": 29}, "num_frames must be a multiple of 8 and 1 more for .*, such as 25, got 29"),
+        ("hunyuan-video", {"width": 72}, "width must be a multiple of 16 for .*, got 72"),
+        ("ltx", {"height": 144}, "height must be a multiple of 32 for .*, got 144"),
+        ("mochi", {"num_frames": 31}, "has 29 frames, and 31 are to be trained on"),
+        ("wan a14b low", {"expert": None}, "has two transformers for different noise levels; say which one .*--expert"),
+        ("ltx", {"ulysses": 2}, "1 were started; start a multiple of 2"),
+        ("mochi", {"expert": "low"}, "has one transformer, got expert 'low'; leave it out"),
+    ],
+)
+def test_what_a_model_cannot_make_is_told(bases, tmp_path: Path, name: str, changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        finetune(recipe(bases[name], output=tmp_path / "out", **{**of(name), **changes}))
+    assert not (tmp_path / "out" / FILE).exists()
+
+
+def test_tokens_that_cannot_be_split_are_told_before_anything_is_loaded(bases):
+    for name in ("ltx", "mochi"):
+        with pytest.raises(ConfigError, match=f"the adapter '{name}' does not say how the model's tokens are split"):
+            settle(recipe(bases[name], **of(name, ulysses=2)), 4)
+    assert settle(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
+
+
+def test_what_is_not_trained_is_refused_with_its_reason(bases, tmp_path: Path):
+    folder = pipeline_folder(CASES["wan ti2v"], tmp_path / "model")
+    changed_index(folder, _class_name="CogVideoXPipeline")
+    with pytest.raises(UnsupportedModel, match=r"made for CogVideoXPipeline, .* \(its model predicts v on a schedule"):
+        finetune(recipe(tmp_path, **of("wan ti2v")))
+    changed_index(folder, _class_name="WanPipeline", transformer_2=["diffusers", "WanTransformer3DModel"])
+    with pytest.raises(ConfigError, match="has two transformers and boundary_ratio None, which tells none their noise"):
+        finetune(recipe(tmp_path, **of("wan ti2v", expert="high")))
+
+
+def test_fused_projections_are_refused(bases):
+    pipe = opened(bases["wan ti2v"])
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(UnsupportedModel, match="attn1 has its queries, keys and values fused; unfuse them to train"):
+        add_lora(pipe.transformer, TRAINABLE["WanPipeline"], recipe(bases["wan ti2v"]))
+
+
+def test_what_was_encoded_is_known_by_all_that_encoded_it(bases):
+    one, other = opened(bases["mochi"]), opened(bases["mochi"])
+    for name in ("vae", "text_encoder", "tokenizer"):
+        assert part_hash(getattr(one, name)) == part_hash(getattr(other, name))
+    before = {name: part_hash(getattr(one, name)) for name in ("vae", "text_encoder", "tokenizer")}
+    other.vae.register_to_config(scaling_factor=2.0)
+    other.tokenizer.add_tokens(["kite"])
+    other.text_encoder.encoder.final_layer_norm.weight.data[0] += 1
+    assert all(part_hash(getattr(other, name)) != value for name, value in before.items())
+
+
+def test_the_shift_by_tokens_is_the_schedulers():
+    options = dict(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024)
+    for kind, tokens in (("exponential", 80), ("exponential", 6000), ("linear", 2000)):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options, time_shift_type=kind)
+        mu = 0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024)
+        sigmas = torch.linspace(1.0, 0.1, 10)
+        scheduler.set_timesteps(sigmas=sigmas.numpy(), mu=mu)
+        assert torch.allclose(shifted(sigmas, shift_of(scheduler, tokens)), scheduler.sigmas[:-1], atol=1e-6)
+
+
+def test_an_expert_has_its_part_of_the_noise_levels():
+    def levels(count: int, span: tuple[float, float]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.stack([level_within(generator, 5.0, span) for _ in range(count)])
+
+    whole, places = levels(8000, (0.0, 1.0)), torch.tensor([0.2, 0.5, 0.8])
+    for span in ((0.875, 1.0), (0.0, 0.875)):
+        found, part = levels(4000, span), whole[(whole >= span[0]) & (whole <= span[1])]
+        assert span[0] <= found.min()
+        assert found.max() <= span[1]
+        assert differs(found.quantile(places), part.quantile(places)) < 0.02
+    assert levels(9, (0.999999, 1.0)).isfinite().all()  # where hardly any would fall by chance
