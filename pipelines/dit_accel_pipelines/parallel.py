@@ -1,13 +1,18 @@
-"""Context parallelism by Ulysses, also for transformers for which diffusers has no plan of what is split."""
+"""Context parallelism by Ulysses: in groups of the processes, and for transformers for which diffusers has no plan."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+from dit_accel.errors import ConfigError
 
 
 def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
     """Spread a transformer's tokens and heads over processes, before or after methods are attached.
 
     It is diffusers' own ``enable_parallelism``, with a plan for HunyuanVideo, which has none there; its text refiner,
-    whose tokens every process has, keeps to itself.
+    whose tokens every process has, keeps to itself. Of more processes than the degree each group of so many
+    neighbours shares a transformer. It also runs on a CPU.
 
     Args:
         transformer: a diffusers transformer, the same on every process; ``torch.distributed`` is set up.
@@ -15,19 +20,85 @@ def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
         options: further options of ``ContextParallelConfig``, such as ``ulysses_anything``.
 
     Raises:
-        RuntimeError: if ``torch.distributed`` is not set up.
-        ValueError: if diffusers has no plan for the transformer.
+        ConfigError: if ``torch.distributed`` is not set up, the degree does not divide the processes or the heads, or
+            diffusers has no plan for the transformer.
     """
     from diffusers import ContextParallelConfig
 
-    config = ContextParallelConfig(ulysses_degree=degree, **options)
-    if type(transformer).__name__ != "HunyuanVideoTransformer3DModel":
-        transformer.enable_parallelism(config=config)
-        return
-    transformer.enable_parallelism(config=config, cp_plan=_hunyuan_video())
-    for module in transformer.context_embedder.modules():
+    name = type(transformer).__name__
+    ours = name == "HunyuanVideoTransformer3DModel"
+    if not ours and getattr(transformer, "_cp_plan", None) is None:
+        raise ConfigError(f"diffusers has no plan of how {name} is split over processes; run it on one (ulysses = 1)")
+    check_heads(dict(transformer.config), degree, anything=bool(options.get("ulysses_anything")))
+    config = ContextParallelConfig(ulysses_degree=degree, **{"mesh": ulysses_mesh(degree), **options})
+    with _counted_devices():
+        transformer.enable_parallelism(config=config, **({"cp_plan": _hunyuan_video()} if ours else {}))
+    for module in transformer.context_embedder.modules() if ours else ():
         if hasattr(module, "processor"):
             module.processor._parallel_config = None
+
+
+def ulysses_mesh(degree: int) -> Any:
+    """Return the mesh of a ``ContextParallelConfig`` by which each group of ``degree`` neighbours shares one.
+
+    Every process must call this. Its dimensions are ``groups``, ``ring`` (1) and ``ulysses``; that of ``groups`` joins
+    the processes that have one place in their groups.
+
+    Raises:
+        ConfigError: if ``torch.distributed`` is not set up, or the degree does not divide its processes.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ConfigError(
+            f"ulysses = {degree} shares a transformer between processes, and torch.distributed is not set up; start "
+            f"them with torchrun --nproc-per-node {degree}"
+        )
+    check_processes(dist.get_world_size(), degree)
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    shape = (dist.get_world_size() // degree, 1, degree)
+    return dist.device_mesh.init_device_mesh(kind.type, shape, mesh_dim_names=("groups", "ring", "ulysses"))
+
+
+def check_processes(count: int, degree: int) -> None:
+    """Refuse a number of processes that a degree does not divide into groups.
+
+    Raises:
+        ConfigError: for such a number, or a degree below 1.
+    """
+    if degree < 1 or count % degree:
+        raise ConfigError(
+            f"ulysses = {degree} does not divide the {count} processes that were started; start a multiple of "
+            f"{max(degree, 1)}, such as torchrun --nproc-per-node {max(degree, 1)}"
+        )
+
+
+def check_heads(config: dict[str, Any], degree: int, anything: bool = False) -> None:
+    """Refuse a degree that does not divide a transformer's heads.
+
+    Raises:
+        ConfigError: for such a degree.
+    """
+    heads = config.get("num_attention_heads")
+    if isinstance(heads, int) and heads % degree and not anything:
+        degrees = ", ".join(str(one) for one in range(1, heads + 1) if heads % one == 0)
+        raise ConfigError(f"ulysses = {degree} does not divide the transformer's {heads} heads; choose of {degrees}")
+
+
+@contextlib.contextmanager
+def _counted_devices() -> Iterator[None]:
+    """Have torch count the CPU as a device where it counts none: diffusers divides by the number."""
+    import torch
+
+    if torch.accelerator.is_available():
+        yield
+        return
+    count, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 1
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = count
 
 
 def _hunyuan_video() -> dict[str, Any]:

@@ -140,6 +140,22 @@ def test_what_cannot_be_right_is_refused_on_every_process_alike():
         assert words in found[0][what], what
 
 
+def test_groups_of_processes_share_a_transformer_each():
+    found = processes(4, parallel_ranks.groups, (RadialAttention(**RADIAL), EasyCache(**SKIPS)))
+    for rank in range(4):
+        assert not isinstance(found[rank], str), found[rank]
+        away, told, refusals = found[rank]
+        assert away < 1e-5
+        assert told == found[rank // 2 * 2][1] != found[3 - rank][1]
+        assert refusals == [
+            "ConfigError: ulysses = 3 does not divide the 4 processes that were started; start a multiple of 3, such "
+            "as torchrun --nproc-per-node 3",
+            "ConfigError: ulysses = 4 does not divide the transformer's 6 heads; choose of 1, 2, 3, 6",
+            "ConfigError: diffusers has no plan of how MochiTransformer3DModel is split over processes; run it on one "
+            "(ulysses = 1)",
+        ]
+
+
 @pytest.mark.parametrize("fault", ["killed", "stuck"])
 def test_a_lost_process_is_an_error_on_the_others(fault):
     found = processes(2, parallel_ranks.lose_one, fault, seconds=15)

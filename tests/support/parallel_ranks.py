@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from dit_accel_pipelines.parallel import enable_ulysses
-from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY
+from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY, MOCHI
 from wan_tiny import TINY as WAN_TINY
 
 import dit_accel
@@ -77,10 +77,11 @@ def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 4) -> torch.T
     return x
 
 
-def enable(transformer: Any, world: int, **options: Any) -> None:
-    """Enable context parallelism as on a machine of which every process has an accelerator."""
-    with mock.patch.object(torch.accelerator, "device_count", return_value=world):
-        enable_ulysses(transformer, world, **options)
+def enable(transformer: Any, **options: Any) -> None:
+    """Enable context parallelism as diffusers does, on a machine of which every process has an accelerator."""
+    config = diffusers.ContextParallelConfig(**options)
+    with mock.patch.object(torch.accelerator, "device_count", return_value=dist.get_world_size()):
+        transformer.enable_parallelism(config=config)
 
 
 def start(rank: int, world: int, port: int, work: Any, found: Any, seconds: float, given: tuple[Any, ...]) -> None:
@@ -124,7 +125,7 @@ def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]]
     """Return case -> (how far the processes' output lies from one process's, how far that lies from dense)."""
     transformer, inputs = build(model, **sizes)
     spread = copy.deepcopy(transformer)
-    enable(spread, world, **options)
+    enable_ulysses(spread, world, **options)
     plain = denoise(transformer, inputs)
     share, shares = {}, [None] * world  # what one process gives is the same on all: each makes some of it
     for name in list(cases)[rank::world]:
@@ -162,7 +163,7 @@ def attach_first(rank: int, world: int, nag: Any, methods: tuple[Any, ...]) -> A
         alone = denoise(transformer, inputs)
     gradient = gradient_of(transformer, inputs, methods[:1])
     attachment = dit_accel.attach(spread, *methods)
-    enable(spread, world)
+    enable_ulysses(spread, world)
     together = denoise(spread, inputs)
     attachment.detach()
     dense = denoise(spread, inputs)
@@ -185,14 +186,14 @@ def gradient_of(transformer: Any, inputs: dict[str, Any], methods: tuple[Any, ..
 
 def refused(rank: int, world: int) -> dict[str, str]:
     """Return case -> the error that this process raises."""
-    from diffusers import ContextParallelConfig, FirstBlockCacheConfig
+    from diffusers import FirstBlockCacheConfig
 
     lite = dit_accel.LiteAttention(block_size=16, dense_steps=0)
 
     def error_of(methods: tuple[Any, ...], heads: int = 4, options: Any = None, **call: Any) -> str:
         transformer, inputs = build("wan", heads)
         inputs = {**inputs, **call.pop("inputs", {})}
-        enable(transformer, world, **(options or {}))
+        enable(transformer, **(options or dict(ulysses_degree=world)))
         try:
             with dit_accel.attach(transformer, *methods):
                 denoise(transformer, inputs, **call)
@@ -200,10 +201,9 @@ def refused(rank: int, world: int) -> dict[str, str]:
             return told(error)
         return "no error"
 
-    def ring(config: Any) -> str:
+    def ring() -> str:
         transformer, _ = build("wan")
-        with mock.patch.object(torch.accelerator, "device_count", return_value=world):
-            transformer.enable_parallelism(config=config)
+        enable(transformer, ring_degree=world)
         try:
             dit_accel.attach(transformer, lite)
         except Exception as error:
@@ -212,7 +212,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
 
     def undescribed() -> str:
         transformer = diffusers.LTXVideoTransformer3DModel(**LTX_TINY)
-        enable(transformer, world)
+        enable(transformer, ulysses_degree=world)
         try:
             dit_accel.attach(transformer, lite)
         except Exception as error:
@@ -222,8 +222,8 @@ def refused(rank: int, world: int) -> dict[str, str]:
     other = dit_accel.LiteAttention(block_size=16, dense_steps=0, threshold=-3.0)
     return {
         "heads": error_of((lite,), heads=3),
-        "too few heads": error_of((lite,), heads=1, options=dict(ulysses_anything=True)),
-        "ring": ring(ContextParallelConfig(ring_degree=world)),
+        "too few heads": error_of((lite,), heads=1, options=dict(ulysses_degree=world, ulysses_anything=True)),
+        "ring": ring(),
         "undescribed": undescribed(),
         "native": error_of((FirstBlockCacheConfig(),)),
         "settings": error_of((other if rank else lite,)),
@@ -233,10 +233,30 @@ def refused(rank: int, world: int) -> dict[str, str]:
     }
 
 
+def groups(rank: int, world: int, methods: tuple[Any, ...]) -> Any:
+    """Return how far the outputs of two groups lie from one process's, each of another prompt, and what is refused."""
+    transformer, inputs = build("wan")
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"] + rank // 2
+    spread = copy.deepcopy(transformer)
+    enable_ulysses(spread, world // 2)
+    far = []
+    for one in (transformer, spread):
+        with dit_accel.attach(one, *methods):
+            far.append(denoise(one, inputs))
+    refusals = []
+    for degree, heads, model in ((3, 3, "wan"), (4, 6, "wan"), (2, 4, "mochi")):
+        try:
+            one = diffusers.MochiTransformer3DModel(**MOCHI[0].config) if model == "mochi" else build(model, heads)[0]
+            enable_ulysses(one, degree)
+        except Exception as error:
+            refusals.append(told(error))
+    return apart(*far), far[0].sum().item(), refusals
+
+
 def lose_one(rank: int, world: int, fault: str) -> None:
     """Run on, while another process is killed or stops answering in the middle of a forward."""
     transformer, inputs = build("wan")
-    enable(transformer, world)
+    enable_ulysses(transformer, world)
 
     def fail(module: Any, given: Any) -> None:
         if fault == "killed":
