@@ -1,10 +1,15 @@
 """Context parallelism by Ulysses: in groups of the processes, and for transformers for which diffusers has no plan."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from dit_accel.errors import ConfigError
+
+Value = TypeVar("Value")
+
+OURS = ("HunyuanVideoTransformer3DModel",)
+"""Transformers for which diffusers has no plan, and this file has one."""
 
 
 def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
@@ -25,11 +30,8 @@ def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
     """
     from diffusers import ContextParallelConfig
 
-    name = type(transformer).__name__
-    ours = name == "HunyuanVideoTransformer3DModel"
-    if not ours and getattr(transformer, "_cp_plan", None) is None:
-        raise ConfigError(f"diffusers has no plan of how {name} is split over processes; run it on one (ulysses = 1)")
-    check_heads(dict(transformer.config), degree, anything=bool(options.get("ulysses_anything")))
+    ours = type(transformer).__name__ in OURS
+    check_transformer(type(transformer), dict(transformer.config), degree, bool(options.get("ulysses_anything")))
     config = ContextParallelConfig(ulysses_degree=degree, **{"mesh": ulysses_mesh(degree), **options})
     with _counted_devices():
         transformer.enable_parallelism(config=config, **({"cp_plan": _hunyuan_video()} if ours else {}))
@@ -68,22 +70,64 @@ def check_processes(count: int, degree: int) -> None:
         ConfigError: for such a number, or a degree below 1.
     """
     if degree < 1 or count % degree:
+        many = max(degree, 2)
         raise ConfigError(
-            f"ulysses = {degree} does not divide the {count} processes that were started; start a multiple of "
-            f"{max(degree, 1)}, such as torchrun --nproc-per-node {max(degree, 1)}"
+            f"ulysses = {degree} does not divide the {count} processes that were started; start a multiple of it, such "
+            f"as torchrun --nproc-per-node {many}, or choose another"
         )
 
 
-def check_heads(config: dict[str, Any], degree: int, anything: bool = False) -> None:
-    """Refuse a degree that does not divide a transformer's heads.
+def check_transformer(cls: type, config: Mapping[str, Any], degree: int, anything: bool = False) -> None:
+    """Refuse a transformer that so many processes can't share.
+
+    Args:
+        cls: its class.
+        config: its config.
+        degree: how many processes.
+        anything: diffusers' ``ulysses_anything``.
 
     Raises:
-        ConfigError: for such a degree.
+        ConfigError: if diffusers has no plan for it, or the degree does not divide its heads.
     """
+    if cls.__name__ not in OURS and getattr(cls, "_cp_plan", None) is None:
+        raise ConfigError(
+            f"diffusers has no plan of how {cls.__name__} is split over processes; run it on one, without ulysses"
+        )
     heads = config.get("num_attention_heads")
     if isinstance(heads, int) and heads % degree and not anything:
         degrees = ", ".join(str(one) for one in range(1, heads + 1) if heads % one == 0)
         raise ConfigError(f"ulysses = {degree} does not divide the transformer's {heads} heads; choose of {degrees}")
+
+
+@contextlib.contextmanager
+def joined(rank: int, degree: int) -> Iterator[Callable[[Value], Value]]:
+    """Have the processes that a launcher started find each other, for the block, and those of a group agree.
+
+    Args:
+        rank: this one's number on its machine, that of its device.
+        degree: how many neighbours form a group; of 1 nothing is set up.
+
+    Yields:
+        What gives to each process of a group the value of its first; all must call it alike.
+    """
+    if degree == 1:
+        yield lambda value: value
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(rank)
+    dist.init_process_group()
+    group = ulysses_mesh(degree)["ulysses"].get_group()
+
+    def firsts(value: Value) -> Value:
+        found: list[Any] = [None] * degree
+        dist.all_gather_object(found, value, group=group)
+        return found[0]
+
+    yield firsts
+    dist.destroy_process_group()  # after an error others may wait for it; the launcher ends them
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ def flux(heads: int, text: int = TEXT) -> tuple[Any, dict[str, Any]]:
 
 def hunyuan(heads: int) -> tuple[Any, dict[str, Any]]:
     mask = (torch.arange(TEXT)[None] < TEXT - 3).long()
-    return diffusers.HunyuanVideoTransformer3DModel(**{**HUNYUAN_TINY, "num_attention_heads": heads}), dict(
+    sizes = {**HUNYUAN_TINY, "num_attention_heads": heads, "num_layers": 1}
+    return diffusers.HunyuanVideoTransformer3DModel(**sizes), dict(
         hidden_states=torch.randn(1, 4, 5, 8, 8), encoder_hidden_states=torch.randn(1, TEXT, 16),
         encoder_attention_mask=mask, pooled_projections=torch.randn(1, 8), guidance=torch.full((1,), 6000.0),
     )  # fmt: skip
@@ -62,13 +63,13 @@ def build(name: str, heads: int = 4, **sizes: int) -> tuple[Any, dict[str, Any]]
     return transformer.eval(), inputs
 
 
-def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 4) -> torch.Tensor:
-    """Return the latents after some told steps with guidance in two calls."""
+def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 3, guided: bool = True) -> torch.Tensor:
+    """Return the latents after some told steps, with guidance in two calls."""
     x, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     with torch.no_grad():
         for step in range(steps):
             found = []
-            for branch, prompt in (("cond", text), ("uncond", text.flip(-1))):
+            for branch, prompt in (("cond", text), ("uncond", text.flip(-1)))[: 1 + guided]:
                 with transformer.cache_context(branch, step_index=step, num_inference_steps=steps, sigma=1 - step / 8):
                     given = {**inputs, "hidden_states": x, "encoder_hidden_states": prompt}
                     time = torch.full((1,), 1000.0 - 100 * step)
@@ -124,24 +125,32 @@ def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[i
 def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]], sizes: Any, options: Any) -> Any:
     """Return case -> (how far the processes' output lies from one process's, how far that lies from dense)."""
     transformer, inputs = build(model, **sizes)
+    cases = {name: _with_text(methods, inputs) for name, methods in cases.items()}
     spread = copy.deepcopy(transformer)
     enable_ulysses(spread, world, **options)
-    plain = denoise(transformer, inputs)
+    guided = world == 2  # more processes tell of more heads and tokens, and no more of branches
+    plain = denoise(transformer, inputs, guided=guided)
     share, shares = {}, [None] * world  # what one process gives is the same on all: each makes some of it
     for name in list(cases)[rank::world]:
         with dit_accel.attach(transformer, *cases[name]):
-            share[name] = denoise(transformer, inputs)
+            share[name] = denoise(transformer, inputs, guided=guided)
     dist.all_gather_object(shares, share)
     alone = {name: one for part in shares for name, one in part.items()}
     found = {}
     for name, methods in cases.items():
         try:
             with dit_accel.attach(spread, *methods):
-                together = denoise(spread, inputs)
+                together = denoise(spread, inputs, guided=guided)
             found[name] = apart(together, alone[name]), apart(alone[name], plain)
         except Exception as error:
             found[name] = told(error)
     return found
+
+
+def _with_text(methods: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return methods with a text for the one that needs it."""
+    text = inputs["encoder_hidden_states"].roll(1, -1)
+    return tuple(dit_accel.NAG(negative_embeds=text) if one.name == "nag" else one for one in methods)
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
