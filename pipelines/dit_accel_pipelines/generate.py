@@ -22,7 +22,7 @@ from .generation import Generation
 from .larger import prepare_larger
 from .loading import compile_blocks, load_pipeline, transformers_of
 from .media import Frames, to_uint8, upscale, write_media
-from .parallel import check_transformer, enable_ulysses, joined
+from .parallel import ALONE, Group, check_transformer, joined
 from .pipeline_call import PipelineCall
 from .processes import Process
 from .progress import Stages
@@ -81,14 +81,14 @@ def generate(
         _check_spread(request, family, process.together)
     told = told if process.first else lambda _: None
     asked = process.own(_single(request))
-    with joined(process.local_rank, process.together) as agreed:
-        kept = agreed({one.output: record for one, record in _kept(asked, resume)})
+    with joined(process.local_rank, process.together) as group:
+        kept = group.firsts({one.output: record for one, record in _kept(asked, resume)})
         written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
         for one in written.values():
             told(one)
         if len(written) == len(asked):
             return list(written.values())
-        with _loaded(request, family, stages, command, process) as make:
+        with _loaded(request, family, stages, command, process.first, group) as make:
             for one in asked:
                 if one.output not in written:
                     written[one.output] = make(one)
@@ -151,10 +151,17 @@ def _check_spread(request: Request, family: Family | None, degree: int) -> None:
 
 @contextlib.contextmanager
 def _loaded(
-    request: Request, family: Family | None, stages: Stages, command: Sequence[str], process: Process | None = None
+    request: Request,
+    family: Family | None,
+    stages: Stages,
+    command: Sequence[str],
+    writes: bool = True,
+    group: Group = ALONE,
 ) -> Iterator[Callable[[Request], Written]]:
-    """Load a settled request's pipeline with its methods; yields what makes a request of one prompt."""
-    process = process or Process()
+    """Load a settled request's pipeline with its methods; yields what makes a request of one prompt.
+
+    Of a group only the process that ``writes`` does.
+    """
     pictures = read_pictures(request)
     stages.stage("loading")
     started = time.perf_counter()
@@ -164,8 +171,9 @@ def _loaded(
     loading = time.perf_counter() - started
     for text in prepare_larger(pipe, request, family):
         stages.note(text)
-    for transformer in transformers_of(pipe) if process.together > 1 else ():
-        enable_ulysses(transformer, process.together)
+    with quiet_diffusers():
+        for transformer in transformers_of(pipe):
+            group.share(transformer)
     with attached(pipe, request.methods, request.backend) as attachment:
         if request.compile:
             compile_blocks(pipe)
@@ -174,9 +182,9 @@ def _loaded(
             resolved = _resolved(one, pipe)
             made = run(pipe, one.prompts[0], resolved, pictures=pictures, attachment=attachment, stages=stages)
             record = side_car(resolved, made, one.output, loading=loading, command=command)
-            record["ulysses"] = process.together
+            record["ulysses"] = group.size
             record["request_digest"] = request_digest(one)
-            if process.first:
+            if writes:
                 _write(one.output, made.frames, record, resolved)
             return Written(record=record, report=made.report)
 

@@ -1,7 +1,8 @@
 """Context parallelism by Ulysses: in groups of the processes, and for transformers for which diffusers has no plan."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dit_accel.errors import ConfigError
@@ -22,7 +23,8 @@ def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
     Args:
         transformer: a diffusers transformer, the same on every process; ``torch.distributed`` is set up.
         degree: how many processes share it.
-        options: further options of ``ContextParallelConfig``, such as ``ulysses_anything``.
+        options: further options of ``ContextParallelConfig``, such as ``ulysses_anything``, or a ``mesh`` of
+            `ulysses_mesh`, by which a group may go on while others do not.
 
     Raises:
         ConfigError: if ``torch.distributed`` is not set up, the degree does not divide the processes or the heads, or
@@ -32,7 +34,8 @@ def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
 
     ours = type(transformer).__name__ in OURS
     check_transformer(type(transformer), dict(transformer.config), degree, bool(options.get("ulysses_anything")))
-    config = ContextParallelConfig(ulysses_degree=degree, **{"mesh": ulysses_mesh(degree), **options})
+    options = options if "mesh" in options else {"mesh": ulysses_mesh(degree), **options}
+    config = ContextParallelConfig(ulysses_degree=degree, **options)
     with _counted_devices():
         transformer.enable_parallelism(config=config, **({"cp_plan": _hunyuan_video()} if ours else {}))
     for module in transformer.context_embedder.modules() if ours else ():
@@ -60,7 +63,9 @@ def ulysses_mesh(degree: int) -> Any:
     check_processes(dist.get_world_size(), degree)
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     shape = (dist.get_world_size() // degree, 1, degree)
-    return dist.device_mesh.init_device_mesh(kind.type, shape, mesh_dim_names=("groups", "ring", "ulysses"))
+    mesh = dist.device_mesh.init_device_mesh(kind.type, shape, mesh_dim_names=("groups", "ring", "ulysses"))
+    mesh["ring", "ulysses"]._flatten()  # else diffusers does, in each group when it comes to it, and waits for all
+    return mesh
 
 
 def check_processes(count: int, degree: int) -> None:
@@ -99,35 +104,64 @@ def check_transformer(cls: type, config: Mapping[str, Any], degree: int, anythin
         raise ConfigError(f"ulysses = {degree} does not divide the transformer's {heads} heads; choose of {degrees}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Neighbours among the processes that share transformers, or one that shares none.
+
+    Attributes:
+        mesh: of `ulysses_mesh`; None: one process by itself.
+    """
+
+    mesh: Any = None
+
+    @property
+    def size(self) -> int:
+        """Return how many they are."""
+        return 1 if self.mesh is None else self.mesh["ulysses"].size()
+
+    def firsts(self, value: Value) -> Value:
+        """Return the first process's value, to all of the group; all of them must call it alike."""
+        if self.mesh is None:
+            return value
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.mesh["ulysses"].get_group())
+        return found[0]
+
+    def share(self, transformer: Any) -> None:
+        """Spread a transformer over the group; other groups need not do so."""
+        if self.mesh is not None:
+            enable_ulysses(transformer, self.size, mesh=self.mesh)
+
+
+ALONE = Group()
+
+
 @contextlib.contextmanager
-def joined(rank: int, degree: int) -> Iterator[Callable[[Value], Value]]:
-    """Have the processes that a launcher started find each other, for the block, and those of a group agree.
+def joined(rank: int, degree: int) -> Iterator[Group]:
+    """Have the processes that a launcher started find each other, for the block; yields this one's group.
+
+    Where ``torch.distributed`` is set up already, it stays as it is.
 
     Args:
         rank: this one's number on its machine, that of its device.
         degree: how many neighbours form a group; of 1 nothing is set up.
-
-    Yields:
-        What gives to each process of a group the value of its first; all must call it alike.
     """
     if degree == 1:
-        yield lambda value: value
+        yield ALONE
         return
     import torch
     import torch.distributed as dist
 
-    if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(rank)
-    dist.init_process_group()
-    group = ulysses_mesh(degree)["ulysses"].get_group()
-
-    def firsts(value: Value) -> Value:
-        found: list[Any] = [None] * degree
-        dist.all_gather_object(found, value, group=group)
-        return found[0]
-
-    yield firsts
-    dist.destroy_process_group()  # after an error others may wait for it; the launcher ends them
+    ours = not dist.is_initialized()
+    if ours:
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(rank)
+        dist.init_process_group()
+    yield Group(mesh=ulysses_mesh(degree))
+    if ours:
+        dist.destroy_process_group()  # after an error others may wait for it; the launcher ends them
 
 
 @contextlib.contextmanager

@@ -3,10 +3,10 @@
 import parallel_ranks
 import pytest
 import torch.distributed as dist
-from parallel_cases import FEW, RADIAL, SKIPS, VIDEOS_ALONE, cases_of
+from parallel_cases import FEW, RADIAL, SKIPS, VIDEOS_ALONE, cases_of, ring_cases
 from parallel_ranks import compare, processes
 
-from dit_accel import NAG, EasyCache, RadialAttention, RoPE, SoftPAG
+from dit_accel import NAG, EasyCache, RadialAttention
 from dit_accel.methods.registry import methods
 
 pytestmark = [
@@ -32,6 +32,9 @@ def test_no_method_is_left_out():
         ("hunyuan-video", 4, VIDEO, {}, {}),
         ("flux", 2, IMAGE, {}, {}),
         ("flux", 4, IMAGE, {}, {}),
+        ("wan", 2, ring_cases(image=False), {}, {"ring_degree": 2}),
+        ("wan", 4, ring_cases(image=False), {}, {"ring_degree": 4}),
+        ("flux", 2, ring_cases(image=True), {}, {"ring_degree": 2}),
         ("flux", 2, {name: IMAGE[name] for name in FEW}, dict(heads=5, text=7), {"ulysses_anything": True}),
     ],
     ids=lambda value: str(value) if isinstance(value, str | int) else "",
@@ -48,7 +51,9 @@ def test_processes_give_what_one_gives(model, world, cases, sizes, options):
 
 
 def test_negative_text_and_methods_attached_before():
-    found = processes(2, parallel_ranks.attach_first, NAG, (RadialAttention(**RADIAL), *VIDEO["rope"], *VIDEO["softpag"]))
+    found = processes(
+        2, parallel_ranks.attach_first, NAG, (RadialAttention(**RADIAL), *VIDEO["rope"], *VIDEO["softpag"])
+    )
     for rank in (0, 1):
         assert not isinstance(found[rank], str), found[rank]
         text, together, dense, gradient = found[rank]
@@ -65,7 +70,8 @@ def test_what_cannot_be_right_is_refused_on_every_process_alike():
     for what, words in {
         "heads": "ConfigError: ulysses_degree = 2 does not divide the 3 heads of transformer",
         "too few heads": "ConfigError: ulysses_degree = 2 leaves a process none of the 1 heads of transformer",
-        "ring": "ConfigError: lite: ring_degree = 2 gives no process a whole row of attention",
+        "ring": "ConfigError: lite: ring_degree = 2 leaves a process the queries of its own tokens alone",
+        "ring, of two": "ConfigError: sol: ring_degree = 2 leaves a process the queries of its own tokens alone",
         "native": "is diffusers' own cache, whose processes would decide each by its own tokens",
         "undescribed": "ConfigError: lite: the adapter 'ltx' does not say how context parallelism splits its tokens",
         "settings": "ConfigError: the processes that run transformer together disagree: methods is {'lite'",

@@ -26,7 +26,9 @@ from dit_accel import (
     UltraImage,
     UltraViCo,
 )  # fmt: skip
+from dit_accel.methods.base import AttentionHandler
 from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.registry import handlers
 
 LITE = dict(block_size=16, dense_steps=0, dense_layers=0)
 ALWAYS = dict(LITE, dense_last_steps=0)
@@ -78,8 +80,20 @@ CASES: dict[str, tuple[MethodConfig, ...]] = {
 VIDEOS_ALONE = {"radial", "lvsa", "dfa", "ultravico"}
 """Methods that change nothing in an image, or refuse it."""
 
+RING = {"radial", "lvsa", "ultravico", "softpag", "pag", "nag"}
+"""Methods on attention that run under ring attention; so do all that do not act on attention."""
+
 FEW = ("lite, target density", "lite, ranges", "delta", "ultraimage", "softpag", "firstblockcache")
 """What looks at heads, text, masks, tiles, positions and blocks."""
+
+
+def ring_cases(image: bool) -> dict[str, tuple[Any, ...]]:
+    """Return the cases of which ring attention takes every method."""
+    known = handlers()
+    refused = {name for name, handler in known.items() if issubclass(handler, AttentionHandler)} - RING
+    return {
+        name: methods for name, methods in cases_of(image).items() if not refused & {method.name for method in methods}
+    }
 
 
 def cases_of(image: bool) -> dict[str, tuple[Any, ...]]:

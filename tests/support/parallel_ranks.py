@@ -15,6 +15,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from diffusers.models import attention_dispatch
 from dit_accel_pipelines.parallel import enable_ulysses
 from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY, MOCHI
 from wan_tiny import TINY as WAN_TINY
@@ -22,7 +23,10 @@ from wan_tiny import TINY as WAN_TINY
 import dit_accel
 
 TEXT = 8
-PRELOADED = ["torch.multiprocessing", "diffusers.models.transformers", "dit_accel.attachment.attachment"]
+PRELOADED = [
+    "torch.multiprocessing", "diffusers.models.transformers", "diffusers.pipelines.flux.pipeline_flux",
+    "dit_accel.attachment.attachment", "dit_accel_pipelines.generate",
+]  # fmt: skip
 """What one process imports for all that are started, which are its copies."""
 
 
@@ -86,23 +90,28 @@ def enable(transformer: Any, **options: Any) -> None:
 
 
 def start(rank: int, world: int, port: int, work: Any, found: Any, seconds: float, given: tuple[Any, ...]) -> None:
-    """Join the group, and put under the rank what ``work`` gives, or the error that it raises."""
+    """Join the group, unless ``work`` does, and put under the rank what it gives, or the error that it raises."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=seconds),
-    )  # fmt: skip
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    if seconds:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     try:
         found[rank] = work(rank, world, *given)
     except Exception as error:
         found[rank] = told(error)
     else:
-        dist.barrier()
-    dist.destroy_process_group()
+        if seconds:
+            dist.barrier()
+    if seconds:
+        dist.destroy_process_group()
 
 
 def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[int, Any]:
-    """Return rank -> what ``work(rank, world, *given)`` gave on it, or its error in words."""
+    """Return rank -> what ``work(rank, world, *given)`` gave on it, or its error in words.
+
+    The group's timeout is ``seconds``; with 0 they are in none, as a launcher leaves them.
+    """
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         port = asked.getsockname()[1]
@@ -123,11 +132,18 @@ def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[i
 
 
 def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]], sizes: Any, options: Any) -> Any:
-    """Return case -> (how far the processes' output lies from one process's, how far that lies from dense)."""
+    """Return case -> (how far the processes' output lies from one process's, how far that lies from dense).
+
+    With a ``ring_degree`` among the options they are a ring, and whatever stays dense is told its log-sum-exp.
+    """
     transformer, inputs = build(model, **sizes)
     cases = {name: _with_text(methods, inputs) for name, methods in cases.items()}
     spread = copy.deepcopy(transformer)
-    enable_ulysses(spread, world, **options)
+    if "ring_degree" in options:
+        attention_dispatch._native_attention_forward_op = with_lse
+        enable(spread, **options)
+    else:
+        enable_ulysses(spread, world, **options)
     guided = world == 2  # more processes tell of more heads and tokens, and no more of branches
     plain = denoise(transformer, inputs, guided=guided)
     share, shares = {}, [None] * world  # what one process gives is the same on all: each makes some of it
@@ -145,6 +161,13 @@ def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]]
         except Exception as error:
             found[name] = told(error)
     return found
+
+
+def with_lse(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """Attend as diffusers' native backend, which refuses ring attention since SDPA tells no log-sum-exp."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    logits = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    return (logits.softmax(-1) @ v).transpose(1, 2), logits.logsumexp(-1).transpose(1, 2)
 
 
 def _with_text(methods: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, ...]:
@@ -210,11 +233,11 @@ def refused(rank: int, world: int) -> dict[str, str]:
             return told(error)
         return "no error"
 
-    def ring() -> str:
+    def ring(*methods: Any) -> str:
         transformer, _ = build("wan")
         enable(transformer, ring_degree=world)
         try:
-            dit_accel.attach(transformer, lite)
+            dit_accel.attach(transformer, *methods)
         except Exception as error:
             return told(error)
         return "no error"
@@ -232,7 +255,8 @@ def refused(rank: int, world: int) -> dict[str, str]:
     return {
         "heads": error_of((lite,), heads=3),
         "too few heads": error_of((lite,), heads=1, options=dict(ulysses_degree=world, ulysses_anything=True)),
-        "ring": ring(),
+        "ring": ring(lite),
+        "ring, of two": ring(dit_accel.RadialAttention(), dit_accel.SolAttention()),
         "undescribed": undescribed(),
         "native": error_of((FirstBlockCacheConfig(),)),
         "settings": error_of((other if rank else lite,)),
