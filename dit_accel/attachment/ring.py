@@ -1,4 +1,4 @@
-"""Ring: inside attention a process has the queries of its own tokens, and gathers all keys; and what it makes of a plan.
+"""Ring: inside attention a process has the queries of its own tokens and gathers all keys; what that makes of a plan.
 
 diffusers' ring attention gathers the keys and values of all processes, attends to one process's after the other, and
 merges the parts by their log-sum-exp. It gathers them at once, so that one call over all of them holds no more, and

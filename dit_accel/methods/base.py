@@ -172,7 +172,7 @@ class AttentionHandler(Handler):
     """Whether its plans ask for votes, which not every kernel backend has."""
 
     by_place: ClassVar[bool] = False
-    """Whether its plans follow from tokens' places, heads and keys alone, so that each row can be computed by itself."""
+    """Whether its plans follow from places, heads and keys alone, so that a row can be computed without the others."""
 
     def is_active(self, step: StepContext, depth: int) -> bool:
         """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""

@@ -1,6 +1,7 @@
 """Context parallelism by Ulysses: in groups of the processes, and for transformers for which diffusers has no plan."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -41,6 +42,10 @@ def enable_ulysses(transformer: Any, degree: int, **options: Any) -> None:
     for module in transformer.context_embedder.modules() if ours else ():
         if hasattr(module, "processor"):
             module.processor._parallel_config = None
+    for module in transformer.modules():
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            if name.startswith("cp_input"):
+                _know_parameters(hook.module_forward_metadata, type(module))
 
 
 def ulysses_mesh(degree: int) -> Any:
@@ -162,6 +167,12 @@ def joined(rank: int, degree: int) -> Iterator[Group]:
     yield Group(mesh=ulysses_mesh(degree))
     if ours:
         dist.destroy_process_group()  # after an error others may wait for it; the launcher ends them
+
+
+def _know_parameters(metadata: Any, cls: type) -> None:
+    """Tell a hook that splits a module's inputs their places: it would ask in the first call, as no full graph can."""
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    metadata.cached_parameter_indices = {name: place for place, name in enumerate(names)}
 
 
 @contextlib.contextmanager

@@ -50,6 +50,31 @@ def test_processes_give_what_one_gives(model, world, cases, sizes, options):
             assert away < 1e-5 < changed, (name, rank)
 
 
+def test_further_models_give_what_one_process_gives():
+    models = ("qwen-image", "qwen-image-edit", "flux2", "flux2 with references", "chronoedit", "minimax-h3")
+    cases = {name: IMAGE[name] for name in ("lite, ranges", "delta", "ultraimage", "firstblockcache")}
+    found = processes(2, parallel_ranks.compare_each, models, cases)
+    for rank in (0, 1):
+        assert not isinstance(found[rank], str), found[rank]
+        assert len(found[rank]) == len(models) * len(cases)
+        for case, result in found[rank].items():
+            assert not isinstance(result, str), (case, rank, result)
+            away, changed = result
+            assert away < 1e-5 < changed, (case, rank)
+
+
+def test_compiled_blocks_give_what_one_process_gives_in_two_graphs():
+    cases = {name: VIDEO[name] for name in ("radial", "lite", "radial + lite + easycache", "firstblockcache")}
+    found = processes(2, parallel_ranks.compiled, cases, dict(backend="aot_eager", fullgraph=True))
+    for rank in (0, 1):
+        assert not isinstance(found[rank], str), found[rank]
+        for case, result in found[rank].items():
+            assert not isinstance(result, str), (case, rank, result)
+            away, graphs = result
+            assert away < 1e-5, (case, rank)
+            assert graphs <= 2, (case, rank)
+
+
 def test_negative_text_and_methods_attached_before():
     found = processes(
         2, parallel_ranks.attach_first, NAG, (RadialAttention(**RADIAL), *VIDEO["rope"], *VIDEO["softpag"])

@@ -8,10 +8,12 @@ import signal
 import socket
 import time
 import traceback
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import diffusers
+import tiny_models
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -54,7 +56,17 @@ def hunyuan(heads: int) -> tuple[Any, dict[str, Any]]:
     )  # fmt: skip
 
 
-MODELS = {"wan": wan, "flux": flux, "hunyuan-video": hunyuan}
+def other(heads: int, name: str, place: int = 0) -> tuple[Any, dict[str, Any]]:
+    tiny = tiny_models.MODELS[name][place]
+    return tiny.transformer(**{**tiny.config, "num_attention_heads": heads}), dict(tiny.inputs(1))
+
+
+MODELS = {
+    "wan": wan, "flux": flux, "hunyuan-video": hunyuan, "flux2": partial(other, name="flux2"),
+    "flux2 with references": partial(other, name="flux2", place=1), "qwen-image": partial(other, name="qwen-image"),
+    "qwen-image-edit": partial(other, name="qwen-image", place=1), "chronoedit": partial(other, name="wan", place=3),
+    "minimax-h3": partial(other, name="minimax-h3"),
+}  # fmt: skip
 
 
 def build(name: str, heads: int = 4, **sizes: int) -> tuple[Any, dict[str, Any]]:
@@ -75,9 +87,9 @@ def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 3, guided: bo
             found = []
             for branch, prompt in (("cond", text), ("uncond", text.flip(-1)))[: 1 + guided]:
                 with transformer.cache_context(branch, step_index=step, num_inference_steps=steps, sigma=1 - step / 8):
-                    given = {**inputs, "hidden_states": x, "encoder_hidden_states": prompt}
-                    time = torch.full((1,), 1000.0 - 100 * step)
-                    found.append(transformer(**given, timestep=time, return_dict=False)[0])
+                    time = inputs.get("timestep", torch.full((1,), 1000.0)) * (1 - step / 10)
+                    given = {**inputs, "hidden_states": x, "encoder_hidden_states": prompt, "timestep": time}
+                    found.append(transformer(**given, return_dict=False)[0])
             x = x - 0.3 * sum(found)
     return x
 
@@ -158,6 +170,37 @@ def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]]
             with dit_accel.attach(spread, *methods):
                 together = denoise(spread, inputs, guided=guided)
             found[name] = apart(together, alone[name]), apart(alone[name], plain)
+        except Exception as error:
+            found[name] = told(error)
+    return found
+
+
+def compare_each(rank: int, world: int, models: tuple[str, ...], cases: dict[str, tuple[Any, ...]]) -> Any:
+    """Return "model: case" -> what `compare` does, of several models."""
+    found = {}
+    for model in models:
+        for name, one in compare(rank, world, model, cases, {}, {}).items():
+            found[f"{model}: {name}"] = one
+    return found
+
+
+def compiled(rank: int, world: int, cases: dict[str, tuple[Any, ...]], options: Any) -> Any:
+    """Return case -> how far compiled blocks' output lies from one process's, eager, and how many graphs were made."""
+    from torch._dynamo.utils import counters
+
+    found = {}
+    for name, methods in cases.items():
+        torch._dynamo.reset()
+        counters.clear()
+        transformer, inputs = build("wan")
+        spread = copy.deepcopy(transformer)
+        with dit_accel.attach(transformer, *methods):
+            alone = denoise(transformer, inputs)
+        enable_ulysses(spread, world)
+        spread.compile_repeated_blocks(**options)
+        try:
+            with dit_accel.attach(spread, *methods):
+                found[name] = apart(denoise(spread, inputs), alone), counters["stats"]["unique_graphs"]
         except Exception as error:
             found[name] = told(error)
     return found
