@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import execution, ring
+from . import execution, ring_attention
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -52,7 +52,7 @@ def planned_attention(
         The output in q's layout and dtype, contiguous, and the plan's ticket (0-d int64 CPU tensor) for the backward.
     """
     asked = execution.get(attachment)
-    attend = asked.attend if asked.layers[int(layer)].state.ring is None else partial(ring.attend, asked)
+    attend = asked.attend if asked.layers[int(layer)].state.ring is None else partial(ring_attention.attend, asked)
     out, ticket = attend(int(layer), q, k, v, mask, [int(size) for size in grid], tokens_first, scale, differentiate)
     return out.contiguous(), ticket
 
