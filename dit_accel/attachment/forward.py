@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import NO_STEP, Adapter, Grid
+from ..adapters.joined_text import JoinedText
 from ..errors import ConfigError
 from ..methods.site import AroundForward, ForwardContext, made_tensor
 from ..plan.context import StepContext
@@ -18,6 +19,7 @@ from .layers import TransformerState
 from .lora import lora_state
 from .parallel import context_parallel, naming_lost, require_agreement, require_parallel
 from .processor import Slot, as_tensors
+from .ring import ring_of
 from .ulysses import ulysses_of
 
 _STEP_FIELDS = tuple(field.name for field in fields(StepContext))
@@ -52,7 +54,7 @@ class Forward:
         self._grid = slot.grid
         self._parallel: Any = None
         self._spread_over: Any = None
-        self._ulysses: Any = None
+        self._spread_as: Any = None
         self._agreed = -1  # the run in which the processes were last compared
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
 
@@ -125,20 +127,28 @@ class Forward:
         slot.grid = self._grid
         slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
         slot.ulysses = state.ulysses = None
-        if self._parallel is not None and self._parallel.ring_degree == 1 and plain != NO_GRID:
-            self._spread(plain, made_tensor(inputs[state.adapter.latents]).device)
+        slot.ring = state.ring = None
+        if self._parallel is not None and plain != NO_GRID:
+            self._spread(plain, inputs)
         state.layout = None if isinstance(grid, str) else layout_of(grid)
         state.batch = len(inputs[state.adapter.latents])
         return grid
 
-    def _spread(self, grid: Grid, device: torch.device) -> None:
+    def _spread(self, grid: Grid, inputs: Mapping[str, Any]) -> None:
         """Leave where attention calls find it how the forward is spread over processes."""
-        slot, state = self._slot, self._state
-        if self._spread_over != (grid, device, self._parallel):
-            self._spread_over = grid, device, self._parallel
-            self._ulysses = ulysses_of(self._parallel, state.adapter, grid, device)
-        slot.ulysses = state.ulysses = self._ulysses
-        slot.apart = min(slot.apart, self._ulysses.local)
+        slot, state, config = self._slot, self._state, self._parallel
+        joined, device = state.adapter.joined_text, made_tensor(inputs[state.adapter.latents]).device
+        given = inputs.get(joined.text) if isinstance(joined, JoinedText) else None
+        text = given.shape[1] if isinstance(given, torch.Tensor) else None
+        if self._spread_over != (grid, text, device, config):
+            self._spread_over = grid, text, device, config
+            made = ulysses_of if config.ring_degree == 1 else ring_of
+            self._spread_as = made(config, state.adapter, grid, text, device)
+        if config.ring_degree == 1:
+            slot.ulysses = state.ulysses = self._spread_as
+        else:
+            slot.ring = state.ring = self._spread_as
+        slot.apart = min(slot.apart, self._spread_as.local)
 
     def _observed(
         self,
@@ -179,6 +189,7 @@ class Forward:
                 "use compile_repeated_blocks()"
             )
         slot.ulysses = state.ulysses = None
+        slot.ring = state.ring = None
         grid = state.adapter.grid(self._config, inputs)
         plain = NO_GRID if isinstance(grid, str) else grid
         slot.grid = as_tensors(plain)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..plan.layout import TokenLayout
 from .find import heads_of
+from .ring import Ring
 from .ulysses import Ulysses
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
@@ -82,7 +83,8 @@ class TransformerState:
         branches_a_step: forwards after which the same branch comes again at that timestep; None: it does not.
         begun: a context told a step, but no forward was seen in it yet.
         weights: what acted on the transformer's weights in the last forward.
-        ulysses: how the running forward is spread over processes; None: it is not.
+        ulysses: how the running forward is spread over processes; None: not by their heads.
+        ring: how it is, by their queries; None: not by these.
     """
 
     def __init__(self, name: str, transformer: nn.Module, adapter: Adapter) -> None:
@@ -101,6 +103,7 @@ class TransformerState:
         self.begun = False
         self.weights: Hashable = None
         self.ulysses: Ulysses | None = None
+        self.ring: Ring | None = None
 
     @property
     def branch(self) -> str:

@@ -9,11 +9,12 @@ tagged operator, or makes no CUDA graph where it can't split; what lies between 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import execution
+from . import execution, ring_attention
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -50,9 +51,9 @@ def planned_attention(
     Returns:
         The output in q's layout and dtype, contiguous, and the plan's ticket (0-d int64 CPU tensor) for the backward.
     """
-    out, ticket = execution.get(attachment).attend(
-        int(layer), q, k, v, mask, [int(size) for size in grid], tokens_first, scale, differentiate
-    )
+    asked = execution.get(attachment)
+    attend = asked.attend if asked.layers[int(layer)].state.ring is None else partial(ring_attention.attend, asked)
+    out, ticket = attend(int(layer), q, k, v, mask, [int(size) for size in grid], tokens_first, scale, differentiate)
     return out.contiguous(), ticket
 
 

@@ -38,10 +38,16 @@ def require_parallel(execution: Execution, state: TransformerState, config: Any)
     names = ", ".join(handler.name for handler in execution.attention)
     if not names:
         return
-    if config.ring_degree > 1:
+    looking = ", ".join(handler.name for handler in execution.attention if not handler.by_place)
+    if config.ring_degree > 1 and looking:
         raise ConfigError(
-            f"{names}: ring_degree = {config.ring_degree} gives no process a whole row of attention, which they need; "
-            "use ContextParallelConfig(ulysses_degree=...)"
+            f"{looking}: ring_degree = {config.ring_degree} leaves a process the queries of its own tokens alone, and "
+            "what is kept follows from others' too; use ContextParallelConfig(ulysses_degree=...)"
+        )
+    if config.ring_degree > 1 and config.ulysses_degree > 1:
+        raise ConfigError(
+            f"{names}: methods on attention run under ring attention or Ulysses, got ring_degree = "
+            f"{config.ring_degree} with ulysses_degree = {config.ulysses_degree}; set one of them to 1"
         )
     if state.adapter.split_text is None:
         raise ConfigError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedModel
 from .layers import DenseAttention
 from .op import planned_attention
+from .ring import Ring
 from .ulysses import Ulysses
 
 _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
@@ -34,6 +35,7 @@ class Slot:
         apart: attention calls over fewer keys than this stay dense (`Adapter.text_apart`); 0: none do.
         reached: numbers of the layers that ran in this forward, but for those of compiled blocks.
         ulysses: how the running forward's tokens and heads are spread over processes; None: they are not.
+        ring: how its queries are; None: they are not.
         owner: whatever must live as long as the processors do.
     """
 
@@ -45,6 +47,7 @@ class Slot:
         self.apart = 0
         self.reached: set[int] = set()
         self.ulysses: Ulysses | None = None
+        self.ring: Ring | None = None
         self.owner: Any = None
 
     def goes_dense(self, keys: int) -> bool:
@@ -187,14 +190,16 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, attachment: int) -> Call
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        spread = None if parallel_config is None else slot.ulysses
+        spread, ring = (None, None) if parallel_config is None else (slot.ulysses, slot.ring)
         if slot.goes_dense(key.shape[1]):
             attn_mask = attn_mask if spread is None else spread.gathered_mask(attn_mask)
             return dense(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
-        _refuse(dropout_p, is_causal, None if spread is not None else parallel_config)
+        _refuse(dropout_p, is_causal, None if spread is not None or ring is not None else parallel_config)
+        if ring is not None:
+            key, value, attn_mask = ring.gather(key), ring.gather(value), ring.whole_mask(attn_mask)
         if spread is None:
             return _planned(query, key, value, attn_mask, slot, attachment, True, scale)
         if spread.anything and torch.is_grad_enabled() and query.requires_grad:

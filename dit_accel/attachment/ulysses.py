@@ -17,13 +17,12 @@ from ..plan.heads import HeadShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Ulysses:
-    """How the tokens and heads of one forward are spread over processes.
+class Spread:
+    """How the tokens of one forward are spread over processes.
 
     Attributes:
         group: the processes.
         rank: this one's place among them.
-        anything: lengths and heads need not be divisible by their number.
         counts: tokens that each of them holds outside attention.
         gathered: int64 [S], place among the gathered tokens -> token; None: that is the sequence's own order.
         places: int64 [S], the inverse.
@@ -31,7 +30,6 @@ class Ulysses:
 
     group: Any
     rank: int
-    anything: bool
     counts: tuple[int, ...]
     gathered: Tensor | None
     places: Tensor | None
@@ -41,42 +39,14 @@ class Ulysses:
         """Tokens that this process holds outside attention, S'."""
         return self.counts[self.rank]
 
-    def share(self, total: int) -> HeadShare:
-        """Return the heads of this process, of so many: runs of one length, the last shorter."""
-        most = -(-total // len(self.counts))
-        start = min(self.rank * most, total)
-        return HeadShare(start=start, count=min(most, total - start), total=total, group=self.group)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Return all tokens of this process's heads, [B, S, H', D] in the sequence's order, of [B, S', H, D].
-
-        Raises:
-            ConfigError: if these are not this process's tokens, or the heads can't be shared.
-        """
-        from diffusers.models import attention_dispatch as theirs
-
+    def require_local(self, x: Tensor) -> None:
+        """Raise `ConfigError` if a tensor [B, S', H, D] does not hold this process's tokens."""
         if x.shape[1] != self.local:
             raise ConfigError(
                 f"an attention call holds {x.shape[1]} tokens on rank {self.rank} of {len(self.counts)}, where an even "
                 f"split of all {sum(self.counts)} leaves {self.local}; the cp_plan of enable_parallelism must split "
                 "every stream that joins the sequence, and no other"
             )
-        if self.anything:
-            x = theirs.all_to_all_single_any_qkv_async(x, self.group)()
-        elif x.shape[2] % len(self.counts):
-            raise ConfigError(_indivisible(x.shape[2], len(self.counts)))
-        else:
-            x = theirs.SeqAllToAllDim.apply(self.group, x)
-        return x if self.places is None else x.index_select(1, self.places)
-
-    def scatter(self, x: Tensor, heads: int) -> Tensor:
-        """Return this process's tokens of all heads, [B, S', H, D], of [B, S, H', D]."""
-        from diffusers.models import attention_dispatch as theirs
-
-        x = x if self.gathered is None else x.index_select(1, self.gathered)
-        if self.anything:
-            return theirs.all_to_all_single_any_o_async(x, self.group, NUM_QO_HEAD=heads, Q_S_LOCAL=self.local)()
-        return theirs.SeqAllToAllDim.apply(self.group, x, 1, 2)
 
     def whole_mask(self, mask: Any) -> Any:
         """Return a mask over all keys in the sequence's order, of such a one or of one over this process's keys.
@@ -100,6 +70,49 @@ class Ulysses:
         whole = torch.cat([part[..., :count] for part, count in zip(parts, self.counts, strict=True)], -1)
         return whole if self.places is None else whole.index_select(-1, self.places)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ulysses(Spread):
+    """How the tokens and heads of one forward are spread over processes.
+
+    Attributes:
+        anything: lengths and heads need not be divisible by their number.
+    """
+
+    anything: bool
+
+    def share(self, total: int) -> HeadShare:
+        """Return the heads of this process, of so many: runs of one length, the last shorter."""
+        most = -(-total // len(self.counts))
+        start = min(self.rank * most, total)
+        return HeadShare(start=start, count=min(most, total - start), total=total, group=self.group)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return all tokens of this process's heads, [B, S, H', D] in the sequence's order, of [B, S', H, D].
+
+        Raises:
+            ConfigError: if these are not this process's tokens, or the heads can't be shared.
+        """
+        from diffusers.models import attention_dispatch as theirs
+
+        self.require_local(x)
+        if self.anything:
+            x = theirs.all_to_all_single_any_qkv_async(x, self.group)()
+        elif x.shape[2] % len(self.counts):
+            raise ConfigError(_indivisible(x.shape[2], len(self.counts)))
+        else:
+            x = theirs.SeqAllToAllDim.apply(self.group, x)
+        return x if self.places is None else x.index_select(1, self.places)
+
+    def scatter(self, x: Tensor, heads: int) -> Tensor:
+        """Return this process's tokens of all heads, [B, S', H, D], of [B, S, H', D]."""
+        from diffusers.models import attention_dispatch as theirs
+
+        x = x if self.gathered is None else x.index_select(1, self.gathered)
+        if self.anything:
+            return theirs.all_to_all_single_any_o_async(x, self.group, NUM_QO_HEAD=heads, Q_S_LOCAL=self.local)()
+        return theirs.SeqAllToAllDim.apply(self.group, x, 1, 2)
+
     def gathered_mask(self, mask: Any) -> Any:
         """Return a mask as diffusers' own exchange needs it: one over all keys in the order that it gathers."""
         if self.gathered is None or not isinstance(mask, Tensor) or mask.shape[-1] != sum(self.counts):
@@ -107,22 +120,39 @@ class Ulysses:
         return mask.index_select(-1, self.gathered)
 
 
-def ulysses_of(config: Any, adapter: Adapter, grid: Grid, device: torch.device) -> Ulysses:
-    """Return how a forward is spread, under diffusers' ``ContextParallelConfig``."""
-    frames, height, width, before, after = grid
-    visual, degree = frames * height * width, config.ulysses_degree
-    streams = {"before": (before, visual + after), "after": (before + visual, after)}
-    sizes = streams.get(str(adapter.split_text), (before + visual + after,))
-    parts = [[part.numel() for part in torch.arange(size).tensor_split(degree)] for size in sizes]
-    counts = tuple(sum(stream[rank] for stream in parts) for rank in range(degree))
-    gathered = places = None
-    if sum(size > 0 for size in sizes) > 1:
-        gathered = _gathered(sizes, degree).to(device)
-        places = torch.empty_like(gathered).index_copy_(0, gathered, torch.arange(len(gathered), device=device))
+def ulysses_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> Ulysses:
+    """Return how a forward is spread, under diffusers' ``ContextParallelConfig``; its ``text`` as in `spread_of`."""
+    counts, gathered, places = spread_of(config.ulysses_degree, adapter, grid, text, device)
     return Ulysses(
         group=config._ulysses_mesh.get_group(), rank=config._ulysses_local_rank, anything=config.ulysses_anything,
         counts=counts, gathered=gathered, places=places,
     )  # fmt: skip
+
+
+def spread_of(
+    degree: int, adapter: Adapter, grid: Grid, text: int | None, device: torch.device
+) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
+    """Return the tokens that each process holds, their order among the gathered ones, and its inverse, as in `Spread`.
+
+    Args:
+        degree: how many processes there are.
+        adapter: the model's.
+        grid: the forward's.
+        text: tokens of the stream of text; None: as the grid says.
+        device: where the order is wanted.
+    """
+    frames, height, width, before, after = grid
+    total = before + frames * height * width + after
+    text = text or (before if adapter.split_text == "before" else after)
+    streams = {"before": (text, total - text), "after": (total - text, text)}
+    sizes = streams.get(str(adapter.split_text), (total,))
+    parts = [[part.numel() for part in torch.arange(size).tensor_split(degree)] for size in sizes]
+    counts = tuple(sum(stream[rank] for stream in parts) for rank in range(degree))
+    if sum(size > 0 for size in sizes) < 2:
+        return counts, None, None
+    gathered = _gathered(sizes, degree).to(device)
+    places = torch.empty_like(gathered).index_copy_(0, gathered, torch.arange(len(gathered), device=device))
+    return counts, gathered, places
 
 
 def _gathered(sizes: tuple[int, ...], degree: int) -> Tensor:

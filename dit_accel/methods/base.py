@@ -171,6 +171,9 @@ class AttentionHandler(Handler):
     votes: ClassVar[bool] = False
     """Whether its plans ask for votes, which not every kernel backend has."""
 
+    by_place: ClassVar[bool] = False
+    """Whether its plans follow from places, heads and keys alone, so that a row can be computed without the others."""
+
     def is_active(self, step: StepContext, depth: int) -> bool:
         """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""
         return True

@@ -41,3 +41,11 @@ class HeadShare:
         parts = [torch.empty_like(sent) for _ in range(size)]
         dist.all_gather(parts, sent, group=self.group)
         return torch.cat(parts)[: self.total].to(x.dtype).movedim(0, dim)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Return the sum of what all processes have; all must call it alike."""
+        import torch.distributed as dist
+
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=self.group)
+        return x

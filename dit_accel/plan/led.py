@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..rules.guidance import normalized
+from .heads import HeadShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,7 @@ class LedRows:
         scale: s.
         tau: longest G, in lengths of Z+.
         alpha: weight of G.
+        heads: those of this process, where several share them; None: all.
     """
 
     positive: slice
@@ -26,6 +28,7 @@ class LedRows:
     scale: float
     tau: float
     alpha: float
+    heads: HeadShare | None = None
 
     def applied(self, out: Tensor) -> Tensor:
         """Return a call's output [B, H, S, D] with these rows led; the given one is not changed.
@@ -35,7 +38,8 @@ class LedRows:
         positive, negative = (
             out[rows, :, self.tokens].transpose(1, 2).flatten(2) for rows in (self.positive, self.negative)
         )
-        led = normalized(positive, negative, self.scale, self.tau, self.alpha).to(out.dtype)
+        shared = {} if self.heads is None else {"summed": self.heads.summed}
+        led = normalized(positive, negative, self.scale, self.tau, self.alpha, **shared).to(out.dtype)
         led = led.unflatten(2, (out.shape[1], -1)).transpose(1, 2)
         out = out.clone()
         out[self.positive, :, self.tokens] = led

@@ -1,6 +1,7 @@
 """Guidance: when it acts, what a perturbed prediction adds to the conditional one, and NAG's mix in attention."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,7 +51,14 @@ def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -
     return whole * (rescale * ratio + 1 - rescale) - wide
 
 
-def normalized(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+def normalized(
+    positive: Tensor,
+    negative: Tensor,
+    scale: float,
+    tau: float,
+    alpha: float,
+    summed: Callable[[Tensor], Tensor] = lambda lengths: lengths,
+) -> Tensor:
     """Return attention's output led away from what a negative text gives, in float32 or wider.
 
     G = s Z+ - (s - 1) Z-, cut down to tau times Z+'s length in L1 per token, then alpha G + (1 - alpha) Z+. A token
@@ -64,9 +72,10 @@ def normalized(positive: Tensor, negative: Tensor, scale: float, tau: float, alp
         scale: s >= 1; at 1 nothing changes.
         tau: longest G in lengths of Z+, >= 1.
         alpha: weight of G in [0, 1].
+        summed: adds up lengths over the processes that hold a part of C each.
     """
     wide = positive if positive.element_size() > 4 else positive.float()
     led = scale * wide - (scale - 1) * negative.to(wide.dtype)
-    longest = tau * wide.abs().sum(dim=-1, keepdim=True)
-    length = led.abs().sum(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
-    return wide + alpha * (led * (longest / length).clamp(max=1) - wide)
+    given, length = summed(torch.stack([x.abs().sum(dim=-1, keepdim=True) for x in (wide, led)]))
+    cut = (tau * given / length.clamp(min=torch.finfo(wide.dtype).tiny)).clamp(max=1)
+    return wide + alpha * (led * cut - wide)

@@ -54,6 +54,7 @@ def generate_video(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
     ] = False,
+    ulysses: Annotated[int, typer.Option(help="Processes that share each output.", rich_help_panel=RUN)] = 1,
     backend: Backend = "auto",
     quiet: Quiet = False,
     json: Json = False,
@@ -71,8 +72,9 @@ def generate_video(
     --same-seed takes one for all, to compare prompts.
 
     Started by accelerate launch or torchrun, each process makes every n-th
-    prompt on a device of its own, and prints a line for each output. If one
-    was killed, the same command with --resume makes what is missing.
+    prompt on a device of its own, and prints a line for each output; with
+    --ulysses N, N neighbours make each output together. If one was killed,
+    the same command with --resume makes what is missing.
 
     --image and --video are for pipelines that start from them. What a
     pipeline does not take, or needs and was not given, is refused before
@@ -94,7 +96,7 @@ def generate_video(
     if (prompt is None) == (prompt_file is None):
         got = "neither" if prompt is None else "both"
         raise ConfigError(f"generate takes a prompt in quotes or --prompt-file, got {got}; give one of them")
-    process = started_process()
+    process = started_process(together=ulysses)
     many = process.count > 1
     if many and json:
         raise ConfigError(

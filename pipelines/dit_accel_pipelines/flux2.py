@@ -73,6 +73,7 @@ FLUX2 = Adapter(
         axes=by_config("axes_dims_rope", ("image", "height", "width", "text"), 2000.0, theta_key="rope_theta"),
     ),
     joined_text=JoinedText(place="before", alone=("kv_cache",)),
+    split_text="before",
     families=(FLUX2_DEV,),
     refused=IMAGE_REFUSED,
 )

@@ -12,13 +12,17 @@ import numpy as np
 
 import dit_accel
 from dit_accel.adapters.adapter import Family
+from dit_accel.adapters.model_files import read_model_files
+from dit_accel.errors import ConfigError
+from dit_accel.estimate.sizes import token_layout
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 
 from .generation import Generation
 from .larger import prepare_larger
-from .loading import compile_blocks, load_pipeline
+from .loading import compile_blocks, load_pipeline, transformers_of
 from .media import Frames, to_uint8, upscale, write_media
+from .parallel import ALONE, Group, check_transformer, joined
 from .pipeline_call import PipelineCall
 from .processes import Process
 from .progress import Stages
@@ -60,29 +64,35 @@ def generate(
         request: what to generate.
         stages: progress bars and notes; None shows none.
         command: the command line, for the side-car.
-        process: which of several processes this is, each of which makes some of the prompts; None: the only one.
+        process: which of several processes this is: each, or each group that works together, makes some of the prompts;
+            None: the only one.
         resume: leave outputs as they are whose side-car tells the same request.
         told: called with each output as soon as it stands.
 
     Returns:
-        What this process wrote or kept, in the order of the prompts.
+        What this process, or the first of its group, wrote or kept, in the order of the prompts.
 
     Raises:
         DitAccelError: for a request that can't be met; nothing is written then.
     """
     stages, process = stages or Stages(quiet=True), process or Process()
     request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages)
+    if process.together > 1:
+        _check_spread(request, family, process.together)
+    told = told if process.first else lambda _: None
     asked = process.own(_single(request))
-    written = {one.output: Written(record=record, report=None, kept=True) for one, record in _kept(asked, resume)}
-    for one in written.values():
-        told(one)
-    if len(written) == len(asked):
-        return list(written.values())
-    with _loaded(request, family, stages, command) as make:
-        for one in asked:
-            if one.output not in written:
-                written[one.output] = make(one)
-                told(written[one.output])
+    with joined(process.local_rank, process.together) as group:
+        kept = group.firsts({one.output: record for one, record in _kept(asked, resume)})
+        written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
+        for one in written.values():
+            told(one)
+        if len(written) == len(asked):
+            return list(written.values())
+        with _loaded(request, family, stages, command, process.first, group) as make:
+            for one in asked:
+                if one.output not in written:
+                    written[one.output] = make(one)
+                    told(written[one.output])
     return [written[one.output] for one in asked]
 
 
@@ -118,11 +128,40 @@ def _settled(request: Request, stages: Stages) -> tuple[Request, Family | None]:
     return request, family
 
 
+def _check_spread(request: Request, family: Family | None, degree: int) -> None:
+    """Refuse a settled request whose model or sizes so many processes can't share, before its weights are loaded.
+
+    Raises:
+        ConfigError: if the model can't be split, or its output has tokens that can't be dealt out evenly.
+    """
+    import diffusers
+
+    config = read_model_files(request.source).transformer
+    check_transformer(getattr(diffusers, str(config.get("_class_name"))), config, degree)
+    height, width, frames = request.height, request.width, request.num_frames
+    if family is None or height is None or width is None:
+        return
+    layout = token_layout(family, height=height, width=width, num_frames=1 if frames is None else frames)
+    if layout.visual_tokens % degree:
+        raise ConfigError(
+            f"ulysses = {degree} does not divide the {layout.visual_tokens} tokens of an output of {frames} frames, "
+            f"{height} x {width}; choose other sizes, or a degree that does"
+        )
+
+
 @contextlib.contextmanager
 def _loaded(
-    request: Request, family: Family | None, stages: Stages, command: Sequence[str]
+    request: Request,
+    family: Family | None,
+    stages: Stages,
+    command: Sequence[str],
+    writes: bool = True,
+    group: Group = ALONE,
 ) -> Iterator[Callable[[Request], Written]]:
-    """Load a settled request's pipeline with its methods; yields what makes a request of one prompt."""
+    """Load a settled request's pipeline with its methods; yields what makes a request of one prompt.
+
+    Of a group only the process that ``writes`` does.
+    """
     pictures = read_pictures(request)
     stages.stage("loading")
     started = time.perf_counter()
@@ -132,6 +171,9 @@ def _loaded(
     loading = time.perf_counter() - started
     for text in prepare_larger(pipe, request, family):
         stages.note(text)
+    with quiet_diffusers():
+        for transformer in transformers_of(pipe):
+            group.share(transformer)
     with attached(pipe, request.methods, request.backend) as attachment:
         if request.compile:
             compile_blocks(pipe)
@@ -140,8 +182,10 @@ def _loaded(
             resolved = _resolved(one, pipe)
             made = run(pipe, one.prompts[0], resolved, pictures=pictures, attachment=attachment, stages=stages)
             record = side_car(resolved, made, one.output, loading=loading, command=command)
+            record["ulysses"] = group.size
             record["request_digest"] = request_digest(one)
-            _write(one.output, made.frames, record, resolved)
+            if writes:
+                _write(one.output, made.frames, record, resolved)
             return Written(record=record, report=made.report)
 
         yield make

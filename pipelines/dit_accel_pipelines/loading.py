@@ -12,6 +12,9 @@ from .lora import load_lora
 from .quiet import quiet_diffusers
 from .request import Request, model_source
 
+TRANSFORMERS = ("transformer", "transformer_2")
+"""The components of a pipeline that denoise."""
+
 
 def load_pipeline(request: Request) -> Any:
     """Load the request's pipeline, with its LoRA, dtype, device and offload.
@@ -81,7 +84,7 @@ def empty_transformers(model: str | None) -> Any:
     source = model_source(model)
     files = read_model_files(source)
     components = {}
-    for name in ("transformer", "transformer_2"):
+    for name in TRANSFORMERS:
         if files.has(name):
             config = read_config(source, f"{name}/config.json")
             components[name] = _empty(str(config.get("_class_name")), config)
@@ -99,10 +102,14 @@ def _empty(class_name: str, config: dict[str, Any]) -> Any:
 
 def compile_blocks(pipe: Any) -> None:
     """Compile the repeated blocks of every transformer of a pipeline, as full graphs."""
-    for name in ("transformer", "transformer_2"):
-        transformer = getattr(pipe, name, None)
-        if transformer is not None:
-            transformer.compile_repeated_blocks(fullgraph=True)
+    for transformer in transformers_of(pipe):
+        transformer.compile_repeated_blocks(fullgraph=True)
+
+
+def transformers_of(pipe: Any) -> list[Any]:
+    """Return the transformers of a pipeline."""
+    found = [getattr(pipe, name, None) for name in TRANSFORMERS]
+    return [one for one in found if one is not None]
 
 
 def pick_device(asked: str | None) -> Any:

@@ -32,6 +32,7 @@ MINIMAX_H3 = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, width="hidden_size", gated=True),
     grid=packed_video,
+    split_text="none",
     rising_timesteps=True,
     rope=Rope(
         owner="rope",

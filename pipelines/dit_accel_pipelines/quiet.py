@@ -1,6 +1,7 @@
 """Keeps diffusers and transformers quiet: progress and notes are this project's own."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 
@@ -17,7 +18,9 @@ def quiet_diffusers() -> Iterator[None]:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():  # the names of collectives that diffusers calls
+            warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)
+            yield
     finally:
         for library, level, bar in zip(libraries, levels, bars, strict=True):
             library.set_verbosity(level)

@@ -67,6 +67,7 @@ QWEN_IMAGE = Adapter(
         max_positions=fixed_lengths(height=8192, width=8192),
     ),
     joined_text=JoinedText(place="before", mask="encoder_hidden_states_mask"),
+    split_text="before",
     families=with_step_caches(QWEN_IMAGE_20B),
     refused=IMAGE_REFUSED,
 )

@@ -3,102 +3,41 @@
 import parallel_ranks
 import pytest
 import torch.distributed as dist
+from parallel_cases import FEW, RADIAL, SKIPS, VIDEOS_ALONE, cases_of, ring_cases
 from parallel_ranks import compare, processes
 
-from dit_accel import (
-    DFA,
-    LVSA,
-    NAG,
-    PAG,
-    SLG,
-    DBCache,
-    DBPrune,
-    DeltaAttention,
-    EasyCache,
-    FirstBlockCache,
-    LiteAttention,
-    MagCache,
-    ProfilingCache,
-    RadialAttention,
-    RoPE,
-    SoftPAG,
-    SolAttention,
-    SparseD,
-    StaticCache,
-    TeaCache,
-    UltraImage,
-    UltraViCo,
-)  # fmt: skip
+from dit_accel import NAG, EasyCache, RadialAttention
+from dit_accel.methods.registry import methods
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
 ]
 
-LITE = dict(block_size=16, dense_steps=0, dense_layers=0)
-ALWAYS = dict(LITE, dense_last_steps=0)
-RADIAL = dict(decay_factor=0.2, near="half", sink=False, **ALWAYS)
-SPARSED = SparseD(density=0.5, **ALWAYS)
-SKIPS = dict(threshold=9.0, warmup_steps=1, max_consecutive=1)
+IMAGE, VIDEO = cases_of(image=True), cases_of(image=False)
 
-IMAGES = {
-    "lite": (LiteAttention(threshold=-0.5, **LITE),),
-    "lite, target density": (LiteAttention(target_density=0.5, **LITE),),
-    "lite, ranges": (LiteAttention(must_skip=(0, 32), **LITE),),
-    "sparsed, mass": (SparseD(mass=0.7, **ALWAYS),),
-    "sol": (SolAttention(beta=0.0, **ALWAYS),),
-    "delta": (SPARSED, DeltaAttention(stride=8)),
-    "ultraimage": (UltraImage(trained_height=2, trained_width=2, focus_max=2.0, rows=16),),
-    "rope": (RoPE(kind="pi", trained_height=2, trained_width=2),),
-    "softpag": (SoftPAG(heads=("L1H1", "L2H2-3"), scale=1.0),),
-    "pag": (PAG(layers="L1", scale=1.0),),
-    "slg": (SLG(layers="L1", scale=1.0),),
-    "easycache": (EasyCache(**SKIPS),),
-    "firstblockcache": (FirstBlockCache(**SKIPS),),
-    "profilingcache": (ProfilingCache(blocks="0-1", every=2, warmup_steps=1),),
-    "lite + softpag + firstblockcache": (
-        LiteAttention(threshold=-0.5, **LITE), SoftPAG(heads="L1H2", scale=1.0), FirstBlockCache(**SKIPS),
-    ),
-}  # fmt: skip
-VIDEOS = {
-    **IMAGES,
-    "radial": (RadialAttention(**RADIAL),),
-    "ultravico": (UltraViCo(trained_frames=2, alpha=0.5, beta=0.2, period=3, gamma=0.5, first_frame=True),),
-    "dfa": (DFA(every=2, warmup_steps=1, last_steps=0),),
-    "radial + lite + easycache": (
-        RadialAttention(**RADIAL), LiteAttention(threshold=-0.5, **LITE), EasyCache(**SKIPS),
-    ),
-}  # fmt: skip
-WAN = {
-    **VIDEOS,
-    "radial, pooled": (RadialAttention(rest="pooled", **RADIAL),),
-    "lvsa": (LVSA(block_size=16, trained_frames=2, window=0),),
-    "softpag, temperature": (SoftPAG(heads=("L1H1", "L2H2-3"), scale=1.0, target="temperature"),),
-    "slg, first block": (SLG(layers="L0", scale=1.0),),
-    "teacache": (TeaCache(polynomial=(1.0, 0.0), **SKIPS),),
-    "magcache": (MagCache(ratios=(1.0,) * 4, **SKIPS),),
-    "staticcache": (StaticCache(every=2, warmup_steps=1),),
-    "dbcache": (DBCache(first_blocks=1, last_blocks=1, **SKIPS),),
-    "dbprune": (DBPrune(threshold=0.5, warmup_steps=1, max_consecutive=1),),
-    "delta + lite": (LiteAttention(threshold=-0.5, **LITE), DeltaAttention(stride=8)),
-    "radial + ultravico + softpag": (
-        RadialAttention(**RADIAL), UltraViCo(trained_frames=2, alpha=0.5), SoftPAG(heads="L1H2", scale=1.0),
-    ),
-}  # fmt: skip
-TOGETHER = "radial + lite + easycache"
-FEW = ("lite, target density", "lite, ranges", "delta", "ultraimage", "softpag", "firstblockcache")
+
+def test_no_method_is_left_out():
+    for cases, apart in ((VIDEO, set()), (IMAGE, VIDEOS_ALONE)):
+        tried = {method.name for case in cases.values() for method in case}
+        assert tried == set(methods()) - apart
 
 
 @pytest.mark.parametrize(
     ("model", "world", "cases", "sizes", "options"),
     [
-        ("wan", 2, WAN, {}, {}),
-        ("hunyuan-video", 2, {name: VIDEOS[name] for name in (*FEW, "rope", "ultravico", TOGETHER)}, {}, {}),
-        ("flux", 2, {name: IMAGES[name] for name in (*FEW, "sparsed, mass", "sol", "rope", "slg")}, {}, {}),
-        ("wan", 4, {name: WAN[name] for name in (*FEW, "radial + ultravico + softpag")}, {}, {}),
-        ("flux", 2, {name: IMAGES[name] for name in FEW}, dict(heads=5, text=7), {"ulysses_anything": True}),
+        ("wan", 2, VIDEO, {}, {}),
+        ("wan", 4, VIDEO, {}, {}),
+        ("hunyuan-video", 2, VIDEO, {}, {}),
+        ("hunyuan-video", 4, VIDEO, {}, {}),
+        ("flux", 2, IMAGE, {}, {}),
+        ("flux", 4, IMAGE, {}, {}),
+        ("wan", 2, ring_cases(image=False), {}, {"ring_degree": 2}),
+        ("wan", 4, ring_cases(image=False), {}, {"ring_degree": 4}),
+        ("flux", 2, ring_cases(image=True), {}, {"ring_degree": 2}),
+        ("flux", 2, {name: IMAGE[name] for name in FEW}, dict(heads=5, text=7), {"ulysses_anything": True}),
     ],
-    ids=["wan", "hunyuan-video", "flux", "wan on 4", "flux of odd text and heads"],
+    ids=lambda value: str(value) if isinstance(value, str | int) else "",
 )
 def test_processes_give_what_one_gives(model, world, cases, sizes, options):
     found = processes(world, compare, model, cases, sizes, options)
@@ -111,8 +50,35 @@ def test_processes_give_what_one_gives(model, world, cases, sizes, options):
             assert away < 1e-5 < changed, (name, rank)
 
 
+def test_further_models_give_what_one_process_gives():
+    models = ("qwen-image", "qwen-image-edit", "flux2", "flux2 with references", "chronoedit", "minimax-h3")
+    cases = {name: IMAGE[name] for name in ("lite, ranges", "delta", "ultraimage", "firstblockcache")}
+    found = processes(2, parallel_ranks.compare_each, models, cases)
+    for rank in (0, 1):
+        assert not isinstance(found[rank], str), found[rank]
+        assert len(found[rank]) == len(models) * len(cases)
+        for case, result in found[rank].items():
+            assert not isinstance(result, str), (case, rank, result)
+            away, changed = result
+            assert away < 1e-5 < changed, (case, rank)
+
+
+def test_compiled_blocks_give_what_one_process_gives_in_two_graphs():
+    cases = {name: VIDEO[name] for name in ("radial", "lite", "radial + lite + easycache", "firstblockcache")}
+    found = processes(2, parallel_ranks.compiled, cases, dict(backend="aot_eager", fullgraph=True))
+    for rank in (0, 1):
+        assert not isinstance(found[rank], str), found[rank]
+        for case, result in found[rank].items():
+            assert not isinstance(result, str), (case, rank, result)
+            away, graphs = result
+            assert away < 1e-5, (case, rank)
+            assert graphs <= 2, (case, rank)
+
+
 def test_negative_text_and_methods_attached_before():
-    found = processes(2, parallel_ranks.attach_first, NAG, (RadialAttention(**RADIAL), WAN["rope"][0], *WAN["softpag"]))
+    found = processes(
+        2, parallel_ranks.attach_first, NAG, (RadialAttention(**RADIAL), *VIDEO["rope"], *VIDEO["softpag"])
+    )
     for rank in (0, 1):
         assert not isinstance(found[rank], str), found[rank]
         text, together, dense, gradient = found[rank]
@@ -129,7 +95,8 @@ def test_what_cannot_be_right_is_refused_on_every_process_alike():
     for what, words in {
         "heads": "ConfigError: ulysses_degree = 2 does not divide the 3 heads of transformer",
         "too few heads": "ConfigError: ulysses_degree = 2 leaves a process none of the 1 heads of transformer",
-        "ring": "ConfigError: lite: ring_degree = 2 gives no process a whole row of attention",
+        "ring": "ConfigError: lite: ring_degree = 2 leaves a process the queries of its own tokens alone",
+        "ring, of two": "ConfigError: sol: ring_degree = 2 leaves a process the queries of its own tokens alone",
         "native": "is diffusers' own cache, whose processes would decide each by its own tokens",
         "undescribed": "ConfigError: lite: the adapter 'ltx' does not say how context parallelism splits its tokens",
         "settings": "ConfigError: the processes that run transformer together disagree: methods is {'lite'",
@@ -138,6 +105,22 @@ def test_what_cannot_be_right_is_refused_on_every_process_alike():
         "seeds": "begin with other latents on rank 1 than on rank 0; give the pipeline a generator of the same seed",
     }.items():
         assert words in found[0][what], what
+
+
+def test_groups_of_processes_share_a_transformer_each():
+    found = processes(4, parallel_ranks.groups, (RadialAttention(**RADIAL), EasyCache(**SKIPS)))
+    for rank in range(4):
+        assert not isinstance(found[rank], str), found[rank]
+        away, told, refusals = found[rank]
+        assert away < 1e-5
+        assert told == found[rank // 2 * 2][1] != found[3 - rank][1]
+        assert refusals == [
+            "ConfigError: ulysses = 3 does not divide the 4 processes that were started; start a multiple of it, such "
+            "as torchrun --nproc-per-node 3, or choose another",
+            "ConfigError: ulysses = 4 does not divide the transformer's 6 heads; choose of 1, 2, 3, 6",
+            "ConfigError: diffusers has no plan of how MochiTransformer3DModel is split over processes; run it on one, "
+            "without ulysses",
+        ]
 
 
 @pytest.mark.parametrize("fault", ["killed", "stuck"])

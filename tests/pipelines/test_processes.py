@@ -11,19 +11,27 @@ from typing import Any
 from unittest import mock
 
 import dit_accel_pipelines.generate as generating
+import generating_ranks
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from dit_accel_pipelines.generation import Generation
 from dit_accel_pipelines.processes import Process, started_process
 from dit_accel_pipelines.request import Request
 from dit_accel_pipelines.timing import Timings
+from parallel_ranks import processes
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
 from dit_accel.cli.app import app
 
 PROMPTS = ("a red circle moving right", "a blue square going up", "a red circle", "a blue square", "a red square")
+REFUSED = (
+    "ulysses = 3 does not divide the 4 processes that were started",
+    "ulysses = 4 does not divide the transformer's 2 heads; choose of 1, 2",
+    "ulysses = 2 does not divide the transformer's 5 heads; choose of 1, 5",
+)
 SHORT = ["--num-inference-steps", "2", "--num-frames", "5", "--height", "32", "--width", "32"]
 
 
@@ -133,6 +141,38 @@ def test_json_of_several_processes_is_refused(tmp_path: Path, monkeypatch):
     assert result.exit_code != 0
     assert "--json prints one document, and 2 processes would print as many" in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_groups_make_each_output_together(tmp_path: Path):
+    for folder in ("alone", "shared"):
+        (tmp_path / folder).mkdir()
+    found = processes(4, generating_ranks.make, tmp_path, seconds=0)
+    for rank in range(4):
+        assert not isinstance(found[rank], str), found[rank]
+        own = ["a-01.png", "a-03.png"] if rank < 2 else ["a-02.png"]
+        kept = [True, False] if rank < 2 else [True]
+        told = [(name, False) for name in own] + list(zip(own, kept, strict=True))
+        assert found[rank]["lines"] == ([] if rank % 2 else told)  # the first of a group writes and tells
+        assert found[rank]["seeds"] == ([0, 2] if rank < 2 else [1])
+        assert found[rank]["kept"] == kept
+        for error, words in zip(found[rank]["refused"], REFUSED, strict=True):
+            assert words in error
+    assert found[0]["away"] <= 1  # of 255
+    assert sorted(path.name for path in (tmp_path / "shared").glob("*.png")) == [f"a-0{n}.png" for n in (1, 2, 3)]
+
+
+def test_processes_that_make_no_groups_are_refused():
+    with pytest.raises(ConfigError, match="ulysses = 2 does not divide the 1 processes that were started"):
+        started_process({}, together=2)
+    with pytest.raises(ConfigError, match="ulysses = 0 does not divide the 1 processes that were started"):
+        started_process({}, together=0)
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 3, or choose another"):
+        started_process({"RANK": "3", "WORLD_SIZE": "4"}, together=3)
+    shared = [Process(rank=rank, count=6, together=2) for rank in range(6)]
+    assert [one.own(range(5)) for one in shared] == [[0, 3], [0, 3], [1, 4], [1, 4], [2], [2]]
+    assert [one.first for one in shared] == [True, False] * 3
 
 
 @pytest.mark.slow

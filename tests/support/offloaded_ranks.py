@@ -4,7 +4,8 @@ import copy
 from typing import Any
 
 import torch
-from parallel_ranks import apart, build, denoise, enable, told
+from dit_accel_pipelines.parallel import enable_ulysses
+from parallel_ranks import apart, build, denoise, told
 
 import dit_accel
 
@@ -44,7 +45,7 @@ def compare(rank: int, world: int, methods: tuple[Any, ...]) -> dict[str, Any]:
                     if what == "offload":
                         offload(spread, how)
                     elif what == "parallel":
-                        enable(spread, world)
+                        enable_ulysses(spread, world)
                     else:
                         attachment = dit_accel.attach(spread, *methods)
                 found[f"{how}: {order}"] = apart(denoise(spread, inputs), alone), apart(alone, plain)

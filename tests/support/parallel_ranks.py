@@ -8,21 +8,27 @@ import signal
 import socket
 import time
 import traceback
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import diffusers
+import tiny_models
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from diffusers.models import attention_dispatch
 from dit_accel_pipelines.parallel import enable_ulysses
-from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY
+from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY, MOCHI
 from wan_tiny import TINY as WAN_TINY
 
 import dit_accel
 
 TEXT = 8
-PRELOADED = ["torch.multiprocessing", "diffusers.models.transformers", "dit_accel.attachment.attachment"]
+PRELOADED = [
+    "torch.multiprocessing", "diffusers.models.transformers", "diffusers.pipelines.flux.pipeline_flux",
+    "dit_accel.attachment.attachment", "dit_accel_pipelines.generate",
+]  # fmt: skip
 """What one process imports for all that are started, which are its copies."""
 
 
@@ -43,13 +49,24 @@ def flux(heads: int, text: int = TEXT) -> tuple[Any, dict[str, Any]]:
 
 def hunyuan(heads: int) -> tuple[Any, dict[str, Any]]:
     mask = (torch.arange(TEXT)[None] < TEXT - 3).long()
-    return diffusers.HunyuanVideoTransformer3DModel(**{**HUNYUAN_TINY, "num_attention_heads": heads}), dict(
+    sizes = {**HUNYUAN_TINY, "num_attention_heads": heads, "num_layers": 1}
+    return diffusers.HunyuanVideoTransformer3DModel(**sizes), dict(
         hidden_states=torch.randn(1, 4, 5, 8, 8), encoder_hidden_states=torch.randn(1, TEXT, 16),
         encoder_attention_mask=mask, pooled_projections=torch.randn(1, 8), guidance=torch.full((1,), 6000.0),
     )  # fmt: skip
 
 
-MODELS = {"wan": wan, "flux": flux, "hunyuan-video": hunyuan}
+def other(heads: int, name: str, place: int = 0) -> tuple[Any, dict[str, Any]]:
+    tiny = tiny_models.MODELS[name][place]
+    return tiny.transformer(**{**tiny.config, "num_attention_heads": heads}), dict(tiny.inputs(1))
+
+
+MODELS = {
+    "wan": wan, "flux": flux, "hunyuan-video": hunyuan, "flux2": partial(other, name="flux2"),
+    "flux2 with references": partial(other, name="flux2", place=1), "qwen-image": partial(other, name="qwen-image"),
+    "qwen-image-edit": partial(other, name="qwen-image", place=1), "chronoedit": partial(other, name="wan", place=3),
+    "minimax-h3": partial(other, name="minimax-h3"),
+}  # fmt: skip
 
 
 def build(name: str, heads: int = 4, **sizes: int) -> tuple[Any, dict[str, Any]]:
@@ -62,45 +79,51 @@ def build(name: str, heads: int = 4, **sizes: int) -> tuple[Any, dict[str, Any]]
     return transformer.eval(), inputs
 
 
-def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 4) -> torch.Tensor:
-    """Return the latents after some told steps with guidance in two calls."""
+def denoise(transformer: Any, inputs: dict[str, Any], steps: int = 3, guided: bool = True) -> torch.Tensor:
+    """Return the latents after some told steps, with guidance in two calls."""
     x, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     with torch.no_grad():
         for step in range(steps):
             found = []
-            for branch, prompt in (("cond", text), ("uncond", text.flip(-1))):
+            for branch, prompt in (("cond", text), ("uncond", text.flip(-1)))[: 1 + guided]:
                 with transformer.cache_context(branch, step_index=step, num_inference_steps=steps, sigma=1 - step / 8):
-                    given = {**inputs, "hidden_states": x, "encoder_hidden_states": prompt}
-                    time = torch.full((1,), 1000.0 - 100 * step)
-                    found.append(transformer(**given, timestep=time, return_dict=False)[0])
+                    time = inputs.get("timestep", torch.full((1,), 1000.0)) * (1 - step / 10)
+                    given = {**inputs, "hidden_states": x, "encoder_hidden_states": prompt, "timestep": time}
+                    found.append(transformer(**given, return_dict=False)[0])
             x = x - 0.3 * sum(found)
     return x
 
 
-def enable(transformer: Any, world: int, **options: Any) -> None:
-    """Enable context parallelism as on a machine of which every process has an accelerator."""
-    with mock.patch.object(torch.accelerator, "device_count", return_value=world):
-        enable_ulysses(transformer, world, **options)
+def enable(transformer: Any, **options: Any) -> None:
+    """Enable context parallelism as diffusers does, on a machine of which every process has an accelerator."""
+    config = diffusers.ContextParallelConfig(**options)
+    with mock.patch.object(torch.accelerator, "device_count", return_value=dist.get_world_size()):
+        transformer.enable_parallelism(config=config)
 
 
 def start(rank: int, world: int, port: int, work: Any, found: Any, seconds: float, given: tuple[Any, ...]) -> None:
-    """Join the group, and put under the rank what ``work`` gives, or the error that it raises."""
+    """Join the group, unless ``work`` does, and put under the rank what it gives, or the error that it raises."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=seconds),
-    )  # fmt: skip
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    if seconds:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     try:
         found[rank] = work(rank, world, *given)
     except Exception as error:
         found[rank] = told(error)
     else:
-        dist.barrier()
-    dist.destroy_process_group()
+        if seconds:
+            dist.barrier()
+    if seconds:
+        dist.destroy_process_group()
 
 
 def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[int, Any]:
-    """Return rank -> what ``work(rank, world, *given)`` gave on it, or its error in words."""
+    """Return rank -> what ``work(rank, world, *given)`` gave on it, or its error in words.
+
+    The group's timeout is ``seconds``; with 0 they are in none, as a launcher leaves them.
+    """
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         port = asked.getsockname()[1]
@@ -121,26 +144,79 @@ def processes(world: int, work: Any, *given: Any, seconds: float = 60) -> dict[i
 
 
 def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]], sizes: Any, options: Any) -> Any:
-    """Return case -> (how far the processes' output lies from one process's, how far that lies from dense)."""
+    """Return case -> (how far the processes' output lies from one process's, how far that lies from dense).
+
+    With a ``ring_degree`` among the options they are a ring, and whatever stays dense is told its log-sum-exp.
+    """
     transformer, inputs = build(model, **sizes)
+    cases = {name: _with_text(methods, inputs) for name, methods in cases.items()}
     spread = copy.deepcopy(transformer)
-    enable(spread, world, **options)
-    plain = denoise(transformer, inputs)
+    if "ring_degree" in options:
+        attention_dispatch._native_attention_forward_op = with_lse
+        enable(spread, **options)
+    else:
+        enable_ulysses(spread, world, **options)
+    guided = world == 2  # more processes tell of more heads and tokens, and no more of branches
+    plain = denoise(transformer, inputs, guided=guided)
     share, shares = {}, [None] * world  # what one process gives is the same on all: each makes some of it
     for name in list(cases)[rank::world]:
         with dit_accel.attach(transformer, *cases[name]):
-            share[name] = denoise(transformer, inputs)
+            share[name] = denoise(transformer, inputs, guided=guided)
     dist.all_gather_object(shares, share)
     alone = {name: one for part in shares for name, one in part.items()}
     found = {}
     for name, methods in cases.items():
         try:
             with dit_accel.attach(spread, *methods):
-                together = denoise(spread, inputs)
+                together = denoise(spread, inputs, guided=guided)
             found[name] = apart(together, alone[name]), apart(alone[name], plain)
         except Exception as error:
             found[name] = told(error)
     return found
+
+
+def compare_each(rank: int, world: int, models: tuple[str, ...], cases: dict[str, tuple[Any, ...]]) -> Any:
+    """Return "model: case" -> what `compare` does, of several models."""
+    found = {}
+    for model in models:
+        for name, one in compare(rank, world, model, cases, {}, {}).items():
+            found[f"{model}: {name}"] = one
+    return found
+
+
+def compiled(rank: int, world: int, cases: dict[str, tuple[Any, ...]], options: Any) -> Any:
+    """Return case -> how far compiled blocks' output lies from one process's, eager, and how many graphs were made."""
+    from torch._dynamo.utils import counters
+
+    found = {}
+    for name, methods in cases.items():
+        torch._dynamo.reset()
+        counters.clear()
+        transformer, inputs = build("wan")
+        spread = copy.deepcopy(transformer)
+        with dit_accel.attach(transformer, *methods):
+            alone = denoise(transformer, inputs)
+        enable_ulysses(spread, world)
+        spread.compile_repeated_blocks(**options)
+        try:
+            with dit_accel.attach(spread, *methods):
+                found[name] = apart(denoise(spread, inputs), alone), counters["stats"]["unique_graphs"]
+        except Exception as error:
+            found[name] = told(error)
+    return found
+
+
+def with_lse(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """Attend as diffusers' native backend, which refuses ring attention since SDPA tells no log-sum-exp."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    logits = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    return (logits.softmax(-1) @ v).transpose(1, 2), logits.logsumexp(-1).transpose(1, 2)
+
+
+def _with_text(methods: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return methods with a text for the one that needs it."""
+    text = inputs["encoder_hidden_states"].roll(1, -1)
+    return tuple(dit_accel.NAG(negative_embeds=text) if one.name == "nag" else one for one in methods)
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -162,7 +238,7 @@ def attach_first(rank: int, world: int, nag: Any, methods: tuple[Any, ...]) -> A
         alone = denoise(transformer, inputs)
     gradient = gradient_of(transformer, inputs, methods[:1])
     attachment = dit_accel.attach(spread, *methods)
-    enable(spread, world)
+    enable_ulysses(spread, world)
     together = denoise(spread, inputs)
     attachment.detach()
     dense = denoise(spread, inputs)
@@ -185,14 +261,14 @@ def gradient_of(transformer: Any, inputs: dict[str, Any], methods: tuple[Any, ..
 
 def refused(rank: int, world: int) -> dict[str, str]:
     """Return case -> the error that this process raises."""
-    from diffusers import ContextParallelConfig, FirstBlockCacheConfig
+    from diffusers import FirstBlockCacheConfig
 
     lite = dit_accel.LiteAttention(block_size=16, dense_steps=0)
 
     def error_of(methods: tuple[Any, ...], heads: int = 4, options: Any = None, **call: Any) -> str:
         transformer, inputs = build("wan", heads)
         inputs = {**inputs, **call.pop("inputs", {})}
-        enable(transformer, world, **(options or {}))
+        enable(transformer, **(options or dict(ulysses_degree=world)))
         try:
             with dit_accel.attach(transformer, *methods):
                 denoise(transformer, inputs, **call)
@@ -200,19 +276,18 @@ def refused(rank: int, world: int) -> dict[str, str]:
             return told(error)
         return "no error"
 
-    def ring(config: Any) -> str:
+    def ring(*methods: Any) -> str:
         transformer, _ = build("wan")
-        with mock.patch.object(torch.accelerator, "device_count", return_value=world):
-            transformer.enable_parallelism(config=config)
+        enable(transformer, ring_degree=world)
         try:
-            dit_accel.attach(transformer, lite)
+            dit_accel.attach(transformer, *methods)
         except Exception as error:
             return told(error)
         return "no error"
 
     def undescribed() -> str:
         transformer = diffusers.LTXVideoTransformer3DModel(**LTX_TINY)
-        enable(transformer, world)
+        enable(transformer, ulysses_degree=world)
         try:
             dit_accel.attach(transformer, lite)
         except Exception as error:
@@ -222,8 +297,9 @@ def refused(rank: int, world: int) -> dict[str, str]:
     other = dit_accel.LiteAttention(block_size=16, dense_steps=0, threshold=-3.0)
     return {
         "heads": error_of((lite,), heads=3),
-        "too few heads": error_of((lite,), heads=1, options=dict(ulysses_anything=True)),
-        "ring": ring(ContextParallelConfig(ring_degree=world)),
+        "too few heads": error_of((lite,), heads=1, options=dict(ulysses_degree=world, ulysses_anything=True)),
+        "ring": ring(lite),
+        "ring, of two": ring(dit_accel.RadialAttention(), dit_accel.SolAttention()),
         "undescribed": undescribed(),
         "native": error_of((FirstBlockCacheConfig(),)),
         "settings": error_of((other if rank else lite,)),
@@ -233,10 +309,30 @@ def refused(rank: int, world: int) -> dict[str, str]:
     }
 
 
+def groups(rank: int, world: int, methods: tuple[Any, ...]) -> Any:
+    """Return how far the outputs of two groups lie from one process's, each of another prompt, and what is refused."""
+    transformer, inputs = build("wan")
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"] + rank // 2
+    spread = copy.deepcopy(transformer)
+    enable_ulysses(spread, world // 2)
+    far = []
+    for one in (transformer, spread):
+        with dit_accel.attach(one, *methods):
+            far.append(denoise(one, inputs))
+    refusals = []
+    for degree, heads, model in ((3, 3, "wan"), (4, 6, "wan"), (2, 4, "mochi")):
+        try:
+            one = diffusers.MochiTransformer3DModel(**MOCHI[0].config) if model == "mochi" else build(model, heads)[0]
+            enable_ulysses(one, degree)
+        except Exception as error:
+            refusals.append(told(error))
+    return apart(*far), far[0].sum().item(), refusals
+
+
 def lose_one(rank: int, world: int, fault: str) -> None:
     """Run on, while another process is killed or stops answering in the middle of a forward."""
     transformer, inputs = build("wan")
-    enable(transformer, world)
+    enable_ulysses(transformer, world)
 
     def fail(module: Any, given: Any) -> None:
         if fault == "killed":

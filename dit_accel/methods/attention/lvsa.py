@@ -123,6 +123,7 @@ class LVSAHandler(SparseHandler):
 
     config_type = LVSA
     phase = Phase.LISTS
+    by_place = True
     extends = frozenset({"frames"})
     settings: LVSASettings
 

@@ -188,6 +188,7 @@ class RadialHandler(SparseHandler):
 
     config_type = RadialAttention
     phase = Phase.LISTS
+    by_place = True
     settings: RadialSettings
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:

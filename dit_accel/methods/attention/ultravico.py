@@ -243,6 +243,7 @@ class UltraViCoHandler(AttentionHandler):
 
     config_type = UltraViCo
     phase = Phase.TRANSFORMS
+    by_place = True
     exclusive = frozenset({"frame decay", "rule for single rows"})
     extends = frozenset({"frames"})
     settings: UltraViCoSettings

@@ -92,6 +92,7 @@ class NAGHandler(AttentionHandler):
     config_type = NAG
     phase = Phase.GUIDANCE
     places = frozenset({Place.FORWARD, Place.TEXT})
+    by_place = True
     settings: NAG
 
     def __init__(self, config: NAG, model: Model) -> None:

@@ -99,6 +99,7 @@ class BesideText:
                 scale=settings.scale,
                 tau=settings.tau,
                 alpha=settings.alpha,
+                heads=context.heads,
             )
         )
 

@@ -88,6 +88,7 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
     """Guidance away from perturbed heads on one model."""
 
     places = frozenset({Place.ATTENTION, Place.FORWARD})
+    by_place = True
     option: ClassVar[str] = "heads"
     target: Target = "identity"
     u: float

@@ -1,0 +1,57 @@
+"""What one of several processes runs to test how they generate together; here, so that a process finds it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dit_accel_pipelines.generate import generate
+from dit_accel_pipelines.media import read_image
+from dit_accel_pipelines.parallel import joined
+from dit_accel_pipelines.processes import Process, started_process
+from dit_accel_pipelines.request import Request
+from parallel_ranks import told
+
+import dit_accel
+
+PROMPTS = ("a red circle", "a blue square", "a green triangle")
+
+
+def request(folder: Path, **changes: Any) -> Request:
+    methods = dit_accel.LiteAttention(block_size=16, dense_steps=0), dit_accel.EasyCache(threshold=9.0, warmup_steps=1)
+    asked = dict(prompts=PROMPTS, output=folder / "a.png", model="flux-tiny", num_inference_steps=3, methods=methods)
+    return Request(**{**asked, **changes})
+
+
+def make(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Return what each process wrote, found kept and was refused; the first makes it alone as well, to compare."""
+    lines: list[tuple[str, bool]] = []
+
+    def note(one: Any) -> None:
+        lines.append((Path(one.record["output"]).name, one.kept))
+
+    refused = []
+    for together, model in ((3, "flux-tiny"), (4, "flux-tiny"), (2, "wan-tiny")):
+        try:
+            process = started_process(together=together)
+            generate(request(folder / "shared", model=model), process=process)
+        except dit_accel.ConfigError as error:
+            refused.append(told(error))
+    process = started_process(together=2)
+    with joined(process.local_rank, process.together):
+        made = generate(request(folder / "shared"), process=process, told=note)
+        if rank == 0:
+            (folder / "shared" / "a-03.png").unlink()
+        again = generate(request(folder / "shared"), process=process, resume=True, told=note)
+    away = 0.0
+    if rank == 0:
+        generate(request(folder / "alone"), process=Process())
+        for path in (folder / "alone").glob("*.png"):
+            one, other = (np.asarray(read_image(folder / where / path.name), float) for where in ("alone", "shared"))
+            away = max(away, float(np.abs(one - other).max()))
+    return {
+        "lines": lines,
+        "seeds": [one.record["seed"] for one in made],
+        "kept": [one.kept for one in again],
+        "refused": refused,
+        "away": away,
+    }

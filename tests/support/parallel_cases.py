@@ -1,0 +1,105 @@
+"""Every method and the main combinations, in settings that act on the tiny models of the context-parallel tests."""
+
+from typing import Any
+
+from dit_accel import (
+    DFA,
+    LVSA,
+    NAG,
+    PAG,
+    SLG,
+    DBCache,
+    DBPrune,
+    DeltaAttention,
+    EasyCache,
+    FirstBlockCache,
+    LiteAttention,
+    MagCache,
+    ProfilingCache,
+    RadialAttention,
+    RoPE,
+    SoftPAG,
+    SolAttention,
+    SparseD,
+    StaticCache,
+    TeaCache,
+    UltraImage,
+    UltraViCo,
+)  # fmt: skip
+from dit_accel.methods.base import AttentionHandler
+from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.registry import handlers
+
+LITE = dict(block_size=16, dense_steps=0, dense_layers=0)
+ALWAYS = dict(LITE, dense_last_steps=0)
+RADIAL = dict(decay_factor=0.2, near="half", sink=False, **ALWAYS)
+SKIPS = dict(threshold=9.0, warmup_steps=1, max_consecutive=1)
+SPARSED = SparseD(density=0.5, **ALWAYS)
+VOTES = LiteAttention(threshold=-0.5, **LITE)
+
+CASES: dict[str, tuple[MethodConfig, ...]] = {
+    "lite": (VOTES,),
+    "lite, target density": (LiteAttention(target_density=0.5, **LITE),),
+    "lite, ranges": (LiteAttention(must_skip=(0, 32), **LITE),),
+    "radial": (RadialAttention(**RADIAL),),
+    "radial, pooled": (RadialAttention(rest="pooled", **RADIAL),),
+    "lvsa": (LVSA(block_size=16, trained_frames=2, window=0),),
+    "sparsed, mass": (SparseD(mass=0.7, **ALWAYS),),
+    "sol": (SolAttention(beta=0.0, **ALWAYS),),
+    "delta": (SPARSED, DeltaAttention(stride=8)),
+    "dfa": (DFA(every=2, warmup_steps=1, last_steps=0),),
+    "ultravico": (UltraViCo(trained_frames=2, alpha=0.5, beta=0.2, period=3, gamma=0.5, first_frame=True),),
+    "ultraimage": (UltraImage(trained_height=2, trained_width=2, focus_max=2.0, rows=16),),
+    "rope": (RoPE(kind="pi", trained_height=2, trained_width=2),),
+    "softpag": (SoftPAG(heads=("L1H1", "L2H2-3"), scale=1.0),),
+    "softpag, temperature": (SoftPAG(heads=("L1H1", "L2H2-3"), scale=1.0, target="temperature"),),
+    "pag": (PAG(layers="L1", scale=1.0),),
+    "slg": (SLG(layers="L1", scale=1.0),),
+    "slg, first block": (SLG(layers="L0", scale=1.0),),
+    "nag": (NAG(),),
+    "easycache": (EasyCache(last_steps=0, **SKIPS),),
+    "teacache": (TeaCache(polynomial=(1.0, 0.0), **SKIPS),),
+    "magcache": (MagCache(ratios=(1.0,) * 3, **SKIPS),),
+    "staticcache": (StaticCache(every=2, warmup_steps=1),),
+    "firstblockcache": (FirstBlockCache(**SKIPS),),
+    "dbcache": (DBCache(first_blocks=1, last_blocks=1, **SKIPS),),
+    "dbprune": (DBPrune(threshold=0.5, warmup_steps=1, max_consecutive=1),),
+    "profilingcache": (ProfilingCache(blocks="0-1", every=2, warmup_steps=1),),
+    "delta + lite": (VOTES, DeltaAttention(stride=8, shrink=False)),  # a shrunk error of next to nothing is rounding
+    "radial + lite + easycache": (RadialAttention(**RADIAL), VOTES, EasyCache(last_steps=0, **SKIPS)),
+    "radial + ultravico + softpag": (
+        RadialAttention(**RADIAL), UltraViCo(trained_frames=2, alpha=0.5), SoftPAG(heads="L1H2", scale=1.0),
+    ),
+    "lite + softpag + firstblockcache": (VOTES, SoftPAG(heads="L1H2", scale=1.0), FirstBlockCache(**SKIPS)),
+    "sol + rope + nag + profilingcache": (
+        SolAttention(beta=0.0, **ALWAYS), RoPE(kind="pi", trained_height=2, trained_width=2), NAG(),
+        ProfilingCache(blocks="0-1", every=2, warmup_steps=1),
+    ),
+}  # fmt: skip
+
+VIDEOS_ALONE = {"radial", "lvsa", "dfa", "ultravico"}
+"""Methods that change nothing in an image, or refuse it."""
+
+RING = {"radial", "lvsa", "ultravico", "softpag", "pag", "nag"}
+"""Methods on attention that run under ring attention; so do all that do not act on attention."""
+
+FEW = ("lite, target density", "lite, ranges", "delta", "ultraimage", "softpag", "firstblockcache")
+"""What looks at heads, text, masks, tiles, positions and blocks."""
+
+
+def ring_cases(image: bool) -> dict[str, tuple[Any, ...]]:
+    """Return the cases of which ring attention takes every method."""
+    known = handlers()
+    refused = {name for name, handler in known.items() if issubclass(handler, AttentionHandler)} - RING
+    return {
+        name: methods for name, methods in cases_of(image).items() if not refused & {method.name for method in methods}
+    }
+
+
+def cases_of(image: bool) -> dict[str, tuple[Any, ...]]:
+    """Return the cases that act on an image or on a video."""
+    return {
+        name: methods
+        for name, methods in CASES.items()
+        if not (image and VIDEOS_ALONE & {method.name for method in methods})
+    }
