@@ -52,7 +52,7 @@ def test_processes_give_what_one_gives(model, world, cases, sizes, options):
 
 def test_further_models_give_what_one_process_gives():
     models = ("qwen-image", "qwen-image-edit", "flux2", "flux2 with references", "chronoedit", "minimax-h3")
-    cases = {name: IMAGE[name] for name in ("lite, ranges", "delta", "ultraimage", "firstblockcache")}
+    cases = {name: IMAGE[name] for name in ("lite, ranges", "delta", "firstblockcache")}
     found = processes(2, parallel_ranks.compare_each, models, cases)
     for rank in (0, 1):
         assert not isinstance(found[rank], str), found[rank]
@@ -64,8 +64,8 @@ def test_further_models_give_what_one_process_gives():
 
 
 def test_compiled_blocks_give_what_one_process_gives_in_two_graphs():
-    cases = {name: VIDEO[name] for name in ("radial", "lite", "radial + lite + easycache", "firstblockcache")}
-    found = processes(2, parallel_ranks.compiled, cases, dict(backend="aot_eager", fullgraph=True))
+    cases = {name: VIDEO[name] for name in ("radial + lite + easycache", "firstblockcache")}
+    found = processes(2, parallel_ranks.compiled, cases, dict(backend="eager", fullgraph=True))
     for rank in (0, 1):
         assert not isinstance(found[rank], str), found[rank]
         for case, result in found[rank].items():
