@@ -8,7 +8,6 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from diffusers import WanPipeline
@@ -110,7 +109,7 @@ def processes(count: int, folder: Path, **changes: Any) -> list[str]:
 
 
 def train_in_process(rank: int, count: int, port: int, folder: Path, changes: dict[str, Any], told: Any) -> None:
-    """Train in one of the processes that a launcher started, as on a machine of which each has an accelerator."""
+    """Train in one of the processes that a launcher started."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -120,8 +119,7 @@ def train_in_process(rank: int, count: int, port: int, folder: Path, changes: di
         first = Trainer._add_up_gradients
         Trainer._add_up_gradients = lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step else first(self)
     try:
-        with mock.patch.object(torch.accelerator, "device_count", return_value=count):
-            finetune(recipe(folder, **changes))
+        finetune(recipe(folder, **changes))
         told[rank] = ""
     except (ConfigError, ProcessLost) as error:
         told[rank] = f"refused: {error}"

@@ -113,7 +113,7 @@ def _trained(
     if recipe.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if recipe.ulysses > 1:
-        ranks.together(lambda: _spread(transformer, recipe.ulysses, ranks, device))
+        ranks.together(lambda: _spread(transformer, recipe.ulysses))
     with _accelerator(recipe, device) as accelerator, attached(pipe, recipe.methods, recipe.backend) as attachment:
         trainer = Trainer(pipe, transformer, weights, encoded, trainable, recipe, ranks, accelerator)
         if found is not None:
@@ -170,18 +170,14 @@ def _found(recipe: FineTuning) -> Path | None:
     return latest(recipe.output) if recipe.resume else None
 
 
-def _spread(transformer: Any, degree: int, ranks: Ranks, device: Any) -> None:
+def _spread(transformer: Any, degree: int) -> None:
     """Let each group of processes, which are neighbours, share its clips' tokens and heads.
 
     Raises:
         ConfigError: if diffusers can't do that here.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    shape = (ranks.count // degree, 1, degree)
     try:
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("groups", "ring", "ulysses"))
-        enable_ulysses(transformer, degree, mesh=mesh)
+        enable_ulysses(transformer, degree)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, DitAccelError):
             raise
