@@ -1,0 +1,80 @@
+"""Methods on transformers whose weights are stored otherwise than they compute: cast by layer, torchao, bitsandbytes."""
+
+import pytest
+import torch
+from diffusers import BitsAndBytesConfig, TorchAoConfig, WanTransformer3DModel
+from wan_tiny import denoise, tiny_transformer
+
+import dit_accel
+from dit_accel import EasyCache, FirstBlockCache, LiteAttention, RadialAttention, SoftPAG, UltraViCo
+
+SPARSE = dict(block_size=16, dense_steps=0, dense_layers=0)
+METHODS = {
+    "radial, pooled": (RadialAttention(decay_factor=0.2, near="half", sink=False, rest="pooled", **SPARSE),),
+    "lite": (LiteAttention(threshold=-0.05, **SPARSE),),
+    "ultravico": (UltraViCo(trained_frames=2, alpha=0.5),),
+    "softpag": (SoftPAG(heads="L1H1", scale=1.0),),
+    "caches": (EasyCache(threshold=1e9, warmup_steps=1, max_consecutive=1),),
+    "block caches": (FirstBlockCache(threshold=1e9, warmup_steps=1, max_consecutive=1),),
+}
+SIZES = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=128)
+
+
+def cast_by_layer(_folder):
+    transformer = tiny_transformer(**SIZES)
+    as_float8(transformer)
+    return transformer
+
+
+def as_float8(transformer):
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def by_torchao(folder):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return loaded(folder, TorchAoConfig(Int8WeightOnlyConfig()))
+
+
+def by_bitsandbytes(folder):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return loaded(folder, BitsAndBytesConfig(**config))
+
+
+def loaded(folder, config):
+    tiny_transformer(**SIZES).save_pretrained(folder)
+    return WanTransformer3DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.float32).eval()
+
+
+def kept(transformer):
+    """What each weight is kept as: its class and format."""
+    return {name: (type(weight), weight.dtype) for name, weight in transformer.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [cast_by_layer, by_torchao, pytest.param(by_bitsandbytes, marks=pytest.mark.gpu)])
+def test_methods_act_and_leave_no_trace(tmp_path, make):
+    transformer = make(tmp_path)
+    before, plain = kept(transformer), denoise(transformer)
+    assert before != kept(tiny_transformer(**SIZES))
+    for name, methods in METHODS.items():
+        with dit_accel.attach(transformer, *methods):
+            out = denoise(transformer)
+        assert out.isfinite().all(), name
+        assert not torch.equal(out, plain), name
+        assert torch.equal(denoise(transformer), plain), name
+        assert kept(transformer) == before, name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_casting_by_layer_may_come_after_attaching(name):
+    expected = cast_by_layer(None)
+    with dit_accel.attach(expected, *METHODS[name]):
+        wanted = denoise(expected)
+    transformer = tiny_transformer(**SIZES)
+    with dit_accel.attach(transformer, *METHODS[name]):
+        as_float8(transformer)
+        found = denoise(transformer)
+    assert torch.equal(found, wanted)
+    assert torch.equal(denoise(transformer), denoise(expected))
