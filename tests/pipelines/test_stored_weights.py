@@ -1,4 +1,4 @@
-"""Methods on transformers whose weights are stored otherwise than they compute: cast by layer, torchao, bitsandbytes."""
+"""Methods on transformers whose weights are kept otherwise than they compute: cast by layer, torchao, bitsandbytes."""
 
 import pytest
 import torch
