@@ -17,12 +17,12 @@ def adapter(name: str):
     return next(one for one in ADAPTERS if one.name == name)
 
 
-def spread(name: str, grid, degree: int, rank: int = 0) -> Ulysses:
+def spread(name: str, grid, degree: int, rank: int = 0, text: int | None = None) -> Ulysses:
     config = SimpleNamespace(
         ulysses_degree=degree, ulysses_anything=True, _ulysses_local_rank=rank,
         _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
     )  # fmt: skip
-    return ulysses_of(config, adapter(name), grid, CPU)
+    return ulysses_of(config, adapter(name), grid, text, CPU)
 
 
 def test_one_stream_is_gathered_in_its_own_order():
@@ -35,6 +35,13 @@ def test_text_is_split_apart_from_what_follows_it():
     found = spread("flux", (1, 2, 2, 2, 2), 2)
     assert found.gathered.tolist() == [0, 2, 3, 4, 1, 5, 6, 7]
     assert found.places[found.gathered].tolist() == list(range(8))
+
+
+def test_what_stands_before_the_picture_may_belong_to_its_stream():
+    """One text token, then one of a reference, which FLUX.2's transformer takes with its four of the picture."""
+    found = spread("flux2", (1, 2, 2, 2, 0), 2, text=1)
+    assert found.gathered.tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.counts == (4, 2)
 
 
 def test_text_behind_the_video_is_split_apart():

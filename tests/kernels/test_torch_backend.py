@@ -60,6 +60,7 @@ def test_a_processor_without_narrow_products_computes_in_float32(dtype, native, 
     product_dtype.cache_clear()
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [1, 4, 8])

@@ -146,7 +146,10 @@ def differs(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video", "mochi", "ltx", "wan a14b low"])
+@pytest.mark.parametrize(
+    "name",
+    ["hunyuan-video", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mochi", "ltx", "wan a14b low"))],
+)
 def test_a_lora_is_trained_and_loaded_by_diffusers(bases, tmp_path: Path, name: str):
     """Each layer's update is another after the second step, and the transformer's output another with them."""
     found = trained(bases[name], tmp_path, **of(name))
