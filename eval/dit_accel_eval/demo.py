@@ -69,8 +69,8 @@ class Outcome:
 
     @property
     def seconds(self) -> float:
-        """Mean seconds of the denoising loop."""
-        return float(np.mean([run.seconds for run in self.runs]))
+        """Median seconds of the denoising loop."""
+        return float(np.median([run.seconds for run in self.runs]))
 
 
 def main(
@@ -101,7 +101,8 @@ def main(
 def compare(model: EmbeddedModel, references: Sequence[Reference]) -> list[Outcome]:
     """Run every seed dense and accelerated, one after the other, and dense with as many steps as took as long.
 
-    That number of steps is rounded up, in favour of fewer steps.
+    That number is by the median of each seed's two times, so that no pause of the machine decides it, and rounded up,
+    in favour of fewer steps.
     """
     model.run(0, steps=1, solver=DENSE.solver)  # warms up
     pairs = []
@@ -111,7 +112,8 @@ def compare(model: EmbeddedModel, references: Sequence[Reference]) -> list[Outco
     denses, accelerated = zip(*pairs, strict=True)
     dense = _outcome("dense", DENSE, denses, references, model)
     ours = _outcome(ACCELERATED.name, ACCELERATED, accelerated, references, model)
-    steps = max(1, math.ceil(DENSE.num_inference_steps * ours.seconds / dense.seconds))
+    share = np.median([mine.seconds / whole.seconds for whole, mine in pairs])
+    steps = max(1, math.ceil(DENSE.num_inference_steps * share))
     fewer = dense_arm(steps)
     TALK.print(f"{ACCELERATED.name} took the time of {steps} dense steps")
     fewers = [_run(model, fewer, seed) for seed in range(len(references))]
@@ -194,7 +196,7 @@ def told(root: Path) -> str:
     _, fewer, ours = run["arms"]
     against = bootstrap([own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)])
     threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
-    seconds, rival = (f"{np.mean(one['seconds']):.1f} s" for one in (ours, fewer))
+    seconds, rival = (f"{np.median(one['seconds']):.1f} s" for one in (ours, fewer))
     return (
         f"Over {len(ours['psnr'])} seeds ours came {against.mean:+.1f} dB [{against.low:.1f}, {against.high:.1f}] "
         f"nearer to the converged run in {seconds} than {fewer['num_inference_steps']} dense steps did in {rival} "
