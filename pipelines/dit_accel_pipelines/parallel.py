@@ -81,11 +81,17 @@ def check_processes(count: int, degree: int) -> None:
     Raises:
         ConfigError: for such a number, or a degree below 1.
     """
-    if degree < 1 or count % degree:
-        many = max(degree, 2)
+    if degree < 1:
+        raise ConfigError(f"ulysses must be 1 or more processes, got {degree}")
+    if count % degree:
+        told = (
+            f"does not divide the {count} processes that were started"
+            if count > 1
+            else "takes as many processes, got 1"
+        )
         raise ConfigError(
-            f"ulysses = {degree} does not divide the {count} processes that were started; start a multiple of it, such "
-            f"as torchrun --nproc-per-node {many}, or choose another"
+            f"ulysses = {degree} {told}; start a multiple of it, such as torchrun --nproc-per-node {degree}, or choose "
+            "another"
         )
 
 

@@ -164,9 +164,9 @@ def test_groups_make_each_output_together(tmp_path: Path):
 
 
 def test_processes_that_make_no_groups_are_refused():
-    with pytest.raises(ConfigError, match="ulysses = 2 does not divide the 1 processes that were started"):
+    with pytest.raises(ConfigError, match="ulysses = 2 takes as many processes, got 1; start a multiple"):
         started_process({}, together=2)
-    with pytest.raises(ConfigError, match="ulysses = 0 does not divide the 1 processes that were started"):
+    with pytest.raises(ConfigError, match="ulysses must be 1 or more processes, got 0"):
         started_process({}, together=0)
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node 3, or choose another"):
         started_process({"RANK": "3", "WORLD_SIZE": "4"}, together=3)
