@@ -68,6 +68,7 @@ def votes_of(q, k, v, tiles, backend, **arguments):
     return found[0], found[1], *(unpack_bits(bits, tiles.key_tiles) for bits in found[2:])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("vote", VOTES, ids=NAMES)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("features", range(8))

@@ -33,6 +33,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base_folder(tmp_path_factory.mktemp("finetune"))
 
 
+@pytest.fixture(scope="module")
+def one_step(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training of one step leaves."""
+    output = tmp_path_factory.mktemp("one-step") / "out"
+    trained(base, output, steps=1)
+    return output
+
+
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -277,17 +285,17 @@ def test_values_out_of_range(tmp_path: Path, changes, message):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_checkpoint_of_another_training_is_refused_and_kept(base: Path, tmp_path: Path, changes, message):
+def test_a_checkpoint_of_another_training_is_refused_and_kept(
+    base: Path, one_step: Path, tmp_path: Path, changes, message
+):
     if "model" in changes:
         changes = {"model": str(model_folder(tmp_path / "other", seed=1))}
     if "data" in changes:
         changes = {"data": video_folder(tmp_path / "fewer", count=2)}
-    output = tmp_path / "out"
-    trained(base, output, steps=1)
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in one_step.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=message):
-        finetune(recipe(base, output=output, steps=3, resume=True, **changes))
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+        finetune(recipe(base, output=one_step, steps=3, resume=True, **changes))
+    assert {path: path.read_bytes() for path in one_step.rglob("*") if path.is_file()} == before
 
 
 def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Path, tmp_path: Path):
