@@ -1,10 +1,15 @@
-"""Shared by all tests: one thread a worker, no network, and a reason for skipped GPU tests."""
+"""Shared by all tests: one thread a worker, no network, few cases of large matrices, a reason for skipped GPU tests.
+
+Of a matrix marked `sample`, `make test` runs a few cases that have every value of every parameter; the rest is slow.
+"""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # must be known before anything imports triton; 0 to test on a GPU
+
+from collections import defaultdict
 
 import hypothesis
 import pytest
@@ -21,7 +26,44 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "sample(n=None): of this test's cases, the fewest that have every value of its parameters, n at most"
+    )
+
+
+def covering(cases: list[dict[str, str]], most: int | None) -> list[int]:
+    """Positions of cases, picked one by one, each the first with the most values that none before it has."""
+    chosen: list[int] = []
+    seen: set[tuple[str, str]] = set()
+    while most is None or len(chosen) < most:
+        new = [len(set(case.items()) - seen) for case in cases]
+        if not max(new, default=0):
+            break
+        chosen.append(new.index(max(new)))
+        seen |= set(cases[chosen[-1]].items())
+    return chosen
+
+
+def leave_most_of_matrices(items: list[pytest.Item]) -> None:
+    """Mark as slow what of the sampled matrices is not among the fewest cases that have every value."""
+    matrices: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample"):
+            matrices[item.nodeid.split("[")[0]].append(item)
+    for cases in matrices.values():
+        mark = cases[0].get_closest_marker("sample")
+        keep = covering(
+            [{k: repr(v) for k, v in case.callspec.params.items()} for case in cases], *(mark.args or [None])
+        )
+        for position, case in enumerate(cases):
+            if position not in keep:
+                case.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is slow is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_most_of_matrices(items)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -140,6 +140,7 @@ TOGETHER = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
 @pytest.mark.parametrize("others", TOGETHER)
 def test_one_call_computes_what_they_say_together(others, rest):

@@ -221,6 +221,7 @@ def by_hand(plan: AttentionPlan, q, k, v, layout: TokenLayout, config: UltraViCo
 run = functools.partial(denoise, steps=3)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "changes",
     [{}, dict(first_frame=False), dict(center_keys=False), dict(beta=None, period=None, gamma=None, alpha=0.9)],

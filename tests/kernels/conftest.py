@@ -1,44 +1,7 @@
-"""Of large matrices of cases, `make test` runs a few that have every value of every parameter; the rest is slow."""
-
-from collections import defaultdict
+"""Where kernels run, and by which way of the torch backend."""
 
 import pytest
 import torch
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "sample(n=None): of this test's cases, the fewest that have every value of its parameters, n at most"
-    )
-
-
-def covering(cases: list[dict[str, str]], most: int | None) -> list[int]:
-    """Positions of cases, picked one by one, each the first with the most values that none before it has."""
-    chosen: list[int] = []
-    seen: set[tuple[str, str]] = set()
-    while most is None or len(chosen) < most:
-        new = [len(set(case.items()) - seen) for case in cases]
-        if not max(new, default=0):
-            break
-        chosen.append(new.index(max(new)))
-        seen |= set(cases[chosen[-1]].items())
-    return chosen
-
-
-@pytest.hookimpl(tryfirst=True)  # before what is slow is left out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    matrices: dict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("sample"):
-            matrices[item.nodeid.split("[")[0]].append(item)
-    for cases in matrices.values():
-        mark = cases[0].get_closest_marker("sample")
-        keep = covering(
-            [{k: repr(v) for k, v in case.callspec.params.items()} for case in cases], *(mark.args or [None])
-        )
-        for position, case in enumerate(cases):
-            if position not in keep:
-                case.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

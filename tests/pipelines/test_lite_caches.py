@@ -71,6 +71,7 @@ def states_after_each_step(pipe, attachment):
     return latents, after, ran[:-1]
 
 
+@pytest.mark.sample
 @ALL
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_skipped_calls_leave_the_state_and_the_report_alone(make_pipe, cache, order):

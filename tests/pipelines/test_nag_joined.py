@@ -59,6 +59,7 @@ def picture_of(pipe, name, call, changes):
     return tokens - (layout.text_before if PLACES[name] == "before" else layout.text_after)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tau", [1.02, 2.5])
 def test_stock_pipelines_are_the_formula(case, tau):

@@ -38,6 +38,7 @@ def run(name, pipe, call, **changes):
     return generate_image(pipe, call, output_type="latent", **changes)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("heads", "u"), [((1,), 0.6), ((0, 1), 1.0)])
 def test_the_fold_is_the_formula(case, heads, u):
