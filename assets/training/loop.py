@@ -1,4 +1,7 @@
-"""The loop that all trainings run: seeded step by step, logged, within a budget, and resumed bit for bit."""
+"""The loop that all trainings run: seeded step by step, logged, within a budget, and resumed bit for bit.
+
+Under `torchrun --nproc-per-node N` the transformer's training splits each batch over N processes.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from common import Averages, Muon, split_parameters, trapezoid
 from torch import Tensor, nn
 
@@ -75,13 +79,15 @@ def run_training(
     averages, recipe = Averages(modules, config.ema), asdict(config)
     step, clock = restore(run / "checkpoint.pt", averages, optimizers, recipe, change)
     log, window = Log(run / "log.jsonl", **clock), defaultdict(list)
-    log.write(event="start", step=step, threads=torch.get_num_threads(), config=recipe)
-    while step < config.steps and budget.left():
-        torch.manual_seed(config.seed * 1_000_003 + step)
+    log.write(event="start", step=step, threads=torch.get_num_threads(), processes=process()[1], config=recipe)
+    rank, processes = process()
+    while step < config.steps and all_of(budget.left()):
+        torch.manual_seed((config.seed * 1_000_003 + step) * processes + rank)
         factor = trapezoid(step, config.steps, warmup=config.warmup, decay=config.decay)
         set_rates(optimizers, (config.lr, config.adam_lr), factor)
-        loss, notes = loss_at(step, np.random.default_rng([config.seed, step]), averages)
+        loss, notes = loss_at(step, np.random.default_rng([config.seed, step, *[rank] * (rank > 0)]), averages)
         loss.backward()
+        average_gradients(modules)
         for module in modules.values():
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for optimizer in optimizers:
@@ -101,6 +107,31 @@ def run_training(
     return step, averages, log
 
 
+def process() -> tuple[int, int]:
+    """Return this process's number, and how many processes train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_of(told: bool) -> bool:
+    """Say whether all processes were told so, to each the same."""
+    if process()[1] == 1:
+        return told
+    told_all = torch.tensor(int(told))
+    dist.all_reduce(told_all, dist.ReduceOp.MIN)
+    return bool(told_all)
+
+
+def average_gradients(modules: dict[str, nn.Module]) -> None:
+    """Give every process the mean of all processes' gradients."""
+    if (processes := process()[1]) == 1:
+        return
+    grads = [p.grad for module in modules.values() for p in module.parameters() if p.grad is not None]
+    joined = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(joined)
+    for grad, mean in zip(grads, (joined / processes).split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
 def read_arguments(description: str | None, recipe: type, run: Path, **paths: Path) -> argparse.Namespace:
     """Read the command line that all trainings share; `paths` become options of their own.
 
@@ -116,6 +147,8 @@ def read_arguments(description: str | None, recipe: type, run: Path, **paths: Pa
     parser.add_argument("--change", action="store_true", help="go on from a checkpoint of another recipe")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
     args.config, args.budget = recipe(**args.set), Budget(args.minutes)
     signal.signal(signal.SIGTERM, lambda *_: args.budget.stop())
     return args
@@ -130,7 +163,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 def store(
     path: Path, averages: Averages, optimizers: list[torch.optim.Optimizer], step: int, log: Log, recipe: dict[str, Any]
 ) -> None:
-    """Save everything a training needs to go on, and the recipe that it must go on with."""
+    """Save everything a training needs to go on, and the recipe that it must go on with, by the first process."""
+    if process()[0]:
+        return
     state = {key: module.state_dict() for key, module in averages.modules.items()}
     state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "clock": log.clocks()}
     save_atomic(state | {"averages": averages.values, "updates": averages.updates, "recipe": recipe}, path)
@@ -191,19 +226,23 @@ class Budget:
 
 
 class Log:
-    """A JSON-lines log that keeps wall and CPU seconds across restarts."""
+    """A JSON-lines log that keeps wall and CPU seconds (of all processes) across restarts; the first process writes."""
 
     def __init__(self, path: Path, *, wall: float = 0.0, cpu: float = 0.0) -> None:
         self.path = path
-        self.wall, self.cpu = wall - time.perf_counter(), cpu - time.process_time()
+        self.rank, self.processes = process()
+        self.wall, self.cpu = wall - time.perf_counter(), cpu - self.processes * time.process_time()
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def clocks(self) -> dict[str, float]:
         """Return the seconds spent so far in all runs of this training."""
-        return {"wall": round(self.wall + time.perf_counter(), 1), "cpu": round(self.cpu + time.process_time(), 1)}
+        cpu = self.cpu + self.processes * time.process_time()
+        return {"wall": round(self.wall + time.perf_counter(), 1), "cpu": round(cpu, 1)}
 
     def write(self, **values: Any) -> None:
         """Append one line."""
+        if self.rank:
+            return
         entry = {**{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}, **self.clocks()}
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")

@@ -1,5 +1,7 @@
 """Trains the video model's transformer and text encoder: `python assets/training/train_transformer.py`; resumes.
 
+In two processes, each with half of every batch: `torchrun --nproc-per-node 2 assets/training/train_transformer.py`.
+
 Flow matching (arXiv 2210.02747, 2403.03206) on latents of drawn clips of one length and several sizes; the clips of a
 size are encoded once into a pool on disk, when a stage first asks for them.
 """
@@ -18,7 +20,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_assets import model_path, painter, prompts, world
 from fast_attention import TrainingCrossAttention, TrainingSelfAttention
-from loop import Budget, Loss, Recipe, read_arguments, run_training, save_atomic
+from loop import Budget, Loss, Recipe, all_of, process, read_arguments, run_training, save_atomic
 from torch import Tensor
 from train_vae import to_tensor
 
@@ -61,8 +63,8 @@ class TransformerTraining(FlowRecipe):
     )  # fmt: skip
     stages: tuple[tuple[int, tuple[tuple[float, int, int, int], ...]], ...] = (
         (800, ((1.0, 40, 40, 20),)),
-        (2400, ((1.0, 48, 48, 16),)),
-        (40_000, ((0.4, 48, 48, 16), (0.4, 64, 64, 9), (0.1, 64, 96, 6), (0.1, 96, 96, 4))),
+        (2400, ((1.0, 48, 48, 24),)),
+        (40_000, ((0.4, 48, 48, 24), (0.4, 64, 64, 14), (0.1, 64, 96, 8), (0.1, 96, 96, 4))),
     )
 
 
@@ -74,13 +76,14 @@ class Pool:
             raise ValueError(f"a pool of {count} clips is not a whole number of shards; use a multiple of {SHARD}")
         self.scenes = [world.scene_of(seed, index, height=height, width=width) for index in range(count)]
         folder.mkdir(parents=True, exist_ok=True)
-        shards = []
-        for first in range(0, count, SHARD):
-            path = folder / f"{seed}-{height}x{width}-{first:05d}.pt"
+        firsts = range(0, count, SHARD)
+        paths = [folder / f"{seed}-{height}x{width}-{first:05d}.pt" for first in firsts]
+        rank, processes = process()
+        for first, path in list(zip(firsts, paths, strict=True))[rank::processes]:
             if not path.exists():
                 save_atomic({"latents": encode_clips(vae, self.scenes[first : first + SHARD])}, path)
-            shards.append(torch.load(path)["latents"])
-        self.latents = torch.cat(shards)
+        all_of(True)  # every process has written its shards
+        self.latents = torch.cat([torch.load(path)["latents"] for path in paths])
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(vae.config.latents_mean).view(shape)
         self.std = torch.tensor(vae.config.latents_std).view(shape)
@@ -176,10 +179,11 @@ def train(config: TransformerTraining, run: Path, vae_folder: Path, budget: Budg
 
     def loss_at(step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
         mix = next(mix for end, mix in config.stages if step < end)
-        _, height, width, count = mix[rng.choice(len(mix), p=[m[0] for m in mix])]
+        size = np.random.default_rng([config.seed, step]).choice(len(mix), p=[m[0] for m in mix])  # one for all
+        _, height, width, count = mix[size]
         if (height, width) not in pools:
             pools[height, width] = Pool(run / "pool", vae, config.seed, height, width, counts[height, width])
-        latents, texts = pools[height, width].batch(rng, count, config.prompt_dropout)
+        latents, texts = pools[height, width].batch(rng, -(-count // process()[1]), config.prompt_dropout)
         loss = flow_loss(pipe, latents, texts, rng, config)
         return loss, {f"loss_{height}x{width}": loss.item()}
 
