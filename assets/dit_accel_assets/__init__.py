@@ -3,10 +3,12 @@
 from dit_accel_assets.catalog import (
     check_prompt,
     held_out_prompts,
+    longest_trained,
     model_closeness,
     model_defaults,
     model_names,
     model_path,
+    model_path_error,
     model_score,
     vocabulary,
 )
@@ -14,10 +16,12 @@ from dit_accel_assets.catalog import (
 __all__ = [
     "check_prompt",
     "held_out_prompts",
+    "longest_trained",
     "model_closeness",
     "model_defaults",
     "model_names",
     "model_path",
+    "model_path_error",
     "model_score",
     "vocabulary",
 ]

@@ -33,8 +33,13 @@ class Model:
     """The call arguments it is meant to be sampled with: size and length in pixels and frames, steps, guidance."""
     score: Callable[[np.ndarray, int], float]
     """(clip, number) -> the share of the prompt's questions that a clip answers rightly."""
-    closeness: Callable[[np.ndarray, int], float]
-    """(clip, number) -> how near the clip comes to the prompt, 0 to 1, with no pass marks."""
+    closeness: Callable[[np.ndarray, int, int, int | None], float]
+    """(clip, number, first, end) -> how near those frames of a clip come to the prompt, 0 to 1, with no pass marks."""
+    path: Callable[[np.ndarray, int], float]
+    """(clip, number) -> how far its objects stray from the nearest paths that the prompt allows, RMS in pixels; NaN
+    where none shows in two frames."""
+    longest: int = 1
+    """Frames of the longest clips that it was trained on."""
 
 
 @lru_cache(maxsize=1024)
@@ -49,10 +54,16 @@ def _clip_score(video: np.ndarray, index: int) -> float:
     return float(np.mean([getattr(found, name) == getattr(scene, name) for name in _CHECKED]))
 
 
-def _clip_closeness(video: np.ndarray, index: int) -> float:
+def _clip_closeness(video: np.ndarray, index: int, first: int, end: int | None) -> float:
     from dit_accel_assets.checker import closeness
 
-    return float(np.mean(list(closeness(video, clips.clip_of(index, frames=1, held_out=True)[1]).values())))
+    return float(np.mean(list(closeness(video[first:end], clips.clip_of(index, frames=1, held_out=True)[1]).values())))
+
+
+def _clip_path(video: np.ndarray, index: int) -> float:
+    from dit_accel_assets.checker import path_error
+
+    return path_error(video)  # the prompts say nothing of speed
 
 
 @lru_cache(maxsize=1024)
@@ -68,8 +79,15 @@ def _world_score(video: np.ndarray, index: int) -> float:
     return _judged(video, _world_scene(index)).score
 
 
-def _world_closeness(video: np.ndarray, index: int) -> float:
-    return _judged(video, _world_scene(index)).closeness
+def _world_closeness(video: np.ndarray, index: int, first: int, end: int | None) -> float:
+    return _judged(video, _world_scene(index), first, end).closeness
+
+
+def _world_path(video: np.ndarray, index: int) -> float:
+    answers = _judged(video, _world_scene(index)).answers
+    found = [answer.value for name, answer in answers.items() if name.startswith("path.")]
+    found = [value for value in found if np.isfinite(value)]
+    return float(np.mean(found)) if found else float("nan")
 
 
 @lru_cache(maxsize=1024)
@@ -85,14 +103,18 @@ def _still_score(video: np.ndarray, index: int) -> float:
     return _judged(video, _still_scene(index)).score
 
 
-def _still_closeness(video: np.ndarray, index: int) -> float:
+def _still_closeness(video: np.ndarray, index: int, first: int, end: int | None) -> float:
     return _judged(video, _still_scene(index)).closeness
 
 
-def _judged(video: np.ndarray, scene: world.Scene) -> Verdict:
+def _still_path(video: np.ndarray, index: int) -> float:
+    return float("nan")
+
+
+def _judged(video: np.ndarray, scene: world.Scene, first: int = 0, end: int | None = None) -> Verdict:
     from dit_accel_assets.judge import judge
 
-    return judge(video, scene)
+    return judge(video, scene, first=first, end=end)
 
 
 KNOWN: dict[str, Model] = {
@@ -102,6 +124,8 @@ KNOWN: dict[str, Model] = {
         held_out=_clip_prompt,
         score=_clip_score,
         closeness=_clip_closeness,
+        path=_clip_path,
+        longest=33,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
     "wan-tiny-2": Model(
@@ -110,6 +134,8 @@ KNOWN: dict[str, Model] = {
         held_out=_world_prompt,
         score=_world_score,
         closeness=_world_closeness,
+        path=_world_path,
+        longest=world.FRAMES,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
     "flux-tiny": Model(
@@ -118,6 +144,7 @@ KNOWN: dict[str, Model] = {
         held_out=_still_prompt,
         score=_still_score,
         closeness=_still_closeness,
+        path=_still_path,
         defaults={
             "height": 96,
             "width": 96,
@@ -159,9 +186,25 @@ def model_score(name: str, index: int, video: np.ndarray) -> float:
     return _known(name).score(video, index)
 
 
-def model_closeness(name: str, index: int, video: np.ndarray) -> float:
-    """Say how near a clip comes to the prompt of that number, 0 to 1; KeyError for an unknown model."""
-    return _known(name).closeness(video, index)
+def model_closeness(name: str, index: int, video: np.ndarray, *, first: int = 0, end: int | None = None) -> float:
+    """Return in [0, 1] how near a clip [F, H, W, 3] comes to the prompt of a number; ValueError for an unknown model.
+
+    With `first` and `end` the stretch of those frames alone.
+    """
+    return _known(name).closeness(video, index, first, end)
+
+
+def model_path_error(name: str, index: int, video: np.ndarray) -> float:
+    """Return how far a clip's objects stray from the nearest paths that the prompt of a number allows, RMS in pixels.
+
+    NaN where no object shows in two frames, or the model draws pictures.
+    """
+    return _known(name).path(video, index)
+
+
+def longest_trained(name: str) -> int:
+    """Return the frames of the longest clips that a model was trained on; 1 for pictures."""
+    return _known(name).longest
 
 
 def vocabulary(name: str = "wan-tiny") -> tuple[str, ...]:

@@ -6,6 +6,7 @@ here too: only what the words say is held against the clip, at any length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,26 +66,32 @@ MARKS: dict[str, tuple[str, float]] = {
 objects too many or few, share of frames, RGB distance, probability, pixels a frame, probability."""
 
 
-def judge(video: np.ndarray, scene: Scene) -> Verdict:
+def judge(video: np.ndarray, scene: Scene, *, first: int = 0, end: int | None = None) -> Verdict:
     """Judge a clip [F, H, W, 3], uint8 or float in 0..1, by the words of `scene`; ValueError for another form.
 
-    A picture is a clip of one frame, of which nothing is asked that takes time.
+    A picture is a clip of one frame, of which nothing is asked that takes time. With `first` and `end` the stretch of
+    those frames alone is judged: later on nothing is asked of what moves and is nowhere whole, which may have left, nor
+    of relations.
     """
-    parts = unmix(video)
+    parts = unmix(video).stretch(first, end)
     values: dict[str, float] = {}
     things = scene.things[:1] if scene.grouped else scene.things
     tracks = [tracking.track(parts.masks[thing.color]) for thing in things]
+    asked = []
     for index, (thing, found) in enumerate(zip(things, tracks, strict=True)):
-        values |= {f"{name}.{index}": value for name, value in _thing(parts, scene, thing, found).items()}
-    values["count"] = _count_error(parts, len(scene.things))
-    if scene.relation:
+        if first and _may_leave(scene, thing) and not found.whole.any():
+            continue
+        asked.append(thing)
+        values |= {f"{name}.{index}": value for name, value in _thing(parts, scene, thing, found, first).items()}
+    values["count"] = _count_error(parts, len(scene.things), first)
+    if scene.relation and not first:
         values["relation"] = _relation(tracks[0], tracks[1], scene.relation)
     named = parts.ground == scene.ground
     values["ground"] = parts.ground_distance if named else float("inf")
     values["ground_texture"] = _ground_texture(parts, scene.ground_texture)
-    if scene.ground_texture not in ("plain", "shaded") and len(video) > 1:
+    if scene.ground_texture not in ("plain", "shaded") and len(parts.video) > 1:
         values["camera"] = tracking.camera_error(parts, -scene.pan_velocity)
-    style = _style(parts, things, scene.style)
+    style = _style(parts, asked, scene.style)
     if style is not None:
         values["style"] = style
     return Verdict(answers={name: Answer(value=v, passed=_passes(name, v)) for name, v in values.items()})
@@ -109,23 +116,28 @@ def _passes(name: str, value: float) -> bool:
     return value >= mark if sign == ">=" else value <= mark
 
 
-def _thing(parts: Parts, scene: Scene, thing: Thing, found: tracking.Track) -> dict[str, float]:
+def _may_leave(scene: Scene, thing: Thing) -> bool:
+    """Say whether a thing leaves the picture, if the clip is long enough."""
+    return thing.motion.partition(" ")[0] in ("moving", "crossing") or bool(scene.pan)
+
+
+def _thing(parts: Parts, scene: Scene, thing: Thing, found: tracking.Track, first: int) -> dict[str, float]:
     """Return the answers about one thing (or one group of things that share their words)."""
     seen = np.nonzero(~np.isnan(found.areas))[0]
-    values = {"present": _presence(scene, thing, found)}
+    values = {"present": _presence(scene, thing, found, first)}
     if len(found.areas) > 1:
-        values |= _moves(scene, thing, found)
+        values |= _moves(scene, thing, found, first)
     if not seen.size:
         return values | {"color": float("inf"), "shape": 0.0, "texture": 0.0}
     best = np.nonzero(found.whole)[0] if found.whole.any() else seen
     picks = best[np.unique(np.linspace(0, len(best) - 1, 6).round().astype(int))]
-    values |= _looks(parts, thing, picks)
+    values |= _looks(parts, thing, picks, first)
     if thing.motion == "turning" and thing.shape not in ("circle", "ring") and len(found.areas) > 4:
         values["turn"] = _turn(parts, thing, picks)
     return values
 
 
-def _moves(scene: Scene, thing: Thing, found: tracking.Track) -> dict[str, float]:
+def _moves(scene: Scene, thing: Thing, found: tracking.Track, first: int) -> dict[str, float]:
     """Return the errors of a thing's path and of its size over time."""
     kind, _, direction = thing.motion.partition(" ")
     step = np.asarray(DIRECTIONS[direction], dtype=np.float64) if direction else np.zeros(2)
@@ -134,29 +146,29 @@ def _moves(scene: Scene, thing: Thing, found: tracking.Track) -> dict[str, float
     growth = {"growing": world.GROWTH, "shrinking": -world.GROWTH}.get(kind, 0.0)
     count = len(scene.things) if scene.grouped else 1
     return {
-        "path": tracking.path_error(found, paces, unit, tracking.drift(thing, found, scene.pan_velocity)),
+        "path": tracking.path_error(found, paces, unit, tracking.drift(thing, found, scene.pan_velocity, first)),
         "size": tracking.growth_error(found, growth, count, thing.shape),
     }
 
 
-def _presence(scene: Scene, thing: Thing, found: tracking.Track) -> float:
+def _presence(scene: Scene, thing: Thing, found: tracking.Track, first: int) -> float:
     """Return the share of frames where the thing shows; what moves may have left, or not have come, at the ends."""
     there = ~np.isnan(found.areas)
-    if (thing.motion.partition(" ")[0] in ("moving", "crossing") or scene.pan) and there.any():
+    if _may_leave(scene, thing) and there.any():
         seen = np.nonzero(there)[0]
-        coming = 5 if thing.motion.startswith("crossing") else 0
-        first = 0 if seen[0] > coming else seen[0]
-        last = len(there) if seen[-1] + 1 < world.FRAMES else seen[-1] + 1
-        there = there[first:last]
+        coming = 5 - first if thing.motion.startswith("crossing") else 0
+        start = 0 if seen[0] > coming else seen[0]
+        end = len(there) if first + seen[-1] + 1 < world.FRAMES else seen[-1] + 1
+        there = there[start:end]
     return float(there.mean())
 
 
-def _looks(parts: Parts, thing: Thing, picks: np.ndarray) -> dict[str, float]:
+def _looks(parts: Parts, thing: Thing, picks: np.ndarray, first: int) -> dict[str, float]:
     """Return colour distance, IoU of the asked shape (0 where another fits better) and the texture's probability."""
     mask, shapes, textures, colors = parts.masks[thing.color], [], [], []
     for frame in picks:
         pieces = components(firm(mask[frame]), tracking.LEAST)
-        turn = frame * world.TURN if thing.motion == "turning" else 0.0
+        turn = (first + frame) * world.TURN if thing.motion == "turning" else 0.0
         turns = (turn, turn - 0.2, turn + 0.2) if thing.motion == "turning" else (0.0,)
         fits = tracking.overlaps(mask[frame], pieces[:3], turns)
         shapes.append(fits[thing.shape] if fits[thing.shape] >= max(fits.values()) - 0.03 else 0.0)
@@ -199,16 +211,17 @@ def _turn(parts: Parts, thing: Thing, picks: np.ndarray) -> float:
     return float(gains[0] - max(gains[1:]))
 
 
-def _count_error(parts: Parts, count: int) -> int:
+def _count_error(parts: Parts, count: int, first: int) -> int:
     """Return how many objects are too many or missing in the trained length, or too many after it (some may leave)."""
     frames = np.arange(0, len(parts.video), 2)
     shown = []
     for frame in frames:
         sizes = [p.sum() for m in parts.masks.values() for p in components(firm(m[frame]), tracking.LEAST)]
         shown.append(sum(size >= 0.12 * max(sizes) for size in sizes))
-    early, late = np.asarray(shown)[frames < world.FRAMES], np.asarray(shown)[frames >= world.FRAMES]
+    trained = first + frames < world.FRAMES
+    early, late = np.asarray(shown)[trained], np.asarray(shown)[~trained]
     later = max(0, int(np.median(late)) - count) if late.size else 0
-    return max(abs(int(np.median(early)) - count), later)
+    return max(abs(int(np.median(early)) - count) if early.size else 0, later)
 
 
 def _relation(one: tracking.Track, other: tracking.Track, relation: str) -> float:
@@ -227,7 +240,7 @@ def _ground_texture(parts: Parts, texture: str) -> float:
     return float(recognise.classify("ground", np.stack(features)).mean(0)[world.TEXTURES.index(texture)])
 
 
-def _style(parts: Parts, things: tuple[Thing, ...], style: str) -> float | None:
+def _style(parts: Parts, things: Sequence[Thing], style: str) -> float | None:
     """Return the probability of the asked style; None where no object shows that could tell."""
     if parts.dim or style == "dim":
         return float(parts.dim and style == "dim")

@@ -62,14 +62,17 @@ def path_error(found: Track, paces: tuple[float, float], direction: np.ndarray, 
     return float(min(errors))
 
 
-def drift(thing: Thing, found: Track, camera: np.ndarray) -> np.ndarray:
-    """Return what moves a thing's centroid besides its own velocity, [F, 2]: the camera, and turning off its centre."""
+def drift(thing: Thing, found: Track, camera: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return what moves a thing's centroid besides its own velocity, [F, 2]: the camera, and turning off its centre.
+
+    `first` is the frame of a longer clip that the track begins at.
+    """
     time = np.arange(len(found.areas))
     moved = -time[:, None] * camera
     if thing.motion == "turning" and thing.shape == "triangle":
         area = found.areas[found.whole] if found.whole.any() else found.areas
         reach = np.sqrt(np.nanmedian(area) / _FILL["triangle"]) / 6 if not np.isnan(area).all() else 0.0
-        angle = time * world.TURN
+        angle = (first + time) * world.TURN
         moved = moved + reach * np.stack([-np.sin(angle), np.cos(angle)], axis=1)
     return moved
 

@@ -6,7 +6,7 @@ a brighter one; a pixel on an edge lies between the two, and its share of the ob
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,12 @@ class Parts:
     free: np.ndarray
     """Bool [F, H, W]: pixels well away from any object."""
 
+    def stretch(self, first: int, end: int | None) -> Parts:
+        """Return the parts of some of the frames."""
+        cut = slice(first, end)
+        masks = {name: mask[cut] for name, mask in self.masks.items()}
+        return replace(self, video=self.video[cut], masks=masks, free=self.free[cut])
+
 
 def unmix(video: np.ndarray) -> Parts:
     """Take a clip [F, H, W, 3], uint8 or float in 0..1, apart."""
@@ -42,7 +48,7 @@ def unmix(video: np.ndarray) -> Parts:
     pixels = video.astype(np.float32) * (1.0 if video.dtype == np.uint8 else 255.0)
     brightest = np.sort(pixels.max(-1).reshape(len(pixels), -1), axis=1)
     few = max(4, brightest.shape[1] // 200)
-    brightness = float(brightest[:, -few:].mean())
+    brightness = float(np.quantile(brightest[:, -few:].mean(1), 0.9))  # of frames that an object has not left
     dim = brightness < (1 + painter.DIM) / 2 * _BRIGHTEST
     if dim:
         pixels = np.minimum(pixels / painter.DIM, 255.0)

@@ -7,8 +7,7 @@ later stretch comes to the opening one, and how much of a loop it is.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from dit_accel_assets import model_closeness, model_defaults, model_score
-from dit_accel_assets.checker import path_error
+from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
 
 from .metrics.loops import loop, repetition
 from .metrics.metric import Clip
@@ -18,9 +17,6 @@ from .model import Run, SuiteModel
 from .paired import bootstrap
 from .results import Line
 from .suite import Suite
-
-STRETCH = 33
-"""Frames of the longest clips that wan-tiny was trained on."""
 
 STRETCHES = "closeness_by_stretch"
 """What a line calls how near each stretch comes to the prompt."""
@@ -32,7 +28,7 @@ def measures(model: SuiteModel, clip: int, made: Run) -> Line:
     return {
         "frames": len(made.frames),
         "score": model_score(model.name, clip, made.frames),
-        "path_error": path_error(made.frames),
+        "path_error": model_path_error(model.name, clip, made.frames),
         STRETCHES: by_stretch(model.name, clip, made.frames),
         "motion": motion(made.frames),
         "sharpness": sharpness(made.frames),
@@ -44,14 +40,16 @@ def measures(model: SuiteModel, clip: int, made: Run) -> Line:
 def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
     """Return how near each stretch of a clip comes to the prompt, 0 to 1; the first and the last frames are among them.
 
+    A stretch has the frames of the longest clips that the model was trained on.
+
     Args:
         name: of the embedded model.
         clip: its number.
         frames: [F, H, W, 3] in [0, 1].
     """
-    count = max(1, round(len(frames) / STRETCH))
-    starts = np.linspace(0, max(0, len(frames) - STRETCH), count).round().astype(int)
-    return [model_closeness(name, clip, frames[start : start + STRETCH]) for start in starts]
+    long = longest_trained(name)
+    starts = np.linspace(0, max(0, len(frames) - long), max(1, round(len(frames) / long))).round().astype(int)
+    return [model_closeness(name, clip, frames, first=int(start), end=int(start) + long) for start in starts]
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:

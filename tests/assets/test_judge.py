@@ -54,6 +54,28 @@ def test_drawn_clips_pass_at_any_length(frames):
     assert min(scores) >= 0.85
 
 
+def test_every_stretch_of_a_drawn_clip_passes_from_its_frame_on():
+    lasting = [scene for scene in SCENES if all(thing.motion != "shrinking" for thing in scene.things)]  # to 6 pixels
+    scenes = [*lasting[12:16], one_thing(motion="turning", shape="triangle"), one_thing(speed="quickly")]
+    for scene in scenes:
+        clip = painter.draw(scene, 49)
+        scores = [judge.judge(clip, scene, first=first, end=first + 17).score for first in (0, 16, 32)]
+        assert min(scores) >= 0.85, (scene, scores)
+    left = judge.judge(clip, scenes[-1], first=32)  # all of it has left the picture by then
+    assert {"present.0", "path.0"}.isdisjoint(left.answers)
+    assert left.score == 1
+    assert {"present.0", "path.0"} <= judge.judge(clip[32:49], scenes[-1]).answers.keys()
+
+
+def test_a_stretch_that_begins_again_is_told_by_what_it_should_have_become():
+    turning = one_thing(motion="turning", shape="triangle")
+    clip = painter.draw(turning, 49)
+    on, again = (judge.judge(frames, turning, first=32) for frames in (clip, np.concatenate([clip[:17]] * 3)[:49]))
+    assert on.answers["shape.0"].value > again.answers["shape.0"].value + 0.1
+    still, pair = one_thing(motion="still"), beside(one_thing(motion="still"), color="green")
+    assert judge.judge(painter.draw(pair, 49), still, first=32).answers["count"].value == 1
+
+
 def test_closeness_is_continuous_high_for_what_is_drawn_and_falls_where_a_word_is_wrong():
     asked = world.scene_of(31, 0, height=96, width=96, still=True)
     drawn = painter.draw(asked, 1)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from dit_accel_assets import catalog, model_path_error, painter, world
 from dit_accel_assets.checker import path_error
 from dit_accel_assets.clips import clip_of, draw
 from dit_accel_eval.longer import by_stretch, loop, motion, repetition, sharpness, table
@@ -55,6 +56,18 @@ def test_each_stretch_of_a_clip_is_judged():
     gone = np.concatenate([clip[:33], np.repeat(clip[-1:] * 0, 32, 0)])
     assert by_stretch("wan-tiny", 3, gone)[1] < 0.6
     assert len(by_stretch("wan-tiny", 3, clip[:33])) == len(by_stretch("wan-tiny", 3, clip[:20])) == 1
+
+
+def test_the_richer_worlds_clips_are_judged_by_stretches_of_17_frames_and_their_drawn_speeds(monkeypatch):
+    monkeypatch.setattr(catalog, "model_names", lambda: ("wan-tiny-2",))
+    moving = [n for n in range(40) if "moving" in catalog.held_out_prompts("wan-tiny-2", n + 1)[n]][:3]
+    for number in moving:
+        clip = painter.draw(world.scene_of(0, number, held_out=True), 49).astype(np.float32) / 255
+        assert len(stretches := by_stretch("wan-tiny-2", number, clip)) == 3
+        assert min(stretches) > 0.7
+        again = np.concatenate([clip[:17]] * 3)[:49]  # begins again where it should go on
+        assert model_path_error("wan-tiny-2", number, clip) < 1 < model_path_error("wan-tiny-2", number, again)
+    assert np.isnan(model_path_error("wan-tiny-2", moving[0], clip * 0))
 
 
 class FakeModel(DrawnModel):
