@@ -54,8 +54,8 @@ class TransformerTraining(FlowRecipe):
     seed: int = 5
     steps: int = 40_000
     shift: float = 5.0
-    high_noise: float = 0.3
-    hint: float = 0.4
+    high_noise: float = 0.2
+    hint: float = 0.2
     """Share of the batches in which one latent frame is less noisy than the rest: from one position on, the motion
     words decide all others, which teaches what they mean long before a path can be seen in the noise."""
     pools: tuple[tuple[int, int, int], ...] = (
@@ -63,7 +63,7 @@ class TransformerTraining(FlowRecipe):
     )  # fmt: skip
     stages: tuple[tuple[int, tuple[tuple[float, int, int, int], ...]], ...] = (
         (800, ((1.0, 40, 40, 20),)),
-        (2400, ((1.0, 48, 48, 24),)),
+        (2000, ((1.0, 48, 48, 24),)),
         (40_000, ((0.4, 48, 48, 24), (0.4, 64, 64, 14), (0.1, 64, 96, 8), (0.1, 96, 96, 4))),
     )
 

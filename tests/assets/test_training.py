@@ -20,23 +20,14 @@ import subjects
 import train_image
 import train_transformer
 import train_vae
+import training_ranks
+from parallel_ranks import processes
+from training_ranks import Steps
 
 VAE = train_vae.VaeTraining(steps=6, freeze_encoder_at=4, stages=((1.0, ((1.0, 1, 32, 32, 1),)),))
 TRANSFORMER = train_transformer.TransformerTraining(
     steps=4, pools=((32, 32, 4),), stages=((4, ((1.0, 32, 32, 2),)),), warmup=1
 )
-
-
-class Steps(loop.Budget):
-    """A budget that ends after a number of steps."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(60.0)
-        self.count = count
-
-    def left(self) -> bool:
-        self.count -= 1
-        return self.count >= 0
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +109,19 @@ def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
     assert loop.Budget(1.0, every=0.0).due()
     assert not loop.Budget(1.0).due()
     assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
+
+
+def test_several_processes_train_as_one_does_stop_together_and_write_once(tmp_path):
+    alone = training_ranks.train(0, 1, str(tmp_path / "one"), (6,))
+    both = processes(2, training_ranks.train, str(tmp_path / "two"), (6, 2))  # the second one's budget ends first
+    assert both[0] == both[1] == pytest.approx(alone, abs=1e-6)
+    lines = training_ranks.told(tmp_path / "two")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    events = [(line["event"], line["step"], line.get("processes")) for line in lines if "event" in line]
+    assert events == [
+        ("start", 0, 2), ("pause", 2, None), ("start", 2, 2), ("pause", 4, None), ("start", 4, 2), ("end", 6, None),
+    ]  # fmt: skip
+    assert (tmp_path / "two" / "checkpoint.pt").exists()
 
 
 def test_figures_are_kept_for_the_same_weights_and_setting_alone(tmp_path):
