@@ -163,11 +163,11 @@ def resolve_backend(
 ) -> str:
     """What "auto" means here: fa4 or triton on CUDA, ROCm and XPU devices that can run them, torch otherwise.
 
-    fa4 needs flash-attn-4 on sm_90, bfloat16 or float16, a head dim that is a multiple of 8 up to 128, and a call by
-    lists alone, without selection and frame decay: `tile` gives queries and keys of such a call's tiles, None stands
-    for any other call. Triton needs its package, bfloat16, float16 or float32, a head dim that is a multiple of 8 up to
-    256 and, on NVIDIA, compute capability 8.0. `dtype` and `dim` None stand for any that a backend supports. A named
-    backend is returned as it is.
+    fa4 needs flash-attn-4 on sm_90, or on sm_100 with tiles of 256 queries, bfloat16 or float16, a head dim that is a
+    multiple of 8 up to 128, and a call by lists alone, without selection and frame decay: `tile` gives queries and keys
+    of such a call's tiles, None stands for any other call. Triton needs its package, bfloat16, float16 or float32, a
+    head dim that is a multiple of 8 up to 256 and, on NVIDIA, compute capability 8.0. `dtype` and `dim` None stand for
+    any that a backend supports. A named backend is returned as it is.
     """
     if backend != "auto":
         return backend

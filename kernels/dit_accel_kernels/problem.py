@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.selection import Selection
 from dit_accel_kernels.tiles import TileLists
+
+_FRAMES: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -57,7 +60,7 @@ class Problem:
             valid = prefix if valid is None else valid & prefix
         if order is not None:
             valid = None if valid is None else valid.index_select(1, order)
-            decay = None if decay is None else (decay[0], decay[1][order], decay[2][order])
+            decay = None if decay is None else (decay[0], *_frames_in_order(decay[1], decay[2], order))
         if self.key_valid is not None:
             valid = self.key_valid if valid is None else valid & self.key_valid
         return valid, decay
@@ -71,6 +74,11 @@ class Problem:
         return replace(
             self, q=q, k=k, v=v, key_valid=valid, decay=decay, token_order=None, key_length=None, key_mask=None
         )
+
+
+def _frames_in_order(q_frames: Tensor, k_frames: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The frames in tiled order, the same tensors in every call, since what is derived from them is kept with them."""
+    return _FRAMES.get((q_frames, k_frames), (), lambda: (q_frames[order], k_frames[order]), loose=[order])
 
 
 def lists_of(problem: Problem) -> TileLists:

@@ -31,6 +31,12 @@ CPU = torch.device("cpu")
 ORDER = torch.randperm(300, generator=torch.Generator().manual_seed(0))
 
 
+def frame_decay(num_q: int, num_k: int) -> FrameDecay:
+    """Frames of 37 tokens, fewer than a tile has, after 37 tokens outside the video; far ones beyond the table."""
+    q_frames, k_frames = (torch.arange(n, dtype=torch.int32) // 37 - 1 for n in (num_q, num_k))
+    return FrameDecay(table=torch.tensor([1.0, 0.9, 0.5, 0.2]), q_frames=q_frames, k_frames=k_frames)
+
+
 def installed() -> bool:
     try:
         importlib.metadata.version(support.PACKAGE)
@@ -61,6 +67,9 @@ def arch(request, monkeypatch) -> str:
         ((1, 2, 1, 300, 200, 64), 256, 2, torch.bfloat16, True, "scale"),
         ((2, 2, 2, 300, 300, 16), 128, 1, torch.bfloat16, False, "mask order scale"),
         ((1, 1, 1, 20, 5000, 8), 128, 1, torch.bfloat16, False, "mask"),  # more tiles than a word of bits has
+        ((1, 2, 2, 300, 300, 16), 128, 2, torch.bfloat16, True, "decay order"),
+        ((2, 2, 1, 140, 400, 24), 128, 4, torch.float16, True, "mask decay"),
+        ((1, 2, 1, 300, 200, 64), 256, 1, torch.bfloat16, False, "decay scale"),
     ],
 )
 def test_agrees_with_the_specification(arch, shape, block_q, groups, dtype, pooled, features):
@@ -75,6 +84,8 @@ def test_agrees_with_the_specification(arch, shape, block_q, groups, dtype, pool
         arguments |= dict(token_order=ORDER)
     if "scale" in features:
         arguments |= dict(head_scale=torch.tensor([0.5, -1.5]))
+    if "decay" in features:
+        arguments |= dict(frame_decay=frame_decay(num_q, num_k))
     tiles = random_lists(groups, num_q, num_k, block_q, 128, pooled=pooled)
     check_against_reference(*qkv(*shape, dtype), tiles, backend="fa4", **arguments)
     assert fa4_stand_in.calls
@@ -149,14 +160,30 @@ def test_blocks_are_remembered_with_their_lists(arch):
     assert third is not fourth  # masks may change in place
 
 
-def test_gradients_are_those_of_the_triton_backend(arch):
+def test_decay_is_remembered_with_its_frames_and_their_order(arch):
+    q, k, v = qkv(1, 1, 1, 300, 300, 16, torch.bfloat16)
+    tiles, order = TileLists.full(300, 300, block_q=256, block_k=128), ORDER.clone()
+    arguments = dict(layout="bhsd", backend="fa4", frame_decay=frame_decay(300, 300), token_order=order)
+    for _ in range(2):
+        block_sparse_attention(q, k, v, tiles, **arguments)
+    order.copy_(torch.arange(300))
+    block_sparse_attention(q, k, v, tiles, **arguments)
+    first, second, third = (call["aux_tensors"][-2:] for call in fa4_stand_in.calls)
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert torch.equal(third[0], first[0][:, ORDER.argsort()])
+    assert fa4_stand_in.calls[0]["mask_mod"] is None
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_gradients_are_those_of_the_triton_backend(arch, decays):
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 140, 200, 16, torch.bfloat16)]
     tiles = random_lists(1, 140, 200, 128, 128)
     seed = torch.randn_like(leaves[0])
+    arguments = dict(layout="bhsd", frame_decay=frame_decay(140, 200) if decays else None)
 
     def gradients(backend: str, dtype: torch.dtype) -> tuple:
         inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
-        out = block_sparse_attention(*inputs, tiles, layout="bhsd", backend=backend)
+        out = block_sparse_attention(*inputs, tiles, backend=backend, **arguments)
         return torch.autograd.grad(out, inputs, seed.to(dtype))
 
     found, yardstick, truth = (
@@ -168,18 +195,12 @@ def test_gradients_are_those_of_the_triton_backend(arch):
 
 
 LISTS = random_lists(1, 300, 300, 128, 128)
-FRAMES = torch.zeros(300, dtype=torch.int32)
-DECAY = FrameDecay(table=torch.ones(1), q_frames=FRAMES, k_frames=FRAMES)
 
 
 @pytest.mark.parametrize(
     ("dtype", "dim", "tiles", "arguments", "text"),
     [
         (torch.bfloat16, 16, LISTS, dict(selection=Selection(vote=Vote())), "has no votes, since its loop tells"),
-        (
-            torch.bfloat16, 16, LISTS,
-            dict(frame_decay=DECAY), "has no frame decay:",
-        ),
         (torch.float32, 16, LISTS, {}, r"needs bfloat16 or float16 \(found torch.float32\): use 'triton' or 'auto'"),
         (torch.bfloat16, 20, LISTS, {}, r"needs a head dim that is a multiple of 8 up to 128 \(found 20\)"),
         (torch.bfloat16, 136, LISTS, {}, r"needs a head dim that is a multiple of 8 up to 128 \(found 136\)"),
@@ -231,7 +252,7 @@ def test_a_missing_package_is_told_with_its_extra(monkeypatch):
 
 
 def test_auto_takes_it_where_it_is_right_and_was_compiled(monkeypatch):
-    """Calls by lists alone, on sm_90; elsewhere and for other calls what was taken before."""
+    """Calls by lists alone, where its blocks are our tiles; elsewhere and for other calls what was taken before."""
     fa4_stand_in.install(monkeypatch, "sm_90")
     half, tile = torch.bfloat16, (128, 128)
     assert resolve_backend("auto", CPU, half, 128, tile) == "fa4"
@@ -241,13 +262,16 @@ def test_auto_takes_it_where_it_is_right_and_was_compiled(monkeypatch):
     assert resolve_backend("auto", CPU, half, 128, (64, 64)) == "torch"
     assert resolve_backend("triton", CPU, half, 128, tile) == "triton"
     q, k, v = qkv(1, 2, 2, 300, 300, 16, half)
-    for arguments in (dict(selection=Selection(vote=Vote())), dict(frame_decay=DECAY)):
+    for arguments in (dict(selection=Selection(vote=Vote())), dict(frame_decay=frame_decay(300, 300))):
         block_sparse_attention(q, k, v, LISTS, layout="bhsd", **arguments)
         assert not fa4_stand_in.calls
     block_sparse_attention(q, k, v, LISTS, layout="bhsd")
     assert len(fa4_stand_in.calls) == 1
     fa4_stand_in.install(monkeypatch, "sm_100")
     assert resolve_backend("auto", CPU, half, 128, tile) == "torch"
+    assert resolve_backend("auto", CPU, half, 128, (256, 128)) == "fa4"
+    fa4_stand_in.install(monkeypatch, "sm_103")
+    assert resolve_backend("auto", CPU, half, 128, (256, 128)) == "torch"
 
 
 @NEEDS_PACKAGE
@@ -262,32 +286,44 @@ def test_the_stand_in_has_the_real_ones_signature():
 
 
 COMPILES = """
-import os, sys, torch
+import sys, torch, cutlass
+from dataclasses import replace
 from torch._subclasses.fake_tensor import FakeTensorMode
 from dit_accel_kernels import TileLists
 from dit_accel_kernels.backends.fa4 import attend, support
 from dit_accel_kernels.problem import Problem
 from flash_attn.cute.interface import _flash_attn_fwd
 
-dim, block_q, masked = (int(x) for x in sys.argv[1:])
-support.architecture = lambda device: "sm_90"
+arch, dim, block_q, features = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+support.architecture = lambda device: arch
 support.triton_requirement = lambda *given: None
+
+
+class Card:  # on sm_100 the driver would be asked how many multiprocessors there are
+    def get_device_multiprocessor_count(self):
+        return 148
+
+
+cutlass.utils.HardwareInfo = Card
 states = torch.zeros(-(-1000 // block_q), 8, dtype=torch.uint8)
 states[:, ::3] = 2
 tiles = TileLists.from_states(states, block_q=block_q, block_k=128, num_q=1000, num_k=1000)
 valid = torch.arange(1000)[None] < torch.tensor([[1000], [700]])
+frames = torch.arange(1000, dtype=torch.int32) // 50
 parts = dict(exact_offsets=tiles.exact_offsets, exact_indices=tiles.exact_indices, pooled_offsets=None)
 problem = Problem(
     q=torch.zeros(2, 4, 1000, dim, dtype=torch.bfloat16), k=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16),
     v=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16), **parts, pooled_indices=None, block_q=block_q, block_k=128,
-    logit_scale=0.1, head_scale=None, key_valid=valid if masked else None, decay=None,
+    logit_scale=0.1, head_scale=None, key_valid=valid if "mask" in features else None,
+    decay=(torch.rand(5), frames, frames) if "decay" in features else None,
 )
 blocks = attend._blocks(problem)._replace(empty=None)  # what is done to them after the call is no compiler's work
+read = attend._decay_tensors(*problem.decay) if problem.decay else ()
 with FakeTensorMode(allow_non_fake_inputs=True):
     there = lambda x: None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
     attend._blocks_of = lambda problem: attend.Blocks(*map(there, blocks))
+    attend._decay_tensors = lambda *given: tuple(map(there, read))
     moved = {name: there(getattr(problem, name)) for name in ("q", "k", "v", "key_valid")}
-    from dataclasses import replace
     out, lse = attend._exact_tiles(replace(problem, **moved), moved["q"], need_lse=True)
 assert out.shape == (2, 4, 1000, dim) and lse.shape == (2, 4, 1000), (out.shape, lse.shape)
 print("compiled", len(_flash_attn_fwd.compile_cache.cache))
@@ -296,25 +332,40 @@ print("compiled", len(_flash_attn_fwd.compile_cache.cache))
 
 @NEEDS_PACKAGE
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "block_q", "masked"), [(128, 128, 0), (128, 128, 1), (96, 256, 1), (64, 128, 0)])
-def test_the_real_calls_compile_for_sm_90(dim, block_q, masked):
-    """Without a card: the lists, strides and mask that a call hands over, through flash-attn-4's own compiler."""
+@pytest.mark.parametrize(
+    ("arch", "dim", "block_q", "features"),
+    [
+        ("sm_90", 128, 128, ""),
+        ("sm_90", 128, 128, "decay"),
+        ("sm_90", 96, 256, "mask decay"),
+        ("sm_90", 64, 128, "mask"),
+        ("sm_100", 128, 256, ""),
+        ("sm_100", 128, 128, "decay"),  # pairs of tiles, which a mask keeps apart
+        ("sm_100", 96, 256, "mask decay"),
+        ("sm_100", 64, 128, "mask"),
+    ],
+)
+def test_the_real_calls_compile(tmp_path, arch, dim, block_q, features):
+    """Without a card: what a call hands over, through flash-attn-4's own compiler to machine code."""
+    places = os.pathsep.join([str(Path(__file__).parents[2] / "kernels"), *sys.path])
     environment = dict(
-        FLASH_ATTENTION_ARCH="sm_90", CUTE_DSL_ARCH="sm_90a", FLASH_ATTENTION_NUM_SMS="132",
-        PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2] / "kernels"), *sys.path]),
+        FLASH_ATTENTION_ARCH=arch, CUTE_DSL_ARCH=f"{arch}a", FLASH_ATTENTION_NUM_SMS="132", CUTE_DSL_KEEP="cubin",
+        CUTE_DSL_DUMP_DIR=str(tmp_path), PYTHONPATH=places,
     )  # fmt: skip
     found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILES, str(dim), str(block_q), str(masked)],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-W", "ignore", "-c", COMPILES, arch, str(dim), str(block_q), features],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert found.stdout.endswith("compiled 1\n"), found.stderr[-3000:]
+    (code,) = tmp_path.glob(f"*.{arch}a.cubin")
+    assert code.read_bytes().startswith(b"\x7fELF")
 
 
 @NEEDS_PACKAGE
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("features", ["", "pooled", "mask pooled", "heads pooled"])
+@pytest.mark.parametrize("features", ["", "pooled", "mask pooled", "heads pooled", "decay", "mask decay pooled"])
 def test_agrees_with_the_specification_on_a_card(dim, features):
     device = torch.device("cuda")
     missing = fa4_requirement(device)
@@ -326,4 +377,8 @@ def test_agrees_with_the_specification_on_a_card(dim, features):
     arguments = dict(layout="bhsd")
     if "mask" in features:
         arguments |= dict(key_mask=torch.rand(1, 1100, device=device) > 0.3)
+    if "decay" in features:
+        given = frame_decay(1000, 1100)
+        parts = {name: getattr(given, name).to(device) for name in ("table", "q_frames", "k_frames")}
+        arguments |= dict(frame_decay=FrameDecay(**parts))
     check_against_reference(q, k, v, tiles, backend="fa4", **arguments)

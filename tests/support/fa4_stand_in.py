@@ -7,7 +7,7 @@ it visits first, the last listed one, and rows without a block hold NaN.
 
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ def flash_attn_func(
 ):
     assert block_sparse_tensors is not None
     assert softmax_scale is not None
-    calls.append(dict(tensors=block_sparse_tensors, mask_mod=mask_mod))
+    calls.append(dict(tensors=block_sparse_tensors, mask_mod=mask_mod, score_mod=score_mod, aux_tensors=aux_tensors))
     partial_counts, partial, full_counts, full, _, _, (block_q, block_k), *_ = block_sparse_tensors
     batch, num_q, heads, _ = q.shape
     num_k, repeat = k.shape[1], heads // k.shape[2]
@@ -93,6 +93,9 @@ def flash_attn_func(
             continue
         keys = torch.cat(columns)
         x = softmax_scale * (q[b, rows, h].float() @ k[b, keys, h].float().T)
+        if score_mod is not None:
+            places = dict(q_idx=(rows[:, None],), kv_idx=(keys[None] % num_k,))
+            x = score_mod((x,), (b,), (h,), **places, seqlen_info=None, aux_tensors=aux_tensors)
         x = x.masked_fill(~torch.cat(seen, 1), -torch.inf)
         top = x.amax(1, keepdim=True).clamp(min=-1e30)
         p = (x - top).exp()
@@ -117,15 +120,16 @@ def install(monkeypatch, arch: str) -> None:
     ):
         modules[f"flash_attn.cute.{leaf}"] = ModuleType(leaf)
         vars(modules[f"flash_attn.cute.{leaf}"]).update(content)
-    vars(modules["cutlass.cute"]).update(jit=lambda function: function)
-    vars(modules["cutlass"]).update(Boolean=bool)
+    vars(modules["cutlass.cute"]).update(jit=lambda function: function, arch=SimpleNamespace(fmin=torch.minimum))
+    vars(modules["cutlass"]).update(Boolean=bool, Float32=float)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
         parent, _, leaf = name.rpartition(".")
         if parent:
             vars(modules[parent])[leaf] = module
-    monkeypatch.setitem(sys.modules, "dit_accel_kernels.backends.fa4.mask", None)
-    monkeypatch.delitem(sys.modules, "dit_accel_kernels.backends.fa4.mask")
+    for name in ("mask", "decay"):  # imported anew, on the stand-in
+        monkeypatch.setitem(sys.modules, f"dit_accel_kernels.backends.fa4.{name}", None)
+        monkeypatch.delitem(sys.modules, f"dit_accel_kernels.backends.fa4.{name}")
     monkeypatch.setattr(support, "architecture", lambda device: arch)
     monkeypatch.setattr(support, "package_problem", lambda: None)
     calls.clear()

@@ -2,10 +2,10 @@
 
 Tiles whose keys are all valid are its full blocks, which no mask touches; the ragged end is masked by its own count of
 keys. Tiles with invalid keys are partial blocks, and so is, where it takes two of our query tiles together, a tile that
-only one of them lists: `mask_mod` reads the lists as bits and the valid keys. It returns output and LSE, from which the
-forward kernel of the triton backend starts with pooled tiles and nothing else to do, so that both parts are one
-softmax. Its loop tells nothing about a tile, hence no votes; frame decay is refused too. Gradients are those of the
-triton backend, from this output and LSE.
+only one of them lists: `mask_mod` reads the lists as bits and the valid keys. Frame decay is its `score_mod`, which
+reads the t of every logit. It returns output and LSE, from which the forward kernel of the triton backend starts with
+pooled tiles and nothing else to do, so that both parts are one softmax. Its loop tells nothing about a tile, hence no
+votes. Gradients are those of the triton backend, from this output and LSE.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from dit_accel_kernels.backends.fa4.support import missing_requirement, rows_joined
 from dit_accel_kernels.cache import StorageCache, capturing
 from dit_accel_kernels.errors import BackendUnavailableError
+from dit_accel_kernels.features import decay_by_frame, last_frame
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
 from dit_accel_kernels.selection import pack_bits
@@ -45,18 +46,15 @@ class Blocks(NamedTuple):
 
 _BLOCKS: StorageCache[Blocks] = StorageCache()
 _NOTHING_EXACT: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
+_DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 
 
 def check(problem: Problem) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of the backend's reach, saying why."""
-    asked = {
-        "votes, since its loop tells nothing about a tile": problem.selection is not None
-        and problem.selection.vote is not None,
-        "frame decay": problem.decay is not None,
-    }
-    found = [what for what, is_asked in asked.items() if is_asked]
-    if found:
-        raise BackendUnavailableError(f"backend 'fa4' has no {' and no '.join(found)}: use 'triton' or 'auto'")
+    if problem.selection is not None and problem.selection.vote is not None:
+        raise BackendUnavailableError(
+            "backend 'fa4' has no votes, since its loop tells nothing about a tile: use 'triton' or 'auto'"
+        )
     tile = (problem.block_q, problem.block_k)
     missing = missing_requirement(problem.q.device, problem.q.dtype, problem.q.shape[-1], tile)
     if missing:
@@ -96,17 +94,13 @@ def _exact_tiles(problem: Problem, q: Tensor, *, need_lse: bool) -> tuple[Tensor
         full_block_idx=blocks.full_indices,
         block_size=(problem.block_q * joined, problem.block_k),
     )
-    masks: dict[str, Any] = {}
-    if blocks.seen is not None:
-        mask = importlib.import_module("dit_accel_kernels.backends.fa4.mask").mask_of(problem.block_q)
-        masks = dict(mask_mod=mask, aux_tensors=_mask_tensors(problem, blocks.seen))
     out, lse = importlib.import_module("flash_attn.cute.interface").flash_attn_func(
         *(_tokens_first(x) for x in (q, problem.k, problem.v)),
         softmax_scale=problem.logit_scale,
         pack_gqa=False,  # it would put several heads into one block of queries
         block_sparse_tensors=tensors,
         return_lse=need_lse,
-        **masks,
+        **_modifiers(problem, blocks.seen),
     )
     out = out.transpose(1, 2)
     if blocks.empty is not None:
@@ -121,6 +115,29 @@ def _tokens_first(x: Tensor) -> Tensor:
     x = x.transpose(1, 2)
     fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
     return x if fits else x.contiguous()
+
+
+def _modifiers(problem: Problem, seen: Tensor | None) -> dict[str, Any]:
+    """Our functions of single logits and the tensors that they read: the mask's first, those of decay last."""
+    found: dict[str, Any] = {}
+    tensors: list[Tensor] = []
+    if seen is not None:
+        found["mask_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.mask").mask_of(problem.block_q)
+        tensors += _mask_tensors(problem, seen)
+    if problem.decay is not None:
+        found["score_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.decay").decayed
+        tensors += _decay_tensors(*problem.decay)
+    return {**found, "aux_tensors": tensors} if found else {}
+
+
+def _decay_tensors(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[Tensor, Tensor]:
+    """What `score_mod` reads: t by frame of the queries, float32 [F + 2, S_k], and each query's row in it, int32."""
+
+    def build() -> tuple[Tensor, Tensor]:
+        t, rows = decay_by_frame(table, q_frames, k_frames, last_frame(q_frames))
+        return t, rows.to(torch.int32)
+
+    return _DECAYS.get((table, q_frames, k_frames), (), build)
 
 
 def _mask_tensors(problem: Problem, seen: Tensor) -> list[Tensor]:

@@ -26,7 +26,7 @@ def mask_of(block_q: int):
 def _mask(block_q):
     @cute.jit
     def seen_and_valid(batch, head, query, key, sizes, aux_tensors):
-        seen, valid = aux_tensors
+        seen, valid = aux_tensors[0], aux_tensors[1]
         b, h, i, j = batch[0], head[0], query[0], key[0]
         word = seen[b, h, i // block_q, j // WORD]
         keep = ((word >> (j % WORD // TILE)) & 1) * valid[b, j]

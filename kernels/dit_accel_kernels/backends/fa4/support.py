@@ -15,7 +15,7 @@ PACKAGE = "flash-attn-4"
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_DIM = 128
 TILE = 128  # keys of its blocks, and queries on sm_90
-TESTED = "sm_90"  # its kernels as they are called here are compiled for it in our tests
+TESTED = ("sm_90", "sm_100")  # its kernels as they are called here are compiled for them in our tests
 
 
 def missing_requirement(
@@ -66,5 +66,9 @@ def rows_joined(device: torch.device, block_q: int) -> int:
 
 
 def preferred(device: torch.device, dtype: torch.dtype | None, dim: int | None, tile: tuple[int, int]) -> bool:
-    """Whether "auto" may choose fa4: on the architecture that it was compiled for in our tests, where nothing lacks."""
-    return architecture(device) == TESTED and missing_requirement(device, dtype, dim, tile) is None
+    """Whether "auto" may choose fa4: where it was compiled in our tests, nothing lacks and its blocks are our tiles.
+
+    Of two tiles taken together, each attends to what the other lists too, and masks it: up to twice the work.
+    """
+    compiled = architecture(device) in TESTED and missing_requirement(device, dtype, dim, tile) is None
+    return compiled and rows_joined(device, tile[0]) == 1
