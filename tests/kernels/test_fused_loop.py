@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
-from dit_accel_kernels.backends.torch import compiled, fused
+from dit_accel_kernels.backends.torch import compiled, fused, memory
 from kernel_cases import check_against_reference, qkv, random_lists
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
@@ -133,3 +133,23 @@ def test_it_is_built_once_whoever_asks_at_the_same_time(fresh, monkeypatch):
     assert names == {str(path)}
     monkeypatch.setattr(compiled, "processor", lambda: "another")
     assert compiled.library()._name != str(path)
+
+
+def test_large_tensors_ask_for_large_pages_that_are_all_their_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "_madvise", lambda: lambda first, size, what: asked.append((first.value, size.value)))
+    small, large = memory.fresh((100, 7), torch.float16), memory.fresh((3, 1 << 20), torch.float32)
+    assert (small.shape, small.dtype, large.shape, large.dtype) == (
+        (100, 7),
+        torch.float16,
+        (3, 1 << 20),
+        torch.float32,
+    )
+    ((first, size),) = asked
+    assert first % 4096 == size % 4096 == 0
+    assert large.data_ptr() <= first < first + size <= large.data_ptr() + large.nbytes
+    assert large.nbytes - size < 2 * 4096
+    monkeypatch.setattr(memory, "_madvise", lambda: None)  # a system without it
+    x = torch.randn(1, 2, 3000, 512).transpose(1, 2)
+    assert torch.equal(memory.cast(x, torch.bfloat16), x.to(torch.bfloat16))
+    assert memory.cast(x, torch.float32) is x

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch import fused
+from dit_accel_kernels.backends.torch.memory import cast
 from dit_accel_kernels.backends.torch.schedule import Group, GroupSize, Portion
 from dit_accel_kernels.backends.torch.tiled import Tiled, cut, portions_of
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers, run_all, worker_threads
@@ -60,7 +61,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
 def _whole(problem: Problem, out: Tensor, lse: Tensor, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Output and LSE of all query tiles as the backend returns them."""
     batch, heads, tokens, dim = problem.q.shape
-    out = out.view(batch, heads, -1, dim)[:, :, :tokens].to(problem.q.dtype)
+    out = cast(out.view(batch, heads, -1, dim)[:, :, :tokens], problem.q.dtype)
     return out, lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch.compiled import library
+from dit_accel_kernels.backends.torch.memory import fresh
 from dit_accel_kernels.backends.torch.tiled import Tiled, key_heads
 from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
 from dit_accel_kernels.problem import Problem
@@ -45,7 +46,7 @@ def runs(tiled: Tiled) -> bool:
 
 def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Output [B * H * NQ, block_q, D] and natural-log LSE, float32 [B * H * NQ, block_q] (empty where not needed)."""
-    out, loop = torch.empty_like(tiled.q), library()
+    out, loop = fresh(tiled.q.shape, tiled.q.dtype), library()
     assert loop is not None
     lse = tiled.q.new_empty(tiled.q.shape[:-1] if need_lse else (0,))
     keys, values = _Lists(problem), _pooled(problem)
@@ -120,7 +121,7 @@ def _packed(pack: Any, x: Tensor, workers: int, padded: tuple[int, int]) -> Tens
     axis, multiple = padded
     (tiles, *sizes), x = x.shape, x.contiguous()
     wide = [size + -size % multiple if place == axis else size for place, size in enumerate(sizes)]
-    out = x.new_empty(tiles, *wide)
+    out = fresh((tiles, *wide), x.dtype)
     step = max(1, -(-tiles // workers))
 
     def work(first: int, _buffers: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.backends.torch.memory import cast
 from dit_accel_kernels.backends.torch.schedule import GroupSize, Portion, Shape, build, schedule
 from dit_accel_kernels.features import decay_by_frame, product_dtype, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
@@ -39,7 +40,7 @@ class Tiled:
 def cut(problem: Problem) -> Tiled:
     """Pad to whole tiles, apply the head scale, pool if a list asks for it; in the dtype that multiplies fastest."""
     dtype, valid = product_dtype(problem.q.dtype, problem.q.device.type), problem.key_valid
-    q, k, v = (x.to(dtype) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (cast(x, dtype) for x in (problem.q, problem.k, problem.v))
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
     absent = weight = None
