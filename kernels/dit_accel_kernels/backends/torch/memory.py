@@ -14,7 +14,7 @@ _PAGE, _HUGE = 4096, 14  # MADV_HUGEPAGE
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory on the CPU; where it is new, its first writing takes half the time of that in small pages."""
+    """Uninitialised memory on the CPU, whose first writing takes half the time of that in small pages."""
     made = torch.empty(tuple(shape), dtype=dtype)
     ask = _madvise()
     if ask is not None and made.nbytes >= LEAST_BYTES:
