@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo report test test-slow test-all test-diffusers bench bench-gpu tables weights types lint format setup clean
+.PHONY: demo report test test-slow test-all test-rare test-diffusers bench bench-gpu tables weights types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.demo --out demo
@@ -13,9 +13,13 @@ test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --durations=15 --durations-min=1
 
 test-slow: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n auto --dist worksteal -m slow --durations=15 --durations-min=1
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not rare" --durations=15 --durations-min=1
 
 test-all: test test-slow
+
+# what CI leaves out: the rest of the long matrices, of which it has every value twice
+test-rare: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m rare --durations=15 --durations-min=1
 
 # diffusers' own tests with dit-accel attached to every model they build; CI leaves it out, offline it skips
 test-diffusers: $(VENV)/.ready-test

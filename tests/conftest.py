@@ -1,6 +1,7 @@
 """Shared by all tests: one thread a worker, no network, few cases of large matrices, a reason for skipped GPU tests.
 
-Of a matrix marked `sample`, `make test` runs a few cases that have every value of every parameter; the rest is slow.
+Of a matrix marked `sample`, `make test` runs a few cases that have every value of every parameter, the slow tests a few
+others that have them again, and what is left is rare.
 """
 
 import os
@@ -46,19 +47,21 @@ def covering(cases: list[dict[str, str]], most: int | None) -> list[int]:
 
 
 def leave_most_of_matrices(items: list[pytest.Item]) -> None:
-    """Mark as slow what of the sampled matrices is not among the fewest cases that have every value."""
+    """Mark as slow what of sampled matrices is not among the fewest cases that have every value, and most as rare."""
     matrices: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sample"):
             matrices[item.nodeid.split("[")[0]].append(item)
     for cases in matrices.values():
         mark = cases[0].get_closest_marker("sample")
-        keep = covering(
-            [{k: repr(v) for k, v in case.callspec.params.items()} for case in cases], *(mark.args or [None])
-        )
-        for position, case in enumerate(cases):
-            if position not in keep:
-                case.add_marker(pytest.mark.slow)
+        values = [{k: repr(v) for k, v in case.callspec.params.items()} for case in cases]
+        keep = covering(values, *(mark.args or [None]))
+        left = [place for place in range(len(cases)) if place not in keep]
+        again = {left[place] for place in covering([values[place] for place in left], None)}
+        for place in left:
+            cases[place].add_marker(pytest.mark.slow)
+            if place not in again:
+                cases[place].add_marker(pytest.mark.rare)
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is slow is left out

@@ -61,7 +61,12 @@ FAILS = {"taylor lite": "kandinsky-5 0, kandinsky-6 0, cosmos-3 0, cosmos-3 1", 
 
 FEW = ("wan", "sd3", "flux-kin", "cosmos-3")
 CASES = [
-    pytest.param(family, number, marks=[] if family in FEW else [pytest.mark.slow], id=f"{family} {number}")
+    pytest.param(
+        family,
+        number,
+        marks=[] if family in FEW else [pytest.mark.slow] if number == 0 else [pytest.mark.slow, pytest.mark.rare],
+        id=f"{family} {number}",
+    )
     for family, models in MODELS.items()
     for number in range(len(models))
 ]
