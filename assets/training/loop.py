@@ -79,20 +79,15 @@ def run_training(
     averages, recipe = Averages(modules, config.ema), asdict(config)
     step, clock = restore(run / "checkpoint.pt", averages, optimizers, recipe, change)
     log, window = Log(run / "log.jsonl", **clock), defaultdict(list)
-    log.write(event="start", step=step, threads=torch.get_num_threads(), processes=process()[1], config=recipe)
     rank, processes = process()
+    log.write(event="start", step=step, threads=torch.get_num_threads(), processes=processes, config=recipe)
     while step < config.steps and all_of(budget.left()):
         torch.manual_seed((config.seed * 1_000_003 + step) * processes + rank)
         factor = trapezoid(step, config.steps, warmup=config.warmup, decay=config.decay)
         set_rates(optimizers, (config.lr, config.adam_lr), factor)
         loss, notes = loss_at(step, np.random.default_rng([config.seed, step, *[rank] * (rank > 0)]), averages)
         loss.backward()
-        average_gradients(modules)
-        for module in modules.values():
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        update(modules, optimizers)
         averages.update()
         step += 1
         for name, value in notes.items():
@@ -105,6 +100,16 @@ def run_training(
     store(run / "checkpoint.pt", averages, optimizers, step, log, recipe)
     log.write(event="end" if step == config.steps else "pause", step=step)
     return step, averages, log
+
+
+def update(modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+    """Take a step along the mean of all processes' gradients, clipped for each module."""
+    average_gradients(modules)
+    for module in modules.values():
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def process() -> tuple[int, int]:
