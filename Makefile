@@ -17,7 +17,7 @@ test-slow: $(VENV)/.ready-test
 
 test-all: test test-slow
 
-# what CI leaves out: the rest of the long matrices, of which it has every value twice
+# what CI leaves out: further cases of long matrices, whose values it has in others, and some long checks of further models
 test-rare: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m rare --durations=15 --durations-min=1
 
