@@ -13,7 +13,7 @@ import torch
 from common import RUNS
 from dit_accel_assets import clips, prompts, world
 from subjects import Video
-from train_transformer import encode_clips
+from pool import encode_clips
 
 PARTS = ("", "color", "shape", "texture", "motion", "ground")
 

@@ -2,8 +2,8 @@
 
 In two processes, each with half of every batch: `torchrun --nproc-per-node 2 assets/training/train_transformer.py`.
 
-Flow matching (arXiv 2210.02747, 2403.03206) on latents of drawn clips of one length and several sizes; the clips of a
-size are encoded once into a pool on disk, when a stage first asks for them.
+Flow matching (arXiv 2210.02747, 2403.03206) on latents, first of single pictures, then of clips of one length, each in
+several sizes; the clips of a size are encoded once into a pool on disk, when a stage first asks for them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from build import build_pipeline
 from common import RUNS, Averages, autocast, fast_dtype
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from dit_accel_assets import model_path, painter, prompts, world
+from dit_accel_assets import model_path, world
 from fast_attention import TrainingCrossAttention, TrainingSelfAttention
-from loop import Budget, Loss, Recipe, all_of, process, read_arguments, run_training, save_atomic
+from loop import Budget, Loss, Recipe, process, read_arguments, run_training
+from pool import Pool
+from reading import Reader
 from torch import Tensor
-from train_vae import to_tensor
 
-SHARD = 250
+LATENT_FRAMES = (world.FRAMES + 1) // 2
 PLAIN = ("shared", "embed_tokens", "relative_attention_bias", "proj_out", "patch_embedding", "scale_shift_table")
 """Weights that AdamW takes: embeddings, the output layer and what is no matrix."""
 
@@ -49,7 +50,10 @@ class FlowRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerTraining(FlowRecipe):
-    """The recipe. A stage is (the step it ends at, ((weight, height, width, batch), ...)); pools are (h, w, clips)."""
+    """The recipe. Sizes are height, width, frames.
+
+    A stage is (the step it ends at, ((weight, *size, batch), ...)), a pool (*size, clips).
+    """
 
     seed: int = 5
     steps: int = 40_000
@@ -58,52 +62,18 @@ class TransformerTraining(FlowRecipe):
     hint: float = 0.2
     """Share of the batches in which one latent frame is less noisy than the rest: from one position on, the motion
     words decide all others, which teaches what they mean long before a path can be seen in the noise."""
-    pools: tuple[tuple[int, int, int], ...] = (
-        (40, 40, 4000), (48, 48, 6000), (64, 64, 3000), (64, 96, 1000), (96, 96, 1000)
+    reading: float = 0.3
+    """Weight of the second question, what is seen at each token."""
+    reads: int = 5
+    """Block whose output answers it."""
+    pools: tuple[tuple[int, int, int, int], ...] = (
+        (64, 64, 1, 20_000), (48, 48, 17, 5000), (64, 64, 17, 4000), (64, 96, 17, 500), (96, 96, 17, 500)
     )  # fmt: skip
-    stages: tuple[tuple[int, tuple[tuple[float, int, int, int], ...]], ...] = (
-        (800, ((1.0, 40, 40, 20),)),
-        (2000, ((1.0, 48, 48, 24),)),
-        (40_000, ((0.4, 48, 48, 24), (0.4, 64, 64, 14), (0.1, 64, 96, 8), (0.1, 96, 96, 4))),
+    stages: tuple[tuple[int, tuple[tuple[float, int, int, int, int], ...]], ...] = (
+        (1000, ((1.0, 64, 64, 1, 128),)),
+        (1800, ((1.0, 48, 48, 17, 24),)),
+        (40_000, ((0.4, 48, 48, 17, 24), (0.4, 64, 64, 17, 14), (0.1, 64, 96, 17, 8), (0.1, 96, 96, 17, 4))),
     )
-
-
-class Pool:
-    """Latents of one picture size, encoded where they are not on disk yet; prompts are drawn anew at each use."""
-
-    def __init__(self, folder: Path, vae: AutoencoderKLWan, seed: int, height: int, width: int, count: int) -> None:
-        if count % SHARD:
-            raise ValueError(f"a pool of {count} clips is not a whole number of shards; use a multiple of {SHARD}")
-        self.scenes = [world.scene_of(seed, index, height=height, width=width) for index in range(count)]
-        folder.mkdir(parents=True, exist_ok=True)
-        firsts = range(0, count, SHARD)
-        paths = [folder / f"{seed}-{height}x{width}-{first:05d}.pt" for first in firsts]
-        rank, processes = process()
-        for first, path in list(zip(firsts, paths, strict=True))[rank::processes]:
-            if not path.exists():
-                save_atomic({"latents": encode_clips(vae, self.scenes[first : first + SHARD])}, path)
-        all_of(True)  # every process has written its shards
-        self.latents = torch.cat([torch.load(path)["latents"] for path in paths])
-        shape = (1, -1, 1, 1, 1)
-        self.mean = torch.tensor(vae.config.latents_mean).view(shape)
-        self.std = torch.tensor(vae.config.latents_std).view(shape)
-
-    def batch(self, rng: np.random.Generator, count: int, dropout: float) -> tuple[Tensor, list[str]]:
-        """Return normalised latents [B, C, F, h, w] and prompts, a share `dropout` of them empty."""
-        picks = rng.integers(0, len(self.latents), count)
-        texts = [prompts.prompt_of(self.scenes[pick], rng) for pick in picks]
-        texts = ["" if rng.random() < dropout else text for text in texts]
-        return (self.latents[torch.from_numpy(picks)].float() - self.mean) / self.std, texts
-
-
-@torch.no_grad()
-def encode_clips(vae: AutoencoderKLWan, scenes: list[world.Scene]) -> Tensor:
-    """Draw scenes and return the means of their latents, float16 [N, C, F, h, w]."""
-    out = []
-    for scene in scenes:
-        with autocast():
-            out.append(vae.encode(to_tensor(painter.draw(scene)[None])).latent_dist.mode()[0].half())
-    return torch.stack(out)
 
 
 def encode_text(pipe: WanPipeline, texts: list[str], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -129,14 +99,18 @@ def noise_levels(rng: np.random.Generator, count: int, shift: float, high_noise:
 def flow_loss(
     pipe: WanPipeline, latents: Tensor, texts: list[str], rng: np.random.Generator, config: TransformerTraining
 ) -> Tensor:
-    """Return the squared error of the velocity, noise - clip, at random noise levels (logit-normal, shifted)."""
+    """Return the squared error of the velocity, noise - clip, at random noise levels (logit-normal, shifted).
+
+    The shift falls with the square root of the length, since fewer pictures tell less of what is behind the noise.
+    """
     states, bias = encode_text(pipe, texts, rng)
     for block in pipe.transformer.blocks:
         block.attn2.processor.bias = bias
-    level = noise_levels(rng, len(texts), config.shift, config.high_noise)
     noise, frames = torch.randn_like(latents), latents.shape[2]
+    shift = config.shift * (frames / LATENT_FRAMES) ** 0.5
+    level = noise_levels(rng, len(texts), shift, config.high_noise)
     levels, time = level[:, None].repeat(1, frames), level * 1000
-    if rng.random() < config.hint:
+    if rng.random() < config.hint and frames > 1:
         hinted = torch.from_numpy(rng.integers(0, frames, len(texts)))[:, None]
         levels.scatter_(1, hinted, level[:, None] * torch.from_numpy(rng.random((len(texts), 1))).float())
         time = (levels * 1000).repeat_interleave(latents[0, 0, 0].numel() // 4, 1)  # one for each token
@@ -174,21 +148,27 @@ def train(config: TransformerTraining, run: Path, vae_folder: Path, budget: Budg
     """Train, resuming exactly from the run's checkpoint where there is one."""
     vae = AutoencoderKLWan.from_pretrained(vae_folder)
     pipe = prepare(config, vae)
-    counts = {(height, width): count for height, width, count in config.pools}
-    pools: dict[tuple[int, int], Pool] = {}
+    reader, states = Reader(pipe.transformer.patch_embedding.out_channels), {}
+    counts = {tuple(size): count for *size, count in config.pools}
+    pools: dict[tuple[int, ...], Pool] = {}
+    block = pipe.transformer.blocks[min(config.reads, len(pipe.transformer.blocks) - 1)]
+    block.register_forward_hook(lambda _module, _args, output: states.update(read=output))
 
     def loss_at(step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
         mix = next(mix for end, mix in config.stages if step < end)
         size = np.random.default_rng([config.seed, step]).choice(len(mix), p=[m[0] for m in mix])  # one for all
-        _, height, width, count = mix[size]
-        if (height, width) not in pools:
-            pools[height, width] = Pool(run / "pool", vae, config.seed, height, width, counts[height, width])
-        latents, texts = pools[height, width].batch(rng, -(-count // process()[1]), config.prompt_dropout)
+        _, height, width, frames, count = mix[size]
+        key = (height, width, frames)
+        if key not in pools:
+            pools[key] = Pool(run / "pool", vae, config.seed, *key, counts[key])
+        latents, texts, scenes, seen = pools[key].batch(rng, -(-count // process()[1]), config.prompt_dropout)
         loss = flow_loss(pipe, latents, texts, rng, config)
-        return loss, {f"loss_{height}x{width}": loss.item()}
+        read = reader.loss(states["read"], scenes, seen)
+        name = f"{height}x{width}x{frames}"
+        return loss + config.reading * read, {f"loss_{name}": loss.item(), f"read_{name}": read.item()}
 
     run_training(
-        config, {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}, loss_at,
+        config, {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder, "reader": reader}, loss_at,
         run=run, budget=budget, change=change, log_every=25, muon_dtype=fast_dtype(), plain_names=PLAIN,
     )  # fmt: skip
 

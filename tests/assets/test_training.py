@@ -15,18 +15,24 @@ import concentration
 import export
 import loop
 import numpy as np
+import pool
+import reading
 import samples
 import subjects
 import train_image
 import train_transformer
 import train_vae
 import training_ranks
+from dit_accel_assets import painter, world
 from parallel_ranks import processes
 from training_ranks import Steps
 
 VAE = train_vae.VaeTraining(steps=6, freeze_encoder_at=4, stages=((1.0, ((1.0, 1, 32, 32, 1),)),))
 TRANSFORMER = train_transformer.TransformerTraining(
-    steps=4, pools=((32, 32, 4),), stages=((4, ((1.0, 32, 32, 2),)),), warmup=1
+    steps=4,
+    pools=((32, 32, 1, 4), (32, 32, 17, 4)),
+    stages=((1, ((1.0, 32, 32, 1, 2),)), (4, ((1.0, 32, 32, 17, 2),))),
+    warmup=1,
 )
 
 
@@ -35,7 +41,7 @@ def quick(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(train_vae, "latent_statistics", lambda vae: ([0.5] * 12, [2.0] * 12))
     monkeypatch.setattr(train_vae, "held_out_psnr", lambda *args: [0.0])
-    monkeypatch.setattr(train_transformer, "SHARD", 2)
+    monkeypatch.setattr(pool, "SHARD", 2)
     # two blocks resume as twelve do
     monkeypatch.setitem(train_transformer.build_pipeline.__globals__["TRANSFORMER_CONFIG"], "num_layers", 2)
 
@@ -77,7 +83,7 @@ def test_the_transformers_training_resumes_bit_for_bit_and_refuses_another_recip
     events = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("pause", 1), ("start", 1), ("end", 4)]
     assert events[2]["config"]["seed"] == TRANSFORMER.seed
-    other = train_transformer.TransformerTraining(steps=5, pools=((32, 32, 4),), warmup=1, shift=3.0)
+    other = replace(TRANSFORMER, steps=5, shift=3.0)
     with pytest.raises(ValueError, match=r"another recipe \(.*steps: 4 there, 5 asked; .*shift: 5.0 there, 3.0 asked"):
         train(other, tmp_path / "parts", tmp_path / "vae", Steps(1))
 
@@ -97,7 +103,50 @@ def test_a_training_goes_on_from_an_embedded_models_weights(tmp_path, monkeypatc
 
 def test_a_pool_holds_whole_shards(tmp_path):
     with pytest.raises(ValueError, match="a pool of 3 clips is not a whole number of shards; use a multiple of 2"):
-        train_transformer.Pool(tmp_path, None, 0, 32, 32, 3)
+        pool.Pool(tmp_path, None, 0, 32, 32, 17, 3)
+
+
+def test_what_is_seen_at_a_token_is_what_the_painter_shows_there():
+    scene = world.scene_of(3, 6, height=48, width=64)  # of two things
+    seen = reading.coverage(scene, 17)
+    assert seen.shape == (3, 9, 6, 8)
+    masks = painter.masks(scene, 17)
+    row, column = divmod(int(seen[0, 2].argmax()), 8)  # in the second pair of frames after the first one
+    share = masks[0, 3:5, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].mean()
+    assert share > 0.3
+    assert seen[0, 2, row, column] == pytest.approx(255 * share, abs=1)
+    assert seen[len(masks) :].max() == 0
+    assert torch.equal(reading.coverage(scene, 1), seen[:, :1])
+
+
+def test_a_reader_that_knows_the_answers_loses_what_shared_tokens_leave_open_alone():
+    scene = world.scene_of(3, 9, height=48, width=64)
+    seen = reading.coverage(scene, 1)[None]
+    shares = seen.float().div(255).flatten(2)[0].mT
+    shares = torch.cat([shares, 1 - shares.sum(-1, keepdim=True)], -1)
+    reader = reading.Reader(4)
+    torch.nn.init.zeros_(reader.answer.weight)
+    torch.nn.init.zeros_(reader.answer.bias)
+    states = torch.zeros(1, len(shares), 4)
+    even = reader.loss(states, [scene], seen).item()
+    assert even == pytest.approx(np.log(reading.WIDTHS).mean(), rel=1e-5)
+
+    def told(states):
+        """Log-shares of each question's words, of the things that are there."""
+        answers = torch.full((1, len(shares), sum(reading.WIDTHS)), -30.0)
+        start = 0
+        for (name, words), width in zip(reading.QUESTIONS.items(), reading.WIDTHS, strict=True):
+            for index, thing in enumerate(scene.things):
+                answers[0, :, start + words.index(getattr(thing, name))] = shares[:, index].clamp(min=1e-9).log()
+            answers[0, :, start + len(words)] = shares[:, -1].clamp(min=1e-9).log()
+            start += width
+        return answers
+
+    reader.answer.forward = told
+    assert {len({getattr(thing, name) for thing in scene.things}) for name in reading.QUESTIONS} == {len(scene.things)}
+    least = -(shares * shares.clamp(min=1e-9).log()).sum(-1).mean().item()
+    assert reader.loss(states, [scene], seen).item() == pytest.approx(least, abs=1e-4)
+    assert least < even / 3
 
 
 def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
