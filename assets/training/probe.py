@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from common import RUNS
 from dit_accel_assets import clips, prompts, world
-from subjects import Video
 from pool import encode_clips
+from subjects import Video
 
 PARTS = ("", "color", "shape", "texture", "motion", "ground")
 
