@@ -34,6 +34,7 @@ def measures(model: SuiteModel, clip: int, made: Run) -> Line:
         "sharpness": sharpness(made.frames),
         "repetition": repetition(made.frames, trained),
         "loop": loop(made.frames, trained),
+        "loop_seconds": round(made.seconds, 2),
     }
 
 
@@ -60,10 +61,10 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
     yield (
         "| arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
-        "repetition RMS | loop | pairs computed | against | paired difference, points of the score | of the loop | "
+        "repetition RMS | loop | pairs computed | denoising, s | against | paired difference, points of the score | of the loop | "
         "of the path error |"
     )
-    yield "|---" * 15 + "|"
+    yield "|---" * 16 + "|"
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     for arm in suite.arms:
         clips = by_arm[arm.name]
@@ -99,6 +100,7 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
             f"{mean('repetition'):.3f}",
             f"{mean('loop'):.2f}",
             f"{mean('attended'):.0%}",
+            f"{mean('loop_seconds'):.1f}" if all("loop_seconds" in line for line in clips.values()) else "",
             plain.name if plain else "",
             against("score", 100),
             against("loop"),

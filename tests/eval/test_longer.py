@@ -106,9 +106,12 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
     assert table(read_suite(suite), lines) in printed
     assert "| 1x | 2 | 33 | 100% |" in printed
     assert "| 2x | 25.00 [25.00, 25.00] |" in printed
-    before = [{key: value for key, value in line.items() if key != "closeness_by_stretch"} for line in lines]
+    assert "| 100% | 1.5 |" in table(read_suite(suite), [{**line, "loop_seconds": 1.52} for line in lines])
+    new = ("closeness_by_stretch", "loop_seconds")
+    before = [{key: value for key, value in line.items() if key not in new} for line in lines]
     rows = table(read_suite(suite), before).splitlines()
-    assert "| 100% |  |" in rows[2]  # runs of before don't say how near each stretch comes
+    assert "| 100% |  |" in rows[2]  # runs of before don't say how near each stretch comes, nor their time
+    assert "| 100% |  |  |  |" in rows[2]
     (row,) = [row for row in table(read_suite(suite), lines[:3]).splitlines() if row.startswith("| 2x, decayed")]
     assert "| 2x | 25.00 |" in row  # one clip has no interval
     assert run_suite(tmp_path / "none.toml").exit_code == 2
