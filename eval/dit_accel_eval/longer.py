@@ -61,8 +61,8 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
     yield (
         "| arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
-        "repetition RMS | loop | pairs computed | denoising, s | against | paired difference, points of the score | of the loop | "
-        "of the path error |"
+        "repetition RMS | loop | pairs computed | denoising, s | against | "
+        "paired difference, points of the score | of the loop | of the path error |"
     )
     yield "|---" * 16 + "|"
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
