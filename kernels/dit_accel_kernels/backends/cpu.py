@@ -39,10 +39,11 @@ def processor() -> str:
 def choice(dtype: torch.dtype | None, tiles: TileLists) -> tuple[str, float | None]:
     """The faster backend for a call by these lists, and its predicted speed over dense SDPA; None: it is not known.
 
-    flex counts where it runs: with a C++ compiler, tile sides that are powers of 2, and neither votes nor LSE.
+    Pooled tiles count nothing. flex counts where there is a C++ compiler and tile sides are powers of 2; that the call
+    has neither votes nor LSE is the caller's to know.
     """
     tile = 64 if min(tiles.block_q, tiles.block_k) <= 64 else 128
-    rows = _serving(processor(), DTYPES.get(dtype), min(tiles.num_q, tiles.num_k), tile)  # type: ignore[arg-type]
+    rows = _serving(processor(), DTYPES.get(dtype) if dtype else None, min(tiles.num_q, tiles.num_k), tile)
     density = max(tiles.density, 1e-9)
     speed = {backend: _at(shares, density) / density for backend, shares in rows.items()}
     ahead = sorted(speed, key=speed.__getitem__, reverse=True)
