@@ -122,7 +122,8 @@ def attach(
     Args:
         model: a diffusers pipeline (all its transformers that an adapter covers) or one transformer.
         methods: configs such as ``RadialAttention()``; without any, every call stays dense.
-        backend: the kernel backend of planned attention calls. A named one never falls back.
+        backend: the kernel backend of planned attention calls. A named one never falls back; with ``auto`` calls whose
+            tile lists only save time stay dense on a CPU that is known to gain none by them, and the report says so.
         layers: the attention layers that methods may change; the others stay as they are. Indices in each transformer,
             such as ``"3-20"`` or ``"0, 3-20"``, or a function of a module's name and the module. None: all.
 

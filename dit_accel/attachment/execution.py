@@ -11,11 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dit_accel_kernels import (
-    block_sparse_attention_backward,
-    block_sparse_attention_eager,
-    resolve_backend,
-)
+from dit_accel_kernels import block_sparse_attention_backward, block_sparse_attention_eager
 from torch import Tensor
 
 from ..errors import AttachError, ConfigError
@@ -28,7 +24,7 @@ from ..plan.masks import is_key_padding, visible_row
 from ..plan.plan import AttentionPlan
 from ..report.recorder import Recorder
 from .backward import NO_TICKET, BackwardStore
-from .kernel_call import computed_rows, followed, kernel_arguments
+from .kernel_call import backend_of, computed_rows, followed, kernel_arguments, without_slow_lists
 from .layers import AttentionLayer
 from .state import DenoisingState
 
@@ -266,7 +262,9 @@ class Execution:
                     raise
                 raise ConfigError(f"{handler.name} together with {', '.join(by)}: {error}") from None
             by.append(handler.name)
-        return plan
+        if context.differentiate or context.training or not all(handler.only_saves for handler in handlers):
+            return plan
+        return without_slow_lists(plan, call, context, self.recorder)
 
     def _run(
         self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer
@@ -280,7 +278,7 @@ class Execution:
             self.recorder.sparse_call(context, plan)
         else:
             call = call.with_keys(plan.centred(call.k))
-            out, exact, kept = self._run_kernel(plan, call)
+            out, exact, kept = self._run_kernel(plan, call, context.differentiate)
             if exact is None:
                 self.recorder.sparse_call(context, plan)
             else:
@@ -326,12 +324,14 @@ class Execution:
             self.recorder.selected_call(context, cut, exact, share)
         return out.index_copy_(2, rows, found.to(out.dtype))
 
-    def _run_kernel(self, plan: AttentionPlan, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _run_kernel(
+        self, plan: AttentionPlan, call: Call, differentiate: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
         tiles, arguments = kernel_arguments(plan, call)
-        listed = plan.selection is None and plan.frame_decay is None
-        tile = (tiles.block_q, tiles.block_k) if listed else None
-        self.recorder.backends.add(resolve_backend(self.backend, call.q.device, call.q.dtype, call.q.shape[-1], tile))
+        name = backend_of(plan, call, tiles, differentiate=differentiate)
+        self.recorder.backends.add(name)
+        arguments = {**arguments, "backend": name} if differentiate else arguments
         q, k, v = call.as_held(call.q, call.k, call.v)
         result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)
         if isinstance(result, Tensor):

@@ -4,12 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from dit_accel_kernels import FrameDecay, TileLists
+from dit_accel_kernels import FrameDecay, TileLists, predicted_speedup, resolve_backend
 from torch import Tensor
 
 from ..plan.call import Call
+from ..plan.context import CallContext
 from ..plan.plan import AttentionPlan
 from ..plan.tiling import TILE, full_tiles
+from ..report.recorder import Recorder
 
 
 def kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[str, Any]]:
@@ -29,6 +31,35 @@ def kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[s
         "selection": plan.selection,
         "backend": call.backend,
     }
+
+
+def backend_of(plan: AttentionPlan, call: Call, tiles: TileLists, *, differentiate: bool) -> str:
+    """Return the backend that runs a plan over its tiles, or of which a backward may ask."""
+    selection, decay = plan.selection, plan.frame_decay
+    tile = None if selection is not None or decay is not None else (tiles.block_q, tiles.block_k)
+    votes = selection is not None and selection.vote is not None
+    lists = None if votes or decay is not None or differentiate else tiles
+    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], tile, lists)
+
+
+def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, recorder: Recorder) -> AttentionPlan:
+    """Return a plan whose lists only save time without them where dense attention takes less; the report says so.
+
+    Never where a backend was named, where the plan needs our kernels for more than its lists, or where the kernels'
+    table does not tell what they gain.
+    """
+    tiles, dense = plan.tiles, replace(plan, tiles=None, token_order=None)
+    if tiles is None or call.backend != "auto" or dense.needs_kernel or plan.reused is not None:
+        return plan
+    speed = predicted_speedup(call.q.device, call.q.dtype, tiles)
+    if speed is None or speed >= 1:
+        return plan
+    recorder.backends.add("dense")
+    recorder.note(
+        f"{context.transformer}: {tiles.density:.1%} of the tiles take {1 / speed:.2f} times as long as all of them by "
+        "the model's own attention on this processor, so calls of so many went there; a named backend would run them"
+    )
+    return dense
 
 
 def followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:

@@ -171,6 +171,9 @@ class AttentionHandler(Handler):
     votes: ClassVar[bool] = False
     """Whether its plans ask for votes, which not every kernel backend has."""
 
+    only_saves: ClassVar[bool] = False
+    """Whether its tile lists leave out or pool tiles to save time and nothing else, so that dense attention may do."""
+
     by_place: ClassVar[bool] = False
     """Whether its plans follow from places, heads and keys alone, so that a row can be computed without the others."""
 

@@ -1,4 +1,7 @@
-"""Time block-sparse attention against dense SDPA and rivals, side by side in one process; append JSON lines."""
+"""Time block-sparse attention against dense SDPA and rivals, side by side in one process; append JSON lines.
+
+cpu_table.py makes of the committed ones what "auto" decides by on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from candidates import NAMES, Call, exact_rows, make
 from dit_accel_kernels import EXACT, TileLists
+from dit_accel_kernels.backends.cpu import processor
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,6 +93,7 @@ def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[s
     dense = statistics.median(seconds["dense"])
     setting = {
         "device": cpu_name(),
+        "processor": processor(),
         "torch": torch.__version__,
         **{name: getattr(args, name) for name in ("threads", "clock", "block", "lists", "rounds")},
         "shape": [batch, heads, tokens, dim],

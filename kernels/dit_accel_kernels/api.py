@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.backends import cpu, reference
 from dit_accel_kernels.backends import flex as flex_backend
-from dit_accel_kernels.backends import reference
 from dit_accel_kernels.backends.fa4 import attend as fa4_backend
 from dit_accel_kernels.backends.fa4 import support as fa4_support
 from dit_accel_kernels.backends.torch import attend as torch_backend
@@ -140,18 +140,21 @@ def block_sparse_attention_backward(
 
 
 def _for_gradients(call: Packed) -> Packed:
-    """The same call, with what its gradient will want: the LSE on the triton backend, and what a routing chose."""
+    """The same call with what its gradient will want: its backend, the LSE on triton, and what a routing chose."""
+    name = _backend(call)
     return call._replace(
         return_tiles=call.return_tiles or call.beta is not None,
-        return_lse=call.return_lse or _backend(call) in TRITON_GRADIENTS,
+        return_lse=call.return_lse or name in TRITON_GRADIENTS,
+        backend=name,
     )
 
 
-def _backend(call: Packed) -> str:
-    """The backend that runs a call."""
-    listed = not call.selects and call.decay_table is None
-    tile = (call.block_q, call.block_k) if listed else None
-    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], tile)
+def _backend(call: Packed, problem: Problem | None = None) -> str:
+    """The backend that runs a call; on a CPU without its problem, one that runs any."""
+    tile = None if call.selects or call.decay_table is not None else (call.block_q, call.block_k)
+    untimed = call.return_lse or call.criterion or call.decay_table is not None or call.q.device.type != "cpu"
+    lists = None if problem is None or untimed else lists_of(problem)
+    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], tile, lists=lists)
 
 
 def resolve_backend(
@@ -160,19 +163,24 @@ def resolve_backend(
     dtype: torch.dtype | None = None,
     dim: int | None = None,
     tile: tuple[int, int] | None = None,
+    lists: TileLists | None = None,
 ) -> str:
-    """What "auto" means here: fa4 or triton on CUDA, ROCm and XPU devices that can run them, torch otherwise.
+    """What "auto" means here: fa4 or triton on CUDA, ROCm and XPU devices that can run them, torch or flex on a CPU.
 
     fa4 needs flash-attn-4 on sm_90, or on sm_100 with tiles of 256 queries, bfloat16 or float16, a head dim that is a
     multiple of 8 up to 128, and a call by lists alone, without selection and frame decay: `tile` gives queries and keys
     of such a call's tiles, None stands for any other call. Triton needs its package, bfloat16, float16 or float32, a
     head dim that is a multiple of 8 up to 256 and, on NVIDIA, compute capability 8.0. `dtype` and `dim` None stand for
-    any that a backend supports. A named backend is returned as it is.
+    any that a backend supports. On a CPU flex needs to run there and to be ahead in backends/cpu_table.json, by what
+    the processor has, dtype, tokens and density: `lists` are those of a call without votes, LSE, gradient and frame
+    decay (which was not timed), None stands for any other. A named backend is returned as it is.
     """
     if backend != "auto":
         return backend
     if tile is not None and fa4_support.preferred(device, dtype, dim, tile):
         return "fa4"
+    if device.type == "cpu":
+        return "torch" if lists is None else cpu.choice(dtype, lists)[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 
@@ -209,7 +217,8 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_forward` of a batch that is there."""
-    problem, axis, name = problem_of(call), 1 if call.heads_first else 2, _backend(call)
+    problem = problem_of(call)
+    axis, name = 1 if call.heads_first else 2, _backend(call, problem)
     if os.environ.get("DIT_ACCEL_VALIDATE") == "1":
         lists_of(problem).validate()
     if name == "triton":
@@ -218,10 +227,8 @@ def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         out, lse, exact, kept = fa4_backend.attend(problem.tiled(), need_lse=call.return_lse)
     elif name == "reference":
         out, lse, exact, kept = reference.attend(problem.tiled())
-    elif name == "flex":
-        out, lse, exact, kept = flex_backend.attend(problem.tiled(), need_lse=call.return_lse)
     else:
-        out, lse, exact, kept = torch_backend.attend(problem.tiled(), need_lse=call.return_lse)
+        out, lse, exact, kept = _by_torch(problem.tiled(), call, compiled=name == "flex")
     lse = lse if call.return_lse else call.q.new_empty(0, dtype=lse.dtype)
     if call.token_order is not None and name != "triton":
         out = torch.empty_like(out).index_copy_(2, call.token_order, out)
@@ -235,6 +242,17 @@ def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = call.q.new_empty(0, dtype=torch.int32)
     exact = exact if call.return_tiles and exact is not None else none
     return out.contiguous(), lse.contiguous(), exact, none.clone() if kept is None else kept
+
+
+def _by_torch(problem: Problem, call: Packed, *, compiled: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What FlexAttention gives, where it is asked for, and else the torch backend."""
+    if compiled:
+        try:
+            return flex_backend.attend(problem, need_lse=call.return_lse)
+        except BackendUnavailableError:  # torch.compile is switched off
+            if call.backend != "auto":
+                raise
+    return torch_backend.attend(problem, need_lse=call.return_lse)
 
 
 def _forward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dit_accel_kernels import EXACT, SKIPPED, TileLists
+from dit_accel_kernels.backends import cpu
 from one_layer import Fixed, OneLayer
 
-from dit_accel import AttachError, ConfigError
+from dit_accel import LVSA, AttachError, ConfigError, LiteAttention, RadialAttention, UltraViCo
 from dit_accel.attachment.backward import BackwardStore
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
@@ -135,3 +136,76 @@ def test_a_backend_without_a_gradient_for_operators_is_named():
     out = layer.call(q, k, v, LAYOUT)
     with pytest.raises(ConfigError, match=r"has no gradient that a planned call could use .*set another one, such as"):
         out.sum().backward()
+
+
+CLIP = TokenLayout(frames=8, height=4, width=4)
+RADIAL = RadialAttention(block_size=16, decay_factor=0.2, dense_steps=0, dense_layers=0)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A processor on which sparse attention is slower than dense at every density from .3 on."""
+    monkeypatch.setattr(cpu, "_serving", lambda *key: {"torch": ((0.1, 0.3),)})
+
+
+def called(*methods, backend="auto", dtype=torch.float32, gradient=False):
+    """One call in a clip, run by methods: the module, the call's tensors and its output."""
+    q, k, v = (x.to(dtype).requires_grad_(gradient) for x in tensors(CLIP.tokens))
+    layer = OneLayer(*methods, backend=backend)
+    return layer, (q, k, v), layer.call(q, k, v, CLIP)
+
+
+@pytest.mark.parametrize("rest", ["skip", "pooled"])
+def test_lists_that_only_save_time_are_left_to_the_users_own_attention_where_they_save_none(slow, rest):
+    radial = RadialAttention(block_size=16, decay_factor=0.2, dense_steps=0, dense_layers=0, rest=rest)
+    layer, (q, k, v), out = called(radial)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+    assert layer.attended == 1
+    recorder = layer.execution.recorder
+    assert recorder.spell_backend("auto") == "auto (dense)"
+    density = radial.resolve({}).tiles(CLIP).density
+    assert 0.3 < density < 1
+    assert recorder.notes[-1] == (
+        f"transformer: {density:.1%} of the tiles take {density / 0.3:.2f} times as long as all of them by the model's "
+        "own attention on this processor, so calls of so many went there; a named backend would run them"
+    )
+    assert layer.reports()[0].density == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_named_backend_runs_lists_that_save_no_time(slow, backend):
+    layer, qkv, out = called(RADIAL, backend=backend)
+    assert layer.attended == 0
+    assert layer.execution.recorder.spell_backend(backend) == backend
+    assert not torch.equal(out, F.scaled_dot_product_attention(*qkv))
+
+
+def test_lists_that_mean_more_than_time_always_run(slow):
+    ultravico = UltraViCo(trained_frames=2)
+    lite = LiteAttention(block_size=16, dense_steps=0, dense_layers=0)
+    lvsa = LVSA(block_size=16, trained_frames=3, window=1, dense_steps=0, dense_layers=0)
+    for methods in ((lvsa,), (RADIAL, ultravico), (RADIAL, lite), (RADIAL, lvsa), (Fixed(own_tile_of_clip()),)):
+        layer, _, _ = called(*methods)
+        assert layer.attended == 0
+        assert layer.execution.recorder.backends == {"torch"}
+
+
+def test_lists_always_run_where_a_backward_may_follow_or_time_is_saved_or_nothing_is_known(slow, monkeypatch):
+    layer, qkv, out = called(RADIAL, gradient=True)
+    assert (layer.attended, layer.execution.recorder.backends) == (0, {"torch"})
+    _, same, expected = called(RADIAL, backend="torch", gradient=True)
+    assert torch.equal(out, expected)
+    for one, other in zip(*(torch.autograd.grad(x.sum(), y) for x, y in ((out, qkv), (expected, same))), strict=True):
+        assert torch.equal(one, other)
+    for rows in ({"torch": ((0.1, 1.1),)}, {}):
+        monkeypatch.setattr(cpu, "_serving", lambda *key, rows=rows: rows)
+        layer, _, _ = called(RADIAL)
+        assert (layer.attended, layer.execution.recorder.backends) == (0, {"torch"})
+
+
+def own_tile_of_clip():
+    count = CLIP.tokens // 16
+    states = torch.where(torch.eye(count, dtype=torch.bool), EXACT, SKIPPED).to(torch.uint8)
+    return AttentionPlan(
+        tiles=TileLists.from_states(states, block_q=16, block_k=16, num_q=CLIP.tokens, num_k=CLIP.tokens)
+    )

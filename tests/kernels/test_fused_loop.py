@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
-from dit_accel_kernels.backends.torch import compiled, fused, memory
+from dit_accel_kernels.backends.torch import attend, compiled, fused, memory, tiled
+from dit_accel_kernels.features import product_dtype
 from kernel_cases import check_against_reference, qkv, random_lists
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
@@ -31,6 +32,56 @@ def test_chunks_panels_and_rows_of_every_length(dim, block_q, block_k, monkeypat
     for options in (dict(), dict(key_mask=mask, frame_decay=decay, head_scale=torch.tensor([0.5, 2.0]))):
         check_against_reference(q, k, v, tiles, layout="bhsd", **options)
     assert taken
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A processor without products of bfloat16 and float16."""
+    with monkeypatch.context() as patch:
+        for name in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+            patch.setattr(torch.cpu, name, lambda: False)
+        product_dtype.cache_clear()
+        yield
+    product_dtype.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("dim", [5, 40])
+def test_narrow_tensors_go_in_and_out_and_nothing_else_is_rounded(dim, layout, dtype):
+    """Every feature, ragged tails, padded panels, a value that is not a number."""
+    q, k, v = qkv(2, 2, 1, 150, 470, dim, dtype, layout)
+    v[0, 0, 0, 0] = torch.nan
+    frames, mask = torch.arange(470, dtype=torch.int32) // 90, torch.rand(2, 470) > 0.3
+    mask[0, 0] = True
+    options = dict(
+        head_scale=torch.tensor([0.5, 2.0]),
+        key_mask=mask,
+        frame_decay=FrameDecay(table=torch.tensor([1.0, 0.8, 0.5]), q_frames=frames[:150], k_frames=frames),
+    )
+    for pooled, chosen in ((False, {}), (True, {}), (True, options), (False, dict(selection=Selection(vote=Vote())))):
+        tiles = random_lists(2, 150, 470, 13, 40, pooled=pooled)
+        call = dict(tiles=tiles, layout=layout, backend="torch", return_lse=True, **chosen)
+        found = block_sparse_attention(q, k, v, **call)
+        expected = block_sparse_attention(q.float(), k.float(), v.float(), **call)
+        assert found[0].dtype == dtype
+        torch.testing.assert_close(found[0], expected[0].to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert found[0].isnan().any()
+        assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
+
+
+@needs_compiler
+@pytest.mark.usefixtures("narrow")
+def test_bfloat16_is_read_where_it_lies(monkeypatch):
+    """No tensor of the call is widened whole, and the loop writes the output as it is wanted."""
+    casts = []
+    monkeypatch.setattr(tiled, "cast", lambda x, dtype: casts.append(dtype) or x.to(dtype))
+    monkeypatch.setattr(attend, "cast", lambda x, dtype: casts.append(x.dtype) or x.to(dtype))
+    q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.bfloat16)
+    block_sparse_attention(q, k, v, random_lists(1, 100, 100, 16, 16, pooled=False), layout="bhsd", backend="torch")
+    assert casts == [torch.bfloat16]
 
 
 @needs_compiler

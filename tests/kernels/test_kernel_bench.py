@@ -26,7 +26,7 @@ def test_bench_prints_a_table_and_appends_json_lines(tmp_path):
         assert record["seconds_p20"] <= record["seconds"] <= record["seconds_p80"]
         assert record["density"] == (1.0 if record["candidate"] == "dense" else 0.5)
         assert abs(record["of_ideal"] - record["speedup"] * record["density"]) < 1e-9
-        assert {"device", "torch", "threads", "shape", "dtype", "block", "lists", "tflops"} <= set(record)
+        assert {"device", "processor", "torch", "threads", "shape", "dtype", "block", "lists", "tflops"} <= set(record)
 
 
 def test_bench_refuses_ragged_shapes():

@@ -188,7 +188,7 @@ class RadialHandler(SparseHandler):
 
     config_type = RadialAttention
     phase = Phase.LISTS
-    by_place = True
+    by_place = only_saves = True
     settings: RadialSettings
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:

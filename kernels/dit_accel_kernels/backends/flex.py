@@ -75,8 +75,8 @@ def check(problem: Problem, *, need_lse: bool) -> None:
         "votes": problem.selection is not None and problem.selection.vote is not None,
         "LSE on a CPU": need_lse and problem.q.device.type == "cpu",
         "float64": problem.q.dtype == torch.float64,
-        f"block_q {problem.block_q} and block_k {problem.block_k}, which are not powers of 2 of at least 16": any(
-            b < 16 or b & (b - 1) for b in (problem.block_q, problem.block_k)
+        f"block_q {problem.block_q} and block_k {problem.block_k}, which are not powers of 2 of at least 16": (
+            not takes_tiles(problem.block_q, problem.block_k)
         ),
     }
     found = [what for what, is_asked in asked.items() if is_asked]
@@ -87,6 +87,11 @@ def check(problem: Problem, *, need_lse: bool) -> None:
         raise BackendUnavailableError(
             f"backend 'flex' compiles its kernel and needs {missing}: install it or use 'auto'"
         )
+
+
+def takes_tiles(block_q: int, block_k: int) -> bool:
+    """Whether FlexAttention takes tiles of such sides."""
+    return all(b >= 16 and b & (b - 1) == 0 for b in (block_q, block_k))
 
 
 def missing_requirement(device_type: str) -> str | None:

@@ -40,8 +40,9 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     if problem.selection is not None:
         tally = None if problem.selection.vote is None else Tally(problem)
         problem, exact = resolved(problem)
-    tiled = cut(problem)
-    if fused.runs(tiled):
+    loop = fused.runs(problem)
+    tiled = cut(problem, held=loop and problem.q.dtype == torch.bfloat16)
+    if loop:
         out, lse = fused.attend(problem, tiled, tally, need_lse=need_lse)
         return *_whole(problem, out, lse, need_lse=need_lse), exact, None if tally is None else tally.kept()
     out = torch.zeros_like(tiled.q)  # query tiles that see nothing give 0

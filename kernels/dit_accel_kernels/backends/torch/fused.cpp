@@ -1,6 +1,6 @@
 // Block-sparse attention on a CPU in one loop: two products and an online softmax of a query tile, all in its caches.
 //
-// float32. Logits are in log2 units. Keys and values come packed in panels, which a product reads in sequence:
+// In float32; queries, keys, values and output may be bfloat16. Logits are in log2 units. Keys and values come packed in panels, which a product reads in sequence:
 // keys of a tile [columns / PANEL][D][PANEL], values [D / PANEL][columns][PANEL], zero where padded.
 
 #include <algorithm>
@@ -22,14 +22,32 @@ constexpr float LN_2 = 0.6931471805599453f;
 
 typedef float Vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((may_alias));
 
 static inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 static inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
 static inline Vec all(float x) { return x - Vec{}; }  // adding 0 would be an instruction
 static inline long up(long x, long to) { return (x + to - 1) / to * to; }
 
+// n numbers from `at` on; `room` holds them where they were bfloat16
+static const float* floats(const void* x, bool narrow, long at, long n, std::vector<float>& room) {
+  if (!narrow) return static_cast<const float*>(x) + at;
+  room.resize(n);
+  const uint16_t* from = static_cast<const uint16_t*>(x) + at;
+  Bits* to = reinterpret_cast<Bits*>(room.data());
+  for (long i = 0; i < n; i++) to[i] = static_cast<Bits>(from[i]) << 16;
+  return room.data();
+}
+
+// To the nearest bfloat16, of two the even one
+static void round_to(uint16_t* to, const float* x, long n) {
+  const Bits* from = reinterpret_cast<const Bits*>(x);
+  for (long i = 0; i < n; i++) to[i] = x[i] != x[i] ? 0x7fc0 : (from[i] + 0x7fff + (from[i] >> 16 & 1)) >> 16;
+}
+
 extern "C" struct Call {
-  const float *q, *keys, *values;                         // [B * H * NQ, rows, D]; panels of the key tiles
+  const void *q;                                          // [B * H * NQ, rows, D]
+  const float *keys, *values;                             // panels of the key tiles
   const float *key_means, *value_means, *lengths;         // [B * HK * NK, D] twice and log2 of lengths; null: no pooled
   const float *absent;                                    // [B * HK * NK, columns], 0 or -inf; null: none is masked
   const float *decay, *mean_decay;                        // [F + 2, NK * columns] and [F + 2, NK]; null: none
@@ -38,8 +56,9 @@ extern "C" struct Call {
   const int32_t *exact, *pooled;                          // key tiles of a head
   const int64_t *heads;                                   // [B * H], first of its key tiles among all
   const int64_t *found_starts;                            // [B * H * NQ], where a query tile's rows of `found` begin
-  float *out, *lse, *found;                               // as q; [B * H * NQ, rows]; [exact tiles, rows]; null: unused
-  int64_t query_tiles, key_tiles, rows, columns, dim, last_columns, by_mass;
+  void *out;                                              // as q
+  float *lse, *found;                                     // [B * H * NQ, rows]; [exact tiles, rows]; null: unused
+  int64_t query_tiles, key_tiles, rows, columns, dim, last_columns, by_mass, narrow_q, narrow_out;
   float scale;
 };
 
@@ -118,13 +137,14 @@ extern "C" {
 int64_t panel() { return PANEL; }
 
 // Keys [tiles, columns, D] to panels, zero in padding; tiles from `first` to `last`
-void pack_keys(const float* keys, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim) {
+void pack_keys(const void* keys, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim, int64_t narrow) {
   const long wide = up(columns, PANEL);
+  std::vector<float> room;
   for (long tile = first; tile < last; tile++)
     for (long n = 0; n < wide; n += PANEL) {
       float* panel = out + (tile * wide + n) * dim;
-      const float* from = keys + (tile * columns + n) * dim;
       const long count = std::max(0L, std::min<long>(PANEL, columns - n));
+      const float* from = floats(keys, narrow, (tile * columns + n) * dim, count * dim, room);
       for (long k = 0; k < dim; k++) {
         for (long c = 0; c < count; c++) panel[k * PANEL + c] = from[c * dim + k];
         for (long c = count; c < PANEL; c++) panel[k * PANEL + c] = 0;
@@ -133,18 +153,22 @@ void pack_keys(const float* keys, float* out, int64_t first, int64_t last, int64
 }
 
 // Values [tiles, columns, D] to panels, zero in padding
-void pack_values(const float* values, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim) {
+void pack_values(const void* values, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim,
+                 int64_t narrow) {
   const long wide = up(dim, PANEL);
-  for (long tile = first; tile < last; tile++)
+  std::vector<float> room;
+  for (long tile = first; tile < last; tile++) {
+    const float* all_of_it = floats(values, narrow, tile * columns * dim, columns * dim, room);
     for (long n = 0; n < wide; n += PANEL) {
       float* panel = out + (tile * wide + n) * columns;
-      const float* from = values + tile * columns * dim + n;
+      const float* from = all_of_it + n;
       const long count = std::min<long>(PANEL, dim - n);
       for (long k = 0; k < columns; k++) {
         memcpy(panel + k * PANEL, from + k * dim, count * sizeof(float));
         memset(panel + k * PANEL + count, 0, (PANEL - count) * sizeof(float));
       }
     }
+  }
 }
 
 }  // extern "C"
@@ -153,7 +177,7 @@ void pack_values(const float* values, float* out, int64_t first, int64_t last, i
 struct Work {
   const Call& call;
   const long rows, columns, dim, wide, wide_dim, step;  // `wide`: columns with padding; `step`: of a row of logits
-  std::vector<float> logits, out, peak, sum, bias, decay, gathered, packed_keys, packed_values, peaks;
+  std::vector<float> logits, out, peak, sum, bias, decay, gathered, packed_keys, packed_values, peaks, queries;
 
   explicit Work(const Call& c)
       : call(c), rows(c.rows), columns(c.columns), dim(c.dim), wide(up(c.columns, PANEL)), wide_dim(up(c.dim, PANEL)),
@@ -261,9 +285,9 @@ struct Work {
       std::fill(own.begin(), own.end(), -1);
       std::copy(listed + at, listed + at + n, own.begin());
       for (long c = 0; c < n; c++) memcpy(&gathered[c * dim], call.key_means + (head + own[c]) * dim, dim * sizeof(float));
-      pack_keys(gathered.data(), packed_keys.data(), 0, 1, filled, dim);
+      pack_keys(gathered.data(), packed_keys.data(), 0, 1, filled, dim, false);
       for (long c = 0; c < n; c++) memcpy(&gathered[c * dim], call.value_means + (head + own[c]) * dim, dim * sizeof(float));
-      pack_values(gathered.data(), packed_values.data(), 0, 1, filled, dim);
+      pack_values(gathered.data(), packed_values.data(), 0, 1, filled, dim, false);
       for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[head + own[c]] : NONE;
       multiply(q, dim, packed_keys.data(), dim * PANEL, logits.data(), CHUNK, rows, filled, dim, false);
       weigh(query_tile, filled, CHUNK, true, first, 0, own.data(), 0);
@@ -273,16 +297,19 @@ struct Work {
   }
 
   void run(long query_tile) {
-    const float* q = call.q + query_tile * rows * dim;
+    const float* q = floats(call.q, call.narrow_q, query_tile * rows * dim, rows * dim, queries);
     bool first = true;
     // pooled tiles come first, so that what votes ask of exact ones is relative to the largest of all at the end
     if (call.pooled_counts) pooled(query_tile, q, first);
     exact(query_tile, q, first);
     for (long r = 0; r < rows; r++) {
-      float* to = call.out + (query_tile * rows + r) * dim;
+      float* row = &out[r * wide_dim];
+      const long at = (query_tile * rows + r) * dim;
       const bool empty = first || !(peak[r] > NONE);
       const float share = empty ? 0 : 1 / sum[r];
-      for (long d = 0; d < dim; d++) to[d] = empty ? 0 : out[r * wide_dim + d] * share;
+      for (long d = 0; d < dim; d++) row[d] = empty ? 0 : row[d] * share;
+      if (call.narrow_out) round_to(static_cast<uint16_t*>(call.out) + at, row, dim);
+      else memcpy(static_cast<float*>(call.out) + at, row, dim * sizeof(float));
       if (call.lse) call.lse[query_tile * rows + r] = empty ? NONE : (peak[r] + std::log2(sum[r])) * LN_2;
     }
   }

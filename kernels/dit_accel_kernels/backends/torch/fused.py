@@ -13,6 +13,7 @@ from dit_accel_kernels.backends.torch.compiled import library
 from dit_accel_kernels.backends.torch.memory import fresh
 from dit_accel_kernels.backends.torch.tiled import Tiled, key_heads
 from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
+from dit_accel_kernels.features import product_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.votes import Tally
@@ -26,7 +27,9 @@ _POINTERS = (
     "exact_starts", "exact_counts", "pooled_starts", "pooled_counts", "exact", "pooled", "heads", "found_starts",
     "out", "lse", "found",
 )  # fmt: skip
-_SIZES = ("query_tiles", "key_tiles", "rows", "columns", "dim", "last_columns", "by_mass")
+_SIZES = (
+    "query_tiles", "key_tiles", "rows", "columns", "dim", "last_columns", "by_mass", "narrow_q", "narrow_out",
+)  # fmt: skip
 
 
 class _Call(ctypes.Structure):
@@ -39,16 +42,21 @@ class _Call(ctypes.Structure):
     )
 
 
-def runs(tiled: Tiled) -> bool:
+def runs(problem: Problem) -> bool:
     """Say whether the loop takes a call: products in float32 on a CPU, where it could be compiled."""
-    return tiled.q.device.type == "cpu" and tiled.q.dtype == torch.float32 and library() is not None
+    device = problem.q.device.type
+    return device == "cpu" and product_dtype(problem.q.dtype, device) == torch.float32 and library() is not None
 
 
 def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """Output [B * H * NQ, block_q, D] and natural-log LSE, float32 [B * H * NQ, block_q] (empty where not needed)."""
-    out, loop = fresh(tiled.q.shape, tiled.q.dtype), library()
+    """Output [B * H * NQ, block_q, D] and natural-log LSE, float32 [B * H * NQ, block_q] (empty where not needed).
+
+    Queries, keys and values in float32 or bfloat16; the output in bfloat16 for calls in it, else in float32.
+    """
+    narrow, loop = problem.q.dtype == torch.bfloat16, library()
     assert loop is not None
-    lse = tiled.q.new_empty(tiled.q.shape[:-1] if need_lse else (0,))
+    out = fresh(tiled.q.shape, torch.bfloat16 if narrow else torch.float32)
+    lse = torch.empty(tiled.q.shape[:-1] if need_lse else (0,))
     keys, values = _Lists(problem), _pooled(problem)
     workers = _workers(problem, keys)
     shared: dict[str, Any] = {
@@ -69,6 +77,8 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         "last_columns": problem.block_k - tiled.tail,
         "scale": tiled.scale * LOG2_E,
         "by_mass": tally is not None and tally.by_mass,
+        "narrow_q": tiled.q.dtype == torch.bfloat16,
+        "narrow_out": narrow,
     }
     if values is not None and tiled.log_length is not None:
         shared |= {
@@ -117,15 +127,15 @@ def _workers(problem: Problem, lists: _Lists) -> int:
 
 
 def _packed(pack: Any, x: Tensor, workers: int, padded: tuple[int, int]) -> Tensor:
-    """Return tiles [N, block, D] in panels; `padded`: the axis that is padded to a multiple, and of what."""
+    """Return tiles [N, block, D] in float32 panels; `padded`: the axis that is padded to a multiple, and of what."""
     axis, multiple = padded
     (tiles, *sizes), x = x.shape, x.contiguous()
     wide = [size + -size % multiple if place == axis else size for place, size in enumerate(sizes)]
-    out = fresh((tiles, *wide), x.dtype)
+    out, narrow = fresh((tiles, *wide), torch.float32), x.dtype == torch.bfloat16
     step = max(1, -(-tiles // workers))
 
     def work(first: int, _buffers: Any) -> None:
-        places = (first, min(first + step, tiles), *sizes)
+        places = (first, min(first + step, tiles), *sizes, narrow)
         pack(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int64, places))
 
     run_all(work, range(0, tiles, step), workers)

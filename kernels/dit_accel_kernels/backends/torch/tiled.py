@@ -37,12 +37,15 @@ class Tiled:
     tail: int  # padded tokens in the last key tile
 
 
-def cut(problem: Problem) -> Tiled:
-    """Pad to whole tiles, apply the head scale, pool if a list asks for it; in the dtype that multiplies fastest."""
+def cut(problem: Problem, *, held: bool = False) -> Tiled:
+    """Pad to whole tiles, apply the head scale, pool if a list asks for it; in the dtype that multiplies fastest.
+
+    `held` leaves tensors in the dtype in which they are held, but for what is computed of them.
+    """
     dtype, valid = product_dtype(problem.q.dtype, problem.q.device.type), problem.key_valid
-    q, k, v = (cast(x, dtype) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (x if held else cast(x, dtype) for x in (problem.q, problem.k, problem.v))
     if problem.head_scale is not None:
-        q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
+        q = (q * problem.head_scale[:, :, None, None]).to(dtype)
     absent = weight = None
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
@@ -50,9 +53,9 @@ def cut(problem: Problem) -> Tiled:
         absent = _tiles(~weight[..., None], problem.block_k)[..., 0].flatten(0, 2)
     k_mean = v_mean = log_length = None
     if problem.pooled_indices is not None:
-        k_mean, length = tile_means(k, problem.block_k, weight)
-        v_mean, _ = tile_means(v, problem.block_k, weight)
-        log_length = length.log().to(wide_dtype(q.dtype)).expand(k_mean.shape[:-1]).flatten()
+        k_mean, length = tile_means(k.to(dtype), problem.block_k, weight)
+        v_mean, _ = tile_means(v.to(dtype), problem.block_k, weight)
+        log_length = length.log().to(wide_dtype(dtype)).expand(k_mean.shape[:-1]).flatten()
         k_mean, v_mean = k_mean.flatten(0, 2), v_mean.flatten(0, 2)
     t = t_mean = frames = one_frame = None
     if problem.decay is not None:

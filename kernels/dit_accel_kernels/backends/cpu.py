@@ -1,0 +1,87 @@
+"""What "auto" means on a CPU: cpu_table.json, and what follows from it.
+
+A row of the table is for what the processor has ("amx", "avx512_bf16", "avx512"), a dtype, calls of at least so many
+tokens, tiles of up to 64 tokens or more (64, 128) and a backend. Its `shares` are pairs of a density and of the ideal
+that the backend reaches there, its speed over that of dense SDPA times the density: 1 is a time that falls with the
+density. Between two densities the share is on their line, beyond the last it stays. `source` says where a row is from.
+bench/cpu_table.py writes it. Where no row serves a call nothing is known of it, and it is torch's.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from dit_accel_kernels.backends import flex
+from dit_accel_kernels.tiles import TileLists
+
+TABLE = Path(__file__).with_name("cpu_table.json")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+Shares = tuple[tuple[float, float], ...]
+
+_ASKED = {  # the most telling first
+    "amx": "_is_amx_tile_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+    "avx512": "_is_avx512_supported",
+}
+
+
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """What this machine's processor has, as the table's rows name it; "other" for what they don't know."""
+    return next((name for name, ask in _ASKED.items() if getattr(torch.cpu, ask, bool)()), "other")
+
+
+def choice(dtype: torch.dtype | None, tiles: TileLists) -> tuple[str, float | None]:
+    """The faster backend for a call by these lists, and its predicted speed over dense SDPA; None: it is not known.
+
+    Pooled tiles count nothing. flex counts where there is a C++ compiler and tile sides are powers of 2; that the call
+    has neither votes nor LSE is the caller's to know.
+    """
+    tile = 64 if min(tiles.block_q, tiles.block_k) <= 64 else 128
+    rows = _serving(processor(), DTYPES.get(dtype) if dtype else None, min(tiles.num_q, tiles.num_k), tile)
+    density = max(tiles.density, 1e-9)
+    speed = {backend: _at(shares, density) / density for backend, shares in rows.items()}
+    ahead = sorted(speed, key=speed.__getitem__, reverse=True)
+    found = next((name for name in ahead if name != "flex" or _flex_runs(tiles)), "torch")
+    return found, speed.get(found)
+
+
+def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists) -> float | None:
+    """How many times as fast as dense SDPA a call by these lists alone is, with backend "auto"; None: it is not known.
+
+    Known on processors and from the sizes on that backends/cpu_table.json has. `block_sparse_attention` computes what
+    it is told to, whatever this says.
+    """
+    return choice(dtype, lists)[1] if device.type == "cpu" else None
+
+
+def _flex_runs(tiles: TileLists) -> bool:
+    return flex.takes_tiles(tiles.block_q, tiles.block_k) and flex.missing_requirement("cpu") is None
+
+
+@lru_cache(maxsize=64)
+def _serving(kind: str, dtype: str | None, tokens: int, tile: int) -> dict[str, Shares]:
+    """Backend -> shares, of the rows measured nearest to such calls: first by the tile, then by the tokens."""
+    rows = [row for row in _table() if (row["processor"], row["dtype"]) == (kind, dtype) and row["tokens"] <= tokens]
+    rows.sort(key=lambda row: (row["tile"] == tile, row["tokens"]))
+    return {row["backend"]: tuple(map(tuple, row["shares"])) for row in rows}
+
+
+@lru_cache(maxsize=1)
+def _table() -> list[dict]:
+    return json.loads(TABLE.read_text())
+
+
+def _at(shares: Shares, density: float) -> float:
+    """The share of the ideal at a density."""
+    if density <= shares[0][0]:
+        return shares[0][1]
+    for (low, first), (high, last) in pairwise(shares):
+        if density <= high:
+            return first + (last - first) * (density - low) / (high - low)
+    return shares[-1][1]

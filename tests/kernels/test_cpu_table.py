@@ -1,0 +1,188 @@
+"""What "auto" means on a CPU: the committed table is the bench's, and decides by processor, dtype, size, features."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dit_accel_kernels import (
+    EXACT,
+    BackendUnavailableError,
+    FrameDecay,
+    Selection,
+    TileLists,
+    Vote,
+    block_sparse_attention,
+    predicted_speedup,
+    resolve_backend,
+)
+from dit_accel_kernels.backends import cpu
+from dit_accel_kernels.backends import flex as flex_backend
+from kernel_cases import qkv
+
+BENCH = Path(__file__).parents[2] / "kernels" / "bench"
+sys.path.insert(0, str(BENCH))
+
+import cpu_table  # noqa: E402
+
+CPU = torch.device("cpu")
+ROWS = json.loads(cpu.TABLE.read_text())
+DTYPES = {name: dtype for dtype, name in cpu.DTYPES.items()}
+
+
+def lists(density: float, tokens: int = 16384, tile: int = 128) -> TileLists:
+    """So many tiles of every row."""
+    count = -(-tokens // tile)
+    states = (torch.arange(count) < round(density * count)).to(torch.uint8).expand(count, -1) * EXACT
+    return TileLists.from_states(states.contiguous(), block_q=tile, block_k=tile, num_q=tokens, num_k=tokens)
+
+
+def auto(density: float, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> str:
+    return resolve_backend("auto", CPU, dtype, 128, (128, 128), lists(density, **sizes))
+
+
+def speed(density: float, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> float | None:
+    return predicted_speedup(CPU, dtype, lists(density, **sizes))
+
+
+@pytest.fixture
+def amx(monkeypatch):
+    """A Xeon with AMX and a C++ compiler."""
+    monkeypatch.setattr(cpu, "processor", lambda: "amx")
+    monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
+
+
+def test_the_committed_table_is_what_the_bench_makes_of_the_committed_records():
+    assert cpu_table.rows(cpu_table.read()) == ROWS
+
+
+def test_a_measured_row_replaces_a_told_one_and_records_say_what_the_processor_has():
+    record = {"processor": "amx", "device": "X", "dtype": "bf16", "shape": [1, 4, 16384, 128], "block": 128}
+    made = cpu_table.rows(
+        [{**record, "candidate": "flex", "density": d, "of_ideal": s} for d, s in ((0.5, 2), (0.1, 1))]
+    )
+    row = next(row for row in made if row["tile"] == 128 and row["backend"] == "flex")
+    assert (row["shares"], row["source"]) == ([[0.1, 1], [0.5, 2]], "measured: X")
+    assert [row["source"] for row in made].count(cpu_table.TOLD) == 3
+
+
+@pytest.mark.parametrize(
+    ("has", "kind"),
+    [
+        (("amx_tile", "avx512_bf16", "avx512"), "amx"),
+        (("avx512_bf16", "avx512"), "avx512_bf16"),
+        (("avx512",), "avx512"),
+        ((), "other"),
+    ],
+)
+def test_the_processor_is_told_by_what_it_has(monkeypatch, has, kind):
+    for name in ("amx_tile", "avx512_bf16", "avx512"):
+        if name in has:
+            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True, raising=False)
+        else:
+            monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
+    assert cpu.processor.__wrapped__() == kind
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(row[name]) for name in cpu_table.KEY))
+def test_the_backend_ahead_at_a_density_is_taken_and_its_speed_is_told(monkeypatch, row):
+    rivals = [other for other in ROWS if all(other[name] == row[name] for name in cpu_table.KEY[:-1])]
+    monkeypatch.setattr(cpu, "processor", lambda: row["processor"])
+    monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
+    dtype, sizes = DTYPES[row["dtype"]], {"tokens": row["tokens"], "tile": row["tile"]}
+    for density in (0.1, 0.25, 0.5):
+        ahead = max(rivals, key=lambda one: cpu._at(tuple(map(tuple, one["shares"])), density))
+        assert auto(density, dtype, **sizes) == ahead["backend"]
+        share = next(share for measured, share in ahead["shares"] if abs(measured - density) < 0.01)
+        assert speed(density, dtype, **sizes) == pytest.approx(share / lists(density, **sizes).density, rel=0.01)
+        if row["source"].startswith("measured"):
+            assert ahead["backend"] == "torch"
+
+
+def test_amx_takes_flex_in_bf16_where_it_is_ahead_and_no_backend_wins_at_density_80(amx):
+    assert (auto(0.5), speed(0.5)) == ("flex", pytest.approx(0.67 / 0.5))
+    assert speed(0.375) == pytest.approx((0.58 + 0.67) / 2 / 0.375)
+    assert speed(0.05) == pytest.approx(0.5 / lists(0.05).density)
+    assert speed(0.8) == pytest.approx(0.67 / lists(0.8).density)
+    assert auto(0.5, torch.float32) == "torch"
+    assert (auto(0.25, tokens=8192, tile=64), speed(0.25, tokens=8192, tile=64)) == ("flex", pytest.approx(0.44 / 0.25))
+
+
+@pytest.mark.parametrize(("kind", "dtype", "even"), [
+    ("avx512", "fp32", 0.885), ("avx512", "bf16", 0.942), ("avx512_bf16", "fp32", 2), ("avx512_bf16", "bf16", 2),
+])  # fmt: skip
+def test_the_measured_makes_gain_up_to_these_densities(monkeypatch, kind, dtype, even):
+    monkeypatch.setattr(cpu, "processor", lambda: kind)
+    for density in (0.1, 0.25, 0.5, 0.79, 0.87, 0.9, 0.93, 0.95, 1.0):
+        assert auto(density, DTYPES[dtype]) == "torch"
+        if density != 0.1 or dtype == "bf16":
+            assert (speed(density, DTYPES[dtype]) > 1) == (lists(density).density < even)
+
+
+def test_what_no_row_serves_is_torchs_and_nothing_is_known_of_it(amx, monkeypatch):
+    for density, dtype, tokens in (
+        (0.5, torch.bfloat16, 4095),
+        (0.5, torch.float16, 16384),
+        (0.5, torch.float64, 16384),
+    ):
+        assert auto(density, dtype, tokens=tokens) == "torch"
+        assert speed(density, dtype, tokens=tokens) is None
+    monkeypatch.setattr(cpu, "processor", lambda: "other")
+    assert (auto(0.5), speed(0.5)) == ("torch", None)
+    assert predicted_speedup(torch.device("meta"), torch.bfloat16, lists(0.5)) is None
+
+
+def test_flex_is_left_out_where_it_does_not_run(amx, monkeypatch):
+    odd = TileLists.full(16384, 16384, block_q=96, block_k=128)
+    assert resolve_backend("auto", CPU, torch.bfloat16, 128, (96, 128), odd) == "torch"
+    assert resolve_backend("auto", CPU, torch.bfloat16, 128) == "torch"
+    monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: "a C++ compiler")
+    assert (auto(0.5), speed(0.5)) == ("torch", pytest.approx(0.39 / 0.5))
+
+
+@pytest.fixture
+def flex_calls(monkeypatch):
+    """Calls of flex, which is ahead in every call here and gives what torch does."""
+    monkeypatch.setattr(cpu, "_serving", lambda *key: {"flex": ((0.1, 0.9),), "torch": ((0.1, 0.8),)})
+    monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
+    found = []
+
+    def attend(problem, *, need_lse):
+        from dit_accel_kernels.backends.torch.attend import attend
+
+        found.append(problem)
+        return attend(problem, need_lse=need_lse)
+
+    monkeypatch.setattr(flex_backend, "attend", attend)
+    return found
+
+
+def test_calls_go_to_flex_but_for_votes_lse_decay_and_gradients(flex_calls):
+    q, k, v = qkv(1, 2, 2, 64, 64, 8, torch.float32)
+    tiles, frames = lists(0.5, 64, 16), torch.arange(64, dtype=torch.int32) // 16
+    decay = FrameDecay(table=torch.tensor([1.0, 0.5]), q_frames=frames, k_frames=frames)
+    block_sparse_attention(q, k, v, tiles, layout="bhsd")
+    block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=Selection(), return_tiles=True)
+    assert len(flex_calls) == 2
+    for arguments in (
+        dict(selection=Selection(vote=Vote())), dict(return_lse=True), dict(frame_decay=decay),
+        dict(backend="torch"),
+    ):  # fmt: skip
+        block_sparse_attention(q, k, v, tiles, layout="bhsd", **arguments)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    block_sparse_attention(*leaves, tiles, layout="bhsd").sum().backward()
+    assert len(flex_calls) == 2
+
+
+def test_auto_runs_where_torch_compile_is_switched_off(flex_calls, monkeypatch):
+    def refuse(problem, *, need_lse):
+        raise BackendUnavailableError("switched off")
+
+    monkeypatch.setattr(flex_backend, "attend", refuse)
+    q, k, v = qkv(1, 2, 2, 64, 64, 8, torch.float32)
+    call = dict(tiles=lists(0.5, 64, 16), layout="bhsd")
+    found = block_sparse_attention(q, k, v, **call)
+    assert torch.equal(found, block_sparse_attention(q, k, v, **call, backend="torch"))
+    with pytest.raises(BackendUnavailableError, match="switched off"):
+        block_sparse_attention(q, k, v, **call, backend="flex")
