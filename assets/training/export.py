@@ -17,8 +17,14 @@ LOGS = Path(__file__).parent
 """Where the logs of packed trainings stay."""
 
 
+PACKED = LOGS / "wan-tiny-2" / "vae"
+"""The video model's trained autoencoder, for runs that hold none of their own."""
+
+
 def trained_autoencoder(run: Path) -> AutoencoderKLWan:
-    """Return the autoencoder of a run: its fixed encoder and the latest averages of its decoder."""
+    """Return the autoencoder of a run, its fixed encoder and the latest averages of its decoder; else the packed one."""
+    if not (run / "checkpoint.pt").exists():
+        return AutoencoderKLWan.from_pretrained(PACKED, dtype=torch.float32)
     vae = AutoencoderKLWan.from_pretrained(run / "frozen")
     statistics = json.loads((run / "frozen" / "config.json").read_text())
     state = torch.load(run / "checkpoint.pt", weights_only=False)
@@ -49,7 +55,8 @@ def main() -> None:
     pipe, step = (trained_flux if args.image else trained_pipeline)(args.runs)
     save_pipeline(pipe, args.out)
     for name in ("image-vae", "flux") if args.image else ("vae", "transformer"):
-        shutil.copy(args.runs / name / "log.jsonl", LOGS / f"{args.out.name}.{name}.log.jsonl")
+        if (args.runs / name / "log.jsonl").exists():  # a packed autoencoder's is there already
+            shutil.copy(args.runs / name / "log.jsonl", LOGS / f"{args.out.name}.{name}.log.jsonl")
     print(f"step {step} -> {args.out}")
 
 
