@@ -22,7 +22,7 @@ PACKED = LOGS / "wan-tiny-2" / "vae"
 
 
 def trained_autoencoder(run: Path) -> AutoencoderKLWan:
-    """Return the autoencoder of a run, its fixed encoder and the latest averages of its decoder; else the packed one."""
+    """Return a run's autoencoder, its fixed encoder and the latest averages of its decoder; else the packed one."""
     if not (run / "checkpoint.pt").exists():
         return AutoencoderKLWan.from_pretrained(PACKED, dtype=torch.float32)
     vae = AutoencoderKLWan.from_pretrained(run / "frozen")
