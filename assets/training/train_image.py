@@ -14,8 +14,9 @@ import torch
 from build_image import IMAGE_VAE_CONFIG, TEXT_LENGTH, build_flux_pipeline
 from common import RUNS, Averages, autocast, fast_dtype
 from diffusers import AutoencoderKL, FluxPipeline
-from dit_accel_assets import painter, prompts, world
+from dit_accel_assets import model_path, painter, prompts, world
 from loop import Budget, Loss, read_arguments, run_training
+from reading import Reader, coverage
 from torch import Tensor
 from train_transformer import FlowRecipe, begin, noise_levels
 from train_vae import AutoencoderRecipe, reconstruction_loss
@@ -29,6 +30,7 @@ PLAIN = (
     "proj_out",
     "x_embedder",
 )
+TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 VAE_PLAIN = ("encoder.conv_in", "decoder.conv_out")
 
 
@@ -53,6 +55,8 @@ class FluxTraining(FlowRecipe):
     high_noise: float = 0.15
     picture: int = 96
     batch: int = 20
+    reading: float = 0.3
+    """Weight of the second question, what is seen at each token, asked of the last block of both streams."""
 
 
 def draw_pictures(rng: np.random.Generator, picture: int, crop: int, batch: int) -> tuple[Tensor, list[world.Scene]]:
@@ -94,7 +98,7 @@ def train_autoencoder(config: ImageVaeTraining, run: Path, budget: Budget, chang
 
 def flux_loss(
     pipe: FluxPipeline, latents: Tensor, texts: list[str], rng: np.random.Generator, config: FluxTraining
-) -> Loss:
+) -> Tensor:
     """Return the squared error of the velocity, noise - picture, of packed latents at random noise levels."""
     clip = pipe.tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
     t5 = pipe.tokenizer_2(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
@@ -113,8 +117,7 @@ def flux_loss(
             img_ids=pipe._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, torch.float32),
             return_dict=False,
         )[0]
-    loss = (velocity.float() - pipe._pack_latents(noise - latents, batch, channels, height, width)).pow(2).mean()
-    return loss, {"loss": loss.item()}
+    return (velocity.float() - pipe._pack_latents(noise - latents, batch, channels, height, width)).pow(2).mean()
 
 
 def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget, change: bool = False) -> None:
@@ -123,7 +126,11 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
     vae = AutoencoderKL.from_pretrained(vae_folder)
     pipe = build_flux_pipeline(vae)
     torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
-    begin(pipe, config.start, ("transformer", "text_encoder", "text_encoder_2"))
+    begin(pipe, config.start, TRAINED)
+    reader, states = Reader(pipe.transformer.inner_dim), {}
+    pipe.transformer.transformer_blocks[-1].register_forward_hook(
+        lambda _module, _args, output: states.update(read=output[1])
+    )
 
     def loss_at(_step: int, rng: np.random.Generator, _averages: Averages) -> Loss:
         pictures, scenes = draw_pictures(rng, config.picture, config.picture, config.batch)
@@ -132,9 +139,11 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         texts = [prompts.prompt_of(scene, rng) for scene in scenes]
         texts = ["" if rng.random() < config.prompt_dropout else text for text in texts]
-        return flux_loss(pipe, latents, texts, rng, config)
+        loss = flux_loss(pipe, latents, texts, rng, config)
+        read = reader.loss(states["read"], scenes, torch.stack([coverage(scene, 1) for scene in scenes]))
+        return loss + config.reading * read, {"loss": loss.item(), "read": read.item()}
 
-    modules = {name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
+    modules = {name: getattr(pipe, name) for name in TRAINED} | {"reader": reader}
     run_training(
         config, modules, loss_at, run=run, budget=budget, change=change, log_every=25, muon_dtype=fast_dtype(),
         plain_names=PLAIN,
@@ -143,10 +152,12 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
 
 def trained_flux(runs: Path) -> tuple[FluxPipeline, int]:
     """Return the pipeline with the averaged weights of the training in `runs`, fp32, and its step."""
-    pipe = build_flux_pipeline(AutoencoderKL.from_pretrained(runs / "image-vae" / "vae"))
+    own = runs / "image-vae" / "vae"
+    vae = AutoencoderKL.from_pretrained(own if own.exists() else model_path("flux-tiny") / "vae", dtype=torch.float32)
+    pipe = build_flux_pipeline(vae)
     state = torch.load(runs / "flux" / "checkpoint.pt", weights_only=False)
-    for name, weights in state["averages"].items():
-        getattr(pipe, name).load_state_dict(weights, strict=False)
+    for name in TRAINED:
+        getattr(pipe, name).load_state_dict(state["averages"][name], strict=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe, state["step"]
 
