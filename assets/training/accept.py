@@ -142,7 +142,7 @@ def main() -> None:
             size, frames = subject.beyond
             values = judged(subject, pipe, subject.scenes(args.count, size), frames, *sampling)
             fall = figures.get("judge", {}).get("score", float("nan")) - values["score"]
-            values |= {"size": size, "fall": round(fall, 3), "at_least": FALL, "passed": bool(fall >= FALL)}
+            values |= {"pixels": size, "fall": round(fall, 3), "at_least": FALL, "passed": bool(fall >= FALL)}
         figures[gate] = values
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
         print(gate, json.dumps(values), flush=True)

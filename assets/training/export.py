@@ -11,20 +11,17 @@ import torch
 from build import build_pipeline, save_pipeline
 from common import RUNS
 from diffusers import AutoencoderKLWan, WanPipeline
+from dit_accel_assets import model_path
 from train_image import trained_flux
 
 LOGS = Path(__file__).parent
 """Where the logs of packed trainings stay."""
 
 
-PACKED = LOGS / "wan-tiny-2" / "vae"
-"""The video model's trained autoencoder, for runs that hold none of their own."""
-
-
 def trained_autoencoder(run: Path) -> AutoencoderKLWan:
     """Return a run's autoencoder, its fixed encoder and the latest averages of its decoder; else the packed one."""
     if not (run / "checkpoint.pt").exists():
-        return AutoencoderKLWan.from_pretrained(PACKED, dtype=torch.float32)
+        return AutoencoderKLWan.from_pretrained(model_path("wan-tiny-2") / "vae", dtype=torch.float32)
     vae = AutoencoderKLWan.from_pretrained(run / "frozen")
     statistics = json.loads((run / "frozen" / "config.json").read_text())
     state = torch.load(run / "checkpoint.pt", weights_only=False)
