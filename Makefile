@@ -35,7 +35,7 @@ bench-gpu:
 
 # every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped
 SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny blocks-wan-tiny blocks-flux-tiny
-JUDGED := profiling-wan-tiny profiling-flux-tiny guidance-wan-tiny guidance-flux-tiny longer-wan-tiny larger-flux-tiny
+JUDGED := profiling-wan-tiny profiling-flux-tiny guidance-wan-tiny guidance-flux-tiny longer-wan-tiny-2 larger-flux-tiny
 TIMED := caches-time-wan-tiny blocks-time-wan-tiny blocks-time-flux-tiny
 RESULTS := eval/results
 REPORTS := report-wan-tiny report-flux-tiny

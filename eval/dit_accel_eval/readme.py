@@ -78,7 +78,7 @@ PAGES = {
         "blocks-time-flux-tiny",
     ),
     "docs/finetuning.md": ("finetuned-wan-tiny", "finetuned-4x-wan-tiny"),
-    "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "positions-cost"),
+    "docs/longer.md": ("longer-wan-tiny-2", "larger-flux-tiny", "positions-cost"),
     "docs/vbench.md": ("vbench-proxies", "vbench-wan-tiny", "vbench-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""

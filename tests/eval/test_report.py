@@ -319,7 +319,7 @@ def test_exit_codes(tmp_path):
         (lambda lines: [{**lines[0], "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
         (lambda lines: [{**lines[0], "metrics": 3}], "line 1 has metrics 3, which is no table"),
         (lambda lines: [lines[0], [1]], "line 2 is no result but '[1]'"),
-        (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks reference, psnr, ssim,"),
+        (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny-2.jsonl"), "line 1 lacks reference, psnr, ssim,"),
     ],
 )
 def test_results_that_no_report_can_be_true_of(tmp_path, change, message):
