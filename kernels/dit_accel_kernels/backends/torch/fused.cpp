@@ -92,13 +92,14 @@ static void multiply(const float* a, long lda, const float* b, long stride, floa
   }
 }
 
-// 2^x for x <= 0, to 2e-7; 0 below the smallest normal number
+// 2^x for x <= 0, to the last bit or two; 0 below the smallest normal number
 static inline Vec exp2_of(Vec x) {
   const Vec low = all(-126.0f), magic = all(12582912.0f);  // adding 1.5 * 2^23 rounds to whole numbers
   const Ints kept = x >= low;
   x = x > low ? x : low;
   const Vec shifted = x + magic, f = x - (shifted - magic);
-  Vec p = all(1.5403530e-4f);
+  Vec p = all(1.5252734e-5f);
+  p = p * f + all(1.5403530e-4f);
   p = p * f + all(1.3333558e-3f);
   p = p * f + all(9.6181291e-3f);
   p = p * f + all(5.5504109e-2f);
