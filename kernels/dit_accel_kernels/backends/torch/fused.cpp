@@ -59,7 +59,7 @@ extern "C" struct Call {
   void *out;                                              // as q
   float *lse, *found;                                     // [B * H * NQ, rows]; [exact tiles, rows]; null: unused
   int64_t query_tiles, key_tiles, rows, columns, dim, last_columns, by_mass, narrow_q, narrow_out;
-  float scale;
+  double scale;
 };
 
 // C [R, PANEL] = (C +) A [R, K] B [K, PANEL]
@@ -189,7 +189,8 @@ struct Work {
   void weigh(long query_tile, long n, long ld, bool biased, bool first, long tiles, const int32_t* listed, long slot) {
     const bool decayed = call.decay != nullptr;
     const long head_tile = query_tile % call.query_tiles;
-    const Vec scale = all(call.scale);
+    const float nearest = static_cast<float>(call.scale);  // a float alone would err in every logit the same way
+    const Vec scale = all(nearest), lost = all(static_cast<float>(call.scale - nearest));
     int64_t frame = -1;
     for (long r = 0; r < rows; r++) {
       float* x = logits.data() + r * ld;
@@ -199,7 +200,8 @@ struct Work {
       }
       Vec top = all(NONE);
       for (long c = 0; c < n; c += WIDTH) {
-        Vec value = load(x + c) * scale;
+        const Vec raw = load(x + c);
+        Vec value = raw * scale + raw * lost;
         if (decayed) {
           const Vec less = value * load(decay.data() + c);
           value = value < less ? value : less;

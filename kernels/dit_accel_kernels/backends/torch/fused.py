@@ -38,7 +38,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
-        ("scale", ctypes.c_float),
+        ("scale", ctypes.c_double),
     )
 
 
