@@ -1,6 +1,6 @@
 """Trains the video model's transformer and text encoder: `python assets/training/train_transformer.py`; resumes.
 
-In two processes, each with half of every batch: `torchrun --nproc-per-node 2 assets/training/train_transformer.py`.
+In two processes, each with half of every batch: `torchrun --nproc-per-node 2 -- assets/training/train_transformer.py`.
 
 Flow matching (arXiv 2210.02747, 2403.03206) on latents, first of single pictures, then of clips of one length, each in
 several sizes; the clips of a size are encoded once into a pool on disk, when a stage first asks for them.

@@ -34,6 +34,16 @@ def test_chunks_panels_and_rows_of_every_length(dim, block_q, block_k, monkeypat
     assert taken
 
 
+@needs_compiler
+def test_long_rows_round_no_more_than_a_tile():
+    """Equal weights, so that what is left is how 16,384 values are summed up; one running sum errs by 16 steps."""
+    tokens, eps = 16384, torch.finfo(torch.float32).eps
+    q, k, v = torch.zeros(1, 1, 64, 32), torch.zeros(1, 1, tokens, 32), torch.rand(1, 1, tokens, 32)
+    tiles = TileLists.full(64, tokens, block_q=64, block_k=64)
+    out = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    assert float((out - v.double().mean(2, keepdim=True)).abs().max()) <= 3 * eps
+
+
 @pytest.fixture
 def narrow(monkeypatch):
     """A processor without products of bfloat16 and float16."""

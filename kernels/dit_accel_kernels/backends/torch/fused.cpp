@@ -62,12 +62,12 @@ extern "C" struct Call {
   double scale;
 };
 
-// C [R, PANEL] = (C +) A [R, K] B [K, PANEL]
+// C [R, PANEL] = (C +) A [R, K] B [K, PANEL], summed up before it is added: a sum over all tiles would round at its size
 template <int R>
 static inline void product(const float* a, long lda, const float* b, float* c, long ldc, long K, bool add) {
   Vec sum[R][2];
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) sum[r][j] = add ? load(c + r * ldc + j * WIDTH) : Vec{};
+    for (int j = 0; j < 2; j++) sum[r][j] = Vec{};
   for (long k = 0; k < K; k++) {
     const Vec left = load(b + k * PANEL), right = load(b + k * PANEL + WIDTH);
 #pragma GCC unroll 16
@@ -78,7 +78,7 @@ static inline void product(const float* a, long lda, const float* b, float* c, l
     }
   }
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) store(c + r * ldc + j * WIDTH, sum[r][j]);
+    for (int j = 0; j < 2; j++) store(c + r * ldc + j * WIDTH, add ? load(c + r * ldc + j * WIDTH) + sum[r][j] : sum[r][j]);
 }
 
 // C [M, N] = (C +) A [M, K] B, with B in N / PANEL panels of `stride` floats
