@@ -26,6 +26,8 @@ from dit_accel_kernels.selection import LOG2_E, Vote, pack_bits, unpack_bits
 from dit_accel_kernels.states import list_states, visiting_order
 from dit_accel_kernels.tiles import EXACT
 
+FOUND_BYTES = 16 << 20  # what a backend may keep what it found in until votes are settled
+
 
 def kept_after(problem: Problem, visited: Tensor, top: Tensor, mass: Tensor) -> Tensor:
     """Bits of the next call, int32 [B, H, NQ, W].

@@ -25,12 +25,11 @@ from dit_accel_kernels.features import product_dtype, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.states import resolved
-from dit_accel_kernels.votes import Tally
+from dit_accel_kernels.votes import FOUND_BYTES, Tally
 
 GROUP_BYTES = 2 << 20  # logits of one group, a thread: more would leave the caches
 GPU_GROUPS = 256  # a GPU's groups are this many times larger
 WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
-FOUND_BYTES = 16 << 20  # what votes are kept in until they are settled
 
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -1,7 +1,8 @@
 // Block-sparse attention on a CPU in one loop: two products and an online softmax of a query tile, all in its caches.
 //
-// In float32; queries, keys, values and output may be bfloat16. Logits are in log2 units. Keys and values come packed in panels, which a product reads in sequence:
-// keys of a tile [columns / PANEL][D][PANEL], values [D / PANEL][columns][PANEL], zero where padded.
+// In float32; queries, keys, values and output may be bfloat16. Logits are in log2 units. Keys and values come packed in
+// panels, which a product reads in sequence: keys of a tile [columns / PANEL][D][PANEL], values
+// [D / PANEL][columns][PANEL], zero where padded.
 
 #include <algorithm>
 #include <cmath>

@@ -16,11 +16,10 @@ from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
 from dit_accel_kernels.features import product_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
-from dit_accel_kernels.votes import Tally
+from dit_accel_kernels.votes import FOUND_BYTES, Tally
 
 WORKERS_FLOPS = 1e8  # of a call, a thread, from which on workers pay
 PIECES = 8  # a worker, so that none waits long for the last
-FOUND_BYTES = 16 << 20  # what votes are kept in until they are settled
 
 _POINTERS = (
     "q", "keys", "values", "key_means", "value_means", "lengths", "absent", "decay", "mean_decay", "frames",
