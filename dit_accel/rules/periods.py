@@ -2,7 +2,8 @@
 
 The mean logit of tokens d frames apart is near sum_i a_i cos(f_i d) + C. It repeats where the frequencies that carry
 most of it are multiples of one. Where we depart from the paper: amplitudes are a least-squares fit to the measured
-curve, none below 0; a fundamental is the frequency of the largest amplitude, and others belong to it by a tolerance.
+curve, none below 0, and 0 for a frequency too slow to be told from C; a fundamental is the frequency of the largest
+amplitude, and others belong to it by a tolerance.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,15 @@ import numpy as np
 
 TOLERANCE = 0.06
 """How far a ratio of two frequencies may be from a whole number, as a share of it: CogVideoX's 3.16 counts as 3."""
+
+APART = 0.2
+"""How far it may be at most, in turns: a share alone would let any ratio above 8 pass."""
+
+TOLD = 4.0
+"""A period up to this many times the longest distance is told from a constant: its wave falls there from 1 to 0.
+
+The waves of slower frequencies are alike but for rounding, so that amplitudes of any size would fit the curve.
+"""
 
 PERIODIC = 0.5
 """Share of the amplitude above which a family of frequencies makes attention repeat: ours, between Wan and others."""
@@ -54,7 +64,7 @@ def harmonics(frequencies: np.ndarray, place: int) -> tuple[int, ...]:
     """Return the places of the frequencies that are near whole multiples of one, itself included."""
     ratio = frequencies / frequencies[place]
     whole = np.maximum(np.rint(ratio), 1)
-    return tuple(int(i) for i in np.flatnonzero(np.abs(ratio - whole) <= TOLERANCE * whole))
+    return tuple(int(i) for i in np.flatnonzero(np.abs(ratio - whole) <= np.minimum(TOLERANCE * whole, APART)))
 
 
 def spectrum(curve: np.ndarray, frequencies: np.ndarray) -> Spectrum:
@@ -71,7 +81,9 @@ def spectrum(curve: np.ndarray, frequencies: np.ndarray) -> Spectrum:
     values = curve - weight @ curve
     if np.abs(values).max() <= 1e-12 * np.abs(curve).max():
         values = np.zeros_like(values)  # what is left of a constant is rounding
-    fit = _non_negative(waves * np.sqrt(weight)[:, None], values * np.sqrt(weight))
+    told = 2 * np.pi / frequencies <= TOLD * (len(curve) - 1)
+    fit = np.zeros(len(frequencies))
+    fit[told] = _non_negative(waves[:, told] * np.sqrt(weight)[:, None], values * np.sqrt(weight))
     total, size = float(fit.sum()), float(np.sqrt(weight @ values**2))
     shares = fit / total if total > 0 else fit
     place = int(shares.argmax())

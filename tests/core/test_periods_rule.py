@@ -47,6 +47,20 @@ def test_the_fit_finds_what_a_curve_is_made_of(amplitudes, constant, frames):
     assert sum(found.amplitudes) == pytest.approx(1)
 
 
+def test_what_is_too_slow_to_be_told_from_a_constant_is_no_part():
+    """The amplitudes of wan-tiny-2, rounded: of 18 frames seven of its twelve frequencies see less than a quarter."""
+    own = frequencies("none", 24, 1e4)
+    amplitudes = np.array([0.56, 1.05, 0.08, 0.08, 0.05, 0.03, 0.02, 0.06, 0.03, 0.03, 0.02, 0.07])
+    found = spectrum(curve_of(own, amplitudes, 18), own)
+    assert (found.period, found.gamma) == (pytest.approx(13.54, abs=0.01), 1.0)
+    assert found.amplitudes[5:] == (0.0,) * 7
+
+
+def test_a_multiple_is_near_a_whole_number_whatever_its_size():
+    assert harmonics(np.array([0.1, 1.05, 2.15, 2.51]), 0) == (0, 3)  # 10.5 and 21.5 are out of step
+    assert harmonics(np.array([0.1, 0.316, 0.95]), 0) == (0, 1)
+
+
 def test_a_constant_curve_has_no_period():
     found = spectrum(np.full(30, 0.7), frequencies("none", 16, 256.0))
     assert found.period is None
