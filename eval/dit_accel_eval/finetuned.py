@@ -33,7 +33,7 @@ from .embedded import EmbeddedModel, weights_hash
 from .metrics.loops import loop
 from .metrics.motion import motion
 from .metrics.sharpness import sharpness
-from .paired import bootstrap
+from .paired import paired_cell
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
 
 if sys.version_info >= (3, 11):
@@ -245,15 +245,11 @@ def _arms(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
             continue
         keys = ("frames", "score", "motion", "sharpness", "loop", "attended")
         mean = {key: float(np.mean([line[key] for line in clips.values()])) for key in keys}
-        both = sorted(set(clips) & set(by_arm[plain])) if name in longer - {plain} else []
-        score, loops = (
-            [scale * (clips[clip][key] - by_arm[plain][clip][key]) for clip in both]
-            for key, scale in (("score", 100), ("loop", 1))
-        )
+        others = by_arm[plain] if name in longer - {plain} else {}
         yield (
             f"| {name} | {len(clips)} | {mean['frames']:.0f} | {mean['score']:.0%} | {1000 * mean['motion']:.2f} "
             f"| {1000 * mean['sharpness']:.2f} | {mean['loop']:.2f} | {mean['attended']:.0%} "
-            f"| {bootstrap(score) if both else ''} | {bootstrap(loops) if both else ''} |"
+            f"| {paired_cell(clips, others, 'score', scale=100)} | {paired_cell(clips, others, 'loop')} |"
         )
 
 

@@ -14,7 +14,7 @@ from dit_accel_assets.world import scene_of
 from .metrics.metric import Clip
 from .metrics.sharpness import sharpness
 from .model import Run, SuiteModel
-from .paired import bootstrap
+from .paired import paired_cell
 from .results import Line
 from .suite import Suite
 
@@ -73,9 +73,10 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
     yield (
         "| arm | pictures | objects too many or few | score | ground texture right | repetition | sharpness x 1000 "
-        "| against | paired difference of the objects | of the repetition |"
+        "| against | paired difference of the objects | of the score, points | of the ground texture, points "
+        "| of the repetition | of the sharpness x 1000 |"
     )
-    yield "|---" * 10 + "|"
+    yield "|---" * 13 + "|"
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     for arm in suite.arms:
         clips = by_arm[arm.name]
@@ -84,11 +85,8 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
         wrong, score, ground, again, sharp = (float(np.mean([x[name] for x in clips.values()])) for name in NAMES)
         plain = suite.plain(arm)
         others = by_arm[plain.name] if plain else {}
-        both = sorted(set(clips) & set(others))
-        paired = [
-            bootstrap([clips[c][name] - others[c][name] for c in both]) if both else ""
-            for name in ("objects_wrong", "repetition")
-        ]
+        scales = (1, 100, 100, 1, 1000)
+        paired = [paired_cell(clips, others, name, scale=scale) for name, scale in zip(NAMES, scales, strict=True)]
         cells = (
             arm.name, len(clips), f"{wrong:.2f}", f"{score:.0%}", f"{ground:.0%}", f"{again:.3f}",
             f"{1000 * sharp:.2f}", plain.name if plain else "", *paired,

@@ -5,6 +5,7 @@ later stretch comes to the opening one, and how much of a loop it is.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
@@ -14,7 +15,7 @@ from .metrics.metric import Clip
 from .metrics.motion import motion
 from .metrics.sharpness import sharpness
 from .model import Run, SuiteModel
-from .paired import bootstrap
+from .paired import paired_cell
 from .results import Line
 from .suite import Suite
 
@@ -54,56 +55,62 @@ def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
-    """Return the suite's Markdown table: one row per arm, each against the plain arm of its length and steps."""
-    return "\n".join(_rows(suite, lines))
+    """Return the suite's two Markdown tables: a row per arm, and each against the plain arm of its length and steps."""
+    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    return "\n".join((*_values(by_arm), "", *_differences(suite, by_arm)))
 
 
-def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
+def _values(by_arm: dict[str, dict[int, Line]]) -> Iterator[str]:
     yield (
         "| arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
-        "repetition RMS | loop | pairs computed | denoising, s | against | "
-        "paired difference, points of the score | of the loop | of the path error |"
+        "repetition RMS | loop | pairs computed | denoising, s |"
     )
-    yield "|---" * 16 + "|"
-    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    yield "|---" * 12 + "|"
+    for name, clips in by_arm.items():
+        if clips:
+            yield f"| {name} | {' | '.join(_cells(list(clips.values())))} |"
+
+
+def _cells(lines: list[Line]) -> tuple[str, ...]:
+    """What the table says of an arm's lines; runs of before don't say how near each stretch comes, nor their time."""
+
+    def mean(name: str, scale: float = 1.0) -> float:
+        return scale * float(np.nanmean([line.get(name, np.nan) for line in lines]))
+
+    stretches = [line[STRETCHES] for line in lines if STRETCHES in line]
+    told = sum(np.isfinite(line.get("path_error", np.nan)) for line in lines)
+    path = f"{mean('path_error'):.1f}" if told else ""
+    return (
+        f"{len(lines)}",
+        f"{mean('frames'):.0f}",
+        f"{mean('score'):.0%}",
+        " ".join(f"{value:.2f}" for value in np.mean(stretches, 0)) if stretches else "",
+        path + (f" ({told})" if 0 < told < len(lines) else ""),
+        f"{mean('motion', 1000):.2f}",
+        f"{mean('sharpness', 1000):.2f}",
+        f"{mean('repetition'):.3f}",
+        f"{mean('loop'):.2f}",
+        f"{mean('attended'):.0%}",
+        f"{mean('loop_seconds'):.1f}" if all("loop_seconds" in line for line in lines) else "",
+    )
+
+
+def _differences(suite: Suite, by_arm: dict[str, dict[int, Line]]) -> Iterator[str]:
+    yield (
+        "| arm | against | paired difference of the score, points | of the loop | of the path error, px | "
+        "of the motion x 1000 | of the sharpness x 1000 | of the repetition RMS x 1000 | times its denoising |"
+    )
+    yield "|---" * 9 + "|"
     for arm in suite.arms:
-        clips = by_arm[arm.name]
-        if not clips:
+        own, plain = by_arm[arm.name], suite.plain(arm)
+        if not own or plain is None:
             continue
-        plain = suite.plain(arm)
-        others = by_arm[plain.name] if plain else {}
-        both = sorted(set(clips) & set(others))
 
-        def mean(name: str, scale: float = 1.0, clips: dict[int, Line] = clips) -> float:
-            return scale * float(np.nanmean([line.get(name, np.nan) for line in clips.values()]))
+        def cell(name: str, scale: float = 1.0, own: Any = own, others: Any = by_arm[plain.name]) -> str:
+            return paired_cell(own, others, name, scale=scale, ratio=name == "loop_seconds")
 
-        def against(
-            name: str, scale: float = 1.0, both: list[int] = both, clips: dict[int, Line] = clips,
-            others: dict[int, Line] = others,
-        ) -> str:  # fmt: skip
-            paired = [scale * (clips[clip].get(name, np.nan) - others[clip].get(name, np.nan)) for clip in both]
-            paired = [value for value in paired if np.isfinite(value)]
-            if len(paired) < 2:  # one clip has no interval
-                return "".join(f"{value:.2f}" for value in paired)
-            return str(bootstrap(paired))
-
-        stretches = [line[STRETCHES] for line in clips.values() if STRETCHES in line]  # runs of before don't say
         cells = (
-            arm.name,
-            len(clips),
-            f"{mean('frames'):.0f}",
-            f"{mean('score'):.0%}",
-            " ".join(f"{value:.2f}" for value in np.mean(stretches, 0)) if stretches else "",
-            f"{mean('path_error'):.1f}" if stretches else "",
-            f"{mean('motion', 1000):.2f}",
-            f"{mean('sharpness', 1000):.2f}",
-            f"{mean('repetition'):.3f}",
-            f"{mean('loop'):.2f}",
-            f"{mean('attended'):.0%}",
-            f"{mean('loop_seconds'):.1f}" if all("loop_seconds" in line for line in clips.values()) else "",
-            plain.name if plain else "",
-            against("score", 100),
-            against("loop"),
-            against("path_error"),
-        )
-        yield f"| {' | '.join(map(str, cells))} |"
+            cell("score", 100), cell("loop"), cell("path_error"), cell("motion", 1000), cell("sharpness", 1000),
+            cell("repetition", 1000), cell("loop_seconds"),
+        )  # fmt: skip
+        yield f"| {arm.name} | {plain.name} | {' | '.join(cells)} |"

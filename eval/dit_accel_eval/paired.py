@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,29 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 10_0
     means = data[rng.integers(0, len(data), (draws, len(data)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(data.mean()), low=float(low), high=float(high))
+
+
+def paired_cell(
+    own: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]], name: str, *, scale: float = 1.0,
+    ratio: bool = False,
+) -> str:  # fmt: skip
+    """Return a table's cell of the paired difference of a measure, "" without a clip that has both.
+
+    The mean with its interval, the mean alone of one clip, and the number of clips where some have no finite value.
+
+    Args:
+        own: clip -> measures of the arm.
+        others: the same of the arm that it is held against.
+        name: of the measure.
+        scale: factor on the difference.
+        ratio: whether to give the arm's over the other's instead.
+    """
+    both = sorted(set(own) & set(others))
+    pairs = [(own[clip].get(name, np.nan), others[clip].get(name, np.nan)) for clip in both]
+    values = [scale * (one / other if ratio else one - other) for one, other in pairs if np.isfinite(one - other)]
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return str(bootstrap(values)) + (f" ({len(values)})" if len(values) < len(both) else "")
 
 
 def sign_flips(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:

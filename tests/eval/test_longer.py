@@ -105,20 +105,24 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
     printed = first.stdout
     assert table(read_suite(suite), lines) in printed
     assert "| 1x | 2 | 33 | 100% |" in printed
-    assert "| 2x | 25.00 [25.00, 25.00] |" in printed
-    assert "| 100% | 1.5 |" in table(read_suite(suite), [{**line, "loop_seconds": 1.52} for line in lines])
+    assert "| 2x, decayed | 2x | 25.00 [25.00, 25.00] |" in printed
+    timed = [{**line, "loop_seconds": 1.52 * (1 + ("decayed" in line["arm"]))} for line in lines]
+    assert "| 100% | 1.5 |" in table(read_suite(suite), timed)
+    assert "| 2.00 [2.00, 2.00] |" in table(read_suite(suite), timed)
     new = ("closeness_by_stretch", "loop_seconds")
     before = [{key: value for key, value in line.items() if key not in new} for line in lines]
     rows = table(read_suite(suite), before).splitlines()
     assert "| 100% |  |" in rows[2]  # runs of before don't say how near each stretch comes, nor their time
-    assert "| 100% |  |  |  |" in rows[2]
-    (row,) = [row for row in table(read_suite(suite), lines[:3]).splitlines() if row.startswith("| 2x, decayed")]
+    assert rows[2].endswith("| 100% |  |")
+    (row,) = [row for row in table(read_suite(suite), lines[:3]).splitlines() if row.startswith("| 2x, decayed | 2x")]
     assert "| 2x | 25.00 |" in row  # one clip has no interval
+    lost = [{**line, "path_error": float("nan")} if line["clip"] else line for line in lines]
+    assert f"| {lines[0]['path_error']:.1f} (1) |" in table(read_suite(suite), lost)
     assert run_suite(tmp_path / "none.toml").exit_code == 2
-    timed = run_suite(suite, "--time", "--frames", tmp_path)
+    refused = run_suite(suite, "--time", "--frames", tmp_path)
     assert (
         "some judges clips by themselves (longer), without a dense run beside them; leave out --time and --frames"
-        in (timed.stderr)
+        in (refused.stderr)
     )
     out.write_text(out.read_text().replace('"num_frames": 33', '"num_frames": 35'))
     assert "holds results of arm '1x' with call {" in run_suite(suite).stderr
