@@ -1,6 +1,7 @@
 """Method configs: their common base and the checks of their values' types."""
 
 import dataclasses
+import json
 import math
 import numbers
 import types
@@ -35,7 +36,10 @@ class MethodConfig:
             value, hint = getattr(self, field.name), hints[field.name]
             plain = _plain(value)
             if not _fits(plain, hint):
-                raise ConfigError(f"{self.name}.{field.name} must be {spell_type(hint)}, got {value!r}")
+                option = f"{self.name}.{field.name}"
+                raise ConfigError(
+                    f"{option} must be {spell_type(hint)}, got {value!r}{_how_to_list(option, plain, hint)}"
+                )
             if plain is not value:
                 object.__setattr__(self, field.name, plain)
 
@@ -133,6 +137,17 @@ def _fits(value: Any, hint: Any) -> bool:
 
 _ONE = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "unset"}
 _MANY = {float: "finite numbers", int: "integers", bool: "truth values", str: "strings"}
+_EXAMPLES = {float: [0.5, 1.0], int: [1, 2], bool: [True, False], str: ["a", "b"]}
+
+
+def _how_to_list(option: str, value: Any, hint: Any) -> str:
+    """Return how to write an option that takes a list: what was given as one, if it is an entry; empty for others."""
+    lists = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is tuple]
+    inner = typing.get_args(lists[0])[0] if lists else None
+    if inner not in _EXAMPLES:
+        return ""
+    example = [value] if _fits(value, inner) else _EXAMPLES[inner]
+    return f"; write a list, such as --set '{option}={json.dumps(example)}'"
 
 
 def spell_type(hint: Any) -> str:

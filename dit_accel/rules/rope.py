@@ -111,7 +111,10 @@ def check_kind(
     if turn is not None and not 0 < turn <= 1:
         raise ConfigError(f"turn must be above 0 and at most 1, got {turn!r}; RIFLEx' code has 0.9")
     if indices is not None and (len(indices) == 0 or min(indices) < 0):
-        raise ConfigError(f"indices must be places among the frequencies, from 0 on, got {tuple(indices)!r}")
+        raise ConfigError(
+            f"indices must be places among the frequencies, from 0 on, got {tuple(indices)!r}; leave them out to find "
+            "them by their periods"
+        )
 
 
 def edited(

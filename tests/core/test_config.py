@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 
 import numpy as np
@@ -114,8 +115,29 @@ def test_lists_are_taken_and_can_t_change_the_config_afterwards():
     assert config == dit_accel.StaticCache(steps=(1, 0, 1))
     assert hash(dit_accel.MagCache(ratios=[1.0, 0.9])) == hash(dit_accel.MagCache(ratios=(1.0, 0.9)))
     assert dit_accel.ProfilingCache(blocks=[0, 2]).to_dict()["blocks"] == [0, 2]
-    with pytest.raises(ConfigError, match=r"staticcache.steps must be a list of integers or unset, got \[1, 'x'\]"):
-        dit_accel.StaticCache(steps=[1, "x"])
+
+
+@pytest.mark.parametrize(
+    ("config_type", "options", "message"),
+    [
+        (
+            dit_accel.RoPE,
+            dict(axes="frames"),
+            "rope.axes must be a list of strings or unset, got 'frames'; write a list, such as "
+            "--set 'rope.axes=[\"frames\"]'",
+        ),
+        (dit_accel.UltraImage, dict(indices=9), "got 9; write a list, such as --set 'ultraimage.indices=[9]'"),
+        (
+            dit_accel.StaticCache,
+            dict(steps=[1, "x"]),
+            "staticcache.steps must be a list of integers or unset, got [1, 'x']; write a list, such as "
+            "--set 'staticcache.steps=[1, 2]'",
+        ),
+    ],
+)
+def test_what_is_no_list_is_told_how_to_write_one(config_type, options, message):
+    with pytest.raises(ConfigError, match=re.escape(message) + "$"):
+        config_type(**options)
 
 
 @pytest.mark.parametrize("value", [True, "64", 64.0, np.float64(64), torch.tensor(64)], ids=repr)

@@ -92,7 +92,10 @@ def test_what_lies_outside_the_extremes_is_bounded():
         (dict(rows=0), r"ultraimage\.rows must be >= 1, got 0; it counts tokens"),
         (dict(trained_width=0), r"ultraimage\.trained_width must be >= 1, got 0"),
         (dict(turn=1.5), r"turn must be above 0 and at most 1, got 1\.5"),
-        (dict(indices=()), r"indices must be places among the frequencies, from 0 on, got \(\)"),
+        (
+            dict(indices=()),
+            r"indices must be places among the frequencies, from 0 on, got \(\); leave them out to find them by their",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):

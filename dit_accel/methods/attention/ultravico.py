@@ -150,9 +150,14 @@ class UltraViCo(MethodConfig):
         if self.alpha is not None and self.beta is not None:
             _check_order(self.alpha, self.beta)
         if self.period is not None and not self.period > 1:
-            raise ConfigError(f"ultravico.period must be a number of frames above 1, got {self.period}")
+            raise ConfigError(
+                f"ultravico.period must be a number of frames above 1, got {self.period}; `dit-accel tune period` "
+                "finds the model's"
+            )
         if self.gamma is not None and self.gamma < 0:
-            raise ConfigError(f"ultravico.gamma must be a number of frames, 0 or more, got {self.gamma}")
+            raise ConfigError(
+                f"ultravico.gamma must be a number of frames, 0 or more, got {self.gamma}; HunyuanVideo's is 4"
+            )
         if self.trained_frames is not None and self.trained_frames < 1:
             raise ConfigError(f"ultravico.trained_frames must be >= 1, got {self.trained_frames}; Wan 2.1's is 21")
 
