@@ -109,9 +109,10 @@ class Family:
         trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
             several lengths, or an image model.
         trained_size: rows and columns of tokens of the largest pictures that it was trained on; None: not known.
+        not_advised: methods for larger outputs that are published not to help on it; no advice names them.
         beyond: what ``generate`` does for pictures larger than trained: ``tiled_vae``, ``pinned_shift``.
         config: entries of its transformer's config by which its rotary positions differ from those of the adapter's
-            other models, and what `Rope.axes` asks for; empty: they don't differ.
+            other models or from the class's defaults, and what `Rope.axes` asks for; empty: they don't differ.
         recipes: method name -> option -> value: what the papers and their code use on this model.
         head_sets: name -> heads such as ``L3H1``: published sets for methods that perturb some heads.
     """
@@ -136,6 +137,7 @@ class Family:
     in_channels: int | None = None
     trained_frames: int | None = None
     trained_size: tuple[int, int] | None = None
+    not_advised: tuple[str, ...] = ()
     beyond: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -85,7 +85,7 @@ class Rope:
         text: forward inputs by name -> which rows of the positions are text: how many of the first ones, or bool
             [..., rows]. None: text has no positions along the visual axes.
         max_positions: transformer config -> axis -> tokens that the model's tables hold; axes without a limit are left
-            out. None: no limits.
+            out. It takes configs that lack entries too, for the class's defaults. None: no limits.
         absent: transformer config -> why this model has no rotary positions, or None.
         kinds: kinds of `dit_accel.rules.rope` that make sense here; None: all. ``note`` says why not the others.
         fitted: axes along which the model scales every size to the trained one, so that none is too long.

@@ -9,7 +9,7 @@ Axes = Callable[[Mapping[str, Any]], tuple[Axis, ...]]
 """`Rope.axes`: transformer config -> the axes."""
 
 Lengths = Callable[[Mapping[str, Any]], Mapping[str, int]]
-"""`Rope.max_positions`: transformer config -> axis -> tokens."""
+"""`Rope.max_positions`: transformer config -> axis -> tokens; what a config lacks is the class's default."""
 
 
 def even(names: Sequence[str], channels: int, theta: float = 10000.0) -> tuple[Axis, ...]:
@@ -98,14 +98,19 @@ def interleaved(sections: Sequence[int], dim: int, theta: float) -> tuple[Axis, 
     )
 
 
-def same_length(key: str) -> Lengths:
-    """Return ``max_positions`` for configs that tell one length for all axes."""
-    return lambda config: dict.fromkeys(VISUAL_AXES, config[key])
+def same_length(key: str, default: int) -> Lengths:
+    """Return ``max_positions`` for configs that tell one length for all axes; ``default`` is the class's own."""
+    return lambda config: dict.fromkeys(VISUAL_AXES, config.get(key, default))
 
 
-def lengths_of_image(key: str) -> Lengths:
-    """Return ``max_positions`` for configs that tell each axis's length, text's first."""
-    return lambda config: dict(zip(("height", "width"), config[key][-2:], strict=True))
+def lengths_of_image(key: str, default: tuple[int, int]) -> Lengths:
+    """Return ``max_positions`` for configs that tell each axis's length, text's first.
+
+    Args:
+        key: the config's name of the lengths.
+        default: the class's own of height and width.
+    """
+    return lambda config: dict(zip(("height", "width"), config.get(key, default)[-2:], strict=True))
 
 
 def fixed_lengths(**lengths: int) -> Lengths:
@@ -115,8 +120,9 @@ def fixed_lengths(**lengths: int) -> Lengths:
 
 def cosmos_lengths(config: Mapping[str, Any]) -> Mapping[str, int]:
     """Return the sizes of Cosmos 1's learned table; without one, the longest for all, as one range serves them."""
-    sizes = [size // patch for size, patch in zip(config["max_size"], config["patch_size"], strict=True)]
-    if not config["extra_pos_embed_type"]:
+    most, patches = config.get("max_size", (128, 240, 240)), config.get("patch_size", (1, 2, 2))
+    sizes = [size // patch for size, patch in zip(most, patches, strict=True)]
+    if not config.get("extra_pos_embed_type", "learnable"):
         sizes = [max(sizes)] * 3
     return dict(zip(VISUAL_AXES, sizes, strict=True))
 
@@ -125,4 +131,5 @@ def cogvideox_lengths(config: Mapping[str, Any]) -> Mapping[str, int]:
     """Return CogVideoX 1.5's limits: its positions are cut out of the trained grid; version 1's are scaled to it."""
     if config.get("patch_size_t") is None:
         return {}
-    return {axis: config[f"sample_{axis}"] // config["patch_size"] for axis in ("height", "width")}
+    sizes = {axis: config.get(f"sample_{axis}", own) for axis, own in (("height", 60), ("width", 90))}
+    return {axis: size // config.get("patch_size", 2) for axis, size in sizes.items()}

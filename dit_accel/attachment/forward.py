@@ -10,6 +10,7 @@ import torch
 
 from ..adapters.adapter import NO_STEP, Adapter, Grid
 from ..adapters.joined_text import JoinedText
+from ..adapters.rope import check_lengths
 from ..errors import ConfigError
 from ..methods.site import AroundForward, ForwardContext, made_tensor
 from ..plan.context import StepContext
@@ -123,6 +124,8 @@ class Forward:
         if slot.idle:
             return grid
         if plain != self._last:
+            if not isinstance(grid, str):
+                self._check_lengths(grid)
             self._last, self._grid = plain, as_tensors(plain)
         slot.grid = self._grid
         slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
@@ -133,6 +136,12 @@ class Forward:
         state.layout = None if isinstance(grid, str) else layout_of(grid)
         state.batch = len(inputs[state.adapter.latents])
         return grid
+
+    def _check_lengths(self, grid: Grid) -> None:
+        """Refuse a grid beyond the model's tables of positions if a method is for outputs that large."""
+        adapter = self._state.adapter
+        if any(handler.extends for handler in self._execution.handlers):
+            check_lengths(adapter.name, adapter.rope, self._state.transformer.config, layout_of(grid).lengths)
 
     def _spread(self, grid: Grid, inputs: Mapping[str, Any]) -> None:
         """Leave where attention calls find it how the forward is spread over processes."""

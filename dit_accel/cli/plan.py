@@ -1,5 +1,6 @@
 """`dit-accel plan`: what a run would cost and what methods would save, without weights."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -47,7 +48,7 @@ def plan(
 
     dit-accel plan --model FOLDER --set radial.decay_factor=0.5 --json
     """
-    adapter, sizes = _find(family, model)
+    adapter, sizes, config = _find(family, model)
     estimated = estimate(
         adapter,
         sizes,
@@ -57,6 +58,7 @@ def plan(
         num_inference_steps=num_inference_steps,
         methods=methods,
         kernel_cost=kernel_cost,
+        config=config,
     )
     if num_frames is not None and estimated.num_frames != num_frames:
         note(f"{num_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
@@ -70,16 +72,18 @@ def plan(
         _print(estimated)
 
 
-def _find(family: str | None, model: str | None) -> tuple[Adapter, Family]:
+def _find(family: str | None, model: str | None) -> tuple[Adapter, Family, Mapping[str, Any]]:
+    """Return a model's adapter, its sizes and what is known of its transformer's config."""
     if family and model:
         raise ConfigError(f"plan takes --family or --model, got both ({family} and {model}); leave one out")
     if model:
-        return read_model_files(model).identify()
+        files = read_model_files(model)
+        return *files.identify(), files.transformer
     if not family:
         raise ConfigError("plan needs a model, got none; give --family (`dit-accel models` lists them) or --model")
     sizes = registry.family(family)
     adapter = next(adapter for adapter in registry.adapters().values() if sizes in adapter.families)
-    return adapter, sizes
+    return adapter, sizes, sizes.config
 
 
 def _print(estimated: Estimate) -> None:

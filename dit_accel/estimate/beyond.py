@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from ..adapters.adapter import Adapter, Family
-from ..adapters.rope import VISUAL_AXES
 from ..errors import ConfigError
 from ..methods.base import Model
 from ..methods.compose import make_handlers
@@ -17,24 +16,27 @@ WHAT_HAPPENS["width"] = WHAT_HAPPENS["height"]
 
 def beyond_trained(family: Family, layout: TokenLayout) -> dict[str, tuple[int, int]]:
     """Return axis -> (tokens, trained tokens) of the axes along which a layout is longer than trained, as is known."""
-    lengths: dict[str, int] = dict(zip(VISUAL_AXES, (layout.frames, layout.height, layout.width), strict=True))
+    lengths = layout.lengths
     return {axis: (lengths[axis], most) for axis, most in family.trained.items() if lengths[axis] > most}
 
 
 def helpful(adapter: Adapter, family: Family, axis: str) -> list[str]:
-    """Return the methods that help along an axis and work on a model with nothing but their defaults."""
+    """Return the methods that help along an axis and work on a model with nothing but their defaults.
+
+    Those that change attention stand before those that change positions.
+    """
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
     found = []
     for name, config_type in methods().items():
         config = config_type()
-        if axis not in handler_of(config).extends:
+        if name in family.not_advised or axis not in handler_of(config).extends:
             continue
         try:
             make_handlers([config], model, alone=False)
         except ConfigError:
             continue
         found.append(name)
-    return found
+    return found[::-1]  # the registry has those of the first phase, positions, first
 
 
 def advice(adapter: Adapter, family: Family, layout: TokenLayout, attached: Sequence[MethodConfig]) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters.adapter import Adapter, Family
+from ..adapters.rope import check_lengths
 from ..errors import ConfigError
 from ..methods.base import Handler, Model
 from ..methods.compose import make_handlers
@@ -273,11 +274,24 @@ def estimate(
     num_inference_steps: int | None = None,
     methods: Sequence[MethodConfig] = (),
     kernel_cost: float = KERNEL_COST,
+    config: Mapping[str, Any] | None = None,
 ) -> Estimate:
     """Estimate a run of a model with methods attached; what is left out takes the family's default.
 
+    Args:
+        adapter: the model's adapter.
+        family: its sizes.
+        height: output height in pixels.
+        width: output width in pixels.
+        num_frames: output frames.
+        num_inference_steps: denoising steps.
+        methods: the methods.
+        kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
+        config: the transformer's config, which tells how long its tables of positions are; None: the family's.
+
     Raises:
-        ConfigError: for sizes the model can't make, methods it can't take or that can't be attached together.
+        ConfigError: for sizes the model can't make or has no positions for, methods it can't take or that can't be
+            attached together.
     """
     height, width = height or family.height, width or family.width
     steps = family.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -289,6 +303,7 @@ def estimate(
         )
     frames = rounded_frames(family, family.num_frames if num_frames is None else num_frames)
     layout = token_layout(family, height=height, width=width, num_frames=frames)
+    check_lengths(adapter.name, adapter.rope, family.config if config is None else config, layout.lengths)
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
     handlers = make_handlers(methods, model)
     savings = {handler.name: handler.estimate(layout, steps) for handler in handlers}

@@ -39,6 +39,11 @@ class TokenLayout:
                 )
 
     @property
+    def lengths(self) -> dict[str, int]:
+        """Axis (frames, height, width) -> tokens along it."""
+        return {"frames": self.frames, "height": self.height, "width": self.width}
+
+    @property
     def tokens_per_frame(self) -> int:
         """Visual tokens of one frame, s = Y * X."""
         return self.height * self.width

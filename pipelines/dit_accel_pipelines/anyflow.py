@@ -34,7 +34,7 @@ ANYFLOW = Adapter(
         caches=("_freqs_cache",),
         values="complex",
         axes=thirds,
-        max_positions=same_length("rope_max_seq_len"),
+        max_positions=same_length("rope_max_seq_len", 1024),
     ),
     families=(ANYFLOW_14B,),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN, "nag": NAG_WAN},

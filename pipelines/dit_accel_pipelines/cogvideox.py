@@ -61,6 +61,7 @@ COGVIDEOX_15_5B = replace(
     num_frames=81,
     in_channels=16,
     trained_frames=None,  # 5 and 10 seconds
+    config={**COGVIDEOX_5B.config, "patch_size": 2, "patch_size_t": 2, "sample_height": 300, "sample_width": 300},
     recipes={},
 )
 COGVIDEOX_15_5B_I2V = replace(

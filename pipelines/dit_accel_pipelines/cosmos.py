@@ -46,6 +46,7 @@ COSMOS_PREDICT2_2B = replace(
     num_frames=93,
     trained_frames=24,
     num_inference_steps=35,
+    config={"attention_head_dim": 128, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None},
 )
 
 COSMOS = Adapter(

@@ -68,7 +68,7 @@ LUMINA2 = Adapter(
         values="complex",
         parts=("freqs_cis",),
         axes=by_config("axes_dim_rope", ("text", "height", "width"), 10000.0),
-        max_positions=lengths_of_image("axes_lens"),
+        max_positions=lengths_of_image("axes_lens", (512, 512)),
     ),
     joined_text="it cuts padded text off before the blocks, row by row",
     families=(LUMINA_IMAGE_2,),

@@ -52,6 +52,7 @@ WAN21_1B = Family(
     num_frames=81,
     in_channels=16,
     trained_frames=21,
+    not_advised=("rope",),  # its attention does not repeat: RIFLEx costs quality (arXiv 2511.20123)
     recipes={"radial": RADIAL_WAN},
 )
 WAN21_14B = replace(
@@ -131,6 +132,7 @@ WAN_TINY = Family(
     num_frames=17,
     num_inference_steps=20,
     trained_frames=17,  # half of its clips have 33 output frames, the others 17
+    config={"attention_head_dim": 32, "rope_max_seq_len": 256},
     recipes={
         "radial": {**RADIAL_WAN, "decay_factor": 1.0, "block_size": 16, "near": "full"},
         "sol": {"beta": 0.5, "block_size": 16},  # beta 1 costs another 5 dB
@@ -147,6 +149,7 @@ WAN_TINY_2 = replace(
     head_dim=64,
     ffn_dim=512,
     trained_frames=9,
+    config={"attention_head_dim": 64, "rope_max_seq_len": 256},
     recipes={"radial": WAN_TINY.recipes["radial"], "sol": {"block_size": 16}, "lvsa": {"block_size": 64}},
 )
 
@@ -183,7 +186,7 @@ WAN = Adapter(
         form="tables",
         parts=("freqs_cos", "freqs_sin"),
         axes=thirds,
-        max_positions=same_length("rope_max_seq_len"),
+        max_positions=same_length("rope_max_seq_len", 1024),
     ),
     families=with_perturbation(
         *with_step_caches(

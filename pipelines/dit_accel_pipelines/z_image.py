@@ -97,7 +97,7 @@ Z_IMAGE = Adapter(
         values="complex",
         parts=("freqs_cis",),
         axes=by_config("axes_dims", ("text", "height", "width"), 256.0, theta_key="rope_theta"),
-        max_positions=lengths_of_image("axes_lens"),
+        max_positions=lengths_of_image("axes_lens", (512, 512)),
     ),
     joined_text="it takes texts as a list and packs them with the image",
     families=(Z_IMAGE_TURBO,),

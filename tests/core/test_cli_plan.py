@@ -243,15 +243,58 @@ def test_a_longer_clip_is_held_against_the_trained_length():
     assert "beyond which" not in shown.stderr
     alone = " ".join(run("--family", "wan2.1-1.3b", "--num-frames", "321").stderr.split())
     assert "81 latent frames are 3.86 times the 21 that wan2.1-1.3b was trained on, beyond which clips repeat" in alone
-    assert "attach --rope or --lvsa or --ultravico" in alone
+    assert alone.endswith("or fall apart; attach --ultravico or --lvsa")
+    hunyuan = " ".join(run("--family", "hunyuan-video", "--num-frames", "257").stderr.split())
+    assert hunyuan.endswith("attach --ultravico or --lvsa or --rope")
     radial = run("--family", "wan2.1-1.3b", "--num-frames", "321", "--radial")
     assert "beyond which" in " ".join(radial.stderr.split())
+
+
+def wan_folder(folder: Path, **transformer) -> Path:
+    parts = {"model_index.json": {"transformer": ["diffusers", "WanTransformer3DModel"]}}
+    sizes = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "patch_size": [1, 2, 2]}
+    parts["transformer/config.json"] = {"_class_name": "WanTransformer3DModel", "ffn_dim": 8960, **sizes, **transformer}
+    for name, content in parts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("wan2.1-14b", "--num-frames", "4097"), "wan has rotary positions for 1024 tokens along frames, got 1025; m"),
+        (("wan2.1-14b", "--num-frames", "4097", "--lvsa"), "rotary positions for 1024 tokens along frames, got 1025"),
+        (("anyflow-14b", "--num-frames", "4097"), "anyflow has rotary positions for 1024 tokens along frames, got 10"),
+        (("wan-tiny", "--num-frames", "513"), "wan has rotary positions for 256 tokens along frames, got 257"),
+        (("cosmos-1-7b", "--width", "1936"), "cosmos has rotary positions for 120 tokens along width, got 121"),
+        (("cosmos-predict2-2b", "--width", "2064"), "cosmos has rotary positions for 128 tokens along width, got 129"),
+        (("z-image-turbo", "--height", "8208"), "z-image has rotary positions for 512 tokens along height, got 513"),
+        (("lumina-image-2.0", "--height", "8208"), "lumina2 has rotary positions for 512 tokens along height, got 513"),
+        (("cogvideox1.5-5b", "--height", "2416"), "cogvideox has rotary positions for 150 tokens along height, got 1"),
+    ],
+)
+def test_lengths_beyond_the_tables_are_refused(arguments, message):
+    result = run("--family", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    shorter = [str(int(word) - 16) if word.isdigit() else word for word in arguments]
+    assert run("--family", *(word for word in shorter if word != "--lvsa")).exit_code == 0
+
+
+def test_a_folders_config_tells_how_long_its_tables_are(tmp_path: Path):
+    for name, told, most in (("short", {"rope_max_seq_len": 64}, 64), ("untold", {}, 1024)):
+        folder = str(wan_folder(tmp_path / name, **told))
+        assert run("--model", folder, "--num-frames", str(4 * most - 3)).exit_code == 0
+        longer = run("--model", folder, "--num-frames", str(4 * most + 1))
+        assert longer.exit_code == 2
+        assert f"wan has rotary positions for {most} tokens along frames, got {most + 1}; make" in longer.stderr
 
 
 def test_a_larger_picture_is_held_against_the_trained_size():
     flux = " ".join(run("--family", "flux.1-dev", "--height", "4096", "--width", "4096").stderr.split())
     assert "256 rows of tokens are 2.00 times the 128 that flux.1-dev was trained on, beyond which pictures" in flux
-    assert "attach --rope or --ultraimage" in flux
+    assert "attach --ultraimage or --rope" in flux
     assert "columns" not in flux
     wide = " ".join(run("--family", "flux.1-dev", "--width", "4096").stderr.split())
     assert "256 columns of tokens" in wide

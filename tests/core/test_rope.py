@@ -51,8 +51,10 @@ def test_axes_share_the_channels_as_the_config_says():
     ]  # fmt: skip
     assert [(a.name, a.channels, a.theta) for a in axes({"base": 16})] == [("height", 8, 16.0), ("width", 8, 16.0)]
     assert [axis.channels for axis in thirds({"attention_head_dim": 128})] == [44, 42, 42]
-    assert lengths_of_image("lens")({"lens": (300, 512, 256)}) == {"height": 512, "width": 256}
-    assert same_length("most")({"most": 1024})["frames"] == 1024
+    assert lengths_of_image("lens", (512, 512))({"lens": (300, 512, 256)}) == {"height": 512, "width": 256}
+    assert lengths_of_image("lens", (512, 384))({}) == {"height": 512, "width": 384}
+    assert same_length("most", 1024)({"most": 64})["frames"] == 64
+    assert same_length("most", 1024)({}) == {"frames": 1024, "height": 1024, "width": 1024}
 
 
 def test_interleaved_axes_share_out_one_axis_frequencies():

@@ -12,7 +12,7 @@ from dit_accel_pipelines import ADAPTERS
 from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, EasyCache, RoPE, UltraViCo
+from dit_accel import LVSA, ConfigError, EasyCache, RoPE, UltraViCo
 from dit_accel.adapters.adapter import Family
 from dit_accel.methods.base import Model
 from dit_accel.methods.positions.placing import KEPT_SIZES
@@ -211,12 +211,17 @@ def test_describe_refuses_what_attach_refuses(name, number):
     assert "positions" in described.refused["rope"]
 
 
-def test_tables_have_an_end():
+@pytest.mark.parametrize(
+    "method", [RoPE(kind="pi", trained_frames=2), UltraViCo(trained_frames=2), LVSA(trained_frames=2, window=0)]
+)
+def test_tables_have_an_end(method):
     transformer = tiny_transformer(rope_max_seq_len=8)
-    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=2)):
-        denoise(transformer, 1, frames=8)
-        with pytest.raises(ConfigError, match=r"wan has rotary positions for 8 tokens along frames, got 9; make"):
-            denoise(transformer, 1, frames=9)
+    with dit_accel.attach(transformer, method):
+        for _ in range(2):
+            denoise(transformer, 1, frames=8)
+            for _ in range(2):
+                with pytest.raises(ConfigError, match=r"wan has rotary positions for 8 tokens along frames, got 9; ma"):
+                    denoise(transformer, 1, frames=9)
 
 
 def test_methods_beside_it():

@@ -42,7 +42,7 @@ def test_sizes_beyond_the_trained_one_are_told(tmp_path: Path):
     (said,) = notes(tmp_path, num_frames=67)
     assert said == (
         "34 latent frames are 2.00 times the 17 that wan-tiny was trained on, beyond which clips repeat themselves or "
-        "fall apart; attach --rope or --lvsa or --ultravico"
+        "fall apart; attach --ultravico or --lvsa or --rope"
     )
     assert len(notes(tmp_path, "radial", num_frames=67)) == 1
     for flag in ("rope", "lvsa", "ultravico"):
@@ -50,7 +50,7 @@ def test_sizes_beyond_the_trained_one_are_told(tmp_path: Path):
     assert not notes(tmp_path, num_frames=33)
     (large,) = notes(tmp_path, model="flux-tiny", height=144, width=144)
     assert large.startswith("18 rows of tokens are 1.50 times the 12 that flux-tiny was trained on, beyond which pict")
-    assert large.endswith("attach --rope or --ultraimage")
+    assert large.endswith("attach --ultraimage or --rope")
     assert not notes(tmp_path, "ultraimage", model="flux-tiny", height=144, width=144)
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import inspect
 from dataclasses import dataclass
 
+import diffusers
 import pytest
 import tiny_image_models
 import tiny_models
@@ -14,7 +16,7 @@ from tiny_inputs import ids, packed
 
 import dit_accel
 from dit_accel import ConfigError
-from dit_accel.adapters.rope import RopeChange, rope_of
+from dit_accel.adapters.rope import Rope, RopeChange, rope_of
 from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.rope_forms import changed
 from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
@@ -327,6 +329,17 @@ def test_tables_are_as_long_as_told(name, axis, config):
         else:
             with pytest.raises(RuntimeError):
                 case.transformer.rope(latents)
+
+
+LIMITED = [one for one in ADAPTERS if isinstance(one.rope, Rope) and one.rope.max_positions is not None]
+
+
+@pytest.mark.parametrize("adapter", LIMITED, ids=lambda adapter: adapter.name)
+def test_a_config_that_tells_nothing_means_the_classs_defaults(adapter):
+    for name in adapter.transformers:
+        parameters = inspect.signature(getattr(diffusers, name)).parameters
+        own = {key: one.default for key, one in parameters.items() if one.default is not one.empty}
+        assert adapter.rope.max_positions({}) == adapter.rope.max_positions(own)
 
 
 def test_limits_of_the_released_models():

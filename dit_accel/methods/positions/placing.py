@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...adapters.adapter import Family
-from ...adapters.rope import VISUAL_AXES, Rope, RopeChange, changeable_axes, check_lengths, rope_of
+from ...adapters.rope import Rope, RopeChange, changeable_axes, rope_of
 from ...adapters.rope_forms import changed
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
@@ -20,11 +20,6 @@ KEPT_SIZES = 4
 
 Edit = Callable[[np.ndarray, float, float], np.ndarray]
 """(own frequencies, trained tokens, wanted tokens) -> new frequencies, of the same shape."""
-
-
-def lengths_of(layout: TokenLayout) -> dict[str, int]:
-    """Return axis -> tokens along it."""
-    return dict(zip(VISUAL_AXES, (layout.frames, layout.height, layout.width), strict=True))
 
 
 def trained_lengths(method: str, given: Mapping[str, int | None], family: Family | None) -> dict[str, int]:
@@ -117,7 +112,7 @@ class Placing:
     def wanted(self, layout: TokenLayout) -> dict[str, tuple[float, float]]:
         """Return axis -> (trained, wanted) tokens, of the axes that change for a layout."""
         found = {}
-        for axis, tokens in lengths_of(layout).items():
+        for axis, tokens in layout.lengths.items():
             trained = self._trained.get(axis)
             if trained is None:
                 continue
@@ -144,7 +139,6 @@ class Placing:
                 f"{self._name} does not tell how many tokens this forward has along each axis, which its positions are "
                 "changed by; make one output per call, or detach"
             )
-        check_lengths(self._name, self._rope, self._config, lengths_of(layout))
         wanted = self.wanted(layout)
         if not wanted:
             return None

@@ -16,7 +16,7 @@ from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..saving import Saving
 from ..site import Site
-from .placing import Placing, lengths_of, require_kind, trained_lengths
+from .placing import Placing, require_kind, trained_lengths
 
 Kind = Literal["none", "pi", "ntk", "yarn", "riflex", "ultraimage"]
 
@@ -116,7 +116,7 @@ class RoPEHandler(Handler):
         config = self.settings
         parts = [
             f"{tokens} tokens along {axis}, trained on {self._trained[axis]}"
-            for axis, tokens in lengths_of(layout).items()
+            for axis, tokens in layout.lengths.items()
             if axis in self._trained and (config.axes is None or axis in config.axes)
         ]
         fixed = "" if config.factor is None else f" for {config.factor:g} times the trained length"

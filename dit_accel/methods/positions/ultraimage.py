@@ -30,7 +30,7 @@ from ..config import MethodConfig
 from ..saving import Saving
 from ..site import Site
 from .entropy import focus, token_entropy
-from .placing import Placing, lengths_of, require_kind, trained_lengths
+from .placing import Placing, require_kind, trained_lengths
 
 AXES = ("height", "width")
 
@@ -178,7 +178,7 @@ class UltraImageHandler(AttentionHandler):
 
     def applies(self, layout: TokenLayout) -> bool:
         """Whether the picture is larger than the trained ones along any side."""
-        lengths = lengths_of(layout)
+        lengths = layout.lengths
         return any(lengths[axis] > self._trained[axis] for axis in AXES)
 
     def is_active(self, step: StepContext, depth: int) -> bool:

@@ -210,8 +210,7 @@ def _check_sizes(recipe: FineTuning, files: ModelFiles, adapter: Adapter, family
             f"{recipe.num_frames}"
         )
     layout = token_layout(family, height=recipe.height, width=recipe.width, num_frames=frames)
-    lengths = {"frames": layout.frames, "height": layout.height, "width": layout.width}
-    check_lengths(adapter.name, adapter.rope, files.transformer, lengths)
+    check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
 
 
 def _check_processes(recipe: FineTuning, adapter: Adapter, processes: int) -> None:
