@@ -67,7 +67,7 @@ def watched_runs(
         raise ConfigError(f"tune's output must be a .toml in a folder that exists, got {output}")
     check_writable(output, "tune's output")
     others = [method for method in request.methods if not isinstance(method, type(config))]
-    request, _, _ = settle(dataclasses.replace(request, methods=(config, *others)))
+    request, *_ = settle(dataclasses.replace(request, methods=(config, *others)))
     progress = cache_progress(request, output)
     stages = stages or Stages(quiet=True)
     stages.stage("loading")

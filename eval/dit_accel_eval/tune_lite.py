@@ -125,7 +125,7 @@ def tune_lite(
     if output.suffix != ".toml" or not output.parent.is_dir():
         raise ConfigError(f"the thresholds file must be a .toml in a folder that exists, got {output}")
     check_writable(output, "the thresholds file")
-    request, _, _ = settle(dataclasses.replace(request, methods=(config, *others)))
+    request, *_ = settle(dataclasses.replace(request, methods=(config, *others)))
     progress = lite_progress(request, output, target_error, metric)
     stages = stages or Stages(quiet=True)
     stages.stage("loading")

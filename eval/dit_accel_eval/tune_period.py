@@ -190,7 +190,7 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
 
 
 def _lengthened(request: Request) -> Request:
-    settled, family, _ = settle(request)
+    settled, family, *_ = settle(request)
     if family is None or family.trained_frames is None or request.num_frames is not None:
         return settled
     frames = extended_frames(family.trained_frames, 2, family.vae[0])

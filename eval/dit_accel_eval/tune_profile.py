@@ -128,7 +128,7 @@ def tune_profile(request: Request, output: Path, *, stages: Stages | None = None
         raise ConfigError(f"tune profile's output must be a .json in a folder that exists, got {output}")
     for path in (output, *pictures.values()):
         check_writable(path, "tune's output")
-    request, family, _ = settle(request)
+    request, family, *_ = settle(request)
     mask = None if how.mask is None else read_mask(how.mask)
     settings = run_settings(request, **{**dataclasses.asdict(how), "mask": how.mask and str(how.mask)})
     if mask is not None:  # which a file of the same name may not be tomorrow

@@ -129,7 +129,7 @@ def generate_video(
         methods=tuple(methods),
         backend=cast(Any, backend),
     )
-    with Stages(quiet=quiet or process.rank > 0) as stages:
+    with Stages(quiet=quiet, silent=process.rank > 0) as stages:
         told = {"told": _line} if many else {}
         written = generate(request, stages=stages, command=sys.argv, process=process, resume=resume, **told)
     if json:

@@ -62,7 +62,7 @@ def generate(
 
     Args:
         request: what to generate.
-        stages: progress bars and notes; None shows none.
+        stages: progress bars, notes and warnings; None shows none.
         command: the command line, for the side-car.
         process: which of several processes this is: each, or each group that works together, makes some of the prompts;
             None: the only one.
@@ -75,7 +75,7 @@ def generate(
     Raises:
         DitAccelError: for a request that can't be met; nothing is written then.
     """
-    stages, process = stages or Stages(quiet=True), process or Process()
+    stages, process = stages or Stages(silent=True), process or Process()
     request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages)
     if process.together > 1:
         _check_spread(request, family, process.together)
@@ -106,13 +106,13 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
 
     Args:
         request: what to generate; all its prompts are checked, none is made by itself.
-        stages: progress bars and notes; None shows none.
+        stages: progress bars, notes and warnings; None shows none.
         command: the command line, for the side-cars.
 
     Raises:
         DitAccelError: for a request that can't be met.
     """
-    stages = stages or Stages(quiet=True)
+    stages = stages or Stages(silent=True)
     request, family = _settled(request, stages)
     with _loaded(request, family, stages, command) as make:
         yield lambda prompt, output, seed: make(
@@ -121,11 +121,13 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
 
 
 def _settled(request: Request, stages: Stages) -> tuple[Request, Family | None]:
-    """Return the settled request and its family, and show what was noted."""
-    request, family, notes = settle(request)
-    for text in notes:
+    """Return the settled request and its family, and show what is to be told."""
+    settled = settle(request)
+    for text in settled.notes:
         stages.note(text)
-    return request, family
+    for text in settled.warnings:
+        stages.warn(text)
+    return settled.request, settled.family
 
 
 def _check_spread(request: Request, family: Family | None, degree: int) -> None:
@@ -240,7 +242,7 @@ def run(
     """
     import torch
 
-    stages = stages or Stages(quiet=True)
+    stages = stages or Stages(silent=True)
     pictures = read_pictures(request) if pictures is None else pictures
     call = PipelineCall.of(type(pipe))
     arguments = {**request.beside(call), **request.asked(), "prompt": prompt, **pictures}

@@ -1,25 +1,30 @@
-"""Progress and notes on stderr; the bars show on a terminal only."""
+"""Progress, notes and warnings on stderr; the bars show on a terminal only."""
 
 from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dit_accel.cli.console import TALK, note
+from dit_accel.cli.console import TALK, note, warn
 
 
 class Stages:
-    """One progress bar for each stage of a generation; a context manager that cleans up on any exit."""
+    """One progress bar for each stage of a generation; a context manager that cleans up on any exit.
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+    Args:
+        quiet: show neither bars nor notes, warnings alone.
+        silent: show no warnings either.
+    """
+
+    def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
+        self._silent, self._quiet = silent, quiet or silent
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             console=TALK,
-            disable=quiet or not TALK.is_terminal,
+            disable=self._quiet or not TALK.is_terminal,
         )
         self._task: Any = None
 
@@ -47,6 +52,11 @@ class Stages:
         """Say what the user may want to know, unless quiet was asked for."""
         if not self._quiet:
             note(text)
+
+    def warn(self, text: str) -> None:
+        """Say what the user probably wants to change, also when quiet was asked for."""
+        if not self._silent:
+            warn(text)
 
     def _finish(self) -> None:
         if self._task is None:

@@ -1,11 +1,10 @@
 """What `generate` is asked for, and every check that can be made before weights are loaded."""
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import dit_accel_assets
 from dit_accel_kernels import BACKENDS
@@ -203,12 +202,24 @@ def side_car_path(output: Path) -> Path:
     return output.with_name(output.name + ".json")
 
 
-def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
-    """Check a request against its model's configs and pipeline class, and fill in the family's defaults.
+class Settled(NamedTuple):
+    """A request that can be met.
 
-    Returns:
-        The request, the family (None where the model's sizes are not known; then all is left to the pipeline), and
-        notes on what was changed.
+    Attributes:
+        request: the request, with the family's defaults filled in.
+        family: the model's sizes; None: they are not known, and all is left to the pipeline.
+        notes: what was changed.
+        warnings: what the user probably wants to change.
+    """
+
+    request: Request
+    family: Family | None
+    notes: list[str]
+    warnings: list[str]
+
+
+def settle(request: Request) -> Settled:
+    """Check a request against its model's configs and pipeline class, and fill in the family's defaults.
 
     Raises:
         ConfigError: for words the embedded model does not know, sizes the model can't make (with the nearest), or
@@ -232,7 +243,7 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
         request = dataclasses.replace(request, dtype=request.dtype or "float32", **fills)
     family = _family_of(files, request)
     if family is None:
-        return request, None, []
+        return Settled(request, None, [], [])
     notes: list[str] = []
     fills = {name: getattr(family, name) for name in SIZES if call.takes(name) and getattr(request, name) is None}
     request = dataclasses.replace(request, **fills)
@@ -245,7 +256,7 @@ def settle(request: Request) -> tuple[Request, Family | None, list[str]]:
         if frames != request.num_frames:
             notes.append(f"{request.num_frames} frames are rounded to {frames}, as the pipeline does")
         request = dataclasses.replace(request, num_frames=frames)
-    return request, family, [*notes, *_beyond(files, family, request)]
+    return Settled(request, family, notes, _beyond(files, family, request))
 
 
 def read_pictures(request: Request) -> dict[str, Any]:
@@ -294,7 +305,7 @@ def check_words(prompt: str, embedded: str) -> None:
 
 
 def _beyond(files: ModelFiles, family: Family, request: Request) -> list[str]:
-    """Return notes on a size beyond the trained one.
+    """Return warnings of a size beyond the trained one.
 
     Raises:
         ConfigError: for a size beyond the model's tables of positions.
@@ -304,9 +315,7 @@ def _beyond(files: ModelFiles, family: Family, request: Request) -> list[str]:
         family, height=request.height or family.height, width=request.width or family.width, num_frames=frames
     )
     adapter = adapter_for(str(files.transformer.get("_class_name")))
-    lengths = {"frames": layout.frames, "height": layout.height, "width": layout.width}
-    with contextlib.suppress(KeyError):  # a config of an older release may lack what tells the tables' length
-        check_lengths(adapter.name, adapter.rope, files.transformer, lengths)
+    check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
     return advice(adapter, family, layout, request.methods)
 
 

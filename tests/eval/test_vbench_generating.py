@@ -124,7 +124,7 @@ def test_the_cost_of_a_known_family_is_told_in_flops(monkeypatch, tmp_path):
     family = adapter.families[0]
     request = Request(prompts=("a kite",), output=tmp_path / "a.mp4", height=480, width=832, num_frames=81,
                       num_inference_steps=50)  # fmt: skip
-    monkeypatch.setattr(generating, "settle", lambda request: (request, family, []))
+    monkeypatch.setattr(generating, "settle", lambda request: (request, family, [], []))
     whole = estimate(adapter, family, height=480, width=832, num_frames=81, num_inference_steps=50).total_flops
     told = generating.cost(request, 2, 5)
     assert told.startswith("3 of 5 videos to make, 2 are there; num_frames 81, height 480, width 832,")

@@ -113,20 +113,20 @@ def test_one_frame_is_an_image(tmp_path: Path):
 
 
 def test_frames_are_rounded_with_a_note(tmp_path: Path):
-    asked, family, notes = settle(request(tmp_path, num_frames=10))
+    asked, family, notes, _ = settle(request(tmp_path, num_frames=10))
     assert notes == ["10 frames are rounded to 11, as the pipeline does"]
     assert (asked.num_frames, family.name) == (11, "wan-tiny")
 
 
 def test_defaults_are_the_familys(tmp_path: Path):
-    asked, family, notes = settle(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
+    asked, family, notes, _ = settle(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
     assert (asked.height, asked.num_frames, asked.dtype, notes) == (64, family.num_frames, "float32", [])
 
 
 @pytest.mark.parametrize("name", model_names())
 def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, name: str):
     (prompt,) = held_out_prompts(name, 1)
-    asked, _, _ = settle(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
+    asked, *_ = settle(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
     own, call = model_defaults(name), PipelineCall.of(pipeline_class(read_model_files(asked.source)))
     made_with = {**asked.beside(call), **asked.asked()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
@@ -137,7 +137,7 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
 
 
 def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_has_no_other(tmp_path: Path):
-    asked, _, _ = settle(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
+    asked, *_ = settle(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
     call = PipelineCall.of(pipeline_class(read_model_files(asked.source)))
     assert asked.beside(call)["true_cfg_scale"] == model_defaults("flux-tiny")["true_cfg_scale"]
     off = dataclasses.replace(asked, guidance_scale=1.0)
@@ -245,7 +245,7 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
     config = json.loads((folder / "transformer/config.json").read_text())
     (folder / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer4D"}))
     asked = request(tmp_path, model=str(folder), height=33)
-    assert settle(asked) == (asked, None, [])
+    assert settle(asked) == (asked, None, [], [])
     with pytest.raises(UnsupportedModel, match="no adapter covers the transformer class WanTransformer4D; did"):
         settle(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
@@ -255,7 +255,7 @@ def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, lackin
     """A transformer of the sizes of no released model, whose config also lacks one."""
     folder = str(model_folder(tmp_path / "model", transformer={"num_layers": 4, lacking: None}))
     asked = request(tmp_path, model=folder, methods=(RadialAttention(),))
-    assert settle(asked) == (asked, None, [])
+    assert settle(asked) == (asked, None, [], [])
 
 
 def test_methods_run_on_a_model_of_other_sizes(tmp_path: Path, pipe, monkeypatch):

@@ -32,32 +32,43 @@ def test_clips_longer_than_trained_decay_and_the_report_says_so(tmp_path: Path, 
     assert "trained_frames" in json.dumps(record)
 
 
-def notes(tmp_path, *flags: str, **options):
+def warned(tmp_path, *flags: str, **options):
     methods = tuple(select_methods(flags, None, ()))
     request = Request(prompts=("a red circle",), output=tmp_path / "a.mp4", methods=methods, **options)
-    return settle(request)[2]
+    return settle(request).warnings
 
 
 def test_sizes_beyond_the_trained_one_are_told(tmp_path: Path):
-    (said,) = notes(tmp_path, num_frames=67)
+    (said,) = warned(tmp_path, num_frames=67)
     assert said == (
         "34 latent frames are 2.00 times the 17 that wan-tiny was trained on, beyond which clips repeat themselves or "
         "fall apart; attach --ultravico or --lvsa or --rope"
     )
-    assert len(notes(tmp_path, "radial", num_frames=67)) == 1
+    assert len(warned(tmp_path, "radial", num_frames=67)) == 1
     for flag in ("rope", "lvsa", "ultravico"):
-        assert not notes(tmp_path, flag, num_frames=67)
-    assert not notes(tmp_path, num_frames=33)
-    (large,) = notes(tmp_path, model="flux-tiny", height=144, width=144)
+        assert not warned(tmp_path, flag, num_frames=67)
+    assert not warned(tmp_path, num_frames=33)
+    (large,) = warned(tmp_path, model="flux-tiny", height=144, width=144)
     assert large.startswith("18 rows of tokens are 1.50 times the 12 that flux-tiny was trained on, beyond which pict")
     assert large.endswith("attach --ultraimage or --rope")
-    assert not notes(tmp_path, "ultraimage", model="flux-tiny", height=144, width=144)
+    assert not warned(tmp_path, "ultraimage", model="flux-tiny", height=144, width=144)
+
+
+@pytest.mark.parametrize("flags", [(), ("--quiet",)])
+def test_they_are_warned_of_before_anything_is_made_also_when_quiet(tmp_path: Path, flags):
+    out = ["--num-frames", "67", "-o", str(tmp_path / "a.mp4"), *flags]
+    result = CliRunner().invoke(app, ["generate", "a red circle moving right", *SMALL, *out])
+    assert result.exit_code == 0, result.stderr
+    said = "warning: 34 latent frames are 2.00 times the 17 that wan-tiny was trained on, beyond which clips repeat"
+    assert result.stderr.startswith(said)
+    assert result.stderr.count("beyond which") == 1
+    assert "note: " not in result.stderr
 
 
 def test_lengths_beyond_the_tables_are_refused(tmp_path: Path):
-    assert notes(tmp_path, num_frames=511)
+    assert warned(tmp_path, num_frames=511)
     with pytest.raises(ConfigError, match=r"wan has rotary positions for 256 tokens along frames, got 257; make the"):
-        notes(tmp_path, num_frames=513)
+        warned(tmp_path, num_frames=513)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def cost(request: Request, made: int, total: int) -> str:
     Raises:
         DitAccelError: for a request that can't be met.
     """
-    settled, family, _ = settle(request)
+    settled, family, *_ = settle(request)
     known = [f"{name} {getattr(settled, name)}" for name in ("num_frames", "height", "width", "num_inference_steps")
              if getattr(settled, name) is not None]  # fmt: skip
     told = ", ".join(known) or "the model's sizes"
