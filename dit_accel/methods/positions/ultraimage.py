@@ -5,7 +5,10 @@ stays as it is, not in two steps before it; by the entropy over tokens of some r
 constants do not carry over), between the extremes that are measured; what is kept is one number a head. The factor goes
 onto the queries, so that attention stays the one that the user set in diffusers. Which frequencies are corrected is
 found by `dit_accel.rules.rope`, or published for the model. The paper's guided mode (a small picture leads a large one)
-and view mode (a small picture inside a large one) are not here: both change the pipeline, not the transformer.
+and view mode (a small picture inside a large one) are not here: both change the pipeline, not the transformer. Nor are
+its queries in chunks of 65,536 rows: no kernel of scaled_dot_product_attention but the plain "math" one holds the
+attention matrix, and measuring holds the logits of ``rows`` x 2,048 keys at a time (`.entropy`), 2 MiB in float32 for
+each head and batch row, a few times over.
 """
 
 import dataclasses
@@ -49,6 +52,13 @@ class UltraImage(MethodConfig):
     are multiplied by a factor that is the larger, the more local the head is in the first step. A picture that is no
     larger than trained is left as it is. An option left unset takes the recipe of the model's family. The paper's
     guided and view modes are out of scope.
+
+    Two settings of the pipeline belong to it, which `dit-accel generate` makes for FLUX.1 [dev] and Qwen-Image, and
+    which are yours to make in Python, with N the picture's token rows x columns:
+
+    - ``pipe.vae.enable_tiling()``, so that decoding takes no more memory for a larger picture;
+    - ``pipe.scheduler.register_to_config(max_image_seq_len=N)`` where N is above the scheduler's own, which pins the
+      noise shift (mu) at its largest: it grows with N and would collapse the schedule.
 
     Attributes:
         correct: correct the positions; without, heads alone are changed, on models without rotary positions too.
