@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from dit_accel_pipelines.progress import Stages
 from dit_accel_pipelines.request import Request, settle
 from typer.testing import CliRunner
 
@@ -63,6 +64,12 @@ def test_they_are_warned_of_before_anything_is_made_also_when_quiet(tmp_path: Pa
     assert result.stderr.startswith(said)
     assert result.stderr.count("beyond which") == 1
     assert "note: " not in result.stderr
+
+
+def test_of_several_processes_one_warns(capsys):
+    for stages, warned in ((Stages(), True), (Stages(quiet=True), True), (Stages(silent=True), False)):
+        stages.warn("too long")
+        assert ("warning: too long" in capsys.readouterr().err) == warned
 
 
 def test_lengths_beyond_the_tables_are_refused(tmp_path: Path):
