@@ -47,6 +47,7 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-4x-wan-tiny.toml --work finetuned-4x
 	$(BIN)/python -m dit_accel_eval.call_error --plot docs/call-error.png
 	$(BIN)/python -m dit_accel_eval.dropped_mass
+	$(BIN)/python -m dit_accel_eval.attention_spread
 	$(BIN)/python -m dit_accel_eval.every_set --model wan-tiny
 	$(BIN)/python -m dit_accel_eval.every_set --model flux-tiny
 	$(BIN)/python -m dit_accel_eval.vbench.proxies

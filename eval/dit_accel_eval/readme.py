@@ -10,6 +10,7 @@ from typing import Any
 from dit_accel.adapters.registry import adapters
 from dit_accel.methods.registry import methods
 
+from .attention_spread import table as spread_table
 from .block_choices import choices, scores_of, whole
 from .block_choices import table as choices_table
 from .budgets import table as budgets_table
@@ -36,6 +37,7 @@ SPEED = Path("kernels/bench/results/cpu.jsonl")
 TIMES = Path("eval/results/denoising-time.jsonl")
 CALLS = Path("eval/results/call-error.jsonl")
 OVERHEAD = Path("eval/results/overhead.jsonl")
+SPREAD = Path("eval/results/attention-spread.jsonl")
 ADDITIONS = Path("eval/results/positions-cost.jsonl")
 PRODUCT = Path("eval/results/product-time.jsonl")
 COSTS = Path("eval/results/guidance-cost.jsonl")
@@ -78,7 +80,7 @@ PAGES = {
         "blocks-time-flux-tiny",
     ),
     "docs/finetuning.md": ("finetuned-wan-tiny", "finetuned-4x-wan-tiny"),
-    "docs/longer.md": ("longer-wan-tiny-2", "larger-flux-tiny", "positions-cost"),
+    "docs/longer.md": ("longer-wan-tiny-2", "larger-flux-tiny", "attention-spread", "positions-cost"),
     "docs/vbench.md": ("vbench-proxies", "vbench-wan-tiny", "vbench-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
@@ -235,6 +237,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "time": partial(_run, results=TIMES, module="denoising_time", write=times_table),
     "call-error": partial(_run, results=CALLS, module="call_error", write=calls_table),
     "overhead": partial(_run, results=OVERHEAD, module="overhead", write=overhead_table),
+    "attention-spread": partial(_run, results=SPREAD, module="attention_spread", write=spread_table),
     "positions-cost": partial(_run, results=ADDITIONS, module="positions_cost", write=additions_told),
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
