@@ -35,7 +35,8 @@ bench-gpu:
 
 # every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped
 SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny blocks-wan-tiny blocks-flux-tiny
-JUDGED := profiling-wan-tiny profiling-flux-tiny guidance-wan-tiny guidance-flux-tiny longer-wan-tiny-2 larger-flux-tiny
+JUDGED := profiling-wan-tiny profiling-flux-tiny guidance-wan-tiny guidance-flux-tiny longer-wan-tiny-2 larger-flux-tiny \
+	vbench-wan-tiny vbench-flux-tiny
 TIMED := caches-time-wan-tiny blocks-time-wan-tiny blocks-time-flux-tiny
 RESULTS := eval/results
 REPORTS := report-wan-tiny report-flux-tiny
@@ -51,7 +52,6 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 	$(BIN)/python -m dit_accel_eval.every_set --model wan-tiny
 	$(BIN)/python -m dit_accel_eval.every_set --model flux-tiny
 	$(BIN)/python -m dit_accel_eval.vbench.proxies
-	$(BIN)/python -m dit_accel_eval.vbench.judged
 	$(BIN)/python -m dit_accel_eval.demo --out demo
 	cp demo/comparison.json eval/results/demo.json; cp demo/comparison.gif docs/demo.gif
 	$(BIN)/python -m dit_accel_eval.readme

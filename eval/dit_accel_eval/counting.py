@@ -165,5 +165,11 @@ def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> f
     return share * attention + (1 - share) * counts.blocks / dense_step.blocks
 
 
+def works(counts: Counts, dense_step: Counts, attended: float, own_share: float) -> dict[str, float]:
+    """Return what a line says of a run's `work`: at its model's own share of self-attention, and at `REAL_SHARE`."""
+    shares = {"work": own_share, "work_real": REAL_SHARE}
+    return {key: round(work(counts, dense_step, attended, share), 6) for key, share in shares.items()}
+
+
 def _sizes(call: Mapping[str, Any]) -> dict[str, Any]:
     return {name: call[name] for name in ("height", "width", "num_frames") if name in call}

@@ -1,6 +1,6 @@
 """A suite to be run: where its lines go, what each of them must say, and what can be refused before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dit_accel.files import check_writable
 from .arms import Arm
 from .embedded import check_name, settled_call, weights_hash
 from .given import Machine, check_given, given_call, given_weights
+from .judges import JUDGES
 from .model import check_guided
 from .reference import AGREE
 from .results import Line, check_clips, check_lines, read_lines, write_lines
@@ -67,9 +68,12 @@ def default_out(path: Path, suite: Suite) -> Path:
     return path.parent.parent / "results" / f"{suite.name}.jsonl"
 
 
-def clips_of(suite: Suite, most: int | None) -> range:
-    """Return the clips to run: a suite's first ``most``, None: all."""
-    return range(suite.first_clip, suite.first_clip + (suite.clips if most is None else min(most, suite.clips)))
+def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
+    """Return the clips to run: a suite's first ``most``, None: all; of those that its judge can judge."""
+    count = suite.clips if most is None else min(most, suite.clips)
+    if suite.judge and (numbers := JUDGES[suite.judge].numbers):
+        return numbers(suite.model, count, suite.first_clip)
+    return range(suite.first_clip, suite.first_clip + count)
 
 
 def setting_of(suite: Suite, machine: Machine | None = None) -> Line:
@@ -176,6 +180,8 @@ def _check_kind(job: Job) -> None:
             f"{suite.name} judges clips by themselves ({suite.judge}), without a dense run beside them; leave out "
             f"{' and '.join(asked)}"
         )
+    if check := JUDGES[suite.judge].check:
+        check(suite)
 
 
 def _make_folder(folder: Path, what: str) -> None:

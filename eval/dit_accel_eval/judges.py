@@ -8,6 +8,7 @@ from .comparison import table
 from .model import Run, SuiteModel
 from .results import Line
 from .suite import Suite
+from .vbench import asked, judged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,17 +17,22 @@ class Judge:
 
     Attributes:
         measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
-        table: (suite, lines) -> the Markdown table, a row an arm.
+        table: (suite, lines) -> the Markdown table.
+        check: refuses a suite that can't be judged so; None: all can.
+        numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
     """
 
     measures: Callable[[SuiteModel, int, Run], Line]
     table: Callable[[Suite, Sequence[Line]], str]
+    check: Callable[[Suite], None] | None = None
+    numbers: Callable[[str, int, int], Sequence[int]] | None = None
 
 
 JUDGES: Mapping[str, Judge] = {
     "longer": Judge(measures=longer.measures, table=longer.table),
     "larger": Judge(measures=larger.measures, table=larger.table),
     "guidance": Judge(measures=guided.measures, table=guided.table),
+    "vbench": Judge(measures=judged.measures, table=judged.table, check=judged.check_suite, numbers=asked.numbers),
 }
 """Name, one of `suite.JUDGES` -> the judge."""
 

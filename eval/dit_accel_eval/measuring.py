@@ -14,7 +14,7 @@ from dit_accel_pipelines.request import EMBEDDED_FPS, OTHER_FPS
 from dit_accel import ConfigError
 
 from .arms import Arm
-from .counting import REAL_SHARE, Counts, tokens_of, work
+from .counting import Counts, tokens_of, work, works
 from .job import Job, arm_setting, setting_of
 from .judges import JUDGES
 from .kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
@@ -52,13 +52,12 @@ def converged_line(model: Runner, arm: Arm, clip: int, reference: Reference, job
     else:
         runs = model.sample(arm, clip)
     made = median_run(runs)
-    shares = {"work": model.own_share, "work_real": REAL_SHARE}
     line: Line = {
         **_about(model, arm, clip, job),
         "reference_steps": reference.steps,
         "reference_agreement": reference.agreement,
         **measures(job.suite, arm.name, clip, made.frames, reference.frames, model),
-        **{key: round(work(made.counts, reference.step, made.attended, share), 6) for key, share in shares.items()},
+        **works(made.counts, reference.step, made.attended, model.own_share),
         "forwards": made.counts.blocks / reference.step.blocks,
         **_cost(made, reference.step, model.own_share),
     }

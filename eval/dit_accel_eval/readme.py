@@ -30,7 +30,6 @@ from .report_told import report_table, tuned_told
 from .results import Line, read_lines
 from .scaling import table as scaling_table
 from .suite import Suite, read_suite
-from .vbench.judged import table as by_names_table
 from .vbench.proxies import told as proxies_told
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
@@ -180,15 +179,6 @@ def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) 
     return f"{matching[-1]['speedup']:.2f}x ({matching[-1]['of_ideal']:.2f})" if matching else ""
 
 
-def _judged(root: Path, name: str, module: str, write: Callable[..., str]) -> str:
-    path = Path(f"eval/suites/{name}.toml")
-    command, lines = f"python -m dit_accel_eval.{module} {path}", read_lines(root / f"eval/results/{name}.jsonl")
-    suite = read_suite(root / path)
-    if not lines:
-        return f"Not measured yet; `{command}` measures it on {suite.model}."
-    return f"`{command}`: {suite.model}, {_seeds(suite, lines)}; 95 % intervals.\n\n{write(suite, lines)}"
-
-
 def _run(root: Path, results: Path, module: str, write: Callable[[list[dict[str, Any]]], str]) -> str:
     records, command = read_lines(root / results), f"python -m dit_accel_eval.{module}"
     return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
@@ -242,8 +232,6 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, results=PROXIES, module="vbench.proxies", write=proxies_told),
-    "vbench-wan-tiny": partial(_judged, name="vbench-wan-tiny", module="vbench.judged", write=by_names_table),
-    "vbench-flux-tiny": partial(_judged, name="vbench-flux-tiny", module="vbench.judged", write=by_names_table),
     "every-set-wan-tiny": partial(_every, model="wan-tiny"),
     "every-set-flux-tiny": partial(_every, model="flux-tiny"),
     "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),

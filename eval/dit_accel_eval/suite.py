@@ -24,7 +24,7 @@ else:
 
 SUITE_VERSION = 2
 
-JUDGES = ("longer", "larger", "guidance")
+JUDGES = ("longer", "larger", "guidance", "vbench")
 """How clips may be judged by themselves; see `judges`."""
 
 KINDS = {

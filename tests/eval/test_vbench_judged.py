@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_assets import clips, held_out_prompts, painter
+from dit_accel_eval.job import clips_of
 from dit_accel_eval.metrics.metric import Sample
 from dit_accel_eval.metrics.registry import scores
 from dit_accel_eval.results import read_lines
@@ -14,6 +15,7 @@ from dit_accel_eval.vbench import judged
 from dit_accel_eval.vbench.asked import model_scores, numbers, scene_of
 from dit_accel_eval.vbench.embedded import TAKES_TIME
 from dit_accel_eval.vbench.world_metrics import WORLD_METRICS
+from drawn_model import run_suite
 
 from dit_accel import ConfigError
 
@@ -31,6 +33,7 @@ def test_scenes_are_those_of_the_models_prompts():
         told = f"a {thing.color} {thing.shape} {thing.motion} {thing.speed}".strip()
         assert prompt == f"{told} on a {scene.ground} background"
     assert all("white" not in held_out_prompts("wan-tiny", at + 1)[at] for at in numbers("wan-tiny", 8))
+    assert numbers("wan-tiny", 8)[3:] == numbers("wan-tiny", 5, numbers("wan-tiny", 4)[-1])
     assert numbers("flux-tiny", 3) == [0, 1, 2]
     for number, prompt in enumerate(held_out_prompts("flux-tiny", 6)):
         scene = scene_of("flux-tiny", number)
@@ -93,6 +96,7 @@ def suite(tmp_path) -> Path:
     path.write_text("""version = 2
 name = "s"
 model = "wan-tiny"
+judge = "vbench"
 clips = 1
 call = { num_frames = 5 }
 [[arm]]
@@ -107,23 +111,27 @@ easycache = { threshold = 0.1 }
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_stopped_and_prints_its_table(suite, capsys):
+def test_a_run_goes_on_where_it_stopped_and_prints_its_table(suite):
     out = suite.parent.parent / "results" / "s.jsonl"
-    assert judged.main([str(suite)]) == 0
+    told = run_suite(suite)
+    assert told.exit_code == 0, told.output
     lines = read_lines(out)
     assert [line["arm"] for line in lines] == ["unipc 2", "unipc 1", "easycache"]
     assert [line["work"] for line in lines[:2]] == [2, 1]
     assert all(0 < line["metrics"]["flickering"] <= 1 for line in lines)
-    told = capsys.readouterr()
-    assert "| name@world | clips | unipc 2 | unipc 1 | easycache |" in told.out
+    assert all(line["score"] == line["world"]["overall_consistency"] for line in lines)
+    assert "| name@world | clips | unipc 2 | unipc 1 | easycache |" in told.stdout
     out.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]) + '{"arm": "easyc')  # stopped
-    assert judged.main([str(suite)]) == 0
+    again = run_suite(suite)
+    assert again.exit_code == 0, again.output
     assert [line["arm"] for line in read_lines(out)] == ["unipc 2", "unipc 1", "easycache"]
-    assert capsys.readouterr().err.count("steps' work") == 1
+    assert again.stdout == told.stdout
+    assert again.stderr.count(": score ") == 1
     lines[0]["num_inference_steps"] = 3
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert judged.main([str(suite)]) == 2
-    assert "holds results of arm 'unipc 2' with num_inference_steps 3" in capsys.readouterr().err
+    refused = run_suite(suite)
+    assert refused.exit_code == 2
+    assert "holds results of arm 'unipc 2' with num_inference_steps 3" in refused.stderr
 
 
 def line(arm: str, clip: int, **world: float) -> dict:
@@ -164,11 +172,26 @@ def test_metrics_are_ranked_with_the_names_over_a_clips_arms(suite):
     assert "rank correlation" not in judged.table(read, [one | {"metrics": {}} for one in lines])
 
 
-def test_suites_begin_with_the_dense_run(suite, capsys):
-    for path in judged.SUITES:
-        judged.check_suite(read_suite(SUITES / path.name))
-    steps = "num_inference_steps = [2, 1]"
-    other = suite.read_text().replace('"unipc"', '"other"')
-    suite.write_text(other.replace(steps, f"{steps}\neasycache = {{ threshold = 0.2 }}"))
-    assert judged.main([str(suite)]) == 2
-    assert "put the dense run first" in capsys.readouterr().err
+def test_suites_begin_with_the_dense_run_and_are_of_one_size(suite):
+    for path in SUITES.glob("vbench-*.toml"):
+        judged.check_suite(read_suite(path))
+    steps, text = "num_inference_steps = [2, 1]", suite.read_text()
+    other = text.replace('"unipc"', '"other"').replace(steps, f"{steps}\neasycache = {{ threshold = 0.2 }}")
+    sized = text + "call = { num_frames = 9 }\n"
+    for wrong, why in (
+        (other, "suite s begins with 'other 2'; put the dense run first"),
+        (sized, "all arms run at one size, got {'num_frames': 9} for 'easycache'"),
+    ):
+        suite.write_text(wrong)
+        for options in ((), ("--table",)):
+            refused = run_suite(suite, *options)
+            assert refused.exit_code == 2
+            assert why in " ".join(refused.stderr.split())
+
+
+def test_suites_run_the_clips_whose_scenes_are_known(suite):
+    for path in SUITES.glob("vbench-*.toml"):
+        lines = read_lines(SUITES.parent / "results" / f"{path.stem}.jsonl")
+        assert clips_of(read_suite(path), None) == sorted({line["clip"] for line in lines})
+    suite.write_text(suite.read_text().replace("clips = 1", "clips = 9\nfirst_clip = 4"))
+    assert clips_of(read_suite(suite), 3) == [5, 6, 7]

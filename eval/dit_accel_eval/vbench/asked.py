@@ -1,5 +1,7 @@
 """What the embedded models' held-out prompts ask for, as scenes of the world, and what their clips score of it."""
 
+import itertools
+
 from dit_accel_assets import clips, model_score, world
 from dit_accel_assets.checker import check
 from dit_accel_assets.world import Scene, Thing
@@ -48,15 +50,10 @@ def _in_world(scene: clips.Scene) -> Scene:
     )  # fmt: skip
 
 
-def numbers(model: str, count: int) -> list[int]:
-    """Return the first ``count`` numbers of held-out prompts whose scenes are known."""
-    found: list[int] = []
-    number = 0
-    while len(found) < count:
-        if scene_of(model, number) is not None:
-            found.append(number)
-        number += 1
-    return found
+def numbers(model: str, count: int, first: int = 0) -> list[int]:
+    """Return ``count`` numbers of held-out prompts whose scenes are known, the lowest from ``first`` on."""
+    known = (number for number in itertools.count(first) if scene_of(model, number) is not None)
+    return list(itertools.islice(known, count))
 
 
 def model_scores(model: str, number: int, frames: Clip) -> dict[str, float]:
