@@ -92,6 +92,10 @@ class BenchArm:
     counts: Counts | None = None
     attended: float = 1.0
 
+    def rounds(self, count: int) -> np.ndarray:
+        """Return the mean seconds of a step in each of ``count`` rounds; their median is what a line tells."""
+        return np.array(self.steps).reshape(count, -1).mean(1)
+
 
 class Clock:
     """Times the calls of a transformer's blocks and self-attention, in place of their ``forward``."""
@@ -199,7 +203,7 @@ def run_bench(
         told(f"round {number + 1} of {rounds}")
         for arm in running:
             _run(bench, arm, bench.steps)
-    dense = min((arm for arm in running if arm.kind == "dense"), key=lambda arm: float(np.median(arm.steps)))
+    dense = min((arm for arm in running if arm.kind == "dense"), key=lambda arm: float(np.median(arm.rounds(rounds))))
     assert dense.counts is not None
     return [_line(bench, arm, dense, rounds) for arm in arms]
 
@@ -298,8 +302,8 @@ def _line(bench: Bench, arm: BenchArm, dense: BenchArm, rounds: int) -> Line:
     share = planned.attention_share
     done = work(arm.counts, dense.counts / bench.steps, arm.attended, share) / bench.steps
     per_step = planned.total_flops / planned.forwards
-    totals = np.array(arm.steps).reshape(rounds, bench.steps).mean(1)
-    ratios = np.array(dense.steps).reshape(rounds, bench.steps).mean(1) / totals
+    totals = arm.rounds(rounds)
+    ratios = dense.rounds(rounds) / totals
     predicted = estimate(
         bench.adapter, bench.family, height=planned.height, width=planned.width, num_frames=planned.num_frames,
         num_inference_steps=bench.steps, methods=arm.methods,

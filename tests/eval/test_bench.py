@@ -96,6 +96,23 @@ def test_methods_and_caches_are_timed_beside_dense_with_their_work_and_predictio
         json.dumps(line, allow_nan=False)
 
 
+def test_the_dense_arm_that_the_others_are_held_against_is_the_one_of_the_least_seconds_told(monkeypatch):
+    """One slow step makes a backend's mean the worse one, however quick most of its steps are."""
+    took = {"native": [0.1, 0.1, 0.1, 1.0], "_native_math": [0.2] * 4}
+    made, ran = narrow(steps=4), BenchArm(name="dense", kind="dense")
+    bench_module._run(made, ran, 4)
+
+    def run(bench, arm, steps):
+        arm.steps += took[arm.backend][:steps]
+        arm.counts = ran.counts
+
+    monkeypatch.setattr(bench_module, "_run", run)
+    arms = [BenchArm(name=name, kind="dense", backend=name) for name in took]
+    lines = run_bench(made, arms, rounds=2)
+    assert [line["step_seconds"]["median"] for line in lines] == pytest.approx([0.325, 0.2])
+    assert {line["against"] for line in lines} == {"_native_math"}
+
+
 def test_a_dense_backend_is_the_process_wide_choice_no_longer_than_its_arm():
     before = _AttentionBackendRegistry.get_active_backend()
     arm = BenchArm(name="math", kind="dense", backend="_native_math")
