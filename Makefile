@@ -34,22 +34,22 @@ bench-gpu:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py time --out kernels/bench/results/gpu.jsonl
 
 # every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped
-SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny blocks-wan-tiny blocks-flux-tiny
-JUDGED := profiling-wan-tiny profiling-flux-tiny guidance-wan-tiny guidance-flux-tiny longer-wan-tiny-2 larger-flux-tiny \
-	vbench-wan-tiny vbench-flux-tiny
-TIMED := caches-time-wan-tiny blocks-time-wan-tiny blocks-time-flux-tiny
+SUITES := knee-wan-plain knee-flux-tiny sparse-wan-plain caches-wan-plain caches-flux-tiny blocks-wan-plain blocks-flux-tiny
+JUDGED := profiling-wan-plain profiling-flux-tiny guidance-wan-plain guidance-flux-tiny longer-wan-tiny larger-flux-tiny \
+	vbench-wan-plain vbench-flux-tiny
+TIMED := caches-time-wan-plain blocks-time-wan-plain blocks-time-flux-tiny
 RESULTS := eval/results
-REPORTS := report-wan-tiny report-flux-tiny
+REPORTS := report-wan-plain report-flux-tiny
 WORKERS ?= 2
 
 tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
 	$(BIN)/python kernels/bench/predictions.py --page docs/kernel-predictions.md
-	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-tiny.toml
-	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-4x-wan-tiny.toml --work finetuned-4x
+	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-plain.toml
+	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-4x-wan-plain.toml --work finetuned-4x
 	$(BIN)/python -m dit_accel_eval.call_error --plot docs/call-error.png
 	$(BIN)/python -m dit_accel_eval.dropped_mass
 	$(BIN)/python -m dit_accel_eval.attention_spread
-	$(BIN)/python -m dit_accel_eval.every_set --model wan-tiny
+	$(BIN)/python -m dit_accel_eval.every_set --model wan-plain
 	$(BIN)/python -m dit_accel_eval.every_set --model flux-tiny
 	$(BIN)/python -m dit_accel_eval.vbench.proxies
 	$(BIN)/python -m dit_accel_eval.demo --out demo

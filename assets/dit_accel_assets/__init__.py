@@ -2,6 +2,7 @@
 
 from dit_accel_assets.catalog import (
     check_prompt,
+    drawn_clip,
     held_out_prompts,
     longest_trained,
     model_closeness,
@@ -15,6 +16,7 @@ from dit_accel_assets.catalog import (
 
 __all__ = [
     "check_prompt",
+    "drawn_clip",
     "held_out_prompts",
     "longest_trained",
     "model_closeness",

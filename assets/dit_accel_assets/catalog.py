@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dit_accel_assets import clips, prompts, world
+from dit_accel_assets import clips, painter, prompts, world
 
 if TYPE_CHECKING:
     from dit_accel_assets.judge import Verdict
@@ -38,6 +38,8 @@ class Model:
     path: Callable[[np.ndarray, int], float]
     """(clip, number) -> how far its objects stray from the nearest paths that the prompt allows, RMS in pixels; NaN
     where none shows in two frames."""
+    drawn: Callable[[int, int, int, int], tuple[str, np.ndarray]]
+    """(number, height, width, frames) -> caption and clip [F, H, W, 3] of its world, never of a held-out prompt."""
     longest: int = 1
     """Frames of the longest clips that it was trained on."""
 
@@ -60,6 +62,13 @@ def _clip_closeness(video: np.ndarray, index: int, first: int, end: int | None) 
     return float(np.mean(list(closeness(video[first:end], clips.clip_of(index, frames=1, held_out=True)[1]).values())))
 
 
+def _clip_drawn(index: int, height: int, width: int, frames: int) -> tuple[str, np.ndarray]:
+    if (height, width) != (clips.SIZE, clips.SIZE):
+        raise ValueError(f"clips of this world have {clips.SIZE} x {clips.SIZE} pixels, got {width} x {height}")
+    caption, _, clip = clips.clip_of(index, frames=frames)
+    return caption, clip
+
+
 def _clip_path(video: np.ndarray, index: int) -> float:
     from dit_accel_assets.checker import path_error
 
@@ -73,6 +82,11 @@ def _world_scene(index: int) -> world.Scene:
 
 def _world_prompt(index: int) -> str:
     return prompts.prompt_of(_world_scene(index))
+
+
+def _world_drawn(index: int, height: int, width: int, frames: int, *, still: bool = False) -> tuple[str, np.ndarray]:
+    scene = world.scene_of(1, index, height=height, width=width, still=still)
+    return prompts.prompt_of(scene), painter.draw(scene, frames)
 
 
 def _world_score(video: np.ndarray, index: int) -> float:
@@ -120,22 +134,24 @@ def _judged(video: np.ndarray, scene: world.Scene, first: int = 0, end: int | No
 KNOWN: dict[str, Model] = {
     "wan-tiny": Model(
         pipeline="WanPipeline",
-        words=clips.vocabulary,
-        held_out=_clip_prompt,
-        score=_clip_score,
-        closeness=_clip_closeness,
-        path=_clip_path,
-        longest=33,
-        defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
-    ),
-    "wan-tiny-2": Model(
-        pipeline="WanPipeline",
         words=prompts.vocabulary,
         held_out=_world_prompt,
         score=_world_score,
         closeness=_world_closeness,
         path=_world_path,
+        drawn=_world_drawn,
         longest=world.FRAMES,
+        defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
+    ),
+    "wan-plain": Model(
+        pipeline="WanPipeline",
+        words=clips.vocabulary,
+        held_out=_clip_prompt,
+        score=_clip_score,
+        closeness=_clip_closeness,
+        path=_clip_path,
+        drawn=_clip_drawn,
+        longest=33,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
     "flux-tiny": Model(
@@ -145,6 +161,7 @@ KNOWN: dict[str, Model] = {
         score=_still_score,
         closeness=_still_closeness,
         path=_still_path,
+        drawn=partial(_world_drawn, still=True),
         defaults={
             "height": 96,
             "width": 96,
@@ -179,6 +196,15 @@ def held_out_prompts(name: str, count: int) -> list[str]:
         raise ValueError(f"count={count}: ask for 0 or more prompts")
     model = _known(name)
     return [model.held_out(index) for index in range(count)]
+
+
+def drawn_clip(name: str, number: int, *, height: int, width: int, frames: int) -> tuple[str, np.ndarray]:
+    """Return caption and clip, uint8 [F, H, W, 3], that a number stands for in the world that a model was trained on.
+
+    Raises:
+        ValueError: for an unknown model, or a size or length that its world is not drawn in.
+    """
+    return _known(name).drawn(number, height, width, frames)
 
 
 def model_score(name: str, index: int, video: np.ndarray) -> float:

@@ -21,7 +21,7 @@ LOGS = Path(__file__).parent
 def trained_autoencoder(run: Path) -> AutoencoderKLWan:
     """Return a run's autoencoder, its fixed encoder and the latest averages of its decoder; else the packed one."""
     if not (run / "checkpoint.pt").exists():
-        return AutoencoderKLWan.from_pretrained(model_path("wan-tiny-2") / "vae", dtype=torch.float32)
+        return AutoencoderKLWan.from_pretrained(model_path("wan-tiny") / "vae", dtype=torch.float32)
     vae = AutoencoderKLWan.from_pretrained(run / "frozen")
     statistics = json.loads((run / "frozen" / "config.json").read_text())
     state = torch.load(run / "checkpoint.pt", weights_only=False)

@@ -96,7 +96,7 @@ class Subject(ABC):
 class Video(Subject):
     """The Wan model: 17 frames; three times the length is beyond it."""
 
-    name = "wan-tiny-2"
+    name = "wan-tiny"
     size, frames = 64, world.FRAMES
     beyond = (64, 3 * (world.FRAMES - 1) + 1)
     crowded = (128, 33)

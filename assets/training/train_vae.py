@@ -203,5 +203,5 @@ def train(config: VaeTraining, run: Path, start: Path | None, budget: Budget, ch
 
 
 if __name__ == "__main__":
-    args = read_arguments(__doc__, VaeTraining, RUNS / "vae", start=model_path() / "vae")
+    args = read_arguments(__doc__, VaeTraining, RUNS / "vae", start=model_path("wan-plain") / "vae")
     train(args.config, args.run, args.start, args.budget, args.change)

@@ -59,7 +59,7 @@ CASES = {
             "ultraimage": (dit_accel.UltraImage(),),
         },
     ),
-    "wan-tiny-2": Case(
+    "wan-tiny": Case(
         sizes={1.0: {"num_frames": 17}, 2.0: {"num_frames": 33}, 3.0: {"num_frames": 49}, 4.0: {"num_frames": 65}},
         near=4,
         arms={"ultravico": (dit_accel.UltraViCo(alpha=0.9),)},

@@ -51,7 +51,7 @@ def run_suite(
 
     Each run is a JSON line, written as it ends. A suite that was stopped goes
     on where it stopped; one that is whole only prints its table. Suites with a
-    judge, such as longer-wan-tiny-2.toml, judge clips by themselves. The model is
+    judge, such as longer-wan-tiny.toml, judge clips by themselves. The model is
     an embedded one, or a folder or hub id that diffusers loads. Exit code 1
     where the suite's budget did not hold all runs.
 

@@ -31,7 +31,7 @@ from .model import Run
 from .paired import bootstrap
 from .reference import Reference, converged
 
-MODEL = "wan-tiny"
+MODEL = "wan-plain"
 PROMPT = 19
 """Number of the held-out prompt; the suites run those from 0 to 15."""
 
@@ -39,7 +39,7 @@ DENSE = dense_arm(20)
 ACCELERATED = Arm(
     name="easycache", num_inference_steps=20, methods=(EasyCache(threshold=0.05, predictor="taylor", order=1),)
 )
-"""What is shown; chosen on clips of the suite `caches-wan-tiny`, of which the demo's prompt is none."""
+"""What is shown; chosen on clips of the suite `caches-wan-plain`, of which the demo's prompt is none."""
 
 RESULTS = Path("eval/results/demo.json")
 """The committed run, of which the README tells: a copy of its ``comparison.json``."""

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row per arm: its density over the whole run, its time and its result against the dense run's."""
     torch.set_num_threads(options.threads)
-    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     fewer = max(1, options.steps * 2 // 3)
     arms: dict[str, Arm] = {"dense": (None, options.steps), f"dense, {fewer} steps": (None, fewer)}

@@ -68,7 +68,7 @@ def dropped_mass(planned: PlannedCall) -> Tensor:
 def measure(options: argparse.Namespace, known: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Give one line for each budget and held-out clip that is not ``known``."""
     done = {(line["budget"], line["clip"]) for line in known}
-    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for clip in range(options.clips):
         for budget in options.budgets:
@@ -108,7 +108,7 @@ def _measured(pipe: WanPipeline, options: argparse.Namespace, budget: float, cli
         "steps": options.steps,
         **SETTING,
         "torch": torch.__version__,
-        "model": weights_hash("wan-tiny"),
+        "model": weights_hash("wan-plain"),
     }
 
 

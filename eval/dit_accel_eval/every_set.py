@@ -29,7 +29,7 @@ from .results import Line, append_line, read_lines, write_lines
 from .tuning import FIRST_PROMPT
 
 NONE = "none"
-PLAIN = {"wan-tiny": {"guidance_scale": 1.0}, "flux-tiny": {"true_cfg_scale": 1.0}}
+PLAIN = {"wan-plain": {"guidance_scale": 1.0}, "flux-tiny": {"true_cfg_scale": 1.0}}
 """Embedded model -> the call without a negative prompt: the perturbed branch alone guides, as in the paper's search."""
 
 SCALES = {"pag": 3.0, "slg": 1.0}

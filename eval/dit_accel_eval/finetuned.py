@@ -1,4 +1,4 @@
-"""LoRAs for longer clips: `python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-tiny.toml`.
+"""LoRAs for longer clips: `python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-plain.toml`.
 
 Trains a LoRA dense and through sparse attention, in turns of some steps each, so that their seconds are of the same
 minutes; then judges held-out clips of every arm as `longer` does. A run that was stopped goes on.
@@ -110,7 +110,7 @@ def read_experiment(path: Path) -> Experiment:
         ConfigError: for a file that is missing or of another version, or a key that is missing or unknown.
     """
     if not path.is_file():
-        raise ConfigError(f"no experiment at {path}; name a TOML file such as eval/finetuning/finetuned-wan-tiny.toml")
+        raise ConfigError(f"no experiment at {path}; name a TOML file such as eval/finetuning/finetuned-wan-plain.toml")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

@@ -23,9 +23,9 @@ from .embedded import EmbeddedModel
 from .machine import processor
 from .results import Line, append_line, read_lines
 
-GUIDED = {"wan-tiny": {"guidance_scale": 3.0}, "flux-tiny": {"true_cfg_scale": 3.0}}
-ALONE = {"wan-tiny": {"guidance_scale": 1.0}, "flux-tiny": {"true_cfg_scale": 1.0}}
-LAYERS = {"wan-tiny": (0, 1, 2, 3, 4, 5), "flux-tiny": (0, 2, 4, 6, 8, 10)}
+GUIDED = {"wan-plain": {"guidance_scale": 3.0}, "flux-tiny": {"true_cfg_scale": 3.0}}
+ALONE = {"wan-plain": {"guidance_scale": 1.0}, "flux-tiny": {"true_cfg_scale": 1.0}}
+LAYERS = {"wan-plain": (0, 1, 2, 3, 4, 5), "flux-tiny": (0, 2, 4, 6, 8, 10)}
 NEGATIVE = NAG(negative_prompt="")
 
 Arm = tuple[Mapping[str, Any], tuple[MethodConfig, ...]]

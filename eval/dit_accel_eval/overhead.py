@@ -72,14 +72,14 @@ class Subject(NamedTuple):
 
 
 def _embedded(blocks: int | None) -> WanTransformer3DModel:
-    return WanTransformer3DModel.from_pretrained(model_path() / "transformer")
+    return WanTransformer3DModel.from_pretrained(model_path("wan-plain") / "transformer")
 
 
 def _released(blocks: int | None) -> WanTransformer3DModel:
     return make_transformer(BLOCKS if blocks is None else blocks)
 
 
-SMALL = Subject("wan-tiny, 576 tokens", _embedded, (1, 12, 9, 16, 16), 32)
+SMALL = Subject("wan-plain, 576 tokens", _embedded, (1, 12, 9, 16, 16), 32)
 REAL = Subject("Wan 2.1 1.3B's shape, 4200 tokens", _released, PRODUCT_LATENTS, 512)
 
 

@@ -45,21 +45,21 @@ PROXIES = Path("eval/results/vbench-proxies.jsonl")
 PAGES = {
     "README.md": ("demo", "models", "report", "speed"),
     "docs/guidance.md": (
-        "every-set-wan-tiny",
+        "every-set-wan-plain",
         "every-set-flux-tiny",
-        "guidance-wan-tiny",
+        "guidance-wan-plain",
         "guidance-flux-tiny",
         "guidance-cost",
     ),
     "docs/quality.md": (
-        "knee-wan-tiny",
+        "knee-wan-plain",
         "knee-flux-tiny",
         "call-error",
-        "sparse-wan-tiny",
-        "caches-wan-tiny",
-        "caches-time-wan-tiny",
+        "sparse-wan-plain",
+        "caches-wan-plain",
+        "caches-time-wan-plain",
         "caches-flux-tiny",
-        "report-wan-tiny",
+        "report-wan-plain",
         "report-flux-tiny",
         "tuned-flux-tiny",
         "held-out-flux-tiny",
@@ -71,16 +71,16 @@ PAGES = {
     "docs/scaling.md": ("scaling",),
     "docs/caching.md": ("budgets",),
     "docs/block-caches.md": (
-        "profiling-wan-tiny",
+        "profiling-wan-plain",
         "profiling-flux-tiny",
-        "blocks-wan-tiny",
+        "blocks-wan-plain",
         "blocks-flux-tiny",
-        "blocks-time-wan-tiny",
+        "blocks-time-wan-plain",
         "blocks-time-flux-tiny",
     ),
-    "docs/finetuning.md": ("finetuned-wan-tiny", "finetuned-4x-wan-tiny"),
-    "docs/longer.md": ("longer-wan-tiny-2", "larger-flux-tiny", "attention-spread", "positions-cost"),
-    "docs/vbench.md": ("vbench-proxies", "vbench-wan-tiny", "vbench-flux-tiny"),
+    "docs/finetuning.md": ("finetuned-wan-plain", "finetuned-4x-wan-plain"),
+    "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "attention-spread", "positions-cost"),
+    "docs/vbench.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -211,7 +211,7 @@ def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
 def _budgets(root: Path) -> str:
     measured = [
         (read_suite(root / f"eval/suites/{kind}-{model}.toml"), read_lines(root / f"eval/results/{kind}-{model}.jsonl"))
-        for model in ("wan-tiny", "flux-tiny")
+        for model in ("wan-plain", "flux-tiny")
         for kind in ("caches", "blocks")
     ]
     return "\n".join(budgets_table(measured))
@@ -232,16 +232,16 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "product-time": partial(_run, results=PRODUCT, module="product_time", write=lambda lines: product_told(lines[-1])),
     "dropped-mass": partial(_run, results=MASSES, module="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, results=PROXIES, module="vbench.proxies", write=proxies_told),
-    "every-set-wan-tiny": partial(_every, model="wan-tiny"),
+    "every-set-wan-plain": partial(_every, model="wan-plain"),
     "every-set-flux-tiny": partial(_every, model="flux-tiny"),
     "guidance-cost": partial(_run, results=COSTS, module="guidance_cost", write=costs_table),
     "budgets": _budgets,
-    "profiling-wan-tiny": partial(_choices, name="profiling-wan-tiny", profiles=("profile-wan-tiny",)),
+    "profiling-wan-plain": partial(_choices, name="profiling-wan-plain", profiles=("profile-wan-plain",)),
     "profiling-flux-tiny": partial(
         _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
     ),
-    "finetuned-wan-tiny": partial(finetuned_told, name="finetuned-wan-tiny"),
-    "finetuned-4x-wan-tiny": partial(finetuned_told, name="finetuned-4x-wan-tiny"),
+    "finetuned-wan-plain": partial(finetuned_told, name="finetuned-wan-plain"),
+    "finetuned-4x-wan-plain": partial(finetuned_told, name="finetuned-4x-wan-plain"),
 }
 
 

@@ -20,7 +20,9 @@ def finetune_model(
         Path | None,
         typer.Argument(help="Folder of videos, each with a .txt of its caption, or metadata.jsonl.", metavar="FOLDER"),
     ] = None,
-    drawn: Annotated[int | None, typer.Option(help="Train on so many drawn clips of wan-tiny's world.")] = None,
+    drawn: Annotated[
+        int | None, typer.Option(help="Train on so many drawn clips of the embedded model's world.")
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the LoRA and all else.", metavar="FOLDER")
     ] = Path("lora"),

@@ -155,7 +155,7 @@ MAGCACHE: Mapping[str, Recipe] = {
         """,
     ),
     # dit-accel tune magcache -o magcache.toml: what is stored is the output minus the latents, in 20 steps.
-    "wan-tiny": _magcache(
+    "wan-plain": _magcache(
         0.12,
         4,
         0.2,
@@ -164,8 +164,8 @@ MAGCACHE: Mapping[str, Recipe] = {
         1.04143 1.05057 1.06363 1.1025 1.14175
         """,
     ),
-    # the same with --model wan-tiny-2
-    "wan-tiny-2": _magcache(
+    # the same with --model wan-tiny
+    "wan-tiny": _magcache(
         0.12,
         4,
         0.2,
@@ -210,9 +210,9 @@ TEACACHE: Mapping[str, Recipe] = {
     "cogvideox1.5-5b-i2v": _teacache(0.1, 122.842302, -104.088754, 26.2981677, -0.306009921, 0.037121322),
     "flux.1-dev": _teacache(0.25, 498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     # dit-accel tune teacache -o teacache.toml: of the timestep embedding, in 20 steps.
-    "wan-tiny": _teacache(0.1, 855.864716, -489.814851, 98.1080102, -7.69469712, 0.238101971),
-    # the same with --model wan-tiny-2: off by .043 where the changes spread by .063
-    "wan-tiny-2": _teacache(0.1, -2127.56814, 981.946257, -157.388555, 11.3479202, -0.212137362),
+    "wan-plain": _teacache(0.1, 855.864716, -489.814851, 98.1080102, -7.69469712, 0.238101971),
+    # the same with --model wan-tiny: off by .043 where the changes spread by .063
+    "wan-tiny": _teacache(0.1, -2127.56814, 981.946257, -157.388555, 11.3479202, -0.212137362),
     # the same with --model flux-tiny: it tells little (off by .033 where the changes spread by .035)
     "flux-tiny": _teacache(0.1, -4669.23407, 1942.87142, -277.158544, 16.4048986, -0.267593638),
 }

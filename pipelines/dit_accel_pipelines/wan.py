@@ -116,9 +116,9 @@ WAN22_TI2V_5B = replace(
 )
 
 # The embedded model: 64 tokens a frame at 64 x 64 pixels, so the tiles are small.
-WAN_TINY = Family(
-    name="wan-tiny",
-    repo="embedded",
+WAN_PLAIN = Family(
+    name="wan-plain",
+    repo="embedded/wan-plain",
     layers=6,
     heads=5,
     head_dim=32,
@@ -140,17 +140,17 @@ WAN_TINY = Family(
     },
 )
 # The second embedded model, trained on 17 output frames of a richer world.
-WAN_TINY_2 = replace(
-    WAN_TINY,
-    name="wan-tiny-2",
-    repo="embedded/wan-tiny-2",
+WAN_TINY = replace(
+    WAN_PLAIN,
+    name="wan-tiny",
+    repo="embedded/wan-tiny",
     layers=12,
     heads=2,
     head_dim=64,
     ffn_dim=512,
     trained_frames=9,
     config={"attention_head_dim": 64, "rope_max_seq_len": 256},
-    recipes={"radial": WAN_TINY.recipes["radial"], "sol": {"block_size": 16}, "lvsa": {"block_size": 64}},
+    recipes={"radial": WAN_PLAIN.recipes["radial"], "sol": {"block_size": 16}, "lvsa": {"block_size": 64}},
 )
 
 
@@ -201,7 +201,7 @@ WAN = Adapter(
             WAN22_I2V_A14B,
             WAN22_TI2V_5B,
             WAN_TINY,
-            WAN_TINY_2,
+            WAN_PLAIN,
         )
     ),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN, "nag": NAG_WAN},

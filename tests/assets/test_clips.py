@@ -36,7 +36,7 @@ def test_travel_does_not_depend_on_the_number_of_frames():
 def test_prompts_name_what_is_drawn_in_known_words():
     for seed in range(200):
         prompt, scene, _ = clips.clip_of(seed, frames=1)
-        words = check_prompt(prompt)
+        words = check_prompt(prompt, "wan-plain")
         assert {scene.color, scene.shape, scene.direction} <= set(words)
         assert (scene.background in words) or " on " not in prompt
         assert (scene.speed in words) if scene.speed else not {"slowly", "quickly"} & set(words)
@@ -69,9 +69,9 @@ def test_an_unknown_shape_is_named():
 def test_unknown_words_are_named_with_the_vocabulary():
     expected = r"unknown word\(s\) purple, elephant; the embedded model knows only: a, "
     with pytest.raises(ValueError, match=expected) as error:
-        check_prompt("a purple elephant moving right")
-    assert all(word in str(error.value) for word in vocabulary())
+        check_prompt("a purple elephant moving right", "wan-plain")
+    assert all(word in str(error.value) for word in vocabulary("wan-plain"))
 
 
 def test_case_and_punctuation_do_not_matter():
-    assert check_prompt("A red Circle, moving UP-LEFT.") == ("a", "red", "circle", "moving", "up-left")
+    assert check_prompt("A red Circle, moving UP-LEFT.", "wan-plain") == ("a", "red", "circle", "moving", "up-left")

@@ -10,18 +10,18 @@ from dit_accel_assets import checker, clips, model_path, vocabulary
 @pytest.fixture(scope="module")
 def pipe() -> WanPipeline:
     torch.set_num_threads(1)
-    pipe = WanPipeline.from_pretrained(model_path(), torch_dtype=torch.float32, local_files_only=True)
+    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_size_is_at_most_25_mb():
-    assert sum(file.stat().st_size for file in model_path().rglob("*") if file.is_file()) <= 25_000_000
+    assert sum(file.stat().st_size for file in model_path("wan-plain").rglob("*") if file.is_file()) <= 25_000_000
 
 
 def test_the_tokenizer_knows_exactly_the_vocabulary(pipe):
     known = set(pipe.tokenizer.get_vocab()) - {"<pad>", "</s>", "<unk>"}
-    assert known == set(vocabulary())
+    assert known == set(vocabulary("wan-plain"))
     tokens = pipe.tokenizer("A red Circle, moving up-left.").input_ids
     assert pipe.tokenizer.convert_ids_to_tokens(tokens) == ["a", "red", "circle", "moving", "up-left", "</s>"]
 

@@ -74,7 +74,7 @@ def test_bad_settings(setting, message):
     with pytest.raises(ConfigError) as caught:
         select_methods([], None, [setting])
     assert message in str(caught.value)
-    result = run("plan", "--family", "wan-tiny", "--set", setting)
+    result = run("plan", "--family", "wan-plain", "--set", setting)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
 
@@ -250,16 +250,16 @@ def raising(error: BaseException):
 
 def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
     monkeypatch.setattr(registry, "family", raising(RuntimeError("out of\nmemory")))
-    result = run("plan", "--family", "wan-tiny")
+    result = run("plan", "--family", "wan-plain")
     assert (result.exit_code, result.stdout) == (1, "")
     expected = "error: RuntimeError: out of memory (--traceback shows where)\n"
     assert result.stderr == expected
     for arguments in (("--traceback", "plan"), ("plan", "--traceback")):
-        traced = run(*arguments, "--family", "wan-tiny")
+        traced = run(*arguments, "--family", "wan-plain")
         assert traced.exit_code == 1
         assert "Traceback" in traced.stderr
         assert traced.stderr.endswith(expected)
-    assert "Traceback" not in run("plan", "--family", "wan-tiny").stderr
+    assert "Traceback" not in run("plan", "--family", "wan-plain").stderr
 
 
 def test_a_warning_is_one_line(monkeypatch):
@@ -271,13 +271,13 @@ def test_a_warning_is_one_line(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         before = warnings.showwarning
-        assert run("plan", "--family", "wan-tiny").stderr == "warning: nothing was planned\nerror: so\n"
+        assert run("plan", "--family", "wan-plain").stderr == "warning: nothing was planned\nerror: so\n"
         assert warnings.showwarning is before
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch):
     monkeypatch.setattr(registry, "family", raising(KeyboardInterrupt()))
-    result = run("plan", "--family", "wan-tiny")
+    result = run("plan", "--family", "wan-plain")
     assert result.exit_code == 130
     assert result.stderr == "error: stopped by Ctrl-C; nothing half-written is left\n"
 
@@ -293,19 +293,19 @@ def test_a_sigterm_is_exit_code_143_and_cleans_up(monkeypatch):
 
     monkeypatch.setattr(registry, "family", stopped)
     before = signal.getsignal(signal.SIGTERM)
-    result = run("plan", "--family", "wan-tiny")
+    result = run("plan", "--family", "wan-plain")
     assert result.exit_code == 143
     assert result.stderr == "error: stopped by SIGTERM; nothing half-written is left\n"
-    assert cleaned == ["wan-tiny"]
+    assert cleaned == ["wan-plain"]
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
-    assert run("plan", "--family", "wan-tiny").exit_code == 0
+    assert run("plan", "--family", "wan-plain").exit_code == 0
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_commands_run_outside_the_main_thread():
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(run, "plan", "--family", "wan-tiny").result()
+        result = pool.submit(run, "plan", "--family", "wan-plain").result()
     assert result.exit_code == 0, result.stderr
 
 

@@ -131,12 +131,12 @@ def test_a_method_that_corrects_others_is_not_planned_alone():
 
 
 def test_a_folders_configs_are_enough(tmp_path: Path):
-    source = dit_accel_assets.model_path()
+    source = dit_accel_assets.model_path("wan-plain")
     for file in ("model_index.json", "transformer/config.json", "vae/config.json"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text((source / file).read_text())
     found = planned("--model", str(tmp_path), "--num-frames", "33", "--radial")
-    assert (found["family"], found["repo"]) == ("wan-tiny", str(tmp_path))
+    assert (found["family"], found["repo"]) == ("wan-plain", str(tmp_path))
     assert (found["frames"], found["tokens_per_frame"]) == (17, 64)
 
 
@@ -183,7 +183,7 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
 
 
 def test_words_go_to_stderr_and_data_to_stdout():
-    result = run("--family", "wan-tiny", "--num-frames", "16", "--radial", "--json")
+    result = run("--family", "wan-plain", "--num-frames", "16", "--radial", "--json")
     assert "note: 16 frames are rounded to 17, as the pipeline does" in result.stderr
     assert "warning: radial seldom pays below 20000 visual tokens" in result.stderr
     assert json.loads(result.stdout)["num_frames"] == 17
@@ -209,15 +209,15 @@ def test_nothing_is_wider_than_the_terminal(width, monkeypatch):
     ("arguments", "message"),
     [
         ([], "plan needs a model, got none; give --family"),
-        (["--family", "wan-tiny", "--model", "x"], "plan takes --family or --model, got both (wan-tiny and x)"),
+        (["--family", "wan-plain", "--model", "x"], "plan takes --family or --model, got both (wan-plain and x)"),
         (["--family", "wan2.1-15b"], "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
         (["--family", "wan2.1-14b", "--height", "725"], "height must be a multiple of 16"),
         (["--family", "flux.1-dev", "--radial"], "radial makes no sense on flux: an image is one frame"),
         (["--family", "cogvideox-2b", "--rope"], "cogvideox has no rotary positions that could be changed"),
         (["--family", "cogview4-6b", "--rope"], "cogview scales its positions along height, width to the trained size"),
         (["--family", "wan2.1-14b", "--heigth", "720"], "--height"),
-        (["--family", "wan-tiny", "--kernel-cost", "inf"], "kernel_cost must be above 0 and below 1000, got inf"),
-        (["--family", "wan-tiny", "--kernel-cost", "1e308"], "kernel_cost must be above 0 and below 1000, got 1e+308"),
+        (["--family", "wan-plain", "--kernel-cost", "inf"], "kernel_cost must be above 0 and below 1000, got inf"),
+        (["--family", "wan-plain", "--kernel-cost", "1e308"], "kernel_cost must be above 0 and below 1000, got 1e+308"),
         (["--model", "nope"], "model 'nope' is neither a folder nor a hub id"),
     ],
 )
@@ -266,7 +266,7 @@ def wan_folder(folder: Path, **transformer) -> Path:
         (("wan2.1-14b", "--num-frames", "4097"), "wan has rotary positions for 1024 tokens along frames, got 1025; m"),
         (("wan2.1-14b", "--num-frames", "4097", "--lvsa"), "rotary positions for 1024 tokens along frames, got 1025"),
         (("anyflow-14b", "--num-frames", "4097"), "anyflow has rotary positions for 1024 tokens along frames, got 10"),
-        (("wan-tiny", "--num-frames", "513"), "wan has rotary positions for 256 tokens along frames, got 257"),
+        (("wan-plain", "--num-frames", "513"), "wan has rotary positions for 256 tokens along frames, got 257"),
         (("cosmos-1-7b", "--width", "1936"), "cosmos has rotary positions for 120 tokens along width, got 121"),
         (("cosmos-predict2-2b", "--width", "2064"), "cosmos has rotary positions for 128 tokens along width, got 129"),
         (("z-image-turbo", "--height", "8208"), "z-image has rotary positions for 512 tokens along height, got 513"),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_requirement, pack_bits, unpack_bits
-from dit_accel_pipelines.wan import WAN, WAN_TINY
+from dit_accel_pipelines.wan import WAN, WAN_PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import ADAPTER, Fixed, OneLayer, context_of
@@ -81,7 +81,7 @@ def test_toml_and_recipes():
     assert from_toml(to_toml([config])) == [config]
     assert SolAttention().resolve({}).to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
     assert SolAttention(beta=0.0).resolve({"beta": 2.0, "dense_layers": 2}).beta == 0.0
-    assert SolAttention().resolve(WAN.recipe("sol", WAN_TINY)).block_size == 16
+    assert SolAttention().resolve(WAN.recipe("sol", WAN_PLAIN)).block_size == 16
     with pytest.raises(ConfigError, match="a recipe of sol sets 'sink', which no recipe may set"):
         SolAttention().resolve({"sink": "first_frame"})
 

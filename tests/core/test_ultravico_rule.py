@@ -69,7 +69,7 @@ def test_published_defaults(name, trained, by_ratio, period, gamma):
 
 @pytest.mark.parametrize(
     ("name", "trained"),
-    [("wan2.1-14b", 21), ("wan2.2-a14b", 21), ("wan2.2-ti2v-5b", 31), ("wan-tiny", 17), ("helios-14b", None),
+    [("wan2.1-14b", 21), ("wan2.2-a14b", 21), ("wan2.2-ti2v-5b", 31), ("wan-plain", 17), ("helios-14b", None),
      ("wan2.2-animate-14b", None), ("skyreels-v2-14b-540p", None), ("flux.1-dev", None)],
 )  # fmt: skip
 def test_trained_lengths(name, trained):
@@ -79,7 +79,7 @@ def test_trained_lengths(name, trained):
 def test_known_trained_lengths_are_what_the_default_output_has():
     """Where a released model has one native length, its default output has it; the embedded one has two."""
     for family in registry.families().values():
-        if family.trained_frames is not None and family.name != "wan-tiny":
+        if family.trained_frames is not None and family.name != "wan-plain":
             assert output_frames(family.trained_frames * family.patch[0], family.vae[0]) == family.num_frames, family
 
 

@@ -90,8 +90,8 @@ def test_a_run_writes_and_prints_a_line_for_each_size_and_arm(monkeypatch, tmp_p
     monkeypatch.setattr(attention_spread, "STEPS", 3)
     monkeypatch.setattr(attention_spread, "MEASURED", (0, 1, 2))
     small = {1.0: {"height": 16, "width": 16, "num_frames": 17}, 3.0: {"height": 16, "width": 16, "num_frames": 49}}
-    case = dataclasses.replace(CASES["wan-tiny-2"], sizes=small)
-    monkeypatch.setattr(attention_spread, "CASES", {"wan-tiny-2": case})
+    case = dataclasses.replace(CASES["wan-tiny"], sizes=small)
+    monkeypatch.setattr(attention_spread, "CASES", {"wan-tiny": case})
     out = tmp_path / "spread.jsonl"
     assert attention_spread.main(["--prompts", "1", "--rows", "8", "--out", str(out)]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -103,7 +103,7 @@ def test_a_run_writes_and_prints_a_line_for_each_size_and_arm(monkeypatch, tmp_p
     assert 0 < home["entropy"] < plain["entropy"] < plain["most_entropy"] == pytest.approx(np.log(100))
     assert plain["entropy"] == pytest.approx(np.mean(plain["entropy_by_step"][1:]))
     printed = capsys.readouterr().out
-    assert f"| wan-tiny-2 | 3 | ultravico | 100 | 4.61 | {decayed['entropy']:.2f} | 4 |" in printed
+    assert f"| wan-tiny | 3 | ultravico | 100 | 4.61 | {decayed['entropy']:.2f} | 4 |" in printed
     assert attention_spread.main(["--table", "--out", str(out)]) == 0
     assert capsys.readouterr().out == printed
 

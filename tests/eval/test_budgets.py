@@ -9,7 +9,7 @@ from dit_accel import EasyCache, MagCache, RadialAttention
 
 
 def suite(name, *arms):
-    return Suite(name=name, model="wan-tiny", clips=9, arms=arms)
+    return Suite(name=name, model="wan-plain", clips=9, arms=arms)
 
 
 def lines(arm, work, psnr, clips=8):
@@ -36,7 +36,7 @@ def test_the_best_arm_of_each_cache_within_the_budget():
     other = [*lines(mag, 8.0, 25.0, clips=6), *lines(rare, 8.0, 60.0, clips=3), *lines(below, 6.0, 60.0)]
     rows = [*table([(suite("a", far, near, over, beside, *dense), one), (suite("b", mag, rare, below), other)])]
     own = bootstrap([30.0 + clip for clip in range(8)])
-    assert rows[2] == f"| wan-tiny | 8 | easy, 1 | 8 | 7.50 | {own} | +9.00 [+9.00, +9.00] ahead |"
-    assert rows[3].startswith("| wan-tiny | 8 | mag | 6 | 8.00 | 27.50 [")
+    assert rows[2] == f"| wan-plain | 8 | easy, 1 | 8 | 7.50 | {own} | +9.00 [+9.00, +9.00] ahead |"
+    assert rows[3].startswith("| wan-plain | 8 | mag | 6 | 8.00 | 27.50 [")
     assert rows[3].endswith("| +3.00 [+3.00, +3.00] ahead |")
     assert len(rows) == 4  # no dense run beside what costs more

@@ -76,7 +76,7 @@ def test_shares_are_told_of_the_best_choice_alone():
 @pytest.mark.slow
 def test_each_method_sees_the_calls_of_the_dense_run(monkeypatch):
     monkeypatch.setattr(call_error, "STEPS", 2)
-    model, seen = EmbeddedModel("wan-tiny", SMALL), {}
+    model, seen = EmbeddedModel("wan-plain", SMALL), {}
 
     def noting(name):
         def figures(planned, densities):
@@ -100,11 +100,11 @@ def test_a_run_goes_on_draws_and_refuses_other_weights(monkeypatch, tmp_path, ca
     monkeypatch.setattr(call_error, "STEPS", 2)
     monkeypatch.setattr(call_error, "EmbeddedModel", lambda name, call: EmbeddedModel(name, SMALL))
     out, picture = tmp_path / "out.jsonl", tmp_path / "curves.png"
-    arguments = ["--models", "wan-tiny", "--clips", "1", "--arms", call_error.BEST, "radial 0.2", "sol 0, pooled"]
+    arguments = ["--models", "wan-plain", "--clips", "1", "--arms", call_error.BEST, "radial 0.2", "sol 0, pooled"]
     assert call_error.main([*arguments, "--out", str(out), "--plot", str(picture)]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == len(call_error.DENSITIES) + 2
-    assert "| wan-tiny | radial 0.2 | 1 |" in capsys.readouterr().out
+    assert "| wan-plain | radial 0.2 | 1 |" in capsys.readouterr().out
     assert picture.stat().st_size > 5000
     before = out.read_text()
     call_error.main([*arguments, "--out", str(out)])

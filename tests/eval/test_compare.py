@@ -36,7 +36,7 @@ from dit_accel import ConfigError
 from dit_accel.cli.app import app
 
 SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
-HEAD = 'version = 2\nname = "s"\nmodel = "wan-tiny"\nclips = 1\n'
+HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
 ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
 
 
@@ -165,8 +165,11 @@ def test_a_list_of_steps_makes_an_arm_each(tmp_path):
     ("change", "message"),
     [
         ("", "no suite at"),
-        (HEAD.replace("wan-tiny", "wan-tinny") + ARM, "'wan-tinny' is no embedded model; did you mean 'wan-tiny'"),
-        (HEAD + "[call]\nframes = 3\n" + ARM, "a suite's call of wan-tiny takes no 'frames'; did you mean 'num_frames"),
+        (HEAD.replace("wan-plain", "wan-tinny") + ARM, "'wan-tinny' is no embedded model; did you mean 'wan-plain'"),
+        (
+            HEAD + "[call]\nframes = 3\n" + ARM,
+            "a suite's call of wan-plain takes no 'frames'; did you mean 'num_frames",
+        ),
         (
             HEAD + ARM + "call = { num_frames = 5 }",
             "arm 'a' has a call of its own, {'num_frames': 5}, and all are held against",
@@ -195,7 +198,7 @@ def test_timed_runs_have_the_machine_to_themselves():
 class FakeModel:
     """Stands in for an embedded model: its dense runs of n steps are 100 / n grey levels off, methods half of that."""
 
-    name, own_share, weights, dtype = "wan-tiny", 0.5, "w", None
+    name, own_share, weights, dtype = "wan-plain", 0.5, "w", None
     call: ClassVar = {"num_frames": 3}
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: ClassVar[list] = []

@@ -77,6 +77,6 @@ def test_the_strip_shows_differences_five_times_as_large():
 
 def test_a_prompt_of_unknown_words_and_an_unknown_model_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"unknown word\(s\) kite"):
-        demo.main(out=tmp_path, model="wan-tiny", prompt="a kite", seeds=1, num_frames=None)
+        demo.main(out=tmp_path, model="wan-plain", prompt="a kite", seeds=1, num_frames=None)
     with pytest.raises(ConfigError, match="'wan-tinny' is no embedded model"):
         demo.main(out=tmp_path, model="wan-tinny", prompt=None, seeds=1, num_frames=None)

@@ -15,10 +15,10 @@ from dit_accel_eval.model import Run
 
 from dit_accel import ConfigError, RadialAttention
 
-COMMITTED = Path(__file__).parents[2] / "eval" / "finetuning" / "finetuned-wan-tiny.toml"
+COMMITTED = Path(__file__).parents[2] / "eval" / "finetuning" / "finetuned-wan-plain.toml"
 TEXT = """version = 1
 name = "some"
-model = "wan-tiny"
+model = "wan-plain"
 clips = 2
 num_inference_steps = 2
 num_frames = 65
@@ -60,7 +60,7 @@ def calls(monkeypatch) -> list[Any]:
         return SimpleNamespace(record={"rank": recipe.rank, "command": ["x"], "seconds_a_step": {}})
 
     class FakeModel:
-        name, weights = "wan-tiny", finetuned.weights_hash("wan-tiny")
+        name, weights = "wan-plain", finetuned.weights_hash("wan-plain")
 
         def __init__(self, name, call):
             self.pipe = SimpleNamespace(unload_lora_weights=lambda: noted.append("unloaded"))

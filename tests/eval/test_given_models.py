@@ -114,9 +114,9 @@ def test_prompts_may_stand_in_a_file_beside_the_suite(tmp_path):
 
 def test_a_folder_makes_what_its_embedded_model_makes(folder):
     call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 4.0, "negative_prompt": ""}
-    call |= {key: value for key, value in settled_call("wan-tiny", call).items() if key == "max_sequence_length"}
+    call |= {key: value for key, value in settled_call("wan-plain", call).items() if key == "max_sequence_length"}
     own = OwnClips(prompts=PROMPTS)
-    ours = EmbeddedModel("wan-tiny", call, own=own)
+    ours = EmbeddedModel("wan-plain", call, own=own)
     theirs = GivenModel("tiny", str(folder / "tiny"), ours.call, own, "float32", Machine(device="cpu"))
     first, second = (model.run(1, steps=2, solver="unipc") for model in (ours, theirs))
     assert np.array_equal(first.frames, second.frames)
@@ -132,7 +132,7 @@ def test_a_suite_of_a_folder_runs_goes_on_and_reports(whole):
     assert {line["weights"] for line in lines} == {given_weights(str(whole / "tiny"))}
     assert {line["dtype"] for line in lines} == {"float32"}
     assert all("score" not in line and "tiny has no judge" in line["skipped"]["score"] for line in lines)
-    embedded = {"model": "wan-tiny", "call": lines[0]["call"]}
+    embedded = {"model": "wan-plain", "call": lines[0]["call"]}
     assert {line["tokens"] for line in lines} == {tokens_of(embedded)} == {tokens_of(lines[0])}
     thin = next(line for line in lines if line["arm"] == "thin")
     assert 0.3 < thin["attended"] < 0.9
@@ -197,7 +197,7 @@ def test_what_a_model_can_not_run_is_told_before_it_is_loaded(folder, text, mess
 def test_a_model_trained_on_betas_runs_against_its_converged_run(tmp_path):
     pipe, _ = cogvideox(COGVIDEOX_TINY | {"max_text_seq_length": 226})
     pipe.register_modules(
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(model_path("wan-tiny") / "tokenizer"),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(model_path("wan-plain") / "tokenizer"),
         text_encoder=T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)),
     )
     pipe.save_pretrained(tmp_path / "tiny")
@@ -265,7 +265,7 @@ def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tm
 @pytest.mark.slow
 def test_an_embedded_model_takes_prompts_of_one_s_own_without_a_score(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "converged", functools.partial(reference.converged, first=4, most=8))
-    text = HEAD.replace('"tiny"', '"wan-tiny"') + OWN + "seeds = [3, 4]\n" + CALL + ARM
+    text = HEAD.replace('"tiny"', '"wan-plain"') + OWN + "seeds = [3, 4]\n" + CALL + ARM
     (tmp_path / "s.toml").write_text(text)
     out = ["--out", tmp_path / "s.jsonl", "--cache", tmp_path / "cache", "--clips", 2, "--quiet"]
     assert command("run", tmp_path / "s.toml", *out).exit_code == 0
@@ -292,6 +292,6 @@ def test_the_number_format_is_told_and_is_the_machine_s_where_none_is_named(fold
     assert setting_of(suite, Machine(device="cpu"))["dtype"] == "float32"
     asked = dataclasses.replace(suite, dtype="bfloat16")
     assert setting_of(asked, Machine(device="cpu"))["dtype"] == "bfloat16"
-    assert "dtype" not in setting_of(dataclasses.replace(suite, model="wan-tiny"), Machine())
-    assert model_path("wan-tiny") != Path(suite.source)
+    assert "dtype" not in setting_of(dataclasses.replace(suite, model="wan-plain"), Machine())
+    assert model_path("wan-plain") != Path(suite.source)
     assert Job(suite=suite, out=folder, cache=folder, timed=False, threads=None).machine == Machine()

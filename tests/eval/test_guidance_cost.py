@@ -15,19 +15,19 @@ def test_each_arm_has_a_plain_run_to_be_held_against(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "seconds_of", seconds)
     monkeypatch.setattr(module, "EmbeddedModel", lambda model, call: None)
     out = tmp_path / "cost.jsonl"
-    assert main(["--models", "wan-tiny", "--rounds", "2", "--out", str(out)]) == 0
+    assert main(["--models", "wan-plain", "--rounds", "2", "--out", str(out)]) == 0
     assert len(read_lines(out)) == 2
-    assert len(seen) == 3 * len(arms_of("wan-tiny"))
+    assert len(seen) == 3 * len(arms_of("wan-plain"))
     full = [methods[0].share_prefix for call, methods in seen if methods and methods[0].name == "pag"]
     assert {True, False} == set(full)
 
 
 def test_shares_are_taken_within_a_round(tmp_path, capsys):
-    names = arms_of("wan-tiny")
+    names = arms_of("wan-plain")
     for slow in (1.0, 5.0):  # another load of the machine
         seconds = {name: slow * (2.0 if name.startswith("plain") else 3.0) for name in names}
-        seconds |= {f"shared {layer}": slow * (3.0 - layer / 6) for layer in LAYERS["wan-tiny"]}
-        line = {"model": "wan-tiny", "steps": 4, "threads": 1, "processor": "p", "seconds": seconds}
+        seconds |= {f"shared {layer}": slow * (3.0 - layer / 6) for layer in LAYERS["wan-plain"]}
+        line = {"model": "wan-plain", "steps": 4, "threads": 1, "processor": "p", "seconds": seconds}
         append_line(tmp_path / "cost.jsonl", line)
     told = table(read_lines(tmp_path / "cost.jsonl"))
     assert "| a whole third forward | 50.0 % [50.0, 50.0] |" in told

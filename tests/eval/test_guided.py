@@ -19,7 +19,7 @@ SUITE = """
 version = 2
 name = "small"
 judge = "guidance"
-model = "wan-tiny"
+model = "wan-plain"
 clips = 1
 call = { height = 32, width = 32, num_frames = 5 }
 [[arm]]
@@ -76,7 +76,7 @@ def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path):
 def test_an_arm_is_held_against_plain_ones_of_its_own_forwards():
     arms = {name: Arm(name=name, num_inference_steps=1) for name in ("few", "equal", "also", "many")}
     arms["pag"] = Arm(name="pag", num_inference_steps=1, methods=(PAG(layers="L3"),))
-    suite = Suite(name="s", model="wan-tiny", clips=1, arms=tuple(arms.values()))
+    suite = Suite(name="s", model="wan-plain", clips=1, arms=tuple(arms.values()))
     values = {"few": (5, 0.99), "equal": (10, 0.8), "also": (12, 0.9), "many": (20, 0.95), "pag": (10, 0.7)}
     lines = [{"arm": name, "forwards": many, "closeness": close} for name, (many, close) in values.items()]
     assert guided.rival_of(suite, arms["pag"], lines) is arms["also"]
@@ -97,4 +97,4 @@ def test_closeness_is_high_for_what_is_drawn_and_falls_where_a_word_is_wrong():
                 assert closeness(video, wrong)[word] < right[word], (word, name)
     blank = np.full((5, 64, 64, 3), clips.BACKGROUNDS[scene.background], np.uint8)
     assert closeness(blank, scene) == {"background": pytest.approx(1.0), "color": 0.0, "shape": 0.0, "direction": 0.0}
-    assert model_closeness("wan-tiny", 0, video) == pytest.approx(np.mean(list(right.values())))
+    assert model_closeness("wan-plain", 0, video) == pytest.approx(np.mean(list(right.values())))

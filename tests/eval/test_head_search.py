@@ -96,7 +96,7 @@ def test_halving_costs_less():
 def request_of(tmp_path):
     def make(**changes):
         options = dict(
-            prompts=tuple(held_out_prompts("wan-tiny", 65)[64:]),
+            prompts=tuple(held_out_prompts("wan-plain", 65)[64:]),
             num_inference_steps=2,
             num_frames=5,
             height=32,
@@ -173,7 +173,7 @@ def test_heads_that_are_named_and_other_outputs_are_refused(request_of, tmp_path
     with pytest.raises(ConfigError, match="'checker' knows the embedded models alone"):
         objective_of("checker", None)
     with pytest.raises(ConfigError, match="has no scene for 'a red circle'"):
-        objective_of("checker", "wan-tiny")(np.zeros((5, 64, 64, 3), np.float32), "a red circle")
+        objective_of("checker", "wan-plain")(np.zeros((5, 64, 64, 3), np.float32), "a red circle")
 
 
 def test_each_command_has_options_of_its_own():

@@ -51,29 +51,29 @@ def test_the_path_error_tells_a_straight_way_from_one_that_begins_again():
 
 def test_each_stretch_of_a_clip_is_judged():
     clip = drawn(3, frames=65)
-    first, last = by_stretch("wan-tiny", 3, clip)
+    first, last = by_stretch("wan-plain", 3, clip)
     assert min(first, last) > 0.8
     gone = np.concatenate([clip[:33], np.repeat(clip[-1:] * 0, 32, 0)])
-    assert by_stretch("wan-tiny", 3, gone)[1] < 0.6
-    assert len(by_stretch("wan-tiny", 3, clip[:33])) == len(by_stretch("wan-tiny", 3, clip[:20])) == 1
+    assert by_stretch("wan-plain", 3, gone)[1] < 0.6
+    assert len(by_stretch("wan-plain", 3, clip[:33])) == len(by_stretch("wan-plain", 3, clip[:20])) == 1
 
 
 def test_the_richer_worlds_clips_are_judged_by_stretches_of_17_frames_and_their_drawn_speeds(monkeypatch):
-    monkeypatch.setattr(catalog, "model_names", lambda: ("wan-tiny-2",))
-    moving = [n for n in range(40) if "moving" in catalog.held_out_prompts("wan-tiny-2", n + 1)[n]][:3]
+    monkeypatch.setattr(catalog, "model_names", lambda: ("wan-tiny",))
+    moving = [n for n in range(40) if "moving" in catalog.held_out_prompts("wan-tiny", n + 1)[n]][:3]
     for number in moving:
         clip = painter.draw(world.scene_of(0, number, held_out=True), 49).astype(np.float32) / 255
-        assert len(stretches := by_stretch("wan-tiny-2", number, clip)) == 3
+        assert len(stretches := by_stretch("wan-tiny", number, clip)) == 3
         assert min(stretches) > 0.7
         again = np.concatenate([clip[:17]] * 3)[:49]  # begins again where it should go on
-        assert model_path_error("wan-tiny-2", number, clip) < 1 < model_path_error("wan-tiny-2", number, again)
-    assert np.isnan(model_path_error("wan-tiny-2", moving[0], clip * 0))
+        assert model_path_error("wan-tiny", number, clip) < 1 < model_path_error("wan-tiny", number, again)
+    assert np.isnan(model_path_error("wan-tiny", moving[0], clip * 0))
 
 
 class FakeModel(DrawnModel):
     """Draws the clip, and plain long ones backwards."""
 
-    name = "wan-tiny"
+    name = "wan-plain"
 
     def draw(self, clip, call, plain):
         frames = drawn(clip, call["num_frames"])
@@ -90,7 +90,7 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
     suite.parent.mkdir()
     arm = '[[arm]]\nname = "{}"\nnum_inference_steps = 2\ncall = {{ num_frames = {} }}\n'
     suite.write_text(
-        'version = 2\nname = "some"\njudge = "longer"\nmodel = "wan-tiny"\nclips = 2\n'
+        'version = 2\nname = "some"\njudge = "longer"\nmodel = "wan-plain"\nclips = 2\n'
         + arm.format("1x", 33) + arm.format("2x", 65) + arm.format("2x, decayed", 65) + "ultravico = { alpha = 0.8 }\n"
     )  # fmt: skip
     first = run_suite(suite)

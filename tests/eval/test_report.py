@@ -29,7 +29,7 @@ from dit_accel import ConfigError
 from dit_accel.cli.app import app
 
 EVAL = Path(__file__).parents[2] / "eval"
-WAN, FLUX = (EVAL / "results" / f"{name}.jsonl" for name in ("profiling-wan-tiny", "knee-flux-tiny"))
+WAN, FLUX = (EVAL / "results" / f"{name}.jsonl" for name in ("profiling-wan-plain", "knee-flux-tiny"))
 TAGS_WITHOUT_END = {"meta", "img", "input", "br", "link", "hr"}
 
 
@@ -87,7 +87,7 @@ class Page(HTMLParser):
 
 
 def test_figures_are_those_of_the_suite_table():
-    suite = read_suite(EVAL / "suites" / "profiling-wan-tiny.toml")
+    suite = read_suite(EVAL / "suites" / "profiling-wan-plain.toml")
     lines = read_lines(WAN)
     assert {arm.name: arm for arm in report().arms} == {arm.name: arm for arm in figures(suite, lines)}
     rows = set(table(suite, lines).splitlines())
@@ -97,7 +97,9 @@ def test_figures_are_those_of_the_suite_table():
 def test_several_results_make_one_page(tmp_path):
     text = page(report(), report(FLUX))
     found = Page(text)
-    assert found.texts.count("profiling-wan-tiny: wan-tiny, 4 clips") == 2  # in the list of suites, and above its part
+    assert (
+        found.texts.count("profiling-wan-plain: wan-plain, 4 clips") == 2
+    )  # in the list of suites, and above its part
     ids = [element["id"] for _, element in found.elements if "id" in element]
     assert len(ids) == len(set(ids))
     links = [one["href"][1:] for one in found.all("a")]
@@ -158,7 +160,7 @@ def test_what_a_page_shows_is_escaped(tmp_path):
     assert "&lt;script&gt;alert(1)" in text
 
 
-@pytest.mark.parametrize("name", ["profiling-wan-tiny", "caches-wan-tiny"])
+@pytest.mark.parametrize("name", ["profiling-wan-plain", "caches-wan-plain"])
 def test_the_suite_of_a_page_runs_the_same_arms(tmp_path, name):
     path = few(tmp_path, name, 1)
     (tmp_path / "s.toml").write_text(suite_text(report(path)))
@@ -253,7 +255,7 @@ def test_further_metrics_have_intervals_paired_differences_and_curves(tmp_path):
 
 
 def test_vbench_s_names_have_a_table_of_their_own(tmp_path):
-    lines = read_lines(EVAL / "results" / "report-wan-tiny.jsonl")
+    lines = read_lines(EVAL / "results" / "report-wan-plain.jsonl")
     for line in lines:
         line["metrics"] = {"color@world": 0.5 if is_rival(line) else 0.75, "mine": 1.0}
         if line["clip"] < 2:
@@ -319,7 +321,7 @@ def test_exit_codes(tmp_path):
         (lambda lines: [{**lines[0], "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
         (lambda lines: [{**lines[0], "metrics": 3}], "line 1 has metrics 3, which is no table"),
         (lambda lines: [lines[0], [1]], "line 2 is no result but '[1]'"),
-        (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny-2.jsonl"), "line 1 lacks reference, psnr, ssim,"),
+        (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks reference, psnr, ssim,"),
     ],
 )
 def test_results_that_no_report_can_be_true_of(tmp_path, change, message):

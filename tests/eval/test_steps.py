@@ -28,7 +28,7 @@ CACHE = StaticCache(every=2, warmup_steps=1, last_steps=1)
 
 @pytest.fixture(scope="module")
 def model():
-    return EmbeddedModel("wan-tiny", SMALL)
+    return EmbeddedModel("wan-plain", SMALL)
 
 
 def test_stages_are_timed_apart():
@@ -116,7 +116,7 @@ def written(tmp_path, **changed):
 
 def line(arm: str, clip: int, amount: float) -> dict:
     return {
-        "arm": arm, "clip": clip, "prompt": f"prompt {clip}", "model": "wan-tiny", "weights": "w", "call": {},
+        "arm": arm, "clip": clip, "prompt": f"prompt {clip}", "model": "wan-plain", "weights": "w", "call": {},
         "reference": "r", "reference_steps": 32, "reference_agreement": 50.0, "num_inference_steps": 4,
         "solver": "unipc" if arm == "unipc 4" else "euler", "flow_shift": None, "methods": {}, "psnr": 30.0 + clip,
         "ssim": 0.9, "score": 1.0, "work": amount, "work_real": amount, "attended": 1.0,

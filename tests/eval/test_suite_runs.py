@@ -30,7 +30,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.cli.app import app
 
-HEAD = 'version = 2\nname = "s"\nmodel = "wan-tiny"\nclips = 2\n'
+HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 2\n'
 ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
 SMALL = {"num_frames": 5, "height": 32, "width": 32}
 
@@ -38,11 +38,11 @@ SMALL = {"num_frames": 5, "height": 32, "width": 32}
 class FakeModel:
     """Stands in for a model: the n-th run of all takes n seconds, and shows its steps."""
 
-    name, own_share, weights, dtype, call = "wan-tiny", 0.5, "w", None, dict(SMALL)
+    name, own_share, weights, dtype, call = "wan-plain", 0.5, "w", None, dict(SMALL)
     shipped = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: list = []  # noqa: RUF012
 
-    def __init__(self, name="wan-tiny", call=None):
+    def __init__(self, name="wan-plain", call=None):
         pass
 
     def prompt(self, clip):
@@ -196,7 +196,7 @@ def test_an_arm_with_a_scheduler_runs_and_is_told(tmp_path):
     (tmp_path / "s.toml").write_text(HEAD + arm + "{ solver_order = 3 } }\n")
     (read,) = read_suite(tmp_path / "s.toml").arms
     assert arm_setting(read_suite(tmp_path / "s.toml"), read)["scheduler"] == {"solver_order": 3}
-    model = EmbeddedModel("wan-tiny", SMALL)
+    model = EmbeddedModel("wan-plain", SMALL)
     third = model.run(0, **read.run_options())
     same = model.run(0, steps=6, solver="UniPCMultistepScheduler", scheduler={"solver_order": 2})
     usual = model.run(0, steps=6, solver="unipc")

@@ -61,11 +61,11 @@ def test_ratios_are_those_of_what_is_stored(tmp_path, untouched):
     assert found.ratios == pytest.approx([1, *np.sqrt(ratios[0] * ratios[1])], abs=2e-5)
     assert found.spread == pytest.approx([1, *(ratios.max(0) / ratios.min(0))], abs=2e-5)
     (config,) = select_methods([], tmp_path / "mag.toml", [])
-    assert config == MagCache(ratios=found.ratios, measured_on="wan-tiny")
+    assert config == MagCache(ratios=found.ratios, measured_on="wan-plain")
     assert (
         (tmp_path / "mag.toml")
         .read_text()
-        .startswith(f"# Measured by dit-accel tune magcache on wan-tiny: {STEPS} steps, 2 prompts.\n")
+        .startswith(f"# Measured by dit-accel tune magcache on wan-plain: {STEPS} steps, 2 prompts.\n")
     )
     assert [path.name for path in tmp_path.iterdir()] == ["mag.toml"]
 
@@ -89,7 +89,7 @@ def test_the_polynomial_fits_what_holding_is_off_by(tmp_path, untouched):
     assert np.polyval(fit.polynomial, signal) == pytest.approx(np.polyval(np.polyfit(signal, off, 4), signal), rel=1e-3)
     assert 0 < fit.off <= fit.spread
     (config,) = select_methods([], tmp_path / "tea.toml", [])
-    assert config == TeaCache(polynomial=fit.polynomial, measured_on="wan-tiny")
+    assert config == TeaCache(polynomial=fit.polynomial, measured_on="wan-plain")
 
 
 @pytest.mark.parametrize("name", some(TUNERS, "magcache"))
@@ -197,26 +197,26 @@ def test_the_command(name, cli, tmp_path):
     assert {"magcache": "largest over smallest", "teacache": "off by"}[name] in result.stdout
     assert (tmp_path / f"{name}.toml").exists()
     result = cli(name, *small, "--json", "-o", "own.toml")
-    assert json.loads(result.stdout)["model"] == "wan-tiny"
+    assert json.loads(result.stdout)["model"] == "wan-plain"
     result = cli(name, "--target-error", "0.1")
     assert result.exit_code == 2
     assert "No such option: --target-error" in result.stderr
 
 
 def test_prompts_of_its_own_are_none_that_suites_evaluate():
-    prompts = embedded_prompts("wan-tiny", 4)
+    prompts = embedded_prompts("wan-plain", 4)
     assert len({*prompts}) == 4
     from dit_accel_assets import held_out_prompts
 
-    assert list(prompts) == held_out_prompts("wan-tiny", 68)[64:]
+    assert list(prompts) == held_out_prompts("wan-plain", 68)[64:]
 
 
 @pytest.mark.slow
 def test_the_committed_numbers_of_the_embedded_model_are_what_the_commands_measure(tmp_path):
-    asked = tuning_request(prompts=embedded_prompts("wan-tiny", 4))
+    asked = tuning_request(prompts=embedded_prompts("wan-plain", 4))
     ratios = tune_magcache(asked, tmp_path / "mag.toml").ratios
-    assert ratios == pytest.approx(MAGCACHE["wan-tiny"]["ratios"], abs=1e-4)
+    assert ratios == pytest.approx(MAGCACHE["wan-plain"]["ratios"], abs=1e-4)
     (fit,) = tune_teacache(asked, tmp_path / "tea.toml").fits
     changes = np.linspace(fit.lowest, fit.highest, 20)
-    committed = np.polyval(TEACACHE["wan-tiny"]["polynomial"], changes)
+    committed = np.polyval(TEACACHE["wan-plain"]["polynomial"], changes)
     assert np.polyval(fit.polynomial, changes) == pytest.approx(committed, abs=1e-3)

@@ -147,7 +147,7 @@ def test_a_run_with_the_file_is_the_run_that_was_tuned(tmp_path: Path):
     asked = request(LITE)
     tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
     assert read_thresholds(tuned.output) == tuned.thresholds
-    assert tuned.thresholds.model == "wan-tiny"
+    assert tuned.thresholds.model == "wan-plain"
     assert [path.name for path in tmp_path.iterdir()] == ["lite.toml"]
     rows = tuned.by_step()
     assert [row.step for row in rows] == [0, 1, 2]

@@ -26,7 +26,7 @@ from dit_accel.methods.toml import from_toml, run_table
 class FakeModel:
     """Stands in for an embedded model: n steps are 4 / n^2 off, twice that by Euler; caches halve the work."""
 
-    name, own_share, weights, dtype = "wan-tiny", 0.5, "w", None
+    name, own_share, weights, dtype = "wan-plain", 0.5, "w", None
     call = {"num_frames": 3}  # noqa: RUF012
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: list = []  # noqa: RUF012
@@ -67,7 +67,7 @@ def fake(monkeypatch):
 SPACE = """
 version = 2
 name = "space"
-model = "wan-tiny"
+model = "wan-plain"
 clips = 1
 
 [[arm]]
@@ -91,7 +91,7 @@ def tune(tmp_path, fake):
     (tmp_path / "space.toml").write_text(SPACE)
 
     def run(target: str, name: str = "fast.toml", **further):
-        request = tuning_request(prompts=embedded_prompts("wan-tiny", 1))
+        request = tuning_request(prompts=embedded_prompts("wan-plain", 1))
         options = dict(target=target, space=tmp_path / "space.toml", cache=tmp_path / "cache")
         return tune_pipeline.tune_pipeline(request, tmp_path / name, **options, **further)
 
@@ -335,8 +335,8 @@ def test_arms_that_no_config_can_hold_are_refused(tune, tmp_path):
     (tmp_path / "space.toml").write_text(native)
     with pytest.raises(ConfigError, match="arm 'n' can't be written as a config; leave out its call, guider"):
         tune("psnr=30")
-    (tmp_path / "space.toml").write_text(SPACE.replace("wan-tiny", "flux-tiny"))
-    with pytest.raises(ConfigError, match="is a suite of flux-tiny, and wan-tiny is tuned"):
+    (tmp_path / "space.toml").write_text(SPACE.replace("wan-plain", "flux-tiny"))
+    with pytest.raises(ConfigError, match="is a suite of flux-tiny, and wan-plain is tuned"):
         tune("psnr=30")
 
 

@@ -131,7 +131,7 @@ def test_what_is_written(profiled):
     ]
     content = json.loads((folder / "profile.json").read_text())
     entry = content["transformers"]["transformer"]
-    assert content["model"] == "wan-tiny"
+    assert content["model"] == "wan-plain"
     assert (content["settings"]["seeds"], content["settings"]["prompts"]) == (2, [*PROMPTS])
     assert {"torch", "diffusers", "dit-accel"} == {*content["versions"]}
     assert len(content["runs"]) == 4

@@ -11,7 +11,7 @@ from dit_accel.methods.toml import from_toml, to_toml
 
 
 def test_methods_that_a_model_does_not_take_or_has_no_numbers_for_are_left_out():
-    adapter, family = read_model_files(str(model_path("wan-tiny"))).identify()
+    adapter, family = read_model_files(str(model_path("wan-plain"))).identify()
     plain = dataclasses.replace(family, recipes={})
     refusing = dataclasses.replace(adapter, refused={"sparsed": "no reason"})
     names = {method.name for arm in space_of(50, refusing, plain) for method in arm.methods}

@@ -23,8 +23,8 @@ SUITES = Path(__file__).parents[2] / "eval" / "suites"
 
 
 def test_scenes_are_those_of_the_models_prompts():
-    for number, prompt in enumerate(held_out_prompts("wan-tiny", 12)):
-        scene = scene_of("wan-tiny", number)
+    for number, prompt in enumerate(held_out_prompts("wan-plain", 12)):
+        scene = scene_of("wan-plain", number)
         if "white" in prompt:
             assert scene is None
             continue
@@ -32,8 +32,8 @@ def test_scenes_are_those_of_the_models_prompts():
         thing = scene.things[0]
         told = f"a {thing.color} {thing.shape} {thing.motion} {thing.speed}".strip()
         assert prompt == f"{told} on a {scene.ground} background"
-    assert all("white" not in held_out_prompts("wan-tiny", at + 1)[at] for at in numbers("wan-tiny", 8))
-    assert numbers("wan-tiny", 8)[3:] == numbers("wan-tiny", 5, numbers("wan-tiny", 4)[-1])
+    assert all("white" not in held_out_prompts("wan-plain", at + 1)[at] for at in numbers("wan-plain", 8))
+    assert numbers("wan-plain", 8)[3:] == numbers("wan-plain", 5, numbers("wan-plain", 4)[-1])
     assert numbers("flux-tiny", 3) == [0, 1, 2]
     for number, prompt in enumerate(held_out_prompts("flux-tiny", 6)):
         scene = scene_of("flux-tiny", number)
@@ -45,35 +45,35 @@ def test_scenes_are_those_of_the_models_prompts():
 
 
 def test_drawn_clips_score_what_they_were_asked_for():
-    number = numbers("wan-tiny", 1)[0]
+    number = numbers("wan-plain", 1)[0]
     _, _, frames = clips.clip_of(number, held_out=True)
-    found = model_scores("wan-tiny", number, (frames / 255).astype(np.float32))
+    found = model_scores("wan-plain", number, (frames / 255).astype(np.float32))
     for name in ("object_class", "color", "scene", "human_action", "overall_consistency"):
         assert found[name] == 1, name
     for name in ("subject_consistency", "background_consistency", "motion_smoothness"):
         assert found[name] > 0.9, name
     assert not {"appearance_style", "temporal_style", "multiple_objects", "imaging_quality"} & set(found)
-    backwards = model_scores("wan-tiny", number, (frames[::-1] / 255).astype(np.float32))
+    backwards = model_scores("wan-plain", number, (frames[::-1] / 255).astype(np.float32))
     assert (backwards["human_action"], backwards["overall_consistency"]) == (0, 0.75)
-    white = next(at for at in range(50) if "white" in held_out_prompts("wan-tiny", at + 1)[at])
+    white = next(at for at in range(50) if "white" in held_out_prompts("wan-plain", at + 1)[at])
     with pytest.raises(ConfigError, match="asks for a white object"):
-        model_scores("wan-tiny", white, (frames / 255).astype(np.float32))
+        model_scores("wan-plain", white, (frames / 255).astype(np.float32))
 
 
 def test_suites_and_reports_know_the_names_as_metrics():
-    number = numbers("wan-tiny", 1)[0]
+    number = numbers("wan-plain", 1)[0]
     _, _, frames = clips.clip_of(number, held_out=True)
     drawn = (frames / 255).astype(np.float32)
     names = [metric.name for metric in WORLD_METRICS]
-    told = model_scores("wan-tiny", number, drawn)
-    found = scores(names, Sample(frames=drawn, held_out=("wan-tiny", number)))
+    told = model_scores("wan-plain", number, drawn)
+    found = scores(names, Sample(frames=drawn, held_out=("wan-plain", number)))
     assert found.values() == {f"{name}@world": value for name, value in told.items()}
     assert set(found.skipped) == set(names) - set(found.measured)
-    grounds = {at: scene_of("wan-tiny", at).ground for at in numbers("wan-tiny", 8)}
+    grounds = {at: scene_of("wan-plain", at).ground for at in numbers("wan-plain", 8)}
     apart = next(at for at, ground in grounds.items() if ground != grounds[number])
-    assert scores(["scene@world"], Sample(frames=drawn, held_out=("wan-tiny", apart))).values() == {"scene@world": 0.0}
-    white = next(at for at in range(50) if "white" in held_out_prompts("wan-tiny", at + 1)[at])
-    for held_out, why in (((("wan-tiny", white)), "asks for a white object"), (None, "and the clip is of none")):
+    assert scores(["scene@world"], Sample(frames=drawn, held_out=("wan-plain", apart))).values() == {"scene@world": 0.0}
+    white = next(at for at in range(50) if "white" in held_out_prompts("wan-plain", at + 1)[at])
+    for held_out, why in (((("wan-plain", white)), "asks for a white object"), (None, "and the clip is of none")):
         skipped = scores(["color@world"], Sample(frames=drawn, held_out=held_out)).skipped["color@world"]
         assert why in skipped
 
@@ -95,7 +95,7 @@ def suite(tmp_path) -> Path:
     path = tmp_path / "suites" / "s.toml"
     path.write_text("""version = 2
 name = "s"
-model = "wan-tiny"
+model = "wan-plain"
 judge = "vbench"
 clips = 1
 call = { num_frames = 5 }

@@ -257,7 +257,7 @@ def test_sizes_and_steps_are_the_tables_unless_asked_for():
     assert [wan[name] for name in asked] == [480, 1280, 81, 50]
     assert sized(PROTOCOLS["fastvideo"], asked | {"model": "some/model"}, print) == asked | {"model": "some/model"}
     told: list[str] = []
-    tiny = sized(PROTOCOLS["svg"], asked | {"model": "wan-tiny"}, told.append)
+    tiny = sized(PROTOCOLS["svg"], asked | {"model": "wan-plain"}, told.append)
     assert (tiny["height"], len(told)) == (None, 1)
     with pytest.raises(ConfigError, match="give --height, --width"):
         sized(PROTOCOLS["cache-dit"], asked | {"model": "some/model"}, print)

@@ -12,7 +12,7 @@ from wan_tiny import tiny_transformer
 
 @pytest.fixture(scope="session")
 def _embedded() -> WanPipeline:
-    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -49,7 +49,7 @@ def test_sizes_make_models_of_the_released_size(name, billions):
 
 
 def test_released_configs_are_recognised():
-    for name in ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-ti2v-5b", "wan-tiny"):
+    for name in ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-ti2v-5b", "wan-plain"):
         assert WAN.family(transformer_of(name).config).name == name
     assert WAN.family(transformer_of("wan2.1-14b").config, experts=2).name == "wan2.2-a14b"
 

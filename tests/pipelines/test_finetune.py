@@ -255,6 +255,24 @@ def test_bad_input_is_told_before_anything_is_trained(base: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-frames", "7"], "wan-tiny: frames=7: a clip has 4k+1 frames; use 5"),
+        (["--model", "wan-plain", "--width", "96"], "wan-plain: clips of this world have 64 x 64 pixels, got 96 x 64"),
+        (
+            ["--model", "{base}/model", "--height", "32", "--width", "32"],
+            "drawn for embedded models alone, got model {base}/model; give --data FOLDER",
+        ),
+    ],
+)
+def test_what_can_not_be_drawn_is_told(base: Path, tmp_path: Path, arguments, message):
+    asked = [one.format(base=base) for one in ("--num-frames", "5", *arguments)]
+    result = CliRunner().invoke(app, ["finetune", "--drawn", "2", *asked, "-o", str(tmp_path / "lora")])
+    assert result.exit_code == 2
+    assert message.format(base=base) in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data": None}, "takes a folder of videos or a number of drawn clips, got neither"),
@@ -337,7 +355,7 @@ def test_other_pipelines_are_refused_by_name(tmp_path: Path):
 
 def test_a_lora_that_does_not_fit_is_refused(base: Path, tmp_path: Path):
     trained(base, tmp_path / "lora", steps=1)
-    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"the LoRA .* does not fit WanPipeline: .*size mismatch"):
         load_lora(pipe, str(tmp_path / "lora"))
     for name, message in (

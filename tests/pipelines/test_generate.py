@@ -61,7 +61,7 @@ def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
     result = cli(PROMPT, *QUICK, *RADIAL, "--seed", "3", "-o", str(tmp_path / "a.mp4"))
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'a.mp4'}\n"
-    assert "attention calls: 12 dense, 12 sparse" in result.stderr
+    assert "attention calls: 24 dense, 24 sparse" in result.stderr
     assert names(tmp_path) == ["a.mp4", "a.mp4.json"]
     assert next(imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4")))["size"] == (48, 32)
     record = json.loads((tmp_path / "a.mp4.json").read_text())
@@ -145,7 +145,7 @@ def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_
 
 
 def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, monkeypatch):
-    own = {**model_defaults("wan-tiny"), "max_sequence_length": 7, "true_cfg_scale": 3.0}
+    own = {**model_defaults("wan-plain"), "max_sequence_length": 7, "true_cfg_scale": 3.0}
     monkeypatch.setattr("dit_accel_assets.model_defaults", lambda name: own)
     seen: dict[str, Any] = {}
     monkeypatch.setattr(type(pipe), "encode_prompt", lambda self, **given: seen.update(given) or 1 / 0)
@@ -161,7 +161,7 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
         (["a", "--prompt-file", "x"], "generate takes a prompt in quotes or --prompt-file, got both"),
         ([" "], "generate needs a prompt, got none; write one in quotes, or give --prompt-file"),
         (["--prompt-file", "none.txt"], "--prompt-file none.txt can't be read (No such file or directory)"),
-        (["a purple circle"], "unknown word(s) purple; the embedded model knows only: a, background, black"),
+        (["a purple circle"], "unknown word(s) purple; the embedded model knows only: a, above, and"),
         (["a circle", "--negative-prompt", "ugly"], "unknown word(s) ugly"),
         (["a circle", "--height", "30"], "height must be a multiple of 16 for wan-tiny, got 30; the nearest is 32"),
         (["a circle", "--width", "40"], "width must be a multiple of 16 for wan-tiny, got 40; the nearest is 48"),
@@ -352,11 +352,12 @@ def test_the_device_is_the_accelerator_or_the_cpu():
 
 
 def test_describe_needs_no_weights(tmp_path: Path):
-    for arguments in ([], ["--model", str(copy_model(tmp_path))]):
+    plain = ["--model", str(copy_model(tmp_path))]
+    for arguments, own in (([], ("wan-tiny", 12)), (plain, ("wan-plain", 6))):
         result = CliRunner().invoke(app, ["describe", *arguments, "--json"])
         assert result.exit_code == 0, result.stderr
         (part,) = json.loads(result.stdout)["transformers"]
-        assert (part["family"], part["layers"], part["methods"]["radial"]["sink"]) == ("wan-tiny", 6, True)
+        assert (part["family"], part["layers"], part["methods"]["radial"]["sink"]) == (*own, True)
     text = CliRunner().invoke(app, ["describe"]).stdout
     assert text.startswith("transformer: WanTransformer3DModel, adapter wan, wan-tiny")
     assert all(p.is_meta for p in empty_transformers(None).components["transformer"].parameters())

@@ -12,7 +12,7 @@ from dit_accel import ConfigError
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods
 
-SMALL = ["--num-inference-steps", "1", "--height", "32", "--width", "32", "--seed", "3"]
+SMALL = ["--model", "wan-plain", "--num-inference-steps", "1", "--height", "32", "--width", "32", "--seed", "3"]
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,15 @@ def test_clips_longer_than_trained_decay_and_the_report_says_so(tmp_path: Path, 
 
 def warned(tmp_path, *flags: str, **options):
     methods = tuple(select_methods(flags, None, ()))
-    request = Request(prompts=("a red circle",), output=tmp_path / "a.mp4", methods=methods, **options)
+    asked = {"model": "wan-plain", **options}
+    request = Request(prompts=("a red circle",), output=tmp_path / "a.mp4", methods=methods, **asked)
     return settle(request).warnings
 
 
 def test_sizes_beyond_the_trained_one_are_told(tmp_path: Path):
     (said,) = warned(tmp_path, num_frames=67)
     assert said == (
-        "34 latent frames are 2.00 times the 17 that wan-tiny was trained on, beyond which clips repeat themselves or "
+        "34 latent frames are 2.00 times the 17 that wan-plain was trained on, beyond which clips repeat themselves or "
         "fall apart; attach --ultravico or --lvsa or --rope"
     )
     assert len(warned(tmp_path, "radial", num_frames=67)) == 1
@@ -60,7 +61,7 @@ def test_they_are_warned_of_before_anything_is_made_also_when_quiet(tmp_path: Pa
     out = ["--num-frames", "67", "-o", str(tmp_path / "a.mp4"), *flags]
     result = CliRunner().invoke(app, ["generate", "a red circle moving right", *SMALL, *out])
     assert result.exit_code == 0, result.stderr
-    said = "warning: 34 latent frames are 2.00 times the 17 that wan-tiny was trained on, beyond which clips repeat"
+    said = "warning: 34 latent frames are 2.00 times the 17 that wan-plain was trained on, beyond which clips repeat"
     assert result.stderr.startswith(said)
     assert result.stderr.count("beyond which") == 1
     assert "note: " not in result.stderr

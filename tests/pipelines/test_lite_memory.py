@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from dit_accel_pipelines.wan import WAN, WAN_TINY
+from dit_accel_pipelines.wan import WAN, WAN_PLAIN
 from typer.testing import CliRunner
 from wan_tiny import generate, tiny_transformer
 
@@ -32,8 +32,10 @@ RADIAL = RadialAttention(block_size=32, dense_steps=0, dense_layers=1)
 )
 def test_what_is_planned_is_what_a_run_holds(make_pipe, methods):
     name = methods[0].name
-    planned = estimate(WAN, WAN_TINY, methods=methods, **SIZE)
-    sizes = dict(num_attention_heads=WAN_TINY.heads, attention_head_dim=WAN_TINY.head_dim, num_layers=WAN_TINY.layers)
+    planned = estimate(WAN, WAN_PLAIN, methods=methods, **SIZE)
+    sizes = dict(
+        num_attention_heads=WAN_PLAIN.heads, attention_head_dim=WAN_PLAIN.head_dim, num_layers=WAN_PLAIN.layers
+    )
     transformer = tiny_transformer(text_dim=make_pipe().text_encoder.config.d_model, **sizes)
     pipe = make_pipe(transformer=transformer)
     with dit_accel.attach(pipe, *methods) as attachment:

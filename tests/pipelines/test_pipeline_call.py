@@ -96,7 +96,7 @@ def test_defaults_go_only_to_parameters_that_are_there(tmp_path: Path):
     """The family knows frames and sizes; an image pipeline takes no frames, image to video no sizes."""
     model = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
     asked, family, notes, _ = settle(request(tmp_path, model=model, video=tmp_path / "b.mp4"))
-    assert (family.name, notes, asked.num_frames) == ("wan-tiny", [], None)
+    assert (family.name, notes, asked.num_frames) == ("wan-plain", [], None)
     assert (asked.height, asked.width, asked.num_inference_steps) == (64, 64, 20)
     model = str(model_folder(tmp_path / "i2v", _class_name="HunyuanVideo15ImageToVideoPipeline"))
     asked, *_ = settle(request(tmp_path, model=model, image=tmp_path / "b.png"))

@@ -45,7 +45,7 @@ def video_folder(folder: Path, count: int = 3, frames: int = 9, size: int = 32) 
 
 def model_folder(folder: Path, seed: int = 0, **config: Any) -> Path:
     """The embedded pipeline around a tiny random transformer of two heads, saved."""
-    pipe = WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     pipe.transformer = tiny_transformer(seed, text_dim=pipe.text_encoder.config.d_model, **config)
     pipe.save_pretrained(folder)
     return folder

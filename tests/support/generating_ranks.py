@@ -30,7 +30,7 @@ def make(rank: int, world: int, folder: Path) -> dict[str, Any]:
         lines.append((Path(one.record["output"]).name, one.kept))
 
     refused = []
-    for together, model in ((3, "flux-tiny"), (4, "flux-tiny"), (2, "wan-tiny")):
+    for together, model in ((3, "flux-tiny"), (4, "flux-tiny"), (2, "wan-plain")):
         try:
             process = started_process(together=together)
             generate(request(folder / "shared", model=model), process=process)

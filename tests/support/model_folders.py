@@ -15,8 +15,8 @@ def model_folder(folder: Path, transformer: dict[str, Any] | None = None, **inde
         transformer: other values of the transformer's config; None takes one out.
         index: other entries of the index.
     """
-    for source in model_path().rglob("*.*"):
-        target = folder / source.relative_to(model_path())
+    for source in model_path("wan-plain").rglob("*.*"):
+        target = folder / source.relative_to(model_path("wan-plain"))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(source)
     for name, changes in (("model_index.json", index), ("transformer/config.json", transformer or {})):

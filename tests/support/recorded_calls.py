@@ -35,8 +35,8 @@ class Video:
 
 
 VIDEOS = {
-    "wan-tiny": Video(trained=17, period=29.16, gamma=2.0, frames=68),
-    "wan-tiny-2": Video(trained=9, period=13.54, gamma=1.0, frames=41),
+    "wan-plain": Video(trained=17, period=29.16, gamma=2.0, frames=68),
+    "wan-tiny": Video(trained=9, period=13.54, gamma=1.0, frames=41),
 }
 PICTURE = {"height": 120, "width": 120}
 """Of flux-tiny: 15 x 15 tokens, trained on 12 x 12."""

@@ -48,7 +48,7 @@ def _built(cls: type, config: dict[str, Any], seed: int = 0) -> Any:
 
 
 def _embedded() -> Any:
-    return diffusers.WanPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    return diffusers.WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
 
 
 def _words(template: str = "") -> Any:

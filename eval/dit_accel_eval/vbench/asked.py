@@ -12,7 +12,7 @@ from dit_accel import ConfigError
 from ..metrics.metric import Clip
 from .embedded import MEASURES, world_scores
 
-SHAPES_MODEL = "wan-tiny"
+SHAPES_MODEL = "wan-plain"
 """The model of one plain shape on plain ground, whose world is a part of `world` but for its paces and white."""
 
 OF_OTHERS = ("appearance_style", "human_action", "overall_consistency")
@@ -31,10 +31,10 @@ def scene_of(model: str, number: int) -> Scene | None:
     """
     if model == "flux-tiny":
         return world.scene_of(0, number, height=96, width=96, held_out=True, still=True)
-    if model == "wan-tiny-2":
+    if model == "wan-tiny":
         return world.scene_of(0, number, held_out=True)
     if model != SHAPES_MODEL:
-        raise ConfigError(f"the scenes behind {model!r}'s prompts are not known; use wan-tiny or flux-tiny")
+        raise ConfigError(f"the scenes behind {model!r}'s prompts are not known; use wan-plain, wan-tiny or flux-tiny")
     _, scene, _ = clips.clip_of(number, frames=1, held_out=True)
     return _in_world(scene) if scene.color in world.COLORS else None
 
@@ -59,7 +59,7 @@ def numbers(model: str, count: int, first: int = 0) -> list[int]:
 def model_scores(model: str, number: int, frames: Clip) -> dict[str, float]:
     """Return VBench's names -> scores on the world of what a model made of a held-out prompt.
 
-    ``wan-tiny``'s motion and consistency are told by its own checker: whether the direction is the one asked for, and
+    ``wan-plain``'s motion and consistency are told by its own checker: whether the direction is the one asked for, and
     the share of its questions.
 
     Args:

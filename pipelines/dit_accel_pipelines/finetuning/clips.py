@@ -18,8 +18,6 @@ from .recipe import FineTuning
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 METADATA = "metadata.jsonl"
-DRAWN_MODEL = "wan-tiny"
-"""The embedded model whose world can be drawn at any length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +27,8 @@ class Clip:
     Attributes:
         caption: what it shows.
         path: its file; None: it is drawn.
+        model: the embedded one whose world a drawn one is of.
+        size: height and width of a drawn one, in pixels.
         number: of a drawn one.
         digest: of the file's bytes, or of the drawn frames; hexadecimal.
         frames: that the file holds, or that are drawn.
@@ -36,6 +36,8 @@ class Clip:
 
     caption: str
     path: Path | None = None
+    model: str = ""
+    size: tuple[int, int] = (0, 0)
     number: int = 0
     digest: str
     frames: int
@@ -47,7 +49,7 @@ class Clip:
             ConfigError: if the file can't be decoded so far.
         """
         if self.path is None:
-            return _drawn(self.number, count)[1]
+            return _drawn(self.model, self.number, self.size, count)[1]
         return _decoded(self.path, count)
 
 
@@ -167,24 +169,25 @@ def _decoded(path: Path, count: int) -> Frames:
 
 
 def _drawn_clips(recipe: FineTuning) -> list[Clip]:
-    if recipe.embedded != DRAWN_MODEL:
-        raise ConfigError(f"clips can be drawn for {DRAWN_MODEL} alone, got model {recipe.model}; give --data FOLDER")
-    frames = int(recipe.num_frames or 0)
-    if (recipe.height, recipe.width) != (64, 64) or frames % 4 != 1:
-        raise ConfigError(
-            f"drawn clips have 64 x 64 pixels and 4 k + 1 frames, got {recipe.width} x {recipe.height} and {frames}; "
-            f"the nearest length is {frames // 4 * 4 + 1}"
-        )
+    if recipe.embedded is None:
+        raise ConfigError(f"clips can be drawn for embedded models alone, got model {recipe.model}; give --data FOLDER")
+    assert recipe.height is not None
+    assert recipe.width is not None
+    frames, size = int(recipe.num_frames or 1), (recipe.height, recipe.width)
     made = []
     for number in range(int(recipe.drawn or 0)):
-        caption, pictures = _drawn(number, frames)
+        caption, pictures = _drawn(recipe.embedded, number, size, frames)
         digest = hashlib.sha256(pictures.tobytes()).hexdigest()
-        made.append(Clip(caption=caption, number=number, digest=digest, frames=frames))
+        made.append(
+            Clip(caption=caption, model=recipe.embedded, size=size, number=number, digest=digest, frames=frames)
+        )
     return made
 
 
-def _drawn(number: int, frames: int) -> tuple[str, Frames]:
-    from dit_accel_assets.clips import clip_of
+def _drawn(model: str, number: int, size: tuple[int, int], frames: int) -> tuple[str, Frames]:
+    from dit_accel_assets import drawn_clip
 
-    caption, _, pictures = clip_of(number, frames=frames)
-    return caption, pictures
+    try:
+        return drawn_clip(model, number, height=size[0], width=size[1], frames=frames)
+    except ValueError as error:
+        raise ConfigError(f"{model}: {error}") from error
