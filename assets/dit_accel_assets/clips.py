@@ -1,4 +1,4 @@
-"""Draws the tiny world the embedded model was trained on: one coloured shape that moves over a plain background.
+"""Draws the world that `wan-plain` was trained on: one coloured shape that moves over a plain background.
 
 Pure numpy and deterministic: a `Scene` holds everything, `draw` turns it into frames, `prompt_of` into words.
 """

@@ -1,6 +1,6 @@
 """Measures what LiteAttention's budget holds to: `python -m dit_accel_eval.dropped_mass`.
 
-In every attention call of the embedded model's runs, the softmax mass of what the call leaves out, on its own queries
+In every attention call of `wan-plain`'s runs, the softmax mass of what the call leaves out, on its own queries
 and keys and against dense attention: mean and largest over the call's rows, beside the budget.
 """
 
@@ -117,7 +117,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     first = lines[0]
     clips = len({line["clip"] for line in lines})
     rendered = [
-        f"the embedded model, {clips} held-out clips of {first['num_frames']} frames, {first['steps']} steps, tiles of "
+        f"wan-plain, {clips} held-out clips of {first['num_frames']} frames, {first['steps']} steps, tiles of "
         f"{first['block_size']}.",
         "",
         "| budget | calls | whose mean mass is within | mean | largest mean of a call | rows within | largest row "

@@ -4,10 +4,10 @@ A step is a conditional and an unconditional forward. The caches measure what th
 in free mode perturbs a layer of every unconditional forward. Two copies of a model, one plain and one attached, take
 each step in turn, and processor time is compared pair by pair, so that other work on the machine does not count.
 
-Whole steps of the embedded model differ among themselves by about as much as a cache costs. So caches are measured on
+Whole steps of `wan-plain` differ among themselves by about as much as a cache costs. So caches are measured on
 hollow copies too, whose blocks give stored tensors: what is left of the difference is the cache's own. A whole forward
 runs before each hollow step, untimed, so that the processor's caches are as cold as they are in a real step. The
-difference is held against a whole step of the embedded model, and against one of Wan 2.1 1.3B's shape.
+difference is held against a whole step of `wan-plain`, and against one of Wan 2.1 1.3B's shape.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def measured(
 ) -> np.ndarray:
     """Return processor seconds of each step, [pairs, plain, attached and whole]; the first two steps warm up.
 
-    A whole step is a plain one; of hollow copies, one of the embedded model in the same moments.
+    A whole step is a plain one; of hollow copies, one of `wan-plain` in the same moments.
 
     Args:
         subject: the model.
@@ -195,7 +195,7 @@ def hollow(subject: Subject) -> WanTransformer3DModel:
 
 
 def _cold() -> Callable[[], object]:
-    """Return what runs a whole forward of the embedded model."""
+    """Return what runs a whole forward of `wan-plain`."""
     model, text, x = SMALL.make(None), torch.randn(1, SMALL.text, 1), torch.randn(SMALL.latents)
     text = text.expand(-1, -1, model.config["text_dim"])
     return partial(model, x, torch.tensor([500.0]), text, return_dict=False)

@@ -39,7 +39,7 @@ class Dial:
 
     During one step every layer counts its scores in bins, each batch row by itself. At the next step the threshold that
     all layers have in common is read off, and with it each layer's quota. One threshold for all, since layers differ:
-    on the embedded model, keeping 70 % of the tiles of every layer costs three times the error of keeping 70 % of all.
+    on `wan-plain`, keeping 70 % of the tiles of every layer costs three times the error of keeping 70 % of all.
     """
 
     def __init__(self, step_index: int) -> None:
