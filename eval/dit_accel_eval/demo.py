@@ -4,9 +4,13 @@ All are held against the converged run of the same seed. The settings were chose
 """
 
 import dataclasses
+import functools
 import json
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +26,7 @@ from dit_accel.cli.console import OUT, TALK, plain_table
 from dit_accel.files import json_text, written_whole
 
 from .arms import Arm, dense_arm
+from .compare import end_with_parent
 from .counting import work
 from .embedded import EmbeddedModel, check_name
 from .machine import processor
@@ -84,8 +89,9 @@ def main(
     check_name(model)
     out.mkdir(parents=True, exist_ok=True)
     call = {} if num_frames is None else {"num_frames": num_frames}
-    loaded = EmbeddedModel(model, call, held_out_prompts(model, PROMPT + 1)[PROMPT] if prompt is None else prompt)
-    references = [_reference(loaded, seed, out / "references") for seed in range(seeds)]
+    asked = (model, call, held_out_prompts(model, PROMPT + 1)[PROMPT] if prompt is None else prompt)
+    loaded = EmbeddedModel(*asked)
+    references = _references(asked, loaded, seeds, out / "references")
     outcomes = compare(loaded, references)
     shown = [(_label(outcome), outcome.runs[0].frames) for outcome in outcomes]
     frames = side_by_side(shown, references[0].frames)
@@ -146,9 +152,19 @@ def _text(text: str, clip: Clip) -> Frames:
     return np.broadcast_to(np.asarray(box), (len(clip), box.height, box.width, 3))
 
 
-def _reference(model: EmbeddedModel, seed: int, cache: Path) -> Reference:
-    TALK.print(f"seed {seed}: the converged run")
-    return converged(model, seed, cache, most=MOST)
+def _references(asked: Sequence[Any], model: EmbeddedModel, seeds: int, cache: Path) -> list[Reference]:
+    """Return the converged run of every seed, made by as many processes of one thread as there are cores."""
+    given, workers = (tuple(asked), cache, MOST), min(seeds, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
+        for seed, _ in enumerate(pool.map(functools.partial(_converge, *given), range(seeds))):
+            TALK.print(f"seed {seed}: converged")
+    return [converged(model, seed, cache, most=MOST) for seed in range(seeds)]
+
+
+def _converge(asked: Sequence[Any], cache: Path, most: int, seed: int) -> None:
+    """Make a seed's dense runs in a process of its own; they are kept on disk by their hash."""
+    torch.set_num_threads(1)
+    converged(EmbeddedModel(*asked), seed, cache, most=most)
 
 
 def _run(model: EmbeddedModel, arm: Arm, seed: int) -> Run:
