@@ -165,7 +165,7 @@ def test_a_list_of_steps_makes_an_arm_each(tmp_path):
     ("change", "message"),
     [
         ("", "no suite at"),
-        (HEAD.replace("wan-plain", "wan-tinny") + ARM, "'wan-tinny' is no embedded model; did you mean 'wan-plain'"),
+        (HEAD.replace("wan-plain", "wan-tinny") + ARM, "'wan-tinny' is no embedded model; did you mean 'wan-tiny'"),
         (
             HEAD + "[call]\nframes = 3\n" + ARM,
             "a suite's call of wan-plain takes no 'frames'; did you mean 'num_frames",

@@ -96,6 +96,7 @@ def test_halving_costs_less():
 def request_of(tmp_path):
     def make(**changes):
         options = dict(
+            model="wan-plain",
             prompts=tuple(held_out_prompts("wan-plain", 65)[64:]),
             num_inference_steps=2,
             num_frames=5,

@@ -27,7 +27,7 @@ TUNERS = {"magcache": tune_magcache, "teacache": tune_teacache}
 
 
 def request(*methods, prompts=PROMPTS, **changes):
-    values = dict(num_inference_steps=STEPS, num_frames=9, height=32, width=32, methods=methods)
+    values = dict(model="wan-plain", num_inference_steps=STEPS, num_frames=9, height=32, width=32, methods=methods)
     return tuning_request(prompts=prompts, **{**values, **changes})
 
 
@@ -180,6 +180,8 @@ def cli(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", TUNERS)
 def test_the_command(name, cli, tmp_path):
     small = (
+        "--model",
+        "wan-plain",
         "--prompt",
         PROMPTS[0],
         "--num-inference-steps",
@@ -213,7 +215,7 @@ def test_prompts_of_its_own_are_none_that_suites_evaluate():
 
 @pytest.mark.slow
 def test_the_committed_numbers_of_the_embedded_model_are_what_the_commands_measure(tmp_path):
-    asked = tuning_request(prompts=embedded_prompts("wan-plain", 4))
+    asked = tuning_request(model="wan-plain", prompts=embedded_prompts("wan-plain", 4))
     ratios = tune_magcache(asked, tmp_path / "mag.toml").ratios
     assert ratios == pytest.approx(MAGCACHE["wan-plain"]["ratios"], abs=1e-4)
     (fit,) = tune_teacache(asked, tmp_path / "tea.toml").fits

@@ -35,7 +35,9 @@ LITE = LiteAttention(block_size=16, dense_steps=0)
 
 
 def request(*methods, prompts=PROMPTS[:1], **changes):
-    values = dict(num_inference_steps=4, num_frames=9, height=32, width=32, guidance_scale=1.0, methods=methods)
+    values = dict(
+        model="wan-plain", num_inference_steps=4, num_frames=9, height=32, width=32, guidance_scale=1.0, methods=methods
+    )
     return tuning_request(prompts=prompts, **{**values, **changes})
 
 

@@ -36,7 +36,9 @@ def test_logits_and_attention_are_summed_by_distance():
 def test_it_writes_prints_and_draws(tmp_path):
     out = tmp_path / "wan.toml"
     flags = ["--height", "32", "--width", "32", "--num-inference-steps", "1", "-o", str(out)]
-    result = CliRunner().invoke(app, ["tune", "period", "--prompt", "a red circle", *flags, "--json"])
+    result = CliRunner().invoke(
+        app, ["tune", "period", "--model", "wan-plain", "--prompt", "a red circle", *flags, "--json"]
+    )
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["frames"] == 34  # twice the trained length

@@ -91,7 +91,7 @@ def tune(tmp_path, fake):
     (tmp_path / "space.toml").write_text(SPACE)
 
     def run(target: str, name: str = "fast.toml", **further):
-        request = tuning_request(prompts=embedded_prompts("wan-plain", 1))
+        request = tuning_request(model="wan-plain", prompts=embedded_prompts("wan-plain", 1))
         options = dict(target=target, space=tmp_path / "space.toml", cache=tmp_path / "cache")
         return tune_pipeline.tune_pipeline(request, tmp_path / name, **options, **further)
 

@@ -36,7 +36,7 @@ SMALL = dict(height=48, width=48, num_inference_steps=4)
 
 
 def request(*methods, prompts=PROMPTS[:1], **changes):
-    values = dict(num_inference_steps=STEPS, num_frames=9, height=32, width=32, methods=methods)
+    values = dict(model="wan-plain", num_inference_steps=STEPS, num_frames=9, height=32, width=32, methods=methods)
     return tuning_request(prompts=prompts, **{**values, **changes})
 
 
