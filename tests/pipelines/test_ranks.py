@@ -18,7 +18,8 @@ from dit_accel.errors import UnsupportedModel
 
 SEARCH = [
     "tune", "heads", "--model", "wan-plain", "--objective", "objective:brightness", "--halvings", "0",
-    "--per-round", "2", "--num-inference-steps", "2", "--num-frames", "5", "--height", "32", "--width", "32", "--prompt", "a red circle",
+    "--per-round", "2", "--num-inference-steps", "2", "--num-frames", "5", "--height", "32", "--width", "32",
+    "--prompt", "a red circle",
 ]  # fmt: skip
 
 
