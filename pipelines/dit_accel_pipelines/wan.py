@@ -115,7 +115,7 @@ WAN22_TI2V_5B = replace(
     trained_frames=31,
 )
 
-# The embedded model: 64 tokens a frame at 64 x 64 pixels, so the tiles are small.
+# The smaller embedded model: 64 tokens a frame at 64 x 64 pixels, so the tiles are small.
 WAN_PLAIN = Family(
     name="wan-plain",
     repo="embedded/wan-plain",
@@ -139,7 +139,7 @@ WAN_PLAIN = Family(
         "lvsa": {"block_size": 64},  # a frame
     },
 )
-# The second embedded model, trained on 17 output frames of a richer world.
+# The default embedded model, trained on 17 output frames of a richer world.
 WAN_TINY = replace(
     WAN_PLAIN,
     name="wan-tiny",
