@@ -34,10 +34,10 @@ bench-gpu:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py time --out kernels/bench/results/gpu.jsonl
 
 # every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped
-SUITES := knee-wan-plain knee-flux-tiny sparse-wan-plain caches-wan-plain caches-flux-tiny blocks-wan-plain blocks-flux-tiny
+SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny blocks-wan-plain blocks-flux-tiny
 JUDGED := profiling-wan-plain profiling-flux-tiny guidance-wan-plain guidance-flux-tiny longer-wan-tiny larger-flux-tiny \
 	vbench-wan-plain vbench-flux-tiny
-TIMED := caches-time-wan-plain blocks-time-wan-plain blocks-time-flux-tiny
+TIMED := caches-time-wan-tiny blocks-time-wan-plain blocks-time-flux-tiny
 RESULTS := eval/results
 REPORTS := report-wan-plain report-flux-tiny
 WORKERS ?= 2
@@ -52,7 +52,8 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 	$(BIN)/python -m dit_accel_eval.every_set --model wan-plain
 	$(BIN)/python -m dit_accel_eval.every_set --model flux-tiny
 	$(BIN)/python -m dit_accel_eval.vbench.proxies
-	$(BIN)/python -m dit_accel_eval.demo --out demo
+	$(BIN)/python -m dit_accel_eval.demo --anew --out demo
+	cp demo/references.npz eval/dit_accel_eval/demo_references.npz
 	cp demo/comparison.json eval/results/demo.json; cp demo/comparison.gif docs/demo.gif
 	$(BIN)/python -m dit_accel_eval.readme
 

@@ -78,7 +78,7 @@ NAMES = ("density", "error", "lost", "best_error", "best_pooled_error", "best_lo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what ``--out`` does not hold yet, a JSON line for each arm and clip, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["wan-plain", "flux-tiny"])
+    parser.add_argument("--models", nargs="+", default=["wan-tiny", "flux-tiny"])
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--arms", nargs="+", default=[BEST, *ARMS])
     parser.add_argument("--out", type=Path, default=OUT)

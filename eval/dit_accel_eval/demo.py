@@ -4,13 +4,9 @@ All are held against the converged run of the same seed. The settings were chose
 """
 
 import dataclasses
-import functools
 import json
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +21,8 @@ from dit_accel import EasyCache
 from dit_accel.cli.console import OUT, TALK, plain_table
 from dit_accel.files import json_text, written_whole
 
+from . import demo_references
 from .arms import Arm, dense_arm
-from .compare import end_with_parent
 from .counting import work
 from .embedded import EmbeddedModel, check_name
 from .machine import processor
@@ -34,23 +30,20 @@ from .metrics.metric import Clip
 from .metrics.psnr import psnr
 from .model import Run
 from .paired import bootstrap
-from .reference import Reference, converged
+from .reference import Reference
 
-MODEL = "wan-plain"
-PROMPT = 19
+MODEL = "wan-tiny"
+PROMPT = 25
 """Number of the held-out prompt; the suites run those from 0 to 15."""
 
 DENSE = dense_arm(20)
 ACCELERATED = Arm(
     name="easycache", num_inference_steps=20, methods=(EasyCache(threshold=0.05, predictor="taylor", order=1),)
 )
-"""What is shown; chosen on clips of the suite `caches-wan-plain`, of which the demo's prompt is none."""
+"""What is shown; chosen on clips of the suite `caches-wan-tiny`, of which the demo's prompt is none."""
 
 RESULTS = Path("eval/results/demo.json")
 """The committed run, of which the README tells: a copy of its ``comparison.json``."""
-
-MOST = 128
-"""Steps at which the search for the converged run ends here, so that the demo takes minutes."""
 
 SCALE, AMPLIFIED = 3, 5
 """How large a pixel is in the pictures, and how many times larger the differences in the strip."""
@@ -84,6 +77,7 @@ def main(
     prompt: Annotated[str | None, typer.Option(help="What to show; default: a held-out prompt.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of the noise, from 0; the pictures show the first.", min=1)] = 4,
     num_frames: Annotated[int | None, typer.Option(help="Output frames; default: the model's own.")] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Make the converged runs that ship anew: minutes.")] = False,
 ) -> None:
     """Generate one prompt dense, accelerated, and dense in the same time; compare, and write the pictures."""
     check_name(model)
@@ -91,7 +85,10 @@ def main(
     call = {} if num_frames is None else {"num_frames": num_frames}
     asked = (model, call, held_out_prompts(model, PROMPT + 1)[PROMPT] if prompt is None else prompt)
     loaded = EmbeddedModel(*asked)
-    references = _references(asked, loaded, seeds, out / "references")
+    shipped = None if anew else demo_references.SHIPPED
+    references = demo_references.references(asked, loaded, seeds, out / "references", shipped=shipped)
+    if anew:
+        demo_references.write(out / "references.npz", loaded, references)
     outcomes = compare(loaded, references)
     shown = [(_label(outcome), outcome.runs[0].frames) for outcome in outcomes]
     frames = side_by_side(shown, references[0].frames)
@@ -150,21 +147,6 @@ def _text(text: str, clip: Clip) -> Frames:
     font, middle = ImageFont.load_default(size=12), (box.width // 2, box.height // 2)
     ImageDraw.Draw(box).multiline_text(middle, text, fill="black", font=font, anchor="mm", align="center")
     return np.broadcast_to(np.asarray(box), (len(clip), box.height, box.width, 3))
-
-
-def _references(asked: Sequence[Any], model: EmbeddedModel, seeds: int, cache: Path) -> list[Reference]:
-    """Return the converged run of every seed, made by as many processes of one thread as there are cores."""
-    given, workers = (tuple(asked), cache, MOST), min(seeds, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
-        for seed, _ in enumerate(pool.map(functools.partial(_converge, *given), range(seeds))):
-            TALK.print(f"seed {seed}: converged")
-    return [converged(model, seed, cache, most=MOST) for seed in range(seeds)]
-
-
-def _converge(asked: Sequence[Any], cache: Path, most: int, seed: int) -> None:
-    """Make a seed's dense runs in a process of its own; they are kept on disk by their hash."""
-    torch.set_num_threads(1)
-    converged(EmbeddedModel(*asked), seed, cache, most=most)
 
 
 def _run(model: EmbeddedModel, arm: Arm, seed: int) -> Run:

@@ -108,7 +108,7 @@ def read_suite(path: Path) -> Suite:
         ConfigError: for a missing file, another version, or an unknown or ill-typed key.
     """
     if not path.is_file():
-        raise ConfigError(f"no suite at {path}; name a TOML file such as eval/suites/knee-wan-plain.toml")
+        raise ConfigError(f"no suite at {path}; name a TOML file such as eval/suites/knee-wan-tiny.toml")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

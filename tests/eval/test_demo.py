@@ -8,7 +8,11 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import typer
-from dit_accel_eval import demo
+from dit_accel_assets import held_out_prompts
+from dit_accel_eval import demo, demo_references
+from dit_accel_eval.counting import Counts
+from dit_accel_eval.embedded import EmbeddedModel
+from dit_accel_eval.reference import AGREE, Reference
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,7 +21,7 @@ from dit_accel import ConfigError
 
 @pytest.mark.slow
 def test_the_demo_compares_and_writes(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(demo, "MOST", 32)
+    monkeypatch.setattr(demo_references, "SOON", 32)
     app = typer.Typer()
     app.command()(demo.main)
     out = tmp_path / "demo"
@@ -77,6 +81,44 @@ def test_the_strip_shows_differences_five_times_as_large():
 
 def test_a_prompt_of_unknown_words_and_an_unknown_model_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"unknown word\(s\) kite"):
-        demo.main(out=tmp_path, model="wan-plain", prompt="a kite", seeds=1, num_frames=None)
+        demo.main(out=tmp_path, model="wan-plain", prompt="a kite", seeds=1, num_frames=None, anew=False)
     with pytest.raises(ConfigError, match="'wan-tinny' is no embedded model"):
-        demo.main(out=tmp_path, model="wan-tinny", prompt=None, seeds=1, num_frames=None)
+        demo.main(out=tmp_path, model="wan-tinny", prompt=None, seeds=1, num_frames=None, anew=False)
+
+
+def reference(seed: int, steps: int = 64) -> Reference:
+    frames = np.full((17, 64, 64, 3), seed / 255, np.float32)
+    return Reference(frames=frames, steps=steps, agreement=50.0 + seed, step=Counts(blocks=24.0, attention=24.0))
+
+
+def test_converged_runs_come_back_from_a_file(tmp_path: Path):
+    model = EmbeddedModel(demo.MODEL, {}, "a red ring on a navy background")
+    demo_references.write(tmp_path / "r.npz", model, [reference(0), reference(1, 128), reference(2)])
+    found = demo_references.read(tmp_path / "r.npz", model, 2)
+    assert [*found] == [0, 1]
+    assert (found[1].steps, found[1].agreement, found[1].step) == (128, 51.0, Counts(blocks=24.0, attention=24.0))
+    assert np.abs(found[1].frames - 1 / 255).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "prompt"),
+    [({"num_frames": 9}, "a red ring on a navy background"), ({}, "a red ring on a black background")],
+)
+def test_a_converged_run_of_another_prompt_or_size_is_not_taken(tmp_path: Path, call, prompt):
+    model = EmbeddedModel(demo.MODEL, {}, "a red ring on a navy background")
+    demo_references.write(tmp_path / "r.npz", model, [reference(0)])
+    assert demo_references.read(tmp_path / "r.npz", EmbeddedModel(demo.MODEL, call, prompt), 1) == {}
+
+
+def test_what_holds_no_converged_runs_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "r.npz").write_bytes(b"PK nothing")
+    with pytest.raises(ConfigError, match=r"r\.npz can't be read as converged runs .* make them with --anew"):
+        demo_references.read(tmp_path / "r.npz", EmbeddedModel(demo.MODEL, {}, "a red ring on a navy background"), 1)
+
+
+def test_the_demo_of_its_own_prompt_has_the_converged_runs_that_ship():
+    """Four seeds, of these very weights; none is made anew, so that the demo takes a minute or two."""
+    asked = (demo.MODEL, {}, held_out_prompts(demo.MODEL, demo.PROMPT + 1)[demo.PROMPT])
+    found = demo_references.read(demo_references.SHIPPED, EmbeddedModel(*asked), 4)
+    assert [*found] == [0, 1, 2, 3]
+    assert all(one.agreement >= AGREE for one in found.values())

@@ -41,5 +41,5 @@ def test_arms_of_fewer_clips_are_left_out(tmp_path):
 
 
 def test_a_suite_without_results_says_so(tmp_path, capsys):
-    assert plots.main([str(SUITES / "knee-wan-plain.toml"), "--results", str(tmp_path / "none.jsonl")]) == 2
-    assert "knee-wan-plain: wan-plain, 16 held-out clips has no results to draw" in capsys.readouterr().err
+    assert plots.main([str(SUITES / "knee-wan-tiny.toml"), "--results", str(tmp_path / "none.jsonl")]) == 2
+    assert "knee-wan-tiny: wan-tiny, 12 held-out clips has no results to draw" in capsys.readouterr().err

@@ -160,7 +160,7 @@ def test_what_a_page_shows_is_escaped(tmp_path):
     assert "&lt;script&gt;alert(1)" in text
 
 
-@pytest.mark.parametrize("name", ["profiling-wan-plain", "caches-wan-plain"])
+@pytest.mark.parametrize("name", ["profiling-wan-plain", "caches-wan-tiny"])
 def test_the_suite_of_a_page_runs_the_same_arms(tmp_path, name):
     path = few(tmp_path, name, 1)
     (tmp_path / "s.toml").write_text(suite_text(report(path)))
