@@ -39,7 +39,7 @@ JUDGED := profiling-wan-plain profiling-flux-tiny guidance-wan-plain guidance-fl
 	vbench-wan-plain vbench-flux-tiny
 TIMED := caches-time-wan-tiny blocks-time-wan-plain blocks-time-flux-tiny
 RESULTS := eval/results
-REPORTS := report-wan-plain report-flux-tiny
+REPORTS := report-wan-tiny report-flux-tiny
 WORKERS ?= 2
 
 tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl

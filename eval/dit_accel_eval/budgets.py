@@ -7,7 +7,7 @@ from .comparison import FEWEST, ArmFigures, figures_of, verdict
 from .results import Line
 from .suite import Suite
 
-BUDGETS = (8, 10, 12)
+BUDGETS = (8, 10, 12, 16)
 """Steps' work, of the dense model's own, that a run may cost."""
 SPREAD = 2
 """Steps' work by which an arm may stay below a budget to stand for it."""

@@ -38,7 +38,7 @@ PROMPT = 25
 
 DENSE = dense_arm(20)
 ACCELERATED = Arm(
-    name="easycache", num_inference_steps=20, methods=(EasyCache(threshold=0.05, predictor="taylor", order=1),)
+    name="easycache", num_inference_steps=30, methods=(EasyCache(threshold=0.05, predictor="taylor", order=1),)
 )
 """What is shown; chosen on clips of the suite `caches-wan-tiny`, of which the demo's prompt is none."""
 

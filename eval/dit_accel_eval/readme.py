@@ -59,7 +59,7 @@ PAGES = {
         "caches-wan-tiny",
         "caches-time-wan-tiny",
         "caches-flux-tiny",
-        "report-wan-plain",
+        "report-wan-tiny",
         "report-flux-tiny",
         "tuned-flux-tiny",
         "held-out-flux-tiny",
@@ -210,9 +210,8 @@ def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
 
 def _budgets(root: Path) -> str:
     measured = [
-        (read_suite(root / f"eval/suites/{kind}-{model}.toml"), read_lines(root / f"eval/results/{kind}-{model}.jsonl"))
-        for model in ("wan-plain", "flux-tiny")
-        for kind in ("caches", "blocks")
+        (read_suite(root / f"eval/suites/{name}.toml"), read_lines(root / f"eval/results/{name}.jsonl"))
+        for name in ("caches-wan-tiny", "caches-flux-tiny", "blocks-flux-tiny")
     ]
     return "\n".join(budgets_table(measured))
 

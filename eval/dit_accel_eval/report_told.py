@@ -12,7 +12,7 @@ from .results import read_lines
 from .suite import read_suite
 from .tune_space import default_space
 
-REPORTS = ("report-wan-plain", "report-flux-tiny")
+REPORTS = ("report-wan-tiny", "report-flux-tiny")
 """The suites of `make report`."""
 
 TUNED = Path("eval/results/tuned-flux-tiny.toml")
