@@ -34,7 +34,7 @@ def test_the_demo_compares_and_writes(tmp_path: Path, monkeypatch):
     dense, fewer, ours = written["arms"]
     assert (dense["num_inference_steps"], dense["work"]) == (20, [20.0, 20.0])
     assert fewer["num_inference_steps"] == np.ceil(20 * np.median(np.divide(ours["seconds"], dense["seconds"])))
-    assert 5 <= np.mean(ours["work"]) < 20
+    assert 5 <= np.mean(ours["work"]) < 0.75 * ours["num_inference_steps"]
     assert list(ours["methods"]) == ["easycache"]
     assert min(dense["psnr"] + ours["psnr"]) > 15
     assert {one["steps"] for one in written["references"]} == {32}
