@@ -33,7 +33,8 @@ bench-gpu:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py check --out kernels/bench/results/gpu-checks.jsonl
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py time --out kernels/bench/results/gpu.jsonl
 
-# every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped
+# every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped. From nothing the suites
+# of wan-tiny and flux-tiny take about four core-hours (AMD EPYC, references included); the other runs were not timed together
 SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny blocks-wan-plain blocks-flux-tiny
 JUDGED := profiling-wan-plain profiling-flux-tiny guidance-wan-plain guidance-flux-tiny longer-wan-tiny larger-flux-tiny \
 	vbench-wan-plain vbench-flux-tiny
