@@ -12,7 +12,7 @@ class ByNames:
     """The table.
 
     Attributes:
-        arms: its columns: the dense run of most steps, then the others.
+        arms: its columns: of the dense runs of most clips the one of most steps, then the others.
         rows: (name, clips that ask for it, cells); a cell is an arm's mean and, where it is no open question, how it
             stands beside dense UniPC of equal work.
     """
@@ -24,7 +24,8 @@ class ByNames:
 def by_names(report: Report) -> ByNames:
     """Return the table; without rows where the suite named none of these metrics."""
     dense = [arm for arm in report.arms if report.is_dense(arm)]
-    arms = [*dense[-1:], *(arm for arm in report.arms if not report.is_dense(arm))]
+    most = max((arm.clips for arm in dense), default=0)
+    arms = [*[arm for arm in dense if arm.clips == most][-1:], *(arm for arm in report.arms if not report.is_dense(arm))]
     rows = []
     for name in (one for one in report.further if one.endswith(WORLD)):
         asked = {line["clip"] for line in report.results.lines if name in line.get("metrics", {})}
