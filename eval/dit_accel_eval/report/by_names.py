@@ -25,7 +25,8 @@ def by_names(report: Report) -> ByNames:
     """Return the table; without rows where the suite named none of these metrics."""
     dense = [arm for arm in report.arms if report.is_dense(arm)]
     most = max((arm.clips for arm in dense), default=0)
-    arms = [*[arm for arm in dense if arm.clips == most][-1:], *(arm for arm in report.arms if not report.is_dense(arm))]
+    dense = [arm for arm in dense if arm.clips == most]
+    arms = [*dense[-1:], *(arm for arm in report.arms if not report.is_dense(arm))]
     rows = []
     for name in (one for one in report.further if one.endswith(WORLD)):
         asked = {line["clip"] for line in report.results.lines if name in line.get("metrics", {})}
