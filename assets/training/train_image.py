@@ -126,7 +126,7 @@ def train_flux(config: FluxTraining, run: Path, vae_folder: Path, budget: Budget
     vae = AutoencoderKL.from_pretrained(vae_folder)
     pipe = build_flux_pipeline(vae)
     torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
-    begin(pipe, config.start, TRAINED)
+    begin(pipe, config, TRAINED)
     reader, states = Reader(pipe.transformer.inner_dim), {}
     pipe.transformer.transformer_blocks[-1].register_forward_hook(
         lambda _module, _args, output: states.update(read=output[1])

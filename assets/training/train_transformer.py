@@ -28,6 +28,7 @@ from torch import Tensor
 LATENT_FRAMES = (world.FRAMES + 1) // 2
 PLAIN = ("shared", "embed_tokens", "relative_attention_bias", "proj_out", "patch_embedding", "scale_shift_table")
 """Weights that AdamW takes: embeddings, the output layer and what is no matrix."""
+QUERIES_AND_KEYS = {"to_q", "to_k", "add_q_proj", "add_k_proj", "norm_q", "norm_k", "norm_added_q", "norm_added_k"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,10 @@ class FlowRecipe(Recipe):
     prompt_dropout: float = 0.1
     start: str = ""
     """Embedded model whose weights the training goes on from, without its optimizer's memory; "" begins anew."""
+    sharpen: float = 1.0
+    """What the gains of self-attention's queries are multiplied by at the start: attention to fewer places, as large
+    models have it, takes trainings far longer than these. Unless 1, queries and keys stay as they start and the rest
+    learns around them, since they would turn back within some hundred steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,16 +143,23 @@ def prepare(config: TransformerTraining, vae: AutoencoderKLWan) -> WanPipeline:
     torch.manual_seed(config.seed)
     pipe = build_pipeline(vae)
     torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
-    begin(pipe, config.start, ("transformer", "text_encoder"))
+    begin(pipe, config, ("transformer", "text_encoder"))
     use_training_attention(pipe, True)
     return pipe
 
 
-def begin(pipe: Any, start: str, parts: tuple[str, ...]) -> None:
-    """Load the weights of an embedded model's parts into an untrained pipeline; nothing for ""."""
-    for name in parts if start else ():
+@torch.no_grad()
+def begin(pipe: Any, config: FlowRecipe, parts: tuple[str, ...]) -> None:
+    """Load what the recipe starts from into an untrained pipeline, and sharpen its self-attention."""
+    for name in parts if config.start else ():
         part = getattr(pipe, name)
-        part.load_state_dict(type(part).from_pretrained(model_path(start) / name, dtype=torch.float32).state_dict())
+        folder = model_path(config.start) / name
+        part.load_state_dict(type(part).from_pretrained(folder, dtype=torch.float32).state_dict())
+    for name, weight in pipe.transformer.named_parameters() if config.sharpen != 1 else ():
+        path = set(name.split("."))
+        if path & QUERIES_AND_KEYS and "attn2" not in path:
+            weight.mul_(config.sharpen if path & {"norm_q", "norm_added_q"} else 1.0)
+            weight.requires_grad_(False)
 
 
 def train(config: TransformerTraining, run: Path, vae_folder: Path, budget: Budget, change: bool = False) -> None:

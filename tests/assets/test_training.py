@@ -214,6 +214,34 @@ def test_the_attention_of_training_computes_what_the_pipelines_does():
     assert not torch.allclose(other, plain, atol=1e-3)
 
 
+def test_a_training_starts_with_the_sharper_queries_of_an_embedded_model():
+    recipe = train_image.FluxTraining(start="flux-tiny", sharpen=2.0)
+    pipe = train_image.build_flux_pipeline(None)
+    train_transformer.begin(pipe, recipe, ("transformer",))
+    folder = train_transformer.model_path("flux-tiny") / "transformer"
+    stored = type(pipe.transformer).from_pretrained(folder, dtype=torch.float32).state_dict()
+    queries = {name for name in stored if name.endswith(("norm_q.weight", "norm_added_q.weight"))}
+    assert len(queries) == 16
+    for name, weight in pipe.transformer.state_dict().items():
+        assert torch.equal(weight, stored[name] * (2 if name in queries else 1))
+    held = {name for name, weight in pipe.transformer.named_parameters() if not weight.requires_grad}
+    assert {name.split(".")[-2] for name in held} == train_transformer.QUERIES_AND_KEYS
+    assert len(held) == 8 * 4 + 12 * 4 + 8 * 2
+
+
+def test_sharper_queries_are_those_of_self_attention_alone():
+    plain, sharper = (
+        train_transformer.prepare(replace(TRANSFORMER, sharpen=factor), train_vae.first_autoencoder(None)).transformer
+        for factor in (1.0, 1.5)
+    )
+    for block, other in zip(plain.blocks, sharper.blocks, strict=True):
+        assert torch.equal(other.attn1.norm_q.weight, 1.5 * block.attn1.norm_q.weight)
+        assert torch.equal(other.attn1.norm_k.weight, block.attn1.norm_k.weight)
+        assert torch.equal(other.attn2.norm_q.weight, block.attn2.norm_q.weight)
+        assert not other.attn1.to_k.weight.requires_grad
+        assert other.attn2.to_q.weight.requires_grad and block.attn1.to_q.weight.requires_grad
+
+
 @pytest.mark.slow
 def test_the_image_models_trainings_resume_bit_for_bit_and_make_a_pipeline(tmp_path, monkeypatch):
     monkeypatch.setitem(train_image.build_flux_pipeline.__globals__["FLUX_CONFIG"], "num_layers", 1)
