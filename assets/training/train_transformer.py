@@ -50,7 +50,7 @@ class FlowRecipe(Recipe):
     sharpen: float = 1.0
     """What the gains of self-attention's queries are multiplied by at the start: attention to fewer places, as large
     models have it, takes trainings far longer than these. Unless 1, queries and keys stay as they start and the rest
-    learns around them, since they would turn back within some hundred steps."""
+    learns around them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
