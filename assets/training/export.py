@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from build import build_pipeline, save_pipeline
@@ -42,14 +43,26 @@ def trained_pipeline(runs: Path) -> tuple[WanPipeline, int]:
     return pipe, state["step"]
 
 
+@torch.no_grad()
+def average_in(pipe: Any, other: Any) -> None:
+    """Move all weights of a pipeline half way to another's (arXiv 2109.01903)."""
+    for name, module in pipe.components.items():
+        for key, weight in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
+            weight.lerp_(getattr(other, name).get_parameter(key), 0.5)
+
+
 def main() -> None:
     """Read the runs, save the pipeline in fp16 and keep the trainings' logs beside the scripts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder with the runs (default %(default)s)")
     parser.add_argument("--image", action="store_true", help="the image model instead of the video model")
+    parser.add_argument("--also", type=Path, help="runs whose weights are averaged with these, half each")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    pipe, step = (trained_flux if args.image else trained_pipeline)(args.runs)
+    trained = trained_flux if args.image else trained_pipeline
+    pipe, step = trained(args.runs)
+    if args.also:
+        average_in(pipe, trained(args.also)[0])
     save_pipeline(pipe, args.out)
     for name in ("image-vae", "flux") if args.image else ("vae", "transformer"):
         if (args.runs / name / "log.jsonl").exists():  # a packed autoencoder's is there already

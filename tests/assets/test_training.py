@@ -229,6 +229,18 @@ def test_a_training_starts_with_the_sharper_queries_of_an_embedded_model():
     assert len(held) == 8 * 4 + 12 * 4 + 8 * 2
 
 
+def test_two_trainings_are_packed_half_each():
+    halves = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        halves.append(train_image.build_flux_pipeline(None))
+    one, other = ({k: w.clone() for k, w in half.transformer.named_parameters()} for half in halves)
+    export.average_in(*halves)
+    for key, weight in halves[0].transformer.named_parameters():
+        assert torch.allclose(weight, (one[key] + other[key]) / 2, atol=1e-7)
+    assert not torch.equal(one["proj_out.weight"], other["proj_out.weight"])
+
+
 def test_sharper_queries_are_those_of_self_attention_alone():
     plain, sharper = (
         train_transformer.prepare(replace(TRANSFORMER, sharpen=factor), train_vae.first_autoencoder(None)).transformer
