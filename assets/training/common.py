@@ -15,6 +15,29 @@ RUNS = Path(os.environ.get("DIT_ACCEL_RUNS", Path(__file__).parent / "runs"))
 """Where checkpoints, latent pools and running logs live; not in version control."""
 
 
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    """Return what a training's last checkpoint holds.
+
+    Raises:
+        FileNotFoundError: if it has written none.
+    """
+    path = run / "checkpoint.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; train first, or name the folder of another training")
+    return torch.load(path, weights_only=False)
+
+
+def packed_folder(path: Path, marker: str) -> Path:
+    """Return the folder of packed weights, which holds a file of this name.
+
+    Raises:
+        FileNotFoundError: if it does not.
+    """
+    if not (path / marker).exists():
+        raise FileNotFoundError(f"no packed weights in {path}, which lacks {marker}; name a folder that has it")
+    return path
+
+
 def fast_dtype() -> torch.dtype:
     """Return the number format that trains fastest here: bfloat16 where the processor multiplies it, else float32.
 

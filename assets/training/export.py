@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from build import build_pipeline, save_pipeline
-from common import RUNS
+from common import RUNS, last_checkpoint
 from diffusers import AutoencoderKLWan, WanPipeline
 from dit_accel_assets import model_path
 from train_image import trained_flux
@@ -25,7 +25,7 @@ def trained_autoencoder(run: Path) -> AutoencoderKLWan:
         return AutoencoderKLWan.from_pretrained(model_path("wan-tiny") / "vae", dtype=torch.float32)
     vae = AutoencoderKLWan.from_pretrained(run / "frozen")
     statistics = json.loads((run / "frozen" / "config.json").read_text())
-    state = torch.load(run / "checkpoint.pt", weights_only=False)
+    state = last_checkpoint(run)
     vae.load_state_dict(state["averages"]["vae"])
     vae.register_to_config(latents_mean=statistics["latents_mean"], latents_std=statistics["latents_std"])
     return vae
@@ -34,7 +34,7 @@ def trained_autoencoder(run: Path) -> AutoencoderKLWan:
 def trained_pipeline(runs: Path) -> tuple[WanPipeline, int]:
     """Return the pipeline with the averaged weights of the trainings in `runs`, fp32, and the transformer's step."""
     pipe = build_pipeline(trained_autoencoder(runs / "vae"))
-    state = torch.load(runs / "transformer" / "checkpoint.pt", weights_only=False)
+    state = last_checkpoint(runs / "transformer")
     for name in ("transformer", "text_encoder"):
         missing = getattr(pipe, name).load_state_dict(state["averages"][name], strict=False).missing_keys
         if any("embed_tokens" not in key and "rope" not in key for key in missing):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RUNS
+from common import RUNS, packed_folder
 from dit_accel_assets import catalog, painter, prompts, world
 from export import trained_pipeline
 from train_image import trained_flux
@@ -64,7 +64,9 @@ class Subject(ABC):
             pipe, step = self.trained(runs)
             return pipe, f"step {step}"
         kind = getattr(import_module("diffusers"), catalog.KNOWN[self.name].pipeline)
-        pipe = kind.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+        pipe = kind.from_pretrained(
+            packed_folder(model, "model_index.json"), dtype=torch.float32, local_files_only=True
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe, model.name
 

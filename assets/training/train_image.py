@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from build_image import IMAGE_VAE_CONFIG, TEXT_LENGTH, build_flux_pipeline
-from common import RUNS, Averages, autocast, fast_dtype
+from common import RUNS, Averages, autocast, fast_dtype, last_checkpoint
 from diffusers import AutoencoderKL, FluxPipeline
 from dit_accel_assets import model_path, painter, prompts, world
 from loop import Budget, Loss, read_arguments, run_training
@@ -155,7 +155,7 @@ def trained_flux(runs: Path) -> tuple[FluxPipeline, int]:
     own = runs / "image-vae" / "vae"
     vae = AutoencoderKL.from_pretrained(own if own.exists() else model_path("flux-tiny") / "vae", dtype=torch.float32)
     pipe = build_flux_pipeline(vae)
-    state = torch.load(runs / "flux" / "checkpoint.pt", weights_only=False)
+    state = last_checkpoint(runs / "flux")
     for name in TRAINED:
         getattr(pipe, name).load_state_dict(state["averages"][name], strict=False)
     pipe.set_progress_bar_config(disable=True)

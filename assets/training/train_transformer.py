@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from build import build_pipeline
-from common import RUNS, Averages, autocast, fast_dtype
+from common import RUNS, Averages, autocast, fast_dtype, packed_folder
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_assets import model_path, world
@@ -164,7 +164,7 @@ def begin(pipe: Any, config: FlowRecipe, parts: tuple[str, ...]) -> None:
 
 def train(config: TransformerTraining, run: Path, vae_folder: Path, budget: Budget, change: bool = False) -> None:
     """Train, resuming exactly from the run's checkpoint where there is one."""
-    vae = AutoencoderKLWan.from_pretrained(vae_folder)
+    vae = AutoencoderKLWan.from_pretrained(packed_folder(vae_folder, "config.json"))
     pipe = prepare(config, vae)
     reader, states = Reader(pipe.transformer.patch_embedding.out_channels), {}
     counts = {tuple(size): count for *size, count in config.pools}

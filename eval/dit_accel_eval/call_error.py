@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import dit_accel
 from dit_accel.attachment.execution import PlannedCall
 from dit_accel.attachment.find import attention_modules
-from dit_accel.errors import ConfigError, did_you_mean
+from dit_accel.errors import ConfigError, DitAccelError, did_you_mean
 from dit_accel.files import written_whole
 from dit_accel.methods.config import MethodConfig
 from dit_accel.testing.reference import tile_states, tiles_of
@@ -89,10 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name not in known:
                 raise SystemExit(f"there is no {name!r}; {did_you_mean(name, known)}")
     torch.set_num_threads(1)
-    for model in options.models:
-        for line in measure(model, options.clips, options.arms, read_lines(options.out)):
-            append_line(options.out, line)
-            print(f"{model}, clip {line['clip']}, {line['arm']}: {line['error']:.3f}", file=sys.stderr)
+    try:
+        for model in options.models:
+            for line in measure(model, options.clips, options.arms, read_lines(options.out)):
+                append_line(options.out, line)
+                print(f"{model}, clip {line['clip']}, {line['arm']}: {line['error']:.3f}", file=sys.stderr)
+    except DitAccelError as error:
+        print(error, file=sys.stderr)
+        return 2
     lines = read_lines(options.out)
     print(table(lines))
     if options.plot:

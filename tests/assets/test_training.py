@@ -229,6 +229,16 @@ def test_a_training_starts_with_the_sharper_queries_of_an_embedded_model():
     assert len(held) == 8 * 4 + 12 * 4 + 8 * 2
 
 
+def test_folders_without_weights_are_named(tmp_path):
+    for trained in (export.trained_pipeline, train_image.trained_flux):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*; train first"):
+            trained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no packed weights in .*, which lacks model_index\.json"):
+        subjects.Video().load(tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no packed weights in .*, which lacks config\.json"):
+        train_transformer.train(TRANSFORMER, tmp_path / "run", tmp_path, loop.Budget(1.0))
+
+
 def test_two_trainings_are_packed_half_each():
     halves = []
     for seed in (0, 1):
