@@ -198,9 +198,11 @@ def told(root: Path) -> str:
     against = bootstrap([own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)])
     threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
     seconds, rival = (f"{np.median(one['seconds']):.1f} s" for one in (ours, fewer))
+    verdict = ", which is open," if against.low <= 0 <= against.high else ""
+    compared = f"than {fewer['num_inference_steps']} dense steps did in {rival}"
     return (
         f"Over {len(ours['psnr'])} seeds ours came {against.mean:+.1f} dB [{against.low:.1f}, {against.high:.1f}] "
-        f"nearer to the converged run in {seconds} than {fewer['num_inference_steps']} dense steps did in {rival} "
+        f"nearer to the converged run{verdict} in {seconds} {compared} "
         f"({threads}, {run['device']}; [the run]({RESULTS}))."
     )
 

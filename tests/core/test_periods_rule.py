@@ -48,7 +48,7 @@ def test_the_fit_finds_what_a_curve_is_made_of(amplitudes, constant, frames):
 
 
 def test_what_is_too_slow_to_be_told_from_a_constant_is_no_part():
-    """The amplitudes of wan-tiny, rounded: of 18 frames seven of its twelve frequencies see less than a quarter."""
+    """Amplitudes such as those of wan-tiny: of 18 frames seven of its twelve frequencies see less than a quarter."""
     own = frequencies("none", 24, 1e4)
     amplitudes = np.array([0.56, 1.05, 0.08, 0.08, 0.05, 0.03, 0.02, 0.06, 0.03, 0.03, 0.02, 0.07])
     found = spectrum(curve_of(own, amplitudes, 18), own)

@@ -69,6 +69,9 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
     text = demo.told(tmp_path)
     assert "Over 2 seeds ours came +2.0 dB [1.0, 3.0] nearer to the converged run in 2.4 s" in text
     assert "than 13 dense steps did in 2.6 s (one thread, a processor, 2 cores;" in text
+    ours["psnr"] = [33.0, 33.0]
+    (tmp_path / demo.RESULTS).write_text(json.dumps(run))
+    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo.told(tmp_path)
 
 
 def test_the_strip_shows_differences_five_times_as_large():
