@@ -295,7 +295,11 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         panel.set_yscale("log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("relative error of a call's output")
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    entries = {}
+    for panel in panels:  # a model that refuses a method has no curve of it
+        handles, labels = panel.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside right center")
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
