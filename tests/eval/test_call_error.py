@@ -1,5 +1,6 @@
 """How far a planned call is from dense attention, and from the best choice of as many tiles."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -117,3 +118,18 @@ def test_a_run_goes_on_draws_and_refuses_other_weights(monkeypatch, tmp_path, ca
 
 def test_every_arm_is_one_that_some_model_takes():
     assert all(dataclasses.is_dataclass(method) for methods in call_error.ARMS.values() for method in methods)
+
+
+def test_the_legend_names_methods_that_the_first_model_refuses(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    named = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **more: named.extend(text.get_text() for text in self.legends[0].texts)
+    )
+    shared = {"clip": 0, "density": 0.5, "error": 0.1, "best_error": 0.1, "best_pooled_error": 0.1}
+    arms = (("picture", call_error.BEST), ("picture", "lite -4"), ("video", "lite -4"), ("video", "radial 1"))
+    with contextlib.suppress(FileNotFoundError):  # nothing is written
+        call_error.plot([{"model": model, "arm": arm, **shared} for model, arm in arms], tmp_path / "curves.png")
+    assert {"lite", "radial"} <= set(named)
+    assert len(named) == len(set(named))
