@@ -152,8 +152,9 @@ def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, m
 
     Raises:
         ConfigError: for both ways of giving them, or a model that has none of its own.
+        UnsupportedModel: for a name that can be no model's.
     """
-    from dit_accel_pipelines.request import embedded_name, read_prompts
+    from dit_accel_pipelines.request import embedded_name, model_source, read_prompts
 
     from .tuning import embedded_prompts
 
@@ -162,6 +163,7 @@ def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, m
     given = tuple(prompt or ()) or (read_prompts(prompt_file) if prompt_file is not None else ())
     if given:
         return given
+    model_source(model)  # a misspelt name has no prompts either, and is told as such
     name = embedded_name(model)
     if name is None:
         raise ConfigError(f"tune has no prompts of its own for {model}; give some with --prompt or --prompt-file")

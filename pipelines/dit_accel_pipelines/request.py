@@ -192,8 +192,17 @@ def embedded_name(model: str | None) -> str | None:
 
 
 def model_source(model: str | None) -> str:
-    """Return what diffusers loads for a model's name: a folder or a hub id."""
+    """Return what diffusers loads for a model's name: a folder or a hub id.
+
+    Raises:
+        UnsupportedModel: for a name that can be neither and is no embedded model's.
+    """
     name = embedded_name(model)
+    if name is None and "/" not in str(model) and not Path(str(model)).exists():
+        meant = did_you_mean(str(model), dit_accel_assets.model_names())
+        raise UnsupportedModel(
+            f"model {model!r} is neither a folder nor a hub id (owner/name) nor an embedded model; {meant}"
+        )
     return str(dit_accel_assets.model_path(name)) if name else str(model)
 
 
