@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_accel_assets import model_names
 from dit_accel_pipelines.loading import load_pipeline, pick_device
 from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.quiet import quiet_diffusers
-from dit_accel_pipelines.request import OFFLOADS, Dtype
+from dit_accel_pipelines.request import OFFLOADS, Dtype, model_source
 from dit_accel_pipelines.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
@@ -109,11 +108,7 @@ def check_given(source: str) -> tuple[ModelFiles, Family]:
         UnsupportedModel: if it is not found, no adapter covers its transformer, or its scheduler is of neither flow nor
             betas.
     """
-    if "/" not in source and not Path(source).is_dir():
-        raise ConfigError(
-            f"{source!r} is no embedded model; {did_you_mean(source, model_names())}; or name a folder of a diffusers "
-            "pipeline, or a hub id (owner/name)"
-        )
+    model_source(source)  # refuses what names no model
     files = read_model_files(source)
     pipeline_class(files)
     _, family = files.identify()

@@ -151,8 +151,7 @@ def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, m
     """Return what to show: what was given, else prompts that an embedded model knows.
 
     Raises:
-        ConfigError: for both ways of giving them, or a model that has none of its own.
-        UnsupportedModel: for a name that can be no model's.
+        ConfigError: for both ways of giving them, a name that can be no model's, or a model that has none of its own.
     """
     from dit_accel_pipelines.request import embedded_name, model_source, read_prompts
 

@@ -195,13 +195,14 @@ def model_source(model: str | None) -> str:
     """Return what diffusers loads for a model's name: a folder or a hub id.
 
     Raises:
-        UnsupportedModel: for a name that can be neither and is no embedded model's.
+        ConfigError: for what is neither an embedded model, a folder nor a hub id.
     """
     name = embedded_name(model)
-    if name is None and "/" not in str(model) and not Path(str(model)).exists():
+    if name is None and "/" not in str(model) and not Path(str(model)).is_dir():
         meant = did_you_mean(str(model), dit_accel_assets.model_names())
-        raise UnsupportedModel(
-            f"model {model!r} is neither a folder nor a hub id (owner/name) nor an embedded model; {meant}"
+        raise ConfigError(
+            f"{model!r} is no embedded model; {meant}; or name a folder of a diffusers pipeline, or a hub id "
+            "(owner/name)"
         )
     return str(dit_accel_assets.model_path(name)) if name else str(model)
 

@@ -284,7 +284,7 @@ def test_the_command_tunes_and_tells(tmp_path, cli):
     [
         (["radial"], "tune has no command 'radial'; known: heads, lite"),
         (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
-        (["lite", "--model", "wan-tny"], "nor an embedded model; did you mean 'wan-tiny'"),
+        (["lite", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
         (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some with --prompt"),
         (["lite", "--prompt", "an ostrich"], "ostrich"),
         (["lite", "--set", "lite.threshold=-3"], "tune lite finds the thresholds itself, got lite.threshold = -3"),

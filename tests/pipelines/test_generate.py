@@ -185,8 +185,11 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
             ["a circle", "--backend", "torch"],
             "backend 'torch' was asked for, but no method would use it; switch one",
         ),
-        (["a circle", "--model", "none"], "model 'none' is neither a folder nor a hub id (owner/name) nor an embedded"),
-        (["a circle", "--model", "wan-tny"], "nor an embedded model; did you mean 'wan-tiny'"),
+        (
+            ["a circle", "--model", "none"],
+            "'none' is no embedded model; known: flux-tiny, wan-plain, wan-tiny; or name a",
+        ),
+        (["a circle", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
         (["a circle", "--set", "radial.naer=1"], "radial has no option 'naer'; did you mean 'near'"),
         (["a circle", "--radail"], "--radial"),
         (
