@@ -21,6 +21,7 @@ from .lora import lora_state
 from .parallel import context_parallel, naming_lost, require_agreement, require_parallel
 from .processor import Slot, as_tensors
 from .ring import ring_of
+from .running import running_pipeline
 from .ulysses import ulysses_of
 
 _STEP_FIELDS = tuple(field.name for field in fields(StepContext))
@@ -64,6 +65,16 @@ class Forward:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if torch.compiler.is_compiling():
             return self._traced(run, args, kwargs, inputs)
+        self._state.running = running_pipeline(self._state.transformer)
+        try:
+            return self._run(run, args, kwargs, inputs)
+        finally:
+            self._state.running = None
+
+    def _run(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> Any:
+        """Run the forward of a call outside graphs."""
         execution, state = self._execution, self._state
         parallel = context_parallel(state.transformer)
         if parallel is not None and parallel is not self._parallel:

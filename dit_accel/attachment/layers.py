@@ -85,6 +85,7 @@ class TransformerState:
         weights: what acted on the transformer's weights in the last forward.
         ulysses: how the running forward is spread over processes; None: not by their heads.
         ring: how it is, by their queries; None: not by these.
+        running: the pipeline in whose call the current forward runs; None: none, or no forward runs.
     """
 
     def __init__(self, name: str, transformer: nn.Module, adapter: Adapter) -> None:
@@ -104,6 +105,7 @@ class TransformerState:
         self.weights: Hashable = None
         self.ulysses: Ulysses | None = None
         self.ring: Ring | None = None
+        self.running: Any = None
 
     @property
     def branch(self) -> str:

@@ -79,9 +79,14 @@ class TransformerSite:
 
     @property
     def pipe(self) -> Any:
-        """The pipeline that holds it, or None."""
+        """The pipeline that the methods are attached to, or None."""
         pipeline = self._execution.state.pipeline
         return None if pipeline is None else pipeline.pipe
+
+    @property
+    def running(self) -> Any:
+        """The pipeline in whose call the current forward runs, or None."""
+        return self._state.running
 
     @property
     def attention(self) -> Mapping[int, str]:
