@@ -1,4 +1,4 @@
-"""The pipeline in whose call a forward runs: which one it is is read off the call stack, since many may share a model."""
+"""The pipeline in whose call a forward runs, read off the call stack, since several may share a transformer."""
 
 import sys
 from typing import Any

@@ -38,7 +38,8 @@ def test_the_pipeline_whose_call_runs_is_the_one_that_counts_not_the_one_attache
         assert pipes == [pipe, pipe]
         pipes.clear()
         other(**call, image=tiny_image_pipelines.picture(), strength=1.0)
-        assert pipes and set(map(id, pipes)) == {id(other)}
+        assert pipes
+        assert set(map(id, pipes)) == {id(other)}
         assert attachment._execution.layers[0].state.running is None  # outside forwards
 
 
