@@ -24,7 +24,7 @@ from ..plan.masks import is_key_padding, visible_row
 from ..plan.plan import AttentionPlan
 from ..report.recorder import Recorder
 from .backward import NO_TICKET, BackwardStore
-from .kernel_call import backend_of, computed_rows, followed, kernel_arguments, without_slow_lists
+from .kernel_call import backend_of, by_rows, computed_rows, followed, kernel_arguments, without_slow_lists
 from .layers import AttentionLayer
 from .state import DenoisingState
 
@@ -305,12 +305,21 @@ class Execution:
         return out, plan if exact is None or not context.differentiate else followed(plan, exact)
 
     def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> Tensor:
-        """Return the output of a plan that reuses rows: the others are one smaller call."""
+        """Return the output of a plan that reuses rows: the others are a smaller call for each list of them."""
         assert plan.reused is not None
         out = plan.reused.out.clone()
-        if not len(plan.reused.rows):
+        for rows, own, part in by_rows(plan, call):
+            self._run_list(own, part, context, layer, out[rows])
+        return out
+
+    def _run_list(
+        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, out: Tensor
+    ) -> None:
+        """Write into ``out``, which holds what is reused, the rows that a plan with one list of them computes."""
+        assert plan.reused is not None
+        if not len(plan.reused.rows[0]):
             self.recorder.sparse_call(context, plan, 0.0)
-            return out
+            return
         cut, small, rows = computed_rows(plan, call)
         share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
         if not cut.needs_kernel:
@@ -322,7 +331,7 @@ class Execution:
             self.recorder.sparse_call(context, cut, share)
         else:
             self.recorder.selected_call(context, cut, exact, share)
-        return out.index_copy_(2, rows, found.to(out.dtype))
+        out.index_copy_(2, rows, found.to(out.dtype))
 
     def _run_kernel(
         self, plan: AttentionPlan, call: Call, differentiate: bool = False

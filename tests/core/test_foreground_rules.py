@@ -63,7 +63,7 @@ def test_what_moves_is_foreground_and_what_it_uncovers_is_not():
     clean += 0.05 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(foreground(clean), truth)
     assert not foreground(torch.ones(1, 5, 4, 4, 2)).any()
-    assert motion(clean).shape == (9, 8, 8)
+    assert motion(clean).shape == (1, 9, 8, 8)
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=40))
