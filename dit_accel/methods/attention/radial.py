@@ -20,7 +20,7 @@ from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import Order, visual_lists
+from ...plan.tiling import Order, visual_lists, visual_lists_bytes
 from ...rules.radial import RadialRule, kept_tiles
 from ..base import Phase
 from ..saving import Saving, TileSaving
@@ -200,8 +200,8 @@ class RadialHandler(SparseHandler):
         """Return the tiles that the lists leave, and the lists' size."""
         settings = self.settings
         kept = settings.kept(layout)
-        count, rows, pools = int(kept.sum()), len(kept) + 1, settings.rest == "pooled"
-        entries = rows + count + (rows + kept.size - count if pools else 0)
+        pools = settings.rest == "pooled"
+        size = visual_lists_bytes(kept, pools, layout, settings.block_size)
         advice = settings.advice(layout)
         tiles = TileSaving(
             tiles=len(kept),
@@ -209,4 +209,4 @@ class RadialHandler(SparseHandler):
             keep=lambda share: share * kept,
             pools=pools,
         )
-        return Saving(tiles=tiles, list_bytes=4 * entries, notes=settings.notes(), warnings=(advice,) if advice else ())
+        return Saving(tiles=tiles, list_bytes=size, notes=settings.notes(), warnings=(advice,) if advice else ())

@@ -21,7 +21,7 @@ from ...plan.call import Call
 from ...plan.context import CallContext, Key, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import bitmap_bytes, exact_bits, pinned_bits
+from ...plan.tiling import bitmap_bytes, exact_bits, full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Model, Phase
 from ..saving import Saving, TileSaving
 from .sparse import SparseConfig, SparseHandler, SparseSettings
@@ -217,10 +217,9 @@ class SparseDHandler(SparseHandler):
             carried = settings.carried_bytes(
                 layout, layers=layers, heads=model.heads, branches=model.family.forwards_per_step
             )
-        entries = count + 1 + count * kept
         return Saving(
             tiles=tiles,
-            list_bytes=4 * entries,
+            list_bytes=full_lists_bytes(layout, settings.block_size) + pinned_bytes(layout, settings.block_size),
             carried_bytes=carried,
             notes=settings.notes(),
             warnings=(advice,) if advice else (),
