@@ -100,6 +100,25 @@ def test_attention_received_is_the_mean_of_the_columns(masked, monkeypatch):
     assert torch.equal(attention_received(q, k, key_mask=mask, rows=torch.arange(37))[0], found)
 
 
+def test_equal_queries_have_no_error():
+    """The variance of equal numbers is 0, and rounding may leave a little less."""
+    generator = torch.Generator().manual_seed(0)
+    for keys in (97, 31, 53):
+        q = torch.randn(1, 2, 1, 8, generator=generator).expand(1, 2, keys, 8)
+        found, error = attention_received(
+            q, torch.randn(1, 2, keys, 8, generator=generator), rows=torch.arange(keys // 3)
+        )
+        assert error.isfinite().all()
+        assert float(error.max()) < 1e-6
+        assert float(found.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_one_row_tells_no_error():
+    q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    assert not attention_received(q, k, rows=torch.tensor([3]))[1].any()
+    assert attention_received(q, k, rows=torch.tensor([3, 4]))[1].any()
+
+
 def test_the_error_of_a_sample_is_what_it_says():
     generator = torch.Generator().manual_seed(1)
     q, k = 2 * torch.randn(1, 2, 400, 8, generator=generator), 2 * torch.randn(1, 2, 400, 8, generator=generator)

@@ -49,6 +49,18 @@ def test_bad_options_are_refused(options, message):
         RoPE(**options)
 
 
+def test_options_at_their_bounds():
+    for options in (dict(factor=1.0), dict(factor=1.5), dict(turn=1.0), dict(trained_frames=1), dict(trained_height=1)):
+        ((name, value),) = options.items()
+        assert getattr(RoPE(**options), name) == value
+    with pytest.raises(ConfigError, match=r"^rope\.factor must be 1 or more, got 0\.99"):
+        RoPE(factor=0.99)
+
+
+def test_usual_options_are_those_of_riflex():
+    assert (RoPE().kind, RoPE().axes, RoPE().factor, RoPE().turn, RoPE().period) == ("riflex", None, None, None, None)
+
+
 def test_a_model_of_unknown_size_is_asked_for_it():
     transformer = tiny_transformer()
     with pytest.raises(ConfigError, match=r"rope needs the size that the model was trained on, which is not known"):

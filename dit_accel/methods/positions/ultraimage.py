@@ -256,9 +256,10 @@ class UltraImageHandler(AttentionHandler):
         return Section(method=self.name, title="heads as measured in the first step", lines=tuple(lines), data=data)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return that nothing is saved, and what is done."""
-        sizes = self.model.layers * self.model.heads * 8
-        return Saving(notes=(f"{self.check_layout(layout)}; it saves no work",), carried_bytes=sizes)
+        """Return that nothing is saved, what is done, and two numbers a head and branch that are held."""
+        branches = self.model.family.forwards_per_step if self.model.family is not None else 1
+        held = 8 * self.model.layers * self.model.heads * branches if self.applies(layout) and steps > 1 else 0
+        return Saving(notes=(f"{self.check_layout(layout)}; it saves no work",), carried_bytes=held)
 
 
 @lru_cache(maxsize=16)
