@@ -272,7 +272,9 @@ class Execution:
         """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
         given, exact, planned = call, None, None
         if plan.reused is not None:
-            out = self._run_rows(plan, call, context, layer)
+            out = plan.reused.out.clone()
+            for own, part in by_rows(plan, call, out):
+                self._run_rows(own, part, context, layer)
         elif plan.skips_logits or not plan.needs_kernel:
             out = self._run_dense(plan, call, layer)
             self.recorder.sparse_call(context, plan)
@@ -304,22 +306,11 @@ class Execution:
             observer(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact))
         return out, plan if exact is None or not context.differentiate else followed(plan, exact)
 
-    def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> Tensor:
-        """Return the output of a plan that reuses rows: the others are a smaller call for each list of them."""
-        assert plan.reused is not None
-        out = plan.reused.out.clone()
-        for rows, own, part in by_rows(plan, call):
-            self._run_list(own, part, context, layer, out[rows])
-        return out
-
-    def _run_list(
-        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, out: Tensor
-    ) -> None:
-        """Write into ``out``, which holds what is reused, the rows that a plan with one list of them computes."""
+    def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> None:
+        """Write the rows that a plan of `by_rows` computes, one smaller call, over what it reuses."""
         assert plan.reused is not None
         if not len(plan.reused.rows[0]):
-            self.recorder.sparse_call(context, plan, 0.0)
-            return
+            return self.recorder.sparse_call(context, plan, 0.0)
         cut, small, rows = computed_rows(plan, call)
         share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
         if not cut.needs_kernel:
@@ -331,7 +322,7 @@ class Execution:
             self.recorder.sparse_call(context, cut, share)
         else:
             self.recorder.selected_call(context, cut, exact, share)
-        out.index_copy_(2, rows, found.to(out.dtype))
+        plan.reused.out.index_copy_(2, rows, found.to(plan.reused.out.dtype))
 
     def _run_kernel(
         self, plan: AttentionPlan, call: Call, differentiate: bool = False

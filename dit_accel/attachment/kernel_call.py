@@ -71,19 +71,25 @@ def followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:
     return replace(plan, selection=replace(selection, routing=None, vote=None, routed=routed))
 
 
-def by_rows(plan: AttentionPlan, call: Call) -> Iterator[tuple[slice, AttentionPlan, Call]]:
-    """Yield the rows of the batch that follow one list of computed tokens, with their own plan and call."""
+def by_rows(plan: AttentionPlan, call: Call, out: Tensor) -> Iterator[tuple[AttentionPlan, Call]]:
+    """Yield the plan and call of the rows of the batch that follow one list of computed tokens, list by list.
+
+    Args:
+        plan: of the whole batch.
+        call: likewise.
+        out: [B, H, S, D], what is reused, to be written to; each plan holds its own rows of it.
+    """
     reused, count = plan.reused, len(call.q)
     assert reused is not None
     lists = len(reused.rows)
     if lists == 1:
-        yield slice(None), plan, call
+        yield replace(plan, reused=replace(reused, out=out)), call
         return
     for number, tokens in enumerate(reused.rows):
         rows = slice(number, None, lists)
         keys = None if reused.keys is None else reused.keys[number : number + 1]
-        own = replace(reused, rows=(tokens,), out=reused.out[rows], keys=keys)
-        yield rows, replace(plan.of_rows(rows, count, call.q.shape[1]), reused=own), call.of_rows(rows)
+        own = replace(reused, rows=(tokens,), out=out[rows], keys=keys)
+        yield replace(plan.of_rows(rows, count, call.q.shape[1]), reused=own), call.of_rows(rows)
 
 
 def computed_rows(plan: AttentionPlan, call: Call) -> tuple[AttentionPlan, Call, Tensor]:

@@ -85,7 +85,8 @@ class SparseD(SparseConfig):
     it.
 
     Attributes:
-        density: share of the visual key tiles that every block row keeps, in (0, 1], rounded up to whole tiles.
+        density: share rho of the n visual key tiles that every block row keeps, in (0, 1], rounded up to whole tiles;
+            the released code keeps floor(rho n) + 1.
         mass: instead of ``density``: the share of the softmax mass over the visual keys that every block row keeps, in
             (0, 1), by the fewest tiles that reach it; the density follows from the data.
         rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).

@@ -67,7 +67,9 @@ class UltraImage(MethodConfig):
         power: exponent between them; smaller concentrates more heads. Unset: 2.
         rows: query rows of the picture that are measured in each call.
         indices: the frequencies that are corrected, 0 the fastest; unset: published, else found by their periods.
-        turn: turns that a corrected frequency makes over the wanted length, in (0, 1]; unset: published, else 1.
+        turn: turns that a corrected frequency makes over the wanted length, in (0, 1]; unset: published, else 1, as
+            the paper's formula has it, for Qwen-Image too, whose released code divides its two frequencies by how many
+            times the picture is larger.
         trained_height: token rows of the largest pictures that the model was trained on; unset: the released model's.
         trained_width: the same of token columns.
 
