@@ -103,11 +103,10 @@ def test_attention_received_is_the_mean_of_the_columns(masked, monkeypatch):
 def test_equal_queries_have_no_error():
     """The variance of equal numbers is 0, and rounding may leave a little less."""
     generator = torch.Generator().manual_seed(0)
-    for keys in (97, 31, 53):
-        q = torch.randn(1, 2, 1, 8, generator=generator).expand(1, 2, keys, 8)
-        found, error = attention_received(
-            q, torch.randn(1, 2, keys, 8, generator=generator), rows=torch.arange(keys // 3)
-        )
+    q = torch.randn(1, 2, 1, 8, generator=generator).expand(1, 2, 97, 8)
+    k = torch.randn(1, 2, 97, 8, generator=generator)
+    for rows in range(30, 60):
+        found, error = attention_received(q, k, rows=torch.arange(rows))
         assert error.isfinite().all()
         assert float(error.max()) < 1e-6
         assert float(found.sum()) == pytest.approx(1, abs=1e-5)
