@@ -1,7 +1,7 @@
 """Runs tests for `mutants_run.py`, each time in a fork of one process that has torch and diffusers loaded already.
 
-It reads a line of JSON, {"tests": [names], "limit": seconds}, and answers with one, {"end": "passed"}, {"end": "failed",
-"test": name} or {"end": "hung"}.
+It reads a line of JSON, {"tests": [names], "limit": seconds}, and answers with one: {"end": "passed"}, {"end": "hung"} or
+{"end": "failed", "test": name}.
 """
 
 import json
@@ -19,7 +19,7 @@ def load() -> None:
     import matplotlib  # noqa: F401
     import pytest  # noqa: F401
     import torch
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
     import transformers  # noqa: F401
     import triton  # noqa: F401
     from diffusers.models import transformers as _  # noqa: F401

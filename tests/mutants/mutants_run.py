@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,13 +29,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import tomllib
 from mutations import Mutation, mutated, mutations_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 WORK = ROOT / ".mutants"
 TARGETS = (
-    "dit_accel/rules", "dit_accel/plan", "dit_accel/attachment", "dit_accel/methods/caches", "kernels/dit_accel_kernels",
+    "dit_accel/rules", "dit_accel/plan", "dit_accel/attachment", "dit_accel/methods/caches",
+    "kernels/dit_accel_kernels",
 )  # fmt: skip
 PACKAGES = (".", "kernels", "pipelines", "eval", "assets")
 TESTS = ("tests/core", "tests/kernels", "tests/pipelines")
