@@ -1,7 +1,7 @@
 """Runs tests for `mutants_run.py`, each time in a fork of one process that has torch and diffusers loaded already.
 
-It reads a line of JSON, {"tests": [names], "limit": seconds}, and answers with one: {"end": "passed"}, {"end": "hung"} or
-{"end": "failed", "test": name}.
+It reads a line of JSON, {"tests": [names], "limit": seconds}, and answers with one: {"end": "passed"}, {"end": "hung"}
+or {"end": "failed", "test": name}.
 """
 
 import json
