@@ -138,6 +138,23 @@ def test_the_ratio_is_of_the_foreground_and_by_frame():
     assert np.isnan(foreground_ratio(received, np.zeros_like(foreground)))
 
 
+def test_what_receives_just_the_mean_is_not_high():
+    foreground = np.ones((2, 3), bool)
+    assert foreground_ratio(np.ones((2, 3)), foreground) == 0.0
+    assert foreground_ratio(np.array([[2.0, 0.0, 1.0], [1.0, 1.0, 1.0]]), foreground) == pytest.approx(1 / 6)
+    grid = np.array([[[9.0, 0.0], [0.0, 0.0]]])
+    assert foreground_ratio(grid, grid > 0) == 1.0
+
+
+def test_classes_at_their_edges():
+    assert cached_blocks([0.2, 0.2, 0.2], threshold=0.2) == ([], 0.2)
+    assert cached_blocks([], threshold=0.5) == ([], 0.5)
+    assert cached_blocks([]) == ([], 0.0)
+    assert cached_blocks([0.4], count=1) == ([0], 0.4)
+    assert cached_blocks([0.4, 0.8], count=0) == ([], 0.4)
+    assert cached_blocks([0.1, 0.3, 0.6, 0.7]) == ([0, 1], pytest.approx(0.45))
+
+
 def test_classes():
     scores = [0.5, 0.1, 0.9, 0.2, float("nan"), 0.85]
     assert cached_blocks(scores, threshold=0.5) == ([1, 3], 0.5)
