@@ -45,10 +45,16 @@ def run(pipe, call, prompts, noises):
     return pipe(**of_prompts(call, *prompts), generator=generators).frames
 
 
-@pytest.mark.parametrize("config", [DFA(warmup_steps=1), DFA(share=0.4, warmup_steps=1, strict=True)])
-@pytest.mark.parametrize("name", MAKERS)
-def test_two_prompts_in_a_batch_get_what_each_gets_alone(name, config):
+OTSU, STRICT = DFA(warmup_steps=1), DFA(share=0.4, warmup_steps=1, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "guidance"),
+    [*((name, config, 3.0) for name in MAKERS for config in (OTSU, STRICT)), ("ltx", OTSU, 1.0), ("mochi", OTSU, 1.0)],
+)
+def test_two_prompts_in_a_batch_get_what_each_gets_alone(name, config, guidance):
     pipe, call = MAKERS[name]()
+    call["guidance_scale"] = guidance
     pipe.set_progress_bar_config(disable=True)
     plain = run(pipe, call, [1, 2], [3, 4])
     with dit_accel.attach(pipe, config):

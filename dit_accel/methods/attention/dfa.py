@@ -26,7 +26,7 @@ from ..site import ForwardContext, Site, made_tensor
 from ..steps import check_steps, end_steps
 
 BOTH = "cond_uncond"
-"""What pipelines call a forward that holds the negative prompts' rows and then the prompts'."""
+"""What pipelines call a forward that holds both prompts where they guide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,17 +138,16 @@ class DFAHandler(AttentionHandler):
 
     def install(self, site: Site) -> None:
         """Run around every forward of the transformer."""
-        name, latents = site.name, site.adapter.latents
-        site.around_forward(lambda context, run: self._around(context, run, name, latents))
+        site.around_forward(lambda context, run: self._around(site, context, run))
 
-    def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, latents: str) -> Any:
+    def _around(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
         if context.training:
             self._reuse = False
             return run()
         leads = self._settle(context)
         output = run()
         if leads and not self._reuse and self._held_from(context):
-            self._measure(context, name, made_tensor(context.inputs[latents]), made_tensor(output))
+            self._measure(site, context, made_tensor(context.inputs[site.adapter.latents]), made_tensor(output))
         return output
 
     def _settle(self, context: ForwardContext) -> bool:
@@ -170,7 +169,7 @@ class DFAHandler(AttentionHandler):
         after = context.step_index + 1
         return self.settings.every > 1 and not self.settings.at_an_end(after, context.num_inference_steps)
 
-    def _measure(self, context: ForwardContext, name: str, x: Tensor, v: Tensor) -> None:
+    def _measure(self, site: Site, context: ForwardContext, x: Tensor, v: Tensor) -> None:
         """Find the foreground of a step, prompt by prompt."""
         layout, share = context.layout, self.settings.share
         if layout is None:
@@ -180,15 +179,17 @@ class DFAHandler(AttentionHandler):
             mask = torch.full((1, *grid), bool(share), device=x.device)
         else:
             moved = self._moved(context, x.detach(), v.detach(), layout)
+            pairs = 2 if len(moved) % 2 == 0 and _holds_both(site, context) else 1
+            moved = moved.unflatten(0, (pairs, -1)).mean(0)
             edges = [otsu(one) if share is None else one.flatten().quantile(1 - share) for one in moved]
             mask = moved > torch.stack(edges)[:, None, None, None]
-        self._masks[name] = layout, mask
+        self._masks[site.name] = layout, mask
         self._rows.clear()
         shares = mask.float().mean((1, 2, 3))
-        self._shares.append({"step_index": context.step_index, "transformer": name, "foreground": shares})
+        self._shares.append({"step_index": context.step_index, "transformer": site.name, "foreground": shares})
 
     def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """Return how far each token moves, [N, F, Y, X]: of each row, or of each pair of rows of one prompt."""
+        """Return how far each token moves, [B, F, Y, X]."""
         grid = layout.frames, layout.height, layout.width
         if context.sigma is None or not 0 <= context.sigma <= 1:
             raise ConfigError(
@@ -201,9 +202,7 @@ class DFAHandler(AttentionHandler):
                 f"dfa can't lay what {context.transformer} predicts, {list(v.shape)} of {list(x.shape)}, on its "
                 f"{grid[0]} x {grid[1]} x {grid[2]} tokens; use a method on whole steps such as EasyCache"
             )
-        moved = motion(clean)
-        pairs = 2 if context.branch.rsplit("/", 1)[-1] == BOTH and len(moved) % 2 == 0 else 1
-        return moved.unflatten(0, (pairs, -1)).mean(0)
+        return motion(clean)
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Let only the foreground's rows and text be computed, in steps that are not full."""
@@ -291,3 +290,11 @@ class DFAHandler(AttentionHandler):
             "tile lists more rows are computed, since a tile is computed whole"
         )
         return Saving(tiles=rows, carried_bytes=carried, notes=(note,))
+
+
+def _holds_both(site: Site, context: ForwardContext) -> bool:
+    """Tell whether a forward holds the negative prompts' rows and then the prompts'.
+
+    Pipelines that call both in one forward name it so while they do not guide, too.
+    """
+    return context.branch.rsplit("/", 1)[-1] == BOTH and getattr(site.pipe, "do_classifier_free_guidance", True)
