@@ -9,6 +9,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.methods.caches.engine import is_unconditional
+from dit_accel.methods.caches.log import CachedForward, section_of
 
 EVERY = dict(warmup_steps=0, last_steps=0)
 
@@ -315,3 +316,29 @@ def test_a_recipe_fills_what_is_unset():
     assert Driven(EasyCache(threshold=0.1), line, recipe={"threshold": 0.2}).handler.settings.threshold == 0.1
     with pytest.raises(ConfigError, match=r"^a recipe of easycache sets 'order', which no recipe may set"):
         Driven(EasyCache(), line, recipe={"order": 2})
+
+
+@pytest.mark.parametrize("stored", ["residual", "output"])
+@pytest.mark.parametrize("predictor", ["hold", "taylor", "heun", "chebyshev"])
+def test_a_forecast_that_is_written_into_is_not_what_later_ones_are_made_of(predictor, stored):
+    def given(spoil):
+        driven = Driven(StaticCache(steps=(1, 1, 0, 0, 0), stored=stored, predictor=predictor), line)
+        outputs = []
+        for step in range(5):
+            out = driven.forward(step, still(step), steps=5)[0]
+            outputs.append(out.clone())
+            if spoil:
+                out.fill_(float("nan"))
+        return outputs
+
+    assert all(torch.equal(one, other) for one, other in zip(given(True), given(False), strict=True))
+
+
+def test_the_section_counts_what_was_computed():
+    entries = [
+        CachedForward(transformer="transformer", step_index=step, branch="cond", reused=step > 0, reason="listed")
+        for step in range(3)
+    ]
+    section = section_of("made-up", entries, None)
+    assert (section.data["computed"], section.data["reused"]) == (1, 2)
+    assert section.title == "made-up: 2 of 3 forwards reused (# computed, . reused)"
