@@ -227,9 +227,18 @@ def test_gradients_run_whole(transformer):
     [
         (dict(every=0), r"^dfa\.every must be >= 1, got 0; 2 makes"),
         (dict(share=1.5), r"^dfa\.share must be from 0 to 1, got 1\.5; leave it unset for Otsu's"),
-        (dict(warmup_steps=-1), r"^dfa\.warmup_steps must be >= 0, got -1"),
-        (dict(warmup_steps=2.5), r"^dfa\.warmup_steps must be a whole number of steps or a share below 1, got 2\.5"),
-        (dict(last_steps=-1), r"^dfa\.last_steps must be >= 0, got -1"),
+        (
+            dict(warmup_steps=-1),
+            r"^dfa\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
+        (
+            dict(warmup_steps=2.5),
+            r"^dfa\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got 2\.5",
+        ),
+        (
+            dict(last_steps=-1),
+            r"^dfa\.last_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -249,7 +258,10 @@ def test_what_is_refused(transformer):
     case = Case(registry.adapters()["flux"], MODELS["flux"][0])
     with pytest.raises(ConfigError, match=r"^dfa makes no sense on flux: an image does not move"):
         dit_accel.attach(case.transformer, DFA())
-    with dit_accel.attach(transformer, DFA()), pytest.raises(ConfigError, match=r"^dfa needs the number of steps"):
+    with (
+        dit_accel.attach(transformer, DFA()),
+        pytest.raises(ConfigError, match=r"^dfa\.last_steps = 1 needs the number of steps"),
+    ):
         transformer(torch.zeros(1, 12, 5, 8, 8), torch.tensor([500]), torch.zeros(1, 6, 64))
 
 

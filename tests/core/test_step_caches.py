@@ -279,9 +279,18 @@ def test_memory_is_counted_and_freed():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (dict(warmup_steps=-1), r"staticcache\.warmup_steps must be >= 0, got -1"),
-        (dict(warmup_steps=1.5), r"staticcache\.warmup_steps must be a whole number of steps or a share below 1, got"),
-        (dict(last_steps=-2), r"staticcache\.last_steps must be >= 0, got -2"),
+        (
+            dict(warmup_steps=-1),
+            r"staticcache\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
+        (
+            dict(warmup_steps=1.5),
+            r"staticcache\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got",
+        ),
+        (
+            dict(last_steps=-2),
+            r"staticcache\.last_steps must be a whole number of steps from 0 on, or a share .*, got -2",
+        ),
         (dict(max_consecutive=0), r"staticcache\.max_consecutive must be >= 1, got 0"),
         (dict(max_skips=-1), r"staticcache\.max_skips must be >= 0, got -1"),
         (dict(order=0), r"staticcache\.order must be from 1 to 4, got 0"),

@@ -5,7 +5,6 @@ depart from it: the foreground is what moves in the model's own prediction, foun
 all keys, which the paper's own rule (``strict``) does not let them.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..saving import Saving, TileSaving
 from ..site import ForwardContext, Site, made_tensor
+from ..steps import check_steps, end_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class DFA(MethodConfig):
             them, clip by clip.
         strict: the foreground sees the foreground and text alone.
         warmup_steps: first steps that are full; below 1 a share of the run's steps, rounded up.
-        last_steps: last steps that are full.
+        last_steps: last steps that are full, likewise.
 
     Raises:
         ConfigError: for an option out of range.
@@ -51,7 +51,7 @@ class DFA(MethodConfig):
     share: float | None = None
     strict: bool = False
     warmup_steps: int | float = 0.2
-    last_steps: int = 1
+    last_steps: int | float = 1
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
@@ -59,27 +59,16 @@ class DFA(MethodConfig):
             raise ConfigError(f"dfa.every must be >= 1, got {self.every}; 2 makes every second step full")
         if self.share is not None and not 0 <= self.share <= 1:
             raise ConfigError(f"dfa.share must be from 0 to 1, got {self.share}; leave it unset for Otsu's threshold")
-        for option in ("warmup_steps", "last_steps"):
-            if getattr(self, option) < 0:
-                raise ConfigError(f"dfa.{option} must be >= 0, got {getattr(self, option)}")
-        if isinstance(self.warmup_steps, float) and not self.warmup_steps < 1 and not self.warmup_steps.is_integer():
-            raise ConfigError(
-                f"dfa.warmup_steps must be a whole number of steps or a share below 1, got {self.warmup_steps}"
-            )
+        check_steps(self, "warmup_steps", "last_steps")
 
-    def first_steps(self, count: int | None) -> int:
-        """Return how many first steps of a run of ``count`` are full.
+    def at_an_end(self, index: int, count: int | None) -> bool:
+        """Tell whether a step of a run of ``count`` is one of the first or last ones, which are full.
 
         Raises:
             ConfigError: if that needs the number of steps, which is not known.
         """
-        share = 0 < self.warmup_steps < 1
-        if count is None and (share or self.last_steps):
-            raise ConfigError(
-                "dfa needs the number of steps, which is not known here; attach to the pipeline, or set "
-                "dfa.warmup_steps to a whole number and dfa.last_steps to 0"
-            )
-        return math.ceil(round(self.warmup_steps * (count or 0), 9)) if share else int(self.warmup_steps)
+        first, last = end_steps(self, "warmup_steps", "last_steps", count)
+        return index < first or (count is not None and index >= count - last)
 
     def is_full(self, index: int, count: int | None, since: int) -> bool:
         """Tell whether a step is full by the schedule alone.
@@ -92,8 +81,7 @@ class DFA(MethodConfig):
         Raises:
             ConfigError: if that needs the number of steps, which is not known.
         """
-        last = count is not None and index >= count - self.last_steps
-        return index < self.first_steps(count) or last or since >= self.every - 1
+        return self.at_an_end(index, count) or since >= self.every - 1
 
     def reusing(self, count: int) -> frozenset[int]:
         """Return the steps of a run of ``count`` that are not full, where every step is computed."""
@@ -173,9 +161,8 @@ class DFAHandler(AttentionHandler):
 
     def _held_from(self, context: Any) -> bool:
         """Tell whether a full step's outputs may be reused in the next."""
-        settings, count, after = self.settings, context.num_inference_steps, context.step_index + 1
-        last = count is not None and after >= count - settings.last_steps
-        return settings.every > 1 and after >= settings.first_steps(count) and not last
+        after = context.step_index + 1
+        return self.settings.every > 1 and not self.settings.at_an_end(after, context.num_inference_steps)
 
     def _measure(self, context: ForwardContext, name: str, x: Tensor, v: Tensor) -> None:
         """Find the foreground of a step."""

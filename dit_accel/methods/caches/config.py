@@ -1,12 +1,13 @@
 """StepCacheConfig: what all step caches share, the steps that are always computed and how a skipped one is forecast."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import ConfigError
+from ...rules.steps import whole_steps
 from ..config import MethodConfig
+from ..steps import check_steps, end_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,7 @@ class StepCacheConfig(MethodConfig):
 
     Attributes:
         warmup_steps: first steps that are computed; below 1 a share of the run's steps, rounded up.
-        last_steps: last steps that are computed.
+        last_steps: last steps that are computed, likewise.
         max_consecutive: most steps that are skipped in a row; unset: any number.
         max_skips: most steps that are skipped in a run; unset: any number.
         steps: one number for each step of the run: 1 is computed, 0 may be skipped; unset: every step may.
@@ -36,7 +37,7 @@ class StepCacheConfig(MethodConfig):
     """
 
     warmup_steps: int | float | None = None
-    last_steps: int | None = None
+    last_steps: int | float | None = None
     max_consecutive: int | None = None
     max_skips: int | None = None
     steps: tuple[int, ...] | None = None
@@ -48,15 +49,11 @@ class StepCacheConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for field, least in (("warmup_steps", 0), ("last_steps", 0), ("max_consecutive", 1), ("max_skips", 0)):
+        check_steps(self, "warmup_steps", "last_steps")
+        for field, least in (("max_consecutive", 1), ("max_skips", 0)):
             value = getattr(self, field)
             if value is not None and value < least:
                 raise ConfigError(f"{self.name}.{field} must be >= {least}, got {value}; leave it unset for the usual")
-        warmup = self.warmup_steps
-        if isinstance(warmup, float) and not warmup < 1 and not warmup.is_integer():
-            raise ConfigError(
-                f"{self.name}.warmup_steps must be a whole number of steps or a share below 1, got {warmup}"
-            )
         if not 1 <= self.order <= 4:
             raise ConfigError(f"{self.name}.order must be from 1 to 4, got {self.order}; predictor = 'hold' is order 0")
         if self.steps is not None and (wrong := sorted({*self.steps} - {0, 1})):
@@ -85,19 +82,13 @@ class StepCacheConfig(MethodConfig):
         Raises:
             ConfigError: if the options need the run's steps, which are not known, or are for another number of them.
         """
-        warmup, last = self.warmup_steps or 0, self.last_steps or 0
-        if count is None and (last or 0 < warmup < 1):
-            what = f"last_steps = {last}" if last else f"warmup_steps = {warmup}"
-            raise ConfigError(
-                f"{self.name}.{what} needs the number of steps, which is not known here; attach to the pipeline, or "
-                "set warmup_steps to a whole number and last_steps to 0"
-            )
+        first, last = end_steps(self, "warmup_steps", "last_steps", count)
         if self.steps is not None and len(self.steps) != count:
             raise ConfigError(
                 f"{self.name}.steps has {len(self.steps)} entries, this run has {count or 'an unknown number of'} "
                 "steps; give one for each"
             )
-        if index < self.first_steps(count):
+        if index < first:
             return "first steps"
         if count is not None and index >= count - last:
             return "last steps"
@@ -105,8 +96,7 @@ class StepCacheConfig(MethodConfig):
 
     def first_steps(self, count: int | None) -> int:
         """Return how many first steps of a run of ``count`` are computed."""
-        warmup = self.warmup_steps or 0
-        return math.ceil(round(warmup * (count or 0), 9)) if 0 < warmup < 1 else int(warmup)  # .07 of 100 is 7
+        return whole_steps(self.warmup_steps or 0, count or 0)
 
     def skipped_steps(self, count: int, skips: Callable[[int, int], bool] = lambda index, in_a_row: True) -> int:
         """Return how many steps of a run are skipped where no data decide.

@@ -229,7 +229,7 @@ class LiteHandler(SparseHandler):
 
     def _last_step(self, context: CallContext) -> int | None:
         steps = context.num_inference_steps
-        return None if steps is None else steps - self.settings.dense_last_steps - 1
+        return None if steps is None else steps - self.settings.dense_ends(steps)[1] - 1
 
     def _calls_left(self, state: CallState, context: CallContext) -> int | None:
         """Return for how many calls, the running one included, the state serves at most; None: it is not known."""
