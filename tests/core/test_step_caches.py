@@ -8,6 +8,7 @@ from cache_calls import Driven, line, run_through, still
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dit_accel import ConfigError, EasyCache, StaticCache
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.methods.caches.engine import is_unconditional
 from dit_accel.methods.caches.log import CachedForward, section_of
 
@@ -213,6 +214,20 @@ def test_another_expert_drops_what_was_stored():
         driven.forward(step, still(step), transformer="transformer" if step < 3 else "transformer_2")
     assert driven.drawn(steps=6) == "#..#.."
     assert len(driven.handler._histories) == 1
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other(most):
+    """They take turns in every step, and none takes over from the other."""
+    holds = Guidance(branch_of={"transformer": "cond", "unconditional_transformer": "uncond"})
+    driven = Driven(cache(predictor="taylor", warmup_steps=2, max_skips=most), line, guidance=holds)
+    for step in range(6):
+        for name, branch in holds.branch_of.items():
+            out = driven.forward(step, still(step), branch, transformer=name)[0]
+            assert torch.equal(out, line(step, branch)[0])
+    expected = "##...." if most is None else "##...#"
+    assert driven.drawn(steps=6) == driven.drawn("uncond", 6) == expected
+    assert {key[0] for key in driven.handler._histories} == {*holds.branch_of}
 
 
 def test_two_calls_a_step_follow_one_decision():

@@ -12,7 +12,7 @@ from wan_tiny import generate as generate_video
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, EasyCache, ProfilingCache, StaticCache
+from dit_accel import ConfigError, EasyCache, FirstBlockCache, ProfilingCache, StaticCache
 
 ALTERNATE = StaticCache(every=2, warmup_steps=2, last_steps=0, predictor="taylor")
 
@@ -165,6 +165,25 @@ def test_a_first_forward_that_holds_more_tokens(made):
     with dit_accel.attach(pipe, ProfilingCache(blocks="0", warmup_steps=1, every=100)) as attachment:
         assert generate(pipe, call, num_inference_steps=4).isfinite().all()
         assert set(drawn(attachment, "profilingcache").values()) == {"##.."}
+
+
+@pytest.mark.parametrize(
+    ("cache", "reused"),
+    [
+        (StaticCache(every=3, warmup_steps=1, last_steps=1), 8),
+        (EasyCache(threshold=50.0, warmup_steps=1, last_steps=1), 8),
+        (FirstBlockCache(threshold=50.0, warmup_steps=1, last_steps=1), 10),
+        (ProfilingCache(blocks="1", every=100, warmup_steps=1, last_steps=1), 8),
+    ],
+)
+def test_two_transformers_that_hold_a_prompt_each(cache, reused):
+    """Ideogram 4 calls both in every step: neither takes over from the other."""
+    pipe, call = tiny_other_pipelines.ideogram4()
+    with dit_accel.attach(pipe, cache) as attachment:
+        first = generate(pipe, call, num_inference_steps=7)
+        data = attachment.report().section(cache.name).data
+        assert (data["reused"], len(data["forwards"])) == (reused, 14)
+        assert torch.equal(generate(pipe, call, num_inference_steps=7), first)
 
 
 @pytest.mark.parametrize("prompts", [1, 2])

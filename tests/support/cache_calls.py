@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.methods.base import Handler, Model
 from dit_accel.methods.caches.config import StepCacheConfig
 from dit_accel.methods.registry import handler_of
@@ -28,14 +29,16 @@ class Driven:
         output: what forwards give.
         others: the other attached methods.
         recipe: the model's recipe of the cache.
+        guidance: how the model's pipelines guide.
         model: the transformer.
     """
 
     def __init__(
         self, config: StepCacheConfig, output: Output, others: Sequence[Handler] = (),
-        recipe: Mapping[str, Any] | None = None, model: Any = None,
+        recipe: Mapping[str, Any] | None = None, model: Any = None, guidance: Guidance | None = None,
     ) -> None:  # fmt: skip
-        adapter = Adapter(**{**_fields(ADAPTER), "recipes": {config.name: recipe or {}}})
+        changed = {"recipes": {config.name: recipe or {}}, "guidance": guidance or ADAPTER.guidance}
+        adapter = Adapter(**{**_fields(ADAPTER), **changed})
         described = Model(adapter=adapter, family=None, heads=1, layers=1)
         self.handler: Any = handler_of(config)(config, described)
         self.handler.check_with(others)

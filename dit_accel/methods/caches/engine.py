@@ -83,7 +83,7 @@ class StepCacheHandler(Handler):
         self._deciders: dict[tuple[str, str], Decider] = {}
         self._transformers: dict[str, Any] = {}
         self._transformer = ""
-        self._skips = 0
+        self._skipped: set[int] = set()  # steps
         self._start: float | None = None
         self._untold: dict[int, set[str]] = {}  # step -> branches, of a pipeline that does not tell them
         self._peak = 0
@@ -175,8 +175,9 @@ class StepCacheHandler(Handler):
     def _begin(self, context: ForwardContext) -> float:
         """Drop what another expert left, of which what it gave says nothing, and return the time of the step."""
         if context.transformer != self._transformer:
-            self._histories.clear()
-            self._deciders.clear()
+            if context.transformer not in self.model.adapter.guidance.branch_of:  # it takes over, not its turn
+                self._histories.clear()
+                self._deciders.clear()
             self._transformer = context.transformer
         if context.branch.startswith("call "):
             self._note_untold(context)
@@ -238,7 +239,8 @@ class StepCacheHandler(Handler):
             decider.reuse, decider.reason = self._measured(context, decider)
         decider.step = context.step_index
         decider.in_a_row = decider.in_a_row + 1 if decider.reuse else 0
-        self._skips += decider.reuse
+        if decider.reuse:
+            self._skipped.add(context.step_index)
         self._see(context, decider)
         return decider, True
 
@@ -267,7 +269,7 @@ class StepCacheHandler(Handler):
             return why
         if not self._stored(context):
             return "nothing stored"
-        if (why := settings.most_skipped(decider.in_a_row, self._skips)) is not None:
+        if (why := settings.most_skipped(decider.in_a_row, len(self._skipped - {context.step_index}))) is not None:
             return why
         needing = self._needing(context)
         return needing and f"{needing} needs it"
@@ -311,7 +313,8 @@ class StepCacheHandler(Handler):
         self._histories.clear()
         self._deciders.clear()
         self._untold.clear()
-        self._transformer, self._skips, self._start = "", 0, None
+        self._skipped.clear()
+        self._transformer, self._start = "", None
 
     def begin_run(self) -> None:
         """Forget what was done."""
