@@ -230,6 +230,55 @@ def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other(most)
     assert {key[0] for key in driven.handler._histories} == {*holds.branch_of}
 
 
+@pytest.mark.parametrize(
+    ("options", "drawn"),
+    [
+        (dict(warmup_steps=2), "##...|#...."),
+        (dict(warmup_steps=2, warmup_of="each"), "##...|##..."),
+        (dict(warmup_steps=0.4, warmup_of="each", switch=0.5), "##...|##..."),
+        (dict(warmup_steps=2, warmup_of="last"), "#####|##..."),
+        (dict(warmup_steps=0.6, warmup_of="last", last_steps=1), "#####|###.#"),
+    ],
+)
+def test_what_the_first_steps_are_the_first_of(options, drawn):
+    steps = len(drawn) - 1
+    driven = Driven(EasyCache(threshold=1e9, **{**EVERY, **options}), line)
+    driven.install("transformer", "transformer_2")
+    measured = drawn.replace("|#.", "|##")  # a rate takes two computed steps
+    for run in range(2):
+        driven.ran.clear(), driven.handler.reset(), driven.handler.begin_run()
+        for step in range(steps):
+            name = "transformer" if step < drawn.index("|") else "transformer_2"
+            driven.forward(step, torch.full((1, 2, 3), float(step)), steps=steps, transformer=name)
+        assert driven.drawn(steps=steps) == measured.replace("|", ""), run
+    listed = cache(**{"switch": 0.5, **options})
+    assert listed.skipped_steps(steps, experts=2) == drawn.count(".")
+
+
+def test_steps_at_points_of_the_run():
+    for steps, computed in ((10, "#..#.....#"), (28, "#........#.................#"), (1, "#")):
+        driven = Driven(cache(compute_at=(1 / 3, 1.0)), line)
+        run_through(driven, still, steps=steps)
+        assert driven.drawn(steps=steps) == computed
+        assert driven.handler.settings.skipped_steps(steps) == computed.count(".")
+    with pytest.raises(
+        ConfigError,
+        match=r"^staticcache\.compute_at needs the number of steps, which is not known here; attach to",
+    ):
+        Driven(cache(compute_at=(0.5,)), line).forward(0, still(0), steps=None)
+
+
+def test_a_share_of_a_first_expert_of_unknown_length_is_refused():
+    driven = Driven(cache(warmup_steps=0.4, warmup_of="each"), line)
+    driven.install("transformer", "transformer_2")
+    with pytest.raises(
+        ConfigError,
+        match=r"^staticcache\.warmup_of = 'each' with staticcache\.warmup_steps = 0\.4 is a share of each "
+        r"transformer's steps, and how many the first makes is not known; set staticcache\.switch to their share of the run, or",
+    ):
+        driven.forward(0, still(0))
+
+
 def test_two_calls_a_step_follow_one_decision():
     driven = Driven(cache(warmup_steps=2, predictor="taylor"), line)
     for step in range(4):
@@ -308,6 +357,12 @@ def test_memory_is_counted_and_freed():
         ),
         (dict(max_consecutive=0), r"staticcache\.max_consecutive must be >= 1, got 0"),
         (dict(max_skips=-1), r"staticcache\.max_skips must be >= 0, got -1"),
+        (
+            dict(compute_at=(0.5, 11.0)),
+            r"staticcache\.compute_at must hold points of the run from 0, .*, got 11\.0; step",
+        ),
+        (dict(switch=1.0), r"staticcache\.switch must be above 0 and below 1, got 1\.0; it is the share of the run's"),
+        (dict(warmup_of="all"), r"staticcache\.warmup_of must be 'run' or 'each' or 'last' or unset, got 'all'"),
         (dict(order=0), r"staticcache\.order must be from 1 to 4, got 0"),
         (dict(predictor="dmd"), r"staticcache\.predictor must be 'hold' or 'taylor' or 'heun' or 'chebyshev', got"),
         (dict(every=0), r"staticcache\.every must be >= 1, got 0"),

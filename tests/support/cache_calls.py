@@ -52,12 +52,7 @@ class Driven:
         transformer: str = "transformer", training: bool = False,
     ) -> Any:  # fmt: skip
         """One forward of a pipeline, and what it gives."""
-        if transformer not in self._around:
-            site = SimpleNamespace(
-                name=transformer, adapter=ADAPTER, branch=nullcontext, transformer=self.model,
-                around_forward=lambda function: self._around.update({transformer: function}),
-            )  # fmt: skip
-            self.handler.install(site)
+        self.install(transformer)
         context = ForwardContext(
             transformer=transformer, branch=branch, step_index=step, num_inference_steps=steps, sigma=sigma,
             layout=None, batch=1, training=training, told=True, inputs={"hidden_states": latents},
@@ -68,6 +63,16 @@ class Driven:
             return self.output(step, branch)
 
         return self._around[transformer](context, run)
+
+    def install(self, *transformers: str) -> None:
+        """Put the cache onto transformers of these names, unless it is."""
+        for name in transformers:
+            if name not in self._around:
+                site = SimpleNamespace(
+                    name=name, adapter=ADAPTER, branch=nullcontext, transformer=self.model,
+                    around_forward=lambda function, name=name: self._around.update({name: function}),
+                )  # fmt: skip
+                self.handler.install(site)
 
     def drawn(self, branch: str = "cond", steps: int = 10) -> str:
         """The computed (#) and skipped (.) steps of a branch."""

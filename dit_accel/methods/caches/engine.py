@@ -20,7 +20,7 @@ from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, made_tensor
 from .active import require_no_cache
-from .config import MeasuredCacheConfig, StepCacheConfig
+from .config import MeasuredCacheConfig, StepCacheConfig, Turn
 from .history import History, own_copies, shapes_of
 from .log import CachedForward, section_of
 from .ranks import agreed, groups_of
@@ -83,7 +83,8 @@ class StepCacheHandler(Handler):
         self._deciders: dict[tuple[str, str], Decider] = {}
         self._transformers: dict[str, Any] = {}
         self._transformer = ""
-        self._skipped: set[int] = set()  # steps
+        self._since: dict[str, int] = {}  # transformer -> the first step that it made in this run
+        self._steps_skipped: set[int] = set()
         self._start: float | None = None
         self._untold: dict[int, set[str]] = {}  # step -> branches, of a pipeline that does not tell them
         self._peak = 0
@@ -175,15 +176,25 @@ class StepCacheHandler(Handler):
     def _begin(self, context: ForwardContext) -> float:
         """Drop what another expert left, of which what it gave says nothing, and return the time of the step."""
         if context.transformer != self._transformer:
-            if context.transformer not in self.model.adapter.guidance.branch_of:  # it takes over, not its turn
+            if not self._holds_a_prompt(context.transformer):
                 self._histories.clear()
                 self._deciders.clear()
             self._transformer = context.transformer
+        self._since.setdefault(context.transformer, context.step_index)
         if context.branch.startswith("call "):
             self._note_untold(context)
         time = self._time(context)
         self._start = time if self._start is None else self._start
         return time
+
+    def _holds_a_prompt(self, transformer: str) -> bool:
+        """Tell whether a transformer makes one prompt's forward of every step, beside another that makes the rest."""
+        return transformer in self.model.adapter.guidance.branch_of
+
+    def _turn(self, transformer: str) -> Turn:
+        """Return which steps of this run a transformer makes, as far as that is known."""
+        last = self._holds_a_prompt(transformer) or transformer == [*self._transformers][-1]
+        return Turn(self._since[transformer], last)
 
     def _note_untold(self, context: ForwardContext) -> None:
         """Drop all where the last step had more or fewer forwards: the n-th is another branch then, without a word."""
@@ -240,7 +251,7 @@ class StepCacheHandler(Handler):
         decider.step = context.step_index
         decider.in_a_row = decider.in_a_row + 1 if decider.reuse else 0
         if decider.reuse:
-            self._skipped.add(context.step_index)
+            self._steps_skipped.add(context.step_index)
         self._see(context, decider)
         return decider, True
 
@@ -265,11 +276,14 @@ class StepCacheHandler(Handler):
         settings = self.settings
         if settings.branches == "uncond" and not is_unconditional(context.branch, settings.name):
             return "conditional"
-        if (why := settings.always_computed(context.step_index, context.num_inference_steps)) is not None:
+        turn = self._turn(context.transformer)
+        if (why := settings.always_computed(context.step_index, context.num_inference_steps, turn)) is not None:
             return why
         if not self._stored(context):
             return "nothing stored"
-        if (why := settings.most_skipped(decider.in_a_row, len(self._skipped - {context.step_index}))) is not None:
+        if (
+            why := settings.most_skipped(decider.in_a_row, len(self._steps_skipped - {context.step_index}))
+        ) is not None:
             return why
         needing = self._needing(context)
         return needing and f"{needing} needs it"
@@ -313,12 +327,13 @@ class StepCacheHandler(Handler):
         self._histories.clear()
         self._deciders.clear()
         self._untold.clear()
-        self._skipped.clear()
         self._transformer, self._start = "", None
 
     def begin_run(self) -> None:
         """Forget what was done."""
         self._log.clear()
+        self._since.clear()
+        self._steps_skipped.clear()
 
     def state_bytes(self) -> int:
         """Return the most memory that was stored at once since attach."""
