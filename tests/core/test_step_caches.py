@@ -274,7 +274,7 @@ def test_a_share_of_a_first_expert_of_unknown_length_is_refused():
     with pytest.raises(
         ConfigError,
         match=r"^staticcache\.warmup_of = 'each' with staticcache\.warmup_steps = 0\.4 is a share of each "
-        r"transformer's steps, and how many the first makes is not known; set staticcache\.switch to their share of the run, or",
+        r"transformer's steps, and how many the first makes is not known; set staticcache\.switch to their",
     ):
         driven.forward(0, still(0))
 
