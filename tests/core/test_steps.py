@@ -13,7 +13,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dit_accel.attachment.steps import Pipeline, Timeline, noise_level, noisiest, timeline_of
+from dit_accel.attachment.steps import Schedule, Timeline, noise_level, noisiest, timeline_of
 
 
 def after(scheduler, steps: int = 4, **found):
@@ -80,18 +80,46 @@ def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
     assert timeline_of(heun) == Timeline(steps=4, repeats=True)
 
 
-def test_a_run_begins_where_timesteps_are_made_anew_whoever_makes_them():
-    first = after(FlowMatchEulerDiscreteScheduler())
-    pipeline = Pipeline(first)
-    assert [pipeline.begins_run() for _ in range(3)] == [True, False, False]
-    first.scheduler.set_timesteps(4)  # the same steps
-    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
-    first.scheduler = after(DDIMScheduler(), 7).scheduler
-    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
-    assert pipeline.timeline().steps == 7
-    first.scheduler = SimpleNamespace(timesteps=[3, 2, 1])  # no tensor
-    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
-    assert pipeline.timeline().steps == 3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, None])
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_forwards_timestep_is_found_among_those_of_the_scheduler_however_a_pipeline_scales_it(dtype, start):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    schedule = Schedule(scheduler)
+    scales = [lambda t: t, lambda t: 1000 - t]
+    if dtype is not torch.int64:
+        scales += [lambda t: t / 1000, lambda t: 1 - t / 1000]
+    for scaled in scales:
+        places = []
+        for timestep in scheduler.timesteps[start:]:
+            given = scaled(timestep) if dtype is None else scaled(timestep).to(dtype)
+            places.append(schedule.place(float(given), dtype, start))
+        assert places == list(range(start, 8))
+    assert [schedule.number(start, place) for place in range(start, 8)] == list(range(8 - start))
+    assert schedule.timeline(start).steps == 8 - start
+    assert schedule.noise_level(start) == float(scheduler.sigmas[start])
+
+
+def test_a_timestep_that_the_scheduler_does_not_list_is_none_of_its_own():
+    scheduler = DDIMScheduler()
+    assert Schedule(scheduler).place(999.0) is None  # it lists all, before any steps were asked for
+    scheduler.set_timesteps(4)
+    schedule = Schedule(scheduler)
+    assert schedule.place(750.0) == 0
+    assert schedule.place(750.0, after=1) is None
+    assert schedule.place(700.0) is None
+    assert Schedule(None).place(750.0) is None
+    assert len(Schedule(SimpleNamespace(timesteps=[3, 2, 1]))) == 3  # no tensor
+
+
+def test_twice_the_same_timestep_is_one_step():
+    scheduler = HeunDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    schedule = Schedule(scheduler)
+    assert schedule.timeline(0) == Timeline(steps=4, repeats=True)
+    second = float(scheduler.timesteps[1])
+    assert schedule.place(second) == schedule.place(second, after=1) == 1
+    assert schedule.number(0, 1) == schedule.number(0, 2) == 1
 
 
 def test_what_nothing_tells_is_unknown():
@@ -100,4 +128,3 @@ def test_what_nothing_tells_is_unknown():
     assert noise_level(SimpleNamespace(sigmas=torch.ones(2), step_index=2)) is None
     for parts in ({}, {"scheduler": None}, {"scheduler": SimpleNamespace(timesteps=torch.zeros(0))}):
         assert timeline_of(SimpleNamespace(**parts)) == Timeline()
-    assert not Pipeline(SimpleNamespace()).begins_run()
