@@ -26,8 +26,8 @@ def replaced_transformers(execution: Execution) -> str | None:
     if not replaced:
         return None
     return (
-        f"{'; '.join(replaced)}, to which nothing is attached: what it runs is plain and not in the report; detach, and "
-        "attach again"
+        f"{'; '.join(replaced)}, to which nothing is attached: what it runs is plain and not in the report; detach, "
+        "and attach again"
     )
 
 

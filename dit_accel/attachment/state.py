@@ -38,7 +38,6 @@ class DenoisingState:
         self._timesteps = self._taken = _reference(None)  # the list of the last forward's scheduler; of a pipeline's
         self._broken = self._warned = False
         self._schedule: Schedule | None = None  # of a loop written by hand
-        self._start_place = 0
         self._timeline = Timeline()
         self._timestep = -math.inf
         self._number = 0
@@ -116,7 +115,7 @@ class DenoisingState:
                 if lost:
                     self._drop()
         elif run is None and ("num_inference_steps" not in told or "sigma" not in told):
-            self._follow_by_hand(given, told, state.adapter.rising_timesteps, begins=self._number == 0)
+            self._follow_by_hand(given, told, state.adapter.rising_timesteps)
         if run is None:
             self._look_for_another_begin(state, inputs)
 
@@ -151,7 +150,7 @@ class DenoisingState:
         self.training = False
         self._timestep = value if timestep is not None else -math.inf
         if run is None:
-            self._follow_by_hand(timestep, told, state.adapter.rising_timesteps, begins)
+            self._follow_by_hand(timestep, told, state.adapter.rising_timesteps)
             self.step_index = self._timeline.step_of(self._number)
             return
         if begins:
@@ -160,29 +159,26 @@ class DenoisingState:
         self.step_index = self._timeline.step_of(self._number)
         self.sigma = told.get("sigma", noise_level(_scheduler(run.pipe)))
 
-    def _follow_by_hand(self, timestep: Tensor | None, told: Mapping[str, Any], rising: bool, begins: bool) -> None:
+    def _follow_by_hand(self, timestep: Tensor | None, told: Mapping[str, Any], rising: bool) -> None:
         """Take what is not told of a loop written by hand from the attached pipeline's scheduler, if it is followed.
 
         Its timesteps must be the loop's, one after the other, and not those of a pipeline's own run before.
         """
         scheduler = _scheduler(self.pipe)
-        if begins:
+        if self._number == 0 and self._schedule is None:
             own = getattr(scheduler, "timesteps", None) is not self._taken()
-            self._schedule = Schedule(scheduler) if own and scheduler is not None else None
-        place = None
-        if self._schedule is not None:
-            value, dtype = told.get("timestep"), None
-            if value is None and timestep is not None:
-                value, dtype = noisiest(timestep, rising) * (-1 if rising else 1), timestep.dtype
-            value = value.max() if isinstance(value, Tensor) else value
-            after = 0 if begins else self._start_place
-            place = None if value is None else self._schedule.place(float(value), dtype, after)
-        if place is not None and begins:
-            assert self._schedule is not None
-            self._start_place, self._timeline = place, self._schedule.timeline(place)
-        elif place is None or self._schedule.number(self._start_place, place) != self._number:
-            self._schedule, self._timeline, place = None, Timeline(), None
-        found = None if place is None or self._schedule is None else self._schedule.noise_level(place)
+            self._schedule = Schedule(scheduler if own else None)
+        value, dtype, places = told.get("timestep"), None, None
+        if value is None and timestep is not None:
+            value, dtype = noisiest(timestep, rising) * (-1 if rising else 1), timestep.dtype
+        if value is not None and self._schedule is not None:
+            value = float(value.max() if isinstance(value, Tensor) else value)
+            places = self._schedule.follow(value, dtype, self._number)
+        found = None
+        if places is None or self._schedule is None:
+            self._schedule, self._timeline = Schedule(None), Timeline()
+        else:
+            self._timeline, found = self._schedule.timeline(places[0]), self._schedule.noise_level(places[1])
         self.num_inference_steps = told.get("num_inference_steps", self._timeline.steps)
         self.sigma = told.get("sigma", found)
 

@@ -49,7 +49,10 @@ class Timeline:
 
 
 class Schedule:
-    """The timesteps that a scheduler has laid out, read off it once.
+    """The timesteps that a scheduler has laid out, read off it once, and a run that may follow them.
+
+    Pipelines hand a model the timestep as the scheduler lists it, divided by the number of timesteps that the model was
+    trained on, or one of these two counted from the other end.
 
     Args:
         scheduler: the scheduler, or None.
@@ -60,6 +63,9 @@ class Schedule:
         timesteps = getattr(scheduler, "timesteps", None)
         values = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
         self._values = [float(one) for one in values] if values is not None else []
+        config = getattr(scheduler, "config", None)
+        self._trained = float(getattr(config, "num_train_timesteps", None) or 1000)
+        self._starts: dict[tuple[float, float], int] = {}  # offset and factor of a timestep -> place of the run's first
 
     def __len__(self) -> int:
         return len(self._values)
@@ -70,38 +76,43 @@ class Schedule:
         halves = getattr(self._scheduler, "order", 1) == 2 and different == left > 1
         return Timeline((different + 2) // 2 if halves else different, halves, repeats=different < left)
 
-    def place(self, timestep: float, dtype: torch.dtype | None = None, after: int = 0) -> int | None:
-        """Return the place, from ``after`` on, of the timestep that a forward is given; None: it is none of these.
-
-        Pipelines hand a model the timestep as the scheduler lists it, divided by the number of timesteps that the model
-        was trained on, or one of these two counted from the other end. A scheduler that was never told how many steps
-        to take lists all that the model was trained on, which are no run's.
-
-        Args:
-            timestep: the noisiest of them, as the model gets it.
-            dtype: of the tensor that held it, which tells how it was rounded; None: it was in none.
-            after: the first place in question.
-        """
-        config = getattr(self._scheduler, "config", None)
-        trained = float(getattr(config, "num_train_timesteps", None) or 1000)
-        if getattr(self._scheduler, "num_inference_steps", None) is None and len(self) == trained:
-            return None
-        whole = dtype is not None and not dtype.is_floating_point
-        epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
-        for start, factor in ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)):
-            far = [abs(start + factor * one - timestep) for one in self._values[after:]]
-            allowed = abs(factor) * (trained * epsilon + (whole and abs(factor) == 1))
-            if far and min(far) <= allowed:
-                return after + far.index(min(far))
-        return None
-
-    def number(self, start: int, place: int) -> int:
-        """Return how many different timesteps follow the one at ``start``, up to the one at ``place``."""
-        return _different(self._values[start : place + 1]) - 1
-
     def noise_level(self, place: int) -> float | None:
         """Return the sigma of the timestep at a place, or None where there is none."""
         return _noise_level_at(self._scheduler, place)
+
+    def follow(self, timestep: float, dtype: torch.dtype | None, number: int) -> tuple[int, int] | None:
+        """Return at which places a run began and stands; None: it does not follow the list, one after the other.
+
+        A scheduler that was never told how many steps to take lists all that the model was trained on: no run's.
+
+        Args:
+            timestep: the noisiest one that a forward is given.
+            dtype: of the tensor that held it, which tells how it was rounded; None: it was in none.
+            number: which of the run's different timesteps it is, from 0.
+        """
+        if getattr(self._scheduler, "num_inference_steps", None) is None and len(self) == self._trained:
+            return None
+        whole = dtype is not None and not dtype.is_floating_point
+        epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
+        trained, found = self._trained, {}
+        scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
+        for offset, factor in scales:
+            far = [abs(offset + factor * one - timestep) for one in self._values]
+            start = far.index(min(far)) if number == 0 and far else self._starts.get((offset, factor), 0)
+            place = self._later(start, number)
+            allowed = abs(factor) * (trained * epsilon + (whole and abs(factor) == 1))
+            if place is not None and far[place] <= allowed:
+                found[offset, factor] = far[place] / allowed, start, place
+        self._starts = {scale: start for scale, (_, start, _) in found.items()}
+        return min(found.values())[1:] if found else None
+
+    def _later(self, start: int, number: int) -> int | None:
+        """Return the place of the ``number``-th different timestep after the one at a place, or None."""
+        for place in range(start, len(self)):
+            number -= place > start and self._values[place] != self._values[place - 1]
+            if number == 0:
+                return place
+        return None
 
 
 def timeline_of(pipe: Any) -> Timeline:

@@ -90,25 +90,27 @@ def test_a_forwards_timestep_is_found_among_those_of_the_scheduler_however_a_pip
     if dtype is not torch.int64:
         scales += [lambda t: t / 1000, lambda t: 1 - t / 1000]
     for scaled in scales:
-        places = []
-        for timestep in scheduler.timesteps[start:]:
+        schedule, places = Schedule(scheduler), []
+        for number, timestep in enumerate(scheduler.timesteps[start:]):
             given = scaled(timestep) if dtype is None else scaled(timestep).to(dtype)
-            places.append(schedule.place(float(given), dtype, start))
-        assert places == list(range(start, 8))
-    assert [schedule.number(start, place) for place in range(start, 8)] == list(range(8 - start))
+            places.append(schedule.follow(float(given), dtype, number))
+        assert places == [(start, place) for place in range(start, 8)]
     assert schedule.timeline(start).steps == 8 - start
     assert schedule.noise_level(start) == float(scheduler.sigmas[start])
 
 
-def test_a_timestep_that_the_scheduler_does_not_list_is_none_of_its_own():
+def test_a_run_that_leaves_the_schedulers_list_does_not_follow_it():
     scheduler = DDIMScheduler()
-    assert Schedule(scheduler).place(999.0) is None  # it lists all, before any steps were asked for
+    assert Schedule(scheduler).follow(999.0, None, 0) is None  # it lists all, before any steps were asked for
     scheduler.set_timesteps(4)
     schedule = Schedule(scheduler)
-    assert schedule.place(750.0) == 0
-    assert schedule.place(750.0, after=1) is None
-    assert schedule.place(700.0) is None
-    assert Schedule(None).place(750.0) is None
+    assert [schedule.follow(value, None, number) for number, value in enumerate((750.0, 500.0))] == [(0, 0), (0, 1)]
+    assert schedule.follow(200.0, None, 2) is None
+    assert schedule.follow(0.0, None, 3) is None  # once left, it is not taken up again
+    skipping = Schedule(scheduler)
+    assert skipping.follow(750.0, None, 0) == (0, 0)
+    assert skipping.follow(250.0, None, 1) is None
+    assert Schedule(None).follow(750.0, None, 0) is None
     assert len(Schedule(SimpleNamespace(timesteps=[3, 2, 1]))) == 3  # no tensor
 
 
@@ -117,9 +119,10 @@ def test_twice_the_same_timestep_is_one_step():
     scheduler.set_timesteps(4)
     schedule = Schedule(scheduler)
     assert schedule.timeline(0) == Timeline(steps=4, repeats=True)
-    second = float(scheduler.timesteps[1])
-    assert schedule.place(second) == schedule.place(second, after=1) == 1
-    assert schedule.number(0, 1) == schedule.number(0, 2) == 1
+    different = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    places = [schedule.follow(value, None, number) for number, value in enumerate(different)]
+    assert places == [(0, 0), (0, 1), (0, 3), (0, 5)]
+    assert [schedule.noise_level(place) for _, place in places] == scheduler.sigmas[[0, 1, 3, 5]].tolist()
 
 
 def test_what_nothing_tells_is_unknown():
