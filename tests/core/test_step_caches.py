@@ -198,16 +198,6 @@ def test_a_branch_that_comes_or_goes_midway():
     assert late.drawn("uncond", 4) == "..#."  # nothing was stored before
 
 
-def test_branches_that_are_not_told_may_be_others_once_their_number_changes():
-    """Guidance that ends midway makes the second call of a step its first one."""
-    driven = Driven(cache(), line)
-    for step in range(8):
-        for branch in ("call 0", "call 1") if step < 3 else ("call 0",):
-            driven.forward(step, still(step), branch)
-    assert driven.drawn("call 1", 8) == "#......."
-    assert driven.drawn("call 0", 8) == "#...#..."  # step 3 is the first with one call, which step 4 knows
-
-
 def test_another_expert_drops_what_was_stored():
     driven = Driven(cache(predictor="taylor"), line)
     for step in range(6):

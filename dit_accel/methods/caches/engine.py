@@ -86,7 +86,6 @@ class StepCacheHandler(Handler):
         self._since: dict[str, int] = {}  # transformer -> the first step that it made in this run
         self._steps_skipped: set[int] = set()
         self._start: float | None = None
-        self._untold: dict[int, set[str]] = {}  # step -> branches, of a pipeline that does not tell them
         self._peak = 0
         self._log: list[CachedForward] = []
 
@@ -181,8 +180,6 @@ class StepCacheHandler(Handler):
                 self._deciders.clear()
             self._transformer = context.transformer
         self._since.setdefault(context.transformer, context.step_index)
-        if context.branch.startswith("call "):
-            self._note_untold(context)
         time = self._time(context)
         self._start = time if self._start is None else self._start
         return time
@@ -195,15 +192,6 @@ class StepCacheHandler(Handler):
         """Return which steps of this run a transformer makes, as far as that is known."""
         last = self._holds_a_prompt(transformer) or transformer == [*self._transformers][-1]
         return Turn(self._since[transformer], last)
-
-    def _note_untold(self, context: ForwardContext) -> None:
-        """Drop all where the last step had more or fewer forwards: the n-th is another branch then, without a word."""
-        if context.step_index not in self._untold:
-            before = list(self._untold.values())[-2:]
-            if len(before) > 1 and before[0] != before[1]:
-                self._histories.clear()
-                self._deciders.clear()
-        self._untold.setdefault(context.step_index, set()).add(context.branch)
 
     def _shapes(self, context: ForwardContext) -> Any:
         """Return what must stay the same for what was stored and measured to be of use."""
@@ -326,7 +314,6 @@ class StepCacheHandler(Handler):
         """Free what is stored."""
         self._histories.clear()
         self._deciders.clear()
-        self._untold.clear()
         self._transformer, self._start = "", None
 
     def begin_run(self) -> None:
