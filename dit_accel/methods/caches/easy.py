@@ -26,8 +26,8 @@ class EasyCache(MeasuredCacheConfig):
 
     With x the latents that go in and v the output, k = |dv| / |dx| over the last two computed steps; each further step
     adds k |dx| / |v|, and is skipped while the sum stays below the threshold. |.| is the mean of the absolute values
-    over all rows of a batch, which are skipped together: several prompts in one batch may be skipped at other steps than
-    each alone.
+    over all rows of a batch, which are skipped together: several prompts in one batch may be skipped at other steps
+    than each alone.
 
     Attributes:
         threshold: share of the output's size, tau; 0 skips nothing. Twice as much skips about twice as many in a row.
