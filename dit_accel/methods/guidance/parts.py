@@ -26,7 +26,7 @@ NAMES: Mapping[str, Part] = {
 }
 """Name of a ``cache_context``, as diffusers' pipelines and guiders give them -> what a forward in it holds."""
 
-_OPEN = 'with transformer.cache_context("cond"):, "uncond" or "cond_uncond"'
+_OPEN = "transformer.cache_context(name) with the name 'cond', 'uncond' or 'cond_uncond'"
 
 
 def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> Part:
@@ -43,7 +43,9 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
     """
     guidance, pipe = site.adapter.guidance, site.running
     if (why := guidance.why_own(pipe)) is not None:
-        raise ConfigError(f"{method} does not go with {type(pipe).__name__}: {why}; detach it, or take another pipeline")
+        raise ConfigError(
+            f"{method} does not go with {type(pipe).__name__}: {why}; detach it, or take another pipeline"
+        )
     if guidance.branch_of:
         return guidance.branch_of.get(_component(site), "cond")
     name = context.branch.rsplit("/", 1)[-1]
