@@ -35,7 +35,7 @@ LTX2_19B = Family(
 LTX2 = Adapter(
     name="ltx-2",
     transformers=("LTX2VideoTransformer3DModel",),
-    guidance=Guidance(alone=("LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline")),
+    guidance=Guidance(alone=("LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline", "EchoModularPipeline")),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(
         BlockList(
