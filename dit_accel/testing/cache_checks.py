@@ -68,7 +68,7 @@ def caches_for(case: Case) -> dict[str, CacheCase]:
             name in adapter.refused
             or (tried.runs_first and adapter.blocks == ())
             or (isinstance(tried.active, TeaCache) and adapter.signal is None)
-            or (tried.counted and not hasattr(case.transformer, "cache_context"))
+            or (tried.counted and not hasattr(case.model.transformer, "cache_context"))
         )
         if not lacking:
             possible[name] = tried

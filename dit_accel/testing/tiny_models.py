@@ -134,9 +134,11 @@ class Case:
         """One forward, as a pipeline makes it; its video."""
         transformer = transformer or self.transformer
         inputs, context = dict(inputs), contextlib.nullcontext()
-        if hasattr(transformer, "cache_context"):
+        if hasattr(self.model.transformer, "cache_context"):
             context = transformer.cache_context(branch, step_index=step, num_inference_steps=STEPS)
         else:  # the step is told by the timestep alone
+            if hasattr(transformer, "cache_context"):  # methods are attached
+                context = transformer.cache_context(branch)
             time = inputs[self.adapter.timestep]
             sign = 1 if self.adapter.rising_timesteps else -1
             inputs[self.adapter.timestep] = (time.double() * (1 + sign * step / 100)).to(time.dtype)
