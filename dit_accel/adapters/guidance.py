@@ -6,7 +6,7 @@ scale need not be known. What rescales by the conditional prediction is no such 
 """
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,49 +89,52 @@ class Guidance:
                     f"rows[{name!r}] must be an axis from 0, 'each' or None, got {axis!r}; use one of them"
                 )
 
-    def calls_of(self, pipe: Any) -> Calls | None:
+    def calls_of(self, call: "PipelineCall") -> Calls | None:
         """Return how a pipeline calls its transformer in a step; None: it is declared nowhere."""
-        if getattr(pipe, "guider", None) is not None:
+        if getattr(call.pipe, "guider", None) is not None:
             return "in_turn"
-        for name in _guiding_classes(pipe):
+        for name in call.classes:
             for calls in ("alone", "in_turn", "together"):
                 if name in getattr(self, calls):
                     return calls
         return None
 
-    def why_own(self, pipe: Any) -> str | None:
+    def why_own(self, call: "PipelineCall") -> str | None:
         """Return why no method of guidance goes with a pipeline, or None."""
-        return next((self.own[name] for name in _guiding_classes(pipe) if name in self.own), None)
+        return next((self.own[name] for name in call.classes if name in self.own), None)
 
-    def why_not_folded(self, pipe: Any, call: Mapping[str, Any]) -> str | None:
-        """Return how a pipeline rescales the guided prediction by the conditional one, or None.
-
-        Args:
-            pipe: the pipeline that runs, or None.
-            call: the variables of its call.
-        """
-        guider = getattr(pipe, "guider", None)
+    def why_not_folded(self, call: "PipelineCall") -> str | None:
+        """Return how a pipeline rescales the guided prediction by the conditional one, or None."""
+        guider = getattr(call.pipe, "guider", None)
         if guider is not None:
             if type(guider).__name__ != "ClassifierFreeGuidance":
                 return f"its guider {type(guider).__name__} does more with the conditional prediction than to weigh it"
             rescale = guider.guidance_rescale
             return f"the guider's guidance_rescale = {rescale:g} scales by the conditional one" if rescale else None
-        for name in _guiding_classes(pipe):
+        for name in call.classes:
             for pattern, why in self.rescales.items():
                 if fnmatch.fnmatch(name, pattern):
                     return why
         for option in RESCALING_OPTIONS:
-            value = getattr(pipe, option, None)
+            value = getattr(call.pipe, option, None)
             if isinstance(value, (int, float)) and value > 0:
                 return f"{option.lstrip('_')} = {value:g} scales the guided prediction by the conditional one"
-        if argument := next((name for name in self.rescaling_arguments if call.get(name)), None):
-            return f"{argument} = {call[argument]} scales the guided prediction by the conditional one"
+        if argument := next((name for name in self.rescaling_arguments if call.variables.get(name)), None):
+            return f"{argument} = {call.variables[argument]} scales the guided prediction by the conditional one"
         return None
 
 
-def _guiding_classes(pipe: Any) -> Iterator[str]:
-    """Yield the names of a pipeline's class and of those it inherits its call from: another call guides otherwise."""
-    for cls in type(pipe).__mro__:
-        yield cls.__name__
-        if "__call__" in vars(cls):
-            return
+@dataclass(frozen=True, slots=True)
+class PipelineCall:
+    """A pipeline's call that is running.
+
+    Attributes:
+        pipe: the pipeline; None: a loop written by hand runs.
+        classes: names of its class and of those it inherits from, as far as the one whose ``__call__`` runs: another
+            call would guide in another way.
+        variables: what the call holds, such as the latents.
+    """
+
+    pipe: Any = None
+    classes: tuple[str, ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)

@@ -193,7 +193,7 @@ class PerturbedHandler(Handler):
         return output
 
     def _require_folded(self, site: Site) -> None:
-        why = site.adapter.guidance.why_not_folded(site.running, call_of(site.running))
+        why = site.adapter.guidance.why_not_folded(call_of(site.running))
         if why is not None:
             raise ConfigError(
                 f"{self.name} can't be folded into this pipeline's guidance: {why}, which {self.name} changes; switch "

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ...adapters.guidance import PipelineCall
 from ...errors import ConfigError
 from ..site import ForwardContext, Site
 from .passes import Rows
@@ -41,8 +42,8 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
     Raises:
         ConfigError: if nothing says it.
     """
-    guidance, pipe = site.adapter.guidance, site.running
-    if (why := guidance.why_own(pipe)) is not None:
+    guidance, pipe, call = site.adapter.guidance, site.running, call_of(site.running)
+    if (why := guidance.why_own(call)) is not None:
         raise ConfigError(
             f"{method} does not go with {type(pipe).__name__}: {why}; detach it, or take another pipeline"
         )
@@ -50,7 +51,7 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
         return guidance.branch_of.get(_component(site), "cond")
     name = context.branch.rsplit("/", 1)[-1]
     if name in NAMES:
-        return _in_one_forward(method, site, len(latents)) if NAMES[name] == "both" else NAMES[name]
+        return _in_one_forward(method, site, call, len(latents)) if NAMES[name] == "both" else NAMES[name]
     place, _, number = name.partition(" ")
     if place != "call" or not number.isdigit():
         raise ConfigError(
@@ -59,14 +60,14 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
         )
     if pipe is None:
         return _in_own_loop(method, site, int(number))
-    calls = guidance.calls_of(pipe)
+    calls = guidance.calls_of(call)
     if calls is None:
         raise ConfigError(
             f"{method} must know which prompt each forward holds, and {type(pipe).__name__} does not tell; open "
             f"{_OPEN} around its forwards, or name the class in the guidance of the adapter {site.adapter.name!r}"
         )
     if calls == "together":
-        return _in_one_forward(method, site, len(latents)) if number == "0" else "perturbed"
+        return _in_one_forward(method, site, call, len(latents)) if number == "0" else "perturbed"
     return "cond" if calls == "alone" or number == "0" else "uncond"
 
 
@@ -78,24 +79,26 @@ def rows_in(site: Site, part: Part, batch: int, wanted: Literal["cond", "uncond"
     return (slice(0, half) if site.adapter.guidance.first_rows == wanted else slice(half, batch)), batch
 
 
-def call_of(pipe: Any) -> Mapping[str, Any]:
-    """Return the variables of a pipeline's running call; empty where none runs.
+def call_of(pipe: Any) -> PipelineCall:
+    """Return a pipeline's running call, read off the call stack.
 
-    So are those known that a pipeline keeps nowhere else: how many rows it makes, and arguments that change its mix.
+    So is known what a pipeline keeps nowhere else: how many rows it makes, and arguments that change how it mixes.
     """
     frame = None if pipe is None else sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is pipe:
-            return frame.f_locals
+            defined_in = code.co_qualname.split(".")[-2]
+            names = [cls.__name__ for cls in type(pipe).__mro__]
+            last = names.index(defined_in) + 1 if defined_in in names else 1
+            return PipelineCall(pipe, tuple(names[:last]), frame.f_locals)
         frame = frame.f_back
-    return {}
+    return PipelineCall(pipe)
 
 
-def _in_one_forward(method: str, site: Site, rows: int) -> Part:
+def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> Part:
     """Return whether a forward holds both prompts or, while a pipeline does not guide, the conditional one alone."""
-    pipe = site.running
-    made = call_of(pipe).get("latents")
+    pipe, made = call.pipe, call.variables.get("latents")
     if pipe is None:
         if rows % 2:
             raise ConfigError(
