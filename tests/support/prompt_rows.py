@@ -1,6 +1,5 @@
 """One prompt or two of a tiny pipeline in one call, each from its own noise, for tests of what a batch's rows get."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,23 +62,24 @@ PIPELINES: dict[str, Callable[[], Made]] = {
         diffusers.StableDiffusion3Img2ImgPipeline, "sd3", image=images.picture(), strength=1.0, height=128, width=160
     ),
     "sd3, guidance off": lambda: _over(diffusers.StableDiffusion3Pipeline, "sd3", guidance_scale=1.0),
-    "chroma-img2img": lambda: _over(
-        diffusers.ChromaImg2ImgPipeline, "chroma", image=images.picture(), strength=1.0
-    ),
+    "chroma-img2img": lambda: _over(diffusers.ChromaImg2ImgPipeline, "chroma", image=images.picture(), strength=1.0),
 }
 """Name -> maker of (pipeline, arguments of a call): those of the other modules, and more that open no context."""
 
 ONE_PROMPT = {
-    "flux3": "its modular blocks take one generator",
-    "flux3-references": "its modular blocks take one generator",
-    "qwen-image-layered": "it takes one prompt",
-    "qwen-image-edit": "it takes one prompt",
     "qwen-image-edit-plus": "it takes one prompt",
-    "wan-animate": "it takes one image",
+    "qwen-image-layered": "it takes one prompt",
+    "glm-image-references": "it takes a list of images for each prompt",
+    "bria-fibo": "it makes one picture of all prompts",
+    "prx": "its own mask does not fit two prompts that are given as embeddings",
+    "joyimage-edit": "its two rows differ from each alone, with nothing attached",
+    "joyimage-edit-plus": "it takes a list of images for each prompt",
+    "framepack": "it takes one image",
+    "kandinsky-6": "it takes one image",
     "minimax-h3": "it packs one prompt",
     "cosmos-3": "it packs one prompt",
 }
-"""Name -> why it makes no two prompts in one call."""
+"""Name -> why no two prompts are tried in one call."""
 
 _ROW_AXIS = {"prompt_embeds_llama3": 1, "negative_prompt_embeds_llama3": 1}
 _TEXTS = {"prompt": ("", "a red kite"), "bria-fibo": ("{}", '{"a": "red kite"}')}
@@ -121,11 +121,6 @@ def run(name: str, pipe: Any, call: dict[str, Any], rows: Sequence[int], seeds: 
     if "output" not in given:
         given["output_type"] = "latent"
     made = pipe(**given)
-    found = next((one for one in (getattr(made, kind, None) for kind in ("images", "frames", "video")) if one is not None), made)
+    parts = (getattr(made, kind, None) for kind in ("images", "frames", "video"))
+    found = next((one for one in parts if one is not None), made)
     return (torch.stack(list(found)) if isinstance(found, list) else found).float()
-
-
-def euler(pipe: Any) -> Any:
-    """Give a pipeline a copy of its scheduler, so that no other pipeline steps it."""
-    pipe.scheduler = copy.deepcopy(pipe.scheduler)
-    return pipe
