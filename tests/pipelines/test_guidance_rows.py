@@ -83,10 +83,9 @@ def scale_of(pipe, call):
     return "guidance_scale" if "guidance_scale" in taken and not is_input else None
 
 
-LINEAR = [
-    name for name in PIPELINES if not name.startswith(("flux3", "minimax-h3", "allegro", "pixart", "hunyuan-dit"))
-]
-"""The last three clip the prediction of the clean picture, which is no sum."""
+NOT_LINEAR = ("flux3", "minimax-h3", "mochi", "anyflow", "allegro", "pixart", "hunyuan-dit")
+"""Pipelines that take no scale, no single step or no negative prompt; the last three clip the clean prediction."""
+LINEAR = [name for name in PIPELINES if not name.startswith(NOT_LINEAR)]
 
 
 @pytest.mark.parametrize("name", some(LINEAR, "wan-v2v", "chroma", "sd3", "hidream", "ideogram4"))

@@ -47,8 +47,6 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
         raise ConfigError(
             f"{method} does not go with {type(pipe).__name__}: {why}; detach it, or take another pipeline"
         )
-    if guidance.branch_of:
-        return guidance.branch_of.get(_component(site), "cond")
     name = context.branch.rsplit("/", 1)[-1]
     if name in NAMES:
         return _in_one_forward(method, site, call, len(latents)) if NAMES[name] == "both" else NAMES[name]
@@ -58,6 +56,8 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
             f"{method} must know which prompt each forward holds, and {site.name} runs in cache_context({name!r}), "
             f"which does not tell; open {_OPEN}"
         )
+    if guidance.branch_of:
+        return guidance.branch_of.get(_component(site), "cond")
     if pipe is None:
         return _in_own_loop(method, site, int(number))
     calls = guidance.calls_of(call)
