@@ -278,3 +278,21 @@ def test_a_rescaling_that_only_an_argument_asks_for_is_seen():
     assert guidance.why_not_folded(call) == "normalize = True scales the guided prediction by the conditional one"
     quiet = dit_accel.adapters.guidance.PipelineCall(None, ("BriaPipeline",), {"normalize": False})
     assert guidance.why_not_folded(quiet) is None
+
+
+def test_what_counts_is_the_pipeline_that_runs():
+    """Not the one that methods were attached to: it may be none, or another that shares the transformer."""
+    pipe, call = PIPELINES["qwen-image"]()
+    with dit_accel.attach(pipe.transformer, BRANCHES["pag"]), REFUSED:
+        run("qwen-image", pipe, call, (0,), (0,))
+    text, call = PIPELINES["sd3"]()
+    image, others = PIPELINES["sd3-img2img"]()
+    image = diffusers.StableDiffusion3Img2ImgPipeline(**text.components)
+    image.set_progress_bar_config(disable=True)
+    made = []
+    for owner in (image, text, text.transformer):
+        text._guidance_scale = 1.0  # stale: this one does not run
+        with dit_accel.attach(owner, BRANCHES["pag"]):
+            made.append(run("sd3-img2img", image, others, (0, 1), (0, 0)))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
