@@ -11,7 +11,7 @@ COND, UNCOND, OTHER = (torch.randn(1, 4, 8) for _ in range(3))
 
 
 def numbered(*steps, repeats=False):
-    """The numbers of the calls of some steps, by the texts they hold; a star after those before which all is dropped."""
+    """The numbers of the calls of some steps, by the texts they hold; a star where all is dropped before."""
     calls, found = Calls(), []
     for step, texts in enumerate(steps):
         numbers = [calls.number(-float(step), (text,) if text is not None else (), repeats) for text in texts]
