@@ -7,6 +7,7 @@ affair, so nothing outside this file knows of it; copies and pickles of a module
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 _NAME = "_compiled_call_impl"
@@ -61,6 +62,12 @@ def owner_of(module: nn.Module) -> Any:
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether a module's call is compiled, before it is wrapped."""
     return module.__dict__.get(_NAME) is not None
+
+
+def is_inside_compiled() -> bool:
+    """Tell whether compiled code calls the running one, which is itself no part of a graph."""
+    callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)()
+    return callable(callback)
 
 
 class Shadow:

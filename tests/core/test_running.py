@@ -6,7 +6,7 @@ import tiny_image_pipelines
 import torch
 
 from dit_accel import attach
-from dit_accel.attachment.running import running_pipeline
+from dit_accel.attachment.running import current_run
 
 
 @pytest.fixture
@@ -55,4 +55,4 @@ def test_a_loop_written_by_hand_has_no_pipeline(seen):
 
 def test_nothing_runs_outside_a_call():
     pipe, _ = tiny_image_pipelines.flux()
-    assert running_pipeline(pipe.transformer) is None
+    assert current_run(pipe.transformer) is None
