@@ -43,11 +43,12 @@ class Guidance:
             that a forward in a loop written by hand, which opens no context, holds the conditional prompt.
         branch_of: component -> the prompt that it gets, where each has a transformer of its own.
         uncond_tokens: the unconditional forward holds ``all`` tokens of the conditional one, or its ``last`` alone.
-        rows: input of the transformer -> where it holds a row for each of the batch: along an axis of the tensor, or of
-            each tensor in a list; ``each``, a list with an entry for each; None, nowhere. Of an input that is not
-            named, tensors as long as the batch hold a row for each.
+        rows: input of the transformer -> where it holds a row for each of the batch: along an axis of the tensor (a
+            list of tensors counts as an axis); ``each``, a list with an entry for each; None, nowhere. Of an input that
+            is not named, tensors that are as long as the batch hold a row for each, also those in lists.
         rescales: pattern of pipeline classes -> in words, how these rescale the guided prediction by the conditional
             one, whatever their attributes say; the others do only where one of `RESCALING_OPTIONS` asks for it.
+        rescaling_arguments: arguments of the pipelines' calls that ask for it as well, and that no attribute keeps.
         share_prefix: what a block takes besides its streams does not depend on earlier blocks, so that a second pass
             may begin at any block.
 
@@ -65,6 +66,7 @@ class Guidance:
     uncond_tokens: Literal["all", "last"] = "all"
     rows: Mapping[str, int | Literal["each"] | None] = field(default_factory=dict)
     rescales: Mapping[str, str] = field(default_factory=dict)
+    rescaling_arguments: tuple[str, ...] = ()
     share_prefix: bool = True
 
     def __post_init__(self) -> None:
@@ -78,36 +80,61 @@ class Guidance:
                 raise ConfigError(f"{option} must be {one!r} or {other!r}, got {value!r}; use one of them")
         for component, prompt in self.branch_of.items():
             if prompt not in ("cond", "uncond"):
-                raise ConfigError(f"branch_of[{component!r}] must be 'cond' or 'uncond', got {prompt!r}; use one of them")
+                raise ConfigError(
+                    f"branch_of[{component!r}] must be 'cond' or 'uncond', got {prompt!r}; use one of them"
+                )
         for name, axis in self.rows.items():
             if axis is not None and axis != "each" and not (isinstance(axis, int) and axis >= 0):
-                raise ConfigError(f"rows[{name!r}] must be an axis from 0, 'each' or None, got {axis!r}; use one of them")
+                raise ConfigError(
+                    f"rows[{name!r}] must be an axis from 0, 'each' or None, got {axis!r}; use one of them"
+                )
 
-    def calls_of(self, pipe: Any) -> Calls | None:
+    def calls_of(self, call: "PipelineCall") -> Calls | None:
         """Return how a pipeline calls its transformer in a step; None: it is declared nowhere."""
-        if getattr(pipe, "guider", None) is not None:
+        if getattr(call.pipe, "guider", None) is not None:
             return "in_turn"
-        for cls in type(pipe).__mro__:
+        for name in call.classes:
             for calls in ("alone", "in_turn", "together"):
-                if cls.__name__ in getattr(self, calls):
+                if name in getattr(self, calls):
                     return calls
-            if "__call__" in vars(cls):  # a class that guides in its own way is not what it inherits from
-                return None
         return None
 
-    def why_not_folded(self, pipe: Any) -> str | None:
+    def why_own(self, call: "PipelineCall") -> str | None:
+        """Return why no method of guidance goes with a pipeline, or None."""
+        return next((self.own[name] for name in call.classes if name in self.own), None)
+
+    def why_not_folded(self, call: "PipelineCall") -> str | None:
         """Return how a pipeline rescales the guided prediction by the conditional one, or None."""
-        guider = getattr(pipe, "guider", None)
+        guider = getattr(call.pipe, "guider", None)
         if guider is not None:
             if type(guider).__name__ != "ClassifierFreeGuidance":
                 return f"its guider {type(guider).__name__} does more with the conditional prediction than to weigh it"
             rescale = guider.guidance_rescale
             return f"the guider's guidance_rescale = {rescale:g} scales by the conditional one" if rescale else None
-        for pattern, why in self.rescales.items():
-            if fnmatch.fnmatch(type(pipe).__name__, pattern):
-                return why
+        for name in call.classes:
+            for pattern, why in self.rescales.items():
+                if fnmatch.fnmatch(name, pattern):
+                    return why
         for option in RESCALING_OPTIONS:
-            value = getattr(pipe, option, None)
+            value = getattr(call.pipe, option, None)
             if isinstance(value, (int, float)) and value > 0:
                 return f"{option.lstrip('_')} = {value:g} scales the guided prediction by the conditional one"
+        if argument := next((name for name in self.rescaling_arguments if call.variables.get(name)), None):
+            return f"{argument} = {call.variables[argument]} scales the guided prediction by the conditional one"
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineCall:
+    """A pipeline's call that is running.
+
+    Attributes:
+        pipe: the pipeline; None: a loop written by hand runs.
+        classes: names of its class and of those it inherits from, as far as the one whose ``__call__`` runs: another
+            call would guide in another way.
+        variables: what the call holds, such as the latents.
+    """
+
+    pipe: Any = None
+    classes: tuple[str, ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)

@@ -264,8 +264,8 @@ def _install_calls(attachment: Attachment, state: TransformerState) -> None:
     site.install_blocks()
     forward = Forward(execution, attachment._slot, state, site.forwards, on_modules=site.on_modules)
     undo.append(wrap_call(state.part, forward, attachment))
-    if original is not None:
-        undo.append(shadow(transformer, "cache_context", _followed_context(execution, state, forward, original)))
+    followed = _followed_context(execution, state, forward, original or _no_context)
+    undo.append(shadow(transformer, "cache_context", followed))  # diffusers' own or not, a loop may say where it stands
     if hasattr(transformer, "_reset_stateful_cache"):
         reset = transformer._reset_stateful_cache
 
@@ -276,6 +276,11 @@ def _install_calls(attachment: Attachment, state: TransformerState) -> None:
             reset(*args, **kwargs)
 
         undo.append(shadow(transformer, "_reset_stateful_cache", end_of_run))
+
+
+def _no_context(name: str, **kwargs: Any) -> Any:
+    """Return a context that does nothing, for transformers that have none of diffusers'."""
+    return contextlib.nullcontext()
 
 
 def _followed_context(

@@ -24,7 +24,7 @@ from ..plan.masks import is_key_padding, visible_row
 from ..plan.plan import AttentionPlan
 from ..report.recorder import Recorder
 from .backward import NO_TICKET, BackwardStore
-from .kernel_call import backend_of, computed_rows, followed, kernel_arguments, without_slow_lists
+from .kernel_call import backend_of, by_rows, computed_rows, followed, kernel_arguments, without_slow_lists
 from .layers import AttentionLayer
 from .observed import Observer, PlannedCall
 from .state import DenoisingState
@@ -252,7 +252,9 @@ class Execution:
         """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
         given, exact, planned = call, None, None
         if plan.reused is not None:
-            out = self._run_rows(plan, call, context, layer)
+            out = plan.reused.out.clone()
+            for own, part in by_rows(plan, call, out):
+                self._run_rows(own, part, context, layer)
         elif plan.skips_logits or not plan.needs_kernel:
             out = self._run_dense(plan, call, layer)
             self.recorder.sparse_call(context, plan)
@@ -288,13 +290,11 @@ class Execution:
         for observer in tuple(self.observers):
             observer(call)
 
-    def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> Tensor:
-        """Return the output of a plan that reuses rows: the others are one smaller call."""
+    def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> None:
+        """Write the rows that a plan of `by_rows` computes, one smaller call, over what it reuses."""
         assert plan.reused is not None
-        out = plan.reused.out.clone()
-        if not len(plan.reused.rows):
-            self.recorder.sparse_call(context, plan, 0.0)
-            return out
+        if not len(plan.reused.rows[0]):
+            return self.recorder.sparse_call(context, plan, 0.0)
         cut, small, rows = computed_rows(plan, call)
         share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
         if not cut.needs_kernel:
@@ -306,7 +306,7 @@ class Execution:
             self.recorder.sparse_call(context, cut, share)
         else:
             self.recorder.selected_call(context, cut, exact, share)
-        return out.index_copy_(2, rows, found.to(out.dtype))
+        plan.reused.out.index_copy_(2, rows, found.to(plan.reused.out.dtype))
 
     def _run_kernel(
         self, plan: AttentionPlan, call: Call, differentiate: bool = False

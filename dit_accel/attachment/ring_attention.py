@@ -86,7 +86,7 @@ def _own_rows(plan: AttentionPlan, call: Call, q: Tensor, own: Tensor) -> tuple[
         own: int64 [S'], its tokens.
     """
     bare = replace(plan, row_override=None, identity_mix=None, identity_rows=None, only_values=False)
-    cut, small, rows = computed_rows(replace(bare, reused=ReusedRows(rows=own, out=q)), call)
+    cut, small, rows = computed_rows(replace(bare, reused=ReusedRows(rows=(own,), out=q)), call)
     place = torch.empty(call.tokens, dtype=torch.int64, device=q.device)
     place.index_copy_(0, rows, torch.arange(len(rows), device=q.device))
     at = place[own]
