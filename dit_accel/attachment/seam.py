@@ -1,8 +1,8 @@
 """The one way in which a module's call is wrapped: before its hooks, offloading and compiled code, and undone exactly.
 
 ``nn.Module.__call__`` asks for ``_compiled_call_impl`` in the instance first, compiled or not. That name is torch's own
-affair, as is what it calls while it compiles, so nothing outside this file knows of them; copies and pickles of a module
-leave the wrapper out.
+affair, as is what it calls while it compiles, so nothing outside this file knows of them; copies and pickles of a
+module leave the wrapper out.
 """
 
 from collections.abc import Callable, Mapping
