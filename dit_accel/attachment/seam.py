@@ -1,14 +1,15 @@
 """The one way in which a module's call is wrapped: before its hooks, offloading and compiled code, and undone exactly.
 
 ``nn.Module.__call__`` asks for ``_compiled_call_impl`` in the instance first, compiled or not. That name is torch's own
-affair, so nothing outside this file knows of it; copies and pickles of a module leave it out.
+affair, as is what it calls while it compiles, so nothing outside this file knows of them; copies and pickles of a
+module leave the wrapper out.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
 
 _NAME = "_compiled_call_impl"
 
@@ -66,8 +67,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 def is_inside_compiled() -> bool:
     """Tell whether compiled code calls the running one, which is itself no part of a graph."""
-    callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)()
-    return callable(callback)
+    return callable(eval_frame.get_eval_frame_callback())
 
 
 class Shadow:
