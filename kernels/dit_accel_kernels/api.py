@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -26,6 +25,7 @@ from dit_accel_kernels.problem import Problem, lists_of
 from dit_accel_kernels.selection import Selection
 from dit_accel_kernels.states import resolved
 from dit_accel_kernels.tiles import TileLists
+from dit_accel_kernels.values import check_values
 
 TRITON_GRADIENTS = ("triton", "fa4")  # backends whose backward is triton's, from the LSE of their forward
 
@@ -52,8 +52,10 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
 
-    Shapes, dtypes and devices are checked in every call, the values of the lists only where the environment variable
-    DIT_ACCEL_VALIDATE is 1: that reads them back from the device.
+    Shapes, dtypes and devices are checked in every call. Values of the lists and of `token_order` are checked on a CPU,
+    once until they change; elsewhere only where the environment variable DIT_ACCEL_VALIDATE is 1, since that reads them
+    back from the device in every call (but not in a graph's capture). On a GPU an index out of range reads memory that
+    is not the call's.
 
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
@@ -67,8 +69,8 @@ def block_sparse_attention(
         key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
         key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
         frame_decay: logit decay by frame distance, see FrameDecay.
-        token_order: int64 [S], position in the tiled order -> token index in the tensors (S_q = S_k); output in the
-            caller's order.
+        token_order: int64 [S], position in the tiled order -> token index in the tensors (S_q = S_k), each once; output
+            in the caller's order.
         identity_mix: float [H] or [B, H] in [0, 1], output = (1 - w) * attention + w * V for each head (S_q = S_k).
         identity_rows: bool [S], the tokens that identity_mix touches; all by default.
         selection: which tiles of the exact list stay exact in this call (keep bits, routing), and whether its tiles
@@ -219,8 +221,7 @@ def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_forward` of a batch that is there."""
     problem = problem_of(call)
     axis, name = 1 if call.heads_first else 2, _backend(call, problem)
-    if os.environ.get("DIT_ACCEL_VALIDATE") == "1":
-        lists_of(problem).validate()
+    check_values(problem)
     if name == "triton":
         out, lse, exact, kept = _triton().attend(problem, need_lse=call.return_lse)  # rows stay in the caller's order
     elif name == "fa4":
@@ -238,7 +239,7 @@ def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w = mix_weight(call, out.dtype)
     if w is not None:
         v = call.v.repeat_interleave(call.q.shape[axis] // call.v.shape[axis], axis)
-        out = torch.lerp(out, v, w.expand_as(out))
+        out = torch.where(w == 0, out, torch.lerp(out, v, w.expand_as(out)))  # 0 times inf is not 0
     none = call.q.new_empty(0, dtype=torch.int32)
     exact = exact if call.return_tiles and exact is not None else none
     return out.contiguous(), lse.contiguous(), exact, none.clone() if kept is None else kept
@@ -285,6 +286,7 @@ def _gradients(
 ) -> list[Tensor]:
     """`_backward` of a batch that is there."""
     problem = _without_vote(problem_of(call))
+    check_values(problem)
     w = mix_weight(call, grad_out.dtype)
     grad_mixed = None
     if w is not None:

@@ -60,7 +60,7 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
     t = t_mean = frames = one_frame = None
     if problem.decay is not None:
         by_frame, frames = decay_by_frame(*problem.decay)
-        t_mean = tile_means(by_frame[..., None], problem.block_k, None)[0].flatten()
+        t_mean = tile_means(by_frame[..., None].to(wide_dtype(dtype)), problem.block_k, None)[0].flatten()
         t = _tiles(by_frame[..., None], problem.block_k)[..., 0].flatten(0, 1)
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % problem.block_q)]).view(-1, problem.block_q)
         one_frame = (frames == frames[:, :1]).all(1)
