@@ -51,7 +51,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
         x_pooled = torch.minimum(x_pooled, t_pooled * x_pooled)
     x_pooled = x_pooled + length.to(wide).clamp(min=1).log().unsqueeze(-2)
     x = torch.cat([x_exact.masked_fill(~exact, -torch.inf), x_pooled.masked_fill(~pooled, -torch.inf)], -1)
-    empty = (x == -torch.inf).all(-1, keepdim=True)
+    empty = ~torch.cat([exact.any(-1, keepdim=True), pooled.any(-1, keepdim=True)], -1).any(-1, keepdim=True)
     p = torch.softmax(x.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     out = p.to(q.dtype) @ torch.cat([v, v_mean], 2)
     lse = torch.logsumexp(x.masked_fill(empty, 0.0), -1).masked_fill(empty[..., 0], -torch.inf)
