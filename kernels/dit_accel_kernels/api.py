@@ -61,8 +61,8 @@ def block_sparse_attention(
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
             backends.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
-        v: like k. NaN and infinity in q, k or v reach every row that sees them, as in dense attention; on the triton and
-            reference backends other rows of that head too. What key_length or key_mask leave out may hold anything.
+        v: like k. NaN and infinity in q, k or v reach every row that sees them, as in dense attention; on the triton
+            and reference backends other rows of that head too. What a mask leaves out may hold anything.
         tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
         layout: "bshd" or "bhsd", of q, k, v and the output.
         scale: logit scale; 1 / sqrt(D) by default.

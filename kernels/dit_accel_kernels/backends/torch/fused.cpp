@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <vector>
 
@@ -145,8 +146,10 @@ extern "C" {
 
 int64_t panel() { return PANEL; }
 
-// Keys [tiles, columns, D] to panels, zero in padding; tiles from `first` to `last`
-void pack_keys(const void* keys, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim, int64_t narrow) {
+int64_t call_bytes() { return sizeof(Call); }
+
+// Keys [tiles, columns, D] to panels, zero in padding; tiles from `first` to `last`; 1 if memory ran out
+int64_t pack_keys(const void* keys, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim, int64_t narrow) try {
   const long wide = up(columns, PANEL);
   std::vector<float> room;
   for (long tile = first; tile < last; tile++)
@@ -159,11 +162,14 @@ void pack_keys(const void* keys, float* out, int64_t first, int64_t last, int64_
         for (long c = count; c < PANEL; c++) panel[k * PANEL + c] = 0;
       }
     }
+  return 0;
+} catch (const std::exception&) {
+  return 1;
 }
 
-// Values [tiles, columns, D] to panels, zero in padding
-void pack_values(const void* values, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim,
-                 int64_t narrow) {
+// Values [tiles, columns, D] to panels, zero in padding; 1 if memory ran out
+int64_t pack_values(const void* values, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim,
+                    int64_t narrow) try {
   const long wide = up(dim, PANEL);
   std::vector<float> room;
   for (long tile = first; tile < last; tile++) {
@@ -178,6 +184,9 @@ void pack_values(const void* values, float* out, int64_t first, int64_t last, in
       }
     }
   }
+  return 0;
+} catch (const std::exception&) {
+  return 1;
 }
 
 }  // extern "C"
@@ -334,7 +343,11 @@ struct Work {
   }
 };
 
-extern "C" void attend(const Call* call, int64_t first, int64_t last) {
+// Query tiles from `first` to `last`; 1 if memory ran out
+extern "C" int64_t attend(const Call* call, int64_t first, int64_t last) try {
   Work work(*call);
   for (long query_tile = first; query_tile < last; query_tile++) work.run(query_tile);
+  return 0;
+} catch (const std::exception&) {  // an exception must not leave for Python
+  return 1;
 }
