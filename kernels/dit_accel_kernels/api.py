@@ -52,10 +52,8 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
 
-    Shapes, dtypes and devices are checked in every call. Values of the lists and of `token_order` are checked on a CPU,
-    once until they change; elsewhere only where the environment variable DIT_ACCEL_VALIDATE is 1, since that reads them
-    back from the device in every call (but not in a graph's capture). On a GPU an index out of range reads memory that
-    is not the call's.
+    Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
+    they change, elsewhere only with the environment variable DIT_ACCEL_VALIDATE=1: that reads them back from the device.
 
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
@@ -70,8 +68,7 @@ def block_sparse_attention(
         key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
         key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
         frame_decay: logit decay by frame distance, see FrameDecay.
-        token_order: int64 [S], position in the tiled order -> token index in the tensors (S_q = S_k), each once; output
-            in the caller's order.
+        token_order: int64 [S], position in the tiled order -> token index (S_q = S_k); output in the caller's order.
         identity_mix: float [H] or [B, H] in [0, 1], output = (1 - w) * attention + w * V for each head (S_q = S_k).
         identity_rows: bool [S], the tokens that identity_mix touches; all by default.
         selection: which tiles of the exact list stay exact in this call (keep bits, routing), and whether its tiles
