@@ -1,5 +1,6 @@
 """The commands of `dit-accel tune`: each has options of its own, and those that all share."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from dit_accel_pipelines.options import RUN, Backend, Device, Dtype, Guidance, J
 
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
+from dit_accel.cli.stopping import keeps
 from dit_accel.errors import ConfigError
+from dit_accel.files import held
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.ranks import Ranks
@@ -119,8 +122,10 @@ def _run(
     if tuner.spreads:
         options["ranks"] = ranks
     request = tuning_request(prompts=prompts, methods=tuple(methods), **of_request)
-    with Stages(quiet=quiet or not ranks.first) as stages:
-        file = output or Path(f"{tuner.name}{tuner.suffix}")
+    file = output or Path(f"{tuner.name}{tuner.suffix}")
+    alone = held(file, "tune's output") if ranks.first else contextlib.nullcontext()
+    with alone, Stages(quiet=quiet or not ranks.first) as stages:
+        keeps(f"what was measured is kept beside {file}, and the same command goes on from there")
         tuned = tuner.load()(request, file, stages=stages, **options)
     if not ranks.first:
         return

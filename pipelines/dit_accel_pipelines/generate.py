@@ -15,7 +15,7 @@ from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.sizes import token_layout
-from dit_accel.files import json_text, written_whole
+from dit_accel.files import held, json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 
 from .generation import Generation
@@ -74,6 +74,7 @@ def generate(
 
     Raises:
         DitAccelError: for a request that can't be met; nothing is written then.
+        Busy: if another run writes the same output.
     """
     stages, process = stages or Stages(silent=True), process or Process()
     request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages)
@@ -81,7 +82,11 @@ def generate(
         _check_spread(request, family, process.together)
     told = told if process.first else lambda _: None
     asked = process.own(_single(request))
-    with joined(process.local_rank, process.together) as group:
+    own = request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
+    with (
+        held(own) if process.first else contextlib.nullcontext(),
+        joined(process.local_rank, process.together) as group,
+    ):
         kept = group.firsts({one.output: record for one, record in _kept(asked, resume)})
         written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
         for one in written.values():

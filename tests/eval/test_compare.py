@@ -528,7 +528,7 @@ def test_a_real_suite_runs_in_two_processes(tmp_path):
 KILLED = """
 import os, time
 from multiprocessing import get_context
-from dit_accel_eval.compare import end_with_parent
+from dit_accel_eval.pool import end_with_parent
 
 def work(path):
     end_with_parent()
