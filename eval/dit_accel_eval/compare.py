@@ -10,10 +10,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import torch
 from dit_accel_pipelines.ranks import Ranks
 from dit_accel_pipelines.request import Dtype
 from dit_accel_pipelines.solvers import BEST
+from dit_accel_pipelines.threads import threads
 
 from dit_accel import ConfigError
 
@@ -129,8 +129,11 @@ def run_clip(job: Job, clip: int, model: Runner, look: Callable[[], None] = lamb
     known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
     if not any(_lacking(job, known)):
         return None
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+    with threads(job.threads):
+        return _run_arms(job, clip, model, known, look)
+
+
+def _run_arms(job: Job, clip: int, model: Runner, known: dict[str, Line], look: Callable[[], None]) -> str | None:
     try:
         if job.timed:
             model.run(clip, steps=1, solver=BEST)  # warms up
@@ -163,7 +166,7 @@ def _line(job: Job, model: Runner, arm: Arm, clip: int, reference: Reference | N
 
 def _told(line: Line) -> str:
     if "psnr" in line:
-        return f"{line['psnr']:.1f} dB at {line['work_real']:.1f} steps' work"
+        return f"{line['psnr']:.1f} dB at {line['work']:.1f} steps' work"
     return f"score {line['score']:.0%}"
 
 

@@ -14,7 +14,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")] = Path("demo"),
     model: Annotated[str, typer.Option(help="Name of an embedded model.")] = MODEL,
     prompt: Annotated[str | None, typer.Option(help="What to show; default: a held-out prompt.")] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of the noise, from 0; the pictures show the first.", min=1)] = 4,
+    seeds: Annotated[
+        int, typer.Option(help="Seeds of the noise, from 0; the pictures show the first.", min=1, max=1000)
+    ] = 4,
     num_frames: Annotated[int | None, typer.Option(help="Output frames; default: the model's own.")] = None,
     anew: Annotated[bool, typer.Option("--anew", help="Make the converged runs that ship anew: minutes.")] = False,
 ) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from dit_accel_assets import held_out_prompts
 from dit_accel_pipelines.media import Frames, to_uint8, upscale, write_media
-from dit_accel_pipelines.request import EMBEDDED_FPS, check_words
+from dit_accel_pipelines.request import EMBEDDED_FPS, settle
 from dit_accel_pipelines.threads import one_thread
 
 from dit_accel import EasyCache
@@ -32,6 +32,7 @@ from .metrics.psnr import psnr
 from .model import Run
 from .paired import bootstrap
 from .reference import Reference
+from .tuning import tuning_request
 
 PROMPT = 25
 """Number of the held-out prompt; the suites run those from 0 to 15."""
@@ -89,12 +90,12 @@ def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int |
         ConfigError: for a model that is not embedded, words that it never saw, or another run into the same folder.
     """
     check_name(name)
-    if prompt is not None:
-        check_words(prompt, name)
+    text = held_out_prompts(name, PROMPT + 1)[PROMPT] if prompt is None else prompt
+    settle(tuning_request(prompts=(text,), model=name, num_frames=num_frames))
     with new_folder(out), held(out, "the demo's folder"), one_thread(embedded=True):
         keeps(f"the converged runs that are done stand in {out}, and the same command goes on there")
         call = {} if num_frames is None else {"num_frames": num_frames}
-        asked = (name, call, held_out_prompts(name, PROMPT + 1)[PROMPT] if prompt is None else prompt)
+        asked = (name, call, text)
         model = EmbeddedModel(*asked)
         shipped = None if anew else demo_references.SHIPPED
         references = demo_references.references(asked, model, seeds, out / "references", shipped=shipped)

@@ -114,6 +114,7 @@ def _run(
 ) -> None:
     """Tune, and show what was found."""
     from dit_accel_pipelines.progress import Stages
+    from dit_accel_pipelines.threads import one_thread
 
     from .tuning import tuning_request
 
@@ -124,7 +125,8 @@ def _run(
     request = tuning_request(prompts=prompts, methods=tuple(methods), **of_request)
     file = output or Path(f"{tuner.name}{tuner.suffix}")
     alone = held(file, "tune's output") if ranks.first else contextlib.nullcontext()
-    with alone, Stages(quiet=quiet or not ranks.first) as stages:
+    small = one_thread(embedded=request.embedded is not None)
+    with alone, small, Stages(quiet=quiet or not ranks.first) as stages:
         keeps(f"what was measured is kept beside {file}, and the same command goes on from there")
         tuned = tuner.load()(request, file, stages=stages, **options)
     if not ranks.first:
@@ -158,16 +160,18 @@ def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, m
     Raises:
         ConfigError: for both ways of giving them, a name that can be no model's, or a model that has none of its own.
     """
-    from dit_accel_pipelines.request import embedded_name, model_source, read_prompts
+    from dit_accel_pipelines.request import EMBEDDED, embedded_name, read_prompts
+
+    from dit_accel.adapters.model_names import model_source
 
     from .tuning import embedded_prompts
 
+    model_source(model or EMBEDDED)  # first of all, a misspelt name is told as such
     if prompt and prompt_file is not None:
         raise ConfigError("tune takes --prompt or --prompt-file, got both; give one of them")
     given = tuple(prompt or ()) or (read_prompts(prompt_file) if prompt_file is not None else ())
     if given:
         return given
-    model_source(model)  # a misspelt name has no prompts either, and is told as such
     name = embedded_name(model)
     if name is None:
         raise ConfigError(f"tune has no prompts of its own for {model}; give some with --prompt or --prompt-file")
