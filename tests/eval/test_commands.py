@@ -93,7 +93,7 @@ def test_a_second_run_on_one_output_is_refused_by_name(here: Path, arguments, wr
     assert not list(here.glob(".*.lock"))
 
 
-class Reached(Exception):
+class ReachedError(Exception):
     """The work of a command began."""
 
 
@@ -104,7 +104,7 @@ def seen(monkeypatch) -> list[int]:
 
     def reached(*args, **options):
         counted.append(torch.get_num_threads())
-        raise Reached
+        raise ReachedError
 
     monkeypatch.setattr(generation, "load_pipeline", reached)
     monkeypatch.setattr(finetuning, "_trained", reached)
