@@ -1,13 +1,15 @@
 """The one way in which a module's call is wrapped: before its hooks, offloading and compiled code, and undone exactly.
 
 ``nn.Module.__call__`` asks for ``_compiled_call_impl`` in the instance first, compiled or not. That name is torch's own
-affair, so nothing outside this file knows of it; copies and pickles of a module leave it out.
+affair, as is what it calls while it compiles, so nothing outside this file knows of them; copies and pickles of a
+module leave the wrapper out.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch._C._dynamo import eval_frame
 
 _NAME = "_compiled_call_impl"
 
@@ -61,6 +63,11 @@ def owner_of(module: nn.Module) -> Any:
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether a module's call is compiled, before it is wrapped."""
     return module.__dict__.get(_NAME) is not None
+
+
+def is_inside_compiled() -> bool:
+    """Tell whether compiled code calls the running one, which is itself no part of a graph."""
+    return callable(eval_frame.get_eval_frame_callback())
 
 
 class Shadow:

@@ -219,7 +219,7 @@ def test_share_of_steps():
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
     with pytest.raises(ConfigError, match="dense_last_steps = 1 needs the number of steps"):
         config.is_dense(0, None, 5)
-    with pytest.raises(ConfigError, match=r"must be a whole number of steps or a share below 1, got 2.5"):
+    with pytest.raises(ConfigError, match=r"must be a whole number of steps from 0 on, or a share .*, got 2.5"):
         RadialAttention(dense_steps=2.5)
 
 
