@@ -142,7 +142,7 @@ class Report:
         lines += [f"{component}: {what}" for component, what in self.model.items()]
         lines.append(f"backend: {self.backend}")
         if not self.steps:
-            return "\n".join([*lines, "nothing has run yet"])
+            return "\n".join([*lines, "nothing has run yet", *self.notes])
         dense = sum(step.dense_layers for step in self.steps)
         sparse = sum(step.sparse_layers for step in self.steps)
         lines.append(f"attention calls: {dense} dense, {sparse} sparse; density {self.density:.3f} over the run")
