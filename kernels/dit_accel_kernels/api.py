@@ -53,7 +53,7 @@ def block_sparse_attention(
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
 
     Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
-    they change, elsewhere only with the environment variable DIT_ACCEL_VALIDATE=1: that reads them back from the device.
+    they change, elsewhere only if the environment variable DIT_ACCEL_VALIDATE is 1: it reads them from the device.
 
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
