@@ -314,7 +314,7 @@ class Execution:
         """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
         tiles, arguments = kernel_arguments(plan, call)
         name = backend_of(plan, call, tiles, differentiate=differentiate)
-        self.recorder.backends.add(name)
+        self.recorder.ran_by(name, call.q)
         arguments = {**arguments, "backend": name} if differentiate else arguments
         q, k, v = call.as_held(call.q, call.k, call.v)
         result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)

@@ -8,6 +8,7 @@ import torch
 from block_calls import six_blocks
 from cache_calls import ADAPTER, Driven, run_through
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import dit_accel
 from dit_accel import (
@@ -195,3 +196,23 @@ def test_blocks_that_write_into_what_they_take_are_refused():
         )
         with dit_accel.attach(model, cache), refused:
             denoised(model)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_what_is_kept_shares_no_memory_with_what_passes_through(name):
+    """Latents, outputs and the streams between blocks: a model or its caller may write into any of them later."""
+    model, passed = six_blocks(), []
+    for module in (model, *model.blocks):
+        module.register_forward_hook(lambda _, args, given: passed.append((args, given)))
+    with dit_accel.attach(model, CACHES[name]) as attachment:
+        passed.extend(denoised(model, rows=(1,) * 4))
+        kept = []
+        for handler in attachment._execution.handlers:
+            kept += [decider._kept() for decider in handler._deciders.values()]
+            kept += [[point.values for point in history.points] for history in handler._histories.values()]
+    memory = [
+        {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(what) if isinstance(leaf, Tensor)}
+        for what in (kept, passed)
+    ]
+    assert memory[0]
+    assert not memory[0] & memory[1]

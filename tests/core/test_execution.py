@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_accel_kernels import EXACT, SKIPPED, TileLists
+from dit_accel_kernels import EXACT, SKIPPED, TileLists, torch_way
 from dit_accel_kernels.backends import cpu
 from one_layer import Fixed, OneLayer
 
@@ -197,7 +197,8 @@ def test_lists_that_only_save_time_are_left_to_the_users_own_attention_where_the
 def test_a_named_backend_runs_lists_that_save_no_time(slow, backend):
     layer, qkv, out = called(RADIAL, backend=backend)
     assert layer.attended == 0
-    assert layer.execution.recorder.spell_backend(backend) == backend
+    ways = {"torch": f"torch; torch: {torch_way(torch.device('cpu'), torch.float32)}", "reference": "reference"}
+    assert layer.execution.recorder.spell_backend(backend) == ways[backend]
     assert not torch.equal(out, F.scaled_dot_product_attention(*qkv))
 
 

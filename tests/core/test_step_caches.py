@@ -198,6 +198,19 @@ def test_a_branch_that_comes_or_goes_midway():
     assert late.drawn("uncond", 4) == "..#."  # nothing was stored before
 
 
+def test_a_branch_that_comes_to_lead_is_measured_by_itself():
+    """Where the first branch of the steps ends, the other one's outputs are not compared with that one's."""
+    ends = 4
+    measured = Driven(EasyCache(threshold=1e9, **EVERY), line)
+    counted = Driven(cache(max_consecutive=4), line)
+    for step in range(9):
+        for branch in ("uncond", "cond") if step < ends else ("cond",):
+            measured.forward(step, torch.full((1, 2, 3), float(step)), branch)
+            counted.forward(step, still(step), branch)
+    assert measured.drawn(steps=9) == "##..##..."  # a rate takes two computed steps of one branch
+    assert counted.drawn(steps=9) == "#....#..."  # it goes on counting what was skipped in a row
+
+
 def test_another_expert_drops_what_was_stored():
     driven = Driven(cache(predictor="taylor"), line)
     for step in range(6):
