@@ -1,4 +1,4 @@
-"""Whether Triton's interpreter multiplies bfloat16 as numbers: its products of it may be those of their bit patterns."""
+"""Whether Triton's interpreter multiplies bfloat16 as numbers: it may multiply the bit patterns."""
 
 # Device code is typed by Triton's compiler:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false

@@ -39,8 +39,9 @@ def _interpreter_problem(dtype: torch.dtype | None) -> str | None:
 
     if bfloat16_products():
         return None
+    version = importlib.metadata.version("triton")
     return (
-        f"float16 or float32 in Triton's interpreter (found {dtype}, of which Triton {importlib.metadata.version('triton')} "
+        f"float16 or float32 in Triton's interpreter (found {dtype}, of which Triton {version} "
         "multiplies the bit patterns there; TRITON_INTERPRET=1 is set)"
     )
 
