@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import astuple
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,21 @@ import listing
 from calls import Setting
 from cards import TARGETS
 from compiled import describe, has_hot_loop, turns
+from dit_accel_kernels.backends.triton.launch import table
+from promised import record_rows
 from recorded import Recorded, gpu_target, launches_of, started_of
 
 PACKAGE = "dit_accel_kernels"
 Key = tuple[str, str]  # launch, target
 COLD_SPILLS = 8  # words that a kernel without a loop of products may spill: it waits for memory
 TABLE = Path(__file__).parent / "results" / "aot.jsonl"
-CASES: tuple[tuple[Setting, tuple[str, ...]], ...] = (  # few enough that all of them compile in a quarter of an hour
+CASES = (
     (
         Setting(),
         (
             "plain", "fused", "decay", "pooled", "mask", "order", "keep+maxgap", "keep+mass", "keep+budget",
             "pinned+route", "decay+keep+maxgap", "mask+keep+pinned+maxgap", "order+keep+maxgap", "backward",
+            "pinned+routed+backward",
         ),
     ),
     (Setting(dim=64), ("plain", "pooled")),
@@ -50,16 +54,15 @@ CASES: tuple[tuple[Setting, tuple[str, ...]], ...] = (  # few enough that all of
     (Setting(tile=64), ("plain", "pooled", "keep+maxgap", "pinned+route")),
     (Setting(dtype="fp32"), ("plain",)),
 )  # fmt: skip
-QUICK = ("sm_80", "sm_90", "gfx942")  # where these compile too; Blackwell's compiler takes minutes for a backward
-QUICK_CASES = ((Setting(), ("decay+backward", "pooled+backward", "mask+backward", "pinned+routed+backward")),)
 STARTED = ("sm_90", "sm_100")  # where FlashAttention-4 attends to exact tiles and ours adds pooled ones
 
 
 def record_cases(target: str, into: dict[str, Recorded]) -> None:
-    """Record what CASES launch on a target."""
-    for at, kinds in (*CASES, *(QUICK_CASES if target in QUICK else ())):
+    """Record what CASES launch on a target, and what launches the rows of the launch table there."""
+    for at, kinds in CASES:
         for kind in kinds:
             launches_of(kind, at, target, into)
+    record_rows(target, into)
     if target in STARTED:
         started_of(Setting(), target, into)
 
@@ -89,6 +92,7 @@ def compile_one(launch: Recorded) -> dict[str, Any]:
         "logits": launch.constants.get("BLOCK_Q", 0) * launch.constants.get("BLOCK_K", 0),  # of a turn of a hot loop
         "hot_loop": has_hot_loop(launch),
     }
+    record |= row_of(launch)
     start = time.perf_counter()
     try:
         record |= {"triton": triton_version(), "fingerprint": fingerprint(launch)}
@@ -97,6 +101,11 @@ def compile_one(launch: Recorded) -> dict[str, Any]:
         return {**record, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
     record["seconds"] = round(time.perf_counter() - start, 2)
     return {**record, **describe(compiled.asm, compiled.metadata.shared, launch, target)}
+
+
+def row_of(launch: Recorded) -> dict[str, Any]:
+    """The row of the launch table that gave a launch its sizes, and those sizes; empty where none did."""
+    return {} if launch.row is None else {"row": list(launch.row), "sizes": list(astuple(table()[launch.row]))}
 
 
 def triton_version() -> str:
@@ -304,6 +313,9 @@ def main() -> None:
     if args.changed:
         todo = changed(todo, records, args.jobs)
         print(f"{len(asked) - len(todo)} of {len(asked)} are as {args.out} records them, {len(todo)} to be compiled")
+    for launch in everything:  # rows change without what they compile to
+        if _key_of(launch) in records:
+            records[_key_of(launch)] |= row_of(launch)
     if args.sample is not None:
         todo = asked = spread(todo, args.sample)
     records = {key: record for key, record in records.items() if key not in set(map(_key_of, todo))}
@@ -314,6 +326,8 @@ def main() -> None:
         if args.out:  # what is compiled is not lost if the run is cut short
             write(args.out, list(records.values()), order)
         print(f"\r{len(compiled)} of {len(todo)}", end="", file=sys.stderr, flush=True)
+    if args.out and not todo:
+        write(args.out, list(records.values()), order)
     print(file=sys.stderr)
     compiled.sort(key=lambda r: order[r["launch"], r["target"]])
     title = "masked: IR; select: IR/machine; tensor ... instr: instructions of one warp in one turn of the hot loop"
