@@ -16,7 +16,7 @@ from unittest import mock
 
 import calls
 import torch
-from cards import TARGETS
+from cards import EVERY
 from dit_accel_kernels.backends.triton.launch import Key, Launch, row_of, table
 
 BACKEND = "dit_accel_kernels.backends.triton"
@@ -102,13 +102,13 @@ class _Pretended:
 
 
 def gpu_target(target: str) -> Any:
-    """Triton's description of a target; of the GPU at hand, where it is none of the six."""
+    """Triton's description of a target; of the GPU at hand, where it is none of those."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    if target not in TARGETS:
+    if target not in EVERY:
         return driver.active.get_current_target()
-    of = TARGETS[target]
+    of = EVERY[target]
     return GPUTarget(of.backend, of.arch, of.warp)
 
 
