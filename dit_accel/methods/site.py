@@ -75,7 +75,15 @@ class Site(Protocol):
 
     @property
     def pipe(self) -> Any:
-        """The pipeline that holds it, or None."""
+        """The pipeline that the methods are attached to, or None: they are attached to the transformer alone."""
+        ...
+
+    @property
+    def running(self) -> Any:
+        """The pipeline in whose call the current forward runs; None in a loop written by hand, and outside forwards.
+
+        It need not be ``pipe``: several pipelines may share a transformer.
+        """
         ...
 
     @property

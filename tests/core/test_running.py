@@ -1,0 +1,89 @@
+"""Which pipeline runs a forward, where several share a transformer."""
+
+import diffusers
+import pytest
+import tiny_image_pipelines
+import tiny_video_pipelines
+import torch
+
+from dit_accel import attach
+from dit_accel.attachment.running import current_run
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Collect what `site.running` gives in each forward of an attachment."""
+    pipes = []
+
+    def follow(attachment, transformer):
+        state = attachment._execution.layers[0].state
+        begin = state.begin_forward
+
+        def noting(batch):
+            pipes.append(state.running)
+            return begin(batch)
+
+        monkeypatch.setattr(state, "begin_forward", noting)
+        return pipes
+
+    return follow
+
+
+def test_the_pipeline_whose_call_runs_is_the_one_that_counts_not_the_one_attached_to(seen):
+    pipe, call = tiny_image_pipelines.flux()
+    call |= {"output_type": "latent", "num_inference_steps": 2}
+    other = diffusers.FluxImg2ImgPipeline(**pipe.components)
+    with attach(pipe) as attachment:
+        pipes = seen(attachment, pipe.transformer)
+        pipe(**call)
+        assert pipes == [pipe, pipe]
+        pipes.clear()
+        other(**call, image=tiny_image_pipelines.picture(), strength=1.0)
+        assert pipes
+        assert set(map(id, pipes)) == {id(other)}
+        assert attachment._execution.layers[0].state.running is None  # outside forwards
+
+
+def test_a_loop_written_by_hand_has_no_pipeline(seen):
+    from wan_tiny import tiny_transformer
+
+    transformer = tiny_transformer()
+    with attach(transformer) as attachment, torch.no_grad():
+        pipes = seen(attachment, transformer)
+        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([900.0]), torch.randn(1, 6, 64))
+        assert pipes == [None]
+
+
+def test_nothing_runs_outside_a_call():
+    pipe, _ = tiny_image_pipelines.flux()
+    assert current_run(pipe.transformer) is None
+
+
+def test_a_modular_pipeline_is_found_too():
+    made, call = tiny_video_pipelines.PIPELINES["minimax-h3"]()
+    transformer = made.components["transformer"]
+    found = []
+    with attach(transformer) as attachment:
+        handle = transformer.register_forward_hook(lambda *_: found.append(current_run(transformer).pipe))
+        made(output_type="latent", **call)
+        handle.remove()
+        assert set(map(id, found)) == {id(made.pipe)}
+        assert attachment._execution.state.num_inference_steps == len(found)
+
+
+def test_a_run_goes_on_until_its_call_returns():
+    pipe, call = tiny_image_pipelines.flux()
+    runs = []
+
+    def look(*_):
+        runs.append(current_run(pipe.transformer))
+        assert runs[-1].goes_on()
+        assert runs[-1].is_same(runs[0])
+
+    handle = pipe.transformer.register_forward_hook(look)
+    pipe(**call | {"output_type": "latent", "num_inference_steps": 2})
+    handle.remove()
+    assert len(runs) == 2
+    assert runs[0].pipe is pipe
+    assert not runs[0].goes_on()
+    assert not runs[0].is_same(None)
