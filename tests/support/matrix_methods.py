@@ -23,7 +23,7 @@ def _negative_text(call: Mapping[str, Any]) -> torch.Tensor:
         if name in call:
             prompt = call[name][0][None] if isinstance(call[name], list) else call[name]
             return torch.randn(1, *prompt.shape[1:], generator=torch.Generator().manual_seed(9))
-    return torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(9))
+    return torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(9))
 
 
 def _of(*configs: Any) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:

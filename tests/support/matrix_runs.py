@@ -31,6 +31,8 @@ class Stock:
         off: the guidance scale at which this class guides no more.
         output: what a run is to give.
         scale: the argument that says how far it guides, where that can't be seen from its negative prompt.
+        repeated: arguments, such as a picture, that are given once for each prompt.
+        one: it makes one video, whose rows are no prompts.
     """
 
     make: Callable[[], tuple[Any, Call]]
@@ -39,6 +41,8 @@ class Stock:
     off: float = 1.0
     output: str = "latent"
     scale: str | None = None
+    repeated: tuple[str, ...] = ()
+    one: bool = False
 
 
 def _other(name: str, value: Tensor) -> Tensor:
@@ -73,14 +77,17 @@ def call_of_rows(call: Call, prompts: Sequence[int], negatives: Sequence[int] | 
             first = value[0]
             other = _other(name, first) if isinstance(first, Tensor) and _is_text(name, first) else first
             made[name] = [other if one else first for one in chosen]
-        elif isinstance(value, str) and name in ("prompt", "negative_prompt"):
-            made[name] = [value + " there" * one for one in chosen] if len(prompts) > 1 or any(chosen) else value
+        elif isinstance(value, str) and name in ("prompt", "negative_prompt", "task_prompt", "content_prompt"):
+            texts = [f"{value[:-1]} {value[-1:]}" if one else value for one in chosen]
+            made[name] = texts[0] if len(texts) == 1 else texts
     return made
 
 
 def rows_call(stock: Stock, call: Call, prompts: Sequence[int], negatives: Sequence[int] | None = None) -> Call:
     """Return the call of several prompts that a class takes."""
     made = call_of_rows(call, prompts, negatives)
+    if len(prompts) > 1:
+        made |= {name: [call[name]] * len(prompts) for name in stock.repeated}
     return made if stock.rows is None else stock.rows(made, prompts)
 
 
@@ -141,23 +148,32 @@ def parameters(pipe: Any) -> Mapping[str, Any]:
     return next((known for known in named if "num_inference_steps" in known), named[0])
 
 
-@contextmanager
-def changed_step(pipe: Any, around: Callable[[int, Callable[..., Any], Any, Any, Any], Any]) -> Iterator[None]:
-    """Call ``around(index, step, prediction, timestep, latents)`` in place of the scheduler's steps."""
-    scheduler, step, count = pipe.scheduler, pipe.scheduler.step, iter(range(10**6))
+class Step:
+    """A scheduler's step with something around it; a copy of the scheduler gets one of its own."""
 
-    @functools.wraps(step)  # pipelines look which arguments it takes
-    def changed(
-        model_output: Any = None, timestep: Any = None, sample: Any = None, *args: Any, **kwargs: Any
+    def __init__(self, scheduler: Any, around: Callable[[int, Callable[[Any], Any], Any], Any]) -> None:
+        self.scheduler = scheduler
+        self.around = around
+        self.count = 0
+        self.__signature__ = inspect.signature(scheduler.step)  # pipelines look which arguments it takes
+
+    def __call__(
+        self, model_output: Any = None, timestep: Any = None, sample: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        prediction, latents = model_output, sample
+        """Step from the latents, or from what `around` makes of them."""
 
-        def own(sample: Any) -> Any:
-            return step(prediction, timestep, sample, *args, **kwargs)
+        def own(latents: Any) -> Any:
+            return type(self.scheduler).step(self.scheduler, model_output, timestep, latents, *args, **kwargs)
 
-        return around(next(count), own, prediction, timestep, latents)
+        self.count += 1
+        return self.around(self.count - 1, own, sample)
 
-    scheduler.step = changed
+
+@contextmanager
+def changed_step(pipe: Any, around: Callable[[int, Callable[[Any], Any], Any], Any]) -> Iterator[None]:
+    """Call ``around(index, step, latents)`` in place of the scheduler's steps, and those of its copies."""
+    scheduler = pipe.scheduler
+    scheduler.step = Step(scheduler, around)
     try:
         yield
     finally:
@@ -187,7 +203,7 @@ def run_until(pipe: Any, call: Call, at: int, seed: int = 5) -> None:
             return
         raise AssertionError("the callback was not called")
 
-    def around(index: int, step: Any, prediction: Any, timestep: Any, latents: Any) -> Any:
+    def around(index: int, step: Any, latents: Any) -> Any:
         if index >= at:
             raise Stopped
         return step(latents)
@@ -203,7 +219,7 @@ def run_until(pipe: Any, call: Call, at: int, seed: int = 5) -> None:
 def run_interrupted(pipe: Any, call: Call, at: int, seed: int = 5) -> None:
     """Start a run and interrupt it as diffusers' documentation has it, at a step."""
 
-    def around(index: int, step: Any, prediction: Any, timestep: Any, latents: Any) -> Any:
+    def around(index: int, step: Any, latents: Any) -> Any:
         if index >= at:
             pipe._interrupt = True
         return step(latents)
@@ -215,7 +231,7 @@ def run_interrupted(pipe: Any, call: Call, at: int, seed: int = 5) -> None:
 def run_in_place(pipe: Any, call: Call) -> Tensor:
     """Run with a scheduler that writes into the latents that it was given."""
 
-    def around(index: int, step: Any, prediction: Any, timestep: Any, latents: Any) -> Any:
+    def around(index: int, step: Any, latents: Any) -> Any:
         out = step(latents.clone())
         moved = out[0] if isinstance(out, tuple) else out.prev_sample
         if moved.shape != latents.shape or moved.dtype != latents.dtype:
@@ -308,8 +324,10 @@ def ending(stock: Stock, pipe: Any, call: Call, rows: int) -> Iterator[Call]:
     guider = guider_of(pipe)
     if guider is not None:
         before, guider._stop = guider._stop, 0.5
-        yield call
-        guider._stop = before
+        try:
+            yield call
+        finally:
+            guider._stop = before
     elif "callback_on_step_end" in parameters(pipe):
         hidden = ("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_prompt_embeds_mask")
         names = [name for name in pipe._callback_tensor_inputs if name not in hidden]
@@ -317,7 +335,7 @@ def ending(stock: Stock, pipe: Any, call: Call, rows: int) -> Iterator[Call]:
         yield {**call, "callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
     else:
 
-        def around(index: int, step: Any, prediction: Any, timestep: Any, latents: Any) -> Any:
+        def around(index: int, step: Any, latents: Any) -> Any:
             if index == STEPS // 2 - 1:
                 pipe._guidance_scale = stock.off
             return step(latents)

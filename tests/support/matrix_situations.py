@@ -72,6 +72,8 @@ def run_rows(plain: Plain, prompts: Sequence[int], seeds: Sequence[int], how: st
     """Return the latents of a run of some prompts from the noise of some seeds."""
     with called(plain, prompts, how) as call:
         made = runs.run(plain.pipe, call, seeds)
+    if plain.stock.one:
+        made = made[None]
     if len(made) != len(seeds):
         raise ValueError(f"{len(seeds)} rows were asked for, and {len(made)} came")
     return made

@@ -8,7 +8,7 @@ import tiny_image_pipelines as image
 import tiny_other_models as models
 import tiny_other_pipelines as other
 import torch
-from tiny_flux_pipelines import around, mask
+from tiny_flux_pipelines import around, mask, texts
 from tiny_image_pipelines import SIZE, Made, assemble, build, flow, masks, picture, pil, prompts, vae
 from tiny_models import QWEN_IMAGE, SD3_TINY
 
@@ -21,23 +21,29 @@ def sd3_img2img() -> Made:
     return _changed(diffusers.StableDiffusion3Img2ImgPipeline, other.sd3(), image=picture(), strength=1.0)
 
 
+def _sd3(cls: type, channels: int = 4, parts: dict[str, Any] | None = None, **call: Any) -> Made:
+    """Without dual attention, which diffusers' own PAG does not know."""
+    pipe, made = other.sd3()
+    config = dict(SD3_TINY, in_channels=channels, out_channels=channels)
+    changed = {"transformer": build(diffusers.SD3Transformer2DModel, config), "vae": vae(channels, shift_factor=0.1)}
+    return _changed(cls, (pipe, made), {**changed, **(parts or {})}, **call)
+
+
 def sd3_inpaint() -> Made:
-    return _changed(
-        diffusers.StableDiffusion3InpaintPipeline, other.sd3(), image=picture(), strength=1.0, mask_image=mask()
-    )
+    inpainted = dict(image=picture(), strength=1.0, mask_image=mask())
+    return _sd3(diffusers.StableDiffusion3InpaintPipeline, 16, **inpainted)
+
+
+PAG: dict[str, Any] = {"pag_applied_layers": "blocks.1"}
 
 
 def sd3_pag() -> Made:
-    return _changed(
-        diffusers.StableDiffusion3PAGPipeline, other.sd3(), {"pag_applied_layers": "blocks.1"}, pag_scale=2.0
-    )
+    return _sd3(diffusers.StableDiffusion3PAGPipeline, parts=PAG, pag_scale=2.0)
 
 
 def sd3_pag_img2img() -> Made:
-    return _changed(
-        diffusers.StableDiffusion3PAGImg2ImgPipeline, other.sd3(), {"pag_applied_layers": "blocks.1"}, pag_scale=2.0,
-        image=picture(), strength=1.0,
-    )  # fmt: skip
+    changed = dict(image=picture(), strength=1.0)
+    return _sd3(diffusers.StableDiffusion3PAGImg2ImgPipeline, parts=PAG, pag_scale=2.0, **changed)
 
 
 def _sd3_controlnet(cls: type, extra: int = 0, **call: Any) -> Made:
@@ -115,8 +121,9 @@ def z_image_omni() -> Made:
         diffusers.ZImageOmniPipeline, transformer=build(diffusers.ZImageTransformer2DModel, config),
         vae=vae(4, shift_factor=0.1), scheduler=flow(),
     )  # fmt: skip
-    pipe.prepare_siglip_embeds = lambda images, batch, *_: [
-        [torch.ones(2, 3, 8) for _ in images or []] for _ in range(batch)
+    pipe.vae.to(torch.bfloat16)  # in which it gets its pictures
+    pipe.prepare_siglip_embeds = lambda images, batch_size, **_: [
+        [torch.ones(2, 3, 8) for _ in images or []] for _ in range(batch_size)
     ]
     embeds = {name: [[value[0], value[0, :3], value[0, :2]]] for name, value in prompts().items()}
     return pipe, dict(SIZE, image=[pil(64, 64)], **embeds)
@@ -133,7 +140,7 @@ def cogview4_control() -> Made:
 
 def hunyuan_dit_pag() -> Made:
     return _changed(
-        diffusers.HunyuanDiTPAGPipeline, other.hunyuan_dit(), {"pag_applied_layers": "blocks.1"}, pag_scale=2.0
+        diffusers.HunyuanDiTPAGPipeline, other.hunyuan_dit(), PAG, pag_scale=2.0
     )
 
 
@@ -155,7 +162,7 @@ def pixart_alpha() -> Made:
 
 def pixart_pag() -> Made:
     return _changed(
-        diffusers.PixArtSigmaPAGPipeline, other.pixart(), {"pag_applied_layers": "blocks.1"}, pag_scale=2.0
+        diffusers.PixArtSigmaPAGPipeline, other.pixart(), PAG, pag_scale=2.0
     )
 
 
@@ -189,8 +196,53 @@ def hunyuan_image_refiner() -> Made:
     return pipe, call | masks("prompt_embeds_mask", "negative_prompt_embeds_mask")
 
 
+def _bria_fibo(cls: type, prompt: str, **call: Any) -> Made:
+    """The text encoder's layers follow what the prompts say."""
+    pipe, made = other.bria_fibo()
+    if cls is not type(pipe):
+        pipe, made = around((pipe, made), cls)
+
+    def encoded(prompt: Any, num_images_per_prompt: int = 1, **_: Any) -> tuple[Any, ...]:
+        text = texts(prompt, 6, 16).repeat_interleave(num_images_per_prompt, 0)
+        away, rows = texts(["dull"], 6, 16).expand_as(text), len(text)
+        valid = [torch.ones(rows, 6), torch.ones(rows, 6)]
+        layers = [texts(prompt, 6, 12).repeat_interleave(num_images_per_prompt, 0)] * 4
+        return text, away, torch.zeros(6, 3), *valid, layers, [one.flip(1) for one in layers]
+
+    pipe.encode_prompt = encoded
+    return pipe, dict(made, prompt=prompt, **call)
+
+
+def bria_fibo() -> Made:
+    return _bria_fibo(diffusers.BriaFiboPipeline, "{}")
+
+
 def bria_fibo_edit() -> Made:
-    pipe, call = other.bria_fibo()
-    made = around((pipe, call), diffusers.BriaFiboEditPipeline, image=pil(128, 160), _auto_resize=False)
-    made[0].encode_prompt = pipe.encode_prompt
-    return made
+    asked = '{"edit_instruction": "a"}'
+    return _bria_fibo(diffusers.BriaFiboEditPipeline, asked, image=pil(128, 160), _auto_resize=False)
+
+
+def joyimage_edit_plus() -> Made:
+    pipe, call = other.joyimage_edit_plus()
+
+    def encoded(prompt: list[str], **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        text = texts(prompt, 6, 16)
+        return text, torch.ones(len(text), 6, dtype=torch.bool)
+
+    pipe.encode_prompt_multiple_images = encoded
+    return pipe, dict(call, prompt="a kite")
+
+
+def ideogram4() -> Made:
+    pipe, call = other.ideogram4()
+    one = tiny.ideogram4(1, padding=2)
+
+    def encoded(prompt: Any, **_: Any) -> tuple[torch.Tensor, ...]:
+        listed = [prompt] if isinstance(prompt, str) else prompt
+        features = one["encoder_hidden_states"]
+        text = texts(listed, *features.shape[1:]) * (features != 0)
+        rest = (one[name].repeat(len(listed), *[1] * (one[name].ndim - 1)) for name in ("position_ids", "segment_ids", "indicator"))
+        return (text, *rest)
+
+    pipe.encode_prompt = encoded
+    return pipe, dict(call, prompt="a kite")

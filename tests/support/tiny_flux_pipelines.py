@@ -1,6 +1,7 @@
 """Further tiny pipelines of the FLUX families and their kin: inpainting, control, editing; prompts come as embeddings."""
 
 import inspect
+import zlib
 from typing import Any
 
 import diffusers
@@ -84,7 +85,7 @@ def _cloze(cls: type, **call: Any) -> Made:
     )  # fmt: skip
     rows = [[pil(64, 64), pil(64, 64)], [pil(64, 64), None]]
     text = prompts()["prompt_embeds"], torch.randn(1, 8), torch.zeros(6, 3)
-    for part in (pipe, getattr(pipe, "generation_pipe", pipe)):
+    for part in (pipe, getattr(pipe, "generation_pipe", pipe), getattr(pipe, "upsampling_pipe", pipe)):
         part.encode_prompt = lambda **_: text
     prompt = dict(task_prompt="a", content_prompt="b")
     return pipe, dict(num_inference_steps=3, output_type="latent", image=rows, **prompt, **call)
@@ -108,14 +109,28 @@ def bria() -> Made:
     return pipe, dict(SIZE, negative_prompt=None, **prompts())
 
 
+def texts(prompts: str | list[str], *shape: int) -> torch.Tensor:
+    """Embeddings of some prompts, each drawn by what it says, [prompts, *shape]."""
+    listed = [prompts] if isinstance(prompts, str) else prompts
+    seeds = [zlib.crc32(prompt.encode()) for prompt in listed]
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+class Sight:
+    """Stands in for the processor of a model that sees; what it sees is not asked for."""
+
+    image_processor = None
+
+
 def _longcat(cls: type, **call: Any) -> Made:
-    config = {**FLUX_KIN_TINY, "in_channels": 4}
+    config = {**FLUX_KIN_TINY, "in_channels": 64}
     config.pop("out_channels", None)
     pipe = assemble(
-        cls, transformer=build(diffusers.LongCatImageTransformer2DModel, config), vae=vae(1, shift_factor=0.1),
-        scheduler=flow(),
+        cls, transformer=build(diffusers.LongCatImageTransformer2DModel, config), vae=vae(16, shift_factor=0.1),
+        scheduler=flow(), text_processor=Sight(),
     )  # fmt: skip
-    return pipe, dict(SIZE, guidance_scale=3.0, **prompts(), **call)
+    pipe._encode_prompt = lambda prompt, image=None: texts(prompt, 6, 16)
+    return pipe, dict(SIZE, guidance_scale=3.0, prompt="a kite", negative_prompt="dull", **call)
 
 
 def longcat() -> Made:
@@ -123,7 +138,9 @@ def longcat() -> Made:
 
 
 def longcat_edit() -> Made:
-    return _longcat(diffusers.LongCatImageEditPipeline, image=pil(128, 160))
+    with_size = dict(image=pil(128, 160))
+    pipe, call = _longcat(diffusers.LongCatImageEditPipeline, **with_size)
+    return pipe, {name: value for name, value in call.items() if name not in ("height", "width")}
 
 
 def flux2_klein_inpaint() -> Made:
