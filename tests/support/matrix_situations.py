@@ -291,7 +291,7 @@ SITUATIONS: dict[str, Callable[[Trial], list[str]]] = {
 """Situation -> what is wrong in it, in words; nothing: all is right."""
 
 
-def plain_of(name: str, situation: str, plain: Plain) -> None:
+def plain_of(situation: str, plain: Plain) -> None:
     """Run what a situation needs of the plain pipeline; it raises what diffusers does."""
     how = {"guidance off": "off", "negative prompts": "negative", "guidance ends midway": "end"}.get(situation)
     rows = {"two prompts, equal seeds": [0, 0], "two prompts, other seeds": [0, 1]}.get(situation)

@@ -200,7 +200,7 @@ def _bria_fibo(cls: type, prompt: str, **call: Any) -> Made:
     """The text encoder's layers follow what the prompts say."""
     pipe, made = other.bria_fibo()
     if cls is not type(pipe):
-        pipe, made = around((pipe, made), cls)
+        pipe, made = around((pipe, made), cls, parts={"vae": other._wan_vae()})
 
     def encoded(prompt: Any, num_images_per_prompt: int = 1, **_: Any) -> tuple[Any, ...]:
         text = texts(prompt, 6, 16).repeat_interleave(num_images_per_prompt, 0)

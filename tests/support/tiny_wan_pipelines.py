@@ -87,6 +87,20 @@ def wan_vace() -> Made:
     return _wan(diffusers.WanVACEPipeline, parts={"transformer": transformer}, video=video(), mask=mask)
 
 
+def wan_vace_two_experts() -> Made:
+    pipe, call = wan_vace()
+    pipe.register_modules(transformer_2=_build(diffusers.WanVACETransformer3DModel, dict(pipe.transformer.config)))
+    pipe.register_to_config(boundary_ratio=0.8)
+    return pipe, call
+
+
+def wan_image_two_experts() -> Made:
+    pipe, call = wan_first_last_frame()
+    pipe.register_modules(transformer_2=_build(diffusers.WanTransformer3DModel, dict(pipe.transformer.config)))
+    pipe.register_to_config(boundary_ratio=0.8)
+    return pipe, call
+
+
 def lucy_edit() -> Made:
     return _wan(diffusers.LucyEditPipeline, {**TINY, "in_channels": 24}, video=video())
 
