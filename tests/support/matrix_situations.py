@@ -17,6 +17,8 @@ import dit_accel
 
 SPREAD = 100.0
 """A method may spread the rounding by which a plain batch differs from its rows alone so far, which its own steps add to."""
+NOT_BARE = ("attach to the pipeline", "must know which prompt")
+"""What is advised where a method is refused on a transformer alone."""
 ROUNDING = 1e-5
 """The least difference that counts, as a share of the largest latent."""
 
@@ -37,12 +39,19 @@ class Plain:
     def __post_init__(self) -> None:
         self.pipe, self.call = runs.prepared(self.stock)
 
-    def rows(self, prompts: Sequence[int], seeds: Sequence[int], **how: Any) -> Tensor:
-        """Return the latents of a plain run."""
-        key = ("rows", *prompts, *seeds, *sorted(how.items()))
+    def rows(self, prompts: Sequence[int], seeds: Sequence[int], how: str = "") -> Tensor:
+        """Return the latents of a plain run; it must be made before anything is attached."""
+        key = (tuple(prompts), tuple(seeds), how)
         if key not in self.kept:
-            self.kept[key] = run_rows(self, prompts, seeds, **how)
+            if dit_accel.attachment_of(transformer_of(self.pipe)) is not None:
+                raise RuntimeError(f"the plain run {key} was not prepared")
+            self.kept[key] = run_rows(self, prompts, seeds, how)
         return self.kept[key]
+
+
+def transformer_of(pipe: Any) -> Any:
+    """The transformer of a pipeline, or the first of several."""
+    return getattr(pipe, "pipe", pipe).transformer
 
 
 @contextmanager
@@ -103,6 +112,11 @@ class Trial:
         """The pipeline."""
         return self.plain.pipe
 
+    @property
+    def transformer(self) -> Any:
+        """The transformer, or the first of several."""
+        return transformer_of(self.pipe)
+
     def attach(self, model: Any = None) -> Any:
         """Attach the method to the pipeline, or to another model."""
         return dit_accel.attach(model or self.pipe, *self.configs, backend="torch")
@@ -122,7 +136,7 @@ class Trial:
 
     def rows(self, prompts: Sequence[int], seeds: Sequence[int], how: str = "") -> Tensor:
         """Return the latents of a run, made at the first time that it is asked for."""
-        key = (*prompts, *seeds, how)
+        key = (tuple(prompts), tuple(seeds), how)
         if key not in self.kept:
             self.kept[key] = run_rows(self.plain, prompts, seeds, how)
         return self.kept[key]
@@ -225,10 +239,15 @@ def _bare(trial: Trial) -> list[str]:
     """The method is attached to the transformer alone, and a run raises in its first step."""
     trial.close()
     try:
-        trial.attachment = trial.attach(trial.pipe.transformer)
-        first = run_rows(trial.plain, [0], [0])
+        trial.attachment = trial.attach(trial.transformer)
+        try:
+            first = run_rows(trial.plain, [0], [0])
+        except dit_accel.ConfigError as error:
+            if not any(advice in str(error) for advice in NOT_BARE):
+                raise
+            return []
         trial.close()
-        trial.attachment = trial.attach(trial.pipe.transformer)
+        trial.attachment = trial.attach(trial.transformer)
         runs.run_until(trial.pipe, trial.plain.call, 0)
         return wrong("after an exception in step 0", far(run_rows(trial.plain, [0], [0]), first))
     finally:
@@ -291,31 +310,48 @@ SITUATIONS: dict[str, Callable[[Trial], list[str]]] = {
 """Situation -> what is wrong in it, in words; nothing: all is right."""
 
 
-def plain_of(situation: str, plain: Plain) -> None:
-    """Run what a situation needs of the plain pipeline; it raises what diffusers does."""
-    how = {"guidance off": "off", "negative prompts": "negative", "guidance ends midway": "end"}.get(situation)
-    rows = {"two prompts, equal seeds": [0, 0], "two prompts, other seeds": [0, 1]}.get(situation)
-    if how or rows:
-        batch = plain.rows([0, 1], rows or [0, 0], how=how or "")
-        _rows_alike(batch, [plain.rows([p], [(rows or [0, 0])[p]], how=how or "") for p in (0, 1)])
-        if how in ("off", "end") and torch.equal(plain.rows([0], [0], how=how), plain.rows([0], [0], how="guided")):
-            raise ValueError("it changes nothing in this class")
-    elif situation == "two of one prompt":
-        batch = plain.rows([0], [0, 1], how="images")
-        _rows_alike(batch, [plain.rows([0], [seed]) for seed in (0, 1)])
+ROWS: dict[str, tuple[str, list[int], list[int]]] = {
+    "two prompts, equal seeds": ("", [0, 1], [0, 0]),
+    "two prompts, other seeds": ("", [0, 1], [0, 1]),
+    "two of one prompt": ("images", [0, 0], [0, 1]),
+    "guidance off": ("off", [0, 1], [0, 0]),
+    "negative prompts": ("negative", [0, 1], [0, 0]),
+    "guidance ends midway": ("end", [0, 1], [0, 0]),
+}
+"""Situations of two rows -> the way of guiding, the prompts and the seeds."""
+
+
+def prepare(situation: str, plain: Plain) -> None:
+    """Make the plain runs that a situation is compared with, before anything is attached; raise what diffusers does."""
+    if situation in ROWS:
+        how, prompts, seeds = ROWS[situation]
+        alone = "" if how == "images" else how
+        own = [plain.rows([prompt], [seed], how=alone) for prompt, seed in zip(prompts, seeds, strict=True)]
+        _rows_alike(plain.rows(prompts[:1] if how == "images" else prompts, seeds, how=how), own)
+        if how == "images":
+            plain.rows([0], [0, 0], how=how)
     elif situation == "another guidance scale":
         one, other = (plain.rows([0], [0], how=how) for how in ("scale 2", "scale 4"))
         if torch.equal(one, other):
             raise ValueError("it changes nothing in this class")
+    else:
+        plain.rows([0], [0], how="")
+
+
+def plain_of(situation: str, plain: Plain) -> None:
+    """Bring the plain pipeline into a situation; it raises what diffusers does."""
+    prepare(situation, plain)
+    if situation in ("guidance off", "guidance ends midway"):
+        if torch.equal(plain.rows([0], [0], how=ROWS[situation][0]), plain.rows([0], [0], how="guided")):
+            raise ValueError("it changes nothing in this class")
     elif situation == "after an exception":
         runs.run_until(plain.pipe, plain.call, 0)
     elif situation == "after an interrupt":
-        whole = plain.rows([0], [5])
         runs.run_interrupted(plain.pipe, plain.call, 1)
     elif situation == "another pipeline":
         runs.run(runs.twin(plain.pipe), plain.call)
     elif situation == "latents in place":
-        if far(runs.run_in_place(plain.pipe, plain.call), plain.rows([0], [0])):
+        if far(runs.run_in_place(plain.pipe, plain.call), plain.rows([0], [0], how="")):
             raise ValueError("the plain pipeline gives something else")
 
 

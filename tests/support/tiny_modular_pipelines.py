@@ -137,16 +137,20 @@ def _ideogram4() -> Made:
     )  # fmt: skip
 
 
+def _cosmos3_distilled() -> Made:
+    texts = dict(cond_input_ids=_letters("a kite")[0], uncond_input_ids=_letters("dull")[0])
+    pipe, call = modular("Cosmos3DistilledModularPipeline", video.cosmos3, guidance_scale=1.0, **texts)
+    pipe.register_to_config(distilled_sigmas=[1.0, 0.8, 0.6, 0.4, 0.2])
+    return pipe, call
+
+
 MODULAR: dict[str, Callable[[], Made]] = {
     "AnimaModularPipeline": of("AnimaModularPipeline", further.cosmos2_image, parts={"text_conditioner": Conditioner()}, **_ANIMA),
     "Cosmos3OmniModularPipeline": of(
         "Cosmos3OmniModularPipeline", video.cosmos3, cond_input_ids=_letters("a kite")[0],
         uncond_input_ids=_letters("dull")[0],
     ),
-    "Cosmos3DistilledModularPipeline": of(
-        "Cosmos3DistilledModularPipeline", video.cosmos3, cond_input_ids=_letters("a kite")[0],
-        uncond_input_ids=_letters("dull")[0],
-    ),
+    "Cosmos3DistilledModularPipeline": _cosmos3_distilled,
     "EchoModularPipeline": of("EchoModularPipeline", video.ltx2, sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.0], **_connected(negative=False)),
     "ErnieImageModularPipeline": of("ErnieImageModularPipeline", other.ernie_image),
     "FluxModularPipeline": of("FluxModularPipeline", image.flux),
