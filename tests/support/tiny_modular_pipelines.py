@@ -140,6 +140,7 @@ def _ideogram4() -> Made:
 def _cosmos3_distilled() -> Made:
     texts = dict(cond_input_ids=_letters("a kite")[0], uncond_input_ids=_letters("dull")[0])
     pipe, call = modular("Cosmos3DistilledModularPipeline", video.cosmos3, guidance_scale=1.0, **texts)
+    pipe.update_components(scheduler=video.EULER())
     pipe.register_to_config(distilled_sigmas=[1.0, 0.8, 0.6, 0.4, 0.2])
     return pipe, call
 
