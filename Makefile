@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers bench bench-gpu tables weights types lint format setup clean
+.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu tables weights types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.demo --out demo
@@ -28,6 +28,10 @@ test-pipelines: $(VENV)/.ready-test
 # diffusers' own tests with dit-accel attached to every model they build; CI leaves it out, offline it skips
 test-diffusers: $(VENV)/.ready-test
 	$(BIN)/python tests/upstream/upstream_run.py $(ARGS)
+
+# how many small defects in rules, plan, attachment, caches and kernels the tests notice; CI leaves it out, about an hour
+mutants: $(VENV)/.ready-dev
+	$(BIN)/python tests/mutants/mutants_run.py $(ARGS)
 
 bench: $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py

@@ -28,6 +28,10 @@ class ProcessLost(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it
     """Another process of those that run a transformer together ended, or no longer answers."""
 
 
+class Busy(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it is
+    """Another run is writing what this one would write."""
+
+
 LONG_LIST = 24
 """The most names that an error lists. Of more (the models) it gives the near ones, and the command that lists all."""
 

@@ -1,16 +1,27 @@
-"""Files written whole or not at all, and JSON that every reader takes."""
+"""Files written whole or not at all and by one run at a time, and JSON that every reader takes."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import Busy, ConfigError, DitAccelError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of the system that say that a disk is full, or the user's share of it, or a file as large as it may be."""
+
+LEAST_FREE = 1 << 20
+"""Bytes below which a disk is taken for full where a library says only that it could not write."""
+
+_temporaries: set[Path] = set()
+"""Files that this process deletes when it is done: those half written, and its locks."""
 
 
 @contextlib.contextmanager
@@ -18,20 +29,157 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary file beside ``path`` that takes its place if the block ends well, and vanishes otherwise.
 
     A link stays a link: the file that it points to is the one replaced.
+
+    Raises:
+        ConfigError: if the disk is full.
     """
     path = Path(os.path.realpath(path))
-    # the name does not grow with the path's, which may be as long as the file system allows
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".dit-accel-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    with _full_disk_told(path):
+        # the name does not grow with the path's, which may be as long as the file system allows
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".dit-accel-", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        _temporaries.add(temporary)
+        try:
+            yield temporary
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            _temporaries.discard(temporary)
+
+
+def remove_temporaries() -> None:
+    """Delete what is half written and locks, for a process that ends without leaving its blocks."""
+    for temporary in list(_temporaries):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def no_space(path: Path, reason: object) -> ConfigError:
+    """Return the error of a file for which there was no room while a command ran."""
+    return ConfigError(
+        f"{path} can't be written ({reason}); free some space, or name another folder, and run the same again: what "
+        "was written before it is whole"
+    )
+
+
+@contextlib.contextmanager
+def _full_disk_told(path: Path) -> Iterator[None]:
+    """Say in one sentence that the disk is full on which the block writes ``path``; other errors pass.
+
+    Raises:
+        ConfigError: as told.
+    """
     try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
+        yield
+    except Exception as error:
+        if isinstance(error, DitAccelError) or not (no_room(error) or _no_room_left(path.parent, error)):
+            raise
+        raise no_space(path, getattr(error, "strerror", None) or os.strerror(errno.ENOSPC)) from error
+
+
+def no_room(error: BaseException) -> bool:
+    """Return whether an error says that a disk is full: by its number, or in its words, as libraries pass it on."""
+    return getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
+
+
+def _no_room_left(folder: Path, error: Exception) -> bool:
+    """Return whether a library's own error came while the disk had no room left."""
+    if isinstance(error, OSError):
+        return False
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < LEAST_FREE
+    return False
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[None]:
+    """Make a folder, with those above it, for the block; if the block fails, what was made and is empty goes again.
+
+    Raises:
+        ConfigError: if it can't be made.
+    """
+    path = Path(path)
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {path} can't be made ({error.strerror}); choose another") from None
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # there is something in it
+            for one in made:
+                one.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def held(path: str | Path, what: str = "output") -> Iterator[None]:
+    """Keep other runs from writing the same output while the block runs.
+
+    A file ``.NAME.lock`` lies beside the output meanwhile. The system frees it when the process ends, however it does.
+    On a file system without locks nothing is held.
+
+    Args:
+        path: the output, which need not exist.
+        what: what it is called in the error.
+
+    Raises:
+        Busy: if another run holds it, with that run's process.
+    """
+    path = Path(os.path.realpath(path))
+    lock = path.with_name(f".{path.name[:200]}.lock")
+    handle = _locked(lock, f"{what} {path}")
+    if handle is None:
+        yield
+        return
+    _temporaries.add(lock)
+    try:
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+        _temporaries.discard(lock)
+        os.close(handle)
+
+
+def _locked(lock: Path, what: str) -> int | None:
+    """Return the open and locked file; None where the system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # nor could the output be written here, and that is told by name
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            os.close(handle)
+            if not isinstance(error, BlockingIOError):
+                return None
+            by = f"process {holder}" if holder else "another process"
+            raise Busy(f"{what} is being written by {by}; wait for it to end, or name another file") from None
+        if _is_open(lock, handle):
+            with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, str(os.getpid()).encode(), 0)
+            return handle
+        os.close(handle)  # the one who held it has deleted it meanwhile
+
+
+def _is_open(path: Path, handle: int) -> bool:
+    """Return whether what is open is what lies at a path now."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def check_writable(path: str | Path, what: str = "output") -> None:

@@ -1,6 +1,7 @@
 """Attach methods to a pipeline or a transformer, and take them off again without a trace."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -14,13 +15,21 @@ from ..methods.base import AttentionHandler, Handler
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..report.report import Report, call_reports, step_reports
-from .diagnosis import replaced_processors, unplanned_reason, warn_if_unplanned
-from .execution import Execution, Observer
+from .diagnosis import (
+    ReplacedTransformer,
+    replaced_processors,
+    replaced_transformers,
+    unplanned_reason,
+    warn_if_unplanned,
+)
+from .execution import Execution
 from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
 from .forward import Forward, count_dense, switch
 from .layers import AttentionLayer, TransformerState
+from .observed import Observer
 from .parallel import context_parallel, require_parallel
 from .processor import Slot, dense_attention_of, retire_processor, unwrap_processor, wrap_processor
+from .running import current_run
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
 
@@ -37,7 +46,7 @@ class Attachment:
         self._model = model
         self._undo: list[Callable[[], None]] = []
         self._attached = True
-        self._warned = False
+        self._warned = self._warned_of_replaced = False
         execution.on_run.append(self._end_run)
 
     def __enter__(self) -> "Attachment":
@@ -67,14 +76,20 @@ class Attachment:
         """
         if not self._attached:
             raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
+        self._warn_if_replaced()
         while self._undo:
             self._undo.pop()()
         self._execution.reset()
         self._attached = False
 
     def reset(self) -> None:
-        """Free what the methods carry from step to step, as the next generation does by itself; keep the report."""
+        """Free what the methods carry from step to step, as the next generation does by itself; keep the report.
+
+        In a loop written by hand the next forward begins another generation. Its first timestep tells that too, unless
+        the loop before was broken off in its first step.
+        """
         self._execution.reset()
+        self._execution.state.broke_off()
 
     @contextlib.contextmanager
     def observe(self, callback: Observer) -> Iterator[None]:
@@ -96,7 +111,8 @@ class Attachment:
         held = {handler.name: handler.state_bytes() for handler in execution.handlers}
         notes = [*recorder.notes]
         if self._attached:
-            notes += filter(None, (unplanned_reason(execution) or replaced_processors(execution),))
+            reasons = (replaced_transformers, unplanned_reason, replaced_processors)
+            notes += filter(None, (next((why for reason in reasons if (why := reason(execution))), None),))
         return Report(
             methods={handler.name: handler.settings.to_dict() for handler in execution.handlers},
             backend=recorder.spell_backend(execution.backend),
@@ -109,9 +125,16 @@ class Attachment:
         )
 
     def _end_run(self) -> None:
-        """Say once if the run that ends planned nothing."""
+        """Say once if the run that ends planned nothing, or another transformer of the pipeline was replaced."""
+        self._warn_if_replaced()
         if not self._warned:
             self._warned = warn_if_unplanned(self._execution)
+
+    def _warn_if_replaced(self) -> None:
+        """Say once that a transformer was replaced since attach."""
+        if not self._warned_of_replaced and (why := replaced_transformers(self._execution)):
+            self._warned_of_replaced = True
+            warnings.warn(why, ReplacedTransformer, stacklevel=3)
 
 
 def attach(
@@ -151,11 +174,11 @@ def attach(
     try:
         classes: dict[type, type] = {}
         for name, transformer in transformers.items():
-            state = TransformerState(name, transformer, adapter_for(type(transformer).__name__))
+            state = TransformerState(name, transformer, adapter_for(type(transformer).__name__), parts[name])
             _install_processors(attachment, state, layers, classes)
             if (parallel := context_parallel(transformer)) is not None:
                 require_parallel(attachment._execution, state, parallel)
-            _install_calls(attachment, state, parts[name])
+            _install_calls(attachment, state)
     except BaseException:
         attachment.detach()
         raise
@@ -229,26 +252,20 @@ def _install_processors(
         attachment._undo.append(restore)
 
 
-def _install_calls(attachment: Attachment, state: TransformerState, part: Any) -> None:
-    """Follow a transformer's forwards and the pipeline's denoising calls, and let the methods install themselves.
-
-    Args:
-        attachment: the attachment.
-        state: the transformer's.
-        part: the pipeline's component: the transformer, or what ``torch.compile`` made of it.
-    """
+def _install_calls(attachment: Attachment, state: TransformerState) -> None:
+    """Follow a transformer's forwards and the pipeline's denoising calls, and let the methods install themselves."""
     execution, undo, transformer = attachment._execution, attachment._undo, state.transformer
     original = getattr(transformer, "cache_context", None)
     site = TransformerSite(
-        execution, state, undo, original, compiled_whole=part is not transformer, slot=attachment._slot
+        execution, state, undo, original, compiled_whole=state.part is not transformer, slot=attachment._slot
     )
     for handler in execution.handlers:
         handler.install(site)
     site.install_blocks()
-    forward = Forward(execution, attachment._slot, state, site.forwards, on_blocks=bool(site.around))
-    undo.append(wrap_call(part, forward, attachment))
-    if original is not None:
-        undo.append(shadow(transformer, "cache_context", _followed_context(execution, state, forward, original)))
+    forward = Forward(execution, attachment._slot, state, site.forwards, on_modules=site.on_modules)
+    undo.append(wrap_call(state.part, forward, attachment))
+    followed = _followed_context(execution, state, forward, original or _no_context)
+    undo.append(shadow(transformer, "cache_context", followed))  # diffusers' own or not, a loop may say where it stands
     if hasattr(transformer, "_reset_stateful_cache"):
         reset = transformer._reset_stateful_cache
 
@@ -261,6 +278,11 @@ def _install_calls(attachment: Attachment, state: TransformerState, part: Any) -
         undo.append(shadow(transformer, "_reset_stateful_cache", end_of_run))
 
 
+def _no_context(name: str, **kwargs: Any) -> Any:
+    """Return a context that does nothing, for transformers that have none of diffusers'."""
+    return contextlib.nullcontext()
+
+
 def _followed_context(
     execution: Execution, state: TransformerState, forward: Forward, original: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -268,9 +290,11 @@ def _followed_context(
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
+        run = current_run(state.transformer)
+        execution.threads.require(state, run)
         forward.note_weights()
-        execution.state.enter(state, name, kwargs)
-        state.begun = state.branches[-1].told and not state.nested
+        execution.state.enter(state, name, kwargs, run)
+        state.begun = state.branches[-1].tells_step and not state.nested
         if state.begun:  # the forward may lie inside a graph, where nothing can be switched
             state.begin_forward(None)
             switch(execution, state)

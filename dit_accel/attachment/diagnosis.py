@@ -10,6 +10,27 @@ class UnplannedRun(UserWarning):
     """A run planned no attention call though a method that acts on attention was attached."""
 
 
+class ReplacedTransformer(UserWarning):
+    """A pipeline was given another transformer than the one that methods are attached to."""
+
+
+def replaced_transformers(execution: Execution) -> str | None:
+    """Tell which transformers of the pipeline were replaced since attach, or None."""
+    pipe = execution.state.pipe
+    replaced = []
+    for state in sorted({layer.state for layer in execution.layers}, key=lambda state: state.name):
+        found = getattr(pipe, state.name, None)
+        compiled_since = state.part is state.transformer and getattr(found, "_orig_mod", None) is state.transformer
+        if found is not None and found is not state.part and not compiled_since:
+            replaced.append(f"{state.name} was replaced after attach by another {type(found).__name__}")
+    if not replaced:
+        return None
+    return (
+        f"{'; '.join(replaced)}, to which nothing is attached: what it runs is plain and not in the report; detach, "
+        "and attach again"
+    )
+
+
 def replaced_processors(execution: Execution) -> str | None:
     """Tell how many of our processors were replaced since attach, or None."""
     replaced = sum(layer.module.processor is not layer.processor for layer in execution.layers)

@@ -6,7 +6,7 @@ The attention operator finds it by its number. Two attachments never share one.
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from ..plan.masks import is_key_padding, visible_row
 from ..plan.plan import AttentionPlan
 from ..report.recorder import Recorder
 from .backward import NO_TICKET, BackwardStore
-from .kernel_call import backend_of, computed_rows, followed, kernel_arguments, without_slow_lists
+from .kernel_call import backend_of, by_rows, computed_rows, followed, kernel_arguments, without_slow_lists
 from .layers import AttentionLayer
+from .observed import Observer, PlannedCall
 from .state import DenoisingState
+from .threads import OneThread
 
 _EXECUTIONS: "weakref.WeakValueDictionary[int, Execution]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -48,30 +50,6 @@ def get(number: int) -> "Execution":
     return _EXECUTIONS[number]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PlannedCall:
-    """One planned attention call, as an observer sees it. Tensors are [B, H, S, D] views of the run's own: don't write.
-
-    Attributes:
-        plan: what ran.
-        context: where the denoising stood.
-        call: q, k and v as the model gave them, its mask and scale.
-        out: the output that the model gets.
-        planned: the output before methods corrected it; None where none corrects.
-        exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
-    """
-
-    plan: AttentionPlan
-    context: CallContext
-    call: Call
-    out: Tensor
-    planned: Tensor | None = None
-    exact: Tensor | None = None
-
-
-Observer = Callable[[PlannedCall], None]
-
-
 class Execution:
     """Plans and runs the attention calls of one attachment.
 
@@ -84,7 +62,8 @@ class Execution:
     def __init__(self, handlers: Sequence[Handler], backend: str, pipe: Any = None) -> None:
         self.number = next(_NUMBERS)
         self.backend = backend
-        self.state = DenoisingState(pipe, self.begin_run)
+        self.state = DenoisingState(pipe, self.begin_run, self.reset)
+        self.threads = OneThread()
         self.layers: list[AttentionLayer] = []
         self.recorder = Recorder()
         self.backward = BackwardStore()
@@ -108,8 +87,9 @@ class Execution:
         for call in self.on_run:
             call()
         self.recorder = Recorder()
-        for state in {id(layer.state): layer.state for layer in self.layers}.values():
-            state.layouts.clear()
+        self.threads.begin_run()
+        for state in {layer.state for layer in self.layers}:
+            state.begin_run()
         self.reset()
         for handler in self.handlers:
             handler.begin_run()
@@ -272,7 +252,9 @@ class Execution:
         """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
         given, exact, planned = call, None, None
         if plan.reused is not None:
-            out = self._run_rows(plan, call, context, layer)
+            out = plan.reused.out.clone()
+            for own, part in by_rows(plan, call, out):
+                self._run_rows(own, part, context, layer)
         elif plan.skips_logits or not plan.needs_kernel:
             out = self._run_dense(plan, call, layer)
             self.recorder.sparse_call(context, plan)
@@ -300,17 +282,19 @@ class Execution:
         if plan.led is not None:
             planned = out if planned is None else planned
             out = plan.led.applied(out)
-        for observer in tuple(self.observers):
-            observer(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact))
+        self.show(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact))
         return out, plan if exact is None or not context.differentiate else followed(plan, exact)
 
-    def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> Tensor:
-        """Return the output of a plan that reuses rows: the others are one smaller call."""
+    def show(self, call: PlannedCall) -> None:
+        """Let the observers see a planned call."""
+        for observer in tuple(self.observers):
+            observer(call)
+
+    def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> None:
+        """Write the rows that a plan of `by_rows` computes, one smaller call, over what it reuses."""
         assert plan.reused is not None
-        out = plan.reused.out.clone()
-        if not len(plan.reused.rows):
-            self.recorder.sparse_call(context, plan, 0.0)
-            return out
+        if not len(plan.reused.rows[0]):
+            return self.recorder.sparse_call(context, plan, 0.0)
         cut, small, rows = computed_rows(plan, call)
         share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
         if not cut.needs_kernel:
@@ -322,7 +306,7 @@ class Execution:
             self.recorder.sparse_call(context, cut, share)
         else:
             self.recorder.selected_call(context, cut, exact, share)
-        return out.index_copy_(2, rows, found.to(out.dtype))
+        plan.reused.out.index_copy_(2, rows, found.to(plan.reused.out.dtype))
 
     def _run_kernel(
         self, plan: AttentionPlan, call: Call, differentiate: bool = False
@@ -330,7 +314,7 @@ class Execution:
         """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
         tiles, arguments = kernel_arguments(plan, call)
         name = backend_of(plan, call, tiles, differentiate=differentiate)
-        self.recorder.backends.add(name)
+        self.recorder.ran_by(name, call.q)
         arguments = {**arguments, "backend": name} if differentiate else arguments
         q, k, v = call.as_held(call.q, call.k, call.v)
         result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)

@@ -21,10 +21,25 @@ from .lora import lora_state
 from .parallel import context_parallel, naming_lost, require_agreement, require_parallel
 from .processor import Slot, as_tensors
 from .ring import ring_of
-from .running import running_pipeline
+from .running import PipelineRun, current_run
+from .seam import is_inside_compiled
 from .ulysses import ulysses_of
 
 _STEP_FIELDS = tuple(field.name for field in fields(StepContext))
+
+
+INSIDE_COMPILED = (
+    "a method that runs around the forward or its blocks can't run inside torch.compile(transformer); for "
+    "one around the forward compile before attaching or use transformer.compile(), for one around blocks "
+    "use compile_repeated_blocks()"
+)
+"""Why code that compiled the transformer after attach and such methods exclude each other."""
+
+STEP_UNSEEN = (
+    "the steps of a denoising loop that tells none to its cache_context can't be followed inside "
+    "torch.compile(transformer); compile before attaching, or use transformer.compile()"
+)
+"""Why code that compiled the transformer after attach is not followed in most pipelines."""
 
 
 class Forward:
@@ -35,7 +50,7 @@ class Forward:
         slot: the attachment's.
         state: the transformer's.
         functions: what methods run around the forward, the innermost first.
-        on_blocks: methods act on its blocks.
+        on_modules: methods run around its blocks or other modules inside it.
     """
 
     def __init__(
@@ -44,37 +59,56 @@ class Forward:
         slot: Slot,
         state: TransformerState,
         functions: Sequence[AroundForward],
-        on_blocks: bool,
+        on_modules: bool,
     ) -> None:
         self._execution = execution
         self._slot = slot
         self._state = state
         self._functions = tuple(functions)
-        self.traceable = not functions and not on_blocks
+        self.traceable = not functions and not on_modules
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
         self._last: Grid | None = None
         self._grid = slot.grid
         self._parallel: Any = None
         self._spread_over: Any = None
         self._spread_as: Any = None
-        self._agreed = -1  # the run in which the processes were last compared
+        self._agreed: set[Any] = set()  # the run, and the shapes in training, in which processes were compared
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
 
-    def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the forward of a call."""
+    def __call__(self, run_model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the forward of a call.
+
+        Raises:
+            ConfigError: inside compiled code of the whole transformer, where methods could not do what they should.
+            AttachError: if another thread runs the attachment.
+        """
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if torch.compiler.is_compiling():
-            return self._traced(run, args, kwargs, inputs)
-        self._state.running = running_pipeline(self._state.transformer)
-        try:
-            return self._run(run, args, kwargs, inputs)
-        finally:
-            self._state.running = None
+            return self._traced(run_model, args, kwargs, inputs)
+        execution, state = self._execution, self._state
+        if is_inside_compiled():
+            self._require_traceable()
+        run, outer = current_run(state.transformer), state.running
+        with execution.threads.forward(state, run):
+            state.running = None if run is None else run.pipe
+            try:
+                return self._run(run_model, args, kwargs, inputs, run)
+            except BaseException:
+                if not state.nested:
+                    execution.state.broke_off()
+                raise
+            finally:
+                state.running = outer
 
     def _run(
-        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        of: PipelineRun | None,
     ) -> Any:
-        """Run the forward of a call outside graphs."""
+        """Run the forward of a call outside graphs, in the run of a pipeline or None."""
         execution, state = self._execution, self._state
         parallel = context_parallel(state.transformer)
         if parallel is not None and parallel is not self._parallel:
@@ -86,11 +120,9 @@ class Forward:
         if not state.branches:
             self.note_weights()
         training = torch.is_grad_enabled() and state.transformer.training
-        execution.state.forward(state, inputs.get(state.adapter.timestep), training)
-        if parallel is not None and self._agreed != execution.runs:
-            self._agreed = execution.runs
-            with naming_lost(state, parallel):
-                require_agreement(execution, state, parallel, made_tensor(inputs[state.adapter.latents]))
+        execution.state.forward(state, inputs, training, of)
+        if parallel is not None:
+            self._require_agreement(parallel, made_tensor(inputs[state.adapter.latents]))
 
         def innermost(**changed: Any) -> Any:
             if not changed:
@@ -104,6 +136,15 @@ class Forward:
         for function in self._functions:
             around = self._wrapped(function, inputs, around)
         return around()
+
+    def _require_agreement(self, parallel: Any, latents: torch.Tensor) -> None:
+        """Have the processes compare what they run: once a run; in training, of one forward each, once a shape."""
+        execution, state = self._execution, self._state
+        key = latents.shape if execution.state.training else execution.runs
+        if key not in self._agreed:
+            self._agreed = {one for one in self._agreed if isinstance(one, torch.Size)} | {key}
+            with naming_lost(state, parallel):
+                require_agreement(execution, state, parallel, latents)
 
     def _wrapped(
         self, function: AroundForward, inputs: Mapping[str, Any], run: Callable[..., Any]
@@ -197,17 +238,20 @@ class Forward:
         _uncount_skipped(execution, state, slot.reached)
         return out
 
+    def _require_traceable(self) -> None:
+        """Raise `ConfigError` where methods can't act, or are not told when to, inside compiled code."""
+        if not self.traceable:
+            raise ConfigError(INSIDE_COMPILED)
+        branches = self._state.branches
+        if self._execution.attention and not (branches and branches[-1].tells_step):
+            raise ConfigError(STEP_UNSEEN)
+
     def _traced(
         self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
     ) -> Any:
         """Run inside a graph of the whole transformer, where only the grid can be passed on."""
         slot, state = self._slot, self._state
-        if not self.traceable:
-            raise ConfigError(
-                "a method that runs around the forward or its blocks can't run inside torch.compile(transformer); for "
-                "one around the forward compile before attaching or use transformer.compile(), for one around blocks "
-                "use compile_repeated_blocks()"
-            )
+        self._require_traceable()
         slot.ulysses = state.ulysses = None
         slot.ring = state.ring = None
         grid = state.adapter.grid(self._config, inputs)

@@ -1,5 +1,6 @@
 """What a plan hands to the kernels: all of it, or only those rows that it does not reuse."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -70,8 +71,31 @@ def followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:
     return replace(plan, selection=replace(selection, routing=None, vote=None, routed=routed))
 
 
+def by_rows(plan: AttentionPlan, call: Call, out: Tensor) -> Iterator[tuple[AttentionPlan, Call]]:
+    """Yield the plan and call of the rows of the batch that follow one list of computed tokens, list by list.
+
+    Args:
+        plan: of the whole batch.
+        call: likewise.
+        out: [B, H, S, D], what is reused, to be written to; each plan holds its own rows of it.
+    """
+    reused, count = plan.reused, len(call.q)
+    assert reused is not None
+    lists = len(reused.rows)
+    if lists == 1:
+        yield replace(plan, reused=replace(reused, out=out)), call
+        return
+    for number, tokens in enumerate(reused.rows):
+        rows = slice(number, None, lists)
+        keys = None if reused.keys is None else reused.keys[number : number + 1]
+        own = replace(reused, rows=(tokens,), out=out[rows], keys=keys)
+        yield replace(plan.of_rows(rows, count, call.q.shape[1]), reused=own), call.of_rows(rows)
+
+
 def computed_rows(plan: AttentionPlan, call: Call) -> tuple[AttentionPlan, Call, Tensor]:
     """Return the smaller plan and call that compute only the rows that are not reused, and which tokens these are.
+
+    All rows of the batch follow one list of them, as those that `by_rows` yields.
 
     Without tiles it is a call of the same keys and fewer queries. With tiles every row of a tile that holds one of
     these tokens is computed, by that tile's own list, in the tiles' order. A routing's statistics leave out the key
@@ -79,20 +103,20 @@ def computed_rows(plan: AttentionPlan, call: Call) -> tuple[AttentionPlan, Call,
     """
     reused = plan.reused
     assert reused is not None
-    rows, mask = reused.rows, call.mask
+    (rows,), mask = reused.rows, call.mask
     if plan.tiles is None:
         if mask is not None and mask.ndim == 4 and mask.shape[2] > 1:
             mask = mask[:, :, rows]
         k, v = call.k, call.v
         if reused.keys is not None:
-            seen = reused.keys.nonzero()[:, 0]
+            seen = reused.keys[0].nonzero()[:, 0]
             k, v = k.index_select(2, seen), v.index_select(2, seen)
             mask = None if mask is None else mask[..., seen]
         small = replace(call, q=call.q.index_select(2, rows), k=k, v=v, mask=mask)
         if plan.frame_decay is None:
             return replace(plan, reused=None), small, rows
         decay = plan.frame_decay
-        k_frames = decay.k_frames if reused.keys is None else decay.k_frames[reused.keys]
+        k_frames = decay.k_frames if reused.keys is None else decay.k_frames[reused.keys[0]]
         decay = FrameDecay(table=decay.table, q_frames=decay.q_frames[rows], k_frames=k_frames)
         return replace(plan, reused=None, frame_decay=decay), small, rows
     return _tiled_rows(plan, call)
@@ -105,7 +129,7 @@ def _tiled_rows(plan: AttentionPlan, call: Call) -> tuple[AttentionPlan, Call, T
     tokens, size, device = call.tokens, tiles.block_q, call.q.device
     order = torch.arange(tokens, device=device) if order is None else order
     wanted = torch.zeros(tiles.query_tiles * size, dtype=torch.bool, device=device)
-    wanted[:tokens].index_put_((_places(order)[reused.rows],), torch.ones((), dtype=torch.bool, device=device))
+    wanted[:tokens].index_put_((_places(order)[reused.rows[0]],), torch.ones((), dtype=torch.bool, device=device))
     chosen = wanted.view(-1, size).any(1).nonzero()[:, 0]
     places = (chosen[:, None] * size + torch.arange(size, device=device)).flatten()
     rows = order[places[places < tokens]]

@@ -1,8 +1,8 @@
 """The transformers and attention layers of one attachment: what they are, and where in a forward they stand."""
 
 import contextlib
-import math
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..plan.layout import TokenLayout
+from .calls import Calls
 from .find import heads_of
 from .ring import Ring
 from .ulysses import Ulysses
@@ -56,13 +57,20 @@ class Branch:
 
     Attributes:
         name: such as ``cond``; a nested one's is ``cond/name``.
-        told: the pipeline told the step.
+        told: what else the context tells of the step, as diffusers' ``CacheContext`` names it.
         reopened: diffusers' own context of this branch, opened again after a nested one ended.
+        thread: the thread that opened it.
     """
 
     name: str
-    told: bool = False
+    told: Mapping[str, Any] = field(default_factory=dict)
     reopened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    thread: int = field(default_factory=threading.get_ident)
+
+    @property
+    def tells_step(self) -> bool:
+        """Whether the context tells the step."""
+        return "step_index" in self.told
 
 
 class TransformerState:
@@ -71,6 +79,7 @@ class TransformerState:
     Attributes:
         name: the pipeline's component name.
         transformer: the module.
+        part: what the pipeline calls: the transformer, or what ``torch.compile`` made of it.
         adapter: its adapter.
         layers: its attention layers that methods may change, in the adapter's order.
         branches: the denoising calls that are open, the innermost last.
@@ -78,9 +87,8 @@ class TransformerState:
         layout: of the running forward; None where it is not known.
         layouts: branch -> (layout, batch) of its last forward.
         batch: rows of the running forward, where it is observed.
-        timestep: the timestep of the last forward.
-        calls: forwards at that timestep, besides the first.
-        branches_a_step: forwards after which the same branch comes again at that timestep; None: it does not.
+        calls: number of the running forward among the calls that no context names.
+        calls_seen: what tells these apart.
         begun: a context told a step, but no forward was seen in it yet.
         weights: what acted on the transformer's weights in the last forward.
         ulysses: how the running forward is spread over processes; None: not by their heads.
@@ -88,9 +96,10 @@ class TransformerState:
         running: the pipeline in whose call the current forward runs; None: none, or no forward runs.
     """
 
-    def __init__(self, name: str, transformer: nn.Module, adapter: Adapter) -> None:
+    def __init__(self, name: str, transformer: nn.Module, adapter: Adapter, part: Any = None) -> None:
         self.name = name
         self.transformer: Any = transformer
+        self.part: Any = transformer if part is None else part
         self.adapter = adapter
         self.layers: list[AttentionLayer] = []
         self.branches: list[Branch] = []
@@ -98,9 +107,8 @@ class TransformerState:
         self.layout: TokenLayout | None = None
         self.layouts: dict[str, tuple[TokenLayout, int]] = {}
         self.batch: int | None = None
-        self.timestep = -math.inf
         self.calls = 0
-        self.branches_a_step: int | None = None
+        self.calls_seen = Calls()
         self.begun = False
         self.weights: Hashable = None
         self.ulysses: Ulysses | None = None
@@ -109,8 +117,19 @@ class TransformerState:
 
     @property
     def branch(self) -> str:
-        """Name of the running denoising call: as told, else by its place among those at one timestep."""
-        return self.branches[-1].name if self.branches else f"call {self.calls}"
+        """Name of the running denoising call: its context's, else the transformer's own prompt or a number."""
+        if self.branches:
+            return self.branches[-1].name
+        prompt = self.adapter.guidance.branch_of.get(self.name)
+        if prompt is None:
+            return f"call {self.calls}"
+        return f"{prompt} {self.calls}" if self.calls else prompt
+
+    def begin_run(self) -> None:
+        """Forget what belongs to the last generation."""
+        self.layouts.clear()
+        self.calls_seen.begin_run()
+        self.calls = 0
 
     def begin_forward(self, batch: int | None) -> None:
         """Note that a forward of ``batch`` rows (None: not known yet) begins: no layer has been called."""

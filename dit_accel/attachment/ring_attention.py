@@ -19,6 +19,7 @@ from ..plan.plan import AttentionPlan, ReusedRows
 from .backward import NO_TICKET
 from .execution import Execution
 from .kernel_call import computed_rows
+from .observed import PlannedCall
 
 
 def attend(
@@ -48,6 +49,7 @@ def attend(
         )
     call = call_of(q, k, v, mask, scale, execution.backend, tokens_first)
     q = call.q
+    given = call
     call = replace(call, q=q.new_zeros(()).expand(*q.shape[:2], call.tokens, q.shape[3]))
     context = execution._context(layer, call, grid, differentiate)
     handlers = execution.acting(context, layer.depth)
@@ -65,9 +67,12 @@ def attend(
         else:
             out = execution._run_dense(cut, small, layer)
         out = _finished(plan, call, q, ring.own, out)
+    planned = None
     if plan.led is not None:
         first, last = (int((ring.own < token).sum()) for token in (plan.led.tokens.start, plan.led.tokens.stop))
-        out = replace(plan.led, tokens=slice(first, last)).applied(out)
+        planned, out = out, replace(plan.led, tokens=slice(first, last)).applied(out)
+    if not dense:
+        execution.show(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, rows=ring.own))
     return call.as_held(out)[0], torch.tensor(NO_TICKET)
 
 
@@ -81,7 +86,7 @@ def _own_rows(plan: AttentionPlan, call: Call, q: Tensor, own: Tensor) -> tuple[
         own: int64 [S'], its tokens.
     """
     bare = replace(plan, row_override=None, identity_mix=None, identity_rows=None, only_values=False)
-    cut, small, rows = computed_rows(replace(bare, reused=ReusedRows(rows=own, out=q)), call)
+    cut, small, rows = computed_rows(replace(bare, reused=ReusedRows(rows=(own,), out=q)), call)
     place = torch.empty(call.tokens, dtype=torch.int64, device=q.device)
     place.index_copy_(0, rows, torch.arange(len(rows), device=q.device))
     at = place[own]

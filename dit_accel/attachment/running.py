@@ -1,6 +1,11 @@
 """The pipeline in whose call a forward runs, read off the call stack, since several may share a transformer."""
 
 import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,8 +17,43 @@ _PIPELINES = (
 """Where diffusers keeps the base classes of its pipelines; only looked up, never imported."""
 
 
-def running_pipeline(transformer: nn.Module) -> Any:
-    """Return the pipeline whose call is running and holds a transformer, or None: a loop written by hand runs it.
+@dataclass(frozen=True, slots=True, eq=False)
+class PipelineRun:
+    """One call of a pipeline, as the forwards inside it see it.
+
+    Attributes:
+        thread: the thread in which it runs.
+        frame: number of its stack frame, unique among those that exist at one time.
+    """
+
+    _pipe: Callable[[], Any]
+    _code: types.CodeType
+    thread: int
+    frame: int
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline; None where it is gone."""
+        return self._pipe()
+
+    def is_same(self, other: "PipelineRun | None") -> bool:
+        """Tell whether another one is the same call, of those that are still running."""
+        return (
+            other is not None and (self.thread, self.frame) == (other.thread, other.frame) and self.pipe is other.pipe
+        )
+
+    def goes_on(self) -> bool:
+        """Tell whether the call has not returned yet; its thread may be another one."""
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None:
+            if id(frame) == self.frame and frame.f_code is self._code:
+                return True
+            frame = frame.f_back
+        return False
+
+
+def current_run(transformer: nn.Module) -> PipelineRun | None:
+    """Return the call of a pipeline that is running and holds a transformer, or None: a loop written by hand runs it.
 
     diffusers does not tell a transformer who calls it, and any number of pipelines may share one
     (``Other(**pipe.components)``, ``from_pipe``), each with numbers of its own.
@@ -31,7 +71,7 @@ def running_pipeline(transformer: nn.Module) -> Any:
         if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
             owner = frame.f_locals.get("self")
             if isinstance(owner, kinds) and _holds(owner, transformer):
-                return owner
+                return PipelineRun(weakref.ref(owner), code, threading.get_ident(), id(frame))
         frame = frame.f_back
     return None
 

@@ -1,13 +1,17 @@
 """The one way in which a module's call is wrapped: before its hooks, offloading and compiled code, and undone exactly.
 
 ``nn.Module.__call__`` asks for ``_compiled_call_impl`` in the instance first, compiled or not. That name is torch's own
-affair, so nothing outside this file knows of it; copies and pickles of a module leave it out.
+affair, as is what it calls while it compiles, so nothing outside this file knows of them; copies and pickles of a
+module leave the wrapper out.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch._C._dynamo import eval_frame
 
 _NAME = "_compiled_call_impl"
 
@@ -63,8 +67,16 @@ def is_compiled(module: nn.Module) -> bool:
     return module.__dict__.get(_NAME) is not None
 
 
+def is_inside_compiled() -> bool:
+    """Tell whether compiled code calls the running one, which is itself no part of a graph."""
+    return callable(eval_frame.get_eval_frame_callback())
+
+
 class Shadow:
-    """A function that stands in for a method of one module; in copies and pickles it is the copy's own method again."""
+    """A function that stands in for a method of one module; in copies and pickles it is the copy's own method again.
+
+    Where the module's class has no such method, copies have a context that does nothing: `contextlib.nullcontext`.
+    """
 
     def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         self._module = module
@@ -76,7 +88,9 @@ class Shadow:
         return self._function(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return getattr, (self._module, self._name)
+        if hasattr(type(self._module), self._name):
+            return getattr, (self._module, self._name)
+        return functools.partial, (contextlib.nullcontext,)
 
 
 def shadow(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:

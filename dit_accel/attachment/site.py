@@ -80,8 +80,7 @@ class TransformerSite:
     @property
     def pipe(self) -> Any:
         """The pipeline that the methods are attached to, or None."""
-        pipeline = self._execution.state.pipeline
-        return None if pipeline is None else pipeline.pipe
+        return self._execution.state.pipe
 
     @property
     def running(self) -> Any:
@@ -93,6 +92,11 @@ class TransformerSite:
         """Index -> name of the attention modules that methods may change."""
         names = {id(module): name for name, module in self.transformer.named_modules()}
         return {layer.index: names[id(layer.module)] for layer in self._state.layers}
+
+    @property
+    def on_modules(self) -> bool:
+        """Whether methods run around blocks or modules inside the transformer."""
+        return bool(self.around or self._uncompiled)
 
     @property
     def compiled(self) -> bool:
@@ -186,7 +190,7 @@ class TransformerSite:
     def branch(self, name: str) -> Iterator[None]:
         """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
         state = self._state
-        with self._execution.state.nested(state, name) as full:
+        with _kept(self._slot, state), self._execution.state.nested(state, name) as full:
             if self._context is None:
                 yield
                 return
@@ -244,6 +248,22 @@ class TransformerSite:
             return result
 
         return around
+
+
+@contextlib.contextmanager
+def _kept(slot: Slot, state: TransformerState) -> Iterator[None]:
+    """Leave all that is known of the running forward as it is, whatever forwards run inside the block."""
+    of_slot = {**vars(slot), "reached": set(slot.reached)}
+    of_state = {name: getattr(state, name) for name in ("layout", "batch", "ulysses", "ring")}
+    of_layers = [(layer, layer.calls, layer.processor._dit_accel_sparse) for layer in state.layers]
+    try:
+        yield
+    finally:
+        vars(slot).update(of_slot)
+        for name, value in of_state.items():
+            setattr(state, name, value)
+        for layer, calls, sparse in of_layers:
+            layer.calls, layer.processor._dit_accel_sparse = calls, sparse
 
 
 def _refuse_compiled(*args: Any, **kwargs: Any) -> None:

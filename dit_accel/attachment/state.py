@@ -1,19 +1,24 @@
 """The denoising state of one attachment: which run, step and branch its transformers are in.
 
-It is updated by `cache_context` and before each forward, both outside what users compile. Pipelines that tell the step
-are believed; elsewhere it is inferred from the timesteps.
+It is updated by `cache_context` and before each forward, both outside what users compile. What a context tells is
+believed; the rest follows from the pipeline in whose call the forward runs. In a loop written by hand it follows from
+the timesteps, and from the scheduler of the pipeline that methods are attached to as long as it lists these.
 """
 
 import contextlib
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..plan.context import StepContext
+from .calls import Held, tensors_in, text_in
 from .layers import Branch, TransformerState
-from .steps import Pipeline, Timeline, noise_level, noisiest
+from .running import PipelineRun
+from .steps import Schedule, Timeline, noise_level, noisiest, timeline_of
 
 
 class DenoisingState:
@@ -22,31 +27,51 @@ class DenoisingState:
     Args:
         pipe: the pipeline, or None where methods are attached to a transformer alone.
         begin_run: called when a run begins: another generation, or a single forward in training.
+        drop: called where what methods learned may belong to another branch.
     """
 
-    def __init__(self, pipe: Any, begin_run: Callable[[], None]) -> None:
-        self.pipeline = None if pipe is None else Pipeline(pipe)
+    def __init__(self, pipe: Any, begin_run: Callable[[], None], drop: Callable[[], None]) -> None:
+        self._pipe = _reference(pipe)
         self._begin_run = begin_run
+        self._drop = drop
+        self._run: PipelineRun | None = None
+        self._timesteps = self._taken = _reference(None)  # the list of the last forward's scheduler; of a pipeline's
+        self._broken = self._warned = False
+        self._schedule: Schedule | None = None  # of a loop written by hand
         self._timeline = Timeline()
         self._timestep = -math.inf
         self._number = 0
+        self._steps_told: int | None = None
+        self._first: dict[tuple[str, str], Held] = {}  # latents of the first step of a loop written by hand
         self.step_index = 0
         self.num_inference_steps: int | None = None
         self.sigma: float | None = None
         self.training = False
 
-    def enter(self, state: TransformerState, name: str, told: Mapping[str, Any]) -> None:
-        """Note that the pipeline begins a denoising call: ``cache_context`` with what it tells."""
-        step = told.get("step_index")
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that methods are attached to; None where there is none, or it is gone."""
+        return self._pipe()
+
+    def enter(
+        self, state: TransformerState, name: str, told: Mapping[str, Any], run: PipelineRun | None = None
+    ) -> None:
+        """Note that a denoising call begins: ``cache_context`` with what it tells, in a pipeline's run or in none."""
+        told = {field: value for field, value in told.items() if value is not None}
         outer = state.branches[-1].name + "/" if state.nested else ""
-        state.branches.append(Branch(outer + name, told=step is not None))
+        state.branches.append(Branch(outer + name, told))
+        step, steps = told.get("step_index"), told.get("num_inference_steps")
         if step is None or state.nested:
             return
-        steps = told.get("num_inference_steps")
-        if self._run_begins() or self.training or step < self.step_index or steps != self.num_inference_steps:
-            self._start(steps)
+        if self._begins(run) or self.training or step < self.step_index or steps != self._steps_told:
+            self._start()
+            self._steps_told = steps
+            if run is not None:
+                self._timeline = timeline_of(run.pipe)
         self.training = False
-        self.step_index, self.sigma = step, told.get("sigma")
+        self.step_index = self._number = step
+        self.num_inference_steps = self._timeline.steps if steps is None else steps
+        self.sigma = told.get("sigma", None if run is None else noise_level(_scheduler(run.pipe)))
 
     def leave(self, state: TransformerState) -> None:
         """Note that the denoising call ended, or was aborted."""
@@ -55,41 +80,48 @@ class DenoisingState:
     @contextlib.contextmanager
     def nested(self, state: TransformerState, name: str) -> Iterator[str]:
         """Let what runs inside be a branch of its own within the running one, that advances no step; give its name."""
-        outer, batch, layout = state.branch, state.batch, state.layout
-        calls = [layer.calls for layer in state.layers]
-        state.branches.append(Branch(f"{outer}/{name}"))
+        state.branches.append(Branch(f"{state.branch}/{name}"))
         state.nested += 1
         try:
             yield state.branches[-1].name
         finally:
             state.nested -= 1
             state.branches.pop()
-            state.batch, state.layout = batch, layout
-            for layer, count in zip(state.layers, calls, strict=True):
-                layer.calls = count
 
-    def forward(self, state: TransformerState, timestep: Tensor | None, training: bool) -> None:
-        """Note that a forward begins, and infer its step where no context told it."""
-        if state.nested or (state.branches and state.branches[-1].told):
+    def forward(
+        self, state: TransformerState, inputs: Mapping[str, Any], training: bool, run: PipelineRun | None
+    ) -> None:
+        """Note that a forward begins, and infer of its step what no context told.
+
+        Args:
+            state: the transformer's.
+            inputs: the forward's, by name.
+            training: it belongs to no generation.
+            run: the call of a pipeline in which it runs, or None.
+        """
+        if state.nested:
             return
-        if training:
-            self._start(None)
-            self.training, self.sigma, state.calls = True, None, 0
+        told = state.branches[-1].told if state.branches else {}
+        if "step_index" not in told and training:
+            self._start()
+            self.training, self.sigma = True, None
             return
-        value = noisiest(timestep, state.adapter.rising_timesteps)
-        begins = self._run_begins()
-        if begins or self.training or timestep is None or value > self._timestep:
-            self._start(None)
-            self._timeline = self.pipeline.timeline() if self.pipeline else Timeline()
-            self.num_inference_steps = self._timeline.steps
-            state.timestep = math.nan  # a call at the last run's timestep is the first of this one all the same
-        elif value < self._timestep:
-            self._number += 1
-        self.training = False
-        self._timestep = value if timestep is not None else -math.inf
-        self.step_index = self._timeline.step_of(self._number)
-        self._count_call(state, value)
-        self.sigma = noise_level(self.pipeline.scheduler) if self.pipeline else None
+        given = inputs.get(state.adapter.timestep)
+        if "step_index" not in told:
+            self._infer(state, given, told, run)
+            if not state.branches:
+                number = state.calls_seen.number(self._timestep, text_in(state.adapter, inputs), self._timeline.repeats)
+                state.calls, lost = number
+                if lost:
+                    self._drop()
+        elif run is None and ("num_inference_steps" not in told or "sigma" not in told):
+            self._follow_by_hand(given, told, state.adapter.rising_timesteps)
+        if run is None:
+            self._look_for_another_begin(state, inputs)
+
+    def broke_off(self) -> None:
+        """Note that the run is over, whatever comes next: a forward raised, or a user said so."""
+        self._broken = True
 
     def context(self, state: TransformerState) -> StepContext:
         """Return where the denoising of one transformer stands."""
@@ -102,31 +134,110 @@ class DenoisingState:
             layout=state.layout,
             batch=state.batch,
             training=self.training,
-            told=bool(state.branches) and state.branches[-1].told,
+            told=bool(state.branches) and state.branches[-1].tells_step,
         )
 
-    def _count_call(self, state: TransformerState, timestep: float) -> None:
-        """Count a transformer's forwards at one timestep: without contexts, that tells the branches apart.
+    def _infer(
+        self, state: TransformerState, timestep: Tensor | None, told: Mapping[str, Any], run: PipelineRun | None
+    ) -> None:
+        """Infer the step from the timesteps; equal ones are calls of one step."""
+        value = noisiest(timestep, state.adapter.rising_timesteps)
+        begins = self._begins(run) or self.training or timestep is None or value > self._timestep
+        if begins:
+            self._start()
+        elif value < self._timestep:
+            self._number += 1
+        self.training = False
+        self._timestep = value if timestep is not None else -math.inf
+        if run is None:
+            self._follow_by_hand(timestep, told, state.adapter.rising_timesteps)
+            self.step_index = self._timeline.step_of(self._number)
+            return
+        if begins:
+            self._timeline = timeline_of(run.pipe)
+        self.num_inference_steps = told.get("num_inference_steps", self._timeline.steps)
+        self.step_index = self._timeline.step_of(self._number)
+        self.sigma = told.get("sigma", noise_level(_scheduler(run.pipe)))
 
-        Where the scheduler evaluates twice at a timestep, the first timestep of the run tells how many there are.
+    def _follow_by_hand(self, timestep: Tensor | None, told: Mapping[str, Any], rising: bool) -> None:
+        """Take what is not told of a loop written by hand from the attached pipeline's scheduler, if it is followed.
+
+        Its timesteps must be the loop's, one after the other, and not those of a pipeline's own run before.
         """
-        if timestep != state.timestep:
-            if self._number == 1 and self._timeline.repeats:
-                state.branches_a_step = state.calls + 1
-            elif self._number == 0:
-                state.branches_a_step = None
-            state.calls, state.timestep = 0, timestep
+        scheduler = _scheduler(self.pipe)
+        if self._number == 0 and self._schedule is None:
+            own = getattr(scheduler, "timesteps", None) is not self._taken()
+            self._schedule = Schedule(scheduler if own else None)
+        value, dtype, places = told.get("timestep"), None, None
+        if value is None and timestep is not None:
+            value, dtype = noisiest(timestep, rising) * (-1 if rising else 1), timestep.dtype
+        if value is not None and self._schedule is not None:
+            value = float(value.max() if isinstance(value, Tensor) else value)
+            places = self._schedule.follow(value, dtype, self._number)
+        found = None
+        if places is None or self._schedule is None:
+            self._schedule, self._timeline = Schedule(None), Timeline()
         else:
-            state.calls += 1
-            if state.branches_a_step is not None:
-                state.calls %= state.branches_a_step
+            self._timeline, found = self._schedule.timeline(places[0]), self._schedule.noise_level(places[1])
+        self.num_inference_steps = told.get("num_inference_steps", self._timeline.steps)
+        self.sigma = told.get("sigma", found)
 
-    def _run_begins(self) -> bool:
-        return self.pipeline is not None and self.pipeline.begins_run()
+    def _look_for_another_begin(self, state: TransformerState, inputs: Mapping[str, Any]) -> None:
+        """Find a loop written by hand that was broken off in its first step and begun again: its call comes twice.
 
-    def _start(self, steps: int | None) -> None:
+        Where contexts name the calls, each is one call a step. Without, equal prompts may be windows of a picture.
+        """
+        if self._number > 0:
+            self._first.clear()
+            return
+        latents = tensors_in(inputs[state.adapter.latents])
+        name = state.name, state.branch if state.branches else f"text {state.calls_seen.text}"
+        first = self._first.setdefault(name, Held(latents))
+        if first.is_unchanged_memory(latents) or first.has_values(latents):
+            return
+        if state.branches:
+            self._begin_run()
+            self._first = {name: Held(latents)}
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{state.name} ran twice in the first step of a loop, with one prompt and different latents; methods "
+                "take these for windows of one picture. If an earlier loop was broken off in its first step, call "
+                "attachment.reset() before the next one",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _begins(self, run: PipelineRun | None) -> bool:
+        """Tell whether another run began since this was last asked: another call of a pipeline, or other timesteps."""
+        pipe = self.pipe if run is None else run.pipe
+        timesteps = getattr(_scheduler(pipe), "timesteps", None)
+        new = timesteps is not None and timesteps is not self._timesteps()
+        if new:
+            self._timesteps = _reference(timesteps)
+        if run is not None:
+            self._taken = _reference(timesteps)
+        other = run is not self._run if run is None or self._run is None else not run.is_same(self._run)
+        self._run = run
+        broken, self._broken = self._broken and run is None, False
+        return new or other or broken
+
+    def _start(self) -> None:
         self._begin_run()
         self.step_index = self._number = 0
         self._timestep = -math.inf
-        self._timeline = Timeline()
-        self.num_inference_steps, self.training = steps, False
+        self._timeline, self._schedule, self._steps_told = Timeline(), None, None
+        self._first.clear()
+        self.num_inference_steps, self.training = None, False
+
+
+def _scheduler(pipe: Any) -> Any:
+    return getattr(pipe, "scheduler", None)
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    """Return what gives a value as long as others hold it; of what can't be held so, always."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value

@@ -1,11 +1,10 @@
 """Where the denoising stands, as far as timesteps and schedulers show it; for pipelines that don't tell it."""
 
 import math
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -23,10 +22,10 @@ def noisiest(timestep: Tensor | None, rising: bool) -> float:
 
 def noise_level(scheduler: Any) -> float | None:
     """Return the sigma of the step that a scheduler is about to take, or None where it does not tell."""
-    sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
+    index = getattr(scheduler, "step_index", None)
     if index is None:
         index = getattr(scheduler, "begin_index", None) or 0
-    return float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None
+    return _noise_level_at(scheduler, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,57 +48,92 @@ class Timeline:
         return (number + 1) // 2 if self.halves else number
 
 
+class Schedule:
+    """The timesteps that a scheduler has laid out, read off it once, and a run that may follow them.
+
+    Pipelines hand a model the timestep as the scheduler lists it, divided by the number of timesteps that the model was
+    trained on, or one of these two counted from the other end.
+
+    Args:
+        scheduler: the scheduler, or None.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        timesteps = getattr(scheduler, "timesteps", None)
+        values = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
+        self._values = [float(one) for one in values] if values is not None else []
+        config = getattr(scheduler, "config", None)
+        self._trained = float(getattr(config, "num_train_timesteps", None) or 1000)
+        self._starts: dict[tuple[float, float], int] = {}  # offset and factor of a timestep -> place of the run's first
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def timeline(self, start: int) -> Timeline:
+        """Return the steps of a run that begins at the timestep at this place, counted from 0."""
+        left, different = len(self._values[start:]), _different(self._values[start:])
+        halves = getattr(self._scheduler, "order", 1) == 2 and different == left > 1
+        return Timeline((different + 2) // 2 if halves else different, halves, repeats=different < left)
+
+    def noise_level(self, place: int) -> float | None:
+        """Return the sigma of the timestep at a place, or None where there is none."""
+        return _noise_level_at(self._scheduler, place)
+
+    def follow(self, timestep: float, dtype: torch.dtype | None, number: int) -> tuple[int, int] | None:
+        """Return at which places a run began and stands; None: it does not follow the list, one after the other.
+
+        A scheduler that was never told how many steps to take lists all that the model was trained on: no run's.
+
+        Args:
+            timestep: the noisiest one that a forward is given.
+            dtype: of the tensor that held it, which tells how it was rounded; None: it was in none.
+            number: which of the run's different timesteps it is, from 0.
+        """
+        if getattr(self._scheduler, "num_inference_steps", None) is None and len(self) == self._trained:
+            return None
+        whole = dtype is not None and not dtype.is_floating_point
+        epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
+        trained, found = self._trained, {}
+        scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
+        for offset, factor in scales:
+            far = [abs(offset + factor * one - timestep) for one in self._values]
+            start = far.index(min(far)) if number == 0 and far else self._starts.get((offset, factor), 0)
+            place = self._later(start, number)
+            allowed = abs(factor) * (trained * epsilon + (whole and abs(factor) == 1))
+            if place is not None and far[place] <= allowed:
+                found[offset, factor] = far[place] / allowed, start, place
+        self._starts = {scale: start for scale, (_, start, _) in found.items()}
+        return min(found.values())[1:] if found else None
+
+    def _later(self, start: int, number: int) -> int | None:
+        """Return the place of the ``number``-th different timestep after the one at a place, or None."""
+        for place in range(start, len(self)):
+            number -= place > start and self._values[place] != self._values[place - 1]
+            if number == 0:
+                return place
+        return None
+
+
 def timeline_of(pipe: Any) -> Timeline:
     """Return the steps of the run that a pipeline has begun.
 
     A run that starts in the middle (image to image, ``strength`` below 1) has the steps that are left.
     """
     scheduler = getattr(pipe, "scheduler", None)
-    timesteps = getattr(scheduler, "timesteps", None)
-    if timesteps is None or len(timesteps) == 0:
+    schedule = Schedule(scheduler)
+    if not len(schedule):
         return Timeline()
-    total = len(timesteps)
     left = getattr(pipe, "_num_timesteps", None)
-    if not isinstance(left, int) or not 0 < left <= total:
-        left = total - (getattr(scheduler, "begin_index", None) or 0)
-    values = timesteps[total - left :].detach().cpu() if isinstance(timesteps, Tensor) else timesteps[total - left :]
-    different = 1 + sum(float(a) != float(b) for a, b in zip(values[1:], values[:-1], strict=True))
-    halves = getattr(scheduler, "order", 1) == 2 and different == left > 1
-    return Timeline((different + 2) // 2 if halves else different, halves, repeats=different < left)
+    if not isinstance(left, int) or not 0 < left <= len(schedule):
+        left = len(schedule) - (getattr(scheduler, "begin_index", None) or 0)
+    return schedule.timeline(len(schedule) - left)
 
 
-class Pipeline:
-    """The pipeline that methods are attached to, held weakly and asked again at each run: its parts may be replaced."""
+def _different(values: list[float]) -> int:
+    return 1 + sum(a != b for a, b in zip(values[1:], values[:-1], strict=True)) if values else 0
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe: Callable[[], Any]
-        try:
-            self._pipe = weakref.ref(pipe)
-        except TypeError:  # a stand-in that holds components
-            self._pipe = lambda: pipe
-        self._timesteps: Callable[[], Any] = lambda: None
 
-    @property
-    def pipe(self) -> Any:
-        """The pipeline itself; None where it is gone."""
-        return self._pipe()
-
-    @property
-    def scheduler(self) -> Any:
-        """The scheduler that the pipeline has now, or None."""
-        return getattr(self._pipe(), "scheduler", None)
-
-    def begins_run(self) -> bool:
-        """Tell whether a run began since this was last asked: each run makes its timesteps anew."""
-        timesteps = getattr(self.scheduler, "timesteps", None)
-        if timesteps is None or timesteps is self._timesteps():
-            return False
-        try:
-            self._timesteps = weakref.ref(timesteps)
-        except TypeError:  # a list
-            self._timesteps = lambda: timesteps
-        return True
-
-    def timeline(self) -> Timeline:
-        """Return the steps of the run that has begun."""
-        return timeline_of(self._pipe())
+def _noise_level_at(scheduler: Any, index: int) -> float | None:
+    sigmas = getattr(scheduler, "sigmas", None)
+    return float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None

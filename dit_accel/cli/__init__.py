@@ -1,6 +1,6 @@
 """The command line: `dit-accel`. Nothing here imports torch or diffusers before a command needs it."""
 
-from .app import main
+from .app import main, run_alone
 from .method_options import MethodList, RunTable
 
-__all__ = ["MethodList", "RunTable", "main"]
+__all__ = ["MethodList", "RunTable", "main", "run_alone"]

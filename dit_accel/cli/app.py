@@ -4,9 +4,8 @@ import contextlib
 import copy
 import functools
 import inspect
-import signal
+import os
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,9 +17,11 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import ConfigError, DitAccelError, did_you_mean
+from ..files import no_room
 from . import registry
-from .console import print_error, warn
+from .console import TALK, flush, print_error, warn
 from .method_options import with_method_options
+from .stopping import Terminated, stoppable
 
 BUILT_IN = {
     "plan": (".plan", "Estimate density, FLOPs, memory and speed-up of a run; loads no weights."),
@@ -32,31 +33,12 @@ BUILT_IN = {
 }
 """Name of a built-in command -> its module, which loads torch, and its line in the help, which then need not."""
 
-INTERRUPTED, TERMINATED = 130, 143
-STOPPED_BY = {INTERRUPTED: "Ctrl-C", TERMINATED: "SIGTERM"}
-EPILOG = "Exit codes: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C, 143 stopped by SIGTERM."
+INTERRUPTED = 130
 
-
-class Terminated(BaseException):
-    """A SIGTERM arrived: everything cleans up as after Ctrl-C."""
-
-
-@contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Turn the first SIGTERM inside the block into `Terminated`; a second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+EPILOG = (
+    "Exit codes: 0 done, 1 failed while running, 2 bad input or a full disk, 130 stopped by Ctrl-C, 143 stopped by "
+    "SIGTERM."
+)
 
 
 @contextlib.contextmanager
@@ -117,22 +99,36 @@ class CommandGroup(TyperGroup):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
         self.show_traceback = False
+        run = functools.partial(super().main, *args, standalone_mode=False, **extra)
+        sys.exit(_outcome(run, lambda: self.show_traceback))
+
+
+def _outcome(run: Callable[[], Any], show_traceback: Callable[[], bool]) -> int:
+    """Run a command and return its exit code; an error, or a signal that stops it, is one line on stderr."""
+    with stoppable() as guard:
         try:
-            with sigterm_raises(), warnings_in_one_line():
-                code = super().main(*args, standalone_mode=False, **extra)
-        except Terminated:
-            code = TERMINATED
+            with warnings_in_one_line():
+                code = run()
+                flush()
+        except (Terminated, KeyboardInterrupt):
+            code = INTERRUPTED
         except Exception as error:
-            if self.show_traceback:
-                traceback.print_exc()
-            code = _exit_code(error)
-        if code in STOPPED_BY:
-            print_error(f"stopped by {STOPPED_BY[code]}; nothing half-written is left")
-        sys.exit(code if isinstance(code, int) else 0)
+            code = _exit_code(error, show_traceback()) if guard.number is None else INTERRUPTED
+        guard.settle()
+        if code == INTERRUPTED or guard.code is not None:
+            code = guard.code or INTERRUPTED
+            if not guard.said():
+                TALK.show_cursor()
+                print_error(guard.line)
+        return code if isinstance(code, int) else 0
 
 
-def _exit_code(error: Exception) -> int:
+def _exit_code(error: Exception, show_traceback: bool) -> int:
     """Print an error as one line and return its exit code."""
+    if show_traceback:
+        traceback.print_exception(error)
+    if no_room(error) and not isinstance(error, DitAccelError):
+        error = ConfigError(f"there is no space left on the disk: {error}; free some, and run the same again")
     usage = getattr(error, "format_message", None)  # Typer's own errors of usage
     if usage is None and not isinstance(error, DitAccelError):
         print_error(f"{type(error).__name__}: {error} (--traceback shows where)")
@@ -255,4 +251,28 @@ def start(
 
 def main() -> None:
     """Run the command line; the entry point of the `dit-accel` script."""
-    sys.exit(app())
+    _as_process(app)
+
+
+def run_alone(command: Callable[..., Any]) -> None:
+    """Run one function as a program of its own, with the options, errors, signals and exit codes of a command."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command()(_with_traceback(command))
+    built: Any = typer.main.get_command(single)
+    built.show_traceback = False
+    run = functools.partial(built.main, standalone_mode=False)
+    _as_process(lambda: sys.exit(_outcome(run, lambda: built.show_traceback)))
+
+
+def _as_process(run: Callable[[], Any]) -> None:
+    """Run what ends with `SystemExit`, and end the process with its code, whatever signals arrive meanwhile."""
+    with stoppable() as guard:
+        try:
+            run()
+        except SystemExit as ended:
+            code = ended.code
+        guard.ignore()
+        if guard.code is not None:  # all is cleaned up; what Python does at its end may take long
+            flush()
+            os._exit(guard.code)
+    sys.exit(code)

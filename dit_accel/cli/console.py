@@ -1,5 +1,9 @@
 """Where the command line writes: data to stdout, talk to stderr."""
 
+import contextlib
+import errno
+import os
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +22,23 @@ TALK = Console(stderr=True, highlight=False)
 def print_json(data: Any) -> None:
     """Print ``data`` as JSON on stdout, never wrapped or coloured; see `json_text`."""
     print(json_text(data))
+
+
+def flush() -> None:
+    """Write out what stdout still holds; if it can't be, drop it, so that Python's end does not fail by it again.
+
+    Raises:
+        SystemExit: with code 1 where the reader has gone, as after ``| head``.
+        OSError: for what else keeps it from being written, such as a full disk.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            raise SystemExit(1) from None
+        raise
 
 
 def note(text: str) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from ..adapters import registry
 from ..adapters.adapter import Adapter, Family
 from ..adapters.model_files import read_model_files
+from ..adapters.model_names import model_source
 from ..errors import ConfigError
 from ..estimate.beyond import advice, beyond_trained
 from ..estimate.estimate import KERNEL_COST, Estimate, estimate
@@ -23,7 +24,10 @@ def plan(
         str | None, typer.Option(help="A model family that `dit-accel models` lists.", metavar="NAME")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A hub id or a folder; only its configs are read.", metavar="ID|FOLDER")
+        str | None,
+        typer.Option(
+            help="A hub id, a folder or an embedded model; only its configs are read.", metavar="ID|FOLDER|NAME"
+        ),
     ] = None,
     height: Size = None,
     width: Size = None,
@@ -77,7 +81,7 @@ def _find(family: str | None, model: str | None) -> tuple[Adapter, Family, Mappi
     if family and model:
         raise ConfigError(f"plan takes --family or --model, got both ({family} and {model}); leave one out")
     if model:
-        files = read_model_files(model)
+        files = read_model_files(model_source(model))
         return *files.identify(), files.transformer
     if not family:
         raise ConfigError("plan needs a model, got none; give --family (`dit-accel models` lists them) or --model")

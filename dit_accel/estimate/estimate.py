@@ -21,7 +21,7 @@ from ..methods.saving import Saving
 from ..plan.layout import TokenLayout
 from ..plan.tiling import TILE
 from .beyond import beyond_trained
-from .sizes import rounded_frames, token_layout
+from .sizes import check_steps, rounded_frames, token_layout
 from .tiles import TilesLeft, tiles_left
 
 KERNEL_COST = 1.15
@@ -295,8 +295,7 @@ def estimate(
     """
     height, width = height or family.height, width or family.width
     steps = family.num_inference_steps if num_inference_steps is None else num_inference_steps
-    if steps < 1:
-        raise ConfigError(f"num_inference_steps must be >= 1, got {steps}")
+    check_steps(steps)
     if not 0 < kernel_cost < 1000:
         raise ConfigError(
             f"kernel_cost must be above 0 and below 1000, got {kernel_cost}; 1 is as efficient as the dense kernel"

@@ -1,12 +1,13 @@
 """Method configs: their common base and the checks of their values' types."""
 
 import dataclasses
+import functools
 import json
 import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,8 @@ class MethodConfig:
     model is another type, the method's settings; where nothing is left to fill in, the config itself.
 
     Raises:
-        ConfigError: for a value of another type than the field's annotation, or a number that is not finite.
+        ConfigError: for an option that there is not, a value of another type than the field's annotation, or a number
+            that is not finite.
     """
 
     name: ClassVar[str]
@@ -29,6 +31,11 @@ class MethodConfig:
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """What an option is where neither the user nor the model's recipe sets it; no other option may be in a recipe."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super(MethodConfig, cls).__init_subclass__(**options)
+        if "__init__" in vars(cls):  # the slotted class, which a dataclass makes of the one that was written
+            cls.__init__ = _naming_the_unknown(cls.__init__)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -81,6 +88,20 @@ class MethodConfig:
     def tile_order(self) -> str | None:
         """Return the order of tokens in tiles that the method wants, ``raster`` or ``tiles``; None: any."""
         return None
+
+
+def _naming_the_unknown(init: Callable[..., None]) -> Callable[..., None]:
+    """Return a config's ``__init__`` that says which option was meant, instead of Python's TypeError."""
+
+    @functools.wraps(init)
+    def checked(self: MethodConfig, *args: Any, **given: Any) -> None:
+        known = [field.name for field in dataclasses.fields(self)]
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"{type(self).__name__} has no option {key!r}; {did_you_mean(key, known)}")
+        init(self, *args, **given)
+
+    return checked
 
 
 def plain_fields(of: Any) -> dict[str, Any]:

@@ -1,17 +1,12 @@
 """Method configs as TOML, one table per method, with what a run may set besides; and single values of commands."""
 
-import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
 from .config import MethodConfig, from_dict
 from .registry import method
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 VERSION = 1
 

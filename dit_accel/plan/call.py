@@ -51,6 +51,13 @@ class Call:
         """Return the call with other keys."""
         return self if k is self.k else replace(self, k=k)
 
+    def of_rows(self, rows: slice) -> "Call":
+        """Return the call of some rows of the batch."""
+        mask = self.mask
+        if mask is not None and mask.ndim > 1 and len(mask) == len(self.q) > 1:
+            mask = mask[rows]
+        return replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows], mask=mask)
+
     def as_held(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return [B, H, S, D] tensors as the model holds its own: views."""
         return tuple(x.transpose(1, 2) for x in tensors) if self.tokens_first else tensors

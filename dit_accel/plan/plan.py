@@ -33,13 +33,13 @@ class ReusedRows:
     """Query rows that are not computed: they keep what an earlier call gave.
 
     Attributes:
-        rows: int64 [G], rising: the token indices that are computed. Where the plan has tiles, every row of a tile that
-            holds one of them is.
+        rows: N lists int64 [G], rising: the token indices that are computed; row b of the batch follows list b % N.
+            Where the plan has tiles, every row of a tile that holds one of them is.
         out: [B, H, S, D], the output that the others keep.
-        keys: bool [S], the keys that computed rows see; None: all.
+        keys: bool [N, S], the keys that computed rows see; None: all.
     """
 
-    rows: Tensor
+    rows: tuple[Tensor, ...]
     out: Tensor
     keys: Tensor | None = None
 
@@ -255,6 +255,30 @@ class AttentionPlan:
                     f"the plan asks for {what}, which takes all rows, and some are to be left out; attach one method"
                 )
         return replace(self, reused=reused)
+
+    def of_rows(self, rows: slice, batch: int, heads: int) -> "AttentionPlan":
+        """Return the plan of some rows of the batch, without what it reuses or leads.
+
+        Args:
+            rows: which.
+            batch: B, rows of the call that the plan is for.
+            heads: H.
+        """
+        tiles, selection, parts = self.tiles, self.selection, {}
+        if tiles is not None and batch > 1 and tiles.groups == batch * heads:
+            states = tiles.states().unflatten(0, (batch, heads))[rows].flatten(0, 1)
+            parts["tiles"] = TileLists.from_states(
+                states, block_q=tiles.block_q, block_k=tiles.block_k, num_q=tiles.num_q, num_k=tiles.num_k
+            )
+        if selection is not None:
+            bits = {name: getattr(selection, name) for name in ("keep", "routed")}
+            bits = {name: None if x is None else x[rows].contiguous() for name, x in bits.items()}
+            parts["selection"] = replace(selection, **bits)
+        for name in ("key_mean", "head_scale", "identity_mix"):
+            value = getattr(self, name)
+            if value is not None and value.ndim > 1 and len(value) == batch:
+                parts[name] = value[rows]
+        return replace(self, **parts, reused=None, led=None)
 
     def lead(self, led: LedRows) -> "AttentionPlan":
         """Return the plan with rows of the batch led away from others.

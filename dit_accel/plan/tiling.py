@@ -95,13 +95,7 @@ def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int
         block: tokens of a tile.
         device: where the lists are wanted.
     """
-    count = -(-layout.tokens // block)
-    states = np.full((count, count), EXACT, np.uint8)
-    states[: len(kept), : len(kept)] = np.where(kept, EXACT, POOLED if pooled else SKIPPED)
-    if layout.tokens > layout.visual_tokens:
-        text = layout.visual_tokens // block
-        states[text:] = EXACT
-        states[:, text:] = EXACT
+    states = _visual_states(kept, pooled, layout, block)
     # Lists made in inference mode could not serve a training run later.
     with torch.inference_mode(False):
         lists = TileLists.from_states(
@@ -110,9 +104,39 @@ def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int
         return lists.to(device)
 
 
+def _visual_states(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int) -> np.ndarray:
+    """Return what becomes of every tile, uint8 [NQ, NK]; for the arguments see `visual_lists`."""
+    count = -(-layout.tokens // block)
+    states = np.full((count, count), EXACT, np.uint8)
+    states[: len(kept), : len(kept)] = np.where(kept, EXACT, POOLED if pooled else SKIPPED)
+    if layout.tokens > layout.visual_tokens:
+        text = layout.visual_tokens // block
+        states[text:] = EXACT
+        states[:, text:] = EXACT
+    return states
+
+
+def visual_lists_bytes(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int) -> int:
+    """Return the bytes of the lists that `visual_lists` makes: int32, an entry a tile and one a row and more."""
+    states = _visual_states(kept, pooled, layout, block)
+    rows, exact, pools = len(states) + 1, int((states == EXACT).sum()), int((states == POOLED).sum())
+    return 4 * (rows + exact + (rows + pools if pools else 0))
+
+
+def full_lists_bytes(layout: TokenLayout, block: int) -> int:
+    """Return the bytes of the lists of all tiles, as `Tiling.full` gives them."""
+    count = -(-layout.tokens // block)
+    return 4 * (count + 1 + count * count)
+
+
 def bitmap_bytes(tiles: int, heads: int, batch: int) -> int:
     """Return the bytes of one module's bitmap over N x N tiles: int32 [B, H, N, ceil(N / 32)]."""
     return 4 * batch * heads * tiles * -(-tiles // 32)
+
+
+def pinned_bytes(layout: TokenLayout, block: int) -> int:
+    """Return the bytes of what `pinned_bits` gives."""
+    return bitmap_bytes(-(-layout.tokens // block), 1, 1)
 
 
 @lru_cache(maxsize=32)

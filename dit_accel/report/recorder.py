@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from dit_accel_kernels import count_bits
+from dit_accel_kernels import count_bits, torch_way
 from torch import Tensor
 
 from ..plan.context import CallContext
@@ -44,6 +44,7 @@ class Recorder:
         self.forwards: dict[tuple[str, int, str], Forward] = {}
         self.notes: list[str] = []
         self.backends: set[str] = set()
+        self.torch_ways: set[str] = set()
         self.seen: set[int] = set()
         self.forwards_run = 0
 
@@ -53,9 +54,16 @@ class Recorder:
         return any(entry.calls for entry in self.forwards.values())
 
     def spell_backend(self, asked: str) -> str:
-        """Return the backend asked for and, once a planned call ran, what it resolved to."""
+        """Return the backend asked for and, once a planned call ran, what it resolved to and how torch computed."""
         used = ", ".join(sorted(self.backends))
-        return f"{asked} ({used})" if used and used != asked else asked
+        spelled = f"{asked} ({used})" if used and used != asked else asked
+        return "; ".join([spelled, *(f"torch: {way}" for way in sorted(self.torch_ways))])
+
+    def ran_by(self, backend: str, q: Tensor) -> None:
+        """Keep which backend ran a planned call."""
+        self.backends.add(backend)
+        if backend == "torch":
+            self.torch_ways.add(torch_way(q.device, q.dtype))
 
     def note(self, text: str) -> None:
         """Keep a remark for the report, once."""

@@ -63,7 +63,8 @@ class Report:
 
     Attributes:
         methods: method name -> its options, every recipe value filled in.
-        backend: the kernel backend asked for, and what ``auto`` chose.
+        backend: the kernel backend asked for, what ``auto`` chose, and how the torch backend computed: by its compiled
+            loop, or else why not.
         model: component name -> adapter and family.
         steps: one entry per denoising call, in the order of the run.
         notes: remarks of the methods, such as a sequence too short to gain.
@@ -141,7 +142,7 @@ class Report:
         lines += [f"{component}: {what}" for component, what in self.model.items()]
         lines.append(f"backend: {self.backend}")
         if not self.steps:
-            return "\n".join([*lines, "nothing has run yet"])
+            return "\n".join([*lines, "nothing has run yet", *self.notes])
         dense = sum(step.dense_layers for step in self.steps)
         sparse = sum(step.sparse_layers for step in self.steps)
         lines.append(f"attention calls: {dense} dense, {sparse} sparse; density {self.density:.3f} over the run")

@@ -77,13 +77,13 @@ def _of_patches(clean: Tensor, grid: tuple[int, int, int]) -> Tensor | None:
 
 
 def motion(clean: Tensor) -> Tensor:
-    """Return how far each token is from its place's median over the frames, [F, Y, X], mean over the batch.
+    """Return how far each token is from its place's median over the frames, [B, F, Y, X].
 
     Args:
         clean: `predicted`, [B, F, Y, X, C]. Where something passes for less than half of the frames, the median is what
             lies behind it.
     """
-    return (clean - clean.median(1, keepdim=True).values).square().mean(-1).sqrt().mean(0)
+    return (clean - clean.median(1, keepdim=True).values).square().mean(-1).sqrt()
 
 
 def otsu(values: Tensor) -> Tensor:
@@ -105,6 +105,6 @@ def otsu(values: Tensor) -> Tensor:
 
 
 def foreground(clean: Tensor) -> Tensor:
-    """Return the tokens that move, bool [F, Y, X], of a prediction [B, F, Y, X, C] of several frames."""
-    moved = motion(clean)
+    """Return the tokens that move, bool [F, Y, X], in the mean over one prompt's predictions [B, F, Y, X, C]."""
+    moved = motion(clean).mean(0)
     return moved > otsu(moved)

@@ -1,30 +1,9 @@
-"""Guidance: when it acts, what a perturbed prediction adds to the conditional one, and NAG's mix in attention."""
+"""Guidance: what a perturbed prediction adds to the conditional one, and NAG's mix in attention."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-_SLACK = 1e-9
-"""So that .07 x 100 is 7."""
-
-
-def window(start: float, stop: float, steps: int) -> range:
-    """Return the steps of a run that lie in a window, never none.
-
-    Args:
-        start: share of the run at which the window begins; the step that holds it is in.
-        stop: share at which it ends, above ``start``.
-        steps: steps of the run.
-    """
-    first = min(math.floor(start * steps + _SLACK), steps - 1)
-    return range(first, max(math.ceil(stop * steps - _SLACK), first + 1))
-
-
-def is_short(start: float, stop: float, steps: int) -> bool:
-    """Tell whether a window is shorter than one step of the run, so that it acts for longer than was asked."""
-    return (stop - start) * steps < 1 - _SLACK
 
 
 def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -> Tensor:

@@ -18,7 +18,7 @@ from ..methods.caches.mag import MagCache
 from ..methods.caches.static import StaticCache
 from ..methods.caches.tea import TeaCache
 from .recording import require, require_same
-from .tiny_models import STEPS, Case, rows_of, wide_inputs
+from .tiny_models import STEPS, Case, wide_inputs
 
 ALWAYS = 1e9
 """A threshold below which everything lies."""
@@ -68,7 +68,7 @@ def caches_for(case: Case) -> dict[str, CacheCase]:
             name in adapter.refused
             or (tried.runs_first and adapter.blocks == ())
             or (isinstance(tried.active, TeaCache) and adapter.signal is None)
-            or (tried.counted and not hasattr(case.transformer, "cache_context"))
+            or (tried.counted and not hasattr(case.model.transformer, "cache_context"))
         )
         if not lacking:
             possible[name] = tried
@@ -142,7 +142,7 @@ def _check_rows(case: Case) -> None:
     with attach(wide, StaticCache(every=2, warmup_steps=0, last_steps=0)):
         batched = case.run_after(1, both, branch="cond_uncond", transformer=wide)
         for row, branch in enumerate(("uncond", "cond")):
-            alone = case.run_after(1, rows_of(both, row, 2), branch=branch, transformer=wide)
+            alone = case.run_after(1, case.row(both, row), branch=branch, transformer=wide)
             require_same(batched[row : row + 1], alone, f"row {row} of a batch's forecast differs from its own")
 
 

@@ -19,7 +19,7 @@ from ..methods.guidance.softpag import SoftPAG
 from .block_checks import Block, replaced
 from .recording import WIDE, RecordedCall, recorded, require, require_same, require_within_rounding
 from .reference import attention
-from .tiny_models import Case, rows_of, wide_inputs
+from .tiny_models import Case, wide_inputs
 
 LAYER = 1
 
@@ -70,14 +70,12 @@ def _require_negative_text(case: Case) -> None:
     if case.model.max_batch < 2:
         return
     both = wide_inputs(case.inputs(2))
-    latents = both[case.adapter.latents]
-    both[case.adapter.latents] = torch.cat([latents[:1], latents[:1]])
     at = 0 if case.adapter.guidance.first_rows == "cond" else 1
     untouched = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, away, backend="reference"):
         together = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, away, backend="reference"):
-        alone = case.run(rows_of(both, at, 2), transformer=wide)
+        alone = case.run(case.row(both, at), transformer=wide)
     require_same(together[at : at + 1], alone, "a negative text in one call and in two differ")
     require_same(together[1 - at : 2 - at], untouched[1 - at : 2 - at], "a negative text moves unconditional rows")
 
@@ -168,18 +166,13 @@ def _require_batches(case: Case) -> None:
     if case.model.max_batch < 2:
         return
     both = wide_inputs(case.inputs(2))
-    latents = both[case.adapter.latents]
-    if isinstance(latents, Tensor):
-        both[case.adapter.latents] = torch.cat([latents[:1], latents[:1]])
-    else:
-        both[case.adapter.latents] = [latents[0], latents[0]]
     wide, at = case.wide(), 0 if case.adapter.guidance.first_rows == "cond" else 1
     config = SoftPAG(heads=f"L{LAYER}", u=0.5, scale=2.0, share_prefix=False)
     plain = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, config, backend="reference"):
         together = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, config, backend="reference"):
-        alone = case.run(rows_of(both, at, 2), transformer=wide)
+        alone = case.run(case.row(both, at), transformer=wide)
     require_same(together[at : at + 1], alone, "guidance in one call and in two differ")
     other = together[1 - at : 2 - at] - plain[1 - at : 2 - at]
     require_same(plain[at : at + 1] + other, alone, "the unconditional rows get something else than the conditional")

@@ -10,7 +10,7 @@ from ..attachment.attachment import Attachment, Backend, attach
 from ..methods.base import Place
 from .method_cases import MethodCase, apart, cases_for, configs_of, warm_of
 from .recording import recorded, require, require_as_planned, require_same, require_text_exact
-from .tiny_models import Case, rows_of, wide_inputs
+from .tiny_models import Case, wide_inputs
 
 
 def check_active(case: Case) -> str | None:
@@ -64,7 +64,7 @@ def _require_rows_alone(
     with attach(wide, *methods, backend=backend):
         batched = case.run_after(warm, both, branch="cond_uncond", transformer=wide)
         for row, branch in enumerate(("uncond", "cond")):
-            alone = case.run_after(warm, rows_of(both, row, 2), branch=branch, transformer=wide)
+            alone = case.run_after(warm, case.row(both, row), branch=branch, transformer=wide)
             require_same(batched[row : row + 1], alone, f"{methods} row {row} of a batch differs from itself alone")
 
 

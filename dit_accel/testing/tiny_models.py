@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, Grid
 from ..adapters.rope import GIVEN, VISUAL_AXES, Axis, Rope, rope_of
 from ..errors import ConfigError
+from ..methods.guidance.rows import rows_of
 from .recording import WIDE, require
 
 STEPS = 8
@@ -96,6 +97,11 @@ class Case:
         latents = inputs[self.adapter.latents]
         return latents if isinstance(latents, Tensor) else latents[-1]
 
+    def row(self, inputs: Mapping[str, Any], row: int) -> dict[str, Any]:
+        """One row of a batch's inputs."""
+        batch = len(inputs[self.adapter.latents])
+        return rows_of(inputs, slice(row, row + 1), batch, self.adapter)
+
     def with_latents(self, inputs: Mapping[str, Any], latents: Tensor) -> dict[str, Any]:
         """The inputs with other latents."""
         old = inputs[self.adapter.latents]
@@ -134,9 +140,11 @@ class Case:
         """One forward, as a pipeline makes it; its video."""
         transformer = transformer or self.transformer
         inputs, context = dict(inputs), contextlib.nullcontext()
-        if hasattr(transformer, "cache_context"):
+        if hasattr(self.model.transformer, "cache_context"):
             context = transformer.cache_context(branch, step_index=step, num_inference_steps=STEPS)
         else:  # the step is told by the timestep alone
+            if hasattr(transformer, "cache_context"):  # methods are attached
+                context = transformer.cache_context(branch)
             time = inputs[self.adapter.timestep]
             sign = 1 if self.adapter.rising_timesteps else -1
             inputs[self.adapter.timestep] = (time.double() * (1 + sign * step / 100)).to(time.dtype)
@@ -156,17 +164,6 @@ def require_patterns_match(adapter: Adapter, cases: Sequence[Case]) -> None:
         for pattern in patterns:
             text = f"{part}_attention {pattern!r} matches no attention module of any tiny model"
             require(bool(fnmatch.filter(names, pattern)), f"adapter {adapter.name!r}: check 'places' failed: {text}")
-
-
-def rows_of(value: Any, row: int, batch: int) -> Any:
-    """Take one row of tensors, and of lists that have one entry per row."""
-    if isinstance(value, Tensor):
-        return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: rows_of(x, row, batch) for name, x in value.items()}
-    if isinstance(value, list):
-        return value[row : row + 1] if len(value) == batch else [rows_of(x, row, batch) for x in value]
-    return value
 
 
 def wide_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

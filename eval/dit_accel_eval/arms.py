@@ -11,6 +11,7 @@ from dit_accel_pipelines.solvers import BEST, SOLVERS
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
+from dit_accel.estimate.sizes import check_steps
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.caches.native_limits import CONFIGS
 from dit_accel.methods.config import MethodConfig, from_dict
@@ -121,6 +122,7 @@ def _arms(values: Mapping[str, Any], path: Path) -> list[Arm]:
     if not several or any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in several):
         raise ConfigError(f"{where} has num_inference_steps = {steps}; give one or several whole numbers from 1")
     try:
+        check_steps(max(several))
         methods = tuple(
             one for key, value in tables.items()
             for one in (_natives(value) if key == NATIVE else [from_dict(method(key), value)])
@@ -134,13 +136,28 @@ def _arms(values: Mapping[str, Any], path: Path) -> list[Arm]:
     for count in several:
         full = f"{name} {count}" if isinstance(steps, list) else name
         arm = Arm(name=full, num_inference_steps=count, methods=methods, **plain)
-        if arm.is_dense != _is_dense_name(full) or (arm.is_dense and full != dense_arm(count).name):
-            raise ConfigError(
-                f"{where} is called {full!r}, but dense runs of {BEST}, and they alone, are called '{BEST} STEPS'; "
-                "rename it"
-            )
+        _check_name(full, arm, where)
         arms.append(arm)
     return arms
+
+
+def _check_name(full: str, arm: Arm, where: str) -> None:
+    """Refuse a dense run of the best solver that has a name of its own, and another arm that has such a run's name.
+
+    These runs are what all arms are held against, and are found again by their names.
+    """
+    dense = dense_arm(arm.num_inference_steps).name
+    if arm.is_dense and full != dense:
+        raise ConfigError(
+            f"{where} has no method, and {BEST} (the default) as its solver: a plain run, of the kind that all arms "
+            f"are compared with and that is found by its name; call it {dense!r}, or leave it out: what is needed of "
+            "them is made by itself"
+        )
+    if not arm.is_dense and _is_dense_name(full):
+        raise ConfigError(
+            f"{where} is called {full!r}, a name for runs of {BEST} without a method, which other arms are compared "
+            "with; give it another name"
+        )
 
 
 def _solver(plain: Mapping[str, Any]) -> dict[str, Any]:

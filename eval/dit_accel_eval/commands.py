@@ -9,6 +9,7 @@ from dit_accel_pipelines.options import RUN, Device, Json, Offload
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
+from dit_accel.cli.stopping import keeps
 
 from .vbench.command import evaluate
 
@@ -106,6 +107,7 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
 
     quiet = quiet or not Ranks().first
     wanted = clips_of(job.suite, clips)
+    keeps(f"what has run stands in {job.out}, and the same command goes on there")
     with SuiteProgress(job.suite, wanted, quiet=quiet) as watch:
         told = dataclasses.replace(job, talk=job.talk and not quiet)
         stopped = run(told, wanted, workers=workers, watch=watch)

@@ -4,19 +4,16 @@ Arms are held against converged runs, or judged by themselves where the suite na
 on where it stopped. The protocol is in eval/README.md.
 """
 
+import contextlib
 import functools
 import json
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import active_children, get_context, parent_process
 
-import torch
 from dit_accel_pipelines.ranks import Ranks
 from dit_accel_pipelines.request import Dtype
 from dit_accel_pipelines.solvers import BEST
+from dit_accel_pipelines.threads import threads
 
 from dit_accel import ConfigError
 
@@ -26,16 +23,14 @@ from .clips import OwnClips
 from .comparison import rival_steps
 from .embedded import EmbeddedModel
 from .given import GivenModel, Machine
-from .job import Job, prepare
+from .job import Job, prepared
 from .measuring import converged_line, judged_line, lacks_metrics
 from .model import SuiteModel
+from .pool import run_beside
 from .reference import AGREE, Reference, converged
 from .results import Line, append_line, latest, read_lines, write_lines
 from .runner import Runner
 from .suite import Suite
-
-LOOK = 1.0
-"""Seconds between two looks at what the processes have made."""
 
 EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", "kept", "kept_reference")
 """What a line keeps if its run is made anew for something else that it lacked."""
@@ -60,13 +55,20 @@ def run(
 
     Raises:
         ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
+        Busy: if another run writes to it.
     """
     ranks = Ranks()
     if ranks.count > 1 and (workers > 1 or job.timed):
         asked = "--time" if job.timed else f"--workers {workers}"
         raise ConfigError(f"accelerate launch started {ranks.count} processes, got {asked} besides; leave one out")
-    if ranks.first:
-        prepare(job)
+    with prepared(job) if ranks.first else contextlib.nullcontext():
+        return _run(job, clips, ranks, workers, watch)
+
+
+def _run(
+    job: Job, clips: Sequence[int], ranks: Ranks, workers: int, watch: Callable[[Sequence[Line]], None] | None
+) -> str | None:
+    """Make what the file lacks, once the first process has checked it."""
     ranks.wait()
 
     def look() -> None:
@@ -94,23 +96,10 @@ def run(
 def _run_beside(
     job: Job, clips: Sequence[int], workers: int, budget: Budget | None, look: Callable[[], None]
 ) -> str | None:
-    """Run clips in processes; what stops this one, Ctrl-C among it, ends them at once."""
-    others, stopped = set(active_children()), None
-    context, given = get_context("spawn"), (job, budget)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=given) as pool:
-        try:
-            pending = {pool.submit(_run_there, clip) for clip in clips}
-            while pending:
-                done, pending = wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED)
-                for one in done:
-                    stopped = stopped or one.result()
-                look()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in set(active_children()) - others:
-                process.terminate()
-            raise
-    return stopped
+    """Run clips in processes, and return why one of them stopped before all was made."""
+    stopped: list[str | None] = []
+    run_beside(_run_there, clips, workers, stopped.append, begin=_begin, given=(job, budget), look=look)
+    return next(filter(None, stopped), None)
 
 
 _there: list[tuple[Job, Runner]] = []
@@ -118,7 +107,6 @@ _there: list[tuple[Job, Runner]] = []
 
 
 def _begin(job: Job, budget: Budget | None) -> None:
-    end_with_parent()
     _there.append((job, _runner(job, budget)))
 
 
@@ -132,13 +120,6 @@ def _runner(job: Job, budget: Budget | None) -> Runner:
     return Runner(lambda: _load(job), budget, warmup=suite.warmup, repeats=suite.repeats)
 
 
-def end_with_parent() -> None:
-    """End this process when the one that started it ends, however that does; else it would go on with its clip."""
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def run_clip(job: Job, clip: int, model: Runner, look: Callable[[], None] = lambda: None) -> str | None:
     """Run what one clip lacks: arms first, then the dense runs between which each is held; ``look`` follows each.
 
@@ -148,8 +129,11 @@ def run_clip(job: Job, clip: int, model: Runner, look: Callable[[], None] = lamb
     known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
     if not any(_lacking(job, known)):
         return None
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+    with threads(job.threads):
+        return _run_arms(job, clip, model, known, look)
+
+
+def _run_arms(job: Job, clip: int, model: Runner, known: dict[str, Line], look: Callable[[], None]) -> str | None:
     try:
         if job.timed:
             model.run(clip, steps=1, solver=BEST)  # warms up
@@ -182,7 +166,7 @@ def _line(job: Job, model: Runner, arm: Arm, clip: int, reference: Reference | N
 
 def _told(line: Line) -> str:
     if "psnr" in line:
-        return f"{line['psnr']:.1f} dB at {line['work_real']:.1f} steps' work"
+        return f"{line['psnr']:.1f} dB at {line['work']:.1f} steps' work"
     return f"score {line['score']:.0%}"
 
 

@@ -10,8 +10,6 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,9 @@ from dit_accel import ConfigError
 from dit_accel.cli.console import TALK
 from dit_accel.files import written_whole
 
-from .compare import end_with_parent
 from .counting import Counts
 from .embedded import EmbeddedModel
+from .pool import run_beside
 from .reference import MOST, Reference, converged, run_setting
 
 SHIPPED = Path(__file__).with_name("demo_references.npz")
@@ -52,16 +50,15 @@ def references(
     if lacking:
         make = functools.partial(_converge, tuple(asked), cache, most)
         workers = min(len(lacking), os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
-            for seed, _ in zip(lacking, pool.map(make, lacking), strict=True):
-                TALK.print(f"seed {seed}: converged")
+        run_beside(make, lacking, workers, lambda seed: TALK.print(f"seed {seed}: converged"))
     return [found.get(seed) or converged(model, seed, cache, most=most) for seed in range(seeds)]
 
 
-def _converge(asked: Sequence[Any], cache: Path, most: int, seed: int) -> None:
-    """Make a seed's dense runs in a process of its own; they are kept on disk by their hash."""
+def _converge(asked: Sequence[Any], cache: Path, most: int, seed: int) -> int:
+    """Make a seed's dense runs in a process of its own, kept on disk by their hash; returns the seed."""
     torch.set_num_threads(1)
     converged(EmbeddedModel(*asked), seed, cache, most=most)
+    return seed
 
 
 def write(path: Path, model: EmbeddedModel, found: Sequence[Reference]) -> None:

@@ -139,7 +139,10 @@ def method_of(name: str) -> MethodConfig | None:
     kind, _, rest = name.partition(" ")
     if kind in ("pag", "slg"):
         layer, scale = rest.split()
-        kinds = {"pag": PAG(layers=layer, scale=float(scale)), "slg": SLG(layers=layer, scale=float(scale), stop=1.0)}
+        kinds = {
+            "pag": PAG(layers=layer, scale=float(scale)),
+            "slg": SLG(layers=layer, scale=float(scale), start=0.0, stop=1.0),
+        }
         return kinds[kind]
     return SoftPAG(heads=tuple(name.split("+")), u=1.0)
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,6 @@ from .metrics.motion import motion
 from .metrics.sharpness import sharpness
 from .paired import paired_cell
 from .results import Line, append_line, check_lines, latest, read_lines, write_lines
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 VERSION = 1
 TURN = 20

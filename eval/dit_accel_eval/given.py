@@ -11,12 +11,13 @@ from typing import Any
 from dit_accel_pipelines.loading import load_pipeline, pick_device
 from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.quiet import quiet_diffusers
-from dit_accel_pipelines.request import OFFLOADS, Dtype, model_source
+from dit_accel_pipelines.request import OFFLOADS, Dtype
 from dit_accel_pipelines.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
+from dit_accel.adapters.model_names import model_source
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
 from .clips import OwnClips

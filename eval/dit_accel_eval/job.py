@@ -1,6 +1,7 @@
 """A suite to be run: where its lines go, what each of them must say, and what can be refused before anything runs."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from dit_accel_pipelines.solvers import BEST
 
 from dit_accel import ConfigError
 from dit_accel.adapters.model_files import read_model_files
-from dit_accel.files import check_writable
+from dit_accel.files import check_writable, held
 
 from .arms import Arm
 from .embedded import check_name, settled_call, weights_hash
@@ -111,11 +112,13 @@ def arm_setting(suite: Suite, arm: Arm) -> Line:
     return {**arm.to_dict(), "call": settled_call(suite.model, {**suite.call, **arm.call})}
 
 
-def prepare(job: Job) -> None:
-    """Check what can be checked beforehand, and leave the file without a last line that was cut off.
+@contextlib.contextmanager
+def prepared(job: Job) -> Iterator[None]:
+    """Check what can be checked beforehand, and hold the file, without a last line that was cut off, for the block.
 
     Raises:
         ConfigError: for a suite that can't run so, or a file that can't be written or holds results of another.
+        Busy: if another run writes to the file.
     """
     _check_model(job.suite)
     _check_kind(job)
@@ -123,6 +126,12 @@ def prepare(job: Job) -> None:
         if folder is not None:
             _make_folder(folder, what)
     check_writable(job.out, "results")
+    with held(job.out, "the results file"):
+        _check_file(job)
+        yield
+
+
+def _check_file(job: Job) -> None:
     known = read_lines(job.out)
     arms = {arm.name: arm_setting(job.suite, arm) for arm in job.suite.arms}
     check_lines(job.out, known, setting_of(job.suite, job.machine), arms)

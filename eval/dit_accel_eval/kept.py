@@ -61,7 +61,7 @@ def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:
     info.add_itxt(_KEY, json.dumps({"frames": len(frames), "made_by": dict(made_by)}, sort_keys=True))
     with told_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with told_full(path), written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         strip = frames.reshape(-1, *frames.shape[2:])
         Image.fromarray(strip).save(temporary, format="png", pnginfo=info, optimize=True)
 

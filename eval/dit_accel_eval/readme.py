@@ -15,7 +15,7 @@ from .block_choices import choices, scores_of, whole
 from .block_choices import table as choices_table
 from .budgets import table as budgets_table
 from .call_error import table as calls_table
-from .demo import told as demo_told
+from .demo_comparison import told as demo_told
 from .denoising_time import table as times_table
 from .dropped_mass import table as masses_table
 from .every_set import Judged, Setting

@@ -83,7 +83,7 @@ def dense_run(model: SuiteModel | Runner, clip: int, steps: int, cache: Path) ->
         meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
         with told_full(path):
             cache.mkdir(parents=True, exist_ok=True)
-        with told_full(path), written_whole(path) as temporary:
+        with written_whole(path) as temporary:
             np.savez(temporary, frames=made.frames.astype(np.float16), meta=json.dumps(meta))
     return _read(path, setting)
 

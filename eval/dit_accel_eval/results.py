@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel import ConfigError
-from dit_accel.files import written_whole
+from dit_accel.files import no_space, written_whole
 
 from .clips import OwnClips
 
@@ -69,10 +69,7 @@ def told_full(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            f"{path} can't be written ({error.strerror or error}); free some space, or name another folder, and run "
-            "the same again: what was written before it is whole"
-        ) from None
+        raise no_space(path, error.strerror or error) from None
 
 
 def write_lines(path: Path, lines: Iterable[Line]) -> None:
@@ -81,7 +78,7 @@ def write_lines(path: Path, lines: Iterable[Line]) -> None:
     Raises:
         ConfigError: if it can't be written, as on a full disk; the file is as it was.
     """
-    with told_full(path), written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,6 @@ from .arms import Arm, check_kinds, read_arms
 from .budget import Budget, read_budget
 from .clips import OwnClips
 from .metrics.registry import check_names
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SUITE_VERSION = 2
 

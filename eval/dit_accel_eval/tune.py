@@ -1,5 +1,6 @@
 """The commands of `dit-accel tune`: each has options of its own, and those that all share."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from dit_accel_pipelines.options import RUN, Backend, Device, Dtype, Guidance, J
 
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
+from dit_accel.cli.stopping import keeps
 from dit_accel.errors import ConfigError
+from dit_accel.files import held
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.ranks import Ranks
@@ -111,6 +114,7 @@ def _run(
 ) -> None:
     """Tune, and show what was found."""
     from dit_accel_pipelines.progress import Stages
+    from dit_accel_pipelines.threads import one_thread
 
     from .tuning import tuning_request
 
@@ -119,8 +123,11 @@ def _run(
     if tuner.spreads:
         options["ranks"] = ranks
     request = tuning_request(prompts=prompts, methods=tuple(methods), **of_request)
-    with Stages(quiet=quiet or not ranks.first) as stages:
-        file = output or Path(f"{tuner.name}{tuner.suffix}")
+    file = output or Path(f"{tuner.name}{tuner.suffix}")
+    alone = held(file, "tune's output") if ranks.first else contextlib.nullcontext()
+    small = one_thread(embedded=request.embedded is not None)
+    with alone, small, Stages(quiet=quiet or not ranks.first) as stages:
+        keeps(f"what was measured is kept beside {file}, and the same command goes on from there")
         tuned = tuner.load()(request, file, stages=stages, **options)
     if not ranks.first:
         return
@@ -153,16 +160,18 @@ def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, m
     Raises:
         ConfigError: for both ways of giving them, a name that can be no model's, or a model that has none of its own.
     """
-    from dit_accel_pipelines.request import embedded_name, model_source, read_prompts
+    from dit_accel_pipelines.request import EMBEDDED, embedded_name, read_prompts
+
+    from dit_accel.adapters.model_names import model_source
 
     from .tuning import embedded_prompts
 
+    model_source(model or EMBEDDED)  # first of all, a misspelt name is told as such
     if prompt and prompt_file is not None:
         raise ConfigError("tune takes --prompt or --prompt-file, got both; give one of them")
     given = tuple(prompt or ()) or (read_prompts(prompt_file) if prompt_file is not None else ())
     if given:
         return given
-    model_source(model)  # a misspelt name has no prompts either, and is told as such
     name = embedded_name(model)
     if name is None:
         raise ConfigError(f"tune has no prompts of its own for {model}; give some with --prompt or --prompt-file")

@@ -29,7 +29,6 @@ from .job import SCALES, Job, call_of
 from .pipeline_search import Point, Prompts, Search, Target, read_target, split
 from .plots import draw
 from .reference import default_cache
-from .results import told_full
 from .schedulers import OWN
 from .suite import Suite, read_suite
 from .tune_space import default_space, guided_space, space_of
@@ -229,7 +228,7 @@ def _write(output: Path, arm: Arm) -> None:
         run_table["guidance_scale"] = arm.call["guidance_scale"]
     if arm.flow_shift is not None:
         run_table["flow_shift"] = arm.flow_shift
-    with told_full(output), written_whole(output) as temporary:
+    with written_whole(output) as temporary:
         temporary.write_text(
             f"# {arm.name}, by dit-accel tune pipeline\n{to_toml(arm.methods, run_table)}", encoding="utf-8"
         )

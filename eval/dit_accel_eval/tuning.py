@@ -12,8 +12,6 @@ from dit_accel_pipelines.request import EMBEDDED, Request
 from dit_accel.errors import ConfigError
 from dit_accel.files import check_writable, written_whole
 
-from .results import told_full
-
 VERSION = 1
 FIRST_PROMPT = 64
 
@@ -53,7 +51,7 @@ class Progress(Generic[Part]):
         """Note a part, and write what is done."""
         self.done.append(part)
         parts = [self._to_plain(one) for one in self.done]
-        with told_full(self._path), written_whole(self._path) as temporary:
+        with written_whole(self._path) as temporary:
             content = {"version": VERSION, "settings": self._settings, "prompts": parts}
             temporary.write_text(json.dumps(content), encoding="utf-8")
 

@@ -9,7 +9,9 @@ from dit_accel_kernels.api import (
 from dit_accel_kernels.backends.cpu import predicted_speedup
 from dit_accel_kernels.backends.fa4.support import missing_requirement as fa4_requirement
 from dit_accel_kernels.backends.flex import missing_requirement as flex_requirement
+from dit_accel_kernels.backends.torch.fused import way as torch_way
 from dit_accel_kernels.backends.triton.support import missing_requirement as triton_requirement
+from dit_accel_kernels.cache import release_captured
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay
 from dit_accel_kernels.masses import tile_gaps, tile_masses
@@ -20,6 +22,6 @@ from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
 __all__ = [
     "BACKENDS", "EXACT", "POOLED", "SKIPPED", "BackendUnavailableError", "FrameDecay", "Routing", "Selection",
     "TileLists", "Vote", "block_sparse_attention", "block_sparse_attention_backward", "block_sparse_attention_eager",
-    "count_bits", "fa4_requirement", "flex_requirement", "pack_bits", "predicted_speedup", "resolve_backend",
-    "tile_gaps", "tile_masses", "triton_requirement", "unpack_bits",
+    "count_bits", "fa4_requirement", "flex_requirement", "pack_bits", "predicted_speedup", "release_captured",
+    "resolve_backend", "tile_gaps", "tile_masses", "torch_way", "triton_requirement", "unpack_bits",
 ]  # fmt: skip

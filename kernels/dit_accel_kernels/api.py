@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -26,6 +25,7 @@ from dit_accel_kernels.problem import Problem, lists_of
 from dit_accel_kernels.selection import Selection
 from dit_accel_kernels.states import resolved
 from dit_accel_kernels.tiles import TileLists
+from dit_accel_kernels.values import check_values
 
 TRITON_GRADIENTS = ("triton", "fa4")  # backends whose backward is triton's, from the LSE of their forward
 
@@ -52,14 +52,15 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
 
-    Shapes, dtypes and devices are checked in every call, the values of the lists only where the environment variable
-    DIT_ACCEL_VALIDATE is 1: that reads them back from the device.
+    Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
+    they change, elsewhere only with the environment variable DIT_ACCEL_VALIDATE=1: that reads them back from the device.
 
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
             backends.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
-        v: like k. Valid keys and values are finite: those of skipped tiles weigh nothing, and 0 times NaN is NaN.
+        v: like k. NaN and infinity in q, k or v reach every row that sees them, as in dense attention; on the triton
+            and reference backends other rows of that head too. What a mask leaves out may hold anything.
         tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
         layout: "bshd" or "bhsd", of q, k, v and the output.
         scale: logit scale; 1 / sqrt(D) by default.
@@ -67,8 +68,7 @@ def block_sparse_attention(
         key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
         key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
         frame_decay: logit decay by frame distance, see FrameDecay.
-        token_order: int64 [S], position in the tiled order -> token index in the tensors (S_q = S_k); output in the
-            caller's order.
+        token_order: int64 [S], position in the tiled order -> token index (S_q = S_k); output in the caller's order.
         identity_mix: float [H] or [B, H] in [0, 1], output = (1 - w) * attention + w * V for each head (S_q = S_k).
         identity_rows: bool [S], the tokens that identity_mix touches; all by default.
         selection: which tiles of the exact list stay exact in this call (keep bits, routing), and whether its tiles
@@ -219,8 +219,7 @@ def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_forward` of a batch that is there."""
     problem = problem_of(call)
     axis, name = 1 if call.heads_first else 2, _backend(call, problem)
-    if os.environ.get("DIT_ACCEL_VALIDATE") == "1":
-        lists_of(problem).validate()
+    check_values(problem)
     if name == "triton":
         out, lse, exact, kept = _triton().attend(problem, need_lse=call.return_lse)  # rows stay in the caller's order
     elif name == "fa4":
@@ -238,7 +237,7 @@ def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w = mix_weight(call, out.dtype)
     if w is not None:
         v = call.v.repeat_interleave(call.q.shape[axis] // call.v.shape[axis], axis)
-        out = torch.lerp(out, v, w.expand_as(out))
+        out = torch.where(w == 0, out, torch.lerp(out, v, w.expand_as(out)))  # 0 times inf is not 0
     none = call.q.new_empty(0, dtype=torch.int32)
     exact = exact if call.return_tiles and exact is not None else none
     return out.contiguous(), lse.contiguous(), exact, none.clone() if kept is None else kept
@@ -285,6 +284,7 @@ def _gradients(
 ) -> list[Tensor]:
     """`_backward` of a batch that is there."""
     problem = _without_vote(problem_of(call))
+    check_values(problem)
     w = mix_weight(call, grad_out.dtype)
     grad_mixed = None
     if w is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 Derived = TypeVar("Derived")
-_ATTRIBUTE = "_dit_accel_derived"
-_CAPTURED: dict[int, tuple[Any, ...]] = {}  # what captured graphs read must not move or go
+Version = tuple[int, int, int]
+_ATTRIBUTE, _WRITES, _COPIED = "_dit_accel_derived", "_dit_accel_writes", "_dit_accel_copied"  # of a storage
+_CAPTURED: dict[int, tuple[_Entry, list[Tensor]]] = {}  # what captured graphs read must not move or go
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +23,11 @@ class _Entry:
 
     value: Any
     storages: tuple[weakref.ref[torch.UntypedStorage], ...]
-    versions: tuple[int, ...]
+    versions: tuple[Version, ...]
     stream: Any
     event: Any
 
-    def fits(self, storages: list[torch.UntypedStorage], versions: tuple[int, ...]) -> bool:
+    def fits(self, storages: list[torch.UntypedStorage], versions: tuple[Version, ...]) -> bool:
         return self.versions == versions and all(a() is b for a, b in zip(self.storages, storages, strict=True))
 
     def hand_over(self, stream: Any) -> None:
@@ -40,8 +42,14 @@ class StorageCache(Generic[Derived]):
     """Values derived from tensors, kept on the storage of the first of them; nothing is ever evicted.
 
     A storage rather than a Python object holds them: compiled graphs hand over aliases. A value counts while all its
-    tensors live and none was written to. Nothing is kept of inference tensors, whose writes nobody counts, nor while a
-    stream captures, since memory is then the graph's. A stream other than the one that made a value waits for it.
+    tensors live and none was written to: torch counts its own writes, on a CPU the tensors are also compared with
+    copies of what they held, and elsewhere `changed` must tell of writes by kernels that torch knows nothing of.
+    Nothing is kept of inference tensors, whose writes nobody counts, nor while a stream captures, since memory is then
+    the graph's. A stream other than the one that made a value waits for it.
+
+    A capture takes the value that is there, and its graph's replays go on with it, whatever happens to the tensors: it
+    is kept for good, until `release_captured`. Replays run no Python, so nothing can look there; a later call outside
+    the graph that finds the tensors changed warns.
     """
 
     def get(
@@ -66,7 +74,7 @@ class StorageCache(Generic[Derived]):
         graph = capturing(device)
         if any(x.is_inference() for x in here) or (graph and loose):
             return _built(build)
-        storages, versions = [x.untyped_storage() for x in here], tuple(x._version for x in here)
+        storages, versions = [x.untyped_storage() for x in here], tuple(map(_version, here))
         entries: dict[tuple, _Entry] = storages[0].__dict__.setdefault(_ATTRIBUTE, {})
         shape = tuple(None if x is None else (x.storage_offset(), x.shape, x.stride()) for x in (*parts, *loose))
         place = (self, key, tuple(map(id, storages)), shape)
@@ -77,6 +85,8 @@ class StorageCache(Generic[Derived]):
             else:
                 found.hand_over(current_stream(device))
             return found.value
+        if id(found) in _CAPTURED:
+            _warn_of_graphs()
         value = _built(build)
         if not graph:
             stream = current_stream(device)
@@ -97,14 +107,65 @@ def _built(build: Callable[[], Derived]) -> Derived:
         return build()
 
 
+def _version(x: Tensor) -> Version:
+    """What changes with a tensor's values: torch's count of writes, the writes told of, and those seen on a CPU."""
+    storage = x.untyped_storage().__dict__
+    told = storage.get(_WRITES, 0)
+    if not readable(x.device):
+        return x._version, told, 0
+    copies: dict[tuple, tuple[int, Tensor]] = storage.setdefault(_COPIED, {})
+    place = (x.storage_offset(), x.shape, x.stride())
+    seen, copy = copies.get(place, (0, None))
+    if copy is None or not torch.equal(x, copy):
+        seen += 1
+        copies[place] = (seen, x.detach().clone())
+    return x._version, told, seen
+
+
+def readable(device: torch.device) -> bool:
+    """Whether the values of a device's tensors can be read without waiting for it."""
+    return device.type == "cpu"
+
+
+def changed(tensors: Iterable[Tensor | None]) -> None:
+    """Tell that tensors were written to in a way that torch doesn't count: what was derived from them is made anew."""
+    for x in tensors:
+        if x is None:
+            continue
+        storage = x.untyped_storage()
+        storage.__dict__[_WRITES] = storage.__dict__.get(_WRITES, 0) + 1
+        if any(y.untyped_storage() is storage for _, here in _CAPTURED.values() for y in here):
+            _warn_of_graphs()
+
+
+def release_captured() -> None:
+    """Let go of everything that is kept for captured CUDA graphs: for when none of these graphs is replayed again.
+
+    Nothing tells when a graph is gone. Until this is called, each set of lists that was captured stays on the device,
+    with what was derived from it.
+    """
+    _CAPTURED.clear()
+
+
+def _warn_of_graphs() -> None:
+    warnings.warn(
+        "tile lists or frames that a captured CUDA graph reads were written to: its replays go on with what was made "
+        "of their old values; capture the graph again",
+        stacklevel=2,
+    )
+
+
 def capturing(device: torch.device) -> bool:
     """Whether what this thread launches on a device is recorded for a graph instead of run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def current_stream(device: torch.device) -> Any:
-    """The stream that work on a device goes to now; None on a CPU."""
-    return None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
+    """The stream that work on a device goes to now; None where a device has none, such as a CPU or MPS."""
+    if device.type in ("cpu", "meta"):
+        return None
+    ask = getattr(torch.get_device_module(device), "current_stream", None)
+    return None if ask is None else ask(device)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

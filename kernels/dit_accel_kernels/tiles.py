@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.cache import StorageCache, count_writes
+from dit_accel_kernels.cache import StorageCache, changed, count_writes
 
 SKIPPED, POOLED, EXACT = 0, 1, 2
 
@@ -39,8 +39,14 @@ class TileLists:
     `exact_offsets` and `pooled_offsets` are int32 [G, NQ + 1], absolute positions in `exact_indices` and
     `pooled_indices` (int32 [nnz], ascending within a row). `num_q` and `num_k` count tokens. Creation checks shapes and
     dtypes only and never reads the values (no device sync); `validate` reads them. Raises ValueError or TypeError where
-    the parts don't fit. What backends derive from lists lives as long as these tensors do: keep lists that a captured
-    graph reads. Tensors made under `torch.inference_mode` are copied, since nothing could tell that they changed.
+    the parts don't fit. Tensors made under `torch.inference_mode` are copied, since nothing could tell that they
+    changed.
+
+    What backends derive from lists lives as long as these tensors do. Writes by torch's own operations are followed,
+    and on a CPU all others too. On a GPU, kernels of one's own (Triton, CUDA, CuPy) write unseen: call `changed` after
+    them. A captured CUDA graph goes on with the lists as they were at its capture, whatever is written to them between
+    replays, also by `copy_`: capture it again. Lists that were captured stay in memory until
+    `dit_accel_kernels.release_captured()`.
     """
 
     block_q: int
@@ -148,7 +154,7 @@ class TileLists:
         """The same lists on `device`, copied once; the same object if they are there already."""
         device = torch.device(device)
         if device.index is None and device.type not in ("cpu", "meta"):
-            device = torch.device(device.type, torch.get_device_module(device).current_device())
+            device = torch.empty(0, device=device).device  # "cuda" is the current one of them
         if device == self.device:
             return self
         parts = {name: getattr(self, name) for name in _PARTS}
@@ -169,8 +175,19 @@ class TileLists:
                 states.view(-1)[_flat_rows(offsets, indices.numel()) * self.key_tiles + indices] = value
         return states
 
+    def changed(self) -> None:
+        """Tell that the lists were written to by a kernel that torch knows nothing of; see above."""
+        changed(getattr(self, name) for name in _PARTS)
+
     def validate(self) -> TileLists:
-        """Read every value: offsets rise to nnz, indices ascend in range, no tile is exact and pooled; returns self."""
+        """Read every value: offsets rise to nnz, indices ascend in range, no tile is exact and pooled; returns self.
+
+        Calls on a CPU do this by themselves, once until the lists change; elsewhere they do where the environment
+        variable DIT_ACCEL_VALIDATE is 1, each time, since it waits for the device.
+
+        Raises:
+            ValueError: values that don't fit, with their place and what they may be.
+        """
         _check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
             _check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
@@ -179,7 +196,9 @@ class TileLists:
             both = exact[torch.isin(exact, pooled)]
             if both.numel():
                 row, tile = divmod(int(both[0]), self.key_tiles)
-                raise ValueError(f"a tile is exact or pooled, not both: found tile {tile} twice in query tile {row}")
+                raise ValueError(
+                    f"a tile is exact or pooled, not both: found tile {tile} twice {_spelled(row, self.exact_offsets)}"
+                )
         return self
 
 
@@ -224,9 +243,25 @@ def _check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> No
         raise ValueError(f"{name}_offsets are absolute: every list set must start where the one before ends")
     if indices.numel() == 0:
         return
-    low, high = int(indices.min()), int(indices.max())
+    rows = _flat_rows(offsets, indices.numel())
+    low, high = map(int, indices.aminmax())
     if low < 0 or high >= tiles:
-        raise ValueError(f"{name}_indices must lie in 0..{tiles - 1}, found {low if low < 0 else high}")
-    keys = _flat_rows(offsets, indices.numel()) * tiles + indices
-    if bool((keys[1:] <= keys[:-1]).any()):
-        raise ValueError(f"{name}_indices must ascend strictly in every query tile: sort them and remove repeats")
+        place = int(((indices < 0) | (indices >= tiles)).nonzero()[0])
+        raise ValueError(
+            f"{name}_indices must lie in 0..{tiles - 1} (NK = {tiles} key tiles), found {int(indices[place])} at place "
+            f"{place}, {_spelled(rows[place], offsets)}"
+        )
+    keys = rows * tiles + indices
+    repeats = keys[1:] <= keys[:-1]
+    if bool(repeats.any()):
+        place = int(repeats.nonzero()[0]) + 1
+        raise ValueError(
+            f"{name}_indices must ascend strictly in every query tile, found {int(indices[place])} after "
+            f"{int(indices[place - 1])} at place {place}, {_spelled(rows[place], offsets)}: sort them, remove repeats"
+        )
+
+
+def _spelled(row: Tensor | int, offsets: Tensor) -> str:
+    """A row of lists in words."""
+    group, tile = divmod(int(row), offsets.shape[1] - 1)
+    return f"in query tile {tile} of list set {group}"

@@ -5,6 +5,7 @@ from functools import partial
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.sizes import read_sizes
@@ -12,6 +13,7 @@ from dit_accel.adapters.sizes import read_sizes
 ALLEGRO = Adapter(
     name="allegro",
     transformers=("AllegroTransformer3DModel",),
+    guidance=Guidance(together=("AllegroPipeline",), rows={"image_rotary_emb": None}),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     sizes=partial(read_sizes, mlp_ratio=4.0),

@@ -5,6 +5,7 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
 
@@ -23,6 +24,7 @@ ANYFLOW_14B = replace(
 ANYFLOW = Adapter(
     name="anyflow",
     transformers=("AnyFlowTransformer3DModel",),
+    guidance=Guidance(together=("AnyFlowPipeline",)),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
     cross_attention=TEXT_WAN,

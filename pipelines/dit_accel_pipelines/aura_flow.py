@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.sizes import read_sizes
 
@@ -38,6 +39,7 @@ def behind_registers(config: Any, inputs: Mapping[str, Any]) -> Grid:
 AURA_FLOW = Adapter(
     name="aura-flow",
     transformers=("AuraFlowTransformer2DModel",),
+    guidance=Guidance(together=("AuraFlowPipeline",)),
     self_attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     blocks=(
         BlockList(pattern="joint_transformer_blocks.*", takes=JOINT, gives=(1, 0)),

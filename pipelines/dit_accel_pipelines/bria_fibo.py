@@ -9,6 +9,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import read_once
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
@@ -48,6 +49,7 @@ BRIA_FIBO = replace(
     FLUX,
     name="bria-fibo",
     transformers=("BriaFiboTransformer2DModel",),
+    guidance=Guidance(together=("BriaFiboPipeline", "BriaFiboEditPipeline"), rows={"txt_ids": None, "img_ids": None}),
     blocks=(
         BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
         BlockList(pattern="single_transformer_blocks.*", joined=True),
@@ -59,6 +61,7 @@ BRIA_FIBO = replace(
 BRIA_FIBO_2 = Adapter(
     name="bria-fibo-2",
     transformers=("BriaFibo2Transformer2DModel",),
+    guidance=Guidance(in_turn=("BriaFibo2Pipeline",)),
     self_attention=("layers.*.attention",),
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
     sizes=gated_sizes,

@@ -8,6 +8,7 @@ text is not hidden then, and planned calls refuse the mask. ``encode_prompt`` an
 from dataclasses import replace
 
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 
 from .flux import FLUX, FLUX_DEV
 
@@ -15,6 +16,10 @@ CHROMA = replace(
     FLUX,
     name="chroma",
     transformers=("ChromaTransformer2DModel",),
+    guidance=Guidance(
+        in_turn=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+        rows={"txt_ids": None, "img_ids": None},
+    ),
     blocks=(
         BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
         BlockList(pattern="single_transformer_blocks.*", joined=True),

@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import cogvideox_lengths, eighths
@@ -85,6 +86,7 @@ def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
 COGVIDEOX = Adapter(
     name="cogvideox",
     transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+    guidance=Guidance(together=("ConsisIDPipeline",), rows={"image_rotary_emb": None}),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),

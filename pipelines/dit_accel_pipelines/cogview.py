@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import even
@@ -58,6 +59,7 @@ def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
 COGVIEW = Adapter(
     name="cogview",
     transformers=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
+    guidance=Guidance(together=("CogView3PlusPipeline",), in_turn=("CogView4ControlPipeline",)),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
@@ -79,6 +81,7 @@ GLM_IMAGE = replace(
     COGVIEW,
     name="glm-image",
     transformers=("GlmImageTransformer2DModel",),
+    guidance=Guidance(in_turn=("GlmImagePipeline",)),
     grid=with_cached_references,
     rope=Rope(
         owner="rope",

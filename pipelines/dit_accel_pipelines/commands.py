@@ -8,6 +8,7 @@ import typer
 
 from dit_accel.cli import MethodList, RunTable
 from dit_accel.cli.console import OUT, TALK, print_json
+from dit_accel.cli.stopping import keeps
 from dit_accel.errors import ConfigError
 
 from .options import RUN, Backend, Device, Dtype, Guidance, Json, Model, Offload, Pixels, Quiet, Seed
@@ -129,6 +130,8 @@ def generate_video(
         methods=tuple(methods),
         backend=cast(Any, backend),
     )
+    if len(request.prompts) > 1:
+        keeps("outputs that were made are whole, and the same command with --resume makes the others")
     with Stages(quiet=quiet, silent=process.rank > 0) as stages:
         told = {"told": _line} if many else {}
         written = generate(request, stages=stages, command=sys.argv, process=process, resume=resume, **told)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import cosmos_lengths, scaled_thirds
 
@@ -52,6 +53,17 @@ COSMOS_PREDICT2_2B = replace(
 COSMOS = Adapter(
     name="cosmos",
     transformers=("CosmosTransformer3DModel",),
+    guidance=Guidance(
+        in_turn=(
+            "CosmosTextToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+            "Cosmos2TextToImagePipeline",
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+        ),
+        rows={"padding_mask": None},
+    ),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="crossattn_proj"),

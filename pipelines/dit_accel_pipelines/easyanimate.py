@@ -4,6 +4,7 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import eighths
 from dit_accel.adapters.sizes import read_sizes
@@ -27,6 +28,7 @@ EASYANIMATE_12B = Family(
 EASYANIMATE = Adapter(
     name="easyanimate",
     transformers=("EasyAnimateTransformer3DModel",),
+    guidance=Guidance(together=("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline")),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),

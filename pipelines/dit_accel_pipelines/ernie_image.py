@@ -4,6 +4,7 @@ from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import read_sizes
@@ -11,6 +12,7 @@ from dit_accel.adapters.sizes import read_sizes
 ERNIE_IMAGE = Adapter(
     name="ernie-image",
     transformers=("ErnieImageTransformer2DModel",),
+    guidance=Guidance(together=("ErnieImagePipeline",)),
     self_attention=("layers.*.self_attention",),
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True, token_axis=0),),
     sizes=partial(

@@ -8,6 +8,7 @@ import typer
 
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import TALK, print_json
+from dit_accel.cli.stopping import keeps
 from dit_accel.errors import ConfigError
 
 from .options import RUN, Backend, Device, Json, Model, Pixels, Quiet
@@ -127,6 +128,7 @@ def finetune_model(
         keep_checkpoints=keep_checkpoints, sample_every=sample_every, sample_prompts=tuple(sample_prompt or ()),
         sample_steps=sample_steps, resume=resume, report_to=report_to,
     )  # fmt: skip
+    keeps(f"checkpoints that were written stand in {output}, and the same command with --resume goes on from the last")
     with Stages(quiet=quiet or process.rank > 0) as stages:
         trained = finetune(recipe, stages=stages, command=sys.argv)
     if process.rank > 0:

@@ -76,6 +76,27 @@ def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
 FLUX = Adapter(
     name="flux",
     transformers=("FluxTransformer2DModel",),
+    guidance=Guidance(
+        alone=(
+            "FluxControlPipeline",
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
+            "FluxFillPipeline",
+            "VisualClozeGenerationPipeline",
+            "FluxModularPipeline",
+        ),
+        in_turn=(
+            "FluxControlNetPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxKontextPipeline",
+            "FluxKontextInpaintPipeline",
+        ),
+        embedded="guidance_embeds",
+        rows={"txt_ids": None, "img_ids": None},
+    ),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     sizes=partial(read_sizes, mlp_ratio=4.0, patch=(1, 2, 2)),
     grid=ids_grid,
@@ -103,13 +124,18 @@ FLUX_KIN = replace(
     FLUX,
     name="flux-kin",
     transformers=("BriaTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
+    guidance=Guidance(
+        together=("BriaPipeline",),
+        rescaling_arguments=("normalize",),
+        rows={"txt_ids": None, "img_ids": None},
+        rescales={"LongCat*": "it rescales the guided prediction to the conditional one's norm"},
+    ),
     blocks=(
         BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
         BlockList(pattern="single_transformer_blocks.*", takes=JOINT, gives=(1, 0)),
     ),
     sizes=kin_sizes,
     signal=None,
-    guidance=Guidance(rescales={"LongCat*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         owner="pos_embed",
         form="theta",

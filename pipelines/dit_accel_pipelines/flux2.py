@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
 from dit_accel.adapters.rope import Rope
@@ -59,6 +60,9 @@ def with_own_references(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 FLUX2 = Adapter(
     name="flux2",
     transformers=("Flux2Transformer2DModel",),
+    guidance=Guidance(
+        alone=("Flux2Pipeline", "Flux2KleinKVPipeline", "Flux2ModularPipeline"), embedded="guidance_embeds"
+    ),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     blocks=(
         BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
@@ -80,6 +84,9 @@ FLUX2 = Adapter(
 FLUX3 = Adapter(
     name="flux3",
     transformers=("Flux3Transformer2DModel",),
+    guidance=Guidance(
+        alone=("Flux3DistilledModularPipeline",), rows={"txt_ids": None, "img_ids": None, "image_cond_ids": None}
+    ),
     self_attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
     blocks=(
         BlockList(pattern="mode_blocks.image.*"),

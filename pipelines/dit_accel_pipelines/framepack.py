@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid, patch_count
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
 
@@ -42,6 +43,13 @@ def history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
 FRAMEPACK = Adapter(
     name="framepack",
     transformers=("HunyuanVideoFramepackTransformer3DModel",),
+    guidance=Guidance(
+        in_turn=("HunyuanVideoFramepackPipeline",),
+        embedded="guidance_embeds",
+        rows=dict.fromkeys(
+            ("indices_latents", "indices_latents_clean", "indices_latents_history_2x", "indices_latents_history_4x")
+        ),
+    ),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=history_grid,
     ragged_text=True,

@@ -15,7 +15,7 @@ from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.sizes import token_layout
-from dit_accel.files import json_text, written_whole
+from dit_accel.files import held, json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 
 from .generation import Generation
@@ -31,6 +31,7 @@ from .request import Backend, Request, read_pictures, settle, side_car_path
 from .resume import kept_record, request_digest
 from .side_car import side_car
 from .solvers import make_scheduler
+from .threads import one_thread
 from .timing import timed_steps
 
 
@@ -74,6 +75,7 @@ def generate(
 
     Raises:
         DitAccelError: for a request that can't be met; nothing is written then.
+        Busy: if another run writes the same output.
     """
     stages, process = stages or Stages(silent=True), process or Process()
     request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages)
@@ -81,7 +83,10 @@ def generate(
         _check_spread(request, family, process.together)
     told = told if process.first else lambda _: None
     asked = process.own(_single(request))
-    with joined(process.local_rank, process.together) as group:
+    own = request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
+    alone = held(own) if process.first else contextlib.nullcontext()
+    small = one_thread(embedded=request.embedded is not None)
+    with alone, small, joined(process.local_rank, process.together) as group:
         kept = group.firsts({one.output: record for one, record in _kept(asked, resume)})
         written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
         for one in written.values():
@@ -114,7 +119,7 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
     """
     stages = stages or Stages(silent=True)
     request, family = _settled(request, stages)
-    with _loaded(request, family, stages, command) as make:
+    with one_thread(embedded=request.embedded is not None), _loaded(request, family, stages, command) as make:
         yield lambda prompt, output, seed: make(
             dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
         )
@@ -274,9 +279,17 @@ def frames_of(output: Any) -> Frames:
     Args:
         output: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image``
             [B, height, width, 3], floats in [0, 1]; of a batch the first is taken.
+
+    Raises:
+        ConfigError: for values that are not finite.
     """
     name = next(name for name in ("frames", "video", "images", "image") if getattr(output, name, None) is not None)
     pictures = np.asarray(getattr(output, name))
+    if not np.isfinite(pictures).all():
+        raise ConfigError(
+            "the model made values that are no numbers (nan or infinite), which no picture can show; take a guidance "
+            "scale nearer to the model's own, or a number format of more range, such as --dtype bfloat16"
+        )
     while pictures.ndim > 4:
         pictures = pictures[0]
     if name in ("images", "image"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.sizes import Sizes, read_sizes
@@ -50,6 +51,7 @@ def expert_sizes(config: Mapping[str, Any]) -> Sizes:
 HIDREAM = Adapter(
     name="hidream",
     transformers=("HiDreamImageTransformer2DModel",),
+    guidance=Guidance(together=("HiDreamImagePipeline",), rows={"encoder_hidden_states_llama3": 1}),
     self_attention=("double_stream_blocks.*.block.attn1", "single_stream_blocks.*.block.attn1"),
     blocks=(
         BlockList(pattern="double_stream_blocks.*", takes=JOINT, gives=(0, 1)),

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
@@ -66,6 +67,9 @@ def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
 HUNYUAN_VIDEO = Adapter(
     name="hunyuan-video",
     transformers=("HunyuanVideoTransformer3DModel",),
+    guidance=Guidance(
+        in_turn=("HunyuanSkyreelsImageToVideoPipeline", "HunyuanVideoImageToVideoPipeline"), embedded="guidance_embeds"
+    ),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=partial(latents_grid, text="after"),
     split_text="after",

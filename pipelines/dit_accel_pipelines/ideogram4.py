@@ -6,6 +6,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import last_image, read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import interleaved
@@ -30,6 +31,10 @@ IDEOGRAM4 = Adapter(
     grid=image_last,
     outer_masks=True,  # padding sees padding, which nobody reads
     rising_timesteps=True,
+    guidance=Guidance(
+        branch_of={"transformer": "cond", "unconditional_transformer": "uncond"},
+        uncond_tokens="last",  # the image, without the prompt in front of it
+    ),
     joined_text="text and image are packed into one sequence for the prompt",
     refused=IMAGE_REFUSED,
     rope=Rope(

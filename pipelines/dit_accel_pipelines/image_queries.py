@@ -23,6 +23,7 @@ def image_then_text(config: Any, inputs: Mapping[str, Any]) -> Grid:
 PRX = Adapter(
     name="prx",
     transformers=("PRXTransformer2DModel",),
+    guidance=Guidance(together=("PRXPipeline", "PRXPixelPipeline")),
     self_attention=("blocks.*.attention",),
     blocks=(BlockList(pattern="blocks.*"),),
     sizes=partial(read_sizes, layers=("depth",), heads="num_heads", head_dim=None, width="hidden_size", gated=True),
@@ -64,12 +65,16 @@ def expert_sizes(config: Mapping[str, Any]) -> Sizes:
 NUCLEUS_IMAGE = Adapter(
     name="nucleus-image",
     transformers=("NucleusMoEImageTransformer2DModel",),
+    guidance=Guidance(
+        in_turn=("NucleusMoEImagePipeline",),
+        rows={"img_shapes": "each"},
+        rescales={"NucleusMoE*": "it rescales the guided prediction to the conditional one's norm"},
+    ),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     sizes=expert_sizes,
     grid=image_then_text,
     joined_text="its text has keys alone, and no stream to lay another beside",
     refused=IMAGE_REFUSED,
-    guidance=Guidance(rescales={"NucleusMoE*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=QWEN_IMAGE.rope,
 )

@@ -37,13 +37,16 @@ joy_sizes = partial(read_sizes, head_dim=None, width="hidden_size", mlp_ratio="m
 JOY_IMAGE_EDIT = Adapter(
     name="joyimage-edit",
     transformers=("JoyImageEditTransformer3DModel",),
+    guidance=Guidance(
+        in_turn=("JoyImageEditPipeline",),
+        rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"},
+    ),
     self_attention=("double_blocks.*.attn",),
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=joy_sizes,
     grid=items_grid,
     joined_text="text is packed behind references and padding for the prompt",
     refused=IMAGE_REFUSED,
-    guidance=Guidance(rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         method="get_rotary_pos_embed",
         form="theta",
@@ -54,13 +57,17 @@ JOY_IMAGE_EDIT = Adapter(
 JOY_IMAGE_EDIT_PLUS = Adapter(
     name="joyimage-edit-plus",
     transformers=("JoyImageEditPlusTransformer3DModel",),
+    guidance=Guidance(
+        together=("JoyImageEditPlusPipeline",),
+        rows={"shape_list": "each"},
+        rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"},
+    ),
     self_attention=("double_blocks.*.attn",),
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=joy_sizes,
     grid=first_of_list,
     joined_text="text is packed behind references and padding for the prompt",
     refused=IMAGE_REFUSED,
-    guidance=Guidance(rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         method="_get_rotary_pos_embed_for_range",
         form="theta",

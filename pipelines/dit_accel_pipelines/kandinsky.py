@@ -12,6 +12,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config, fixed_lengths
 from dit_accel.adapters.sizes import read_sizes
@@ -62,6 +63,10 @@ kandinsky_sizes = partial(
 KANDINSKY5 = Adapter(
     name="kandinsky-5",
     transformers=("Kandinsky5Transformer3DModel",),
+    guidance=Guidance(
+        in_turn=("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
+        rows={"visual_rope_pos": None, "text_rope_pos": None},
+    ),
     self_attention=("visual_transformer_blocks.*.self_attention",),
     sizes=kandinsky_sizes,
     grid=partial(latents_grid, frames_axis=1, channels_last=True),
@@ -78,6 +83,7 @@ KANDINSKY5 = Adapter(
 KANDINSKY6 = Adapter(
     name="kandinsky-6",
     transformers=("Kandinsky6Transformer3DModel",),
+    guidance=Guidance(rows={"visual_rope_pos": None}),
     self_attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
     blocks=(BlockList(pattern="visual_transformer_blocks.*", takes=("vis", "aud"), gives=(0, 1), joined=True),),
     sizes=kandinsky_sizes,

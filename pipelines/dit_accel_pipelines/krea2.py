@@ -6,6 +6,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import last_row, read_once
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
@@ -25,6 +26,7 @@ def text_then_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 KREA2 = Adapter(
     name="krea2",
     transformers=("Krea2Transformer2DModel",),
+    guidance=Guidance(alone=("Krea2TurboModularPipeline",), in_turn=("Krea2Pipeline",), rows={"position_ids": None}),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from dit_accel.adapters.model_files import read_config, read_model_files
+from dit_accel.adapters.model_names import model_source
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.errors import ConfigError, UnsupportedModel
 
 from .lora import load_lora
 from .quiet import quiet_diffusers
-from .request import Request, model_source
+from .request import EMBEDDED, Request
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """The components of a pipeline that denoise."""
@@ -81,7 +82,7 @@ def empty_transformers(model: str | None) -> Any:
     Raises:
         UnsupportedModel: if the model is not found, or no adapter covers it.
     """
-    source = model_source(model)
+    source = model_source(model or EMBEDDED)
     files = read_model_files(source)
     components = {}
     for name in TRANSFORMERS:

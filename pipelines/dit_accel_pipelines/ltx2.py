@@ -8,6 +8,7 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import fractions
 from dit_accel.adapters.sizes import read_sizes
@@ -34,6 +35,7 @@ LTX2_19B = Family(
 LTX2 = Adapter(
     name="ltx-2",
     transformers=("LTX2VideoTransformer3DModel",),
+    guidance=Guidance(alone=("LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline", "EchoModularPipeline")),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(
         BlockList(

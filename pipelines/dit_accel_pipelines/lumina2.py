@@ -55,12 +55,15 @@ def lumina_sizes(config: Mapping[str, Any], mlp_ratio: float | Fraction) -> Size
 LUMINA2 = Adapter(
     name="lumina2",
     transformers=("Lumina2Transformer2DModel",),
+    guidance=Guidance(
+        in_turn=("Lumina2Pipeline",),
+        rescales={"Lumina2*": "it rescales the guided prediction to the conditional one's norm"},
+    ),
     self_attention=("layers.*.attn",),
     blocks=(BlockList(pattern="layers.*", joined=True),),
     sizes=partial(lumina_sizes, mlp_ratio=4),
     grid=valid_text_first,
     rising_timesteps=True,
-    guidance=Guidance(rescales={"Lumina2*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         owner="rope_embedder",
         method="_get_freqs_cis",

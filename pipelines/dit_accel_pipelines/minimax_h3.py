@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import last_video, read_once
 from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import even
@@ -28,6 +29,20 @@ def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 MINIMAX_H3 = Adapter(
     name="minimax-h3",
     transformers=("MiniMaxH3Transformer3DModel",),
+    guidance=Guidance(
+        alone=("MiniMaxH3ModularPipeline",),
+        rows=dict.fromkeys(
+            (
+                "timestep",
+                "timestep_indices",
+                "token_tags",
+                "position_ids",
+                "video_indices",
+                "audio_indices",
+                "text_indices",
+            )
+        ),
+    ),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, width="hidden_size", gated=True),

@@ -34,6 +34,10 @@ PIXART_SIGMA = Family(
 PIXART = Adapter(
     name="pixart",
     transformers=("PixArtTransformer2DModel",),
+    guidance=Guidance(
+        together=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+        own={"PixArtSigmaPAGPipeline": "it guides by perturbed attention of its own"},
+    ),
     self_attention=("transformer_blocks.*.attn1",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=None),
@@ -46,9 +50,14 @@ HUNYUAN_DIT = replace(
     PIXART,
     name="hunyuan-dit",
     transformers=("HunyuanDiT2DModel",),
+    guidance=Guidance(
+        together=("HunyuanDiTPipeline", "HunyuanDiTControlNetPipeline"),
+        own={"HunyuanDiTPAGPipeline": "it guides by perturbed attention of its own"},
+        rows={"image_rotary_emb": None},
+        share_prefix=False,  # its second half takes what the first gave, besides its stream
+    ),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
-    guidance=Guidance(share_prefix=False),  # its second half takes what the first gave, besides its stream
     recipes={"pag": {"layers": ("L1",)}},
     sizes=read_sizes,
     cross_attention="it attends to the texts of two encoders at once, of which nag makes no negative one",
@@ -64,9 +73,9 @@ LUMINA_NEXT = replace(
     PIXART,
     name="lumina-next",
     transformers=("LuminaNextDiT2DModel",),
+    guidance=Guidance(together=("LuminaPipeline",), first_rows="cond", rows={"image_rotary_emb": None}),
     self_attention=("layers.*.attn1",),
     blocks=(BlockList(pattern="layers.*"),),
-    guidance=Guidance(first_rows="cond"),
     sizes=partial(lumina_sizes, mlp_ratio=Fraction(8, 3)),
     cross_attention="its attention to text is gated in the block, which nag does not know",
     rising_timesteps=True,

@@ -53,10 +53,13 @@ def first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
 QWEN_IMAGE = Adapter(
     name="qwen-image",
     transformers=("QwenImageTransformer2DModel",),
+    guidance=Guidance(
+        rows={"img_shapes": "each"},
+        rescales={"QwenImage*": "it rescales the guided prediction to the conditional one's norm"},
+    ),
     self_attention=("transformer_blocks.*.attn",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=first_image,
-    guidance=Guidance(rescales={"QwenImage*": "it rescales the guided prediction to the conditional one's norm"}),
     rope=Rope(
         owner="pos_embed",
         form="tables behind methods",
@@ -88,6 +91,7 @@ def last_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
 QWEN_IMAGE_21 = Adapter(
     name="qwen-image-2.1",
     transformers=("QwenImage21Transformer2DModel",),
+    guidance=Guidance(rows={"img_shapes": "each"}),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, gated=True),

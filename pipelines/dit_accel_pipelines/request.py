@@ -11,12 +11,20 @@ from dit_accel_kernels import BACKENDS
 
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
+from dit_accel.adapters.model_names import model_source
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.adapters.rope import check_lengths
 from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.beyond import advice
-from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames, token_layout
+from dit_accel.estimate.sizes import (
+    check_fits,
+    check_multiple,
+    check_steps,
+    pixel_multiples,
+    rounded_frames,
+    token_layout,
+)
 from dit_accel.files import check_writable
 from dit_accel.methods.config import MethodConfig
 
@@ -29,6 +37,7 @@ EMBEDDED = "wan-tiny"
 """The embedded model that is taken where none is named."""
 
 EMBEDDED_FPS, OTHER_FPS = 8, 16
+LEAST_FPS = 0.01
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential", "group")
 MAX_SCALE = 64
@@ -57,7 +66,7 @@ class NamesModel:
     @property
     def source(self) -> str:
         """Return what diffusers loads: a folder or a hub id."""
-        return model_source(self.model)
+        return model_source(self.model or EMBEDDED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,10 +138,10 @@ class Request(NamesModel):
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ConfigError(f"there is no {name} {value!r}; {did_you_mean(value, known)}")
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise ConfigError(f"num_inference_steps must be >= 1, got {self.num_inference_steps}")
-        if self.fps is not None and not 0 < self.fps <= 240:
-            raise ConfigError(f"fps must be above 0 and at most 240, got {self.fps:g}")
+        if self.num_inference_steps is not None:
+            check_steps(self.num_inference_steps)
+        if self.fps is not None and not LEAST_FPS <= self.fps <= 240:
+            raise ConfigError(f"fps must be from {LEAST_FPS} to 240, got {self.fps:g}")
         if self.solver is not None:
             check_solver(self.solver)
         if self.flow_shift is not None and (self.solver is None or not 0 < self.flow_shift < math.inf):
@@ -189,22 +198,6 @@ def embedded_name(model: str | None) -> str | None:
     """Return the name of an embedded model, `EMBEDDED` for None; None for a hub id or a folder."""
     name = model or EMBEDDED
     return name if name in dit_accel_assets.model_names() else None
-
-
-def model_source(model: str | None) -> str:
-    """Return what diffusers loads for a model's name: a folder or a hub id.
-
-    Raises:
-        ConfigError: for what is neither an embedded model, a folder nor a hub id.
-    """
-    name = embedded_name(model)
-    if name is None and "/" not in str(model) and not Path(str(model)).is_dir():
-        meant = did_you_mean(str(model), dit_accel_assets.model_names())
-        raise ConfigError(
-            f"{model!r} is no embedded model; {meant}; or name a folder of a diffusers pipeline, or a hub id "
-            "(owner/name)"
-        )
-    return str(dit_accel_assets.model_path(name)) if name else str(model)
 
 
 def side_car_path(output: Path) -> Path:
@@ -266,7 +259,10 @@ def settle(request: Request) -> Settled:
         if frames != request.num_frames:
             notes.append(f"{request.num_frames} frames are rounded to {frames}, as the pipeline does")
         request = dataclasses.replace(request, num_frames=frames)
-    return Settled(request, family, notes, _beyond(files, family, request))
+    warnings = _beyond(files, family, request)
+    height, width = request.height or family.height, request.width or family.width
+    check_fits(height=height, width=width, num_frames=request.num_frames or 1)
+    return Settled(request, family, notes, warnings)
 
 
 def read_pictures(request: Request) -> dict[str, Any]:
@@ -303,15 +299,17 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def check_words(prompt: str, embedded: str) -> None:
-    """Refuse words that an embedded model never saw.
+    """Refuse words that an embedded model never saw, and signs that are no words.
 
     Raises:
         ConfigError: with the words, and those that it knows.
     """
     try:
-        dit_accel_assets.check_prompt(prompt, embedded)
+        words = dit_accel_assets.check_prompt(prompt, embedded)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if prompt and not words:
+        raise ConfigError(f'prompt {prompt!r} has no word in it; say what to show, such as "a red circle"')
 
 
 def _beyond(files: ModelFiles, family: Family, request: Request) -> list[str]:

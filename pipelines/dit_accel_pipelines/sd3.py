@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.sizes import read_sizes
 
@@ -39,6 +40,20 @@ SD35_LARGE = replace(
 SD3 = Adapter(
     name="sd3",
     transformers=("SD3Transformer2DModel",),
+    guidance=Guidance(
+        together=(
+            "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+            "StableDiffusion3ControlNetPipeline",
+            "StableDiffusion3ControlNetInpaintingPipeline",
+        ),
+        own={
+            "StableDiffusion3PAGPipeline": "it guides by perturbed attention of its own",
+            "StableDiffusion3PAGImg2ImgPipeline": "it guides by perturbed attention of its own",
+        },
+        rows={"skip_layers": None},
+    ),
     self_attention=("transformer_blocks.*.attn",),
     side_attention=("transformer_blocks.*.attn2",),
     sizes=partial(read_sizes, mlp_ratio=4.0),

@@ -27,9 +27,10 @@ def with_step_caches(*families: Family) -> tuple[Family, ...]:
     )
 
 
-def _magcache(threshold: float, max_consecutive: int, warmup_steps: float, ratios: str) -> Recipe:
+def _magcache(threshold: float, max_consecutive: int, warmup_steps: float, ratios: str, **further: Any) -> Recipe:
     """Return a recipe of MagCache; the ratios begin with step 1, since no step comes before step 0."""
     return {
+        **further,
         "threshold": threshold,
         "max_consecutive": max_consecutive,
         "warmup_steps": warmup_steps,
@@ -38,8 +39,11 @@ def _magcache(threshold: float, max_consecutive: int, warmup_steps: float, ratio
 
 
 # MagCache, arXiv 2506.09045: ratios of its released code (Zehong-Ma/MagCache), those of the conditional branch; the
-# unconditional one's differ by less than .001, but for the first steps. Threshold, K and retention as it runs them;
-# for Wan 2.2 A14B it counts retention within each expert's steps.
+# unconditional one's differ by less than .001, but for the first steps. Threshold, K and retention as it runs them.
+# Wan 2.2's experts change where the noise level does, after 26 of 40 steps (shift 12, boundary .875) or 15 (5, .9).
+# From text, retention is counted in each expert's steps: .4 of 26, rounded down to 10, and of 14, rounded up to 6,
+# which .38 rounded up is in both. From an image, nothing is skipped in the first expert. FLUX.1 never skips the step
+# that is the nearest to 11 of 28.
 MAGCACHE: Mapping[str, Recipe] = {
     "wan2.1-14b": _magcache(
         0.12,
@@ -86,12 +90,14 @@ MAGCACHE: Mapping[str, Recipe] = {
     "wan2.2-a14b": _magcache(
         0.06,
         2,
-        0.4,
+        0.38,
         """
         1.00124 0.99822 0.99696 0.99703 0.9966 0.99602 0.99578 0.99484 0.99633 0.99659 0.99534 0.99584 0.99681
         0.99563 0.9944 0.99594 0.99466 0.99453 0.99389 0.99391 0.99354 0.99283 0.99268 0.99057 0.99125 0.65523
         0.98808 0.98765 0.9851 0.98311 0.9805 0.97776 0.97278 0.96731 0.95857 0.94385 0.92118 0.88108 0.80263
         """,
+        warmup_of="each",
+        switch=26 / 40,
     ),
     "wan2.2-i2v-a14b": _magcache(
         0.06,
@@ -102,6 +108,8 @@ MAGCACHE: Mapping[str, Recipe] = {
         0.99175 0.91076 0.98931 0.99087 0.98852 0.98895 0.98806 0.9871 0.98613 0.98434 0.983 0.98185 0.98131 0.9783
         0.97619 0.97264 0.97088 0.96568 0.96045 0.95322 0.94579 0.93297 0.91699 0.89174 0.8541 0.79823
         """,
+        warmup_of="last",
+        switch=15 / 40,
     ),
     "wan2.2-ti2v-5b": _magcache(
         0.06,
@@ -133,6 +141,7 @@ MAGCACHE: Mapping[str, Recipe] = {
         1.21094 1.11719 1.07812 1.0625 1.03906 1.03125 1.03906 1.02344 1.03125 1.02344 0.98047 1.01562 1.00781 1
         1.00781 1 1.00781 1 1 0.99609 0.99609 0.98047 0.98828 0.96484 0.95703 0.93359 0.89062
         """,
+        compute_at=(11 / 27,),
     ),
     "flux.1-kontext-dev": _magcache(
         0.05,
@@ -142,6 +151,7 @@ MAGCACHE: Mapping[str, Recipe] = {
         1.19531 1.07812 1.02344 1.03125 1.00781 1.02344 1.01562 1.01562 1 1.01562 1 1.00781 1 1.00781 1 1.00781
         0.99609 1.01562 0.99219 1 0.99219 0.98438 0.99609 0.96484 0.96094 0.9375 0.93359
         """,
+        compute_at=(11 / 27,),
     ),
     "qwen-image": _magcache(
         0.06,

@@ -12,6 +12,7 @@ from typing import Any
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
 from dit_accel.adapters.sizes import read_sizes
@@ -171,6 +172,7 @@ NAG_WAN = {"tau": 3.5, "alpha": 0.5}
 WAN = Adapter(
     name="wan",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
+    guidance=Guidance(in_turn=("WanVideoToVideoPipeline", "ChronoEditPipeline")),
     self_attention=("blocks.*.attn1",),
     split_text="none",
     side_attention=("vace_blocks.*.attn1",),

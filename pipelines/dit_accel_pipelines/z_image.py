@@ -73,9 +73,20 @@ def list_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 Z_IMAGE = Adapter(
     name="z-image",
     transformers=("ZImageTransformer2DModel",),
+    guidance=Guidance(
+        together=(
+            "ZImagePipeline",
+            "ZImageImg2ImgPipeline",
+            "ZImageInpaintPipeline",
+            "ZImageOmniPipeline",
+            "ZImageControlNetPipeline",
+            "ZImageControlNetInpaintPipeline",
+        ),
+        first_rows="cond",
+        rows=dict.fromkeys(("x", "cap_feats", "siglip_feats", "image_noise_mask"), "each"),
+    ),
     self_attention=("layers.*.attention",),
     blocks=(BlockList(pattern="layers.*", takes=("x",), joined=True),),
-    guidance=Guidance(first_rows="cond"),
     sizes=partial(
         read_sizes,
         layers=("n_layers",),

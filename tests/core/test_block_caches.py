@@ -340,3 +340,17 @@ def test_beside_a_sparse_method_both_act():
         denoise(transformer, 5, branches=("cond",))
         steps = [(step.step_index, step.sparse_layers, step.dense_layers) for step in attachment.report().steps]
     assert steps == [(0, 0, 3), (1, 0, 1), (2, 3, 0), (3, 1, 0), (4, 1, 0)]  # the pattern is learned in step 2
+
+
+def test_a_run_that_raised_before_any_block_was_counted_reports_that_all_ran(transformer):
+    def fail(*_):
+        raise RuntimeError("stopped")
+
+    with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)) as attachment:
+        hook = transformer.blocks[2].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            forward(transformer)
+        hook.remove()
+        section = attachment.report().section("firstblockcache")
+        assert section.data["computed_blocks"] == 1
+        assert "blocks computed: 1.000 of the run's (0 of 0)" in section.lines

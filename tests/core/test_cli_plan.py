@@ -218,7 +218,7 @@ def test_nothing_is_wider_than_the_terminal(width, monkeypatch):
         (["--family", "wan2.1-14b", "--heigth", "720"], "--height"),
         (["--family", "wan-plain", "--kernel-cost", "inf"], "kernel_cost must be above 0 and below 1000, got inf"),
         (["--family", "wan-plain", "--kernel-cost", "1e308"], "kernel_cost must be above 0 and below 1000, got 1e+308"),
-        (["--model", "nope"], "model 'nope' is neither a folder nor a hub id"),
+        (["--model", "nope"], "'nope' is no embedded model; known: flux-tiny, wan-plain, wan-tiny; or name a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message):

@@ -1,6 +1,7 @@
 """Configs: frozen, checked on creation, the same after TOML, and clear about what is wrong."""
 
 import dataclasses
+import inspect
 import math
 import re
 import typing
@@ -218,5 +219,15 @@ def test_share_of_steps():
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
     with pytest.raises(ConfigError, match="dense_last_steps = 1 needs the number of steps"):
         config.is_dense(0, None, 5)
-    with pytest.raises(ConfigError, match=r"must be a whole number of steps or a share below 1, got 2.5"):
+    with pytest.raises(ConfigError, match=r"must be a whole number of steps from 0 on, or a share .*, got 2.5"):
         RadialAttention(dense_steps=2.5)
+
+
+def test_an_unknown_option_says_which_was_meant():
+    with pytest.raises(ConfigError, match=r"RadialAttention has no option 'decay_facter'; did you mean 'decay_factor'"):
+        RadialAttention(decay_facter=1)  # type: ignore[call-arg]
+    for config_type in methods().values():
+        with pytest.raises(ConfigError, match=f"{config_type.__name__} has no option 'nothing'"):
+            config_type(nothing=1)
+        assert "nothing" not in inspect.signature(config_type).parameters
+        assert [*inspect.signature(config_type).parameters] == [one.name for one in dataclasses.fields(config_type)]

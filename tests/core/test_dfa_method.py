@@ -88,7 +88,7 @@ def test_the_foreground_attends_and_the_background_keeps_its_output(transformer,
     by_step = [calls[step * 3 : step * 3 + 3] for step in range(4)]
     for step in (1, 3):
         for now, before in zip(by_step[step], by_step[step - 1], strict=True):
-            rows, call = now.plan.reused.rows, now.call
+            (rows,), call = now.plan.reused.rows, now.call
             k, v = (x[:, :, rows] if strict else x for x in (call.k, call.v))
             own = torch.nn.functional.scaled_dot_product_attention(call.q[:, :, rows], k, v)
             torch.testing.assert_close(now.out[:, :, rows], own)
@@ -97,7 +97,7 @@ def test_the_foreground_attends_and_the_background_keeps_its_output(transformer,
             assert 0 < len(rows) < 80
             assert len(rows) == 20 or share is None
     shares = [step.density for step in report.steps]
-    rows = len(by_step[1][0].plan.reused.rows) / 80
+    rows = len(by_step[1][0].plan.reused.rows[0]) / 80
     assert shares[1] == pytest.approx(rows**2 if strict else rows)
     assert shares[0] == shares[2] == 1
 
@@ -108,10 +108,10 @@ def test_the_mask_is_what_moves_in_the_models_own_prediction(transformer):
     steps_of(model, steps=4)
     calls, _, report = steps_of(transformer, DFA(**EVERY_2))
     expected = foreground(predicted(*seen[0], 1.0, (5, 4, 4)))
-    assert calls[3].plan.reused.rows.tolist() == expected.flatten().nonzero()[:, 0].tolist()
+    assert calls[3].plan.reused.rows[0].tolist() == expected.flatten().nonzero()[:, 0].tolist()
     entries = report.section("dfa").data["foreground"]
     assert [entry["step_index"] for entry in entries] == [0, 2]
-    assert entries[0]["foreground"] == pytest.approx(float(expected.float().mean()))
+    assert entries[0]["foreground"] == [pytest.approx(float(expected.float().mean()))]
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,72 @@ def test_the_foreground_follows_the_sparse_methods_lists(sparse):
         for now in calls[3:6]:
             whole = attachment._execution._run_kernel(replace(now.plan, reused=None), now.call)[0]
             changed = (now.out != now.plan.reused.out).any(-1)[0].any(0)
-            rows = now.plan.reused.rows
+            (rows,) = now.plan.reused.rows
             torch.testing.assert_close(now.out[:, :, rows], whole[:, :, rows], rtol=1e-4, atol=1e-5)
             found.append(int(changed.sum()))
-    assert all(len(calls[3].plan.reused.rows) <= count < 80 for count in found)
+    assert all(len(calls[3].plan.reused.rows[0]) <= count < 80 for count in found)
     assert report.steps[1].density < report.steps[0].density
     assert all(out.isfinite().all() for out in outputs)
+
+
+def rows_of_prompts(methods, seeds, branch="cond"):
+    """The outputs of four steps of some rows in one batch, each with a moving thing of its own, and the calls."""
+    transformer, calls, outputs = sharp_transformer(), [], []
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    clips = [torch.randn(12, 5, 8, 8, generator=generator) for generator in generators]
+    for clip, seed in zip(clips, seeds, strict=True):
+        for frame in range(5):
+            clip[:, frame, seed : seed + 2, frame : frame + 1 + seed] += 8
+    x, text = torch.stack(clips), torch.stack([clip[:6, 0].flatten(1)[:, :64] for clip in clips])
+    with dit_accel.attach(transformer, *methods) as attachment, attachment.observe(calls.append), torch.no_grad():
+        for step in range(4):
+            with transformer.cache_context(branch, step_index=step, num_inference_steps=4, sigma=1 - step / 4):
+                time = torch.full((len(x),), 1000.0 - 250 * step)
+                noise = torch.stack([torch.randn(x[0].shape, generator=generator) for generator in generators])
+                outputs.append(transformer(x + noise, time, text, return_dict=False)[0])
+        return torch.stack(outputs, 1), calls, attachment.report()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "methods",
+    [
+        (),
+        (RadialAttention(decay_factor=0.2, near="half", sink=False, **SPARSE),),
+        (RadialAttention(decay_factor=0.2, near="half", sink=False, rest="pooled", **SPARSE),),
+        (SolAttention(**SPARSE),),
+        (SparseD(block_size=16, density=0.5, dense_steps=0, dense_last_steps=0, dense_layers=0),),
+    ],
+    ids=["alone", "radial", "pooled", "sol", "sparsed"],
+)
+def test_rows_of_a_batch_are_what_they_are_alone(methods, strict):
+    methods = (*methods, DFA(share=0.1, strict=strict, **EVERY_2))
+    plain, _, _ = rows_of_prompts(methods[:-1], [1, 3])
+    alone = [rows_of_prompts(methods, [seed]) for seed in (1, 3)]
+    both, calls, report = rows_of_prompts(methods, [1, 3])
+    found = calls[3].plan.reused
+    assert len(found.rows) == 2
+    assert found.rows[0].tolist() != found.rows[1].tolist()
+    for row, (expected, own, _) in enumerate(alone):
+        assert own[3].plan.reused.rows[0].tolist() == found.rows[row].tolist()
+        assert not torch.allclose(expected, plain[row : row + 1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(both[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+    densities = [[step.density for step in one.steps] for one in (alone[0][2], alone[1][2], report)]
+    assert densities[2] == pytest.approx([(one + other) / 2 for one, other, _ in zip(*densities, strict=True)])
+    assert [step.sparse_layers for step in report.steps] == [step.sparse_layers for step in alone[0][2].steps]
+    values = report.section("dfa").data["foreground"][0]["foreground"]
+    assert len(values) == 2
+
+
+def test_a_prompt_and_its_negative_one_share_a_foreground_in_one_call():
+    config = DFA(share=0.2, **EVERY_2)
+    _, calls, _ = rows_of_prompts((config,), [1, 3, 2, 1], branch="cond_uncond")
+    (_, pairs, _), (_, other, _) = (rows_of_prompts((config,), seeds, "cond_uncond") for seeds in ([1, 2], [3, 1]))
+    found = [rows.tolist() for rows in calls[3].plan.reused.rows]
+    assert found == [one[3].plan.reused.rows[0].tolist() for one in (pairs, other)]
+    assert len(pairs[3].plan.reused.rows) == 1
+    _, calls, _ = rows_of_prompts((config,), [1, 2, 3], branch="cond_uncond")  # no pairs
+    assert len(calls[3].plan.reused.rows) == 3
 
 
 def test_text_attends_at_every_step():
@@ -180,7 +240,7 @@ def test_text_attends_at_every_step():
         layout = now.context.layout
         text = [*range(layout.text_before), *range(layout.visual.stop, layout.tokens)]
         assert text
-        assert now.plan.reused.rows.tolist() == text
+        assert now.plan.reused.rows[0].tolist() == text
         assert torch.equal(now.out[:, :, layout.visual], before.out[:, :, layout.visual])
 
 
@@ -198,7 +258,7 @@ def test_a_run_does_not_meet_the_next_and_memory_is_counted(transformer):
 
 def test_branches_keep_their_own(transformer):
     calls, _, _ = steps_of(transformer, DFA(share=0.25, **EVERY_2), branches=("cond", "uncond"))
-    assert torch.equal(calls[6].plan.reused.rows, calls[9].plan.reused.rows)
+    assert torch.equal(calls[6].plan.reused.rows[0], calls[9].plan.reused.rows[0])
     assert calls[6].plan.reused.out is not calls[9].plan.reused.out
 
 
@@ -227,9 +287,18 @@ def test_gradients_run_whole(transformer):
     [
         (dict(every=0), r"^dfa\.every must be >= 1, got 0; 2 makes"),
         (dict(share=1.5), r"^dfa\.share must be from 0 to 1, got 1\.5; leave it unset for Otsu's"),
-        (dict(warmup_steps=-1), r"^dfa\.warmup_steps must be >= 0, got -1"),
-        (dict(warmup_steps=2.5), r"^dfa\.warmup_steps must be a whole number of steps or a share below 1, got 2\.5"),
-        (dict(last_steps=-1), r"^dfa\.last_steps must be >= 0, got -1"),
+        (
+            dict(warmup_steps=-1),
+            r"^dfa\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
+        (
+            dict(warmup_steps=2.5),
+            r"^dfa\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got 2\.5",
+        ),
+        (
+            dict(last_steps=-1),
+            r"^dfa\.last_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -249,7 +318,10 @@ def test_what_is_refused(transformer):
     case = Case(registry.adapters()["flux"], MODELS["flux"][0])
     with pytest.raises(ConfigError, match=r"^dfa makes no sense on flux: an image does not move"):
         dit_accel.attach(case.transformer, DFA())
-    with dit_accel.attach(transformer, DFA()), pytest.raises(ConfigError, match=r"^dfa needs the number of steps"):
+    with (
+        dit_accel.attach(transformer, DFA()),
+        pytest.raises(ConfigError, match=r"^dfa\.last_steps = 1 needs the number of steps"),
+    ):
         transformer(torch.zeros(1, 12, 5, 8, 8), torch.tensor([500]), torch.zeros(1, 6, 64))
 
 
@@ -265,7 +337,7 @@ def test_in_a_pipeline_the_scheduler_tells_the_noise_level():
     with dit_accel.attach(pipe, DFA(every=2, warmup_steps=2)) as attachment:
         pipe("a red circle moving right", **call)
         report = attachment.report()
-    values = [entry["foreground"] for entry in report.section("dfa").data["foreground"]]
+    values = [value for entry in report.section("dfa").data["foreground"] for value in entry["foreground"]]
     assert all(0 < value < 1 for value in values)
     assert [step.density < 1 for step in report.steps if step.branch == "cond"] == [
         False,

@@ -137,6 +137,8 @@ def test_refused_sizes():
         rounded_frames(wan, 0)
     with pytest.raises(ConfigError, match=r"flux.1-dev makes images, got num_frames 5; leave it out or set it to 1"):
         rounded_frames(flux, 5)
+    with pytest.raises(ConfigError, match="num_inference_steps must be at most 10,000, got 1,000,000,000"):
+        plan("wan2.1-14b", num_inference_steps=10**9)
     with pytest.raises(ConfigError, match="num_inference_steps must be >= 1, got 0"):
         plan("wan2.1-14b", num_inference_steps=0)
     for cost in (0, -1, 1000, 1e308, math.inf, math.nan):

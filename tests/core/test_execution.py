@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_accel_kernels import EXACT, SKIPPED, TileLists
+from dit_accel_kernels import EXACT, SKIPPED, TileLists, torch_way
 from dit_accel_kernels.backends import cpu
 from one_layer import Fixed, OneLayer
 
 from dit_accel import LVSA, AttachError, ConfigError, LiteAttention, RadialAttention, UltraViCo
 from dit_accel.attachment.backward import BackwardStore
+from dit_accel.attachment.ring import Ring
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 
@@ -112,6 +113,26 @@ def test_plans_live_as_long_as_a_backward_may_come():
     kept[0].sum().backward()
 
 
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_observers_see_a_processs_own_rows_of_a_call_under_ring_attention(tokens_first):
+    q, k, v = tensors()
+    held = (lambda x: x.transpose(1, 2)) if tokens_first else (lambda x: x)
+    layer, seen = OneLayer(Fixed(own_tile()), tokens_first=tokens_first), []
+    layer.observe(seen.append)
+    whole = layer.call(*map(held, (q, k, v)), LAYOUT)
+    own = torch.arange(1, TOKENS, 2)
+    layer.state.ring = Ring(group=None, rank=1, counts=(36, 35), gathered=None, places=None, own=own)
+    out = layer.call(held(q[:, :, own]), held(k), held(v), LAYOUT)
+    torch.testing.assert_close(held(out), held(whole)[:, :, own])
+    assert seen[0].rows is None
+    assert seen[1].rows is own
+    assert torch.equal(seen[1].out, held(out))
+    assert torch.equal(seen[1].call.q, q[:, :, own])
+    assert torch.equal(seen[1].call.k, k)
+    assert seen[1].plan.tiles is not None
+    assert seen[1].context.key == seen[0].context.key
+
+
 def test_a_plan_that_is_gone_is_an_error():
     store = BackwardStore()
     ticket = store.put(AttentionPlan())
@@ -176,7 +197,8 @@ def test_lists_that_only_save_time_are_left_to_the_users_own_attention_where_the
 def test_a_named_backend_runs_lists_that_save_no_time(slow, backend):
     layer, qkv, out = called(RADIAL, backend=backend)
     assert layer.attended == 0
-    assert layer.execution.recorder.spell_backend(backend) == backend
+    ways = {"torch": f"torch; torch: {torch_way(torch.device('cpu'), torch.float32)}", "reference": "reference"}
+    assert layer.execution.recorder.spell_backend(backend) == ways[backend]
     assert not torch.equal(out, F.scaled_dot_product_attention(*qkv))
 
 

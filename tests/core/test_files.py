@@ -1,15 +1,22 @@
-"""Files appear whole or not at all, what can't be written is told beforehand, and JSON is JSON."""
+"""Files appear whole or not at all, one run writes them, what can't be written is told first, and JSON is JSON."""
 
+import contextlib
+import errno
 import json
 import math
 import os
+import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dit_accel.errors import ConfigError
-from dit_accel.files import check_writable, json_text, written_whole
+from dit_accel import files
+from dit_accel.errors import Busy, ConfigError
+from dit_accel.files import check_writable, held, json_text, new_folder, remove_temporaries, written_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -100,3 +107,115 @@ def test_json_is_always_valid():
 
     read = json.loads(text, parse_constant=refuse)
     assert read == {"a": None, "b": [None, [None, 1.5]], "c": "x", "d": True, "1": None}
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FULL, OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), RuntimeError("ffmpeg: No space left on device")],
+    ids=["full", "quota", "another program"],
+)
+def test_a_full_disk_is_one_sentence(tmp_path: Path, error: Exception):
+    def write() -> None:
+        with written_whole(tmp_path / "a.txt") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(ConfigError, match=r"a\.txt can't be written \(.*\); free some space, or name another folder"):
+        write()
+    assert names(tmp_path) == []
+
+
+def test_a_library_that_says_only_that_it_could_not_write_is_asked_for_the_room(tmp_path: Path, monkeypatch):
+    def write() -> None:
+        with written_whole(tmp_path / "a.txt"):
+            raise RuntimeError("failed writing file data/0")
+
+    with pytest.raises(RuntimeError, match="failed writing"):
+        write()
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with pytest.raises(ConfigError, match=r"a\.txt can't be written \(No space left on device\); free some space"):
+        write()
+
+
+def test_other_errors_pass(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "a.txt"):
+        (tmp_path / "none").read_text()
+
+
+def test_what_is_half_written_can_be_deleted_from_outside(tmp_path: Path):
+    with contextlib.suppress(FileNotFoundError), held(tmp_path / "a.txt"), written_whole(tmp_path / "a.txt") as half:
+        half.write_text("half")
+        assert len(names(tmp_path)) == 2
+        remove_temporaries()
+        assert names(tmp_path) == []
+
+
+HOLDING = """
+import sys, time
+from dit_accel.files import held
+with held(sys.argv[1], "the results file"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path):
+    path = tmp_path / "s.jsonl"
+    command = [sys.executable, "-c", HOLDING, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            told = f"the results file {path} is being written by process {other.pid}; wait for it to end, or name"
+            with pytest.raises(Busy, match=re.escape(told)), held(path, "the results file"):
+                pass
+            with held(tmp_path / "other.jsonl"):
+                pass
+        finally:
+            other.kill()
+    with held(path):  # the lock of a process that was killed
+        assert names(tmp_path) == [".s.jsonl.lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_missing_is_for_others_to_tell(tmp_path: Path):
+    with held(tmp_path / "none" / "s.jsonl"):
+        assert names(tmp_path) == []
+
+
+def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch):
+    import fcntl
+
+    flock, opened = fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        flock(handle, how)
+        opened.append(handle)
+        if len(opened) == 1:
+            (tmp_path / ".a.txt.lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with held(tmp_path / "a.txt"):
+        assert len(opened) == 2
+        assert names(tmp_path) == [".a.txt.lock"]
+
+
+def test_a_new_folder_goes_again_if_nothing_is_written(tmp_path: Path):
+    def fail(write: bool) -> None:
+        with new_folder(tmp_path / "a" / "b"):
+            if write:
+                (tmp_path / "a" / "b" / "kept").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail(write=False)
+    assert names(tmp_path) == []
+    with pytest.raises(KeyError):
+        fail(write=True)
+    assert names(tmp_path / "a" / "b") == ["kept"]
+    taken = tmp_path / "a" / "b" / "kept"
+    with pytest.raises(ConfigError, match=r"kept can't be made \(File exists\); choose another"), new_folder(taken):
+        pass

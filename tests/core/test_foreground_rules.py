@@ -63,7 +63,7 @@ def test_what_moves_is_foreground_and_what_it_uncovers_is_not():
     clean += 0.05 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(foreground(clean), truth)
     assert not foreground(torch.ones(1, 5, 4, 4, 2)).any()
-    assert motion(clean).shape == (9, 8, 8)
+    assert motion(clean).shape == (1, 9, 8, 8)
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=40))
@@ -100,6 +100,24 @@ def test_attention_received_is_the_mean_of_the_columns(masked, monkeypatch):
     assert torch.equal(attention_received(q, k, key_mask=mask, rows=torch.arange(37))[0], found)
 
 
+def test_equal_queries_have_no_error():
+    """The variance of equal numbers is 0, and rounding may leave a little less."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 1, 8, generator=generator).expand(1, 2, 97, 8)
+    k = torch.randn(1, 2, 97, 8, generator=generator)
+    for rows in range(30, 60):
+        found, error = attention_received(q, k, rows=torch.arange(rows))
+        assert error.isfinite().all()
+        assert float(error.max()) < 1e-6
+        assert float(found.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_one_row_tells_no_error():
+    q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    assert not attention_received(q, k, rows=torch.tensor([3]))[1].any()
+    assert attention_received(q, k, rows=torch.tensor([3, 4]))[1].any()
+
+
 def test_the_error_of_a_sample_is_what_it_says():
     generator = torch.Generator().manual_seed(1)
     q, k = 2 * torch.randn(1, 2, 400, 8, generator=generator), 2 * torch.randn(1, 2, 400, 8, generator=generator)
@@ -118,6 +136,23 @@ def test_the_ratio_is_of_the_foreground_and_by_frame():
     foreground = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
     assert foreground_ratio(received, foreground) == pytest.approx((0.5 + 1.0) / 2)
     assert np.isnan(foreground_ratio(received, np.zeros_like(foreground)))
+
+
+def test_what_receives_just_the_mean_is_not_high():
+    foreground = np.ones((2, 3), bool)
+    assert foreground_ratio(np.ones((2, 3)), foreground) == 0.0
+    assert foreground_ratio(np.array([[2.0, 0.0, 1.0], [1.0, 1.0, 1.0]]), foreground) == pytest.approx(1 / 6)
+    grid = np.array([[[9.0, 0.0], [0.0, 0.0]]])
+    assert foreground_ratio(grid, grid > 0) == 1.0
+
+
+def test_classes_at_their_edges():
+    assert cached_blocks([0.2, 0.2, 0.2], threshold=0.2) == ([], 0.2)
+    assert cached_blocks([], threshold=0.5) == ([], 0.5)
+    assert cached_blocks([]) == ([], 0.0)
+    assert cached_blocks([0.4], count=1) == ([0], 0.4)
+    assert cached_blocks([0.4, 0.8], count=0) == ([], 0.4)
+    assert cached_blocks([0.1, 0.3, 0.6, 0.7]) == ([0, 1], pytest.approx(0.45))
 
 
 def test_classes():

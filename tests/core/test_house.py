@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_importing_is_light():
     loaded = run("import sys; from dit_accel import attach; print(*sys.modules)").split()
     assert not {"diffusers", "triton", "transformers"} & set(loaded)
     assert run("import torch, dit_accel.attachment; print(torch.cuda.is_initialized())").strip() == "False"
+
+
+def test_the_python_that_is_asked_for_is_one_that_diffusers_takes():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    floor = project["project"]["requires-python"].removeprefix(">=")
+    theirs = metadata("diffusers")["Requires-Python"]
+    assert theirs.startswith(f">={floor}")
+    assert project["tool"]["ruff"]["target-version"] == f"py{floor.replace('.', '')}"
+    assert project["tool"]["pyright"]["pythonVersion"] == floor
+    assert f"Python {floor} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_public_face():

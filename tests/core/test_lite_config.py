@@ -53,7 +53,10 @@ BAD = [
     ({"must_skip": (5, 5)}, r"lite\.must_skip must rise from 0, each end above its start, got \(5, 5\)"),
     ({"must_skip": (-1, 5)}, r"lite\.must_skip must rise from 0, .*got \(-1, 5\)"),
     ({"must_keep": (0, 9, 5, 12)}, r"lite\.must_keep must rise from 0, .*got \(0, 9, 5, 12\)"),
-    ({"dense_steps": -1}, r"lite\.dense_steps must be >= 0, got -1"),
+    (
+        {"dense_steps": -1},
+        r"lite\.dense_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+    ),
 ]
 
 

@@ -37,6 +37,20 @@ def test_who_sees_whom():
     assert set(np.flatnonzero(seen[11])) == anchors | {8, 9, 11}
 
 
+def test_anchors_stand_at_the_beginning_unless_they_are_moved():
+    rule = AnchorRule(trained_frames=7, window=1, first=1)
+    assert rule.visible(12).tolist() == rule.visible(12, 0).tolist()
+    assert rule.visible(12, 1).tolist() != rule.visible(12, 0).tolist()
+    assert rule.visible(12, 3).tolist() == rule.visible(12, 0).tolist()
+
+
+@pytest.mark.parametrize(("first", "trained"), [(1, 5), (4, 5), (5, 5), (6, 5)])
+def test_a_clip_is_left_whole_up_to_the_trained_length_and_one_beyond_the_first_frames(first, trained):
+    rule, whole = AnchorRule(trained_frames=trained, window=1, first=first), max(trained, first + 1)
+    assert rule.stride(whole) == 1
+    assert rule.stride(whole + 1) > 1
+
+
 def test_anchors_come_round_to_the_beginning():
     rule = AnchorRule(trained_frames=7, window=1, first=0)
     assert np.flatnonzero(rule.anchors(10, 4, 3)).tolist() == [1, 3, 7]  # 3, 7, 11 mod 10

@@ -137,7 +137,7 @@ HANDLERS = (SkipForwardsHandler, SkipBlockHandler, PositionsHandler, GuideHandle
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    for handler in HANDLERS:
+    for handler in (*HANDLERS, ProbeHandler):
         monkeypatch.setitem(registry.handlers(), handler.config_type.name, handler)
 
 
@@ -235,6 +235,76 @@ def test_a_plan_that_needs_no_kernel_runs_on_the_users_own_backend(transformer):
         attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         torch.testing.assert_close(call.out, 0.25 * attended + 0.75 * v)
     assert guided.isfinite().all()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe(MethodConfig):
+    name = "probe"
+
+    batch: int = 2
+    frames: int = 2
+
+
+class ProbeHandler(AttentionHandler):
+    """Mixes V into all heads, and runs the model on other latents inside one block: there nothing is mixed."""
+
+    config_type = Probe
+    phase = Phase.TRANSFORMS
+    places = frozenset({Place.ATTENTION, Place.BLOCKS})
+
+    def install(self, site):
+        self.site = site
+        site.around_blocks(self.around, (site.blocks[1],))
+
+    def around(self, context, block, run, streams):
+        if context.branch.endswith("/probe") or not self.settings.batch:
+            return run(streams)
+        latents = torch.ones(self.settings.batch, 12, self.settings.frames, 4, 4)
+        text = torch.ones(self.settings.batch, 6, 64)
+        with self.site.branch("probe"):
+            self.site.transformer(latents, torch.tensor([500.0]), text)
+        return run(streams)
+
+    def is_active(self, step, depth):
+        return not step.branch.endswith("/probe")
+
+    def plan(self, plan, call, context):
+        return plan.mix(torch.full((call.q.shape[1],), 0.75))
+
+
+def test_a_branch_inside_a_block_leaves_the_rest_of_the_forward_as_it_was(transformer):
+    """Its rows, grid and dense layers are its own: the blocks behind it run as without it."""
+    with dit_accel.attach(transformer, RADIAL, Probe(batch=0), backend="torch") as attachment:
+        alone, calls = [forward(transformer, step) for step in range(2)], attachment.report().to_dict()["calls"]
+    with dit_accel.attach(transformer, RADIAL, Probe(), backend="torch") as attachment:
+        slot = attachment._slot
+        for step, plain in enumerate(alone):
+            assert torch.equal(forward(transformer, step), plain)
+            assert [int(size) for size in slot.grid] == [5, 4, 4, 0, 0]
+        found = [call for call in attachment.report().to_dict()["calls"] if not call["branch"].endswith("/probe")]
+        assert found == calls
+        assert {step.branch for step in attachment.report().steps} == {"cond", "cond/probe"}
+
+
+def test_a_forward_without_a_grid_is_refused_if_any_layer_follows_a_plan(transformer, monkeypatch):
+    import dataclasses
+
+    from dit_accel.attachment import attachment as module
+
+    adapter = dataclasses.replace(
+        adapter_for("WanTransformer3DModel"), grid=lambda config, inputs: "its tokens lie anywhere"
+    )
+    monkeypatch.setattr(module, "adapter_for", lambda name: adapter)
+    plain = forward(transformer)
+    for layers, steps in ((1, 0), (0, 0), (2, 0)):
+        radial = dataclasses.replace(RADIAL, dense_layers=layers, dense_steps=steps)
+        with (
+            dit_accel.attach(transformer, radial),
+            pytest.raises(ConfigError, match=r"can't be thinned out in this call: its tokens lie anywhere"),
+        ):
+            forward(transformer)
+    with dit_accel.attach(transformer, dataclasses.replace(RADIAL, dense_layers=3)):
+        assert torch.equal(forward(transformer), plain)
 
 
 def test_what_lies_inside_a_nested_branch_is_told_its_name(transformer):

@@ -330,3 +330,21 @@ def test_tiles_of_an_attachment_are_the_same_objects_for_the_same_layout():
     assert is_full(tiles)
     assert order[-4:].tolist() == [0, 1, 2, 3]
     assert Tiling(BLOCK).full(TokenLayout(frames=3, height=5, width=6))[1] is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_keys_before_their_mean_is_taken_off(masked):
+    """That of autograd through the mean over the valid keys; a row without any has no mean to go through."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(3, HEADS, 9, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    grad = torch.randn(3, HEADS, 9, 4, dtype=torch.float64, generator=generator)
+    mask = torch.rand(3, 9, generator=generator) < 0.6 if masked else torch.ones(3, 9, dtype=torch.bool)
+    mask[2] = not masked
+    weight = mask.double()[:, None, :, None]
+    mean = (k * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+    plan = AttentionPlan().centre_keys(mean.detach())
+    (expected,) = torch.autograd.grad(k - mean, k, grad)
+    torch.testing.assert_close(plan.gradient_before_centring(grad, mask if masked else None), expected)
+    torch.testing.assert_close(plan.centred(k.detach()), (k - mean).detach())
+    assert AttentionPlan().gradient_before_centring(grad, mask) is grad
+    assert AttentionPlan().centred(grad) is grad

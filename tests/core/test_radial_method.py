@@ -42,9 +42,15 @@ def counts(radial: RadialSettings, layout: TokenLayout) -> tuple[int, int]:
         ({"boundary": "all"}, r"radial\.boundary must be 'any' or 'published', got 'all'"),
         ({"rest": None}, r"radial\.rest must be 'skip' or 'pooled', got None"),
         ({"order": "hilbert"}, r"radial\.order must be 'raster' or 'tiles', got 'hilbert'"),
-        ({"dense_steps": -1}, r"radial\.dense_steps must be >= 0, got -1; 0 keeps none dense"),
-        ({"dense_last_steps": -2}, r"radial\.dense_last_steps must be >= 0, got -2"),
-        ({"dense_layers": -3}, r"radial\.dense_layers must be >= 0, got -3"),
+        (
+            {"dense_steps": -1},
+            r"radial\.dense_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
+        (
+            {"dense_last_steps": -2},
+            r"radial\.dense_last_steps must be a whole number of steps from 0 on, or a share .*, got -2",
+        ),
+        ({"dense_layers": -3}, r"radial\.dense_layers must be >= 0, got -3; 0 keeps none dense"),
         ({"dense_steps": 1.5}, r"radial\.dense_steps must be .*, got 1\.5"),
         ({"boundary": "published", "order": "tiles"}, r"no meaning with radial\.order = 'tiles'; use boundary = 'any'"),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from dit_accel_pipelines import ADAPTERS
 from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
@@ -15,7 +16,7 @@ import dit_accel
 from dit_accel import LVSA, ConfigError, EasyCache, RoPE, UltraViCo
 from dit_accel.adapters.adapter import Family
 from dit_accel.methods.base import Model
-from dit_accel.methods.positions.placing import KEPT_SIZES
+from dit_accel.methods.positions.placing import KEPT_SIZES, inside_hooks
 from dit_accel.methods.positions.rope import RoPEHandler
 from dit_accel.rules.rope import frequencies
 from dit_accel.testing.tiny_models import Case
@@ -47,6 +48,45 @@ def tiny(name, number=0, **config):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         RoPE(**options)
+
+
+def test_options_at_their_bounds():
+    for options in (dict(factor=1.0), dict(factor=1.5), dict(turn=1.0), dict(trained_frames=1), dict(trained_height=1)):
+        ((name, value),) = options.items()
+        assert getattr(RoPE(**options), name) == value
+    with pytest.raises(ConfigError, match=r"^rope\.factor must be 1 or more, got 0\.99"):
+        RoPE(factor=0.99)
+
+
+class _Plain(ModelHook):
+    """A hook as context parallelism's: it changes what comes out."""
+
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+class _Instead(ModelHook):
+    """A hook as the caches': it runs in place of the module."""
+
+    def new_forward(self, module, *args, **kwargs):
+        return 2 * self.fn_ref.original_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("hook", [_Plain, _Instead])
+def test_what_hooks_wrap_is_changed_inside_them(hook):
+    module, x = torch.nn.Identity(), torch.ones(1)
+    own = module.forward
+    assert inside_hooks(module, "forward") == (module, "forward")
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook(), "some")
+    owner, name = inside_hooks(module, "forward")
+    assert getattr(owner, name) == own
+    assert inside_hooks(module, "training") == (module, "training")
+    setattr(owner, name, lambda x: x + 1)
+    assert module(x) == 4
+
+
+def test_usual_options_are_those_of_riflex():
+    assert (RoPE().kind, RoPE().axes, RoPE().factor, RoPE().turn, RoPE().period) == ("riflex", None, None, None, None)
 
 
 def test_a_model_of_unknown_size_is_asked_for_it():

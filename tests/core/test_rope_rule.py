@@ -126,6 +126,73 @@ def test_learned_frequencies_have_no_place_of_their_own():
             edited(kind, own, trained=4, length=8)
 
 
+def test_the_least_period_that_is_near_is_dominant():
+    """NEAR times the extent itself is near; of longer ones the shortest is taken, in whatever order they stand."""
+    own = 2 * np.pi / np.array([40.0, 9.0, 18.0, 8.999])
+    assert dominant(own, 10) == 1
+    assert dominant(own, 10.001) == 2
+    assert dominant(own, 44.4) == 0
+    with pytest.raises(
+        ConfigError, match=r"none of the axis's periods, 8\.999 to 40 positions, is near the trained 44\.5"
+    ):
+        dominant(own, 44.5)
+
+
+def test_a_period_that_fits_twice_to_the_token_is_corrected():
+    own = 2 * np.pi / np.array([10.0, 20.0, 40.0])
+    assert corrections(own, 10, 39.999) == (0,)
+    assert corrections(own, 10, 40) == (0, 1)
+    assert corrections(own, 10, 80.001) == (0, 1, 2)
+
+
+def test_a_frequency_changes_from_its_period_on():
+    own = 2 * np.pi / np.array([10.0, 20.0])
+    assert edited("riflex", own, trained=10, length=10.0).tolist() == own.tolist()
+    assert edited("riflex", own, trained=9, length=10.0, period=10.0).tolist() == own.tolist()
+    assert edited("riflex", own, trained=9, length=10.001, period=10.0)[0] == pytest.approx(0.9 * 2 * np.pi / 10.001)
+    assert edited("riflex", own, trained=9, length=12, period=14.9)[0] != own[0]  # the nearer of both
+    assert edited("riflex", own, trained=9, length=22, period=15.1)[1] != own[1]
+
+
+def test_options_at_their_bounds():
+    assert frequencies("none", 2, 1.001).tolist() == [1.0]
+    assert frequencies("none", 4, 9.0, exponents=[0.0, 0.5]).tolist() == pytest.approx([1.0, 1 / 3])
+    for kind, options in (
+        ("riflex", dict(turn=1.0)), ("ultraimage", dict(turn=1e-9)), ("ultraimage", dict(indices=(0,))),
+        ("ultraimage", dict(indices=(7,))), ("riflex", dict(period=1e-9)),
+    ):  # fmt: skip
+        assert frequencies(kind, 16, 256.0, trained=33, length=66, **options).shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("dim", "theta", "exponents", "message"),
+    [
+        (0, 9.0, None, r"come in pairs, got dim=0; give an even"),
+        (1, 9.0, None, r"come in pairs, got dim=1"),
+        (3, 9.0, None, r"come in pairs, got dim=3"),
+        (4, 1.0, None, r"must be above 1, got theta=1\.0; give the model's own"),
+        (4, 9.0, [0.0], r"dim=4 has 2 frequencies, got 1 exponents; give one for each"),
+    ],
+)
+def test_axes_that_are_none(dim, theta, exponents, message):
+    with pytest.raises(ConfigError, match=message):
+        frequencies("none", dim, theta, exponents=exponents)
+
+
+@pytest.mark.parametrize(("trained", "length"), [(0, 8), (4, 0), (-1, 8), (None, 8)])
+def test_lengths_that_are_none(trained, length):
+    name = "length" if trained == 4 else "trained"
+    with pytest.raises(ConfigError, match=rf"of kind 'pi' need {name} > 0, got {name}="):
+        frequencies("pi", 16, 256.0, trained=trained, length=length)
+    assert frequencies("none", 16, 256.0, trained=trained, length=length).shape == (8,)
+
+
+def test_the_ramp_of_yarn_ends_at_one_turn_and_at_32():
+    own = 2 * np.pi * np.array([32.0, 16.5, 1.0, 0.5]) / 64
+    found = edited("yarn", own, trained=64, length=128)
+    assert found == pytest.approx(own * np.array([1.0, 0.75, 0.5, 0.5]))
+
+
 def test_an_axis_of_one_frequency():
     for kind in ("ntk", "yarn", "riflex", "ultraimage"):
         assert np.isfinite(frequencies(kind, 2, 100.0, trained=4, length=8)).all()
@@ -144,6 +211,8 @@ def test_an_axis_of_one_frequency():
         ("riflex", dict(trained=4, length=8, period=0), r"period must be a number of positions above 0, got 0"),
         ("riflex", dict(trained=4, length=8, turn=1.5), r"turn must be above 0 and at most 1, got 1.5; RIFLEx' code"),
         ("ultraimage", dict(trained=4, length=8, indices=(-1,)), r"from 0 on, got \(-1,\)"),
+        ("ultraimage", dict(trained=4, length=8, indices=()), r"from 0 on, got \(\); leave them out to find"),
+        ("riflex", dict(trained=4, length=8, turn=0), r"turn must be above 0 and at most 1, got 0"),
         ("ultraimage", dict(trained=4, length=8, indices=(8,)), r"8 frequencies, 0 to 7, got indices=\(8,\); stay in"),
         ("riflex", dict(trained=4000, length=8000), r"none of the axis's periods, 6.283 to 804.2 positions, is near"),
     ],

@@ -41,7 +41,7 @@ def test_neutral_settings_change_nothing_and_run_nothing(transformer):
     assert torch.equal(denoise(transformer), plain)
 
 
-@pytest.mark.parametrize("config", [HALF, PAG(layers="L1"), SLG(layers="L1-2", stop=1.0, scale=1.0)])
+@pytest.mark.parametrize("config", [HALF, PAG(layers="L1"), SLG(layers="L1-2", start=0.0, stop=1.0, scale=1.0)])
 def test_a_branch_from_the_first_perturbed_block_is_the_whole_branch(transformer, config):
     shared, report, forwards = guided(transformer, config)
     whole, full, _ = guided(transformer, dataclasses.replace(config, share_prefix=False))
@@ -54,7 +54,7 @@ def test_a_branch_from_the_first_perturbed_block_is_the_whole_branch(transformer
 
 
 def test_the_window_decides_by_steps(transformer):
-    for start, stop, steps in ((0.0, 0.5, [0, 1]), (0.5, 1.0, [2, 3]), (0.01, 0.2, [0])):
+    for start, stop, steps in ((0.0, 0.5, [0, 1]), (0.5, 1.0, [2, 3]), (0.01, 0.2, [1])):
         _, report, forwards = guided(transformer, dataclasses.replace(HALF, start=start, stop=stop))
         assert report.section("softpag").data["steps"] == steps
         assert forwards == 8 + len(steps)
@@ -185,7 +185,7 @@ def test_temperature_at_its_end_weighs_all_tokens_alike(transformer):
 
 def test_free_mode_costs_no_forward_and_perturbs_the_unconditional_one(transformer):
     plain = denoise(transformer)
-    for config in (SoftPAG(heads="L1", u=1.0, mode="free"), SLG(layers="L1", stop=1.0, mode="free")):
+    for config in (SoftPAG(heads="L1", u=1.0, mode="free"), SLG(layers="L1", start=0.0, stop=1.0, mode="free")):
         made, report, forwards = guided(transformer, config)
         assert forwards == 8
         assert not torch.equal(made, plain)
@@ -316,6 +316,6 @@ def test_a_window_shorter_than_a_step_is_told(transformer):
     config = dataclasses.replace(HALF, start=0.01, stop=0.2)
     with pytest.warns(UserWarning, match="shorter than one of 4 steps"):
         _, report, _ = guided(transformer, config)
-    assert "'s window from 0.01 to 0.2 is shorter than one of 4 steps; it acts in step 0 alone" in str(report)
+    assert "'s window from 0.01 to 0.2 is shorter than one of 4 steps; it acts in step 1 alone" in str(report)
     _, report, _ = guided(transformer, config, steps=8)
     assert "shorter" not in str(report)

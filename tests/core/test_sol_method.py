@@ -68,7 +68,10 @@ def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "refer
         ({"block_size": 8}, r"sol\.block_size must be a power of two from 16 to 512, got 8"),
         ({"threshold": "full"}, r"sol\.threshold must be 'diag' or 'exact', got 'full'"),
         ({"sink": "none"}, r"sol\.sink must be 'text' or 'first_frame', got 'none'"),
-        ({"dense_steps": -1}, r"sol\.dense_steps must be >= 0, got -1"),
+        (
+            {"dense_steps": -1},
+            r"sol\.dense_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
     ],
 )
 def test_bad_options_are_refused_with_the_value(options, text):

@@ -410,7 +410,10 @@ def test_compiled_full_graph_gives_the_same():
         ({"mass": 0}, r"sparsed\.mass must be between 0 and 1, got 0"),
         ({"block_size": 100}, r"sparsed\.block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
         ({"rest": "pool"}, r"sparsed\.rest must be 'skip' or 'pooled', got 'pool'"),
-        ({"dense_steps": -1}, r"sparsed\.dense_steps must be >= 0, got -1"),
+        (
+            {"dense_steps": -1},
+            r"sparsed\.dense_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
     ],
 )
 def test_bad_options_are_refused_with_the_value(options, text):

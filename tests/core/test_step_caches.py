@@ -8,7 +8,9 @@ from cache_calls import Driven, line, run_through, still
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dit_accel import ConfigError, EasyCache, StaticCache
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.methods.caches.engine import is_unconditional
+from dit_accel.methods.caches.log import CachedForward, section_of
 
 EVERY = dict(warmup_steps=0, last_steps=0)
 
@@ -196,14 +198,17 @@ def test_a_branch_that_comes_or_goes_midway():
     assert late.drawn("uncond", 4) == "..#."  # nothing was stored before
 
 
-def test_branches_that_are_not_told_may_be_others_once_their_number_changes():
-    """Guidance that ends midway makes the second call of a step its first one."""
-    driven = Driven(cache(), line)
-    for step in range(8):
-        for branch in ("call 0", "call 1") if step < 3 else ("call 0",):
-            driven.forward(step, still(step), branch)
-    assert driven.drawn("call 1", 8) == "#......."
-    assert driven.drawn("call 0", 8) == "#...#..."  # step 3 is the first with one call, which step 4 knows
+def test_a_branch_that_comes_to_lead_is_measured_by_itself():
+    """Where the first branch of the steps ends, the other one's outputs are not compared with that one's."""
+    ends = 4
+    measured = Driven(EasyCache(threshold=1e9, **EVERY), line)
+    counted = Driven(cache(max_consecutive=4), line)
+    for step in range(9):
+        for branch in ("uncond", "cond") if step < ends else ("cond",):
+            measured.forward(step, torch.full((1, 2, 3), float(step)), branch)
+            counted.forward(step, still(step), branch)
+    assert measured.drawn(steps=9) == "##..##..."  # a rate takes two computed steps of one branch
+    assert counted.drawn(steps=9) == "#....#..."  # it goes on counting what was skipped in a row
 
 
 def test_another_expert_drops_what_was_stored():
@@ -212,6 +217,69 @@ def test_another_expert_drops_what_was_stored():
         driven.forward(step, still(step), transformer="transformer" if step < 3 else "transformer_2")
     assert driven.drawn(steps=6) == "#..#.."
     assert len(driven.handler._histories) == 1
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other(most):
+    """They take turns in every step, and none takes over from the other."""
+    holds = Guidance(branch_of={"transformer": "cond", "unconditional_transformer": "uncond"})
+    driven = Driven(cache(predictor="taylor", warmup_steps=2, max_skips=most), line, guidance=holds)
+    for step in range(6):
+        for name, branch in holds.branch_of.items():
+            out = driven.forward(step, still(step), branch, transformer=name)[0]
+            assert torch.equal(out, line(step, branch)[0])
+    expected = "##...." if most is None else "##...#"
+    assert driven.drawn(steps=6) == driven.drawn("uncond", 6) == expected
+    assert {key[0] for key in driven.handler._histories} == {*holds.branch_of}
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn"),
+    [
+        (dict(warmup_steps=2), "##...|#...."),
+        (dict(warmup_steps=2, warmup_of="each"), "##...|##..."),
+        (dict(warmup_steps=0.4, warmup_of="each", switch=0.5), "##...|##..."),
+        (dict(warmup_steps=2, warmup_of="last"), "#####|##..."),
+        (dict(warmup_steps=0.6, warmup_of="last", last_steps=1), "#####|###.#"),
+    ],
+)
+def test_what_the_first_steps_are_the_first_of(options, drawn):
+    steps = len(drawn) - 1
+    driven = Driven(EasyCache(threshold=1e9, **{**EVERY, **options}), line)
+    driven.install("transformer", "transformer_2")
+    measured = drawn.replace("|#.", "|##")  # a rate takes two computed steps
+    for run in range(2):
+        driven.ran.clear(), driven.handler.reset(), driven.handler.begin_run()
+        for step in range(steps):
+            name = "transformer" if step < drawn.index("|") else "transformer_2"
+            driven.forward(step, torch.full((1, 2, 3), float(step)), steps=steps, transformer=name)
+        assert driven.drawn(steps=steps) == measured.replace("|", ""), run
+    listed = cache(**{"switch": 0.5, **options})
+    assert listed.skipped_steps(steps, experts=2) == drawn.count(".")
+
+
+def test_steps_at_points_of_the_run():
+    for steps, computed in ((10, "#..#.....#"), (28, "#........#.................#"), (1, "#")):
+        driven = Driven(cache(compute_at=(1 / 3, 1.0)), line)
+        run_through(driven, still, steps=steps)
+        assert driven.drawn(steps=steps) == computed
+        assert driven.handler.settings.skipped_steps(steps) == computed.count(".")
+    with pytest.raises(
+        ConfigError,
+        match=r"^staticcache\.compute_at needs the number of steps, which is not known here; attach to",
+    ):
+        Driven(cache(compute_at=(0.5,)), line).forward(0, still(0), steps=None)
+
+
+def test_a_share_of_a_first_expert_of_unknown_length_is_refused():
+    driven = Driven(cache(warmup_steps=0.4, warmup_of="each"), line)
+    driven.install("transformer", "transformer_2")
+    with pytest.raises(
+        ConfigError,
+        match=r"^staticcache\.warmup_of = 'each' with staticcache\.warmup_steps = 0\.4 is a share of each "
+        r"transformer's steps, and how many the first makes is not known; set staticcache\.switch to their",
+    ):
+        driven.forward(0, still(0))
 
 
 def test_two_calls_a_step_follow_one_decision():
@@ -278,11 +346,26 @@ def test_memory_is_counted_and_freed():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (dict(warmup_steps=-1), r"staticcache\.warmup_steps must be >= 0, got -1"),
-        (dict(warmup_steps=1.5), r"staticcache\.warmup_steps must be a whole number of steps or a share below 1, got"),
-        (dict(last_steps=-2), r"staticcache\.last_steps must be >= 0, got -2"),
+        (
+            dict(warmup_steps=-1),
+            r"staticcache\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        ),
+        (
+            dict(warmup_steps=1.5),
+            r"staticcache\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got",
+        ),
+        (
+            dict(last_steps=-2),
+            r"staticcache\.last_steps must be a whole number of steps from 0 on, or a share .*, got -2",
+        ),
         (dict(max_consecutive=0), r"staticcache\.max_consecutive must be >= 1, got 0"),
         (dict(max_skips=-1), r"staticcache\.max_skips must be >= 0, got -1"),
+        (
+            dict(compute_at=(0.5, 11.0)),
+            r"staticcache\.compute_at must hold points of the run from 0, .*, got 11\.0; step",
+        ),
+        (dict(switch=1.0), r"staticcache\.switch must be above 0 and below 1, got 1\.0; it is the share of the run's"),
+        (dict(warmup_of="all"), r"staticcache\.warmup_of must be 'run' or 'each' or 'last' or unset, got 'all'"),
         (dict(order=0), r"staticcache\.order must be from 1 to 4, got 0"),
         (dict(predictor="dmd"), r"staticcache\.predictor must be 'hold' or 'taylor' or 'heun' or 'chebyshev', got"),
         (dict(every=0), r"staticcache\.every must be >= 1, got 0"),
@@ -315,3 +398,29 @@ def test_a_recipe_fills_what_is_unset():
     assert Driven(EasyCache(threshold=0.1), line, recipe={"threshold": 0.2}).handler.settings.threshold == 0.1
     with pytest.raises(ConfigError, match=r"^a recipe of easycache sets 'order', which no recipe may set"):
         Driven(EasyCache(), line, recipe={"order": 2})
+
+
+@pytest.mark.parametrize("stored", ["residual", "output"])
+@pytest.mark.parametrize("predictor", ["hold", "taylor", "heun", "chebyshev"])
+def test_a_forecast_that_is_written_into_is_not_what_later_ones_are_made_of(predictor, stored):
+    def given(spoil):
+        driven = Driven(StaticCache(steps=(1, 1, 0, 0, 0), stored=stored, predictor=predictor), line)
+        outputs = []
+        for step in range(5):
+            out = driven.forward(step, still(step), steps=5)[0]
+            outputs.append(out.clone())
+            if spoil:
+                out.fill_(float("nan"))
+        return outputs
+
+    assert all(torch.equal(one, other) for one, other in zip(given(True), given(False), strict=True))
+
+
+def test_the_section_counts_what_was_computed():
+    entries = [
+        CachedForward(transformer="transformer", step_index=step, branch="cond", reused=step > 0, reason="listed")
+        for step in range(3)
+    ]
+    section = section_of("made-up", entries, None)
+    assert (section.data["computed"], section.data["reused"]) == (1, 2)
+    assert section.title == "made-up: 2 of 3 forwards reused (# computed, . reused)"

@@ -13,7 +13,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dit_accel.attachment.steps import Pipeline, Timeline, noise_level, noisiest, timeline_of
+from dit_accel.attachment.steps import Schedule, Timeline, noise_level, noisiest, timeline_of
 
 
 def after(scheduler, steps: int = 4, **found):
@@ -80,18 +80,49 @@ def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
     assert timeline_of(heun) == Timeline(steps=4, repeats=True)
 
 
-def test_a_run_begins_where_timesteps_are_made_anew_whoever_makes_them():
-    first = after(FlowMatchEulerDiscreteScheduler())
-    pipeline = Pipeline(first)
-    assert [pipeline.begins_run() for _ in range(3)] == [True, False, False]
-    first.scheduler.set_timesteps(4)  # the same steps
-    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
-    first.scheduler = after(DDIMScheduler(), 7).scheduler
-    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
-    assert pipeline.timeline().steps == 7
-    first.scheduler = SimpleNamespace(timesteps=[3, 2, 1])  # no tensor
-    assert [pipeline.begins_run(), pipeline.begins_run()] == [True, False]
-    assert pipeline.timeline().steps == 3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, None])
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_forwards_timestep_is_found_among_those_of_the_scheduler_however_a_pipeline_scales_it(dtype, start):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    schedule = Schedule(scheduler)
+    scales = [lambda t: t, lambda t: 1000 - t]
+    if dtype is not torch.int64:
+        scales += [lambda t: t / 1000, lambda t: 1 - t / 1000]
+    for scaled in scales:
+        schedule, places = Schedule(scheduler), []
+        for number, timestep in enumerate(scheduler.timesteps[start:]):
+            given = scaled(timestep) if dtype is None else scaled(timestep).to(dtype)
+            places.append(schedule.follow(float(given), dtype, number))
+        assert places == [(start, place) for place in range(start, 8)]
+    assert schedule.timeline(start).steps == 8 - start
+    assert schedule.noise_level(start) == float(scheduler.sigmas[start])
+
+
+def test_a_run_that_leaves_the_schedulers_list_does_not_follow_it():
+    scheduler = DDIMScheduler()
+    assert Schedule(scheduler).follow(999.0, None, 0) is None  # it lists all, before any steps were asked for
+    scheduler.set_timesteps(4)
+    schedule = Schedule(scheduler)
+    assert [schedule.follow(value, None, number) for number, value in enumerate((750.0, 500.0))] == [(0, 0), (0, 1)]
+    assert schedule.follow(200.0, None, 2) is None
+    assert schedule.follow(0.0, None, 3) is None  # once left, it is not taken up again
+    skipping = Schedule(scheduler)
+    assert skipping.follow(750.0, None, 0) == (0, 0)
+    assert skipping.follow(250.0, None, 1) is None
+    assert Schedule(None).follow(750.0, None, 0) is None
+    assert len(Schedule(SimpleNamespace(timesteps=[3, 2, 1]))) == 3  # no tensor
+
+
+def test_twice_the_same_timestep_is_one_step():
+    scheduler = HeunDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    schedule = Schedule(scheduler)
+    assert schedule.timeline(0) == Timeline(steps=4, repeats=True)
+    different = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    places = [schedule.follow(value, None, number) for number, value in enumerate(different)]
+    assert places == [(0, 0), (0, 1), (0, 3), (0, 5)]
+    assert [schedule.noise_level(place) for _, place in places] == scheduler.sigmas[[0, 1, 3, 5]].tolist()
 
 
 def test_what_nothing_tells_is_unknown():
@@ -100,4 +131,3 @@ def test_what_nothing_tells_is_unknown():
     assert noise_level(SimpleNamespace(sigmas=torch.ones(2), step_index=2)) is None
     for parts in ({}, {"scheduler": None}, {"scheduler": SimpleNamespace(timesteps=torch.zeros(0))}):
         assert timeline_of(SimpleNamespace(**parts)) == Timeline()
-    assert not Pipeline(SimpleNamespace()).begins_run()

@@ -160,6 +160,65 @@ def test_branches_are_measured_apart():
     assert len(handler.report().lines) == 2
 
 
+def test_a_run_is_told_of_its_own_branches_alone():
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, HEADS) as attachment:
+        denoise(transformer, 3)
+        assert set(attachment.report().section("ultraimage").data) == {"transformer cond", "transformer uncond"}
+        denoise(transformer, 3, branches=("cond",))
+        assert set(attachment.report().section("ultraimage").data) == {"transformer cond"}
+
+
+def test_what_is_planned_to_be_held_is_held():
+    """Two float32 numbers a head, layer and branch."""
+    wan = BY_NAME["wan"]
+    family = dataclasses.replace(wan.families[0], layers=3, heads=2, forwards_per_step=2)
+    handler = UltraImageHandler(HEADS, dataclasses.replace(MODEL, adapter=wan, family=family, heads=2, layers=3))
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, HEADS) as attachment:
+        denoise(transformer, 3)
+        held = attachment.report().state_bytes["ultraimage"]
+    planned = [
+        handler.estimate(TokenLayout(frames=5, height=4, width=width), steps) for width, steps in ((4, 3), (4, 1))
+    ]
+    assert planned[0].carried_bytes == held == 3 * 2 * 8 * 2
+    assert planned[1].carried_bytes == 0
+    assert handler.estimate(TokenLayout(frames=5, height=2, width=2), 3).carried_bytes == 0
+    one = dataclasses.replace(family, forwards_per_step=1)
+    for known in (one, None):
+        alone = UltraImageHandler(HEADS, dataclasses.replace(handler.model, family=known))
+        assert alone.estimate(LAYOUT, 3).carried_bytes == 3 * 2 * 8
+
+
+def test_published_defaults():
+    assert UltraImage.defaults == {"focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None}
+    assert (UltraImage().rows, UltraImage().correct) == (256, True)
+
+
+def test_options_at_their_bounds():
+    for options in (
+        dict(focus_min=1.0),
+        dict(focus_max=1.0),
+        dict(power=1e-9),
+        dict(rows=1),
+        dict(turn=1.0),
+        dict(trained_height=1),
+        dict(trained_width=1),
+        dict(focus_min=1.2, focus_max=1.2),
+        dict(indices=(0,)),
+    ):
+        (name,) = [*options][-1:]
+        assert getattr(UltraImage(**options), name) == options[name]
+
+
+@pytest.mark.parametrize(("height", "width", "applies"), [(2, 2, False), (3, 2, True), (2, 3, True), (1, 9, True)])
+def test_it_applies_beyond_the_trained_size_along_any_side(height, width, applies):
+    handler = UltraImageHandler(HEADS, MODEL)
+    layout = TokenLayout(frames=1, height=height, width=width)
+    assert handler.applies(layout) == applies
+    assert ("changes nothing" in handler.check_layout(layout)) != applies
+
+
 def test_rows_lie_in_the_picture_at_even_distances():
     rows = _rows(LAYOUT, 4, "cpu").tolist()
     assert rows[0] == 4

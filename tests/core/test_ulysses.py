@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wan_tiny
 from dit_accel_pipelines import ADAPTERS
 
+import dit_accel
+from dit_accel.attachment import forward
 from dit_accel.attachment.parallel import naming_lost
 from dit_accel.attachment.ulysses import Ulysses, ulysses_of
 from dit_accel.errors import ConfigError, ProcessLost
@@ -82,6 +85,52 @@ def test_tokens_that_are_not_split_evenly_are_refused():
     found = spread("flux", (1, 2, 2, 2, 0), 2)
     with pytest.raises(ConfigError, match=r"holds 4 tokens on rank 0 of 2, where an even split of all 6 leaves 3"):
         found.gather(torch.zeros(1, 4, 2, 8))
+
+
+def test_heads_that_cannot_be_shared_evenly_are_refused_before_the_exchange():
+    config = SimpleNamespace(
+        ulysses_degree=2, ulysses_anything=False, _ulysses_local_rank=0,
+        _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
+    )  # fmt: skip
+    found = ulysses_of(config, adapter("wan"), (2, 2, 2, 0, 0), None, CPU)
+    with pytest.raises(ConfigError, match=r"ulysses_degree = 2 does not divide the 3 heads; choose one that does"):
+        found.gather(torch.zeros(1, 4, 3, 8))
+
+
+def agreements(monkeypatch):
+    """A tiny transformer that believes to run under context parallelism, and the latents that were compared."""
+    config = SimpleNamespace(
+        ring_degree=1, ulysses_degree=1, ulysses_anything=False, _ulysses_local_rank=0,
+        _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
+    )  # fmt: skip
+    compared = []
+    monkeypatch.setattr(forward, "context_parallel", lambda transformer: config)
+    monkeypatch.setattr(forward, "require_agreement", lambda *given: compared.append(list(given[-1].shape)))
+    return wan_tiny.tiny_transformer(), compared
+
+
+def test_processes_compare_what_they_run_once_a_run_and_in_training_once_a_shape(monkeypatch):
+    transformer, compared = agreements(monkeypatch)
+    text = torch.randn(1, 6, 64)
+
+    def run(frames, timestep):
+        transformer(torch.randn(1, 12, frames, 8, 8), torch.tensor([timestep]), text, return_dict=False)
+
+    with dit_accel.attach(transformer, dit_accel.LiteAttention(block_size=16, dense_steps=0)):
+        for _ in range(2):
+            with torch.no_grad():
+                for step in range(3):
+                    run(5, 900.0 - 100 * step)
+        assert len(compared) == 2
+        compared.clear()
+        transformer.train()
+        for frames in (5, 5, 3, 5, 3):
+            run(frames, float(torch.rand(())) * 1000)
+        assert compared == [[1, 12, 5, 8, 8], [1, 12, 3, 8, 8]]
+        transformer.eval()
+        with torch.no_grad():
+            run(5, 900.0)
+        assert len(compared) == 3
 
 
 def test_errors_of_the_communication_are_named_and_others_left():

@@ -128,8 +128,18 @@ def test_committed_suites_read_and_match_their_results(path):
         (HEAD + '[[arm]]\nname = "a"', "has num_inference_steps = None; give one or several whole numbers from 1"),
         (HEAD + ARM.replace("= 2", "= [2, 0]"), r"has num_inference_steps = \[2, 0\]; give one"),
         (HEAD + ARM.replace("euler", "heun"), r"there is no solver 'heun'; known: dpm\+\+, euler, own"),
-        (HEAD + ARM.replace('solver = "euler"\n', ""), "is called 'a', but dense runs of unipc, and they alone, are"),
-        (HEAD + ARM.replace('"a"', '"unipc 2"'), "is called 'unipc 2', but dense runs"),
+        (
+            HEAD + ARM.replace('solver = "euler"\n', ""),
+            r"arm 'a' has no method, and unipc \(the default\) as its solver: .*; call it 'unipc 2', or leave it out",
+        ),
+        (
+            HEAD + ARM.replace('"a"', '"unipc 2"'),
+            "is called 'unipc 2', a name for runs of unipc without a method, .*; give it another name",
+        ),
+        (
+            HEAD + ARM.replace("num_inference_steps = 2", "num_inference_steps = 99999999999999"),
+            "arm 'a': num_inference_steps must be at most 10,000, got 99,999,999,999,999",
+        ),
         (HEAD + ARM + "diffusers = { BlockCacheConfig = {} }", "has no cache 'BlockCacheConfig'; did you mean 'First"),
         (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = 0.1 }", "FirstBlockCacheConfig = 0.1 is no table; write"),
         (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { thresh = 0.1 } }", "has no option 'thresh'; did you"),
@@ -528,7 +538,7 @@ def test_a_real_suite_runs_in_two_processes(tmp_path):
 KILLED = """
 import os, time
 from multiprocessing import get_context
-from dit_accel_eval.compare import end_with_parent
+from dit_accel_eval.pool import end_with_parent
 
 def work(path):
     end_with_parent()
@@ -589,3 +599,10 @@ def test_a_suite_may_begin_at_another_clip(tmp_path, fake):
     report = command("report", out, "-o", tmp_path / "s.html")
     assert report.exit_code == 0, report.output
     assert "first_clip = 5" in (tmp_path / "s.html").read_text()
+
+
+def test_progress_tells_the_model_s_own_work_in_steps(job, capsys):
+    """A run of half the tiles is 7.5 steps' work on a model whose attention is half of it."""
+    run(job, range(1))
+    assert "clip 0 thin: " in (told := capsys.readouterr().err)
+    assert "dB at 7.5 steps' work" in told

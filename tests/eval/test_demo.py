@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import typer
 from dit_accel_assets import held_out_prompts
-from dit_accel_eval import demo, demo_references
+from dit_accel_eval import demo, demo_comparison, demo_references
 from dit_accel_eval.counting import Counts
 from dit_accel_eval.embedded import EmbeddedModel
 from dit_accel_eval.reference import AGREE, Reference
@@ -40,7 +40,13 @@ def test_the_demo_compares_and_writes(tmp_path: Path, monkeypatch):
     assert {one["steps"] for one in written["references"]} == {32}
     for text in ("against fewer steps", "dense", "fewer steps", "easycache", "2 seeds", "32 steps"):
         assert text in result.stdout
-    width, height = 3 * 64 * demo.SCALE, 2 * 64 * demo.SCALE + 2 * demo.LINE + demo.LINE // 2 + demo.LINE * 3 // 2
+    width, height = (
+        3 * 64 * demo_comparison.SCALE,
+        2 * 64 * demo_comparison.SCALE
+        + 2 * demo_comparison.LINE
+        + demo_comparison.LINE // 2
+        + demo_comparison.LINE * 3 // 2,
+    )
     assert next(imageio_ffmpeg.read_frames(str(out / "comparison.mp4")))["size"] == (width, height)
     assert Image.open(out / "comparison.gif").size == (width, height)
 
@@ -52,10 +58,10 @@ def test_a_pause_of_the_machine_does_not_decide_the_rival(monkeypatch):
     def run(model, arm, seed):
         return SimpleNamespace(seconds=next(seconds, 2.5), frames=np.zeros((1, 8, 8, 3)), counts=None)
 
-    monkeypatch.setattr(demo, "_run", run)
-    monkeypatch.setattr(demo, "_outcome", lambda name, arm, runs, references, model: (name, arm, runs))
+    monkeypatch.setattr(demo_comparison, "_run", run)
+    monkeypatch.setattr(demo_comparison, "_outcome", lambda name, arm, runs, references, model: (name, arm, runs))
     model = SimpleNamespace(run=lambda *args, **options: None)
-    _, (name, fewer, _), _ = demo.compare(model, [None] * 3)
+    _, (name, fewer, _), _ = demo_comparison.compare(model, [None] * 3)
     assert (name, fewer.num_inference_steps) == ("fewer steps", 12)
 
 
@@ -64,20 +70,20 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
     fewer = {"num_inference_steps": 13, "psnr": [30.0, 34.0], "seconds": [2.5, 2.7]}
     ours = {"num_inference_steps": 20, "psnr": [33.0, 35.0], "seconds": [2.4, 2.4]}
     run = {"device": "a processor, 2 cores", "threads": 1, "arms": [dense, fewer, ours]}
-    (tmp_path / demo.RESULTS).parent.mkdir(parents=True)
-    (tmp_path / demo.RESULTS).write_text(json.dumps(run))
-    text = demo.told(tmp_path)
+    (tmp_path / demo_comparison.RESULTS).parent.mkdir(parents=True)
+    (tmp_path / demo_comparison.RESULTS).write_text(json.dumps(run))
+    text = demo_comparison.told(tmp_path)
     assert "Over 2 seeds ours came +2.0 dB [1.0, 3.0] nearer to the converged run in 2.4 s" in text
     assert "than 13 dense steps did in 2.6 s (one thread, a processor, 2 cores;" in text
     ours["psnr"] = [33.0, 33.0]
-    (tmp_path / demo.RESULTS).write_text(json.dumps(run))
-    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo.told(tmp_path)
+    (tmp_path / demo_comparison.RESULTS).write_text(json.dumps(run))
+    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo_comparison.told(tmp_path)
 
 
 def test_the_strip_shows_differences_five_times_as_large():
     reference = np.full((2, 8, 8, 3), 0.5, np.float32)
-    frames = demo.side_by_side([("same", reference), ("off", reference + 0.1)], reference)
-    assert frames.shape[2] == 2 * 8 * demo.SCALE
+    frames = demo_comparison.side_by_side([("same", reference), ("off", reference + 0.1)], reference)
+    assert frames.shape[2] == 2 * 8 * demo_comparison.SCALE
     assert frames[:, -1, 0].tolist() == [[0, 0, 0]] * 2
     assert frames[:, -1, -1].tolist() == [[128, 128, 128]] * 2
 
@@ -121,7 +127,7 @@ def test_what_holds_no_converged_runs_is_refused_by_name(tmp_path: Path):
 
 def test_the_demo_of_its_own_prompt_has_the_converged_runs_that_ship():
     """Four seeds, of these very weights; none is made anew, so that the demo takes a minute or two."""
-    asked = (demo.MODEL, {}, held_out_prompts(demo.MODEL, demo.PROMPT + 1)[demo.PROMPT])
+    asked = (demo.MODEL, {}, held_out_prompts(demo.MODEL, demo_comparison.PROMPT + 1)[demo_comparison.PROMPT])
     found = demo_references.read(demo_references.SHIPPED, EmbeddedModel(*asked), 4)
     assert [*found] == [0, 1, 2, 3]
     assert all(one.agreement >= AGREE for one in found.values())

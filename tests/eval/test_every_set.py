@@ -70,4 +70,4 @@ def test_names_stand_for_methods():
     assert method_of("none") is None
     assert method_of("L0H1+L2H0") == SoftPAG(heads=("L0H1", "L2H0"), u=1.0)
     assert method_of("pag L3 1.0") == PAG(layers="L3", scale=1.0)
-    assert method_of("slg L3 3.0") == SLG(layers="L3", scale=3.0, stop=1.0)
+    assert method_of("slg L3 3.0") == SLG(layers="L3", scale=3.0, start=0.0, stop=1.0)

@@ -1,9 +1,9 @@
 """`dit-accel tune period` on the embedded model, and what it refuses."""
 
 import json
+import tomllib
 
 import pytest
-import tomllib
 import torch
 from dit_accel_eval.tune_period import Watch, Watcher, tune_period
 from dit_accel_eval.tuning import tuning_request

@@ -116,3 +116,11 @@ def test_wrong_files_are_refused(tmp_path, text, told):
 
 def test_a_dimension_is_found_with_blanks_too():
     assert dimension("Subject Consistency") is DIMENSIONS["subject_consistency"]
+
+
+def test_the_page_s_own_file_has_the_published_total(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "vbench.md").read_text(encoding="utf-8")
+    (tmp_path / "scores.json").write_text(page.partition("```json\n")[2].partition("```")[0])
+    found = vbench("--totals", tmp_path / "scores.json")
+    assert found.exit_code == 0, found.stderr
+    assert "Total 80.27" in found.stdout

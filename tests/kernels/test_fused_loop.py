@@ -1,9 +1,5 @@
 """The compiled loop of the torch backend: sizes that it cuts differently from others, and what builds it."""
 
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
@@ -138,62 +134,6 @@ def test_threads_share_a_call_and_change_no_bit(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, together)
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """An empty cache, for a library that is looked for anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled.library.cache_clear()
-    yield tmp_path
-    compiled.library.cache_clear()
-
-
-def attends() -> bool:
-    q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
-    out = block_sparse_attention(q, k, v, random_lists(1, 40, 40, 8, 8), layout="bhsd", backend="torch")
-    return bool(out.isfinite().all())
-
-
-def test_without_a_compiler_or_by_the_switch_torch_computes(fresh, monkeypatch):
-    monkeypatch.setenv(compiled.SWITCH, "0")
-    assert compiled.library() is None
-    assert attends()
-    monkeypatch.delenv(compiled.SWITCH)
-    compiled.library.cache_clear()
-    monkeypatch.setenv("PATH", str(fresh))
-    monkeypatch.delenv("CXX", raising=False)
-    assert compiled.library() is None
-    assert attends()
-    assert list(fresh.iterdir()) == []
-
-
-def test_a_compiler_that_fails_is_told_once_and_torch_computes(fresh, monkeypatch):
-    broken = fresh / "broken"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "fatal: no such header" >&2\nexit 1\n')
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    with pytest.warns(UserWarning, match="could not build the loop of the torch backend .fatal: no such header.*"):
-        assert compiled.library() is None
-    assert attends()
-    assert list((fresh / "dit-accel" / "kernels").iterdir()) == []
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_it_is_built_once_whoever_asks_at_the_same_time(fresh, monkeypatch):
-    """Several processes find one whole file, named by what it is made of."""
-    code = "from dit_accel_kernels.backends.torch import compiled; print(compiled.library()._name)"
-
-    def ask(_: int) -> str:
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-    with ThreadPoolExecutor(2) as pool:
-        names = set(pool.map(ask, range(2)))
-    (path,) = (fresh / "dit-accel" / "kernels").iterdir()
-    assert names == {str(path)}
-    monkeypatch.setattr(compiled, "processor", lambda: "another")
-    assert compiled.library()._name != str(path)
 
 
 def test_large_tensors_ask_for_large_pages_that_are_all_their_own(monkeypatch):

@@ -16,7 +16,9 @@ from dit_accel_kernels import (
     Vote,
     block_sparse_attention_backward,
     block_sparse_attention_eager,
+    cache,
     pack_bits,
+    values,
 )
 from dit_accel_kernels.backends.triton.support import interpreted
 from kernel_cases import qkv
@@ -75,6 +77,13 @@ def no_syncs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(interpreter.GridExecutor, "__call__", device)
         with _NoReads(), _NoSyncs():
             yield
+
+
+@pytest.fixture(autouse=True)
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU calls read their lists' values, which is free there; these stand for calls on a GPU."""
+    for module in (cache, values):
+        monkeypatch.setattr(module, "readable", lambda device: False)
 
 
 def lists(rest: int, device: str = "cpu") -> TileLists:

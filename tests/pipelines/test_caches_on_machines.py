@@ -105,7 +105,7 @@ def test_the_foreground_alone_adds_no_graph(make_pipe, fresh_graphs, how, when, 
             assert fresh_graphs() == 1
         report = attachment.report()
     assert [step.density for step in report.steps] == pytest.approx([step.density for step in eager.steps])
-    shares = [entry["foreground"] for entry in report.section("dfa").data["foreground"]]
+    shares = [share for entry in report.section("dfa").data["foreground"] for share in entry["foreground"]]
     assert len({*shares}) > 1
     assert all(0 < share < 1 for share in shares)
 

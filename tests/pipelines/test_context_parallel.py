@@ -88,6 +88,21 @@ def test_negative_text_and_methods_attached_before():
         assert gradient < 1e-5
 
 
+def test_observers_see_each_processs_rows_under_ring_attention():
+    found = processes(2, parallel_ranks.observed, (RadialAttention(**RADIAL),))
+    for rank in (0, 1):
+        assert not isinstance(found[rank], str), found[rank]
+        calls, away, rows = found[rank]
+        assert calls == 2 * 2 * 3
+        assert away < 1e-5
+        assert rows == [40]
+
+
+def test_processes_that_train_compare_what_they_run_once():
+    found = processes(2, parallel_ranks.trained, (RadialAttention(**RADIAL),))
+    assert found == {0: 1, 1: 1}
+
+
 def test_what_cannot_be_right_is_refused_on_every_process_alike():
     found = processes(2, parallel_ranks.refused)
     assert not isinstance(found[0], str), found[0]

@@ -250,8 +250,7 @@ def test_bad_input_is_told_before_anything_is_trained(base: Path, tmp_path: Path
         changes = {**changes, "data": tmp_path / changes["data"]}
     with pytest.raises(ConfigError, match=message):
         finetune(recipe(base, output=tmp_path / "out", **changes))
-    assert not (tmp_path / "out" / FILE).exists()
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -270,6 +269,7 @@ def test_what_can_not_be_drawn_is_told(base: Path, tmp_path: Path, arguments, me
     result = CliRunner().invoke(app, ["finetune", "--drawn", "2", *asked, "-o", str(tmp_path / "lora")])
     assert result.exit_code == 2
     assert message.format(base=base) in " ".join(result.stderr.split())
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize(
@@ -279,6 +279,8 @@ def test_what_can_not_be_drawn_is_told(base: Path, tmp_path: Path, arguments, me
         ({"drawn": 3}, "got both"),
         ({"data": None, "drawn": 0}, "drawn must be 1 or more, got 0"),
         ({"rank": 0}, "rank must be 1 or more, got 0"),
+        ({"rank": 10**12}, "rank must be at most 10,000, got 1,000,000,000,000"),
+        ({"data": None, "drawn": 10**12}, "drawn must be at most 1,000,000, got 1,000,000,000,000"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"caption_dropout": 1.0}, "caption_dropout must be a share from 0 to below 1, got 1.0"),
         ({"dtype": "float16"}, "there is no dtype 'float16' to train with"),

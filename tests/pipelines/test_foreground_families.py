@@ -32,7 +32,7 @@ def test_every_family(name):
         for before, now in zip(full, partial, strict=True):
             layout = now.context.layout
             assert before.plan.reused is None
-            assert now.plan.reused.rows.tolist() == [
+            assert now.plan.reused.rows[0].tolist() == [
                 *range(layout.text_before),
                 *range(layout.visual.stop, layout.tokens),
             ]

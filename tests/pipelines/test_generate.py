@@ -1,12 +1,14 @@
 """`dit-accel generate` and `describe` on the embedded model: files, side-cars, bad input, interruption."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dit_accel_pipelines.generate as generation
@@ -172,13 +174,28 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
         (["a circle", "-o", "a" * 250 + ".mp4"], "can't be written: File name too long; choose another folder or name"),
         (["a circle", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
         (["a circle", "--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
-        (["a circle", "--fps", "nan"], "fps must be above 0 and at most 240, got nan"),
+        (["a circle", "--fps", "nan"], "fps must be from 0.01 to 240, got nan"),
         (["a circle", "--image", "a.png"], "WanPipeline takes no image, got a.png; leave it out"),
         (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
         (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
         (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
         (["a circle", "--device", "gpu"], "device 'gpu' can't be used here ("),
-        (["a circle", "--fps", "0"], "fps must be above 0 and at most 240, got 0"),
+        (["a circle", "--fps", "0"], "fps must be from 0.01 to 240, got 0"),
+        (["a circle", "--fps", "1e-300"], "fps must be from 0.01 to 240, got 1e-300"),
+        (
+            ["a circle", "--num-inference-steps", "99999999999999"],
+            "num_inference_steps must be at most 10,000, got",
+        ),
+        (
+            ["a circle", "--num-frames", "4000000000001"],
+            "wan has rotary positions for 256 tokens along frames",
+        ),
+        (
+            ["a circle", "--model", "flux-tiny", "--height", "1600000", "--width", "1600000", "-o", "a.png"],
+            "an output of 1 frames, 1,600,000 x 1,600,000, takes 28,610 GiB for its pixels alone, and this machine",
+        ),
+        (["..."], "prompt '...' has no word in it; say what to show, such as \"a red circle\""),
+        (["a circle", "--negative-prompt", " ,"], "prompt ' ,' has no word in it"),
         (["a circle", "--scale", "0"], "scale must be a whole number from 1 to 64, got 0"),
         (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
         (
@@ -292,6 +309,32 @@ def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monk
     }
     assert all(after[name] is processor for name, processor in before.items())
     assert "_dit_accel_attachment" not in vars(pipe.transformer)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("ffmpeg ended: No space left on device")],
+    ids=["picture", "video"],
+)
+def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path, pipe, monkeypatch, error: Exception):
+    def full(path: Path, frames: np.ndarray, *, fps: float) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
+    monkeypatch.setattr(generation, "write_media", full)
+    output = tmp_path / "a.gif"
+    told = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output))
+    assert (told.exit_code, names(tmp_path)) == (2, [])
+    assert told.stderr.startswith(f"error: {output} can't be written (No space left on device); free some space, or")
+    assert told.stderr.count("\n") == 1
+
+
+def test_values_that_are_no_numbers_are_no_picture():
+    frames = np.zeros((1, 2, 4, 4, 3), np.float32)
+    frames[0, 1, 2, 2, 0] = np.nan
+    with pytest.raises(ConfigError, match=r"values that are no numbers \(nan or infinite\), which no picture can show"):
+        generation.frames_of(SimpleNamespace(frames=frames))
 
 
 @pytest.mark.parametrize("compiling", [True, False, None])

@@ -1,6 +1,7 @@
 """The third branch, folded into stock pipelines, gives the three-branch formula: written down in `three_branches`."""
 
 import warnings
+from unittest import mock
 
 import diffusers
 import pytest
@@ -13,7 +14,7 @@ from tiny_pipelines import PIPELINES as VIDEOS
 from tiny_pipelines import generate as generate_video
 
 import dit_accel
-from dit_accel import SLG, ConfigError, SoftPAG
+from dit_accel import PAG, SLG, ConfigError, SoftPAG
 
 NEGATIVE = dict(negative_prompt_embeds=torch.ones(1, 6, 16), negative_pooled_prompt_embeds=torch.ones(1, 8))
 CASES = {
@@ -92,8 +93,6 @@ def test_slg_is_the_formula_with_a_block_left_out(make_pipe):
     pipe = make_pipe()
 
     def skipped(transformer):
-        from unittest import mock
-
         return mock.patch.object(transformer.blocks[1], "forward", lambda hidden_states, *_, **__: hidden_states)
 
     with three_branches(pipe, skipped, 2.8, batched=False):
@@ -210,3 +209,60 @@ def test_a_run_that_perturbs_nothing_is_told():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             run("flux", pipe, call)  # said once
+
+
+@pytest.mark.parametrize("method", [SoftPAG(heads="L1H1", u=0.6, scale=2.0), SLG(layers="L1", start=0.0, stop=1.0)])
+def test_a_transformer_for_each_prompt_is_perturbed_in_the_conditional_one_alone(method):
+    """Ideogram 4: what the conditional one adds to the image's tokens, the other gets as well."""
+    pipe, call = IMAGES["ideogram4"]()
+    plain = run("ideogram4", pipe, call)
+    with dit_accel.attach(pipe, method) as attachment:
+        made = run("ideogram4", pipe, call)
+        section = attachment.report().section(method.name)
+    assert section.data["forwards_added"] == 3
+    assert section.data["steps"] == [0, 1, 2]
+    assert not torch.equal(made, plain)
+    assert {entry.transformer for entry in attachment.report().steps if "/" in entry.branch} <= {"transformer"}
+
+
+@pytest.mark.parametrize("mode", ["branch", "free"])
+def test_a_transformer_for_each_prompt_runs_twice_alike_in_one_step(mode):
+    pipe, call = IMAGES["ideogram4"]()
+    call["num_inference_steps"] = 1
+    plain = run("ideogram4", pipe, call)
+    with dit_accel.attach(pipe, PAG(layers="L1", mode=mode)) as attachment:
+        first, second = (run("ideogram4", pipe, call) for _ in range(2))
+        assert attachment.report().section("pag").data["forwards_added"] == (mode == "branch")
+    assert torch.equal(first, second)
+    assert not torch.equal(first, plain)
+
+
+def test_ideogram_s_third_branch_is_the_formula():
+    pipe, call = IMAGES["ideogram4"]()
+
+    def perturbed(transformer):
+        return perturbed_heads(transformer.get_submodule("layers.1.attention"), (1,), 0.6)
+
+    conditional = pipe.transformer
+    forwards, step = [], pipe.scheduler.step
+
+    def observed(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        forwards.append((args, kwargs, out[0]))
+        return out
+
+    def guided(model_output, *args, **kwargs):
+        ((given, named, cond),) = forwards
+        forwards.clear()
+        with perturbed(conditional), torch.no_grad():
+            further = 3.0 * (cond - forward(*given, **named)[0])
+        further = further[:, -model_output.shape[1] :].to(model_output.dtype)
+        return step(model_output - further, *args, **kwargs)  # the pipeline steps by the negative velocity
+
+    forward = conditional.forward
+    with mock.patch.object(conditional, "forward", observed), mock.patch.object(pipe.scheduler, "step", guided):
+        expected = run("ideogram4", pipe, call)
+    with dit_accel.attach(pipe, SoftPAG(heads="L1H1", u=0.6, scale=3.0)):
+        made = run("ideogram4", pipe, call)
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+    assert float((made - run("ideogram4", pipe, call)).norm() / expected.norm()) > 1e-3

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters.guidance import Guidance
 from dit_accel.methods.base import Handler, Model
 from dit_accel.methods.caches.config import StepCacheConfig
 from dit_accel.methods.registry import handler_of
@@ -28,14 +29,16 @@ class Driven:
         output: what forwards give.
         others: the other attached methods.
         recipe: the model's recipe of the cache.
+        guidance: how the model's pipelines guide.
         model: the transformer.
     """
 
     def __init__(
         self, config: StepCacheConfig, output: Output, others: Sequence[Handler] = (),
-        recipe: Mapping[str, Any] | None = None, model: Any = None,
+        recipe: Mapping[str, Any] | None = None, model: Any = None, guidance: Guidance | None = None,
     ) -> None:  # fmt: skip
-        adapter = Adapter(**{**_fields(ADAPTER), "recipes": {config.name: recipe or {}}})
+        changed = {"recipes": {config.name: recipe or {}}, "guidance": guidance or ADAPTER.guidance}
+        adapter = Adapter(**{**_fields(ADAPTER), **changed})
         described = Model(adapter=adapter, family=None, heads=1, layers=1)
         self.handler: Any = handler_of(config)(config, described)
         self.handler.check_with(others)
@@ -49,12 +52,7 @@ class Driven:
         transformer: str = "transformer", training: bool = False,
     ) -> Any:  # fmt: skip
         """One forward of a pipeline, and what it gives."""
-        if transformer not in self._around:
-            site = SimpleNamespace(
-                name=transformer, adapter=ADAPTER, branch=nullcontext, transformer=self.model,
-                around_forward=lambda function: self._around.update({transformer: function}),
-            )  # fmt: skip
-            self.handler.install(site)
+        self.install(transformer)
         context = ForwardContext(
             transformer=transformer, branch=branch, step_index=step, num_inference_steps=steps, sigma=sigma,
             layout=None, batch=1, training=training, told=True, inputs={"hidden_states": latents},
@@ -65,6 +63,16 @@ class Driven:
             return self.output(step, branch)
 
         return self._around[transformer](context, run)
+
+    def install(self, *transformers: str) -> None:
+        """Put the cache onto transformers of these names, unless it is."""
+        for name in transformers:
+            if name not in self._around:
+                site = SimpleNamespace(
+                    name=name, adapter=ADAPTER, branch=nullcontext, transformer=self.model,
+                    around_forward=lambda function, name=name: self._around.update({name: function}),
+                )  # fmt: skip
+                self.handler.install(site)
 
     def drawn(self, branch: str = "cond", steps: int = 10) -> str:
         """The computed (#) and skipped (.) steps of a branch."""

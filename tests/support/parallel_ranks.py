@@ -251,6 +251,33 @@ def attach_first(rank: int, world: int, nag: Any, methods: tuple[Any, ...]) -> A
     return apart(*far), apart(together, alone), apart(dense, plain), apart(shared, gradient)
 
 
+def observed(rank: int, world: int, methods: tuple[Any, ...]) -> Any:
+    """Return how many calls an observer saw under ring attention, and how far these lie from one process's own rows."""
+    transformer, inputs = build("wan")
+    spread = copy.deepcopy(transformer)
+    attention_dispatch._native_attention_forward_op = with_lse
+    enable(spread, ring_degree=world)
+    seen: list[list[Any]] = [[], []]
+    for one, calls in zip((transformer, spread), seen, strict=True):
+        with dit_accel.attach(one, *methods) as attachment, attachment.observe(calls.append):
+            denoise(one, inputs, steps=2)
+    far = [apart(ours.out, whole.out[:, :, ours.rows]) for whole, ours in zip(*seen, strict=True)]
+    return len(far), max(far), sorted({call.rows.numel() for call in seen[1]})
+
+
+def trained(rank: int, world: int, methods: tuple[Any, ...]) -> int:
+    """Return how often objects were gathered from all processes in four forwards of training."""
+    transformer, inputs = build("wan")
+    enable_ulysses(transformer, world)
+    with (
+        dit_accel.attach(transformer.train(), *methods),
+        mock.patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as gathered,
+    ):
+        for step in range(4):
+            transformer(**inputs, timestep=torch.full((1,), 100.0 * step), return_dict=False)
+    return gathered.call_count
+
+
 def gradient_of(transformer: Any, inputs: dict[str, Any], methods: tuple[Any, ...]) -> torch.Tensor:
     """The gradient of a layer's queries' weights; of processes, what each of them adds to it."""
     with dit_accel.attach(transformer, *methods):

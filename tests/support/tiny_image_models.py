@@ -140,7 +140,7 @@ def _hidream(batch: int, height: int = 16) -> Mapping[str, Any]:
     return dict(
         hidden_states=torch.randn(batch, 4, height, 20), timesteps=steps(batch),
         encoder_hidden_states_t5=torch.randn(batch, 6, 16), pooled_embeds=torch.randn(batch, 8),
-        encoder_hidden_states_llama3=list(torch.randn(4, batch, 7, 12)),
+        encoder_hidden_states_llama3=torch.randn(4, batch, 7, 12),  # as many layers as the model has blocks
     )  # fmt: skip
 
 

@@ -1,15 +1,10 @@
 """Holds how foreign tests end in a mode against how they end plain, and against the differences we expect."""
 
-import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MODES = ("neutral", "keep-all", "active")
 NEEDED = {"neutral": "compared", "keep-all": "planned", "active": "planned"}

@@ -5,7 +5,7 @@ depart from it: the foreground is what moves in the model's own prediction, foun
 all keys, which the paper's own rule (``strict``) does not let them.
 """
 
-import math
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,16 +22,21 @@ from ...report.sections import Section
 from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
+from ..guidance.parts import part_of
 from ..saving import Saving, TileSaving
 from ..site import ForwardContext, Site, made_tensor
+from ..steps import check_steps, end_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DFA(MethodConfig):
     """Attends from the foreground alone between full steps (foreground-only attention, arXiv 2509.00052).
 
+    Each row of a batch has a foreground of its own; a prompt and its negative prompt share one, in one call or in two.
     Without any foreground it is Pyramid Attention Broadcast (arXiv 2408.12588) on self-attention: outputs are repeated.
-    Text attends at every step. A layer's last output is held for every branch.
+    Text attends at every step. A layer's last output is held for every branch. LightningCP's other parts are not here:
+    kept features in place of most layers, steps predicted in parallel from estimated latents, and layers that drop a
+    reference image's features.
 
     Attributes:
         every: every n-th computed step is full; 1: all are, which changes nothing.
@@ -39,7 +44,7 @@ class DFA(MethodConfig):
             them, clip by clip.
         strict: the foreground sees the foreground and text alone.
         warmup_steps: first steps that are full; below 1 a share of the run's steps, rounded up.
-        last_steps: last steps that are full.
+        last_steps: last steps that are full, likewise.
 
     Raises:
         ConfigError: for an option out of range.
@@ -51,7 +56,7 @@ class DFA(MethodConfig):
     share: float | None = None
     strict: bool = False
     warmup_steps: int | float = 0.2
-    last_steps: int = 1
+    last_steps: int | float = 1
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
@@ -59,27 +64,16 @@ class DFA(MethodConfig):
             raise ConfigError(f"dfa.every must be >= 1, got {self.every}; 2 makes every second step full")
         if self.share is not None and not 0 <= self.share <= 1:
             raise ConfigError(f"dfa.share must be from 0 to 1, got {self.share}; leave it unset for Otsu's threshold")
-        for option in ("warmup_steps", "last_steps"):
-            if getattr(self, option) < 0:
-                raise ConfigError(f"dfa.{option} must be >= 0, got {getattr(self, option)}")
-        if isinstance(self.warmup_steps, float) and not self.warmup_steps < 1 and not self.warmup_steps.is_integer():
-            raise ConfigError(
-                f"dfa.warmup_steps must be a whole number of steps or a share below 1, got {self.warmup_steps}"
-            )
+        check_steps(self, "warmup_steps", "last_steps")
 
-    def first_steps(self, count: int | None) -> int:
-        """Return how many first steps of a run of ``count`` are full.
+    def at_an_end(self, index: int, count: int | None) -> bool:
+        """Tell whether a step of a run of ``count`` is one of the first or last ones, which are full.
 
         Raises:
             ConfigError: if that needs the number of steps, which is not known.
         """
-        share = 0 < self.warmup_steps < 1
-        if count is None and (share or self.last_steps):
-            raise ConfigError(
-                "dfa needs the number of steps, which is not known here; attach to the pipeline, or set "
-                "dfa.warmup_steps to a whole number and dfa.last_steps to 0"
-            )
-        return math.ceil(round(self.warmup_steps * (count or 0), 9)) if share else int(self.warmup_steps)
+        first, last = end_steps(self, "warmup_steps", "last_steps", count)
+        return index < first or (count is not None and index >= count - last)
 
     def is_full(self, index: int, count: int | None, since: int) -> bool:
         """Tell whether a step is full by the schedule alone.
@@ -92,8 +86,7 @@ class DFA(MethodConfig):
         Raises:
             ConfigError: if that needs the number of steps, which is not known.
         """
-        last = count is not None and index >= count - self.last_steps
-        return index < self.first_steps(count) or last or since >= self.every - 1
+        return self.at_an_end(index, count) or since >= self.every - 1
 
     def reusing(self, count: int) -> frozenset[int]:
         """Return the steps of a run of ``count`` that are not full, where every step is computed."""
@@ -117,8 +110,8 @@ class DFAHandler(AttentionHandler):
     def __init__(self, config: DFA, model: Model) -> None:
         super().__init__(config, model)
         self._outputs: dict[Key, Tensor] = {}
-        self._masks: dict[str, tuple[TokenLayout, Tensor]] = {}  # transformer -> grid and what moves, bool [F, Y, X]
-        self._rows: dict[tuple[str, TokenLayout], tuple[Tensor, Tensor]] = {}  # computed rows, as numbers and as bool
+        self._masks: dict[str, tuple[TokenLayout, Tensor]] = {}  # transformer -> grid and what moves, [N, F, Y, X]
+        self._rows: dict[tuple[str, TokenLayout], tuple[list[Tensor], Tensor]] = {}  # computed, as numbers, as bool
         self._step = (-1, "")  # the step that is settled, and the branch that leads it
         self._transformer = ""
         self._reuse = False
@@ -144,17 +137,16 @@ class DFAHandler(AttentionHandler):
 
     def install(self, site: Site) -> None:
         """Run around every forward of the transformer."""
-        name, latents = site.name, site.adapter.latents
-        site.around_forward(lambda context, run: self._around(context, run, name, latents))
+        site.around_forward(lambda context, run: self._around(site, context, run))
 
-    def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, latents: str) -> Any:
+    def _around(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
         if context.training:
             self._reuse = False
             return run()
         leads = self._settle(context)
         output = run()
         if leads and not self._reuse and self._held_from(context):
-            self._measure(context, name, made_tensor(context.inputs[latents]), made_tensor(output))
+            self._measure(site, context, made_tensor(output))
         return output
 
     def _settle(self, context: ForwardContext) -> bool:
@@ -173,27 +165,30 @@ class DFAHandler(AttentionHandler):
 
     def _held_from(self, context: Any) -> bool:
         """Tell whether a full step's outputs may be reused in the next."""
-        settings, count, after = self.settings, context.num_inference_steps, context.step_index + 1
-        last = count is not None and after >= count - settings.last_steps
-        return settings.every > 1 and after >= settings.first_steps(count) and not last
+        after = context.step_index + 1
+        return self.settings.every > 1 and not self.settings.at_an_end(after, context.num_inference_steps)
 
-    def _measure(self, context: ForwardContext, name: str, x: Tensor, v: Tensor) -> None:
-        """Find the foreground of a step."""
-        layout, share = context.layout, self.settings.share
+    def _measure(self, site: Site, context: ForwardContext, v: Tensor) -> None:
+        """Find the foreground of a step, prompt by prompt."""
+        layout, share, latents = context.layout, self.settings.share, context.inputs[site.adapter.latents]
         if layout is None:
             return
-        grid = layout.frames, layout.height, layout.width
         if share in (0, 1):
-            mask = torch.full(grid, bool(share), device=x.device)
+            grid = layout.frames, layout.height, layout.width
+            mask = torch.full((1, *grid), bool(share), device=v.device)
         else:
-            moved = self._moved(context, x.detach(), v.detach(), layout)
-            edge = otsu(moved) if share is None else moved.flatten().quantile(1 - share)
-            mask = moved > edge
-        self._masks[name] = layout, mask
+            moved = self._moved(context, made_tensor(latents), v, layout)
+            pairs = 2 if len(moved) % 2 == 0 and _holds_both(site, context, latents) else 1
+            moved = moved.unflatten(0, (pairs, -1)).mean(0)
+            edges = [otsu(one) if share is None else one.flatten().quantile(1 - share) for one in moved]
+            mask = moved > torch.stack(edges)[:, None, None, None]
+        self._masks[site.name] = layout, mask
         self._rows.clear()
-        self._shares.append({"step_index": context.step_index, "transformer": name, "foreground": mask.float().mean()})
+        shares = mask.float().mean((1, 2, 3))
+        self._shares.append({"step_index": context.step_index, "transformer": site.name, "foreground": shares})
 
     def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """Return how far each token moves, [B, F, Y, X]."""
         grid = layout.frames, layout.height, layout.width
         if context.sigma is None or not 0 <= context.sigma <= 1:
             raise ConfigError(
@@ -216,23 +211,32 @@ class DFAHandler(AttentionHandler):
         if held.shape != call.q.shape[:3] + held.shape[3:] or held.dtype != call.q.dtype:
             return plan
         found = self._rows_of(context)
-        if found is None or len(found[0]) == call.tokens:
+        if found is None:
             return plan
         rows, seen = found
-        return plan.reuse_rows(ReusedRows(rows=rows, out=held, keys=seen if self.settings.strict else None))
+        if all(len(one) == call.tokens for one in rows):
+            return plan
+        keys = torch.stack(seen) if self.settings.strict else None
+        return plan.reuse_rows(ReusedRows(rows=tuple(rows), out=held, keys=keys))
 
-    def _rows_of(self, context: CallContext) -> tuple[Tensor, Tensor] | None:
-        """Return the rows that are computed over a layout; None where it is another grid than the one measured."""
+    def _rows_of(self, context: CallContext) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Return the rows that are computed for each prompt in a call, as numbers [G] and as bool [S].
+
+        None where its grid is another than the one measured.
+        """
         key = context.transformer, context.layout
         if key not in self._rows:
             known, mask = self._masks[context.transformer]
             layout = context.layout
             if (known.frames, known.height, known.width) != (layout.frames, layout.height, layout.width):
                 return None
-            seen = torch.ones(layout.tokens, dtype=torch.bool, device=mask.device)
-            seen[layout.visual] = mask.flatten()
-            self._rows[key] = seen.nonzero()[:, 0], seen
-        return self._rows[key]
+            seen = torch.ones(len(mask), layout.tokens, dtype=torch.bool, device=mask.device)
+            seen[:, layout.visual] = mask.flatten(1)
+            self._rows[key] = [one.nonzero()[:, 0] for one in seen], seen
+        rows, seen = self._rows[key]
+        first = context.row * context.batch  # models that attend row by row hold one prompt of several in a call
+        prompts = [(first + row) % len(rows) for row in range(min(context.batch, len(rows)))]
+        return [rows[prompt] for prompt in prompts], [seen[prompt] for prompt in prompts]
 
     def keep(self, context: CallContext, out: Tensor) -> None:
         """Hold what a full step's call gave."""
@@ -260,10 +264,10 @@ class DFAHandler(AttentionHandler):
         """Return the foreground's share at the full steps that others followed."""
         if not self._shares:
             return None
-        found = [{**entry, "foreground": float(entry["foreground"])} for entry in self._shares]
-        values = [entry["foreground"] for entry in found]
+        found = [{**entry, "foreground": entry["foreground"].tolist()} for entry in self._shares]
+        values = [value for entry in found for value in entry["foreground"]]
         title = (
-            f"dfa: foreground {min(values):.3f} to {max(values):.3f} of the visual tokens, at {len(values)} full steps"
+            f"dfa: foreground {min(values):.3f} to {max(values):.3f} of the visual tokens, at {len(found)} full steps"
         )
         return Section(method="dfa", title=title, data={"foreground": found})
 
@@ -285,3 +289,13 @@ class DFAHandler(AttentionHandler):
             "tile lists more rows are computed, since a tile is computed whole"
         )
         return Saving(tiles=rows, carried_bytes=carried, notes=(note,))
+
+
+def _holds_both(site: Site, context: ForwardContext, latents: Any) -> bool:
+    """Tell whether a forward holds a row of each prompt and one of its negative prompt, half after half.
+
+    Where nothing says it, every row stands alone.
+    """
+    with contextlib.suppress(ConfigError):
+        return part_of(DFA.name, site, context, latents) == "both"
+    return False

@@ -20,7 +20,7 @@ from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import visual_lists
+from ...plan.tiling import visual_lists, visual_lists_bytes
 from ...rules.lvsa import AnchorRule
 from ..base import Model, Phase
 from ..saving import Saving, TileSaving
@@ -158,14 +158,16 @@ class LVSAHandler(SparseHandler):
         settings, note = self.settings, self.settings.remark(layout)
         if not self.applies(layout):
             return Saving(notes=(note,))
-        offsets = settings.offsets(layout)
-        kept = np.mean([settings.kept(layout, offset) for offset in offsets], axis=0)
         pools = settings.rest == "pooled"
-        entries = len(offsets) * (len(kept) + 1 + (kept.size if pools else round(float(kept.sum()))))
+        each = [settings.kept(layout, offset) for offset in settings.offsets(layout)]
+        kept = np.mean(each, axis=0)
+        sparse = [step for step in range(steps) if not settings.is_dense(step, steps, settings.dense_layers, 0.0)]
+        held = [each[turn] for turn in {step % len(each) for step in sparse}]
         tiles = TileSaving(
             tiles=len(kept),
             active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
             keep=lambda share: share * kept,
             pools=pools,
         )
-        return Saving(tiles=tiles, list_bytes=4 * entries, notes=(note, *settings.notes()))
+        size = sum(visual_lists_bytes(one, pools, layout, settings.block_size) for one in held)
+        return Saving(tiles=tiles, list_bytes=size, notes=(note, *settings.notes()))

@@ -19,7 +19,7 @@ from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import pinned_bits
+from ...plan.tiling import full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Phase
 from ..saving import Saving, TileSaving
 from .sparse import SparseConfig, SparseHandler, SparseSettings
@@ -178,11 +178,10 @@ class SolHandler(SparseHandler):
             pools=True,
             expected=True,
         )
-        entries = count + 1 + count * count + count * -(-count // 32)
         counted = "which tiles are routed is known only while it runs; the count is what Gaussian scores would keep"
         return Saving(
             tiles=tiles,
-            list_bytes=4 * entries,
+            list_bytes=full_lists_bytes(layout, settings.block_size) + pinned_bytes(layout, settings.block_size),
             notes=(counted, *settings.notes()),
             warnings=(advice,) if advice else (),
         )

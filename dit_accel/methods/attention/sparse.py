@@ -1,7 +1,6 @@
 """Base of sparse methods: tiles, recipe values for what is unset, and the steps and layers that stay dense."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from ...plan.layout import TokenLayout
 from ...plan.tiling import Tiling
 from ..base import AttentionHandler, Model
 from ..config import MethodConfig, plain_fields
+from ..steps import check_steps, end_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class SparseSettings:
 
     tiling: Tiling
     dense_steps: int | float
-    dense_last_steps: int
+    dense_last_steps: int | float
     dense_layers: int
     dense_above_sigma: float | None
 
@@ -49,23 +49,24 @@ class SparseSettings:
         Raises:
             ConfigError: if the options need what is not known here: the run's steps, or the noise level.
         """
-        first, last, level = self.dense_steps, self.dense_last_steps, self.dense_above_sigma
-        if num_inference_steps is None and (last or 0 < first < 1):
-            what = f"dense_last_steps = {last}" if last else f"dense_steps = {first}"
-            raise ConfigError(
-                f"{self.name}.{what} needs the number of steps, which is not known here; attach to the pipeline, or "
-                "set dense_steps to a whole number and dense_last_steps to 0"
-            )
+        first, last = self.dense_ends(num_inference_steps)
+        level = self.dense_above_sigma
         if level is not None and sigma is None:
             raise ConfigError(
                 f"{self.name}.dense_above_sigma = {level} needs the noise level, which the pipeline does not tell; "
                 "count dense_steps instead"
             )
-        if 0 < first < 1:
-            first = math.ceil(first * (num_inference_steps or 0))
         if layer < self.dense_layers or step_index < first or (level is not None and (sigma or 0.0) > level):
             return True
         return num_inference_steps is not None and step_index >= num_inference_steps - last
+
+    def dense_ends(self, num_inference_steps: int | None) -> tuple[int, int]:
+        """Return how many first and last steps of a run stay dense.
+
+        Raises:
+            ConfigError: if the options need the number of steps, which is not known.
+        """
+        return end_steps(self, "dense_steps", "dense_last_steps", num_inference_steps)
 
     def advice(self, layout: TokenLayout) -> str | None:
         """Return what the user should know about the method on this layout, or None where it fits well.
@@ -95,7 +96,7 @@ class SparseConfig(MethodConfig):
 
     Attributes:
         dense_steps: first denoising steps that stay dense; below 1 a share of the run's steps, rounded up.
-        dense_last_steps: last denoising steps that stay dense.
+        dense_last_steps: last denoising steps that stay dense, likewise.
         dense_layers: first layers that stay dense.
         dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. Schedules with a large
             shift spend a small share of the steps there, or a large one, so that counting steps misses the point.
@@ -109,21 +110,18 @@ class SparseConfig(MethodConfig):
     settings_type: ClassVar[type[SparseSettings]]
 
     dense_steps: int | float | None = None
-    dense_last_steps: int | None = None
+    dense_last_steps: int | float | None = None
     dense_layers: int | None = None
     dense_above_sigma: float | None = None
     block_size: int | None = None
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for field in ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma"):
+        check_steps(self, "dense_steps", "dense_last_steps")
+        for field in ("dense_layers", "dense_above_sigma"):
             value = getattr(self, field)
             if value is not None and value < 0:
                 raise ConfigError(f"{self.name}.{field} must be >= 0, got {value}; 0 keeps none dense")
-        if isinstance(self.dense_steps, float) and not self.dense_steps < 1 and not self.dense_steps.is_integer():
-            raise ConfigError(
-                f"{self.name}.dense_steps must be a whole number of steps or a share below 1, got {self.dense_steps}"
-            )
         block = self.block_size
         if block is not None and (not 16 <= block <= 512 or block & (block - 1)):
             usual = self.defaults.get("block_size", 128)

@@ -21,7 +21,7 @@ from ...plan.call import Call
 from ...plan.context import CallContext, Key, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import bitmap_bytes, exact_bits, pinned_bits
+from ...plan.tiling import bitmap_bytes, exact_bits, full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Model, Phase
 from ..saving import Saving, TileSaving
 from .sparse import SparseConfig, SparseHandler, SparseSettings
@@ -85,7 +85,8 @@ class SparseD(SparseConfig):
     it.
 
     Attributes:
-        density: share of the visual key tiles that every block row keeps, in (0, 1], rounded up to whole tiles.
+        density: share rho of the n visual key tiles that every block row keeps, in (0, 1], rounded up to whole tiles;
+            the released code keeps floor(rho n) + 1.
         mass: instead of ``density``: the share of the softmax mass over the visual keys that every block row keeps, in
             (0, 1), by the fewest tiles that reach it; the density follows from the data.
         rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
@@ -217,10 +218,9 @@ class SparseDHandler(SparseHandler):
             carried = settings.carried_bytes(
                 layout, layers=layers, heads=model.heads, branches=model.family.forwards_per_step
             )
-        entries = count + 1 + count * kept
         return Saving(
             tiles=tiles,
-            list_bytes=4 * entries,
+            list_bytes=full_lists_bytes(layout, settings.block_size) + pinned_bytes(layout, settings.block_size),
             carried_bytes=carried,
             notes=settings.notes(),
             warnings=(advice,) if advice else (),

@@ -1,12 +1,31 @@
 """StepCacheConfig: what all step caches share, the steps that are always computed and how a skipped one is forecast."""
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import ConfigError
+from ...rules.steps import whole_steps
 from ..config import MethodConfig
+from ..steps import check_steps, end_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Which steps of a run one of its transformers makes.
+
+    Attributes:
+        since: the first of them.
+        last: no other transformer takes over after it.
+    """
+
+    since: int = 0
+    last: bool = True
+
+
+ALONE = Turn()
+"""A transformer that makes all steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +36,14 @@ class StepCacheConfig(MethodConfig):
 
     Attributes:
         warmup_steps: first steps that are computed; below 1 a share of the run's steps, rounded up.
-        last_steps: last steps that are computed.
+        last_steps: last steps that are computed, likewise.
+        compute_at: further steps that are computed, each as a point of the run from 0, its first step, to 1, its last:
+            the step nearest to it.
+        warmup_of: what ``warmup_steps`` are the first steps of: ``run``; ``each`` transformer, as Wan 2.2's second
+            expert begins anew and a share is one of its own steps; or the ``last`` transformer, before which nothing is
+            skipped.
+        switch: share of the run's steps that the first of two transformers makes. ``each`` needs it for a share of
+            them, `plan` to know when the second begins.
         max_consecutive: most steps that are skipped in a row; unset: any number.
         max_skips: most steps that are skipped in a run; unset: any number.
         steps: one number for each step of the run: 1 is computed, 0 may be skipped; unset: every step may.
@@ -36,7 +62,10 @@ class StepCacheConfig(MethodConfig):
     """
 
     warmup_steps: int | float | None = None
-    last_steps: int | None = None
+    last_steps: int | float | None = None
+    compute_at: tuple[float, ...] | None = None
+    warmup_of: Literal["run", "each", "last"] | None = None
+    switch: float | None = None
     max_consecutive: int | None = None
     max_skips: int | None = None
     steps: tuple[int, ...] | None = None
@@ -48,14 +77,20 @@ class StepCacheConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for field, least in (("warmup_steps", 0), ("last_steps", 0), ("max_consecutive", 1), ("max_skips", 0)):
+        check_steps(self, "warmup_steps", "last_steps")
+        for field, least in (("max_consecutive", 1), ("max_skips", 0)):
             value = getattr(self, field)
             if value is not None and value < least:
                 raise ConfigError(f"{self.name}.{field} must be >= {least}, got {value}; leave it unset for the usual")
-        warmup = self.warmup_steps
-        if isinstance(warmup, float) and not warmup < 1 and not warmup.is_integer():
+        if wrong := [at for at in self.compute_at or () if not 0 <= at <= 1]:
             raise ConfigError(
-                f"{self.name}.warmup_steps must be a whole number of steps or a share below 1, got {warmup}"
+                f"{self.name}.compute_at must hold points of the run from 0, its first step, to 1, its last, got "
+                f"{wrong[0]}; step 11 of 28 is {11 / 27:.4f}"
+            )
+        if self.switch is not None and not 0 < self.switch < 1:
+            raise ConfigError(
+                f"{self.name}.switch must be above 0 and below 1, got {self.switch}; it is the share of the run's "
+                "steps that the first of two transformers makes"
             )
         if not 1 <= self.order <= 4:
             raise ConfigError(f"{self.name}.order must be from 1 to 4, got {self.order}; predictor = 'hold' is order 0")
@@ -75,49 +110,79 @@ class StepCacheConfig(MethodConfig):
         """How many computed values a forecast reads."""
         return {"hold": 1, "taylor": self.order + 1, "heun": 2, "chebyshev": 2 * self.order + 2}[self.predictor]
 
-    def always_computed(self, index: int, count: int | None) -> str | None:
+    def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step is computed whatever is measured, or None.
 
         Args:
             index: the step's, from 0.
             count: steps of the run; None: not known.
+            turn: of the transformer that makes it.
 
         Raises:
             ConfigError: if the options need the run's steps, which are not known, or are for another number of them.
         """
-        warmup, last = self.warmup_steps or 0, self.last_steps or 0
-        if count is None and (last or 0 < warmup < 1):
-            what = f"last_steps = {last}" if last else f"warmup_steps = {warmup}"
-            raise ConfigError(
-                f"{self.name}.{what} needs the number of steps, which is not known here; attach to the pipeline, or "
-                "set warmup_steps to a whole number and last_steps to 0"
-            )
+        _, last = end_steps(self, "warmup_steps", "last_steps", count)
         if self.steps is not None and len(self.steps) != count:
             raise ConfigError(
                 f"{self.name}.steps has {len(self.steps)} entries, this run has {count or 'an unknown number of'} "
                 "steps; give one for each"
             )
-        if index < self.first_steps(count):
+        if index < self.first_steps(count, turn):
             return "first steps"
         if count is not None and index >= count - last:
             return "last steps"
-        return "listed" if self.steps is not None and self.steps[index] else None
+        if self.steps is not None and self.steps[index]:
+            return "listed"
+        return "listed" if self.compute_at and index in self._computed_at(count) else None
 
-    def first_steps(self, count: int | None) -> int:
-        """Return how many first steps of a run of ``count`` are computed."""
-        warmup = self.warmup_steps or 0
-        return math.ceil(round(warmup * (count or 0), 9)) if 0 < warmup < 1 else int(warmup)  # .07 of 100 is 7
+    def first_steps(self, count: int | None, turn: Turn = ALONE) -> int:
+        """Return the step of a run of ``count`` before which a transformer's are all computed.
 
-    def skipped_steps(self, count: int, skips: Callable[[int, int], bool] = lambda index, in_a_row: True) -> int:
+        Raises:
+            ConfigError: for a share of a first transformer's steps where it is not known how many these are.
+        """
+        warmup, of = self.warmup_steps or 0, self.warmup_of or "run"
+        if of == "last" and not turn.last:
+            return sys.maxsize
+        if of == "run":
+            return whole_steps(warmup, count or 0)
+        if not turn.last and 0 < warmup < 1 and self.switch is None:
+            raise ConfigError(
+                f"{self.name}.warmup_of = 'each' with {self.name}.warmup_steps = {warmup} is a share of each "
+                f"transformer's steps, and how many the first makes is not known; set {self.name}.switch to their "
+                "share of the run, or warmup_steps to a whole number"
+            )
+        own = (count or 0) - turn.since if turn.last else self._switch_of(count or 0)
+        return turn.since + whole_steps(warmup, own)
+
+    def _switch_of(self, count: int) -> int:
+        """Return the step at which the second transformer is expected to take over."""
+        return round((self.switch or 0) * count)
+
+    def _computed_at(self, count: int | None) -> set[int]:
+        if count is None:
+            raise ConfigError(
+                f"{self.name}.compute_at needs the number of steps, which is not known here; attach to the pipeline, "
+                "or leave it out"
+            )
+        return {round(at * (count - 1)) for at in self.compute_at or ()}
+
+    def skipped_steps(
+        self, count: int, skips: Callable[[int, int], bool] = lambda index, in_a_row: True, experts: int = 1
+    ) -> int:
         """Return how many steps of a run are skipped where no data decide.
 
         Args:
             count: steps of the run.
             skips: (step, steps skipped right before it) -> whether one that may be skipped is.
+            experts: transformers that share the steps; where ``switch`` is unset, they count as one.
         """
+        switch = self._switch_of(count) if experts > 1 and self.switch is not None else 0
         in_a_row = skipped = 0
         for index in range(count):
-            must = index == 0 or self.always_computed(index, count) or self.most_skipped(in_a_row, skipped)
+            begins = index in (0, switch)  # nothing is stored
+            turn = Turn(switch if index >= switch else 0, index >= switch)
+            must = begins or self.always_computed(index, count, turn) or self.most_skipped(in_a_row, skipped)
             skip = not must and skips(index, in_a_row)
             in_a_row, skipped = (in_a_row + 1, skipped + 1) if skip else (0, skipped)
         return skipped

@@ -23,7 +23,7 @@ from .config import MeasuredCacheConfig, StepCacheConfig
 from .easy import mean_size
 from .engine import Decider
 from .ranks import ratio
-from .spans import SpanHandler
+from .spans import SpanHandler, versions_of
 
 DEFAULTS: Mapping[str, Any] = {"threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1}
 """What an option is where neither the user nor the model's recipe sets it: the threshold is DBCache's."""
@@ -107,7 +107,7 @@ class DBHandler(SpanHandler):
     def indicator(self, context: ForwardContext, decider: BlockDecider) -> float | None:
         """Return how much of what the first blocks add changed since the last computed step; waits for the device."""
         now, before = self._passes[context.transformer].added, decider.added
-        if now is None or before is None or now.shape != before.shape:
+        if now is None or before is None:
             return None
         return ratio(*self.numbers(context, mean_size(now - before, spent=True), mean_size(before)))
 
@@ -141,8 +141,10 @@ class DBHandler(SpanHandler):
     def _run_first(
         self, step: StepContext, block: Block, run: Callable[[Streams], Streams], streams: Streams
     ) -> Streams:
+        now, versions = self._passes.get(step.transformer), versions_of(streams)
         given = run(streams)
-        if (now := self._passes.get(step.transformer)) is not None:
+        if now is not None:
+            now.require_unwritten(streams, versions, block.index)
             now.note_first(streams, given)
         return given
 

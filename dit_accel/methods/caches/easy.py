@@ -25,7 +25,9 @@ class EasyCache(MeasuredCacheConfig):
     """Skips steps whose output is expected to change little (EasyCache, arXiv 2507.02860); needs no calibration.
 
     With x the latents that go in and v the output, k = |dv| / |dx| over the last two computed steps; each further step
-    adds k |dx| / |v|, and is skipped while the sum stays below the threshold. |.| is the mean of the absolute values.
+    adds k |dx| / |v|, and is skipped while the sum stays below the threshold. |.| is the mean of the absolute values
+    over all rows of a batch, which are skipped together: several prompts in one batch may be skipped at other steps
+    than each alone.
 
     Attributes:
         threshold: share of the output's size, tau; 0 skips nothing. Twice as much skips about twice as many in a row.

@@ -20,8 +20,8 @@ from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, made_tensor
 from .active import require_no_cache
-from .config import MeasuredCacheConfig, StepCacheConfig
-from .history import History, shapes_of
+from .config import MeasuredCacheConfig, StepCacheConfig, Turn
+from .history import History, own_copies, shapes_of
 from .log import CachedForward, section_of
 from .ranks import agreed, groups_of
 
@@ -30,8 +30,12 @@ from .ranks import agreed, groups_of
 class Decider:
     """Who decides for a step: all branches of a transformer together, or one branch by itself.
 
+    A new one begins where another branch or other latents are measured. What it keeps of the tensors that its handler
+    was given is copied for it.
+
     Attributes:
         branch: the branch that is measured: the first one of a step.
+        shapes: of what is measured.
         step: the last step that was decided.
         reuse: the step is skipped.
         reason: why.
@@ -45,12 +49,22 @@ class Decider:
     reason: str = ""
     value: float | None = None
     in_a_row: int = 0
+    shapes: Any = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that the indicator needs; one that two fields hold counts once."""
-        values = tree_leaves([getattr(self, field.name) for field in fields(self)])
+        values = tree_leaves(self._kept())
         return sum({id(one): one.nbytes for one in values if isinstance(one, Tensor)}.values())
+
+    def own(self, given: Any) -> None:
+        """Copy what it keeps of tensors that are somebody else's, who may write into them."""
+        for name, value in own_copies(self._kept(), given).items():
+            setattr(self, name, value)
+
+    def _kept(self) -> dict[str, Any]:
+        """Return all attributes: those of a subclass that declares none of its own too."""
+        return {**getattr(self, "__dict__", {}), **{field.name: getattr(self, field.name) for field in fields(self)}}
 
 
 class StepCacheHandler(Handler):
@@ -69,9 +83,9 @@ class StepCacheHandler(Handler):
         self._deciders: dict[tuple[str, str], Decider] = {}
         self._transformers: dict[str, Any] = {}
         self._transformer = ""
-        self._skips = 0
+        self._since: dict[str, int] = {}  # transformer -> the first step that it made in this run
+        self._steps_skipped: set[int] = set()
         self._start: float | None = None
-        self._untold: dict[int, set[str]] = {}  # step -> branches, of a pipeline that does not tell them
         self._peak = 0
         self._log: list[CachedForward] = []
 
@@ -94,10 +108,10 @@ class StepCacheHandler(Handler):
         return self.settings.threshold if isinstance(self.settings, MeasuredCacheConfig) else None
 
     def seen(self, context: ForwardContext, decider: Decider) -> None:
-        """Note the input of a step, computed or not, after it was decided."""
+        """Note the input of a step, computed or not, after it was decided; what the decider keeps of it is copied."""
 
     def computed(self, context: ForwardContext, decider: Decider, output: Any) -> None:
-        """Note what a step that was computed gave."""
+        """Note what a step that was computed gave; what the decider keeps of it is copied."""
 
     # What all of them share.
 
@@ -133,10 +147,10 @@ class StepCacheHandler(Handler):
         if context.training or is_recorded(latents):
             return run()
         time = self._begin(context)
-        key = transformer, context.branch
+        key, shapes = (transformer, context.branch), self._shapes(context)
         history = self._histories.get(key)
-        if history is None or history.shapes != shapes_of(latents):
-            history = self._histories[key] = self._new_history(shapes_of(latents))
+        if history is None or history.shapes != shapes:
+            history = self._histories[key] = self._new_history(shapes)
         decider, leads, reuse = self._settle(context, bool(history.points))
         if reuse:
             given = history.forecast(latents, context.step_index, time, self._end(context))
@@ -146,32 +160,42 @@ class StepCacheHandler(Handler):
         if any(requires_grad(leaf) for leaf in tree_leaves(output)):
             self._histories.pop(key)
             return output
+        if history.gives_other(output):
+            history = self._histories[key] = self._new_history(shapes)
+            if leads:
+                decider = self._new_decider(context, decider)
+                self._see(context, decider)
         history.take(output, latents, context.step_index, time)
         if leads:
             self.computed(context, decider, output)
+            decider.own((context.inputs, output))
         self._peak = max(self._peak, self._held())
         return output
 
     def _begin(self, context: ForwardContext) -> float:
         """Drop what another expert left, of which what it gave says nothing, and return the time of the step."""
         if context.transformer != self._transformer:
-            self._histories.clear()
-            self._deciders.clear()
+            if not self._holds_a_prompt(context.transformer):
+                self._histories.clear()
+                self._deciders.clear()
             self._transformer = context.transformer
-        if context.branch.startswith("call "):
-            self._note_untold(context)
+        self._since.setdefault(context.transformer, context.step_index)
         time = self._time(context)
         self._start = time if self._start is None else self._start
         return time
 
-    def _note_untold(self, context: ForwardContext) -> None:
-        """Drop all where the last step had more or fewer forwards: the n-th is another branch then, without a word."""
-        if context.step_index not in self._untold:
-            before = list(self._untold.values())[-2:]
-            if len(before) > 1 and before[0] != before[1]:
-                self._histories.clear()
-                self._deciders.clear()
-        self._untold.setdefault(context.step_index, set()).add(context.branch)
+    def _holds_a_prompt(self, transformer: str) -> bool:
+        """Tell whether a transformer makes one prompt's forward of every step, beside another that makes the rest."""
+        return transformer in self.model.adapter.guidance.branch_of
+
+    def _turn(self, transformer: str) -> Turn:
+        """Return which steps of this run a transformer makes, as far as that is known."""
+        last = self._holds_a_prompt(transformer) or transformer == [*self._transformers][-1]
+        return Turn(self._since[transformer], last)
+
+    def _shapes(self, context: ForwardContext) -> Any:
+        """Return what must stay the same for what was stored and measured to be of use."""
+        return shapes_of(context.inputs[self.model.adapter.latents])
 
     def _new_history(self, shapes: Any) -> History:
         assert self._start is not None
@@ -202,34 +226,52 @@ class StepCacheHandler(Handler):
 
     def _decide(self, context: ForwardContext) -> tuple[Decider, bool]:
         """Return who decides for a forward, and whether this one is the first of its step, which is measured."""
-        alone = self.settings.branches == "uncond"
-        key = context.transformer, context.branch if alone else ""
-        decider = self._deciders.get(key)
-        if decider is None:
-            decider = self._deciders[key] = self.decider_type(context.branch)
-        if decider.step == context.step_index:
+        decider = self._deciders.get(self._whose(context))
+        if decider is not None and decider.step == context.step_index:
             return decider, False
-        decider.branch, decider.value = context.branch, None
+        if decider is None or (decider.branch, decider.shapes) != (context.branch, self._shapes(context)):
+            decider = self._new_decider(context, decider)
+        decider.value = None
         decider.reason = self._must_compute(context, decider) or ""
         decider.reuse = not decider.reason
         if decider.reuse:
             decider.reuse, decider.reason = self._measured(context, decider)
         decider.step = context.step_index
         decider.in_a_row = decider.in_a_row + 1 if decider.reuse else 0
-        self._skips += decider.reuse
-        self.seen(context, decider)
+        if decider.reuse:
+            self._steps_skipped.add(context.step_index)
+        self._see(context, decider)
         return decider, True
+
+    def _see(self, context: ForwardContext, decider: Decider) -> None:
+        self.seen(context, decider)
+        decider.own(context.inputs)
+
+    def _whose(self, context: ForwardContext) -> tuple[str, str]:
+        """Return whose forwards are decided together."""
+        return context.transformer, context.branch if self.settings.branches == "uncond" else ""
+
+    def _new_decider(self, context: ForwardContext, before: Decider | None) -> Decider:
+        """Return a decider that has measured nothing yet, for the step that another one decided or was to decide."""
+        decider = self._deciders[self._whose(context)] = self.decider_type(context.branch)
+        decider.shapes = self._shapes(context)
+        if before is not None:
+            decider.step, decider.in_a_row = before.step, before.in_a_row
+        return decider
 
     def _must_compute(self, context: ForwardContext, decider: Decider) -> str | None:
         """Return why a step is computed whatever is measured, or None."""
         settings = self.settings
         if settings.branches == "uncond" and not is_unconditional(context.branch, settings.name):
             return "conditional"
-        if (why := settings.always_computed(context.step_index, context.num_inference_steps)) is not None:
+        turn = self._turn(context.transformer)
+        if (why := settings.always_computed(context.step_index, context.num_inference_steps, turn)) is not None:
             return why
         if not self._stored(context):
             return "nothing stored"
-        if (why := settings.most_skipped(decider.in_a_row, self._skips)) is not None:
+        if (
+            why := settings.most_skipped(decider.in_a_row, len(self._steps_skipped - {context.step_index}))
+        ) is not None:
             return why
         needing = self._needing(context)
         return needing and f"{needing} needs it"
@@ -272,12 +314,13 @@ class StepCacheHandler(Handler):
         """Free what is stored."""
         self._histories.clear()
         self._deciders.clear()
-        self._untold.clear()
-        self._transformer, self._skips, self._start = "", 0, None
+        self._transformer, self._start = "", None
 
     def begin_run(self) -> None:
         """Forget what was done."""
         self._log.clear()
+        self._since.clear()
+        self._steps_skipped.clear()
 
     def state_bytes(self) -> int:
         """Return the most memory that was stored at once since attach."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ...rules import forecast
 from .config import StepCacheConfig
@@ -49,6 +49,10 @@ class History:
         self.skipped: list[float] = []
         self._given: Point | None = None  # what the last step gave, where it is a forecast that Heun's reads
         self._spec: TreeSpec | None = None
+
+    def gives_other(self, output: Any) -> bool:
+        """Tell whether an output has other shapes than what is stored, as a first one that holds the text too."""
+        return bool(self.points) and shapes_of(output) != shapes_of(self.last())
 
     @property
     def nbytes(self) -> int:
@@ -130,9 +134,33 @@ class History:
         return [_covering(leaf, given[i]) if i < len(given) else None for i, leaf in enumerate(leaves)]
 
 
-def shapes_of(latents: Any) -> Any:
-    """Return what must stay the same for a forecast: shapes, types and devices of the latents."""
-    return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in tree_leaves(latents)]
+def shapes_of(tensors: Any) -> Any:
+    """Return what must stay the same for a forecast: shapes, types and devices of tensors in whatever form."""
+    return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in tree_leaves(tensors)]
+
+
+def own_copies(kept: Any, given: Any) -> Any:
+    """Return what is kept from step to step, with a copy of each tensor that shares memory with one that was given.
+
+    Schedulers and hand-written loops may write into the tensors of a step once it is over.
+
+    Args:
+        kept: in whatever form.
+        given: the tensors of somebody else, in whatever form.
+    """
+    memory = {_memory_of(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    copies: dict[int, Tensor] = {}  # a tensor that is kept twice is copied once
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or _memory_of(leaf) not in memory:
+            return leaf
+        return copies.setdefault(id(leaf), leaf.detach().clone())
+
+    return tree_map(own, kept)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _covering(output: Any, latents: Any) -> Tensor | None:

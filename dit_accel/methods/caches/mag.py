@@ -2,7 +2,7 @@
 
 Source: MagCache (arXiv 2506.09045). Where we depart from it: a forward is skipped whole, and what is continued is its
 output or residual, not the last block's; a curve for another number of steps is interpolated in the cumulative
-logarithm, not by the nearest step; of two experts, the second computes its first step and has no warm-up of its own.
+logarithm, not by the nearest step; the conditional branch's ratios decide for the unconditional one too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,10 @@ from ..site import ForwardContext
 from .calibrated import CalibratedConfig, CalibratedHandler
 from .engine import Decider
 
-DEFAULTS: Mapping[str, Any] = {"threshold": 0.12, "max_consecutive": 4, "warmup_steps": 0.2, "ratios": None}
+DEFAULTS: Mapping[str, Any] = {
+    "threshold": 0.12, "max_consecutive": 4, "warmup_steps": 0.2, "ratios": None, "compute_at": None,
+    "warmup_of": "run", "switch": None,
+}  # fmt: skip
 """What an option is where neither the user nor the model's recipe sets it: the paper's for video."""
 
 
@@ -28,7 +31,8 @@ class MagCache(CalibratedConfig):
 
     What is skipped is known before the run: nothing is measured in it, and the device is never waited for. A skipped
     step adds |1 - product of the ratios since the last computed one|, and steps are skipped while the sum stays below
-    the threshold. ``max_consecutive`` is the paper's K, ``warmup_steps`` its retention ratio.
+    the threshold. ``max_consecutive`` is the paper's K, ``warmup_steps`` its retention ratio. The published scripts
+    decide for the conditional and the unconditional branch by a curve each; here one curve decides for both.
 
     Attributes:
         threshold: share of the size; 0 skips nothing.
@@ -86,8 +90,13 @@ class MagHandler(CalibratedHandler):
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the forwards that the curve skips."""
         ratios, threshold = self._ratios(steps), self.settings.threshold or 0.0
-        skipped = self.settings.skipped_steps(steps, lambda index, row: drift(ratios, index, row) < threshold)
-        return self.counted(skipped, self._notes(steps))
+        experts = self.model.family.experts if self.model.family else 1
+        skipped = self.settings.skipped_steps(steps, lambda index, row: drift(ratios, index, row) < threshold, experts)
+        notes = self._notes(steps)
+        if experts > 1 and self.settings.switch is not None:
+            share = self.settings.switch
+            notes += (f"magcache: the second transformer is counted from {share:.3g} of the run on (magcache.switch)",)
+        return self.counted(skipped, notes)
 
     def _ratios(self, steps: int) -> Sequence[float]:
         assert self.settings.ratios is not None

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ...adapters.blocks import Streams
 from ...errors import ConfigError
-from ..base import Model
 from ..site import Block, ForwardContext, Site
 from .block_numbers import kinds_of, read_numbers, require_there
-from .config import MeasuredCacheConfig, StepCacheConfig
+from .config import MeasuredCacheConfig
 from .easy import mean_size
 from .engine import Decider
 from .ranks import ratio
@@ -100,10 +99,6 @@ class PruneHandler(SpanHandler):
     decider_type = PruneDecider
     settings: DBPrune  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, config: StepCacheConfig, model: Model) -> None:
-        super().__init__(config, model)
-        self._deciding: dict[str, tuple[PruneDecider, bool]] = {}
-
     def install(self, site: Site) -> None:
         """Run around the forward and the blocks that may be skipped.
 
@@ -136,21 +131,16 @@ class PruneHandler(SpanHandler):
             decider.limit = max(decider.limit, min(relaxed, settings.max_threshold))
         decider.skipped, decider.changes = frozenset(), ()
 
-    def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
-        decider, leads, reuse = super()._settle(context, stored)
-        assert isinstance(decider, PruneDecider)
-        self._deciding[context.transformer] = decider, leads
-        return decider, leads, reuse
-
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
         """Tell whether a block is skipped: by its input in the branch that decides, as that one was in the others."""
-        decider, leads = self._deciding[now.context.transformer]
+        decider = now.decider
+        assert isinstance(decider, PruneDecider)
         if block.index not in now.stored:
             return False
-        if not leads:
+        if not now.leads:
             return block.index in decider.skipped
         x, before = streams[0], (decider.inputs or {}).get(block.index)
-        if x is None or before is None or x.shape != before.shape:
+        if x is None or before is None:
             return False
         change = ratio(*self.numbers(now.context, mean_size(x - before, spent=True), mean_size(before)))
         decider.changes += (change,)
@@ -164,11 +154,11 @@ class PruneHandler(SpanHandler):
         return False
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:
-        """Keep what a block took that ran in the branch that decides."""
-        decider, leads = self._deciding[now.context.transformer]
-        if leads and taken[0] is not None:
-            decider.inputs = decider.inputs or {}
-            decider.inputs[block.index] = taken[0].detach()
+        """Keep what a block took that ran."""
+        decider = now.decider
+        assert isinstance(decider, PruneDecider)
+        if taken[0] is not None:
+            decider.inputs = {**(decider.inputs or {}), block.index: taken[0]}
 
     def due(self, now: Pass) -> list[Span]:
         """Return the blocks that were skipped: whichever they are, each was stored by itself."""

@@ -22,7 +22,7 @@ from ..base import Model, Place
 from ..site import Block, ForwardContext, Site
 from .active import require_no_cache
 from .config import StepCacheConfig
-from .engine import StepCacheHandler, is_recorded, requires_grad
+from .engine import Decider, StepCacheHandler, is_recorded, requires_grad
 from .history import History, shapes_of
 
 Span = tuple[int, ...]
@@ -36,8 +36,10 @@ class Pass:
         context: the forward.
         needing: the method that needs the step.
         time: the time of its step.
-        shapes: of its inputs.
+        shapes: of its inputs, and of the streams that the first block takes that may be skipped.
         apart: every block is a span of its own.
+        decider: who decides for it, once that is known.
+        leads: it is the forward that is measured.
         reuse: blocks are skipped; None: that is not decided yet.
         stored: last block of a span -> what such a span added at the steps before.
         skipped: the blocks that were skipped so far.
@@ -52,9 +54,11 @@ class Pass:
         self.context = context
         self.needing = needing
         self.time = math.nan
-        self.shapes = shapes_of(dict(context.inputs))
+        self.shapes: Any = None
         # some models write what a control network gives into a stream, which then can't be told from the block's own
         self.apart = any("controlnet" in name and value is not None for name, value in context.inputs.items())
+        self.decider: Decider | None = None
+        self.leads = False
         self.reuse: bool | None = None
         self.stored: dict[int, History] = {}
         self.skipped: list[int] = []
@@ -63,6 +67,7 @@ class Pass:
         self.taken: Streams = ()
         self.given: Streams = ()
         self._versions: list[int] = []
+        self._taken_versions: list[int] = []
         self._start: Tensor | None = None
         self._end: Tensor | None = None
 
@@ -89,6 +94,14 @@ class Pass:
             )
         return (self._end - self._start).detach()
 
+    def require_unwritten(self, taken: Streams, versions: list[int], block: int) -> None:
+        """Raise `ConfigError` if what a block took was written into since it had some versions."""
+        if versions != versions_of(taken):
+            raise ConfigError(
+                f"{self.context.transformer} writes into the streams that its block {block} took, so that what the "
+                "block adds can't be told; use a cache of whole forwards, such as EasyCache"
+            )
+
     def begins_span(self, streams: Streams) -> bool:
         """Tell whether a block takes other tensors than the last one gave.
 
@@ -98,16 +111,26 @@ class Pass:
         alike = len(self.given) == len(streams) and all(map(operator.is_, self.given, streams))
         if self.apart or not alike:
             return True
-        if self._versions != _versions_of(streams):
+        if self._versions != versions_of(streams):
             raise ConfigError(
                 f"{self.context.transformer} writes into the streams that its block {self.called} gave, so that "
                 "what the block adds can't be told; use a cache of whole forwards, such as EasyCache"
             )
         return False
 
+    def begin_span(self, taken: Streams) -> None:
+        """Note what the first block of a span is about to take."""
+        self.spans.append([])
+        self.taken, self._taken_versions = taken, versions_of(taken)
+
     def note(self, given: Streams) -> None:
-        """Note what a block gave."""
-        self.given, self._versions = given, _versions_of(given)
+        """Note what a block gave.
+
+        Raises:
+            ConfigError: if the span's first block, or one after it, wrote into what that one took.
+        """
+        self.require_unwritten(self.taken, self._taken_versions, self.spans[-1][0])
+        self.given, self._versions = given, versions_of(given)
 
 
 class SpanHandler(StepCacheHandler):
@@ -132,7 +155,7 @@ class SpanHandler(StepCacheHandler):
         return True
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:
-        """Note what a block took that is computed."""
+        """Note what a block took that ran in the branch that decides; what the decider keeps of it is copied."""
 
     def due(self, now: Pass) -> list[Span]:
         """Return the stored spans that had to be skipped whole in this forward."""
@@ -178,7 +201,7 @@ class SpanHandler(StepCacheHandler):
         if now is None:
             return run(streams)
         if now.reuse is None:
-            self._open(now)
+            self._open(now, streams)
         if now.reuse and self.skips(now, block, streams):
             now.skipped.append(block.index)
             now.called = block.index
@@ -188,26 +211,28 @@ class SpanHandler(StepCacheHandler):
             return history.forecast(streams, now.context.step_index, now.time, self._end(now.context))
         if now.begins_span(streams) or not self.joins(now, block):
             self._take(now)
-            now.spans.append([])
-            now.taken = streams
+            now.begin_span(streams)
         now.called = block.index
         now.spans[-1].append(block.index)
         given = run(streams)
-        self.ran(now, block, streams)
         now.note(given)
+        if now.decider is not None and now.leads:
+            self.ran(now, block, streams)
+            now.decider.own(streams)
         if now.apart:
             self._take(now)
         return given
 
-    def _open(self, now: Pass) -> None:
+    def _open(self, now: Pass, streams: Streams) -> None:
         """Decide for a forward whose first block that may be skipped is called."""
         context = now.context
+        now.shapes = shapes_of((dict(context.inputs), streams))
         now.time = self._begin(context)
         if any(history.shapes != now.shapes for history in self._spans(context).values()):
             self._keep(context, ())
         spans = self._spans(context)
         now.stored = {span[-1]: history for span, history in spans.items()}
-        *_, now.reuse = self._settle(context, bool(spans))
+        now.decider, now.leads, now.reuse = self._settle(context, bool(spans))
 
     def _take(self, now: Pass) -> None:
         """Store what the last span of a forward added, unless that was done."""
@@ -230,6 +255,9 @@ class SpanHandler(StepCacheHandler):
         """Return a branch's spans, and what they added."""
         key = context.transformer, context.branch
         return {span: history for (*of, span), history in self._histories.items() if tuple(of) == key}
+
+    def _shapes(self, context: ForwardContext) -> Any:
+        return self._passes[context.transformer].shapes
 
     def _stored(self, context: ForwardContext) -> bool:
         return bool(self._spans(context))
@@ -264,6 +292,6 @@ class SpanHandler(StepCacheHandler):
         return replace(section, lines=(*section.lines, line), data=data)
 
 
-def _versions_of(streams: Streams) -> list[int]:
+def versions_of(streams: Streams) -> list[int]:
     """Return how often each stream was written to; 0 in inference mode, where torch does not count that."""
     return [0 if stream is None or stream.is_inference() else stream._version for stream in streams]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ..saving import Saving
-from .config import StepCacheConfig
+from .config import ALONE, StepCacheConfig, Turn
 from .engine import StepCacheHandler
 
 DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
@@ -48,11 +48,11 @@ class StaticCache(StepCacheConfig):
         """
         return self if self.steps is not None else StepCacheConfig.filled(self, recipe)
 
-    def always_computed(self, index: int, count: int | None) -> str | None:
+    def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step is computed, or None: it is skipped."""
-        why = StepCacheConfig.always_computed(self, index, count)
+        why = StepCacheConfig.always_computed(self, index, count, turn)
         if why is None and self.every is not None:
-            why = None if (index - max(self.first_steps(count) - 1, 0)) % self.every else "listed"
+            why = None if (index - max(self.first_steps(count, turn) - 1, 0)) % self.every else "listed"
         return why
 
 

@@ -33,7 +33,10 @@ class TeaCache(CalibratedConfig):
 
     The signal is the first block's input after it was modulated by the timestep; Wan's is the timestep's embedding.
     Each step adds f(mean|s - s'| / mean|s'|) of the signals of this step and the one before; steps are skipped while
-    the sum stays below the threshold.
+    the sum stays below the threshold. All rows of a batch are measured and skipped together.
+
+    Absent are the ``use_ret_steps`` mode of Wan, whose polynomials are those of the timestep's projected embedding, and
+    the polynomials published for HiDream, Cosmos and Lumina.
 
     Attributes:
         threshold: share of the output's size; 0 skips nothing.

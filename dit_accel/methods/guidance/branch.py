@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ...errors import ConfigError, UnsupportedModel
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
@@ -20,7 +22,7 @@ from ..site import ForwardContext, Site, sample_of, with_sample
 from .config import PerturbedConfig
 from .guiders import GUIDERS, guided_by
 from .log import PerturbedForward, note_of, section_of, warn_if_nothing_ran
-from .parts import Part, Parts, rows_in
+from .parts import Part, call_of, part_of, rows_in
 from .passes import Passes, Rows
 from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
 
@@ -38,8 +40,9 @@ class PerturbedHandler(Handler):
         super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
         self._others: Sequence[Handler] = ()
         self._passes: dict[str, Passes] = {}
-        self._parts = Parts()
         self._added: tuple[int, Sample] | None = None
+        self._for_guider: Sample | None = None
+        self._passed: int | None = None
         self._guiders: tuple[Any, ...] = ()
         self._log: list[PerturbedForward] = []
         self._seen = 0
@@ -115,33 +118,37 @@ class PerturbedHandler(Handler):
             warnings.warn(short, UserWarning, stacklevel=2)
         if not self.settings.acts(context.step_index, context.num_inference_steps):
             return run()
-        part = self._parts.of(site, context, latents)
+        part = part_of(self.name, site, context, latents)
         if self.settings.mode == "free":
             return self._perturbed(site, passes, context, run, part, len(latents))
-        return (
-            self._told_apart(site, context, run)
-            if part == "uncond"
-            else self._third(site, passes, context, run, rows_in(site, part, len(latents), "cond"))
-        )
+        if part in ("uncond", "perturbed"):
+            return self._add_to_other(site, context, run)
+        return self._third(site, passes, context, run, rows_in(site, part, len(latents), "cond"))
 
     def _take_added(self) -> Sample | None:
         """Return what a guider adds to the result of the step, once."""
-        taken, self._added = self._added, None
-        return None if taken is None else taken[1]
+        taken, self._for_guider = self._for_guider, None
+        return taken
 
     def _left_to_guider(self, site: Site) -> bool:
         """Tell whether the pipeline's guider adds what guidance adds, to its result."""
-        return any(guider is getattr(site.pipe, name, None) for guider in self._guiders for name in GUIDERS)
+        return any(guider is getattr(site.running, name, None) for guider in self._guiders for name in GUIDERS)
 
     def _third(self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], rows: Rows) -> Any:
         """Run a forward and the perturbed one of its conditional rows, and add to all rows what guidance adds."""
         left = self._left_to_guider(site)
         if rows is not None and not left:
             self._require_folded(site)
+        if self._passed == context.step_index and not left:
+            raise ConfigError(
+                f"{self.name} adds the same to each prediction of a step, and the unconditional forward of step "
+                f"{context.step_index} came before the conditional one; run the conditional forward first, or use "
+                f"{self.name}.mode = 'free'"
+            )
         with passes.recording():
             output = run()
         sample = require_sample(sample_of(output), site.name)
-        given = {} if rows is None else {name: rows_of(value, *rows) for name, value in context.inputs.items()}
+        given = {} if rows is None else rows_of(context.inputs, *rows, site.adapter)
         with passes.perturbing(taken=rows) as shared, site.branch(self.name):
             perturbed = require_sample(sample_of(run(**given)), site.name)
         cond = sample_rows(sample, None if rows is None else rows[0])
@@ -149,18 +156,24 @@ class PerturbedHandler(Handler):
             lambda one, other: added(one, other, self.settings.scale or 0.0, self.settings.rescale), cond, perturbed
         )
         self._log.append(note_of(context, cond, perturbed, passes.first if shared else 0))
-        self._added = context.step_index, further
         if left:
+            self._for_guider = further
             return output
+        self._added = context.step_index, further
         return with_sample(output, plus(sample, further if rows is None else repeated(further)))
 
-    def _told_apart(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
+    def _add_to_other(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
         """Run a forward that is not conditional, and add what the conditional one of the step got."""
         output = run()
-        if self._added is None or self._added[0] != context.step_index or self._left_to_guider(site):
+        if self._left_to_guider(site):
+            return output
+        if self._added is None or self._added[0] != context.step_index:
+            self._passed = context.step_index
             return output
         self._require_folded(site)
         sample, further = require_sample(sample_of(output), site.name), self._added[1]
+        if site.adapter.guidance.uncond_tokens == "last" and isinstance(sample, Tensor):
+            further = further[:, further.shape[1] - sample.shape[1] :]  # type: ignore[call-overload]
         if shapes(sample) != shapes(further):
             raise ConfigError(
                 f"{self.name} can't be folded into {site.name}'s guidance: its branch {context.branch} gives "
@@ -172,7 +185,7 @@ class PerturbedHandler(Handler):
         self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], part: Part, batch: int
     ) -> Any:
         """Run a forward, its unconditional rows perturbed."""
-        if part == "cond":
+        if part in ("cond", "perturbed"):
             return run()
         with passes.perturbing(rows=rows_in(site, part, batch, "uncond")):
             output = run()
@@ -180,7 +193,7 @@ class PerturbedHandler(Handler):
         return output
 
     def _require_folded(self, site: Site) -> None:
-        why = site.adapter.guidance.why_not_folded(site.pipe)
+        why = site.adapter.guidance.why_not_folded(call_of(site.running))
         if why is not None:
             raise ConfigError(
                 f"{self.name} can't be folded into this pipeline's guidance: {why}, which {self.name} changes; switch "
@@ -189,7 +202,7 @@ class PerturbedHandler(Handler):
 
     def reset(self) -> None:
         """Forget the last step."""
-        self._added = None
+        self._added = self._for_guider = self._passed = None
         for passes in self._passes.values():
             passes.forget()
 
@@ -197,7 +210,6 @@ class PerturbedHandler(Handler):
         """Say once if nothing was perturbed in the run that ended, and forget it."""
         self._warned = self._warned or warn_if_nothing_ran(self, self._seen, self._log)
         self._log, self._seen = [], 0
-        self._parts.forget()
 
     def state_bytes(self) -> int:
         """Return the most memory that was held from the conditional to the perturbed pass since attach."""

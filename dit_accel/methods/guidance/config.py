@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...errors import ConfigError
-from ...rules.guidance import is_short, window
+from ...rules.steps import is_short, window
 from ..config import MethodConfig
 
 
@@ -14,8 +14,8 @@ class WindowedConfig(MethodConfig):
     """A method that acts in a part of the run.
 
     Attributes:
-        start: share of the run at which it begins; the step that holds it is in.
-        stop: share of the run at which it ends.
+        start: share of the run at which it begins: step i of n is in from start <= i / n on.
+        stop: share of the run at which it ends: step i of n is in while i / n < stop.
 
     Raises:
         ConfigError: for a share out of range, or an empty window.

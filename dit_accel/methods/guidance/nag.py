@@ -25,7 +25,7 @@ from .log import UnperturbedRun
 from .nag_cross import CrossText
 from .nag_joined import BesideText
 from .negative_text import encoded
-from .parts import Parts, rows_in
+from .parts import part_of, rows_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,6 @@ class NAGHandler(AttentionHandler):
 
     def __init__(self, config: NAG, model: Model) -> None:
         super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
-        self._parts = Parts()
         self._embeds: Tensor | None = self.settings.negative_embeds
         self._texts: dict[str, CrossText | BesideText] = {}
         self._log: list[tuple[int, str]] = []
@@ -167,7 +166,7 @@ class NAGHandler(AttentionHandler):
         if not self.settings.acts(context.step_index, context.num_inference_steps):
             return run()
         # a perturbed branch runs inside the conditional one, and has its rows alone
-        part = "cond" if "/" in context.branch else self._parts.of(site, context, latents)
+        part = "cond" if "/" in context.branch else part_of(self.name, site, context, latents)
         if part == "uncond":
             return run()
         calls = text.calls
@@ -182,7 +181,6 @@ class NAGHandler(AttentionHandler):
         self._log, self._seen = [], 0
         for text in self._texts.values():
             text.calls = 0
-        self._parts.forget()
 
     def report(self) -> Section | None:
         """Return which forwards were guided."""

@@ -56,8 +56,8 @@ class BesideText:
         """
         batch = len(context.inputs[self._site.adapter.latents])
         own = slice(0, batch) if rows is None else rows[0]
-        given = {name: with_rows_again(value, own, batch) for name, value in context.inputs.items()}
-        given.update(self._texts(context.inputs, own))
+        given = with_rows_again(context.inputs, own, batch, self._site.adapter)
+        given.update(self._texts(context.inputs, own, batch))
         self._pairs = own, slice(batch, batch + own.stop - own.start)
         self._tokens = given[self._where.text].shape[1]
         self.on = True
@@ -103,8 +103,11 @@ class BesideText:
             )
         )
 
-    def _texts(self, inputs: Any, own: slice) -> dict[str, Tensor]:
-        """Return the forward's text with the negative one in further rows, and the mask of both where there is one."""
+    def _texts(self, inputs: Any, own: slice, batch: int) -> dict[str, Tensor]:
+        """Return the forward's text with the negative one in further rows, and the mask of both where there is one.
+
+        One row of text may serve all of the batch: the model broadcasts it.
+        """
         where, name = self._where, self._site.name
         if held := next((one for one in where.alone if inputs.get(one) is not None), None):
             raise ConfigError(
@@ -112,6 +115,7 @@ class BesideText:
                 "beside them; generate without it, or detach nag"
             )
         prompt = require_width(inputs.get(where.text), self._embeds, name)
+        prompt = prompt.expand(batch, -1, -1) if len(prompt) == 1 else prompt
         if where.mask is None and self._encode is not None and self._embeds.shape[1] != prompt.shape[1]:
             self._embeds = self._encode(prompt.shape[1])
         text = self._embeds.to(device=prompt.device, dtype=prompt.dtype).expand(own.stop - own.start, -1, -1)
@@ -129,6 +133,7 @@ class BesideText:
             return {where.text: both}
         if mask is None:
             mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+        mask = mask.expand(batch, -1) if len(mask) == 1 else mask
         valid = torch.ones(text.shape[:2], dtype=mask.dtype, device=mask.device)
         return {where.text: both, where.mask: torch.cat([_padded(one, max(lengths)) for one in (mask, valid)])}
 

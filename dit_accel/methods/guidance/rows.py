@@ -1,57 +1,76 @@
 """Rows of a forward that holds two prompts: of its inputs, and of what it gives."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ...adapters.adapter import Adapter
 from ...errors import ConfigError
 
 Sample = Tensor | list[Tensor]
 """A prediction: [B, ...], or a tensor for each row."""
 
-
-def halves_alike(latents: Any) -> bool:
-    """Tell whether the first half of the rows has the same latents as the second, as guidance in one call has."""
-    count = len(latents)
-    if count % 2:
-        return False
-    pairs = zip(latents[: count // 2], latents[count // 2 :], strict=True)
-    return all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
+Axis = int | Literal["each"] | None
+"""Where an input holds its rows: see `Guidance.rows`."""
 
 
-def rows_of(value: Any, rows: slice, batch: int) -> Any:
-    """Return some rows of an input: of tensors, of lists with an entry for each row, and of what holds these.
+def rows_of(inputs: Mapping[str, Any], rows: slice, batch: int, adapter: Adapter | None = None) -> dict[str, Any]:
+    """Return a forward's inputs with some of their rows; what holds no rows stays.
 
-    A tuple or a list of tensors is several inputs, unless it has an entry for each row, of one row.
+    Args:
+        inputs: name -> input.
+        rows: the rows to keep.
+        batch: rows of the forward.
+        adapter: says where inputs hold their rows; None: all along the first axis.
     """
-    if isinstance(value, Tensor):
-        return value[rows] if value.ndim and len(value) == batch else value
-    if isinstance(value, Mapping):
-        return {name: rows_of(one, rows, batch) for name, one in value.items()}
-    if isinstance(value, list) and len(value) == batch and not any(_has_rows(one, batch) for one in value):
-        return value[rows]
-    if isinstance(value, (list, tuple)):
-        return type(value)(rows_of(one, rows, batch) for one in value) if type(value) in (list, tuple) else value
-    return value
+    return _each_input(inputs, batch, adapter, lambda value, axis: value[(slice(None),) * axis + (rows,)], rows)
 
 
-def with_rows_again(value: Any, rows: slice, batch: int) -> Any:
-    """Return an input with some of its rows once more behind all; what `rows_of` finds no rows in stays."""
-    if isinstance(value, Tensor):
-        return torch.cat([value, value[rows]]) if value.ndim and len(value) == batch else value
-    if isinstance(value, Mapping):
-        return {name: with_rows_again(one, rows, batch) for name, one in value.items()}
-    if isinstance(value, list) and len(value) == batch and not any(_has_rows(one, batch) for one in value):
-        return [*value, *value[rows]]
-    if type(value) in (list, tuple):
-        return type(value)(with_rows_again(one, rows, batch) for one in value)
-    return value
+def with_rows_again(inputs: Mapping[str, Any], rows: slice, batch: int, adapter: Adapter) -> dict[str, Any]:
+    """Return a forward's inputs with some of their rows once more behind all; what holds no rows stays."""
+
+    def again(value: Tensor, axis: int) -> Tensor:
+        return torch.cat([value, value[(slice(None),) * axis + (rows,)]], dim=axis)
+
+    return _each_input(inputs, batch, adapter, again, rows, again=True)
 
 
-def _has_rows(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
+def _each_input(
+    inputs: Mapping[str, Any],
+    batch: int,
+    adapter: Adapter | None,
+    change: Callable[[Tensor, int], Tensor],
+    rows: slice,
+    again: bool = False,
+) -> dict[str, Any]:
+    """Return inputs, changed where they hold a row for each of the batch."""
+
+    def changed(value: Any, axis: int) -> Any:
+        if isinstance(value, Tensor):
+            return change(value, axis) if value.ndim > axis and value.shape[axis] == batch else value
+        if isinstance(value, Mapping):
+            return {name: changed(one, axis) for name, one in value.items()}
+        inner = max(0, axis - 1)  # a list counts as an axis
+        return type(value)(changed(one, inner) for one in value) if type(value) in (list, tuple) else value
+
+    def of(name: str, value: Any) -> Any:
+        axis = axis_of(name, value, adapter)
+        if axis == "each" and isinstance(value, (list, tuple)):
+            return [*value, *value[rows]] if again else value[rows]
+        return value if axis is None else changed(value, 0 if axis == "each" else axis)
+
+    return {name: of(name, value) for name, value in inputs.items()}
+
+
+def axis_of(name: str, value: Any, adapter: Adapter | None) -> Axis:
+    """Return where an input holds its rows: as the adapter says, latents in a list one by one, else the first axis."""
+    if adapter is None:
+        return 0
+    if name in adapter.guidance.rows:
+        return adapter.guidance.rows[name]
+    return "each" if name == adapter.latents and isinstance(value, list) else 0
 
 
 def sample_rows(sample: Sample, rows: slice | None) -> Sample:

@@ -41,7 +41,8 @@ class RoPE(MethodConfig):
     Attributes:
         kind: ``riflex`` slows down the one frequency that makes a clip repeat itself; ``ultraimage`` one after the
             other; ``ntk`` falls from none at the fastest to s at the slowest, s = wanted / trained length; ``yarn`` by
-            how often each turns; ``pi`` all by s; ``none`` leaves all as they are.
+            how often each turns, without its temperature on the logits; ``pi`` all by s; ``none`` leaves all as they
+            are.
         axes: of frames, height and width; unset: all whose trained length is known. What is no longer than trained
             stays as it is.
         factor: s, for fine-tuned models that want one whatever the length; unset: the output's own.

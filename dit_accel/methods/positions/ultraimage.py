@@ -67,7 +67,9 @@ class UltraImage(MethodConfig):
         power: exponent between them; smaller concentrates more heads. Unset: 2.
         rows: query rows of the picture that are measured in each call.
         indices: the frequencies that are corrected, 0 the fastest; unset: published, else found by their periods.
-        turn: turns that a corrected frequency makes over the wanted length, in (0, 1]; unset: published, else 1.
+        turn: turns that a corrected frequency makes over the wanted length, in (0, 1]; unset: published, else 1, as
+            the paper's formula has it, for Qwen-Image too, whose released code divides its two frequencies by how many
+            times the picture is larger.
         trained_height: token rows of the largest pictures that the model was trained on; unset: the released model's.
         trained_width: the same of token columns.
 
@@ -256,9 +258,10 @@ class UltraImageHandler(AttentionHandler):
         return Section(method=self.name, title="heads as measured in the first step", lines=tuple(lines), data=data)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return that nothing is saved, and what is done."""
-        sizes = self.model.layers * self.model.heads * 8
-        return Saving(notes=(f"{self.check_layout(layout)}; it saves no work",), carried_bytes=sizes)
+        """Return that nothing is saved, what is done, and two numbers a head and branch that are held."""
+        branches = self.model.family.forwards_per_step if self.model.family is not None else 1
+        held = 8 * self.model.layers * self.model.heads * branches if self.applies(layout) and steps > 1 else 0
+        return Saving(notes=(f"{self.check_layout(layout)}; it saves no work",), carried_bytes=held)
 
 
 @lru_cache(maxsize=16)

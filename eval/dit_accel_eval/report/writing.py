@@ -11,7 +11,6 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 from ..comparison import ArmFigures, table_of, verdict
 from ..paired import Interval
-from ..results import told_full
 from .by_names import by_names, markdown
 from .figures import Report, misses
 from .lines import better_of
@@ -51,7 +50,7 @@ def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, play
     }
     texts = {path: writers[kind]() for kind, path in wanted.items()}
     for path, text in texts.items():
-        with told_full(path), written_whole(path) as temporary:
+        with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return list(texts)
 

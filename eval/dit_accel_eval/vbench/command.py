@@ -13,6 +13,8 @@ from dit_accel_pipelines.options import Json
 from dit_accel import ConfigError
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
+from dit_accel.cli.stopping import keeps
+from dit_accel.files import held
 
 from . import options as given
 
@@ -137,7 +139,10 @@ def _measure(
         videos=chosen.videos, custom=custom, told=chosen.prompts, full_info=chosen.full_info,
         samples=chosen.samples or 5, filtered=filtered, subset=chosen.subset,
     )  # fmt: skip
-    found = measured(job, source.wanted(job, chosen.dimensions))
+    wanted = source.wanted(job, chosen.dimensions)
+    keeps(f"what was measured stands in {job.lines}, and the same command goes on there")
+    with held(job.lines, "the results file"):
+        found = measured(job, wanted)
     whole = chosen.samples in (None, 5) and chosen.subset is None and not custom and not long
     _print_scores(found, job, whole=whole, json=chosen.json)
 
@@ -204,6 +209,7 @@ def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None
     left = generating.left(work, request)
     _tell(generating.cost(request, len(work) - len(left), len(work)))
     if left:
+        keeps(f"the videos in {chosen.videos} are whole, and the same command makes those that lack")
         generating.generate(left, request, _tell, sys.argv)
     then = "" if convention is None else f" --reference DENSE --protocol {convention.name}"
     _tell(f"{chosen.videos} is whole; measure it: dit-accel eval vbench --videos {chosen.videos}{then}")

@@ -16,6 +16,7 @@ from dit_accel_pipelines.request import EMBEDDED, Request, check_words, embedded
 from dit_accel import ConfigError
 from dit_accel.adapters import registry
 from dit_accel.estimate.estimate import estimate
+from dit_accel.files import held
 
 from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
 from .protocols import Protocol
@@ -215,7 +216,8 @@ def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None
             check_words(piece.prompt, request.embedded)
     with opened(request, stages=Stages(quiet=True), command=command) as make:
         for number, piece in enumerate(work, 1):
-            record = make(piece.prompt, piece.path, piece.seed).record
+            with held(piece.path):
+                record = make(piece.prompt, piece.path, piece.seed).record
             seconds = record["seconds"]["denoise"] + record["seconds"]["decode"]
             rest = f", about {_time(seconds * (len(work) - number))} to go" if number < len(work) else ""
             tell(f"{piece.path.name}, video {number} of {len(work)}, {seconds:.1f} s{rest}")

@@ -132,14 +132,16 @@ def videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: int =
 def for_filter(prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
     """Return the videos of temporal flickering's prompts among which the static filter chooses, up to 25 of each.
 
+    They are in the order of the official filter, which is that of their names as text: -0, -1, -10, -11 and so on, -2.
+
     Raises:
         ConfigError: for prompts of which there are fewer than 5.
     """
     files = _files(folder)
     wanted = []
     for prompt in served(prompts, FLICKERING):
-        own = [files.get(f"{prompt.text}-{number}") for number in range(FILTERED_SAMPLES)]
-        wanted.append(Wanted(prompt=prompt, paths=tuple(path for path in own if path is not None)))
+        own = (files.get(f"{prompt.text}-{number}") for number in range(FILTERED_SAMPLES))
+        wanted.append(Wanted(prompt=prompt, paths=tuple(sorted((path for path in own if path is not None), key=str))))
     few = [one.prompt.text for one in wanted if len(one.paths) < SAMPLES]
     if few:
         raise ConfigError(

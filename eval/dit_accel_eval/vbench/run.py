@@ -187,6 +187,8 @@ def no_filter(job: Job) -> str | None:
 def filtered(job: Job, prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
     """Return the first 5 still videos of each prompt of temporal flickering, by the official static filter with RAFT.
 
+    Which are the first is told by `for_filter`: not those of the lowest numbers.
+
     Raises:
         ConfigError: where no video stands still.
     """

@@ -33,7 +33,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     k_mean, length = tile_means(k, problem.block_k, weight)
     v_mean, _ = tile_means(v, problem.block_k, weight)
     if weight is not None:
-        v = v.masked_fill(~weight[..., None], 0)  # 0 * inf is not 0: what an invalid key holds must not matter
+        k, v = (x.masked_fill(~weight[..., None], 0) for x in (k, v))  # 0 * inf is not 0: what an invalid key holds must not matter
     tile_states = selected_states(problem)
     states = tile_states.repeat_interleave(problem.block_q, 2)[:, :, : q.shape[2]]
     exact = (states == EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]
@@ -51,7 +51,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
         x_pooled = torch.minimum(x_pooled, t_pooled * x_pooled)
     x_pooled = x_pooled + length.to(wide).clamp(min=1).log().unsqueeze(-2)
     x = torch.cat([x_exact.masked_fill(~exact, -torch.inf), x_pooled.masked_fill(~pooled, -torch.inf)], -1)
-    empty = (x == -torch.inf).all(-1, keepdim=True)
+    empty = ~torch.cat([exact.any(-1, keepdim=True), pooled.any(-1, keepdim=True)], -1).any(-1, keepdim=True)
     p = torch.softmax(x.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     out = p.to(q.dtype) @ torch.cat([v, v_mean], 2)
     lse = torch.logsumexp(x.masked_fill(empty, 0.0), -1).masked_fill(empty[..., 0], -torch.inf)

@@ -85,10 +85,6 @@ def check_output(recipe: FineTuning) -> None:
         )
     if not recipe.resume and (output / FILE).exists():
         raise ConfigError(f"output {output} holds {FILE} of an earlier training; choose another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output {output} can't be made: {error.strerror}; choose another folder") from None
 
 
 def latest(output: Path) -> Path | None:

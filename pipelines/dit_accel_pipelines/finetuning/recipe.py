@@ -14,7 +14,7 @@ from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.rope import check_lengths
 from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, did_you_mean
-from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames, token_layout
+from dit_accel.estimate.sizes import check_fits, check_multiple, pixel_multiples, rounded_frames, token_layout
 from dit_accel.methods.base import Place
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import handler_of
@@ -27,6 +27,9 @@ TRAINED_PLACES = frozenset({Place.ATTENTION, Place.POSITIONS})
 
 DTYPES = ("float32", "bfloat16")
 SIZES = ("height", "width", "num_frames")
+
+MOST = {"drawn": 1_000_000, "rank": 10_000, "batch_size": 10_000, "accumulate": 100_000, "sample_steps": 10_000}
+"""Numbers beyond which each is a slip: nothing could be computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,8 @@ class FineTuning(NamesModel):
             raise ConfigError(f"finetune takes a folder of videos or a number of drawn clips, got {got}; give one")
         for name in ("drawn", "rank", "steps", "batch_size", "accumulate", "ulysses", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
+        for name, most in MOST.items():
+            _at_most(name, getattr(self, name), most)
         for name in ("keep_checkpoints", "sample_steps"):
             _at_least(name, getattr(self, name), 1)
         for name in ("warmup_steps", "sample_every", "seed"):
@@ -211,6 +216,7 @@ def _check_sizes(recipe: FineTuning, files: ModelFiles, adapter: Adapter, family
         )
     layout = token_layout(family, height=recipe.height, width=recipe.width, num_frames=frames)
     check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
+    check_fits(height=recipe.height, width=recipe.width, num_frames=frames)
 
 
 def _check_processes(recipe: FineTuning, adapter: Adapter, processes: int) -> None:
@@ -235,6 +241,11 @@ def _check_place(method: MethodConfig) -> None:
             f"{method.name} acts on {where}, which says nothing to a model in training; train with methods on "
             "attention and positions, and attach it afterwards"
         )
+
+
+def _at_most(name: str, value: int | None, most: int) -> None:
+    if value is not None and value > most:
+        raise ConfigError(f"{name} must be at most {most:,}, got {value:,}")
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

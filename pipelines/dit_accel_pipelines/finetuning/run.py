@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.attachment.parallel import context_parallel, tells_of_loss
 from dit_accel.errors import ConfigError, DitAccelError, ProcessLost
-from dit_accel.files import json_text, written_whole
+from dit_accel.files import held, json_text, new_folder, written_whole
 
 from ..generate import attached
 from ..loading import open_pipeline, pick_device
@@ -24,6 +24,7 @@ from ..parallel import enable_ulysses
 from ..processes import started_process
 from ..progress import Stages
 from ..ranks import Ranks
+from ..threads import one_thread
 from .checkpoint import check_output, identity_of, latest, read_checkpoint, write_checkpoint
 from .clips import Clip, find_clips
 from .encoded import Encoded, encode, weights_hash
@@ -65,6 +66,7 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
 
     Raises:
         DitAccelError: for a recipe that can't be met, clips that don't fit it, or a checkpoint of another training.
+        Busy: if another run trains into the same folder.
         ProcessLost: if another process is gone; checkpoints stay.
     """
     stages, process = stages or Stages(quiet=True), started_process()
@@ -72,10 +74,12 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
     device = pick_device(process.device(recipe.device))
     ranks = Ranks(cpu=device.type == "cpu")
     try:
-        recipe, clips, notes = ranks.shared(lambda: _prepared(recipe, ranks.count))
-        for text in notes:
-            stages.note(text)
-        return _trained(recipe, clips, device, ranks, stages, command)
+        with ExitStack() as folder:
+            recipe, clips, notes = ranks.shared(lambda: _prepared(recipe, ranks.count, folder))
+            for text in notes:
+                stages.note(text)
+            with one_thread(embedded=recipe.embedded is not None):
+                return _trained(recipe, clips, device, ranks, stages, command)
     except RuntimeError as error:
         if isinstance(error, DitAccelError) or ranks.count == 1 or not tells_of_loss(error):
             raise
@@ -88,12 +92,18 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
         ranks.close()
 
 
-def _prepared(recipe: FineTuning, processes: int) -> tuple[FineTuning, list[Clip], list[str]]:
-    """Return the settled recipe, its clips and notes, after every check that needs no weights."""
+def _prepared(recipe: FineTuning, processes: int, folder: ExitStack) -> tuple[FineTuning, list[Clip], list[str]]:
+    """Return the settled recipe, its clips and notes, after every check that needs no weights.
+
+    The output, made if need be, is held until ``folder`` is closed; a training that fails before it wrote leaves none.
+    """
     trainable_of(read_model_files(recipe.source))
     recipe = settle(recipe, processes)
     check_output(recipe)
-    return recipe, *find_clips(recipe)
+    clips, notes = find_clips(recipe)
+    folder.enter_context(new_folder(recipe.output))
+    folder.enter_context(held(recipe.output, "the training's folder"))
+    return recipe, clips, notes
 
 
 def _trained(
@@ -103,6 +113,8 @@ def _trained(
     stages.stage("loading")
     pipe = open_pipeline(recipe.source, dtype=recipe.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     recipe = _with_dtype(recipe, pipe)
+    with attached(pipe, recipe.methods, "auto"):
+        pass  # refuses methods that don't fit, before anything is encoded
     transformer = getattr(pipe, component_of(recipe.expert))
     base = weights_hash(transformer)
     encoded, sampler = _encoded(pipe, trainable, clips, recipe, device, ranks, stages)

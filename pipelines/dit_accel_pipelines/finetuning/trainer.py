@@ -200,7 +200,9 @@ class Trainer:
     def cut_log(self) -> None:
         """Leave in the log what this training has done so far; nothing of one that has no checkpoint."""
         path = self.recipe.output / LOG
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
+        if not path.exists():
+            return
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
         kept = [line for line in whole if json.loads(line)["step"] <= self.step]
         with written_whole(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

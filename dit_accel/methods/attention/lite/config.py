@@ -80,6 +80,8 @@ class LiteAttention(SparseConfig):
     An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
     ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. The first
     call after them is dense too, and votes. With another method's tile list a tile must be in that list as well.
+    Thresholds by head, INT8 products and ring attention are not here. A last tile that is not full is visited last in
+    both directions, unlike in the original.
 
     Attributes:
         criterion: what a query row must show to need a tile: ``maxgap``, a logit that comes near its largest one;

@@ -16,6 +16,7 @@ from ....plan.context import CallContext, StepContext
 from ....plan.layout import TokenLayout
 from ....plan.masks import is_key_padding
 from ....plan.plan import AttentionPlan
+from ....plan.tiling import full_lists_bytes, pinned_bytes
 from ...base import Model, Phase
 from ...saving import Saving
 from ..sparse import SparseHandler
@@ -229,7 +230,7 @@ class LiteHandler(SparseHandler):
 
     def _last_step(self, context: CallContext) -> int | None:
         steps = context.num_inference_steps
-        return None if steps is None else steps - self.settings.dense_last_steps - 1
+        return None if steps is None else steps - self.settings.dense_ends(steps)[1] - 1
 
     def _calls_left(self, state: CallState, context: CallContext) -> int | None:
         """Return for how many calls, the running one included, the state serves at most; None: it is not known."""
@@ -257,4 +258,9 @@ class LiteHandler(SparseHandler):
                 layout, layers=layers, heads=model.heads, branches=model.family.forwards_per_step
             )
         notes = ("what lite saves is known only while it runs; it is not counted", *settings.notes())
-        return Saving(counted=False, carried_bytes=carried, notes=notes)
+        lists = full_lists_bytes(layout, settings.block_size)
+        if settings.must_keep or (settings.protect_text and layout.tokens > layout.visual_tokens):
+            lists += pinned_bytes(layout, settings.block_size)
+        if settings.must_skip:
+            lists += pinned_bytes(layout, settings.block_size)
+        return Saving(counted=False, carried_bytes=carried, list_bytes=lists, notes=notes)

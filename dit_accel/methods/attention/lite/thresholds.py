@@ -12,7 +12,7 @@ transformer = [[-10.0, -9.5], [-8.0, -8.25]]
 """
 
 import math
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,6 @@ from typing import Any, Literal
 
 from ....errors import ConfigError
 from ....files import written_whole
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 VERSION = 1
 

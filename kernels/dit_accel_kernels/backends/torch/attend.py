@@ -142,8 +142,9 @@ class _Work:
             out.baddbmm_(p[:, :, columns:], means)
         if total is not None and p is x:
             out.div_(total[:, :, None])
-        if tiled.absent is not None:
-            self._empty(p[:, :, 0].isnan() if total is None else total == 0, part)
+        dead = without_keys(self.tiled, self.portion, group, self.weights)
+        if dead is not None:
+            self._empty(dead, part)
 
     def _transform(self, x: Tensor, group: Group, columns: int, buffers: dict[str, Tensor]) -> None:
         """Decay logits, mask what is absent and add a pooled tile's length, in place."""
@@ -158,10 +159,10 @@ class _Work:
             x[:, :, columns:].add_(self.weights[part, None, : group.pooled])
 
     def _empty(self, dead: Tensor, part: slice) -> None:
-        """Rows without a valid key, bool [R, block_q], whose weights are not numbers, give 0."""
-        self.out[part].masked_fill_(dead[:, :, None], 0.0)
+        """Query tiles without a valid key, bool [R], whose weights are not numbers, give 0."""
+        self.out[part].masked_fill_(dead[:, None, None], 0.0)
         if self.lse is not None:
-            self.lse[part].masked_fill_(dead, -torch.inf)
+            self.lse[part].masked_fill_(dead[:, None], -torch.inf)
 
     def _softmax(self, x: Tensor, part: slice) -> None:
         """Logits to weights, in place."""
@@ -216,6 +217,19 @@ def absent_of(tiled: Tiled, portion: Portion, group: Group, columns: int) -> tup
     if padded is not None:
         masked[:, group.least :] |= padded
     return masked, 0
+
+
+def without_keys(tiled: Tiled, portion: Portion, group: Group, weights: Tensor | None) -> Tensor | None:
+    """Which query tiles of a group see no valid key, bool [R]; None where there is no mask."""
+    if tiled.absent_tiles is None:
+        return None
+    part = slice(group.start, group.stop)
+    dead = torch.ones(group.stop - group.start, dtype=torch.bool, device=tiled.absent_tiles.device)
+    if group.exact:
+        dead &= tiled.absent_tiles[portion.exact[part, : group.exact]].all(1)  # repeats of the last pad a list
+    if weights is not None and group.pooled:
+        dead &= (weights[part, : group.pooled] == -torch.inf).all(1)
+    return dead
 
 
 def decay_of(tiled: Tiled, portion: Portion, group: Group, columns: int, buffers: dict[str, Tensor]) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.attend import absent_of, decay_of, shares, taken, weights_of
+from dit_accel_kernels.backends.torch.attend import absent_of, decay_of, shares, taken, weights_of, without_keys
 from dit_accel_kernels.backends.torch.schedule import Group, Portion
 from dit_accel_kernels.backends.torch.tiled import Tiled, cut, portions_of
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers
@@ -73,8 +73,9 @@ def _add_group(
     if weights is not None and group.pooled:
         x[:, :, columns:].add_(weights[part, None, : group.pooled])
     p = torch.softmax(x, -1, out=x)
-    if tiled.absent is not None:
-        p.nan_to_num_(0.0)  # rows without a valid key
+    dead = without_keys(tiled, portion, group, weights)
+    if dead is not None:
+        p.masked_fill_(dead[:, None, None], 0.0)
     grad_v = p.to(q.dtype).mT @ grad_out
     grad_p = product(grad_out, v, "gradient")
     delta = torch.mul(grad_p, p, out=buffer(buffers, "delta", q, shape, wide)).sum(-1, keepdim=True)

@@ -1,4 +1,10 @@
-"""Builds fused.cpp with the machine's own C++ compiler, once, into the user's cache; without one there is no loop."""
+"""Builds fused.cpp with the machine's own C++ compiler, once, into the user's cache; without one there is no loop.
+
+A library's name holds a digest of all that it is made of and one of its own bytes. A file that doesn't match, since it
+was cut short, altered or is no library at all, is never loaded: it is built anew. That is no protection from somebody
+who can write to the folder, who could name their own file as it must be; so the folder and the file must belong to the
+user (or root) and be writable by nobody else.
+"""
 
 from __future__ import annotations
 
@@ -6,63 +12,176 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
+
+from dit_accel_kernels.backends.torch.binding import bound
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 SWITCH = "DIT_ACCEL_CPU_LOOP"
 """Environment variable: 0 leaves every call on a CPU to torch's own operations."""
 
+COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+DIGITS = 24  # of either digest in a file's name
+
+
+class Loop(NamedTuple):
+    """The compiled loop, or None, and in words who compiled it or why it is not there."""
+
+    library: ctypes.CDLL | None
+    why: str
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the compiled loop, or None; see `loop`."""
+    return loop().library
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """Return the compiled loop; None without a compiler, or if `SWITCH` says so, or with a warning if it fails."""
-    compiler = next(
-        (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))),
-        None,
-    )
-    if compiler is None or os.environ.get(SWITCH) == "0":
-        return None
-    tune = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+def loop() -> Loop:
+    """Return the compiled loop, built on first use; there is none without a compiler or if `SWITCH` says so.
+
+    The compiler is the command that the environment variable CXX holds, arguments included, and no other: one that is
+    missing or fails is warned of. Without CXX the first of `COMPILERS` that works is taken, with a warning if all that
+    are there fail.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return Loop(None, f"{SWITCH} is 0")
+    tried: list[str] = []
     try:
-        path = built(compiler, (*FLAGS, tune))
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", None) or "").strip() or str(error)
-        warnings.warn(
-            f"{compiler} could not build the loop of the torch backend ({told.splitlines()[-1]}); torch's own "
-            f"operations are used, which take up to twice as long. {SWITCH}=0 says so without this warning",
-            stacklevel=2,
-        )
-        return None
+        commands = _commands()
+        folder = cache_folder() if commands else None
+    except (OSError, RuntimeError, ValueError) as error:
+        return _without(str(error))
+    if folder is None:
+        return Loop(None, f"no C++ compiler was found ({', '.join(COMPILERS)})")
+    tune = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    for command in commands:
+        try:
+            return Loop(_loaded(folder, command, (*FLAGS, tune)), f"compiled by {Path(command[0]).name}")
+        except (OSError, subprocess.SubprocessError) as error:
+            told = (getattr(error, "stderr", None) or "").strip() or str(error)
+            tried.append(f"{shlex.join(command)}: {told.splitlines()[-1]}")
+    return _without("; ".join(tried))
 
 
-def built(compiler: str, flags: tuple[str, ...]) -> Path:
-    """Return the library's path, which is named by all that it is made of: source, compiler, flags and processor.
+def _without(why: str) -> Loop:
+    warnings.warn(
+        f"could not build the loop of the torch backend ({why}); torch's own operations are used, which take up to "
+        f"twice as long. {SWITCH}=0 says so without this warning",
+        stacklevel=2,
+    )
+    return Loop(None, f"it could not be built ({why})")
+
+
+def _commands() -> list[list[str]]:
+    """Return the compilers to try, as commands.
 
     Raises:
-        OSError: if the cache can't be written.
+        ValueError: if CXX names one that is not there, or is no command.
+    """
+    named = os.environ.get("CXX", "").strip()
+    if not named:
+        return [[found] for name in COMPILERS if (found := shutil.which(name))]
+    try:
+        program, *arguments = shlex.split(named)
+    except ValueError as error:
+        raise ValueError(f"CXX is {named!r}, which is no command: {error}") from None
+    found = shutil.which(program)
+    if found is None:
+        raise ValueError(f"CXX is {named!r}, and there is no program {program!r}")
+    return [[found, *arguments]]
+
+
+def cache_folder() -> Path:
+    """Return the folder of libraries, made if need be, which only this user can write to.
+
+    Raises:
+        OSError: if it can't be made or belongs to somebody else.
+        RuntimeError: if there is no home folder.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root
+    for name in ("dit-accel", "kernels"):
+        folder = folder / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.stat()
+        if not _trusted_owner(found):
+            raise OSError(f"{folder} belongs to user {found.st_uid}: set XDG_CACHE_HOME to a folder of your own")
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            folder.chmod(0o700)
+    return folder
+
+
+def _trusted_owner(found: os.stat_result) -> bool:
+    """Whether a file belongs to this user, or to root, who could do anything; always so where there are no such ids."""
+    return not hasattr(os, "getuid") or found.st_uid in (os.getuid(), 0)
+
+
+def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Return the library that a compiler makes, from the folder if it is there and whole, else built.
+
+    Raises:
+        OSError: if the folder can't be written or the library can't be loaded.
         subprocess.SubprocessError: if the compiler fails or takes minutes.
     """
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), compiler, version, *flags, processor())
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-accel" / "kernels"
-    path = folder / f"fused-{name}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            made = Path(temporary) / path.name
-            command = [compiler, *flags, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-            os.replace(made, path)
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), *command, version, *flags, processor())
+    made_of = _digest("\n".join(parts).encode())
+    there = sorted(folder.glob(f"fused-{made_of}-*.so"))
+    damaged = [path for path in there if not whole(path)]
+    for path in there:
+        if path not in damaged:
+            try:
+                return bound(path)
+            except OSError:  # of another machine that shares the folder
+                continue
+    loaded = bound(_built(folder, made_of, [*command, *flags]))
+    for path in damaged:
+        if not whole(path):  # what was just built may have taken its name
+            path.unlink(missing_ok=True)
+    return loaded
+
+
+def whole(path: Path) -> bool:
+    """Return whether a library is what its name says and nobody else's: only then may it be loaded."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or not _trusted_owner(found):
+            return False
+        if hasattr(os, "getuid") and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return False
+        return path.stem.rpartition("-")[2] == _digest(path.read_bytes())
+    except OSError:
+        return False
+
+
+def _built(folder: Path, made_of: str, command: list[str]) -> Path:
+    """Build the library and put it under its name in one step, whole and on the disk: others may look at any time."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / "fused.so"
+        subprocess.run(
+            [*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=True, timeout=300
+        )
+        made.chmod(0o700)
+        with made.open("rb+") as file:
+            os.fsync(file.fileno())
+        path = folder / f"fused-{made_of}-{_digest(made.read_bytes())}.so"
+        os.replace(made, path)
     return path
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
 def processor() -> str:

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <vector>
 
@@ -93,11 +94,11 @@ static void multiply(const float* a, long lda, const float* b, long stride, floa
   }
 }
 
-// 2^x for x <= 0, to the last bit or two; 0 below the smallest normal number
-static inline Vec exp2_of(Vec x) {
+// 2^x for x <= 0, to the last bit or two; 0 below the smallest normal number, NaN of NaN
+static inline Vec exp2_of(const Vec given) {
   const Vec low = all(-126.0f), magic = all(12582912.0f);  // adding 1.5 * 2^23 rounds to whole numbers
-  const Ints kept = x >= low;
-  x = x > low ? x : low;
+  const Ints kept = given >= low;
+  Vec x = given > low ? given : low;
   const Vec shifted = x + magic, f = x - (shifted - magic);
   Vec p = all(1.5252734e-5f);
   p = p * f + all(1.5403530e-4f);
@@ -107,7 +108,14 @@ static inline Vec exp2_of(Vec x) {
   p = p * f + all(2.4022651e-1f);
   p = p * f + all(6.9314718e-1f);
   p = p * f + all(1.0f);
-  return reinterpret_cast<Vec>((reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23)) & kept);
+  p = reinterpret_cast<Vec>((reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23)) & kept);
+  return given == given ? p : given;
+}
+
+static inline Vec finite(Vec x) {
+  const Vec most = all(std::numeric_limits<float>::max());
+  x = x < most ? x : most;
+  return x > -most ? x : -most;
 }
 
 static inline float largest(Vec v) {
@@ -138,8 +146,10 @@ extern "C" {
 
 int64_t panel() { return PANEL; }
 
-// Keys [tiles, columns, D] to panels, zero in padding; tiles from `first` to `last`
-void pack_keys(const void* keys, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim, int64_t narrow) {
+int64_t call_bytes() { return sizeof(Call); }
+
+// Keys [tiles, columns, D] to panels, zero in padding; tiles from `first` to `last`; 1 if memory ran out
+int64_t pack_keys(const void* keys, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim, int64_t narrow) try {
   const long wide = up(columns, PANEL);
   std::vector<float> room;
   for (long tile = first; tile < last; tile++)
@@ -152,11 +162,14 @@ void pack_keys(const void* keys, float* out, int64_t first, int64_t last, int64_
         for (long c = count; c < PANEL; c++) panel[k * PANEL + c] = 0;
       }
     }
+  return 0;
+} catch (const std::exception&) {
+  return 1;
 }
 
-// Values [tiles, columns, D] to panels, zero in padding
-void pack_values(const void* values, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim,
-                 int64_t narrow) {
+// Values [tiles, columns, D] to panels, zero in padding; 1 if memory ran out
+int64_t pack_values(const void* values, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim,
+                    int64_t narrow) try {
   const long wide = up(dim, PANEL);
   std::vector<float> room;
   for (long tile = first; tile < last; tile++) {
@@ -171,6 +184,9 @@ void pack_values(const void* values, float* out, int64_t first, int64_t last, in
       }
     }
   }
+  return 0;
+} catch (const std::exception&) {
+  return 1;
 }
 
 }  // extern "C"
@@ -180,6 +196,7 @@ struct Work {
   const Call& call;
   const long rows, columns, dim, wide, wide_dim, step;  // `wide`: columns with padding; `step`: of a row of logits
   std::vector<float> logits, out, peak, sum, bias, decay, gathered, packed_keys, packed_values, peaks, queries;
+  bool any = false;  // whether the query tile has seen a key
 
   explicit Work(const Call& c)
       : call(c), rows(c.rows), columns(c.columns), dim(c.dim), wide(up(c.columns, PANEL)), wide_dim(up(c.dim, PANEL)),
@@ -202,12 +219,16 @@ struct Work {
       Vec top = all(NONE);
       for (long c = 0; c < n; c += WIDTH) {
         const Vec raw = load(x + c);
-        Vec value = raw * scale + raw * lost;
+        Vec value = raw * scale;
+        value += finite(raw) * lost;  // infinity times what is lost might be the other infinity
         if (decayed) {
           const Vec less = value * load(decay.data() + c);
           value = value < less ? value : less;
         }
-        if (biased) value += load(bias.data() + c);
+        if (biased) {  // what is absent is so whatever its logit, which is NaN where the query is
+          const Vec more = load(bias.data() + c);
+          value = more > all(NONE) ? value + more : more;
+        }
         store(x + c, value);
         top = top > value ? top : value;
       }
@@ -262,6 +283,7 @@ struct Work {
         for (long c = 0; c < wide; c++)
           bias[j * wide + c] = c >= valid ? NONE : call.absent ? call.absent[(head + tile) * columns + c] : 0;
       }
+      any = any || !biased || span_largest(bias.data(), tiles * wide) > NONE;
       weigh(query_tile, tiles * wide, step, biased, first, tiles, listed + at, slot + at);
       for (long j = 0; j < tiles; j++) {
         multiply(&logits[j * wide], step, call.values + (head + listed[at + j]) * columns * wide_dim, columns * PANEL,
@@ -293,6 +315,7 @@ struct Work {
       for (long c = 0; c < n; c++) memcpy(&gathered[c * dim], call.value_means + (head + own[c]) * dim, dim * sizeof(float));
       pack_values(gathered.data(), packed_values.data(), 0, 1, filled, dim, false);
       for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[head + own[c]] : NONE;
+      any = any || span_largest(bias.data(), filled) > NONE;
       multiply(q, dim, packed_keys.data(), dim * PANEL, logits.data(), CHUNK, rows, filled, dim, false);
       weigh(query_tile, filled, CHUNK, true, first, 0, own.data(), 0);
       multiply(logits.data(), CHUNK, packed_values.data(), filled * PANEL, out.data(), wide_dim, rows, wide_dim, n, !first);
@@ -303,14 +326,15 @@ struct Work {
   void run(long query_tile) {
     const float* q = floats(call.q, call.narrow_q, query_tile * rows * dim, rows * dim, queries);
     bool first = true;
+    any = false;
     // pooled tiles come first, so that what votes ask of exact ones is relative to the largest of all at the end
     if (call.pooled_counts) pooled(query_tile, q, first);
     exact(query_tile, q, first);
+    const bool empty = !any;  // no key, which a logit of -infinity is
     for (long r = 0; r < rows; r++) {
       float* row = &out[r * wide_dim];
       const long at = (query_tile * rows + r) * dim;
-      const bool empty = first || !(peak[r] > NONE);
-      const float share = empty ? 0 : 1 / sum[r];
+      const float share = 1 / sum[r];
       for (long d = 0; d < dim; d++) row[d] = empty ? 0 : row[d] * share;
       if (call.narrow_out) round_to(static_cast<uint16_t*>(call.out) + at, row, dim);
       else memcpy(static_cast<float*>(call.out) + at, row, dim * sizeof(float));
@@ -319,7 +343,11 @@ struct Work {
   }
 };
 
-extern "C" void attend(const Call* call, int64_t first, int64_t last) {
+// Query tiles from `first` to `last`; 1 if memory ran out
+extern "C" int64_t attend(const Call* call, int64_t first, int64_t last) try {
   Work work(*call);
   for (long query_tile = first; query_tile < last; query_tile++) work.run(query_tile);
+  return 0;
+} catch (const std::exception&) {  // an exception must not leave for Python
+  return 1;
 }

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.compiled import library
+from dit_accel_kernels.backends.torch.binding import Call
+from dit_accel_kernels.backends.torch.compiled import library, loop
 from dit_accel_kernels.backends.torch.memory import fresh
 from dit_accel_kernels.backends.torch.tiled import Tiled, key_heads
 from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
@@ -21,30 +22,21 @@ from dit_accel_kernels.votes import FOUND_BYTES, Tally
 WORKERS_FLOPS = 1e8  # of a call, a thread, from which on workers pay
 PIECES = 8  # a worker, so that none waits long for the last
 
-_POINTERS = (
-    "q", "keys", "values", "key_means", "value_means", "lengths", "absent", "decay", "mean_decay", "frames",
-    "exact_starts", "exact_counts", "pooled_starts", "pooled_counts", "exact", "pooled", "heads", "found_starts",
-    "out", "lse", "found",
-)  # fmt: skip
-_SIZES = (
-    "query_tiles", "key_tiles", "rows", "columns", "dim", "last_columns", "by_mass", "narrow_q", "narrow_out",
-)  # fmt: skip
-
-
-class _Call(ctypes.Structure):
-    """`Call` of fused.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("scale", ctypes.c_double),
-    )
-
 
 def runs(problem: Problem) -> bool:
     """Say whether the loop takes a call: products in float32 on a CPU, where it could be compiled."""
     device = problem.q.device.type
     return device == "cpu" and product_dtype(problem.q.dtype, device) == torch.float32 and library() is not None
+
+
+def way(device: torch.device, dtype: torch.dtype) -> str:
+    """How the torch backend computes calls of a device and dtype, in words, and why not by the loop on a CPU."""
+    if device.type != "cpu":
+        return "gathered tiles"
+    if product_dtype(dtype, "cpu") != torch.float32:
+        return f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
+    here = loop()
+    return f"loop {here.why}" if here.library is not None else f"gathered tiles, since {here.why}"
 
 
 def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
@@ -92,7 +84,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         call = _call(shared | found)
         step = max(1, -(-(last - first) // (PIECES * workers)))
 
-        def work(start: int, _buffers: Any, call: _Call = call, step: int = step, last: int = last) -> None:
+        def work(start: int, _buffers: Any, call: Call = call, step: int = step, last: int = last) -> None:
             loop.attend(ctypes.byref(call), ctypes.c_int64(start), ctypes.c_int64(min(start + step, last)))
 
         run_all(work, range(first, last, step), workers)
@@ -141,9 +133,9 @@ def _packed(pack: Any, x: Tensor, workers: int, padded: tuple[int, int]) -> Tens
     return out
 
 
-def _call(values: dict[str, Any]) -> _Call:
+def _call(values: dict[str, Any]) -> Call:
     """Return the structure; the tensors must outlive it."""
-    call = _Call()
+    call = Call()
     for name, value in values.items():
         assert not isinstance(value, Tensor) or value.is_contiguous()
         setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)

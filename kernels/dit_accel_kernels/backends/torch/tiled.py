@@ -11,6 +11,7 @@ from dit_accel_kernels.backends.torch.memory import cast
 from dit_accel_kernels.backends.torch.schedule import GroupSize, Portion, Shape, build, schedule
 from dit_accel_kernels.features import decay_by_frame, product_dtype, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.sections import valid_tiles
 
 
 @dataclass(slots=True)
@@ -25,6 +26,7 @@ class Tiled:
     k: Tensor  # [B * HK * NK, block_k, D]
     v: Tensor
     absent: Tensor | None  # bool [B * HK * NK, block_k], the keys that a mask leaves out
+    absent_tiles: Tensor | None  # bool [B * HK * NK], the tiles that a mask leaves out whole
     k_mean: Tensor | None  # [B * HK * NK, D]
     v_mean: Tensor | None
     log_length: Tensor | None  # [B * HK * NK], natural log of a pooled tile's length
@@ -46,11 +48,13 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
     q, k, v = (x if held else cast(x, dtype) for x in (problem.q, problem.k, problem.v))
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(dtype)
-    absent = weight = None
+    absent = absent_tiles = weight = None
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
         weight = valid[:, None].expand(-1, k.shape[1], -1)
         absent = _tiles(~weight[..., None], problem.block_k)[..., 0].flatten(0, 2)
+        absent_tiles = ~valid_tiles(valid, problem.block_k)[1]
+        absent_tiles = absent_tiles[:, None].expand(-1, k.shape[1], -1).flatten()
     k_mean = v_mean = log_length = None
     if problem.pooled_indices is not None:
         k_mean, length = tile_means(k.to(dtype), problem.block_k, weight)
@@ -60,7 +64,7 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
     t = t_mean = frames = one_frame = None
     if problem.decay is not None:
         by_frame, frames = decay_by_frame(*problem.decay)
-        t_mean = tile_means(by_frame[..., None], problem.block_k, None)[0].flatten()
+        t_mean = tile_means(by_frame[..., None].to(wide_dtype(dtype)), problem.block_k, None)[0].flatten()
         t = _tiles(by_frame[..., None], problem.block_k)[..., 0].flatten(0, 1)
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % problem.block_q)]).view(-1, problem.block_q)
         one_frame = (frames == frames[:, :1]).all(1)
@@ -69,6 +73,7 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
         k=_tiles(k, problem.block_k).flatten(0, 2),
         v=_tiles(v, problem.block_k).flatten(0, 2),
         absent=absent,
+        absent_tiles=absent_tiles,
         k_mean=k_mean,
         v_mean=v_mean,
         log_length=log_length,

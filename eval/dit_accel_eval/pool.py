@@ -1,0 +1,71 @@
+"""Processes that compute beside each other, and that end with the one that started them, however it ends."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import active_children, get_context, parent_process
+from typing import Any, TypeVar
+
+from dit_accel.cli.stopping import end_on_signals
+from dit_accel.files import remove_temporaries
+
+Result = TypeVar("Result")
+
+LOOK = 1.0
+"""Seconds between two looks at what the processes have made."""
+
+
+def run_beside(
+    work: Callable[[Any], Result],
+    items: Sequence[Any],
+    workers: int,
+    done: Callable[[Result], None],
+    *,
+    begin: Callable[..., None] | None = None,
+    given: tuple[Any, ...] = (),
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Do some work in processes, and hand on each result as it is there; what stops this one ends them at once.
+
+    Args:
+        work: does one item; a function of a module, as a process of its own imports it.
+        items: what is to be done.
+        workers: how many processes.
+        done: called with each result.
+        begin: called first in each of them.
+        given: what it is called with.
+        look: called now and then, and after every result.
+    """
+    others, ctrl_c = set(active_children()), {signal.SIGINT}
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(begin, given)) as pool:
+        try:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ctrl_c)  # which the processes inherit: it is for this one
+            try:
+                pending = {pool.submit(work, item) for item in items}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            while pending:
+                ready, pending = wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED)
+                for one in ready:
+                    done(one.result())
+                look()
+        except BaseException:
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+
+
+def _begin(begin: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+    end_on_signals()
+    end_with_parent()
+    if begin is not None:
+        begin(*given)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it ends, however that does; else it would go on with its work."""
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), remove_temporaries(), os._exit(1)), daemon=True).start()

@@ -1,0 +1,56 @@
+"""Checks of values: tile lists and token orders that would read memory that isn't there, or leave tokens unwritten."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from dit_accel_kernels.cache import StorageCache, capturing, readable
+from dit_accel_kernels.problem import Problem, lists_of
+
+SWITCH = "DIT_ACCEL_VALIDATE"
+"""Environment variable: 1 checks values in every call on a GPU too, which waits for it."""
+
+_CHECKED: StorageCache[None] = StorageCache()
+
+
+def check_values(problem: Problem) -> None:
+    """Raise ValueError where lists or token order don't fit: on a CPU once until they change, else by `SWITCH`."""
+    if torch.compiler.is_compiling():  # the reference alone is traced
+        return
+    order, device = problem.token_order, problem.q.device
+
+    def validate() -> None:
+        lists_of(problem).validate()
+
+    def validate_order() -> None:
+        assert order is not None
+        _check_order(order)
+
+    if readable(device):
+        sizes = (problem.block_q, problem.block_k, problem.q.shape[2], problem.k.shape[2])
+        parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
+        _CHECKED.get(parts, sizes, validate)
+        if order is not None:
+            _CHECKED.get([order], (), validate_order)
+    elif os.environ.get(SWITCH) == "1" and not capturing(device):
+        validate()
+        if order is not None:
+            validate_order()
+
+
+def _check_order(order: Tensor) -> None:
+    """Every token once."""
+    tokens = order.numel()
+    low, high = map(int, order.aminmax())
+    if low < 0 or high >= tokens:
+        place = int(((order < 0) | (order >= tokens)).nonzero()[0])
+        raise ValueError(
+            f"token_order must lie in 0..{tokens - 1} ({tokens} tokens), found {int(order[place])} at position {place}"
+        )
+    count = torch.zeros(tokens, dtype=torch.int64, device=order.device).scatter_add_(0, order, torch.ones_like(order))
+    if bool((count != 1).any()):
+        token = int((count != 1).nonzero()[0])
+        raise ValueError(f"token_order must hold every token once, found token {token} {int(count[token])} times")

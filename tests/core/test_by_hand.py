@@ -1,0 +1,233 @@
+"""Loops written by hand around a transformer: which run, step and branch each forward is of."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, EasyCache, LiteAttention, RadialAttention, StaticCache
+
+LITE = LiteAttention(block_size=16, target_density=0.5, dense_steps=0)
+TEXTS = {"cond": 1, "uncond": 2}
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return tiny_transformer()
+
+
+def noise(seed=0, *shape):
+    return torch.randn(*(shape or (1, 12, 5, 8, 8)), generator=torch.Generator().manual_seed(seed))
+
+
+def text(branch):
+    return 3 * noise(TEXTS[branch], 1, 6, 64)
+
+
+def loop(
+    transformer, order=("cond", "uncond"), steps=8, guided=8, seed=0, named=False, anew=False, timesteps=None,
+    stop=None, fields=(),
+):  # fmt: skip
+    """Denoise, and return what each step's forwards gave by branch; guidance ends after ``guided`` steps.
+
+    With ``named``, contexts tell the branch, and of the step the ``fields``. The loop is broken off after ``stop``
+    forwards.
+    """
+    x, texts, outs, count = noise(seed), {name: text(name) for name in order}, [], 0
+    timesteps = [1000.0 - 100 * step for step in range(steps)] if timesteps is None else timesteps
+    for step, timestep in enumerate(timesteps):
+        told = dict(step_index=step, num_inference_steps=len(timesteps), sigma=float(timestep) / 1000)
+        told = {name: told[name] for name in fields}
+        found = {}
+        for name in order if step < guided else ("cond",):
+            if count == stop:
+                return outs
+            count += 1
+            given = texts[name].clone() if anew else texts[name]
+            with torch.no_grad(), transformer.cache_context(name, **told) if named else torch.no_grad():
+                found[name] = transformer(x, torch.tensor([float(timestep)]), given, return_dict=False)[0]
+        outs.append(found)
+        x = x - 0.02 * sum(found.values()) / len(found)
+    return outs
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")], ids=["cond first", "uncond first"])
+@pytest.mark.parametrize("anew", [False, True], ids=["one text", "texts made anew"])
+def test_the_branch_that_is_left_when_guidance_ends_keeps_its_own_history(transformer, order, anew):
+    """As in a loop whose contexts name the branches: the cond-only step is forecast from the cond outputs."""
+    cache = StaticCache(every=6, warmup_steps=1, last_steps=0)
+    with dit_accel.attach(transformer, cache):
+        named = loop(transformer, order, guided=5, named=True)
+    with dit_accel.attach(transformer, cache) as attachment:
+        assert same(loop(transformer, order, guided=5, anew=anew), named)
+        assert attachment.report().section("staticcache").data["reused"] > 0
+    assert same(named[:1], loop(transformer, order, guided=5)[:1])
+
+
+def test_a_text_that_may_be_another_branchs_makes_no_forecast(transformer):
+    """Guidance that begins later, the unconditional forward first: it must not get the conditional one's output."""
+    texts = {name: text(name) for name in TEXTS}
+    cache = StaticCache(every=6, warmup_steps=1, last_steps=0)
+
+    def forwards():
+        x, outs = noise(), []
+        for step in range(5):
+            for name in ("cond",) if step < 3 else ("uncond", "cond"):
+                with torch.no_grad():
+                    out = transformer(x, torch.tensor([1000.0 - 100 * step]), texts[name], return_dict=False)[0]
+                outs.append(out)
+        return outs
+
+    plain = forwards()
+    with dit_accel.attach(transformer, cache) as attachment:
+        cached = forwards()
+        assert attachment.report().section("staticcache").data["reused"] == 4
+    torch.testing.assert_close(cached[1], plain[0])  # skipped
+    assert torch.equal(cached[3], plain[3])  # step 3, uncond
+    assert torch.equal(cached[4], plain[4])
+
+
+def test_after_a_forward_that_raised_the_next_one_begins_a_run(transformer, monkeypatch):
+    with dit_accel.attach(transformer, LITE):
+        fresh = loop(transformer, seed=1)
+    for stop in (1, 3):
+        with dit_accel.attach(transformer, LITE) as attachment:
+            loop(transformer, stop=stop)
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.no_grad():
+                transformer(noise(), torch.tensor([1000.0 - 100 * (stop // 2)]), noise(9, 1, 6, 63))
+            assert same(loop(transformer, seed=1), fresh)
+            assert attachment._execution.state.step_index == 7
+
+
+@pytest.mark.parametrize("fields", [(), ("step_index",), ("step_index", "num_inference_steps", "sigma")])
+def test_a_named_call_that_comes_again_in_the_first_step_begins_a_run(transformer, fields):
+    with dit_accel.attach(transformer, LITE):
+        fresh = loop(transformer, seed=1, named=True, fields=fields)
+    with dit_accel.attach(transformer, LITE) as attachment:
+        for stop in (1, 2):
+            loop(transformer, named=True, stop=stop, fields=fields)
+            assert same(loop(transformer, seed=1, named=True, fields=fields), fresh)
+        assert len(attachment.report().steps) == 16
+
+
+def test_a_loop_broken_off_in_its_first_step_is_told_of_where_calls_have_no_names_and_reset_ends_it(transformer):
+    with dit_accel.attach(transformer, LITE):
+        fresh = loop(transformer, seed=1)
+    with dit_accel.attach(transformer, LITE) as attachment:
+        loop(transformer, stop=1)
+        attachment.reset()
+        assert same(loop(transformer, seed=1), fresh)
+        loop(transformer, stop=3)  # broken off later: the timestep rises
+        assert same(loop(transformer, seed=1), fresh)
+        loop(transformer, stop=1)
+        with pytest.warns(UserWarning, match=r"transformer ran twice in the first step .*call attachment\.reset\(\)"):
+            loop(transformer, seed=1, steps=1)
+
+
+def test_two_calls_with_one_text_and_one_noise_are_no_cause_to_warn(transformer):
+    with dit_accel.attach(transformer, LITE), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x, prompt = noise(), text("cond")
+        for step in range(2):
+            for _ in range(2):
+                with torch.no_grad():
+                    transformer(x + step, torch.tensor([900.0 - step]), prompt)
+
+
+class Loop:
+    """A pipeline whose loop is written by hand: diffusers' base class is not in it, and its scheduler is its own."""
+
+    def __init__(self, transformer):
+        self.transformer = transformer
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    @property
+    def components(self):
+        return {"transformer": self.transformer, "scheduler": self.scheduler}
+
+
+def steps_seen(attachment):
+    return [(step.step_index, step.branch) for step in attachment.report().steps]
+
+
+def test_a_loop_over_the_attached_pipelines_scheduler_has_its_steps_and_noise_levels(transformer):
+    pipe = Loop(transformer)
+    pipe._num_timesteps = 3  # of a call of the pipeline: nobody's steps here
+    with dit_accel.attach(pipe) as attachment:
+        state = attachment._execution.state
+        for steps, start in ((6, 0), (4, 0), (5, 2)):
+            pipe.scheduler.set_timesteps(steps)
+            loop(transformer, timesteps=pipe.scheduler.timesteps[start:])
+            assert state.num_inference_steps == steps - start
+            assert steps_seen(attachment)[-1] == (steps - start - 1, "call 1")
+            assert state.sigma == float(pipe.scheduler.sigmas[steps - 1])
+
+
+def test_a_loop_that_does_not_follow_the_attached_pipelines_scheduler_has_no_number_of_steps(transformer):
+    pipe = Loop(transformer)
+    pipe.scheduler.set_timesteps(4)
+    with dit_accel.attach(pipe) as attachment:
+        state = attachment._execution.state
+        loop(transformer, timesteps=[1000.0, 700.0, 400.0, 100.0])
+        assert (state.num_inference_steps, state.sigma, state.step_index) == (None, None, 3)
+    shares = RadialAttention(block_size=16, dense_steps=0.3, dense_layers=0)
+    with (
+        dit_accel.attach(pipe, shares),
+        pytest.raises(ConfigError, match=r"radial\.dense_steps = 0\.3 needs the number of steps, .* not known here"),
+    ):
+        loop(transformer, timesteps=[950.0, 700.0, 400.0, 100.0])
+
+
+def test_what_a_context_tells_is_believed_and_what_it_leaves_open_inferred(transformer):
+    pipe = Loop(transformer)
+    pipe.scheduler.set_timesteps(6)
+    with dit_accel.attach(pipe) as attachment:
+        state = attachment._execution.state
+        timesteps = pipe.scheduler.timesteps
+        loop(transformer, named=True, timesteps=timesteps, fields=("step_index",))
+        assert (state.step_index, state.num_inference_steps) == (5, 6)
+        assert state.sigma == float(pipe.scheduler.sigmas[5])
+        loop(transformer, named=True, timesteps=timesteps, fields=("num_inference_steps", "sigma"))
+        assert (state.step_index, state.num_inference_steps, state.sigma) == (5, 6, float(timesteps[5]) / 1000)
+    with dit_accel.attach(transformer) as attachment, torch.no_grad():
+        state = attachment._execution.state
+        with transformer.cache_context("cond", num_inference_steps=9, sigma=0.5, timestep=None):
+            transformer(noise(), torch.tensor([500.0]), text("cond"))
+        assert (state.step_index, state.num_inference_steps, state.sigma) == (0, 9, 0.5)
+
+
+def test_an_interleaved_transformer_of_its_own_is_another_attachments_affair(transformer):
+    other = tiny_transformer(1)
+    cache = EasyCache(threshold=50.0, warmup_steps=1, last_steps=0)
+    with dit_accel.attach(transformer, cache):
+        alone = loop(transformer)
+    with dit_accel.attach(transformer, cache), dit_accel.attach(other, cache):
+        outs = []
+        x, texts = noise(), {name: text(name) for name in TEXTS}
+        for step in range(8):
+            found = {}
+            for name in TEXTS:
+                at = torch.tensor([1000.0 - 100 * step])
+                with torch.no_grad():
+                    found[name] = transformer(x, at, texts[name], return_dict=False)[0]
+                    other(x, at, texts[name])
+            outs.append(found)
+            x = x - 0.02 * sum(found.values()) / 2
+    assert same(outs, alone)
+
+
+def test_a_stand_in_for_a_pipeline_without_a_scheduler_has_no_steps(transformer):
+    pipe = SimpleNamespace(components={"transformer": transformer}, transformer=transformer)
+    with dit_accel.attach(pipe) as attachment:
+        loop(transformer, steps=2)
+        assert attachment._execution.state.num_inference_steps is None

@@ -1,0 +1,268 @@
+"""Which prompt a forward holds, as contexts, classes and adapters say; what says nothing is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dit_accel_pipelines.flux import FLUX
+from dit_accel_pipelines.hidream import HIDREAM
+from dit_accel_pipelines.ideogram4 import IDEOGRAM4
+from dit_accel_pipelines.wan import WAN
+from dit_accel_pipelines.z_image import Z_IMAGE
+from tiny_models import MODELS
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import NAG, PAG, SLG, ConfigError, SoftPAG
+from dit_accel.adapters.guidance import Guidance, PipelineCall
+from dit_accel.methods.guidance.parts import call_of, part_of, rows_in
+from dit_accel.methods.guidance.rows import rows_of, with_rows_again
+from dit_accel.testing.tiny_models import Case
+
+BRANCHES = {
+    "pag": PAG(layers="L1", scale=3.0),
+    "softpag": SoftPAG(heads="L1H0"),
+    "slg": SLG(layers="L1", start=0.0, stop=1.0),
+}
+TOLD = {
+    "cond": "cond", "pred_cond": "cond", "cond_uncond/cond": "cond", "uncond": "uncond", "pred_uncond": "uncond",
+    "cond_uncond": "both", "uncond_stg": "perturbed", "pred_cond_skip": "perturbed",
+}  # fmt: skip
+
+
+def site(adapter=WAN, running=None, name="transformer", **config):
+    transformer = SimpleNamespace(config=SimpleNamespace(**config))
+    return SimpleNamespace(adapter=adapter, running=running, name=name, transformer=transformer)
+
+
+def part(branch, where=None, rows=2, method="pag"):
+    return part_of(method, where or site(), SimpleNamespace(branch=branch), torch.zeros(rows, 3))
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_name_of_a_context_tells(name):
+    assert part(name) == TOLD[name]
+
+
+def test_a_name_that_tells_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"pag must .* transformer runs in cache_context\('mine'\), which does not"):
+        part("mine")
+
+
+def test_both_prompts_are_as_many_rows():
+    with pytest.raises(
+        ConfigError, match=r"as many rows of the one prompt as of the other, and transformer got 3 rows"
+    ):
+        part("cond_uncond", rows=3)
+
+
+def test_a_loop_that_opens_no_context_holds_the_conditional_prompt_where_the_scale_is_an_input():
+    assert part("call 0", site(FLUX, guidance_embeds=True)) == "cond"
+    for where, branch in (
+        (site(FLUX, guidance_embeds=True), "call 1"),
+        (site(FLUX, guidance_embeds=False), "call 0"),
+        (site(), "call 0"),
+    ):
+        with pytest.raises(ConfigError, match="a loop written by hand around transformer does not tell; open transf"):
+            part(branch, where)
+
+
+class Pipe:
+    """A pipeline of a declared way to call its transformer, with so many rows of its own."""
+
+    def __init__(self, forward, keeps=True):
+        self.forward, self.keeps = forward, keeps
+
+    def __call__(self, latents):
+        if not self.keeps:
+            self.kept = latents
+            del latents
+        return self.forward(self)
+
+
+class Heir(Pipe):
+    pass
+
+
+class Wrapper(Pipe):
+    def __call__(self, latents):
+        return super().__call__(latents)
+
+
+class Other(Pipe):
+    def __call__(self, latents):
+        return self.forward(self)
+
+
+def said(calls, cls=Pipe, branch="call 0", rows=2, made=2, **more):
+    """What is taken of a forward in a running pipeline whose class ``Pipe`` is declared."""
+    adapter = SimpleNamespace(guidance=Guidance(**{calls: ("Pipe",)}), name="tiny")
+    pipe = cls(lambda pipe: part(branch, site(adapter, pipe), rows), **more)
+    return pipe(torch.zeros(made, 3))
+
+
+def test_a_declared_class_tells_by_the_place_of_a_forward_and_its_rows():
+    assert [said("alone", branch=f"call {at}") for at in (0, 1)] == ["cond", "cond"]
+    assert [said("in_turn", branch=f"call {at}") for at in (0, 1)] == ["cond", "uncond"]
+    assert [said("together", rows=rows) for rows in (2, 4)] == ["cond", "both"]
+    assert said("together", branch="call 1") == "perturbed"
+    assert said("in_turn", branch="cond_uncond", rows=4) == "both"
+    with pytest.raises(ConfigError, match=r"to hold one prompt or two for each of its 2 latents, and .* got 6 rows"):
+        said("together", rows=6)
+
+
+def test_what_runs_is_the_class_whose_call_runs():
+    assert said("in_turn", Heir) == said("in_turn", Wrapper) == "cond"
+    with pytest.raises(ConfigError, match=r"and Other does not tell; .* in the guidance of the adapter 'tiny'"):
+        said("in_turn", Other)
+
+
+def test_a_pipeline_that_keeps_no_latents_tells_by_its_attribute():
+    class Silent(Pipe):
+        do_classifier_free_guidance = True
+
+    assert said("together", Silent, keeps=False) == "both"
+    with pytest.raises(ConfigError, match="Pipe keeps neither its latents nor do_classifier_free_guidance; open"):
+        said("together", keeps=False)
+
+
+def test_a_guider_takes_the_conditional_prompt_first():
+    class Guided(Other):
+        guider = object()
+
+    assert [said("alone", Guided, branch=f"call {at}") for at in (0, 1)] == ["cond", "uncond"]
+
+
+def test_outside_a_call_nothing_is_known():
+    assert call_of(None) == PipelineCall()
+    assert call_of(Pipe(None)).classes == ()
+
+
+def test_a_transformer_of_its_own_tells_by_its_component():
+    assert part("call 0", site(IDEOGRAM4, name="transformer")) == "cond"
+    assert part("call 0", site(IDEOGRAM4, name="unconditional_transformer")) == "uncond"
+    alone = site(IDEOGRAM4, name="transformer")  # attached by itself, run by a pipeline
+    alone.running = SimpleNamespace(transformer=object(), unconditional_transformer=alone.transformer)
+    assert part("call 0", alone) == "uncond"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (dict(first_rows="both"), "first_rows must be 'uncond' or 'cond', got 'both'"),
+        (dict(uncond_tokens="first"), "uncond_tokens must be 'all' or 'last', got 'first'"),
+        (dict(branch_of={"transformer": "both"}), r"branch_of\['transformer'\] must be 'cond' or 'uncond', got 'both'"),
+        (dict(rows={"x": -1}), r"rows\['x'\] must be an axis from 0, 'each' or None, got -1"),
+        (dict(alone=("A",), own={"A": "why"}), "guidance names A twice; leave it in the one field"),
+    ],
+)
+def test_what_no_adapter_may_declare(wrong, why):
+    with pytest.raises(ConfigError, match=why):
+        Guidance(**wrong)
+
+
+def test_rows_lie_where_the_adapter_says():
+    llama = torch.arange(4 * 4 * 3).reshape(4, 4, 3)  # as many layers as rows
+    for value, axis in ((llama, 1), (list(llama), 0)):
+        inputs = {"hidden_states": torch.arange(4), "encoder_hidden_states_llama3": value}
+        half = rows_of(inputs, slice(2, 4), 4, HIDREAM)
+        assert half["hidden_states"].tolist() == [2, 3]
+        assert torch.equal(torch.stack(list(half["encoder_hidden_states_llama3"])), llama[:, 2:])
+        more = with_rows_again(inputs, slice(2, 4), 4, HIDREAM)
+        assert torch.stack(list(more["encoder_hidden_states_llama3"])).shape == (4, 6, 3), axis
+
+
+def test_a_list_with_an_entry_for_each_row_is_cut_by_its_entries():
+    """Also where the entries are as long as there are rows."""
+    images, texts = [torch.full((4, 1, 2, 2), float(row)) for row in range(4)], [torch.zeros(4, 3)] * 4
+    half = rows_of({"x": images, "cap_feats": texts, "t": torch.arange(4)}, slice(0, 2), 4, Z_IMAGE)
+    assert [image.shape for image in half["x"]] == [(4, 1, 2, 2)] * 2
+    assert [text.shape for text in half["cap_feats"]] == [(4, 3)] * 2
+    assert len(with_rows_again({"x": images}, slice(0, 1), 4, Z_IMAGE)["x"]) == 5
+
+
+def test_what_holds_no_rows_stays_though_it_is_as_long_as_the_batch():
+    ids, further = torch.zeros(4, 3), [torch.zeros(4, 2), None]
+    half = rows_of({"txt_ids": ids, "controlnet_block_samples": further}, slice(0, 2), 4, FLUX)
+    assert half["txt_ids"] is ids
+    assert half["controlnet_block_samples"][0].shape == (2, 2)
+    assert half["controlnet_block_samples"][1] is None
+    one = {"encoder_hidden_states": torch.zeros(1, 6, 3)}  # one row that serves all of them
+    assert rows_of(one, slice(0, 2), 4, FLUX)["encoder_hidden_states"].shape == (1, 6, 3)
+
+
+def test_rows_in_follow_the_declared_order():
+    assert rows_in(site(), "both", 4, "cond") == (slice(2, 4), 4)
+    assert rows_in(site(Z_IMAGE), "both", 4, "cond") == (slice(0, 2), 4)
+    assert rows_in(site(), "cond", 4, "cond") is None
+
+
+class Loop:
+    """One step of a loop written by hand around a tiny Wan transformer."""
+
+    def __init__(self, scale=5.0):
+        self.transformer, self.scale = tiny_transformer(), scale
+
+    def step(self, order, contexts=True, latents=None):
+        noise = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 12, 5, 8, 8, generator=noise)
+        texts = {name: torch.randn(1, 6, 64, generator=noise) for name in ("cond", "uncond")}
+        made = {}
+        for name in order:
+            with torch.no_grad(), self.transformer.cache_context(name) if contexts else torch.no_grad():
+                made[name] = self.transformer(x, torch.tensor([900.0]), texts[name], return_dict=False)[0]
+        return made["uncond"] + self.scale * (made["cond"] - made["uncond"])
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_the_conditional_prompt_comes_first_in_a_loop_written_by_hand(name):
+    """What is added does not depend on the scale; the other order is refused in the step, but for the free mode."""
+    added = []
+    for scale in (1.0, 5.0):
+        loop = Loop(scale)
+        plain = loop.step(("cond", "uncond"))
+        with dit_accel.attach(loop.transformer, BRANCHES[name]):
+            added.append(loop.step(("cond", "uncond")) - plain)
+    torch.testing.assert_close(added[0], added[1], rtol=1e-3, atol=1e-4)
+    with (
+        dit_accel.attach(loop.transformer, BRANCHES[name]),
+        pytest.raises(
+            ConfigError,
+            match=rf"{name} adds .*, and the unconditional forward of step 0 came before the conditional one; run the "
+            rf"conditional forward first, or use {name}\.mode = 'free'",
+        ),
+    ):
+        loop.step(("uncond", "cond"))
+
+
+def test_the_free_mode_and_nag_take_either_order():
+    loop = Loop()
+    for method in (PAG(layers="L1", mode="free"), NAG(negative_embeds=torch.ones(1, 6, 64))):
+        with dit_accel.attach(loop.transformer, method):
+            assert torch.equal(loop.step(("cond", "uncond")), loop.step(("uncond", "cond")))
+
+
+@pytest.mark.parametrize("name", [*BRANCHES, "free", "nag"])
+def test_a_loop_written_by_hand_that_opens_no_context_is_refused(name):
+    more = {"free": PAG(layers="L1", mode="free"), "nag": NAG(negative_embeds=torch.ones(1, 6, 64))}
+    loop, method = Loop(), (BRANCHES | more)[name]
+    with (
+        dit_accel.attach(loop.transformer, method),
+        pytest.raises(ConfigError, match=rf"^{method.name} must know which prompt each forward holds"),
+    ):
+        loop.step(("cond", "uncond"), contexts=False)
+
+
+def test_any_attached_transformer_has_a_context_to_open():
+    """SD3's transformer has none of diffusers', so that a loop around it could not tell what it runs."""
+    (model, *_) = MODELS["sd3"]
+    case = Case(dit_accel.adapters.registry.adapters()["sd3"], model)
+    inputs = case.inputs(1)
+    plain = case.transformer(**inputs, return_dict=False)[0]
+    with dit_accel.attach(case.transformer, BRANCHES["pag"]):
+        with torch.no_grad(), case.transformer.cache_context("cond"):
+            moved = case.transformer(**inputs, return_dict=False)[0]
+        with torch.no_grad(), pytest.raises(ConfigError, match="a loop written by hand around transformer does not"):
+            case.transformer(**inputs)
+    assert not torch.equal(moved, plain)
+    assert not hasattr(case.transformer, "cache_context")

@@ -1,0 +1,79 @@
+"""Heads that several processes share: what they know together, without processes."""
+
+import pytest
+import torch
+
+from dit_accel.attachment.ulysses import Ulysses
+from dit_accel.plan.heads import HeadShare
+
+
+class Processes:
+    """Stands in for a group of processes that run one after another: a first round fills what a second one gathers."""
+
+    def __init__(self, monkeypatch, size):
+        self.rank, self.size, self.sent, self.shapes = 0, size, {}, set()
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda group: size)
+        monkeypatch.setattr("torch.distributed.all_gather", self.all_gather)
+        monkeypatch.setattr("torch.distributed.all_reduce", self.all_reduce)
+
+    def all_gather(self, parts, sent, group):
+        assert len(parts) == self.size
+        assert sent.is_contiguous()
+        self.shapes.add((*sent.shape, sent.dtype))
+        self.sent[self.rank] = sent
+        for rank, part in enumerate(parts):
+            part.copy_(self.sent.get(rank, torch.zeros_like(part)))
+
+    def all_reduce(self, x, group):
+        self.sent[self.rank] = x.clone()
+        x.copy_(sum(self.sent.values()))
+
+    def run(self, function):
+        """What each process gets of ``function(rank)``."""
+        for _ in range(2):
+            found = []
+            for rank in range(self.size):
+                self.rank = rank
+                found.append(function(rank))
+        return found
+
+
+def shares(total, size):
+    made = [
+        Ulysses(rank=r, counts=(1,) * size, gathered=None, places=None, group=None, anything=True) for r in range(size)
+    ]
+    return [one.share(total) for one in made]
+
+
+@pytest.mark.parametrize(("total", "size"), [(4, 1), (4, 2), (6, 3), (7, 3), (5, 4), (3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int32])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_what_is_joined_is_in_the_heads_order(monkeypatch, total, size, dtype, dim):
+    processes, parts = Processes(monkeypatch, size), shares(total, size)
+    whole = torch.arange(2 * 3 * total).reshape(2, 3, total).movedim(2, dim) % 5
+    whole = (whole > 2) if dtype == torch.bool else whole.to(dtype)
+
+    def joined(rank):
+        own = whole.movedim(dim, 0)[parts[rank].own].movedim(0, dim)
+        assert own.shape[dim] == parts[rank].count
+        return parts[rank].joined(own, dim)
+
+    for found in processes.run(joined):
+        assert found.dtype == dtype
+        assert torch.equal(found, whole)
+    assert len(processes.shapes) == 1  # all send alike, and no booleans
+    assert next(iter(processes.shapes))[-1] == (torch.uint8 if dtype == torch.bool else dtype)
+
+
+def test_heads_are_runs_of_one_length_and_the_last_is_shorter():
+    assert [(one.start, one.count) for one in shares(7, 3)] == [(0, 3), (3, 3), (6, 1)]
+    assert [(one.start, one.count) for one in shares(3, 4)] == [(0, 1), (1, 1), (2, 1), (3, 0)]
+    assert HeadShare(start=3, count=3, total=7).own == slice(3, 6)
+
+
+def test_sums_leave_what_is_summed(monkeypatch):
+    processes, values = Processes(monkeypatch, 2), [torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])]
+    share = HeadShare(start=0, count=1, total=2)
+    found = processes.run(lambda rank: share.summed(values[rank]))
+    assert all(torch.equal(one, torch.tensor([11.0, 22.0])) for one in found)
+    assert torch.equal(values[0], torch.tensor([1.0, 2.0]))

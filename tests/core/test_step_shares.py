@@ -1,0 +1,200 @@
+"""One share of a run: a number of steps, or a share below 1, is rounded and checked alike in every method."""
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+import torch
+from diffusers import PerturbedAttentionGuidance, SkipLayerGuidance
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_other_pipelines import sd3
+
+import dit_accel
+from dit_accel import ConfigError
+from dit_accel.methods.attention.dfa import DFA
+from dit_accel.methods.attention.sparse import SparseConfig
+from dit_accel.methods.caches.config import StepCacheConfig
+from dit_accel.methods.registry import methods
+from dit_accel.rules.steps import is_short, steps_of, whole_steps, window
+
+HUNDREDTHS = st.integers(1, 99)
+COUNTS = st.integers(1, 1000)
+
+ENDS = {
+    name: config
+    for name, config in methods().items()
+    if issubclass(config, (SparseConfig, StepCacheConfig, DFA))
+}  # fmt: skip
+
+
+def ends_of(config: type) -> tuple[str, str]:
+    """The options of a method that count a run's first and last steps."""
+    return ("dense_steps", "dense_last_steps") if issubclass(config, SparseConfig) else ("warmup_steps", "last_steps")
+
+
+def kept(config: type, first: int | float, last: int | float, count: int) -> list[int]:
+    """The steps of a run that a method leaves alone at its ends."""
+    before, after = ends_of(config)
+    given = config(**{before: first, after: last})
+    if issubclass(config, SparseConfig):
+        given = given.filled({"dense_layers": 0})
+        settings = given.resolve()
+        return [step for step in range(count) if settings.is_dense(step, count, 10**6, 0.0)]
+    if issubclass(config, DFA):
+        return [step for step in range(count) if given.at_an_end(step, count)]
+    computed = [StepCacheConfig.always_computed(given, step, count) for step in range(count)]
+    return [step for step, why in enumerate(computed) if why in ("first steps", "last steps")]
+
+
+def test_every_method_with_such_options_is_here():
+    named = {
+        name
+        for name, config in methods().items()
+        if {"dense_steps", "warmup_steps", "last_steps", "dense_last_steps"} & set(config.__dataclass_fields__)
+    }
+    assert named == set(ENDS)
+    assert len(ENDS) >= 12
+
+
+@given(HUNDREDTHS, COUNTS)
+def test_hundredths_are_taken_as_they_are_written(hundredths, count):
+    exact = math.ceil(Fraction(hundredths, 100) * count)
+    assert steps_of(hundredths / 100, count) == exact
+    assert whole_steps(hundredths / 100, count) == exact
+
+
+@given(st.floats(0, 1), COUNTS)
+def test_a_share_is_rounded_up(share, count):
+    exact = Fraction(Decimal(share)) * count
+    assert 0 <= steps_of(share, count) <= count
+    assert -1e-9 <= steps_of(share, count) - exact < 1 or steps_of(share, count) == math.ceil(exact)
+
+
+@pytest.mark.parametrize(("share", "count", "steps"), [(0.28, 25, 7), (0.28, 50, 14), (0.07, 100, 7), (0.55, 100, 55)])
+@pytest.mark.parametrize("name", sorted(ENDS))
+def test_all_methods_round_alike(name, share, count, steps):
+    assert kept(ENDS[name], share, 0, count) == list(range(steps))
+    assert kept(ENDS[name], 0, share, count) == list(range(count - steps, count))
+
+
+@pytest.mark.parametrize("name", sorted(ENDS))
+def test_whole_numbers_are_steps(name):
+    assert kept(ENDS[name], 2, 3, 8) == [0, 1, 5, 6, 7]
+    assert kept(ENDS[name], 1, 1.0, 4) == [0, 3]
+    assert kept(ENDS[name], 0, 0, 4) == []
+    assert kept(ENDS[name], 9, 0, 4) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", sorted(ENDS))
+@pytest.mark.parametrize("value", [-1, -0.1, 1.5, 2.5])
+def test_other_values_are_refused_in_one_text(name, value):
+    for option in ends_of(ENDS[name]):
+        with pytest.raises(ConfigError) as error:
+            ENDS[name](**{option: value})
+        assert str(error.value) == (
+            f"{name}.{option} must be a whole number of steps from 0 on, or a share of the run below 1, got {value}; "
+            "write 5 for five steps, 0.2 for a fifth of them"
+        )
+
+
+def begins_alone(config) -> object:
+    """Whether a method leaves the first step alone in a run of unknown length."""
+    if isinstance(config, SparseConfig):
+        return config.resolve().is_dense(0, None, 10**6, 0.0)
+    if isinstance(config, DFA):
+        return config.is_full(0, None, 0)
+    return StepCacheConfig.always_computed(config, 0, None)
+
+
+@pytest.mark.parametrize("name", sorted(ENDS))
+@pytest.mark.parametrize(("first", "last"), [(0.5, 0), (0, 1), (0, 0.5), (3, 2)])
+def test_unknown_numbers_of_steps_are_refused_in_one_text(name, first, last):
+    before, after = ends_of(ENDS[name])
+    config = ENDS[name](**{before: first, after: last})
+    option, value = (after, last) if last else (before, first)
+    with pytest.raises(ConfigError) as error:
+        begins_alone(config)
+    assert str(error.value) == (
+        f"{name}.{option} = {value} needs the number of steps, which is not known here; attach to the pipeline, or set "
+        f"{before} to a whole number and {after} to 0"
+    )
+
+
+def test_whole_first_steps_alone_need_no_count():
+    assert dit_accel.RadialAttention(dense_steps=2, dense_last_steps=0, dense_layers=0).resolve().is_dense(1, None, 0)
+    assert not DFA(warmup_steps=2, last_steps=0).at_an_end(2, None)
+
+
+@given(st.integers(0, 98), st.integers(1, 100), COUNTS)
+def test_windows_by_exact_fractions(start, length, count):
+    stop = min(start + length, 100)
+    low, high = Fraction(start, 100), Fraction(stop, 100)
+    inside = [step for step in range(count) if low <= Fraction(step, count) < high]
+    found = list(window(start / 100, stop / 100, count))
+    if inside:
+        assert found == inside
+    else:
+        assert found == [min(math.ceil(low * count), count - 1)]
+    assert is_short(start / 100, stop / 100, count) == ((high - low) * count < 1)
+    assert inside or is_short(start / 100, stop / 100, count)
+
+
+def test_a_share_of_steps_and_a_window_meet():
+    """Dense or computed for the first .28 of the run, then guided: no step is both, and none is neither."""
+    for count in (25, 50, 100):
+        first = kept(dit_accel.RadialAttention, 0.28, 0, count)
+        assert [*first, *dit_accel.PAG(start=0.28, stop=1.0).steps(count)] == list(range(count))
+
+
+def slg_steps_of_diffusers(count, start, stop):
+    """The steps in which diffusers' own Stable Diffusion 3 pipeline skips layers, on a transformer that gives zeros."""
+    pipe, call = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    seen, rows = [], []
+
+    def forward(hidden_states, *args, skip_layers=None, **kwargs):
+        seen.append(skip_layers is not None)
+        rows.append(len(hidden_states))
+        return (torch.zeros_like(hidden_states),)
+
+    pipe.transformer.forward = forward
+    guidance = dict(skip_guidance_layers=[1], skip_layer_guidance_start=start, skip_layer_guidance_stop=stop)
+    pipe(**{**call, "num_inference_steps": count, "output_type": "latent", "guidance_scale": 4.0}, **guidance)
+    steps, index = [], -1
+    for skips in seen:
+        index += not skips
+        steps += [index] * skips
+    assert index == count - 1
+    return steps
+
+
+@pytest.mark.parametrize("count", [6, 7, 8, 11, 20, 28, 50, 99])
+def test_the_published_window_of_slg_is_that_of_diffusers(count):
+    config = dit_accel.SLG(layers="L1").filled({})
+    assert (config.start, config.stop) == (0.01, 0.2)
+    assert list(config.steps(count)) == slg_steps_of_diffusers(count, 0.01, 0.2)
+
+
+@pytest.mark.parametrize(("start", "count", "own"), [(0.0, 10, 0), (0.2, 10, 2), (0.01, 100, 1)])
+def test_a_step_right_on_the_start_is_in_and_diffusers_leaves_it_out(start, count, own):
+    found = list(dit_accel.SLG(layers="L1", start=start, stop=0.5).steps(count))
+    assert found == [own, *slg_steps_of_diffusers(count, start, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("guider", "options"),
+    [(SkipLayerGuidance, "skip_layer_guidance"), (PerturbedAttentionGuidance, "perturbed_guidance")],
+)
+def test_the_published_window_begins_as_in_the_guiders(guider, options):
+    """Their windows are empty up to nine steps, and end a step early where the stop is between two."""
+    theirs = guider(**{f"{options}_start": 0.01, f"{options}_stop": 0.2, f"{options}_layers": [1]})
+    for count in range(10, 210):
+        theirs._num_inference_steps, acts = count, []
+        for theirs._step in range(count):
+            acts += [theirs._step] * theirs._is_slg_enabled()
+        own = list(dit_accel.PAG(start=0.01, stop=0.2).steps(count))
+        own = own[count % 100 == 0 :]  # the step right on the start
+        assert own[: len(acts)] == acts
+        assert len(own) - len(acts) == (count % 5 != 0)

@@ -1,0 +1,154 @@
+"""What all commands do alike: misspelt models, outputs that another run writes, and threads."""
+
+import json
+from pathlib import Path
+
+import dit_accel_pipelines.finetuning.run as finetuning
+import dit_accel_pipelines.generate as generation
+import pytest
+import torch
+import typer
+from dit_accel_eval import compare, demo, demo_comparison, tune_magcache
+from dit_accel_pipelines.threads import CHOSEN_BY, one_thread, threads
+from typer.testing import CliRunner
+
+from dit_accel.cli import app as cli
+from dit_accel.files import held
+
+SUITE = """
+version = 2
+name = "s"
+model = "{model}"
+clips = 1
+
+[[arm]]
+name = "a"
+solver = "euler"
+num_inference_steps = 2
+"""
+PROMPT = "a red circle"
+ALONE = {"demo": typer.Typer()}
+ALONE["demo"].command()(demo.main)
+
+
+def start(*arguments: str):
+    if arguments[0] in ALONE:
+        return CliRunner().invoke(ALONE[arguments[0]], list(arguments[1:]))
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", PROMPT, "--model", "wan-tinny"],
+        ["describe", "--model", "wan-tinny"],
+        ["plan", "--model", "wan-tinny"],
+        ["tune", "magcache", "--model", "wan-tinny"],
+        ["tune", "heads", "--model", "wan-tinny", "--prompt", PROMPT],
+        ["tune", "pipeline", "--target", "psnr=30", "--model", "wan-tinny", "--prompt", PROMPT],
+        ["finetune", "--drawn", "2", "--model", "wan-tinny"],
+        ["eval", "run", "s.toml", "--out", "s.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_a_misspelt_model_is_one_line_in_every_command(here: Path, arguments):
+    (here / "s.toml").write_text(SUITE.format(model="wan-tinny"))
+    found = start(*arguments)
+    told = "error: 'wan-tinny' is no embedded model; did you mean 'wan-tiny'? known: flux-tiny, wan-plain, wan-tiny; or"
+    assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert found.stderr.startswith(told)
+    assert [entry.name for entry in here.iterdir()] == ["s.toml"]
+
+
+def test_plan_takes_an_embedded_model():
+    found = start("plan", "--model", "wan-tiny", "--json")
+    assert found.exit_code == 0, found.stderr
+    assert json.loads(found.stdout)["num_frames"] == 17
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written", "what"),
+    [
+        (["generate", PROMPT, "-o", "a.mp4"], "a.mp4", "output"),
+        (["tune", "magcache", "-o", "m.toml"], "m.toml", "tune's output"),
+        (["finetune", "--drawn", "1", "--num-frames", "5", "-o", "lora"], "lora", "the training's folder"),
+        (["eval", "run", "s.toml", "--out", "s.jsonl"], "s.jsonl", "the results file"),
+        (["demo", "--out", "demo"], "demo", "the demo's folder"),
+    ],
+    ids=["generate", "tune", "finetune", "eval run", "demo"],
+)
+def test_a_second_run_on_one_output_is_refused_by_name(here: Path, arguments, written: str, what: str):
+    (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
+    with held(written):
+        found = start(*arguments)
+        told = str(found.exception) if arguments[0] in ALONE else found.stderr
+        assert f"{what} {here / written} is being written by process " in told
+        assert found.exit_code == (1 if arguments[0] in ALONE else 2)
+    assert not list(here.glob(".*.lock"))
+
+
+class ReachedError(Exception):
+    """The work of a command began."""
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[int]:
+    """The threads that torch has where each command's work begins, of three before."""
+    counted: list[int] = []
+
+    def reached(*args, **options):
+        counted.append(torch.get_num_threads())
+        raise ReachedError
+
+    monkeypatch.setattr(generation, "load_pipeline", reached)
+    monkeypatch.setattr(finetuning, "_trained", reached)
+    monkeypatch.setattr(tune_magcache, "tune_magcache", reached)
+    monkeypatch.setattr(demo_comparison, "EmbeddedModel", reached)
+    monkeypatch.setattr(compare, "_loaded", reached)
+    for name in CHOSEN_BY:
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield counted
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+COMMANDS = [
+    ["generate", PROMPT, "-o", "a.gif"],
+    ["tune", "magcache", "-o", "m.toml"],
+    ["finetune", "--drawn", "1", "--num-frames", "5", "-o", "lora"],
+    ["eval", "run", "s.toml", "--out", "s.jsonl"],
+    ["demo", "--out", "demo"],
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
+def test_embedded_models_run_on_one_thread(here: Path, seen, arguments):
+    (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
+    start(*arguments)
+    assert seen == [1]
+    assert not (here / "lora").exists()
+
+
+def test_timed_suites_and_those_that_say_so_have_their_own_threads(here: Path, seen):
+    (here / "s.toml").write_text(SUITE.format(model="wan-plain"))
+    start("eval", "run", "s.toml", "--out", "s.jsonl", "--time")
+    start("eval", "run", "s.toml", "--out", "s.jsonl", "--threads", "4")
+    assert seen == [2, 4]
+
+
+def test_what_the_environment_chooses_holds_and_so_do_other_models(monkeypatch, here: Path, seen):
+    with one_thread(embedded=False):
+        assert torch.get_num_threads() == 3
+    with threads(2), threads(None):
+        assert torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    start("generate", PROMPT, "-o", "a.gif")
+    assert seen == [3]

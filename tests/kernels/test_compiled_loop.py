@@ -1,0 +1,310 @@
+"""The file of the compiled loop: who builds it, who may write it, and that nothing else is ever loaded."""
+
+import ctypes
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from dit_accel_kernels import block_sparse_attention, torch_way
+from dit_accel_kernels.backends.torch import binding, compiled
+from kernel_cases import qkv, random_lists
+
+needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes of files are Unix's")
+SOURCE = """
+#include <cstdint>
+#include <cstdio>
+__attribute__((constructor)) void begun() { if (FILE* f = fopen("%s", "w")) fclose(f); }
+extern "C" {
+int64_t panel() { return 16; }
+int64_t call_bytes() { return %s; }
+int64_t attend(void*, int64_t, int64_t) { return 0; }
+int64_t pack_values() { return 0; }
+%s
+}
+"""
+KEYS = "int64_t pack_keys() { return 0; }"
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache, for a loop that is looked for anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    compiled.loop.cache_clear()
+    yield tmp_path / "cache" / "dit-accel" / "kernels"
+    compiled.loop.cache_clear()
+
+
+@pytest.fixture
+def quick(fresh, monkeypatch, tmp_path):
+    """A source that takes a fraction of the time, and a file that appears when it is loaded."""
+    source, witness = tmp_path / "quick.cpp", tmp_path / "witness"
+    source.write_text(SOURCE % (witness, ctypes.sizeof(binding.Call), KEYS))
+    monkeypatch.setattr(compiled, "SOURCE", source)
+    return fresh
+
+
+def again() -> compiled.Loop:
+    compiled.loop.cache_clear()
+    return compiled.loop()
+
+
+def name_of(loop: compiled.Loop) -> Path:
+    assert loop.library is not None, loop.why
+    return Path(loop.library._name)
+
+
+def attends() -> bool:
+    q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
+    out = block_sparse_attention(q, k, v, random_lists(1, 40, 40, 8, 8), layout="bhsd", backend="torch")
+    return bool(out.isfinite().all())
+
+
+def written(path: Path, text: str) -> Path:
+    """A program."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_without_a_compiler_or_by_the_switch_torch_computes_and_says_so(fresh, monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert compiled.library() is None
+    assert torch_way(cpu, torch.float32) == "gathered tiles, since DIT_ACCEL_CPU_LOOP is 0"
+    assert attends()
+    monkeypatch.delenv(compiled.SWITCH)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert again().library is None
+    assert torch_way(cpu, torch.float32) == "gathered tiles, since no C++ compiler was found (c++, g++, clang++)"
+    assert attends()
+    assert not fresh.exists()
+
+
+@needs_compiler
+def test_which_way_a_call_takes_is_told(quick):
+    cpu = torch.device("cpu")
+    assert compiled.loop().why == "compiled by c++"
+    assert torch_way(cpu, torch.float32) == "loop compiled by c++"
+    assert torch_way(cpu, torch.float64) == "gathered tiles, since the loop has no products of float64"
+    assert torch_way(torch.device("cuda"), torch.float32) == "gathered tiles"
+
+
+@needs_compiler
+@pytest.mark.parametrize("flag", ["-m64", "-DTHIS='1 2'"])
+def test_cxx_may_hold_arguments(quick, monkeypatch, tmp_path, flag):
+    compiler = written(tmp_path / "mine", f'echo "$@" >> {tmp_path}/asked\nexec {shutil.which("c++")} "$@"')
+    monkeypatch.setenv("CXX", f"{compiler} {flag}")
+    assert compiled.loop().why == "compiled by mine"
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert all(line.startswith(flag.replace("'", "")) for line in asked)
+    assert asked[0].endswith("--version")
+
+
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [
+        ("no-such-compiler -O1", "CXX is 'no-such-compiler -O1', and there is no program 'no-such-compiler'"),
+        ("g++ '", 'CXX is "g\\+\\+ \'", which is no command: No closing quotation'),
+        ("false", ".*false: .*returned non-zero exit status 1"),
+    ],
+    ids=["missing", "no command", "fails"],
+)
+def test_a_named_compiler_that_does_not_work_is_warned_of_and_no_other_tried(fresh, monkeypatch, named, why):
+    monkeypatch.setenv("CXX", named)
+    with pytest.warns(UserWarning, match=f"could not build the loop of the torch backend .{why}") as warned:
+        assert (compiled.library(), compiled.library()) == (None, None)
+    assert len(warned) == 1
+    assert compiled.loop().why.startswith("it could not be built (")
+    assert attends()
+
+
+def test_a_compiler_that_fails_is_told_once_and_torch_computes(fresh, monkeypatch, tmp_path):
+    broken = written(tmp_path / "broken", '[ "$1" = --version ] && exit 0\necho "fatal: no such header" >&2\nexit 1')
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.warns(UserWarning, match="could not build the loop of the torch backend .*fatal: no such header.*"):
+        assert compiled.library() is None
+    assert attends()
+    assert list(fresh.iterdir()) == []
+
+
+@needs_compiler
+def test_without_cxx_the_next_compiler_is_tried(quick, monkeypatch, tmp_path):
+    real = shutil.which("c++")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    written(folder / "c++", "exit 1")
+    written(folder / "g++", f'exec {real} "$@"')
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    assert again().why == "compiled by g++"
+
+
+@needs_compiler
+@pytest.mark.parametrize("kept", [0, 100, 0.5, "another", "one bit"])
+def test_a_damaged_file_is_never_loaded_but_built_anew(quick, tmp_path, kept):
+    """An end that is missing ended the process, by SIGBUS, or the loop for good."""
+    first = name_of(compiled.loop())
+    good = first.read_bytes()
+    damaged = {"another": b"\x7fELF" + bytes(5000), "one bit": good[:-1] + bytes([good[-1] ^ 1])}.get(kept)
+    if damaged is None:
+        damaged = good[: int(len(good) * kept) if isinstance(kept, float) else kept]
+    second = tmp_path / "second"
+    second.write_bytes(damaged)
+    second.chmod(0o700)
+    os.replace(second, first)
+    assert not compiled.whole(first)
+    path = name_of(again())
+    assert path.read_bytes() == good
+    assert list(quick.iterdir()) == [path]
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["by another digest", "for others to write"])
+def test_a_planted_file_does_not_run(quick, tmp_path, how):
+    path, source = name_of(compiled.loop()), tmp_path / "planted.cpp"
+    source.write_text(SOURCE % (tmp_path / "it ran", ctypes.sizeof(binding.Call), KEYS))
+    made, made_of = tmp_path / "planted.so", path.stem.split("-")[1]
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
+    digest = "0" * compiled.DIGITS if how == "by another digest" else compiled._digest(made.read_bytes())
+    planted = made.rename(quick / f"fused-{made_of}-{digest}.so")
+    planted.chmod(0o700 if how == "by another digest" else 0o770)
+    path.unlink()
+    assert name_of(again()) == path  # built anew
+    assert list(quick.iterdir()) == [path]
+    assert not (tmp_path / "it ran").exists()
+
+
+@needs_compiler
+@posix
+@pytest.mark.parametrize("what", ["file", "folder", "link"])
+def test_what_belongs_to_somebody_else_is_not_loaded(quick, monkeypatch, what):
+    path = name_of(compiled.loop())
+    assert compiled.whole(path)
+    if what == "link":
+        moved = path.rename(path.with_suffix(".moved"))
+        path.symlink_to(moved)
+        assert not compiled.whole(path)
+        return
+    monkeypatch.setattr(compiled, "_trusted_owner", lambda found: stat.S_ISDIR(found.st_mode) == (what == "file"))
+    assert not compiled.whole(path) or what == "folder"
+    if what == "folder":
+        with pytest.warns(
+            UserWarning, match=r"dit-accel belongs to user \d+: set XDG_CACHE_HOME to a folder of your own"
+        ):
+            assert again().library is None
+
+
+@posix
+def test_owners(monkeypatch):
+    found = os.stat(__file__)
+    for uid, trusted in ((found.st_uid, True), (found.st_uid + 1, found.st_uid == 0)):
+        monkeypatch.setattr(os, "getuid", lambda uid=uid: uid)
+        assert compiled._trusted_owner(found) is trusted
+    monkeypatch.delattr(os, "getuid")
+    assert compiled._trusted_owner(found)
+
+
+@posix
+def test_folders_are_the_users_alone(fresh):
+    old = os.umask(0)
+    try:
+        assert compiled.cache_folder() == fresh
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (fresh, fresh.parent)} == {0o700}
+        fresh.chmod(0o775)
+        fresh.parent.chmod(0o777)
+        compiled.cache_folder()
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (fresh, fresh.parent)} == {0o700}
+    finally:
+        os.umask(old)
+
+
+def test_without_a_place_to_write_torch_computes(fresh, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(compiled, "_commands", lambda: [["c++"]])
+    with pytest.warns(UserWarning, match=f"could not build the loop .*{tmp_path / 'file'}"):
+        assert again().library is None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(UserWarning, match="could not build the loop .*Could not determine home directory"):
+        assert again().library is None
+    assert attends()
+
+
+@needs_compiler
+@pytest.mark.parametrize("lacks", ["a function", "bytes of a call"])
+def test_a_library_that_is_not_the_loop_is_refused(quick, tmp_path, lacks):
+    size = ctypes.sizeof(binding.Call) - 8 * (lacks == "bytes of a call")
+    keys = "" if lacks == "a function" else KEYS
+    compiled.SOURCE.write_text(SOURCE % (tmp_path / "witness", size, keys))
+    why = "is no compiled loop: .*pack_keys" if keys == "" else f"takes calls of {size} bytes, not of {size + 8}"
+    with pytest.warns(UserWarning, match=why):
+        assert compiled.loop().library is None
+
+
+@needs_compiler
+def test_a_file_of_another_machine_is_left_alone(quick):
+    """Its digest is right, and it can't be loaded here: it stays, beside the one that is built."""
+    first = name_of(compiled.loop())
+    other = quick / f"fused-{first.stem.split('-')[1]}-{compiled._digest(b'other')}.so"
+    other.write_bytes(b"other")
+    other.chmod(0o700)
+    first.unlink()
+    assert compiled.whole(other)
+    assert name_of(again()) == first
+    assert other.exists()
+
+
+@needs_compiler
+def test_no_memory_is_an_error_and_not_the_end():
+    loop = compiled.library()
+    call = binding.Call(rows=1 << 40, columns=64, dim=64)
+    with pytest.raises(MemoryError, match="attend of the compiled loop found no memory"):
+        loop.attend(ctypes.byref(call), ctypes.c_int64(0), ctypes.c_int64(0))
+    sizes = (ctypes.c_int64(x) for x in (0, 1, 1 << 40, 1 << 10, 1))
+    with pytest.raises(MemoryError, match="pack_values of the compiled loop found no memory"):
+        loop.pack_values(None, None, *sizes)
+
+
+def test_a_processor_is_told_by_its_model_and_instructions_in_one_order(monkeypatch):
+    """A set's order differs from process to process: each would build anew."""
+    lines = [f"model name\t: {i}" for i in (3, 1, 2, 0, 5, 4)] + ["bogomips\t: 1", "flags\t\t: fpu", "Features\t: neon"]
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "\n".join(lines * 2))
+    expected = ["Features\t: neon", "flags\t\t: fpu", *(f"model name\t: {i}" for i in range(6))]
+    assert compiled.processor() == "\n".join(expected)
+
+
+@needs_compiler
+def test_it_is_built_once_whoever_asks_at_the_same_time(quick, monkeypatch):
+    """Threads of one process; another processor's is another file."""
+    with ThreadPoolExecutor(3) as pool:
+        names = {name_of(x) for x in pool.map(lambda _: compiled.loop(), range(3))}
+    assert names == set(quick.iterdir())
+    assert len(names) == 1
+    monkeypatch.setattr(compiled, "processor", lambda: "another")
+    assert name_of(again()) not in names
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_processes_find_one_whole_file(fresh):
+    code = "from dit_accel_kernels.backends.torch import compiled; print(compiled.library()._name)"
+
+    def ask(_: int) -> str:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    with ThreadPoolExecutor(2) as pool:
+        names = set(pool.map(ask, range(2)))
+    (path,) = fresh.iterdir()
+    assert names == {str(path)}

@@ -1,0 +1,160 @@
+"""NaN and infinity: what a row sees it hands on, so that a model that diverged looks it; what it doesn't is nothing."""
+
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
+import pytest
+import torch
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Selection, TileLists, Vote, block_sparse_attention
+from dit_accel_kernels.backends.torch import fused
+from kernel_cases import qkv
+from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
+TOKENS, BLOCK, ROWS = 60, 16, 4
+STATES = torch.tensor(
+    [
+        [EXACT, POOLED, EXACT, SKIPPED],
+        [SKIPPED, EXACT, SKIPPED, POOLED],
+        [POOLED, POOLED, POOLED, POOLED],
+        [EXACT, SKIPPED, SKIPPED, EXACT],
+    ],
+    dtype=torch.uint8,
+)
+TILES = TileLists.from_states(STATES, block_q=BLOCK, block_k=BLOCK, num_q=TOKENS, num_k=TOKENS)
+EXACT_ONLY = TileLists.from_states(
+    STATES.where(STATES == EXACT, 0), block_q=BLOCK, block_k=BLOCK, num_q=TOKENS, num_k=TOKENS
+)
+FRAMES = torch.arange(TOKENS, dtype=torch.int32) // 9
+FEATURES = {
+    "plain": {},
+    "masked": {"key_mask": torch.arange(TOKENS)[None] % 5 > 0},
+    "decay": {"frame_decay": FrameDecay(table=torch.tensor([1.0, 0.6]), q_frames=FRAMES, k_frames=FRAMES)},
+    "votes": {"selection": Selection(vote=Vote())},
+    "mass": {"selection": Selection(vote=Vote(criterion="mass", threshold=0.1))},
+}
+EVERY_FEATURE = pytest.mark.parametrize("feature", FEATURES)
+BACKENDS = pytest.mark.parametrize("backend", ["loop", "operations", "triton"], indirect=True)
+ALL_BACKENDS = pytest.mark.parametrize("backend", ["loop", "operations", "triton", "reference"], indirect=True)
+VALUES = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend's name; that of torch stands for both of its ways on a CPU."""
+    if request.param == "operations":
+        monkeypatch.setattr(fused, "library", lambda: None)
+    elif request.param == "loop" and fused.library() is None:
+        pytest.skip("no C++ compiler is here to build the loop")
+    return "torch" if request.param in ("loop", "operations") else request.param
+
+
+def call(backend: str, q: Tensor, k: Tensor, v: Tensor, tiles: TileLists = TILES, **arguments) -> tuple[Tensor, Tensor]:
+    return block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True, backend=backend, **arguments)[:2]
+
+
+def bad_rows(out: Tensor) -> Tensor:
+    """Which rows of the output hold anything that is not finite, [S]."""
+    return ~out[0, 0].isfinite().all(-1)
+
+
+def rows_of(tiles: list[int]) -> Tensor:
+    """The rows of some query tiles, bool [S]."""
+    return torch.isin(torch.arange(TOKENS) // BLOCK, torch.tensor(tiles))
+
+
+@EVERY_FEATURE
+@VALUES
+@BACKENDS
+def test_a_query_that_is_no_number_is_one_row_that_is_none(backend, value, feature):
+    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    clean, _ = call(backend, q, k, v, **FEATURES[feature])
+    q[0, 0, 21, 3] = value
+    out, lse = call(backend, q, k, v, **FEATURES[feature])
+    assert bad_rows(out).nonzero().flatten().tolist() == [21]
+    assert not lse[0, 0, 21].isfinite()
+    others = torch.arange(TOKENS) != 21
+    assert torch.equal(out[:, :, others], clean[:, :, others])
+    assert lse[:, :, others].isfinite().all()
+
+
+@EVERY_FEATURE
+@pytest.mark.parametrize(("token", "tiles"), [(1, [0, 2, 3]), (17, [0, 1, 2]), (59, [1, 2, 3])])
+@BACKENDS
+def test_a_key_that_is_no_number_reaches_the_rows_that_see_it(backend, token, tiles, feature):
+    """As an exact key, as part of a mean, in the ragged tile."""
+    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    clean, _ = call(backend, q, k, v, **FEATURES[feature])
+    k[0, 0, token, 3] = torch.nan
+    out, lse = call(backend, q, k, v, **FEATURES[feature])
+    if backend == "triton":  # walks the means of tiles that a row skips too, and there NaN less infinity is NaN
+        assert bad_rows(out)[rows_of(tiles)].all()
+        return
+    assert torch.equal(bad_rows(out), rows_of(tiles))
+    assert torch.equal(~lse[0, 0].isfinite(), rows_of(tiles))
+    assert torch.equal(out[:, :, ~rows_of(tiles)], clean[:, :, ~rows_of(tiles)])
+
+
+@BACKENDS
+def test_a_value_that_is_no_number_reaches_the_rows_that_see_it(backend):
+    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    v[0, 0, 17, 3] = torch.nan
+    out, lse = call(backend, q, k, v)
+    assert torch.equal(bad_rows(out), rows_of([0, 1, 2]))
+    assert out[..., :3].isfinite().all()
+    assert lse.isfinite().all()
+
+
+@VALUES
+@ALL_BACKENDS
+def test_what_a_mask_leaves_out_may_hold_anything(backend, value):
+    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    mask = FEATURES["masked"]["key_mask"]
+    clean = call(backend, q, k, v, key_mask=mask)
+    for x in (k, v):
+        x[0, 0, ::5, 3] = value
+    for one, two in zip(call(backend, q, k, v, key_mask=mask), clean, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("token", "absent"), [(0, [0, 2]), (48, [0, 3])], ids=["whole tiles", "the ragged one"])
+@VALUES
+@ALL_BACKENDS
+def test_a_row_without_a_valid_key_gives_0_whatever_its_query(backend, value, token, absent):
+    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    q[0, 0, token] = value
+    out, lse = call(backend, q, k, v, EXACT_ONLY, key_mask=~rows_of(absent)[None])
+    assert torch.equal(out[0, 0, token], torch.zeros(16))
+    assert lse[0, 0, token] == -torch.inf
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@ALL_BACKENDS
+def test_a_logit_of_minus_infinity_weighs_nothing(backend, scale):
+    q, k, v = (x.abs() for x in qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32))
+    k[0, 0, 1, 3] = -torch.inf
+    expected = call(backend, q, k, v, EXACT_ONLY, scale=scale, key_mask=torch.arange(TOKENS)[None] != 1)
+    for one, two in zip(call(backend, q, k, v, EXACT_ONLY, scale=scale), expected, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("feature", ["plain", "masked"])
+@pytest.mark.parametrize("backend", ["loop", "operations", "reference"], indirect=True)
+def test_logits_that_are_all_minus_infinity_are_no_row_without_keys(backend, feature):
+    q, k, v = (x.abs() for x in qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32))
+    q[0, 0, 21, 3] = -torch.inf
+    out, _ = call(backend, q, k, v, **FEATURES[feature])
+    assert bad_rows(out).nonzero().flatten().tolist() == [21]
+
+
+@pytest.mark.parametrize("feature", ["plain", "masked"])
+@ALL_BACKENDS
+def test_gradients_hand_it_on(backend, feature):
+    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
+    q[0, 0, 21, 3] = torch.nan
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, _ = call(backend, q, k, v, **FEATURES[feature])
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not grads[0][0, 0, 21].isfinite().any()
+    assert grads[0][0, 0, :16].isfinite().all()
+    for grad in grads[1:]:
+        assert not grad.isfinite().all()

@@ -1,0 +1,91 @@
+"""Runs tests for `mutants_run.py`, each time in a fork of one process that has torch and diffusers loaded already.
+
+It reads a line of JSON, {"tests": [names], "limit": seconds}, and answers with one: {"end": "passed"}, {"end": "hung"}
+or {"end": "failed", "test": name}.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def load() -> None:
+    """Import what takes long and is not ours: what is ours must be imported with its defect."""
+    import diffusers  # noqa: F401
+    import hypothesis  # noqa: F401
+    import matplotlib  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import torch._dynamo
+    import transformers  # noqa: F401
+    import triton  # noqa: F401
+    from diffusers.models import transformers as _  # noqa: F401
+    from diffusers.pipelines import pipeline_utils  # noqa: F401
+
+    torch.set_num_threads(1)
+    ours = [name for name in sys.modules if name.startswith("dit_accel")]
+    assert not ours, f"{ours} are loaded already, so that a defect in them would not be seen"
+
+
+def run(tests: list[str], out: Path) -> int:
+    """Run tests in the order given until one fails, and write its name to a file."""
+    import pytest
+
+    class Chosen:
+        """Leaves the tests that are named, in that order, and notes the first that fails."""
+
+        def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+            place = {name: number for number, name in enumerate(tests)}
+            items[:] = sorted((one for one in items if one.nodeid in place), key=lambda one: place[one.nodeid])
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.failed and not out.exists():
+                out.write_text(report.nodeid)
+
+        def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+            if report.failed and not out.exists():
+                out.write_text(report.nodeid)
+
+    files = list(dict.fromkeys(name.split("::")[0] for name in tests))
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files], plugins=[Chosen()]))
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    load()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        request = json.loads(line)
+        out = Path(f"failed-{os.getpid()}")
+        out.unlink(missing_ok=True)
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(null, stream)
+            code = 2
+            try:
+                code = run(request["tests"], out)
+            finally:
+                os._exit(code)
+        end = time.monotonic() + request["limit"]
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+            time.sleep(0.02)
+        if ended[0] == 0:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            answer = {"end": "hung"}
+        elif os.waitstatus_to_exitcode(ended[1]) in (0, 5):
+            answer = {"end": "passed"}
+        else:  # a crash has no name
+            answer = {"end": "failed", "test": out.read_text() if out.exists() else ""}
+        out.unlink(missing_ok=True)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
