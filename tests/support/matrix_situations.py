@@ -58,7 +58,7 @@ def transformer_of(pipe: Any) -> Any:
 def called(plain: Plain, prompts: Sequence[int], how: str) -> Iterator[Call]:
     """Yield the call of some prompts in a way of guiding."""
     pipe, stock, call = plain.pipe, plain.stock, plain.call
-    if how:
+    if how and how != "images":
         call = runs.with_negative(pipe, call)
     negatives = list(prompts) if how == "negative" else None
     made = rows_call(stock, call, prompts, negatives)
