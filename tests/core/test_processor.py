@@ -15,7 +15,7 @@ from one_layer import MODEL, OneLayer
 from dit_accel import ConfigError
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import Slot, as_tensors, dense_attention_of, wrap_processor
+from dit_accel.attachment.processor import Slot, _sdpa, as_tensors, dense_attention_of, wrap_processor
 from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.methods.base import AttentionHandler
 from dit_accel.plan.tiling import Tiling
@@ -190,3 +190,27 @@ def test_a_processor_kept_by_others_is_a_plain_one_after_detach():
         assert torch.equal(model(**inputs)[0], plain)
     assert {type(processor).__name__ for processor in model.attn_processors.values()} == {"CogVideoXAttnProcessor2_0"}
     assert all(type(one) is CogVideoXAttnProcessor2_0 for one in model.attn_processors.values())
+
+
+def test_the_stand_in_for_torchs_attention_has_its_defaults():
+    taken = inspect.signature(_sdpa(Slot(), 0)).parameters
+    defaults = {name: one.default for name, one in taken.items() if one.default is not inspect.Parameter.empty}
+    assert defaults == {
+        "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens_first", [True, False])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_dense_attention_groups_heads_only_where_keys_have_fewer(tokens_first, key_heads):
+    seen = []
+
+    class Wrapped:
+        _dit_accel_dense = (lambda q, k, v, **given: seen.append(given["enable_gqa"])), tokens_first
+
+    attend, first = dense_attention_of(Wrapped())
+    assert first is tokens_first
+    q, k = (torch.zeros(1, 6, heads, 8) for heads in (4, key_heads))
+    q, k = (q, k) if tokens_first else (q.transpose(1, 2), k.transpose(1, 2))
+    attend(q, k, k, None, None)
+    assert seen == [key_heads < 4]

@@ -143,3 +143,8 @@ def test_token_order_is_a_bijection_with_text_last(grid, text, order):
     visual = found[: layout.visual_tokens] - before
     assert (visual // (height * width)).tolist() == sorted((visual // (height * width)).tolist())
     assert found[layout.visual_tokens :].tolist() == [*range(before), *range(layout.tokens - after, layout.tokens)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(45, 80), (80, 45)])
+def test_the_walk_begins_at_the_first_token(height, width):
+    assert patch_walk(height, width, 128)[0] == 0

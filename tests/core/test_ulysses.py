@@ -10,6 +10,7 @@ from dit_accel_pipelines import ADAPTERS
 import dit_accel
 from dit_accel.attachment import forward
 from dit_accel.attachment.parallel import naming_lost
+from dit_accel.attachment.ring import ring_of
 from dit_accel.attachment.ulysses import Ulysses, ulysses_of
 from dit_accel.errors import ConfigError, ProcessLost
 
@@ -143,3 +144,12 @@ def test_errors_of_the_communication_are_named_and_others_left():
     with pytest.raises(RuntimeError, match="gloo") as raised, naming_lost(state, None):
         raise RuntimeError("gloo: Connection closed by peer")
     assert type(raised.value) is RuntimeError
+
+
+def test_ring_attention_refuses_tokens_that_are_not_split_evenly_before_it_gathers():
+    config = SimpleNamespace(
+        ring_degree=2, _ring_local_rank=0, _ring_mesh=SimpleNamespace(get_group=lambda: None)
+    )  # fmt: skip
+    found = ring_of(config, adapter("flux"), (1, 2, 2, 2, 0), 2, CPU)
+    with pytest.raises(ConfigError, match=r"holds 4 tokens on rank 0 of 2, where an even split of all 6 leaves 3"):
+        found.gather(torch.zeros(1, 4, 2, 8))

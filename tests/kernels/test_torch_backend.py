@@ -294,3 +294,12 @@ def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, maske
         mask = torch.rand(1, 40) > 0.2 if masked else None
         block_sparse_attention(*leaves, tiles, layout="bhsd", key_mask=mask, backend="torch").sum().backward()
     assert len(calls) == 2  # in smaller groups for gradients
+
+
+def test_groups_run_together_as_long_as_their_padded_tiles_fit():
+    groups = [schedule_module.Group(at, at + 2, 3, 1, 1, 1) for at in range(4, 16, 2)]
+    wide = schedule_module.Group(16, 18, 6, 1, 1, 1)
+    runs = list(schedule_module._runs([*groups, wide], 16))  # 2 query tiles of 4 columns each are 8
+    assert [[(one.start, one.stop) for one in run] for run in runs] == [
+        [(4, 6), (6, 8)], [(8, 10), (10, 12)], [(12, 14), (14, 16)], [(16, 18)],
+    ]  # fmt: skip

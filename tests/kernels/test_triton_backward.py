@@ -2,6 +2,7 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
+import importlib
 import random
 from dataclasses import replace
 
@@ -527,3 +528,16 @@ def test_wide_dtypes_are_refused():
     problem = make(q, k, v, TileLists.full(16, 16, block_q=16, block_k=16))
     with pytest.raises(BackendUnavailableError, match=r"needs bfloat16, float16 or float32 \(found torch.float64\)"):
         triton_backward.attend_backward(problem, q, q[..., 0].float(), q, None)
+
+
+def test_one_row_of_head_scales_serves_the_whole_batch():
+    q, k, v = (torch.randn(3, 2, 32, 16) for _ in range(3))
+    check(make(q, k, v, random_lists(1, 32, 32, 16, 16), head_scale=torch.tensor([[0.5, 1.5]])))
+
+
+def test_kernels_take_a_power_of_two_of_warps_whose_number_is_written_in_their_files():
+    files = [
+        importlib.import_module(f"dit_accel_kernels.backends.triton.{name}")
+        for name in ("expand", "pool", "route", "votes")
+    ]
+    assert {file.NUM_WARPS for file in files} <= {1, 2, 4, 8}
