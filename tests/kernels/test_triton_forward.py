@@ -372,3 +372,13 @@ def test_compiles_to_one_full_graph():
     assert torch.equal(out, expected)
     for a, b in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (out, expected)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_lists_that_batches_or_heads_share_are_copied_once_for_each_of_them():
+    from dit_accel_kernels.backends.triton.expand import _copies
+
+    # 3 batches of 4 heads; a stride of 0 says that all of them share the list
+    assert _copies(8, 2, 3, 4) == ((0, 0), 1)
+    assert _copies(8, 0, 3, 4) == ((0, 1), 4)
+    assert _copies(0, 2, 3, 4) == ((1, 0), 3)
+    assert _copies(0, 0, 3, 4) == ((4, 1), 12)
