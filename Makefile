@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo report test test-slow test-all test-rare test-diffusers mutants bench bench-gpu tables weights types lint format setup clean
+.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu tables weights types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.demo --out demo
@@ -21,6 +21,10 @@ test-all: test test-slow
 test-rare: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m rare --durations=15 --durations-min=1
 
+# every stock pipeline of diffusers with every method in every situation, of which `make test` and `make test-slow` run some
+test-pipelines: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/pipelines/test_matrix.py --durations=15 --durations-min=1
+
 # diffusers' own tests with dit-accel attached to every model they build; CI leaves it out, offline it skips
 test-diffusers: $(VENV)/.ready-test
 	$(BIN)/python tests/upstream/upstream_run.py $(ARGS)
@@ -32,10 +36,12 @@ mutants: $(VENV)/.ready-dev
 bench: $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py
 
-# on a machine with a GPU, torch and triton, and nothing else from the index: less than eight minutes for each command
+# on a machine with a GPU, torch and triton, and nothing else from the index: less than eight minutes for each command;
+# both run, and the worse exit code is this target's
 bench-gpu:
-	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py check --out kernels/bench/results/gpu-checks.jsonl
-	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py time --out kernels/bench/results/gpu.jsonl
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py check --out kernels/bench/results/gpu-checks.jsonl; checked=$$?; \
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py time --out kernels/bench/results/gpu.jsonl; timed=$$?; \
+	exit $$((checked > timed ? checked : timed))
 
 # every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped. From nothing the suites
 # of wan-tiny and flux-tiny take about four core-hours (AMD EPYC, references included); the other runs were not timed together

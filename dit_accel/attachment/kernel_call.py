@@ -37,10 +37,9 @@ def kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[s
 def backend_of(plan: AttentionPlan, call: Call, tiles: TileLists, *, differentiate: bool) -> str:
     """Return the backend that runs a plan over its tiles, or of which a backward may ask."""
     selection, decay = plan.selection, plan.frame_decay
-    tile = None if selection is not None or decay is not None else (tiles.block_q, tiles.block_k)
     votes = selection is not None and selection.vote is not None
     lists = None if votes or decay is not None or differentiate else tiles
-    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], tile, lists)
+    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)
 
 
 def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, recorder: Recorder) -> AttentionPlan:

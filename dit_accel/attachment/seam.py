@@ -5,6 +5,8 @@ affair, as is what it calls while it compiles, so nothing outside this file know
 module leave the wrapper out.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,7 +73,10 @@ def is_inside_compiled() -> bool:
 
 
 class Shadow:
-    """A function that stands in for a method of one module; in copies and pickles it is the copy's own method again."""
+    """A function that stands in for a method of one module; in copies and pickles it is the copy's own method again.
+
+    Where the module's class has no such method, copies have a context that does nothing: `contextlib.nullcontext`.
+    """
 
     def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         self._module = module
@@ -83,7 +88,9 @@ class Shadow:
         return self._function(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return getattr, (self._module, self._name)
+        if hasattr(type(self._module), self._name):
+            return getattr, (self._module, self._name)
+        return functools.partial, (contextlib.nullcontext,)
 
 
 def shadow(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:

@@ -1,8 +1,9 @@
 """Compile the Triton kernels for six GPU targets without a GPU, and tabulate what the compilers made of them.
 
-`python kernels/bench/aot.py --out aot.jsonl` compiles what real calls launch (recorded.py) in CASES: every kind of call
-is one that the methods make (calls.json). It prints one row each (registers, spills, shared memory, blocks an SM, hot
-loop) and writes JSON lines; with --match and --merge it compiles some of them anew in a file that has all. A record
+`python kernels/bench/aot.py --out aot.jsonl` compiles what real calls launch (recorded.py): calls of the methods
+(cases.py), and those that launch every row of the launch table on every target that takes it (promised.py). It prints
+one row each (registers, spills, shared memory, blocks an SM, hot loop) and writes JSON lines; with --match and --merge
+it compiles some of them anew in a file that has all. A record names its row of the launch table with its sizes, and
 holds the Triton version and the fingerprint of what was compiled: the kernel as Triton's front end makes it for that
 target, without locations, so that comments and lines don't count. With --changed only what differs from its record in
 --out, or has none, is compiled. Exits with 1 if a kernel fails to compile, spills in its hot loop (under the Triton of
@@ -23,64 +24,43 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import astuple
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import listing
-from calls import Setting
-from cards import TARGETS
+from cards import EVERY, TARGETS
 from compiled import describe, has_hot_loop, turns
-from recorded import Recorded, gpu_target, launches_of, started_of
+from dit_accel_kernels.backends.triton.launch import table
+from recorded import Recorded, gpu_target
 
 PACKAGE = "dit_accel_kernels"
 Key = tuple[str, str]  # launch, target
-COLD_SPILLS = 8  # words that a kernel without a loop of products may spill: it waits for memory
+SPILLS = 96  # words that a kernel may spill outside of its hot loop: once a tile or less
+WIDE_SPILLS = 4  # words that it may in the hot loop, with products of fp32
+COLD_SPILLS = 8  # words that a kernel without a hot loop may spill: it waits for memory
 TABLE = Path(__file__).parent / "results" / "aot.jsonl"
-CASES: tuple[tuple[Setting, tuple[str, ...]], ...] = (  # few enough that all of them compile in a quarter of an hour
-    (
-        Setting(),
-        (
-            "plain", "fused", "decay", "pooled", "mask", "order", "keep+maxgap", "keep+mass", "keep+budget",
-            "pinned+route", "decay+keep+maxgap", "mask+keep+pinned+maxgap", "order+keep+maxgap", "backward",
-        ),
-    ),
-    (Setting(dim=64), ("plain", "pooled")),
-    (Setting(dim=96), ("plain",)),
-    (Setting(tile=64), ("plain", "pooled", "keep+maxgap", "pinned+route")),
-    (Setting(dtype="fp32"), ("plain",)),
-)  # fmt: skip
-QUICK = ("sm_80", "sm_90", "gfx942")  # where these compile too; Blackwell's compiler takes minutes for a backward
-QUICK_CASES = ((Setting(), ("decay+backward", "pooled+backward", "mask+backward", "pinned+routed+backward")),)
-STARTED = ("sm_90", "sm_100")  # where FlashAttention-4 attends to exact tiles and ours adds pooled ones
+MODULES = "cases,promised"  # calls of the methods, and calls that launch every row of the launch table
 
 
-def record_cases(target: str, into: dict[str, Recorded]) -> None:
-    """Record what CASES launch on a target."""
-    for at, kinds in (*CASES, *(QUICK_CASES if target in QUICK else ())):
-        for kind in kinds:
-            launches_of(kind, at, target, into)
-    if target in STARTED:
-        started_of(Setting(), target, into)
-
-
-def tasks(match: str, targets: list[str], module: str | None = None) -> list[Recorded]:
-    """The launches to compile, each once a target: those of CASES, or what a module's `record_cases` records.
+def tasks(match: str, targets: list[str], modules: str = MODULES) -> list[Recorded]:
+    """The launches to compile, each once a target: what each module's `record_cases(target, into)` records.
 
     `match` is a regular expression searched in their names.
     """
-    record = importlib.import_module(module).record_cases if module else record_cases
     found: list[Recorded] = []
     for target in targets:
         into: dict[str, Recorded] = {}
-        record(target, into)
+        for module in modules.split(","):
+            importlib.import_module(module).record_cases(target, into)
         found += [x for x in into.values() if re.search(match, x.name)]
     return found
 
 
 def compile_one(launch: Recorded) -> dict[str, Any]:
     """One launch, as a JSON-ready record; a compiler's failure becomes its `error`."""
-    target = TARGETS[launch.target]
+    target = EVERY[launch.target]
     record: dict[str, Any] = {
         "launch": launch.name,
         "target": launch.target,
@@ -89,6 +69,7 @@ def compile_one(launch: Recorded) -> dict[str, Any]:
         "logits": launch.constants.get("BLOCK_Q", 0) * launch.constants.get("BLOCK_K", 0),  # of a turn of a hot loop
         "hot_loop": has_hot_loop(launch),
     }
+    record |= row_of(launch)
     start = time.perf_counter()
     try:
         record |= {"triton": triton_version(), "fingerprint": fingerprint(launch)}
@@ -97,6 +78,11 @@ def compile_one(launch: Recorded) -> dict[str, Any]:
         return {**record, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
     record["seconds"] = round(time.perf_counter() - start, 2)
     return {**record, **describe(compiled.asm, compiled.metadata.shared, launch, target)}
+
+
+def row_of(launch: Recorded) -> dict[str, Any]:
+    """The row of the launch table that gave a launch its sizes, and those sizes; empty where none did."""
+    return {} if launch.row is None else {"row": list(launch.row), "sizes": list(astuple(table()[launch.row]))}
 
 
 def triton_version() -> str:
@@ -128,7 +114,7 @@ def fingerprint(launch: Recorded) -> str:
     ir.load_dialects(context)
     backend.load_dialects(context)
     front = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
-    rest = (_options(launch), has_hot_loop(launch), turns(launch), TARGETS[launch.target], listing.READING)
+    rest = (_options(launch), has_hot_loop(launch), turns(launch), EVERY[launch.target], listing.READING)
     text = re.sub(rf"\b{PACKAGE}(?:\.[a-z]\w*)*\.(?=_)", "", source.make_ir(gpu, options, *front).str_nodebug())
     return hashlib.sha256((text + repr(rest)).encode()).hexdigest()[:16]
 
@@ -183,12 +169,15 @@ def faults(record: dict[str, Any]) -> list[str]:
 
 
 def spilled(record: dict[str, Any]) -> str | None:
-    """Spills where they cost, in words: in the hot loop, and more than a few in a kernel that has none; or None."""
-    if "error" in record or not record.get("hot_spills", record["spills"]):
+    """Spills beyond what is allowed in the hot loop and in all, in words; or None."""
+    if "error" in record:
+        return None
+    hot = record.get("hot_spills", record["spills"])
+    if record["spills"] <= SPILLS and hot <= (WIDE_SPILLS if "-fp32-" in record.get("launch", "") else 0):
         return None
     if not record.get("hot_loop", True) and record["spills"] <= COLD_SPILLS:
         return None
-    return f"{record.get('hot_spills', record['spills'])} spills, {record['stack']} bytes of stack"
+    return f"{record['spills']} spills, {hot} in the hot loop, {record['stack']} bytes of stack"
 
 
 @lru_cache(maxsize=1)
@@ -204,7 +193,7 @@ def loop_faults(record: dict[str, Any]) -> list[str]:
     ir, mix = record["ir"], record["mix"]
     if ir is None or mix is None:
         return ["no loop with tensor-core instructions"]
-    expected = TARGETS[record["target"]].tensor
+    expected = EVERY[record["target"]].tensor
     wide = ir["dots"] == ir["wide_dots"]  # products of fp32 at full precision don't run on tensor cores
     found = [] if wide or expected in record["tensor"] else [f"hot loop on {record['tensor']!r}, not {expected}"]
     found += [f"{ir['masked']} masked loads"] if ir["masked"] else []
@@ -273,7 +262,8 @@ def write(path: Path, records: list[dict[str, Any]], order: dict[Key, int]) -> N
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--module", help="record other calls: a module with record_cases(target, into)")
+    text = "comma list of modules with record_cases(target, into), which record calls (default %(default)s)"
+    parser.add_argument("--module", default=MODULES, help=text)
     parser.add_argument("--match", default="", help="only launches whose name matches this regular expression")
     parser.add_argument("--target", default=",".join(TARGETS), help="comma list (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
@@ -292,10 +282,11 @@ def main() -> None:
     args = arguments()
     os.environ.pop("TRITON_INTERPRET", None)
     targets = args.target.split(",")
-    unknown = [t for t in targets if t not in TARGETS]
+    unknown = [t for t in targets if t not in EVERY]
     if unknown:
-        raise SystemExit(f"--target takes {', '.join(TARGETS)}: found {', '.join(unknown)}")
-    everything = tasks("", list(TARGETS), args.module)
+        raise SystemExit(f"--target takes {', '.join(EVERY)}: found {', '.join(unknown)}")
+    kept = TARGETS if args.merge or args.changed else ()
+    everything = tasks("", list(dict.fromkeys([*kept, *targets])), args.module)
     order = {_key_of(launch): i for i, launch in enumerate(everything)}
     todo = asked = [x for x in everything if x.target in targets and re.search(args.match, x.name)]
     if not todo:
@@ -304,6 +295,9 @@ def main() -> None:
     if args.changed:
         todo = changed(todo, records, args.jobs)
         print(f"{len(asked) - len(todo)} of {len(asked)} are as {args.out} records them, {len(todo)} to be compiled")
+    for launch in everything:  # rows change without what they compile to
+        if _key_of(launch) in records:
+            records[_key_of(launch)] |= row_of(launch)
     if args.sample is not None:
         todo = asked = spread(todo, args.sample)
     records = {key: record for key, record in records.items() if key not in set(map(_key_of, todo))}
@@ -314,6 +308,8 @@ def main() -> None:
         if args.out:  # what is compiled is not lost if the run is cut short
             write(args.out, list(records.values()), order)
         print(f"\r{len(compiled)} of {len(todo)}", end="", file=sys.stderr, flush=True)
+    if args.out and not todo:
+        write(args.out, list(records.values()), order)
     print(file=sys.stderr)
     compiled.sort(key=lambda r: order[r["launch"], r["target"]])
     title = "masked: IR; select: IR/machine; tensor ... instr: instructions of one warp in one turn of the hot loop"

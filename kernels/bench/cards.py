@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,17 @@ TARGETS = {
         ),
     )
 }
+
+MEMBERS = {  # of families: other cards for which the rows of a target serve, launch.FAMILY
+    target.name: target
+    for target in (
+        replace(TARGETS["sm_89"], name="sm_86", arch=86, blocks=16),
+        replace(TARGETS["sm_80"], name="sm_87", arch=87, threads=1536, blocks=16),
+        replace(TARGETS["sm_100"], name="sm_103", arch=103),
+        replace(TARGETS["sm_120"], name="sm_121", arch=121),
+    )
+}
+EVERY = TARGETS | MEMBERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -182,10 +182,28 @@ def line(r: Record) -> str:
     return f"DID NOT COMPILE {r['launch']}: {r['error']}"
 
 
+def failed(record: Record) -> bool:
+    """Whether a finding is a fault: a launch that did not compile, a wrong result, a timed call of ours that raised.
+
+    Ours are the candidates whose name begins with "triton"; that a rival can't run here is none.
+    """
+    if record["kind"] == "time" and "error" in record:
+        return record["candidate"].startswith("triton")
+    return record["kind"] == "compile" or not record.get("ok", True)
+
+
+def wrong(records: list[Record]) -> bool:
+    """Whether any finding is a fault, or nothing was compared."""
+    return any(map(failed, records)) or not any("ok" in r for r in records)
+
+
 def summary(command: str, records: list[Record], left_out: list[str], title: str, card: Card | None) -> None:
     """Print what all findings come to: of times the goals, predictions and measurements side by side."""
     judged = [r for r in records if "ok" in r]
     print(f"{title}: {sum(r['ok'] for r in judged)} of {len(judged)} comparisons within the rule")
+    raised = sum(failed(r) for r in records if r["kind"] == "time" and "error" in r)
+    if raised:
+        print(f"{raised} timed calls of ours raised")
     if command == "time":
         if "interpreted" in title:
             print("interpreted: times and goals mean nothing")
@@ -217,7 +235,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Check or time, and report; exits with 1 if anything was wrong."""
+    """Check or time, and report; exits with 1 if anything was wrong or nothing was compared."""
     args = arguments()
     deadline = time.monotonic() + args.budget
     faulthandler.dump_traceback_later(args.budget + GRACE, exit=True)
@@ -235,7 +253,7 @@ def main() -> None:
             print(line(record), flush=True)
     summary(args.command, records, left_out, device, card_at_hand(args))
     sys.stdout.flush()
-    sys.exit(any(not r["ok"] for r in records if "ok" in r) or any(r["kind"] == "compile" for r in records))
+    sys.exit(wrong(records))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ from unittest import mock
 
 import calls
 import torch
-from cards import TARGETS
+from cards import EVERY
+from dit_accel_kernels.backends.triton.launch import Key, Launch, row_of, table
 
 BACKEND = "dit_accel_kernels.backends.triton"
 
@@ -26,7 +27,8 @@ class Recorded:
     """One launch of a kernel, as its JIT compiles it: everything that may go to another process.
 
     `kernel` is "module:function", `gpu` the arguments of Triton's GPUTarget; `signature`, `constexprs` and `attrs` are
-    those of `triton.compiler.ASTSource`, `options` all of the backend's.
+    those of `triton.compiler.ASTSource`, `options` all of the backend's, `row` that of the launch table which gave its
+    sizes.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Recorded:
     num_warps: int
     num_stages: int
     options: dict[str, Any]
+    row: Key | None = None
 
     @property
     def function(self) -> Any:
@@ -64,8 +67,9 @@ class Recorded:
 
     @property
     def identity(self) -> str:
-        """The same text for launches that compile to the same."""
-        return repr((self.kernel, self.signature, self.constexprs, self.attrs, self.num_warps, self.num_stages))
+        """The same text for launches of the same row that compile to the same."""
+        sizes = (self.num_warps, self.num_stages)
+        return repr((self.kernel, self.signature, self.constexprs, self.attrs, *sizes, self.row))
 
     def source(self) -> Any:
         """What `triton.compile` takes."""
@@ -98,13 +102,13 @@ class _Pretended:
 
 
 def gpu_target(target: str) -> Any:
-    """Triton's description of a target; of the GPU at hand, where it is none of the six."""
+    """Triton's description of a target; of the GPU at hand, where it is none of those."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    if target not in TARGETS:
+    if target not in EVERY:
         return driver.active.get_current_target()
-    of = TARGETS[target]
+    of = EVERY[target]
     return GPUTarget(of.backend, of.arch, of.warp)
 
 
@@ -114,7 +118,13 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
     from triton import knobs
     from triton.runtime import driver
 
-    gpu = gpu_target(target)
+    gpu, rows = gpu_target(target), {}
+
+    def looked_up(
+        arch: str, dtype: torch.dtype, dim: int, tile: int = 128, kernel: str = "fwd", features: Iterable[str] = ()
+    ) -> Launch:
+        rows[kernel] = row_of(arch, dtype, dim, tile, kernel, features)
+        return table()[rows[kernel]]
 
     def launched(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         options = json.loads(compile["specialization_data"])["options"]
@@ -130,6 +140,7 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
             num_warps=compile["num_warps"],
             num_stages=compile["num_stages"],
             options={name: tuple(x) if isinstance(x, list) else x for name, x in options.items()},
+            row=rows.get("pooled" if short == "pooled_dkdv" else short),
         )
         into.setdefault(found.identity, found)
         return True  # known already, says this to the JIT: it neither compiles nor launches
@@ -138,6 +149,7 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "architecture", return_value=target))
+            stack.enter_context(mock.patch.object(module, "launch_of", looked_up))
         stack.enter_context(mock.patch.object(modules[0], "missing_requirement", return_value=None))
         stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", launched))
         stack.callback(driver.set_active, getattr(driver, "_active", None))

@@ -14,7 +14,6 @@ from torch import Tensor
 from dit_accel_kernels.backends import cpu, reference
 from dit_accel_kernels.backends import flex as flex_backend
 from dit_accel_kernels.backends.fa4 import attend as fa4_backend
-from dit_accel_kernels.backends.fa4 import support as fa4_support
 from dit_accel_kernels.backends.torch import attend as torch_backend
 from dit_accel_kernels.backends.torch import backward
 from dit_accel_kernels.backends.triton import support as triton_support
@@ -53,7 +52,7 @@ def block_sparse_attention(
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
 
     Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
-    they change, elsewhere only with the environment variable DIT_ACCEL_VALIDATE=1: that reads them back from the device.
+    they change, elsewhere only if the environment variable DIT_ACCEL_VALIDATE is 1: it reads them from the device.
 
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
@@ -151,10 +150,9 @@ def _for_gradients(call: Packed) -> Packed:
 
 def _backend(call: Packed, problem: Problem | None = None) -> str:
     """The backend that runs a call; on a CPU without its problem, one that runs any."""
-    tile = None if call.selects or call.decay_table is not None else (call.block_q, call.block_k)
     untimed = call.return_lse or call.criterion or call.decay_table is not None or call.q.device.type != "cpu"
     lists = None if problem is None or untimed else lists_of(problem)
-    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], tile, lists=lists)
+    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)
 
 
 def resolve_backend(
@@ -162,23 +160,18 @@ def resolve_backend(
     device: torch.device,
     dtype: torch.dtype | None = None,
     dim: int | None = None,
-    tile: tuple[int, int] | None = None,
     lists: TileLists | None = None,
 ) -> str:
-    """What "auto" means here: fa4 or triton on CUDA, ROCm and XPU devices that can run them, torch or flex on a CPU.
+    """What "auto" means here: triton on CUDA, ROCm and XPU devices that can run it, torch or flex on a CPU.
 
-    fa4 needs flash-attn-4 on sm_90, or on sm_100 with tiles of 256 queries, bfloat16 or float16, a head dim that is a
-    multiple of 8 up to 128, and a call by lists alone, without selection and frame decay: `tile` gives queries and keys
-    of such a call's tiles, None stands for any other call. Triton needs its package, bfloat16, float16 or float32, a
-    head dim that is a multiple of 8 up to 256 and, on NVIDIA, compute capability 8.0. `dtype` and `dim` None stand for
-    any that a backend supports. On a CPU flex needs to run there and to be ahead in backends/cpu_table.json, by what
-    the processor has, dtype, tokens and density: `lists` are those of a call without votes, LSE, gradient and frame
-    decay (which was not timed), None stands for any other. A named backend is returned as it is.
+    Triton needs its package, bfloat16, float16 or float32, a head dim that is a multiple of 8 up to 256 and, on NVIDIA,
+    compute capability 8.0. `dtype` and `dim` None stand for any that a backend supports. fa4, which has run on no card
+    yet, runs only where it is named. On a CPU flex needs to run there and to be ahead in backends/cpu_table.json, by
+    what the processor has, dtype, tokens and density: `lists` are those of a call without votes, LSE, gradient and
+    frame decay (which was not timed), None stands for any other. A named backend is returned as it is.
     """
     if backend != "auto":
         return backend
-    if tile is not None and fa4_support.preferred(device, dtype, dim, tile):
-        return "fa4"
     if device.type == "cpu":
         return "torch" if lists is None else cpu.choice(dtype, lists)[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None

@@ -12,7 +12,7 @@ from one_layer import Fixed, OneLayer
 
 from dit_accel import ConfigError
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan, ReusedRows, RowOverride, intersection, is_full
+from dit_accel.plan.plan import AttentionPlan, RowOverride, intersection, is_full
 from dit_accel.plan.tiling import Tiling, full_tiles
 
 TOKENS, BLOCK, SIDE = 90, 16, 6
@@ -321,74 +321,6 @@ def test_a_merged_plan_computes_what_its_states_say(backend):
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("prompts", [1, 2, 4])
-def test_reused_rows_follow_a_list_for_each_prompt(prompts, tiled, backend):
-    """Lists by row and head, bits, scales, key means by row: row b computes list b % N, and the rest is kept."""
-    generator, batch = torch.Generator().manual_seed(5), 4
-    layout = TokenLayout(frames=3, height=5, width=6)
-    q, k, v, held = torch.randn(4, batch, HEADS, TOKENS, 8, dtype=torch.float64, generator=generator)
-    plan = AttentionPlan().centre_keys(k.mean(2, keepdim=True))
-    plan = plan.scale(torch.rand(batch, HEADS, dtype=torch.float64, generator=generator) + 0.5)
-    if tiled:
-        states = torch.randint(1, 3, (batch * HEADS, SIDE, SIDE), generator=generator)
-        keep = torch.rand(batch, HEADS, SIDE, SIDE, generator=generator) < 0.5
-        plan = plan.with_tiles(lists(states)).narrow(keep=pack_bits(keep), rest="pooled")
-    rows = tuple(torch.tensor(one) for one in ([3, 50], [], [88], [20, 21, 35])[:prompts])
-    whole = OneLayer(Fixed(plan), backend=backend).call(q, k, v, layout)
-    reused = plan.reuse_rows(ReusedRows(rows=rows, out=held))
-    layer = OneLayer(Fixed(reused), backend=backend)
-    found, size = layer.call(q, k, v, layout), BLOCK if tiled else 1
-    for row in range(batch):
-        computed = {int(token) // size for token in rows[row % prompts]}
-        mine = torch.tensor([token // size in computed for token in range(TOKENS)])
-        torch.testing.assert_close(found[row, :, mine], whole[row, :, mine])
-        assert torch.equal(found[row, :, ~mine], held[row, :, ~mine])
-    assert torch.equal(held, reused.reused.out)
-
-
-def test_rows_of_a_batch_see_keys_of_their_own():
-    batch, generator = 4, torch.Generator().manual_seed(6)
-    layout = TokenLayout(frames=3, height=5, width=6)
-    q, k, v = torch.randn(3, batch, HEADS, TOKENS, 8, dtype=torch.float64, generator=generator)
-    keys = torch.rand(2, TOKENS, generator=generator) < 0.5
-    rows = torch.tensor([1, 4]), torch.tensor([7])
-    for plan in (AttentionPlan(), AttentionPlan().with_tiles(FULL)):
-        reused = plan.reuse_rows(ReusedRows(rows=rows, out=torch.zeros_like(q), keys=keys))
-        found = OneLayer(Fixed(reused)).call(q, k, v, layout)
-        expected = F.scaled_dot_product_attention(q, k, v, keys.repeat(2, 1)[:, None, None])
-        for row in range(batch):
-            listed = rows[row % 2]
-            torch.testing.assert_close(found[row, :, listed], expected[row, :, listed])
-
-
-@pytest.mark.parametrize("ndim", [2, 4])
-def test_rows_of_a_call_have_their_masks(ndim):
-    layout, mask = TokenLayout(frames=3, height=5, width=6), torch.rand(2, TOKENS) < 0.5
-    q, k, v = torch.randn(3, 2, HEADS, TOKENS, 8, dtype=torch.float64)
-    given = mask if ndim == 2 else mask[:, None, None]
-    rows = torch.tensor([1, 4]), torch.tensor([7])
-    plan = AttentionPlan().with_tiles(FULL).reuse_rows(ReusedRows(rows=rows, out=torch.zeros_like(q)))
-    found = OneLayer(Fixed(plan)).call(q, k, v, layout, mask=given)
-    expected = F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
-    for row in range(2):
-        torch.testing.assert_close(found[row, :, rows[row]], expected[row, :, rows[row]])
-
-
-def test_rows_are_reused_once_and_not_where_all_are_asked_for():
-    reused = ReusedRows(rows=(torch.arange(3),), out=torch.zeros(1, HEADS, TOKENS, 8))
-    with pytest.raises(ConfigError, match=r"^the plan has a set of reused rows already, and one attention call takes"):
-        AttentionPlan().reuse_rows(reused).reuse_rows(reused)
-    for plan, what in (
-        (AttentionPlan().with_tiles(FULL).vote(Vote(threshold=-3.0)), "votes"),
-        (AttentionPlan().override_rows(ROWS), "rows of their own"),
-        (AttentionPlan().mix(torch.ones(HEADS)), "a mix of V"),
-    ):
-        with pytest.raises(ConfigError, match=rf"^the plan asks for {what}, which takes all rows, and some are to be"):
-            plan.reuse_rows(reused)
-
-
 def test_tiles_of_an_attachment_are_the_same_objects_for_the_same_layout():
     layout = TokenLayout(frames=3, height=5, width=6, text_before=4)
     tiling = Tiling(BLOCK, "tiles")
@@ -398,3 +330,21 @@ def test_tiles_of_an_attachment_are_the_same_objects_for_the_same_layout():
     assert is_full(tiles)
     assert order[-4:].tolist() == [0, 1, 2, 3]
     assert Tiling(BLOCK).full(TokenLayout(frames=3, height=5, width=6))[1] is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_keys_before_their_mean_is_taken_off(masked):
+    """That of autograd through the mean over the valid keys; a row without any has no mean to go through."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(3, HEADS, 9, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    grad = torch.randn(3, HEADS, 9, 4, dtype=torch.float64, generator=generator)
+    mask = torch.rand(3, 9, generator=generator) < 0.6 if masked else torch.ones(3, 9, dtype=torch.bool)
+    mask[2] = not masked
+    weight = mask.double()[:, None, :, None]
+    mean = (k * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+    plan = AttentionPlan().centre_keys(mean.detach())
+    (expected,) = torch.autograd.grad(k - mean, k, grad)
+    torch.testing.assert_close(plan.gradient_before_centring(grad, mask if masked else None), expected)
+    torch.testing.assert_close(plan.centred(k.detach()), (k - mean).detach())
+    assert AttentionPlan().gradient_before_centring(grad, mask) is grad
+    assert AttentionPlan().centred(grad) is grad

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import tiny_image_pipelines
+import tiny_video_pipelines
 import torch
 
 from dit_accel import attach
@@ -56,3 +57,33 @@ def test_a_loop_written_by_hand_has_no_pipeline(seen):
 def test_nothing_runs_outside_a_call():
     pipe, _ = tiny_image_pipelines.flux()
     assert current_run(pipe.transformer) is None
+
+
+def test_a_modular_pipeline_is_found_too():
+    made, call = tiny_video_pipelines.PIPELINES["minimax-h3"]()
+    transformer = made.components["transformer"]
+    found = []
+    with attach(transformer) as attachment:
+        handle = transformer.register_forward_hook(lambda *_: found.append(current_run(transformer).pipe))
+        made(output_type="latent", **call)
+        handle.remove()
+        assert set(map(id, found)) == {id(made.pipe)}
+        assert attachment._execution.state.num_inference_steps == len(found)
+
+
+def test_a_run_goes_on_until_its_call_returns():
+    pipe, call = tiny_image_pipelines.flux()
+    runs = []
+
+    def look(*_):
+        runs.append(current_run(pipe.transformer))
+        assert runs[-1].goes_on()
+        assert runs[-1].is_same(runs[0])
+
+    handle = pipe.transformer.register_forward_hook(look)
+    pipe(**call | {"output_type": "latent", "num_inference_steps": 2})
+    handle.remove()
+    assert len(runs) == 2
+    assert runs[0].pipe is pipe
+    assert not runs[0].goes_on()
+    assert not runs[0].is_same(None)

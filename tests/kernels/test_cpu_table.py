@@ -39,7 +39,7 @@ def lists(density: float, tokens: int = 16384, tile: int = 128) -> TileLists:
 
 
 def auto(density: float, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> str:
-    return resolve_backend("auto", CPU, dtype, 128, (128, 128), lists(density, **sizes))
+    return resolve_backend("auto", CPU, dtype, 128, lists(density, **sizes))
 
 
 def speed(density: float, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> float | None:
@@ -135,7 +135,7 @@ def test_what_no_row_serves_is_torchs_and_nothing_is_known_of_it(amx, monkeypatc
 
 def test_flex_is_left_out_where_it_does_not_run(amx, monkeypatch):
     odd = TileLists.full(16384, 16384, block_q=96, block_k=128)
-    assert resolve_backend("auto", CPU, torch.bfloat16, 128, (96, 128), odd) == "torch"
+    assert resolve_backend("auto", CPU, torch.bfloat16, 128, odd) == "torch"
     assert resolve_backend("auto", CPU, torch.bfloat16, 128) == "torch"
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: "a C++ compiler")
     assert (auto(0.5), speed(0.5)) == ("torch", pytest.approx(0.39 / 0.5))

@@ -245,33 +245,53 @@ def test_a_missing_package_is_told_with_its_extra(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", none)
     assert fa4_requirement(CPU) == "the flash-attn-4 package (found none: pip install 'dit-accel[fa4]')"
     support.package_problem.cache_clear()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: support.COMPILED)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert "a flash-attn-4 that can be imported (found 4.0, and " in str(fa4_requirement(CPU))
+    assert "a flash-attn-4 that can be imported (found 4.0.0b36, and " in str(fa4_requirement(CPU))
     support.package_problem.cache_clear()
 
 
-def test_auto_takes_it_where_it_is_right_and_was_compiled(monkeypatch):
-    """Calls by lists alone, where its blocks are our tiles; elsewhere and for other calls what was taken before."""
+def test_another_version_is_refused_by_name(monkeypatch):
+    """Its betas change what they take: only the one whose calls our tests compile is called."""
+    monkeypatch.setattr(support, "architecture", lambda device: "sm_90")
+    for version in ("4.0.0b35", "4.0.0b37", "4.0.0", "5.0"):
+        support.package_problem.cache_clear()
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        expected = f"flash-attn-4 4.0.0b36, the one that was compiled with our calls (found {version}: pip install"
+        assert str(fa4_requirement(CPU)).startswith(expected)
+    support.package_problem.cache_clear()
+
+
+def test_the_extra_asks_for_the_version_that_was_compiled():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'fa4 = ["flash-attn-4=={support.COMPILED}; ' in text
+
+
+def test_auto_leaves_it_alone_while_it_has_run_on_no_card(monkeypatch):
     fa4_stand_in.install(monkeypatch, "sm_90")
-    half, tile = torch.bfloat16, (128, 128)
-    assert resolve_backend("auto", CPU, half, 128, tile) == "fa4"
-    assert resolve_backend("auto", CPU, half, 128) == "torch"
-    assert resolve_backend("auto", CPU, half, 192, tile) == "torch"
-    assert resolve_backend("auto", CPU, torch.float32, 128, tile) == "torch"
-    assert resolve_backend("auto", CPU, half, 128, (64, 64)) == "torch"
-    assert resolve_backend("triton", CPU, half, 128, tile) == "triton"
-    q, k, v = qkv(1, 2, 2, 300, 300, 16, half)
-    for arguments in (dict(selection=Selection(vote=Vote())), dict(frame_decay=frame_decay(300, 300))):
-        block_sparse_attention(q, k, v, LISTS, layout="bhsd", **arguments)
-        assert not fa4_stand_in.calls
+    assert fa4_requirement(CPU, torch.bfloat16, 128, (128, 128)) is None
+    assert resolve_backend("auto", CPU, torch.bfloat16, 128) == "torch"
+    q, k, v = qkv(1, 2, 2, 300, 300, 16, torch.bfloat16)
     block_sparse_attention(q, k, v, LISTS, layout="bhsd")
+    assert not fa4_stand_in.calls
+    block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="fa4")
     assert len(fa4_stand_in.calls) == 1
-    fa4_stand_in.install(monkeypatch, "sm_100")
-    assert resolve_backend("auto", CPU, half, 128, tile) == "torch"
-    assert resolve_backend("auto", CPU, half, 128, (256, 128)) == "fa4"
-    fa4_stand_in.install(monkeypatch, "sm_103")
-    assert resolve_backend("auto", CPU, half, 128, (256, 128)) == "torch"
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_a_scale_of_heads_multiplies_logits_not_rounded_queries(arch, decays):
+    """Like the same factor in the scale of all logits; queries times it, rounded to bfloat16, are off by .4 %."""
+    tiles = TileLists.full(300, 300, block_q=256, block_k=128)
+    q, k, v = (3 * x for x in qkv(2, 1, 1, 300, 300, 64, torch.bfloat16))
+    arguments: dict = dict(layout="bhsd", backend="fa4", return_lse=True)
+    if decays:
+        arguments["frame_decay"] = frame_decay(300, 300)
+    out, lse = block_sparse_attention(q, k, v, tiles, scale=0.1, head_scale=torch.tensor([[1.7], [-0.37]]), **arguments)
+    for b, factor in enumerate((1.7, -0.37)):
+        one = [x[b : b + 1] for x in (q, k, v)]
+        expected = block_sparse_attention(*one, tiles, scale=0.1 * factor, **arguments)
+        torch.testing.assert_close(lse[b : b + 1], expected[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out[b : b + 1], expected[0], rtol=2**-7, atol=1e-3)
 
 
 @NEEDS_PACKAGE
@@ -314,7 +334,8 @@ parts = dict(exact_offsets=tiles.exact_offsets, exact_indices=tiles.exact_indice
 problem = Problem(
     q=torch.zeros(2, 4, 1000, dim, dtype=torch.bfloat16), k=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16),
     v=torch.zeros(2, 2, 1000, dim, dtype=torch.bfloat16), **parts, pooled_indices=None, block_q=block_q, block_k=128,
-    logit_scale=0.1, head_scale=None, key_valid=valid if "mask" in features else None,
+    logit_scale=0.1, head_scale=torch.rand(2, 4) if "scale" in features else None,
+    key_valid=valid if "mask" in features else None,
     decay=(torch.rand(5), frames, frames) if "decay" in features else None,
 )
 blocks = attend._blocks(problem)._replace(empty=None)  # what is done to them after the call is no compiler's work
@@ -323,8 +344,8 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     there = lambda x: None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
     attend._blocks_of = lambda problem: attend.Blocks(*map(there, blocks))
     attend._decay_tensors = lambda *given: tuple(map(there, read))
-    moved = {name: there(getattr(problem, name)) for name in ("q", "k", "v", "key_valid")}
-    out, lse = attend._exact_tiles(replace(problem, **moved), moved["q"], need_lse=True)
+    moved = {name: there(getattr(problem, name)) for name in ("q", "k", "v", "key_valid", "head_scale")}
+    out, lse = attend._exact_tiles(replace(problem, **moved), need_lse=True)
 assert out.shape == (2, 4, 1000, dim) and lse.shape == (2, 4, 1000), (out.shape, lse.shape)
 print("compiled", len(_flash_attn_fwd.compile_cache.cache))
 """
@@ -338,9 +359,12 @@ print("compiled", len(_flash_attn_fwd.compile_cache.cache))
         ("sm_90", 128, 128, ""),
         pytest.param("sm_90", 128, 128, "decay", marks=pytest.mark.rare),
         ("sm_90", 96, 256, "mask decay"),
+        ("sm_90", 128, 128, "scale"),
+        pytest.param("sm_90", 64, 256, "mask scale decay", marks=pytest.mark.rare),
         pytest.param("sm_90", 64, 128, "mask", marks=pytest.mark.rare),
         ("sm_100", 128, 256, ""),
-        ("sm_100", 128, 128, "decay"),  # pairs of tiles, which a mask keeps apart
+        pytest.param("sm_100", 128, 256, "scale", marks=pytest.mark.rare),
+        ("sm_100", 128, 128, "scale decay"),  # pairs of tiles, which a mask keeps apart
         pytest.param("sm_100", 96, 256, "mask decay", marks=pytest.mark.rare),
         pytest.param("sm_100", 64, 128, "mask", marks=pytest.mark.rare),
     ],

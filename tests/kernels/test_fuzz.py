@@ -133,6 +133,6 @@ def test_hundreds_of_random_calls_are_what_numpy_says(backend, dtype, count):
 
 @pytest.mark.slow
 @pytest.mark.skipif(flex_requirement("cpu") is not None, reason="FlexAttention does not run here")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.rare), pytest.param(2, marks=pytest.mark.rare)])
 def test_a_few_random_calls_of_flex_are_what_numpy_says(seed):
     check("flex", torch.float32, FIRST + 5000 + seed, powers=True, small=True, votes=False)

@@ -79,6 +79,51 @@ def test_time(tmp_path):
     assert re.search(r"best SDPA over ours, 128k at 0.1 +>= 5 +not measured", found.stdout)
 
 
+def test_what_makes_a_run_fail():
+    """A wrong result, a launch that does not compile, a call of ours that raises, and nothing compared at all."""
+    good = dict(kind="time", candidate="triton", ok=True)
+    raised = dict(kind="time", candidate="triton-decay", error="RuntimeError: no")
+    rival = dict(kind="time", candidate="sdpa-flash", error="RuntimeError: no kernel")
+    assert not gpu.wrong([good, rival, dict(kind="compiled", launches=1, of=2, seconds=1.0)])
+    assert gpu.wrong([good, {**good, "ok": False}])
+    assert gpu.wrong([good, dict(kind="check", case="x", part="run", ok=False, error="RuntimeError: no")])
+    assert gpu.wrong([good, dict(kind="compile", launch="fwd", error="no")])
+    assert gpu.wrong([good, raised])
+    assert gpu.wrong([])
+    assert gpu.wrong([rival])
+
+
+def test_timed_calls_that_all_raise_end_with_1_and_are_counted(monkeypatch, capsys):
+    def broken(*_: object):
+        def prepare():
+            raise RuntimeError("no kernel image")
+
+        return {("triton", 0.27): prepare, ("sdpa-flash", 1.0): prepare}
+
+    monkeypatch.setattr(gpu, "calls_of", broken)
+    monkeypatch.setattr(gpu.faulthandler, "dump_traceback_later", lambda *_, **__: None)  # pytest has its own
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "time", *TINY, "--shape", "mochi"])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 1
+    shown = capsys.readouterr().out
+    assert "0 of 0 comparisons within the rule\n1 timed calls of ours raised" in shown
+
+
+@pytest.mark.parametrize(("checked", "timed", "worst"), [(0, 0, 0), (1, 0, 1), (0, 2, 2), (3, 1, 3)])
+def test_make_runs_both_commands_and_ends_with_the_worse_exit_code(tmp_path, checked, timed, worst):
+    python = tmp_path / "python"
+    log = tmp_path / "log"
+    python.write_text(f'#!/bin/sh\necho "$2" >> {log}\n[ "$2" = check ] && exit {checked}\nexit {timed}\n')
+    python.chmod(0o755)
+    found = subprocess.run(
+        ["make", "bench-gpu", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert log.read_text().split() == ["check", "time"]
+    assert (found.returncode == 0) == (worst == 0)
+    assert worst == 0 or f"Error {worst}" in found.stderr
+
+
 @pytest.mark.slow
 def test_rows_of_a_timed_call_are_compared():
     """A wrong row, key gradient or decay shows in the sampled tiles; what is right does not."""

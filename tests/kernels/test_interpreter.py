@@ -2,6 +2,12 @@
 
 import triton_interpreter  # noqa: I001 (before everything that may import triton)
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import triton
@@ -55,3 +61,33 @@ def test_an_integer_that_overflows_raises(kind, a, b):
     _arithmetic_kernel[(1,)](a.long(), b.long(), out.long(), kind)
     _arithmetic_kernel[(1,)](a // 2, b // 2, out, kind)
     assert out == {"add": a // 2 + b // 2, "sub": a // 2 - b // 2, "mul": a // 2 * (b // 2)}[kind]
+
+
+PLAIN = """
+import torch
+from dit_accel_kernels import TileLists, block_sparse_attention, resolve_backend, triton_requirement
+
+tiles = TileLists.full(20, 20, block_q=16, block_k=16)
+q = torch.ones(1, 20, 1, 16)
+assert resolve_backend("auto", q.device, torch.bfloat16, 16) == "torch"
+for dtype in (torch.float16, torch.float32):
+    assert triton_requirement(q.device, dtype) is None
+    assert torch.equal(block_sparse_attention(*[q.to(dtype)] * 3, tiles, backend="triton"), q.to(dtype))
+try:
+    print(block_sparse_attention(*[q.to(torch.bfloat16)] * 3, tiles, backend="triton").float().abs().max())
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_triton_s_own_interpreter_is_right_for_bfloat16_or_refused():
+    """Without what the tests change of it: the products of bit patterns would be handed on as attention."""
+    paths = os.pathsep.join([str(Path(__file__).parents[2] / "kernels"), *sys.path])
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", PLAIN], capture_output=True, text=True, env=env)
+    refused = (
+        r"BackendUnavailableError: backend 'triton' needs float16 or float32 in Triton's interpreter \(found "
+        r"torch.bfloat16, of which Triton [\d.]+ multiplies the bit patterns there; TRITON_INTERPRET=1 is set\): use "
+        r"'torch' or 'auto'\n"
+    )
+    assert re.fullmatch(rf"tensor\(1\.\)\n|{refused}", found.stdout), found.stdout + found.stderr[-2000:]

@@ -8,8 +8,8 @@ import pytest
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
 
-import aot  # noqa: E402
 import calls  # noqa: E402
+import cases  # noqa: E402
 import method_calls  # noqa: E402
 import tune  # noqa: E402
 
@@ -22,7 +22,7 @@ def test_methods_make_the_calls_that_are_listed():
 
 def test_what_is_compiled_is_what_methods_call():
     known = set(calls.kinds())
-    for _, kinds in (*aot.CASES, *aot.QUICK_CASES):
+    for _, kinds in cases.CASES:
         assert set(kinds) <= known
     assert set().union(*tune.FEATURES.values()) <= known
 

@@ -20,6 +20,7 @@ from dit_accel_kernels import (
 from dit_accel_kernels.backends import reference
 from dit_accel_kernels.backends.triton import attend as triton_backend
 from dit_accel_kernels.backends.triton import backward as triton_backward
+from dit_accel_kernels.backends.triton.launch import row_of, table
 from dit_accel_kernels import states as states_module
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import tile_means
@@ -194,6 +195,16 @@ def test_chunks_of_the_launch_are_smaller_than_tiles():
     """Tiles of 256 x 192 are cut into chunks of queries and keys."""
     q, k, v = qkv(1, 1, 1, 300, 400, 16, torch.bfloat16)
     check(make(q, k, v, random_lists(1, 300, 400, 256, 192)))
+
+
+def test_programs_of_pooled_tiles_that_take_half_a_word_of_them(monkeypatch):
+    """As in wide float32 heads: 16 tiles each, of 41, so that the last word has a full half and a ragged one."""
+    key = row_of("cpu", torch.float32, 16, kernel="pooled")
+    monkeypatch.setitem(table(), key, replace(table()[key], block_k=16))
+    q, k, v = qkv(2, 4, 2, 40, 326, 16, torch.float32)
+    frames_of = (frames(40, 10), frames(326, 50))
+    lists = random_lists(4, 40, 326, 16, 8)
+    check(make(q, k, v, lists, decay=(torch.tensor([1.0, 0.9, 0.6]), *frames_of)))
 
 
 @pytest.mark.sample(2)

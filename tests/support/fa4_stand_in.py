@@ -127,7 +127,7 @@ def install(monkeypatch, arch: str) -> None:
         parent, _, leaf = name.rpartition(".")
         if parent:
             vars(modules[parent])[leaf] = module
-    for name in ("mask", "decay"):  # imported anew, on the stand-in
+    for name in ("mask", "score"):  # imported anew, on the stand-in
         monkeypatch.setitem(sys.modules, f"dit_accel_kernels.backends.fa4.{name}", None)
         monkeypatch.delitem(sys.modules, f"dit_accel_kernels.backends.fa4.{name}")
     monkeypatch.setattr(support, "architecture", lambda device: arch)

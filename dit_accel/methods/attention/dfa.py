@@ -5,6 +5,7 @@ depart from it: the foreground is what moves in the model's own prediction, foun
 all keys, which the paper's own rule (``strict``) does not let them.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,12 +22,10 @@ from ...report.sections import Section
 from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
+from ..guidance.parts import part_of
 from ..saving import Saving, TileSaving
 from ..site import ForwardContext, Site, made_tensor
 from ..steps import check_steps, end_steps
-
-BOTH = "cond_uncond"
-"""What pipelines call a forward that holds both prompts where they guide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +146,7 @@ class DFAHandler(AttentionHandler):
         leads = self._settle(context)
         output = run()
         if leads and not self._reuse and self._held_from(context):
-            self._measure(site, context, made_tensor(context.inputs[site.adapter.latents]), made_tensor(output))
+            self._measure(site, context, made_tensor(output))
         return output
 
     def _settle(self, context: ForwardContext) -> bool:
@@ -169,17 +168,17 @@ class DFAHandler(AttentionHandler):
         after = context.step_index + 1
         return self.settings.every > 1 and not self.settings.at_an_end(after, context.num_inference_steps)
 
-    def _measure(self, site: Site, context: ForwardContext, x: Tensor, v: Tensor) -> None:
+    def _measure(self, site: Site, context: ForwardContext, v: Tensor) -> None:
         """Find the foreground of a step, prompt by prompt."""
-        layout, share = context.layout, self.settings.share
+        layout, share, latents = context.layout, self.settings.share, context.inputs[site.adapter.latents]
         if layout is None:
             return
         if share in (0, 1):
             grid = layout.frames, layout.height, layout.width
-            mask = torch.full((1, *grid), bool(share), device=x.device)
+            mask = torch.full((1, *grid), bool(share), device=v.device)
         else:
-            moved = self._moved(context, x.detach(), v.detach(), layout)
-            pairs = 2 if len(moved) % 2 == 0 and _holds_both(site, context) else 1
+            moved = self._moved(context, made_tensor(latents), v, layout)
+            pairs = 2 if len(moved) % 2 == 0 and _holds_both(site, context, latents) else 1
             moved = moved.unflatten(0, (pairs, -1)).mean(0)
             edges = [otsu(one) if share is None else one.flatten().quantile(1 - share) for one in moved]
             mask = moved > torch.stack(edges)[:, None, None, None]
@@ -292,9 +291,11 @@ class DFAHandler(AttentionHandler):
         return Saving(tiles=rows, carried_bytes=carried, notes=(note,))
 
 
-def _holds_both(site: Site, context: ForwardContext) -> bool:
-    """Tell whether a forward holds the negative prompts' rows and then the prompts'.
+def _holds_both(site: Site, context: ForwardContext, latents: Any) -> bool:
+    """Tell whether a forward holds a row of each prompt and one of its negative prompt, half after half.
 
-    Pipelines that call both in one forward name it so while they do not guide, too.
+    Where nothing says it, every row stands alone.
     """
-    return context.branch.rsplit("/", 1)[-1] == BOTH and getattr(site.pipe, "do_classifier_free_guidance", True)
+    with contextlib.suppress(ConfigError):
+        return part_of(DFA.name, site, context, latents) == "both"
+    return False

@@ -33,7 +33,8 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     k_mean, length = tile_means(k, problem.block_k, weight)
     v_mean, _ = tile_means(v, problem.block_k, weight)
     if weight is not None:
-        k, v = (x.masked_fill(~weight[..., None], 0) for x in (k, v))  # 0 * inf is not 0: what an invalid key holds must not matter
+        # 0 * inf is not 0: what an invalid key holds must not matter, nor in the gradient
+        k, v = (x.masked_fill(~weight[..., None], 0) for x in (k, v))
     tile_states = selected_states(problem)
     states = tile_states.repeat_interleave(problem.block_q, 2)[:, :, : q.shape[2]]
     exact = (states == EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]

@@ -2,10 +2,10 @@
 
 Tiles whose keys are all valid are its full blocks, which no mask touches; the ragged end is masked by its own count of
 keys. Tiles with invalid keys are partial blocks, and so is, where it takes two of our query tiles together, a tile that
-only one of them lists: `mask_mod` reads the lists as bits and the valid keys. Frame decay is its `score_mod`, which
-reads the t of every logit. It returns output and LSE, from which the forward kernel of the triton backend starts with
-pooled tiles and nothing else to do, so that both parts are one softmax. Its loop tells nothing about a tile, hence no
-votes. Gradients are those of the triton backend, from this output and LSE.
+only one of them lists: `mask_mod` reads the lists as bits and the valid keys. Scales of heads and frame decay are its
+`score_mod`, which reads the factor and the t of every logit. It returns output and LSE, from which the forward kernel
+of the triton backend starts with pooled tiles and nothing else to do, so that both parts are one softmax. Its loop
+tells nothing about a tile, hence no votes. Gradients are those of the triton backend, from this output and LSE.
 """
 
 from __future__ import annotations
@@ -71,21 +71,19 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     exact = None
     if problem.selection is not None:
         problem, exact = resolved(problem)
-    q = problem.q
-    if problem.head_scale is not None:
-        q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
     pools = problem.pooled_indices is not None
-    out, lse = _exact_tiles(problem, q, need_lse=need_lse or pools)
+    out, lse = _exact_tiles(problem, need_lse=need_lse or pools)
     if pools:
         assert lse is not None
         from dit_accel_kernels.backends.triton import attend as triton
 
         out, lse = triton.add_pooled(_without_exact(problem), out, lse)
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None or not need_lse else lse, exact, None
+    return out, out.new_empty(0, dtype=torch.float32) if lse is None or not need_lse else lse, exact, None
 
 
-def _exact_tiles(problem: Problem, q: Tensor, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Attention to exact tiles alone: output [B, H, S_q, D], LSE or None; 0 and -inf in rows without a key."""
+    q = problem.q
     blocks, joined = _blocks_of(problem), rows_joined(q.device, problem.block_q)
     tensors = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch(
         mask_block_cnt=blocks.partial_counts,
@@ -118,14 +116,18 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 
 def _modifiers(problem: Problem, seen: Tensor | None) -> dict[str, Any]:
-    """Our functions of single logits and the tensors that they read: the mask's first, those of decay last."""
+    """Our functions of single logits and the tensors that they read: the mask's, heads' factors, those of decay."""
     found: dict[str, Any] = {}
     tensors: list[Tensor] = []
     if seen is not None:
         found["mask_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.mask").mask_of(problem.block_q)
         tensors += _mask_tensors(problem, seen)
+    scales, decays = problem.head_scale is not None, problem.decay is not None
+    if scales or decays:
+        found["score_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.score").SCORES[scales, decays]
+    if problem.head_scale is not None:
+        tensors.append(problem.head_scale.float().expand(problem.q.shape[:2]).contiguous())
     if problem.decay is not None:
-        found["score_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.decay").decayed
         tensors += _decay_tensors(*problem.decay)
     return {**found, "aux_tensors": tensors} if found else {}
 

@@ -15,7 +15,7 @@ PACKAGE = "flash-attn-4"
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_DIM = 128
 TILE = 128  # keys of its blocks, and queries on sm_90
-TESTED = ("sm_90", "sm_100")  # its kernels as they are called here are compiled for them in our tests
+COMPILED = "4.0.0b36"  # the version whose calls are compiled in our tests: its betas change what they take
 
 
 def missing_requirement(
@@ -53,6 +53,9 @@ def package_problem() -> str | None:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         return f"the {PACKAGE} package (found none: pip install 'dit-accel[fa4]')"
+    if version != COMPILED:
+        known = f"{PACKAGE} {COMPILED}, the one that was compiled with our calls"
+        return f"{known} (found {version}: pip install 'dit-accel[fa4]')"
     try:
         importlib.import_module("flash_attn.cute.interface")
     except (ImportError, OSError) as error:
@@ -63,12 +66,3 @@ def package_problem() -> str | None:
 def rows_joined(device: torch.device, block_q: int) -> int:
     """Query tiles that FlashAttention-4 takes together: its blocks have 128 queries on sm_90 and 256 on newer cards."""
     return 1 if architecture(device).startswith("sm_9") else 2 * TILE // block_q
-
-
-def preferred(device: torch.device, dtype: torch.dtype | None, dim: int | None, tile: tuple[int, int]) -> bool:
-    """Whether "auto" may choose fa4: where it was compiled in our tests, nothing lacks and its blocks are our tiles.
-
-    Of two tiles taken together, each attends to what the other lists too, and masks it: up to twice the work.
-    """
-    compiled = architecture(device) in TESTED and missing_requirement(device, dtype, dim, tile) is None
-    return compiled and rows_joined(device, tile[0]) == 1

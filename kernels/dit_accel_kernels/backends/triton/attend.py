@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel_kernels.backends.triton.expand import Lists, bits_of_lists, expand, may_pool, static_lists
+from dit_accel_kernels.backends.triton.fitting import fitting
 from dit_accel_kernels.backends.triton.forward import _fwd_kernel
 from dit_accel_kernels.backends.triton.launch import (
     Launch,
@@ -102,7 +103,8 @@ def _attend(
             parts = -(-problem.block_q // block_q)
             shape = (*q.shape[:2], problem.query_tiles, parts, words_of(problem.key_tiles))
             words = torch.empty(shape, dtype=torch.int32, device=q.device)
-        out, lse = _launch(problem, plan, lists, means, words, launch, block_q, need_lse, start)
+        with fitting("fwd", problem, features, problem.block_q):
+            out, lse = _launch(problem, plan, lists, means, words, launch, block_q, need_lse, start)
         kept = None if words is None else _kept(problem, plan, lists, words)
     return out, lse, exact, kept
 

@@ -22,6 +22,7 @@ from dit_accel_kernels.backends.triton.attend import check, on_device
 from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from dit_accel_kernels.backends.triton.delta import _delta_kernel
 from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, may_pool, static_lists
+from dit_accel_kernels.backends.triton.fitting import fitting
 from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
 from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
 from dit_accel_kernels.backends.triton.pool import pool
@@ -33,12 +34,10 @@ from dit_accel_kernels.selection import LOG2_E, narrows
 DELTA_ROWS = 32  # query rows of a program of the pre-pass
 
 
-def sizes(kernel: str, arch: str, dtype: torch.dtype, dim: int, *, decay: bool = False, mask: bool = False) -> Launch:
-    """Sizes of "dq", "dkdv" or "pooled" in calls with or without frame decay and invalid keys.
-
-    fp32 is full fp32, without tensor cores: splitting its operands would spill.
-    """
-    return launch_of(arch, dtype, dim, kernel=kernel, features=("decay",) * decay + ("mask",) * mask)
+def features_of(problem: Problem) -> tuple[str, ...]:
+    """Features of a call for which the launch table may have rows of their own."""
+    masked = problem.key_valid is not None or problem.key_mask is not None or problem.key_length is not None
+    return ("decay",) * (problem.decay is not None) + ("mask",) * masked
 
 
 def attend_backward(
@@ -80,9 +79,9 @@ def _attend_backward(
     """`attend_backward` of batches and heads that are computed together."""
     q, k, v, out, grad_out = (_rows(x) for x in (problem.q, problem.k, problem.v, out, grad_out))
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    masked = problem.key_valid is not None or problem.key_mask is not None or problem.key_length is not None
-    dq, dkdv, pooled = (
-        sizes(kernel, architecture(q.device), q.dtype, q.shape[-1], decay=problem.decay is not None, mask=masked)
+    features = features_of(problem)
+    dq, dkdv, pooled = (  # fp32 is full fp32, without tensor cores: splitting its operands would spill
+        launch_of(architecture(q.device), q.dtype, q.shape[-1], kernel=kernel, features=features)
         for kernel in ("dq", "dkdv", "pooled")
     )
     with on_device(q.device):
@@ -100,9 +99,12 @@ def _attend_backward(
         if problem.selection is not None and narrows(problem.selection):
             lists, exact = expand(problem, rows, problem.selection.routed)
             columns = expand_columns(problem, columns, exact)
-        _query_grad(problem, rows, lists, shared, means, grads[0], dq, block_k)
-        mean_grads = _pooled_grads(problem, rows, lists, shared, means, pooled)
-        _key_grads(problem, rows, columns, shared, mean_grads, grads[1:], dkdv, block_q)
+        with fitting("dq", problem, features):
+            _query_grad(problem, rows, lists, shared, means, grads[0], dq, block_k)
+        with fitting("pooled", problem, features):
+            mean_grads = _pooled_grads(problem, rows, lists, shared, means, pooled)
+        with fitting("dkdv", problem, features):
+            _key_grads(problem, rows, columns, shared, mean_grads, grads[1:], dkdv, block_q)
     return grads[0], grads[1], grads[2]
 
 
@@ -176,13 +178,13 @@ def _pooled_grads(
     batch, heads, num_q, dim = q.shape
     key_heads, words = k_mean.shape[1], lists.pooled_bits.shape[-1]
     dk_mean, dv_mean = (torch.empty(k_mean.shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    _pooled_dkdv_kernel[(batch * key_heads * words,)](
+    _pooled_dkdv_kernel[(batch * key_heads * words * (WORD // size.block_k),)](
         q, grad_out, base, delta, norm, k_mean, v_mean, length, dk_mean, dv_mean, lists.pooled_bits,
         problem.token_order, problem.head_scale, rows.q_frames, rows.pooled_t,
         *q.stride()[:3], *grad_out.stride()[:3], *lists.pooled_strides, _scale_stride(problem),
         num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
-        TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), WORD=WORD, DIM=dim,
-        BLOCK_D=column_block(dim), PRECISION="ieee",
+        TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), BLOCK_K=size.block_k, WORD=WORD,
+        DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
         num_warps=size.num_warps, num_stages=size.num_stages,
     )  # fmt: skip
     return dk_mean, dv_mean, length

@@ -324,24 +324,29 @@ def _pooled_dkdv_kernel(
     token_order_ptr, head_scale_ptr, q_frames_ptr, pooled_t_ptr,  # [S], [B or 1, H], [S_q], [F + 2, NK], or None
     stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
     num_q, heads, key_heads, q_tiles, k_tiles, words, scale,
-    TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, WORD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WORD: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the means of 32 key tiles of one key head, over all query tiles that pool any of them."""
+    """Gradients of the means of BLOCK_K key tiles of one key head, over all query tiles that pool any of them.
+
+    BLOCK_K divides WORD, the tiles of a word of the bitmap.
+    """
     NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     SUBS_Q: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
-    bh, word = tl.program_id(0) // words, tl.program_id(0) % words
+    PARTS: tl.constexpr = WORD // BLOCK_K
+    bh, part = tl.program_id(0) // (words * PARTS), tl.program_id(0) % (words * PARTS)
+    word = part // PARTS
     b, hk = bh // key_heads, bh % key_heads
     batch = b.to(tl.int64)
-    bit = tl.arange(0, WORD)
+    bit = part % PARTS * BLOCK_K + tl.arange(0, BLOCK_K)
     k_tile = word * WORD + bit
     inside = k_tile < k_tiles
     length = tl.load(length_ptr + batch * k_tiles + k_tile, mask=inside, other=0.0)
     means = bh.to(tl.int64) * k_tiles * DIM
     k = _load_part(k_mean_ptr + means, k_tile, inside, DIM, True, 0, BLOCK_D, DIM)
     v = _load_part(v_mean_ptr + means, k_tile, inside, DIM, True, 0, BLOCK_D, DIM)
-    dk = tl.zeros([WORD, BLOCK_D], tl.float32)
-    dv = tl.zeros([WORD, BLOCK_D], tl.float32)
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
     repeat = heads // key_heads
     for h in range(hk * repeat, (hk + 1) * repeat):

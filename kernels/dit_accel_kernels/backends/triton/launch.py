@@ -2,7 +2,7 @@
 
 A row of the table is for a kernel ("fwd", "dq", "dkdv", "pooled"), an architecture ("": any) and its family, a kind of
 dtype, a head dim and a tile up to a size, and the calls with a feature ("decay", "mask"; "": any). Its `source` says
-how it was chosen: "compiled" (the compilers' reports: no spills, the card's shared memory, bench/aot.py shows both), or
+how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the bounds of bench/aot.py), or
 the card, date and seconds of a measurement. bench/tune.py writes it.
 """
 
@@ -52,15 +52,12 @@ FAMILY = {  # architectures that run what their family's row was made for, with 
     "sm_103": "sm_100",
     "sm_110": "sm_100",
     "sm_121": "sm_120",
-    "gfx940": "gfx942",
-    "gfx941": "gfx942",
-    "gfx950": "gfx942",
 }
 
 
 def family(arch: str) -> str:
-    """The architecture whose rows serve this one."""
-    return FAMILY.get(arch, arch)
+    """The architecture whose rows serve this one: every other AMD GPU has as much shared memory as gfx942 at least."""
+    return "gfx942" if arch.startswith("gfx") else FAMILY.get(arch, arch)
 
 
 @lru_cache(maxsize=1)
@@ -82,18 +79,25 @@ def key_of(arch: str, dtype: torch.dtype, dim: int, tile: int, kernel: str = "fw
     return Key(family(arch), kind, columns, 64 if tile <= 64 else 128, kernel)
 
 
-def launch_of(
+def row_of(
     arch: str, dtype: torch.dtype, dim: int, tile: int = 128, kernel: str = "fwd", features: Iterable[str] = ()
-) -> Launch:
-    """Sizes for an architecture ("sm_90", "gfx942" ...), dtype, head dim, tokens of a tile, kernel and features.
+) -> Key:
+    """The row of the table that serves a call; arguments as in `launch_of`.
 
     Where the table has no row for a call's features it is that of any, where it has none for such tiles that of tiles
     of 128, where it has none up to 32 columns that of 64, and where the architecture's family has none, any's.
     """
     key = key_of(arch, dtype, dim, tile, kernel)
     places = product((key.arch, ""), (key.dim, max(key.dim, 64)), (key.tile, 128), (*features, ""))
-    found = (table().get(key._replace(arch=a, dim=d, tile=t, feature=f)) for a, d, t, f in places)
-    return next(launch for launch in found if launch is not None)
+    keys = (key._replace(arch=a, dim=d, tile=t, feature=f) for a, d, t, f in places)
+    return next(key for key in keys if key in table())
+
+
+def launch_of(
+    arch: str, dtype: torch.dtype, dim: int, tile: int = 128, kernel: str = "fwd", features: Iterable[str] = ()
+) -> Launch:
+    """Sizes for an architecture ("sm_90", "gfx942" ...), dtype, head dim, tokens of a tile, kernel and features."""
+    return table()[row_of(arch, dtype, dim, tile, kernel, features)]
 
 
 def with_order(launch: Launch, *, decay: bool) -> Launch:

@@ -1,7 +1,8 @@
-"""Where the triton backend runs, told without importing triton: devices, dtypes, head dims."""
+"""Where the triton backend runs: devices, dtypes, head dims; triton is imported only where it interprets bfloat16."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -20,7 +21,7 @@ def missing_requirement(device: torch.device, dtype: torch.dtype | None = None, 
     if importlib.util.find_spec("triton") is None:
         return "the triton package (found none)"
     if device.type == "cpu" and interpreted():
-        return None
+        return _interpreter_problem(dtype)
     if device.type not in ("cuda", "xpu"):
         return f"a CUDA, ROCm or XPU device (found {device.type}; TRITON_INTERPRET=1 interprets it on a CPU)"
     if device.type == "cuda" and torch.version.hip is None:
@@ -28,6 +29,21 @@ def missing_requirement(device: torch.device, dtype: torch.dtype | None = None, 
         if capability < (8, 0):
             return f"compute capability 8.0 or newer (found {capability[0]}.{capability[1]})"
     return None
+
+
+def _interpreter_problem(dtype: torch.dtype | None) -> str | None:
+    """What is wrong with Triton's interpreter for this dtype, or None."""
+    if dtype != torch.bfloat16:
+        return None
+    from dit_accel_kernels.backends.triton.probe import bfloat16_products
+
+    if bfloat16_products():
+        return None
+    version = importlib.metadata.version("triton")
+    return (
+        f"float16 or float32 in Triton's interpreter (found {dtype}, of which Triton {version} "
+        "multiplies the bit patterns there; TRITON_INTERPRET=1 is set)"
+    )
 
 
 def interpreted() -> bool:
