@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 LEAST_FREE = 1 << 20
 """Bytes below which a disk is taken for full where a library says only that it could not write."""
+
+_making = threading.Lock()
+"""Held while a file is made and noted in `_temporaries`."""
 
 _temporaries: set[Path] = set()
 """Files that this process deletes when it is done: those half written, and its locks."""
@@ -36,10 +40,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     with _full_disk_told(path):
         # the name does not grow with the path's, which may be as long as the file system allows
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".dit-accel-", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        _temporaries.add(temporary)
+        with _making:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".dit-accel-", suffix=path.suffix)
+            os.close(handle)
+            temporary = Path(name)
+            _temporaries.add(temporary)
         try:
             yield temporary
             mask = os.umask(0)
@@ -52,7 +57,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries() -> None:
-    """Delete what is half written and locks, for a process that ends without leaving its blocks."""
+    """Delete what is half written and locks, for a process that ends without leaving its blocks; it writes no more."""
+    _making.acquire(timeout=1.0)  # never given back: another thread may be about to write
     for temporary in list(_temporaries):
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -1,11 +1,13 @@
 """The `dit-accel` application: its commands, and how errors become one line and an exit code."""
 
+import atexit
 import contextlib
 import copy
 import functools
 import inspect
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -265,14 +267,22 @@ def run_alone(command: Callable[..., Any]) -> None:
 
 
 def _as_process(run: Callable[[], Any]) -> None:
-    """Run what ends with `SystemExit`, and end the process with its code, whatever signals arrive meanwhile."""
+    """Run what ends with `SystemExit`, and end the process with its code, whatever signals arrive meanwhile.
+
+    Exit handlers run as ever. What Python does after them, unloading torch part by part, takes seconds on a busy
+    machine, in which nothing could be stopped; the system frees all of it at once.
+    """
     with stoppable() as guard:
         try:
             run()
         except SystemExit as ended:
             code = ended.code
-        guard.ignore()
-        if guard.code is not None:  # all is cleaned up; what Python does at its end may take long
-            flush()
-            os._exit(guard.code)
-    sys.exit(code)
+        guard.settle()
+        stopped = guard.code
+        if stopped is None:
+            threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python's own end does
+            atexit._run_exitfuncs()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(stopped or (code if isinstance(code, int) else 0))

@@ -100,12 +100,6 @@ class Guard:
         self._thread.join()
         self._hears.close()
 
-    def ignore(self) -> None:
-        """Let no further signal change how the process ends, which is about to."""
-        for number in self._before:
-            signal.signal(number, signal.SIG_IGN)
-        self._before = {}
-
     def said(self) -> bool:
         """Return whether the last line has been said, and take it as said from now on."""
         before, self._said = self._said, True

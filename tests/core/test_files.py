@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,7 +146,8 @@ def test_other_errors_pass(tmp_path: Path):
         (tmp_path / "none").read_text()
 
 
-def test_what_is_half_written_can_be_deleted_from_outside(tmp_path: Path):
+def test_what_is_half_written_can_be_deleted_from_outside(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(files, "_making", threading.Lock())
     with contextlib.suppress(FileNotFoundError), held(tmp_path / "a.txt"), written_whole(tmp_path / "a.txt") as half:
         half.write_text("half")
         assert len(names(tmp_path)) == 2
