@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo report test test-slow test-all test-rare test-diffusers mutants bench bench-gpu tables weights types lint format setup clean
+.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu tables weights types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m dit_accel_eval.demo --out demo
@@ -20,6 +20,10 @@ test-all: test test-slow
 # what CI leaves out: further cases of long matrices, whose values it has in others, and some long checks of further models
 test-rare: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m rare --durations=15 --durations-min=1
+
+# every stock pipeline of diffusers with every method in every situation, of which `make test` and `make test-slow` run some
+test-pipelines: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/pipelines/test_matrix.py --durations=15 --durations-min=1
 
 # diffusers' own tests with dit-accel attached to every model they build; CI leaves it out, offline it skips
 test-diffusers: $(VENV)/.ready-test

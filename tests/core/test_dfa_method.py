@@ -218,6 +218,19 @@ def test_rows_of_a_batch_are_what_they_are_alone(methods, strict):
     assert len(values) == 2
 
 
+def test_a_prompt_that_moves_everywhere_leaves_another_its_background():
+    transformer, calls = tiny_transformer(), []
+    with dit_accel.attach(transformer, DFA(share=0.3, **EVERY_2)) as attachment, attachment.observe(calls.append):
+        (handler,) = attachment._execution.handlers
+        for step in range(2):
+            with transformer.cache_context("cond", step_index=step, num_inference_steps=4, sigma=0.5), torch.no_grad():
+                transformer(torch.randn(2, 12, 5, 8, 8), torch.tensor([500.0] * 2), torch.randn(2, 6, 64))
+            handler._masks["transformer"][1][0] = True
+    everything, some = calls[3].plan.reused.rows
+    assert everything.tolist() == list(range(80))
+    assert len(some) == 24
+
+
 def test_a_prompt_and_its_negative_one_share_a_foreground_in_one_call():
     config = DFA(share=0.2, **EVERY_2)
     _, calls, _ = rows_of_prompts((config,), [1, 3, 2, 1], branch="cond_uncond")

@@ -54,6 +54,14 @@ def test_conditions_around_the_grid_are_left_out(before, after, text):
         torch.testing.assert_close(predicted(x, v, 0.5, GRID, before, after), own)
 
 
+def test_channels_come_first_where_sizes_leave_it_open():
+    x = torch.randn(1, 6, 6, 4, 4)
+    found = predicted(x, torch.zeros_like(x), 0.5, (6, 2, 2))
+    assert found.shape == (1, 6, 2, 2, 24)
+    for frame in range(6):
+        assert found[0, frame].flatten().sort().values.tolist() == x[0, :, frame].flatten().sort().values.tolist()
+
+
 def test_what_moves_is_foreground_and_what_it_uncovers_is_not():
     clean = torch.zeros(1, 9, 8, 8, 3) + torch.rand(8, 8, 3) * 5
     truth = torch.zeros(9, 8, 8, dtype=torch.bool)

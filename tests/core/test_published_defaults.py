@@ -1,5 +1,6 @@
 """What options are where nobody sets them: the values that papers and released code have, as the pages say."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -57,3 +58,12 @@ def test_the_page_on_guidance_has_nag_s_numbers():
     (numbers,) = re.findall(r"`scale`, `tau`, `alpha` \| .*?: ([\d.]+), ([\d.]+) and ([\d.]+);", page)
     defaults = methods()["nag"].defaults
     assert [float(number) for number in numbers] == [defaults["scale"], defaults["tau"], defaults["alpha"]]
+
+
+@pytest.mark.parametrize("name", methods())
+def test_configs_can_t_be_written_to(name):
+    config = methods()[name]
+    assert config.__dataclass_params__.frozen
+    assert config.__slots__ is not None
+    assert not hasattr(config(), "__dict__")
+    assert all(field.kw_only for field in dataclasses.fields(config))

@@ -38,11 +38,11 @@ def flow(**options: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(**options)
 
 
-def assemble(cls: type, *, vae: Any, scheduler: Any, **parts: Any) -> Any:
+def assemble(cls: type, *, scheduler: Any, **parts: Any) -> Any:
     """Assemble a pipeline; encoders and tokenizers that are not given are None."""
     asked = inspect.signature(cls.__init__).parameters
     needed = [name for name, value in asked.items() if value.default is value.empty and name not in ("self", "kwargs")]
-    pipe: Any = cls(**{**dict.fromkeys(needed), "vae": vae, "scheduler": scheduler, **parts})
+    pipe: Any = cls(**{**dict.fromkeys(needed), "scheduler": scheduler, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

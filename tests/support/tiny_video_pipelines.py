@@ -229,7 +229,7 @@ def ltx2() -> tuple[Any, dict[str, Any]]:
         latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3,
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, patch_size=2, spatial_compression_ratio=8,
         spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False),
-        temporal_compression_ratio=2,
+        temporal_compression_ratio=2, downsample_type=("spatiotemporal", "spatial", "spatial", "spatial"),
     )  # fmt: skip
     connectors = dict(
         caption_channels=16, text_proj_in_factor=1, video_connector_num_attention_heads=2,

@@ -1,0 +1,85 @@
+"""Every stock pipeline of diffusers that an adapter covers, with every method, in every situation of a user's day.
+
+Each row of a batch is that row alone, a second run is the first, whatever ran before; what does not go together is
+refused by name, as the adapter declares. `make test` runs a few cases that have each method in each situation and every
+pipeline in some, `make test-slow` every method on every pipeline, `make test-pipelines` all there is.
+"""
+
+import time
+from collections.abc import Callable
+
+import pytest
+from matrix_cases import Case, cases_of, few, many, plain_of, wrong_in
+from matrix_classes import covered, pipeline_classes
+from matrix_limits import forwards_of, found_of, limits
+from matrix_methods import METHODS, names_of
+from matrix_situations import SITUATIONS
+from matrix_stock import NOT_BUILT, PIPELINES
+
+from dit_accel.methods.registry import handlers
+
+def require_right(name: str, cases: list[Case], record: Callable[[str, object], None]) -> None:
+    """Run cases of a pipeline; all that is wrong is said at once."""
+    began = time.perf_counter()
+    found = wrong_in(name, sorted(cases, key=lambda case: (case[0], list(SITUATIONS).index(case[1]))))
+    record("cases", len(cases))
+    record("seconds", time.perf_counter() - began)
+    assert not found, f"{name}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_right_with_some_methods_in_some_situations(name, record_property):
+    require_right(name, few()[name], record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_right_with_every_method(name, record_property):
+    require_right(name, many(name), record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_right_with_every_method_in_every_situation(name, record_property):
+    require_right(name, cases_of(name), record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_diffusers_cannot_do_is_no_more_than_that(name):
+    assert found_of(plain_of(name)) == limits()[name]
+
+
+def test_every_pipeline_class_is_in_the_matrix():
+    classes = set(pipeline_classes())
+    built = {name.split(",")[0] for name in PIPELINES}
+    assert not classes - built - set(NOT_BUILT), "give matrix_stock a tiny pipeline of each"
+    assert not (built | set(NOT_BUILT)) - classes, "these are no pipelines of a covered transformer"
+    assert not built & set(NOT_BUILT)
+    assert set(limits()) == set(PIPELINES), "run tests/support/matrix_limits.py"
+
+
+def test_every_transformer_has_a_pipeline():
+    assert not covered() - set().union(*pipeline_classes().values())
+
+
+def test_every_method_is_in_the_matrix():
+    call = plain_of("WanPipeline").call
+    assert {name for of in METHODS.values() for name in names_of(of(call))} == set(handlers())
+
+
+def test_guidance_comes_in_one_call_and_in_two():
+    seen = {name: forwards_of(plain_of(name)) for name in ("WanPipeline", "StableDiffusion3Pipeline", "FluxPipeline")}
+    assert seen == {"WanPipeline": (2, 1), "StableDiffusion3Pipeline": (1, 2), "FluxPipeline": (1, 1)}
+
+
+def test_the_samples_have_every_method_in_every_situation_and_every_pipeline():
+    chosen = few()
+    assert {case for cases in chosen.values() for case in cases} == {(m, s) for m in METHODS for s in SITUATIONS}
+    assert all(chosen.values())
+    for name in PIPELINES:
+        cases = many(name) + chosen[name]
+        assert {method for method, _ in cases} == set(METHODS)
+        assert {one for _, one in cases} == {one for _, one in cases_of(name)}

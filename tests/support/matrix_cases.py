@@ -1,0 +1,100 @@
+"""The cases of the matrix: (pipeline, method, situation), which of them are run when, and what is wrong in them."""
+
+import zlib
+from collections import Counter
+from functools import cache
+
+from matrix_limits import limits
+from matrix_methods import METHODS
+from matrix_refusals import declared
+from matrix_situations import SITUATIONS, Plain, Trial, prepare
+from matrix_stock import PIPELINES
+
+from dit_accel import ConfigError
+
+EACH = 2
+"""Situations of every pair of a pipeline and a method that `make test-slow` runs."""
+
+Case = tuple[str, str]
+"""(method, situation)."""
+
+
+@cache
+def plain_of(name: str) -> Plain:
+    """A pipeline, made once a process."""
+    return Plain(name, PIPELINES[name])
+
+
+def wrong_in(name: str, cases: list[Case]) -> list[str]:
+    """Run some cases of a pipeline and say what is wrong; what is attached is kept from case to case."""
+    plain, found = plain_of(name), []
+    for situation in dict.fromkeys(one for _, one in cases):
+        prepare(situation, plain)
+    for method in dict.fromkeys(method for method, _ in cases):
+        trial = Trial(plain, method)
+        why = declared(trial)
+        try:
+            trial.fresh()
+            for situation in [one for of, one in cases if of == method]:
+                found += [f"{method}, {situation}: {line}" for line in _tried(trial, situation, why)]
+        except ConfigError as error:
+            if why is None or why not in str(error):
+                found.append(f"{method}: refused though nothing declares it: {error}")
+        finally:
+            trial.close()
+    return found
+
+
+def _tried(trial: Trial, situation: str, why: str | None) -> list[str]:
+    try:
+        lines = SITUATIONS[situation](trial)
+    except ConfigError as error:
+        trial.fresh()
+        if why is not None and why in str(error):
+            return []
+        return [f"refused though nothing declares it: {error}"]
+    except Exception as error:
+        trial.fresh()
+        return [f"{type(error).__name__}: {error}"]
+    if why is not None and situation == "one prompt":
+        lines.append(f"it ran, and must be refused: {why}")
+    return lines
+
+
+def cases_of(name: str) -> list[Case]:
+    """All cases of a pipeline, in an order of its own; what is refused is tried once."""
+    known = limits()[name]
+    possible = [one for one in SITUATIONS if one not in known.cannot]
+    cases = [(method, one) for method in METHODS if method not in known.refused for one in possible]
+    cases += [(method, "one prompt") for method in known.refused]
+    return sorted(cases, key=lambda case: zlib.crc32(f"{name} {case}".encode()))
+
+
+@cache
+def few() -> dict[str, list[Case]]:
+    """The fewest cases that have every method in every situation somewhere, at least one of every pipeline."""
+    left = {name: cases_of(name) for name in PIPELINES}
+    chosen: dict[str, list[Case]] = {name: [] for name in PIPELINES}
+    seen: set[Case] = set()
+    missing = {case for cases in left.values() for case in cases}
+    while missing - seen:
+        for name, cases in left.items():
+            new = [case for case in cases if case not in seen]
+            if new or not chosen[name]:
+                chosen[name].append((new or cases)[0])
+                seen.add(chosen[name][-1])
+    return chosen
+
+
+def many(name: str) -> list[Case]:
+    """Cases of a pipeline with every method in `EACH` situations, every situation among them, others beside `few`."""
+    left, chosen = [case for case in cases_of(name) if case not in few()[name]], []
+    situations: Counter[str] = Counter()
+    for method in METHODS:
+        mine = [case for case in left if case[0] == method]
+        for _ in range(min(EACH, len(mine))):
+            best = min(mine, key=lambda case: situations[case[1]])
+            mine.remove(best)
+            chosen.append(best)
+            situations[best[1]] += 1
+    return chosen
