@@ -18,6 +18,7 @@ from matrix_stock import NOT_BUILT, PIPELINES
 
 from dit_accel.methods.registry import handlers
 
+
 def require_right(name: str, cases: list[Case], record: Callable[[str, object], None]) -> None:
     """Run cases of a pipeline; all that is wrong is said at once."""
     began = time.perf_counter()

@@ -222,7 +222,10 @@ def test_two_threads_around_one_attached_transformer_are_right_or_refused(method
             made[seed] = error
 
     with attached(pipe, method):
-        right = {seed: one(**call, generator=torch.Generator().manual_seed(seed)).frames for seed, one in ((0, pipe), (1, other))}
+        right = {
+            seed: one(**call, generator=torch.Generator().manual_seed(seed)).frames
+            for seed, one in ((0, pipe), (1, other))
+        }
         threads = [threading.Thread(target=thread, args=pair) for pair in ((0, pipe), (1, other))]
         for one in threads:
             one.start()

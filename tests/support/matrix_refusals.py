@@ -51,7 +51,11 @@ def _no_native(adapter: Adapter, transformer: Any, trial: Trial) -> str | None:
     if not hasattr(transformer, "enable_cache") or cls.__name__ in _WRONG[kind]:
         return kind
     known = TransformerBlockRegistry._registry
-    blocks = [type(block) for listed in block_lists(adapter, transformer) for _, block in blocks_of(listed, adapter, transformer)]
+    blocks = [
+        type(block)
+        for listed in block_lists(adapter, transformer)
+        for _, block in blocks_of(listed, adapter, transformer)
+    ]
     if any(block not in known for block in blocks):
         return kind
     return "controlnet_block_samples" if "controlnet" in getattr(trial.pipe, "components", {}) else None

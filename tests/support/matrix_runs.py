@@ -1,4 +1,4 @@
-"""Runs of stock pipelines for the matrix: the rows of a batch, a run's latents, and what is done to a pipeline between."""
+"""Runs of stock pipelines for the matrix: rows of a batch, a run's latents, and what is done to a pipeline between."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 Call = dict[str, Any]
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - reads as what it is
     """What the tests raise in the middle of a run."""
 
 
