@@ -71,10 +71,10 @@ def called(plain: Plain, prompts: Sequence[int], how: str) -> Iterator[Call]:
             if "num_inference_steps" in made:
                 made = {**made, "num_inference_steps": 1}
         elif how == "images":
-            name = next(
-                name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in runs.parameters(pipe)
-            )
-            made = {**made, name: 2}
+            names = [one for one in ("num_images_per_prompt", "num_videos_per_prompt") if one in runs.parameters(pipe)]
+            if not names:
+                raise ValueError("it makes one of each prompt")
+            made = {**made, names[0]: 2}
         yield made
 
 
