@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import tomllib
 from mutations import Mutation, mutated, mutations_of
 
 ROOT = Path(__file__).resolve().parents[2]

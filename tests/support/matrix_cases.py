@@ -83,7 +83,7 @@ def few() -> dict[str, Case]:
 
 
 def many(name: str) -> list[Case]:
-    """Cases of a pipeline with every method in `EACH` situations, every situation among them; the one of `few` is not."""
+    """Cases of a pipeline with every method in `EACH` situations, every situation among them or in `few`."""
     left, chosen = [case for case in cases_of(name) if case != few()[name]], []
     situations: Counter[str] = Counter([few()[name][1]])
     for method in METHODS:

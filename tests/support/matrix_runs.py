@@ -144,7 +144,7 @@ def _encode_without_noise(vae: Any) -> None:
 def parameters(pipe: Any) -> Mapping[str, Any]:
     """The arguments that a pipeline's call takes, or a modular pipeline's blocks."""
     if hasattr(pipe, "blocks"):
-        return {one.name: one for one in pipe.blocks.inputs}
+        return {one.name: one for one in pipe.blocks.inputs if one.name is not None}
     calls = [vars(cls)["__call__"] for cls in type(pipe).__mro__ if "__call__" in vars(cls)]
     named = [inspect.signature(call).parameters for call in calls]
     return next((known for known in named if "num_inference_steps" in known), named[0])

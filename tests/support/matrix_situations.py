@@ -68,8 +68,9 @@ def called(plain: Plain, prompts: Sequence[int], how: str) -> Iterator[Call]:
             made = stack.enter_context(runs.ending(stock, pipe, made, len(prompts)))
         elif how.startswith("scale"):
             made = stack.enter_context(runs.scaled(stock, pipe, made, float(how.split()[1])))
-            if "num_inference_steps" in made:
-                made = {**made, "num_inference_steps": 1}
+            if "num_inference_steps" not in made:
+                raise ValueError("it takes no single step")
+            made = {**made, "num_inference_steps": 1}
         elif how == "images":
             names = [one for one in ("num_images_per_prompt", "num_videos_per_prompt") if one in runs.parameters(pipe)]
             if not names:
@@ -257,12 +258,14 @@ def _bare(trial: Trial) -> list[str]:
         trial.fresh()
 
 
+def longer(call: Call) -> Call:
+    """Return a call of more steps."""
+    return {**call, **({"num_inference_steps": STEPS + 2} if "num_inference_steps" in call else {})}
+
+
 def _other(trial: Trial) -> list[str]:
     """Another pipeline around the transformer, of another number of steps, is as under an attachment of its own."""
-    first, other = trial.one(), runs.twin(trial.pipe)
-    call = {**trial.plain.call}
-    if "num_inference_steps" in call:
-        call["num_inference_steps"] = STEPS + 2
+    first, other, call = trial.one(), runs.twin(trial.pipe), longer(trial.plain.call)
     trial.close()
     try:
         with trial.attach(other):
@@ -347,12 +350,12 @@ def plain_of(situation: str, plain: Plain) -> None:
     if situation in ("guidance off", "guidance ends midway"):
         if torch.equal(plain.rows([0], [0], how=ROWS[situation][0]), plain.rows([0], [0], how="guided")):
             raise ValueError("it changes nothing in this class")
-    elif situation == "after an exception":
+    elif situation.endswith("after an exception"):
         runs.run_until(plain.pipe, plain.call, 0)
     elif situation == "after an interrupt":
         runs.run_interrupted(plain.pipe, plain.call, 1)
     elif situation == "another pipeline":
-        runs.run(runs.twin(plain.pipe), plain.call)
+        runs.run(runs.twin(plain.pipe), longer(plain.call))
     elif situation == "latents in place" and far(runs.run_in_place(plain.pipe, plain.call), plain.rows([0], [0])):
         raise ValueError("the plain pipeline gives something else")
 

@@ -199,7 +199,8 @@ def _ltx2(cls: type, **call: Any) -> Made:
     parts = {name: part for name, part in pipe.components.items() if name in assembled(cls)}
     taken = set(inspect.signature(cls.__call__).parameters)
     other = assemble(cls, **parts)
-    return other, {name: value for name, value in {**made, **call}.items() if name in taken}
+    unscaled = dict(guidance_rescale=0.0, audio_guidance_rescale=0.0)  # with which methods of guidance are refused
+    return other, {name: value for name, value in {**made, **unscaled, **call}.items() if name in taken}
 
 
 def ltx2_image() -> Made:
