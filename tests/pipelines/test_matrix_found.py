@@ -16,7 +16,6 @@ from tiny_image_pipelines import picture
 from wan_tiny import sharp_transformer, tiny_transformer
 
 from dit_accel import (
-    DFA,
     PAG,
     SLG,
     EasyCache,
@@ -156,7 +155,7 @@ def test_a_share_of_the_steps_is_as_many_for_attention_as_for_caches(share, step
 
 @pytest.mark.parametrize(
     "method",
-    [FirstBlockCache(threshold=5.0, warmup_steps=1), SLG(layers="L1", scale=2.0, start=0.0, stop=1.0), DFA()],
+    [FirstBlockCache(threshold=5.0, warmup_steps=1), SLG(layers="L1", scale=2.0, start=0.0, stop=1.0)],
     ids=lambda method: method.name,
 )
 def test_a_transformer_compiled_after_attach_is_followed_or_said(method):
@@ -197,7 +196,7 @@ def test_a_transformer_replaced_while_attached_is_said():
             except DitAccelError:
                 return
         said = [str(one.message) for one in caught if "attach" in str(one.message)]
-        assert said or attachment.report().notes or attachment.report().density != before
+        assert said or attachment.report().density != before
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,10 @@ def test_two_threads_around_one_attached_transformer_are_right_or_refused(method
             made[seed] = error
 
     with attached(pipe, method):
-        right = {seed: one(**call, generator=torch.Generator().manual_seed(seed)).frames for seed, one in ((0, pipe), (1, other))}
+        right = {
+            seed: one(**call, generator=torch.Generator().manual_seed(seed)).frames
+            for seed, one in ((0, pipe), (1, other))
+        }
         threads = [threading.Thread(target=thread, args=pair) for pair in ((0, pipe), (1, other))]
         for one in threads:
             one.start()

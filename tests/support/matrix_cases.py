@@ -71,25 +71,21 @@ def cases_of(name: str) -> list[Case]:
 
 
 @cache
-def few() -> dict[str, list[Case]]:
-    """The fewest cases that have every method in every situation somewhere, at least one of every pipeline."""
-    left = {name: cases_of(name) for name in PIPELINES}
-    chosen: dict[str, list[Case]] = {name: [] for name in PIPELINES}
-    seen: set[Case] = set()
-    missing = {case for cases in left.values() for case in cases}
-    while missing - seen:
-        for name, cases in left.items():
-            new = [case for case in cases if case not in seen]
-            if new or not chosen[name]:
-                chosen[name].append((new or cases)[0])
-                seen.add(chosen[name][-1])
+def few() -> dict[str, Case]:
+    """One case of every pipeline, the methods and the situations in turn: of those that were least, one not yet had."""
+    chosen: dict[str, Case] = {}
+    seen: Counter[object] = Counter()
+    for name in PIPELINES:
+        running = [case for case in cases_of(name) if case[0] not in limits()[name].refused]
+        chosen[name] = min(running, key=lambda case: (seen[case], seen[case[0]] + seen[case[1]]))
+        seen.update([chosen[name], *chosen[name]])
     return chosen
 
 
 def many(name: str) -> list[Case]:
-    """Cases of a pipeline with every method in `EACH` situations, every situation among them, others beside `few`."""
-    left, chosen = [case for case in cases_of(name) if case not in few()[name]], []
-    situations: Counter[str] = Counter()
+    """Cases of a pipeline with every method in `EACH` situations, every situation among them or in `few`."""
+    left, chosen = [case for case in cases_of(name) if case != few()[name]], []
+    situations: Counter[str] = Counter([few()[name][1]])
     for method in METHODS:
         mine = [case for case in left if case[0] == method]
         for _ in range(min(EACH, len(mine))):

@@ -84,7 +84,8 @@ def write(pattern: str) -> None:
     for name, stock in PIPELINES.items():
         if re.search(pattern, name):
             found[name] = asdict(found_of(Plain(name, stock)))
-    FILE.write_text(json.dumps({name: found[name] for name in PIPELINES if name in found}, indent=1) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(found[name])}" for name in PIPELINES if name in found]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

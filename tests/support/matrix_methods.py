@@ -18,12 +18,16 @@ _LARGER: Mapping[str, Any] = dict(trained_height=2, trained_width=2)
 
 
 def _negative_text(call: Mapping[str, Any]) -> torch.Tensor:
-    """Embeddings of a negative text, as wide as the prompt's."""
-    for name in ("prompt_embeds", "prompt_embeds_qwen", "prompt_embeds_t5", "embeds"):
-        if name in call:
-            prompt = call[name][0][None] if isinstance(call[name], list) else call[name]
-            return torch.randn(1, *prompt.shape[1:], generator=torch.Generator().manual_seed(9))
-    return torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(9))
+    """Embeddings of a negative text, as many tokens as the prompt's and as wide."""
+    size = (6, 16)
+    for name in ("prompt_embeds", "prompt_embeds_qwen", "prompt_embeds_t5", "qwen_prompt_embeds"):
+        prompt = call.get(name)
+        while isinstance(prompt, list):
+            prompt = prompt[0]
+        if isinstance(prompt, torch.Tensor):
+            size = prompt.shape[-2:]
+            break
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(9))
 
 
 def _of(*configs: Any) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:

@@ -18,6 +18,9 @@ from dit_accel.methods.base import Place
 from dit_accel.methods.caches.native_limits import _WRONG
 from dit_accel.methods.registry import handler_of
 
+UNREADABLE = {"LTX2DFRPipeline": "those of no video"}
+"""Pipeline class -> in words, why its tokens are laid out as no method can read them."""
+
 
 def declared(trial: Trial) -> str | None:
     """Return, as a part of the error's text, why a method must be refused on a pipeline; None: it must run."""
@@ -30,6 +33,9 @@ def declared(trial: Trial) -> str | None:
     if Place.BLOCKS in places and adapter.blocks == ():
         return adapter.name
     if Place.POSITIONS in places and (why := _no_positions(adapter, transformer)):
+        return why
+    thins = places & {Place.ATTENTION, Place.POSITIONS}
+    if thins and (why := UNREADABLE.get(type(trial.pipe).__name__)):
         return why
     if trial.method == "teacache" and adapter.signal is None:
         return "does not say how to get it"
@@ -51,7 +57,11 @@ def _no_native(adapter: Adapter, transformer: Any, trial: Trial) -> str | None:
     if not hasattr(transformer, "enable_cache") or cls.__name__ in _WRONG[kind]:
         return kind
     known = TransformerBlockRegistry._registry
-    blocks = [type(block) for listed in block_lists(adapter, transformer) for _, block in blocks_of(listed, adapter, transformer)]
+    blocks = [
+        type(block)
+        for listed in block_lists(adapter, transformer)
+        for _, block in blocks_of(listed, adapter, transformer)
+    ]
     if any(block not in known for block in blocks):
         return kind
     return "controlnet_block_samples" if "controlnet" in getattr(trial.pipe, "components", {}) else None

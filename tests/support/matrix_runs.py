@@ -1,4 +1,4 @@
-"""Runs of stock pipelines for the matrix: the rows of a batch, a run's latents, and what is done to a pipeline between."""
+"""Runs of stock pipelines for the matrix: rows of a batch, a run's latents, and what is done to a pipeline between."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 Call = dict[str, Any]
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - reads as what it is
     """What the tests raise in the middle of a run."""
 
 
@@ -142,7 +142,9 @@ def _encode_without_noise(vae: Any) -> None:
 
 
 def parameters(pipe: Any) -> Mapping[str, Any]:
-    """The arguments that a pipeline's call takes."""
+    """The arguments that a pipeline's call takes, or a modular pipeline's blocks."""
+    if hasattr(pipe, "blocks"):
+        return {one.name: one for one in pipe.blocks.inputs if one.name is not None}
     calls = [vars(cls)["__call__"] for cls in type(pipe).__mro__ if "__call__" in vars(cls)]
     named = [inspect.signature(call).parameters for call in calls]
     return next((known for known in named if "num_inference_steps" in known), named[0])

@@ -1,6 +1,5 @@
 """The situations of the matrix: what is run of a pipeline with a method attached, and what each must equal."""
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor
 import dit_accel
 
 SPREAD = 100.0
-"""A method may spread the rounding by which a plain batch differs from its rows alone so far, which its own steps add to."""
+"""So many times the rounding by which a plain batch differs from its rows alone is still rounding with a method."""
 NOT_BARE = ("attach to the pipeline", "must know which prompt")
 """What is advised where a method is refused on a transformer alone."""
 ROUNDING = 1e-5
@@ -69,11 +68,14 @@ def called(plain: Plain, prompts: Sequence[int], how: str) -> Iterator[Call]:
             made = stack.enter_context(runs.ending(stock, pipe, made, len(prompts)))
         elif how.startswith("scale"):
             made = stack.enter_context(runs.scaled(stock, pipe, made, float(how.split()[1])))
-            if "num_inference_steps" in made:
-                made = {**made, "num_inference_steps": 1}
+            if "num_inference_steps" not in made:
+                raise ValueError("it takes no single step")
+            made = {**made, "num_inference_steps": 1}
         elif how == "images":
-            name = next(name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in runs.parameters(pipe))
-            made = {**made, name: 2}
+            names = [one for one in ("num_images_per_prompt", "num_videos_per_prompt") if one in runs.parameters(pipe)]
+            if not names:
+                raise ValueError("it makes one of each prompt")
+            made = {**made, names[0]: 2}
         yield made
 
 
@@ -158,7 +160,9 @@ def wrong(what: str, difference: float, allowed: float = 0.0) -> list[str]:
     return [] if difference <= allowed else [f"{what}: {difference:.2g} off, {allowed:.2g} is rounding"]
 
 
-def compare_rows(trial: Trial, prompts: Sequence[int], seeds: Sequence[int], how: str = "", alone: str | None = None) -> list[str]:
+def compare_rows(
+    trial: Trial, prompts: Sequence[int], seeds: Sequence[int], how: str = "", alone: str | None = None
+) -> list[str]:
     """Compare each row of a batch with that row alone."""
     alone = how if alone is None else alone
     asked = [prompts[0]] if how == "images" else prompts
@@ -254,12 +258,14 @@ def _bare(trial: Trial) -> list[str]:
         trial.fresh()
 
 
+def longer(call: Call) -> Call:
+    """Return a call of more steps."""
+    return {**call, **({"num_inference_steps": STEPS + 2} if "num_inference_steps" in call else {})}
+
+
 def _other(trial: Trial) -> list[str]:
     """Another pipeline around the transformer, of another number of steps, is as under an attachment of its own."""
-    first, other = trial.one(), runs.twin(trial.pipe)
-    call = {**trial.plain.call}
-    if "num_inference_steps" in call:
-        call["num_inference_steps"] = STEPS + 2
+    first, other, call = trial.one(), runs.twin(trial.pipe), longer(trial.plain.call)
     trial.close()
     try:
         with trial.attach(other):
@@ -335,7 +341,7 @@ def prepare(situation: str, plain: Plain) -> None:
         if torch.equal(one, other):
             raise ValueError("it changes nothing in this class")
     else:
-        plain.rows([0], [0], how="")
+        plain.rows([0], [0])
 
 
 def plain_of(situation: str, plain: Plain) -> None:
@@ -344,15 +350,14 @@ def plain_of(situation: str, plain: Plain) -> None:
     if situation in ("guidance off", "guidance ends midway"):
         if torch.equal(plain.rows([0], [0], how=ROWS[situation][0]), plain.rows([0], [0], how="guided")):
             raise ValueError("it changes nothing in this class")
-    elif situation == "after an exception":
+    elif situation.endswith("after an exception"):
         runs.run_until(plain.pipe, plain.call, 0)
     elif situation == "after an interrupt":
         runs.run_interrupted(plain.pipe, plain.call, 1)
     elif situation == "another pipeline":
-        runs.run(runs.twin(plain.pipe), plain.call)
-    elif situation == "latents in place":
-        if far(runs.run_in_place(plain.pipe, plain.call), plain.rows([0], [0], how="")):
-            raise ValueError("the plain pipeline gives something else")
+        runs.run(runs.twin(plain.pipe), longer(plain.call))
+    elif situation == "latents in place" and far(runs.run_in_place(plain.pipe, plain.call), plain.rows([0], [0])):
+        raise ValueError("the plain pipeline gives something else")
 
 
 def _rows_alike(batch: Tensor, alone: Sequence[Tensor]) -> None:

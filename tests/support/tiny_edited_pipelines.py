@@ -110,9 +110,7 @@ def z_image_controlnet() -> Made:
 
 
 def z_image_controlnet_inpaint() -> Made:
-    return _z_image_controlnet(
-        diffusers.ZImageControlNetInpaintPipeline, 4 + 4 + 1, image=picture(), mask_image=mask()
-    )
+    return _z_image_controlnet(diffusers.ZImageControlNetInpaintPipeline, 4 + 4 + 1, image=picture(), mask_image=mask())
 
 
 def z_image_omni() -> Made:
@@ -139,9 +137,7 @@ def cogview4_control() -> Made:
 
 
 def hunyuan_dit_pag() -> Made:
-    return _changed(
-        diffusers.HunyuanDiTPAGPipeline, other.hunyuan_dit(), PAG, pag_scale=2.0
-    )
+    return _changed(diffusers.HunyuanDiTPAGPipeline, other.hunyuan_dit(), PAG, pag_scale=2.0)
 
 
 def hunyuan_dit_controlnet() -> Made:
@@ -161,9 +157,7 @@ def pixart_alpha() -> Made:
 
 
 def pixart_pag() -> Made:
-    return _changed(
-        diffusers.PixArtSigmaPAGPipeline, other.pixart(), PAG, pag_scale=2.0
-    )
+    return _changed(diffusers.PixArtSigmaPAGPipeline, other.pixart(), PAG, pag_scale=2.0)
 
 
 def prx_pixel() -> Made:
@@ -241,7 +235,10 @@ def ideogram4() -> Made:
         listed = [prompt] if isinstance(prompt, str) else prompt
         features = one["encoder_hidden_states"]
         text = texts(listed, *features.shape[1:]) * (features != 0)
-        rest = (one[name].repeat(len(listed), *[1] * (one[name].ndim - 1)) for name in ("position_ids", "segment_ids", "indicator"))
+        rest = (
+            one[name].repeat(len(listed), *[1] * (one[name].ndim - 1))
+            for name in ("position_ids", "segment_ids", "indicator")
+        )
         return (text, *rest)
 
     pipe.encode_prompt = encoded

@@ -1,11 +1,10 @@
-"""Further tiny pipelines of the FLUX families and their kin: inpainting, control, editing; prompts come as embeddings."""
+"""Further tiny pipelines of FLUX and its kin: inpainting, control, editing; prompts come as embeddings."""
 
 import inspect
 import zlib
 from typing import Any
 
 import diffusers
-import tiny_image_models as tiny
 import tiny_image_pipelines as image
 import torch
 from tiny_image_pipelines import SIZE, Made, assemble, build, flow, picture, pil, prompts, vae
@@ -71,9 +70,7 @@ def flux_controlnet_img2img() -> Made:
 
 
 def flux_controlnet_inpaint() -> Made:
-    return _flux_controlnet(
-        diffusers.FluxControlNetInpaintPipeline, image=picture(), strength=1.0, mask_image=mask()
-    )
+    return _flux_controlnet(diffusers.FluxControlNetInpaintPipeline, image=picture(), strength=1.0, mask_image=mask())
 
 
 def _cloze(cls: type, **call: Any) -> Made:
@@ -138,8 +135,8 @@ def longcat() -> Made:
 
 
 def longcat_edit() -> Made:
-    with_size = dict(image=pil(128, 160))
-    pipe, call = _longcat(diffusers.LongCatImageEditPipeline, **with_size)
+    cls = image.small_references(diffusers.LongCatImageEditPipeline, (160, 128))
+    pipe, call = _longcat(cls, image=pil(128, 160))
     return pipe, {name: value for name, value in call.items() if name not in ("height", "width")}
 
 

@@ -11,7 +11,7 @@ import torch
 from tiny_flux_pipelines import assembled
 from tiny_image_pipelines import assemble, vae
 from tiny_models import COGVIDEOX, COGVIDEOX_TINY, HUNYUAN_TINY
-from tiny_video_pipelines import EULER, Unguarded, _build, _hunyuan_vae, _masked, _prompts, _wan_vae
+from tiny_video_pipelines import EULER, Unguarded, _build, _prompts, _wan_vae
 from tiny_wan_pipelines import Made, picture, video
 
 SIZE = dict(height=64, width=128, num_frames=25, num_inference_steps=4)
@@ -75,25 +75,6 @@ def cosmos2_video() -> Made:
     return _cosmos2(diffusers.Cosmos2VideoToWorldPipeline, 5, image=picture(64, 128))
 
 
-UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
-
-
-def cosmos25_predict() -> Made:
-    scheduler = diffusers.UniPCMultistepScheduler(**UNIPC)
-    return _cosmos2(diffusers.Cosmos2_5_PredictBasePipeline, 5, {"scheduler": scheduler})
-
-
-def cosmos25_transfer() -> Made:
-    known = ("num_attention_heads", "attention_head_dim", "text_embed_dim", "adaln_lora_dim", "mlp_ratio", "max_size")
-    config = {name: models.COSMOS_TINY[name] for name in known}
-    config |= dict(n_controlnet_blocks=1, in_channels=5, latent_channels=6, model_channels=36, extra_pos_embed_type=None)
-    parts = {"scheduler": diffusers.UniPCMultistepScheduler(**UNIPC)}
-    parts["controlnet"] = _build(diffusers.CosmosControlNetModel, config)
-    return _cosmos2(
-        diffusers.Cosmos2_5_TransferPipeline, 5, parts, controls=video(25, 64, 128), num_frames_per_chunk=25
-    )
-
-
 def _easyanimate(cls: type, channels: int, **call: Any) -> Made:
     pipe, made = video_pipelines.easyanimate()
     pipe.vae.register_to_config(cache_mag_vae=False)
@@ -104,10 +85,6 @@ def _easyanimate(cls: type, channels: int, **call: Any) -> Made:
 
 def _frames(frames: int = 25) -> torch.Tensor:
     return torch.rand(1, 3, frames, 64, 128, generator=torch.Generator().manual_seed(4))
-
-
-def easyanimate_control() -> Made:
-    return _easyanimate(diffusers.EasyAnimateControlPipeline, 8, control_video=_frames())
 
 
 def easyanimate_inpaint() -> Made:
@@ -154,9 +131,7 @@ def hunyuan_image_replaced() -> Made:
 
 def hunyuan15_image() -> Made:
     pipe, call = video_pipelines.hunyuan_video15()
-    made = diffusers.HunyuanVideo15ImageToVideoPipeline(
-        **pipe.components, image_encoder=None, feature_extractor=None
-    )
+    made = diffusers.HunyuanVideo15ImageToVideoPipeline(**pipe.components, image_encoder=None, feature_extractor=None)
     made.vision_num_semantic_tokens, made.vision_states_dim = 3, 8
     made.target_size = 64
     made._get_image_embeds = lambda *args, **kwargs: torch.ones(1, 3, 8)
@@ -224,7 +199,8 @@ def _ltx2(cls: type, **call: Any) -> Made:
     parts = {name: part for name, part in pipe.components.items() if name in assembled(cls)}
     taken = set(inspect.signature(cls.__call__).parameters)
     other = assemble(cls, **parts)
-    return other, {name: value for name, value in {**made, **call}.items() if name in taken}
+    unscaled = dict(guidance_rescale=0.0, audio_guidance_rescale=0.0)  # with which methods of guidance are refused
+    return other, {name: value for name, value in {**made, **unscaled, **call}.items() if name in taken}
 
 
 def ltx2_image() -> Made:
@@ -245,7 +221,3 @@ def ltx2_hdr() -> Made:
 
 def ltx2_dfr() -> Made:
     return _ltx2(diffusers.LTX2DFRPipeline, generate_slots=False)
-
-
-def ltx2_dfr_refine() -> Made:
-    return _ltx2(diffusers.LTX2DFRTemporalRefinePipeline)

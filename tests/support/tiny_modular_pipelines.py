@@ -14,9 +14,9 @@ import tiny_pipelines
 import tiny_video_pipelines as video
 import tiny_wan_pipelines as wan
 import torch
-from matrix_methods import STEPS
 from diffusers import modular_pipelines as package
 from diffusers.modular_pipelines import ModularPipeline
+from matrix_methods import STEPS
 
 Made = tuple[Any, dict[str, Any]]
 HIDDEN = ("num_images_per_prompt", "num_videos_per_prompt", "output_type")
@@ -132,7 +132,7 @@ def _ideogram4() -> Made:
     features = tiny_image_models.ideogram4(1, padding=2)["encoder_hidden_states"]
     width = features.shape[-1]
     return modular(
-        "Ideogram4ModularPipeline", other.ideogram4, guidance_schedule=(2.0,) * STEPS, 
+        "Ideogram4ModularPipeline", other.ideogram4, guidance_schedule=(2.0,) * STEPS,
         text_features=_latents(8, width), text_lengths=[8],
     )  # fmt: skip
 
@@ -146,13 +146,19 @@ def _cosmos3_distilled() -> Made:
 
 
 MODULAR: dict[str, Callable[[], Made]] = {
-    "AnimaModularPipeline": of("AnimaModularPipeline", further.cosmos2_image, parts={"text_conditioner": Conditioner()}, **_ANIMA),
+    "AnimaModularPipeline": of(
+        "AnimaModularPipeline", further.cosmos2_image, parts={"text_conditioner": Conditioner()}, **_ANIMA
+    ),
     "Cosmos3OmniModularPipeline": of(
-        "Cosmos3OmniModularPipeline", video.cosmos3, cond_input_ids=_letters("a kite")[0],
+        "Cosmos3OmniModularPipeline",
+        video.cosmos3,
+        cond_input_ids=_letters("a kite")[0],
         uncond_input_ids=_letters("dull")[0],
     ),
     "Cosmos3DistilledModularPipeline": _cosmos3_distilled,
-    "EchoModularPipeline": of("EchoModularPipeline", video.ltx2, sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.0], **_connected(negative=False)),
+    "EchoModularPipeline": of(
+        "EchoModularPipeline", video.ltx2, sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.0], **_connected(negative=False)
+    ),
     "ErnieImageModularPipeline": of("ErnieImageModularPipeline", other.ernie_image),
     "FluxModularPipeline": of("FluxModularPipeline", image.flux),
     "FluxKontextModularPipeline": of("FluxKontextModularPipeline", image.flux_kontext),
@@ -167,7 +173,9 @@ MODULAR: dict[str, Callable[[], Made]] = {
         "QwenImageLayeredModularPipeline", other.qwen_image_layered, image_latents=_latents(1, 1, 16, 20)
     ),
     "QwenImage21ModularPipeline": of("QwenImage21ModularPipeline", other.qwen_image_21, **_PAD),
-    "QwenImage21TurboModularPipeline": of("QwenImage21TurboModularPipeline", other.qwen_image_21, image_pad_mask=_PAD["image_pad_mask"]),
+    "QwenImage21TurboModularPipeline": of(
+        "QwenImage21TurboModularPipeline", other.qwen_image_21, image_pad_mask=_PAD["image_pad_mask"]
+    ),
     "Flux2ModularPipeline": of("Flux2ModularPipeline", image.flux2),
     "Flux2KleinModularPipeline": of("Flux2KleinModularPipeline", image.flux2_klein),
     "Flux2KleinBaseModularPipeline": of("Flux2KleinBaseModularPipeline", image.flux2_klein),
@@ -175,7 +183,8 @@ MODULAR: dict[str, Callable[[], Made]] = {
     "HeliosModularPipeline": of("HeliosModularPipeline", video.helios),
     "HeliosPyramidModularPipeline": of("HeliosPyramidModularPipeline", further.helios_pyramid),
     "HeliosPyramidDistilledModularPipeline": of(
-        "HeliosPyramidDistilledModularPipeline", further.helios_pyramid,
+        "HeliosPyramidDistilledModularPipeline",
+        further.helios_pyramid,
         parts={"scheduler": diffusers.HeliosDMDScheduler(gamma=0.25)},
     ),
     "HunyuanVideo15ModularPipeline": of("HunyuanVideo15ModularPipeline", video.hunyuan_video15),
@@ -194,7 +203,9 @@ MODULAR: dict[str, Callable[[], Made]] = {
     "Wan22Image2VideoModularPipeline": of(
         "Wan22Image2VideoModularPipeline", wan.wan_image_two_experts, image_condition_latents=_latents(16, 5, 8, 8)
     ),
-    "Wan22VaceModularPipeline": of("Wan22VaceModularPipeline", wan.wan_vace_two_experts, denoiser_input_fields=_CONTROL),
+    "Wan22VaceModularPipeline": of(
+        "Wan22VaceModularPipeline", wan.wan_vace_two_experts, denoiser_input_fields=_CONTROL
+    ),
     "ZImageModularPipeline": of("ZImageModularPipeline", image.z_image),
 }
 """Modular pipeline class -> maker of (pipeline, arguments of a call)."""
