@@ -85,6 +85,7 @@ def decided(attachment: Any) -> tuple[list[bool], list[float], Any]:
     return [entry["reused"] for entry in data["forwards"]], values, data.get("computed_blocks")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", CACHES)
 def test_loops_that_write_in_place_are_cached_like_others(name):
     model = six_blocks()
