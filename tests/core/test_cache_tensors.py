@@ -22,9 +22,11 @@ from dit_accel import (
     StaticCache,
     TeaCache,
 )  # fmt: skip
+from dit_accel.attachment.calls import Held
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.config import MeasuredCacheConfig
 from dit_accel.methods.caches.engine import Decider, StepCacheHandler
+from dit_accel.methods.caches.history import own_copies
 
 STEPS = 10
 ALL = dict(warmup_steps=1, last_steps=1)
@@ -217,3 +219,31 @@ def test_what_is_kept_shares_no_memory_with_what_passes_through(name):
     ]
     assert memory[0]
     assert not memory[0] & memory[1]
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as collectives give one for what they will have gathered."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = torch.utils._pytree.tree_map_only(Wrapper, lambda one: one.inner, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def test_what_does_not_tell_its_memory_is_copied_and_recognised_by_its_values():
+    inner, plain = torch.arange(3.0), torch.zeros(3)
+    kept = own_copies({"wrapped": Wrapper(inner), "plain": plain}, [torch.ones(3)])
+    inner.add_(5)
+    assert kept["wrapped"].tolist() == [0, 1, 2]
+    assert kept["plain"] is plain
+    assert own_copies(plain, [Wrapper(plain)]) is not plain  # it may be what is wrapped
+    held = Held((Wrapper(inner),))
+    assert not held.is_unchanged_memory((Wrapper(inner),))
+    assert held.has_values((Wrapper(inner),))
+    assert not held.has_values((torch.zeros(3),))

@@ -152,15 +152,21 @@ def own_copies(kept: Any, given: Any) -> Any:
     copies: dict[int, Tensor] = {}  # a tensor that is kept twice is copied once
 
     def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or _memory_of(leaf) not in memory:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if None not in memory and (place := _memory_of(leaf)) is not None and place not in memory:
             return leaf
         return copies.setdefault(id(leaf), leaf.detach().clone())
 
     return tree_map(own, kept)
 
 
-def _memory_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _memory_of(tensor: Tensor) -> int | None:
+    """Return where a tensor's memory lies; None for a wrapper that tells nothing of it, as collectives give."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return None
 
 
 def _covering(output: Any, latents: Any) -> Tensor | None:
