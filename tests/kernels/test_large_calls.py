@@ -123,3 +123,15 @@ def test_lists_of_a_part_of_the_heads_give_the_same(monkeypatch, groups, routes,
     assert all(map(torch.equal, *found))
     assert len(scratch) > 1
     assert max(scratch) <= max(copies, 2 if groups == 1 else 1) * one + 8  # heads of one key head stay together
+
+
+def test_gradients_of_output_and_lse_a_part_at_a_time_are_those_of_the_whole(monkeypatch):
+    leaves, tiles, one = a_call(4, False)
+    selection, found = Selection(keep=chosen(2, 4, 3, 3, share=0.8)), []
+    for limit in (1 << 30, one):
+        monkeypatch.setattr(triton_slices, "SCRATCH_BYTES", limit)
+        out, lse = block_sparse_attention(
+            *leaves, tiles, layout="bhsd", backend="triton", selection=selection, return_lse=True
+        )
+        found.append(torch.autograd.grad(out.sum() + lse[lse.isfinite()].sum(), leaves))
+    assert all(map(torch.equal, *found))

@@ -382,3 +382,17 @@ def test_lists_that_batches_or_heads_share_are_copied_once_for_each_of_them():
     assert _copies(8, 0, 3, 4) == ((0, 1), 4)
     assert _copies(0, 2, 3, 4) == ((1, 0), 3)
     assert _copies(0, 0, 3, 4) == ((4, 1), 12)
+
+
+@pytest.mark.parametrize("decays", [True, False])
+def test_calls_with_decay_take_the_launch_rows_of_decay(monkeypatch, decays):
+    asked, real = [], triton_backend.launch_of
+    monkeypatch.setattr(
+        triton_backend, "launch_of", lambda *given, **named: asked.append(named["features"]) or real(*given, **named)
+    )
+    q, k, v = (torch.randn(1, 1, 32, 16) for _ in range(3))
+    frames = torch.arange(32, dtype=torch.int32) // 16
+    decay = FrameDecay(table=torch.tensor([1.0, 0.5]), q_frames=frames, k_frames=frames) if decays else None
+    tiles = TileLists.full(32, 32, block_q=16, block_k=16)
+    block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="triton", frame_decay=decay)
+    assert asked == [("decay",) if decays else ()]

@@ -9,8 +9,9 @@ either a test is missing, or the changed line does the same as before. Those of 
     make mutants ARGS="--sample 50 --seed 3"         # others
     make mutants ARGS="--only plan/plan.py"          # all defects of one file
 
-Which tests run a line is measured once, by coverage, and kept in ``.mutants/`` until ``--anew``. Only what `make test`
-runs counts, not the slow tests.
+Which tests run a line is measured once, by coverage, and kept in ``.mutants/`` until ``--anew``, as is how each defect
+ended: a run that was stopped goes on where it was, survivors are tried again. Only what `make test` runs counts, not
+the slow tests.
 """
 
 import argparse
@@ -39,6 +40,7 @@ TARGETS = (
     "dit_accel/rules", "dit_accel/plan", "dit_accel/attachment", "dit_accel/methods/caches",
     "kernels/dit_accel_kernels",
 )  # fmt: skip
+KEPT = WORK / "outcomes.jsonl"
 PACKAGES = (".", "kernels", "pipelines", "eval", "assets")
 TESTS = ("tests/core", "tests/kernels", "tests/pipelines")
 FIRST_SECONDS, LONGEST = 20.0, 900.0
@@ -173,6 +175,13 @@ class Bench:
         self.process.wait()
 
 
+def kept() -> dict[str, dict[str, Any]]:
+    """Return how defects ended in runs before, survivors left out: a test may notice them now."""
+    lines = [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
+    ended = {line.pop("defect"): line for line in lines}
+    return {key: outcome for key, outcome in ended.items() if outcome["end"] != "passed"}
+
+
 def judged(mutations: Sequence[Mutation], known: dict[str, Any], workers: int) -> dict[str, dict[str, Any]]:
     """Return how each defect ended; what a test noticed counts only if that test passes without any defect."""
     free: SimpleQueue[Bench] = SimpleQueue()
@@ -187,11 +196,15 @@ def judged(mutations: Sequence[Mutation], known: dict[str, Any], workers: int) -
         finally:
             free.put(bench)
         print(f"{outcome['end']:7} {outcome['seconds']:6.1f} s  {mutation.line:4} {mutation.key[:150]}", flush=True)
+        with KEPT.open("a") as file:
+            file.write(json.dumps({"defect": mutation.key, **outcome}) + "\n")
         return mutation.key, outcome
 
     try:
         with ThreadPoolExecutor(workers) as pool:
-            outcomes = dict(pool.map(one, mutations))
+            before = kept()
+            outcomes = {one_.key: before[one_.key] for one_ in mutations if one_.key in before}
+            outcomes |= dict(pool.map(one, [one_ for one_ in mutations if one_.key not in before]))
         failing: set[str] = set()
         while True:  # tests that fail here without a defect notice nothing
             killers = {outcome["test"] for outcome in outcomes.values() if outcome["end"] == "failed"} - failing
@@ -243,6 +256,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=HERE / "score.json")
     options = parser.parse_args(arguments)
     WORK.mkdir(exist_ok=True)
+    if options.anew:
+        KEPT.unlink(missing_ok=True)
     known = measured(options.anew)
     equivalent = {
         entry["defect"]: entry["reason"]
@@ -250,7 +265,6 @@ def main(arguments: Sequence[str]) -> int:
     }
     mutations = drawn(options.sample, options.seed, options.only)
     outcomes = judged(mutations, known, options.workers)
-    (WORK / "outcomes.json").write_text(json.dumps(outcomes, indent=1))
     result = {"seed": options.seed, **score(mutations, outcomes, equivalent)}
     print(json.dumps(result, indent=1))
     if not options.only:
