@@ -12,7 +12,7 @@ from matrix_stock import PIPELINES
 
 from dit_accel import ConfigError
 
-EACH = 2
+EACH = 1
 """Situations of every pair of a pipeline and a method that `make test-slow` runs."""
 
 Case = tuple[str, str]
@@ -84,13 +84,27 @@ def few() -> dict[str, Case]:
 
 def many(name: str) -> list[Case]:
     """Cases of a pipeline with every method in `EACH` situations, every situation among them or in `few`."""
+    return _many()[name]
+
+
+@cache
+def _many() -> dict[str, list[Case]]:
+    """`many` of all pipelines: of what a pipeline can, first the cases that the fewest others have."""
+    taken: Counter[Case] = Counter(few().values())
+    return {name: _many_of(name, taken) for name in PIPELINES}
+
+
+def _many_of(name: str, taken: Counter[Case]) -> list[Case]:
     left, chosen = [case for case in cases_of(name) if case != few()[name]], []
     situations: Counter[str] = Counter([few()[name][1]])
     for method in METHODS:
         mine = [case for case in left if case[0] == method]
         for _ in range(min(EACH, len(mine))):
-            best = min(mine, key=lambda case: situations[case[1]])
+            best = min(mine, key=lambda case: (taken[case], situations[case[1]]))
             mine.remove(best)
             chosen.append(best)
             situations[best[1]] += 1
+    missing = [next((case for case in left if case[1] == one), None) for one in SITUATIONS if not situations[one]]
+    chosen += [case for case in missing if case is not None]
+    taken.update(chosen)
     return chosen

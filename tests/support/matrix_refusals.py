@@ -21,6 +21,9 @@ from dit_accel.methods.registry import handler_of
 UNREADABLE = {"LTX2DFRPipeline": "those of no video"}
 """Pipeline class -> in words, why its tokens are laid out as no method can read them."""
 
+MASKED = ("ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
+"""Pipeline classes that turn the text's mask into numbers, which attention methods can't follow (README)."""
+
 
 def declared(trial: Trial) -> str | None:
     """Return, as a part of the error's text, why a method must be refused on a pipeline; None: it must run."""
@@ -37,6 +40,8 @@ def declared(trial: Trial) -> str | None:
     thins = places & {Place.ATTENTION, Place.POSITIONS}
     if thins and (why := UNREADABLE.get(type(trial.pipe).__name__)):
         return why
+    if thins and trial.method != "rope" and type(trial.pipe).__name__ in MASKED:
+        return "sparse attention follows masks that hide keys"
     if trial.method == "teacache" and adapter.signal is None:
         return "does not say how to get it"
     if trial.method == "diffusers-cache":
@@ -74,6 +79,8 @@ def _not_guided(adapter: Adapter, trial: Trial) -> str | None:
         return why
     if trial.method == "nag":
         taken = isinstance(adapter.cross_attention, CrossAttention) or isinstance(adapter.joined_text, JoinedText)
+        if type(trial.pipe).__name__ == "Flux2KleinKVPipeline":
+            return "kv_cache"  # the text is in the first forward alone, so that none can be laid beside it
         return None if taken else "nag"
     guider = getattr(trial.pipe, "guider", None)
     if guider is not None and type(guider).__name__ != "ClassifierFreeGuidance":

@@ -1,5 +1,6 @@
 """The situations of the matrix: what is run of a pipeline with a method attached, and what each must equal."""
 
+import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from matrix_runs import Call, Stock, rows_call
 from torch import Tensor
 
 import dit_accel
+from dit_accel.adapters.registry import adapter_for
 
 SPREAD = 100.0
 """So many times the rounding by which a plain batch differs from its rows alone is still rounding with a method."""
@@ -215,7 +217,7 @@ def _end(trial: Trial) -> list[str]:
 
 def _scale(trial: Trial) -> list[str]:
     """What is added to the prediction does not depend on how far the pipeline guides; what NAG adds grows with that."""
-    if trial.method not in GUIDING:
+    if trial.method not in GUIDING or (trial.method == "nag" and _rescales(trial)):
         return []
     added = [trial.rows([0], [0], how) - trial.plain.rows([0], [0], how=how) for how in ("scale 2", "scale 4")]
     if trial.method == "nag":
@@ -223,6 +225,12 @@ def _scale(trial: Trial) -> list[str]:
     size = max(float(one.abs().max()) for one in added)
     latents = float(trial.plain.rows([0], [0], how="scale 4").abs().max())
     return wrong("what is added at scales 2 and 4", far(*added), 2e-3 * size + ROUNDING * latents)
+
+
+def _rescales(trial: Trial) -> bool:
+    """Whether the pipeline rescales the guided prediction, by which what NAG adds is no longer in proportion."""
+    patterns = adapter_for(type(trial.transformer).__name__).guidance.rescales
+    return any(fnmatch.fnmatch(type(trial.pipe).__name__, pattern) for pattern in patterns)
 
 
 def _exception(trial: Trial) -> list[str]:
