@@ -1,12 +1,14 @@
 """Which pipeline runs a forward, where several share a transformer."""
 
+import sys
+
 import diffusers
 import pytest
 import tiny_image_pipelines
 import tiny_video_pipelines
 import torch
 
-from dit_accel import attach
+from dit_accel import RadialAttention, attach
 from dit_accel.attachment.running import current_run
 
 
@@ -87,3 +89,30 @@ def test_a_run_goes_on_until_its_call_returns():
     assert runs[0].pipe is pipe
     assert not runs[0].goes_on()
     assert not runs[0].is_same(None)
+
+
+def test_a_run_is_the_pipelines_call_not_a_method_of_it_further_in():
+    pipe, _ = tiny_image_pipelines.flux()
+    found = []
+
+    class Outer(type(pipe)):
+        def __call__(self):
+            found.append(id(sys._getframe()))
+            self.denoise()
+
+        def denoise(self):
+            found.append(current_run(self.transformer).frame)
+
+    Outer(**pipe.components)()
+    assert found[0] == found[1]
+
+
+def test_observers_get_no_output_before_corrections_where_no_method_corrects():
+    from wan_tiny import tiny_transformer
+
+    transformer, seen = tiny_transformer(), []
+    radial = RadialAttention(block_size=16, dense_steps=0, dense_layers=0, dense_last_steps=0, decay_factor=0.2)
+    with attach(transformer, radial) as attachment, attachment.observe(seen.append), torch.no_grad():
+        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([900.0]), torch.randn(1, 6, 64))
+    assert seen
+    assert all(call.planned is None for call in seen)
