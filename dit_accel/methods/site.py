@@ -138,12 +138,14 @@ class Site(Protocol):
 
 
 def made_tensor(of: Any) -> Tensor:
-    """Return latents, or an output's prediction, as one tensor; of a list the last, before which images may be given.
+    """Return latents, or an output's prediction, as one tensor; of lists the last, before which images may be given.
 
     An image that is given does not change, and its prediction is 0: nothing can be measured by it.
     """
-    sample = of if isinstance(of, (Tensor, list)) else sample_of(of)
-    return (sample if isinstance(sample, Tensor) else sample[-1]).detach()
+    sample: Any = of if isinstance(of, (Tensor, list)) else sample_of(of)
+    while not isinstance(sample, Tensor):
+        sample = sample[-1]
+    return sample.detach()
 
 
 def sample_of(output: Any) -> Tensor:

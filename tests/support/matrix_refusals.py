@@ -42,11 +42,19 @@ def declared(trial: Trial) -> str | None:
         return why
     if thins and trial.method != "rope" and type(trial.pipe).__name__ in MASKED:
         return "sparse attention follows masks that hide keys"
+    if trial.method == "dfa" and not _flows(trial.pipe.scheduler):
+        return "reads the foreground off a flow model's prediction"
+    if trial.method == "profilingcache" and not adapter.guidance.share_prefix:
+        return "whose results it takes besides its streams"
     if trial.method == "teacache" and adapter.signal is None:
         return "does not say how to get it"
     if trial.method == "diffusers-cache":
         return _no_native(adapter, transformer, trial)
     return _not_guided(adapter, trial) if trial.method in GUIDING else None
+
+
+def _flows(scheduler: Any) -> bool:
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def _no_positions(adapter: Adapter, transformer: Any) -> str | None:
@@ -74,16 +82,15 @@ def _no_native(adapter: Adapter, transformer: Any, trial: Trial) -> str | None:
 
 def _not_guided(adapter: Adapter, trial: Trial) -> str | None:
     names = [cls.__name__ for cls in type(trial.pipe).__mro__]
+    texts = isinstance(adapter.cross_attention, CrossAttention) or isinstance(adapter.joined_text, JoinedText)
+    if trial.method == "nag" and not texts:
+        return "nag"
     own = getattr(adapter.guidance, "own", {})
     if why := next((own[name] for name in names if name in own), None):
         return why
-    if trial.method == "nag":
-        taken = isinstance(adapter.cross_attention, CrossAttention) or isinstance(adapter.joined_text, JoinedText)
-        if type(trial.pipe).__name__ == "Flux2KleinKVPipeline":
-            return "kv_cache"  # the text is in the first forward alone, so that none can be laid beside it
-        return None if taken else "nag"
-    guider = getattr(trial.pipe, "guider", None)
-    if guider is not None and type(guider).__name__ != "ClassifierFreeGuidance":
-        return f"its guider {type(guider).__name__}"
+    if trial.method == "nag":  # where the text is in the first forward alone, none can be laid beside it
+        return "kv_cache" if type(trial.pipe).__name__ == "Flux2KleinKVPipeline" else None
+    if getattr(trial.pipe, "guider", None) is not None:
+        return None  # what is added goes behind the guider's result, whatever that does
     patterns = adapter.guidance.rescales
     return next((patterns[one] for one in patterns for name in names if fnmatch.fnmatch(name, one)), None)

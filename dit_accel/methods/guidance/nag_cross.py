@@ -53,7 +53,7 @@ class CrossText:
     def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
         """Run a forward whose conditional rows (None: all) are led away from the negative text."""
         prompt = self._text.require_like(context.inputs.get(self._where.text))
-        with self._guiding(rows, prompt.shape[1]):
+        with self._guiding(rows, prompt.shape[1:-1].numel()):
             return run()
 
     @contextlib.contextmanager
