@@ -235,7 +235,8 @@ def _scale(trial: Trial) -> list[str]:
 def _rescales(trial: Trial) -> bool:
     """Whether the pipeline rescales the guided prediction, by which what NAG adds is no longer in proportion."""
     patterns = adapter_for(type(trial.transformer).__name__).guidance.rescales
-    return any(fnmatch.fnmatch(type(trial.pipe).__name__, pattern) for pattern in patterns)
+    names = [cls.__name__ for cls in type(trial.pipe).__mro__]
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
 
 
 def _exception(trial: Trial) -> list[str]:
