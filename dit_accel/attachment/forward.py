@@ -126,8 +126,9 @@ class Forward:
 
         def innermost(**changed: Any) -> Any:
             if not changed:
-                return self._observed(run, args, kwargs, grid, inputs)
-            given = {**inputs, **changed}
+                fresh = {name: _own_list(value) for name, value in kwargs.items()}
+                return self._observed(run, tuple(map(_own_list, args)), fresh, grid, inputs)
+            given = {name: _own_list(value) for name, value in {**inputs, **changed}.items()}
             return self._observed(run, (), given, self._look(given), given)
 
         if not self._functions:
@@ -260,6 +261,11 @@ class Forward:
         slot.idle = plain == NO_STEP
         slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
         return run(*args, **kwargs)
+
+
+def _own_list(value: Any) -> Any:
+    """Return a copy of a list: models may take its entries out, and a method may run them again."""
+    return list(value) if type(value) is list else value
 
 
 def switch(execution: Execution, state: TransformerState) -> None:

@@ -256,3 +256,11 @@ def test_guidance_that_ends_leaves_a_cache_no_history_of_the_other_prompt(order)
     plain, cached = loop(), loop(StaticCache(every=6, warmup_steps=1, last_steps=0))
     off = [float((cached[5]["cond"] - one).norm()) for one in (plain[5]["cond"], plain[0]["uncond"])]
     assert off[0] < off[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("HunyuanDiTControlNetPipeline", "pag"), ("ZImageOmniPipeline", "easycache")]
+)
+def test_inputs_that_are_lists_are_whole_in_each_forward_and_may_hold_lists(name, method):
+    """HunyuanDiT takes entries out of the list of residuals it is given; Z-Image Omni's latents are lists of lists."""
+    assert wrong_in(name, [(method, "one prompt")]) == []

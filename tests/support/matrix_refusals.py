@@ -40,7 +40,7 @@ def declared(trial: Trial) -> str | None:
     thins = places & {Place.ATTENTION, Place.POSITIONS}
     if thins and (why := UNREADABLE.get(type(trial.pipe).__name__)):
         return why
-    if thins and trial.method != "rope" and type(trial.pipe).__name__ in MASKED:
+    if thins and trial.method not in ("rope", "lite") and type(trial.pipe).__name__ in MASKED:
         return "sparse attention follows masks that hide keys"
     if trial.method == "dfa" and not _flows(trial.pipe.scheduler):
         return "reads the foreground off a flow model's prediction"
