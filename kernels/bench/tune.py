@@ -129,12 +129,12 @@ def compile_launch(key: Key, launch: Launch, match: str = "") -> list[dict[str, 
         for kind in FEATURES[key.kernel]:
             if re.search(match, kind):
                 launches_of(kind, at, key.arch, into)
-    records = []
-    for recorded in into.values():
-        if recorded.name.startswith(f"{key.kernel}-"):
-            records.append(aot.compile_one(recorded))
-            if aot.faults(records[-1]) or aot.spilled(records[-1]):
-                break
+        records = []
+        for recorded in into.values():  # a record names its row of the table, which is there inside the trial alone
+            if recorded.name.startswith(f"{key.kernel}-"):
+                records.append(aot.compile_one(recorded))
+                if aot.faults(records[-1]) or aot.spilled(records[-1]):
+                    break
     return records
 
 
