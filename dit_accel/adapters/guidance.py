@@ -20,6 +20,9 @@ Prompt = Literal["cond", "uncond"]
 Calls = Literal["alone", "in_turn", "together"]
 """How a pipeline calls its transformer in a step; each is a field of `Guidance` that names the pipeline classes."""
 
+WEIGHING_GUIDERS = ("ClassifierFreeGuidance", "LTX2Guidance")
+"""diffusers' guiders that, without a rescale, weigh the predictions of a step by weights that sum to 1."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
@@ -37,12 +40,15 @@ class Guidance:
             the negative prompt.
         together: classes whose forward holds both prompts while they guide, and the conditional one alone while they
             don't. Any further forward of a step is a perturbed prediction of the pipeline's own.
+        converted: classes that change each prediction before their guider mixes them (its sign, to a clean sample, some
+            of its tokens); what guidance adds is then added to each prediction, not to the guider's result.
         own: class name -> in words, why no method of guidance goes with it.
         first_rows: which rows come first where one forward holds both prompts.
         embedded: entry of the transformer's config that says that the scale of guidance is an input of the model, so
             that a forward in a loop written by hand, which opens no context, holds the conditional prompt.
         branch_of: component -> the prompt that it gets, where each has a transformer of its own.
-        uncond_tokens: the unconditional forward holds ``all`` tokens of the conditional one, or its ``last`` alone.
+        uncond_tokens: the unconditional forward holds ``all`` tokens of the conditional one, or the two have only the
+            ``last`` in common.
         rows: input of the transformer -> where it holds a row for each of the batch: along an axis of the tensor (a
             list of tensors counts as an axis); ``each``, a list with an entry for each; None, nowhere. Of an input that
             is not named, tensors that are as long as the batch hold a row for each, also those in lists.
@@ -59,6 +65,7 @@ class Guidance:
     alone: tuple[str, ...] = ()
     in_turn: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
     own: Mapping[str, str] = field(default_factory=dict)
     first_rows: Prompt = "uncond"
     embedded: str | None = None
@@ -107,7 +114,7 @@ class Guidance:
         """Return how a pipeline rescales the guided prediction by the conditional one, or None."""
         guider = getattr(call.pipe, "guider", None)
         if guider is not None:
-            if type(guider).__name__ != "ClassifierFreeGuidance":
+            if type(guider).__name__ not in WEIGHING_GUIDERS:
                 return f"its guider {type(guider).__name__} does more with the conditional prediction than to weigh it"
             rescale = guider.guidance_rescale
             return f"the guider's guidance_rescale = {rescale:g} scales by the conditional one" if rescale else None

@@ -39,27 +39,44 @@ LTX_13B = replace(
 def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid off ``num_frames``, ``height`` and ``width``, which count tokens; those left over stand behind it.
 
-    The condition pipeline gives positions as ``video_coords`` instead: what it is conditioned on, then the video.
+    Pipelines with conditions give positions as ``video_coords`` [B, 3, S] instead, and some of them sizes of 1 beside
+    these: what the video is conditioned on, then the video.
     """
-    tokens = inputs["hidden_states"].shape[1]
+    tokens, coords = inputs["hidden_states"].shape[1], inputs.get("video_coords")
     frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
-    if frames is not None and height is not None and width is not None:
+    placed = coords is not None and coords.ndim == 3
+    if (
+        frames is not None
+        and height is not None
+        and width is not None
+        and not (placed and frames * height * width == 1)
+    ):
         return frames, height, width, 0, tokens - frames * height * width
-    if inputs.get("video_coords") is None:
+    if coords is None:
         return "LTX was given neither num_frames, height and width nor video_coords, so its tokens have no positions"
-    video = read_once(inputs["video_coords"], video_behind_conditions)
-    if isinstance(video, str):
-        return video
-    frames, height, width = video
-    return frames, height, width, tokens - frames * height * width, 0
+    if not placed:  # LTX-2's [B, 3, S, 2], of which only the pipeline knows what stands where
+        return (
+            "LTX was given neither num_frames, height and width nor video_coords [B, 3, S], so it is not known which "
+            "of its tokens are the video's"
+        )
+    return read_once(coords, video_behind_conditions if frames is None else video_before_guides)
 
 
-def video_behind_conditions(coords: Any) -> tuple[int, int, int] | str:
-    """Return (frames, height, width) of the video that coordinates [B, 3, S] end with, or why there is none."""
+def video_behind_conditions(coords: Any) -> Grid | str:
+    """Return the grid of the video that coordinates [B, 3, S] end with, or why there is none."""
     try:
-        return last_video(coords[0].mT)
+        frames, height, width = last_video(coords[0].mT)
     except ConfigError as error:
         return f"LTX's video_coords are those of no video: {error}"
+    return frames, height, width, coords.shape[2] - frames * height * width, 0
+
+
+def video_before_guides(coords: Any) -> Grid | str:
+    """Return the grid of the video that coordinates [B, 3, S] begin with: what guides it has earlier times again."""
+    falls = (coords[0, 0, 1:] < coords[0, 0, :-1]).nonzero()
+    end = int(falls[0]) + 1 if len(falls) else coords.shape[2]
+    video = video_behind_conditions(coords[..., :end])
+    return video if isinstance(video, str) else (*video[:4], coords.shape[2] - end)
 
 
 def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:

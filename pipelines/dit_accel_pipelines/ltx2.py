@@ -35,7 +35,10 @@ LTX2_19B = Family(
 LTX2 = Adapter(
     name="ltx-2",
     transformers=("LTX2VideoTransformer3DModel",),
-    guidance=Guidance(alone=("LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline", "EchoModularPipeline")),
+    guidance=Guidance(
+        alone=("LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline", "EchoModularPipeline"),
+        converted=("LTX2ModularPipeline",),
+    ),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(
         BlockList(

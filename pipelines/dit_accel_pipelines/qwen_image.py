@@ -91,7 +91,7 @@ def last_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
 QWEN_IMAGE_21 = Adapter(
     name="qwen-image-2.1",
     transformers=("QwenImage21Transformer2DModel",),
-    guidance=Guidance(rows={"img_shapes": "each"}),
+    guidance=Guidance(converted=("QwenImage21ModularPipeline",), uncond_tokens="last", rows={"img_shapes": "each"}),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, gated=True),

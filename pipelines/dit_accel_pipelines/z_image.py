@@ -74,6 +74,7 @@ Z_IMAGE = Adapter(
     name="z-image",
     transformers=("ZImageTransformer2DModel",),
     guidance=Guidance(
+        converted=("ZImageModularPipeline",),
         together=(
             "ZImagePipeline",
             "ZImageImg2ImgPipeline",

@@ -98,6 +98,17 @@ def test_ltx_refuses_tokens_without_a_grid():
     assert torch.equal(run(transformer, inputs), plain)
     told = LTX.grid(transformer.config, {**inputs, "video_coords": None})
     assert told.startswith("LTX was given neither num_frames, height and width nor video_coords")
+    spans = torch.stack([scattered, scattered + 1], -1)  # as LTX-2's pipeline for keyframes gives them
+    assert "which of its tokens are the video's" in LTX.grid(transformer.config, {**inputs, "video_coords": spans})
+
+
+def test_ltx_reads_a_long_videos_window_off_its_coordinates():
+    frames = torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(4)).float()
+    coords = torch.cat([frames, frames[:8]]).mT[None]  # the window, then the frame that guides it
+    sizes = dict.fromkeys(("num_frames", "height", "width"), 1)  # as diffusers' pipeline of long videos gives them
+    inputs = {"hidden_states": torch.zeros(1, 32, 4), "video_coords": coords, **sizes}
+    assert LTX.grid(None, inputs) == (3, 2, 4, 0, 8)
+    assert LTX.grid(None, {**inputs, "video_coords": coords[..., :24]}) == (3, 2, 4, 0, 0)
 
 
 def test_released_sizes_are_recognised_over_both_block_lists(tmp_path):

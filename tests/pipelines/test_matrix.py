@@ -2,7 +2,7 @@
 
 Each row of a batch is that row alone, a second run is the first, whatever ran before; what does not go together is
 refused by name, as the adapter declares. `make test` runs a case of every second pipeline, with all methods and
-situations in turn, `make test-slow` one of each of the others, `make test-pipelines` all.
+situations in turn, `make test-slow` every method on every pipeline, `make test-pipelines` all cases.
 """
 
 import time
@@ -39,7 +39,6 @@ def test_a_pipeline_is_right_with_a_method_in_a_situation(name, record_property)
 
 
 @pytest.mark.slow
-@pytest.mark.rare
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_is_right_with_every_method(name, record_property):
     require_right(name, many(name), record_property)

@@ -264,3 +264,50 @@ def test_guidance_that_ends_leaves_a_cache_no_history_of_the_other_prompt(order)
 def test_inputs_that_are_lists_are_whole_in_each_forward_and_may_hold_lists(name, method):
     """HunyuanDiT takes entries out of the list of residuals it is given; Z-Image Omni's latents are lists of lists."""
     assert wrong_in(name, [(method, "one prompt")]) == []
+
+
+CONVERTED = {
+    "ZImageModularPipeline": lambda added, sigma: -added,
+    "QwenImage21ModularPipeline": lambda added, sigma: added,
+    "LTX2ModularPipeline": lambda added, sigma: -sigma * added,
+}
+"""Modular pipelines that change predictions before their guider mixes them -> what becomes of what is added to them."""
+
+
+def first_step(name, **method):
+    """Run a modular pipeline; return its transformer's predictions and its guider's result in the first step."""
+    pipe, call = PIPELINES[name].make()
+    given, mixed, sigmas = [], [], []
+    forward = pipe.guider.forward
+
+    def guided(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        mixed.append(out.pred.clone())
+        sigmas.append(float(pipe.scheduler.sigmas[0]))
+        return out
+
+    pipe.guider.forward = guided
+    pipe.transformer.register_forward_hook(lambda module, args, out: given.append(out[0]))
+    with attach(pipe, PAG(layers="L1", scale=2.0, **method)) if method else contextlib.nullcontext():
+        run(pipe, call)
+    return given, mixed[0], sigmas[0]
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_is_added_before_a_guider_is_changed_as_the_predictions_are(name):
+    _, plain, _ = first_step(name)
+    given, guided, sigma = first_step(name, share_prefix=False)
+    cond, perturbed = (torch.stack(list(one)).squeeze(2) if isinstance(one, list) else one for one in given[:2])
+    added = 2.0 * (cond - perturbed)[:, -plain.shape[1] :] if plain.ndim == 3 else 2.0 * (cond - perturbed)
+    expected = CONVERTED[name](added, sigma)
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(guided - plain, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_pipeline_that_changes_predictions_before_its_guider_is_refused_if_undeclared(monkeypatch):
+    from dit_accel_pipelines.z_image import Z_IMAGE
+
+    monkeypatch.setattr(type(Z_IMAGE.guidance), "converted", (), raising=False)
+    pipe, call = PIPELINES["ZImageModularPipeline"].make()
+    with attach(pipe, PAG(layers="L1")), pytest.raises(DitAccelError, match="before its guider mixes it"):
+        run(pipe, call)

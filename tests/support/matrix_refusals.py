@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from matrix_methods import GUIDING, names_of
-from matrix_situations import Trial
+from matrix_situations import Trial, class_names
 
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.block_lists import block_lists, blocks_of
@@ -18,11 +18,20 @@ from dit_accel.methods.base import Place
 from dit_accel.methods.caches.native_limits import _WRONG
 from dit_accel.methods.registry import handler_of
 
-UNREADABLE = {"LTX2DFRPipeline": "those of no video"}
+UNREADABLE = {"LTX2DFRPipeline": "which of its tokens are the video's"}
 """Pipeline class -> in words, why its tokens are laid out as no method can read them."""
 
 MASKED = ("ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
 """Pipeline classes that turn the text's mask into numbers, which attention methods can't follow (README)."""
+
+IMAGES = ("Cosmos2TextToImagePipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline", "AnimaModularPipeline")
+"""Pipeline classes that make one frame with a video transformer."""
+
+STILL = {"dfa": "tells the foreground by what moves", "radial": "needs at least 2 latent frames"}
+"""Method -> in words, why it is refused on one frame."""
+
+COUNTED = ("dfa", "magcache")
+"""Methods that, as the matrix sets them, need the number of steps, which only a scheduler tells."""
 
 
 def declared(trial: Trial) -> str | None:
@@ -38,11 +47,16 @@ def declared(trial: Trial) -> str | None:
     if Place.POSITIONS in places and (why := _no_positions(adapter, transformer)):
         return why
     thins = places & {Place.ATTENTION, Place.POSITIONS}
-    if thins and (why := UNREADABLE.get(type(trial.pipe).__name__)):
-        return why
-    if thins and trial.method not in ("rope", "lite") and type(trial.pipe).__name__ in MASKED:
+    names = class_names(trial.pipe)
+    if thins and (why := next((UNREADABLE[name] for name in names if name in UNREADABLE), None)):
+        return "how many tokens this forward has along each axis" if Place.POSITIONS in places else why
+    if thins and trial.method not in ("rope", "lite") and names & set(MASKED):
         return "sparse attention follows masks that hide keys"
-    if trial.method == "dfa" and not _flows(trial.pipe.scheduler):
+    if trial.method in STILL and names & set(IMAGES):
+        return STILL[trial.method]
+    if trial.method in COUNTED and "scheduler" not in trial.pipe.components:
+        return "needs the number of steps"
+    if trial.method == "dfa" and not _flows(trial.pipe):
         return "reads the foreground off a flow model's prediction"
     if trial.method == "profilingcache" and not adapter.guidance.share_prefix:
         return "whose results it takes besides its streams"
@@ -53,8 +67,10 @@ def declared(trial: Trial) -> str | None:
     return _not_guided(adapter, trial) if trial.method in GUIDING else None
 
 
-def _flows(scheduler: Any) -> bool:
-    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+def _flows(pipe: Any) -> bool:
+    scheduler = pipe.scheduler
+    flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+    return flow and getattr(pipe, "sigma_max", 1.0) <= 1  # Cosmos 2 hands EDM's sigmas to a flow scheduler
 
 
 def _no_positions(adapter: Adapter, transformer: Any) -> str | None:
@@ -77,11 +93,11 @@ def _no_native(adapter: Adapter, transformer: Any, trial: Trial) -> str | None:
     ]
     if any(block not in known for block in blocks):
         return kind
-    return "controlnet_block_samples" if "controlnet" in getattr(trial.pipe, "components", {}) else None
+    return "controlnet_block_samples" if trial.pipe.components.get("controlnet") is not None else None
 
 
 def _not_guided(adapter: Adapter, trial: Trial) -> str | None:
-    names = [cls.__name__ for cls in type(trial.pipe).__mro__]
+    names = class_names(trial.pipe)
     texts = isinstance(adapter.cross_attention, CrossAttention) or isinstance(adapter.joined_text, JoinedText)
     if trial.method == "nag" and not texts:
         return "nag"
@@ -89,7 +105,7 @@ def _not_guided(adapter: Adapter, trial: Trial) -> str | None:
     if why := next((own[name] for name in names if name in own), None):
         return why
     if trial.method == "nag":  # where the text is in the first forward alone, none can be laid beside it
-        return "kv_cache" if type(trial.pipe).__name__ == "Flux2KleinKVPipeline" else None
+        return "kv_cache" if "Flux2KleinKVPipeline" in names else None
     if getattr(trial.pipe, "guider", None) is not None:
         return None  # what is added goes behind the guider's result, whatever that does
     patterns = adapter.guidance.rescales

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,8 +188,10 @@ def stopping(pipe: Any, call: Call, at: int) -> Call | None:
     if "callback_on_step_end" not in parameters(pipe):
         return None
 
-    def stop(pipe: Any, index: int, *_: Any) -> Any:
-        if index >= at:
+    steps = itertools.count()  # the index begins anew in each stage of a pyramid
+
+    def stop(*_: Any) -> Any:
+        if next(steps) >= at:
             raise Stopped
         return {}
 

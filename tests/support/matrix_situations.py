@@ -16,15 +16,24 @@ from torch import Tensor
 import dit_accel
 from dit_accel.adapters.registry import adapter_for
 
-NO_PROPORTION = ("CosmosVideoToWorldPipeline", "HunyuanDiTPipeline", "HunyuanDiTControlNetPipeline", "AllegroPipeline")
-"""Pipeline classes in which what guidance adds is not in proportion: the schedulers of the last three clip the clean
-prediction; of the first it is not known why NAG alone is not."""
+NO_PROPORTION = (
+    "CosmosVideoToWorldPipeline", "HunyuanDiTPipeline", "HunyuanDiTControlNetPipeline", "AllegroPipeline",
+    "Kandinsky5I2VPipeline",
+)  # fmt: skip
+"""Pipeline classes in which what guidance adds is not in proportion: Kandinsky's scales the first frame of the result
+to the next ones', the schedulers of the three before it clip the clean prediction; of the first it is not known why NAG
+alone is not."""
 SPREAD = 100.0
 """So many times the rounding by which a plain batch differs from its rows alone is still rounding with a method."""
 NOT_BARE = ("attach to the pipeline", "must know which prompt")
 """What is advised where a method is refused on a transformer alone."""
 ROUNDING = 1e-5
 """The least difference that counts, as a share of the largest latent."""
+
+
+def class_names(pipe: Any) -> set[str]:
+    """Return the names of a pipeline's class and of all that it inherits from: some of the tiny ones are subclasses."""
+    return {cls.__name__ for cls in type(pipe).__mro__}
 
 
 @dataclass
@@ -222,7 +231,7 @@ def _scale(trial: Trial) -> list[str]:
     """What is added to the prediction does not depend on how far the pipeline guides; what NAG adds grows with that."""
     if trial.method not in GUIDING or (trial.method == "nag" and _rescales(trial)):
         return []
-    if type(trial.pipe).__name__ in NO_PROPORTION:
+    if class_names(trial.pipe) & set(NO_PROPORTION):
         return []
     added = [trial.rows([0], [0], how) - trial.plain.rows([0], [0], how=how) for how in ("scale 2", "scale 4")]
     if trial.method == "nag":
@@ -235,7 +244,7 @@ def _scale(trial: Trial) -> list[str]:
 def _rescales(trial: Trial) -> bool:
     """Whether the pipeline rescales the guided prediction, by which what NAG adds is no longer in proportion."""
     patterns = adapter_for(type(trial.transformer).__name__).guidance.rescales
-    names = [cls.__name__ for cls in type(trial.pipe).__mro__]
+    names = class_names(trial.pipe)
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
 
 
@@ -274,7 +283,10 @@ def _bare(trial: Trial) -> list[str]:
 
 def longer(call: Call) -> Call:
     """Return a call of more steps."""
-    return {**call, **({"num_inference_steps": STEPS + 2} if "num_inference_steps" in call else {})}
+    more = {"num_inference_steps": STEPS + 2} if "num_inference_steps" in call else {}
+    if call.get("guidance_schedule") is not None:
+        more["guidance_schedule"] = (*call["guidance_schedule"], *call["guidance_schedule"][-2:])
+    return {**call, **more}
 
 
 def _other(trial: Trial) -> list[str]:

@@ -99,7 +99,7 @@ def helios_pyramid() -> Made:
     )  # fmt: skip
     call = dict(SIZE, guidance_scale=3.0, num_latent_frames_per_chunk=7, history_sizes=[4, 2, 1], **_prompts())
     del call["num_inference_steps"]
-    return pipe, dict(call, pyramid_num_inference_steps_list=[2, 2, 1])
+    return pipe, dict(call, pyramid_num_inference_steps_list=[4, 2, 1])
 
 
 def _hunyuan(cls: type, channels: int, parts: dict[str, Any] | None = None, config: Any = None, **call: Any) -> Made:
@@ -175,7 +175,7 @@ def ltx_image() -> Made:
 def ltx_long() -> Made:
     pipe, call = tiny_pipelines.ltx(
         diffusers.LTXI2VLongMultiPromptPipeline, temporal_tile_size=16, temporal_overlap=8, seed=0, prompt="a",
-        negative_prompt="b",
+        negative_prompt="b", num_frames=21,  # all windows of the same length
     )  # fmt: skip
     embeds = [call.pop(name) for name in ("prompt_embeds", "prompt_attention_mask")]
     negative = [call.pop(name) for name in ("negative_prompt_embeds", "negative_prompt_attention_mask")]
@@ -199,8 +199,7 @@ def _ltx2(cls: type, **call: Any) -> Made:
     parts = {name: part for name, part in pipe.components.items() if name in assembled(cls)}
     taken = set(inspect.signature(cls.__call__).parameters)
     other = assemble(cls, **parts)
-    unscaled = dict(guidance_rescale=0.0, audio_guidance_rescale=0.0)  # with which methods of guidance are refused
-    return other, {name: value for name, value in {**made, **unscaled, **call}.items() if name in taken}
+    return other, {name: value for name, value in {**made, **call}.items() if name in taken}
 
 
 def ltx2_image() -> Made:

@@ -76,7 +76,7 @@ def ltx(pipeline: type = diffusers.LTXPipeline, **call: Any) -> tuple[Any, dict[
         transformer=_build(diffusers.LTXVideoTransformer3DModel, dict(LTX[0].config)),
         vae=_build(diffusers.AutoencoderKLLTXVideo, vae), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
-    return pipe, dict(SIZE, height=32, width=32, num_frames=25, guidance_scale=3.0, **_prompt(), **call)
+    return pipe, dict(SIZE, **dict(height=32, width=32, num_frames=25, guidance_scale=3.0) | call, **_prompt())
 
 
 def ltx_condition() -> tuple[Any, dict[str, Any]]:

@@ -249,6 +249,7 @@ def ltx2() -> tuple[Any, dict[str, Any]]:
     )  # fmt: skip
     return pipe, dict(
         SIZE, height=32, width=64, num_frames=13, guidance_scale=3.0, stg_scale=1.0, modality_scale=2.0,
+        guidance_rescale=0.0, audio_guidance_rescale=0.0,  # with a rescale, methods of guidance are refused
         spatio_temporal_guidance_blocks=[1], use_cross_timestep=False, **_prompts(), **_masked(),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedModel
@@ -20,7 +21,7 @@ from ..caches.engine import is_recorded
 from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .config import PerturbedConfig
-from .guiders import GUIDERS, guided_by
+from .guiders import GUIDERS, guided_by, require_own
 from .log import PerturbedForward, note_of, section_of, warn_if_nothing_ran
 from .parts import Part, call_of, part_of, rows_in
 from .passes import Passes, Rows
@@ -41,7 +42,8 @@ class PerturbedHandler(Handler):
         self._others: Sequence[Handler] = ()
         self._passes: dict[str, Passes] = {}
         self._added: tuple[int, Sample] | None = None
-        self._for_guider: Sample | None = None
+        self._for_guider: tuple[Sample, Sample] | None = None
+        self._compared = False
         self._passed: int | None = None
         self._guiders: tuple[Any, ...] = ()
         self._log: list[PerturbedForward] = []
@@ -125,14 +127,21 @@ class PerturbedHandler(Handler):
             return self._add_to_other(site, context, run)
         return self._third(site, passes, context, run, rows_in(site, part, len(latents), "cond"))
 
-    def _take_added(self) -> Sample | None:
-        """Return what a guider adds to the result of the step, once."""
-        taken, self._for_guider = self._for_guider, None
-        return taken
+    def _take_added(self, given: Any) -> Sample | None:
+        """Return what a guider adds to the result of the step, once; it is given the conditional prediction."""
+        if self._for_guider is None:
+            return None
+        (further, cond), self._for_guider = self._for_guider, None
+        if not self._compared:  # once a run, since it waits for the device
+            require_own(self.name, given, cond)
+            self._compared = True
+        return further
 
     def _left_to_guider(self, site: Site) -> bool:
         """Tell whether the pipeline's guider adds what guidance adds, to its result."""
-        return any(guider is getattr(site.running, name, None) for guider in self._guiders for name in GUIDERS)
+        if not any(guider is getattr(site.running, name, None) for guider in self._guiders for name in GUIDERS):
+            return False
+        return not set(site.adapter.guidance.converted) & set(call_of(site.running).classes)
 
     def _third(self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], rows: Rows) -> Any:
         """Run a forward and the perturbed one of its conditional rows, and add to all rows what guidance adds."""
@@ -157,7 +166,7 @@ class PerturbedHandler(Handler):
         )
         self._log.append(note_of(context, cond, perturbed, passes.first if shared else 0))
         if left:
-            self._for_guider = further
+            self._for_guider = further, sample
             return output
         self._added = context.step_index, further
         return with_sample(output, plus(sample, further if rows is None else repeated(further)))
@@ -173,7 +182,7 @@ class PerturbedHandler(Handler):
         self._require_folded(site)
         sample, further = require_sample(sample_of(output), site.name), self._added[1]
         if site.adapter.guidance.uncond_tokens == "last" and isinstance(sample, Tensor):
-            further = further[:, further.shape[1] - sample.shape[1] :]  # type: ignore[call-overload]
+            further = _ending_alike(further, sample.shape[1])
         if shapes(sample) != shapes(further):
             raise ConfigError(
                 f"{self.name} can't be folded into {site.name}'s guidance: its branch {context.branch} gives "
@@ -209,7 +218,7 @@ class PerturbedHandler(Handler):
     def begin_run(self) -> None:
         """Say once if nothing was perturbed in the run that ended, and forget it."""
         self._warned = self._warned or warn_if_nothing_ran(self, self._seen, self._log)
-        self._log, self._seen = [], 0
+        self._log, self._seen, self._compared = [], 0, False
 
     def state_bytes(self) -> int:
         """Return the most memory that was held from the conditional to the perturbed pass since attach."""
@@ -241,6 +250,14 @@ class PerturbedHandler(Handler):
     def first_layer(self) -> int | None:
         """Return the first perturbed layer, without a model; None where that is not known."""
         raise NotImplementedError
+
+
+def _ending_alike(further: Sample, tokens: int) -> Sample:
+    """Return what is added to so many tokens, the last of which are those of ``further``; the others get nothing."""
+    if not isinstance(further, Tensor):
+        return further
+    more = max(0, tokens - further.shape[1])
+    return torch.cat([further.new_zeros(len(further), more, *further.shape[2:]), further[:, -tokens:]], 1)
 
 
 def block_of(site: Site, layer: int) -> int | None:

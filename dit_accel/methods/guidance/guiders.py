@@ -1,11 +1,15 @@
 """diffusers' guiders: pipelines that mix their predictions by one get what a perturbed branch adds behind it.
 
-So any guider may be combined, also one that does more with the conditional prediction than to weigh it.
+So any guider may be combined, also one that does more with the conditional prediction than to weigh it. What is added
+is a difference of the transformer's own predictions: a pipeline that hands others to its guider is refused.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from ...errors import ConfigError
 from ..site import Site
 from .rows import Sample, plus
 
@@ -13,12 +17,13 @@ GUIDERS = ("guider", "guider_2")
 """What pipelines call their guiders; Wan 2.2 has one for each expert."""
 
 
-def guided_by(site: Site, further: Callable[[], Sample | None]) -> tuple[Any, ...]:
+def guided_by(site: Site, further: Callable[[Any], Sample | None]) -> tuple[Any, ...]:
     """Let a pipeline's guiders add something to their results until the methods are detached; return the guiders.
 
     Args:
         site: a transformer of the pipeline.
-        further: what is added to the next result; None: nothing.
+        further: what is added to the next result, which the guider mixes from this conditional prediction; None:
+            nothing.
     """
     found: list[Any] = [getattr(site.pipe, name, None) for name in GUIDERS]
     guiders: tuple[Any, ...] = tuple(
@@ -29,10 +34,25 @@ def guided_by(site: Site, further: Callable[[], Sample | None]) -> tuple[Any, ..
     return guiders
 
 
-def _adding(forward: Callable[..., Any], further: Callable[[], Sample | None]) -> Callable[..., Any]:
+def require_own(method: str, given: Any, own: Sample) -> None:
+    """Require that a guider mixes what the transformer gave.
+
+    Raises:
+        ConfigError: if the pipeline changed it before, so that a difference of predictions may not be added behind.
+    """
+    if given is own or (isinstance(given, torch.Tensor) and isinstance(own, torch.Tensor) and given.shape == own.shape
+                        and torch.equal(given, own.to(given.dtype))):  # fmt: skip
+        return
+    raise ConfigError(
+        f"{method} adds to what the guider gives, and this pipeline changes the transformer's prediction before its "
+        f"guider mixes it; use {method}.mode = 'free', or the pipeline's class among Guidance.converted of the adapter"
+    )
+
+
+def _adding(forward: Callable[..., Any], further: Callable[[Any], Sample | None]) -> Callable[..., Any]:
     def guided(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
-        more = further()
+        more = further(kwargs.get("pred_cond", args[0] if args else None))
         if more is not None:
             out.pred = plus(out.pred, more)
         return out
