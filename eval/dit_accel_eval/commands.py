@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from dit_accel_pipelines.options import RUN, Device, Json, Offload
+from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
@@ -14,9 +14,9 @@ from dit_accel.cli.stopping import keeps
 from .vbench.command import evaluate
 
 if TYPE_CHECKING:
-    from .job import Job
-    from .results import Line
-    from .suite import Suite
+    from .runs.results import Line
+    from .suites.job import Job
+    from .suites.suite import Suite
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("vbench")(evaluate)
@@ -64,13 +64,13 @@ def run_suite(
 
     dit-accel eval report smoke.jsonl -o smoke.html
     """
-    from dit_accel_pipelines.processes import started_process
+    from dit_accel_pipelines.processes.processes import started_process
 
-    from .given import Machine
-    from .job import Job, check_timing, default_out
-    from .reference import default_cache
-    from .results import read_lines
-    from .suite import read_suite
+    from .runs.given import Machine
+    from .runs.results import read_lines
+    from .suites.job import Job, check_timing, default_out
+    from .suites.reference import default_cache
+    from .suites.suite import read_suite
 
     check_timing(timed, workers)
     read = read_suite(suite)
@@ -98,12 +98,12 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     Raises:
         Exit: with code 1, where the budget did not hold all.
     """
-    from dit_accel_pipelines.ranks import Ranks
+    from dit_accel_pipelines.processes.ranks import Ranks
 
-    from .compare import run
-    from .job import clips_of
-    from .results import read_lines
-    from .run_progress import SuiteProgress
+    from .runs.results import read_lines
+    from .suites.compare import run
+    from .suites.job import clips_of
+    from .suites.run_progress import SuiteProgress
 
     quiet = quiet or not Ranks().first
     wanted = clips_of(job.suite, clips)
@@ -120,8 +120,8 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
 
 def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:
     """Print a suite's table, and what to know of it."""
-    from .judges import suite_table
-    from .reference import AGREE
+    from .suites.judges import suite_table
+    from .suites.reference import AGREE
 
     print(suite_table(job.suite, lines))
     apart = {line["clip"]: line for line in lines if line.get("reference_agreement", AGREE) < AGREE}
@@ -305,8 +305,8 @@ def score_clips(
     """
     from dit_accel.files import check_writable
 
-    from .results import write_lines
-    from .scoring import score_files
+    from .runs.results import write_lines
+    from .suites.scoring import score_files
 
     if output is not None:
         check_writable(output, "scores")

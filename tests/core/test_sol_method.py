@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_requirement, pack_bits, unpack_bits
-from dit_accel_pipelines.wan import WAN, WAN_PLAIN
+from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import ADAPTER, Fixed, OneLayer, context_of

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
+import attention_spread
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval import attention_spread
-from dit_accel_eval.attention_spread import CASES, MEASURED, OUT, PLAIN, Watcher, figures
-from dit_accel_eval.embedded import EmbeddedModel, weights_hash
-from dit_accel_eval.results import read_lines
+from attention_spread import CASES, MEASURED, OUT, PLAIN, Watcher, figures
+from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
+from dit_accel_eval.runs.results import read_lines
 from dit_accel_kernels import FrameDecay
 from one_layer import MODEL, context_of
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from dit_accel_eval import bench as bench_module
-from dit_accel_eval.bench import BenchArm, arms_of, make_bench, run_bench
-from dit_accel_eval.real_shapes import BUILDERS, find_family, make_model
-from dit_accel_eval.results import read_lines
+from dit_accel_eval.bench import timing as bench_module
+from dit_accel_eval.bench.real_shapes import BUILDERS, find_family, make_model
+from dit_accel_eval.bench.timing import BenchArm, arms_of, make_bench, run_bench
+from dit_accel_eval.runs.results import read_lines
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, RadialAttention, StaticCache

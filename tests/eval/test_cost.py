@@ -2,10 +2,11 @@
 
 import json
 
+import overhead
+import product_time
 import pytest
 from diffusers import WanTransformer3DModel
 from dit_accel_assets import model_path
-from dit_accel_eval import overhead, product_time
 from wan_tiny import TINY
 
 
@@ -65,7 +66,7 @@ def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("given", ["PyramidAttentionBroadcastConfig", "FirstBlockCacheConfig"])
 def test_a_suite_tells_native_caches_the_timestep(given):
     import diffusers
-    from dit_accel_eval.model import _told_timestep
+    from dit_accel_eval.runs.model import _told_timestep
 
     from dit_accel.methods.caches.native import DiffusersCache
 

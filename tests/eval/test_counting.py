@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
-from dit_accel_eval.counting import Counter, Counts, attended, own_share, work
-from dit_accel_pipelines.wan import WAN, WAN_PLAIN
+from dit_accel_eval.runs.counting import Counter, Counts, attended, own_share, work
+from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import typer
 from dit_accel_assets import held_out_prompts
-from dit_accel_eval import demo, demo_comparison, demo_references
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import EmbeddedModel
-from dit_accel_eval.reference import AGREE, Reference
+from dit_accel_eval.demo import __main__ as demo
+from dit_accel_eval.demo import comparison as demo_comparison
+from dit_accel_eval.demo import references as demo_references
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.suites.reference import AGREE, Reference
 from PIL import Image
 from typer.testing import CliRunner
 

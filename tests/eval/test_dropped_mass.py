@@ -2,9 +2,9 @@
 
 import json
 
+import dropped_mass
 import torch
-from dit_accel_eval import dropped_mass
-from dit_accel_eval.results import read_lines
+from dit_accel_eval.runs.results import read_lines
 from dit_accel_kernels import Selection, TileLists, pack_bits
 
 from dit_accel.attachment.execution import PlannedCall

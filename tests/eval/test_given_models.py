@@ -11,16 +11,17 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
-from dit_accel_eval import compare, given, reference
-from dit_accel_eval.clips import OwnClips
-from dit_accel_eval.embedded import EmbeddedModel, settled_call
-from dit_accel_eval.given import GivenModel, Machine, check_given, given_weights, local_folder
-from dit_accel_eval.job import Job, setting_of
-from dit_accel_eval.kept import read_kept, run_of
-from dit_accel_eval.machine import device_name, processor
 from dit_accel_eval.report.reproduce import tokens_of
-from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import read_suite
+from dit_accel_eval.runs import given
+from dit_accel_eval.runs.clips import OwnClips
+from dit_accel_eval.runs.embedded import EmbeddedModel, settled_call
+from dit_accel_eval.runs.given import GivenModel, Machine, check_given, given_weights, local_folder
+from dit_accel_eval.runs.kept import read_kept, run_of
+from dit_accel_eval.runs.machine import device_name, processor
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites.job import Job, setting_of
+from dit_accel_eval.suites.suite import read_suite
 from model_folders import model_folder
 from tiny_models import COGVIDEOX_TINY
 from tiny_pipelines import cogvideox

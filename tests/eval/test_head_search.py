@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_assets import held_out_prompts
-from dit_accel_eval import tune_heads as module
-from dit_accel_eval.head_search import Rung, cost, left_after, rungs_of, search
-from dit_accel_eval.objectives import objective_of
-from dit_accel_eval.tune_heads import tune_heads
-from dit_accel_eval.tuning import tuning_request
+from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.tune import heads as module
+from dit_accel_eval.tune.head_search import Rung, cost, left_after, rungs_of, search
+from dit_accel_eval.tune.heads import tune_heads
+from dit_accel_eval.tune.objectives import objective_of
 from typer.testing import CliRunner
 from wan_tiny import denoise, tiny_transformer
 

@@ -11,18 +11,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval import compare, reference, results
-from dit_accel_eval.arms import Arm
-from dit_accel_eval.budget import Budget, BudgetSpent, Spending
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import EmbeddedModel
-from dit_accel_eval.job import arm_setting
-from dit_accel_eval.kept import keep
-from dit_accel_eval.model import Run, SuiteModel, check_guided, guided
-from dit_accel_eval.results import append_line, read_lines, write_lines
-from dit_accel_eval.runner import Runner, median_run, repeated
-from dit_accel_eval.schedulers import OWN, scheduler_of
-from dit_accel_eval.suite import read_suite
+from dit_accel_eval.runs import results
+from dit_accel_eval.runs.budget import Budget, BudgetSpent, Spending
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.kept import keep
+from dit_accel_eval.runs.model import Run, SuiteModel, check_guided, guided
+from dit_accel_eval.runs.results import append_line, read_lines, write_lines
+from dit_accel_eval.runs.schedulers import OWN, scheduler_of
+from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites.arms import Arm
+from dit_accel_eval.suites.job import arm_setting
+from dit_accel_eval.suites.runner import Runner, median_run, repeated
+from dit_accel_eval.suites.suite import read_suite
 from tiny_other_pipelines import hunyuan_image
 from typer.testing import CliRunner
 

@@ -5,14 +5,24 @@ import math
 from pathlib import Path
 
 import dit_accel_eval
-import dit_accel_eval.tune_lite as tuning
+import dit_accel_eval.tune.lite as tuning
 import pytest
 import torch
-from dit_accel_eval.lite_search import CLOSE, HIGHEST, LOWEST, METRICS, NEAR, Found, Tuner, search_level, threshold_of
-from dit_accel_eval.tune_lite import TunedPrompt, combine, tune_lite
-from dit_accel_eval.tuning import tuning_request
-from dit_accel_pipelines.generate import run
-from dit_accel_pipelines.loading import load_pipeline
+from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.tune.lite import TunedPrompt, combine, tune_lite
+from dit_accel_eval.tune.lite_search import (
+    CLOSE,
+    HIGHEST,
+    LOWEST,
+    METRICS,
+    NEAR,
+    Found,
+    Tuner,
+    search_level,
+    threshold_of,
+)
+from dit_accel_pipelines.generation.generate import run
+from dit_accel_pipelines.generation.loading import load_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner

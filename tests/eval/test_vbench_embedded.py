@@ -5,12 +5,13 @@ from functools import cache
 
 import numpy as np
 import pytest
+import vbench_proxies as proxies
 from dit_accel_assets import painter, world
 from dit_accel_assets.world import Scene
-from dit_accel_eval.vbench import proxies
 from dit_accel_eval.vbench.dimensions import DIMENSIONS
-from dit_accel_eval.vbench.embedded import MEASURES, WORDS, Shown, world_scores
-from dit_accel_eval.vbench.proxies import DAMAGES, by_scene, spearman, table
+from dit_accel_eval.vbench.proxies import by_scene, spearman
+from dit_accel_eval.vbench.world_scores import MEASURES, WORDS, Shown, world_scores
+from vbench_proxies import DAMAGES, table
 
 
 @cache

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_captioners as tiny
 import torch
-from dit_accel_eval.vbench import bert, boxes, grit, rules, sampling, vitdet, weight_files
+from dit_accel_eval.vbench import rules, sampling, weight_files
 from dit_accel_eval.vbench.measures import WAYS, Means, lacking
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench.networks import bert, boxes, grit, vitdet
+from dit_accel_eval.vbench.networks.loading import Networks
 from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
 from torch import Tensor

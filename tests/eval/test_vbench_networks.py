@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tiny_vbench as tiny
 import torch
-from dit_accel_eval.vbench import official, rules, sampling, vit, weight_files, words
+from dit_accel_eval.vbench import official, rules, sampling, weight_files
 from dit_accel_eval.vbench.measures import WAYS, Means, lacking
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench.networks import vit, words
+from dit_accel_eval.vbench.networks.loading import Networks
 from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
 from torch.nn import functional as F
@@ -321,7 +322,7 @@ def test_raft_and_amt_run_by_the_official_code(tmp_path, monkeypatch):
         torch.save(held, path)
     networks = Networks(tmp_path)
     one, two, three = (sampling.tensor(noise(1, 124, 130, 3, seed=seed))[0] for seed in range(3))
-    monkeypatch.setattr("dit_accel_eval.vbench.networks.RAFT_ROUNDS", 1)
+    monkeypatch.setattr("dit_accel_eval.vbench.networks.loading.RAFT_ROUNDS", 1)
     flow = networks.raft(one, two)
     assert flow.shape == (2, 128, 136)  # padded to eighths, and left so
     assert flow.isfinite().all()

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tiny_captioners as tiny
 import torch
-from dit_accel_eval.vbench import bert, official, rules, sampling, tag2text, weight_files
-from dit_accel_eval.vbench.beams import search
+from dit_accel_eval.vbench import official, rules, sampling, weight_files
 from dit_accel_eval.vbench.measures import WAYS, Means, lacking
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench.networks import bert, tag2text
+from dit_accel_eval.vbench.networks.beams import search
+from dit_accel_eval.vbench.networks.loading import Networks
+from dit_accel_eval.vbench.networks.swin import swin
 from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
-from dit_accel_eval.vbench.swin import swin
 
 from dit_accel import ConfigError
 

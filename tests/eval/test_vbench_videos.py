@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny_vbench as tiny
 from dit_accel_assets.clips import clip_of, draw
-from dit_accel_eval.results import read_lines
+from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.vbench import official, run
 from dit_accel_eval.vbench.prompts import read_prompts
 from dit_accel_eval.vbench.sampling import read_video
-from dit_accel_pipelines.media import write_media
+from dit_accel_pipelines.generation.media import write_media
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -300,7 +300,7 @@ def test_wrong_prompts_are_refused(tmp_path, held, text):
 def test_the_static_filter_keeps_the_first_five_still_videos_of_a_prompt(work, monkeypatch):
     """The first by their names as text, as the official filter lists them: -0, -1, -10, -11, -12, -13, -2."""
     start, at = work
-    from dit_accel_eval.vbench.networks import Networks
+    from dit_accel_eval.vbench.networks.loading import Networks
 
     still = at / "clips" / "a still red circle-1.mp4"
     moves = at / "clips" / "a still red circle-0.mp4"

@@ -6,10 +6,10 @@ import diffusers
 import pytest
 import tiny_models
 import torch
-from dit_accel_pipelines.hunyuan_video import HUNYUAN_VIDEO
-from dit_accel_pipelines.ltx import LTX
-from dit_accel_pipelines.mochi import MOCHI
-from dit_accel_pipelines.sd3 import SD3
+from dit_accel_pipelines.families.hunyuan_video import HUNYUAN_VIDEO
+from dit_accel_pipelines.families.ltx import LTX
+from dit_accel_pipelines.families.mochi import MOCHI
+from dit_accel_pipelines.families.sd3 import SD3
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, UnsupportedModel

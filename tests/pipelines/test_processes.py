@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import dit_accel_pipelines.generate as generating
+import dit_accel_pipelines.generation.generate as generating
 import generating_ranks
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dit_accel_pipelines.generation import Generation
-from dit_accel_pipelines.processes import Process, started_process
-from dit_accel_pipelines.request import Request
-from dit_accel_pipelines.timing import Timings
+from dit_accel_pipelines.generation.generation import Generation
+from dit_accel_pipelines.generation.request import Request
+from dit_accel_pipelines.generation.timing import Timings
+from dit_accel_pipelines.processes.processes import Process, started_process
 from parallel_ranks import processes
 from typer.testing import CliRunner
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_pipelines.generate import generate
-from dit_accel_pipelines.media import read_image
-from dit_accel_pipelines.parallel import joined
-from dit_accel_pipelines.processes import Process, started_process
-from dit_accel_pipelines.request import Request
+from dit_accel_pipelines.generation.generate import generate
+from dit_accel_pipelines.generation.media import read_image
+from dit_accel_pipelines.generation.request import Request
+from dit_accel_pipelines.processes.parallel import joined
+from dit_accel_pipelines.processes.processes import Process, started_process
 from parallel_ranks import told
 
 import dit_accel

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..comparison import decimals_of, verdict
+from ..suites.comparison import decimals_of, verdict
 from ..vbench.world_metrics import WORLD
 from .figures import Report
 

@@ -10,10 +10,10 @@ from dit_accel import ConfigError
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
-from ..comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
-from ..paired import EXACT, holm
-from ..reference import AGREE
-from ..results import Line
+from ..runs.results import Line
+from ..statistics import EXACT, holm
+from ..suites.comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
+from ..suites.reference import AGREE
 from .lines import ALWAYS, Results, better_of, further_metrics
 
 LEVEL = 0.05

@@ -10,8 +10,8 @@ from pathlib import Path
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
-from ..metrics.registry import metrics
-from ..results import Line, latest
+from ..metrics.registered import metrics
+from ..runs.results import Line, latest
 
 ALWAYS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""

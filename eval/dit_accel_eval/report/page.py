@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from dit_accel_pipelines.request import EMBEDDED_FPS
+from dit_accel_pipelines.generation.request import EMBEDDED_FPS
 
-from ..comparison import ArmFigures, decimals_of, verdict
-from ..plots import frontier, picture
+from ..suites.comparison import ArmFigures, decimals_of, verdict
+from ..suites.plots import frontier, picture
 from ..vbench.world_metrics import WORLD
 from .by_names import by_names
 from .curves import curves, svg_uri

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from dit_accel_pipelines.media import Frames
+from dit_accel_pipelines.generation.media import Frames
 
 from dit_accel import ConfigError
 
-from ..kept import read_kept, reference_of, run_of
-from ..results import Line
+from ..runs.kept import read_kept, reference_of, run_of
+from ..runs.results import Line
 from .figures import Report, judged, quantile_clips
 
 AMPLIFIED = 5

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..comparison import ArmFigures
-from ..results import Line
+from ..runs.results import Line
+from ..suites.comparison import ArmFigures
 from .curves import MOST, figure, svg_uri
 from .figures import Report, judged
 

@@ -9,8 +9,8 @@ from typing import Any
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..comparison import ArmFigures, table_of, verdict
-from ..paired import Interval
+from ..statistics import Interval
+from ..suites.comparison import ArmFigures, table_of, verdict
 from .by_names import by_names, markdown
 from .figures import Report, misses
 from .lines import better_of

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_accel_pipelines.generate import opened
-from dit_accel_pipelines.progress import Stages
-from dit_accel_pipelines.request import EMBEDDED, Request, check_words, embedded_name, settle, side_car_path
+from dit_accel_pipelines.generation.generate import opened
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, embedded_name, settle, side_car_path
 
 from dit_accel import ConfigError
 from dit_accel.adapters import registry

@@ -18,7 +18,7 @@ from dit_accel import ConfigError
 
 from . import rules, sampling
 from .measures import flow_by
-from .networks import Networks
+from .networks.loading import Networks
 from .prompts import FLICKERING
 from .rules import Flow, VideoScore
 from .sampling import Video

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import official, rules, sampling
-from .networks import Networks
+from .networks.loading import Networks
 from .observations import BY, KINDS, SEEN, Observations
 from .prompts import Prompt
 from .rules import Numbers, VideoScore

@@ -12,12 +12,12 @@ from torch import Tensor
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..clip_files import PICTURES, ClipFile, clips_in, paired
 from ..metrics.distances import frechet
 from ..metrics.weights import missing
+from ..runs.clip_files import PICTURES, ClipFile, clips_in, paired
 from . import fidelity_rules as rules
 from .fidelity_rules import Measure
-from .networks import I3D_LEAST, Networks
+from .networks.loading import I3D_LEAST, Networks
 from .protocols import Protocol, of_clips, of_finite_frames
 from .sampling import Frames
 

@@ -13,7 +13,7 @@ from typing import Any
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..results import Line, append_line, read_lines
+from ..runs.results import Line, append_line, read_lines
 from . import rules
 from .long import SUBJECT, Long
 from .measures import WAYS, Means, flow_by

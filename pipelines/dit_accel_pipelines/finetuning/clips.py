@@ -12,8 +12,8 @@ import numpy as np
 
 from dit_accel.errors import ConfigError
 
-from ..media import Frames
-from ..request import check_words
+from ..generation.media import Frames
+from ..generation.request import check_words
 from .recipe import FineTuning
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dit_accel.errors import ConfigError
 from dit_accel.files import written_whole
 
-from ..progress import Stages
-from ..ranks import Ranks
+from ..generation.progress import Stages
+from ..processes.ranks import Ranks
 from .clips import Clip
 from .recipe import FineTuning
 from .trainable import Text, Trainable, text_parts

@@ -11,7 +11,7 @@ from dit_accel.attachment.find import attention_modules
 from dit_accel.errors import UnsupportedModel
 from dit_accel.files import written_whole
 
-from ..lora import FILE
+from ..generation.lora import FILE
 from .recipe import FineTuning
 from .trainable import Trainable
 

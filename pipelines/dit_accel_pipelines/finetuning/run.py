@@ -17,14 +17,14 @@ from dit_accel.attachment.parallel import context_parallel, tells_of_loss
 from dit_accel.errors import ConfigError, DitAccelError, ProcessLost
 from dit_accel.files import held, json_text, new_folder, written_whole
 
-from ..generate import attached
-from ..loading import open_pipeline, pick_device
-from ..lora import FILE, require_peft
-from ..parallel import enable_ulysses
-from ..processes import started_process
-from ..progress import Stages
-from ..ranks import Ranks
-from ..threads import one_thread
+from ..generation.generate import attached
+from ..generation.loading import open_pipeline, pick_device
+from ..generation.lora import FILE, require_peft
+from ..generation.progress import Stages
+from ..generation.threads import one_thread
+from ..processes.parallel import enable_ulysses
+from ..processes.processes import started_process
+from ..processes.ranks import Ranks
 from .checkpoint import check_output, identity_of, latest, read_checkpoint, write_checkpoint
 from .clips import Clip, find_clips
 from .encoded import Encoded, encode, weights_hash

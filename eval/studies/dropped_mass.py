@@ -1,0 +1,140 @@
+"""Measures what LiteAttention's budget holds to: `python eval/studies/dropped_mass.py`.
+
+In every attention call of `wan-plain`'s runs, the softmax mass of what the call leaves out, on its own queries
+and keys and against dense attention: mean and largest over the call's rows, beside the budget.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanPipeline
+from dit_accel_assets import model_path
+from dit_accel_assets.clips import clip_of
+from dit_accel_eval.runs.embedded import weights_hash
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_kernels import unpack_bits
+from torch import Tensor
+
+import dit_accel
+from dit_accel.attachment.execution import PlannedCall
+
+BUDGETS = (0.1,)
+OUT = Path(__file__).parents[1] / "results" / "dropped-mass.jsonl"
+SETTING: dict[str, Any] = {"block_size": 16, "dense_steps": 2}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what ``--out`` does not hold yet, one JSON line per clip, and print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--num-frames", type=int, default=17)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
+    options = parser.parse_args(arguments)
+    if not options.table:
+        torch.set_num_threads(options.threads)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        for line in measure(options, read_lines(options.out)):
+            with options.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"clip {line['clip']}, budget {line['budget']}: {line['largest_mean']:.4f}", file=sys.stderr)
+    print(table(read_lines(options.out)))
+    return 0
+
+
+def dropped_mass(planned: PlannedCall) -> Tensor:
+    """Return the share of each row's softmax mass that a call's selection left out, [B, H, S]."""
+    assert planned.exact is not None
+    assert planned.plan.tiles is not None
+    q, k, order, tiles = planned.call.q, planned.call.k, planned.plan.token_order, planned.plan.tiles
+    if order is not None:
+        q, k = q[:, :, order], k[:, :, order]
+    kept = unpack_bits(planned.exact, tiles.key_tiles)
+    kept = kept.repeat_interleave(tiles.block_q, 2)[:, :, : q.shape[2]]
+    kept = kept.repeat_interleave(tiles.block_k, 3)[..., : k.shape[2]]
+    scale = q.shape[-1] ** -0.5 if planned.call.scale is None else planned.call.scale
+    return ((q @ k.mT * scale).softmax(-1) * ~kept).sum(-1)
+
+
+def measure(options: argparse.Namespace, known: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Give one line for each budget and held-out clip that is not ``known``."""
+    done = {(line["budget"], line["clip"]) for line in known}
+    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for clip in range(options.clips):
+        for budget in options.budgets:
+            if (budget, clip) not in done:
+                yield _measured(pipe, options, budget, clip)
+
+
+def _measured(pipe: WanPipeline, options: argparse.Namespace, budget: float, clip: int) -> dict[str, Any]:
+    method = dit_accel.LiteAttention(criterion="budget", threshold=budget, **SETTING)
+    means, largest, rows, within = [], 0.0, 0, 0
+
+    def measure_call(planned: PlannedCall) -> None:
+        nonlocal largest, rows, within
+        mass = dropped_mass(planned)
+        means.append(float(mass.mean()))
+        largest = max(largest, float(mass.max()))
+        rows, within = rows + mass.numel(), within + int((mass <= budget).sum())
+
+    with dit_accel.attach(pipe, method) as attachment, attachment.observe(measure_call):
+        pipe(
+            clip_of(clip, frames=options.num_frames, held_out=True)[0], num_frames=options.num_frames, height=64,
+            width=64, num_inference_steps=options.steps, guidance_scale=4.0, max_sequence_length=32,
+            generator=torch.Generator().manual_seed(clip), output_type="latent",
+        )  # fmt: skip
+        density = attachment.report().sparse_density
+    return {
+        "budget": budget,
+        "clip": clip,
+        "calls": len(means),
+        "calls_within": sum(mean <= budget for mean in means),
+        "mean": sum(means) / len(means),
+        "largest_mean": max(means),
+        "rows_within": within / rows,
+        "largest_row": largest,
+        "sparse_density": density,
+        "num_frames": options.num_frames,
+        "steps": options.steps,
+        **SETTING,
+        "torch": torch.__version__,
+        "model": weights_hash("wan-plain"),
+    }
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return one row per budget under a line that says how they were made, as Markdown."""
+    first = lines[0]
+    clips = len({line["clip"] for line in lines})
+    rendered = [
+        f"wan-plain, {clips} held-out clips of {first['num_frames']} frames, {first['steps']} steps, tiles of "
+        f"{first['block_size']}.",
+        "",
+        "| budget | calls | whose mean mass is within | mean | largest mean of a call | rows within | largest row "
+        "| density of sparse calls |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for budget in sorted({line["budget"] for line in lines}):
+        of = [line for line in lines if line["budget"] == budget]
+        calls = sum(line["calls"] for line in of)
+        mean, rows, density = (
+            sum(line[key] * line["calls"] for line in of) / calls for key in ("mean", "rows_within", "sparse_density")
+        )
+        largest, row = (max(line[key] for line in of) for key in ("largest_mean", "largest_row"))
+        share = sum(line["calls_within"] for line in of) / calls
+        cells = (f"{budget:g}", calls, f"{share:.1%}", f"{mean:.4f}", f"{largest:.4f}", f"{rows:.2%}", f"{row:.3f}")
+        rendered.append(f"| {' | '.join(map(str, cells))} | {density:.3f} |")
+    return "\n".join(rendered)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

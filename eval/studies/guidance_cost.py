@@ -1,0 +1,124 @@
+"""Measures what a perturbed branch costs: `python eval/studies/guidance_cost.py`.
+
+Runs of one embedded model take turns; processor time on one thread is compared, so that other work on the machine does
+not count. A full third branch is held against one that begins at the first perturbed block, over that block, and the
+free mode and NAG against the same run without them.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.machine import processor
+from dit_accel_eval.runs.results import Line, append_line, read_lines
+
+from dit_accel import NAG, PAG, attach
+from dit_accel.methods.config import MethodConfig
+
+GUIDED = {"wan-plain": {"guidance_scale": 3.0}, "flux-tiny": {"true_cfg_scale": 3.0}}
+ALONE = {"wan-plain": {"guidance_scale": 1.0}, "flux-tiny": {"true_cfg_scale": 1.0}}
+LAYERS = {"wan-plain": (0, 1, 2, 3, 4, 5), "flux-tiny": (0, 2, 4, 6, 8, 10)}
+NEGATIVE = NAG(negative_prompt="")
+
+Arm = tuple[Mapping[str, Any], tuple[MethodConfig, ...]]
+
+
+def arms_of(model: str) -> dict[str, Arm]:
+    """Return name -> call and methods; those named ``plain`` are what the others are held against."""
+    guided, alone = GUIDED[model], ALONE[model]
+    arms: dict[str, Arm] = {
+        "plain, guided": (guided, ()),
+        "plain, alone": (alone, ()),
+        "free mode": (guided, (PAG(layers="L1", mode="free"),)),
+        "nag": (alone, (NEGATIVE,)),
+    }
+    for layer in LAYERS[model]:
+        for shared in (True, False):
+            kind = "shared" if shared else "full"
+            arms[f"{kind} {layer}"] = (guided, (PAG(layers=f"L{layer}", share_prefix=shared),))
+    return arms
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run so many more rounds of all arms, append one JSON line each, and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=sorted(GUIDED), choices=sorted(GUIDED))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("eval/results/guidance-cost.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, measure nothing")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    for model in () if options.table else options.models:
+        measure(model, options.rounds, options.steps, options.out)
+    print(table(read_lines(options.out)))
+    return 0
+
+
+def measure(model: str, rounds: int, steps: int, out: Path) -> None:
+    """Append the seconds of every arm, round by round; a round that was stopped is not appended."""
+    loaded, arms = EmbeddedModel(model, {}), arms_of(model)
+    for number in range(rounds + 1):
+        seconds = {name: seconds_of(loaded, steps, *arm) for name, arm in arms.items()}
+        if number:  # the first one warms up
+            about = {"steps": steps, "threads": torch.get_num_threads(), "torch": torch.__version__}
+            append_line(out, {"model": model, **about, "processor": processor(), "seconds": seconds})
+        print(f"{model}, round {number} of {rounds}", file=sys.stderr)
+
+
+def seconds_of(loaded: EmbeddedModel, steps: int, call: Mapping[str, Any], methods: Sequence[MethodConfig]) -> float:
+    """Return the processor seconds of a run up to its latents; attaching is no part of it."""
+    generator = torch.Generator().manual_seed(0)
+    with attach(loaded.pipe, *methods) if methods else contextlib.nullcontext():
+        started = time.process_time()
+        loaded.pipe(
+            loaded.prompt(0), **{**loaded.call, **call}, num_inference_steps=steps, generator=generator,
+            output_type="latent",
+        )  # fmt: skip
+        return time.process_time() - started
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Return the Markdown tables of all models."""
+    return "\n".join(_rows(lines))
+
+
+def _rows(lines: Sequence[Line]) -> Iterator[str]:
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        first, blocks = own[0], len(LAYERS[model])
+        yield (
+            f"{model}, {first['steps']} steps, {len(own)} rounds, {first['threads']} thread, {first['processor']}: "
+            "median [quartiles] over the rounds of processor time added to the same run without, as a share of it "
+            "(guided: two forwards a step, so that a third one is 50 %)."
+        )
+        yield ""
+        yield "| first perturbed block | " + " | ".join(str(layer) for layer in LAYERS[model]) + " |"
+        yield "|---" * (blocks + 1) + "|"
+        for kind, told in (("full", "a whole third forward"), ("shared", "begun at that block")):
+            cells = [_added(own, f"{kind} {layer}", "plain, guided") for layer in LAYERS[model]]
+            yield f"| {told} | {' | '.join(cells)} |"
+        yield ""
+        yield (
+            f"Free mode adds {_added(own, 'free mode', 'plain, guided')}; `NAG`, to a run without guidance, "
+            f"{_added(own, 'nag', 'plain, alone')}."
+        )
+        yield ""
+
+
+def _added(lines: Sequence[Line], arm: str, plain: str) -> str:
+    shares = [100 * (line["seconds"][arm] / line["seconds"][plain] - 1) for line in lines]
+    low, middle, high = np.quantile(shares, (0.25, 0.5, 0.75))
+    return f"{middle:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
