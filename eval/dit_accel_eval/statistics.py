@@ -1,4 +1,4 @@
-"""Paired statistics: the mean difference of two arms over the same clips, its interval, and a test of many at once."""
+"""Statistics: the mean difference of two arms over the same clips, its interval, tests of many at once, and ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,3 +110,16 @@ def holm(values: Mapping[Key, float]) -> dict[Key, float]:
         most = max(most, min(1.0, (len(values) - place) * values[key]))
         corrected[key] = most
     return {key: corrected[key] for key in values}
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return Spearman's rank correlation of two lists, ties by their mean; not a number for a constant one."""
+    ranks = np.stack([_ranks(np.asarray(values, float)) for values in (one, other)])
+    if not np.ptp(ranks, axis=1).all():
+        return float("nan")
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return the ranks of values, the mean of those that are alike."""
+    return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])

@@ -1,8 +1,9 @@
 """What Ulysses sends, holds and computes for released models, by their sizes alone: nothing here is measured."""
 
+from spread import Spread
+
 from dit_accel.adapters.registry import adapters
 from dit_accel.estimate.sizes import rounded_frames, token_layout
-from dit_accel.estimate.spread import Spread
 
 ROWS = (("wan2.1-14b", (81, 161, 513)), ("hunyuan-video", (81, 129, 513)))
 """Family -> output frames, all at 720 x 1280."""

@@ -29,11 +29,11 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.plan import AttentionPlan
-from dit_accel.rules.periods import Spectrum, spectrum
 from dit_accel.rules.ultravico import DecayRule, extended_frames
 
 from .base import Progress, Table, run_settings
 from .cache_runs import write_config
+from .frame_periods import Spectrum, spectrum
 
 ROWS = 64
 """Query rows of a call whose attention is summed by distance."""

@@ -31,9 +31,10 @@ from dit_accel.estimate.estimate import estimate
 from dit_accel.files import check_writable, json_text, written_whole
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import VERSION, weights_of
-from dit_accel.rules.ranking import cached_blocks, rank_correlation
 
+from ..statistics import rank_correlation
 from .base import Progress, Table, run_settings
+from .block_ranking import cached_blocks
 from .profile_plots import write_heat_map
 from .profile_watch import CRITERIA, Profiler
 

@@ -23,8 +23,9 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.site import Block, made_tensor
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.rules.foreground import foreground, predicted
-from dit_accel.rules.ranking import foreground_ratio
-from dit_accel.rules.received import attention_received
+
+from .block_ranking import foreground_ratio
+from .received import attention_received
 
 CRITERIA = ("attention", "delta", "error")
 """What blocks are told apart by. ``attention``: the share of the foreground that receives more attention than the mean

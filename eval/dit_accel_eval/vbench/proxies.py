@@ -6,12 +6,9 @@ rank correlation within a scene: whether a metric orders what was done to one cl
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from ..metrics import metric
 from ..runs.results import Line
-from ..statistics import bootstrap
+from ..statistics import bootstrap, rank_correlation
 
 PROXIES: dict[str, tuple[str, ...]] = {
     "subject_consistency": ("consistency@efflite0",),
@@ -26,19 +23,6 @@ PROXIES: dict[str, tuple[str, ...]] = {
 NAMES = tuple(dict.fromkeys(name for names in PROXIES.values() for name in names))
 
 
-def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Return the rank correlation of two lists, ties by their mean rank; None where one of them is constant."""
-    first, second = _ranks(one), _ranks(other)
-    if first.std() == 0 or second.std() == 0:
-        return None
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
-    held = np.asarray(values, np.float64)
-    return (held[:, None] > held).sum(1) + (held[:, None] == held).sum(1) / 2
-
-
 def by_scene(lines: Iterable[Line], dimension: str, name: str) -> list[float]:
     """Return the rank correlation of a metric with the world's score within each scene; turned where less is better."""
     sign = -1 if metric(name).better == "less" else 1
@@ -46,8 +30,8 @@ def by_scene(lines: Iterable[Line], dimension: str, name: str) -> list[float]:
     for line in lines:
         if dimension in line["world"] and name in line["metrics"]:
             kept.setdefault(line["scene"], []).append((line["world"][dimension], sign * line["metrics"][name]))
-    found = (spearman(*zip(*pairs, strict=True)) for pairs in kept.values() if len(pairs) > 2)
-    return [one for one in found if one is not None]
+    found = (rank_correlation(*zip(*pairs, strict=True)) for pairs in kept.values() if len(pairs) > 2)
+    return [one for one in found if one == one]
 
 
 def correlations(lines: Sequence[Line], what: str) -> list[str]:

@@ -44,16 +44,3 @@ def cached_blocks(
         edges = [one[0] for one in known[max(count - 1, 0) : count + 1]] or [0.0]
         return sorted(block for _, block in low), float(np.mean(edges))
     return sorted(block for score, block in known if score < threshold), threshold
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Spearman's rank correlation of two lists, ties by their mean; not a number for a constant one."""
-    ranks = np.stack([_ranks(np.asarray(values, float)) for values in (one, other)])
-    if not np.ptp(ranks, axis=1).all():
-        return float("nan")
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return the ranks of values, the mean of those that are alike."""
-    return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])

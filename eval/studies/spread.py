@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from ..adapters.adapter import Family
-from ..errors import ConfigError
-from ..plan.layout import TokenLayout
-from ..plan.tiling import TILE, bitmap_bytes
-from .estimate import ASSUMED_BYTES, attention_flops, other_flops
+from dit_accel.adapters.adapter import Family
+from dit_accel.errors import ConfigError
+from dit_accel.estimate.estimate import ASSUMED_BYTES, attention_flops, other_flops
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.tiling import TILE, bitmap_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
