@@ -66,7 +66,7 @@ def run_suite(
     """
     from dit_accel_pipelines.processes.processes import started_process
 
-    from .runs.given import Machine
+    from .runs.machine import Machine
     from .runs.results import read_lines
     from .suites.job import Job, check_timing, default_out
     from .suites.reference import default_cache

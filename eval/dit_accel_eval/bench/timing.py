@@ -230,7 +230,7 @@ def _run(bench: Bench, arm: BenchArm, steps: int) -> None:
         arm.steps += list(_denoise(bench, steps))
         report = attachment.report() if attachment is not None else None
     sizes = dict(height=bench.planned.height, width=bench.planned.width, num_frames=bench.planned.num_frames)
-    arm.attended = attended(report, bench.adapter, bench.family, sizes, arm.methods)
+    arm.attended = attended(report, bench.adapter, bench.family, sizes, arm.methods)[0]
     arm.counts = bench.counter.take()
     arm.blocks += bench.clock.blocks
     arm.attention += bench.clock.attention

@@ -1,8 +1,44 @@
-"""Prompts of one's own and their seeds, which clips count through."""
+"""The prompt and the seed of each clip, by its number: held-out ones of an embedded model, or one's own."""
 
 from dataclasses import dataclass
+from typing import Protocol
+
+from dit_accel_assets import held_out_prompts
 
 from dit_accel import ConfigError
+
+
+class Clips(Protocol):
+    """What clips show, by their numbers."""
+
+    def prompt(self, clip: int) -> str:
+        """Return the prompt of a clip, by its number."""
+        ...
+
+    def seed(self, clip: int) -> int:
+        """Return the seed of a clip, by its number."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutClips:
+    """Held-out prompts of an embedded model, each clip's number also its seed.
+
+    Attributes:
+        model: its name.
+        only: the prompt of all clips; None: each number's own.
+    """
+
+    model: str
+    only: str | None = None
+
+    def prompt(self, clip: int) -> str:
+        """Return the prompt of a clip, by its number."""
+        return held_out_prompts(self.model, clip + 1)[clip] if self.only is None else self.only
+
+    def seed(self, clip: int) -> int:
+        """Return the seed of a clip, by its number."""
+        return clip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

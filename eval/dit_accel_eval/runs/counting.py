@@ -5,7 +5,7 @@ counted, whoever skips it.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,33 +44,27 @@ class Counter:
     """
 
     def __init__(self, transformers: Sequence[nn.Module], adapter: Adapter) -> None:
-        self._blocks = self._attention = 0
+        self._ran = dict.fromkeys(("blocks", "attention"), 0)
         for transformer in transformers:
             for listed in block_lists(adapter, transformer):
                 for _, block in blocks_of(listed, adapter, transformer):
-                    self._watch(block, self._count_block)
+                    self._watch(block, "blocks")
             for _, module, _ in attention_modules(transformer, adapter):
-                self._watch(module, self._count_attention)
+                self._watch(module, "attention")
 
     def take(self) -> Counts:
         """Return what ran since the last call of this, and begin anew."""
-        counts = Counts(blocks=self._blocks, attention=self._attention)
-        self._blocks = self._attention = 0
+        counts = Counts(**self._ran)
+        self._ran.update(blocks=0, attention=0)
         return counts
 
-    def _count_block(self, rows: int) -> None:
-        self._blocks += rows
-
-    def _count_attention(self, rows: int) -> None:
-        self._attention += rows
-
-    def _watch(self, module: nn.Module, count: Callable[[int], None]) -> None:
+    def _watch(self, module: nn.Module, kind: str) -> None:
         forward = module.forward
 
         @functools.wraps(forward)
         def counted(*args: Any, **kwargs: Any) -> Any:
             given = (*args, *kwargs.values())
-            count(next(len(value) for value in given if isinstance(value, torch.Tensor)))
+            self._ran[kind] += next(len(value) for value in given if isinstance(value, torch.Tensor))
             return forward(*args, **kwargs)
 
         module.forward = counted
@@ -88,10 +82,11 @@ def tokens_of(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> int:
 
 def attended(
     report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
-) -> float:
-    """Return the share of the query-key pairs that the attention calls of a run computed; 1 is dense.
+) -> tuple[float, dict[int, float]]:
+    """Return the share of the query-key pairs that a run's attention calls computed, and the same by step; 1 is dense.
 
-    A pooled tile is one key. Probe rows are computed besides. Voting, choosing tiles and pooling are not counted.
+    A pooled tile is one key. Probe rows are computed besides. Voting, choosing tiles and pooling are not counted. Steps
+    without attention calls are left out, as are all of a dense run.
 
     Args:
         report: what ran; None: nothing was attached.
@@ -101,20 +96,22 @@ def attended(
         methods: what was attached.
     """
     if report is None or report.sparse_density is None:
-        return 1.0
-    return _share(_pairs(report, adapter, family, call, methods))
+        return 1.0, {}
+    sizes = [options["block_size"] for options in report.methods.values() if options.get("block_size")]
+    tile = min(sizes, default=1)  # without tiles nothing is pooled
+    savings = estimate(adapter, family, methods=methods, **_sizes(call)).savings
+    probes = sum(saving.exact_rows for saving in savings.values())
+    by_step: dict[int, list[tuple[int, float]]] = {}
+    for step in report.steps:
+        if calls := step.dense_layers + step.sparse_layers:
+            computed = step.dense_layers + step.sparse_layers * (step.density + step.pooled / tile + probes)
+            by_step.setdefault(step.step_index, []).append((calls, computed))
+    every = [pairs for step in by_step.values() for pairs in step]
+    return _share(every), {step: _share(pairs) for step, pairs in by_step.items()}
 
 
-def attended_by_step(
-    report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
-) -> dict[int, float]:
-    """Return step -> `attended` of that step alone; a step without attention calls, or of a dense run, is left out."""
-    if report is None or report.sparse_density is None:
-        return {}
-    found: dict[int, list[tuple[int, float, float]]] = {}
-    for pairs in _pairs(report, adapter, family, call, methods):
-        found.setdefault(pairs[0], []).append(pairs)
-    return {step: _share(pairs) for step, pairs in found.items()}
+def _share(pairs: Sequence[tuple[int, float]]) -> float:
+    return sum(computed for _, computed in pairs) / sum(calls for calls, _ in pairs)
 
 
 def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, ...], ...]:
@@ -130,26 +127,6 @@ def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, 
     layers = 1 + max(layer for _, layer in found)
     means = {key: sum(shares) / len(shares) for key, shares in found.items()}
     return tuple(tuple(means.get((step, layer)) for layer in range(layers)) for step in range(steps))
-
-
-def _share(pairs: Sequence[tuple[int, float, float]]) -> float:
-    return sum(computed for *_, computed in pairs) / sum(calls for _, calls, _ in pairs)
-
-
-def _pairs(
-    report: Report, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
-) -> list[tuple[int, float, float]]:
-    """Return (step, attention calls, how many dense ones their pairs would make) of every denoising call with some."""
-    sizes = [options["block_size"] for options in report.methods.values() if options.get("block_size")]
-    tile = min(sizes, default=1)  # without tiles nothing is pooled
-    savings = estimate(adapter, family, methods=methods, **_sizes(call)).savings
-    probes = sum(saving.exact_rows for saving in savings.values())
-    found = []
-    for step in report.steps:
-        computed = step.dense_layers + step.sparse_layers * (step.density + step.pooled / tile + probes)
-        if step.dense_layers + step.sparse_layers:
-            found.append((step.step_index, step.dense_layers + step.sparse_layers, computed))
-    return found
 
 
 def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> float:

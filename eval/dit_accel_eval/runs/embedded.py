@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
+from dit_accel_assets import model_defaults, model_names, model_path
 from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.request import check_words
@@ -15,7 +15,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.errors import did_you_mean
 
-from .clips import OwnClips
+from .clips import HeldOutClips, OwnClips
 from .model import SuiteModel
 
 
@@ -40,22 +40,14 @@ class EmbeddedModel(SuiteModel):
         check_name(name)
         for text in (*([] if prompt is None else [prompt]), *(own.prompts if own else ())):
             check_words(text, name)
-        self._prompt, self._own = prompt, own
         with quiet_diffusers():
             pipe: Any = DiffusionPipeline.from_pretrained(model_path(name), dtype=torch.float32)
         adapter, family = read_model_files(str(model_path(name))).identify()
         settled = settled_call(name, call)
-        super().__init__(pipe, name=name, weights=weights_hash(name), call=settled, adapter=adapter, family=family)
-
-    def prompt(self, clip: int) -> str:
-        """Return the prompt of a clip, whose number is its seed."""
-        if self._own is not None:
-            return self._own.prompt(clip)
-        return held_out_prompts(self.name, clip + 1)[clip] if self._prompt is None else self._prompt
-
-    def seed(self, clip: int) -> int:
-        """Return the seed of a clip: its number, but for prompts of one's own."""
-        return clip if self._own is None else self._own.seed(clip)
+        super().__init__(
+            pipe, name=name, weights=weights_hash(name), call=settled, adapter=adapter, family=family,
+            clips=own or HeldOutClips(model=name, only=prompt),
+        )  # fmt: skip
 
 
 def check_name(name: str) -> None:

@@ -4,14 +4,13 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dit_accel_pipelines.generation.loading import load_pipeline, pick_device
 from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
-from dit_accel_pipelines.generation.request import OFFLOADS, Dtype
+from dit_accel_pipelines.generation.request import Dtype
 from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
@@ -21,6 +20,7 @@ from dit_accel.adapters.model_names import model_source
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
 from .clips import OwnClips
+from .machine import Machine
 from .model import SuiteModel
 from .request import tuning_request
 from .schedulers import shipped_scheduler
@@ -31,30 +31,6 @@ GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 2**24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Where a model that is not embedded runs.
-
-    Attributes:
-        device: torch device; None: the accelerator if there is one.
-        offload: which weights wait in main memory, one of `OFFLOADS`.
-
-    Raises:
-        ConfigError: for another offload.
-    """
-
-    device: str | None = None
-    offload: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.offload not in OFFLOADS:
-            raise ConfigError(f"there is no offload {self.offload!r}; {did_you_mean(self.offload, OFFLOADS)}")
-
-    def dtype(self, asked: Dtype | None) -> Dtype:
-        """Return the number format of the weights: what was asked for, else float32 on a CPU and bfloat16 elsewhere."""
-        return asked or ("float32" if pick_device(self.device).type == "cpu" else "bfloat16")
 
 
 class GivenModel(SuiteModel):
@@ -86,19 +62,13 @@ class GivenModel(SuiteModel):
             prompts=own.prompts, model=str(folder), dtype=dtype, device=machine.device, offload=machine.offload
         )
         pipe = load_pipeline(request)
-        self._own, self.dtype, self.device = own, dtype, pick_device(machine.device)
-        super().__init__(pipe, name=name, weights=given_weights(source), call=settled, adapter=adapter, family=family)
+        self.dtype, self.device = dtype, pick_device(machine.device)
+        super().__init__(
+            pipe, name=name, weights=given_weights(source), call=settled, adapter=adapter, family=family, clips=own
+        )
         if self.device.type != "cpu":  # else a step would end before its work has
             for part in self.transformers:
                 part.register_forward_hook(lambda *_: torch.accelerator.synchronize())
-
-    def prompt(self, clip: int) -> str:
-        """Return the prompt of a clip."""
-        return self._own.prompt(clip)
-
-    def seed(self, clip: int) -> int:
-        """Return the seed of a clip's noise."""
-        return self._own.seed(clip)
 
 
 def check_given(source: str) -> tuple[ModelFiles, Family]:

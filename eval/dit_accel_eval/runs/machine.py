@@ -1,10 +1,40 @@
-"""The machine on which something was measured, in words."""
+"""The machine on which something runs: where, in which number format, and what it is called."""
 
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from dit_accel_pipelines.generation.loading import pick_device
+from dit_accel_pipelines.generation.request import OFFLOADS, Dtype
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where a model that is not embedded runs.
+
+    Attributes:
+        device: torch device; None: the accelerator if there is one.
+        offload: which weights wait in main memory, one of `OFFLOADS`.
+
+    Raises:
+        ConfigError: for another offload.
+    """
+
+    device: str | None = None
+    offload: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.offload not in OFFLOADS:
+            raise ConfigError(f"there is no offload {self.offload!r}; {did_you_mean(self.offload, OFFLOADS)}")
+
+    def dtype(self, asked: Dtype | None) -> Dtype:
+        """Return the number format of the weights: what was asked for, else float32 on a CPU and bfloat16 elsewhere."""
+        return asked or ("float32" if pick_device(self.device).type == "cpu" else "bfloat16")
 
 
 def processor() -> str:

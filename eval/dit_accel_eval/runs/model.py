@@ -20,7 +20,8 @@ from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
-from .counting import Counter, Counts, attended, attended_by_step, density_map, own_share
+from .clips import Clips
+from .counting import Counter, Counts, attended, density_map, own_share
 from .schedulers import scheduler_of
 
 DIGITS = 4
@@ -87,6 +88,7 @@ class SuiteModel:
         call: all arguments of the pipeline's call but the prompt, the steps and the generator.
         adapter: the adapter of its transformer.
         family: its sizes.
+        clips: the prompt and the seed of each clip.
 
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
@@ -97,9 +99,10 @@ class SuiteModel:
     device = torch.device("cpu")
 
     def __init__(
-        self, pipe: Any, *, name: str, weights: str, call: Mapping[str, Any], adapter: Adapter, family: Family
-    ) -> None:
-        self.pipe = pipe
+        self, pipe: Any, *, name: str, weights: str, call: Mapping[str, Any], adapter: Adapter, family: Family,
+        clips: Clips,
+    ) -> None:  # fmt: skip
+        self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
         self.name, self.weights, self.call = name, weights, dict(call)
         self.adapter, self.family = adapter, family
         self.own_share = own_share(adapter, family, self.call)
@@ -107,14 +110,6 @@ class SuiteModel:
         parts = (getattr(pipe, part, None) for part in ("transformer", "transformer_2"))
         self.transformers = [part for part in parts if part is not None]
         self._counter = Counter(self.transformers, adapter)
-
-    def prompt(self, clip: int) -> str:
-        """Return the prompt of a clip."""
-        raise NotImplementedError
-
-    def seed(self, clip: int) -> int:
-        """Return the seed of a clip's noise."""
-        raise NotImplementedError
 
     def run(
         self,
@@ -158,11 +153,11 @@ class SuiteModel:
                 prompt=self.prompt(clip), **call, num_inference_steps=steps, generator=generator, output_type="np"
             )
             report = attachment.report() if attachment else None
-        shares = attended_by_step(report, self.adapter, self.family, call, methods)
+        share, shares = attended(report, self.adapter, self.family, call, methods)
         return Run(
             frames=_frames(out),
             counts=sum(counts, self._counter.take()),
-            attended=attended(report, self.adapter, self.family, call, methods),
+            attended=share,
             seconds=timings.denoise,
             times=_times(timings),
             by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),

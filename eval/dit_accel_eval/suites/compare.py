@@ -20,7 +20,8 @@ from dit_accel import ConfigError
 from ..runs.budget import Budget, BudgetSpent
 from ..runs.clips import OwnClips
 from ..runs.embedded import EmbeddedModel
-from ..runs.given import GivenModel, Machine
+from ..runs.given import GivenModel
+from ..runs.machine import Machine
 from ..runs.model import SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import Line, append_line, latest, read_lines, write_lines

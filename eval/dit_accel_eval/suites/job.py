@@ -16,7 +16,8 @@ from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_writable, held
 
 from ..runs.embedded import check_name, settled_call, weights_hash
-from ..runs.given import Machine, check_given, given_call, given_weights
+from ..runs.given import check_given, given_call, given_weights
+from ..runs.machine import Machine
 from ..runs.model import check_guided
 from ..runs.results import Line, check_clips, check_lines, read_lines, write_lines
 from ..runs.schedulers import scheduler_of, shipped_scheduler

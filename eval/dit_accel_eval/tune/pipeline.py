@@ -22,7 +22,8 @@ from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.toml import to_toml
 
 from ..runs.clips import OwnClips
-from ..runs.given import Machine, check_given
+from ..runs.given import check_given
+from ..runs.machine import Machine
 from ..runs.request import embedded_prompts
 from ..runs.schedulers import OWN
 from ..suites.arms import Arm
