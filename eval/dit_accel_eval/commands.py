@@ -16,7 +16,6 @@ from .vbench.command import evaluate
 if TYPE_CHECKING:
     from .runs.results import Line
     from .suites.job import Job
-    from .suites.suite import Suite
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("vbench")(evaluate)
@@ -68,28 +67,21 @@ def run_suite(
 
     from .runs.machine import Machine
     from .runs.results import read_lines
-    from .suites.job import Job, check_timing, default_out
+    from .suites.job import Job
     from .suites.reference import default_cache
     from .suites.suite import read_suite
 
-    check_timing(timed, workers)
     read = read_suite(suite)
+    usual = (2 if timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     job = Job(
-        suite=read, out=out or default_out(suite, read), cache=cache or default_cache(), timed=timed,
-        threads=threads or _usual_threads(read, timed, workers), frames=frames, talk=not quiet and not TALK.is_terminal,
+        suite=read, out=out or suite.parent.parent / "results" / f"{read.name}.jsonl", cache=cache or default_cache(),
+        timed=timed, threads=threads or usual, frames=frames, talk=not quiet and not TALK.is_terminal,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
     if not only_table:
         _run(job, clips, workers, quiet)
     elif not quiet:
         _show_run(job, read_lines(job.out), written=False)
-
-
-def _usual_threads(suite: "Suite", timed: bool, workers: int) -> int | None:
-    """Return the threads of torch where none are asked for; None: as many as torch takes."""
-    if suite.embedded or workers > 1:
-        return 2 if timed else 1
-    return None
 
 
 def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
@@ -108,9 +100,9 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     quiet = quiet or not Ranks().first
     wanted = clips_of(job.suite, clips)
     keeps(f"what has run stands in {job.out}, and the same command goes on there")
+    job = dataclasses.replace(job, talk=job.talk and not quiet)
     with SuiteProgress(job.suite, wanted, quiet=quiet) as watch:
-        told = dataclasses.replace(job, talk=job.talk and not quiet)
-        stopped = run(told, wanted, workers=workers, watch=watch)
+        stopped = run(job, wanted, workers=workers, watch=watch)
     if not quiet:
         _show_run(job, read_lines(job.out), written=True)
     if stopped:
@@ -120,7 +112,7 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
 
 def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:
     """Print a suite's table, and what to know of it."""
-    from .suites.judges import suite_table
+    from .suites.job import suite_table
     from .suites.reference import AGREE
 
     print(suite_table(job.suite, lines))

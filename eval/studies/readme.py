@@ -15,7 +15,7 @@ from call_error import table as calls_table
 from denoising_time import table as times_table
 from dit_accel_eval.demo.comparison import told as demo_told
 from dit_accel_eval.runs.results import Line, read_lines
-from dit_accel_eval.suites.judges import suite_table
+from dit_accel_eval.suites.job import suite_table
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dropped_mass import table as masses_table
 from every_set import Judged, Setting

@@ -24,7 +24,7 @@ from dit_accel_eval.statistics import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.compare import run
 from dit_accel_eval.suites.comparison import equal_psnr, figures, rival_steps, table, verdict
-from dit_accel_eval.suites.job import Job, arm_setting, setting_of
+from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.judges import JUDGES
 from dit_accel_eval.suites.run_progress import progress_of
 from dit_accel_eval.suites.suite import JUDGES as NAMES
@@ -109,7 +109,8 @@ def test_committed_suites_read_and_match_their_results(path):
     listed = {arm.name: arm.to_dict() for arm in suite.arms}
     assert {line["arm"] for line in lines if not line["arm"].startswith("unipc ")} <= set(listed)
     if lines:
-        check_lines(results, lines, setting_of(suite), {arm.name: arm_setting(suite, arm) for arm in suite.arms})
+        job = Job(suite=suite, out=results, cache=results, timed=False, threads=None)
+        check_lines(results, lines, job.setting, {arm.name: job.arm_setting(arm) for arm in suite.arms})
 
 
 @pytest.mark.parametrize(
@@ -199,8 +200,9 @@ def test_what_can_not_run_exits_with_2(tmp_path, change, message):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_timed_runs_have_the_machine_to_themselves():
-    found = command("run", "s.toml", "--time", "--workers", "2")
+def test_timed_runs_have_the_machine_to_themselves(tmp_path):
+    (tmp_path / "s.toml").write_text(HEAD + ARM)
+    found = command("run", tmp_path / "s.toml", "--time", "--workers", "2", "--out", tmp_path / "s.jsonl")
     assert found.exit_code == 2
     assert "timed runs need the machine to themselves, got --workers 2" in found.stderr
 

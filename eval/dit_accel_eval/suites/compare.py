@@ -8,7 +8,8 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from dit_accel_pipelines.generation.request import Dtype
 from dit_accel_pipelines.generation.solvers import BEST
@@ -17,28 +18,27 @@ from dit_accel_pipelines.processes.ranks import Ranks
 
 from dit_accel import ConfigError
 
-from ..runs.budget import Budget, BudgetSpent
+from ..runs.budget import Budget, BudgetSpent, Spending
 from ..runs.clips import OwnClips
 from ..runs.embedded import EmbeddedModel
 from ..runs.given import GivenModel
 from ..runs.machine import Machine
-from ..runs.model import SuiteModel
+from ..runs.model import Run, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import Line, append_line, latest, read_lines, write_lines
 from .arms import Arm, dense_arm
 from .comparison import rival_steps
-from .job import Job, prepared
-from .measuring import converged_line, judged_line, lacks_metrics
-from .reference import AGREE, Reference, converged
-from .runner import Runner
-from .suite import Suite
+from .job import Job, checked
+from .measuring import Sampled, lacks_metrics, line_of
+from .reference import AGREE, converged, dense_run
 
-EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", "kept", "kept_reference")
+KEPT = ("kept", "kept_reference")
+EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", *KEPT)
 """What a line keeps if its run is made anew for something else that it lacked."""
 
 
 def run(
-    job: Job, clips: Sequence[int], *, workers: int = 1, watch: Callable[[Sequence[Line]], None] | None = None
+    job: Job, clips: Sequence[int], *, workers: int = 1, watch: Callable[[Sequence[Line]], None] = lambda lines: None
 ) -> str | None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
@@ -58,122 +58,131 @@ def run(
         ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
         Busy: if another run writes to it.
     """
+    if job.timed and workers > 1:
+        raise ConfigError(f"timed runs need the machine to themselves, got --workers {workers}")
     ranks = Ranks()
     if ranks.count > 1 and (workers > 1 or job.timed):
         asked = "--time" if job.timed else f"--workers {workers}"
         raise ConfigError(f"accelerate launch started {ranks.count} processes, got {asked} besides; leave one out")
-    with prepared(job) if ranks.first else contextlib.nullcontext():
-        return _run(job, clips, ranks, workers, watch)
-
-
-def _run(
-    job: Job, clips: Sequence[int], ranks: Ranks, workers: int, watch: Callable[[Sequence[Line]], None] | None
-) -> str | None:
-    """Make what the file lacks, once the first process has checked it."""
-    ranks.wait()
-
-    def look() -> None:
-        if watch is not None:
-            watch(read_lines(job.out))
-
-    look()
-    own = ranks.own(clips)
-    workers = max(1, min(workers, len(own)))
-    budget = job.suite.budget.share(workers * ranks.count) if job.suite.budget else None
-    stopped = None
-    if workers == 1:
-        runner = _runner(job, budget)
-        for clip in own:
-            told = run_clip(job, clip, runner, look)
-            stopped = stopped or told
-    else:
-        stopped = _run_beside(job, own, workers, budget, look)
-    ranks.wait()
-    if ranks.first:
-        write_lines(job.out, _sorted(job.suite, latest(read_lines(job.out)).values()))
+    with checked(job) if ranks.first else contextlib.nullcontext():
+        ranks.wait()
+        stopped = _run(job, ranks.own(clips), ranks.count, workers, lambda: watch(read_lines(job.out)))
+        ranks.wait()
+        if ranks.first:
+            places = {arm.name: place for place, arm in enumerate(job.suite.arms)}
+            lines = latest(read_lines(job.out)).values()  # dense runs that were added stand last
+            key = lambda line: (line["clip"], places.get(line["arm"], len(places)), line["num_inference_steps"])  # noqa: E731
+            write_lines(job.out, sorted(lines, key=key))
     return stopped
 
 
-def _run_beside(
-    job: Job, clips: Sequence[int], workers: int, budget: Budget | None, look: Callable[[], None]
-) -> str | None:
-    """Run clips in processes, and return why one of them stopped before all was made."""
+def _run(job: Job, clips: Sequence[int], processes: int, workers: int, look: Callable[[], None]) -> str | None:
+    """Run clips here or in worker processes, and return why one of them stopped before all was made."""
+    look()
+    workers = max(1, min(workers, len(clips)))
+    budget = job.suite.budget.share(workers * processes) if job.suite.budget else None
     stopped: list[str | None] = []
-    run_beside(_run_there, clips, workers, stopped.append, begin=_begin, given=(job, budget), look=look)
+    if workers == 1:
+        runner = Runner(job, budget)
+        stopped = [runner.run_clip(clip, look) for clip in clips]
+    else:
+        run_beside(_run_there, clips, workers, stopped.append, begin=_begin, given=(job, budget), look=look)
     return next(filter(None, stopped), None)
 
 
-_there: list[tuple[Job, Runner]] = []
+_there: "list[Runner]" = []
 """What a process of a pool runs; set when it begins."""
 
 
 def _begin(job: Job, budget: Budget | None) -> None:
-    _there.append((job, _runner(job, budget)))
+    _there.append(Runner(job, budget))
 
 
 def _run_there(clip: int) -> str | None:
-    job, runner = _there[-1]
-    return run_clip(job, clip, runner)
+    return _there[-1].run_clip(clip)
 
 
-def _runner(job: Job, budget: Budget | None) -> Runner:
-    suite = job.suite
-    return Runner(lambda: _load(job), budget, warmup=suite.warmup, repeats=suite.repeats)
+class Runner:
+    """Runs clips of a job in one process: the model, loaded when it is first needed, within the budget.
 
-
-def run_clip(job: Job, clip: int, model: Runner, look: Callable[[], None] = lambda: None) -> str | None:
-    """Run what one clip lacks: arms first, then the dense runs between which each is held; ``look`` follows each.
-
-    Returns:
-        Why it stopped, where the budget did not hold all; what had been made is written.
+    Args:
+        job: what runs.
+        budget: what the runs may take; None: any amount.
     """
-    known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
-    if not any(_lacking(job, known)):
+
+    def __init__(self, job: Job, budget: Budget | None = None) -> None:
+        self.job, self._spending, self._warm = job, Spending(budget), set[str]()
+
+    @functools.cached_property
+    def model(self) -> SuiteModel:
+        """The model, whose own runs are not counted."""
+        suite, machine = self.job.suite, self.job.machine
+        given = None if suite.embedded else (suite.source, machine.dtype(suite.dtype), machine)
+        return _loaded(suite.model, json.dumps(suite.call, sort_keys=True), suite.own, given)
+
+    def run_clip(self, clip: int, look: Callable[[], None] = lambda: None) -> str | None:
+        """Run what one clip lacks: arms, then the dense runs between which each is held; ``look`` follows each.
+
+        Returns:
+            Why it stopped, where the budget did not hold all; what had been made is written.
+        """
+        job = self.job
+        known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
+        if not any(_lacking(job, known)):
+            return None
+        try:
+            with threads(job.threads):
+                if job.timed:
+                    self._run(clip, steps=1, solver=BEST)  # warms up
+                reference = None if job.judge else converged(self.model, clip, job.cache, self._run)
+                if reference and reference.agreement < AGREE and job.talk:
+                    print(f"clip {clip}: {reference.steps} steps agree with half as many to "
+                          f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
+                          file=sys.stderr)  # fmt: skip
+                while arm := next(_lacking(job, known), None):
+                    runs, beside = self.sample(arm, clip)
+                    line = line_of(Sampled(job=job, arm=arm, clip=clip, model=self.model, reference=reference,
+                                           runs=runs, beside=beside))  # fmt: skip
+                    earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
+                    known[arm.name] = line = {**earlier, **line}
+                    append_line(job.out, line)
+                    look()
+                    if job.talk:
+                        figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
+                        print(f"clip {clip} {arm.name}: {figures.format(**line)}", file=sys.stderr)
+        except BudgetSpent as spent:
+            return str(spent)
         return None
-    with threads(job.threads):
-        return _run_arms(job, clip, model, known, look)
 
+    def sample(self, arm: Arm, clip: int) -> tuple[list[Run], list[Run]]:
+        """Return the runs of an arm, as many as each is repeated, and where timed after each a dense one of its steps.
 
-def _run_arms(job: Job, clip: int, model: Runner, known: dict[str, Line], look: Callable[[], None]) -> str | None:
-    try:
-        if job.timed:
-            model.run(clip, steps=1, solver=BEST)  # warms up
-        reference = None if job.suite.judge else _reference(job, model, clip)
-        while arm := next(_lacking(job, known), None):
-            earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
-            line = {**earlier, **_line(job, model, arm, clip, reference)}
-            append_line(job.out, line)
-            known[arm.name] = line
-            look()
-            if job.talk:
-                print(f"clip {clip} {arm.name}: {_told(line)}", file=sys.stderr)
-    except BudgetSpent as spent:
-        return str(spent)
-    return None
+        A dense arm's single run is kept on disk; warm-up runs precede an arm's first in this process.
 
+        Raises:
+            BudgetSpent: before a run that the budget does not hold.
+        """
+        suite, dense = self.job.suite, arm.is_dense and not self.job.judge
+        if dense and suite.repeats == 1:
+            return [dense_run(self.model, clip, arm.num_inference_steps, self.job.cache, self._run)], []
+        if arm.name not in self._warm:
+            for _ in range(suite.warmup):
+                self._run(clip, **arm.run_options())
+            self._warm.add(arm.name)
+        runs, beside = list[Run](), list[Run]()
+        for _ in range(suite.repeats):
+            runs.append(self._run(clip, **arm.run_options()))
+            if self.job.timed and not dense:
+                beside.append(self._run(clip, steps=arm.num_inference_steps, solver=BEST))
+        return runs, beside
 
-def _reference(job: Job, model: Runner, clip: int) -> Reference:
-    """Return a clip's converged run, and say where the search for it ended before two runs agreed."""
-    found = converged(model, clip, job.cache)
-    if found.agreement < AGREE and job.talk:
-        print(f"clip {clip}: {found.steps} steps agree with half as many to {found.agreement:.1f} dB only; "
-              "the search for the converged run ends there", file=sys.stderr)  # fmt: skip
-    return found
-
-
-def _line(job: Job, model: Runner, arm: Arm, clip: int, reference: Reference | None) -> Line:
-    return judged_line(model, arm, clip, job) if reference is None else converged_line(model, arm, clip, reference, job)
-
-
-def _told(line: Line) -> str:
-    if "psnr" in line:
-        return f"{line['psnr']:.1f} dB at {line['work']:.1f} steps' work"
-    return f"score {line['score']:.0%}"
+    def _run(self, clip: int, *, steps: int, **options: Any) -> Run:
+        return self._spending.run(steps, lambda: self.model.run(clip, steps=steps, **options))
 
 
 def _lacking(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
     """Give the arms that a clip lacks; the dense ones to hold others against last, since these tell which."""
-    rivals = set[int]() if job.suite.judge else set[int]().union(*map(rival_steps, known.values()))
+    rivals = set[int]() if job.judge else set[int]().union(*map(rival_steps, known.values()))
     for arm in (*job.suite.arms, *map(dense_arm, sorted(rivals))):
         line = known.get(arm.name)
         if (
@@ -181,49 +190,16 @@ def _lacking(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
             or lacks_metrics(job.suite, line)
             or (job.timed and not arm.is_dense and "seconds" not in line)
             or (job.suite.repeats > 1 and len(line.get("repeated", {}).get("seconds", ())) < job.suite.repeats)
-            or (job.frames is not None and not _has_frames(job, line))
+            or (job.frames and not all((job.out.parent / line.get(key, "")).is_file() for key in KEPT))
         ):
             yield arm
 
 
-def _has_frames(job: Job, line: Line) -> bool:
-    return all(key in line and (job.out.parent / line[key]).is_file() for key in ("kept", "kept_reference"))
-
-
-def _load(job: Job) -> SuiteModel:
-    """Return a job's model, loaded once a process."""
-    suite = job.suite
-    call = json.dumps(suite.call, sort_keys=True)
-    if suite.embedded:
-        return _loaded(suite.model, call, suite.own)
-    if suite.own is None:
-        raise ConfigError(f"{suite.name} has no prompts for {suite.model}; add prompts = [...]")
-    return _loaded_given(suite.model, suite.source, call, suite.own, job.machine.dtype(suite.dtype), job.machine)
-
-
 @functools.lru_cache(maxsize=1)
-def _loaded(name: str, call: str, own: OwnClips | None) -> SuiteModel:
-    asked = json.loads(call)
-    return EmbeddedModel(name, asked) if own is None else EmbeddedModel(name, asked, own=own)
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded_given(name: str, source: str, call: str, own: OwnClips, dtype: Dtype, machine: Machine) -> SuiteModel:
+def _loaded(name: str, call: str, own: OwnClips | None, given: tuple[str, Dtype, Machine] | None) -> SuiteModel:
+    """Return a job's model, loaded once a process: an embedded one, or ``given`` by source, number format, machine."""
+    if given is None:
+        return EmbeddedModel(name, json.loads(call), **({} if own is None else {"own": own}))
+    assert own is not None  # `checked` refuses it
+    source, dtype, machine = given
     return GivenModel(name, source, json.loads(call), own, dtype, machine)
-
-
-def _sorted(suite: Suite, lines: Iterable[Line]) -> list[Line]:
-    """Return lines by clip, then in the order of the suite's arms, the added dense runs last."""
-    places = {arm.name: place for place, arm in enumerate(suite.arms)}
-
-    def place(line: Line) -> tuple[int, int, int]:
-        return line["clip"], places.get(line["arm"], len(places)), line["num_inference_steps"]
-
-    return sorted(lines, key=place)
-
-
-if __name__ == "__main__":  # python -m dit_accel_eval.suites.compare SUITE.toml
-    from dit_accel.cli import main
-
-    sys.argv[1:1] = ["eval", "run"]
-    main()

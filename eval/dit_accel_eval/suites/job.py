@@ -1,6 +1,7 @@
 """A suite to be run: where its lines go, what each of them must say, and what can be refused before anything runs."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from ..runs.model import check_guided
 from ..runs.results import Line, check_clips, check_lines, read_lines, write_lines
 from ..runs.schedulers import scheduler_of, shipped_scheduler
 from .arms import Arm
-from .judges import JUDGES
+from .comparison import table
+from .judges import JUDGES, Judge
 from .reference import AGREE
 from .suite import Suite
 
@@ -30,9 +32,9 @@ SCALES = ("guidance_scale", "true_cfg_scale")
 """What an arm's call may change where all are held against one converged run, which has the suite's own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a process needs to run the clips of a suite.
+    """What a process needs to run the clips of a suite, checked once by `checked`.
 
     Attributes:
         suite: what runs.
@@ -54,20 +56,33 @@ class Job:
     talk: bool = True
     machine: Machine = field(default_factory=Machine)
 
+    @property
+    def judge(self) -> Judge | None:
+        """How clips are judged by themselves; None: they are held against converged runs."""
+        return JUDGES[self.suite.judge] if self.suite.judge else None
 
-def check_timing(timed: bool, workers: int) -> None:
-    """Refuse timed runs beside each other.
+    @functools.cached_property
+    def setting(self) -> Line:
+        """What every line must say: the model, and where there is one, the call of the converged run."""
+        suite = self.suite
+        if suite.embedded:
+            model = {"model": suite.model, "weights": weights_hash(suite.model)}
+        else:
+            dtype = self.machine.dtype(suite.dtype)
+            model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
+        if suite.judge:
+            return model
+        return {**model, "call": call_of(suite, suite.call), "reference": f"{BEST}, agreeing to {AGREE:g} dB"}
 
-    Raises:
-        ConfigError: for several workers.
-    """
-    if timed and workers > 1:
-        raise ConfigError(f"timed runs need the machine to themselves, got --workers {workers}")
+    def arm_setting(self, arm: Arm) -> Line:
+        """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call.
 
-
-def default_out(path: Path, suite: Suite) -> Path:
-    """Return where a suite's result lines go if no file is named: ``results/`` beside the suite's folder."""
-    return path.parent.parent / "results" / f"{suite.name}.jsonl"
+        Else ``arm_call`` has what little it may change.
+        """
+        own = arm.to_dict()
+        if self.judge:
+            return {**own, "call": call_of(self.suite, {**self.suite.call, **arm.call})}
+        return own | ({"arm_call": own.pop("call")} if arm.call else {})
 
 
 def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
@@ -76,18 +91,6 @@ def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
     if suite.judge and (numbers := JUDGES[suite.judge].numbers):
         return numbers(suite.model, count, suite.first_clip)
     return range(suite.first_clip, suite.first_clip + count)
-
-
-def setting_of(suite: Suite, machine: Machine | None = None) -> Line:
-    """Return what every line of a suite's results must say: the model, and where there is one, the reference's call."""
-    if suite.embedded:
-        model = {"model": suite.model, "weights": weights_hash(suite.model)}
-    else:
-        dtype = (machine or Machine()).dtype(suite.dtype)
-        model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
-    if suite.judge:
-        return model
-    return {**model, "call": call_of(suite, suite.call), "reference": f"{BEST}, agreeing to {AGREE:g} dB"}
 
 
 def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,20 +104,13 @@ def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
     return given_call(check_given(suite.source)[0], given)
 
 
-def arm_setting(suite: Suite, arm: Arm) -> Line:
-    """Return what an arm's lines must say; where clips are judged by themselves, each arm has a call of its own.
-
-    Else ``arm_call`` has what little it may change.
-    """
-    if not suite.judge:
-        own = arm.to_dict()
-        own |= {"arm_call": own.pop("call")} if arm.call else {}
-        return own
-    return {**arm.to_dict(), "call": settled_call(suite.model, {**suite.call, **arm.call})}
+def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
+    """Return a suite's Markdown table, by its judge or against converged runs."""
+    return JUDGES[suite.judge].table(suite, lines) if suite.judge else table(suite, lines)
 
 
 @contextlib.contextmanager
-def prepared(job: Job) -> Iterator[None]:
+def checked(job: Job) -> Iterator[None]:
     """Check what can be checked beforehand, and hold the file, without a last line that was cut off, for the block.
 
     Raises:
@@ -124,20 +120,19 @@ def prepared(job: Job) -> Iterator[None]:
     _check_model(job.suite)
     _check_kind(job)
     for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
-        if folder is not None:
-            _make_folder(folder, what)
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            told = f"{what} can't be written to {folder}: {error.strerror}; choose another folder"
+            raise ConfigError(told) from None
     check_writable(job.out, "results")
     with held(job.out, "the results file"):
-        _check_file(job)
+        known = read_lines(job.out)
+        check_lines(job.out, known, job.setting, {arm.name: job.arm_setting(arm) for arm in job.suite.arms})
+        check_clips(job.out, known, job.suite.own)
+        write_lines(job.out, known)
         yield
-
-
-def _check_file(job: Job) -> None:
-    known = read_lines(job.out)
-    arms = {arm.name: arm_setting(job.suite, arm) for arm in job.suite.arms}
-    check_lines(job.out, known, setting_of(job.suite, job.machine), arms)
-    check_clips(job.out, known, job.suite.own)
-    write_lines(job.out, known)
 
 
 def _check_model(suite: Suite) -> None:
@@ -192,10 +187,3 @@ def _check_kind(job: Job) -> None:
         )
     if check := JUDGES[suite.judge].check:
         check(suite)
-
-
-def _make_folder(folder: Path, what: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{what} can't be written to {folder}: {error.strerror}; choose another folder") from None

@@ -1,4 +1,4 @@
-"""The judges of clips that have no reference, by the name that a suite gives in ``judge``; and a suite's table."""
+"""The judges of clips that have no reference, by the name that a suite gives in ``judge``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from ..runs.results import Line
 from ..vbench import scenes as asked
 from . import guided, larger, longer
 from . import judged_by_vbench as judged
-from .comparison import table
 from .suite import Suite
 
 
@@ -36,8 +35,3 @@ JUDGES: Mapping[str, Judge] = {
     "vbench": Judge(measures=judged.measures, table=judged.table, check=judged.check_suite, numbers=asked.numbers),
 }
 """Name, one of `suite.JUDGES` -> the judge."""
-
-
-def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
-    """Return a suite's Markdown table, by its judge or against converged runs."""
-    return JUDGES[suite.judge].table(suite, lines) if suite.judge else table(suite, lines)

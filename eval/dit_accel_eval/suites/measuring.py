@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,11 @@ from ..metrics.registered import metric, scores
 from ..runs.counting import Counts, tokens_of, work, works
 from ..runs.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
 from ..runs.machine import device_name, processor
-from ..runs.model import Run
+from ..runs.model import Run, SuiteModel
 from ..runs.results import Line
 from .arms import Arm
-from .job import Job, arm_setting, setting_of
-from .judges import JUDGES
-from .reference import Reference, dense_run
-from .runner import Runner, median_run, repeated
+from .job import Job
+from .reference import Reference
 from .suite import Suite
 
 ALWAYS = ("psnr", "ssim")
@@ -37,68 +37,100 @@ DIGITS = 4
 """Digits behind the point of values by frame and by step."""
 
 
-def converged_line(model: Runner, arm: Arm, clip: int, reference: Reference, job: Job) -> Line:
-    """Return the line of one clip of one arm, held against the converged run.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One arm on one clip of a job, as it ran.
+
+    Attributes:
+        job: the job.
+        arm: the arm.
+        clip: the clip's number.
+        model: what ran.
+        reference: the converged run; None where clips are judged by themselves.
+        runs: of the arm, as many as each sample is repeated.
+        beside: where timed, the dense run of as many steps after each of them.
+    """
+
+    job: Job
+    arm: Arm
+    clip: int
+    model: SuiteModel
+    reference: Reference | None
+    runs: Sequence[Run]
+    beside: Sequence[Run] = ()
+
+
+def line_of(sampled: Sampled) -> Line:
+    """Return the line of one clip of one arm, held against the converged run or judged by itself.
 
     A timed one has the seconds of its denoising loop, those of the dense run of as many steps right after it, and
     ``steps_in_time``, how many dense steps take as long. Where samples are repeated, seconds are the median's, and
     ``repeated`` has all with their quartiles.
     """
-    beside: list[Run] = []
-    if job.timed and not arm.is_dense:
-        runs, beside = model.beside(arm, clip)
-    elif arm.is_dense and model.repeats == 1:
-        runs = [dense_run(model, clip, arm.num_inference_steps, job.cache)]
-    else:
-        runs = model.sample(arm, clip)
-    made = median_run(runs)
-    line: Line = {
-        **_about(model, arm, clip, job),
-        "reference_steps": reference.steps,
-        "reference_agreement": reference.agreement,
-        **measures(job.suite, arm.name, clip, made.frames, reference.frames, model),
-        **works(made.counts, reference.step, made.attended, model.own_share),
-        "forwards": made.counts.blocks / reference.step.blocks,
-        **_cost(made, reference.step, model.own_share),
-    }
-    if model.repeats > 1:
-        line["repeated"] = repeated(runs)
-    if job.frames is not None:
+    job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
+    line = {**_about(sampled), **(_judged(sampled, made) if reference is None else _held(sampled, made, reference))}
+    if len(sampled.runs) > 1:
+        line["repeated"] = repeated(sampled.runs)
+    if job.frames is not None and reference is not None:
         line |= _kept(job.frames, job.out.parent, line, made.frames, reference)
-    if beside:
-        dense_seconds = float(np.median([run.seconds for run in beside]))
-        seconds = float(np.median([run.seconds for run in runs]))
-        line |= {"seconds": seconds, "dense_seconds": dense_seconds, "threads": torch.get_num_threads()}
+    if sampled.beside:
+        seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
+        line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
         line["processor"] = processor()
-        line["steps_in_time"] = arm.num_inference_steps * seconds / dense_seconds
+        line["steps_in_time"] = sampled.arm.num_inference_steps * seconds / dense
     return line
 
 
-def judged_line(model: Runner, arm: Arm, clip: int, job: Job) -> Line:
-    """Return the line of one clip of one arm, judged by itself."""
-    runs = model.sample(arm, clip)
-    made = median_run(runs)
-    found = JUDGES[job.suite.judge].measures(model.loaded, clip, made)
-    line = {**_about(model, arm, clip, job), **found, **_cost(made, None, 0.0)}
-    return {**line, "repeated": repeated(runs)} if model.repeats > 1 else line
+def median_run(runs: Sequence[Run]) -> Run:
+    """Return the run whose denoising loop took the median time, of an even number the longer one of the two."""
+    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
-def _about(model: Runner, arm: Arm, clip: int, job: Job) -> Line:
+def repeated(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the seconds of the denoising loop of repeated runs, in order, with their median and quartiles."""
+    seconds = [run.seconds for run in runs]
+    low, middle, high = (round(float(one), DIGITS) for one in np.percentile(seconds, [25, 50, 75]))
+    return {"seconds": [round(one, DIGITS) for one in seconds], "median": middle, "quartiles": [low, high]}
+
+
+def _held(sampled: Sampled, made: Run, reference: Reference) -> Line:
+    """Return what is said of a run beside its converged one."""
+    share = sampled.model.own_share
+    return {
+        "reference_steps": reference.steps,
+        "reference_agreement": reference.agreement,
+        **_measured(sampled, made, reference),
+        **works(made.counts, reference.step, made.attended, share),
+        "forwards": made.counts.blocks / reference.step.blocks,
+        **_cost(made, reference.step, share),
+    }
+
+
+def _judged(sampled: Sampled, made: Run) -> Line:
+    """Return what is said of a run by itself."""
+    judge = sampled.job.judge
+    assert judge is not None
+    return {**judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, 0.0)}
+
+
+def _about(sampled: Sampled) -> Line:
     """Return what shapes a run, and what it was made with."""
+    job, arm, clip, model = sampled.job, sampled.arm, sampled.clip, sampled.model
+    embedded = job.suite.embedded
     return {
         "arm": arm.name,
         "clip": clip,
         "suite": job.suite.name,
         "prompt": model.prompt(clip),
         **({"seed": model.seed(clip)} if job.suite.own else {}),
-        **({} if job.suite.embedded else {"tokens": tokens_of(model.adapter, model.family, model.call)}),
-        **setting_of(job.suite, job.machine),
-        **arm_setting(job.suite, arm),
+        **({} if embedded else {"tokens": tokens_of(model.adapter, model.family, model.call)}),
+        **job.setting,
+        **job.arm_setting(arm),
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
         "dit_accel": version("dit-accel"),
         "python": platform.python_version(),
-        "device": processor() if job.suite.embedded else device_name(model.device),
+        "device": processor() if embedded else device_name(model.device),
     }
 
 
@@ -120,7 +152,7 @@ def _cost(made: Run, dense_step: Counts | None, share: float) -> Line:
     return line
 
 
-def measures(suite: Suite, arm: str, clip: int, frames: Clip, reference: Clip, model: Runner) -> Line:
+def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
     """Return what is measured against the reference: PSNR, SSIM and the judge's score, and what the suite names.
 
     ``metrics`` holds values by name, ``by_frame`` those of single frames, ``skipped`` why a metric says nothing about
@@ -129,35 +161,29 @@ def measures(suite: Suite, arm: str, clip: int, frames: Clip, reference: Clip, m
     Raises:
         ConfigError: for frames that are not finite, with the arm and clip that made them.
     """
-    held_out = suite.embedded and not suite.own
+    suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
+    held_out, defaults = suite.embedded and not suite.own, model_defaults(suite.model) if suite.embedded else {}
+    trained = defaults.get("num_frames") if suite.embedded else model.family.trained_frames
     try:
         sample = Sample(
-            frames=frames, reference=reference, prompt=model.prompt(clip), trained_frames=_trained(suite, model),
+            frames=made.frames, reference=reference.frames, prompt=model.prompt(clip), trained_frames=trained,
             fps=EMBEDDED_FPS if suite.embedded else OTHER_FPS, held_out=(suite.model, clip) if held_out else None,
         )  # fmt: skip
     except ConfigError as error:
-        raise ConfigError(f"clip {clip} of arm {arm!r}: {error}") from None
+        raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None
     found = scores(dict.fromkeys((*ALWAYS, *suite.metrics)), sample)
     values = found.values()
     line: dict[str, Any] = {name: values.pop(name) for name in ALWAYS}
     if held_out:
-        line["score"] = model_score(suite.model, clip, frames)
+        line["score"] = model_score(suite.model, clip, made.frames)
     else:
         found.skipped["score"] = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
     if suite.metrics:
         by_frame = {name: one.by_frame for name, one in found.measured.items() if name in suite.metrics}
         line["metrics"] = values
         line["by_frame"] = {name: [round(x, DIGITS) for x in one] for name, one in by_frame.items() if one is not None}
-    line |= {key: told for key in ("skipped", "unavailable") if (told := getattr(found, key))}
+    line |= {key: why for key in ("skipped", "unavailable") if (why := getattr(found, key))}
     return line
-
-
-def _trained(suite: Suite, model: Runner) -> int | None:
-    """Return the frames that a suite's model was trained on, None where that is not known or it makes pictures."""
-    if suite.embedded:
-        defaults = model_defaults(suite.model)
-        return int(defaults["num_frames"]) if "num_frames" in defaults else None
-    return model.family.trained_frames
 
 
 def lacks_metrics(suite: Suite, line: Line) -> bool:

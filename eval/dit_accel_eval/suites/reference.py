@@ -10,6 +10,7 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from ..metrics.psnr import psnr
 from ..runs.counting import Counts
 from ..runs.model import Run, SuiteModel, Times
 from ..runs.results import told_full
-from .runner import Runner
 
 AGREE = 45.0
 """PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged."""
@@ -56,20 +56,30 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-accel" / "dense-runs"
 
 
-def converged(model: SuiteModel | Runner, clip: int, cache: Path, *, first: int = FIRST, most: int = MOST) -> Reference:
-    """Return a clip's reference, made or found again."""
-    steps, coarse = first, dense_run(model, clip, first, cache)
+def converged(
+    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, *, first: int = FIRST,
+    most: int = MOST,
+) -> Reference:  # fmt: skip
+    """Return a clip's reference, made by ``run``, None: the model's own, or found again."""
+    steps, coarse = first, dense_run(model, clip, first, cache, run)
     while True:
         steps *= 2
-        fine = dense_run(model, clip, steps, cache)
+        fine = dense_run(model, clip, steps, cache, run)
         agreement = psnr(fine.frames, coarse.frames)
         if agreement >= AGREE or 2 * steps > most:
             return Reference(frames=fine.frames, steps=steps, agreement=agreement, step=fine.counts / steps)
         coarse = fine
 
 
-def dense_run(model: SuiteModel | Runner, clip: int, steps: int, cache: Path) -> Run:
+def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, run: Callable[..., Run] | None = None) -> Run:
     """Return a dense run of the best solver with the model's own noise shift, made or found again, with its times.
+
+    Args:
+        model: what runs.
+        clip: its number.
+        steps: denoising steps.
+        cache: folder of dense runs.
+        run: makes a run as `SuiteModel.run` does; None: that.
 
     Raises:
         ConfigError: if the file that should hold it holds another run, or can't be written.
@@ -78,7 +88,7 @@ def dense_run(model: SuiteModel | Runner, clip: int, steps: int, cache: Path) ->
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / f"{name}.npz"
     if not path.exists():
-        made = model.run(clip, steps=steps, solver=BEST)
+        made = (run or model.run)(clip, steps=steps, solver=BEST)
         meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
         meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
         with told_full(path):
@@ -88,7 +98,7 @@ def dense_run(model: SuiteModel | Runner, clip: int, steps: int, cache: Path) ->
     return _read(path, setting)
 
 
-def run_setting(model: SuiteModel | Runner, clip: int, steps: int) -> dict[str, Any]:
+def run_setting(model: SuiteModel, clip: int, steps: int) -> dict[str, Any]:
     """Return all that shapes a dense run, as JSON knows it."""
     return {
         "model": model.name,
