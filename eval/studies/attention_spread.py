@@ -4,17 +4,16 @@ In runs of the embedded models at their trained size and beyond, as they are and
 and longer clips: the entropy of the visual tokens' attention to each other, and its share that stays near the row.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from dit_accel_eval.runs.embedded import EmbeddedModel
-from dit_accel_eval.runs.results import Line, read_lines, write_lines
+from dit_accel_eval.runs.results import Line
+from study import study
 from torch import Tensor
 
 import dit_accel
@@ -25,7 +24,6 @@ from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 
-OUT = Path(__file__).parents[1] / "results" / "attention-spread.jsonl"
 STEPS = 8
 MEASURED = (0, 1, STEPS // 2)
 """Steps that are measured: UltraImage's factors act from the second on."""
@@ -198,20 +196,13 @@ def table(lines: Sequence[Line]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write one JSON line for each model, size and arm, and print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
-    options = parser.parse_args(arguments)
-    if not options.table:
-        torch.set_num_threads(1)
-        lines = []
-        for name, case in CASES.items():
-            lines += measure(name, case, options.prompts, options.rows)
-        write_lines(options.out, lines)
-    print(table(read_lines(options.out)))
-    return 0
+    return study(__doc__, arguments, measure_all, table, out="attention-spread.jsonl", prompts=4, rows=64)
+
+
+def measure_all(options: Any, lines: list[Line]) -> Iterator[Line]:
+    """Give the lines of all models."""
+    for name, case in CASES.items():
+        yield from measure(name, case, options.prompts, options.rows)
 
 
 if __name__ == "__main__":

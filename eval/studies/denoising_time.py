@@ -6,53 +6,36 @@ round, text encoding and autoencoder left out. The default settings take about 5
 """
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import WanPipeline
 from dit_accel_assets import model_path
-from dit_accel_eval.runs.machine import processor
+from dit_accel_eval.runs.results import Line
+from study import about, in_turn, study
 from torch import Tensor
 
 import dit_accel
-from dit_accel.files import written_whole
 
 THRESHOLDS = (-6.0, -3.0, -1.0, -0.5, -0.25, -0.1)
 Arm = tuple[dit_accel.LiteAttention | None, int]
 """Method, if any, and steps."""
 
-OUT = Path(__file__).parents[1] / "results" / "denoising-time.jsonl"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write one JSON line per arm and print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--num-frames", type=int, default=129)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, time nothing")
-    options = parser.parse_args(arguments)
-    if not options.table:
-        rows = measure(options)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(options.out) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(table([json.loads(line) for line in options.out.read_text().splitlines()]))
-    return 0
+    """Write one JSON line per arm and print the table; returns the exit code."""
+    return study(
+        __doc__, arguments, measure, table, out="denoising-time.jsonl", threads=torch.get_num_threads(), num_frames=129,
+        steps=10, rounds=3, block_size=64,
+    )  # fmt: skip
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return one row per arm: its density over the whole run, its time and its result against the dense run's."""
-    torch.set_num_threads(options.threads)
+def measure(options: argparse.Namespace, lines: list[Line]) -> list[Line]:
+    """Return one line per arm: its density over the whole run, its time and its result against the dense run's."""
     pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     fewer = max(1, options.steps * 2 // 3)
@@ -61,33 +44,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         lite = dit_accel.LiteAttention(threshold=value, block_size=options.block_size, dense_steps=1)
         arms[f"threshold {value:g}"] = lite, options.steps
     _run(pipe, (None, 2), options)  # warm-up
-    runs_of: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in arms}
-    for _ in range(options.rounds):
-        for name, arm in arms.items():
-            runs_of[name].append(_run(pipe, arm, options))
-    dense = np.array([seconds for seconds, *_ in runs_of["dense"]])
-    latents = runs_of["dense"][0][2]
-    about = {
-        "num_frames": options.num_frames,
-        "tokens": (options.num_frames // 2 + 1) * 64,
-        "steps": options.steps,
-        "rounds": options.rounds,
-        "block_size": options.block_size,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "processor": processor(),
-    }
+    takes = {name: partial(_run, pipe, arm, options) for name, arm in arms.items()}
+    runs = list(in_turn(takes, options.rounds, warm_up=0))
+    seconds = {name: np.array([one[name][0] for one in runs]) for name in arms}
+    first = runs[0]
+    latents = first["dense"][2]
+    shared = {name: getattr(options, name) for name in ("num_frames", "steps", "rounds", "block_size")}
     return [
         {
-            "arm": name,
-            "density": runs[0][1],
-            "time": float(np.median(np.array([seconds for seconds, *_ in runs]) / dense)),
-            "seconds": float(np.median([seconds for seconds, *_ in runs])),
-            "distance": float((runs[0][2] - latents).norm() / latents.norm()),
-            **about,
+            "arm": name, "density": first[name][1], "time": float(np.median(seconds[name] / seconds["dense"])),
+            "seconds": float(np.median(seconds[name])),
+            "distance": float((first[name][2] - latents).norm() / latents.norm()),
+            "tokens": (options.num_frames // 2 + 1) * 64, **shared, **about(),
         }
-        for name, runs in runs_of.items()
-    ]
+        for name in arms
+    ]  # fmt: skip
 
 
 def _run(pipe: WanPipeline, arm: Arm, options: argparse.Namespace) -> tuple[float, float, Tensor]:
@@ -113,7 +84,7 @@ def _run(pipe: WanPipeline, arm: Arm, options: argparse.Namespace) -> tuple[floa
         return time.perf_counter() - started, attachment.report().density, latents[0]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Line]) -> str:
     """Return the rows as a Markdown table under a line that says how they were made."""
     first = rows[0]
     lines = [
@@ -129,4 +100,4 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

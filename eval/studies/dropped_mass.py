@@ -5,10 +5,7 @@ and keys and against dense attention: mean and largest over the call's rows, bes
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,38 +13,23 @@ from diffusers import WanPipeline
 from dit_accel_assets import model_path
 from dit_accel_assets.clips import clip_of
 from dit_accel_eval.runs.embedded import weights_hash
-from dit_accel_eval.runs.results import read_lines
 from dit_accel_kernels import unpack_bits
+from study import study
 from torch import Tensor
 
 import dit_accel
 from dit_accel.attachment.execution import PlannedCall
 
 BUDGETS = (0.1,)
-OUT = Path(__file__).parents[1] / "results" / "dropped-mass.jsonl"
 SETTING: dict[str, Any] = {"block_size": 16, "dense_steps": 2}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what ``--out`` does not hold yet, one JSON line per clip, and print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument("--num-frames", type=int, default=17)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, generate nothing")
-    options = parser.parse_args(arguments)
-    if not options.table:
-        torch.set_num_threads(options.threads)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        for line in measure(options, read_lines(options.out)):
-            with options.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"clip {line['clip']}, budget {line['budget']}: {line['largest_mean']:.4f}", file=sys.stderr)
-    print(table(read_lines(options.out)))
-    return 0
+    return study(
+        __doc__, arguments, measure, table, out="dropped-mass.jsonl", resumes=True, threads=torch.get_num_threads(),
+        budgets=BUDGETS, clips=16, num_frames=17, steps=20,
+    )  # fmt: skip
 
 
 def dropped_mass(planned: PlannedCall) -> Tensor:

@@ -5,19 +5,17 @@ not count. A full third branch is held against one that begins at the first pert
 free mode and NAG against the same run without them.
 """
 
-import argparse
 import contextlib
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from dit_accel_eval.runs.embedded import EmbeddedModel
-from dit_accel_eval.runs.machine import processor
-from dit_accel_eval.runs.results import Line, append_line, read_lines
+from dit_accel_eval.runs.results import Line
+from study import about, in_turn, study
+from study import seconds_of as processor_seconds
 
 from dit_accel import NAG, PAG, attach
 from dit_accel.methods.config import MethodConfig
@@ -47,43 +45,28 @@ def arms_of(model: str) -> dict[str, Arm]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run so many more rounds of all arms, append one JSON line each, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=sorted(GUIDED), choices=sorted(GUIDED))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("eval/results/guidance-cost.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table of an earlier run, measure nothing")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    for model in () if options.table else options.models:
-        measure(model, options.rounds, options.steps, options.out)
-    print(table(read_lines(options.out)))
-    return 0
+    """Run so many more rounds of all arms, append one JSON line each, and print the table; returns the exit code."""
+    models = {"nargs": "+", "default": sorted(GUIDED), "choices": sorted(GUIDED)}
+    return study(
+        __doc__, arguments, measure, table, out="guidance-cost.jsonl", resumes=True, models=models, rounds=7, steps=4
+    )
 
 
-def measure(model: str, rounds: int, steps: int, out: Path) -> None:
-    """Append the seconds of every arm, round by round; a round that was stopped is not appended."""
-    loaded, arms = EmbeddedModel(model, {}), arms_of(model)
-    for number in range(rounds + 1):
-        seconds = {name: seconds_of(loaded, steps, *arm) for name, arm in arms.items()}
-        if number:  # the first one warms up
-            about = {"steps": steps, "threads": torch.get_num_threads(), "torch": torch.__version__}
-            append_line(out, {"model": model, **about, "processor": processor(), "seconds": seconds})
-        print(f"{model}, round {number} of {rounds}", file=sys.stderr)
+def measure(options: Any, lines: list[Line]) -> Iterator[Line]:
+    """Give the seconds of every arm, round by round; a round that was stopped is left out."""
+    for model in options.models:
+        loaded = EmbeddedModel(model, {})
+        arms = {name: partial(seconds_of, loaded, options.steps, *arm) for name, arm in arms_of(model).items()}
+        for seconds in in_turn(arms, options.rounds):
+            yield {"model": model, "steps": options.steps, **about(), "seconds": seconds}
 
 
 def seconds_of(loaded: EmbeddedModel, steps: int, call: Mapping[str, Any], methods: Sequence[MethodConfig]) -> float:
     """Return the processor seconds of a run up to its latents; attaching is no part of it."""
     generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": steps, "generator": generator, "output_type": "latent"}
     with attach(loaded.pipe, *methods) if methods else contextlib.nullcontext():
-        started = time.process_time()
-        loaded.pipe(
-            loaded.prompt(0), **{**loaded.call, **call}, num_inference_steps=steps, generator=generator,
-            output_type="latent",
-        )  # fmt: skip
-        return time.process_time() - started
+        return processor_seconds(lambda: loaded.pipe(loaded.prompt(0), **{**loaded.call, **call}, **options))
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -10,26 +10,22 @@ runs before each hollow step, untimed, so that the processor's caches are as col
 difference is held against a whole step of `wan-plain`, and against one of Wan 2.1 1.3B's shape.
 """
 
-import argparse
 import contextlib
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from dit_accel_assets import model_path
-from dit_accel_eval.runs.machine import processor
+from dit_accel_eval.runs.results import Line
 from product_time import LATENTS as PRODUCT_LATENTS
 from product_time import make_transformer
+from study import about, seconds_of, study
 from torch import Tensor
 
 import dit_accel
-from dit_accel.files import written_whole
 from dit_accel.methods.config import MethodConfig
 
 NEVER = 1e-12
@@ -82,7 +78,7 @@ SMALL = Subject("wan-plain, 576 tokens", _embedded, (1, 12, 9, 16, 16), 32)
 REAL = Subject("Wan 2.1 1.3B's shape, 4200 tokens", _released, PRODUCT_LATENTS, 512)
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[Line]) -> str:
     """Return the lines of a run as a Markdown table under a sentence on how they were measured."""
     first = records[0]
     plain = {line["model"]: line["plain_seconds_a_step"] for line in records[::-1]}
@@ -104,42 +100,32 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print one JSON line an arm: processor seconds a step, and the median overhead with its 95 % interval."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=300, help="steps that both copies take")
-    parser.add_argument("--steps", type=int, default=20, help="of one generation")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write the lines to this file too")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    shared = {
-        "pairs": options.pairs, "steps": options.steps, "threads": options.threads, "torch": torch.__version__,
-        "processor": processor(),
-    }  # fmt: skip
-    lines: list[str] = []
+    """Write one JSON line an arm: processor seconds a step, and the median overhead with its 95 % interval."""
+    pairs = {"type": int, "default": 300, "help": "steps that both copies take (%(default)s)"}
+    steps = {"type": int, "default": 20, "help": "of one generation (%(default)s)"}
+    return study(__doc__, arguments, measure, table, out="overhead.jsonl", pairs=pairs, steps=steps)
 
-    def say(arm: str, subject: Subject, alone: bool, plain: np.ndarray, more: np.ndarray) -> None:
+
+def measure(options: Any, lines: list[Line]) -> Iterator[Line]:
+    """Give a line for each arm and model, in whole steps and alone."""
+
+    def line(arm: str, subject: Subject, alone: bool, plain: np.ndarray, more: np.ndarray) -> Line:
         draws = np.random.default_rng(0).choice(more, (2000, len(more)))
         interval = np.quantile(np.median(draws, 1), (0.025, 0.975))
-        line = {
+        return {
             "arm": arm, "model": subject.name, "alone": alone, "plain_seconds_a_step": float(np.median(plain)),
-            "overhead": float(np.median(more)), "overhead_interval": interval.tolist(), **shared,
+            "overhead": float(np.median(more)), "overhead_interval": interval.tolist(), "pairs": options.pairs,
+            "steps": options.steps, **about(),
         }  # fmt: skip
-        lines.append(json.dumps(line))
-        print(lines[-1], flush=True)
 
     for arm, method in (*WHOLE.items(), *CACHES.items()):
         seconds = measured(SMALL, method, options.pairs, options.steps)
-        say(arm, SMALL, False, seconds[:, 2], seconds[:, 1] / seconds[:, 0] - 1)
+        yield line(arm, SMALL, False, seconds[:, 2], seconds[:, 1] / seconds[:, 0] - 1)
     for subject in (SMALL, REAL):
         for arm, method in CACHES.items():
             seconds = measured(subject, method, options.pairs, options.steps, alone=True)
             plain = seconds[:, 2] if subject is SMALL else np.array(_whole_step(subject))
-            say(arm, subject, True, plain, (seconds[:, 1] - seconds[:, 0]) / np.median(plain))
-    if options.out:
-        with written_whole(options.out) as path:
-            path.write_text("\n".join(lines) + "\n")
-    return 0
+            yield line(arm, subject, True, plain, (seconds[:, 1] - seconds[:, 0]) / np.median(plain))
 
 
 @torch.no_grad()
@@ -168,9 +154,7 @@ def measured(
             x = torch.randn(subject.latents) if step == 0 else 0.98 * x
             for place in (0, 1) if pair % 2 else (1, 0):
                 if cold is not None:
-                    started = time.process_time()
-                    cold()
-                    seconds[pair, 2] += time.process_time() - started
+                    seconds[pair, 2] += seconds_of(cold)
                 seconds[pair, place] = _step((plain, other)[place], x, text, step, steps)
             seconds[pair, 2] = seconds[pair, 2] or seconds[pair, 0]
     return seconds[2:]
@@ -217,11 +201,13 @@ def _whole_step(subject: Subject) -> float:
 def _step(transformer: WanTransformer3DModel, x: Tensor, text: Tensor, step: int, steps: int) -> float:
     """Return the processor seconds of a step of two forwards."""
     time_of = torch.tensor([1000.0 * (1 - step / steps)])
-    started = time.process_time()
-    for branch in ("cond", "uncond"):
-        with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
-            transformer(x, time_of, text, return_dict=False)
-    return time.process_time() - started
+
+    def run() -> None:
+        for branch in ("cond", "uncond"):
+            with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
+                transformer(x, time_of, text, return_dict=False)
+
+    return seconds_of(run)
 
 
 if __name__ == "__main__":

@@ -5,25 +5,22 @@ was trained on: 33 latent frames, 4,620 tokens. A dense call is the model's own,
 with decay it is ours over all tiles. A sparse call follows Radial's lists. Processor time of one thread, in turn.
 """
 
-import argparse
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from dit_accel_eval.runs.machine import processor
+from dit_accel_eval.runs.results import Line
 from dit_accel_kernels import block_sparse_attention_eager
 from product_time import make_transformer
+from study import about, in_turn, seconds_of, study
 from torch import Tensor
 
 import dit_accel
 from dit_accel.attachment.execution import PlannedCall
 from dit_accel.attachment.kernel_call import kernel_arguments
-from dit_accel.files import written_whole
 
 LATENTS = (1, 16, 33, 20, 28)
 """[B, C, T, H, W]: 33 x 10 x 14 tokens."""
@@ -32,7 +29,7 @@ RADIAL = dit_accel.RadialAttention(dense_steps=0, dense_last_steps=0, dense_laye
 ULTRAVICO = dit_accel.UltraViCo(alpha=0.9, trained_frames=21, first_frame=False)
 
 
-def told(lines: Sequence[dict[str, Any]]) -> str:
+def told(lines: Sequence[Line]) -> str:
     """Return the lines of a run as a Markdown table under a sentence on how they were measured."""
     first = lines[0]
     head = (
@@ -49,37 +46,24 @@ def told(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print and write one JSON line for each kind of call and each addition."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "positions-cost.jsonl")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    """Write one JSON line for each kind of call and each addition, and print the table; returns the exit code."""
+    return study(__doc__, arguments, measure, told, out="positions-cost.jsonl", rounds=5)
+
+
+def measure(options: Any, lines: list[Line]) -> Iterator[Line]:
+    """Give a line for each kind of call and each addition."""
     planned = recorded()
-    shared = {
-        "tokens": planned.call.tokens, "rounds": options.rounds, "threads": 1, "torch": torch.__version__,
-        "processor": processor(),
-    }  # fmt: skip
-    lines = []
+    shared = {"tokens": planned.call.tokens, "rounds": options.rounds, **about()}
     for call, density, runs in calls(planned):
-        seconds = {name: [] for name in runs}
-        for _ in range(options.rounds + 1):  # the first round warms up
-            for name, run in runs.items():
-                started = time.process_time()
-                run()
-                seconds[name].append(time.process_time() - started)
+        seconds = list(in_turn({name: partial(seconds_of, run) for name, run in runs.items()}, options.rounds))
+        plain = np.array([one["nothing"] for one in seconds])
         for name in list(runs)[1:]:
-            ratios = np.array(seconds[name][1:]) / np.array(seconds["nothing"][1:])
-            line = {
+            ratios = np.array([one[name] for one in seconds]) / plain
+            yield {
                 "call": call, "density": density, "with": name, "ratio": float(np.median(ratios)),
-                "range": [float(ratios.min()), float(ratios.max())],
-                "seconds_without": float(np.median(seconds["nothing"][1:])), **shared,
+                "range": [float(ratios.min()), float(ratios.max())], "seconds_without": float(np.median(plain)),
+                **shared,
             }  # fmt: skip
-            lines.append(json.dumps(line))
-            print(lines[-1], flush=True)
-    with written_whole(options.out) as path:
-        path.write_text("\n".join(lines) + "\n")
-    return 0
 
 
 @torch.no_grad()

@@ -5,21 +5,18 @@ weights make the forwards, over 4,200 tokens; processor time of one thread is co
 minutes.
 """
 
-import argparse
-import json
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
-from dit_accel_eval.runs.machine import processor
+from dit_accel_eval.runs.results import Line
 from dit_accel_pipelines.families.wan import WAN
+from study import about, in_turn, seconds_of, study
 
 import dit_accel
-from dit_accel.files import written_whole
 from dit_accel.methods.config import MethodConfig
 
 LATENTS = (1, 16, 21, 20, 40)
@@ -35,8 +32,9 @@ ARMS: dict[str, tuple[MethodConfig, ...]] = {
 }
 
 
-def told(line: dict[str, Any]) -> str:
-    """Return a run's line as a sentence."""
+def told(lines: Sequence[Line]) -> str:
+    """Return the last run's line as a sentence."""
+    line = lines[-1]
     low, high = line["both_over_product_range"]
     return (
         f"{line['layers']} block of Wan 2.1 1.3B's shape with random weights, {line['tokens']} tokens, "
@@ -49,37 +47,32 @@ def told(line: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print and write one JSON line: seconds of each arm, what each takes of the dense one, and product over both."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "product-time.jsonl")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    """Write one JSON line: what each arm takes of the dense one, and product over both; returns the exit code."""
+    return study(__doc__, arguments, measure, told, out="product-time.jsonl", layers=1, steps=8, rounds=3)
+
+
+def measure(options: Any, lines: list[Line]) -> Iterator[Line]:
+    """Give the line of a run."""
     transformer = make_transformer(options.layers)
-    seconds, density = {name: [] for name in ARMS}, 1.0
+
+    def run(methods: tuple[MethodConfig, ...]) -> tuple[float, float]:
+        with dit_accel.attach(transformer, *methods) as attachment:
+            seconds = seconds_of(lambda: denoise(transformer, options.steps))
+            return seconds, attachment.report().density
+
     denoise(transformer, 1)  # warms up
-    for _ in range(options.rounds):
-        for name, methods in ARMS.items():
-            with dit_accel.attach(transformer, *methods) as attachment:
-                started = time.process_time()
-                denoise(transformer, options.steps)
-                seconds[name].append(time.process_time() - started)
-                density = attachment.report().density if name == "sparse" else density
-    shares = {name: np.array(seconds[name]) / np.array(seconds["dense"]) for name in ARMS}
+    arms = {name: partial(run, methods) for name, methods in ARMS.items()}
+    runs = list(in_turn(arms, options.rounds, warm_up=0))
+    seconds = {name: np.array([one[name][0] for one in runs]) for name in ARMS}
+    shares = {name: seconds[name] / seconds["dense"] for name in ARMS}
     off = shares["both"] / (shares["sparse"] * shares["cache"]) - 1
-    line = {
+    yield {
         "layers": options.layers, "steps": options.steps, "rounds": options.rounds, "tokens": 21 * 10 * 20,
-        "density": density, "dense_seconds": float(np.median(seconds["dense"])),
+        "density": runs[-1]["sparse"][1], "dense_seconds": float(np.median(seconds["dense"])),
         **{f"{name}_share": float(np.median(share)) for name, share in shares.items() if name != "dense"},
         "both_over_product": float(np.median(off)), "both_over_product_range": [float(off.min()), float(off.max())],
-        "threads": 1, "torch": torch.__version__, "processor": processor(),
+        **about(),
     }  # fmt: skip
-    print(json.dumps(line))
-    with written_whole(options.out) as path:
-        path.write_text(json.dumps(line) + "\n")
-    return 0
 
 
 def make_transformer(layers: int) -> WanTransformer3DModel:

@@ -220,7 +220,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "overhead": partial(_run, study="overhead", write=overhead_table),
     "attention-spread": partial(_run, study="attention_spread", write=spread_table),
     "positions-cost": partial(_run, study="positions_cost", write=additions_told),
-    "product-time": partial(_run, study="product_time", write=lambda lines: product_told(lines[-1])),
+    "product-time": partial(_run, study="product_time", write=product_told),
     "dropped-mass": partial(_run, study="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, study="vbench_proxies", write=proxies_told),
     "every-set-wan-plain": partial(_every, model="wan-plain"),

@@ -6,24 +6,21 @@ networks are missing. The figure is Spearman's rank correlation within a scene, 
 orders the damage to one clip as the world does.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from dit_accel_assets import painter, world
 from dit_accel_assets.world import Scene
 from dit_accel_eval.metrics import Sample, scores
-from dit_accel_eval.runs.results import Line, append_line, read_lines
+from dit_accel_eval.runs.results import Line
 from dit_accel_eval.vbench.proxies import NAMES, correlations
 from dit_accel_eval.vbench.sampling import Frames
 from dit_accel_eval.vbench.world_scores import WORDS, world_scores
+from study import study
 
-OUT = Path(__file__).parents[1] / "results" / "vbench-proxies.jsonl"
 SEED = 19
 """Of the scenes, which no model was trained on."""
 
@@ -121,20 +118,8 @@ DAMAGES: dict[str, Damage] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what ``--out`` does not hold yet, one JSON line a clip, and print the tables; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--table", action="store_true", help="print the tables of an earlier run, measure nothing")
-    options = parser.parse_args(arguments)
-    if not options.table:
-        torch.set_num_threads(options.threads)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        for line in measured(options.scenes, read_lines(options.out)):
-            append_line(options.out, line)
-            print(f"scene {line['scene']}, {line['damage']}", file=sys.stderr)
-    print(told(read_lines(options.out)))
-    return 0
+    measure = lambda options, lines: measured(options.scenes, lines)  # noqa: E731
+    return study(__doc__, arguments, measure, told, out="vbench-proxies.jsonl", resumes=True, scenes=8)
 
 
 def measured(scenes: int, lines: Sequence[Line]) -> Iterator[Line]:
