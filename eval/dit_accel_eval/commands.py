@@ -116,8 +116,8 @@ def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:
     from .suites.reference import AGREE
 
     print(suite_table(job.suite, lines))
-    apart = {line["clip"]: line for line in lines if line.get("reference_agreement", AGREE) < AGREE}
-    for clip, line in sorted(apart.items()):
+    unconverged = {line["clip"]: line for line in lines if line.get("reference_agreement", AGREE) < AGREE}
+    for clip, line in sorted(unconverged.items()):
         found = f"{line['reference_steps']} steps agree with half as many to {line['reference_agreement']:.1f} dB only"
         warn(f"the reference of clip {clip} did not converge: {found}")
     if written:
@@ -167,8 +167,8 @@ def report_results(
     from .report.lines import read_minimums, read_results
     from .report.writing import markdown_text, write_reports
 
-    asked = read_minimums(minimum or ())
-    reports = [report_of(read_results(path), asked) for path in results]
+    requested = read_minimums(minimum or ())
+    reports = [report_of(read_results(path), requested) for path in results]
     wanted = {"html": output, "csv": csv, "json": json, "markdown": markdown}
     written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, players=players)
     for path in written:
@@ -314,7 +314,7 @@ def score_clips(
         cells = [f"{line['metrics'][name]:.4f}" if name in line["metrics"] else "" for name in names]
         table.add_row(line["clip"] or f"all {line['frames']} frames", *cells)
     OUT.print(table)
-    told = {(name, reason) for line in lines for key in ("skipped", "unavailable")
+    skips = {(name, reason) for line in lines for key in ("skipped", "unavailable")
             for name, reason in line.get(key, {}).items()}  # fmt: skip
-    for name, reason in sorted(told):
+    for name, reason in sorted(skips):
         warn(f"{name} was skipped: {reason}")

@@ -117,8 +117,8 @@ def figures(plan: AttentionPlan, call: Call, layout: TokenLayout, near: int, row
     if plan.frame_decay is not None:
         logits = torch.minimum(logits, plan.frame_decay.table[distance] * logits)
     if plan.row_override is not None:
-        apart = torch.isin(chosen + layout.text_before, plan.row_override.rows)
-        logits = logits.masked_fill(apart[:, None] & ~plan.row_override.keys[layout.visual], -torch.inf)
+        overridden = torch.isin(chosen + layout.text_before, plan.row_override.rows)
+        logits = logits.masked_fill(overridden[:, None] & ~plan.row_override.keys[layout.visual], -torch.inf)
     attention, within = logits.softmax(-1), distance <= near
     entropy = -torch.special.xlogy(attention, attention).sum(-1)
     return float(entropy.mean()), float((attention * within).sum(-1).mean()), float(within.float().mean())

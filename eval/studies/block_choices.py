@@ -47,12 +47,12 @@ def scores_of(profiles: Sequence[Path]) -> dict[str, list[float]]:
     return found
 
 
-def table(lines: Sequence[Line], told: Mapping[str, Sequence[float]]) -> Iterator[str]:
+def table(lines: Sequence[Line], by_criterion: Mapping[str, Sequence[float]]) -> Iterator[str]:
     """Give the Markdown table: the choice of each criterion, its place among all, and how far it is from their mean.
 
     Args:
         lines: of the suite that holds the choices; clips that lack some of them are left out.
-        told: criterion -> score by block.
+        by_criterion: criterion -> score by block.
 
     Raises:
         ConfigError: where a criterion's choice is none of the suite's.
@@ -63,7 +63,7 @@ def table(lines: Sequence[Line], told: Mapping[str, Sequence[float]]) -> Iterato
     yield "| criterion | blocks | place by mean PSNR | places by clip | against the mean choice, dB | Spearman |"
     yield "|---|---|---|---|---|---|"
     for criterion in CRITERIA:
-        scores = told[criterion]
+        scores = by_criterion[criterion]
         chosen = tuple(cached_blocks(list(scores), count=count)[0])
         if chosen not in known:
             raise ConfigError(

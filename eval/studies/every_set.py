@@ -166,17 +166,17 @@ def sets_of(heads: Sequence[Head]) -> tuple[list[str], list[str], list[str]]:
 
 def hunted(judged: Judged, heads: Sequence[Head]) -> tuple[list[str], list[Line]]:
     """Return what HeadHunter selects, one head a round, round by round, and the lines of all that it asked."""
-    asked: dict[Job, Line] = {}
+    requested: dict[Job, Line] = {}
 
     def evaluate(chosen: tuple[Head, ...], prompt: int, steps: int) -> float:
-        line = asked[chosen, prompt, steps] = judged.line("+".join(chosen), FIRST_PROMPT + prompt, steps)
+        line = requested[chosen, prompt, steps] = judged.line("+".join(chosen), FIRST_PROMPT + prompt, steps)
         return line["closeness"]
 
     rungs = rungs_of(judged.setting.prompts, judged.setting.steps, halvings=1)
     rounds = search(heads, evaluate, rungs, rounds=ROUNDS, per_round=1)
     order = {head: at for at, head in enumerate(heads)}
     found = [head for one in rounds for head in one.heads]
-    return ["+".join(sorted(found[:many], key=order.__getitem__)) for many in (1, 2)], list(asked.values())
+    return ["+".join(sorted(found[:many], key=order.__getitem__)) for many in (1, 2)], list(requested.values())
 
 
 def run(judged: Judged) -> None:
@@ -224,15 +224,15 @@ def _rows(judged: Judged, heads: Sequence[Head]) -> Iterator[str]:
         rank += "" if alike is None else f" of {len(alike)}"
         values, plain = ([judged.line(one, clip)["closeness"] for clip in clips] for one in (name, NONE))
         gained = [100 * (one - other) for one, other in zip(values, plain, strict=True)]
-        told = "" if name == NONE else f"{bootstrap(gained):+}"
-        yield f"| {what} | {name} | {rank} | {judged.tuning(name):.3f} | {np.mean(values):.3f} | {told} |"
+        text = "" if name == NONE else f"{bootstrap(gained):+}"
+        yield f"| {what} | {name} | {rank} | {judged.tuning(name):.3f} | {np.mean(values):.3f} | {text} |"
     tuning = range(FIRST_PROMPT, FIRST_PROMPT + judged.setting.prompts)
     every = sum(judged.line(name, clip)["forwards"] for name in (*singles, *pairs) for clip in tuning)
-    asked = sum(line["forwards"] for line in hunted(judged, heads)[1])
+    requested = sum(line["forwards"] for line in hunted(judged, heads)[1])
     yield ""
     yield (
-        f"HeadHunter ran {asked:.0f} forwards for its two rounds, all heads and pairs take {every:.0f}: "
-        f"{every / asked:.1f} times as many."
+        f"HeadHunter ran {requested:.0f} forwards for its two rounds, all heads and pairs take {every:.0f}: "
+        f"{every / requested:.1f} times as many."
     )
 
 

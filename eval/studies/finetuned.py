@@ -248,7 +248,7 @@ def _arms(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
         )
 
 
-def told(root: Path, name: str) -> str:
+def page_text(root: Path, name: str) -> str:
     """Return what the page says of a committed run: how to repeat it, and its tables.
 
     Args:

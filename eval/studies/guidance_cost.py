@@ -86,9 +86,9 @@ def _rows(lines: Sequence[Line]) -> Iterator[str]:
         yield ""
         yield "| first perturbed block | " + " | ".join(str(layer) for layer in LAYERS[model]) + " |"
         yield "|---" * (blocks + 1) + "|"
-        for kind, told in (("full", "a whole third forward"), ("shared", "begun at that block")):
+        for kind, text in (("full", "a whole third forward"), ("shared", "begun at that block")):
             cells = [_added(own, f"{kind} {layer}", "plain, guided") for layer in LAYERS[model]]
-            yield f"| {told} | {' | '.join(cells)} |"
+            yield f"| {text} | {' | '.join(cells)} |"
         yield ""
         yield (
             f"Free mode adds {_added(own, 'free mode', 'plain, guided')}; `NAG`, to a run without guidance, "

@@ -29,7 +29,7 @@ RADIAL = dit_accel.RadialAttention(dense_steps=0, dense_last_steps=0, dense_laye
 ULTRAVICO = dit_accel.UltraViCo(alpha=0.9, trained_frames=21, first_frame=False)
 
 
-def told(lines: Sequence[Line]) -> str:
+def page_text(lines: Sequence[Line]) -> str:
     """Return the lines of a run as a Markdown table under a sentence on how they were measured."""
     first = lines[0]
     head = (
@@ -47,7 +47,7 @@ def told(lines: Sequence[Line]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write one JSON line for each kind of call and each addition, and print the table; returns the exit code."""
-    return study(__doc__, arguments, measure, told, out="positions-cost.jsonl", rounds=5)
+    return study(__doc__, arguments, measure, page_text, out="positions-cost.jsonl", rounds=5)
 
 
 def measure(options: Any, lines: list[Line]) -> Iterator[Line]:

@@ -32,7 +32,7 @@ ARMS: dict[str, tuple[MethodConfig, ...]] = {
 }
 
 
-def told(lines: Sequence[Line]) -> str:
+def page_text(lines: Sequence[Line]) -> str:
     """Return the last run's line as a sentence."""
     line = lines[-1]
     low, high = line["both_over_product_range"]
@@ -48,7 +48,7 @@ def told(lines: Sequence[Line]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write one JSON line: what each arm takes of the dense one, and product over both; returns the exit code."""
-    return study(__doc__, arguments, measure, told, out="product-time.jsonl", layers=1, steps=8, rounds=3)
+    return study(__doc__, arguments, measure, page_text, out="product-time.jsonl", layers=1, steps=8, rounds=3)
 
 
 def measure(options: Any, lines: list[Line]) -> Iterator[Line]:

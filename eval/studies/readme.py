@@ -13,21 +13,21 @@ from block_choices import table as choices_table
 from budgets import table as budgets_table
 from call_error import table as calls_table
 from denoising_time import table as times_table
-from dit_accel_eval.demo.comparison import told as demo_told
+from dit_accel_eval.demo.comparison import page_text as demo_text
 from dit_accel_eval.runs.results import Line, read_lines
 from dit_accel_eval.suites.job import suite_table
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dropped_mass import table as masses_table
 from every_set import Judged, Setting
 from every_set import table as every_table
-from finetuned import told as finetuned_told
+from finetuned import page_text as finetuned_text
 from guidance_cost import table as costs_table
 from overhead import table as overhead_table
-from positions_cost import told as additions_told
-from product_time import told as product_told
-from report_told import report_table, tuned_told
+from positions_cost import page_text as additions_text
+from product_time import page_text as product_text
+from report_tables import report_table, tuned_text
 from scaling import table as scaling_table
-from vbench_proxies import told as proxies_told
+from vbench_proxies import page_text as proxies_text
 
 from dit_accel.adapters.registry import adapters
 from dit_accel.methods.registry import methods
@@ -139,8 +139,8 @@ def _clips(lines: Sequence[Line]) -> str:
 
 def _seeds(suite: Suite, lines: Sequence[Line]) -> str:
     seeds, steps = sorted({line["clip"] for line in lines}), {arm.num_inference_steps for arm in suite.arms}
-    told = f", {min(steps)} UniPC steps" if len(steps) == 1 else ""
-    return f"held-out prompts and seeds {seeds[0]} to {seeds[-1]}{told}"
+    message = f", {min(steps)} UniPC steps" if len(steps) == 1 else ""
+    return f"held-out prompts and seeds {seeds[0]} to {seeds[-1]}{message}"
 
 
 def _speed(root: Path) -> str:
@@ -211,18 +211,18 @@ def _budgets(root: Path) -> str:
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
     "speed": _speed,
-    "demo": demo_told,
+    "demo": demo_text,
     "report": report_table,
-    "tuned-flux-tiny": tuned_told,
+    "tuned-flux-tiny": tuned_text,
     "scaling": lambda _: scaling_table(),
     "time": partial(_run, study="denoising_time", write=times_table),
     "call-error": partial(_run, study="call_error", write=calls_table),
     "overhead": partial(_run, study="overhead", write=overhead_table),
     "attention-spread": partial(_run, study="attention_spread", write=spread_table),
-    "positions-cost": partial(_run, study="positions_cost", write=additions_told),
-    "product-time": partial(_run, study="product_time", write=product_told),
+    "positions-cost": partial(_run, study="positions_cost", write=additions_text),
+    "product-time": partial(_run, study="product_time", write=product_text),
     "dropped-mass": partial(_run, study="dropped_mass", write=masses_table),
-    "vbench-proxies": partial(_run, study="vbench_proxies", write=proxies_told),
+    "vbench-proxies": partial(_run, study="vbench_proxies", write=proxies_text),
     "every-set-wan-plain": partial(_every, model="wan-plain"),
     "every-set-flux-tiny": partial(_every, model="flux-tiny"),
     "guidance-cost": partial(_run, study="guidance_cost", write=costs_table),
@@ -231,8 +231,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "profiling-flux-tiny": partial(
         _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
     ),
-    "finetuned-wan-plain": partial(finetuned_told, name="finetuned-wan-plain"),
-    "finetuned-4x-wan-plain": partial(finetuned_told, name="finetuned-4x-wan-plain"),
+    "finetuned-wan-plain": partial(finetuned_text, name="finetuned-wan-plain"),
+    "finetuned-4x-wan-plain": partial(finetuned_text, name="finetuned-4x-wan-plain"),
 }
 
 

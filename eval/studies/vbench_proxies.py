@@ -119,7 +119,7 @@ DAMAGES: dict[str, Damage] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what ``--out`` does not hold yet, one JSON line a clip, and print the tables; returns the exit code."""
     measure = lambda options, lines: measured(options.scenes, lines)  # noqa: E731
-    return study(__doc__, arguments, measure, told, out="vbench-proxies.jsonl", resumes=True, scenes=8)
+    return study(__doc__, arguments, measure, page_text, out="vbench-proxies.jsonl", resumes=True, scenes=8)
 
 
 def measured(scenes: int, lines: Sequence[Line]) -> Iterator[Line]:
@@ -139,7 +139,7 @@ def measured(scenes: int, lines: Sequence[Line]) -> Iterator[Line]:
             }  # fmt: skip
 
 
-def told(lines: Sequence[Line]) -> str:
+def page_text(lines: Sequence[Line]) -> str:
     """Return the tables with what was measured, for a page; scenes of which damages are missing are left out."""
     counts = {line["scene"]: sum(other["scene"] == line["scene"] for other in lines) for line in lines}
     whole = [line for line in lines if counts[line["scene"]] == len(DAMAGES)]

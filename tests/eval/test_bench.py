@@ -125,7 +125,7 @@ def test_an_arm_that_fails_is_told_and_the_others_run():
     made = narrow()
     bad = BenchArm(name="bad", kind="native", methods=(DiffusersCache(config=FirstBlockCacheConfig(threshold=-1.0)),))
     told: list[str] = []
-    lines = run_bench(made, [BenchArm(name="dense", kind="dense"), bad], rounds=1, told=told.append)
+    lines = run_bench(made, [BenchArm(name="dense", kind="dense"), bad], rounds=1, say=told.append)
     assert "threshold must be >= 0" in lines[1]["reason"]
     assert told[0].startswith("bad can't run here: ")
     assert math.isfinite(lines[0]["step_seconds"]["median"])

@@ -74,12 +74,14 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
     run = {"device": "a processor, 2 cores", "threads": 1, "arms": [dense, fewer, ours]}
     (tmp_path / demo_comparison.RESULTS).parent.mkdir(parents=True)
     (tmp_path / demo_comparison.RESULTS).write_text(json.dumps(run))
-    text = demo_comparison.told(tmp_path)
+    text = demo_comparison.page_text(tmp_path)
     assert "Over 2 seeds ours came +2.0 dB [1.0, 3.0] nearer to the converged run in 2.4 s" in text
     assert "than 13 dense steps did in 2.6 s (one thread, a processor, 2 cores;" in text
     ours["psnr"] = [33.0, 33.0]
     (tmp_path / demo_comparison.RESULTS).write_text(json.dumps(run))
-    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo_comparison.told(tmp_path)
+    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo_comparison.page_text(
+        tmp_path
+    )
 
 
 def test_the_strip_shows_differences_five_times_as_large():

@@ -9,7 +9,7 @@ import pytest
 import tiny_captioners as tiny
 import torch
 from dit_accel_eval.vbench import official, rules, sampling, weight_files
-from dit_accel_eval.vbench.measures import WAYS, Means, lacking
+from dit_accel_eval.vbench.measures import WAYS, Means, missing_reason
 from dit_accel_eval.vbench.networks import bert, tag2text
 from dit_accel_eval.vbench.networks.beams import search
 from dit_accel_eval.vbench.networks.loading import Networks
@@ -222,17 +222,17 @@ def test_tags_captions_and_scene_are_those_of_the_official_code(networks):
     assert tag2text._told(logits, official.tags()) == told["tags"]
     assert tag2text.looked_at(16) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5]
     asked = told["captions"][9].split()[-1]
-    prompt = Prompt(text="", dimensions=(), asked={"scene": asked})
+    prompt = Prompt(text="", dimensions=(), targets={"scene": asked})
     seen = []
     networks.scenes = lambda given: seen.extend(Networks.scenes(networks, given)) or seen
-    assert lacking("scene", means) is None
+    assert missing_reason("scene", means) is None
     score = WAYS["scene"].measure(Video(name="a-0.mp4", frames=frames, fps=8), prompt, means)
     assert seen == told["captions"]
     assert score == rules.share(asked in caption for caption in told["captions"])
 
 
 def test_what_scene_lacks_is_told_with_what_else_could_be_brought(tmp_path):
-    reason = str(lacking("scene", Means(networks=Networks(tmp_path))))
+    reason = str(missing_reason("scene", Means(networks=Networks(tmp_path))))
     assert "tag2text is missing: put https://huggingface.co/spaces/xinyu1205/recognize-anything/resolve/main/" in reason
     assert f"at {tmp_path / 'caption_model' / 'tag2text_swin_14m.pth'}" in reason
     assert "bert-words is missing: put https://huggingface.co/google-bert/bert-base-uncased" in reason

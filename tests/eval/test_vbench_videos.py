@@ -331,7 +331,7 @@ def test_the_official_prompts_are_those_of_the_package():
     assert len(prompts) == 946
     counts = {name: sum(name in one.dimensions for one in prompts) for name in ("color", "human_action", "scene")}
     assert counts == {"color": 85, "human_action": 100, "scene": 86}
-    assert all(" and " in one.asked["multiple_objects"] for one in prompts if "multiple_objects" in one.dimensions)
+    assert all(" and " in one.targets["multiple_objects"] for one in prompts if "multiple_objects" in one.dimensions)
 
 
 def test_setup_tells_what_is_missing_where_and_its_hash(tmp_path, monkeypatch):

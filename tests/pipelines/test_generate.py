@@ -130,7 +130,7 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
     (prompt,) = held_out_prompts(name, 1)
     asked, *_ = settle(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
     own, call = model_defaults(name), PipelineCall.of(pipeline_class(read_model_files(asked.source)))
-    made_with = {**asked.beside(call), **asked.asked()}
+    made_with = {**asked.beside(call), **asked.call_arguments()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
     assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
     with pytest.raises(ConfigError, match=r"unknown word\(s\) xylophone; the embedded model knows only"):

@@ -68,8 +68,8 @@ def bench_model(
         adapter, sizes, layers=layers, steps=num_inference_steps, height=height, width=width, num_frames=num_frames,
         device=where, dtype=getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16")),
     )  # fmt: skip
-    told = (lambda text: None) if quiet else (lambda text: TALK.print(text, markup=False, soft_wrap=True))
-    lines = run_bench(bench, arms_of(methods, native_caches=native_caches), rounds=rounds, told=told)
+    say = (lambda text: None) if quiet else (lambda text: TALK.print(text, markup=False, soft_wrap=True))
+    lines = run_bench(bench, arms_of(methods, native_caches=native_caches), rounds=rounds, say=say)
     if output is not None:
         for line in lines:
             append_line(output, line)
@@ -79,7 +79,7 @@ def bench_model(
     _show(lines)
     if not quiet:
         absent = [line["arm"].removeprefix("dense, ") for line in lines if "reason" in line and line["kind"] == "dense"]
-        told(f"backends that do not run here: {', '.join(absent) or 'none'}")
+        say(f"backends that do not run here: {', '.join(absent) or 'none'}")
     _check_ran(lines)
 
 
@@ -102,7 +102,7 @@ def _show(lines: list[dict[str, Any]]) -> None:
             continue
         ratio = line["ratio"]
         table.add_row(
-            line["arm"], *(_told(line[f"{key}_seconds"]) for key in ("step", "block", "attention")),
+            line["arm"], *(_seconds_text(line[f"{key}_seconds"]) for key in ("step", "block", "attention")),
             f"{line['work']:.2f}", f"{line['tflops']:.3g}",
             f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
             f"{line['predicted']:.2f}" if line["predicted"] is not None else "",
@@ -110,6 +110,6 @@ def _show(lines: list[dict[str, Any]]) -> None:
     Console(highlight=False, width=max(OUT.width, WIDTH)).print(table)
 
 
-def _told(seconds: dict[str, float]) -> str:
+def _seconds_text(seconds: dict[str, float]) -> str:
     """Return a median with its quartiles, in milliseconds."""
     return "{:.1f} [{:.1f}, {:.1f}]".format(*(1000 * seconds[key] for key in ("median", "low", "high")))

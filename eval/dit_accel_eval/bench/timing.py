@@ -189,18 +189,18 @@ def _natives() -> list[Any]:
 
 
 def run_bench(
-    bench: Bench, arms: Sequence[BenchArm], *, rounds: int, told: Callable[[str], None] = lambda text: None
+    bench: Bench, arms: Sequence[BenchArm], *, rounds: int, say: Callable[[str], None] = lambda text: None
 ) -> list[Line]:
     """Run all arms in turn, round by round, and return a line for each, those that can't run here with their reason."""
     for arm in arms:
         arm.reason = _warmed(bench, arm)
         if arm.reason is not None and arm.kind != "dense":
-            told(f"{arm.name} can't run here: {arm.reason}")
+            say(f"{arm.name} can't run here: {arm.reason}")
     running = [arm for arm in arms if arm.reason is None]
     if not any(arm.kind == "dense" for arm in running):
         raise ConfigError(f"no attention backend of diffusers runs here: {arms[0].reason}")
     for number in range(rounds):
-        told(f"round {number + 1} of {rounds}")
+        say(f"round {number + 1} of {rounds}")
         for arm in running:
             _run(bench, arm, bench.steps)
     dense = min((arm for arm in running if arm.kind == "dense"), key=lambda arm: float(np.median(arm.rounds(rounds))))
@@ -244,14 +244,14 @@ def _denoise(bench: Bench, steps: int) -> Iterator[float]:
     for step in range(steps):
         inputs = {**bench.inputs, name: x, bench.adapter.timestep: timestep * 2 * (1 - step / steps)}
         started = bench.clock.now()
-        with _told_step(bench.transformer, step, steps):
+        with _with_step(bench.transformer, step, steps):
             out = bench.transformer(**inputs, return_dict=False)[0]
         yield bench.clock.now() - started
         if out.shape == x.shape:
             x = x - out / steps
 
 
-def _told_step(transformer: Any, step: int, steps: int) -> Any:
+def _with_step(transformer: Any, step: int, steps: int) -> Any:
     """Return the context in which a pipeline makes a step; a few transformers have none, and timesteps tell."""
     context = getattr(transformer, "cache_context", None)
     return context("cond", step_index=step, num_inference_steps=steps) if context else contextlib.nullcontext()

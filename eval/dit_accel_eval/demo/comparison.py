@@ -95,10 +95,10 @@ def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int |
     with new_folder(out), held(out, "the demo's folder"), one_thread(embedded=True):
         keeps(f"the converged runs that are done stand in {out}, and the same command goes on there")
         call = {} if num_frames is None else {"num_frames": num_frames}
-        asked = (name, call, text)
-        model = EmbeddedModel(*asked)
+        requested = (name, call, text)
+        model = EmbeddedModel(*requested)
         shipped = None if anew else demo_references.SHIPPED
-        references = demo_references.references(asked, model, seeds, out / "references", shipped=shipped)
+        references = demo_references.references(requested, model, seeds, out / "references", shipped=shipped)
         if anew:
             demo_references.write(out / "references.npz", model, references)
         _write(out, model, references, compare(model, references))
@@ -200,7 +200,7 @@ def _data(model: EmbeddedModel, references: Sequence[Reference], outcomes: Seque
     }  # fmt: skip
 
 
-def told(root: Path) -> str:
+def page_text(root: Path) -> str:
     """Return in words what the committed run showed.
 
     Args:

@@ -33,12 +33,12 @@ SOON = 128
 
 
 def references(
-    asked: Sequence[Any], model: EmbeddedModel, seeds: int, cache: Path, *, shipped: Path | None = SHIPPED
+    requested: Sequence[Any], model: EmbeddedModel, seeds: int, cache: Path, *, shipped: Path | None = SHIPPED
 ) -> list[Reference]:
     """Return the converged run of every seed: those of a file, others made by processes of one thread, one a core.
 
     Args:
-        asked: what `EmbeddedModel` is made of.
+        requested: what `EmbeddedModel` is made of.
         model: made of it.
         seeds: how many, from 0.
         cache: folder of dense runs, for those that are made.
@@ -46,18 +46,18 @@ def references(
     """
     found = {} if shipped is None else read(shipped, model, seeds)
     most = MOST if shipped is None else SOON
-    lacking = [seed for seed in range(seeds) if seed not in found]
-    if lacking:
-        make = functools.partial(_converge, tuple(asked), cache, most)
-        workers = min(len(lacking), os.cpu_count() or 1)
-        run_beside(make, lacking, workers, lambda seed: TALK.print(f"seed {seed}: converged"))
+    missing = [seed for seed in range(seeds) if seed not in found]
+    if missing:
+        make = functools.partial(_converge, tuple(requested), cache, most)
+        workers = min(len(missing), os.cpu_count() or 1)
+        run_beside(make, missing, workers, lambda seed: TALK.print(f"seed {seed}: converged"))
     return [found.get(seed) or converged(model, seed, cache, most=most) for seed in range(seeds)]
 
 
-def _converge(asked: Sequence[Any], cache: Path, most: int, seed: int) -> int:
+def _converge(requested: Sequence[Any], cache: Path, most: int, seed: int) -> int:
     """Make a seed's dense runs in a process of its own, kept on disk by their hash; returns the seed."""
     torch.set_num_threads(1)
-    converged(EmbeddedModel(*asked), seed, cache, most=most)
+    converged(EmbeddedModel(*requested), seed, cache, most=most)
     return seed
 
 

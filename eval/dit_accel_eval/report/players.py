@@ -83,8 +83,8 @@ def _chosen(report: Report) -> Iterator[tuple[str, Line]]:
 
 def difference(clip: Frames, reference: Frames) -> Frames:
     """Return the amplified absolute difference of two clips, uint8."""
-    apart = AMPLIFIED * np.abs(clip.astype(np.int16) - reference.astype(np.int16))
-    return np.minimum(apart, 255).astype(np.uint8)
+    strong = AMPLIFIED * np.abs(clip.astype(np.int16) - reference.astype(np.int16))
+    return np.minimum(strong, 255).astype(np.uint8)
 
 
 def data_uri(frames: Frames) -> str:

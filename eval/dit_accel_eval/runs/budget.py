@@ -33,8 +33,8 @@ class Budget:
         return Budget(steps=None if self.steps is None else self.steps // processes, seconds=self.seconds)
 
     def __str__(self) -> str:
-        told = (("steps", self.steps), ("seconds", self.seconds))
-        return " and ".join(f"{value:g} {key}" for key, value in told if value is not None)
+        text = (("steps", self.steps), ("seconds", self.seconds))
+        return " and ".join(f"{value:g} {key}" for key, value in text if value is not None)
 
 
 def read_budget(values: Mapping[str, Any], where: str) -> Budget:

@@ -69,8 +69,8 @@ def _check_whole(path: Path) -> None:
     command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", str(path), "-f", "null", "-"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode or done.stderr.strip():
-        told = re.sub(r"^\[[^]]*\] ", "", (done.stderr.strip().splitlines() or ["no reason given"])[0])
-        raise ConfigError(f"video {path} is damaged or was cut off ({told}); write it again")
+        message = re.sub(r"^\[[^]]*\] ", "", (done.stderr.strip().splitlines() or ["no reason given"])[0])
+        raise ConfigError(f"video {path} is damaged or was cut off ({message}); write it again")
 
 
 def _kept_frames(path: Path) -> int | None:
@@ -87,8 +87,8 @@ def _is_lossless(path: Path) -> bool:
     """Whether a video's codec gives back its frames, and they were not turned from RGB into another space before."""
     from imageio_ffmpeg import read_frames
 
-    told: Any = next(iter(read_frames(path)))  # the first thing that it gives is what the file says of itself
-    return str(told["codec"]).strip(",") in LOSSLESS and str(told["pix_fmt"]).startswith(("rgb", "bgr", "gbr"))
+    message: Any = next(iter(read_frames(path)))  # the first thing that it gives is what the file says of itself
+    return str(message["codec"]).strip(",") in LOSSLESS and str(message["pix_fmt"]).startswith(("rgb", "bgr", "gbr"))
 
 
 def clips_in(path: Path) -> list[ClipFile]:

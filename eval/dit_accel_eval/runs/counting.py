@@ -44,7 +44,7 @@ class Counter:
     """
 
     def __init__(self, transformers: Sequence[nn.Module], adapter: Adapter) -> None:
-        self._ran = dict.fromkeys(("blocks", "attention"), 0)
+        self._ran: dict[str, int] = {"blocks": 0, "attention": 0}
         for transformer in transformers:
             for listed in block_lists(adapter, transformer):
                 for _, block in blocks_of(listed, adapter, transformer):

@@ -14,7 +14,7 @@ from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
 from ..metrics.metric import Clip
-from .results import told_full
+from .results import explained_disk_errors
 
 REFERENCE = "reference"
 """What stands for the arm's name in the file of a converged run."""
@@ -59,7 +59,7 @@ def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:
 
     frames, info = to_uint8(clip), PngInfo()
     info.add_itxt(_KEY, json.dumps({"frames": len(frames), "made_by": dict(made_by)}, sort_keys=True))
-    with told_full(path):
+    with explained_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         strip = frames.reshape(-1, *frames.shape[2:])
@@ -82,8 +82,8 @@ def read_kept(path: Path, made_by: Mapping[str, Any]) -> Frames:
     try:
         with Image.open(path) as image:
             image.load()
-            told = json.loads(getattr(image, "text", {})[_KEY])
-            strip, count, found = np.asarray(image.convert("RGB")), told["frames"], told["made_by"]
+            text = json.loads(getattr(image, "text", {})[_KEY])
+            strip, count, found = np.asarray(image.convert("RGB")), text["frames"], text["made_by"]
         frames = strip_frames(strip, count)
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
         raise ConfigError(f"{path} holds no frames that can be read ({type(error).__name__}: {error})") from None

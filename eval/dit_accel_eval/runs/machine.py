@@ -32,9 +32,9 @@ class Machine:
         if self.offload not in OFFLOADS:
             raise ConfigError(f"there is no offload {self.offload!r}; {did_you_mean(self.offload, OFFLOADS)}")
 
-    def dtype(self, asked: Dtype | None) -> Dtype:
+    def dtype(self, requested: Dtype | None) -> Dtype:
         """Return the number format of the weights: what was asked for, else float32 on a CPU and bfloat16 elsewhere."""
-        return asked or ("float32" if pick_device(self.device).type == "cpu" else "bfloat16")
+        return requested or ("float32" if pick_device(self.device).type == "cpu" else "bfloat16")
 
 
 def processor() -> str:

@@ -48,8 +48,8 @@ class Times:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, to a tenth of a millisecond."""
-        told = {key: round(getattr(self, key), DIGITS) for key in ("text", "denoise", "decode")}
-        return {"threads": self.threads, **told, "steps": [round(one, DIGITS) for one in self.steps]}
+        seconds = {key: round(getattr(self, key), DIGITS) for key in ("text", "denoise", "decode")}
+        return {"threads": self.threads, **seconds, "steps": [round(one, DIGITS) for one in self.steps]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ class SuiteModel:
         counted = begin_peak()
         with (
             guided(self.pipe, guider or {}),
-            attached(self.pipe, [_told_timestep(method, self.pipe) for method in methods], "auto") as attachment,
+            attached(self.pipe, [_with_timestep(method, self.pipe) for method in methods], "auto") as attachment,
             quiet_diffusers(),
             timed_steps(self.pipe, Stages(quiet=True), lambda: counts.append(self._counter.take())) as timings,
         ):
@@ -213,7 +213,7 @@ def _times(timings: Timings) -> Times:
     )  # fmt: skip
 
 
-def _told_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:
+def _with_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:
     """Return one of diffusers' caches with the callback that tells it the timestep, which a file can't hold."""
     if not isinstance(method, DiffusersCache) or getattr(method.config, "current_timestep_callback", ()) is not None:
         return method

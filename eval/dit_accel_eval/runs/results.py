@@ -37,7 +37,7 @@ def append_line(path: Path, line: Line) -> None:
         ConfigError: if it can't be written whole, as on a full disk; the part that was is taken off.
     """
     data = (json.dumps(line) + "\n").encode()
-    with told_full(path):
+    with explained_disk_errors(path):
         handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o666)
         written = 0
         try:
@@ -60,7 +60,7 @@ def _take_off(path: Path, part: bytes) -> None:
 
 
 @contextlib.contextmanager
-def told_full(path: Path) -> Iterator[None]:
+def explained_disk_errors(path: Path) -> Iterator[None]:
     """Say in one line that a file can't be written.
 
     Raises:
@@ -134,8 +134,8 @@ def _check_clip(path: Path, line: Line, own: OwnClips | None) -> None:
     here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
     if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
         return
-    told = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
+    text = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
     raise ConfigError(
         f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
-        f"{told}; write its results to another file"
+        f"{text}; write its results to another file"
     )

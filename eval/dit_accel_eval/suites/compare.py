@@ -62,8 +62,8 @@ def run(
         raise ConfigError(f"timed runs need the machine to themselves, got --workers {workers}")
     ranks = Ranks()
     if ranks.count > 1 and (workers > 1 or job.timed):
-        asked = "--time" if job.timed else f"--workers {workers}"
-        raise ConfigError(f"accelerate launch started {ranks.count} processes, got {asked} besides; leave one out")
+        requested = "--time" if job.timed else f"--workers {workers}"
+        raise ConfigError(f"accelerate launch started {ranks.count} processes, got {requested} besides; leave one out")
     with checked(job) if ranks.first else contextlib.nullcontext():
         ranks.wait()
         stopped = _run(job, ranks.own(clips), ranks.count, workers, lambda: watch(read_lines(job.out)))
@@ -128,7 +128,7 @@ class Runner:
         """
         job = self.job
         known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
-        if not any(_lacking(job, known)):
+        if not any(_missing_arms(job, known)):
             return None
         try:
             with threads(job.threads):
@@ -139,7 +139,7 @@ class Runner:
                     print(f"clip {clip}: {reference.steps} steps agree with half as many to "
                           f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
                           file=sys.stderr)  # fmt: skip
-                while arm := next(_lacking(job, known), None):
+                while arm := next(_missing_arms(job, known), None):
                     runs, beside = self.sample(arm, clip)
                     line = line_of(Sampled(job=job, arm=arm, clip=clip, model=self.model, reference=reference,
                                            runs=runs, beside=beside))  # fmt: skip
@@ -180,7 +180,7 @@ class Runner:
         return self._spending.run(steps, lambda: self.model.run(clip, steps=steps, **options))
 
 
-def _lacking(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
+def _missing_arms(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
     """Give the arms that a clip lacks; the dense ones to hold others against last, since these tell which."""
     rivals = set[int]() if job.judge else set[int]().union(*map(rival_steps, known.values()))
     for arm in (*job.suite.arms, *map(dense_arm, sorted(rivals))):
@@ -199,7 +199,8 @@ def _lacking(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
 def _loaded(name: str, call: str, own: OwnClips | None, given: tuple[str, Dtype, Machine] | None) -> SuiteModel:
     """Return a job's model, loaded once a process: an embedded one, or ``given`` by source, number format, machine."""
     if given is None:
-        return EmbeddedModel(name, json.loads(call), **({} if own is None else {"own": own}))
+        arguments = json.loads(call)
+        return EmbeddedModel(name, arguments) if own is None else EmbeddedModel(name, arguments, own=own)
     assert own is not None  # `checked` refuses it
     source, dtype, machine = given
     return GivenModel(name, source, json.loads(call), own, dtype, machine)

@@ -141,7 +141,7 @@ def verdict(difference: Interval, clips: int) -> str:
     return "ahead" if difference.low > 0 else "behind"
 
 
-def told(metric: str, interval: Interval, sign: str = "") -> str:
+def interval_text(metric: str, interval: Interval, sign: str = "") -> str:
     """Return a metric's mean with its interval, with as many digits as the metric has."""
     digits = f"{sign}.{decimals_of(metric)}f"
     return f"{interval.mean:{digits}} [{interval.low:{digits}}, {interval.high:{digits}}]"
@@ -183,5 +183,5 @@ def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
         cells += [
             f"{arm.ahead[key]:+} {verdict(arm.ahead[key], arm.clips)}" if key in arm.ahead else "" for key in works
         ]
-        cells += [told(name, arm.metrics[name]) if name in arm.metrics else "" for name in named]
+        cells += [interval_text(name, arm.metrics[name]) if name in arm.metrics else "" for name in named]
         yield f"| {' | '.join(cells)} |"

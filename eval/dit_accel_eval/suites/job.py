@@ -124,8 +124,8 @@ def checked(job: Job) -> Iterator[None]:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            told = f"{what} can't be written to {folder}: {error.strerror}; choose another folder"
-            raise ConfigError(told) from None
+            text = f"{what} can't be written to {folder}: {error.strerror}; choose another folder"
+            raise ConfigError(text) from None
     check_writable(job.out, "results")
     with held(job.out, "the results file"):
         known = read_lines(job.out)
@@ -178,12 +178,12 @@ def _check_kind(job: Job) -> None:
                 )
             call_of(suite, {**suite.call, **arm.call})
         return
-    asked = [name for name, given in (("--time", job.timed), ("--frames", job.frames), ("metrics", suite.metrics))
+    requested = [name for name, given in (("--time", job.timed), ("--frames", job.frames), ("metrics", suite.metrics))
              if given]  # fmt: skip
-    if asked:
+    if requested:
         raise ConfigError(
             f"{suite.name} judges clips by themselves ({suite.judge}), without a dense run beside them; leave out "
-            f"{' and '.join(asked)}"
+            f"{' and '.join(requested)}"
         )
     if check := JUDGES[suite.judge].check:
         check(suite)

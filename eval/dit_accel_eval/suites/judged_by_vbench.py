@@ -72,13 +72,13 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
     check_suite(suite)
     by_arm = _whole(suite, lines)
     first = suite.arms[0].name
-    asked = {name: _clips(by_arm[first], name) for name in DIMENSIONS}
+    requested = {name: _clips(by_arm[first], name) for name in DIMENSIONS}
     pairs = {
         (name, arm): [by_arm[arm][clip]["world"][name] - by_arm[first][clip]["world"][name] for clip in both]
         for arm in by_arm
         if arm != first
         for name in DIMENSIONS
-        if (both := [clip for clip in asked[name] if name in by_arm[arm][clip]["world"]])
+        if (both := [clip for clip in requested[name] if name in by_arm[arm][clip]["world"]])
     }
     sure = {key for key, p in holm({key: sign_flips(found) for key, found in pairs.items()}).items() if p < SURE}
     rows = [f"| name@world | clips | {' | '.join(by_arm)} |", f"|---|{'---|' * (len(by_arm) + 1)}"]
@@ -88,7 +88,7 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
     for name in DIMENSIONS:
         cells = [_cell(by_arm[arm], name, pairs.get((name, arm), []), sure=(name, arm) in sure) for arm in by_arm]
         if any(cells):
-            rows.append(f"| {name} | {len(asked[name])} | {' | '.join(cells)} |")
+            rows.append(f"| {name} | {len(requested[name])} | {' | '.join(cells)} |")
     never = [name for name in DIMENSIONS if not any(_clips(clips, name) for clips in by_arm.values())]
     parts = ["\n".join(rows), f"Not told of this model's clips: {', '.join(never)}." if never else "", _proxies(by_arm)]
     return "\n\n".join(part for part in parts if part)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..runs.model import Run, SuiteModel
 from ..runs.results import Line
-from ..vbench import scenes as asked
+from ..vbench import scenes
 from . import guided, larger, longer
 from . import judged_by_vbench as judged
 from .suite import Suite
@@ -32,6 +32,6 @@ JUDGES: Mapping[str, Judge] = {
     "longer": Judge(measures=longer.measures, table=longer.table),
     "larger": Judge(measures=larger.measures, table=larger.table),
     "guidance": Judge(measures=guided.measures, table=guided.table),
-    "vbench": Judge(measures=judged.measures, table=judged.table, check=judged.check_suite, numbers=asked.numbers),
+    "vbench": Judge(measures=judged.measures, table=judged.table, check=judged.check_suite, numbers=scenes.numbers),
 }
 """Name, one of `suite.JUDGES` -> the judge."""

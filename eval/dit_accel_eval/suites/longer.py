@@ -78,14 +78,14 @@ def _cells(lines: list[Line]) -> tuple[str, ...]:
         return scale * float(np.nanmean([line.get(name, np.nan) for line in lines]))
 
     stretches = [line[STRETCHES] for line in lines if STRETCHES in line]
-    told = sum(np.isfinite(line.get("path_error", np.nan)) for line in lines)
-    path = f"{mean('path_error'):.1f}" if told else ""
+    text = sum(np.isfinite(line.get("path_error", np.nan)) for line in lines)
+    path = f"{mean('path_error'):.1f}" if text else ""
     return (
         f"{len(lines)}",
         f"{mean('frames'):.0f}",
         f"{mean('score'):.0%}",
         " ".join(f"{value:.2f}" for value in np.mean(stretches, 0)) if stretches else "",
-        path + (f" ({told})" if 0 < told < len(lines) else ""),
+        path + (f" ({text})" if 0 < text < len(lines) else ""),
         f"{mean('motion', 1000):.2f}",
         f"{mean('sharpness', 1000):.2f}",
         f"{mean('repetition'):.3f}",

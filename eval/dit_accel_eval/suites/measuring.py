@@ -162,8 +162,9 @@ def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
         ConfigError: for frames that are not finite, with the arm and clip that made them.
     """
     suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
-    held_out, defaults = suite.embedded and not suite.own, model_defaults(suite.model) if suite.embedded else {}
-    trained = defaults.get("num_frames") if suite.embedded else model.family.trained_frames
+    held_out, trained = suite.embedded and not suite.own, model.family.trained_frames if not suite.embedded else None
+    if suite.embedded and (frames := model_defaults(suite.model).get("num_frames")) is not None:
+        trained = int(frames)
     try:
         sample = Sample(
             frames=made.frames, reference=reference.frames, prompt=model.prompt(clip), trained_frames=trained,

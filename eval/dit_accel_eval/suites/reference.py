@@ -25,7 +25,7 @@ from ..metrics.metric import Clip
 from ..metrics.psnr import psnr
 from ..runs.counting import Counts
 from ..runs.model import Run, SuiteModel, Times
-from ..runs.results import told_full
+from ..runs.results import explained_disk_errors
 
 AGREE = 45.0
 """PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged."""
@@ -91,7 +91,7 @@ def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, run: Callab
         made = (run or model.run)(clip, steps=steps, solver=BEST)
         meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
         meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
-        with told_full(path):
+        with explained_disk_errors(path):
             cache.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as temporary:
             np.savez(temporary, frames=made.frames.astype(np.float16), meta=json.dumps(meta))

@@ -43,9 +43,9 @@ def cost_of(suite: Suite, clips: Sequence[int], lines: Sequence[Line]) -> str:
     """Return in words what is still to be run, beside the budget where the suite has one."""
     done, total = progress_of(suite, clips, lines)
     warm = suite.warmup * sum(arm.num_inference_steps for arm in suite.arms)
-    told = f"{suite.name}: {len(clips)} clips, about {total + warm - done} denoising steps to run"
-    told += f", {done} are done" if done else ""
-    return told + (f"; this call may take {suite.budget}" if suite.budget else "")
+    text = f"{suite.name}: {len(clips)} clips, about {total + warm - done} denoising steps to run"
+    text += f", {done} are done" if done else ""
+    return text + (f"; this call may take {suite.budget}" if suite.budget else "")
 
 
 class SuiteProgress:
@@ -79,8 +79,8 @@ class SuiteProgress:
             TALK.print(cost_of(self._suite, self._clips, lines), markup=False, soft_wrap=True)
         self._told = True
         done, total = progress_of(self._suite, self._clips, lines)
-        told = f"{self._suite.name}: {len({*latest(lines)})} runs"
-        self._progress.update(self._task, completed=done, total=total, description=told)
+        text = f"{self._suite.name}: {len({*latest(lines)})} runs"
+        self._progress.update(self._task, completed=done, total=total, description=text)
 
 
 def progress_of(suite: Suite, clips: Sequence[int], lines: Sequence[Line]) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def score_files(
         found = scores(single, sample)
         line: Line = {"clip": clip.name, "reference": reference and reference.path.name, "metrics": found.values()}
         line["by_frame"] = {name: one.by_frame for name, one in found.measured.items() if one.by_frame is not None}
-        line |= {key: told for key in ("skipped", "unavailable") if (told := getattr(found, key))}
+        line |= {key: text for key in ("skipped", "unavailable") if (text := getattr(found, key))}
         yield line
     if sets:
         yield _sets(sets, torch.cat(both[0]), torch.cat(both[1]), warn)

@@ -81,9 +81,9 @@ def spectrum(curve: np.ndarray, frequencies: np.ndarray) -> Spectrum:
     values = curve - weight @ curve
     if np.abs(values).max() <= 1e-12 * np.abs(curve).max():
         values = np.zeros_like(values)  # what is left of a constant is rounding
-    told = 2 * np.pi / frequencies <= TOLD * (len(curve) - 1)
+    text = 2 * np.pi / frequencies <= TOLD * (len(curve) - 1)
     fit = np.zeros(len(frequencies))
-    fit[told] = _non_negative(waves[:, told] * np.sqrt(weight)[:, None], values * np.sqrt(weight))
+    fit[text] = _non_negative(waves[:, text] * np.sqrt(weight)[:, None], values * np.sqrt(weight))
     total, size = float(fit.sum()), float(np.sqrt(weight @ values**2))
     shares = fit / total if total > 0 else fit
     place = int(shares.argmax())

@@ -55,7 +55,7 @@ def rungs_of(prompts: int, steps: int, halvings: int, least_steps: int = 4) -> t
     )
 
 
-def left_after(count: int, rung: int, rungs: int, per_round: int) -> int:
+def kept_after(count: int, rung: int, rungs: int, per_round: int) -> int:
     """Return how many of ``count`` heads a rung passes on; the last one selects."""
     return min(count, per_round if rung == rungs - 1 else max(per_round, -(-count // 2)))
 
@@ -70,7 +70,7 @@ def cost(heads: int, rounds: int, per_round: int, rungs: Sequence[Rung]) -> tupl
                 break
             clips += left * rung.prompts
             steps += left * rung.prompts * rung.steps
-            left = left_after(left, number, len(rungs), per_round)
+            left = kept_after(left, number, len(rungs), per_round)
     return clips, steps
 
 
@@ -105,7 +105,7 @@ def search(
             means = judged.means([(*selected, head) for head in left], rung)
             scores = dict(zip(left, means, strict=True))
             ranked = sorted(left, key=lambda head: (-scores[head], judged.order[head]))
-            left = ranked[: left_after(len(left), number, len(rungs), per_round)]
+            left = ranked[: kept_after(len(left), number, len(rungs), per_round)]
         found.append(Round(heads=tuple(left), scores=tuple(scores[head] for head in left)))
         selected = (*selected, *left)
     return found
@@ -123,10 +123,10 @@ class _Judged:
     def means(self, sets: Sequence[tuple[Head, ...]], rung: Rung) -> list[float]:
         """Return the objective's mean over a rung's prompts for each set."""
         jobs = [[(self._sorted(one), prompt, rung.steps) for prompt in range(rung.prompts)] for one in sets]
-        asked = list(dict.fromkeys(job for of_set in jobs for job in of_set if job not in self._known))
-        if self._prepare is not None and asked:
-            self._prepare(asked)
-        self._known.update((job, self._evaluate(*job)) for job in asked)
+        requested = list(dict.fromkeys(job for of_set in jobs for job in of_set if job not in self._known))
+        if self._prepare is not None and requested:
+            self._prepare(requested)
+        self._known.update((job, self._evaluate(*job)) for job in requested)
         return [sum(self._known[job] for job in of_set) / len(of_set) for of_set in jobs]
 
     def _sorted(self, chosen: tuple[Head, ...]) -> tuple[Head, ...]:

@@ -90,11 +90,11 @@ class Rerun:
         assert plan.selection.vote is not None
         self.plan, self.call, self.out, self.metric = plan, call, out, metric
         self.selection = plan.selection
-        self.asked = plan.selection.vote
+        self.vote = plan.selection.vote
 
     def votes(self, level: float) -> Tensor:
         """Return the bits that votes at a log2 level keep."""
-        vote = dataclasses.replace(self.asked, threshold=threshold_of(self.asked.criterion, level))
+        vote = dataclasses.replace(self.vote, threshold=threshold_of(self.vote.criterion, level))
         return self._attend(dataclasses.replace(self.selection, vote=vote))[2]
 
     def after(self, kept: Tensor | None) -> tuple[float, float]:
@@ -190,7 +190,7 @@ class Tuner(LiteHandler):
         self.found.append(
             Found(
                 transformer=context.transformer, branch=context.branch, layer=context.layer, step=context.step_index,
-                threshold=threshold_of(again.asked.criterion, level), kept=share, added=added, dense=again.to_dense(),
+                threshold=threshold_of(again.vote.criterion, level), kept=share, added=added, dense=again.to_dense(),
             )
         )  # fmt: skip
         return out

@@ -67,14 +67,14 @@ def tune_magcache(request: Request, output: Path, *, stages: Stages | None = Non
     Raises:
         ConfigError: for settings that can't be measured, or progress of other settings beside ``output``.
     """
-    asked = config_of(request, MagCache)
-    config = dataclasses.replace(asked, threshold=0.0, ratios=(1.0,), branches="all")
+    requested = config_of(request, MagCache)
+    config = dataclasses.replace(requested, threshold=0.0, ratios=(1.0,), branches="all")
     found = watched_runs(request, output, config, lambda: _note_size, stages)
     curves = np.array([_ratios(notes, found.steps) for notes in found.prompts])
     ratios = tuple(round(float(ratio), 5) for ratio in np.exp(np.log(curves).mean(0)))
     write_config(
         output,
-        dataclasses.replace(asked, ratios=ratios, measured_on=found.model),
+        dataclasses.replace(requested, ratios=ratios, measured_on=found.model),
         [f"Measured by dit-accel tune magcache on {found.model}: {found.steps} steps, {len(curves)} prompts."],
     )
     found.progress.finish()

@@ -113,9 +113,9 @@ def tune_pipeline(
     """
     if target is None:
         raise ConfigError("tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2")
-    asked, model = read_target(target), request.model or EMBEDDED
+    requested, model = read_target(target), request.model or EMBEDDED
     _check(request, output)
-    suite, prompts = _suite(request, model, asked)
+    suite, prompts = _suite(request, model, requested)
     arms = guided_space(_space(space, suite, request), _guidance(suite, try_guidance))
     suite = dataclasses.replace(suite, arms=arms)
     job = Job(
@@ -123,7 +123,7 @@ def tune_pipeline(
         threads=1 if suite.embedded else None, machine=Machine(device=request.device, offload=request.offload),
     )  # fmt: skip
     own = _own_steps(request, suite)
-    search = Search(job=job, target=asked, stages=stages or Stages(quiet=True), own=own, prompts=prompts)
+    search = Search(job=job, target=requested, stages=stages or Stages(quiet=True), own=own, prompts=prompts)
     runs, steps = search.cost(arms)
     search.stages.note(
         f"{len(arms)} settings: at most {runs} runs, {steps} steps, besides converged and dense runs of "
@@ -136,7 +136,7 @@ def tune_pipeline(
          output.with_suffix(".png"))  # fmt: skip
     tried = {line["arm"] for line in search.lines()} & {arm.name for arm in arms}
     return TunedPipeline(
-        output=output, target=asked, chosen=chosen, frontier=tuple(frontier), tried=(len(tried), len(arms))
+        output=output, target=requested, chosen=chosen, frontier=tuple(frontier), tried=(len(tried), len(arms))
     )
 
 
@@ -181,17 +181,19 @@ def _space(path: Path | None, suite: Suite, request: Request) -> tuple[Arm, ...]
         if suite.embedded:
             return default_space(suite.model)
         return space_of(_own_steps(request, suite), *check_given(suite.source)[0].identify())
-    asked = read_suite(path)
-    if asked.model != suite.model:
-        raise ConfigError(f"{path} is a suite of {asked.model}, and {suite.model} is tuned; name a suite of its own")
-    for arm in asked.arms:
+    requested = read_suite(path)
+    if requested.model != suite.model:
+        raise ConfigError(
+            f"{path} is a suite of {requested.model}, and {suite.model} is tuned; name a suite of its own"
+        )
+    for arm in requested.arms:
         native = any(isinstance(method, DiffusersCache) for method in arm.methods)
         if arm.call or arm.guider or arm.scheduler or native:
             raise ConfigError(
                 f"{path}: arm {arm.name!r} can't be written as a config; leave out its call, guider, scheduler and "
                 "diffusers"
             )
-    return asked.arms
+    return requested.arms
 
 
 def _guidance(suite: Suite, scales: Sequence[float]) -> dict[str, dict[str, float]]:

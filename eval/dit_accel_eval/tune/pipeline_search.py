@@ -117,8 +117,8 @@ class Target:
     def missed(self, point: "Point") -> float:
         """Return by how much a setting misses the target; 0 if it meets it."""
         found = point.speedup if self.name == SPEEDUP else self.sign * point.quality
-        asked = self.value if self.name == SPEEDUP else self.sign * self.value
-        return max(0.0, asked - found)
+        requested = self.value if self.name == SPEEDUP else self.sign * self.value
+        return max(0.0, requested - found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,8 +220,8 @@ class Search:
         return points
 
     def _why(self, lines: Sequence[Line]) -> str:
-        told = [line.get(key, {}).get(self.target.quality) for line in lines for key in ("skipped", "unavailable")]
-        return next((reason for reason in told if reason), "it has no value")
+        message = [line.get(key, {}).get(self.target.quality) for line in lines for key in ("skipped", "unavailable")]
+        return next((reason for reason in message if reason), "it has no value")
 
     def frontier(self, arms: Sequence[Arm]) -> list[Point]:
         """Return the last round's settings that none surpasses at as little work, cheapest first."""
@@ -312,10 +312,10 @@ class Search:
                 return held
             found.append(held)
         nearest = min(found, key=self.target.missed)
-        told = f"{self.target.quality} {nearest.quality:.4g} and a speed-up of {nearest.speedup:.2f}"
+        message = f"{self.target.quality} {nearest.quality:.4g} and a speed-up of {nearest.speedup:.2f}"
         raise ConfigError(
             f"no setting reached {self.target.name} {self.target.value:g} on {self.prompts.held} held-out prompts; "
-            f"nearest came {nearest.arm.name} with {told}; ask for less, or give more settings with --space"
+            f"nearest came {nearest.arm.name} with {message}; ask for less, or give more settings with --space"
         )
 
 

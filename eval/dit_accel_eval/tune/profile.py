@@ -96,8 +96,8 @@ class Profile:
                 spelt = ("" if score is None else f"{score:.3f}" for score in scores)
                 rows.append((name, str(block), *spelt, "cached" if block in entry["cached"] else ""))
             remarks.append(f"{name}: blocks {spell_numbers(entry['cached']) or 'none'} may be cached")
-            told = {key: value for key, value in entry["stability"].items() if value is not None}
-            remarks += [f"{name}: rank correlation {key}: {value:.2f}" for key, value in told.items()]
+            text = {key: value for key, value in entry["stability"].items() if value is not None}
+            remarks += [f"{name}: rank correlation {key}: {value:.2f}" for key, value in text.items()]
             if entry["sample_error"] is not None:
                 remarks.append(f"{name}: attention received is off by {entry['sample_error']:.1%} (standard error)")
         return ("transformer", "block", *CRITERIA, self.content["criterion"]), rows, remarks

@@ -156,8 +156,8 @@ def aesthetic_head(place: str) -> nn.Sequential:
 
 def _loaded(cls: Any, place: str, device: Any) -> Any:
     """Return a model with all its weights; transformers itself would make up those that are not there."""
-    found, told = cls.from_pretrained(place, output_loading_info=True)
-    if missing := sorted(told["missing_keys"]):
+    found, loading = cls.from_pretrained(place, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
         raise OSError(f"it lacks {missing[0]} of {cls.__name__}")
     return found.to(device).eval()
 

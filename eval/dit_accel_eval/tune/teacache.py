@@ -88,9 +88,9 @@ def tune_teacache(request: Request, output: Path, *, stages: Stages | None = Non
     Raises:
         ConfigError: for settings that can't be measured, or progress of other settings beside ``output``.
     """
-    asked = config_of(request, TeaCache)
+    requested = config_of(request, TeaCache)
     nothing = (0.0,)
-    config = dataclasses.replace(asked, threshold=0.0, polynomial=nothing, polynomial_2=nothing, branches="all")
+    config = dataclasses.replace(requested, threshold=0.0, polynomial=nothing, polynomial_2=nothing, branches="all")
     found = watched_runs(request, output, config, _Changes, stages)
     notes = [note for prompt in found.prompts for note in prompt if "signal" in note]
     fits = tuple(_fit(name, notes) for name in sorted({note["transformer"] for note in notes}))
@@ -100,7 +100,7 @@ def tune_teacache(request: Request, output: Path, *, stages: Stages | None = Non
     write_config(
         output,
         dataclasses.replace(
-            asked, polynomial=first, polynomial_2=second[0] if second else None, measured_on=found.model
+            requested, polynomial=first, polynomial_2=second[0] if second else None, measured_on=found.model
         ),
         [
             f"Fitted by dit-accel tune teacache on {found.model}: {found.steps} steps, {len(found.prompts)} prompts.",

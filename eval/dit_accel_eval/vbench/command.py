@@ -136,7 +136,7 @@ def _measure(
         long=Long(custom=custom, filtered=filtered, fast=fast) if long else None,
     )  # fmt: skip
     source = Source(
-        videos=chosen.videos, custom=custom, told=chosen.prompts, full_info=chosen.full_info,
+        videos=chosen.videos, custom=custom, prompts_file=chosen.prompts, full_info=chosen.full_info,
         samples=chosen.samples or 5, filtered=filtered, subset=chosen.subset,
     )  # fmt: skip
     wanted = source.wanted(job, chosen.dimensions)
@@ -153,8 +153,8 @@ def _compare(chosen: Chosen, protocol: str | None, reference: Path | None) -> No
     from .protocols import protocol as protocol_of
 
     if protocol is None or reference is None:
-        lacking = "--protocol, one of " + ", ".join(PROTOCOLS) if protocol is None else "--reference, the dense clips"
-        raise ConfigError(f"a comparison takes a reference and a protocol; add {lacking}")
+        missing = "--protocol, one of " + ", ".join(PROTOCOLS) if protocol is None else "--reference, the dense clips"
+        raise ConfigError(f"a comparison takes a reference and a protocol; add {missing}")
     if chosen.dimensions:
         raise ConfigError(f"{chosen.dimensions[0]} is measured without a reference; leave --protocol or -d out")
     from .networks.loading import Networks
@@ -206,7 +206,7 @@ def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None
         every = generating.protocol_pieces(convention, _texts(chosen, convention), chosen.videos, chosen.samples, seed)
     work = generating.share(every, shard)
     request = Request(prompts=(work[0].prompt,), output=work[0].path, **making)
-    left = generating.left(work, request)
+    left = generating.remaining(work, request)
     _tell(generating.cost(request, len(work) - len(left), len(work)))
     if left:
         keeps(f"the videos in {chosen.videos} are whole, and the same command makes those that lack")

@@ -212,12 +212,12 @@ def rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     beside = found["beside"]
     for name, value in found["scores"].items():
         right = "psnr@skimage" if "psnr@skimage" in beside else "psnr-frames"
-        yield name, _told(value), f"{right} {_told(beside[right])}" if name == "psnr" else ""
+        yield name, _cell_text(value), f"{right} {_cell_text(beside[right])}" if name == "psnr" else ""
     for name in found["left_out"]:
         yield name, "left out", ""
 
 
-def _told(value: float | str | None) -> str:
+def _cell_text(value: float | str | None) -> str:
     if value is None:
         return "none: all frames are equal"
     return value if isinstance(value, str) else f"{value:.4f}"

@@ -192,8 +192,8 @@ def _subject(shown: Shown) -> float:
 
 
 def _near(one: np.ndarray, two: np.ndarray) -> float:
-    apart = float(np.linalg.norm(one - two))
-    return 0.0 if np.isnan(apart) else max(0.0, 1 - apart / FAR)
+    changes = float(np.linalg.norm(one - two))
+    return 0.0 if np.isnan(changes) else max(0.0, 1 - changes / FAR)
 
 
 def _background(shown: Shown) -> float:
@@ -205,12 +205,12 @@ def _flickering(shown: Shown) -> float | None:
         return None
     free = shown.parts.free
     levels = shown.frames.astype(np.int16)
-    apart = [
+    changes = [
         float(np.abs(levels[two] - levels[one])[still].mean())
         for one, two in itertools.pairwise(range(len(levels)))
         if (still := free[one] & free[two]).sum() >= tracking.LEAST
     ]
-    return 1 - float(np.mean(apart)) / 255 if apart else None
+    return 1 - float(np.mean(changes)) / 255 if changes else None
 
 
 def _centers(shown: Shown) -> list[npt.NDArray[np.float64]]:
@@ -234,8 +234,8 @@ def _dynamic(shown: Shown) -> float:
 
 
 def _object(shown: Shown) -> float:
-    asked = shown.scene.things[0].shape
-    return float(rules.share(any(one.shape == asked for one in frame) for frame in shown.objects).value)
+    requested = shown.scene.things[0].shape
+    return float(rules.share(any(one.shape == requested for one in frame) for frame in shown.objects).value)
 
 
 def _objects(shown: Shown) -> float | None:
@@ -243,8 +243,8 @@ def _objects(shown: Shown) -> float | None:
     if len(things) < 2:
         return None
     if shown.scene.grouped:
-        asked = things[0].color
-        counts = (sum(one.color == asked for one in frame) for frame in shown.objects)
+        requested = things[0].color
+        counts = (sum(one.color == requested for one in frame) for frame in shown.objects)
         return float(rules.share(count == len(things) for count in counts).value)
     seen = [[one.shape for one in frame] for frame in shown.objects]
     return float(rules.shows(seen, f"{things[0].shape} and {things[1].shape}").value)
@@ -276,13 +276,13 @@ def _answers(shown: Shown, *questions: str) -> list[str]:
 
 
 def _motion(shown: Shown) -> float | None:
-    asked = _answers(shown, "path", "size", "turn")
-    return float(np.mean([shown.verdict.answers[name].passed for name in asked])) if asked else None
+    requested = _answers(shown, "path", "size", "turn")
+    return float(np.mean([shown.verdict.answers[name].passed for name in requested])) if requested else None
 
 
 def _style(shown: Shown) -> float | None:
-    asked = _answers(shown, "style", "texture")
-    return float(np.mean([shown.verdict.answers[name].value for name in asked])) if asked else None
+    requested = _answers(shown, "style", "texture")
+    return float(np.mean([shown.verdict.answers[name].value for name in requested])) if requested else None
 
 
 def _camera(shown: Shown) -> float | None:

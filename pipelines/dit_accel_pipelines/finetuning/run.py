@@ -119,7 +119,7 @@ def _trained(
     base = weights_hash(transformer)
     encoded, sampler = _encoded(pipe, trainable, clips, recipe, device, ranks, stages)
     identity = identity_of(recipe, base, encoded.digest, ranks.count)
-    found = ranks.together(lambda: read_checkpoint(path, identity) if (path := _found(recipe)) else None)
+    found = ranks.together(lambda: read_checkpoint(path, identity) if (path := _existing(recipe)) else None)
     transformer.to(device)
     weights = ranks.together(lambda: add_lora(transformer, trainable, recipe))
     if recipe.gradient_checkpointing:
@@ -177,7 +177,7 @@ def _encoded(
     return encoded, sampler
 
 
-def _found(recipe: FineTuning) -> Path | None:
+def _existing(recipe: FineTuning) -> Path | None:
     """Return the checkpoint to go on from, if asked for."""
     return latest(recipe.output) if recipe.resume else None
 
@@ -204,8 +204,8 @@ def _accelerator(recipe: FineTuning, device: Any) -> Iterator[Any]:
 
     made = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))
     if recipe.report_to is not None:
-        told = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-        plain = {name: value for name, value in told.items() if isinstance(value, (int, float, str))}
+        fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+        plain = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
         made.init_trackers("dit-accel-finetune", config=plain)
     try:
         yield made

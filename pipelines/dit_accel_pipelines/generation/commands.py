@@ -133,15 +133,15 @@ def generate_video(
     if len(request.prompts) > 1:
         keeps("outputs that were made are whole, and the same command with --resume makes the others")
     with Stages(quiet=quiet, silent=process.rank > 0) as stages:
-        told = {"told": _line} if many else {}
-        written = generate(request, stages=stages, command=sys.argv, process=process, resume=resume, **told)
+        shown = {"on_written": _line} if many else {}
+        written = generate(request, stages=stages, command=sys.argv, process=process, resume=resume, **shown)
     if json:
         print_json([one.record for one in written])
         return
     for one in () if many else written:
         print(one.record["output"])
         if not quiet:
-            _tell(one)
+            _print_written(one)
 
 
 def describe_model(model: Model = None, json: Json = False) -> None:
@@ -170,7 +170,7 @@ def _line(one: "Written") -> None:
     sys.stdout.flush()
 
 
-def _tell(one: "Written") -> None:
+def _print_written(one: "Written") -> None:
     if one.kept:
         TALK.print("kept: its side-car tells the same request", markup=False, soft_wrap=True)
         return

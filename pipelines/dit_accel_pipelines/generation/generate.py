@@ -57,7 +57,7 @@ def generate(
     command: Sequence[str] = (),
     process: Process | None = None,
     resume: bool = False,
-    told: Callable[[Written], None] = lambda _: None,
+    on_written: Callable[[Written], None] = lambda _: None,
 ) -> list[Written]:
     """Generate and write what a request asks for: a file and a JSON side-car per prompt, each whole or not at all.
 
@@ -68,7 +68,7 @@ def generate(
         process: which of several processes this is: each, or each group that works together, makes some of the prompts;
             None: the only one.
         resume: leave outputs as they are whose side-car tells the same request.
-        told: called with each output as soon as it stands.
+        on_written: called with each output as soon as it stands.
 
     Returns:
         What this process, or the first of its group, wrote or kept, in the order of the prompts.
@@ -81,24 +81,24 @@ def generate(
     request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages)
     if process.together > 1:
         _check_spread(request, family, process.together)
-    told = told if process.first else lambda _: None
-    asked = process.own(_single(request))
+    on_written = on_written if process.first else lambda _: None
+    requested = process.own(_single(request))
     own = request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
     alone = held(own) if process.first else contextlib.nullcontext()
     small = one_thread(embedded=request.embedded is not None)
     with alone, small, joined(process.local_rank, process.together) as group:
-        kept = group.firsts({one.output: record for one, record in _kept(asked, resume)})
+        kept = group.firsts({one.output: record for one, record in _kept(requested, resume)})
         written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
         for one in written.values():
-            told(one)
-        if len(written) == len(asked):
+            on_written(one)
+        if len(written) == len(requested):
             return list(written.values())
         with _loaded(request, family, stages, command, process.first, group) as make:
-            for one in asked:
+            for one in requested:
                 if one.output not in written:
                     written[one.output] = make(one)
-                    told(written[one.output])
-    return [written[one.output] for one in asked]
+                    on_written(written[one.output])
+    return [written[one.output] for one in requested]
 
 
 Make = Callable[[str, Path, int], Written]
@@ -126,7 +126,7 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
 
 
 def _settled(request: Request, stages: Stages) -> tuple[Request, Family | None]:
-    """Return the settled request and its family, and show what is to be told."""
+    """Return the settled request and its family, and show its notes."""
     settled = settle(request)
     for text in settled.notes:
         stages.note(text)
@@ -206,9 +206,9 @@ def _single(request: Request) -> list[Request]:
     ]
 
 
-def _kept(asked: Sequence[Request], resume: bool) -> Iterator[tuple[Request, dict[str, Any]]]:
+def _kept(requested: Sequence[Request], resume: bool) -> Iterator[tuple[Request, dict[str, Any]]]:
     """Give the requests that are met already, and the side-cars of their outputs."""
-    for one in asked if resume else ():
+    for one in requested if resume else ():
         if (record := kept_record(one)) is not None:
             yield one, record
 
@@ -250,7 +250,7 @@ def run(
     stages = stages or Stages(silent=True)
     pictures = read_pictures(request) if pictures is None else pictures
     call = PipelineCall.of(type(pipe))
-    arguments = {**request.beside(call), **request.asked(), "prompt": prompt, **pictures}
+    arguments = {**request.beside(call), **request.call_arguments(), "prompt": prompt, **pictures}
     call.check(arguments)
     stages.stage("encoding the prompt")
     generator = torch.Generator("cpu").manual_seed(request.seed)

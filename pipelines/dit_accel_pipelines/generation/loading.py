@@ -31,7 +31,7 @@ def load_pipeline(request: Request) -> Any:
     pipe = open_pipeline(request.source, dtype=request.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if request.lora is not None:
         load_lora(pipe, request.lora)
-    _place(pipe, device, request.offload)
+    _to_device(pipe, device, request.offload)
     return pipe
 
 
@@ -113,7 +113,7 @@ def transformers_of(pipe: Any) -> list[Any]:
     return [one for one in found if one is not None]
 
 
-def pick_device(asked: str | None) -> Any:
+def pick_device(requested: str | None) -> Any:
     """Return the torch device asked for, or the accelerator, or the CPU.
 
     Raises:
@@ -121,19 +121,19 @@ def pick_device(asked: str | None) -> Any:
     """
     import torch
 
-    if asked is None:
+    if requested is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"device {asked!r} can't be used here ({reason}); try cpu") from None
+        raise ConfigError(f"device {requested!r} can't be used here ({reason}); try cpu") from None
     return device
 
 
-def _place(pipe: Any, device: Any, offload: str) -> None:
+def _to_device(pipe: Any, device: Any, offload: str) -> None:
     if offload == "none":
         pipe.to(device)
     elif offload == "model":

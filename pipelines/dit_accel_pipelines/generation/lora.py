@@ -74,17 +74,19 @@ def load_lora(pipe: Any, name: str) -> None:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the LoRA {name} does not fit {type(pipe).__name__}: {reason}; give another") from None
     keys = wanted[0] if isinstance(wanted, tuple) else wanted
-    asked = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
+    requested = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
     if second:
-        asked = {f"{SECOND}.{name.partition('.')[2]}" for name in asked}
+        requested = {f"{SECOND}.{name.partition('.')[2]}" for name in requested}
     found = set()
     for component, part in pipe.components.items():
         named = part.named_modules() if hasattr(part, "named_modules") else ()
         found |= {f"{component}.{module}" for module, layer in named if getattr(layer, "lora_A", None)}
-    lost = sorted(asked - found)
+    lost = sorted(requested - found)
     if lost or not found:
         what = (
-            f"{len(lost)} of its {len(asked)} layers, such as {lost[0]}, are not there" if lost else "it has no layer"
+            f"{len(lost)} of its {len(requested)} layers, such as {lost[0]}, are not there"
+            if lost
+            else "it has no layer"
         )
         raise ConfigError(f"the LoRA {name} does not fit {type(pipe).__name__}: {what}; give another")
 
@@ -93,5 +95,5 @@ def _is_of_second(pipe: Any, name: str) -> bool:
     """Tell whether a LoRA says that it is of the second of a pipeline's two transformers; diffusers takes the first."""
     if getattr(pipe, SECOND, None) is None:
         return False
-    told = pipe.lora_state_dict(name, return_lora_metadata=True)[1] or {}
-    return told.get("transformer.base_model_name_or_path") == SECOND
+    text = pipe.lora_state_dict(name, return_lora_metadata=True)[1] or {}
+    return text.get("transformer.base_model_name_or_path") == SECOND

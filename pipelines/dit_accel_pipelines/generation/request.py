@@ -45,7 +45,7 @@ MAX_SCALE = 64
 SIZES = ("height", "width", "num_frames", "num_inference_steps")
 """What a family knows a default for."""
 
-ASKED = ("negative_prompt", *PICTURES, *SIZES, "guidance_scale")
+CALL_ARGUMENTS = ("negative_prompt", *PICTURES, *SIZES, "guidance_scale")
 """Arguments of the pipeline's call that a request holds."""
 
 Offload = Literal["none", "model", "sequential", "group"]
@@ -181,14 +181,14 @@ class Request(NamesModel):
         """Return one seed per prompt."""
         return [self.seed + (0 if self.same_seed else place) for place in range(len(self.prompts))]
 
-    def asked(self) -> dict[str, Any]:
+    def call_arguments(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that are set, except the prompt."""
-        return {name: getattr(self, name) for name in ASKED if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in CALL_ARGUMENTS if getattr(self, name) is not None}
 
     def beside(self, call: PipelineCall) -> dict[str, Any]:
         """Return what an embedded model's call is made with besides, which a request has no field for."""
         own = dit_accel_assets.model_defaults(self.embedded) if self.embedded else {}
-        beside = {name: value for name, value in own.items() if name not in ASKED and call.takes(name)}
+        beside = {name: value for name, value in own.items() if name not in CALL_ARGUMENTS and call.takes(name)}
         if "true_cfg_scale" in beside and self.guidance_scale is not None:
             beside["true_cfg_scale"] = self.guidance_scale  # what guides this model by a negative prompt
         return beside
@@ -236,12 +236,12 @@ def settle(request: Request) -> Settled:
     files = read_model_files(request.source)
     cls = pipeline_class(files)
     call = PipelineCall.of(cls)
-    call.check(request.asked())
+    call.check(request.call_arguments())
     if request.lora is not None and not hasattr(cls, "load_lora_weights"):
         raise ConfigError(f"{cls.__name__} takes no LoRA, got {request.lora}; leave it out")
     if embedded:
         own = dit_accel_assets.model_defaults(embedded)
-        fills = {name: own[name] for name in ASKED if name in own and call.takes(name)}
+        fills = {name: own[name] for name in CALL_ARGUMENTS if name in own and call.takes(name)}
         fills = {name: value for name, value in fills.items() if getattr(request, name) is None}
         request = dataclasses.replace(request, dtype=request.dtype or "float32", **fills)
     family = _family_of(files, request)

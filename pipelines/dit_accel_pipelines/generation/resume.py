@@ -17,16 +17,16 @@ APART = ("prompts", "output", "device", "same_seed")
 
 def request_digest(request: Request) -> str:
     """Return what tells one settled request of one prompt from another, wherever its output lies; hexadecimal."""
-    told: dict[str, Any] = {
+    text: dict[str, Any] = {
         field.name: getattr(request, field.name) for field in dataclasses.fields(request) if field.name not in APART
     }
-    told["prompt"], told["suffix"] = request.prompts[0], request.output.suffix
-    told["methods"] = {method.name: method.to_dict() for method in request.methods}
+    text["prompt"], text["suffix"] = request.prompts[0], request.output.suffix
+    text["methods"] = {method.name: method.to_dict() for method in request.methods}
     for name in ("image", "video"):
-        told[name] = told[name] and hashlib.sha256(Path(told[name]).read_bytes()).hexdigest()
+        text[name] = text[name] and hashlib.sha256(Path(text[name]).read_bytes()).hexdigest()
     file = lora_file(request.lora) if request.lora else None
-    told["lora"] = hashlib.sha256(file.read_bytes()).hexdigest() if file else request.lora
-    return hashlib.sha256(json_text(told).encode()).hexdigest()
+    text["lora"] = hashlib.sha256(file.read_bytes()).hexdigest() if file else request.lora
+    return hashlib.sha256(json_text(text).encode()).hexdigest()
 
 
 def kept_record(request: Request) -> dict[str, Any] | None:

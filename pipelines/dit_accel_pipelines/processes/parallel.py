@@ -84,13 +84,13 @@ def check_processes(count: int, degree: int) -> None:
     if degree < 1:
         raise ConfigError(f"ulysses must be 1 or more processes, got {degree}")
     if count % degree:
-        told = (
+        text = (
             f"does not divide the {count} processes that were started"
             if count > 1
             else "takes as many processes, got 1"
         )
         raise ConfigError(
-            f"ulysses = {degree} {told}; start a multiple of it, such as torchrun --nproc-per-node {degree}, or choose "
+            f"ulysses = {degree} {text}; start a multiple of it, such as torchrun --nproc-per-node {degree}, or choose "
             "another"
         )
 

@@ -56,7 +56,7 @@ class Process:
         """Return every n-th of a list, this process's part of it; those that work together have one part."""
         return list(listed[self.rank // self.together :: self.count // self.together])
 
-    def device(self, asked: str | None) -> str | None:
+    def device(self, requested: str | None) -> str | None:
         """Return the device of this process, given what was asked for: of one kind, each takes the next.
 
         Raises:
@@ -64,13 +64,13 @@ class Process:
         """
         import torch
 
-        if self.local_count == 1 or (asked is None and not torch.accelerator.is_available()):
-            return asked
-        kind = asked or str(torch.accelerator.current_accelerator())
+        if self.local_count == 1 or (requested is None and not torch.accelerator.is_available()):
+            return requested
+        kind = requested or str(torch.accelerator.current_accelerator())
         kind, _, number = kind.partition(":")
-        if asked and number:
+        if requested and number:
             raise ConfigError(
-                f"--device {asked} puts all {self.local_count} processes of this machine on one device; write "
+                f"--device {requested} puts all {self.local_count} processes of this machine on one device; write "
                 f"--device {kind}, or leave it out, so that each takes its own"
             )
         if kind == "cpu":
@@ -103,5 +103,5 @@ def started_process(environ: Mapping[str, str] = os.environ, *, together: int = 
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        told = ", ".join(f"{name}={given[name]}" for name in names.values())
-        raise ConfigError(f"a launcher's variables must be whole numbers, got {told}; unset them") from None
+        text = ", ".join(f"{name}={given[name]}" for name in names.values())
+        raise ConfigError(f"a launcher's variables must be whole numbers, got {text}; unset them") from None

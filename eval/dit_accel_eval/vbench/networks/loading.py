@@ -152,8 +152,8 @@ class Networks:
         places = tag2text.looked_at(len(frames))
         seen = frames[: places[-1] + 1].to(self.device)
         with self._complete("tag2text") as weights:
-            told = tag2text.captions(seen, weights, self._words, official.tags())
-        return [told[place] for place in places]
+            message = tag2text.captions(seen, weights, self._words, official.tags())
+        return [message[place] for place in places]
 
     def detections(self, frames: Tensor) -> list[list[tuple[str, list[int]]]]:
         """Return the names and boxes of what GRiT finds in each frame, as `sampling.for_grit` gives them."""
@@ -172,8 +172,8 @@ class Networks:
             with self._complete("grit") as weights:
                 seen = grit.things(frame.to(self.device), weights, self.head)
                 names = self._said(grit.texts(seen.features[:1], grit.NAME, weights))
-                told = self._said(grit.texts(seen.features, grit.SENTENCE, weights))
-            found.append([(one, names[0]) for one in told])
+                message = self._said(grit.texts(seen.features, grit.SENTENCE, weights))
+            found.append([(one, names[0]) for one in message])
         return found
 
     def _said(self, tokens: Tensor) -> list[str]:

@@ -42,15 +42,15 @@ def by_openai(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if theirs in held:
             found[mine] = held[theirs].T
     for name, value in held.items():
-        told = _BLOCK.fullmatch(name)
-        if told is None:
+        text = _BLOCK.fullmatch(name)
+        if text is None:
             continue
-        at = f"{'visual.' if told[1] == 'vision_model' else ''}transformer.resblocks.{told[2]}"
-        if told[3] in _INNER:
-            found[f"{at}.{_INNER[told[3]]}.{told[4]}"] = value
-        elif told[3] == "self_attn.q_proj":
+        at = f"{'visual.' if text[1] == 'vision_model' else ''}transformer.resblocks.{text[2]}"
+        if text[3] in _INNER:
+            found[f"{at}.{_INNER[text[3]]}.{text[4]}"] = value
+        elif text[3] == "self_attn.q_proj":
             parts = [held[name.replace("q_proj", f"{one}_proj")] for one in "qkv"]
-            found[f"{at}.attn.in_proj_{told[4]}"] = torch.cat(parts)
+            found[f"{at}.attn.in_proj_{text[4]}"] = torch.cat(parts)
     return found
 
 

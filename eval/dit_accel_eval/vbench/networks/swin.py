@@ -12,7 +12,7 @@ from .vit import Weights, _blocks, _linear, _mlp, _norm
 
 EPS = 1e-5
 
-APART = -100.0
+MASKED = -100.0
 """What is added to the logits of tokens that stand in one window only because the grid was rolled."""
 
 
@@ -44,7 +44,7 @@ def _block(x: Tensor, weights: Weights, at: str, *, odd: bool) -> Tensor:
     inner = _norm(x, weights, f"{at}.norm1", EPS).roll((-rolled, -rolled), (1, 2))
     bias = _bias(table, window)
     if rolled:
-        bias = bias + _across(x.shape[1], x.shape[2], window, rolled).to(bias)[:, None]
+        bias = bias + _rolled_mask(x.shape[1], x.shape[2], window, rolled).to(bias)[:, None]
     mixed = _attention(_windows(inner, window), weights, at, bias)
     x = x + _grid(mixed, window, x.shape[1], x.shape[2]).roll((rolled, rolled), (1, 2))
     inner = _norm(x, weights, f"{at}.norm2", EPS)
@@ -86,8 +86,8 @@ def _bias(table: Tensor, window: int) -> Tensor:
     return table[(down * (2 * window - 1) + right).to(table.device)].permute(2, 0, 1)
 
 
-def _across(down: int, right: int, window: int, rolled: int) -> Tensor:
-    """Return `APART` for tokens of a window that the roll brought together, 0 for others: [windows, tokens, tokens]."""
+def _rolled_mask(down: int, right: int, window: int, rolled: int) -> Tensor:
+    """Return `MASKED` for tokens that the roll brought into one window, 0 for others: [windows, tokens, tokens]."""
 
     def parts(length: int) -> Tensor:
         place = torch.arange(length)
@@ -95,4 +95,4 @@ def _across(down: int, right: int, window: int, rolled: int) -> Tensor:
 
     part = (3 * parts(down)[:, None] + parts(right)[None])[None, :, :, None]
     part = _windows(part, window)[0, :, :, 0]
-    return APART * (part[:, :, None] != part[:, None]).float()
+    return MASKED * (part[:, :, None] != part[:, None]).float()

@@ -52,8 +52,8 @@ def captions(pictures: Tensor, weights: Weights, words: list[str], tags: list[st
     tokenizer = bert.tokenizer(words)
     seen = swin(pictures, weights, "visual_encoder.")
     return [
-        _caption(one[None], told, weights, tokenizer, words)
-        for one, told in zip(seen, _told(tag_logits(seen, weights), tags), strict=True)
+        _caption(one[None], names, weights, tokenizer, words)
+        for one, names in zip(seen, _recognized(tag_logits(seen, weights), tags), strict=True)
     ]
 
 
@@ -65,15 +65,15 @@ def tag_logits(seen: Tensor, weights: Weights) -> Tensor:
     return (weights["fc.W"] * x).sum(-1) + weights["fc.b"]
 
 
-def _told(logits: Tensor, tags: list[str]) -> list[str]:
+def _recognized(logits: Tensor, tags: list[str]) -> list[str]:
     """Return the tags that hold, as one text a picture."""
     likely = torch.sigmoid(logits) > SURE
     likely[:, list(DELETED)] = False
     return [" | ".join(tags[place] for place in one.nonzero()[:, 0].tolist()) for one in likely]
 
 
-def _caption(seen: Tensor, told: str, weights: Weights, tokenizer: Any, words: list[str]) -> str:
-    guide = encoded(tag_tokens(told, tokenizer).to(seen.device), seen, weights).expand(BEAMS, -1, -1)
+def _caption(seen: Tensor, names: str, weights: Weights, tokenizer: Any, words: list[str]) -> str:
+    guide = encoded(tag_tokens(names, tokenizer).to(seen.device), seen, weights).expand(BEAMS, -1, -1)
     start = [BEGIN, *tokenizer.encode(PROMPT).ids]
 
     def step(tokens: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ def _caption(seen: Tensor, told: str, weights: Weights, tokenizer: Any, words: l
     return bert.text(found, words)[len(PROMPT) :]
 
 
-def tag_tokens(told: str, tokenizer: Any) -> Tensor:
+def tag_tokens(names: str, tokenizer: Any) -> Tensor:
     """Return the tokens of tags, [1, 40]: what encodes, the tags, an end, and what pads."""
-    found = [ENCODE, *tokenizer.encode(told).ids[: TAG_TOKENS - 2], bert.END]
+    found = [ENCODE, *tokenizer.encode(names).ids[: TAG_TOKENS - 2], bert.END]
     return torch.tensor([found + [bert.PAD] * (TAG_TOKENS - len(found))])
 
 

@@ -97,13 +97,13 @@ def _attention(x: Tensor, weights: Weights, at: str, head: int) -> Tensor:
     mixed = _linear(x.flatten(1, 2), weights, f"{at}.qkv")
     query, key, value = (one.unflatten(2, (-1, head)).transpose(1, 2) for one in mixed.chunk(3, 2))
     grid = query.unflatten(2, (down, right))
-    bias = torch.einsum("bnyxd,ykd->bnyxk", grid, _apart(weights[f"{at}.rel_pos_h"], down))[..., None]
-    bias = bias + torch.einsum("bnyxd,xkd->bnyxk", grid, _apart(weights[f"{at}.rel_pos_w"], right))[..., None, :]
+    bias = torch.einsum("bnyxd,ykd->bnyxk", grid, _relative(weights[f"{at}.rel_pos_h"], down))[..., None]
+    bias = bias + torch.einsum("bnyxd,xkd->bnyxk", grid, _relative(weights[f"{at}.rel_pos_w"], right))[..., None, :]
     found = F.scaled_dot_product_attention(query, key, value, bias.flatten(4, 5).flatten(2, 3))
     return _linear(found.transpose(1, 2).flatten(2), weights, f"{at}.proj").unflatten(1, (down, right))
 
 
-def _apart(table: Tensor, length: int) -> Tensor:
+def _relative(table: Tensor, length: int) -> Tensor:
     """Return the relative positions [length, length, D] of queries and keys, linear where fewer were trained."""
     if len(table) != 2 * length - 1:
         table = F.interpolate(table.T[None], size=2 * length - 1, mode="linear")[0].T

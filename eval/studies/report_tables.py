@@ -45,7 +45,7 @@ def _row(model: str, arm: ArmFigures) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def tuned_told(root: Path) -> str:
+def tuned_text(root: Path) -> str:
     """Return in words what the committed search found, beside the best arm set by hand that costs no more.
 
     Args:
