@@ -61,7 +61,7 @@ def strengths(by_ratio: ByRatio, ratio: float) -> tuple[float, float | None]:
 
 
 def output_frames(latent_frames: int, step: int) -> int:
-    """Return the output frames of so many latent frames, where a latent covers ``step`` frames, the first latent one frame."""
+    """Return the output frames of so many latent frames: the first covers one frame, the others ``step`` each."""
     return step * (latent_frames - 1) + 1
 
 
