@@ -153,6 +153,19 @@ def test_the_first_branch_decides_and_each_keeps_its_own(transformer):
     assert all(torch.equal(one, two) for one, two in zip(together[::2], together[1::2], strict=True))
 
 
+def test_what_the_first_branch_measures_is_its_own(transformer):
+    values = []
+    for others in ((), ("b",)):
+        with dit_accel.attach(transformer, DBCache(first_blocks=2, **FOREVER)) as attachment:
+            for step in range(4):
+                forward(transformer, step, "a", 1 + 0.01 * step)
+                for branch in others:
+                    forward(transformer, step, branch, 2 - 0.1 * step)
+            entries = attachment.report().section("dbcache").data["forwards"]
+        values.append([entry["value"] for entry in entries if entry["branch"] == "a"])
+    assert values[0] == values[1]
+
+
 def test_only_the_unconditional_branch_is_skipped(transformer):
     counted = Counted(transformer)
     with dit_accel.attach(transformer, FirstBlockCache(branches="uncond", **FOREVER)):
