@@ -435,3 +435,14 @@ def test_a_run_whose_length_is_not_known_ends_with_the_step_that_runs():
     handler = handler_of(StaticCache())(StaticCache(), model)
     assert handler._end(SimpleNamespace(num_inference_steps=None, step_index=4)) == 4
     assert handler._end(SimpleNamespace(num_inference_steps=10, step_index=4)) == 9
+
+
+@pytest.mark.parametrize(
+    ("threshold", "line"), [(None, "indicator 0.1 to 0.3"), (0.25, "indicator 0.1 to 0.3, threshold 0.25")]
+)
+def test_the_indicator_stands_beside_its_threshold_where_there_is_one(threshold, line):
+    entries = [
+        CachedForward(transformer="transformer", step_index=step, branch="cond", reused=False, reason="", value=value)
+        for step, value in enumerate((None, 0.3, 0.1, float("nan")))
+    ]
+    assert section_of("made-up", entries, threshold).lines[-1] == line
