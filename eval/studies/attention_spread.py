@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from dit_accel_eval.runs.embedded import EmbeddedModel
-from dit_accel_eval.runs.results import Line
+from dit_accel_eval.runs.results import Line, markdown_table
 from study import study
 from torch import Tensor
 
@@ -177,21 +177,19 @@ def _run(
 def table(lines: Sequence[Line]) -> str:
     """Return the lines as a Markdown table under a sentence on how they were measured."""
     first = lines[0]
-    rendered = [
+    head = (
         f"{first['prompts']} held-out prompts, {first['steps']} UniPC steps, the second and the middle one of them; "
-        f"{first['rows']} rows of every head and layer, torch {first['torch']}.",
-        "",
-        "| model | times the trained size | arm | tokens | their logarithm | entropy, nats | near | mass near "
-        "| if uniform |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for line in lines:
-        cells = (
+        f"{first['rows']} rows of every head and layer, torch {first['torch']}."
+    )
+    heads = "model | times the trained size | arm | tokens | their logarithm | entropy, nats | near | mass near"
+    rows = [
+        (
             line["model"], f"{line['size']:g}", line["arm"], line["tokens"], f"{line['most_entropy']:.2f}",
             f"{line['entropy']:.2f}", line["near"], f"{line['mass']:.3f}", f"{line['uniform_mass']:.3f}",
-        )  # fmt: skip
-        rendered.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(rendered)
+        )
+        for line in lines
+    ]  # fmt: skip
+    return f"{head}\n\n{markdown_table(f'{heads} | if uniform', rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

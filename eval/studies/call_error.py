@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from dit_accel_assets import model_names
 from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
-from dit_accel_eval.runs.results import Line, append_line, read_lines
+from dit_accel_eval.runs.results import Line, append_line, markdown_table, read_lines
 from dit_accel_kernels import EXACT, TileLists
 from torch import Tensor, nn
 
@@ -242,23 +242,16 @@ class Choice:
 
 def table(lines: Sequence[Line]) -> str:
     """Return a Markdown table, a row for each arm and model: means over clips."""
-    rows = [
-        "| model | arm | clips | density | relative error | best choice, skipped | best choice, pooled | mass lost | "
-        "by the best choice |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = "model | arm | clips | density | relative error | best choice, skipped | best choice, pooled | mass lost"
+    rows = []
     for (model, arm), of in _grouped(lines).items():
         if arm != BEST:
-            density, error, lost, best, pooled, best_lost = (
-                float(np.mean([line[key] for line in of])) for key in NAMES
-            )
-            rows.append(
-                f"| {model} | {arm} | {len(of)} | {density:.2f} | {error:.3f} | {best:.3f} | {pooled:.3f} | {lost:.3f} "
-                f"| {best_lost:.3f} |"
-            )
+            density, *rest = (float(np.mean([line[key] for line in of])) for key in NAMES)
+            error, lost, best, pooled, best_lost = (f"{value:.3f}" for value in rest)
+            rows.append((model, arm, len(of), f"{density:.2f}", error, best, pooled, lost, best_lost))
     first = lines[0]
     head = f"{first['steps']} UniPC steps, tiles of {first['tile']} tokens, torch {first['torch']}."
-    return f"{head}\n\n" + "\n".join(rows)
+    return f"{head}\n\n{markdown_table(f'{heads} | by the best choice', rows)}"
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:

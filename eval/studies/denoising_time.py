@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from dit_accel_assets import model_path
-from dit_accel_eval.runs.results import Line
+from dit_accel_eval.runs.results import Line, markdown_table
 from study import about, in_turn, study
 from torch import Tensor
 
@@ -87,16 +87,14 @@ def _run(pipe: WanPipeline, arm: Arm, options: argparse.Namespace) -> tuple[floa
 def table(rows: Sequence[Line]) -> str:
     """Return the rows as a Markdown table under a line that says how they were made."""
     first = rows[0]
-    lines = [
+    head = (
         f"{first['tokens']} tokens ({first['num_frames']} frames), {first['steps']} steps, tiles of "
         f"{first['block_size']}, {first['threads']} threads, torch {first['torch']}, {first['rounds']} rounds, "
-        f"{first['processor']}",
-        "",
-        "| arm | density of the run | time over dense | distance of the latents |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {row['arm']} | {row['density']:.3f} | {row['time']:.2f} | {row['distance']:.3f} |" for row in rows]
-    return "\n".join(lines)
+        f"{first['processor']}"
+    )
+    cells = ((row["arm"], f"{row['density']:.3f}", f"{row['time']:.2f}", f"{row['distance']:.3f}") for row in rows)
+    heads = "arm | density of the run | time over dense | distance of the latents"
+    return f"{head}\n\n{markdown_table(heads, cells)}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from diffusers import WanPipeline
 from dit_accel_assets import model_path
 from dit_accel_assets.clips import clip_of
 from dit_accel_eval.runs.embedded import weights_hash
+from dit_accel_eval.runs.results import markdown_table
 from dit_accel_kernels import unpack_bits
 from study import study
 from torch import Tensor
@@ -97,14 +98,12 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     """Return one row per budget under a line that says how they were made, as Markdown."""
     first = lines[0]
     clips = len({line["clip"] for line in lines})
-    rendered = [
+    head = (
         f"wan-plain, {clips} held-out clips of {first['num_frames']} frames, {first['steps']} steps, tiles of "
-        f"{first['block_size']}.",
-        "",
-        "| budget | calls | whose mean mass is within | mean | largest mean of a call | rows within | largest row "
-        "| density of sparse calls |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        f"{first['block_size']}."
+    )
+    heads = "budget | calls | whose mean mass is within | mean | largest mean of a call | rows within | largest row"
+    rendered = []
     for budget in sorted({line["budget"] for line in lines}):
         of = [line for line in lines if line["budget"] == budget]
         calls = sum(line["calls"] for line in of)
@@ -114,8 +113,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         largest, row = (max(line[key] for line in of) for key in ("largest_mean", "largest_row"))
         share = sum(line["calls_within"] for line in of) / calls
         cells = (f"{budget:g}", calls, f"{share:.1%}", f"{mean:.4f}", f"{largest:.4f}", f"{rows:.2%}", f"{row:.3f}")
-        rendered.append(f"| {' | '.join(map(str, cells))} | {density:.3f} |")
-    return "\n".join(rendered)
+        rendered.append((*cells, f"{density:.3f}"))
+    return f"{head}\n\n{markdown_table(f'{heads} | density of sparse calls', rendered)}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from dit_accel_assets import model_path
-from dit_accel_eval.runs.results import Line
+from dit_accel_eval.runs.results import Line, markdown_table
 from product_time import LATENTS as PRODUCT_LATENTS
 from product_time import make_transformer
 from study import about, seconds_of, study
@@ -88,15 +88,15 @@ def table(records: Sequence[Line]) -> str:
         + ", ".join(f"{seconds:.3g} s ({model})" for model, seconds in plain.items())
         + "."
     )
-    rows = ["| attached, all computed | model | measured | more than a plain step | in ms |", "|---|---|---|---|---|"]
+    rows = []
     for line in records:
         share, (low, high) = line["overhead"], line["overhead_interval"]
         more = 1000 * share * line["plain_seconds_a_step"]
         measured = "alone" if line["alone"] else "in whole steps"
-        rows.append(
-            f"| {line['arm']} | {line['model']} | {measured} | {share:+.2%} [{low:+.2%}, {high:+.2%}] | {more:+.2f} |"
-        )
-    return f"{head}\n\n" + "\n".join(rows)
+        range_ = f"{share:+.2%} [{low:+.2%}, {high:+.2%}]"
+        rows.append((line["arm"], line["model"], measured, range_, f"{more:+.2f}"))
+    heads = "attached, all computed | model | measured | more than a plain step | in ms"
+    return f"{head}\n\n{markdown_table(heads, rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

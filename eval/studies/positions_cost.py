@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dit_accel_eval.runs.results import Line
+from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_kernels import block_sparse_attention_eager
 from product_time import make_transformer
 from study import about, in_turn, seconds_of, study
@@ -36,13 +36,13 @@ def page_text(lines: Sequence[Line]) -> str:
         f"a layer of Wan 2.1 1.3B's shape, {first['tokens']} tokens, {first['rounds']} rounds, {first['threads']} "
         f"thread of processor time, torch {first['torch']}, {first['processor']}; medians of the ratio and its range."
     )
-    rows = ["| call | density | with | times the call without |", "|---|---|---|---|"]
+    rows = []
     for line in lines:
         low, high = line["range"]
         rows.append(
-            f"| {line['call']} | {line['density']:.2f} | {line['with']} | {line['ratio']:.2f} [{low:.2f}, {high:.2f}] |"
+            (line["call"], f"{line['density']:.2f}", line["with"], f"{line['ratio']:.2f} [{low:.2f}, {high:.2f}]")
         )
-    return f"{head}\n\n" + "\n".join(rows)
+    return f"{head}\n\n{markdown_table('call | density | with | times the call without', rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.runs.results import markdown_table, read_lines
 from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.comparison import ArmFigures, figures, verdict
+from dit_accel_eval.suites.comparison import figures, verdict
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
 from dit_accel_eval.tune.space import default_space
@@ -24,10 +24,8 @@ def report_table(root: Path) -> str:
     Args:
         root: the project's root folder.
     """
-    rows = [
-        "| model | setting and steps | work in dense steps | PSNR to converged, dB | against UniPC of equal work, dB |",
-        "|---|---|---|---|---|",
-    ]
+    heads = "model | setting and steps | work in dense steps | PSNR to converged, dB | against UniPC of equal work, dB"
+    rows = []
     for name in REPORTS:
         suite = read_suite(root / f"eval/suites/{name}.toml")
         lines = read_lines(root / f"eval/results/{name}.jsonl")
@@ -35,14 +33,11 @@ def report_table(root: Path) -> str:
             return "Not measured yet; `make report` does."
         arms = [arm for arm in figures(suite, lines) if "work" in arm.ahead]
         arms.sort(key=lambda arm: -arm.ahead["work"].mean)
-        rows += [_row(suite.model, arm) for arm in arms]
-    return "\n".join(rows)
-
-
-def _row(model: str, arm: ArmFigures) -> str:
-    ahead = arm.ahead["work"]
-    cells = (model, arm.name, f"{arm.means['work']:.2f}", str(arm.psnr), f"{ahead:+} {verdict(ahead, arm.clips)}")
-    return f"| {' | '.join(cells)} |"
+        for arm in arms:
+            ahead = arm.ahead["work"]
+            judged = f"{ahead:+} {verdict(ahead, arm.clips)}"
+            rows.append((suite.model, arm.name, f"{arm.means['work']:.2f}", arm.psnr, judged))
+    return markdown_table(heads, rows)
 
 
 def tuned_text(root: Path) -> str:

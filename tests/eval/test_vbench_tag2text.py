@@ -105,7 +105,7 @@ def test_tags_are_told_above_a_threshold_in_order_without_the_deleted_ones():
     logits[0, [5, 2, 127]] = torch.tensor([0.848, 3.0, 9.0])  # the sigmoid of .8473 is .7
     logits[0, 6] = 0.847
     tags = [f"tag {number}" for number in range(tiny.TAGS)]
-    assert tag2text._told(logits, tags) == ["tag 2 | tag 5", ""]
+    assert tag2text._recognized(logits, tags) == ["tag 2 | tag 5", ""]
     tokenizer = bert.tokenizer(WORDS)
     assert tag2text.tag_tokens("", tokenizer)[0].tolist() == [30523, 102, *[0] * 38]
     long = tag2text.tag_tokens(" | ".join(["red"] * 30), tokenizer)[0].tolist()
@@ -219,7 +219,7 @@ def test_tags_captions_and_scene_are_those_of_the_official_code(networks):
     weights, pictures = weight_files.read("tag2text", networks.folder), sampling.for_tag2text(frames)
     with torch.inference_mode():
         logits = tag2text.tag_logits(swin(pictures[:6], weights, "visual_encoder."), weights)
-    assert tag2text._told(logits, official.tags()) == told["tags"]
+    assert tag2text._recognized(logits, official.tags()) == told["tags"]
     assert tag2text.looked_at(16) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5]
     asked = told["captions"][9].split()[-1]
     prompt = Prompt(text="", dimensions=(), targets={"scene": asked})

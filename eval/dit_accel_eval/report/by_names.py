@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..runs.results import markdown_table
 from ..suites.comparison import decimals_of, verdict
 from ..vbench.world_metrics import WORLD
 from .figures import Report
@@ -43,7 +44,5 @@ def markdown(table: ByNames) -> str:
     """Return it as Markdown, "" without rows."""
     if not table.rows:
         return ""
-    rows = [f"| name@world | clips | {' | '.join(table.arms)} |", f"|---|---|{'---|' * len(table.arms)}"]
-    for name, clips, cells in table.rows:
-        rows.append(f"| {name} | {clips} | {' | '.join(' '.join(cell).strip() for cell in cells)} |")
-    return "\n".join(rows)
+    rows = ((name, clips, *(" ".join(cell).strip() for cell in cells)) for name, clips, cells in table.rows)
+    return markdown_table(" | ".join(["name@world", "clips", *table.arms]), rows)

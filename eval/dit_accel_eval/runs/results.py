@@ -82,6 +82,12 @@ def write_lines(path: Path, lines: Iterable[Line]) -> None:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
+def markdown_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table of rows under heads, which stand with `` | `` between them."""
+    lines = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join([f"| {heads} |", "|---" * len(heads.split(" | ")) + "|", *lines])
+
+
 def latest(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
     """Return (arm, clip) -> its last line."""
     return {(line["arm"], line["clip"]): line for line in lines}

@@ -1,13 +1,13 @@
 """The table of a suite: every arm against dense runs of the best solver that cost as much, clip by clip."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..metrics.registered import metrics
-from ..runs.results import Line, latest
+from ..runs.results import Line, latest, markdown_table
 from ..statistics import Interval, bootstrap, sign_flips
 from ..vbench.world_metrics import WORLD
 from .arms import dense_arm
@@ -160,10 +160,10 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     """Return the Markdown table of arms; those of fewer clips than ``clips``, None: than another, say how many."""
     whole = max((arm.clips for arm in arms), default=0) if clips is None else clips
-    return "\n".join(_rows(arms, whole))
+    return _table(arms, whole)
 
 
-def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
+def _table(found: Sequence[ArmFigures], clips: int) -> str:
     works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in found) else {})
     against = [f"against UniPC at equal {words}, dB" for words in works.values()]
     scored = ["score"] if any("score" in arm.means for arm in found) else []
@@ -173,8 +173,7 @@ def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
     heads += named
     if any(arm.clips < clips for arm in found):
         heads.insert(1, "clips")
-    yield f"| {' | '.join(heads)} |"
-    yield "|---" * len(heads) + "|"
+    rows = []
     for arm in found:
         cells = [arm.name, *([str(arm.clips)] if "clips" in heads else [])]
         cells += [f"{arm.means[key]:.2f}" if key in arm.means else "" for key in works]
@@ -184,4 +183,5 @@ def _rows(found: Sequence[ArmFigures], clips: int) -> Iterator[str]:
             f"{arm.ahead[key]:+} {verdict(arm.ahead[key], arm.clips)}" if key in arm.ahead else "" for key in works
         ]
         cells += [interval_text(name, arm.metrics[name]) if name in arm.metrics else "" for name in named]
-        yield f"| {' | '.join(cells)} |"
+        rows.append(cells)
+    return markdown_table(" | ".join(heads), rows)

@@ -11,7 +11,7 @@ from dit_accel_assets import model_closeness, model_score
 
 from ..metrics.sharpness import sharpness
 from ..runs.model import Run, SuiteModel
-from ..runs.results import Line
+from ..runs.results import Line, markdown_table
 from ..statistics import bootstrap
 from .arms import Arm
 from .suite import Suite
@@ -48,15 +48,11 @@ def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: one row per arm."""
-    return "\n".join(_rows(suite, lines))
+    heads = "arm | guidance | steps | forwards | answers right | closeness | sharpness x 1000 | against"
+    return markdown_table(f"{heads} | closeness gained, points", _rows(suite, lines))
 
 
-def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
-    yield (
-        "| arm | guidance | steps | forwards | answers right | closeness | sharpness x 1000 | against "
-        "| closeness gained, points |"
-    )
-    yield "|---" * 9 + "|"
+def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     for arm in suite.arms:
         clips = by_arm[arm.name]
@@ -71,11 +67,10 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
         paired = [100 * (clips[clip]["closeness"] - others[clip]["closeness"]) for clip in sorted({*clips} & {*others})]
         call = next(iter(clips.values()))["call"]
         scale = call.get("guidance_scale", call.get("true_cfg_scale", ""))
-        cells = (
+        yield (
             arm.name, scale, arm.num_inference_steps, f"{forwards:.1f}", f"{score:.0%}", f"{close:.3f}",
             f"{1000 * sharp:.2f}", rival.name if rival else "", f"{bootstrap(paired):+}" if paired else "",
         )  # fmt: skip
-        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _mean(lines: Sequence[Line], arm: Arm, name: str) -> float | None:

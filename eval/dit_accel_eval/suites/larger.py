@@ -14,7 +14,7 @@ from dit_accel_assets.world import scene_of
 from ..metrics.metric import Clip
 from ..metrics.sharpness import sharpness
 from ..runs.model import Run, SuiteModel
-from ..runs.results import Line
+from ..runs.results import Line, markdown_table
 from ..statistics import paired_cell
 from .suite import Suite
 
@@ -67,16 +67,15 @@ def repetition(picture: np.ndarray, trained: int) -> float:
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: one row per arm, each against the plain arm of its size and steps."""
-    return "\n".join(_rows(suite, lines))
-
-
-def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
-    yield (
-        "| arm | pictures | objects too many or few | score | ground texture right | repetition | sharpness x 1000 "
+    heads = (
+        "arm | pictures | objects too many or few | score | ground texture right | repetition | sharpness x 1000 "
         "| against | paired difference of the objects | of the score, points | of the ground texture, points "
-        "| of the repetition | of the sharpness x 1000 |"
+        "| of the repetition | of the sharpness x 1000"
     )
-    yield "|---" * 13 + "|"
+    return markdown_table(heads, _rows(suite, lines))
+
+
+def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     for arm in suite.arms:
         clips = by_arm[arm.name]
@@ -87,8 +86,7 @@ def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[str]:
         others = by_arm[plain.name] if plain else {}
         scales = (1, 100, 100, 1, 1000)
         paired = [paired_cell(clips, others, name, scale=scale) for name, scale in zip(NAMES, scales, strict=True)]
-        cells = (
+        yield (
             arm.name, len(clips), f"{wrong:.2f}", f"{score:.0%}", f"{ground:.0%}", f"{again:.3f}",
             f"{1000 * sharp:.2f}", plain.name if plain else "", *paired,
         )  # fmt: skip
-        yield f"| {' | '.join(map(str, cells))} |"

@@ -15,7 +15,7 @@ from ..metrics.metric import Clip
 from ..metrics.motion import motion
 from ..metrics.sharpness import sharpness
 from ..runs.model import Run, SuiteModel
-from ..runs.results import Line
+from ..runs.results import Line, markdown_table
 from ..statistics import paired_cell
 from .suite import Suite
 
@@ -57,18 +57,16 @@ def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's two Markdown tables: a row per arm, and each against the plain arm of its length and steps."""
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
-    return "\n".join((*_values(by_arm), "", *_differences(suite, by_arm)))
-
-
-def _values(by_arm: dict[str, dict[int, Line]]) -> Iterator[str]:
-    yield (
-        "| arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
-        "repetition RMS | loop | pairs computed | denoising, s |"
+    heads = (
+        "arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
+        "repetition RMS | loop | pairs computed | denoising, s"
     )
-    yield "|---" * 12 + "|"
-    for name, clips in by_arm.items():
-        if clips:
-            yield f"| {name} | {' | '.join(_cells(list(clips.values())))} |"
+    rows = ((name, *_cells(list(clips.values()))) for name, clips in by_arm.items() if clips)
+    against = (
+        "arm | against | paired difference of the score, points | of the loop | of the path error, px | "
+        "of the motion x 1000 | of the sharpness x 1000 | of the repetition RMS x 1000 | times its denoising"
+    )
+    return f"{markdown_table(heads, rows)}\n\n{markdown_table(against, _differences(suite, by_arm))}"
 
 
 def _cells(lines: list[Line]) -> tuple[str, ...]:
@@ -95,12 +93,7 @@ def _cells(lines: list[Line]) -> tuple[str, ...]:
     )
 
 
-def _differences(suite: Suite, by_arm: dict[str, dict[int, Line]]) -> Iterator[str]:
-    yield (
-        "| arm | against | paired difference of the score, points | of the loop | of the path error, px | "
-        "of the motion x 1000 | of the sharpness x 1000 | of the repetition RMS x 1000 | times its denoising |"
-    )
-    yield "|---" * 9 + "|"
+def _differences(suite: Suite, by_arm: dict[str, dict[int, Line]]) -> Iterator[Sequence[object]]:
     for arm in suite.arms:
         own, plain = by_arm[arm.name], suite.plain(arm)
         if not own or plain is None:
@@ -109,8 +102,7 @@ def _differences(suite: Suite, by_arm: dict[str, dict[int, Line]]) -> Iterator[s
         def cell(name: str, scale: float = 1.0, own: Any = own, others: Any = by_arm[plain.name]) -> str:
             return paired_cell(own, others, name, scale=scale, ratio=name == "loop_seconds")
 
-        cells = (
-            cell("score", 100), cell("loop"), cell("path_error"), cell("motion", 1000), cell("sharpness", 1000),
-            cell("repetition", 1000), cell("loop_seconds"),
+        yield (
+            arm.name, plain.name, cell("score", 100), cell("loop"), cell("path_error"), cell("motion", 1000),
+            cell("sharpness", 1000), cell("repetition", 1000), cell("loop_seconds"),
         )  # fmt: skip
-        yield f"| {arm.name} | {plain.name} | {' | '.join(cells)} |"
