@@ -16,8 +16,8 @@ from unittest import mock
 
 import calls
 import torch
-from cards import EVERY
 from dit_accel_kernels.backends.triton.launch import Key, Launch, row_of, table
+from targets import EVERY
 
 BACKEND = "dit_accel_kernels.backends.triton"
 

@@ -26,16 +26,19 @@ from dit_accel_kernels import (
     unpack_bits,
 )
 from dit_accel_kernels.problem import Problem
-from goals import DENSE, RADIAL
 from grid import errors, left_by
 from inputs import decay, keep_bits, lists
-from roofline import Shape
+from predictions import Shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-SDPA: dict[str, SDPBackend] = dict(zip(DENSE, _BACKENDS, strict=True))
+SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+RADIAL = 0.27  # RadialAttention's density at Wan 720p, 81 frames
 BETA = 1.2816  # routes a tenth of the tiles of random inputs to exact ones: 1 - Phi(BETA) = 0.1
 Errors = tuple[float, float]  # found and allowed
 
