@@ -25,7 +25,7 @@ from dit_accel_kernels import (
     pack_bits,
     unpack_bits,
 )
-from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.checks import problem_of
 from grid import errors, left_by
 from inputs import decay, keep_bits, lists
 from predictions import Shape
@@ -120,7 +120,7 @@ def gradients(inputs: tuple[Tensor, Tensor, Tensor], tiles: TileLists, density: 
     from dit_accel_kernels.backends.triton.attend import attend
     from dit_accel_kernels.backends.triton.backward import attend_backward
 
-    problem = problem_of(*inputs, tiles)
+    problem = problem_of(*inputs, tiles, layout="bhsd")
     out, lse, *_ = attend(problem, need_lse=True)
     grad_out = torch.randn_like(out)
     call = Call(inputs=inputs, tiles=tiles, arguments={"layout": "bhsd"}, grad_out=grad_out)
@@ -131,14 +131,6 @@ def gradients(inputs: tuple[Tensor, Tensor, Tensor], tiles: TileLists, density: 
     return Timed(
         run=lambda: attend_backward(problem, out, lse, grad_out, None), check=check, density_of=lambda found: density
     )
-
-
-def problem_of(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists) -> Problem:
-    """A plain call as the backends see it."""
-    names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices", "block_q", "block_k")
-    parts = {name: getattr(tiles, name) for name in names}
-    scale = q.shape[-1] ** -0.5
-    return Problem(q=q, k=k, v=v, **parts, logit_scale=scale, head_scale=None, key_valid=None, decay=None)
 
 
 def worst(found: list[Errors]) -> Errors:

@@ -54,7 +54,7 @@ def decay(tokens: int, frame: int, table=(1.0, 0.9, 0.6)) -> FrameDecay:
 def make(tiles: TileLists, q, k, v, **features) -> Problem:
     names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
     lists = {name: getattr(tiles, name) for name in names}
-    defaults = dict(logit_scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
+    defaults = dict(scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
     return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from dit_accel_kernels.backends import flex
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.tiles import TileLists
 
 TABLE = Path(__file__).with_name("cpu_table.json")
@@ -36,7 +37,7 @@ def processor() -> str:
     return next((name for name, ask in _ASKED.items() if getattr(torch.cpu, ask, bool)()), "other")
 
 
-def choice(dtype: torch.dtype | None, tiles: TileLists) -> tuple[str, float | None]:
+def choice(dtype: torch.dtype | None, tiles: TileLists | Problem) -> tuple[str, float | None]:
     """The faster backend for a call by these lists, and its predicted speed over dense SDPA; None: it is not known.
 
     Pooled tiles count nothing. flex counts where there is a C++ compiler and tile sides are powers of 2; that the call
@@ -60,7 +61,7 @@ def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists
     return choice(dtype, lists)[1] if device.type == "cpu" else None
 
 
-def _flex_runs(tiles: TileLists) -> bool:
+def _flex_runs(tiles: TileLists | Problem) -> bool:
     return flex.takes_tiles(tiles.block_q, tiles.block_k) and flex.missing_requirement("cpu") is None
 
 

@@ -72,7 +72,7 @@ _blocks_of_lists: StorageCache[Blocks] = StorageCache()
 def check(problem: Problem, *, need_lse: bool) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of FlexAttention's reach, saying why."""
     asked = {
-        "votes": problem.selection is not None and problem.selection.vote is not None,
+        "votes": problem.votes,
         "LSE on a CPU": need_lse and problem.q.device.type == "cpu",
         "float64": problem.q.dtype == torch.float64,
         f"block_q {problem.block_q} and block_k {problem.block_k}, which are not powers of 2 of at least 16": (
@@ -123,7 +123,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         blocks = _blocks_of_lists.get(parts, sizes, lambda: _blocks(problem, pooled))
     else:
         blocks = _blocks(problem, pooled)
-    made_for = MadeFor(problem.block_q, problem.block_k, pooled, problem.logit_scale, need_lse)
+    made_for = MadeFor(problem.block_q, problem.block_k, pooled, problem.scale, need_lse)
     with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         out, lse = _compiled()(q, _columns(problem, pooled), blocks, made_for)
     empty = (blocks.partial_counts + blocks.full_counts == 0).repeat_interleave(problem.block_q, -1)[..., : q.shape[2]]

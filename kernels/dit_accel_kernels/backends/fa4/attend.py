@@ -51,7 +51,7 @@ _DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 
 def check(problem: Problem) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of the backend's reach, saying why."""
-    if problem.selection is not None and problem.selection.vote is not None:
+    if problem.votes:
         raise BackendUnavailableError(
             "backend 'fa4' has no votes, since its loop tells nothing about a tile: use 'triton' or 'auto'"
         )
@@ -94,7 +94,7 @@ def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | 
     )
     out, lse = importlib.import_module("flash_attn.cute.interface").flash_attn_func(
         *(_tokens_first(x) for x in (q, problem.k, problem.v)),
-        softmax_scale=problem.logit_scale,
+        softmax_scale=problem.scale,
         pack_gqa=False,  # it would put several heads into one block of queries
         block_sparse_tensors=tensors,
         return_lse=need_lse,

@@ -81,7 +81,7 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
         t_mean=t_mean,
         frames=frames,
         one_frame=one_frame,
-        scale=problem.logit_scale,
+        scale=problem.scale,
         key_tiles=problem.key_tiles,
         tail=problem.key_tiles * problem.block_k - k.shape[2],
     )

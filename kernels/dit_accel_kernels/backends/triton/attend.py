@@ -99,7 +99,7 @@ def _attend(
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid)
         lists, exact = _select(problem, plan, means)
         words = None
-        if selection is not None and selection.vote is not None:
+        if problem.votes:
             parts = -(-problem.block_q // block_q)
             shape = (*q.shape[:2], problem.query_tiles, parts, words_of(problem.key_tiles))
             words = torch.empty(shape, dtype=torch.int32, device=q.device)
@@ -168,7 +168,7 @@ def _launch(
         0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None, None)),
         *(lists.pooled_strides or (None, None)),
         num_q, k.shape[2], heads, k.shape[1], problem.query_tiles, problem.key_tiles,
-        0 if table is None else table.numel() - 1, problem.logit_scale * LOG2_E,
+        0 if table is None else table.numel() - 1, problem.scale * LOG2_E,
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_S=min(block_k, launch.block_s), BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2,

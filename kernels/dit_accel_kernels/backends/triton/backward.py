@@ -137,7 +137,7 @@ def _scale_stride(problem: Problem) -> int:
 
 def _scale(problem: Problem) -> float:
     """Logit scale in the kernels' base: natural in float32, else 2."""
-    return problem.logit_scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
+    return problem.scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
 
 
 def _query_grad(
