@@ -197,7 +197,6 @@ def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
 
 
 def _forward(*arguments: Any) -> Results:
-    """The custom op: one flattened problem."""
     return _run(restore(arguments))
 
 

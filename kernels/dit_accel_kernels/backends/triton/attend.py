@@ -92,7 +92,7 @@ def _attend(
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)
     block_q = query_block(problem.block_q, launch.block_q)
-    plan, selection = row_plan(problem), problem.selection
+    plan = row_plan(problem)
     with on_device(q.device):
         means = None
         if may_pool(problem):
