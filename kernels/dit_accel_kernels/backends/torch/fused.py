@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch.binding import Call
+from dit_accel_kernels.backends.torch.chunks import Lists, key_heads, lists_of
 from dit_accel_kernels.backends.torch.compiled import library, loop
 from dit_accel_kernels.backends.torch.memory import fresh
-from dit_accel_kernels.backends.torch.tiled import Tiled, key_heads
+from dit_accel_kernels.backends.torch.tiled import Tiled
 from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
 from dit_accel_kernels.features import product_dtype
 from dit_accel_kernels.problem import Problem
@@ -48,7 +49,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
     assert loop is not None
     out = fresh(tiled.q.shape, torch.bfloat16 if narrow else torch.float32)
     lse = torch.empty(tiled.q.shape[:-1] if need_lse else (0,))
-    keys, values = _Lists(problem), _pooled(problem)
+    keys, means = lists_of(problem), lists_of(problem, pooled=True)
     workers = _workers(problem, keys)
     shared: dict[str, Any] = {
         "q": tiled.q.contiguous(),
@@ -71,10 +72,10 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         "narrow_q": tiled.q.dtype == torch.bfloat16,
         "narrow_out": narrow,
     }
-    if values is not None and tiled.log_length is not None:
+    if tiled.log_length is not None:
         shared |= {
             "key_means": tiled.k_mean, "value_means": tiled.v_mean, "lengths": tiled.log_length * LOG2_E,
-            "pooled_starts": values.starts, "pooled_counts": values.counts, "pooled": values.tiles,
+            "pooled_starts": means.starts, "pooled_counts": means.counts, "pooled": means.tiles,
         }  # fmt: skip
     if tiled.absent is not None:
         shared["absent"] = torch.zeros(tiled.absent.shape).masked_fill_(tiled.absent, -torch.inf)
@@ -93,25 +94,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
     return out, lse
 
 
-class _Lists:
-    """Lists of the query tiles of all batches and heads: int64 starts and counts [B * H * NQ] in int32 `tiles`."""
-
-    def __init__(self, problem: Problem, *, pooled: bool = False) -> None:
-        offsets = problem.pooled_offsets if pooled else problem.exact_offsets
-        tiles = problem.pooled_indices if pooled else problem.exact_indices
-        assert offsets is not None
-        assert tiles is not None
-        repeats = problem.q.shape[0] * problem.q.shape[1] // offsets.shape[0]
-        bounds = offsets.long().repeat(repeats, 1)
-        self.starts, self.tiles = bounds[:, :-1].reshape(-1).contiguous(), tiles.to(torch.int32).contiguous()
-        self.counts = (bounds[:, 1:] - bounds[:, :-1]).flatten()
-
-
-def _pooled(problem: Problem) -> _Lists | None:
-    return None if problem.pooled_indices is None else _Lists(problem, pooled=True)
-
-
-def _workers(problem: Problem, lists: _Lists) -> int:
+def _workers(problem: Problem, lists: Lists) -> int:
     """Return how many threads share a call."""
     flops = 4.0 * problem.q.shape[3] * problem.block_q * problem.block_k * int(lists.counts.sum())
     return worker_threads(problem.q.device)[0] if flops >= WORKERS_FLOPS * torch.get_num_threads() else 1
@@ -142,7 +125,7 @@ def _call(values: dict[str, Any]) -> Call:
     return call
 
 
-def _ranges(problem: Problem, lists: _Lists, tally: Tally | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """Give runs of query tiles, and what votes find of them: few enough to keep that; without votes one run of all."""
     count = len(lists.counts)
     if tally is None:
@@ -158,7 +141,7 @@ def _ranges(problem: Problem, lists: _Lists, tally: Tally | None) -> Iterator[tu
         first = last
 
 
-def _settle(tally: Tally, lists: _Lists, first: int, last: int, found: Tensor) -> None:
+def _settle(tally: Tally, lists: Lists, first: int, last: int, found: Tensor) -> None:
     """Settle the votes of a run of query tiles, on lists padded to one length."""
     counts, starts = lists.counts[first:last], lists.starts[first:last]
     longest = int(counts.max())
