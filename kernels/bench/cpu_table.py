@@ -13,7 +13,7 @@ BACKENDS = ("torch", "flex")
 MAKES = {"AMD EPYC": "avx512_bf16", "Intel(R) Xeon(R) Processor @ 2.50GHz": "avx512"}
 """What the makes have whose records do not say it."""
 
-TOLD = "reported in issue 13, before the compiled loop, not measured here"
+TOLD = "reported, before the compiled loop, not measured here"
 REPORTED = (  # the loop left bf16 on such processors as it was; fp32 is not taken over
     ("amx", "bf16", 16384, 128, "torch", ((0.1, 0.38), (0.25, 0.38), (0.5, 0.39))),
     ("amx", "bf16", 16384, 128, "flex", ((0.1, 0.5), (0.25, 0.58), (0.5, 0.67))),

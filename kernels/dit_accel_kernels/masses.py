@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import product_dtype, wide_dtype
+from dit_accel_kernels.features import product_dtype, split_tiles, wide_dtype
 from dit_accel_kernels.selection import LOG2_E
 
 CHUNK = 1 << 24  # logits at a time
@@ -52,17 +52,17 @@ def tile_masses(
         ValueError: shapes that don't fit.
     """
     q, k, key_mask, row_lse = _tiled(q, k, layout, token_order, key_mask, row_lse)
-    found = []
+    parts = []
     for start, x in _logits(q, k, scale, block_q, key_mask):
         if row_lse is None:
             lse = torch.logsumexp(x, -1, keepdim=True)
         else:
             lse = row_lse[:, :, start : start + x.shape[2], None].to(x.dtype)
         p = (x - lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
-        of_rows = _cut(p, 3, block_k, 0.0).sum(-1)
-        rows = _cut(torch.ones(x.shape[2], device=x.device, dtype=x.dtype), 0, block_q, 0.0).sum(-1)
-        found.append(_cut(of_rows, 2, block_q, 0.0).sum(3) / rows[:, None])
-    return torch.cat(found, 2)
+        of_rows = split_tiles(p, 3, block_k, 0.0).sum(-1)
+        rows = split_tiles(torch.ones(x.shape[2], device=x.device, dtype=x.dtype), 0, block_q, 0.0).sum(-1)
+        parts.append(split_tiles(of_rows, 2, block_q, 0.0).sum(3) / rows[:, None])
+    return torch.cat(parts, 2)
 
 
 @torch.no_grad()
@@ -99,13 +99,13 @@ def tile_gaps(
         ValueError: shapes that don't fit.
     """
     q, k, key_mask, _ = _tiled(q, k, layout, token_order, key_mask, None)
-    found = []
+    parts = []
     for _, x in _logits(q, k, scale, block_q, key_mask):
-        top = _cut(x, 3, block_k, -torch.inf).amax(-1)
+        top = split_tiles(x, 3, block_k, -torch.inf).amax(-1)
         peak = top.amax(-1, keepdim=True)
         gaps = (top - peak.masked_fill(peak == -torch.inf, 0.0)) * LOG2_E
-        found.append(_cut(gaps, 2, block_q, -torch.inf).amax(3))
-    return torch.cat(found, 2)
+        parts.append(split_tiles(gaps, 2, block_q, -torch.inf).amax(3))
+    return torch.cat(parts, 2)
 
 
 def _tiled(
@@ -147,11 +147,3 @@ def _logits(
         if key_mask is not None:
             x = x.masked_fill(~key_mask[:, None, None], -torch.inf)
         yield start, x
-
-
-def _cut(x: Tensor, dim: int, block: int, filling: float) -> Tensor:
-    """Cut one dimension into tiles, [..., S, ...] to [..., tiles, block, ...], the last one filled up."""
-    pad = -x.shape[dim] % block
-    if pad:
-        x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, pad), value=filling)
-    return x.unflatten(dim, (-1, block))

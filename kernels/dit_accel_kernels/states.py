@@ -82,7 +82,7 @@ def resolved(problem: Problem) -> tuple[Problem, Tensor]:
     states = selected_states(problem).expand(batch, heads, -1, -1)
     sizes = dict(block_q=problem.block_q, block_k=problem.block_k, num_q=problem.q.shape[2], num_k=problem.k.shape[2])
     lists = TileLists.from_states(states.flatten(0, 1), **sizes)
-    found = replace(
+    narrowed = replace(
         problem,
         exact_offsets=lists.exact_offsets,
         exact_indices=lists.exact_indices,
@@ -90,7 +90,7 @@ def resolved(problem: Problem) -> tuple[Problem, Tensor]:
         pooled_indices=lists.pooled_indices,
         selection=None,
     )
-    return found, pack_bits(states == EXACT)
+    return narrowed, pack_bits(states == EXACT)
 
 
 def visiting_order(problem: Problem, reverse: bool) -> Tensor:

@@ -24,7 +24,7 @@ TABLE = Path(__file__).with_name("cpu_table.json")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 Shares = tuple[tuple[float, float], ...]
 
-_ASKED = {  # the most telling first
+_PROBES = {  # the most telling first
     "amx": "_is_amx_tile_supported",
     "avx512_bf16": "_is_avx512_bf16_supported",
     "avx512": "_is_avx512_supported",
@@ -34,7 +34,7 @@ _ASKED = {  # the most telling first
 @lru_cache(maxsize=1)
 def processor() -> str:
     """What this machine's processor has, as the table's rows name it; "other" for what they don't know."""
-    return next((name for name, ask in _ASKED.items() if getattr(torch.cpu, ask, bool)()), "other")
+    return next((name for name, probe in _PROBES.items() if getattr(torch.cpu, probe, bool)()), "other")
 
 
 def choice(dtype: torch.dtype | None, tiles: TileLists | Problem) -> tuple[str, float | None]:
@@ -48,8 +48,8 @@ def choice(dtype: torch.dtype | None, tiles: TileLists | Problem) -> tuple[str, 
     density = max(tiles.density, 1e-9)
     speed = {backend: _at(shares, density) / density for backend, shares in rows.items()}
     ahead = sorted(speed, key=speed.__getitem__, reverse=True)
-    found = next((name for name in ahead if name != "flex" or _flex_runs(tiles)), "torch")
-    return found, speed.get(found)
+    fastest = next((name for name in ahead if name != "flex" or _flex_runs(tiles)), "torch")
+    return fastest, speed.get(fastest)
 
 
 def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists) -> float | None:

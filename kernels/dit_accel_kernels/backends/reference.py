@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import decay_by_frame, tile_means, wide_dtype
+from dit_accel_kernels.features import decay_by_frame, split_tiles, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import pack_bits
 from dit_accel_kernels.states import selected_states
@@ -68,7 +68,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
 
 def _tile_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Largest logit of every query row in every tile and, relative to the row's maximum, its sum of exponentials."""
-    x = torch.nn.functional.pad(x.detach(), (0, -x.shape[-1] % block), value=-torch.inf).unflatten(-1, (-1, block))
+    x = split_tiles(x.detach(), x.dim() - 1, block, -torch.inf)
     top = x.amax(-1)
     peak = top.amax(-1, keepdim=True)
     return top, (x - peak.masked_fill(peak.isinf(), 0.0)[..., None]).exp().sum(-1)

@@ -28,7 +28,7 @@ from dit_accel_kernels.features import product_dtype, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.states import resolved
-from dit_accel_kernels.votes import FOUND_BYTES, Tally
+from dit_accel_kernels.votes import VOTE_BYTES, Tally
 
 CHUNK_BYTES = 2 << 20  # logits of one chunk, a thread: more would leave the caches
 GPU_CHUNKS = 256  # a GPU's chunks are this many times larger
@@ -60,7 +60,7 @@ def _by_chunks(
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
     workers, columns, multiple = shares(problem)
     chunks = chunks_of(problem, columns, multiple, remember=remember)
-    for run in _runs(chunks, FOUND_BYTES // (problem.block_q * 4) if tally is not None else None):
+    for run in _runs(chunks, VOTE_BYTES // (problem.block_q * 4) if tally is not None else None):
         votes = None if tally is None else _Votes(tally, tiled, run)
 
         def work(chunk: Chunk, buffers: dict[str, Tensor], votes: _Votes | None = votes) -> None:
@@ -87,29 +87,29 @@ def _runs(chunks: list[Chunk], tiles: int | None) -> Iterator[list[Chunk]]:
 
 
 class _Votes:
-    """What the votes of a run of chunks need, `found` [n, R, block_q] of all its exact tiles; settled all at once."""
+    """What a run of chunks votes by, `evidence` [n, R, block_q] of all its exact tiles; settled all at once."""
 
     def __init__(self, tally: Tally, tiled: Tiled, chunks: list[Chunk]) -> None:
         self.tally, self.key_tiles, self.chunks = tally, tiled.key_tiles, chunks
         shape = (max(x.exact.shape[1] for x in chunks), sum(len(x.q_tiles) for x in chunks), tiled.q.shape[1])
-        found = buffer(own_buffers(), "found", tiled.q, shape, wide_dtype(tiled.q.dtype))
-        self.found = found.fill_(0.0 if tally.by_mass else -torch.inf)
+        evidence = buffer(own_buffers(), "evidence", tiled.q, shape, wide_dtype(tiled.q.dtype))
+        self.evidence = evidence.fill_(0.0 if tally.by_mass else -torch.inf)
 
     def put(self, chunk: Chunk, by_tile: Tensor) -> None:
         """What was found for one chunk, [R, block_q, n]."""
         start = chunk.start - self.chunks[0].start
-        self.found[: by_tile.shape[2], start : start + len(by_tile)] = by_tile.permute(2, 0, 1)
+        self.evidence[: by_tile.shape[2], start : start + len(by_tile)] = by_tile.permute(2, 0, 1)
 
     def settle(self) -> None:
         """Vote, on tiles that are padded to the longest list."""
-        longest = len(self.found)
+        longest = len(self.evidence)
         if longest:
             tiles = [
                 pad((x.exact % self.key_tiles).masked_fill_(beyond(x.exact_counts, x.exact.shape[1]), self.tally.none),
                     (0, longest - x.exact.shape[1]), value=self.tally.none)
                 for x in self.chunks
             ]  # fmt: skip
-            self.tally.settle(torch.cat([x.q_tiles for x in self.chunks]), torch.cat(tiles), self.found)
+            self.tally.settle(torch.cat([x.q_tiles for x in self.chunks]), torch.cat(tiles), self.evidence)
 
 
 def shares(problem: Problem) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from dit_accel_kernels.backends.torch.attend import absent_of, decay_of, shares,
 from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
 from dit_accel_kernels.backends.torch.tiled import Tiled, cut
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers
-from dit_accel_kernels.features import wide_dtype
+from dit_accel_kernels.features import split_tiles, wide_dtype
 from dit_accel_kernels.problem import Problem
 
 TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes back to the system each time
@@ -36,7 +36,7 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
 
 def _by_tile(x: Tensor, block: int) -> Tensor:
     """[B, H, S_q, D] laid out like the tiled queries, [B * H * NQ, block_q, D], zero in padding."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block)).reshape(-1, block, x.shape[-1])
+    return split_tiles(x, 2, block).reshape(-1, block, x.shape[-1])
 
 
 def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | None, sums: dict[str, Tensor]) -> None:

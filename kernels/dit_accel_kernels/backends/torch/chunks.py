@@ -25,8 +25,8 @@ class Lists:
     def padded(self, q_tiles: Tensor, length: int) -> Tensor:
         """Key tiles of some query tiles, int64 [R, length], padded by repeats of each one's last; all have one."""
         column = torch.arange(length, device=self.tiles.device)
-        places = torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
-        return self.tiles[places].long()
+        positions = torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
+        return self.tiles[positions].long()
 
 
 def lists_of(problem: Problem, *, pooled: bool = False) -> Lists:
@@ -93,8 +93,10 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
     counts = torch.stack([exact.counts, pooled.counts, tokens])[:, order]
     first = (torch.tensor(key_heads(problem), device=order.device) * tiles).repeat_interleave(problem.query_tiles)
     chunks = []
-    for start, stop, longest, most_pooled, least, most in _cuts(*counts.tolist(), columns, multiple, block):
-        q_tiles, own = order[start:stop], counts[:, start:stop]
+    exact_counts, pooled_counts, own_tokens = counts.tolist()
+    cuts = _cuts(exact_counts, pooled_counts, own_tokens, columns, multiple, block)
+    for start, stop, longest, most_pooled, least, most in cuts:
+        q_tiles, part = order[start:stop], counts[:, start:stop]
         shift = first[q_tiles, None]
         chunks.append(
             Chunk(
@@ -102,9 +104,9 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
                 q_tiles=q_tiles,
                 exact=exact.padded(q_tiles, longest).add_(shift) if longest else shift[:, :0],
                 pooled=pooled.padded(q_tiles, most_pooled).add_(shift) if most_pooled else shift[:, :0],
-                exact_counts=own[0],
-                pooled_counts=own[1],
-                tokens=own[2],
+                exact_counts=part[0],
+                pooled_counts=part[1],
+                tokens=part[2],
                 least=least,
                 most=most,
             )

@@ -18,7 +18,7 @@ from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
 from dit_accel_kernels.features import product_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
-from dit_accel_kernels.votes import FOUND_BYTES, Tally
+from dit_accel_kernels.votes import VOTE_BYTES, Tally
 
 WORKERS_FLOPS = 1e8  # of a call, a thread, from which on workers pay
 PIECES = 8  # a worker, so that none waits long for the last
@@ -81,8 +81,8 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         shared["absent"] = torch.zeros(tiled.absent.shape).masked_fill_(tiled.absent, -torch.inf)
     if tiled.t is not None and tiled.t_mean is not None and tiled.frames is not None:
         shared |= {"decay": tiled.t, "mean_decay": tiled.t_mean, "frames": tiled.frames}
-    for first, last, found in _ranges(problem, keys, tally):
-        call = _call(shared | found)
+    for first, last, evidence in _ranges(problem, keys, tally):
+        call = _call(shared | evidence)
         step = max(1, -(-(last - first) // (PIECES * workers)))
 
         def work(start: int, _buffers: Any, call: Call = call, step: int = step, last: int = last) -> None:
@@ -90,7 +90,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
 
         run_all(work, range(first, last, step), workers)
         if tally is not None:
-            _settle(tally, keys, first, last, found["found"])
+            _settle(tally, keys, first, last, evidence["found"])
     return out, lse
 
 
@@ -104,13 +104,13 @@ def _packed(pack: Any, x: Tensor, workers: int, padded: tuple[int, int]) -> Tens
     """Return tiles [N, block, D] in float32 panels; `padded`: the axis that is padded to a multiple, and of what."""
     axis, multiple = padded
     (tiles, *sizes), x = x.shape, x.contiguous()
-    wide = [size + -size % multiple if place == axis else size for place, size in enumerate(sizes)]
+    wide = [size + -size % multiple if i == axis else size for i, size in enumerate(sizes)]
     out, narrow = fresh((tiles, *wide), torch.float32), x.dtype == torch.bfloat16
     step = max(1, -(-tiles // workers))
 
     def work(first: int, _buffers: Any) -> None:
-        places = (first, min(first + step, tiles), *sizes, narrow)
-        pack(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int64, places))
+        sizes_of_work = (first, min(first + step, tiles), *sizes, narrow)
+        pack(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int64, sizes_of_work))
 
     run_all(work, range(0, tiles, step), workers)
     return out
@@ -131,7 +131,7 @@ def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tup
     if tally is None:
         yield 0, count, {}
         return
-    most, ends = max(1, FOUND_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0)
+    most, ends = max(1, VOTE_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0)
     first = 0
     while first < count:
         before = int(ends[first - 1]) if first else 0
@@ -141,7 +141,7 @@ def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tup
         first = last
 
 
-def _settle(tally: Tally, lists: Lists, first: int, last: int, found: Tensor) -> None:
+def _settle(tally: Tally, lists: Lists, first: int, last: int, evidence: Tensor) -> None:
     """Settle the votes of a run of query tiles, on lists padded to one length."""
     counts, starts = lists.counts[first:last], lists.starts[first:last]
     longest = int(counts.max())
@@ -149,8 +149,8 @@ def _settle(tally: Tally, lists: Lists, first: int, last: int, found: Tensor) ->
         return
     column = torch.arange(longest)
     beyond = column >= counts[:, None]
-    places = (column + starts[:, None]).clamp_(max=len(lists.tiles) - 1)
-    tiles = lists.tiles[places].long().masked_fill_(beyond, tally.none)
-    own = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(found) - 1)
-    by_tile = found[own.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
+    positions = (column + starts[:, None]).clamp_(max=len(lists.tiles) - 1)
+    tiles = lists.tiles[positions].long().masked_fill_(beyond, tally.none)
+    entries = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(evidence) - 1)
+    by_tile = evidence[entries.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
     tally.settle(torch.arange(first, last), tiles, by_tile)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch.memory import cast
-from dit_accel_kernels.features import decay_by_frame, product_dtype, tile_means, wide_dtype
+from dit_accel_kernels.features import decay_by_frame, product_dtype, split_tiles, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
 
@@ -88,7 +88,4 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
 
 def _tiles(x: Tensor, block: int) -> Tensor:
     """[..., S, D] as contiguous [..., tiles, block, D], zero-padded in the last tile."""
-    pad = -x.shape[-2] % block
-    if pad:
-        x = torch.nn.functional.pad(x, (0, 0, 0, pad))
-    return x.contiguous().unflatten(-2, (-1, block))
+    return split_tiles(x, x.dim() - 2, block).contiguous()

@@ -53,18 +53,18 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     NQ, W], None without a selection and without a vote. Tensors are copied only where the head dim is not contiguous.
     """
     check(problem)
-    places = slices(problem)
-    if len(places) == 1:
+    cuts = slices(problem)
+    if len(cuts) == 1:
         return _attend(problem, need_lse)
     batch, heads, num_q, _ = problem.q.shape
     words = (batch, heads, problem.query_tiles, words_of(problem.key_tiles))
-    parts = [_attend(part_of(problem, place), need_lse) for place in places]
+    parts = [_attend(part_of(problem, cut), need_lse) for cut in cuts]
     out, lse, exact, kept = (list(found) for found in zip(*parts, strict=True))
     return (
-        joined(_like(problem.q), out, places),
-        joined(lse[0].new_empty(batch, heads, num_q), lse, places) if need_lse else lse[0],
-        joined(exact[0].new_empty(words), exact, places),
-        None if kept[0] is None else joined(kept[0].new_empty(words), kept, places),
+        joined(_like(problem.q), out, cuts),
+        joined(lse[0].new_empty(batch, heads, num_q), lse, cuts) if need_lse else lse[0],
+        joined(exact[0].new_empty(words), exact, cuts),
+        None if kept[0] is None else joined(kept[0].new_empty(words), kept, cuts),
     )
 
 
@@ -77,8 +77,8 @@ def add_pooled(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
         lse: natural logarithm, float32 [B, H, S_q], contiguous, -inf in those rows.
     """
     check(problem)
-    found = _attend(problem, True, (out, lse))
-    return found[0], found[1]
+    results = _attend(problem, True, (out, lse))
+    return results[0], results[1]
 
 
 def _attend(
@@ -134,8 +134,8 @@ def _kept(problem: Problem, plan: RowPlan, lists: Lists, words: Tensor) -> Tenso
         kept = bits_of_lists(problem)
     else:
         kept = selection.keep.clone(memory_format=torch.contiguous_format)
-    own = lists.strides
-    strides = (*plan.strides, 0, 0) if own is None else (problem.q.shape[1], 1, *own)
+    entry_strides = lists.strides
+    strides = (*plan.strides, 0, 0) if entry_strides is None else (problem.q.shape[1], 1, *entry_strides)
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
     fold(kept, words, lists.indices, lists.bounds, pinned, strides, reverse=selection.reverse)
     return kept
