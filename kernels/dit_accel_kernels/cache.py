@@ -108,7 +108,7 @@ def _built(build: Callable[[], Derived]) -> Derived:
 
 
 def _version(x: Tensor) -> Version:
-    """What changes with a tensor's values: torch's count of writes, those that `changed` announced, those seen on a CPU."""
+    """What changes with a tensor's values: torch's count of writes, those by `changed`, and those seen on a CPU."""
     storage = x.untyped_storage().__dict__
     announced = storage.get(_WRITES, 0)
     if not readable(x.device):

@@ -29,7 +29,7 @@ class Lists:
         return self.tiles[positions].long()
 
 
-def lists_of(problem: Problem, *, pooled: bool = False) -> Lists:
+def flat_lists(problem: Problem, *, pooled: bool = False) -> Lists:
     """The exact or the pooled lists of a call; empty ones where it pools nothing."""
     offsets = problem.pooled_offsets if pooled else problem.exact_offsets
     tiles = problem.pooled_indices if pooled else problem.exact_indices
@@ -80,7 +80,7 @@ def chunks_of(problem: Problem, columns: int, multiple: int, *, remember: bool) 
 
 
 def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
-    exact, pooled = lists_of(problem), lists_of(problem, pooled=True)
+    exact, pooled = flat_lists(problem), flat_lists(problem, pooled=True)
     tiles, block = problem.key_tiles, problem.block_k
     tokens = exact.counts * block
     tail = tiles * block - problem.k.shape[2]

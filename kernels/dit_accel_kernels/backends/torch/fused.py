@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch.binding import Call
-from dit_accel_kernels.backends.torch.chunks import Lists, key_heads, lists_of
+from dit_accel_kernels.backends.torch.chunks import Lists, flat_lists, key_heads
 from dit_accel_kernels.backends.torch.compiled import library, loop
 from dit_accel_kernels.backends.torch.memory import fresh
 from dit_accel_kernels.backends.torch.tiled import Tiled
@@ -49,7 +49,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
     assert loop is not None
     out = fresh(tiled.q.shape, torch.bfloat16 if narrow else torch.float32)
     lse = torch.empty(tiled.q.shape[:-1] if need_lse else (0,))
-    keys, means = lists_of(problem), lists_of(problem, pooled=True)
+    keys, means = flat_lists(problem), flat_lists(problem, pooled=True)
     workers = _workers(problem, keys)
     shared: dict[str, Any] = {
         "q": tiled.q.contiguous(),
