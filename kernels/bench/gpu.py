@@ -119,9 +119,9 @@ def measure(shape: Shape, args: argparse.Namespace, deadline: float, left_out: l
         record: Record = {"kind": "time", "shape": shape.name, "candidate": candidate, "density": density}
         try:
             call = prepare()
-            found = call.run()
-            visited, (error, allowed) = call.density_of(found), call.check(found)
-            del found
+            results = call.run()
+            visited, (error, allowed) = call.density_of(results), call.check(results)
+            del results
             median, low, high = seconds_of(call, args.device)
         except Exception as error:  # a rival that cannot run here is a finding, not the end of the bench
             yield {**record, "error": f"{type(error).__name__}: {str(error).strip()[:200]}"}
@@ -136,8 +136,8 @@ def measure(shape: Shape, args: argparse.Namespace, deadline: float, left_out: l
 def seconds_of(call: Timed, device: str) -> tuple[float, float, float]:
     """Seconds of a call: median, 20th and 80th percentile, after a warm-up."""
     if device != "cpu":
-        found = triton.testing.do_bench(call.run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])
-        return tuple(x / 1e3 for x in found)  # pyright: ignore
+        quantiles = triton.testing.do_bench(call.run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])
+        return tuple(x / 1e3 for x in quantiles)  # pyright: ignore
     start = time.perf_counter()
     call.run()
     return (time.perf_counter() - start,) * 3
@@ -148,8 +148,8 @@ def prediction(shape: Shape, candidate: str, density: float, args: argparse.Name
     card = card_at_hand(args)
     if card is None or candidate not in CANDIDATES:
         return {}
-    found = predict(shape, candidate, density, card)
-    return {"predicted_bound": found["bound"], "predicted_limit": found["limit"]}
+    predicted = predict(shape, candidate, density, card)
+    return {"predicted_bound": predicted["bound"], "predicted_limit": predicted["limit"]}
 
 
 def card_at_hand(args: argparse.Namespace) -> Card | None:

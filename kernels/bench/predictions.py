@@ -176,13 +176,13 @@ def table(calls: Iterable[tuple[Shape, Card, float, str]], path: Path | None = N
     head = ["call", *ENGINES, "bound", "by", "x dense", "measured"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for shape, card, density, candidate in calls:
-        found, dense = predict(shape, candidate, density, card), predict_dense(shape, card)
+        bound, dense = predict(shape, candidate, density, card), predict_dense(shape, card)
         took = measured(path, shape.name, card.name, candidate, density)
         name = f"{shape.name} at {density:g}, {card.name}, {candidate.removeprefix('triton-')}"
         name += f", tiles of {shape.block}" * (shape.block != 128)
-        cells = [f"{found[engine] * 1e3:.1f}" for engine in (*ENGINES, "bound")]
-        faster = "" if dense is None or "backward" in candidate else f"{dense / found['bound']:.1f}"
-        lines.append([name, *cells, found["limit"], faster, "" if took is None else f"{took * 1e3:.1f}"])
+        cells = [f"{bound[engine] * 1e3:.1f}" for engine in (*ENGINES, "bound")]
+        faster = "" if dense is None or "backward" in candidate else f"{dense / bound['bound']:.1f}"
+        lines.append([name, *cells, bound["limit"], faster, "" if took is None else f"{took * 1e3:.1f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

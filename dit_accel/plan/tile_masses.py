@@ -1,6 +1,6 @@
-"""How dense attention spreads over tiles, in memory linear in S: what frozen patterns and calibration choose by.
+"""How the softmax mass of dense attention spreads over tiles: what patterns that are measured once choose by.
 
-Both functions compute every logit once more, some query tiles at a time, on any device and without gradients.
+Every logit is computed once more, some query tiles at a time: memory is linear in S, on any device, no gradients.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from dit_accel_kernels.features import product_dtype, split_tiles, wide_dtype
-from dit_accel_kernels.selection import LOG2_E
+from torch import Tensor
 
 CHUNK = 1 << 24  # logits at a time
 
@@ -62,49 +60,6 @@ def tile_masses(
         of_rows = split_tiles(p, 3, block_k, 0.0).sum(-1)
         rows = split_tiles(torch.ones(x.shape[2], device=x.device, dtype=x.dtype), 0, block_q, 0.0).sum(-1)
         parts.append(split_tiles(of_rows, 2, block_q, 0.0).sum(3) / rows[:, None])
-    return torch.cat(parts, 2)
-
-
-@torch.no_grad()
-def tile_gaps(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_q: int,
-    block_k: int,
-    layout: str = "bshd",
-    scale: float | None = None,
-    token_order: Tensor | None = None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    """Largest logit of each key tile less its query's largest, largest over a query tile, log2 units, [B, H, NQ, NK].
-
-    At most 0, which each query's best tile has; -inf for tiles without a valid key. It is the least gap that a "maxgap"
-    vote can see: a running maximum is at most the final one. What a vote drops has a gap at or under its threshold.
-
-    Args:
-        q: as in `tile_masses`; so is the rest.
-        k: like q.
-        block_q: queries a query tile.
-        block_k: keys a tile.
-        layout: "bshd" or "bhsd".
-        scale: logit scale; 1 / sqrt(D) by default.
-        token_order: int64 [S].
-        key_mask: bool [B, S_k].
-
-    Returns:
-        float32 [B, H, NQ, NK] (float64 for float64).
-
-    Raises:
-        ValueError: shapes that don't fit.
-    """
-    q, k, key_mask, _ = _tiled(q, k, layout, token_order, key_mask, None)
-    parts = []
-    for _, x in _logits(q, k, scale, block_q, key_mask):
-        top = split_tiles(x, 3, block_k, -torch.inf).amax(-1)
-        peak = top.amax(-1, keepdim=True)
-        gaps = (top - peak.masked_fill(peak == -torch.inf, 0.0)) * LOG2_E
-        parts.append(split_tiles(gaps, 2, block_q, -torch.inf).amax(3))
     return torch.cat(parts, 2)
 
 
