@@ -1,20 +1,11 @@
-"""Tile masses and gaps against dense softmax written out."""
-
-import math
+"""Tile masses against dense softmax written out."""
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    Selection,
-    TileLists,
-    Vote,
-    block_sparse_attention,
-    masses,
-    tile_gaps,
-    tile_masses,
-    unpack_bits,
-)
 from kernel_cases import assert_within_rounding, qkv
+
+from dit_accel.plan import tile_masses as masses
+from dit_accel.plan.tile_masses import tile_masses
 
 WIDE = torch.float64
 SIZES = dict(block_q=16, block_k=24)
@@ -40,7 +31,7 @@ def tile_by_tile(values, value_of):
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("chunk", [1 << 24, 1])
 @pytest.mark.parametrize("features", [False, True])
-def test_masses_and_gaps_are_those_of_dense_attention(monkeypatch, layout, chunk, features):
+def test_masses_are_those_of_dense_attention(monkeypatch, layout, chunk, features):
     monkeypatch.setattr(masses, "CHUNK", chunk)
     q, k, _ = qkv(2, 4, 2, 70, 70, 8, WIDE)
     arguments = dict(layout=layout, scale=0.7, **SIZES)
@@ -58,18 +49,12 @@ def test_masses_and_gaps_are_those_of_dense_attention(monkeypatch, layout, chunk
     if features:
         lse = torch.empty_like(lse).index_copy_(2, order, lse)
     torch.testing.assert_close(tile_masses(*given, row_lse=lse, **arguments), found)
-    gaps = tile_gaps(*given, **arguments)
-    expected = tile_by_tile(x, lambda r, j: (r[..., j].amax(-1) - r.amax(-1)).amax(-1)) * math.log2(math.e)
-    torch.testing.assert_close(gaps, expected)
-    assert (gaps <= 0).all()
-    assert gaps.isinf().any() == features
 
 
 def test_queries_without_a_key_have_no_mass():
     q, k, _ = qkv(1, 2, 2, 20, 20, 8, torch.float32)
     mask = torch.zeros(1, 20, dtype=torch.bool)
     assert torch.equal(tile_masses(q, k, key_mask=mask, layout="bhsd", **SIZES), torch.zeros(1, 2, 2, 1))
-    assert torch.equal(tile_gaps(q, k, key_mask=mask, layout="bhsd", **SIZES), torch.full((1, 2, 2, 1), -torch.inf))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,17 +67,6 @@ def test_low_dtypes_stay_within_rounding(dtype):
     found = tile_masses(q, k, layout="bhsd", **SIZES)
     assert found.dtype == torch.float32
     assert_within_rounding(found, own, truth, dtype)
-
-
-def test_a_vote_drops_only_tiles_whose_gap_is_under_its_threshold():
-    q, k, v = (1 + 0.1 * x for x in qkv(1, 2, 2, 96, 96, 8, WIDE))
-    k = k * torch.tensor([3.0, 1.0, 0.0, 4.0], dtype=WIDE).repeat_interleave(24)[:, None]
-    tiles = TileLists.full(96, 96, block_q=16, block_k=24)
-    selection = Selection(vote=Vote(threshold=-5.0))
-    _, bits = block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=selection, backend="reference")
-    dropped = ~unpack_bits(bits, 4)
-    assert dropped.any()
-    assert (tile_gaps(q, k, layout="bhsd", **SIZES)[dropped] <= -5.0).all()
 
 
 def test_no_gradient_and_linear_memory():
@@ -122,4 +96,4 @@ def test_errors(arguments, text):
 def test_error_of_keys_that_do_not_fit():
     q, k, _ = qkv(1, 2, 2, 20, 30, 8, torch.float32)
     with pytest.raises(ValueError, match=r"k does not fit q: found q \[1, 2, 20, 8\] and k \[1, 2, 30, 4\]"):
-        tile_gaps(q, k[..., :4], layout="bhsd", **SIZES)
+        tile_masses(q, k[..., :4], layout="bhsd", **SIZES)

@@ -1,6 +1,6 @@
-"""How dense attention spreads over tiles, in memory linear in S: what frozen patterns and calibration choose by.
+"""How the softmax mass of dense attention spreads over tiles: what patterns that are measured once choose by.
 
-Both functions compute every logit once more, some query tiles at a time, on any device and without gradients.
+Every logit is computed once more, some query tiles at a time: memory is linear in S, on any device, no gradients.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from dit_accel_kernels.features import product_dtype, split_tiles, wide_dtype
 from torch import Tensor
-
-from dit_accel_kernels.features import product_dtype, wide_dtype
-from dit_accel_kernels.selection import LOG2_E
 
 CHUNK = 1 << 24  # logits at a time
 
@@ -52,60 +50,17 @@ def tile_masses(
         ValueError: shapes that don't fit.
     """
     q, k, key_mask, row_lse = _tiled(q, k, layout, token_order, key_mask, row_lse)
-    found = []
+    parts = []
     for start, x in _logits(q, k, scale, block_q, key_mask):
         if row_lse is None:
             lse = torch.logsumexp(x, -1, keepdim=True)
         else:
             lse = row_lse[:, :, start : start + x.shape[2], None].to(x.dtype)
         p = (x - lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
-        of_rows = _cut(p, 3, block_k, 0.0).sum(-1)
-        rows = _cut(torch.ones(x.shape[2], device=x.device, dtype=x.dtype), 0, block_q, 0.0).sum(-1)
-        found.append(_cut(of_rows, 2, block_q, 0.0).sum(3) / rows[:, None])
-    return torch.cat(found, 2)
-
-
-@torch.no_grad()
-def tile_gaps(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_q: int,
-    block_k: int,
-    layout: str = "bshd",
-    scale: float | None = None,
-    token_order: Tensor | None = None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    """Largest logit of each key tile less its query's largest, largest over a query tile, log2 units, [B, H, NQ, NK].
-
-    At most 0, which each query's best tile has; -inf for tiles without a valid key. It is the least gap that a "maxgap"
-    vote can see: a running maximum is at most the final one. What a vote drops has a gap at or under its threshold.
-
-    Args:
-        q: as in `tile_masses`; so is the rest.
-        k: like q.
-        block_q: queries a query tile.
-        block_k: keys a tile.
-        layout: "bshd" or "bhsd".
-        scale: logit scale; 1 / sqrt(D) by default.
-        token_order: int64 [S].
-        key_mask: bool [B, S_k].
-
-    Returns:
-        float32 [B, H, NQ, NK] (float64 for float64).
-
-    Raises:
-        ValueError: shapes that don't fit.
-    """
-    q, k, key_mask, _ = _tiled(q, k, layout, token_order, key_mask, None)
-    found = []
-    for _, x in _logits(q, k, scale, block_q, key_mask):
-        top = _cut(x, 3, block_k, -torch.inf).amax(-1)
-        peak = top.amax(-1, keepdim=True)
-        gaps = (top - peak.masked_fill(peak == -torch.inf, 0.0)) * LOG2_E
-        found.append(_cut(gaps, 2, block_q, -torch.inf).amax(3))
-    return torch.cat(found, 2)
+        of_rows = split_tiles(p, 3, block_k, 0.0).sum(-1)
+        rows = split_tiles(torch.ones(x.shape[2], device=x.device, dtype=x.dtype), 0, block_q, 0.0).sum(-1)
+        parts.append(split_tiles(of_rows, 2, block_q, 0.0).sum(3) / rows[:, None])
+    return torch.cat(parts, 2)
 
 
 def _tiled(
@@ -147,11 +102,3 @@ def _logits(
         if key_mask is not None:
             x = x.masked_fill(~key_mask[:, None, None], -torch.inf)
         yield start, x
-
-
-def _cut(x: Tensor, dim: int, block: int, filling: float) -> Tensor:
-    """Cut one dimension into tiles, [..., S, ...] to [..., tiles, block, ...], the last one filled up."""
-    pad = -x.shape[dim] % block
-    if pad:
-        x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, pad), value=filling)
-    return x.unflatten(dim, (-1, block))
