@@ -24,11 +24,11 @@ from .diagnosis import (
 )
 from .execution import Execution
 from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
-from .forward import Forward, count_dense, switch
+from .forward import Forward, count_dense
 from .layers import AttentionLayer, TransformerState
 from .observed import Observer
 from .parallel import context_parallel, require_parallel
-from .processor import Slot, dense_attention_of, retire_processor, unwrap_processor, wrap_processor
+from .processor import dense_attention_of, retire_processor, unwrap_processor, wrap_processor
 from .running import current_run
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
@@ -41,8 +41,6 @@ class Attachment:
 
     def __init__(self, execution: Execution, model: dict[str, str]) -> None:
         self._execution = execution
-        self._slot = Slot()
-        self._slot.owner = execution
         self._model = model
         self._undo: list[Callable[[], None]] = []
         self._attached = True
@@ -238,7 +236,7 @@ def _install_processors(
         original: Any = module.processor
         layer = AttentionLayer(state, module, index, depth)
         number = len(execution.layers)
-        layer.processor = wrap_processor(original, number, classes, attachment._slot, execution.number)
+        layer.processor = wrap_processor(original, number, classes, execution)
         layer.dense, _ = dense_attention_of(layer.processor)
         execution.layers.append(layer)
         state.layers.append(layer)
@@ -256,13 +254,11 @@ def _install_calls(attachment: Attachment, state: TransformerState) -> None:
     """Follow a transformer's forwards and the pipeline's denoising calls, and let the methods install themselves."""
     execution, undo, transformer = attachment._execution, attachment._undo, state.transformer
     original = getattr(transformer, "cache_context", None)
-    site = TransformerSite(
-        execution, state, undo, original, compiled_whole=state.part is not transformer, slot=attachment._slot
-    )
+    site = TransformerSite(execution, state, undo, original, compiled_whole=state.part is not transformer)
     for handler in execution.handlers:
         handler.install(site)
     site.install_blocks()
-    forward = Forward(execution, attachment._slot, state, site.forwards, on_modules=site.on_modules)
+    forward = Forward(execution, state, site.forwards, on_modules=site.on_modules)
     undo.append(wrap_call(state.part, forward, attachment))
     followed = _followed_context(execution, state, forward, original or _no_context)
     undo.append(shadow(transformer, "cache_context", followed))  # diffusers' own or not, a loop may say where it stands
@@ -296,8 +292,8 @@ def _followed_context(
         execution.state.enter(state, name, kwargs, run)
         state.begun = state.branches[-1].tells_step and not state.nested
         if state.begun:  # the forward may lie inside a graph, where nothing can be switched
-            state.begin_forward(None)
-            switch(execution, state)
+            execution.forward.begin(None)
+            execution.switch(state)
         try:
             with original(name, **kwargs):
                 yield

@@ -16,7 +16,6 @@ from .execution import Execution
 from .layers import TransformerState
 from .offloaded import fetch, send_away
 from .parallel import split_before
-from .processor import Slot
 from .seam import is_compiled, shadow, wrap_call
 
 _MISSING = object()
@@ -49,14 +48,12 @@ class TransformerSite:
         undo: list[Callable[[], None]],
         context: Callable[[str], Any] | None,
         compiled_whole: bool,
-        slot: Slot,
     ) -> None:
         self._execution = execution
         self._state = state
         self._undo = undo
         self._context = context
         self._compiled_whole = compiled_whole
-        self._slot = slot
         self._blocks: tuple[Block, ...] | None = None
         self._uncompiled: set[int] = set()
         self.forwards: list[AroundForward] = []
@@ -184,13 +181,13 @@ class TransformerSite:
     def reached(self) -> int:
         """Return how many attention layers ran in the forward that ended last; those of compiled blocks unseen."""
         layers = self._execution.layers
-        return sum(layers[number].state is self._state for number in self._slot.reached)
+        return sum(layers[number].state is self._state for number in self._execution.forward.reached)
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:
         """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
         state = self._state
-        with _kept(self._slot, state), self._execution.state.nested(state, name) as full:
+        with self._execution.forward.nested(), self._execution.state.nested(state, name) as full:
             if self._context is None:
                 yield
                 return
@@ -248,22 +245,6 @@ class TransformerSite:
             return result
 
         return around
-
-
-@contextlib.contextmanager
-def _kept(slot: Slot, state: TransformerState) -> Iterator[None]:
-    """Leave all that is known of the running forward as it is, whatever forwards run inside the block."""
-    of_slot = {**vars(slot), "reached": set(slot.reached)}
-    of_state = {name: getattr(state, name) for name in ("layout", "batch", "ulysses", "ring")}
-    of_layers = [(layer, layer.calls, layer.processor._dit_accel_sparse) for layer in state.layers]
-    try:
-        yield
-    finally:
-        vars(slot).update(of_slot)
-        for name, value in of_state.items():
-            setattr(state, name, value)
-        for layer, calls, sparse in of_layers:
-            layer.calls, layer.processor._dit_accel_sparse = calls, sparse
 
 
 def _refuse_compiled(*args: Any, **kwargs: Any) -> None:

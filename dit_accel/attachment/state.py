@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..plan.context import StepContext
 from .calls import Held, tensors_in, text_in
+from .forward_state import ForwardState
 from .layers import Branch, TransformerState
 from .running import PipelineRun
 from .steps import Schedule, Timeline, noise_level, noisiest, timeline_of
@@ -26,12 +27,16 @@ class DenoisingState:
 
     Args:
         pipe: the pipeline, or None where methods are attached to a transformer alone.
+        forward: the attachment's, whose layout and rows `context` tells.
         begin_run: called when a run begins: another generation, or a single forward in training.
         drop: called where what methods learned may belong to another branch.
     """
 
-    def __init__(self, pipe: Any, begin_run: Callable[[], None], drop: Callable[[], None]) -> None:
+    def __init__(
+        self, pipe: Any, forward: ForwardState, begin_run: Callable[[], None], drop: Callable[[], None]
+    ) -> None:
         self._pipe = _reference(pipe)
+        self._forward = forward
         self._begin_run = begin_run
         self._drop = drop
         self._run: PipelineRun | None = None
@@ -131,8 +136,8 @@ class DenoisingState:
             step_index=self.step_index,
             num_inference_steps=self.num_inference_steps,
             sigma=self.sigma,
-            layout=state.layout,
-            batch=state.batch,
+            layout=self._forward.layout,
+            batch=self._forward.batch,
             training=self.training,
             told=bool(state.branches) and state.branches[-1].tells_step,
         )

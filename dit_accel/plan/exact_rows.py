@@ -28,7 +28,7 @@ def dense_rows(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | Non
         keys: bool [S], the keys that these rows see; None: all.
     """
     tiles, arguments = _arguments(plan, call, rows, keys)
-    q, k, v = call.as_held(call.q.index_select(2, rows), call.k, call.v)
+    q, k, v = call.as_held(call.queries(rows), call.k, call.v)
     out = block_sparse_attention_eager(q, k, v, tiles, **arguments)
     assert isinstance(out, Tensor)
     out, weight = call.heads_first(out), plan.value_share(call.q.shape[1], call.q.dtype, rows)

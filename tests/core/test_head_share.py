@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.attachment.ulysses import Ulysses
+from dit_accel.attachment.shards import Ulysses
 from dit_accel.plan.heads import HeadShare
 
 

@@ -277,10 +277,10 @@ def test_a_branch_inside_a_block_leaves_the_rest_of_the_forward_as_it_was(transf
     with dit_accel.attach(transformer, RADIAL, Probe(batch=0), backend="torch") as attachment:
         alone, calls = [forward(transformer, step) for step in range(2)], attachment.report().to_dict()["calls"]
     with dit_accel.attach(transformer, RADIAL, Probe(), backend="torch") as attachment:
-        slot = attachment._slot
+        state = attachment._execution.forward
         for step, plain in enumerate(alone):
             assert torch.equal(forward(transformer, step), plain)
-            assert [int(size) for size in slot.grid] == [5, 4, 4, 0, 0]
+            assert [int(size) for size in state.grid] == [5, 4, 4, 0, 0]
         found = [call for call in attachment.report().to_dict()["calls"] if not call["branch"].endswith("/probe")]
         assert found == calls
         assert {step.branch for step in attachment.report().steps} == {"cond", "cond/probe"}

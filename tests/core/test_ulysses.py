@@ -10,8 +10,7 @@ from dit_accel_pipelines import ADAPTERS
 import dit_accel
 from dit_accel.attachment import forward
 from dit_accel.attachment.parallel import naming_lost
-from dit_accel.attachment.ring import ring_of
-from dit_accel.attachment.ulysses import Ulysses, ulysses_of
+from dit_accel.attachment.shards import Ulysses, ring_of, ulysses_of
 from dit_accel.errors import ConfigError, ProcessLost
 
 CPU = torch.device("cpu")

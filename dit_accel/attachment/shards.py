@@ -1,8 +1,11 @@
-"""Ulysses: inside attention a process has all tokens of some heads, and plans them as one process would.
+"""How several processes share the tokens and heads of one attention call, under Ulysses or ring attention.
+
+Under Ulysses a process has all tokens of some heads inside attention; under ring attention it has the queries of its
+own tokens, and gathers all keys and values. Either way it plans the call as one process would.
 
 diffusers' hooks split each stream of tokens by itself, so that its all-to-all gathers the parts of the streams in turn:
 text, video, text, video. Tiles, frames and masks count tokens in the sequence's own order, into which they are brought
-here, and back. The exchange itself is diffusers'.
+here, and back. Ulysses' exchange itself is diffusers'.
 """
 
 from dataclasses import dataclass
@@ -17,8 +20,8 @@ from ..plan.heads import HeadShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Spread:
-    """How the tokens of one forward are spread over processes.
+class SequenceShards:
+    """How the tokens of one forward are shared between processes.
 
     Attributes:
         group: the processes.
@@ -26,6 +29,7 @@ class Spread:
         counts: tokens that each of them holds outside attention.
         gathered: int64 [S], place among the gathered tokens -> token; None: that is the sequence's own order.
         places: int64 [S], the inverse.
+        rows: int64 [S'], the tokens whose queries this process has inside attention, rising; None: all.
     """
 
     group: Any
@@ -33,11 +37,28 @@ class Spread:
     counts: tuple[int, ...]
     gathered: Tensor | None
     places: Tensor | None
+    rows: Tensor | None = None
 
     @property
     def local(self) -> int:
         """Tokens that this process holds outside attention, S'."""
         return self.counts[self.rank]
+
+    def share(self, total: int) -> HeadShare | None:
+        """Return the heads of this process, of so many; None: all."""
+        return None
+
+    def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what this process computes one attention call with, of its tokens' q, k and v, [B, S', H, D]."""
+        raise NotImplementedError
+
+    def scatter(self, x: Tensor, heads: int) -> Tensor:
+        """Return this process's tokens of all heads, [B, S', H, D], of what it computed."""
+        return x
+
+    def gathered_mask(self, mask: Any) -> Any:
+        """Return a mask as diffusers' own exchange needs it."""
+        return mask
 
     def require_local(self, x: Tensor) -> None:
         """Raise `ConfigError` if a tensor [B, S', H, D] does not hold this process's tokens."""
@@ -72,8 +93,8 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Ulysses(Spread):
-    """How the tokens and heads of one forward are spread over processes.
+class Ulysses(SequenceShards):
+    """How the tokens and heads of one forward are shared between processes, each of which computes some heads.
 
     Attributes:
         anything: lengths and heads need not be divisible by their number.
@@ -86,6 +107,16 @@ class Ulysses(Spread):
         most = -(-total // len(self.counts))
         start = min(self.rank * most, total)
         return HeadShare(start=start, count=min(most, total - start), total=total, group=self.group)
+
+    def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all tokens of this process's heads; as `gather`.
+
+        Raises:
+            ConfigError: if a gradient is wanted that the exchange does not have.
+        """
+        if self.anything and torch.is_grad_enabled() and q.requires_grad:
+            raise ConfigError("diffusers' ulysses_anything has no gradient; generate under torch.no_grad()")
+        return self.gather(q), self.gather(k), self.gather(v)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return all tokens of this process's heads, [B, S, H', D] in the sequence's order, of [B, S', H, D].
@@ -120,19 +151,62 @@ class Ulysses(Spread):
         return mask.index_select(-1, self.gathered)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ring(SequenceShards):
+    """How the tokens of one forward are shared between processes, each of which computes the rows of its own.
+
+    diffusers' ring attention gathers the keys and values of all processes, attends to one process's after the other,
+    and merges the parts by their log-sum-exp. It gathers them at once, so that one call over all of them holds no more,
+    and needs no merge: also a pooled tile may lie across two processes' tokens. What such a call needs is a plan that
+    follows from the tokens' places alone, of which a process computes its own rows.
+    """
+
+    def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return this process's queries, and all keys and values."""
+        return q, self.gather(k), self.gather(v)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return all tokens, [B, S, H, D] in the sequence's order, of this process's, [B, S', H, D]."""
+        import torch.distributed as dist
+
+        self.require_local(x)
+        most = max(self.counts)
+        sent = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, most - self.local)).contiguous()
+        parts = [torch.empty_like(sent) for _ in self.counts]
+        dist.all_gather(parts, sent, group=self.group)
+        whole = torch.cat([part[:, :count] for part, count in zip(parts, self.counts, strict=True)], 1)
+        return whole if self.places is None else whole.index_select(1, self.places)
+
+
+def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> SequenceShards:
+    """Return how a forward is shared, under diffusers' ``ContextParallelConfig``; its ``text`` as in `split_tokens`."""
+    return (ulysses_of if config.ring_degree == 1 else ring_of)(config, adapter, grid, text, device)
+
+
+def ring_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> Ring:
+    """Return the shards of ring attention."""
+    counts, gathered, places = split_tokens(config.ring_degree, adapter, grid, text, device)
+    rank = config._ring_local_rank
+    order = torch.arange(sum(counts), device=device) if gathered is None else gathered
+    return Ring(
+        group=config._ring_mesh.get_group(), rank=rank, counts=counts, gathered=gathered, places=places,
+        rows=order.split(counts)[rank],
+    )  # fmt: skip
+
+
 def ulysses_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> Ulysses:
-    """Return how a forward is spread, under diffusers' ``ContextParallelConfig``; its ``text`` as in `spread_of`."""
-    counts, gathered, places = spread_of(config.ulysses_degree, adapter, grid, text, device)
+    """Return the shards of Ulysses."""
+    counts, gathered, places = split_tokens(config.ulysses_degree, adapter, grid, text, device)
     return Ulysses(
         group=config._ulysses_mesh.get_group(), rank=config._ulysses_local_rank, anything=config.ulysses_anything,
         counts=counts, gathered=gathered, places=places,
     )  # fmt: skip
 
 
-def spread_of(
+def split_tokens(
     degree: int, adapter: Adapter, grid: Grid, text: int | None, device: torch.device
 ) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
-    """Return the tokens that each process holds, their order among the gathered ones, and its inverse, as in `Spread`.
+    """Return ``counts``, ``gathered`` and ``places`` of `SequenceShards`.
 
     Args:
         degree: how many processes there are.
