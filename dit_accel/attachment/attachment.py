@@ -290,14 +290,14 @@ def _followed_context(
         execution.threads.require(state, run)
         forward.note_weights()
         execution.state.enter(state, name, kwargs, run)
-        state.begun = state.branches[-1].tells_step and not state.nested
+        state.begun = forward.traceable and state.branches[-1].tells_step and not state.nested
         if state.begun:  # the forward may lie inside a graph, where nothing can be switched
             execution.forward.begin(None)
             execution.switch(state)
         try:
             with original(name, **kwargs):
                 yield
-            if state.begun and forward.traceable:
+            if state.begun:
                 count_dense(execution, state)
         finally:
             state.begun = False

@@ -63,8 +63,8 @@ def text_in(adapter: Adapter, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the text in a forward's inputs, as its adapter names it, else all inputs but latents and timestep."""
     named = (getattr(adapter.cross_attention, "text", None), getattr(adapter.joined_text, "text", None))
     for name in (*named, "encoder_hidden_states"):
-        if name is not None and (found := tensors_in(inputs.get(name))):
-            return found
+        if name is not None and (texts := tensors_in(inputs.get(name))):
+            return texts
     others = (value for name, value in inputs.items() if name not in (adapter.latents, adapter.timestep))
     return tuple(x for value in others for x in tensors_in(value))
 

@@ -114,9 +114,11 @@ class Execution:
         every method is taken to act on it.
         """
         known, _ = state.layouts.get(state.branch, (None, 0))
-        step = self.forward.step = replace(self.state.context(state), layout=known)
-        self.forward.acting = {layer: self.acting(step, layer.depth) for layer in state.layers}
-        self.forward.switch()
+        forward, step = self.forward, replace(self.state.context(state), layout=known)
+        if forward.step is None or replace(forward.step, batch=step.batch) != step:  # else the context's begin asked
+            forward.acting = {layer: self.acting(step, layer.depth) for layer in state.layers}
+            forward.switch()
+        forward.step = step
 
     def note_layout(self, state: TransformerState, layout: TokenLayout, batch: int) -> None:
         """Let the methods see the shape of a forward if it is a new one; drop their state if the branch had another."""
@@ -263,9 +265,9 @@ class Execution:
             row %= max(1, (forward.batch or batch) // batch)
         return CallContext(
             transformer=step.transformer, branch=step.branch, step_index=step.step_index,
-            num_inference_steps=step.num_inference_steps, sigma=step.sigma, training=step.training, told=step.told,
-            layout=layout, batch=batch, layer=layer.index, depth=layer.depth, device=call.q.device, row=row,
-            repeated=row != count, differentiate=differentiate,
+            num_inference_steps=step.num_inference_steps, sigma=step.sigma, training=step.training,
+            tells_step=step.tells_step, layout=layout, batch=batch, layer=layer.index, depth=layer.depth,
+            device=call.q.device, row=row, repeated=row != count, differentiate=differentiate,
             heads=None if forward.shards is None else forward.shards.share(layer.heads),
         )  # fmt: skip
 
@@ -345,15 +347,15 @@ class Execution:
         cut, small, rows = computed_rows(plan, call, reused.rows[0], reused.keys)
         share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
         if not cut.needs_kernel:
-            found, exact = run_dense(cut, small, layer), None
+            out, exact = run_dense(cut, small, layer), None
         else:
             small = small.with_keys(cut.centred(small.k))
-            found, exact, _ = self._run_kernel(cut, small)
+            out, exact, _ = self._run_kernel(cut, small)
         if exact is None:
             self.recorder.sparse_call(context, cut, share)
         else:
             self.recorder.selected_call(context, cut, exact, share)
-        reused.out.index_copy_(2, rows, found.to(reused.out.dtype))
+        reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
 
     def _run_kernel(
         self, plan: AttentionPlan, call: Call, differentiate: bool = False

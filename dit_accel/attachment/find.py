@@ -32,9 +32,9 @@ def find_transformers(model: Any) -> dict[str, Any]:
         return known
     classes = sorted({type(part).__name__ for part in modules.values() if isinstance(part, nn.Module)})
     is_pipeline = parts.get("transformer") is not model
-    asked = f"{type(model).__name__} holds {', '.join(classes)}" if is_pipeline else f"got {type(model).__name__}"
+    holding = f"{type(model).__name__} holds {', '.join(classes)}" if is_pipeline else f"got {type(model).__name__}"
     hint = did_you_mean(type(modules.get("transformer", model)).__name__, supported)
-    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {asked}; {hint}")
+    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {holding}; {hint}")
 
 
 def components_of(model: Any) -> dict[str, Any]:

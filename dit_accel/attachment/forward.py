@@ -3,7 +3,6 @@
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,9 +22,6 @@ from .parallel import context_parallel, naming_lost, require_agreement, require_
 from .running import PipelineRun, current_run
 from .seam import is_inside_compiled
 from .shards import SequenceShards, shards_of
-
-_STEP_FIELDS = tuple(field.name for field in fields(StepContext))
-
 
 INSIDE_COMPILED = (
     "a method that runs around the forward or its blocks can't run inside torch.compile(transformer); for "
@@ -149,7 +145,7 @@ class Forward:
 
         def around(**changed: Any) -> Any:
             step = execution.state.context(state)  # a function further out may have opened a nested branch
-            values = {name: getattr(step, name) for name in _STEP_FIELDS}
+            values = {name: getattr(step, name) for name in StepContext.__slots__}
             context = ForwardContext(inputs={**inputs, **changed}, **values)
             return function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
 
@@ -210,9 +206,10 @@ class Forward:
     ) -> Any:
         """Run the model's own forward, its layers switched, and count what ran."""
         execution, forward, state = self._execution, self._execution.forward, self._state
-        state.begun = False
         batch = len(inputs[state.adapter.latents])
-        forward.begin(batch)
+        if not state.begun:
+            forward.begin(batch)
+        state.begun = False
         if not isinstance(grid, str):
             assert forward.layout is not None
             execution.note_layout(state, forward.layout, batch)
@@ -258,7 +255,7 @@ def _own_list(value: Any) -> Any:
 
 def count_dense(execution: Execution, state: TransformerState) -> None:
     """Count a forward and the layers of it that stay dense."""
-    dense = sum(not handlers for handlers in execution.forward.acting.values())
+    dense = sum(not layer.processor._dit_accel_sparse for layer in state.layers)
     execution.recorder.forward(state.name, state.branch, execution.state.step_index, dense)
 
 
@@ -268,12 +265,12 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
     Raises:
         ConfigError: if it asks for an input that is not there, or gives something else.
     """
-    asked = f"the grid of the adapter {adapter.name!r}"
+    what = f"the grid of the adapter {adapter.name!r}"
     try:
         grid = adapter.grid(config, inputs)
     except KeyError as error:
         raise ConfigError(
-            f"{asked} asks for the input {error}, but the forward was given {', '.join(inputs)}; correct the adapter's "
+            f"{what} asks for the input {error}, but the forward was given {', '.join(inputs)}; correct the adapter's "
             "grid"
         ) from error
     if adapter.latents not in inputs:
@@ -286,7 +283,7 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
     ):
         return grid
     raise ConfigError(
-        f"{asked} gave {grid!r}; it must give five whole numbers (frames, height, width, before, after), or a "
+        f"{what} gave {grid!r}; it must give five whole numbers (frames, height, width, before, after), or a "
         "sentence that says why this forward has none"
     )
 
@@ -309,7 +306,7 @@ def _uncount_skipped(execution: Execution, state: TransformerState) -> None:
     """
     forward, seen = execution.forward, execution.recorder.seen
     for number, layer in enumerate(execution.layers):
-        if layer.state is state and not forward.acting[layer]:
+        if layer.state is state and not layer.processor._dit_accel_sparse:
             if number in forward.reached:
                 seen.add(number)
             elif number in seen:

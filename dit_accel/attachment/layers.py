@@ -40,24 +40,24 @@ class AttentionLayer:
 
 @dataclass(slots=True)
 class Branch:
-    """One denoising call that is open: its name, and what the pipeline told of the step.
+    """One denoising call that is open: its name, and what the pipeline states of the step.
 
     Attributes:
         name: such as ``cond``; a nested one's is ``cond/name``.
-        told: what else the context tells of the step, as diffusers' ``CacheContext`` names it.
+        stated: what else the context states of the step, as diffusers' ``CacheContext`` names it.
         reopened: diffusers' own context of this branch, opened again after a nested one ended.
         thread: the thread that opened it.
     """
 
     name: str
-    told: Mapping[str, Any] = field(default_factory=dict)
+    stated: Mapping[str, Any] = field(default_factory=dict)
     reopened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     thread: int = field(default_factory=threading.get_ident)
 
     @property
     def tells_step(self) -> bool:
         """Whether the context tells the step."""
-        return "step_index" in self.told
+        return "step_index" in self.stated
 
 
 class TransformerState:
@@ -73,8 +73,8 @@ class TransformerState:
         nested: how many of them a method opened.
         layouts: branch -> (layout, batch) of its last forward.
         calls: number of the running forward among the calls that no context names.
-        calls_seen: what tells these apart.
-        begun: a context told a step, but no forward was seen in it yet.
+        calls_seen: what distinguishes these.
+        begun: a context states the step, and no forward was seen in it yet.
         weights: what acted on the transformer's weights in the last forward.
         running: the pipeline in whose call the current forward runs; None: none, or no forward runs.
     """

@@ -94,7 +94,7 @@ class Schedule:
             return None
         whole = dtype is not None and not dtype.is_floating_point
         epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
-        trained, found = self._trained, {}
+        trained, matches = self._trained, {}
         scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
         for offset, factor in scales:
             far = [abs(offset + factor * one - timestep) for one in self._values]
@@ -102,9 +102,9 @@ class Schedule:
             place = self._later(start, number)
             allowed = abs(factor) * (trained * epsilon + (whole and abs(factor) == 1))
             if place is not None and far[place] <= allowed:
-                found[offset, factor] = far[place] / allowed, start, place
-        self._starts = {scale: start for scale, (_, start, _) in found.items()}
-        return min(found.values())[1:] if found else None
+                matches[offset, factor] = far[place] / allowed, start, place
+        self._starts = {scale: start for scale, (_, start, _) in matches.items()}
+        return min(matches.values())[1:] if matches else None
 
     def _later(self, start: int, number: int) -> int | None:
         """Return the place of the ``number``-th different timestep after the one at a place, or None."""

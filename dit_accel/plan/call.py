@@ -51,8 +51,8 @@ class Call:
             return self.q.index_select(2, tokens)
         place = torch.full((self.tokens,), len(self.rows), device=tokens.device)
         place[self.rows] = torch.arange(len(self.rows), device=tokens.device)
-        found = F.pad(self.q, (0, 0, 0, 1)).index_select(2, place[tokens])
-        return self.as_held(self.as_held(found)[0].contiguous())[0]
+        queries = F.pad(self.q, (0, 0, 0, 1)).index_select(2, place[tokens])
+        return self.as_held(self.as_held(queries)[0].contiguous())[0]
 
     def for_planning(self) -> "Call":
         """Return the call with a query for every token, zeros where q does not hold all: plans follow from places."""
@@ -89,7 +89,7 @@ class Call:
 
     @property
     def kernel_layout(self) -> dict[str, Any]:
-        """How the kernels are told the layout of tensors that lie as the model holds its own."""
+        """How the kernels name the layout of tensors that lie as the model holds its own."""
         return {"layout": "bshd" if self.tokens_first else "bhsd"}
 
 

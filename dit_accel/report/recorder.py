@@ -53,10 +53,10 @@ class Recorder:
         """Whether any attention call followed a plan."""
         return any(entry.calls for entry in self.forwards.values())
 
-    def spell_backend(self, asked: str) -> str:
-        """Return the backend asked for and, once a planned call ran, what it resolved to and how torch computed."""
+    def spell_backend(self, requested_name: str) -> str:
+        """Return the requested backend and, once a planned call ran, what it resolved to and how torch computed."""
         used = ", ".join(sorted(self.backends))
-        spelled = f"{asked} ({used})" if used and used != asked else asked
+        spelled = f"{requested_name} ({used})" if used and used != requested_name else requested_name
         return "; ".join([spelled, *(f"torch: {way}" for way in sorted(self.torch_ways))])
 
     def ran_by(self, backend: str, q: Tensor) -> None:

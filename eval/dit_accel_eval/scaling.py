@@ -1,8 +1,8 @@
 """What Ulysses sends, holds and computes for released models, by their sizes alone: nothing here is measured."""
 
 from dit_accel.adapters.registry import adapters
+from dit_accel.estimate.shards import ShardEstimate
 from dit_accel.estimate.sizes import rounded_frames, token_layout
-from dit_accel.estimate.spread import Spread
 
 ROWS = (("wan2.1-14b", (81, 161, 513)), ("hunyuan-video", (81, 129, 513)))
 """Family -> output frames, all at 720 x 1280."""
@@ -26,7 +26,7 @@ def table() -> str:
         for frames in lengths:
             layout = token_layout(family, height=720, width=1280, num_frames=rounded_frames(family, frames))
             for degree in DEGREES:
-                spread = Spread(family=family, layout=layout, degree=degree)
+                spread = ShardEstimate(family=family, layout=layout, degree=degree)
                 flops = [spread.flops(density) for density in (1.0, 0.3)]
                 sending = [f"{spread.sent_bytes / LINK / (one / CARD):.1%}" for one in flops]
                 lines.append(

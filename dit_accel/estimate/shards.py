@@ -10,7 +10,7 @@ from .estimate import ASSUMED_BYTES, attention_flops, other_flops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class ShardEstimate:
     """One process's part of a model of known sizes.
 
     Attributes:
