@@ -298,7 +298,7 @@ class Execution:
                 self._run_rows(part_plan, part, context, layer)
         elif plan.skips_logits or not plan.needs_kernel:
             out = run_dense(plan, call, layer)
-            self.recorder.sparse_call(context, plan)
+            self.recorder.planned_call(context, plan)
         else:
             if plan.key_mean is not None:
                 call = call.with_keys(plan.centred(call.k))
@@ -306,10 +306,7 @@ class Execution:
                 out, exact, kept = self._run_kernel(plan, call, context.differentiate)
             else:
                 out, kept = self._run_own_rows(plan, call, layer), None
-            if exact is None:
-                self.recorder.sparse_call(context, plan)
-            else:
-                self.recorder.selected_call(context, plan, exact)
+            self.recorder.planned_call(context, plan, exact)
             if kept is not None:
                 for learner in self._learners:
                     learner.learn(context, kept)
@@ -343,7 +340,7 @@ class Execution:
         reused = plan.reused
         assert reused is not None
         if not len(reused.rows[0]):
-            return self.recorder.sparse_call(context, plan, 0.0)
+            return self.recorder.planned_call(context, plan, rows=0.0)
         cut, small, rows = computed_rows(plan, call, reused.rows[0], reused.keys)
         share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
         if not cut.needs_kernel:
@@ -351,10 +348,7 @@ class Execution:
         else:
             small = small.with_keys(cut.centred(small.k))
             out, exact, _ = self._run_kernel(cut, small)
-        if exact is None:
-            self.recorder.sparse_call(context, cut, share)
-        else:
-            self.recorder.selected_call(context, cut, exact, share)
+        self.recorder.planned_call(context, cut, exact, share)
         reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
 
     def _run_kernel(

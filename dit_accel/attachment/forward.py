@@ -13,7 +13,7 @@ from ..adapters.rope import check_lengths
 from ..errors import ConfigError
 from ..methods.site import AroundForward, ForwardContext, made_tensor
 from ..plan.context import StepContext
-from ..plan.layout import layout_of
+from ..plan.layout import TokenLayout
 from .execution import Execution
 from .forward_state import NO_GRID, as_tensors, fewest_keys
 from .layers import TransformerState
@@ -59,7 +59,7 @@ class Forward:
         self._functions = tuple(functions)
         self.traceable = not functions and not on_modules
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
-        self._checked: Grid | None = None  # the grid whose lengths were checked last
+        self._checked: TokenLayout | None = None  # whose lengths the tables of positions hold
         self._parallel: Any = None
         self._shards: tuple[Any, SequenceShards | None] = None, None  # what they were made for, and they
         self._agreed: set[Any] = set()  # the run, and the shapes in training, in which processes were compared
@@ -166,10 +166,11 @@ class Forward:
         forward.not_a_step = sizes == NO_STEP
         if forward.not_a_step:
             return grid
-        if sizes not in (self._checked, NO_GRID):
-            self._check_lengths(sizes)
-            self._checked = sizes
         forward.lay(sizes)
+        if forward.layout is not None and forward.layout != self._checked:
+            if any(handler.extends for handler in self._execution.handlers):  # for outputs beyond those tables
+                check_lengths(state.adapter.name, state.adapter.rope, state.transformer.config, forward.layout.lengths)
+            self._checked = forward.layout
         forward.min_keys = fewest_keys(state.adapter, sizes)
         forward.shards = None
         if self._parallel is not None and sizes != NO_GRID:
@@ -177,12 +178,6 @@ class Forward:
             forward.min_keys = min(forward.min_keys, forward.shards.local)
         forward.batch = len(inputs[state.adapter.latents])
         return grid
-
-    def _check_lengths(self, grid: Grid) -> None:
-        """Refuse a grid beyond the model's tables of positions if a method is for outputs that large."""
-        adapter = self._state.adapter
-        if any(handler.extends for handler in self._execution.handlers):
-            check_lengths(adapter.name, adapter.rope, self._state.transformer.config, layout_of(grid).lengths)
 
     def _shards_of(self, grid: Grid, inputs: Mapping[str, Any]) -> SequenceShards:
         """Return how processes share the forward; the same object as long as nothing changes."""

@@ -36,17 +36,11 @@ def planned_attention(
     """Run the plan of this layer, step and branch.
 
     Args:
-        q: queries after norm and RoPE, [B, S, H, D] (``tokens_first``) or [B, H, S, D]; fewer than keys where only
-            some tokens have queries.
-        k: keys, the same layout.
-        v: values, the same layout.
-        mask: None, or the model's attention mask.
+        q: queries as `Call` describes them, with `k`, `v`, ``mask``, ``tokens_first`` and ``scale``.
         layer: 0-d int64 CPU tensor, the attention layer's number in the attachment.
         grid: (frames, height, width, text before, text after) of the sequence, 0-d int64 CPU tensors: the length
             of one 1-d tensor could be taken for a size of the latents.
         attachment: number of the attachment.
-        tokens_first: how q, k and v lie.
-        scale: factor on the logits; None: 1 / sqrt(D).
         differentiate: keep the plan for a backward.
 
     Returns:

@@ -130,7 +130,9 @@ class Ulysses(SequenceShards):
         if self.anything:
             x = theirs.all_to_all_single_any_qkv_async(x, self.group)()
         elif x.shape[2] % len(self.counts):
-            raise ConfigError(_indivisible(x.shape[2], len(self.counts)))
+            raise ConfigError(
+                f"ulysses_degree = {len(self.counts)} does not divide the {x.shape[2]} heads; choose one that does"
+            )
         else:
             x = theirs.SeqAllToAllDim.apply(self.group, x)
         return x if self.places is None else x.index_select(1, self.places)
@@ -180,27 +182,14 @@ class Ring(SequenceShards):
 
 def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> SequenceShards:
     """Return how a forward is shared, under diffusers' ``ContextParallelConfig``; its ``text`` as in `split_tokens`."""
-    return (ulysses_of if config.ring_degree == 1 else ring_of)(config, adapter, grid, text, device)
-
-
-def ring_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> Ring:
-    """Return the shards of ring attention."""
-    counts, gathered, places = split_tokens(config.ring_degree, adapter, grid, text, device)
-    rank = config._ring_local_rank
-    order = torch.arange(sum(counts), device=device) if gathered is None else gathered
-    return Ring(
-        group=config._ring_mesh.get_group(), rank=rank, counts=counts, gathered=gathered, places=places,
-        rows=order.split(counts)[rank],
-    )  # fmt: skip
-
-
-def ulysses_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> Ulysses:
-    """Return the shards of Ulysses."""
-    counts, gathered, places = split_tokens(config.ulysses_degree, adapter, grid, text, device)
-    return Ulysses(
-        group=config._ulysses_mesh.get_group(), rank=config._ulysses_local_rank, anything=config.ulysses_anything,
-        counts=counts, gathered=gathered, places=places,
-    )  # fmt: skip
+    counts, gathered, places = split_tokens(config.ring_degree * config.ulysses_degree, adapter, grid, text, device)
+    order = {"counts": counts, "gathered": gathered, "places": places}
+    if config.ring_degree == 1:
+        group, rank = config._ulysses_mesh.get_group(), config._ulysses_local_rank
+        return Ulysses(group=group, rank=rank, anything=config.ulysses_anything, **order)
+    group, rank = config._ring_mesh.get_group(), config._ring_local_rank
+    tokens = torch.arange(sum(counts), device=device) if gathered is None else gathered
+    return Ring(group=group, rank=rank, rows=tokens.split(counts)[rank], **order)
 
 
 def split_tokens(
@@ -236,7 +225,3 @@ def _gathered(sizes: tuple[int, ...], degree: int) -> Tensor:
         streams.append(torch.arange(start, start + size).tensor_split(degree))
         start += size
     return torch.cat([stream[rank] for rank in range(degree) for stream in streams])
-
-
-def _indivisible(heads: int, degree: int) -> str:
-    return f"ulysses_degree = {degree} does not divide the {heads} heads; choose one that does"

@@ -75,17 +75,22 @@ class Recorder:
         entry = self.forwards.setdefault((transformer, step_index, branch), Forward())
         entry.dense_layers += dense_layers
 
-    def sparse_call(self, context: CallContext, plan: AttentionPlan, rows: float = 1.0) -> None:
-        """Count one attention call that follows a plan's lists, over a share ``rows`` of the pairs."""
-        tiles = plan.tiles
-        exact, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
-        self._calls(context).append(CallShares(context.layer, rows * exact, rows * pooled))
+    def planned_call(
+        self, context: CallContext, plan: AttentionPlan, exact: Tensor | None = None, rows: float = 1.0
+    ) -> None:
+        """Count one attention call that follows a plan.
 
-    def selected_call(self, context: CallContext, plan: AttentionPlan, exact: Tensor, rows: float = 1.0) -> None:
-        """Count one attention call whose selection left ``exact``, bits int32 [B, H, NQ, W]; see `sparse_call`."""
+        Args:
+            context: when it ran.
+            plan: what it followed.
+            exact: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: it has none.
+            rows: share of the pairs that it is over.
+        """
         tiles, selection = plan.tiles, plan.selection
-        assert tiles is not None
-        assert selection is not None
+        if exact is None or tiles is None or selection is None:
+            kept, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
+            self._calls(context).append(CallShares(context.layer, rows * kept, rows * pooled))
+            return
         size = tiles.query_tiles * tiles.key_tiles
         by_head = count_bits(exact).sum(-1).float().mean(0) / size
         left = tiles.density
@@ -93,8 +98,7 @@ class Recorder:
             free = selection.keep if selection.pinned is None else selection.keep | selection.pinned
             left = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
         pooled = tiles.tiles_pooled / tiles.tiles_total + (left - by_head.mean()).clamp(min=0)  # rounding may leave -0
-        shares = CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head)
-        self._calls(context).append(shares)
+        self._calls(context).append(CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head))
 
     def settle(self) -> None:
         """Turn the shares that are still tensors into numbers, in one transfer a device."""
