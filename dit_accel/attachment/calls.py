@@ -53,10 +53,10 @@ def _version(x: Tensor) -> int | None:
 def _memory(x: Tensor) -> Any:
     """Return what tells a tensor's memory from any other that exists; None for one that has none of its own."""
     try:
-        place = x.data_ptr()
+        address = x.data_ptr()
     except RuntimeError:  # a wrapper around other tensors, such as what a collective will have gathered
         return None
-    return (place, x.shape, x.stride(), x.dtype, x.device) if place else None
+    return (address, x.shape, x.stride(), x.dtype, x.device) if address else None
 
 
 def text_in(adapter: Adapter, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -274,14 +274,14 @@ class Execution:
     def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:
         """Return what the methods say together, each given what those before it said."""
         plan, whole = AttentionPlan(), call if call.rows is None else call.for_planning()
-        for place, handler in enumerate(handlers):
+        for index, handler in enumerate(handlers):
             seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:
                 plan = handler.plan(plan, seen, context)
             except ConfigError as error:
-                if not place:
+                if not index:
                     raise
-                others = ", ".join(other.name for other in handlers[:place])
+                others = ", ".join(other.name for other in handlers[:index])
                 raise ConfigError(f"{handler.name} together with {others}: {error}") from None
         if call.backend != "auto" or context.differentiate or context.training:
             return plan

@@ -106,13 +106,13 @@ def chosen_layers(
         raise ConfigError(
             f"layers must be indices such as '0, 3-20' or a function (name, module) -> bool, got {layers!r}"
         )
-    left = {index: module for index, module in enumerate(modules) if layers(module[0], module[1])}
-    if not left:
+    chosen = {index: module for index, module in enumerate(modules) if layers(module[0], module[1])}
+    if not chosen:
         raise ConfigError(
             f"the layers filter leaves none of the {len(modules)} attention layers ({modules[0][0]} ... "
             f"{modules[-1][0]}); let it return True for some"
         )
-    return left
+    return chosen
 
 
 def natural(name: str) -> list[Any]:

@@ -60,8 +60,8 @@ def by_rows(plan: AttentionPlan, call: Call, out: Tensor) -> Iterator[tuple[Atte
     for number, tokens in enumerate(reused.rows):
         rows = slice(number, None, lists)
         keys = None if reused.keys is None else reused.keys[number : number + 1]
-        own = replace(reused, rows=(tokens,), out=out[rows], keys=keys)
-        yield replace(plan.of_rows(rows, count, call.q.shape[1]), reused=own), call.of_rows(rows)
+        part = replace(reused, rows=(tokens,), out=out[rows], keys=keys)
+        yield replace(plan.of_rows(rows, count, call.q.shape[1]), reused=part), call.of_rows(rows)
 
 
 def computed_rows(
@@ -104,10 +104,10 @@ def _tiled_rows(
     tokens, size, device = call.tokens, tiles.block_q, call.q.device
     order = torch.arange(tokens, device=device) if order is None else order
     wanted = torch.zeros(tiles.query_tiles * size, dtype=torch.bool, device=device)
-    wanted[:tokens].index_put_((_places(order)[rows],), torch.ones((), dtype=torch.bool, device=device))
+    wanted[:tokens].index_put_((_positions(order)[rows],), torch.ones((), dtype=torch.bool, device=device))
     chosen = wanted.view(-1, size).any(1).nonzero()[:, 0]
-    places = (chosen[:, None] * size + torch.arange(size, device=device)).flatten()
-    rows = order[places[places < tokens]]
+    positions = (chosen[:, None] * size + torch.arange(size, device=device)).flatten()
+    rows = order[positions[positions < tokens]]
     mask = call.key_mask()
     if seen is not None:
         mask = seen.expand(len(call.k), -1) if mask is None else mask & seen
@@ -135,8 +135,8 @@ def _tiled_rows(
     return cut, small, rows
 
 
-def _places(order: Tensor) -> Tensor:
-    """Return the place of each token in an order."""
+def _positions(order: Tensor) -> Tensor:
+    """Return the position of each token in an order."""
     return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
 
 
@@ -156,9 +156,9 @@ def run_dense(plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
 def own_rows(plan: AttentionPlan, call: Call, out: Tensor, rows: Tensor) -> Tensor:
     """Return the rows that a call's q holds, [B, H, S', D], of those that were computed, with the plan's mix of V."""
     assert call.rows is not None
-    place = torch.empty(call.tokens, dtype=torch.int64, device=rows.device)
-    place.index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
-    return with_values(plan, call, out.index_select(2, place[call.rows]))
+    position = torch.empty(call.tokens, dtype=torch.int64, device=rows.device)
+    position.index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+    return with_values(plan, call, out.index_select(2, position[call.rows]))
 
 
 def with_values(plan: AttentionPlan, call: Call, out: Tensor) -> Tensor:

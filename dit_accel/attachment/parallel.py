@@ -90,8 +90,8 @@ def require_agreement(execution: Execution, state: TransformerState, config: Any
         "branch": state.branch,
         "latents": f"{latents.dtype} {list(latents.shape)}",
     }
-    places = torch.linspace(0, latents.numel() - 1, SAMPLES).long().to(latents.device)
-    noise = latents.detach().flatten()[places].float().cpu()
+    picks = torch.linspace(0, latents.numel() - 1, SAMPLES).long().to(latents.device)
+    noise = latents.detach().flatten()[picks].float().cpu()
     others: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(others, (mine, noise.tolist()), group=group)
     for rank, (other, numbers) in enumerate(others):

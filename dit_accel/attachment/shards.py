@@ -25,10 +25,10 @@ class SequenceShards:
 
     Attributes:
         group: the processes.
-        rank: this one's place among them.
+        rank: this one's position among them.
         counts: tokens that each of them holds outside attention.
-        gathered: int64 [S], place among the gathered tokens -> token; None: that is the sequence's own order.
-        places: int64 [S], the inverse.
+        gathered: int64 [S], position among the gathered tokens -> token; None: that is the sequence's own order.
+        positions: int64 [S], the inverse.
         rows: int64 [S'], the tokens whose queries this process has inside attention, rising; None: all.
     """
 
@@ -36,7 +36,7 @@ class SequenceShards:
     rank: int
     counts: tuple[int, ...]
     gathered: Tensor | None
-    places: Tensor | None
+    positions: Tensor | None
     rows: Tensor | None = None
 
     @property
@@ -89,7 +89,7 @@ class SequenceShards:
         share = HeadShare(start=0, count=most, total=most * len(self.counts), group=self.group)
         parts = share.joined(torch.nn.functional.pad(mask, (0, most - self.local)), -1).split(most, -1)
         whole = torch.cat([part[..., :count] for part, count in zip(parts, self.counts, strict=True)], -1)
-        return whole if self.places is None else whole.index_select(-1, self.places)
+        return whole if self.positions is None else whole.index_select(-1, self.positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,7 +135,7 @@ class Ulysses(SequenceShards):
             )
         else:
             x = theirs.SeqAllToAllDim.apply(self.group, x)
-        return x if self.places is None else x.index_select(1, self.places)
+        return x if self.positions is None else x.index_select(1, self.positions)
 
     def scatter(self, x: Tensor, heads: int) -> Tensor:
         """Return this process's tokens of all heads, [B, S', H, D], of [B, S, H', D]."""
@@ -160,7 +160,7 @@ class Ring(SequenceShards):
     diffusers' ring attention gathers the keys and values of all processes, attends to one process's after the other,
     and merges the parts by their log-sum-exp. It gathers them at once, so that one call over all of them holds no more,
     and needs no merge: also a pooled tile may lie across two processes' tokens. What such a call needs is a plan that
-    follows from the tokens' places alone, of which a process computes its own rows.
+    follows from the tokens' positions alone, of which a process computes its own rows.
     """
 
     def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,13 +177,13 @@ class Ring(SequenceShards):
         parts = [torch.empty_like(sent) for _ in self.counts]
         dist.all_gather(parts, sent, group=self.group)
         whole = torch.cat([part[:, :count] for part, count in zip(parts, self.counts, strict=True)], 1)
-        return whole if self.places is None else whole.index_select(1, self.places)
+        return whole if self.positions is None else whole.index_select(1, self.positions)
 
 
 def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> SequenceShards:
     """Return how a forward is shared, under diffusers' ``ContextParallelConfig``; its ``text`` as in `split_tokens`."""
-    counts, gathered, places = split_tokens(config.ring_degree * config.ulysses_degree, adapter, grid, text, device)
-    order = {"counts": counts, "gathered": gathered, "places": places}
+    counts, gathered, positions = split_tokens(config.ring_degree * config.ulysses_degree, adapter, grid, text, device)
+    order = {"counts": counts, "gathered": gathered, "positions": positions}
     if config.ring_degree == 1:
         group, rank = config._ulysses_mesh.get_group(), config._ulysses_local_rank
         return Ulysses(group=group, rank=rank, anything=config.ulysses_anything, **order)
@@ -195,7 +195,7 @@ def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, devic
 def split_tokens(
     degree: int, adapter: Adapter, grid: Grid, text: int | None, device: torch.device
 ) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
-    """Return ``counts``, ``gathered`` and ``places`` of `SequenceShards`.
+    """Return ``counts``, ``gathered`` and ``positions`` of `SequenceShards`.
 
     Args:
         degree: how many processes there are.
@@ -214,8 +214,8 @@ def split_tokens(
     if sum(size > 0 for size in sizes) < 2:
         return counts, None, None
     gathered = _gathered(sizes, degree).to(device)
-    places = torch.empty_like(gathered).index_copy_(0, gathered, torch.arange(len(gathered), device=device))
-    return counts, gathered, places
+    positions = torch.empty_like(gathered).index_copy_(0, gathered, torch.arange(len(gathered), device=device))
+    return counts, gathered, positions
 
 
 def _gathered(sizes: tuple[int, ...], degree: int) -> Tensor:

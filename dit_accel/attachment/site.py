@@ -126,9 +126,9 @@ class TransformerSite:
         Raises:
             ConfigError: if what holds it is compiled.
         """
-        own = next(name for name, inner in self.transformer.named_modules() if inner is module).split(".")
-        for depth in range(len(own) + 1):
-            name = ".".join(own[:depth])
+        path = next(name for name, inner in self.transformer.named_modules() if inner is module).split(".")
+        for depth in range(len(path) + 1):
+            name = ".".join(path[:depth])
             holder = self.transformer.get_submodule(name)
             if id(holder) in self._uncompiled:
                 continue
@@ -149,7 +149,7 @@ class TransformerSite:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, buffer or parameter of an object until the methods are detached."""
-        place = next(
+        holder = next(
             (
                 table
                 for table in (getattr(owner, "_buffers", {}), getattr(owner, "_parameters", {}), owner.__dict__)
@@ -157,20 +157,20 @@ class TransformerSite:
             ),
             owner.__dict__,
         )
-        old = place.get(name, _MISSING)
-        place[name] = value
+        old = holder.get(name, _MISSING)
+        holder[name] = value
 
         def restore() -> None:
-            now = place.get(name)
+            now = holder.get(name)
             moved = isinstance(now, Tensor) and isinstance(value, Tensor) and now.shape == value.shape
             if now is not value and not moved:
                 return  # whatever the user set since then is the user's
             if old is _MISSING:
-                del place[name]
+                del holder[name]
             elif isinstance(now, Tensor) and isinstance(old, Tensor):
-                place[name] = old.to(now.device)  # the module may have been moved to another device
+                holder[name] = old.to(now.device)  # the module may have been moved to another device
             else:
-                place[name] = old
+                holder[name] = old
 
         self._undo.append(restore)
 

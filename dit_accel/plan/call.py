@@ -49,13 +49,13 @@ class Call:
         """Return the queries of some tokens, int64 [G]; zeros for those that q does not hold. [B, H, G, D]: a copy."""
         if self.rows is None:
             return self.q.index_select(2, tokens)
-        place = torch.full((self.tokens,), len(self.rows), device=tokens.device)
-        place[self.rows] = torch.arange(len(self.rows), device=tokens.device)
-        queries = F.pad(self.q, (0, 0, 0, 1)).index_select(2, place[tokens])
+        position = torch.full((self.tokens,), len(self.rows), device=tokens.device)
+        position[self.rows] = torch.arange(len(self.rows), device=tokens.device)
+        queries = F.pad(self.q, (0, 0, 0, 1)).index_select(2, position[tokens])
         return self.as_held(self.as_held(queries)[0].contiguous())[0]
 
     def for_planning(self) -> "Call":
-        """Return the call with a query for every token, zeros where q does not hold all: plans follow from places."""
+        """Return the call with a query for every token, zeros where q holds some alone: plans follow from positions."""
         if self.rows is None:
             return self
         return replace(self, q=self.q.new_zeros(()).expand(*self.q.shape[:2], self.tokens, self.q.shape[3]), rows=None)

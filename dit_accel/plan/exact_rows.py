@@ -34,8 +34,8 @@ def dense_rows(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | Non
     out, weight = call.heads_first(out), plan.value_share(call.q.shape[1], call.q.dtype, rows)
     if weight is None:
         return out
-    own = call.v.index_select(2, rows).repeat_interleave(out.shape[1] // call.v.shape[1], 1)
-    return torch.lerp(out, own, weight.expand_as(out))
+    values = call.v.index_select(2, rows).repeat_interleave(out.shape[1] // call.v.shape[1], 1)
+    return torch.lerp(out, values, weight.expand_as(out))
 
 
 def gradients_of_rows(

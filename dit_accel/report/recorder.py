@@ -93,11 +93,12 @@ class Recorder:
             return
         size = tiles.query_tiles * tiles.key_tiles
         by_head = count_bits(exact).sum(-1).float().mean(0) / size
-        left = tiles.density
+        remaining = tiles.density
         if selection.keep is not None and selection.rest == "skip":
             free = selection.keep if selection.pinned is None else selection.keep | selection.pinned
-            left = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
-        pooled = tiles.tiles_pooled / tiles.tiles_total + (left - by_head.mean()).clamp(min=0)  # rounding may leave -0
+            remaining = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
+        dropped = (remaining - by_head.mean()).clamp(min=0)  # rounding may leave -0
+        pooled = tiles.tiles_pooled / tiles.tiles_total + dropped
         self._calls(context).append(CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head))
 
     def settle(self) -> None:

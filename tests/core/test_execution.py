@@ -121,7 +121,7 @@ def test_observers_see_a_processs_own_rows_of_a_call_under_ring_attention(tokens
     layer.observe(seen.append)
     whole = layer.call(*map(held, (q, k, v)), LAYOUT)
     own = torch.arange(1, TOKENS, 2)
-    layer.execution.forward.shards = Ring(group=None, rank=1, counts=(36, 35), gathered=None, places=None, rows=own)
+    layer.execution.forward.shards = Ring(group=None, rank=1, counts=(36, 35), gathered=None, positions=None, rows=own)
     out = layer.call(held(q[:, :, own]), held(k), held(v), LAYOUT)
     torch.testing.assert_close(held(out), held(whole)[:, :, own])
     assert seen[0].rows is None

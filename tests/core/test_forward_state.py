@@ -15,7 +15,7 @@ from dit_accel.attachment.shards import Ring
 
 
 def test_a_forward_inside_another_leaves_all_of_its_state_as_it_was():
-    state, layers = ForwardState(), [AttentionLayer(OneLayer().state, nn.Module(), place, place) for place in range(2)]
+    state, layers = ForwardState(), [AttentionLayer(OneLayer().state, nn.Module(), index, index) for index in range(2)]
     for layer in layers:
         layer.processor = SimpleNamespace(_dit_accel_sparse=False)
     shards = Ring(group=None, rank=0, counts=(4, 4), gathered=None, places=None, rows=torch.arange(4))

@@ -40,7 +40,8 @@ class Processes:
 
 def shares(total, size):
     made = [
-        Ulysses(rank=r, counts=(1,) * size, gathered=None, places=None, group=None, anything=True) for r in range(size)
+        Ulysses(rank=r, counts=(1,) * size, gathered=None, positions=None, group=None, anything=True)
+        for r in range(size)
     ]
     return [one.share(total) for one in made]
 

@@ -31,14 +31,14 @@ def spread(name: str, grid, degree: int, rank: int = 0, text: int | None = None)
 
 def test_one_stream_is_gathered_in_its_own_order():
     found = spread("wan", (5, 2, 2, 0, 0), 4, rank=1)
-    assert (found.counts, found.local, found.gathered, found.places) == ((5, 5, 5, 5), 5, None, None)
+    assert (found.counts, found.local, found.gathered, found.positions) == ((5, 5, 5, 5), 5, None, None)
 
 
 def test_text_is_split_apart_from_what_follows_it():
     """Two text tokens, four of the image, two of a reference that joined the image's stream."""
     found = spread("flux", (1, 2, 2, 2, 2), 2)
     assert found.gathered.tolist() == [0, 2, 3, 4, 1, 5, 6, 7]
-    assert found.places[found.gathered].tolist() == list(range(8))
+    assert found.positions[found.gathered].tolist() == list(range(8))
 
 
 def test_what_stands_before_the_picture_may_belong_to_its_stream():
