@@ -48,8 +48,7 @@ class Attachment:
         execution.on_run.append(self._end_run)
 
     def __enter__(self) -> "Attachment":
-        if not self._attached:
-            raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
+        self._require_attached()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -72,8 +71,7 @@ class Attachment:
         Raises:
             AttachError: if it is detached already.
         """
-        if not self._attached:
-            raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
+        self._require_attached()
         self._warn_if_replaced()
         while self._undo:
             self._undo.pop()()
@@ -121,6 +119,10 @@ class Attachment:
             state_bytes={name: size for name, size in held.items() if size},
             sections=tuple(section for handler in execution.handlers if (section := handler.report()) is not None),
         )
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
 
     def _end_run(self) -> None:
         """Say once if the run that ends planned nothing, or another transformer of the pipeline was replaced."""
@@ -260,7 +262,7 @@ def _install_calls(attachment: Attachment, state: TransformerState) -> None:
     site.install_blocks()
     forward = Forward(execution, state, site.forwards, on_modules=site.on_modules)
     undo.append(wrap_call(state.part, forward, attachment))
-    followed = _followed_context(execution, state, forward, original or _no_context)
+    followed = _followed_context(execution, state, forward, original)
     undo.append(shadow(transformer, "cache_context", followed))  # diffusers' own or not, a loop may say where it stands
     if hasattr(transformer, "_reset_stateful_cache"):
         reset = transformer._reset_stateful_cache
@@ -274,15 +276,10 @@ def _install_calls(attachment: Attachment, state: TransformerState) -> None:
         undo.append(shadow(transformer, "_reset_stateful_cache", end_of_run))
 
 
-def _no_context(name: str, **kwargs: Any) -> Any:
-    """Return a context that does nothing, for transformers that have none of diffusers'."""
-    return contextlib.nullcontext()
-
-
 def _followed_context(
-    execution: Execution, state: TransformerState, forward: Forward, original: Callable[..., Any]
+    execution: Execution, state: TransformerState, forward: Forward, original: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    """Return a ``cache_context`` that notes the pipeline's denoising calls."""
+    """Return a ``cache_context`` that notes the pipeline's denoising calls, around diffusers' own if there is one."""
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
@@ -295,7 +292,7 @@ def _followed_context(
             execution.forward.begin(None)
             execution.switch(state)
         try:
-            with original(name, **kwargs):
+            with contextlib.nullcontext() if original is None else original(name, **kwargs):
                 yield
             if state.begun:
                 count_dense(execution, state)

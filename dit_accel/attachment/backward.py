@@ -22,15 +22,7 @@ NO_TICKET = -1
 
 @dataclass(frozen=True, slots=True)
 class Differentiated:
-    """A planned call that a backward will follow; its tensors are autograd's to keep.
-
-    Attributes:
-        plan: what it computed.
-        layer: the layer's number.
-        sizes: its grid.
-        tokens_first: how its tensors lie.
-        scale: factor on its logits.
-    """
+    """A planned call that a backward will follow, by its layer's number; its tensors are autograd's to keep."""
 
     plan: AttentionPlan
     layer: int

@@ -1,6 +1,7 @@
 """A transformer as a handler sees it while it installs itself, and what the core makes of what handlers ask for."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,6 @@ from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import Streams, block_signature
 from ..errors import ConfigError
 from ..methods.site import AroundBlock, AroundCall, AroundForward, Block
-from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
 from .offloaded import fetch, send_away
@@ -238,7 +238,7 @@ class TransformerSite:
             inner: Callable[[Streams], Streams] = innermost
             context = self._execution.state.context(self._state)
             for function in functions:
-                inner = _wrapped(function, context, block, inner)
+                inner = functools.partial(function, context, block, inner)
             result = signature.write_result(inner(signature.read_call(args, kwargs)), like=last[0])
             if skipped:
                 send_away(block.module)
@@ -259,12 +259,6 @@ def _fetched(module: nn.Module) -> AroundCall:
         return run(*args, **kwargs)
 
     return around
-
-
-def _wrapped(
-    function: AroundBlock, context: StepContext, block: Block, run: Callable[[Streams], Streams]
-) -> Callable[[Streams], Streams]:
-    return lambda streams: function(context, block, run, streams)
 
 
 def find_blocks(adapter: Adapter, transformer: nn.Module) -> tuple[Block, ...]:

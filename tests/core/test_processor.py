@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import types
 
 import diffusers
 import pytest
@@ -11,8 +12,10 @@ from diffusers.models.attention_processor import Attention, CogVideoXAttnProcess
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_kernels import TileLists, block_sparse_attention
 from one_layer import MODEL, OneLayer
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dit_accel import ConfigError
+from dit_accel.attachment import processor as module
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
@@ -154,6 +157,28 @@ def test_planned_calls_and_the_kernels_own_operators_stay_out_of_cuda_graphs():
                 operator = getattr(getattr(torch.ops, namespace), name + suffix, None)
                 if operator is not None:
                     assert torch.Tag.cudagraph_unsafe in operator.default.tags, name
+
+
+def test_an_eager_call_goes_straight_to_the_plan_and_others_through_the_operator(execution, monkeypatch):
+    through = []
+
+    def operator(*given):
+        through.append(given[-1])
+        return planned_attention(*given)
+
+    monkeypatch.setattr(module, "planned_attention", operator)
+    execution.forward.processor = types.SimpleNamespace(_dit_accel_layer=torch.tensor(0))
+    execution.forward.lay(GRID)
+    q, k, v = tensors()
+    out = module.planned(q, k, v, None, None, True, execution)
+    assert not through
+    assert torch.equal(out, call(execution, q, k, v))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        made = module.planned(*(fake.from_tensor(x) for x in (q, k, v)), None, None, True, execution)
+    assert (through, made.shape, type(made)) == ([False], out.shape, FakeTensor)
+    trained = module.planned(q.requires_grad_(), k, v, None, None, True, execution)
+    assert through == [False, True]
+    assert torch.equal(trained, out)
 
 
 def test_an_attachment_that_is_gone_says_so():
