@@ -80,6 +80,8 @@ def test_masks_that_are_split_as_the_tokens_are_come_back_in_the_order_of_the_mo
     monkeypatch.setattr(HeadShare, "joined", lambda self, x, dim: torch.cat(parts, dim))
     found = spread("flux", (1, 2, 2, 2, 0), 2)
     assert torch.equal(found.whole_mask(parts[0]), whole)
+    parts = whole.split(3, -1)  # one stream is in the order of the model already
+    assert torch.equal(spread("wan", (3, 1, 2, 0, 0), 2).whole_mask(parts[0]), whole)
 
 
 def test_masks_that_pair_queries_with_keys_are_refused():
