@@ -18,7 +18,7 @@ def test_a_forward_inside_another_leaves_all_of_its_state_as_it_was():
     state, layers = ForwardState(), [AttentionLayer(OneLayer().state, nn.Module(), index, index) for index in range(2)]
     for layer in layers:
         layer.processor = SimpleNamespace(_dit_accel_sparse=False)
-    shards = Ring(group=None, rank=0, counts=(4, 4), gathered=None, places=None, rows=torch.arange(4))
+    shards = Ring(group=None, rank=0, counts=(4, 4), gathered=None, positions=None, rows=torch.arange(4))
     state.lay((2, 2, 2, 0, 0))
     state.begin(3)
     state.min_keys, state.shards, state.noted, state.step = 8, shards, state.sizes, object()
