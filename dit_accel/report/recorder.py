@@ -26,7 +26,7 @@ class CallShares:
 
 
 @dataclass(slots=True)
-class Forward:
+class ForwardCounts:
     """What one denoising call (transformer, step, branch) ran."""
 
     dense_layers: int = 0
@@ -41,7 +41,7 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self.forwards: dict[tuple[str, int, str], Forward] = {}
+        self.forwards: dict[tuple[str, int, str], ForwardCounts] = {}
         self.notes: list[str] = []
         self.backends: set[str] = set()
         self.torch_ways: set[str] = set()
@@ -72,7 +72,7 @@ class Recorder:
 
     def forward(self, transformer: str, branch: str, step_index: int, dense_layers: int) -> None:
         """Count one denoising call and the layers of it that run dense."""
-        entry = self.forwards.setdefault((transformer, step_index, branch), Forward())
+        entry = self.forwards.setdefault((transformer, step_index, branch), ForwardCounts())
         entry.dense_layers += dense_layers
 
     def planned_call(
@@ -115,4 +115,6 @@ class Recorder:
                 call.exact, call.pooled, call.by_head = exact, pooled, tuple(by_head)
 
     def _calls(self, context: CallContext) -> list[CallShares]:
-        return self.forwards.setdefault((context.transformer, context.step_index, context.branch), Forward()).calls
+        return self.forwards.setdefault(
+            (context.transformer, context.step_index, context.branch), ForwardCounts()
+        ).calls
