@@ -20,7 +20,6 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel.attachment.execution import PlannedCall
-from dit_accel.attachment.kernel_call import kernel_arguments
 
 LATENTS = (1, 16, 33, 20, 28)
 """[B, C, T, H, W]: 33 x 10 x 14 tokens."""
@@ -88,7 +87,7 @@ def calls(planned: PlannedCall) -> list[tuple[str, float, dict[str, Callable[[],
     whole = replace(sparse, tiles=None, token_order=None)
 
     def ours(plan: Any) -> Callable[[], Any]:
-        tiles, arguments = kernel_arguments(plan, call)
+        tiles, arguments = plan.kernel_arguments(call)
 
         def run() -> Any:
             k = plan.centred(call.k) if plan.frame_decay is not None else call.k

@@ -1,6 +1,6 @@
 """What Ulysses sends, holds and computes for released models, by their sizes alone: nothing here is measured."""
 
-from spread import Spread
+from shards import ShardEstimate
 
 from dit_accel.adapters.registry import adapters
 from dit_accel.estimate.sizes import rounded_frames, token_layout
@@ -27,7 +27,7 @@ def table() -> str:
         for frames in lengths:
             layout = token_layout(family, height=720, width=1280, num_frames=rounded_frames(family, frames))
             for degree in DEGREES:
-                spread = Spread(family=family, layout=layout, degree=degree)
+                spread = ShardEstimate(family=family, layout=layout, degree=degree)
                 flops = [spread.flops(density) for density in (1.0, 0.3)]
                 sending = [f"{spread.sent_bytes / LINK / (one / CARD):.1%}" for one in flops]
                 lines.append(

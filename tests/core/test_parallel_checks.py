@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from dit_accel import ConfigError
 from dit_accel.attachment.parallel import require_agreement, require_parallel
-from dit_accel.attachment.ring import Ring
+from dit_accel.attachment.shards import Ring
 
 MESH = SimpleNamespace(get_group=lambda: None)
 
@@ -100,9 +100,8 @@ def test_a_ring_gathers_all_tokens_in_the_model_s_order(monkeypatch):
     monkeypatch.setattr(dist, "all_gather", gather)
     order = torch.tensor([0, 2, 4, 1, 3])
     for own, rank in ((split[0], 0), (split[1], 1)):
-        ring = Ring(
-            group=None, rank=rank, counts=(3, 2), gathered=order, places=order.argsort(), own=order.split((3, 2))[rank]
-        )
+        rows, back = order.split((3, 2))[rank], order.argsort()
+        ring = Ring(group=None, rank=rank, counts=(3, 2), gathered=order, positions=back, rows=rows)
         assert torch.equal(ring.gather(own), whole)
     with pytest.raises(ConfigError):
         ring.gather(whole)

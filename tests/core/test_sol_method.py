@@ -377,7 +377,7 @@ class TestOnWan:
             with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)) as attachment:
                 store = attachment._execution.backward
                 out = transformer(**call)[0].square().sum()
-                plans = [plan for _, plan in store._plans.values()]
+                plans = [call.plan for _, call in store._plans.values()]
                 assert len(plans) == len(store) == 3
                 assert {plan.selection.routing for plan in plans} == {None}
                 assert not any((plan.selection.routed == 0).all() for plan in plans)

@@ -2,7 +2,7 @@
 
 import pytest
 from dit_accel_pipelines import ADAPTERS
-from spread import Spread
+from shards import ShardEstimate
 
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.sizes import token_layout
@@ -11,8 +11,8 @@ WAN = next(family for adapter in ADAPTERS for family in adapter.families if fami
 LAYOUT = token_layout(WAN, height=720, width=1280, num_frames=81)
 
 
-def spread(degree: int) -> Spread:
-    return Spread(family=WAN, layout=LAYOUT, degree=degree)
+def spread(degree: int) -> ShardEstimate:
+    return ShardEstimate(family=WAN, layout=LAYOUT, degree=degree)
 
 
 def test_wan_on_eight_cards():

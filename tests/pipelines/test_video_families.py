@@ -39,7 +39,7 @@ def planned_calls(model, **changes):
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment, recorded(attachment) as calls:
         run(transformer, {**model.inputs(1), **changes})
-        return calls, dataclasses.astuple(attachment._execution.layers[0].state.layout)
+        return calls, dataclasses.astuple(attachment._execution.forward.layout)
 
 
 @pytest.mark.parametrize(

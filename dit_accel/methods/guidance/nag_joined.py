@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from ...adapters.joined_text import JoinedText
 from ...errors import ConfigError
 from ...plan.context import CallContext
-from ...plan.led import LedRows
+from ...plan.normalized_guidance import NormalizedGuidance
 from ...plan.plan import AttentionPlan
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .negative_text import require_width
@@ -91,8 +91,8 @@ class BesideText:
             )
         self.calls += 1
         settings = self._settings
-        return plan.lead(
-            LedRows(
+        return plan.guide(
+            NormalizedGuidance(
                 positive=positive,
                 negative=negative,
                 tokens=self._where.others(self._tokens, layout.tokens),

@@ -193,7 +193,7 @@ class Profiler:
         Raises:
             ConfigError: where it is needed and can't be told from what the model predicts.
         """
-        layout = state.layout
+        layout = self._execution.forward.layout
         if layout is None:
             raise ConfigError(f"tune profile can't tell {state.name}'s tokens in this call; profile another model")
         grid = layout.frames, layout.height, layout.width

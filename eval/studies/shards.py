@@ -10,7 +10,7 @@ from dit_accel.plan.tiling import TILE, bitmap_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class ShardEstimate:
     """One process's part of a model of known sizes.
 
     Attributes:

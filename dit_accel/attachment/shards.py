@@ -1,8 +1,11 @@
-"""Ulysses: inside attention a process has all tokens of some heads, and plans them as one process would.
+"""How several processes share the tokens and heads of one attention call, under Ulysses or ring attention.
+
+Under Ulysses a process has all tokens of some heads inside attention; under ring attention it has the queries of its
+own tokens, and gathers all keys and values. Either way it plans the call as one process would.
 
 diffusers' hooks split each stream of tokens by itself, so that its all-to-all gathers the parts of the streams in turn:
 text, video, text, video. Tiles, frames and masks count tokens in the sequence's own order, into which they are brought
-here, and back. The exchange itself is diffusers'.
+here, and back. Ulysses' exchange itself is diffusers'.
 """
 
 from dataclasses import dataclass
@@ -17,27 +20,45 @@ from ..plan.heads import HeadShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Spread:
-    """How the tokens of one forward are spread over processes.
+class SequenceShards:
+    """How the tokens of one forward are shared between processes.
 
     Attributes:
         group: the processes.
-        rank: this one's place among them.
+        rank: this one's position among them.
         counts: tokens that each of them holds outside attention.
-        gathered: int64 [S], place among the gathered tokens -> token; None: that is the sequence's own order.
-        places: int64 [S], the inverse.
+        gathered: int64 [S], position among the gathered tokens -> token; None: that is the sequence's own order.
+        positions: int64 [S], the inverse.
+        rows: int64 [S'], the tokens whose queries this process has inside attention, rising; None: all.
     """
 
     group: Any
     rank: int
     counts: tuple[int, ...]
     gathered: Tensor | None
-    places: Tensor | None
+    positions: Tensor | None
+    rows: Tensor | None = None
 
     @property
     def local(self) -> int:
         """Tokens that this process holds outside attention, S'."""
         return self.counts[self.rank]
+
+    def share(self, total: int) -> HeadShare | None:
+        """Return the heads of this process, of so many; None: all."""
+        return None
+
+    def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what this process computes one attention call with, of its tokens' q, k and v, [B, S', H, D]."""
+        raise NotImplementedError
+
+    def scatter(self, x: Tensor, heads: int) -> Tensor:
+        """Return this process's tokens of all heads, [B, S', H, D], of what it computed."""
+        return x
+
+    def gathered_mask(self, mask: Any) -> Any:
+        """Return a mask as diffusers' own exchange needs it."""
+        return mask
 
     def require_local(self, x: Tensor) -> None:
         """Raise `ConfigError` if a tensor [B, S', H, D] does not hold this process's tokens."""
@@ -68,12 +89,12 @@ class Spread:
         share = HeadShare(start=0, count=most, total=most * len(self.counts), group=self.group)
         parts = share.joined(torch.nn.functional.pad(mask, (0, most - self.local)), -1).split(most, -1)
         whole = torch.cat([part[..., :count] for part, count in zip(parts, self.counts, strict=True)], -1)
-        return whole if self.places is None else whole.index_select(-1, self.places)
+        return whole if self.positions is None else whole.index_select(-1, self.positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Ulysses(Spread):
-    """How the tokens and heads of one forward are spread over processes.
+class Ulysses(SequenceShards):
+    """How the tokens and heads of one forward are shared between processes, each of which computes some heads.
 
     Attributes:
         anything: lengths and heads need not be divisible by their number.
@@ -87,6 +108,16 @@ class Ulysses(Spread):
         start = min(self.rank * most, total)
         return HeadShare(start=start, count=min(most, total - start), total=total, group=self.group)
 
+    def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all tokens of this process's heads; as `gather`.
+
+        Raises:
+            ConfigError: if a gradient is wanted that the exchange does not have.
+        """
+        if self.anything and torch.is_grad_enabled() and q.requires_grad:
+            raise ConfigError("diffusers' ulysses_anything has no gradient; generate under torch.no_grad()")
+        return self.gather(q), self.gather(k), self.gather(v)
+
     def gather(self, x: Tensor) -> Tensor:
         """Return all tokens of this process's heads, [B, S, H', D] in the sequence's order, of [B, S', H, D].
 
@@ -99,10 +130,12 @@ class Ulysses(Spread):
         if self.anything:
             x = theirs.all_to_all_single_any_qkv_async(x, self.group)()
         elif x.shape[2] % len(self.counts):
-            raise ConfigError(_indivisible(x.shape[2], len(self.counts)))
+            raise ConfigError(
+                f"ulysses_degree = {len(self.counts)} does not divide the {x.shape[2]} heads; choose one that does"
+            )
         else:
             x = theirs.SeqAllToAllDim.apply(self.group, x)
-        return x if self.places is None else x.index_select(1, self.places)
+        return x if self.positions is None else x.index_select(1, self.positions)
 
     def scatter(self, x: Tensor, heads: int) -> Tensor:
         """Return this process's tokens of all heads, [B, S', H, D], of [B, S, H', D]."""
@@ -120,19 +153,49 @@ class Ulysses(Spread):
         return mask.index_select(-1, self.gathered)
 
 
-def ulysses_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> Ulysses:
-    """Return how a forward is spread, under diffusers' ``ContextParallelConfig``; its ``text`` as in `spread_of`."""
-    counts, gathered, places = spread_of(config.ulysses_degree, adapter, grid, text, device)
-    return Ulysses(
-        group=config._ulysses_mesh.get_group(), rank=config._ulysses_local_rank, anything=config.ulysses_anything,
-        counts=counts, gathered=gathered, places=places,
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ring(SequenceShards):
+    """How the tokens of one forward are shared between processes, each of which computes the rows of its own.
+
+    diffusers' ring attention gathers the keys and values of all processes, attends to one process's after the other,
+    and merges the parts by their log-sum-exp. It gathers them at once, so that one call over all of them holds no more,
+    and needs no merge: also a pooled tile may lie across two processes' tokens. What such a call needs is a plan that
+    follows from the tokens' positions alone, of which a process computes its own rows.
+    """
+
+    def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return this process's queries, and all keys and values."""
+        return q, self.gather(k), self.gather(v)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return all tokens, [B, S, H, D] in the sequence's order, of this process's, [B, S', H, D]."""
+        import torch.distributed as dist
+
+        self.require_local(x)
+        most = max(self.counts)
+        sent = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, most - self.local)).contiguous()
+        parts = [torch.empty_like(sent) for _ in self.counts]
+        dist.all_gather(parts, sent, group=self.group)
+        whole = torch.cat([part[:, :count] for part, count in zip(parts, self.counts, strict=True)], 1)
+        return whole if self.positions is None else whole.index_select(1, self.positions)
 
 
-def spread_of(
+def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> SequenceShards:
+    """Return how a forward is shared, under diffusers' ``ContextParallelConfig``; its ``text`` as in `split_tokens`."""
+    counts, gathered, positions = split_tokens(config.ring_degree * config.ulysses_degree, adapter, grid, text, device)
+    order = {"counts": counts, "gathered": gathered, "positions": positions}
+    if config.ring_degree == 1:
+        group, rank = config._ulysses_mesh.get_group(), config._ulysses_local_rank
+        return Ulysses(group=group, rank=rank, anything=config.ulysses_anything, **order)
+    group, rank = config._ring_mesh.get_group(), config._ring_local_rank
+    tokens = torch.arange(sum(counts), device=device) if gathered is None else gathered
+    return Ring(group=group, rank=rank, rows=tokens.split(counts)[rank], **order)
+
+
+def split_tokens(
     degree: int, adapter: Adapter, grid: Grid, text: int | None, device: torch.device
 ) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
-    """Return the tokens that each process holds, their order among the gathered ones, and its inverse, as in `Spread`.
+    """Return ``counts``, ``gathered`` and ``positions`` of `SequenceShards`.
 
     Args:
         degree: how many processes there are.
@@ -151,8 +214,8 @@ def spread_of(
     if sum(size > 0 for size in sizes) < 2:
         return counts, None, None
     gathered = _gathered(sizes, degree).to(device)
-    places = torch.empty_like(gathered).index_copy_(0, gathered, torch.arange(len(gathered), device=device))
-    return counts, gathered, places
+    positions = torch.empty_like(gathered).index_copy_(0, gathered, torch.arange(len(gathered), device=device))
+    return counts, gathered, positions
 
 
 def _gathered(sizes: tuple[int, ...], degree: int) -> Tensor:
@@ -162,7 +225,3 @@ def _gathered(sizes: tuple[int, ...], degree: int) -> Tensor:
         streams.append(torch.arange(start, start + size).tensor_split(degree))
         start += size
     return torch.cat([stream[rank] for rank in range(degree) for stream in streams])
-
-
-def _indivisible(heads: int, degree: int) -> str:
-    return f"ulysses_degree = {degree} does not divide the {heads} heads; choose one that does"
