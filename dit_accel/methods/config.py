@@ -9,21 +9,22 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from ..errors import ConfigError, did_you_mean
+from .options import find_broken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodConfig:
     """Base of every method's config: what the user asks for. Frozen, keyword-only, slotted, checked on creation.
 
-    A field that a model's recipe may fill is annotated ``... | None`` and defaults to None. What a config comes to on a
-    model is another type, the method's settings; where nothing is left to fill in, the config itself.
+    An option's annotation says its type and range, as `dit_accel.methods.options` has it. An option that a model's
+    recipe may fill is annotated ``... | None`` and defaults to None; `filled` gives what a config comes to on a model.
 
     Raises:
-        ConfigError: for an option that there is not, a value of another type than the field's annotation, or a number
-            that is not finite.
+        ConfigError: for an option that there is not, a value of another type or range than the option's annotation has,
+            a number that is not finite, or options that contradict each other.
     """
 
     name: ClassVar[str]
@@ -38,17 +39,27 @@ class MethodConfig:
             cls.__init__ = _naming_the_unknown(cls.__init__)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints, declared = typing.get_type_hints(type(self)), typing.get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
+            value, hint, option = getattr(self, field.name), hints[field.name], f"{self.name}.{field.name}"
             plain = _plain(value)
             if not _fits(plain, hint):
-                option = f"{self.name}.{field.name}"
                 raise ConfigError(
                     f"{option} must be {spell_type(hint)}, got {value!r}{_how_to_list(option, plain, hint)}"
                 )
+            if broken := find_broken(plain, declared[field.name], _fits):
+                must, found, advice = broken
+                found = list(found) if isinstance(found, tuple) else found
+                raise ConfigError(f"{option} must {must}, got {found!r}{self._advice(field, advice)}")
             if plain is not value:
                 object.__setattr__(self, field.name, plain)
+
+    def _advice(self, field: dataclasses.Field[Any], advice: str) -> str:
+        """Return what an error says at its end: an option's usual value, if it has one, and its own advice."""
+        usual = self.defaults.get(field.name, field.default)
+        parts = [f"{usual:g} is usual"] if isinstance(usual, (int, float)) else []
+        parts += [advice] if advice else []
+        return f"; {', '.join(parts)}" if parts else ""
 
     @property
     def asked(self) -> str:
@@ -139,6 +150,8 @@ def _plain(value: Any) -> Any:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _fits(value, typing.get_args(hint)[0])
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(hint))
     if origin is typing.Literal:

@@ -214,6 +214,31 @@ def test_one_value_of_the_command_line_is_one_line(text):
     assert parse_value("0.5\n") == 0.5
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[easycache]\nthreshold = -1", "easycache.threshold must be >= 0, got -1; 0.05 is usual, 0 skips nothing"),
+        ("[radial]\ndecay_factor = 0.0", "radial.decay_factor must be above 0, got 0.0; 1 is usual"),
+        ("[sparsed]\nmass = 1.0", "sparsed.mass must be above 0 and below 1, got 1.0; 0.95 is usual"),
+        ("[dfa]\nevery = 0", "dfa.every must be >= 1, got 0; 2 is usual"),
+        ("[lvsa]\ntrained_frames = 0", "lvsa.trained_frames must be >= 1, got 0"),
+        (
+            "[staticcache]\nsteps = [1, 2]",
+            "staticcache.steps must hold values that are from 0 to 1, got 2; 1 is computed, 0 may be skipped",
+        ),
+        ("[staticcache]\nsteps = [0, 1]", "staticcache.steps must be a list that begins with 1, got [0, 1]"),
+        (
+            "[lite]\ndense_steps = 2.5",
+            "lite.dense_steps must be a whole number of steps from 0 on, or a share of the run below 1, got 2.5; 0.1 "
+            "is usual, write 5 for five steps, 0.2 for a fifth of them",
+        ),
+    ],
+)
+def test_what_is_out_of_range_says_what_is_usual(text, message):
+    with pytest.raises(ConfigError, match=f"^the file: {re.escape(message)}$"):
+        from_toml(text, "the file")
+
+
 def test_share_of_steps():
     config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).resolve()
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]

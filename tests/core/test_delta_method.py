@@ -532,14 +532,14 @@ def test_compiled_full_graph_gives_the_same():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"stride": 0}, r"delta\.stride must be >= 1, got 0; 64 computes 1\.6 % of the rows exactly"),
-        ({"stride": 2.0}, r"delta\.stride must be an integer, got 2\.0"),
-        ({"reuse": 0}, r"delta\.reuse must be >= 1, got 0; 1 probes every call"),
-        ({"margin": -1}, r"delta\.margin must be >= 0, got -1; 1 is usual"),
-        ({"margin": float("nan")}, r"delta\.margin must be a finite number, got nan"),
-        ({"shrink": "no"}, r"delta\.shrink must be true or false, got 'no'"),
-        ({"rotate": 2}, r"delta\.rotate must be true or false, got 2"),
-        ({"reactivate": 1}, r"delta\.reactivate must be true or false, got 1"),
+        ({"stride": 0}, r"delta\.stride must .*got 0"),
+        ({"stride": 2.0}, r"delta\.stride must .*got 2\.0"),
+        ({"reuse": 0}, r"delta\.reuse must .*got 0"),
+        ({"margin": -1}, r"delta\.margin must .*got -1"),
+        ({"margin": float("nan")}, r"delta\.margin must .*got nan"),
+        ({"shrink": "no"}, r"delta\.shrink must .*got 'no'"),
+        ({"rotate": 2}, r"delta\.rotate must .*got 2"),
+        ({"reactivate": 1}, r"delta\.reactivate must .*got 1"),
     ],
 )
 def test_bad_options_are_refused_with_the_value(options, text):

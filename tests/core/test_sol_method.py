@@ -59,18 +59,18 @@ def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "refer
     [
         (
             {"beta": float("nan")},
-            r"sol\.beta must be a finite number or unset, got nan",
+            r"sol\.beta must .*got nan",
         ),
-        ({"beta": float("inf")}, r"sol\.beta must be a finite number or unset, got inf"),
-        ({"beta_last": float("-inf")}, r"sol\.beta_last must be a finite number or unset, got -inf"),
-        ({"beta": "1"}, r"sol\.beta must be a finite number or unset, got '1'"),
-        ({"block_size": 96}, r"sol\.block_size must be a power of two from 16 to 512, got 96; 64 is usual"),
-        ({"block_size": 8}, r"sol\.block_size must be a power of two from 16 to 512, got 8"),
-        ({"threshold": "full"}, r"sol\.threshold must be 'diag' or 'exact', got 'full'"),
-        ({"sink": "none"}, r"sol\.sink must be 'text' or 'first_frame', got 'none'"),
+        ({"beta": float("inf")}, r"sol\.beta must .*got inf"),
+        ({"beta_last": float("-inf")}, r"sol\.beta_last must .*got -inf"),
+        ({"beta": "1"}, r"sol\.beta must .*got '1'"),
+        ({"block_size": 96}, r"sol\.block_size must .*got 96"),
+        ({"block_size": 8}, r"sol\.block_size must .*got 8"),
+        ({"threshold": "full"}, r"sol\.threshold must .*got 'full'"),
+        ({"sink": "none"}, r"sol\.sink must .*got 'none'"),
         (
             {"dense_steps": -1},
-            r"sol\.dense_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+            r"sol\.dense_steps must .*got -1",
         ),
     ],
 )

@@ -58,15 +58,15 @@ def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> Ultra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(alpha=1.1), r"ultravico\.alpha must be above 0 and at most 1, got 1\.1; 1 decays nothing"),
-        (dict(alpha=0.0), r"ultravico\.alpha must be above 0 and at most 1, got 0\.0"),
-        (dict(beta=-0.5, period=9), r"ultravico\.beta must be above 0 and at most 1, got -0\.5"),
-        (dict(alpha=0.8, beta=0.9), r"ultravico\.beta must be at most alpha.*got beta = 0\.9 and alpha = 0\.8"),
-        (dict(period=1), r"ultravico\.period must be a number of frames above 1, got 1; `dit-accel tune period` find"),
-        (dict(period=float("inf")), r"ultravico\.period must be a finite number or unset, got inf"),
-        (dict(gamma=-1), r"ultravico\.gamma must be a number of frames, 0 or more, got -1; HunyuanVideo's is 4"),
-        (dict(trained_frames=0), r"ultravico\.trained_frames must be >= 1, got 0; Wan 2\.1's is 21"),
-        (dict(trained_frames=2.5), r"ultravico\.trained_frames must be an integer or unset, got 2\.5"),
+        (dict(alpha=1.1), r"ultravico\.alpha must .*got 1\.1"),
+        (dict(alpha=0.0), r"ultravico\.alpha must .*got 0\.0"),
+        (dict(beta=-0.5, period=9), r"ultravico\.beta must .*got -0\.5"),
+        (dict(alpha=0.8, beta=0.9), r"ultravico\.beta must .*got beta = 0\.9 and alpha = 0\.8"),
+        (dict(period=1), r"ultravico\.period must .*got 1"),
+        (dict(period=float("inf")), r"ultravico\.period must .*got inf"),
+        (dict(gamma=-1), r"ultravico\.gamma must .*got -1"),
+        (dict(trained_frames=0), r"ultravico\.trained_frames must .*got 0"),
+        (dict(trained_frames=2.5), r"ultravico\.trained_frames must .*got 2\.5"),
     ],
 )
 def test_bad_options_are_refused(options, message):

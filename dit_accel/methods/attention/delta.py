@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ...plan.probes import probe_gaps
 from ...report.sections import Section
 from ..base import AttentionHandler, Handler, Model, Phase, TakesBack
 from ..config import MethodConfig
+from ..options import Count, ge
 from ..saving import Saving
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -50,28 +51,16 @@ class DeltaAttention(MethodConfig):
             corrections get wrong does not add up over the run. False: it is the centre at every step.
         reactivate: let the probes take back tiles that another method dropped, where it can (LiteAttention).
         margin: log2 units by which a dropped tile must exceed the threshold to be taken back.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "delta"
 
-    stride: int = 64
-    reuse: int = 1
+    stride: Annotated[int, ge(1), "it computes 1.6 % of the rows exactly"] = 64
+    reuse: Count = 1
     shrink: bool = True
     rotate: bool = True
     reactivate: bool = True
-    margin: float = 1.0
-
-    def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
-        if self.stride < 1:
-            raise ConfigError(f"delta.stride must be >= 1, got {self.stride}; 64 computes 1.6 % of the rows exactly")
-        if self.reuse < 1:
-            raise ConfigError(f"delta.reuse must be >= 1, got {self.reuse}; 1 probes every call")
-        if self.margin < 0:
-            raise ConfigError(f"delta.margin must be >= 0, got {self.margin}; 1 is usual")
+    margin: Annotated[float, ge(0)] = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

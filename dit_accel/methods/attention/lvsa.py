@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ...plan.plan import AttentionPlan
 from ...plan.tiling import visual_lists, visual_lists_bytes
 from ...rules.lvsa import AnchorRule
 from ..base import Model, Phase
+from ..options import Count, ge
 from ..saving import Saving, TileSaving
 from .sparse import SparseConfig, SparseHandler, SparseSettings
 
@@ -90,27 +91,17 @@ class LVSA(SparseConfig):
         rotate: anchors move on by one frame a step, so that every two frames meet in some step.
         rest: ``skip`` leaves the other tiles out, ``pooled`` lets each enter as one key, its tokens' mean.
         trained_frames: latent frames of the clips that the model was trained on; unset: the released model's.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "lvsa"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
     settings_type: ClassVar[type[SparseSettings]] = LVSASettings
 
-    window: int = 4
-    first: int = 1
+    window: Annotated[int, ge(0)] = 4
+    first: Annotated[int, ge(0)] = 1
     rotate: bool = True
     rest: Literal["skip", "pooled"] = "skip"
-    trained_frames: int | None = None
-
-    def __post_init__(self) -> None:
-        SparseConfig.__post_init__(self)
-        for name, least in (("window", 0), ("first", 0), ("trained_frames", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"lvsa.{name} must be >= {least}, got {value}; it counts latent frames")
+    trained_frames: Count | None = None
 
 
 @lru_cache(maxsize=64)  # a round of steps is as many lists as the stride

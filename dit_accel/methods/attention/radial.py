@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ...plan.plan import AttentionPlan
 from ...plan.tiling import Order, visual_lists, visual_lists_bytes
 from ...rules.radial import RadialRule, kept_tiles
 from ..base import Phase
+from ..options import gt
 from ..saving import Saving, TileSaving
 from .sparse import SparseConfig, SparseHandler, SparseSettings
 
@@ -139,16 +140,13 @@ class RadialAttention(SparseConfig):
         rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
         order: ``raster`` tiles are strips of a frame; ``tiles`` permutes the tokens so that they are patches, and keeps
             as many tiles, those nearest in the plane.
-
-    Raises:
-        ConfigError: for an option out of range, or ``published`` with ``tiles``.
     """
 
     name: ClassVar[str] = "radial"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
     settings_type: ClassVar[type[SparseSettings]] = RadialSettings
 
-    decay_factor: float | None = None
+    decay_factor: Annotated[float, gt(0)] | None = None
     near: Literal["full", "half"] | None = None
     sink: bool | None = None
     boundary: Literal["any", "published"] = "any"
@@ -157,8 +155,6 @@ class RadialAttention(SparseConfig):
 
     def __post_init__(self) -> None:
         SparseConfig.__post_init__(self)
-        if self.decay_factor is not None and not self.decay_factor > 0:
-            raise ConfigError(f"radial.decay_factor must be > 0, got {self.decay_factor}; 1 is the paper's")
         if self.boundary == "published" and self.order == "tiles":
             raise ConfigError(
                 "radial.boundary = 'published' rounds raster tiles and has no meaning with radial.order = 'tiles'; "

@@ -121,9 +121,6 @@ class SolAttention(SparseConfig):
             part of the sequence (as queries they see all exactly, too), or ``first_frame``, text and the first frame.
         dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. What TensorRT-LLM calls
             disabled_until_timestep.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "sol"

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from ...errors import ConfigError
 from ...plan.context import StepContext
@@ -11,7 +11,8 @@ from ...plan.layout import TokenLayout
 from ...plan.tiling import Tiling
 from ..base import AttentionHandler, Model
 from ..config import MethodConfig, plain_fields
-from ..steps import check_steps, end_steps
+from ..options import BlockSize, Steps, ge
+from ..steps import end_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,32 +103,15 @@ class SparseConfig(MethodConfig):
             shift spend a small share of the steps there, or a large one, so that counting steps misses the point.
         block_size: tokens of a tile; a power of two, 16 to 512. All methods that are attached together share their
             tiles: what is unset follows what is set.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     settings_type: ClassVar[type[SparseSettings]]
 
-    dense_steps: int | float | None = None
-    dense_last_steps: int | float | None = None
-    dense_layers: int | None = None
-    dense_above_sigma: float | None = None
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
-        check_steps(self, "dense_steps", "dense_last_steps")
-        for field in ("dense_layers", "dense_above_sigma"):
-            value = getattr(self, field)
-            if value is not None and value < 0:
-                raise ConfigError(f"{self.name}.{field} must be >= 0, got {value}; 0 keeps none dense")
-        block = self.block_size
-        if block is not None and (not 16 <= block <= 512 or block & (block - 1)):
-            usual = self.defaults.get("block_size", 128)
-            raise ConfigError(
-                f"{self.name}.block_size must be a power of two from 16 to 512, got {block}; {usual} is usual"
-            )
+    dense_steps: Steps | None = None
+    dense_last_steps: Steps | None = None
+    dense_layers: Annotated[int, ge(0), "0 keeps none dense"] | None = None
+    dense_above_sigma: Annotated[float, ge(0)] | None = None
+    block_size: BlockSize | None = None
 
     def tile_size(self, recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
         """Return the tile size that is set, and the recipe's or the method's usual one."""

@@ -9,7 +9,7 @@ several methods share one pattern.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...plan.tiling import bitmap_bytes, exact_bits, full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Model, Phase
+from ..options import gt, le, lt
 from ..saving import Saving, TileSaving
 from .sparse import SparseConfig, SparseHandler, SparseSettings
 
@@ -90,17 +91,14 @@ class SparseD(SparseConfig):
         mass: instead of ``density``: the share of the softmax mass over the visual keys that every block row keeps, in
             (0, 1), by the fewest tiles that reach it; the density follows from the data.
         rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
-
-    Raises:
-        ConfigError: for an option out of range, or both ``density`` and ``mass``.
     """
 
     name: ClassVar[str] = "sparsed"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
     settings_type: ClassVar[type[SparseSettings]] = SparseDSettings
 
-    density: float | None = None
-    mass: float | None = None
+    density: Annotated[float, gt(0), le(1)] | None = None
+    mass: Annotated[float, gt(0), lt(1), "0.95 is usual"] | None = None
     rest: Literal["skip", "pooled"] = "skip"
 
     def __post_init__(self) -> None:
@@ -111,10 +109,6 @@ class SparseD(SparseConfig):
                 f"sparsed.density = {density} and sparsed.mass = {mass} were both given; one of them sets how much is "
                 "kept, leave the other out"
             )
-        if density is not None and not 0 < density <= 1:
-            raise ConfigError(f"sparsed.density must be above 0 and at most 1, got {density}; 0.3 is usual")
-        if mass is not None and not 0 < mass < 1:
-            raise ConfigError(f"sparsed.mass must be between 0 and 1, got {mass}; 0.95 is usual")
 
     def settled(self, names: set[str]) -> dict[str, Any]:
         """Return the values of the settings' fields."""

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from dit_accel_kernels import FrameDecay
@@ -24,6 +24,7 @@ from ...plan.plan import AttentionPlan, RowOverride
 from ...rules.ultravico import DecayRule, output_frames, strengths
 from ..base import AttentionHandler, Model, Phase
 from ..config import MethodConfig, plain_fields
+from ..options import ge, gt, le
 from ..saving import Saving
 
 DEFAULTS: Mapping[str, Any] = {
@@ -106,6 +107,9 @@ class UltraViCoSettings:
         )
 
 
+Strength = Annotated[float, gt(0), le(1), "1 decays nothing"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UltraViCo(MethodConfig):
     """Videos longer than the model was trained on, by decaying logits between far frames (arXiv 2511.20123).
@@ -126,40 +130,22 @@ class UltraViCo(MethodConfig):
             all of these exactly, whatever a sparse method drops; for models that code the first frame by itself.
         center_keys: subtract the mean key from all keys first, so that a positive logit is one above its row's mean.
             The released kernels do; without decay it changes nothing.
-
-    Raises:
-        ConfigError: for an option out of range, or two that contradict each other.
     """
 
     name: ClassVar[str] = "ultravico"
 
-    alpha: float | None = None
-    beta: float | None = None
-    period: float | None = None
-    gamma: float | None = None
-    trained_frames: int | None = None
+    alpha: Strength | None = None
+    beta: Strength | None = None
+    period: Annotated[float, gt(1), "`dit-accel tune period` finds the model's"] | None = None
+    gamma: Annotated[float, ge(0), "HunyuanVideo's is 4"] | None = None
+    trained_frames: Annotated[int, ge(1), "Wan 2.1's is 21"] | None = None
     first_frame: bool | None = None
     center_keys: bool = True
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"ultravico.{name} must be above 0 and at most 1, got {value}; 1 decays nothing")
         if self.alpha is not None and self.beta is not None:
             _check_order(self.alpha, self.beta)
-        if self.period is not None and not self.period > 1:
-            raise ConfigError(
-                f"ultravico.period must be a number of frames above 1, got {self.period}; `dit-accel tune period` "
-                "finds the model's"
-            )
-        if self.gamma is not None and self.gamma < 0:
-            raise ConfigError(
-                f"ultravico.gamma must be a number of frames, 0 or more, got {self.gamma}; HunyuanVideo's is 4"
-            )
-        if self.trained_frames is not None and self.trained_frames < 1:
-            raise ConfigError(f"ultravico.trained_frames must be >= 1, got {self.trained_frames}; Wan 2.1's is 21")
 
     def resolve(self, adapter: Adapter, family: Family | None) -> UltraViCoSettings:
         """Return the settings that the config comes to on a model.

@@ -31,9 +31,6 @@ class EasyCache(MeasuredCacheConfig):
 
     Attributes:
         threshold: share of the output's size, tau; 0 skips nothing. Twice as much skips about twice as many in a row.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "easycache"

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
+from ..options import Count
 from ..saving import Saving
 from .config import ALONE, StepCacheConfig, Turn
 from .engine import StepCacheHandler
@@ -20,15 +21,12 @@ class StaticCache(StepCacheConfig):
 
     Attributes:
         every: one step in so many is computed, counted from the warm-up's last; instead of ``steps``.
-
-    Raises:
-        ConfigError: for an option out of range, or both ``steps`` and ``every``.
     """
 
     name: ClassVar[str] = "staticcache"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
-    every: int | None = None
+    every: Count | None = None
 
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
@@ -37,8 +35,6 @@ class StaticCache(StepCacheConfig):
                 f"staticcache.steps = {self.steps} and staticcache.every = {self.every} both say what is computed; "
                 "give one of them"
             )
-        if self.every is not None and self.every < 1:
-            raise ConfigError(f"staticcache.every must be >= 1, got {self.every}; 2 skips every second step")
 
     def filled(self, recipe: Mapping[str, Any]) -> "StaticCache":
         """Return the config with every unset option filled in; beside ``steps`` nothing else decides unless it is set.

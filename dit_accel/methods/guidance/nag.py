@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from ...report.sections import Section
 from ..base import AttentionHandler, Model, Phase, Place
 from ..caches.engine import is_recorded
 from ..config import MethodConfig
+from ..options import ge, within
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .config import WindowedConfig
@@ -49,28 +50,19 @@ class NAG(WindowedConfig):
         negative_prompt: the text; the pipeline's own encoder encodes it when the method is attached.
         negative_embeds: in place of it, what that encoder gives, [1, tokens, C], unpadded where the model masks padded
             text. Two configs are compared without it, and it is in no TOML table.
-
-    Raises:
-        ConfigError: for an option out of range, or both of the texts.
     """
 
     name: ClassVar[str] = "nag"
     defaults: ClassVar[Mapping[str, Any]] = {"scale": 5.0, "tau": 2.5, "alpha": 0.25, "start": 0.0, "stop": 1.0}
 
-    scale: float | None = None
-    tau: float | None = None
-    alpha: float | None = None
+    scale: Annotated[float, ge(1), "1 changes nothing"] | None = None
+    tau: Annotated[float, ge(1), "below 1 all tokens would shrink"] | None = None
+    alpha: Annotated[float, within(0, 1), "0 changes nothing"] | None = None
     negative_prompt: str | None = None
     negative_embeds: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         WindowedConfig.__post_init__(self)
-        if self.scale is not None and self.scale < 1:
-            raise ConfigError(f"nag.scale must be >= 1, got {self.scale}; 3 to 11 is usual, 1 changes nothing")
-        if self.tau is not None and self.tau < 1:
-            raise ConfigError(f"nag.tau must be >= 1, got {self.tau}; 2.5 is usual, below 1 all tokens would shrink")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ConfigError(f"nag.alpha must be from 0 to 1, got {self.alpha}; 0.25 is usual, 0 changes nothing")
         if self.negative_embeds is None:
             return
         if self.negative_prompt is not None:

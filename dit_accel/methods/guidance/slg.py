@@ -23,9 +23,6 @@ class SLG(PerturbedConfig):
     Attributes:
         layers: the blocks, by their attention layers, such as ``L7-9``, or a stack's name. None: what is published for
             the model.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "slg"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ...plan.context import CallContext, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ..base import AttentionHandler, Model, Place
+from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
 from .config import PerturbedConfig
@@ -38,23 +39,18 @@ class SoftPAG(PerturbedConfig):
         rows: ``all`` tokens are perturbed, or those of the ``image`` (or video) alone, text left out.
         target: ``identity``, or ``temperature``: the heads' logits are multiplied by 1 - u, at u = 1 all tokens count
             alike.
-
-    Raises:
-        ConfigError: for an option out of range, or ``rows`` with ``target = 'temperature'``.
     """
 
     name: ClassVar[str] = "softpag"
     defaults: ClassVar[Mapping[str, Any]] = {"u": 0.5, "scale": 3.0, "start": 0.0, "stop": 1.0, "heads": None}
 
     heads: str | tuple[str, ...] | None = None
-    u: float | None = None
+    u: Annotated[float, within(0, 1), "0 leaves attention as it is, 1 is PAG"] | None = None
     rows: Literal["all", "image"] = "all"
     target: Target = "identity"
 
     def __post_init__(self) -> None:
         PerturbedConfig.__post_init__(self)
-        if self.u is not None and not 0 <= self.u <= 1:
-            raise ConfigError(f"softpag.u must be from 0 to 1, got {self.u}; 0 leaves attention as it is, 1 is PAG")
         if self.target == "temperature" and self.rows == "image":
             raise ConfigError(
                 "softpag.rows = 'image' can't be had with target = 'temperature', which changes whole heads; use "
@@ -72,9 +68,6 @@ class PAG(PerturbedConfig):
     Attributes:
         layers: the layers, such as ``L13`` or ``L3-5``, or a stack's name. None: what is published for the model.
         rows: as in `SoftPAG`.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "pag"

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ....errors import ConfigError
 from ....plan.layout import TokenLayout
 from ....plan.tiling import bitmap_bytes
+from ...options import Count, ge, gt, lt
 from ..sparse import SparseConfig, SparseSettings
 from .ranges import check_ranges
 from .thresholds import check_threshold
@@ -105,9 +106,6 @@ class LiteAttention(SparseConfig):
             protected text take precedence.
         rest: what becomes of dropped tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
         allow_positive_threshold: take a ``maxgap`` threshold of 0 or more, which drops what matters; for debugging.
-
-    Raises:
-        ConfigError: for an option out of range, or two that exclude each other.
     """
 
     name: ClassVar[str] = "lite"
@@ -116,10 +114,10 @@ class LiteAttention(SparseConfig):
 
     criterion: Literal["maxgap", "mass", "budget"] = "maxgap"
     threshold: float | None = None
-    target_density: float | None = None
+    target_density: Annotated[float, gt(0), lt(1)] | None = None
     thresholds_file: str | None = None
-    detect_every: int = 1
-    refresh_every: int | None = None
+    detect_every: Count = 1
+    refresh_every: Annotated[int, ge(2), "the call that starts afresh is dense"] | None = None
     bidirectional: bool = True
     protect_text: bool = True
     must_keep: tuple[int, ...] = ()
@@ -145,15 +143,6 @@ class LiteAttention(SparseConfig):
             )
         if self.threshold is not None:
             check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
-        if self.target_density is not None and not 0 < self.target_density < 1:
-            raise ConfigError(f"lite.target_density must be a share in (0, 1), got {self.target_density}")
-        if self.detect_every < 1:
-            raise ConfigError(f"lite.detect_every must be >= 1, got {self.detect_every}; 1 votes in every call")
-        if self.refresh_every is not None and self.refresh_every < 2:
-            raise ConfigError(
-                f"lite.refresh_every must be >= 2, got {self.refresh_every}: the call that starts afresh is dense; "
-                "leave it unset to start afresh only with each generation"
-            )
         check_ranges("lite.must_keep", self.must_keep)
         check_ranges("lite.must_skip", self.must_skip)
 
