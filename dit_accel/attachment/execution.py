@@ -15,7 +15,7 @@ from dit_accel_kernels import block_sparse_attention_backward, block_sparse_atte
 from torch import Tensor
 
 from ..errors import AttachError, ConfigError
-from ..methods.base import AttentionHandler, Corrects, Handler, Keeps, Learns
+from ..methods.base import AttentionHandler, Corrects, Handler, ReadsVotes, StoresOutputs
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
 from ..plan.exact_rows import dense_rows, gradients_of_rows
@@ -77,8 +77,8 @@ class Execution:
         """Let these be the methods from now on."""
         self.handlers = tuple(handlers)
         self.attention = tuple(one for one in handlers if isinstance(one, AttentionHandler))
-        self._learners = tuple(one for one in handlers if isinstance(one, Learns))
-        self._keepers = tuple(one for one in handlers if isinstance(one, Keeps))
+        self._learners = tuple(one for one in handlers if isinstance(one, ReadsVotes))
+        self._keepers = tuple(one for one in handlers if isinstance(one, StoresOutputs))
         self._correctors = tuple(one for one in handlers if isinstance(one, Corrects))
 
     def begin_run(self) -> None:

@@ -12,7 +12,7 @@ from ..adapters.adapter import NO_STEP, Adapter, Grid
 from ..adapters.joined_text import JoinedText
 from ..adapters.rope import check_lengths
 from ..errors import ConfigError
-from ..methods.site import AroundForward, ForwardContext, made_tensor
+from ..methods.site import AroundForward, ForwardContext, target_sample
 from ..plan.context import StepContext
 from ..plan.layout import layout_of
 from .execution import NO_GRID, Execution
@@ -122,7 +122,7 @@ class Forward:
         training = torch.is_grad_enabled() and state.transformer.training
         execution.state.forward(state, inputs, training, of)
         if parallel is not None:
-            self._require_agreement(parallel, made_tensor(inputs[state.adapter.latents]))
+            self._require_agreement(parallel, target_sample(inputs[state.adapter.latents]))
 
         def innermost(**changed: Any) -> Any:
             if not changed:
@@ -199,7 +199,7 @@ class Forward:
     def _spread(self, grid: Grid, inputs: Mapping[str, Any]) -> None:
         """Leave where attention calls find it how the forward is spread over processes."""
         slot, state, config = self._slot, self._state, self._parallel
-        joined, device = state.adapter.joined_text, made_tensor(inputs[state.adapter.latents]).device
+        joined, device = state.adapter.joined_text, target_sample(inputs[state.adapter.latents]).device
         given = inputs.get(joined.text) if isinstance(joined, JoinedText) else None
         text = given.shape[1] if isinstance(given, torch.Tensor) else None
         if self._spread_over != (grid, text, device, config):

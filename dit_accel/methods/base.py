@@ -76,12 +76,12 @@ class Model:
 
 
 class Handler:
-    """One attached method: its settings on one model and, where the method needs any, its state.
+    """One attached method: its options on one model and, where the method needs any, its state.
 
     A handler belongs to one attachment. It raises `ConfigError` on creation if the method can't work on the model.
 
     Attributes:
-        settings: what the config came to on this model; what the report shows.
+        settings: the config, its unset options filled in for this model; what the report shows.
         model: the model.
     """
 
@@ -107,8 +107,13 @@ class Handler:
     """Config types of another library that ask for it; it has no switch and no TOML table then."""
 
     def __init__(self, config: Any, model: Model) -> None:
-        self.settings: Any = config
+        self.settings: Any = config.filled(self.recipe(config, model))
         self.model = model
+
+    @classmethod
+    def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
+        """Return what fills the unset options of the config on a model."""
+        return model.adapter.recipe(config.name, model.family)
 
     @classmethod
     def config_for(cls, given: Any) -> MethodConfig | None:
@@ -204,7 +209,7 @@ class AttentionHandler(Handler):
 
 
 @runtime_checkable
-class Learns(Protocol):
+class ReadsVotes(Protocol):
     """A method that asks for votes and reads them."""
 
     def learn(self, context: CallContext, kept: Tensor) -> None:
@@ -213,7 +218,7 @@ class Learns(Protocol):
 
 
 @runtime_checkable
-class Keeps(Protocol):
+class StoresOutputs(Protocol):
     """A method that keeps what attention calls give."""
 
     def keep(self, context: CallContext, out: Tensor) -> None:
@@ -237,15 +242,17 @@ class Corrects(Protocol):
 
 
 @runtime_checkable
-class TakesBack(Protocol):
+class RestoresTiles(Protocol):
     """A method that drops tiles for good and can take them back where another finds that they matter."""
 
     def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
-        """Tell whether `take_back` would do anything after this call."""
+        """Tell whether `restore_tiles` would do anything after this call."""
         ...
 
-    def take_back(self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float) -> None:
-        """Take back tiles that probe rows find to matter; called after `Learns.learn`, where `wants_gaps` says so.
+    def restore_tiles(
+        self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
+    ) -> None:
+        """Take back tiles that probe rows find to matter; called after `ReadsVotes.learn`, where `wants_gaps` says so.
 
         Args:
             plan: what the call ran.

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from ..errors import ConfigError, did_you_mean
 from .options import find_broken
@@ -74,13 +74,13 @@ class MethodConfig:
         """Return the options that a model's recipe may set."""
         return set(self.defaults)
 
-    def filled(self, recipe: Mapping[str, Any]) -> Any:
-        """Return the config with every unset option filled in from ``recipe``, then from `defaults`.
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with every unset option filled in from a model's ``recipe``, then from `defaults`.
 
         Raises:
             ConfigError: for an option that no recipe may fill, or a value out of range.
         """
-        known = self.recipe_options()
+        recipe, known = recipe or {}, self.recipe_options()
         for key in recipe:
             if key not in known:
                 raise ConfigError(
@@ -90,11 +90,11 @@ class MethodConfig:
         return dataclasses.replace(self, **{key: values[key] for key in values if getattr(self, key) is None})
 
     def tile_size(self, recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
-        """Return the tile size that the user asks for, and the one that the method takes on this model otherwise.
+        """Return the tile size that the user sets by ``block_size``, and the one that the method takes otherwise.
 
-        Both are None for a method without tiles. All methods of an attachment share one size.
+        Both are None for a method without such an option. All methods of an attachment share one size.
         """
-        return None, None
+        return getattr(self, "block_size", None), recipe.get("block_size", self.defaults.get("block_size"))
 
     def tile_order(self) -> str | None:
         """Return the order of tokens in tiles that the method wants, ``raster`` or ``tiles``; None: any."""

@@ -9,7 +9,7 @@ from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selec
 from torch import Tensor
 
 from ..errors import ConfigError
-from .led import LedRows
+from .normalized_guidance import NormalizedGuidance
 
 Rest = Literal["skip", "pooled"]
 """What becomes of a tile that is not exact: left out, or entered as one key, its tokens' mean."""
@@ -77,7 +77,7 @@ class AttentionPlan:
     selection: Selection | None = None
     row_override: RowOverride | None = None
     reused: ReusedRows | None = None
-    led: LedRows | None = None
+    led: NormalizedGuidance | None = None
 
     @property
     def needs_kernel(self) -> bool:
@@ -280,7 +280,7 @@ class AttentionPlan:
                 parts[name] = value[rows]
         return replace(self, **parts, reused=None, led=None)
 
-    def lead(self, led: LedRows) -> "AttentionPlan":
+    def lead(self, led: NormalizedGuidance) -> "AttentionPlan":
         """Return the plan with rows of the batch led away from others.
 
         Raises:

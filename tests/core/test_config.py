@@ -240,7 +240,7 @@ def test_what_is_out_of_range_says_what_is_usual(text, message):
 
 
 def test_share_of_steps():
-    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).resolve()
+    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).filled()
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
     with pytest.raises(ConfigError, match="dense_last_steps = 1 needs the number of steps"):
         config.is_dense(0, None, 5)

@@ -68,12 +68,12 @@ def test_bad_options_are_refused_with_the_value(options, text):
 
 def test_unset_thresholds_are_the_criterion_s_and_a_recipe_can_t_set_one():
     for criterion, usual in THRESHOLDS.items():
-        assert LiteAttention(criterion=criterion).resolve().threshold == usual
-    assert LiteAttention(threshold=-3).resolve().threshold == -3
+        assert LiteAttention(criterion=criterion).filled().threshold == usual
+    assert LiteAttention(threshold=-3).filled().threshold == -3
     assert LiteAttention(threshold=5, allow_positive_threshold=True).threshold == 5
-    assert LiteAttention().resolve({"block_size": 64}).block_size == 64
+    assert LiteAttention().filled({"block_size": 64}).block_size == 64
     with pytest.raises(ConfigError, match="a recipe of lite sets 'threshold', which no recipe may set"):
-        LiteAttention().resolve({"threshold": -3})
+        LiteAttention().filled({"threshold": -3})
 
 
 def test_toml_carries_every_option():
@@ -106,12 +106,12 @@ def test_a_range_beyond_the_video_is_refused_when_its_size_is_known():
 
 def test_memory_is_a_small_part_of_the_original_s_lists():
     wan = TokenLayout(frames=21, height=45, width=80)
-    bits = LiteAttention().resolve().carried_bytes(wan, layers=40, heads=40)
+    bits = LiteAttention().filled().carried_bytes(wan, layers=40, heads=40)
     queries, keys = -(-wan.tokens // 128), -(-wan.tokens // 176)
     lists = 40 * 2 * 2 * 40 * queries * (keys + 2) * 2
     assert 0.10e9 < bits < 0.16e9
     assert lists / bits > 20  # with tiles as many as ours, 30: tests/pipelines/test_lite_memory.py
-    assert LiteAttention(block_size=64).resolve().carried_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
+    assert LiteAttention(block_size=64).filled().carried_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
 
 
 @pytest.mark.parametrize(("radial", "lite", "size"), [(32, None, 32), (32, 32, 32), (None, 64, 64), (None, None, 128)])
@@ -119,7 +119,7 @@ def test_tiles_are_of_one_size_and_order_and_what_is_unset_follows_what_is_set(r
     configs = RadialAttention(block_size=radial, order="tiles"), LiteAttention(block_size=lite)
     for ordered in itertools.permutations(configs):
         handlers = make_handlers(ordered, MODEL)
-        assert [handler.settings.tiling for handler in handlers] == [Tiling(size, "tiles")] * 2
+        assert [handler.model.tiling for handler in handlers] == [Tiling(size, "tiles")] * 2
 
 
 def test_two_tile_sizes_are_refused_whatever_the_order():

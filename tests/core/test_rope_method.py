@@ -16,8 +16,8 @@ import dit_accel
 from dit_accel import LVSA, ConfigError, EasyCache, RoPE, UltraViCo
 from dit_accel.adapters.adapter import Family
 from dit_accel.methods.base import Model
-from dit_accel.methods.positions.placing import KEPT_SIZES, inside_hooks
 from dit_accel.methods.positions.rope import RoPEHandler
+from dit_accel.methods.positions.rope_switcher import KEPT_SIZES, inside_hooks
 from dit_accel.rules.rope import frequencies
 from dit_accel.testing.tiny_models import Case
 

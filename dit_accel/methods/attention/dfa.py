@@ -22,10 +22,10 @@ from ...report.sections import Section
 from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
-from ..guidance.parts import part_of
+from ..guidance.prompt_branches import part_of
 from ..options import Count, Steps, within
 from ..saving import Saving, TileSaving
-from ..site import ForwardContext, Site, made_tensor
+from ..site import ForwardContext, Site, target_sample
 from ..steps import end_steps
 
 
@@ -136,7 +136,7 @@ class DFAHandler(AttentionHandler):
         leads = self._settle(context)
         output = run()
         if leads and not self._reuse and self._held_from(context):
-            self._measure(site, context, made_tensor(output))
+            self._measure(site, context, target_sample(output))
         return output
 
     def _settle(self, context: ForwardContext) -> bool:
@@ -167,7 +167,7 @@ class DFAHandler(AttentionHandler):
             grid = layout.frames, layout.height, layout.width
             mask = torch.full((1, *grid), bool(share), device=v.device)
         else:
-            moved = self._moved(context, made_tensor(latents), v, layout)
+            moved = self._moved(context, target_sample(latents), v, layout)
             pairs = 2 if len(moved) % 2 == 0 and _holds_both(site, context, latents) else 1
             moved = moved.unflatten(0, (pairs, -1)).mean(0)
             edges = [otsu(one) if share is None else one.flatten().quantile(1 - share) for one in moved]

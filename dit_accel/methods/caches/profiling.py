@@ -8,7 +8,7 @@ schedules are rescaled to the run's steps; what a model adds between two blocks 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 
@@ -111,13 +111,13 @@ class ProfilingCache(StepCacheConfig):
     def _from_file(self) -> bool:
         return isinstance(self.blocks, str) and self.blocks.endswith(".json")
 
-    def filled(self, recipe: Mapping[str, Any]) -> "ProfilingCache":
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; a recipe's blocks or schedule go together.
 
         Raises:
             ConfigError: for an option that no recipe may fill, or a value out of range.
         """
-        left = dict(recipe)
+        left = dict(recipe or {})
         for part in (BLOCKS, SCHEDULE):
             if any(getattr(self, option) is not None for option in part):
                 left = {option: value for option, value in left.items() if option not in part}
@@ -127,7 +127,8 @@ class ProfilingCache(StepCacheConfig):
         if self.every is None and self.refresh is None and not {"every", "refresh"} & {*left}:
             own = any(getattr(self, option) is not None for option in SCHEDULE)
             left |= {"every": USUAL["every"]} if own else USUAL
-        return StepCacheConfig.filled(self, left)
+        full: Any = StepCacheConfig.filled(self, left)
+        return full
 
     def groups(self, transformer: str = "transformer") -> tuple[tuple[int, ...], ...]:
         """Return the cached blocks of a transformer, by schedule.

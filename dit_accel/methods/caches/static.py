@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
@@ -36,13 +36,14 @@ class StaticCache(StepCacheConfig):
                 "give one of them"
             )
 
-    def filled(self, recipe: Mapping[str, Any]) -> "StaticCache":
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; beside ``steps`` nothing else decides unless it is set.
 
         Raises:
             ConfigError: for an option that no recipe may fill, or a value out of range.
         """
-        return self if self.steps is not None else StepCacheConfig.filled(self, recipe)
+        full: Any = self if self.steps is not None else StepCacheConfig.filled(self, recipe)
+        return full
 
     def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step is computed, or None: it is skipped."""

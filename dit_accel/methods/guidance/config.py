@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from ...errors import ConfigError
 from ...rules.steps import is_short, window
@@ -89,11 +89,11 @@ class PerturbedConfig(WindowedConfig):
                 "leave it out, guidance_scale decides"
             )
 
-    def filled(self, recipe: Mapping[str, Any]) -> Any:
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; with ``mode = 'free'`` no scale is.
 
         Raises:
             ConfigError: for an option that no recipe may fill, or a value out of range.
         """
-        full = MethodConfig.filled(replace(self, mode="branch"), recipe)
+        full: Any = MethodConfig.filled(replace(self, mode="branch"), recipe)
         return full if self.mode == "branch" else replace(full, mode="free", scale=None)

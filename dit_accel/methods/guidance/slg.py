@@ -79,7 +79,7 @@ class SLGHandler(PerturbedHandler):
             )
         return frozenset(block for block in found.values() if block is not None)
 
-    def told(self) -> str:
+    def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
         return f"blocks of {', '.join(self.specs) or 'no layer'} skipped, scale {self.settings.scale}"
 

@@ -15,6 +15,7 @@ from ...plan.context import CallContext, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ..base import AttentionHandler, Model, Place
+from ..config import MethodConfig
 from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
@@ -77,14 +78,28 @@ class PAG(PerturbedConfig):
     rows: Literal["all", "image"] = "all"
 
 
-class HeadsHandler(PerturbedHandler, AttentionHandler):
-    """Guidance away from perturbed heads on one model."""
+class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
+    """Guidance away from perturbed heads on one model; who writes one says by `perturb` what becomes of them."""
 
     places = frozenset({Place.ATTENTION, Place.FORWARD})
     by_place = True
-    option: ClassVar[str] = "heads"
-    target: Target = "identity"
-    u: float
+
+    option: ClassVar[str] = "layers"
+    """The option that names them."""
+
+    u: float = 1.0
+    """How far they are perturbed, in [0, 1]; 0 changes nothing."""
+
+    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+        """Return the plan of an attention call with the chosen heads perturbed.
+
+        Args:
+            plan: what other methods planned.
+            share: how far each head is perturbed, in [0, 1]: [H], or [B, H] where some rows alone are.
+            whole: every head and row of the call is perturbed.
+            context: where the call stands.
+        """
+        raise NotImplementedError
 
     def __init__(self, config: PerturbedConfig, model: Model) -> None:
         super().__init__(config, model)
@@ -132,7 +147,7 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
         return passes is not None and passes.perturbs and depth in self._depths[step.transformer]
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Mix V into the output of the layer's perturbed heads, or scale their logits."""
+        """Perturb the layer's chosen heads."""
         named = self._heads[context.transformer].get(context.layer)
         rows = self._passes[context.transformer].rows
         if named is None:
@@ -143,14 +158,8 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
                 f"{self.name}.{self.option} names head {named[-1]} of attention layer {context.layer}, which has heads "
                 f"0 to {count - 1}; stay in that range"
             )
-        if self.target == "temperature":
-            return plan.scale(1 - self._share(named, count, context, rows))
-        image = image_rows(context.layout, str(context.device)) if self._image_alone(context.layout) else None
-        whole = self.u == 1 and len(named) == count and rows is None and image is None
-        return plan.mix(self._share(named, count, context, rows), image, only_values=whole)
-
-    def _image_alone(self, layout: TokenLayout) -> bool:
-        return getattr(self.settings, "rows", "all") == "image" and layout.tokens > layout.visual_tokens
+        whole = len(named) == count and rows is None
+        return self.perturb(plan, self._share(named, count, context, rows), whole, context)
 
     def _share(self, named: tuple[int, ...], heads: int, context: CallContext, rows: Any) -> Tensor:
         """Return u for the named heads and 0 for the others, [H], or [B, H] where some rows alone are perturbed.
@@ -173,43 +182,56 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
         super().reset()
         self._mixes.clear()
 
+    def describe_perturbation(self) -> str:
+        """Return in words what is perturbed."""
+        return f"{', '.join(self.specs or ()) or 'nothing'}, scale {self.settings.scale}"
+
     def first_layer(self) -> int | None:
         """Return the first perturbed layer, without a model; None where that is not known."""
         specs = [one for spec in self.specs or () for one in self.published.get(spec, (spec,))]
         return first_layer(specs, self.model.layers, max(1, self.model.heads))
 
 
-class SoftPAGHandler(HeadsHandler):
+class SoftPAGHandler(PerturbedHeadsHandler):
     """SoftPAG on one model."""
 
-    config_type = SoftPAG
+    config_type: ClassVar[type[MethodConfig]] = SoftPAG
+    option = "heads"
     settings: SoftPAG
-
-    def __init__(self, config: SoftPAG, model: Model) -> None:
-        super().__init__(config, model)
-        self.target = self.settings.target
 
     @property
     def u(self) -> float:  # type: ignore[override]
         """How far heads are perturbed."""
         return self.settings.u or 0.0
 
-    def told(self) -> str:
+    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+        """Mix V into the output of the layer's perturbed heads, or scale their logits."""
+        if self.settings.target == "temperature":
+            return plan.scale(1 - share)
+        return mixed_with_values(plan, share, whole and self.u == 1, context.layout, self.settings.rows, context.device)
+
+    def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
         return f"{', '.join(self.specs or ()) or 'no head'} with u = {self.u:g}, scale {self.settings.scale}"
 
 
-class PAGHandler(HeadsHandler):
+class PAGHandler(PerturbedHeadsHandler):
     """PAG on one model."""
 
     config_type = PAG
-    option = "layers"
     settings: PAG
-    u = 1.0
 
-    def told(self) -> str:
-        """Return in words what is perturbed."""
-        return f"{', '.join(self.specs or ()) or 'no layer'}, scale {self.settings.scale}"
+    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+        """Put V in the place of the output of the layer's perturbed heads."""
+        return mixed_with_values(plan, share, whole, context.layout, self.settings.rows, context.device)
+
+
+def mixed_with_values(
+    plan: AttentionPlan, share: Tensor, whole: bool, layout: TokenLayout, rows: str, device: torch.device
+) -> AttentionPlan:
+    """Return a plan with V mixed into the output of its heads, in all rows or in the image's alone."""
+    image = image_rows(layout, str(device)) if rows == "image" and layout.tokens > layout.visual_tokens else None
+    return plan.mix(share, image, only_values=whole and image is None)
 
 
 def stacks_of(site: Site, model: Model) -> Stacks:

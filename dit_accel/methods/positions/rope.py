@@ -17,7 +17,7 @@ from ..config import MethodConfig
 from ..options import Count, ge
 from ..saving import Saving
 from ..site import Site
-from .placing import Placing, require_kind, trained_lengths
+from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 
 Kind = Literal["none", "pi", "ntk", "yarn", "riflex", "ultraimage"]
 
@@ -95,7 +95,7 @@ class RoPEHandler(Handler):
 
     def install(self, site: Site) -> None:
         """Let the transformer's positions follow the size of each forward."""
-        Placing(site, self.settings.axes or (), self._trained, self._edit, self.settings.factor)
+        RopeSwitcher(site, self.settings.axes or (), self._trained, self._edit, self.settings.factor)
 
     def _edit(self, own: Any, trained: float, length: float) -> Any:
         config = self.settings

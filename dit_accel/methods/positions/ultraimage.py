@@ -34,7 +34,7 @@ from ..options import Count, ge, gt
 from ..saving import Saving
 from ..site import Site
 from .entropy import focus, token_entropy
-from .placing import Placing, require_kind, trained_lengths
+from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 
 AXES = ("height", "width")
 
@@ -122,9 +122,8 @@ class UltraImageHandler(AttentionHandler):
     settings: UltraImage
 
     def __init__(self, config: UltraImage, model: Model) -> None:
-        settings = config.filled(model.adapter.recipe(config.name, model.family))
-        _check_order(settings.focus_min, settings.focus_max)
-        super().__init__(settings, model)
+        super().__init__(config, model)
+        _check_order(self.settings.focus_min or 1, self.settings.focus_max or 1)
         given = {axis: getattr(config, f"trained_{axis}") for axis in AXES}
         known = trained_lengths(config.name, given, model.family)
         missing = [axis for axis in AXES if axis not in known]
@@ -156,7 +155,7 @@ class UltraImageHandler(AttentionHandler):
         """Let the transformer's positions follow the size of each forward, if they are to be corrected."""
         if not self.settings.correct:
             return
-        Placing(site, AXES, self._trained, self._edit)
+        RopeSwitcher(site, AXES, self._trained, self._edit)
 
     def _edit(self, own: Any, trained: float, length: float) -> Any:
         settings = self.settings

@@ -9,7 +9,7 @@ from .heads import HeadShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LedRows:
+class NormalizedGuidance:
     """Which rows of a call are led away from which others, and how far (`dit_accel.rules.guidance.normalized`).
 
     Attributes:
