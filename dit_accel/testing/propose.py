@@ -1,6 +1,6 @@
-"""Proposes an adapter by running a tiny model: which modules attend over the latents, where text lies, what blocks do.
+"""Proposes an adapter by running a tiny model: what attends over the latents, where text lies, blocks and positions.
 
-What a run can't show is left to whoever writes the adapter: how pipelines guide, and how positions are made.
+What a run can't show is left to whoever writes the adapter, such as how its pipelines guide.
 """
 
 import contextlib
@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, latents_grid
 from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import BlockList, block_signature
+from ..adapters.registry import adapters
+from ..adapters.rope import Rope
 from ..errors import ConfigError, UnsupportedModel
-from .tiny_models import TinyModel
+from .rope_checks import check_rope
+from .tiny_models import Case, TinyModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +32,13 @@ class Proposal:
     Attributes:
         adapter: the adapter, with all that a run can show; its name is the class's.
         grid_found: `latents_grid` reads the grid; else a function must be written.
+        rope_of: the installed adapter whose description of rotary positions fits the model too; None: none does.
         left_alone: patterns of the attention modules that attend to something else, for `TinyModel.left_alone`.
     """
 
     adapter: Adapter
     grid_found: bool
+    rope_of: str | None = None
     left_alone: tuple[str, ...] = ()
 
     def source(self) -> str:
@@ -49,6 +54,8 @@ class Proposal:
         if adapter.blocks is not None:
             named = [f"pattern={one.pattern!r}, takes={one.takes!r}, gives={one.gives!r}" for one in adapter.blocks]
             lines += [f"blocks=({' '.join(f'BlockList({one}),' for one in named)}),"]
+        if self.rope_of is not None:
+            lines += [f"rope=adapters()[{self.rope_of!r}].rope,  # from dit_accel.adapters.registry"]
         alone = [f"# left_alone={self.left_alone!r}"] if self.left_alone else []
         return "\n".join(["Adapter(", *(f"    {line}" for line in lines), ")", *alone])
 
@@ -84,8 +91,10 @@ def propose_adapter(model: TinyModel) -> Proposal:
         grid=partial(latents_grid, **options) if options else latents_grid,
     )
     alone = tuple(pattern for pattern in run.shapes() if pattern not in attends)
-    blocks = _with_blocks(adapter, transformer, run)
-    return Proposal(adapter=blocks, grid_found=options is not None, left_alone=alone)
+    adapter = _with_blocks(adapter, transformer, run)
+    like = _like_rope(adapter, model) if options is not None else None
+    adapter = adapter if like is None else replace(adapter, rope=adapters()[like].rope)
+    return Proposal(adapter=adapter, grid_found=options is not None, rope_of=like, left_alone=alone)
 
 
 @dataclass
@@ -154,8 +163,9 @@ def _run(transformer: Any, inputs: Mapping[str, Any]) -> _Run:
 
 def _grid_options(transformer: Any, inputs: Mapping[str, Any], run: _Run, tokens: int) -> dict[str, Any] | None:
     """Return the arguments with which `latents_grid` counts all tokens of the longest calls, or None."""
+    readings: list[dict[str, Any]] = [{}, {"frames_axis": 1}, {"frames_axis": None}, {"channels_last": True}]
     for text in ("none", "before"):
-        for reading in ({}, {"frames_axis": 1}, {"frames_axis": None}, {"channels_last": True}):
+        for reading in readings:
             options = reading if text == "none" else {**reading, "text": text}
             with contextlib.suppress(Exception):  # the latents have another shape, or the config other names
                 if _tokens(latents_grid(transformer.config, inputs, **options)) == tokens:
@@ -181,6 +191,19 @@ def _with_blocks(adapter: Adapter, transformer: Any, run: _Run) -> Adapter:
     lists = [_streams(pattern[: pattern.rfind("*") + 1], run) for pattern in adapter.self_attention]
     found = tuple(one for one in lists if one is not None)
     return replace(adapter, blocks=found) if found and len(found) == len(lists) else adapter
+
+
+def _like_rope(adapter: Adapter, model: TinyModel) -> str | None:
+    """Return the installed adapter whose description of rotary positions passes every check on a model, or None."""
+    tried: list[Rope] = []
+    for name, known in adapters().items():
+        if not isinstance(known.rope, Rope) or known.rope in tried:
+            continue
+        tried.append(known.rope)
+        with contextlib.suppress(Exception):  # it looks for parts or entries that this model does not have
+            if check_rope(Case(replace(adapter, rope=known.rope), model)) is None:
+                return name
+    return None
 
 
 def _streams(pattern: str, run: _Run) -> BlockList | None:
