@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, Family
+from ..errors import ConfigError
 from ..plan.call import Call
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout
@@ -73,6 +74,21 @@ class Model:
         if self.family is not None:
             return self.family.name
         return f"{self.adapter.name}, {self.layers} layers, {self.heads} heads"
+
+    def trained_frames(self, config: Any) -> int:
+        """Return the latent frames of the clips that the model was trained on: a config's own, or the released model's.
+
+        Raises:
+            ConfigError: if neither tells.
+        """
+        frames = config.trained_frames or (self.family.trained_frames if self.family else None)
+        if frames is None:
+            name = self.family.name if self.family else f"{self.adapter.name}, with sizes of no released model,"
+            raise ConfigError(
+                f"{config.name} needs the length that the model was trained on, which {name} does not tell; set "
+                f"{config.name}.trained_frames to its latent frames"
+            )
+        return frames
 
 
 class Handler:

@@ -68,7 +68,8 @@ class MethodConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as plain values: tuples become lists, None is left out."""
-        return plain_fields(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
 
     def recipe_options(self) -> set[str]:
         """Return the options that a model's recipe may set."""
@@ -109,29 +110,10 @@ def _naming_the_unknown(init: Callable[..., None]) -> Callable[..., None]:
         known = [field.name for field in dataclasses.fields(self)]
         for key in given:
             if key not in known:
-                raise ConfigError(f"{type(self).__name__} has no option {key!r}; {did_you_mean(key, known)}")
+                raise ConfigError(f"{self.name} has no option {key!r}; {did_you_mean(key, known)}")
         init(self, *args, **given)
 
     return checked
-
-
-def plain_fields(of: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are set, as plain values: tuples become lists, None is left out."""
-    values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
-
-
-def from_dict(config_type: type[MethodConfig], values: Mapping[str, Any]) -> MethodConfig:
-    """Build a config of ``config_type`` from plain values, as read from TOML or the command line.
-
-    Raises:
-        ConfigError: for an unknown key (naming the nearest known one) or a value that the config refuses.
-    """
-    known = [field.name for field in dataclasses.fields(config_type)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{config_type.name} has no option {key!r}; {did_you_mean(key, known)}")
-    return config_type(**values)
 
 
 def _plain(value: Any) -> Any:

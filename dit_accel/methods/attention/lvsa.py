@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from dit_accel_kernels import TileLists
 
-from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
@@ -102,16 +101,7 @@ class LVSAHandler(SparseHandler):
     settings: LVSA
 
     def __init__(self, config: LVSA, model: Model) -> None:
-        if config.trained_frames is None:
-            trained = model.family.trained_frames if model.family else None
-            if trained is None:
-                name = model.family.name if model.family else f"{model.adapter.name}, with sizes of no released model,"
-                raise ConfigError(
-                    f"lvsa needs the length that the model was trained on, which {name} does not tell; set "
-                    "lvsa.trained_frames to its latent frames"
-                )
-            config = replace(config, trained_frames=trained)
-        super().__init__(config, model)
+        super().__init__(replace(config, trained_frames=model.trained_frames(config)), model)
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Tell how much longer the clip is, and what each frame sees."""

@@ -75,11 +75,7 @@ class SparseD(SparseConfig):
             )
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
-        """Return the config with every unset option filled in; ``density`` only where ``mass`` is not given.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
+        """Return the config with every unset option filled in; ``density`` only where ``mass`` is not given."""
         full: Any = SparseConfig.filled(replace(self, mass=None), recipe)
         return replace(full, density=None, mass=self.mass) if self.mass is not None else full
 

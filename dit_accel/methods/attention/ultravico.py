@@ -6,7 +6,7 @@ a frame); any size and model; and it composes with sparse methods, whose lists d
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
@@ -25,7 +25,7 @@ from ..config import MethodConfig
 from ..options import ge, gt, le
 from ..saving import Saving
 
-DEFAULTS: Mapping[str, Any] = {"first_frame": False, "period": None, "gamma": None, "trained_frames": None}
+DEFAULTS: Mapping[str, Any] = {"first_frame": False, "period": None, "gamma": None}
 """What an option is where neither the user nor the model's recipe sets it."""
 
 BY_RATIO: ByRatio = ((2.0, 0.9, None),)
@@ -132,37 +132,19 @@ class UltraViCoHandler(AttentionHandler):
     settings: UltraViCo
 
     def __init__(self, config: UltraViCo, model: Model) -> None:
-        super().__init__(config, model)
+        super().__init__(replace(config, trained_frames=model.trained_frames(config)), model)
         self._by_ratio: ByRatio = super().recipe(config, model).get("by_ratio", BY_RATIO)
         self._require_bands()
         self._rules: dict[int, DecayRule] = {}
 
     @classmethod
     def recipe(cls, config: UltraViCo, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options on a model, the trained length of a released one included."""
-        trained = {"trained_frames": model.family.trained_frames} if model.family else {}
-        recipe = super().recipe(config, model)
-        return {**trained, **{option: value for option, value in recipe.items() if option != "by_ratio"}}
-
-    @property
-    def trained_frames(self) -> int:
-        """Latent frames of the clips that the model was trained on.
-
-        Raises:
-            ConfigError: if that is not known.
-        """
-        if self.settings.trained_frames is not None:
-            return self.settings.trained_frames
-        family = self.model.family
-        model = family.name if family else f"{self.model.adapter.name}, with sizes of no released model,"
-        raise ConfigError(
-            f"ultravico needs the length that the model was trained on, which {model} does not tell; set "
-            "ultravico.trained_frames to its latent frames"
-        )
+        """Return what fills the unset options on a model; ``by_ratio`` is no option."""
+        return {option: value for option, value in super().recipe(config, model).items() if option != "by_ratio"}
 
     def _require_bands(self) -> None:
         """Raise `ConfigError` if bands are described in part."""
-        settings, _ = self.settings, self.trained_frames
+        settings = self.settings
         period, gamma = settings.period, settings.gamma
         if period is None and (gamma is not None or settings.beta is not None):
             name, value = ("gamma", gamma) if gamma is not None else ("beta", settings.beta)
@@ -181,7 +163,7 @@ class UltraViCoHandler(AttentionHandler):
         Raises:
             ConfigError: if the options and the published values contradict each other.
         """
-        settings, trained = self.settings, self.trained_frames
+        settings, trained = self.settings, self.settings.trained_frames or 1
         alpha, beta = strengths(self._by_ratio, frames / trained)
         alpha = alpha if settings.alpha is None else settings.alpha
         if settings.period is None:

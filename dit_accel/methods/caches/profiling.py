@@ -112,11 +112,7 @@ class ProfilingCache(StepCacheConfig):
         return isinstance(self.blocks, str) and self.blocks.endswith(".json")
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
-        """Return the config with every unset option filled in; a recipe's blocks or schedule go together.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
+        """Return the config with every unset option filled in; a recipe's blocks or schedule go together."""
         left = dict(recipe or {})
         for part in (BLOCKS, SCHEDULE):
             if any(getattr(self, option) is not None for option in part):

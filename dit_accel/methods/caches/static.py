@@ -37,11 +37,7 @@ class StaticCache(StepCacheConfig):
             )
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
-        """Return the config with every unset option filled in; beside ``steps`` nothing else decides unless it is set.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
+        """Return the config with unset options filled in; beside ``steps`` nothing else decides unless it is set."""
         full: Any = self if self.steps is not None else StepCacheConfig.filled(self, recipe)
         return full
 

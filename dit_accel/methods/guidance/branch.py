@@ -6,7 +6,7 @@ whatever s is in that step, in two calls or one, with guidance embedded or off.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .config import PerturbedConfig
 from .guiders import GUIDERS, guided_by, require_own
+from .heads import first_layer, split_specs
 from .log import PerturbedForward, note_of, section_of, warn_if_nothing_ran
 from .perturbed_blocks import PerturbedBlocks, Rows
 from .prompt_branches import Part, call_of, part_of, rows_of_prompt
@@ -42,6 +43,12 @@ class PerturbedHandler(Handler):
     acts_on_blocks: ClassVar[bool] = False
     settings: PerturbedConfig
 
+    option: ClassVar[str] = "layers"
+    """The option that names what is perturbed."""
+
+    search: ClassVar[str] = ""
+    """What an error says at its end about how to find some."""
+
     def __init__(self, config: PerturbedConfig, model: Model) -> None:
         super().__init__(config, model)
         self._others: Sequence[Handler] = ()
@@ -55,13 +62,30 @@ class PerturbedHandler(Handler):
         self._seen = 0
         self._steps: int | None = None
         self._warned = self._warned_of_window = False
+        if self.specs is None:
+            known = model.family.name if model.family is not None else f"a {model.adapter.name} of these sizes"
+            raise ConfigError(
+                f"{self.name}.{self.option} is not set, and nothing is published for {known}; name some, such as "
+                f"L{max(1, model.layers // 3)}{self.search}"
+            )
 
     # What is perturbed.
 
     @property
+    def specs(self) -> tuple[str, ...] | None:
+        """What the settings name; None: nothing was set or published."""
+        given = getattr(self.settings, self.option)
+        return None if given is None else split_specs(given)
+
+    @property
+    def published(self) -> Mapping[str, Sequence[str]]:
+        """The sets of heads that are published for the model."""
+        return {} if self.model.family is None else self.model.family.head_sets
+
+    @property
     def neutral(self) -> bool:
         """Whether the settings change nothing."""
-        return self.settings.scale == 0
+        return self.settings.scale == 0 or not self.specs
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
         """Return the attention layers that are perturbed; raise `ConfigError` for those that can't be."""
@@ -73,7 +97,7 @@ class PerturbedHandler(Handler):
 
     def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
-        raise NotImplementedError
+        return f"{', '.join(self.specs or ()) or 'nothing'}, scale {self.settings.scale}"
 
     # What all of them share.
 
@@ -262,7 +286,8 @@ class PerturbedHandler(Handler):
 
     def first_layer(self) -> int | None:
         """Return the first perturbed layer, without a model; None where that is not known."""
-        raise NotImplementedError
+        specs = [one for spec in self.specs or () for one in self.published.get(spec, (spec,))]
+        return first_layer(specs, self.model.layers, max(1, self.model.heads))
 
 
 def _ending_alike(further: Sample, tokens: int) -> Sample:

@@ -90,10 +90,6 @@ class PerturbedConfig(WindowedConfig):
             )
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
-        """Return the config with every unset option filled in; with ``mode = 'free'`` no scale is.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
+        """Return the config with every unset option filled in; with ``mode = 'free'`` no scale is."""
         full: Any = MethodConfig.filled(replace(self, mode="branch"), recipe)
         return full if self.mode == "branch" else replace(full, mode="free", scale=None)

@@ -20,7 +20,7 @@ from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
 from .config import PerturbedConfig
-from .heads import Heads, Stacks, first_layer, read_heads, split_specs
+from .heads import Heads, Stacks, read_heads
 
 Target = Literal["identity", "temperature"]
 
@@ -84,8 +84,7 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
     places = frozenset({Place.ATTENTION, Place.FORWARD})
     by_place = True
 
-    option: ClassVar[str] = "layers"
-    """The option that names them."""
+    search = ", or search with `dit-accel tune heads`"
 
     u: float = 1.0
     """How far they are perturbed, in [0, 1]; 0 changes nothing."""
@@ -106,23 +105,11 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         self._heads: dict[str, Heads] = {}
         self._depths: dict[str, frozenset[int]] = {}
         self._mixes: dict[tuple[Any, ...], Tensor] = {}
-        if self.specs is None:
-            known = model.family.name if model.family is not None else f"a {model.adapter.name} of these sizes"
-            raise ConfigError(
-                f"{self.name}.{self.option} is not set, and nothing is published for {known}; name some, such as "
-                f"L{max(1, model.layers // 3)}, or search with `dit-accel tune heads`"
-            )
-
-    @property
-    def specs(self) -> tuple[str, ...] | None:
-        """What the settings name; None: nothing was set or published."""
-        given = getattr(self.settings, self.option)
-        return None if given is None else split_specs(given)
 
     @property
     def neutral(self) -> bool:
         """Whether the settings change nothing."""
-        return self.settings.scale == 0 or self.u == 0 or not self.specs
+        return super().neutral or self.u == 0
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
         """Return the attention layers that hold a perturbed head."""
@@ -135,11 +122,6 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         main = min(sides, default=len(site.attention))
         self._depths[site.name] = frozenset(layer if layer < main else layer - main for layer in heads)
         return list(heads)
-
-    @property
-    def published(self) -> Mapping[str, Sequence[str]]:
-        """The sets of heads that are published for the model."""
-        return {} if self.model.family is None else self.model.family.head_sets
 
     def is_active(self, step: StepContext, depth: int) -> bool:
         """Whether a perturbed pass runs and the block has a perturbed head."""
@@ -181,15 +163,6 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         """Forget the last step."""
         super().reset()
         self._mixes.clear()
-
-    def describe_perturbation(self) -> str:
-        """Return in words what is perturbed."""
-        return f"{', '.join(self.specs or ()) or 'nothing'}, scale {self.settings.scale}"
-
-    def first_layer(self) -> int | None:
-        """Return the first perturbed layer, without a model; None where that is not known."""
-        specs = [one for spec in self.specs or () for one in self.published.get(spec, (spec,))]
-        return first_layer(specs, self.model.layers, max(1, self.model.heads))
 
 
 class SoftPAGHandler(PerturbedHeadsHandler):
