@@ -1,1 +1,1 @@
-"""Rules of the methods as pure functions on numbers: no torch, no model, no state."""
+"""The methods' rules as pure functions, numbers or tensors in and out: no model, no state, nothing is attached."""

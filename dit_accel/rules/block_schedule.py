@@ -26,11 +26,11 @@ def shrinking(first: int, every: int, every_last: int, steps: int) -> tuple[int,
         every_last: distance at the run's end, T_min.
         steps: steps of the run, S.
     """
-    found, step = [], first
+    steps_stored, step = [], first
     while step < steps:
-        found.append(step)
+        steps_stored.append(step)
         step += max(1, round(every - (every - every_last) * (step - first) / (steps - first)))
-    return tuple(found)
+    return tuple(steps_stored)
 
 
 def rescaled(listed: Sequence[int], measured: int, steps: int) -> tuple[int, ...]:

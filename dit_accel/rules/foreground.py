@@ -45,7 +45,7 @@ def predicted(
 
 
 def _of_tokens(clean: Tensor, grid: tuple[int, int, int], before: int, after: int) -> Tensor | None:
-    """Return [B, tokens, C] on the grid, without the tokens around it; None where it can't be told which those are.
+    """Return [B, tokens, C] on the grid, without the tokens around it; None where it is not known which those are.
 
     Text is among ``before`` or ``after``, but not among the latents.
     """

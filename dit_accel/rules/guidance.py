@@ -38,7 +38,7 @@ def normalized(
     alpha: float,
     summed: Callable[[Tensor], Tensor] = lambda lengths: lengths,
 ) -> Tensor:
-    """Return attention's output led away from what a negative text gives, in float32 or wider.
+    """Return attention's output guided away from what a negative text gives, in float32 or wider.
 
     G = s Z+ - (s - 1) Z-, cut down to tau times Z+'s length in L1 per token, then alpha G + (1 - alpha) Z+. A token
     whose Z+ is zero stays zero.
@@ -54,7 +54,7 @@ def normalized(
         summed: adds up lengths over the processes that hold a part of C each.
     """
     wide = positive if positive.element_size() > 4 else positive.float()
-    led = scale * wide - (scale - 1) * negative.to(wide.dtype)
-    given, length = summed(torch.stack([x.abs().sum(dim=-1, keepdim=True) for x in (wide, led)]))
+    guided = scale * wide - (scale - 1) * negative.to(wide.dtype)
+    given, length = summed(torch.stack([x.abs().sum(dim=-1, keepdim=True) for x in (wide, guided)]))
     cut = (tau * given / length.clamp(min=torch.finfo(wide.dtype).tiny)).clamp(max=1)
-    return wide + alpha * (led * cut - wide)
+    return wide + alpha * (guided * cut - wide)

@@ -22,7 +22,7 @@ KINDS = ("none", "pi", "ntk", "yarn", "riflex", "ultraimage")
 """Kinds of frequencies."""
 
 BY_PERIOD = ("riflex", "ultraimage")
-"""Kinds that change single frequencies, found by their period."""
+"""Kinds that change single frequencies, chosen by their period."""
 
 NEAR = 0.9
 """The dominant frequency is the one of the smallest period that is at least this share of the trained length.
@@ -89,7 +89,7 @@ def check_kind(
     turn: float | None = None,
     indices: Sequence[int] | None = None,
 ) -> None:
-    """Check what is asked for, whatever the frequencies.
+    """Check a kind and its options, whatever the frequencies.
 
     Raises:
         ConfigError: for an unknown kind (with the nearest), what the kind does not take, or a value out of range.

@@ -61,7 +61,7 @@ def strengths(by_ratio: ByRatio, ratio: float) -> tuple[float, float | None]:
 
 
 def output_frames(latent_frames: int, step: int) -> int:
-    """Return the output frames of so many latent frames, where a latent covers ``step`` frames, the first one apart."""
+    """Return the output frames of so many latent frames: the first covers one frame, the others ``step`` each."""
     return step * (latent_frames - 1) + 1
 
 
@@ -71,6 +71,6 @@ def extended_frames(trained_frames: int, ratio: float, step: int) -> int:
     Args:
         trained_frames: L, in latent frames.
         ratio: s.
-        step: output frames that a latent covers, the first one apart.
+        step: output frames that a latent covers, except the first, which covers one.
     """
     return output_frames(round(trained_frames * ratio), step)

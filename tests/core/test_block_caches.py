@@ -8,7 +8,7 @@ from block_calls import LAYERS, Counted, forward, run_inputs
 from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, DBCache, EasyCache, FirstBlockCache
+from dit_accel import ConfigError, DBCache, DBPrune, EasyCache, FirstBlockCache
 from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
 
 FOREVER = dict(threshold=1e9, warmup_steps=0, last_steps=0)
@@ -151,6 +151,22 @@ def test_the_first_branch_decides_and_each_keeps_its_own(transformer):
         values = [entry["value"] for entry in attachment.report().section("dbcache").data["forwards"]]
     assert [value is None for value in values] == [True, True, False, True, False, True, False, True]
     assert all(torch.equal(one, two) for one, two in zip(together[::2], together[1::2], strict=True))
+
+
+@pytest.mark.parametrize("config", [DBCache(first_blocks=2, **FOREVER), DBPrune(threshold=0.05, warmup_steps=1)])
+def test_what_the_first_branch_measures_is_its_own(transformer, config):
+    found = []
+    for others in ((), ("b",)):
+        with dit_accel.attach(transformer, config) as attachment:
+            counted, ran = Counted(transformer), []
+            for step in range(6):
+                forward(transformer, step, "a", 1 + 0.02 * step)
+                ran.append(counted.by_forward()[-1])
+                for branch in others:
+                    forward(transformer, step, branch, 2 - 0.1 * step)
+            entries = attachment.report().section(config.name).data["forwards"]
+        found.append((ran, [entry["value"] for entry in entries if entry["branch"] == "a"]))
+    assert found[0] == found[1]
 
 
 def test_only_the_unconditional_branch_is_skipped(transformer):

@@ -35,6 +35,7 @@ def test_distances_of_the_shrinking_schedule_shrink(first, one, two, steps):
 def test_rescaled_steps_are_of_the_run_and_keep_their_share_of_it(listed, steps):
     found = rescaled(sorted(listed), 50, steps)
     assert found == tuple(sorted({*found}))
+    assert all(type(step) is int for step in found)
     assert 0 <= found[0] <= found[-1] < steps
     assert all(min(abs(step / steps - one / 50) for one in listed) <= 1 / steps for step in found)
     assert rescaled(sorted(listed), 50, 50) == tuple(sorted(listed))

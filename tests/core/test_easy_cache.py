@@ -7,6 +7,7 @@ from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer, tiny_
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, StaticCache
+from dit_accel.methods.caches.easy import mean_size
 
 GENERATOR = torch.Generator().manual_seed(0)
 LATENTS = [torch.randn(1, 4, 3, generator=GENERATOR).cumsum(0) for _ in range(20)]
@@ -139,3 +140,10 @@ def test_beside_a_sparse_method_both_act():
         (2, "cond", 3),
         (2, "uncond", 3),
     ]  # fmt: skip - the pattern is learned in step 2
+
+
+def test_the_size_of_a_tensor_is_the_mean_of_its_absolute_values_in_float32():
+    ones = torch.full((64, 65), -1.0, dtype=torch.bfloat16)
+    assert mean_size(ones) == 1  # a sum of 4160 in bfloat16 is off
+    assert mean_size(torch.tensor([1.0, -3.0], dtype=torch.float64)).dtype == torch.float64
+    assert mean_size(torch.tensor([1.0, -3.0]), spent=True) == 2

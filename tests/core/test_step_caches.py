@@ -6,11 +6,14 @@ import pytest
 import torch
 from cache_calls import Driven, line, run_through, still
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from wan_tiny import tiny_transformer
 
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.adapters.guidance import Guidance
+from dit_accel.attachment.find import resolve_model
 from dit_accel.methods.caches.engine import is_unconditional
 from dit_accel.methods.caches.log import CachedForward, section_of
+from dit_accel.methods.registry import handler_of
 
 EVERY = dict(warmup_steps=0, last_steps=0)
 
@@ -424,3 +427,22 @@ def test_the_section_counts_what_was_computed():
     section = section_of("made-up", entries, None)
     assert (section.data["computed"], section.data["reused"]) == (1, 2)
     assert section.title == "made-up: 2 of 3 forwards reused (# computed, . reused)"
+
+
+def test_a_run_whose_length_is_not_known_ends_with_the_step_that_runs():
+    """Where Chebyshev's polynomials are laid over the steps from the first to the last."""
+    model = resolve_model("transformer", {"transformer": tiny_transformer()})
+    handler = handler_of(StaticCache())(StaticCache(), model)
+    assert handler._end(SimpleNamespace(num_inference_steps=None, step_index=4)) == 4
+    assert handler._end(SimpleNamespace(num_inference_steps=10, step_index=4)) == 9
+
+
+@pytest.mark.parametrize(
+    ("threshold", "line"), [(None, "indicator 0.1 to 0.3"), (0.25, "indicator 0.1 to 0.3, threshold 0.25")]
+)
+def test_the_indicator_stands_beside_its_threshold_where_there_is_one(threshold, line):
+    entries = [
+        CachedForward(transformer="transformer", step_index=step, branch="cond", reused=False, reason="", value=value)
+        for step, value in enumerate((None, 0.3, 0.1, float("nan")))
+    ]
+    assert section_of("made-up", entries, threshold).lines[-1] == line

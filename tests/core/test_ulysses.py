@@ -13,6 +13,7 @@ from dit_accel.attachment.parallel import naming_lost
 from dit_accel.attachment.ring import ring_of
 from dit_accel.attachment.ulysses import Ulysses, ulysses_of
 from dit_accel.errors import ConfigError, ProcessLost
+from dit_accel.plan.heads import HeadShare
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,16 @@ def test_masks_over_all_keys_are_brought_into_the_order_of_the_exchange():
     assert found.gathered_mask(mask).tolist() == [[True, True, True, False, True, False]]
     assert found.gathered_mask(mask[:, :3]).shape == (1, 3)
     assert found.whole_mask(None) is None
+
+
+def test_masks_that_are_split_as_the_tokens_are_come_back_in_the_order_of_the_model(monkeypatch):
+    whole = torch.tensor([[True, False, False, True, True, False]])
+    parts = whole[:, [0, 2, 3, 1, 4, 5]].split(3, -1)  # each process has a token of text and two of the picture
+    monkeypatch.setattr(HeadShare, "joined", lambda self, x, dim: torch.cat(parts, dim))
+    found = spread("flux", (1, 2, 2, 2, 0), 2)
+    assert torch.equal(found.whole_mask(parts[0]), whole)
+    parts = whole.split(3, -1)  # one stream is in the order of the model already
+    assert torch.equal(spread("wan", (3, 1, 2, 0, 0), 2).whole_mask(parts[0]), whole)
 
 
 def test_masks_that_pair_queries_with_keys_are_refused():

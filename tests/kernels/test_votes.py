@@ -169,6 +169,23 @@ def test_6_backends_vote_alike_but_for_gaps_at_the_threshold(backend, decayed, v
     assert not decayed or False in plain
 
 
+@DIRECTIONS
+@VOTES
+def test_6_tiles_are_visited_by_section_where_all_of_them_are_whole(reverse, vote):
+    """Pairs without decay come first, whichever way the tiles are gone through."""
+    frames = torch.tensor([0, 2, 0], dtype=torch.int32).repeat_interleave(BLOCK)
+    decay = FrameDecay(table=torch.tensor([1.0, 1.0, 0.3]), q_frames=frames[:NUM_Q], k_frames=frames)
+    tiles = TileLists.full(NUM_Q, 3 * BLOCK, block_q=BLOCK, block_k=BLOCK)
+    kept = []
+    for seed in range(4):
+        q, k, v = inputs("reference", seed)
+        options = dict(tiles=tiles, keep=ALL[..., :3], vote=vote, reverse=reverse, decay=decay)
+        bits = [call(backend, q, k[:, :, :48], v[:, :, :48], **options)[2] for backend in ("reference", "torch")]
+        assert torch.equal(*bits)
+        kept.append(bits[0])
+    assert not torch.stack(kept).all()
+
+
 @EVERY
 @DIRECTIONS
 @pytest.mark.parametrize("threshold", [0.0, -1.0])

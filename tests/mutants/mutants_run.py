@@ -8,6 +8,7 @@ either a test is missing, or the changed line does the same as before. Those of 
     make mutants                                     # 200 defects; about an hour on two cores
     make mutants ARGS="--sample 50 --seed 3"         # others
     make mutants ARGS="--only plan/plan.py"          # all defects of one file
+    make mutants ARGS="--also tests/core/test_x.py"  # survivors once more, now that this file has other tests
 
 Which tests run a line is measured once, by coverage, and kept in ``.mutants/`` until ``--anew``, as is how each defect
 ended: a run that was stopped goes on where it was, survivors are tried again. Only what `make test` runs counts, not
@@ -75,14 +76,27 @@ def environment(place: Path) -> dict[str, str]:
             "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
 
 
-def measured(anew: bool) -> dict[str, Any]:
-    """Return which tests run which line, and how long each takes; measured once."""
+def measured(anew: bool, also: Sequence[str] = ()) -> dict[str, Any]:
+    """Return which tests run which line, and how long each takes; measured once, and again in the files of ``also``."""
     kept = WORK / "lines.json"
-    if kept.exists() and not anew:
-        return json.loads(kept.read_text())
+    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() and not anew else {"lines": {}, "times": {}}
+    if known["lines"] and not also:
+        return known
     place = copied(0)
     sources = [f"--cov={place / target}" for target in TARGETS]
-    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not slow", *TESTS, *sources]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "auto",
+        "--dist",
+        "worksteal",
+        "-m",
+        "not slow",
+        *(also if known["lines"] else TESTS),
+        *sources,
+    ]
     command += ["--cov-context=test", "--cov-report=", "-p", "mutant_plugin", "-p", "no:cacheprovider"]
     extra = {"MUTANT_TIMES": str(WORK / "times.json"), "COVERAGE_FILE": str(WORK / "coverage")}
     paths = environment(place)
@@ -92,16 +106,14 @@ def measured(anew: bool) -> dict[str, Any]:
 
     data = CoverageData(str(WORK / "coverage"))
     data.read()
-    lines: dict[str, dict[str, list[str]]] = {}
     for file in data.measured_files():
-        by_line = {
-            str(line): sorted({context.split("|")[0] for context in contexts if context})
-            for line, contexts in data.contexts_by_lineno(file).items()
-        }
-        lines[str(Path(file).relative_to(place))] = by_line
-    times = json.loads((WORK / "times.json").read_text())
-    kept.write_text(json.dumps({"lines": lines, "times": times}))
-    return {"lines": lines, "times": times}
+        by_line = known["lines"].setdefault(str(Path(file).relative_to(place)), {})
+        for line, contexts in data.contexts_by_lineno(file).items():
+            tests = {context.split("|")[0] for context in contexts if context}
+            by_line[str(line)] = sorted({*by_line.get(str(line), ()), *tests})
+    known["times"] |= json.loads((WORK / "times.json").read_text())
+    kept.write_text(json.dumps(known))
+    return known
 
 
 def covering(mutation: Mutation, known: dict[str, Any]) -> list[str]:
@@ -254,12 +266,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", help="all defects of the files whose path holds this; nothing is written down")
     parser.add_argument("--anew", action="store_true", help="measure again which tests run which line")
+    parser.add_argument("--also", nargs="+", default=(), help="measure again which lines these files' tests run")
     parser.add_argument("--out", type=Path, default=HERE / "score.json")
     options = parser.parse_args(arguments)
     WORK.mkdir(exist_ok=True)
     if options.anew:
         KEPT.unlink(missing_ok=True)
-    known = measured(options.anew)
+    known = measured(options.anew, options.also)
     equivalent = {
         entry["defect"]: entry["reason"]
         for entry in tomllib.loads((HERE / "equivalent.toml").read_text()).get("equivalent", [])

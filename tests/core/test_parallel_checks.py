@@ -1,0 +1,88 @@
+"""What processes compare and what is refused under context parallelism, with the others' part played by the test."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dit_accel import ConfigError
+from dit_accel.attachment.parallel import require_agreement, require_parallel
+
+MESH = SimpleNamespace(get_group=lambda: None)
+
+
+def state_of(heads: int = 4) -> SimpleNamespace:
+    layer = SimpleNamespace(index=0, heads=heads, processor=SimpleNamespace(_parallel_config=None))
+    adapter = SimpleNamespace(name="wan", split_text=False)
+    return SimpleNamespace(name="transformer", branch="cond", layers=[layer], adapter=adapter)
+
+
+def execution_of(*handlers: SimpleNamespace, backend: str = "torch") -> SimpleNamespace:
+    return SimpleNamespace(
+        handlers=handlers, attention=handlers, backend=backend,
+        state=SimpleNamespace(num_inference_steps=5, step_index=0),
+    )  # fmt: skip
+
+
+def method(**options) -> SimpleNamespace:
+    settings = SimpleNamespace(to_dict=lambda: options)
+    return SimpleNamespace(name="radial", objects=False, by_place=True, settings=settings)
+
+
+def played(monkeypatch, change=lambda mine, noise: (mine, noise)) -> None:
+    """Let the second of two processes say what the first does, but for a change."""
+
+    def gather(out, mine, group=None):
+        out[:] = [mine, change(*mine)]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+
+
+CONFIG = SimpleNamespace(ring_degree=1, ulysses_degree=2, ulysses_anything=False, _flattened_mesh=MESH)
+
+
+def test_processes_that_begin_alike_agree(monkeypatch):
+    played(monkeypatch, lambda mine, noise: (dict(mine), [value + 1e-6 for value in noise]))
+    require_agreement(execution_of(method()), state_of(), CONFIG, torch.randn(1, 4, 2, 8, 8))
+
+
+def test_processes_with_other_latents_are_refused(monkeypatch):
+    compared = []
+    played(monkeypatch, lambda mine, noise: compared.append(noise) or (mine, [*noise[:-1], noise[-1] + 9]))
+    latents = torch.arange(64.0).reshape(1, 4, 4, 4)
+    with pytest.raises(ConfigError, match=r"other latents on rank 1"):
+        require_agreement(execution_of(method()), state_of(), CONFIG, latents)
+    assert compared[0][0] == 0
+    assert compared[0][-1] == 63  # from the first number to the last
+
+
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [("backend", "triton"), ("step_index", 1), ("branch", "uncond"), ("methods", {}), ("layers", [1])],
+)
+def test_processes_that_run_something_else_are_refused(monkeypatch, what, other):
+    played(monkeypatch, lambda mine, noise: ({**mine, what: other}, noise))
+    with pytest.raises(ConfigError, match=rf"{what} is .* on rank 0 and .* on rank 1"):
+        require_agreement(execution_of(method()), state_of(), CONFIG, torch.randn(1, 4, 2, 8, 8))
+
+
+def test_ring_attention_and_ulysses_are_each_right_and_not_both():
+    for ring, ulysses in ((2, 1), (1, 2), (1, 1)):
+        require_parallel(execution_of(method()), state_of(), SimpleNamespace(
+            ring_degree=ring, ulysses_degree=ulysses, ulysses_anything=False))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"ring_degree = 2 with ulysses_degree = 2"):
+        require_parallel(
+            execution_of(method()), state_of(), SimpleNamespace(ring_degree=2, ulysses_degree=2, ulysses_anything=False)
+        )
+
+
+@pytest.mark.parametrize(("heads", "degree", "anything", "text"), [
+    (5, 2, False, "does not divide the 5 heads"), (4, 5, True, "none of the 4 heads"),
+])  # fmt: skip
+def test_heads_that_cannot_be_shared_are_refused(heads, degree, anything, text):
+    config = SimpleNamespace(ring_degree=1, ulysses_degree=degree, ulysses_anything=anything)
+    with pytest.raises(ConfigError, match=text):
+        require_parallel(execution_of(method()), state_of(heads), config)
+    require_parallel(execution_of(method()), state_of(10), config)
