@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Grid
 from ..errors import AttachError, ConfigError
-from ..methods.base import AttentionHandler, Corrects, Handler, Keeps, Learns
+from ..methods.base import AttentionHandler, Corrects, Handler, ReadsVotes, StoresOutputs
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout, with_valid_text
@@ -77,8 +77,8 @@ class Execution:
         """Let these be the methods from now on."""
         self.handlers = tuple(handlers)
         self.attention = tuple(one for one in handlers if isinstance(one, AttentionHandler))
-        self._learners = tuple(one for one in handlers if isinstance(one, Learns))
-        self._keepers = tuple(one for one in handlers if isinstance(one, Keeps))
+        self._learners = tuple(one for one in handlers if isinstance(one, ReadsVotes))
+        self._keepers = tuple(one for one in handlers if isinstance(one, StoresOutputs))
         self._correctors = tuple(one for one in handlers if isinstance(one, Corrects))
 
     def begin_run(self) -> None:

@@ -11,7 +11,7 @@ from ..adapters.adapter import NO_STEP, Adapter, Grid
 from ..adapters.joined_text import JoinedText
 from ..adapters.rope import check_lengths
 from ..errors import ConfigError
-from ..methods.site import AroundForward, ForwardContext, made_tensor
+from ..methods.site import AroundForward, ForwardContext, target_sample
 from ..plan.context import StepContext
 from ..plan.layout import TokenLayout
 from .execution import Execution
@@ -112,7 +112,7 @@ class Forward:
         training = torch.is_grad_enabled() and state.transformer.training
         execution.state.forward(state, inputs, training, of)
         if parallel is not None:
-            self._require_agreement(parallel, made_tensor(inputs[state.adapter.latents]))
+            self._require_agreement(parallel, target_sample(inputs[state.adapter.latents]))
 
         def innermost(**changed: Any) -> Any:
             if not changed:
@@ -182,7 +182,7 @@ class Forward:
     def _shards_of(self, grid: Grid, inputs: Mapping[str, Any]) -> SequenceShards:
         """Return how processes share the forward; the same object as long as nothing changes."""
         adapter, config = self._state.adapter, self._parallel
-        joined, device = adapter.joined_text, made_tensor(inputs[adapter.latents]).device
+        joined, device = adapter.joined_text, target_sample(inputs[adapter.latents]).device
         given = inputs.get(joined.text) if isinstance(joined, JoinedText) else None
         text = given.shape[1] if isinstance(given, torch.Tensor) else None
         key, shards = self._shards

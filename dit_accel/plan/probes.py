@@ -22,7 +22,7 @@ def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, T
         rows: int64 [G], token indices of the probes.
 
     Returns:
-        Gaps and shares, float32 (float64 for float64) [B, H, NQ, NK], as `dit_accel.methods.base.TakesBack` takes them.
+        Gaps and shares, float32 (float64 for float64) [B, H, NQ, NK], as `restore_tiles` takes them.
     """
     tiles, order = plan.tiles, plan.token_order
     assert tiles is not None

@@ -33,7 +33,7 @@ from dit_accel_pipelines.generation.solvers import BEST
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.errors import did_you_mean
 from dit_accel.files import written_whole
-from dit_accel.methods.config import MethodConfig, from_dict
+from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import method
 
 VERSION = 1
@@ -301,7 +301,7 @@ def _arm(values: dict[str, Any], frames: int, trainings: Mapping[str, Any], path
 
 
 def _methods(tables: Mapping[str, Any]) -> tuple[MethodConfig, ...]:
-    return tuple(from_dict(method(key), value) for key, value in tables.items())
+    return tuple(method(key)(**value) for key, value in tables.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

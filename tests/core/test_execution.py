@@ -185,7 +185,7 @@ def test_lists_that_only_save_time_are_left_to_the_users_own_attention_where_the
     assert layer.attended == 1
     recorder = layer.execution.recorder
     assert recorder.spell_backend("auto") == "auto (dense)"
-    density = radial.resolve({}).tiles(CLIP).density
+    density = radial.filled().tiles(CLIP).density
     assert 0.3 < density < 1
     assert recorder.notes[-1] == (
         f"transformer: {density:.1%} of the tiles take {density / 0.3:.2f} times as long as all of them by the model's "

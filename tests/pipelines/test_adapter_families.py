@@ -50,7 +50,7 @@ def test_mochi_plans_each_row_with_its_own_valid_text():
         inputs["encoder_attention_mask"][:] = True
         run(transformer, inputs)
         assert attachment.report().sparse_density == pytest.approx(
-            ACTIVE.resolve().tiles(TokenLayout(frames=7, height=4, width=8, text_after=6)).density
+            ACTIVE.filled().tiles(TokenLayout(frames=7, height=4, width=8, text_after=6)).density
         )
 
 

@@ -14,7 +14,7 @@ from dit_accel.errors import did_you_mean
 from dit_accel.estimate.sizes import check_steps
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.caches.native_limits import CONFIGS
-from dit_accel.methods.config import MethodConfig, from_dict
+from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import method
 
 from ..runs.schedulers import OWN, check_scheduler
@@ -125,7 +125,7 @@ def _arms(values: Mapping[str, Any], path: Path) -> list[Arm]:
         check_steps(max(several))
         methods = tuple(
             one for key, value in tables.items()
-            for one in (_natives(value) if key == NATIVE else [from_dict(method(key), value)])
+            for one in (_natives(value) if key == NATIVE else [method(key)(**value)])
         )  # fmt: skip
         plain |= _solver(plain)
         _check_guider(plain.get("guider", {}))

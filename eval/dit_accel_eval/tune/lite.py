@@ -26,7 +26,7 @@ from dit_accel.errors import did_you_mean
 from dit_accel.files import check_writable
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_thresholds
-from dit_accel.methods.attention.sparse import SparseSettings
+from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.psnr import psnr
@@ -199,7 +199,7 @@ def _read_prompt(saved: dict[str, Any]) -> TunedPrompt:
     return TunedPrompt(**{**saved, "calls": tuple(Found(**call) for call in saved["calls"])})
 
 
-def _check_something_votes(settings: SparseSettings, steps: int | None, layers: int) -> None:
+def _check_something_votes(settings: SparseConfig, steps: int | None, layers: int) -> None:
     """Refuse a run in which nothing would vote, where that is known beforehand.
 
     Args:

@@ -20,7 +20,7 @@ from dit_accel.attachment.site import find_blocks
 from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.caches.easy import mean_size
 from dit_accel.methods.config import MethodConfig
-from dit_accel.methods.site import Block, made_tensor
+from dit_accel.methods.site import Block, target_sample
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.rules.foreground import foreground, predicted
 
@@ -212,7 +212,7 @@ class Profiler:
                 f"tune profile reads the foreground off a flow model's prediction, and the scheduler tells the noise "
                 f"level {sigma}; give --mask"
             )
-        x, v = made_tensor(inputs[state.adapter.latents]), made_tensor(output)
+        x, v = target_sample(inputs[state.adapter.latents]), target_sample(output)
         clean = predicted(x, v, sigma, grid, layout.text_before, layout.text_after)
         if clean is None:
             raise ConfigError(

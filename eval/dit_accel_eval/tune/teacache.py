@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_accel import ConfigError, TeaCache
 from dit_accel.methods.caches.calibrated import CalibratedHandler
 from dit_accel.methods.caches.easy import mean_change, mean_size
-from dit_accel.methods.site import ForwardContext, made_tensor
+from dit_accel.methods.site import ForwardContext, target_sample
 from dit_accel.rules.caching import rescaled
 
 from .base import Table
@@ -128,7 +128,7 @@ class _Changes:
         assert handler.model.adapter.signal is not None
         with torch.no_grad():
             signal = handler.model.adapter.signal(handler.transformer_of(context), context.inputs).detach()
-        stored, given = handler.stored(context), made_tensor(output)
+        stored, given = handler.stored(context), target_sample(output)
         if self._last is not None and self._last[:2] == (context.transformer, context.step_index - 1):
             _, _, signal_before, stored_before, given_before = self._last
             note["signal"] = float(mean_change(signal, signal_before) / mean_size(signal_before))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ...adapters.guidance import PipelineCall
 from ...errors import ConfigError
 from ..site import ForwardContext, Site
-from .passes import Rows
+from .perturbed_blocks import Rows
 
 Part = Literal["cond", "uncond", "both", "perturbed"]
 """What a forward holds; ``perturbed``: the conditional prompt, in a perturbed prediction of the pipeline's own."""
@@ -71,7 +71,7 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
     return "cond" if calls == "alone" or number == "0" else "uncond"
 
 
-def rows_in(site: Site, part: Part, batch: int, wanted: Literal["cond", "uncond"]) -> Rows:
+def rows_of_prompt(site: Site, part: Part, batch: int, wanted: Literal["cond", "uncond"]) -> Rows:
     """Return the rows of one prompt in a forward; None: it holds no other."""
     if part != "both":
         return None

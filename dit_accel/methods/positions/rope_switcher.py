@@ -63,7 +63,7 @@ def require_kind(model: Model, kind: str, asked: Sequence[str] = ()) -> None:
         changeable_axes(name, rope_of(name, rope, config), config, asked)
 
 
-class Placing:
+class RopeSwitcher:
     """Keeps the rotary frequencies of one transformer as the size of each forward wants them.
 
     Nothing changes in forwards that are no longer than trained along any axis. Text does not move.

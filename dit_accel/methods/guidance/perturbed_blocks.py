@@ -17,7 +17,7 @@ Rows = tuple[slice, int] | None
 """Rows of a batch, and how many rows that has; None: all."""
 
 
-class Passes:
+class PerturbedBlocks:
     """What runs around the blocks of one transformer.
 
     Args:
