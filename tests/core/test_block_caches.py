@@ -8,7 +8,7 @@ from block_calls import LAYERS, Counted, forward, run_inputs
 from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, DBCache, DBPrune, EasyCache, FirstBlockCache
+from dit_accel import ConfigError, DBCache, DBPrune, EasyCache, FirstBlockCache, StaticCache
 from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
 
 FOREVER = dict(threshold=1e9, warmup_steps=0, last_steps=0)
@@ -167,6 +167,25 @@ def test_what_the_first_branch_measures_is_its_own(transformer, config):
             entries = attachment.report().section(config.name).data["forwards"]
         found.append((ran, [entry["value"] for entry in entries if entry["branch"] == "a"]))
     assert found[0] == found[1]
+
+
+def test_a_forward_with_gradients_leaves_nothing_to_reuse(transformer):
+    counted = Counted(transformer)
+    with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)):
+        for step, gradients in enumerate((False, False, True, False, False)):
+            with torch.set_grad_enabled(gradients), transformer.cache_context("a", step_index=step):
+                transformer(**run_inputs())
+    assert [len(ran) for ran in counted.by_forward()] == [LAYERS, 1, LAYERS, LAYERS, 1]
+
+
+def test_a_forward_whose_weights_take_gradients_is_not_skipped(transformer):
+    counted = Counted(transformer)
+    with dit_accel.attach(transformer, StaticCache(every=100, warmup_steps=0, last_steps=0)):
+        for step, gradients in enumerate((False, False, True)):
+            with torch.set_grad_enabled(gradients), transformer.cache_context("a", step_index=step):
+                output = transformer(**run_inputs())
+    assert [len(ran) for ran in counted.by_forward()] == [LAYERS, LAYERS]
+    assert output.sample.requires_grad
 
 
 def test_only_the_unconditional_branch_is_skipped(transformer):

@@ -151,7 +151,7 @@ class StepCacheHandler(Handler):
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
         latents = context.inputs[name]
-        if context.training or is_recorded(latents):
+        if self.is_trained(context, latents):
             return run()
         time = self._begin(context)
         key, shapes = (transformer, context.branch), self._shapes(context)
@@ -178,6 +178,12 @@ class StepCacheHandler(Handler):
             decider.own((context.inputs, output))
         self._peak = max(self._peak, self._held())
         return output
+
+    def is_trained(self, context: ForwardContext, latents: Any) -> bool:
+        """Tell whether gradients are taken through a forward, to its latents or to any of the weights."""
+        if context.training or is_recorded(latents):
+            return True
+        return torch.is_grad_enabled() and any(map(requires_grad, self.transformer_of(context).parameters()))
 
     def _begin(self, context: ForwardContext) -> float:
         """Drop what another expert left, of which what it gave says nothing, and return the time of the step."""

@@ -22,7 +22,7 @@ from ..base import Model, Place
 from ..site import Block, ForwardContext, Site
 from .active import require_no_cache
 from .config import StepCacheConfig
-from .engine import Decider, StepCacheHandler, is_recorded, requires_grad
+from .engine import Decider, StepCacheHandler, requires_grad
 from .history import History, shapes_of
 
 Span = tuple[int, ...]
@@ -174,7 +174,8 @@ class SpanHandler(StepCacheHandler):
         require_no_cache(site.name, site.transformer, self.settings.asked)
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
-        if context.training or is_recorded(context.inputs[name]):
+        if self.is_trained(context, context.inputs[name]):
+            self._keep(context, ())
             return run()
         now = self._passes[transformer] = Pass(context, super()._needing(context))
         try:
