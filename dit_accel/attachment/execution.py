@@ -156,8 +156,8 @@ class Execution:
             call = replace(call, rows=forward.shards.rows)
         call, given = self._completed(layer, call, sizes)
         layout, (frames, height, width, before, after) = forward.layout, sizes
-        if call.tokens != before + frames * height * width + after:
-            layout = self._shortened(layer, call.tokens)
+        if (keys := call.k.shape[2]) != before + frames * height * width + after:
+            layout = self._shortened(layer, keys)
         handlers = forward.acting.get(layer) if layout is forward.layout else None
         if handlers is None:
             handlers = self._ask(layer, layout)

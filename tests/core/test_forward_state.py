@@ -68,5 +68,7 @@ def test_who_acts_is_asked_once_a_layer_and_forward(monkeypatch):
 
 def test_the_way_from_the_processor_to_the_kernels_stays_short():
     until, _ = call_path.traced_call()
-    assert until.total() <= 30, until
+    ours = sum(count for where, count in until.items() if not where.startswith("methods/"))
+    assert ours <= 23, until  # besides what the method itself calls to make its plan
+    assert until.total() <= 32, until
     assert len({where.split(":")[0] for where in until}) <= 7, until
