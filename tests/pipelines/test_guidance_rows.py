@@ -19,7 +19,7 @@ QUICK = (
 )  # fmt: skip
 RESCALING = {
     "qwen-image", "qwen-image-edit", "qwen-image-edit-plus", "qwen-image-layered", "qwen-image-controlnet", "lumina2",
-    "nucleus-image", "joyimage-edit", "joyimage-edit-plus", "ltx-2",
+    "nucleus-image", "joyimage-edit", "joyimage-edit-plus",
 }  # fmt: skip
 """Pipelines that scale the guided prediction by the conditional one, so that nothing can be folded into both."""
 REFUSED = pytest.raises(ConfigError, match="can't be folded into this pipeline's guidance")
