@@ -2,5 +2,12 @@
 
 from .adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid, patch_count
 from .blocks import BlockList
+from .cross_attention import CrossAttention
+from .guidance import Guidance
+from .joined_text import JoinedText
+from .rope import Rope
 
-__all__ = ["IMAGE_REFUSED", "NO_STEP", "Adapter", "BlockList", "Family", "Grid", "latents_grid", "patch_count"]
+__all__ = [
+    "IMAGE_REFUSED", "NO_STEP", "Adapter", "BlockList", "CrossAttention", "Family", "Grid", "Guidance", "JoinedText",
+    "Rope", "latents_grid", "patch_count",
+]  # fmt: skip

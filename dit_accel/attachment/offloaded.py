@@ -1,4 +1,4 @@
-"""Keeps diffusers' group offloading whole where blocks are skipped, on whose calls it relies.
+"""Loads and unloads diffusers' offload groups around skipped blocks, on whose calls they rely.
 
 A group is fetched when its first block is called, and sent away after its last one. Where the first is skipped and
 another runs, that one would find its weights elsewhere; where the last is skipped, the group would stay on the device,

@@ -74,7 +74,6 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
         ConfigError: for an unreadable file, an unknown method or option (with the nearest known), or a refused value.
     """
     from ..methods import registry
-    from ..methods.config import from_dict
 
     values: dict[str, dict[str, Any]] = {}
     for method in _read_config(config) if config else []:
@@ -84,7 +83,7 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
     for setting in settings:
         name, option, value = _parse_setting(setting)
         values.setdefault(name, {})[option] = value
-    return [from_dict(registry.method(name), options) for name, options in values.items()]
+    return [registry.method(name)(**options) for name, options in values.items()]
 
 
 def _read_config(path: Path) -> "list[MethodConfig]":

@@ -1,23 +1,22 @@
 """The methods, found by entry point, and what one is made of; `docs/adding-a-method.md` tells how to write one."""
 
+from .attention.mask import MaskHandler, Tokens
+from .attention.sparse import SparseConfig, SparseHandler
 from .base import AttentionHandler, Handler, Model, Phase, Place
+from .caches.config import MeasuredCacheConfig, StepCacheConfig
+from .caches.easy import mean_change, mean_size
+from .caches.engine import Decider, StepCacheHandler
 from .config import MethodConfig
+from .guidance.branch import PerturbedHandler
+from .guidance.config import PerturbedConfig
+from .guidance.softpag import PerturbedHeadsHandler
+from .options import Rule, ge, gt, le, lt, within
 from .saving import Saving, TileSaving
 from .site import Block, ForwardContext, Site, Streams, sample_of, with_sample
 
 __all__ = [
-    "AttentionHandler",
-    "Block",
-    "ForwardContext",
-    "Handler",
-    "MethodConfig",
-    "Model",
-    "Phase",
-    "Place",
-    "Saving",
-    "Site",
-    "Streams",
-    "TileSaving",
-    "sample_of",
-    "with_sample",
-]
+    "AttentionHandler", "Block", "Decider", "ForwardContext", "Handler", "MaskHandler", "MeasuredCacheConfig",
+    "MethodConfig", "Model", "PerturbedConfig", "PerturbedHandler", "PerturbedHeadsHandler", "Phase", "Place", "Rule",
+    "Saving", "Site", "SparseConfig", "SparseHandler", "StepCacheConfig", "StepCacheHandler", "Streams", "TileSaving",
+    "Tokens", "ge", "gt", "le", "lt", "mean_change", "mean_size", "sample_of", "with_sample", "within",
+]  # fmt: skip

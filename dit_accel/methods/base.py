@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, Family
+from ..errors import ConfigError
 from ..plan.call import Call
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout
@@ -74,14 +75,29 @@ class Model:
             return self.family.name
         return f"{self.adapter.name}, {self.layers} layers, {self.heads} heads"
 
+    def trained_frames(self, config: Any) -> int:
+        """Return the latent frames of the clips that the model was trained on: a config's own, or the released model's.
+
+        Raises:
+            ConfigError: if neither tells.
+        """
+        frames = config.trained_frames or (self.family.trained_frames if self.family else None)
+        if frames is None:
+            name = self.family.name if self.family else f"{self.adapter.name}, with sizes of no released model,"
+            raise ConfigError(
+                f"{config.name} needs the length that the model was trained on, which {name} does not tell; set "
+                f"{config.name}.trained_frames to its latent frames"
+            )
+        return frames
+
 
 class Handler:
-    """One attached method: its settings on one model and, where the method needs any, its state.
+    """One attached method: its options on one model and, where the method needs any, its state.
 
     A handler belongs to one attachment. It raises `ConfigError` on creation if the method can't work on the model.
 
     Attributes:
-        settings: what the config came to on this model; what the report shows.
+        settings: the config, its unset options filled in for this model; what the report shows.
         model: the model.
     """
 
@@ -107,8 +123,13 @@ class Handler:
     """Config types of another library that ask for it; it has no switch and no TOML table then."""
 
     def __init__(self, config: Any, model: Model) -> None:
-        self.settings: Any = config
+        self.settings: Any = config.filled(self.recipe(config, model))
         self.model = model
+
+    @classmethod
+    def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
+        """Return what fills the unset options of the config on a model."""
+        return model.adapter.recipe(config.name, model.family)
 
     @classmethod
     def config_for(cls, given: Any) -> MethodConfig | None:
@@ -204,7 +225,7 @@ class AttentionHandler(Handler):
 
 
 @runtime_checkable
-class Learns(Protocol):
+class ReadsVotes(Protocol):
     """A method that asks for votes and reads them."""
 
     def learn(self, context: CallContext, kept: Tensor) -> None:
@@ -213,7 +234,7 @@ class Learns(Protocol):
 
 
 @runtime_checkable
-class Keeps(Protocol):
+class StoresOutputs(Protocol):
     """A method that keeps what attention calls give."""
 
     def keep(self, context: CallContext, out: Tensor) -> None:
@@ -237,15 +258,17 @@ class Corrects(Protocol):
 
 
 @runtime_checkable
-class TakesBack(Protocol):
+class RestoresTiles(Protocol):
     """A method that drops tiles for good and can take them back where another finds that they matter."""
 
     def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
-        """Tell whether `take_back` would do anything after this call."""
+        """Tell whether `restore_tiles` would do anything after this call."""
         ...
 
-    def take_back(self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float) -> None:
-        """Take back tiles that probe rows find to matter; called after `Learns.learn`, where `wants_gaps` says so.
+    def restore_tiles(
+        self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
+    ) -> None:
+        """Take back tiles that probe rows find to matter; called after `ReadsVotes.learn`, where `wants_gaps` says so.
 
         Args:
             plan: what the call ran.

@@ -9,21 +9,22 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from ..errors import ConfigError, did_you_mean
+from .options import find_broken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodConfig:
     """Base of every method's config: what the user asks for. Frozen, keyword-only, slotted, checked on creation.
 
-    A field that a model's recipe may fill is annotated ``... | None`` and defaults to None. What a config comes to on a
-    model is another type, the method's settings; where nothing is left to fill in, the config itself.
+    An option's annotation says its type and range, as `dit_accel.methods.options` has it. An option that a model's
+    recipe may fill is annotated ``... | None`` and defaults to None; `filled` gives what a config comes to on a model.
 
     Raises:
-        ConfigError: for an option that there is not, a value of another type than the field's annotation, or a number
-            that is not finite.
+        ConfigError: for an option that there is not, a value of another type or range than the option's annotation has,
+            a number that is not finite, or options that contradict each other.
     """
 
     name: ClassVar[str]
@@ -38,17 +39,27 @@ class MethodConfig:
             cls.__init__ = _naming_the_unknown(cls.__init__)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints, declared = typing.get_type_hints(type(self)), typing.get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
+            value, hint, option = getattr(self, field.name), hints[field.name], f"{self.name}.{field.name}"
             plain = _plain(value)
             if not _fits(plain, hint):
-                option = f"{self.name}.{field.name}"
                 raise ConfigError(
                     f"{option} must be {spell_type(hint)}, got {value!r}{_how_to_list(option, plain, hint)}"
                 )
+            if broken := find_broken(plain, declared[field.name], _fits):
+                must, found, advice = broken
+                found = list(found) if isinstance(found, tuple) else found
+                raise ConfigError(f"{option} must {must}, got {found!r}{self._advice(field, advice)}")
             if plain is not value:
                 object.__setattr__(self, field.name, plain)
+
+    def _advice(self, field: dataclasses.Field[Any], advice: str) -> str:
+        """Return what an error says at its end: an option's usual value, if it has one, and its own advice."""
+        usual = self.defaults.get(field.name, field.default)
+        parts = [f"{usual:g} is usual"] if isinstance(usual, (int, float)) else []
+        parts += [advice] if advice else []
+        return f"; {', '.join(parts)}" if parts else ""
 
     @property
     def asked(self) -> str:
@@ -57,19 +68,20 @@ class MethodConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as plain values: tuples become lists, None is left out."""
-        return plain_fields(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
 
     def recipe_options(self) -> set[str]:
         """Return the options that a model's recipe may set."""
         return set(self.defaults)
 
-    def filled(self, recipe: Mapping[str, Any]) -> Any:
-        """Return the config with every unset option filled in from ``recipe``, then from `defaults`.
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with every unset option filled in from a model's ``recipe``, then from `defaults`.
 
         Raises:
             ConfigError: for an option that no recipe may fill, or a value out of range.
         """
-        known = self.recipe_options()
+        recipe, known = recipe or {}, self.recipe_options()
         for key in recipe:
             if key not in known:
                 raise ConfigError(
@@ -79,11 +91,11 @@ class MethodConfig:
         return dataclasses.replace(self, **{key: values[key] for key in values if getattr(self, key) is None})
 
     def tile_size(self, recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
-        """Return the tile size that the user asks for, and the one that the method takes on this model otherwise.
+        """Return the tile size that the user sets by ``block_size``, and the one that the method takes otherwise.
 
-        Both are None for a method without tiles. All methods of an attachment share one size.
+        Both are None for a method without such an option. All methods of an attachment share one size.
         """
-        return None, None
+        return getattr(self, "block_size", None), recipe.get("block_size", self.defaults.get("block_size"))
 
     def tile_order(self) -> str | None:
         """Return the order of tokens in tiles that the method wants, ``raster`` or ``tiles``; None: any."""
@@ -98,29 +110,10 @@ def _naming_the_unknown(init: Callable[..., None]) -> Callable[..., None]:
         known = [field.name for field in dataclasses.fields(self)]
         for key in given:
             if key not in known:
-                raise ConfigError(f"{type(self).__name__} has no option {key!r}; {did_you_mean(key, known)}")
+                raise ConfigError(f"{self.name} has no option {key!r}; {did_you_mean(key, known)}")
         init(self, *args, **given)
 
     return checked
-
-
-def plain_fields(of: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are set, as plain values: tuples become lists, None is left out."""
-    values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
-
-
-def from_dict(config_type: type[MethodConfig], values: Mapping[str, Any]) -> MethodConfig:
-    """Build a config of ``config_type`` from plain values, as read from TOML or the command line.
-
-    Raises:
-        ConfigError: for an unknown key (naming the nearest known one) or a value that the config refuses.
-    """
-    known = [field.name for field in dataclasses.fields(config_type)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{config_type.name} has no option {key!r}; {did_you_mean(key, known)}")
-    return config_type(**values)
 
 
 def _plain(value: Any) -> Any:
@@ -139,6 +132,8 @@ def _plain(value: Any) -> Any:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _fits(value, typing.get_args(hint)[0])
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(hint))
     if origin is typing.Literal:

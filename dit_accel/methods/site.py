@@ -137,7 +137,7 @@ class Site(Protocol):
         ...
 
 
-def made_tensor(of: Any) -> Tensor:
+def target_sample(of: Any) -> Tensor:
     """Return latents, or an output's prediction, as one tensor; of lists the last, before which images may be given.
 
     An image that is given does not change, and its prediction is 0: nothing can be measured by it.

@@ -1,28 +1,9 @@
-"""Options that count steps at the ends of a run: how they are checked, and how many steps they come to."""
+"""Options that count steps at the ends of a run, and how many steps they come to."""
 
 from typing import Any
 
 from ..errors import ConfigError
 from ..rules.steps import whole_steps
-
-
-def check_steps(config: Any, *options: str) -> None:
-    """Check options that hold a number of steps, or a share of the run below 1.
-
-    Args:
-        config: of a method; has its ``name``.
-        options: their names; an unset one is left alone.
-
-    Raises:
-        ConfigError: for one below 0, or one above 1 that is no whole number.
-    """
-    for option in options:
-        value = getattr(config, option)
-        if value is not None and (value < 0 or (value > 1 and value != int(value))):
-            raise ConfigError(
-                f"{config.name}.{option} must be a whole number of steps from 0 on, or a share of the run below 1, got "
-                f"{value}; write 5 for five steps, 0.2 for a fifth of them"
-            )
 
 
 def end_steps(config: Any, first: str, last: str, count: int | None) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
-from .config import MethodConfig, from_dict
+from .config import MethodConfig
 from .registry import method
 
 VERSION = 1
@@ -64,7 +64,7 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
                 f"{source}: {name} = {values!r} stands outside a method's table; write, say, [radial] above it"
             )
         try:
-            configs.append(from_dict(method(name), values))
+            configs.append(method(name)(**values))
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
     return configs

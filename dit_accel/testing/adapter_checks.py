@@ -37,6 +37,11 @@ def check_adapter(
     """
     named, given = set(adapter.transformers), {model.transformer.__name__ for model in models}
     require(
+        bool(models),
+        f"check_adapter({adapter.name!r}) was given no tiny model and would check nothing; give a TinyModel of each of "
+        f"{', '.join(sorted(named))}",
+    )
+    require(
         given <= named if only is not None else given == named,
         f"adapter {adapter.name!r} names {', '.join(sorted(named))}, tiny models were given of "
         f"{', '.join(sorted(given))}; give one or more of each class that it names, and of no other",

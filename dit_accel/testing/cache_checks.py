@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from ..attachment.attachment import attach
 from ..attachment.find import attention_modules
 from ..attachment.site import find_blocks
-from ..methods.caches.config import StepCacheConfig
+from ..methods.caches.config import MeasuredCacheConfig
 from ..methods.caches.db import FirstBlockCache
 from ..methods.caches.easy import EasyCache
 from ..methods.caches.mag import MagCache
 from ..methods.caches.static import StaticCache
 from ..methods.caches.tea import TeaCache
+from .method_cases import MethodCase, configs_of
 from .recording import require, require_same
 from .tiny_models import STEPS, Case, wide_inputs
 
@@ -27,35 +28,34 @@ BRANCHES = ("cond", "uncond")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheCase:
-    """One cache on a tiny model.
+class CacheCase(MethodCase):
+    """One cache on a tiny model: ``active`` skips every step that it can, after ``warm`` computed ones.
 
     Attributes:
-        active: skips every step that it can.
-        first: steps that it must compute before the first it skips.
+        warm: steps that it must compute before the first it skips.
         runs_first: blocks at the front that a skipped step still runs.
         counted: it needs the number of steps.
     """
 
-    active: StepCacheConfig
-    first: int = 1
+    warm: int = 1
     runs_first: int = 0
     counted: bool = False
-
-    @property
-    def neutral(self) -> StepCacheConfig:
-        """The same cache, skipping nothing."""
-        return replace(self.active, **({"every": 1} if isinstance(self.active, StaticCache) else {"threshold": 0.0}))
 
 
 _ALL: dict[str, Any] = {"warmup_steps": 0, "last_steps": 0}
 
+
+def _measured(config: type[MeasuredCacheConfig], **options: Any) -> dict[str, Any]:
+    """Return the settings of a cache with a threshold, below which all lies or nothing."""
+    return {part: config(threshold=at, **options, **_ALL) for part, at in (("neutral", 0.0), ("active", ALWAYS))}
+
+
 CACHE_CASES: dict[str, CacheCase] = {
-    "staticcache": CacheCase(active=StaticCache(every=2, **_ALL)),
-    "easycache": CacheCase(active=EasyCache(threshold=ALWAYS, **_ALL), first=2),
-    "teacache": CacheCase(active=TeaCache(threshold=ALWAYS, polynomial=(1.0, 0.0), polynomial_2=(1.0, 0.0), **_ALL)),
-    "magcache": CacheCase(active=MagCache(threshold=ALWAYS, ratios=(1.0,) * STEPS, **_ALL), counted=True),
-    "firstblockcache": CacheCase(active=FirstBlockCache(threshold=ALWAYS, **_ALL), runs_first=1),
+    "staticcache": CacheCase(neutral=StaticCache(every=1, **_ALL), active=StaticCache(every=2, **_ALL)),
+    "easycache": CacheCase(**_measured(EasyCache), warm=2),
+    "teacache": CacheCase(**_measured(TeaCache, polynomial=(1.0, 0.0), polynomial_2=(1.0, 0.0))),
+    "magcache": CacheCase(**_measured(MagCache, ratios=(1.0,) * STEPS), counted=True),
+    "firstblockcache": CacheCase(**_measured(FirstBlockCache), runs_first=1),
 }
 """Method name -> how it is tried; open to every package."""
 
@@ -81,24 +81,29 @@ def check_caches(case: Case) -> None:
     Computed steps before the first skipped one are the plain ones, bit for bit; a second generation is the first one;
     branches and what is detached keep nothing of it.
     """
-    inputs = case.inputs(1)
-    plain = [case.run(_at(case, inputs, step), step) for step in range(3)]
-    places = [name for name, _, _ in attention_modules(case.transformer, case.adapter)]
     for name, tried in caches_for(case).items():
-        with _counted(case, places) as ran, attach(case.transformer, tried.neutral):
-            for step in range(tried.first + 1):
-                out = case.run(_at(case, inputs, step), step)
-                require(torch.equal(out, plain[step]), f"{name} that skips nothing changed step {step}")
-            require(len(ran) == (tried.first + 1) * len(places), f"{name} that skips nothing skipped attention calls")
-        with _counted(case, places) as ran, attach(case.transformer, tried.active):
-            first = _generation(case, inputs, tried, plain, name)
-            expected = tried.first * len(places) + _still_run(case, places, tried)
-            require(len(ran) == expected, f"{name}: {len(ran)} attention calls ran, the cache says {expected}")
-            again = _generation(case, inputs, tried, plain, name)
-            require(torch.equal(first, again), f"{name}: a second generation differs from the first")
-        require(torch.equal(case.run(inputs), plain[0]), f"{name} left the output changed")
-    _check_held(case, inputs)
+        check_cache(case, name, tried)
+    _check_held(case, case.inputs(1))
     _check_rows(case)
+
+
+def check_cache(case: Case, name: str, tried: CacheCase) -> None:
+    """Raise `AssertionError` unless one cache does what `check_caches` says of each."""
+    inputs = case.inputs(1)
+    plain = [case.run(_at(case, inputs, step), step) for step in range(tried.warm + 1)]
+    places = [name for name, _, _ in attention_modules(case.transformer, case.adapter)]
+    with _counted(case, places) as ran, attach(case.transformer, *configs_of(tried.neutral)):
+        for step in range(tried.warm + 1):
+            out = case.run(_at(case, inputs, step), step)
+            require(torch.equal(out, plain[step]), f"{name} that skips nothing changed step {step}")
+        require(len(ran) == (tried.warm + 1) * len(places), f"{name} that skips nothing skipped attention calls")
+    with _counted(case, places) as ran, attach(case.transformer, *configs_of(tried.active)):
+        first = _generation(case, inputs, tried, plain, name)
+        expected = tried.warm * len(places) + _still_run(case, places, tried)
+        require(len(ran) == expected, f"{name}: {len(ran)} attention calls ran, the cache says {expected}")
+        again = _generation(case, inputs, tried, plain, name)
+        require(torch.equal(first, again), f"{name}: a second generation differs from the first")
+    require(torch.equal(case.run(inputs), plain[0]), f"{name} left the output changed")
 
 
 def _at(case: Case, inputs: dict[str, Any], step: int) -> dict[str, Any]:
@@ -110,12 +115,12 @@ def _at(case: Case, inputs: dict[str, Any], step: int) -> dict[str, Any]:
 
 def _generation(case: Case, inputs: dict[str, Any], tried: CacheCase, plain: list[Tensor], name: str) -> Tensor:
     """Run a generation whose last step is skipped, and return what that one gave."""
-    for step in range(tried.first):
+    for step in range(tried.warm):
         out = case.run(_at(case, inputs, step), step)
         require(torch.equal(out, plain[step]), f"{name} changed step {step}, before it skipped any")
-    out = case.run(_at(case, inputs, tried.first), tried.first)
+    out = case.run(_at(case, inputs, tried.warm), tried.warm)
     require(bool(out.isfinite().all()), f"{name} forecasts values that are not finite")
-    require(not torch.equal(out, plain[tried.first]), f"{name} did not skip step {tried.first}")
+    require(not torch.equal(out, plain[tried.warm]), f"{name} did not skip step {tried.warm}")
     return out
 
 

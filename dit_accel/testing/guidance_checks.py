@@ -12,11 +12,12 @@ from ..adapters.cross_attention import CrossAttention
 from ..adapters.joined_text import JoinedText
 from ..attachment.attachment import attach
 from ..attachment.find import attention_modules
-from ..methods.guidance.config import PerturbedConfig
+from ..methods.config import MethodConfig
 from ..methods.guidance.nag import NAG
 from ..methods.guidance.slg import SLG
 from ..methods.guidance.softpag import SoftPAG
 from .block_checks import Block, replaced
+from .method_cases import MethodCase, configs_of
 from .recording import WIDE, RecordedCall, recorded, require, require_same, require_within_rounding
 from .reference import attention
 from .tiny_models import Case, wide_inputs
@@ -42,8 +43,24 @@ def check_guidance(case: Case) -> str | None:
     require(torch.equal(_run(case, inputs, neutral, forwards=1)[0], plain), f"{neutral} changes the output")
     _require_heads(case, inputs, plain)
     _require_blocks(case, inputs, plain, layers[LAYER])
-    _require_batches(case)
+    _require_batches(case, SoftPAG(heads=f"L{LAYER}", u=0.5, scale=2.0, share_prefix=False))
     return None
+
+
+def check_perturbed(case: Case, tried: MethodCase) -> None:
+    """Raise `AssertionError` unless guidance by a perturbed forward runs one more, adds it to all rows, and no more.
+
+    Neutral settings run no further forward and change no bit; guidance in one call gives what two calls give.
+    """
+    inputs = case.inputs(1)
+    plain = case.run(inputs)
+    (neutral,), (active,) = configs_of(tried.neutral), configs_of(tried.active)
+    require(torch.equal(_run(case, inputs, neutral, forwards=1)[0], plain), f"{neutral} changes the output")
+    moved, _ = _run(case, inputs, active, forwards=2)
+    require(not torch.equal(moved, plain), f"{active} changes nothing")
+    require(bool(moved.isfinite().all()), f"{active} makes values that are not finite")
+    require(torch.equal(case.run(inputs), plain), f"{active} left the output changed")
+    _require_batches(case, active)
 
 
 def _require_negative_text(case: Case) -> None:
@@ -81,7 +98,7 @@ def _require_negative_text(case: Case) -> None:
 
 
 def _run(
-    case: Case, inputs: Mapping[str, Any], config: PerturbedConfig, forwards: int, transformer: Any = None
+    case: Case, inputs: Mapping[str, Any], config: MethodConfig, forwards: int, transformer: Any = None
 ) -> tuple[Tensor, list[RecordedCall]]:
     """Return a guided conditional forward and its planned calls; it must take so many forwards."""
     with attach(transformer or case.transformer, config, backend="reference") as attachment:
@@ -161,13 +178,12 @@ def _require_blocks(case: Case, inputs: Mapping[str, Any], plain: Tensor, layer:
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
 
 
-def _require_batches(case: Case) -> None:
+def _require_batches(case: Case, config: MethodConfig) -> None:
     """The rows of one call that holds both prompts get what the conditional row alone gets."""
     if case.model.max_batch < 2:
         return
     both = wide_inputs(case.inputs(2))
     wide, at = case.wide(), 0 if case.adapter.guidance.first_rows == "cond" else 1
-    config = SoftPAG(heads=f"L{LAYER}", u=0.5, scale=2.0, share_prefix=False)
     plain = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, config, backend="reference"):
         together = case.run(both, branch="cond_uncond", transformer=wide)

@@ -13,12 +13,13 @@ from .recording import recorded, require, require_as_planned, require_same, requ
 from .tiny_models import Case, wide_inputs
 
 
-def check_active(case: Case) -> str | None:
+def check_active(case: Case, cases: Mapping[str, MethodCase] | None = None) -> str | None:
     """An active method changes the output; one on attention plans every layer's call once a forward, text exact."""
-    if not cases_for(case):
+    cases = cases_for(case) if cases is None else cases
+    if not cases:
         return "every method with a case is refused"
     inputs = case.inputs(2)
-    for tried in cases_for(case).values():
+    for tried in cases.values():
         warm, plain = tried.warm, case.run(inputs, tried.warm)
         with attach(case.transformer, *configs_of(tried.active)) as attachment, recorded(attachment) as calls:
             changed = case.run_after(warm, inputs)
@@ -47,13 +48,13 @@ def _require_planned_once(tried: MethodCase, attachment: Attachment) -> None:
     require(kept is not None and (kept < 1) == tried.thins, f"{tried.active} {told}")
 
 
-def check_batch(case: Case) -> str | None:
+def check_batch(case: Case, cases: Mapping[str, MethodCase] | None = None) -> str | None:
     """Guidance in one batched call gives what two calls give, dense or not."""
     if case.model.max_batch < 2:
         return "a forward takes one row"
     wide, both = case.wide(), wide_inputs(case.inputs(2))
-    for cases in ((), *((tried,) for tried in cases_for(case).values())):
-        _require_rows_alone(case, wide, both, *cases)
+    for tried in ((), *((tried,) for tried in (cases_for(case) if cases is None else cases).values())):
+        _require_rows_alone(case, wide, both, *tried)
     return None
 
 

@@ -5,7 +5,7 @@ import copy
 import fnmatch
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..attachment.find import attention_modules
 from ..errors import ConfigError
 from ..methods import registry
 from .everything import FromStepOne, planned
-from .method_cases import cases_for, configs_of
+from .method_cases import MethodCase, cases_for, configs_of
 from .recording import recorded, require, require_as_planned, require_same, silenced, stopped_at
 from .tiny_models import Case, wide_inputs
 
@@ -47,13 +47,16 @@ def check_places(case: Case) -> None:
         require(not wrong, f"attach touched {wrong} beyond the adapter's modules, or missed them")
 
 
-def check_neutral(case: Case) -> None:
+def check_neutral(case: Case, cases: Mapping[str, MethodCase] | None = None) -> None:
     """Attached and dense is the untouched model, bit for bit, and detach leaves no trace."""
     calls = [(case.inputs(1), "cond"), (case.inputs(1), "uncond"), (case.inputs(2), "cond_uncond")]
     plain = [case.run(inputs, branch=branch) for inputs, branch in calls]
     keys = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
     processors = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
-    for methods in ((), *(configs_of(tried.neutral) for tried in cases_for(case).values())):
+    for methods in (
+        (),
+        *(configs_of(tried.neutral) for tried in (cases_for(case) if cases is None else cases).values()),
+    ):
         with attach(case.transformer, *methods) as attachment:
             for (inputs, branch), expected in zip(calls, plain, strict=True):
                 require(torch.equal(case.run(inputs, branch=branch), expected), f"{methods} changed the output")
@@ -94,7 +97,7 @@ def check_layout(case: Case) -> None:
 
         latents = case.latents(inputs)
         still = values(latents)
-        frames, height, width, before, after = [int(size) for size in attachment._slot.grid]
+        frames, height, width, before, after = attachment._execution.forward.sizes
         visual, hit, apart = frames * height * width, set(), 0
 
         def tokens_along(axis: int, base: list[int]) -> Iterator[int]:

@@ -321,14 +321,14 @@ def test_a_sequence_that_is_split_inside_the_first_block(transformer):
     [
         (
             lambda: FirstBlockCache(threshold=-1.0),
-            r"firstblockcache\.threshold must be >= 0, got -1\.0; 0\.08 is usual",
+            r"firstblockcache\.threshold must .*got -1\.0",
         ),
         (
             lambda: DBCache(threshold=-0.1),
-            r"dbcache\.threshold must be >= 0, got -0\.1; 0\.08 is usual, 0 skips nothing",
+            r"dbcache\.threshold must .*got -0\.1",
         ),
-        (lambda: DBCache(first_blocks=0), r"dbcache\.first_blocks must be >= 1, got 0; leave it unset for 8"),
-        (lambda: DBCache(last_blocks=-1), r"dbcache\.last_blocks must be >= 0, got -1; leave it unset for 0"),
+        (lambda: DBCache(first_blocks=0), r"dbcache\.first_blocks must .*got 0"),
+        (lambda: DBCache(last_blocks=-1), r"dbcache\.last_blocks must .*got -1"),
     ],
 )
 def test_options_out_of_range(config, message):

@@ -15,7 +15,7 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention
-from dit_accel.methods.config import MethodConfig, from_dict
+from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import methods
 from dit_accel.methods.toml import from_toml, parse_value, to_toml
 
@@ -202,7 +202,7 @@ def test_values_of_the_command_line():
     assert [parse_value(text) for text in ("0.5", "3", "true", "half", "'half'", "[1, 2]")] == [
         0.5, 3, True, "half", "half", [1, 2],
     ]  # fmt: skip
-    assert from_dict(RadialAttention, {"near": parse_value("half")}).near == "half"
+    assert RadialAttention(**{"near": parse_value("half")}).near == "half"
 
 
 @pytest.mark.parametrize("text", ["1\nradial.near = 2", "1\n2", "'a'\n\n'b'", "[1,\n2]"])
@@ -214,8 +214,33 @@ def test_one_value_of_the_command_line_is_one_line(text):
     assert parse_value("0.5\n") == 0.5
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[easycache]\nthreshold = -1", "easycache.threshold must be >= 0, got -1; 0.05 is usual, 0 skips nothing"),
+        ("[radial]\ndecay_factor = 0.0", "radial.decay_factor must be above 0, got 0.0; 1 is usual"),
+        ("[sparsed]\nmass = 1.0", "sparsed.mass must be above 0 and below 1, got 1.0; 0.95 is usual"),
+        ("[dfa]\nevery = 0", "dfa.every must be >= 1, got 0; 2 is usual"),
+        ("[lvsa]\ntrained_frames = 0", "lvsa.trained_frames must be >= 1, got 0"),
+        (
+            "[staticcache]\nsteps = [1, 2]",
+            "staticcache.steps must hold values that are from 0 to 1, got 2; 1 is computed, 0 may be skipped",
+        ),
+        ("[staticcache]\nsteps = [0, 1]", "staticcache.steps must be a list that begins with 1, got [0, 1]"),
+        (
+            "[lite]\ndense_steps = 2.5",
+            "lite.dense_steps must be a whole number of steps from 0 on, or a share of the run below 1, got 2.5; 0.1 "
+            "is usual, write 5 for five steps, 0.2 for a fifth of them",
+        ),
+    ],
+)
+def test_what_is_out_of_range_says_what_is_usual(text, message):
+    with pytest.raises(ConfigError, match=f"^the file: {re.escape(message)}$"):
+        from_toml(text, "the file")
+
+
 def test_share_of_steps():
-    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).resolve()
+    config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).filled()
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
     with pytest.raises(ConfigError, match="dense_last_steps = 1 needs the number of steps"):
         config.is_dense(0, None, 5)
@@ -224,10 +249,10 @@ def test_share_of_steps():
 
 
 def test_an_unknown_option_says_which_was_meant():
-    with pytest.raises(ConfigError, match=r"RadialAttention has no option 'decay_facter'; did you mean 'decay_factor'"):
+    with pytest.raises(ConfigError, match=r"radial has no option 'decay_facter'; did you mean 'decay_factor'"):
         RadialAttention(decay_facter=1)  # type: ignore[call-arg]
     for config_type in methods().values():
-        with pytest.raises(ConfigError, match=f"{config_type.__name__} has no option 'nothing'"):
+        with pytest.raises(ConfigError, match=f"{config_type.name} has no option 'nothing'"):
             config_type(nothing=1)
         assert "nothing" not in inspect.signature(config_type).parameters
         assert [*inspect.signature(config_type).parameters] == [one.name for one in dataclasses.fields(config_type)]

@@ -15,7 +15,7 @@ from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD
-from dit_accel.methods.attention.delta import DeltaHandler, groups_of, likeness_of
+from dit_accel.methods.attention.delta import DeltaHandler, groups_of, neighbour_correlation
 from dit_accel.methods.attention.radial import RadialHandler
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
@@ -35,7 +35,7 @@ def call_of(layout: TokenLayout = LAYOUT, **changes) -> Call:
 
 
 def plan_of(layout: TokenLayout = LAYOUT, config: RadialAttention = RADIAL) -> AttentionPlan:
-    settings = config.resolve()
+    settings = config.filled()
     return AttentionPlan().with_tiles(settings.tiles(layout), settings.token_order(layout))
 
 
@@ -219,12 +219,12 @@ def test_likeness_is_a_share_and_one_for_equal_corrections(shape, same):
     found = torch.randn(batch, heads, frames * per_frame, width, dtype=torch.float64)
     if same:
         found = found[:, :, :1].expand_as(found)
-    likeness = likeness_of(found, frames)
+    likeness = neighbour_correlation(found, frames)
     assert likeness.shape == found.shape[:2]
     assert ((likeness >= 0) & (likeness <= 1 + 1e-12)).all()
     if same or frames * per_frame == 1:
         torch.testing.assert_close(likeness, torch.ones(found.shape[:2], dtype=torch.float64))
-    assert (likeness_of(torch.zeros_like(found), frames) <= 1).all()
+    assert (neighbour_correlation(torch.zeros_like(found), frames) <= 1).all()
 
 
 @pytest.mark.parametrize("form", ["bshd", "bhsd"])
@@ -312,7 +312,7 @@ class Taker(RadialHandler):
     def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
         return self.wants
 
-    def take_back(self, plan, context, gaps, shares, margin) -> None:
+    def restore_tiles(self, plan, context, gaps, shares, margin) -> None:
         self.seen.append((gaps, shares, margin))
 
 
@@ -532,14 +532,14 @@ def test_compiled_full_graph_gives_the_same():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"stride": 0}, r"delta\.stride must be >= 1, got 0; 64 computes 1\.6 % of the rows exactly"),
-        ({"stride": 2.0}, r"delta\.stride must be an integer, got 2\.0"),
-        ({"reuse": 0}, r"delta\.reuse must be >= 1, got 0; 1 probes every call"),
-        ({"margin": -1}, r"delta\.margin must be >= 0, got -1; 1 is usual"),
-        ({"margin": float("nan")}, r"delta\.margin must be a finite number, got nan"),
-        ({"shrink": "no"}, r"delta\.shrink must be true or false, got 'no'"),
-        ({"rotate": 2}, r"delta\.rotate must be true or false, got 2"),
-        ({"reactivate": 1}, r"delta\.reactivate must be true or false, got 1"),
+        ({"stride": 0}, r"delta\.stride must .*got 0"),
+        ({"stride": 2.0}, r"delta\.stride must .*got 2\.0"),
+        ({"reuse": 0}, r"delta\.reuse must .*got 0"),
+        ({"margin": -1}, r"delta\.margin must .*got -1"),
+        ({"margin": float("nan")}, r"delta\.margin must .*got nan"),
+        ({"shrink": "no"}, r"delta\.shrink must .*got 'no'"),
+        ({"rotate": 2}, r"delta\.rotate must .*got 2"),
+        ({"reactivate": 1}, r"delta\.reactivate must .*got 1"),
     ],
 )
 def test_bad_options_are_refused_with_the_value(options, text):

@@ -298,19 +298,19 @@ def test_gradients_run_whole(transformer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(every=0), r"^dfa\.every must be >= 1, got 0; 2 makes"),
-        (dict(share=1.5), r"^dfa\.share must be from 0 to 1, got 1\.5; leave it unset for Otsu's"),
+        (dict(every=0), r"^dfa\.every must .*got 0"),
+        (dict(share=1.5), r"^dfa\.share must .*got 1\.5"),
         (
             dict(warmup_steps=-1),
-            r"^dfa\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+            r"^dfa\.warmup_steps must .*got -1",
         ),
         (
             dict(warmup_steps=2.5),
-            r"^dfa\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got 2\.5",
+            r"^dfa\.warmup_steps must .*got 2\.5",
         ),
         (
             dict(last_steps=-1),
-            r"^dfa\.last_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+            r"^dfa\.last_steps must .*got -1",
         ),
     ],
 )
@@ -339,8 +339,8 @@ def test_what_is_refused(transformer):
 
 
 def test_in_a_pipeline_the_scheduler_tells_the_noise_level():
-    from dit_accel_pipelines.loading import load_pipeline
-    from dit_accel_pipelines.request import Request, settle
+    from dit_accel_pipelines.generation.loading import load_pipeline
+    from dit_accel_pipelines.generation.request import Request, settle
 
     request = Request(
         prompts=("a red circle moving right",), output=Path("unused.mp4"), num_frames=9, height=32, width=32

@@ -92,7 +92,7 @@ def test_the_rate_is_taken_in_float32():
 
 
 def test_negative_thresholds_are_refused():
-    with pytest.raises(ConfigError, match=r"^easycache\.threshold must be >= 0, got -0\.1; 0\.05 is usual, 0 skips"):
+    with pytest.raises(ConfigError, match=r"^easycache\.threshold must .*got -0\.1"):
         EasyCache(threshold=-0.1)
     with pytest.raises(
         ConfigError,

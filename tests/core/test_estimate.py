@@ -100,7 +100,7 @@ def test_state_memory_is_that_of_the_lists():
     radial = RadialAttention(block_size=128)
     layout = plan("wan2.1-1.3b").layout
     found = plan("wan2.1-1.3b", methods=[radial])
-    lists = RadialAttention(**found.methods["radial"]).resolve().tiles(layout)
+    lists = RadialAttention(**found.methods["radial"]).filled().tiles(layout)
     held = [value for value in vars_of(lists) if hasattr(value, "numel")]
     assert found.pooled_bytes == 0
     assert found.tile_list_bytes == pytest.approx(sum(value.numel() * value.element_size() for value in held), rel=0.1)

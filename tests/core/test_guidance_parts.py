@@ -4,18 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dit_accel_pipelines.flux import FLUX
-from dit_accel_pipelines.hidream import HIDREAM
-from dit_accel_pipelines.ideogram4 import IDEOGRAM4
-from dit_accel_pipelines.wan import WAN
-from dit_accel_pipelines.z_image import Z_IMAGE
+from dit_accel_pipelines.families.flux import FLUX
+from dit_accel_pipelines.families.hidream import HIDREAM
+from dit_accel_pipelines.families.ideogram4 import IDEOGRAM4
+from dit_accel_pipelines.families.wan import WAN
+from dit_accel_pipelines.families.z_image import Z_IMAGE
 from tiny_models import MODELS
 from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import NAG, PAG, SLG, ConfigError, SoftPAG
 from dit_accel.adapters.guidance import Guidance, PipelineCall
-from dit_accel.methods.guidance.parts import call_of, part_of, rows_in
+from dit_accel.methods.guidance.prompt_branches import call_of, part_of, rows_of_prompt
 from dit_accel.methods.guidance.rows import rows_of, with_rows_again
 from dit_accel.testing.tiny_models import Case
 
@@ -192,9 +192,9 @@ def test_what_holds_no_rows_stays_though_it_is_as_long_as_the_batch():
 
 
 def test_rows_in_follow_the_declared_order():
-    assert rows_in(site(), "both", 4, "cond") == (slice(2, 4), 4)
-    assert rows_in(site(Z_IMAGE), "both", 4, "cond") == (slice(0, 2), 4)
-    assert rows_in(site(), "cond", 4, "cond") is None
+    assert rows_of_prompt(site(), "both", 4, "cond") == (slice(2, 4), 4)
+    assert rows_of_prompt(site(Z_IMAGE), "both", 4, "cond") == (slice(0, 2), 4)
+    assert rows_of_prompt(site(), "cond", 4, "cond") is None
 
 
 class Loop:

@@ -30,32 +30,32 @@ from dit_accel.report.report import CallReport, Report, StepReport
 BAD = [
     (
         {"threshold": 0.0},
-        r"lite\.threshold must be < 0 \(log2 units\), got 0\.0: .*allow_positive_threshold permits it",
+        r"lite\.threshold must .*got 0\.0",
     ),
-    ({"threshold": 3}, r"lite\.threshold must be < 0 \(log2 units\), got 3"),
-    ({"threshold": math.nan}, r"lite\.threshold must be a finite number or unset, got nan"),
+    ({"threshold": 3}, r"lite\.threshold must .*got 3"),
+    ({"threshold": math.nan}, r"lite\.threshold must .*got nan"),
     ({"criterion": "mass", "threshold": -10}, r"share of the softmax mass in \(0, 1\) for 'mass', got -10"),
     ({"criterion": "budget", "threshold": 1.0}, r"share of the softmax mass in \(0, 1\) for 'budget', got 1\.0"),
-    ({"criterion": "sum"}, r"lite\.criterion must be 'maxgap' or 'mass' or 'budget', got 'sum'"),
+    ({"criterion": "sum"}, r"lite\.criterion must .*got 'sum'"),
     (
         {"threshold": -5, "target_density": 0.5},
         r"lite\.threshold = -5 and lite\.target_density = 0\.5 both say how much",
     ),
     ({"thresholds_file": "a.toml", "threshold": -5}, r"threshold = -5 and lite\.thresholds_file = 'a\.toml' both say"),
-    ({"target_density": 1.0}, r"lite\.target_density must be a share in \(0, 1\), got 1\.0"),
+    ({"target_density": 1.0}, r"lite\.target_density must .*got 1\.0"),
     ({"target_density": 0.5, "criterion": "mass"}, r"target_density = 0\.5 ranks tiles instead of voting, .*'mass'"),
     ({"thresholds_file": "a.toml", "criterion": "budget"}, r"'budget' bounds the mass .*thresholds_file = 'a\.toml'"),
-    ({"detect_every": 0}, r"lite\.detect_every must be >= 1, got 0; 1 votes in every call"),
-    ({"refresh_every": 1}, r"lite\.refresh_every must be >= 2, got 1: the call that starts afresh is dense"),
-    ({"block_size": 100}, r"lite\.block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
-    ({"rest": "drop"}, r"lite\.rest must be 'skip' or 'pooled', got 'drop'"),
-    ({"must_keep": (1, 2, 3)}, r"lite\.must_keep must be start, end, start, end .*, got 3 numbers"),
-    ({"must_skip": (5, 5)}, r"lite\.must_skip must rise from 0, each end above its start, got \(5, 5\)"),
-    ({"must_skip": (-1, 5)}, r"lite\.must_skip must rise from 0, .*got \(-1, 5\)"),
-    ({"must_keep": (0, 9, 5, 12)}, r"lite\.must_keep must rise from 0, .*got \(0, 9, 5, 12\)"),
+    ({"detect_every": 0}, r"lite\.detect_every must .*got 0"),
+    ({"refresh_every": 1}, r"lite\.refresh_every must .*got 1"),
+    ({"block_size": 100}, r"lite\.block_size must .*got 100"),
+    ({"rest": "drop"}, r"lite\.rest must .*got 'drop'"),
+    ({"must_keep": (1, 2, 3)}, r"lite\.must_keep must .*got 3 numbers"),
+    ({"must_skip": (5, 5)}, r"lite\.must_skip must .*got \(5, 5\)"),
+    ({"must_skip": (-1, 5)}, r"lite\.must_skip must .*got \(-1, 5\)"),
+    ({"must_keep": (0, 9, 5, 12)}, r"lite\.must_keep must .*got \(0, 9, 5, 12\)"),
     (
         {"dense_steps": -1},
-        r"lite\.dense_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+        r"lite\.dense_steps must .*got -1",
     ),
 ]
 
@@ -68,12 +68,12 @@ def test_bad_options_are_refused_with_the_value(options, text):
 
 def test_unset_thresholds_are_the_criterion_s_and_a_recipe_can_t_set_one():
     for criterion, usual in THRESHOLDS.items():
-        assert LiteAttention(criterion=criterion).resolve().threshold == usual
-    assert LiteAttention(threshold=-3).resolve().threshold == -3
+        assert LiteAttention(criterion=criterion).filled().threshold == usual
+    assert LiteAttention(threshold=-3).filled().threshold == -3
     assert LiteAttention(threshold=5, allow_positive_threshold=True).threshold == 5
-    assert LiteAttention().resolve({"block_size": 64}).block_size == 64
+    assert LiteAttention().filled({"block_size": 64}).block_size == 64
     with pytest.raises(ConfigError, match="a recipe of lite sets 'threshold', which no recipe may set"):
-        LiteAttention().resolve({"threshold": -3})
+        LiteAttention().filled({"threshold": -3})
 
 
 def test_toml_carries_every_option():
@@ -106,12 +106,12 @@ def test_a_range_beyond_the_video_is_refused_when_its_size_is_known():
 
 def test_memory_is_a_small_part_of_the_original_s_lists():
     wan = TokenLayout(frames=21, height=45, width=80)
-    bits = LiteAttention().resolve().carried_bytes(wan, layers=40, heads=40)
+    bits = LiteAttention().filled().carried_bytes(wan, layers=40, heads=40)
     queries, keys = -(-wan.tokens // 128), -(-wan.tokens // 176)
     lists = 40 * 2 * 2 * 40 * queries * (keys + 2) * 2
     assert 0.10e9 < bits < 0.16e9
     assert lists / bits > 20  # with tiles as many as ours, 30: tests/pipelines/test_lite_memory.py
-    assert LiteAttention(block_size=64).resolve().carried_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
+    assert LiteAttention(block_size=64).filled().carried_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
 
 
 @pytest.mark.parametrize(("radial", "lite", "size"), [(32, None, 32), (32, 32, 32), (None, 64, 64), (None, None, 128)])
@@ -119,7 +119,7 @@ def test_tiles_are_of_one_size_and_order_and_what_is_unset_follows_what_is_set(r
     configs = RadialAttention(block_size=radial, order="tiles"), LiteAttention(block_size=lite)
     for ordered in itertools.permutations(configs):
         handlers = make_handlers(ordered, MODEL)
-        assert [handler.settings.tiling for handler in handlers] == [Tiling(size, "tiles")] * 2
+        assert [handler.model.tiling for handler in handlers] == [Tiling(size, "tiles")] * 2
 
 
 def test_two_tile_sizes_are_refused_whatever_the_order():

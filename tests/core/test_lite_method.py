@@ -373,7 +373,7 @@ def test_probes_take_back_tiles_that_matter_again():
     gaps = torch.full((1, 2, 5, 5), -5.0)
     gaps[..., 2, 1], gaps[..., 3, 1], gaps[..., 2, 4] = 0.0, -0.9, 0.0
     before = unpack_bits(calls.bits(), 5)
-    calls.handler.take_back(plan, context, gaps, torch.zeros_like(gaps), 0.5)
+    calls.handler.restore_tiles(plan, context, gaps, torch.zeros_like(gaps), 0.5)
     back = unpack_bits(calls.bits(), 5) & ~before
     expected = torch.zeros_like(back)
     expected[..., 2, 1] = ~before[..., 2, 1]
@@ -427,7 +427,7 @@ def test_a_reset_frees_all_that_is_held(options):
         denoise(transformer, until=3)  # the last step frees some by itself
         assert handler._states.by_key
         assert handler._fixed
-        assert bool(handler._dials) == ("target_density" in options)
+        assert bool(handler._calibrators) == ("target_density" in options)
         held = [state.bits for state in handler._states.by_key.values()]
         held += [bits for _, fixed in handler._fixed.values() for bits in fixed]
         freed = [weakref.ref(bits) for bits in held]
@@ -436,7 +436,7 @@ def test_a_reset_frees_all_that_is_held(options):
         gc.collect()
         assert not handler._states.by_key
         assert not handler._fixed
-        assert not handler._dials
+        assert not handler._calibrators
         assert handler._states.held == 0
         assert not any(ref() is not None for ref in freed)
         assert attachment.report().state_bytes["lite"] > 0  # the most that it held

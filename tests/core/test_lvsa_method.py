@@ -33,12 +33,12 @@ def handler(config=CONFIG, family=FAMILY):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(window=-1), r"lvsa\.window must be >= 0, got -1; it counts latent frames"),
-        (dict(first=-2), r"lvsa\.first must be >= 0, got -2"),
-        (dict(trained_frames=0), r"lvsa\.trained_frames must be >= 1, got 0"),
-        (dict(rest="drop"), r"lvsa\.rest must be 'skip' or 'pooled', got 'drop'"),
+        (dict(window=-1), r"lvsa\.window must .*got -1"),
+        (dict(first=-2), r"lvsa\.first must .*got -2"),
+        (dict(trained_frames=0), r"lvsa\.trained_frames must .*got 0"),
+        (dict(rest="drop"), r"lvsa\.rest must .*got 'drop'"),
         (dict(block_size=100), r"lvsa\.block_size must be a power of two"),
-        (dict(rotate=1), r"lvsa\.rotate must be true or false, got 1"),
+        (dict(rotate=1), r"lvsa\.rotate must .*got 1"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -153,15 +153,15 @@ def test_compiled_code_around_cross_attention_is_refused(transformer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(scale=0.5), r"nag\.scale must be >= 1, got 0\.5; 3 to 11 is usual"),
-        (dict(tau=0.5), r"nag\.tau must be >= 1, got 0\.5; 2\.5 is usual"),
-        (dict(alpha=1.5), r"nag\.alpha must be from 0 to 1, got 1\.5"),
-        (dict(stop=1.5), r"nag\.stop must be a share of the run from 0 to 1, got 1\.5"),
+        (dict(scale=0.5), r"nag\.scale must .*got 0\.5"),
+        (dict(tau=0.5), r"nag\.tau must .*got 0\.5"),
+        (dict(alpha=1.5), r"nag\.alpha must .*got 1\.5"),
+        (dict(stop=1.5), r"nag\.stop must .*got 1\.5"),
         (dict(start=0.5, stop=0.5), r"nag acts from start = 0\.5 to stop = 0\.5 of the run, which is no step"),
         (dict(negative_prompt="a", negative_embeds=EMBEDS), "takes negative_prompt or negative_embeds, and got both"),
         (dict(negative_embeds=EMBEDS[0]), r"negative_embeds must be \[1, tokens, C\], got \[9, 64\]"),
         (dict(negative_embeds=EMBEDS[:, :0]), r"negative_embeds must be \[1, tokens, C\], got \[1, 0, 64\]"),
-        (dict(negative_prompt=3), r"nag\.negative_prompt must be a string or unset, got 3"),
+        (dict(negative_prompt=3), r"nag\.negative_prompt must .*got 3"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -352,15 +352,15 @@ def test_the_estimate_is_what_runs(transformer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(blocks="1", every=0), r"profilingcache\.every must be >= 1, got 0; leave it unset"),
+        (dict(blocks="1", every=0), r"profilingcache\.every must .*got 0"),
         (
             dict(blocks="1", every=2, refresh=(3,)),
             r"profilingcache\.every = 2 and profilingcache\.refresh = \[3\] both",
         ),
         (dict(blocks="1", every_last=2), r"every_last = 2 must be at most profilingcache\.every, which is unset"),
         (dict(blocks="1", every=2, every_last=3), r"every_last = 3 must be at most profilingcache\.every, which is 2"),
-        (dict(blocks="1", refresh=(3, 2)), r"profilingcache\.refresh must be steps from 0 on, rising, got \[3, 2\]"),
-        (dict(blocks="1", refresh=()), r"profilingcache\.refresh must be steps from 0 on, rising, got \[\]"),
+        (dict(blocks="1", refresh=(3, 2)), r"profilingcache\.refresh must .*got \[3, 2\]"),
+        (dict(blocks="1", refresh=()), r"profilingcache\.refresh must .*got \[\]"),
         (
             dict(blocks="1", refresh=(3, 20), measured_steps=20),
             r"refresh lists step 20, .*measured_steps = 20, numbered",

@@ -143,8 +143,8 @@ def test_memory_is_counted_and_freed(transformer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(threshold=-0.1), r"^dbprune\.threshold must be >= 0, got -0\.1"),
-        (dict(first_blocks=-1), r"^dbprune\.first_blocks must be >= 0, got -1; leave it unset for 1"),
+        (dict(threshold=-0.1), r"^dbprune\.threshold must .*got -0\.1"),
+        (dict(first_blocks=-1), r"^dbprune\.first_blocks must .*got -1"),
         (dict(threshold=0.2, max_threshold=0.1), r"max_threshold = 0\.1 must be at least dbprune\.threshold = 0\.2"),
         (dict(keep="x"), r"^dbprune\.keep = 'x' can't be read at 'x'"),
     ],

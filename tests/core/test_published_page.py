@@ -37,7 +37,7 @@ def test_radials_figures(row):
             block_size=128, decay_factor=float(decay), near=near, sink=sink == "true", boundary=boundary
         )
         whole = layout.tokens // 128
-        kept[boundary] = config.resolve().kept(layout)[:whole, :whole]
+        kept[boundary] = config.filled().kept(layout)[:whole, :whole]
     assert f"{1 - kept['published'].mean():.4f}" == published
     assert f"{1 - kept['any'].mean():.4f}" == default
     assert f"{kept['any'].sum() / kept['published'].sum() - 1:.0%}".replace("%", " %") == more
@@ -51,7 +51,7 @@ def test_the_docstring_has_the_range_of_the_table():
 
 @pytest.mark.parametrize(("tiles", "density", "kept"), [(10, 0.3, 3), (10, 0.31, 4), (591, 0.3, 178), (3, 0.01, 1)])
 def test_sparsed_keeps_a_share_rounded_up(tiles, density, kept):
-    settings = SparseD(density=density, block_size=16).resolve()
+    settings = SparseD(density=density, block_size=16).filled()
     assert settings.kept_tiles(tiles) == kept
     assert kept in (int(density * tiles), int(density * tiles) + 1)
 

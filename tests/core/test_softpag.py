@@ -255,18 +255,18 @@ def test_the_report_tells_what_was_added(transformer):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: SoftPAG(u=1.5), r"softpag\.u must be from 0 to 1, got 1\.5; 0 leaves attention as it is, 1 is PAG"),
-        (lambda: SoftPAG(u=-0.1), r"softpag\.u must be from 0 to 1, got -0\.1"),
-        (lambda: SoftPAG(scale=-1.0), r"softpag\.scale must be >= 0, got -1\.0"),
-        (lambda: PAG(rescale=2.0), r"pag\.rescale must be from 0 to 1, got 2\.0; 0\.7 is usual"),
-        (lambda: SLG(start=-0.1), r"slg\.start must be a share of the run from 0 to 1, got -0\.1"),
+        (lambda: SoftPAG(u=1.5), r"softpag\.u must .*got 1\.5"),
+        (lambda: SoftPAG(u=-0.1), r"softpag\.u must .*got -0\.1"),
+        (lambda: SoftPAG(scale=-1.0), r"softpag\.scale must .*got -1\.0"),
+        (lambda: PAG(rescale=2.0), r"pag\.rescale must .*got 2\.0"),
+        (lambda: SLG(start=-0.1), r"slg\.start must .*got -0\.1"),
         (lambda: SLG(start=0.5, stop=0.5), r"from start = 0\.5 to stop = 0\.5 of the run, which is no step; let stop"),
         (lambda: SoftPAG(mode="free", scale=2.0), r"softpag\.scale = 2\.0 .*mode = 'free' there is none; leave it out"),
         (
             lambda: SoftPAG(target="temperature", rows="image"),
             r"rows = 'image' can't be had with target = 'temperature'",
         ),
-        (lambda: SoftPAG(target="uniform"), r"softpag\.target must be 'identity' or 'temperature', got 'uniform'"),
+        (lambda: SoftPAG(target="uniform"), r"softpag\.target must .*got 'uniform'"),
     ],
 )
 def test_options_out_of_range_are_refused(make, text):

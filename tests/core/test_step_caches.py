@@ -1,5 +1,6 @@
 """The engine of step caches, on made-up forwards: which are computed, whose state is read, what a forecast gives."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -259,6 +260,7 @@ def test_what_the_first_steps_are_the_first_of(options, drawn):
         assert driven.drawn(steps=steps) == measured.replace("|", ""), run
     listed = cache(**{"switch": 0.5, **options})
     assert listed.skipped_steps(steps, experts=2) == drawn.count(".")
+    assert listed.skipped_steps(steps) == replace(listed, switch=None).skipped_steps(steps)
 
 
 def test_steps_at_points_of_the_run():
@@ -351,7 +353,7 @@ def test_memory_is_counted_and_freed():
     [
         (
             dict(warmup_steps=-1),
-            r"staticcache\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got -1",
+            r"staticcache\.warmup_steps must .*got -1",
         ),
         (
             dict(warmup_steps=1.5),
@@ -359,22 +361,22 @@ def test_memory_is_counted_and_freed():
         ),
         (
             dict(last_steps=-2),
-            r"staticcache\.last_steps must be a whole number of steps from 0 on, or a share .*, got -2",
+            r"staticcache\.last_steps must .*got -2",
         ),
-        (dict(max_consecutive=0), r"staticcache\.max_consecutive must be >= 1, got 0"),
-        (dict(max_skips=-1), r"staticcache\.max_skips must be >= 0, got -1"),
+        (dict(max_consecutive=0), r"staticcache\.max_consecutive must .*got 0"),
+        (dict(max_skips=-1), r"staticcache\.max_skips must .*got -1"),
         (
             dict(compute_at=(0.5, 11.0)),
-            r"staticcache\.compute_at must hold points of the run from 0, .*, got 11\.0; step",
+            r"staticcache\.compute_at must .*got 11\.0",
         ),
-        (dict(switch=1.0), r"staticcache\.switch must be above 0 and below 1, got 1\.0; it is the share of the run's"),
-        (dict(warmup_of="all"), r"staticcache\.warmup_of must be 'run' or 'each' or 'last' or unset, got 'all'"),
-        (dict(order=0), r"staticcache\.order must be from 1 to 4, got 0"),
+        (dict(switch=1.0), r"staticcache\.switch must .*got 1\.0"),
+        (dict(warmup_of="all"), r"staticcache\.warmup_of must .*got 'all'"),
+        (dict(order=0), r"staticcache\.order must .*got 0"),
         (dict(predictor="dmd"), r"staticcache\.predictor must be 'hold' or 'taylor' or 'heun' or 'chebyshev', got"),
-        (dict(every=0), r"staticcache\.every must be >= 1, got 0"),
+        (dict(every=0), r"staticcache\.every must .*got 0"),
         (dict(steps=(1, 0)), r"staticcache\.steps = \(1, 0\) and staticcache\.every = 2 both say what is computed"),
-        (dict(every=None, steps=(1, 2)), r"staticcache\.steps must hold 1 \(computed\) and 0 .* got 2"),
-        (dict(every=None, steps=(0, 1)), r"staticcache\.steps must begin with 1, got \[0, 1\]"),
+        (dict(every=None, steps=(1, 2)), r"staticcache\.steps must .*got 2"),
+        (dict(every=None, steps=(0, 1)), r"staticcache\.steps must .*got \[0, 1\]"),
     ],
 )
 def test_options_out_of_range(options, text):

@@ -136,8 +136,8 @@ def test_a_model_without_a_polynomial_or_a_signal(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (dict(threshold=-1.0), r"^teacache\.threshold must be >= 0, got -1\.0; 0\.1 is usual, 0 skips nothing$"),
-        (dict(polynomial=()), r"^teacache\.polynomial must have a coefficient or more, got none$"),
+        (dict(threshold=-1.0), r"^teacache\.threshold must .*got -1\.0"),
+        (dict(polynomial=()), r"^teacache\.polynomial must .*got \[\]"),
         (
             dict(polynomial_2=(1.0,)),
             r"^teacache\.polynomial_2 is set and polynomial is not; give one for each transformer$",

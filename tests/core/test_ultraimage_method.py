@@ -82,15 +82,15 @@ def test_what_lies_outside_the_extremes_is_bounded():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(focus_max=0.9), r"ultraimage\.focus_max must be >= 1, got 0\.9; 1 leaves a head as it is"),
-        (dict(focus_min=0.0), r"ultraimage\.focus_min must be >= 1, got 0\.0"),
+        (dict(focus_max=0.9), r"ultraimage\.focus_max must .*got 0\.9"),
+        (dict(focus_min=0.0), r"ultraimage\.focus_min must .*got 0\.0"),
         (
             dict(focus_min=1.4, focus_max=1.2),
             r"at most focus_max.*focus_min = 1\.4 and focus_max = 1\.2",
         ),
-        (dict(power=0.0), r"ultraimage\.power must be above 0, got 0\.0; 2 is the paper's"),
-        (dict(rows=0), r"ultraimage\.rows must be >= 1, got 0; it counts tokens"),
-        (dict(trained_width=0), r"ultraimage\.trained_width must be >= 1, got 0"),
+        (dict(power=0.0), r"ultraimage\.power must .*got 0\.0"),
+        (dict(rows=0), r"ultraimage\.rows must .*got 0"),
+        (dict(trained_width=0), r"ultraimage\.trained_width must .*got 0"),
         (dict(turn=1.5), r"turn must be above 0 and at most 1, got 1\.5"),
         (
             dict(indices=()),

@@ -20,13 +20,13 @@ from dit_accel import (
     SparseD,
     UltraViCo,
 )
-from dit_accel.adapters.adapter import Family
+from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.registry import adapters
 from dit_accel.attachment.diagnosis import UnplannedRun
 from dit_accel.methods import registry
 from dit_accel.methods.attention.delta import DeltaHandler
 from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_override, frame_decay, mean_key
-from dit_accel.methods.base import AttentionHandler, Phase
+from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
@@ -48,6 +48,10 @@ context = functools.partial(context_of, LAYOUT, step_index=2)
 call_of = functools.partial(random_call, LAYOUT)
 
 
+def on(config: UltraViCo, adapter: Adapter, family: Family | None) -> UltraViCoHandler:
+    return UltraViCoHandler(config, Model(adapter=adapter, family=family, heads=2, layers=3))
+
+
 def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> UltraViCoHandler:
     return UltraViCoHandler(config, dataclasses.replace(MODEL, family=family))
 
@@ -58,15 +62,15 @@ def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> Ultra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(alpha=1.1), r"ultravico\.alpha must be above 0 and at most 1, got 1\.1; 1 decays nothing"),
-        (dict(alpha=0.0), r"ultravico\.alpha must be above 0 and at most 1, got 0\.0"),
-        (dict(beta=-0.5, period=9), r"ultravico\.beta must be above 0 and at most 1, got -0\.5"),
-        (dict(alpha=0.8, beta=0.9), r"ultravico\.beta must be at most alpha.*got beta = 0\.9 and alpha = 0\.8"),
-        (dict(period=1), r"ultravico\.period must be a number of frames above 1, got 1; `dit-accel tune period` find"),
-        (dict(period=float("inf")), r"ultravico\.period must be a finite number or unset, got inf"),
-        (dict(gamma=-1), r"ultravico\.gamma must be a number of frames, 0 or more, got -1; HunyuanVideo's is 4"),
-        (dict(trained_frames=0), r"ultravico\.trained_frames must be >= 1, got 0; Wan 2\.1's is 21"),
-        (dict(trained_frames=2.5), r"ultravico\.trained_frames must be an integer or unset, got 2\.5"),
+        (dict(alpha=1.1), r"ultravico\.alpha must .*got 1\.1"),
+        (dict(alpha=0.0), r"ultravico\.alpha must .*got 0\.0"),
+        (dict(beta=-0.5, period=9), r"ultravico\.beta must .*got -0\.5"),
+        (dict(alpha=0.8, beta=0.9), r"ultravico\.beta must .*got beta = 0\.9 and alpha = 0\.8"),
+        (dict(period=1), r"ultravico\.period must .*got 1"),
+        (dict(period=float("inf")), r"ultravico\.period must .*got inf"),
+        (dict(gamma=-1), r"ultravico\.gamma must .*got -1"),
+        (dict(trained_frames=0), r"ultravico\.trained_frames must .*got 0"),
+        (dict(trained_frames=2.5), r"ultravico\.trained_frames must .*got 2\.5"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -76,41 +80,41 @@ def test_bad_options_are_refused(options, message):
 
 def test_what_the_model_must_tell_is_asked_for():
     with pytest.raises(ConfigError, match=r"model was trained on, which any, with sizes of no released model, does"):
-        UltraViCo().resolve(ADAPTER, None)
+        on(UltraViCo(), ADAPTER, None)
     unknown = dataclasses.replace(FAMILY, trained_frames=None)
     with pytest.raises(ConfigError, match=r"which some does not tell; set ultravico\.trained_frames to its latent"):
-        UltraViCo().resolve(ADAPTER, unknown)
-    assert UltraViCo(trained_frames=5).resolve(ADAPTER, unknown).trained_frames == 5
+        on(UltraViCo(), ADAPTER, unknown)
+    assert on(UltraViCo(trained_frames=5), ADAPTER, unknown).settings.trained_frames == 5
     with pytest.raises(ConfigError, match=r"ultravico\.gamma = 4 describes bands .* set ultravico\.period too"):
-        UltraViCo(gamma=4).resolve(ADAPTER, FAMILY)
+        on(UltraViCo(gamma=4), ADAPTER, FAMILY)
     with pytest.raises(ConfigError, match=r"ultravico\.beta = 0\.6 describes bands .* neither set nor known"):
-        UltraViCo(beta=0.6).resolve(ADAPTER, FAMILY)
+        on(UltraViCo(beta=0.6), ADAPTER, FAMILY)
     with pytest.raises(ConfigError, match=r"ultravico\.period = 9 needs the width of its bands; set ultravico\.gamma"):
-        UltraViCo(period=9).resolve(ADAPTER, FAMILY)
+        on(UltraViCo(period=9), ADAPTER, FAMILY)
 
 
 def test_recipes_fill_what_is_unset():
     recipe = {"period": 6.0, "gamma": 1.0, "first_frame": True, "by_ratio": ((2.0, 0.95, 0.7), (4.0, 0.9, None))}
     family = dataclasses.replace(FAMILY, recipes={"ultravico": recipe})
-    assert UltraViCo().resolve(ADAPTER, family).rule(6) == DecayRule(
+    assert on(UltraViCo(), ADAPTER, family).rule(6) == DecayRule(
         trained_frames=3, alpha=0.95, beta=0.7, period=6.0, gamma=1.0
     )
-    assert UltraViCo().resolve(ADAPTER, family).rule(12).beta == 0.6  # none is published: the safe one
-    assert UltraViCo(alpha=0.5).resolve(ADAPTER, family).rule(6).beta == 0.5  # never above alpha
-    assert UltraViCo(beta=0.3).resolve(ADAPTER, family).rule(6).beta == 0.3
+    assert on(UltraViCo(), ADAPTER, family).rule(12).beta == 0.6  # none is published: the safe one
+    assert on(UltraViCo(alpha=0.5), ADAPTER, family).rule(6).beta == 0.5  # never above alpha
+    assert on(UltraViCo(beta=0.3), ADAPTER, family).rule(6).beta == 0.3
     with pytest.raises(ConfigError, match=r"beta must be at most alpha.*beta = 0\.99 and alpha = 0\.95"):
-        UltraViCo(beta=0.99).resolve(ADAPTER, family).rule(6)
-    assert UltraViCo().resolve(ADAPTER, family).first_frame
-    assert UltraViCo(first_frame=False).resolve(ADAPTER, family).first_frame is False
-    assert UltraViCo().resolve(ADAPTER, FAMILY).rule(6) == DecayRule(trained_frames=3, alpha=0.9)
+        on(UltraViCo(beta=0.99), ADAPTER, family).rule(6)
+    assert on(UltraViCo(), ADAPTER, family).settings.first_frame
+    assert on(UltraViCo(first_frame=False), ADAPTER, family).settings.first_frame is False
+    assert on(UltraViCo(), ADAPTER, FAMILY).rule(6) == DecayRule(trained_frames=3, alpha=0.9)
     wrong = dataclasses.replace(FAMILY, recipes={"ultravico": {"alhpa": 0.5}})
     with pytest.raises(ConfigError, match=r"a recipe of ultravico sets 'alhpa', which no recipe may set"):
-        UltraViCo().resolve(ADAPTER, wrong)
+        on(UltraViCo(), ADAPTER, wrong)
 
 
 def test_it_says_what_it_does_to_a_length():
     def said(frames: int, config: UltraViCo = ACTIVE) -> str:
-        return config.resolve(ADAPTER, FAMILY).remark(dataclasses.replace(LAYOUT, frames=frames))
+        return on(config, ADAPTER, FAMILY).remark(dataclasses.replace(LAYOUT, frames=frames))
 
     plain = UltraViCo()
     assert said(3, plain) == "ultravico changes nothing: 3 latent frames, trained on 3 (9 output frames)"
@@ -239,7 +243,7 @@ def test_every_call_is_the_formula(name, changes):
     with dit_accel.attach(transformer, config) as attachment, recorded(attachment) as calls, torch.no_grad(), context:
         transformer(**inputs, return_dict=False)
     call, layout = calls[-1], calls[-1].context.layout
-    rule = config.resolve(adapters()[name], None).rule(layout.frames)
+    rule = on(config, adapters()[name], None).rule(layout.frames)
     assert layout.frames > rule.trained_frames
     expected = by_hand(call.plan, call.q, call.k, call.v, layout, config, rule)  # centring twice changes nothing
     torch.testing.assert_close(call.out, expected)
@@ -338,7 +342,7 @@ def test_gradients_are_autograds_of_the_plan_written_out(form, masked):
     mask[1, -5:] = False
     call = call_of(form, mask=mask if masked else None)
     q, k, v = (x.requires_grad_() for x in (call.q, call.k, call.v))
-    grad, radial = torch.randn_like(q), RADIAL.resolve()
+    grad, radial = torch.randn_like(q), RADIAL.filled()
     listed = AttentionPlan().with_tiles(radial.tiles(LAYOUT), radial.token_order(LAYOUT)).mix(torch.tensor([0.0, 0.3]))
     layer, seen = OneLayer(Fixed(listed), handler(), backend="torch", tokens_first=call.tokens_first), []
     layer.observe(seen.append)

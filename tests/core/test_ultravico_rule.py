@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from dit_accel import UltraViCo
 from dit_accel.adapters import registry
+from dit_accel.methods.attention.ultravico import UltraViCoHandler
+from dit_accel.methods.base import Model
 from dit_accel.rules.ultravico import DecayRule, extended_frames, output_frames, strengths
 
 
@@ -60,11 +62,13 @@ def test_published_defaults(name, trained, by_ratio, period, gamma):
     family = registry.family(name)
     adapter = next(adapter for adapter in registry.adapters().values() if family in adapter.families)
     for ratio, (alpha, beta) in by_ratio.items():
-        rule = UltraViCo().resolve(adapter, family).rule(trained * ratio)
+        model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
+        handler = UltraViCoHandler(UltraViCo(), model)
+        rule = handler.rule(trained * ratio)
         assert (rule.trained_frames, rule.alpha, rule.beta, rule.period, rule.gamma) == (
             trained, alpha, beta, period, gamma,
         )  # fmt: skip
-    assert UltraViCo().resolve(adapter, family).first_frame == (name == "wan2.1-1.3b")
+    assert handler.settings.first_frame == (name == "wan2.1-1.3b")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanVACETransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
-from dit_accel_pipelines.wan import WAN
+from dit_accel_pipelines.families.wan import WAN
 from wan_tiny import TINY, generate, tiny_transformer
 
 import dit_accel
@@ -55,7 +55,7 @@ def test_sparse_changes_the_output_then_detach_restores_it(pipe):
         (1, "uncond", 1, 2),
     ]
     layout = dit_accel.TokenLayout(frames=5, height=4, width=4)
-    assert report.sparse_density == pytest.approx(RadialAttention(**SPARSE).resolve().density(layout))
+    assert report.sparse_density == pytest.approx(RadialAttention(**SPARSE).filled().density(layout))
     assert report.to_dict()["methods"]["radial"]["block_size"] == 16
     assert "radial seldom pays below 20000 visual tokens" in str(report)
 

@@ -7,7 +7,7 @@ from tiny_models import MODELS
 import dit_accel
 from dit_accel.adapters import registry
 from dit_accel.methods.attention.dfa import DFA
-from dit_accel.methods.site import made_tensor
+from dit_accel.methods.site import target_sample
 from dit_accel.rules.foreground import predicted
 from dit_accel.testing.tiny_models import Case
 
@@ -51,7 +51,7 @@ def test_predictions_can_be_laid_on_every_familys_tokens(name):
         inputs = case.inputs()
         frames, height, width, before, after = case.adapter.grid(case.transformer.config, inputs)
         with torch.no_grad():
-            v = made_tensor(case.transformer(**inputs, return_dict=False))
-        x = made_tensor(inputs[case.adapter.latents])
+            v = target_sample(case.transformer(**inputs, return_dict=False))
+        x = target_sample(inputs[case.adapter.latents])
         clean = predicted(x, v, 0.5, (frames, height, width), before, after)
         assert clean.shape[:4] == (len(v), frames, height, width)

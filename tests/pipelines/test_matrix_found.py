@@ -148,7 +148,7 @@ def test_a_loop_that_begins_with_the_negative_prompt_is_guided_as_the_other_way_
 @pytest.mark.parametrize("share", [0.07, 0.14, 0.28, 0.55, 0.56])
 @pytest.mark.parametrize("steps", [25, 50, 100])
 def test_a_share_of_the_steps_is_as_many_for_attention_as_for_caches(share, steps):
-    radial = RadialAttention(dense_steps=share, dense_last_steps=0, dense_layers=0).resolve()
+    radial = RadialAttention(dense_steps=share, dense_last_steps=0, dense_layers=0).filled()
     dense = sum(radial.is_dense(index, steps, 0, 0.5) for index in range(steps))
     assert dense == EasyCache(warmup_steps=share).first_steps(steps)
 
@@ -305,7 +305,7 @@ def test_what_is_added_before_a_guider_is_changed_as_the_predictions_are(name):
 
 
 def test_a_pipeline_that_changes_predictions_before_its_guider_is_refused_if_undeclared(monkeypatch):
-    from dit_accel_pipelines.z_image import Z_IMAGE
+    from dit_accel_pipelines.families.z_image import Z_IMAGE
 
     monkeypatch.setattr(type(Z_IMAGE.guidance), "converted", (), raising=False)
     pipe, call = PIPELINES["ZImageModularPipeline"].make()

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...plan.probes import probe_gaps
 from ...report.sections import Section
-from ..base import AttentionHandler, Handler, Model, Phase, TakesBack
+from ..base import AttentionHandler, Handler, Model, Phase, RestoresTiles
 from ..config import MethodConfig
+from ..options import Count, ge
 from ..saving import Saving
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -50,28 +51,16 @@ class DeltaAttention(MethodConfig):
             corrections get wrong does not add up over the run. False: it is the centre at every step.
         reactivate: let the probes take back tiles that another method dropped, where it can (LiteAttention).
         margin: log2 units by which a dropped tile must exceed the threshold to be taken back.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "delta"
 
-    stride: int = 64
-    reuse: int = 1
+    stride: Annotated[int, ge(1), "it computes 1.6 % of the rows exactly"] = 64
+    reuse: Count = 1
     shrink: bool = True
     rotate: bool = True
     reactivate: bool = True
-    margin: float = 1.0
-
-    def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
-        if self.stride < 1:
-            raise ConfigError(f"delta.stride must be >= 1, got {self.stride}; 64 computes 1.6 % of the rows exactly")
-        if self.reuse < 1:
-            raise ConfigError(f"delta.reuse must be >= 1, got {self.reuse}; 1 probes every call")
-        if self.margin < 0:
-            raise ConfigError(f"delta.margin must be >= 0, got {self.margin}; 1 is usual")
+    margin: Annotated[float, ge(0)] = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,7 +129,7 @@ class DeltaHandler(AttentionHandler):
 
     def __init__(self, config: DeltaAttention, model: Model) -> None:
         super().__init__(config, model)
-        self.takers: tuple[TakesBack, ...] = ()
+        self.takers: tuple[RestoresTiles, ...] = ()
         self.held: dict[Key, tuple[Tensor, int]] = {}
         self._measured: list[tuple[CallContext, Tensor]] = []
 
@@ -151,7 +140,7 @@ class DeltaHandler(AttentionHandler):
                 "delta corrects what a sparse method leaves out, but none is attached; add one, such as "
                 "RadialAttention() or --radial"
             )
-        self.takers = tuple(other for other in others if isinstance(other, TakesBack))
+        self.takers = tuple(other for other in others if isinstance(other, RestoresTiles))
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Remark on groups that are smaller than asked for."""
@@ -192,9 +181,9 @@ class DeltaHandler(AttentionHandler):
             self._measured.append((context, _norm(difference) / _norm(exact)))
             delta = difference
             if settings.shrink:
-                delta = difference * likeness_of(difference, context.layout.frames)[..., None, None]
+                delta = difference * neighbour_correlation(difference, context.layout.frames)[..., None, None]
             delta = delta.to(out.dtype)
-            self._take_back(plan, call, context, groups.rows)
+            self._restore_tiles(plan, call, context, groups.rows)
         if settings.reuse > 1:
             self.held[context.key] = (delta, calls + 1)
         out.narrow(2, context.layout.text_before, len(groups.of)).add_(delta.index_select(2, groups.of))
@@ -254,12 +243,12 @@ class DeltaHandler(AttentionHandler):
         note = f"delta computes {self.probe_share(layout):.3f} of the query rows densely, besides the tiles"
         return Saving(exact_rows=self.probe_share(layout) / self.settings.reuse, notes=(note,))
 
-    def _take_back(self, plan: AttentionPlan, call: Call, context: CallContext, rows: Tensor) -> None:
+    def _restore_tiles(self, plan: AttentionPlan, call: Call, context: CallContext, rows: Tensor) -> None:
         takers = [one for one in self.takers if self.settings.reactivate and one.wants_gaps(plan, context)]
         if takers:
             gaps, shares = probe_gaps(plan, call, rows)
             for one in takers:
-                one.take_back(plan, context, gaps, shares, self.settings.margin)
+                one.restore_tiles(plan, context, gaps, shares, self.settings.margin)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -267,7 +256,7 @@ def _norm(x: Tensor) -> Tensor:
     return x.square().sum((0, 2, 3)).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def likeness_of(corrections: Tensor, frames: int) -> Tensor:
+def neighbour_correlation(corrections: Tensor, frames: int) -> Tensor:
     """Return in [0, 1] how alike a row's own correction and its representative's are expected to be, [B, H].
 
     It is the root of the correlation of neighbouring groups' corrections: groups lie a stride apart, rows and their

@@ -8,7 +8,7 @@ all keys, which the paper's own rule (``strict``) does not let them.
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from ...report.sections import Section
 from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
-from ..guidance.parts import part_of
+from ..guidance.prompt_branches import part_of
+from ..options import Count, Steps, within
 from ..saving import Saving, TileSaving
-from ..site import ForwardContext, Site, made_tensor
-from ..steps import check_steps, end_steps
+from ..site import ForwardContext, Site, target_sample
+from ..steps import end_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,26 +46,15 @@ class DFA(MethodConfig):
         strict: the foreground sees the foreground and text alone.
         warmup_steps: first steps that are full; below 1 a share of the run's steps, rounded up.
         last_steps: last steps that are full, likewise.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "dfa"
 
-    every: int = 2
-    share: float | None = None
+    every: Count = 2
+    share: Annotated[float, within(0, 1), "leave it unset for Otsu's threshold"] | None = None
     strict: bool = False
-    warmup_steps: int | float = 0.2
-    last_steps: int | float = 1
-
-    def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
-        if self.every < 1:
-            raise ConfigError(f"dfa.every must be >= 1, got {self.every}; 2 makes every second step full")
-        if self.share is not None and not 0 <= self.share <= 1:
-            raise ConfigError(f"dfa.share must be from 0 to 1, got {self.share}; leave it unset for Otsu's threshold")
-        check_steps(self, "warmup_steps", "last_steps")
+    warmup_steps: Steps = 0.2
+    last_steps: Steps = 1
 
     def at_an_end(self, index: int, count: int | None) -> bool:
         """Tell whether a step of a run of ``count`` is one of the first or last ones, which are full.
@@ -146,7 +136,7 @@ class DFAHandler(AttentionHandler):
         leads = self._settle(context)
         output = run()
         if leads and not self._reuse and self._held_from(context):
-            self._measure(site, context, made_tensor(output))
+            self._measure(site, context, target_sample(output))
         return output
 
     def _settle(self, context: ForwardContext) -> bool:
@@ -177,7 +167,7 @@ class DFAHandler(AttentionHandler):
             grid = layout.frames, layout.height, layout.width
             mask = torch.full((1, *grid), bool(share), device=v.device)
         else:
-            moved = self._moved(context, made_tensor(latents), v, layout)
+            moved = self._moved(context, target_sample(latents), v, layout)
             pairs = 2 if len(moved) % 2 == 0 and _holds_both(site, context, latents) else 1
             moved = moved.unflatten(0, (pairs, -1)).mean(0)
             edges = [otsu(one) if share is None else one.flatten().quantile(1 - share) for one in moved]

@@ -5,46 +5,54 @@ any tile size, where a tile is exact if any two of its frames see each other; te
 stands in one attention call with decay (`UltraViCo`) and with other lists and selections.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from dit_accel_kernels import TileLists
 
-from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import visual_lists, visual_lists_bytes
+from ...plan.tiling import visual_lists
 from ...rules.lvsa import AnchorRule
 from ..base import Model, Phase
-from ..saving import Saving, TileSaving
-from .sparse import SparseConfig, SparseHandler, SparseSettings
-
-DEFAULTS: Mapping[str, Any] = {"block_size": 128, "dense_steps": 0, "dense_last_steps": 0, "dense_layers": 0}
-"""What an option is where neither the user nor the model's recipe sets it: as released, sparse from the start."""
+from ..options import Count, ge
+from ..saving import Saving
+from .sparse import SparseConfig, SparseHandler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LVSASettings(SparseSettings):
-    """What `LVSA` came to on one model."""
+class LVSA(SparseConfig):
+    """Sparse attention for clips longer than trained: a window, and anchor frames that move on (arXiv 2605.31057).
+
+    A latent frame sees about as many frames as the trained clips have, whatever the length: the first ones, every n-th
+    (the anchors) and those around it. A clip that is no longer than the trained ones is left as it is. For
+    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`; tiles of a whole frame leave out most.
+
+    Attributes:
+        window: latent frames to either side that a frame sees.
+        first: first latent frames that every frame sees.
+        rotate: anchors move on by one frame a step, so that every two frames meet in some step.
+        rest: ``skip`` leaves the other tiles out, ``pooled`` lets each enter as one key, its tokens' mean.
+        trained_frames: latent frames of the clips that the model was trained on; unset: the released model's.
+    """
 
     name: ClassVar[str] = "lvsa"
 
-    window: int
-    first: int
-    rotate: bool
-    rest: Literal["skip", "pooled"]
-    trained_frames: int
+    window: Annotated[int, ge(0)] = 4
+    first: Annotated[int, ge(0)] = 1
+    rotate: bool = True
+    rest: Literal["skip", "pooled"] = "skip"
+    trained_frames: Count | None = None
 
     @property
     def rule(self) -> AnchorRule:
         """What decides which frames see which."""
+        assert self.trained_frames is not None
         return AnchorRule(trained_frames=self.trained_frames, window=self.window, first=self.first)
 
     def offsets(self, layout: TokenLayout) -> range:
@@ -53,7 +61,7 @@ class LVSASettings(SparseSettings):
 
     def kept(self, layout: TokenLayout, offset: int) -> np.ndarray:
         """Return which visual tiles are exact, bool [N, N]: those in which any two frames see each other."""
-        size, tokens = self.block_size, layout.visual_tokens
+        size, tokens = self.tiling.block_size, layout.visual_tokens
         holds = np.zeros((self.tiling.tiles(tokens), layout.frames), np.float32)
         token = np.arange(tokens)
         holds[token // size, token // layout.tokens_per_frame] = 1
@@ -76,46 +84,11 @@ class LVSASettings(SparseSettings):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LVSA(SparseConfig):
-    """Sparse attention for clips longer than trained: a window, and anchor frames that move on (arXiv 2605.31057).
-
-    A latent frame sees about as many frames as the trained clips have, whatever the length: the first ones, every n-th
-    (the anchors) and those around it. A clip that is no longer than the trained ones is left as it is. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`; tiles of a whole frame leave out most.
-
-    Attributes:
-        window: latent frames to either side that a frame sees.
-        first: first latent frames that every frame sees.
-        rotate: anchors move on by one frame a step, so that every two frames meet in some step.
-        rest: ``skip`` leaves the other tiles out, ``pooled`` lets each enter as one key, its tokens' mean.
-        trained_frames: latent frames of the clips that the model was trained on; unset: the released model's.
-
-    Raises:
-        ConfigError: for an option out of range.
-    """
-
-    name: ClassVar[str] = "lvsa"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
-    settings_type: ClassVar[type[SparseSettings]] = LVSASettings
-
-    window: int = 4
-    first: int = 1
-    rotate: bool = True
-    rest: Literal["skip", "pooled"] = "skip"
-    trained_frames: int | None = None
-
-    def __post_init__(self) -> None:
-        SparseConfig.__post_init__(self)
-        for name, least in (("window", 0), ("first", 0), ("trained_frames", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"lvsa.{name} must be >= {least}, got {value}; it counts latent frames")
-
-
 @lru_cache(maxsize=64)  # a round of steps is as many lists as the stride
-def _tiles(settings: LVSASettings, layout: TokenLayout, offset: int, device: str) -> TileLists:
-    return visual_lists(settings.kept(layout, offset), settings.rest == "pooled", layout, settings.block_size, device)
+def _tiles(settings: LVSA, layout: TokenLayout, offset: int, device: str) -> TileLists:
+    return visual_lists(
+        settings.kept(layout, offset), settings.rest == "pooled", layout, settings.tiling.block_size, device
+    )
 
 
 class LVSAHandler(SparseHandler):
@@ -125,19 +98,10 @@ class LVSAHandler(SparseHandler):
     phase = Phase.LISTS
     by_place = True
     extends = frozenset({"frames"})
-    settings: LVSASettings
+    settings: LVSA
 
     def __init__(self, config: LVSA, model: Model) -> None:
-        if config.trained_frames is None:
-            trained = model.family.trained_frames if model.family else None
-            if trained is None:
-                name = model.family.name if model.family else f"{model.adapter.name}, with sizes of no released model,"
-                raise ConfigError(
-                    f"lvsa needs the length that the model was trained on, which {name} does not tell; set "
-                    "lvsa.trained_frames to its latent frames"
-                )
-            config = dataclasses.replace(config, trained_frames=trained)
-        super().__init__(config, model)
+        super().__init__(replace(config, trained_frames=model.trained_frames(config)), model)
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Tell how much longer the clip is, and what each frame sees."""
@@ -151,23 +115,14 @@ class LVSAHandler(SparseHandler):
         """Put the step's tile lists and token order into the plan."""
         settings, layout, device = self.settings, context.layout, context.device
         step = 0 if context.training else context.step_index
-        return plan.with_tiles(settings.tiles(layout, step, device), settings.tiling.token_order(layout, device))
+        return plan.with_tiles(settings.tiles(layout, step, device), self.model.tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the tiles that the lists leave, mean over the anchors' offsets, and the lists' size."""
         settings, note = self.settings, self.settings.remark(layout)
         if not self.applies(layout):
             return Saving(notes=(note,))
-        pools = settings.rest == "pooled"
         each = [settings.kept(layout, offset) for offset in settings.offsets(layout)]
-        kept = np.mean(each, axis=0)
-        sparse = [step for step in range(steps) if not settings.is_dense(step, steps, settings.dense_layers, 0.0)]
+        sparse = [step for step in range(steps) if not settings.is_dense(step, steps, settings.dense_layers or 0, 0.0)]
         held = [each[turn] for turn in {step % len(each) for step in sparse}]
-        tiles = TileSaving(
-            tiles=len(kept),
-            active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
-            keep=lambda share: share * kept,
-            pools=pools,
-        )
-        size = sum(visual_lists_bytes(one, pools, layout, settings.block_size) for one in held)
-        return Saving(tiles=tiles, list_bytes=size, notes=(note, *settings.notes()))
+        return replace(self.saving(np.mean(each, axis=0), held, layout, steps), notes=(note, *settings.notes()))

@@ -6,9 +6,9 @@ original: any token count, text tokens exact, pooled instead of skipped tiles, a
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import Order, visual_lists, visual_lists_bytes
+from ...plan.tiling import visual_lists
 from ...rules.radial import RadialRule, kept_tiles
 from ..base import Phase
-from ..saving import Saving, TileSaving
-from .sparse import SparseConfig, SparseHandler, SparseSettings
+from ..options import gt
+from ..saving import Saving
+from .sparse import SparseConfig, SparseHandler
 
 DEFAULTS: Mapping[str, Any] = {
     "decay_factor": 1.0,
@@ -42,24 +43,51 @@ WORTHWHILE_TOKENS = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RadialSettings(SparseSettings):
-    """What `RadialAttention` came to on one model."""
+class RadialAttention(SparseConfig):
+    """Sparse self-attention that keeps all of near frames and ever thinner bands of far ones (arXiv 2506.19852).
+
+    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
+    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`.
+
+    Attributes:
+        decay_factor: > 0; scales the width of the bands at frame distance 2 and more; 1 is the paper's, smaller is
+            sparser. No band gets narrower than a tile, so very small values make no further difference.
+        near: the neighbouring frame: ``full``, or ``half`` a frame's tokens to either side.
+        sink: let every token see all of the first frame.
+        boundary: ``any`` keeps each tile with an allowed pair of tokens, so that every token sees 100 % of its own
+            frame: 4 to 31 % more tiles than the paper's figures, by how frames align with tiles. ``published`` rounds
+            like the original, which loses tokens at frame borders, and gives its figures.
+        rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
+        order: ``raster`` tiles are strips of a frame; ``tiles`` permutes the tokens so that they are patches, and keeps
+            as many tiles, those nearest in the plane.
+    """
 
     name: ClassVar[str] = "radial"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
-    decay_factor: float
-    near: Literal["full", "half"]
-    sink: bool
-    boundary: Literal["any", "published"]
-    rest: Literal["skip", "pooled"]
-    order: Order
+    decay_factor: Annotated[float, gt(0)] | None = None
+    near: Literal["full", "half"] | None = None
+    sink: bool | None = None
+    boundary: Literal["any", "published"] = "any"
+    rest: Literal["skip", "pooled"] = "skip"
+    order: Literal["raster", "tiles"] = "raster"
+
+    def __post_init__(self) -> None:
+        SparseConfig.__post_init__(self)
+        if self.boundary == "published" and self.order == "tiles":
+            raise ConfigError(
+                "radial.boundary = 'published' rounds raster tiles and has no meaning with radial.order = 'tiles'; "
+                "use boundary = 'any' or order = 'raster'"
+            )
+
+    def tile_order(self) -> str:
+        """Return the order of tokens in tiles."""
+        return self.order
 
     @property
     def rule(self) -> RadialRule:
         """The parameters of the mask alone."""
-        return RadialRule(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(RadialRule)}  # block_size too
-        )
+        return RadialRule(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RadialRule)})
 
     def tiles(self, layout: TokenLayout, device: torch.device | str = "cpu") -> TileLists:
         """Return the tile lists of a layout, shared by all heads; the same object for the same arguments.
@@ -87,7 +115,7 @@ class RadialSettings(SparseSettings):
         """
         _refuse_one_frame(layout)
         kept = kept_tiles(self.rule, layout.frames, layout.height, layout.width)
-        whole = layout.visual_tokens // self.block_size
+        whole = layout.visual_tokens // self.tiling.block_size
         return kept[:whole, :whole] if self.boundary == "published" and whole else kept
 
     def density(self, layout: TokenLayout) -> float:
@@ -121,55 +149,6 @@ class RadialSettings(SparseSettings):
         return "; ".join(parts) or None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RadialAttention(SparseConfig):
-    """Sparse self-attention that keeps all of near frames and ever thinner bands of far ones (arXiv 2506.19852).
-
-    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`.
-
-    Attributes:
-        decay_factor: > 0; scales the width of the bands at frame distance 2 and more; 1 is the paper's, smaller is
-            sparser. No band gets narrower than a tile, so very small values make no further difference.
-        near: the neighbouring frame: ``full``, or ``half`` a frame's tokens to either side.
-        sink: let every token see all of the first frame.
-        boundary: ``any`` keeps each tile with an allowed pair of tokens, so that every token sees 100 % of its own
-            frame: 4 to 31 % more tiles than the paper's figures, by how frames align with tiles. ``published`` rounds
-            like the original, which loses tokens at frame borders, and gives its figures.
-        rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
-        order: ``raster`` tiles are strips of a frame; ``tiles`` permutes the tokens so that they are patches, and keeps
-            as many tiles, those nearest in the plane.
-
-    Raises:
-        ConfigError: for an option out of range, or ``published`` with ``tiles``.
-    """
-
-    name: ClassVar[str] = "radial"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
-    settings_type: ClassVar[type[SparseSettings]] = RadialSettings
-
-    decay_factor: float | None = None
-    near: Literal["full", "half"] | None = None
-    sink: bool | None = None
-    boundary: Literal["any", "published"] = "any"
-    rest: Literal["skip", "pooled"] = "skip"
-    order: Literal["raster", "tiles"] = "raster"
-
-    def __post_init__(self) -> None:
-        SparseConfig.__post_init__(self)
-        if self.decay_factor is not None and not self.decay_factor > 0:
-            raise ConfigError(f"radial.decay_factor must be > 0, got {self.decay_factor}; 1 is the paper's")
-        if self.boundary == "published" and self.order == "tiles":
-            raise ConfigError(
-                "radial.boundary = 'published' rounds raster tiles and has no meaning with radial.order = 'tiles'; "
-                "use boundary = 'any' or order = 'raster'"
-            )
-
-    def tile_order(self) -> str:
-        """Return the order of tokens in tiles."""
-        return self.order
-
-
 def _refuse_one_frame(layout: TokenLayout) -> None:
     if layout.frames < 2:
         raise ConfigError(
@@ -190,7 +169,7 @@ class RadialHandler(SparseHandler):
     config_type = RadialAttention
     phase = Phase.LISTS
     by_place = only_saves = True
-    settings: RadialSettings
+    settings: RadialAttention
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Put the layout's tile lists and token order into the plan."""
@@ -201,13 +180,5 @@ class RadialHandler(SparseHandler):
         """Return the tiles that the lists leave, and the lists' size."""
         settings = self.settings
         kept = settings.kept(layout)
-        pools = settings.rest == "pooled"
-        size = visual_lists_bytes(kept, pools, layout, settings.block_size)
         advice = settings.advice(layout)
-        tiles = TileSaving(
-            tiles=len(kept),
-            active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
-            keep=lambda share: share * kept,
-            pools=pools,
-        )
-        return Saving(tiles=tiles, list_bytes=size, notes=settings.notes(), warnings=(advice,) if advice else ())
+        return replace(self.saving(kept, [kept], layout, steps), warnings=(advice,) if advice else ())

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from dit_accel_kernels import Routing, unpack_bits
@@ -22,7 +22,7 @@ from ...plan.plan import AttentionPlan
 from ...plan.tiling import full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Phase
 from ..saving import Saving, TileSaving
-from .sparse import SparseConfig, SparseHandler, SparseSettings
+from .sparse import SparseConfig, SparseHandler
 
 DEFAULTS: Mapping[str, Any] = {
     "beta": 1.0,
@@ -48,61 +48,6 @@ WORTHWHILE_TOKENS = 40_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SolSettings(SparseSettings):
-    """What `SolAttention` came to on one model; ``beta_last`` is ``beta`` where it does not change."""
-
-    name: ClassVar[str] = "sol"
-
-    beta: float
-    beta_last: float
-    threshold: Literal["diag", "exact"]
-    sink: Literal["text", "first_frame"]
-
-    def beta_at(self, step_index: int, num_inference_steps: int | None) -> float:
-        """Return beta at a step (0-based) of the run.
-
-        Raises:
-            ConfigError: if beta changes over steps whose number is not known.
-        """
-        if self.beta_last == self.beta:
-            return self.beta
-        if num_inference_steps is None:
-            raise ConfigError(
-                f"sol.beta_last = {self.beta_last} needs the number of steps, which is not known here; attach to the "
-                "pipeline, or leave beta_last unset"
-            )
-        first, last = _sparse_steps(self, num_inference_steps)
-        share = (step_index - first) / (last - first) if last > first else 0.0
-        return self.beta + (self.beta_last - self.beta) * share
-
-    def pinned(self, layout: TokenLayout) -> np.ndarray:
-        """Return the visual tiles that stay exact whatever the data say, bool [N, N]; text not counted."""
-        alone = replace(layout, text_before=0, text_after=0)
-        bits = pinned_bits(alone, self.block_size, DIAGONAL, self.sink, "cpu")
-        return unpack_bits(bits, self.tiling.tiles(alone.tokens)).numpy()
-
-    def keep(self, share: np.ndarray, layout: TokenLayout) -> np.ndarray:
-        """Return the expected exact share of visual tiles from the share before routing, on Gaussian scores."""
-        betas = [self.beta + (self.beta_last - self.beta) * part / 32 for part in range(33)]
-        routed = sum(0.5 * math.erfc(beta / math.sqrt(2)) for beta in betas) / len(betas)
-        return np.where(self.pinned(layout), share, share * routed)
-
-    def density(self, layout: TokenLayout) -> float:
-        """Return the expected share of the visual tiles that stay exact, in (0, 1], on Gaussian scores."""
-        tiles = self.tiling.tiles(layout.visual_tokens)
-        return float(self.keep(np.ones((tiles, tiles)), layout).mean())
-
-    def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about sol on this layout, or None where it fits well."""
-        pinned, tokens = self.pinned(layout), layout.visual_tokens
-        if pinned.all():
-            return f"sol keeps all {pinned.size} tiles of {tokens} visual tokens, so it can't be faster here"
-        if tokens < WORTHWHILE_TOKENS:
-            return f"sol seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here"
-        return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SolAttention(SparseConfig):
     """Sparse self-attention that keeps the tiles of high pooled scores and pools the rest (arXiv 2607.24027).
 
@@ -121,30 +66,71 @@ class SolAttention(SparseConfig):
             part of the sequence (as queries they see all exactly, too), or ``first_frame``, text and the first frame.
         dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. What TensorRT-LLM calls
             disabled_until_timestep.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "sol"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
-    settings_type: ClassVar[type[SparseSettings]] = SolSettings
 
     beta: float | None = None
     beta_last: float | None = None
     threshold: Literal["diag", "exact"] = "diag"
     sink: Literal["text", "first_frame"] = "text"
 
-    def settled(self, names: set[str]) -> dict[str, Any]:
-        """Return the values of the settings' fields."""
-        values = SparseConfig.settled(self, names)
-        return {**values, "beta_last": self.beta if self.beta_last is None else self.beta_last}
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with every unset option filled in; ``beta_last`` with ``beta``."""
+        full: Any = SparseConfig.filled(self, recipe)
+        return full if full.beta_last is not None else replace(full, beta_last=full.beta)
+
+    def beta_at(self, step_index: int, num_inference_steps: int | None) -> float:
+        """Return beta at a step (0-based) of the run.
+
+        Raises:
+            ConfigError: if beta changes over steps whose number is not known.
+        """
+        at_first, at_last = self.beta or 0.0, self.beta_last or 0.0
+        if at_last == at_first:
+            return at_first
+        if num_inference_steps is None:
+            raise ConfigError(
+                f"sol.beta_last = {self.beta_last} needs the number of steps, which is not known here; attach to the "
+                "pipeline, or leave beta_last unset"
+            )
+        first, last = _sparse_steps(self, num_inference_steps)
+        share = (step_index - first) / (last - first) if last > first else 0.0
+        return at_first + (at_last - at_first) * share
+
+    def pinned(self, layout: TokenLayout) -> np.ndarray:
+        """Return the visual tiles that stay exact whatever the data say, bool [N, N]; text not counted."""
+        alone = replace(layout, text_before=0, text_after=0)
+        bits = pinned_bits(alone, self.block_size, DIAGONAL, self.sink, "cpu")
+        return unpack_bits(bits, self.tiling.tiles(alone.tokens)).numpy()
+
+    def keep(self, share: np.ndarray, layout: TokenLayout) -> np.ndarray:
+        """Return the expected exact share of visual tiles from the share before routing, on Gaussian scores."""
+        at_first, at_last = self.beta or 0.0, self.beta_last or 0.0
+        betas = [at_first + (at_last - at_first) * part / 32 for part in range(33)]
+        routed = sum(0.5 * math.erfc(beta / math.sqrt(2)) for beta in betas) / len(betas)
+        return np.where(self.pinned(layout), share, share * routed)
+
+    def density(self, layout: TokenLayout) -> float:
+        """Return the expected share of the visual tiles that stay exact, in (0, 1], on Gaussian scores."""
+        tiles = self.tiling.tiles(layout.visual_tokens)
+        return float(self.keep(np.ones((tiles, tiles)), layout).mean())
+
+    def advice(self, layout: TokenLayout) -> str | None:
+        """Return what the user should know about sol on this layout, or None where it fits well."""
+        pinned, tokens = self.pinned(layout), layout.visual_tokens
+        if pinned.all():
+            return f"sol keeps all {pinned.size} tiles of {tokens} visual tokens, so it can't be faster here"
+        if tokens < WORTHWHILE_TOKENS:
+            return f"sol seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here"
+        return None
 
 
 @lru_cache(maxsize=16)
-def _sparse_steps(settings: SolSettings, steps: int) -> tuple[int, int]:
+def _sparse_steps(settings: SolAttention, steps: int) -> tuple[int, int]:
     """Return the first and the last step at which any layer is sparse; (0, 0) if there is none."""
-    layer = settings.dense_layers
+    layer = settings.dense_layers or 0
     sparse = [step for step in range(steps) if not settings.is_dense(step, steps, layer, 0.0)] or [0]
     return sparse[0], sparse[-1]
 
@@ -155,15 +141,15 @@ class SolHandler(SparseHandler):
     config_type = SolAttention
     phase = Phase.SELECTIONS
     exclusive = frozenset({"routing"})
-    settings: SolSettings
+    settings: SolAttention
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Route the exact tiles of the plan's list, or all tiles where there is none."""
         settings, layout, device = self.settings, context.layout, str(context.device)
-        pinned = pinned_bits(layout, settings.block_size, DIAGONAL, settings.sink, device)
+        pinned = pinned_bits(layout, settings.tiling.block_size, DIAGONAL, settings.sink, device)
         steps = context.num_inference_steps
-        beta = settings.beta if context.training else settings.beta_at(context.step_index, steps)
-        plan = plan.with_tiles(*settings.tiling.full(layout, device)).narrow(pinned=pinned)
+        beta = (settings.beta or 0.0) if context.training else settings.beta_at(context.step_index, steps)
+        plan = plan.with_tiles(*self.model.tiling.full(layout, device)).narrow(pinned=pinned)
         return plan.route(Routing(beta=beta, threshold=settings.threshold))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
@@ -181,7 +167,8 @@ class SolHandler(SparseHandler):
         counted = "which tiles are routed is known only while it runs; the count is what Gaussian scores would keep"
         return Saving(
             tiles=tiles,
-            list_bytes=full_lists_bytes(layout, settings.block_size) + pinned_bytes(layout, settings.block_size),
+            list_bytes=full_lists_bytes(layout, settings.tiling.block_size)
+            + pinned_bytes(layout, settings.tiling.block_size),
             notes=(counted, *settings.notes()),
             warnings=(advice,) if advice else (),
         )

@@ -1,45 +1,55 @@
 """Base of sparse methods: tiles, recipe values for what is unset, and the steps and layers that stay dense."""
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
 
 from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...plan.layout import TokenLayout
-from ...plan.tiling import Tiling
+from ...plan.tiling import TILE, Tiling, visual_lists_bytes
 from ..base import AttentionHandler, Model
-from ..config import MethodConfig, plain_fields
-from ..steps import check_steps, end_steps
+from ..config import MethodConfig
+from ..options import BlockSize, Steps, ge
+from ..saving import Saving, TileSaving
+from ..steps import end_steps
+
+DEFAULTS: Mapping[str, Any] = {"block_size": TILE, "dense_steps": 0, "dense_last_steps": 0, "dense_layers": 0}
+"""What an option is where neither the user nor the model's recipe sets it: sparse from the start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SparseSettings:
-    """What a sparse method came to on one model: every option has its value. For the options see the method's config.
+class SparseConfig(MethodConfig):
+    """What sparse methods share: tile size, and which steps and layers stay dense; a model's recipe may fill them.
 
     Attributes:
-        tiling: how all methods of the attachment cut a sequence into tiles.
+        dense_steps: first denoising steps that stay dense; below 1 a share of the run's steps, rounded up.
+        dense_last_steps: last denoising steps that stay dense, likewise.
+        dense_layers: first layers that stay dense.
+        dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. Schedules with a large
+            shift spend a small share of the steps there, or a large one, so that counting steps misses the point.
+        block_size: tokens of a tile; a power of two, 16 to 512. All methods that are attached together share their
+            tiles: what is unset follows what is set.
     """
 
-    name: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
-    tiling: Tiling
-    dense_steps: int | float
-    dense_last_steps: int | float
-    dense_layers: int
-    dense_above_sigma: float | None
+    dense_steps: Steps | None = None
+    dense_last_steps: Steps | None = None
+    dense_layers: Annotated[int, ge(0), "0 keeps none dense"] | None = None
+    dense_above_sigma: Annotated[float, ge(0)] | None = None
+    block_size: BlockSize | None = None
 
     @property
-    def block_size(self) -> int:
-        """Tokens of a tile."""
-        return self.tiling.block_size
+    def tiling(self) -> Tiling:
+        """How the method alone cuts a sequence into tiles."""
+        return Tiling(self.block_size or TILE, self.tile_order() or "raster")  # type: ignore[arg-type]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values, ``block_size`` in place of the tiling."""
-        values = plain_fields(self)
-        del values["tiling"]
-        return {**values, "block_size": self.block_size}
+    def recipe_options(self) -> set[str]:
+        """Return the options that a model's recipe may set."""
+        return {*self.defaults, "dense_above_sigma"}
 
     def is_dense(
         self, step_index: int, num_inference_steps: int | None, layer: int, sigma: float | None = None
@@ -56,7 +66,7 @@ class SparseSettings:
                 f"{self.name}.dense_above_sigma = {level} needs the noise level, which the pipeline does not tell; "
                 "count dense_steps instead"
             )
-        if layer < self.dense_layers or step_index < first or (level is not None and (sigma or 0.0) > level):
+        if layer < (self.dense_layers or 0) or step_index < first or (level is not None and (sigma or 0.0) > level):
             return True
         return num_inference_steps is not None and step_index >= num_inference_steps - last
 
@@ -90,89 +100,40 @@ class SparseSettings:
         return sum(any(not self.is_dense(step, steps, layer, 0.0) for step in range(steps)) for layer in range(layers))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SparseConfig(MethodConfig):
-    """What sparse methods share: tile size, and which steps and layers stay dense; a model's recipe may fill them.
-
-    Attributes:
-        dense_steps: first denoising steps that stay dense; below 1 a share of the run's steps, rounded up.
-        dense_last_steps: last denoising steps that stay dense, likewise.
-        dense_layers: first layers that stay dense.
-        dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. Schedules with a large
-            shift spend a small share of the steps there, or a large one, so that counting steps misses the point.
-        block_size: tokens of a tile; a power of two, 16 to 512. All methods that are attached together share their
-            tiles: what is unset follows what is set.
-
-    Raises:
-        ConfigError: for an option out of range.
-    """
-
-    settings_type: ClassVar[type[SparseSettings]]
-
-    dense_steps: int | float | None = None
-    dense_last_steps: int | float | None = None
-    dense_layers: int | None = None
-    dense_above_sigma: float | None = None
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
-        check_steps(self, "dense_steps", "dense_last_steps")
-        for field in ("dense_layers", "dense_above_sigma"):
-            value = getattr(self, field)
-            if value is not None and value < 0:
-                raise ConfigError(f"{self.name}.{field} must be >= 0, got {value}; 0 keeps none dense")
-        block = self.block_size
-        if block is not None and (not 16 <= block <= 512 or block & (block - 1)):
-            usual = self.defaults.get("block_size", 128)
-            raise ConfigError(
-                f"{self.name}.block_size must be a power of two from 16 to 512, got {block}; {usual} is usual"
-            )
-
-    def tile_size(self, recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
-        """Return the tile size that is set, and the recipe's or the method's usual one."""
-        return self.block_size, recipe.get("block_size", self.defaults["block_size"])
-
-    def recipe_options(self) -> set[str]:
-        """Return the options that a model's recipe may set."""
-        return {*self.defaults, "dense_above_sigma"}
-
-    def resolve(self, recipe: Mapping[str, Any] | None = None, tiling: Tiling | None = None) -> Any:
-        """Return the settings that the config comes to, of the method's own settings type.
-
-        Args:
-            recipe: option -> value of the model; None: of no model.
-            tiling: the attachment's tiles; None: of this method alone.
-
-        Raises:
-            ConfigError: as `filled`.
-        """
-        full = self.filled(recipe or {})
-        if tiling is None:
-            tiling = Tiling(full.block_size or Tiling.block_size, full.tile_order() or "raster")  # type: ignore[arg-type]
-        names = {field.name for field in dataclasses.fields(self.settings_type)} - {"tiling"}
-        return self.settings_type(tiling=tiling, **full.settled(names))
-
-    def settled(self, names: set[str]) -> dict[str, Any]:
-        """Return the values of the settings' fields, of a config with every option filled in."""
-        return {name: getattr(self, name) for name in names}
-
-
 class SparseHandler(AttentionHandler):
     """A sparse method on one model: its recipe filled in; active outside the dense steps and layers."""
 
-    settings: SparseSettings
+    settings: SparseConfig
 
     def __init__(self, config: SparseConfig, model: Model) -> None:
-        recipe = model.adapter.recipe(config.name, model.family)
-        super().__init__(config.resolve(recipe, model.tiling), model)
+        super().__init__(config, model)
+        self.settings = replace(self.settings, block_size=model.tiling.block_size)
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        """Refuse a layout or remark on it, as the settings' `advice` does."""
+        """Refuse a layout or remark on it, as the config's `advice` does."""
         return self.settings.advice(layout)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
         """Active outside the dense steps and layers; in training, where no step is told, outside the layers alone."""
         if step.training:
-            return depth >= self.settings.dense_layers
+            return depth >= (self.settings.dense_layers or 0)
         return not self.settings.is_dense(step.step_index, step.num_inference_steps, depth, step.sigma)
+
+    def saving(self, kept: np.ndarray, lists: Sequence[np.ndarray], layout: TokenLayout, steps: int) -> Saving:
+        """Return what a mask saves that is known before it runs.
+
+        Args:
+            kept: share of the steps in which each visual tile is exact, [N, N].
+            lists: the masks that are held at once, bool [N, N] each.
+            layout: the sequence.
+            steps: of the run.
+        """
+        settings, pools = self.settings, getattr(self.settings, "rest", "skip") == "pooled"
+        tiles = TileSaving(
+            tiles=len(kept),
+            active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
+            keep=lambda share: share * kept,
+            pools=pools,
+        )
+        size = sum(visual_lists_bytes(one, pools, layout, settings.tiling.block_size) for one in lists)
+        return Saving(tiles=tiles, list_bytes=size, notes=settings.notes())

@@ -9,7 +9,7 @@ several methods share one pattern.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from ...plan.plan import AttentionPlan
 from ...plan.tile_masses import tile_masses
 from ...plan.tiling import bitmap_bytes, exact_bits, full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Model, Phase
+from ..options import gt, le, lt
 from ..saving import Saving, TileSaving
-from .sparse import SparseConfig, SparseHandler, SparseSettings
+from .sparse import SparseConfig, SparseHandler
 
 DEFAULTS: Mapping[str, Any] = {
     "density": 0.3,
@@ -38,41 +39,6 @@ DEFAULTS: Mapping[str, Any] = {
 
 WORTHWHILE_TOKENS = 20_000
 """Visual tokens below which the rest of the network costs more than attention does."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SparseDSettings(SparseSettings):
-    """What `SparseD` came to on one model; ``mass`` is set where it decides instead of ``density``."""
-
-    name: ClassVar[str] = "sparsed"
-
-    density: float
-    mass: float | None
-    rest: Literal["skip", "pooled"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values; of density and mass the one that decides."""
-        values = SparseSettings.to_dict(self)
-        if self.mass is not None:
-            del values["density"]
-        return values
-
-    def kept_tiles(self, tiles: int) -> int:
-        """Return how many of a row's ``tiles`` visual key tiles ``density`` keeps."""
-        return max(1, math.ceil(round(self.density * tiles, 6)))
-
-    def carried_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
-        """Return the bytes that a generation holds from step to step: a bit for each tile, head and branch."""
-        return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)
-
-    def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about the pattern on this layout, or None where it fits well."""
-        tiles, tokens = self.tiling.tiles(layout.visual_tokens), layout.visual_tokens
-        if self.mass is None and self.kept_tiles(tiles) == tiles:
-            return f"sparsed keeps all {tiles} tiles of {tokens} visual tokens, so it can't be faster here"
-        if tokens < WORTHWHILE_TOKENS:
-            return f"sparsed seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here"
-        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,17 +57,13 @@ class SparseD(SparseConfig):
         mass: instead of ``density``: the share of the softmax mass over the visual keys that every block row keeps, in
             (0, 1), by the fewest tiles that reach it; the density follows from the data.
         rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
-
-    Raises:
-        ConfigError: for an option out of range, or both ``density`` and ``mass``.
     """
 
     name: ClassVar[str] = "sparsed"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
-    settings_type: ClassVar[type[SparseSettings]] = SparseDSettings
 
-    density: float | None = None
-    mass: float | None = None
+    density: Annotated[float, gt(0), le(1)] | None = None
+    mass: Annotated[float, gt(0), lt(1), "0.95 is usual"] | None = None
     rest: Literal["skip", "pooled"] = "skip"
 
     def __post_init__(self) -> None:
@@ -112,23 +74,28 @@ class SparseD(SparseConfig):
                 f"sparsed.density = {density} and sparsed.mass = {mass} were both given; one of them sets how much is "
                 "kept, leave the other out"
             )
-        if density is not None and not 0 < density <= 1:
-            raise ConfigError(f"sparsed.density must be above 0 and at most 1, got {density}; 0.3 is usual")
-        if mass is not None and not 0 < mass < 1:
-            raise ConfigError(f"sparsed.mass must be between 0 and 1, got {mass}; 0.95 is usual")
 
-    def settled(self, names: set[str]) -> dict[str, Any]:
-        """Return the values of the settings' fields."""
-        return {**SparseConfig.settled(self, names), "density": self.density or DEFAULTS["density"]}
-
-    def filled(self, recipe: Mapping[str, Any]) -> "SparseD":
-        """Return the config with every unset option filled in; ``density`` only where ``mass`` is not given.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
-        full = SparseConfig.filled(replace(self, mass=None), recipe)
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with every unset option filled in; ``density`` only where ``mass`` is not given."""
+        full: Any = SparseConfig.filled(replace(self, mass=None), recipe)
         return replace(full, density=None, mass=self.mass) if self.mass is not None else full
+
+    def kept_tiles(self, tiles: int) -> int:
+        """Return how many of a row's ``tiles`` visual key tiles ``density`` keeps."""
+        return max(1, math.ceil(round((self.density or DEFAULTS["density"]) * tiles, 6)))
+
+    def carried_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
+        """Return the bytes that a generation holds from step to step: a bit for each tile, head and branch."""
+        return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)
+
+    def advice(self, layout: TokenLayout) -> str | None:
+        """Return what the user should know about the pattern on this layout, or None where it fits well."""
+        tiles, tokens = self.tiling.tiles(layout.visual_tokens), layout.visual_tokens
+        if self.mass is None and self.kept_tiles(tiles) == tiles:
+            return f"sparsed keeps all {tiles} tiles of {tokens} visual tokens, so it can't be faster here"
+        if tokens < WORTHWHILE_TOKENS:
+            return f"sparsed seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here"
+        return None
 
 
 def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float | None) -> Tensor:
@@ -155,7 +122,7 @@ class SparseDHandler(SparseHandler):
 
     config_type = SparseD
     phase = Phase.PATTERNS
-    settings: SparseDSettings
+    settings: SparseD
 
     def __init__(self, config: SparseD, model: Model) -> None:
         super().__init__(config, model)
@@ -165,7 +132,7 @@ class SparseDHandler(SparseHandler):
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Narrow what is kept to the pattern, which is made where there is none yet, or none that can be trusted."""
         settings = self.settings
-        plan = plan.with_tiles(*settings.tiling.full(context.layout, context.device))
+        plan = plan.with_tiles(*self.model.tiling.full(context.layout, context.device))
         keep = None if context.training else self.bits.get(context.key)
         if keep is None:
             keep = self._pattern(plan, call, context)
@@ -221,14 +188,15 @@ class SparseDHandler(SparseHandler):
             )
         return Saving(
             tiles=tiles,
-            list_bytes=full_lists_bytes(layout, settings.block_size) + pinned_bytes(layout, settings.block_size),
+            list_bytes=full_lists_bytes(layout, settings.tiling.block_size)
+            + pinned_bytes(layout, settings.tiling.block_size),
             carried_bytes=carried,
             notes=settings.notes(),
             warnings=(advice,) if advice else (),
         )
 
     def _text(self, context: CallContext) -> Tensor:
-        return pinned_bits(context.layout, self.settings.block_size, None, "text", str(context.device))
+        return pinned_bits(context.layout, self.settings.tiling.block_size, None, "text", str(context.device))
 
     def _pattern(self, plan: AttentionPlan, call: Call, context: CallContext) -> Tensor:
         """Return the heaviest of the plan's exact tiles, by one mass pass over the queries and keys; decay left out."""

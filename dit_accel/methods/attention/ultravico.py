@@ -5,105 +5,41 @@ distance is one of frames, as in the paper, not of flattened tokens (the two dif
 a frame); any size and model; and it composes with sparse methods, whose lists drop first and whose survivors decay.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from dit_accel_kernels import FrameDecay
 from torch import Tensor
 
-from ...adapters.adapter import Adapter, Family
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan, RowOverride
-from ...rules.ultravico import DecayRule, output_frames, strengths
+from ...rules.ultravico import ByRatio, DecayRule, output_frames, strengths
 from ..base import AttentionHandler, Model, Phase
-from ..config import MethodConfig, plain_fields
+from ..config import MethodConfig
+from ..options import ge, gt, le
 from ..saving import Saving
 
-DEFAULTS: Mapping[str, Any] = {
-    "period": None,
-    "gamma": None,
-    "first_frame": False,
-    "by_ratio": ((2.0, 0.9, None),),
-}
-"""What holds where neither the user nor the model's recipe says otherwise: the paper's safe strengths, no bands.
+DEFAULTS: Mapping[str, Any] = {"first_frame": False, "period": None, "gamma": None}
+"""What an option is where neither the user nor the model's recipe sets it."""
 
-``by_ratio`` is not an option but a recipe's table of (extension ratio, alpha, beta): what is unset is taken from the
-row of the nearest ratio.
+BY_RATIO: ByRatio = ((2.0, 0.9, None),)
+"""The paper's safe strengths, no bands: where a recipe has no ``by_ratio``.
+
+That is no option but a recipe's table of (extension ratio, alpha, beta): what is unset is taken from the row of the
+nearest ratio.
 """
 
 SAFE_BETA = 0.6
 """What beta is where a period is given and no beta is published."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UltraViCoSettings:
-    """What `UltraViCo` came to on one model; alpha and beta, where unset, follow from each clip's length.
-
-    Attributes:
-        trained_frames: latent frames of the clips that the model was trained on.
-        first_frame: the first frame's tokens have a rule of their own.
-        by_ratio: the published (extension ratio, alpha, beta).
-        family: the released model, or None.
-    """
-
-    alpha: float | None
-    beta: float | None
-    period: float | None
-    gamma: float | None
-    trained_frames: int
-    first_frame: bool
-    center_keys: bool
-    by_ratio: tuple[tuple[float, float, float | None], ...]
-    family: Family | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values."""
-        return {key: value for key, value in plain_fields(self).items() if key not in ("by_ratio", "family")}
-
-    def rule(self, frames: int) -> DecayRule:
-        """Return the rule for a clip of so many token frames, alpha and beta filled in.
-
-        Raises:
-            ConfigError: if the options and the published values contradict each other.
-        """
-        alpha, beta = strengths(self.by_ratio, frames / self.trained_frames)
-        alpha = alpha if self.alpha is None else self.alpha
-        if self.period is None:
-            beta = None
-        elif self.beta is None:
-            beta = min(alpha, SAFE_BETA if beta is None else beta)
-        else:
-            beta = self.beta
-            _check_order(alpha, beta)
-        return DecayRule(
-            trained_frames=self.trained_frames, alpha=alpha, beta=beta, period=self.period, gamma=self.gamma
-        )
-
-    def remark(self, layout: TokenLayout) -> str:
-        """Return in words what happens to a clip of a layout.
-
-        Raises:
-            ConfigError: as `rule`.
-        """
-        rule, family = self.rule(layout.frames), self.family
-        trained, frames = rule.trained_frames, layout.frames
-        output = f" ({output_frames(trained * family.patch[0], family.vae[0])} output frames)" if family else ""
-        if frames <= trained:
-            return f"ultravico changes nothing: {frames} latent frames, trained on {trained}{output}"
-        bands = (
-            "" if rule.beta is None else f", beta {rule.beta:g} within {rule.gamma:g} of multiples of {rule.period:g}"
-        )
-        return (
-            f"ultravico: {frames} latent frames, {frames / trained:.2f} times the trained {trained}{output}; alpha "
-            f"{rule.alpha:g} beyond {rule.window} frames{bands}; decay saves no work and is counted as none"
-        )
+Strength = Annotated[float, gt(0), le(1), "1 decays nothing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,71 +62,23 @@ class UltraViCo(MethodConfig):
             all of these exactly, whatever a sparse method drops; for models that code the first frame by itself.
         center_keys: subtract the mean key from all keys first, so that a positive logit is one above its row's mean.
             The released kernels do; without decay it changes nothing.
-
-    Raises:
-        ConfigError: for an option out of range, or two that contradict each other.
     """
 
     name: ClassVar[str] = "ultravico"
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
-    alpha: float | None = None
-    beta: float | None = None
-    period: float | None = None
-    gamma: float | None = None
-    trained_frames: int | None = None
+    alpha: Strength | None = None
+    beta: Strength | None = None
+    period: Annotated[float, gt(1), "`dit-accel tune period` finds the model's"] | None = None
+    gamma: Annotated[float, ge(0), "HunyuanVideo's is 4"] | None = None
+    trained_frames: Annotated[int, ge(1), "Wan 2.1's is 21"] | None = None
     first_frame: bool | None = None
     center_keys: bool = True
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"ultravico.{name} must be above 0 and at most 1, got {value}; 1 decays nothing")
         if self.alpha is not None and self.beta is not None:
             _check_order(self.alpha, self.beta)
-        if self.period is not None and not self.period > 1:
-            raise ConfigError(
-                f"ultravico.period must be a number of frames above 1, got {self.period}; `dit-accel tune period` "
-                "finds the model's"
-            )
-        if self.gamma is not None and self.gamma < 0:
-            raise ConfigError(
-                f"ultravico.gamma must be a number of frames, 0 or more, got {self.gamma}; HunyuanVideo's is 4"
-            )
-        if self.trained_frames is not None and self.trained_frames < 1:
-            raise ConfigError(f"ultravico.trained_frames must be >= 1, got {self.trained_frames}; Wan 2.1's is 21")
-
-    def resolve(self, adapter: Adapter, family: Family | None) -> UltraViCoSettings:
-        """Return the settings that the config comes to on a model.
-
-        Raises:
-            ConfigError: if the trained length is not known, or bands are described in part.
-        """
-        recipe = _recipe(adapter, family)
-        options: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("period", "gamma", "first_frame"):
-            options[name] = recipe[name] if options[name] is None else options[name]
-        if options["trained_frames"] is None:
-            options["trained_frames"] = family.trained_frames if family else None
-        if options["trained_frames"] is None:
-            model = family.name if family else f"{adapter.name}, with sizes of no released model,"
-            raise ConfigError(
-                f"ultravico needs the length that the model was trained on, which {model} does not tell; set "
-                "ultravico.trained_frames to its latent frames"
-            )
-        period, gamma = options["period"], options["gamma"]
-        if period is None and (gamma is not None or self.beta is not None):
-            name, value = ("gamma", gamma) if gamma is not None else ("beta", self.beta)
-            raise ConfigError(
-                f"ultravico.{name} = {value} describes bands around multiples of a period, which is "
-                "neither set nor known for this model; set ultravico.period too, or leave it out"
-            )
-        if period is not None and gamma is None:
-            raise ConfigError(
-                f"ultravico.period = {period} needs the width of its bands; set ultravico.gamma, half of it, too"
-            )
-        return UltraViCoSettings(by_ratio=recipe["by_ratio"], family=family, **options)
 
 
 def _check_order(alpha: float, beta: float) -> None:
@@ -199,16 +87,6 @@ def _check_order(alpha: float, beta: float) -> None:
             f"ultravico.beta must be at most alpha, since bands are what must decay more, got beta = {beta} and alpha "
             f"= {alpha}; 0.6 and 0.9 are usual"
         )
-
-
-def _recipe(adapter: Adapter, family: Family | None) -> dict[str, Any]:
-    """Return `DEFAULTS` with the recipe of a model written over it."""
-    recipe = adapter.recipe(UltraViCo.name, family)
-    for key in recipe:
-        if key not in DEFAULTS:
-            hint = did_you_mean(key, sorted(DEFAULTS))
-            raise ConfigError(f"a recipe of ultravico sets {key!r}, which no recipe may set; {hint}")
-    return {**DEFAULTS, **recipe}
 
 
 def mean_key(call: Call) -> Tensor:
@@ -251,20 +129,79 @@ class UltraViCoHandler(AttentionHandler):
     by_place = True
     exclusive = frozenset({"frame decay", "rule for single rows"})
     extends = frozenset({"frames"})
-    settings: UltraViCoSettings
+    settings: UltraViCo
 
     def __init__(self, config: UltraViCo, model: Model) -> None:
-        super().__init__(config.resolve(model.adapter, model.family), model)
+        super().__init__(replace(config, trained_frames=model.trained_frames(config)), model)
+        self._by_ratio: ByRatio = super().recipe(config, model).get("by_ratio", BY_RATIO)
+        self._require_bands()
         self._rules: dict[int, DecayRule] = {}
+
+    @classmethod
+    def recipe(cls, config: UltraViCo, model: Model) -> Mapping[str, Any]:
+        """Return what fills the unset options on a model; ``by_ratio`` is no option."""
+        return {option: value for option, value in super().recipe(config, model).items() if option != "by_ratio"}
+
+    def _require_bands(self) -> None:
+        """Raise `ConfigError` if bands are described in part."""
+        settings = self.settings
+        period, gamma = settings.period, settings.gamma
+        if period is None and (gamma is not None or settings.beta is not None):
+            name, value = ("gamma", gamma) if gamma is not None else ("beta", settings.beta)
+            raise ConfigError(
+                f"ultravico.{name} = {value} describes bands around multiples of a period, which is "
+                "neither set nor known for this model; set ultravico.period too, or leave it out"
+            )
+        if period is not None and gamma is None:
+            raise ConfigError(
+                f"ultravico.period = {period} needs the width of its bands; set ultravico.gamma, half of it, too"
+            )
+
+    def rule(self, frames: int) -> DecayRule:
+        """Return the rule for a clip of so many token frames; alpha and beta, where unset, by the published table.
+
+        Raises:
+            ConfigError: if the options and the published values contradict each other.
+        """
+        settings, trained = self.settings, self.settings.trained_frames or 1
+        alpha, beta = strengths(self._by_ratio, frames / trained)
+        alpha = alpha if settings.alpha is None else settings.alpha
+        if settings.period is None:
+            beta = None
+        elif settings.beta is None:
+            beta = min(alpha, SAFE_BETA if beta is None else beta)
+        else:
+            beta = settings.beta
+            _check_order(alpha, beta)
+        return DecayRule(trained_frames=trained, alpha=alpha, beta=beta, period=settings.period, gamma=settings.gamma)
+
+    def remark(self, layout: TokenLayout) -> str:
+        """Return in words what happens to a clip of a layout.
+
+        Raises:
+            ConfigError: as `rule`.
+        """
+        rule, family = self.rule(layout.frames), self.model.family
+        trained, frames = rule.trained_frames, layout.frames
+        output = f" ({output_frames(trained * family.patch[0], family.vae[0])} output frames)" if family else ""
+        if frames <= trained:
+            return f"ultravico changes nothing: {frames} latent frames, trained on {trained}{output}"
+        bands = (
+            "" if rule.beta is None else f", beta {rule.beta:g} within {rule.gamma:g} of multiples of {rule.period:g}"
+        )
+        return (
+            f"ultravico: {frames} latent frames, {frames / trained:.2f} times the trained {trained}{output}; alpha "
+            f"{rule.alpha:g} beyond {rule.window} frames{bands}; decay saves no work and is counted as none"
+        )
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Tell how much longer the clip is, and what was chosen for that."""
-        return self.settings.remark(layout)
+        return self.remark(layout)
 
     def applies(self, layout: TokenLayout) -> bool:
         """Whether the clip is longer than the trained ones, and anything would decay or be hidden."""
         rule = self._rule(layout)
-        return layout.frames > rule.trained_frames and (rule.decays or self.settings.first_frame)
+        return layout.frames > rule.trained_frames and bool(rule.decays or self.settings.first_frame)
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Add decay, the mean key, and the first frame's rows where they have a rule of their own."""
@@ -278,9 +215,9 @@ class UltraViCoHandler(AttentionHandler):
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return that decay saves nothing, and what it does."""
-        return Saving(notes=(self.settings.remark(layout),))
+        return Saving(notes=(self.remark(layout),))
 
     def _rule(self, layout: TokenLayout) -> DecayRule:
         if layout.frames not in self._rules:
-            self._rules[layout.frames] = self.settings.rule(layout.frames)
+            self._rules[layout.frames] = self.rule(layout.frames)
         return self._rules[layout.frames]

@@ -20,9 +20,6 @@ class CalibratedConfig(MeasuredCacheConfig):
             model it is attached to.
         measured_on: what the numbers given here were measured on, as ``dit-accel tune`` writes it; another model is
             refused.
-
-    Raises:
-        ConfigError: for an option out of range, or ``measured_on`` without numbers.
     """
 
     numbers: ClassVar[str]

@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from ...errors import ConfigError
 from ...rules.steps import whole_steps
 from ..config import MethodConfig
-from ..steps import check_steps, end_steps
+from ..options import Count, Share, Steps, begins_with, ge, gt, lt, within
+from ..steps import end_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class Turn:
     since: int = 0
     last: bool = True
 
+
+Computed = Annotated[int, within(0, 1), "1 is computed, 0 may be skipped"]
 
 ALONE = Turn()
 """A transformer that makes all steps."""
@@ -56,54 +59,21 @@ class StepCacheConfig(MethodConfig):
             the latents do not cover the output, it is the output.
         branches: ``all`` are skipped together, as the first one of a step decides; with ``uncond`` only the
             unconditional one may be.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
-    warmup_steps: int | float | None = None
-    last_steps: int | float | None = None
-    compute_at: tuple[float, ...] | None = None
+    warmup_steps: Steps | None = None
+    last_steps: Steps | None = None
+    compute_at: tuple[Share, ...] | None = None
     warmup_of: Literal["run", "each", "last"] | None = None
-    switch: float | None = None
-    max_consecutive: int | None = None
-    max_skips: int | None = None
-    steps: tuple[int, ...] | None = None
+    switch: Annotated[float, gt(0), lt(1)] | None = None
+    max_consecutive: Count | None = None
+    max_skips: Annotated[int, ge(0)] | None = None
+    steps: Annotated[tuple[Computed, ...], begins_with(1)] | None = None
     predictor: Literal["hold", "taylor", "heun", "chebyshev"] = "hold"
-    order: int = 1
+    order: Annotated[int, within(1, 4), "predictor = 'hold' is order 0"] = 1
     variable: Literal["step", "sigma"] = "step"
     stored: Literal["residual", "output"] = "residual"
     branches: Literal["all", "uncond"] = "all"
-
-    def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
-        check_steps(self, "warmup_steps", "last_steps")
-        for field, least in (("max_consecutive", 1), ("max_skips", 0)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise ConfigError(f"{self.name}.{field} must be >= {least}, got {value}; leave it unset for the usual")
-        if wrong := [at for at in self.compute_at or () if not 0 <= at <= 1]:
-            raise ConfigError(
-                f"{self.name}.compute_at must hold points of the run from 0, its first step, to 1, its last, got "
-                f"{wrong[0]}; step 11 of 28 is {11 / 27:.4f}"
-            )
-        if self.switch is not None and not 0 < self.switch < 1:
-            raise ConfigError(
-                f"{self.name}.switch must be above 0 and below 1, got {self.switch}; it is the share of the run's "
-                "steps that the first of two transformers makes"
-            )
-        if not 1 <= self.order <= 4:
-            raise ConfigError(f"{self.name}.order must be from 1 to 4, got {self.order}; predictor = 'hold' is order 0")
-        if self.steps is not None and (wrong := sorted({*self.steps} - {0, 1})):
-            raise ConfigError(
-                f"{self.name}.steps must hold 1 (computed) and 0 (may be skipped) alone, got {wrong[0]}; write one for "
-                "each step"
-            )
-        if self.steps is not None and self.steps[:1] != (1,):
-            raise ConfigError(
-                f"{self.name}.steps must begin with 1, got {list(self.steps)[:4]}: nothing is stored before the first "
-                "step to forecast it from"
-            )
 
     @property
     def kept_points(self) -> int:
@@ -202,17 +172,6 @@ class MeasuredCacheConfig(StepCacheConfig):
 
     Attributes:
         threshold: 0 skips nothing.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        StepCacheConfig.__post_init__(self)
-        if self.threshold is not None and self.threshold < 0:
-            usual = self.defaults["threshold"]
-            raise ConfigError(
-                f"{self.name}.threshold must be >= 0, got {self.threshold}; {usual:g} is usual, 0 skips nothing"
-            )
+    threshold: Annotated[float, ge(0), "0 skips nothing"] | None = None

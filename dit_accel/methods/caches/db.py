@@ -8,7 +8,7 @@ model may change its streams between two blocks.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from ...plan.context import StepContext
 from ...report.sections import Section
 from ..base import Model
 from ..config import MethodConfig
+from ..options import Count, ge
 from ..site import Block, ForwardContext, Site
 from .config import MeasuredCacheConfig, StepCacheConfig
 from .easy import mean_size
@@ -39,9 +40,6 @@ class FirstBlockCache(MeasuredCacheConfig):
 
     Attributes:
         threshold: 0 skips nothing.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "firstblockcache"
@@ -61,25 +59,13 @@ class DBCache(MeasuredCacheConfig):
         first_blocks: blocks that run at every step before it is decided; Fn. More tell more, and save less.
         last_blocks: blocks that run at every step after the forecast, and mend it; Bn.
         threshold: 0 skips nothing.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "dbcache"
     defaults: ClassVar[Mapping[str, Any]] = {**DEFAULTS, "first_blocks": 8, "last_blocks": 0}
 
-    first_blocks: int | None = None
-    last_blocks: int | None = None
-
-    def __post_init__(self) -> None:
-        MeasuredCacheConfig.__post_init__(self)
-        for field, least in (("first_blocks", 1), ("last_blocks", 0)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise ConfigError(
-                    f"dbcache.{field} must be >= {least}, got {value}; leave it unset for {self.defaults[field]}"
-                )
+    first_blocks: Count | None = None
+    last_blocks: Annotated[int, ge(0)] | None = None
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..site import ForwardContext, made_tensor
+from ..site import ForwardContext, target_sample
 from .config import MeasuredCacheConfig
 from .engine import Decider, StepCacheHandler
 from .ranks import ratio
@@ -31,9 +31,6 @@ class EasyCache(MeasuredCacheConfig):
 
     Attributes:
         threshold: share of the output's size, tau; 0 skips nothing. Twice as much skips about twice as many in a row.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "easycache"
@@ -70,27 +67,24 @@ class EasyHandler(StepCacheHandler):
         """Return what the steps since the last computed one add up to, this one included; waits for the device."""
         if decider.changes is None or decider.v is None or decider.x is None:
             return None
-        moved = mean_change(self._latents(context), decider.x)
+        moved = mean_change(self.latents(context), decider.x)
         change, by, now, size = self.numbers(context, *decider.changes, moved, mean_size(decider.v))
         decider.total += ratio(change, by) * ratio(now, size)
         return decider.total
 
     def seen(self, context: ForwardContext, decider: EasyDecider) -> None:
         """Keep the latents."""
-        decider.x = self._latents(context)
+        decider.x = self.latents(context)
         if not decider.reuse:
             decider.total = 0.0
 
     def computed(self, context: ForwardContext, decider: EasyDecider, output: Any) -> None:
         """Take the changes between the last two computed steps."""
-        x, v = decider.x, made_tensor(output)
+        x, v = decider.x, target_sample(output)
         assert x is not None
         if decider.v is not None and decider.x_computed is not None:
             decider.changes = mean_change(v, decider.v), mean_change(x, decider.x_computed)
         decider.x_computed, decider.v = x, v
-
-    def _latents(self, context: ForwardContext) -> Tensor:
-        return made_tensor(context.inputs[self.model.adapter.latents])
 
 
 def mean_size(of: Tensor, *, spent: bool = False) -> Tensor:

@@ -5,7 +5,7 @@ steps that are always computed, branches, transformers that take over, shapes th
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
-from ..site import ForwardContext, Site, made_tensor
+from ..site import ForwardContext, Site, target_sample
 from .active import require_no_cache
 from .config import MeasuredCacheConfig, StepCacheConfig, Turn
 from .history import History, own_copies, shapes_of
@@ -41,6 +41,7 @@ class Decider:
         reason: why.
         value: the indicator, where it was asked for.
         in_a_row: steps skipped since the last computed one.
+        kept: whatever the cache keeps from step to step; a subclass may have fields of its own beside it.
     """
 
     branch: str
@@ -50,6 +51,7 @@ class Decider:
     value: float | None = None
     in_a_row: int = 0
     shapes: Any = None
+    kept: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +70,13 @@ class Decider:
 
 
 class StepCacheHandler(Handler):
-    """A step cache on one model: it skips forwards, and gives forecasts in their place."""
+    """A step cache on one model: it skips forwards, and gives forecasts in their place.
+
+    Who writes a cache says when: `indicator` measures how much a step changed; `seen` and `computed` keep on the
+    decider what it is measured against. All else is here: branches, transformers that take over, shapes that change,
+    training, steps that other methods need, copies of what the pipeline may overwrite, several devices, forecasts and
+    the report.
+    """
 
     phase = Phase.CACHES
     places = frozenset({Place.FORWARD})
@@ -77,7 +85,7 @@ class StepCacheHandler(Handler):
     settings: StepCacheConfig
 
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
-        super().__init__(config.filled(self.recipe(config, model)), model)
+        super().__init__(config, model)
         self._others: Sequence[Handler] = ()
         self._histories: dict[tuple[Any, ...], History] = {}  # by transformer, branch and, where it is one, part
         self._deciders: dict[tuple[str, str], Decider] = {}
@@ -90,11 +98,6 @@ class StepCacheHandler(Handler):
         self._log: list[CachedForward] = []
 
     # What a cache says.
-
-    @classmethod
-    def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options of the config on a model."""
-        return model.adapter.recipe(config.name, model.family)
 
     def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
         """Return how much a step that may be skipped changed; it is skipped below the threshold.
@@ -119,9 +122,13 @@ class StepCacheHandler(Handler):
         """Return the transformer that a forward is of."""
         return self._transformers[context.transformer]
 
+    def latents(self, context: ForwardContext) -> Tensor:
+        """Return the latents of a forward, as one tensor."""
+        return target_sample(context.inputs[self.model.adapter.latents])
+
     def stored(self, context: ForwardContext) -> Tensor:
         """Return what was stored of the sample that the branch's last computed forward gave."""
-        return made_tensor(self._histories[context.transformer, context.branch].last())
+        return target_sample(self._histories[context.transformer, context.branch].last())
 
     def numbers(self, context: ForwardContext, *values: Tensor) -> list[float]:
         """Return scalars as numbers, summed over the ranks that must decide alike; waits for the device once."""

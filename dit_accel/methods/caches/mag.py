@@ -7,12 +7,13 @@ logarithm, not by the nearest step; the conditional branch's ratios decide for t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ...rules.caching import drift, resampled
+from ..options import begins_with, gt
 from ..saving import Saving
 from ..site import ForwardContext
 from .calibrated import CalibratedConfig, CalibratedHandler
@@ -23,6 +24,9 @@ DEFAULTS: Mapping[str, Any] = {
     "warmup_of": "run", "switch": None,
 }  # fmt: skip
 """What an option is where neither the user nor the model's recipe sets it: the paper's for video."""
+
+
+Ratio = Annotated[float, gt(0), "measure them again"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,26 +42,13 @@ class MagCache(CalibratedConfig):
         threshold: share of the size; 0 skips nothing.
         ratios: size of what is stored over that of the step before, one for each step of a run; the first is 1. A run
             of other length takes them interpolated. Unset: those published for the model.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "magcache"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
     numbers: ClassVar[str] = "ratios"
 
-    ratios: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        CalibratedConfig.__post_init__(self)
-        if self.ratios is not None and (not self.ratios or self.ratios[0] != 1):
-            raise ConfigError(
-                f"magcache.ratios must begin with 1, the first step's, got {list(self.ratios[:3])}; give one for each "
-                "step of the run that was measured"
-            )
-        if self.ratios is not None and min(self.ratios) <= 0:
-            raise ConfigError(f"magcache.ratios must be above 0, got {min(self.ratios)}; measure them again")
+    ratios: Annotated[tuple[Ratio, ...], begins_with(1)] | None = None
 
 
 class MagHandler(CalibratedHandler):

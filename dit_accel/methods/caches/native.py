@@ -1,4 +1,4 @@
-"""diffusers' own caches as a method: enabled and undone exactly, their branches kept apart, each run begun anew.
+"""diffusers' own caches as a method: enabled and disabled exactly, state by branch, and reset at each run.
 
 `attach` takes diffusers' config itself. What fails or goes wrong in diffusers is refused by `native_limits`; what can
 be put right from outside is put right here.

@@ -8,7 +8,7 @@ schedules are rescaled to the run's steps; what a model adds between two blocks 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 
@@ -19,6 +19,7 @@ from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ...rules import block_schedule
 from ..base import Model
+from ..options import Count, Rule
 from ..saving import Saving
 from ..site import Block, Site
 from .block_numbers import kinds_of, read_numbers, require_there, spell_numbers
@@ -32,6 +33,10 @@ BLOCKS = ("blocks", "blocks_2", "refresh_2")
 SCHEDULE = ("every", "every_last", "refresh", "refresh_2", "measured_steps")
 DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.12, "last_steps": 0, **dict.fromkeys((*BLOCKS, *SCHEDULE))}
 """What an option is where neither the user nor the model's recipe sets it."""
+Rising = Annotated[
+    tuple[int, ...], Rule("a list of steps from 0 on, rising", lambda at: at and at[0] >= 0 and [*at] == sorted({*at}))
+]
+"""Steps of a run."""
 USUAL = {"every": 6, "measured_steps": 50}
 """The schedule where neither sets any: what the paper runs Wan 2.1 14B with."""
 
@@ -55,29 +60,22 @@ class ProfilingCache(StepCacheConfig):
             to others; unset: they are taken as they are.
         offload: where what is stored waits between the steps: ``cpu`` frees the accelerator's memory and copies it
             there and back.
-
-    Raises:
-        ConfigError: for an option out of range, or options that say the same thing twice.
     """
 
     name: ClassVar[str] = "profilingcache"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
     blocks: str | tuple[int, ...] | None = None
-    every: int | None = None
-    every_last: int | None = None
-    refresh: tuple[int, ...] | None = None
+    every: Count | None = None
+    every_last: Count | None = None
+    refresh: Rising | None = None
     blocks_2: str | tuple[int, ...] | None = None
-    refresh_2: tuple[int, ...] | None = None
-    measured_steps: int | None = None
+    refresh_2: Rising | None = None
+    measured_steps: Count | None = None
     offload: Literal["none", "cpu"] = "none"
 
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
-        for option in ("every", "every_last", "measured_steps"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ConfigError(f"profilingcache.{option} must be >= 1, got {value}; leave it unset for the usual")
         if self.every is not None and self.refresh is not None:
             raise ConfigError(
                 f"profilingcache.every = {self.every} and profilingcache.refresh = {list(self.refresh)} both say when "
@@ -103,11 +101,7 @@ class ProfilingCache(StepCacheConfig):
             raise ConfigError("profilingcache.blocks_2 can't be given beside a profile, which names all blocks")
 
     def _check_listed(self, option: str, listed: tuple[int, ...] | None) -> None:
-        if listed is None:
-            return
-        if [*listed] != sorted({*listed}) or not listed or listed[0] < 0:
-            raise ConfigError(f"profilingcache.{option} must be steps from 0 on, rising, got {list(listed)}")
-        if self.measured_steps is not None and listed[-1] >= self.measured_steps:
+        if listed is not None and self.measured_steps is not None and listed[-1] >= self.measured_steps:
             raise ConfigError(
                 f"profilingcache.{option} lists step {listed[-1]}, and the run that it was measured in has "
                 f"profilingcache.measured_steps = {self.measured_steps}, numbered from 0; correct one of them"
@@ -117,13 +111,9 @@ class ProfilingCache(StepCacheConfig):
     def _from_file(self) -> bool:
         return isinstance(self.blocks, str) and self.blocks.endswith(".json")
 
-    def filled(self, recipe: Mapping[str, Any]) -> "ProfilingCache":
-        """Return the config with every unset option filled in; a recipe's blocks or schedule go together.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
-        left = dict(recipe)
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with every unset option filled in; a recipe's blocks or schedule go together."""
+        left = dict(recipe or {})
         for part in (BLOCKS, SCHEDULE):
             if any(getattr(self, option) is not None for option in part):
                 left = {option: value for option, value in left.items() if option not in part}
@@ -133,7 +123,8 @@ class ProfilingCache(StepCacheConfig):
         if self.every is None and self.refresh is None and not {"every", "refresh"} & {*left}:
             own = any(getattr(self, option) is not None for option in SCHEDULE)
             left |= {"every": USUAL["every"]} if own else USUAL
-        return StepCacheConfig.filled(self, left)
+        full: Any = StepCacheConfig.filled(self, left)
+        return full
 
     def groups(self, transformer: str = "transformer") -> tuple[tuple[int, ...], ...]:
         """Return the cached blocks of a transformer, by schedule.

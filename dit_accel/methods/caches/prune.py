@@ -6,12 +6,13 @@ in place of holding; a threshold that follows the changes never falls below the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
 from ...adapters.blocks import Streams
 from ...errors import ConfigError
+from ..options import ge
 from ..site import Block, ForwardContext, Site
 from .block_numbers import kinds_of, read_numbers, require_there
 from .config import MeasuredCacheConfig
@@ -45,27 +46,18 @@ class DBPrune(MeasuredCacheConfig):
         first_blocks: first blocks that always run.
         last_blocks: last blocks that always run.
         keep: further blocks that always run, such as ``"3, 7-9"``.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "dbprune"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
     max_threshold: float | None = None
-    first_blocks: int | None = None
-    last_blocks: int | None = None
+    first_blocks: Annotated[int, ge(0)] | None = None
+    last_blocks: Annotated[int, ge(0)] | None = None
     keep: str | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         MeasuredCacheConfig.__post_init__(self)
-        for field in ("first_blocks", "last_blocks"):
-            value = getattr(self, field)
-            if value is not None and value < 0:
-                raise ConfigError(
-                    f"dbprune.{field} must be >= 0, got {value}; leave it unset for {self.defaults[field]}"
-                )
         if self.max_threshold is not None and self.max_threshold < (self.threshold or 0):
             raise ConfigError(
                 f"dbprune.max_threshold = {self.max_threshold} must be at least dbprune.threshold = {self.threshold}; "

@@ -1,4 +1,4 @@
-"""Processes that run one transformer together must skip the same steps, or one waits for what the other never sends."""
+"""All ranks that run one transformer together must skip the same steps, or they deadlock."""
 
 import math
 from typing import Any

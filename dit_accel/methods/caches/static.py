@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
+from ..options import Count
 from ..saving import Saving
 from .config import ALONE, StepCacheConfig, Turn
 from .engine import StepCacheHandler
@@ -20,15 +21,12 @@ class StaticCache(StepCacheConfig):
 
     Attributes:
         every: one step in so many is computed, counted from the warm-up's last; instead of ``steps``.
-
-    Raises:
-        ConfigError: for an option out of range, or both ``steps`` and ``every``.
     """
 
     name: ClassVar[str] = "staticcache"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
-    every: int | None = None
+    every: Count | None = None
 
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
@@ -37,16 +35,11 @@ class StaticCache(StepCacheConfig):
                 f"staticcache.steps = {self.steps} and staticcache.every = {self.every} both say what is computed; "
                 "give one of them"
             )
-        if self.every is not None and self.every < 1:
-            raise ConfigError(f"staticcache.every must be >= 1, got {self.every}; 2 skips every second step")
 
-    def filled(self, recipe: Mapping[str, Any]) -> "StaticCache":
-        """Return the config with every unset option filled in; beside ``steps`` nothing else decides unless it is set.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
-        return self if self.steps is not None else StepCacheConfig.filled(self, recipe)
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with unset options filled in; beside ``steps`` nothing else decides unless it is set."""
+        full: Any = self if self.steps is not None else StepCacheConfig.filled(self, recipe)
+        return full
 
     def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step is computed, or None: it is skipped."""

@@ -7,7 +7,7 @@ decides for all.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...rules.caching import rescaled
 from ..base import Model
+from ..options import Rule
 from ..site import ForwardContext, Site
 from .calibrated import CalibratedConfig, CalibratedHandler
 from .easy import mean_change, mean_size
@@ -25,6 +26,9 @@ DEFAULTS: Mapping[str, Any] = {
     "threshold": 0.1, "warmup_steps": 1, "last_steps": 1, "polynomial": None, "polynomial_2": None,
 }  # fmt: skip
 """What an option is where neither the user nor the model's recipe sets it."""
+
+
+Polynomial = Annotated[tuple[float, ...], Rule("a list of one coefficient or more", bool)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,23 +46,17 @@ class TeaCache(CalibratedConfig):
         threshold: share of the output's size; 0 skips nothing.
         polynomial: coefficients of f, the highest power first. Unset: those published for the model.
         polynomial_2: the same of a second transformer, such as Wan 2.2's for low noise.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "teacache"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
     numbers: ClassVar[str] = "polynomial"
 
-    polynomial: tuple[float, ...] | None = None
-    polynomial_2: tuple[float, ...] | None = None
+    polynomial: Polynomial | None = None
+    polynomial_2: Polynomial | None = None
 
     def __post_init__(self) -> None:
         CalibratedConfig.__post_init__(self)
-        for option in ("polynomial", "polynomial_2"):
-            if getattr(self, option) == ():
-                raise ConfigError(f"teacache.{option} must have a coefficient or more, got none")
         if self.polynomial is None and self.polynomial_2 is not None:
             raise ConfigError("teacache.polynomial_2 is set and polynomial is not; give one for each transformer")
 

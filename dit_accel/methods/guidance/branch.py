@@ -6,7 +6,7 @@ whatever s is in that step, in two calls or one, with guidance embedded or off.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,14 +22,20 @@ from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .config import PerturbedConfig
 from .guiders import GUIDERS, guided_by, require_own
+from .heads import first_layer, split_specs
 from .log import PerturbedForward, note_of, section_of, warn_if_nothing_ran
-from .parts import Part, call_of, part_of, rows_in
-from .passes import Passes, Rows
+from .perturbed_blocks import PerturbedBlocks, Rows
+from .prompt_branches import Part, call_of, part_of, rows_of_prompt
 from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
 
 
 class PerturbedHandler(Handler):
-    """Guidance away from a perturbed prediction on one model; what is perturbed is a subclass's affair."""
+    """Guidance away from a perturbed prediction on one model.
+
+    Who writes one says what is perturbed: attention, by `PerturbedHeadsHandler`, or the blocks that are skipped, by
+    `skipped_blocks`. All else is here: which prompt a row holds, the third forward and where it may begin, the window
+    of steps, pipelines that guide by a guider of their own, and the report.
+    """
 
     phase = Phase.GUIDANCE
     places = frozenset({Place.FORWARD})
@@ -37,10 +43,16 @@ class PerturbedHandler(Handler):
     acts_on_blocks: ClassVar[bool] = False
     settings: PerturbedConfig
 
+    option: ClassVar[str] = "layers"
+    """The option that names what is perturbed."""
+
+    search: ClassVar[str] = ""
+    """What an error says at its end about how to find some."""
+
     def __init__(self, config: PerturbedConfig, model: Model) -> None:
-        super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
+        super().__init__(config, model)
         self._others: Sequence[Handler] = ()
-        self._passes: dict[str, Passes] = {}
+        self._passes: dict[str, PerturbedBlocks] = {}
         self._added: tuple[int, Sample] | None = None
         self._for_guider: tuple[Sample, Sample] | None = None
         self._compared = False
@@ -50,13 +62,30 @@ class PerturbedHandler(Handler):
         self._seen = 0
         self._steps: int | None = None
         self._warned = self._warned_of_window = False
+        if self.specs is None:
+            known = model.family.name if model.family is not None else f"a {model.adapter.name} of these sizes"
+            raise ConfigError(
+                f"{self.name}.{self.option} is not set, and nothing is published for {known}; name some, such as "
+                f"L{max(1, model.layers // 3)}{self.search}"
+            )
 
     # What is perturbed.
 
     @property
+    def specs(self) -> tuple[str, ...] | None:
+        """What the settings name; None: nothing was set or published."""
+        given = getattr(self.settings, self.option)
+        return None if given is None else split_specs(given)
+
+    @property
+    def published(self) -> Mapping[str, Sequence[str]]:
+        """The sets of heads that are published for the model."""
+        return {} if self.model.family is None else self.model.family.head_sets
+
+    @property
     def neutral(self) -> bool:
         """Whether the settings change nothing."""
-        return self.settings.scale == 0
+        return self.settings.scale == 0 or not self.specs
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
         """Return the attention layers that are perturbed; raise `ConfigError` for those that can't be."""
@@ -66,9 +95,9 @@ class PerturbedHandler(Handler):
         """Return the blocks that a perturbed pass leaves out."""
         return frozenset()
 
-    def told(self) -> str:
+    def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
-        raise NotImplementedError
+        return f"{', '.join(self.specs or ()) or 'nothing'}, scale {self.settings.scale}"
 
     # What all of them share.
 
@@ -85,7 +114,7 @@ class PerturbedHandler(Handler):
         """Run around every forward of the transformer, and around the blocks that a perturbed pass leaves out."""
         layers = self.perturbed_layers(site)
         skip = self.skipped_blocks(site)
-        passes = self._passes[site.name] = Passes(self._first_block(site, layers), skip)
+        passes = self._passes[site.name] = PerturbedBlocks(self._first_block(site, layers), skip)
         if self.settings.mode == "branch":
             self._guiders = self._guiders or guided_by(site, self._take_added)
         site.around_forward(lambda context, run: self._around(site, passes, context, run))
@@ -110,7 +139,7 @@ class PerturbedHandler(Handler):
         blocks = [index for index in found if index is not None]
         return min(blocks) if len(blocks) == len(found) and min(blocks) > 0 else None
 
-    def _around(self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any]) -> Any:
+    def _around(self, site: Site, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any]) -> Any:
         latents = context.inputs[site.adapter.latents]
         if self.neutral or context.training or is_recorded(latents):
             return run()
@@ -124,8 +153,8 @@ class PerturbedHandler(Handler):
         if self.settings.mode == "free":
             return self._perturbed(site, passes, context, run, part, len(latents))
         if part in ("uncond", "perturbed"):
-            return self._add_to_other(site, context, run)
-        return self._third(site, passes, context, run, rows_in(site, part, len(latents), "cond"))
+            return self._add_to_uncond(site, context, run)
+        return self._perturbed_forward(site, passes, context, run, rows_of_prompt(site, part, len(latents), "cond"))
 
     def _take_added(self, given: Any) -> Sample | None:
         """Return what a guider adds to the result of the step, once; it is given the conditional prediction."""
@@ -143,7 +172,9 @@ class PerturbedHandler(Handler):
             return False
         return not set(site.adapter.guidance.converted) & set(call_of(site.running).classes)
 
-    def _third(self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], rows: Rows) -> Any:
+    def _perturbed_forward(
+        self, site: Site, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any], rows: Rows
+    ) -> Any:
         """Run a forward and the perturbed one of its conditional rows, and add to all rows what guidance adds."""
         left = self._left_to_guider(site)
         if rows is not None and not left:
@@ -171,7 +202,7 @@ class PerturbedHandler(Handler):
         self._added = context.step_index, further
         return with_sample(output, plus(sample, further if rows is None else repeated(further)))
 
-    def _add_to_other(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
+    def _add_to_uncond(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
         """Run a forward that is not conditional, and add what the conditional one of the step got."""
         output = run()
         if self._left_to_guider(site):
@@ -191,12 +222,18 @@ class PerturbedHandler(Handler):
         return with_sample(output, plus(sample, further))
 
     def _perturbed(
-        self, site: Site, passes: Passes, context: ForwardContext, run: Callable[..., Any], part: Part, batch: int
+        self,
+        site: Site,
+        passes: PerturbedBlocks,
+        context: ForwardContext,
+        run: Callable[..., Any],
+        part: Part,
+        batch: int,
     ) -> Any:
         """Run a forward, its unconditional rows perturbed."""
         if part in ("cond", "perturbed"):
             return run()
-        with passes.perturbing(rows=rows_in(site, part, batch, "uncond")):
+        with passes.perturbing(rows=rows_of_prompt(site, part, batch, "uncond")):
             output = run()
         self._log.append(PerturbedForward(context.transformer, context.step_index, context.branch, extra=False))
         return output
@@ -232,7 +269,7 @@ class PerturbedHandler(Handler):
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the third forwards, less what begins at the first perturbed block."""
         window = self.settings.steps(steps)
-        notes = (self.told(),)
+        notes = (self.describe_perturbation(),)
         told = (short,) if (short := self.settings.too_short(steps)) else ()
         if self.settings.mode == "free" or self.neutral:
             return Saving(notes=notes, warnings=told)
@@ -249,7 +286,8 @@ class PerturbedHandler(Handler):
 
     def first_layer(self) -> int | None:
         """Return the first perturbed layer, without a model; None where that is not known."""
-        raise NotImplementedError
+        specs = [one for spec in self.specs or () for one in self.published.get(spec, (spec,))]
+        return first_layer(specs, self.model.layers, max(1, self.model.heads))
 
 
 def _ending_alike(further: Sample, tokens: int) -> Sample:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from ...errors import ConfigError
 from ...rules.steps import is_short, window
 from ..config import MethodConfig
+from ..options import Share, ge, within
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,20 +17,13 @@ class WindowedConfig(MethodConfig):
     Attributes:
         start: share of the run at which it begins: step i of n is in from start <= i / n on.
         stop: share of the run at which it ends: step i of n is in while i / n < stop.
-
-    Raises:
-        ConfigError: for a share out of range, or an empty window.
     """
 
-    start: float | None = None
-    stop: float | None = None
+    start: Share | None = None
+    stop: Share | None = None
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for option in ("start", "stop"):
-            value = getattr(self, option)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{self.name}.{option} must be a share of the run from 0 to 1, got {value}")
         if self.start is not None and self.stop is not None and self.start >= self.stop:
             raise ConfigError(
                 f"{self.name} acts from start = {self.start} to stop = {self.stop} of the run, which is no step; let "
@@ -79,22 +73,15 @@ class PerturbedConfig(WindowedConfig):
         mode: ``branch`` runs a third forward; ``free`` perturbs the unconditional one instead, at no cost, and then w
             plays no part: unc is perturbed in unc + s (cond - unc).
         share_prefix: the third forward begins at the first perturbed block, from what the conditional one had there.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
-    scale: float | None = None
-    rescale: float = 0.0
+    scale: Annotated[float, ge(0), "0 changes nothing"] | None = None
+    rescale: Annotated[float, within(0, 1), "0.7 where it is used"] = 0.0
     mode: Literal["branch", "free"] = "branch"
     share_prefix: bool = True
 
     def __post_init__(self) -> None:
         WindowedConfig.__post_init__(self)
-        if self.scale is not None and self.scale < 0:
-            raise ConfigError(f"{self.name}.scale must be >= 0, got {self.scale}; 1 to 4 is usual, 0 changes nothing")
-        if not 0 <= self.rescale <= 1:
-            raise ConfigError(f"{self.name}.rescale must be from 0 to 1, got {self.rescale}; 0.7 is usual")
         if self.mode == "free" and (self.rescale or self.scale):
             what = f"scale = {self.scale}" if self.scale else f"rescale = {self.rescale}"
             raise ConfigError(
@@ -102,11 +89,7 @@ class PerturbedConfig(WindowedConfig):
                 "leave it out, guidance_scale decides"
             )
 
-    def filled(self, recipe: Mapping[str, Any]) -> Any:
-        """Return the config with every unset option filled in; with ``mode = 'free'`` no scale is.
-
-        Raises:
-            ConfigError: for an option that no recipe may fill, or a value out of range.
-        """
-        full = MethodConfig.filled(replace(self, mode="branch"), recipe)
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with every unset option filled in; with ``mode = 'free'`` no scale is."""
+        full: Any = MethodConfig.filled(replace(self, mode="branch"), recipe)
         return full if self.mode == "branch" else replace(full, mode="free", scale=None)

@@ -14,7 +14,7 @@ from ..site import ForwardContext
 from .rows import Sample, as_rows
 
 
-class Told(Protocol):
+class Describable(Protocol):
     """What is told of a handler."""
 
     @property
@@ -37,7 +37,7 @@ class Told(Protocol):
         """Whether the settings change nothing."""
         ...
 
-    def told(self) -> str:
+    def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
         ...
 
@@ -75,7 +75,9 @@ def note_of(context: ForwardContext, cond: Sample, perturbed: Sample, first: int
     return PerturbedForward(context.transformer, context.step_index, context.branch, apart / size, first or 0)
 
 
-def section_of(handler: Told, log: Sequence[PerturbedForward], seen: int, steps_of_run: int | None) -> Section | None:
+def section_of(
+    handler: Describable, log: Sequence[PerturbedForward], seen: int, steps_of_run: int | None
+) -> Section | None:
     """Return the report's section; None where nothing ran yet."""
     if not seen:
         return None
@@ -84,17 +86,18 @@ def section_of(handler: Told, log: Sequence[PerturbedForward], seen: int, steps_
     measured = [one for one in log if one.distance is not None]
     distances = torch.stack([one.distance for one in measured]).tolist() if measured else []  # type: ignore[misc]
     data: dict[str, Any] = {
-        "perturbed": handler.told(),
+        "perturbed": handler.describe_perturbation(),
         "steps": steps,
         "branches": sorted({one.branch for one in log}),
         "forwards_added": extra,
         "first_block": max((one.first for one in log), default=0),
         "distance": {one.step_index: value for one, value in zip(measured, distances, strict=True)},
     }
-    title = f"{handler.name}: {handler.told()}; {extra} forwards added in {len(steps)} steps"
+    title = f"{handler.name}: {handler.describe_perturbation()}; {extra} forwards added in {len(steps)} steps"
     lines = []
     if log and not extra:
-        title = f"{handler.name}: {handler.told()}; the unconditional forward was perturbed in {len(steps)} steps"
+        what = f"the unconditional forward was perturbed in {len(steps)} steps"
+        title = f"{handler.name}: {handler.describe_perturbation()}; {what}"
     if data["first_block"]:
         lines.append(f"each began at block {data['first_block']}, from the conditional pass")
     if distances:
@@ -108,7 +111,7 @@ def section_of(handler: Told, log: Sequence[PerturbedForward], seen: int, steps_
 
 
 def nothing_ran(
-    handler: Told, seen: int, log: Sequence[PerturbedForward], distances: Sequence[float] = ()
+    handler: Describable, seen: int, log: Sequence[PerturbedForward], distances: Sequence[float] = ()
 ) -> str | None:
     """Tell why nothing was perturbed in a run of so many forwards, or None."""
     if not seen or handler.neutral:
@@ -128,7 +131,7 @@ def nothing_ran(
     )
 
 
-def warn_if_nothing_ran(handler: Told, seen: int, log: Sequence[PerturbedForward]) -> bool:
+def warn_if_nothing_ran(handler: Describable, seen: int, log: Sequence[PerturbedForward]) -> bool:
     """Warn if nothing was perturbed in a run; tell whether it warned."""
     reason = nothing_ran(handler, seen, log)
     if reason is not None:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
@@ -18,14 +18,15 @@ from ...report.sections import Section
 from ..base import AttentionHandler, Model, Phase, Place
 from ..caches.engine import is_recorded
 from ..config import MethodConfig
+from ..options import ge, within
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .config import WindowedConfig
 from .log import UnperturbedRun
-from .nag_cross import CrossText
-from .nag_joined import BesideText
+from .nag_cross import CrossAttentionNAG
+from .nag_joined import JointNAG
 from .negative_text import encoded
-from .parts import part_of, rows_in
+from .prompt_branches import part_of, rows_of_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,7 @@ class NAG(WindowedConfig):
     Z+ is the output of an attention, before its output projection, with the prompt and Z- with the negative text.
     G = s Z+ - (s - 1) Z- is cut down to at most tau times Z+'s length in L1, token by token; Z+ becomes
     alpha G + (1 - alpha) Z+. Cross-attention runs on both texts, without a forward of its own. Where text joins the
-    self-attention, the negative text is a stream beside the prompt's and all other tokens are led: a row more for each
-    conditional one, as dear as a further forward.
+    self-attention, the negative text is a further batch row, which costs one extra forward of each conditional row.
 
     Source: NAG (arXiv 2505.21179). Where we depart from it: in image-to-video models, whose cross-attention adds what
     it takes from pictures, that part is in Z+ and Z- alike, and in their lengths; in joined attention both texts are
@@ -49,28 +49,19 @@ class NAG(WindowedConfig):
         negative_prompt: the text; the pipeline's own encoder encodes it when the method is attached.
         negative_embeds: in place of it, what that encoder gives, [1, tokens, C], unpadded where the model masks padded
             text. Two configs are compared without it, and it is in no TOML table.
-
-    Raises:
-        ConfigError: for an option out of range, or both of the texts.
     """
 
     name: ClassVar[str] = "nag"
     defaults: ClassVar[Mapping[str, Any]] = {"scale": 5.0, "tau": 2.5, "alpha": 0.25, "start": 0.0, "stop": 1.0}
 
-    scale: float | None = None
-    tau: float | None = None
-    alpha: float | None = None
+    scale: Annotated[float, ge(1), "1 changes nothing"] | None = None
+    tau: Annotated[float, ge(1), "below 1 all tokens would shrink"] | None = None
+    alpha: Annotated[float, within(0, 1), "0 changes nothing"] | None = None
     negative_prompt: str | None = None
     negative_embeds: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         WindowedConfig.__post_init__(self)
-        if self.scale is not None and self.scale < 1:
-            raise ConfigError(f"nag.scale must be >= 1, got {self.scale}; 3 to 11 is usual, 1 changes nothing")
-        if self.tau is not None and self.tau < 1:
-            raise ConfigError(f"nag.tau must be >= 1, got {self.tau}; 2.5 is usual, below 1 all tokens would shrink")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ConfigError(f"nag.alpha must be from 0 to 1, got {self.alpha}; 0.25 is usual, 0 changes nothing")
         if self.negative_embeds is None:
             return
         if self.negative_prompt is not None:
@@ -96,9 +87,9 @@ class NAGHandler(AttentionHandler):
     settings: NAG
 
     def __init__(self, config: NAG, model: Model) -> None:
-        super().__init__(config.filled(model.adapter.recipe(config.name, model.family)), model)
+        super().__init__(config, model)
         self._embeds: Tensor | None = self.settings.negative_embeds
-        self._texts: dict[str, CrossText | BesideText] = {}
+        self._texts: dict[str, CrossAttentionNAG | JointNAG] = {}
         self._log: list[tuple[int, str]] = []
         self._seen = 0
         self._steps: int | None = None
@@ -135,25 +126,25 @@ class NAGHandler(AttentionHandler):
             self._embeds = encoded(site, prompt, padded=padded)
         if isinstance(where, JoinedText):
             again = None if prompt is None else lambda tokens: encoded(site, prompt, padded=True, tokens=tokens)
-            text = BesideText(site, where, self._embeds, self.settings, again)
+            text = JointNAG(site, where, self._embeds, self.settings, again)
         else:
-            text = CrossText(site, where, self._embeds, self.settings)
+            text = CrossAttentionNAG(site, where, self._embeds, self.settings)
         self._texts[site.name] = text
         site.around_forward(lambda context, run: self._around(site, text, context, run))
 
     def is_active(self, step: StepContext, depth: int) -> bool:
         """Whether a guided forward runs whose text joins the self-attention."""
         text = self._texts.get(step.transformer)
-        return isinstance(text, BesideText) and text.on
+        return isinstance(text, JointNAG) and text.on
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Lead the prompt's rows away from those of the negative text."""
         text = self._texts[context.transformer]
-        assert isinstance(text, BesideText)
+        assert isinstance(text, JointNAG)
         return text.plan(plan, context)
 
     def _around(
-        self, site: Site, text: CrossText | BesideText, context: ForwardContext, run: Callable[..., Any]
+        self, site: Site, text: CrossAttentionNAG | JointNAG, context: ForwardContext, run: Callable[..., Any]
     ) -> Any:
         """Run a forward; guided, if it is conditional."""
         latents = context.inputs[site.adapter.latents]
@@ -170,7 +161,7 @@ class NAGHandler(AttentionHandler):
         if part == "uncond":
             return run()
         calls = text.calls
-        out = text.guided(context, rows_in(site, part, len(latents), "cond"), run)
+        out = text.guided(context, rows_of_prompt(site, part, len(latents), "cond"), run)
         if text.calls > calls:  # else a cache skipped it
             self._log.append((context.step_index, context.branch))
         return out
@@ -188,10 +179,10 @@ class NAGHandler(AttentionHandler):
         if not self._seen:
             return None
         steps, calls = sorted({step for step, _ in self._log}), sum(text.calls for text in self._texts.values())
-        settings, told = self.settings, next(iter(self._texts.values())).told
+        settings, kind = self.settings, next(iter(self._texts.values())).kind
         title = (
             f"nag: scale {settings.scale:g}, tau {settings.tau:g}, alpha {settings.alpha:g}; {len(self._log)} forwards "
-            f"guided in {len(steps)} steps, {calls} calls of {told}"
+            f"guided in {len(steps)} steps, {calls} calls of {kind}"
         )
         lines = [line for line in (self._nothing(), settings.too_short(self._steps)) if line]
         data = {

@@ -12,11 +12,11 @@ from ...errors import ConfigError
 from ...rules.guidance import normalized
 from ..site import ForwardContext, Site
 from .negative_text import NegativeText
-from .passes import Rows
+from .perturbed_blocks import Rows
 from .rows import rows_of
 
 
-class CrossText:
+class CrossAttentionNAG:
     """One transformer whose cross-attention is led away from a negative text while a guided forward runs.
 
     Args:
@@ -32,7 +32,7 @@ class CrossText:
         ConfigError: if something is compiled around the cross-attention.
     """
 
-    told = "cross-attention"
+    kind = "cross-attention"
 
     def __init__(self, site: Site, where: CrossAttention, embeds: Tensor, settings: Any) -> None:
         projection = where.projecting(site.transformer)

@@ -10,15 +10,15 @@ from torch.nn.functional import pad
 from ...adapters.joined_text import JoinedText
 from ...errors import ConfigError
 from ...plan.context import CallContext
-from ...plan.led import LedRows
+from ...plan.normalized_guidance import NormalizedGuidance
 from ...plan.plan import AttentionPlan
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .negative_text import require_width
-from .passes import Rows
+from .perturbed_blocks import Rows
 from .rows import require_sample, with_rows_again
 
 
-class BesideText:
+class JointNAG:
     """One transformer that gets a negative text beside the prompt while a guided forward runs.
 
     The rows that hold it come last. What is no text stands the same in both rows of a pair, as each attention call
@@ -36,7 +36,7 @@ class BesideText:
         calls: attention calls that were led since the run began.
     """
 
-    told = "joined attention"
+    kind = "joined attention"
 
     def __init__(
         self, site: Site, where: JoinedText, embeds: Tensor, settings: Any, encode: Callable[[int], Tensor] | None
@@ -91,8 +91,8 @@ class BesideText:
             )
         self.calls += 1
         settings = self._settings
-        return plan.lead(
-            LedRows(
+        return plan.guide(
+            NormalizedGuidance(
                 positive=positive,
                 negative=negative,
                 tokens=self._where.others(self._tokens, layout.tokens),

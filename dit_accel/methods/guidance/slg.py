@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...errors import ConfigError
-from ..base import Model, Place
+from ..base import Place
 from ..site import Site
 from .branch import PerturbedHandler, block_of
 from .config import PerturbedConfig
-from .heads import first_layer, read_heads, split_specs
+from .heads import read_heads
 from .softpag import stacks_of
 
 
@@ -23,9 +23,6 @@ class SLG(PerturbedConfig):
     Attributes:
         layers: the blocks, by their attention layers, such as ``L7-9``, or a stack's name. None: what is published for
             the model.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "slg"
@@ -42,29 +39,10 @@ class SLGHandler(PerturbedHandler):
     acts_on_blocks = True
     settings: SLG
 
-    def __init__(self, config: SLG, model: Model) -> None:
-        super().__init__(config, model)
-        if self.settings.layers is None:
-            known = model.family.name if model.family is not None else f"a {model.adapter.name} of these sizes"
-            raise ConfigError(
-                f"slg.layers is not set, and nothing is published for {known}; name some, such as "
-                f"L{max(1, model.layers // 3)}"
-            )
-
-    @property
-    def specs(self) -> tuple[str, ...]:
-        """What the settings name."""
-        return split_specs(self.settings.layers or ())
-
-    @property
-    def neutral(self) -> bool:
-        """Whether the settings change nothing."""
-        return self.settings.scale == 0 or not self.specs
-
     def perturbed_layers(self, site: Site) -> Sequence[int]:
         """Return the attention layers of the skipped blocks."""
         stacks = stacks_of(site, self.model)
-        heads = read_heads(self.specs, stacks, "slg.layers")
+        heads = read_heads(self.specs or (), stacks, "slg.layers")
         for layer, named in heads.items():
             if len(named) < stacks.heads:
                 raise ConfigError(
@@ -82,10 +60,6 @@ class SLGHandler(PerturbedHandler):
             )
         return frozenset(block for block in found.values() if block is not None)
 
-    def told(self) -> str:
+    def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
-        return f"blocks of {', '.join(self.specs) or 'no layer'} skipped, scale {self.settings.scale}"
-
-    def first_layer(self) -> int | None:
-        """Return the first perturbed layer, without a model; None where that is not known."""
-        return first_layer(self.specs, self.model.layers, max(1, self.model.heads))
+        return f"blocks of {', '.join(self.specs or ()) or 'no layer'} skipped, scale {self.settings.scale}"

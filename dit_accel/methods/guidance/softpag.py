@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from ...plan.context import CallContext, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ..base import AttentionHandler, Model, Place
+from ..config import MethodConfig
+from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
 from .config import PerturbedConfig
-from .heads import Heads, Stacks, first_layer, read_heads, split_specs
+from .heads import Heads, Stacks, read_heads
 
 Target = Literal["identity", "temperature"]
 
@@ -38,23 +40,18 @@ class SoftPAG(PerturbedConfig):
         rows: ``all`` tokens are perturbed, or those of the ``image`` (or video) alone, text left out.
         target: ``identity``, or ``temperature``: the heads' logits are multiplied by 1 - u, at u = 1 all tokens count
             alike.
-
-    Raises:
-        ConfigError: for an option out of range, or ``rows`` with ``target = 'temperature'``.
     """
 
     name: ClassVar[str] = "softpag"
     defaults: ClassVar[Mapping[str, Any]] = {"u": 0.5, "scale": 3.0, "start": 0.0, "stop": 1.0, "heads": None}
 
     heads: str | tuple[str, ...] | None = None
-    u: float | None = None
+    u: Annotated[float, within(0, 1), "0 leaves attention as it is, 1 is PAG"] | None = None
     rows: Literal["all", "image"] = "all"
     target: Target = "identity"
 
     def __post_init__(self) -> None:
         PerturbedConfig.__post_init__(self)
-        if self.u is not None and not 0 <= self.u <= 1:
-            raise ConfigError(f"softpag.u must be from 0 to 1, got {self.u}; 0 leaves attention as it is, 1 is PAG")
         if self.target == "temperature" and self.rows == "image":
             raise ConfigError(
                 "softpag.rows = 'image' can't be had with target = 'temperature', which changes whole heads; use "
@@ -72,9 +69,6 @@ class PAG(PerturbedConfig):
     Attributes:
         layers: the layers, such as ``L13`` or ``L3-5``, or a stack's name. None: what is published for the model.
         rows: as in `SoftPAG`.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "pag"
@@ -84,37 +78,38 @@ class PAG(PerturbedConfig):
     rows: Literal["all", "image"] = "all"
 
 
-class HeadsHandler(PerturbedHandler, AttentionHandler):
-    """Guidance away from perturbed heads on one model."""
+class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
+    """Guidance away from perturbed heads on one model; who writes one says by `perturb` what becomes of them."""
 
     places = frozenset({Place.ATTENTION, Place.FORWARD})
     by_place = True
-    option: ClassVar[str] = "heads"
-    target: Target = "identity"
-    u: float
+
+    search = ", or search with `dit-accel tune heads`"
+
+    u: float = 1.0
+    """How far they are perturbed, in [0, 1]; 0 changes nothing."""
+
+    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+        """Return the plan of an attention call with the chosen heads perturbed.
+
+        Args:
+            plan: what other methods planned.
+            share: how far each head is perturbed, in [0, 1]: [H], or [B, H] where some rows alone are.
+            whole: every head and row of the call is perturbed.
+            context: where the call stands.
+        """
+        raise NotImplementedError
 
     def __init__(self, config: PerturbedConfig, model: Model) -> None:
         super().__init__(config, model)
         self._heads: dict[str, Heads] = {}
         self._depths: dict[str, frozenset[int]] = {}
         self._mixes: dict[tuple[Any, ...], Tensor] = {}
-        if self.specs is None:
-            known = model.family.name if model.family is not None else f"a {model.adapter.name} of these sizes"
-            raise ConfigError(
-                f"{self.name}.{self.option} is not set, and nothing is published for {known}; name some, such as "
-                f"L{max(1, model.layers // 3)}, or search with `dit-accel tune heads`"
-            )
-
-    @property
-    def specs(self) -> tuple[str, ...] | None:
-        """What the settings name; None: nothing was set or published."""
-        given = getattr(self.settings, self.option)
-        return None if given is None else split_specs(given)
 
     @property
     def neutral(self) -> bool:
         """Whether the settings change nothing."""
-        return self.settings.scale == 0 or self.u == 0 or not self.specs
+        return super().neutral or self.u == 0
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
         """Return the attention layers that hold a perturbed head."""
@@ -128,18 +123,13 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
         self._depths[site.name] = frozenset(layer if layer < main else layer - main for layer in heads)
         return list(heads)
 
-    @property
-    def published(self) -> Mapping[str, Sequence[str]]:
-        """The sets of heads that are published for the model."""
-        return {} if self.model.family is None else self.model.family.head_sets
-
     def is_active(self, step: StepContext, depth: int) -> bool:
         """Whether a perturbed pass runs and the block has a perturbed head."""
         passes = self._passes.get(step.transformer)
         return passes is not None and passes.perturbs and depth in self._depths[step.transformer]
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Mix V into the output of the layer's perturbed heads, or scale their logits."""
+        """Perturb the layer's chosen heads."""
         named = self._heads[context.transformer].get(context.layer)
         rows = self._passes[context.transformer].rows
         if named is None:
@@ -150,14 +140,8 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
                 f"{self.name}.{self.option} names head {named[-1]} of attention layer {context.layer}, which has heads "
                 f"0 to {count - 1}; stay in that range"
             )
-        if self.target == "temperature":
-            return plan.scale(1 - self._share(named, count, context, rows))
-        image = image_rows(context.layout, str(context.device)) if self._image_alone(context.layout) else None
-        whole = self.u == 1 and len(named) == count and rows is None and image is None
-        return plan.mix(self._share(named, count, context, rows), image, only_values=whole)
-
-    def _image_alone(self, layout: TokenLayout) -> bool:
-        return getattr(self.settings, "rows", "all") == "image" and layout.tokens > layout.visual_tokens
+        whole = len(named) == count and rows is None
+        return self.perturb(plan, self._share(named, count, context, rows), whole, context)
 
     def _share(self, named: tuple[int, ...], heads: int, context: CallContext, rows: Any) -> Tensor:
         """Return u for the named heads and 0 for the others, [H], or [B, H] where some rows alone are perturbed.
@@ -180,43 +164,47 @@ class HeadsHandler(PerturbedHandler, AttentionHandler):
         super().reset()
         self._mixes.clear()
 
-    def first_layer(self) -> int | None:
-        """Return the first perturbed layer, without a model; None where that is not known."""
-        specs = [one for spec in self.specs or () for one in self.published.get(spec, (spec,))]
-        return first_layer(specs, self.model.layers, max(1, self.model.heads))
 
-
-class SoftPAGHandler(HeadsHandler):
+class SoftPAGHandler(PerturbedHeadsHandler):
     """SoftPAG on one model."""
 
-    config_type = SoftPAG
+    config_type: ClassVar[type[MethodConfig]] = SoftPAG
+    option = "heads"
     settings: SoftPAG
-
-    def __init__(self, config: SoftPAG, model: Model) -> None:
-        super().__init__(config, model)
-        self.target = self.settings.target
 
     @property
     def u(self) -> float:  # type: ignore[override]
         """How far heads are perturbed."""
         return self.settings.u or 0.0
 
-    def told(self) -> str:
+    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+        """Mix V into the output of the layer's perturbed heads, or scale their logits."""
+        if self.settings.target == "temperature":
+            return plan.scale(1 - share)
+        return mixed_with_values(plan, share, whole and self.u == 1, context.layout, self.settings.rows, context.device)
+
+    def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
         return f"{', '.join(self.specs or ()) or 'no head'} with u = {self.u:g}, scale {self.settings.scale}"
 
 
-class PAGHandler(HeadsHandler):
+class PAGHandler(PerturbedHeadsHandler):
     """PAG on one model."""
 
     config_type = PAG
-    option = "layers"
     settings: PAG
-    u = 1.0
 
-    def told(self) -> str:
-        """Return in words what is perturbed."""
-        return f"{', '.join(self.specs or ()) or 'no layer'}, scale {self.settings.scale}"
+    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+        """Put V in the place of the output of the layer's perturbed heads."""
+        return mixed_with_values(plan, share, whole, context.layout, self.settings.rows, context.device)
+
+
+def mixed_with_values(
+    plan: AttentionPlan, share: Tensor, whole: bool, layout: TokenLayout, rows: str, device: torch.device
+) -> AttentionPlan:
+    """Return a plan with V mixed into the output of its heads, in all rows or in the image's alone."""
+    image = image_rows(layout, str(device)) if rows == "image" and layout.tokens > layout.visual_tokens else None
+    return plan.mix(share, image, only_values=whole and image is None)
 
 
 def stacks_of(site: Site, model: Model) -> Stacks:

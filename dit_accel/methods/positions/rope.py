@@ -6,7 +6,7 @@ number of sizes in a row; the frequency that repeats is found by rule (`dit_acce
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ...adapters.rope import VISUAL_AXES
 from ...errors import ConfigError, did_you_mean
@@ -14,9 +14,10 @@ from ...plan.layout import TokenLayout
 from ...rules.rope import KINDS, check_kind, edited
 from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
+from ..options import Count, ge
 from ..saving import Saving
 from ..site import Site
-from .placing import Placing, require_kind, trained_lengths
+from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 
 Kind = Literal["none", "pi", "ntk", "yarn", "riflex", "ultraimage"]
 
@@ -54,22 +55,19 @@ class RoPE(MethodConfig):
         trained_frames: token frames that the model was trained on; unset: the released model's.
         trained_height: the same of token rows.
         trained_width: the same of token columns.
-
-    Raises:
-        ConfigError: for an option out of range, or one that the kind does not take.
     """
 
     name: ClassVar[str] = "rope"
 
     kind: Kind = "riflex"
     axes: tuple[str, ...] | None = None
-    factor: float | None = None
+    factor: Annotated[float, ge(1), "2 is twice the trained length"] | None = None
     period: float | None = None
     turn: float | None = None
     indices: tuple[int, ...] | None = None
-    trained_frames: int | None = None
-    trained_height: int | None = None
-    trained_width: int | None = None
+    trained_frames: Count | None = None
+    trained_height: Count | None = None
+    trained_width: Count | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.kind, str) and self.kind not in KINDS:
@@ -77,12 +75,6 @@ class RoPE(MethodConfig):
         MethodConfig.__post_init__(self)
         check_axes(self.name, self.axes)
         check_kind(self.kind, period=self.period, turn=self.turn, indices=self.indices)
-        if self.factor is not None and not self.factor >= 1:
-            raise ConfigError(f"rope.factor must be 1 or more, got {self.factor}; 2 is twice the trained length")
-        for axis in VISUAL_AXES:
-            tokens = getattr(self, f"trained_{axis}")
-            if tokens is not None and tokens < 1:
-                raise ConfigError(f"rope.trained_{axis} must be >= 1, got {tokens}; it counts tokens")
 
 
 class RoPEHandler(Handler):
@@ -103,7 +95,7 @@ class RoPEHandler(Handler):
 
     def install(self, site: Site) -> None:
         """Let the transformer's positions follow the size of each forward."""
-        Placing(site, self.settings.axes or (), self._trained, self._edit, self.settings.factor)
+        RopeSwitcher(site, self.settings.axes or (), self._trained, self._edit, self.settings.factor)
 
     def _edit(self, own: Any, trained: float, length: float) -> Any:
         config = self.settings

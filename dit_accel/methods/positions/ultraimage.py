@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,10 +30,11 @@ from ...report.sections import Section
 from ...rules.rope import check_kind, edited
 from ..base import AttentionHandler, Handler, Model, Phase, Place
 from ..config import MethodConfig
+from ..options import Count, ge, gt
 from ..saving import Saving
 from ..site import Site
 from .entropy import focus, token_entropy
-from .placing import Placing, require_kind, trained_lengths
+from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 
 AXES = ("height", "width")
 
@@ -72,36 +73,23 @@ class UltraImage(MethodConfig):
             times the picture is larger.
         trained_height: token rows of the largest pictures that the model was trained on; unset: the released model's.
         trained_width: the same of token columns.
-
-    Raises:
-        ConfigError: for an option out of range.
     """
 
     name: ClassVar[str] = "ultraimage"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
     correct: bool = True
-    focus_min: float | None = None
-    focus_max: float | None = None
-    power: float | None = None
-    rows: int = 256
+    focus_min: Annotated[float, ge(1)] | None = None
+    focus_max: Annotated[float, ge(1)] | None = None
+    power: Annotated[float, gt(0)] | None = None
+    rows: Count = 256
     indices: tuple[int, ...] | None = None
     turn: float | None = None
-    trained_height: int | None = None
-    trained_width: int | None = None
+    trained_height: Count | None = None
+    trained_width: Count | None = None
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for name, least in (("focus_min", 1.0), ("focus_max", 1.0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"ultraimage.{name} must be >= {least:g}, got {value}; 1 leaves a head as it is")
-        if self.power is not None and not self.power > 0:
-            raise ConfigError(f"ultraimage.power must be above 0, got {self.power}; 2 is the paper's")
-        for name in ("rows", "trained_height", "trained_width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"ultraimage.{name} must be >= 1, got {value}; it counts tokens")
         check_kind("ultraimage", turn=self.turn, indices=self.indices)
         if self.focus_min is not None and self.focus_max is not None:
             _check_order(self.focus_min, self.focus_max)
@@ -134,9 +122,8 @@ class UltraImageHandler(AttentionHandler):
     settings: UltraImage
 
     def __init__(self, config: UltraImage, model: Model) -> None:
-        settings = config.filled(model.adapter.recipe(config.name, model.family))
-        _check_order(settings.focus_min, settings.focus_max)
-        super().__init__(settings, model)
+        super().__init__(config, model)
+        _check_order(self.settings.focus_min or 1, self.settings.focus_max or 1)
         given = {axis: getattr(config, f"trained_{axis}") for axis in AXES}
         known = trained_lengths(config.name, given, model.family)
         missing = [axis for axis in AXES if axis not in known]
@@ -168,7 +155,7 @@ class UltraImageHandler(AttentionHandler):
         """Let the transformer's positions follow the size of each forward, if they are to be corrected."""
         if not self.settings.correct:
             return
-        Placing(site, AXES, self._trained, self._edit)
+        RopeSwitcher(site, AXES, self._trained, self._edit)
 
     def _edit(self, own: Any, trained: float, length: float) -> Any:
         settings = self.settings

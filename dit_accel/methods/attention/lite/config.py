@@ -1,13 +1,14 @@
 """LiteAttention's options: what a user asks for, and what that comes to on a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from ....errors import ConfigError
 from ....plan.layout import TokenLayout
 from ....plan.tiling import bitmap_bytes
-from ..sparse import SparseConfig, SparseSettings
+from ...options import Count, ge, gt, lt
+from ..sparse import SparseConfig
 from .ranges import check_ranges
 from .thresholds import check_threshold
 
@@ -27,50 +28,6 @@ THRESHOLDS: Mapping[str, float] = {"maxgap": -10.0, "mass": 2.0**-10, "budget": 
 
 WORTHWHILE_TOKENS = 30_000
 """Visual tokens below which skipping rarely pays: the published gains are of 30,000 tokens and more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiteSettings(SparseSettings):
-    """What `LiteAttention` came to on one model; ``threshold`` is the criterion's usual one where none was set."""
-
-    name: ClassVar[str] = "lite"
-
-    criterion: Literal["maxgap", "mass", "budget"]
-    threshold: float
-    target_density: float | None
-    thresholds_file: str | None
-    detect_every: int
-    refresh_every: int | None
-    bidirectional: bool
-    protect_text: bool
-    must_keep: tuple[int, ...]
-    must_skip: tuple[int, ...]
-    rest: Literal["skip", "pooled"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values; of threshold, target density and file the one that decides."""
-        values = SparseSettings.to_dict(self)
-        if self.target_density is not None or self.thresholds_file is not None:
-            del values["threshold"]
-        return values
-
-    def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about lite on this layout, or None where it fits well."""
-        parts, visual = [], layout.visual_tokens
-        if visual < WORTHWHILE_TOKENS:
-            parts.append(f"lite seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {visual} here")
-        if not self.protect_text and layout.tokens > visual:
-            text = layout.tokens - visual
-            parts.append(f"lite.protect_text = False lets the {text} text tokens be dropped too")
-        return "; ".join(parts) or None
-
-    def carried_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
-        """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
-
-        The original's two lists of int16 per attention module take 31 times that with equal tiles, 23 times with its
-        own of 128 x 176.
-        """
-        return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,21 +62,17 @@ class LiteAttention(SparseConfig):
             protected text take precedence.
         rest: what becomes of dropped tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
         allow_positive_threshold: take a ``maxgap`` threshold of 0 or more, which drops what matters; for debugging.
-
-    Raises:
-        ConfigError: for an option out of range, or two that exclude each other.
     """
 
     name: ClassVar[str] = "lite"
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
-    settings_type: ClassVar[type[SparseSettings]] = LiteSettings
 
     criterion: Literal["maxgap", "mass", "budget"] = "maxgap"
     threshold: float | None = None
-    target_density: float | None = None
+    target_density: Annotated[float, gt(0), lt(1)] | None = None
     thresholds_file: str | None = None
-    detect_every: int = 1
-    refresh_every: int | None = None
+    detect_every: Count = 1
+    refresh_every: Annotated[int, ge(2), "the call that starts afresh is dense"] | None = None
     bidirectional: bool = True
     protect_text: bool = True
     must_keep: tuple[int, ...] = ()
@@ -145,19 +98,30 @@ class LiteAttention(SparseConfig):
             )
         if self.threshold is not None:
             check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
-        if self.target_density is not None and not 0 < self.target_density < 1:
-            raise ConfigError(f"lite.target_density must be a share in (0, 1), got {self.target_density}")
-        if self.detect_every < 1:
-            raise ConfigError(f"lite.detect_every must be >= 1, got {self.detect_every}; 1 votes in every call")
-        if self.refresh_every is not None and self.refresh_every < 2:
-            raise ConfigError(
-                f"lite.refresh_every must be >= 2, got {self.refresh_every}: the call that starts afresh is dense; "
-                "leave it unset to start afresh only with each generation"
-            )
         check_ranges("lite.must_keep", self.must_keep)
         check_ranges("lite.must_skip", self.must_skip)
 
-    def settled(self, names: set[str]) -> dict[str, Any]:
-        """Return the values of the settings' fields."""
-        usual = THRESHOLDS[self.criterion] if self.threshold is None else self.threshold
-        return {**SparseConfig.settled(self, names), "threshold": usual}
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with every unset option filled in; the criterion's usual threshold where none is set."""
+        full: Any = SparseConfig.filled(self, recipe)
+        if any(given is not None for given in (full.threshold, full.target_density, full.thresholds_file)):
+            return full
+        return replace(full, threshold=THRESHOLDS[full.criterion])
+
+    def advice(self, layout: TokenLayout) -> str | None:
+        """Return what the user should know about lite on this layout, or None where it fits well."""
+        parts, visual = [], layout.visual_tokens
+        if visual < WORTHWHILE_TOKENS:
+            parts.append(f"lite seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {visual} here")
+        if not self.protect_text and layout.tokens > visual:
+            text = layout.tokens - visual
+            parts.append(f"lite.protect_text = False lets the {text} text tokens be dropped too")
+        return "; ".join(parts) or None
+
+    def carried_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
+        """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
+
+        The original's two lists of int16 per attention module take 31 times that with equal tiles, 23 times with its
+        own of 128 x 176.
+        """
+        return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)

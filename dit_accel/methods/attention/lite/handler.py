@@ -20,9 +20,9 @@ from ....plan.tiling import full_lists_bytes, pinned_bytes
 from ...base import Model, Phase
 from ...saving import Saving
 from ..sparse import SparseHandler
-from .config import LiteAttention, LiteSettings
+from .config import LiteAttention
 from .ranges import FixedBits, check_ranges, fixed_bits, split_list
-from .scores import Dial, recorded_scores
+from .scores import DensityCalibrator, recorded_scores
 from .state import CallState, States
 from .thresholds import LiteThresholds, read_thresholds
 
@@ -34,13 +34,13 @@ class LiteHandler(SparseHandler):
     phase = Phase.SELECTIONS
     exclusive = frozenset({"vote"})
     dense_under_masks = votes = True
-    settings: LiteSettings
+    settings: LiteAttention
 
     def __init__(self, config: LiteAttention, model: Model) -> None:
         super().__init__(config, model)
         self._states = States()
         self._fixed: dict[Any, tuple[tuple[object, ...], FixedBits]] = {}
-        self._dials: dict[tuple[str, str, int], Dial] = {}
+        self._calibrators: dict[tuple[str, str, int], DensityCalibrator] = {}
         self._table: LiteThresholds | None = None
         if config.thresholds_file is not None:
             self._table = self._read(config.thresholds_file)
@@ -82,7 +82,7 @@ class LiteHandler(SparseHandler):
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Keep the tiles that the votes left so far, and ask for the next votes."""
-        plan = plan.with_tiles(*self.settings.tiling.full(context.layout, context.device))
+        plan = plan.with_tiles(*self.model.tiling.full(context.layout, context.device))
         assert plan.tiles is not None
         self._record(plan, plan.tiles, call, context)
         chosen = self._again(context) if context.repeated else self._next(plan.tiles, plan.token_order, context)
@@ -98,17 +98,17 @@ class LiteHandler(SparseHandler):
         state = self._state(tiles, order, context)
         if state.calls > 1 or (mask is not None and not is_key_padding(mask, call.q, call.k)):
             return
-        assert state.dial is not None
+        assert state.calibrator is not None
         scores = recorded_scores(plan, call)
         free, fixed = split_list(tiles, scores, self._fixed_bits(tiles, order, context))
         if plan.selection is not None and plan.selection.keep is not None:
             free = free & unpack_bits(plan.selection.keep, tiles.key_tiles)
-        if context.heads is not None:  # the dial counts the tiles of all heads
+        if context.heads is not None:  # the calibrator counts the tiles of all heads
             scores, free, fixed = (context.heads.joined(x, 1) for x in (scores, free, fixed))
         if state.calls == 0:
-            state.counts = state.dial.count(scores, free, fixed)
+            state.counts = state.calibrator.count(scores, free, fixed)
         elif state.counts is not None:
-            kept = state.dial.keeps(scores, free, state.counts, settings.target_density)
+            kept = state.calibrator.keeps(scores, free, state.counts, settings.target_density)
             kept = kept if context.heads is None else kept[:, context.heads.own]
             self._states.keep(state, pack_bits(kept))
             state.counts = None
@@ -132,7 +132,7 @@ class LiteHandler(SparseHandler):
     def reset(self) -> None:
         """Free all bits."""
         self._states.clear()
-        self._dials.clear()
+        self._calibrators.clear()
         self._fixed.clear()
 
     def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
@@ -140,7 +140,9 @@ class LiteHandler(SparseHandler):
         state = self._states.by_key.get(context.key)
         return state is not None and state.bits is not None and self.settings.target_density is None
 
-    def take_back(self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float) -> None:
+    def restore_tiles(
+        self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
+    ) -> None:
         """Take back tiles that probe rows need by ``margin`` log2 units; what must be skipped stays skipped."""
         state, tiles = self._states.by_key.get(context.key), plan.tiles
         if state is None or state.bits is None or tiles is None:
@@ -203,6 +205,7 @@ class LiteHandler(SparseHandler):
     def _threshold(self, context: CallContext) -> float:
         if self._table is not None:
             return self._table.at(context.transformer, context.layer, context.step_index)
+        assert self.settings.threshold is not None
         return self.settings.threshold
 
     def _state(self, tiles: TileLists, order: Tensor | None, context: CallContext) -> CallState:
@@ -217,10 +220,12 @@ class LiteHandler(SparseHandler):
             return state
         state = CallState(context.layout, tiles.block_k, order)
         if self.settings.target_density is not None:
-            dial = self._dials.get((context.transformer, context.branch, context.row))
-            if dial is None or dial.step_index != context.step_index:
-                dial = self._dials[context.transformer, context.branch, context.row] = Dial(context.step_index)
-            state.dial = dial
+            calibrator = self._calibrators.get((context.transformer, context.branch, context.row))
+            if calibrator is None or calibrator.step_index != context.step_index:
+                calibrator = self._calibrators[context.transformer, context.branch, context.row] = DensityCalibrator(
+                    context.step_index
+                )
+            state.calibrator = calibrator
         self._states.put(key, state)
         first = self._fixed_bits(tiles, order, context).first
         if first is not None:
@@ -258,9 +263,9 @@ class LiteHandler(SparseHandler):
                 layout, layers=layers, heads=model.heads, branches=model.family.forwards_per_step
             )
         notes = ("what lite saves is known only while it runs; it is not counted", *settings.notes())
-        lists = full_lists_bytes(layout, settings.block_size)
+        lists = full_lists_bytes(layout, settings.tiling.block_size)
         if settings.must_keep or (settings.protect_text and layout.tokens > layout.visual_tokens):
-            lists += pinned_bytes(layout, settings.block_size)
+            lists += pinned_bytes(layout, settings.tiling.block_size)
         if settings.must_skip:
-            lists += pinned_bytes(layout, settings.block_size)
+            lists += pinned_bytes(layout, settings.tiling.block_size)
         return Saving(counted=False, carried_bytes=carried, list_bytes=lists, notes=notes)

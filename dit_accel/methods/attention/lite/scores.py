@@ -14,7 +14,7 @@ RECORDED_ROWS = 16
 """Rows of a block row at which scores are recorded; of 128 rows, an eighth of one Q K^T."""
 
 BINS_A_UNIT, LOWEST = 256, -64
-"""Bins of a log2 unit in which a `Dial` counts scores, and the score of the lowest bin."""
+"""Bins of a log2 unit in which a `DensityCalibrator` counts scores, and the score of the lowest bin."""
 
 _BINS = -LOWEST * BINS_A_UNIT
 
@@ -34,7 +34,7 @@ def recorded_scores(plan: AttentionPlan, call: Call) -> Tensor:
     return probe_gaps(plan, call, rows if order is None else order[rows])[1].log2()
 
 
-class Dial:
+class DensityCalibrator:
     """How many tiles each layer of a transformer and branch keeps so that all layers together keep a target share.
 
     During one step every layer counts its scores in bins, each batch row by itself. At the next step the threshold that

@@ -10,7 +10,7 @@ from ....plan.context import CallContext, Key
 from ....plan.layout import TokenLayout
 
 if TYPE_CHECKING:
-    from .scores import Dial
+    from .scores import DensityCalibrator
 
 
 @dataclass(slots=True)
@@ -25,8 +25,8 @@ class CallState:
         calls: calls made since it began.
         votes: how many of them voted.
         spent: share of the budget that votes were given.
-        dial: what finds the threshold for a target density; None: it is given.
-        counts: the first call's scores in bins, for the dial; None once the dial was asked.
+        calibrator: what finds the threshold for a target density; None: it is given.
+        counts: the first call's scores in bins, for the calibrator; None once the calibrator was asked.
         given: the running call's selection, where it may be repeated.
     """
 
@@ -37,7 +37,7 @@ class CallState:
     calls: int = 0
     votes: int = 0
     spent: float = 0.0
-    dial: "Dial | None" = None
+    calibrator: "DensityCalibrator | None" = None
     counts: Tensor | None = None
     given: Selection | None = None
 

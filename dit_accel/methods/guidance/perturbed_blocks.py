@@ -1,0 +1,110 @@
+"""One transformer's passes: what the conditional one leaves for the perturbed one, and which blocks that one skips."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...adapters.blocks import Streams
+from ...plan.context import StepContext
+from ..site import Block
+
+Mode = Literal["plain", "record", "replay", "full"]
+
+Rows = tuple[slice, int] | None
+"""Rows of a batch, and how many rows that has; None: all."""
+
+
+class PerturbedBlocks:
+    """What runs around the blocks of one transformer.
+
+    Args:
+        first: the first perturbed block, from which a perturbed pass may begin; None: it runs whole.
+        skip: blocks that a perturbed pass leaves out.
+    """
+
+    def __init__(self, first: int | None, skip: frozenset[int] = frozenset()) -> None:
+        self.first = first
+        self._skip = skip
+        self._mode: Mode = "plain"
+        self.rows: Rows = None
+        self._saved: Streams | None = None
+        self._begun: Streams | None = None
+        self.held = 0
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether what runs now is perturbed."""
+        return self._mode in ("replay", "full")
+
+    def blocks(self, blocks: Sequence[Block]) -> tuple[Block, ...]:
+        """Return those of a transformer's blocks that this runs around."""
+        first = -1 if self.first is None else self.first
+        return tuple(block for block in blocks if block.index <= first or block.index in self._skip)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the streams that the first perturbed block gets."""
+        self._mode = "plain" if self.first is None else "record"
+        try:
+            yield
+        finally:
+            self._mode = "plain"
+
+    @contextlib.contextmanager
+    def perturbing(self, rows: Rows = None, taken: Rows = None) -> Iterator[bool]:
+        """Perturb what runs inside; tell whether it begins at the first perturbed block.
+
+        Args:
+            rows: the rows of the forward that are perturbed.
+            taken: which rows of the recorded forward this one has.
+        """
+        begun = self._taken(taken)
+        self._begun, self._saved, self.rows = begun, None, rows  # a reset inside the pass must not take it away
+        self._mode = "full" if begun is None else "replay"
+        try:
+            yield begun is not None
+        finally:
+            self._mode, self.rows, self._begun = "plain", None, None
+
+    def around(self, context: StepContext, block: Block, run, streams: Streams) -> Streams:  # type: ignore[no-untyped-def]
+        """Run a block, or leave it out."""
+        if self._mode == "record" and block.index == self.first:
+            self._saved = tuple(None if stream is None else stream.clone() for stream in streams)
+            self.held = sum(stream.nbytes for stream in self._saved if stream is not None)
+        if self._begun is not None and self.first is not None:
+            if block.index < self.first:
+                return streams
+            if block.index == self.first:
+                streams = self._begun
+        if self.perturbs and block.index in self._skip:
+            return streams if self.rows is None else self._mixed(run(streams), streams)
+        return run(streams)
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._saved = None
+
+    def _taken(self, taken: Rows) -> Streams | None:
+        """Return the recorded streams of some rows; None where there are none, or they are not of rows."""
+        saved = self._saved
+        if saved is None or taken is None:
+            return saved
+        rows, batch = taken
+        if any(stream is not None and len(stream) != batch for stream in saved):
+            return None
+        return tuple(None if stream is None else stream[rows] for stream in saved)
+
+    def _mixed(self, ran: Streams, given: Streams) -> Streams:
+        """Return what a block gave, but for the perturbed rows, which skip it."""
+        assert self.rows is not None
+        rows, _ = self.rows
+
+        def mixed(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+            if one is None or other is None:
+                return one
+            return torch.cat([one[: rows.start], other[rows], one[rows.stop :]])
+
+        return tuple(map(mixed, ran, given))

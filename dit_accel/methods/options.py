@@ -1,0 +1,98 @@
+"""How a config declares an option: its type and range in one annotation, such as ``Annotated[float, ge(0)]``.
+
+A text beside the rules is advice for whoever breaks one: ``Annotated[float, ge(0), "0 skips nothing"]``.
+"""
+
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a value must be besides of its type.
+
+    Attributes:
+        words: what follows "must be" in the error.
+        holds: value -> whether it is that.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def ge(limit: float) -> Rule:
+    """Return the rule that a number is ``limit`` or more."""
+    return Rule(f">= {limit:g}", lambda value: value >= limit)
+
+
+def gt(limit: float) -> Rule:
+    """Return the rule that a number is above ``limit``."""
+    return Rule(f"above {limit:g}", lambda value: value > limit)
+
+
+def le(limit: float) -> Rule:
+    """Return the rule that a number is ``limit`` or less."""
+    return Rule(f"at most {limit:g}", lambda value: value <= limit)
+
+
+def lt(limit: float) -> Rule:
+    """Return the rule that a number is below ``limit``."""
+    return Rule(f"below {limit:g}", lambda value: value < limit)
+
+
+def within(low: float, high: float) -> Rule:
+    """Return the rule that a number is from ``low`` to ``high``, both included."""
+    return Rule(f"from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def begins_with(first: float) -> Rule:
+    """Return the rule that a list's first number is ``first``."""
+    return Rule(f"a list that begins with {first:g}", lambda values: values[:1] == (first,))
+
+
+Share = Annotated[float, within(0, 1)]
+"""A number from 0 to 1."""
+
+Count = Annotated[int, ge(1)]
+"""A whole number from 1 on."""
+
+Steps = Annotated[
+    int | float,
+    Rule(
+        "a whole number of steps from 0 on, or a share of the run below 1",
+        lambda value: value >= 0 and (value <= 1 or value == int(value)),
+    ),
+    "write 5 for five steps, 0.2 for a fifth of them",
+]
+"""A number of steps; below 1 a share of the run's, rounded up."""
+
+BlockSize = Annotated[
+    int, Rule("a power of two from 16 to 512", lambda value: 16 <= value <= 512 and not value & (value - 1))
+]
+"""Tokens of a tile."""
+
+
+def find_broken(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> tuple[str, Any, str] | None:
+    """Return what a value breaks: what it must be or hold, in words, what was found, and advice; None: nothing.
+
+    Args:
+        value: of the annotation's type.
+        hint: the annotation.
+        fits: (value, annotation) -> whether it is of that type.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        rules = [rule for rule in parts[1:] if isinstance(rule, Rule)]
+        if all(rule.holds(value) for rule in rules):
+            return find_broken(value, parts[0], fits)
+        words = " and ".join(rule.words for rule in rules)
+        return f"be {words}", value, "".join(text for text in parts[1:] if isinstance(text, str))
+    if origin in (typing.Union, types.UnionType):
+        return next((find_broken(value, part, fits) for part in parts if fits(value, part)), None)
+    if origin is tuple:
+        found = next(filter(None, (find_broken(item, parts[0], fits) for item in value)), None)
+        return found and (f"hold values that are {found[0].removeprefix('be ')}", *found[1:])
+    return None

@@ -1,0 +1,189 @@
+"""How a transformer's rotary frequencies follow the size of what is made, put on through its site alone."""
+
+import copy
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...adapters.adapter import Family
+from ...adapters.rope import Rope, RopeChange, changeable_axes, rope_of
+from ...adapters.rope_forms import changed
+from ...errors import ConfigError
+from ...plan.layout import TokenLayout
+from ..base import Model
+from ..site import ForwardContext, Site
+
+KEPT_SIZES = 4
+"""Sizes whose tables are kept; the oldest goes."""
+
+Edit = Callable[[np.ndarray, float, float], np.ndarray]
+"""(own frequencies, trained tokens, wanted tokens) -> new frequencies, of the same shape."""
+
+
+def trained_lengths(method: str, given: Mapping[str, int | None], family: Family | None) -> dict[str, int]:
+    """Return axis -> tokens that a model was trained on: what was given, else what is known of the released model.
+
+    Raises:
+        ConfigError: if nothing is known of any axis.
+    """
+    known = {**(family.trained if family else {}), **{axis: n for axis, n in given.items() if n is not None}}
+    if not known:
+        model = family.name if family else "a model with sizes of no released one"
+        names = ", ".join(f"{method}.trained_{axis}" for axis in given)
+        raise ConfigError(
+            f"{method} needs the size that the model was trained on, which is not known of {model}; set one of {names} "
+            "to its tokens"
+        )
+    return known
+
+
+def require_kind(model: Model, kind: str, asked: Sequence[str] = ()) -> None:
+    """Refuse a model whose positions can't be changed, and a kind of frequencies that makes no sense on it.
+
+    Of a model that is not there yet this is asked as far as its family's sizes tell.
+
+    Args:
+        model: the model.
+        kind: one of `dit_accel.rules.rope.KINDS`.
+        asked: axes that are to change; empty: all that can.
+
+    Raises:
+        ConfigError: with the adapter's reason, and the axes or kinds that do.
+    """
+    name, rope, config = model.adapter.name, model.adapter.rope, model.config
+    if isinstance(rope, Rope) and rope.kinds is not None and kind not in rope.kinds:
+        others = " or ".join(repr(known) for known in rope.kinds if known != "none")
+        raise ConfigError(f"rotary frequencies of kind {kind!r} make no sense on {name}: {rope.note}; use {others}")
+    if config is None and model.family is not None and model.family.config:
+        config = model.family.config
+    if config is not None or not isinstance(rope, Rope):
+        config = config or {}
+        changeable_axes(name, rope_of(name, rope, config), config, asked)
+
+
+class RopeSwitcher:
+    """Keeps the rotary frequencies of one transformer as the size of each forward wants them.
+
+    Nothing changes in forwards that are no longer than trained along any axis. Text does not move.
+
+    Args:
+        site: the transformer.
+        asked: axes that may change; empty: all that can.
+        trained: axis -> tokens that the model was trained on.
+        edit: makes the frequencies of one axis.
+        factor: how many times the trained length is wanted, whatever the forward's is; None: the forward's.
+
+    Raises:
+        ConfigError: if the transformer has no such positions, or no trained length along any of the axes is known.
+    """
+
+    def __init__(
+        self, site: Site, asked: tuple[str, ...], trained: Mapping[str, int], edit: Edit, factor: float | None = None
+    ) -> None:
+        adapter = site.adapter
+        self._transformer: Any = site.transformer
+        self._name, self._config = adapter.name, self._transformer.config
+        self._rope = rope_of(adapter.name, adapter.rope, self._config)
+        axes = changeable_axes(adapter.name, self._rope, self._config, asked)
+        for axis in asked:
+            if axis not in trained:
+                raise ConfigError(
+                    f"the tokens along {axis} that {adapter.name} was trained on are not known; set trained_{axis}"
+                )
+        self._trained = {axis: trained[axis] for axis in axes if axis in trained}
+        if not self._trained:
+            raise ConfigError(
+                f"{adapter.name} has rotary positions along {', '.join(axes)}, and a trained length is known along "
+                f"{', '.join(trained)} alone; set trained_{axes[0]}"
+            )
+        self._edit, self._factor = edit, factor
+        self._made: dict[tuple[int, ...], RopeChange] = {}
+        identity = {axis: lambda own: own for axis in self._trained}
+        places = changed(self._rope, self._transformer, identity).attributes
+        self._switches = [_Switch(*inside_hooks(owner, name)) for owner, name, _ in places]
+        if self._rope.form == "object of tables":  # a switch is about to stand in its place
+            self._transformer = types.SimpleNamespace(config=self._config, **{self._rope.owner: self._switches[0].own})
+        for switch in self._switches:
+            site.replace(switch.owner, switch.name, switch)
+        site.around_forward(self._around)
+
+    def wanted(self, layout: TokenLayout) -> dict[str, tuple[float, float]]:
+        """Return axis -> (trained, wanted) tokens, of the axes that change for a layout."""
+        found = {}
+        for axis, tokens in layout.lengths.items():
+            trained = self._trained.get(axis)
+            if trained is None:
+                continue
+            length = tokens if self._factor is None else self._factor * trained
+            if length > trained:
+                found[axis] = (float(trained), float(length))
+        return found
+
+    def _around(self, context: ForwardContext, run: Callable[..., Any]) -> Any:
+        change = self._change(context.layout)
+        values = [value for _, _, value in change.attributes] if change else [None] * len(self._switches)
+        for switch, value in zip(self._switches, values, strict=True):
+            switch.now = switch.own if value is None else value
+        try:
+            return run(**change.inputs(context.inputs)) if change and change.inputs else run()
+        finally:  # a forward that is no step, such as one that fills a cache, has the model's own
+            for switch in self._switches:
+                switch.now = switch.own
+
+    def _change(self, layout: TokenLayout | None) -> RopeChange | None:
+        """Return what changes for a layout; None: nothing does."""
+        if layout is None:
+            raise ConfigError(
+                f"{self._name} does not tell how many tokens this forward has along each axis, which its positions are "
+                "changed by; make one output per call, or detach"
+            )
+        wanted = self.wanted(layout)
+        if not wanted:
+            return None
+        key = layout.frames, layout.height, layout.width
+        if key not in self._made:
+            edits = {axis: self._edited(*lengths) for axis, lengths in wanted.items()}
+            if len(self._made) >= KEPT_SIZES:
+                self._made.pop(next(iter(self._made)))
+            self._made[key] = changed(self._rope, self._transformer, edits)
+        return self._made[key]
+
+    def _edited(self, trained: float, length: float) -> Callable[[Any], np.ndarray]:
+        return lambda own: self._edit(own.numpy(), trained, length)
+
+
+def inside_hooks(owner: Any, name: str) -> tuple[Any, str]:
+    """Return where a module keeps its own ``forward`` if diffusers' hooks wrap it; else what was given.
+
+    Context parallelism's hooks split what it returns, and must go on to.
+    """
+    hooks = getattr(getattr(owner, "_diffusers_hook", None), "_fn_refs", ())
+    if name != "forward" or not hooks:
+        return owner, name
+    return hooks[0], "forward" if hooks[0].original_forward is None else "original_forward"
+
+
+class _Switch:
+    """Stands in for a method or object of a model, its own or another; in copies and pickles it is its own again."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+        self.own = self.now = getattr(owner, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.now(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["now"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.own, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.own,)
+
+
+def _itself(value: Any) -> Any:
+    return value
