@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import call_path
+import pytest
 import torch
 from one_layer import OneLayer
 from torch import nn
 from wan_tiny import tiny_transformer
 
 import dit_accel
+from dit_accel import ConfigError, RadialAttention
 from dit_accel.attachment.forward_state import ForwardState, as_tensors
 from dit_accel.attachment.layers import AttentionLayer
 from dit_accel.attachment.shards import Ring
@@ -72,3 +74,18 @@ def test_the_way_from_the_processor_to_the_kernels_stays_short():
     assert ours <= 23, until  # besides what the method itself calls to make its plan
     assert until.total() <= 32, until
     assert len({where.split(":")[0] for where in until}) <= 7, until
+
+
+def test_a_transformer_that_is_compiled_whole_is_noticed_to_have_another_shape():
+    """Nobody sees its forwards begin: the first attention call that is planned does."""
+    transformer = tiny_transformer(num_layers=1)
+    compiled = torch.compile(transformer, backend="eager", dynamic=False)
+
+    def run(frames, step):
+        with transformer.cache_context("cond", step_index=step, num_inference_steps=9, sigma=1 - step / 9):
+            compiled(torch.randn(1, 12, frames, 8, 8), torch.tensor([500]), torch.zeros(1, 6, 64))
+
+    with dit_accel.attach(transformer, RadialAttention(block_size=16, dense_steps=0, dense_layers=0)), torch.no_grad():
+        run(5, 0)
+        with pytest.raises(ConfigError, match="needs at least 2 latent frames"):
+            run(1, 1)

@@ -21,7 +21,9 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError
+from dit_accel.adapters.registry import adapter_for
 from dit_accel.methods import toml
+from dit_accel.methods.caches.native_limits import check_hooked
 
 STEPS = 6
 ALWAYS = dict(threshold=1e9)
@@ -478,3 +480,10 @@ def test_diffusers_still_has_the_defects_that_are_put_right_here(transformer):
     HookRegistry.check_if_exists_or_initialize(transformer)
     transformer.enable_cache(TaylorSeerCacheConfig())
     assert layers(*[(step,) for step in range(8)]) == 24
+
+
+@pytest.mark.parametrize(("hooked", "lacks"), [({"proj_out"}, "no blocks"), ({"blocks.0.attn1"}, "no proj_out")])
+def test_the_lite_mode_of_taylorseer_says_what_it_did_not_find(transformer, hooked, lacks):
+    config = TaylorSeerCacheConfig(use_lite_mode=True)
+    with pytest.raises(ConfigError, match=lacks):
+        check_hooked("TaylorSeerCacheConfig", config, transformer, adapter_for("WanTransformer3DModel"), hooked)
