@@ -1,6 +1,5 @@
 """The engine of step caches, on made-up forwards: which are computed, whose state is read, what a forecast gives."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -260,7 +259,6 @@ def test_what_the_first_steps_are_the_first_of(options, drawn):
         assert driven.drawn(steps=steps) == measured.replace("|", ""), run
     listed = cache(**{"switch": 0.5, **options})
     assert listed.skipped_steps(steps, experts=2) == drawn.count(".")
-    assert listed.skipped_steps(steps) == replace(listed, switch=None).skipped_steps(steps)
 
 
 def test_steps_at_points_of_the_run():
@@ -448,3 +446,8 @@ def test_the_indicator_stands_beside_its_threshold_where_there_is_one(threshold,
         for step, value in enumerate((None, 0.3, 0.1, float("nan")))
     ]
     assert section_of("made-up", entries, threshold).lines[-1] == line
+
+
+def test_one_transformer_has_no_expert_to_switch_to():
+    config = StaticCache(every=100, warmup_steps=0, last_steps=0, switch=0.5).filled({})
+    assert [config.skipped_steps(10, experts=experts) for experts in (1, 2)] == [9, 8]
