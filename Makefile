@@ -55,22 +55,22 @@ WORKERS ?= 2
 
 tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
 	$(BIN)/python kernels/bench/predictions.py --page docs/kernel-predictions.md
-	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-wan-plain.toml
-	$(BIN)/python -m dit_accel_eval.finetuned eval/finetuning/finetuned-4x-wan-plain.toml --work finetuned-4x
-	$(BIN)/python -m dit_accel_eval.call_error --plot docs/call-error.png
-	$(BIN)/python -m dit_accel_eval.dropped_mass
-	$(BIN)/python -m dit_accel_eval.attention_spread
-	$(BIN)/python -m dit_accel_eval.every_set --model wan-plain
-	$(BIN)/python -m dit_accel_eval.every_set --model flux-tiny
-	$(BIN)/python -m dit_accel_eval.vbench.proxies
+	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-wan-plain.toml
+	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-4x-wan-plain.toml --work finetuned-4x
+	$(BIN)/python eval/studies/call_error.py --plot docs/call-error.png
+	$(BIN)/python eval/studies/dropped_mass.py
+	$(BIN)/python eval/studies/attention_spread.py
+	$(BIN)/python eval/studies/every_set.py --model wan-plain
+	$(BIN)/python eval/studies/every_set.py --model flux-tiny
+	$(BIN)/python eval/studies/vbench_proxies.py
 	$(BIN)/python -m dit_accel_eval.demo --anew --out demo
-	cp demo/references.npz eval/dit_accel_eval/demo_references.npz
+	cp demo/references.npz eval/dit_accel_eval/demo/references.npz
 	cp demo/comparison.json eval/results/demo.json; cp demo/comparison.gif docs/demo.gif
-	$(BIN)/python -m dit_accel_eval.readme
+	$(BIN)/python eval/studies/readme.py
 
 suite-%: $(VENV)/.ready
 	$(BIN)/dit-accel eval run eval/suites/$*.toml --workers $(WORKERS)
-	$(BIN)/python -m dit_accel_eval.plots eval/suites/$*.toml
+	$(BIN)/python -m dit_accel_eval.suites.plots eval/suites/$*.toml
 
 run-%: $(VENV)/.ready
 	$(BIN)/dit-accel eval run eval/suites/$*.toml --workers $(WORKERS)
@@ -86,7 +86,7 @@ kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py --out $@
 
 $(RESULTS)/denoising-time.jsonl: | $(VENV)/.ready
-	$(BIN)/python -m dit_accel_eval.denoising_time --out $@
+	$(BIN)/python eval/studies/denoising_time.py --out $@
 
 # what metrics that rest on networks need; they are skipped without it
 weights: $(VENV)/.ready-test

@@ -24,11 +24,11 @@ from .diagnosis import (
 )
 from .execution import Execution
 from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
-from .forward import Forward, count_dense, switch
+from .forward import Forward, count_dense
 from .layers import AttentionLayer, TransformerState
 from .observed import Observer
 from .parallel import context_parallel, require_parallel
-from .processor import Slot, dense_attention_of, retire_processor, unwrap_processor, wrap_processor
+from .processor import dense_attention_of, retire_processor, unwrap_processor, wrap_processor
 from .running import current_run
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
@@ -41,8 +41,6 @@ class Attachment:
 
     def __init__(self, execution: Execution, model: dict[str, str]) -> None:
         self._execution = execution
-        self._slot = Slot()
-        self._slot.owner = execution
         self._model = model
         self._undo: list[Callable[[], None]] = []
         self._attached = True
@@ -50,8 +48,7 @@ class Attachment:
         execution.on_run.append(self._end_run)
 
     def __enter__(self) -> "Attachment":
-        if not self._attached:
-            raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
+        self._require_attached()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -74,8 +71,7 @@ class Attachment:
         Raises:
             AttachError: if it is detached already.
         """
-        if not self._attached:
-            raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
+        self._require_attached()
         self._warn_if_replaced()
         while self._undo:
             self._undo.pop()()
@@ -123,6 +119,10 @@ class Attachment:
             state_bytes={name: size for name, size in held.items() if size},
             sections=tuple(section for handler in execution.handlers if (section := handler.report()) is not None),
         )
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise AttachError("these methods are detached already; call dit_accel.attach again to use them")
 
     def _end_run(self) -> None:
         """Say once if the run that ends planned nothing, or another transformer of the pipeline was replaced."""
@@ -238,7 +238,7 @@ def _install_processors(
         original: Any = module.processor
         layer = AttentionLayer(state, module, index, depth)
         number = len(execution.layers)
-        layer.processor = wrap_processor(original, number, classes, attachment._slot, execution.number)
+        layer.processor = wrap_processor(original, number, classes, execution)
         layer.dense, _ = dense_attention_of(layer.processor)
         execution.layers.append(layer)
         state.layers.append(layer)
@@ -256,15 +256,13 @@ def _install_calls(attachment: Attachment, state: TransformerState) -> None:
     """Follow a transformer's forwards and the pipeline's denoising calls, and let the methods install themselves."""
     execution, undo, transformer = attachment._execution, attachment._undo, state.transformer
     original = getattr(transformer, "cache_context", None)
-    site = TransformerSite(
-        execution, state, undo, original, compiled_whole=state.part is not transformer, slot=attachment._slot
-    )
+    site = TransformerSite(execution, state, undo, original, compiled_whole=state.part is not transformer)
     for handler in execution.handlers:
         handler.install(site)
     site.install_blocks()
-    forward = Forward(execution, attachment._slot, state, site.forwards, on_modules=site.on_modules)
+    forward = Forward(execution, state, site.forwards, on_modules=site.on_modules)
     undo.append(wrap_call(state.part, forward, attachment))
-    followed = _followed_context(execution, state, forward, original or _no_context)
+    followed = _followed_context(execution, state, forward, original)
     undo.append(shadow(transformer, "cache_context", followed))  # diffusers' own or not, a loop may say where it stands
     if hasattr(transformer, "_reset_stateful_cache"):
         reset = transformer._reset_stateful_cache
@@ -278,15 +276,10 @@ def _install_calls(attachment: Attachment, state: TransformerState) -> None:
         undo.append(shadow(transformer, "_reset_stateful_cache", end_of_run))
 
 
-def _no_context(name: str, **kwargs: Any) -> Any:
-    """Return a context that does nothing, for transformers that have none of diffusers'."""
-    return contextlib.nullcontext()
-
-
 def _followed_context(
-    execution: Execution, state: TransformerState, forward: Forward, original: Callable[..., Any]
+    execution: Execution, state: TransformerState, forward: Forward, original: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    """Return a ``cache_context`` that notes the pipeline's denoising calls."""
+    """Return a ``cache_context`` that notes the pipeline's denoising calls, around diffusers' own if there is one."""
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
@@ -294,14 +287,14 @@ def _followed_context(
         execution.threads.require(state, run)
         forward.note_weights()
         execution.state.enter(state, name, kwargs, run)
-        state.begun = state.branches[-1].tells_step and not state.nested
+        state.begun = forward.traceable and state.branches[-1].tells_step and not state.nested
         if state.begun:  # the forward may lie inside a graph, where nothing can be switched
-            state.begin_forward(None)
-            switch(execution, state)
+            execution.forward.begin(None)
+            execution.switch(state)
         try:
-            with original(name, **kwargs):
+            with contextlib.nullcontext() if original is None else original(name, **kwargs):
                 yield
-            if state.begun and forward.traceable:
+            if state.begun:
                 count_dense(execution, state)
         finally:
             state.begun = False

@@ -1,23 +1,41 @@
-"""The plans that a backward will need: each lives as long as autograd keeps the ticket that the forward gave out."""
+"""Gradients of planned calls. A plan lives as long as autograd keeps the ticket that the forward gave out."""
 
 import itertools
+from dataclasses import dataclass, replace
 
 import torch
+from dit_accel_kernels import block_sparse_attention_backward
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..errors import AttachError
+from ..adapters.adapter import Grid
+from ..errors import AttachError, ConfigError
+from ..plan.call import Call
+from ..plan.exact_rows import gradients_of_rows
 from ..plan.plan import AttentionPlan
+from .kernel_call import run_dense
+from .layers import AttentionLayer
 
 NO_TICKET = -1
 """The ticket of a forward that no backward follows."""
 
 
+@dataclass(frozen=True, slots=True)
+class Differentiated:
+    """A planned call that a backward will follow, by its layer's number; its tensors are autograd's to keep."""
+
+    plan: AttentionPlan
+    layer: int
+    sizes: Grid
+    tokens_first: bool
+    scale: float | None
+
+
 class BackwardStore:
-    """Plans by number. The number is a tensor that autograd saves, eager or compiled; the plan is freed with it."""
+    """Planned calls by number, a tensor that autograd saves, eager or compiled; a call is freed with its number."""
 
     def __init__(self) -> None:
-        self._plans: dict[int, tuple[StorageWeakRef, AttentionPlan]] = {}
+        self._plans: dict[int, tuple[StorageWeakRef, Differentiated]] = {}
         self._numbers = itertools.count()
         self._sweep_at = 64
 
@@ -25,18 +43,18 @@ class BackwardStore:
         self._sweep()
         return len(self._plans)
 
-    def put(self, plan: AttentionPlan) -> Tensor:
-        """Keep a plan and return its ticket, a 0-d int64 CPU tensor."""
+    def put(self, call: Differentiated) -> Tensor:
+        """Keep a call and return its ticket, a 0-d int64 CPU tensor."""
         if len(self._plans) >= self._sweep_at:
             self._sweep()
             self._sweep_at = max(64, 2 * len(self._plans))
         number = next(self._numbers)
         ticket = torch.tensor(number)
-        self._plans[number] = StorageWeakRef(ticket.untyped_storage()), plan
+        self._plans[number] = StorageWeakRef(ticket.untyped_storage()), call
         return ticket
 
-    def get(self, ticket: Tensor) -> AttentionPlan:
-        """Return the plan of a ticket.
+    def get(self, ticket: Tensor) -> Differentiated:
+        """Return the call of a ticket.
 
         Raises:
             AttachError: if it is gone.
@@ -51,3 +69,37 @@ class BackwardStore:
 
     def _sweep(self) -> None:
         self._plans = {number: entry for number, entry in self._plans.items() if not entry[0].expired()}
+
+
+def dense_gradients(
+    plan: AttentionPlan, call: Call, layer: AttentionLayer, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v through the user's own attention.
+
+    Raises:
+        ConfigError: if its backend can't be differentiated inside an operator, where autograd records nothing.
+    """
+    try:
+        of_call = torch.func.vjp(
+            lambda q, k, v: run_dense(plan, replace(call, q=q, k=k, v=v), layer), call.q, call.k, call.v
+        )
+        return of_call[1](grad)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the attention backend set on {layer.state.name} has no gradient that a planned call could use "
+            f"({error}); set another one, such as 'native', to train with these methods"
+        ) from error
+
+
+def kernel_gradients(plan: AttentionPlan, call: Call, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v through our kernels."""
+    call = call.with_keys(plan.centred(call.k))
+    tiles, arguments = plan.kernel_arguments(call)
+    rows = plan.row_override
+    others = grad if rows is None else grad.index_fill(2, rows.rows, 0)
+    others, q, k, v = call.as_held(others, call.q, call.k, call.v)
+    grads = tuple(map(call.heads_first, block_sparse_attention_backward(others, q, k, v, tiles, **arguments)))
+    if rows is not None:
+        of_rows = gradients_of_rows(plan, call, grad, rows.rows, rows.keys)
+        grads = tuple(one + other for one, other in zip(grads, of_rows, strict=True))
+    return grads[0], plan.gradient_before_centring(grads[1], call.key_mask()), grads[2]

@@ -53,18 +53,18 @@ def _version(x: Tensor) -> int | None:
 def _memory(x: Tensor) -> Any:
     """Return what tells a tensor's memory from any other that exists; None for one that has none of its own."""
     try:
-        place = x.data_ptr()
+        address = x.data_ptr()
     except RuntimeError:  # a wrapper around other tensors, such as what a collective will have gathered
         return None
-    return (place, x.shape, x.stride(), x.dtype, x.device) if place else None
+    return (address, x.shape, x.stride(), x.dtype, x.device) if address else None
 
 
 def text_in(adapter: Adapter, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the text in a forward's inputs, as its adapter names it, else all inputs but latents and timestep."""
     named = (getattr(adapter.cross_attention, "text", None), getattr(adapter.joined_text, "text", None))
     for name in (*named, "encoder_hidden_states"):
-        if name is not None and (found := tensors_in(inputs.get(name))):
-            return found
+        if name is not None and (texts := tensors_in(inputs.get(name))):
+            return texts
     others = (value for name, value in inputs.items() if name not in (adapter.latents, adapter.timestep))
     return tuple(x for value in others for x in tensors_in(value))
 

@@ -19,10 +19,10 @@ def replaced_transformers(execution: Execution) -> str | None:
     pipe = execution.state.pipe
     replaced = []
     for state in sorted({layer.state for layer in execution.layers}, key=lambda state: state.name):
-        found = getattr(pipe, state.name, None)
-        compiled_since = state.part is state.transformer and getattr(found, "_orig_mod", None) is state.transformer
-        if found is not None and found is not state.part and not compiled_since:
-            replaced.append(f"{state.name} was replaced after attach by another {type(found).__name__}")
+        current = getattr(pipe, state.name, None)
+        compiled_since = state.part is state.transformer and getattr(current, "_orig_mod", None) is state.transformer
+        if current is not None and current is not state.part and not compiled_since:
+            replaced.append(f"{state.name} was replaced after attach by another {type(current).__name__}")
     if not replaced:
         return None
     return (
@@ -64,10 +64,10 @@ def unplanned_reason(execution: Execution) -> str | None:
         for option in ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma")
         if (value := getattr(handler.settings, option, None))
     ]
-    told = f"the run had {steps} steps" if steps else "the number of steps is not known"
+    length = f"the run had {steps} steps" if steps else "the number of steps is not known"
     if not dense:
-        return f"{begin}; {told}, and no option keeps one dense; detach, or report this"
-    return f"{begin}; {told}, {', '.join(dense)}: lower these, or detach"
+        return f"{begin}; {length}, and no option keeps one dense; detach, or report this"
+    return f"{begin}; {length}, {', '.join(dense)}: lower these, or detach"
 
 
 def warn_if_unplanned(execution: Execution) -> bool:

@@ -6,37 +6,36 @@ The attention operator finds it by its number. Two attachments never share one.
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from dit_accel_kernels import block_sparse_attention_backward, block_sparse_attention_eager
+from dit_accel_kernels import (
+    TileLists,
+    block_sparse_attention_eager,
+    resolve_backend,
+)
 from torch import Tensor
 
+from ..adapters.adapter import Grid
 from ..errors import AttachError, ConfigError
 from ..methods.base import AttentionHandler, Corrects, Handler, ReadsVotes, StoresOutputs
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
-from ..plan.exact_rows import dense_rows, gradients_of_rows
-from ..plan.layout import TokenLayout, layout_of, with_valid_text
+from ..plan.layout import TokenLayout, with_valid_text
 from ..plan.masks import is_key_padding, visible_row
 from ..plan.plan import AttentionPlan
 from ..report.recorder import Recorder
-from .backward import NO_TICKET, BackwardStore
-from .kernel_call import backend_of, by_rows, computed_rows, followed, kernel_arguments, without_slow_lists
-from .layers import AttentionLayer
+from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
+from .forward_state import NO_GRID, ForwardState
+from .kernel_call import by_rows, computed_rows, followed, override_rows, own_rows, run_dense, without_slow_lists
+from .layers import AttentionLayer, TransformerState
 from .observed import Observer, PlannedCall
 from .state import DenoisingState
 from .threads import OneThread
 
 _EXECUTIONS: "weakref.WeakValueDictionary[int, Execution]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
-
-NO_GRID = (-1, -1, -1, 0, 0)
-"""What a forward whose adapter gives no grid hands to its attention calls."""
-
-_STEP_FIELDS = tuple(field.name for field in fields(StepContext))
 
 
 def get(number: int) -> "Execution":
@@ -62,7 +61,8 @@ class Execution:
     def __init__(self, handlers: Sequence[Handler], backend: str, pipe: Any = None) -> None:
         self.number = next(_NUMBERS)
         self.backend = backend
-        self.state = DenoisingState(pipe, self.begin_run, self.reset)
+        self.forward = ForwardState()
+        self.state = DenoisingState(pipe, self.forward, self.begin_run, self.reset)
         self.threads = OneThread()
         self.layers: list[AttentionLayer] = []
         self.recorder = Recorder()
@@ -99,172 +99,214 @@ class Execution:
         for handler in self.handlers:
             handler.reset()
 
-    def acting(self, step: StepContext, depth: int) -> list[AttentionHandler]:
+    def acting(self, step: StepContext, depth: int) -> tuple[AttentionHandler, ...]:
         """Return the methods that change attention in a layer at a step, over its layout where that is known."""
-        return [
+        return tuple(
             handler
             for handler in self.attention
             if (step.layout is None or handler.applies(step.layout)) and handler.is_active(step, depth)
-        ]
+        )
 
-    def note_layout(self, layer: AttentionLayer, layout: TokenLayout, batch: int) -> bool:
-        """Let the methods see a new shape, and tell whether it was one; drop their state if the branch had another."""
-        state = layer.state
+    def switch(self, state: TransformerState) -> None:
+        """Ask which methods act in each layer of the forward that begins, and switch the processors by that.
+
+        Where the forward's layout is not known it is taken to be that of the branch's last one; where there was none,
+        every method is taken to act on it.
+        """
+        known, _ = state.layouts.get(state.branch, (None, 0))
+        forward, step = self.forward, replace(self.state.context(state), layout=known)
+        if forward.step is None or replace(forward.step, batch=step.batch) != step:  # else the context's begin asked
+            forward.acting = {layer: self.acting(step, layer.depth) for layer in state.layers}
+            forward.switch()
+        forward.step = step
+
+    def note_layout(self, state: TransformerState, layout: TokenLayout, batch: int) -> None:
+        """Let the methods see the shape of a forward if it is a new one; drop their state if the branch had another."""
         known = state.layouts.get(state.branch)
         if known == (layout, batch):
-            return False
+            return
         if known is not None:
             self.reset()
         state.layouts[state.branch] = layout, batch
         for handler in self.handlers:
             if note := handler.check_layout(layout):
                 self.recorder.note(note)
-        return True
 
-    def attend(
-        self,
-        number: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        grid: Sequence[int],
-        tokens_first: bool,
-        scale: float | None,
-        differentiate: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Plan and run one attention call; return its output, as q lies, and the ticket for a backward.
+    def attend(self, number: int, call: Call, sizes: Grid, differentiate: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Plan and run one attention call; return its output, as q lies, contiguous, and the ticket for a backward.
+
+        Args:
+            number: the layer's.
+            call: q, k and v as the model has them; fewer queries than keys where only some tokens have any.
+            sizes: the grid of the sequence.
+            differentiate: a backward follows.
 
         Raises:
             ConfigError: if the tensors do not have the layout's length, or a method refuses the call.
         """
-        layer = self.layers[number]
-        call, asked = self._call(layer, q, k, v, mask, grid, tokens_first, scale)
-        context = self._context(layer, call, grid, differentiate)
-        handlers = self.acting(context, layer.depth)
-        if self._stays_dense(handlers, call, context):
-            plan = AttentionPlan()
-            out = self._run_dense(plan, call, layer)
+        layer, forward = self.layers[number], self.forward
+        if sizes != forward.noted:
+            self._note_unseen(layer.state, sizes, len(call.q))
+        if forward.shards is not None and forward.shards.rows is not None:
+            if differentiate:
+                raise ConfigError(
+                    "methods on attention have no gradient under ring attention; train with ContextParallelConfig("
+                    "ulysses_degree=...)"
+                )
+            call = replace(call, rows=forward.shards.rows)
+        call, given = self._completed(layer, call, sizes)
+        layout, (frames, height, width, before, after) = forward.layout, sizes
+        if call.tokens != before + frames * height * width + after:
+            layout = self._shortened(layer, call.tokens)
+        handlers = forward.acting.get(layer) if layout is forward.layout else None
+        if handlers is None:
+            handlers = self._ask(layer, layout)
+        context = self._context(layer, layout, call, differentiate)
+        plan = AttentionPlan()
+        if call.mask is not None and self._stays_dense(handlers, call, context):
+            out = run_dense(plan, call, layer)
         else:
-            plan = self._plan(handlers, call, context)
-            out, plan = self._run(plan, call, context, layer)
-        ticket = self.backward.put(plan) if differentiate else torch.tensor(NO_TICKET)
-        return call.as_held(out[:, :, asked])[0], ticket
+            out, plan = self._run(self._plan(handlers, call, context), call, context, layer)
+        ticket = None
+        if differentiate:
+            ticket = self.backward.put(Differentiated(plan, number, sizes, call.tokens_first, call.scale))
+        out = out if given is None else out[:, :, given]
+        return (out.transpose(1, 2) if call.tokens_first else out).contiguous(), ticket
 
     def gradients(
-        self,
-        number: int,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        ticket: Tensor,
-        grid: Sequence[int],
-        tokens_first: bool,
-        scale: float | None,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ticket: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v under the plan of a ticket, as they lie."""
-        layer, plan = self.layers[number], self.backward.get(ticket)
+        """Return the gradients of q, k and v under the plan of a ticket, as they lie, contiguous."""
+        forward = self.backward.get(ticket)
+        layer, plan = self.layers[forward.layer], forward.plan
         plan.require_gradient()
-        call, asked = self._call(layer, q, k, v, mask, grid, tokens_first, scale)
+        call = call_of(q, k, v, mask, forward.scale, self.backend, forward.tokens_first)
+        call, given = self._completed(layer, call, forward.sizes)
         grad = call.heads_first(grad)
-        if grad.shape[2] != call.tokens:
-            grad = F.pad(grad, (0, 0, asked.start, call.tokens - asked.stop))
+        if given is not None:
+            grad = F.pad(grad, (0, 0, given.start, call.tokens - given.stop))
         if plan.needs_kernel:
-            dq, dk, dv = self._kernel_gradients(plan, call, grad)
+            dq, dk, dv = kernel_gradients(plan, call, grad)
         else:
-            dq, dk, dv = self._dense_gradients(plan, call, layer, grad)
-        dq, dk, dv = call.as_held(dq[:, :, asked], dk, dv)
-        return dq, dk, dv
+            dq, dk, dv = dense_gradients(plan, call, layer, grad)
+        dq, dk, dv = call.as_held(dq if given is None else dq[:, :, given], dk, dv)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
-    def _call(
-        self,
-        layer: AttentionLayer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        grid: Sequence[int],
-        tokens_first: bool,
-        scale: float | None,
-    ) -> tuple[Call, slice]:
-        """Return the call with a query for every token, and which of them are the model's own.
+    def _note_unseen(self, state: TransformerState, sizes: Grid, rows: int) -> None:
+        """Let the methods see a forward whose beginning nobody saw: of a transformer that is compiled whole."""
+        if sizes == NO_GRID:
+            raise ConfigError(
+                f"{state.name} ({state.adapter.name}) reads its tokens' positions off tensor values, which can't be "
+                "done in a transformer that is compiled whole; compile its blocks (compile_repeated_blocks), or detach"
+            )
+        forward = self.forward
+        forward.lay(sizes)
+        assert forward.layout is not None
+        batch = forward.batch or rows
+        if state.adapter.ragged_text:  # rows may be packed into one
+            _, batch = state.layouts.get(state.branch, (None, batch))
+        self.note_layout(state, forward.layout, batch)
+        forward.noted = sizes
+        if forward.step is not None and forward.step.layout != forward.layout:
+            forward.step, forward.acting = None, {}
+
+    def _completed(self, layer: AttentionLayer, call: Call, sizes: Grid) -> tuple[Call, slice | None]:
+        """Return the call with a query for every token, and which of them are the model's own; None: all, or `rows`.
 
         Where only some tokens have queries (the image, or all behind text and cached keys), the others get zeros.
         """
-        if mask is not None and layer.state.adapter.outer_masks:
-            mask = visible_row(mask, grid[3])
-        call = call_of(q, k, v, mask, scale, self.backend, tokens_first)
-        asked, silent, start = call.q.shape[2], call.tokens - call.q.shape[2], 0
-        if silent > 0:
-            start = grid[3] if asked == grid[0] * grid[1] * grid[2] else silent
-            call = replace(call, q=F.pad(call.q, (0, 0, start, silent - start)))
-        return call, slice(start, start + asked)
+        frames, height, width, before, _ = sizes
+        if call.mask is not None and layer.state.adapter.outer_masks:
+            call = replace(call, mask=visible_row(call.mask, before))
+        queries, missing = call.q.shape[2], call.tokens - call.q.shape[2]
+        if missing <= 0 or call.rows is not None:
+            return call, None
+        start = before if queries == frames * height * width else missing
+        return replace(call, q=F.pad(call.q, (0, 0, start, missing - start))), slice(start, start + queries)
 
-    def _context(self, layer: AttentionLayer, call: Call, grid: Sequence[int], differentiate: bool) -> CallContext:
-        """Return where the denoising of a call stands."""
-        state, adapter = layer.state, layer.state.adapter
-        if tuple(grid) == NO_GRID:
-            raise ConfigError(
-                f"{state.name} ({adapter.name}) reads its tokens' positions off tensor values, which can't be done in "
-                "a transformer that is compiled whole; compile its blocks (compile_repeated_blocks), or detach"
-            )
-        whole = layout_of(grid)
-        layout, batch = whole, state.batch or len(call.q)  # rows may be packed into one
+    def _shortened(self, layer: AttentionLayer, tokens: int) -> TokenLayout:
+        """Return the layout of a call that leaves out the text that pads its row.
+
+        Raises:
+            ConfigError: if the call's length is not that of any.
+        """
+        state, adapter, layout = layer.state, layer.state.adapter, self.forward.layout
+        assert layout is not None
         if adapter.ragged_text:
-            layout = with_valid_text(whole, call.tokens)
-            _, batch = state.layouts.get(state.branch, (None, batch))
-        if call.tokens != layout.tokens:
+            layout = with_valid_text(layout, tokens)
+        if tokens != layout.tokens:
             raise ConfigError(
-                f"{state.name} layer {layer.index} attends over {call.tokens} tokens, but the adapter {adapter.name!r} "
+                f"{state.name} layer {layer.index} attends over {tokens} tokens, but the adapter {adapter.name!r} "
                 f"reads {layout.tokens} off the latents ({layout}); check the adapter's grid: frames_axis, text, "
                 "joined, the patch size"
             )
-        self.note_layout(layer, whole, batch)  # a forward that is compiled whole is not observed
-        row, repeated = layer.which_call(len(call.q))
-        step = self.state.context(state)
-        told = {name: getattr(step, name) for name in _STEP_FIELDS if name not in ("layout", "batch")}
+        return layout
+
+    def _ask(self, layer: AttentionLayer, layout: TokenLayout | None) -> tuple[AttentionHandler, ...]:
+        """Ask which methods act in a layer of the running forward, over a layout that may be a call's own."""
+        forward = self.forward
+        if forward.step is None:
+            forward.step = self.state.context(layer.state)
+        if layout is not forward.layout:
+            return self.acting(replace(forward.step, layout=layout), layer.depth)
+        handlers = forward.acting[layer] = self.acting(forward.step, layer.depth)
+        return handlers
+
+    def _context(
+        self, layer: AttentionLayer, layout: TokenLayout | None, call: Call, differentiate: bool
+    ) -> CallContext:
+        """Return where the denoising of a call stands, and count it."""
+        forward, step, batch = self.forward, self.forward.step, len(call.q)
+        assert step is not None
+        assert layout is not None
+        row = count = forward.calls[layer]
+        forward.calls[layer] += 1
+        if forward.batch is not None or not layer.state.adapter.ragged_text:  # else it is not known how many follow
+            row %= max(1, (forward.batch or batch) // batch)
         return CallContext(
-            **told, layout=layout, batch=len(call.q), layer=layer.index, depth=layer.depth, device=call.q.device,
-            row=row, repeated=repeated, differentiate=differentiate,
-            heads=state.ulysses.share(layer.heads) if state.ulysses else None,
+            transformer=step.transformer, branch=step.branch, step_index=step.step_index,
+            num_inference_steps=step.num_inference_steps, sigma=step.sigma, training=step.training,
+            tells_step=step.tells_step, layout=layout, batch=batch, layer=layer.index, depth=layer.depth,
+            device=call.q.device, row=row, repeated=row != count, differentiate=differentiate,
+            heads=None if forward.shards is None else forward.shards.share(layer.heads),
         )  # fmt: skip
 
     def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:
         """Return what the methods say together, each given what those before it said."""
-        plan, by = AttentionPlan(), []
-        for handler in handlers:
+        plan, whole = AttentionPlan(), call if call.rows is None else call.for_planning()
+        for index, handler in enumerate(handlers):
+            seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:
-                plan = handler.plan(plan, call.with_keys(plan.centred(call.k)), context)
+                plan = handler.plan(plan, seen, context)
             except ConfigError as error:
-                if not by:
+                if not index:
                     raise
-                raise ConfigError(f"{handler.name} together with {', '.join(by)}: {error}") from None
-            by.append(handler.name)
-        if context.differentiate or context.training or not all(handler.only_saves for handler in handlers):
+                others = ", ".join(other.name for other in handlers[:index])
+                raise ConfigError(f"{handler.name} together with {others}: {error}") from None
+        if call.backend != "auto" or context.differentiate or context.training:
             return plan
-        return without_slow_lists(plan, call, context, self.recorder)
+        return without_slow_lists(plan, call, context, self.recorder) if all(x.only_saves for x in handlers) else plan
 
     def _run(
         self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer
     ) -> tuple[Tensor, AttentionPlan]:
         """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
         given, exact, planned = call, None, None
-        if plan.reused is not None:
+        if plan.reused is not None and call.rows is None:
             out = plan.reused.out.clone()
-            for own, part in by_rows(plan, call, out):
-                self._run_rows(own, part, context, layer)
+            for part_plan, part in by_rows(plan, call, out):
+                self._run_rows(part_plan, part, context, layer)
         elif plan.skips_logits or not plan.needs_kernel:
-            out = self._run_dense(plan, call, layer)
-            self.recorder.sparse_call(context, plan)
+            out = run_dense(plan, call, layer)
+            self.recorder.planned_call(context, plan)
         else:
-            call = call.with_keys(plan.centred(call.k))
-            out, exact, kept = self._run_kernel(plan, call, context.differentiate)
-            if exact is None:
-                self.recorder.sparse_call(context, plan)
+            if plan.key_mean is not None:
+                call = call.with_keys(plan.centred(call.k))
+            if call.rows is None:
+                out, exact, kept = self._run_kernel(plan, call, context.differentiate)
             else:
-                self.recorder.selected_call(context, plan, exact)
+                out, kept = self._run_own_rows(plan, call, layer), None
+            self.recorder.planned_call(context, plan, exact)
             if kept is not None:
                 for learner in self._learners:
                     learner.learn(context, kept)
@@ -273,106 +315,63 @@ class Execution:
             for corrector in self._correctors:
                 out = corrector.correct(plan, call, context, out)
             if plan.row_override is not None:
-                own = dense_rows(plan, call, plan.row_override.rows, plan.row_override.keys)
-                for x in (out, planned):
-                    if x is not None:
-                        x.index_copy_(2, plan.row_override.rows, own)
+                override_rows(plan, call, *(x for x in (out, planned) if x is not None))
         for keeper in self._keepers:
             keeper.keep(context, out)
-        if plan.led is not None:
+        if plan.guidance is not None:
             planned = out if planned is None else planned
-            out = plan.led.applied(out)
-        self.show(PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact))
+            out = plan.guidance.applied(out, call.rows)
+        if self.observers:
+            seen = PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact)
+            for observer in tuple(self.observers):
+                observer(seen)
         return out, plan if exact is None or not context.differentiate else followed(plan, exact)
 
-    def show(self, call: PlannedCall) -> None:
-        """Let the observers see a planned call."""
-        for observer in tuple(self.observers):
-            observer(call)
+    def _run_own_rows(self, plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
+        """Return the rows of a plan that are this process's under ring attention, [B, H, S', D]."""
+        bare = replace(plan, row_override=None, identity_mix=None, identity_rows=None, only_values=False, reused=None)
+        assert call.rows is not None
+        cut, small, rows = computed_rows(bare, call, call.rows)
+        out = self._run_kernel(cut, small)[0] if cut.needs_kernel else run_dense(cut, small, layer)
+        return own_rows(plan, call, out, rows)
 
     def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> None:
         """Write the rows that a plan of `by_rows` computes, one smaller call, over what it reuses."""
-        assert plan.reused is not None
-        if not len(plan.reused.rows[0]):
-            return self.recorder.sparse_call(context, plan, 0.0)
-        cut, small, rows = computed_rows(plan, call)
+        reused = plan.reused
+        assert reused is not None
+        if not len(reused.rows[0]):
+            return self.recorder.planned_call(context, plan, rows=0.0)
+        cut, small, rows = computed_rows(plan, call, reused.rows[0], reused.keys)
         share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
         if not cut.needs_kernel:
-            found, exact = self._run_dense(cut, small, layer), None
+            out, exact = run_dense(cut, small, layer), None
         else:
             small = small.with_keys(cut.centred(small.k))
-            found, exact, _ = self._run_kernel(cut, small)
-        if exact is None:
-            self.recorder.sparse_call(context, cut, share)
-        else:
-            self.recorder.selected_call(context, cut, exact, share)
-        plan.reused.out.index_copy_(2, rows, found.to(plan.reused.out.dtype))
+            out, exact, _ = self._run_kernel(cut, small)
+        self.recorder.planned_call(context, cut, exact, share)
+        reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
 
     def _run_kernel(
         self, plan: AttentionPlan, call: Call, differentiate: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
-        tiles, arguments = kernel_arguments(plan, call)
-        name = backend_of(plan, call, tiles, differentiate=differentiate)
-        self.recorder.ran_by(name, call.q)
+        tiles, arguments = plan.kernel_arguments(call)
+        name = _backend_of(plan, call, tiles, differentiate)
         arguments = {**arguments, "backend": name} if differentiate else arguments
         q, k, v = call.as_held(call.q, call.k, call.v)
         result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)
+        self.recorder.ran_by(name, call.q)
         if isinstance(result, Tensor):
             return call.heads_first(result), None, None
         votes = plan.selection is not None and plan.selection.vote is not None
         return call.heads_first(result[0]), result[1], result[2] if votes else None
 
-    def _run_dense(self, plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
-        """Return the output of a plan that needs no kernel of ours, by the user's own dense attention."""
-        if plan.skips_logits:
-            return call.values()
-        assert layer.dense is not None
-        q = call.q
-        if plan.head_scale is not None:
-            q = (q * plan.head_scale.reshape(-1, q.shape[1])[:, :, None, None]).to(q.dtype)
-        q, k, v = call.as_held(q, call.k, call.v)
-        out = call.heads_first(layer.dense(q, k, v, call.mask, call.scale))
-        weight = plan.value_share(out.shape[1], out.dtype)
-        return out if weight is None else torch.lerp(out, call.values(), weight.expand_as(out))
-
-    def _dense_gradients(
-        self, plan: AttentionPlan, call: Call, layer: AttentionLayer, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v through the user's own attention.
-
-        Raises:
-            ConfigError: if its backend can't be differentiated inside an operator, where autograd records nothing.
-        """
-        try:
-            of_call = torch.func.vjp(
-                lambda q, k, v: self._run_dense(plan, replace(call, q=q, k=k, v=v), layer), call.q, call.k, call.v
-            )
-            return of_call[1](grad)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"the attention backend set on {layer.state.name} has no gradient that a planned call could use "
-                f"({error}); set another one, such as 'native', to train with these methods"
-            ) from error
-
-    def _kernel_gradients(self, plan: AttentionPlan, call: Call, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        call = call.with_keys(plan.centred(call.k))
-        tiles, arguments = kernel_arguments(plan, call)
-        rows = plan.row_override
-        others = grad if rows is None else grad.index_fill(2, rows.rows, 0)
-        others, q, k, v = call.as_held(others, call.q, call.k, call.v)
-        grads = tuple(map(call.heads_first, block_sparse_attention_backward(others, q, k, v, tiles, **arguments)))
-        if rows is not None:
-            of_rows = gradients_of_rows(plan, call, grad, rows.rows, rows.keys)
-            grads = tuple(one + other for one, other in zip(grads, of_rows, strict=True))
-        return grads[0], plan.gradient_before_centring(grads[1], call.key_mask()), grads[2]
-
     def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:
         """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
         mask = call.mask
-        if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
+        if not handlers or not all(handler.dense_under_masks for handler in handlers):
             return False
-        if is_key_padding(mask, call.q, call.k):
+        if mask is None or is_key_padding(mask, call.q, call.k):
             return False
         self.recorder.forward(context.transformer, context.branch, context.step_index, 1)
         self.recorder.note(
@@ -380,3 +379,10 @@ class Execution:
             "stayed dense"
         )
         return True
+
+
+def _backend_of(plan: AttentionPlan, call: Call, tiles: TileLists, differentiate: bool) -> str:
+    """Return the backend that runs a plan over its tiles, or of which a backward may ask."""
+    votes = plan.selection is not None and plan.selection.vote is not None
+    lists = None if votes or plan.frame_decay is not None or differentiate else tiles
+    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)

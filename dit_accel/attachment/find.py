@@ -11,6 +11,7 @@ from ..adapters.adapter import Adapter, Family
 from ..adapters.registry import adapter_for, adapters
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from ..methods.base import Model
+from ..methods.caches.block_numbers import read_numbers
 
 LayerFilter = str | Callable[[str, nn.Module], bool]
 """Which attention layers methods may change: indices such as ``"0, 3-20"``, or (module name, module) -> bool."""
@@ -32,9 +33,9 @@ def find_transformers(model: Any) -> dict[str, Any]:
         return known
     classes = sorted({type(part).__name__ for part in modules.values() if isinstance(part, nn.Module)})
     is_pipeline = parts.get("transformer") is not model
-    asked = f"{type(model).__name__} holds {', '.join(classes)}" if is_pipeline else f"got {type(model).__name__}"
+    holding = f"{type(model).__name__} holds {', '.join(classes)}" if is_pipeline else f"got {type(model).__name__}"
     hint = did_you_mean(type(modules.get("transformer", model)).__name__, supported)
-    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {asked}; {hint}")
+    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {holding}; {hint}")
 
 
 def components_of(model: Any) -> dict[str, Any]:
@@ -94,37 +95,24 @@ def chosen_layers(
     if layers is None:
         return dict(enumerate(modules))
     if isinstance(layers, str):
-        wanted = _indices(layers, len(modules))
-        return {index: modules[index] for index in sorted(wanted)}
+        wanted = read_numbers(layers, "layers")
+        if wanted[-1] >= len(modules):
+            raise ConfigError(
+                f"layers = {layers!r} asks for {wanted[-1]}, but the model has attention layers 0-{len(modules) - 1}; "
+                "stay in that range"
+            )
+        return {index: modules[index] for index in wanted}
     if not callable(layers):
         raise ConfigError(
             f"layers must be indices such as '0, 3-20' or a function (name, module) -> bool, got {layers!r}"
         )
-    left = {index: module for index, module in enumerate(modules) if layers(module[0], module[1])}
-    if not left:
+    chosen = {index: module for index, module in enumerate(modules) if layers(module[0], module[1])}
+    if not chosen:
         raise ConfigError(
             f"the layers filter leaves none of the {len(modules)} attention layers ({modules[0][0]} ... "
             f"{modules[-1][0]}); let it return True for some"
         )
-    return left
-
-
-def _indices(text: str, count: int) -> set[int]:
-    wanted: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise ConfigError(
-                f"layers = {text!r} can't be read at {part!r}; write indices and ranges such as '0, 3-20'"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last >= count:
-            raise ConfigError(
-                f"layers = {text!r} asks for {part.strip()}, but the model has attention layers 0-{count - 1}; stay in "
-                "that range"
-            )
-        wanted.update(range(first, last + 1))
-    return wanted
+    return chosen
 
 
 def natural(name: str) -> list[Any]:

@@ -3,7 +3,6 @@
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,19 +13,15 @@ from ..adapters.rope import check_lengths
 from ..errors import ConfigError
 from ..methods.site import AroundForward, ForwardContext, target_sample
 from ..plan.context import StepContext
-from ..plan.layout import layout_of
-from .execution import NO_GRID, Execution
+from ..plan.layout import TokenLayout
+from .execution import Execution
+from .forward_state import NO_GRID, as_tensors, fewest_keys
 from .layers import TransformerState
 from .lora import lora_state
 from .parallel import context_parallel, naming_lost, require_agreement, require_parallel
-from .processor import Slot, as_tensors
-from .ring import ring_of
 from .running import PipelineRun, current_run
 from .seam import is_inside_compiled
-from .ulysses import ulysses_of
-
-_STEP_FIELDS = tuple(field.name for field in fields(StepContext))
-
+from .shards import SequenceShards, shards_of
 
 INSIDE_COMPILED = (
     "a method that runs around the forward or its blocks can't run inside torch.compile(transformer); for "
@@ -47,7 +42,6 @@ class Forward:
 
     Args:
         execution: the attachment's.
-        slot: the attachment's.
         state: the transformer's.
         functions: what methods run around the forward, the innermost first.
         on_modules: methods run around its blocks or other modules inside it.
@@ -56,22 +50,18 @@ class Forward:
     def __init__(
         self,
         execution: Execution,
-        slot: Slot,
         state: TransformerState,
         functions: Sequence[AroundForward],
         on_modules: bool,
     ) -> None:
         self._execution = execution
-        self._slot = slot
         self._state = state
         self._functions = tuple(functions)
         self.traceable = not functions and not on_modules
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
-        self._last: Grid | None = None
-        self._grid = slot.grid
+        self._checked: TokenLayout | None = None  # whose lengths the tables of positions hold
         self._parallel: Any = None
-        self._spread_over: Any = None
-        self._spread_as: Any = None
+        self._shards: tuple[Any, SequenceShards | None] = None, None  # what they were made for, and they
         self._agreed: set[Any] = set()  # the run, and the shapes in training, in which processes were compared
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
 
@@ -155,7 +145,7 @@ class Forward:
 
         def around(**changed: Any) -> Any:
             step = execution.state.context(state)  # a function further out may have opened a nested branch
-            values = {name: getattr(step, name) for name in _STEP_FIELDS}
+            values = {name: getattr(step, name) for name in StepContext.__slots__}
             context = ForwardContext(inputs={**inputs, **changed}, **values)
             return function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
 
@@ -170,47 +160,36 @@ class Forward:
 
     def _look(self, inputs: Mapping[str, Any]) -> Grid | str:
         """Read the grid of a forward, and leave it where attention calls find it."""
-        slot, state = self._slot, self._state
+        forward, state = self._execution.forward, self._state
         grid = _read_grid(state.adapter, self._config, inputs)
-        plain = NO_GRID if isinstance(grid, str) else grid
-        slot.idle = plain == NO_STEP
-        if slot.idle:
+        sizes = NO_GRID if isinstance(grid, str) else grid
+        forward.not_a_step = sizes == NO_STEP
+        if forward.not_a_step:
             return grid
-        if plain != self._last:
-            if not isinstance(grid, str):
-                self._check_lengths(grid)
-            self._last, self._grid = plain, as_tensors(plain)
-        slot.grid = self._grid
-        slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
-        slot.ulysses = state.ulysses = None
-        slot.ring = state.ring = None
-        if self._parallel is not None and plain != NO_GRID:
-            self._spread(plain, inputs)
-        state.layout = None if isinstance(grid, str) else layout_of(grid)
-        state.batch = len(inputs[state.adapter.latents])
+        forward.lay(sizes)
+        if forward.layout is not None and forward.layout != self._checked:
+            if any(handler.extends for handler in self._execution.handlers):  # for outputs beyond those tables
+                check_lengths(state.adapter.name, state.adapter.rope, state.transformer.config, forward.layout.lengths)
+            self._checked = forward.layout
+        forward.min_keys = fewest_keys(state.adapter, sizes)
+        forward.shards = None
+        if self._parallel is not None and sizes != NO_GRID:
+            forward.shards = self._shards_of(sizes, inputs)
+            forward.min_keys = min(forward.min_keys, forward.shards.local)
+        forward.batch = len(inputs[state.adapter.latents])
         return grid
 
-    def _check_lengths(self, grid: Grid) -> None:
-        """Refuse a grid beyond the model's tables of positions if a method is for outputs that large."""
-        adapter = self._state.adapter
-        if any(handler.extends for handler in self._execution.handlers):
-            check_lengths(adapter.name, adapter.rope, self._state.transformer.config, layout_of(grid).lengths)
-
-    def _spread(self, grid: Grid, inputs: Mapping[str, Any]) -> None:
-        """Leave where attention calls find it how the forward is spread over processes."""
-        slot, state, config = self._slot, self._state, self._parallel
-        joined, device = state.adapter.joined_text, target_sample(inputs[state.adapter.latents]).device
+    def _shards_of(self, grid: Grid, inputs: Mapping[str, Any]) -> SequenceShards:
+        """Return how processes share the forward; the same object as long as nothing changes."""
+        adapter, config = self._state.adapter, self._parallel
+        joined, device = adapter.joined_text, target_sample(inputs[adapter.latents]).device
         given = inputs.get(joined.text) if isinstance(joined, JoinedText) else None
         text = given.shape[1] if isinstance(given, torch.Tensor) else None
-        if self._spread_over != (grid, text, device, config):
-            self._spread_over = grid, text, device, config
-            made = ulysses_of if config.ring_degree == 1 else ring_of
-            self._spread_as = made(config, state.adapter, grid, text, device)
-        if config.ring_degree == 1:
-            slot.ulysses = state.ulysses = self._spread_as
-        else:
-            slot.ring = state.ring = self._spread_as
-        slot.apart = min(slot.apart, self._spread_as.local)
+        key, shards = self._shards
+        if shards is None or key != (grid, text, device, config):
+            shards = shards_of(config, adapter, grid, text, device)
+            self._shards = (grid, text, device, config), shards
+        return shards
 
     def _observed(
         self,
@@ -221,22 +200,24 @@ class Forward:
         inputs: Mapping[str, Any],
     ) -> Any:
         """Run the model's own forward, its layers switched, and count what ran."""
-        execution, slot, state = self._execution, self._slot, self._state
-        state.begun = False
+        execution, forward, state = self._execution, self._execution.forward, self._state
         batch = len(inputs[state.adapter.latents])
+        if not state.begun:
+            forward.begin(batch)
+        state.begun = False
         if not isinstance(grid, str):
-            execution.note_layout(state.layers[0], layout_of(grid), batch)
-        switch(execution, state)
-        if isinstance(grid, str) and any(layer.processor._dit_accel_sparse for layer in state.layers):
+            assert forward.layout is not None
+            execution.note_layout(state, forward.layout, batch)
+            forward.noted = grid
+        execution.switch(state)
+        if isinstance(grid, str) and any(forward.acting.values()):
             raise ConfigError(f"{state.name} ({state.adapter.name}) can't be thinned out in this call: {grid}")
-        state.begin_forward(batch)
         count_dense(execution, state)
         _leave_perturbed_dense(execution, state)
-        slot.reached.clear()
         execution.recorder.forwards_run += 1
         with naming_lost(state, self._parallel):
             out = run(*args, **kwargs)
-        _uncount_skipped(execution, state, slot.reached)
+        _uncount_skipped(execution, state)
         return out
 
     def _require_traceable(self) -> None:
@@ -251,15 +232,14 @@ class Forward:
         self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
     ) -> Any:
         """Run inside a graph of the whole transformer, where only the grid can be passed on."""
-        slot, state = self._slot, self._state
+        forward, adapter = self._execution.forward, self._state.adapter
         self._require_traceable()
-        slot.ulysses = state.ulysses = None
-        slot.ring = state.ring = None
-        grid = state.adapter.grid(self._config, inputs)
-        plain = NO_GRID if isinstance(grid, str) else grid
-        slot.grid = as_tensors(plain)
-        slot.idle = plain == NO_STEP
-        slot.apart = sum(plain[3:]) + plain[0] * plain[1] * plain[2] if state.adapter.text_apart else 0
+        forward.shards = None
+        grid = adapter.grid(self._config, inputs)
+        sizes = NO_GRID if isinstance(grid, str) else grid
+        forward.grid, forward.sizes = as_tensors(sizes), NO_GRID  # whose numbers stay in the graph
+        forward.not_a_step = sizes == NO_STEP
+        forward.min_keys = fewest_keys(adapter, sizes)
         return run(*args, **kwargs)
 
 
@@ -268,30 +248,10 @@ def _own_list(value: Any) -> Any:
     return list(value) if type(value) is list else value
 
 
-def switch(execution: Execution, state: TransformerState) -> None:
-    """Switch each layer of a forward between dense and the plan.
-
-    Where the forward's shape is not known yet, every method is taken to act on it.
-    """
-    known = state.layouts.get(state.branch)
-    step = execution.state.context(state)
-    if known is not None and step.layout != known[0]:
-        step = _with_layout(step, known)
-    elif known is None:
-        step = _with_layout(step, (None, None))
-    for layer in state.layers:
-        layer.processor._dit_accel_sparse = bool(execution.acting(step, layer.depth))
-
-
 def count_dense(execution: Execution, state: TransformerState) -> None:
     """Count a forward and the layers of it that stay dense."""
     dense = sum(not layer.processor._dit_accel_sparse for layer in state.layers)
     execution.recorder.forward(state.name, state.branch, execution.state.step_index, dense)
-
-
-def _with_layout(step: StepContext, known: tuple[Any, Any]) -> StepContext:
-    values = {name: getattr(step, name) for name in _STEP_FIELDS}
-    return StepContext(**{**values, "layout": known[0], "batch": known[1]})
 
 
 def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -300,12 +260,12 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
     Raises:
         ConfigError: if it asks for an input that is not there, or gives something else.
     """
-    asked = f"the grid of the adapter {adapter.name!r}"
+    what = f"the grid of the adapter {adapter.name!r}"
     try:
         grid = adapter.grid(config, inputs)
     except KeyError as error:
         raise ConfigError(
-            f"{asked} asks for the input {error}, but the forward was given {', '.join(inputs)}; correct the adapter's "
+            f"{what} asks for the input {error}, but the forward was given {', '.join(inputs)}; correct the adapter's "
             "grid"
         ) from error
     if adapter.latents not in inputs:
@@ -318,7 +278,7 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
     ):
         return grid
     raise ConfigError(
-        f"{asked} gave {grid!r}; it must give five whole numbers (frames, height, width, before, after), or a "
+        f"{what} gave {grid!r}; it must give five whole numbers (frames, height, width, before, after), or a "
         "sentence that says why this forward has none"
     )
 
@@ -328,20 +288,21 @@ def _leave_perturbed_dense(execution: Execution, state: TransformerState) -> Non
     for layer in state.layers:
         hooks = getattr(getattr(layer.module, "_diffusers_hook", None), "hooks", {})
         perturbed = any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
-        if perturbed and layer.processor._dit_accel_sparse:
-            layer.processor._dit_accel_sparse = False
+        if perturbed and execution.forward.acting[layer]:
+            execution.forward.acting[layer] = ()
             execution.recorder.forward(state.name, state.branch, execution.state.step_index, 1)
+    execution.forward.switch()
 
 
-def _uncount_skipped(execution: Execution, state: TransformerState, reached: set[int]) -> None:
+def _uncount_skipped(execution: Execution, state: TransformerState) -> None:
     """Take back from the report the dense calls that one of diffusers' caches skipped in the forward that ends.
 
     A module of a compiled block is never seen to run; it counts as if it had.
     """
-    seen = execution.recorder.seen
+    forward, seen = execution.forward, execution.recorder.seen
     for number, layer in enumerate(execution.layers):
         if layer.state is state and not layer.processor._dit_accel_sparse:
-            if number in reached:
+            if number in forward.reached:
                 seen.add(number)
             elif number in seen:
                 execution.recorder.forward(state.name, state.branch, execution.state.step_index, -1)

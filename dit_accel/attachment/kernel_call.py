@@ -1,45 +1,18 @@
-"""What a plan hands to the kernels: all of it, or only those rows that it does not reuse."""
+"""Smaller plans and calls than those that methods made: only some rows, or without lists that gain nothing."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, predicted_speedup, resolve_backend
+from dit_accel_kernels import FrameDecay, TileLists, predicted_speedup
 from torch import Tensor
 
 from ..plan.call import Call
 from ..plan.context import CallContext
+from ..plan.exact_rows import dense_rows
 from ..plan.plan import AttentionPlan
-from ..plan.tiling import TILE, full_tiles
 from ..report.recorder import Recorder
-
-
-def kernel_arguments(plan: AttentionPlan, call: Call) -> tuple[TileLists, dict[str, Any]]:
-    """Return the tiles and the further arguments of the kernels' call."""
-    tiles = plan.tiles
-    if tiles is None:
-        tiles = full_tiles(call.q.shape[2], call.tokens, TILE, str(call.q.device))
-    return tiles, {
-        **call.kernel_layout,
-        "scale": call.scale,
-        "head_scale": plan.head_scale,
-        "key_mask": call.key_mask(),
-        "frame_decay": plan.frame_decay,
-        "token_order": plan.token_order,
-        "identity_mix": plan.identity_mix,
-        "identity_rows": plan.identity_rows,
-        "selection": plan.selection,
-        "backend": call.backend,
-    }
-
-
-def backend_of(plan: AttentionPlan, call: Call, tiles: TileLists, *, differentiate: bool) -> str:
-    """Return the backend that runs a plan over its tiles, or of which a backward may ask."""
-    selection, decay = plan.selection, plan.frame_decay
-    votes = selection is not None and selection.vote is not None
-    lists = None if votes or decay is not None or differentiate else tiles
-    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)
+from .layers import AttentionLayer
 
 
 def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, recorder: Recorder) -> AttentionPlan:
@@ -87,60 +60,64 @@ def by_rows(plan: AttentionPlan, call: Call, out: Tensor) -> Iterator[tuple[Atte
     for number, tokens in enumerate(reused.rows):
         rows = slice(number, None, lists)
         keys = None if reused.keys is None else reused.keys[number : number + 1]
-        own = replace(reused, rows=(tokens,), out=out[rows], keys=keys)
-        yield replace(plan.of_rows(rows, count, call.q.shape[1]), reused=own), call.of_rows(rows)
+        part = replace(reused, rows=(tokens,), out=out[rows], keys=keys)
+        yield replace(plan.of_rows(rows, count, call.q.shape[1]), reused=part), call.of_rows(rows)
 
 
-def computed_rows(plan: AttentionPlan, call: Call) -> tuple[AttentionPlan, Call, Tensor]:
-    """Return the smaller plan and call that compute only the rows that are not reused, and which tokens these are.
-
-    All rows of the batch follow one list of them, as those that `by_rows` yields.
+def computed_rows(
+    plan: AttentionPlan, call: Call, rows: Tensor, seen: Tensor | None = None
+) -> tuple[AttentionPlan, Call, Tensor]:
+    """Return the smaller plan and call that compute only some rows, and which tokens these are.
 
     Without tiles it is a call of the same keys and fewer queries. With tiles every row of a tile that holds one of
     these tokens is computed, by that tile's own list, in the tiles' order. A routing's statistics leave out the key
     tiles that are pinned in all rows of the call, which may be more of them here.
+
+    Args:
+        plan: of the whole call.
+        call: likewise; all rows of its batch want the same tokens.
+        rows: int64 [G], the tokens that are wanted, rising.
+        seen: bool [1, S], the keys that they see; None: all.
     """
-    reused = plan.reused
-    assert reused is not None
-    (rows,), mask = reused.rows, call.mask
-    if plan.tiles is None:
-        if mask is not None and mask.ndim == 4 and mask.shape[2] > 1:
-            mask = mask[:, :, rows]
-        k, v = call.k, call.v
-        if reused.keys is not None:
-            seen = reused.keys[0].nonzero()[:, 0]
-            k, v = k.index_select(2, seen), v.index_select(2, seen)
-            mask = None if mask is None else mask[..., seen]
-        small = replace(call, q=call.q.index_select(2, rows), k=k, v=v, mask=mask)
-        if plan.frame_decay is None:
-            return replace(plan, reused=None), small, rows
-        decay = plan.frame_decay
-        k_frames = decay.k_frames if reused.keys is None else decay.k_frames[reused.keys[0]]
+    mask, decay = call.mask, plan.frame_decay
+    if plan.tiles is not None:
+        return _tiled_rows(plan, call, rows, seen)
+    if mask is not None and mask.ndim == 4 and mask.shape[2] > 1:
+        mask = mask[:, :, rows]
+    k, v = call.k, call.v
+    if seen is not None:
+        keys = seen[0].nonzero()[:, 0]
+        k, v = k.index_select(2, keys), v.index_select(2, keys)
+        mask = None if mask is None else mask[..., keys]
+    if decay is not None:
+        k_frames = decay.k_frames if seen is None else decay.k_frames[seen[0]]
         decay = FrameDecay(table=decay.table, q_frames=decay.q_frames[rows], k_frames=k_frames)
-        return replace(plan, reused=None, frame_decay=decay), small, rows
-    return _tiled_rows(plan, call)
+    small = replace(call, q=call.queries(rows), k=k, v=v, mask=mask, rows=None)
+    return replace(plan, reused=None, frame_decay=decay), small, rows
 
 
-def _tiled_rows(plan: AttentionPlan, call: Call) -> tuple[AttentionPlan, Call, Tensor]:
-    reused, tiles, order, selection = plan.reused, plan.tiles, plan.token_order, plan.selection
-    assert reused is not None
+def _tiled_rows(
+    plan: AttentionPlan, call: Call, rows: Tensor, seen: Tensor | None
+) -> tuple[AttentionPlan, Call, Tensor]:
+    tiles, order, selection, decay = plan.tiles, plan.token_order, plan.selection, plan.frame_decay
     assert tiles is not None
     tokens, size, device = call.tokens, tiles.block_q, call.q.device
     order = torch.arange(tokens, device=device) if order is None else order
     wanted = torch.zeros(tiles.query_tiles * size, dtype=torch.bool, device=device)
-    wanted[:tokens].index_put_((_places(order)[reused.rows[0]],), torch.ones((), dtype=torch.bool, device=device))
+    wanted[:tokens].index_put_((_positions(order)[rows],), torch.ones((), dtype=torch.bool, device=device))
     chosen = wanted.view(-1, size).any(1).nonzero()[:, 0]
-    places = (chosen[:, None] * size + torch.arange(size, device=device)).flatten()
-    rows = order[places[places < tokens]]
+    positions = (chosen[:, None] * size + torch.arange(size, device=device)).flatten()
+    rows = order[positions[positions < tokens]]
     mask = call.key_mask()
-    if reused.keys is not None:
-        mask = reused.keys.expand(len(call.k), -1) if mask is None else mask & reused.keys
+    if seen is not None:
+        mask = seen.expand(len(call.k), -1) if mask is None else mask & seen
     small = replace(
         call,
-        q=call.q.index_select(2, rows),
+        q=call.queries(rows),
         k=call.k.index_select(2, order),
         v=call.v.index_select(2, order),
         mask=None if mask is None else mask[:, order],
+        rows=None,
     )
     lists = TileLists.from_states(
         tiles.states()[:, chosen], block_q=size, block_k=tiles.block_k, num_q=len(rows), num_k=tokens
@@ -152,13 +129,53 @@ def _tiled_rows(plan: AttentionPlan, call: Call) -> tuple[AttentionPlan, Call, T
             keep=None if keep is None else keep[:, :, chosen].contiguous(),
             pinned=None if pinned is None else pinned[chosen].contiguous(),
         )
-    decay = plan.frame_decay
     if decay is not None:
         decay = FrameDecay(table=decay.table, q_frames=decay.q_frames[rows], k_frames=decay.k_frames[order])
     cut = replace(plan, reused=None, tiles=lists, token_order=None, selection=selection, frame_decay=decay)
     return cut, small, rows
 
 
-def _places(order: Tensor) -> Tensor:
-    """Return the place of each token in an order."""
+def _positions(order: Tensor) -> Tensor:
+    """Return the position of each token in an order."""
     return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+
+
+def run_dense(plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
+    """Return the output of a plan that needs no kernel of ours, by the user's own dense attention."""
+    if plan.skips_logits:
+        return call.values()
+    assert layer.dense is not None
+    q = call.q
+    if plan.head_scale is not None:
+        q = (q * plan.head_scale.reshape(-1, q.shape[1])[:, :, None, None]).to(q.dtype)
+    q, k, v = call.as_held(q, call.k, call.v)
+    out = call.heads_first(layer.dense(q, k, v, call.mask, call.scale))
+    return with_values(plan, call, out)
+
+
+def own_rows(plan: AttentionPlan, call: Call, out: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows that a call's q holds, [B, H, S', D], of those that were computed, with the plan's mix of V."""
+    assert call.rows is not None
+    position = torch.empty(call.tokens, dtype=torch.int64, device=rows.device)
+    position.index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+    return with_values(plan, call, out.index_select(2, position[call.rows]))
+
+
+def with_values(plan: AttentionPlan, call: Call, out: Tensor) -> Tensor:
+    """Return a call's output [B, H, S, D] with the share of V that the plan mixes into it."""
+    share = plan.value_share(out.shape[1], out.dtype, call.rows)
+    return out if share is None else torch.lerp(out, call.values(), share.expand_as(out))
+
+
+def override_rows(plan: AttentionPlan, call: Call, *outs: Tensor) -> None:
+    """Write the rows that the plan computes under a rule of their own into outputs [B, H, S, D]."""
+    assert plan.row_override is not None
+    rows = at = plan.row_override.rows
+    if call.rows is not None:
+        at = torch.isin(call.rows, rows).nonzero()[:, 0]
+        rows = call.rows[at]
+    if not len(rows):
+        return
+    computed = dense_rows(plan, call, rows, plan.row_override.keys)
+    for out in outs:
+        out.index_copy_(2, at, computed)

@@ -12,8 +12,6 @@ from ..adapters.adapter import Adapter
 from ..plan.layout import TokenLayout
 from .calls import Calls
 from .find import heads_of
-from .ring import Ring
-from .ulysses import Ulysses
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 """(q, k, v, mask, scale) -> output: the model's own attention on the user's backend; tensors lie as it holds them."""
@@ -28,7 +26,6 @@ class AttentionLayer:
         heads: its heads, H.
         processor: the processor put on it.
         dense: the model's own attention, on the user's own backend.
-        calls: calls it made in this forward.
     """
 
     def __init__(self, state: "TransformerState", module: nn.Module, index: int, depth: int) -> None:
@@ -39,38 +36,28 @@ class AttentionLayer:
         self.heads = heads_of(module, getattr(state.transformer, "config", None))
         self.processor: Any = None
         self.dense: DenseAttention | None = None
-        self.calls = 0
-
-    def which_call(self, batch: int) -> tuple[int, bool]:
-        """Count a call of ``batch`` rows; return its place among the forward's calls, and whether it ran before."""
-        count, whole = self.calls, self.state.batch
-        self.calls += 1
-        if whole is None and self.state.adapter.ragged_text:  # how many rows follow is not known
-            return count, False
-        rows = max(1, (whole or batch) // batch)
-        return count % rows, count >= rows
 
 
 @dataclass(slots=True)
 class Branch:
-    """One denoising call that is open: its name, and what the pipeline told of the step.
+    """One denoising call that is open: its name, and what the pipeline states of the step.
 
     Attributes:
         name: such as ``cond``; a nested one's is ``cond/name``.
-        told: what else the context tells of the step, as diffusers' ``CacheContext`` names it.
+        stated: what else the context states of the step, as diffusers' ``CacheContext`` names it.
         reopened: diffusers' own context of this branch, opened again after a nested one ended.
         thread: the thread that opened it.
     """
 
     name: str
-    told: Mapping[str, Any] = field(default_factory=dict)
+    stated: Mapping[str, Any] = field(default_factory=dict)
     reopened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     thread: int = field(default_factory=threading.get_ident)
 
     @property
     def tells_step(self) -> bool:
         """Whether the context tells the step."""
-        return "step_index" in self.told
+        return "step_index" in self.stated
 
 
 class TransformerState:
@@ -84,15 +71,11 @@ class TransformerState:
         layers: its attention layers that methods may change, in the adapter's order.
         branches: the denoising calls that are open, the innermost last.
         nested: how many of them a method opened.
-        layout: of the running forward; None where it is not known.
         layouts: branch -> (layout, batch) of its last forward.
-        batch: rows of the running forward, where it is observed.
         calls: number of the running forward among the calls that no context names.
-        calls_seen: what tells these apart.
-        begun: a context told a step, but no forward was seen in it yet.
+        calls_seen: what distinguishes these.
+        begun: a context states the step, and no forward was seen in it yet.
         weights: what acted on the transformer's weights in the last forward.
-        ulysses: how the running forward is spread over processes; None: not by their heads.
-        ring: how it is, by their queries; None: not by these.
         running: the pipeline in whose call the current forward runs; None: none, or no forward runs.
     """
 
@@ -104,15 +87,11 @@ class TransformerState:
         self.layers: list[AttentionLayer] = []
         self.branches: list[Branch] = []
         self.nested = 0
-        self.layout: TokenLayout | None = None
         self.layouts: dict[str, tuple[TokenLayout, int]] = {}
-        self.batch: int | None = None
         self.calls = 0
         self.calls_seen = Calls()
         self.begun = False
         self.weights: Hashable = None
-        self.ulysses: Ulysses | None = None
-        self.ring: Ring | None = None
         self.running: Any = None
 
     @property
@@ -130,9 +109,3 @@ class TransformerState:
         self.layouts.clear()
         self.calls_seen.begin_run()
         self.calls = 0
-
-    def begin_forward(self, batch: int | None) -> None:
-        """Note that a forward of ``batch`` rows (None: not known yet) begins: no layer has been called."""
-        self.batch = batch
-        for layer in self.layers:
-            layer.calls = 0

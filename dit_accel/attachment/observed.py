@@ -18,8 +18,6 @@ class PlannedCall:
         plan: what ran.
         context: where the denoising stood.
         call: q, k and v as the model gave them, its mask and scale.
-        rows: int64, the tokens of the queries and of the output, rising; None: all. Under ring attention a process has
-            the queries of its own tokens, and the keys of all.
         out: the output that the model gets.
         planned: the output before methods corrected it; None where none corrects.
         exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
@@ -31,7 +29,11 @@ class PlannedCall:
     out: Tensor
     planned: Tensor | None = None
     exact: Tensor | None = None
-    rows: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The tokens of the queries and of the output, int64, rising; None: all. See `Call.rows`."""
+        return self.call.rows
 
 
 Observer = Callable[[PlannedCall], None]

@@ -9,12 +9,13 @@ tagged operator, or makes no CUDA graph where it can't split; what lies between 
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import execution, ring_attention
+from ..plan.call import call_of
+from .backward import NO_TICKET
+from .execution import get
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -35,70 +36,49 @@ def planned_attention(
     """Run the plan of this layer, step and branch.
 
     Args:
-        q: queries after norm and RoPE, [B, S, H, D] (``tokens_first``) or [B, H, S, D]; fewer than keys where only
-            some tokens have queries.
-        k: keys, the same layout.
-        v: values, the same layout.
-        mask: None, or the model's attention mask.
+        q: queries as `Call` describes them, with `k`, `v`, ``mask``, ``tokens_first`` and ``scale``.
         layer: 0-d int64 CPU tensor, the attention layer's number in the attachment.
         grid: (frames, height, width, text before, text after) of the sequence, 0-d int64 CPU tensors: the length
             of one 1-d tensor could be taken for a size of the latents.
         attachment: number of the attachment.
-        tokens_first: how q, k and v lie.
-        scale: factor on the logits; None: 1 / sqrt(D).
         differentiate: keep the plan for a backward.
 
     Returns:
         The output in q's layout and dtype, contiguous, and the plan's ticket (0-d int64 CPU tensor) for the backward.
     """
-    asked = execution.get(attachment)
-    attend = asked.attend if asked.layers[int(layer)].state.ring is None else partial(ring_attention.attend, asked)
-    out, ticket = attend(int(layer), q, k, v, mask, [int(size) for size in grid], tokens_first, scale, differentiate)
-    return out.contiguous(), ticket
+    execution, (frames, height, width, before, after) = get(attachment), (int(size) for size in grid)
+    call = call_of(q, k, v, mask, scale, execution.backend, tokens_first)
+    out, ticket = execution.attend(int(layer), call, (frames, height, width, before, after), differentiate)
+    return out, torch.tensor(NO_TICKET) if ticket is None else ticket
 
 
 @planned_attention.register_fake
-def _(q, k, v, mask, layer, grid, attachment, tokens_first, scale, differentiate):
+def _(q, k, v, *_):
     return q.new_empty((*q.shape[:-1], v.shape[-1])), torch.empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("dit_accel::planned_attention_backward", mutates_args=(), tags=TAGS)
 def planned_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    ticket: Tensor,
-    layer: Tensor,
-    grid: Sequence[Tensor],
-    attachment: int,
-    tokens_first: bool,
-    scale: float | None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ticket: Tensor, attachment: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v under the plan that the forward followed."""
-    dq, dk, dv = execution.get(attachment).gradients(
-        int(layer), grad, q, k, v, mask, ticket, [int(size) for size in grid], tokens_first, scale
-    )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return get(attachment).gradients(grad, q, k, v, mask, ticket)
 
 
 @planned_attention_backward.register_fake
-def _(grad, q, k, v, mask, ticket, layer, grid, attachment, tokens_first, scale):
+def _(grad, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, mask, layer, grid, ctx.attachment, ctx.tokens_first, ctx.scale, _ = inputs
-    ctx.save_for_backward(q, k, v, mask, output[1], layer, *grid)
+    q, k, v, mask, _, grid, ctx.attachment, *_ = inputs
+    ctx.sizes = len(grid)
+    ctx.save_for_backward(q, k, v, mask, output[1])
 
 
 def _backward(ctx, grad, _):
-    q, k, v, mask, ticket, layer, *grid = ctx.saved_tensors
-    grads = planned_attention_backward(
-        grad, q, k, v, mask, ticket, layer, grid, ctx.attachment, ctx.tokens_first, ctx.scale
-    )
-    return *grads, None, None, [None] * len(grid), None, None, None, None
+    grads = planned_attention_backward(grad, *ctx.saved_tensors, ctx.attachment)
+    return *grads, None, None, [None] * ctx.sizes, None, None, None, None
 
 
 planned_attention.register_autograd(_backward, setup_context=_save)

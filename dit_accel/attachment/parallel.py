@@ -27,7 +27,7 @@ def require_parallel(execution: Execution, state: TransformerState, config: Any)
     """Refuse context parallelism under which the attached methods would be wrong; alike on every process.
 
     Raises:
-        ConfigError: for ring attention, heads that can't be shared, or a model whose tokens can't be told apart.
+        ConfigError: for ring attention, heads that can't be shared, or a model whose tokens can't be distinguished.
     """
     native = [handler.name for handler in execution.handlers if handler.objects]
     if native:
@@ -52,7 +52,7 @@ def require_parallel(execution: Execution, state: TransformerState, config: Any)
     if state.adapter.split_text is None:
         raise ConfigError(
             f"{names}: the adapter {state.adapter.name!r} does not say how context parallelism splits its tokens, so "
-            "methods on attention can't tell them apart; disable parallelism, or give the adapter split_text"
+            "methods on attention can't distinguish them; disable parallelism, or give the adapter split_text"
         )
     for layer in state.layers:
         if not hasattr(layer.processor, "_parallel_config"):
@@ -90,19 +90,19 @@ def require_agreement(execution: Execution, state: TransformerState, config: Any
         "branch": state.branch,
         "latents": f"{latents.dtype} {list(latents.shape)}",
     }
-    places = torch.linspace(0, latents.numel() - 1, SAMPLES).long().to(latents.device)
-    noise = latents.detach().flatten()[places].float().cpu()
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (mine, noise.tolist()), group=group)
-    for rank, (other, numbers) in enumerate(found):
-        for what, value in found[0][0].items():
+    picks = torch.linspace(0, latents.numel() - 1, SAMPLES).long().to(latents.device)
+    noise = latents.detach().flatten()[picks].float().cpu()
+    others: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(others, (mine, noise.tolist()), group=group)
+    for rank, (other, numbers) in enumerate(others):
+        for what, value in others[0][0].items():
             if other[what] != value:
                 raise ConfigError(
                     f"the processes that run {state.name} together disagree: {what} is {value} on rank 0 and "
                     f"{other[what]} on rank {rank}; attach the same methods and call the pipeline alike on all of them"
                 )
-        apart = (torch.tensor(numbers) - torch.tensor(found[0][1])).abs().max()
-        if apart > 0.1 * (1e-3 + torch.tensor(found[0][1]).abs().max()):
+        difference = (torch.tensor(numbers) - torch.tensor(others[0][1])).abs().max()
+        if difference > 0.1 * (1e-3 + torch.tensor(others[0][1]).abs().max()):
             raise ConfigError(
                 f"the processes that run {state.name} together begin with other latents on rank {rank} than on rank 0; "
                 "give the pipeline a generator of the same seed on all of them"

@@ -7,7 +7,7 @@ its globals replaced: ``dispatch_attention_fn``, or ``F`` in processors that cal
 
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,52 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModel
+from ..plan.call import call_of
+from .execution import Execution
+from .forward_state import ForwardState
 from .layers import DenseAttention
 from .op import planned_attention
-from .ring import Ring
-from .ulysses import Ulysses
 
 _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
 
 
-class Slot:
-    """Where a forward and a processor leave what the replaced attention call reads; one per attachment.
-
-    Attributes:
-        layer: the running layer's number, a 0-d int64 CPU tensor, so that all layers share one compiled graph.
-        sparse: whether the running layer follows a plan; False: the user's own dense attention.
-        grid: the running forward's (frames, height, width, text before, text after), 0-d int64 CPU tensors, so that all
-            latent grids share one compiled graph.
-        idle: the running forward is not a denoising step; it stays dense.
-        apart: attention calls over fewer keys than this stay dense (`Adapter.text_apart`); 0: none do.
-        reached: numbers of the layers that ran in this forward, but for those of compiled blocks.
-        ulysses: how the running forward's tokens and heads are spread over processes; None: they are not.
-        ring: how its queries are; None: they are not.
-        owner: whatever must live as long as the processors do.
-    """
-
-    def __init__(self) -> None:
-        self.layer: Tensor = torch.zeros((), dtype=torch.int64)
-        self.sparse = False
-        self.grid = as_tensors((1, 1, 1, 0, 0))
-        self.idle = False
-        self.apart = 0
-        self.reached: set[int] = set()
-        self.ulysses: Ulysses | None = None
-        self.ring: Ring | None = None
-        self.owner: Any = None
-
-    def goes_dense(self, keys: int) -> bool:
-        """Tell whether an attention call over this many keys goes to the user's own dense attention."""
-        return not self.sparse or self.idle or (self.apart > 0 and keys < self.apart)
-
-
-def as_tensors(sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Return each size as a 0-d int64 CPU tensor."""
-    return tuple(torch.tensor(size) for size in sizes)
-
-
-def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: Slot, attachment: int) -> Any:
+def wrap_processor(processor: Any, layer: int, classes: dict[type, type], execution: Execution) -> Any:
     """Return a processor that behaves as ``processor`` but sends its attention call to the plan when told to.
 
     A copy or a pickle of it is the untouched processor.
@@ -69,15 +33,14 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], slot: 
         processor: the module's processor; left as it is, its attributes are shared with the result.
         layer: the layer's number.
         classes: the attachment's processor class -> subclass, filled here.
-        slot: the attachment's slot.
-        attachment: number of the attachment.
+        execution: the attachment's; it lives as long as its processors do.
 
     Raises:
         UnsupportedModel: if the processor calls neither attention function that we can replace.
     """
     cls = type(processor)
     if cls not in classes:
-        classes[cls] = _subclass(cls, slot, attachment)
+        classes[cls] = _subclass(cls, execution)
     wrapped = object.__new__(classes[cls])
     wrapped.__dict__.update(processor.__dict__)
     wrapped.__dict__.update(_dit_accel_layer=torch.tensor(layer), _dit_accel_sparse=False)
@@ -115,17 +78,17 @@ def dense_attention_of(wrapped: Any) -> tuple[DenseAttention, bool]:
     return attend, tokens_first
 
 
-def _subclass(cls: type, slot: Slot, attachment: int) -> type:
-    original = cls.__call__
+def _subclass(cls: type, execution: Execution) -> type:
+    original, forward = cls.__call__, execution.forward
     function = inspect.unwrap(original)
     names = _names(function.__code__) if isinstance(function, types.FunctionType) else set()
     if "dispatch_attention_fn" in names:
         name = "dispatch_attention_fn"
         dense = function.__globals__[name]
-        replacement: Any = _dispatch(dense, slot, attachment)
+        replacement: Any = _dispatch(dense, execution)
     elif "scaled_dot_product_attention" in names and function.__globals__.get("F") is F:
         name, dense = "F", F.scaled_dot_product_attention
-        ours = _sdpa(slot, attachment)
+        ours = _sdpa(execution)
         replacement = types.SimpleNamespace(**dict(vars(F), scaled_dot_product_attention=ours))
     else:
         raise UnsupportedModel(
@@ -141,10 +104,9 @@ def _subclass(cls: type, slot: Slot, attachment: int) -> type:
     recreated = _recreated(function, scope)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        slot.layer = self._dit_accel_layer
-        slot.sparse = self._dit_accel_sparse
+        forward.processor = self
         if not torch.compiler.is_compiling():
-            slot.reached.add(int(slot.layer))
+            forward.reached.add(int(self._dit_accel_layer))
         return recreated(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
@@ -156,6 +118,7 @@ def _subclass(cls: type, slot: Slot, attachment: int) -> type:
     __call__.__defaults__ = ()  # of a class behind a `__class__` of another, torch.compile counts them
     body = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": cls.__module__, "__doc__": cls.__doc__}
     body["_dit_accel_dense"] = (dense, name != "F")
+    body["_dit_accel_owner"] = execution
     body["__class__"] = property(lambda self: cls)  # diffusers' guiders look processors up by it
     return type(cls.__name__, (cls,), body)
 
@@ -173,8 +136,9 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _dispatch(dense: Callable[..., Tensor], slot: Slot, attachment: int) -> Callable[..., Tensor]:
+def _dispatch(dense: Callable[..., Tensor], execution: Execution) -> Callable[..., Tensor]:
     """Return a stand-in for diffusers' ``dispatch_attention_fn``: tensors [B, S, H, D]."""
+    forward = execution.forward
 
     def dispatch_attention_fn(
         query: Tensor,
@@ -190,30 +154,26 @@ def _dispatch(dense: Callable[..., Tensor], slot: Slot, attachment: int) -> Call
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        spread, ring = (None, None) if parallel_config is None else (slot.ulysses, slot.ring)
-        if slot.goes_dense(key.shape[1]):
-            attn_mask = attn_mask if spread is None else spread.gathered_mask(attn_mask)
+        shards = None if parallel_config is None else forward.shards
+        if goes_dense(forward, key.shape[1]):
+            attn_mask = attn_mask if shards is None else shards.gathered_mask(attn_mask)
             return dense(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
-        _refuse(dropout_p, is_causal, None if spread is not None or ring is not None else parallel_config)
-        if ring is not None:
-            key, value, attn_mask = ring.gather(key), ring.gather(value), ring.whole_mask(attn_mask)
-        if spread is None:
-            return _planned(query, key, value, attn_mask, slot, attachment, True, scale)
-        if spread.anything and torch.is_grad_enabled() and query.requires_grad:
-            raise ConfigError("diffusers' ulysses_anything has no gradient; generate under torch.no_grad()")
-        heads, attn_mask = query.shape[2], spread.whole_mask(attn_mask)
-        query, key, value = (spread.gather(x) for x in (query, key, value))
-        return spread.scatter(_planned(query, key, value, attn_mask, slot, attachment, True, scale), heads)
+        require_plain(dropout_p, is_causal, parallel_config if shards is None else None)
+        if shards is None:
+            return planned(query, key, value, attn_mask, scale, True, execution)
+        heads, attn_mask = query.shape[2], shards.whole_mask(attn_mask)
+        query, key, value = shards.gather_call(query, key, value)
+        return shards.scatter(planned(query, key, value, attn_mask, scale, True, execution), heads)
 
     return dispatch_attention_fn
 
 
-def _sdpa(slot: Slot, attachment: int) -> Callable[..., Tensor]:
+def _sdpa(execution: Execution) -> Callable[..., Tensor]:
     """Return a stand-in for ``F.scaled_dot_product_attention``: tensors [B, H, S, D]."""
-    dense = F.scaled_dot_product_attention
+    dense, forward = F.scaled_dot_product_attention, execution.forward
 
     def scaled_dot_product_attention(
         query: Tensor,
@@ -225,35 +185,51 @@ def _sdpa(slot: Slot, attachment: int) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if slot.goes_dense(key.shape[2]):
+        if goes_dense(forward, key.shape[2]):
             return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        _refuse(dropout_p, is_causal, None)
-        return _planned(query, key, value, attn_mask, slot, attachment, False, scale)
+        require_plain(dropout_p, is_causal, None)
+        return planned(query, key, value, attn_mask, scale, False, execution)
 
     return scaled_dot_product_attention
 
 
-def _planned(
+def goes_dense(forward: ForwardState, keys: int) -> bool:
+    """Tell whether an attention call over this many keys goes to the user's own dense attention."""
+    return not forward.processor._dit_accel_sparse or forward.not_a_step or keys < forward.min_keys
+
+
+def planned(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Any,
-    slot: Slot,
-    attachment: int,
-    tokens_first: bool,
     scale: float | None,
+    tokens_first: bool,
+    execution: Execution,
 ) -> Tensor:
-    """Hand the call to the operator, with what the running forward and processor left in the slot."""
+    """Run a planned call: through the operator where a graph or a backward needs it, else at once."""
     if mask is not None and not isinstance(mask, Tensor):
         raise ConfigError(
             f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes for its own "
             "sparse attention; set the model to dense attention, or detach"
         )
+    forward = execution.forward
+    layer = forward.processor._dit_accel_layer
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return planned_attention(q, k, v, mask, slot.layer, slot.grid, attachment, tokens_first, scale, differentiate)[0]
+    if differentiate or torch.compiler.is_compiling() or type(q) is not Tensor:
+        return planned_attention(
+            q, k, v, mask, layer, forward.grid, execution.number, tokens_first, scale, differentiate
+        )[0]
+    call = call_of(q, k, v, mask, scale, execution.backend, tokens_first)
+    return execution.attend(int(layer), call, forward.sizes)[0]
 
 
-def _refuse(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:
+def require_plain(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:
+    """Refuse what a planned call can't do.
+
+    Raises:
+        ConfigError: for a causal call, dropout, or parallelism of which the forward knows nothing.
+    """
     if is_causal:
         raise ConfigError("sparse attention can't follow a causal attention call; detach it from this model")
     if dropout_p:

@@ -62,7 +62,7 @@ def current_run(transformer: nn.Module) -> PipelineRun | None:
         transformer: the module itself, not what ``torch.compile`` made of it.
     """
     kinds = tuple(
-        kind for place, name in _PIPELINES if (kind := getattr(sys.modules.get(place), name, None)) is not None
+        kind for module, name in _PIPELINES if (kind := getattr(sys.modules.get(module), name, None)) is not None
     )
     frame = sys._getframe(1) if kinds else None
     while frame is not None:

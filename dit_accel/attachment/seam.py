@@ -95,14 +95,14 @@ class Shadow:
 
 def shadow(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
     """Let a function stand in for a method of this one module, and return what undoes that."""
-    own = module.__dict__.get(name)
+    before = module.__dict__.get(name)
     ours = Shadow(module, name, function)
     module.__dict__[name] = ours
 
     def undo() -> None:
         if module.__dict__.get(name) is ours:
             del module.__dict__[name]
-            if own is not None:
-                module.__dict__[name] = own
+            if before is not None:
+                module.__dict__[name] = before
 
     return undo

@@ -1,6 +1,7 @@
 """A transformer as a handler sees it while it installs itself, and what the core makes of what handlers ask for."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,12 +12,10 @@ from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import Streams, block_signature
 from ..errors import ConfigError
 from ..methods.site import AroundBlock, AroundCall, AroundForward, Block
-from ..plan.context import StepContext
 from .execution import Execution
 from .layers import TransformerState
 from .offloaded import fetch, send_away
 from .parallel import split_before
-from .processor import Slot
 from .seam import is_compiled, shadow, wrap_call
 
 _MISSING = object()
@@ -49,14 +48,12 @@ class TransformerSite:
         undo: list[Callable[[], None]],
         context: Callable[[str], Any] | None,
         compiled_whole: bool,
-        slot: Slot,
     ) -> None:
         self._execution = execution
         self._state = state
         self._undo = undo
         self._context = context
         self._compiled_whole = compiled_whole
-        self._slot = slot
         self._blocks: tuple[Block, ...] | None = None
         self._uncompiled: set[int] = set()
         self.forwards: list[AroundForward] = []
@@ -129,9 +126,9 @@ class TransformerSite:
         Raises:
             ConfigError: if what holds it is compiled.
         """
-        own = next(name for name, inner in self.transformer.named_modules() if inner is module).split(".")
-        for depth in range(len(own) + 1):
-            name = ".".join(own[:depth])
+        path = next(name for name, inner in self.transformer.named_modules() if inner is module).split(".")
+        for depth in range(len(path) + 1):
+            name = ".".join(path[:depth])
             holder = self.transformer.get_submodule(name)
             if id(holder) in self._uncompiled:
                 continue
@@ -152,7 +149,7 @@ class TransformerSite:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, buffer or parameter of an object until the methods are detached."""
-        place = next(
+        holder = next(
             (
                 table
                 for table in (getattr(owner, "_buffers", {}), getattr(owner, "_parameters", {}), owner.__dict__)
@@ -160,20 +157,20 @@ class TransformerSite:
             ),
             owner.__dict__,
         )
-        old = place.get(name, _MISSING)
-        place[name] = value
+        old = holder.get(name, _MISSING)
+        holder[name] = value
 
         def restore() -> None:
-            now = place.get(name)
+            now = holder.get(name)
             moved = isinstance(now, Tensor) and isinstance(value, Tensor) and now.shape == value.shape
             if now is not value and not moved:
                 return  # whatever the user set since then is the user's
             if old is _MISSING:
-                del place[name]
+                del holder[name]
             elif isinstance(now, Tensor) and isinstance(old, Tensor):
-                place[name] = old.to(now.device)  # the module may have been moved to another device
+                holder[name] = old.to(now.device)  # the module may have been moved to another device
             else:
-                place[name] = old
+                holder[name] = old
 
         self._undo.append(restore)
 
@@ -184,13 +181,13 @@ class TransformerSite:
     def reached(self) -> int:
         """Return how many attention layers ran in the forward that ended last; those of compiled blocks unseen."""
         layers = self._execution.layers
-        return sum(layers[number].state is self._state for number in self._slot.reached)
+        return sum(layers[number].state is self._state for number in self._execution.forward.reached)
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[None]:
         """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
         state = self._state
-        with _kept(self._slot, state), self._execution.state.nested(state, name) as full:
+        with self._execution.forward.nested(), self._execution.state.nested(state, name) as full:
             if self._context is None:
                 yield
                 return
@@ -241,29 +238,13 @@ class TransformerSite:
             inner: Callable[[Streams], Streams] = innermost
             context = self._execution.state.context(self._state)
             for function in functions:
-                inner = _wrapped(function, context, block, inner)
+                inner = functools.partial(function, context, block, inner)
             result = signature.write_result(inner(signature.read_call(args, kwargs)), like=last[0])
             if skipped:
                 send_away(block.module)
             return result
 
         return around
-
-
-@contextlib.contextmanager
-def _kept(slot: Slot, state: TransformerState) -> Iterator[None]:
-    """Leave all that is known of the running forward as it is, whatever forwards run inside the block."""
-    of_slot = {**vars(slot), "reached": set(slot.reached)}
-    of_state = {name: getattr(state, name) for name in ("layout", "batch", "ulysses", "ring")}
-    of_layers = [(layer, layer.calls, layer.processor._dit_accel_sparse) for layer in state.layers]
-    try:
-        yield
-    finally:
-        vars(slot).update(of_slot)
-        for name, value in of_state.items():
-            setattr(state, name, value)
-        for layer, calls, sparse in of_layers:
-            layer.calls, layer.processor._dit_accel_sparse = calls, sparse
 
 
 def _refuse_compiled(*args: Any, **kwargs: Any) -> None:
@@ -278,12 +259,6 @@ def _fetched(module: nn.Module) -> AroundCall:
         return run(*args, **kwargs)
 
     return around
-
-
-def _wrapped(
-    function: AroundBlock, context: StepContext, block: Block, run: Callable[[Streams], Streams]
-) -> Callable[[Streams], Streams]:
-    return lambda streams: function(context, block, run, streams)
 
 
 def find_blocks(adapter: Adapter, transformer: nn.Module) -> tuple[Block, ...]:

@@ -1,6 +1,6 @@
 """The denoising state of one attachment: which run, step and branch its transformers are in.
 
-It is updated by `cache_context` and before each forward, both outside what users compile. What a context tells is
+It is updated by `cache_context` and before each forward, both outside what users compile. What a context states is
 believed; the rest follows from the pipeline in whose call the forward runs. In a loop written by hand it follows from
 the timesteps, and from the scheduler of the pipeline that methods are attached to as long as it lists these.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..plan.context import StepContext
 from .calls import Held, tensors_in, text_in
+from .forward_state import ForwardState
 from .layers import Branch, TransformerState
 from .running import PipelineRun
 from .steps import Schedule, Timeline, noise_level, noisiest, timeline_of
@@ -26,12 +27,16 @@ class DenoisingState:
 
     Args:
         pipe: the pipeline, or None where methods are attached to a transformer alone.
+        forward: the attachment's, whose layout and rows `context` tells.
         begin_run: called when a run begins: another generation, or a single forward in training.
         drop: called where what methods learned may belong to another branch.
     """
 
-    def __init__(self, pipe: Any, begin_run: Callable[[], None], drop: Callable[[], None]) -> None:
+    def __init__(
+        self, pipe: Any, forward: ForwardState, begin_run: Callable[[], None], drop: Callable[[], None]
+    ) -> None:
         self._pipe = _reference(pipe)
+        self._forward = forward
         self._begin_run = begin_run
         self._drop = drop
         self._run: PipelineRun | None = None
@@ -41,7 +46,7 @@ class DenoisingState:
         self._timeline = Timeline()
         self._timestep = -math.inf
         self._number = 0
-        self._steps_told: int | None = None
+        self._stated_steps: int | None = None
         self._first: dict[tuple[str, str], Held] = {}  # latents of the first step of a loop written by hand
         self.step_index = 0
         self.num_inference_steps: int | None = None
@@ -54,24 +59,24 @@ class DenoisingState:
         return self._pipe()
 
     def enter(
-        self, state: TransformerState, name: str, told: Mapping[str, Any], run: PipelineRun | None = None
+        self, state: TransformerState, name: str, stated: Mapping[str, Any], run: PipelineRun | None = None
     ) -> None:
-        """Note that a denoising call begins: ``cache_context`` with what it tells, in a pipeline's run or in none."""
-        told = {field: value for field, value in told.items() if value is not None}
+        """Note that a denoising call begins: ``cache_context`` with what it states, in a pipeline's run or in none."""
+        stated = {field: value for field, value in stated.items() if value is not None}
         outer = state.branches[-1].name + "/" if state.nested else ""
-        state.branches.append(Branch(outer + name, told))
-        step, steps = told.get("step_index"), told.get("num_inference_steps")
+        state.branches.append(Branch(outer + name, stated))
+        step, steps = stated.get("step_index"), stated.get("num_inference_steps")
         if step is None or state.nested:
             return
-        if self._begins(run) or self.training or step < self.step_index or steps != self._steps_told:
+        if self._begins(run) or self.training or step < self.step_index or steps != self._stated_steps:
             self._start()
-            self._steps_told = steps
+            self._stated_steps = steps
             if run is not None:
                 self._timeline = timeline_of(run.pipe)
         self.training = False
         self.step_index = self._number = step
         self.num_inference_steps = self._timeline.steps if steps is None else steps
-        self.sigma = told.get("sigma", None if run is None else noise_level(_scheduler(run.pipe)))
+        self.sigma = stated.get("sigma", None if run is None else noise_level(_scheduler(run.pipe)))
 
     def leave(self, state: TransformerState) -> None:
         """Note that the denoising call ended, or was aborted."""
@@ -91,7 +96,7 @@ class DenoisingState:
     def forward(
         self, state: TransformerState, inputs: Mapping[str, Any], training: bool, run: PipelineRun | None
     ) -> None:
-        """Note that a forward begins, and infer of its step what no context told.
+        """Note that a forward begins, and infer of its step what no context states.
 
         Args:
             state: the transformer's.
@@ -101,21 +106,21 @@ class DenoisingState:
         """
         if state.nested:
             return
-        told = state.branches[-1].told if state.branches else {}
-        if "step_index" not in told and training:
+        stated = state.branches[-1].stated if state.branches else {}
+        if "step_index" not in stated and training:
             self._start()
             self.training, self.sigma = True, None
             return
         given = inputs.get(state.adapter.timestep)
-        if "step_index" not in told:
-            self._infer(state, given, told, run)
+        if "step_index" not in stated:
+            self._infer(state, given, stated, run)
             if not state.branches:
                 number = state.calls_seen.number(self._timestep, text_in(state.adapter, inputs), self._timeline.repeats)
                 state.calls, lost = number
                 if lost:
                     self._drop()
-        elif run is None and ("num_inference_steps" not in told or "sigma" not in told):
-            self._follow_by_hand(given, told, state.adapter.rising_timesteps)
+        elif run is None and ("num_inference_steps" not in stated or "sigma" not in stated):
+            self._follow_by_hand(given, stated, state.adapter.rising_timesteps)
         if run is None:
             self._look_for_another_begin(state, inputs)
 
@@ -131,14 +136,14 @@ class DenoisingState:
             step_index=self.step_index,
             num_inference_steps=self.num_inference_steps,
             sigma=self.sigma,
-            layout=state.layout,
-            batch=state.batch,
+            layout=self._forward.layout,
+            batch=self._forward.batch,
             training=self.training,
-            told=bool(state.branches) and state.branches[-1].tells_step,
+            tells_step=bool(state.branches) and state.branches[-1].tells_step,
         )
 
     def _infer(
-        self, state: TransformerState, timestep: Tensor | None, told: Mapping[str, Any], run: PipelineRun | None
+        self, state: TransformerState, timestep: Tensor | None, stated: Mapping[str, Any], run: PipelineRun | None
     ) -> None:
         """Infer the step from the timesteps; equal ones are calls of one step."""
         value = noisiest(timestep, state.adapter.rising_timesteps)
@@ -150,17 +155,17 @@ class DenoisingState:
         self.training = False
         self._timestep = value if timestep is not None else -math.inf
         if run is None:
-            self._follow_by_hand(timestep, told, state.adapter.rising_timesteps)
+            self._follow_by_hand(timestep, stated, state.adapter.rising_timesteps)
             self.step_index = self._timeline.step_of(self._number)
             return
         if begins:
             self._timeline = timeline_of(run.pipe)
-        self.num_inference_steps = told.get("num_inference_steps", self._timeline.steps)
+        self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
         self.step_index = self._timeline.step_of(self._number)
-        self.sigma = told.get("sigma", noise_level(_scheduler(run.pipe)))
+        self.sigma = stated.get("sigma", noise_level(_scheduler(run.pipe)))
 
-    def _follow_by_hand(self, timestep: Tensor | None, told: Mapping[str, Any], rising: bool) -> None:
-        """Take what is not told of a loop written by hand from the attached pipeline's scheduler, if it is followed.
+    def _follow_by_hand(self, timestep: Tensor | None, stated: Mapping[str, Any], rising: bool) -> None:
+        """Take what is not stated of a loop written by hand from the attached pipeline's scheduler, if it is followed.
 
         Its timesteps must be the loop's, one after the other, and not those of a pipeline's own run before.
         """
@@ -168,19 +173,19 @@ class DenoisingState:
         if self._number == 0 and self._schedule is None:
             own = getattr(scheduler, "timesteps", None) is not self._taken()
             self._schedule = Schedule(scheduler if own else None)
-        value, dtype, places = told.get("timestep"), None, None
+        value, dtype, positions = stated.get("timestep"), None, None
         if value is None and timestep is not None:
             value, dtype = noisiest(timestep, rising) * (-1 if rising else 1), timestep.dtype
         if value is not None and self._schedule is not None:
             value = float(value.max() if isinstance(value, Tensor) else value)
-            places = self._schedule.follow(value, dtype, self._number)
-        found = None
-        if places is None or self._schedule is None:
+            positions = self._schedule.follow(value, dtype, self._number)
+        sigma = None
+        if positions is None or self._schedule is None:
             self._schedule, self._timeline = Schedule(None), Timeline()
         else:
-            self._timeline, found = self._schedule.timeline(places[0]), self._schedule.noise_level(places[1])
-        self.num_inference_steps = told.get("num_inference_steps", self._timeline.steps)
-        self.sigma = told.get("sigma", found)
+            self._timeline, sigma = self._schedule.timeline(positions[0]), self._schedule.noise_level(positions[1])
+        self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
+        self.sigma = stated.get("sigma", sigma)
 
     def _look_for_another_begin(self, state: TransformerState, inputs: Mapping[str, Any]) -> None:
         """Find a loop written by hand that was broken off in its first step and begun again: its call comes twice.
@@ -209,7 +214,7 @@ class DenoisingState:
             )
 
     def _begins(self, run: PipelineRun | None) -> bool:
-        """Tell whether another run began since this was last asked: another call of a pipeline, or other timesteps."""
+        """Tell whether another run began since the last look: another call of a pipeline, or other timesteps."""
         pipe = self.pipe if run is None else run.pipe
         timesteps = getattr(_scheduler(pipe), "timesteps", None)
         new = timesteps is not None and timesteps is not self._timesteps()
@@ -226,7 +231,7 @@ class DenoisingState:
         self._begin_run()
         self.step_index = self._number = 0
         self._timestep = -math.inf
-        self._timeline, self._schedule, self._steps_told = Timeline(), None, None
+        self._timeline, self._schedule, self._stated_steps = Timeline(), None, None
         self._first.clear()
         self.num_inference_steps, self.training = None, False
 

@@ -65,23 +65,23 @@ class Schedule:
         self._values = [float(one) for one in values] if values is not None else []
         config = getattr(scheduler, "config", None)
         self._trained = float(getattr(config, "num_train_timesteps", None) or 1000)
-        self._starts: dict[tuple[float, float], int] = {}  # offset and factor of a timestep -> place of the run's first
+        self._starts: dict[tuple[float, float], int] = {}  # offset and factor of a timestep -> where the run began
 
     def __len__(self) -> int:
         return len(self._values)
 
     def timeline(self, start: int) -> Timeline:
-        """Return the steps of a run that begins at the timestep at this place, counted from 0."""
-        left, different = len(self._values[start:]), _different(self._values[start:])
-        halves = getattr(self._scheduler, "order", 1) == 2 and different == left > 1
-        return Timeline((different + 2) // 2 if halves else different, halves, repeats=different < left)
+        """Return the steps of a run that begins at the timestep at this position, counted from 0."""
+        remaining, different = len(self._values[start:]), _different(self._values[start:])
+        halves = getattr(self._scheduler, "order", 1) == 2 and different == remaining > 1
+        return Timeline((different + 2) // 2 if halves else different, halves, repeats=different < remaining)
 
-    def noise_level(self, place: int) -> float | None:
-        """Return the sigma of the timestep at a place, or None where there is none."""
-        return _noise_level_at(self._scheduler, place)
+    def noise_level(self, position: int) -> float | None:
+        """Return the sigma of the timestep at a position, or None where there is none."""
+        return _noise_level_at(self._scheduler, position)
 
     def follow(self, timestep: float, dtype: torch.dtype | None, number: int) -> tuple[int, int] | None:
-        """Return at which places a run began and stands; None: it does not follow the list, one after the other.
+        """Return at which positions a run began and stands; None: it does not follow the list, one after the other.
 
         A scheduler that was never told how many steps to take lists all that the model was trained on: no run's.
 
@@ -94,40 +94,40 @@ class Schedule:
             return None
         whole = dtype is not None and not dtype.is_floating_point
         epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
-        trained, found = self._trained, {}
+        trained, matches = self._trained, {}
         scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
         for offset, factor in scales:
             far = [abs(offset + factor * one - timestep) for one in self._values]
             start = far.index(min(far)) if number == 0 and far else self._starts.get((offset, factor), 0)
-            place = self._later(start, number)
+            position = self._later(start, number)
             allowed = abs(factor) * (trained * epsilon + (whole and abs(factor) == 1))
-            if place is not None and far[place] <= allowed:
-                found[offset, factor] = far[place] / allowed, start, place
-        self._starts = {scale: start for scale, (_, start, _) in found.items()}
-        return min(found.values())[1:] if found else None
+            if position is not None and far[position] <= allowed:
+                matches[offset, factor] = far[position] / allowed, start, position
+        self._starts = {scale: start for scale, (_, start, _) in matches.items()}
+        return min(matches.values())[1:] if matches else None
 
     def _later(self, start: int, number: int) -> int | None:
-        """Return the place of the ``number``-th different timestep after the one at a place, or None."""
-        for place in range(start, len(self)):
-            number -= place > start and self._values[place] != self._values[place - 1]
+        """Return the position of the ``number``-th different timestep after the one at a position, or None."""
+        for position in range(start, len(self)):
+            number -= position > start and self._values[position] != self._values[position - 1]
             if number == 0:
-                return place
+                return position
         return None
 
 
 def timeline_of(pipe: Any) -> Timeline:
     """Return the steps of the run that a pipeline has begun.
 
-    A run that starts in the middle (image to image, ``strength`` below 1) has the steps that are left.
+    A run that starts in the middle (image to image, ``strength`` below 1) has the steps that remain.
     """
     scheduler = getattr(pipe, "scheduler", None)
     schedule = Schedule(scheduler)
     if not len(schedule):
         return Timeline()
-    left = getattr(pipe, "_num_timesteps", None)
-    if not isinstance(left, int) or not 0 < left <= len(schedule):
-        left = len(schedule) - (getattr(scheduler, "begin_index", None) or 0)
-    return schedule.timeline(len(schedule) - left)
+    remaining = getattr(pipe, "_num_timesteps", None)
+    if not isinstance(remaining, int) or not 0 < remaining <= len(schedule):
+        remaining = len(schedule) - (getattr(scheduler, "begin_index", None) or 0)
+    return schedule.timeline(len(schedule) - remaining)
 
 
 def _different(values: list[float]) -> int:

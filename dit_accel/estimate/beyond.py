@@ -20,13 +20,13 @@ def beyond_trained(family: Family, layout: TokenLayout) -> dict[str, tuple[int, 
     return {axis: (lengths[axis], most) for axis, most in family.trained.items() if lengths[axis] > most}
 
 
-def helpful(adapter: Adapter, family: Family, axis: str) -> list[str]:
+def methods_for_axis(adapter: Adapter, family: Family, axis: str) -> list[str]:
     """Return the methods that help along an axis and work on a model with nothing but their defaults.
 
     Those that change attention stand before those that change positions.
     """
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
-    found = []
+    names = []
     for name, config_type in methods().items():
         config = config_type()
         if name in family.not_advised or axis not in handler_of(config).extends:
@@ -35,8 +35,8 @@ def helpful(adapter: Adapter, family: Family, axis: str) -> list[str]:
             make_handlers([config], model, alone=False)
         except ConfigError:
             continue
-        found.append(name)
-    return found[::-1]  # the registry has those of the first phase, positions, first
+        names.append(name)
+    return names[::-1]  # the registry has those of the first phase, positions, first
 
 
 def advice(adapter: Adapter, family: Family, layout: TokenLayout, attached: Sequence[MethodConfig]) -> list[str]:
@@ -54,7 +54,7 @@ def advice(adapter: Adapter, family: Family, layout: TokenLayout, attached: Sequ
         if axis in served or (axis == "width" and texts and "height" in beyond_trained(family, layout)):
             continue
         unit = {"frames": "latent frames", "height": "rows of tokens", "width": "columns of tokens"}[axis]
-        flags = [f"--{name}" for name in helpful(adapter, family, axis)]
+        flags = [f"--{name}" for name in methods_for_axis(adapter, family, axis)]
         hint = f"; attach {' or '.join(flags)}" if flags else "; no method for that works on it with its defaults"
         texts.append(
             f"{tokens} {unit} are {tokens / trained:.2f} times the {trained} that {family.name} was trained on, beyond "

@@ -14,7 +14,7 @@ from typing import Any
 from ..adapters.adapter import Adapter, Family
 from ..adapters.rope import check_lengths
 from ..errors import ConfigError
-from ..methods.base import Handler, Model
+from ..methods.base import Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..methods.saving import Saving
@@ -191,16 +191,15 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as plain numbers, for JSON; sizes in pixels, tokens, FLOPs and bytes."""
-        whole = usual_tiles(self.layout) ** 2
-        tiles = self.tiles
+        whole, tiles = usual_tiles(self.layout) ** 2, self.tiles
+
+        def values(*names: str) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in names}
+
         return {
             "family": self.family.name,
             "repo": self.family.repo,
-            "height": self.height,
-            "width": self.width,
-            "num_frames": self.num_frames,
-            "num_inference_steps": self.num_inference_steps,
-            "forwards": self.forwards,
+            **values("height", "width", "num_frames", "num_inference_steps", "forwards"),
             "frames": self.layout.frames,
             "tokens_per_frame": self.layout.tokens_per_frame,
             "tokens": self.layout.visual_tokens,
@@ -208,20 +207,9 @@ class Estimate:
             "tiles_total": tiles.total if tiles else whole,
             "tiles_kept": tiles.kept if tiles else whole,
             "density": tiles.density if tiles else 1.0,
-            "dense_share": self.dense_share,
-            "forward_share": self.forward_share,
-            "computed_blocks": self.computed_blocks,
-            "attention_share": self.attention_share,
-            "attention_flops": self.attention_flops,
-            "total_flops": self.total_flops,
-            "times_trained": self.times_trained,
-            "planned_attention_flops": self.planned_attention_flops,
-            "planned_total_flops": self.planned_total_flops,
-            "tile_list_bytes": self.tile_list_bytes,
-            "pooled_bytes": self.pooled_bytes,
-            "carried_bytes": self.carried_bytes,
-            "state_bytes": self.state_bytes,
-            "kernel_cost": self.kernel_cost,
+            **values("dense_share", "forward_share", "computed_blocks", "attention_share", "attention_flops"),
+            **values("total_flops", "times_trained", "planned_attention_flops", "planned_total_flops"),
+            **values("tile_list_bytes", "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost"),
             "predicted_speedup": self.speedup,
             "equal_steps": self.equal_steps,
             "methods": {name: dict(options) for name, options in self.methods.items()},
@@ -313,12 +301,8 @@ def estimate(
         width=width,
         num_frames=frames,
         num_inference_steps=steps,
-        methods=_options(handlers),
+        methods={handler.name: handler.settings.to_dict() for handler in handlers},
         savings=savings,
         tiles=tiles_left(savings, steps, family.layers, usual_tiles(layout)),
         kernel_cost=kernel_cost,
     )
-
-
-def _options(handlers: Sequence[Handler]) -> dict[str, Mapping[str, Any]]:
-    return {handler.name: handler.settings.to_dict() for handler in handlers}

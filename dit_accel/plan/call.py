@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .masks import key_padding
@@ -20,6 +22,8 @@ class Call:
         scale: factor on the logits; None: 1 / sqrt(D).
         backend: the kernel backend's name.
         tokens_first: the model holds its tensors as [B, S, H, D] in memory, and expects its output so.
+        rows: int64 [S'], the tokens that q holds, rising, S' in place of S; None: all. Under ring attention a process
+            has the queries of its own tokens, and the keys of all.
     """
 
     q: Tensor
@@ -29,6 +33,7 @@ class Call:
     scale: float | None = None
     backend: str = "auto"
     tokens_first: bool = False
+    rows: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -36,8 +41,24 @@ class Call:
         return self.k.shape[2]
 
     def values(self) -> Tensor:
-        """Return V with a head for every query head, [B, H, S, D]: a copy."""
-        return self.v.repeat_interleave(self.q.shape[1] // self.v.shape[1], 1)
+        """Return V with a head for every query head, of the tokens that q holds, [B, H, S, D]: a copy."""
+        v = self.v if self.rows is None else self.v.index_select(2, self.rows)
+        return v.repeat_interleave(self.q.shape[1] // v.shape[1], 1)
+
+    def queries(self, tokens: Tensor) -> Tensor:
+        """Return the queries of some tokens, int64 [G]; zeros for those that q does not hold. [B, H, G, D]: a copy."""
+        if self.rows is None:
+            return self.q.index_select(2, tokens)
+        position = torch.full((self.tokens,), len(self.rows), device=tokens.device)
+        position[self.rows] = torch.arange(len(self.rows), device=tokens.device)
+        queries = F.pad(self.q, (0, 0, 0, 1)).index_select(2, position[tokens])
+        return self.as_held(self.as_held(queries)[0].contiguous())[0]
+
+    def for_planning(self) -> "Call":
+        """Return the call with a query for every token, zeros where q holds some alone: plans follow from positions."""
+        if self.rows is None:
+            return self
+        return replace(self, q=self.q.new_zeros(()).expand(*self.q.shape[:2], self.tokens, self.q.shape[3]), rows=None)
 
     def key_mask(self) -> Tensor | None:
         """Return key validity [B, S] of the mask, True where a key is valid; None without a mask.
@@ -68,7 +89,7 @@ class Call:
 
     @property
     def kernel_layout(self) -> dict[str, Any]:
-        """How the kernels are told the layout of tensors that lie as the model holds its own."""
+        """How the kernels name the layout of tensors that lie as the model holds its own."""
         return {"layout": "bshd" if self.tokens_first else "bhsd"}
 
 

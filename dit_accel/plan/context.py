@@ -28,7 +28,7 @@ class StepContext:
         batch: rows of the forward; None where they are not known yet.
         training: the forward belongs to no generation, so its step means nothing: gradients are recorded in training
             mode, and no pipeline tells a step.
-        told: the pipeline told the step; else it is inferred from the timesteps.
+        tells_step: the pipeline's context states the step; else it is inferred from the timesteps.
     """
 
     transformer: str
@@ -39,7 +39,7 @@ class StepContext:
     layout: TokenLayout | None
     batch: int | None
     training: bool = False
-    told: bool = False
+    tells_step: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

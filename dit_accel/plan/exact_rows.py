@@ -28,14 +28,14 @@ def dense_rows(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | Non
         keys: bool [S], the keys that these rows see; None: all.
     """
     tiles, arguments = _arguments(plan, call, rows, keys)
-    q, k, v = call.as_held(call.q.index_select(2, rows), call.k, call.v)
+    q, k, v = call.as_held(call.queries(rows), call.k, call.v)
     out = block_sparse_attention_eager(q, k, v, tiles, **arguments)
     assert isinstance(out, Tensor)
     out, weight = call.heads_first(out), plan.value_share(call.q.shape[1], call.q.dtype, rows)
     if weight is None:
         return out
-    own = call.v.index_select(2, rows).repeat_interleave(out.shape[1] // call.v.shape[1], 1)
-    return torch.lerp(out, own, weight.expand_as(out))
+    values = call.v.index_select(2, rows).repeat_interleave(out.shape[1] // call.v.shape[1], 1)
+    return torch.lerp(out, values, weight.expand_as(out))
 
 
 def gradients_of_rows(
@@ -64,16 +64,13 @@ def gradients_of_rows(
 
 
 def _arguments(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | None) -> tuple[TileLists, dict[str, Any]]:
-    decay, mask = plan.frame_decay, call.key_mask()
+    decay = plan.frame_decay
     if decay is not None:
         decay = FrameDecay(table=decay.table, q_frames=decay.q_frames[rows], k_frames=decay.k_frames)
+    tiles = full_tiles(len(rows), call.tokens, TILE, str(call.k.device))
+    bare = AttentionPlan(tiles=tiles, head_scale=plan.head_scale, frame_decay=decay)
+    tiles, arguments = bare.kernel_arguments(call)
     if keys is not None:
-        mask = keys.expand(len(call.k), -1) if mask is None else mask & keys
-    return full_tiles(len(rows), call.tokens, TILE, str(call.k.device)), {
-        **call.kernel_layout,
-        "scale": call.scale,
-        "head_scale": plan.head_scale,
-        "key_mask": mask,
-        "frame_decay": decay,
-        "backend": call.backend,
-    }
+        mask = arguments["key_mask"]
+        arguments["key_mask"] = keys.expand(len(call.k), -1) if mask is None else mask & keys
+    return tiles, arguments

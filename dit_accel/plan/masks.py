@@ -36,25 +36,25 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     Raises:
         ConfigError: for any other mask. All but boolean key padding is read back from the device to be sure.
     """
-    asked = f"sparse attention follows masks that hide keys, [{batch}, 1, 1, {keys}] or the like"
-    found = f"the model passes {mask.dtype} {list(mask.shape)}"
+    expected = f"sparse attention follows masks that hide keys, [{batch}, 1, 1, {keys}] or the like"
+    actual = f"the model passes {mask.dtype} {list(mask.shape)}"
     if not mask.dtype.is_floating_point and mask.dtype != torch.bool:
-        raise ConfigError(f"{asked}, boolean or additive; {found}; detach the sparse methods from this model")
+        raise ConfigError(f"{expected}, boolean or additive; {actual}; detach the sparse methods from this model")
     if mask.dtype.is_floating_point:
         if not bool(((mask == 0) | (mask <= HIDDEN)).all()):
             raise ConfigError(
-                f"{asked}; {found} with biases other than 0 and {HIDDEN:g} or less; pass the text's mask as booleans "
-                "(prompt_attention_mask=mask.bool()) where the pipeline takes it, or detach the sparse methods"
+                f"{expected}; {actual} with biases other than 0 and {HIDDEN:g} or less; pass the text's mask as "
+                "booleans (prompt_attention_mask=mask.bool()) where the pipeline takes it, or detach the sparse methods"
             )
         mask = mask == 0
     if mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
         return mask.reshape(-1, keys).expand(batch, keys)
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
-        raise ConfigError(f"{asked}; {found}; detach the sparse methods from this model")
+        raise ConfigError(f"{expected}; {actual}; detach the sparse methods from this model")
     valid = mask[:, :1].any(2, keepdim=True)
     if not bool((mask == (mask[:, :1].any(3, keepdim=True) & valid)).all()):
         raise ConfigError(
-            f"{asked}; {found} that pairs queries with keys in another way (it is not an outer product of valid "
+            f"{expected}; {actual} that pairs queries with keys in another way (it is not an outer product of valid "
             "queries and valid keys); detach the sparse methods from this model"
         )
     return valid.reshape(-1, keys).expand(batch, keys)

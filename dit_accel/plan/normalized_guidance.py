@@ -1,4 +1,4 @@
-"""Rows of an attention call whose output is led away from that of other rows, which hold a negative text."""
+"""Guidance inside attention: the prompt's rows are pushed away from those of a negative text, and normalized."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from .heads import HeadShare
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormalizedGuidance:
-    """Which rows of a call are led away from which others, and how far (`dit_accel.rules.guidance.normalized`).
+    """Which rows of a call are guided away from which others, and how far (`dit_accel.rules.guidance.normalized`).
 
     Attributes:
         positive: the rows that hold the prompt.
         negative: as many rows, in the same order, that hold a negative text and else the same tokens.
-        tokens: the tokens that are led, and are the same in both afterwards; text keeps what is its own.
+        tokens: the tokens that are guided, and are the same in both afterwards; text keeps what is its own.
         scale: s.
         tau: longest G, in lengths of Z+.
         alpha: weight of G.
@@ -30,18 +30,25 @@ class NormalizedGuidance:
     alpha: float
     heads: HeadShare | None = None
 
-    def applied(self, out: Tensor) -> Tensor:
-        """Return a call's output [B, H, S, D] with these rows led; the given one is not changed.
+    def applied(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return a call's output [B, H, S, D] with these rows guided; the given one is not changed.
 
         A token's length is that over all heads, as they stand before the output projection.
+
+        Args:
+            out: the output.
+            rows: int64 [S'], the tokens that it holds, rising, S' in place of S; None: all.
         """
+        tokens = self.tokens
+        if rows is not None:
+            tokens = slice(*(int((rows < token).sum()) for token in (tokens.start, tokens.stop)))
         positive, negative = (
-            out[rows, :, self.tokens].transpose(1, 2).flatten(2) for rows in (self.positive, self.negative)
+            out[batch, :, tokens].transpose(1, 2).flatten(2) for batch in (self.positive, self.negative)
         )
         shared = {} if self.heads is None else {"summed": self.heads.summed}
-        led = normalized(positive, negative, self.scale, self.tau, self.alpha, **shared).to(out.dtype)
-        led = led.unflatten(2, (out.shape[1], -1)).transpose(1, 2)
+        guided = normalized(positive, negative, self.scale, self.tau, self.alpha, **shared).to(out.dtype)
+        guided = guided.unflatten(2, (out.shape[1], -1)).transpose(1, 2)
         out = out.clone()
-        out[self.positive, :, self.tokens] = led
-        out[self.negative, :, self.tokens] = led
+        out[self.positive, :, tokens] = guided
+        out[self.negative, :, tokens] = guided
         return out

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote
 from torch import Tensor
 
 from ..errors import ConfigError
+from .call import Call
 from .normalized_guidance import NormalizedGuidance
+from .tiling import TILE, full_tiles
 
 Rest = Literal["skip", "pooled"]
 """What becomes of a tile that is not exact: left out, or entered as one key, its tokens' mean."""
@@ -63,7 +65,7 @@ class AttentionPlan:
         selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
         row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
         reused: rows that are not computed.
-        led: rows of the batch that are led away from others, last of all.
+        guidance: rows of the batch that are guided away from others, last of all.
     """
 
     key_mean: Tensor | None = None
@@ -77,12 +79,32 @@ class AttentionPlan:
     selection: Selection | None = None
     row_override: RowOverride | None = None
     reused: ReusedRows | None = None
-    led: NormalizedGuidance | None = None
+    guidance: NormalizedGuidance | None = None
 
     @property
     def needs_kernel(self) -> bool:
         """Whether our kernels must run the call; else it goes to the user's own dense attention backend."""
-        return any(x is not None for x in (self.tiles, self.selection, self.frame_decay, self.row_override))
+        return not (
+            self.tiles is None and self.selection is None and self.frame_decay is None and self.row_override is None
+        )
+
+    def kernel_arguments(self, call: Call) -> tuple[TileLists, dict[str, Any]]:
+        """Return the tiles and the further arguments of the kernels' call, its keys being centred already."""
+        tiles = self.tiles
+        if tiles is None:
+            tiles = full_tiles(call.q.shape[2], call.tokens, TILE, str(call.q.device))
+        return tiles, {
+            **call.kernel_layout,
+            "scale": call.scale,
+            "head_scale": self.head_scale,
+            "key_mask": call.key_mask(),
+            "frame_decay": self.frame_decay,
+            "token_order": self.token_order,
+            "identity_mix": self.identity_mix,
+            "identity_rows": self.identity_rows,
+            "selection": self.selection,
+            "backend": call.backend,
+        }
 
     @property
     def is_dense(self) -> bool:
@@ -257,7 +279,7 @@ class AttentionPlan:
         return replace(self, reused=reused)
 
     def of_rows(self, rows: slice, batch: int, heads: int) -> "AttentionPlan":
-        """Return the plan of some rows of the batch, without what it reuses or leads.
+        """Return the plan of some rows of the batch, without what it reuses or guides.
 
         Args:
             rows: which.
@@ -278,21 +300,21 @@ class AttentionPlan:
             value = getattr(self, name)
             if value is not None and value.ndim > 1 and len(value) == batch:
                 parts[name] = value[rows]
-        return replace(self, **parts, reused=None, led=None)
+        return replace(self, **parts, reused=None, guidance=None)
 
-    def lead(self, led: NormalizedGuidance) -> "AttentionPlan":
-        """Return the plan with rows of the batch led away from others.
+    def guide(self, guidance: NormalizedGuidance) -> "AttentionPlan":
+        """Return the plan with rows of the batch guided away from others.
 
         Raises:
-            ConfigError: if it leads some already.
+            ConfigError: if it guides some already.
         """
-        self._require_free("set of led rows", self.led)
-        return replace(self, led=led)
+        self._require_free("set of guided rows", self.guidance)
+        return replace(self, guidance=guidance)
 
     def require_gradient(self) -> None:
-        """Raise `ConfigError` if the plan's output has no gradient: if it leads rows away from others."""
-        if self.led is not None:
-            raise ConfigError("attention that is led away from a negative text has no gradient; detach nag to train")
+        """Raise `ConfigError` if the plan's output has no gradient: if it guides rows away from others."""
+        if self.guidance is not None:
+            raise ConfigError("attention that is guided away from a negative text has no gradient; detach nag to train")
 
     def centred(self, k: Tensor) -> Tensor:
         """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""

@@ -28,10 +28,10 @@ def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, T
     assert tiles is not None
     q, k = call.q.index_select(2, rows), call.k
     (batch, heads), keys = q.shape[:2], k.shape[2]
-    place = rows
+    position = rows
     if order is not None:
         k = k.index_select(2, order)
-        place = torch.empty_like(order).index_copy_(0, order, torch.arange(keys, device=order.device))[rows]
+        position = torch.empty_like(order).index_copy_(0, order, torch.arange(keys, device=order.device))[rows]
     wide = torch.promote_types(q.dtype, torch.float32)
     shape = (batch, heads, tiles.query_tiles, tiles.key_tiles)
     gaps = torch.full(shape, -torch.inf, dtype=wide, device=q.device)
@@ -41,7 +41,7 @@ def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, T
         top = x.amax(-1)
         peak = top.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # a row without a valid key
         mass = (x - peak[..., None]).exp2().sum(-1)
-        block_row = place[part] // tiles.block_q
+        block_row = position[part] // tiles.block_q
         block_row = block_row[:, None].expand_as(top)
         gaps[b, h].scatter_reduce_(0, block_row, top - peak, "amax")
         share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)

@@ -26,7 +26,7 @@ class CallShares:
 
 
 @dataclass(slots=True)
-class Forward:
+class ForwardCounts:
     """What one denoising call (transformer, step, branch) ran."""
 
     dense_layers: int = 0
@@ -41,7 +41,7 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self.forwards: dict[tuple[str, int, str], Forward] = {}
+        self.forwards: dict[tuple[str, int, str], ForwardCounts] = {}
         self.notes: list[str] = []
         self.backends: set[str] = set()
         self.torch_ways: set[str] = set()
@@ -53,10 +53,10 @@ class Recorder:
         """Whether any attention call followed a plan."""
         return any(entry.calls for entry in self.forwards.values())
 
-    def spell_backend(self, asked: str) -> str:
-        """Return the backend asked for and, once a planned call ran, what it resolved to and how torch computed."""
+    def spell_backend(self, requested_name: str) -> str:
+        """Return the requested backend and, once a planned call ran, what it resolved to and how torch computed."""
         used = ", ".join(sorted(self.backends))
-        spelled = f"{asked} ({used})" if used and used != asked else asked
+        spelled = f"{requested_name} ({used})" if used and used != requested_name else requested_name
         return "; ".join([spelled, *(f"torch: {way}" for way in sorted(self.torch_ways))])
 
     def ran_by(self, backend: str, q: Tensor) -> None:
@@ -72,29 +72,34 @@ class Recorder:
 
     def forward(self, transformer: str, branch: str, step_index: int, dense_layers: int) -> None:
         """Count one denoising call and the layers of it that run dense."""
-        entry = self.forwards.setdefault((transformer, step_index, branch), Forward())
+        entry = self.forwards.setdefault((transformer, step_index, branch), ForwardCounts())
         entry.dense_layers += dense_layers
 
-    def sparse_call(self, context: CallContext, plan: AttentionPlan, rows: float = 1.0) -> None:
-        """Count one attention call that follows a plan's lists, over a share ``rows`` of the pairs."""
-        tiles = plan.tiles
-        exact, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
-        self._calls(context).append(CallShares(context.layer, rows * exact, rows * pooled))
+    def planned_call(
+        self, context: CallContext, plan: AttentionPlan, exact: Tensor | None = None, rows: float = 1.0
+    ) -> None:
+        """Count one attention call that follows a plan.
 
-    def selected_call(self, context: CallContext, plan: AttentionPlan, exact: Tensor, rows: float = 1.0) -> None:
-        """Count one attention call whose selection left ``exact``, bits int32 [B, H, NQ, W]; see `sparse_call`."""
+        Args:
+            context: when it ran.
+            plan: what it followed.
+            exact: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: it has none.
+            rows: share of the pairs that it is over.
+        """
         tiles, selection = plan.tiles, plan.selection
-        assert tiles is not None
-        assert selection is not None
+        if exact is None or tiles is None or selection is None:
+            kept, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
+            self._calls(context).append(CallShares(context.layer, rows * kept, rows * pooled))
+            return
         size = tiles.query_tiles * tiles.key_tiles
         by_head = count_bits(exact).sum(-1).float().mean(0) / size
-        left = tiles.density
+        remaining = tiles.density
         if selection.keep is not None and selection.rest == "skip":
             free = selection.keep if selection.pinned is None else selection.keep | selection.pinned
-            left = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
-        pooled = tiles.tiles_pooled / tiles.tiles_total + (left - by_head.mean()).clamp(min=0)  # rounding may leave -0
-        shares = CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head)
-        self._calls(context).append(shares)
+            remaining = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
+        dropped = (remaining - by_head.mean()).clamp(min=0)  # rounding may leave -0
+        pooled = tiles.tiles_pooled / tiles.tiles_total + dropped
+        self._calls(context).append(CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head))
 
     def settle(self) -> None:
         """Turn the shares that are still tensors into numbers, in one transfer a device."""
@@ -110,4 +115,6 @@ class Recorder:
                 call.exact, call.pooled, call.by_head = exact, pooled, tuple(by_head)
 
     def _calls(self, context: CallContext) -> list[CallShares]:
-        return self.forwards.setdefault((context.transformer, context.step_index, context.branch), Forward()).calls
+        return self.forwards.setdefault(
+            (context.transformer, context.step_index, context.branch), ForwardCounts()
+        ).calls

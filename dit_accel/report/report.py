@@ -63,7 +63,7 @@ class Report:
 
     Attributes:
         methods: method name -> its options, every recipe value filled in.
-        backend: the kernel backend asked for, what ``auto`` chose, and how the torch backend computed: by its compiled
+        backend: the requested kernel backend, what ``auto`` chose, and how the torch backend computed: by its compiled
             loop, or else why not.
         model: component name -> adapter and family.
         steps: one entry per denoising call, in the order of the run.

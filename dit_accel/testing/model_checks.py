@@ -97,7 +97,7 @@ def check_layout(case: Case) -> None:
 
         latents = case.latents(inputs)
         still = values(latents)
-        frames, height, width, before, after = [int(size) for size in attachment._slot.grid]
+        frames, height, width, before, after = attachment._execution.forward.sizes
         visual, hit, apart = frames * height * width, set(), 0
 
         def tokens_along(axis: int, base: list[int]) -> Iterator[int]:

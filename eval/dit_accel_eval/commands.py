@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from dit_accel_pipelines.options import RUN, Device, Json, Offload
+from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
@@ -14,9 +14,8 @@ from dit_accel.cli.stopping import keeps
 from .vbench.command import evaluate
 
 if TYPE_CHECKING:
-    from .job import Job
-    from .results import Line
-    from .suite import Suite
+    from .runs.results import Line
+    from .suites.job import Job
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("vbench")(evaluate)
@@ -64,19 +63,19 @@ def run_suite(
 
     dit-accel eval report smoke.jsonl -o smoke.html
     """
-    from dit_accel_pipelines.processes import started_process
+    from dit_accel_pipelines.processes.processes import started_process
 
-    from .given import Machine
-    from .job import Job, check_timing, default_out
-    from .reference import default_cache
-    from .results import read_lines
-    from .suite import read_suite
+    from .runs.machine import Machine
+    from .runs.results import read_lines
+    from .suites.job import Job
+    from .suites.reference import default_cache
+    from .suites.suite import read_suite
 
-    check_timing(timed, workers)
     read = read_suite(suite)
+    usual = (2 if timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     job = Job(
-        suite=read, out=out or default_out(suite, read), cache=cache or default_cache(), timed=timed,
-        threads=threads or _usual_threads(read, timed, workers), frames=frames, talk=not quiet and not TALK.is_terminal,
+        suite=read, out=out or suite.parent.parent / "results" / f"{read.name}.jsonl", cache=cache or default_cache(),
+        timed=timed, threads=threads or usual, frames=frames, talk=not quiet and not TALK.is_terminal,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
     if not only_table:
@@ -85,32 +84,25 @@ def run_suite(
         _show_run(job, read_lines(job.out), written=False)
 
 
-def _usual_threads(suite: "Suite", timed: bool, workers: int) -> int | None:
-    """Return the threads of torch where none are asked for; None: as many as torch takes."""
-    if suite.embedded or workers > 1:
-        return 2 if timed else 1
-    return None
-
-
 def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     """Run what a job's file does not hold yet, and show all.
 
     Raises:
         Exit: with code 1, where the budget did not hold all.
     """
-    from dit_accel_pipelines.ranks import Ranks
+    from dit_accel_pipelines.processes.ranks import Ranks
 
-    from .compare import run
-    from .job import clips_of
-    from .results import read_lines
-    from .run_progress import SuiteProgress
+    from .runs.results import read_lines
+    from .suites.compare import run
+    from .suites.job import clips_of
+    from .suites.run_progress import SuiteProgress
 
     quiet = quiet or not Ranks().first
     wanted = clips_of(job.suite, clips)
     keeps(f"what has run stands in {job.out}, and the same command goes on there")
+    job = dataclasses.replace(job, talk=job.talk and not quiet)
     with SuiteProgress(job.suite, wanted, quiet=quiet) as watch:
-        told = dataclasses.replace(job, talk=job.talk and not quiet)
-        stopped = run(told, wanted, workers=workers, watch=watch)
+        stopped = run(job, wanted, workers=workers, watch=watch)
     if not quiet:
         _show_run(job, read_lines(job.out), written=True)
     if stopped:
@@ -120,12 +112,12 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
 
 def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:
     """Print a suite's table, and what to know of it."""
-    from .judges import suite_table
-    from .reference import AGREE
+    from .suites.job import suite_table
+    from .suites.reference import AGREE
 
     print(suite_table(job.suite, lines))
-    apart = {line["clip"]: line for line in lines if line.get("reference_agreement", AGREE) < AGREE}
-    for clip, line in sorted(apart.items()):
+    unconverged = {line["clip"]: line for line in lines if line.get("reference_agreement", AGREE) < AGREE}
+    for clip, line in sorted(unconverged.items()):
         found = f"{line['reference_steps']} steps agree with half as many to {line['reference_agreement']:.1f} dB only"
         warn(f"the reference of clip {clip} did not converge: {found}")
     if written:
@@ -175,8 +167,8 @@ def report_results(
     from .report.lines import read_minimums, read_results
     from .report.writing import markdown_text, write_reports
 
-    asked = read_minimums(minimum or ())
-    reports = [report_of(read_results(path), asked) for path in results]
+    requested = read_minimums(minimum or ())
+    reports = [report_of(read_results(path), requested) for path in results]
     wanted = {"html": output, "csv": csv, "json": json, "markdown": markdown}
     written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, players=players)
     for path in written:
@@ -305,8 +297,8 @@ def score_clips(
     """
     from dit_accel.files import check_writable
 
-    from .results import write_lines
-    from .scoring import score_files
+    from .runs.results import write_lines
+    from .suites.scoring import score_files
 
     if output is not None:
         check_writable(output, "scores")
@@ -322,7 +314,7 @@ def score_clips(
         cells = [f"{line['metrics'][name]:.4f}" if name in line["metrics"] else "" for name in names]
         table.add_row(line["clip"] or f"all {line['frames']} frames", *cells)
     OUT.print(table)
-    told = {(name, reason) for line in lines for key in ("skipped", "unavailable")
+    skips = {(name, reason) for line in lines for key in ("skipped", "unavailable")
             for name, reason in line.get(key, {}).items()}  # fmt: skip
-    for name, reason in sorted(told):
+    for name, reason in sorted(skips):
         warn(f"{name} was skipped: {reason}")

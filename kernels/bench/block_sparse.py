@@ -70,8 +70,8 @@ def timed(calls: dict[str, Call], rounds: int, clock: str, threads: int) -> dict
 
 def relative_error(out: Tensor, truth: Tensor, sample: list[int], block: int) -> float:
     """Root mean square error of the sampled block rows over the truth's root mean square."""
-    found = out.unflatten(2, (-1, block))[:, :, sample].double()
-    return float((found - truth).norm() / truth.norm())
+    sampled = out.unflatten(2, (-1, block))[:, :, sample].double()
+    return float((sampled - truth).norm() / truth.norm())
 
 
 def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[str, Any]]:
@@ -100,22 +100,22 @@ def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[s
         "dtype": dtype,
     }
     records = []
-    for name, found in seconds.items():
-        share = 1.0 if name == "dense" else tiles.density
-        low, median, high = (float(x) for x in torch.tensor(found).quantile(torch.tensor([0.2, 0.5, 0.8])))
-        speedup = statistics.median(d / f for d, f in zip(seconds["dense"], found, strict=True))
+    for name, rounds in seconds.items():
+        density_visited = 1.0 if name == "dense" else tiles.density
+        low, median, high = (float(x) for x in torch.tensor(rounds).quantile(torch.tensor([0.2, 0.5, 0.8])))
+        speedup = statistics.median(d / f for d, f in zip(seconds["dense"], rounds, strict=True))
         records.append(
             {
                 **setting,
                 "candidate": name,
-                "density": round(share, 4),
+                "density": round(density_visited, 4),
                 "seconds": median,
                 "seconds_p20": low,
                 "seconds_p80": high,
                 "dense_seconds": dense,
-                "tflops": 4 * batch * heads * tokens**2 * dim * share / median / 1e12,
+                "tflops": 4 * batch * heads * tokens**2 * dim * density_visited / median / 1e12,
                 "speedup": speedup,
-                "of_ideal": speedup * share,
+                "of_ideal": speedup * density_visited,
                 "relative_error": errors[name],
             }
         )

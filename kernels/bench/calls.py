@@ -83,8 +83,8 @@ class Call:
             return block_sparse_attention_backward(
                 self.grad_out, *self.inputs, self.tiles, **self.arguments, backend=backend
             )
-        found = block_sparse_attention_eager(*self.inputs, self.tiles, **self.arguments, backend=backend)
-        return found if isinstance(found, tuple) else (found,)
+        results = block_sparse_attention_eager(*self.inputs, self.tiles, **self.arguments, backend=backend)
+        return results if isinstance(results, tuple) else (results,)
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call with tensors of another dtype."""

@@ -77,12 +77,12 @@ NAMES = ("dense", "torch", "flex", "gather-sdpa", "gather-bmm", "tile-bmm")
 def exact_rows(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, sample: list[int]) -> Tensor:
     """Attention of the sampled block rows in float64, [B, H, len(sample), block_q, D]: the truth for errors."""
     rows, block = rows_of(tiles), tiles.block_q
-    found = []
+    blocks = []
     for i in sample:
         tokens = (rows[i][:, None] * block + torch.arange(block)).flatten()
-        found.append(
+        blocks.append(
             scaled_dot_product_attention(
                 q[:, :, i * block : (i + 1) * block].double(), k[:, :, tokens].double(), v[:, :, tokens].double()
             )
         )
-    return torch.stack(found, 2)
+    return torch.stack(blocks, 2)

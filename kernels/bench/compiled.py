@@ -1,104 +1,135 @@
-"""Describe what the compilers made of one launch: resources, occupancy, and the instructions of its loops.
+"""Read what the compilers made of a kernel: registers, spilled words, stack, and the tensor cores of its hot loop.
 
-A record's `mix` is of the hot loop, over exact tiles, and its `pooled` is of the loop over pooled tiles, where there is
-one. Both hold `rows` and `columns`, the logits of a turn, and `shared_bytes`, what a block moves in one.
+A loop is a branch to an earlier address with all that lies between, if it holds products and neither a program exit nor
+another such loop. The hot loop is the one with the fewest instructions a product: that of full tiles, which no mask
+touches. Products are tensor-core instructions; where a kernel has none (float32), fused multiply-adds.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
-import listing
-from cards import Target, occupancy
-from recorded import Recorded
-from shared import Turn, shared_bytes
+from targets import Target
 
-COLD = ("expand", "expand_columns", "fold", "pool", "pooled_dkdv", "query_mean", "key_statistics", "route", "delta")
-PRODUCTS = {"fwd": 2, "dq": 3, "dkdv": 4}  # of a logit with a head dim, by kernel
+TENSOR = {  # instruction families of tensor cores, by the heads of their opcodes
+    "wgmma": ("HGMMA", "QGMMA", "IGMMA"),
+    "mma": ("HMMA", "QMMA", "IMMA", "DMMA"),
+    "tcgen05": ("UTCHMMA", "UTCQMMA", "UTCIMMA"),
+    "mfma": ("v_mfma",),
+}
+SPILLS = ("STL", "LDL", "scratch_store", "scratch_load")
+MULTIPLY_ADDS = ("FFMA", "v_fma", "v_pk_fma", "v_fmac", "v_pk_fmac")
+EXITS = ("EXIT", "s_endpgm")
 
 
-def has_hot_loop(launch: Recorded) -> bool:
-    """Whether its first loop must show tensor-core instructions and neither a predicated load nor a select.
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction: its address, or its index on AMD, opcode, whether a predicate guards it, and a jump's target."""
 
-    Gradients of wider heads take blocks too small for wgmma and tcgen05; decay selects between two factors by element.
+    address: int
+    opcode: str
+    guarded: bool = False
+    target: int | None = None
+
+    @property
+    def tensor(self) -> str:
+        """The tensor-core family: wgmma, mma, tcgen05, mfma; empty for any other instruction."""
+        return next((family for family, heads in TENSOR.items() if self.opcode.startswith(heads)), "")
+
+
+_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_AMD = re.compile(r"^\s+([sv]_\w+|ds_\w+|global_\w+|buffer_\w+|scratch_\w+|flat_\w+)\s*([^;]*)")
+
+
+def read_sass(text: str) -> list[Instruction]:
+    """Instructions of `cuobjdump -sass` output, in order; addresses in bytes."""
+    code = []
+    for match in filter(None, map(_SASS.match, text.splitlines())):
+        address, guard, opcode, operands = match.groups()
+        jump = re.search(r"\b0x([0-9a-f]+)\s*$", operands) if opcode.split(".")[0] == "BRA" else None
+        code.append(Instruction(int(address, 16), opcode, bool(guard), int(jump[1], 16) if jump else None))
+    return code
+
+
+def read_amdgcn(text: str) -> list[Instruction]:
+    """Instructions of AMD assembly text, in order."""
+    lines: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"^(\.L\w+):", line):
+            labels[label[1]] = len(lines)
+        if match := _AMD.match(line):
+            lines.append((match[1], match[2].strip()))
+    jumps = ("s_cbranch", "s_branch")
+    return [
+        Instruction(i, opcode, target=labels.get(operands) if opcode.startswith(jumps) else None)
+        for i, (opcode, operands) in enumerate(lines)
+    ]
+
+
+def hot_loop(code: list[Instruction]) -> list[Instruction] | None:
+    """The loop over full tiles, by the module's rule; None where no loop holds products."""
+    on_tensor_cores = any(x.tensor for x in code)
+
+    def products(body: list[Instruction]) -> int:
+        return sum(bool(x.tensor) if on_tensor_cores else x.opcode.startswith(MULTIPLY_ADDS) for x in body)
+
+    index = {x.address: i for i, x in enumerate(code)}
+    spans = []
+    for i, x in enumerate(code):
+        if x.target is not None and x.target <= x.address and x.target in index:
+            body = code[index[x.target] : i + 1]
+            if products(body) and not any(y.opcode in EXITS and not y.guarded for y in body):
+                spans.append((index[x.target], i + 1))
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    bodies = [code[start:end] for start, end in inner]
+    return min(bodies, key=lambda body: len(body) / products(body), default=None)
+
+
+def spilled_words(code: list[Instruction]) -> int:
+    """How many instructions move a register to or from a thread's own memory."""
+    return sum(x.opcode.startswith(SPILLS) for x in code)
+
+
+def read_resources(text: str, names: dict[str, str]) -> dict[str, int]:
+    """Numbers of a compiler's report, each behind its name and a colon.
+
+    Raises ValueError where the report lacks one.
     """
-    kernel = launch.kernel_name
-    if kernel in ("dq", "dkdv"):
-        return launch.constants.get("entry_t_ptr", 0) is None and launch.constants["DIM"] <= 128
-    return kernel not in COLD
+    numbers = {}
+    for key, name in names.items():
+        match = re.search(rf"(?<!\S){re.escape(name)}:\s*(\d+)", text)
+        if match is None:
+            raise ValueError(f"a compiler's report must hold {name}:<number>, found {text.strip()[:80]!r}")
+        numbers[key] = int(match[1])
+    return numbers
 
 
-def turns(launch: Recorded) -> tuple[int, ...]:
-    """Turns of the hot loop from one run of what lies behind a branch in it to the next, then behind two.
+def describe(asm: dict[str, Any], shared: int, target: Target) -> dict[str, Any]:
+    """Registers, stack, spills, shared memory (bytes) and tensor cores of one compiled kernel, from its texts.
 
-    A vote settles a tile, and stores a word, that often; empty where everything runs in every turn.
+    `hot_spills` counts those of the hot loop; it is there only where anything spills and a loop holds products.
     """
-    constants = launch.constants
-    if constants.get("VOTE") is None:
-        return ()
-    chunks = constants["TILE_K"] // constants["BLOCK_K"]
-    return (chunks, 32 * chunks) if chunks > 1 else (32,)
-
-
-def machine_code(asm: dict[str, Any], target: Target) -> tuple[list[listing.Instruction], dict[str, int]]:
-    """Instructions of a compiled kernel, and its registers, spills and stack, from its texts."""
-    if target.backend != "cuda":
-        return listing.read_amdgcn(asm["amdgcn"]), listing.read_amd_resources(asm["amdgcn"])
-    text = _disassemble(asm["cubin"])
-    code = listing.read_sass(text)
-    return code, listing.read_resources(text) | {"spills": sum(map(listing.is_spill, code))}
-
-
-def describe(asm: dict[str, Any], shared: int, launch: Recorded, target: Target) -> dict[str, Any]:
-    """Resources, occupancy and loops of one compiled kernel, from its texts; `shared` in bytes."""
-    ir = listing.read_ir(asm["ttir"])
-    chosen = listing.hot(ir)
-    code, resources = machine_code(asm, target)
-    rules = listing.SASS_RULES if target.backend == "cuda" else listing.AMD_RULES
-    bodies = listing.loops(code)
-    at = listing.machine_hot(bodies, ir, chosen)
-    hot_spills = resources["spills"] if at < 0 else sum(map(listing.is_spill, bodies[at]))
-    blocks, bound = occupancy(target, resources["registers"], shared, launch.num_warps)
-    mix = None if at < 0 else _mix(bodies[at], rules, launch, "BLOCK_K")
-    if mix and turns(launch):
-        depths = listing.by_depth(bodies[at], code)
-        mix |= {"rare": depths[1:], "every": round(listing.every_turn(depths, turns(launch)), 1)}
-    pools = launch.kernel_name == "fwd" and launch.constants.get("pooled_bits_ptr", 0) is not None
-    last = listing.machine_last(bodies, ir) if pools else -1
-    pooled = "BLOCK_P" if "BLOCK_P" in launch.constants else "BLOCK_S"  # as it was when tiles were gathered (tried.py)
+    if target.backend == "cuda":
+        text = _disassemble(asm["cubin"])
+        code = read_sass(text)
+        resources = read_resources(text, {"registers": "REG", "stack": "STACK"}) | {"spills": spilled_words(code)}
+    else:
+        text, code = asm["amdgcn"], read_amdgcn(asm["amdgcn"])
+        names = {"registers": ".vgpr_count", "stack": ".private_segment_fixed_size", "spills": ".vgpr_spill_count"}
+        resources = read_resources(text, names)
+    hot = hot_loop(code)
     return {
         **resources,
-        **({"hot_spills": hot_spills} if resources["spills"] else {}),
+        **({"hot_spills": spilled_words(hot)} if resources["spills"] and hot is not None else {}),
         "shared": shared,
         "shared_limit": target.shared_block,
-        "blocks": blocks,
-        "bound": bound,
-        "tensor": "" if at < 0 else "+".join(sorted({listing.is_tensor(x) for x in bodies[at]} - {""})),
-        "loops": len(bodies),
-        "ir": chosen,
-        "mix": mix,
-        **({"pooled": _mix(bodies[last], rules, launch, pooled)} if last >= 0 else {}),
+        "tensor": "+".join(sorted({x.tensor for x in hot or ()} - {""})),
     }
-
-
-def _mix(
-    body: list[listing.Instruction], rules: dict[str, listing.Rule], launch: Recorded, columns: str
-) -> dict[str, Any]:
-    """Counts of one loop, with the logits of a turn and the bytes of shared memory that a block moves in one."""
-    found: dict[str, Any] = listing.mix(body, rules)
-    constants = launch.constants
-    if "BLOCK_Q" not in constants or columns not in constants:
-        return found
-    rows, keys, width = constants["BLOCK_Q"], constants[columns], constants["DIM"]
-    turn = Turn(
-        warps=launch.num_warps,
-        copy=keys * width * launch.element_bytes,
-        products=PRODUCTS.get(launch.kernel_name, 0) * rows * keys * width,
-        rows=min(rows, 128),
-    )
-    return found | {"rows": rows, "columns": keys, "shared_bytes": shared_bytes(body, turn)}
 
 
 def _disassemble(cubin: bytes) -> str:

@@ -13,7 +13,7 @@ BACKENDS = ("torch", "flex")
 MAKES = {"AMD EPYC": "avx512_bf16", "Intel(R) Xeon(R) Processor @ 2.50GHz": "avx512"}
 """What the makes have whose records do not say it."""
 
-TOLD = "reported in issue 13, before the compiled loop, not measured here"
+REPORT = "reported, before the compiled loop, not measured here"
 REPORTED = (  # the loop left bf16 on such processors as it was; fp32 is not taken over
     ("amx", "bf16", 16384, 128, "torch", ((0.1, 0.38), (0.25, 0.38), (0.5, 0.39))),
     ("amx", "bf16", 16384, 128, "flex", ((0.1, 0.5), (0.25, 0.58), (0.5, 0.67))),
@@ -28,7 +28,7 @@ KEY = ("processor", "dtype", "tokens", "tile", "backend")
 
 def rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The table's rows: of one setting those of the last make that was measured; a measured one replaces a told one."""
-    found = {row[:5]: (TOLD, dict(row[5])) for row in REPORTED}
+    shares_of = {row[:5]: (REPORT, dict(row[5])) for row in REPORTED}
     measured: dict[tuple, tuple[str, dict[float, float]]] = {}
     for record in records:
         if record["candidate"] in BACKENDS:
@@ -40,11 +40,11 @@ def rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (kind, dtype), (other, why) in ALIKE.items():
         for key, (source, shares) in measured.items():
             if key[:2] == (other, dtype):
-                found[(kind, *key[1:])] = why + source, shares
-    found |= measured
+                shares_of[(kind, *key[1:])] = why + source, shares
+    shares_of |= measured
     return [
         {**dict(zip(KEY, key, strict=True)), "shares": sorted(map(list, shares.items())), "source": source}
-        for key, (source, shares) in sorted(found.items())
+        for key, (source, shares) in sorted(shares_of.items())
     ]
 
 

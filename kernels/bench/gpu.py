@@ -30,11 +30,8 @@ import calls
 import grid
 import torch
 import triton
-from cards import Card
-from goals import goals, lines
-from mixes import KINDS, read_table
+from predictions import CANDIDATES, SHAPES, Card, Shape, card_of, predict
 from recorded import Recorded, launches_of
-from roofline import SHAPES, Shape, card_of, predict_call
 from timed import Timed, calls_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -122,9 +119,9 @@ def measure(shape: Shape, args: argparse.Namespace, deadline: float, left_out: l
         record: Record = {"kind": "time", "shape": shape.name, "candidate": candidate, "density": density}
         try:
             call = prepare()
-            found = call.run()
-            visited, (error, allowed) = call.density_of(found), call.check(found)
-            del found
+            results = call.run()
+            visited, (error, allowed) = call.density_of(results), call.check(results)
+            del results
             median, low, high = seconds_of(call, args.device)
         except Exception as error:  # a rival that cannot run here is a finding, not the end of the bench
             yield {**record, "error": f"{type(error).__name__}: {str(error).strip()[:200]}"}
@@ -139,26 +136,24 @@ def measure(shape: Shape, args: argparse.Namespace, deadline: float, left_out: l
 def seconds_of(call: Timed, device: str) -> tuple[float, float, float]:
     """Seconds of a call: median, 20th and 80th percentile, after a warm-up."""
     if device != "cpu":
-        found = triton.testing.do_bench(call.run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])
-        return tuple(x / 1e3 for x in found)  # pyright: ignore
+        quantiles = triton.testing.do_bench(call.run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])
+        return tuple(x / 1e3 for x in quantiles)  # pyright: ignore
     start = time.perf_counter()
     call.run()
     return (time.perf_counter() - start,) * 3
 
 
 def prediction(shape: Shape, candidate: str, density: float, args: argparse.Namespace) -> Record:
-    """The roofline's bound, serial seconds and slowest engine, if it knows this card and what the call compiles to."""
+    """The least seconds that the call can take and its slowest engine, if predictions.py knows this card and call."""
     card = card_at_hand(args)
-    found = (
-        None if card is None or candidate not in KINDS else predict_call(shape, candidate, density, card, read_table())
-    )
-    if found is None:
+    if card is None or candidate not in CANDIDATES:
         return {}
-    return {"predicted_bound": found["bound"], "predicted_serial": found["serial"], "predicted_limit": found["limit"]}
+    predicted = predict(shape, candidate, density, card)
+    return {"predicted_bound": predicted["bound"], "predicted_limit": predicted["limit"]}
 
 
 def card_at_hand(args: argparse.Namespace) -> Card | None:
-    """This card's figures, if it is one that the roofline knows."""
+    """This card's figures, if it is one that predictions.py knows."""
     return None if args.device == "cpu" else card_of(torch.cuda.get_device_name())
 
 
@@ -170,8 +165,7 @@ def line(r: Record) -> str:
             return head + r["error"]
         bound = ""
         if "predicted_bound" in r:
-            low, high = r["predicted_bound"] * 1e3, r["predicted_serial"] * 1e3
-            bound = f"  predicted {low:.3f} ({r['predicted_limit']}) to {high:.3f} ms"
+            bound = f"  at least {r['predicted_bound'] * 1e3:.3f} ms ({r['predicted_limit']})"
         rows = "" if r["ok"] else f"  WRONG: error {r['rows_error']:.2e}, allowed {r['rows_allowed']:.2e}"
         return f"{head}{r['seconds'] * 1e3:10.3f} ms {r['tflops']:8.2f} TFLOP/s{bound}{rows}"
     if r["kind"] == "check":
@@ -197,17 +191,15 @@ def wrong(records: list[Record]) -> bool:
     return any(map(failed, records)) or not any("ok" in r for r in records)
 
 
-def summary(command: str, records: list[Record], left_out: list[str], title: str, card: Card | None) -> None:
-    """Print what all findings come to: of times the goals, predictions and measurements side by side."""
+def summary(records: list[Record], left_out: list[str], title: str) -> None:
+    """Print what all findings come to."""
     judged = [r for r in records if "ok" in r]
     print(f"{title}: {sum(r['ok'] for r in judged)} of {len(judged)} comparisons within the rule")
     raised = sum(failed(r) for r in records if r["kind"] == "time" and "error" in r)
     if raised:
         print(f"{raised} timed calls of ours raised")
-    if command == "time":
-        if "interpreted" in title:
-            print("interpreted: times and goals mean nothing")
-        print("\n".join(lines(goals(records, card, None if card is None else read_table()))))
+    if "interpreted" in title and any(r["kind"] == "time" for r in records):
+        print("interpreted: times mean nothing")
     if left_out:
         print(f"left out for time: {', '.join(left_out)}")
 
@@ -251,7 +243,7 @@ def main() -> None:
                 file.write(json.dumps({**setting, "dtype": args.dtype, **record}) + "\n")
         if line(record):
             print(line(record), flush=True)
-    summary(args.command, records, left_out, device, card_at_hand(args))
+    summary(records, left_out, device)
     sys.stdout.flush()
     sys.exit(wrong(records))
 

@@ -57,20 +57,20 @@ class Case:
 
 def cases() -> list[Case]:
     """The grid, the most telling first: what the methods call at the models' sizes, then the usual kinds over sizes."""
-    found = [Case(kind=kind, at=SHAPE) for kind in kinds()] + [Case(kind=kind, at=SHAPE) for kind in EXTRA]
+    grid = [Case(kind=kind, at=SHAPE) for kind in kinds()] + [Case(kind=kind, at=SHAPE) for kind in EXTRA]
     sharing = itertools.cycle(itertools.product(("bhsd", "bshd"), (1, 2, 6)))
     for dim, dtype, tile in itertools.product((64, 96, 128), ("bf16", "fp16"), (128, 64)):
         for kind in USUAL:
             layout, groups = next(sharing)
-            found.append(
+            grid.append(
                 Case(kind=kind, at=replace(SHAPE, dim=dim, dtype=dtype, tile=tile, layout=layout, groups=groups))
             )
         next(sharing)  # another layout for the next size's first kind
-    found += [Case(kind=kind, at=replace(SHAPE, dtype="fp32")) for kind in USUAL]
-    found = list(dict.fromkeys(found))
+    grid += [Case(kind=kind, at=replace(SHAPE, dtype="fp32")) for kind in USUAL]
+    grid = list(dict.fromkeys(grid))
     for kind, dim, layout in itertools.product(("plain", "decay", "keep+maxgap"), (64, 128), ("bshd", "bhsd")):
-        found.append(Case(kind=kind, at=replace(SHAPE, dim=dim, layout=layout), bulk=True))
-    return found
+        grid.append(Case(kind=kind, at=replace(SHAPE, dim=dim, layout=layout), bulk=True))
+    return grid
 
 
 def check(case: Case, device: str) -> list[Record]:
@@ -78,15 +78,15 @@ def check(case: Case, device: str) -> list[Record]:
     call = make(case.kind, case.at, device)
     if case.bulk:
         return [_compared_bits(case, call)]
-    dtype, found = DTYPES[case.at.dtype], call.run("triton")
+    dtype, results = DTYPES[case.at.dtype], call.run("triton")
     selection = call.arguments.get("selection")
     records = []
     if selection is not None and call.grad_out is None:
-        records += _bits(case, call, found)
-        call = chosen(call, found[2])
+        records += _bits(case, call, results)
+        call = chosen(call, results[2])
     yardstick, truth = call.run("reference"), call.to(torch.float64).run("reference")
     parts = ("out", "lse") if call.grad_out is None else ("grad_q", "grad_k", "grad_v")
-    for part, *values in zip(parts, found, yardstick, truth, strict=False):
+    for part, *values in zip(parts, results, yardstick, truth, strict=False):
         for norm, (error, allowed) in errors(*values, dtype).items():
             records.append(record(case.name, f"{part}, {norm}", error, allowed))
     return records
@@ -97,17 +97,17 @@ def record(name: str, part: str, error: float, allowed: float) -> Record:
     return {"kind": "check", "case": name, "part": part, "error": error, "allowed": allowed, "ok": error <= allowed}
 
 
-def errors(found: Tensor, yardstick: Tensor, truth: Tensor, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+def errors(values: Tensor, yardstick: Tensor, truth: Tensor, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Error over the truth's size and what is allowed, by norm; infinities must agree.
 
     The specification's largest error counts as at least four times its mean square one: with few elements it may be
     small by luck.
     """
     endless = truth.isinf()
-    if not torch.equal(found.isinf(), endless):
+    if not torch.equal(values.isinf(), endless):
         return {"max": (float("inf"), 0.0)}
-    wide = [x.double().masked_fill(endless, 0.0) for x in (found, yardstick, truth)]
-    found, yardstick, truth = wide
+    wide = [x.double().masked_fill(endless, 0.0) for x in (values, yardstick, truth)]
+    values, yardstick, truth = wide
 
     def largest(x: Tensor) -> float:
         return float(x.abs().max())
@@ -115,29 +115,29 @@ def errors(found: Tensor, yardstick: Tensor, truth: Tensor, dtype: torch.dtype) 
     def mean(x: Tensor) -> float:
         return float(x.square().mean().sqrt())
 
-    own, step = mean(yardstick - truth), torch.finfo(dtype).eps
+    spread, step = mean(yardstick - truth), torch.finfo(dtype).eps
     result = {}
-    for name, norm, least in (("max", largest, 4 * own), ("rms", mean, own)):
+    for name, norm, least in (("max", largest, 4 * spread), ("rms", mean, spread)):
         size = norm(truth) or 1.0
-        error = norm(found - truth)
+        error = norm(values - truth)
         allowed = 2 * max(norm(yardstick - truth), least) + step * norm(truth)
         result[name] = (error / size if error == error else float("inf"), allowed / size)
     return result
 
 
-def _bits(case: Case, call: Call, found: tuple[Tensor, ...]) -> Iterator[Record]:
+def _bits(case: Case, call: Call, results: tuple[Tensor, ...]) -> Iterator[Record]:
     """Tiles that a selection left exact, and those that votes keep, against the float64 specification."""
-    own, truth = call.run("reference"), call.to(torch.float64).run("reference")
+    yardstick, truth = call.run("reference"), call.to(torch.float64).run("reference")
     tiles = call.tiles.key_tiles
-    for part, *values in zip(("tiles", "votes"), found[2:], own[2:], truth[2:], strict=False):
+    for part, *values in zip(("tiles", "votes"), results[2:], yardstick[2:], truth[2:], strict=False):
         a, b, c = (unpack_bits(x, tiles) for x in values)
         yield record(case.name, part, *disagreement(a, b, c))
 
 
-def disagreement(found: Tensor, own: Tensor, truth: Tensor) -> tuple[float, float]:
+def disagreement(bits: Tensor, yardstick_bits: Tensor, truth: Tensor) -> tuple[float, float]:
     """Share of bits that differ from the truth, and the share allowed: twice the specification's own, plus one bit."""
-    share, yardstick = ((x != truth).double().mean().item() for x in (found, own))
-    return share, 2 * yardstick + 1 / truth.numel()
+    differing, yardstick = ((x != truth).double().mean().item() for x in (bits, yardstick_bits))
+    return differing, 2 * yardstick + 1 / truth.numel()
 
 
 def chosen(call: Call, exact: Tensor) -> Call:
@@ -165,11 +165,11 @@ def left_by(selection: Selection, states: Tensor, stays: Tensor, keep: Tensor | 
 
 def _compared_bits(case: Case, call: Call) -> Record:
     """Chunks by descriptors against chunks by pointers: the share of numbers that differ, of which none may."""
-    found = []
+    outputs = []
     for bulk in (True, False):
         with descriptors(bulk):
-            found.append(call.run("triton")[0])
-    return record(case.name, "bits", float((found[0] != found[1]).double().mean()), 0.0)
+            outputs.append(call.run("triton")[0])
+    return record(case.name, "bits", float((outputs[0] != outputs[1]).double().mean()), 0.0)
 
 
 @contextmanager

@@ -1,7 +1,10 @@
-"""Print what the roofline predicts for calls on cards, beside measurements, and write the page of predictions.
+"""Print the least time that block-sparse attention can take on a card, from its arithmetic and its bytes.
 
-`python kernels/bench/predictions.py` prints a table from the compile table, without a card; `--measured` takes the JSON
-lines of gpu.py. With `--page docs/kernel-predictions.md` it writes that page's tables instead.
+`python kernels/bench/predictions.py` prints the table without a card, `--measured` sets the JSON lines of gpu.py beside
+it, and `--page docs/kernel-predictions.md` writes that page's table. A call takes at least the time of its slowest
+engine, and a few microseconds a kernel launch: tensor cores (products), exp2 (one a logit), the second-level cache
+(every chunk of keys and values that a program visits) and memory (every tensor once). What else a loop does in between
+is not in it: it is a bound to hold measurements to, not a forecast.
 """
 
 from __future__ import annotations
@@ -9,195 +12,197 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cards import CARDS, TARGETS, Card
-from goals import goals
-from mixes import KINDS, TABLE, Table, mixes_of, read_mix, read_table
-from roofline import ENGINES, SHAPES, Found, Shape, predict, predict_call, predict_dense
+import torch
+from dit_accel_kernels.backends.triton.launch import launch_of
 
-TRIED = TABLE.with_name("tried.jsonl")
-TOLD_CARDS = ("A100", "H100", "B200", "RTX 4090")
-TOLD_CALLS = (("Wan 720p at .27", "wan-720p", 0.27), ("128k at .10", "128k", 0.1))
-POOLED = "fwd-bf16-d128-b128-pooled"
-Rows = list[list[str]]
+LAUNCH_SECONDS = 3e-6  # between the end of one kernel and the start of the next in a stream
+ENGINES = ("tensor", "exp2", "l2", "hbm")
+CANDIDATES = (
+    "triton",
+    "triton-kept",
+    "triton-decay",
+    "triton-pooled",
+    "triton-routed",
+    "triton-votes",
+    "triton-backward",
+)
+"""Calls of gpu.py that are predicted; kept tiles, decay and votes add nothing to these four engines."""
 
 
-def read_tried(variant: str, path: Path = TRIED) -> Table:
-    """The records of a variant that tried.py compiled."""
-    found = [record for record in map(json.loads, path.read_text().splitlines()) if record["variant"] == variant]
-    return {(record["launch"], record["target"]): record for record in found}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One self-attention call: batch, heads, tokens, head dim; tiles of `block` x `block` tokens, 16-bit elements."""
+
+    name: str
+    heads: int
+    tokens: int
+    dim: int
+    batch: int = 1
+    block: int = 128
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a row, and rows of tiles."""
+        return -(-self.tokens // self.block)
+
+
+# (frames, height, width) patch grids after the VAE and patching, plus text where it is part of self-attention: Wan 2.1
+# 480x832 and 720x1280 at 81 frames, HunyuanVideo 720x1280 at 129, CogVideoX1.5 768x1360 at 81, Mochi 480x848 at 163.
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(name="wan-480p", heads=40, tokens=21 * 30 * 52, dim=128),
+        Shape(name="wan-720p", heads=40, tokens=21 * 45 * 80, dim=128),
+        Shape(name="hunyuan-720p", heads=24, tokens=33 * 45 * 80 + 256, dim=128),
+        Shape(name="cogvideox1.5", heads=48, tokens=11 * 48 * 85 + 224, dim=64),
+        Shape(name="mochi", heads=24, tokens=28 * 30 * 53 + 256, dim=128),
+        Shape(name="128k", heads=24, tokens=131072, dim=128),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """Public figures of one card: dense 16-bit TFLOP/s with fp32 accumulation, GB/s of memory and of the cache.
+
+    `exp2` counts 1e12 exponentials a second: 16 an SM (CU) and clock. `dense` is the share of its peak that the best
+    dense attention is published to reach with heads of 128, None where no figure is.
+    """
+
+    name: str
+    target: str
+    tflops: float
+    bandwidth: float
+    l2: float
+    exp2: float
+    dense: float | None = None
+
+
+def _card(
+    name: str, target: str, tflops: float, bandwidth: float, cores: int, clock: float, *,
+    l2: float | None = None, dense: float | None = None,
+) -> Card:  # fmt: skip
+    """A card with so many SMs at a boost clock in GHz; without an `l2` figure, SMs take 64 bytes a clock each."""
+    cache, exp2 = l2 or 64 * cores * clock, 16 * cores * clock / 1e3
+    return Card(
+        name=name, target=target, tflops=tflops, bandwidth=bandwidth, l2=cache, exp2=exp2, dense=dense
+    )  # fmt: skip
+
+
+# NVIDIA: A100, L40S, Ada (RTX 4090), H100 SXM, Blackwell (RTX 5090) and B200 (HGX) data sheets and architecture white
+# papers; 16 special-function lanes an SM from the CUDA guide's table of arithmetic throughput. AMD: MI300X data sheet;
+# transcendentals at a quarter of the vector rate. Second-level cache: A100 white paper, 5120 bytes a clock; H100, 5.5
+# to 7 TB/s measured, no figure published; MI300X, 2 KB a clock and die (CDNA 3 white paper). Dense attention:
+# FlashAttention-2 (arXiv 2307.08691), -3 (arXiv 2407.08608), -4 (its authors' report).
+CARDS = {
+    card.name: card
+    for card in (
+        _card("A100", "sm_80", 312, 2039, 108, 1.41, l2=7219, dense=0.73),
+        _card("L40S", "sm_89", 362, 864, 142, 2.52),
+        _card("RTX 4090", "sm_89", 165.2, 1008, 128, 2.52),
+        _card("H100", "sm_90", 989.4, 3350, 132, 1.83, l2=7000, dense=0.75),
+        _card("B200", "sm_100", 2250, 8000, 148, 1.85, dense=0.71),
+        _card("RTX 5090", "sm_120", 209.5, 1792, 170, 2.41),
+        _card("MI300X", "gfx942", 1307.4, 5300, 304, 2.1, l2=34406),
+    )
+}
+
+
+def predict(shape: Shape, candidate: str, density: float, card: Card) -> dict[str, Any]:
+    """Seconds of every engine for a candidate of gpu.py, the bound, and the slowest engine (`limit`).
+
+    `density` is the share of tiles that are exact; the others are pooled where the candidate pools them: all of a row's
+    tiles are walked then, one column each. A backward makes three products and then four, each with its exponentials.
+    Raises ValueError where the density is not in [0, 1].
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density is a share of tiles in [0, 1], found {density}")
+    pools, routes = candidate in ("triton-pooled", "triton-routed"), candidate == "triton-routed"
+    lanes, row = shape.batch * shape.heads, 2 * shape.dim  # bytes of a token of one head
+    columns = shape.tokens * density + (shape.tiles if pools else 0)
+    logits, dims = lanes * shape.tokens * columns, 2 * shape.dim
+    kernels = (("dq", 3), ("dkdv", 4)) if candidate == "triton-backward" else (("fwd", 2),)
+    passes = 13 if candidate == "triton-backward" else 4 + 2 * pools + routes  # tensors that are read or written
+    seconds = {
+        "tensor": sum(products for _, products in kernels) * dims * logits / (card.tflops * 1e12),
+        "exp2": len(kernels) * logits / (card.exp2 * 1e12),
+        "l2": sum(logits / _rows(shape, card, kernel) for kernel, _ in kernels) * 2 * row / (card.l2 * 1e9),
+        "hbm": passes * lanes * shape.tokens * row / (card.bandwidth * 1e9),
+    }
+    if routes:
+        seconds["tensor"] += dims * lanes * shape.tiles**2 / (card.tflops * 1e12)
+    launches = 3 if candidate == "triton-backward" else 6 if routes else 2 if pools else 1
+    limit = max(seconds, key=seconds.__getitem__)
+    bound = seconds[limit] + LAUNCH_SECONDS * (launches + 2 * (candidate == "triton-votes"))
+    return {**seconds, "bound": bound, "limit": limit}
+
+
+def _rows(shape: Shape, card: Card, kernel: str) -> int:
+    """Rows of one side that a program holds while it walks the other: queries, in the gradient of keys keys."""
+    launch = launch_of(card.target, torch.bfloat16, shape.dim, shape.block, kernel)
+    return min(shape.block, launch.block_k if kernel == "dkdv" else launch.block_q)
+
+
+def predict_dense(shape: Shape, card: Card) -> float | None:
+    """Seconds of the best dense attention by the share of the peak that it is published to reach; None without one."""
+    if card.dense is None or shape.dim != 128:
+        return None
+    return 4 * shape.batch * shape.heads * shape.tokens**2 * shape.dim / (card.tflops * 1e12 * card.dense)
+
+
+def card_of(device: str) -> Card | None:
+    """The card that a device's name holds, if it is one of those known."""
+    return next((card for name, card in CARDS.items() if name in device), None)
 
 
 def measured(path: Path | None, shape: str, card: str, candidate: str, density: float) -> float | None:
     """Median seconds that gpu.py's JSON lines hold for a call on this card (the last of them), None without any."""
-    found = None
+    seconds = None
     for record in map(json.loads, path.read_text().splitlines()) if path else ():
         here = record.get("kind", "time") == "time" and card in record["device"] and record["shape"] == shape
         if here and (record["candidate"], record["density"]) == (candidate, density):
-            found = record.get("seconds")
-    return found
+            seconds = record.get("seconds")
+    return seconds
 
 
-def markdown(head: list[str], rows: Rows) -> str:
-    """A table, its first column to the left and the others to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(calls: Iterable[tuple[Shape, Card, float, str]], path: Path | None = None) -> str:
+    """Milliseconds of every engine, the bound, dense attention over it, and what was measured, as a Markdown table."""
+    head = ["call", *ENGINES, "bound", "by", "x dense", "measured"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for shape, card, density, candidate in calls:
+        bound, dense = predict(shape, candidate, density, card), predict_dense(shape, card)
+        took = measured(path, shape.name, card.name, candidate, density)
+        name = f"{shape.name} at {density:g}, {card.name}, {candidate.removeprefix('triton-')}"
+        name += f", tiles of {shape.block}" * (shape.block != 128)
+        cells = [f"{bound[engine] * 1e3:.1f}" for engine in (*ENGINES, "bound")]
+        faster = "" if dense is None or "backward" in candidate else f"{dense / bound['bound']:.1f}"
+        lines.append([name, *cells, bound["limit"], faster, "" if took is None else f"{took * 1e3:.1f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _span(low: float, high: float, digits: int = 2) -> str:
-    low, high = sorted((low, high))
-    return f"{low:.{digits}f} to {high:.{digits}f}"
+def page(text: str) -> str:
+    """The page of predictions with its table made anew.
 
-
-def instructions(table: Table, gathered: Table) -> str:
-    """What a logit takes in the loops over exact and pooled tiles, by target."""
-    plain, small = "fwd-bf16-d128-b128-plain", "fwd-bf16-d128-b64-plain"
-    rows = []
-    for target in TARGETS:
-        found: list[tuple[str, Table, str, str]] = [
-            ("exact", table, plain, "mix"), ("exact, tiles of 64", table, small, "mix"),
-            ("pooled", table, POOLED, "pooled"), ("pooled, gathered", gathered, POOLED, "pooled"),
-        ]  # fmt: skip
-        for name, source, launch, loop in found:
-            if (launch, target) in source:
-                turn = source[launch, target][loop]
-                mix = read_mix(source, launch, target, loop)
-                counts = (f"{turn['instructions']}", f"{turn['rows']} x {turn['columns']}")
-                each = (f"{mix.plain:.1f}", f"{mix.fp32:.1f}", f"{mix.exp2:.2f}", f"{mix.shared:.1f}")
-                rows.append([f"{target}, {name}", *counts, *each])
-    return markdown(["loop", "instructions", "logits", "plain", "of it fp32", "exp2", "shared bytes"], rows)
-
-
-def times(table: Table, gathered: Table) -> str:
-    """Milliseconds of every engine for the told calls on the told cards."""
-    rows = []
-    for name, shape, density in TOLD_CALLS:
-        for card in (CARDS[card] for card in TOLD_CARDS):
-            for rest, found in _predictions(SHAPES[shape], density, card, table, gathered):
-                dense = predict_dense(SHAPES[shape], card)
-                faster = "" if dense is None or "backward" in rest else _span(
-                    dense / found["bound"], dense / found["serial"], 1
-                )  # fmt: skip
-                cells = [_milliseconds(found[engine]) for engine in ENGINES]
-                ends = [_milliseconds(found["bound"]), found["limit"], _milliseconds(found["serial"])]
-                rows.append([f"{name}, {card.name}", rest, *cells, *ends, faster])
-    return markdown(["call", "rest", *ENGINES, "bound", "by", "serial", "x dense"], rows)
-
-
-def _predictions(shape: Shape, density: float, card: Card, table: Table, gathered: Table) -> list[tuple[str, Found]]:
-    """Predictions of one call with its rest skipped, pooled as before and as now, and of its backward."""
-    now = [
-        (rest, predict_call(shape, candidate, density, card, table))
-        for rest, candidate in (("skipped", "triton"), ("pooled", "triton-pooled"), ("backward", "triton-backward"))
-    ]
-    mixes = mixes_of(POOLED, card.target, gathered)
-    before = predict(shape, density, card, mixes, pooled=1 - density, gathered=True)
-    found = [now[0], ("pooled, gathered", before), *now[1:]]
-    return [(rest, prediction) for rest, prediction in found if prediction is not None]
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f}"
-
-
-def goal_table(table: Table) -> str:
-    """Every goal with its prediction by card; where it can't be met, the better end of the prediction."""
-    rows = []
-    for block, names in ((128, None), (64, ("with pooled rest over without",))):
-        found = {name: goals([], CARDS[name], table, block) for name in TOLD_CARDS}
-        for each in zip(*found.values(), strict=True):
-            if names is None or each[0].name in names:
-                cells = [
-                    "" if goal.predicted is None or goal.best is None
-                    else _span(goal.predicted[0], goal.predicted[1])
-                    + (f"; dropped, {goal.best:.3f} at best" if goal.limit is not None and not goal.possible else "")
-                    for goal in each
-                ]  # fmt: skip
-                name = each[0].name + (f", tiles of {block}" if block != 128 else "")
-                rows.append([name, each[0].asked.replace("<", "&lt;").replace(">", "&gt;"), *cells])
-    return markdown(["ratio", "goal", *TOLD_CARDS], rows)
-
-
-def tiles(table: Table) -> str:
-    """Time at tiles of 64 over that at tiles of 128, for Wan 720p routed at .16 with the rest pooled, by card."""
-    rows = []
-    for card in CARDS.values():
-        shape, found = SHAPES["wan-720p"], []
-        for block in (128, 64):
-            prediction = predict_call(replace(shape, block=block), "triton-routed", 0.16, card, table)
-            assert prediction is not None
-            found.append(prediction)
-        ratios = [f"{found[1][end] / found[0][end]:.2f}" for end in ("bound", "serial")]
-        rows.append([card.name, *ratios, found[0]["limit"], found[1]["limit"]])
-    return markdown(["card", "by bound", "by serial", "slowest engine at 128", "at 64"], rows)
-
-
-def tried(table: Table, lazy: Table, specialised: Table) -> str:
-    """Instructions of a turn, and the ends of the prediction for Wan 720p at .27, as they are and as tried."""
-    rows = []
-    for name, variant in (("lazy rescale", lazy), ("warps specialised", specialised)):
-        for (launch, target), record in variant.items():
-            tile = launch.split("-")[3]
-            head = [f"{name}, {target}, tiles of {tile.removeprefix('b')}"]
-            now = table[launch, target]
-            if "error" in record:
-                rows.append([*head, str(now["mix"]["instructions"]), "does not compile", *[""] * 4])
-                continue
-            mix = record["mix"]
-            ends = [_ends(source, launch, target) for source in (table, variant)]
-            rows.append([
-                *head, str(now["mix"]["instructions"]), f"{mix['every']} + {mix['behind']}",
-                f"{now['mix']['barriers']} / {mix['barriers']}",
-                f"{now['registers']} / {record['registers']}",
-                *(f"{a:.1f} / {b:.1f}" for a, b in zip(*ends, strict=True)),
-            ])  # fmt: skip
-    head = ["variant", "now", "tried, every turn + rarely", "waits", "registers", "bound, ms", "serial, ms"]
-    return markdown(head, rows)
-
-
-def _ends(table: Table, launch: str, target: str) -> tuple[float, float]:
-    """Milliseconds of bound and serial for Wan 720p at .27 on the first card of a target."""
-    card = next(card for card in CARDS.values() if card.target == target)
-    found = predict(SHAPES["wan-720p"], 0.27, card, {"exact": read_mix(table, launch, target)})
-    return found["bound"] * 1e3, found["serial"] * 1e3
-
-
-def page(text: str, table: Table) -> str:
-    """The page of predictions with its tables made anew.
-
-    Raises ValueError where it lacks the marks of a table.
+    Raises ValueError where it lacks the marks of the table.
     """
-    gathered = read_tried("gathered")
-    parts = {
-        "instructions": instructions(table, gathered),
-        "times": times(table, gathered),
-        "goals": goal_table(table),
-        "tiles": tiles(table),
-        "tried": tried(table, read_tried("lazy"), read_tried("specialised")),
-    }
-    for name, part in parts.items():
-        marks = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, count = re.subn(marks, lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"the page needs one pair of marks <!-- {name} --> <!-- /{name} -->, found {count}")
+    cards = [CARDS[name] for name in ("A100", "H100", "B200", "RTX 4090")]
+    wan, routed = SHAPES["wan-720p"], ("triton-routed",)
+    rows = table([
+        *product([wan], cards, [0.27], ("triton", "triton-pooled", "triton-backward")),
+        *product([wan, replace(wan, block=64)], cards, [0.16], routed),
+        *product([SHAPES["128k"]], cards, [0.1], routed),
+    ])  # fmt: skip
+    marks = r"(<!-- times -->\n).*?(<!-- /times -->)"
+    text, count = re.subn(marks, lambda m: f"{m[1]}{rows}\n{m[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"the page needs one pair of marks <!-- times --> <!-- /times -->, found {count}")
     return text
-
-
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=",".join(SHAPES), help="comma list (default %(default)s)")
-    parser.add_argument("--card", default=",".join(CARDS), help="comma list (default %(default)s)")
-    parser.add_argument("--density", default="0.1,0.27,0.5,1.0", help="comma list of kept shares (default %(default)s)")
-    parser.add_argument("--candidate", default="triton", choices=KINDS, help="as in gpu.py (default %(default)s)")
-    parser.add_argument("--measured", type=Path, help="JSON lines of gpu.py, to be shown beside the prediction")
-    parser.add_argument("--table", type=Path, default=TABLE, help="JSON lines of aot.py (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="write one JSON line a row to this file")
-    parser.add_argument("--page", type=Path, help="write this page's tables, and print none")
-    return parser.parse_args()
 
 
 def pick(names: str, known: dict[str, Any], option: str) -> list[Any]:
@@ -209,29 +214,22 @@ def pick(names: str, known: dict[str, Any], option: str) -> list[Any]:
 
 
 def main() -> None:
-    """Print the table and write the records, or write the page."""
-    args = arguments()
-    compiled = read_table(args.table)
+    """Print the table, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default=",".join(SHAPES), help="comma list (default %(default)s)")
+    parser.add_argument("--card", default=",".join(CARDS), help="comma list (default %(default)s)")
+    parser.add_argument("--density", default="0.1,0.27,0.5,1.0", help="comma list of kept shares (default %(default)s)")
+    parser.add_argument("--candidate", default="triton", help=f"comma list of {', '.join(CANDIDATES)}")
+    parser.add_argument("--measured", type=Path, help="JSON lines of gpu.py, to be shown beside the prediction")
+    parser.add_argument("--page", type=Path, help="write this page's table, and print none")
+    args = parser.parse_args()
     if args.page:
-        args.page.write_text(page(args.page.read_text(), compiled))
+        args.page.write_text(page(args.page.read_text()))
         return
-    rows, records = [], []
-    for shape in pick(args.shape, SHAPES, "shape"):
-        for card in pick(args.card, CARDS, "card"):
-            for density in map(float, args.density.split(",")):
-                found = predict_call(shape, args.candidate, density, card, compiled)
-                if found is None:
-                    continue
-                took = measured(args.measured, shape.name, card.name, args.candidate, density)
-                called = {"shape": shape.name, "card": card.name, "candidate": args.candidate, "density": density}
-                records.append({**called, **found, "measured": took})
-                cells = [f"{found[name] * 1e3:.2f}" for name in (*ENGINES, "bound", "serial")]
-                last = [found["limit"], "" if took is None else f"{took * 1e3:.2f}"]
-                rows.append([f"{shape.name} {card.name} {density:g}", *cells, *last])
-    print(f"{args.candidate}: milliseconds; the slowest engine (limit) and latency are the bound")
-    print(markdown(["call", *ENGINES, "bound", "serial", "limit", "measured"], rows))
-    if args.out:
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    candidates = pick(args.candidate, {name: name for name in CANDIDATES}, "candidate")
+    densities = [float(x) for x in args.density.split(",")]
+    shapes, cards = pick(args.shape, SHAPES, "shape"), pick(args.card, CARDS, "card")
+    print(table(product(shapes, cards, densities, candidates), args.measured))
 
 
 if __name__ == "__main__":

@@ -29,33 +29,33 @@ def sizes() -> list[tuple[str, int, int]]:
 
 def promised(target: str) -> set[Key]:
     """The rows that calls on a target are served by, at the sizes that they are for."""
-    found = set()
+    rows = set()
     for (kind, dim, tile), kernel, features in product(sizes(), KERNELS, FEATURES):
         given = features if kernel != "fwd" else tuple(x for x in features if x == "decay")
         row = row_of(target, DTYPES[NAMES[kind]], dim, tile, kernel, given)
         if (row.dim, row.tile) == (dim, tile):
-            found.add(row)
-    return found
+            rows.add(row)
+    return rows
 
 
 def record_cases(target: str, into: dict[str, Recorded]) -> None:
     """Record what launches the rows of a target: a backward's rows by the first of its calls, which takes most."""
     for kind, dim, tile in sizes():
-        at, own = Setting(dtype=NAMES[kind], dim=dim, tile=tile), (dim, tile)
+        at, size = Setting(dtype=NAMES[kind], dim=dim, tile=tile), (dim, tile)
         for call in FORWARD:
-            into |= _of_rows(call, at, target, own)
+            into |= _of_rows(call, at, target, size)
         if dim > 32:  # three quarters of which would be no two powers of 2 of at least 16
-            into |= _of_rows(ALL, replace(at, dim=dim * 3 // 4), target, own)
+            into |= _of_rows(ALL, replace(at, dim=dim * 3 // 4), target, size)
         seen: set[Key | None] = set()
         for call in BACKWARD if tile == 128 else ():  # its rows are for any tile
-            launched = _of_rows(call, at, target, own)
-            found = {name: x for name, x in launched.items() if x.row not in seen and x.kernel_name != "fwd"}
-            seen |= {x.row for x in found.values()}
-            into |= found
+            launched = _of_rows(call, at, target, size)
+            backward = {name: x for name, x in launched.items() if x.row not in seen and x.kernel_name != "fwd"}
+            seen |= {x.row for x in backward.values()}
+            into |= backward
 
 
-def _of_rows(call: str, at: Setting, target: str, own: tuple[int, int]) -> dict[str, Recorded]:
+def _of_rows(call: str, at: Setting, target: str, size: tuple[int, int]) -> dict[str, Recorded]:
     """What a call launches by rows whose own head dim and tile are these."""
-    found: dict[str, Recorded] = {}
-    launches_of(call, at, target, found)
-    return {name: x for name, x in found.items() if x.row and (x.row.dim, x.row.tile) == own}
+    launched: dict[str, Recorded] = {}
+    launches_of(call, at, target, launched)
+    return {name: x for name, x in launched.items() if x.row and (x.row.dim, x.row.tile) == size}

@@ -16,8 +16,8 @@ from unittest import mock
 
 import calls
 import torch
-from cards import EVERY
 from dit_accel_kernels.backends.triton.launch import Key, Launch, row_of, table
+from targets import EVERY
 
 BACKEND = "dit_accel_kernels.backends.triton"
 
@@ -129,7 +129,7 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
     def launched(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         options = json.loads(compile["specialization_data"])["options"]
         short = fn.name.strip("_").removesuffix("_kernel")
-        found = Recorded(
+        record = Recorded(
             name=f"{short}-{name}",
             kernel=f"{fn.jit_function.__module__}:{fn.name}",
             target=target,
@@ -142,7 +142,7 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
             options={name: tuple(x) if isinstance(x, list) else x for name, x in options.items()},
             row=rows.get("pooled" if short == "pooled_dkdv" else short),
         )
-        into.setdefault(found.identity, found)
+        into.setdefault(record.identity, record)
         return True  # known already, says this to the JIT: it neither compiles nor launches
 
     modules = [importlib.import_module(f"{BACKEND}.{module}") for module in ("attend", "backward")]

@@ -55,8 +55,8 @@ def calls_of(shape: list[int], density: float) -> tuple[dict[str, Call], dict[st
     full = TileLists.full(tokens, tokens, block_q=block, block_k=block)
     keep = torch.rand(batch, heads, count, count) < density
 
-    def ours(tiles: TileLists, selection: Selection | None = None, **asked: bool) -> Call:
-        options: dict[str, Any] = dict(layout="bhsd", backend="torch", selection=selection, **asked)
+    def ours(tiles: TileLists, selection: Selection | None = None, **returned: bool) -> Call:
+        options: dict[str, Any] = dict(layout="bhsd", backend="torch", selection=selection, **returned)
         return lambda: block_sparse_attention_eager(q, k, v, tiles, **options)  # pyright: ignore
 
     def lists(states: Tensor) -> TileLists:
@@ -90,9 +90,9 @@ def measure(args: argparse.Namespace, shape: list[int], density: float) -> list[
     calls, exact = calls_of(shape, density)
     seconds = timed(calls, args.rounds, args.clock, args.threads)
     records = []
-    for name, found in seconds.items():
+    for name, rounds in seconds.items():
         base = "keep" if name.startswith("keep,") else BASES.get(name, "dense")
-        ratio = statistics.median(x / y for x, y in zip(found, seconds[base], strict=True))
+        ratio = statistics.median(x / y for x, y in zip(rounds, seconds[base], strict=True))
         records.append(
             {
                 "device": cpu_name(),
@@ -105,11 +105,11 @@ def measure(args: argparse.Namespace, shape: list[int], density: float) -> list[
                 "dtype": "fp32",
                 "call": name,
                 "density": round(exact[name] / exact["dense"], 4),
-                "seconds": statistics.median(found),
+                "seconds": statistics.median(rounds),
                 "base": base,
                 "ratio": ratio,
                 "ratio_by_tile": ratio * exact[base] / exact[name],
-                "speedup": statistics.median(x / y for x, y in zip(seconds["dense"], found, strict=True)),
+                "speedup": statistics.median(x / y for x, y in zip(seconds["dense"], rounds, strict=True)),
             }
         )
     return records

@@ -25,17 +25,20 @@ from dit_accel_kernels import (
     pack_bits,
     unpack_bits,
 )
-from dit_accel_kernels.problem import Problem
-from goals import DENSE, RADIAL
+from dit_accel_kernels.checks import problem_of
 from grid import errors, left_by
 from inputs import decay, keep_bits, lists
-from roofline import Shape
+from predictions import Shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-SDPA: dict[str, SDPBackend] = dict(zip(DENSE, _BACKENDS, strict=True))
+SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+RADIAL = 0.27  # RadialAttention's density at Wan 720p, 81 frames
 BETA = 1.2816  # routes a tenth of the tiles of random inputs to exact ones: 1 - Phi(BETA) = 0.1
 Errors = tuple[float, float]  # found and allowed
 
@@ -80,36 +83,36 @@ def calls_of(shape: Shape, dtype: torch.dtype, device: str) -> dict[tuple[str, f
                 return (scaled_dot_product_attention(q, k, v),)
 
         call = Call(inputs=(q, k, v), tiles=tiles_of(1.0), arguments={"layout": "bhsd"})
-        return Timed(run=run, check=lambda found: sampled(call, found), density_of=lambda found: 1.0)
+        return Timed(run=run, check=lambda results: sampled(call, results), density_of=lambda results: 1.0)
 
-    found: dict[tuple[str, float], Callable[[], Timed]] = {}
-    found["triton", RADIAL] = lambda: ours(RADIAL)
+    prepared: dict[tuple[str, float], Callable[[], Timed]] = {}
+    prepared["triton", RADIAL] = lambda: ours(RADIAL)
     for name in SDPA:
-        found[name, 1.0] = lambda name=name: dense(name)
-    found["triton", 1.0] = lambda: ours(1.0)
-    found["flex", RADIAL] = lambda: ours(RADIAL, backend="flex")
-    found["triton", 0.1] = lambda: ours(0.1)
-    found["triton-backward", RADIAL] = lambda: gradients((q, k, v), tiles_of(RADIAL), RADIAL)
-    found["triton-decay", RADIAL] = lambda: ours(RADIAL, frame_decay=decay(shape.tokens, device))
-    found["triton-pooled", 0.1] = lambda: ours(0.1, POOLED)
-    found["triton-routed", 0.1] = lambda: selected(0.1, routes=True)
-    found["triton-kept", RADIAL] = lambda: selected(RADIAL)
-    found["triton-votes", RADIAL] = lambda: selected(RADIAL, votes=True)
+        prepared[name, 1.0] = lambda name=name: dense(name)
+    prepared["triton", 1.0] = lambda: ours(1.0)
+    prepared["flex", RADIAL] = lambda: ours(RADIAL, backend="flex")
+    prepared["triton", 0.1] = lambda: ours(0.1)
+    prepared["triton-backward", RADIAL] = lambda: gradients((q, k, v), tiles_of(RADIAL), RADIAL)
+    prepared["triton-decay", RADIAL] = lambda: ours(RADIAL, frame_decay=decay(shape.tokens, device))
+    prepared["triton-pooled", 0.1] = lambda: ours(0.1, POOLED)
+    prepared["triton-routed", 0.1] = lambda: selected(0.1, routes=True)
+    prepared["triton-kept", RADIAL] = lambda: selected(RADIAL)
+    prepared["triton-votes", RADIAL] = lambda: selected(RADIAL, votes=True)
     for density in (0.25, 0.5):
-        found["triton", density] = lambda density=density: ours(density)
-    return found
+        prepared["triton", density] = lambda density=density: ours(density)
+    return prepared
 
 
 def timed_call(call: Call, backend: str, density: float) -> Timed:
     """One of our calls by a backend."""
 
-    def density_of(found: tuple[Tensor, ...]) -> float:
+    def density_of(results: tuple[Tensor, ...]) -> float:
         if not call.arguments.get("return_tiles"):
             return density
-        exact = found[2]
+        exact = results[2]
         return float(count_bits(exact).sum()) / (exact[..., 0].numel() * call.tiles.key_tiles)
 
-    return Timed(run=lambda: call.run(backend), check=lambda found: sampled(call, found), density_of=density_of)
+    return Timed(run=lambda: call.run(backend), check=lambda results: sampled(call, results), density_of=density_of)
 
 
 def gradients(inputs: tuple[Tensor, Tensor, Tensor], tiles: TileLists, density: float) -> Timed:
@@ -117,37 +120,29 @@ def gradients(inputs: tuple[Tensor, Tensor, Tensor], tiles: TileLists, density: 
     from dit_accel_kernels.backends.triton.attend import attend
     from dit_accel_kernels.backends.triton.backward import attend_backward
 
-    problem = problem_of(*inputs, tiles)
+    problem = problem_of(*inputs, tiles, layout="bhsd")
     out, lse, *_ = attend(problem, need_lse=True)
     grad_out = torch.randn_like(out)
     call = Call(inputs=inputs, tiles=tiles, arguments={"layout": "bhsd"}, grad_out=grad_out)
 
-    def check(found: tuple[Tensor, ...]) -> Errors:
-        return worst([sampled(call, found[:1]), key_gradients(call, out, lse, found)])
+    def check(results: tuple[Tensor, ...]) -> Errors:
+        return worst([sampled(call, results[:1]), key_gradients(call, out, lse, results)])
 
     return Timed(
-        run=lambda: attend_backward(problem, out, lse, grad_out, None), check=check, density_of=lambda found: density
+        run=lambda: attend_backward(problem, out, lse, grad_out, None), check=check, density_of=lambda results: density
     )
 
 
-def problem_of(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists) -> Problem:
-    """A plain call as the backends see it."""
-    names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices", "block_q", "block_k")
-    parts = {name: getattr(tiles, name) for name in names}
-    scale = q.shape[-1] ** -0.5
-    return Problem(q=q, k=k, v=v, **parts, logit_scale=scale, head_scale=None, key_valid=None, decay=None)
-
-
-def worst(found: list[Errors]) -> Errors:
+def worst(pairs: list[Errors]) -> Errors:
     """The error that exceeds what is allowed most, or comes nearest."""
-    return max(found, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+    return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
 
 
-def sampled(call: Call, found: tuple[Tensor, ...]) -> Errors:
+def sampled(call: Call, results: tuple[Tensor, ...]) -> Errors:
     """The first result's error in some query tiles of the first and the last head, in layout "bhsd"."""
     q, k, v = call.inputs
     tiles, block, result = call.tiles, call.tiles.block_q, ([], [], [])
-    exact = found[2] if call.arguments.get("return_tiles") else None
+    exact = results[2] if call.arguments.get("return_tiles") else None
     for h in {0, q.shape[1] - 1}:
         for i in {0, tiles.query_tiles // 2, tiles.query_tiles - 1}:
             rows = slice(i * block, min((i + 1) * block, tiles.num_q))
@@ -161,8 +156,8 @@ def sampled(call: Call, found: tuple[Tensor, ...]) -> Errors:
                 arguments={"layout": "bhsd", **_decay_of(call, rows)},
                 grad_out=None if call.grad_out is None else call.grad_out[at][:, :, rows],
             )
-            own, truth = part.run("reference")[0], part.to(torch.float64).run("reference")[0]
-            for x, into in zip((found[0][at][:, :, rows], own, truth), result, strict=True):
+            yardstick, truth = part.run("reference")[0], part.to(torch.float64).run("reference")[0]
+            for x, into in zip((results[0][at][:, :, rows], yardstick, truth), result, strict=True):
                 into.append(x.flatten())
     return worst(list(errors(*map(torch.cat, result), q.dtype).values()))
 
@@ -182,7 +177,7 @@ def _decay_of(call: Call, rows: slice) -> dict[str, FrameDecay]:
     return {} if given is None else {"frame_decay": replace(given, q_frames=given.q_frames[rows])}
 
 
-def key_gradients(call: Call, out: Tensor, lse: Tensor, found: tuple[Tensor, ...]) -> Errors:
+def key_gradients(call: Call, out: Tensor, lse: Tensor, grads: tuple[Tensor, ...]) -> Errors:
     """Errors of grad_k and grad_v in the middle key tile of the last head, by the formula, from output and LSE."""
     assert call.grad_out is not None
     (q, k, v), tiles, h = call.inputs, call.tiles, call.inputs[0].shape[1] - 1
@@ -200,6 +195,6 @@ def key_gradients(call: Call, out: Tensor, lse: Tensor, found: tuple[Tensor, ...
         return grad_x.to(dtype).T @ rows, p.to(dtype).T @ grad
 
     results = []
-    for got, own, truth in zip((x[0, h, keys] for x in found[1:]), of(q.dtype), of(torch.float64), strict=True):
-        results += errors(got, own, truth, q.dtype).values()
+    for got, yardstick, truth in zip((x[0, h, keys] for x in grads[1:]), of(q.dtype), of(torch.float64), strict=True):
+        results += errors(got, yardstick, truth, q.dtype).values()
     return worst(results)

@@ -12,10 +12,9 @@ from dit_accel_kernels.backends.flex import missing_requirement as flex_requirem
 from dit_accel_kernels.backends.torch.fused import way as torch_way
 from dit_accel_kernels.backends.triton.support import missing_requirement as triton_requirement
 from dit_accel_kernels.cache import release_captured
+from dit_accel_kernels.checks import BACKENDS
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay
-from dit_accel_kernels.masses import tile_gaps, tile_masses
-from dit_accel_kernels.packing import BACKENDS
 from dit_accel_kernels.selection import Routing, Selection, Vote, count_bits, pack_bits, unpack_bits
 from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
 
@@ -23,5 +22,5 @@ __all__ = [
     "BACKENDS", "EXACT", "POOLED", "SKIPPED", "BackendUnavailableError", "FrameDecay", "Routing", "Selection",
     "TileLists", "Vote", "block_sparse_attention", "block_sparse_attention_backward", "block_sparse_attention_eager",
     "count_bits", "fa4_requirement", "flex_requirement", "pack_bits", "predicted_speedup", "release_captured",
-    "resolve_backend", "tile_gaps", "tile_masses", "torch_way", "triton_requirement", "unpack_bits",
+    "resolve_backend", "torch_way", "triton_requirement", "unpack_bits",
 ]  # fmt: skip

@@ -17,14 +17,18 @@ from dit_accel_kernels.backends.fa4 import attend as fa4_backend
 from dit_accel_kernels.backends.torch import attend as torch_backend
 from dit_accel_kernels.backends.torch import backward
 from dit_accel_kernels.backends.triton import support as triton_support
+from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.features import FrameDecay, wide_dtype
-from dit_accel_kernels.packing import DEFAULTS, SCHEMA, Packed, pack_call, problem_of
-from dit_accel_kernels.problem import Problem, lists_of
-from dit_accel_kernels.selection import Selection
+from dit_accel_kernels.packing import SCHEMA, flatten, restore
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import Selection, words_of
 from dit_accel_kernels.states import resolved
 from dit_accel_kernels.tiles import TileLists
 from dit_accel_kernels.values import check_values
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Output [B, H, S_q, D], LSE [B, H, S_q], exact tiles and kept bits of a call; what it doesn't give is empty."""
 
 TRITON_GRADIENTS = ("triton", "fa4")  # backends whose backward is triton's, from the LSE of their forward
 
@@ -87,38 +91,34 @@ def block_sparse_attention(
         ValueError, TypeError: arguments that don't fit, by name and value.
         BackendUnavailableError: the named backend cannot run here.
     """
-    packed = pack_call(
-        q, k, v, tiles, layout, scale, head_scale, key_length, key_mask, frame_decay, token_order, identity_mix,
-        identity_rows, selection, return_tiles, return_lse, backend,
+    problem = problem_of(
+        q, k, v, tiles, layout=layout, scale=scale, head_scale=head_scale, key_length=key_length, key_mask=key_mask,
+        frame_decay=frame_decay, token_order=token_order, identity_mix=identity_mix, identity_rows=identity_rows,
+        selection=selection, return_tiles=return_tiles, return_lse=return_lse, backend=backend,
     )  # fmt: skip
-    if packed.backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
-        found = _forward(*packed)
-    else:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            packed = _for_gradients(packed)
-        found = torch.ops.dit_accel_kernels.block_sparse_attention(*packed)
-    return _asked_for(found, selection, return_tiles, return_lse)
+    if backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
+        return _wanted(_run(problem), problem)
+    call = problem
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        call = _for_gradients(problem)
+    return _wanted(torch.ops.dit_accel_kernels.block_sparse_attention(*flatten(call)), problem)
 
 
-def _asked_for(
-    found: tuple[Tensor, ...], selection: Selection | None, return_tiles: bool, return_lse: bool
-) -> Tensor | tuple[Tensor, ...]:
-    votes = selection is not None and selection.vote is not None
-    wanted = (True, return_lse, return_tiles, votes)
-    asked = tuple(x for x, want in zip(found, wanted, strict=True) if want)
-    return asked if len(asked) > 1 else found[0]
+def _wanted(results: Results, problem: Problem) -> Tensor | tuple[Tensor, ...]:
+    """What the caller of a problem gets of its results: the output in the caller's layout, and what else it named."""
+    out, lse, exact, kept = results
+    given = [out if problem.heads_first else out.transpose(1, 2)]
+    given += [lse] * problem.return_lse + [exact] * problem.return_tiles + [kept] * problem.votes
+    return tuple(given) if len(given) > 1 else given[0]
 
 
 def block_sparse_attention_eager(
     q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **arguments: Any
 ) -> Tensor | tuple[Tensor, ...]:
     """`block_sparse_attention` without custom op and gradient, for callers inside a custom op of their own."""
-    values = {**DEFAULTS, **arguments}
-    if len(values) > len(DEFAULTS):
-        raise TypeError(f"unknown arguments: {', '.join(sorted(set(values) - set(DEFAULTS)))}")
     with torch.no_grad():
-        found = _forward(*pack_call(q, k, v, tiles, *values.values()))
-    return _asked_for(found, values["selection"], values["return_tiles"], values["return_lse"])
+        problem = problem_of(q, k, v, tiles, **arguments)
+        return _wanted(_run(problem), problem)
 
 
 def block_sparse_attention_backward(
@@ -131,28 +131,31 @@ def block_sparse_attention_backward(
         q: as in `block_sparse_attention`; so are k, v, tiles and the keyword arguments. A selection that routes does
             so again, unless it says what was `routed`.
     """
-    values = {**DEFAULTS, **arguments}
-    if len(values) > len(DEFAULTS):
-        raise TypeError(f"unknown arguments: {', '.join(sorted(set(values) - set(DEFAULTS)))}")
-    grad_q, grad_k, grad_v = _backward(grad_out, None, None, None, *pack_call(q, k, v, tiles, *values.values()))
+    problem = problem_of(q, k, v, tiles, **arguments)
+    grads = _gradients(problem, grad_out if problem.heads_first else grad_out.transpose(1, 2), None, None, None)
+    grad_q, grad_k, grad_v = (x if problem.heads_first else x.transpose(1, 2) for x in grads)
     return grad_q, grad_k, grad_v
 
 
-def _for_gradients(call: Packed) -> Packed:
+def _for_gradients(problem: Problem) -> Problem:
     """The same call with what its gradient will want: its backend, the LSE on triton, and what a routing chose."""
-    name = _backend(call)
-    return call._replace(
-        return_tiles=call.return_tiles or call.beta is not None,
-        return_lse=call.return_lse or name in TRITON_GRADIENTS,
+    name = _backend(problem, timed=False)
+    return replace(
+        problem,
+        return_tiles=problem.return_tiles or _routes(problem),
+        return_lse=problem.return_lse or name in TRITON_GRADIENTS,
         backend=name,
     )
 
 
-def _backend(call: Packed, problem: Problem | None = None) -> str:
-    """The backend that runs a call; on a CPU without its problem, one that runs any."""
-    untimed = call.return_lse or call.criterion or call.decay_table is not None or call.q.device.type != "cpu"
-    lists = None if problem is None or untimed else lists_of(problem)
-    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)
+def _backend(problem: Problem, *, timed: bool = True) -> str:
+    """The backend that runs a call; where it is not `timed`, one that runs any, whatever the CPU's table says."""
+    if problem.backend != "auto":
+        return problem.backend
+    if problem.q.device.type != "cpu":
+        return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
+    timed = timed and not (problem.return_lse or problem.votes or problem.decay)
+    return cpu.choice(problem.q.dtype, problem)[0] if timed else "torch"
 
 
 def resolve_backend(
@@ -185,121 +188,124 @@ def _triton(module: str = "attend") -> ModuleType:
     return importlib.import_module(f"dit_accel_kernels.backends.triton.{module}")
 
 
-def mix_weight(call: Packed, dtype: torch.dtype) -> Tensor | None:
-    """Identity weight w broadcastable to the output in its layout, 0 outside the chosen rows."""
-    if call.identity_mix is None:
+def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
+    """Identity weight w, broadcastable to [B, H, S, D], 0 outside the chosen rows."""
+    if problem.identity_mix is None:
         return None
-    w = call.identity_mix.to(dtype).reshape(-1, call.identity_mix.shape[-1])
-    w = w[:, :, None, None] if call.heads_first else w[:, None, :, None]
-    if call.identity_rows is not None:
-        w = w * (call.identity_rows[:, None] if call.heads_first else call.identity_rows[:, None, None])
-    return w
+    w = problem.identity_mix.to(dtype).reshape(-1, problem.q.shape[1])[:, :, None, None]
+    return w if problem.identity_rows is None else w * problem.identity_rows[:, None]
 
 
-def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run one packed call: output in the caller's layout and order, LSE [B, H, S_q], exact tiles and kept bits.
+def _forward(*arguments: Any) -> Results:
+    return _run(restore(arguments))
 
-    What was not asked for is empty. Autocast has no part in it: products are made in the dtype that was given.
+
+def _run(problem: Problem) -> Results:
+    """Results of one call, output and LSE in the caller's order of tokens.
+
+    Autocast has no part in it: products are made in the dtype that was given.
     """
-    call = Packed(*given)
-    if call.q.shape[0] == 0 and call.backend != "reference":  # whose gradient is autograd's
-        return _forward_fake(*given)
-    with torch.autocast(call.q.device.type, enabled=False):
-        return _attend(call)
+    if problem.q.shape[0] == 0 and problem.backend != "reference":  # whose gradient is autograd's
+        return _empty_results(problem)
+    with torch.autocast(problem.q.device.type, enabled=False):
+        check_values(problem)
+        return _attend(problem)
 
 
-def _attend(call: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_forward` of a batch that is there."""
-    problem = problem_of(call)
-    axis, name = 1 if call.heads_first else 2, _backend(call, problem)
-    check_values(problem)
+def _attend(problem: Problem) -> Results:
+    """`_run` of a batch that is there."""
+    q, order, name = problem.q, problem.token_order, _backend(problem)
     if name == "triton":
-        out, lse, exact, kept = _triton().attend(problem, need_lse=call.return_lse)  # rows stay in the caller's order
+        out, lse, exact, kept = _triton().attend(problem, need_lse=problem.return_lse)  # in the caller's order
     elif name == "fa4":
-        out, lse, exact, kept = fa4_backend.attend(problem.tiled(), need_lse=call.return_lse)
+        out, lse, exact, kept = fa4_backend.attend(problem.tiled(), need_lse=problem.return_lse)
     elif name == "reference":
         out, lse, exact, kept = reference.attend(problem.tiled())
     else:
-        out, lse, exact, kept = _by_torch(problem.tiled(), call, compiled=name == "flex")
-    lse = lse if call.return_lse else call.q.new_empty(0, dtype=lse.dtype)
-    if call.token_order is not None and name != "triton":
-        out = torch.empty_like(out).index_copy_(2, call.token_order, out)
-        lse = torch.empty_like(lse).index_copy_(2, call.token_order, lse) if call.return_lse else lse
-    if not call.heads_first:
-        out = out.transpose(1, 2)
-    w = mix_weight(call, out.dtype)
+        out, lse, exact, kept = _by_torch(problem.tiled(), compiled=name == "flex")
+    lse = lse if problem.return_lse else q.new_empty(0, dtype=lse.dtype)
+    if order is not None and name != "triton":
+        out = torch.empty_like(out).index_copy_(2, order, out)
+        lse = torch.empty_like(lse).index_copy_(2, order, lse) if problem.return_lse else lse
+    w = mix_weight(problem, out.dtype)
     if w is not None:
-        v = call.v.repeat_interleave(call.q.shape[axis] // call.v.shape[axis], axis)
+        v = problem.v.repeat_interleave(q.shape[1] // problem.v.shape[1], 1)
         out = torch.where(w == 0, out, torch.lerp(out, v, w.expand_as(out)))  # 0 times inf is not 0
-    none = call.q.new_empty(0, dtype=torch.int32)
-    exact = exact if call.return_tiles and exact is not None else none
-    return out.contiguous(), lse.contiguous(), exact, none.clone() if kept is None else kept
+    none = q.new_empty(0, dtype=torch.int32)
+    exact = exact if problem.return_tiles and exact is not None else none
+    return _laid_out(out, problem), lse.contiguous(), exact, none.clone() if kept is None else kept
 
 
-def _by_torch(problem: Problem, call: Packed, *, compiled: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What FlexAttention gives, where it is asked for, and else the torch backend."""
+def _laid_out(x: Tensor, problem: Problem) -> Tensor:
+    """[B, H, S, D] contiguous in the caller's layout."""
+    return x.contiguous() if problem.heads_first else x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _by_torch(problem: Problem, *, compiled: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What FlexAttention gives, where it is chosen, and else the torch backend."""
     if compiled:
         try:
-            return flex_backend.attend(problem, need_lse=call.return_lse)
+            return flex_backend.attend(problem, need_lse=problem.return_lse)
         except BackendUnavailableError:  # torch.compile is switched off
-            if call.backend != "auto":
+            if problem.backend != "auto":
                 raise
-    return torch_backend.attend(problem, need_lse=call.return_lse)
+    return torch_backend.attend(problem, need_lse=problem.return_lse)
 
 
-def _forward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Packed(*given)
-    q, (heads, tokens) = call.q, (1, 2) if call.heads_first else (2, 1)
-    dtype = wide_dtype(q.dtype)
-    shape = (q.shape[0], q.shape[heads], q.shape[tokens])
-    bits = (*shape[:2], -(-shape[2] // call.block_q), -(-call.k.shape[tokens] // (32 * call.block_k)))
+def _empty_like(x: Tensor, problem: Problem) -> Tensor:
+    """Memory for a [B, H, S, D] like x in the caller's layout."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty(x.shape) if problem.heads_first else x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _empty_results(problem: Problem) -> Results:
+    q = problem.q
+    bits = (*q.shape[:2], problem.query_tiles, words_of(problem.key_tiles))
     return (
-        q.new_empty(q.shape),
-        q.new_empty(shape if call.return_lse else (0,), dtype=dtype),
-        q.new_empty(bits if call.return_tiles else (0,), dtype=torch.int32),
-        q.new_empty(bits if call.criterion is not None else (0,), dtype=torch.int32),
+        _empty_like(q, problem),
+        q.new_empty(q.shape[:3] if problem.return_lse else (0,), dtype=wide_dtype(q.dtype)),
+        q.new_empty(bits if problem.return_tiles else (0,), dtype=torch.int32),
+        q.new_empty(bits if problem.votes else (0,), dtype=torch.int32),
     )
 
 
+def _forward_fake(*arguments: Any) -> Results:
+    return _empty_results(restore(arguments))
+
+
 def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *given: Any
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
-    """Gradients of q, k and v of one packed call, in their layout; `out` and `lse` of its forward, where at hand."""
-    call = Packed(*given)
-    if call.q.shape[0] == 0:
-        return _backward_fake(grad_out, grad_lse, out, lse, *given)
-    with torch.autocast(call.q.device.type, enabled=False):
-        return _gradients(grad_out, grad_lse, out, lse, call)
+    """The custom op of the gradient: one flattened problem, and `out` and `lse` of its forward where at hand."""
+    return _gradients(restore(arguments), grad_out, grad_lse, out, lse)
 
 
 def _gradients(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, call: Packed
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None
 ) -> list[Tensor]:
-    """`_backward` of a batch that is there."""
-    problem = _without_vote(problem_of(call))
-    check_values(problem)
-    w = mix_weight(call, grad_out.dtype)
-    grad_mixed = None
-    if w is not None:
-        grad_mixed = grad_out * w
-        grad_out = grad_out - grad_mixed
-        out = None  # what is at hand is mixed
-    if not call.heads_first:
-        grad_out, out = grad_out.transpose(1, 2), None if out is None else out.transpose(1, 2)
-    if _backend(call) in TRITON_GRADIENTS:
-        if out is None or lse is None or _routes(problem):
-            out, lse, exact, _ = _triton().attend(problem, need_lse=True)
-            problem = _after_routing(problem, exact)
-        grads = _triton("backward").attend_backward(problem, out, lse, grad_out, grad_lse)
-    else:
-        grads = _torch_gradients(problem, grad_out, grad_lse)
-    if not call.heads_first:
-        grads = tuple(g.transpose(1, 2) for g in grads)
-    grad_q, grad_k, grad_v = grads
-    if grad_mixed is not None:
-        axis = 1 if call.heads_first else 2
-        grad_v = grad_v + grad_mixed.unflatten(axis, (call.v.shape[axis], -1)).sum(axis + 1)
-    return [grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()]
+    """Gradients of q, k and v, [B, H, S, D]."""
+    if problem.q.shape[0] == 0:
+        return [_empty_like(x, problem) for x in (problem.q, problem.k, problem.v)]
+    problem = _without_vote(problem)
+    with torch.autocast(problem.q.device.type, enabled=False):
+        check_values(problem)
+        w = mix_weight(problem, grad_out.dtype)
+        grad_mixed = None
+        if w is not None:
+            grad_mixed = grad_out * w
+            grad_out = grad_out - grad_mixed
+            out = None  # what is at hand is mixed
+        if _backend(problem, timed=False) in TRITON_GRADIENTS:
+            if out is None or lse is None or _routes(problem):
+                out, lse, exact, _ = _triton().attend(problem, need_lse=True)
+                problem = _after_routing(problem, exact)
+            grads = _triton("backward").attend_backward(problem, out, lse, grad_out, grad_lse)
+        else:
+            grads = _torch_gradients(problem, grad_out, grad_lse)
+        grad_q, grad_k, grad_v = grads
+        if grad_mixed is not None:
+            grad_v = grad_v + grad_mixed.unflatten(1, (problem.v.shape[1], -1)).sum(2)
+        return [_laid_out(x, problem) for x in (grad_q, grad_k, grad_v)]
 
 
 def _torch_gradients(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
@@ -339,9 +345,10 @@ def _with_lists_of_selection(problem: Problem) -> Problem:
 
 
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *given: Any
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in given[:3]]
+    problem = restore(arguments)
+    return [_empty_like(x, problem) for x in (problem.q, problem.k, problem.v)]
 
 
 # Plans are made on the host at a list's first use, and masks and backends decide there what is launched: a graph that
@@ -365,12 +372,12 @@ _backward_op = torch.library.custom_op(
 _backward_op.register_fake(_backward_fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    call = Packed(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    problem = restore(inputs)
     ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.keeps = call.return_lse and _backend(call) in TRITON_GRADIENTS
-    ctx.routed = call.return_tiles and call.beta is not None
+    ctx.keeps = problem.return_lse and _backend(problem, timed=False) in TRITON_GRADIENTS
+    ctx.routed = problem.return_tiles and _routes(problem)
     ctx.mark_non_differentiable(*output[2:])
     kept = (*(output[:2] if ctx.keeps else ()), *(output[2:3] if ctx.routed else ()))
     ctx.save_for_backward(*(inputs[i] for i in ctx.tensors), *kept)
@@ -381,11 +388,11 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> t
     out, lse = saved[count : count + 2] if ctx.keeps else (None, None)
     for i, x in zip(ctx.tensors, saved[:count], strict=True):
         inputs[i] = x
-    call = Packed(*inputs)
+    problem = restore(tuple(inputs))
     if ctx.routed:
-        call = call._replace(beta=None, routed=saved[-1])
+        problem = _after_routing(problem, saved[-1])
     grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
-        grad_out, grad_lse if call.return_lse else None, out, lse, *call
+        grad_out, grad_lse if problem.return_lse else None, out, lse, *flatten(problem)
     )
     return (*grads, *(None for _ in inputs[3:]))
 

@@ -77,22 +77,22 @@ class StorageCache(Generic[Derived]):
         storages, versions = [x.untyped_storage() for x in here], tuple(map(_version, here))
         entries: dict[tuple, _Entry] = storages[0].__dict__.setdefault(_ATTRIBUTE, {})
         shape = tuple(None if x is None else (x.storage_offset(), x.shape, x.stride()) for x in (*parts, *loose))
-        place = (self, key, tuple(map(id, storages)), shape)
-        found = entries.get(place)
-        if found is not None and found.fits(storages, versions):
+        slot = (self, key, tuple(map(id, storages)), shape)
+        entry = entries.get(slot)
+        if entry is not None and entry.fits(storages, versions):
             if graph:
-                _CAPTURED.setdefault(id(found), (found, here))
+                _CAPTURED.setdefault(id(entry), (entry, here))
             else:
-                found.hand_over(current_stream(device))
-            return found.value
-        if id(found) in _CAPTURED:
+                entry.hand_over(current_stream(device))
+            return entry.value
+        if id(entry) in _CAPTURED:
             _warn_of_graphs()
         value = _built(build)
         if not graph:
             stream = current_stream(device)
             for old in [k for k, entry in list(entries.items()) if any(x() is None for x in entry.storages)]:
                 entries.pop(old, None)
-            entries[place] = _Entry(
+            entries[slot] = _Entry(
                 value=value,
                 storages=tuple(map(weakref.ref, storages)),
                 versions=versions,
@@ -108,18 +108,18 @@ def _built(build: Callable[[], Derived]) -> Derived:
 
 
 def _version(x: Tensor) -> Version:
-    """What changes with a tensor's values: torch's count of writes, the writes told of, and those seen on a CPU."""
+    """What changes with a tensor's values: torch's count of writes, those by `changed`, and those seen on a CPU."""
     storage = x.untyped_storage().__dict__
-    told = storage.get(_WRITES, 0)
+    announced = storage.get(_WRITES, 0)
     if not readable(x.device):
-        return x._version, told, 0
+        return x._version, announced, 0
     copies: dict[tuple, tuple[int, Tensor]] = storage.setdefault(_COPIED, {})
-    place = (x.storage_offset(), x.shape, x.stride())
-    seen, copy = copies.get(place, (0, None))
+    view = (x.storage_offset(), x.shape, x.stride())
+    seen, copy = copies.get(view, (0, None))
     if copy is None or not torch.equal(x, copy):
         seen += 1
-        copies[place] = (seen, x.detach().clone())
-    return x._version, told, seen
+        copies[view] = (seen, x.detach().clone())
+    return x._version, announced, seen
 
 
 def readable(device: torch.device) -> bool:

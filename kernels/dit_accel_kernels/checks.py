@@ -1,35 +1,49 @@
-"""Argument checks of the attention call: shapes, dtypes and devices, never values, so that no device ever syncs."""
+"""A call's arguments checked and made its problem: shapes, dtypes and devices, never values, so that nothing syncs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import FrameDecay
-from dit_accel_kernels.selection import Selection, words_of
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import words_of
 from dit_accel_kernels.tiles import TileLists
+
+BACKENDS = ("auto", "triton", "fa4", "torch", "flex", "reference")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: TileLists,
-    *,
-    layout: str,
-    head_scale: Tensor | None,
-    key_length: Tensor | None,
-    key_mask: Tensor | None,
-    frame_decay: FrameDecay | None,
-    token_order: Tensor | None,
-    identity_mix: Tensor | None,
-    identity_rows: Tensor | None,
-    selection: Selection | None,
-    return_tiles: bool,
-) -> None:
-    """Raise ValueError or TypeError, naming what was asked and found, unless the arguments fit each other."""
+def problem_of(
+    q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, *, layout: str = "bshd", scale: float | None = None,
+    head_scale: Tensor | None = None, frame_decay: FrameDecay | None = None, **features: Any,
+) -> Problem:  # fmt: skip
+    """The problem of a call's arguments, which are those of `block_sparse_attention`, once they fit each other.
+
+    Raises ValueError or TypeError with the argument and its value where they don't.
+    """
+    check_tensors(q, k, v, tiles, layout)
+    if layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    _check_per_head("head_scale", head_scale, q)
+    problem = Problem(
+        q=q, k=k, v=v, exact_offsets=tiles.exact_offsets, exact_indices=tiles.exact_indices,
+        pooled_offsets=tiles.pooled_offsets, pooled_indices=tiles.pooled_indices, block_q=tiles.block_q,
+        block_k=tiles.block_k, scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        heads_first=layout == "bhsd",
+        head_scale=None if head_scale is None else head_scale.float().reshape(-1, q.shape[1]),
+        decay=None if frame_decay is None else (frame_decay.table, frame_decay.q_frames, frame_decay.k_frames),
+        **features,
+    )  # fmt: skip
+    check_features(problem)
+    return problem
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, layout: str) -> None:
+    """Shapes, dtypes and devices of q, k, v and the lists, in the caller's layout."""
     if layout not in ("bshd", "bhsd"):
         raise ValueError(f"layout must be 'bshd' or 'bhsd', found {layout!r}")
     _check_qkv(q, k, v)
@@ -51,31 +65,34 @@ def check_arguments(
         raise ValueError(f"tiles must hold 1, {heads} (H) or {batch * heads} (B*H) list sets, found {tiles.groups}")
     if tiles.device != q.device:
         raise ValueError(f"tiles are on {tiles.device}, q on {q.device}: use tiles.to({str(q.device)!r})")
-    _check_per_head("head_scale", head_scale, batch, heads, q.device)
-    _check_per_head("identity_mix", identity_mix, batch, heads, q.device)
-    _check_keys(key_length, key_mask, batch, num_k, q.device)
-    if frame_decay is not None:
-        _check("frame_decay.table", frame_decay.table, None, torch.float32, q.device)
-        _check("frame_decay.q_frames", frame_decay.q_frames, (num_q,), torch.int32, q.device)
-        _check("frame_decay.k_frames", frame_decay.k_frames, (num_k,), torch.int32, q.device)
-    for name, tensor in (("token_order", token_order), ("identity_mix", identity_mix)):
+
+
+def check_features(problem: Problem) -> None:
+    """Shapes, dtypes and devices of everything else, and that what belongs together is there."""
+    q, device, num_q, num_k = problem.q, problem.q.device, problem.q.shape[2], problem.k.shape[2]
+    if problem.backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {problem.backend!r}")
+    _check_per_head("identity_mix", problem.identity_mix, q)
+    _check_keys(problem)
+    if problem.decay is not None:
+        table, q_frames, k_frames = problem.decay
+        _check("frame_decay.table", table, None, torch.float32, device)
+        _check("frame_decay.q_frames", q_frames, (num_q,), torch.int32, device)
+        _check("frame_decay.k_frames", k_frames, (num_k,), torch.int32, device)
+    for name, tensor in (("token_order", problem.token_order), ("identity_mix", problem.identity_mix)):
         if tensor is not None and num_q != num_k:
             raise ValueError(f"{name} needs self-attention (S_q = S_k), found {num_q} queries and {num_k} keys")
-    _check("token_order", token_order, (num_q,), torch.int64, q.device)
-    _check("identity_rows", identity_rows, (num_q,), torch.bool, q.device)
-    if identity_rows is not None and identity_mix is None:
+    _check("token_order", problem.token_order, (num_q,), torch.int64, device)
+    _check("identity_rows", problem.identity_rows, (num_q,), torch.bool, device)
+    if problem.identity_rows is not None and problem.identity_mix is None:
         raise ValueError("identity_rows chooses rows for identity_mix, found no identity_mix: give both")
-    if selection is not None:
-        _check_selection(selection, tiles, batch, heads, q.device)
-    elif return_tiles:
+    if problem.selection is not None:
+        bits = (problem.query_tiles, words_of(problem.key_tiles))
+        _check("selection.keep", problem.selection.keep, (*q.shape[:2], *bits), torch.int32, device)
+        _check("selection.routed", problem.selection.routed, (*q.shape[:2], *bits), torch.int32, device)
+        _check("selection.pinned", problem.selection.pinned, bits, torch.int32, device)
+    elif problem.return_tiles:
         raise ValueError("return_tiles tells what a selection chose, found no selection: give one, or read the lists")
-
-
-def _check_selection(selection: Selection, tiles: TileLists, batch: int, heads: int, device: torch.device) -> None:
-    bits = (tiles.query_tiles, words_of(tiles.key_tiles))
-    _check("selection.keep", selection.keep, (batch, heads, *bits), torch.int32, device)
-    _check("selection.routed", selection.routed, (batch, heads, *bits), torch.int32, device)
-    _check("selection.pinned", selection.pinned, bits, torch.int32, device)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -110,25 +127,25 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device} like q, found {tensor.device}")
 
 
-def _check_per_head(name: str, tensor: Tensor | None, batch: int, heads: int, device: torch.device) -> None:
+def _check_per_head(name: str, tensor: Tensor | None, q: Tensor) -> None:
     if tensor is None:
         return
+    batch, heads = q.shape[:2]
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, found {tensor.dtype}")
     if tuple(tensor.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"{name} must be [{heads}] or [{batch}, {heads}] ([H] or [B, H]), found {list(tensor.shape)}")
     if tensor.requires_grad:
         raise ValueError(f"{name} gets no gradient, found requires_grad=True: detach it")
-    _check_device(name, tensor, device)
+    _check_device(name, tensor, q.device)
 
 
-def _check_keys(
-    key_length: Tensor | None, key_mask: Tensor | None, batch: int, num_k: int, device: torch.device
-) -> None:
+def _check_keys(problem: Problem) -> None:
+    batch, key_length = problem.q.shape[0], problem.key_length
     if key_length is not None:
         if key_length.is_floating_point() or key_length.dtype == torch.bool:
             raise TypeError(f"key_length must be an integer tensor, found {key_length.dtype}")
         if tuple(key_length.shape) != (batch,):
             raise ValueError(f"key_length must be [{batch}] ([B]), found {list(key_length.shape)}")
-        _check_device("key_length", key_length, device)
-    _check("key_mask", key_mask, (batch, num_k), torch.bool, device)
+        _check_device("key_length", key_length, problem.q.device)
+    _check("key_mask", problem.key_mask, (batch, problem.k.shape[2]), torch.bool, problem.q.device)

@@ -62,12 +62,20 @@ def decay_by_frame(table: Tensor, q_frames: Tensor, k_frames: Tensor, last: int 
     """Decay t as float32 [F + 2, S_k], one row for each query frame -1..F, and each query token's row, int64 [S_q].
 
     Row 0 is for queries outside the video and all ones; the columns of keys outside the video are ones in every row.
-    `last` is F, read from the device where it is not told.
+    `last` is F, read from the device where it is None.
     """
     frames = torch.arange(-1, (int(q_frames.max()) if last is None else last) + 1, device=table.device)
     distance = (frames[:, None] - k_frames[None, :].long()).abs().clamp_(max=table.numel() - 1)
     t = table[distance].masked_fill((frames < 0)[:, None] | (k_frames < 0), 1.0)
     return t, (q_frames.long() + 1).clamp_(min=0)
+
+
+def split_tiles(x: Tensor, dim: int, block: int, filling: float | bool = 0) -> Tensor:
+    """One dimension (from the front) cut into tiles, [..., S, ...] to [..., tiles, block, ...], the last filled up."""
+    lacking = -x.shape[dim] % block
+    if lacking:
+        x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, lacking), value=filling)
+    return x.unflatten(dim, (-1, block))
 
 
 def tile_means(x: Tensor, block: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -80,17 +88,13 @@ def tile_means(x: Tensor, block: int, weight: Tensor | None) -> tuple[Tensor, Te
     tokens = x.shape[-2]
     tiles = -(-tokens // block)
     wide = wide_dtype(x.dtype)
-    pad = tiles * block - tokens
     if weight is None:
         count = torch.full((tiles,), float(block), dtype=wide, device=x.device)
-        count[-1] = block - pad
-        whole = x
+        count[-1] = tokens - (tiles - 1) * block
     else:
-        whole = x.masked_fill(~weight[..., None], 0)
-        count = torch.nn.functional.pad(weight, (0, pad)).unflatten(-1, (tiles, block)).sum(-1, dtype=wide)
-    if pad:
-        whole = torch.nn.functional.pad(whole, (0, 0, 0, pad))
-    total = whole.unflatten(-2, (tiles, block)).sum(-2, dtype=wide)
+        x = x.masked_fill(~weight[..., None], 0)
+        count = split_tiles(weight, weight.dim() - 1, block).sum(-1, dtype=wide)
+    total = split_tiles(x, x.dim() - 2, block).sum(-2, dtype=wide)
     return (total / count.clamp(min=1)[..., None]).to(x.dtype), count
 
 

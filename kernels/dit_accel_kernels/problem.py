@@ -16,12 +16,13 @@ _FRAMES: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Problem:
-    """One attention call as the backends see it: q, k, v as [B, H, S, D] and everything resolved but the token order.
+    """One attention call, checked and carried from the API to a backend: all arguments by their names.
 
-    `logit_scale` is the softmax scale; `head_scale` float32 [B or 1, H] or None multiplies it. `decay` is (table,
-    q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length` and `key_mask` are in the caller's
-    order; `tiled()` gives the call in tiled order, where valid keys are the bool [B, S_k] `key_valid` (None: all).
-    A `selection` narrows the lists for this call.
+    q, k, v and the output are [B, H, S, D] here, whatever the caller's layout; `heads_first` says in which order heads
+    and tokens lie in the output's memory. The lists are those of TileLists. `scale` is the softmax scale; `head_scale`,
+    float32 [B or 1, H] or None, multiplies it. `decay` is (table, q_frames, k_frames) or None. With a `token_order`, q,
+    k, v, decay, `key_length` and `key_mask` are in the caller's order; `tiled()` gives the call in tiled order, where
+    valid keys are the bool [B, S_k] `key_valid` (None: all). A `selection` narrows the lists for this call.
     """
 
     q: Tensor
@@ -29,18 +30,34 @@ class Problem:
     v: Tensor
     exact_offsets: Tensor
     exact_indices: Tensor
-    pooled_offsets: Tensor | None
-    pooled_indices: Tensor | None
+    pooled_offsets: Tensor | None = None
+    pooled_indices: Tensor | None = None
     block_q: int
     block_k: int
-    logit_scale: float
-    head_scale: Tensor | None
-    key_valid: Tensor | None
-    decay: tuple[Tensor, Tensor, Tensor] | None
-    token_order: Tensor | None = None
+    scale: float
+    heads_first: bool = True
+    head_scale: Tensor | None = None
     key_length: Tensor | None = None
     key_mask: Tensor | None = None
+    key_valid: Tensor | None = None
+    decay: tuple[Tensor, Tensor, Tensor] | None = None
+    token_order: Tensor | None = None
+    identity_mix: Tensor | None = None
+    identity_rows: Tensor | None = None
     selection: Selection | None = None
+    return_tiles: bool = False
+    return_lse: bool = False
+    backend: str = "auto"
+
+    @property
+    def num_q(self) -> int:
+        """Queries, S_q."""
+        return self.q.shape[2]
+
+    @property
+    def num_k(self) -> int:
+        """Keys, S_k."""
+        return self.k.shape[2]
 
     @property
     def query_tiles(self) -> int:
@@ -51,6 +68,16 @@ class Problem:
     def key_tiles(self) -> int:
         """Number of key tiles, NK."""
         return -(-self.k.shape[2] // self.block_k)
+
+    @property
+    def density(self) -> float:
+        """Share of the lists' tiles that are exact, in [0, 1]."""
+        return self.exact_indices.numel() / (self.exact_offsets.shape[0] * self.query_tiles * self.key_tiles)
+
+    @property
+    def votes(self) -> bool:
+        """Whether the call's tiles vote for the next call."""
+        return self.selection is not None and self.selection.vote is not None
 
     def features_in_tiled_order(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
         """Valid keys, bool [B, S_k] or None, and decay (table, q_frames, k_frames) or None, in tiled order."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.features import split_tiles
 from dit_accel_kernels.problem import Problem
 
 PLAIN, CONSTANT, SLOW, ABSENT = range(4)
@@ -40,11 +41,7 @@ def sections_of(problem: Problem) -> Tensor:
 
 def valid_tiles(valid: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Whether all and whether any keys of each tile are valid, bool [B, NK]; tokens beyond the end don't count."""
-    pad = -valid.shape[1] % block
-    whole, some = (
-        torch.nn.functional.pad(valid, (0, pad), value=filling).unflatten(1, (-1, block)) for filling in (True, False)
-    )
-    return whole.all(-1), some.any(-1)
+    return split_tiles(valid, 1, block, True).all(-1), split_tiles(valid, 1, block, False).any(-1)
 
 
 def decay_of_tiles(problem: Problem, decay: tuple[Tensor, Tensor, Tensor]) -> Tensor:

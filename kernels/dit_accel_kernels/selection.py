@@ -106,8 +106,8 @@ def pack_bits(chosen: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, key_tiles: int) -> Tensor:
     """Bits int32 [..., W] as bool [..., NK]; the inverse of `pack_bits`."""
-    places = torch.arange(32, device=bits.device, dtype=torch.int32)
-    return ((bits[..., None] >> places) & 1).flatten(-2)[..., :key_tiles].bool()
+    positions = torch.arange(32, device=bits.device, dtype=torch.int32)
+    return ((bits[..., None] >> positions) & 1).flatten(-2)[..., :key_tiles].bool()
 
 
 def count_bits(bits: Tensor) -> Tensor:

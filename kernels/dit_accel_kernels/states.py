@@ -58,7 +58,7 @@ def routing_scores(problem: Problem, routing: Routing, pinned: Tensor | None) ->
         counted = counted & ~pinned.all(0)
     weight = counted.to(wide).expand(*k_mean.shape[:2], -1)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-    scale = problem.logit_scale * LOG2_E
+    scale = problem.scale * LOG2_E
     if problem.head_scale is not None:
         q_mean = q_mean * problem.head_scale.to(wide)[:, :, None, None]
     q_mean = q_mean * scale
@@ -82,7 +82,7 @@ def resolved(problem: Problem) -> tuple[Problem, Tensor]:
     states = selected_states(problem).expand(batch, heads, -1, -1)
     sizes = dict(block_q=problem.block_q, block_k=problem.block_k, num_q=problem.q.shape[2], num_k=problem.k.shape[2])
     lists = TileLists.from_states(states.flatten(0, 1), **sizes)
-    found = replace(
+    narrowed = replace(
         problem,
         exact_offsets=lists.exact_offsets,
         exact_indices=lists.exact_indices,
@@ -90,7 +90,7 @@ def resolved(problem: Problem) -> tuple[Problem, Tensor]:
         pooled_indices=lists.pooled_indices,
         selection=None,
     )
-    return found, pack_bits(states == EXACT)
+    return narrowed, pack_bits(states == EXACT)
 
 
 def visiting_order(problem: Problem, reverse: bool) -> Tensor:

@@ -172,7 +172,7 @@ class TileLists:
             (EXACT, self.exact_offsets, self.exact_indices),
         ):
             if offsets is not None and indices is not None:
-                states.view(-1)[_flat_rows(offsets, indices.numel()) * self.key_tiles + indices] = value
+                states.view(-1)[row_of_entry(offsets, indices.numel()) * self.key_tiles + indices] = value
         return states
 
     def changed(self) -> None:
@@ -186,13 +186,13 @@ class TileLists:
         variable DIT_ACCEL_VALIDATE is 1, each time, since it waits for the device.
 
         Raises:
-            ValueError: values that don't fit, with their place and what they may be.
+            ValueError: values that don't fit, with their position and what they may be.
         """
         _check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
             _check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
-            exact = _flat_rows(self.exact_offsets, self.tiles_exact) * self.key_tiles + self.exact_indices
-            pooled = _flat_rows(self.pooled_offsets, self.tiles_pooled) * self.key_tiles + self.pooled_indices
+            exact = row_of_entry(self.exact_offsets, self.tiles_exact) * self.key_tiles + self.exact_indices
+            pooled = row_of_entry(self.pooled_offsets, self.tiles_pooled) * self.key_tiles + self.pooled_indices
             both = exact[torch.isin(exact, pooled)]
             if both.numel():
                 row, tile = divmod(int(both[0]), self.key_tiles)
@@ -213,9 +213,9 @@ def _full(num_q: int, num_k: int, block_q: int, block_k: int) -> TileLists:
     return TileLists.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
 
 
-def _flat_rows(offsets: Tensor, entries: int) -> Tensor:
-    """Row number g * NQ + i of every entry of a CSR with offsets [G, NQ + 1], without asking how many there are."""
-    counts = (offsets[:, 1:] - offsets[:, :-1]).flatten().to(torch.int64)
+def row_of_entry(offsets: Tensor, entries: int) -> Tensor:
+    """Row g * NQ + i of every entry of a CSR with offsets [G, NQ + 1], int64 [nnz], without a device sync."""
+    counts = (offsets[:, 1:] - offsets[:, :-1]).flatten()
     return torch.repeat_interleave(torch.arange(counts.numel(), device=offsets.device), counts, output_size=entries)
 
 
@@ -243,21 +243,22 @@ def _check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> No
         raise ValueError(f"{name}_offsets are absolute: every list set must start where the one before ends")
     if indices.numel() == 0:
         return
-    rows = _flat_rows(offsets, indices.numel())
+    rows = row_of_entry(offsets, indices.numel())
     low, high = map(int, indices.aminmax())
     if low < 0 or high >= tiles:
-        place = int(((indices < 0) | (indices >= tiles)).nonzero()[0])
+        position = int(((indices < 0) | (indices >= tiles)).nonzero()[0])
         raise ValueError(
-            f"{name}_indices must lie in 0..{tiles - 1} (NK = {tiles} key tiles), found {int(indices[place])} at place "
-            f"{place}, {_spelled(rows[place], offsets)}"
+            f"{name}_indices must lie in 0..{tiles - 1} (NK = {tiles} key tiles), found {int(indices[position])} at "
+            f"position {position}, {_spelled(rows[position], offsets)}"
         )
     keys = rows * tiles + indices
     repeats = keys[1:] <= keys[:-1]
     if bool(repeats.any()):
-        place = int(repeats.nonzero()[0]) + 1
+        position = int(repeats.nonzero()[0]) + 1
         raise ValueError(
-            f"{name}_indices must ascend strictly in every query tile, found {int(indices[place])} after "
-            f"{int(indices[place - 1])} at place {place}, {_spelled(rows[place], offsets)}: sort them, remove repeats"
+            f"{name}_indices must ascend strictly in every query tile, found {int(indices[position])} after "
+            f"{int(indices[position - 1])} at position {position}, {_spelled(rows[position], offsets)}: sort them, "
+            "remove repeats"
         )
 
 

@@ -46,9 +46,10 @@ def _check_order(order: Tensor) -> None:
     tokens = order.numel()
     low, high = map(int, order.aminmax())
     if low < 0 or high >= tokens:
-        place = int(((order < 0) | (order >= tokens)).nonzero()[0])
+        position = int(((order < 0) | (order >= tokens)).nonzero()[0])
         raise ValueError(
-            f"token_order must lie in 0..{tokens - 1} ({tokens} tokens), found {int(order[place])} at position {place}"
+            f"token_order must lie in 0..{tokens - 1} ({tokens} tokens), found {int(order[position])} at position "
+            f"{position}"
         )
     count = torch.zeros(tokens, dtype=torch.int64, device=order.device).scatter_add_(0, order, torch.ones_like(order))
     if bool((count != 1).any()):

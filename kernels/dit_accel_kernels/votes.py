@@ -21,13 +21,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dit_accel_kernels.features import split_tiles
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
 from dit_accel_kernels.selection import LOG2_E, Vote, pack_bits, unpack_bits
 from dit_accel_kernels.states import list_states, visiting_order
 from dit_accel_kernels.tiles import EXACT
 
-FOUND_BYTES = 16 << 20  # what a backend may keep what it found in until votes are settled
+VOTE_BYTES = 16 << 20  # in which a backend may keep what votes go by until they are settled
 
 
 def kept_after(problem: Problem, visited: Tensor, top: Tensor, mass: Tensor) -> Tensor:
@@ -52,8 +53,7 @@ def kept_after(problem: Problem, visited: Tensor, top: Tensor, mass: Tensor) -> 
         top.gather(-1, by_row).masked_fill(~seen_by_row, -torch.inf),
         mass.gather(-1, by_row).masked_fill(~seen_by_row, 0.0),
     )
-    pad = shape[2] * problem.block_q - needs.shape[2]
-    needs = torch.nn.functional.pad(needs, (0, 0, 0, pad)).unflatten(2, (-1, problem.block_q)).any(3)
+    needs = split_tiles(needs, 2, problem.block_q).any(3)
     return bits_after(problem, torch.zeros_like(visited).scatter_(-1, order, voted_down(seen, needs)))
 
 
@@ -62,18 +62,18 @@ def rows_need(vote: Vote, top: Tensor, mass: Tensor) -> Tensor:
 
     Tiles that are not visited have top -inf and mass 0. Only "maxgap" reads `top`, only the others read `mass`.
     """
-    found = top * LOG2_E if vote.criterion == "maxgap" else mass
-    return torch.nn.functional.pad(margins(vote, found) > vote.threshold, (1, 0), value=True)
+    evidence = top * LOG2_E if vote.criterion == "maxgap" else mass
+    return torch.nn.functional.pad(margins(vote, evidence) > vote.threshold, (1, 0), value=True)
 
 
-def margins(vote: Vote, found: Tensor) -> Tensor:
+def margins(vote: Vote, evidence: Tensor) -> Tensor:
     """What must exceed the threshold for a row to need a tile, [..., n - 1]: of all but the first that is visited.
 
-    `found` [..., n] in the order of visits: largest logits in log2 units for "maxgap", else sums of exponentials.
+    `evidence` [..., n] in the order of visits: largest logits in log2 units for "maxgap", else sums of exponentials.
     """
     if vote.criterion == "maxgap":
-        return found[..., 1:] - found.cummax(-1).values[..., :-1]
-    share = found / found.cumsum(-1).clamp_(min=torch.finfo(found.dtype).tiny)
+        return evidence[..., 1:] - evidence.cummax(-1).values[..., :-1]
+    share = evidence / evidence.cumsum(-1).clamp_(min=torch.finfo(evidence.dtype).tiny)
     if vote.criterion == "mass":
         return share[..., 1:]
     spent = torch.zeros_like(share[..., 0])
@@ -115,14 +115,14 @@ class Tally:
         self.problem, self.vote = problem, selection.vote
         tiles, rows, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
         self.none = tiles  # stands for no tile where lists are padded to one length
-        self.place: Tensor | None = None  # of each key tile in the order of visits, where it is none of the usual two
+        self.visit: Tensor | None = None  # of each key tile in the order of visits, where it is none of the usual two
         ragged, self.backwards = problem.k.shape[2] % problem.block_k > 0, False
         if selection.reverse and not ragged and valid is None and problem.decay is None:
             self.backwards = True  # one section
         elif selection.reverse or valid is not None or problem.decay is not None:
-            place = visiting_order(problem, selection.reverse).argsort(-1)
-            place = place.expand(batch, -1, -1)[:, None].expand(-1, heads, -1, -1).flatten(0, 2)
-            self.place = torch.nn.functional.pad(place, (0, 1), value=tiles)
+            visit = visiting_order(problem, selection.reverse).argsort(-1)
+            visit = visit.expand(batch, -1, -1)[:, None].expand(-1, heads, -1, -1).flatten(0, 2)
+            self.visit = torch.nn.functional.pad(visit, (0, 1), value=tiles)
         self.absent: Tensor | None = None  # key tiles without a valid key
         if valid is not None:
             absent = ~valid_tiles(valid, problem.block_k)[1]
@@ -139,29 +139,29 @@ class Tally:
         """
         return self.vote.criterion != "maxgap"
 
-    def settle(self, rows: Tensor, tiles: Tensor, found: Tensor) -> None:
+    def settle(self, rows: Tensor, tiles: Tensor, evidence: Tensor) -> None:
         """Vote of query tiles [R] on their exact key tiles [R, n], ascending, padded with `none`.
 
-        `found` [n, R, block_q] as `by_mass` tells, -inf or 0 in padding; it may be written to.
+        `evidence` [n, R, block_q] as `by_mass` says, -inf or 0 in padding; it may be written to.
         """
-        if self.last < found.shape[2]:  # what is no query votes as the last one does
+        if self.last < evidence.shape[2]:  # what is no query votes as the last one does
             far = (rows % self.rows == self.rows - 1).nonzero()[:, 0]
-            found[:, far, self.last :] = found[:, far, self.last - 1, None]
-        if self.place is not None:
-            order = self.place[rows].gather(-1, tiles).argsort(-1)
-            tiles, found = tiles.gather(-1, order), found.gather(0, order.mT[..., None].expand(found.shape))
-        by_tile = found.unbind(0)
+            evidence[:, far, self.last :] = evidence[:, far, self.last - 1, None]
+        if self.visit is not None:
+            order = self.visit[rows].gather(-1, tiles).argsort(-1)
+            tiles, evidence = tiles.gather(-1, order), evidence.gather(0, order.mT[..., None].expand(evidence.shape))
+        by_tile = evidence.unbind(0)
         if self.backwards:
             tiles, by_tile = tiles.flip(1), by_tile[::-1]
         down = ~(self._largest(by_tile) > self.vote.threshold).mT & ((tiles != self.none).cumsum(1) > 1)
         rows = rows[:, None]
         self.down[rows, tiles] = down if self.absent is None else down & ~self.absent[rows, tiles]
 
-    def _largest(self, found: Sequence[Tensor]) -> Tensor:
+    def _largest(self, evidence: Sequence[Tensor]) -> Tensor:
         """The largest of the `margins` of each row's queries, [n, R], tile by tile: the first one's means nothing."""
-        so_far, spent = found[0], torch.zeros_like(found[0])
+        so_far, spent = evidence[0], torch.zeros_like(evidence[0])
         tiny, largest = torch.finfo(so_far.dtype).tiny, [torch.zeros_like(so_far[:, 0])]
-        for x in found[1:]:
+        for x in evidence[1:]:
             if not self.by_mass:
                 margin, so_far = x - so_far, torch.maximum(so_far, x)
             else:

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .commands import describe_model, generate_video
-from .finetune_command import finetune_model
+from .finetuning.command import finetune_model
+from .generation.commands import describe_model, generate_video
 
 if TYPE_CHECKING:
-    from .families import ADAPTERS, VIDEO
+    from .families.all_families import ADAPTERS, VIDEO
 
 COMMANDS = {"generate": generate_video, "describe": describe_model, "finetune": finetune_model}
 
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     """Load the families when they are asked for: what only lists commands has no need of them."""
     if name not in ("ADAPTERS", "VIDEO"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import families
+    from .families import all_families
 
-    return getattr(families, name)
+    return getattr(all_families, name)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from dit_accel_pipelines.step_caches import MAGCACHE, TEACACHE
+from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -179,7 +179,7 @@ def test_help_is_quick_and_loads_no_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(command in result.stdout for command in ("generate", "describe", "plan", "methods", "models"))
     loaded = set(result.stdout.splitlines()[-1].split())
-    assert not {"torch", "diffusers", "transformers", "numpy", "dit_accel_pipelines.families"} & loaded
+    assert not {"torch", "diffusers", "transformers", "numpy", "dit_accel_pipelines.families.all_families"} & loaded
 
     typer_alone = "import typer; app = typer.Typer(); app.command('a')(print); app.command('b')(print); app()"
     least = calls_of(typer_alone)

@@ -339,8 +339,8 @@ def test_what_is_refused(transformer):
 
 
 def test_in_a_pipeline_the_scheduler_tells_the_noise_level():
-    from dit_accel_pipelines.loading import load_pipeline
-    from dit_accel_pipelines.request import Request, settle
+    from dit_accel_pipelines.generation.loading import load_pipeline
+    from dit_accel_pipelines.generation.request import Request, settle
 
     request = Request(
         prompts=("a red circle moving right",), output=Path("unused.mp4"), num_frames=9, height=32, width=32

@@ -11,8 +11,8 @@ from dit_accel_kernels.backends import cpu
 from one_layer import Fixed, OneLayer
 
 from dit_accel import LVSA, AttachError, ConfigError, LiteAttention, RadialAttention, UltraViCo
-from dit_accel.attachment.backward import BackwardStore
-from dit_accel.attachment.ring import Ring
+from dit_accel.attachment.backward import BackwardStore, Differentiated
+from dit_accel.attachment.shards import Ring
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
 
@@ -121,7 +121,7 @@ def test_observers_see_a_processs_own_rows_of_a_call_under_ring_attention(tokens
     layer.observe(seen.append)
     whole = layer.call(*map(held, (q, k, v)), LAYOUT)
     own = torch.arange(1, TOKENS, 2)
-    layer.state.ring = Ring(group=None, rank=1, counts=(36, 35), gathered=None, places=None, own=own)
+    layer.execution.forward.shards = Ring(group=None, rank=1, counts=(36, 35), gathered=None, positions=None, rows=own)
     out = layer.call(held(q[:, :, own]), held(k), held(v), LAYOUT)
     torch.testing.assert_close(held(out), held(whole)[:, :, own])
     assert seen[0].rows is None
@@ -135,8 +135,9 @@ def test_observers_see_a_processs_own_rows_of_a_call_under_ring_attention(tokens
 
 def test_a_plan_that_is_gone_is_an_error():
     store = BackwardStore()
-    ticket = store.put(AttentionPlan())
-    assert isinstance(store.get(ticket), AttentionPlan)
+    kept = Differentiated(AttentionPlan(), 0, (1, 1, 1, 0, 0), True, None)
+    ticket = store.put(kept)
+    assert store.get(ticket) is kept
     with pytest.raises(AttachError, match="the attention plan 7 of a forward was freed before its backward ran"):
         store.get(torch.tensor(7))
 

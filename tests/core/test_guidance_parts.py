@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dit_accel_pipelines.flux import FLUX
-from dit_accel_pipelines.hidream import HIDREAM
-from dit_accel_pipelines.ideogram4 import IDEOGRAM4
-from dit_accel_pipelines.wan import WAN
-from dit_accel_pipelines.z_image import Z_IMAGE
+from dit_accel_pipelines.families.flux import FLUX
+from dit_accel_pipelines.families.hidream import HIDREAM
+from dit_accel_pipelines.families.ideogram4 import IDEOGRAM4
+from dit_accel_pipelines.families.wan import WAN
+from dit_accel_pipelines.families.z_image import Z_IMAGE
 from tiny_models import MODELS
 from wan_tiny import tiny_transformer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.attachment.ulysses import Ulysses
+from dit_accel.attachment.shards import Ulysses
 from dit_accel.plan.heads import HeadShare
 
 
@@ -40,7 +40,8 @@ class Processes:
 
 def shares(total, size):
     made = [
-        Ulysses(rank=r, counts=(1,) * size, gathered=None, places=None, group=None, anything=True) for r in range(size)
+        Ulysses(rank=r, counts=(1,) * size, gathered=None, positions=None, group=None, anything=True)
+        for r in range(size)
     ]
     return [one.share(total) for one in made]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cache_calls import ADAPTER, Driven, line, run_through, still
 from dit_accel_pipelines import ADAPTERS
-from dit_accel_pipelines.step_caches import MAGCACHE
+from dit_accel_pipelines.families.step_caches import MAGCACHE
 
 from dit_accel import ConfigError, MagCache
 from dit_accel.adapters.registry import families

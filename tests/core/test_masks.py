@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import ConfigError
-from dit_accel.attachment.processor import Slot, _planned
+from dit_accel.attachment.execution import Execution
+from dit_accel.attachment.processor import planned
 from dit_accel.plan.masks import HIDDEN, is_key_padding, key_padding, key_validity, visible_row
 
 KEYS = torch.tensor([[True, False, True, True, False, True], [True, True, True, False, True, False]])
@@ -87,4 +88,4 @@ def test_sizes_are_read_off_tensors_with_heads_first():
 def test_a_block_mask_is_refused():
     q = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ConfigError, match="can't follow a mask of type SimpleNamespace, which the model passes for"):
-        _planned(q, q, q, types.SimpleNamespace(), Slot(), 0, True, None)
+        planned(q, q, q, types.SimpleNamespace(), None, True, Execution([], "reference"))

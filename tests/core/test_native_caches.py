@@ -150,6 +150,16 @@ def test_branches_are_kept_apart_with_contexts_and_without(transformer, cache, c
                 assert torch.equal(both[branches.index(branch)], one)
 
 
+def test_seacache_takes_the_last_noise_level_too(transformer):
+    with dit_accel.attach(transformer, CACHES["sea"]), torch.no_grad():
+        for step, sigma in enumerate((1.0, 0.5, 0.0)):
+            with transformer.cache_context("cond", step_index=step, num_inference_steps=3, sigma=sigma):
+                transformer(latents(), torch.tensor([500]), text("cond"), return_dict=False)
+        refused = pytest.raises(ConfigError, match=r"sigma in \[0, 1\].* found sigma = 1.5")
+        with refused, transformer.cache_context("cond", step_index=0, num_inference_steps=3, sigma=1.5):
+            transformer(latents(), torch.tensor([500]), text("cond"), return_dict=False)
+
+
 @ALL
 def test_a_run_after_one_that_was_stopped_begins_anew(transformer, cache):
     with dit_accel.attach(transformer, CACHES[cache]):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from dit_accel import ConfigError
 from dit_accel.attachment.parallel import require_agreement, require_parallel
+from dit_accel.attachment.shards import Ring
 
 MESH = SimpleNamespace(get_group=lambda: None)
 
@@ -86,3 +87,21 @@ def test_heads_that_cannot_be_shared_are_refused(heads, degree, anything, text):
     with pytest.raises(ConfigError, match=text):
         require_parallel(execution_of(method()), state_of(heads), config)
     require_parallel(execution_of(method()), state_of(10), config)
+
+
+def test_a_ring_gathers_all_tokens_in_the_model_s_order(monkeypatch):
+    whole = torch.arange(5 * 2 * 3.0).reshape(1, 5, 2, 3)
+    split = whole[:, [0, 2, 4]], whole[:, [1, 3]]  # of two processes, of which the second has a token less
+
+    def gather(parts, sent, group=None):
+        for part, own in zip(parts, split, strict=True):
+            part.copy_(torch.nn.functional.pad(own, (0, 0, 0, 0, 0, sent.shape[1] - own.shape[1])))
+
+    monkeypatch.setattr(dist, "all_gather", gather)
+    order = torch.tensor([0, 2, 4, 1, 3])
+    for own, rank in ((split[0], 0), (split[1], 1)):
+        rows, back = order.split((3, 2))[rank], order.argsort()
+        ring = Ring(group=None, rank=rank, counts=(3, 2), gathered=order, positions=back, rows=rows)
+        assert torch.equal(ring.gather(own), whole)
+    with pytest.raises(ConfigError):
+        ring.gather(whole)

@@ -91,14 +91,14 @@ def test_rows_are_reused_once_and_not_where_all_are_asked_for():
 
 def test_the_plan_of_some_rows_reuses_and_leads_none():
     states = torch.randint(0, 3, (4 * HEADS, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
-    led = NormalizedGuidance(
+    guidance = NormalizedGuidance(
         positive=slice(0, 2), negative=slice(2, 4), tokens=slice(0, 9), scale=2.0, tau=2.0, alpha=0.5
     )
-    plan = AttentionPlan().with_tiles(lists(states)).scale(torch.rand(4, HEADS)).lead(led)
+    plan = AttentionPlan().with_tiles(lists(states)).scale(torch.rand(4, HEADS)).guide(guidance)
     plan = plan.reuse_rows(ReusedRows(rows=(torch.arange(3),), out=torch.zeros(4, HEADS, TOKENS, 8)))
     some = plan.of_rows(slice(1, None, 2), 4, HEADS)
     assert some.reused is None
-    assert some.led is None
+    assert some.guidance is None
     assert torch.equal(some.head_scale, plan.head_scale[[1, 3]])
     assert torch.equal(some.tiles.states(), states.to(torch.uint8)[[2, 3, 6, 7]])
     for shared in (AttentionPlan().with_tiles(FULL), AttentionPlan().with_tiles(lists(states[:HEADS]))):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import types
 
 import diffusers
 import pytest
@@ -11,11 +12,14 @@ from diffusers.models.attention_processor import Attention, CogVideoXAttnProcess
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_kernels import TileLists, block_sparse_attention
 from one_layer import MODEL, OneLayer
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dit_accel import ConfigError
+from dit_accel.attachment import processor as module
 from dit_accel.attachment.execution import Execution
+from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import Slot, _sdpa, as_tensors, dense_attention_of, wrap_processor
+from dit_accel.attachment.processor import _sdpa, dense_attention_of, require_plain, wrap_processor
 from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.methods.base import AttentionHandler
 from dit_accel.plan.tiling import Tiling
@@ -38,8 +42,8 @@ def execution() -> Execution:
 
 
 def test_a_legacy_processor_keeps_its_face_and_its_result(execution):
-    slot, processor = Slot(), CogVideoXAttnProcessor2_0()
-    wrapped = wrap_processor(processor, 0, {}, slot, execution.number)
+    processor = CogVideoXAttnProcessor2_0()
+    wrapped = wrap_processor(processor, 0, {}, execution)
     assert isinstance(wrapped, CogVideoXAttnProcessor2_0)
     assert inspect.signature(wrapped.__call__) == inspect.signature(processor.__call__)
     torch.manual_seed(0)
@@ -50,7 +54,7 @@ def test_a_legacy_processor_keeps_its_face_and_its_result(execution):
         attn.set_processor(wrapped)
         assert all(torch.equal(a, b) for a, b in zip(attn(hidden, encoder_hidden_states=text), plain, strict=True))
         wrapped._dit_accel_sparse = True
-        slot.grid = as_tensors((3, 2, 2, 3, 0))
+        execution.forward.lay((3, 2, 2, 3, 0))
         planned = attn(hidden, encoder_hidden_states=text)
         assert execution.recorder.planned
         assert execution.recorder.backends == {"reference"}
@@ -62,7 +66,7 @@ def test_attributes_set_later_are_shared_back():
     from dit_accel.attachment.processor import unwrap_processor
 
     original = WanAttnProcessor()
-    wrapped = wrap_processor(original, 0, {}, Slot(), 0)
+    wrapped = wrap_processor(original, 0, {}, Execution([], "reference"))
     wrapped._attention_backend = "native"
     assert unwrap_processor(wrapped, original) is original
     assert vars(original) == {"_attention_backend": "native"}
@@ -72,7 +76,7 @@ def test_the_model_s_own_attention_is_at_hand_for_plans_that_need_no_kernel():
     q, k, v = torch.randn(3, 2, 12, 2, 8)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=0.3)
     for processor, tokens_first in ((WanAttnProcessor(), True), (CogVideoXAttnProcessor2_0(), False)):
-        dense, found = dense_attention_of(wrap_processor(processor, 0, {}, Slot(), 0))
+        dense, found = dense_attention_of(wrap_processor(processor, 0, {}, Execution([], "reference")))
         assert found == tokens_first
         held = (q, k, v) if tokens_first else (x.transpose(1, 2) for x in (q, k, v))
         out = dense(*held, None, 0.3)
@@ -113,15 +117,13 @@ def test_other_masks_and_lengths_are_refused(execution):
 
 
 def test_what_a_plan_cannot_do_is_refused():
-    from dit_accel.attachment.processor import _refuse
-
     for arguments, message in (
         ((0.1, False, None), "has no dropout, but the call asks for dropout_p=0.1"),
         ((0.0, True, None), "can't follow a causal attention call"),
         ((0.0, False, object()), "do not run under context parallelism in a transformer that is compiled whole"),
     ):
         with pytest.raises(ConfigError, match=message):
-            _refuse(*arguments)
+            require_plain(*arguments)
 
 
 def test_the_operator_passes_opcheck(execution):
@@ -155,6 +157,28 @@ def test_planned_calls_and_the_kernels_own_operators_stay_out_of_cuda_graphs():
                 operator = getattr(getattr(torch.ops, namespace), name + suffix, None)
                 if operator is not None:
                     assert torch.Tag.cudagraph_unsafe in operator.default.tags, name
+
+
+def test_an_eager_call_goes_straight_to_the_plan_and_others_through_the_operator(execution, monkeypatch):
+    through = []
+
+    def operator(*given):
+        through.append(given[-1])
+        return planned_attention(*given)
+
+    monkeypatch.setattr(module, "planned_attention", operator)
+    execution.forward.processor = types.SimpleNamespace(_dit_accel_layer=torch.tensor(0))
+    execution.forward.lay(GRID)
+    q, k, v = tensors()
+    out = module.planned(q, k, v, None, None, True, execution)
+    assert not through
+    assert torch.equal(out, call(execution, q, k, v))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        made = module.planned(*(fake.from_tensor(x) for x in (q, k, v)), None, None, True, execution)
+    assert (through, made.shape, type(made)) == ([False], out.shape, FakeTensor)
+    trained = module.planned(q.requires_grad_(), k, v, None, None, True, execution)
+    assert through == [False, True]
+    assert torch.equal(trained, out)
 
 
 def test_an_attachment_that_is_gone_says_so():
@@ -193,7 +217,7 @@ def test_a_processor_kept_by_others_is_a_plain_one_after_detach():
 
 
 def test_the_stand_in_for_torchs_attention_has_its_defaults():
-    taken = inspect.signature(_sdpa(Slot(), 0)).parameters
+    taken = inspect.signature(_sdpa(Execution([], "reference"))).parameters
     defaults = {name: one.default for name, one in taken.items() if one.default is not inspect.Parameter.empty}
     assert defaults == {
         "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,

@@ -58,13 +58,13 @@ def test_doubled_classes_are_refused(install):
     ("value", "message"),
     [
         (
-            "dit_accel_pipelines.wan:WAN",
-            r"the entry point 'dit_accel_pipelines.wan:WAN' of dit_accel.adapters must give a tuple of adapters, "
-            r"got Adapter; name ADAPTERS = \(MY_ADAPTER,\) in it",
+            "dit_accel_pipelines.families.wan:WAN",
+            r"the entry point 'dit_accel_pipelines.families.wan:WAN' of dit_accel.adapters must give a tuple of "
+            r"adapters, got Adapter; name ADAPTERS = \(MY_ADAPTER,\) in it",
         ),
-        ("dit_accel_pipelines.wan:__name__", "must give a tuple of adapters, got str"),
+        ("dit_accel_pipelines.families.wan:__name__", "must give a tuple of adapters, got str"),
         (
-            "dit_accel_pipelines.wan:NONE",
+            "dit_accel_pipelines.families.wan:NONE",
             "wan:NONE' .* can't be loaded: .* no attribute 'NONE'; name a tuple of adapters",
         ),
         ("dit_accel_nowhere:ADAPTERS", "can't be loaded: No module named 'dit_accel_nowhere'; .* install it again"),

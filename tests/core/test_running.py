@@ -18,14 +18,14 @@ def seen(monkeypatch):
     pipes = []
 
     def follow(attachment, transformer):
-        state = attachment._execution.layers[0].state
-        begin = state.begin_forward
+        state, forward = attachment._execution.layers[0].state, attachment._execution.forward
+        begin = forward.begin
 
         def noting(batch):
             pipes.append(state.running)
             return begin(batch)
 
-        monkeypatch.setattr(state, "begin_forward", noting)
+        monkeypatch.setattr(forward, "begin", noting)
         return pipes
 
     return follow

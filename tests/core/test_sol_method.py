@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_requirement, pack_bits, unpack_bits
-from dit_accel_pipelines.wan import WAN, WAN_PLAIN
+from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import ADAPTER, Fixed, OneLayer, context_of
@@ -377,7 +377,7 @@ class TestOnWan:
             with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)) as attachment:
                 store = attachment._execution.backward
                 out = transformer(**call)[0].square().sum()
-                plans = [plan for _, plan in store._plans.values()]
+                plans = [call.plan for _, call in store._plans.values()]
                 assert len(plans) == len(store) == 3
                 assert {plan.selection.routing for plan in plans} == {None}
                 assert not any((plan.selection.routed == 0).all() for plan in plans)

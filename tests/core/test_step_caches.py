@@ -1,5 +1,6 @@
 """The engine of step caches, on made-up forwards: which are computed, whose state is read, what a forecast gives."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -259,6 +260,7 @@ def test_what_the_first_steps_are_the_first_of(options, drawn):
         assert driven.drawn(steps=steps) == measured.replace("|", ""), run
     listed = cache(**{"switch": 0.5, **options})
     assert listed.skipped_steps(steps, experts=2) == drawn.count(".")
+    assert listed.skipped_steps(steps) == replace(listed, switch=None).skipped_steps(steps)
 
 
 def test_steps_at_points_of_the_run():

@@ -10,8 +10,7 @@ from dit_accel_pipelines import ADAPTERS
 import dit_accel
 from dit_accel.attachment import forward
 from dit_accel.attachment.parallel import naming_lost
-from dit_accel.attachment.ring import ring_of
-from dit_accel.attachment.ulysses import Ulysses, ulysses_of
+from dit_accel.attachment.shards import Ulysses, shards_of
 from dit_accel.errors import ConfigError, ProcessLost
 from dit_accel.plan.heads import HeadShare
 
@@ -24,22 +23,22 @@ def adapter(name: str):
 
 def spread(name: str, grid, degree: int, rank: int = 0, text: int | None = None) -> Ulysses:
     config = SimpleNamespace(
-        ulysses_degree=degree, ulysses_anything=True, _ulysses_local_rank=rank,
+        ring_degree=1, ulysses_degree=degree, ulysses_anything=True, _ulysses_local_rank=rank,
         _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
     )  # fmt: skip
-    return ulysses_of(config, adapter(name), grid, text, CPU)
+    return shards_of(config, adapter(name), grid, text, CPU)
 
 
 def test_one_stream_is_gathered_in_its_own_order():
     found = spread("wan", (5, 2, 2, 0, 0), 4, rank=1)
-    assert (found.counts, found.local, found.gathered, found.places) == ((5, 5, 5, 5), 5, None, None)
+    assert (found.counts, found.local, found.gathered, found.positions) == ((5, 5, 5, 5), 5, None, None)
 
 
 def test_text_is_split_apart_from_what_follows_it():
     """Two text tokens, four of the image, two of a reference that joined the image's stream."""
     found = spread("flux", (1, 2, 2, 2, 2), 2)
     assert found.gathered.tolist() == [0, 2, 3, 4, 1, 5, 6, 7]
-    assert found.places[found.gathered].tolist() == list(range(8))
+    assert found.positions[found.gathered].tolist() == list(range(8))
 
 
 def test_what_stands_before_the_picture_may_belong_to_its_stream():
@@ -101,10 +100,10 @@ def test_tokens_that_are_not_split_evenly_are_refused():
 
 def test_heads_that_cannot_be_shared_evenly_are_refused_before_the_exchange():
     config = SimpleNamespace(
-        ulysses_degree=2, ulysses_anything=False, _ulysses_local_rank=0,
+        ring_degree=1, ulysses_degree=2, ulysses_anything=False, _ulysses_local_rank=0,
         _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
     )  # fmt: skip
-    found = ulysses_of(config, adapter("wan"), (2, 2, 2, 0, 0), None, CPU)
+    found = shards_of(config, adapter("wan"), (2, 2, 2, 0, 0), None, CPU)
     with pytest.raises(ConfigError, match=r"ulysses_degree = 2 does not divide the 3 heads; choose one that does"):
         found.gather(torch.zeros(1, 4, 3, 8))
 
@@ -159,8 +158,8 @@ def test_errors_of_the_communication_are_named_and_others_left():
 
 def test_ring_attention_refuses_tokens_that_are_not_split_evenly_before_it_gathers():
     config = SimpleNamespace(
-        ring_degree=2, _ring_local_rank=0, _ring_mesh=SimpleNamespace(get_group=lambda: None)
+        ring_degree=2, ulysses_degree=1, _ring_local_rank=0, _ring_mesh=SimpleNamespace(get_group=lambda: None)
     )  # fmt: skip
-    found = ring_of(config, adapter("flux"), (1, 2, 2, 2, 0), 2, CPU)
+    found = shards_of(config, adapter("flux"), (1, 2, 2, 2, 0), 2, CPU)
     with pytest.raises(ConfigError, match=r"holds 4 tokens on rank 0 of 2, where an even split of all 6 leaves 3"):
         found.gather(torch.zeros(1, 4, 2, 8))

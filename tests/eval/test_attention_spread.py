@@ -3,15 +3,16 @@
 import dataclasses
 import json
 
+import attention_spread
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval import attention_spread
-from dit_accel_eval.attention_spread import CASES, MEASURED, OUT, PLAIN, Watcher, figures
-from dit_accel_eval.embedded import EmbeddedModel, weights_hash
-from dit_accel_eval.results import read_lines
+from attention_spread import CASES, MEASURED, PLAIN, Watcher, figures
+from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
+from dit_accel_eval.runs.results import read_lines
 from dit_accel_kernels import FrameDecay
 from one_layer import MODEL, context_of
+from study import RESULTS
 
 import dit_accel
 from dit_accel.adapters import registry
@@ -121,7 +122,7 @@ def test_factors_of_heads_act_from_the_second_step_on(monkeypatch):
 
 
 def test_the_committed_lines_are_of_these_models_and_cases():
-    lines = read_lines(OUT)
+    lines = read_lines(RESULTS / "attention-spread.jsonl")
     assert all(line["weights"] == weights_hash(line["model"]) for line in lines)
     expected = [
         (name, ratio, arm)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from dit_accel_eval import bench as bench_module
-from dit_accel_eval.bench import BenchArm, arms_of, make_bench, run_bench
-from dit_accel_eval.real_shapes import BUILDERS, find_family, make_model
-from dit_accel_eval.results import read_lines
+from dit_accel_eval.bench import timing as bench_module
+from dit_accel_eval.bench.real_shapes import BUILDERS, find_family, make_model
+from dit_accel_eval.bench.timing import BenchArm, arms_of, make_bench, run_bench
+from dit_accel_eval.runs.results import read_lines
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, RadialAttention, StaticCache
@@ -125,7 +125,7 @@ def test_an_arm_that_fails_is_told_and_the_others_run():
     made = narrow()
     bad = BenchArm(name="bad", kind="native", methods=(DiffusersCache(config=FirstBlockCacheConfig(threshold=-1.0)),))
     told: list[str] = []
-    lines = run_bench(made, [BenchArm(name="dense", kind="dense"), bad], rounds=1, told=told.append)
+    lines = run_bench(made, [BenchArm(name="dense", kind="dense"), bad], rounds=1, say=told.append)
     assert "threshold must be >= 0" in lines[1]["reason"]
     assert told[0].startswith("bad can't run here: ")
     assert math.isfinite(lines[0]["step_seconds"]["median"])

@@ -1,9 +1,9 @@
 """The caches that lead furthest within a budget: on made-up results."""
 
-from dit_accel_eval.arms import Arm
-from dit_accel_eval.budgets import table
-from dit_accel_eval.paired import bootstrap
-from dit_accel_eval.suite import Suite
+from budgets import table
+from dit_accel_eval.statistics import bootstrap
+from dit_accel_eval.suites.arms import Arm
+from dit_accel_eval.suites.suite import Suite
 
 from dit_accel import EasyCache, MagCache, RadialAttention
 

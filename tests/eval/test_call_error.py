@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import json
 
+import call_error
 import pytest
 import torch
-from dit_accel_eval import call_error
-from dit_accel_eval.embedded import EmbeddedModel
+from dit_accel_eval.runs.embedded import EmbeddedModel
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists
 
 import dit_accel

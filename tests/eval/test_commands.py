@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import dit_accel_pipelines.finetuning.run as finetuning
-import dit_accel_pipelines.generate as generation
+import dit_accel_pipelines.generation.generate as generation
 import pytest
 import torch
 import typer
-from dit_accel_eval import compare, demo, demo_comparison, tune_magcache
-from dit_accel_pipelines.threads import CHOSEN_BY, one_thread, threads
+from dit_accel_eval.demo import __main__ as demo
+from dit_accel_eval.demo import comparison as demo_comparison
+from dit_accel_eval.suites import compare
+from dit_accel_eval.tune import magcache as tune_magcache
+from dit_accel_pipelines.generation.threads import CHOSEN_BY, one_thread, threads
 from typer.testing import CliRunner
 
 from dit_accel.cli import app as cli

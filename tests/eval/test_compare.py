@@ -13,23 +13,23 @@ import numpy as np
 import pytest
 from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from dit_accel_assets.catalog import KNOWN
-from dit_accel_eval import compare, reference
-from dit_accel_eval.compare import run
-from dit_accel_eval.comparison import equal_psnr, figures, rival_steps, table, verdict
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.job import Job, arm_setting, setting_of
-from dit_accel_eval.judges import JUDGES
-from dit_accel_eval.kept import read_kept, reference_of, run_of
 from dit_accel_eval.metrics import metrics
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.metrics.ssim import ssim
-from dit_accel_eval.model import Run
-from dit_accel_eval.paired import Interval, bootstrap, holm, sign_flips
-from dit_accel_eval.results import check_lines, read_lines
-from dit_accel_eval.run_progress import progress_of
-from dit_accel_eval.suite import JUDGES as NAMES
-from dit_accel_eval.suite import read_suite
-from dit_accel_pipelines.ranks import Ranks
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.kept import read_kept, reference_of, run_of
+from dit_accel_eval.runs.model import Run
+from dit_accel_eval.runs.results import check_lines, read_lines
+from dit_accel_eval.statistics import Interval, bootstrap, holm, sign_flips
+from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites.compare import run
+from dit_accel_eval.suites.comparison import equal_psnr, figures, rival_steps, table, verdict
+from dit_accel_eval.suites.job import Job
+from dit_accel_eval.suites.judges import JUDGES
+from dit_accel_eval.suites.run_progress import progress_of
+from dit_accel_eval.suites.suite import JUDGES as NAMES
+from dit_accel_eval.suites.suite import read_suite
+from dit_accel_pipelines.processes.ranks import Ranks
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -109,7 +109,8 @@ def test_committed_suites_read_and_match_their_results(path):
     listed = {arm.name: arm.to_dict() for arm in suite.arms}
     assert {line["arm"] for line in lines if not line["arm"].startswith("unipc ")} <= set(listed)
     if lines:
-        check_lines(results, lines, setting_of(suite), {arm.name: arm_setting(suite, arm) for arm in suite.arms})
+        job = Job(suite=suite, out=results, cache=results, timed=False, threads=None)
+        check_lines(results, lines, job.setting, {arm.name: job.arm_setting(arm) for arm in suite.arms})
 
 
 @pytest.mark.parametrize(
@@ -199,8 +200,9 @@ def test_what_can_not_run_exits_with_2(tmp_path, change, message):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_timed_runs_have_the_machine_to_themselves():
-    found = command("run", "s.toml", "--time", "--workers", "2")
+def test_timed_runs_have_the_machine_to_themselves(tmp_path):
+    (tmp_path / "s.toml").write_text(HEAD + ARM)
+    found = command("run", tmp_path / "s.toml", "--time", "--workers", "2", "--out", tmp_path / "s.jsonl")
     assert found.exit_code == 2
     assert "timed runs need the machine to themselves, got --workers 2" in found.stderr
 
@@ -492,7 +494,7 @@ def test_processes_share_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
 
 LAUNCHED = """
 import importlib.util, sys
-from dit_accel_eval import compare
+from dit_accel_eval.suites import compare
 from dit_accel.cli import main
 
 spec = importlib.util.spec_from_file_location("fakes", sys.argv.pop(1))
@@ -538,7 +540,7 @@ def test_a_real_suite_runs_in_two_processes(tmp_path):
 KILLED = """
 import os, time
 from multiprocessing import get_context
-from dit_accel_eval.pool import end_with_parent
+from dit_accel_eval.runs.pool import end_with_parent
 
 def work(path):
     end_with_parent()

@@ -2,10 +2,11 @@
 
 import json
 
+import overhead
+import product_time
 import pytest
 from diffusers import WanTransformer3DModel
 from dit_accel_assets import model_path
-from dit_accel_eval import overhead, product_time
 from wan_tiny import TINY
 
 
@@ -17,7 +18,7 @@ def test_product_of_a_sparse_method_and_a_cache(tmp_path, monkeypatch, capsys):
     out = tmp_path / "product.jsonl"
     assert product_time.main(["--steps", "6", "--rounds", "2", "--out", str(out)]) == 0
     line = json.loads(out.read_text())
-    assert json.loads(capsys.readouterr().out) == line
+    assert capsys.readouterr().out == product_time.page_text([line]) + "\n"
     assert 0 < line["density"] < 1
     assert line["cache_share"] < 1
     low, high = line["both_over_product_range"]
@@ -51,7 +52,7 @@ def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [line["arm"] for line in lines] == [*overhead.WHOLE, *overhead.CACHES, *overhead.CACHES, *overhead.CACHES]
     assert [line["alone"] for line in lines] == [False] * 7 + [True] * 8
-    assert capsys.readouterr().out.count("\n") == len(lines)
+    assert capsys.readouterr().out == overhead.table(lines) + "\n"
     caches = [section.data for report in reports for section in report.sections if "reused" in section.data]
     # two warm-ups and two pairs, of two forwards each
     assert [data["computed"] for data in caches] == [8] * 12
@@ -65,7 +66,7 @@ def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("given", ["PyramidAttentionBroadcastConfig", "FirstBlockCacheConfig"])
 def test_a_suite_tells_native_caches_the_timestep(given):
     import diffusers
-    from dit_accel_eval.model import _told_timestep
+    from dit_accel_eval.runs.model import _with_timestep
 
     from dit_accel.methods.caches.native import DiffusersCache
 
@@ -73,7 +74,7 @@ def test_a_suite_tells_native_caches_the_timestep(given):
         current_timestep = 17
 
     config = getattr(diffusers, given)()
-    told = _told_timestep(DiffusersCache(config=config), Pipe)
+    told = _with_timestep(DiffusersCache(config=config), Pipe)
     if given.startswith("Pyramid"):
         assert told.config.current_timestep_callback() == 17
         assert config.current_timestep_callback is None

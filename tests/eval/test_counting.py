@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
-from dit_accel_eval.counting import Counter, Counts, attended, own_share, work
-from dit_accel_pipelines.wan import WAN, WAN_PLAIN
+from dit_accel_eval.runs.counting import Counter, Counts, attended, own_share, work
+from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
@@ -56,7 +56,7 @@ def test_a_pooled_tile_is_one_key_and_probes_are_rows():
         with dit_accel.attach(transformer, *methods) as attachment:
             denoise(transformer)
             report = attachment.report()
-        return report, attended(report, WAN, WAN_PLAIN, call, methods)
+        return report, attended(report, WAN, WAN_PLAIN, call, methods)[0]
 
     report, skipped = run(SparseD(**options))
     assert skipped == pytest.approx(report.density)
@@ -68,7 +68,7 @@ def test_a_pooled_tile_is_one_key_and_probes_are_rows():
     report, probed = run(SparseD(**options), DeltaAttention(stride=16))
     sparse = sum(step.sparse_layers for step in report.steps) / (3 * len(report.steps))
     assert probed == pytest.approx(report.density + 5 / 80 * sparse)  # 5 rows of 80
-    assert attended(None, WAN, WAN_PLAIN, call, []) == 1.0
+    assert attended(None, WAN, WAN_PLAIN, call, []) == (1.0, {})
 
 
 def test_work_is_in_steps_of_the_dense_model():

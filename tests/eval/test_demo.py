@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import typer
 from dit_accel_assets import held_out_prompts
-from dit_accel_eval import demo, demo_comparison, demo_references
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import EmbeddedModel
-from dit_accel_eval.reference import AGREE, Reference
+from dit_accel_eval.demo import __main__ as demo
+from dit_accel_eval.demo import comparison as demo_comparison
+from dit_accel_eval.demo import references as demo_references
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.suites.reference import AGREE, Reference
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -72,12 +74,14 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
     run = {"device": "a processor, 2 cores", "threads": 1, "arms": [dense, fewer, ours]}
     (tmp_path / demo_comparison.RESULTS).parent.mkdir(parents=True)
     (tmp_path / demo_comparison.RESULTS).write_text(json.dumps(run))
-    text = demo_comparison.told(tmp_path)
+    text = demo_comparison.page_text(tmp_path)
     assert "Over 2 seeds ours came +2.0 dB [1.0, 3.0] nearer to the converged run in 2.4 s" in text
     assert "than 13 dense steps did in 2.6 s (one thread, a processor, 2 cores;" in text
     ours["psnr"] = [33.0, 33.0]
     (tmp_path / demo_comparison.RESULTS).write_text(json.dumps(run))
-    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo_comparison.told(tmp_path)
+    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo_comparison.page_text(
+        tmp_path
+    )
 
 
 def test_the_strip_shows_differences_five_times_as_large():

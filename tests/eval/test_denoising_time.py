@@ -2,9 +2,9 @@
 
 import json
 
+import denoising_time
 import pytest
 import torch
-from dit_accel_eval import denoising_time
 
 
 @pytest.fixture

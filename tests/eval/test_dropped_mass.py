@@ -2,10 +2,11 @@
 
 import json
 
+import dropped_mass
 import torch
-from dit_accel_eval import dropped_mass
-from dit_accel_eval.results import read_lines
+from dit_accel_eval.runs.results import read_lines
 from dit_accel_kernels import Selection, TileLists, pack_bits
+from study import RESULTS
 
 from dit_accel.attachment.execution import PlannedCall
 from dit_accel.plan.call import Call
@@ -48,7 +49,7 @@ def test_a_run_is_recorded_once_and_goes_on_where_it_stopped(tmp_path, capsys, m
 
 
 def test_the_mean_mass_of_every_recorded_call_is_within_its_budget():
-    lines = read_lines(dropped_mass.OUT)
+    lines = read_lines(RESULTS / "dropped-mass.jsonl")
     assert len({line["clip"] for line in lines if line["budget"] == 0.1}) >= 16
     assert all(line["calls_within"] == line["calls"] and line["largest_mean"] <= line["budget"] for line in lines)
     assert all(line["sparse_density"] < 1 for line in lines)

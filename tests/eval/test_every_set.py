@@ -1,9 +1,9 @@
 """Every single head and pair beside HeadHunter's: what is judged, what goes on, what the table says."""
 
-import dit_accel_eval.every_set as module
+import every_set as module
 import pytest
-from dit_accel_eval.every_set import Judged, Setting, hunted, method_of, run, sets_of, table
-from dit_accel_eval.results import read_lines
+from dit_accel_eval.runs.results import read_lines
+from every_set import Judged, Setting, hunted, method_of, run, sets_of, table
 
 from dit_accel import PAG, SLG, ConfigError, SoftPAG
 

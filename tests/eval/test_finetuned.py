@@ -5,13 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import finetuned
 import numpy as np
 import pytest
 from dit_accel_assets.clips import clip_of, draw
-from dit_accel_eval import finetuned
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.finetuned import main, read_experiment, table
-from dit_accel_eval.model import Run
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.model import Run
+from finetuned import main, read_experiment, table
 
 from dit_accel import ConfigError, RadialAttention
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
-from dit_accel_eval import compare, given, reference
-from dit_accel_eval.clips import OwnClips
-from dit_accel_eval.embedded import EmbeddedModel, settled_call
-from dit_accel_eval.given import GivenModel, Machine, check_given, given_weights, local_folder
-from dit_accel_eval.job import Job, setting_of
-from dit_accel_eval.kept import read_kept, run_of
-from dit_accel_eval.machine import device_name, processor
 from dit_accel_eval.report.reproduce import tokens_of
-from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import read_suite
+from dit_accel_eval.runs import given
+from dit_accel_eval.runs.clips import OwnClips
+from dit_accel_eval.runs.embedded import EmbeddedModel, settled_call
+from dit_accel_eval.runs.given import GivenModel, check_given, given_weights, local_folder
+from dit_accel_eval.runs.kept import read_kept, run_of
+from dit_accel_eval.runs.machine import Machine, device_name, processor
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites.job import Job
+from dit_accel_eval.suites.suite import read_suite
 from model_folders import model_folder
 from tiny_models import COGVIDEOX_TINY
 from tiny_pipelines import cogvideox
@@ -289,9 +290,12 @@ def test_a_device_is_called_by_its_name(monkeypatch):
 def test_the_number_format_is_told_and_is_the_machine_s_where_none_is_named(folder):
     (folder / "d.toml").write_text(HEAD + OWN + ARM)
     suite = read_suite(folder / "d.toml")
-    assert setting_of(suite, Machine(device="cpu"))["dtype"] == "float32"
+    job = Job(suite=suite, out=folder, cache=folder, timed=False, threads=None)
+    assert job.machine == Machine()
+    job = dataclasses.replace(job, machine=Machine(device="cpu"))
+    assert job.setting["dtype"] == "float32"
     asked = dataclasses.replace(suite, dtype="bfloat16")
-    assert setting_of(asked, Machine(device="cpu"))["dtype"] == "bfloat16"
-    assert "dtype" not in setting_of(dataclasses.replace(suite, model="wan-plain"), Machine())
+    assert dataclasses.replace(job, suite=asked).setting["dtype"] == "bfloat16"
+    embedded = dataclasses.replace(suite, model="wan-plain")
+    assert "dtype" not in dataclasses.replace(job, suite=embedded).setting
     assert model_path("wan-plain") != Path(suite.source)
-    assert Job(suite=suite, out=folder, cache=folder, timed=False, threads=None).machine == Machine()

@@ -1,8 +1,8 @@
 """What a perturbed branch costs: the arms, and the shares that the table tells."""
 
-import dit_accel_eval.guidance_cost as module
-from dit_accel_eval.guidance_cost import LAYERS, arms_of, main, table
-from dit_accel_eval.results import append_line, read_lines
+import guidance_cost as module
+from dit_accel_eval.runs.results import append_line, read_lines
+from guidance_cost import LAYERS, arms_of, main, table
 
 
 def test_each_arm_has_a_plain_run_to_be_held_against(monkeypatch, tmp_path):

@@ -1,14 +1,14 @@
 """Guidance at equal forwards: what is run and counted, what an arm is held against, and the continuous score."""
 
-import dit_accel_eval.guided as guided
+import arm_sheet
+import dit_accel_eval.suites.guided as guided
 import numpy as np
 import pytest
 from dit_accel_assets import clips, model_closeness
 from dit_accel_assets.checker import closeness
-from dit_accel_eval import arm_sheet
-from dit_accel_eval.arms import Arm
-from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import Suite, read_suite
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.suites.arms import Arm
+from dit_accel_eval.suites.suite import Suite, read_suite
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_assets import held_out_prompts
-from dit_accel_eval import tune_heads as module
-from dit_accel_eval.head_search import Rung, cost, left_after, rungs_of, search
-from dit_accel_eval.objectives import objective_of
-from dit_accel_eval.tune_heads import tune_heads
-from dit_accel_eval.tuning import tuning_request
+from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.tune import heads as module
+from dit_accel_eval.tune.head_search import Rung, cost, kept_after, rungs_of, search
+from dit_accel_eval.tune.heads import tune_heads
+from dit_accel_eval.tune.objectives import objective_of
 from typer.testing import CliRunner
 from wan_tiny import denoise, tiny_transformer
 
@@ -89,7 +89,7 @@ def test_halving_costs_less():
     full, halved = cost(576, 1, 24, rungs_of(20, 20, 0)), cost(576, 1, 24, rungs_of(20, 20, 2))
     assert full == (11520, 230400)  # the paper's general search
     assert halved[1] < full[1] / 2
-    assert [left_after(9, rung, 3, 2) for rung in range(3)] == [5, 5, 2]
+    assert [kept_after(9, rung, 3, 2) for rung in range(3)] == [5, 5, 2]
 
 
 @pytest.fixture

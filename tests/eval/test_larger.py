@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from dit_accel_assets.painter import draw
 from dit_accel_assets.world import scene_of
-from dit_accel_eval.larger import judged, repetition, table
-from dit_accel_eval.suite import read_suite
+from dit_accel_eval.suites.larger import judged, repetition, table
+from dit_accel_eval.suites.suite import read_suite
 from drawn_model import DrawnModel, run_suite, standing_in
 
 

@@ -7,8 +7,8 @@ import pytest
 from dit_accel_assets import catalog, model_path_error, painter, world
 from dit_accel_assets.checker import path_error
 from dit_accel_assets.clips import clip_of, draw
-from dit_accel_eval.longer import by_stretch, loop, motion, repetition, sharpness, table
-from dit_accel_eval.suite import read_suite
+from dit_accel_eval.suites.longer import by_stretch, loop, motion, repetition, sharpness, table
+from dit_accel_eval.suites.suite import read_suite
 from drawn_model import DrawnModel, run_suite, standing_in
 
 

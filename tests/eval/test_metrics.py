@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_assets.clips import clip_of, draw
-from dit_accel_eval.metrics import Measured, Metric, NotMeasured, Sample, metric, metrics, registry, scores
+from dit_accel_eval.metrics import Measured, Metric, NotMeasured, Sample, metric, metrics, scores
+from dit_accel_eval.metrics import registered as registry
 from dit_accel_eval.metrics.ffmpeg import filtered
 from dit_accel_eval.metrics.flow import dis_flow, is_dynamic, is_static, warp_error
-from dit_accel_eval.metrics.registry import check_names
+from dit_accel_eval.metrics.registered import check_names
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
@@ -287,7 +288,7 @@ def test_a_stranger_adds_a_metric_as_the_page_says(stranger):
         ("dit_accel_eval.metrics.psnr:PSNR", "a metric 'psnr' is registered twice, last by dit_accel_eval.metrics"),
         ("dit_accel_eval.metrics.psnr:NONE", "can't be loaded: module"),
         ("dit_accel_eval.metrics.nothing:NONE", "can't be loaded: No module"),
-        ("dit_accel_eval.metrics.registry:METRIC_GROUP", "must give metrics, got 'd'"),
+        ("dit_accel_eval.metrics.registered:METRIC_GROUP", "must give metrics, got 'd'"),
     ],
 )
 def test_entry_points_that_are_wrong_say_so(stranger, text, message):

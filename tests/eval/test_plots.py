@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from dit_accel_eval import plots
-from dit_accel_eval.comparison import ArmFigures
-from dit_accel_eval.paired import Interval
+from dit_accel_eval.statistics import Interval
+from dit_accel_eval.suites import plots
+from dit_accel_eval.suites.comparison import ArmFigures
 from PIL import Image
 
 SUITES = Path(__file__).parents[2] / "eval" / "suites"

@@ -20,7 +20,7 @@ def work(item):
         time.sleep(60)
 
 def both():
-    from dit_accel_eval.pool import run_beside
+    from dit_accel_eval.runs.pool import run_beside
     run_beside(work, [0, 1, 2], 2, print)
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from dit_accel_eval.readme import PAGES, filled
+from readme import PAGES, filled
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_accel_eval.comparison import figures, is_rival, table
-from dit_accel_eval.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
-from dit_accel_eval.paired import holm
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.by_names import by_names
 from dit_accel_eval.report.figures import _hopeless, misses, report_of, worst_first
@@ -21,8 +18,11 @@ from dit_accel_eval.report.lines import read_minimums, read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.players import difference, players_of
 from dit_accel_eval.report.reproduce import suite_text
-from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import read_suite
+from dit_accel_eval.runs.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.statistics import holm
+from dit_accel_eval.suites.comparison import figures, is_rival, table
+from dit_accel_eval.suites.suite import read_suite
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError

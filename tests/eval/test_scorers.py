@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval.objectives import objective_of
+from dit_accel_eval.tune.objectives import objective_of
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import (

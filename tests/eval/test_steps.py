@@ -7,18 +7,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval.counting import Counts, work
-from dit_accel_eval.embedded import EmbeddedModel
-from dit_accel_eval.measuring import _cost
-from dit_accel_eval.reference import dense_run
 from dit_accel_eval.report.figures import report_of
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.steps import costs, density_figure, step_curves, step_map
 from dit_accel_eval.report.writing import data_of
-from dit_accel_pipelines.memory import begin_peak, peak_memory
-from dit_accel_pipelines.progress import Stages
-from dit_accel_pipelines.timing import timed_steps
+from dit_accel_eval.runs.counting import Counts, work
+from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.suites.measuring import _cost
+from dit_accel_eval.suites.reference import dense_run
+from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.timing import timed_steps
 
 from dit_accel import ConfigError, SolAttention, StaticCache
 

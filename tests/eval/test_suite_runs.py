@@ -6,23 +6,26 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval import compare, reference, results
-from dit_accel_eval.arms import Arm
-from dit_accel_eval.budget import Budget, BudgetSpent, Spending
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.embedded import EmbeddedModel
-from dit_accel_eval.job import arm_setting
-from dit_accel_eval.kept import keep
-from dit_accel_eval.model import Run, SuiteModel, check_guided, guided
-from dit_accel_eval.results import append_line, read_lines, write_lines
-from dit_accel_eval.runner import Runner, median_run, repeated
-from dit_accel_eval.schedulers import OWN, scheduler_of
-from dit_accel_eval.suite import read_suite
+from dit_accel_eval.runs import results
+from dit_accel_eval.runs.budget import Budget, BudgetSpent, Spending
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.kept import keep
+from dit_accel_eval.runs.model import Run, SuiteModel, check_guided, guided
+from dit_accel_eval.runs.results import append_line, read_lines, write_lines
+from dit_accel_eval.runs.schedulers import OWN, scheduler_of
+from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites.arms import Arm
+from dit_accel_eval.suites.compare import Runner
+from dit_accel_eval.suites.job import Job
+from dit_accel_eval.suites.measuring import median_run, repeated
+from dit_accel_eval.suites.suite import Suite, read_suite
 from tiny_other_pipelines import hunyuan_image
 from typer.testing import CliRunner
 
@@ -131,15 +134,16 @@ def test_repeats_are_told_by_median_and_quartiles_and_warm_up_is_not(ready, fake
 
 
 def test_timed_repeats_alternate_with_dense_runs(fake):
-    runner = Runner(FakeModel, repeats=2, warmup=1)
     arm = Arm(name="a", num_inference_steps=3, solver="euler")
-    runs, dense = runner.beside(arm, 0)
+    suite = Suite(name="s", model="wan-plain", clips=2, arms=(arm,), repeats=2, warmup=1)
+    runner = Runner(Job(suite=suite, out=Path("s"), cache=Path("c"), timed=True, threads=1))
+    runs, dense = runner.sample(arm, 0)
     assert [solver for *_, solver in fake.made] == ["euler", "euler", "unipc", "euler", "unipc"]
     assert ([run.seconds for run in runs], [run.seconds for run in dense]) == ([2, 4], [3, 5])
     assert median_run(runs).seconds == 4
     assert repeated(runs)["median"] == 3
     runner.sample(arm, 1)
-    assert len(fake.made) == 7  # it is warm
+    assert len(fake.made) == 9  # it is warm
 
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -194,8 +198,10 @@ def test_bad_arms_say_what_is_wrong(tmp_path, text, message):
 def test_an_arm_with_a_scheduler_runs_and_is_told(tmp_path):
     arm = '[[arm]]\nname = "third"\nnum_inference_steps = 6\nscheduler = { UniPCMultistepScheduler = '
     (tmp_path / "s.toml").write_text(HEAD + arm + "{ solver_order = 3 } }\n")
-    (read,) = read_suite(tmp_path / "s.toml").arms
-    assert arm_setting(read_suite(tmp_path / "s.toml"), read)["scheduler"] == {"solver_order": 3}
+    suite = read_suite(tmp_path / "s.toml")
+    (read,) = suite.arms
+    job = Job(suite=suite, out=tmp_path, cache=tmp_path, timed=False, threads=1)
+    assert job.arm_setting(read)["scheduler"] == {"solver_order": 3}
     model = EmbeddedModel("wan-plain", SMALL)
     third = model.run(0, **read.run_options())
     same = model.run(0, steps=6, solver="UniPCMultistepScheduler", scheduler={"solver_order": 2})
@@ -212,13 +218,10 @@ class Pictures(SuiteModel):
         adapter = adapter_for("HunyuanImageTransformer2DModel")
         call = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
         call["width"] = 96
-        super().__init__(pipe, name="pictures", weights="w", call=call, adapter=adapter, family=adapter.families[0])
-
-    def prompt(self, clip):
-        return None
-
-    def seed(self, clip):
-        return clip
+        clips = SimpleNamespace(prompt=lambda clip: None, seed=lambda clip: clip)
+        super().__init__(
+            pipe, name="pictures", weights="w", call=call, adapter=adapter, family=adapter.families[0], clips=clips
+        )
 
 
 def test_a_guider_takes_the_place_of_the_pipeline_s_own_for_its_arm():
@@ -302,6 +305,7 @@ def test_frames_and_dense_runs_that_find_no_space_leave_no_piece(tmp_path, monke
 LIMITED = """
 import resource, sys
 from pathlib import Path
+from types import SimpleNamespace
 from dit_accel_eval.results import append_line, write_lines
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -4,15 +4,15 @@ import itertools
 import json
 
 import dit_accel_eval
-import dit_accel_eval.cache_runs as cache_runs
+import dit_accel_eval.tune.cache_runs as cache_runs
 import numpy as np
 import pytest
-from dit_accel_eval.tune_magcache import tune_magcache
-from dit_accel_eval.tune_teacache import tune_teacache
-from dit_accel_eval.tuning import embedded_prompts, tuning_request
-from dit_accel_pipelines.loading import load_pipeline
-from dit_accel_pipelines.request import settle
-from dit_accel_pipelines.step_caches import MAGCACHE, TEACACHE
+from dit_accel_eval.runs.request import embedded_prompts, tuning_request
+from dit_accel_eval.tune.magcache import tune_magcache
+from dit_accel_eval.tune.teacache import tune_teacache
+from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
+from dit_accel_pipelines.generation.loading import load_pipeline
+from dit_accel_pipelines.generation.request import settle
 from some_cases import some
 from typer.testing import CliRunner
 

@@ -5,14 +5,24 @@ import math
 from pathlib import Path
 
 import dit_accel_eval
-import dit_accel_eval.tune_lite as tuning
+import dit_accel_eval.tune.lite as tuning
 import pytest
 import torch
-from dit_accel_eval.lite_search import CLOSE, HIGHEST, LOWEST, METRICS, NEAR, Found, Tuner, search_level, threshold_of
-from dit_accel_eval.tune_lite import TunedPrompt, combine, tune_lite
-from dit_accel_eval.tuning import tuning_request
-from dit_accel_pipelines.generate import run
-from dit_accel_pipelines.loading import load_pipeline
+from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.tune.lite import TunedPrompt, combine, tune_lite
+from dit_accel_eval.tune.lite_search import (
+    CLOSE,
+    HIGHEST,
+    LOWEST,
+    METRICS,
+    NEAR,
+    Found,
+    Tuner,
+    search_level,
+    threshold_of,
+)
+from dit_accel_pipelines.generation.generate import run
+from dit_accel_pipelines.generation.loading import load_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,9 +31,9 @@ import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SparseD
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution
+from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import as_tensors
 from dit_accel.cli import registry
 from dit_accel.cli.app import app
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
@@ -96,7 +106,7 @@ class Stage:
 
     def call(self, step: int, q, k, v) -> torch.Tensor:
         self.execution.state.enter(self.state, "cond", dict(step_index=step, num_inference_steps=6))
-        self.state.begin_forward(len(q))
+        self.execution.forward.begin(len(q))
         grid, layer = as_tensors((2, 8, 12, 0, 0)), torch.tensor(0)
         out, _ = planned_attention(q, k, v, None, layer, grid, self.execution.number, True, None, False)
         self.execution.state.leave(self.state)

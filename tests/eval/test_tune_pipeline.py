@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
-from dit_accel_eval import compare, pipeline_search, reference, tune_pipeline
-from dit_accel_eval.arms import Arm
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.model import Run
-from dit_accel_eval.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
-from dit_accel_eval.results import read_lines
-from dit_accel_eval.tuning import embedded_prompts, tuning_request
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.model import Run
+from dit_accel_eval.runs.request import embedded_prompts, tuning_request
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites.arms import Arm
+from dit_accel_eval.tune import pipeline as tune_pipeline
+from dit_accel_eval.tune import pipeline_search
+from dit_accel_eval.tune.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
 from model_folders import model_folder
 from typer.testing import CliRunner
 

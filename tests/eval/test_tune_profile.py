@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from dit_accel_eval import tune_profile as module
-from dit_accel_eval.profile_watch import CRITERIA, on_grid
-from dit_accel_eval.tune_profile import tune_profile
-from dit_accel_eval.tuning import tuning_request
-from dit_accel_pipelines.generate import run
-from dit_accel_pipelines.loading import load_pipeline
-from dit_accel_pipelines.progress import Stages
-from dit_accel_pipelines.request import settle
+from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.tune import profile as module
+from dit_accel_eval.tune.block_ranking import foreground_ratio
+from dit_accel_eval.tune.profile import tune_profile
+from dit_accel_eval.tune.profile_watch import CRITERIA, on_grid
+from dit_accel_pipelines.generation.generate import run
+from dit_accel_pipelines.generation.loading import load_pipeline
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.request import settle
 from PIL import Image
 from typer.testing import CliRunner
 from wan_tiny import tiny_transformer
@@ -27,7 +28,6 @@ from dit_accel.cli.app import app
 from dit_accel.methods.caches.profile_file import weights_of
 from dit_accel.methods.caches.profiling import ProfilingCache
 from dit_accel.rules.foreground import foreground, predicted
-from dit_accel.rules.ranking import foreground_ratio
 from dit_accel.testing.everything import planned
 
 PROMPTS = ("a red circle moving right", "a blue square moving up")

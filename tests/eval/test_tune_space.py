@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from dit_accel_assets import model_names, model_path
-from dit_accel_eval.tune_space import default_space, space_of
+from dit_accel_eval.tune.space import default_space, space_of
 
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.methods.toml import from_toml, to_toml

@@ -115,7 +115,7 @@ def test_a_model_is_for_making_videos(info):
 
 def test_the_cost_of_a_known_family_is_told_in_flops(monkeypatch, tmp_path):
     from dit_accel_eval.vbench import generating
-    from dit_accel_pipelines.request import Request
+    from dit_accel_pipelines.generation.request import Request
 
     from dit_accel.adapters import registry
     from dit_accel.estimate.estimate import estimate

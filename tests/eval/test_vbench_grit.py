@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_captioners as tiny
 import torch
-from dit_accel_eval.vbench import bert, boxes, grit, rules, sampling, vitdet, weight_files
-from dit_accel_eval.vbench.measures import WAYS, Means, lacking
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench import rules, sampling, weight_files
+from dit_accel_eval.vbench.measures import WAYS, Means, missing_reason
+from dit_accel_eval.vbench.networks import bert, boxes, grit, vitdet
+from dit_accel_eval.vbench.networks.loading import Networks
 from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
 from torch import Tensor
@@ -225,18 +226,18 @@ def test_four_dimensions_follow_from_what_grit_finds(networks, monkeypatch):
     monkeypatch.setattr(networks, "sentences", lambda given: said if torch.equal(given, chosen) else [])
     relation = {"object_a": "cat", "object_b": "dog", "relationship": "on the left of"}
     asked = {"object_class": "cat", "multiple_objects": "cat and dog", "color": "red", "spatial_relationship": relation}
-    prompt = Prompt(text="a red cat", dimensions=(), asked=asked)
+    prompt = Prompt(text="a red cat", dimensions=(), targets=asked)
     video = Video(name="a-0.mp4", frames=frames, fps=8)
     expected = {"object_class": 12 / 16, "multiple_objects": 4 / 16, "color": 4 / 8, "spatial_relationship": 4 / 16}
     for name, value in expected.items():
-        assert lacking(name, means) is None
+        assert missing_reason(name, means) is None
         score = WAYS[name].measure(video, prompt, means)
         assert isinstance(score, rules.VideoScore)
         assert score.value == pytest.approx(value)
 
 
 def test_what_grits_dimensions_lack_is_told_with_what_else_could_be_brought(tmp_path):
-    reason = str(lacking("color", Means(networks=Networks(tmp_path))))
+    reason = str(missing_reason("color", Means(networks=Networks(tmp_path))))
     assert "grit is missing: put https://datarelease.blob.core.windows.net/grit/models/" in reason
     assert f"at {tmp_path / 'grit_model' / 'grit_b_densecap_objectdet.pth'}; bert-words is missing" in reason
     assert reason.endswith("; or bring the captions by GRiT with --observations")

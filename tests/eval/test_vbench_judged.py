@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_assets import clips, held_out_prompts, painter
-from dit_accel_eval.job import clips_of
 from dit_accel_eval.metrics.metric import Sample
-from dit_accel_eval.metrics.registry import scores
-from dit_accel_eval.results import read_lines
-from dit_accel_eval.suite import read_suite
-from dit_accel_eval.vbench import judged
-from dit_accel_eval.vbench.asked import model_scores, numbers, scene_of
-from dit_accel_eval.vbench.embedded import TAKES_TIME
+from dit_accel_eval.metrics.registered import scores
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.suites import judged_by_vbench as judged
+from dit_accel_eval.suites.job import clips_of
+from dit_accel_eval.suites.suite import read_suite
+from dit_accel_eval.vbench.scenes import model_scores, numbers, scene_of
 from dit_accel_eval.vbench.world_metrics import WORLD_METRICS
+from dit_accel_eval.vbench.world_scores import TAKES_TIME
 from drawn_model import run_suite
 
 from dit_accel import ConfigError

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny_inception
 import torch
-from dit_accel_eval.vbench import preference, sampling, weight_files
-from dit_accel_eval.vbench.inception import average, inception
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench import sampling, weight_files
+from dit_accel_eval.vbench.networks import preference
+from dit_accel_eval.vbench.networks.inception import average, inception
+from dit_accel_eval.vbench.networks.loading import Networks
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -8,11 +8,11 @@ import pytest
 import tiny_vbench as tiny
 import torch
 from dit_accel_eval.vbench.long import Fast, clips_of, first_frames, long_score, read_fast, seconds_of
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench.networks.loading import Networks
 from dit_accel_eval.vbench.prompts import FLICKERING
 from dit_accel_eval.vbench.rules import VideoScore, flickering
 from dit_accel_eval.vbench.sampling import Video, for_dinov2, read_video
-from dit_accel_pipelines.media import write_media
+from dit_accel_pipelines.generation.media import write_media
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -201,7 +201,7 @@ def test_what_long_videos_cannot_tell_is_refused(work, monkeypatch):
 
 
 def test_dinov2_scales_what_its_blocks_add(tmp_path, monkeypatch):
-    from dit_accel_eval.vbench import vit
+    from dit_accel_eval.vbench.networks import vit
     from transformers import Dinov2Config, Dinov2Model
 
     weights = tiny.dinov2(side=4)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tiny_vbench as tiny
 import torch
-from dit_accel_eval.vbench import official, rules, sampling, vit, weight_files, words
-from dit_accel_eval.vbench.measures import WAYS, Means, lacking
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench import official, rules, sampling, weight_files
+from dit_accel_eval.vbench.measures import WAYS, Means, missing_reason
+from dit_accel_eval.vbench.networks import vit, words
+from dit_accel_eval.vbench.networks.loading import Networks
 from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
 from torch.nn import functional as F
@@ -167,12 +168,12 @@ def networks(tmp_path, monkeypatch) -> Networks:
 
 def test_dimensions_of_features_follow_from_the_networks(networks):
     video = Video(name="a-0.mp4", frames=noise(9, 40, 56, 3), fps=8)
-    asked = Prompt(text="the red", dimensions=(), asked={"appearance_style": "red"})
+    asked = Prompt(text="the red", dimensions=(), targets={"appearance_style": "red"})
     means = Means(networks=networks)
     found = {}
     for name in ("subject_consistency", "background_consistency", "aesthetic_quality", "appearance_style",
                  "overall_consistency"):  # fmt: skip
-        assert lacking(name, means) is None
+        assert missing_reason(name, means) is None
         score = WAYS[name].measure(video, asked, means)
         assert score is not None
         found[name] = float(score.value)
@@ -238,7 +239,7 @@ def test_missing_and_wrong_files_are_told_by_name(networks, monkeypatch):
 def test_what_cannot_be_measured_says_what_to_put_where(tmp_path):
     means = Means(networks=Networks(tmp_path))
     for name, way in WAYS.items():
-        reason = lacking(name, means)
+        reason = missing_reason(name, means)
         if name == "temporal_flickering":
             assert reason is None
         elif way.networks:
@@ -321,7 +322,7 @@ def test_raft_and_amt_run_by_the_official_code(tmp_path, monkeypatch):
         torch.save(held, path)
     networks = Networks(tmp_path)
     one, two, three = (sampling.tensor(noise(1, 124, 130, 3, seed=seed))[0] for seed in range(3))
-    monkeypatch.setattr("dit_accel_eval.vbench.networks.RAFT_ROUNDS", 1)
+    monkeypatch.setattr("dit_accel_eval.vbench.networks.loading.RAFT_ROUNDS", 1)
     flow = networks.raft(one, two)
     assert flow.shape == (2, 128, 136)  # padded to eighths, and left so
     assert flow.isfinite().all()

@@ -11,9 +11,9 @@ from dit_accel_eval.metrics import perceptual
 from dit_accel_eval.vbench import fidelity_rules as rules
 from dit_accel_eval.vbench import protocol_run
 from dit_accel_eval.vbench.generating import protocol_pieces, sized
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench.networks.loading import Networks
 from dit_accel_eval.vbench.protocols import PROTOCOLS, of_batches, of_clips, of_finite_frames, protocol
-from dit_accel_pipelines.media import write_media
+from dit_accel_pipelines.generation.media import write_media
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tiny_captioners as tiny
 import torch
-from dit_accel_eval.vbench import bert, official, rules, sampling, tag2text, weight_files
-from dit_accel_eval.vbench.beams import search
-from dit_accel_eval.vbench.measures import WAYS, Means, lacking
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench import official, rules, sampling, weight_files
+from dit_accel_eval.vbench.measures import WAYS, Means, missing_reason
+from dit_accel_eval.vbench.networks import bert, tag2text
+from dit_accel_eval.vbench.networks.beams import search
+from dit_accel_eval.vbench.networks.loading import Networks
+from dit_accel_eval.vbench.networks.swin import swin
 from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
-from dit_accel_eval.vbench.swin import swin
 
 from dit_accel import ConfigError
 
@@ -104,7 +105,7 @@ def test_tags_are_told_above_a_threshold_in_order_without_the_deleted_ones():
     logits[0, [5, 2, 127]] = torch.tensor([0.848, 3.0, 9.0])  # the sigmoid of .8473 is .7
     logits[0, 6] = 0.847
     tags = [f"tag {number}" for number in range(tiny.TAGS)]
-    assert tag2text._told(logits, tags) == ["tag 2 | tag 5", ""]
+    assert tag2text._recognized(logits, tags) == ["tag 2 | tag 5", ""]
     tokenizer = bert.tokenizer(WORDS)
     assert tag2text.tag_tokens("", tokenizer)[0].tolist() == [30523, 102, *[0] * 38]
     long = tag2text.tag_tokens(" | ".join(["red"] * 30), tokenizer)[0].tolist()
@@ -218,20 +219,20 @@ def test_tags_captions_and_scene_are_those_of_the_official_code(networks):
     weights, pictures = weight_files.read("tag2text", networks.folder), sampling.for_tag2text(frames)
     with torch.inference_mode():
         logits = tag2text.tag_logits(swin(pictures[:6], weights, "visual_encoder."), weights)
-    assert tag2text._told(logits, official.tags()) == told["tags"]
+    assert tag2text._recognized(logits, official.tags()) == told["tags"]
     assert tag2text.looked_at(16) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5]
     asked = told["captions"][9].split()[-1]
-    prompt = Prompt(text="", dimensions=(), asked={"scene": asked})
+    prompt = Prompt(text="", dimensions=(), targets={"scene": asked})
     seen = []
     networks.scenes = lambda given: seen.extend(Networks.scenes(networks, given)) or seen
-    assert lacking("scene", means) is None
+    assert missing_reason("scene", means) is None
     score = WAYS["scene"].measure(Video(name="a-0.mp4", frames=frames, fps=8), prompt, means)
     assert seen == told["captions"]
     assert score == rules.share(asked in caption for caption in told["captions"])
 
 
 def test_what_scene_lacks_is_told_with_what_else_could_be_brought(tmp_path):
-    reason = str(lacking("scene", Means(networks=Networks(tmp_path))))
+    reason = str(missing_reason("scene", Means(networks=Networks(tmp_path))))
     assert "tag2text is missing: put https://huggingface.co/spaces/xinyu1205/recognize-anything/resolve/main/" in reason
     assert f"at {tmp_path / 'caption_model' / 'tag2text_swin_14m.pth'}" in reason
     assert "bert-words is missing: put https://huggingface.co/google-bert/bert-base-uncased" in reason

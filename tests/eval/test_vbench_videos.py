@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny_vbench as tiny
 from dit_accel_assets.clips import clip_of, draw
-from dit_accel_eval.results import read_lines
+from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.vbench import official, run
 from dit_accel_eval.vbench.prompts import read_prompts
 from dit_accel_eval.vbench.sampling import read_video
-from dit_accel_pipelines.media import write_media
+from dit_accel_pipelines.generation.media import write_media
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -300,7 +300,7 @@ def test_wrong_prompts_are_refused(tmp_path, held, text):
 def test_the_static_filter_keeps_the_first_five_still_videos_of_a_prompt(work, monkeypatch):
     """The first by their names as text, as the official filter lists them: -0, -1, -10, -11, -12, -13, -2."""
     start, at = work
-    from dit_accel_eval.vbench.networks import Networks
+    from dit_accel_eval.vbench.networks.loading import Networks
 
     still = at / "clips" / "a still red circle-1.mp4"
     moves = at / "clips" / "a still red circle-0.mp4"
@@ -331,7 +331,7 @@ def test_the_official_prompts_are_those_of_the_package():
     assert len(prompts) == 946
     counts = {name: sum(name in one.dimensions for one in prompts) for name in ("color", "human_action", "scene")}
     assert counts == {"color": 85, "human_action": 100, "scene": 86}
-    assert all(" and " in one.asked["multiple_objects"] for one in prompts if "multiple_objects" in one.dimensions)
+    assert all(" and " in one.targets["multiple_objects"] for one in prompts if "multiple_objects" in one.dimensions)
 
 
 def test_setup_tells_what_is_missing_where_and_its_hash(tmp_path, monkeypatch):

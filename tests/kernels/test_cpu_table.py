@@ -64,7 +64,7 @@ def test_a_measured_row_replaces_a_told_one_and_records_say_what_the_processor_h
     )
     row = next(row for row in made if row["tile"] == 128 and row["backend"] == "flex")
     assert (row["shares"], row["source"]) == ([[0.1, 1], [0.5, 2]], "measured: X")
-    assert [row["source"] for row in made].count(cpu_table.TOLD) == 3
+    assert [row["source"] for row in made].count(cpu_table.REPORT) == 3
 
 
 @pytest.mark.parametrize(

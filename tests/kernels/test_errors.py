@@ -140,7 +140,7 @@ def test_selection_refuses(values, error, text):
     ("indices", "text"),
     [
         ([0, 2, 1], "indices must ascend"),
-        ([0, 1, 3], "exact_indices must lie in 0..2 .NK = 3 key tiles., found 3 at place 2, in query tile 0"),
+        ([0, 1, 3], "exact_indices must lie in 0..2 .NK = 3 key tiles., found 3 at position 2, in query tile 0"),
     ],
     ids=["unsorted", "out of range"],
 )

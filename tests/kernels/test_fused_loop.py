@@ -112,7 +112,7 @@ def test_votes_over_several_chunks_are_those_of_the_operations(vote, monkeypatch
     tiles = random_lists(1, 300, 1400, 64, 40, pooled=True)
     options = dict(layout="bhsd", backend="torch", selection=Selection(vote=vote), return_lse=True)
     found = [block_sparse_attention(q, k, v, tiles, **options)]
-    monkeypatch.setattr(fused, "FOUND_BYTES", 4 * 64 * 20)
+    monkeypatch.setattr(fused, "VOTE_BYTES", 4 * 64 * 20)
     found.append(block_sparse_attention(q, k, v, tiles, **options))
     monkeypatch.setattr(fused, "library", lambda: None)
     by_operations = block_sparse_attention(q, k, v, tiles, **options)

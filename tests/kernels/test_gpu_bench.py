@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ sys.path.insert(0, str(BENCH))
 import gpu  # noqa: E402
 import timed  # noqa: E402
 from inputs import keep_bits, lists  # noqa: E402
-from roofline import SHAPES  # noqa: E402
+from predictions import SHAPES  # noqa: E402
 
 TINY = ("--device", "cpu", "--tiny")
 BARE = """
@@ -75,8 +74,7 @@ def test_time(tmp_path):
     failed = {r["candidate"] for r in records if "error" in r}
     assert failed <= {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex"}
     assert all(r["ok"] and 0 <= r["rows_error"] <= r["rows_allowed"] for r in records if "error" not in r)
-    assert "interpreted: times and goals mean nothing" in found.stdout
-    assert re.search(r"best SDPA over ours, 128k at 0.1 +>= 5 +not measured", found.stdout)
+    assert "interpreted: times mean nothing" in found.stdout
 
 
 def test_what_makes_a_run_fail():
@@ -146,19 +144,14 @@ def test_rows_of_a_timed_call_are_compared():
     assert error > allowed
 
 
-def test_a_timed_call_shows_what_was_predicted_for_this_card(monkeypatch, capsys):
+def test_a_timed_call_shows_what_was_predicted_for_this_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     args, shape = argparse.Namespace(device="cuda"), SHAPES["wan-720p"]
     found = gpu.prediction(shape, "triton", 0.27, args)
-    assert found["predicted_bound"] < found["predicted_serial"]
     assert gpu.prediction(shape, "flex", 0.27, args) == {}
     assert gpu.prediction(shape, "triton", 0.27, argparse.Namespace(device="cpu")) == {}
     record = dict(kind="time", shape="wan-720p", candidate="triton", density=0.27, seconds=0.05, tflops=600.0, ok=True)
-    assert f"({found['predicted_limit']}) to" in gpu.line({**record, **found})
-    dense = {**record, "candidate": "triton", "density": 1.0, "seconds": 0.2}
-    gpu.summary("time", [record, dense], [], "NVIDIA H100 80GB HBM3", gpu.card_at_hand(args))
-    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("time over density x all-tiles"))
-    assert re.search(r"<= 1.12 +1\.\d\d - 1\.\d\d +0\.926  met$", row)
+    assert f"at least {found['predicted_bound'] * 1e3:.3f} ms (l2)" in gpu.line({**record, **found})
 
 
 def test_kept_tiles_have_the_diagonal_and_the_density():

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_accel_kernels import Routing, Selection, TileLists, Vote, block_sparse_attention, pack_bits, packing
+from dit_accel_kernels import Routing, Selection, TileLists, Vote, block_sparse_attention, pack_bits
 from dit_accel_kernels.backends.triton import attend as triton_backend
+from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels.backends.triton import expand as triton_expand
 from dit_accel_kernels.backends.triton import slices as triton_slices
@@ -74,13 +75,8 @@ def a_call(groups: int, pooled: bool) -> tuple[list[torch.Tensor], TileLists, in
 @pytest.mark.parametrize("groups", [1, 4, 8])
 def test_parts_are_disjoint_and_no_larger_than_the_scratch(monkeypatch, groups, copies):
     leaves, tiles, one = a_call(groups, True)
-    packed = packing.pack_call(
-        *leaves,
-        tiles,
-        *{**packing.DEFAULTS, "layout": "bhsd", "selection": Selection(keep=chosen(2, 4, 3, 3))}.values(),
-    )
-    problem = packing.problem_of(packed)
-    problem = replace(problem, selection=replace(problem.selection, rest="pooled"))
+    selection = Selection(keep=chosen(2, 4, 3, 3), rest="pooled")
+    problem = problem_of(*leaves, tiles, layout="bhsd", selection=selection)
     monkeypatch.setattr(triton_slices, "SCRATCH_BYTES", copies * one)
     seen, lanes = torch.zeros(2, 4, dtype=torch.int32), {1: 1, 4: 4, 8: 8}[groups]  # that one copy serves
     for part in triton_slices.slices(problem):

@@ -11,7 +11,6 @@ sys.path.insert(0, str(BENCH))
 import calls  # noqa: E402
 import cases  # noqa: E402
 import method_calls  # noqa: E402
-import tune  # noqa: E402
 
 
 @pytest.mark.slow
@@ -24,7 +23,6 @@ def test_what_is_compiled_is_what_methods_call():
     known = set(calls.kinds())
     for _, kinds in cases.CASES:
         assert set(kinds) <= known
-    assert set().union(*tune.FEATURES.values()) <= known
 
 
 def test_a_kind_is_read_back_from_its_call():

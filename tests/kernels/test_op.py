@@ -17,8 +17,9 @@ from dit_accel_kernels import (
     block_sparse_attention,
     block_sparse_attention_backward,
     pack_bits,
-    packing,
 )
+from dit_accel_kernels.checks import problem_of
+from dit_accel_kernels.packing import flatten, restore
 from kernel_cases import assert_within_rounding, qkv, random_lists
 
 FRAMES = torch.arange(30, dtype=torch.int32) // 8 - 1
@@ -79,8 +80,8 @@ def test_backward_entry_equals_autograd():
     expected = torch.autograd.grad(out, leaves, seed)
     for a, b in zip(block_sparse_attention_backward(seed, *leaves, tiles, **EVERYTHING), expected, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(TypeError, match="unknown arguments: densty"):
-        block_sparse_attention_backward(seed, *leaves, tiles, densty=1)
+    with pytest.raises(TypeError, match="densty"):
+        block_sparse_attention_backward(seed, *leaves, tiles, layout="bhsd", densty=1)
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -88,9 +89,9 @@ def test_backward_entry_equals_autograd():
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_opcheck(everything, layout, return_lse):
     leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 30, 30, 8, torch.float32, layout)]
-    arguments = {**packing.DEFAULTS, **(EVERYTHING if everything else {}), "layout": layout, "return_lse": return_lse}
-    packed = packing.pack_call(*leaves, random_lists(1, 30, 30, 8, 8, pooled=everything), *arguments.values())
-    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
+    arguments = {**(EVERYTHING if everything else {}), "layout": layout, "return_lse": return_lse}
+    problem = problem_of(*leaves, random_lists(1, 30, 30, 8, 8, pooled=everything), **arguments)
+    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, flatten(problem))
 
 
 @pytest.mark.sample(1)
@@ -101,8 +102,8 @@ def test_opcheck_with_a_selection(backend, return_tiles):
     leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 30, 30, 8, torch.float32)]
     selection = Selection(keep=pack_bits(torch.rand(2, 4, 4, 4) > 0.2), routing=Routing(beta=0.0), vote=Vote())
     given = dict(layout="bhsd", selection=selection, return_tiles=return_tiles, return_lse=True, backend=backend)
-    packed = packing.pack_call(*leaves, random_lists(1, 30, 30, 8, 8), *{**packing.DEFAULTS, **given}.values())
-    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
+    problem = problem_of(*leaves, random_lists(1, 30, 30, 8, 8), **given)
+    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, flatten(problem))
 
 
 def test_compiles_to_one_full_graph_and_serves_other_lists():
@@ -136,7 +137,8 @@ def test_what_only_a_gradient_wants_is_made_for_one_only(monkeypatch, leaf):
     asked, ops = [], torch.ops.dit_accel_kernels
 
     def counted(op, kind, *args):
-        asked.append((kind, args[-2], args[-3]))
+        problem = restore(args[4:] if kind else args)
+        asked.append((kind, problem.return_lse, problem.return_tiles))
         return op(*args)
 
     for kind in ("", "_backward"):

@@ -1,9 +1,9 @@
-"""Predictions are printed beside measurements, and their page holds what the committed tables give."""
+"""The bound's arithmetic, by hand on round numbers; the table of predictions and the page that holds it."""
 
 import json
-import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,31 +14,89 @@ PAGE = ROOT / "docs" / "kernel-predictions.md"
 sys.path.insert(0, str(BENCH))
 
 import predictions  # noqa: E402
-import tried  # noqa: E402
-from mixes import read_table  # noqa: E402
+from predictions import CANDIDATES, CARDS, ENGINES, LAUNCH_SECONDS, SHAPES, Card, Shape, predict  # noqa: E402
+
+CARD = Card(name="round", target="sm_80", tflops=100, bandwidth=1000, l2=4000, exp2=1)
+SHAPE = Shape(name="round", heads=10, tokens=12800, dim=128)
+LOGITS = 10 * 12800 * 6400  # at density 0.5
 
 
-def test_table_and_records(tmp_path):
-    out, gpu = tmp_path / "roofline.jsonl", tmp_path / "gpu.jsonl"
-    command = [sys.executable, str(BENCH / "predictions.py"), "--shape", "wan-720p", "--card", "H100,B200"]
-    command += ["--density", "0.27,1", "--out", str(out)]
+def test_arithmetic_of_one_call():
+    found = predict(SHAPE, "triton", 0.5, CARD)
+    assert found["tensor"] == pytest.approx(4 * LOGITS * 128 / 1e14)
+    assert found["exp2"] == pytest.approx(LOGITS / 1e12)
+    assert found["hbm"] == pytest.approx(4 * 10 * 12800 * 256 / 1e12)
+    assert found["l2"] == pytest.approx(LOGITS / 128 * 512 / 4e12)
+    assert found["limit"] == "tensor"
+    assert found["bound"] == found["tensor"] + LAUNCH_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"), [("exp2", {"exp2": 1e-3}), ("l2", {"l2": 1}), ("hbm", {"bandwidth": 1e-3})]
+)
+def test_the_slowest_engine_is_the_bound_and_named(name, figures):
+    found = predict(SHAPE, "triton", 0.5, replace(CARD, **figures))
+    assert found["limit"] == name
+    assert found["bound"] == pytest.approx(max(found[engine] for engine in ENGINES) + LAUNCH_SECONDS)
+
+
+def test_pooling_and_routing_walk_every_tile_of_a_row_as_a_column():
+    plain, pooled, routed = (predict(SHAPE, x, 0.5, CARD) for x in ("triton", "triton-pooled", "triton-routed"))
+    columns = 10 * 12800 * 100
+    assert pooled["exp2"] - plain["exp2"] == pytest.approx(columns / 1e12)
+    assert pooled["hbm"] == pytest.approx(plain["hbm"] * 6 / 4)  # k and v once more, for the means
+    assert routed["hbm"] == pytest.approx(plain["hbm"] * 7 / 4)  # and q
+    assert routed["tensor"] - pooled["tensor"] == pytest.approx(2 * 10 * 100 * 100 * 128 / 1e14)
+
+
+def test_a_backward_is_seven_products_for_two():
+    forward, backward = (predict(SHAPE, x, 0.5, CARD) for x in ("triton", "triton-backward"))
+    assert backward["tensor"] == pytest.approx(3.5 * forward["tensor"])
+    assert backward["exp2"] == pytest.approx(2 * forward["exp2"])
+
+
+def test_tiles_of_half_the_rows_come_from_the_cache_twice_as_often():
+    whole, half = (predict(replace(SHAPE, block=block), "triton", 0.5, CARD) for block in (128, 64))
+    assert half["l2"] == pytest.approx(2 * whole["l2"])
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.1])
+def test_a_density_is_a_share(density):
+    with pytest.raises(ValueError, match=str(density)):
+        predict(SHAPE, "triton", density, CARD)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)
+def test_every_card_has_a_prediction_for_every_candidate(card):
+    for candidate in CANDIDATES:
+        found = predict(SHAPES["wan-720p"], candidate, 0.27, card)
+        assert found["bound"] > 0
+        assert found["limit"] in ENGINES
+
+
+def test_dense_attention_is_told_only_where_a_figure_is_published():
+    shape = SHAPES["wan-720p"]
+    assert shape.tokens == 75600
+    dense = predictions.predict_dense(shape, CARDS["H100"])
+    assert dense == pytest.approx(4 * 40 * 75600**2 * 128 / (989.4e12 * 0.75))
+    assert predictions.predict_dense(shape, CARDS["RTX 4090"]) is None
+    assert predictions.predict_dense(SHAPES["cogvideox1.5"], CARDS["H100"]) is None
+
+
+def test_the_command_sets_measurements_beside_predictions(tmp_path):
+    gpu = tmp_path / "gpu.jsonl"
     lines = [
         dict(kind="check", device="NVIDIA H100"),
         dict(device="NVIDIA H100", shape="wan-720p", candidate="triton", density=0.27, seconds=0.123),
-        dict(device="NVIDIA H100", shape="wan-720p", candidate="triton-votes", density=0.27, seconds=0.456),
     ]
     gpu.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    for candidate, expected in (("triton", 0.123), ("triton-votes", 0.456), ("triton-backward", None)):
-        arguments = ["--measured", str(gpu), "--candidate", candidate]
-        found = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
-        records = [json.loads(line) for line in out.read_text().splitlines()]
-        calls = [(r["card"], r["density"]) for r in records]
-        assert calls == [("H100", 0.27), ("H100", 1.0), ("B200", 0.27), ("B200", 1.0)]
-        assert [r["measured"] for r in records] == [expected, None, None, None]
-        assert {r["candidate"] for r in records} == {candidate}
-        row = next(line for line in found.stdout.splitlines() if "wan-720p H100 0.27" in line)
-        assert row.endswith("|  |" if expected is None else f"| {expected * 1e3:.2f} |")
-        assert f"| {records[0]['limit']} |" in row
+    command = [sys.executable, str(BENCH / "predictions.py"), "--shape", "wan-720p", "--card", "H100,B200"]
+    command += ["--density", "0.27,1", "--candidate", "triton,triton-pooled", "--measured", str(gpu)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(shown) == 2 + 8
+    cells = {row.split(" | ")[0]: row.removesuffix(" |").split(" | ")[-1] for row in shown[2:]}
+    assert {name for name, took in cells.items() if took} == {"| wan-720p at 0.27, H100, triton"}
+    assert cells["| wan-720p at 0.27, H100, triton"] == "123.0"
 
 
 def test_unknown_names_are_refused():
@@ -48,57 +106,8 @@ def test_unknown_names_are_refused():
     assert failed.returncode == 1
 
 
-def test_the_page_holds_what_the_committed_tables_give():
+def test_the_page_holds_the_table():
     text = PAGE.read_text()
-    assert predictions.page(text, read_table()) == text
-    for name in ("A100", "H100", "B200", "RTX 4090"):
-        assert text.count(f"| Wan 720p at .27, {name} |") == text.count(f"| 128k at .10, {name} |") == 4
-
-
-def test_a_page_without_marks_is_refused():
-    with pytest.raises(ValueError, match="needs one pair of marks <!-- instructions -->"):
-        predictions.page("# nothing", read_table())
-
-
-def test_variants_still_fit_the_kernel_they_edit(tmp_path):
-    """The edits are made; where the text is no longer the kernel's that is told."""
-    for name in ("lazy", "specialised"):
-        variant = tried.VARIANTS[name]
-        assert variant.edit is not None
-        tried.lay_out(variant, tmp_path / name)
-        text = (tmp_path / name / "kernels" / tried.FORWARD).read_text()
-        assert variant.edit[1] in text
-    gone = tried.Variant(targets=("sm_80",), edit=("not in the kernel", ""))
-    with pytest.raises(ValueError, match="must hold the edited text once, found it 0 times: 'not in the kernel'"):
-        tried.lay_out(gone, tmp_path / "gone")
-
-
-LAZY = """
-import triton_interpreter, torch
-from dit_accel_kernels import TileLists, block_sparse_attention
-from kernel_cases import check_against_reference, qkv, random_lists
-import dit_accel_kernels.backends.triton.forward as forward
-
-assert "tl.max(top - m, 0) > 8.0" in open(forward.__file__).read()
-q, k, v = qkv(1, 1, 1, 40, 80, 16, torch.float32)
-tiles = random_lists(1, 40, 80, 16, 16)
-for scale in (1.0, 30.0):  # rows whose maximum hardly grows, and rows where it grows by more than 8 at a tile
-    check_against_reference(q * scale, k, v, tiles, backend="triton", layout="bhsd", logits=scale)
-"""
-
-
-@pytest.mark.slow
-def test_the_lazy_rescale_is_right(tmp_path):
-    """What was counted computes attention: in the interpreter, against the specification."""
-    tried.lay_out(tried.VARIANTS["lazy"], tmp_path)
-    paths = (tmp_path / "kernels", ROOT / "tests" / "support", BENCH)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    found = subprocess.run([sys.executable, "-c", LAZY], env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-2000:]
-
-
-def test_what_was_tried_is_recorded_for_the_targets_it_is_about():
-    for name, variant in tried.VARIANTS.items():
-        found = predictions.read_tried(name)
-        assert {target for _, target in found} == set(variant.targets)
-        assert len(found) == len(variant.targets) * len(variant.tiles)
+    assert predictions.page(text) == text
+    with pytest.raises(ValueError, match="<!-- times -->"):
+        predictions.page("# nothing")

@@ -15,9 +15,9 @@ from dit_accel_kernels import (
     block_sparse_attention,
     count_bits,
     pack_bits,
-    packing,
     unpack_bits,
 )
+from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.states import routing_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -196,8 +196,7 @@ def test_errors_of_the_call():
 
 def problem(q, k, v, tiles, **arguments):
     """A call as the backends see it."""
-    packed = packing.pack_call(q, k, v, tiles, *{**packing.DEFAULTS, "layout": "bhsd", **arguments}.values())
-    return packing.problem_of(packed).tiled()
+    return problem_of(q, k, v, tiles, layout="bhsd", **arguments).tiled()
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0])

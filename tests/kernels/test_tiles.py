@@ -128,15 +128,15 @@ def test_creation_refuses(changes, error, text):
     [
         (
             dict(exact_indices=_int32(0, 3, 1)),
-            r"must lie in 0\.\.2 \(NK = 3 key tiles\), found 3 at place 1, in query tile 0 ",
+            r"must lie in 0\.\.2 \(NK = 3 key tiles\), found 3 at position 1, in query tile 0 ",
         ),
         (
             dict(exact_indices=_int32(-1, 2, 1)),
-            r"exact_indices must lie in 0\.\.2 .* found -1 at place 0, in query ",
+            r"exact_indices must lie in 0\.\.2 .* found -1 at position 0, in query ",
         ),
         (
             dict(exact_indices=_int32(2, 0, 1)),
-            "every query tile, found 0 after 2 at place 1, in query tile 0 of list set 0: sort",
+            "every query tile, found 0 after 2 at position 1, in query tile 0 of list set 0: sort",
         ),
         (dict(exact_indices=_int32(2, 2, 1)), "exact_indices must ascend strictly"),
         (dict(exact_offsets=_int32([0, 2, 2])), r"exact_offsets must rise from 0 to 3, found \[0, 2, 2\]"),

@@ -4,6 +4,8 @@ import triton_interpreter  # noqa: F401, I001 (before everything that may import
 
 import math
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dit_accel_kernels import (
@@ -18,8 +20,9 @@ from dit_accel_kernels import (
     pack_bits,
 )
 from dit_accel_kernels.backends.torch import attend as torch_attend
-from dit_accel_kernels.backends.torch import schedule as schedule_module
-from dit_accel_kernels.backends.torch.schedule import WASTE, GroupSize, Shape, build, schedule
+from dit_accel_kernels.backends.torch import chunks as chunks_module
+from dit_accel_kernels.backends.torch.chunks import WASTE, chunks_of
+from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.features import product_dtype
 from kernel_cases import check_against_reference, qkv, random_lists
 
@@ -118,11 +121,10 @@ def test_strided_inputs_need_no_copy_by_the_caller():
 
 @pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("group", "tiles"), [(1, 1), (1, 1 << 20), (40_000, 1), (40_000, 2000), (1 << 20, 2000)])
-def test_small_groups_and_portions(monkeypatch, dtype, group, tiles):
+@pytest.mark.parametrize("size", [1, 40_000, 1 << 20])
+def test_small_chunks(monkeypatch, dtype, size):
     """Cutting block rows finer loses and repeats nothing."""
-    monkeypatch.setattr(torch_attend, "GROUP_BYTES", group)
-    monkeypatch.setattr(torch_attend, "FOUND_BYTES", tiles)
+    monkeypatch.setattr(torch_attend, "CHUNK_BYTES", size)
     q, k, v = qkv(1, 3, 3, 200, 200, 16, dtype)
     check_against_reference(q, k, v, random_lists(1, 200, 200, 16, 16), layout="bhsd")
 
@@ -143,61 +145,66 @@ def test_memory_is_not_quadratic():
     assert 0 < largest < 8192 * 8192 // 4
 
 
-SHAPE = Shape(key_tiles=7, block=16, tail=12, heads=(0, 1, 0))
+def lists_problem(tiles):
+    """Three query heads of one key head, 100 tokens in seven tiles of 16, the last with 4."""
+    q, k, v = qkv(1, 3, 1, 100, 100, 8, torch.float32)
+    return problem_of(q, k, v, tiles, layout="bhsd")
 
 
-def csr(tiles):
-    return (tiles.exact_offsets, tiles.exact_indices), (tiles.pooled_offsets, tiles.pooled_indices)
-
-
-def test_schedule_is_made_once_for_a_list():
-    tiles, size = random_lists(1, 100, 100, 16, 16), GroupSize(40, 1, 20)
-    exact, pooled = csr(tiles)
-    found = schedule(exact, pooled, SHAPE, size)
-    assert schedule(exact, pooled, SHAPE, size) is found
-    assert schedule((exact[0].view(1, -1), exact[1].detach()), pooled, SHAPE, size) is found
-    exact[1][-1] = exact[1][-1]
-    assert schedule(exact, pooled, SHAPE, size) is not found
+def test_chunks_are_made_once_for_a_list():
+    problem = lists_problem(random_lists(1, 100, 100, 16, 16))
+    found = chunks_of(problem, 40, 1, remember=True)
+    assert chunks_of(problem, 40, 1, remember=True) is found
+    alias = replace(problem, exact_offsets=problem.exact_offsets.view(1, -1))
+    assert chunks_of(replace(alias, exact_indices=problem.exact_indices.detach()), 40, 1, remember=True) is found
+    problem.exact_indices[-1] = problem.exact_indices[-1]
+    assert chunks_of(problem, 40, 1, remember=True) is not found
 
 
 @pytest.mark.parametrize("columns", [1, 150, 10_000])
-@pytest.mark.parametrize("limit", [1, 60, 10_000])
 @pytest.mark.parametrize("multiple", [1, 2])
-def test_portions_cover_every_query_tile_once_with_little_padding(columns, limit, multiple):
+def test_chunks_cover_every_query_tile_once_with_little_padding(columns, multiple):
     tiles = random_lists(3, 100, 100, 16, 16)
-    seen, sizes, odd = torch.zeros(3, 7, 7, dtype=torch.uint8), [], 0
-    for portion in build(*csr(tiles), SHAPE, GroupSize(columns, multiple, limit)):
-        sizes += [portion.exact.numel() + portion.pooled.numel()]
-        assert sizes[-1] <= limit or len(portion.groups) == 1
-        assert [group.start for group in portion.groups] == [0, *(group.stop for group in portion.groups)][:-1]
-        assert portion.groups[-1].stop == len(portion.q_tiles)
-        for group in portion.groups:
-            rows = range(group.start, group.stop)
-            width, used = group.exact * 16 + group.pooled, 0
-            assert width * len(rows) <= columns or len(rows) == 1
-            for i in rows:
-                near, far = int(portion.exact_counts[i]), int(portion.pooled_counts[i])
-                bh, q_tile = divmod(int(portion.q_tiles[i]), 7)
-                head = (0, 1, 0)[bh]
-                exact, pooled = portion.exact[i] - 7 * head, portion.pooled[i] - 7 * head
-                assert (near > 0, far > 0) == (group.exact > 0, group.pooled > 0)
-                if near:
-                    assert exact[near:].eq(exact[near - 1]).all()
-                assert portion.tokens[i] == 16 * near - 12 * bool(near and exact[near - 1] == 6)
-                assert group.least <= portion.tokens[i] <= group.most <= 16 * group.exact
-                seen[bh, q_tile, exact[:near]] += 2
-                seen[bh, q_tile, pooled[:far]] += 1
-                used += near * 16 + far
-            assert width * len(rows) - used <= WASTE * width * len(rows)
-            odd += len(rows) > 2 and len(rows) % 2
+    seen, odd, start = torch.zeros(3, 7, 7, dtype=torch.uint8), 0, 0
+    for chunk in chunks_of(lists_problem(tiles), columns, multiple, remember=False):
+        (rows, exact_tiles), pooled_tiles = chunk.exact.shape, chunk.pooled.shape[1]
+        assert chunk.start == start
+        start += rows
+        width, used = exact_tiles * 16 + pooled_tiles, 0
+        assert width * rows <= columns or rows == 1
+        for i in range(rows):
+            near, far = int(chunk.exact_counts[i]), int(chunk.pooled_counts[i])
+            head, q_tile = divmod(int(chunk.q_tiles[i]), 7)
+            exact, pooled = chunk.exact[i], chunk.pooled[i]
+            assert (near > 0, far > 0) == (exact_tiles > 0, pooled_tiles > 0)
+            if near:
+                assert exact[near:].eq(exact[near - 1]).all()
+            assert chunk.tokens[i] == 16 * near - 12 * bool(near and exact[near - 1] == 6)
+            assert chunk.least <= chunk.tokens[i] <= chunk.most <= 16 * exact_tiles
+            seen[head, q_tile, exact[:near]] += 2
+            seen[head, q_tile, pooled[:far]] += 1
+            used += near * 16 + far
+        assert width * rows - used <= WASTE * width * rows
+        odd += rows > 2 and rows % 2
     assert torch.equal(seen, tiles.states())
     assert multiple == 1 or odd <= 1  # the last one takes what is left
+
+
+FULL = TileLists.full(100, 100, block_q=16, block_k=16)
+
+
+def test_key_tiles_are_counted_through_all_key_heads():
+    problem = problem_of(*qkv(2, 4, 2, 100, 100, 8, torch.float32), FULL, layout="bhsd")
+    seen = {}
+    for chunk in chunks_of(problem, 1, 1, remember=False):
+        seen[int(chunk.q_tiles)] = int(chunk.exact.min()) // 7
+    assert [seen[7 * lane] for lane in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
 def test_padding_lets_nothing_in_from_tiles_that_a_row_drops(monkeypatch, rest):
-    monkeypatch.setattr(schedule_module, "WASTE", 1.0)
+    monkeypatch.setattr(chunks_module, "WASTE", 1.0)
     q, k, v = qkv(1, 2, 2, 96, 90, 16, torch.float32)
     keep = torch.rand(1, 2, 6, 6) < 0.5
     keep[:, 0, :, 2] = False
@@ -221,8 +228,8 @@ def test_eager_entry_gives_the_same_bits_without_gradient():
     assert torch.equal(lse, eager_lse)
     assert out.requires_grad
     assert not eager.requires_grad
-    with pytest.raises(TypeError, match="unknown arguments: densty"):
-        block_sparse_attention_eager(q, k, v, tiles, densty=1)
+    with pytest.raises(TypeError, match="densty"):
+        block_sparse_attention_eager(q, k, v, tiles, layout="bhsd", densty=1)
 
 
 def test_runs_in_inference_mode():
@@ -286,20 +293,22 @@ def test_a_pooled_tile_far_above_every_exact_one_while_tiles_vote(vote):
 @pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize("masked", [False, True])
 def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, masked):
-    calls, real = [], schedule_module.build
-    monkeypatch.setattr(schedule_module, "build", lambda *args: calls.append(0) or real(*args))
+    calls, real = [], chunks_module._build
+    monkeypatch.setattr(chunks_module, "_build", lambda *args: calls.append(0) or real(*args))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 2, 40, 40, 16, torch.float32)]
     tiles = random_lists(1, 40, 40, 16, 16)
     for _ in range(3):
         mask = torch.rand(1, 40) > 0.2 if masked else None
         block_sparse_attention(*leaves, tiles, layout="bhsd", key_mask=mask, backend="torch").sum().backward()
-    assert len(calls) == 2  # in smaller groups for gradients
+    assert len(calls) == 2  # in smaller chunks for gradients
 
 
-def test_groups_run_together_as_long_as_their_padded_tiles_fit():
-    groups = [schedule_module.Group(at, at + 2, 3, 1, 1, 1) for at in range(4, 16, 2)]
-    wide = schedule_module.Group(16, 18, 6, 1, 1, 1)
-    runs = list(schedule_module._runs([*groups, wide], 16))  # 2 query tiles of 4 columns each are 8
-    assert [[(one.start, one.stop) for one in run] for run in runs] == [
-        [(4, 6), (6, 8)], [(8, 10), (10, 12)], [(12, 14), (14, 16)], [(16, 18)],
-    ]  # fmt: skip
+def test_chunks_run_together_as_long_as_their_padded_tiles_fit():
+    tiles = TileLists.full(112, 112, block_q=16, block_k=16)
+    problem = problem_of(*qkv(1, 1, 1, 112, 112, 8, torch.float32), tiles, layout="bhsd")
+    chunks = chunks_of(problem, 224, 1, remember=False)
+    assert [len(x.q_tiles) for x in chunks] == [2, 2, 2, 1]
+    runs = list(torch_attend._runs(chunks, 30))  # two chunks of 14 tiles
+    assert [[x.start for x in run] for run in runs] == [[0, 2], [4, 6]]
+    assert list(torch_attend._runs(chunks, None)) == [chunks]
+    assert [len(run) for run in torch_attend._runs(chunks, 1)] == [1, 1, 1, 1]

@@ -20,13 +20,14 @@ from dit_accel_kernels import (
     Vote,
     block_sparse_attention,
     pack_bits,
-    packing,
     unpack_bits,
     values,
 )
 from dit_accel_kernels.backends.torch import attend as torch_attend
-from dit_accel_kernels.backends.torch import schedule
+from dit_accel_kernels.backends.torch import chunks
 from dit_accel_kernels.cache import StorageCache
+from dit_accel_kernels.checks import problem_of
+from dit_accel_kernels.packing import flatten
 from kernel_cases import assert_within_rounding, qkv, random_lists
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def votes_of(q, k, v, tiles, backend, **arguments):
 @pytest.mark.parametrize(("block", "part"), [(16, 1 << 20), (24, 1 << 20), (16, 1)])
 def test_votes_equal_the_specification_in_float64(monkeypatch, vote, reverse, features, block, part):
     """Both paths, whole and split rows, key heads shared, lists per head, pinned and pooled tiles, ragged tiles."""
-    monkeypatch.setattr(torch_attend, "GROUP_BYTES", part)
+    monkeypatch.setattr(torch_attend, "CHUNK_BYTES", part)
     q, k, v = drifting(2, 4, 2, 100, 110, block, WIDE)
     for groups in (1, 4, 8):
         tiles = random_lists(groups, 100, 110, 16, block)
@@ -137,7 +138,7 @@ def test_low_dtypes_vote_alike_but_at_the_threshold(dtype, vote, features):
 @pytest.mark.parametrize("part", [1 << 20, 9000])
 @pytest.mark.parametrize("vote", [None, *VOTES], ids=["none", *NAMES])
 def test_outputs_beside_votes_stay_within_rounding(monkeypatch, dtype, part, vote):
-    monkeypatch.setattr(torch_attend, "GROUP_BYTES", part)
+    monkeypatch.setattr(torch_attend, "CHUNK_BYTES", part)
     q, k, v = qkv(1, 4, 2, 100, 210, 16, dtype)
     tiles = random_lists(4, 100, 210, 16, 16)
     options = dict(layout="bhsd", return_lse=True, selection=Selection(vote=vote, reverse=True))
@@ -201,7 +202,7 @@ def test_lists_of_one_call_are_not_remembered(monkeypatch):
         block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=selection, backend="torch", **options)
     assert set(asked) == {values._CHECKED}
     block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    assert set(asked) == {values._CHECKED, schedule._PORTIONS}
+    assert set(asked) == {values._CHECKED, chunks._CHUNKS}
 
 
 SELECTIONS = {
@@ -260,9 +261,9 @@ def test_gradients_equal_those_of_the_specification(kind, arguments, key_heads):
 @pytest.mark.parametrize("kind", SELECTIONS)
 def test_opcheck(kind):
     leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 30, 30, 8, torch.float32)]
-    arguments = {**packing.DEFAULTS, "layout": "bhsd", "selection": SELECTIONS[kind](), "return_tiles": True}
-    packed = packing.pack_call(*leaves, random_lists(1, 30, 30, 8, 7), *(arguments | dict(backend="torch")).values())
-    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
+    arguments = dict(layout="bhsd", selection=SELECTIONS[kind](), return_tiles=True, backend="torch")
+    problem = problem_of(*leaves, random_lists(1, 30, 30, 8, 7), **arguments)
+    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, flatten(problem))
 
 
 def test_compiles_to_one_full_graph_for_bits_that_change():

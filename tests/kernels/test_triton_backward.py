@@ -49,7 +49,7 @@ def make(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **features) -> Probl
     """A call in [B, H, S, D]."""
     names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
     lists = {name: getattr(tiles, name) for name in names}
-    defaults = dict(logit_scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
+    defaults = dict(scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
     return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
 
 
@@ -78,9 +78,7 @@ def columns(problem: Problem) -> tuple[Tensor, Tensor]:
     exact = (states == EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]
     if weight is not None:
         exact, v = exact & weight[..., None, :], v.masked_fill(~weight[..., None], 0)
-    scale = (
-        problem.logit_scale if problem.head_scale is None else problem.logit_scale * problem.head_scale[..., None, None]
-    )
+    scale = problem.scale if problem.head_scale is None else problem.scale * problem.head_scale[..., None, None]
     x, x_pooled = (q @ k.mT).to(wide) * scale, (q @ k_mean.mT).to(wide) * scale
     if problem.decay is not None:
         t, t_pooled = reference._decay(problem, wide)
@@ -225,7 +223,7 @@ def test_lists_heads_and_layouts(groups, key_heads, layout):
 def test_features_together(dtype, groups, features):
     """Every subset of key validity, decay, head scale and token order, over pooled, exact and skipped tiles."""
     q, k, v = qkv(2, 2, 1, 80, 80, 16, dtype)
-    arguments: dict = dict(logit_scale=0.3)
+    arguments: dict = dict(scale=0.3)
     if features & 1:
         arguments |= dict(key_length=torch.tensor([80, 41]), key_mask=torch.rand(2, 80) > 0.2)
         k, v = k.clone(), v.clone()
@@ -274,7 +272,7 @@ def of_grid(case: dict) -> tuple[tuple[Tensor, Tensor, Tensor], TileLists, dict]
         num_k = num_q = max(num_q, num_k)  # an order is that of self-attention
     q, k, v = qkv(batch, heads, key_heads, num_q, num_k, case["dim"], case["dtype"])
     groups = {"shared": 1, "per head": heads, "per batch and head": batch * heads}[case["lists"]]
-    features: dict = {} if case["scale"] is None else dict(logit_scale=case["scale"])
+    features: dict = {} if case["scale"] is None else dict(scale=case["scale"])
     if case["head_scale"]:
         features |= dict(head_scale=torch.rand(batch, heads) + 0.5)
     if case["decay"]:
@@ -317,7 +315,7 @@ def test_forward_and_backward_are_the_gradient_of_the_specification(case, bits):
     grad_lse = torch.randn(problem.q.shape[:3]) if case["lse"] else None
     _, truth = specified(widened(problem), grad_out.to(WIDE), None if grad_lse is None else grad_lse.to(WIDE))
     _, yardstick = specified(problem, grad_out, grad_lse)
-    arguments: dict = dict(layout="bhsd", return_lse=True, backend="triton", scale=problem.logit_scale)
+    arguments: dict = dict(layout="bhsd", return_lse=True, backend="triton", scale=problem.scale)
     arguments |= {name: features.get(name) for name in ("head_scale", "key_length", "key_mask", "token_order")}
     if problem.decay is not None:
         table, q_frames, k_frames = problem.decay
@@ -328,7 +326,7 @@ def test_forward_and_backward_are_the_gradient_of_the_specification(case, bits):
     if grad_lse is not None:
         loss = loss + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse).sum()
     q, k, _ = tensors
-    logits = float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max()) * problem.logit_scale  # at most
+    logits = float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max()) * problem.scale  # at most
     for found, a, b in zip(torch.autograd.grad(loss, leaves), yardstick, truth, strict=True):
         assert_within_rounding(found, a, b, dtype, max(1.0, logits) if bits == 32 else 1.0)
 
@@ -410,7 +408,7 @@ def test_decay_of_whole_and_of_mixed_tiles(each):
 def test_negative_scales_decay_as_the_specification_says():
     q, k, v = qkv(1, 2, 2, 64, 64, 16, torch.float32)
     decay = (torch.tensor([1.0, 0.5]), frames(64, 16), frames(64, 16))
-    check(make(q, k, v, random_lists(1, 64, 64, 16, 16), decay=decay, logit_scale=-0.4))
+    check(make(q, k, v, random_lists(1, 64, 64, 16, 16), decay=decay, scale=-0.4))
 
 
 @pytest.mark.parametrize("value", [0, 1, 2])

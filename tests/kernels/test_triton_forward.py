@@ -13,7 +13,6 @@ from dit_accel_kernels import (
     BackendUnavailableError,
     FrameDecay,
     TileLists,
-    packing,
     block_sparse_attention,
     block_sparse_attention_backward,
     resolve_backend,
@@ -23,6 +22,8 @@ from dit_accel_kernels.backends.triton import launch as triton_launch
 from dit_accel_kernels.backends.triton import plan as triton_plan
 from dit_accel_kernels.backends.triton import pool as triton_pool
 from dit_accel_kernels.backends.triton import support as triton_support
+from dit_accel_kernels.checks import problem_of
+from dit_accel_kernels.packing import flatten
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import decay_by_frame
 from kernel_cases import check_against_reference, qkv, random_lists
@@ -54,7 +55,7 @@ def decay(tokens: int, frame: int, table=(1.0, 0.9, 0.6)) -> FrameDecay:
 def make(tiles: TileLists, q, k, v, **features) -> Problem:
     names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
     lists = {name: getattr(tiles, name) for name in names}
-    defaults = dict(logit_scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
+    defaults = dict(scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
     return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
 
 
@@ -188,7 +189,7 @@ def test_opcheck(everything):
         arguments |= dict(frame_decay=decay(40, 16), identity_mix=torch.tensor([0.0, 0.5]))
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 40, 40, 16, torch.float32, "bshd")]
     tiles = random_lists(1, 40, 40, 16, 16, pooled=everything)
-    packed = packing.pack_call(*leaves, tiles, *{**packing.DEFAULTS, **arguments}.values())
+    packed = flatten(problem_of(*leaves, tiles, **arguments))
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
 
 

@@ -18,11 +18,12 @@ from dit_accel_kernels import (
     Vote,
     block_sparse_attention,
     pack_bits,
-    packing,
     unpack_bits,
 )
 from dit_accel_kernels.backends.triton import expand as triton_expand
 from dit_accel_kernels.backends.triton import plan as triton_plan
+from dit_accel_kernels.checks import problem_of
+from dit_accel_kernels.packing import flatten
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import tile_means
 from dit_accel_kernels.selection import LOG2_E
@@ -57,9 +58,7 @@ def decay(tokens: int, frame: int) -> FrameDecay:
 
 def problem(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, selection: Selection, **arguments) -> Problem:
     """The call as backends see it."""
-    values = {**packing.DEFAULTS, "layout": "bhsd", "selection": selection, **arguments}
-    packed = packing.pack_call(q, k, v, tiles, *values.values())
-    return packing.problem_of(packed)
+    return problem_of(q, k, v, tiles, layout="bhsd", selection=selection, **arguments)
 
 
 def routed_within_rounding(call: Problem, found: Tensor) -> None:
@@ -73,7 +72,7 @@ def routed_within_rounding(call: Problem, found: Tensor) -> None:
     scores, threshold = routing_scores(wide, call.selection.routing, pinned)
     q_mean, k_mean = tile_means(wide.q, call.block_q, None)[0].abs(), call.k.to(WIDE).abs().amax((1, 2))
     head_scale = 1.0 if call.head_scale is None else call.head_scale[..., None, None]
-    terms = call.logit_scale * LOG2_E * head_scale * (q_mean @ k_mean[:, None, :, None])
+    terms = call.scale * LOG2_E * head_scale * (q_mean @ k_mean[:, None, :, None])
     close = (scores - threshold).abs() <= OFF * terms
     assert close.double().mean() < 0.02
     assert torch.equal(found | close, expected | close)
@@ -339,10 +338,9 @@ EVERYTHING = Selection(routing=ROUTINGS[0], keep=bits(1, 2, 5, 5), rest="pooled"
 @pytest.mark.parametrize("selection", [Selection(vote=VOTES[0]), EVERYTHING])
 def test_opcheck(selection):
     leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)]
-    arguments = {**packing.DEFAULTS, "layout": "bhsd", "selection": selection, "return_tiles": True}
-    arguments |= dict(return_lse=True, backend="triton")
-    packed = packing.pack_call(*leaves, random_lists(1, 70, 70, 16, 16), *arguments.values())
-    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
+    given = dict(return_tiles=True, return_lse=True, backend="triton")
+    call = problem(*leaves, random_lists(1, 70, 70, 16, 16), selection, **given)
+    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, flatten(call))
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def lists_with(place: int, value: int, name: str = "exact_indices") -> TileLists
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 @pytest.mark.parametrize("value", [4, 50_000_000, -1])
 def test_an_index_out_of_range_is_refused_on_a_cpu(backend, value, cpu_path):
-    text = rf"must lie in 0..3 \(NK = 4 key tiles\), found {value} at place 3, in query tile 1 of list set 0"
+    text = rf"must lie in 0..3 \(NK = 4 key tiles\), found {value} at position 3, in query tile 1 of list set 0"
     tiles = lists_with(3, value)
     for _ in range(2):  # a refusal is not remembered as a pass
         with pytest.raises(ValueError, match=text):
@@ -55,8 +55,14 @@ def test_an_index_out_of_range_is_refused_on_a_cpu(backend, value, cpu_path):
 @pytest.mark.parametrize(
     ("tiles", "text"),
     [
-        (lists_with(1, 9, "pooled_indices"), r"pooled_indices must lie in 0..3 .* found 9 at place 1, in query tile 0"),
-        (lists_with(3, 0), "must ascend strictly in every query tile, found 0 after 0 at place 3, in query tile 1 of"),
+        (
+            lists_with(1, 9, "pooled_indices"),
+            r"pooled_indices must lie in 0..3 .* found 9 at position 1",
+        ),
+        (
+            lists_with(3, 0),
+            "must ascend strictly in every query tile, found 0 after 0 at position 3",
+        ),
         (lists_with(3, 3), "a tile is exact or pooled, not both: found tile 3 twice in query tile 1 of list set 0"),
         (lists_with(2, 99, "exact_offsets"), r"exact_offsets must rise from 0 to 8, found \[0, 2, 99, 6, 8\]"),
     ],
@@ -69,7 +75,7 @@ def test_lists_that_are_none_are_refused_on_a_cpu(tiles, text, cpu_path):
 
 def test_a_gradient_alone_checks_too():
     q, k, v = inputs()
-    with pytest.raises(ValueError, match="found 5 at place 3"):
+    with pytest.raises(ValueError, match="found 5 at position 3"):
         block_sparse_attention_backward(torch.ones_like(q), q, k, v, lists_with(3, 5), layout="bhsd", backend="torch")
 
 
@@ -116,7 +122,7 @@ def test_elsewhere_values_are_read_on_demand_alone(monkeypatch):
     monkeypatch.delenv(values.SWITCH, raising=False)
     values.check_values(problem)
     monkeypatch.setenv(values.SWITCH, "1")
-    with pytest.raises(ValueError, match="found 5 at place 3"):
+    with pytest.raises(ValueError, match="found 5 at position 3"):
         values.check_values(problem)
     problem.exact_indices = lists_with(3, 2).exact_indices
     with pytest.raises(ValueError, match="token 0 60 times"):

@@ -253,7 +253,7 @@ def score(mutations: Sequence[Mutation], outcomes: dict[str, dict[str, Any]], eq
         "survivors": [
             {"line": one.line, "defect": one.key, "tests": outcomes[one.key]["tests"]}
             for one in mutations
-            if outcomes[one.key]["end"] == "passed" and one.key not in equivalent
+            if one.key not in equivalent and outcomes[one.key]["end"] == "passed"
         ],
     }
 
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str]) -> int:
         for entry in tomllib.loads((HERE / "equivalent.toml").read_text()).get("equivalent", [])
     }
     mutations = drawn(options.sample, options.seed, options.only)
-    outcomes = judged(mutations, known, options.workers)
+    outcomes = judged([one for one in mutations if one.key not in equivalent], known, options.workers)
     result = {"seed": options.seed, **score(mutations, outcomes, equivalent)}
     print(json.dumps(result, indent=1))
     if not options.only:

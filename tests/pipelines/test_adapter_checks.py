@@ -6,8 +6,8 @@ import pytest
 import tiny_models
 import torch
 from dit_accel_pipelines import ADAPTERS as PACKAGED
-from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
-from dit_accel_pipelines.wan import WAN
+from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.families.wan import WAN
 from shallow_models import shallow
 from some_cases import some
 

@@ -6,10 +6,10 @@ import diffusers
 import pytest
 import tiny_models
 import torch
-from dit_accel_pipelines.hunyuan_video import HUNYUAN_VIDEO
-from dit_accel_pipelines.ltx import LTX
-from dit_accel_pipelines.mochi import MOCHI
-from dit_accel_pipelines.sd3 import SD3
+from dit_accel_pipelines.families.hunyuan_video import HUNYUAN_VIDEO
+from dit_accel_pipelines.families.ltx import LTX
+from dit_accel_pipelines.families.mochi import MOCHI
+from dit_accel_pipelines.families.sd3 import SD3
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, UnsupportedModel
@@ -17,8 +17,8 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.registry import adapters
 from dit_accel.attachment.find import attention_modules
+from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import as_tensors
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.testing.everything import planned
 from dit_accel.testing.method_cases import METHOD_CASES
@@ -160,7 +160,7 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     with dit_accel.attach(transformer) as attachment:
         assert torch.equal(run(transformer, inputs), plain)
         assert attachment.report().density == 1.0
-        layout = attachment._execution.layers[0].state.layout
+        layout = attachment._execution.forward.layout
     assert layout.visual_tokens == 80
     assert (layout.text_before, layout.text_after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
     described = dit_accel.describe(transformer).transformers[0]

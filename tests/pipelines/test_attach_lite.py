@@ -12,8 +12,8 @@ from wan_tiny import generate, tiny_transformer
 
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention, SolAttention
+from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import as_tensors
 from dit_accel.testing.recording import recorded
 
 # Random weights make flat attention: a threshold this near to 0 drops what is new to no row of a tile.

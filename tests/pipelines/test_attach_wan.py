@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanVACETransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
-from dit_accel_pipelines.wan import WAN
+from dit_accel_pipelines.families.wan import WAN
 from wan_tiny import TINY, generate, tiny_transformer
 
 import dit_accel

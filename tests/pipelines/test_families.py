@@ -8,7 +8,7 @@ import dit_accel_assets
 import pytest
 from accelerate import init_empty_weights
 from dit_accel_pipelines import ADAPTERS
-from dit_accel_pipelines.wan import WAN
+from dit_accel_pipelines.families.wan import WAN
 
 from dit_accel import ConfigError, DeltaAttention, SparseD
 from dit_accel.adapters.cross_attention import CrossAttention

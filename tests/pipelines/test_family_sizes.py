@@ -6,7 +6,7 @@ import re
 import diffusers
 import pytest
 from dit_accel_pipelines import ADAPTERS
-from dit_accel_pipelines.image_queries import NUCLEUS_IMAGE
+from dit_accel_pipelines.families.image_queries import NUCLEUS_IMAGE
 from tiny_models import MODELS
 from torch import nn
 

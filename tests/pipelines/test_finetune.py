@@ -15,9 +15,9 @@ from dit_accel_pipelines.finetuning.models import TRAINABLE
 from dit_accel_pipelines.finetuning.recipe import FineTuning, settle
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import Trainable
-from dit_accel_pipelines.lora import FILE, load_lora
-from dit_accel_pipelines.request import Request
-from dit_accel_pipelines.resume import request_digest
+from dit_accel_pipelines.generation.lora import FILE, load_lora
+from dit_accel_pipelines.generation.request import Request
+from dit_accel_pipelines.generation.resume import request_digest
 from finetunes import RADIAL, base_folder, model_folder, recipe, trained, video_folder
 from typer.testing import CliRunner
 

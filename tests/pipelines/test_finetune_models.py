@@ -17,7 +17,7 @@ from dit_accel_pipelines.finetuning.models import TRAINABLE
 from dit_accel_pipelines.finetuning.recipe import settle
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import shift_of
-from dit_accel_pipelines.lora import FILE, load_lora
+from dit_accel_pipelines.generation.lora import FILE, load_lora
 from finetunes import recipe, trained, video_folder
 from trainable_folders import CASES, Case, changed_index, pipeline_folder
 

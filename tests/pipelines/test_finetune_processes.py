@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dit_accel_pipelines.lora import FILE
+from dit_accel_pipelines.generation.lora import FILE
 from finetunes import base_folder, processes, trained, video_folder, weights
 from PIL import Image
 from trainable_folders import CASES, pipeline_folder

@@ -11,18 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dit_accel_pipelines.generate as generation
+import dit_accel_pipelines.generation.generate as generation
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
 from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
-from dit_accel_pipelines.generate import generate, run
-from dit_accel_pipelines.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
-from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
-from dit_accel_pipelines.quiet import quiet_diffusers
-from dit_accel_pipelines.request import Request, read_prompts, settle
+from dit_accel_pipelines.generation.generate import generate, run
+from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
+from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.quiet import quiet_diffusers
+from dit_accel_pipelines.generation.request import Request, read_prompts, settle
 from model_folders import model_folder
 from PIL import Image
 from typer.testing import CliRunner
@@ -130,7 +130,7 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
     (prompt,) = held_out_prompts(name, 1)
     asked, *_ = settle(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
     own, call = model_defaults(name), PipelineCall.of(pipeline_class(read_model_files(asked.source)))
-    made_with = {**asked.beside(call), **asked.asked()}
+    made_with = {**asked.beside(call), **asked.call_arguments()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
     assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
     with pytest.raises(ConfigError, match=r"unknown word\(s\) xylophone; the embedded model knows only"):
@@ -421,7 +421,8 @@ def test_describe_needs_no_weights(tmp_path: Path):
 def test_a_signal_leaves_no_file(tmp_path: Path, moment: str, sent: signal.Signals, code: int, name: str):
     """A signal to a real process, in the denoising loop or while files are written."""
     script = (
-        "import signal, sys, time, dit_accel_pipelines.progress as p, dit_accel_pipelines.generate as g\n"
+        "import signal, sys, time\n"
+        "from dit_accel_pipelines.generation import generate as g, progress as p\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell lets its background jobs ignore Ctrl-C
         "advance, say = p.Stages.advance, lambda: print('now', file=sys.stderr, flush=True)\n"
         "def write(path, frames, fps): path.write_bytes(b'half'); say(); time.sleep(60)\n"

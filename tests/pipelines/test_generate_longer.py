@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from dit_accel_pipelines.progress import Stages
-from dit_accel_pipelines.request import Request, settle
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.request import Request, settle
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError

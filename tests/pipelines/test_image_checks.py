@@ -2,7 +2,7 @@
 
 import pytest
 import tiny_models
-from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
 from shallow_models import shallow
 from some_cases import some
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
 from some_cases import some
 from tiny_image_pipelines import generate
 from tiny_other_pipelines import PIPELINES

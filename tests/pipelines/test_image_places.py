@@ -11,8 +11,8 @@ import tiny_image_models as tiny
 import tiny_models
 import tiny_other_models as other
 import torch
-from dit_accel_pipelines.image_families import IMAGE_ADAPTERS
-from dit_accel_pipelines.not_supported import NOT_SUPPORTED
+from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
+from dit_accel_pipelines.families.not_supported import NOT_SUPPORTED
 from torch import Tensor
 
 import dit_accel

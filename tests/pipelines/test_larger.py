@@ -5,9 +5,9 @@ import types
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from dit_accel_pipelines.flux import FLUX_DEV, FLUX_TINY
-from dit_accel_pipelines.larger import prepare_larger
-from dit_accel_pipelines.request import Request
+from dit_accel_pipelines.families.flux import FLUX_DEV, FLUX_TINY
+from dit_accel_pipelines.generation.larger import prepare_larger
+from dit_accel_pipelines.generation.request import Request
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from dit_accel_pipelines.wan import WAN, WAN_PLAIN
+from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
 from typer.testing import CliRunner
 from wan_tiny import generate, tiny_transformer
 

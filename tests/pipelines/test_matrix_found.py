@@ -305,7 +305,7 @@ def test_what_is_added_before_a_guider_is_changed_as_the_predictions_are(name):
 
 
 def test_a_pipeline_that_changes_predictions_before_its_guider_is_refused_if_undeclared(monkeypatch):
-    from dit_accel_pipelines.z_image import Z_IMAGE
+    from dit_accel_pipelines.families.z_image import Z_IMAGE
 
     monkeypatch.setattr(type(Z_IMAGE.guidance), "converted", (), raising=False)
     pipe, call = PIPELINES["ZImageModularPipeline"].make()

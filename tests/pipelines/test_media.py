@@ -5,7 +5,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from dit_accel_pipelines.media import (
+from dit_accel_pipelines.generation.media import (
     check_output,
     contact_sheet,
     read_image,

@@ -5,14 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dit_accel_pipelines.loading as loading
+import dit_accel_pipelines.generation.loading as loading
 import numpy as np
 import pytest
 import torch
-from dit_accel_pipelines.generate import frames_of, run
-from dit_accel_pipelines.pipeline_call import PipelineCall, pipeline_class
-from dit_accel_pipelines.progress import Stages
-from dit_accel_pipelines.request import Request, read_pictures, settle
+from dit_accel_pipelines.generation.generate import frames_of, run
+from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.request import Request, read_pictures, settle
 from model_folders import model_folder
 from PIL import Image
 
@@ -107,8 +107,8 @@ def test_bad_requests_are_refused_before_weights_are_loaded(tmp_path: Path, monk
     def load(request: Request) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("dit_accel_pipelines.generate.load_pipeline", load)
-    from dit_accel_pipelines.generate import generate
+    monkeypatch.setattr("dit_accel_pipelines.generation.generate.load_pipeline", load)
+    from dit_accel_pipelines.generation.generate import generate
 
     text = str(model_folder(tmp_path / "t2v"))
     video = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
@@ -229,7 +229,7 @@ def test_a_pipeline_is_placed_as_asked(tmp_path: Path, monkeypatch, offload, dev
 
 def test_image_to_video_end_to_end(tmp_path: Path):
     """The embedded model as an image-to-video pipeline: the first frame is the image's."""
-    from dit_accel_pipelines.generate import generate
+    from dit_accel_pipelines.generation.generate import generate
 
     nothing = [None, None]
     model = model_folder(

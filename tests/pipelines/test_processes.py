@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import dit_accel_pipelines.generate as generating
+import dit_accel_pipelines.generation.generate as generating
 import generating_ranks
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dit_accel_pipelines.generation import Generation
-from dit_accel_pipelines.processes import Process, started_process
-from dit_accel_pipelines.request import Request
-from dit_accel_pipelines.timing import Timings
+from dit_accel_pipelines.generation.generation import Generation
+from dit_accel_pipelines.generation.request import Request
+from dit_accel_pipelines.generation.timing import Timings
+from dit_accel_pipelines.processes.processes import Process, started_process
 from parallel_ranks import processes
 from typer.testing import CliRunner
 
@@ -70,7 +70,7 @@ def test_every_prompt_is_made_once_with_the_name_and_seed_it_has_alone(count, tm
     for rank in range(count):
         process = Process(rank=rank, count=count)
         written = generating.generate(
-            request(tmp_path, seed=7), process=process, told=lambda one: lines.append(one.record["output"])
+            request(tmp_path, seed=7), process=process, on_written=lambda one: lines.append(one.record["output"])
         )
         assert len(written) == len(PROMPTS[rank::count])
     assert made(tmp_path) == {f"a-0{n}.gif": (PROMPTS[n - 1], 6 + n) for n in range(1, 6)}
@@ -86,7 +86,7 @@ def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, l
     (tmp_path / "a-03.gif.json").unlink()
     (tmp_path / "a-04.gif.json").write_text("{")
     told: list[Any] = []
-    written = generating.generate(asked, resume=True, told=told.append)
+    written = generating.generate(asked, resume=True, on_written=told.append)
     assert [one.kept for one in written] == [True, False, False, False, True]
     assert [one.record["prompt"] for one in written] == list(PROMPTS)
     assert len(told) == 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from dit_accel_pipelines.ranks import Ranks
+from dit_accel_pipelines.processes.ranks import Ranks
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
-from dit_accel_pipelines.not_supported import NOT_SUPPORTED
+from dit_accel_pipelines.families.not_supported import NOT_SUPPORTED
 
 from dit_accel.adapters import registry
 

@@ -9,7 +9,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from dit_accel_pipelines.solvers import SOLVERS, is_flow, is_of_betas, make_scheduler, scheduler_like, shift_of
+from dit_accel_pipelines.generation.solvers import (
+    SOLVERS,
+    is_flow,
+    is_of_betas,
+    make_scheduler,
+    scheduler_like,
+    shift_of,
+)
 
 from dit_accel import ConfigError
 

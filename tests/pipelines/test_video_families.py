@@ -8,10 +8,10 @@ import diffusers
 import pytest
 import tiny_video_models as models
 import torch
-from dit_accel_pipelines.cosmos3 import COSMOS3
-from dit_accel_pipelines.kandinsky import KANDINSKY5, KANDINSKY6
-from dit_accel_pipelines.motif import MOTIF_VIDEO
-from dit_accel_pipelines.wan import WAN
+from dit_accel_pipelines.families.cosmos3 import COSMOS3
+from dit_accel_pipelines.families.kandinsky import KANDINSKY5, KANDINSKY6
+from dit_accel_pipelines.families.motif import MOTIF_VIDEO
+from dit_accel_pipelines.families.wan import WAN
 from tiny_video_pipelines import generate, helios, kandinsky5, minimax_h3
 
 import dit_accel
@@ -39,7 +39,7 @@ def planned_calls(model, **changes):
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment, recorded(attachment) as calls:
         run(transformer, {**model.inputs(1), **changes})
-        return calls, dataclasses.astuple(attachment._execution.layers[0].state.layout)
+        return calls, dataclasses.astuple(attachment._execution.forward.layout)
 
 
 @pytest.mark.parametrize(

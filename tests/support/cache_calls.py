@@ -55,7 +55,7 @@ class Driven:
         self.install(transformer)
         context = ForwardContext(
             transformer=transformer, branch=branch, step_index=step, num_inference_steps=steps, sigma=sigma,
-            layout=None, batch=1, training=training, told=True, inputs={"hidden_states": latents},
+            layout=None, batch=1, training=training, tells_step=True, inputs={"hidden_states": latents},
         )  # fmt: skip
 
         def run(**changed: Any) -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dit_accel_eval import compare
-from dit_accel_eval.counting import Counts
-from dit_accel_eval.model import Run
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.model import Run
+from dit_accel_eval.suites import compare
 from typer.testing import CliRunner, Result
 
 from dit_accel.cli.app import app

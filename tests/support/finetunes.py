@@ -16,8 +16,8 @@ from dit_accel_assets.clips import clip_of
 from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainer import Trainer
-from dit_accel_pipelines.lora import FILE
-from dit_accel_pipelines.media import upscale, write_media
+from dit_accel_pipelines.generation.lora import FILE
+from dit_accel_pipelines.generation.media import upscale, write_media
 from safetensors.torch import load_file
 from wan_tiny import tiny_transformer
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_pipelines.generate import generate
-from dit_accel_pipelines.media import read_image
-from dit_accel_pipelines.parallel import joined
-from dit_accel_pipelines.processes import Process, started_process
-from dit_accel_pipelines.request import Request
+from dit_accel_pipelines.generation.generate import generate
+from dit_accel_pipelines.generation.media import read_image
+from dit_accel_pipelines.generation.request import Request
+from dit_accel_pipelines.processes.parallel import joined
+from dit_accel_pipelines.processes.processes import Process, started_process
 from parallel_ranks import told
 
 import dit_accel
@@ -38,10 +38,10 @@ def make(rank: int, world: int, folder: Path) -> dict[str, Any]:
             refused.append(told(error))
     process = started_process(together=2)
     with joined(process.local_rank, process.together):
-        made = generate(request(folder / "shared"), process=process, told=note)
+        made = generate(request(folder / "shared"), process=process, on_written=note)
         if rank == 0:
             (folder / "shared" / "a-03.png").unlink()
-        again = generate(request(folder / "shared"), process=process, resume=True, told=note)
+        again = generate(request(folder / "shared"), process=process, resume=True, on_written=note)
     away = 0.0
     if rank == 0:
         generate(request(folder / "alone"), process=Process())

@@ -14,7 +14,8 @@ from unittest import mock
 import tiny_models
 import torch
 from dit_accel_kernels import api
-from dit_accel_kernels.packing import Packed
+from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.selection import Selection
 from dit_accel_pipelines import ADAPTERS
 
 from dit_accel import DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD, UltraViCo, attach
@@ -43,24 +44,26 @@ TOGETHER = (
 TRAINED = ("radial", "radial, pooled rest", "radial, tiles", "sparsed", "sol", "ultravico")
 
 
-def kind_of(call: Packed, *, backward: bool) -> str:
+def kind_of(call: Problem, *, backward: bool) -> str:
     """A call's features that launches depend on, joined by +; "plain" for none."""
-    k, v = call.k, call.v
+    k, v, selection = call.k, call.v, call.selection or Selection()
+    threshold = None if selection.routing is None else selection.routing.threshold
+    criterion = None if selection.vote is None else selection.vote.criterion
     masked = call.key_length is not None or call.key_mask is not None
     words = {
         "fused": k.shape == v.shape and k.stride() != v.stride(),
         "pooled": call.pooled_indices is not None,
         "mask": masked,
-        "decay": call.decay_table is not None,
+        "decay": call.decay is not None,
         "scale": call.head_scale is not None,
         "order": call.token_order is not None,
-        "keep": call.keep is not None,
-        "rest": call.keep is not None and call.pool_rest,
-        "pinned": call.pinned is not None,
-        "route": call.beta is not None and not call.exact_variance,
-        "route-exact": call.beta is not None and call.exact_variance,
-        "routed": call.routed is not None,
-        **{name: call.criterion == name for name in ("maxgap", "mass", "budget")},
+        "keep": selection.keep is not None,
+        "rest": selection.keep is not None and selection.rest == "pooled",
+        "pinned": selection.pinned is not None,
+        "route": threshold == "diag",
+        "route-exact": threshold == "exact",
+        "routed": selection.routed is not None,
+        **{name: criterion == name for name in ("maxgap", "mass", "budget")},
         "backward": backward,
     }
     return "+".join(word for word, there in words.items() if there) or "plain"
@@ -69,17 +72,17 @@ def kind_of(call: Packed, *, backward: bool) -> str:
 @contextmanager
 def recording(found: dict[str, set[str]], name: str) -> Iterator[None]:
     """Add the kinds of all calls within to `found`, as calls of `name`."""
-    forward, backward = api._forward, api._backward
+    forward, backward = api._run, api._gradients
 
-    def run_forward(*given):
-        found[kind_of(Packed(*given), backward=False)].add(name)
-        return forward(*given)
+    def run_forward(problem):
+        found[kind_of(problem, backward=False)].add(name)
+        return forward(problem)
 
-    def run_backward(*given):
-        found[kind_of(Packed(*given[4:]), backward=True)].add(name)
-        return backward(*given)
+    def run_backward(problem, *gradients):
+        found[kind_of(problem, backward=True)].add(name)
+        return backward(problem, *gradients)
 
-    with mock.patch.object(api, "_forward", run_forward), mock.patch.object(api, "_backward", run_backward):
+    with mock.patch.object(api, "_run", run_forward), mock.patch.object(api, "_gradients", run_backward):
         yield
 
 

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from dit_accel_pipelines.parallel import enable_ulysses
+from dit_accel_pipelines.processes.parallel import enable_ulysses
 from parallel_ranks import apart, build, denoise, told
 
 import dit_accel

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dit_accel import RadialAttention
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution, Observer
+from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
-from dit_accel.attachment.processor import as_tensors
 from dit_accel.methods.base import AttentionHandler, Handler, Model, Phase
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
@@ -105,7 +105,7 @@ class OneLayer:
         """Return the output of one call at a step; a backward may follow where q, k or v require gradients."""
         told = {"step_index": step, "num_inference_steps": self.steps}
         self.execution.state.enter(self.state, branch, told)
-        self.state.begin_forward(len(q))
+        self.execution.forward.begin(len(q))
         differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         grid = (layout.frames, layout.height, layout.width, layout.text_before, layout.text_after)
         try:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers.models import attention_dispatch
-from dit_accel_pipelines.parallel import enable_ulysses
+from dit_accel_pipelines.processes.parallel import enable_ulysses
 from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY, MOCHI
 from wan_tiny import TINY as WAN_TINY
 
@@ -27,7 +27,7 @@ import dit_accel
 TEXT = 8
 PRELOADED = [
     "torch.multiprocessing", "diffusers.models.transformers", "diffusers.pipelines.flux.pipeline_flux",
-    "dit_accel.attachment.attachment", "dit_accel_pipelines.generate",
+    "dit_accel.attachment.attachment", "dit_accel_pipelines.generation.generate",
 ]  # fmt: skip
 """What one process imports for all that are started, which are its copies."""
 

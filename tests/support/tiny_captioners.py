@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from dit_accel_eval.vbench import bert, weight_files
-from dit_accel_eval.vbench.networks import Networks
+from dit_accel_eval.vbench import weight_files
+from dit_accel_eval.vbench.networks import bert
+from dit_accel_eval.vbench.networks.loading import Networks
 from tiny_vbench import linear, norm, random
 from torch import Tensor
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from dit_accel_kernels import pack_bits, tile_masses, unpack_bits
+from dit_accel_kernels import pack_bits, unpack_bits
 from torch import Tensor
 
 from ...errors import ConfigError
@@ -21,6 +21,7 @@ from ...plan.call import Call
 from ...plan.context import CallContext, Key, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
+from ...plan.tile_masses import tile_masses
 from ...plan.tiling import bitmap_bytes, exact_bits, full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Model, Phase
 from ..options import gt, le, lt

@@ -91,7 +91,7 @@ class JointNAG:
             )
         self.calls += 1
         settings = self._settings
-        return plan.lead(
+        return plan.guide(
             NormalizedGuidance(
                 positive=positive,
                 negative=negative,

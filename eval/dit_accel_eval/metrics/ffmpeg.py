@@ -24,12 +24,12 @@ def _filters() -> frozenset[str]:
     import imageio_ffmpeg
 
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-filters"], capture_output=True, text=True, check=True
         )
     except (OSError, RuntimeError, subprocess.CalledProcessError):
         return frozenset()
-    return frozenset(line.split()[1] for line in told.stdout.splitlines() if "->" in line and len(line.split()) > 2)
+    return frozenset(line.split()[1] for line in output.stdout.splitlines() if "->" in line and len(line.split()) > 2)
 
 
 def no_filter(name: str) -> str | None:

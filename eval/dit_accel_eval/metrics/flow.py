@@ -99,8 +99,8 @@ def warp_error(sample: Sample, flows: Flows) -> Measured:
     for one, two in itertools.pairwise(frames):
         there, back = flows(one, two), flows(two, one)
         seen = _inside(there) & (np.linalg.norm(there + warped(back, there), axis=-1) <= CONSISTENT)
-        apart = (warped(two.astype(np.float32), there) - one)[seen].astype(np.float64)
-        errors.append(math.sqrt(float((apart**2).mean())) if seen.any() else 1.0)
+        difference = (warped(two.astype(np.float32), there) - one)[seen].astype(np.float64)
+        errors.append(math.sqrt(float((difference**2).mean())) if seen.any() else 1.0)
     return mean_of(errors)
 
 

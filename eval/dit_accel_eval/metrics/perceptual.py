@@ -38,8 +38,8 @@ def lpips(clip: Tensor, reference: Tensor, weights: Tensors, net: str) -> Tensor
     both = [features(normalized(2 * x - 1, SHIFT, SCALE), weights) for x in (clip, reference)]
     found = clip.new_zeros(len(clip))
     for number, (one, two) in enumerate(zip(*both, strict=True)):
-        apart = (_unit(one) - _unit(two)) ** 2
-        found = found + F.conv2d(apart, weights[f"head.{number}"]).mean((1, 2, 3))
+        difference = (_unit(one) - _unit(two)) ** 2
+        found = found + F.conv2d(difference, weights[f"head.{number}"]).mean((1, 2, 3))
     return found
 
 

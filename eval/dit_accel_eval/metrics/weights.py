@@ -150,15 +150,15 @@ def _brisque(read: Read) -> Tensors:
     """Return the support vectors [n, 36] with coefficients, gamma, rho, and the features' ranges [36]."""
     text = read("brisque/models/svm.txt").decode()
     head, _, body = text.partition("\nSV\n")
-    told = dict(line.split(maxsplit=1) for line in head.splitlines())
+    header = dict(line.split(maxsplit=1) for line in head.splitlines())
     rows = [line.split() for line in body.splitlines() if line.strip()]
     vectors = [[float(one.partition(":")[2]) for one in row[1:]] for row in rows]
     ranges: Any = _PlainArrays(io.BytesIO(read("brisque/models/normalize.pickle"))).load()
     return {
         "coefficients": torch.tensor([float(row[0]) for row in rows], dtype=torch.float64),
         "vectors": torch.tensor(vectors, dtype=torch.float64),
-        "gamma": torch.tensor(float(told["gamma"]), dtype=torch.float64),
-        "rho": torch.tensor(float(told["rho"]), dtype=torch.float64),
+        "gamma": torch.tensor(float(header["gamma"]), dtype=torch.float64),
+        "rho": torch.tensor(float(header["rho"]), dtype=torch.float64),
         "low": torch.tensor(ranges["min_"], dtype=torch.float64),
         "high": torch.tensor(ranges["max_"], dtype=torch.float64),
     }

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..comparison import decimals_of, verdict
+from ..runs.results import markdown_table
+from ..suites.comparison import decimals_of, verdict
 from ..vbench.world_metrics import WORLD
 from .figures import Report
 
@@ -29,13 +30,13 @@ def by_names(report: Report) -> ByNames:
     arms = [*dense[-1:], *(arm for arm in report.arms if not report.is_dense(arm))]
     rows = []
     for name in (one for one in report.further if one.endswith(WORLD)):
-        asked = {line["clip"] for line in report.results.lines if name in line.get("metrics", {})}
+        requested = {line["clip"] for line in report.results.lines if name in line.get("metrics", {})}
         cells = []
         for arm in arms:
-            stands = verdict(arm.differences[name], len(asked)) if name in arm.differences else "open"
+            stands = verdict(arm.differences[name], len(requested)) if name in arm.differences else "open"
             mean = f"{arm.metrics[name].mean:.{decimals_of(name)}f}" if name in arm.metrics else "–"
             cells.append((mean, "" if stands == "open" else stands))
-        rows.append((name.removesuffix(WORLD), len(asked), tuple(cells)))
+        rows.append((name.removesuffix(WORLD), len(requested), tuple(cells)))
     return ByNames(arms=tuple(arm.name for arm in arms), rows=tuple(rows))
 
 
@@ -43,7 +44,5 @@ def markdown(table: ByNames) -> str:
     """Return it as Markdown, "" without rows."""
     if not table.rows:
         return ""
-    rows = [f"| name@world | clips | {' | '.join(table.arms)} |", f"|---|---|{'---|' * len(table.arms)}"]
-    for name, clips, cells in table.rows:
-        rows.append(f"| {name} | {clips} | {' | '.join(' '.join(cell).strip() for cell in cells)} |")
-    return "\n".join(rows)
+    rows = ((name, clips, *(" ".join(cell).strip() for cell in cells)) for name, clips, cells in table.rows)
+    return markdown_table(" | ".join(["name@world", "clips", *table.arms]), rows)

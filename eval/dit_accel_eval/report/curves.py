@@ -21,9 +21,9 @@ def curves(report: Report) -> list[tuple[str, str, str]]:
     for name in names:
         lines = _means(report, name)
         if any(len(values) > 1 for values in lines.values()):
-            told = [f"{arm} {min(values):.4g} at {int(np.argmin(values)) + 1}" for arm, values in lines.items()]
+            text = [f"{arm} {min(values):.4g} at {int(np.argmin(values)) + 1}" for arm, values in lines.items()]
             uri = svg_uri(lambda name=name, lines=lines: figure("frame, or pair of neighbours", words_of(name), lines))
-            found.append((words_of(name), uri, f"Lowest value and its place by arm: {', '.join(told)}."))
+            found.append((words_of(name), uri, f"Lowest value and its place by arm: {', '.join(text)}."))
     return found
 
 

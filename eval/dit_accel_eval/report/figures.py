@@ -10,10 +10,10 @@ from dit_accel import ConfigError
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
-from ..comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
-from ..paired import EXACT, holm
-from ..reference import AGREE
-from ..results import Line
+from ..runs.results import Line
+from ..statistics import EXACT, holm
+from ..suites.comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
+from ..suites.reference import AGREE
 from .lines import ALWAYS, Results, better_of, further_metrics
 
 LEVEL = 0.05
@@ -63,8 +63,8 @@ class Report:
 
     def reaches(self, arm: ArmFigures, metric: str) -> bool:
         """Whether an arm's mean is as good as what is asked: at least that, or at most where less is better."""
-        mean, asked = self.mean(arm, metric), self.minimums[metric]
-        return mean <= asked if better_of(metric) == "less" else mean >= asked
+        mean, requested = self.mean(arm, metric), self.minimums[metric]
+        return mean <= requested if better_of(metric) == "less" else mean >= requested
 
     def is_dense(self, arm: ArmFigures) -> bool:
         """Whether an arm is a dense run of the best solver, which others are held against."""
@@ -82,10 +82,10 @@ def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
     if "score" in minimums and "score" not in known:
         why = next((line.get("skipped", {}).get("score") for line in lines if "score" not in line), None)
         raise ConfigError(f"{results.path} has no score: {why or 'its lines tell none'}; ask for another metric")
-    lacking = [metric for metric in minimums if metric not in known]
-    if lacking:
-        told = " and no ".join(lacking)
-        raise ConfigError(f"{results.path} has no {told}; name it among the suite's metrics and run again")
+    missing = [metric for metric in minimums if metric not in known]
+    if missing:
+        text = " and no ".join(missing)
+        raise ConfigError(f"{results.path} has no {text}; name it among the suite's metrics and run again")
     corrected = _corrected(arms)
     warnings = tuple(_warnings(results, arms, prompts, corrected))
     return Report(
@@ -114,8 +114,10 @@ def misses(report: Report) -> list[str]:
     for metric, least in report.minimums.items():
         for arm in judged(report):
             if not report.reaches(arm, metric):
-                asked = f"at most {least:g}" if better_of(metric) == "less" else f"{least:g}"
-                found.append(f"{arm.name} has a mean {metric} of {report.mean(arm, metric):.4g}, asked were {asked}")
+                requested = f"at most {least:g}" if better_of(metric) == "less" else f"{least:g}"
+                found.append(
+                    f"{arm.name} has a mean {metric} of {report.mean(arm, metric):.4g}, asked were {requested}"
+                )
     return found
 
 
@@ -135,15 +137,15 @@ def _warnings(
     if results.cut:
         yield "The last line of the results was cut off and is left out; the run may have been stopped."
     listed = {line["arm"] for line in lines if not is_rival(line)}
-    lacking = [f"{arm.name} ({arm.clips} of {len(prompts)})" for arm in arms
+    missing = [f"{arm.name} ({arm.clips} of {len(prompts)})" for arm in arms
                if arm.name in listed and arm.clips < len(prompts)]  # fmt: skip
-    if lacking:
-        yield f"Clips are missing, so means are not over the same prompts: {_some(lacking)}."
-    apart = {line["clip"]: line for line in lines if line["reference_agreement"] < AGREE}
-    if apart:
-        told = [f"clip {clip} ({line['reference_steps']} steps, {line['reference_agreement']:.1f} dB)"
-                for clip, line in sorted(apart.items())]  # fmt: skip
-        yield f"References that did not converge to {AGREE:g} dB, and blur what is held against them: {_some(told)}."
+    if missing:
+        yield f"Clips are missing, so means are not over the same prompts: {_some(missing)}."
+    unconverged = {line["clip"]: line for line in lines if line["reference_agreement"] < AGREE}
+    if unconverged:
+        text = [f"clip {clip} ({line['reference_steps']} steps, {line['reference_agreement']:.1f} dB)"
+                for clip, line in sorted(unconverged.items())]  # fmt: skip
+        yield f"References that did not converge to {AGREE:g} dB, and blur what is held against them: {_some(text)}."
     if len(prompts) < FEWEST:
         yield f"With {len(prompts)} clips there is no verdict; it takes {FEWEST}."
     keys = [key for key in (*WORKS, *TIMED) if any(key in arm.ahead for arm in arms)]
@@ -185,10 +187,10 @@ def _hopeless(held: Sequence[ArmFigures], words: str) -> Iterator[str]:
     least = 2.0 ** (1 - clips)  # all differences of one sign
     if clips <= EXACT and least * len(held) >= LEVEL:
         needed = math.ceil(1 + math.log2(len(held) / LEVEL))
-        told = (
+        text = (
             f"With {clips} clips and {len(held)} arms no verdict at equal {words} could stand after Holm's correction"
         )
-        yield f"{told}, since p is {least:.3g} at least; it takes {needed} clips."
+        yield f"{text}, since p is {least:.3g} at least; it takes {needed} clips."
 
 
 def _guided(lines: Sequence[Line]) -> Iterator[str]:
@@ -198,8 +200,8 @@ def _guided(lines: Sequence[Line]) -> Iterator[str]:
         line["arm"] for line in lines if seeking & {*line["methods"]} or {"guider", "arm_call"} & {*line}
     )
     if arms:
-        told = _some([*arms])
-        yield f"Guidance seeks other clips than the converged run; judge these by their prompts, not by PSNR: {told}."
+        text = _some([*arms])
+        yield f"Guidance seeks other clips than the converged run; judge these by their prompts, not by PSNR: {text}."
 
 
 def _unmeasured(lines: Sequence[Line]) -> Iterator[str]:

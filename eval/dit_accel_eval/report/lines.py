@@ -10,8 +10,8 @@ from pathlib import Path
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
-from ..metrics.registry import metrics
-from ..results import Line, latest
+from ..metrics.registered import metrics
+from ..runs.results import Line, latest
 
 ALWAYS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
@@ -133,8 +133,8 @@ def _check_one(path: Path, lines: Sequence[Line]) -> None:
     for key in ONE:
         counts = Counter(json.dumps(line.get(key), sort_keys=True) for line in lines)
         if len(counts) > 1:
-            told = " and ".join(f"{value} ({count} lines)" for value, count in counts.most_common(3))
-            raise ConfigError(f"{path} mixes results of several {key}: {told}; report each from a file of its own")
+            mixed = " and ".join(f"{value} ({count} lines)" for value, count in counts.most_common(3))
+            raise ConfigError(f"{path} mixes results of several {key}: {mixed}; report each from a file of its own")
     settings: dict[str, str] = {}
     for line in latest(lines).values():
         keys = ("num_inference_steps", "solver", "flow_shift", "methods", "scheduler", "guider", "arm_call")

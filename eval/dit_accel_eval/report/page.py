@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from dit_accel_pipelines.request import EMBEDDED_FPS
+from dit_accel_pipelines.generation.request import EMBEDDED_FPS
 
-from ..comparison import ArmFigures, decimals_of, verdict
-from ..plots import frontier, picture
+from ..suites.comparison import ArmFigures, decimals_of, verdict
+from ..suites.plots import frontier, picture
 from ..vbench.world_metrics import WORLD
 from .by_names import by_names
 from .curves import curves, svg_uri
@@ -151,8 +151,8 @@ def _frontiers(report: Report) -> list[str]:
     arms = [arm for arm in report.arms if arm.clips == whole]
     found = []
     for key in ("work", "work_real"):
-        told = [f"{arm.name} ({arm.means[key]:.1f} steps, {arm.psnr.mean:.1f} dB)" for arm in frontier(arms, key)]
-        found.append(f"Not surpassed at as little {report.works[key]}: {', '.join(told)}.")
+        message = [f"{arm.name} ({arm.means[key]:.1f} steps, {arm.psnr.mean:.1f} dB)" for arm in frontier(arms, key)]
+        found.append(f"Not surpassed at as little {report.works[key]}: {', '.join(message)}.")
     return found
 
 
@@ -190,8 +190,8 @@ def _options(line: dict[str, Any]) -> list[tuple[str, str]]:
     further = {f"scheduler {line['solver']}": line["scheduler"]} if "scheduler" in line else {}
     further |= {"call": line["arm_call"]} if "arm_call" in line else {}
     for method, options in {**line["methods"], **further, **line.get("guider", {})}.items():
-        told = [f"{key} = {_short(value)}" for key, value in options.items() if value is not None]
-        found.append((method, ", ".join(told)))
+        message = [f"{key} = {_short(value)}" for key, value in options.items() if value is not None]
+        found.append((method, ", ".join(message)))
     return found
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from dit_accel_pipelines.media import Frames
+from dit_accel_pipelines.generation.media import Frames
 
 from dit_accel import ConfigError
 
-from ..kept import read_kept, reference_of, run_of
-from ..results import Line
+from ..runs.kept import read_kept, reference_of, run_of
+from ..runs.results import Line
 from .figures import Report, judged, quantile_clips
 
 AMPLIFIED = 5
@@ -83,8 +83,8 @@ def _chosen(report: Report) -> Iterator[tuple[str, Line]]:
 
 def difference(clip: Frames, reference: Frames) -> Frames:
     """Return the amplified absolute difference of two clips, uint8."""
-    apart = AMPLIFIED * np.abs(clip.astype(np.int16) - reference.astype(np.int16))
-    return np.minimum(apart, 255).astype(np.uint8)
+    strong = AMPLIFIED * np.abs(clip.astype(np.int16) - reference.astype(np.int16))
+    return np.minimum(strong, 255).astype(np.uint8)
 
 
 def data_uri(frames: Frames) -> str:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel_assets import model_names, model_path
-from dit_accel_pipelines.solvers import SOLVERS
+from dit_accel_pipelines.generation.solvers import SOLVERS
 
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.estimate.estimate import estimate
 
-from ..arms import NATIVE
-from ..results import Line
-from ..schedulers import OWN
-from ..suite import SUITE_VERSION
+from ..runs.results import Line
+from ..runs.schedulers import OWN
+from ..suites.arms import NATIVE
+from ..suites.suite import SUITE_VERSION
 from .figures import Report
 
 VERSIONS = ("dit_accel", "diffusers", "torch", "python")

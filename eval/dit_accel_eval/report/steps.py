@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..comparison import ArmFigures
-from ..results import Line
+from ..runs.results import Line
+from ..suites.comparison import ArmFigures
 from .curves import MOST, figure, svg_uri
 from .figures import Report, judged
 
@@ -82,13 +82,13 @@ def step_curves(report: Report) -> list[tuple[str, str, str]]:
         ),
     ]
     found = []
-    for words, values_of, told in kinds:
+    for words, values_of, message in kinds:
         best = sorted(judged(report), key=lambda arm: -arm.psnr.mean)[:MOST]
         means = {arm.name: mean for arm in best if (mean := _mean(_lines(report, arm), values_of))}
         if means:
             uri = svg_uri(lambda words=words, means=means: figure("step", words, means, marked=True))
             lows = [f"{arm} {min(values):.2g} at {int(np.argmin(values)) + 1}" for arm, values in means.items()]
-            found.append((words, uri, f"{told}: {', '.join(lows)}."))
+            found.append((words, uri, f"{message}: {', '.join(lows)}."))
     return found
 
 
@@ -122,8 +122,8 @@ def density_figure(report: Report) -> tuple[str, str] | None:
             maps[arm.name] = _mean_map(rows)
     if not maps:
         return None
-    told = [f"{arm} {np.nanmean(values):.2f}, from {np.nanmin(values):.2f}" for arm, values in maps.items()]
-    words = f"Mean over its planned calls, and the lowest, by arm: {'; '.join(told)}."
+    message = [f"{arm} {np.nanmean(values):.2f}, from {np.nanmin(values):.2f}" for arm, values in maps.items()]
+    words = f"Mean over its planned calls, and the lowest, by arm: {'; '.join(message)}."
     return svg_uri(lambda: _panels(maps)), words
 
 

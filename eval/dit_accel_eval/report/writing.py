@@ -9,8 +9,8 @@ from typing import Any
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..comparison import ArmFigures, table_of, verdict
-from ..paired import Interval
+from ..statistics import Interval
+from ..suites.comparison import ArmFigures, table_of, verdict
 from .by_names import by_names, markdown
 from .figures import Report, misses
 from .lines import better_of
@@ -128,8 +128,8 @@ def csv_text(report: Report) -> str:
         cells += [*_interval(arm.psnr).values(), arm.means["ssim"], arm.means.get("score", "")]
         for key in works:
             found = arm.ahead.get(key)
-            told = [verdict(found, arm.clips), report.holm[arm.name, key]] if found else []
-            cells += [*_interval(found).values(), *told] if found else [""] * 5
+            verdicts = [verdict(found, arm.clips), report.holm[arm.name, key]] if found else []
+            cells += [*_interval(found).values(), *verdicts] if found else [""] * 5
         for name in report.further:
             cells += [*_interval(arm.metrics[name]).values()] if name in arm.metrics else [""] * 3
         writer.writerow(cells)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from dit_accel_pipelines.options import Json
+from dit_accel_pipelines.generation.options import Json
 
 from dit_accel import ConfigError
 from dit_accel.cli import MethodList
@@ -121,7 +121,7 @@ def _measure(
         raise ConfigError("--long-config is for clips of long videos; add --long")
     from .long import Long, read_fast
     from .measures import Means
-    from .networks import Networks
+    from .networks.loading import Networks
     from .observations import read_observations
     from .run import Job
     from .run import evaluate as measured
@@ -136,7 +136,7 @@ def _measure(
         long=Long(custom=custom, filtered=filtered, fast=fast) if long else None,
     )  # fmt: skip
     source = Source(
-        videos=chosen.videos, custom=custom, told=chosen.prompts, full_info=chosen.full_info,
+        videos=chosen.videos, custom=custom, prompts_file=chosen.prompts, full_info=chosen.full_info,
         samples=chosen.samples or 5, filtered=filtered, subset=chosen.subset,
     )  # fmt: skip
     wanted = source.wanted(job, chosen.dimensions)
@@ -153,11 +153,11 @@ def _compare(chosen: Chosen, protocol: str | None, reference: Path | None) -> No
     from .protocols import protocol as protocol_of
 
     if protocol is None or reference is None:
-        lacking = "--protocol, one of " + ", ".join(PROTOCOLS) if protocol is None else "--reference, the dense clips"
-        raise ConfigError(f"a comparison takes a reference and a protocol; add {lacking}")
+        missing = "--protocol, one of " + ", ".join(PROTOCOLS) if protocol is None else "--reference, the dense clips"
+        raise ConfigError(f"a comparison takes a reference and a protocol; add {missing}")
     if chosen.dimensions:
         raise ConfigError(f"{chosen.dimensions[0]} is measured without a reference; leave --protocol or -d out")
-    from .networks import Networks
+    from .networks.loading import Networks
     from .protocol_run import Comparison, compare
     from .weight_files import default_folder
 
@@ -188,7 +188,7 @@ def _print_comparison(found: dict[str, Any]) -> None:
 
 def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None, making: dict[str, Any]) -> None:
     """Make the videos that a folder lacks; the cost is told before the model is loaded."""
-    from dit_accel_pipelines.request import Request
+    from dit_accel_pipelines.generation.request import Request
 
     from . import generating
     from .protocols import protocol as protocol_of
@@ -206,7 +206,7 @@ def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None
         every = generating.protocol_pieces(convention, _texts(chosen, convention), chosen.videos, chosen.samples, seed)
     work = generating.share(every, shard)
     request = Request(prompts=(work[0].prompt,), output=work[0].path, **making)
-    left = generating.left(work, request)
+    left = generating.remaining(work, request)
     _tell(generating.cost(request, len(work) - len(left), len(work)))
     if left:
         keeps(f"the videos in {chosen.videos} are whole, and the same command makes those that lack")
@@ -241,7 +241,7 @@ def _official(chosen: Chosen) -> "tuple[list[Prompt], list[str]]":
 
 def _texts(chosen: Chosen, protocol: "Protocol") -> Sequence[str]:
     """Return a protocol's prompts: of a file, a line each, or VBench's."""
-    from dit_accel_pipelines.request import read_prompts as read_lines
+    from dit_accel_pipelines.generation.request import read_prompts as read_lines
 
     from .prompts import first_of
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_accel_pipelines.generate import opened
-from dit_accel_pipelines.progress import Stages
-from dit_accel_pipelines.request import EMBEDDED, Request, check_words, embedded_name, settle, side_car_path
+from dit_accel_pipelines.generation.generate import opened
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, embedded_name, settle, side_car_path
 
 from dit_accel import ConfigError
 from dit_accel.adapters import registry
@@ -142,7 +142,7 @@ def share(work: Sequence[Piece], shard: str | None) -> list[Piece]:
     return found
 
 
-def left(work: Iterable[Piece], request: Request) -> list[Piece]:
+def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
     """Return the videos that are not there yet.
 
     Raises:
@@ -155,16 +155,16 @@ def _is_made(piece: Piece, request: Request) -> bool:
     if not piece.path.exists():
         return False
     try:
-        told = json.loads(side_car_path(piece.path).read_text(encoding="utf-8"))
+        message = json.loads(side_car_path(piece.path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ConfigError(f"{piece.path} has no side-car that tells how it was made; move it away") from None
     methods = {method.name: method.to_dict() for method in request.methods}
-    asked: dict[str, Any] = {"model": request.model or EMBEDDED, "seed": piece.seed, "methods": methods}
-    asked |= {name: value for name in ASKED if (value := getattr(request, name)) is not None}
-    for name, value in json.loads(json.dumps(asked)).items():
-        if told.get(name) != value:
+    requested: dict[str, Any] = {"model": request.model or EMBEDDED, "seed": piece.seed, "methods": methods}
+    requested |= {name: value for name in ASKED if (value := getattr(request, name)) is not None}
+    for name, value in json.loads(json.dumps(requested)).items():
+        if message.get(name) != value:
             raise ConfigError(
-                f"{piece.path} was made with {name} {told.get(name)!r}, asked is {value!r}; name another folder"
+                f"{piece.path} was made with {name} {message.get(name)!r}, asked is {value!r}; name another folder"
             )
     return True
 
@@ -183,8 +183,8 @@ def cost(request: Request, made: int, total: int) -> str:
     settled, family, *_ = settle(request)
     known = [f"{name} {getattr(settled, name)}" for name in ("num_frames", "height", "width", "num_inference_steps")
              if getattr(settled, name) is not None]  # fmt: skip
-    told = ", ".join(known) or "the model's sizes"
-    text = f"{total - made} of {total} videos to make, {made} are there; {told}"
+    message = ", ".join(known) or "the model's sizes"
+    text = f"{total - made} of {total} videos to make, {made} are there; {message}"
     sizes = (settled.height, settled.width, settled.num_inference_steps)
     if family is None or None in sizes:
         return text

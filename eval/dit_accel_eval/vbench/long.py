@@ -18,7 +18,7 @@ from dit_accel import ConfigError
 
 from . import rules, sampling
 from .measures import flow_by
-from .networks import Networks
+from .networks.loading import Networks
 from .prompts import FLICKERING
 from .rules import Flow, VideoScore
 from .sampling import Video
@@ -146,9 +146,9 @@ def read_fast(folder: Path) -> Fast:
         ConfigError: for files that are missing or of another form.
     """
     table, weights = _numbers(folder / TABLE), _numbers(folder / WEIGHTS)
-    lacking = [name for name in ("w_inclip_sb", "w_clip2clip_sb") if name not in weights]
-    if lacking:
-        raise ConfigError(f"{folder / WEIGHTS} has no {lacking[0]}; take VBench's file of that name")
+    missing = [name for name in ("w_inclip_sb", "w_clip2clip_sb") if name not in weights]
+    if missing:
+        raise ConfigError(f"{folder / WEIGHTS} has no {missing[0]}; take VBench's file of that name")
     try:
         points = {float(key): value for key, value in table.items()}
     except ValueError as error:
@@ -186,7 +186,7 @@ class Long:
     filtered: bool = False
     fast: Fast | None = None
 
-    def told(self, name: str) -> dict[str, str]:
+    def options_text(self, name: str) -> dict[str, str]:
         """Return what a dimension's scores rest on besides networks."""
         clips = "clips that stand still" if name == FLICKERING and not self.filtered else "clips"
         if name != SUBJECT or self.fast is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import official, rules, sampling
-from .networks import Networks
+from .networks.loading import Networks
 from .observations import BY, KINDS, SEEN, Observations
 from .prompts import Prompt
 from .rules import Numbers, VideoScore
@@ -92,11 +92,11 @@ def _names(video: Video, name: str, means: Means) -> list[list[str]]:
 
 def _object(video: Video, prompt: Prompt, means: Means) -> VideoScore:
     seen = _names(video, "object_class", means)
-    return rules.share(prompt.asked["object_class"] in frame for frame in seen)
+    return rules.share(prompt.targets["object_class"] in frame for frame in seen)
 
 
 def _objects(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return rules.shows(_names(video, "multiple_objects", means), prompt.asked["multiple_objects"])
+    return rules.shows(_names(video, "multiple_objects", means), prompt.targets["multiple_objects"])
 
 
 def _action(video: Video, prompt: Prompt, means: Means) -> VideoScore:
@@ -111,24 +111,24 @@ def _color(video: Video, prompt: Prompt, means: Means) -> VideoScore | None:
         captions = means.observations.of("color", video.name)
     else:
         captions = means.networks.sentences(sampling.for_grit(_chosen(video), rounded=True))
-    return rules.is_colored(captions, prompt.text, prompt.asked["color"])
+    return rules.is_colored(captions, prompt.text, prompt.targets["color"])
 
 
 def _relation(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    asked = prompt.asked["spatial_relationship"]
+    requested = prompt.targets["spatial_relationship"]
     seen = _detections(video, "spatial_relationship", means)
-    return rules.stands(seen, asked["object_a"], asked["object_b"], asked["relationship"])
+    return rules.stands(seen, requested["object_a"], requested["object_b"], requested["relationship"])
 
 
 def _scene(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    asked = prompt.asked["scene"]
+    requested = prompt.targets["scene"]
     if means.observations.has("scene"):
-        return rules.is_scene(means.observations.of("scene", video.name), asked)
-    return rules.is_scene(means.networks.scenes(sampling.for_tag2text(_chosen(video))), asked)
+        return rules.is_scene(means.observations.of("scene", video.name), requested)
+    return rules.is_scene(means.networks.scenes(sampling.for_tag2text(_chosen(video))), requested)
 
 
 def _style(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    words = means.networks.clip_words("clip-b32", prompt.asked["appearance_style"])
+    words = means.networks.clip_words("clip-b32", prompt.targets["appearance_style"])
     return rules.likeness(words, means.networks.clip("clip-b32", sampling.for_clip_pictures(video.frames)))
 
 
@@ -178,7 +178,7 @@ WAYS: dict[str, Way] = {
 """Dimension -> how."""
 
 
-def lacking(name: str, means: Means) -> str | None:
+def missing_reason(name: str, means: Means) -> str | None:
     """Return why a dimension can't be measured, with what to put where; None if it can."""
     way = WAYS[name]
     if way.observed and means.observations.has(name):

@@ -19,7 +19,7 @@ from typing import Any
 
 from dit_accel import ConfigError
 
-from ..results import read_lines
+from ..runs.results import read_lines
 
 SEEN = 16
 """Frames that are looked at."""

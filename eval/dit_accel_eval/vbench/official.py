@@ -50,10 +50,8 @@ def unpacked() -> Path:
 
 def missing() -> str | None:
     """Return why the package's files can't be had, None if they can."""
-    lacking = [name for name in PACKAGE.modules if not (unpacked() / name).is_file()]
-    return (
-        f"{lacking[0]} of vbench 0.1.5 is not in {unpacked()}; run dit-accel eval setup --tier 2" if lacking else None
-    )
+    absent = [name for name in PACKAGE.modules if not (unpacked() / name).is_file()]
+    return f"{absent[0]} of vbench 0.1.5 is not in {unpacked()}; run dit-accel eval setup --tier 2" if absent else None
 
 
 def unpack(given: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> str | None:

@@ -34,12 +34,12 @@ class Prompt:
     Attributes:
         text: the prompt.
         dimensions: which it serves.
-        asked: dimension -> what it asks for besides, as the prompts' file tells it.
+        targets: dimension -> what it asks for besides, as the prompts' file tells it.
     """
 
     text: str
     dimensions: tuple[str, ...]
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    targets: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,21 +74,21 @@ def _prompt(entry: Any, where: str) -> Prompt:
     if not isinstance(names, list) or not names:
         raise ConfigError(f"{where} must have a list of dimensions, got {names!r:.80}")
     served = tuple(dimension(str(name)).name for name in names)
-    told = entry.get("auxiliary_info", {})
-    asked = {}
+    message = entry.get("auxiliary_info", {})
+    requested = {}
     for name in served:
         if name in ASKED:
             try:
-                asked[name] = _asked(name, told[name])
+                requested[name] = _target(name, message[name])
             except (KeyError, TypeError):
                 raise ConfigError(
                     f"{where} serves {name}, but its auxiliary_info does not tell what is asked"
                 ) from None
-    return Prompt(text=entry["prompt_en"], dimensions=served, asked=asked)
+    return Prompt(text=entry["prompt_en"], dimensions=served, targets=requested)
 
 
-def _asked(name: str, told: Any) -> Any:
-    found = told[ASKED[name]]
+def _target(name: str, message: Any) -> Any:
+    found = message[ASKED[name]]
     if name == "scene":
         return found["scene"]
     if name == "spatial_relationship":
@@ -114,17 +114,17 @@ def videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: int =
         ConfigError: for prompts of which videos are missing, by name.
     """
     files = _files(folder)
-    wanted, lacking = [], []
+    wanted, missing = [], []
     for prompt in served(prompts, name):
         own = [files.get(f"{prompt.text}-{number}") for number in range(samples)]
-        lacking += [f"{prompt.text}-{number}" for number, path in enumerate(own) if path is None]
+        missing += [f"{prompt.text}-{number}" for number, path in enumerate(own) if path is None]
         wanted.append(Wanted(prompt=prompt, paths=tuple(path for path in own if path is not None)))
-    if lacking:
+    if missing:
         total = samples * len(wanted)
-        shown = ", ".join(f"'{one}.mp4'" for one in lacking[:3])
+        shown = ", ".join(f"'{one}.mp4'" for one in missing[:3])
         raise ConfigError(
-            f"{name} takes {samples} videos of each of {len(wanted)} prompts, and {folder} lacks {len(lacking)} of "
-            f"{total}: {shown}{' ...' if len(lacking) > 3 else ''}; {_hint(lacking[0], files)}"
+            f"{name} takes {samples} videos of each of {len(wanted)} prompts, and {folder} lacks {len(missing)} of "
+            f"{total}: {shown}{' ...' if len(missing) > 3 else ''}; {_hint(missing[0], files)}"
         )
     return wanted
 
@@ -228,7 +228,7 @@ def check_custom(names: Sequence[str]) -> None:
         )
 
 
-def custom_videos(folder: Path, told: Path | None, names: Sequence[str]) -> list[Wanted]:
+def custom_videos(folder: Path, prompts_file: Path | None, names: Sequence[str]) -> list[Wanted]:
     """Return all videos of a folder, with prompts from a JSON {file name: prompt} or from their names.
 
     Raises:
@@ -236,13 +236,13 @@ def custom_videos(folder: Path, told: Path | None, names: Sequence[str]) -> list
     """
     files = _files(folder)
     prompts = {path.name: prompt_of(path) for path in files.values()}
-    if told is not None:
-        held = _json(told, "prompts")
+    if prompts_file is not None:
+        held = _json(prompts_file, "prompts")
         if not isinstance(held, dict) or not all(isinstance(text, str) for text in held.values()):
-            raise ConfigError(f"prompts {told} must be a JSON object {{file name: prompt}}")
+            raise ConfigError(f"prompts {prompts_file} must be a JSON object {{file name: prompt}}")
         for path in files.values():
             if path.name not in held:
-                raise ConfigError(f"prompts {told} has no {path.name!r}; {did_you_mean(path.name, held)}")
+                raise ConfigError(f"prompts {prompts_file} has no {path.name!r}; {did_you_mean(path.name, held)}")
         prompts = {path.name: held[path.name] for path in files.values()}
     return [
         Wanted(prompt=Prompt(text=prompts[path.name], dimensions=tuple(names)), paths=(path,))

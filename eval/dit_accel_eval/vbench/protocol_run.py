@@ -12,12 +12,12 @@ from torch import Tensor
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..clip_files import PICTURES, ClipFile, clips_in, paired
 from ..metrics.distances import frechet
 from ..metrics.weights import missing
+from ..runs.clip_files import PICTURES, ClipFile, clips_in, paired
 from . import fidelity_rules as rules
 from .fidelity_rules import Measure
-from .networks import I3D_LEAST, Networks
+from .networks.loading import I3D_LEAST, Networks
 from .protocols import Protocol, of_clips, of_finite_frames
 from .sampling import Frames
 
@@ -212,12 +212,12 @@ def rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     beside = found["beside"]
     for name, value in found["scores"].items():
         right = "psnr@skimage" if "psnr@skimage" in beside else "psnr-frames"
-        yield name, _told(value), f"{right} {_told(beside[right])}" if name == "psnr" else ""
+        yield name, _cell_text(value), f"{right} {_cell_text(beside[right])}" if name == "psnr" else ""
     for name in found["left_out"]:
         yield name, "left out", ""
 
 
-def _told(value: float | str | None) -> str:
+def _cell_text(value: float | str | None) -> str:
     if value is None:
         return "none: all frames are equal"
     return value if isinstance(value, str) else f"{value:.4f}"

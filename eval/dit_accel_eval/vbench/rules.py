@@ -84,8 +84,8 @@ def flickering(frames: Frames) -> VideoScore:
     """Return one minus the mean absolute difference of neighbouring 8-bit frames over 255."""
     enough(len(frames), 2, "")
     levels = frames.astype(np.int16)
-    apart = [float(np.abs(two - one).mean()) for one, two in itertools.pairwise(levels)]
-    return VideoScore(value=(255 - float(np.mean(apart))) / 255)
+    changes = [float(np.abs(two - one).mean()) for one, two in itertools.pairwise(levels)]
+    return VideoScore(value=(255 - float(np.mean(changes))) / 255)
 
 
 def smoothness(frames: Frames, between: Callable[[Frames, Frames], Frames]) -> VideoScore:
@@ -98,11 +98,11 @@ def smoothness(frames: Frames, between: Callable[[Frames, Frames], Frames]) -> V
         between: draws the uint8 frame in the middle of two.
     """
     enough(len(frames), 3, "")
-    apart = [
+    changes = [
         float(np.abs(between(frames[at - 1], frames[at + 1]).astype(np.int16) - frames[at]).mean())
         for at in range(1, len(frames) - 1, 2)
     ]
-    return VideoScore(value=(255 - float(np.mean(apart))) / 255)
+    return VideoScore(value=(255 - float(np.mean(changes))) / 255)
 
 
 def strongest(flow: Numbers, share: float) -> float:
@@ -171,15 +171,15 @@ def share(frames: Iterable[bool]) -> VideoScore:
     return VideoScore(value=sum(found) / len(found), parts=len(found), more=more)
 
 
-def shows(detected: Sequence[Iterable[str]], asked: str) -> VideoScore:
+def shows(detected: Sequence[Iterable[str]], requested: str) -> VideoScore:
     """Return the share of frames in which all objects are detected that ``a and b`` asks for."""
-    wanted = {one.strip() for one in asked.split(" and ")}
+    wanted = {one.strip() for one in requested.split(" and ")}
     return share(wanted <= set(names) for names in detected)
 
 
-def is_scene(captions: Sequence[str], asked: str) -> VideoScore:
+def is_scene(captions: Sequence[str], requested: str) -> VideoScore:
     """Return the share of frames whose caption holds every word of a scene, within words as well."""
-    return share(all(word in caption for word in asked.split(" ")) for caption in captions)
+    return share(all(word in caption for word in requested.split(" ")) for caption in captions)
 
 
 def is_action(actions: Iterable[tuple[str, float]], file_name: str) -> VideoScore:
@@ -191,9 +191,9 @@ def is_action(actions: Iterable[tuple[str, float]], file_name: str) -> VideoScor
         actions: names, in small letters, with probabilities.
         file_name: such as ``A person is riding a bike-0.mp4``.
     """
-    asked = file_name.lower().split("-")[0].split("person is ")[-1].split("_")[0]
+    requested = file_name.lower().split("-")[0].split("person is ")[-1].split("_")[0]
     five = sorted(actions, key=lambda one: -one[1])[:5]
-    found = any(name == asked and round(probability, 4) >= SURE for name, probability in five)
+    found = any(name == requested and round(probability, 4) >= SURE for name, probability in five)
     return VideoScore(value=found, more={"cor_num_per_video": int(found)})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..results import Line, append_line, read_lines
+from ..runs.results import Line, append_line, read_lines
 from . import rules
 from .long import SUBJECT, Long
 from .measures import WAYS, Means, flow_by
@@ -118,7 +118,7 @@ def _used(job: Job, name: str) -> dict[str, str]:
         return job.means.networks.hashes(names)
     names += ("dinov2",) if name == SUBJECT and job.long.fast is not None else ()
     names += ("raft",) if name == FLICKERING and not job.long.filtered else ()
-    return job.means.networks.hashes(names) | job.long.told(name)
+    return job.means.networks.hashes(names) | job.long.options_text(name)
 
 
 class _Scorer:
@@ -139,8 +139,8 @@ class _Scorer:
         Raises:
             ConfigError: for a video that can't be read or measured, by name.
         """
-        told = path.stat()
-        line: Line = {"dimension": self.name, "video": path.name, "size": told.st_size, "changed": told.st_mtime_ns,
+        stat = path.stat()
+        line: Line = {"dimension": self.name, "video": path.name, "size": stat.st_size, "changed": stat.st_mtime_ns,
                       "networks": self.used}  # fmt: skip
         before = self.earlier.get(self._key(line))
         if before is not None:

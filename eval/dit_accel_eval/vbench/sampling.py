@@ -55,8 +55,8 @@ def read_video(path: Path) -> Video:
     try:
         frames, fps = _gif(path) if path.suffix.lower() == ".gif" else _video(path)
     except (OSError, RuntimeError, KeyError, StopIteration) as error:
-        told = getattr(error, "strerror", None) or str(error).strip()
-        reason = (told.splitlines() or ["it is no video"])[-1]
+        text = getattr(error, "strerror", None) or str(error).strip()
+        reason = (text.splitlines() or ["it is no video"])[-1]
         raise ConfigError(f"video {path} can't be read ({reason}); give a video file, such as .mp4") from None
     if not len(frames) or not fps > 0:
         raise ConfigError(f"video {path} has {len(frames)} frames at {fps:g} a second; give a video file, such as .mp4")

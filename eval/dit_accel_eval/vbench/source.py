@@ -10,7 +10,7 @@ from . import official
 from . import prompts as of_prompts
 from .dimensions import DIMENSIONS, dimension
 from .long import BACKGROUND, SUBJECT
-from .measures import lacking
+from .measures import missing_reason
 from .prompts import FLICKERING, Prompt, Wanted
 from .run import Job, already_filtered, check_job, filtered, no_filter
 
@@ -22,7 +22,7 @@ class Source:
     Attributes:
         videos: their folder.
         custom: whether they are of prompts of one's own.
-        told: file of those prompts.
+        prompts_file: file of those prompts.
         full_info: file of the official prompts; None: the package's.
         samples: videos of each prompt.
         filtered: whether temporal flickering's have passed its filter.
@@ -31,43 +31,43 @@ class Source:
 
     videos: Path
     custom: bool
-    told: Path | None
+    prompts_file: Path | None
     full_info: Path | None
     samples: int
     filtered: bool
     subset: int | None
 
-    def wanted(self, job: Job, asked: Sequence[str]) -> dict[str, list[Wanted]]:
+    def wanted(self, job: Job, requested: Sequence[str]) -> dict[str, list[Wanted]]:
         """Return dimension -> its videos; all that is missing is told before anything is measured.
 
         Raises:
             ConfigError: for unknown dimensions, asked ones that can't be measured, and missing videos, by name.
         """
-        known_names(asked)
+        known_names(requested)
         of_prompts.check_folder(self.videos)
-        return self._own(job, asked) if self.custom else self._official(job, asked)
+        return self._own(job, requested) if self.custom else self._official(job, requested)
 
-    def _own(self, job: Job, asked: Sequence[str]) -> dict[str, list[Wanted]]:
-        of_prompts.check_custom(known_names(asked))
+    def _own(self, job: Job, requested: Sequence[str]) -> dict[str, list[Wanted]]:
+        of_prompts.check_custom(known_names(requested))
         still = job.long is None or self.filtered
-        names = _measurable(job, asked, lambda name: name not in of_prompts.ASKED, still=still)
+        names = _measurable(job, requested, lambda name: name not in of_prompts.ASKED, still=still)
         if FLICKERING in names and still:
             job.warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
-        own = of_prompts.custom_videos(self.videos, self.told, names)
+        own = of_prompts.custom_videos(self.videos, self.prompts_file, names)
         check_job(job)
         return dict.fromkeys(names, own)
 
-    def _official(self, job: Job, asked: Sequence[str]) -> dict[str, list[Wanted]]:
+    def _official(self, job: Job, requested: Sequence[str]) -> dict[str, list[Wanted]]:
         every = of_prompts.read_prompts(official.prompts_path(self.full_info))
         there = {name for one in every for name in one.dimensions}
-        names = _measurable(job, asked, lambda name: name in there, still=self.filtered)
+        names = _measurable(job, requested, lambda name: name in there, still=self.filtered)
         prompts = every if self.subset is None else of_prompts.first_of(every, names, self.subset)
-        apart = FLICKERING if job.long is None else None  # VBench-Long filters clips, not videos
+        skipped = FLICKERING if job.long is None else None  # VBench-Long filters clips, not videos
         wanted = {
-            name: of_prompts.videos_of(prompts, self.videos, name, self.samples) for name in names if name != apart
+            name: of_prompts.videos_of(prompts, self.videos, name, self.samples) for name in names if name != skipped
         }
         check_job(job)
-        if apart in names:
+        if skipped in names:
             wanted[FLICKERING] = self._still(job, prompts)
         strays = of_prompts.unused(every, self.videos, self.samples)
         if strays:
@@ -78,37 +78,37 @@ class Source:
         return (already_filtered if self.filtered else filtered)(job, prompts, self.videos)
 
 
-def known_names(asked: Sequence[str]) -> list[str]:
+def known_names(requested: Sequence[str]) -> list[str]:
     """Return dimensions by their official names.
 
     Raises:
         ConfigError: for unknown ones, and ones given twice.
     """
-    names = [dimension(name).name for name in asked]
+    names = [dimension(name).name for name in requested]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise ConfigError(f"dimension {double} is given twice; leave one out")
     return names
 
 
-def _measurable(job: Job, asked: Sequence[str], usual: Callable[[str], bool], *, still: bool) -> list[str]:
+def _measurable(job: Job, requested: Sequence[str], usual: Callable[[str], bool], *, still: bool) -> list[str]:
     """Return the dimensions to measure: those asked for, or all usual ones that can be; tell which can't.
 
     Args:
         job: the run.
-        asked: by name.
+        requested: by name.
         usual: whether a dimension is measured without being asked for.
         still: whether temporal flickering needs no filter.
 
     Raises:
         ConfigError: where one that is asked for, or every one, can't be measured.
     """
-    names = known_names(asked) or [name for name in DIMENSIONS if usual(name)]
-    found = {name: _no_long(name, job) or lacking(name, job.means) for name in names}
+    names = known_names(requested) or [name for name in DIMENSIONS if usual(name)]
+    found = {name: _no_long(name, job) or missing_reason(name, job.means) for name in names}
     if FLICKERING in found and not still:
         found[FLICKERING] = no_filter(job)
     reasons = {name: reason for name, reason in found.items() if reason is not None}
-    if reasons and (asked or len(reasons) == len(names)):
+    if reasons and (requested or len(reasons) == len(names)):
         raise ConfigError("; ".join(f"{name} can't be measured: {reason}" for name, reason in reasons.items()))
     for name, reason in reasons.items():
         job.warn(f"{name} is left out: {reason}")

@@ -40,11 +40,11 @@ def totals(raw: Mapping[str, Any]) -> Totals:
         ConfigError: for unknown dimensions, scores that no video can have, and dimensions that are missing, by name.
     """
     scores = _checked(raw)
-    lacking = [name for name in DIMENSIONS if name not in scores]
-    if lacking:
+    missing = [name for name in DIMENSIONS if name not in scores]
+    if missing:
         raise ConfigError(
-            f"VBench's totals take all {len(DIMENSIONS)} dimensions, and {len(lacking)} are missing: "
-            f"{', '.join(lacking)}; measure those, too, no total stands for a part"
+            f"VBench's totals take all {len(DIMENSIONS)} dimensions, and {len(missing)} are missing: "
+            f"{', '.join(missing)}; measure those, too, no total stands for a part"
         )
     normalized = {name: one.normalized(scores[name]) for name, one in DIMENSIONS.items()}
     groups = {

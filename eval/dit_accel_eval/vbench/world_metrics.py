@@ -3,8 +3,8 @@
 from functools import partial
 
 from ..metrics.metric import Clip, Metric, NotMeasured, Sample
-from .asked import model_scores, scene_of
-from .embedded import MEASURES, WORDS
+from .scenes import model_scores, scene_of
+from .world_scores import MEASURES, WORDS
 
 WORLD = "@world"
 """What the names of these metrics end in."""

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from dit_accel_kernels.backends import flex
+from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.tiles import TileLists
 
 TABLE = Path(__file__).with_name("cpu_table.json")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 Shares = tuple[tuple[float, float], ...]
 
-_ASKED = {  # the most telling first
+_PROBES = {  # the most telling first
     "amx": "_is_amx_tile_supported",
     "avx512_bf16": "_is_avx512_bf16_supported",
     "avx512": "_is_avx512_supported",
@@ -33,10 +34,10 @@ _ASKED = {  # the most telling first
 @lru_cache(maxsize=1)
 def processor() -> str:
     """What this machine's processor has, as the table's rows name it; "other" for what they don't know."""
-    return next((name for name, ask in _ASKED.items() if getattr(torch.cpu, ask, bool)()), "other")
+    return next((name for name, probe in _PROBES.items() if getattr(torch.cpu, probe, bool)()), "other")
 
 
-def choice(dtype: torch.dtype | None, tiles: TileLists) -> tuple[str, float | None]:
+def choice(dtype: torch.dtype | None, tiles: TileLists | Problem) -> tuple[str, float | None]:
     """The faster backend for a call by these lists, and its predicted speed over dense SDPA; None: it is not known.
 
     Pooled tiles count nothing. flex counts where there is a C++ compiler and tile sides are powers of 2; that the call
@@ -47,8 +48,8 @@ def choice(dtype: torch.dtype | None, tiles: TileLists) -> tuple[str, float | No
     density = max(tiles.density, 1e-9)
     speed = {backend: _at(shares, density) / density for backend, shares in rows.items()}
     ahead = sorted(speed, key=speed.__getitem__, reverse=True)
-    found = next((name for name in ahead if name != "flex" or _flex_runs(tiles)), "torch")
-    return found, speed.get(found)
+    fastest = next((name for name in ahead if name != "flex" or _flex_runs(tiles)), "torch")
+    return fastest, speed.get(fastest)
 
 
 def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists) -> float | None:
@@ -60,7 +61,7 @@ def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists
     return choice(dtype, lists)[1] if device.type == "cpu" else None
 
 
-def _flex_runs(tiles: TileLists) -> bool:
+def _flex_runs(tiles: TileLists | Problem) -> bool:
     return flex.takes_tiles(tiles.block_q, tiles.block_k) and flex.missing_requirement("cpu") is None
 
 

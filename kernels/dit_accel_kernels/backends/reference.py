@@ -1,6 +1,6 @@
 """The specification of block-sparse attention: eager, dense with masks, O(S^2) memory, any dtype, differentiable.
 
-Every other backend is tested against this one. The formulas, for a query row with logits x = logit_scale * head_scale *
+Every other backend is tested against this one. The formulas, for a query row with logits x = scale * head_scale *
 (q . k): exact tiles give one column a token; a pooled tile gives one column with x = scale * (q . mean K), weight len *
 e^x and value mean V (the same as numerator += e^x * sum V, denominator += e^x * len); decay is min(x, t * x) before the
 length enters; skipped tiles are absent. A pooled tile counts its valid tokens only, and a tile without any is absent.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import decay_by_frame, tile_means, wide_dtype
+from dit_accel_kernels.features import decay_by_frame, split_tiles, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import pack_bits
 from dit_accel_kernels.states import selected_states
@@ -41,7 +41,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     if weight is not None:
         exact = exact & weight[..., None, :]
     pooled = (states == POOLED) & (length > 0).unsqueeze(-2)
-    scale: float | Tensor = problem.logit_scale
+    scale: float | Tensor = problem.scale
     if problem.head_scale is not None:
         scale = scale * problem.head_scale.to(wide)[:, :, None, None]
     x_exact = (q @ k.mT).to(wide) * scale
@@ -60,7 +60,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
         return out, lse, None, None
     chosen = (tile_states == EXACT).expand(*q.shape[:2], -1, -1)
     kept = None
-    if problem.selection.vote is not None:
+    if problem.votes:
         visited = chosen if weight is None else chosen & (length > 0).unsqueeze(-2)
         kept = kept_after(problem, visited, *_tile_statistics(x[..., : k.shape[2]], problem.block_k))
     return out, lse, pack_bits(chosen), kept
@@ -68,7 +68,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
 
 def _tile_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Largest logit of every query row in every tile and, relative to the row's maximum, its sum of exponentials."""
-    x = torch.nn.functional.pad(x.detach(), (0, -x.shape[-1] % block), value=-torch.inf).unflatten(-1, (-1, block))
+    x = split_tiles(x.detach(), x.dim() - 1, block, -torch.inf)
     top = x.amax(-1)
     peak = top.amax(-1, keepdim=True)
     return top, (x - peak.masked_fill(peak.isinf(), 0.0)[..., None]).exp().sum(-1)

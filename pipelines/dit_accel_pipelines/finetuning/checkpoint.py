@@ -10,7 +10,7 @@ import torch
 from dit_accel.errors import ConfigError
 from dit_accel.files import written_whole
 
-from ..lora import FILE
+from ..generation.lora import FILE
 from .recipe import FineTuning
 
 FOLDER = "checkpoints"

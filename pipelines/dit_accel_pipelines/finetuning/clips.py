@@ -12,8 +12,8 @@ import numpy as np
 
 from dit_accel.errors import ConfigError
 
-from ..media import Frames
-from ..request import check_words
+from ..generation.media import Frames
+from ..generation.request import check_words
 from .recipe import FineTuning
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -73,8 +73,8 @@ def find_clips(recipe: FineTuning) -> tuple[list[Clip], list[str]]:
             check_words(caption, recipe.embedded)
     clips = [_checked(path, caption, recipe) for path, caption in captions]
     longer = sum(clip.frames > int(recipe.num_frames or 0) for clip in clips)
-    told = f"{longer} of {len(clips)} clips are longer than {recipe.num_frames} frames; their first ones are taken"
-    return clips, [told] if longer else []
+    message = f"{longer} of {len(clips)} clips are longer than {recipe.num_frames} frames; their first ones are taken"
+    return clips, [message] if longer else []
 
 
 def _captions(folder: Path) -> Iterator[tuple[Path, str]]:

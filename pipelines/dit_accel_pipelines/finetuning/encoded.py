@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dit_accel.errors import ConfigError
 from dit_accel.files import written_whole
 
-from ..progress import Stages
-from ..ranks import Ranks
+from ..generation.progress import Stages
+from ..processes.ranks import Ranks
 from .clips import Clip
 from .recipe import FineTuning
 from .trainable import Text, Trainable, text_parts
@@ -40,8 +40,8 @@ def part_hash(part: Any) -> str:
     found = hashlib.sha256()
     if isinstance(part, nn.Module):
         config: Any = part.config
-        told = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        plain = {name: value for name, value in told.items() if not name.startswith("_")}  # but releases and paths
+        parts = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        plain = {name: value for name, value in parts.items() if not name.startswith("_")}  # but releases and paths
         plain.pop("transformers_version", None)
         found.update(f"{weights_hash(part)} {json.dumps(plain, sort_keys=True, default=str)}".encode())
         return found.hexdigest()
@@ -129,8 +129,8 @@ def _encoded(pipe: Any, trainable: Trainable, job: Clip | str, recipe: FineTunin
     return {"latents": trainable.latents(pipe, video)[0]}
 
 
-def _name(kind: str, *told: Any) -> str:
-    return f"{kind}-{hashlib.sha256(json.dumps([FORMAT, *told]).encode()).hexdigest()[:40]}.safetensors"
+def _name(kind: str, *parts: Any) -> str:
+    return f"{kind}-{hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:40]}.safetensors"
 
 
 def _write(folder: Path, name: str, values: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.errors import ConfigError
 
-from ..lora import SECOND
+from ..generation.lora import SECOND
 
 ALL_LEVELS = (0.0, 1.0)
 """The noise levels of a model of one transformer."""

@@ -11,7 +11,7 @@ from dit_accel.attachment.find import attention_modules
 from dit_accel.errors import UnsupportedModel
 from dit_accel.files import written_whole
 
-from ..lora import FILE
+from ..generation.lora import FILE
 from .recipe import FineTuning
 from .trainable import Trainable
 
@@ -63,11 +63,11 @@ def write_lora(pipe: Any, component: str, output: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     transformer = getattr(pipe, component)
-    told = {**transformer.peft_config["default"].to_dict(), "base_model_name_or_path": component}
+    text = {**transformer.peft_config["default"].to_dict(), "base_model_name_or_path": component}
     with written_whole(output / FILE) as temporary:
         type(pipe).save_lora_weights(
             temporary.parent,
             transformer_lora_layers=get_peft_model_state_dict(transformer),
-            transformer_lora_adapter_metadata=told,
+            transformer_lora_adapter_metadata=text,
             weight_name=temporary.name,
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.errors import UnsupportedModel
 
-from ..pipeline_call import PipelineCall
+from ..generation.pipeline_call import PipelineCall
 from .trainable import Text, Trainable
 
 EMBEDDED_GUIDANCE = 1.0

@@ -19,7 +19,7 @@ from dit_accel.methods.base import Place
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import handler_of
 
-from ..request import EMBEDDED, Dtype, NamesModel
+from ..generation.request import EMBEDDED, Dtype, NamesModel
 from .experts import EXPERTS, Expert, check_expert
 
 TRAINED_PLACES = frozenset({Place.ATTENTION, Place.POSITIONS})

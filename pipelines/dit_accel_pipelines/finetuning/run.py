@@ -17,14 +17,14 @@ from dit_accel.attachment.parallel import context_parallel, tells_of_loss
 from dit_accel.errors import ConfigError, DitAccelError, ProcessLost
 from dit_accel.files import held, json_text, new_folder, written_whole
 
-from ..generate import attached
-from ..loading import open_pipeline, pick_device
-from ..lora import FILE, require_peft
-from ..parallel import enable_ulysses
-from ..processes import started_process
-from ..progress import Stages
-from ..ranks import Ranks
-from ..threads import one_thread
+from ..generation.generate import attached
+from ..generation.loading import open_pipeline, pick_device
+from ..generation.lora import FILE, require_peft
+from ..generation.progress import Stages
+from ..generation.threads import one_thread
+from ..processes.parallel import enable_ulysses
+from ..processes.processes import started_process
+from ..processes.ranks import Ranks
 from .checkpoint import check_output, identity_of, latest, read_checkpoint, write_checkpoint
 from .clips import Clip, find_clips
 from .encoded import Encoded, encode, weights_hash
@@ -119,7 +119,7 @@ def _trained(
     base = weights_hash(transformer)
     encoded, sampler = _encoded(pipe, trainable, clips, recipe, device, ranks, stages)
     identity = identity_of(recipe, base, encoded.digest, ranks.count)
-    found = ranks.together(lambda: read_checkpoint(path, identity) if (path := _found(recipe)) else None)
+    found = ranks.together(lambda: read_checkpoint(path, identity) if (path := _existing(recipe)) else None)
     transformer.to(device)
     weights = ranks.together(lambda: add_lora(transformer, trainable, recipe))
     if recipe.gradient_checkpointing:
@@ -177,7 +177,7 @@ def _encoded(
     return encoded, sampler
 
 
-def _found(recipe: FineTuning) -> Path | None:
+def _existing(recipe: FineTuning) -> Path | None:
     """Return the checkpoint to go on from, if asked for."""
     return latest(recipe.output) if recipe.resume else None
 
@@ -204,8 +204,8 @@ def _accelerator(recipe: FineTuning, device: Any) -> Iterator[Any]:
 
     made = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))
     if recipe.report_to is not None:
-        told = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-        plain = {name: value for name, value in told.items() if isinstance(value, (int, float, str))}
+        fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+        plain = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
         made.init_trackers("dit-accel-finetune", config=plain)
     try:
         yield made

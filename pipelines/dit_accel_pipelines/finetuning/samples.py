@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dit_accel.files import written_whole
 
-from ..generate import frames_of
-from ..media import Frames, contact_sheet
-from ..progress import Stages
-from ..quiet import quiet_diffusers
+from ..generation.generate import frames_of
+from ..generation.media import Frames, contact_sheet
+from ..generation.progress import Stages
+from ..generation.quiet import quiet_diffusers
 from .encoded import NO_CAPTION
 from .recipe import FineTuning
 from .trainable import Text, Trainable

@@ -15,8 +15,8 @@ from dit_accel.files import written_whole
 from dit_accel.methods.base import Place
 from dit_accel.methods.registry import handler_of
 
-from ..progress import Stages
-from ..ranks import Ranks
+from ..generation.progress import Stages
+from ..processes.ranks import Ranks
 from .checkpoint import Checkpoint
 from .encoded import Encoded
 from .experts import span_of

@@ -51,7 +51,7 @@ _DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 
 def check(problem: Problem) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of the backend's reach, saying why."""
-    if problem.selection is not None and problem.selection.vote is not None:
+    if problem.votes:
         raise BackendUnavailableError(
             "backend 'fa4' has no votes, since its loop tells nothing about a tile: use 'triton' or 'auto'"
         )
@@ -94,7 +94,7 @@ def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | 
     )
     out, lse = importlib.import_module("flash_attn.cute.interface").flash_attn_func(
         *(_tokens_first(x) for x in (q, problem.k, problem.v)),
-        softmax_scale=problem.logit_scale,
+        softmax_scale=problem.scale,
         pack_gqa=False,  # it would put several heads into one block of queries
         block_sparse_tensors=tensors,
         return_lse=need_lse,
@@ -117,19 +117,19 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 def _modifiers(problem: Problem, seen: Tensor | None) -> dict[str, Any]:
     """Our functions of single logits and the tensors that they read: the mask's, heads' factors, those of decay."""
-    found: dict[str, Any] = {}
+    modifiers: dict[str, Any] = {}
     tensors: list[Tensor] = []
     if seen is not None:
-        found["mask_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.mask").mask_of(problem.block_q)
+        modifiers["mask_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.mask").mask_of(problem.block_q)
         tensors += _mask_tensors(problem, seen)
     scales, decays = problem.head_scale is not None, problem.decay is not None
     if scales or decays:
-        found["score_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.score").SCORES[scales, decays]
+        modifiers["score_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.score").SCORES[scales, decays]
     if problem.head_scale is not None:
         tensors.append(problem.head_scale.float().expand(problem.q.shape[:2]).contiguous())
     if problem.decay is not None:
         tensors += _decay_tensors(*problem.decay)
-    return {**found, "aux_tensors": tensors} if found else {}
+    return {**modifiers, "aux_tensors": tensors} if modifiers else {}
 
 
 def _decay_tensors(table: Tensor, q_frames: Tensor, k_frames: Tensor) -> tuple[Tensor, Tensor]:

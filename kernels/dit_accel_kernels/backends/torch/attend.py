@@ -1,11 +1,11 @@
 """The torch backend: query tiles that see about equally much are gathered and batched; O(S) memory, every feature.
 
-On a CPU float32 runs in a compiled loop instead (fused.py), where there is a compiler. For all else,
-a group of query tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks,
-decay and votes are applied while the logits are there, and votes are settled for many query tiles at once. Long calls
-are shared by workers, group by group. Short ones leave the cores to torch, which waits for its threads for milliseconds
-at every call that wants them otherwise, and are all the shorter the fewer operations they take. A selection is turned
-into lists of every batch and head first, and nothing of one call's lists is remembered.
+On a CPU float32 runs in a compiled loop instead (fused.py), where there is a compiler. For all else a chunk of query
+tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and votes
+are applied while the logits are there. Long calls are shared by workers, chunk by chunk. Short ones leave the cores to
+torch, which waits for its threads for milliseconds at every call that wants them otherwise, and are all the shorter the
+fewer operations they take. A selection is turned into lists of every batch and head first, and nothing of one call's
+lists is remembered.
 
 bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
 gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
@@ -13,244 +13,260 @@ gathered tiles, FlexAttention), bench/selection.py what selections cost. The gra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dit_accel_kernels.backends.torch import fused
+from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
 from dit_accel_kernels.backends.torch.memory import cast
-from dit_accel_kernels.backends.torch.schedule import Group, GroupSize, Portion
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut, portions_of
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers, run_all, worker_threads
 from dit_accel_kernels.features import product_dtype, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.states import resolved
-from dit_accel_kernels.votes import FOUND_BYTES, Tally
+from dit_accel_kernels.votes import VOTE_BYTES, Tally
 
-GROUP_BYTES = 2 << 20  # logits of one group, a thread: more would leave the caches
-GPU_GROUPS = 256  # a GPU's groups are this many times larger
+CHUNK_BYTES = 2 << 20  # logits of one chunk, a thread: more would leave the caches
+GPU_CHUNKS = 256  # a GPU's chunks are this many times larger
 WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
 
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
-    exact = tally = None
-    selects = problem.selection is not None
-    if problem.selection is not None:
-        tally = None if problem.selection.vote is None else Tally(problem)
+    exact, tally, selects = None, Tally(problem) if problem.votes else None, problem.selection is not None
+    if selects:
         problem, exact = resolved(problem)
     loop = fused.runs(problem)
     tiled = cut(problem, held=loop and problem.q.dtype == torch.bfloat16)
     if loop:
         out, lse = fused.attend(problem, tiled, tally, need_lse=need_lse)
-        return *_whole(problem, out, lse, need_lse=need_lse), exact, None if tally is None else tally.kept()
-    out = torch.zeros_like(tiled.q)  # query tiles that see nothing give 0
-    lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    workers, size = shares(problem)
-    for portion in portions_of(problem, size, remember=not selects):
-        work = _Work(tiled, portion, tally, need_lse=need_lse)
-        run_all(work.attend, portion.groups, workers)
-        out.index_copy_(0, portion.q_tiles, work.out)
-        if work.lse is not None:
-            lse.index_copy_(0, portion.q_tiles, work.lse)
-        if tally is not None and work.found is not None:
-            work.settle(tally)
-    return *_whole(problem, out, lse, need_lse=need_lse), exact, None if tally is None else tally.kept()
-
-
-def _whole(problem: Problem, out: Tensor, lse: Tensor, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """Output and LSE of all query tiles as the backend returns them."""
+    else:
+        out, lse = _by_chunks(problem, tiled, tally, need_lse=need_lse, remember=not selects)
     batch, heads, tokens, dim = problem.q.shape
     out = cast(out.view(batch, heads, -1, dim)[:, :, :tokens], problem.q.dtype)
-    return out, lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
+    lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
+    return out, lse, exact, None if tally is None else tally.kept()
 
 
-def shares(problem: Problem) -> tuple[int, GroupSize]:
-    """How many workers a call is shared by, and how large groups and portions are."""
+def _by_chunks(
+    problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: bool, remember: bool
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of all query tiles, [B * H * NQ, block_q, D] and [B * H * NQ, block_q]."""
+    out = torch.zeros_like(tiled.q)  # query tiles that see nothing give 0
+    lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
+    workers, columns, multiple = shares(problem)
+    chunks = chunks_of(problem, columns, multiple, remember=remember)
+    for run in _runs(chunks, VOTE_BYTES // (problem.block_q * 4) if tally is not None else None):
+        votes = None if tally is None else _Votes(tally, tiled, run)
+
+        def work(chunk: Chunk, buffers: dict[str, Tensor], votes: _Votes | None = votes) -> None:
+            _attend_chunk(tiled, chunk, out, lse if need_lse else None, votes, buffers)
+
+        run_all(work, run, workers)
+        if votes is not None:
+            votes.settle()
+    return out, lse
+
+
+def _runs(chunks: list[Chunk], tiles: int | None) -> Iterator[list[Chunk]]:
+    """Chunks in runs of at most so many exact key tiles, padded, unless one chunk has more; None: all in one run."""
+    run: list[Chunk] = []
+    rows = longest = 0
+    for chunk in chunks:
+        rows, longest = rows + len(chunk.q_tiles), max(longest, chunk.exact.shape[1])
+        if run and tiles is not None and rows * longest > tiles:
+            yield run
+            run, rows, longest = [], len(chunk.q_tiles), chunk.exact.shape[1]
+        run.append(chunk)
+    if run:
+        yield run
+
+
+class _Votes:
+    """What a run of chunks votes by, `evidence` [n, R, block_q] of all its exact tiles; settled all at once."""
+
+    def __init__(self, tally: Tally, tiled: Tiled, chunks: list[Chunk]) -> None:
+        self.tally, self.key_tiles, self.chunks = tally, tiled.key_tiles, chunks
+        shape = (max(x.exact.shape[1] for x in chunks), sum(len(x.q_tiles) for x in chunks), tiled.q.shape[1])
+        evidence = buffer(own_buffers(), "evidence", tiled.q, shape, wide_dtype(tiled.q.dtype))
+        self.evidence = evidence.fill_(0.0 if tally.by_mass else -torch.inf)
+
+    def put(self, chunk: Chunk, by_tile: Tensor) -> None:
+        """What was found for one chunk, [R, block_q, n]."""
+        start = chunk.start - self.chunks[0].start
+        self.evidence[: by_tile.shape[2], start : start + len(by_tile)] = by_tile.permute(2, 0, 1)
+
+    def settle(self) -> None:
+        """Vote, on tiles that are padded to the longest list."""
+        longest = len(self.evidence)
+        if longest:
+            tiles = [
+                pad((x.exact % self.key_tiles).masked_fill_(beyond(x.exact_counts, x.exact.shape[1]), self.tally.none),
+                    (0, longest - x.exact.shape[1]), value=self.tally.none)
+                for x in self.chunks
+            ]  # fmt: skip
+            self.tally.settle(torch.cat([x.q_tiles for x in self.chunks]), torch.cat(tiles), self.evidence)
+
+
+def shares(problem: Problem) -> tuple[int, int, int]:
+    """How many workers a call is shared by; most columns of a chunk, and what its query tiles are a multiple of."""
     block_q, threads = problem.block_q, torch.get_num_threads()
     itemsize = product_dtype(problem.q.dtype, problem.q.device.type).itemsize
-    columns, tiles = GROUP_BYTES // (block_q * itemsize), FOUND_BYTES // (block_q * 4)
+    columns = CHUNK_BYTES // (block_q * itemsize)
     if problem.q.device.type != "cpu":
-        return 1, GroupSize(columns * GPU_GROUPS, 1, tiles)
+        return 1, columns * GPU_CHUNKS, 1
     repeats = problem.q.shape[0] * problem.q.shape[1] // problem.exact_offsets.shape[0]
     logits = problem.exact_indices.numel() * problem.block_k * block_q * repeats
     if 4 * problem.q.shape[3] * logits >= WORKERS_FLOPS * threads:
         workers, each = worker_threads(problem.q.device)
-        return workers, GroupSize(columns * each, each, tiles)
-    return 1, GroupSize(columns * threads, threads, tiles)  # as many rows for each thread stay in its own cache
+        return workers, columns * each, each
+    return 1, columns * threads, threads  # as many rows for each thread stay in its own cache
 
 
-class _Work:
-    """One portion: its queries and what is found for them in its order, `out` [P, block_q, D] and `lse` [P, block_q].
-
-    `found` [n, P, block_q]: what votes want of every exact tile, -inf or 0 in padding.
-    """
-
-    def __init__(self, tiled: Tiled, portion: Portion, tally: Tally | None, *, need_lse: bool) -> None:
-        self.tiled, self.portion, self.tally = tiled, portion, tally
-        self.wide = wide_dtype(tiled.q.dtype)
-        buffers = own_buffers()
-        self.q = taken(tiled.q, portion.q_tiles, buffers, "queries")
-        self.out = buffer(buffers, "outputs", self.q, tuple(self.q.shape), self.q.dtype)
-        self.lse = self.q.new_empty(self.q.shape[:2], dtype=self.wide) if need_lse else None
-        self.weights = weights_of(tiled, portion)
-        if self.weights is not None and tally is not None:
-            self.weights *= LOG2_E
-        self.found = None
-        if tally is not None and portion.exact.shape[1]:
-            shape = (portion.exact.shape[1], *self.q.shape[:2])
-            self.found = buffer(buffers, "found", self.q, shape, self.wide).fill_(0.0 if tally.by_mass else -torch.inf)
-
-    def settle(self, tally: Tally) -> None:
-        """Settle the votes."""
-        assert self.found is not None
-        tiles = self.portion.exact % self.tiled.key_tiles
-        tiles.masked_fill_(beyond(self.portion.exact_counts, tiles.shape[1]), tally.none)
-        tally.settle(self.portion.q_tiles, tiles, self.found)
-
-    def attend(self, group: Group, buffers: dict[str, Tensor]) -> None:
-        """One group."""
-        tiled, part, block, portion = self.tiled, slice(group.start, group.stop), self.tiled.k.shape[1], self.portion
-        q, out = self.q[part], self.out[part]
-        columns, exact = group.exact * block, portion.exact[part, : group.exact].flatten()
-        if self.tally is None and group.least == group.most:
-            columns = group.most  # all end with the ragged tile
-        x = buffer(buffers, "products", q, (*q.shape[:2], columns + group.pooled), q.dtype)
-        near, far = x[:, :, :columns], x[:, :, columns:]
-        scale = tiled.scale if self.tally is None else tiled.scale * LOG2_E
-        if group.exact:
-            k = taken(tiled.k, exact, buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
-            torch.baddbmm(near, q, k.mT, beta=0, alpha=scale, out=near)
-        if group.pooled and tiled.k_mean is not None:
-            pooled = portion.pooled[part, : group.pooled].flatten()
-            means = taken(tiled.k_mean, pooled, buffers, "means").view(len(q), -1, q.shape[2])
-            torch.baddbmm(far, q, means.mT, beta=0, alpha=scale, out=far)
-        p = x
-        if x.dtype != self.wide and (group.pooled or self.tally is not None or tiled.t is not None):
-            x = buffer(buffers, "wide", q, tuple(x.shape), self.wide).copy_(x)
-        self._transform(x, group, columns, buffers)
-        total = self._softmax(x, part) if self.tally is None else self._exponentials(x, columns, part)
-        if p is not x:
-            p.copy_(x if total is None else x.div_(total[:, :, None]))
-        if group.exact:
-            v = taken(tiled.v, exact, buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
-            torch.bmm(p[:, :, :columns], v, out=out)
-        else:
-            out.zero_()
-        if group.pooled and tiled.v_mean is not None:
-            means = taken(tiled.v_mean, pooled, buffers, "means").view(len(q), -1, q.shape[2])
-            out.baddbmm_(p[:, :, columns:], means)
-        if total is not None and p is x:
-            out.div_(total[:, :, None])
-        dead = without_keys(self.tiled, self.portion, group, self.weights)
-        if dead is not None:
-            self._empty(dead, part)
-
-    def _transform(self, x: Tensor, group: Group, columns: int, buffers: dict[str, Tensor]) -> None:
-        """Decay logits, mask what is absent and add a pooled tile's length, in place."""
-        part = slice(group.start, group.stop)
-        t = decay_of(self.tiled, self.portion, group, columns, buffers)
-        if t is not None:
-            torch.minimum(x, torch.mul(x, t, out=buffer(buffers, "decayed", x, tuple(x.shape), x.dtype)), out=x)
-        absent, start = absent_of(self.tiled, self.portion, group, columns)
-        if absent is not None:
-            x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
-        if self.weights is not None and group.pooled:
-            x[:, :, columns:].add_(self.weights[part, None, : group.pooled])
-
-    def _empty(self, dead: Tensor, part: slice) -> None:
-        """Query tiles without a valid key, bool [R], whose weights are not numbers, give 0."""
-        self.out[part].masked_fill_(dead[:, None, None], 0.0)
-        if self.lse is not None:
-            self.lse[part].masked_fill_(dead[:, None], -torch.inf)
-
-    def _softmax(self, x: Tensor, part: slice) -> None:
-        """Logits to weights, in place."""
-        peak = None if self.lse is None else x.amax(-1)
-        torch.softmax(x, -1, out=x)
-        if self.lse is not None and peak is not None:
-            # log sum e^x = max x - log max p: two cheap passes where a logsumexp would repeat the softmax
-            self.lse[part] = peak.to(self.wide) - x.amax(-1).to(self.wide).log()
-
-    def _exponentials(self, x: Tensor, columns: int, part: slice) -> Tensor:
-        """Logits in log2 units to exponentials, in place, with their sums returned, and what votes want of them."""
-        tally, found = self.tally, None
-        assert tally is not None
-        near, far = x[:, :, :columns].unflatten(2, (-1, self.tiled.k.shape[1])), x[:, :, columns:]
-        if columns and not tally.by_mass:
-            found = near.amax(-1)
-            peak = found.amax(-1, keepdim=True)
-            if far.shape[2]:
-                peak = torch.maximum(peak, far.amax(-1, keepdim=True))
-        else:
-            peak = x.amax(-1, keepdim=True)
-        if self.tiled.absent is not None:
-            peak.masked_fill_(peak == -torch.inf, 0.0)
-        x.sub_(peak).exp2_()
-        if columns and tally.by_mass:
-            found = near.sum(-1)
-            total = found.sum(-1) + far.sum(-1)
-        else:
-            total = x.sum(-1)
-        if found is not None and self.found is not None:
-            self.found[: found.shape[2], part] = found.permute(2, 0, 1)
-        if self.lse is not None:
-            torch.add(peak[:, :, 0] / LOG2_E, total.log(), out=self.lse[part])
-        return total
+def _attend_chunk(
+    tiled: Tiled, chunk: Chunk, out: Tensor, lse: Tensor | None, votes: _Votes | None, buffers: dict[str, Tensor]
+) -> None:
+    """Write output and LSE of one chunk, and what votes need of it."""
+    wide, pools = wide_dtype(tiled.q.dtype), chunk.pooled.shape[1] > 0
+    q = taken(tiled.q, chunk.q_tiles, buffers, "queries")
+    result = buffer(buffers, "outputs", q, tuple(q.shape), q.dtype)
+    columns = chunk.exact.shape[1] * tiled.k.shape[1]
+    if votes is None and chunk.least == chunk.most:
+        columns = chunk.most  # all end with the ragged tile
+    x = buffer(buffers, "products", q, (*q.shape[:2], columns + chunk.pooled.shape[1]), q.dtype)
+    near, far = x[:, :, :columns], x[:, :, columns:]
+    scale = tiled.scale if votes is None else tiled.scale * LOG2_E
+    if columns:
+        k = taken(tiled.k, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
+        torch.baddbmm(near, q, k.mT, beta=0, alpha=scale, out=near)
+    if pools and tiled.k_mean is not None:
+        means = taken(tiled.k_mean, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, q.shape[2])
+        torch.baddbmm(far, q, means.mT, beta=0, alpha=scale, out=far)
+    p = x
+    if x.dtype != wide and (pools or votes is not None or tiled.t is not None):
+        x = buffer(buffers, "wide", q, tuple(x.shape), wide).copy_(x)
+    weights = weights_of(tiled, chunk)
+    _transform(x, tiled, chunk, columns, weights if votes is None or weights is None else weights * LOG2_E, buffers)
+    if votes is None:
+        row_lse, total = _softmax(x, lse is not None), None
+    else:
+        row_lse, total = _exponentials(x, tiled, chunk, columns, votes)
+    if p is not x:
+        p.copy_(x if total is None else x.div_(total[:, :, None]))
+    if columns:
+        v = taken(tiled.v, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
+        torch.bmm(p[:, :, :columns], v, out=result)
+    else:
+        result.zero_()
+    if pools and tiled.v_mean is not None:
+        means = taken(tiled.v_mean, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, q.shape[2])
+        result.baddbmm_(p[:, :, columns:], means)
+    if total is not None and p is x:
+        result.div_(total[:, :, None])
+    empty = without_keys(tiled, chunk, weights)
+    if empty is not None:  # whose weights are not numbers
+        result.masked_fill_(empty[:, None, None], 0.0)
+        row_lse = None if row_lse is None else row_lse.masked_fill(empty[:, None], -torch.inf)
+    out.index_copy_(0, chunk.q_tiles, result)
+    if lse is not None and row_lse is not None:
+        lse.index_copy_(0, chunk.q_tiles, row_lse.to(lse.dtype))
 
 
-def weights_of(tiled: Tiled, portion: Portion) -> Tensor | None:
-    """What a portion's pooled tiles add to their logits, log of their lengths, [P, p]; -inf in padding."""
-    if tiled.log_length is None or not portion.pooled.shape[1]:
+def _transform(
+    x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, weights: Tensor | None, buffers: dict[str, Tensor]
+) -> None:
+    """Decay logits, mask what is absent and add a pooled tile's length, in place."""
+    t = decay_of(tiled, chunk, columns, buffers)
+    if t is not None:
+        torch.minimum(x, torch.mul(x, t, out=buffer(buffers, "decayed", x, tuple(x.shape), x.dtype)), out=x)
+    absent, start = absent_of(tiled, chunk, columns)
+    if absent is not None:
+        x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
+    if weights is not None:
+        x[:, :, columns:].add_(weights[:, None])
+
+
+def _softmax(x: Tensor, need_lse: bool) -> Tensor | None:
+    """Logits to weights, in place; their LSE where needed."""
+    peak = x.amax(-1) if need_lse else None
+    torch.softmax(x, -1, out=x)
+    # log sum e^x = max x - log max p: two cheap passes where a logsumexp would repeat the softmax
+    wide = wide_dtype(x.dtype)
+    return None if peak is None else peak.to(wide) - x.amax(-1).to(wide).log()
+
+
+def _exponentials(x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, votes: _Votes) -> tuple[Tensor, Tensor]:
+    """Logits in log2 units to exponentials, in place; LSE and their sums. Leaves with `votes` what these need."""
+    by_tile, tally = None, votes.tally
+    near, far = x[:, :, :columns].unflatten(2, (-1, tiled.k.shape[1])), x[:, :, columns:]
+    if columns and not tally.by_mass:
+        by_tile = near.amax(-1)
+        peak = by_tile.amax(-1, keepdim=True)
+        if far.shape[2]:
+            peak = torch.maximum(peak, far.amax(-1, keepdim=True))
+    else:
+        peak = x.amax(-1, keepdim=True)
+    if tiled.absent is not None:
+        peak.masked_fill_(peak == -torch.inf, 0.0)
+    x.sub_(peak).exp2_()
+    if columns and tally.by_mass:
+        by_tile = near.sum(-1)
+        total = by_tile.sum(-1) + far.sum(-1)
+    else:
+        total = x.sum(-1)
+    if by_tile is not None:
+        votes.put(chunk, by_tile)
+    return peak[:, :, 0] / LOG2_E + total.log(), total
+
+
+def weights_of(tiled: Tiled, chunk: Chunk) -> Tensor | None:
+    """What a chunk's pooled tiles add to their logits, log of their lengths, [R, p]; -inf in padding."""
+    if tiled.log_length is None or not chunk.pooled.shape[1]:
         return None
-    weights = tiled.log_length[portion.pooled]
-    return weights.masked_fill_(beyond(portion.pooled_counts, weights.shape[1]), -torch.inf)
+    weights = tiled.log_length[chunk.pooled]
+    return weights.masked_fill_(beyond(chunk.pooled_counts, weights.shape[1]), -torch.inf)
 
 
-def absent_of(tiled: Tiled, portion: Portion, group: Group, columns: int) -> tuple[Tensor | None, int]:
-    """Which exact columns of a group are padding or masked, bool [R, columns - start] or None, and the start."""
-    part = slice(group.start, group.stop)
-    padded = beyond(portion.tokens[part], columns, group.least) if group.least < columns else None
-    if tiled.absent is None or not group.exact:
-        return padded, group.least
-    masked = tiled.absent[portion.exact[part, : group.exact]].flatten(1)[:, :columns]
+def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor | None, int]:
+    """Which exact columns of a chunk are padding or masked, bool [R, columns - start] or None, and the start."""
+    padded = beyond(chunk.tokens, columns, chunk.least) if chunk.least < columns else None
+    if tiled.absent is None or not chunk.exact.shape[1]:
+        return padded, chunk.least
+    masked = tiled.absent[chunk.exact].flatten(1)[:, :columns]
     if padded is not None:
-        masked[:, group.least :] |= padded
+        masked[:, chunk.least :] |= padded
     return masked, 0
 
 
-def without_keys(tiled: Tiled, portion: Portion, group: Group, weights: Tensor | None) -> Tensor | None:
-    """Which query tiles of a group see no valid key, bool [R]; None where there is no mask."""
+def without_keys(tiled: Tiled, chunk: Chunk, weights: Tensor | None) -> Tensor | None:
+    """Which query tiles of a chunk see no valid key, bool [R]; None where there is no mask."""
     if tiled.absent_tiles is None:
         return None
-    part = slice(group.start, group.stop)
-    dead = torch.ones(group.stop - group.start, dtype=torch.bool, device=tiled.absent_tiles.device)
-    if group.exact:
-        dead &= tiled.absent_tiles[portion.exact[part, : group.exact]].all(1)  # repeats of the last pad a list
-    if weights is not None and group.pooled:
-        dead &= (weights[part, : group.pooled] == -torch.inf).all(1)
-    return dead
+    empty = tiled.absent_tiles[chunk.exact].all(1)  # repeats of the last pad a list
+    return empty if weights is None else empty & (weights == -torch.inf).all(1)
 
 
-def decay_of(tiled: Tiled, portion: Portion, group: Group, columns: int, buffers: dict[str, Tensor]) -> Tensor | None:
-    """Decay of a group's logits, float32 [R, block_q, columns + pooled], or [R, 1, ...] where each tile has one frame.
+def decay_of(tiled: Tiled, chunk: Chunk, columns: int, buffers: dict[str, Tensor]) -> Tensor | None:
+    """Decay of a chunk's logits, float32 [R, block_q, columns + pooled], or [R, 1, ...] where each tile has one frame.
 
     None in calls without decay.
     """
     if tiled.t is None or tiled.t_mean is None or tiled.frames is None or tiled.one_frame is None:
         return None
-    part, count = slice(group.start, group.stop), tiled.key_tiles
-    q_tiles = portion.q_tiles[part] % len(tiled.frames)
+    count, q_tiles = tiled.key_tiles, chunk.q_tiles % len(tiled.frames)
     frames = tiled.frames[q_tiles]
     if bool(tiled.one_frame[q_tiles].all()):
         frames = frames[:, :1]
     first = frames[:, :, None] * count
-    exact, pooled = portion.exact[part, None, : group.exact], portion.pooled[part, None, : group.pooled]
-    by_token = taken(tiled.t, (first + exact % count).flatten(), buffers, "decay")
+    by_token = taken(tiled.t, (first + chunk.exact[:, None] % count).flatten(), buffers, "decay")
     by_token = by_token.view(*frames.shape, -1)[:, :, :columns]
-    if not group.pooled:
+    if not chunk.pooled.shape[1]:
         return by_token
-    return torch.cat([by_token, tiled.t_mean[first + pooled % count]], 2)
+    return torch.cat([by_token, tiled.t_mean[first + chunk.pooled[:, None] % count]], 2)
 
 
 def beyond(counts: Tensor, columns: int, start: int = 0) -> Tensor:

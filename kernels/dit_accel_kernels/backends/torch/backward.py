@@ -1,20 +1,18 @@
-"""Gradient of the torch backend: every group of query tiles is recomputed, and gradients of shared tiles add up."""
+"""Gradient of the torch backend: every chunk of query tiles is recomputed, and gradients of shared tiles add up."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch.attend import absent_of, decay_of, shares, taken, weights_of, without_keys
-from dit_accel_kernels.backends.torch.schedule import Group, Portion
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut, portions_of
+from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers
-from dit_accel_kernels.features import wide_dtype
+from dit_accel_kernels.features import split_tiles, wide_dtype
 from dit_accel_kernels.problem import Problem
 
-TEMPORARIES = 4  # as large as a group's logits: the memory of larger ones goes back to the system each time
+TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes back to the system each time
 
 
 @torch.no_grad()
@@ -29,53 +27,46 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
     }
     grad_out = _by_tile(grad_out.to(tiled.q.dtype), problem.block_q)
     grad_lse = None if grad_lse is None else _by_tile(grad_lse[..., None], problem.block_q)
-    _, size = shares(problem)
-    for portion in portions_of(problem, replace(size, columns=size.columns // TEMPORARIES)):
-        weights = weights_of(tiled, portion)
-        for group in portion.groups:
-            q_tiles = portion.q_tiles[group.start : group.stop]
-            of_lse = None if grad_lse is None else grad_lse[q_tiles]
-            _add_group(tiled, portion, group, weights, grad_out[q_tiles], of_lse, sums)
+    _, columns, multiple = shares(problem)
+    for chunk in chunks_of(problem, columns // TEMPORARIES, multiple, remember=True):
+        of_lse = None if grad_lse is None else grad_lse[chunk.q_tiles]
+        _add_chunk(tiled, chunk, grad_out[chunk.q_tiles], of_lse, sums)
     return _uncut(problem, tiled, sums)
 
 
 def _by_tile(x: Tensor, block: int) -> Tensor:
     """[B, H, S_q, D] laid out like the tiled queries, [B * H * NQ, block_q, D], zero in padding."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block)).reshape(-1, block, x.shape[-1])
+    return split_tiles(x, 2, block).reshape(-1, block, x.shape[-1])
 
 
-def _add_group(
-    tiled: Tiled, portion: Portion, group: Group, weights: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
-    sums: dict[str, Tensor],
-) -> None:  # fmt: skip
-    """Add the gradients of one group into `sums`, in the wide dtype; what is as large as its logits is in buffers."""
-    part, columns, buffers = slice(group.start, group.stop), group.exact * tiled.k.shape[1], own_buffers()
-    exact, pooled = portion.exact[part, : group.exact].flatten(), portion.pooled[part, : group.pooled].flatten()
-    q_tiles = portion.q_tiles[part]
-    q = tiled.q[q_tiles]
+def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | None, sums: dict[str, Tensor]) -> None:
+    """Add the gradients of one chunk into `sums`, in the wide dtype; what is as large as its logits is in buffers."""
+    columns, buffers = chunk.exact.shape[1] * tiled.k.shape[1], own_buffers()
+    exact, pooled, weights = chunk.exact.flatten(), chunk.pooled.flatten(), weights_of(tiled, chunk)
+    q = tiled.q[chunk.q_tiles]
     k, v = (
         _columns(getattr(tiled, name), getattr(tiled, f"{name}_mean"), exact, pooled, len(q), buffers, name)
         for name in "kv"
     )
-    wide, shape = wide_dtype(q.dtype), (*q.shape[:2], columns + group.pooled)
+    wide, shape = wide_dtype(q.dtype), (*q.shape[:2], columns + chunk.pooled.shape[1])
 
     def product(a: Tensor, b: Tensor, name: str) -> Tensor:
         x = torch.bmm(a, b.mT, out=buffer(buffers, f"{name} product", q, shape, q.dtype))
         return x if x.dtype == wide else buffer(buffers, name, q, shape, wide).copy_(x)
 
     raw = product(q, k, "logits").mul_(tiled.scale)
-    t = decay_of(tiled, portion, group, columns, buffers)
+    t = decay_of(tiled, chunk, columns, buffers)
     x = buffer(buffers, "weights", q, shape, wide)
     torch.minimum(raw, torch.mul(raw, t, out=x), out=x) if t is not None else x.copy_(raw)
-    absent, start = absent_of(tiled, portion, group, columns)
+    absent, start = absent_of(tiled, chunk, columns)
     if absent is not None:
         x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
-    if weights is not None and group.pooled:
-        x[:, :, columns:].add_(weights[part, None, : group.pooled])
+    if weights is not None:
+        x[:, :, columns:].add_(weights[:, None])
     p = torch.softmax(x, -1, out=x)
-    dead = without_keys(tiled, portion, group, weights)
-    if dead is not None:
-        p.masked_fill_(dead[:, None, None], 0.0)
+    empty = without_keys(tiled, chunk, weights)
+    if empty is not None:
+        p.masked_fill_(empty[:, None, None], 0.0)
     grad_v = p.to(q.dtype).mT @ grad_out
     grad_p = product(grad_out, v, "gradient")
     delta = torch.mul(grad_p, p, out=buffer(buffers, "delta", q, shape, wide)).sum(-1, keepdim=True)
@@ -83,10 +74,10 @@ def _add_group(
     if t is not None:
         grad_x = torch.where(raw > raw * t, grad_x * t, grad_x)
     grad_x = grad_x.mul_(tiled.scale).to(q.dtype)
-    sums["q"].index_add_(0, q_tiles, (grad_x @ k).to(wide))
+    sums["q"].index_add_(0, chunk.q_tiles, (grad_x @ k).to(wide))
     for name, grad in (("k", (grad_x.mT @ q).to(wide)), ("v", grad_v.to(wide))):
         sums[name].index_add_(0, exact, grad[:, :columns].reshape(-1, *tiled.k.shape[1:]))
-        if group.pooled:
+        if pooled.numel():
             sums[f"{name}_mean"].index_add_(0, pooled, grad[:, columns:].flatten(0, 1))
 
 

@@ -68,8 +68,8 @@ def loop() -> Loop:
         try:
             return Loop(_loaded(folder, command, (*FLAGS, tune)), f"compiled by {Path(command[0]).name}")
         except (OSError, subprocess.SubprocessError) as error:
-            told = (getattr(error, "stderr", None) or "").strip() or str(error)
-            tried.append(f"{shlex.join(command)}: {told.splitlines()[-1]}")
+            message = (getattr(error, "stderr", None) or "").strip() or str(error)
+            tried.append(f"{shlex.join(command)}: {message.splitlines()[-1]}")
     return _without("; ".join(tried))
 
 
@@ -90,15 +90,15 @@ def _commands() -> list[list[str]]:
     """
     named = os.environ.get("CXX", "").strip()
     if not named:
-        return [[found] for name in COMPILERS if (found := shutil.which(name))]
+        return [[program_path] for name in COMPILERS if (program_path := shutil.which(name))]
     try:
         program, *arguments = shlex.split(named)
     except ValueError as error:
         raise ValueError(f"CXX is {named!r}, which is no command: {error}") from None
-    found = shutil.which(program)
-    if found is None:
+    program_path = shutil.which(program)
+    if program_path is None:
         raise ValueError(f"CXX is {named!r}, and there is no program {program!r}")
-    return [[found, *arguments]]
+    return [[program_path, *arguments]]
 
 
 def cache_folder() -> Path:
@@ -114,17 +114,17 @@ def cache_folder() -> Path:
     for name in ("dit-accel", "kernels"):
         folder = folder / name
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.stat()
-        if not _trusted_owner(found):
-            raise OSError(f"{folder} belongs to user {found.st_uid}: set XDG_CACHE_HOME to a folder of your own")
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        status = folder.stat()
+        if not _trusted_owner(status):
+            raise OSError(f"{folder} belongs to user {status.st_uid}: set XDG_CACHE_HOME to a folder of your own")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             folder.chmod(0o700)
     return folder
 
 
-def _trusted_owner(found: os.stat_result) -> bool:
+def _trusted_owner(status: os.stat_result) -> bool:
     """Whether a file belongs to this user, or to root, who could do anything; always so where there are no such ids."""
-    return not hasattr(os, "getuid") or found.st_uid in (os.getuid(), 0)
+    return not hasattr(os, "getuid") or status.st_uid in (os.getuid(), 0)
 
 
 def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
@@ -155,10 +155,10 @@ def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.
 def whole(path: Path) -> bool:
     """Return whether a library is what its name says and nobody else's: only then may it be loaded."""
     try:
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode) or not _trusted_owner(found):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or not _trusted_owner(status):
             return False
-        if hasattr(os, "getuid") and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if hasattr(os, "getuid") and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return False
         return path.stem.rpartition("-")[2] == _digest(path.read_bytes())
     except OSError:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch.binding import Call
+from dit_accel_kernels.backends.torch.chunks import Lists, flat_lists, key_heads
 from dit_accel_kernels.backends.torch.compiled import library, loop
 from dit_accel_kernels.backends.torch.memory import fresh
-from dit_accel_kernels.backends.torch.tiled import Tiled, key_heads
+from dit_accel_kernels.backends.torch.tiled import Tiled
 from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
 from dit_accel_kernels.features import product_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
-from dit_accel_kernels.votes import FOUND_BYTES, Tally
+from dit_accel_kernels.votes import VOTE_BYTES, Tally
 
 WORKERS_FLOPS = 1e8  # of a call, a thread, from which on workers pay
 PIECES = 8  # a worker, so that none waits long for the last
@@ -48,7 +49,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
     assert loop is not None
     out = fresh(tiled.q.shape, torch.bfloat16 if narrow else torch.float32)
     lse = torch.empty(tiled.q.shape[:-1] if need_lse else (0,))
-    keys, values = _Lists(problem), _pooled(problem)
+    keys, means = flat_lists(problem), flat_lists(problem, pooled=True)
     workers = _workers(problem, keys)
     shared: dict[str, Any] = {
         "q": tiled.q.contiguous(),
@@ -71,17 +72,17 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         "narrow_q": tiled.q.dtype == torch.bfloat16,
         "narrow_out": narrow,
     }
-    if values is not None and tiled.log_length is not None:
+    if tiled.log_length is not None:
         shared |= {
             "key_means": tiled.k_mean, "value_means": tiled.v_mean, "lengths": tiled.log_length * LOG2_E,
-            "pooled_starts": values.starts, "pooled_counts": values.counts, "pooled": values.tiles,
+            "pooled_starts": means.starts, "pooled_counts": means.counts, "pooled": means.tiles,
         }  # fmt: skip
     if tiled.absent is not None:
         shared["absent"] = torch.zeros(tiled.absent.shape).masked_fill_(tiled.absent, -torch.inf)
     if tiled.t is not None and tiled.t_mean is not None and tiled.frames is not None:
         shared |= {"decay": tiled.t, "mean_decay": tiled.t_mean, "frames": tiled.frames}
-    for first, last, found in _ranges(problem, keys, tally):
-        call = _call(shared | found)
+    for first, last, evidence in _ranges(problem, keys, tally):
+        call = _call(shared | evidence)
         step = max(1, -(-(last - first) // (PIECES * workers)))
 
         def work(start: int, _buffers: Any, call: Call = call, step: int = step, last: int = last) -> None:
@@ -89,29 +90,11 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
 
         run_all(work, range(first, last, step), workers)
         if tally is not None:
-            _settle(tally, keys, first, last, found["found"])
+            _settle(tally, keys, first, last, evidence["found"])
     return out, lse
 
 
-class _Lists:
-    """Lists of the query tiles of all batches and heads: int64 starts and counts [B * H * NQ] in int32 `tiles`."""
-
-    def __init__(self, problem: Problem, *, pooled: bool = False) -> None:
-        offsets = problem.pooled_offsets if pooled else problem.exact_offsets
-        tiles = problem.pooled_indices if pooled else problem.exact_indices
-        assert offsets is not None
-        assert tiles is not None
-        repeats = problem.q.shape[0] * problem.q.shape[1] // offsets.shape[0]
-        bounds = offsets.long().repeat(repeats, 1)
-        self.starts, self.tiles = bounds[:, :-1].reshape(-1).contiguous(), tiles.to(torch.int32).contiguous()
-        self.counts = (bounds[:, 1:] - bounds[:, :-1]).flatten()
-
-
-def _pooled(problem: Problem) -> _Lists | None:
-    return None if problem.pooled_indices is None else _Lists(problem, pooled=True)
-
-
-def _workers(problem: Problem, lists: _Lists) -> int:
+def _workers(problem: Problem, lists: Lists) -> int:
     """Return how many threads share a call."""
     flops = 4.0 * problem.q.shape[3] * problem.block_q * problem.block_k * int(lists.counts.sum())
     return worker_threads(problem.q.device)[0] if flops >= WORKERS_FLOPS * torch.get_num_threads() else 1
@@ -121,13 +104,13 @@ def _packed(pack: Any, x: Tensor, workers: int, padded: tuple[int, int]) -> Tens
     """Return tiles [N, block, D] in float32 panels; `padded`: the axis that is padded to a multiple, and of what."""
     axis, multiple = padded
     (tiles, *sizes), x = x.shape, x.contiguous()
-    wide = [size + -size % multiple if place == axis else size for place, size in enumerate(sizes)]
+    wide = [size + -size % multiple if i == axis else size for i, size in enumerate(sizes)]
     out, narrow = fresh((tiles, *wide), torch.float32), x.dtype == torch.bfloat16
     step = max(1, -(-tiles // workers))
 
     def work(first: int, _buffers: Any) -> None:
-        places = (first, min(first + step, tiles), *sizes, narrow)
-        pack(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int64, places))
+        sizes_of_work = (first, min(first + step, tiles), *sizes, narrow)
+        pack(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int64, sizes_of_work))
 
     run_all(work, range(0, tiles, step), workers)
     return out
@@ -142,13 +125,13 @@ def _call(values: dict[str, Any]) -> Call:
     return call
 
 
-def _ranges(problem: Problem, lists: _Lists, tally: Tally | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """Give runs of query tiles, and what votes find of them: few enough to keep that; without votes one run of all."""
     count = len(lists.counts)
     if tally is None:
         yield 0, count, {}
         return
-    most, ends = max(1, FOUND_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0)
+    most, ends = max(1, VOTE_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0)
     first = 0
     while first < count:
         before = int(ends[first - 1]) if first else 0
@@ -158,7 +141,7 @@ def _ranges(problem: Problem, lists: _Lists, tally: Tally | None) -> Iterator[tu
         first = last
 
 
-def _settle(tally: Tally, lists: _Lists, first: int, last: int, found: Tensor) -> None:
+def _settle(tally: Tally, lists: Lists, first: int, last: int, evidence: Tensor) -> None:
     """Settle the votes of a run of query tiles, on lists padded to one length."""
     counts, starts = lists.counts[first:last], lists.starts[first:last]
     longest = int(counts.max())
@@ -166,8 +149,8 @@ def _settle(tally: Tally, lists: _Lists, first: int, last: int, found: Tensor) -
         return
     column = torch.arange(longest)
     beyond = column >= counts[:, None]
-    places = (column + starts[:, None]).clamp_(max=len(lists.tiles) - 1)
-    tiles = lists.tiles[places].long().masked_fill_(beyond, tally.none)
-    own = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(found) - 1)
-    by_tile = found[own.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
+    positions = (column + starts[:, None]).clamp_(max=len(lists.tiles) - 1)
+    tiles = lists.tiles[positions].long().masked_fill_(beyond, tally.none)
+    entries = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(evidence) - 1)
+    by_tile = evidence[entries.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
     tally.settle(torch.arange(first, last), tiles, by_tile)

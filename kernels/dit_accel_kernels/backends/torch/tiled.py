@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.backends.torch.memory import cast
-from dit_accel_kernels.backends.torch.schedule import GroupSize, Portion, Shape, build, schedule
-from dit_accel_kernels.features import decay_by_frame, product_dtype, tile_means, wide_dtype
+from dit_accel_kernels.features import decay_by_frame, product_dtype, split_tiles, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
 
@@ -81,7 +80,7 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
         t_mean=t_mean,
         frames=frames,
         one_frame=one_frame,
-        scale=problem.logit_scale,
+        scale=problem.scale,
         key_tiles=problem.key_tiles,
         tail=problem.key_tiles * problem.block_k - k.shape[2],
     )
@@ -89,25 +88,4 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
 
 def _tiles(x: Tensor, block: int) -> Tensor:
     """[..., S, D] as contiguous [..., tiles, block, D], zero-padded in the last tile."""
-    pad = -x.shape[-2] % block
-    if pad:
-        x = torch.nn.functional.pad(x, (0, 0, 0, pad))
-    return x.contiguous().unflatten(-2, (-1, block))
-
-
-def portions_of(problem: Problem, size: GroupSize, *, remember: bool = True) -> list[Portion]:
-    """Portions of this problem's lists, from the cache; lists of one call only are not worth to `remember`."""
-    shape = Shape(
-        key_tiles=problem.key_tiles,
-        block=problem.block_k,
-        tail=problem.key_tiles * problem.block_k - problem.k.shape[2],
-        heads=key_heads(problem),
-    )
-    exact, pooled = (problem.exact_offsets, problem.exact_indices), (problem.pooled_offsets, problem.pooled_indices)
-    return (schedule if remember else build)(exact, pooled, shape, size)
-
-
-def key_heads(problem: Problem) -> tuple[int, ...]:
-    """The key head of every batch and head, counted through all batches."""
-    batch, heads, key_heads = problem.q.shape[0], problem.q.shape[1], problem.k.shape[1]
-    return tuple(b * key_heads + h * key_heads // heads for b in range(batch) for h in range(heads))
+    return split_tiles(x, x.dim() - 2, block).contiguous()

@@ -75,11 +75,11 @@ def buffer(
 ) -> torch.Tensor:
     """A view of a reused flat buffer on the device of `like`; grown when too small."""
     size, key = math.prod(shape), f"{name} {dtype} {like.device}"
-    found = buffers.get(key)
-    if found is None or found.numel() < size:
+    flat = buffers.get(key)
+    if flat is None or flat.numel() < size:
         with torch.inference_mode(False):  # what is made in it can't be written outside
-            found = buffers[key] = like.new_empty(size, dtype=dtype)
-    return found[:size].view(shape)
+            flat = buffers[key] = like.new_empty(size, dtype=dtype)
+    return flat[:size].view(shape)
 
 
 def own_buffers() -> dict[str, torch.Tensor]:

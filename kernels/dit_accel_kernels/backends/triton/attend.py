@@ -53,18 +53,18 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     NQ, W], None without a selection and without a vote. Tensors are copied only where the head dim is not contiguous.
     """
     check(problem)
-    places = slices(problem)
-    if len(places) == 1:
+    cuts = slices(problem)
+    if len(cuts) == 1:
         return _attend(problem, need_lse)
     batch, heads, num_q, _ = problem.q.shape
     words = (batch, heads, problem.query_tiles, words_of(problem.key_tiles))
-    parts = [_attend(part_of(problem, place), need_lse) for place in places]
+    parts = [_attend(part_of(problem, cut), need_lse) for cut in cuts]
     out, lse, exact, kept = (list(found) for found in zip(*parts, strict=True))
     return (
-        joined(_like(problem.q), out, places),
-        joined(lse[0].new_empty(batch, heads, num_q), lse, places) if need_lse else lse[0],
-        joined(exact[0].new_empty(words), exact, places),
-        None if kept[0] is None else joined(kept[0].new_empty(words), kept, places),
+        joined(_like(problem.q), out, cuts),
+        joined(lse[0].new_empty(batch, heads, num_q), lse, cuts) if need_lse else lse[0],
+        joined(exact[0].new_empty(words), exact, cuts),
+        None if kept[0] is None else joined(kept[0].new_empty(words), kept, cuts),
     )
 
 
@@ -77,8 +77,8 @@ def add_pooled(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
         lse: natural logarithm, float32 [B, H, S_q], contiguous, -inf in those rows.
     """
     check(problem)
-    found = _attend(problem, True, (out, lse))
-    return found[0], found[1]
+    results = _attend(problem, True, (out, lse))
+    return results[0], results[1]
 
 
 def _attend(
@@ -92,14 +92,14 @@ def _attend(
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)
     block_q = query_block(problem.block_q, launch.block_q)
-    plan, selection = row_plan(problem), problem.selection
+    plan = row_plan(problem)
     with on_device(q.device):
         means = None
         if may_pool(problem):
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid)
         lists, exact = _select(problem, plan, means)
         words = None
-        if selection is not None and selection.vote is not None:
+        if problem.votes:
             parts = -(-problem.block_q // block_q)
             shape = (*q.shape[:2], problem.query_tiles, parts, words_of(problem.key_tiles))
             words = torch.empty(shape, dtype=torch.int32, device=q.device)
@@ -134,8 +134,8 @@ def _kept(problem: Problem, plan: RowPlan, lists: Lists, words: Tensor) -> Tenso
         kept = bits_of_lists(problem)
     else:
         kept = selection.keep.clone(memory_format=torch.contiguous_format)
-    own = lists.strides
-    strides = (*plan.strides, 0, 0) if own is None else (problem.q.shape[1], 1, *own)
+    entry_strides = lists.strides
+    strides = (*plan.strides, 0, 0) if entry_strides is None else (problem.q.shape[1], 1, *entry_strides)
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
     fold(kept, words, lists.indices, lists.bounds, pinned, strides, reverse=selection.reverse)
     return kept
@@ -168,7 +168,7 @@ def _launch(
         0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None, None)),
         *(lists.pooled_strides or (None, None)),
         num_q, k.shape[2], heads, k.shape[1], problem.query_tiles, problem.key_tiles,
-        0 if table is None else table.numel() - 1, problem.logit_scale * LOG2_E,
+        0 if table is None else table.numel() - 1, problem.scale * LOG2_E,
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_S=min(block_k, launch.block_s), BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2,

@@ -56,21 +56,21 @@ def attend_backward(
         BackendUnavailableError: this machine or this call is out of the kernels' reach.
     """
     check(problem)
-    places = slices(problem)
-    if len(places) == 1:
+    cuts = slices(problem)
+    if len(cuts) == 1:
         return _attend_backward(problem, out, lse, grad_out, grad_lse)
     parts = [
         _attend_backward(
             part_of(problem, at), out[at], lse[at], grad_out[at], None if grad_lse is None else grad_lse[at]
         )
-        for at in places
+        for at in cuts
     ]
-    keys = [key_part(problem, place) for place in places]
-    found = [
+    keys = [key_part(problem, cut) for cut in cuts]
+    whole = [
         joined(torch.empty_like(x), [part[i] for part in parts], at)
-        for i, (x, at) in enumerate(((problem.q, places), (problem.k, keys), (problem.v, keys)))
+        for i, (x, at) in enumerate(((problem.q, cuts), (problem.k, keys), (problem.v, keys)))
     ]
-    return found[0], found[1], found[2]
+    return whole[0], whole[1], whole[2]
 
 
 def _attend_backward(
@@ -137,7 +137,7 @@ def _scale_stride(problem: Problem) -> int:
 
 def _scale(problem: Problem) -> float:
     """Logit scale in the kernels' base: natural in float32, else 2."""
-    return problem.logit_scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
+    return problem.scale * (1.0 if problem.q.dtype == torch.float32 else LOG2_E)
 
 
 def _query_grad(

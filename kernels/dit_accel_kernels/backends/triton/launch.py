@@ -3,7 +3,7 @@
 A row of the table is for a kernel ("fwd", "dq", "dkdv", "pooled"), an architecture ("": any) and its family, a kind of
 dtype, a head dim and a tile up to a size, and the calls with a feature ("decay", "mask"; "": any). Its `source` says
 how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the bounds of bench/aot.py), or
-the card, date and seconds of a measurement. bench/tune.py writes it.
+the card, date and seconds of a measurement.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def row_of(
     of 128, where it has none up to 32 columns that of 64, and where the architecture's family has none, any's.
     """
     key = key_of(arch, dtype, dim, tile, kernel)
-    places = product((key.arch, ""), (key.dim, max(key.dim, 64)), (key.tile, 128), (*features, ""))
-    keys = (key._replace(arch=a, dim=d, tile=t, feature=f) for a, d, t, f in places)
+    choices = product((key.arch, ""), (key.dim, max(key.dim, 64)), (key.tile, 128), (*features, ""))
+    keys = (key._replace(arch=a, dim=d, tile=t, feature=f) for a, d, t, f in choices)
     return next(key for key in keys if key in table())
 
 

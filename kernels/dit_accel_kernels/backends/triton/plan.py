@@ -16,6 +16,7 @@ from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.features import decay_by_frame, last_frame, tile_means
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import decay_of_tiles, sections_of
+from dit_accel_kernels.tiles import row_of_entry
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ def _build(problem: Problem) -> RowPlan:
     sets, q_tiles = problem.exact_offsets.shape[0], problem.query_tiles
     offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, _pooled_range(problem)
     valid, decay = problem.features_in_tiled_order()
-    strides = own = list_strides(problem, heads)
+    strides = call_strides = list_strides(problem, heads)
     entry_row = row_of_entry(offsets, indices.numel())
     entry_t = pooled_t = None
     if decay is not None:
@@ -76,7 +77,7 @@ def _build(problem: Problem) -> RowPlan:
             entry_t = None if entry_t is None else entry_t.repeat(batch)
             offsets = torch.cat([offsets + b * problem.exact_indices.numel() for b in range(batch)])
             pooled = pooled.repeat(batch, 1, 1)
-            strides, sets = (sets, own[1]), sets * batch
+            strides, sets = (sets, call_strides[1]), sets * batch
         entry_batch = entry_row // q_tiles * batch // sets
     section = sections_of(problem)[entry_batch, entry_row % q_tiles, indices.long()].long()
     bounds, order = _sort(section, entry_row, sets * q_tiles)
@@ -88,7 +89,7 @@ def _build(problem: Problem) -> RowPlan:
         bounds=torch.cat([bounds, pooled], -1).contiguous(),
         q_order=work.argsort(dim=-1, descending=True, stable=True).int(),
         strides=strides,
-        list_strides=own,
+        list_strides=call_strides,
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
         entry_t=None if entry_t is None else _padded(entry_t[order]),
         q_frames=None if decay is None else decay[1].clone(memory_format=torch.contiguous_format),
@@ -119,13 +120,6 @@ def list_strides(problem: Problem, heads: int) -> tuple[int, int]:
 def _padded(entries: Tensor) -> Tensor:
     """The entries with one more at either end: kernels read one ahead, in both directions."""
     return torch.nn.functional.pad(entries, (1, 1))
-
-
-def row_of_entry(offsets: Tensor, entries: int) -> Tensor:
-    """Row g * NQ + i of every entry, int64 [nnz], without asking the device how many there are."""
-    counts = (offsets[:, 1:] - offsets[:, :-1]).flatten()
-    rows = torch.arange(counts.numel(), device=offsets.device)
-    return torch.repeat_interleave(rows, counts, output_size=entries)
 
 
 def _sort(section: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,7 @@ def route(problem: Problem, routing: Routing, q: Tensor, k_mean: Tensor, length:
     _route_kernel[(batch * heads * triton.cdiv(q_tiles, BLOCK_ROWS),)](
         q_mean, k_mean, length, pinned, centre, variance, head_scale, bits,
         0 if head_scale is None or head_scale.shape[0] == 1 else heads, heads, key_heads, q_tiles, k_tiles,
-        problem.logit_scale * LOG2_E, float(routing.beta),
+        problem.scale * LOG2_E, float(routing.beta),
         BLOCK_R=BLOCK_ROWS, DIM=dim, BLOCK_D=block_d, EXACT=routing.threshold == "exact", PRECISION=precision,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip

@@ -58,8 +58,8 @@ def key_part(problem: Problem, part: Slice) -> Slice:
     return part[0], slice(part[1].start // repeat, part[1].stop // repeat)
 
 
-def joined(whole: Tensor, parts: list[Tensor], places: list[Slice]) -> Tensor:
+def joined(whole: Tensor, parts: list[Tensor], cuts: list[Slice]) -> Tensor:
     """The whole [B, H, ...], written with its parts."""
-    for part, place in zip(parts, places, strict=True):
-        whole[place] = part
+    for part, cut in zip(parts, cuts, strict=True):
+        whole[cut] = part
     return whole

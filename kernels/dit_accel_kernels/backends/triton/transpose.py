@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import list_strides, row_of_entry
+from dit_accel_kernels.backends.triton.plan import list_strides
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import decay_of_tiles
 from dit_accel_kernels.selection import pack_bits
+from dit_accel_kernels.tiles import row_of_entry
 
 WORD = 32  # key tiles a word of a bitmap
 

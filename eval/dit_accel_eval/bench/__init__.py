@@ -1,0 +1,1 @@
+"""Times the attention of a model at the sizes of real calls, `dit-accel bench`."""

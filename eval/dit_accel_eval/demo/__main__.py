@@ -1,0 +1,30 @@
+"""The demo: a prompt dense, accelerated, and dense with the steps of as much time: `python -m dit_accel_eval.demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dit_accel.cli import run_alone
+
+MODEL = "wan-tiny"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the files; made if missing.")] = Path("demo"),
+    model: Annotated[str, typer.Option(help="Name of an embedded model.")] = MODEL,
+    prompt: Annotated[str | None, typer.Option(help="What to show; default: a held-out prompt.")] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Seeds of the noise, from 0; the pictures show the first.", min=1, max=1000)
+    ] = 4,
+    num_frames: Annotated[int | None, typer.Option(help="Output frames; default: the model's own.")] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Make the converged runs that ship anew: minutes.")] = False,
+) -> None:
+    """Generate one prompt dense, accelerated, and dense in the same time; compare, and write the pictures."""
+    from .comparison import make
+
+    make(out, model, prompt, seeds, num_frames, anew=anew)
+
+
+if __name__ == "__main__":
+    run_alone(main)

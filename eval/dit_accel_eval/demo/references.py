@@ -1,0 +1,99 @@
+"""The converged runs that the demo is held against: those that ship with it; all others are made on every core.
+
+They ship since they take longer than the demo: up to 256 steps each. `write` says what shapes each, as the dense runs'
+files do, so that a run of other weights, another prompt or another size is never taken for it.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dit_accel_pipelines.generation.media import to_uint8
+
+from dit_accel import ConfigError
+from dit_accel.cli.console import TALK
+from dit_accel.files import written_whole
+
+from ..runs.counting import Counts
+from ..runs.embedded import EmbeddedModel
+from ..runs.pool import run_beside
+from ..suites.reference import MOST, Reference, converged, run_setting
+
+SHIPPED = Path(__file__).with_name("references.npz")
+
+SOON = 128
+"""Steps at which the search ends for runs that do not ship, so that the demo of another prompt takes minutes."""
+
+
+def references(
+    requested: Sequence[Any], model: EmbeddedModel, seeds: int, cache: Path, *, shipped: Path | None = SHIPPED
+) -> list[Reference]:
+    """Return the converged run of every seed: those of a file, others made by processes of one thread, one a core.
+
+    Args:
+        requested: what `EmbeddedModel` is made of.
+        model: made of it.
+        seeds: how many, from 0.
+        cache: folder of dense runs, for those that are made.
+        shipped: file of `write`; None: make all, with as many steps as it takes.
+    """
+    found = {} if shipped is None else read(shipped, model, seeds)
+    most = MOST if shipped is None else SOON
+    missing = [seed for seed in range(seeds) if seed not in found]
+    if missing:
+        make = functools.partial(_converge, tuple(requested), cache, most)
+        workers = min(len(missing), os.cpu_count() or 1)
+        run_beside(make, missing, workers, lambda seed: TALK.print(f"seed {seed}: converged"))
+    return [found.get(seed) or converged(model, seed, cache, most=most) for seed in range(seeds)]
+
+
+def _converge(requested: Sequence[Any], cache: Path, most: int, seed: int) -> int:
+    """Make a seed's dense runs in a process of its own, kept on disk by their hash; returns the seed."""
+    torch.set_num_threads(1)
+    converged(EmbeddedModel(*requested), seed, cache, most=most)
+    return seed
+
+
+def write(path: Path, model: EmbeddedModel, found: Sequence[Reference]) -> None:
+    """Write converged runs of the seeds from 0 to one file, their frames in 8 bits."""
+    told = [
+        {
+            "setting": run_setting(model, seed, one.steps),
+            "agreement": one.agreement,
+            "step": dataclasses.asdict(one.step),
+        }
+        for seed, one in enumerate(found)
+    ]
+    with written_whole(path) as temporary:
+        np.savez_compressed(temporary, frames=np.stack([to_uint8(one.frames) for one in found]), told=json.dumps(told))
+
+
+def read(path: Path, model: EmbeddedModel, seeds: int) -> dict[int, Reference]:
+    """Return seed -> converged run, of those in a file that are the model's own in all that shapes them.
+
+    Raises:
+        ConfigError: for a file that `write` did not make.
+    """
+    try:
+        with np.load(path) as saved:
+            frames, told = saved["frames"], json.loads(str(saved["told"]))
+        found = {}
+        for seed, (one, pictures) in enumerate(zip(told, frames, strict=True)):
+            steps = one["setting"]["steps"]
+            if seed < seeds and one["setting"] == json.loads(json.dumps(run_setting(model, seed, steps))):
+                found[seed] = Reference(
+                    frames=pictures.astype(np.float32) / 255,
+                    steps=steps,
+                    agreement=one["agreement"],
+                    step=Counts(**one["step"]),
+                )
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} can't be read as converged runs ({error}); make them with --anew") from None
+    return found

@@ -1,0 +1,133 @@
+"""Clips in files: which there are in a folder, which of another folder each is held against, and their frames."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dit_accel_pipelines.generation.media import read_image, read_video
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+
+from ..metrics.metric import Clip
+from .kept import strip_frames
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
+EXACT = (".png", ".bmp")
+LOSSLESS = ("ffv1", "rawvideo", "png", "huffyuv", "utvideo")
+"""Codecs of videos that give back the frames they were given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipFile:
+    """A clip in a file.
+
+    Attributes:
+        name: its path in the folder that was given, without the suffix.
+        path: the file.
+    """
+
+    name: str
+    path: Path
+
+    def frames(self) -> Clip:
+        """Return the frames, [F, height, width, 3] in [0, 1]; those that `eval run` kept one below the other as many.
+
+        Raises:
+            ConfigError: if the file can't be read, is cut off or damaged, or its frames differ in size.
+        """
+        if self.path.suffix.lower() in PICTURES:
+            pictures = np.asarray(read_image(self.path))
+            kept = _kept_frames(self.path)
+            frames = strip_frames(pictures, kept) if kept else pictures[None]
+        else:
+            read = [np.asarray(frame) for frame in read_video(self.path)]
+            _check_whole(self.path)
+            frames = np.stack(read)
+        return np.divide(frames, 255, dtype=np.float32)
+
+    def is_exact(self) -> bool:
+        """Whether the file holds frames as they were made, up to 8 bits."""
+        suffix = self.path.suffix.lower()
+        return suffix in EXACT or (suffix in (".mkv", ".avi", ".mov") and _is_lossless(self.path))
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a video of which some frames could not be read: the others would be measured as if they were all.
+
+    Raises:
+        ConfigError: with what ffmpeg says of it.
+    """
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", str(path), "-f", "null", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode or done.stderr.strip():
+        message = re.sub(r"^\[[^]]*\] ", "", (done.stderr.strip().splitlines() or ["no reason given"])[0])
+        raise ConfigError(f"video {path} is damaged or was cut off ({message}); write it again")
+
+
+def _kept_frames(path: Path) -> int | None:
+    """Return of how many frames a picture is made that `eval run` kept; None for another picture."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        text = getattr(image, "text", {}).get("dit-accel")
+    return int(json.loads(text)["frames"]) if text else None
+
+
+def _is_lossless(path: Path) -> bool:
+    """Whether a video's codec gives back its frames, and they were not turned from RGB into another space before."""
+    from imageio_ffmpeg import read_frames
+
+    message: Any = next(iter(read_frames(path)))  # the first thing that it gives is what the file says of itself
+    return str(message["codec"]).strip(",") in LOSSLESS and str(message["pix_fmt"]).startswith(("rgb", "bgr", "gbr"))
+
+
+def clips_in(path: Path) -> list[ClipFile]:
+    """Return the clips of a file or folder, by name; folders within are looked into.
+
+    Raises:
+        ConfigError: if there is none, or two of one name.
+    """
+    if path.is_file():
+        if path.suffix.lower() not in (*PICTURES, *VIDEOS):
+            raise ConfigError(f"{path} is no clip: its name must end in {', '.join((*VIDEOS, *PICTURES))}")
+        return [ClipFile(name=path.stem, path=path)]
+    if not path.is_dir():
+        raise ConfigError(f"there is no file or folder {path}; name one that holds clips")
+    files = sorted(one for one in path.rglob("*") if one.suffix.lower() in (*PICTURES, *VIDEOS) and one.is_file())
+    if not files:
+        raise ConfigError(f"the folder {path} holds no clips: no file that ends in {', '.join((*VIDEOS, *PICTURES))}")
+    found = [ClipFile(name=one.relative_to(path).with_suffix("").as_posix(), path=one) for one in files]
+    names = [one.name for one in found]
+    for one in found:
+        if names.count(one.name) > 1:
+            raise ConfigError(f"{path} holds several clips called {one.name}, which differ in the suffix; rename one")
+    return found
+
+
+def paired(clips: list[ClipFile], path: Path, references: Path | None) -> Iterator[tuple[ClipFile, ClipFile | None]]:
+    """Give each clip with the reference of its name; two files are a pair whatever they are called.
+
+    Raises:
+        ConfigError: for a clip without a reference, with the nearest name.
+    """
+    if references is None:
+        yield from ((one, None) for one in clips)
+        return
+    known = {one.name: one for one in clips_in(references)}
+    if path.is_file() and references.is_file():
+        yield clips[0], next(iter(known.values()))
+        return
+    for one in clips:
+        if one.name not in known:
+            raise ConfigError(f"{references} has no reference called {one.name!r}; {did_you_mean(one.name, known)}")
+        yield one, known[one.name]

@@ -1,0 +1,152 @@
+"""Counts the work of a run: the blocks and attention calls that really ran, in steps of the dense model.
+
+The counters lie inside everything that may skip a call (step caches, diffusers' hooks), so that what is skipped is not
+counted, whoever skips it.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel import Report
+from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.block_lists import block_lists, blocks_of
+from dit_accel.attachment.find import attention_modules
+from dit_accel.estimate.estimate import estimate
+from dit_accel.methods.config import MethodConfig
+
+REAL_SHARE = 0.72
+"""Self-attention's share of the FLOPs of a real model: Wan 2.1 14B at 720 x 1280 and 81 frames."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Calls of blocks and of their self-attention that ran, one per batch row."""
+
+    blocks: float
+    attention: float
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(blocks=self.blocks + other.blocks, attention=self.attention + other.attention)
+
+    def __truediv__(self, steps: int) -> "Counts":
+        return Counts(blocks=self.blocks / steps, attention=self.attention / steps)
+
+
+class Counter:
+    """Counts the calls of transformers' blocks and self-attention from now on, in place of their ``forward``.
+
+    Made before anything else wraps the transformer, and never taken off.
+    """
+
+    def __init__(self, transformers: Sequence[nn.Module], adapter: Adapter) -> None:
+        self._ran: dict[str, int] = {"blocks": 0, "attention": 0}
+        for transformer in transformers:
+            for listed in block_lists(adapter, transformer):
+                for _, block in blocks_of(listed, adapter, transformer):
+                    self._watch(block, "blocks")
+            for _, module, _ in attention_modules(transformer, adapter):
+                self._watch(module, "attention")
+
+    def take(self) -> Counts:
+        """Return what ran since the last call of this, and begin anew."""
+        counts = Counts(**self._ran)
+        self._ran.update(blocks=0, attention=0)
+        return counts
+
+    def _watch(self, module: nn.Module, kind: str) -> None:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            self._ran[kind] += next(len(value) for value in given if isinstance(value, torch.Tensor))
+            return forward(*args, **kwargs)
+
+        module.forward = counted
+
+
+def own_share(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> float:
+    """Return self-attention's share of a model's FLOPs at the size of a call, as `dit-accel plan` counts them."""
+    return estimate(adapter, family, **_sizes(call)).attention_share
+
+
+def tokens_of(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> int:
+    """Return how many tokens a forward has at the size of a call, the text's left out."""
+    return estimate(adapter, family, **_sizes(call)).layout.tokens
+
+
+def attended(
+    report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
+) -> tuple[float, dict[int, float]]:
+    """Return the share of the query-key pairs that a run's attention calls computed, and the same by step; 1 is dense.
+
+    A pooled tile is one key. Probe rows are computed besides. Voting, choosing tiles and pooling are not counted. Steps
+    without attention calls are left out, as are all of a dense run.
+
+    Args:
+        report: what ran; None: nothing was attached.
+        adapter: the model's adapter.
+        family: its sizes.
+        call: height, width and frames of the run.
+        methods: what was attached.
+    """
+    if report is None or report.sparse_density is None:
+        return 1.0, {}
+    sizes = [options["block_size"] for options in report.methods.values() if options.get("block_size")]
+    tile = min(sizes, default=1)  # without tiles nothing is pooled
+    savings = estimate(adapter, family, methods=methods, **_sizes(call)).savings
+    probes = sum(saving.exact_rows for saving in savings.values())
+    by_step: dict[int, list[tuple[int, float]]] = {}
+    for step in report.steps:
+        if calls := step.dense_layers + step.sparse_layers:
+            computed = step.dense_layers + step.sparse_layers * (step.density + step.pooled / tile + probes)
+            by_step.setdefault(step.step_index, []).append((calls, computed))
+    every = [pairs for step in by_step.values() for pairs in step]
+    return _share(every), {step: _share(pairs) for step, pairs in by_step.items()}
+
+
+def _share(pairs: Sequence[tuple[int, float]]) -> float:
+    return sum(computed for _, computed in pairs) / sum(calls for calls, _ in pairs)
+
+
+def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, ...], ...]:
+    """Return by step and layer the exact share of the tiles of planned attention calls, mean over branches.
+
+    None where no call followed a plan: a dense one, or one that a cache skipped. Empty where none did in the whole run.
+    """
+    if report is None or not report.calls:
+        return ()
+    found: dict[tuple[int, int], list[float]] = {}
+    for call in report.calls:
+        found.setdefault((call.step_index, call.layer), []).append(call.density)
+    layers = 1 + max(layer for _, layer in found)
+    means = {key: sum(shares) / len(shares) for key, shares in found.items()}
+    return tuple(tuple(means.get((step, layer)) for layer in range(layers)) for step in range(steps))
+
+
+def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> float:
+    """Return a run's work in steps of the dense model.
+
+    Args:
+        counts: what ran.
+        dense_step: what one dense step runs.
+        attended: `attended` of the run.
+        share: self-attention's share of a dense step's work.
+    """
+    attention = attended * counts.attention / dense_step.attention
+    return share * attention + (1 - share) * counts.blocks / dense_step.blocks
+
+
+def works(counts: Counts, dense_step: Counts, attended: float, own_share: float) -> dict[str, float]:
+    """Return what a line says of a run's `work`: at its model's own share of self-attention, and at `REAL_SHARE`."""
+    shares = {"work": own_share, "work_real": REAL_SHARE}
+    return {key: round(work(counts, dense_step, attended, share), 6) for key, share in shares.items()}
+
+
+def _sizes(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: call[name] for name in ("height", "width", "num_frames") if name in call}

@@ -1,0 +1,157 @@
+"""Models that are not embedded, as suites run them: folders and hub ids of diffusers pipelines, loaded by diffusers."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_accel_pipelines.generation.loading import load_pipeline, pick_device
+from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.quiet import quiet_diffusers
+from dit_accel_pipelines.generation.request import Dtype
+from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
+
+from dit_accel import ConfigError
+from dit_accel.adapters.adapter import Family
+from dit_accel.adapters.model_files import ModelFiles, read_model_files
+from dit_accel.adapters.model_names import model_source
+from dit_accel.errors import UnsupportedModel, did_you_mean
+
+from .clips import OwnClips
+from .machine import Machine
+from .model import SuiteModel
+from .request import tuning_request
+from .schedulers import shipped_scheduler
+
+SIZES = ("height", "width", "num_frames")
+GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")
+"""Arguments of a pipeline's call that a suite sets by itself."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK = 2**24
+
+
+class GivenModel(SuiteModel):
+    """A loaded pipeline of a folder or the hub.
+
+    Args:
+        name: what result lines call it.
+        source: the folder or hub id.
+        call: arguments of the pipeline's call besides its family's sizes.
+        own: prompts and seeds.
+        dtype: number format of the weights.
+        machine: where it runs.
+
+    Raises:
+        UnsupportedModel: if diffusers can't load it, or no adapter covers it.
+        ConfigError: for arguments that its pipeline does not take.
+    """
+
+    def __init__(
+        self, name: str, source: str, call: Mapping[str, Any], own: OwnClips, dtype: Dtype, machine: Machine
+    ) -> None:
+        import torch
+
+        files = read_model_files(source)
+        settled = given_call(files, call)
+        adapter, family = files.identify()
+        folder = local_folder(source)
+        request = tuning_request(
+            prompts=own.prompts, model=str(folder), dtype=dtype, device=machine.device, offload=machine.offload
+        )
+        pipe = load_pipeline(request)
+        self.dtype, self.device = dtype, pick_device(machine.device)
+        super().__init__(
+            pipe, name=name, weights=given_weights(source), call=settled, adapter=adapter, family=family, clips=own
+        )
+        if self.device.type != "cpu":  # else a step would end before its work has
+            for part in self.transformers:
+                part.register_forward_hook(lambda *_: torch.accelerator.synchronize())
+
+
+def check_given(source: str) -> tuple[ModelFiles, Family]:
+    """Refuse a model that suites can't run, by its configs alone; returns them and its sizes.
+
+    Raises:
+        ConfigError: for what is neither an embedded model, a folder nor a hub id.
+        UnsupportedModel: if it is not found, no adapter covers its transformer, or its scheduler is of neither flow nor
+            betas.
+    """
+    model_source(source)  # refuses what names no model
+    files = read_model_files(source)
+    pipeline_class(files)
+    _, family = files.identify()
+    shipped = shipped_scheduler(source)
+    if not is_flow(shipped.config) and not is_of_betas(shipped.config):
+        raise UnsupportedModel(
+            f"{source} ships with {type(shipped).__name__}, which has neither a noise shift nor betas, and so none "
+            "of the converged runs that suites hold arms against"
+        )
+    return files, family
+
+
+def given_call(files: ModelFiles, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model's call: its family's sizes, changed by what was given.
+
+    Raises:
+        ConfigError: for an argument that its pipeline does not take, or one that a suite sets by itself.
+    """
+    call = PipelineCall.of(pipeline_class(files))
+    known = [name for name in call.parameters if name not in GIVEN]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"a suite's call of {files.name} takes no {key!r}; {did_you_mean(key, known)}")
+    _, family = files.identify()
+    sizes = {name: getattr(family, name) for name in SIZES if name in known}
+    settled = {**{name: value for name, value in sizes.items() if value is not None}, **given}
+    call.check({"prompt": "", **settled})
+    return settled
+
+
+@functools.cache
+def local_folder(source: str) -> Path:
+    """Return the folder of a model's files; a hub id's are fetched by diffusers, and found again.
+
+    Raises:
+        UnsupportedModel: if the hub does not give them.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from diffusers import DiffusionPipeline
+
+    try:
+        with quiet_diffusers():
+            return Path(DiffusionPipeline.download(source))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(f"the weights of {source!r} can't be fetched: {reason}") from None
+
+
+@functools.cache
+def given_weights(source: str) -> str:
+    """Return 12 hexadecimal digits that tell a model's weights and configs from others'.
+
+    Files that the hub's cache keeps under their hash are not read again.
+    """
+    folder, found = local_folder(source), hashlib.sha256()
+    for path in sorted(one for kind in ("*.safetensors", "*.bin", "*.json") for one in folder.rglob(kind)):
+        found.update(f"{path.relative_to(folder).as_posix()} {_file_hash(path)}\n".encode())
+    return found.hexdigest()[:12]
+
+
+def _file_hash(path: Path) -> str:
+    real = path.resolve()
+    if path.is_symlink() and real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
+        return real.name
+    found = hashlib.sha256()
+    for chunk in _chunks(real):
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk

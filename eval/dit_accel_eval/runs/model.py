@@ -1,0 +1,231 @@
+"""A model as the suites run it: its pipeline, the call of a clip, and what a run made and cost."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from dit_accel_pipelines.generation.generate import attached
+from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.quiet import quiet_diffusers
+from dit_accel_pipelines.generation.timing import Timings, timed_steps
+
+from dit_accel import ConfigError
+from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.methods.caches.native import DiffusersCache
+from dit_accel.methods.config import MethodConfig
+
+from ..metrics.metric import Clip
+from .clips import Clips
+from .counting import Counter, Counts, attended, density_map, own_share
+from .schedulers import scheduler_of
+
+DIGITS = 4
+"""Digits behind the point of seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Seconds of a run's stages, beside whatever else the machine did.
+
+    Attributes:
+        threads: of torch.
+        text: until the first step begins: encoding the prompt, and what else is prepared.
+        denoise: all steps.
+        decode: from the last step to the frames.
+        steps: of each step.
+    """
+
+    threads: int
+    text: float
+    denoise: float
+    decode: float
+    steps: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, to a tenth of a millisecond."""
+        seconds = {key: round(getattr(self, key), DIGITS) for key in ("text", "denoise", "decode")}
+        return {"threads": self.threads, **seconds, "steps": [round(one, DIGITS) for one in self.steps]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one call of the pipeline made.
+
+    Attributes:
+        frames: [F, height, width, 3] in [0, 1].
+        counts: the blocks and attention calls that ran.
+        attended: the share of the pairs that the attention calls computed; 1 is dense.
+        seconds: of the denoising loop.
+        times: what its stages took; None where that is not known.
+        by_step: what ran in each step, and the share of the pairs that its attention calls computed; empty where that
+            is not known.
+        density: `density_map` of what ran.
+        memory: the most bytes that were held meanwhile, by `peak_memory`; None where that is not known.
+    """
+
+    frames: Clip
+    counts: Counts
+    attended: float
+    seconds: float
+    times: Times | None = None
+    by_step: tuple[tuple[Counts, float], ...] = ()
+    density: tuple[tuple[float | None, ...], ...] = ()
+    memory: Mapping[str, int] | None = None
+
+
+class SuiteModel:
+    """A loaded pipeline that makes clips by their numbers.
+
+    Args:
+        pipe: the pipeline.
+        name: what result lines call the model.
+        weights: what tells its weights from others'.
+        call: all arguments of the pipeline's call but the prompt, the steps and the generator.
+        adapter: the adapter of its transformer.
+        family: its sizes.
+        clips: the prompt and the seed of each clip.
+
+    Attributes:
+        dtype: number format of the weights where it is not always the same; else None.
+        device: where it runs.
+    """
+
+    dtype: str | None = None
+    device = torch.device("cpu")
+
+    def __init__(
+        self, pipe: Any, *, name: str, weights: str, call: Mapping[str, Any], adapter: Adapter, family: Family,
+        clips: Clips,
+    ) -> None:  # fmt: skip
+        self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
+        self.name, self.weights, self.call = name, weights, dict(call)
+        self.adapter, self.family = adapter, family
+        self.own_share = own_share(adapter, family, self.call)
+        self.shipped = pipe.scheduler
+        parts = (getattr(pipe, part, None) for part in ("transformer", "transformer_2"))
+        self.transformers = [part for part in parts if part is not None]
+        self._counter = Counter(self.transformers, adapter)
+
+    def run(
+        self,
+        clip: int,
+        *,
+        steps: int,
+        solver: str,
+        scheduler: Mapping[str, Any] | None = None,
+        flow_shift: float | None = None,
+        guider: Mapping[str, Mapping[str, Any]] | None = None,
+        methods: Sequence[MethodConfig] = (),
+        call: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """Make one clip.
+
+        Args:
+            clip: its number.
+            steps: denoising steps.
+            solver: a name of `SOLVERS`, `schedulers.OWN`, or the class of one of diffusers' schedulers.
+            scheduler: options of that class.
+            flow_shift: noise shift; None: the model's own.
+            guider: class of one of diffusers' guiders -> its options; None: the pipeline's own.
+            methods: what is attached.
+            call: arguments that differ from the model's own.
+
+        Raises:
+            ConfigError: for a guider where the pipeline takes none.
+        """
+        call = {**self.call, **(call or {})}
+        self.pipe.scheduler = scheduler_of(self.shipped, solver, scheduler or {}, flow_shift)
+        self._counter.take()
+        generator, counts = torch.Generator().manual_seed(self.seed(clip)), list[Counts]()
+        counted = begin_peak()
+        with (
+            guided(self.pipe, guider or {}),
+            attached(self.pipe, [_with_timestep(method, self.pipe) for method in methods], "auto") as attachment,
+            quiet_diffusers(),
+            timed_steps(self.pipe, Stages(quiet=True), lambda: counts.append(self._counter.take())) as timings,
+        ):
+            out = self.pipe(
+                prompt=self.prompt(clip), **call, num_inference_steps=steps, generator=generator, output_type="np"
+            )
+            report = attachment.report() if attachment else None
+        share, shares = attended(report, self.adapter, self.family, call, methods)
+        return Run(
+            frames=_frames(out),
+            counts=sum(counts, self._counter.take()),
+            attended=share,
+            seconds=timings.denoise,
+            times=_times(timings),
+            by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),
+            density=density_map(report, len(counts)),
+            memory=peak_memory() if counted else None,
+        )
+
+
+@contextlib.contextmanager
+def guided(pipe: Any, guider: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Let a pipeline guide by one of diffusers' guiders for the block.
+
+    Raises:
+        ConfigError: for a pipeline that takes none, or options that the guider does not accept.
+    """
+    if not guider:
+        yield
+        return
+    import diffusers
+
+    check_guided(type(pipe))
+    ((name, options),) = guider.items()
+    own = pipe.guider
+    try:
+        pipe.guider = getattr(diffusers, name)(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} does not accept {dict(options)}: {error}") from None
+    try:
+        yield
+    finally:
+        pipe.guider = own
+
+
+def check_guided(pipeline: type) -> None:
+    """Refuse a class of pipelines that takes no guider.
+
+    Raises:
+        ConfigError: with those that do.
+    """
+    import inspect
+
+    if "guider" not in inspect.signature(pipeline).parameters:
+        raise ConfigError(
+            f"{pipeline.__name__} takes no guider; HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do: "
+            "leave it out, or set guidance_scale in the suite's call"
+        )
+
+
+def _times(timings: Timings) -> Times:
+    return Times(
+        threads=torch.get_num_threads(), text=timings.text, denoise=timings.denoise, decode=timings.decode,
+        steps=tuple(timings.steps),
+    )  # fmt: skip
+
+
+def _with_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:
+    """Return one of diffusers' caches with the callback that tells it the timestep, which a file can't hold."""
+    if not isinstance(method, DiffusersCache) or getattr(method.config, "current_timestep_callback", ()) is not None:
+        return method
+    config: Any = copy.copy(method.config)
+    config.current_timestep_callback = lambda: pipe.current_timestep
+    return DiffusersCache(config=config)
+
+
+def _frames(out: Any) -> Clip:
+    """Return a pipeline's frames [F, height, width, 3] in [0, 1], of a batch the first clip; a picture is one frame."""
+    name = next(name for name in ("frames", "video", "images", "image") if getattr(out, name, None) is not None)
+    pictures = np.asarray(getattr(out, name), dtype=np.float32)
+    while pictures.ndim > 4:
+        pictures = pictures[0]
+    return pictures[:1] if name in ("images", "image") else pictures

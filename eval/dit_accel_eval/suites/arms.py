@@ -1,0 +1,224 @@
+"""The arms of a suite: what is attached, how many steps of which solver or scheduler, and which guider."""
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_accel_pipelines.generation.solvers import BEST, SOLVERS
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+from dit_accel.estimate.sizes import check_steps
+from dit_accel.methods.caches.native import DiffusersCache
+from dit_accel.methods.caches.native_limits import CONFIGS
+from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.registry import method
+
+from ..runs.schedulers import OWN, check_scheduler
+
+NATIVE = "diffusers"
+"""Key of an arm under which diffusers' own caches stand, which have no method's table."""
+
+TABLES = ("call", "scheduler", "guider")
+"""Keys of an arm that hold a table and no method."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One setting under test.
+
+    Attributes:
+        name: unique in the suite; the row's name.
+        num_inference_steps: denoising steps.
+        solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
+        scheduler: options of that class.
+        flow_shift: noise shift; None: the model's own.
+        guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
+        methods: what is attached.
+        call: arguments of the pipeline's call that differ from the suite's; only where clips are judged by themselves.
+    """
+
+    name: str
+    num_inference_steps: int
+    solver: str = BEST
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    flow_shift: float | None = None
+    guider: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    methods: tuple[MethodConfig, ...] = ()
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is a plain run of the best solver, of which the references are made too."""
+        changed = self.methods or self.guider or self.call or self.flow_shift is not None
+        return not changed and self.solver == BEST
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the arm runs, without its name, as JSON knows it."""
+        further = {key: dict(value) for key in TABLES if (value := getattr(self, key))}
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "solver": self.solver,
+            "flow_shift": self.flow_shift,
+            "methods": {one.name: one.to_dict() for one in self.methods},
+            **further,
+        }
+
+    def run_options(self) -> dict[str, Any]:
+        """Return the arguments with which a model runs this arm; what is as usual is left out."""
+        usual = {"scheduler": {}, "guider": {}, "call": {}}
+        found = {"steps": self.num_inference_steps, "solver": self.solver, "flow_shift": self.flow_shift}
+        found |= {key: value for key, empty in usual.items() if (value := getattr(self, key)) != empty}
+        return {**found, "methods": self.methods}
+
+
+def dense_arm(steps: int) -> Arm:
+    """Return the dense run of the best solver with so many steps, which others are held against."""
+    return Arm(name=f"{BEST} {steps}", num_inference_steps=steps)
+
+
+def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...]:
+    """Return the arms of a suite's ``[[arm]]`` tables, all of different names.
+
+    Raises:
+        ConfigError: for an unknown or ill-typed key, a method, cache, scheduler or guider that is not known, or a name
+            that is missing, given twice or kept for dense runs.
+    """
+    made = tuple(arm for values in tables for arm in _arms(values, path))
+    names = [arm.name for arm in made]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path} has two arms called {name!r}; rename one")
+    return made
+
+
+def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    """Refuse keys that are not known, and values of another kind.
+
+    Raises:
+        ConfigError: with the key, and the nearest that is known.
+    """
+    for key, value in values.items():
+        if key not in kinds:
+            raise ConfigError(f"{where} has an unknown key {key!r}; {did_you_mean(key, kinds)}")
+        if isinstance(value, bool) or not isinstance(value, kinds[key]):
+            raise ConfigError(f"{where} has {key} = {value!r}, which is of the wrong kind")
+
+
+def _arms(values: Mapping[str, Any], path: Path) -> list[Arm]:
+    """Return the arms of one table: one, or with a list of steps one for each, with the steps behind the name."""
+    if "name" not in values:
+        raise ConfigError(f"{path} has an arm without a name: {values}; give it one")
+    where = f"{path}: arm {values['name']!r}"
+    tables = {key: value for key, value in values.items() if isinstance(value, dict) and key not in TABLES}
+    plain = {key: value for key, value in values.items() if key not in tables}
+    kinds = {"name": str, "num_inference_steps": (int, list), "solver": str, "flow_shift": (int, float)}
+    check_kinds(plain, {**kinds, **dict.fromkeys(TABLES, dict)}, where)
+    steps = plain.pop("num_inference_steps", None)
+    several = steps if isinstance(steps, list) else [steps]
+    if not several or any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in several):
+        raise ConfigError(f"{where} has num_inference_steps = {steps}; give one or several whole numbers from 1")
+    try:
+        check_steps(max(several))
+        methods = tuple(
+            one for key, value in tables.items()
+            for one in (_natives(value) if key == NATIVE else [method(key)(**value)])
+        )  # fmt: skip
+        plain |= _solver(plain)
+        _check_guider(plain.get("guider", {}))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    name = plain.pop("name")
+    arms = []
+    for count in several:
+        full = f"{name} {count}" if isinstance(steps, list) else name
+        arm = Arm(name=full, num_inference_steps=count, methods=methods, **plain)
+        _check_name(full, arm, where)
+        arms.append(arm)
+    return arms
+
+
+def _check_name(full: str, arm: Arm, where: str) -> None:
+    """Refuse a dense run of the best solver that has a name of its own, and another arm that has such a run's name.
+
+    These runs are what all arms are held against, and are found again by their names.
+    """
+    dense = dense_arm(arm.num_inference_steps).name
+    if arm.is_dense and full != dense:
+        raise ConfigError(
+            f"{where} has no method, and {BEST} (the default) as its solver: a plain run, of the kind that all arms "
+            f"are compared with and that is found by its name; call it {dense!r}, or leave it out: what is needed of "
+            "them is made by itself"
+        )
+    if not arm.is_dense and _is_dense_name(full):
+        raise ConfigError(
+            f"{where} is called {full!r}, a name for runs of {BEST} without a method, which other arms are compared "
+            "with; give it another name"
+        )
+
+
+def _solver(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an arm's solver, and the options where one of diffusers' classes was named."""
+    if "scheduler" not in plain:
+        solver = plain.get("solver", BEST)
+        if solver not in (*SOLVERS, OWN):
+            raise ConfigError(f"there is no solver {solver!r}; {did_you_mean(solver, (*SOLVERS, OWN))}")
+        return {"solver": solver}
+    beside = [key for key in ("solver", "flow_shift") if key in plain]
+    if beside:
+        raise ConfigError(
+            f"scheduler stands beside {' and '.join(beside)}; leave one out: a scheduler's options are in its braces"
+        )
+    name, options = _one_class(plain["scheduler"], "scheduler", "UniPCMultistepScheduler")
+    check_scheduler(name, options)
+    return {"solver": name, "scheduler": options}
+
+
+def _one_class(table: Mapping[str, Any], key: str, example: str) -> tuple[str, dict[str, Any]]:
+    """Return the class that a table names, and its options."""
+    if len(table) != 1 or not all(isinstance(options, dict) for options in table.values()):
+        raise ConfigError(f"{key} = {table!r} does not name one class; write {key} = {{ {example} = {{}} }}")
+    return next(iter(table.items()))
+
+
+def _check_guider(table: Mapping[str, Any]) -> None:
+    """Refuse what is none of diffusers' guiders, or an option that it has not."""
+    if not table:
+        return
+    import diffusers
+    from diffusers.guiders import BaseGuidance
+
+    name, options = _one_class(table, "guider", "ClassifierFreeGuidance")
+    known = [one for one in dir(diffusers) if one.endswith("Guidance") and one != BaseGuidance.__name__]
+    if name not in known:
+        raise ConfigError(f"diffusers has no guider {name!r}; {did_you_mean(name, known)}")
+    taken = [one for one in inspect.signature(getattr(diffusers, name)).parameters]
+    for option in options:
+        if option not in taken:
+            raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, taken)}")
+
+
+def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
+    """Return diffusers' own caches, given as ``diffusers = { FirstBlockCacheConfig = { threshold = 0.05 } }``."""
+    import diffusers
+
+    made = []
+    for name, options in tables.items():
+        if name not in CONFIGS:
+            raise ConfigError(f"diffusers has no cache {name!r}; {did_you_mean(name, CONFIGS)}")
+        if not isinstance(options, dict):
+            raise ConfigError(f"{name} = {options!r} is no table; write {name} = {{}} or options in the braces")
+        known = [one.name for one in dataclasses.fields(getattr(diffusers, name))]
+        for option in options:
+            if option not in known:
+                raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, known)}")
+        made.append(DiffusersCache(config=getattr(diffusers, name)(**options)))
+    return made
+
+
+def _is_dense_name(name: str) -> bool:
+    solver, _, steps = name.rpartition(" ")
+    return solver == BEST and steps.isdigit()

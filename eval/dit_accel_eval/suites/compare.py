@@ -1,0 +1,206 @@
+"""Runs a suite, as `dit-accel eval run` does: every arm on every clip, each a JSON line, written as it is made.
+
+Arms are held against converged runs, or judged by themselves where the suite names a judge. A run that was stopped goes
+on where it stopped. The protocol is in eval/README.md.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from dit_accel_pipelines.generation.request import Dtype
+from dit_accel_pipelines.generation.solvers import BEST
+from dit_accel_pipelines.generation.threads import threads
+from dit_accel_pipelines.processes.ranks import Ranks
+
+from dit_accel import ConfigError
+
+from ..runs.budget import Budget, BudgetSpent, Spending
+from ..runs.clips import OwnClips
+from ..runs.embedded import EmbeddedModel
+from ..runs.given import GivenModel
+from ..runs.machine import Machine
+from ..runs.model import Run, SuiteModel
+from ..runs.pool import run_beside
+from ..runs.results import Line, append_line, latest, read_lines, write_lines
+from .arms import Arm, dense_arm
+from .comparison import rival_steps
+from .job import Job, checked
+from .measuring import Sampled, lacks_metrics, line_of
+from .reference import AGREE, converged, dense_run
+
+KEPT = ("kept", "kept_reference")
+EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", *KEPT)
+"""What a line keeps if its run is made anew for something else that it lacked."""
+
+
+def run(
+    job: Job, clips: Sequence[int], *, workers: int = 1, watch: Callable[[Sequence[Line]], None] = lambda lines: None
+) -> str | None:
+    """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
+
+    Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
+    a disk where appending a line is atomic, and the first checks it before and sorts it after.
+
+    Args:
+        job: what runs.
+        clips: their numbers.
+        workers: processes.
+        watch: is given the lines so far, now and then; for progress.
+
+    Returns:
+        Why this process stopped before all was made, where the suite's budget did not hold it; else None.
+
+    Raises:
+        ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
+        Busy: if another run writes to it.
+    """
+    if job.timed and workers > 1:
+        raise ConfigError(f"timed runs need the machine to themselves, got --workers {workers}")
+    ranks = Ranks()
+    if ranks.count > 1 and (workers > 1 or job.timed):
+        requested = "--time" if job.timed else f"--workers {workers}"
+        raise ConfigError(f"accelerate launch started {ranks.count} processes, got {requested} besides; leave one out")
+    with checked(job) if ranks.first else contextlib.nullcontext():
+        ranks.wait()
+        stopped = _run(job, ranks.own(clips), ranks.count, workers, lambda: watch(read_lines(job.out)))
+        ranks.wait()
+        if ranks.first:
+            places = {arm.name: place for place, arm in enumerate(job.suite.arms)}
+            lines = latest(read_lines(job.out)).values()  # dense runs that were added stand last
+            key = lambda line: (line["clip"], places.get(line["arm"], len(places)), line["num_inference_steps"])  # noqa: E731
+            write_lines(job.out, sorted(lines, key=key))
+    return stopped
+
+
+def _run(job: Job, clips: Sequence[int], processes: int, workers: int, look: Callable[[], None]) -> str | None:
+    """Run clips here or in worker processes, and return why one of them stopped before all was made."""
+    look()
+    workers = max(1, min(workers, len(clips)))
+    budget = job.suite.budget.share(workers * processes) if job.suite.budget else None
+    stopped: list[str | None] = []
+    if workers == 1:
+        runner = Runner(job, budget)
+        stopped = [runner.run_clip(clip, look) for clip in clips]
+    else:
+        run_beside(_run_there, clips, workers, stopped.append, begin=_begin, given=(job, budget), look=look)
+    return next(filter(None, stopped), None)
+
+
+_there: "list[Runner]" = []
+"""What a process of a pool runs; set when it begins."""
+
+
+def _begin(job: Job, budget: Budget | None) -> None:
+    _there.append(Runner(job, budget))
+
+
+def _run_there(clip: int) -> str | None:
+    return _there[-1].run_clip(clip)
+
+
+class Runner:
+    """Runs clips of a job in one process: the model, loaded when it is first needed, within the budget.
+
+    Args:
+        job: what runs.
+        budget: what the runs may take; None: any amount.
+    """
+
+    def __init__(self, job: Job, budget: Budget | None = None) -> None:
+        self.job, self._spending, self._warm = job, Spending(budget), set[str]()
+
+    @functools.cached_property
+    def model(self) -> SuiteModel:
+        """The model, whose own runs are not counted."""
+        suite, machine = self.job.suite, self.job.machine
+        given = None if suite.embedded else (suite.source, machine.dtype(suite.dtype), machine)
+        return _loaded(suite.model, json.dumps(suite.call, sort_keys=True), suite.own, given)
+
+    def run_clip(self, clip: int, look: Callable[[], None] = lambda: None) -> str | None:
+        """Run what one clip lacks: arms, then the dense runs between which each is held; ``look`` follows each.
+
+        Returns:
+            Why it stopped, where the budget did not hold all; what had been made is written.
+        """
+        job = self.job
+        known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
+        if not any(_missing_arms(job, known)):
+            return None
+        try:
+            with threads(job.threads):
+                if job.timed:
+                    self._run(clip, steps=1, solver=BEST)  # warms up
+                reference = None if job.judge else converged(self.model, clip, job.cache, self._run)
+                if reference and reference.agreement < AGREE and job.talk:
+                    print(f"clip {clip}: {reference.steps} steps agree with half as many to "
+                          f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
+                          file=sys.stderr)  # fmt: skip
+                while arm := next(_missing_arms(job, known), None):
+                    runs, beside = self.sample(arm, clip)
+                    line = line_of(Sampled(job=job, arm=arm, clip=clip, model=self.model, reference=reference,
+                                           runs=runs, beside=beside))  # fmt: skip
+                    earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
+                    known[arm.name] = line = {**earlier, **line}
+                    append_line(job.out, line)
+                    look()
+                    if job.talk:
+                        figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
+                        print(f"clip {clip} {arm.name}: {figures.format(**line)}", file=sys.stderr)
+        except BudgetSpent as spent:
+            return str(spent)
+        return None
+
+    def sample(self, arm: Arm, clip: int) -> tuple[list[Run], list[Run]]:
+        """Return the runs of an arm, as many as each is repeated, and where timed after each a dense one of its steps.
+
+        A dense arm's single run is kept on disk; warm-up runs precede an arm's first in this process.
+
+        Raises:
+            BudgetSpent: before a run that the budget does not hold.
+        """
+        suite, dense = self.job.suite, arm.is_dense and not self.job.judge
+        if dense and suite.repeats == 1:
+            return [dense_run(self.model, clip, arm.num_inference_steps, self.job.cache, self._run)], []
+        if arm.name not in self._warm:
+            for _ in range(suite.warmup):
+                self._run(clip, **arm.run_options())
+            self._warm.add(arm.name)
+        runs, beside = list[Run](), list[Run]()
+        for _ in range(suite.repeats):
+            runs.append(self._run(clip, **arm.run_options()))
+            if self.job.timed and not dense:
+                beside.append(self._run(clip, steps=arm.num_inference_steps, solver=BEST))
+        return runs, beside
+
+    def _run(self, clip: int, *, steps: int, **options: Any) -> Run:
+        return self._spending.run(steps, lambda: self.model.run(clip, steps=steps, **options))
+
+
+def _missing_arms(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
+    """Give the arms that a clip lacks; the dense ones to hold others against last, since these tell which."""
+    rivals = set[int]() if job.judge else set[int]().union(*map(rival_steps, known.values()))
+    for arm in (*job.suite.arms, *map(dense_arm, sorted(rivals))):
+        line = known.get(arm.name)
+        if (
+            line is None
+            or lacks_metrics(job.suite, line)
+            or (job.timed and not arm.is_dense and "seconds" not in line)
+            or (job.suite.repeats > 1 and len(line.get("repeated", {}).get("seconds", ())) < job.suite.repeats)
+            or (job.frames and not all((job.out.parent / line.get(key, "")).is_file() for key in KEPT))
+        ):
+            yield arm
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str, call: str, own: OwnClips | None, given: tuple[str, Dtype, Machine] | None) -> SuiteModel:
+    """Return a job's model, loaded once a process: an embedded one, or ``given`` by source, number format, machine."""
+    if given is None:
+        arguments = json.loads(call)
+        return EmbeddedModel(name, arguments) if own is None else EmbeddedModel(name, arguments, own=own)
+    assert own is not None  # `checked` refuses it
+    source, dtype, machine = given
+    return GivenModel(name, source, json.loads(call), own, dtype, machine)

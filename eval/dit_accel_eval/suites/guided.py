@@ -1,0 +1,78 @@
+"""Judges guidance at equal forwards, for suites with ``judge = "guidance"``.
+
+Guidance changes what is sought, so no converged run is the measure: each clip is judged by itself, by how near it
+comes to its prompt and by its sharpness. An arm is held, clip by clip, against the plain arm that `rival_of` names.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from dit_accel_assets import model_closeness, model_score
+
+from ..metrics.sharpness import sharpness
+from ..runs.model import Run, SuiteModel
+from ..runs.results import Line, markdown_table
+from ..statistics import bootstrap
+from .arms import Arm
+from .suite import Suite
+
+EQUAL = 1.25
+"""Forwards up to which plain arms count as equal: whole steps seldom give the very same number."""
+
+
+def measures(model: SuiteModel, clip: int, made: Run) -> Line:
+    """Return what a line says of a clip."""
+    return {
+        "forwards": made.counts.blocks / model.family.layers,
+        "score": model_score(model.name, clip, made.frames),
+        "closeness": model_closeness(model.name, clip, made.frames),
+        "sharpness": sharpness(made.frames),
+    }
+
+
+def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
+    """Return the plain arm that an arm is held against: of those with its forwards, the one nearest its prompts.
+
+    So an arm is held against guidance by a negative prompt at that one's own best scale and equal cost: its forwards or
+    up to `EQUAL` times as many; where no plain arm has, those with the fewest beyond. Plain arms have none.
+    """
+    if not arm.methods:
+        return None
+    means = {other.name: _mean(lines, other, "forwards") or 0.0 for other in suite.arms}
+    own = means[arm.name]
+    plain = [other for other in suite.arms if not other.methods and means[other.name] >= own]
+    most = max(EQUAL * own, min((means[other.name] for other in plain), default=0.0))
+    plain = [other for other in plain if means[other.name] <= most]
+    return max(plain, key=lambda other: _mean(lines, other, "closeness") or 0.0, default=None)
+
+
+def table(suite: Suite, lines: Sequence[Line]) -> str:
+    """Return the suite's Markdown table: one row per arm."""
+    heads = "arm | guidance | steps | forwards | answers right | closeness | sharpness x 1000 | against"
+    return markdown_table(f"{heads} | closeness gained, points", _rows(suite, lines))
+
+
+def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
+    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    for arm in suite.arms:
+        clips = by_arm[arm.name]
+        if not clips:
+            continue
+        forwards, score, close, sharp = (
+            float(np.mean([line[name] for line in clips.values()]))
+            for name in ("forwards", "score", "closeness", "sharpness")
+        )
+        rival = rival_of(suite, arm, lines)
+        others = by_arm[rival.name] if rival else {}
+        paired = [100 * (clips[clip]["closeness"] - others[clip]["closeness"]) for clip in sorted({*clips} & {*others})]
+        call = next(iter(clips.values()))["call"]
+        scale = call.get("guidance_scale", call.get("true_cfg_scale", ""))
+        yield (
+            arm.name, scale, arm.num_inference_steps, f"{forwards:.1f}", f"{score:.0%}", f"{close:.3f}",
+            f"{1000 * sharp:.2f}", rival.name if rival else "", f"{bootstrap(paired):+}" if paired else "",
+        )  # fmt: skip
+
+
+def _mean(lines: Sequence[Line], arm: Arm, name: str) -> float | None:
+    values = [line[name] for line in lines if line["arm"] == arm.name]
+    return float(np.mean(values)) if values else None

@@ -1,0 +1,189 @@
+"""A suite to be run: where its lines go, what each of them must say, and what can be refused before anything runs."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_accel_assets import model_path
+from dit_accel_pipelines.generation.pipeline_call import pipeline_class
+from dit_accel_pipelines.generation.request import check_words
+from dit_accel_pipelines.generation.solvers import BEST
+
+from dit_accel import ConfigError
+from dit_accel.adapters.model_files import read_model_files
+from dit_accel.files import check_writable, held
+
+from ..runs.embedded import check_name, settled_call, weights_hash
+from ..runs.given import check_given, given_call, given_weights
+from ..runs.machine import Machine
+from ..runs.model import check_guided
+from ..runs.results import Line, check_clips, check_lines, read_lines, write_lines
+from ..runs.schedulers import scheduler_of, shipped_scheduler
+from .arms import Arm
+from .comparison import table
+from .judges import JUDGES, Judge
+from .reference import AGREE
+from .suite import Suite
+
+SCALES = ("guidance_scale", "true_cfg_scale")
+"""What an arm's call may change where all are held against one converged run, which has the suite's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a process needs to run the clips of a suite, checked once by `checked`.
+
+    Attributes:
+        suite: what runs.
+        out: the result lines' file.
+        cache: folder of dense runs.
+        timed: whether each arm is timed beside the dense run of as many steps.
+        threads: of torch; None: as many as it takes.
+        frames: folder in which the frames of every run are kept; None: nowhere.
+        talk: whether each run is told on stderr.
+        machine: where a model runs that is not embedded.
+    """
+
+    suite: Suite
+    out: Path
+    cache: Path
+    timed: bool
+    threads: int | None
+    frames: Path | None = None
+    talk: bool = True
+    machine: Machine = field(default_factory=Machine)
+
+    @property
+    def judge(self) -> Judge | None:
+        """How clips are judged by themselves; None: they are held against converged runs."""
+        return JUDGES[self.suite.judge] if self.suite.judge else None
+
+    @functools.cached_property
+    def setting(self) -> Line:
+        """What every line must say: the model, and where there is one, the call of the converged run."""
+        suite = self.suite
+        if suite.embedded:
+            model = {"model": suite.model, "weights": weights_hash(suite.model)}
+        else:
+            dtype = self.machine.dtype(suite.dtype)
+            model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
+        if suite.judge:
+            return model
+        return {**model, "call": call_of(suite, suite.call), "reference": f"{BEST}, agreeing to {AGREE:g} dB"}
+
+    def arm_setting(self, arm: Arm) -> Line:
+        """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call.
+
+        Else ``arm_call`` has what little it may change.
+        """
+        own = arm.to_dict()
+        if self.judge:
+            return {**own, "call": call_of(self.suite, {**self.suite.call, **arm.call})}
+        return own | ({"arm_call": own.pop("call")} if arm.call else {})
+
+
+def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
+    """Return the clips to run: a suite's first ``most``, None: all; of those that its judge can judge."""
+    count = suite.clips if most is None else min(most, suite.clips)
+    if suite.judge and (numbers := JUDGES[suite.judge].numbers):
+        return numbers(suite.model, count, suite.first_clip)
+    return range(suite.first_clip, suite.first_clip + count)
+
+
+def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the call of a suite's model: its defaults, changed by what was given.
+
+    Raises:
+        ConfigError: for an argument that its pipeline does not take.
+    """
+    if suite.embedded:
+        return settled_call(suite.model, given)
+    return given_call(check_given(suite.source)[0], given)
+
+
+def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
+    """Return a suite's Markdown table, by its judge or against converged runs."""
+    return JUDGES[suite.judge].table(suite, lines) if suite.judge else table(suite, lines)
+
+
+@contextlib.contextmanager
+def checked(job: Job) -> Iterator[None]:
+    """Check what can be checked beforehand, and hold the file, without a last line that was cut off, for the block.
+
+    Raises:
+        ConfigError: for a suite that can't run so, or a file that can't be written or holds results of another.
+        Busy: if another run writes to the file.
+    """
+    _check_model(job.suite)
+    _check_kind(job)
+    for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"{what} can't be written to {folder}: {error.strerror}; choose another folder"
+            raise ConfigError(text) from None
+    check_writable(job.out, "results")
+    with held(job.out, "the results file"):
+        known = read_lines(job.out)
+        check_lines(job.out, known, job.setting, {arm.name: job.arm_setting(arm) for arm in job.suite.arms})
+        check_clips(job.out, known, job.suite.own)
+        write_lines(job.out, known)
+        yield
+
+
+def _check_model(suite: Suite) -> None:
+    """Refuse a model that suites can't run, and prompts, schedulers and guiders that it does not take.
+
+    Raises:
+        ConfigError: for the first of them.
+        UnsupportedModel: for a model that is not found or that no adapter covers.
+    """
+    if suite.embedded:
+        check_name(suite.model)
+        for prompt in suite.own.prompts if suite.own else ():
+            check_words(prompt, suite.model)
+        source = str(model_path(suite.model))
+        files = read_model_files(source)
+    else:
+        source, (files, _) = suite.source, check_given(suite.source)
+        if suite.own is None:
+            raise ConfigError(
+                f"{suite.name} has no prompts, and only embedded models have held-out ones; add prompts = [...] or a "
+                f"prompt_file for {suite.model}"
+            )
+    shipped = shipped_scheduler(source)
+    for arm in suite.arms:
+        try:
+            scheduler_of(shipped, arm.solver, arm.scheduler, arm.flow_shift)
+            if arm.guider:
+                check_guided(pipeline_class(files))
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm.name!r}: {error}") from None
+
+
+def _check_kind(job: Job) -> None:
+    """Refuse what clips without a reference can't have, and what those with one can't."""
+    suite = job.suite
+    if not suite.judge:
+        for arm in suite.arms:
+            if {*arm.call} - {*SCALES}:
+                raise ConfigError(
+                    f"arm {arm.name!r} has a call of its own, {dict(arm.call)}, and all are held against one converged "
+                    f"run, so that it may only set {' and '.join(SCALES)}; leave it out, or judge clips by themselves: "
+                    'judge = "longer"'
+                )
+            call_of(suite, {**suite.call, **arm.call})
+        return
+    requested = [name for name, given in (("--time", job.timed), ("--frames", job.frames), ("metrics", suite.metrics))
+             if given]  # fmt: skip
+    if requested:
+        raise ConfigError(
+            f"{suite.name} judges clips by themselves ({suite.judge}), without a dense run beside them; leave out "
+            f"{' and '.join(requested)}"
+        )
+    if check := JUDGES[suite.judge].check:
+        check(suite)

@@ -1,0 +1,108 @@
+"""Judges clips longer than trained, for suites with ``judge = "longer"``.
+
+No clip has a reference, so each is judged by itself: the judge's score for its prompt, motion, sharpness, how near a
+later stretch comes to the opening one, and how much of a loop it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
+
+from ..metrics.loops import loop, repetition
+from ..metrics.metric import Clip
+from ..metrics.motion import motion
+from ..metrics.sharpness import sharpness
+from ..runs.model import Run, SuiteModel
+from ..runs.results import Line, markdown_table
+from ..statistics import paired_cell
+from .suite import Suite
+
+STRETCHES = "closeness_by_stretch"
+"""What a line calls how near each stretch comes to the prompt."""
+
+
+def measures(model: SuiteModel, clip: int, made: Run) -> Line:
+    """Return what a line says of a clip."""
+    trained = int(model_defaults(model.name)["num_frames"])
+    return {
+        "frames": len(made.frames),
+        "score": model_score(model.name, clip, made.frames),
+        "path_error": model_path_error(model.name, clip, made.frames),
+        STRETCHES: by_stretch(model.name, clip, made.frames),
+        "motion": motion(made.frames),
+        "sharpness": sharpness(made.frames),
+        "repetition": repetition(made.frames, trained),
+        "loop": loop(made.frames, trained),
+        "loop_seconds": round(made.seconds, 2),
+    }
+
+
+def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
+    """Return how near each stretch of a clip comes to the prompt, 0 to 1; the first and the last frames are among them.
+
+    A stretch has the frames of the longest clips that the model was trained on.
+
+    Args:
+        name: of the embedded model.
+        clip: its number.
+        frames: [F, H, W, 3] in [0, 1].
+    """
+    long = longest_trained(name)
+    starts = np.linspace(0, max(0, len(frames) - long), max(1, round(len(frames) / long))).round().astype(int)
+    return [model_closeness(name, clip, frames, first=int(start), end=int(start) + long) for start in starts]
+
+
+def table(suite: Suite, lines: Sequence[Line]) -> str:
+    """Return the suite's two Markdown tables: a row per arm, and each against the plain arm of its length and steps."""
+    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    heads = (
+        "arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
+        "repetition RMS | loop | pairs computed | denoising, s"
+    )
+    rows = ((name, *_cells(list(clips.values()))) for name, clips in by_arm.items() if clips)
+    against = (
+        "arm | against | paired difference of the score, points | of the loop | of the path error, px | "
+        "of the motion x 1000 | of the sharpness x 1000 | of the repetition RMS x 1000 | times its denoising"
+    )
+    return f"{markdown_table(heads, rows)}\n\n{markdown_table(against, _differences(suite, by_arm))}"
+
+
+def _cells(lines: list[Line]) -> tuple[str, ...]:
+    """What the table says of an arm's lines; runs of before don't say how near each stretch comes, nor their time."""
+
+    def mean(name: str, scale: float = 1.0) -> float:
+        return scale * float(np.nanmean([line.get(name, np.nan) for line in lines]))
+
+    stretches = [line[STRETCHES] for line in lines if STRETCHES in line]
+    text = sum(np.isfinite(line.get("path_error", np.nan)) for line in lines)
+    path = f"{mean('path_error'):.1f}" if text else ""
+    return (
+        f"{len(lines)}",
+        f"{mean('frames'):.0f}",
+        f"{mean('score'):.0%}",
+        " ".join(f"{value:.2f}" for value in np.mean(stretches, 0)) if stretches else "",
+        path + (f" ({text})" if 0 < text < len(lines) else ""),
+        f"{mean('motion', 1000):.2f}",
+        f"{mean('sharpness', 1000):.2f}",
+        f"{mean('repetition'):.3f}",
+        f"{mean('loop'):.2f}",
+        f"{mean('attended'):.0%}",
+        f"{mean('loop_seconds'):.1f}" if all("loop_seconds" in line for line in lines) else "",
+    )
+
+
+def _differences(suite: Suite, by_arm: dict[str, dict[int, Line]]) -> Iterator[Sequence[object]]:
+    for arm in suite.arms:
+        own, plain = by_arm[arm.name], suite.plain(arm)
+        if not own or plain is None:
+            continue
+
+        def cell(name: str, scale: float = 1.0, own: Any = own, others: Any = by_arm[plain.name]) -> str:
+            return paired_cell(own, others, name, scale=scale, ratio=name == "loop_seconds")
+
+        yield (
+            arm.name, plain.name, cell("score", 100), cell("loop"), cell("path_error"), cell("motion", 1000),
+            cell("sharpness", 1000), cell("repetition", 1000), cell("loop_seconds"),
+        )  # fmt: skip

@@ -1,0 +1,205 @@
+"""What a result line says of one run: how it compares with the converged one or is judged, what it cost, what ran."""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dit_accel_assets import model_defaults, model_score
+from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
+
+from dit_accel import ConfigError
+
+from ..metrics.metric import Clip, Sample
+from ..metrics.registered import metric, scores
+from ..runs.counting import Counts, tokens_of, work, works
+from ..runs.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
+from ..runs.machine import device_name, processor
+from ..runs.model import Run, SuiteModel
+from ..runs.results import Line
+from .arms import Arm
+from .job import Job
+from .reference import Reference
+from .suite import Suite
+
+ALWAYS = ("psnr", "ssim")
+"""What every line of an arm that is held against a converged run holds by itself."""
+
+UNJUDGED = "the judge knows what held-out prompts ask for, and these are not among them"
+"""Why clips of one's own prompts have no score."""
+
+DIGITS = 4
+"""Digits behind the point of values by frame and by step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One arm on one clip of a job, as it ran.
+
+    Attributes:
+        job: the job.
+        arm: the arm.
+        clip: the clip's number.
+        model: what ran.
+        reference: the converged run; None where clips are judged by themselves.
+        runs: of the arm, as many as each sample is repeated.
+        beside: where timed, the dense run of as many steps after each of them.
+    """
+
+    job: Job
+    arm: Arm
+    clip: int
+    model: SuiteModel
+    reference: Reference | None
+    runs: Sequence[Run]
+    beside: Sequence[Run] = ()
+
+
+def line_of(sampled: Sampled) -> Line:
+    """Return the line of one clip of one arm, held against the converged run or judged by itself.
+
+    A timed one has the seconds of its denoising loop, those of the dense run of as many steps right after it, and
+    ``steps_in_time``, how many dense steps take as long. Where samples are repeated, seconds are the median's, and
+    ``repeated`` has all with their quartiles.
+    """
+    job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
+    line = {**_about(sampled), **(_judged(sampled, made) if reference is None else _held(sampled, made, reference))}
+    if len(sampled.runs) > 1:
+        line["repeated"] = repeated(sampled.runs)
+    if job.frames is not None and reference is not None:
+        line |= _kept(job.frames, job.out.parent, line, made.frames, reference)
+    if sampled.beside:
+        seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
+        line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
+        line["processor"] = processor()
+        line["steps_in_time"] = sampled.arm.num_inference_steps * seconds / dense
+    return line
+
+
+def median_run(runs: Sequence[Run]) -> Run:
+    """Return the run whose denoising loop took the median time, of an even number the longer one of the two."""
+    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+
+
+def repeated(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the seconds of the denoising loop of repeated runs, in order, with their median and quartiles."""
+    seconds = [run.seconds for run in runs]
+    low, middle, high = (round(float(one), DIGITS) for one in np.percentile(seconds, [25, 50, 75]))
+    return {"seconds": [round(one, DIGITS) for one in seconds], "median": middle, "quartiles": [low, high]}
+
+
+def _held(sampled: Sampled, made: Run, reference: Reference) -> Line:
+    """Return what is said of a run beside its converged one."""
+    share = sampled.model.own_share
+    return {
+        "reference_steps": reference.steps,
+        "reference_agreement": reference.agreement,
+        **_measured(sampled, made, reference),
+        **works(made.counts, reference.step, made.attended, share),
+        "forwards": made.counts.blocks / reference.step.blocks,
+        **_cost(made, reference.step, share),
+    }
+
+
+def _judged(sampled: Sampled, made: Run) -> Line:
+    """Return what is said of a run by itself."""
+    judge = sampled.job.judge
+    assert judge is not None
+    return {**judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, 0.0)}
+
+
+def _about(sampled: Sampled) -> Line:
+    """Return what shapes a run, and what it was made with."""
+    job, arm, clip, model = sampled.job, sampled.arm, sampled.clip, sampled.model
+    embedded = job.suite.embedded
+    return {
+        "arm": arm.name,
+        "clip": clip,
+        "suite": job.suite.name,
+        "prompt": model.prompt(clip),
+        **({"seed": model.seed(clip)} if job.suite.own else {}),
+        **({} if embedded else {"tokens": tokens_of(model.adapter, model.family, model.call)}),
+        **job.setting,
+        **job.arm_setting(arm),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "dit_accel": version("dit-accel"),
+        "python": platform.python_version(),
+        "device": processor() if embedded else device_name(model.device),
+    }
+
+
+def _cost(made: Run, dense_step: Counts | None, share: float) -> Line:
+    """Return what a run took, as far as it is known: by stage, by step and in memory, beside whatever else ran.
+
+    ``step_work`` is each step's work in dense steps, 0 where it was skipped; ``density`` the exact share of tiles by
+    step and layer, None where no attention call followed a plan.
+    """
+    line: Line = {"attended": made.attended}
+    if made.times is not None:
+        line["times"] = made.times.to_dict()
+    if made.by_step and dense_step is not None:
+        line["step_work"] = [round(work(counts, dense_step, part, share), DIGITS) for counts, part in made.by_step]
+    if made.density:
+        line["density"] = [[None if one is None else round(one, DIGITS) for one in step] for step in made.density]
+    if made.memory is not None:
+        line["peak_memory_bytes"] = dict(made.memory)
+    return line
+
+
+def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
+    """Return what is measured against the reference: PSNR, SSIM and the judge's score, and what the suite names.
+
+    ``metrics`` holds values by name, ``by_frame`` those of single frames, ``skipped`` why a metric says nothing about
+    this clip, and ``unavailable`` why it could not be measured on this machine.
+
+    Raises:
+        ConfigError: for frames that are not finite, with the arm and clip that made them.
+    """
+    suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
+    held_out, trained = suite.embedded and not suite.own, model.family.trained_frames if not suite.embedded else None
+    if suite.embedded and (frames := model_defaults(suite.model).get("num_frames")) is not None:
+        trained = int(frames)
+    try:
+        sample = Sample(
+            frames=made.frames, reference=reference.frames, prompt=model.prompt(clip), trained_frames=trained,
+            fps=EMBEDDED_FPS if suite.embedded else OTHER_FPS, held_out=(suite.model, clip) if held_out else None,
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None
+    found = scores(dict.fromkeys((*ALWAYS, *suite.metrics)), sample)
+    values = found.values()
+    line: dict[str, Any] = {name: values.pop(name) for name in ALWAYS}
+    if held_out:
+        line["score"] = model_score(suite.model, clip, made.frames)
+    else:
+        found.skipped["score"] = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
+    if suite.metrics:
+        by_frame = {name: one.by_frame for name, one in found.measured.items() if name in suite.metrics}
+        line["metrics"] = values
+        line["by_frame"] = {name: [round(x, DIGITS) for x in one] for name, one in by_frame.items() if one is not None}
+    line |= {key: why for key in ("skipped", "unavailable") if (why := getattr(found, key))}
+    return line
+
+
+def lacks_metrics(suite: Suite, line: Line) -> bool:
+    """Whether a line lacks a metric that the suite names and that can be measured here now."""
+    known = {*line.get("metrics", ()), *line.get("skipped", ()), *ALWAYS}
+    return any(name not in known and metric(name).missing() is None for name in suite.metrics)
+
+
+def _kept(folder: Path, beside: Path, line: Line, clip: Clip, reference: Reference) -> Line:
+    """Keep the frames of a run, and the reference's once; returns their paths, from the result lines' folder."""
+    own, other = (kept_path(folder, name, line["clip"]) for name in (line["arm"], REFERENCE))
+    keep(own, clip, run_of(line))
+    try:
+        read_kept(other, reference_of(line))
+    except ConfigError:  # there is none, or one of earlier weights
+        keep(other, reference.frames, reference_of(line))
+    paths = {"kept": own, "kept_reference": other}
+    return {key: Path(os.path.relpath(path, beside)).as_posix() for key, path in paths.items()}

@@ -1,0 +1,141 @@
+"""Draws a suite: PSNR over work, dense runs of the best solver as a line.
+
+Written by `python -m dit_accel_eval.suites.plots SUITE`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_accel_pipelines.generation.solvers import BEST
+
+from dit_accel import ConfigError, DitAccelError
+from dit_accel.files import written_whole
+
+from ..runs.results import read_lines
+from .comparison import WORKS, ArmFigures, figures
+from .suite import Suite, read_suite
+
+MARKS = "osv^"
+"""Marks of groups beyond the ten colours."""
+
+DOTS = 80
+"""Dots an inch; the pictures are committed, and stay small."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw a suite's results as a PNG; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("--results", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suites")
+    parser.add_argument("--out", type=Path, help="PNG; default: docs/<suite>.png")
+    options = parser.parse_args(arguments)
+    try:
+        suite = read_suite(options.suite)
+        lines = options.results or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
+        arms = figures(suite, read_lines(lines))
+        clips = max((arm.clips for arm in arms), default=suite.clips)
+        draw(arms, title(suite, clips), options.out or Path("docs") / f"{suite.name}.png")
+    except DitAccelError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def title(suite: Suite, clips: int) -> str:
+    """Return what a suite's picture of so many clips is called."""
+    return f"{suite.name}: {suite.model}, {clips} held-out clips"
+
+
+def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
+    """Write a PNG of PSNR over work: a panel for each kind of work, the best solver's dense runs as a line with band.
+
+    Arms of one name and several steps are joined; those whose names agree up to a comma share a colour. An arm that no
+    other surpasses at as little work has a ring around it.
+
+    Args:
+        arms: what to draw.
+        title: of the picture.
+        path: of the PNG.
+
+    Raises:
+        ConfigError: if there are no arms.
+    """
+    figure = picture(arms, title)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DOTS)
+
+
+def picture(arms: Sequence[ArmFigures], title: str) -> Any:
+    """Return what `draw` writes, as a figure of matplotlib.
+
+    Raises:
+        ConfigError: if there are no arms.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not arms:
+        raise ConfigError(f"{title} has no results to draw; run dit-accel eval run first")
+    whole = max(arm.clips for arm in arms)
+    arms = [arm for arm in arms if arm.clips == whole]  # dense runs that only some clips needed as rivals are left out
+    works = [key for key in WORKS if key == "work_real" or any(not _same_work(arm) for arm in arms)]
+    figure = Figure(figsize=(3.5 + 5.5 * len(works), 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(works), sharey=True, squeeze=False)[0]
+    for panel, key in zip(panels, works, strict=True):
+        _draw_panel(panel, arms, key)
+    panels[0].set_ylabel("PSNR to the converged run, dB")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    return figure
+
+
+def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
+    groups: dict[str, dict[str, list[ArmFigures]]] = {}
+    for arm in arms:
+        series = _series(arm)
+        groups.setdefault(series.partition(",")[0], {}).setdefault(series, []).append(arm)
+    others = [group for group in groups if group != BEST]
+    looks = {group: (f"C{number % 10}", MARKS[number // 10 % len(MARKS)]) for number, group in enumerate(others)}
+    for group, members in groups.items():
+        for number, points in enumerate(members.values()):
+            points.sort(key=lambda arm: arm.means[key])
+            across, up = [arm.means[key] for arm in points], [arm.psnr.mean for arm in points]
+            label = group if number == 0 else None
+            if group == BEST:
+                panel.plot(across, up, "k-", label=f"{BEST}, fewer steps")
+                low, high = [arm.psnr.low for arm in points], [arm.psnr.high for arm in points]
+                panel.fill_between(across, low, high, color="k", alpha=0.1, linewidth=0)
+            else:
+                colour, mark = looks[group]
+                panel.plot(across, up, f"{mark}-", color=colour, label=label, markersize=4, linewidth=0.7)
+    best = [arm for arm in frontier(arms, key) if _series(arm) != BEST]
+    panel.plot([arm.means[key] for arm in best], [arm.psnr.mean for arm in best], "ko", markersize=8, fillstyle="none")
+    panel.set_xlabel(f"{WORKS[key]}, in dense steps")
+    panel.grid(alpha=0.3)
+
+
+def frontier(arms: Sequence[ArmFigures], key: str) -> list[ArmFigures]:
+    """Return the arms that none surpasses at as little work, by work."""
+    found: list[ArmFigures] = []
+    for arm in sorted(arms, key=lambda one: (one.means[key], -one.psnr.mean)):
+        if not found or arm.psnr.mean > found[-1].psnr.mean:
+            found.append(arm)
+    return found
+
+
+def _series(arm: ArmFigures) -> str:
+    """Return an arm's name without its steps."""
+    name, _, steps = arm.name.rpartition(" ")
+    return name if steps.isdigit() else arm.name
+
+
+def _same_work(arm: ArmFigures) -> bool:
+    return abs(arm.means["work"] - arm.means["work_real"]) < 1e-6
+
+
+if __name__ == "__main__":
+    sys.exit(main())

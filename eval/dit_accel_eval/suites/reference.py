@@ -1,0 +1,132 @@
+"""Dense runs kept on disk, and among them the reference of a clip: the converged run, which no solver's steps blur.
+
+The steps are doubled until two runs agree; the finer one is the reference. Every dense run of the best solver is made
+once and found again by the hash of all that shapes it; the folder is a cache, to be deleted at will.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dit_accel_pipelines.generation.solvers import BEST, shift_of
+
+from dit_accel import ConfigError
+from dit_accel.files import written_whole
+
+from ..metrics.metric import Clip
+from ..metrics.psnr import psnr
+from ..runs.counting import Counts
+from ..runs.model import Run, SuiteModel, Times
+from ..runs.results import explained_disk_errors
+
+AGREE = 45.0
+"""PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged."""
+
+FIRST, MOST = 16, 256
+"""Steps with which the search begins, and the most that it tries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The converged run of one clip.
+
+    Attributes:
+        frames: [F, height, width, 3] in [0, 1].
+        steps: its steps.
+        agreement: PSNR in dB to the run of half the steps; under `AGREE` the search ended at `MOST` steps.
+        step: what one dense step computed.
+    """
+
+    frames: Clip
+    steps: int
+    agreement: float
+    step: Counts
+
+
+def default_cache() -> Path:
+    """Return the folder of dense runs where none is named: ``dit-accel`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-accel" / "dense-runs"
+
+
+def converged(
+    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, *, first: int = FIRST,
+    most: int = MOST,
+) -> Reference:  # fmt: skip
+    """Return a clip's reference, made by ``run``, None: the model's own, or found again."""
+    steps, coarse = first, dense_run(model, clip, first, cache, run)
+    while True:
+        steps *= 2
+        fine = dense_run(model, clip, steps, cache, run)
+        agreement = psnr(fine.frames, coarse.frames)
+        if agreement >= AGREE or 2 * steps > most:
+            return Reference(frames=fine.frames, steps=steps, agreement=agreement, step=fine.counts / steps)
+        coarse = fine
+
+
+def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, run: Callable[..., Run] | None = None) -> Run:
+    """Return a dense run of the best solver with the model's own noise shift, made or found again, with its times.
+
+    Args:
+        model: what runs.
+        clip: its number.
+        steps: denoising steps.
+        cache: folder of dense runs.
+        run: makes a run as `SuiteModel.run` does; None: that.
+
+    Raises:
+        ConfigError: if the file that should hold it holds another run, or can't be written.
+    """
+    setting = run_setting(model, clip, steps)
+    name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache / f"{name}.npz"
+    if not path.exists():
+        made = (run or model.run)(clip, steps=steps, solver=BEST)
+        meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
+        meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
+        with explained_disk_errors(path):
+            cache.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            np.savez(temporary, frames=made.frames.astype(np.float16), meta=json.dumps(meta))
+    return _read(path, setting)
+
+
+def run_setting(model: SuiteModel, clip: int, steps: int) -> dict[str, Any]:
+    """Return all that shapes a dense run, as JSON knows it."""
+    return {
+        "model": model.name,
+        "weights": model.weights,
+        "prompt": model.prompt(clip),
+        "seed": model.seed(clip),
+        "call": model.call,
+        "solver": BEST,
+        "flow_shift": shift_of(model.shipped),
+        "steps": steps,
+        **({} if model.dtype is None else {"dtype": model.dtype}),
+    }
+
+
+def _read(path: Path, setting: dict[str, Any]) -> Run:
+    try:
+        with np.load(path) as saved:
+            frames, meta = saved["frames"].astype(np.float32), json.loads(str(saved["meta"]))
+        found, counts = meta["setting"], Counts(**meta["counts"])
+        times, memory = meta.get("times"), meta.get("memory")  # earlier releases kept none
+        times = Times(**{**times, "steps": tuple(times["steps"])}) if times else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} is not a dense run that this release can read ({error}); delete it") from None
+    for name, value in setting.items():
+        if found.get(name) != value:
+            raise ConfigError(f"{path} is a dense run of {name} {found.get(name)!r}, not {value!r}; delete it")
+    steps = setting["steps"]
+    return Run(
+        frames=frames, counts=counts, attended=1.0, seconds=math.nan, times=times, memory=memory,
+        by_step=((counts / steps, 1.0),) * steps,
+    )  # fmt: skip

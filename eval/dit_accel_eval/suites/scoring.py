@@ -1,0 +1,91 @@
+"""Measures clips in files by metrics, each against its reference where there is one: `dit-accel eval score`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from dit_accel import ConfigError
+
+from ..metrics.consistency import NET, features
+from ..metrics.distances import ENOUGH, SETS
+from ..metrics.metric import Clip, Sample
+from ..metrics.registered import check_names, metric, scores
+from ..metrics.weights import missing
+from ..runs.clip_files import ClipFile, clips_in, paired
+from ..runs.results import Line
+
+CAP = (
+    "which caps PSNR and the like (near 39 dB at the quality that diffusers exports) and hides small errors; compare "
+    ".png or lossless .mkv"
+)
+"""What lossy files do to a comparison."""
+
+
+def score_files(
+    path: Path,
+    references: Path | None,
+    names: Sequence[str],
+    *,
+    fps: float,
+    trained_frames: int | None = None,
+    warn: Callable[[str], None],
+) -> Iterator[Line]:
+    """Give a line for each clip, then one for all if distances between sets are asked for.
+
+    Args:
+        path: a clip, or a folder of clips.
+        references: the same of what they should be; None: there are none.
+        names: of metrics, or of `SETS`.
+        fps: frames per second of all clips.
+        trained_frames: frames that the model was trained on; None: as many as there are.
+        warn: is given what should be known beforehand.
+
+    Raises:
+        ConfigError: for an unknown metric, one that needs references where there are none, or clips that can't be read
+            or compared; what can be told before anything is measured is.
+    """
+    single = check_names([name for name in names if name not in SETS])
+    sets = [name for name in names if name in SETS]
+    comparing = [*(name for name in single if metric(name).reference), *sets]
+    if comparing and references is None:
+        raise ConfigError(f"{', '.join(comparing)} compares with a reference; name clips with --reference")
+    reason = missing(NET) if sets else None
+    if reason is not None:
+        raise ConfigError(f"{', '.join(sets)} can't be measured: {reason}")
+    clips = clips_in(path)
+    pairs = list(paired(clips, path, references))
+    lossy = [one.path.name for pair in pairs for one in pair if one is not None and not one.is_exact()]
+    if lossy and comparing:
+        warn(f"{len(lossy)} of the files are compressed with loss ({lossy[0]}), {CAP}")
+    both: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for clip, reference in pairs:
+        sample = _sample(clip, reference, fps, trained_frames)
+        if sets and sample.reference is not None:
+            both[0].append(features(sample.frames))
+            both[1].append(features(sample.reference))
+        found = scores(single, sample)
+        line: Line = {"clip": clip.name, "reference": reference and reference.path.name, "metrics": found.values()}
+        line["by_frame"] = {name: one.by_frame for name, one in found.measured.items() if one.by_frame is not None}
+        line |= {key: text for key in ("skipped", "unavailable") if (text := getattr(found, key))}
+        yield line
+    if sets:
+        yield _sets(sets, torch.cat(both[0]), torch.cat(both[1]), warn)
+
+
+def _sample(clip: ClipFile, reference: ClipFile | None, fps: float, trained_frames: int | None) -> Sample:
+    frames: Clip = clip.frames()
+    try:
+        return Sample(
+            frames=frames, reference=reference.frames() if reference else None, fps=fps, trained_frames=trained_frames
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{clip.path}: {error}") from None
+
+
+def _sets(names: Sequence[str], own: torch.Tensor, other: torch.Tensor, warn: Callable[[str], None]) -> Line:
+    if len(own) < 2:
+        raise ConfigError(f"{', '.join(names)} takes 2 frames of each set, and there are {len(own)}; add clips")
+    if len(own) < ENOUGH and "fid@efflite0" in names:
+        warn(f"fid@efflite0 of {len(own)} frames is above that of many; hold it only against others of as many frames")
+    return {"clip": None, "frames": len(own), "metrics": {name: SETS[name](own, other) for name in names}}

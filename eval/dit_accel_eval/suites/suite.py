@@ -1,0 +1,186 @@
+"""Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_accel_assets import model_names
+from dit_accel_pipelines.generation.request import DTYPES, Dtype, read_prompts
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+
+from ..metrics.registered import check_names
+from ..runs.budget import Budget, read_budget
+from ..runs.clips import OwnClips
+from .arms import Arm, check_kinds, read_arms
+
+SUITE_VERSION = 2
+
+JUDGES = ("longer", "larger", "guidance", "vbench")
+"""How clips may be judged by themselves; see `judges`."""
+
+KINDS = {
+    "name": str,
+    "model": str,
+    "clips": int,
+    "first_clip": int,
+    "prompts": list,
+    "prompt_file": str,
+    "seeds": list,
+    "dtype": str,
+    "call": dict,
+    "metrics": list,
+    "judge": str,
+    "warmup": int,
+    "repeats": int,
+    "budget": dict,
+}
+"""Key of a suite -> what it must be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """A comparison on prompts and seeds of a model.
+
+    Attributes:
+        name: the suite's name.
+        model: name of an embedded model, or as the file names it a folder or hub id of a diffusers pipeline.
+        clips: how many; a held-out clip's number is its seed.
+        arms: what is compared.
+        call: arguments of the pipeline's call that differ from the model's defaults.
+        metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
+            by frame.
+        first_clip: number of the first.
+        judge: one of `JUDGES`, by which clips are judged by themselves; empty: they are held against converged runs.
+        folder: of the file, where a model's folder and a file of prompts are looked for first.
+        own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
+        dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
+            former.
+        warmup: runs of every arm in each process that are not counted, before its first.
+        repeats: times that each sample is made, of which seconds are told as median and quartiles.
+        budget: what one call of `eval run` may take; None: all that it needs.
+    """
+
+    name: str
+    model: str
+    clips: int
+    arms: tuple[Arm, ...]
+    call: Mapping[str, Any] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
+    first_clip: int = 0
+    judge: str = ""
+    folder: Path = Path()
+    own: OwnClips | None = None
+    dtype: Dtype | None = None
+    warmup: int = 0
+    repeats: int = 1
+    budget: Budget | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model ships with the project."""
+        return self.model in model_names()
+
+    @property
+    def source(self) -> str:
+        """Return what diffusers loads of a model that is not embedded: a folder, beside the file if it is there."""
+        beside = self.folder / Path(self.model).expanduser()
+        return str(beside) if beside.is_dir() else self.model
+
+    def plain(self, arm: Arm) -> Arm | None:
+        """Return the arm that differs from another only in having no methods."""
+        without = {**arm.to_dict(), "methods": {}}
+        return next((other for other in self.arms if other is not arm and other.to_dict() == without), None)
+
+
+def read_suite(path: Path) -> Suite:
+    """Read a suite from a TOML file.
+
+    Raises:
+        ConfigError: for a missing file, another version, or an unknown or ill-typed key.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no suite at {path}; name a TOML file such as eval/suites/knee-wan-tiny.toml")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    if data.pop("version", None) != SUITE_VERSION:
+        raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads; rewrite it for that")
+    arms = data.pop("arm", [])
+    check_kinds(data, KINDS, str(path))
+    own = _own_clips(data, path)
+    if own is not None:
+        data["clips"] = len(own)
+    missing = [key for key in ("name", "model", "clips") if key not in data]
+    if missing or not arms:
+        or_prompts = ", or prompts = [...] of your own" if missing == ["clips"] else ""
+        raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}{or_prompts}; add what is missing")
+    _check_numbers(data, path)
+    if data.get("judge", "") not in ("", *JUDGES):
+        raise ConfigError(f"{path} has no judge {data['judge']!r}; {did_you_mean(data['judge'], JUDGES)}")
+    budget = read_budget(data.pop("budget"), str(path)) if "budget" in data else None
+    suite = Suite(
+        **{**data, "metrics": _metrics(data.get("metrics", []), path)}, arms=read_arms(arms, path), own=own,
+        budget=budget, folder=path.parent,
+    )  # fmt: skip
+    _check_model(suite, path)
+    return suite
+
+
+def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
+    """Take the prompts and seeds out of a suite's keys; None where there are none of one's own.
+
+    Raises:
+        ConfigError: for two ways of giving prompts, what counts held-out ones beside them, or seeds alone.
+    """
+    file, prompts, seeds = data.pop("prompt_file", None), data.pop("prompts", None), data.pop("seeds", None)
+    if file is None and prompts is None:
+        if seeds is not None:
+            raise ConfigError(f"{path} has seeds but no prompts; add prompts = [...], or leave them out for held-out "
+                              "clips, whose number is their seed")  # fmt: skip
+        return None
+    if file is not None and prompts is not None:
+        raise ConfigError(f"{path} has prompts and a prompt_file; give one of them")
+    counted = [key for key in ("clips", "first_clip") if key in data]
+    if counted:
+        raise ConfigError(
+            f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts of its own; leave them "
+            "out: every prompt is run"
+        )
+    try:
+        listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file)
+        return OwnClips(prompts=listed, seeds=tuple(seeds or ()))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).replace('--prompt-file', 'prompt_file')}") from None
+
+
+def _check_numbers(data: Mapping[str, Any], path: Path) -> None:
+    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0)):
+        if data.get(key, least) < least:
+            raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
+    if data.get("first_clip", 0) < 0:
+        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
+
+
+def _check_model(suite: Suite, path: Path) -> None:
+    """Refuse what only embedded models have, and what they have not."""
+    if suite.dtype is not None and suite.dtype not in DTYPES:
+        raise ConfigError(f"{path} has no dtype {suite.dtype!r}; {did_you_mean(suite.dtype, DTYPES)}")
+    if suite.embedded and suite.dtype not in (None, "float32"):
+        raise ConfigError(f"{path} has dtype {suite.dtype!r}, and {suite.model} runs in float32; leave it out")
+    if suite.judge and (suite.own or not suite.embedded):
+        raise ConfigError(
+            f"{path} has judge = {suite.judge!r}, which knows held-out clips of embedded models alone; leave it out"
+        )
+
+
+def _metrics(names: list[Any], path: Path) -> tuple[str, ...]:
+    """Return a suite's metrics, by name."""
+    try:
+        return check_names([str(name) for name in names])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

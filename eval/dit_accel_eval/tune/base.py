@@ -1,0 +1,95 @@
+"""What all tuning runs share: what is done so far, from where a run that was stopped goes on."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from dit_accel_pipelines.generation.request import EMBEDDED, Request
+
+from dit_accel.errors import ConfigError
+from dit_accel.files import check_writable, written_whole
+
+VERSION = 1
+
+Part = TypeVar("Part")
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]
+"""Columns, rows and remarks of what was found, for the command line."""
+
+
+class Progress(Generic[Part]):
+    """The parts that a run has done, one a prompt.
+
+    Args:
+        output: the file that the run writes; progress lies beside it until `finish`.
+        settings: what must be the same for two runs to be one.
+        to_plain: makes plain values of a part, for JSON.
+        from_plain: the inverse.
+
+    Raises:
+        ConfigError: for progress of other settings, or that can't be read or written.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        settings: Mapping[str, Any],
+        to_plain: Callable[[Part], Any],
+        from_plain: Callable[[Any], Part],
+    ) -> None:
+        self._path = output.with_name(f"{output.name}.progress.json")
+        check_writable(self._path, "tune's progress file")
+        self._settings = json.loads(json.dumps(settings))
+        self._to_plain = to_plain
+        self.done: list[Part] = self._read(from_plain)
+
+    def add(self, part: Part) -> None:
+        """Note a part, and write what is done."""
+        self.done.append(part)
+        parts = [self._to_plain(one) for one in self.done]
+        with written_whole(self._path) as temporary:
+            content = {"version": VERSION, "settings": self._settings, "prompts": parts}
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+
+    def finish(self) -> None:
+        """Delete the file: the run's output is whole."""
+        self._path.unlink(missing_ok=True)
+
+    def _read(self, from_plain: Callable[[Any], Part]) -> list[Part]:
+        if not self._path.exists():
+            return []
+        try:
+            saved = json.loads(self._path.read_text(encoding="utf-8"))
+            known, prompts = saved["settings"], saved["prompts"]
+            if saved["version"] != VERSION:
+                raise ValueError(f"version {saved['version']}")
+            done = [from_plain(one) for one in prompts]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self._path} is not tuning progress that this release can read ({error}); delete it"
+            ) from None
+        for name, value in self._settings.items():
+            if known.get(name) != value:
+                raise ConfigError(
+                    f"{self._path} holds progress of a run with {name} = {known.get(name)!r}, this one has {value!r}; "
+                    "finish that run, or delete the file to start again"
+                )
+        return done
+
+
+def run_settings(request: Request, **further: Any) -> dict[str, Any]:
+    """Return what must be the same for two runs of a request to be one.
+
+    Args:
+        request: the request.
+        further: what else must be.
+    """
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "seed", "dtype", "backend")
+    settings = {name: getattr(request, name) for name in names}
+    settings |= {"model": request.model or EMBEDDED, **further}
+    return {**settings, "prompts": request.prompts, "methods": _methods(request.methods)}
+
+
+def _methods(methods: Sequence[Any]) -> dict[str, Any]:
+    return {one.name: one.to_dict() for one in methods}

@@ -1,0 +1,113 @@
+"""Whether attention over frames is periodic, told by the amplitudes of its rotary frequencies (arXiv 2511.20123).
+
+The mean logit of tokens d frames apart is near sum_i a_i cos(f_i d) + C. It repeats where the frequencies that carry
+most of it are multiples of one. Where we depart from the paper: amplitudes are a least-squares fit to the measured
+curve, none below 0, and 0 for a frequency too slow to be told from C; a fundamental is the frequency of the largest
+amplitude, and others belong to it by a tolerance.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TOLERANCE = 0.06
+"""How far a ratio of two frequencies may be from a whole number, as a share of it: CogVideoX's 3.16 counts as 3."""
+
+APART = 0.2
+"""How far it may be at most, in turns: a share alone would let any ratio above 8 pass."""
+
+TOLD = 4.0
+"""A period up to this many times the longest distance is told from a constant: its wave falls there from 1 to 0.
+
+The waves of slower frequencies are alike but for rounding, so that amplitudes of any size would fit the curve.
+"""
+
+PERIODIC = 0.5
+"""Share of the amplitude above which a family of frequencies makes attention repeat: ours, between Wan and others."""
+
+BAND = 0.08
+"""Half the width of a band over its period, rounded down: HunyuanVideo's 4 frames of 50, CogVideoX's 1 of 20."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spectrum:
+    """What a curve is made of.
+
+    Attributes:
+        periods: of each frequency, in frames.
+        amplitudes: the share of each, of a sum of 1; all 0 for a constant curve.
+        dominant: place of the largest.
+        family: places of the frequencies that are multiples of it, itself included.
+        share: of the family.
+        error: RMS of the fit over that of the curve about its mean.
+    """
+
+    periods: tuple[float, ...]
+    amplitudes: tuple[float, ...]
+    dominant: int
+    family: tuple[int, ...]
+    share: float
+    error: float
+
+    @property
+    def period(self) -> float | None:
+        """Frames after which attention repeats; None where it does not."""
+        return self.periods[self.dominant] if self.share > PERIODIC else None
+
+    @property
+    def gamma(self) -> float | None:
+        """Half the width of a band, in frames; None without a period."""
+        return None if self.period is None else float(max(1, int(BAND * self.period)))
+
+
+def harmonics(frequencies: np.ndarray, place: int) -> tuple[int, ...]:
+    """Return the places of the frequencies that are near whole multiples of one, itself included."""
+    ratio = frequencies / frequencies[place]
+    whole = np.maximum(np.rint(ratio), 1)
+    return tuple(int(i) for i in np.flatnonzero(np.abs(ratio - whole) <= np.minimum(TOLERANCE * whole, APART)))
+
+
+def spectrum(curve: np.ndarray, frequencies: np.ndarray) -> Spectrum:
+    """Return what a curve over frame distances is made of.
+
+    Args:
+        curve: mean logit at the distances 0, 1, ..., float64 [F].
+        frequencies: of the frames' axis, in radians per frame, [n].
+    """
+    distance, count = np.arange(len(curve)), len(curve) - np.arange(len(curve))
+    waves = np.cos(np.outer(distance, frequencies))
+    weight = count / count.sum()
+    waves = waves - weight @ waves  # the constant takes the means
+    values = curve - weight @ curve
+    if np.abs(values).max() <= 1e-12 * np.abs(curve).max():
+        values = np.zeros_like(values)  # what is left of a constant is rounding
+    text = 2 * np.pi / frequencies <= TOLD * (len(curve) - 1)
+    fit = np.zeros(len(frequencies))
+    fit[text] = _non_negative(waves[:, text] * np.sqrt(weight)[:, None], values * np.sqrt(weight))
+    total, size = float(fit.sum()), float(np.sqrt(weight @ values**2))
+    shares = fit / total if total > 0 else fit
+    place = int(shares.argmax())
+    family = harmonics(frequencies, place)
+    left = float(np.sqrt(weight @ (values - waves @ fit) ** 2))
+    return Spectrum(
+        periods=tuple(float(period) for period in 2 * np.pi / frequencies),
+        amplitudes=tuple(float(share) for share in shares),
+        dominant=place,
+        family=family,
+        share=float(shares[list(family)].sum()),
+        error=left / size if size > 0 else 0.0,
+    )
+
+
+def _non_negative(matrix: np.ndarray, target: np.ndarray, rounds: int = 3000) -> np.ndarray:
+    """Return x >= 0 with the least squares of matrix x - target, one coordinate after the other."""
+    gram, aim = matrix.T @ matrix, matrix.T @ target
+    x = np.zeros(len(aim))
+    for _ in range(rounds):
+        before = x.copy()
+        for i in range(len(x)):
+            if gram[i, i] > 1e-12:
+                x[i] = max(0.0, x[i] + (aim[i] - gram[i] @ x) / gram[i, i])
+        if np.abs(x - before).max(initial=0.0) <= 1e-12 * max(1.0, np.abs(x).max(initial=0.0)):
+            break
+    return x

@@ -1,0 +1,80 @@
+"""Objectives of the search for heads: what a clip is worth, by a name or as ``module:function``."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from dit_accel_assets import held_out_prompts, model_closeness, model_names
+
+from dit_accel.errors import ConfigError, did_you_mean
+
+from ..metrics.metric import Clip
+from ..metrics.sharpness import sharpness
+from ..runs.request import FIRST_PROMPT
+
+Objective = Callable[[Clip, str], float]
+"""(clip [F, height, width, 3] in [0, 1], prompt) -> a number; higher is better."""
+
+SEARCHED = 256
+"""Held-out prompts of an embedded model among which one is looked for."""
+
+SCORER_NAMES = ("aesthetic", "clip", "pickscore")
+
+NAMES = ("checker", "sharpness", *SCORER_NAMES)
+
+
+def objective_of(name: str, model: str | None, device: Any = "cpu") -> Objective:
+    """Return an objective.
+
+    Args:
+        name: ``checker``, how near a clip of an embedded model comes to its prompt; ``sharpness``; ``clip``,
+            ``aesthetic`` or ``pickscore``, published models (`scorers`), with ``=FOLDER`` or ``=HUB/ID`` behind for
+            other weights; or ``module:function``, a function of a clip and its prompt.
+        model: the embedded model's name; None: another model.
+        device: where a published model computes.
+
+    Raises:
+        ConfigError: for an unknown name, a function that can't be imported, weights that can't be loaded, or a checker
+            without an embedded model.
+    """
+    kind, equals, place = name.partition("=")
+    if kind in SCORER_NAMES:
+        from .scorers import scorer
+
+        if equals and not place:
+            raise ConfigError(f"the objective {name!r} names no folder or hub id behind =; give one, or leave = out")
+        return scorer(kind, place or None, device)
+    if name == "sharpness":
+        return lambda clip, prompt: sharpness(clip)
+    if name == "checker":
+        if model is None:
+            raise ConfigError(
+                "the objective 'checker' knows the embedded models alone; take pickscore, clip, aesthetic "
+                "or sharpness, or give module:function"
+            )
+        return _checker(model)
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ConfigError(f"there is no objective {name!r}; {did_you_mean(name, NAMES)}, or give module:function")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"the objective {name} can't be imported: {error}; give module:function") from None
+    if not callable(found):
+        raise ConfigError(f"the objective {name} is {found!r}; it must be a function of a clip and its prompt")
+    return cast(Objective, found)
+
+
+def _checker(model: str) -> Objective:
+    assert model in model_names()
+    numbers = {prompt: number for number, prompt in enumerate(held_out_prompts(model, FIRST_PROMPT + SEARCHED))}
+
+    def checker(clip: Clip, prompt: str) -> float:
+        if prompt not in numbers:
+            raise ConfigError(
+                f"the objective 'checker' has no scene for {prompt!r}; leave --prompt out, which takes held-out prompts"
+            )
+        return float(np.clip(model_closeness(model, numbers[prompt], clip), 0.0, 1.0))
+
+    return checker

@@ -1,0 +1,238 @@
+"""Tunes a whole pipeline: among solvers, steps, caches and sparse attention the cheapest setting that meets a target.
+
+Settings are tried from the cheapest on, all on two prompts, the best of them on more; what one costs and how near
+it comes to the converged run is measured as `eval run` does, into result lines from which a run that was stopped goes
+on and of which `eval report` makes a page. What is written met the target on prompts that the search never saw.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel_assets import model_defaults, model_names
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.request import EMBEDDED, Request
+
+from dit_accel.errors import ConfigError
+from dit_accel.files import check_writable, written_whole
+from dit_accel.methods.caches.native import DiffusersCache
+from dit_accel.methods.toml import to_toml
+
+from ..runs.clips import OwnClips
+from ..runs.given import check_given
+from ..runs.machine import Machine
+from ..runs.request import embedded_prompts
+from ..runs.schedulers import OWN
+from ..suites.arms import Arm
+from ..suites.comparison import figures_of
+from ..suites.job import SCALES, Job, call_of
+from ..suites.plots import draw
+from ..suites.reference import default_cache
+from ..suites.suite import Suite, read_suite
+from .base import Table
+from .pipeline_search import Point, Prompts, Search, Target, read_target, split
+from .space import default_space, guided_space, space_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedPipeline:
+    """What `tune_pipeline` found and wrote.
+
+    Attributes:
+        output: the config.
+        target: what was asked for.
+        chosen: the setting, as it was measured on the held-out prompts.
+        frontier: the settings of the last round that none surpasses at as little work, cheapest first.
+        tried: how many settings were run, and how many there are.
+    """
+
+    output: Path
+    target: Target
+    chosen: Point
+    frontier: tuple[Point, ...]
+    tried: tuple[int, int]
+
+    def table(self) -> Table:
+        """Return the Pareto set, and what was chosen."""
+        columns = ("setting", self.target.quality, "work in dense steps", "speed-up")
+        rows = [(p.arm.name, f"{p.quality:.4g}", f"{p.work:.2f}", f"{p.speedup:.2f}") for p in self.frontier]
+        chosen = self.chosen
+        remarks = [
+            f"{chosen.arm.name}: {self.target.quality} {chosen.quality:.4g}, speed-up {chosen.speedup:.2f} over "
+            f"{chosen.prompts} held-out prompts; asked was {self.target.name} {self.target.value:g}",
+            f"tried {self.tried[0]} of {self.tried[1]} settings; the others can't be cheaper, or missed by far",
+        ]
+        return columns, rows, remarks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        return {
+            "output": str(self.output),
+            "target": dataclasses.asdict(self.target),
+            "chosen": _plain(self.chosen),
+            "frontier": [_plain(point) for point in self.frontier],
+            "tried": list(self.tried),
+        }
+
+
+def _plain(point: Point) -> dict[str, Any]:
+    return {"arm": point.arm.name, **point.arm.to_dict(), **{
+        key: getattr(point, key) for key in ("prompts", "quality", "work", "speedup")
+    }}  # fmt: skip
+
+
+def tune_pipeline(
+    request: Request,
+    output: Path,
+    *,
+    target: str | None = None,
+    space: Path | None = None,
+    try_guidance: Sequence[float] = (),
+    cache: Path | None = None,
+    stages: Stages | None = None,
+) -> TunedPipeline:
+    """Search, verify on held-out prompts, write the config and a plot beside it, and return what was found.
+
+    Args:
+        request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
+            where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
+        output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` and ``.png`` lie beside it.
+        target: what to meet, see `read_target`.
+        space: suite whose arms are tried; None: `default_space`.
+        try_guidance: guidance scales that every setting is tried with besides the run's own, all held against the
+            converged run of that.
+        cache: folder of dense runs; None: the user's.
+        stages: progress; None shows none.
+
+    Raises:
+        ConfigError: for what can't be tuned, results of another run beside ``output``, or a target that no setting
+            meets; then nothing is written.
+    """
+    if target is None:
+        raise ConfigError("tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2")
+    requested, model = read_target(target), request.model or EMBEDDED
+    _check(request, output)
+    suite, prompts = _suite(request, model, requested)
+    arms = guided_space(_space(space, suite, request), _guidance(suite, try_guidance))
+    suite = dataclasses.replace(suite, arms=arms)
+    job = Job(
+        suite=suite, out=output.with_suffix(".runs.jsonl"), cache=cache or default_cache(), timed=False, talk=False,
+        threads=1 if suite.embedded else None, machine=Machine(device=request.device, offload=request.offload),
+    )  # fmt: skip
+    own = _own_steps(request, suite)
+    search = Search(job=job, target=requested, stages=stages or Stages(quiet=True), own=own, prompts=prompts)
+    runs, steps = search.cost(arms)
+    search.stages.note(
+        f"{len(arms)} settings: at most {runs} runs, {steps} steps, besides converged and dense runs of "
+        f"{prompts.rounds[-1]} + {prompts.held} prompts"
+    )
+    frontier = search.frontier(arms)
+    chosen = search.verified(frontier)
+    _write(output, chosen.arm)
+    draw(figures_of(search.last_round(), [arm.name for arm in arms if not arm.is_dense]), f"{model}: {target}",
+         output.with_suffix(".png"))  # fmt: skip
+    tried = {line["arm"] for line in search.lines()} & {arm.name for arm in arms}
+    return TunedPipeline(
+        output=output, target=requested, chosen=chosen, frontier=tuple(frontier), tried=(len(tried), len(arms))
+    )
+
+
+def _check(request: Request, output: Path) -> None:
+    if request.methods:
+        named = ", ".join(method.name for method in request.methods)
+        raise ConfigError(f"tune pipeline chooses the methods itself, got {named}; leave them out, or give --space")
+    if output.suffix != ".toml":
+        raise ConfigError(f"the config must be a .toml, got {output}")
+    for path, what in ((output, "the config"), (output.with_suffix(".runs.jsonl"), "the runs")):
+        check_writable(path, what)
+
+
+def _suite(request: Request, model: str, target: Target) -> tuple[Suite, Prompts]:
+    """Return what is run, without arms, and which of its clips are searched and held out.
+
+    Raises:
+        ConfigError: for a model that is not found or has no judge, or too few prompts.
+        UnsupportedModel: for one that suites can't run.
+    """
+    extra = () if target.quality in ("psnr", "ssim", "score") else (target.quality,)
+    suite = Suite(
+        name="tune-pipeline", model=model, clips=1, arms=(), call=_call(request), metrics=extra,
+        dtype=None if model in model_names() else request.dtype,
+    )  # fmt: skip
+    if suite.embedded and request.prompts == embedded_prompts(model, len(request.prompts)):
+        return suite, Prompts()
+    if not suite.embedded:
+        check_given(suite.source)
+    if target.quality == "score":
+        raise ConfigError(
+            f"--target {target.name}: the judge knows held-out prompts of embedded models alone; ask for psnr, or name "
+            "a metric"
+        )
+    prompts = split(len(request.prompts))
+    own = OwnClips(prompts=request.prompts, seeds=(request.seed,) if request.seed else ())
+    return dataclasses.replace(suite, own=own, clips=len(own)), prompts
+
+
+def _space(path: Path | None, suite: Suite, request: Request) -> tuple[Arm, ...]:
+    if path is None:
+        if suite.embedded:
+            return default_space(suite.model)
+        return space_of(_own_steps(request, suite), *check_given(suite.source)[0].identify())
+    requested = read_suite(path)
+    if requested.model != suite.model:
+        raise ConfigError(
+            f"{path} is a suite of {requested.model}, and {suite.model} is tuned; name a suite of its own"
+        )
+    for arm in requested.arms:
+        native = any(isinstance(method, DiffusersCache) for method in arm.methods)
+        if arm.call or arm.guider or arm.scheduler or native:
+            raise ConfigError(
+                f"{path}: arm {arm.name!r} can't be written as a config; leave out its call, guider, scheduler and "
+                "diffusers"
+            )
+    return requested.arms
+
+
+def _guidance(suite: Suite, scales: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Return words for a guidance scale -> the arguments of the call that set it.
+
+    Raises:
+        ConfigError: for a scale that is no finite number, or a pipeline that takes none.
+    """
+    if not scales:
+        return {}
+    if not all(math.isfinite(scale) for scale in scales):
+        raise ConfigError(f"--try-guidance {list(scales)} has no finite number; write, say, --try-guidance 1")
+    taken = call_of(suite, {**suite.call, "guidance_scale": 1.0})
+    keys = [key for key in SCALES if key == "guidance_scale" or (suite.embedded and key in taken)]
+    return {f"guidance {scale:g}": dict.fromkeys(keys, float(scale)) for scale in dict.fromkeys(scales)}
+
+
+def _call(request: Request) -> dict[str, Any]:
+    return {key: value for key in ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
+            if (value := getattr(request, key)) is not None}  # fmt: skip
+
+
+def _own_steps(request: Request, suite: Suite) -> int:
+    if request.num_inference_steps:
+        return request.num_inference_steps
+    if suite.embedded:
+        return int(model_defaults(suite.model)["num_inference_steps"])
+    return check_given(suite.source)[1].num_inference_steps
+
+
+def _write(output: Path, arm: Arm) -> None:
+    run_table: dict[str, Any] = {"num_inference_steps": arm.num_inference_steps}
+    if arm.solver != OWN:
+        run_table["solver"] = arm.solver
+    if "guidance_scale" in arm.call:
+        run_table["guidance_scale"] = arm.call["guidance_scale"]
+    if arm.flow_shift is not None:
+        run_table["flow_shift"] = arm.flow_shift
+    with written_whole(output) as temporary:
+        temporary.write_text(
+            f"# {arm.name}, by dit-accel tune pipeline\n{to_toml(arm.methods, run_table)}", encoding="utf-8"
+        )

@@ -1,0 +1,1 @@
+"""Networks of VBench that no library has, and how they are loaded."""

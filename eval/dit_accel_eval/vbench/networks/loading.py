@@ -1,0 +1,341 @@
+"""The networks that VBench and its like ask: each by the official weights, on one device, loaded when first asked."""
+
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dit_accel import ConfigError
+
+from .. import official, sampling, weight_files
+from ..sampling import Frames
+from . import bert, grit, preference, tag2text, vit, words
+from .inception import inception
+
+TOGETHER = 32
+"""Frames that go through a network of features at once."""
+
+CONTEXT, SHORT = 77, 32
+"""Tokens of a text that CLIP and ViCLIP read."""
+
+RAFT_ROUNDS = 20
+
+I3D_LEAST = 10
+"""Frames of the shortest clip of which I3D gives something."""
+
+LEAST = 128
+"""Pixels of the padded short side from which RAFT and AMT give numbers: their coarsest level has 2 cells then."""
+
+
+class Networks:
+    """The networks of one folder of weights.
+
+    Args:
+        folder: laid out as `weight_files` tells.
+        device: on which they run.
+        head: width of an attention head of all transformers.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu", head: int = vit.HEAD) -> None:
+        self.folder, self.device, self.head = folder, device, head
+        self._read: dict[str, dict[str, Tensor]] = {}
+
+    def missing(self, names: tuple[str, ...]) -> str | None:
+        """Return why networks can't be had, None if they can; files, libraries and official code alike."""
+        reasons = [weight_files.absent(name, self.folder) for name in names]
+        if {"raft", "amt", "umt", "tag2text"} & set(names):
+            reasons.append(official.missing())
+        reasons += [_no_library(*one) for name, one in LIBRARIES.items() if name in names]
+        found = [reason for reason in reasons if reason is not None]
+        return "; ".join(found) or None
+
+    def hashes(self, names: tuple[str, ...]) -> dict[str, str]:
+        """Return the SHA-256 of the files of networks.
+
+        Raises:
+            ConfigError: for a file that is another than its publisher tells.
+        """
+        return {name: weight_files.hash_of(name, self.folder) for name in names}
+
+    def _weights(self, name: str) -> dict[str, Tensor]:
+        if name not in self._read:
+            held = weight_files.read(name, self.folder)
+            self._read[name] = {key: value.to(self.device) for key, value in held.items()}
+        return self._read[name]
+
+    def _ask(self, name: str, frames: Tensor, function: Callable[[Tensor, Mapping[str, Tensor]], Tensor]) -> Tensor:
+        """Return what a function of frames and weights gives, batch by batch.
+
+        Raises:
+            ConfigError: if the weights lack something that the network has.
+        """
+        with self._complete(name) as weights:
+            return torch.cat([function(part.to(self.device), weights).cpu() for part in frames.split(TOGETHER)])
+
+    @contextmanager
+    def _complete(self, name: str) -> Iterator[Mapping[str, Tensor]]:
+        """Give a network's weights for inference.
+
+        Raises:
+            ConfigError: if they lack something that is asked of them.
+        """
+        weights = self._weights(name)
+        try:
+            with torch.inference_mode():
+                yield weights
+        except KeyError as error:
+            path = self.folder / weight_files.WEIGHT_FILES[name].path
+            raise ConfigError(
+                f"{path} lacks {error}, so it holds another network's weights; download it again"
+            ) from None
+
+    def dino(self, frames: Tensor) -> Tensor:
+        """Return DINO's features [F, D] of unit length, of frames as `sampling.for_dino` gives them."""
+        return F.normalize(self._ask("dino", frames, lambda x, held: vit.dino(x, held, self.head)), dim=1)
+
+    def dinov2(self, frames: Tensor) -> Tensor:
+        """Return DINOv2's features [F, D] of unit length, of frames as `sampling.for_dinov2` gives them."""
+        return F.normalize(self._ask("dinov2", frames, lambda x, held: vit.dino(x, held, self.head)), dim=1)
+
+    def clip(self, name: str, frames: Tensor) -> Tensor:
+        """Return CLIP's embeddings [F, D] of unit length, of frames as `sampling.for_clip` gives them."""
+        found = self._ask(name, frames, lambda x, held: vit.clip_video(x[:, :, None], held, "visual.", self.head))
+        return F.normalize(found, dim=1)
+
+    def clip_words(self, name: str, text: str) -> Tensor:
+        """Return CLIP's embedding [1, D] of unit length of a text.
+
+        Raises:
+            ConfigError: for a text of more than 77 tokens.
+        """
+        tokens = self._tokens(text, CONTEXT, cut=False)
+        return F.normalize(self._ask(name, tokens, lambda x, held: vit.clip_text(x, held, "", self.head)), dim=1)
+
+    def viclip(self, frames: Tensor) -> Tensor:
+        """Return ViCLIP's embedding [1, D] of unit length of 8 frames."""
+        clips = frames.transpose(0, 1)[None]
+        found = self._ask("viclip", clips, lambda x, held: vit.clip_video(x, held, "vision_encoder.", self.head))
+        return F.normalize(found, dim=1)
+
+    def viclip_words(self, text: str) -> Tensor:
+        """Return ViCLIP's embedding [1, D] of unit length of a text, of which it reads 32 tokens."""
+        tokens = self._tokens(text, SHORT, cut=True)
+        found = self._ask("viclip", tokens, lambda x, held: vit.clip_text(x, held, "text_encoder.", self.head))
+        return F.normalize(found, dim=1)
+
+    def aesthetic(self, embeddings: Tensor) -> Tensor:
+        """Return LAION's score, about 0 to 10, of CLIP L/14's embeddings [F, D] of unit length: [F]."""
+        return self._ask("aesthetic", embeddings, lambda x, held: F.linear(x, held["weight"], held["bias"]))[:, 0]
+
+    def umt(self, frames: Tensor) -> Tensor:
+        """Return the logits [classes] of the actions of Kinetics-400, of 16 frames."""
+        clips = frames.transpose(0, 1)[None]
+        return self._ask("umt", clips, lambda x, held: vit.umt(x, held, self.head))[0]
+
+    @cached_property
+    def _words(self) -> list[str]:
+        weight_files.hash_of("bert-words", self.folder)
+        return bert.read_words(self.folder / weight_files.WEIGHT_FILES["bert-words"].path)
+
+    def scenes(self, frames: Tensor) -> list[str]:
+        """Return Tag2Text's captions of a video's frames, as `sampling.for_tag2text` gives them.
+
+        They are those of the first third of the frames, three times each; see `tag2text.looked_at`.
+        """
+        places = tag2text.looked_at(len(frames))
+        seen = frames[: places[-1] + 1].to(self.device)
+        with self._complete("tag2text") as weights:
+            message = tag2text.captions(seen, weights, self._words, official.tags())
+        return [message[place] for place in places]
+
+    def detections(self, frames: Tensor) -> list[list[tuple[str, list[int]]]]:
+        """Return the names and boxes of what GRiT finds in each frame, as `sampling.for_grit` gives them."""
+        found = []
+        for frame in frames:
+            with self._complete("grit") as weights:
+                seen = grit.things(frame.to(self.device), weights, self.head)
+                names = self._said(grit.texts(seen.features, grit.NAME, weights))
+            found.append(list(zip(names, seen.boxes.int().tolist(), strict=True)))
+        return found
+
+    def sentences(self, frames: Tensor) -> list[list[tuple[str, str]]]:
+        """Return GRiT's sentences about each frame's things, each with the name of the frame's surest thing."""
+        found = []
+        for frame in frames:
+            with self._complete("grit") as weights:
+                seen = grit.things(frame.to(self.device), weights, self.head)
+                names = self._said(grit.texts(seen.features[:1], grit.NAME, weights))
+                message = self._said(grit.texts(seen.features, grit.SENTENCE, weights))
+            found.append([(one, names[0]) for one in message])
+        return found
+
+    def _said(self, tokens: Tensor) -> list[str]:
+        return [bert.text(one, self._words) for one in tokens.tolist()]
+
+    def inception(self, frames: Frames) -> Tensor:
+        """Return Inception's features [F, 2048] of uint8 frames, by which FID is measured."""
+        return self._ask("inception", sampling.tensor(frames) / 255, inception)
+
+    @cached_property
+    def _i3d(self) -> Any:
+        weight_files.hash_of("i3d", self.folder)
+        path = self.folder / weight_files.WEIGHT_FILES["i3d"].path
+        try:
+            with _quiet():
+                return torch.jit.load(path, map_location=self.device).eval()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{path} can't be read as TorchScript ({str(error).splitlines()[0]}); download it again"
+            ) from None
+
+    def i3d(self, frames: Frames) -> Tensor:
+        """Return I3D's 400 logits [1, 400] of a clip of uint8 frames, by which FVD is measured.
+
+        Raises:
+            ConfigError: for fewer than 10 frames.
+        """
+        if len(frames) < I3D_LEAST:
+            raise ConfigError(f"I3D takes {I3D_LEAST} frames and more, and there are {len(frames)}")
+        sized = sampling.resized(sampling.tensor(frames) / 127.5 - 1, (sampling.SIDE, sampling.SIDE), "bilinear")
+        clip = sized.transpose(0, 1)[None].to(self.device)
+        with torch.inference_mode():
+            return self._i3d(clip, rescale=False, resize=False, return_features=True).reshape(1, -1).cpu()
+
+    def pickscore(self, frames: Frames, text: str) -> float:
+        """Return PickScore of uint8 frames and a prompt, of which 77 tokens are read: the mean over frames."""
+        tokens = self._tokens(text, CONTEXT, cut=True).to(self.device)
+
+        def score(x: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+            plain = preference.by_openai(held)
+            return plain["logit_scale"].exp() * preference.cosines(x, tokens, plain)
+
+        return float(self._ask("pickscore", sampling.for_pickscore(frames), score).mean())
+
+    def hpsv2(self, frames: Frames, text: str) -> float:
+        """Return HPSv2.1 of uint8 frames and a prompt, of which 77 tokens are read: the mean over frames."""
+        tokens = self._tokens(text, CONTEXT, cut=True).to(self.device)
+        given = sampling.for_hps(frames)
+        return float(self._ask("hpsv2", given, lambda x, held: preference.cosines(x, tokens, held)).mean())
+
+    @cached_property
+    def _raft(self) -> Any:
+        options = _Options(small=False, mixed_precision=False, alternate_corr=False)
+        network = official.module("RAFT.core.raft").RAFT(options)
+        return self._filled("raft", network)
+
+    def raft(self, one: Tensor, two: Tensor) -> Tensor:
+        """Return the flow [2, height, width] in pixels between frames [3, height, width] in 0..255, padded to eighths.
+
+        The padding stays on, as in the official code, whose strongest vectors are chosen with it.
+
+        Raises:
+            ConfigError: for frames so small that RAFT's coarsest level is one cell, of which it makes nan.
+        """
+        pair = [_large("RAFT", _padded(frame[None].to(self.device), 8)[0]) for frame in (one, two)]
+        with torch.inference_mode(), _quiet():
+            return self._raft(*pair, iters=RAFT_ROUNDS, test_mode=True)[1][0].cpu()
+
+    @cached_property
+    def _amt(self) -> Any:
+        network = official.module("amt.networks.AMT-S").Model(corr_radius=3, corr_lvls=4, num_flows=3)
+        return self._filled("amt", network)
+
+    def amt(self, one: Tensor, two: Tensor) -> Tensor:
+        """Return the frame [3, height, width] in the middle of two in [0, 1].
+
+        Raises:
+            ConfigError: for frames that are too small, as of RAFT.
+        """
+        (first, (left, top)), (second, _) = (_padded(frame[None].to(self.device), 16) for frame in (one, two))
+        _large("AMT", first)
+        half = first.new_full((1, 1, 1, 1), 0.5)
+        with torch.inference_mode():
+            drawn = self._amt(first, second, half, scale_factor=1.0, eval=True)["imgt_pred"][0]
+        return drawn[:, top : top + one.shape[1], left : left + one.shape[2]].cpu()
+
+    @cached_property
+    def _musiq(self) -> Any:
+        from importlib import import_module
+
+        weight_files.hash_of("musiq", self.folder)
+        path = self.folder / weight_files.WEIGHT_FILES["musiq"].path
+        network = import_module("pyiqa.archs.musiq_arch").MUSIQ(pretrained_model_path=str(path))
+        return network.to(self.device).eval()
+
+    def musiq(self, frames: Tensor) -> Tensor:
+        """Return MUSIQ's scores, 0 to 100, of frames [F, 3, height, width] in [0, 1], one by one: [F]."""
+        with torch.inference_mode():
+            return torch.stack([self._musiq(frame[None].to(self.device)).reshape(()).cpu() for frame in frames])
+
+    def _filled(self, name: str, network: Any) -> Any:
+        try:
+            network.load_state_dict(self._weights(name))
+        except RuntimeError as error:
+            path = self.folder / weight_files.WEIGHT_FILES[name].path
+            raise ConfigError(
+                f"{path} holds another network's weights: {str(error).splitlines()[-1].strip()}"
+            ) from None
+        return network.to(self.device).eval()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return words.tokenizer(self.folder / weight_files.WEIGHT_FILES["clip-words"].path)
+
+    def _tokens(self, text: str, context: int, *, cut: bool) -> Tensor:
+        """Return a text's tokens int64 [1, context], zeros behind the last."""
+        found = words.tokens(self._tokenizer, text)
+        if len(found) > context:
+            if not cut:
+                raise ConfigError(f"CLIP reads {context} tokens, and {text!r} has {len(found)}; shorten it")
+            found = [*found[: context - 1], found[-1]]
+        return torch.tensor([found + [0] * (context - len(found))])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the official code's notes on names that torch has renamed to itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Options(types.SimpleNamespace):
+    """RAFT's options, which it asks for by ``in`` as well."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in vars(self)
+
+
+LIBRARIES = {"musiq": ("pyiqa", "pyiqa"), "umt": ("cv2", "opencv-python-headless"), "raft": ("scipy", "scipy")}
+"""Network -> the module that it takes, and its package."""
+
+
+def _no_library(module: str, package: str) -> str | None:
+    from importlib.util import find_spec
+
+    return None if find_spec(module) is not None else f"{package} is not installed; pip install {package}"
+
+
+def _large(name: str, frames: Tensor) -> Tensor:
+    """Return padded frames as given, if they are large enough.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if min(frames.shape[2:]) < LEAST:
+        raise ConfigError(f"{name} takes frames of {LEAST} pixels and more, padded these have {min(frames.shape[2:])}")
+    return frames
+
+
+def _padded(frames: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
+    """Return frames with edges repeated up to a multiple, shared out evenly, and how much lies left and above."""
+    down, right = (-length % multiple for length in frames.shape[2:])
+    left, top = right // 2, down // 2
+    return F.pad(frames, (left, right - left, top, down - top), mode="replicate"), (left, top)

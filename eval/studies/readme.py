@@ -1,0 +1,240 @@
+"""Writes the tables of README.md and docs/ from adapters and results: `python eval/studies/readme.py`."""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from attention_spread import table as spread_table
+from block_choices import choices, scores_of, whole
+from block_choices import table as choices_table
+from budgets import table as budgets_table
+from call_error import table as calls_table
+from denoising_time import table as times_table
+from dit_accel_eval.demo.comparison import page_text as demo_text
+from dit_accel_eval.runs.results import Line, read_lines
+from dit_accel_eval.suites.job import suite_table
+from dit_accel_eval.suites.suite import Suite, read_suite
+from dropped_mass import table as masses_table
+from every_set import Judged, Setting
+from every_set import table as every_table
+from finetuned import page_text as finetuned_text
+from guidance_cost import table as costs_table
+from overhead import table as overhead_table
+from positions_cost import page_text as additions_text
+from product_time import page_text as product_text
+from report_tables import report_table, tuned_text
+from scaling import table as scaling_table
+from vbench_proxies import page_text as proxies_text
+
+from dit_accel.adapters.registry import adapters
+from dit_accel.methods.registry import methods
+
+SPEED = Path("kernels/bench/results/cpu.jsonl")
+PAGES = {
+    "README.md": ("demo", "models", "report", "speed"),
+    "docs/guidance.md": (
+        "every-set-wan-plain",
+        "every-set-flux-tiny",
+        "guidance-wan-plain",
+        "guidance-flux-tiny",
+        "guidance-cost",
+    ),
+    "docs/quality.md": (
+        "knee-wan-tiny",
+        "knee-flux-tiny",
+        "call-error",
+        "sparse-wan-tiny",
+        "caches-wan-tiny",
+        "caches-time-wan-tiny",
+        "caches-flux-tiny",
+        "report-wan-tiny",
+        "report-flux-tiny",
+        "tuned-flux-tiny",
+        "held-out-flux-tiny",
+        "dropped-mass",
+        "time",
+        "overhead",
+        "product-time",
+    ),
+    "docs/scaling.md": ("scaling",),
+    "docs/caching.md": ("budgets",),
+    "docs/block-caches.md": (
+        "profiling-wan-plain",
+        "profiling-flux-tiny",
+        "blocks-wan-plain",
+        "blocks-flux-tiny",
+        "blocks-time-wan-plain",
+        "blocks-time-flux-tiny",
+    ),
+    "docs/finetuning.md": ("finetuned-wan-plain", "finetuned-4x-wan-plain"),
+    "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "attention-spread", "positions-cost"),
+    "docs/vbench.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
+}
+"""Page -> its tables, by the names of their marks; a suite's name stands for its table."""
+
+
+def filled(root: Path, page: str) -> str:
+    """Return the text of one of `PAGES` with the tables of the committed results between its marks.
+
+    Args:
+        root: the project's root folder.
+        page: path below it.
+
+    Raises:
+        ValueError: if a mark is missing.
+    """
+    text = (root / page).read_text()
+    for mark in PAGES[page]:
+        content = _TABLES[mark](root) if mark in _TABLES else _suite(root, mark)
+        text, count = re.subn(
+            rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
+        )
+        if count != 1:
+            raise ValueError(f"{page} needs one pair of marks <!-- {mark} --> <!-- /{mark} -->, found {count}")
+    return text
+
+
+def main() -> None:
+    """Rewrite the pages below the current folder."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    for page in PAGES:
+        Path(page).write_text(filled(Path(), page))
+
+
+def _models(root: Path) -> str:
+    """Families under the methods that they take, read off the adapters that are registered."""
+    names = list(methods())
+    taken: dict[tuple[str, ...], list[str]] = {}
+    for adapter in adapters().values():
+        verdicts = {name: adapter.verdict(name) for name in names}
+        but = tuple(f"no `{name}` ({word}: {why})" for name, (word, why) in verdicts.items() if why)
+        classes = ", ".join(f"`{name}`" for name in adapter.transformers)
+        taken.setdefault(but, []).append(f"{adapter.name} ({classes})")
+    rows = ["| methods | families and their transformer classes |", "|---|---|"]
+    rows += [f"| {'; '.join(but) or 'all'} | {', '.join(families)} |" for but, families in taken.items()]
+    return "\n".join(rows)
+
+
+def _suite(root: Path, name: str) -> str:
+    path = Path(f"eval/suites/{name}.toml")
+    command, lines = f"dit-accel eval run {path}", read_lines(root / f"eval/results/{name}.jsonl")
+    suite = read_suite(root / path)
+    if not lines:
+        return f"Not measured yet; `{command}` measures it on {suite.model}."
+    command += " --time" if any("seconds" in line for line in lines) else ""
+    about = _seeds(suite, lines) if suite.judge else _clips(lines)
+    picture = f"![PSNR over work]({name}.png)\n\n" if not suite.judge and (root / f"docs/{name}.png").is_file() else ""
+    return f"`{command}`: {suite.model}, {about}; 95 % intervals.\n\n{picture}{suite_table(suite, lines)}"
+
+
+def _clips(lines: Sequence[Line]) -> str:
+    clips, call = len({line["clip"] for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0]["call"].items())
+    timed = next((line for line in lines if "seconds" in line), None)
+    machine = f"; {timed['threads']} threads, {timed['processor']}" if timed else ""
+    return f"{clips} held-out clips ({call}{machine})"
+
+
+def _seeds(suite: Suite, lines: Sequence[Line]) -> str:
+    seeds, steps = sorted({line["clip"] for line in lines}), {arm.num_inference_steps for arm in suite.arms}
+    message = f", {min(steps)} UniPC steps" if len(steps) == 1 else ""
+    return f"held-out prompts and seeds {seeds[0]} to {seeds[-1]}{message}"
+
+
+def _speed(root: Path) -> str:
+    records = read_lines(root / SPEED)
+    if not records:
+        return f"Not measured yet; `python kernels/bench/block_sparse.py --out {SPEED}` measures it on this machine."
+    first, devices = records[0], list(dict.fromkeys(record["device"] for record in records))
+    head = (
+        f"`python kernels/bench/block_sparse.py --out {SPEED}`: {first['threads']} threads, torch {first['torch']}, "
+        f"B, H, S, D = {', '.join(map(str, first['shape']))}, tiles of {first['block']}, {first['lists']} lists. Times "
+        f"faster than dense SDPA in the same process, and that as a share of 1 / density."
+    )
+    settings = sorted({(r["dtype"], r["density"]) for r in records if r["candidate"] != "dense"})
+    settings.sort(key=lambda setting: setting[0], reverse=True)  # fp32 first
+    rows = ["| processor | candidate | " + " | ".join(f"{dtype} {density:.2f}" for dtype, density in settings) + " |"]
+    rows.append("|---" * (len(settings) + 2) + "|")
+    for device in devices:
+        own = [record for record in records if record["device"] == device]
+        for name in dict.fromkeys(r["candidate"] for r in own if r["candidate"] != "dense"):
+            cells = [_cell(own, name, *setting) for setting in settings]
+            rows.append(f"| {device} | {name} | " + " | ".join(cells) + " |")
+    return f"{head}\n\n" + "\n".join(rows)
+
+
+def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) -> str:
+    matching = [r for r in records if (r["candidate"], r["dtype"], r["density"]) == (name, dtype, density)]
+    return f"{matching[-1]['speedup']:.2f}x ({matching[-1]['of_ideal']:.2f})" if matching else ""
+
+
+def _run(root: Path, study: str, write: Callable[[list[dict[str, Any]]], str]) -> str:
+    records = read_lines(root / f"eval/results/{study.replace('_', '-')}.jsonl")
+    command = f"python eval/studies/{study}.py"
+    return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
+
+
+def _every(root: Path, model: str) -> str:
+    setting, command = Setting(model=model), f"python eval/studies/every_set.py --model {model}"
+    if not (root / setting.out).is_file():
+        return f"Not measured yet; `{command}` does."
+    head = (
+        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps; prompts of "
+        f"tuning: {setting.prompts}, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
+    )
+    return f"{head}\n\n{every_table(Judged(setting, root / setting.out, generate=False))}"
+
+
+def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
+    results, suite = Path(f"eval/results/{name}.jsonl"), read_suite(root / f"eval/suites/{name}.toml")
+    paths = [Path(f"eval/results/{profile}.json") for profile in profiles]
+    command, lines = f"python eval/studies/block_choices.py {results}", read_lines(root / results)
+    if not lines:
+        return f"Not measured yet; `dit-accel eval run eval/suites/{name}.toml` measures it."
+    known = whole(choices(lines))
+    clips, steps = len(next(iter(known.values()))), suite.arms[0].num_inference_steps
+    head = f"`{' '.join([command, *map(str, paths)])}`: {suite.model}, {len(known)} choices, {clips} held-out clips"
+    head += f", {steps} UniPC steps."
+    return "\n".join([head, "", *choices_table(lines, scores_of([root / path for path in paths]))])
+
+
+def _budgets(root: Path) -> str:
+    measured = [
+        (read_suite(root / f"eval/suites/{name}.toml"), read_lines(root / f"eval/results/{name}.jsonl"))
+        for name in ("caches-wan-tiny", "caches-flux-tiny", "blocks-flux-tiny")
+    ]
+    return "\n".join(budgets_table(measured))
+
+
+_TABLES: dict[str, Callable[[Path], str]] = {
+    "models": _models,
+    "speed": _speed,
+    "demo": demo_text,
+    "report": report_table,
+    "tuned-flux-tiny": tuned_text,
+    "scaling": lambda _: scaling_table(),
+    "time": partial(_run, study="denoising_time", write=times_table),
+    "call-error": partial(_run, study="call_error", write=calls_table),
+    "overhead": partial(_run, study="overhead", write=overhead_table),
+    "attention-spread": partial(_run, study="attention_spread", write=spread_table),
+    "positions-cost": partial(_run, study="positions_cost", write=additions_text),
+    "product-time": partial(_run, study="product_time", write=product_text),
+    "dropped-mass": partial(_run, study="dropped_mass", write=masses_table),
+    "vbench-proxies": partial(_run, study="vbench_proxies", write=proxies_text),
+    "every-set-wan-plain": partial(_every, model="wan-plain"),
+    "every-set-flux-tiny": partial(_every, model="flux-tiny"),
+    "guidance-cost": partial(_run, study="guidance_cost", write=costs_table),
+    "budgets": _budgets,
+    "profiling-wan-plain": partial(_choices, name="profiling-wan-plain", profiles=("profile-wan-plain",)),
+    "profiling-flux-tiny": partial(
+        _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
+    ),
+    "finetuned-wan-plain": partial(finetuned_text, name="finetuned-wan-plain"),
+    "finetuned-4x-wan-plain": partial(finetuned_text, name="finetuned-4x-wan-plain"),
+}
+
+
+if __name__ == "__main__":
+    main()

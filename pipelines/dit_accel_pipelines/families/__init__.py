@@ -1,0 +1,1 @@
+"""The adapters of model families: one file of data each."""

@@ -1,0 +1,1 @@
+"""Generation: from a request to a file of frames."""

@@ -1,0 +1,179 @@
+"""The commands `generate` and `describe` of the command line."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from dit_accel.cli import MethodList, RunTable
+from dit_accel.cli.console import OUT, TALK, print_json
+from dit_accel.cli.stopping import keeps
+from dit_accel.errors import ConfigError
+
+from .options import RUN, Backend, Device, Dtype, Guidance, Json, Model, Offload, Pixels, Quiet, Seed
+
+if TYPE_CHECKING:
+    from .generate import Written
+
+
+def generate_video(
+    prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance should lead away from.", metavar="TEXT")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE")] = None,
+    video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .mp4, .gif or .png.", metavar="FILE")
+    ] = Path("out.mp4"),
+    model: Model = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    num_frames: Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="unipc, euler or dpm++ in place of the model's own.", metavar="NAME")
+    ] = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    same_seed: Annotated[bool, typer.Option("--same-seed", help="One seed for all prompts of a file.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep outputs that an earlier run of the same request wrote.")
+    ] = False,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the file; default: 8 for embedded models, else 16.")
+    ] = None,
+    scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1,
+    lora: Annotated[
+        str | None, typer.Option(help="A LoRA: a file, its folder, or a hub id.", metavar="FILE|FOLDER|ID")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    offload: Offload = "none",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
+    ] = False,
+    ulysses: Annotated[int, typer.Option(help="Processes that share each output.", rich_help_panel=RUN)] = 1,
+    backend: Backend = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+    *,
+    methods: MethodList,
+    run: RunTable,
+) -> None:
+    """Generate a video (or image), with methods attached.
+
+    Writes the file, and FILE.json beside it: all that is needed to repeat
+    the run, and the report of what ran. Both appear whole or not at all;
+    Ctrl-C (exit code 130) and SIGTERM (143) leave nothing half-written. A
+    .png holds one frame, or evenly spaced ones of a video. Several prompts
+    give FILE-01, FILE-02 and so on, from the seed, the next one and so on;
+    --same-seed takes one for all, to compare prompts.
+
+    Started by accelerate launch or torchrun, each process makes every n-th
+    prompt on a device of its own, and prints a line for each output; with
+    --ulysses N, N neighbours make each output together. If one was killed,
+    the same command with --resume makes what is missing.
+
+    --image and --video are for pipelines that start from them. What a
+    pipeline does not take, or needs and was not given, is refused before
+    its weights are loaded.
+
+    Examples:
+
+    dit-accel generate "a red circle moving right" --radial -o red.mp4
+
+    dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+
+    accelerate launch -m dit_accel generate --prompt-file prompts.txt --resume
+    """
+    from ..processes.processes import started_process
+    from .generate import generate
+    from .progress import Stages
+    from .request import Request, read_prompts
+
+    if (prompt is None) == (prompt_file is None):
+        got = "neither" if prompt is None else "both"
+        raise ConfigError(f"generate takes a prompt in quotes or --prompt-file, got {got}; give one of them")
+    process = started_process(together=ulysses)
+    many = process.count > 1
+    if many and json:
+        raise ConfigError(
+            f"--json prints one document, and {process.count} processes would print as many; leave it out, and read "
+            "the side-cars that lie beside the outputs"
+        )
+    request = Request(
+        prompts=(prompt,) if prompt is not None else read_prompts(cast(Path, prompt_file)),
+        output=output,
+        negative_prompt=negative_prompt,
+        image=image,
+        video=video,
+        model=model,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=run.get("num_inference_steps") if num_inference_steps is None else num_inference_steps,
+        solver=solver or run.get("solver"),
+        flow_shift=None if solver else run.get("flow_shift"),
+        guidance_scale=run.get("guidance_scale") if guidance_scale is None else guidance_scale,
+        seed=seed,
+        same_seed=same_seed,
+        dtype=cast(Any, dtype),
+        device=device,
+        offload=cast(Any, offload),
+        compile=compile,
+        fps=fps,
+        scale=scale,
+        lora=lora,
+        methods=tuple(methods),
+        backend=cast(Any, backend),
+    )
+    if len(request.prompts) > 1:
+        keeps("outputs that were made are whole, and the same command with --resume makes the others")
+    with Stages(quiet=quiet, silent=process.rank > 0) as stages:
+        shown = {"on_written": _line} if many else {}
+        written = generate(request, stages=stages, command=sys.argv, process=process, resume=resume, **shown)
+    if json:
+        print_json([one.record for one in written])
+        return
+    for one in () if many else written:
+        print(one.record["output"])
+        if not quiet:
+            _print_written(one)
+
+
+def describe_model(model: Model = None, json: Json = False) -> None:
+    """Tell which methods a model takes, and with which options; loads no weights.
+
+    Examples:
+
+    dit-accel describe
+
+    dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
+    """
+    import dit_accel
+
+    from .loading import empty_transformers
+
+    description = dit_accel.describe(empty_transformers(model))
+    if json:
+        print_json(description.to_dict())
+    else:
+        OUT.print(str(description), soft_wrap=True, markup=False)
+
+
+def _line(one: "Written") -> None:
+    """Print an output in one write, so that lines of several processes stay whole."""
+    sys.stdout.write(f"{one.record['output']}\n")
+    sys.stdout.flush()
+
+
+def _print_written(one: "Written") -> None:
+    if one.kept:
+        TALK.print("kept: its side-car tells the same request", markup=False, soft_wrap=True)
+        return
+    steps, seconds = one.record["num_inference_steps"], one.record["seconds"]
+    text = f"{steps} steps in {seconds['denoise']:.1f} s, decoded in {seconds['decode']:.1f} s"
+    TALK.print(f"{text}\n{one.report}" if one.report else text, markup=False, soft_wrap=True)

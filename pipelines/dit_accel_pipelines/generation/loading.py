@@ -1,0 +1,144 @@
+"""Loads a diffusers pipeline from a folder or the hub onto a device, as a request asks."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from dit_accel.adapters.model_files import read_config, read_model_files
+from dit_accel.adapters.model_names import model_source
+from dit_accel.adapters.registry import adapter_for
+from dit_accel.errors import ConfigError, UnsupportedModel
+
+from .lora import load_lora
+from .quiet import quiet_diffusers
+from .request import EMBEDDED, Request
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""The components of a pipeline that denoise."""
+
+
+def load_pipeline(request: Request) -> Any:
+    """Load the request's pipeline, with its LoRA, dtype, device and offload.
+
+    Raises:
+        UnsupportedModel: if diffusers can't load it.
+        ConfigError: for a device that this machine does not have, offload without an accelerator, or a LoRA that does
+            not fit.
+    """
+    device = pick_device(request.device)
+    if request.offload != "none" and device.type == "cpu":
+        raise ConfigError(f"offload {request.offload!r} needs an accelerator, got device {device}; use none")
+    pipe = open_pipeline(request.source, dtype=request.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    if request.lora is not None:
+        load_lora(pipe, request.lora)
+    _to_device(pipe, device, request.offload)
+    return pipe
+
+
+def open_pipeline(source: str, *, dtype: str) -> Any:
+    """Load a pipeline into main memory.
+
+    The autoencoder stays in float32, as Wan's own examples keep it, and takes what pipelines hand it in other formats.
+
+    Args:
+        source: a folder or a hub id.
+        dtype: number format of the other weights.
+
+    Raises:
+        UnsupportedModel: if diffusers can't load it.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+    try:
+        with quiet_diffusers():
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtypes)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None
+    pipe.set_progress_bar_config(disable=True)
+    if dtype != "float32" and getattr(pipe, "vae", None) is not None:
+        for name in ("encode", "decode"):
+            setattr(pipe.vae, name, _of_any_format(pipe.vae, getattr(pipe.vae, name)))
+    return pipe
+
+
+def _of_any_format(vae: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an autoencoder's method, for tensors of other number formats than its own, as FLUX's and Mochi's calls."""
+
+    def taking(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(first.to(vae.dtype), *args, **kwargs)
+
+    return taking
+
+
+def empty_transformers(model: str | None) -> Any:
+    """Return an object with a pipeline's ``components``: its transformers, without memory for their weights.
+
+    Args:
+        model: hub id, folder or an embedded model's name; None is the default one of these.
+
+    Raises:
+        UnsupportedModel: if the model is not found, or no adapter covers it.
+    """
+    source = model_source(model or EMBEDDED)
+    files = read_model_files(source)
+    components = {}
+    for name in TRANSFORMERS:
+        if files.has(name):
+            config = read_config(source, f"{name}/config.json")
+            components[name] = _empty(str(config.get("_class_name")), config)
+    return SimpleNamespace(components=components)
+
+
+def _empty(class_name: str, config: dict[str, Any]) -> Any:
+    adapter_for(class_name)  # refuses what is not supported, by name
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with quiet_diffusers(), init_empty_weights():
+        return getattr(diffusers, class_name).from_config(config)
+
+
+def compile_blocks(pipe: Any) -> None:
+    """Compile the repeated blocks of every transformer of a pipeline, as full graphs."""
+    for transformer in transformers_of(pipe):
+        transformer.compile_repeated_blocks(fullgraph=True)
+
+
+def transformers_of(pipe: Any) -> list[Any]:
+    """Return the transformers of a pipeline."""
+    found = [getattr(pipe, name, None) for name in TRANSFORMERS]
+    return [one for one in found if one is not None]
+
+
+def pick_device(requested: str | None) -> Any:
+    """Return the torch device asked for, or the accelerator, or the CPU.
+
+    Raises:
+        ConfigError: for a device torch does not know or this machine does not have.
+    """
+    import torch
+
+    if requested is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(requested)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"device {requested!r} can't be used here ({reason}); try cpu") from None
+    return device
+
+
+def _to_device(pipe: Any, device: Any, offload: str) -> None:
+    if offload == "none":
+        pipe.to(device)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")

@@ -1,0 +1,40 @@
+"""Which outputs of a request are there already: those whose side-car tells the same request."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dit_accel.files import json_text
+
+from .lora import lora_file
+from .request import Request, side_car_path
+
+APART = ("prompts", "output", "device", "same_seed")
+"""What makes no other picture, or is told by itself."""
+
+
+def request_digest(request: Request) -> str:
+    """Return what tells one settled request of one prompt from another, wherever its output lies; hexadecimal."""
+    text: dict[str, Any] = {
+        field.name: getattr(request, field.name) for field in dataclasses.fields(request) if field.name not in APART
+    }
+    text["prompt"], text["suffix"] = request.prompts[0], request.output.suffix
+    text["methods"] = {method.name: method.to_dict() for method in request.methods}
+    for name in ("image", "video"):
+        text[name] = text[name] and hashlib.sha256(Path(text[name]).read_bytes()).hexdigest()
+    file = lora_file(request.lora) if request.lora else None
+    text["lora"] = hashlib.sha256(file.read_bytes()).hexdigest() if file else request.lora
+    return hashlib.sha256(json_text(text).encode()).hexdigest()
+
+
+def kept_record(request: Request) -> dict[str, Any] | None:
+    """Return the side-car of an output that stands for a settled request of one prompt; None: it must be made."""
+    path = side_car_path(request.output)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(record, dict) and record.get("request_digest") == request_digest(request)
+    return record if same and request.output.is_file() else None

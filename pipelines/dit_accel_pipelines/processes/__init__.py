@@ -1,0 +1,1 @@
+"""Several processes: how they start, share a run and its work."""

@@ -1,0 +1,72 @@
+"""The state of a running forward: what a forward inside it leaves whole, and how short the way to the kernels is."""
+
+from types import SimpleNamespace
+
+import call_path
+import torch
+from one_layer import OneLayer
+from torch import nn
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel.attachment.forward_state import ForwardState, as_tensors
+from dit_accel.attachment.layers import AttentionLayer
+from dit_accel.attachment.shards import Ring
+
+
+def test_a_forward_inside_another_leaves_all_of_its_state_as_it_was():
+    state, layers = ForwardState(), [AttentionLayer(OneLayer().state, nn.Module(), index, index) for index in range(2)]
+    for layer in layers:
+        layer.processor = SimpleNamespace(_dit_accel_sparse=False)
+    shards = Ring(group=None, rank=0, counts=(4, 4), gathered=None, positions=None, rows=torch.arange(4))
+    state.lay((2, 2, 2, 0, 0))
+    state.begin(3)
+    state.min_keys, state.shards, state.noted, state.step = 8, shards, state.sizes, object()
+    state.acting = {layers[0]: ("a method",), layers[1]: ()}
+    state.calls[layers[0]] += 1
+    state.reached.add(0)
+    state.switch()
+    before = {**vars(state), "calls": dict(state.calls), "reached": set(state.reached), "acting": dict(state.acting)}
+    with state.nested():
+        assert state.step is None
+        assert not state.acting
+        state.calls[layers[0]] += 1
+        state.reached.add(1)
+        state.lay((1, 3, 3, 2, 0))
+        state.begin(1)
+        state.shards, state.not_a_step, state.min_keys, state.processor = None, True, 11, layers[1].processor
+        state.acting = {layers[0]: (), layers[1]: ("a method",)}
+        state.switch()
+        assert [layer.processor._dit_accel_sparse for layer in layers] == [False, True]
+    assert vars(state) == before
+    assert [layer.processor._dit_accel_sparse for layer in layers] == [True, False]
+    assert [int(size) for size in state.grid] == [2, 2, 2, 0, 0]
+    assert state.layout.tokens == 8
+
+
+def test_a_grid_is_checked_and_laid_once():
+    state = ForwardState()
+    state.lay((2, 2, 2, 0, 1))
+    grid, layout = state.grid, state.layout
+    state.lay((2, 2, 2, 0, 1))
+    assert state.grid is grid
+    assert state.layout is layout
+    assert as_tensors((3, 4))[1] == 4
+
+
+def test_who_acts_is_asked_once_a_layer_and_forward(monkeypatch):
+    transformer, asked = tiny_transformer(), []
+    with dit_accel.attach(transformer, call_path.RADIAL, backend="torch") as attachment:
+        (handler,) = attachment._execution.handlers
+        is_active = handler.is_active
+        monkeypatch.setattr(handler, "is_active", lambda step, depth: asked.append(depth) or is_active(step, depth))
+        call_path.forward_of(transformer)  # of a shape that is not known when its context begins
+        asked.clear()
+        call_path.forward_of(transformer)
+    assert asked == [0, 1, 2]
+
+
+def test_the_way_from_the_processor_to_the_kernels_stays_short():
+    until, _ = call_path.traced_call()
+    assert until.total() <= 30, until
+    assert len({where.split(":")[0] for where in until}) <= 7, until

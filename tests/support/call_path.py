@@ -1,0 +1,132 @@
+"""How long the way of one planned attention call is, from the processor to the kernels: our own calls, files and time.
+
+Run as a script it prints all three: ``python tests/support/call_path.py``.
+"""
+
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import RadialAttention
+from dit_accel.methods.config import MethodConfig
+
+CORE = str(Path(dit_accel.__file__).parent)
+KERNELS_ENTRY = "block_sparse_attention_eager"
+RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
+
+
+def forward_of(transformer: Any, seed: int = 0) -> None:
+    """Run one forward of a step that is told, over 5 x 4 x 4 tokens."""
+    torch.manual_seed(seed)
+    x, text = torch.randn(1, 12, 5, 8, 8), torch.randn(1, 6, 64)
+    with torch.no_grad(), transformer.cache_context("cond", step_index=1, num_inference_steps=4):
+        transformer(x, torch.tensor([900.0]), text, return_dict=False)
+
+
+def traced_call(*methods: MethodConfig) -> tuple[Counter[str], Counter[str]]:
+    """Return "file:function" -> calls of the core in one planned call: until the kernels' entry, and in all of it.
+
+    Comprehensions and generators are not counted; they are calls in some versions of Python only.
+    """
+    transformer = tiny_transformer()
+    until, whole = Counter[str](), Counter[str]()
+    depth, entered = 0, False
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        nonlocal depth, entered
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        begins = path.endswith("attachment/processor.py") and name == "__call__"
+        if event == "call":
+            depth += begins
+            entered |= name == KERNELS_ENTRY
+            if depth and path.startswith(CORE) and not name.startswith("<") and not inside_kernels(frame):
+                where = f"{path.removeprefix(CORE)[1:]}:{name}"
+                whole[where] += 1
+                if not entered:
+                    until[where] += 1
+        elif event == "return" and begins:
+            depth -= 1
+            sys.setprofile(None)  # the first layer's call alone
+
+    with dit_accel.attach(transformer, *(methods or (RADIAL,)), backend="torch") as attachment:
+        forward_of(transformer)
+        layer = attachment._execution.layers[1].module
+        hooks = [layer.register_forward_pre_hook(lambda *_: sys.setprofile(trace))]
+        try:
+            forward_of(transformer, 1)
+        finally:
+            sys.setprofile(None)
+            hooks[0].remove()
+    return until, whole
+
+
+def inside_kernels(frame: Any) -> bool:
+    """Tell whether the kernels call: what they call back is theirs."""
+    while frame is not None:
+        if frame.f_code.co_name == KERNELS_ENTRY:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def overhead(*methods: MethodConfig, times: int = 400) -> tuple[float, float]:
+    """Return the median milliseconds of a planned call less its kernel's own, and of the kernel's call."""
+    transformer, given = tiny_transformer(), []
+    found: list[tuple[float, float]] = []
+
+    def seconds(call: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    with dit_accel.attach(transformer, *(methods or (RADIAL,)), backend="torch") as attachment:
+        forward_of(transformer)
+        call_processor = type(attachment._execution.layers[1].processor).__call__
+        names = call_processor.__code__.co_freevars
+        recreated = call_processor.__closure__[names.index("recreated")].cell_contents
+        planned = recreated.__globals__["dispatch_attention_fn"]
+        kernels = [
+            (module, getattr(module, KERNELS_ENTRY))
+            for name, module in sys.modules.items()
+            if name.startswith("dit_accel.attachment") and hasattr(module, KERNELS_ENTRY)
+        ]
+        ours = kernels[0][1]
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            given[:] = [(args, kwargs)]
+            return ours(*args, **kwargs)
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            for module, _ in kernels:
+                setattr(module, KERNELS_ENTRY, note)
+            out = planned(*args, **kwargs)
+            for module, own in kernels:
+                setattr(module, KERNELS_ENTRY, own)
+            ((positional, named),) = given
+            for _ in range(times):
+                whole = seconds(lambda: planned(*args, **kwargs))
+                found.append((whole, seconds(lambda: ours(*positional, **named))))
+            recreated.__globals__["dispatch_attention_fn"] = planned
+            return out
+
+        recreated.__globals__["dispatch_attention_fn"] = measured
+        forward_of(transformer, 1)
+    return 1e3 * statistics.median(a - b for a, b in found), 1e3 * statistics.median(b for _, b in found)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for title, counted in zip(("to the kernels' entry", "in all"), traced_call(), strict=True):
+        files = {where.split(":")[0] for where in counted}
+        print(f"{title}: {counted.total()} calls in {len(files)} files")
+        for where, count in counted.items():
+            print(f"  {count:3} {where}")
+    print("overhead {:.3f} ms a planned call; its kernel {:.3f} ms".format(*overhead()))
