@@ -104,7 +104,7 @@ def _print_verdicts() -> None:
 
 
 def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:
-    meanings, hints = _attribute_docs(config_type), typing.get_type_hints(config_type)
+    meanings, hints = _attribute_docs(config_type), typing.get_type_hints(config_type, include_extras=True)
     return {
         "name": config_type.name,
         "config": config_type.__name__,

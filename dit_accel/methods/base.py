@@ -176,7 +176,7 @@ class Handler:
         """Return what the method saves over a run of so many steps on a layout.
 
         Raises:
-            ConfigError: if that can't be told.
+            ConfigError: if that is not known.
         """
         return Saving(counted=False, notes=(f"what {self.name} saves is known only while it runs; it is not counted",))
 

@@ -29,10 +29,11 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
     types = [handler_of(config) for config in configs]
     configs = [handler.config_for(config) or config for handler, config in zip(types, configs, strict=True)]
     paired = sorted(zip(types, configs, strict=True), key=lambda pair: (pair[0].phase, pair[1].name))
-    for (one, asked), (other, also) in combinations(paired, 2):
+    for (one, first), (other, second) in combinations(paired, 2):
         if "cache" in one.exclusive & other.exclusive:
             raise ConfigError(
-                f"{asked.asked} and {also.asked} both cache, and a transformer takes one cache; attach one of them"
+                f"{first.requested_name} and {second.requested_name} both cache, and a transformer takes one cache; "
+                "attach one of them"
             )
         if one is other:
             raise ConfigError(f"two {one.config_type.__name__} configs were given; attach one of each method")
@@ -57,25 +58,25 @@ def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
     Raises:
         ConfigError: if two methods are set to different ones.
     """
-    asked: dict[str, int] = {}
+    requested: dict[str, int] = {}
     usual: list[int] = []
     orders: dict[str, str] = {}
     for config in configs:
         size, otherwise = config.tile_size(model.adapter.recipe(config.name, model.family))
         if size is not None:
-            asked[config.name] = size
+            requested[config.name] = size
         elif otherwise is not None:
             usual.append(otherwise)
         if (order := config.tile_order()) is not None:
             orders[config.name] = order
-    for what, values in (("block_size", asked), ("order", orders)):
+    for what, values in (("block_size", requested), ("order", orders)):
         if len(set(values.values())) > 1:
             parts = " and ".join(f"{name}.{what} = {value!r}" for name, value in values.items())
             raise ConfigError(
                 f"{parts} can't be attached together: all methods of an attention call cut it into the same tiles; set "
                 "them alike, or leave all but one unset"
             )
-    size = next(iter(asked.values()), None) or next(iter(usual), TILE)
+    size = next(iter(requested.values()), None) or next(iter(usual), TILE)
     return Tiling(size, next(iter(orders.values()), "raster"))  # type: ignore[arg-type] - configs check their order
 
 

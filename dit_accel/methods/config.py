@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 from ..errors import ConfigError, did_you_mean
-from .options import find_broken
+from .options import Rule, find_broken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class MethodConfig:
         return f"; {', '.join(parts)}" if parts else ""
 
     @property
-    def asked(self) -> str:
+    def requested_name(self) -> str:
         """The name of what the user gave to ask for the method."""
         return type(self).__name__
 
@@ -167,13 +167,16 @@ def _how_to_list(option: str, value: Any, hint: Any) -> str:
 
 
 def spell_type(hint: Any) -> str:
-    """Put an annotation in words, as error texts and tables show it."""
-    origin = typing.get_origin(hint)
+    """Put an annotation in words, as error texts and tables show it, with the range that it declares."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        words = " and ".join(rule.words for rule in parts[1:] if isinstance(rule, Rule))
+        return words if words.startswith("a ") else f"{spell_type(parts[0])} {words}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(spell_type(part) for part in typing.get_args(hint))
+        return " or ".join(spell_type(part) for part in parts)
     if origin is typing.Literal:
-        return " or ".join(repr(choice) for choice in typing.get_args(hint))
+        return " or ".join(repr(choice) for choice in parts)
     if origin is tuple:
-        inner = typing.get_args(hint)[0]
+        inner = typing.get_args(parts[0])[0] if typing.get_origin(parts[0]) is Annotated else parts[0]
         return f"a list of {_MANY.get(inner, spell_type(inner))}"
     return _ONE.get(hint, getattr(hint, "__name__", str(hint)))

@@ -32,20 +32,18 @@ def handlers() -> dict[str, type[Handler]]:
 
 def _load(entry: EntryPoint) -> type[Handler]:
     """Return the handler type that an entry point gives."""
-    asked = f"the entry point {entry.name} = {entry.value!r} of {METHOD_GROUP}"
+    what = f"the entry point {entry.name} = {entry.value!r} of {METHOD_GROUP}"
     try:
         handler = entry.load()
     except (AttributeError, ModuleNotFoundError) as error:
         raise ConfigError(
-            f"{asked} can't be loaded: {error}; name a handler type in pyproject.toml and install it again"
+            f"{what} can't be loaded: {error}; name a handler type in pyproject.toml and install it again"
         ) from error
     if not (isinstance(handler, type) and issubclass(handler, Handler)):
-        raise ConfigError(
-            f"{asked} must give a handler type, got {handler!r}; derive it from dit_accel.methods.Handler"
-        )
+        raise ConfigError(f"{what} must give a handler type, got {handler!r}; derive it from dit_accel.methods.Handler")
     if getattr(handler, "config_type", None) is None or handler.config_type.name != entry.name:
         raise ConfigError(
-            f"{asked} gives {handler.__name__}, whose config_type must be a config with name = {entry.name!r}"
+            f"{what} gives {handler.__name__}, whose config_type must be a config with name = {entry.name!r}"
         )
     return handler
 

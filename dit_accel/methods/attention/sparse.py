@@ -114,7 +114,7 @@ class SparseHandler(AttentionHandler):
         return self.settings.advice(layout)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
-        """Active outside the dense steps and layers; in training, where no step is told, outside the layers alone."""
+        """Active outside the dense steps and layers; in training, where no step is known, outside the layers alone."""
         if step.training:
             return depth >= (self.settings.dense_layers or 0)
         return not self.settings.is_dense(step.step_index, step.num_inference_steps, depth, step.sigma)

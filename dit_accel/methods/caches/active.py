@@ -5,13 +5,13 @@ from typing import Any
 from ...errors import ConfigError
 
 
-def require_no_cache(name: str, transformer: Any, asked: str) -> None:
+def require_no_cache(name: str, transformer: Any, requested: str) -> None:
     """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active on a transformer.
 
     Args:
         name: the transformer's component name.
         transformer: the transformer.
-        asked: the cache that is to be attached, as the user asked for it.
+        requested: the cache that is to be attached, by the name that the user gave.
     """
     found = None
     if getattr(transformer, "is_cache_enabled", False):
@@ -20,4 +20,4 @@ def require_no_cache(name: str, transformer: Any, asked: str) -> None:
     elif getattr(transformer, "_is_cached", False) and hasattr(transformer, "_context_manager"):  # cache-dit's marks
         found = "cache-dit is active on it already; call cache_dit.disable_cache(pipe) first"
     if found:
-        raise ConfigError(f"{asked} can't be attached to {name}, which takes one cache: {found}")
+        raise ConfigError(f"{requested} can't be attached to {name}, which takes one cache: {found}")

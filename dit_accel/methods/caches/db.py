@@ -70,7 +70,7 @@ class DBCache(MeasuredCacheConfig):
 
 @dataclass(slots=True)
 class BlockDecider(Decider):
-    """What the first blocks told.
+    """What the first blocks showed.
 
     Attributes:
         added: what they added to the visual stream at the last computed step.

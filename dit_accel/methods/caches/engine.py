@@ -1,4 +1,4 @@
-"""The engine of all step caches: whose state a forward reads, whether it is computed or forecast, and what is told.
+"""The engine of all step caches: whose state a forward reads, whether it is computed or forecast, and the report.
 
 A cache is a `StepCacheConfig` and a handler that says whether a step may be skipped. Everything else is here, once:
 steps that are always computed, branches, transformers that take over, shapes that change, forecasts, the report.
@@ -140,7 +140,7 @@ class StepCacheHandler(Handler):
         Raises:
             ConfigError: if another cache is active on it.
         """
-        require_no_cache(site.name, site.transformer, self.settings.asked)
+        require_no_cache(site.name, site.transformer, self.settings.requested_name)
         latents, name = site.adapter.latents, site.name
         self._transformers[name] = site.transformer
         site.around_forward(lambda context, run: self._around(context, run, latents, name))

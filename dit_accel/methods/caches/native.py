@@ -33,7 +33,7 @@ class DiffusersCache(MethodConfig):
     config: object
 
     @property
-    def asked(self) -> str:
+    def requested_name(self) -> str:
         """The name of diffusers' config."""
         return type(self.config).__name__
 
@@ -41,7 +41,10 @@ class DiffusersCache(MethodConfig):
         """Return the config's name and its fields, as plain values."""
         of: Any = self.config
         fields = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
-        return {"config": self.asked, **{key: _plain(value) for key, value in fields.items() if value is not None}}
+        return {
+            "config": self.requested_name,
+            **{key: _plain(value) for key, value in fields.items() if value is not None},
+        }
 
 
 class NativeHandler(Handler):
@@ -182,13 +185,13 @@ class _Enabled:
     @contextlib.contextmanager
     def entered(self, context: ForwardContext) -> Any:
         """Let diffusers' hooks see the branch, step and noise level of a forward, as far as the core knows them."""
-        told = {"sigma": context.sigma, "num_inference_steps": context.num_inference_steps}
+        known = {"sigma": context.sigma, "num_inference_steps": context.num_inference_steps}
         enter = type(self.transformer).cache_context
         if context.branch not in self._states:
             self._states[context.branch] = [type(hook.state)() for hook in self._keepers]
         for hook, state in zip(self._keepers, self._states[context.branch], strict=True):
             hook.state = state
-        self._context = lambda: enter(self.transformer, context.branch, step_index=context.step_index, **told)
+        self._context = lambda: enter(self.transformer, context.branch, step_index=context.step_index, **known)
         try:
             with self._open:
                 self._open.enter_context(self._context())

@@ -69,7 +69,7 @@ class DBPrune(MeasuredCacheConfig):
 
 @dataclass(slots=True)
 class PruneDecider(Decider):
-    """What the blocks' inputs told.
+    """What the blocks' inputs showed.
 
     Attributes:
         inputs: block -> the visual stream that it took when it ran last.

@@ -171,7 +171,7 @@ class SpanHandler(StepCacheHandler):
 
     def require_free(self, site: Site) -> None:
         """Raise `ConfigError` if another cache is active on a transformer."""
-        require_no_cache(site.name, site.transformer, self.settings.asked)
+        require_no_cache(site.name, site.transformer, self.settings.requested_name)
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
         if self.is_trained(context, context.inputs[name]):

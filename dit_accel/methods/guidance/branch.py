@@ -270,9 +270,9 @@ class PerturbedHandler(Handler):
         """Return the third forwards, less what begins at the first perturbed block."""
         window = self.settings.steps(steps)
         notes = (self.describe_perturbation(),)
-        told = (short,) if (short := self.settings.too_short(steps)) else ()
+        notices = (short,) if (short := self.settings.too_short(steps)) else ()
         if self.settings.mode == "free" or self.neutral:
-            return Saving(notes=notes, warnings=told)
+            return Saving(notes=notes, warnings=notices)
         if self.model.family is not None and self.model.family.forwards_per_step == 1:
             notes += (
                 f"guidance is distilled into {self.model.family.name}: {self.name} doubles the forwards it acts in",
@@ -282,7 +282,7 @@ class PerturbedHandler(Handler):
         part = 1 - (first or 0) / layers if shared else 1.0
         if shared and first:
             notes += (f"{self.name}'s third forward begins at block {first} of {layers}, saving {1 - part:.0%} of it",)
-        return Saving(extra_forwards=len(window) * part, notes=notes, warnings=told)
+        return Saving(extra_forwards=len(window) * part, notes=notes, warnings=notices)
 
     def first_layer(self) -> int | None:
         """Return the first perturbed layer, without a model; None where that is not known."""

@@ -51,14 +51,14 @@ def split_specs(given: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def read_heads(
-    specs: str | Iterable[str], stacks: Stacks, asked: str, published: Mapping[str, Sequence[str]] | None = None
+    specs: str | Iterable[str], stacks: Stacks, given: str, published: Mapping[str, Sequence[str]] | None = None
 ) -> Heads:
     """Return the heads that specs name.
 
     Args:
         specs: see `split_specs`; layers count over all stacks, behind a stack's name within it.
         stacks: the model's layers.
-        asked: what asks for them, for errors.
+        given: what names them, for errors.
         published: name -> specs.
 
     Raises:
@@ -66,7 +66,7 @@ def read_heads(
     """
     found: dict[int, set[int]] = {}
     for spec in split_specs(specs):
-        for layer, heads in _one(spec, stacks, asked, published or {}).items():
+        for layer, heads in _one(spec, stacks, given, published or {}).items():
             found.setdefault(layer, set()).update(heads)
     return {layer: tuple(sorted(found[layer])) for layer in sorted(found)}
 
@@ -89,17 +89,17 @@ def spell(heads: Heads, count: int) -> list[str]:
     ]
 
 
-def _one(spec: str, stacks: Stacks, asked: str, published: Mapping[str, Sequence[str]]) -> Heads:
+def _one(spec: str, stacks: Stacks, given: str, published: Mapping[str, Sequence[str]]) -> Heads:
     whole = tuple(range(stacks.heads))
     if spec in published:
-        return read_heads(published[spec], stacks, f"{asked} {spec!r}")
+        return read_heads(published[spec], stacks, f"{given} {spec!r}")
     if spec.endswith(".json"):
-        return read_heads(read_file(Path(spec), asked), stacks, f"{spec}:")
+        return read_heads(read_file(Path(spec), given), stacks, f"{spec}:")
     if spec in stacks.names:
         return {list(stacks.names).index(spec): whole}
     if spec in stacks.others:
         raise ConfigError(
-            f"{asked} names {spec}, which is cross-attention or a side path: queries and keys are of different tokens "
+            f"{given} names {spec}, which is cross-attention or a side path: queries and keys are of different tokens "
             f"there, so that no head can see itself alone; name self-attention, L0 to L{len(stacks.names) - 1}"
         )
     if layers := stacks.stack(spec):
@@ -107,24 +107,24 @@ def _one(spec: str, stacks: Stacks, asked: str, published: Mapping[str, Sequence
     match = _SPEC.fullmatch(spec)
     if match is None:
         known = [*published, *stacks.stacks]
-        raise ConfigError(f"{asked} can't read {spec!r}; {_FORM}" + (f"; {did_you_mean(spec, known)}" if known else ""))
-    return _numbered(spec, match, stacks, asked)
+        raise ConfigError(f"{given} can't read {spec!r}; {_FORM}" + (f"; {did_you_mean(spec, known)}" if known else ""))
+    return _numbered(spec, match, stacks, given)
 
 
-def _numbered(spec: str, match: "re.Match[str]", stacks: Stacks, asked: str) -> Heads:
+def _numbered(spec: str, match: "re.Match[str]", stacks: Stacks, given: str) -> Heads:
     layers = list(range(len(stacks.names))) if match["stack"] is None else stacks.stack(match["stack"])
     within = "the model" if match["stack"] is None else match["stack"]
     if not layers:
-        raise ConfigError(f"{asked} {spec!r}: no stack is called {match['stack']!r}; known: {', '.join(stacks.stacks)}")
+        raise ConfigError(f"{given} {spec!r}: no stack is called {match['stack']!r}; known: {', '.join(stacks.stacks)}")
     first, last = _range(match["layers"])
     if last < first or last >= len(layers):
-        raise ConfigError(f"{asked} {spec!r}: {within} has attention layers 0 to {len(layers) - 1}; stay in that range")
+        raise ConfigError(f"{given} {spec!r}: {within} has attention layers 0 to {len(layers) - 1}; stay in that range")
     heads = tuple(range(stacks.heads))
     if match["heads"] is not None:
         least, most = _range(match["heads"])
         if most < least or most >= stacks.heads:
             raise ConfigError(
-                f"{asked} {spec!r}: each of the {len(layers)} attention layers of {within} has heads 0 to "
+                f"{given} {spec!r}: each of the {len(layers)} attention layers of {within} has heads 0 to "
                 f"{stacks.heads - 1}; stay in that range"
             )
         heads = tuple(range(least, most + 1))
@@ -136,7 +136,7 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def read_file(path: Path, asked: str) -> tuple[str, ...]:
+def read_file(path: Path, given: str) -> tuple[str, ...]:
     """Return the specs in a JSON file: a list of them, or a list under ``heads``.
 
     Raises:
@@ -145,10 +145,10 @@ def read_file(path: Path, asked: str) -> tuple[str, ...]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{asked} can't read {path}: {error.strerror}; give an existing file") from None
+        raise ConfigError(f"{given} can't read {path}: {error.strerror}; give an existing file") from None
     except ValueError as error:
-        raise ConfigError(f'{asked}: {path} is not valid JSON ({error}); write a list such as ["L3H1"]') from None
+        raise ConfigError(f'{given}: {path} is not valid JSON ({error}); write a list such as ["L3H1"]') from None
     specs = content.get("heads") if isinstance(content, dict) else content
     if not isinstance(specs, list) or not all(isinstance(spec, str) and not spec.endswith(".json") for spec in specs):
-        raise ConfigError(f'{asked}: {path} must hold a list such as ["L3H1"], alone or under "heads"; got {specs!r}')
+        raise ConfigError(f'{given}: {path} must hold a list such as ["L3H1"], alone or under "heads"; got {specs!r}')
     return tuple(specs)

@@ -15,7 +15,7 @@ from .rows import Sample, as_rows
 
 
 class Describable(Protocol):
-    """What is told of a handler."""
+    """What the report reads of a handler."""
 
     @property
     def name(self) -> str:
@@ -105,8 +105,8 @@ def section_of(
     family = handler.model.family
     if extra and family is not None and family.forwards_per_step == 1:
         lines.append(f"guidance is distilled into {family.name}, so that each forward added doubles its step")
-    told = nothing_ran(handler, seen, log, distances), handler.settings.too_short(steps_of_run)
-    lines += [line for line in told if line]
+    notices = nothing_ran(handler, seen, log, distances), handler.settings.too_short(steps_of_run)
+    lines += [line for line in notices if line]
     return Section(method=handler.name, title=title, lines=tuple(lines), data=data)
 
 

@@ -1,4 +1,4 @@
-"""NAG: attention led away from what a negative text gives, within the one conditional forward."""
+"""NAG: attention guided away from what a negative text gives, within the one conditional forward."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -209,12 +209,12 @@ class NAGHandler(AttentionHandler):
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return what it costs: in words where that is cross-attention, which is no part of what is counted."""
-        told = (short,) if (short := self.settings.too_short(steps)) else ()
+        notices = (short,) if (short := self.settings.too_short(steps)) else ()
         if self.neutral:
-            return Saving(warnings=told)
+            return Saving(warnings=notices)
         acts = len(self.settings.steps(steps))
         if self._joined is not None:
             note = f"nag runs the conditional forward for two texts in {acts} steps, as dear as a forward more in each"
-            return Saving(extra_forwards=float(acts), notes=(note,), warnings=told)
+            return Saving(extra_forwards=float(acts), notes=(note,), warnings=notices)
         note = f"nag computes the cross-attention of the conditional forward twice in {acts} steps; no forward is added"
-        return Saving(notes=(note,), warnings=told)
+        return Saving(notes=(note,), warnings=notices)

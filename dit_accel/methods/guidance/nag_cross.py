@@ -1,4 +1,4 @@
-"""NAG where text comes in by cross-attention: it runs on the negative text as well, and is led away from that."""
+"""NAG where text comes in by cross-attention: it runs on the negative text as well, and is guided away from that."""
 
 import contextlib
 import inspect
@@ -17,7 +17,7 @@ from .rows import rows_of
 
 
 class CrossAttentionNAG:
-    """One transformer whose cross-attention is led away from a negative text while a guided forward runs.
+    """One transformer whose cross-attention is guided away from a negative text while a guided forward runs.
 
     Args:
         site: the transformer.
@@ -51,7 +51,7 @@ class CrossAttentionNAG:
             site.around_module(module, self._around(name, module))
 
     def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
-        """Run a forward whose conditional rows (None: all) are led away from the negative text."""
+        """Run a forward whose conditional rows (None: all) are guided away from the negative text."""
         prompt = self._text.require_like(context.inputs.get(self._where.text))
         with self._guiding(rows, prompt.shape[1:-1].numel()):
             return run()
@@ -94,7 +94,7 @@ class CrossAttentionNAG:
                 return args[0]
 
             def lead(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                return run(self._led(args[0], outputs[0], rows), *args[1:], **kwargs)
+                return run(self._guided(args[0], outputs[0], rows), *args[1:], **kwargs)
 
             site = self._site
             with site.stand_in(module.to_q, keep), site.stand_in(module.to_out[0], catch):
@@ -110,14 +110,14 @@ class CrossAttentionNAG:
 
         return around
 
-    def _led(self, positive: Tensor, negative: Tensor, rows: Rows) -> Tensor:
-        """Return the output of a cross-attention, its conditional rows led away from the negative one."""
+    def _guided(self, positive: Tensor, negative: Tensor, rows: Rows) -> Tensor:
+        """Return the output of a cross-attention, its conditional rows guided away from the negative one."""
         own = positive if rows is None else positive[rows[0]]
         settings = self._settings
-        led = normalized(own, negative, settings.scale, settings.tau, settings.alpha).to(positive.dtype)
+        guided = normalized(own, negative, settings.scale, settings.tau, settings.alpha).to(positive.dtype)
         if rows is None:
-            return led
-        return cat([positive[: rows[0].start], led, positive[rows[0].stop :]])
+            return guided
+        return cat([positive[: rows[0].start], guided, positive[rows[0].stop :]])
 
 
 def _require_uncached(name: str, module: nn.Module) -> None:

@@ -33,7 +33,7 @@ class JointNAG:
 
     Attributes:
         on: a guided forward runs.
-        calls: attention calls that were led since the run began.
+        calls: attention calls that were guided since the run began.
     """
 
     kind = "joined attention"
@@ -49,7 +49,7 @@ class JointNAG:
         self.calls = 0
 
     def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
-        """Run a forward whose conditional rows (None: all) are led away from the negative text.
+        """Run a forward whose conditional rows (None: all) are guided away from the negative text.
 
         Raises:
             ConfigError: for a prompt beside which the negative text can't be laid.
@@ -69,7 +69,7 @@ class JointNAG:
         return with_sample(output, require_sample(sample_of(output), self._site.name)[:batch])
 
     def plan(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
-        """Return a call's plan with the prompt's rows led away from those of the negative text.
+        """Return a call's plan with the prompt's rows guided away from those of the negative text.
 
         Raises:
             ConfigError: for a call that has not all rows, or less text than was given.

@@ -39,15 +39,15 @@ def trained_lengths(method: str, given: Mapping[str, int | None], family: Family
     return known
 
 
-def require_kind(model: Model, kind: str, asked: Sequence[str] = ()) -> None:
+def require_kind(model: Model, kind: str, requested: Sequence[str] = ()) -> None:
     """Refuse a model whose positions can't be changed, and a kind of frequencies that makes no sense on it.
 
-    Of a model that is not there yet this is asked as far as its family's sizes tell.
+    Of a model that is not there yet this is checked as far as its family's sizes tell.
 
     Args:
         model: the model.
         kind: one of `dit_accel.rules.rope.KINDS`.
-        asked: axes that are to change; empty: all that can.
+        requested: axes that are to change; empty: all that can.
 
     Raises:
         ConfigError: with the adapter's reason, and the axes or kinds that do.
@@ -60,7 +60,7 @@ def require_kind(model: Model, kind: str, asked: Sequence[str] = ()) -> None:
         config = model.family.config
     if config is not None or not isinstance(rope, Rope):
         config = config or {}
-        changeable_axes(name, rope_of(name, rope, config), config, asked)
+        changeable_axes(name, rope_of(name, rope, config), config, requested)
 
 
 class RopeSwitcher:
@@ -70,7 +70,7 @@ class RopeSwitcher:
 
     Args:
         site: the transformer.
-        asked: axes that may change; empty: all that can.
+        requested: axes that may change; empty: all that can.
         trained: axis -> tokens that the model was trained on.
         edit: makes the frequencies of one axis.
         factor: how many times the trained length is wanted, whatever the forward's is; None: the forward's.
@@ -80,14 +80,19 @@ class RopeSwitcher:
     """
 
     def __init__(
-        self, site: Site, asked: tuple[str, ...], trained: Mapping[str, int], edit: Edit, factor: float | None = None
+        self,
+        site: Site,
+        requested: tuple[str, ...],
+        trained: Mapping[str, int],
+        edit: Edit,
+        factor: float | None = None,
     ) -> None:
         adapter = site.adapter
         self._transformer: Any = site.transformer
         self._name, self._config = adapter.name, self._transformer.config
         self._rope = rope_of(adapter.name, adapter.rope, self._config)
-        axes = changeable_axes(adapter.name, self._rope, self._config, asked)
-        for axis in asked:
+        axes = changeable_axes(adapter.name, self._rope, self._config, requested)
+        for axis in requested:
             if axis not in trained:
                 raise ConfigError(
                     f"the tokens along {axis} that {adapter.name} was trained on are not known; set trained_{axis}"
