@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_other_pipelines import sd3
 
 import dit_accel
-from dit_accel import ConfigError
+from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.attention.dfa import DFA
 from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.caches.config import StepCacheConfig
@@ -196,3 +196,8 @@ def test_the_published_window_begins_as_in_the_guiders(guider, options):
         own = own[count % 100 == 0 :]  # the step right on the start
         assert own[: len(acts)] == acts
         assert len(own) - len(acts) == (count % 5 != 0)
+
+
+def test_a_transformer_that_is_alone_warms_up_from_the_first_step():
+    config = StaticCache(every=100, warmup_steps=2, last_steps=0).filled({})
+    assert [config.always_computed(step, 10) for step in range(4)] == ["first steps", "first steps", None, None]

@@ -131,3 +131,7 @@ def test_what_nothing_tells_is_unknown():
     assert noise_level(SimpleNamespace(sigmas=torch.ones(2), step_index=2)) is None
     for parts in ({}, {"scheduler": None}, {"scheduler": SimpleNamespace(timesteps=torch.zeros(0))}):
         assert timeline_of(SimpleNamespace(**parts)) == Timeline()
+
+
+def test_a_schedule_without_timesteps_has_no_steps():
+    assert Schedule(None).timeline(0).steps == 0

@@ -87,6 +87,15 @@ def test_a_value_goes_with_its_tensors_at_once():
     assert watched() is None
 
 
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_value_is_of_all_its_tensors(absent):
+    values: StorageCache[Value] = StorageCache()
+    first, second, other = torch.zeros(3), torch.ones(3), torch.ones(3)
+    made = values.get([first, second], (), Value)
+    assert values.get([first, second], (), Value) is made
+    assert values.get([first, None if absent else other], (), Value) is not made
+
+
 def test_a_write_replaces_a_value():
     values: StorageCache[Value] = StorageCache()
     tensor = torch.arange(5)
