@@ -306,7 +306,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from dit_accel_eval.results import append_line, write_lines
+from dit_accel_eval.runs.results import append_line
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 path = Path(sys.argv[1])
