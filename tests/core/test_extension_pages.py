@@ -96,6 +96,7 @@ print(set(check_adapter(MY_VIDEO, TINY, only=["places", "neutral", "full", "layo
 """
 
 
+@pytest.mark.slow
 def test_the_model_of_the_page_passes_the_quick_checks(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDE_OURS)
     assert run_page("adding-a-model.md", tmp_path, "-c", QUICK) == "{'passed'}\n"
