@@ -77,7 +77,7 @@ def _full_disk_told(path: Path) -> Iterator[None]:
     """Say in one sentence that the disk is full on which the block writes ``path``; other errors pass.
 
     Raises:
-        ConfigError: as told.
+        ConfigError: if it is full.
     """
     try:
         yield
@@ -161,7 +161,7 @@ def _locked(lock: Path, what: str) -> int | None:
     while True:
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:  # nor could the output be written here, and that is told by name
+        except OSError:  # nor could the output be written here, which has an error of its own
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ NO_LONGER = "an image has no frames of which there could be more than the model 
 """Why a method for longer clips is refused for image models."""
 
 IMAGE_REFUSED: Mapping[str, str] = {
-    "dfa": "an image does not move, which is how the foreground is told",
+    "dfa": "an image does not move, which is how the foreground is recognised",
     "radial": ONE_FRAME,
     "lvsa": NO_LONGER,
     "ultravico": NO_LONGER,
@@ -169,10 +169,11 @@ class Adapter:
         latents: name of the input that holds the latents, a tensor [B, ...] or a list with one per row.
         timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
         sizes: transformer config -> `Sizes`; raises KeyError for one that lacks an entry.
-        left_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in this model.
-        text_apart: besides the call over all keys there are others over fewer (text over itself); they stay dense.
-        ragged_text: an attention call may leave out text that the grid counts: padded text behind the visual tokens,
-            row by row, or all text.
+        always_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in it.
+        separate_text_attention: besides the call over all keys there are others over fewer (text over itself); they
+            stay dense.
+        variable_text_length: an attention call may leave out text that the grid counts: padded text behind the visual
+            tokens, row by row, or all text.
         split_text: how diffusers' context parallelism splits the attended sequence: as one stream (``none``), or text
             ``before`` or ``after`` the visual tokens apart from the rest; None: not described.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
@@ -203,9 +204,9 @@ class Adapter:
     latents: str = "hidden_states"
     timestep: str = "timestep"
     sizes: Callable[[Mapping[str, Any]], Sizes] = read_sizes
-    left_dense: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
-    text_apart: bool = False
-    ragged_text: bool = False
+    always_dense: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    separate_text_attention: bool = False
+    variable_text_length: bool = False
     split_text: Literal["none", "before", "after"] | None = None
     outer_masks: bool = False
     rising_timesteps: bool = False
@@ -234,8 +235,8 @@ class Adapter:
                     f"adapter {self.name!r}: {name} must be a tuple of {what}, got {value!r}; one entry is (entry,)"
                 )
         functions: dict[str, Any] = {"grid(config, inputs)": self.grid, "sizes(config)": self.sizes}
-        if self.left_dense is not None:
-            functions["left_dense(config)"] = self.left_dense
+        if self.always_dense is not None:
+            functions["always_dense(config)"] = self.always_dense
         if self.signal is not None:
             functions["signal(transformer, inputs)"] = self.signal
         if not isinstance(self.rope, (Rope, str, type(None))):

@@ -21,7 +21,7 @@ def blocks_of(listed: BlockList, adapter: Adapter, transformer: "nn.Module") -> 
     named = re.compile(re.escape(listed.pattern).replace(r"\*", r"[^.]+")).fullmatch
     blocks = [(name, module) for name, module in transformer.named_modules() if named(name)]
     config: Any = transformer.config
-    dense = adapter.left_dense(config) if adapter.left_dense else ()
+    dense = adapter.always_dense(config) if adapter.always_dense else ()
     return [
         (name, module)
         for name, module in blocks

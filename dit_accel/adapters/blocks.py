@@ -141,9 +141,9 @@ class BlockSignature:
         elements = result if several else (result,)
         if len(elements) != len(self.gives) or several != (len(self.gives) > 1):
             returned = f"a {type(result).__name__} of {len(elements)}" if several else f"one {type(result).__name__}"
-            told = "one tensor" if len(self.gives) == 1 else f"a tuple of {len(self.gives)}"
+            described = "one tensor" if len(self.gives) == 1 else f"a tuple of {len(self.gives)}"
             raise UnsupportedModel(
-                f"{self.block} gave {returned}, the adapter's blocks describe {told}; correct the adapter's blocks"
+                f"{self.block} gave {returned}, the adapter's blocks describe {described}; correct the adapter's blocks"
             )
         return elements
 

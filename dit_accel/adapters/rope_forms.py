@@ -346,7 +346,7 @@ def _keep_text(rope: Rope, owner: Any, run: Run, text: list[Any]) -> Callable[..
             return result
         if not text:
             raise ConfigError(
-                f"{type(owner).__name__} ran before the forward's inputs told which rows are text; run the whole "
+                f"{type(owner).__name__} ran before the forward's inputs showed which rows are text; run the whole "
                 "transformer, with RopeChange.inputs before each forward"
             )
         plain = function(self, *args, **kwargs)

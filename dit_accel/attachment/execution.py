@@ -203,7 +203,7 @@ class Execution:
         forward.lay(sizes)
         assert forward.layout is not None
         batch = forward.batch or rows
-        if state.adapter.ragged_text:  # rows may be packed into one
+        if state.adapter.variable_text_length:  # rows may be packed into one
             _, batch = state.layouts.get(state.branch, (None, batch))
         self.note_layout(state, forward.layout, batch)
         forward.noted = sizes
@@ -232,7 +232,7 @@ class Execution:
         """
         state, adapter, layout = layer.state, layer.state.adapter, self.forward.layout
         assert layout is not None
-        if adapter.ragged_text:
+        if adapter.variable_text_length:
             layout = with_valid_text(layout, tokens)
         if tokens != layout.tokens:
             raise ConfigError(
@@ -261,7 +261,9 @@ class Execution:
         assert layout is not None
         row = count = forward.calls[layer]
         forward.calls[layer] += 1
-        if forward.batch is not None or not layer.state.adapter.ragged_text:  # else it is not known how many follow
+        if (
+            forward.batch is not None or not layer.state.adapter.variable_text_length
+        ):  # else it is not known how many follow
             row %= max(1, (forward.batch or batch) // batch)
         return CallContext(
             transformer=step.transformer, branch=step.branch, step_index=step.step_index,

@@ -57,7 +57,7 @@ def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[st
 
     main, side = matching(adapter.self_attention), matching(adapter.side_attention)
     config: Any = transformer.config
-    dense = matching(adapter.left_dense(config)) if adapter.left_dense else ()
+    dense = matching(adapter.always_dense(config)) if adapter.always_dense else ()
     main = [name for name in main if name not in dense]
     if not main:
         raise UnsupportedModel(

@@ -221,7 +221,7 @@ class Forward:
         return out
 
     def _require_traceable(self) -> None:
-        """Raise `ConfigError` where methods can't act, or are not told when to, inside compiled code."""
+        """Raise `ConfigError` where methods can't act, or don't know when to, inside compiled code."""
         if not self.traceable:
             raise ConfigError(INSIDE_COMPILED)
         branches = self._state.branches

@@ -33,7 +33,7 @@ class ForwardState:
         layout: the same, checked; None where it is not known.
         noted: the sizes that the methods have seen in this forward; None: none yet.
         not_a_step: the forward is not a denoising step; it stays dense.
-        min_keys: attention calls over fewer keys stay dense (`Adapter.text_apart`); 0: none do.
+        min_keys: attention calls over fewer keys stay dense (`Adapter.separate_text_attention`); 0: none do.
         shards: how tokens and heads are shared between processes; None: they are not.
         batch: rows of the forward; None where they are not known.
         step: where the denoising stands; None: nobody has asked yet.
@@ -94,4 +94,4 @@ def as_tensors(sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 def fewest_keys(adapter: Adapter, sizes: Grid) -> int:
     """Return below how many keys an attention call is none over the whole sequence, for `ForwardState.min_keys`."""
-    return sum(sizes[3:]) + sizes[0] * sizes[1] * sizes[2] if adapter.text_apart else 0
+    return sum(sizes[3:]) + sizes[0] * sizes[1] * sizes[2] if adapter.separate_text_attention else 0

@@ -25,7 +25,7 @@ _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
 
 
 def wrap_processor(processor: Any, layer: int, classes: dict[type, type], execution: Execution) -> Any:
-    """Return a processor that behaves as ``processor`` but sends its attention call to the plan when told to.
+    """Return a processor that behaves as ``processor`` but sends attention to the plan when that is switched on.
 
     A copy or a pickle of it is the untouched processor.
 

@@ -83,7 +83,7 @@ class Schedule:
     def follow(self, timestep: float, dtype: torch.dtype | None, number: int) -> tuple[int, int] | None:
         """Return at which positions a run began and stands; None: it does not follow the list, one after the other.
 
-        A scheduler that was never told how many steps to take lists all that the model was trained on: no run's.
+        A scheduler whose number of steps was never set lists all that the model was trained on: no run's.
 
         Args:
             timestep: the noisiest one that a forward is given.

@@ -110,8 +110,8 @@ def _draw(report: Any) -> Any:
         axis.set_xlabel(axis.get_xlabel() or "step")
         axis.set_xlim(-0.5, _steps(report) - 0.5)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    told = f": density {report.density:.3f} over the run" if maps else ""
-    figure.suptitle(f"{', '.join(report.methods)}{told}")
+    note = f": density {report.density:.3f} over the run" if maps else ""
+    figure.suptitle(f"{', '.join(report.methods)}{note}")
     return figure
 
 
@@ -138,15 +138,15 @@ def _strip(axis: Any, strip: Any) -> None:
     axis.bar(ran, 1.0, width=0.9, color=RAN, label="computed")
     axis.set_ylim(0, 1)
     axis.set_yticks([])
-    told = ""
+    note = ""
     measured = [(step, value) for step, value in zip(strip.steps, strip.values, strict=True) if value is not None]
     if measured and strip.threshold:
         steps, values = zip(*measured, strict=True)
         shares = np.clip(np.nan_to_num(np.array(values) / (2 * strip.threshold), nan=1.0, posinf=1.0), 0, 1)
         axis.plot(steps, shares, "o-", color=VALUE, markersize=2.5, linewidth=0.8)
         axis.axhline(0.5, color=VALUE, linewidth=0.6, linestyle="--")
-        told = "; line: what decided, dashed: its threshold"
-    axis.set_xlabel(f"step; bars: computed {len(ran)} of {len(strip.steps)}{told}", fontsize=8)
+        note = "; line: what decided, dashed: its threshold"
+    axis.set_xlabel(f"step; bars: computed {len(ran)} of {len(strip.steps)}{note}", fontsize=8)
 
 
 def _panel(axis: Any, shares: np.ndarray, dense: np.ndarray, layers: int) -> Any:

@@ -57,8 +57,8 @@ def check_blocks(case: Case) -> str | None:
     lasts = list({block.blocks: block for block in blocks}.values())
     with replaced(lasts, lambda block, run, args, kwargs: _skipped(block, args, kwargs, results)):
         out = case.run(inputs)
-    told = f"without {', '.join(block.name for block in lasts)} the output is not finite"
-    require(out.shape == plain.shape and bool(out.isfinite().all()), told)
+    description = f"without {', '.join(block.name for block in lasts)} the output is not finite"
+    require(out.shape == plain.shape and bool(out.isfinite().all()), description)
     return None
 
 
@@ -139,11 +139,11 @@ def _require_lengths(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
     whole = frames * height * width + before + after
     for block in blocks if before + after else ():
         joined = lengths[block.name] == whole
-        told = "the whole sequence" if block.blocks.joined else "not the whole sequence"
+        description = "the whole sequence" if block.blocks.joined else "not the whole sequence"
         require(
             joined == block.blocks.joined,
             f"{block.name}: its visual stream has {lengths[block.name]} of the sequence's {whole} tokens, and "
-            f"joined={block.blocks.joined} says {told}",
+            f"joined={block.blocks.joined} says {description}",
         )
 
 
@@ -179,5 +179,7 @@ def _require_handed_on(case: Case, inputs: dict[str, Any], blocks: Sequence[Bloc
                 name, old, new = one.blocks.takes[stream], given[one.name], given[two.name]
                 require(old[stream].shape == new[stream].shape, f"{two.name} gets another {name} than {one.name} gave")
                 moved = [not torch.equal(a, b) for a, b in zip(new, shifted[two.name], strict=True)]
-                told = [at == stream for at in range(len(moved))]
-                require(moved == told, f"{two.name} does not get its {name} from what {one.name} gives as {name}")
+                description = [at == stream for at in range(len(moved))]
+                require(
+                    moved == description, f"{two.name} does not get its {name} from what {one.name} gives as {name}"
+                )

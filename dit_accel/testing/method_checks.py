@@ -43,9 +43,11 @@ def _require_planned_once(tried: MethodCase, attachment: Attachment) -> None:
     report, layers = attachment.report(), attachment._execution.layers
     reached = [step.sparse_layers for step in report.steps]
     require(reached == [len(layers)] * (tried.warm + 1), "not every layer was reached once")
-    told = "keeps every tile; give the tiny model more tokens" if tried.thins else "leaves tiles out; its case says no"
+    description = (
+        "keeps every tile; give the tiny model more tokens" if tried.thins else "leaves tiles out; its case says no"
+    )
     kept = report.sparse_density
-    require(kept is not None and (kept < 1) == tried.thins, f"{tried.active} {told}")
+    require(kept is not None and (kept < 1) == tried.thins, f"{tried.active} {description}")
 
 
 def check_batch(case: Case, cases: Mapping[str, MethodCase] | None = None) -> str | None:

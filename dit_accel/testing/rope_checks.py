@@ -133,8 +133,8 @@ def _require_text_still(samples: "_Samples", still: Tensor, visual: slice) -> No
     """Text's rows do not move: those that the adapter tells, and those that stand first or last beside the grid."""
     rows = torch.zeros(len(still), dtype=torch.bool)
     if samples.rope.text is not None:
-        told = samples.rope.text(samples.inputs)
-        rows = told.reshape(-1).clone() if isinstance(told, Tensor) else torch.arange(len(still)) < told
+        text = samples.rope.text(samples.inputs)
+        rows = text.reshape(-1).clone() if isinstance(text, Tensor) else torch.arange(len(still)) < text
         require(not bool(rows[visual].any()), "the adapter takes tokens of the grid for text")
     text = samples.inputs.get("encoder_hidden_states")
     tokens = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0

@@ -142,7 +142,7 @@ class Case:
         inputs, context = dict(inputs), contextlib.nullcontext()
         if hasattr(self.model.transformer, "cache_context"):
             context = transformer.cache_context(branch, step_index=step, num_inference_steps=STEPS)
-        else:  # the step is told by the timestep alone
+        else:  # the timestep alone says which step it is
             if hasattr(transformer, "cache_context"):  # methods are attached
                 context = transformer.cache_context(branch)
             time = inputs[self.adapter.timestep]

@@ -23,7 +23,7 @@ def adapter(**changes):
         (dict(transformers=(SimpleNamespace,)), "transformers must be a tuple of names, got .*SimpleNamespace"),
         (dict(families=("mine-1b",)), r"families must be a tuple of Family objects, got \('mine-1b',\)"),
         (dict(grid=(1, 2, 3, 0, 0)), r"grid\(config, inputs\) must be a function, got \(1, 2, 3, 0, 0\); give the"),
-        (dict(left_dense=("blocks.0.attn",)), r"left_dense\(config\) must be a function, got \('blocks.0.attn',\)"),
+        (dict(always_dense=("blocks.0.attn",)), r"always_dense\(config\) must be a function, got \('blocks.0.attn',\)"),
     ],
 )
 def test_what_is_no_adapter_is_refused(changes, message):

@@ -328,7 +328,7 @@ def test_a_sequence_that_is_split_inside_the_first_block(transformer):
         dit_accel.attach(transformer, FirstBlockCache(**FOREVER)),
         pytest.raises(
             ConfigError,
-            match=r"^what the first block adds can't be told: transformer gives it \[1, 80, 32\], of which it makes "
+            match=r"^what the first block adds is not known: transformer gives it \[1, 80, 32\], of which it makes "
             r"\[1, 40, 32\], as context parallelism does inside it; use DBCache with first_blocks = 2 or more",
         ),
     ):

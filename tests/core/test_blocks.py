@@ -168,7 +168,7 @@ def test_the_lists_of_an_adapter_are_those_that_the_model_has():
 
 
 def test_blocks_whose_attention_is_left_dense_are_left_out():
-    half = adapter(left_dense=lambda config: tuple(f"blocks.{i}.attn" for i in range(config.encoder, 12)))
+    half = adapter(always_dense=lambda config: tuple(f"blocks.{i}.attn" for i in range(config.encoder, 12)))
     names = [name for name, _ in blocks_of(FLUX_LIKE, half, Toy(encoder=3))]
     assert names == ["blocks.0", "blocks.1", "blocks.2"]
 

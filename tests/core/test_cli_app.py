@@ -149,7 +149,7 @@ def test_models_lists_families():
     assert rows["hunyuan-video"]["attachable"]
     assert rows["flux.1-dev"]["refused"] == {
         "radial": "an image is one frame, of which the mask keeps everything",
-        "dfa": "an image does not move, which is how the foreground is told",
+        "dfa": "an image does not move, which is how the foreground is recognised",
         "lvsa": "an image has no frames of which there could be more than the model was trained on",
         "ultravico": "an image has no frames of which there could be more than the model was trained on",
     }

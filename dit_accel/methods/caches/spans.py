@@ -55,7 +55,7 @@ class Pass:
         self.needing = needing
         self.time = math.nan
         self.shapes: Any = None
-        # some models write what a control network gives into a stream, which then can't be told from the block's own
+        # some models write what a control network gives into a stream, which then can't be distinguished from the block's own
         self.apart = any("controlnet" in name and value is not None for name, value in context.inputs.items())
         self.decider: Decider | None = None
         self.leads = False
@@ -88,7 +88,7 @@ class Pass:
             return None
         if self._start.shape != self._end.shape:
             raise ConfigError(
-                f"what the first block adds can't be told: {self.context.transformer} gives it "
+                f"what the first block adds is not known: {self.context.transformer} gives it "
                 f"{list(self._start.shape)}, of which it makes {list(self._end.shape)}, as context parallelism does "
                 "inside it; use DBCache with first_blocks = 2 or more"
             )
@@ -99,7 +99,7 @@ class Pass:
         if versions != versions_of(taken):
             raise ConfigError(
                 f"{self.context.transformer} writes into the streams that its block {block} took, so that what the "
-                "block adds can't be told; use a cache of whole forwards, such as EasyCache"
+                "block adds is not known; use a cache of whole forwards, such as EasyCache"
             )
 
     def begins_span(self, streams: Streams) -> bool:
@@ -114,7 +114,7 @@ class Pass:
         if self._versions != versions_of(streams):
             raise ConfigError(
                 f"{self.context.transformer} writes into the streams that its block {self.called} gave, so that "
-                "what the block adds can't be told; use a cache of whole forwards, such as EasyCache"
+                "what the block adds is not known; use a cache of whole forwards, such as EasyCache"
             )
         return False
 

@@ -101,7 +101,7 @@ FLUX = Adapter(
     sizes=partial(read_sizes, mlp_ratio=4.0, patch=(1, 2, 2)),
     grid=ids_grid,
     split_text="before",
-    text_apart=True,  # IP-Adapters: image queries over their own keys
+    separate_text_attention=True,  # IP-Adapters: image queries over their own keys
     signal=modulated_input,
     rope=Rope(
         owner="pos_embed",

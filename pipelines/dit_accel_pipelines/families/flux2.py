@@ -70,7 +70,7 @@ FLUX2 = Adapter(
     ),
     sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
     grid=with_cached_references,
-    text_apart=True,  # while the cache is filled, references attend to themselves
+    separate_text_attention=True,  # while the cache is filled, references attend to themselves
     rope=Rope(
         owner="pos_embed",
         form="theta",
@@ -94,7 +94,7 @@ FLUX3 = Adapter(
     ),
     sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
     grid=with_own_references,
-    ragged_text=True,
+    variable_text_length=True,
     joined_text=JoinedText(place="before"),
     refused=IMAGE_REFUSED,
     rope=Rope(

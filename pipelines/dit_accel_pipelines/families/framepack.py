@@ -52,7 +52,7 @@ FRAMEPACK = Adapter(
     ),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=history_grid,
-    ragged_text=True,
+    variable_text_length=True,
     rope=Rope(
         owner="rope",
         form="theta",

@@ -46,7 +46,7 @@ MOCHI = Adapter(
     self_attention=("transformer_blocks.*.attn1",),
     sizes=partial(read_sizes, mlp_ratio=Fraction(8, 3), gated=True),
     grid=partial(latents_grid, text="after"),
-    ragged_text=True,
+    variable_text_length=True,
     signal=modulated_input,
     rising_timesteps=True,
     rope=Rope(

@@ -23,7 +23,7 @@ MOTIF_VIDEO = Adapter(
     name="motif-video",
     transformers=("MotifVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    left_dense=decoder_blocks,
+    always_dense=decoder_blocks,
     grid=partial(latents_grid, text="after", joined=("image_embeds", "encoder_hidden_states")),
     rope=Rope(
         owner="rope",

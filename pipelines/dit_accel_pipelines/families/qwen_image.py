@@ -96,7 +96,7 @@ QWEN_IMAGE_21 = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, gated=True),
     grid=last_image,
-    text_apart=True,
+    separate_text_attention=True,
     joined_text="it attends piece by piece, and caches keys of the prompt alone",
     refused=IMAGE_REFUSED,
     rope=Rope(

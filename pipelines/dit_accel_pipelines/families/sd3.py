@@ -58,7 +58,7 @@ SD3 = Adapter(
     side_attention=("transformer_blocks.*.attn2",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=None, text="after"),
-    ragged_text=True,
+    variable_text_length=True,
     rope="SD3 adds sinusoidal positions to the patches",
     joined_text=JoinedText(place="after"),
     families=with_perturbation(SD3_MEDIUM, SD35_LARGE),
