@@ -55,7 +55,7 @@ class Pass:
         self.needing = needing
         self.time = math.nan
         self.shapes: Any = None
-        # some models write what a control network gives into a stream, which then can't be distinguished from the block's own
+        # some models write what a control network gives into a stream: then what is the block's own is not known
         self.apart = any("controlnet" in name and value is not None for name, value in context.inputs.items())
         self.decider: Decider | None = None
         self.leads = False
