@@ -185,7 +185,7 @@ def test_text_rows_keep_their_positions():
     lost = changed(rope, model, {"height": lambda own: own / 2})
     with (
         pytest.raises(
-            ConfigError, match="Turns ran before the forward's inputs told which rows are text; run the whol"
+            ConfigError, match="Turns ran before the forward's inputs showed which rows are text; run the whol"
         ),
         replaced(model, lost._replace(inputs=None)),
     ):
