@@ -25,7 +25,8 @@ def work(rank: int, port: int, found: Any) -> None:
             return (torch.full((1, 2, 3), 1 + (0.02 if fast else 0.002) * step),)
 
         driven = Driven(EasyCache(threshold=0.05, warmup_steps=3), output, model=model)
-        run_through(driven, lambda step: torch.full((1, 2, 3), float(step)), 16)
+        with torch.no_grad():
+            run_through(driven, lambda step: torch.full((1, 2, 3), float(step)), 16)
         return driven.drawn(steps=16)
 
     found[rank] = drawn(spread, rank), drawn(own, rank)
