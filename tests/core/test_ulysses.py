@@ -1,10 +1,12 @@
 """How tokens and heads are spread over processes: the numbers alone; processes run in test_context_parallel."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import wan_tiny
+from diffusers.models import attention_dispatch
 from dit_accel_pipelines import ADAPTERS
 
 import dit_accel
@@ -163,3 +165,31 @@ def test_ring_attention_refuses_tokens_that_are_not_split_evenly_before_it_gathe
     found = shards_of(config, adapter("flux"), (1, 2, 2, 2, 0), 2, CPU)
     with pytest.raises(ConfigError, match=r"holds 4 tokens on rank 0 of 2, where an even split of all 6 leaves 3"):
         found.gather(torch.zeros(1, 4, 2, 8))
+
+
+@pytest.mark.parametrize(("name", "grid"), [("flux", (1, 2, 2, 2, 0)), ("wan", (3, 1, 2, 0, 0))])
+def test_an_exchange_is_of_tokens_for_heads_and_in_the_model_s_order(monkeypatch, name, grid):
+    found, exchanged = replace(spread(name, grid, 2), anything=False), []
+
+    def exchange(group, x, *dims):
+        exchanged.append((x, dims))
+        return whole if not dims else x[:, :3]
+
+    monkeypatch.setattr(attention_dispatch.SeqAllToAllDim, "apply", exchange)
+    whole = torch.arange(6.0).reshape(1, 6, 1, 1).expand(1, 6, 2, 1)
+    order = [0, 1, 2, 3, 4, 5] if found.gathered is None else found.gathered.tolist()
+    back = found.gather(torch.zeros(1, 3, 4, 1))
+    assert back[0, :, 0, 0].tolist() == [order.index(token) for token in range(6)]
+    found.scatter(back, 4)
+    assert torch.equal(exchanged[1][0], whole)
+    assert exchanged[1][1] == (1, 2)
+
+
+def test_shards_are_made_once_a_shape(monkeypatch):
+    transformer, _ = agreements(monkeypatch)
+    made, shards_of = [], forward.shards_of
+    monkeypatch.setattr(forward, "shards_of", lambda *given: made.append(given[2]) or shards_of(*given))
+    with dit_accel.attach(transformer, dit_accel.LiteAttention(block_size=16, dense_steps=0)), torch.no_grad():
+        for frames in (5, 5, 3, 3):
+            transformer(torch.randn(1, 12, frames, 8, 8), torch.tensor([500]), torch.zeros(1, 6, 64), return_dict=False)
+    assert [grid[0] for grid in made] == [5, 3]
