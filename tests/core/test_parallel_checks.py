@@ -45,8 +45,10 @@ CONFIG = SimpleNamespace(ring_degree=1, ulysses_degree=2, ulysses_anything=False
 
 
 def test_processes_that_begin_alike_agree(monkeypatch):
-    played(monkeypatch, lambda mine, noise: (dict(mine), [value + 1e-6 for value in noise]))
+    compared = []
+    played(monkeypatch, lambda mine, noise: compared.append(mine) or (dict(mine), [value + 1e-6 for value in noise]))
     require_agreement(execution_of(method()), state_of(), CONFIG, torch.randn(1, 4, 2, 8, 8))
+    assert compared[0]["latents"] == "torch.float32 [1, 4, 2, 8, 8]"
 
 
 def test_processes_with_other_latents_are_refused(monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dit_accel import ConfigError
-from dit_accel.methods.guidance.heads import Stacks, first_layer, read_heads, spell, split_specs
+from dit_accel.methods.guidance.heads import Stacks, first_layer, read_heads, split_specs
 
 NAMES = [f"transformer_blocks.{i}.attn" for i in range(3)] + [f"single_transformer_blocks.{i}.attn" for i in range(12)]
 STACKS = Stacks(names=NAMES, heads=4, others={"transformer_blocks.0.cross", "refiner.attn"})
@@ -75,4 +75,3 @@ def test_specs_without_a_model():
     assert first_layer("L5H1, L3", 12, 4) == 3
     assert first_layer("single_transformer_blocks", 12, 4) is None  # how many stand before it is not known
     assert split_specs(" L1 ,L2H3,") == ("L1", "L2H3")
-    assert spell({1: ALL, 2: (3,)}, 4) == ["L1", "L2H3"]

@@ -23,7 +23,7 @@ from dit_accel_eval.runs.results import check_lines, read_lines
 from dit_accel_eval.statistics import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.compare import run
-from dit_accel_eval.suites.comparison import equal_psnr, figures, rival_steps, table, verdict
+from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table, verdict
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.judges import JUDGES
 from dit_accel_eval.suites.run_progress import progress_of
@@ -261,13 +261,13 @@ def test_arms_are_held_against_dense_runs_of_their_work(job):
     assert rival_steps(thin) == {6, 7, 8}
     known = {(line["arm"], line["clip"]): line for line in lines}
     seven, eight = (known[f"unipc {steps}", 0]["psnr"] for steps in (7, 8))
-    assert equal_psnr(known, 0, 7.25) == pytest.approx(0.75 * seven + 0.25 * eight)
-    assert equal_psnr(known, 0, 7.0) == seven
-    assert equal_psnr(known, 0, 9.5) is None
+    assert equal_value(known, 0, 7.25, "psnr") == pytest.approx(0.75 * seven + 0.25 * eight)
+    assert equal_value(known, 0, 7.0, "psnr") == seven
+    assert equal_value(known, 0, 9.5, "psnr") is None
     found = {arm.name: arm for arm in figures(job.suite, lines)}
     assert list(found) == [*dense, "thin", "a"]
     assert found["thin"].ahead["work"].mean == pytest.approx(
-        np.mean([known["thin", c]["psnr"] - equal_psnr(known, c, 7.5) for c in (0, 1)])
+        np.mean([known["thin", c]["psnr"] - equal_value(known, c, 7.5, "psnr") for c in (0, 1)])
     )
     assert found["a"].ahead["work"].mean == pytest.approx(20 * np.log10(0.5), abs=0.1)  # its error is twice as large
     assert not found["unipc 7"].ahead

@@ -197,7 +197,7 @@ class PerturbedHandler(Handler):
         )
         self._log.append(note_of(context, cond, perturbed, passes.first if shared else 0))
         if left:
-            self._for_guider = further, sample
+            self._for_guider = further, cond
             return output
         self._added = context.step_index, further
         return with_sample(output, plus(sample, further if rows is None else repeated(further)))

@@ -80,15 +80,6 @@ def first_layer(specs: str | Iterable[str], layers: int, heads: int) -> int | No
     return min(found, default=None)
 
 
-def spell(heads: Heads, count: int) -> list[str]:
-    """Return heads as specs, one a head; a layer of which all are named is one spec."""
-    return [
-        text
-        for layer, named in heads.items()
-        for text in ([f"L{layer}"] if len(named) == count else [f"L{layer}H{head}" for head in named])
-    ]
-
-
 def _one(spec: str, stacks: Stacks, given: str, published: Mapping[str, Sequence[str]]) -> Heads:
     whole = tuple(range(stacks.heads))
     if spec in published:

@@ -115,13 +115,8 @@ def _differences(lines: Sequence[Line], known: Mapping[tuple[str, int], Line], k
     return [own - rival for own, rival in found if own is not None and rival is not None]
 
 
-def equal_psnr(known: Mapping[tuple[str, int], Line], clip: int, steps: float) -> float | None:
-    """Return a clip's PSNR of a dense run of so many steps, linear between whole numbers; None where one is missing."""
-    return equal_value(known, clip, steps, "psnr")
-
-
 def equal_value(known: Mapping[tuple[str, int], Line], clip: int, steps: float, metric: str) -> float | None:
-    """Return the same of any metric."""
+    """Return a metric of a clip, of a dense run of so many steps, linear between whole ones; None where one is missing."""
     low, high = max(1, math.floor(steps)), max(1, math.ceil(steps))
     ends = [known.get((dense_arm(count).name, clip)) for count in (low, high)]
     values = [value_of(line, metric) for line in ends if line is not None]
