@@ -116,7 +116,7 @@ def _differences(lines: Sequence[Line], known: Mapping[tuple[str, int], Line], k
 
 
 def equal_value(known: Mapping[tuple[str, int], Line], clip: int, steps: float, metric: str) -> float | None:
-    """Return a metric of a clip, of a dense run of so many steps, linear between whole ones; None where one is missing."""
+    """Return a clip's metric after so many dense steps, linear between whole numbers; None where one is missing."""
     low, high = max(1, math.floor(steps)), max(1, math.ceil(steps))
     ends = [known.get((dense_arm(count).name, clip)) for count in (low, high)]
     values = [value_of(line, metric) for line in ends if line is not None]
