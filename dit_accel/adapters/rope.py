@@ -64,7 +64,7 @@ class Axis:
             )
         from ..rules.rope import frequencies as spectrum  # numpy, which a help text does without
 
-        return spectrum("none", self.channels, self.theta, exponents=self.exponents)
+        return spectrum(self.channels, self.theta, self.exponents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

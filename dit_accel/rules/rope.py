@@ -37,33 +37,16 @@ RAMP = (1.0, 32.0)
 """Turns within the trained length between which YaRN's ramp lies."""
 
 
-def frequencies(
-    kind: str,
-    dim: int,
-    theta: float,
-    *,
-    trained: float | None = None,
-    length: float | None = None,
-    period: float | None = None,
-    turn: float | None = None,
-    indices: Sequence[int] | None = None,
-    exponents: Sequence[float] | None = None,
-) -> np.ndarray:
-    """Return the frequencies of one axis, float64 [dim / 2]; the model's own are theta^(-2 j / dim).
+def frequencies(dim: int, theta: float, exponents: Sequence[float] | None = None) -> np.ndarray:
+    """Return a model's own frequencies of one axis, float64 [dim / 2]: theta^(-2 j / dim).
 
     Args:
-        kind: one of `KINDS`.
         dim: channels that the axis rotates, two per frequency.
         theta: the base.
-        trained: positions that the model was trained on; as the next five, as `edited` takes it.
-        length: positions that are wanted.
-        period: as `edited`.
-        turn: as `edited`.
-        indices: as `edited`.
         exponents: e with theta^(-e) for each frequency, where a model has others than 2 j / dim.
 
     Raises:
-        ConfigError: for an odd or empty ``dim``, a base of 1 or less, exponents of another number; as `edited`.
+        ConfigError: for an odd or empty ``dim``, a base of 1 or less, exponents of another number.
     """
     if dim < 2 or dim % 2:
         raise ConfigError(f"rotary channels come in pairs, got dim={dim!r}; give an even number from 2 on")
@@ -72,14 +55,7 @@ def frequencies(
     powers = np.arange(0, dim, 2, dtype=np.float64) / dim if exponents is None else np.asarray(exponents, np.float64)
     if powers.shape != (dim // 2,):
         raise ConfigError(f"dim={dim} has {dim // 2} frequencies, got {powers.size} exponents; give one for each")
-    own = theta**-powers
-    check_kind(kind, period=period, turn=turn, indices=indices)
-    if kind == "none":
-        return own
-    for name, value in (("trained", trained), ("length", length)):
-        if value is None or not value > 0:
-            raise ConfigError(f"rotary frequencies of kind {kind!r} need {name} > 0, got {name}={value!r}; give it")
-    return edited(kind, own, trained=trained or 0, length=length or 0, period=period, turn=turn, indices=indices)
+    return theta**-powers
 
 
 def check_kind(
