@@ -1,4 +1,4 @@
-"""A model's config files, from a local folder or the hub: what a plan needs of a model without its weights."""
+"""What a user may call a model by, and its config files, local or on the hub: all that a plan needs of a model."""
 
 import json
 from collections.abc import Mapping
@@ -6,11 +6,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModel
+import dit_accel_assets
+
+from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from .adapter import Adapter, Family
 from .registry import adapter_for
 
 INDEX = "model_index.json"
+
+
+def model_source(name: str) -> str:
+    """Return what diffusers loads for a model's name: a folder or a hub id.
+
+    Raises:
+        ConfigError: for what is neither an embedded model, a folder nor a hub id.
+    """
+    known = dit_accel_assets.model_names()
+    if name in known:
+        return str(dit_accel_assets.model_path(name))
+    if "/" not in name and not Path(name).is_dir():
+        raise ConfigError(
+            f"{name!r} is no embedded model; {did_you_mean(name, known)}; or name a folder of a diffusers pipeline, or "
+            "a hub id (owner/name)"
+        )
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

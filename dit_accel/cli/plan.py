@@ -8,8 +8,7 @@ from rich.table import Table
 
 from ..adapters import registry
 from ..adapters.adapter import Adapter, Family
-from ..adapters.model_files import read_model_files
-from ..adapters.model_names import model_source
+from ..adapters.model_files import model_source, read_model_files
 from ..errors import ConfigError
 from ..estimate.beyond import advice, beyond_trained
 from ..estimate.estimate import KERNEL_COST, Estimate, estimate

@@ -173,7 +173,7 @@ def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, m
     """
     from dit_accel_pipelines.generation.request import EMBEDDED, embedded_name, read_prompts
 
-    from dit_accel.adapters.model_names import model_source
+    from dit_accel.adapters.model_files import model_source
 
     from ..runs.request import embedded_prompts
 

@@ -10,8 +10,7 @@ import dit_accel_assets
 from dit_accel_kernels import BACKENDS
 
 from dit_accel.adapters.adapter import Family
-from dit_accel.adapters.model_files import ModelFiles, read_model_files
-from dit_accel.adapters.model_names import model_source
+from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.adapters.rope import check_lengths
 from dit_accel.attachment.attachment import Backend
