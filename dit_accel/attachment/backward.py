@@ -54,11 +54,7 @@ class BackwardStore:
         return ticket
 
     def get(self, ticket: Tensor) -> Differentiated:
-        """Return the call of a ticket.
-
-        Raises:
-            AttachError: if it is gone.
-        """
+        """Return the call of a ticket."""
         entry = self._plans.get(int(ticket))
         if entry is None:
             raise AttachError(

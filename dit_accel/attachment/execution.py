@@ -39,11 +39,7 @@ _NUMBERS = itertools.count()
 
 
 def get(number: int) -> "Execution":
-    """Return the execution that a compiled graph or processor refers to.
-
-    Raises:
-        AttachError: if its attachment is gone.
-    """
+    """Return the execution that a compiled graph or processor refers to."""
     if number not in _EXECUTIONS:
         raise AttachError(f"attachment {number} is detached, but a processor of it still runs; attach again")
     return _EXECUTIONS[number]
@@ -225,11 +221,7 @@ class Execution:
         return replace(call, q=F.pad(call.q, (0, 0, start, missing - start))), slice(start, start + queries)
 
     def _shortened(self, layer: AttentionLayer, tokens: int) -> TokenLayout:
-        """Return the layout of a call that leaves out the text that pads its row.
-
-        Raises:
-            ConfigError: if the call's length is not that of any.
-        """
+        """Return the layout of a call that leaves out the text that pads its row."""
         state, adapter, layout = layer.state, layer.state.adapter, self.forward.layout
         assert layout is not None
         if adapter.variable_text_length:

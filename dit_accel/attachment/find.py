@@ -45,11 +45,7 @@ def components_of(model: Any) -> dict[str, Any]:
 
 
 def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, int]]:
-    """Return (name, module, depth) of the attention modules that methods may change, in the adapter's order.
-
-    Raises:
-        UnsupportedModel: if the adapter's patterns match nothing.
-    """
+    """Return (name, module, depth) of the attention modules that methods may change, in the adapter's order."""
     names = {name: module for name, module in transformer.named_modules() if hasattr(module, "processor")}
 
     def matching(patterns: tuple[str, ...]) -> list[str]:

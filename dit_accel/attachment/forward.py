@@ -255,11 +255,7 @@ def count_dense(execution: Execution, state: TransformerState) -> None:
 
 
 def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
-    """Return the grid of a forward, or in words why it has none, as the adapter gives it.
-
-    Raises:
-        ConfigError: if it asks for an input that is not there, or gives something else.
-    """
+    """Return the grid of a forward, or in words why it has none, as the adapter gives it."""
     what = f"the grid of the adapter {adapter.name!r}"
     try:
         grid = adapter.grid(config, inputs)

@@ -225,11 +225,7 @@ def planned(
 
 
 def require_plain(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:
-    """Refuse what a planned call can't do.
-
-    Raises:
-        ConfigError: for a causal call, dropout, or parallelism of which the forward knows nothing.
-    """
+    """Raise `ConfigError` for a causal call, dropout, or parallelism of which the forward knows nothing."""
     if is_causal:
         raise ConfigError("sparse attention can't follow a causal attention call; detach it from this model")
     if dropout_p:
