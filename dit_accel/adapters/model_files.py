@@ -54,11 +54,7 @@ class ModelFiles:
         return isinstance(entry, (list, tuple)) and entry[0] is not None
 
     def identify(self) -> tuple[Adapter, Family]:
-        """Return the model's adapter and its sizes: those of a released family, or read off the configs.
-
-        Raises:
-            UnsupportedModel: if no adapter covers the transformer's class, or its config lacks a size.
-        """
+        """Return the model's adapter and its sizes: those of a released family, or read off the configs."""
         adapter = adapter_for(str(self.transformer.get("_class_name")))
         experts = 1 + self.has("transformer_2")
         family = next((known for known in adapter.families if known.repo == self.name), None)
@@ -107,11 +103,7 @@ def read_model_files(model: str) -> ModelFiles:
 
 
 def read_config(model: str, file: str) -> dict[str, Any]:
-    """Read one JSON file of a model, such as ``transformer/config.json``.
-
-    Raises:
-        UnsupportedModel: if there is no such model or file.
-    """
+    """Read one JSON file of a model, such as ``transformer/config.json``."""
     path = Path(model) / file
     if not path.is_file():
         if Path(model).exists() or not _is_hub_id(model):

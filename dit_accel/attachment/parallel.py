@@ -69,7 +69,7 @@ def require_parallel(execution: Execution, state: TransformerState, config: Any)
 
 
 def require_agreement(execution: Execution, state: TransformerState, config: Any, latents: Tensor) -> None:
-    """Raise `ConfigError` on all processes if their methods, settings, sizes or first latents differ as a run begins."""
+    """Raise `ConfigError` on all processes if their methods, sizes or first latents differ as a run begins."""
     import torch.distributed as dist
 
     group = config._flattened_mesh.get_group()

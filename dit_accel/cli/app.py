@@ -61,11 +61,7 @@ class SubGroup(TyperGroup):
     """A group of commands below `dit-accel`, such as `eval`."""
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        """Return a command of the group.
-
-        Raises:
-            ConfigError: for an unknown command, with the nearest known one.
-        """
+        """Return a command of the group; refuse an unknown one with the nearest known name."""
         names = self.list_commands(ctx)  # type: ignore[arg-type]
         if args[0] not in names:
             raise ConfigError(f"{ctx.info_name} has no command {args[0]!r}; {did_you_mean(args[0], names)}")
@@ -86,11 +82,7 @@ class CommandGroup(TyperGroup):
         return _listed(cmd_name)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        """Return the whole command for a run.
-
-        Raises:
-            ConfigError: for an unknown command, with the nearest known one.
-        """
+        """Return the whole command for a run; refuse an unknown one with the nearest known name."""
         if args[0] not in _names():
             raise ConfigError(f"there is no command {args[0]!r}; {did_you_mean(args[0], _names())}")
         name, _, rest = super().resolve_command(ctx, args)  # type: ignore[misc]

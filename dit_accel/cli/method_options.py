@@ -68,11 +68,7 @@ def _switch_names() -> list[str]:
 
 
 def select_methods(switched: Sequence[str], config: Path | None, settings: Sequence[str]) -> "list[MethodConfig]":
-    """Turn switches, a config file and ``method.option=value`` settings into method configs.
-
-    Raises:
-        ConfigError: for an unreadable file, an unknown method or option (with the nearest known), or a refused value.
-    """
+    """Turn switches, a config file and ``method.option=value`` settings into method configs."""
     from ..methods import registry
 
     values: dict[str, dict[str, Any]] = {}

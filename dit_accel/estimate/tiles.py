@@ -44,9 +44,6 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
         steps: denoising steps.
         layers: attention layers.
         usual: tiles along each side where no method cuts any.
-
-    Raises:
-        ConfigError: for methods that count different tiles.
     """
     parts = {name: saving.tiles for name, saving in savings.items() if saving.tiles is not None}
     if not parts:

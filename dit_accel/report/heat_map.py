@@ -24,11 +24,6 @@ def write_heat_map(report: Any, path: Path) -> None:
     """Write the heat map of a report as a PNG, whole or not at all: one panel per transformer and branch.
 
     Below it, or alone where all attention was dense, the steps that a cache computed and those it skipped.
-
-    Raises:
-        ConfigError: if nothing followed a plan and no step was a cache's to skip, or the path is not a .png in
-            an existing folder.
-        MissingBackend: without matplotlib.
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"report().plot writes a PNG, got {path}; end the name in .png")

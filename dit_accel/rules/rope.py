@@ -114,9 +114,6 @@ def edited(
         turn: of kinds ``riflex`` and ``ultraimage``: turns that a changed frequency makes over the length; None:
             `TURN`.
         indices: of kind ``ultraimage``: the frequencies that change, by place, fastest first; None: `corrections`.
-
-    Raises:
-        ConfigError: as `check_kind`, and for a model that has no such frequency.
     """
     check_kind(kind, period=period, turn=turn, indices=indices)
     own = np.asarray(own, np.float64)
@@ -149,11 +146,7 @@ def edited(
 
 
 def dominant(own: np.ndarray, extent: float) -> int:
-    """Return the place of the frequency that makes an extent repeat: of the smallest period of `NEAR` x it and more.
-
-    Raises:
-        ConfigError: if every period is shorter.
-    """
+    """Return the place of the frequency that makes an extent repeat: of the smallest period of `NEAR` x it and more."""
     periods = 2 * np.pi / np.asarray(own, np.float64)
     fits = np.flatnonzero(periods >= NEAR * extent)
     if fits.size == 0:
@@ -169,9 +162,6 @@ def corrections(own: np.ndarray, trained: float, length: float) -> tuple[int, ..
 
     The paper looks at a picture after each correction for the period that still repeats. Ours goes on to the next
     longer period while it fits twice into the length, which gives the published lists of FLUX.1 and Qwen-Image.
-
-    Raises:
-        ConfigError: as `dominant`.
     """
     periods = 2 * np.pi / np.asarray(own, np.float64)
     order = np.argsort(periods, kind="stable")

@@ -16,19 +16,13 @@ from dit_accel.adapters.rope import check_lengths
 from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.beyond import advice
-from dit_accel.estimate.sizes import (
-    check_fits,
-    check_multiple,
-    check_steps,
-    pixel_multiples,
-    rounded_frames,
-    token_layout,
-)
+from dit_accel.estimate.sizes import check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
 from dit_accel.methods.config import MethodConfig
 
 from .lora import check_lora
 from .media import check_output, read_image, read_video
+from .memory import check_fits
 from .pipeline_call import PICTURES, PipelineCall, pipeline_class
 from .solvers import check_solver
 
