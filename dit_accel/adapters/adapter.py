@@ -251,13 +251,9 @@ class Adapter:
                 )
 
     def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
-        """Return the released model that a transformer config has the sizes of, or None.
+        """Return the released model that a transformer config has the sizes of, or None; it has so many ``experts``.
 
         Of several, the first whose patches and input channels are the config's, where one is.
-
-        Args:
-            config: the transformer's config, with diffusers' names.
-            experts: how many such transformers the pipeline holds.
         """
         try:
             sizes = self.sizes(config)

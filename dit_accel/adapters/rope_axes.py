@@ -81,12 +81,7 @@ def same_length(key: str, default: int) -> Lengths:
 
 
 def lengths_of_image(key: str, default: tuple[int, int]) -> Lengths:
-    """Return ``max_positions`` for configs that tell each axis's length, text's first.
-
-    Args:
-        key: the config's name of the lengths.
-        default: the class's own of height and width.
-    """
+    """Return ``max_positions`` for configs that tell all axes' lengths, text's first, or else the class's own."""
     return lambda config: dict(zip(("height", "width"), config.get(key, default)[-2:], strict=True))
 
 

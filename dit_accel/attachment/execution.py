@@ -23,7 +23,7 @@ from ..methods.base import AttentionHandler, Corrects, Handler, ReadsVotes, Stor
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout, with_valid_text
-from ..plan.masks import is_key_padding, visible_row
+from ..plan.masks import visible_row
 from ..plan.plan import AttentionPlan
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
@@ -175,7 +175,8 @@ class Execution:
         """Return the gradients of q, k and v under the plan of a ticket, as they lie, contiguous."""
         forward = self.backward.get(ticket)
         layer, plan = self.layers[forward.layer], forward.plan
-        plan.require_gradient()
+        if plan.guidance is not None:
+            raise ConfigError("attention that is guided away from a negative text has no gradient; detach nag to train")
         call = call_of(q, k, v, mask, forward.scale, self.backend, forward.tokens_first)
         call, given = self._completed(layer, call, forward.sizes)
         grad = call.heads_first(grad)
@@ -267,7 +268,7 @@ class Execution:
 
     def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:
         """Return what the methods say together, each given what those before it said."""
-        plan, whole = AttentionPlan(), call if call.rows is None else call.for_planning()
+        plan, whole = AttentionPlan(), call.for_planning()
         for index, handler in enumerate(handlers):
             seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:
@@ -363,9 +364,9 @@ class Execution:
     def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:
         """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
         mask = call.mask
-        if not handlers or not all(handler.dense_under_masks for handler in handlers):
+        if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
             return False
-        if mask is None or is_key_padding(mask, call.q, call.k):
+        if call.hides_keys:
             return False
         self.recorder.forward(context.transformer, context.branch, context.step_index, 1)
         self.recorder.note(

@@ -183,14 +183,9 @@ def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, devic
 def split_tokens(
     degree: int, adapter: Adapter, grid: Grid, text: int | None, device: torch.device
 ) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
-    """Return ``counts``, ``gathered`` and ``positions`` of `SequenceShards`.
+    """Return ``counts``, ``gathered`` and ``positions`` of `SequenceShards` for so many processes.
 
-    Args:
-        degree: how many processes there are.
-        adapter: the model's.
-        grid: the forward's.
-        text: tokens of the stream of text; None: as the grid says.
-        device: where the order is wanted.
+    ``text`` is how many tokens the stream of text has; None: as the grid says.
     """
     frames, height, width, before, after = grid
     total = before + frames * height * width + after

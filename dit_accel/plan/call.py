@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import key_padding
+from ..errors import ConfigError
+from .masks import key_validity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,7 +67,17 @@ class Call:
         Raises:
             ConfigError: for a mask that is not key padding, which our kernels can't follow.
         """
-        return None if self.mask is None else key_padding(self.mask, self.q, self.k)
+        sizes = len(self.q), self.q.shape[2], self.tokens
+        return None if self.mask is None else key_validity(self.mask, *sizes)
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether the mask, if there is one, hides keys alone, so that our kernels can follow it."""
+        try:
+            self.key_mask()
+        except ConfigError:
+            return False
+        return True
 
     def with_keys(self, k: Tensor) -> "Call":
         """Return the call with other keys."""

@@ -112,14 +112,10 @@ class AttentionPlan:
         return full and (self.selection is None or (self.selection.keep is None and self.selection.routing is None))
 
     def with_tiles(self, tiles: TileLists, token_order: Tensor | None = None) -> "AttentionPlan":
-        """Return the plan with tile lists, intersected with those it has.
+        """Return the plan with tile lists, which count the tokens in this order, intersected with those it has.
 
         A tile is exact where both lists have it exact; else it is pooled where either list pools it, and skipped where
         none does.
-
-        Args:
-            tiles: the lists.
-            token_order: the order of the tokens that they count in.
         """
         if self.tiles is None:
             return replace(self, tiles=tiles, token_order=token_order)
@@ -267,21 +263,14 @@ class AttentionPlan:
         self._require_free("set of guided rows", self.guidance)
         return replace(self, guidance=guidance)
 
-    def require_gradient(self) -> None:
-        """Raise `ConfigError` if the plan's output has no gradient: if it guides rows away from others."""
-        if self.guidance is not None:
-            raise ConfigError("attention that is guided away from a negative text has no gradient; detach nag to train")
-
     def centred(self, k: Tensor) -> Tensor:
         """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""
         return k if self.key_mean is None else (k - self.key_mean).to(k.dtype)
 
     def gradient_before_centring(self, grad: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the gradient of the keys as the model gave them, from that of the centred ones, [B, H, S, D].
+        """Return the gradient of the keys as the model gave them, [B, H, S, D], from that of the centred ones.
 
-        Args:
-            grad: of the centred keys.
-            mask: key validity [B, S]; None: all are valid.
+        The mask is their validity [B, S]; None: all are valid.
         """
         if self.key_mean is None:
             return grad

@@ -44,8 +44,6 @@ def attention(
         plan: the call's plan.
         states: of `tile_states`.
         q: [B, H, S, D]; so are k and v, whose heads may be fewer.
-        k: keys.
-        v: values.
         valid: bool [B, S], the keys that count; None: all.
         scale: factor on the logits; None: 1 / sqrt(D).
     """

@@ -146,12 +146,7 @@ def _require_text_still(samples: "_Samples", still: Tensor, visual: slice) -> No
 
 
 class _Samples:
-    """What a model's rotary positions are made from in one forward, and the positions, as cos + i sin [rows, channels].
-
-    Args:
-        case: the tiny model.
-        rope: its rotary positions.
-    """
+    """A model's rotary positions in one forward, as cos + i sin [rows, channels], and what they are made from."""
 
     def __init__(self, case: Case, rope: Rope) -> None:
         self.rope, self.transformer = rope, case.transformer

@@ -42,12 +42,7 @@ class TinyModel:
 
 
 class Case:
-    """One tiny model under check.
-
-    Args:
-        adapter: the adapter that covers it.
-        model: the tiny model.
-    """
+    """One tiny model under check, and the adapter that covers it."""
 
     def __init__(self, adapter: Adapter, model: TinyModel) -> None:
         self.adapter = adapter
