@@ -10,7 +10,6 @@ from wan_tiny import tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, MissingBackend, RadialAttention
 from dit_accel.public import HOMES
-from dit_accel.report.report import Report
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 
@@ -57,12 +56,6 @@ def test_reports_and_attachments_show_themselves_in_a_line():
         forward(transformer)
         report = attachment.report()
         assert len(repr(report)) < 100
-        page = report._repr_html_()
-    assert page.startswith("<div>")
-    assert page.count("<tr>") == 2
-    assert 'src="data:image/png;base64,iVBOR' in page
-    assert "<script" not in page
-    assert "&lt;" in Report(methods={}, backend="a<b", model={})._repr_html_()
 
 
 @pytest.mark.parametrize(
