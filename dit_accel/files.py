@@ -74,11 +74,7 @@ def no_space(path: Path, reason: object) -> ConfigError:
 
 @contextlib.contextmanager
 def _full_disk_told(path: Path) -> Iterator[None]:
-    """Say in one sentence that the disk is full on which the block writes ``path``; other errors pass.
-
-    Raises:
-        ConfigError: if it is full.
-    """
+    """Raise `ConfigError` in place of an error of a full disk on which the block writes ``path``; others pass."""
     try:
         yield
     except Exception as error:
@@ -103,11 +99,7 @@ def _no_room_left(folder: Path, error: Exception) -> bool:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[None]:
-    """Make a folder, with those above it, for the block; if the block fails, what was made and is empty goes again.
-
-    Raises:
-        ConfigError: if it can't be made.
-    """
+    """Make a folder, with those above it, for the block; if the block fails, what was made and is empty goes again."""
     path = Path(path)
     made = [one for one in (path, *path.parents) if not one.exists()]
     try:

@@ -85,11 +85,7 @@ class ModelFiles:
 
 
 def read_model_files(model: str) -> ModelFiles:
-    """Read the configs of a diffusers pipeline, a local folder or a hub id; downloads no weights.
-
-    Raises:
-        UnsupportedModel: if there is no such model, or it holds no transformer.
-    """
+    """Read the configs of a diffusers pipeline, a local folder or a hub id; downloads no weights."""
     index = read_config(model, INDEX)
     if not isinstance(index.get("transformer"), list):
         parts = ", ".join(name for name, entry in index.items() if isinstance(entry, list)) or "no component"

@@ -202,14 +202,9 @@ def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
     if backend not in BACKENDS:
         raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
     # the model may still wait in main memory: ask the device it will run on
-    device, missing = torch.accelerator.current_accelerator() or torch.device("cpu"), None
-    if backend == "triton":
-        missing = triton_requirement(device)
-    elif backend == "fa4":
-        missing = fa4_requirement(device)
-    elif backend == "flex":
-        missing = flex_requirement(device.type)
-    if missing:
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    requirements = {"triton": triton_requirement, "fa4": fa4_requirement, "flex": lambda on: flex_requirement(on.type)}
+    if backend in requirements and (missing := requirements[backend](device)):
         raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
     voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
     if backend in ("flex", "fa4") and voting:

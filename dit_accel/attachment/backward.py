@@ -70,11 +70,7 @@ class BackwardStore:
 def dense_gradients(
     plan: AttentionPlan, call: Call, layer: AttentionLayer, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v through the user's own attention.
-
-    Raises:
-        ConfigError: if its backend can't be differentiated inside an operator, where autograd records nothing.
-    """
+    """Return the gradients of q, k and v through the user's own attention."""
     try:
         of_call = torch.func.vjp(
             lambda q, k, v: run_dense(plan, replace(call, q=q, k=k, v=v), layer), call.q, call.k, call.v

@@ -136,9 +136,6 @@ class Execution:
             call: q, k and v as the model has them; fewer queries than keys where only some tokens have any.
             sizes: the grid of the sequence.
             differentiate: a backward follows.
-
-        Raises:
-            ConfigError: if the tensors do not have the layout's length, or a method refuses the call.
         """
         layer, forward = self.layers[number], self.forward
         if sizes != forward.noted:

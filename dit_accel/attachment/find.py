@@ -21,9 +21,6 @@ def find_transformers(model: Any) -> dict[str, Any]:
     """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
 
     For a compiled one (``torch.compile``) it is the module inside.
-
-    Raises:
-        UnsupportedModel: if there is none; names the nearest supported classes.
     """
     supported = {name for adapter in adapters().values() for name in adapter.transformers}
     parts = components_of(model)
@@ -83,11 +80,7 @@ def heads_of(module: Any, config: Any) -> int:
 def chosen_layers(
     modules: list[tuple[str, nn.Module, int]], layers: LayerFilter | None
 ) -> dict[int, tuple[str, nn.Module, int]]:
-    """Return layer index -> (name, module, depth) of the attention modules that a filter leaves.
-
-    Raises:
-        ConfigError: for a filter that can't be read, names layers that are not there, or leaves none.
-    """
+    """Return layer index -> (name, module, depth) of the attention modules that a filter leaves."""
     if layers is None:
         return dict(enumerate(modules))
     if isinstance(layers, str):

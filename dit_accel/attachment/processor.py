@@ -34,9 +34,6 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], execut
         layer: the layer's number.
         classes: the attachment's processor class -> subclass, filled here.
         execution: the attachment's; it lives as long as its processors do.
-
-    Raises:
-        UnsupportedModel: if the processor calls neither attention function that we can replace.
     """
     cls = type(processor)
     if cls not in classes:

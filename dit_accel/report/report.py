@@ -112,9 +112,7 @@ class Report:
         """
         draw = _drawing("plot")
         if draw is None:
-            raise MissingBackend(
-                "report().plot needs a package that draws reports, found none; reinstall dit-accel"
-            )
+            raise MissingBackend("report().plot needs a package that draws reports, found none; reinstall dit-accel")
         draw(self, Path(path))
 
     def to_dict(self) -> dict[str, Any]:

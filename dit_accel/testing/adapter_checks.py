@@ -80,4 +80,4 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "refused": model_checks.check_refused,
     "compile": model_checks.check_compile,
 }
-"""Name -> check, in the order in which they run."""
+"""Name -> check, in the order in which they run; each raises `AssertionError`, or tells why it does not apply."""

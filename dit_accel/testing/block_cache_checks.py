@@ -31,9 +31,6 @@ def check_block_caches(case: Case) -> str | None:
     Where nothing may be skipped no bit changes and every block runs; a run of blocks from the first one on, one in the
     middle and all of them are skipped alone, and give on an unchanged input what they gave, but for rounding; the step
     that is computed and the run that follows keep every bit.
-
-    Returns:
-        Why it does not apply: the adapter describes no blocks.
     """
     if case.adapter.blocks == ():
         return "the adapter describes no blocks"

@@ -36,9 +36,6 @@ def check_blocks(case: Case) -> str | None:
     Every block that holds an attention of the adapter is in a list, and runs once, in the lists' order; its streams
     are tensors that keep their shapes; taking them out and putting them back changes nothing, bit for bit; and
     skipped blocks hand the streams that they were given on to the next, stream by stream.
-
-    Returns:
-        Why it does not apply: the adapter describes no blocks.
     """
     if case.adapter.blocks == ():
         return "the adapter describes no blocks"

@@ -30,12 +30,6 @@ def check_rope(case: Case) -> str | None:
     - With one axis's frequencies halved, each token's angle along that axis is halved and no other; angles along an
       axis differ from token to token along it and along no other. Text does not move.
     - Undone, everything is as before, bit for bit. Classes and modules stay untouched.
-
-    Returns:
-        None, or why the model has no rotary positions to check.
-
-    Raises:
-        AssertionError: with what is wrong.
     """
     adapter, transformer = case.adapter, case.transformer
     if adapter.rope is None:
