@@ -38,12 +38,9 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallReport:
-    """What the planned attention of one layer computed in one denoising call, mean over batch rows.
+    """What the planned attention of one layer computed in one denoising call (see `StepReport`), mean over batch rows.
 
     Attributes:
-        transformer: component name.
-        step_index: 0-based step.
-        branch: name of the denoising call.
         layer: the attention module's index in its transformer.
         density: exact tiles over all tiles.
         pooled: pooled tiles over all tiles.

@@ -85,21 +85,14 @@ def recorded(attachment: Attachment) -> Iterator[list[RecordedCall]]:
     calls: list[RecordedCall] = []
 
     def keep(seen: PlannedCall) -> None:
-        call, planned = seen.call, seen.planned
+        call, plan, planned = seen.call, seen.plan, seen.planned
         calls.append(
             RecordedCall(
-                plan=seen.plan,
-                context=seen.context,
-                q=call.q.clone(),
-                k=seen.plan.centred(call.k).clone(),
-                v=call.v.clone(),
-                mask=call.mask,
-                scale=call.scale,
-                out=seen.out.clone(),
-                exact=seen.exact,
+                plan=plan, context=seen.context, q=call.q.clone(), k=plan.centred(call.k).clone(), v=call.v.clone(),
+                mask=call.mask, scale=call.scale, out=seen.out.clone(), exact=seen.exact,
                 planned=None if planned is None else planned.clone(),
             )
-        )
+        )  # fmt: skip
 
     with attachment.observe(keep):
         yield calls

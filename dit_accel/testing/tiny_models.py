@@ -56,11 +56,8 @@ class Case:
     def inputs(self, batch: int = 1) -> dict[str, Any]:
         """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
         torch.manual_seed(1)
-        inputs, rope, config = (
-            dict(self.model.inputs(min(batch, self.model.max_batch))),
-            self.rope,
-            self.transformer.config,
-        )
+        inputs = dict(self.model.inputs(min(batch, self.model.max_batch)))
+        rope, config = self.rope, self.transformer.config
         if rope is not None and rope.form in GIVEN:
             grid = self.adapter.grid(config, inputs)
             require(not isinstance(grid, str), f"the tiny model's inputs have no grid: {grid}")
