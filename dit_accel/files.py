@@ -117,14 +117,10 @@ def new_folder(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(path: str | Path, what: str = "output") -> Iterator[None]:
-    """Keep other runs from writing the same output while the block runs.
+    """Keep other runs from writing the same output, which need not exist, while the block runs.
 
     A file ``.NAME.lock`` lies beside the output meanwhile. The system frees it when the process ends, however it does.
     On a file system without locks nothing is held.
-
-    Args:
-        path: the output, which need not exist.
-        what: what it is called in the error.
 
     Raises:
         Busy: if another run holds it, with that run's process.
@@ -181,11 +177,7 @@ def _is_open(path: Path, handle: int) -> bool:
 
 
 def check_writable(path: str | Path, what: str = "output") -> None:
-    """Refuse a path at which `written_whole` could not put a file, before anything is computed.
-
-    Args:
-        path: the file to be written; nothing is created.
-        what: what the file is called in the error.
+    """Refuse a path at which `written_whole` could not put a file, before anything is computed; nothing is created.
 
     Raises:
         ConfigError: for a folder that is missing or not writable, a name that is too long, or something in the file's
