@@ -155,7 +155,6 @@ def test_modular_denoisers_follow_a_guider_open_contexts_or_run_in_declared_pipe
     without = {}
     for path in sorted((ROOT / "modular_pipelines").rglob("denoise*.py")):
         text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
         for node in ast.parse(text).body:
             called = [ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)]
             runs = any(re.search(r"\b(transformer|current_model)$", name) for name in called)
