@@ -259,11 +259,7 @@ def settle(request: Request) -> Settled:
 
 
 def read_pictures(request: Request) -> dict[str, Any]:
-    """Read the files that a request starts from: ``image``, a PIL image; ``video``, a list of them.
-
-    Raises:
-        ConfigError: if a file can't be read.
-    """
+    """Read the files that a request starts from: ``image``, a PIL image; ``video``, a list of them."""
     pictures: dict[str, Any] = {}
     if request.image is not None:
         pictures["image"] = read_image(request.image)
@@ -306,11 +302,7 @@ def check_words(prompt: str, embedded: str) -> None:
 
 
 def _beyond(files: ModelFiles, family: Family, request: Request) -> list[str]:
-    """Return warnings of a size beyond the trained one.
-
-    Raises:
-        ConfigError: for a size beyond the model's tables of positions.
-    """
+    """Return warnings of a size beyond the trained one."""
     frames = family.num_frames if request.num_frames is None else request.num_frames
     layout = token_layout(
         family, height=request.height or family.height, width=request.width or family.width, num_frames=frames
