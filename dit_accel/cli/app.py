@@ -174,20 +174,13 @@ def _wrapped(name: str, group: typer.Typer) -> typer.Typer:
     made.registered_callback = group.registered_callback
     for command in group.registered_commands:
         assert command.callback is not None
-        callback = _with_traceback(with_method_options(command.callback))
-        made.registered_commands.append(_changed(command, callback=callback))
+        whole = copy.copy(command)  # the original stays as its owner made it
+        whole.callback = _with_traceback(with_method_options(command.callback))
+        made.registered_commands.append(whole)
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
         inner_name = str(inner.name or inner.typer_instance.info.name)
         made.add_typer(_wrapped(inner_name, inner.typer_instance))
-    return made
-
-
-def _changed(info: Any, **values: Any) -> Any:
-    """Return a copy of one of Typer's records; the original stays as its owner made it."""
-    made = copy.copy(info)
-    for name, value in values.items():
-        setattr(made, name, value)
     return made
 
 
