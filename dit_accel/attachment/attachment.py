@@ -167,7 +167,12 @@ def attach(
                 f"methods are attached to {name} already; call detach() on that attachment first "
                 "(dit_accel.attachment_of gives it)"
             )
-    handlers, described = _make_handlers(transformers, methods)
+    models = {name: resolve_model(name, transformers) for name in transformers}
+    handlers = make_handlers(methods, list(models.values())[-1])
+    described = {
+        name: f"{one.adapter.name}, {one.family.name if one.family else 'sizes of no released model'}"
+        for name, one in models.items()
+    }
     _check_backend(backend, handlers)
     pipe = model if parts.get("transformer") is not model else None
     attachment = Attachment(Execution(handlers, backend, pipe), described)
@@ -209,18 +214,6 @@ def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
     voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
     if backend in ("flex", "fa4") and voting:
         raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
-
-
-def _make_handlers(
-    transformers: dict[str, Any], methods: tuple[MethodConfig, ...]
-) -> tuple[list[Handler], dict[str, str]]:
-    """Return the handlers, and component name -> adapter and family in words."""
-    models = {name: resolve_model(name, transformers) for name in transformers}
-    described = {
-        name: f"{model.adapter.name}, {model.family.name if model.family else 'sizes of no released model'}"
-        for name, model in models.items()
-    }
-    return make_handlers(methods, list(models.values())[-1]), described
 
 
 def _install_processors(
