@@ -251,7 +251,7 @@ class Adapter:
                 )
 
     def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
-        """Return the released model that a transformer config has the sizes of, or None; it has so many ``experts``.
+        """Return the released model of so many ``experts`` that a transformer config has the sizes of, or None.
 
         Of several, the first whose patches and input channels are the config's, where one is.
         """

@@ -109,7 +109,7 @@ class BlockSignature:
         return tuple(positional), named
 
     def read_result(self, result: Any) -> Streams:
-        """Return the streams of a block's result."""
+        """Return the streams of a block's result; `UnsupportedModel` for one of another form than described."""
         elements = self._elements(result)
         return tuple(elements[self.gives.index(stream)] for stream in range(len(self.places)))
 
@@ -142,7 +142,7 @@ class BlockSignature:
 
 @cache
 def block_signature(blocks: BlockList, block: "type[nn.Module]") -> BlockSignature:
-    """Return where the streams of a list stand in the calls of one block class; bound once per class."""
+    """Return where a list's streams stand in a block class's calls, bound once; `UnsupportedModel` if it lacks one."""
     parameters = list(inspect.signature(block.forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
     places = []

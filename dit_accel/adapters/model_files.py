@@ -54,7 +54,7 @@ class ModelFiles:
         return isinstance(entry, (list, tuple)) and entry[0] is not None
 
     def identify(self) -> tuple[Adapter, Family]:
-        """Return the model's adapter and its sizes: those of a released family, or read off the configs."""
+        """Return the adapter, and the sizes of a released family or the configs; `UnsupportedModel` if either is missing."""
         adapter = adapter_for(str(self.transformer.get("_class_name")))
         experts = 1 + self.has("transformer_2")
         family = next((known for known in adapter.families if known.repo == self.name), None)
@@ -85,7 +85,7 @@ class ModelFiles:
 
 
 def read_model_files(model: str) -> ModelFiles:
-    """Read the configs of a diffusers pipeline, a local folder or a hub id; downloads no weights."""
+    """Read the configs of a pipeline, a folder or a hub id, no weights; `UnsupportedModel` without a transformer."""
     index = read_config(model, INDEX)
     if not isinstance(index.get("transformer"), list):
         parts = ", ".join(name for name, entry in index.items() if isinstance(entry, list)) or "no component"
@@ -99,7 +99,7 @@ def read_model_files(model: str) -> ModelFiles:
 
 
 def read_config(model: str, file: str) -> dict[str, Any]:
-    """Read one JSON file of a model, such as ``transformer/config.json``."""
+    """Read one JSON file of a model, such as ``transformer/config.json``; `UnsupportedModel` if it is not there."""
     path = Path(model) / file
     if not path.is_file():
         if Path(model).exists() or not _is_hub_id(model):

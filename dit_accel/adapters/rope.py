@@ -53,7 +53,7 @@ class Axis:
     exponents: tuple[float, ...] | None = None
 
     def frequencies(self) -> "np.ndarray":
-        """Return the model's own frequencies by their formula, float64 [channels / 2]."""
+        """Return the model's own frequencies by their formula, float64 [channels / 2]; `ConfigError` for learned ones."""
         if self.theta is None:
             raise ConfigError(
                 f"the frequencies along {self.name} are learned, different in each head; give functions of them"
@@ -117,7 +117,7 @@ class Rope:
             )
 
     def find_owner(self, transformer: Any) -> Any:
-        """Return what makes the positions of a transformer."""
+        """Return what makes the positions of a transformer; `ConfigError` if it is not there."""
         owner = transformer
         for name in self.owner.split(".") if self.owner else ():
             owner = getattr(owner, name, None)
@@ -145,7 +145,7 @@ class RopeChange(NamedTuple):
 
 
 def rope_of(name: str, rope: "Rope | str | None", config: Mapping[str, Any]) -> Rope:
-    """Return the rotary positions of a model, of its adapter's name and `Adapter.rope`, and its transformer's config.
+    """Return a model's rotary positions, of its `Adapter.rope` and config; the adapter's name is for the error.
 
     Raises:
         ConfigError: if the model has none, with the reason.

@@ -39,7 +39,7 @@ _NUMBERS = itertools.count()
 
 
 def get(number: int) -> "Execution":
-    """Return the execution that a compiled graph or processor refers to."""
+    """Return the execution that a compiled graph or processor refers to; `AttachError` if it is detached."""
     if number not in _EXECUTIONS:
         raise AttachError(f"attachment {number} is detached, but a processor of it still runs; attach again")
     return _EXECUTIONS[number]

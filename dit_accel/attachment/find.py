@@ -20,7 +20,7 @@ LayerFilter = str | Callable[[str, nn.Module], bool]
 def find_transformers(model: Any) -> dict[str, Any]:
     """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
 
-    For a compiled one (``torch.compile``) it is the module inside.
+    For a compiled one (``torch.compile``) it is the module inside. `UnsupportedModel` is raised if there is none.
     """
     supported = {name for adapter in adapters().values() for name in adapter.transformers}
     parts = components_of(model)
@@ -80,7 +80,7 @@ def heads_of(module: Any, config: Any) -> int:
 def chosen_layers(
     modules: list[tuple[str, nn.Module, int]], layers: LayerFilter | None
 ) -> dict[int, tuple[str, nn.Module, int]]:
-    """Return layer index -> (name, module, depth) of the attention modules that a filter leaves."""
+    """Return layer index -> (name, module, depth) of what a filter leaves; `ConfigError` if it is wrong or leaves none."""
     if layers is None:
         return dict(enumerate(modules))
     if isinstance(layers, str):

@@ -168,7 +168,7 @@ class TransformerSite:
         return contextlib.nullcontext() if self._context is None else self._context(branch)
 
     def install_blocks(self) -> None:
-        """Wrap the blocks that methods asked for."""
+        """Wrap the blocks that methods asked for; `ConfigError` in a transformer that is compiled whole."""
         if not self.around:
             return
         if self.compiled:
