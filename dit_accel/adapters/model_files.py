@@ -54,7 +54,7 @@ class ModelFiles:
         return isinstance(entry, (list, tuple)) and entry[0] is not None
 
     def identify(self) -> tuple[Adapter, Family]:
-        """Return the adapter, and the sizes of a released family or the configs; `UnsupportedModel` if either is missing."""
+        """Return the adapter and the sizes, a released family's or the configs'; `UnsupportedModel` without either."""
         adapter = adapter_for(str(self.transformer.get("_class_name")))
         experts = 1 + self.has("transformer_2")
         family = next((known for known in adapter.families if known.repo == self.name), None)

@@ -53,7 +53,7 @@ class Axis:
     exponents: tuple[float, ...] | None = None
 
     def frequencies(self) -> "np.ndarray":
-        """Return the model's own frequencies by their formula, float64 [channels / 2]; `ConfigError` for learned ones."""
+        """Return the model's frequencies by their formula, float64 [channels / 2]; `ConfigError` for learned ones."""
         if self.theta is None:
             raise ConfigError(
                 f"the frequencies along {self.name} are learned, different in each head; give functions of them"

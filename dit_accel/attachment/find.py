@@ -80,7 +80,7 @@ def heads_of(module: Any, config: Any) -> int:
 def chosen_layers(
     modules: list[tuple[str, nn.Module, int]], layers: LayerFilter | None
 ) -> dict[int, tuple[str, nn.Module, int]]:
-    """Return layer index -> (name, module, depth) of what a filter leaves; `ConfigError` if it is wrong or leaves none."""
+    """Return layer index -> (name, module, depth) of what a filter leaves; `ConfigError` if it leaves none."""
     if layers is None:
         return dict(enumerate(modules))
     if isinstance(layers, str):

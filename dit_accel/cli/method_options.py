@@ -66,7 +66,7 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def select_methods(switched: Sequence[str], config: Path | None, settings: Sequence[str]) -> "list[MethodConfig]":
-    """Turn switches, a config file and ``method.option=value`` settings into method configs; `ConfigError` for wrong ones."""
+    """Turn switches, a config file and ``method.option=value`` settings into configs; `ConfigError` for wrong ones."""
     from ..methods import registry
     from ..methods.toml import from_toml
 
