@@ -265,7 +265,7 @@ class Execution:
 
     def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:
         """Return what the methods say together, each given what those before it said."""
-        plan, whole = AttentionPlan(), call.for_planning()
+        plan, whole = AttentionPlan(), call if call.rows is None else call.for_planning()
         for index, handler in enumerate(handlers):
             seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:

@@ -56,9 +56,7 @@ class Call:
         return self.as_held(self.as_held(queries)[0].contiguous())[0]
 
     def for_planning(self) -> "Call":
-        """Return the call with a query for every token, zeros where q holds some alone: plans follow from positions."""
-        if self.rows is None:
-            return self
+        """Return the call of some rows with a query for every token, zeros for the others: plans follow from positions."""
         return replace(self, q=self.q.new_zeros(()).expand(*self.q.shape[:2], self.tokens, self.q.shape[3]), rows=None)
 
     def key_mask(self) -> Tensor | None:
@@ -67,8 +65,8 @@ class Call:
         Raises:
             ConfigError: for a mask that is not key padding, which our kernels can't follow.
         """
-        sizes = len(self.q), self.q.shape[2], self.tokens
-        return None if self.mask is None else key_validity(self.mask, *sizes)
+        q, k = self.q.shape, self.k.shape
+        return None if self.mask is None else key_validity(self.mask, q[0], q[2], k[2])
 
     @property
     def hides_keys(self) -> bool:

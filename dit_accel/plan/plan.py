@@ -85,7 +85,9 @@ class AttentionPlan:
     @property
     def needs_kernel(self) -> bool:
         """Whether our kernels must run the call; else it goes to the user's own dense attention backend."""
-        return any(x is not None for x in (self.tiles, self.selection, self.frame_decay, self.row_override))
+        return not (
+            self.tiles is None and self.selection is None and self.frame_decay is None and self.row_override is None
+        )
 
     def kernel_arguments(self, call: Call) -> tuple[TileLists, dict[str, Any]]:
         """Return the tiles and the further arguments of the kernels' call, its keys being centred already."""
