@@ -56,7 +56,7 @@ class Call:
         return self.as_held(self.as_held(queries)[0].contiguous())[0]
 
     def for_planning(self) -> "Call":
-        """Return the call of some rows with a query for every token, zeros for the others: plans follow from positions."""
+        """Return a call of some rows with a query for every token, zeros for others: plans follow from positions."""
         return replace(self, q=self.q.new_zeros(()).expand(*self.q.shape[:2], self.tokens, self.q.shape[3]), rows=None)
 
     def key_mask(self) -> Tensor | None:
