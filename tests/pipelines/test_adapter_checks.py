@@ -158,7 +158,7 @@ def test_a_wrong_adapter_fails_by_name(only, change, message):
 
 def test_a_refused_method_that_is_none_is_named(only):
     adapter = only(dataclasses.replace(WAN, refused={"none": "no reason"}))
-    with pytest.raises(AssertionError, match="'refused' failed: the adapter refuses 'none', which"):
+    with pytest.raises(AssertionError, match=r"'refused' failed: .*'none'"):
         check_adapter(adapter, *tiny_models.MODELS["wan"], only=["refused"])
 
 
@@ -170,7 +170,7 @@ def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch
         "plan",
         lambda self, plan, call, context: route(self, plan, call, context) if plan.tiles is not None else plan,
     )
-    text = r"check 'pairs' failed: .*SolAttention.* attached in the other order give another output"
+    text = r"'pairs' failed: .*SolAttention.*other order"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0], only=["pairs"])
 
@@ -200,12 +200,12 @@ def test_a_model_too_small_to_be_thinned_out_is_told_so():
         return {**tiny_models.WAN[0].inputs(batch), "hidden_states": torch.randn(batch, 12, 2, 4, 8)}
 
     model = dataclasses.replace(tiny_models.WAN[0], inputs=inputs)
-    with pytest.raises(AssertionError, match=r"'active' failed: .* keeps every tile; give the tiny model more tokens"):
+    with pytest.raises(AssertionError, match=r"'active' failed: .*every tile"):
         check_adapter(WAN, model, only=["active"])
 
 
 def test_what_is_missing_is_named(only):
-    text = r"adapter 'wan' names ChronoEdit.*, WanTransf.*, WanVACE.*, tiny models were given of WanTransformer3DModel;"
+    text = r"adapter 'wan'.*ChronoEdit.*, WanTransf.*, WanVACE.*of WanTransformer3DModel;"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0])
     typo = dataclasses.replace(WAN, transformers=("WanTransformer4D",))
@@ -215,18 +215,16 @@ def test_what_is_missing_is_named(only):
             check_adapter(typo, tiny_models.WAN[0], only=checks)
     install = "; install the package whose entry point gives this adapter"
     only(dataclasses.replace(WAN))
-    with pytest.raises(
-        AssertionError, match=f"WanTransformer3DModel is registered for another adapter object{install}"
-    ):
+    with pytest.raises(AssertionError, match=rf"WanTransformer3DModel.*adapter object{install}"):
         check_adapter(WAN, *tiny_models.WAN)
     only(typo)
-    with pytest.raises(AssertionError, match=f"no adapter covers WanTransformer3DModel{install}"):
+    with pytest.raises(AssertionError, match=rf"no adapter.*WanTransformer3DModel{install}"):
         check_adapter(WAN, *tiny_models.WAN)
 
 
 def test_a_pattern_that_matches_no_module_is_named():
     adapter = dataclasses.replace(WAN, side_attention=("vace.*.attn1",))
-    text = r"adapter 'wan': check 'places' failed: side_attention 'vace.\*.attn1' matches no attention module"
+    text = r"'wan'.*'places' failed: side_attention 'vace.\*.attn1'"
     with pytest.raises(AssertionError, match=text):
         check_adapter(adapter, *tiny_models.WAN)
 
@@ -234,6 +232,6 @@ def test_a_pattern_that_matches_no_module_is_named():
 def test_a_tiny_model_that_does_not_run_is_told_so():
     inputs = {name: value for name, value in tiny_models.WAN[0].inputs(1).items() if name != "timestep"}
     model = dataclasses.replace(tiny_models.WAN[0], inputs=lambda batch: inputs)
-    text = r"Model 0: the tiny model's own forward fails, before anything is attached: TypeError: .*'timestep'"
+    text = r"Model 0: .*forward fails.*TypeError: .*'timestep'"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, model, only=["neutral"])

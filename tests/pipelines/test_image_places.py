@@ -187,7 +187,7 @@ def test_z_image_omni_counts_text_and_earlier_images_in_front():
         assert all(map(torch.equal, forward(transformer, ragged)[0], plain))
     with (
         dit_accel.attach(transformer, SOL.active),
-        pytest.raises(ConfigError, match=r"z-image\) can't be thinned out in this call: the rows of the batch have"),
+        pytest.raises(ConfigError, match=r"z-image\).*rows.*lengths"),
     ):
         forward(transformer, ragged)
 
@@ -201,7 +201,7 @@ def refused(name: str, transformer: Any, inputs: dict[str, Any], match: str) -> 
         assert torch.equal(forward(transformer, inputs)[0], plain)
     with (
         dit_accel.attach(transformer, SOL.active),
-        pytest.raises(ConfigError, match=rf"{name}\) can't be thinned out in this call: {match}"),
+        pytest.raises(ConfigError, match=rf"{name}\).*this call: {match}"),
     ):
         forward(transformer, inputs)
     assert torch.equal(forward(transformer, inputs)[0], plain)
@@ -268,7 +268,7 @@ def test_chroma_refuses_a_mask_of_numbers():
         assert torch.equal(forward(transformer, inputs)[0], plain)
     with (
         dit_accel.attach(transformer, SOL.active),
-        pytest.raises(ConfigError, match="biases other than 0 and -1"),
+        pytest.raises(ConfigError, match=r"biases.*0 and -1"),
     ):
         forward(transformer, inputs)
 
@@ -298,9 +298,7 @@ def test_a_transformer_compiled_whole_stays_dense_or_says_why():
     with (
         dit_accel.attach(transformer, SOL.active),
         transformer.cache_context("cond", step_index=0, num_inference_steps=2),
-        pytest.raises(
-            ConfigError, match=r"flux\) reads its tokens' positions off tensor values, which can't be done in a"
-        ),
+        pytest.raises(ConfigError, match=r"flux\).*tokens' positions.*tensor values"),
     ):
         forward(compiled, inputs)
     torch._dynamo.reset()
@@ -336,6 +334,6 @@ def test_the_mask_of_omnigen_is_no_key_padding():
     assert not visible[0, 0, 2, 3]
     assert not visible[0, 0, :7, 7:].any()
     assert visible[0, 0, 7:].all()
-    with pytest.raises(ConfigError, match="pairs queries with keys in another way"):
+    with pytest.raises(ConfigError, match=r"bool \[1, 1, 87, 87\].*pairs"):
         key_validity(visible, 1, 87, 87)
     assert "its mask pairs queries with keys" in NOT_SUPPORTED["OmniGenTransformer2DModel"]
