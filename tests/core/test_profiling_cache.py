@@ -288,14 +288,14 @@ def test_a_profile_of_other_weights(transformer, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"can't be read \(No such file or directory\); write it with dit-accel tune profile -o"),
+        (None, r".*\(No such file.*tune profile -o"),
         ("{", r"is not JSON"),
-        ("{}", r"is no profile that this release reads \(version 1\)"),
+        ("{}", r"is no .*\(version 1\)"),
         ('{"profile": 1, "transformers": {"transformer": {"weights": "", "blocks": 2, "cached": [2]}}}', "is no"),
         ('{"profile": 1, "transformers": {"other": {"weights": "", "blocks": 6, "cached": [2]}}}',
-         r"was measured on other, and this pipeline has transformer"),
+         r".*on other, .*transformer"),
         ('{"profile": 1, "transformers": {"transformer": {"weights": "", "blocks": 6, "cached": []}}}',
-         r"names 0 blocks of transformer that may be cached"),
+         r"names 0 blocks.*transformer"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_profile(transformer, tmp_path, content, message):

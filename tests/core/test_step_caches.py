@@ -181,7 +181,7 @@ def test_only_the_unconditional_branch_is_skipped():
 
 
 def test_branches_that_can_not_be_told_apart_are_refused():
-    for branch, why in (("call 1", "does not tell its branches"), ("cond_uncond", "calls both in one")):
+    for branch, why in (("call 1", "cache_context"), ("cond_uncond", "both in one")):
         driven = Driven(cache(branches="uncond"), line)
         with pytest.raises(ConfigError, match=rf"^staticcache\.branches = 'uncond'.*{why}"):
             driven.forward(0, still(0), branch)

@@ -111,9 +111,9 @@ def test_cxx_may_hold_arguments(quick, monkeypatch, tmp_path, flag):
 @pytest.mark.parametrize(
     ("named", "why"),
     [
-        ("no-such-compiler -O1", "CXX is 'no-such-compiler -O1', and there is no program 'no-such-compiler'"),
-        ("g++ '", 'CXX is "g\\+\\+ \'", which is no command: No closing quotation'),
-        ("false", ".*false: .*returned non-zero exit status 1"),
+        ("no-such-compiler -O1", "CXX.*'no-such-compiler -O1', .*program 'no-such-compiler'"),
+        ("g++ '", 'CXX is "g\\+\\+ \'", which .*: No closing quotation'),
+        ("false", ".*false: .*exit status 1"),
     ],
     ids=["missing", "no command", "fails"],
 )

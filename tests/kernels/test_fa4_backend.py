@@ -200,13 +200,13 @@ LISTS = random_lists(1, 300, 300, 128, 128)
 @pytest.mark.parametrize(
     ("dtype", "dim", "tiles", "arguments", "text"),
     [
-        (torch.bfloat16, 16, LISTS, dict(selection=Selection(vote=Vote())), "has no votes, since its loop tells"),
+        (torch.bfloat16, 16, LISTS, dict(selection=Selection(vote=Vote())), ".*no votes"),
         (torch.float32, 16, LISTS, {}, r"needs bfloat16 or float16 \(found torch.float32\): use 'triton' or 'auto'"),
-        (torch.bfloat16, 20, LISTS, {}, r"needs a head dim that is a multiple of 8 up to 128 \(found 20\)"),
-        (torch.bfloat16, 136, LISTS, {}, r"needs a head dim that is a multiple of 8 up to 128 \(found 136\)"),
+        (torch.bfloat16, 20, LISTS, {}, r".*head dim.*8.*128 \(found 20\)"),
+        (torch.bfloat16, 136, LISTS, {}, r".*head dim.*8.*128 \(found 136\)"),
         (
             torch.bfloat16, 16, random_lists(1, 300, 300, 64, 64), {},
-            r"needs tiles of 128 or 256 queries x 128 keys \(found 64 x 64\)",
+            r".*tiles.*128 or 256 queries x 128 keys \(found 64 x 64\)",
         ),
     ],
 )  # fmt: skip

@@ -127,21 +127,21 @@ def with_text(before, after):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(self_attention=("blocks.*.attn*",)), r"'places' failed: left_alone names modules of the adapter"),
-        (dict(self_attention=("blocks.0.attn1",)), r"'places' failed: neither the adapter nor left_alone names"),
+        (dict(self_attention=("blocks.*.attn*",)), r"'places' failed: left_alone names modules"),
+        (dict(self_attention=("blocks.0.attn1",)), r"'places' failed: neither.*left_alone"),
         (dict(self_attention=("blocks.*.attn1", "blocks.1.attn1")), r"'places' failed: patterns overlap"),
-        (dict(latents="x"), r"'places' failed: forward has no input 'x'; it has hidden_states, timestep,"),
-        (dict(timestep="t"), r"'places' failed: forward has no input 't'; it has hidden_states, timestep,"),
+        (dict(latents="x"), r"'places' failed: forward .*input 'x'; .*hidden_states, timestep,"),
+        (dict(timestep="t"), r"'places' failed: forward .*input 't'; .*hidden_states, timestep,"),
         (
             dict(grid=lambda config, inputs: (7, 4, 8)),
-            r"'neutral' failed: the grid of the adapter 'wan' gave \(7, 4, 8\);",
+            r"'neutral' failed: .*grid.*'wan' gave \(7, 4, 8\);",
         ),
-        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: the grid .* asks for the input 'x', but"),
-        (dict(grid=transposed), r"'layout' failed: along axis 3 the latents lie in the tokens"),
+        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: .*grid .*input 'x', but"),
+        (dict(grid=transposed), r"'layout' failed: along axis 3 .*latents"),
         (dict(grid=framed_last), r"'layout' failed: along axis"),
-        (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),
-        (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
-        (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
+        (dict(grid=with_text(32, 0)), r"'layout' failed: .*visual token.*0, .*32"),
+        (dict(grid=with_text(0, 32)), r"'layout' failed: .*token 192, .*counts 192"),
+        (dict(grid=with_text(0, 0)), r"'full' failed: .*layer 0.*224 tokens"),
         (dict(refused=dict.fromkeys(METHOD_CASES, "no reason")), None),
     ],
 )
@@ -183,9 +183,9 @@ def shared_history(self, shapes, kept=[]):  # noqa: B006 - one for all branches 
 @pytest.mark.parametrize(
     ("owner", "method", "wrong", "message"),
     [
-        (StaticCache, "always_computed", lambda *_: None, "staticcache that skips nothing changed step 1"),
-        (StepCacheHandler, "_stored", lambda *_: False, "staticcache did not skip step 1"),
-        (StepCacheHandler, "_new_history", shared_history, "the cond branch's held output is not its last"),
+        (StaticCache, "always_computed", lambda *_: None, "staticcache .*changed step 1"),
+        (StepCacheHandler, "_stored", lambda *_: False, "staticcache .*skip step 1"),
+        (StepCacheHandler, "_new_history", shared_history, ".*cond branch.*held output"),
     ],
 )
 def test_a_cache_that_does_not_what_it_says_is_found(monkeypatch, owner, method, wrong, message):
@@ -209,11 +209,11 @@ def test_what_is_missing_is_named(only):
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0])
     typo = dataclasses.replace(WAN, transformers=("WanTransformer4D",))
-    text = "names WanTransformer4D, tiny models were given of WanTransformer3DModel; give one or more of each class"
+    text = "names WanTransformer4D, .*of WanTransformer3DModel; "
     for checks in (None, ["places"]):
         with pytest.raises(AssertionError, match=text):
             check_adapter(typo, tiny_models.WAN[0], only=checks)
-    install = "; install the package whose entry point gives this adapter"
+    install = "; .*package.*entry point"
     only(dataclasses.replace(WAN))
     with pytest.raises(AssertionError, match=rf"WanTransformer3DModel.*adapter object{install}"):
         check_adapter(WAN, *tiny_models.WAN)

@@ -210,14 +210,14 @@ def refused(name: str, transformer: Any, inputs: dict[str, Any], match: str) -> 
 def test_lumina2_takes_one_prompt_length_a_call():
     model = tiny.LUMINA2[0]
     inputs = dict(model.inputs(2), encoder_attention_mask=tiny.text_mask(2))
-    refused("lumina2", build(model), inputs, r"each image of a batch begins behind its own prompt \(\(5, 4\) tokens\)")
+    refused("lumina2", build(model), inputs, r".*own prompt \(\(5, 4\) tokens\)")
 
 
 def test_joyimage_plus_takes_one_size_a_call():
     model = other.JOYIMAGE_EDIT_PLUS[0]
     inputs = model.inputs(2)
     inputs["shape_list"][1] = [(1, 10, 8), (1, 2, 3)]
-    refused("joyimage-edit-plus", build(model), inputs, r"the rows of the batch make images of different sizes, \[\(")
+    refused("joyimage-edit-plus", build(model), inputs, r".*images.*sizes, \[\(")
 
 
 def test_hidream_needs_latents_that_tell_their_size():
@@ -226,7 +226,7 @@ def test_hidream_needs_latents_that_tell_their_size():
         model.inputs(1), hidden_states=torch.randn(1, 80, 16), img_ids=tiny.ids()[None], img_sizes=[(8, 10)],
         hidden_states_masks=torch.ones(1, 80),
     )  # fmt: skip
-    refused("hidream", build(model), inputs, "its latents are patches already, whose positions are not given")
+    refused("hidream", build(model), inputs, ".*patches already.*positions")
 
 
 def test_joyimage_items_stand_behind_the_last_one():
