@@ -94,6 +94,8 @@ class Problem:
 
     def tiled(self) -> Problem:
         """The same call with tensors, decay and `key_valid` in tiled order and nothing left in the caller's."""
+        if self.token_order is None and self.key_length is None and self.key_mask is None:
+            return self
         q, k, v = self.q, self.k, self.v
         if self.token_order is not None:
             q, k, v = (x.index_select(2, self.token_order) for x in (q, k, v))

@@ -49,7 +49,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
     assert loop is not None
     out = fresh(tiled.q.shape, torch.bfloat16 if narrow else torch.float32)
     lse = torch.empty(tiled.q.shape[:-1] if need_lse else (0,))
-    keys, means = flat_lists(problem), flat_lists(problem, pooled=True)
+    keys = flat_lists(problem)
     workers = _workers(problem, keys)
     shared: dict[str, Any] = {
         "q": tiled.q.contiguous(),
@@ -73,6 +73,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         "narrow_out": narrow,
     }
     if tiled.log_length is not None:
+        means = flat_lists(problem, pooled=True)
         shared |= {
             "key_means": tiled.k_mean, "value_means": tiled.v_mean, "lengths": tiled.log_length * LOG2_E,
             "pooled_starts": means.starts, "pooled_counts": means.counts, "pooled": means.tiles,
