@@ -44,12 +44,11 @@ def flat_lists(problem: Problem, *, pooled: bool = False) -> Lists:
 class Chunk:
     """Query tiles computed together, their key tiles padded to one length by repeats of each one's last.
 
-    `q_tiles` int64 [R], from `start` on in the order of all chunks; `exact` int64 [R, n] and `pooled` int64 [R, p],
-    counted through all batches and key heads; of them `exact_counts` and `pooled_counts` [R] are each one's own.
-    `tokens` [R] counts the keys of exact tiles, from `least` to `most`, a ragged tail's padding left out.
+    `q_tiles` int64 [R]; `exact` int64 [R, n] and `pooled` int64 [R, p], counted through all batches and key heads; of
+    them `exact_counts` and `pooled_counts` [R] are each one's own. `tokens` [R] counts the keys of exact tiles, from
+    `least` to `most`, a ragged tail's padding left out.
     """
 
-    start: int
     q_tiles: Tensor
     exact: Tensor
     pooled: Tensor
@@ -100,7 +99,6 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
         shift = first[q_tiles, None]
         chunks.append(
             Chunk(
-                start=start,
                 q_tiles=q_tiles,
                 exact=exact.padded(q_tiles, longest).add_(shift) if longest else shift[:, :0],
                 pooled=pooled.padded(q_tiles, most_pooled).add_(shift) if most_pooled else shift[:, :0],
